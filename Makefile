@@ -1,0 +1,61 @@
+# Every target sets up what it needs: on a fresh clone `make test` or `make demo` alone is enough.
+# PYTHON is only used to make the environment; everything runs with .venv/bin/python afterwards.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: help setup test lint format types wheel demo bench golden clean distclean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+setup: $(READY)  ## make .venv with everything the other targets need (once; again when the requirements change)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sparsedsl needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; say which one to use: make setup PYTHON=python3.11")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,demo,dev]'
+	@touch $@
+
+test: $(READY)  ## run the tests on two processes (WORKERS=n; PYTEST_ARGS='-k tiles'; SPARSEDSL_TEST_EXAMPLES=100000 for a long night)
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+golden: $(READY)  ## rewrite the golden files; read the diff before you commit it
+	$(RUN) -m pytest -q --update-golden $(PYTEST_ARGS)
+
+lint: $(READY)  ## ruff: rules and format, over every Python file
+	$(RUN) .ci/check_lint.py
+
+format: $(READY)  ## let ruff mend what it can
+	$(RUN) -m ruff check --fix --quiet . || true
+	$(RUN) -m ruff format .
+
+types: $(READY)  ## mypy over every file of the package, the examples and the benchmarks
+	$(RUN) .ci/check_types.py
+
+wheel: $(READY)  ## build the wheel and test it in an environment of its own, from another folder
+	$(RUN) .ci/check_wheel.py
+
+demo: $(READY)  ## the main job: a hybrid pattern in a real language model (DEMO_ARGS=--help)
+	$(RUN) examples/gemma_hybrid.py $(DEMO_ARGS)
+
+bench: $(READY)  ## the benchmarks, one after the other
+	$(RUN) benchmarks/block_lists.py $(BENCH_ARGS)
+	$(RUN) benchmarks/attention_cpu.py $(BENCH_ARGS)
+
+clean:  ## remove what builds, tests and tools leave behind; keep .venv
+	rm -rf build dist out .typing .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## also remove .venv
+	rm -rf $(VENV)

@@ -1,0 +1,237 @@
+"""sympy expression -> torch source text, one short method a node. An unknown node raises.
+
+The printer is the text form's (:mod:`sparsedsl.lang.printing`) with torch's spelling and torch's types minded: integers stay int64,
+``//`` and ``%`` round towards minus infinity (as torch's do), and real arithmetic inside masks is done in float64, as analysis does
+it, so that a tile called full has no pair that the generated mask would drop.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import sympy
+from sympy.core.relational import Relational
+
+from sparsedsl.codegen.source import Source
+from sparsedsl.lang import functions as fn
+from sparsedsl.lang.tables import TableRead
+from sparsedsl.lang.printing import ATOM, POWER, UNARY, Printer
+
+__all__ = ["Names", "TorchPrinter", "write_expression"]
+
+_TORCH = {
+    "abs": "torch.abs", "cos": "torch.cos", "erf": "torch.erf", "exp": "torch.exp", "log": "torch.log", "relu": "torch.relu",
+    "sigmoid": "torch.sigmoid", "sin": "torch.sin", "softplus": "torch.nn.functional.softplus", "sqrt": "torch.sqrt",
+    "tanh": "torch.tanh", "where": "torch.where",
+}  # fmt: skip
+_REAL_FUNCTIONS = frozenset(_TORCH) - {"abs", "where"}
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the symbols and tables are called in the generated code.
+
+    ``clamp``: whether every table index is clamped. If False, an index that is a plain symbol or a number is trusted to lie
+    inside the table, and whoever calls the code sees to it (:func:`sparsedsl.codegen.to_flex.table_extents` says what it takes).
+    """
+
+    symbols: Mapping[str, str]
+    tables: Mapping[str, str]
+    clamp: bool = True
+
+
+class TorchPrinter(Printer):
+    """Prints for torch. ``real``: the dtype, as source text, of real arithmetic on integers and tables; "" leaves it to torch."""
+
+    def __init__(self, names: Names, real: str = "") -> None:
+        self.names, self.real = names, real
+        self._in_real = False
+
+    def text(self, expr: sympy.Basic, level: int = 0) -> str:
+        """The text of ``expr``, bracketed if it binds looser than ``level``."""
+        entering = self._in_real
+        self._in_real = _is_real_arithmetic(expr)
+        try:
+            if _is_constant(expr):
+                return self._constant(expr, level)
+            if entering and self.real and getattr(expr, "is_integer", False):
+                return f"{self.node(expr, ATOM)}.to({self.real})"
+            return self.node(expr, level)
+        finally:
+            self._in_real = entering
+
+    def node(self, expr: sympy.Basic, level: int) -> str:
+        """The text of a node that is neither a constant nor cast."""
+        return super().text(expr, level)
+
+    def _constant(self, expr: sympy.Expr, level: int) -> str:
+        """A number: torch functions want tensors, so a function of numbers is worked out here."""
+        if isinstance(expr, (sympy.Integer, sympy.Float, sympy.core.numbers.Infinity, sympy.core.numbers.NegativeInfinity)):
+            return super().text(expr, level)
+        from sparsedsl.lang.evaluate import evaluate
+
+        body, precedence = self.number(float(evaluate(expr, {})))
+        return f"({body})" if precedence < level else body
+
+    def call(self, name: str, *arguments: sympy.Basic) -> tuple[str, int]:
+        """A call of the torch function for ``name``."""
+        if name in _REAL_FUNCTIONS:
+            return f"{_TORCH[name]}({self._as_real(arguments[0])})", ATOM
+        return f"{_TORCH[name]}({', '.join(self.text(a) for a in arguments)})", ATOM
+
+    def _as_real(self, expr: sympy.Expr, level: int = 0) -> str:
+        """A float tensor, also where torch would keep an integer one or refuse it."""
+        return self.text(expr, level) if self.real or not expr.is_integer else f"{self.text(expr, ATOM)}.to(torch.float32)"
+
+    def _print_Symbol(self, expr: sympy.Symbol) -> tuple[str, int]:
+        return self.names.symbols[expr.name], ATOM
+
+    def _print_Add(self, expr: sympy.Add) -> tuple[str, int]:
+        grouped = _regrouped(expr)
+        return super()._print_Add(grouped) if grouped.is_Add else self._print_Mul(grouped)
+
+    def _print_Pow(self, expr: sympy.Pow) -> tuple[str, int]:
+        base, power = expr.args
+        if _is_constant(base):
+            # An integer base and an integer tensor would stay integers, and fail on negative powers.
+            return f"torch.pow({float(base)!r}, {self.text(power)})", ATOM
+        if power.is_Integer or power == sympy.Rational(1, 2):
+            return super()._print_Pow(expr)
+        return f"{self._as_real(base, ATOM)}**{self.text(power, ATOM)}", POWER
+
+    def _print_floor(self, expr: sympy.floor) -> tuple[str, int]:
+        if expr.args[0].is_rational:
+            return super()._print_floor(expr)
+        return f"torch.floor({self._as_real(expr.args[0])}).to(torch.int64)", ATOM
+
+    def _extreme(self, expr: sympy.Basic, function: str, bound: str) -> tuple[str, int]:
+        numbers = [a for a in expr.args if _is_constant(a)]
+        first, *rest = sorted((a for a in expr.args if not _is_constant(a)), key=sympy.default_sort_key)
+        body = self.text(first, ATOM if numbers and not rest else 0)
+        for argument in rest:
+            body = f"{function}({body}, {self.text(argument)})"
+        return body + "".join(f".clamp({bound}={self.text(n)})" for n in numbers), ATOM
+
+    def _print_Min(self, expr: sympy.Basic) -> tuple[str, int]:
+        return self._extreme(expr, "torch.minimum", "max")
+
+    def _print_Max(self, expr: sympy.Basic) -> tuple[str, int]:
+        return self._extreme(expr, "torch.maximum", "min")
+
+    def _print_TableRead(self, expr: TableRead) -> tuple[str, int]:
+        # Two booleans would add and multiply as booleans, and a float32 value compares with numbers rounded to float32.
+        kind = {"bool": "torch.int64", "float": self.real, "int": ""}[expr.spec.dtype]
+        return self._read(expr) + (f".to({kind})" if kind else ""), ATOM
+
+    def _read(self, expr: TableRead) -> str:
+        table = self.names.tables[expr.spec.name]
+        return f"{table}[{', '.join(self._index(table, i, index) for i, index in enumerate(expr.args))}]"
+
+    def _index(self, table: str, dim: int, index: sympy.Expr) -> str:
+        if index.is_Integer:
+            index = max(index, sympy.Integer(0))
+            return f"min({index}, {table}.shape[{dim}] - 1)" if self.names.clamp and index else str(index)
+        if index.is_Symbol and not self.names.clamp:
+            return self.text(index)
+        return f"{self.text(index, ATOM)}.clamp(0, {table}.shape[{dim}] - 1)"
+
+    def _print_Relational(self, expr: Relational) -> tuple[str, int]:
+        if isinstance(expr.lhs, TableRead) and expr.lhs.spec.dtype == "bool" and expr.rhs == 0:
+            body = self._read(expr.lhs)
+            return (body, ATOM) if isinstance(expr, sympy.Ne) else (f"~{body}", UNARY)
+        return super()._print_Relational(expr)
+
+
+def _is_constant(expr: sympy.Basic) -> bool:
+    """Whether ``expr`` is a number: no symbol, no table."""
+    return isinstance(expr, sympy.Expr) and not expr.free_symbols and not expr.has(TableRead)
+
+
+def _is_real_arithmetic(expr: sympy.Basic) -> bool:
+    """Whether the node works on real numbers, so that integers below it become real first."""
+    if isinstance(expr, Relational):
+        return not (expr.lhs.is_integer and expr.rhs.is_integer)
+    if isinstance(expr, (sympy.Add, sympy.Mul, sympy.Pow, sympy.Min, sympy.Max, fn.Where)):
+        return not expr.is_integer
+    if isinstance(expr, sympy.floor):
+        return not expr.args[0].is_rational
+    return type(expr).__name__.lower() in _REAL_FUNCTIONS
+
+
+def _regrouped(expr: sympy.Add) -> sympy.Expr:
+    """``0.1*kv - 0.1*q`` -> ``0.1*(kv - q)``: sympy multiplies numbers out, and the difference of two large floats is worth little."""
+    groups: dict[sympy.Expr, list[sympy.Expr]] = {}
+    for term in expr.args:
+        coefficient, rest = term.as_coeff_Mul()
+        if rest.is_integer and not coefficient.is_Integer and not _is_constant(term):
+            groups.setdefault(abs(coefficient), []).append(term)
+    terms = list(expr.args)
+    for factor, parts in groups.items():
+        if len(parts) > 1:
+            terms = [t for t in terms if t not in parts]
+            whole = sympy.Add(*(rest if c > 0 else -rest for c, rest in (p.as_coeff_Mul() for p in parts)))
+            terms.append(sympy.Mul(factor, whole, evaluate=False))
+    return sympy.Add(*terms, evaluate=False) if len(terms) < len(expr.args) else expr
+
+
+_Emit = Callable[[str, str], str]
+
+
+class _Sharing(TorchPrinter):
+    """Names every expression that is printed more than once: ``emit(stem, text)`` writes the line and gives the name."""
+
+    def __init__(self, names: Names, real: str, repeats: Counter[sympy.Basic], emit: _Emit) -> None:
+        super().__init__(names, real)
+        self.repeats, self.emit = repeats, emit
+        self.known: dict[sympy.Basic, str] = {}
+
+    def node(self, expr: sympy.Basic, level: int) -> str:
+        if expr in self.known:
+            return self.known[expr]
+        if self.repeats[expr] < 2:
+            return super().node(expr, level)
+        self.known[expr] = self.emit(_stem(expr), super().node(expr, 0))
+        return self.known[expr]
+
+
+class _Tally(TorchPrinter):
+    """Prints for the sake of counting: how often is each expression asked for, if the first printing of it is kept?"""
+
+    def __init__(self, names: Names, real: str) -> None:
+        super().__init__(names, real)
+        self.repeats: Counter[sympy.Basic] = Counter()
+
+    def node(self, expr: sympy.Basic, level: int) -> str:
+        if expr.is_Symbol:
+            return super().node(expr, level)
+        self.repeats[expr] += 1
+        return super().node(expr, level) if self.repeats[expr] == 1 else "_"
+
+
+def _stem(expr: sympy.Basic) -> str:
+    return f"{expr.spec.name}_here" if isinstance(expr, TableRead) else "both" if isinstance(expr, sympy.logic.boolalg.Boolean) else "t"
+
+
+def write_expression(source: Source, expr: sympy.Basic, names: Names, *, real: str = "") -> str:
+    """Write a line for every subexpression used more than once, and return the text of ``expr`` itself.
+
+    >>> import sparsedsl as sd
+    >>> chunk = (sd.q_idx - sd.kv_idx) // 4
+    >>> source = Source()
+    >>> print(write_expression(source, ((chunk >= 2) & (chunk < 9)).expr, Names({"q_idx": "q_pos", "kv_idx": "kv_idx"}, {})))
+    (t >= 2) & (t <= 8)
+    >>> print(source.text, end="")
+    t = (q_pos - kv_idx) // 4
+    """
+
+    def emit(stem: str, text: str) -> str:
+        name = source.fresh(stem)
+        source.line(f"{name} = {text}")
+        return name
+
+    tally = _Tally(names, real)
+    tally.text(expr)
+    return _Sharing(names, real, tally.repeats, emit).text(expr)
+

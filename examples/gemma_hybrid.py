@@ -1,0 +1,79 @@
+"""A hybrid of your own in Gemma 3 270M: what it costs before it runs, and what it does to a real model on real text.
+
+    python examples/gemma_hybrid.py             (`make demo` sets everything up and runs this)
+
+Gemma 3 has 15 layers that see 512 tokens and 3 that see everything. The script checks that sparsedsl computes what the model computes,
+then gives the 3 full layers the pattern written here. Edit it and run again.
+"""
+
+from __future__ import annotations
+
+import sparsedsl as sd
+from sparsedsl import kv_idx, q_idx
+
+# ---- edit here -------------------------------------------------------------------------------------------------------------------
+
+TOKENS = 4096  # context length, at most 32,768
+
+causal = kv_idx <= q_idx
+near = q_idx - kv_idx < 512  # the last 512 tokens
+first = kv_idx < 64  # the first 64 tokens: attention sinks
+blocks = (q_idx // 128 - kv_idx // 128) % 4 == 0  # every fourth block of 128 tokens, counted back from the query's own
+
+HYBRID = causal & (near | first | blocks)
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+JUDGED = 512  # perplexity and logits are taken over the last tokens of the context, where the patterns differ most
+GREEDY = 16  # tokens to generate
+PICTURE = "out/gemma_hybrid.png"
+
+
+def main() -> None:
+    """Report, then measure: transformers' own attention, the same patterns through sparsedsl, the hybrid."""
+    import time
+    from pathlib import Path
+
+    import gemma
+    import torch
+
+    begin = time.perf_counter()
+    print(f"The hybrid for the full layers, {TOKENS:,} tokens, before anything runs:\n")
+    print(sd.analyse(HYBRID, TOKENS, TOKENS), "\n")
+    Path(PICTURE).parent.mkdir(exist_ok=True)
+    sd.plot(HYBRID, TOKENS, TOKENS).savefig(PICTURE, dpi=120)
+    print(f"picture: {PICTURE}\n")
+
+    model, tokenizer = gemma.load()
+    ids = tokenizer(gemma.real_text(), return_tensors="pt").input_ids[:, :TOKENS]
+    judged = TOKENS - 1 - JUDGED
+    native = sd.models.native_patterns(model)
+    full = [index for index, pattern in native.items() if pattern == sd.attend(causal)]
+    print(f"Gemma 3 270M, {torch.get_num_threads()} threads; layers {full} see everything, the other {len(native) - len(full)} a window:")
+    print(f"  {native[0].text.splitlines()[-1]}\n")
+
+    def measure(name: str) -> tuple[torch.Tensor, list[int]]:
+        with torch.no_grad():
+            _, cold = gemma.prefill(model, ids, f"{name}: first prefill")
+        hidden, seconds = gemma.prefill(model, ids, f"{name}: prefill")
+        perplexity = gemma.perplexity(model, hidden, ids, judged, f"{name}: perplexity")
+        tokens, step = gemma.greedy(model, ids[:, -256:], GREEDY, f"{name}: generate")
+        print(f"{name:32} {cold:9.1f} s {seconds:9.1f} s {perplexity:12.3f} {step * 1e3:11.0f} ms", flush=True)
+        return hidden, tokens
+
+    print(f"{'attention':32} {'1st prefill':>11} {'prefill':>11} {'perplexity':>12} {'per token':>14}")
+    own, own_tokens = measure("transformers sdpa")
+    with sd.models.apply(model, native):
+        same, same_tokens = measure("sparsedsl, native patterns")
+    with sd.models.apply(model, {**native, **dict.fromkeys(full, HYBRID)}):
+        _, hybrid_tokens = measure("sparsedsl, hybrid in full layers")
+
+    worst = gemma.largest_difference(model, own, same, judged, "compare logits")
+    print(f"\nnative patterns against transformers, logits of the last {JUDGED} tokens: largest difference {worst:.1e}")
+    print(f"greedy tokens, native patterns: {'identical' if own_tokens == same_tokens else 'DIFFERENT'} ({GREEDY} of {GREEDY})")
+    print(f"  own:    {tokenizer.decode(own_tokens)!r}\n  hybrid: {tokenizer.decode(hybrid_tokens)!r}")
+    print(f"\n(first prefill: with compilation; perplexity of the last {JUDGED} tokens; {time.perf_counter() - begin:.0f} s in all)")
+
+
+if __name__ == "__main__":
+    main()

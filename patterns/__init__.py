@@ -1,0 +1,69 @@
+"""The library: published sparse attention patterns as declarations. ``docs/patterns.md`` shows each with its picture.
+
+Functions return a ``Mask``, a ``Score``, or, where a pattern is more than a mask, a ``Pattern``. Masks compose with
+``& | ~ ^``, scores nest: ``softcap(50, alibi(8))``. Where a count may differ between heads or batch entries, it may be an expression:
+``sliding_window(sd.table("window")[sd.h])``.
+"""
+
+from __future__ import annotations
+
+from sparsedsl.patterns.anchors import global_tokens, prefix, sinks
+from sparsedsl.patterns.blocks import block_causal, block_diffusion, blocks, random_blocks
+from sparsedsl.patterns.documents import document_prefix, documents, packed, shared_prefix, tree
+from sparsedsl.patterns.grids import grid_position, neighbourhood_2d, neighbourhood_3d, sliding_tile
+from sparsedsl.patterns.local import causal, chunked, dilated, full, sliding_window, strided, strided_fixed
+from sparsedsl.patterns.models import (
+    alibi_window,
+    bigbird,
+    gemma2,
+    gemma3,
+    gpt_oss,
+    llama4,
+    longformer,
+    mistral,
+    streaming_llm,
+    t5,
+)
+from sparsedsl.patterns.scores import alibi, alibi_slope, relative_bias, softcap, t5_bias, t5_bucket
+
+__all__ = [
+    "alibi",
+    "alibi_slope",
+    "alibi_window",
+    "bigbird",
+    "block_causal",
+    "block_diffusion",
+    "blocks",
+    "causal",
+    "chunked",
+    "dilated",
+    "document_prefix",
+    "documents",
+    "full",
+    "gemma2",
+    "gemma3",
+    "global_tokens",
+    "gpt_oss",
+    "grid_position",
+    "llama4",
+    "longformer",
+    "mistral",
+    "neighbourhood_2d",
+    "neighbourhood_3d",
+    "packed",
+    "prefix",
+    "random_blocks",
+    "relative_bias",
+    "shared_prefix",
+    "sinks",
+    "sliding_tile",
+    "sliding_window",
+    "softcap",
+    "streaming_llm",
+    "strided",
+    "strided_fixed",
+    "t5",
+    "t5_bias",
+    "t5_bucket",
+    "tree",
+]

@@ -1,0 +1,57 @@
+"""sparsedsl: write the attention pattern once, as maths.
+
+Names load on first use, so that ``import sparsedsl`` loads neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from sparsedsl import _layout  # noqa: F401  (finds patterns/ and codegen/ in a checkout)
+from sparsedsl.errors import (
+    PatternError,
+    SettingsError,
+    ShapeError,
+    SparseDSLError,
+    TableError,
+    TraceError,
+    UnsupportedError,
+)
+
+__version__ = "0.1.0.dev0"
+
+# public name -> module that defines it ("" = the name is itself a module)
+_PUBLIC = {
+    **dict.fromkeys(("b", "h", "q_idx", "kv_idx", "q_len", "kv_len", "score"), "sparsedsl.lang.expressions"),
+    **dict.fromkeys(("Index", "Mask", "Score", "table"), "sparsedsl.lang.expressions"),
+    **dict.fromkeys(
+        ("clamp", "cos", "erf", "exp", "log", "maximum", "minimum", "relu", "sigmoid", "sin", "softplus", "sqrt", "tanh", "where"),
+        "sparsedsl.lang.numeric",
+    ),
+    "parse": "sparsedsl.lang.text",
+    **dict.fromkeys(("Pattern", "attend"), "sparsedsl.lang.pattern"),
+    **dict.fromkeys(("trace_mask", "trace_score"), "sparsedsl.tracing"),
+    **dict.fromkeys(("PROVED", "REFUTED", "UNKNOWN", "Verdict", "equivalent", "implies"), "sparsedsl.analysis.proofs"),
+    **dict.fromkeys(("Analysis", "analyse"), "sparsedsl.analysis.report"),
+    **dict.fromkeys(("Attention", "compile"), "sparsedsl.run.compile"),
+    "plot": "sparsedsl.plotting",
+    **dict.fromkeys(("models", "patterns", "testing"), ""),
+}
+
+__all__ = [
+    "PatternError", "SettingsError", "ShapeError", "SparseDSLError", "TableError", "TraceError", "UnsupportedError", *_PUBLIC,
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    module = _PUBLIC.get(name)
+    if module is None:
+        raise AttributeError(f"module 'sparsedsl' has no attribute {name!r}; public names are {', '.join(sorted(__all__))}")
+    value = getattr(importlib.import_module(module), name) if module else importlib.import_module(f"sparsedsl.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

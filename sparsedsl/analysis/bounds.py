@@ -1,0 +1,142 @@
+"""Which indices a pattern reads its tables at, and whether the tables reach that far for every pair the mask allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+
+from sparsedsl.analysis.clauses import Clause, clauses
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.intervals import Intervals, TableRanges
+from sparsedsl.errors import TableError
+from sparsedsl.lang.functions import Where
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.printing import expression_text
+from sparsedsl.lang.symbols import BATCH, HEAD
+from sparsedsl.lang.tables import TableRead
+
+__all__ = ["check_reads", "index_ranges", "value_ranges"]
+
+
+@dataclass(frozen=True)
+class _Read:
+    read: TableRead
+    guard: Boolean
+
+
+def _reads(expr: sympy.Basic, guard: Boolean) -> Iterator[_Read]:
+    """Every table read with the condition under which its value matters."""
+    if isinstance(expr, Where):
+        condition, a, b = expr.args
+        yield from _reads(condition, guard)
+        yield from _reads(a, sympy.And(guard, condition))
+        yield from _reads(b, sympy.And(guard, sympy.Not(condition)))
+        return
+    if isinstance(expr, TableRead):
+        yield _Read(expr, guard)
+    for argument in expr.args:
+        yield from _reads(argument, guard)
+
+
+def _symbol_ranges(domain: Domain) -> dict[str, tuple[int, int]]:
+    lengths = {name: (value, value) for name, value in domain.lengths.items()}
+    return lengths | {
+        "b": (0, domain.batch - 1),
+        "h": (0, domain.heads - 1),
+        "q_idx": (domain.q_offset, domain.q_offset + domain.rows - 1),
+        "kv_idx": (0, domain.kv_len - 1),
+    }
+
+
+def value_ranges(domain: Domain) -> dict[str, tuple[int, int]]:
+    """Least and greatest value of every integer table of the call."""
+    found = {}
+    for name, table in domain.tables.items():
+        if not table.is_floating_point() and table.numel():
+            low, high = torch.aminmax(table if table.dtype != torch.bool else table.to(torch.uint8))
+            found[name] = (int(low), int(high))
+    return found
+
+
+class _Facts(TableRanges):
+    """Table values known by their extremes only: enough for index ranges, and exact in Python integers."""
+
+    def __init__(self, values: Mapping[str, tuple[int, int]]):
+        super().__init__({})
+        self.values = values
+
+    def range(self, read: TableRead, indices: list[Any]) -> tuple[Any, Any]:
+        """The table's own extremes, else what was declared."""
+        return self.values.get(read.spec.name) or super().range(read, indices)
+
+
+def index_ranges(domain: Domain, values: Mapping[str, tuple[int, int]]) -> Intervals:
+    """Interval arithmetic over the whole domain in Python integers: nothing wraps."""
+    return Intervals(_symbol_ranges(domain), _Facts(values))
+
+
+def _in_clause(index: sympy.Expr, clause: Clause, intervals: Intervals) -> tuple[Any, Any]:
+    """Range of ``index`` where ``clause`` holds: its own range, narrowed by a bound on the same form."""
+    low, high = intervals.range(index)
+    for bound in clause.bounds:
+        for sign in (1, -1):
+            fixed = sympy.expand(index - sign * (bound.q_part + bound.kv_part))
+            if {s.name for s in fixed.free_symbols} & {"q_idx", "kv_idx"}:
+                continue
+            limits = [None if v is None else intervals.range(sympy.expand(fixed + sign * v)) for v in (bound.low, bound.high)]
+            below, above = limits if sign > 0 else limits[::-1]
+            low = low if below is None else max(low, below[0])
+            high = high if above is None else min(high, above[1])
+    return low, high
+
+
+def check_reads(pattern: Pattern, domain: Domain) -> None:
+    """Raise :class:`TableError` unless every read that an allowed pair depends on lies inside its table.
+
+    Reads that only masked pairs make (``bias[q_idx - kv_idx]`` above the diagonal of a causal mask) may fall outside.
+    """
+    intervals = index_ranges(domain, value_ranges(domain))
+    parts = [(pattern.mask.expr, sympy.true), (pattern.score.expr, pattern.mask.expr)]
+    if pattern.sink is not None:
+        parts.append((pattern.sink.expr, sympy.true))
+    for expr, guard in parts:
+        for item in _reads(expr, guard):
+            table = domain.tables[item.read.spec.name]
+            for axis, (index, size) in enumerate(zip(item.read.args, table.shape, strict=True)):
+                low, high = intervals.range(index)
+                if low >= 0 and high < size:
+                    continue
+                if item.guard == sympy.true:
+                    whole = [c for c in clauses(pattern.mask.expr) if expr == pattern.mask.expr and _mentions(c, item.read)]
+                else:
+                    whole = list(clauses(item.guard))
+                ranges = [_in_clause(index, clause, intervals) for clause in whole] if whole else [(low, high)]
+                ranges = [r for r in ranges if r[0] <= r[1]]
+                low, high = min((r[0] for r in ranges), default=0), max((r[1] for r in ranges), default=0)
+                if low < 0 or high >= size:
+                    raise TableError(_message(item.read, axis, index, size, low, high, tuple(table.shape)))
+
+
+def _mentions(clause: Clause, read: TableRead) -> bool:
+    """Whether ``clause`` reads the table outside of solved bounds (a bound reads at all positions)."""
+    return any(relation.has(read) for relation in clause.rest) or any(
+        part is not None and part.has(read) for bound in clause.bounds for part in (bound.q_part, bound.kv_part, bound.low, bound.high)
+    )
+
+
+def _message(read: TableRead, axis: int, index: sympy.Expr, size: int, low: Any, high: Any, shape: tuple[int, ...]) -> str:
+    name = read.spec.name
+    reach = f"{low}..{high}" if all(abs(v) != float("inf") for v in (low, high)) else "values that no declared fact bounds"
+    symbols = index.free_symbols
+    way = "Pass a longer table" if low >= 0 else "The index goes below zero"
+    if symbols <= {BATCH, HEAD} and low >= 0:
+        way = f"Pass a table with {high + 1} entries along dimension {axis}, one for each"
+    return (
+        f"table {name!r} is too short: it has shape {shape}, {size} entries along dimension {axis}, but the pattern reads it there at "
+        f"{expression_text(index)} = {reach}. {way}, or limit the index: sd.clamp(index, 0, {size - 1})"
+    )

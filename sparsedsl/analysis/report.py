@@ -1,0 +1,280 @@
+"""``sd.analyse``: everything that can be said about a pattern at given lengths before it runs, as one printable object."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+from sparsedsl.analysis.bounds import check_reads, index_ranges, value_ranges
+from sparsedsl.analysis.clauses import clauses
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.proofs import Verdict, Witness, causality
+from sparsedsl.analysis.rows import RowCounts, count_rows
+from sparsedsl.analysis.tiles import classify
+from sparsedsl.errors import ShapeError, TableError
+from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.pattern import Pattern, as_pattern
+from sparsedsl.lang.printing import expression_text
+from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
+from sparsedsl.lang.tables import table_reads
+
+__all__ = ["Analysis", "analyse", "bind_for_analysis"]
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What :func:`analyse` found. Counts are over ``batch x heads``; FLOPs count a multiply-add as two.
+
+    ``lists``: tile lists, one per (batch, head) the mask can tell apart. ``density``: allowed pairs / all pairs; an estimate from
+    sampled rows if ``density_exact`` is False. ``flops``: forward pass over all listed tiles; ``flops_backward`` likewise,
+    ``flops_dense``: forward with every tile listed. ``bytes``: forward traffic if every listed tile loads its keys and values once and
+    queries and outputs move once. ``partial_share``: partial / listed tiles. ``imbalance``: most / mean listed tiles of a tile row.
+    ``empty_rows``: rows that may attend to nothing, ``empty_row`` one of them as (b, h, q_idx).
+    """
+
+    pattern: Pattern
+    q_len: int
+    kv_len: int
+    q_offset: int
+    batch: int
+    heads: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    lists: TileLists
+    density: float
+    density_exact: bool
+    flops: int
+    flops_backward: int
+    flops_dense: int
+    bytes: int
+    partial_share: float
+    imbalance: float
+    causal: Verdict
+    empty_rows: int
+    empty_row: tuple[int, int, int] | None
+    warnings: tuple[str, ...]
+    seconds: float = field(repr=False)
+
+    def __str__(self) -> str:
+        batch, heads, rows, columns = self.lists.shape
+        groups = f", {batch} x {heads} lists" if batch * heads > 1 else ""
+        approx = "" if self.density_exact else "about "
+        listed, total = self.lists.listed, batch * heads * rows * columns
+        lines = [
+            *self.pattern.text.splitlines(),
+            f"  queries x keys   {self.q_len:,} x {self.kv_len:,}" + (f", first query at {self.q_offset:,}" if self.q_offset else ""),
+            f"  allowed pairs    {approx}{self.density:.4%} of all",
+            f"  tiles            {listed:,} of {total:,} listed ({listed / total:.3%}), {self.lists.block[0]} x {self.lists.block[1]} tokens{groups}",
+            f"                   {self.lists.full.total:,} full, {self.lists.partial.total:,} partial ({self.partial_share:.1%})",
+            f"  lists            {self.lists.nbytes / 2**20:.3g} MiB, made and counted in {self.seconds * 1e3:.1f} ms",
+            f"  row imbalance    {self.imbalance:.2f} (most / mean tiles in a row)",
+            f"  forward          {_flops(self.flops)}, {self.flops_dense / max(self.flops, 1):.1f} x less than dense; backward {_flops(self.flops_backward)}",
+            f"  traffic          {self.bytes / 2**20:,.1f} MiB forward ({self.dtype}, batch {self.batch}, heads {self.heads}, "
+            f"head_dim {self.head_dim}{'' if self.head_dim == self.head_dim_v else f'/{self.head_dim_v}'})",
+            f"  causal           {self.causal}",
+            f"  empty rows       {'' if self.density_exact else 'about '}{self.empty_rows:,}" + (f", e.g. (b, h, q_idx) = {self.empty_row}" if self.empty_row else ""),
+        ]  # fmt: skip
+        return "\n".join(lines + [f"  ! {warning}" for warning in self.warnings])
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def _flops(value: int) -> str:
+    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if value >= size:
+            return f"{value / size:,.2f} {unit}"
+    return f"{value:,} FLOP"
+
+
+def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Tables by name, those given before those bound at declaration."""
+    given = pattern.bound | tables
+    missing = [name for name in pattern.tables if name not in given]
+    if missing:
+        raise TableError(f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}")
+    surplus = sorted(set(tables) - set(pattern.tables))
+    if surplus:
+        raise TableError(f"unexpected {', '.join(surplus)}: the pattern reads {', '.join(pattern.tables) or 'no table'}")
+    return {name: given[name] for name in pattern.tables}
+
+
+def analyse(
+    pattern: Any,
+    q_len: int,
+    kv_len: int | None = None,
+    block_size: Any = 128,
+    *,
+    q_offset: int = 0,
+    batch: int = 1,
+    heads: int = 1,
+    head_dim: int = 64,
+    head_dim_v: int | None = None,
+    dtype: Any = "bfloat16",
+    **tables: torch.Tensor,
+) -> Analysis:
+    """Everything that can be said about a pattern at these lengths before it runs.
+
+    Args:
+        pattern: a Mask or a Pattern.
+        q_len, kv_len: number of queries and keys in tokens; ``kv_len`` defaults to ``q_offset + q_len``.
+        block_size: tokens per tile, one number or a pair (q, kv).
+        q_offset: position of the first query.
+        batch, heads, head_dim, head_dim_v, dtype: what the costs are counted for; ``heads`` are query heads.
+        tables: a tensor for each table that is not bound to the pattern.
+
+    Returns:
+        :class:`Analysis`; ``print`` it for a report.
+
+    Raises:
+        ShapeError: a length or size below 1. TableError: a table is missing, surplus or too short.
+
+    The (q_len x kv_len) grid never exists: cost and memory follow the listed tiles. Where a density cannot be had in closed form and
+    the partial tiles hold more than 2**27 pairs, rows are sampled and the report says "about".
+
+    >>> import sparsedsl as sd
+    >>> found = sd.analyse((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 1024), 65536)
+    >>> found.lists.listed, round(found.density, 6), found.causal == sd.PROVED
+    (4572, 0.015503, True)
+    """
+    pattern = as_pattern(pattern)
+    pair = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
+    name = str(dtype).removeprefix("torch.")
+    if name not in ITEM_BYTES:
+        raise ShapeError(f"dtype must be one of {', '.join(ITEM_BYTES)}; got {dtype!r}")
+    for what, value in (("head_dim", head_dim), ("head_dim_v", head_dim if head_dim_v is None else head_dim_v)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ShapeError(f"{what} must be a whole number of at least 1; got {value!r}")
+    bound = bind_for_analysis(pattern, tables)
+    domain = Domain(q_len, q_offset + q_len if kv_len is None else kv_len, q_offset, batch, heads, bound)
+    check_reads(pattern, domain)
+    mask = pattern.mask.expr
+    with torch.no_grad():
+        start = time.perf_counter()
+        lists = classify(mask, domain, pair)  # type: ignore[arg-type]
+        seconds = time.perf_counter() - start
+        rows = count_rows(mask, domain, lists)
+        causal = _causality(pattern, domain, pair)  # type: ignore[arg-type]
+    cost = _cost(lists, domain, head_dim, head_dim if head_dim_v is None else head_dim_v, ITEM_BYTES[name])
+    empty_row = None
+    if rows.first_empty is not None:
+        b, h = divmod(rows.first_empty[0], lists.shape[1])
+        empty_row = (b, h, rows.first_empty[1] + q_offset)
+    return Analysis(
+        pattern, domain.rows, domain.kv_len, q_offset, batch, heads, head_dim, head_dim_v or head_dim, name, lists,
+        density=rows.allowed / (rows.rows * domain.kv_len), density_exact=rows.exact, **cost,
+        partial_share=lists.partial.total / max(lists.listed, 1), imbalance=_imbalance(lists), causal=causal,
+        empty_rows=rows.empty, empty_row=empty_row, warnings=tuple(_warnings(pattern, domain, lists, rows, causal)), seconds=seconds,
+    )  # fmt: skip
+
+
+def _cost(lists: TileLists, domain: Domain, head_dim: int, head_dim_v: int, item: int) -> dict[str, int]:
+    """FLOPs and bytes over batch x heads; groups that share a list each do its work."""
+    share = domain.batch * domain.heads // (lists.shape[0] * lists.shape[1])
+    q_sizes, kv_sizes = (_sizes(n, b, domain) for n, b in ((domain.rows, lists.block[0]), (domain.kv_len, lists.block[1])))
+    pairs = loaded = 0
+    for part in (lists.full, lists.partial):
+        row, column = part.owners() % lists.shape[2], part.columns.to(torch.int64)
+        pairs += int((q_sizes[row] * kv_sizes[column]).sum())
+        loaded += int(kv_sizes[column].sum())
+    dense = domain.batch * domain.heads * domain.rows * domain.kv_len
+    width = head_dim + head_dim_v
+    return {
+        "flops": 2 * width * pairs * share,
+        "flops_backward": 2 * (3 * head_dim + 2 * head_dim_v) * pairs * share,
+        "flops_dense": 2 * width * dense,
+        "bytes": item * width * (loaded * share + domain.batch * domain.heads * domain.rows),
+    }
+
+
+def _sizes(length: int, block: int, domain: Domain) -> torch.Tensor:
+    sizes = torch.full((-(-length // block),), block, dtype=torch.int64, device=domain.device)
+    sizes[-1] = length - (sizes.numel() - 1) * block
+    return sizes
+
+
+def _imbalance(lists: TileLists) -> float:
+    tiles = (lists.full.counts + lists.partial.counts).to(torch.float64)
+    mean = float(tiles.mean())
+    return float(tiles.max()) / mean if mean else 1.0
+
+
+def _causality(pattern: Pattern, domain: Domain, block: tuple[int, int]) -> Verdict:
+    """Proved for all lengths if the solver can; else decided exactly at these lengths and tables."""
+    verdict = causality(pattern.mask)
+    if verdict.status == "PROVED":
+        return verdict
+    later = sympy.And(pattern.mask.expr, sympy.Ge(KV_IDX - Q_IDX, 1))
+    lists = classify(later, domain, block)
+    if lists.listed == 0:
+        if verdict.status == "REFUTED":
+            return Verdict("PROVED", reason=f"at these lengths and tables only; elsewhere REFUTED at {verdict.witness}")
+        return Verdict("PROVED", reason="at these lengths and tables, by exhausting the tiles")
+    return Verdict("REFUTED", _point(later, domain, lists))
+
+
+def _point(mask: Any, domain: Domain, lists: TileLists) -> Witness:
+    """Some pair of the first listed tile that satisfies ``mask``."""
+    part = lists.full if lists.full.total else lists.partial
+    line, column = int(part.owners()[0]), int(part.columns[0])
+    group, row = divmod(line, lists.shape[2])
+    b, h = divmod(group, lists.shape[1])
+    q = torch.arange(row * lists.block[0], min((row + 1) * lists.block[0], domain.rows), device=domain.device) + domain.q_offset
+    kv = torch.arange(column * lists.block[1], min((column + 1) * lists.block[1], domain.kv_len), device=domain.device)
+    env = {"b": b, "h": h, "q_idx": q[:, None], "kv_idx": kv} | domain.lengths | dict(domain.tables)
+    i, j = (int(x) for x in evaluate(mask, env).expand(q.numel(), kv.numel()).nonzero()[0])
+    read = {read.spec.name for read in table_reads(mask)}
+    return Witness(b, h, int(q[i]), int(kv[j]), tables={n: t for n, t in domain.tables.items() if n in read})
+
+
+def _warnings(pattern: Pattern, domain: Domain, lists: TileLists, rows: RowCounts, causal: Verdict) -> list[str]:
+    found = []
+    mask = pattern.mask.expr
+    free = mask.free_symbols
+    for symbol, size, word in ((BATCH, domain.batch, "batch"), (HEAD, domain.heads, "heads")):
+        if symbol in free and size == 1:
+            found.append(f"the mask depends on `{symbol}` but {word}=1: this is the report of {symbol}=0 alone; pass {word}=")
+    pairs = rows.rows * domain.kv_len
+    if rows.exact and rows.allowed == 0:
+        found.append("the mask allows no pair at these lengths")
+    elif rows.exact and rows.allowed == pairs:
+        found.append("the mask allows every pair at these lengths: dense attention does the same")
+    elif rows.empty:
+        found.append(f"{'' if rows.exact else 'about '}{rows.empty:,} rows may attend to nothing; they give out 0 and lse -inf")
+    if causal.status == "REFUTED":
+        found.append(f"a query sees a later position: {causal.witness}")
+    intervals = index_ranges(domain, value_ranges(domain))
+    for clause in clauses(mask):
+        for bound in clause.bounds:
+            if bound.couples and bound.same_function and bound.high is not None and bound.q_part == Q_IDX:
+                reach, limit = intervals.range(Q_IDX - KV_IDX)[1], intervals.range(bound.high)[0]
+                if limit >= reach and limit != float("inf"):
+                    found.append(f"q_idx - kv_idx <= {bound.high} always holds: the window is not smaller than the sequence")
+    found += [f"{text} reaches {value:,}, beyond 32 bits" for text, value in _overflows(pattern, intervals)]
+    if pattern.score.expr.has(-sympy.oo):
+        found.append("the score drops pairs with -inf: tiles of such pairs are computed all the same; say it in the mask")
+    return list(dict.fromkeys(found))
+
+
+def _overflows(pattern: Pattern, intervals: Any) -> list[tuple[str, int]]:
+    """Integer subexpressions whose values leave 32 bits somewhere in the domain."""
+    found = []
+    for expr in pattern.exprs:
+        for node in sympy.preorder_traversal(expr):
+            if isinstance(node, sympy.Expr) and node.is_integer and not node.is_Atom:
+                low, high = intervals.range(node)
+                widest = max(abs(low), abs(high))
+                if INT32_MAX < widest < float("inf"):
+                    found.append((expression_text(node), int(widest)))
+    return found

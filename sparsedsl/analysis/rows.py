@@ -1,0 +1,117 @@
+"""Allowed keys per query row: exact density and empty rows, without the grid. Input: a mask, a domain, its tile lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sympy.logic.boolalg import Boolean
+
+from sparsedsl.analysis.clauses import clauses
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.runs import solve_clause
+from sparsedsl.lang.evaluate import evaluate
+
+__all__ = ["RowCounts", "count_rows"]
+
+# Rows solved at once, and the most points evaluated before rows are sampled.
+ROWS = 1 << 16
+POINT_BUDGET = 1 << 27
+SAMPLED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """Of ``rows`` query rows (over all groups), ``allowed`` pairs in total and ``empty`` rows with none.
+
+    ``exact`` is False where rows were sampled: then ``allowed`` and ``empty`` are estimates scaled up from the sample.
+    ``first_empty`` is (group, row) of one empty row.
+    """
+
+    rows: int
+    allowed: int
+    empty: int
+    first_empty: tuple[int, int] | None
+    exact: bool
+
+
+def count_rows(mask: Boolean, domain: Domain, lists: TileLists) -> RowCounts:
+    """Count allowed pairs and empty rows: in closed form where every clause is solved, by points of partial tiles otherwise."""
+    groups = domain.groups(mask)
+    total = groups.count * domain.rows
+    if all(not clause.rest for clause in clauses(mask)):
+        allowed, empty, first = 0, 0, None
+        for start in range(0, total, ROWS):
+            line = torch.arange(start, min(start + ROWS, total), device=domain.device)
+            counts = _closed_form(mask, domain, line)
+            allowed += int(counts.sum())
+            none = (counts == 0).nonzero()[:, 0]
+            if none.numel() and first is None:
+                first = divmod(start + int(none[0]), domain.rows)
+            empty += none.numel()
+        return RowCounts(total, allowed, empty, first, True)
+    return _by_points(mask, domain, lists)
+
+
+def _closed_form(mask: Boolean, domain: Domain, line: torch.Tensor) -> torch.Tensor:
+    """Length of the union of the key intervals of each row; a tile of one row has equal outer and inner intervals."""
+    groups = domain.groups(mask)
+    q = line % domain.rows + domain.q_offset
+    env: dict[str, Any] = groups.env(line // domain.rows) | domain.lengths | dict(domain.tables)
+    starts, stops = [], []
+    for clause in clauses(mask):
+        runs = solve_clause(clause, q, q, domain.lengths["q_len"], domain.kv_len, env)
+        start = runs.inner_low.clamp(min=0)
+        starts.append(start)
+        stops.append(torch.maximum(start, runs.inner_high.clamp(max=domain.kv_len - 1) + 1))
+    if not starts:
+        return torch.zeros_like(line)
+    start, order = torch.stack(starts, dim=-1).sort(dim=-1)
+    stop = torch.stack(stops, dim=-1).gather(-1, order)
+    reached = stop.cummax(dim=-1).values
+    before = torch.cat([torch.zeros_like(reached[:, :1]), reached[:, :-1]], dim=-1)
+    return (stop - torch.maximum(start, before)).clamp(min=0).sum(dim=-1)
+
+
+def _by_points(mask: Boolean, domain: Domain, lists: TileLists) -> RowCounts:
+    """Evaluate the partial tiles of all tile rows, or of evenly spaced ones when they are too many."""
+    block_q, block_kv = lists.block
+    lines = lists.partial.counts.reshape(-1)
+    chosen = torch.arange(lines.numel(), device=domain.device)
+    exact = lists.partial.total * block_q * block_kv <= POINT_BUDGET
+    if not exact:
+        chosen = torch.linspace(0, lines.numel() - 1, min(SAMPLED_ROWS, lines.numel()), device=domain.device).round().to(torch.int64).unique()
+    rows = lists.shape[2]
+    ends = lines.to(torch.int64).cumsum(0)
+    # Keys of the full tiles of every line, the ragged last column counted as it is
+    widths = torch.full((lists.full.total,), block_kv, device=domain.device)
+    widths[lists.full.columns == lists.shape[3] - 1] -= lists.shape[3] * block_kv - domain.kv_len
+    full_keys = torch.zeros(lines.numel(), dtype=torch.int64, device=domain.device).index_add_(0, lists.full.owners(), widths)
+    groups = domain.groups(mask)
+    seen = allowed = empty = 0
+    first = None
+    for line in chosen.tolist():
+        group, row = divmod(line, rows)
+        top = row * block_q
+        q = torch.arange(top, min(top + block_q, domain.rows), device=domain.device)
+        columns = lists.partial.columns[int(ends[line] - lines[line]) : int(ends[line])].to(torch.int64)
+        counts = full_keys[line].expand(q.numel()).clone()
+        step = max(1, (1 << 20) // (q.numel() * block_kv))
+        for begin in range(0, columns.numel(), step):
+            kv = (columns[begin : begin + step, None] * block_kv + torch.arange(block_kv, device=domain.device)).reshape(-1)
+            kv = kv[kv < domain.kv_len]
+            env = groups.env(torch.tensor(group, device=domain.device)) | domain.lengths | dict(domain.tables)
+            holds = evaluate(mask, {**env, "q_idx": q[:, None] + domain.q_offset, "kv_idx": kv})
+            counts += holds.expand(q.numel(), kv.numel()).sum(dim=1)
+        seen += q.numel()
+        allowed += int(counts.sum())
+        none = (counts == 0).nonzero()[:, 0]
+        if none.numel() and first is None:
+            first = (group, top + int(none[0]))
+        empty += none.numel()
+    total = groups.count * domain.rows
+    if exact:
+        return RowCounts(total, allowed, empty, first, True)
+    return RowCounts(total, round(allowed * total / seen), round(empty * total / seen), first, False)

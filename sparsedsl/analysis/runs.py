@@ -1,0 +1,154 @@
+"""Solve a clause for the keys of a query tile, many tiles at a time.
+
+Input: a :class:`~sparsedsl.analysis.clauses.Clause` and first and last query of each tile. Output: per tile two intervals of
+``kv_idx``: *outer* (every key allowed for some query of the tile lies in it) and *inner* (every key in it is allowed for every query
+of the tile). Both cost O(tiles); nothing per key or per pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from sparsedsl.analysis.clauses import Bound, Clause, monotone
+from sparsedsl.lang.evaluate import evaluate, maximum, minimum
+from sparsedsl.lang.symbols import KV_IDX, Q_IDX
+from sparsedsl.lang.tables import TableRead
+
+__all__ = ["Runs", "solve_clause"]
+
+# Stands in for "no bound": far outside any index, with room to add and multiply without wrapping.
+FAR = 1 << 60
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Inclusive key intervals per query tile, int64 tensors of one shape; ``low > high`` is the empty interval."""
+
+    outer_low: torch.Tensor
+    outer_high: torch.Tensor
+    inner_low: torch.Tensor
+    inner_high: torch.Tensor
+
+
+def solve_clause(
+    clause: Clause, q_low: torch.Tensor, q_high: torch.Tensor, q_len: int, kv_len: int, env: Mapping[str, Any]
+) -> Runs:
+    """Outer and inner key intervals of ``clause`` for query tiles ``[q_low, q_high]``.
+
+    ``env`` holds ``b``, ``h`` (broadcasting against the tiles), the lengths and the tables.
+    """
+    zero = torch.zeros_like(q_low) + sum(env[name] * 0 for name in ("b", "h"))
+    q_first, q_last = q_low + zero, q_high + zero
+    inner_ok = torch.ones_like(zero, dtype=torch.bool)
+    outer_ok = inner_ok.clone()
+    ends = [(bound, _limits(bound, env)) for bound in clause.bounds]
+    for bound, (low, high) in ends:
+        outer_ok = outer_ok & (low <= high)
+        if bound.kv_part == 0:
+            first, last = _invert(bound.q_part, Q_IDX, low, high, q_len, env)
+            inner_ok = inner_ok & (first <= q_low) & (last >= q_high)
+            q_first, q_last = maximum(q_first, first), minimum(q_last, last)
+    outer_ok = outer_ok & (q_first <= q_last)
+    outer = [zero, zero + kv_len - 1]
+    inner = [zero, zero + kv_len - 1]
+    for bound, (low, high) in ends:
+        if bound.kv_part == 0:
+            continue
+        # Where the tile has no query left, the clipped range is the tile itself: the result is discarded below.
+        clipped = torch.where(outer_ok, q_first, q_low + zero), torch.where(outer_ok, q_last, q_high + zero)
+        least, most = _extremes(bound.q_part, *clipped, env)
+        first, last = _invert(bound.kv_part, KV_IDX, low - most, high - least, kv_len, env)
+        outer = [maximum(outer[0], first), minimum(outer[1], last)]
+        least, most = _extremes(bound.q_part, q_low + zero, q_high + zero, env)
+        first, last = _invert(bound.kv_part, KV_IDX, low - least, high - most, kv_len, env)
+        inner = [maximum(inner[0], first), minimum(inner[1], last)]
+    if clause.rest:
+        inner_ok = torch.zeros_like(inner_ok)
+    empty = torch.full_like(zero, -1)
+    return Runs(
+        outer[0],
+        torch.where(outer_ok, outer[1], empty),
+        inner[0],
+        torch.where(outer_ok & inner_ok, inner[1], empty),
+    )
+
+
+def _limits(bound: Bound, env: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    low = torch.tensor(-FAR) if bound.low is None else evaluate(bound.low, env)
+    high = torch.tensor(FAR) if bound.high is None else evaluate(bound.high, env)
+    return low, high
+
+
+def _extremes(
+    expr: sympy.Expr, q_first: torch.Tensor, q_last: torch.Tensor, env: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and greatest value of an expression monotone in ``q_idx``."""
+    at_first, at_last = (evaluate(expr, {**env, "q_idx": q}) for q in (q_first, q_last))
+    return (at_first, at_last) if (monotone(expr, Q_IDX) or 0) >= 0 else (at_last, at_first)
+
+
+def _invert(
+    expr: sympy.Expr, symbol: sympy.Symbol, low: torch.Tensor, high: torch.Tensor, length: int, env: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last index ``i`` in ``[0, length)`` with ``low <= expr(i) <= high``, for ``expr`` monotone in ``symbol``.
+
+    The bounds may lie outside the range (first > last when no index fits). Closed form for ``c * i + r`` and ``i // c + r``;
+    otherwise a binary search, O(log length) evaluations for all tiles together.
+    """
+    if (monotone(expr, symbol) or 0) < 0:
+        expr, low, high = -expr, -high, -low
+    moving, fixed = sympy.Add(expr, 0).as_independent(symbol, as_Add=True)[::-1]
+    if fixed != 0:
+        offset = evaluate(fixed, env)
+        low, high = _shift(low, offset), _shift(high, offset)
+    coefficient, core = moving.as_coeff_Mul()
+    if core == symbol and coefficient.is_Integer:
+        c = int(coefficient)
+        return -((-low) // c), high // c
+    if isinstance(core, sympy.floor) and coefficient == 1:
+        numerator, denominator = core.args[0].as_numer_denom()
+        if numerator == symbol and denominator.is_Integer:
+            c = int(denominator)
+            return _shift(low, 0) * c, _shift(high, 0) * c + c - 1
+    if isinstance(moving, TableRead) and moving.args == (symbol,):
+        table = env[moving.spec.name][:length]
+        first, after = (_search(table, target, length) for target in (low, high + 1))
+        return first, after - 1
+    return _bisect(moving, symbol, low, length, env), _bisect(moving, symbol, high + 1, length, env) - 1
+
+
+def _shift(value: torch.Tensor, offset: Any) -> torch.Tensor:
+    """``value - offset`` with "no bound" kept far, but near enough to multiply."""
+    return (value - offset).clamp(-(FAR >> 24), FAR >> 24)
+
+
+def _search(table: torch.Tensor, target: torch.Tensor, length: int) -> torch.Tensor:
+    """Least index in ``[0, length]`` at which a monotone table reaches ``target``, in the table's own type, without a copy of it."""
+    if table.dtype not in (torch.int32, torch.int64):
+        table = table.to(torch.int32)
+    top = torch.iinfo(table.dtype).max
+    wanted = target.clamp(-top, top).to(table.dtype).contiguous()
+    place = torch.searchsorted(table, wanted)
+    # Past the end of a table shorter than the range, reads repeat its last value; beyond the type's range nothing is reached.
+    return torch.where((place == table.numel()) | (target > top), length, place)
+
+
+def _bisect(
+    expr: sympy.Expr, symbol: sympy.Symbol, target: torch.Tensor, length: int, env: Mapping[str, Any]
+) -> torch.Tensor:
+    """Least index in ``[0, length]`` at which the non-decreasing ``expr`` reaches ``target`` (``length`` if it never does)."""
+    shape = torch.broadcast_shapes(target.shape, *(env[n].shape for n in ("b", "h") if isinstance(env[n], torch.Tensor)))
+    low = torch.zeros(shape, dtype=torch.int64, device=target.device)
+    high = torch.full_like(low, length)
+    for _ in range(length.bit_length()):
+        middle = (low + high) // 2
+        reached = evaluate(expr, {**env, symbol.name: middle.clamp(max=length - 1)}) >= target
+        open_ = low < high
+        high = torch.where(open_ & reached, middle, high)
+        low = torch.where(open_ & ~reached, middle + 1, low)
+    return low

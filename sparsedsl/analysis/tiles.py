@@ -1,0 +1,256 @@
+"""Which tiles of (queries x keys) are empty, full or partial. Input: a mask, a domain, a block size. Output: :class:`TileLists`.
+
+Three steps, cheapest first, each in chunks of bounded memory:
+
+1. *Runs*: the clauses of the mask are solved per row of tiles (:mod:`runs`); O(rows). Windows, sinks, prefixes, chunks, documents and
+   their unions are nearly finished here.
+2. *Boxes*: where a clause holds conditions that runs cannot use, interval arithmetic (:mod:`intervals`) descends from large
+   boxes to tiles, so that whole regions fall at once.
+3. *Points*: tiles still undecided are grouped by what they look like (tiles on one diagonal of a mask of ``q_idx - kv_idx`` are one
+   tile), tried on a few telling points, and the last of them evaluated point by point. This step is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sympy.logic.boolalg import Boolean
+
+from sparsedsl.analysis.clauses import clauses
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.intervals import TableRanges
+from sparsedsl.analysis.lists import TileLists, TileRows, expand_runs
+from sparsedsl.analysis.points import PointDecider, box_classes
+from sparsedsl.analysis.runs import solve_clause
+from sparsedsl.errors import ShapeError
+
+__all__ = ["EMPTY", "FULL", "PARTIAL", "UNKNOWN", "Grid", "classify"]
+
+EMPTY, PARTIAL, FULL, UNKNOWN = 0, 1, 2, 3
+# Elements of the largest temporary; bounds the memory of every step.
+CHUNK = 1 << 17
+# The descent begins at boxes of this many tiles on a side and splits by BRANCH.
+ROOT, BRANCH = 64, 4
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tiles of ``block = (q, kv)`` tokens over the lengths of a domain; the last tiles may be ragged."""
+
+    domain: Domain
+    block: tuple[int, int]
+
+    @property
+    def rows(self) -> int:
+        """Number of query tiles."""
+        return -(-self.domain.rows // self.block[0])
+
+    @property
+    def columns(self) -> int:
+        """Number of key tiles."""
+        return -(-self.domain.kv_len // self.block[1])
+
+    def queries(self, row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and last query position of each tile row."""
+        first = row * self.block[0]
+        last = (first + self.block[0] - 1).clamp(max=self.domain.rows - 1)
+        return first + self.domain.q_offset, last + self.domain.q_offset
+
+    def keys(self, column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and last key of each tile column."""
+        first = column * self.block[1]
+        return first, (first + self.block[1] - 1).clamp(max=self.domain.kv_len - 1)
+
+    def coarser(self, factor: int) -> Grid:
+        """The grid of boxes of ``factor x factor`` tiles."""
+        return Grid(self.domain, (self.block[0] * factor, self.block[1] * factor))
+
+
+def classify(mask: Boolean, domain: Domain, block: tuple[int, int] = (128, 128)) -> TileLists:
+    """The tile lists of ``mask`` over ``domain``."""
+    for name, size in zip(("q", "kv"), block, strict=True):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ShapeError(f"block_size must be a positive number of tokens, or a pair (q, kv) of them; got {block!r} ({name})")
+    return _Classifier(mask, Grid(domain, block)).run()
+
+
+class _Classifier:
+    """One classification; holds what its steps share. A *line* is a tile row of one group: group * rows + row."""
+
+    def __init__(self, mask: Boolean, grid: Grid):
+        self.mask, self.grid, self.domain = mask, grid, grid.domain
+        self.device = self.domain.device
+        self.groups = self.domain.groups(mask)
+        self.ranges = TableRanges(self.domain.tables)
+        self.clauses = clauses(mask)
+        self.decider = PointDecider(mask, self.domain, self.groups, self.ranges)
+        # Boxes are worth descending where some condition is known neither to runs nor to the grouping by diagonals.
+        self.descends = any(not self.decider.diagonal(literal) for clause in self.clauses for literal in clause.rest)
+
+    def run(self) -> TileLists:
+        """Classes of all lines, gathered into lists."""
+        counts = torch.zeros((2, self.groups.count * self.grid.rows), dtype=torch.int32, device=self.device)
+        columns = self._columns_by_boxes(counts) if self.descends else self._columns_by_runs(counts)
+        shape = (self.groups.batch, self.groups.heads, self.grid.rows)
+        full, partial = (TileRows(counts[i].view(shape), columns[i]) for i in (0, 1))
+        return TileLists(full, partial, self.grid.block, self.domain.rows, self.domain.kv_len)
+
+    def _columns_by_runs(self, counts: torch.Tensor) -> list[torch.Tensor]:
+        """Steps 1 and 3: columns of the full and the partial tiles, straight from the pieces of each line; fills ``counts``."""
+        found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for line, starts, lengths, kinds in self._pieces(self.grid):
+            base = int(line[0])
+            unknown = (kinds == UNKNOWN) & (lengths > 0)
+            decided = self._decide_pieces(line, starts, lengths * unknown) if bool(unknown.any()) else None
+            for i, wanted in enumerate((FULL, PARTIAL)):
+                chosen = lengths * (kinds == wanted)
+                per_line = chosen.sum(dim=1)
+                owner, columns = expand_runs(starts.reshape(-1), chosen.reshape(-1))
+                if decided is not None:
+                    more = decided[2] == wanted
+                    keys = torch.cat([owner // starts.shape[1], decided[0][more]]) * self.grid.columns
+                    columns = (keys + torch.cat([columns, decided[1][more]])).sort().values % self.grid.columns
+                    per_line = per_line + torch.bincount(decided[0][more], minlength=per_line.numel())
+                counts[i, base : base + line.numel()] = per_line
+                found[i].append(columns.to(torch.int32))
+        return [torch.cat(part) if part else self._no_columns() for part in found]
+
+    def _columns_by_boxes(self, counts: torch.Tensor) -> list[torch.Tensor]:
+        """Steps 1 to 3 with the descent, which meets tiles box by box: put in line order, columns ascending, at the end."""
+        keys: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for line, column, kind in self._tiles_by_boxes():
+            for i, wanted in enumerate((FULL, PARTIAL)):
+                owner = line[kind == wanted]
+                counts[i].index_add_(0, owner, torch.ones_like(owner, dtype=torch.int32))
+                keys[i].append(owner * self.grid.columns + column[kind == wanted])
+        return [
+            (torch.cat(part).sort().values % self.grid.columns).to(torch.int32) if part else self._no_columns() for part in keys
+        ]
+
+    def _no_columns(self) -> torch.Tensor:
+        return torch.zeros(0, dtype=torch.int32, device=self.device)
+
+    def _decide_pieces(
+        self, line: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Step 3 on whole pieces: line number within the chunk, column and class of each of their tiles."""
+        owner, column = expand_runs(starts.reshape(-1), lengths.reshape(-1))
+        owner = owner // starts.shape[1]
+        return owner, column, self._decide(line[owner], column)
+
+    def _decide(self, line: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        group, row = line // self.grid.rows, line % self.grid.rows
+        return self.decider.decide((group, *self.grid.queries(row), *self.grid.keys(column)))
+
+    def _pieces(self, grid: Grid) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Step 1. Chunks of lines with the pieces of each line: line, starts, lengths, kinds ``(lines, pieces)``.
+
+        A chunk lists about CHUNK boxes at most, unless a single line lists more.
+        """
+        if not self.clauses:
+            return
+        total = self.groups.count * grid.rows
+        step = max(1, CHUNK // (8 * len(self.clauses)))
+        for first in range(0, total, step):
+            line = torch.arange(first, min(first + step, total), device=self.device)
+            starts, lengths, kinds = self._line_pieces(grid, line)
+            done = lengths.sum(dim=1).cumsum(0)
+            if int(done[-1]) <= CHUNK:
+                yield line, starts, lengths, kinds
+                continue
+            begin = 0
+            while begin < line.numel():
+                limit = (int(done[begin - 1]) if begin else 0) + CHUNK
+                stop = max(begin + 1, int(torch.searchsorted(done, limit, right=True)))
+                part = slice(begin, stop)
+                yield line[part], starts[part], lengths[part], kinds[part]
+                begin = stop
+
+    def _line_pieces(self, grid: Grid, line: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cut each line at the ends of all clause intervals, and class the pieces."""
+        row = line % grid.rows
+        q_low, q_high = grid.queries(row)
+        env: dict[str, Any] = self.groups.env(line // grid.rows) | self.domain.lengths | dict(self.domain.tables)
+        outer, inner = [], []
+        for clause in self.clauses:
+            runs = solve_clause(clause, q_low, q_high, self.domain.lengths["q_len"], self.domain.kv_len, env)
+            outer.append(self._touched(grid, runs.outer_low, runs.outer_high))
+            inner.append(self._contained(grid, runs.inner_low, runs.inner_high))
+        cuts = torch.stack([end for run in outer + inner for end in run], dim=-1).sort(dim=-1).values
+        starts, lengths = cuts[:, :-1], cuts.diff(dim=-1)
+        touching = torch.zeros_like(starts)
+        certain = torch.zeros_like(starts, dtype=torch.bool)
+        full = certain
+        for clause, (o_start, o_stop), (i_start, i_stop) in zip(self.clauses, outer, inner, strict=True):
+            inside = (starts >= o_start[:, None]) & (starts < o_stop[:, None])
+            touching = touching + inside
+            certain = certain | inside if clause.tight else certain
+            full = full | ((starts >= i_start[:, None]) & (starts < i_stop[:, None]))
+        # Touched by one tight clause and not inside it: some pairs allowed, some not. Several may fill a tile together.
+        kinds = torch.where(certain & (touching == 1), PARTIAL, UNKNOWN)
+        kinds = torch.where(full, FULL, kinds)
+        return starts, lengths * (touching > 0), kinds
+
+    @staticmethod
+    def _touched(grid: Grid, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Half-open range of tile columns that the key interval touches."""
+        low, high = low.clamp(min=0), high.clamp(max=grid.domain.kv_len - 1)
+        start = low // grid.block[1]
+        return start, torch.where(low <= high, high // grid.block[1] + 1, start)
+
+    @staticmethod
+    def _contained(grid: Grid, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Half-open range of tile columns inside the key interval; the ragged last tile ends where the keys end."""
+        last = grid.domain.kv_len - 1
+        low, high = low.clamp(min=0), high.clamp(max=last)
+        start = (low + grid.block[1] - 1) // grid.block[1]
+        stop = torch.where(high == last, grid.columns, (high + 1) // grid.block[1])
+        return start, torch.where(low <= high, torch.maximum(start, stop), start)
+
+    def _tiles_by_boxes(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Steps 1 to 3 with the descent: (line, column, class) of tiles, box by box."""
+        grid = self.grid.coarser(ROOT)
+        for line, starts, lengths, kinds in self._pieces(grid):
+            owner, column = expand_runs(starts.reshape(-1), lengths.reshape(-1))
+            kind = kinds.reshape(-1)[owner]
+            owner = line[owner // starts.shape[1]]
+            # A partial box says nothing about its children.
+            kind = torch.where(kind == PARTIAL, UNKNOWN, kind)
+            yield from self._descend(owner // grid.rows, owner % grid.rows, column, kind, ROOT)
+
+    def _descend(
+        self, group: torch.Tensor, row: torch.Tensor, column: torch.Tensor, kind: torch.Tensor, factor: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Step 2. Split undecided boxes until they are tiles; empty ones fall, full ones need no further question."""
+        grid = self.grid.coarser(factor)
+        step = CHUNK // BRANCH**2
+        for begin in range(0, kind.numel(), step):
+            g, r, c, k = (t[begin : begin + step] for t in (group, row, column, kind))
+            open_ = (k == UNKNOWN).nonzero()[:, 0]
+            if open_.numel():
+                boxes = (g[open_], *grid.queries(r[open_]), *grid.keys(c[open_]))
+                k = k.index_put((open_,), box_classes(self.mask, self.domain, self.groups, self.ranges, boxes))
+            keep = k != EMPTY
+            g, r, c, k = (t[keep] for t in (g, r, c, k))
+            if factor > 1:
+                yield from self._descend(*self._children(g, r, c, k, factor), factor // BRANCH)
+            elif k.numel():
+                line = g * grid.rows + r
+                open_ = (k == UNKNOWN).nonzero()[:, 0]
+                if open_.numel():
+                    k = k.index_put((open_,), self._decide(line[open_], c[open_]))
+                yield line, c, k
+
+    def _children(
+        self, group: torch.Tensor, row: torch.Tensor, column: torch.Tensor, kind: torch.Tensor, factor: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        child = self.grid.coarser(factor // BRANCH)
+        steps = torch.arange(BRANCH, device=self.device)
+        rows = (row[:, None, None] * BRANCH + steps[:, None]).expand(-1, BRANCH, BRANCH).reshape(-1)
+        columns = (column[:, None, None] * BRANCH + steps).expand(-1, BRANCH, BRANCH).reshape(-1)
+        inside = (rows < child.rows) & (columns < child.columns)
+        groups, kinds = (t[:, None].expand(-1, BRANCH**2).reshape(-1)[inside] for t in (group, kind))
+        return groups, rows[inside], columns[inside], kinds

@@ -1,0 +1,41 @@
+"""Every error this project raises on purpose. Each message says what was got, what was wanted and what to do instead."""
+
+from __future__ import annotations
+
+__all__ = [
+    "PatternError",
+    "SettingsError",
+    "ShapeError",
+    "SparseDSLError",
+    "TableError",
+    "TraceError",
+    "UnsupportedError",
+]
+
+
+class SparseDSLError(Exception):
+    """Base class: ``except sparsedsl.SparseDSLError`` catches everything the project raises on purpose."""
+
+
+class PatternError(SparseDSLError, ValueError):
+    """A declaration that has no meaning: ``and`` between masks, a chained comparison, a negative window, ..."""
+
+
+class TableError(PatternError):
+    """A table is missing, surplus, too short, of the wrong type, or breaks a fact it was declared with."""
+
+
+class ShapeError(SparseDSLError, ValueError):
+    """Tensors whose shapes, dtypes or devices do not fit each other or the pattern."""
+
+
+class TraceError(SparseDSLError, TypeError):
+    """A callable that cannot be turned into an expression; names the operation and the line."""
+
+
+class UnsupportedError(SparseDSLError, NotImplementedError):
+    """The pattern has a meaning but the chosen lowering, device or dtype cannot run it; names the way out."""
+
+
+class SettingsError(SparseDSLError, ValueError):
+    """An environment switch with a value that is not one of the valid ones."""

@@ -1,0 +1,572 @@
+"""What users write with: :class:`Index`, :class:`Mask` and :class:`Score`, thin frozen wrappers that own Python's operators.
+
+The wrappers exist because sympy's ``==`` compares structure, and because ``and``, ``or``, ``not`` and chained comparisons would
+silently drop a side: here ``__bool__`` raises and says what to write.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import numbers
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from sparsedsl.errors import PatternError, TableError
+from sparsedsl.lang import functions as fn
+from sparsedsl.lang.printing import expression_text, to_text
+from sparsedsl.lang.symbols import BATCH, HEAD, INDEX_SYMBOLS, KV_IDX, KV_LEN, Q_IDX, Q_LEN, SCORE
+from sparsedsl.lang.tables import TableSpec, read_class, table_specs
+
+__all__ = ["Index", "Mask", "Score", "Table", "as_index", "as_mask", "as_score", "table"]
+
+
+def _merge(*parts: Any) -> dict[str, Any]:
+    """Join the captured tables of operands; one name must mean one tensor."""
+    joined: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.bound.items() if isinstance(part, Expression) else ():
+            if joined.setdefault(name, value) is not value:
+                raise TableError(
+                    f"two different tensors are captured under the table name {name!r}; rename one of them, "
+                    "or declare one table and bind it once"
+                )
+    return joined
+
+
+class Expression:
+    """A sympy expression plus the tensors captured under its table names. Frozen and hashable."""
+
+    __slots__ = ("_bound", "_expr", "_key")
+    _expr: sympy.Basic
+    _bound: dict[str, Any]
+    _key: str | None
+
+    def __init__(self, expr: sympy.Basic, bound: Mapping[str, Any] | None = None):
+        object.__setattr__(self, "_expr", expr)
+        object.__setattr__(self, "_bound", dict(bound or {}))
+        object.__setattr__(self, "_key", None)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} is frozen; build a new expression instead of setting {name!r}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{type(self).__name__} is frozen; {name!r} cannot be deleted")
+
+    @property
+    def expr(self) -> sympy.Basic:
+        """The sympy expression."""
+        return self._expr
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        """Table name -> tensor for tables bound at declaration or captured by tracing (a copy)."""
+        return dict(self._bound)
+
+    @property
+    def tables(self) -> dict[str, TableSpec]:
+        """Table name -> declaration, for every table the expression reads."""
+        return table_specs(self._expr)
+
+    @property
+    def text(self) -> str:
+        """The expression and its table declarations as Python code that :func:`sparsedsl.parse` reads back."""
+        return to_text(self._expr)
+
+    @property
+    def key(self) -> str:
+        """A hash of the text form (32 hex digits), the same in every process and on every machine."""
+        if self._key is None:
+            kind = type(self).__name__
+            object.__setattr__(self, "_key", hashlib.sha256(f"{kind}\n{self.text}".encode()).hexdigest()[:32])
+        return self._key  # type: ignore[return-value]
+
+    def bind(self, **tables: Any) -> Any:
+        """The same expression with tensors bound to tables, so that calls need not pass them."""
+        known = self.tables
+        for name in tables:
+            if name not in known:
+                raise TableError(f"cannot bind table {name!r}: the expression reads {', '.join(known) or 'no table'}")
+        return type(self)(self._expr, {**self._bound, **tables})
+
+    def same_as(self, other: Any) -> bool:
+        """Structural equality of the canonical forms. For equality of meaning ask :func:`sparsedsl.equivalent`."""
+        return type(self) is type(other) and self._expr == other._expr
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, self._expr))
+
+    def __str__(self) -> str:
+        return expression_text(self._expr)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self})"
+
+    def _repr_latex_(self) -> str:
+        return f"$\\displaystyle {sympy.latex(self._expr)}$"
+
+    def __reduce__(self) -> Any:
+        return type(self), (self._expr, self._bound)
+
+    def __bool__(self) -> NoReturn:
+        raise PatternError(
+            f"{self!r} has no truth value while it is being declared. `and`, `or`, `not`, `if`, `in` and chained comparisons "
+            "(`0 <= x < 5`) ask for one and would drop a side. Write `a & b`, `a | b`, `~a`, `(0 <= x) & (x < 5)`, "
+            "and sd.where(condition, a, b) for `if`"
+        )
+
+    def _no(self, what: str, instead: str) -> NoReturn:
+        raise PatternError(f"{what} is not possible on {self!r}: its value is not known while it is being declared. {instead}")
+
+    def __int__(self) -> NoReturn:
+        self._no("int()", "Keep it symbolic; integer arithmetic is + - * // % min max abs clamp where")
+
+    def __index__(self) -> NoReturn:
+        self._no("use as a Python index", "To look a value up by position declare a table: t = sd.table('t'); t[expression]")
+
+    def __float__(self) -> NoReturn:
+        self._no("float()", "Use the expression itself; integers become floats in a score by themselves")
+
+    def __len__(self) -> NoReturn:
+        self._no("len()", "Use sd.q_len or sd.kv_len for lengths")
+
+    def __contains__(self, item: Any) -> NoReturn:
+        self._no("`in`", "Compare instead: (x == 1) | (x == 2)")
+
+    def __iter__(self) -> NoReturn:
+        self._no("iteration", "Write the terms out, or join them with functools.reduce over a Python list of expressions")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__") or name.startswith("_repr") or name.startswith("_ipython"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"{type(self).__name__} has no attribute {name!r}. To use a function written for tensors, trace it: "
+            "sd.trace_mask(mask_mod) or sd.trace_score(score_mod)"
+        )
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def as_index(value: Any, *, where: str = "operand") -> Index:
+    """Coerce an :class:`Index` or a Python integer to an :class:`Index`."""
+    if isinstance(value, Index):
+        return value
+    if isinstance(value, Mask):
+        return Index(fn.Where(value.expr, sympy.Integer(1), sympy.Integer(0)), value._bound)
+    if isinstance(value, bool):
+        return Index(sympy.Integer(int(value)))
+    if isinstance(value, numbers.Integral):
+        return Index(sympy.Integer(int(value)))
+    raise PatternError(f"{where} must be an index expression or a whole number; got {value!r} ({type(value).__name__})")
+
+
+def as_score(value: Any, *, where: str = "operand") -> Score:
+    """Coerce a :class:`Score`, :class:`Index` or Python number to a :class:`Score`."""
+    if isinstance(value, Score):
+        return value
+    if isinstance(value, (Index, Mask, bool, numbers.Integral)):
+        index = as_index(value)
+        return Score(index.expr, index._bound)
+    if isinstance(value, numbers.Real):
+        number = float(value)
+        if number != number:
+            raise PatternError(f"{where} must not be NaN; to drop a pair use the mask, or -inf through sd.where")
+        infinite = {float("inf"): sympy.oo, float("-inf"): -sympy.oo}
+        return Score(infinite[number] if number in infinite else sympy.Float(number))
+    raise PatternError(f"{where} must be a score or index expression or a number; got {value!r} ({type(value).__name__})")
+
+
+def as_mask(value: Any, *, where: str = "operand") -> Mask:
+    """Coerce a :class:`Mask` or a Python bool to a :class:`Mask`."""
+    if isinstance(value, Mask):
+        return value
+    if isinstance(value, bool):
+        return Mask(sympy.true if value else sympy.false)
+    hint = ". A comparison makes a mask: write e.g. `x != 0`" if isinstance(value, (Index, Score)) else ""
+    if isinstance(value, Table):
+        hint = ". A table must be read with indices: t[q_idx, kv_idx]"
+    elif callable(value) and not isinstance(value, Expression):
+        hint = ". To use a FlexAttention mask function write sd.trace_mask(function)"
+    raise PatternError(f"{where} must be a mask; got {value!r} ({type(value).__name__}){hint}")
+
+
+class Mask(Expression):
+    """A boolean expression: which (query, key) pairs may attend. Combines with ``& | ^ ~``, ``==`` and ``!=``.
+
+    >>> import sparsedsl as sd
+    >>> causal = sd.kv_idx <= sd.q_idx
+    >>> local = causal & (sd.q_idx - sd.kv_idx < 512)
+    >>> print(local)
+    (q_idx >= kv_idx) & (q_idx - kv_idx <= 511)
+    """
+
+    __slots__ = ()
+
+    def _join(self, other: Any, kind: Any) -> Mask:
+        other = as_mask(other)
+        return Mask(_unstrict(kind(self._expr, other._expr)), _merge(self, other))
+
+    def __and__(self, other: Any) -> Mask:
+        return self._join(other, sympy.And)
+
+    def __or__(self, other: Any) -> Mask:
+        return self._join(other, sympy.Or)
+
+    def __xor__(self, other: Any) -> Mask:
+        return self._join(other, sympy.Xor)
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
+    def __invert__(self) -> Mask:
+        return Mask(_unstrict(sympy.Not(self._expr)), self._bound)
+
+    def __eq__(self, other: Any) -> Any:
+        return ~self._join(other, sympy.Xor)
+
+    def __ne__(self, other: Any) -> Any:
+        return self._join(other, sympy.Xor)
+
+    __hash__ = Expression.__hash__
+
+    def _number(self, *other: Any) -> Any:
+        if other and isinstance(other[0], _Arithmetic):
+            return NotImplemented  # the index or score takes it as 0 and 1
+        raise PatternError(f"a mask is not a number: {self}. Join masks with & | ^ ~, or make a number with sd.where(mask, 1, 0)")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = __pos__ = __abs__ = _number
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _number
+
+
+class _Arithmetic(Expression):
+    """Operators shared by indices and scores; ``_lift`` turns an operand into the wider of the two kinds."""
+
+    __slots__ = ()
+
+    def _lift(self, other: Any) -> tuple[Any, Any]:
+        if isinstance(other, Table):
+            other._unread()
+        if isinstance(self, Index) and (isinstance(other, (Index, Mask, bool)) or _is_number(other, numbers.Integral)):
+            return self, as_index(other)
+        if not isinstance(other, (Expression, bool, numbers.Real)):
+            raise PatternError(
+                f"an expression cannot be combined with {type(other).__name__}. Read tensors through a table: "
+                "t = sd.table('t'); t[kv_idx], bound as attn(q, k, v, t=tensor)"
+            )
+        return as_score(self), as_score(other)
+
+    def _arith(self, other: Any, op: Any, *, swap: bool = False) -> Any:
+        left, right = self._lift(other)
+        if swap:
+            left, right = right, left
+        return type(left)(op(left._expr, right._expr), _merge(left, right))
+
+    def _compare(self, other: Any, relation: Any) -> Mask:
+        left, right = self._lift(other)
+        return Mask(_relation(relation, left._expr, right._expr), _merge(left, right))
+
+    def __add__(self, other: Any) -> Any:
+        return self._arith(other, lambda x, y: x + y)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._arith(other, lambda x, y: x - y)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._arith(other, lambda x, y: x - y, swap=True)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._arith(other, lambda x, y: x * y)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __truediv__(self, other: Any) -> Score:
+        return _true_divide(as_score(self), as_score(other, where="divisor"))
+
+    def __rtruediv__(self, other: Any) -> Score:
+        return _true_divide(as_score(other), as_score(self))
+
+    def __neg__(self) -> Any:
+        return type(self)(-self._expr, self._bound)
+
+    def __pos__(self) -> Any:
+        return self
+
+    def __abs__(self) -> Any:
+        return type(self)(fn.Abs(self._expr), self._bound)
+
+    def __lt__(self, other: Any) -> Mask:
+        return self._compare(other, sympy.Lt)
+
+    def __le__(self, other: Any) -> Mask:
+        return self._compare(other, sympy.Le)
+
+    def __gt__(self, other: Any) -> Mask:
+        return self._compare(other, sympy.Gt)
+
+    def __ge__(self, other: Any) -> Mask:
+        return self._compare(other, sympy.Ge)
+
+    def __eq__(self, other: Any) -> Any:
+        return self._compare(other, sympy.Eq)
+
+    def __ne__(self, other: Any) -> Any:
+        return self._compare(other, sympy.Ne)
+
+    __hash__ = Expression.__hash__
+
+
+def _relation(relation: Any, left: sympy.Expr, right: sympy.Expr) -> Boolean:
+    """``left (relation) right`` in one form for integers: linear terms left, the constant right, ``<=``, ``>=``, ``==``, ``!=``."""
+    if not (left.is_integer and right.is_integer):
+        return relation(left, right)
+    constant, terms = sympy.expand(left - right).as_coeff_Add()
+    limit = -constant
+    if relation is sympy.Lt:
+        relation, limit = sympy.Le, limit - 1
+    elif relation is sympy.Gt:
+        relation, limit = sympy.Ge, limit + 1
+    content, primitive = terms.as_content_primitive()
+    if not (content.is_Integer and content > 0 and primitive.is_integer):
+        content, primitive = sympy.Integer(1), terms
+    if _leads_negative(primitive):
+        content, primitive = -content, -primitive
+    if content < 0:
+        flipped = {sympy.Le: sympy.Ge, sympy.Ge: sympy.Le}
+        content, limit, relation = -content, -limit, flipped.get(relation, relation)
+    if relation is sympy.Le:
+        limit = sympy.floor(limit / content)
+    elif relation is sympy.Ge:
+        limit = sympy.ceiling(limit / content)
+    elif limit % content:
+        return sympy.false if relation is sympy.Eq else sympy.true
+    else:
+        limit = limit / content
+    return relation(primitive, limit)
+
+
+def _unstrict(condition: Boolean) -> Boolean:
+    """``condition`` with ``<=`` and ``>=`` for the ``<`` and ``>`` between integers that sympy's negation makes."""
+    made = condition.atoms(sympy.StrictLessThan, sympy.StrictGreaterThan)
+    form = {r: _relation(type(r), r.lhs, r.rhs) for r in made if r.lhs.is_integer and r.rhs.is_integer}
+    return condition.xreplace(form) if form else condition
+
+
+def _leads_negative(terms: sympy.Expr) -> bool:
+    """Whether the query index (else the key index) enters with a minus sign: the sign that ``_relation`` normalises away."""
+    for symbol in (Q_IDX, KV_IDX):
+        coefficient = terms.coeff(symbol, 1)
+        if coefficient.is_number and coefficient != 0:
+            return bool(coefficient < 0)
+        reading = [term.as_coeff_Mul() for term in sympy.Add.make_args(terms) if symbol in term.free_symbols]
+        if reading:
+            coefficient, _ = min(reading, key=lambda pair: sympy.default_sort_key(pair[1]))
+            return bool(coefficient < 0)
+    return bool(terms.could_extract_minus_sign())
+
+
+def _true_divide(left: Score, right: Score) -> Score:
+    if right._expr.is_zero:
+        raise PatternError(f"division by zero: {left} / {right}")
+    return Score(left._expr / right._expr, _merge(left, right))
+
+
+class Index(_Arithmetic):
+    """An integer expression over the indices, lengths and integer tables: ``+ - * // % ** abs & | ^ << >>`` and comparisons.
+
+    ``//`` and ``%`` round towards minus infinity, as in Python and torch.
+
+    >>> import sparsedsl as sd
+    >>> (sd.q_idx // 64) * 2 + 1
+    Index(2*(q_idx // 64) + 1)
+    """
+
+    __slots__ = ()
+
+    def _divide(self, other: Any, operation: Any, symbol: str, *, swap: bool = False) -> Index:
+        left, right = self, other
+        if isinstance(other, Score) or (not isinstance(other, Expression) and not _is_number(other, numbers.Integral)):
+            raise PatternError(f"`{symbol}` wants whole numbers on both sides; got {other!r}. For scores use `/`")
+        left, right = (as_index(other), self) if swap else (self, as_index(other))
+        if not (right._expr.is_positive or right._expr.is_negative):
+            raise PatternError(
+                f"the divisor in {left} {symbol} {right} must be known not to be zero; got {right}. Use a constant, a length, "
+                "or a table declared with values_in=(1, ...)"
+            )
+        return Index(operation(left._expr, right._expr), _merge(left, right))
+
+    def __floordiv__(self, other: Any) -> Index:
+        return self._divide(other, fn.floor_div, "//")
+
+    def __rfloordiv__(self, other: Any) -> Index:
+        return self._divide(other, fn.floor_div, "//", swap=True)
+
+    def __mod__(self, other: Any) -> Index:
+        return self._divide(other, fn.mod, "%")
+
+    def __rmod__(self, other: Any) -> Index:
+        return self._divide(other, fn.mod, "%", swap=True)
+
+    def __pow__(self, power: Any) -> Any:
+        if _is_number(power, numbers.Integral) and power >= 0:
+            return Index(self._expr ** int(power), self._bound)
+        return Score(self._expr ** as_score(power)._expr, _merge(self, as_score(power)))
+
+    def __rpow__(self, base: Any) -> Score:
+        return as_score(base, where="base") ** as_score(self)
+
+    def __lshift__(self, bits: Any) -> Index:
+        return self * 2 ** _shift(bits)
+
+    def __rshift__(self, bits: Any) -> Index:
+        return self // 2 ** _shift(bits)
+
+    def __rlshift__(self, value: Any) -> NoReturn:
+        _shift(self)
+
+    __rrshift__ = __rlshift__
+
+    def __and__(self, other: Any) -> Index:
+        if isinstance(other, (Mask, bool)):
+            raise PatternError(f"`&` between an index and a mask: {self} & {other}. Put brackets around comparisons: (a < b) & (c == d)")
+        return self._arith(as_index(other), fn.BitAnd)
+
+    def __or__(self, other: Any) -> Index:
+        if isinstance(other, (Mask, bool)):
+            raise PatternError(f"`|` between an index and a mask: {self} | {other}. Put brackets around comparisons: (a < b) | (c == d)")
+        other = as_index(other)
+        return self + other - (self & other)
+
+    def __xor__(self, other: Any) -> Index:
+        if isinstance(other, (Mask, bool)):
+            raise PatternError(f"`^` between an index and a mask: {self} ^ {other}. Put brackets around comparisons: (a < b) ^ (c == d)")
+        other = as_index(other)
+        return self + other - 2 * (self & other)
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
+    def __invert__(self) -> Index:
+        return -self - 1
+
+
+def _shift(bits: Any) -> int:
+    if not _is_number(bits, numbers.Integral) or not 0 <= bits < 63:
+        raise PatternError(f"a shift wants a constant number of bits from 0 to 62; got {bits!r}")
+    return int(bits)
+
+
+class Score(_Arithmetic):
+    """A float expression: the scaled logit ``score`` modified with indices, tables and float functions.
+
+    >>> import sparsedsl as sd
+    >>> sd.tanh(sd.score / 30) * 30
+    Score(30*tanh(score / 30))
+    """
+
+    __slots__ = ()
+
+    def __pow__(self, power: Any) -> Score:
+        other = as_score(power, where="exponent")
+        return Score(self._expr**other._expr, _merge(self, other))
+
+    def __rpow__(self, base: Any) -> Score:
+        other = as_score(base, where="base")
+        return Score(other._expr**self._expr, _merge(self, other))
+
+    def __floordiv__(self, other: Any) -> NoReturn:
+        raise PatternError(f"`//` wants whole numbers; {self} is a score. Use `/`")
+
+    def __mod__(self, other: Any) -> NoReturn:
+        raise PatternError(f"`%` wants whole numbers; {self} is a score")
+
+    __rfloordiv__, __rmod__ = __floordiv__, __mod__
+
+    def __and__(self, other: Any) -> NoReturn:
+        raise PatternError(f"`& | ^ ~` join masks; {self} is a score. Put brackets around comparisons, or use sd.where")
+
+    def __invert__(self) -> NoReturn:
+        self & self
+
+    __or__ = __xor__ = __rand__ = __ror__ = __rxor__ = __and__
+
+
+class Table:
+    """A declared table; ``t[index]`` or ``t[i, j]`` reads it. Made by :func:`sparsedsl.table`."""
+
+    __slots__ = ("spec",)
+
+    def __init__(self, spec: TableSpec):
+        self.spec = spec
+
+    def __getitem__(self, indices: Any) -> Any:
+        parts = indices if isinstance(indices, tuple) else (indices,)
+        if not parts:
+            raise PatternError(f"table {self.spec.name!r} must be read with at least one index")
+        for part in parts:
+            if isinstance(part, slice) or part is None or part is Ellipsis:
+                raise PatternError(f"table {self.spec.name!r} is read one element at a time; got {part!r} as an index")
+            if isinstance(part, (Mask, bool)):
+                raise PatternError(f"table {self.spec.name!r}: an index must be an integer expression; got the mask {part!r}")
+        wrapped = [as_index(part, where=f"index of table {self.spec.name!r}") for part in parts]
+        read = read_class(self.spec)(*(part.expr for part in wrapped))
+        bound = _merge(*wrapped)
+        if self.spec.dtype == "bool":
+            return Mask(sympy.Ne(read, 0), bound)
+        return (Index if self.spec.dtype == "int" else Score)(read, bound)
+
+    def __bool__(self) -> NoReturn:
+        raise PatternError(f"table {self.spec.name!r} has no truth value; read it: {self.spec.name}[q_idx]")
+
+    def __iter__(self) -> NoReturn:
+        raise PatternError(f"table {self.spec.name!r} cannot be iterated; read it: {self.spec.name}[q_idx]")
+
+    def __eq__(self, other: Any) -> Any:
+        if isinstance(other, Table):
+            return self.spec == other.spec
+        self._unread()
+
+    def _unread(self, *_: Any) -> NoReturn:
+        name = self.spec.name
+        raise PatternError(f"a table must be read with indices before it is used: {name}[q_idx]; got the bare table {name!r}")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = __abs__ = _unread
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __lt__ = __le__ = __gt__ = __ge__ = _unread
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _unread
+
+    def __hash__(self) -> int:
+        return hash(self.spec)
+
+    def __repr__(self) -> str:
+        return self.spec.declaration()
+
+
+def table(
+    name: str,
+    *,
+    dtype: Any = None,
+    monotone: bool = False,
+    bijective: bool = False,
+    learned: bool = False,
+    values_in: tuple[int, int] | None = None,
+) -> Table:
+    """Declare a table: a tensor that a pattern reads, passed at call time as ``attn(q, k, v, name=tensor)``.
+
+    ``dtype`` is int (default), bool or float, or a torch dtype of these kinds (``learned=True`` makes it float). The other words
+    are facts that analysis relies on and calls check: ``monotone`` (never falls along its last index, as document ids),
+    ``bijective`` (a permutation along its last index), ``values_in=(low, high)`` (inclusive). A learned table gets gradients.
+
+    >>> import sparsedsl as sd
+    >>> doc = sd.table("doc", monotone=True)
+    >>> print(doc[sd.q_idx] == doc[sd.kv_idx])
+    doc[q_idx] == doc[kv_idx]
+    """
+    return Table(
+        TableSpec.declare(name, dtype=dtype, monotone=monotone, bijective=bijective, learned=learned, values_in=values_in)
+    )
+
+
+b, h, q_idx, kv_idx, q_len, kv_len = (Index(s) for s in (BATCH, HEAD, Q_IDX, KV_IDX, Q_LEN, KV_LEN))
+score = Score(SCORE)
+assert set(INDEX_SYMBOLS) == {"b", "h", "q_idx", "kv_idx", "q_len", "kv_len"}

@@ -1,0 +1,151 @@
+"""Functions of the IR that sympy lacks, or whose sympy form rewrites more than integer code may bear."""
+
+from __future__ import annotations
+
+import sympy
+from sympy.logic.boolalg import BooleanFalse, BooleanTrue
+
+__all__ = ["REAL_FUNCTIONS", "Abs", "BitAnd", "Erf", "Relu", "Sigmoid", "Softplus", "Where", "floor_div", "largest", "mod", "smallest"]
+
+
+class Where(sympy.Function):
+    """``Where(condition, a, b)``; like Piecewise with two arms, but never reads its condition as a set of reals."""
+
+    @classmethod
+    def eval(cls, condition: sympy.Basic, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
+        """Decided conditions and equal arms fold away."""
+        if isinstance(condition, BooleanTrue) or a == b:
+            return a
+        if isinstance(condition, BooleanFalse):
+            return b
+        return None
+
+    def _eval_is_integer(self) -> bool | None:
+        return True if self.args[1].is_integer and self.args[2].is_integer else None
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if self.args[1].is_nonnegative and self.args[2].is_nonnegative else None
+
+    def _eval_is_positive(self) -> bool | None:
+        return True if self.args[1].is_positive and self.args[2].is_positive else None
+
+    def _eval_is_extended_real(self) -> bool | None:
+        return True if self.args[1].is_extended_real and self.args[2].is_extended_real else None
+
+
+class Abs(sympy.Function):
+    """Absolute value; unlike sympy's, it never rewrites its argument beyond choosing one of ``x`` and ``-x``."""
+
+    @classmethod
+    def eval(cls, x: sympy.Expr) -> sympy.Expr | None:
+        """Known signs fold away; of ``x`` and ``-x`` one stands for both."""
+        if x.is_extended_nonnegative:
+            return x
+        if x.is_extended_nonpositive:
+            return -x
+        return cls(-x) if x.could_extract_minus_sign() and not (-x).could_extract_minus_sign() else None
+
+    is_extended_nonnegative = True
+
+    def _eval_is_integer(self) -> bool | None:
+        return self.args[0].is_integer
+
+
+class BitAnd(sympy.Function):
+    """Bitwise and of two integers in two's complement; with ``2**n - 1`` it is a remainder, and is written as one."""
+
+    is_integer = True
+
+    @classmethod
+    def eval(cls, a: sympy.Expr, c: sympy.Expr) -> sympy.Expr | None:
+        """Constants fold; ``x & (2**n - 1)`` becomes ``Mod(x, 2**n)``; the rest is put in one order."""
+        if a.is_Integer and c.is_Integer:
+            return sympy.Integer(int(a) & int(c))
+        for x, y in ((a, c), (c, a)):
+            if y.is_Integer and int(y) >= 0 and (int(y) + 1) & int(y) == 0:
+                return sympy.Mod(x, int(y) + 1)
+        if a == c:
+            return a
+        if a.sort_key() > c.sort_key():
+            return cls(c, a)
+        return None
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if self.args[0].is_nonnegative or self.args[1].is_nonnegative else None
+
+
+class _Real(sympy.Function):
+    """A real function of a score, kept as it was written."""
+
+    is_number = False  # Max and Min would otherwise ask for the digits of `Sigmoid(2)`
+
+    @classmethod
+    def eval(cls, x: sympy.Expr) -> None:
+        return None
+
+    def _eval_is_extended_real(self) -> bool | None:
+        return self.args[0].is_extended_real
+
+
+class Sigmoid(_Real):
+    """``1 / (1 + exp(-x))``."""
+
+
+class Softplus(_Real):
+    """``log(1 + exp(x))``."""
+
+
+class Relu(_Real):
+    """``max(x, 0)``."""
+
+
+class Erf(_Real):
+    """The error function."""
+
+
+def smallest(*values: sympy.Expr) -> sympy.Expr:
+    """``Min`` in a form that building it again does not change, so that text reads back to the same expression."""
+    return _settled(sympy.Min(*values))
+
+
+def largest(*values: sympy.Expr) -> sympy.Expr:
+    """``Max``, likewise."""
+    return _settled(sympy.Max(*values))
+
+
+def _settled(expr: sympy.Expr) -> sympy.Expr:
+    # sympy drops an argument of a nested Min or Max only if it was there first: Min(x, Max(2, Min(x, y))) is Min(x, Max(2, y))
+    while isinstance(expr, (sympy.Min, sympy.Max)):
+        again = _rebuilt(expr)
+        if again == expr:
+            break
+        expr = again
+    return expr
+
+
+def _rebuilt(expr: sympy.Expr) -> sympy.Expr:
+    if not isinstance(expr, (sympy.Min, sympy.Max)):
+        return expr
+    return expr.func(*(_rebuilt(value) for value in expr.args))
+
+
+# Public name -> function of one real number.
+REAL_FUNCTIONS = {
+    "cos": sympy.cos, "erf": Erf, "exp": sympy.exp, "log": sympy.log, "relu": Relu, "sigmoid": Sigmoid, "sin": sympy.sin,
+    "softplus": Softplus, "sqrt": sympy.sqrt, "tanh": sympy.tanh,
+}  # fmt: skip
+
+
+def floor_div(a: sympy.Expr, c: sympy.Expr) -> sympy.Expr:
+    """Integer ``a // c``, rounding towards minus infinity as Python does; nested constant divisions are joined."""
+    if c.is_Integer and int(c) > 0 and isinstance(a, sympy.floor):
+        # floor(floor(n / d) / c) == floor(n / (d * c)) for integers n and d, c > 0
+        numerator, denominator = a.args[0].as_numer_denom()
+        if denominator.is_Integer and numerator.is_integer:
+            return sympy.floor(numerator / (denominator * c))
+    return sympy.floor(a / c)
+
+
+def mod(a: sympy.Expr, c: sympy.Expr) -> sympy.Expr:
+    """Integer ``a % c`` with the sign of ``c``, as Python does."""
+    return sympy.Mod(a, c)

@@ -1,0 +1,70 @@
+"""The public functions on expressions: ``where``, ``minimum``, ``tanh``, ... They take expressions and Python numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+from sparsedsl.errors import PatternError
+from sparsedsl.lang import functions as fn
+from sparsedsl.lang.expressions import Score, _merge, as_index, as_mask, as_score
+
+__all__ = [
+    "clamp", "cos", "erf", "exp", "log", "maximum", "minimum", "relu", "sigmoid", "sin", "softplus", "sqrt", "tanh", "where",
+]  # fmt: skip
+
+
+def _widest(*values: Any, of: str) -> tuple[Any, ...]:
+    """All values as indices if they are whole numbers, else all as scores; ``of``: the function they are arguments of."""
+    if any(isinstance(v, Score) or isinstance(v, float) for v in values):
+        return tuple(as_score(v, where=f"argument of {of}()") for v in values)
+    return tuple(as_index(v, where=f"argument of {of}()") for v in values)
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    """``a`` where the mask ``condition`` holds, else ``b``: an index if both are, else a score.
+
+    >>> import sparsedsl as sd
+    >>> print(sd.where(sd.kv_idx < 4, sd.score, float("-inf")))
+    where(kv_idx <= 3, score, -inf)
+    """
+    condition = as_mask(condition, where="condition of where()")
+    a, b = _widest(a, b, of="where")
+    return type(a)(fn.Where(condition.expr, a.expr, b.expr), _merge(condition, a, b))
+
+
+def minimum(a: Any, *others: Any) -> Any:
+    """The smallest of some expressions or numbers."""
+    values = _widest(a, *others, of="minimum")
+    return type(values[0])(fn.smallest(*(v.expr for v in values)), _merge(*values))
+
+
+def maximum(a: Any, *others: Any) -> Any:
+    """The largest of some expressions or numbers."""
+    values = _widest(a, *others, of="maximum")
+    return type(values[0])(fn.largest(*(v.expr for v in values)), _merge(*values))
+
+
+def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
+    """``x`` limited to ``low <= x <= high`` (inclusive); either bound may be left out. As in torch, ``high`` wins if they cross."""
+    if low is None and high is None:
+        raise PatternError("clamp(x, low, high) wants at least one bound")
+    x = x if low is None else maximum(x, low)
+    return x if high is None else minimum(x, high)
+
+
+def _real(name: str) -> Any:
+    function = fn.REAL_FUNCTIONS[name]
+
+    def apply(x: Any) -> Score:
+        x = as_score(x, where=f"argument of {name}()")
+        return Score(function(x.expr), x.bound)
+
+    apply.__name__ = apply.__qualname__ = name
+    apply.__doc__ = f"``{name}`` of a score, an index or a number; a score."
+    return apply
+
+
+tanh, exp, log, sqrt, sin, cos = (_real(name) for name in ("tanh", "exp", "log", "sqrt", "sin", "cos"))
+sigmoid, softplus, relu, erf = (_real(name) for name in ("sigmoid", "softplus", "relu", "erf"))

@@ -1,0 +1,143 @@
+"""An attention pattern: which pairs attend, what their logits become, and what else the softmax holds."""
+
+from __future__ import annotations
+
+import hashlib
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+from sparsedsl.errors import PatternError, TableError
+from sparsedsl.lang.expressions import Mask, Score, _merge, as_mask, as_score
+from sparsedsl.lang.symbols import HEAD, BATCH, SCORE
+from sparsedsl.lang.tables import TableSpec, table_specs
+from sparsedsl.lang.printing import to_text
+
+__all__ = ["Pattern", "as_pattern", "attend"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pattern:
+    """One softmax attention over one source; made by :func:`attend`.
+
+    ``mask``: pairs that attend. ``score``: the modified logit, an expression in ``score`` (the scaled dot product); its plain
+    form is ``score`` itself. ``sink``: a logit over ``b, h`` that enters the softmax denominator with value zero, or None.
+    ``scale``: factor on the dot product; None means ``head_dim ** -0.5``.
+    """
+
+    mask: Mask
+    score: Score
+    sink: Score | None = None
+    scale: float | None = None
+
+    @property
+    def tables(self) -> dict[str, TableSpec]:
+        """Table name -> declaration, for everything the pattern reads."""
+        return table_specs(*self.exprs)
+
+    @property
+    def exprs(self) -> tuple[Any, ...]:
+        """The sympy expressions: mask, score and, if there is one, sink."""
+        return (self.mask.expr, self.score.expr) + (() if self.sink is None else (self.sink.expr,))
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        """Tables bound at declaration or captured by tracing."""
+        return _merge(self.mask, self.score, self.sink)
+
+    @property
+    def has_score(self) -> bool:
+        """Whether the logit is modified at all."""
+        return self.score.expr != SCORE
+
+    @property
+    def text(self) -> str:
+        """The pattern as Python code with ``attend(...)``; also what its hash is taken of."""
+        *declarations, mask = to_text(*self.exprs).split("\n")[: len(self.tables) + 1]
+        words = [mask]
+        if self.has_score:
+            words.append(f"score={self.score}")
+        if self.sink is not None:
+            words.append(f"sink={self.sink}")
+        if self.scale is not None:
+            words.append(f"scale={self.scale!r}")
+        return "\n".join([*declarations, f"attend({', '.join(words)})"])
+
+    @property
+    def key(self) -> str:
+        """A hash of the text form (32 hex digits), the same in every process."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+
+    def bind(self, **tables: Any) -> Pattern:
+        """The same pattern with tensors bound to some of its tables."""
+        unknown = sorted(set(tables) - set(self.tables))
+        if unknown:
+            raise TableError(f"cannot bind {', '.join(unknown)}: the pattern reads {', '.join(self.tables) or 'no table'}")
+
+        def part(expression: Any) -> Any:
+            names = expression.tables
+            return expression.bind(**{n: t for n, t in tables.items() if n in names})
+
+        return Pattern(part(self.mask), part(self.score), None if self.sink is None else part(self.sink), self.scale)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pattern) and self.exprs == other.exprs and self.scale == other.scale
+
+    def __hash__(self) -> int:
+        return hash((self.exprs, self.scale))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"<Pattern {self.text.splitlines()[-1]}>"
+
+
+def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None) -> Pattern:
+    """Softmax attention over the pairs that ``mask`` allows.
+
+    Args:
+        mask: a :class:`Mask`, or ``True`` for full attention.
+        score: the logit after modification, an expression in ``sd.score`` over indices, lengths and tables.
+        sink: an extra logit over ``b`` and ``h`` (number, expression, or learned table read) that takes part in the softmax with a
+            value of zero, as in GPT-OSS; ``0.0`` gives softmax-plus-one.
+        scale: factor on ``q @ k``; default ``head_dim ** -0.5``.
+
+    Raises:
+        PatternError: when the mask depends on ``score``, the sink on a position, or the scale is not a positive number.
+
+    >>> import sparsedsl as sd
+    >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.tanh(sd.score / 30) * 30)
+    <Pattern attend(q_idx >= kv_idx, score=30*tanh(score / 30))>
+    """
+    mask = as_mask(mask, where="the mask of attend()")
+    if SCORE in mask.expr.free_symbols:
+        raise PatternError(f"the mask {mask} depends on `score`; drop pairs by score inside the score: sd.where(condition, score, -inf)")
+    logit = Score(SCORE) if score is None else as_score(score, where="the score of attend()")
+    if sink is not None:
+        sink = as_score(sink, where="the sink of attend()")
+        foreign = sink.expr.free_symbols - {BATCH, HEAD}
+        if foreign:
+            raise PatternError(f"a sink is one logit per batch entry and head; {sink} also depends on {sorted(map(str, foreign))}")
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
+            raise PatternError(f"scale must be a positive number or None for head_dim ** -0.5; got {scale!r}")
+        scale = float(scale)
+    pattern = Pattern(mask, logit, sink, scale)
+    for name, spec in pattern.tables.items():
+        if spec.learned and name in mask.tables:
+            raise PatternError(f"table {name!r} is learned but read in the mask, through which no gradient flows; use it in the score")
+    _ = pattern.bound  # refuses two tensors under one name
+    return pattern
+
+
+def as_pattern(value: Any, *, where: str = "pattern") -> Pattern:
+    """Coerce a pattern, a mask or ``True`` to a :class:`Pattern`."""
+    if isinstance(value, Pattern):
+        return value
+    if isinstance(value, (Mask, bool)):
+        return attend(value)
+    if isinstance(value, Score):
+        return attend(True, score=value)
+    hint = "; trace FlexAttention functions first: sd.trace_mask(function)" if callable(value) else ""
+    raise PatternError(f"{where} must be a Mask or a Pattern; got {value!r} ({type(value).__name__}){hint}")

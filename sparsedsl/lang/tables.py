@@ -1,0 +1,150 @@
+"""Tables: runtime tensors read inside a pattern, with the declared facts that analysis may rely on.
+
+In the IR every table is its own :class:`sympy.Function`; a read ``doc[q_idx]`` is the application ``doc(q_idx)``. A boolean table
+stands in a mask as ``Ne(picked(q, kv), 0)``.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import keyword
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+
+from sparsedsl.errors import PatternError, TableError
+from sparsedsl.lang.symbols import RESERVED_NAMES
+
+__all__ = ["TableRead", "TableSpec", "table_reads", "table_specs"]
+
+_DTYPES = {
+    **dict.fromkeys((int, "int", "int8", "int16", "int32", "int64", "long", "uint8"), "int"),
+    **dict.fromkeys((bool, "bool"), "bool"),
+    **dict.fromkeys((float, "float", "float16", "bfloat16", "float32", "float64", "half", "double"), "float"),
+}
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """What is declared about a table; part of every expression that reads it.
+
+    ``dtype`` is the kind, ``"int"``, ``"bool"`` or ``"float"``: the tensor's width is its own business.
+    ``monotone``: non-decreasing along its last index. ``bijective``: a permutation along its last index.
+    ``values_in``: inclusive bounds of an integer table. ``learned``: a float table that receives gradients.
+    """
+
+    name: str
+    dtype: str = "int"
+    monotone: bool = False
+    bijective: bool = False
+    learned: bool = False
+    values_in: tuple[int, int] | None = None
+
+    @classmethod
+    def declare(
+        cls,
+        name: str,
+        *,
+        dtype: Any = None,
+        monotone: bool = False,
+        bijective: bool = False,
+        learned: bool = False,
+        values_in: tuple[int, int] | None = None,
+    ) -> TableSpec:
+        """Check the user's words and build the spec."""
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            raise TableError(f"table name must be a Python identifier, since it is passed as attn(..., name=tensor); got {name!r}")
+        if name in RESERVED_NAMES or name.startswith("_"):
+            raise TableError(f"table name {name!r} is reserved; choose another, e.g. {name.strip('_')}_table")
+        wanted = ("float" if learned else "int") if dtype is None else dtype
+        key = wanted if wanted in (int, bool, float) else str(wanted).removeprefix("torch.")
+        if key not in _DTYPES:
+            raise TableError(f"table {name!r}: dtype must be int, bool, float or a torch dtype of these kinds; got {dtype!r}")
+        kind = _DTYPES[key]
+        if learned and kind != "float":
+            raise TableError(f"table {name!r}: only float tables can be learned; got dtype {kind}. Write dtype=float")
+        if (monotone or bijective or values_in is not None) and kind != "int":
+            raise TableError(f"table {name!r}: monotone, bijective and values_in are facts about int tables; got dtype {kind}")
+        if values_in is not None:
+            try:
+                low, high = (operator.index(bound) for bound in values_in)
+            except (TypeError, ValueError):
+                raise TableError(f"table {name!r}: values_in wants (low, high), two integers; got {values_in!r}") from None
+            if low > high:
+                raise TableError(f"table {name!r}: values_in wants low <= high; got {values_in!r}")
+            values_in = (low, high)
+        return cls(name, kind, bool(monotone), bool(bijective), bool(learned), values_in)
+
+    def declaration(self) -> str:
+        """The Python call that declares this table, as it stands in text forms."""
+        words = [repr(self.name)]
+        if self.dtype != ("float" if self.learned else "int"):
+            words.append(f"dtype={self.dtype}")
+        words += [f"{fact}=True" for fact in ("monotone", "bijective", "learned") if getattr(self, fact)]
+        if self.values_in is not None:
+            words.append(f"values_in={self.values_in}")
+        return f"table({', '.join(words)})"
+
+
+class _TableFunction(type(sympy.Function)):  # type: ignore[misc]
+    """Metaclass of table functions: pickles a class made at run time as the declaration it was made from."""
+
+
+class TableRead(sympy.Function, metaclass=_TableFunction):
+    """Base of all table reads; ``spec`` says which table, the arguments are its indices."""
+
+    spec: ClassVar[TableSpec]
+    is_number = False  # `doc[0]` has no symbols, but no value either until the table is bound
+
+    @classmethod
+    def eval(cls, *indices: sympy.Expr) -> None:
+        """A read never simplifies by itself."""
+        return None
+
+
+@functools.lru_cache(maxsize=None)
+def read_class(spec: TableSpec) -> type[TableRead]:
+    """The one function class for ``spec``: sympy compares function classes by identity."""
+    facts: dict[str, Any] = {"spec": spec}
+    if spec.dtype == "float":
+        facts["is_extended_real"] = True
+    else:
+        facts["is_integer"] = True
+        low = 0 if spec.dtype == "bool" else (spec.values_in or (None,))[0]
+        if low is not None and low >= 0:
+            facts["is_positive" if low > 0 else "is_nonnegative"] = True
+    return _TableFunction(spec.name, (TableRead,), facts)
+
+
+def _reduce_class(cls: type) -> Any:
+    spec = cls.__dict__.get("spec")
+    return cls.__qualname__ if spec is None else (read_class, (spec,))
+
+
+copyreg.pickle(_TableFunction, _reduce_class)  # type: ignore[arg-type]
+
+
+def table_reads(expr: sympy.Basic) -> set[TableRead]:
+    """Every table read in ``expr``, nested ones included."""
+    return {node for node in sympy.preorder_traversal(expr) if isinstance(node, TableRead)}
+
+
+def table_specs(*exprs: sympy.Basic) -> dict[str, TableSpec]:
+    """Name -> spec of every table read in ``exprs``, by name; refuses two tables of one name and a varying number of indices."""
+    found: dict[str, tuple[TableSpec, int]] = {}
+    for expr in exprs:
+        for read in table_reads(expr):
+            spec, known = read.spec, found.get(read.spec.name)
+            if known is None:
+                found[spec.name] = (spec, len(read.args))
+            elif known[0] != spec:
+                raise PatternError(
+                    f"two different tables are called {spec.name!r}: {known[0].declaration()} and {spec.declaration()}; "
+                    "declare it once and reuse it, or rename one"
+                )
+            elif known[1] != len(read.args):
+                raise PatternError(f"table {spec.name!r} is read with {known[1]} and with {len(read.args)} indices; use one form")
+    return {name: found[name][0] for name in sorted(found)}

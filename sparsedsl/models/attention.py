@@ -1,0 +1,168 @@
+"""One layer's attention: transformers' call in, a compiled pattern's call out.
+
+Input: a bound attention module with its query, key and value, and the :class:`~sparsedsl.models.masks.MaskRequest` of the forward.
+Output: what transformers expects of an attention function, ``(out (B, Sq, Hq, Dv), None)``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.proofs import PROVED, implies
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.expressions import kv_idx, q_idx
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.models.derived import Form, derive
+from sparsedsl.models.masks import MaskRequest, request_of
+from sparsedsl.run.compile import compile as compile_pattern
+
+__all__ = ["BINDING", "Binding", "Compiled", "make_attention_function"]
+
+BINDING = "_sparsedsl_binding"  # the attribute of a bound attention module
+
+
+class Compiled:
+    """Compiled patterns, shared by all layers of a model: the same pattern is compiled once."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.made: dict[Any, Any] = {}
+
+    def __call__(self, pattern: Pattern) -> Any:
+        key = (pattern.key, tuple(sorted((name, id(tensor)) for name, tensor in pattern.bound.items())))
+        if key not in self.made:
+            self.made[key] = compile_pattern(pattern, backend=self.backend)
+        return self.made[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"backend": self.backend, "made": {}}  # a model saved whole compiles again
+
+    def __deepcopy__(self, memo: Any) -> Compiled:
+        return self
+
+
+@dataclass(eq=False)
+class Binding:
+    """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for."""
+
+    index: int
+    pattern: Pattern
+    native: bool
+    keeps_score: bool
+    compiled: Compiled
+    _by_form: dict[Form, tuple[Any, frozenset[str]]] = field(default_factory=dict)
+    _fits: dict[int, bool] = field(default_factory=dict)
+
+    def attention(self, form: Form) -> tuple[Any, frozenset[str]]:
+        """The compiled pattern for calls of this form, and the names of the tables it is to be given."""
+        if form not in self._by_form:
+            pattern = derive(self.pattern, form)
+            self._by_form[form] = self.compiled(pattern), frozenset(pattern.tables) - frozenset(pattern.bound)
+        return self._by_form[form]
+
+    def fits_window(self, window: int) -> bool:
+        """Whether the pattern provably asks for none but the last ``window`` keys, the query's own included."""
+        if window not in self._fits:
+            self._fits[window] = self.native or implies(self.pattern.mask, q_idx - kv_idx < window) == PROVED
+        return self._fits[window]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_by_form": {}}
+
+
+def make_attention_function(native: str) -> Callable[..., Any]:
+    """An attention function for transformers' ``AttentionInterface``: bound modules run their pattern, others ``native``."""
+
+    def sparsedsl_attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **arguments: Any
+    ) -> tuple[torch.Tensor, Any]:
+        binding: Binding | None = getattr(module, BINDING, None)
+        request = request_of(attention_mask)
+        if binding is None:
+            mask = attention_mask if request is None else request.native_mask(native)
+            return _native_function(module, native)(module, query, key, value, mask, **arguments)
+        _refuse_what_would_be_lost(binding, attention_mask, request, arguments)
+        assert request is not None
+        return _run(binding, query, key, value, request, arguments), None
+
+    return sparsedsl_attention
+
+
+def _native_function(module: Any, native: str) -> Callable[..., Any]:
+    """The function that the module's own file would have called under the name ``native``."""
+    for kind in type(module).__mro__:
+        source = sys.modules.get(kind.__module__)
+        if hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
+            default = getattr(source, "eager_attention_forward", None)
+            return source.ALL_ATTENTION_FUNCTIONS.get_interface(native, default)
+    raise UnsupportedError(f"no attention function {native!r} for {type(module).__name__}: its file has no ALL_ATTENTION_FUNCTIONS")
+
+
+def _refuse_what_would_be_lost(
+    binding: Binding, mask: Any, request: MaskRequest | None, arguments: dict[str, Any]
+) -> None:
+    """Nothing that the model or its caller asks for is dropped in silence."""
+    where = f"layer {binding.index}"
+    if request is None:
+        got = "no mask at all" if mask is None else f"a finished mask {tuple(getattr(mask, 'shape', ()))}"
+        raise UnsupportedError(
+            f"{where} got {got}, where the pattern needs to know padding and cache offsets. Pass a 2-D attention_mask (1 = real token) "
+            "instead of a 4-D one, and write what the 4-D mask says as a table in the pattern"
+        )
+    if request.overlays:
+        raise UnsupportedError(
+            f"{where}: the model combines its mask with {', '.join(request.overlays)}, which the pattern would drop. Leave this layer "
+            "native for such inputs (patterns={...} without it, or handle.restore())"
+        )
+    if arguments.get("dropout"):
+        raise UnsupportedError(
+            f"{where}: attention dropout is {arguments['dropout']} in training, and patterns have none; set "
+            "config.attention_dropout = 0 before the model is made, or call model.eval()"
+        )
+    if arguments.get("output_attentions"):
+        raise UnsupportedError(
+            f"{where}: output_attentions=True asks for the S x S weights, which a compiled pattern never has; "
+            "call without it, or handle.restore() and use attn_implementation='eager'"
+        )
+    if arguments.get("position_bias") is not None:
+        raise UnsupportedError(f"{where}: the layer adds a position bias, which the pattern would drop; leave this layer native")
+    if arguments.get("cache") is not None:
+        raise UnsupportedError(f"{where}: paged caches (continuous batching) are not supported; use model.generate()")
+    if binding.keeps_score and arguments.get("softcap") is not None and not binding.pattern.has_score:
+        raise UnsupportedError(f"{where}: the layer caps its logits at {arguments['softcap']}, which its native pattern does not know")
+
+
+def _run(
+    binding: Binding,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    request: MaskRequest,
+    arguments: dict[str, Any],
+) -> torch.Tensor:
+    start, stop = request.key_range(key.shape[2])
+    key, value = key[:, :, : stop - start], value[:, :, : stop - start]
+    if start > 0 and not binding.fits_window(request.q_offset - start + 1):
+        raise UnsupportedError(
+            f"layer {binding.index}: its cache has dropped the keys before position {start} (a sliding-window cache), and the pattern "
+            "may ask for them. Use a cache that keeps them: past_key_values=handle.cache(), or DynamicCache() without a config"
+        )
+    form = Form(padded=request.padding is not None, packed=request.packing is not None, cropped=start > 0)
+    attention, wanted = binding.attention(form)
+    known = request.tables(start, stop, query.shape[0], query.device)
+    tables = {name: known[name] for name in wanted if name in known}
+    if "sinks" in wanted:
+        if arguments.get("s_aux") is None:
+            raise UnsupportedError(
+                f"layer {binding.index} has no sink logits, but its pattern reads the table 'sinks'; bind it: pattern.bind(sinks=tensor)"
+            )
+        tables["sinks"] = arguments["s_aux"]
+    scale = arguments.get("scaling") if binding.pattern.scale is None else None
+    out = attention(query, key, value, q_offset=request.q_offset - start, scale=scale, **tables)
+    return out.transpose(1, 2).contiguous()
+

@@ -1,0 +1,186 @@
+"""What transformers knows when it makes a mask, kept as it is: offsets, padding, packed sequences.
+
+transformers calls a registered mask function once per forward and layer type, and hands the result unread to the layers' attention
+function. Ours makes no mask: it returns a :class:`MaskRequest` inside a tensor of the mask's shape without storage, because
+transformers passes 4-D tensors on as they are. Each layer then asks the request for what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from sparsedsl.errors import ShapeError, UnsupportedError
+
+__all__ = ["MaskRequest", "Packing", "make_mask_function", "request_of"]
+
+_MASKS = "transformers.masking_utils"
+# transformers' own mask functions that the layer's pattern stands for.
+_REPLACED = {
+    "causal_mask_function",
+    "bidirectional_mask_function",
+    "sliding_window_overlay.<locals>.inner_mask",
+    "sliding_window_bidirectional_overlay.<locals>.inner_mask",
+    "chunked_overlay.<locals>.inner_mask",
+}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Several sequences in one row. ``sequence``, ``position``: (B, S), the sequence a token is in, and its place there."""
+
+    sequence: torch.Tensor
+    position: torch.Tensor
+
+
+@dataclass(eq=False)
+class MaskRequest:
+    """One call of the mask function.
+
+    ``q_offset``: cache slot of the first query. ``kv_offset``: cache slot of the first key that the layer hands out (a cropped
+    sliding-window cache starts later than 0). ``padding``: (B, slots) bool, False = padding, or None when nothing is padded.
+    ``packing``: see :class:`Packing`. ``overlays``: mask functions a pattern knows nothing of (image blocks, a caller's own).
+    """
+
+    q_length: int
+    kv_length: int
+    q_offset: int
+    kv_offset: int
+    padding: torch.Tensor | None
+    packing: Packing | None
+    overlays: tuple[str, ...]
+    arguments: dict[str, Any]
+    _native: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    _tables: dict[Any, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def native_mask(self, implementation: str) -> torch.Tensor | None:
+        """The mask that ``implementation`` would have got, made once."""
+        if implementation not in self._native:
+            self._native[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
+        return self._native[implementation]
+
+    def key_range(self, keys: int) -> tuple[int, int]:
+        """The cache slots ``[start, stop)`` of a layer's ``keys`` keys; a static cache's slots from ``stop`` on are not written yet."""
+        written = self.q_offset + self.q_length
+        if keys == self.kv_length:
+            stop = self.kv_offset + keys
+            spoken_for = self.padding is not None and self.padding.shape[1] >= stop
+            return self.kv_offset, stop if spoken_for else min(stop, written)
+        if keys <= written:  # this layer's cache keeps another length than the one the mask was sized by
+            return written - keys, written
+        raise ShapeError(
+            f"the layer has {keys} keys, but transformers announced {self.kv_length} (slots {self.kv_offset} on) and {written} tokens "
+            "were seen; use a cache made by transformers, such as DynamicCache()"
+        )
+
+    def tables(self, start: int, stop: int, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """Everything that is data in this call, over the cache slots ``[start, stop)``; the same tensors for every layer that asks.
+
+        ``hf_valid`` (B, stop - start) bool: real tokens, if any slot is padding. ``hf_sequence``, ``hf_position`` (B, S): see
+        :class:`Packing`. ``hf_start`` (1,): the first slot. ``left_padding`` (B,): padding tokens before each sequence.
+        """
+        key = (start, stop, batch, device)
+        if key not in self._tables:
+            made = {"hf_start": torch.tensor([start], dtype=torch.int32, device=device)}
+            made["left_padding"] = torch.zeros(batch, dtype=torch.int32, device=device)
+            if self.padding is not None:
+                missing = stop - self.padding.shape[1]
+                padding = torch.nn.functional.pad(self.padding, (0, missing)) if missing > 0 else self.padding
+                padding = padding.expand(batch, -1).to(device)
+                made["hf_valid"] = padding[:, start:stop].contiguous()
+                made["left_padding"] = (padding.cumsum(-1) == 0).sum(-1, dtype=torch.int32)
+            if self.packing is not None:
+                made["hf_sequence"] = self.packing.sequence.expand(batch, -1).to(device).contiguous()
+                made["hf_position"] = self.packing.position.expand(batch, -1).to(device).contiguous()
+            self._tables[key] = made
+        return self._tables[key]
+
+    def tensor(self, batch: int, device: Any) -> torch.Tensor:
+        """A tensor of the mask's shape that holds nothing but this request."""
+        shaped = torch.ones((), dtype=torch.bool, device=device).expand(batch, 1, self.q_length, self.kv_length)
+        carrier = shaped.as_subclass(_Carrier)
+        carrier.request = self
+        return carrier
+
+
+class _Carrier(torch.Tensor):
+    """A mask-shaped tensor that stands for a request. Copies stay the same object; whatever else is made of it is a plain tensor."""
+
+    request: MaskRequest
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in _COPIES:
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+_COPIES = {torch.Tensor.clone, torch.clone, torch.Tensor.contiguous, torch.Tensor.detach, torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu}
+
+
+def request_of(mask: Any) -> MaskRequest | None:
+    """The request that a mask tensor carries, if it is one of ours."""
+    return mask.request if isinstance(mask, _Carrier) else None
+
+
+def make_mask_function() -> Callable[..., torch.Tensor]:
+    """A mask function for transformers' ``AttentionMaskInterface``."""
+
+    def sparsedsl_mask(**arguments: Any) -> torch.Tensor:
+        q_offset = arguments["q_offset"]
+        if isinstance(q_offset, torch.Tensor):  # a static cache's own counter, which it moves on before the layer attends
+            if torch.compiler.is_compiling():
+                raise UnsupportedError(
+                    "a static cache under torch.compile keeps its offset in a tensor, which the block lists of a pattern cannot follow; "
+                    "use the default (dynamic) cache, or do not compile the model"
+                )
+            q_offset = int(q_offset)
+        arguments = {**arguments, "q_offset": q_offset}
+        padding = arguments["attention_mask"]
+        if padding is not None:
+            padding = padding.to(device=arguments["device"], dtype=torch.bool)
+            if bool(padding.all()) and padding.shape[1] >= q_offset + arguments["q_length"]:
+                padding = None  # (a mask that ends before the last query says that the slots behind it are padding)
+        packing, overlays = _read(arguments["mask_function"], arguments["config"])
+        request = MaskRequest(
+            arguments["q_length"], arguments["kv_length"], q_offset, arguments["kv_offset"], padding, packing, overlays, arguments
+        )
+        return request.tensor(arguments["batch_size"], arguments["device"])
+
+    return sparsedsl_mask
+
+
+def _read(function: Callable[..., Any], config: Any) -> tuple[Packing | None, tuple[str, ...]]:
+    """Take transformers' mask function apart: packed sequences, and whatever a pattern does not replace."""
+    name, inside = function.__qualname__, _closure(function)
+    if function.__module__ == _MASKS:
+        if name in _REPLACED:
+            return None, ()
+        if name in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"):
+            parts = [_read(part, config) for part in inside["mask_functions"]]
+            sequence = next((m for m in inside["mask_functions"] if m.__qualname__.startswith("packed_sequence_mask_function.")), None)
+            position = next((p for p, _ in parts if p is not None), None)
+            overlays = tuple(overlay for _, others in parts for overlay in others)
+            if sequence is None:
+                return position, overlays
+            if position is None:
+                return None, (*overlays, name)
+            return Packing(_closure(sequence)["packed_sequence_mask"], position.position), overlays
+        if name == "packed_sequence_mask_function.<locals>.inner_mask":
+            return None, ()
+        if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+            _, overlays = _read(inside["mask_function"], config)
+            return Packing(inside["position_ids"], inside["position_ids"]), overlays
+    if getattr(config, "use_bidirectional_attention", False) is True and function.__module__.startswith("transformers.models."):
+        return None, ()  # how Gemma 3 turns its causal masks bidirectional; native patterns say so
+    return None, (f"{function.__module__}.{name.split('.<locals>')[0]}",)
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    cells = function.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}

@@ -1,0 +1,409 @@
+"""Pictures of patterns: which pairs attend, how the tiles are classed, and what the score function does.
+
+Short sequences are drawn pair by pair. Long ones are drawn on a grid of cells, each shaded by its share of allowed pairs: which cells
+hold none and which hold nothing else is decided exactly, by the tile analysis; a share in between is counted where that is cheap and
+sampled where it is not, and the caption says which. Nothing of the size ``q_len x kv_len`` is ever held.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.tiles import EMPTY, FULL, PARTIAL, classify
+from sparsedsl.errors import PatternError, ShapeError, TableError, UnsupportedError
+from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.pattern import Pattern, as_pattern, attend
+from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
+from sparsedsl.run.inputs import bind_tables
+
+__all__ = ["plot"]
+
+PANELS = ("pairs", "tiles", "score")
+# Drawn pair by pair up to this length; longer, in cells of which there are at most CELLS along a side.
+EXACT, CELLS = 512, 256
+# Pairs evaluated to find the shares of cells that are neither empty nor full; of each such cell at least LEAST.
+POINTS, LEAST = 1 << 22, 64
+# Tiles are counted, for the caption, if there are no more than this many to list; points are evaluated this many at a time.
+LISTED, CHUNK = 1 << 21, 1 << 19
+
+PAIR = "#1d4e79"
+NOTHING = "#f3f3f0"
+CLASS_COLOURS = {EMPTY: NOTHING, PARTIAL: "#f0a23b", FULL: "#2a7f8f"}
+CLASS_NAMES = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
+
+
+def plot(
+    pattern: Any,
+    q_len: int,
+    kv_len: int | None = None,
+    *,
+    block_size: int | tuple[int, int] | None = None,
+    head: int = 0,
+    batch: int = 0,
+    q_offset: int = 0,
+    panels: Sequence[str] | None = None,
+    ax: Any = None,
+    figsize: tuple[float, float] | None = None,
+    title: str | None = None,
+    **tables: Any,
+) -> Any:
+    """Draw a pattern: allowed pairs, tile classes and, if there is one, the score function.
+
+    Args:
+        pattern: a mask, a score or a pattern.
+        q_len: number of queries.
+        kv_len: number of keys; default ``q_offset + q_len``.
+        block_size: tokens in a tile, or ``(q, kv)``; default 128, or less for short sequences, so that there is something to see.
+        head, batch: which head and batch entry of a pattern that depends on ``h`` or ``b``.
+        q_offset: position of the first query.
+        panels: which of ``"pairs"``, ``"tiles"``, ``"score"``; default the first two, and the third if the score is modified.
+        ax: matplotlib axes to draw in, one for each panel; with a single one and no ``panels``, the pairs. Default a new figure.
+        figsize: of the new figure, in inches.
+        title: default the text of the pattern, shortened.
+        **tables: the tables that the mask reads, and those of the score if it is to be drawn, as in a call.
+
+    Returns:
+        The ``matplotlib.figure.Figure``; ``plot(...).savefig("pattern.png")`` writes it. No pyplot state is touched.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+        PatternError, ShapeError, TableError: arguments that do not fit.
+
+    >>> import sparsedsl as sd
+    >>> figure = sd.plot(sd.patterns.causal() & (sd.q_idx - sd.kv_idx < 16), 64)
+    >>> [axes.get_title() for axes in figure.axes]
+    ['allowed pairs', 'tiles of 4 x 4']
+    """
+    pattern = as_pattern(pattern, where="the pattern of plot()")
+    view = _View(pattern, q_len, kv_len, block_size, head, batch, q_offset, tables)
+    names = _panels(panels, ax, view)
+    figure, axes, own = _axes(ax, len(names), figsize)
+    notes = [getattr(view, f"draw_{name}")(axis) for name, axis in zip(names, axes, strict=True)]
+    if own:
+        figure.suptitle(_headline(pattern, len(axes)) if title is None else title, fontsize=9, family="monospace")
+        figure.supxlabel("\n".join([view.caption, *filter(None, notes)]), fontsize=8, color="#444444")
+    return figure
+
+
+class _View:
+    """One head and batch entry of a pattern over one range of positions: what all panels draw from."""
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        q_len: int,
+        kv_len: int | None,
+        block_size: Any,
+        head: int,
+        batch: int,
+        q_offset: int,
+        tables: dict[str, Any],
+    ):
+        for name, value in (("head", head), ("batch", batch)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ShapeError(f"plot(): {name} must be a whole number of at least 0; got {value!r}")
+        surplus = sorted(set(tables) - set(pattern.tables))
+        if surplus:
+            raise TableError(
+                f"plot() got unexpected {', '.join(surplus)}: the pattern reads {', '.join(pattern.tables) or 'no table'}"
+            )
+        self.pattern, self.tables = pattern, pattern.bound | tables
+        # a constant head and batch entry: the analysis then sees a single group
+        self.place = {BATCH: sympy.Integer(batch), HEAD: sympy.Integer(head)}
+        self.mask = pattern.mask.expr.xreplace(self.place)
+        read = attend(pattern.mask)
+        bound = bind_tables(read, {name: tensor for name, tensor in self.tables.items() if name in read.tables})
+        for symbol, name, size in ((BATCH, "batch", batch), (HEAD, "head", head)):
+            self._check_rows(symbol, name, size, bound)
+        self.domain = Domain(q_len, q_offset + q_len if kv_len is None else kv_len, q_offset, tables=bound)
+        self.q_len, self.kv_len, self.q_offset = q_len, self.domain.kv_len, q_offset
+        self.block = self._block(block_size)
+        who = [f"{name} {value}" for symbol, name, value in ((BATCH, "batch entry", batch), (HEAD, "head", head)) if self._reads(symbol)]
+        self.caption = f"{q_len:,} queries x {self.kv_len:,} keys" + "".join(f", {part}" for part in who)
+
+    def _reads(self, symbol: sympy.Symbol) -> bool:
+        return any(symbol in expr.free_symbols for expr in self.pattern.exprs)
+
+    def _check_rows(self, symbol: sympy.Symbol, name: str, value: int, bound: dict[str, torch.Tensor]) -> None:
+        """A head that a table of heads does not have would be drawn as its last one."""
+        from sparsedsl.lang.tables import table_reads
+
+        for read in table_reads(self.pattern.mask.expr):
+            for axis, index in enumerate(read.args):
+                size = bound[read.spec.name].shape[axis]
+                if index == symbol and value >= size:
+                    raise ShapeError(f"plot(): {name}={value}, but the table {read.spec.name!r} has {size} of them")
+
+    def _block(self, given: Any) -> tuple[int, int]:
+        if given is None:
+            size = 128
+            while size > 1 and max(self.q_len, self.kv_len) < 16 * size:
+                size //= 2
+            return size, size
+        pair = tuple(given) if isinstance(given, (tuple, list)) else (given, given)
+        if len(pair) != 2 or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in pair):
+            raise ShapeError(f"plot(): block_size must be a whole number of at least 1, or (q, kv); got {given!r}")
+        return pair
+
+    # ---- evaluation, in bounded pieces ---------------------------------------------------------------------------------------
+
+    def allowed(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """The mask at broadcast rows (counted from the first query) and keys."""
+        return self.value(self.mask, rows, keys).to(torch.bool)
+
+    def value(self, expr: sympy.Basic, rows: torch.Tensor, keys: torch.Tensor, **more: Any) -> torch.Tensor:
+        """An expression at broadcast rows and keys."""
+        device = self.domain.device
+        env = self.domain.lengths | {"q_idx": (rows + self.q_offset).to(device), "kv_idx": keys.to(device)} | more
+        return evaluate(expr, env | dict(self.domain.tables)).broadcast_to(torch.broadcast_shapes(rows.shape, keys.shape)).cpu()
+
+    def pairs(self) -> torch.Tensor:
+        """Every pair; for short sequences."""
+        return self.allowed(torch.arange(self.q_len)[:, None], torch.arange(self.kv_len)[None])
+
+    @functools.cached_property
+    def cells(self) -> tuple[int, int]:
+        """Tokens in a cell of the picture: whole tiles, as many as it takes for CELLS cells along a side."""
+        q_cell, kv_cell = (b * -(-n // (b * CELLS)) for b, n in zip(self.block, (self.q_len, self.kv_len), strict=True))
+        return q_cell, kv_cell
+
+    @functools.cached_property
+    def classes(self) -> torch.Tensor:
+        """The class of every cell, exactly."""
+        return classify(self.mask, self.domain, self.cells).classes()[0, 0].cpu()
+
+    def shares(self) -> tuple[torch.Tensor, str]:
+        """The share of allowed pairs in every cell, and how it was found."""
+        share = (self.classes == FULL).double()
+        row, column = (self.classes == PARTIAL).nonzero(as_tuple=True)
+        q_cell, kv_cell = self.cells
+        counted = row.numel() * q_cell * kv_cell <= POINTS
+        points = q_cell * kv_cell if counted else max(LEAST, POINTS // row.numel())
+        generator = torch.Generator().manual_seed(0)
+        step = max(1, CHUNK // points)
+        for start in range(0, row.numel(), step):
+            i, j = row[start : start + step, None], column[start : start + step, None]
+            height, width = (self.q_len - i * q_cell).clamp(max=q_cell), (self.kv_len - j * kv_cell).clamp(max=kv_cell)
+            if counted:
+                place = torch.arange(points)
+                y, x = place // kv_cell, place % kv_cell
+            else:
+                y, x = ((torch.rand(i.numel(), points, generator=generator) * n).long() for n in (height, width))
+            inside = (y < height) & (x < width)
+            hit = self.allowed(i * q_cell + torch.minimum(y, height - 1), j * kv_cell + torch.minimum(x, width - 1)) & inside
+            share[i[:, 0], j[:, 0]] = hit.sum(1).double() / inside.sum(1)
+        size = f"cells of {q_cell:,} x {kv_cell:,} tokens"
+        if counted:
+            return share, f"{size}, their shares of allowed pairs counted"
+        return share, f"{size}: empty and full ones are exact, the others sampled at {points:,} pairs each"
+
+    # ---- panels --------------------------------------------------------------------------------------------------------------
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        """Positions at the edges of the picture: left, right, bottom, top."""
+        return -0.5, self.kv_len - 0.5, self.q_offset + self.q_len - 0.5, self.q_offset - 0.5
+
+    def frame(self, axis: Any, title: str) -> None:
+        """What the panels share."""
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("kv_idx (key)", fontsize=9)
+        axis.set_ylabel("q_idx (query)", fontsize=9)
+        axis.tick_params(labelsize=8)
+        left, right, bottom, top = self.extent
+        axis.set_xlim(left, right)
+        axis.set_ylim(bottom, top)
+        axis.set_aspect("equal" if 1 / 4 <= self.q_len / self.kv_len <= 4 else "auto")
+        for line in (axis.xaxis, axis.yaxis):
+            line.set_major_locator(_locator())
+            line.set_major_formatter(_thousands)
+
+    def grid_extent(self) -> tuple[float, float, float, float]:
+        """The extent of the grid of cells, whose last row and column may reach beyond the positions."""
+        rows, columns = self.classes.shape
+        left, _, _, top = self.extent
+        return left, left + columns * self.cells[1], top + rows * self.cells[0], top
+
+    def draw_pairs(self, axis: Any) -> str:
+        """Allowed pairs, or their share in each cell."""
+        from matplotlib.colors import ListedColormap, PowerNorm
+
+        if max(self.q_len, self.kv_len) <= EXACT:
+            pairs = self.pairs()
+            axis.imshow(pairs, cmap=ListedColormap([NOTHING, PAIR]), vmin=0, vmax=1, extent=self.extent, interpolation="nearest")
+            _legend(axis, [(PAIR, "allowed"), (NOTHING, "masked")])
+            self.frame(axis, "allowed pairs")
+            return f"{int(pairs.sum()):,} of {pairs.numel():,} pairs allowed ({_percent(pairs.double().mean())})"
+        share, how = self.shares()
+        # The root makes thin structure visible; a cell with a single allowed pair is never as light as an empty one.
+        share = torch.where(self.classes == EMPTY, 0.0, share.clamp(min=1e-4))
+        image = axis.imshow(
+            share, cmap=_shades(), norm=PowerNorm(0.4, 0, 1), extent=self.grid_extent(), interpolation="nearest"
+        )
+        bar = _bar(axis, image, ticks=[0, 0.01, 0.1, 0.5, 1])
+        bar.ax.set_xticklabels(["0", "1 %", "10 %", "50 %", "100 %"])
+        self.frame(axis, "share of allowed pairs")
+        return how
+
+    def draw_tiles(self, axis: Any) -> str:
+        """Tile classes; of long sequences the classes of cells of several tiles."""
+        from matplotlib.colors import ListedColormap
+
+        colours = ListedColormap([CLASS_COLOURS[kind] for kind in sorted(CLASS_COLOURS)])
+        axis.imshow(self.classes, cmap=colours, vmin=0, vmax=2, extent=self.grid_extent(), interpolation="nearest")
+        rows, columns = self.classes.shape
+        if max(rows, columns) <= 64:
+            left, right, bottom, top = self.grid_extent()
+            axis.vlines([left + i * self.cells[1] for i in range(1, columns)], top, bottom, color="white", linewidth=0.6)
+            axis.hlines([top + i * self.cells[0] for i in range(1, rows)], left, right, color="white", linewidth=0.6)
+        _legend(axis, [(CLASS_COLOURS[kind], CLASS_NAMES[kind]) for kind in (FULL, PARTIAL, EMPTY)])
+        q_block, kv_block = self.block
+        self.frame(axis, f"tiles of {q_block} x {kv_block}")
+        return self._tiles_note()
+
+    def _tiles_note(self) -> str:
+        of = [c // b for c, b in zip(self.cells, self.block, strict=True)]
+        count = {kind: int((self.classes == kind).sum()) for kind in CLASS_NAMES}
+        tiles = [-(-n // b) for n, b in zip((self.q_len, self.kv_len), self.block, strict=True)]
+        note = "" if of == [1, 1] else f"; a cell is {of[0]} x {of[1]} tiles, partial if they differ"
+        if of != [1, 1] and (count[FULL] + count[PARTIAL]) * of[0] * of[1] <= LISTED:
+            lists = classify(self.mask, self.domain, self.block)
+            count = {FULL: lists.full.total, PARTIAL: lists.partial.total}
+            count[EMPTY] = tiles[0] * tiles[1] - sum(count.values())
+        elif of != [1, 1]:
+            return f"{tiles[0]:,} x {tiles[1]:,} tiles" + note
+        parts = ", ".join(f"{count[kind]:,} {CLASS_NAMES[kind]}" for kind in (FULL, PARTIAL, EMPTY))
+        return f"{tiles[0] * tiles[1]:,} tiles: {parts}" + note
+
+    def missing_for_score(self) -> list[str]:
+        """Tables that the score reads and nobody gave."""
+        return [name for name in self.pattern.score.tables if name not in self.tables]
+
+    def draw_score(self, axis: Any) -> str:
+        """What the score function does: over positions at logit 0, or over logits if it does not depend on positions."""
+        score = self.pattern.score
+        names = score.tables
+        if missing := self.missing_for_score():
+            raise TableError(f"plot(): the score panel wants {', '.join(missing)}; pass {missing[0]}=tensor, or leave the panel out")
+        tables = bind_tables(as_pattern(score), {name: tensor for name, tensor in self.tables.items() if name in names})
+        expr = score.expr.xreplace(self.place)
+        if not expr.free_symbols & {Q_IDX, KV_IDX}:
+            return self._draw_curve(axis, expr, tables)
+        side = [min(n, CELLS) for n in (self.q_len, self.kv_len)]
+        rows, keys = (((torch.arange(s) + 0.5) * n / s).long() for s, n in zip(side, (self.q_len, self.kv_len), strict=True))
+        zero = {"score": torch.zeros((), dtype=torch.float64)} | tables
+        values = self.value(expr, rows[:, None], keys[None], **zero).double()
+        values = values.where(self.allowed(rows[:, None], keys[None]) & values.isfinite(), torch.nan)
+        largest = float(values.abs().nan_to_num().max()) or 1.0
+        image = axis.imshow(values, cmap="RdBu", vmin=-largest, vmax=largest, extent=self.extent, interpolation="nearest")
+        axis.set_facecolor(NOTHING)
+        _bar(axis, image)
+        self.frame(axis, "logit, where q · k = 0")
+        shown = side == [self.q_len, self.kv_len]
+        return "" if shown else f"score sampled at {side[0]} x {side[1]} pairs"
+
+    def _draw_curve(self, axis: Any, expr: sympy.Basic, tables: dict[str, torch.Tensor]) -> str:
+        numbers = [abs(float(number)) for number in expr.atoms(sympy.Number) if number.is_finite]
+        reach = 2 * max([1.0, *numbers])
+        raw = torch.linspace(-reach, reach, 401, dtype=torch.float64)
+        zero = torch.zeros(401, dtype=torch.int64)
+        axis.plot(raw, raw, color="#bbbbbb", linewidth=1, label="unchanged")
+        axis.plot(raw, self.value(expr, zero, zero, score=raw, **tables), color=PAIR, linewidth=2, label="modified")
+        axis.set_title("logit", fontsize=10)
+        axis.set_xlabel("scaled q · k", fontsize=9)
+        axis.set_ylabel("logit in the softmax", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(color="#eeeeee")
+        axis.set_box_aspect(1)
+        axis.legend(fontsize=8, frameon=False)
+        return ""
+
+
+def _panels(panels: Any, ax: Any, view: _View) -> tuple[str, ...]:
+    """Which panels to draw."""
+    if panels is None:
+        if ax is not None and not isinstance(ax, (tuple, list)) and not hasattr(ax, "flat"):
+            return ("pairs",)
+        score = view.pattern.has_score and not view.missing_for_score()
+        plain = view.mask == sympy.true and score
+        return ("score",) if plain else ("pairs", "tiles", "score") if score else ("pairs", "tiles")
+    names = (panels,) if isinstance(panels, str) else tuple(panels)
+    if not names or any(name not in PANELS for name in names):
+        raise PatternError(f"plot(): panels must be some of {', '.join(map(repr, PANELS))}; got {panels!r}")
+    if "score" in names and not view.pattern.has_score:
+        raise PatternError("plot(): the pattern does not modify the score; leave the panel 'score' out")
+    return names
+
+
+def _axes(ax: Any, count: int, figsize: Any) -> tuple[Any, list[Any], bool]:
+    """The figure, the axes to draw in, and whether the figure is ours."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError("sd.plot draws with matplotlib, which is not installed: pip install 'sparsedsl[plots]'") from None
+    if ax is None:
+        figure = Figure(figsize=figsize or (0.6 + 4.4 * count, 5.0), dpi=110, layout="constrained")
+        # what notebooks ask for, since pyplot, which would answer, is not involved
+        figure._repr_png_ = functools.partial(_png, figure)
+        return figure, [figure.add_subplot(1, count, 1 + i) for i in range(count)], True
+    axes = list(ax.flat) if hasattr(ax, "flat") else list(ax) if isinstance(ax, (tuple, list)) else [ax]
+    if len(axes) != count or not all(hasattr(axis, "imshow") for axis in axes):
+        raise PatternError(f"plot(): ax must be {count} matplotlib axes, one for each panel; got {ax!r}")
+    return axes[0].figure, axes, False
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _shades() -> Any:
+    """From nothing, with a step, to the colour of an allowed pair."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("share", [(0, NOTHING), (0.004, NOTHING), (0.0041, "#c9dcec"), (1, PAIR)])
+
+
+def _locator() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=6, integer=True, steps=[1, 2, 4, 5, 8, 10])
+
+
+def _legend(axis: Any, entries: list[tuple[str, str]]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(facecolor=colour, edgecolor="#999999", linewidth=0.5, label=name) for colour, name in entries]
+    axis.legend(handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(handles), frameon=False)
+
+
+def _bar(axis: Any, image: Any, **options: Any) -> Any:
+    bar = axis.figure.colorbar(image, ax=axis, location="bottom", shrink=0.8, aspect=36, pad=0.03, **options)
+    bar.ax.tick_params(labelsize=8)
+    return bar
+
+
+def _percent(share: Any) -> str:
+    return f"{float(share):.3g}" if float(share) < 0.001 else f"{100 * float(share):.3g} %"
+
+
+def _thousands(position: float, _: Any) -> str:
+    return f"{position / 1000:g}K" if abs(position) >= 10_000 else f"{position:,g}"
+
+
+def _headline(pattern: Pattern, panels: int) -> str:
+    """The pattern's text on at most two lines as wide as the figure."""
+    plain = not pattern.has_score and pattern.sink is None and pattern.scale is None
+    text = str(pattern.mask) if plain else pattern.text.splitlines()[-1]
+    width = 20 + 44 * panels
+    rows = textwrap.wrap(text, width, break_on_hyphens=False)
+    return "\n".join(rows if len(rows) <= 2 else [rows[0], rows[1][: width - 4] + " ..."])

@@ -1,0 +1,1 @@
+"""Running compiled attention: checked inputs, the reference, the lowerings."""

@@ -1,0 +1,233 @@
+"""From a pattern to a callable. The stages of a call, in order:
+
+1. *check*    (:mod:`run.inputs`): tensors, tables, offset -> :class:`~sparsedsl.run.inputs.Call`
+2. *plan*     (:mod:`plan`): pattern, facts of the call -> :class:`~sparsedsl.plan.Plan`
+3. *analyse*  (:mod:`analysis.tiles`): mask, domain -> tile lists, remembered per lengths and tables
+4. *emit*     (``codegen``): pattern -> source of the mask and score functions, once per pattern
+5. *run*      (:mod:`run.reference`, :mod:`run.flex`): tensors and lists -> out, lse
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.tiles import classify
+from sparsedsl.errors import ShapeError
+from sparsedsl.lang.pattern import Pattern, as_pattern
+from sparsedsl.lang.symbols import BATCH, HEAD
+from sparsedsl.plan import CallFacts, check_backend, choose
+from sparsedsl.run.inputs import Call, bind_tables, check_call
+from sparsedsl.run.reference import attend_reference
+
+__all__ = ["Attention", "compile"]
+
+log = logging.getLogger("sparsedsl")
+
+
+def compile(pattern: Any, *, backend: str = "auto") -> Attention:
+    """Make a callable out of a pattern.
+
+    Args:
+        pattern: a :class:`~sparsedsl.Mask` or a :class:`~sparsedsl.Pattern` from :func:`sparsedsl.attend`.
+        backend: ``"reference"`` (dense torch; any dtype; gradients; defines the meaning), ``"flex"`` (torch FlexAttention on
+            compact tile lists) or ``"auto"``, which chooses per call and says why in :meth:`Attention.explain`.
+
+    Returns:
+        An :class:`Attention`: ``attn(q, k, v, q_offset=0, return_lse=False, scale=None, **tables)``.
+
+    Raises:
+        PatternError: not a pattern, or an unknown backend.
+
+    >>> import torch, sparsedsl as sd
+    >>> attn = sd.compile((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 4))
+    >>> q = k = v = torch.randn(1, 2, 8, 16)
+    >>> attn(q, k, v).shape
+    torch.Size([1, 2, 8, 16])
+    """
+    return Attention(as_pattern(pattern), check_backend(backend))
+
+
+def block_pair(block_size: Any) -> tuple[int, int]:
+    """``block_size`` as (q, kv): one number for both, or a pair."""
+    pair = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
+        raise ShapeError(f"block_size must be a positive number of tokens, or a pair (q, kv) of them; got {block_size!r}")
+    return pair  # type: ignore[return-value]
+
+
+class Attention:
+    """A compiled pattern; call it on tensors. Made by :func:`sparsedsl.compile`.
+
+    The same pattern at a new length compiles nothing new. Tile lists are remembered for the last lengths and tables seen.
+    """
+
+    def __init__(self, pattern: Pattern, backend: str):
+        self.pattern = pattern
+        self.backend = backend
+        self._lists: OrderedDict[tuple[Any, ...], tuple[list[Any], TileLists]] = OrderedDict()
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        q_offset: int = 0,
+        return_lse: bool = False,
+        scale: float | None = None,
+        **tables: torch.Tensor,
+    ) -> Any:
+        """Attention of ``q (B, Hq, Sq, D)`` over ``k (B, Hkv, Skv, D)``, ``v (B, Hkv, Skv, Dv)``; ``Hq % Hkv == 0``.
+
+        Args:
+            q_offset: position of the first query (decode and chunked prefill).
+            return_lse: also return the natural-log-sum-exp of the modified logits, ``(B, Hq, Sq)`` in float32 or float64.
+            scale: factor on the dot product; default the pattern's, else ``D ** -0.5``.
+            tables: one tensor for each table of the pattern that is not bound to it.
+
+        Returns:
+            ``out (B, Hq, Sq, Dv)``, or ``(out, lse)``. A row that may attend to nothing has out 0 and lse -inf.
+
+        Raises:
+            ShapeError, TableError: see :func:`sparsedsl.run.inputs.check_call`.
+            UnsupportedError: the backend cannot run this call; the message names the way out.
+        """
+        call = check_call(self.pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
+        plan = choose(self.pattern, call_facts(call, return_lse), self.backend)
+        if plan.backend == "reference":
+            out, lse = attend_reference(self.pattern, call)
+            return (out, lse) if return_lse else out
+        return self._kernel.run(call, self.lists(call.domain, plan.block), return_lse=return_lse)
+
+    @functools.cached_property
+    def _kernel(self) -> Any:
+        from sparsedsl.run import flex
+
+        return flex.FlexKernel(self.pattern)
+
+    def lists(self, domain: Domain, block: tuple[int, int]) -> TileLists:
+        """The tile lists of the mask over ``domain``, remembered while the tables live unchanged."""
+        expr = self.pattern.mask.expr
+        names = sorted(self.pattern.mask.tables)
+        tables = [domain.tables[name] for name in names]
+        free = expr.free_symbols
+        key = (
+            domain.rows, domain.kv_len, domain.q_offset, block,
+            domain.batch if BATCH in free else 1, domain.heads if HEAD in free else 1, *(id(t) for t in tables),
+        )  # fmt: skip
+        known = self._lists.get(key)
+        if known is not None and all(ref() is t and version == t._version for (ref, version), t in zip(known[0], tables, strict=True)):
+            self._lists.move_to_end(key)
+            return known[1]
+        start = time.perf_counter()
+        narrowed = Domain(domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, dict(zip(names, tables, strict=True)))
+        with torch.no_grad():
+            lists = classify(expr, narrowed, block)
+        log.debug("analyse %s: %.1f ms", lists, (time.perf_counter() - start) * 1e3)
+        self._lists[key] = ([(weakref.ref(t), t._version) for t in tables], lists)
+        while len(self._lists) > 32:
+            self._lists.popitem(last=False)
+        return lists
+
+    @property
+    def source(self) -> str:
+        """The generated code, readable; for ``backend="reference"`` the pattern itself, which the reference interprets."""
+        return self.pattern.text if self.backend == "reference" else self._kernel.source
+
+    def block_mask(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        q_offset: int = 0,
+        block_size: Any = 128,
+        device: Any = None,
+        **tables: torch.Tensor,
+    ) -> Any:
+        """A torch ``BlockMask`` with compact storage for plain ``flex_attention``; its ``mask_mod`` takes local query indices.
+
+        ``batch`` and ``heads`` (query heads) matter only if the pattern reads ``b`` or ``h``: a dimension it does not read has
+        size 1 in the lists and broadcasts. Lengths in tokens. Modified scores and sinks are not part of a BlockMask:
+        see :meth:`score_mod`.
+
+        >>> import sparsedsl as sd
+        >>> attn = sd.compile((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 512))
+        >>> attn.block_mask(4096, 4096).kv_indices.shape
+        torch.Size([1, 1, 32, 32])
+        """
+        bound = bind_tables(self.pattern, tables, device=None if device is None else torch.device(device))
+        domain = Domain(q_len, kv_len, q_offset, batch, heads, bound)
+        lists = self.lists(domain, block_pair(block_size))
+        where = torch.device(device) if device is not None else domain.device
+        from sparsedsl.run import flex
+
+        return flex.block_mask(self.pattern, lists, domain, where)
+
+    def mask_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: torch.Tensor) -> Any:
+        """The mask as a FlexAttention ``mask_mod(b, h, q_idx, kv_idx)`` of local query indices. Lengths only if the pattern reads them."""
+        bound = bind_tables(self.pattern, tables)
+        from sparsedsl.run import flex
+
+        return flex.mask_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
+
+    def score_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: torch.Tensor) -> Any:
+        """The score as a FlexAttention ``score_mod(score, b, h, q_idx, kv_idx)``; None if the pattern does not modify scores."""
+        bound = bind_tables(self.pattern, tables)
+        from sparsedsl.run import flex
+
+        return flex.score_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
+
+    def explain(
+        self,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        kv_heads: int | None = None,
+        head_dim: int = 64,
+        head_dim_v: int | None = None,
+        dtype: Any = "float32",
+        device: Any = "cpu",
+        q_offset: int = 0,
+        grad: bool = False,
+        return_lse: bool = False,
+        **tables: torch.Tensor,
+    ) -> Any:
+        """What a call of this shape would do and cost, before anything runs: backend and why, tiles, FLOPs, bytes, warnings.
+
+        Returns an :class:`~sparsedsl.run.explain.Explanation`; ``print`` it. Lengths in tokens.
+        """
+        from sparsedsl.run.explain import explain
+
+        facts = CallFacts(
+            torch.device(device).type, str(dtype).removeprefix("torch."), batch, heads, kv_heads or heads, q_len,
+            q_len if kv_len is None else kv_len, head_dim, head_dim_v or head_dim, grad, return_lse,
+        )  # fmt: skip
+        return explain(self.pattern, self.backend, facts, q_offset, tables)
+
+    def __repr__(self) -> str:
+        return f"<Attention backend={self.backend!r} {self.pattern!r}>"
+
+    def __reduce__(self) -> Any:
+        return Attention, (self.pattern, self.backend)
+
+
+def call_facts(call: Call, return_lse: bool) -> CallFacts:
+    """The plain facts of a checked call."""
+    domain = call.domain
+    return CallFacts(
+        call.q.device.type, str(call.q.dtype).removeprefix("torch."), domain.batch, domain.heads, call.k.shape[1], domain.rows,
+        domain.kv_len, call.q.shape[3], call.v.shape[3], call.needs_grad, return_lse,
+    )  # fmt: skip

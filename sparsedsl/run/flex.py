@@ -1,0 +1,360 @@
+"""The ``flex`` lowering: generated mask and score functions, compact tile lists, torch's compiled FlexAttention.
+
+A pattern is compiled once for each dtype, number of heads, head dimension and scale, and never again for another length, batch
+size, offset, table or memory layout. What that takes (facts and experiments: CONTRIBUTING.md, "FlexAttention on CPU"):
+
+- everything that varies is a tensor argument of the compiled function, which makes its own BlockMask;
+- sizes are symbols without exceptions: no duck shaping (equal sizes at the first call need not stay equal), no special case for
+  size 1, and the first call is made with copies of k and v whose strides have nothing to do with their sizes;
+- one query row is run as two.
+
+FlexAttention itself never runs uncompiled here: that would hold all logits. A compile that fails is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.lists import TileLists, TileRows
+from sparsedsl.codegen.to_flex import FlexSource, flex_functions, flex_kernel, needs_lengths
+from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.run.inputs import Call
+
+__all__ = ["FlexKernel", "block_mask", "mask_mod", "score_mod"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class FlexKernel:
+    """One pattern on FlexAttention; compiled at the first :meth:`run` of each kind of call."""
+
+    def __init__(self, pattern: Pattern) -> None:
+        self.pattern = pattern
+        self._packed: dict[int, tuple[weakref.ref[TileLists], dict[tuple[Any, ...], tuple[torch.Tensor, ...]]]] = {}
+
+    @functools.cached_property
+    def _source(self) -> FlexSource:
+        return flex_kernel(self.pattern, sink_key=True)
+
+    @property
+    def source(self) -> str:
+        """The generated module (as it is for CPU)."""
+        return self._source.text
+
+    def run(self, call: Call, lists: TileLists, *, return_lse: bool = False) -> Any:
+        """``out (B, Hq, Sq, Dv)``, or ``(out, lse (B, Hq, Sq))`` with the natural-log LSE.
+
+        Raises:
+            UnsupportedError: on CPU for gradients and for the LSE, everywhere for float64, and where torch cannot compile the pattern.
+        """
+        grad = call.needs_grad
+        _refuse(call, grad, return_lse)
+        if call.q.device.type == "cpu":
+            return self._run_forward(call, lists)
+        return self._run_with_lse(call, lists, grad, return_lse)
+
+    def _run_forward(self, call: Call, lists: TileLists) -> torch.Tensor:
+        """CPU: no LSE, so a sink is the logit of one more key."""
+        source, domain = self._source, call.domain
+        q, k, v = call.q.detach(), call.k.detach(), call.v.detach()
+        extra: tuple[int, ...] = ()
+        if "sink_at" in source.values:
+            sink_at = -(-domain.kv_len // lists.block[1]) * lists.block[1]
+            k, v = (F.pad(t, (0, 0, 0, sink_at + 1 - domain.kv_len)) for t in (k, v))
+            extra = (sink_at,)
+        packed = self._pack(lists, q.device, sink=bool(extra), backward=False)
+        with torch.no_grad():
+            values = _values(source, call, k.shape[2], extra)
+            return _launch(source, (q, k, v), packed, values, call.scale, lists.block, lse=False)
+
+    def _run_with_lse(self, call: Call, lists: TileLists, grad: bool, return_lse: bool) -> Any:
+        """GPU: a sink is joined through the LSE; gradients flow through both."""
+        sink = self.pattern.sink
+        source = flex_kernel(self.pattern, backward=grad)
+        packed = self._pack(lists, call.q.device, sink=False, backward=grad)
+        with ExitStack() as stack:
+            if not grad:
+                stack.enter_context(torch.no_grad())
+            values = _values(source, call, call.domain.kv_len, ())
+            want_lse = return_lse or sink is not None
+            result = _launch(source, (call.q, call.k, call.v), packed, values, call.scale, lists.block, lse=want_lse)
+            if not want_lse:
+                return result
+            out, lse = result[0], result[1].lse
+            if sink is not None:
+                logit = evaluate(sink.expr, _head_env(call), dtype=torch.float32).to(torch.float32).expand(lse.shape)
+                out = out * torch.sigmoid(lse - logit).unsqueeze(-1).to(out.dtype)
+                lse = torch.logaddexp(lse, logit)
+            return (out, lse) if return_lse else out
+
+    def _pack(self, lists: TileLists, device: torch.device, *, sink: bool, backward: bool) -> tuple[torch.Tensor, ...]:
+        """The lists as the kernel takes them, remembered while ``lists`` lives."""
+        known = self._packed.get(id(lists))
+        if known is None or known[0]() is not lists:
+            for key in [key for key, (ref, _) in self._packed.items() if ref() is None]:
+                del self._packed[key]
+            known = self._packed[id(lists)] = (weakref.ref(lists), {})
+        key = (device, sink, backward)
+        if key not in known[1]:
+            known[1][key] = tuple(t.to(device) for t in _pack(lists, sink, backward))
+        return known[1][key]
+
+
+def _refuse(call: Call, grad: bool, return_lse: bool) -> None:
+    """What FlexAttention cannot do. The plan refuses the same before a call comes here."""
+    cpu = call.q.device.type == "cpu"
+    if call.q.dtype not in DTYPES:
+        raise UnsupportedError(f"FlexAttention has no {call.q.dtype}; use backend='reference', or cast to float32")
+    if cpu and grad:
+        raise UnsupportedError(
+            "FlexAttention has no backward pass on CPU; use backend='reference' for gradients, or call under torch.no_grad()"
+        )
+    if cpu and return_lse:
+        raise UnsupportedError("FlexAttention does not return the LSE on CPU; use backend='reference', or return_lse=False")
+    if cpu and not torch.cpu._is_avx2_supported():
+        raise UnsupportedError("FlexAttention on CPU needs AVX2, which this machine lacks; use backend='reference'")
+
+
+# ---- lists ------------------------------------------------------------------------------------------------------------
+
+
+def _pack(lists: TileLists, sink: bool, backward: bool) -> list[torch.Tensor]:
+    """Counts and flat columns of partial and of full tiles; with ``backward`` the same by key; with ``sink`` one more full tile a row."""
+    packed = [*_flat(lists.partial), *_flat(lists.full, append=lists.shape[3] if sink else None)]
+    if backward:
+        packed += [*_flat(lists.partial.transposed(lists.shape[3])), *_flat(lists.full.transposed(lists.shape[3]))]
+    return packed
+
+
+def _flat(rows: TileRows, append: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts (batch, heads, rows), and the columns, flat, every row as long as the longest; ``append`` ends each row with that column."""
+    counts = rows.counts
+    if append is None:
+        return counts.contiguous(), rows.padded().reshape(-1)
+    columns = rows.padded(rows.width + 1)
+    columns.scatter_(-1, counts.long().unsqueeze(-1), append)
+    return counts + 1, columns.reshape(-1)
+
+
+# ---- values -----------------------------------------------------------------------------------------------------------
+
+
+def _values(source: FlexSource, call: Call, keys: int, extra: tuple[int, ...]) -> list[torch.Tensor]:
+    """The arguments of the generated ``mods``: 0-d tensors, then tables, as long as their direct reads reach."""
+    domain, device = call.domain, call.q.device
+    # One row more than asked for, since a single query is run as two.
+    reach = {"b": domain.batch, "h": domain.heads, "kv_idx": keys, "q_idx": domain.q_offset + max(domain.rows, 2)}
+    numbers = (domain.q_offset, *domain.lengths.values(), *extra)
+    values = [torch.tensor(n, device=device) for n in numbers]
+    for name, extents in source.extents.items():
+        values.append(_table(call.tables[name], extents, reach | domain.lengths))
+    return values
+
+
+def _table(table: torch.Tensor, extents: tuple[frozenset[str | int], ...], reach: Mapping[str, int]) -> torch.Tensor:
+    """A table in the type that the generated code computes in. Where it is too short the last entry repeats, as clamped reads have it."""
+    table = _widened(table)
+    for dim, wanted in enumerate(extents):
+        least = max((reach.get(w, 0) + (w in ("q_len", "kv_len")) if isinstance(w, str) else w for w in wanted), default=0)
+        if least > table.shape[dim]:
+            index = torch.arange(least, device=table.device).clamp(max=table.shape[dim] - 1)
+            table = table.index_select(dim, index)
+    return table.contiguous()
+
+
+def _widened(table: torch.Tensor) -> torch.Tensor:
+    if table.is_floating_point():
+        return table.to(torch.float32)
+    return table if table.dtype == torch.bool else table.to(torch.int64)
+
+
+def _head_env(call: Call) -> dict[str, Any]:
+    device, domain = call.q.device, call.domain
+    batch = torch.arange(domain.batch, device=device)[:, None, None]
+    return {"b": batch, "h": torch.arange(domain.heads, device=device)[:, None], **call.tables}
+
+
+# ---- launching ----------------------------------------------------------------------------------------------------------
+
+_Attention = Callable[..., Any]
+_compiled: dict[tuple[Any, ...], _Attention] = {}
+_lock = threading.RLock()
+_serial = itertools.count()
+
+
+def _launch(
+    source: FlexSource,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    lists: tuple[torch.Tensor, ...],
+    values: list[torch.Tensor],
+    scale: float,
+    block: tuple[int, int],
+    *,
+    lse: bool,
+) -> Any:
+    """Run the compiled function of this kind of call; compile it if this is the first call of the kind."""
+    q, k, v = qkv
+    rows = q.shape[2]
+    if q.shape[3] == 1:
+        q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))  # torch's C++ for head_dim 1 does not compile
+    if rows == 1:
+        q = torch.cat([q, q], dim=2)
+    lists = _tall_enough(lists, q.shape[2], block[0])
+    # The output takes the layout of q.
+    q, k, v = q.contiguous(), _unit_stride(k), _unit_stride(v)
+    kind = (
+        source.text, q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3], scale, block, lse,
+        torch.is_grad_enabled(), any(t.is_inference() for t in (q, k, v, *values, *lists)), torch.get_num_threads(),
+    )  # fmt: skip
+    with _steady(q.device.type):
+        attention = _compiled.get(kind)
+        if attention is None:
+            with _lock:
+                attention = _build(source, scale, block, lse)
+                result = _first_call(attention, q, k, v, lists, values)
+                _compiled[kind] = attention
+        else:
+            result = attention(q, k, v, lists, *values)
+    if rows > 1:
+        return result
+    return (result[0][:, :, :1], type(result[1])(lse=result[1].lse[:, :, :1])) if lse else result[:, :, :1]
+
+
+def _build(source: FlexSource, scale: float, block: tuple[int, int], lse: bool) -> _Attention:
+    """A function object of its own for each kind of call: torch limits how often one code object may be compiled."""
+    namespace: dict[str, Any] = {"SCALE": scale, "BLOCK": block, "AUX": AuxRequest(lse=True) if lse else None}
+    name = f"<sparsedsl flex {next(_serial)}>"
+    exec(compile(source.text, name, "exec"), namespace)
+    # fullgraph: one more compile than torch allows is an error, never a quiet return to eager code.
+    return torch.compile(namespace["attention"], dynamic=True, fullgraph=True)
+
+
+def _first_call(
+    attention: _Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: tuple[torch.Tensor, ...], values: list[torch.Tensor]
+) -> Any:
+    """Compile on inputs that have nothing in common by chance: no shared storage, no strides that follow from sizes."""
+    try:
+        return attention(q.clone(), _odd_strides(k), _odd_strides(v), tuple(t.clone() for t in lists), *(t.clone() for t in values))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedError(
+            f"torch {torch.__version__} cannot compile this pattern for FlexAttention on {q.device.type}: "
+            f"{type(error).__name__}: {reason}. Use backend='reference', and please report the pattern"
+        ) from error
+
+
+def _odd_strides(x: torch.Tensor) -> torch.Tensor:
+    """A copy whose strides are no products of sizes, and that is no view."""
+    batch, heads, length, dim = x.shape
+    row = dim + 8
+    column = row * (length + 1)
+    copy = torch.empty_strided(x.shape, (column * (heads + 1), column, row, 1), dtype=x.dtype, device=x.device)
+    return copy.copy_(x)
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
+
+
+def _tall_enough(lists: tuple[torch.Tensor, ...], rows: int, block: int) -> tuple[torch.Tensor, ...]:
+    """Lists with an empty row for the second of two query rows, where tiles are one row high."""
+    missing = -(-rows // block) - lists[0].shape[2]
+    if missing <= 0:
+        return lists
+    tall = []
+    for counts, columns in itertools.batched(lists[:4], 2):
+        wide = columns.view(*counts.shape, -1)
+        tall += [F.pad(counts, (0, missing)), F.pad(wide, (0, 0, 0, missing)).reshape(-1)]
+    return (*tall, *lists[4:])
+
+
+@contextmanager
+def _steady(device: str) -> Iterator[None]:
+    """Whatever the caller's context, the compiled function sees one and the same."""
+    config = torch.fx.experimental._config
+    with (
+        config.patch(use_duck_shape=False, backed_size_oblivious=True),
+        torch.autocast(device, enabled=False),
+    ):
+        yield
+
+
+# ---- functions for plain flex_attention -----------------------------------------------------------------------------------
+
+
+def mask_mod(
+    pattern: Pattern, tables: Mapping[str, torch.Tensor], *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None
+) -> Callable[..., torch.Tensor]:
+    """``mask_mod(b, h, q_idx, kv_idx)`` for plain ``flex_attention`` and ``create_block_mask``; ``q_idx`` counts from the first query.
+
+    ``q_len`` (the position after the last query) and ``kv_len`` are wanted only if the pattern reads them, else PatternError.
+
+    >>> import torch, sparsedsl as sd
+    >>> mod = mask_mod(sd.attend(sd.kv_idx <= sd.q_idx), {}, q_offset=2)
+    >>> mod(None, None, torch.tensor(0), torch.arange(4))
+    tensor([ True,  True,  True, False])
+    """
+    return _mods(pattern, tables, q_offset, q_len, kv_len)[0]
+
+
+def score_mod(
+    pattern: Pattern, tables: Mapping[str, torch.Tensor], *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None
+) -> Callable[..., torch.Tensor] | None:
+    """``score_mod(score, b, h, q_idx, kv_idx)`` for plain ``flex_attention``; None if the pattern leaves scores as they are.
+
+    >>> import torch, sparsedsl as sd
+    >>> score_mod(sd.attend(True, score=sd.score * 2), {})(torch.tensor(1.5), None, None, None, None)
+    tensor(3.)
+    """
+    return _mods(pattern, tables, q_offset, q_len, kv_len)[1]
+
+
+def _mods(pattern: Pattern, tables: Mapping[str, torch.Tensor], q_offset: int, q_len: int | None, kv_len: int | None) -> tuple[Any, Any]:
+    for name, needed, given in zip(("q_len", "kv_len"), needs_lengths(pattern), (q_len, kv_len), strict=True):
+        if needed and given is None:
+            raise PatternError(f"the pattern reads {name}: pass {name}=... (in tokens) to get its functions")
+    source = flex_functions(pattern)
+    namespace: dict[str, Any] = {}
+    exec(compile(source.text, "<sparsedsl flex functions>", "exec"), namespace)
+    numbers = (q_offset, q_len, kv_len)
+    return namespace["mods"](*numbers, *(_widened(tables[name]) for name in source.values[len(numbers):]))
+
+
+def block_mask(pattern: Pattern, lists: TileLists, domain: Domain, device: torch.device | None = None) -> BlockMask:
+    """A BlockMask over ``lists`` whose index tensors are strided views of compact storage; its ``mask_mod`` takes local indices.
+
+    It also holds the tiles by key, as gradients need them.
+    """
+    device = domain.device if device is None else device
+    rows, columns = lists.shape[2:]
+    tensors: list[torch.Tensor] = []
+    for part, width in ((lists.partial, columns), (lists.full, columns)):
+        tensors += _wide(part, width, device)
+    for part in (lists.partial, lists.full):
+        tensors += _wide(part.transposed(columns), rows, device)
+    tables = {name: table.to(device) for name, table in domain.tables.items()}
+    mod = mask_mod(pattern, tables, q_offset=domain.q_offset, **domain.lengths)
+    return BlockMask((domain.rows, domain.kv_len), *tensors, BLOCK_SIZE=lists.block, mask_mod=mod)
+
+
+def _wide(rows: TileRows, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts, and columns as (batch, heads, rows, width) over storage of the compact width, with room for the last row to look wide."""
+    counts, columns = _flat(rows)
+    batch, heads, lines = counts.shape
+    step = columns.numel() // max(1, counts.numel())
+    storage = F.pad(columns, (0, max(0, width - step))).to(device)
+    view = storage.as_strided((batch, heads, lines, width), (heads * lines * step, lines * step, step, 1))
+    return counts.to(device), view

@@ -1,0 +1,199 @@
+"""What a call is given, checked: q, k, v, tables, offset, scale. Every refusal names the argument, what it got, what it wanted."""
+
+from __future__ import annotations
+
+import numbers
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.bounds import check_reads
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.errors import ShapeError, TableError
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.tables import TableSpec, table_reads
+
+__all__ = ["Call", "bind_tables", "check_call"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One checked call. ``tables`` holds every table of the pattern; ``domain`` its index ranges; ``scale`` is a number."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    domain: Domain
+    scale: float
+
+    @property
+    def tables(self) -> Mapping[str, torch.Tensor]:
+        """Name -> tensor."""
+        return self.domain.tables
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd wants gradients of this call."""
+        tensors = (self.q, self.k, self.v, *self.tables.values())
+        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def check_call(
+    pattern: Pattern, q: Any, k: Any, v: Any, tables: Mapping[str, Any], *, q_offset: Any = 0, scale: Any = None
+) -> Call:
+    """Check everything once and bind the tables.
+
+    Raises:
+        ShapeError: q, k, v do not fit each other.
+        TableError: a table is missing, surplus, too short, of the wrong type or device, or breaks a declared fact.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ShapeError(f"{name} must be a torch tensor of shape (batch, heads, length, head_dim); got {type(tensor).__name__}")
+        if tensor.ndim != 4:
+            raise ShapeError(
+                f"{name} must have 4 dimensions (batch, heads, length, head_dim); got shape {tuple(tensor.shape)}. "
+                f"Unbatched or packed tensors: {name}.unsqueeze(0); (B, S, H, D) layouts: {name}.transpose(1, 2)"
+            )
+        if tensor.dtype not in FLOATS:
+            raise ShapeError(f"{name} must be float16, bfloat16, float32 or float64; got {tensor.dtype}")
+        if 0 in tensor.shape:
+            raise ShapeError(f"{name} has an empty dimension: shape {tuple(tensor.shape)}; every dimension must be at least 1")
+    _check_shapes(q, k, v)
+    if isinstance(q_offset, torch.Tensor) and q_offset.ndim == 0 and not q_offset.is_floating_point():
+        q_offset = int(q_offset)
+    if isinstance(q_offset, bool) or not isinstance(q_offset, numbers.Integral) or q_offset < 0:
+        raise ShapeError(f"q_offset must be a whole number of at least 0, the position of the first query; got {q_offset!r}")
+    if scale is None:
+        scale = pattern.scale if pattern.scale is not None else q.shape[-1] ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
+        raise ShapeError(f"scale must be a positive number or None; got {scale!r}")
+    bound = bind_tables(pattern, tables, device=q.device)
+    domain = Domain(q.shape[2], k.shape[2], int(q_offset), q.shape[0], q.shape[1], bound)
+    _check_reads_once(pattern, domain)
+    return Call(q, k, v, domain, float(scale))
+
+
+def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def wrong(what: str) -> ShapeError:
+        return ShapeError(f"{what}. q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; wanted q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv)")
+
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise wrong("q, k and v must have one batch size")
+    if k.shape[1] != v.shape[1]:
+        raise wrong("k and v must have the same number of heads")
+    if q.shape[1] % k.shape[1]:
+        raise wrong(f"the query heads must be a multiple of the key/value heads; {q.shape[1]} is not a multiple of {k.shape[1]}")
+    if k.shape[2] != v.shape[2]:
+        raise wrong("k and v must have the same length")
+    if q.shape[3] != k.shape[3]:
+        raise wrong("q and k must have the same head_dim")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ShapeError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}. Cast them, or use torch.autocast around the projections")
+    if not q.device == k.device == v.device:
+        raise ShapeError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}")
+
+
+def bind_tables(pattern: Pattern, tables: Mapping[str, Any], *, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+    """All tables of ``pattern`` by name: those given, else those bound at declaration; checked against their declarations.
+
+    ``device`` None takes the device of the first table.
+    """
+    wanted = pattern.tables
+    surplus = sorted(set(tables) - set(wanted))
+    if surplus:
+        raise TableError(
+            f"unexpected argument{'s' * (len(surplus) > 1)} {', '.join(surplus)}: the pattern reads "
+            f"{'the tables ' + ', '.join(wanted) if wanted else 'no table'}"
+        )
+    given = pattern.bound | dict(tables)
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        raise TableError(f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)} with the call")
+    bound = {}
+    for name, spec in wanted.items():
+        bound[name] = _check_table(spec, given[name], _rank(pattern, name), device)
+        device = device or bound[name].device
+    return bound
+
+
+def _rank(pattern: Pattern, name: str) -> int:
+    return next(len(r.args) for expr in pattern.exprs for r in table_reads(expr) if r.spec.name == name)
+
+
+def _check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | None) -> torch.Tensor:
+    name = spec.name
+    if not isinstance(value, torch.Tensor):
+        raise TableError(f"table {name!r} must be a torch tensor; got {type(value).__name__}. Write torch.as_tensor({name})")
+    kind = "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "complex" if value.is_complex() else "int"
+    if kind != spec.dtype:
+        raise TableError(f"table {name!r} is declared as {spec.dtype} but got {value.dtype}; pass a {spec.dtype} tensor or declare dtype={kind}")
+    if value.ndim != rank:
+        raise TableError(f"table {name!r} is read with {rank} ind{'ex' if rank == 1 else 'ices'} but has shape {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise TableError(f"table {name!r} is on {value.device} but the call runs on {device}; move it: {name}.to({str(device)!r})")
+    if 0 in value.shape:
+        raise TableError(f"table {name!r} is empty: shape {tuple(value.shape)}")
+    if value.requires_grad and not spec.learned:
+        raise TableError(
+            f"table {name!r} requires gradients but is not declared as learned; write sd.table({name!r}, learned=True), "
+            f"or pass {name}.detach()"
+        )
+    _check_facts_once(spec, value)
+    return value
+
+
+# Facts are checked once per tensor and version, not per call: a check reads the whole table and, on GPU, waits for it.
+_CHECKED: dict[int, tuple[weakref.ref[torch.Tensor], int, TableSpec]] = {}
+
+
+def _check_facts_once(spec: TableSpec, value: torch.Tensor) -> None:
+    if not (spec.monotone or spec.bijective or spec.values_in):
+        return
+    known = _CHECKED.get(id(value))
+    if known is not None and known[0]() is value and known[1:] == (value._version, spec):
+        return
+    if spec.monotone:
+        falls = (value[..., 1:] < value[..., :-1]).nonzero()
+        if falls.numel():
+            place = falls[0].tolist()
+            raise TableError(f"table {spec.name!r} is declared monotone but falls after index {place}; sort it or drop monotone=True")
+    if spec.bijective:
+        size = value.shape[-1]
+        expected = torch.arange(size, device=value.device, dtype=value.dtype).expand(value.shape)
+        if not torch.equal(value.sort(dim=-1).values, expected):
+            raise TableError(f"table {spec.name!r} is declared bijective but its last dimension is no permutation of 0..{size - 1}")
+    if spec.values_in:
+        low, high = (int(x) for x in torch.aminmax(value))
+        if low < spec.values_in[0] or high > spec.values_in[1]:
+            raise TableError(f"table {spec.name!r} is declared with values_in={spec.values_in} but holds values from {low} to {high}")
+    if len(_CHECKED) > 4096:
+        _CHECKED.clear()
+    _CHECKED[id(value)] = (weakref.ref(value), value._version, spec)
+
+
+_READS_CHECKED: dict[tuple[Any, ...], list[tuple[weakref.ref[torch.Tensor], int]]] = {}
+
+
+def _check_reads_once(pattern: Pattern, domain: Domain) -> None:
+    if not domain.tables:
+        return
+    tables = list(domain.tables.values())
+    key = (hash(pattern), domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, *(id(t) for t in tables))
+    known = _READS_CHECKED.get(key)
+    if known is not None and all(ref() is t and version == t._version for (ref, version), t in zip(known, tables, strict=True)):
+        return
+    check_reads(pattern, domain)
+    if len(_READS_CHECKED) > 4096:
+        _READS_CHECKED.clear()
+    _READS_CHECKED[key] = [(weakref.ref(t), t._version) for t in tables]

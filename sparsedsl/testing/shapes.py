@@ -1,0 +1,185 @@
+"""Attention problems: lengths, heads and offsets as one value that prints as code, and tensors that print as code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from sparsedsl.testing.plain import Positions
+
+__all__ = ["AttentionCase", "dtypes", "inputs", "shapes", "tensor", "tensor_code"]
+
+LAYOUTS = ("contiguous", "transposed", "expanded")
+# Tensors larger than this are not written out in a snippet.
+_LITERAL_ELEMENTS = 128
+
+
+@dataclass(frozen=True, repr=False)
+class AttentionCase:
+    """The shape of one attention call; ``q_len`` is the number of query rows, the first of them at position ``q_offset``.
+
+    >>> case = AttentionCase(heads=4, kv_heads=2, q_len=3, kv_len=8, q_offset=5)
+    >>> case.q_shape, case.k_shape
+    ((1, 4, 3, 16), (1, 2, 8, 16))
+    """
+
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    q_len: int = 1
+    kv_len: int = 1
+    head_dim: int = 16
+    head_dim_v: int = 16
+    q_offset: int = 0
+
+    def __repr__(self) -> str:
+        words = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"AttentionCase({', '.join(words)})"
+
+    @property
+    def q_shape(self) -> tuple[int, int, int, int]:
+        """Shape of ``q``."""
+        return self.batch, self.heads, self.q_len, self.head_dim
+
+    @property
+    def k_shape(self) -> tuple[int, int, int, int]:
+        """Shape of ``k``."""
+        return self.batch, self.kv_heads, self.kv_len, self.head_dim
+
+    @property
+    def v_shape(self) -> tuple[int, int, int, int]:
+        """Shape of ``v``."""
+        return self.batch, self.kv_heads, self.kv_len, self.head_dim_v
+
+    @property
+    def positions(self) -> Positions:
+        """The values of the index symbols on the grid of this case."""
+        return Positions(
+            batch=self.batch, heads=self.heads, q_len=self.q_len, kv_len=self.kv_len, q_offset=self.q_offset
+        )
+
+    @property
+    def env(self) -> dict[str, torch.Tensor]:
+        """The same values as torch tensors, as :func:`sparsedsl.lang.evaluate.evaluate` takes them."""
+        return {name: torch.as_tensor(value) for name, value in self.positions.items()}
+
+
+def tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> torch.Tensor:
+    """A normal random tensor that depends on its arguments alone, and that a failure can print as this very call.
+
+    Args:
+        shape: the sizes.
+        seed: of a generator of its own; the values do not depend on ``dtype`` before rounding, nor on ``layout`` unless it is expanded.
+        dtype: a float type.
+        layout: ``"contiguous"``; ``"transposed"`` (dimensions 1 and 2 swapped in memory, as after ``view(...).transpose(1, 2)``);
+            ``"expanded"`` (dimension 0 with stride 0: every batch entry is the same memory).
+
+    >>> tensor(2, 4, 3, 8, seed=0, layout="transposed").stride()
+    (96, 8, 32, 1)
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(*((1, *shape[1:]) if layout == "expanded" else shape), generator=generator, dtype=torch.float64).to(dtype)
+    if layout == "transposed":
+        values = values.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "expanded":
+        values = values.expand(*shape)
+    elif layout != "contiguous":
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    words = [*map(str, shape), f"seed={seed}"]
+    words += [f"dtype={dtype}"] if dtype != torch.float32 else []
+    words += [f"layout={layout!r}"] if layout != "contiguous" else []
+    values.sparsedsl_code = f"sd.testing.tensor({', '.join(words)})"  # type: ignore[attr-defined]
+    return values
+
+
+def tensor_code(value: Any) -> str:
+    """Python code that makes ``value`` again: its own call if :func:`tensor` made it, a literal if it is small, else a saved file."""
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    code = getattr(value, "sparsedsl_code", None)
+    if code is not None:
+        return str(code)
+    value = value.detach().cpu()
+    if value.numel() <= _LITERAL_ELEMENTS:
+        plain = value.double() if value.is_floating_point() else value
+        return f"torch.tensor({plain.tolist()}, dtype={value.dtype})".replace("-inf", "-math.inf").replace("nan", "math.nan")
+    digest = hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
+    path = os.path.join(tempfile.gettempdir(), f"sparsedsl-{digest}.pt")
+    if not os.path.exists(path):
+        torch.save(value.clone(), path)
+    return f"torch.load({path!r})"
+
+
+@st.composite
+def shapes(
+    draw: st.DrawFn,
+    *,
+    max_len: int = 70,
+    max_batch: int = 2,
+    max_heads: int = 6,
+    square: bool = False,
+    head_dims: tuple[int, ...] = (16, 32),
+) -> AttentionCase:
+    """Attention problems: one token, shorter than a block, ragged, rectangular, at an offset; any ratio of query to key heads.
+
+    Args:
+        max_len: longest length, of queries and of keys.
+        max_batch: largest batch size.
+        max_heads: most query heads.
+        square: only problems of self-attention over a whole sequence: as many queries as keys, no offset.
+        head_dims: what ``head_dim`` and, separately, ``head_dim_v`` are drawn from.
+
+    >>> from hypothesis import given
+    >>> given(shapes(max_len=20))(lambda case: None)()
+    """
+    kv_len = draw(_lengths(max_len))
+    q_len = kv_len if square else draw(st.just(kv_len) | _lengths(max_len))
+    # At an offset of kv_len - q_len the last query sees the last key, as in decoding; other offsets must work too.
+    usual = st.sampled_from(sorted({0, max(kv_len - q_len, 0)}))
+    q_offset = 0 if square else draw(usual | st.integers(0, max_len))
+    kv_heads = draw(st.integers(1, max(1, max_heads // 2)))
+    ratio = draw(st.integers(1, max(1, max_heads // kv_heads)))
+    return AttentionCase(
+        batch=draw(st.integers(1, max_batch)),
+        heads=kv_heads * ratio,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=draw(st.sampled_from(head_dims)),
+        head_dim_v=draw(st.sampled_from(head_dims)),
+        q_offset=q_offset,
+    )
+
+
+def _lengths(longest: int) -> st.SearchStrategy[int]:
+    near_blocks = [n for block in (8, 16, 32, 64, 128) for n in (block - 1, block, block + 1) if n <= longest]
+    return st.integers(1, longest) | st.sampled_from([1, *near_blocks])
+
+
+def dtypes(*, low_precision: bool = True) -> st.SearchStrategy[torch.dtype]:
+    """Float types of inputs: float32, float64, and float16 and bfloat16 if ``low_precision``."""
+    return st.sampled_from([torch.float32, torch.float64] + [torch.bfloat16, torch.float16] * low_precision)
+
+
+@st.composite
+def inputs(
+    draw: st.DrawFn, case: AttentionCase, *, dtype: torch.dtype | st.SearchStrategy[torch.dtype] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``q, k, v`` of one problem: contiguous, transposed or expanded in memory, of one dtype (drawn unless given).
+
+    >>> from hypothesis import given
+    >>> given(inputs(AttentionCase(q_len=3, kv_len=5)))(lambda qkv: None)()
+    """
+    kind = draw(dtypes() if dtype is None else st.just(dtype) if isinstance(dtype, torch.dtype) else dtype)
+    seed = draw(st.integers(0, 2**16))
+    layouts = st.sampled_from(LAYOUTS)
+    return tuple(
+        tensor(*shape, seed=seed + i, dtype=kind, layout=draw(layouts))
+        for i, shape in enumerate((case.q_shape, case.k_shape, case.v_shape))
+    )  # type: ignore[return-value]

@@ -1,0 +1,167 @@
+"""Hypothesis strategies for the language: expressions, patterns, and tables that honour what was declared about them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from hypothesis import strategies as st
+
+from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.expressions import Expression, Index, Mask, Score
+from sparsedsl.lang.pattern import Pattern, attend
+from sparsedsl.lang.tables import TableRead, TableSpec, table_reads
+from sparsedsl.lang.text import parse
+from sparsedsl.testing import grammar
+from sparsedsl.testing.shapes import AttentionCase, tensor
+
+__all__ = ["indices", "masks", "patterns", "scores", "table_tensors", "tables_for"]
+
+# Larger tables come from a seed, not element by element.
+_DRAWN_ELEMENTS = 64
+
+
+def _read(text: str) -> Any:
+    return parse(grammar.declarations_of(text) + text)
+
+
+def indices(*, depth: int = 3, tables: bool = True) -> st.SearchStrategy[Index]:
+    """Integer expressions: affine, ``//``, ``%``, min, max, abs, where, bit operations, and reads of nested tables.
+
+    ``depth``: how deep they nest. ``tables``: whether they read tables; values for these come from :func:`tables_for`.
+
+    >>> from hypothesis import given
+    >>> given(indices())(lambda index: index.expr)()
+    """
+    return grammar.index_texts(depth, tables=tables).map(_read)
+
+
+def masks(*, depth: int = 3, tables: bool = True) -> st.SearchStrategy[Mask]:
+    """Boolean expressions: windows, documents, strides, blocks, block tables, random comparisons, joined by ``& | ~ ^``.
+
+    >>> from hypothesis import given
+    >>> given(masks(tables=False))(lambda mask: mask & ~mask)()
+    """
+    return grammar.mask_texts(depth, tables=tables).map(_read)
+
+
+def scores(*, depth: int = 2, tables: bool = True) -> st.SearchStrategy[Score]:
+    """Modified logits: biases, soft caps, float functions, learned tables; never NaN on finite logits.
+
+    >>> from hypothesis import given
+    >>> given(scores())(lambda score: score / 2)()
+    """
+    return grammar.score_texts(depth, tables=tables).map(_read)
+
+
+@st.composite
+def patterns(
+    draw: st.DrawFn, *, depth: int = 3, tables: bool = True, scores: bool = True, causal: bool | None = None
+) -> Pattern:
+    """Attention patterns: a mask, and sometimes a modified logit, a sink and a scale.
+
+    Args:
+        depth: how deep the mask nests.
+        tables: whether tables are read.
+        scores: whether logits are modified and sinks added.
+        causal: ``True`` for patterns that never see a later position; ``None`` for any.
+
+    >>> from hypothesis import given
+    >>> given(patterns(causal=True))(lambda pattern: pattern.key)()
+    """
+    text = draw(grammar.mask_texts(depth, tables=tables))
+    if causal:
+        text = f"((kv_idx <= q_idx) & {text})"
+    words = [text]
+    if scores and draw(st.booleans()):
+        words.append(draw(grammar.score_texts(1, tables=tables)))
+    mask, *score = (_read(word) for word in words)
+    sink = draw(st.none() | st.sampled_from((0.0, 1.5))) if scores else None
+    scale = draw(st.none() | st.sampled_from((0.1, 1.0))) if scores else None
+    return attend(mask, score[0] if score else None, sink=sink, scale=scale)
+
+
+def tables_for(pattern: Any, case: AttentionCase) -> st.SearchStrategy[dict[str, torch.Tensor]]:
+    """Tensors for every unbound table of a pattern or expression, as long as the case reads them and as its words promise.
+
+    Monotone tables never fall along their last axis, bijective ones are permutations along it, values stay inside ``values_in``.
+    A read outside every table is not forced on you: each axis is as long as the largest index that is read.
+
+    >>> import sparsedsl as sd
+    >>> from hypothesis import given
+    >>> doc = sd.table("doc", monotone=True)
+    >>> case = AttentionCase(q_len=5, kv_len=9)
+    >>> given(tables_for(doc[sd.q_idx] == doc[sd.kv_idx], case))(lambda tables: tables["doc"])()
+    """
+    exprs = pattern.exprs if isinstance(pattern, Pattern) else (pattern.expr,)
+    bound = pattern.bound if isinstance(pattern, (Pattern, Expression)) else {}
+    return table_tensors(exprs, case, bound)
+
+
+@st.composite
+def table_tensors(
+    draw: st.DrawFn, exprs: tuple[sympy.Basic, ...], case: AttentionCase, bound: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """:func:`tables_for`, for sympy expressions."""
+    reads = {read for expr in exprs for read in table_reads(expr)}
+    values: dict[str, Any] = dict(bound)
+    drawn: dict[str, torch.Tensor] = {}
+    for spec in _inner_first(reads):
+        if spec.name not in values:
+            sizes = _sizes([read for read in reads if read.spec == spec], case, values)
+            values[spec.name] = drawn[spec.name] = _draw_table(draw, spec, sizes)
+    return drawn
+
+
+def _inner_first(reads: set[TableRead]) -> list[TableSpec]:
+    """The tables in an order in which the indices of each read only earlier ones."""
+    needs: dict[TableSpec, set[TableSpec]] = {}
+    for read in reads:
+        inner = {r.spec for argument in read.args for r in table_reads(argument)}
+        needs[read.spec] = needs.get(read.spec, set()) | inner - {read.spec}
+    order: list[TableSpec] = []
+    while needs:
+        ready = [spec for spec, inner in needs.items() if inner <= set(order)]
+        # Tables that index each other in a circle (t[s[i]] and s[t[i]]) are taken as they come: reads outside are clamped.
+        order += sorted(ready or needs, key=lambda spec: spec.name)
+        needs = {spec: inner for spec, inner in needs.items() if spec not in order}
+    return order
+
+
+def _sizes(reads: list[TableRead], case: AttentionCase, tables: Mapping[str, Any]) -> tuple[int, ...]:
+    """How long each axis must be for the indices read in this case."""
+    sizes = [1] * len(reads[0].args)
+    for read in reads:
+        known = all(inner.spec.name in tables for argument in read.args for inner in table_reads(argument))
+        for axis, argument in enumerate(read.args if known else ()):
+            largest = int(evaluate(argument, {**case.env, **tables}).max())
+            sizes[axis] = max(sizes[axis], largest + 1)
+    return tuple(sizes)
+
+
+def _draw_table(draw: st.DrawFn, spec: TableSpec, sizes: tuple[int, ...]) -> torch.Tensor:
+    count = functools.reduce(lambda x, y: x * y, sizes)
+    if spec.dtype == "float":
+        return tensor(*sizes, seed=draw(st.integers(0, 99)))
+    if spec.bijective:
+        rows = [draw(st.permutations(range(sizes[-1]))) for _ in range(count // sizes[-1])]
+        values = torch.tensor(list(itertools.chain(*rows))).reshape(sizes)
+    else:
+        low, high = (0, 1) if spec.dtype == "bool" else spec.values_in or (0, 7)
+        values = _draw_values(draw, low, high, count).reshape(sizes)
+        if spec.monotone:
+            values = values.sort(dim=-1).values
+    if spec.dtype == "bool":
+        return values.bool()
+    return values.to(draw(st.sampled_from((torch.int64, torch.int32))))
+
+
+def _draw_values(draw: st.DrawFn, low: int, high: int, count: int) -> torch.Tensor:
+    if count <= _DRAWN_ELEMENTS:
+        return torch.tensor(draw(st.lists(st.integers(low, high), min_size=count, max_size=count)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    return torch.randint(low, high + 1, (count,), generator=generator)

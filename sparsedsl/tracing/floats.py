@@ -1,0 +1,226 @@
+"""Nodes -> the language, for floats: ordinary real expressions in scores, exact ones wherever a decision hangs on the last bit.
+
+A float that is compared, or turned into a whole number, decides which pairs attend or which table entry is read; it becomes a chain of
+exact operations (:mod:`sparsedsl.lang.strict`). Everything else a score is made of is real arithmetic, free to be simplified.
+Comparisons of the logit itself are real: the logit has no exact value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+
+from sparsedsl.lang import numeric, strict
+from sparsedsl.lang.expressions import Index, Mask, Score, as_score
+from sparsedsl.lang.symbols import SCORE
+from sparsedsl.tracing.graph import Node, fail
+from sparsedsl.tracing.operations import COMPARISONS
+
+if TYPE_CHECKING:
+    from sparsedsl.tracing.convert import Converter
+
+__all__ = ["Floats"]
+
+# type -> (prefix of exact operations, bits of its significand)
+_TYPES = {torch.float16: ("f16", 11), torch.bfloat16: ("bf16", 8), torch.float32: ("f32", 24), torch.float64: ("f64", 53)}
+
+
+class Floats:
+    """The part of :class:`~sparsedsl.tracing.convert.Converter` for float nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._scores: dict[Node, Score] = {}
+        self._exact: dict[Node, sympy.Basic] = {}
+        self._of_score: dict[Node, bool] = {}
+
+    # -- real arithmetic ---------------------------------------------------------------------------------------------------------
+
+    def score(self: Converter, node: Node) -> Score:
+        """A node of any type as a real expression."""
+        if node not in self._scores:
+            self._scores[node] = self.located(self._score, node)
+        return self._scores[node]
+
+    def _score(self: Converter, node: Node) -> Score:
+        if not node.dtype.is_floating_point:
+            return as_score(self.index(node))
+        match node.op:
+            case "symbol":
+                return Score(SCORE)
+            case "const":
+                return as_score(self._number(node), where="constant")
+            case "read":
+                return self.read(node)
+            case "where":
+                return as_score(numeric.where(self.mask(node.args[0]), self.score(node.args[1]), self.score(node.args[2])))
+            case op if op in _REAL:
+                result = as_score(_REAL[op](*map(self.score, node.args)))
+                if not result.expr.has(sympy.zoo, sympy.nan, sympy.I):
+                    return result
+        return Score(self.exact(node))
+
+    def _number(self, node: Node) -> float | int:
+        value = node.args[0]
+        if isinstance(value, complex) or value != value:
+            fail(f"the constant {value}", "Drop a pair with float('-inf'), or in the mask", node.where)
+        return value
+
+    # -- exact arithmetic --------------------------------------------------------------------------------------------------------
+
+    def exact(self: Converter, node: Node) -> sympy.Basic:
+        """A node of any type as an operand of exact operations."""
+        if node not in self._exact:
+            self._exact[node] = self.located(self._exactly, node)
+        return self._exact[node]
+
+    def _exactly(self: Converter, node: Node) -> sympy.Basic:
+        if not node.dtype.is_floating_point:
+            return self.index(node).expr
+        match node.op:
+            case "symbol":
+                return SCORE
+            case "const":
+                value = self._number(node)
+                return sympy.Integer(value) if isinstance(value, int) else as_score(value).expr
+            case "read":
+                return self.read(node).expr
+            case "where":
+                return self._apply("where", node.dtype, self.mask(node.args[0]).expr, *map(self.exact, node.args[1:]))
+            case "cast":
+                return self._apply("cast", node.dtype, self.exact(node.args[0]))
+        return self._apply(node.op, node.common, *map(self.exact, node.args))
+
+    def _apply(self, op: str, dtype: torch.dtype, *operands: sympy.Basic) -> sympy.Basic:
+        """An exact operation; operands that are only cast to its own type go in as they are, since it casts them itself."""
+        prefix, _ = _TYPES[dtype]
+        function, plain = strict.strict_class(prefix, op), strict.OPERATIONS[op].plain
+        cast = strict.strict_class(prefix, "cast")
+        bare = [x.args[0] if isinstance(x, cast) and i not in plain else x for i, x in enumerate(operands)]
+        return function(*(bare if op != "cast" or not isinstance(operands[0], cast) else [operands[0].args[0]]))
+
+    def _truncated(self: Converter, node: Node) -> Index:
+        """A float cast to an integer type."""
+        source = node.args[0]
+        return Index(self._apply(f"to_{str(node.dtype).removeprefix('torch.')}", source.dtype, self.exact(source)))
+
+    # -- decisions ---------------------------------------------------------------------------------------------------------------
+
+    def predicate(self: Converter, node: Node) -> Mask:
+        """``isnan`` and its kin."""
+        if not node.common.is_floating_point:
+            return Mask(sympy.false) if node.op != "signbit" else self.index(node.args[0]) < 0
+        return Mask(sympy.Ne(self._apply(node.op, node.common, self.exact(node.args[0])), 0))
+
+    def float_compare(self: Converter, op: str, left: Node, right: Node, common: torch.dtype) -> Mask:
+        """A comparison of floats of type ``common``."""
+        if self.uses_score(left) or self.uses_score(right):
+            return _RELATIONS[op](self.score(left), self.score(right))
+        for x, c, relation in ((left, right, op), (right, left, _SWAPPED[op])):
+            whole = self._whole_against(x, c, common)
+            if whole is not None:
+                return self._compare_whole(relation, whole, float(torch.tensor(c.args[0], dtype=common)))
+        if op in ("gt", "ge"):
+            op, left, right = _SWAPPED[op], right, left
+        return Mask(sympy.Ne(self._apply(op, common, self.exact(left), self.exact(right)), 0))
+
+    def _whole_against(self: Converter, x: Node, c: Node, common: torch.dtype) -> Index | None:
+        """``x`` if it is a whole number compared with a constant so small that casting ``x`` to ``common`` cannot change the outcome.
+
+        Casting is monotone and exact up to ``2**bits``, so a constant below that bound divides the cast values as it divides ``x``.
+        """
+        if not c.is_const or not abs(c.args[0]) < 2 ** _TYPES[common][1]:
+            return None
+        if x.op == "cast" and x.dtype == common:
+            x = x.args[0]
+        return None if x.dtype.is_floating_point else self.index(x)
+
+    def _compare_whole(self: Converter, op: str, x: Index, c: float) -> Mask:
+        if op in ("eq", "ne"):
+            return self.integer_compare(op, x, Index(sympy.Integer(int(c)))) if c.is_integer() else Mask(sympy.true if op == "ne" else sympy.false)
+        bound = math.ceil(c) if op in ("lt", "ge") else math.floor(c)
+        return self.integer_compare(op, x, Index(sympy.Integer(bound)))
+
+    def uses_score(self, node: Node) -> bool:
+        """Whether the value depends on the logit itself."""
+        if node not in self._of_score:
+            self._of_score[node] = node.op == "symbol" and node.dtype.is_floating_point or any(map(self.uses_score, node.inputs))
+        return self._of_score[node]
+
+
+_SWAPPED = {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}
+_RELATIONS: dict[str, Callable[[Score, Score], Any]] = {
+    "lt": lambda a, b: a < b, "le": lambda a, b: a <= b, "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b, "eq": lambda a, b: a == b, "ne": lambda a, b: a != b,
+}  # fmt: skip
+assert set(_RELATIONS) == COMPARISONS
+
+
+def _elu(x: Score, alpha: Score, scale: Score, input_scale: Score) -> Score:
+    return numeric.where(x > 0, scale * x, scale * alpha * (numeric.exp(x * input_scale) - 1))
+
+
+def _gelu_tanh(x: Score) -> Score:
+    return x * 0.5 * (1 + numeric.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+# Operations with a real meaning in the language. Those that step (floor, round, casts...) stay exact operations.
+_REAL: dict[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "add_scaled": lambda a, b, alpha: a + b * alpha,
+    "sub_scaled": lambda a, b, alpha: a - b * alpha,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "pow": lambda a, b: a**b,
+    "neg": lambda a: -a,
+    "abs": abs,
+    "cast": lambda a: a,
+    "reciprocal": lambda a: 1 / a,
+    "minimum": numeric.minimum,
+    "maximum": numeric.maximum,
+    "fmin": numeric.minimum,
+    "fmax": numeric.maximum,
+    "exp": numeric.exp,
+    "exp2": lambda a: as_score(2) ** a,
+    "expm1": lambda a: numeric.exp(a) - 1,
+    "log": numeric.log,
+    "log2": lambda a: numeric.log(a) / math.log(2),
+    "log10": lambda a: numeric.log(a) / math.log(10),
+    "log1p": lambda a: numeric.log(a + 1),
+    "sqrt": numeric.sqrt,
+    "rsqrt": lambda a: 1 / numeric.sqrt(a),
+    "sin": numeric.sin,
+    "cos": numeric.cos,
+    "tan": lambda a: numeric.sin(a) / numeric.cos(a),
+    "sinh": lambda a: (numeric.exp(a) - numeric.exp(-a)) / 2,
+    "cosh": lambda a: (numeric.exp(a) + numeric.exp(-a)) / 2,
+    "tanh": numeric.tanh,
+    "sigmoid": numeric.sigmoid,
+    "log_sigmoid": lambda a: -numeric.softplus(-a),
+    "erf": numeric.erf,
+    "erfc": lambda a: 1 - numeric.erf(a),
+    "relu": numeric.relu,
+    "silu": lambda a: a * numeric.sigmoid(a),
+    "mish": lambda a: a * numeric.tanh(numeric.softplus(a)),
+    "gelu": lambda a: a * 0.5 * (1 + numeric.erf(a * math.sqrt(0.5))),
+    "gelu_tanh": _gelu_tanh,
+    "softplus": lambda a, beta, threshold: numeric.softplus(a * beta) / beta,
+    "leaky_relu": lambda a, slope: numeric.where(a > 0, a, a * slope),
+    "elu": _elu,
+    "hardsigmoid": lambda a: numeric.clamp(a + 3, 0.0, 6.0) / 6,
+    "hardswish": lambda a: a * numeric.clamp(a + 3, 0.0, 6.0) / 6,
+    "threshold": lambda a, limit, value: numeric.where(a > limit, a, value),
+    "sign": lambda a: numeric.where(a > 0, 1.0, numeric.where(a < 0, -1.0, 0.0)),
+    "hypot": lambda a, b: numeric.sqrt(a**2 + b**2),
+    "logaddexp": lambda a, b: a + numeric.softplus(b - a),
+    "lerp": lambda a, b, w: a + w * (b - a),
+    "addcmul": lambda a, b, c, value: a + value * b * c,
+    "addcdiv": lambda a, b, c, value: a + value * b / c,
+    "deg2rad": lambda a: a * (math.pi / 180),
+    "rad2deg": lambda a: a * (180 / math.pi),
+}

@@ -1,0 +1,222 @@
+"""The stand-ins a callable is run with: scalar tensors that record what torch does with them.
+
+A :class:`Proxy` is a tensor without data; ``__torch_dispatch__`` hands every operation, already in ATen's words and with Python's
+numbers still numbers, to :mod:`sparsedsl.tracing.operations`. The :class:`Watcher` (a torch function mode) sees what ATen does not show:
+indexing of real tensors, writes, random numbers, and which real tensors the callable reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sparsedsl.errors import TraceError
+from sparsedsl.tracing import advice, capture, indexing
+from sparsedsl.tracing.graph import Captured, Node, Partial, constant, fail
+
+__all__ = ["Proxy", "Tracer", "Watcher"]
+
+
+@dataclass
+class Fresh:
+    """A real tensor made while tracing; ``source`` says which part of a captured tensor it is, ``origin`` what it was made of."""
+
+    tensor: torch.Tensor
+    source: Partial | None
+    origin: torch.Tensor | None
+
+
+class Proxy(torch.Tensor):
+    """A tensor of no data whose operations are recorded."""
+
+    node: Node | None
+    partial: Partial | None
+    tracer: Tracer
+
+    @staticmethod
+    def __new__(cls, value: Node | Partial, tracer: Tracer) -> Proxy:
+        partial = value if isinstance(value, Partial) else None
+        dtype = partial.captured.tensor.dtype if partial else value.dtype  # type: ignore[union-attr]
+        self = torch.Tensor._make_wrapper_subclass(cls, partial.shape if partial else (), dtype=dtype, device="cpu")
+        self.node, self.partial, self.tracer = None if partial else value, partial, tracer  # type: ignore[assignment]
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from sparsedsl.tracing.operations import record
+
+        tracer = next(leaf.tracer for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Proxy))
+        return record(tracer, func, args, kwargs or {})
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"<traced {self.dtype} value>" if self.node else f"<traced table part, shape {tuple(self.shape)}>"
+
+    def __format__(self, spec: str) -> str:
+        return repr(self)
+
+    def __len__(self) -> int:
+        advice.refuse("len")
+
+    def __iter__(self) -> Any:
+        advice.refuse("iter")
+
+    def __bool__(self) -> bool:
+        advice.refuse_truth()
+
+    def __int__(self) -> int:
+        advice.refuse("__int__")
+
+    def __float__(self) -> float:
+        advice.refuse("__float__")
+
+    def __index__(self) -> int:
+        advice.refuse("__index__")
+
+    def __complex__(self) -> complex:
+        advice.refuse("__complex__")
+
+    def __contains__(self, item: Any) -> bool:
+        advice.refuse("in")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        advice.refuse("numpy")
+
+
+class Tracer:
+    """One run of one callable: the tensors it reads and makes."""
+
+    def __init__(self) -> None:
+        self.captured: dict[int, tuple[torch.Tensor, Captured]] = {}
+        self.fresh: dict[int, Fresh] = {}
+        self.seen: dict[int, torch.Tensor] = {}
+        self.current: list[str] = []
+
+    def note(self, value: Any, source: Partial | None = None, origin: torch.Tensor | None = None) -> None:
+        """Remember that real tensors in ``value`` were made here and now."""
+        for tensor in tree_leaves(value):
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, Proxy) and id(tensor) not in self.seen:
+                self.fresh.setdefault(id(tensor), Fresh(tensor, source, origin))
+
+    def is_captured(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` came from outside the callable, or is one element of such a tensor."""
+        if isinstance(tensor, Proxy) or id(tensor) not in self.seen:
+            return False
+        fresh = self.fresh.get(id(tensor))
+        return fresh is None or fresh.source is not None
+
+    def partial(self, tensor: torch.Tensor) -> Partial:
+        """``tensor`` as a table of which some indices are given."""
+        fresh = self.fresh.get(id(tensor))
+        if fresh is not None and fresh.source is not None:
+            return fresh.source
+        captured = self.capture(tensor)
+        given = (constant(0),) if tensor.ndim == 0 else (None,) * tensor.ndim
+        return Partial(captured, given)
+
+    def capture(self, tensor: torch.Tensor) -> Captured:
+        """The table that ``tensor`` becomes; a tensor without dimensions becomes a table of one entry."""
+        if id(tensor) in self.captured:
+            return self.captured[id(tensor)][1]
+        advice.check_table(tensor)
+        fresh, table = self.fresh.get(id(tensor)), tensor
+        name = capture.find_name(fresh.origin if fresh and fresh.origin is not None else tensor) or "table"
+        if tensor.ndim == 0:
+            with torch.enable_grad():
+                table = capture.intern(tensor.reshape(1), name, live=True)
+        elif fresh is not None:
+            live = tensor._is_view() and tensor._base is not None and id(tensor._base) not in self.fresh
+            if tensor.requires_grad and not tensor.is_leaf and not live:
+                fail(
+                    f"a learned table that is computed before it is read ({self.current[-1] if self.current else name})",
+                    f"Read first, compute then, so that each call computes it anew: torch.exp({name}[h]), not torch.exp({name})[h]",
+                )
+            name = capture.content_name(capture.sanitise(name), tensor, live)
+            table = capture.intern(tensor, name, live)
+        found = Captured(table, self._unique(capture.sanitise(name)))
+        self.captured[id(tensor)] = (tensor, found)
+        return found
+
+    def _unique(self, name: str) -> str:
+        taken = {captured.name for _, captured in self.captured.values()}
+        return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+
+    def lift(self, tensor: Any) -> Any:
+        """A captured scalar tensor as a :class:`Proxy`; anything else as it is."""
+        if isinstance(tensor, torch.Tensor) and tensor.ndim == 0 and self.is_captured(tensor):
+            return Proxy(self.partial(tensor).read(), self)
+        return tensor
+
+    def node(self, value: Any) -> Node:
+        """The node of a scalar operand: a proxy, a number, or a real tensor of one element."""
+        if isinstance(value, Proxy):
+            if value.node is None:
+                advice.refuse_shape(value.partial.captured.name, tuple(value.shape))  # type: ignore[union-attr]
+            return value.node
+        if isinstance(value, torch.Tensor):
+            if value.ndim:
+                advice.refuse_shape(self.capture(value).name, tuple(value.shape))
+            return constant(value.item(), value.dtype)
+        return constant(value)
+
+
+class Watcher(TorchFunctionMode):
+    """Sees every torch function the callable calls, before torch does."""
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tracer, kwargs = self.tracer, kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        reals = [leaf for leaf in leaves if not isinstance(leaf, Proxy)]
+        for leaf in reals:
+            tracer.seen.setdefault(id(leaf), leaf)
+        tracer.current.append((resolve_name(func) or name).removeprefix("torch._C._nn.").removeprefix("torch._C."))
+        try:
+            return self._call(func, name, args, kwargs, leaves, reals)
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+            if isinstance(error, TraceError) or len(leaves) == len(reals):
+                raise
+            message = str(error).split("\n")[0]
+            fail(f"{tracer.current[-1]}()", f"torch refuses it: {message}")
+        finally:
+            tracer.current.pop()
+
+    def _call(self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any], leaves: list[Any], reals: list[Any]) -> Any:
+        tracer = self.tracer
+        proxies = len(leaves) > len(reals)
+        if name in advice.RANDOM:
+            advice.refuse(name, tracer.current[-1])
+        writes = name == "__setitem__" or name.startswith("__i") and name[3:-2] in advice.IN_PLACE or kwargs.get("out") is not None
+        writes = writes or name.endswith("_") and not name.endswith("__") and name not in advice.HARMLESS
+        if writes and (proxies or any(tracer.is_captured(t) for t in tree_leaves((args[:1], kwargs.get("out"))))):
+            advice.refuse("write", tracer.current[-1])
+        if func is torch.Tensor.__getitem__:
+            return indexing.getitem(tracer, args[0], args[1], lambda: func(*args))
+        if proxies:
+            result = func(*tree_map(tracer.lift, args), **tree_map(tracer.lift, dict(kwargs)))
+            tracer.note(result)
+            return result
+        if name in ("to", "cpu", "cuda") and tracer.is_captured(args[0]) and advice.moves_only(args, kwargs):
+            return args[0]
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.ndim == 0 and any(t.ndim == 0 and tracer.is_captured(t) for t in reals):
+            # Keep the captured scalar an operand, so that another value can be bound later.
+            with contextlib.suppress(TraceError):
+                return func(*tree_map(tracer.lift, args), **tree_map(tracer.lift, dict(kwargs)))
+        tracer.note(result, origin=next((self._origin(t) for t in reals if t.ndim), None))
+        return result
+
+    def _origin(self, tensor: torch.Tensor) -> torch.Tensor:
+        fresh = self.tracer.fresh.get(id(tensor))
+        return tensor if fresh is None or fresh.origin is None else fresh.origin

@@ -1,0 +1,229 @@
+"""What every test can use: the ``golden`` fixture, the ``gpu`` marker, and the random budget of the property tests.
+
+- ``pytest --update-golden`` rewrites golden files instead of comparing with them.
+- ``SPARSEDSL_TEST_EXAMPLES=100000`` spreads about that many random cases over the property tests that are run, in proportion to
+  the number each of them asks for; the summary says how many were run and how many tests failed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before anything imports torch: two test processes with one thread each are faster than two that fight for two cores,
+# nothing may reach for a model hub or a screen, and the user's cache is not ours to fill.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import pytest
+from hypothesis.errors import UnsatisfiedAssumption
+
+TESTS = Path(__file__).resolve().parent
+BUDGET = "SPARSEDSL_TEST_EXAMPLES"
+CASES = "sparsedsl_random_cases"
+
+# In CI the same cases every time, so that a submission fails for its own faults only; elsewhere new ones in every run.
+hypothesis.settings.register_profile(
+    "here", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("here"), derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") and not os.environ.get(BUDGET) else "here")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--update-golden``."""
+    parser.addoption(
+        "--update-golden", action="store_true", help="write golden files instead of comparing with them"
+    )
+
+
+def pytest_configure() -> None:
+    """A budget that is no number ends the run before it begins."""
+    _budget()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder() -> Iterator[Path]:
+    """A cache of the test run's own, empty at the start."""
+    with tempfile.TemporaryDirectory(prefix="sparsedsl-cache-") as folder:
+        before = os.environ.get("SPARSEDSL_CACHE")
+        os.environ["SPARSEDSL_CACHE"] = folder
+        yield Path(folder)
+        if before is None:
+            del os.environ["SPARSEDSL_CACHE"]
+        else:
+            os.environ["SPARSEDSL_CACHE"] = before
+
+
+# ---- golden files ------------------------------------------------------------------------------------------
+
+
+class Golden:
+    """Text that was once read by a person and judged right: ``assert golden == text``.
+
+    The file is ``tests/golden/<test file>/<test name>.txt``; ``golden["name"]`` is another one of the same test.
+    """
+
+    def __init__(self, stem: Path, update: bool) -> None:
+        self.stem, self.update = stem, update
+
+    def __getitem__(self, name: str) -> Golden:
+        return Golden(self.stem.with_name(f"{self.stem.name}.{_file_name(name)}"), self.update)
+
+    def __eq__(self, text: object) -> bool:
+        __tracebackhide__ = True
+        if not isinstance(text, str):
+            pytest.fail(f"golden compares text, got {type(text).__name__}: {text!r}")
+        path = self.stem.with_name(self.stem.name + ".txt")
+        text = text.rstrip("\n") + "\n"
+        if self.update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return True
+        shown = path.relative_to(TESTS.parent) if path.is_relative_to(TESTS.parent) else path
+        if not path.exists():
+            pytest.fail(f"{shown} does not exist; pytest --update-golden writes it:\n{text}")
+        wanted = path.read_text(encoding="utf-8")
+        if wanted != text:
+            lines = difflib.unified_diff(
+                wanted.splitlines(), text.splitlines(), str(shown), "now", lineterm=""
+            )
+            pytest.fail(
+                "\n".join([*lines, "", "if the new text is right: pytest --update-golden, and read the diff"])
+            )
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "_", name).strip("_")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """The golden file of this test; see :class:`Golden`."""
+    test_file = (
+        request.path.relative_to(TESTS) if request.path.is_relative_to(TESTS) else Path(request.path.name)
+    )
+    root = TESTS if request.path.is_relative_to(TESTS) else request.path.parent
+    folder = root / "golden" / test_file.with_suffix("")
+    return Golden(folder / _file_name(request.node.name), request.config.getoption("--update-golden"))
+
+
+# ---- gpu marker --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _why_no_gpu() -> str | None:
+    """None if there is a GPU to test on, else the reason why not."""
+    import torch
+
+    if torch.version.cuda is None:
+        return f"needs a CUDA GPU: torch {torch.__version__} is a CPU build"
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU: torch finds none on this machine"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip ``gpu`` tests where there is none; the same torch random numbers for every test, whatever ran before it."""
+    if item.get_closest_marker("gpu") and (reason := _why_no_gpu()):
+        pytest.skip(reason)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+# ---- random budget -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _budget() -> int | None:
+    """How many random cases the run may take in all; None: as many as each test asks for."""
+    given = os.environ.get(BUDGET, "")
+    if given and not (given.isdecimal() and int(given) > 0):
+        raise pytest.UsageError(
+            f"{BUDGET}={given!r} is not valid; valid values: a number of random cases above 0, as in {BUDGET}=100000"
+        )
+    return int(given) if given else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Count the cases of every property test, and give each its share of the budget."""
+    budget = _budget()
+    tests = [
+        item
+        for item in items
+        if isinstance(item, pytest.Function) and hypothesis.is_hypothesis_test(item.obj)
+    ]
+    # The function keeps its settings and its inner test as attributes; its parametrised items share them.
+    functions = [getattr(item.obj, "__func__", item.obj) for item in tests]
+    asked = sum(function._hypothesis_internal_use_settings.max_examples for function in functions)
+    for function in {id(function): function for function in functions}.values():
+        function.hypothesis.inner_test = _counted(function.hypothesis.inner_test)
+        if budget is not None:
+            own = function._hypothesis_internal_use_settings
+            share = max(1, math.ceil(own.max_examples * budget / asked))
+            function._hypothesis_internal_use_settings = hypothesis.settings(own, max_examples=share)
+
+
+_cases = 0
+
+
+def _counted(inner_test: Any) -> Any:
+    """The body of a property test, which counts its runs (a case that an ``assume`` turned down is none)."""
+
+    @functools.wraps(inner_test)
+    def body(*args: Any, **kwargs: Any) -> Any:
+        global _cases
+        __tracebackhide__ = True
+        _cases += 1
+        try:
+            return inner_test(*args, **kwargs)
+        except UnsatisfiedAssumption:
+            _cases -= 1
+            raise
+
+    return body
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Take the count of each property test along in its report, also out of a worker process."""
+    global _cases
+    _cases = 0
+    try:
+        return (yield)
+    finally:
+        if _cases:
+            item.user_properties.append((CASES, _cases))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many random cases were run, and what they found."""
+    run = [
+        (dict(report.user_properties).get(CASES, 0), report.failed)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport) and report.when == "call"
+    ]
+    cases, tests, failed = sum(n for n, _ in run), sum(n > 0 for n, _ in run), sum(bad for n, bad in run if n)
+    if tests:
+        more = f"budget {BUDGET}={_budget()}" if _budget() else f"{BUDGET}=100000 runs more"
+        terminalreporter.write_line(
+            f"random cases: {cases:,} run in {tests} property tests, {failed} of which failed ({more})"
+        )

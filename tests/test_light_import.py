@@ -1,0 +1,40 @@
+"""``import sparsedsl`` is cheap: a process that did only this has loaded none of the heavy libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from source_tree import ROOT
+
+HEAVY = ("torch", "triton", "transformers", "matplotlib", "hypothesis", "z3")
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Which heavy libraries a fresh Python has loaded after the statement."""
+    code = f"import sys\n{statement}\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import sparsedsl",
+        "from sparsedsl import SparseDSLError",
+        "import sparsedsl.settings; sparsedsl.settings.settings()",
+        "import sparsedsl; dir(sparsedsl)",
+    ],
+)
+def test_heavy_libraries_stay_out(statement):
+    assert loaded_by(statement) == set()
+
+
+def test_the_check_can_fail():
+    assert "torch" in loaded_by("import sparsedsl, torch")
+    assert loaded_by("import matplotlib") == {"matplotlib"}

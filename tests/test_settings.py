@@ -1,0 +1,68 @@
+"""The environment switches: defaults, valid values, and errors that list them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from sparsedsl.errors import SettingsError
+from sparsedsl.settings import Settings, settings, stage
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in ("SPARSEDSL_CACHE", "SPARSEDSL_DEBUG", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_defaults():
+    assert settings() == Settings(cache=Path.home() / ".cache" / "sparsedsl", debug=False)
+
+
+def test_an_empty_switch_is_an_unset_one(monkeypatch):
+    monkeypatch.setenv("SPARSEDSL_CACHE", "")
+    monkeypatch.setenv("SPARSEDSL_DEBUG", "")
+    assert settings() == Settings(cache=Path.home() / ".cache" / "sparsedsl", debug=False)
+
+
+def test_the_users_cache_folder_is_respected(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert settings().cache == tmp_path / "sparsedsl"
+    monkeypatch.setenv("SPARSEDSL_CACHE", str(tmp_path / "not" / "there" / "yet"))
+    assert settings().cache == tmp_path / "not" / "there" / "yet"
+    assert not settings().cache.exists()
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("SPARSEDSL_CACHE", "~/kernels")
+    assert settings().cache == Path.home() / "kernels"
+
+
+@pytest.mark.parametrize("value", ["2", "yes", "true", " 1"])
+def test_debug_is_0_or_1(monkeypatch, value):
+    monkeypatch.setenv("SPARSEDSL_DEBUG", value)
+    with pytest.raises(SettingsError) as caught:
+        settings()
+    assert (
+        str(caught.value) == f"SPARSEDSL_DEBUG={value!r} is not valid; valid values: 0, 1 (or leave it unset)"
+    )
+
+
+@pytest.mark.parametrize("value", ["here/below", __file__])
+def test_the_cache_is_an_absolute_folder(monkeypatch, value):
+    monkeypatch.setenv("SPARSEDSL_CACHE", value)
+    with pytest.raises(SettingsError, match="valid values: the absolute path of a folder"):
+        settings()
+
+
+def test_stage_logs_only_when_asked(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG, logger="sparsedsl")
+    with stage("analyse"):
+        pass
+    assert caplog.messages == []
+    monkeypatch.setenv("SPARSEDSL_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError), stage("emit"):
+        _ = 1 / 0
+    assert [message.split(":")[0] for message in caplog.messages] == ["emit"]
