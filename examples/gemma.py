@@ -33,7 +33,9 @@ def load() -> tuple[Any, Any]:
     folder = settings().cache / NAME
     if not folder.exists():
         _prepare(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    ).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def _prepare(folder: Path) -> None:
@@ -57,7 +59,9 @@ def _prepare(folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(made, gguf_file=file.name)
             bar.update()
             file.unlink()
-            model.hf_quantizer = None  # transformers saves no model that calls itself quantised; this one is float32
+            model.hf_quantizer = (
+                None  # transformers saves no model that calls itself quantised; this one is float32
+            )
             del model.config.quantization_config
             model.save_pretrained(made)
             tokenizer.save_pretrained(made)
@@ -96,7 +100,9 @@ def prefill(model: Any, ids: torch.Tensor, what: str) -> tuple[torch.Tensor, flo
         return hidden, time.perf_counter() - start
 
 
-def logit_chunks(model: Any, hidden: torch.Tensor, start: int, what: str, step: int = 256) -> Iterator[tuple[slice, torch.Tensor]]:
+def logit_chunks(
+    model: Any, hidden: torch.Tensor, start: int, what: str, step: int = 256
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """``(positions, logits (n, vocabulary))`` from position ``start`` on; all at once would take 1 MB a position."""
     for first in tqdm(range(start, hidden.shape[1], step), desc=what, unit="chunk", leave=False):
         place = slice(first, min(first + step, hidden.shape[1]))
@@ -115,7 +121,9 @@ def perplexity(model: Any, hidden: torch.Tensor, ids: torch.Tensor, start: int, 
 
 def largest_difference(model: Any, one: torch.Tensor, other: torch.Tensor, start: int, what: str) -> float:
     """The largest difference between the logits of two prefills, from position ``start`` on."""
-    pairs = zip(logit_chunks(model, one, start, what), logit_chunks(model, other, start, what + " (2)"), strict=True)
+    pairs = zip(
+        logit_chunks(model, one, start, what), logit_chunks(model, other, start, what + " (2)"), strict=True
+    )
     return max((a - c).abs().max().item() for (_, a), (_, c) in pairs)
 
 

@@ -18,13 +18,17 @@ TOKENS = 4096  # context length, at most 32,768
 causal = kv_idx <= q_idx
 near = q_idx - kv_idx < 512  # the last 512 tokens
 first = kv_idx < 64  # the first 64 tokens: attention sinks
-blocks = (q_idx // 128 - kv_idx // 128) % 4 == 0  # every fourth block of 128 tokens, counted back from the query's own
+blocks = (
+    q_idx // 128 - kv_idx // 128
+) % 4 == 0  # every fourth block of 128 tokens, counted back from the query's own
 
 HYBRID = causal & (near | first | blocks)
 
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-JUDGED = 512  # perplexity and logits are taken over the last tokens of the context, where the patterns differ most
+JUDGED = (
+    512  # perplexity and logits are taken over the last tokens of the context, where the patterns differ most
+)
 GREEDY = 16  # tokens to generate
 PICTURE = "out/gemma_hybrid.png"
 
@@ -49,7 +53,9 @@ def main() -> None:
     judged = TOKENS - 1 - JUDGED
     native = sd.models.native_patterns(model)
     full = [index for index, pattern in native.items() if pattern == sd.attend(causal)]
-    print(f"Gemma 3 270M, {torch.get_num_threads()} threads; layers {full} see everything, the other {len(native) - len(full)} a window:")
+    print(
+        f"Gemma 3 270M, {torch.get_num_threads()} threads; layers {full} see everything, the other {len(native) - len(full)} a window:"
+    )
     print(f"  {native[0].text.splitlines()[-1]}\n")
 
     def measure(name: str) -> tuple[torch.Tensor, list[int]]:
@@ -58,7 +64,9 @@ def main() -> None:
         hidden, seconds = gemma.prefill(model, ids, f"{name}: prefill")
         perplexity = gemma.perplexity(model, hidden, ids, judged, f"{name}: perplexity")
         tokens, step = gemma.greedy(model, ids[:, -256:], GREEDY, f"{name}: generate")
-        print(f"{name:32} {cold:9.1f} s {seconds:9.1f} s {perplexity:12.3f} {step * 1e3:11.0f} ms", flush=True)
+        print(
+            f"{name:32} {cold:9.1f} s {seconds:9.1f} s {perplexity:12.3f} {step * 1e3:11.0f} ms", flush=True
+        )
         return hidden, tokens
 
     print(f"{'attention':32} {'1st prefill':>11} {'prefill':>11} {'perplexity':>12} {'per token':>14}")
@@ -69,10 +77,16 @@ def main() -> None:
         _, hybrid_tokens = measure("sparsedsl, hybrid in full layers")
 
     worst = gemma.largest_difference(model, own, same, judged, "compare logits")
-    print(f"\nnative patterns against transformers, logits of the last {JUDGED} tokens: largest difference {worst:.1e}")
-    print(f"greedy tokens, native patterns: {'identical' if own_tokens == same_tokens else 'DIFFERENT'} ({GREEDY} of {GREEDY})")
+    print(
+        f"\nnative patterns against transformers, logits of the last {JUDGED} tokens: largest difference {worst:.1e}"
+    )
+    print(
+        f"greedy tokens, native patterns: {'identical' if own_tokens == same_tokens else 'DIFFERENT'} ({GREEDY} of {GREEDY})"
+    )
     print(f"  own:    {tokenizer.decode(own_tokens)!r}\n  hybrid: {tokenizer.decode(hybrid_tokens)!r}")
-    print(f"\n(first prefill: with compilation; perplexity of the last {JUDGED} tokens; {time.perf_counter() - begin:.0f} s in all)")
+    print(
+        f"\n(first prefill: with compilation; perplexity of the last {JUDGED} tokens; {time.perf_counter() - begin:.0f} s in all)"
+    )
 
 
 if __name__ == "__main__":

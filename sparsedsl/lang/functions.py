@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 
-__all__ = ["REAL_FUNCTIONS", "Abs", "BitAnd", "Erf", "Relu", "Sigmoid", "Softplus", "Where", "floor_div", "largest", "mod", "smallest"]
+__all__ = ["REAL_FUNCTIONS", "Abs", "BitAnd", "Erf", "Mod", "Relu", "Sigmoid", "Softplus", "Where", "floor_div", "largest", "mod", "smallest"]
 
 
 class Where(sympy.Function):
@@ -51,6 +51,35 @@ class Abs(sympy.Function):
         return self.args[0].is_integer
 
 
+class Mod(sympy.Mod):
+    """``a % c`` of integers with the sign of ``c``. sympy's own rules are not used: ``Mod(-6*Mod(x, 4), 4)`` becomes ``2*Mod(x, 4)``."""
+
+    @classmethod
+    def eval(cls, a: sympy.Expr, c: sympy.Expr) -> sympy.Expr | None:
+        """By a constant: multiples of it are dropped, and a remainder of a remainder is one remainder."""
+        if a == c:
+            return sympy.Integer(0)
+        if not c.is_Integer or c == 0:
+            return None
+        if a.is_Integer:
+            return sympy.Integer(int(a) % int(c))
+        if abs(c) == 1:
+            return sympy.Integer(0)
+        if isinstance(a, cls) and a.args[1].is_Integer:
+            inner, divisor = a.args
+            if divisor % c == 0:
+                return cls(inner, c)
+            if 0 < divisor <= c:
+                return a
+        parts = [part.as_coeff_Mul() for part in sympy.Add.make_args(a)]
+        if not all(factor.is_Integer and rest.is_integer for factor, rest in parts):
+            return None
+        # A whole number is reduced, of a term only a multiple of c dropped: q_idx - kv_idx stays a difference.
+        kept = [factor % c if rest == 1 else factor * rest for factor, rest in parts if factor % c != 0]
+        reduced = sympy.Add(*kept)
+        return None if reduced == a else cls(reduced, c)
+
+
 class BitAnd(sympy.Function):
     """Bitwise and of two integers in two's complement; with ``2**n - 1`` it is a remainder, and is written as one."""
 
@@ -63,7 +92,7 @@ class BitAnd(sympy.Function):
             return sympy.Integer(int(a) & int(c))
         for x, y in ((a, c), (c, a)):
             if y.is_Integer and int(y) >= 0 and (int(y) + 1) & int(y) == 0:
-                return sympy.Mod(x, int(y) + 1)
+                return Mod(x, y + 1)
         if a == c:
             return a
         if a.sort_key() > c.sort_key():
@@ -148,4 +177,4 @@ def floor_div(a: sympy.Expr, c: sympy.Expr) -> sympy.Expr:
 
 def mod(a: sympy.Expr, c: sympy.Expr) -> sympy.Expr:
     """Integer ``a % c`` with the sign of ``c``, as Python does."""
-    return sympy.Mod(a, c)
+    return Mod(a, c)

@@ -82,11 +82,13 @@ def _operations() -> dict[str, Operation]:
         "threshold": Operation("torch.nn.functional.threshold({0}, {1}, {2})", 3, plain=rest),
         "shl": Operation("torch.bitwise_left_shift({0}, {1})", 2),
         "shr": Operation("torch.bitwise_right_shift({0}, {1})", 2),
+        # an index that counts from the end of a table of {1} entries when it is negative, as in torch
+        "wrap": Operation("({0} + ({0} < 0) * {1})", 2),
     }
 
 
 OPERATIONS = _operations()
-INTEGER = frozenset({"add", "sub", "mul", "pow", "gcd", "lcm", "shl", "shr", "fmod"})
+INTEGER = frozenset({"add", "sub", "mul", "pow", "gcd", "lcm", "shl", "shr", "fmod", "wrap"})
 
 
 class _ExactFunction(type(sympy.Function)):  # type: ignore[misc]

@@ -77,16 +77,22 @@ def apply(model: Any, patterns: Any, *, backend: str = "auto") -> AppliedPattern
             "call model.set_attn_implementation('sdpa') first"
         )
     if any(hasattr(module, BINDING) for module in layers.values()):
-        raise PatternError("this model has patterns already; call restore() on what the first models.apply returned")
+        raise PatternError(
+            "this model has patterns already; call restore() on what the first models.apply returned"
+        )
     compiled = Compiled(backend)
-    bindings = {index: _bind(layers[index], index, given, config, compiled) for index, given in chosen.items()}
+    bindings = {
+        index: _bind(layers[index], index, given, config, compiled) for index, given in chosen.items()
+    }
     return AppliedPatterns(model, config, native, layers, bindings)
 
 
 class AppliedPatterns:
     """Patterns at work in a model; made by :func:`apply`. ``patterns``: layer index -> the pattern the layer runs."""
 
-    def __init__(self, model: Any, config: Any, native: str, layers: dict[int, Any], bindings: dict[int, Binding]) -> None:
+    def __init__(
+        self, model: Any, config: Any, native: str, layers: dict[int, Any], bindings: dict[int, Binding]
+    ) -> None:
         self.model, self.layers = model, tuple(layers)
         self.patterns = {index: binding.pattern for index, binding in bindings.items()}
         self._config, self._native = config, native
@@ -149,7 +155,9 @@ def _choose(patterns: Any, layers: dict[int, Any]) -> dict[int, Mask | Pattern]:
     if isinstance(patterns, Mapping):
         unknown = sorted(set(patterns) - set(layers), key=str)
         if unknown:
-            raise PatternError(f"no attention layer has the index {unknown}; the model's attention layers are {sorted(layers)}")
+            raise PatternError(
+                f"no attention layer has the index {unknown}; the model's attention layers are {sorted(layers)}"
+            )
         given = {index: patterns[index] for index in layers if index in patterns}
     elif isinstance(patterns, (Mask, Pattern, bool)):
         given = dict.fromkeys(layers, patterns)
@@ -189,7 +197,9 @@ def _bind(module: Any, index: int, given: Any, config: Any, compiled: Compiled) 
     return Binding(index, pattern, pattern == native, keeps_score or pattern == native, compiled)
 
 
-def _before_forward(name: str, bindings: tuple[Binding, ...], module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _before_forward(
+    name: str, bindings: tuple[Binding, ...], module: Any, args: Any, kwargs: dict[str, Any]
+) -> None:
     """Runs before every forward of the model: nothing has switched the patterns off, and the cache keeps what they ask for."""
     implementation = text_config(module)._attn_implementation
     if implementation != name:

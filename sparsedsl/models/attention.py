@@ -79,7 +79,12 @@ def make_attention_function(native: str) -> Callable[..., Any]:
     """An attention function for transformers' ``AttentionInterface``: bound modules run their pattern, others ``native``."""
 
     def sparsedsl_attention(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **arguments: Any
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **arguments: Any,
     ) -> tuple[torch.Tensor, Any]:
         binding: Binding | None = getattr(module, BINDING, None)
         request = request_of(attention_mask)
@@ -100,7 +105,9 @@ def _native_function(module: Any, native: str) -> Callable[..., Any]:
         if hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
             default = getattr(source, "eager_attention_forward", None)
             return source.ALL_ATTENTION_FUNCTIONS.get_interface(native, default)
-    raise UnsupportedError(f"no attention function {native!r} for {type(module).__name__}: its file has no ALL_ATTENTION_FUNCTIONS")
+    raise UnsupportedError(
+        f"no attention function {native!r} for {type(module).__name__}: its file has no ALL_ATTENTION_FUNCTIONS"
+    )
 
 
 def _refuse_what_would_be_lost(
@@ -130,11 +137,17 @@ def _refuse_what_would_be_lost(
             "call without it, or handle.restore() and use attn_implementation='eager'"
         )
     if arguments.get("position_bias") is not None:
-        raise UnsupportedError(f"{where}: the layer adds a position bias, which the pattern would drop; leave this layer native")
+        raise UnsupportedError(
+            f"{where}: the layer adds a position bias, which the pattern would drop; leave this layer native"
+        )
     if arguments.get("cache") is not None:
-        raise UnsupportedError(f"{where}: paged caches (continuous batching) are not supported; use model.generate()")
+        raise UnsupportedError(
+            f"{where}: paged caches (continuous batching) are not supported; use model.generate()"
+        )
     if binding.keeps_score and arguments.get("softcap") is not None and not binding.pattern.has_score:
-        raise UnsupportedError(f"{where}: the layer caps its logits at {arguments['softcap']}, which its native pattern does not know")
+        raise UnsupportedError(
+            f"{where}: the layer caps its logits at {arguments['softcap']}, which its native pattern does not know"
+        )
 
 
 def _run(
@@ -165,4 +178,3 @@ def _run(
     scale = arguments.get("scaling") if binding.pattern.scale is None else None
     out = attention(query, key, value, q_offset=request.q_offset - start, scale=scale, **tables)
     return out.transpose(1, 2).contiguous()
-

@@ -57,7 +57,7 @@ def passes_argument(module: Any, name: str) -> bool:
     return _forward_contains(type(module), f"{name}=")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _forward_contains(kind: type, text: str) -> bool:
     """Whether ``text`` stands in the source of ``forward``, the class's own or one it inherits and may call."""
     for base in kind.__mro__:

@@ -101,7 +101,9 @@ class MaskRequest:
 
     def tensor(self, batch: int, device: Any) -> torch.Tensor:
         """A tensor of the mask's shape that holds nothing but this request."""
-        shaped = torch.ones((), dtype=torch.bool, device=device).expand(batch, 1, self.q_length, self.kv_length)
+        shaped = torch.ones((), dtype=torch.bool, device=device).expand(
+            batch, 1, self.q_length, self.kv_length
+        )
         carrier = shaped.as_subclass(_Carrier)
         carrier.request = self
         return carrier
@@ -120,7 +122,15 @@ class _Carrier(torch.Tensor):
             return function(*args, **(kwargs or {}))
 
 
-_COPIES = {torch.Tensor.clone, torch.clone, torch.Tensor.contiguous, torch.Tensor.detach, torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu}
+_COPIES = {
+    torch.Tensor.clone,
+    torch.clone,
+    torch.Tensor.contiguous,
+    torch.Tensor.detach,
+    torch.Tensor.to,
+    torch.Tensor.cuda,
+    torch.Tensor.cpu,
+}
 
 
 def request_of(mask: Any) -> MaskRequest | None:
@@ -133,7 +143,9 @@ def make_mask_function() -> Callable[..., torch.Tensor]:
 
     def sparsedsl_mask(**arguments: Any) -> torch.Tensor:
         q_offset = arguments["q_offset"]
-        if isinstance(q_offset, torch.Tensor):  # a static cache's own counter, which it moves on before the layer attends
+        if isinstance(
+            q_offset, torch.Tensor
+        ):  # a static cache's own counter, which it moves on before the layer attends
             if torch.compiler.is_compiling():
                 raise UnsupportedError(
                     "a static cache under torch.compile keeps its offset in a tensor, which the block lists of a pattern cannot follow; "
@@ -145,10 +157,19 @@ def make_mask_function() -> Callable[..., torch.Tensor]:
         if padding is not None:
             padding = padding.to(device=arguments["device"], dtype=torch.bool)
             if bool(padding.all()) and padding.shape[1] >= q_offset + arguments["q_length"]:
-                padding = None  # (a mask that ends before the last query says that the slots behind it are padding)
+                padding = (
+                    None  # (a mask that ends before the last query says that the slots behind it are padding)
+                )
         packing, overlays = _read(arguments["mask_function"], arguments["config"])
         request = MaskRequest(
-            arguments["q_length"], arguments["kv_length"], q_offset, arguments["kv_offset"], padding, packing, overlays, arguments
+            arguments["q_length"],
+            arguments["kv_length"],
+            q_offset,
+            arguments["kv_offset"],
+            padding,
+            packing,
+            overlays,
+            arguments,
         )
         return request.tensor(arguments["batch_size"], arguments["device"])
 
@@ -163,7 +184,14 @@ def _read(function: Callable[..., Any], config: Any) -> tuple[Packing | None, tu
             return None, ()
         if name in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"):
             parts = [_read(part, config) for part in inside["mask_functions"]]
-            sequence = next((m for m in inside["mask_functions"] if m.__qualname__.startswith("packed_sequence_mask_function.")), None)
+            sequence = next(
+                (
+                    m
+                    for m in inside["mask_functions"]
+                    if m.__qualname__.startswith("packed_sequence_mask_function.")
+                ),
+                None,
+            )
             position = next((p for p, _ in parts if p is not None), None)
             overlays = tuple(overlay for _, others in parts for overlay in others)
             if sequence is None:
@@ -176,7 +204,9 @@ def _read(function: Callable[..., Any], config: Any) -> tuple[Packing | None, tu
         if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
             _, overlays = _read(inside["mask_function"], config)
             return Packing(inside["position_ids"], inside["position_ids"]), overlays
-    if getattr(config, "use_bidirectional_attention", False) is True and function.__module__.startswith("transformers.models."):
+    if getattr(config, "use_bidirectional_attention", False) is True and function.__module__.startswith(
+        "transformers.models."
+    ):
         return None, ()  # how Gemma 3 turns its causal masks bidirectional; native patterns say so
     return None, (f"{function.__module__}.{name.split('.<locals>')[0]}",)
 

@@ -14,7 +14,9 @@ __all__ = ["left_padding", "native_pattern", "native_patterns", "sinks"]
 
 # Tables that models.apply binds at every call, for native patterns and the user's own alike.
 sinks = table("sinks", dtype=float, learned=True)  # sinks[h]: the layer's sink logits (GPT-OSS)
-left_padding = table("left_padding", values_in=(0, 2**31 - 1))  # left_padding[b]: padding tokens before the sequence
+left_padding = table(
+    "left_padding", values_in=(0, 2**31 - 1)
+)  # left_padding[b]: padding tokens before the sequence
 
 
 def native_patterns(model: Any) -> dict[int, Pattern]:
@@ -70,7 +72,9 @@ def _native_mask(module: Any, index: int, config: Any) -> Mask | bool:
         window = int(config.sliding_window)
         if causal:
             return (kv_idx <= q_idx) & (q_idx - kv_idx < window)
-        if getattr(config, "use_bidirectional_attention", False):  # Gemma 3: the window's end is not part of it
+        if getattr(
+            config, "use_bidirectional_attention", False
+        ):  # Gemma 3: the window's end is not part of it
             window -= 1
         return (q_idx - kv_idx <= window) & (kv_idx - q_idx <= window)
     if kind == "chunked_attention" and causal:

@@ -25,6 +25,7 @@ from sparsedsl.errors import ShapeError
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.plan import CallFacts, check_backend, choose
+from sparsedsl.run import flex
 from sparsedsl.run.inputs import Call, bind_tables, check_call
 from sparsedsl.run.reference import attend_reference
 
@@ -109,9 +110,7 @@ class Attention:
         return self._kernel.run(call, self.lists(call.domain, plan.block), return_lse=return_lse)
 
     @functools.cached_property
-    def _kernel(self) -> Any:
-        from sparsedsl.run import flex
-
+    def _kernel(self) -> flex.FlexKernel:
         return flex.FlexKernel(self.pattern)
 
     def lists(self, domain: Domain, block: tuple[int, int]) -> TileLists:
@@ -170,22 +169,16 @@ class Attention:
         domain = Domain(q_len, kv_len, q_offset, batch, heads, bound)
         lists = self.lists(domain, block_pair(block_size))
         where = torch.device(device) if device is not None else domain.device
-        from sparsedsl.run import flex
-
         return flex.block_mask(self.pattern, lists, domain, where)
 
     def mask_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: torch.Tensor) -> Any:
         """The mask as a FlexAttention ``mask_mod(b, h, q_idx, kv_idx)`` of local query indices. Lengths only if the pattern reads them."""
         bound = bind_tables(self.pattern, tables)
-        from sparsedsl.run import flex
-
         return flex.mask_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
 
     def score_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: torch.Tensor) -> Any:
         """The score as a FlexAttention ``score_mod(score, b, h, q_idx, kv_idx)``; None if the pattern does not modify scores."""
         bound = bind_tables(self.pattern, tables)
-        from sparsedsl.run import flex
-
         return flex.score_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
 
     def explain(

@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask
+from torch.nn.attention.flex_attention import AuxRequest
 
-from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists, TileRows
-from sparsedsl.codegen.to_flex import FlexSource, flex_functions, flex_kernel, needs_lengths
-from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.analysis.lists import TileLists
+from sparsedsl.codegen.to_flex import FlexSource, flex_kernel
+from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.run.block_mask import block_mask, mask_mod, pack, score_mod, tall_enough, widened
 from sparsedsl.run.inputs import Call
 
 __all__ = ["FlexKernel", "block_mask", "mask_mod", "score_mod"]
@@ -109,7 +109,7 @@ class FlexKernel:
             known = self._packed[id(lists)] = (weakref.ref(lists), {})
         key = (device, sink, backward)
         if key not in known[1]:
-            known[1][key] = tuple(t.to(device) for t in _pack(lists, sink, backward))
+            known[1][key] = tuple(t.to(device) for t in pack(lists, sink=sink, backward=backward))
         return known[1][key]
 
 
@@ -126,27 +126,6 @@ def _refuse(call: Call, grad: bool, return_lse: bool) -> None:
         raise UnsupportedError("FlexAttention does not return the LSE on CPU; use backend='reference', or return_lse=False")
     if cpu and not torch.cpu._is_avx2_supported():
         raise UnsupportedError("FlexAttention on CPU needs AVX2, which this machine lacks; use backend='reference'")
-
-
-# ---- lists ------------------------------------------------------------------------------------------------------------
-
-
-def _pack(lists: TileLists, sink: bool, backward: bool) -> list[torch.Tensor]:
-    """Counts and flat columns of partial and of full tiles; with ``backward`` the same by key; with ``sink`` one more full tile a row."""
-    packed = [*_flat(lists.partial), *_flat(lists.full, append=lists.shape[3] if sink else None)]
-    if backward:
-        packed += [*_flat(lists.partial.transposed(lists.shape[3])), *_flat(lists.full.transposed(lists.shape[3]))]
-    return packed
-
-
-def _flat(rows: TileRows, append: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts (batch, heads, rows), and the columns, flat, every row as long as the longest; ``append`` ends each row with that column."""
-    counts = rows.counts
-    if append is None:
-        return counts.contiguous(), rows.padded().reshape(-1)
-    columns = rows.padded(rows.width + 1)
-    columns.scatter_(-1, counts.long().unsqueeze(-1), append)
-    return counts + 1, columns.reshape(-1)
 
 
 # ---- values -----------------------------------------------------------------------------------------------------------
@@ -166,19 +145,13 @@ def _values(source: FlexSource, call: Call, keys: int, extra: tuple[int, ...]) -
 
 def _table(table: torch.Tensor, extents: tuple[frozenset[str | int], ...], reach: Mapping[str, int]) -> torch.Tensor:
     """A table in the type that the generated code computes in. Where it is too short the last entry repeats, as clamped reads have it."""
-    table = _widened(table)
+    table = widened(table)
     for dim, wanted in enumerate(extents):
         least = max((reach.get(w, 0) + (w in ("q_len", "kv_len")) if isinstance(w, str) else w for w in wanted), default=0)
         if least > table.shape[dim]:
             index = torch.arange(least, device=table.device).clamp(max=table.shape[dim] - 1)
             table = table.index_select(dim, index)
     return table.contiguous()
-
-
-def _widened(table: torch.Tensor) -> torch.Tensor:
-    if table.is_floating_point():
-        return table.to(torch.float32)
-    return table if table.dtype == torch.bool else table.to(torch.int64)
 
 
 def _head_env(call: Call) -> dict[str, Any]:
@@ -212,14 +185,14 @@ def _launch(
         q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))  # torch's C++ for head_dim 1 does not compile
     if rows == 1:
         q = torch.cat([q, q], dim=2)
-    lists = _tall_enough(lists, q.shape[2], block[0])
+    lists = tall_enough(lists, q.shape[2], block[0])
     # The output takes the layout of q.
     q, k, v = q.contiguous(), _unit_stride(k), _unit_stride(v)
     kind = (
         source.text, q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3], scale, block, lse,
         torch.is_grad_enabled(), any(t.is_inference() for t in (q, k, v, *values, *lists)), torch.get_num_threads(),
     )  # fmt: skip
-    with _steady(q.device.type):
+    with _steady(q.device.type), _explained(q.device.type):
         attention = _compiled.get(kind)
         if attention is None:
             with _lock:
@@ -246,14 +219,7 @@ def _first_call(
     attention: _Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: tuple[torch.Tensor, ...], values: list[torch.Tensor]
 ) -> Any:
     """Compile on inputs that have nothing in common by chance: no shared storage, no strides that follow from sizes."""
-    try:
-        return attention(q.clone(), _odd_strides(k), _odd_strides(v), tuple(t.clone() for t in lists), *(t.clone() for t in values))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UnsupportedError(
-            f"torch {torch.__version__} cannot compile this pattern for FlexAttention on {q.device.type}: "
-            f"{type(error).__name__}: {reason}. Use backend='reference', and please report the pattern"
-        ) from error
+    return attention(q.clone(), _odd_strides(k), _odd_strides(v), tuple(t.clone() for t in lists), *(t.clone() for t in values))
 
 
 def _odd_strides(x: torch.Tensor) -> torch.Tensor:
@@ -269,18 +235,6 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
 
-def _tall_enough(lists: tuple[torch.Tensor, ...], rows: int, block: int) -> tuple[torch.Tensor, ...]:
-    """Lists with an empty row for the second of two query rows, where tiles are one row high."""
-    missing = -(-rows // block) - lists[0].shape[2]
-    if missing <= 0:
-        return lists
-    tall = []
-    for counts, columns in itertools.batched(lists[:4], 2):
-        wide = columns.view(*counts.shape, -1)
-        tall += [F.pad(counts, (0, missing)), F.pad(wide, (0, 0, 0, missing)).reshape(-1)]
-    return (*tall, *lists[4:])
-
-
 @contextmanager
 def _steady(device: str) -> Iterator[None]:
     """Whatever the caller's context, the compiled function sees one and the same."""
@@ -292,69 +246,14 @@ def _steady(device: str) -> Iterator[None]:
         yield
 
 
-# ---- functions for plain flex_attention -----------------------------------------------------------------------------------
-
-
-def mask_mod(
-    pattern: Pattern, tables: Mapping[str, torch.Tensor], *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None
-) -> Callable[..., torch.Tensor]:
-    """``mask_mod(b, h, q_idx, kv_idx)`` for plain ``flex_attention`` and ``create_block_mask``; ``q_idx`` counts from the first query.
-
-    ``q_len`` (the position after the last query) and ``kv_len`` are wanted only if the pattern reads them, else PatternError.
-
-    >>> import torch, sparsedsl as sd
-    >>> mod = mask_mod(sd.attend(sd.kv_idx <= sd.q_idx), {}, q_offset=2)
-    >>> mod(None, None, torch.tensor(0), torch.arange(4))
-    tensor([ True,  True,  True, False])
-    """
-    return _mods(pattern, tables, q_offset, q_len, kv_len)[0]
-
-
-def score_mod(
-    pattern: Pattern, tables: Mapping[str, torch.Tensor], *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None
-) -> Callable[..., torch.Tensor] | None:
-    """``score_mod(score, b, h, q_idx, kv_idx)`` for plain ``flex_attention``; None if the pattern leaves scores as they are.
-
-    >>> import torch, sparsedsl as sd
-    >>> score_mod(sd.attend(True, score=sd.score * 2), {})(torch.tensor(1.5), None, None, None, None)
-    tensor(3.)
-    """
-    return _mods(pattern, tables, q_offset, q_len, kv_len)[1]
-
-
-def _mods(pattern: Pattern, tables: Mapping[str, torch.Tensor], q_offset: int, q_len: int | None, kv_len: int | None) -> tuple[Any, Any]:
-    for name, needed, given in zip(("q_len", "kv_len"), needs_lengths(pattern), (q_len, kv_len), strict=True):
-        if needed and given is None:
-            raise PatternError(f"the pattern reads {name}: pass {name}=... (in tokens) to get its functions")
-    source = flex_functions(pattern)
-    namespace: dict[str, Any] = {}
-    exec(compile(source.text, "<sparsedsl flex functions>", "exec"), namespace)
-    numbers = (q_offset, q_len, kv_len)
-    return namespace["mods"](*numbers, *(_widened(tables[name]) for name in source.values[len(numbers):]))
-
-
-def block_mask(pattern: Pattern, lists: TileLists, domain: Domain, device: torch.device | None = None) -> BlockMask:
-    """A BlockMask over ``lists`` whose index tensors are strided views of compact storage; its ``mask_mod`` takes local indices.
-
-    It also holds the tiles by key, as gradients need them.
-    """
-    device = domain.device if device is None else device
-    rows, columns = lists.shape[2:]
-    tensors: list[torch.Tensor] = []
-    for part, width in ((lists.partial, columns), (lists.full, columns)):
-        tensors += _wide(part, width, device)
-    for part in (lists.partial, lists.full):
-        tensors += _wide(part.transposed(columns), rows, device)
-    tables = {name: table.to(device) for name, table in domain.tables.items()}
-    mod = mask_mod(pattern, tables, q_offset=domain.q_offset, **domain.lengths)
-    return BlockMask((domain.rows, domain.kv_len), *tensors, BLOCK_SIZE=lists.block, mask_mod=mod)
-
-
-def _wide(rows: TileRows, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts, and columns as (batch, heads, rows, width) over storage of the compact width, with room for the last row to look wide."""
-    counts, columns = _flat(rows)
-    batch, heads, lines = counts.shape
-    step = columns.numel() // max(1, counts.numel())
-    storage = F.pad(columns, (0, max(0, width - step))).to(device)
-    view = storage.as_strided((batch, heads, lines, width), (heads * lines * step, lines * step, step, 1))
-    return counts.to(device), view
+@contextmanager
+def _explained(device: str) -> Iterator[None]:
+    """Failures of torch's compiler as errors that name the way out."""
+    try:
+        yield
+    except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedError(
+            f"torch {torch.__version__} cannot compile this pattern for FlexAttention on {device}: {type(error).__name__}: {reason}. "
+            "Use backend='reference', and please report the pattern"
+        ) from error

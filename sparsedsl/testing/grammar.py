@@ -187,7 +187,7 @@ def _finite_scores(depth: int, tables: bool) -> st.SearchStrategy[str]:
     inner = st.deferred(lambda: _finite_scores(depth - 1, tables))
     mask = _mask(1, tables=tables)
     bounded = st.sampled_from(("tanh({})", "sigmoid({})", "sin({})", "cos({})", "erf({})", "exp(-abs({}))", "log(1 + abs({}))"))
-    growing = st.sampled_from(("softplus({})", "relu({})", "sqrt(abs({}))", "abs({})", "(-{})"))
+    growing = st.sampled_from(("softplus({})", "relu({})", "sqrt(1 + abs({}))", "abs({})", "(-{})"))
 
     def apply(pair: tuple[str, str]) -> str:
         return pair[0].format(pair[1])

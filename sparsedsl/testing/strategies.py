@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import sympy
 import torch
 from hypothesis import strategies as st
 
+from sparsedsl.analysis.bounds import index_ranges, value_ranges
+from sparsedsl.analysis.domain import Domain
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.expressions import Expression, Index, Mask, Score
 from sparsedsl.lang.pattern import Pattern, attend
@@ -133,13 +136,17 @@ def _inner_first(reads: set[TableRead]) -> list[TableSpec]:
 
 
 def _sizes(reads: list[TableRead], case: AttentionCase, tables: Mapping[str, Any]) -> tuple[int, ...]:
-    """How long each axis must be for the indices read in this case."""
+    """How long each axis must be for the indices read in this case, as far as interval arithmetic knows: so a call checks it."""
     sizes = [1] * len(reads[0].args)
+    domain = Domain(case.q_len, case.kv_len, case.q_offset, case.batch, case.heads, tables)
+    intervals = index_ranges(domain, value_ranges(domain))
     for read in reads:
         known = all(inner.spec.name in tables for argument in read.args for inner in table_reads(argument))
         for axis, argument in enumerate(read.args if known else ()):
-            largest = int(evaluate(argument, {**case.env, **tables}).max())
-            sizes[axis] = max(sizes[axis], largest + 1)
+            _, largest = intervals.range(argument)
+            if largest == math.inf:
+                largest = int(evaluate(argument, {**case.env, **tables}).max())
+            sizes[axis] = max(sizes[axis], int(largest) + 1)
     return tuple(sizes)
 
 

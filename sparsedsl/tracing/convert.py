@@ -12,7 +12,6 @@ from typing import Any
 import sympy
 import torch
 
-from sparsedsl.errors import PatternError, TraceError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import numeric, strict
 from sparsedsl.lang.expressions import Index, Mask, Table, as_index
@@ -60,15 +59,6 @@ class Converter(Floats, Bits):
             self._masks[node] = self.located(self._mask, node)
         return self._masks[node]
 
-    def located(self, convert: Callable[[Node], Any], node: Node) -> Any:
-        """``convert(node)``, with errors of the language given the place where the operation stands."""
-        try:
-            return convert(node)
-        except TraceError:
-            raise
-        except PatternError as error:
-            fail(f"`{node.op}`", str(error), node.where)
-
     # -- tables ------------------------------------------------------------------------------------------------------------------
 
     def read(self, node: Node) -> Any:
@@ -94,7 +84,8 @@ class Converter(Floats, Bits):
         if index.expr.is_nonnegative:
             return index
         self.want(node, 0)
-        return numeric.where(index < 0, index + captured.tensor.shape[dimension], index)
+        size = sympy.Integer(captured.tensor.shape[dimension])
+        return Index(strict.strict_class("i64", "wrap")(index.expr, size))
 
     def want(self, node: Node, low: int) -> None:
         """Ask for a claim about the integer tables that ``node`` is made of, where their values allow it."""

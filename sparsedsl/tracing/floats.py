@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -17,11 +17,9 @@ import torch
 from sparsedsl.lang import numeric, strict
 from sparsedsl.lang.expressions import Index, Mask, Score, as_score
 from sparsedsl.lang.symbols import SCORE
+from sparsedsl.tracing.conversion import Conversion
 from sparsedsl.tracing.graph import Node, fail
 from sparsedsl.tracing.operations import COMPARISONS
-
-if TYPE_CHECKING:
-    from sparsedsl.tracing.convert import Converter
 
 __all__ = ["Floats"]
 
@@ -29,7 +27,7 @@ __all__ = ["Floats"]
 _TYPES = {torch.float16: ("f16", 11), torch.bfloat16: ("bf16", 8), torch.float32: ("f32", 24), torch.float64: ("f64", 53)}
 
 
-class Floats:
+class Floats(Conversion):
     """The part of :class:`~sparsedsl.tracing.convert.Converter` for float nodes."""
 
     def __init__(self) -> None:
@@ -40,13 +38,13 @@ class Floats:
 
     # -- real arithmetic ---------------------------------------------------------------------------------------------------------
 
-    def score(self: Converter, node: Node) -> Score:
+    def score(self, node: Node) -> Score:
         """A node of any type as a real expression."""
         if node not in self._scores:
             self._scores[node] = self.located(self._score, node)
         return self._scores[node]
 
-    def _score(self: Converter, node: Node) -> Score:
+    def _score(self, node: Node) -> Score:
         if not node.dtype.is_floating_point:
             return as_score(self.index(node))
         match node.op:
@@ -72,13 +70,13 @@ class Floats:
 
     # -- exact arithmetic --------------------------------------------------------------------------------------------------------
 
-    def exact(self: Converter, node: Node) -> sympy.Basic:
+    def exact(self, node: Node) -> sympy.Basic:
         """A node of any type as an operand of exact operations."""
         if node not in self._exact:
             self._exact[node] = self.located(self._exactly, node)
         return self._exact[node]
 
-    def _exactly(self: Converter, node: Node) -> sympy.Basic:
+    def _exactly(self, node: Node) -> sympy.Basic:
         if not node.dtype.is_floating_point:
             return self.index(node).expr
         match node.op:
@@ -103,20 +101,20 @@ class Floats:
         bare = [x.args[0] if isinstance(x, cast) and i not in plain else x for i, x in enumerate(operands)]
         return function(*(bare if op != "cast" or not isinstance(operands[0], cast) else [operands[0].args[0]]))
 
-    def _truncated(self: Converter, node: Node) -> Index:
+    def _truncated(self, node: Node) -> Index:
         """A float cast to an integer type."""
         source = node.args[0]
         return Index(self._apply(f"to_{str(node.dtype).removeprefix('torch.')}", source.dtype, self.exact(source)))
 
     # -- decisions ---------------------------------------------------------------------------------------------------------------
 
-    def predicate(self: Converter, node: Node) -> Mask:
+    def predicate(self, node: Node) -> Mask:
         """``isnan`` and its kin."""
         if not node.common.is_floating_point:
             return Mask(sympy.false) if node.op != "signbit" else self.index(node.args[0]) < 0
         return Mask(sympy.Ne(self._apply(node.op, node.common, self.exact(node.args[0])), 0))
 
-    def float_compare(self: Converter, op: str, left: Node, right: Node, common: torch.dtype) -> Mask:
+    def float_compare(self, op: str, left: Node, right: Node, common: torch.dtype) -> Mask:
         """A comparison of floats of type ``common``."""
         if self.uses_score(left) or self.uses_score(right):
             return _RELATIONS[op](self.score(left), self.score(right))
@@ -128,7 +126,7 @@ class Floats:
             op, left, right = _SWAPPED[op], right, left
         return Mask(sympy.Ne(self._apply(op, common, self.exact(left), self.exact(right)), 0))
 
-    def _whole_against(self: Converter, x: Node, c: Node, common: torch.dtype) -> Index | None:
+    def _whole_against(self, x: Node, c: Node, common: torch.dtype) -> Index | None:
         """``x`` if it is a whole number compared with a constant so small that casting ``x`` to ``common`` cannot change the outcome.
 
         Casting is monotone and exact up to ``2**bits``, so a constant below that bound divides the cast values as it divides ``x``.
@@ -139,7 +137,7 @@ class Floats:
             x = x.args[0]
         return None if x.dtype.is_floating_point else self.index(x)
 
-    def _compare_whole(self: Converter, op: str, x: Index, c: float) -> Mask:
+    def _compare_whole(self, op: str, x: Index, c: float) -> Mask:
         if op in ("eq", "ne"):
             return self.integer_compare(op, x, Index(sympy.Integer(int(c)))) if c.is_integer() else Mask(sympy.true if op == "ne" else sympy.false)
         bound = math.ceil(c) if op in ("lt", "ge") else math.floor(c)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sparsedsl.tracing import advice
 from sparsedsl.tracing.graph import Node, Partial, constant, fail
-
-if TYPE_CHECKING:
-    from sparsedsl.tracing.proxy import Tracer
+from sparsedsl.tracing.proxy import Proxy, Tracer
 
 __all__ = ["getitem", "index_dimensions"]
 
 
 def getitem(tracer: Tracer, target: torch.Tensor, index: Any, real: Callable[[], Any]) -> Any:
     """``target[index]``; ``real`` does it when nothing traced is involved."""
-    from sparsedsl.tracing.proxy import Proxy
-
     items = [tracer.lift(item) for item in (index if isinstance(index, tuple) else (index,))]
     if isinstance(target, Proxy) and target.partial is None:
         fail(f"indexing of a traced value ({target!r})", "Indices and scores are single values here; only tables can be indexed")
@@ -51,8 +47,6 @@ def _is_made_here(tracer: Tracer, tensor: torch.Tensor) -> bool:
 
 def _given(tracer: Tracer, target: Any, items: list[Any]) -> Partial:
     """``target`` with ``items`` given for its first free dimensions."""
-    from sparsedsl.tracing.proxy import Proxy
-
     part = target.partial if isinstance(target, Proxy) else tracer.partial(target)
     name, indices, free = part.captured.name, list(part.indices), part.free
     if Ellipsis in [item for item in items if not isinstance(item, torch.Tensor)]:

@@ -6,7 +6,7 @@ The type of every result is that of the same operation run on ones, so torch's p
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
@@ -15,9 +15,7 @@ from sparsedsl.lang.strict import OPERATIONS
 from sparsedsl.tracing import advice
 from sparsedsl.tracing.graph import Node, constant
 from sparsedsl.tracing.indexing import index_dimensions
-
-if TYPE_CHECKING:
-    from sparsedsl.tracing.proxy import Tracer
+from sparsedsl.tracing.proxy import Proxy, Tracer
 
 __all__ = ["record"]
 
@@ -38,8 +36,6 @@ _CONSTANTS = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "ne
 
 def record(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Record one ATen operation; returns proxies, or real tensors where the result is a constant."""
-    from sparsedsl.tracing.proxy import Proxy
-
     name, schema = func._schema.name.removeprefix("aten::"), func._schema
     shown = tracer.current[-1] if tracer.current else f"torch.{name}"
     if name == "_local_scalar_dense":
@@ -70,8 +66,6 @@ def record(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _examples(value: Any) -> Any:
     """``value`` with every stand-in replaced by a one of its type."""
-    from sparsedsl.tracing.proxy import Proxy
-
     def example(x: Any) -> Any:
         if isinstance(x, Proxy):
             return torch.ones((), dtype=x.dtype, device="cpu")

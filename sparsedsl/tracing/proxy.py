@@ -1,26 +1,22 @@
-"""The stand-ins a callable is run with: scalar tensors that record what torch does with them.
+"""The stand-ins a callable is run with, scalar tensors that record what torch does with them, and the record of one run.
 
 A :class:`Proxy` is a tensor without data; ``__torch_dispatch__`` hands every operation, already in ATen's words and with Python's
-numbers still numbers, to :mod:`sparsedsl.tracing.operations`. The :class:`Watcher` (a torch function mode) sees what ATen does not show:
-indexing of real tensors, writes, random numbers, and which real tensors the callable reads.
+numbers still numbers, to :mod:`sparsedsl.tracing.operations`.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from sparsedsl.errors import TraceError
-from sparsedsl.tracing import advice, capture, indexing
+from sparsedsl.tracing import advice, capture
 from sparsedsl.tracing.graph import Captured, Node, Partial, constant, fail
 
-__all__ = ["Proxy", "Tracer", "Watcher"]
+__all__ = ["Proxy", "Tracer"]
 
 
 @dataclass
@@ -51,10 +47,8 @@ class Proxy(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from sparsedsl.tracing.operations import record
-
         tracer = next(leaf.tracer for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Proxy))
-        return record(tracer, func, args, kwargs or {})
+        return tracer.record(tracer, func, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"<traced {self.dtype} value>" if self.node else f"<traced table part, shape {tuple(self.shape)}>"
@@ -91,9 +85,10 @@ class Proxy(torch.Tensor):
 
 
 class Tracer:
-    """One run of one callable: the tensors it reads and makes."""
+    """One run of one callable: the tensors it reads and makes. ``record`` turns an ATen call into proxies."""
 
-    def __init__(self) -> None:
+    def __init__(self, record: Callable[[Tracer, Any, Any, Any], Any]) -> None:
+        self.record = record
         self.captured: dict[int, tuple[torch.Tensor, Captured]] = {}
         self.fresh: dict[int, Fresh] = {}
         self.seen: dict[int, torch.Tensor] = {}
@@ -165,58 +160,3 @@ class Tracer:
                 advice.refuse_shape(self.capture(value).name, tuple(value.shape))
             return constant(value.item(), value.dtype)
         return constant(value)
-
-
-class Watcher(TorchFunctionMode):
-    """Sees every torch function the callable calls, before torch does."""
-
-    def __init__(self, tracer: Tracer):
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tracer, kwargs = self.tracer, kwargs or {}
-        name = getattr(func, "__name__", str(func))
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        reals = [leaf for leaf in leaves if not isinstance(leaf, Proxy)]
-        for leaf in reals:
-            tracer.seen.setdefault(id(leaf), leaf)
-        tracer.current.append((resolve_name(func) or name).removeprefix("torch._C._nn.").removeprefix("torch._C."))
-        try:
-            return self._call(func, name, args, kwargs, leaves, reals)
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-            if isinstance(error, TraceError) or len(leaves) == len(reals):
-                raise
-            message = str(error).split("\n")[0]
-            fail(f"{tracer.current[-1]}()", f"torch refuses it: {message}")
-        finally:
-            tracer.current.pop()
-
-    def _call(self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any], leaves: list[Any], reals: list[Any]) -> Any:
-        tracer = self.tracer
-        proxies = len(leaves) > len(reals)
-        if name in advice.RANDOM:
-            advice.refuse(name, tracer.current[-1])
-        writes = name == "__setitem__" or name.startswith("__i") and name[3:-2] in advice.IN_PLACE or kwargs.get("out") is not None
-        writes = writes or name.endswith("_") and not name.endswith("__") and name not in advice.HARMLESS
-        if writes and (proxies or any(tracer.is_captured(t) for t in tree_leaves((args[:1], kwargs.get("out"))))):
-            advice.refuse("write", tracer.current[-1])
-        if func is torch.Tensor.__getitem__:
-            return indexing.getitem(tracer, args[0], args[1], lambda: func(*args))
-        if proxies:
-            result = func(*tree_map(tracer.lift, args), **tree_map(tracer.lift, dict(kwargs)))
-            tracer.note(result)
-            return result
-        if name in ("to", "cpu", "cuda") and tracer.is_captured(args[0]) and advice.moves_only(args, kwargs):
-            return args[0]
-        result = func(*args, **kwargs)
-        if isinstance(result, torch.Tensor) and result.ndim == 0 and any(t.ndim == 0 and tracer.is_captured(t) for t in reals):
-            # Keep the captured scalar an operand, so that another value can be bound later.
-            with contextlib.suppress(TraceError):
-                return func(*tree_map(tracer.lift, args), **tree_map(tracer.lift, dict(kwargs)))
-        tracer.note(result, origin=next((self._origin(t) for t in reals if t.ndim), None))
-        return result
-
-    def _origin(self, tensor: torch.Tensor) -> torch.Tensor:
-        fresh = self.tracer.fresh.get(id(tensor))
-        return tensor if fresh is None or fresh.origin is None else fresh.origin

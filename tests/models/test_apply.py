@@ -33,10 +33,16 @@ def forward(model: Any, **inputs: Any) -> torch.Tensor:
         return model(**inputs).logits
 
 
-def dense(mask: sd.Mask, rows: int, keys: int, *, heads: int = 4, valid: torch.Tensor | None = None) -> torch.Tensor:
+def dense(
+    mask: sd.Mask, rows: int, keys: int, *, heads: int = 4, valid: torch.Tensor | None = None
+) -> torch.Tensor:
     """The mask as the 4-D boolean tensor that transformers takes, (2, heads, rows, keys)."""
     a = torch.arange
-    env = {"b": a(2).view(2, 1, 1, 1), "h": a(heads).view(1, heads, 1, 1), "q_idx": a(rows).view(1, 1, rows, 1)}
+    env = {
+        "b": a(2).view(2, 1, 1, 1),
+        "h": a(heads).view(1, heads, 1, 1),
+        "q_idx": a(rows).view(1, 1, rows, 1),
+    }
     env |= {"kv_idx": a(keys).view(1, 1, 1, keys), "q_len": rows, "kv_len": keys}
     allowed = evaluate(mask.expr, env).expand(2, heads, rows, keys)
     return allowed if valid is None else allowed & valid[:, None, None, :].bool()
@@ -45,7 +51,9 @@ def dense(mask: sd.Mask, rows: int, keys: int, *, heads: int = 4, valid: torch.T
 def greedy_by_hand(model: Any, ids: torch.Tensor, new: int, mask: sd.Mask) -> torch.Tensor:
     """Greedy tokens without a cache, transformers' own attention under a dense mask."""
     for _ in range(new):
-        best = forward(model, input_ids=ids, attention_mask=dense(mask, ids.shape[1], ids.shape[1]), use_cache=False)[:, -1]
+        best = forward(
+            model, input_ids=ids, attention_mask=dense(mask, ids.shape[1], ids.shape[1]), use_cache=False
+        )[:, -1]
         ids = torch.cat([ids, best.argmax(-1, keepdim=True)], dim=1)
     return ids
 
@@ -94,7 +102,9 @@ def _applied(model: Any, patterns: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def test_layers_with_the_same_pattern_share_one_compiled_attention() -> None:
     model = build("gemma3")
-    with sd.models.apply(model, {0: window, 1: causal & (q_idx - kv_idx <= 3)}, backend="reference") as applied:
+    with sd.models.apply(
+        model, {0: window, 1: causal & (q_idx - kv_idx <= 3)}, backend="reference"
+    ) as applied:
         forward(model, input_ids=tokens())
         compiled = {id(x) for binding in applied._bindings.values() for x, _ in binding._by_form.values()}
     assert len(compiled) == 1
@@ -221,7 +231,9 @@ def test_a_cropped_cache_is_refused_where_keys_are_missing() -> None:
     with sd.models.apply(model, anchored, backend="reference") as applied:
         with torch.no_grad():
             out = model(ids, use_cache=True)
-        with pytest.raises(sd.UnsupportedError, match=r"dropped the keys before position 14 .*handle.cache\(\)"):
+        with pytest.raises(
+            sd.UnsupportedError, match=r"dropped the keys before position 14 .*handle.cache\(\)"
+        ):
             forward(model, input_ids=ids[:, :1], past_key_values=out.past_key_values)
         with pytest.raises(sd.UnsupportedError, match="dropped the keys"):
             model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
@@ -240,7 +252,10 @@ REFUSED_CALLS = {
         lambda m: m(tokens(), attention_mask=torch.ones(2, 1, 21, 21, dtype=torch.bool)),
         r"layer 0 got a finished mask \(2, 1, 21, 21\).*Pass a 2-D attention_mask",
     ),
-    "attention weights": (lambda m: m(tokens(), output_attentions=True), "output_attentions=True asks for the S x S weights"),
+    "attention weights": (
+        lambda m: m(tokens(), output_attentions=True),
+        "output_attentions=True asks for the S x S weights",
+    ),
     "other keys": (
         lambda m: _with_other_keys(m),
         "the layer has 30 keys, but transformers announced 21",
@@ -269,8 +284,14 @@ def test_overlays_of_the_model_or_its_caller_are_refused_but_native_layers_keep_
     model, ids = build("gemma3"), tokens()
     blocks_of_an_image = torch.full((2, 21), -1)
     blocks_of_an_image[:, 4:9] = 0
+
     def masks() -> dict[str, Any]:
-        base = dict(config=model.config, inputs_embeds=torch.zeros(2, 21, 32), attention_mask=None, past_key_values=None)
+        base = dict(
+            config=model.config,
+            inputs_embeds=torch.zeros(2, 21, 32),
+            attention_mask=None,
+            past_key_values=None,
+        )
         return {
             "full_attention": create_causal_mask(**base, block_sequence_ids=blocks_of_an_image),
             "sliding_attention": create_sliding_window_causal_mask(**base),
@@ -279,10 +300,13 @@ def test_overlays_of_the_model_or_its_caller_are_refused_but_native_layers_keep_
     wanted = forward(model, input_ids=ids, attention_mask=masks())
     native = sd.models.native_patterns(model)
     with sd.models.apply(model, {0: native[0]}, backend="reference"):
-        torch.testing.assert_close(forward(model, input_ids=ids, attention_mask=masks()), wanted, atol=ATOL, rtol=0)
-    with sd.models.apply(model, {1: native[1]}, backend="reference"):
-        with pytest.raises(sd.UnsupportedError, match="combines its mask with transformers.masking_utils.blockwise_overlay"):
-            forward(model, input_ids=ids, attention_mask=masks())
+        torch.testing.assert_close(
+            forward(model, input_ids=ids, attention_mask=masks()), wanted, atol=ATOL, rtol=0
+        )
+    with sd.models.apply(model, {1: native[1]}, backend="reference"), pytest.raises(
+        sd.UnsupportedError, match="combines its mask with transformers.masking_utils.blockwise_overlay"
+    ):
+        forward(model, input_ids=ids, attention_mask=masks())
 
 
 def test_dropout_is_refused_in_training_only() -> None:
@@ -298,14 +322,18 @@ def test_switching_the_implementation_under_applied_patterns_is_refused() -> Non
     model = build("llama")
     with sd.models.apply(model, window):
         model.set_attn_implementation("eager")
-        with pytest.raises(sd.UnsupportedError, match=r"set to 'eager', which would ignore them; call restore\(\)"):
+        with pytest.raises(
+            sd.UnsupportedError, match=r"set to 'eager', which would ignore them; call restore\(\)"
+        ):
             model(tokens())
 
 
 def _falcon() -> Any:
     from transformers import FalconConfig, FalconForCausalLM
 
-    return FalconForCausalLM(FalconConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    return FalconForCausalLM(
+        FalconConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
 
 
 def _t5(kind: str) -> Any:
@@ -316,11 +344,27 @@ def _t5(kind: str) -> Any:
 
 
 REFUSED = {
-    "no model": (lambda: (torch.nn.Linear(2, 2), window), sd.PatternError, "wants a transformers model .* got Linear"),
-    "no such layer": (lambda: (build("llama"), {7: window}), sd.PatternError, r"no attention layer has the index \[7\].*\[0, 1\]"),
-    "no pattern": (lambda: (build("llama"), {0: 5}), sd.PatternError, "the pattern of layer 0 must be a Mask or a Pattern; got 5"),
+    "no model": (
+        lambda: (torch.nn.Linear(2, 2), window),
+        sd.PatternError,
+        "wants a transformers model .* got Linear",
+    ),
+    "no such layer": (
+        lambda: (build("llama"), {7: window}),
+        sd.PatternError,
+        r"no attention layer has the index \[7\].*\[0, 1\]",
+    ),
+    "no pattern": (
+        lambda: (build("llama"), {0: 5}),
+        sd.PatternError,
+        "the pattern of layer 0 must be a Mask or a Pattern; got 5",
+    ),
     "nothing like it": (lambda: (build("llama"), 5), sd.PatternError, "must be a Mask or a Pattern; got 5"),
-    "no interface": (lambda: (_falcon(), window), sd.UnsupportedError, "no layer that calls transformers' attention interface"),
+    "no interface": (
+        lambda: (_falcon(), window),
+        sd.UnsupportedError,
+        "no layer that calls transformers' attention interface",
+    ),
     "encoder-decoder": (lambda: (_t5("T5Model"), window), sd.UnsupportedError, "encoder-decoder"),
     "position bias": (lambda: (_t5("T5EncoderModel"), window), sd.UnsupportedError, "position bias"),
 }
@@ -343,11 +387,16 @@ def test_applying_twice_is_refused() -> None:
 
 def test_native_patterns_read_what_the_model_says() -> None:
     def text(family: str) -> list[str]:
-        return [str(pattern).splitlines()[-1] for pattern in sd.models.native_patterns(build(family)).values()]
+        return [
+            str(pattern).splitlines()[-1] for pattern in sd.models.native_patterns(build(family)).values()
+        ]
 
     assert text("llama") == ["attend(q_idx >= kv_idx)"] * 2
     assert text("bert") == ["attend(True)"] * 2
     sliding = f"(q_idx >= kv_idx) & (q_idx - kv_idx <= {WINDOW - 1})"
-    assert text("gemma2") == [f"attend({sliding}, score=2*tanh(score / 2))", "attend(q_idx >= kv_idx, score=2*tanh(score / 2))"]
+    assert text("gemma2") == [
+        f"attend({sliding}, score=2*tanh(score / 2))",
+        "attend(q_idx >= kv_idx, score=2*tanh(score / 2))",
+    ]
     assert text("gpt_oss") == [f"attend({sliding}, sink=sinks[h])", "attend(q_idx >= kv_idx, sink=sinks[h])"]
     assert "left_padding[b]" in text("llama4")[0]

@@ -20,7 +20,11 @@ def right_padded() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-INPUTS = {"no padding": lambda: {"input_ids": tokens()}, "left padding": left_padded, "right padding": right_padded}
+INPUTS = {
+    "no padding": lambda: {"input_ids": tokens()},
+    "left padding": left_padded,
+    "right padding": right_padded,
+}
 
 
 def logits(model: Any, inputs: dict[str, torch.Tensor], **more: Any) -> torch.Tensor:
@@ -65,7 +69,9 @@ def test_generate_gives_the_same_tokens(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "llama4", "gpt_oss"])
-@pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"num_beams": 2}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"cache_implementation": "static"}, {"num_beams": 2}, {"use_cache": False}], ids=str
+)
 def test_generate_with_other_caches(family: str, how: dict[str, Any]) -> None:
     model, given = build(family), left_padded()
     greedy = {"max_new_tokens": 2 * WINDOW, "do_sample": False, **how}
@@ -86,7 +92,11 @@ def test_chunked_prefill_and_decode_give_the_logits_of_one_forward(family: str) 
             stop = start + length
             mask = given["attention_mask"][:, :stop]
             position = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
-            step = {"input_ids": given["input_ids"][:, start:stop], "attention_mask": mask, "past_key_values": cache}
+            step = {
+                "input_ids": given["input_ids"][:, start:stop],
+                "attention_mask": mask,
+                "past_key_values": cache,
+            }
             parts.append(model(**step, position_ids=position).logits)
             start = stop
     got = torch.cat(parts, dim=1)[given["attention_mask"].bool()]
@@ -103,7 +113,9 @@ def test_eager_models_too(family: str) -> None:
     with sd.models.apply(model, sd.models.native_patterns(model), backend="reference"):
         assert_same(logits(model, given), wanted)
     with sd.models.apply(model, {0: sd.models.native_patterns(model)[0]}, backend="reference"):
-        assert_same(logits(model, given), wanted)  # the other layer runs transformers' eager function, over its eager mask
+        assert_same(
+            logits(model, given), wanted
+        )  # the other layer runs transformers' eager function, over its eager mask
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "llama4", "gpt_oss"])

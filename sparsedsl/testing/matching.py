@@ -1,0 +1,118 @@
+"""Any lowering against plain attention: outputs, LSE and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.run.compile import Attention
+from sparsedsl.run.compile import compile as compile_pattern
+from sparsedsl.testing.counterexamples import Counterexample, arguments_code, pattern_code
+from sparsedsl.testing.numerics import Results, expect, gradients
+
+__all__ = ["assert_matches_reference", "attention_code"]
+
+
+def as_attention(pattern: Any, backend: str = "reference") -> Attention:
+    """A compiled pattern as it is; anything else compiled."""
+    return pattern if isinstance(pattern, Attention) else compile_pattern(pattern, backend=backend)
+
+
+def attention_code(attn: Attention) -> str:
+    """Code that compiles the pattern of ``attn`` again."""
+    return f"sd.compile({pattern_code(attn.pattern)}, backend={attn.backend!r})"
+
+
+def assert_matches_reference(
+    attn: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    q_offset: int = 0,
+    scale: float | None = None,
+    **tables: torch.Tensor,
+) -> tuple[str, ...]:
+    """A compiled pattern gives what plain attention gives, as closely as its precision allows.
+
+    Args:
+        attn: from :func:`sparsedsl.compile`; a bare pattern is compiled with ``backend="reference"``.
+        q: ``(B, Hq, Sq, D)``; any float dtype, strides and device the lowering takes.
+        k: ``(B, Hkv, Skv, D)``.
+        v: ``(B, Hkv, Skv, Dv)``.
+        q_offset: position of the first query.
+        scale: factor on the dot product.
+        tables: as in the call.
+
+    Returns:
+        The names of what was compared: ``"out"``, and as far as the lowering has them ``"lse"``, ``"dq"``, ``"dk"``, ``"dv"``
+        and ``"d<table>"`` for learned tables.
+
+    The error against float64 may be twice that of plain attention in the same precision, plus one rounding; what should be finite
+    must be. Empty rows must give 0 and an LSE of ``-inf``, and zero gradients.
+
+    >>> import torch, sparsedsl as sd
+    >>> q = k = v = torch.randn(1, 2, 9, 16)
+    >>> assert_matches_reference(sd.compile(sd.kv_idx <= sd.q_idx, backend="reference"), q, k, v)
+    ('out', 'lse', 'dq', 'dk', 'dv')
+    """
+    attn = as_attention(attn)
+    got, cotangents = run_all(attn, q, k, v, q_offset=q_offset, scale=scale, tables=tables)
+    known = attn.pattern.bound | tables
+    wanted = expect(attn.pattern, q, k, v, known, q_offset=q_offset, scale=scale, cotangents=cotangents)
+    for name, value in got.items():
+        fault = wanted.fault(name, value)
+        if fault:
+            raise Counterexample(
+                f"backend {attn.backend!r} differs from plain attention: {fault}",
+                f"attn = {attention_code(attn)}",
+                f"q = {arguments_code(q)}",
+                f"k = {arguments_code(k)}",
+                f"v = {arguments_code(v)}",
+                "sd.testing.assert_matches_reference("
+                + arguments_code("attn", "q", "k", "v", q_offset=q_offset, scale=scale, **tables)
+                + ")",
+            )
+    return tuple(got)
+
+
+def run_all(
+    attn: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    tables: dict[str, torch.Tensor],
+    q_offset: int = 0,
+    scale: float | None = None,
+) -> tuple[Results, tuple[torch.Tensor, torch.Tensor | None] | None]:
+    """Everything the lowering can give for a call, and the cotangents that its gradients were taken with (None: it has none)."""
+    words: dict[str, Any] = {"q_offset": q_offset, "scale": scale}
+    with torch.no_grad():
+        results: Results = {"out": attn(q, k, v, **words, **tables)}
+        try:
+            results["lse"] = attn(q, k, v, return_lse=True, **words, **tables)[1]
+        except UnsupportedError:
+            pass
+    learned = {name: t for name, t in (attn.pattern.bound | tables).items() if attn.pattern.tables[name].learned}
+    leaves = {name: x.detach().requires_grad_() for name, x in {"q": q, "k": k, "v": v, **learned}.items()}
+    inputs = {name: leaves.pop(name) for name in "qkv"}
+    d_out, d_lse = (torch.randn(results["out"].shape[:n], generator=torch.Generator().manual_seed(n)) for n in (4, 3))
+    d_out, d_lse = d_out.to(q.device), d_lse.to(q.device) if "lse" in results else None
+    try:
+        out, lse = _call(attn, inputs, {**tables, **leaves}, words, "lse" in results)
+    except UnsupportedError:
+        return results, None
+    results |= gradients(out, lse, inputs | leaves, (d_out, d_lse))
+    return results, (d_out, d_lse)
+
+
+def _call(
+    attn: Attention, inputs: dict[str, torch.Tensor], tables: dict[str, torch.Tensor], words: dict[str, Any], with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    with torch.enable_grad():
+        if with_lse:
+            return attn(*inputs.values(), return_lse=True, **words, **tables)
+        return attn(*inputs.values(), **words, **tables), None

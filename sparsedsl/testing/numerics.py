@@ -1,0 +1,195 @@
+"""What attention must give, and how far off it may be: plain attention in float64, and a tolerance measured, not tuned.
+
+A result may be off by twice as much as the plainest implementation in the same precision, plus one rounding: of every weight and
+output in the dtype of the inputs, and of every logit in the dtype of accumulation. All results must be finite where they should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.testing.shapes import AttentionCase
+
+__all__ = ["Expected", "Results", "expect", "plain_attention"]
+
+Results = dict[str, torch.Tensor]  # "out", "lse", and "dq", "dk", "dv", "d<table>" where gradients are asked for
+
+
+def case_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_offset: int = 0) -> AttentionCase:
+    """The shape of a call."""
+    (batch, heads, q_len, head_dim), (kv_heads, kv_len), head_dim_v = q.shape, k.shape[1:3], v.shape[3]
+    return AttentionCase(batch, heads, kv_heads, q_len, kv_len, head_dim, head_dim_v, q_offset)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The intermediate values of one attention: each ``(batch, heads, q_len, kv_len)``."""
+
+    logits: torch.Tensor
+    scores: torch.Tensor
+    weights: torch.Tensor
+
+
+def plain_attention(
+    pattern: Pattern,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: Mapping[str, torch.Tensor],
+    *,
+    q_offset: int = 0,
+    scale: float | None = None,
+    rounded: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Terms]:
+    """Attention as in a textbook, in the dtype of ``q``: ``(out, lse, terms)``. Weights and output are rounded to ``rounded`` if given.
+
+    Shares nothing with the lowerings but :func:`sparsedsl.lang.evaluate.evaluate`; heads are copied, softmax is torch's logsumexp.
+    """
+    case, dtype = case_of(q, k, v, q_offset), q.dtype
+    if scale is None:
+        scale = pattern.scale or case.head_dim**-0.5
+    k, v = (x.repeat_interleave(case.heads // case.kv_heads, dim=1) for x in (k, v))
+    shape = case.positions.shape
+    logits = torch.einsum("bhqd,bhkd->bhqk", q, k) * scale
+    env = {**case.env, **tables}
+    allowed = evaluate(pattern.mask.expr, env).expand(shape)
+    scores = evaluate(pattern.score.expr, {**env, "score": logits.masked_fill(~allowed, 1.0)}, dtype=dtype).to(dtype).expand(shape)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    columns = scores
+    if pattern.sink is not None:
+        sink = evaluate(pattern.sink.expr, env, dtype=dtype).to(dtype).expand(*shape[:3], 1)
+        columns = torch.cat([scores, sink], dim=3)
+    empty = (columns == float("-inf")).all(dim=3)
+    lse = torch.logsumexp(columns.masked_fill(empty[..., None], 0.0), dim=3)
+    weights = torch.exp(scores - lse[..., None]).masked_fill(empty[..., None], 0.0)
+    if rounded is None:
+        out = weights @ v
+    else:
+        out = (weights.to(rounded).to(dtype) @ v).to(rounded)
+    return out, lse.masked_fill(empty, float("-inf")), Terms(logits, scores, weights)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Results in float64, and how far a result of the tested precision may be off in any element."""
+
+    values: Results
+    tolerance: dict[str, float]
+
+    def fault(self, name: str, got: torch.Tensor, wanted: torch.Tensor | None = None) -> str | None:
+        """What is wrong with a result, in words, or None. ``wanted``: a part or rearrangement of the expected values."""
+        wanted = self.values[name] if wanted is None else wanted
+        if got.shape != wanted.shape:
+            return f"{name} has shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+        got = got.detach().double().cpu()
+        strange = ~(torch.isfinite(got) == torch.isfinite(wanted)) | torch.isnan(got) | (torch.isinf(got) & (got != wanted))
+        off = torch.where(torch.isfinite(got) & torch.isfinite(wanted), (got - wanted).abs(), 0.0)
+        if not strange.any() and float(off.max()) <= self.tolerance[name]:
+            return None
+        place = tuple((strange if strange.any() else off == off.max()).nonzero()[0].tolist())
+        return (
+            f"{name}{list(place)} is {got[place].item():.9g}, wanted {wanted[place].item():.9g}; "
+            f"largest error {float(off.max()):.3g}, allowed {self.tolerance[name]:.3g}"
+        )
+
+
+def expect(
+    pattern: Pattern,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: Mapping[str, torch.Tensor],
+    *,
+    q_offset: int = 0,
+    scale: float | None = None,
+    cotangents: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+) -> Expected:
+    """Expected results of a call, with gradients if ``cotangents`` of out and lse are given."""
+    words: dict[str, Any] = {"q_offset": q_offset, "scale": scale}
+    exact, terms = _run(pattern, (q, k, v), tables, torch.float64, None, cotangents, words)
+    accumulated = torch.float64 if q.dtype == torch.float64 else torch.float32
+    plain, _ = _run(pattern, (q, k, v), tables, accumulated, q.dtype, cotangents, words)
+    finite = terms.scores[torch.isfinite(terms.scores)]
+    largest = max(float(x.abs().max()) for x in (terms.logits, finite) if x.numel())
+    unit, fine = torch.finfo(q.dtype).eps, torch.finfo(accumulated).eps
+    tolerance = {}
+    for name, size in _magnitudes(exact, terms, (q, k, v), cotangents, pattern.scale if scale is None else scale).items():
+        wanted, got = exact[name], plain[name].double()
+        both = torch.isfinite(wanted) & torch.isfinite(got)
+        error = float((wanted - got)[both].abs().max()) if both.any() else 0.0
+        rounding = (fine if name == "lse" else unit) + fine * largest
+        tolerance[name] = 2 * (error + rounding * size)
+    return Expected(exact, tolerance)
+
+
+def _run(
+    pattern: Pattern,
+    qkv: tuple[torch.Tensor, ...],
+    tables: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    rounded: torch.dtype | None,
+    cotangents: tuple[torch.Tensor, torch.Tensor | None] | None,
+    words: dict[str, Any],
+) -> tuple[Results, Terms]:
+    leaves = {name: x.detach().cpu().to(dtype).requires_grad_(cotangents is not None) for name, x in zip("qkv", qkv, strict=True)}
+    known = {name: t.detach().cpu() for name, t in tables.items()}
+    if cotangents is not None:
+        learned = [name for name, spec in pattern.tables.items() if spec.learned]
+        known |= {name: known[name].to(dtype).requires_grad_() for name in learned}
+        leaves |= {name: known[name] for name in learned}
+    out, lse, terms = plain_attention(pattern, leaves["q"], leaves["k"], leaves["v"], known, rounded=rounded, **words)
+    results = {"out": out.detach(), "lse": lse.detach()}
+    if cotangents is not None:
+        results |= gradients(out, lse, leaves, cotangents)
+    return results, Terms(*(x.detach() for x in (terms.logits, terms.scores, terms.weights)))
+
+
+def gradients(
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    leaves: Mapping[str, torch.Tensor],
+    cotangents: tuple[torch.Tensor, torch.Tensor | None],
+) -> Results:
+    """Gradients of ``sum(out * d_out) + sum(lse * d_lse)``, the latter over rows that are not empty."""
+    d_out, d_lse = cotangents
+    total = (out * d_out.to(out)).sum()
+    if lse is not None and d_lse is not None:
+        total = total + (torch.where(torch.isfinite(lse), lse, 0.0) * d_lse.to(lse)).sum()
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {f"d{n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
+
+
+def _magnitudes(
+    exact: Results,
+    terms: Terms,
+    qkv: tuple[torch.Tensor, ...],
+    cotangents: tuple[torch.Tensor, torch.Tensor | None] | None,
+    scale: float | None,
+) -> dict[str, float]:
+    """The size of what is added up in each result, before anything cancels: what one rounding is relative to."""
+    q, k, v = (x.detach().cpu().double().abs() for x in qkv)
+    finite = terms.scores[torch.isfinite(terms.scores)]
+    sizes = {"out": _largest(v), "lse": 1 + _largest(finite)}
+    if cotangents is None:
+        return sizes
+    d_out, d_lse = (torch.zeros(1) if x is None else x.detach().cpu().double().abs() for x in cotangents)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    # d_scores = weights * (d_weights - their mean + d_lse); each factor by its largest value
+    d_scores = 2 * v.shape[3] * _largest(d_out) * _largest(v) + _largest(d_lse)
+    rows, group = q.shape[2], q.shape[1] // k.shape[1]
+    sizes["dq"] = scale * d_scores * _largest(k)
+    sizes["dk"] = scale * d_scores * _largest(q) * min(rows * group, 1 + float(terms.weights.sum(dim=2).max()) * group)
+    sizes["dv"] = _largest(d_out) * group * max(1.0, float(terms.weights.sum(dim=2).max()))
+    for name in exact.keys() - sizes.keys():
+        sizes[name] = max(_largest(exact[name]), d_scores)
+    return sizes
+
+
+def _largest(x: torch.Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0

@@ -1,0 +1,143 @@
+"""Bit operations, kept apart by bit position so that they end as sums of ``(x // 2**i) % 2**n * 2**j``.
+
+A value is held as an OR of pieces ``(atom & mask) << shift``. And-ing with a constant, shifting and or-ing stay in this form; interleaving
+and de-interleaving of coordinates (Morton order) then come out as sums of single bits instead of nested bit operations.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator
+
+import sympy
+import torch
+
+from sparsedsl.lang.expressions import Index
+from sparsedsl.tracing.conversion import Conversion
+from sparsedsl.tracing.graph import Node
+
+__all__ = ["Bits"]
+
+# (atom, shift) -> mask: the OR of all (atom & mask) << shift; mask -1 means every bit, a negative shift goes to the right
+Pieces = dict[tuple[sympy.Expr, int], int]
+_MOST_RUNS = 4  # a mask of more runs of ones stays an `&`
+
+
+class Bits(Conversion):
+    """The part of :class:`~sparsedsl.tracing.convert.Converter` for ``& | ^ << >>`` of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pieces: dict[Node, Pieces] = {}
+
+    def bitwise(self, node: Node) -> Index:
+        """The integer expression of a bit operation."""
+        if node.op in ("shl", "shr") and _shift(node) is None:
+            return self.opaque(node)
+        return _joined(self.pieces(node))
+
+    def pieces(self, node: Node) -> Pieces:
+        """A node as pieces."""
+        if node not in self._pieces:
+            self._pieces[node] = self._split(node) or {(self.index(node).expr, 0): -1}
+        return self._pieces[node]
+
+    def _split(self, node: Node) -> Pieces | None:
+        """The pieces of a bit operation; None for everything else."""
+        if node.dtype == torch.bool:
+            return None
+        wide = node.dtype in (torch.int32, torch.int64)
+        match node.op:
+            case "cast" if wide and node.args[0].dtype in (torch.int32, torch.int64):
+                return self.pieces(node.args[0])
+            case "shl" | "shr" if wide and (bits := _shift(node)) is not None:
+                return _shifted(self.pieces(node.args[0]), bits)
+            case "bitwise_and":
+                for x, c in (node.args, node.args[::-1]):
+                    if c.is_const:
+                        return _masked(self.pieces(x), int(c.args[0]))
+                return {((self.index(node.args[0]) & self.index(node.args[1])).expr, 0): -1}
+            case "bitwise_or":
+                return _either(self.pieces(node.args[0]), self.pieces(node.args[1]))
+            case "bitwise_xor":
+                left, right = (self.pieces(a) for a in node.args)
+                if not _reach(left) & _reach(right):
+                    return _either(left, right)
+                return {((_joined(left) ^ _joined(right)).expr, 0): _reach(left) | _reach(right)}
+        return None
+
+
+def _shift(node: Node) -> int | None:
+    """By how many bits to the left a shift goes; None when that is not a usable constant."""
+    bits = node.args[1].args[0] if node.args[1].is_const else -1
+    return None if not 0 <= bits < 63 else int(bits) if node.op == "shl" else -int(bits)
+
+
+def _moved(mask: int, shift: int) -> int:
+    return mask << shift if shift >= 0 else mask >> -shift
+
+
+def _shifted(pieces: Pieces, bits: int) -> Pieces:
+    """Every piece moved; bits that fall off the right end leave its mask."""
+    moved: Pieces = {}
+    for (atom, shift), mask in pieces.items():
+        kept = mask & (-1 << max(0, -(shift + bits)))
+        if kept:
+            moved[atom, shift + bits] = kept
+    return moved
+
+
+def _masked(pieces: Pieces, constant: int) -> Pieces:
+    kept = {(atom, shift): mask & _moved(constant, -shift) for (atom, shift), mask in pieces.items()}
+    return {key: mask for key, mask in kept.items() if mask}
+
+
+def _either(left: Pieces, right: Pieces) -> Pieces:
+    return {key: left.get(key, 0) | right.get(key, 0) for key in {**left, **right}}
+
+
+def _reach(pieces: Pieces) -> int:
+    """The bits that the value may have."""
+    return functools.reduce(operator.or_, (_moved(mask, shift) for (_, shift), mask in pieces.items()), 0)
+
+
+def _joined(pieces: Pieces) -> Index:
+    """The value of the OR: a sum where no two pieces share a bit."""
+    total, reached = Index(sympy.Integer(0)), 0
+    for (atom, shift), mask in pieces.items():
+        piece, reach = _piece(Index(atom), mask, shift), _moved(mask, shift)
+        total = total | piece if reached & reach else total + piece
+        reached |= reach
+    return total
+
+
+def _piece(atom: Index, mask: int, shift: int) -> Index:
+    """``(atom & mask) << shift``."""
+    if atom.expr.is_Integer:
+        return Index(sympy.Integer(_moved(int(atom.expr) & mask, shift)))
+    runs = list(_runs(mask))
+    if len(runs) > _MOST_RUNS:
+        masked = atom & mask
+        return masked << shift if shift >= 0 else masked >> -shift
+    total = Index(sympy.Integer(0))
+    for low, high in runs:
+        part = atom >> low if low else atom
+        total = total + (part if high is None else part % 2 ** (high - low)) * 2 ** (low + shift)
+    return total
+
+
+def _runs(mask: int) -> Iterator[tuple[int, int | None]]:
+    """The runs of ones of ``mask``, low end first; None as the end of one that never ends."""
+    low = 0
+    while mask:
+        while not mask & 1:
+            mask, low = mask >> 1, low + 1
+        if mask == -1:
+            yield low, None
+            return
+        high = low
+        while mask & 1:
+            mask, high = mask >> 1, high + 1
+        yield low, high
+        low = high

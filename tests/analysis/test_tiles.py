@@ -1,0 +1,146 @@
+"""Tile lists against brute force: sound, minimal, and full where full, for random masks, tables, shapes and blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparsedsl as sd
+from sparsedsl import b, h, kv_idx, q_idx
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.tiles import classify
+from sparsedsl.errors import ShapeError
+from sparsedsl.testing import AttentionCase, masks, tables_for
+from sparsedsl.testing.lists import assert_lists_sound
+
+causal = kv_idx <= q_idx
+doc = sd.table("doc", monotone=True)
+picked = sd.table("picked", dtype=bool)
+width = sd.table("width", values_in=(0, 300))
+
+FAMILIES = {
+    "causal": causal,
+    "window": causal & (q_idx - kv_idx < 100),
+    "window and sinks": causal & ((q_idx - kv_idx < 100) | (kv_idx < 4)),
+    "dilated": causal & (q_idx - kv_idx < 256) & ((q_idx - kv_idx) % 4 == 0),
+    "documents": causal & (doc[q_idx] == doc[kv_idx]),
+    "documents and window": causal & (doc[q_idx] == doc[kv_idx]) & (q_idx - kv_idx < 40),
+    "dilated documents": causal & ((q_idx - kv_idx) % 8 == 0) & (doc[q_idx] == doc[kv_idx]),
+    "other documents": causal & (doc[q_idx] != doc[kv_idx]),
+    "chunked": causal & (q_idx // 64 == kv_idx // 64),
+    "per-head windows": causal & (q_idx - kv_idx < width[h]),
+    "per-batch prefix": causal | (kv_idx < width[b]),
+    "neighbourhood": (abs(q_idx // 16 - kv_idx // 16) <= 2) & (abs(q_idx % 16 - kv_idx % 16) <= 2),
+    "block table": causal & picked[q_idx // 32, kv_idx // 32],
+    "strided": causal & ((q_idx - kv_idx < 32) | (kv_idx % 32 == 31)),
+    "products": (q_idx * kv_idx) % 7 == 0,
+    "exclusive": causal ^ (q_idx - kv_idx < 50),
+    "nothing": causal & (q_idx < kv_idx),
+    "everything": causal | (q_idx < kv_idx),
+    "halves fill a tile": (kv_idx % 2 == 0) | (kv_idx % 2 == 1),
+    "two windows fill a tile": (abs(q_idx - kv_idx) < 20) | (q_idx - kv_idx >= 20),
+}
+SHAPES = [(300, 300, 0, (32, 32)), (100, 517, 417, (32, 64)), (1, 300, 299, (16, 16)), (257, 129, 0, (64, 32)), (97, 64, 500, (7, 13))]
+
+
+def family_tables(mask, rows, kv_len, offset, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(rows + offset, kv_len)
+    tables = {
+        "doc": torch.randint(0, 9, (longest,), generator=generator).sort().values,
+        "width": torch.tensor([10, 64, 200]),
+        "picked": torch.rand((longest // 32 + 1,) * 2, generator=generator) < 0.4,
+    }
+    return {name: tables[name] for name in mask.tables}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name, shape):
+    rows, kv_len, offset, block = shape
+    mask = FAMILIES[name]
+    tables = family_tables(mask, rows, kv_len, offset)
+    assert_lists_sound(mask, rows, kv_len, block, batch=2, heads=3, q_offset=offset, **tables)
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_random_masks(data):
+    mask = data.draw(masks())
+    rows, kv_len = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    offset = data.draw(st.sampled_from((0, 0, 1, 17, 40)))
+    block = data.draw(st.tuples(st.sampled_from((1, 3, 4, 8, 16, 32)), st.sampled_from((1, 4, 5, 8, 16, 64))))
+    batch, heads = data.draw(st.sampled_from(((1, 1), (2, 3))))
+    case = AttentionCase(batch=batch, heads=heads, kv_heads=heads, q_len=rows, kv_len=kv_len, q_offset=offset)
+    tables = data.draw(tables_for(mask, case))
+    assert_lists_sound(mask, rows, kv_len, block, batch=batch, heads=heads, q_offset=offset, **tables)
+
+
+@given(data=st.data())
+@settings(max_examples=40)
+def test_random_masks_where_boxes_descend(data):
+    """Grids of more than ROOT tiles, so that the descent has several levels."""
+    mask = data.draw(masks(depth=2))
+    rows, kv_len = data.draw(st.integers(100, 300)), data.draw(st.integers(100, 300))
+    block = data.draw(st.sampled_from(((1, 2), (2, 1), (2, 3), (4, 4))))
+    case = AttentionCase(q_len=rows, kv_len=kv_len)
+    tables = data.draw(tables_for(mask, case))
+    assert_lists_sound(mask, rows, kv_len, block, **tables)
+
+
+def test_chunks_do_not_change_the_lists(monkeypatch):
+    from sparsedsl.analysis import points, tiles
+
+    wanted = {}
+    for name, mask in FAMILIES.items():
+        tables = family_tables(mask, 300, 300, 0)
+        wanted[name] = classify(mask.expr, Domain(300, 300, 0, 2, 3, tables), (16, 16)).classes()
+    monkeypatch.setattr(tiles, "CHUNK", 64)
+    monkeypatch.setattr(points, "POINTS", 512)
+    monkeypatch.setattr(points, "SMALL_KEY", 4)
+    for name, mask in FAMILIES.items():
+        tables = family_tables(mask, 300, 300, 0)
+        got = classify(mask.expr, Domain(300, 300, 0, 2, 3, tables), (16, 16)).classes()
+        assert torch.equal(got, wanted[name]), name
+
+
+def test_dimensions_the_mask_does_not_read_have_size_one():
+    domain = Domain(64, 64, 0, 2, 3, {"width": torch.tensor([4, 8, 16])})
+    assert classify(causal.expr, domain, (16, 16)).shape == (1, 1, 4, 4)
+    assert classify((causal & (q_idx - kv_idx < width[h])).expr, domain, (16, 16)).shape == (1, 3, 4, 4)
+    assert classify((causal | (kv_idx < width[b])).expr, domain, (16, 16)).shape == (2, 1, 4, 4)
+
+
+def test_padded_and_transposed_lists():
+    mask = FAMILIES["window and sinks"]
+    lists = classify(mask.expr, Domain(300, 260), (32, 32))
+    dense = lists.classes()[0, 0]
+    for value, part in ((1, lists.partial), (2, lists.full)):
+        padded = part.padded()
+        for row in range(lists.shape[2]):
+            count = int(part.counts[0, 0, row])
+            assert padded[0, 0, row, :count].tolist() == (dense[row] == value).nonzero()[:, 0].tolist()
+        turned = part.transposed(lists.shape[3])
+        padded = turned.padded()
+        for column in range(lists.shape[3]):
+            count = int(turned.counts[0, 0, column])
+            assert padded[0, 0, column, :count].tolist() == (dense[:, column] == value).nonzero()[:, 0].tolist()
+
+
+def test_a_million_tokens_stay_small():
+    """Listed tiles, not the grid: 8192 x 8192 tiles would be 64 Mi entries."""
+    length = 1 << 20
+    lists = classify(FAMILIES["window and sinks"].expr, Domain(length, length), (128, 128))
+    assert lists.nbytes < 1 << 20
+    rows = torch.arange(8192)
+    expected = torch.minimum(rows + 1, torch.tensor(2)) + (rows > 1)
+    assert torch.equal((lists.full.counts + lists.partial.counts)[0, 0].to(torch.int64), expected)
+
+
+@pytest.mark.parametrize("block", [0, -1, (16, 0), True, (16, 16.0)], ids=str)
+def test_wrong_block_sizes(block):
+    pair = block if isinstance(block, tuple) else (block, block)
+    with pytest.raises(ShapeError, match="block_size must be a positive number"):
+        classify(causal.expr, Domain(8, 8), pair)
