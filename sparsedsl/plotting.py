@@ -1,8 +1,8 @@
 """Pictures of patterns: which pairs attend, how the tiles are classed, and what the score function does.
 
-Short sequences are drawn pair by pair. Long ones are drawn on a grid of cells, each shaded by its share of allowed pairs: which cells
-hold none and which hold nothing else is decided exactly, by the tile analysis; a share in between is counted where that is cheap and
-sampled where it is not, and the caption says which. Nothing of the size ``q_len x kv_len`` is ever held.
+Short sequences are drawn pair by pair. Long ones are drawn on a grid of cells, each shaded by its share of allowed pairs. Which cells
+hold none and which hold nothing else is decided by the tile analysis, where it needs no trying of pairs; what remains is counted where
+that is cheap, and sampled where it is not. The caption says which. Nothing of the size ``q_len x kv_len`` is ever held.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from typing import Any
 import sympy
 import torch
 
+from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.tiles import EMPTY, FULL, PARTIAL, classify
+from sparsedsl.analysis.intervals import TableRanges
+from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL
+from sparsedsl.analysis.points import PointDecider, box_classes
+from sparsedsl.analysis.tiles import Grid, classify
 from sparsedsl.errors import PatternError, ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
@@ -29,6 +33,8 @@ __all__ = ["plot"]
 PANELS = ("pairs", "tiles", "score")
 # Drawn pair by pair up to this length; longer, in cells of which there are at most CELLS along a side.
 EXACT, CELLS = 512, 256
+# Up to so many pairs the tile analysis decides every cell, whatever the pattern; beyond, only where it need not try pairs.
+ALWAYS_EXACT = 1 << 24
 # Pairs evaluated to find the shares of cells that are neither empty nor full; of each such cell at least LEAST.
 POINTS, LEAST = 1 << 22, 64
 # Tiles are counted, for the caption, if there are no more than this many to list; points are evaluated this many at a time.
@@ -176,34 +182,60 @@ class _View:
         return q_cell, kv_cell
 
     @functools.cached_property
-    def classes(self) -> torch.Tensor:
-        """The class of every cell, exactly."""
-        return classify(self.mask, self.domain, self.cells).classes()[0, 0].cpu()
+    def exact(self) -> bool:
+        """Whether the tile analysis decides every cell quickly: the sequence is short, or nothing must be tried point by point."""
+        if self.q_len * self.kv_len <= ALWAYS_EXACT:
+            return True
+        decider = PointDecider(self.mask, self.domain, self.domain.groups(self.mask), TableRanges(self.domain.tables))
+        return all(decider.diagonal(literal) for clause in clauses(self.mask) for literal in clause.rest)
 
-    def shares(self) -> tuple[torch.Tensor, str]:
-        """The share of allowed pairs in every cell, and how it was found."""
-        share = (self.classes == FULL).double()
-        row, column = (self.classes == PARTIAL).nonzero(as_tuple=True)
-        q_cell, kv_cell = self.cells
-        counted = row.numel() * q_cell * kv_cell <= POINTS
-        points = q_cell * kv_cell if counted else max(LEAST, POINTS // row.numel())
+    @functools.cached_property
+    def survey(self) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """The class of every cell, its share of allowed pairs, and how they were found."""
+        grid = Grid(self.domain, self.cells)
+        if self.exact:
+            classes = classify(self.mask, self.domain, self.cells).classes()[0, 0].cpu().long()
+        else:
+            row, column = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.columns), indexing="ij")
+            places = (torch.zeros_like(row), *grid.queries(row), *grid.keys(column))
+            boxes: Any = tuple(t.flatten().to(self.domain.device) for t in places)
+            ranges = TableRanges(self.domain.tables)
+            classes = box_classes(self.mask, self.domain, self.domain.groups(self.mask), ranges, boxes).view(row.shape).cpu()
+        share = (classes == FULL).double()
+        row, column = ((classes != FULL) & (classes != EMPTY)).nonzero(as_tuple=True)
+        area = self.cells[0] * self.cells[1]
+        points = area if row.numel() * area <= POINTS else max(LEAST, POINTS // row.numel())
+        hits = self._hits(row, column, points if points < area else None)
+        share[row, column] = hits
+        cells = f"cells of {self.cells[0]:,} x {self.cells[1]:,} tokens"
+        if not self.exact:
+            classes[row, column] = torch.where(hits == 0, EMPTY, torch.where(hits == 1, FULL, PARTIAL))
+            return classes, share, f"sampled picture: {points:,} pairs tried in each of the {cells} that is not provably empty or full"
+        if points < area:
+            return classes, share, f"{cells}: empty and full ones are exact, the share of the others sampled at {points:,} pairs each"
+        return classes, share, f"{cells}, their shares of allowed pairs counted"
+
+    def _hits(self, row: torch.Tensor, column: torch.Tensor, samples: int | None) -> torch.Tensor:
+        """The share of allowed pairs in each of some cells, from all their pairs or from ``samples`` of them, corners among them."""
         generator = torch.Generator().manual_seed(0)
+        q_cell, kv_cell = self.cells
+        points = samples or q_cell * kv_cell
+        corners = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])
+        found = []
         step = max(1, CHUNK // points)
         for start in range(0, row.numel(), step):
-            i, j = row[start : start + step, None], column[start : start + step, None]
-            height, width = (self.q_len - i * q_cell).clamp(max=q_cell), (self.kv_len - j * kv_cell).clamp(max=kv_cell)
-            if counted:
+            i, j = row[start : start + step, None] * q_cell, column[start : start + step, None] * kv_cell
+            height, width = (self.q_len - i).clamp(max=q_cell), (self.kv_len - j).clamp(max=kv_cell)
+            if samples is None:
                 place = torch.arange(points)
                 y, x = place // kv_cell, place % kv_cell
             else:
                 y, x = ((torch.rand(i.numel(), points, generator=generator) * n).long() for n in (height, width))
+                y[:, :4], x[:, :4] = corners[0] * (height - 1), corners[1] * (width - 1)
             inside = (y < height) & (x < width)
-            hit = self.allowed(i * q_cell + torch.minimum(y, height - 1), j * kv_cell + torch.minimum(x, width - 1)) & inside
-            share[i[:, 0], j[:, 0]] = hit.sum(1).double() / inside.sum(1)
-        size = f"cells of {q_cell:,} x {kv_cell:,} tokens"
-        if counted:
-            return share, f"{size}, their shares of allowed pairs counted"
-        return share, f"{size}: empty and full ones are exact, the others sampled at {points:,} pairs each"
+            hit = self.allowed(i + torch.minimum(y, height - 1), j + torch.minimum(x, width - 1)) & inside
+            found.append(hit.sum(1).double() / inside.sum(1))
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
 
     # ---- panels --------------------------------------------------------------------------------------------------------------
 
@@ -228,7 +260,7 @@ class _View:
 
     def grid_extent(self) -> tuple[float, float, float, float]:
         """The extent of the grid of cells, whose last row and column may reach beyond the positions."""
-        rows, columns = self.classes.shape
+        rows, columns = self.survey[0].shape
         left, _, _, top = self.extent
         return left, left + columns * self.cells[1], top + rows * self.cells[0], top
 
@@ -242,9 +274,9 @@ class _View:
             _legend(axis, [(PAIR, "allowed"), (NOTHING, "masked")])
             self.frame(axis, "allowed pairs")
             return f"{int(pairs.sum()):,} of {pairs.numel():,} pairs allowed ({_percent(pairs.double().mean())})"
-        share, how = self.shares()
+        classes, share, how = self.survey
         # The root makes thin structure visible; a cell with a single allowed pair is never as light as an empty one.
-        share = torch.where(self.classes == EMPTY, 0.0, share.clamp(min=1e-4))
+        share = torch.where(classes == EMPTY, 0.0, share.clamp(min=1e-4))
         image = axis.imshow(
             share, cmap=_shades(), norm=PowerNorm(0.4, 0, 1), extent=self.grid_extent(), interpolation="nearest"
         )
@@ -257,9 +289,10 @@ class _View:
         """Tile classes; of long sequences the classes of cells of several tiles."""
         from matplotlib.colors import ListedColormap
 
+        classes = self.survey[0]
         colours = ListedColormap([CLASS_COLOURS[kind] for kind in sorted(CLASS_COLOURS)])
-        axis.imshow(self.classes, cmap=colours, vmin=0, vmax=2, extent=self.grid_extent(), interpolation="nearest")
-        rows, columns = self.classes.shape
+        axis.imshow(classes, cmap=colours, vmin=0, vmax=2, extent=self.grid_extent(), interpolation="nearest")
+        rows, columns = classes.shape
         if max(rows, columns) <= 64:
             left, right, bottom, top = self.grid_extent()
             axis.vlines([left + i * self.cells[1] for i in range(1, columns)], top, bottom, color="white", linewidth=0.6)
@@ -270,18 +303,22 @@ class _View:
         return self._tiles_note()
 
     def _tiles_note(self) -> str:
-        of = [c // b for c, b in zip(self.cells, self.block, strict=True)]
-        count = {kind: int((self.classes == kind).sum()) for kind in CLASS_NAMES}
+        classes = self.survey[0]
         tiles = [-(-n // b) for n, b in zip((self.q_len, self.kv_len), self.block, strict=True)]
-        note = "" if of == [1, 1] else f"; a cell is {of[0]} x {of[1]} tiles, partial if they differ"
-        if of != [1, 1] and (count[FULL] + count[PARTIAL]) * of[0] * of[1] <= LISTED:
+        of = [c // b for c, b in zip(self.cells, self.block, strict=True)]
+        one = of == [1, 1]
+        total = f"{tiles[0] * tiles[1]:,} tiles"
+        kinds = "" if one else f"; a cell is {of[0]} x {of[1]} tiles, partial if they differ"
+        if not self.exact:
+            return f"{total}, classes sampled{kinds}"
+        count = {kind: int((classes == kind).sum()) for kind in CLASS_NAMES}
+        if not one:
+            if (count[FULL] + count[PARTIAL]) * of[0] * of[1] > LISTED:
+                return total + kinds
             lists = classify(self.mask, self.domain, self.block)
             count = {FULL: lists.full.total, PARTIAL: lists.partial.total}
             count[EMPTY] = tiles[0] * tiles[1] - sum(count.values())
-        elif of != [1, 1]:
-            return f"{tiles[0]:,} x {tiles[1]:,} tiles" + note
-        parts = ", ".join(f"{count[kind]:,} {CLASS_NAMES[kind]}" for kind in (FULL, PARTIAL, EMPTY))
-        return f"{tiles[0] * tiles[1]:,} tiles: {parts}" + note
+        return f"{total}: " + ", ".join(f"{count[kind]:,} {CLASS_NAMES[kind]}" for kind in (FULL, PARTIAL, EMPTY)) + kinds
 
     def missing_for_score(self) -> list[str]:
         """Tables that the score reads and nobody gave."""

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["TileLists", "TileRows", "expand_runs"]
+__all__ = ["EMPTY", "FULL", "PARTIAL", "UNKNOWN", "TileLists", "TileRows", "expand_runs"]
+
+# Classes of tiles; UNKNOWN stands only while a tile is being decided.
+EMPTY, PARTIAL, FULL, UNKNOWN = 0, 1, 2, 3
 
 
 def expand_runs(starts: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,13 +14,13 @@ from sympy.logic.boolalg import Boolean
 from sparsedsl.analysis.clauses import literals, only_difference
 from sparsedsl.analysis.domain import Domain, Groups
 from sparsedsl.analysis.intervals import Intervals, TableRanges
+from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
 
 __all__ = ["Boxes", "PointDecider", "box_classes"]
 
 Boxes = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-EMPTY, PARTIAL, FULL, UNKNOWN = 0, 1, 2, 3
 # Points evaluated at once.
 POINTS = 1 << 20
 # Tile kinds that may be told apart by number; more are told apart by sorting.
@@ -75,7 +75,7 @@ class PointDecider:
         group, q_low, q_high, kv_low, kv_high = tiles
         offset = q_low - kv_low
         key = offset - offset.min()
-        sizes = (q_high - q_low) * (kv_high - kv_low + 1)
+        sizes = (q_high - q_low) * (int((kv_high - kv_low).max()) + 1) + (kv_high - kv_low)
         if bool((sizes != sizes[0]).any()):
             key = key * (int(sizes.max()) + 1) + sizes
         if self.groups.count > 1 and any(x.free_symbols & {BATCH, HEAD} for x in moving):

@@ -15,7 +15,7 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.analysis.proofs import Verdict, Witness, causality
 from sparsedsl.analysis.rows import RowCounts, count_rows
-from sparsedsl.analysis.tiles import classify
+from sparsedsl.analysis.tiles import block_pair, classify
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern, as_pattern
@@ -149,7 +149,7 @@ def analyse(
     (4572, 0.015503, True)
     """
     pattern = as_pattern(pattern)
-    pair = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
+    pair = block_pair(block_size)
     name = str(dtype).removeprefix("torch.")
     if name not in ITEM_BYTES:
         raise ShapeError(f"dtype must be one of {', '.join(ITEM_BYTES)}; got {dtype!r}")
@@ -162,10 +162,10 @@ def analyse(
     mask = pattern.mask.expr
     with torch.no_grad():
         start = time.perf_counter()
-        lists = classify(mask, domain, pair)  # type: ignore[arg-type]
+        lists = classify(mask, domain, pair)
         seconds = time.perf_counter() - start
-        rows = count_rows(mask, domain, lists)
-        causal = _causality(pattern, domain, pair)  # type: ignore[arg-type]
+        rows = count_rows(mask, domain, lists).scaled(batch * heads // (lists.shape[0] * lists.shape[1]))
+        causal = _causality(pattern, domain, pair)
     cost = _cost(lists, domain, head_dim, head_dim if head_dim_v is None else head_dim_v, ITEM_BYTES[name])
     empty_row = None
     if rows.first_empty is not None:

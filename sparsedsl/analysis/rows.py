@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ class RowCounts:
     empty: int
     first_empty: tuple[int, int] | None
     exact: bool
+
+    def scaled(self, share: int) -> RowCounts:
+        """The counts when each group stands for ``share`` pairs of batch entry and head."""
+        return replace(self, rows=self.rows * share, allowed=self.allowed * share, empty=self.empty * share)
 
 
 def count_rows(mask: Boolean, domain: Domain, lists: TileLists) -> RowCounts:

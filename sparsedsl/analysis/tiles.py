@@ -22,14 +22,13 @@ from sympy.logic.boolalg import Boolean
 from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.intervals import TableRanges
-from sparsedsl.analysis.lists import TileLists, TileRows, expand_runs
+from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN, TileLists, TileRows, expand_runs
 from sparsedsl.analysis.points import PointDecider, box_classes
 from sparsedsl.analysis.runs import solve_clause
 from sparsedsl.errors import ShapeError
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "UNKNOWN", "Grid", "classify"]
+__all__ = ["Grid", "block_pair", "classify"]
 
-EMPTY, PARTIAL, FULL, UNKNOWN = 0, 1, 2, 3
 # Elements of the largest temporary; bounds the memory of every step.
 CHUNK = 1 << 17
 # The descent begins at boxes of this many tiles on a side and splits by BRANCH.
@@ -69,12 +68,17 @@ class Grid:
         return Grid(self.domain, (self.block[0] * factor, self.block[1] * factor))
 
 
-def classify(mask: Boolean, domain: Domain, block: tuple[int, int] = (128, 128)) -> TileLists:
-    """The tile lists of ``mask`` over ``domain``."""
-    for name, size in zip(("q", "kv"), block, strict=True):
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ShapeError(f"block_size must be a positive number of tokens, or a pair (q, kv) of them; got {block!r} ({name})")
-    return _Classifier(mask, Grid(domain, block)).run()
+def block_pair(block_size: Any) -> tuple[int, int]:
+    """``block_size`` as (q, kv): one number of tokens for both, or a pair."""
+    pair = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
+        raise ShapeError(f"block_size must be a positive number of tokens, or a pair (q, kv) of them; got {block_size!r}")
+    return pair  # type: ignore[return-value]
+
+
+def classify(mask: Boolean, domain: Domain, block_size: Any = 128) -> TileLists:
+    """The tile lists of ``mask`` over ``domain`` in tiles of ``block_size`` tokens."""
+    return _Classifier(mask, Grid(domain, block_pair(block_size))).run()
 
 
 class _Classifier:

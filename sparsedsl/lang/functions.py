@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import sympy
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 
-__all__ = ["REAL_FUNCTIONS", "Abs", "BitAnd", "Erf", "Mod", "Relu", "Sigmoid", "Softplus", "Where", "floor_div", "largest", "mod", "smallest"]
+__all__ = ["REAL_FUNCTIONS", "Abs", "BitAnd", "Erf", "Max", "Min", "Mod", "Relu", "Sigmoid", "Softplus", "Where", "floor_div", "mod"]
 
 
 class Where(sympy.Function):
@@ -132,30 +134,48 @@ class Erf(_Real):
     """The error function."""
 
 
-def smallest(*values: sympy.Expr) -> sympy.Expr:
-    """``Min`` in a form that building it again does not change, so that text reads back to the same expression."""
-    return _settled(sympy.Min(*values))
+class _Extreme:
+    """What :class:`Min` and :class:`Max` share: nested ones are joined, and a value that another one certainly beats is dropped.
+
+    sympy's own rules factor all their arguments, and go further each time an expression is built again.
+    """
+
+    def __new__(cls, *values: sympy.Expr, **assumptions: object) -> sympy.Expr:
+        kept: list[sympy.Expr] = []
+        for value in cls._joined(values):
+            if not any(cls._beats(other, value) for other in kept):
+                kept = [other for other in kept if not cls._beats(value, other)] + [value]
+        if len(kept) == 1:
+            return kept[0]
+        kept.sort(key=sympy.default_sort_key)
+        extreme = sympy.Expr.__new__(cls, *kept)
+        extreme._argset = frozenset(kept)
+        return extreme
+
+    @classmethod
+    def _joined(cls, values: Iterable[sympy.Expr]) -> Iterator[sympy.Expr]:
+        for value in values:
+            value = sympy.sympify(value)
+            if isinstance(value, cls):
+                yield from value.args
+            else:
+                yield value
 
 
-def largest(*values: sympy.Expr) -> sympy.Expr:
-    """``Max``, likewise."""
-    return _settled(sympy.Max(*values))
+class Min(_Extreme, sympy.Min):
+    """The smallest of some values."""
+
+    @staticmethod
+    def _beats(a: sympy.Expr, b: sympy.Expr) -> bool:
+        return a == b or bool((b - a).is_extended_nonnegative)
 
 
-def _settled(expr: sympy.Expr) -> sympy.Expr:
-    # sympy drops an argument of a nested Min or Max only if it was there first: Min(x, Max(2, Min(x, y))) is Min(x, Max(2, y))
-    while isinstance(expr, (sympy.Min, sympy.Max)):
-        again = _rebuilt(expr)
-        if again == expr:
-            break
-        expr = again
-    return expr
+class Max(_Extreme, sympy.Max):
+    """The largest of some values."""
 
-
-def _rebuilt(expr: sympy.Expr) -> sympy.Expr:
-    if not isinstance(expr, (sympy.Min, sympy.Max)):
-        return expr
-    return expr.func(*(_rebuilt(value) for value in expr.args))
+    @staticmethod
+    def _beats(a: sympy.Expr, b: sympy.Expr) -> bool:
+        return a == b or bool((a - b).is_extended_nonnegative)
 
 
 # Public name -> function of one real number.

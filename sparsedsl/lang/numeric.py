@@ -37,13 +37,13 @@ def where(condition: Any, a: Any, b: Any) -> Any:
 def minimum(a: Any, *others: Any) -> Any:
     """The smallest of some expressions or numbers."""
     values = _widest(a, *others, of="minimum")
-    return type(values[0])(fn.smallest(*(v.expr for v in values)), _merge(*values))
+    return type(values[0])(fn.Min(*(v.expr for v in values)), _merge(*values))
 
 
 def maximum(a: Any, *others: Any) -> Any:
     """The largest of some expressions or numbers."""
     values = _widest(a, *others, of="maximum")
-    return type(values[0])(fn.largest(*(v.expr for v in values)), _merge(*values))
+    return type(values[0])(fn.Max(*(v.expr for v in values)), _merge(*values))
 
 
 def clamp(x: Any, low: Any = None, high: Any = None) -> Any:

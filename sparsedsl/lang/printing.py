@@ -154,8 +154,8 @@ class Printer:
         sign = expr.rel_op
         # x - y <= -1 is x < y between integers
         strict = {("<=", -1): "<", (">=", 1): ">"}.get((sign, right)) if left.is_integer else None
-        if (right == 0 or strict) and isinstance(left, sympy.Add):
-            # q_idx - kv_idx >= 0 reads better as q_idx >= kv_idx; parse() builds the same canonical form from both
+        if (right == 0 or strict) and isinstance(left, sympy.Add) and left.is_integer:
+            # q_idx - kv_idx >= 0 reads better as q_idx >= kv_idx; between integers, parse() builds the same form from both
             negative = [t for t in left.args if t.could_extract_minus_sign()]
             if len(negative) > 1:  # q_idx - kv_idx stays together: q_idx - kv_idx < window[h]
                 negative = [t for t in negative if t != -KV_IDX]

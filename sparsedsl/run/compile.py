@@ -20,8 +20,7 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
-from sparsedsl.analysis.tiles import classify
-from sparsedsl.errors import ShapeError
+from sparsedsl.analysis.tiles import block_pair, classify
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.plan import CallFacts, check_backend, choose
@@ -55,14 +54,6 @@ def compile(pattern: Any, *, backend: str = "auto") -> Attention:
     torch.Size([1, 2, 8, 16])
     """
     return Attention(as_pattern(pattern), check_backend(backend))
-
-
-def block_pair(block_size: Any) -> tuple[int, int]:
-    """``block_size`` as (q, kv): one number for both, or a pair."""
-    pair = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
-        raise ShapeError(f"block_size must be a positive number of tokens, or a pair (q, kv) of them; got {block_size!r}")
-    return pair  # type: ignore[return-value]
 
 
 class Attention:

@@ -181,8 +181,6 @@ def _launch(
     """Run the compiled function of this kind of call; compile it if this is the first call of the kind."""
     q, k, v = qkv
     rows = q.shape[2]
-    if q.shape[3] == 1:
-        q, k = F.pad(q, (0, 1)), F.pad(k, (0, 1))  # torch's C++ for head_dim 1 does not compile
     if rows == 1:
         q = torch.cat([q, q], dim=2)
     lists = tall_enough(lists, q.shape[2], block[0])
@@ -197,7 +195,8 @@ def _launch(
         if attention is None:
             with _lock:
                 attention = _build(source, scale, block, lse)
-                result = _first_call(attention, q, k, v, lists, values)
+                with _tile_sizes_named():
+                    result = _first_call(attention, q, k, v, lists, values)
                 _compiled[kind] = attention
         else:
             result = attention(q, k, v, lists, *values)
@@ -257,3 +256,34 @@ def _explained(device: str) -> Iterator[None]:
             f"torch {torch.__version__} cannot compile this pattern for FlexAttention on {device}: {type(error).__name__}: {reason}. "
             "Use backend='reference', and please report the pattern"
         ) from error
+
+
+@contextmanager
+def _tile_sizes_named() -> Iterator[None]:
+    """Work round a fault of torch's C++ template for CPU (2.13; harmless where it is mended).
+
+    The template names the sizes of a tile ``ks1`` and ``ks2`` (the numbers vary) in the code of the mask, then replaces these texts by
+    ``cur_qSplitSize`` and ``cur_kvSplitSize``. A table whose length it has named ``ks27`` becomes ``cur_kvSplitSize7``, which does
+    not compile. Here the two sizes get names that nothing else begins with.
+    """
+    from torch._inductor import lowering  # noqa: F401  (loads the template in an order that works)
+    from torch._inductor.codegen.cpp_flex_attention_template import CppFlexAttentionTemplate as Template
+
+    original = getattr(Template, "modification", None)
+    if original is None:
+        yield
+        return
+
+    def modification(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        kept = self.extra_sizevars
+        self.extra_sizevars = [*kept, *self.block_vars]
+        try:
+            return original(self, *arguments, **keywords)
+        finally:
+            self.extra_sizevars = kept
+
+    Template.modification = modification
+    try:
+        yield
+    finally:
+        Template.modification = original

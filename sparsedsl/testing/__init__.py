@@ -1,8 +1,54 @@
-"""The test kit, for this project's patterns and for yours. Needs hypothesis: ``pip install 'sparsedsl[testing]'``."""
+"""The test kit, for this project's patterns and for yours. Needs hypothesis: ``pip install 'sparsedsl[testing]'``.
+
+*Strategies* draw what the language can say (:func:`indices`, :func:`masks`, :func:`scores`, :func:`patterns`), tables that keep their
+declarations (:func:`tables_for`), and shapes and inputs of attention calls (:func:`shapes`, :func:`dtypes`, :func:`inputs`).
+*Assertions* state what must hold of any of them. A failed one raises :class:`Counterexample`, whose ``snippet`` is a program that fails
+in the same way. :func:`check` runs everything on one pattern.
+
+>>> import sparsedsl as sd
+>>> from hypothesis import given
+>>> @given(sd.testing.masks(), sd.testing.shapes(max_len=9))
+... def test_negation(mask, case):
+...     sd.testing.assert_text_round_trip(~mask)
+"""
 
 from __future__ import annotations
 
+try:
+    import hypothesis as _  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("sparsedsl.testing needs hypothesis: pip install 'sparsedsl[testing]'") from error
+
+from sparsedsl.testing.battery import Property, Report, check
+from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
+from sparsedsl.testing.counterexamples import Counterexample
+from sparsedsl.testing.expressions import assert_same_values, assert_text_round_trip
+from sparsedsl.testing.lists import allowed_pairs, assert_lists_sound
+from sparsedsl.testing.matching import assert_matches_reference
 from sparsedsl.testing.shapes import AttentionCase, dtypes, inputs, shapes, tensor
 from sparsedsl.testing.strategies import indices, masks, patterns, scores, tables_for
 
-__all__ = ["AttentionCase", "dtypes", "indices", "inputs", "masks", "patterns", "scores", "shapes", "tables_for", "tensor"]
+__all__ = [
+    "AttentionCase",
+    "Counterexample",
+    "Property",
+    "Report",
+    "allowed_pairs",
+    "assert_causal",
+    "assert_equivariant",
+    "assert_lists_sound",
+    "assert_matches_reference",
+    "assert_prefill_equals_decode",
+    "assert_same_values",
+    "assert_text_round_trip",
+    "check",
+    "dtypes",
+    "indices",
+    "inputs",
+    "masks",
+    "patterns",
+    "scores",
+    "shapes",
+    "tables_for",
+    "tensor",
+]

@@ -42,6 +42,11 @@ def declarations_of(text: str) -> str:
     return "".join(f"{name} = {words}\n" for name, words in DECLARATIONS.items() if re.search(rf"\b{name}\[", text))
 
 
+def _one_of(*branches: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    # As st.one_of; that one would print all it consists of, over and over, while Hypothesis shrinks a failure.
+    return st.integers(0, len(branches) - 1).flatmap(branches.__getitem__)
+
+
 def _fill(template: str, *parts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     return st.tuples(*parts).map(lambda words: template.format(*words))
 
@@ -67,15 +72,15 @@ def _reads(position: st.SearchStrategy[str], tables: bool) -> list[st.SearchStra
 def _index(depth: int, *, tables: bool) -> st.SearchStrategy[str]:
     symbols = st.sampled_from((*_POSITIONS, *_POSITIONS, "b", "h", "q_len", "kv_len"))
     position = _positions(depth, tables)
-    leaf = st.one_of(symbols, *_reads(position, tables)) if tables else symbols
+    leaf = _one_of(symbols, *_reads(position, tables)) if tables else symbols
     if depth <= 0:
         return leaf
     inner = st.deferred(lambda: _index(depth - 1, tables=tables))
     operand = inner | small
     divisors = [positive, positive.map("-{}".format), st.sampled_from(("kv_len", "q_len", "(q_idx + 1)", "(2 * h + 3)"))]
-    divisor = st.one_of(*divisors, *([st.just("width[h]")] if tables else []))
+    divisor = _one_of(*divisors, *([st.just("width[h]")] if tables else []))
     mask = st.deferred(lambda: _mask(depth - 1, tables=tables))
-    return st.one_of(
+    return _one_of(
         leaf,
         _fill("({} + {})", inner, operand),
         _fill("({} - {})", inner, operand),
@@ -112,7 +117,7 @@ def _positions(depth: int, tables: bool) -> st.SearchStrategy[str]:
     ]
     if depth > 0:
         kinds.append(_fill("clamp({}, 0, {})", st.deferred(lambda: _index(depth - 1, tables=tables)), positive))
-    return st.one_of(*kinds)
+    return _one_of(*kinds)
 
 
 @functools.cache
@@ -123,7 +128,7 @@ def _mask(depth: int, *, tables: bool) -> st.SearchStrategy[str]:
     index = st.deferred(lambda: _index(depth - 1, tables=tables))
     inner = st.deferred(lambda: _mask(depth - 1, tables=tables))
     comparison = st.sampled_from(("<", "<=", ">", ">=", "==", "!="))
-    return st.one_of(
+    return _one_of(
         named,
         _fill("({} {} {})", index, comparison, index | small),
         _fill("({} * q_idx + {} * kv_idx {} {})", small, small, comparison, st.integers(-20, 20).map(str)),
@@ -161,14 +166,14 @@ def _named_masks(tables: bool) -> st.SearchStrategy[str]:
             _fill("picked[q_idx // {}, kv_idx // {}]", block, block),
             _fill("chosen[h, q_idx // {}, kv_idx // {}]", block, block),
         ]
-    return st.one_of(*masks)
+    return _one_of(*masks)
 
 
 @functools.cache
 def _score(depth: int, *, tables: bool) -> st.SearchStrategy[str]:
     scores = _finite_scores(depth, tables)
     dropped = _fill("where({}, {}, -inf)", _mask(1, tables=tables), scores)
-    return st.one_of(scores, scores, scores, dropped)
+    return _one_of(scores, scores, scores, dropped)
 
 
 @functools.cache
@@ -183,7 +188,7 @@ def _finite_scores(depth: int, tables: bool) -> st.SearchStrategy[str]:
     if tables:
         leaves += [st.just("(score + slope[h] * (kv_idx - q_idx))"), _fill("(score + bias[h, {}])", _positions(1, tables))]
     if depth <= 0:
-        return st.one_of(*leaves)
+        return _one_of(*leaves)
     inner = st.deferred(lambda: _finite_scores(depth - 1, tables))
     mask = _mask(1, tables=tables)
     bounded = st.sampled_from(("tanh({})", "sigmoid({})", "sin({})", "cos({})", "erf({})", "exp(-abs({}))", "log(1 + abs({}))"))
@@ -192,7 +197,7 @@ def _finite_scores(depth: int, tables: bool) -> st.SearchStrategy[str]:
     def apply(pair: tuple[str, str]) -> str:
         return pair[0].format(pair[1])
 
-    return st.one_of(
+    return _one_of(
         *leaves,
         st.tuples(bounded | growing, inner).map(apply),
         _fill("({} * tanh({} / {}))", st.integers(1, 50).map(str), inner, st.integers(1, 50).map(str)),

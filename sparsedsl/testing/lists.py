@@ -8,6 +8,8 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.proofs import PROVED
+from sparsedsl.analysis.report import analyse
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern, as_pattern
@@ -105,4 +107,31 @@ def _wrong_lists(lists: TileLists, allowed: torch.Tensor, block: tuple[int, int]
 def _wrong_numbers(
     pattern: Pattern, case: AttentionCase, block: tuple[int, int], allowed: torch.Tensor, tables: dict[str, torch.Tensor]
 ) -> str | None:
+    """What is wrong with the numbers of the analysis, in words, or None."""
+    words = {"q_offset": case.q_offset, "batch": case.batch, "heads": case.heads}
+    found = analyse(pattern, case.q_len, case.kv_len, block, head_dim=3, head_dim_v=5, **words, **tables)
+    classes = tile_classes(allowed, block)
+    listed, per_row = classes > 0, (classes > 0).sum(dim=3).double()
+    sizes = torch.outer(*(torch.tensor([len(x) for x in torch.arange(n).split(b)]) for n, b in zip(allowed.shape[2:], block, strict=True)))
+    pairs = int((listed * sizes).sum())
+    wanted = {
+        "flops": 2 * (3 + 5) * pairs,
+        "flops_backward": 2 * (3 * 3 + 2 * 5) * pairs,
+        "flops_dense": 2 * (3 + 5) * allowed.numel(),
+        "partial_share": float((classes == 1).sum()) / max(1, int(listed.sum())),
+        "imbalance": float(per_row.max() / per_row.mean()) if pairs else 1.0,
+    }
+    if found.density_exact:
+        wanted |= {"density": float(allowed.double().mean()), "empty_rows": int((~allowed.any(dim=3)).sum())}
+    for name, value in wanted.items():
+        got = getattr(found, name)
+        if abs(got - value) > 1e-9 * max(1.0, abs(value)):
+            return f"analyse(...).{name} is {got}, counted one by one it is {value}"
+    if found.empty_row is not None:
+        b, h, q = found.empty_row
+        if bool(allowed[b, h, q - case.q_offset].any()):
+            return f"analyse(...).empty_row is (b, h, q_idx) = {found.empty_row}, which may attend"
+    later = allowed & (case.env["kv_idx"] > case.env["q_idx"])
+    if (found.causal == PROVED) != (not bool(later.any())):
+        return f"analyse(...).causal is {found.causal}, but {int(later.sum())} allowed pairs lie in the future"
     return None

@@ -123,7 +123,7 @@ def expect(
         wanted, got = exact[name], plain[name].double()
         both = torch.isfinite(wanted) & torch.isfinite(got)
         error = float((wanted - got)[both].abs().max()) if both.any() else 0.0
-        rounding = (fine if name == "lse" else unit) + fine * largest
+        rounding = (fine if name == "lse" else max(unit, torch.finfo(plain[name].dtype).eps)) + fine * largest
         tolerance[name] = 2 * (error + rounding * size)
     return Expected(exact, tolerance)
 
@@ -141,7 +141,8 @@ def _run(
     known = {name: t.detach().cpu() for name, t in tables.items()}
     if cotangents is not None:
         learned = [name for name, spec in pattern.tables.items() if spec.learned]
-        known |= {name: known[name].to(dtype).requires_grad_() for name in learned}
+        # the plain run keeps a table's own precision, in which its gradient is added up
+        known |= {name: known[name].to(dtype if rounded is None else known[name].dtype).requires_grad_() for name in learned}
         leaves |= {name: known[name] for name in learned}
     out, lse, terms = plain_attention(pattern, leaves["q"], leaves["k"], leaves["v"], known, rounded=rounded, **words)
     results = {"out": out.detach(), "lse": lse.detach()}

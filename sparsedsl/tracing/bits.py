@@ -21,6 +21,7 @@ __all__ = ["Bits"]
 
 # (atom, shift) -> mask: the OR of all (atom & mask) << shift; mask -1 means every bit, a negative shift goes to the right
 Pieces = dict[tuple[sympy.Expr, int], int]
+_WIDE = (torch.int32, torch.int64)
 _MOST_RUNS = 4  # a mask of more runs of ones stays an `&`
 
 
@@ -33,23 +34,28 @@ class Bits(Conversion):
 
     def bitwise(self, node: Node) -> Index:
         """The integer expression of a bit operation."""
-        if node.op in ("shl", "shr") and _shift(node) is None:
-            return self.opaque(node)
+        if node.op in ("shl", "shr"):
+            bits, x = _shift(node), self.index(node.args[0])
+            if bits is None:
+                return self.opaque(node)
+            if node.dtype not in _WIDE:
+                return x << bits if bits >= 0 else x >> -bits
         return _joined(self.pieces(node))
 
     def pieces(self, node: Node) -> Pieces:
         """A node as pieces."""
         if node not in self._pieces:
-            self._pieces[node] = self._split(node) or {(self.index(node).expr, 0): -1}
+            pieces = self._split(node)
+            self._pieces[node] = {(self.index(node).expr, 0): -1} if pieces is None else pieces
         return self._pieces[node]
 
     def _split(self, node: Node) -> Pieces | None:
         """The pieces of a bit operation; None for everything else."""
         if node.dtype == torch.bool:
             return None
-        wide = node.dtype in (torch.int32, torch.int64)
+        wide = node.dtype in _WIDE
         match node.op:
-            case "cast" if wide and node.args[0].dtype in (torch.int32, torch.int64):
+            case "cast" if wide and node.args[0].dtype in _WIDE:
                 return self.pieces(node.args[0])
             case "shl" | "shr" if wide and (bits := _shift(node)) is not None:
                 return _shifted(self.pieces(node.args[0]), bits)

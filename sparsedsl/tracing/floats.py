@@ -56,7 +56,7 @@ class Floats(Conversion):
                 return self.read(node)
             case "where":
                 return as_score(numeric.where(self.mask(node.args[0]), self.score(node.args[1]), self.score(node.args[2])))
-            case op if op in _REAL:
+            case op if op in _REAL and (op not in _JUMPS or self.uses_score(node)):
                 result = as_score(_REAL[op](*map(self.score, node.args)))
                 if not result.expr.has(sympy.zoo, sympy.nan, sympy.I):
                     return result
@@ -112,7 +112,7 @@ class Floats(Conversion):
         """``isnan`` and its kin."""
         if not node.common.is_floating_point:
             return Mask(sympy.false) if node.op != "signbit" else self.index(node.args[0]) < 0
-        return Mask(sympy.Ne(self._apply(node.op, node.common, self.exact(node.args[0])), 0))
+        return Index(self._apply(node.op, node.common, self.exact(node.args[0]))) != 0
 
     def float_compare(self, op: str, left: Node, right: Node, common: torch.dtype) -> Mask:
         """A comparison of floats of type ``common``."""
@@ -124,7 +124,7 @@ class Floats(Conversion):
                 return self._compare_whole(relation, whole, float(torch.tensor(c.args[0], dtype=common)))
         if op in ("gt", "ge"):
             op, left, right = _SWAPPED[op], right, left
-        return Mask(sympy.Ne(self._apply(op, common, self.exact(left), self.exact(right)), 0))
+        return Index(self._apply(op, common, self.exact(left), self.exact(right))) != 0
 
     def _whole_against(self, x: Node, c: Node, common: torch.dtype) -> Index | None:
         """``x`` if it is a whole number compared with a constant so small that casting ``x`` to ``common`` cannot change the outcome.
@@ -166,7 +166,10 @@ def _gelu_tanh(x: Score) -> Score:
     return x * 0.5 * (1 + numeric.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-# Operations with a real meaning in the language. Those that step (floor, round, casts...) stay exact operations.
+# Real operations that jump, and so decide something: exact, unless it is the logit that jumps.
+_JUMPS = frozenset({"sign", "threshold"})
+
+# Operations with a real meaning in the language. Those that step (floor, round...) are not among them: they stay exact operations.
 _REAL: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,

@@ -179,6 +179,16 @@ def _round(call: _Call) -> Node:
     return call.make("round_to", call.operand("self"), constant(decimals)) if decimals else call.make("round", call.operand("self"))
 
 
+def _celu(call: _Call) -> Node:
+    alpha = float(call.given["alpha"])
+    return call.make("elu", call.operand("self"), constant(alpha), constant(1.0), constant(1.0 / alpha))
+
+
+def _ldexp(call: _Call) -> Node:
+    dtype = call.result_type()
+    return call.make("mul", call.operand("self"), Node("pow", (constant(2.0), call.operand("other")), dtype, dtype))
+
+
 def _log_sigmoid(call: _Call) -> tuple[Node, Node]:
     node = call.make("log_sigmoid", call.operand("self"))
     return node, node  # the second result is a buffer for the backward pass
@@ -198,5 +208,7 @@ _SPECIAL: dict[str, Callable[[_Call], Any]] = {
     "nan_to_num": _nan_to_num,
     "round": _round,
     "log_sigmoid_forward": _log_sigmoid,
+    "celu": _celu,
+    "ldexp": _ldexp,
     "gelu": lambda call: call.make("gelu_tanh" if call.given.get("approximate") == "tanh" else "gelu", call.operand("self")),
 }

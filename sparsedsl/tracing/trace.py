@@ -47,7 +47,7 @@ def trace_mask(mask_mod: Callable[..., Any], *, rename: Mapping[str, str] | None
     ...     return (q_idx >= kv_idx) & (document[q_idx] == document[kv_idx])
     >>> mask = trace_mask(packed)
     >>> print(mask)
-    (q_idx >= kv_idx) & (document[q_idx] == document[kv_idx])
+    (document[q_idx] == document[kv_idx]) & (q_idx >= kv_idx)
     >>> mask.tables["document"].declaration(), mask.bound["document"] is document
     ("table('document', monotone=True)", True)
     """
@@ -73,7 +73,7 @@ def trace_score(score_mod: Callable[..., Any], *, rename: Mapping[str, str] | No
     >>> def alibi(score, b, h, q_idx, kv_idx):
     ...     return score + (kv_idx - q_idx) * 2.0 ** (-(h + 1))
     >>> print(trace_score(alibi))
-    2.0**(-h - 1)*(kv_idx - q_idx) + score
+    score + 2.0**(-h - 1)*(kv_idx - q_idx)
     """
     if isinstance(score_mod, Score):
         return score_mod

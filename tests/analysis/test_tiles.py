@@ -40,9 +40,13 @@ FAMILIES = {
     "nothing": causal & (q_idx < kv_idx),
     "everything": causal | (q_idx < kv_idx),
     "halves fill a tile": (kv_idx % 2 == 0) | (kv_idx % 2 == 1),
+    "chunk and a band off the diagonal": (q_idx // 64 == kv_idx // 64) & (q_idx - kv_idx >= 40) & (q_idx - kv_idx <= 45),
+    "a slope with gaps": 2 * q_idx == 3 * kv_idx,
+    "dilation that ends": causal & ((q_idx - kv_idx) % 8 == 0) & ((q_idx - kv_idx < 100) | (kv_idx < 64)),
     "two windows fill a tile": (abs(q_idx - kv_idx) < 20) | (q_idx - kv_idx >= 20),
 }
 SHAPES = [(300, 300, 0, (32, 32)), (100, 517, 417, (32, 64)), (1, 300, 299, (16, 16)), (257, 129, 0, (64, 32)), (97, 64, 500, (7, 13))]
+SHAPES += [(300, 300, 0, (128, 16)), (300, 300, 0, (16, 16)), (90, 60, 0, (7, 1)), (100, 101, 0, (1, 2))]
 
 
 def family_tables(mask, rows, kv_len, offset, seed=0):

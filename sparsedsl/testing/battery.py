@@ -1,0 +1,298 @@
+"""Every property on one pattern, with random shapes, tables and inputs: what ``python -m sparsedsl check`` runs."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis
+import sympy
+import torch
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from tqdm import tqdm
+
+from sparsedsl.analysis.bounds import check_reads
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.proofs import REFUTED, causality
+from sparsedsl.errors import SparseDSLError, TableError
+from sparsedsl.lang.pattern import Pattern, as_pattern
+from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, Q_LEN
+from sparsedsl.lang.tables import table_reads
+from sparsedsl.run.compile import compile as compile_pattern
+from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
+from sparsedsl.testing.counterexamples import Counterexample, arguments_code, pattern_code
+from sparsedsl.testing.expressions import assert_text_round_trip
+from sparsedsl.testing.lists import assert_lists_sound
+from sparsedsl.testing.matching import assert_matches_reference
+from sparsedsl.testing.shapes import AttentionCase, inputs, shapes
+from sparsedsl.testing.strategies import tables_for
+
+__all__ = ["Property", "Report", "check"]
+
+HOLDS, FAILS, SKIPPED = "holds", "FAILS", "not applicable"
+# Lengths that are tried reach past the constants of the pattern (a window of 128), but no further than this.
+_LONGEST = 600
+_BLOCKS = (1, 2, 3, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Property:
+    """One property of one pattern. ``status``: ``"holds"``, ``"FAILS"`` or ``"not applicable"``; ``detail`` says why if it does not hold."""
+
+    name: str
+    meaning: str
+    status: str
+    examples: int
+    detail: str = ""
+    snippet: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`check` found; ``print`` it for a table."""
+
+    pattern: Pattern
+    properties: tuple[Property, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no property failed."""
+        return all(p.status != FAILS for p in self.properties)
+
+    @property
+    def snippet(self) -> str:
+        """A program that shows the first failure again; empty if there is none."""
+        return next((p.snippet for p in self.properties if p.status == FAILS), "")
+
+    def __str__(self) -> str:
+        lines = [*self.pattern.text.splitlines(), ""]
+        width = max(len(p.name) for p in self.properties)
+        for p in self.properties:
+            verdict = p.status if p.status == SKIPPED else f"{p.status:6}{p.examples:6,} examples"
+            lines.append(f"  {p.name:{width}}  {verdict:22}  {p.meaning}")
+            if p.detail:
+                lines += textwrap.wrap(p.detail, 110, initial_indent=" " * (width + 6), subsequent_indent=" " * (width + 6))
+        failed = [p for p in self.properties if p.status == FAILS]
+        for p in failed:
+            lines += ["", f"{p.name} fails; this program shows it:", "", textwrap.indent(p.snippet, "    ").rstrip()]
+        return "\n".join(lines)
+
+
+class _NotApplicable(Exception):
+    """Raised by a property that has nothing to say about a pattern."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A pattern under test: what is fixed about it, and where its cases come from."""
+
+    pattern: Pattern
+    backend: str
+    tables: dict[str, torch.Tensor]
+    causal: bool | None
+
+    @property
+    def bound(self) -> Pattern:
+        """The pattern with the given tables bound."""
+        return self.pattern.bind(**self.tables)
+
+    def attention(self) -> Any:
+        """The compiled pattern."""
+        return compile_pattern(self.bound, backend=self.backend)
+
+    def cases(self, **words: Any) -> st.SearchStrategy[AttentionCase]:
+        """Shapes that reach past the pattern's constants and stay inside the tables that are bound to it."""
+        constants = [int(abs(n)) for expr in self.pattern.exprs for n in expr.atoms(sympy.Integer)]
+        reach = min(2 * max([0, *constants]) + 16, _LONGEST)
+        limits = {"max_len": max(70, reach), "max_batch": 2 if reach <= 70 else 1, "max_heads": 6 if reach <= 70 else 2}
+        names = {BATCH: "max_batch", HEAD: "max_heads", Q_IDX: "max_len", KV_IDX: "max_len"}
+        bound = self.bound.bound
+        for read in {r for expr in self.pattern.exprs for r in table_reads(expr)}:
+            for argument, size in zip(read.args, bound[read.spec.name].shape if read.spec.name in bound else (), strict=False):
+                if argument in names:
+                    limits[names[argument]] = min(limits[names[argument]], size)
+        found = shapes(**(limits | words))
+        return found.filter(self._fits) if bound else found
+
+    def _fits(self, case: AttentionCase) -> bool:
+        """Whether tables that were bound from outside are long enough; tables still to be drawn will be."""
+        bound = self.bound.bound
+        if set(self.pattern.tables) - set(bound):
+            return True
+        try:
+            check_reads(self.pattern, Domain(case.q_len, case.kv_len, case.q_offset, case.batch, case.heads, bound))
+        except TableError:
+            return False
+        return True
+
+    def draw(self, data: st.DataObject, **words: Any) -> tuple[AttentionCase, dict[str, torch.Tensor]]:
+        """A case and the tables for it."""
+        case = data.draw(self.cases(**words))
+        return case, data.draw(tables_for(self.bound, case))
+
+
+# ---- the properties: each draws a case and runs an assertion -------------------------------------------------------------------------
+
+
+def _text(subject: _Subject, data: st.DataObject) -> None:
+    parts = [subject.pattern.mask, subject.pattern.score, subject.pattern.sink]
+    for part in parts:
+        if part is not None:
+            assert_text_round_trip(part)
+
+
+def _lists(subject: _Subject, data: st.DataObject) -> None:
+    case, tables = subject.draw(data)
+    block = data.draw(st.sampled_from(_BLOCKS)), data.draw(st.sampled_from(_BLOCKS))
+    words = {"batch": case.batch, "heads": case.heads, "q_offset": case.q_offset, **tables}
+    with _shown(f"pattern = {pattern_code(subject.bound)}", "assert_lists_sound", "pattern", case.q_len, case.kv_len, block, **words):
+        assert_lists_sound(subject.bound, case.q_len, case.kv_len, block, **words)
+
+
+def _numbers(subject: _Subject, data: st.DataObject) -> None:
+    case, tables = subject.draw(data)
+    q, k, v = data.draw(inputs(case, dtype=st.sampled_from([torch.float32, torch.bfloat16])))
+    words = {"q_offset": case.q_offset, **tables}
+    with _shown(f"attn = {_attention_code(subject)}", "assert_matches_reference", "attn", q, k, v, **words):
+        assert_matches_reference(subject.attention(), q, k, v, **words)
+
+
+def _causal(subject: _Subject, data: st.DataObject) -> None:
+    if subject.causal is not True:
+        verdict = causality(subject.pattern.mask)
+        if verdict == REFUTED:
+            raise _NotApplicable(f"the mask lets a query see a later position: {verdict.witness}. Ask for it with causal=True (--causal)")
+    _on_case(subject, data, assert_causal, square=True)
+
+
+def _calls(subject: _Subject, data: st.DataObject) -> None:
+    if any(Q_LEN in expr.free_symbols for expr in subject.pattern.exprs):
+        raise _NotApplicable("the pattern reads q_len, the end of each call")
+    _on_case(subject, data, assert_prefill_equals_decode, square=True, max_len=40, max_heads=2, max_batch=1)
+
+
+def _order(subject: _Subject, data: st.DataObject) -> None:
+    if all(any(s in expr.free_symbols for expr in subject.pattern.exprs) for s in (BATCH, HEAD)):
+        raise _NotApplicable("the pattern reads both b and h")
+    _on_case(subject, data, assert_equivariant)
+
+
+def _on_case(subject: _Subject, data: st.DataObject, assertion: Callable[..., Any], **words: Any) -> None:
+    case, tables = subject.draw(data, **words)
+    seed = data.draw(st.integers(0, 99))
+    with _shown(f"attn = {_attention_code(subject)}", assertion.__name__, "attn", case, seed=seed, **tables):
+        assertion(subject.attention(), case, seed=seed, **tables)
+
+
+def _attention_code(subject: _Subject) -> str:
+    return f"sd.compile({pattern_code(subject.bound)}, backend={subject.backend!r})"
+
+
+class _shown:
+    """Turns an error of ours inside a property into a counterexample with the call that raised it."""
+
+    def __init__(self, declaration: str, assertion: str, *values: Any, **words: Any):
+        self.lines = declaration, assertion, values, words
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, SparseDSLError):
+            declaration, assertion, values, words = self.lines
+            call = f"sd.testing.{assertion}({arguments_code(*values, **words)})"
+            raise Counterexample(f"{type(error).__name__}: {error}", declaration, call) from None
+
+
+PROPERTIES: dict[str, tuple[str, Callable[[_Subject, st.DataObject], None]]] = {
+    "text": ("printing and parsing give the same expressions back", _text),
+    "tile lists": ("no allowed pair is left out, no full tile has a masked pair, no empty tile is listed", _lists),
+    "numbers": ("outputs, LSE and gradients equal plain attention in float64", _numbers),
+    "causality": ("results at a position do not move with anything after it", _causal),
+    "calls": ("one call, chunks, and token by token give the same", _calls),
+    "order": ("batch entries and heads can be reordered, as far as the pattern ignores b and h", _order),
+}
+
+
+def check(
+    pattern: Any,
+    *,
+    examples: int = 50,
+    progress: bool = False,
+    backend: str = "reference",
+    causal: bool | None = None,
+    seed: int | None = None,
+    **tables: torch.Tensor,
+) -> Report:
+    """Run every property of the kit on one pattern, with random shapes, tables and inputs.
+
+    Args:
+        pattern: a Mask or a Pattern.
+        examples: random cases for each property.
+        progress: show a progress bar for each property on stderr.
+        backend: the lowering that is run; see :func:`sparsedsl.compile`.
+        causal: True if the pattern must not see later positions; None to test for leaks only where the mask itself looks causal.
+        seed: None draws new cases each time; a number draws the same ones.
+        tables: values for tables; the others are drawn, as their declarations allow.
+
+    Returns:
+        A :class:`Report`: ``print`` it, ask ``.ok``, run ``.snippet``.
+
+    >>> import sparsedsl as sd
+    >>> report = check((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5), examples=3)
+    >>> report.ok
+    True
+    """
+    pattern = as_pattern(pattern)
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise SparseDSLError(f"examples must be a whole number of at least 1; got {examples!r}")
+    subject = _Subject(pattern, backend, dict(tables), causal)
+    subject.attention()  # refuses unknown tables and backends before anything is drawn
+    return Report(pattern, tuple(_run(subject, examples, progress, seed)))
+
+
+def _run(subject: _Subject, examples: int, progress: bool, seed: int | None) -> Iterator[Property]:
+    for name, (meaning, body) in PROPERTIES.items():
+        wanted = 1 if name == "text" else examples
+        with tqdm(total=wanted, desc=f"{name:10}", unit="case", disable=not progress, leave=False) as bar:
+            yield _verdict(name, meaning, body, subject, wanted, bar, seed)
+
+
+def _verdict(
+    name: str,
+    meaning: str,
+    body: Callable[[_Subject, st.DataObject], None],
+    subject: _Subject,
+    examples: int,
+    bar: Any,
+    seed: int | None,
+) -> Property:
+    count = 0
+
+    @hypothesis.settings(
+        max_examples=examples, deadline=None, database=None, report_multiple_bugs=False, print_blob=False,
+        suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+    )  # fmt: skip
+    @hypothesis.given(st.data())
+    def cases(data: st.DataObject) -> None:
+        nonlocal count
+        try:
+            body(subject, data)
+        except Counterexample:
+            bar.set_postfix_str("failed; looking for a smaller case")
+            raise
+        count += 1
+        bar.update(1)
+
+    try:
+        (cases if seed is None else hypothesis.seed(seed)(cases))()
+    except _NotApplicable as reason:
+        return Property(name, meaning, SKIPPED, 0, str(reason))
+    except Unsatisfiable:
+        return Property(name, meaning, SKIPPED, 0, "the bound tables fit no small shape that was tried")
+    except Counterexample as failure:
+        return Property(name, meaning, FAILS, count, failure.what, failure.snippet)
+    return Property(name, meaning, HOLDS, count)

@@ -1,0 +1,81 @@
+"""The oracle of tracing: the callable itself, run by torch on every index as FlexAttention runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.text import parse
+from sparsedsl.tracing import trace_mask, trace_score
+
+SHAPE = (2, 3, 12, 17)  # batch, heads, queries, keys: no two alike
+
+
+def _over_indices(function: Callable[..., Any], leading: int) -> Callable[..., Any]:
+    """``vmap`` over b, h, q_idx and kv_idx, as in ``torch.nn.attention.flex_attention``; ``leading`` arguments have all four."""
+    for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
+        function = torch.vmap(function, in_dims=(0,) * leading + dims)
+    return function
+
+
+def run_by_torch(function: Callable[..., Any], shape: tuple[int, ...], *leading: torch.Tensor, q_offset: int = 0) -> torch.Tensor:
+    """The callable's values for every index."""
+
+    def tensor_valued(*args: torch.Tensor) -> torch.Tensor:
+        result = function(*args)
+        # A result that no index enters has no batch dimensions in vmap: FlexAttention itself would expand it.
+        return result if isinstance(result, torch.Tensor) else torch.tensor(result)
+
+    batch, heads, queries, keys = (torch.arange(n) for n in shape)
+    with TransformGetItemToIndex(), torch.no_grad():
+        return _over_indices(tensor_valued, len(leading))(*leading, batch, heads, queries + q_offset, keys)
+
+
+def run_by_us(expression: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, q_offset: int = 0, **more: Any) -> torch.Tensor:
+    """The expression's values for every index."""
+    b, h, q_idx, kv_idx = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
+    tables = {name: table.detach() for name, table in expression.bound.items()}
+    env = {"b": b, "h": h, "q_idx": q_idx + q_offset, "kv_idx": kv_idx, **tables, **more}
+    return evaluate(expression.expr, env, dtype=dtype).expand(shape)
+
+
+def reads_back(expression: Any) -> None:
+    """The text form of a traced expression is the expression."""
+    again = parse(expression.text)
+    assert again.expr == expression.expr, expression.text
+
+
+@pytest.fixture
+def same_mask() -> Callable[..., Any]:
+    """``same_mask(mask_mod)`` traces, compares every value, and returns the mask."""
+
+    def check(mask_mod: Callable[..., Any], shape: tuple[int, ...] = SHAPE, q_offset: int = 0) -> Any:
+        mask = trace_mask(mask_mod)
+        wanted, got = run_by_torch(mask_mod, shape, q_offset=q_offset), run_by_us(mask, shape, q_offset=q_offset)
+        assert got.dtype == torch.bool
+        wrong = (wanted != got).nonzero()
+        assert not len(wrong), f"{mask}: {len(wrong)} of {got.numel()} wrong, first at (b, h, q, kv) = {wrong[0].tolist()}"
+        reads_back(mask)
+        return mask
+
+    return check
+
+
+@pytest.fixture
+def same_score() -> Callable[..., Any]:
+    """``same_score(score_mod)`` traces, compares every value to the accuracy of float32, and returns the score."""
+
+    def check(score_mod: Callable[..., Any], shape: tuple[int, ...] = SHAPE, scale: float = 1.0) -> Any:
+        score = trace_score(score_mod)
+        logits = torch.randn(shape) * scale
+        wanted, got = run_by_torch(score_mod, shape, logits), run_by_us(score, shape, score=logits.double())
+        torch.testing.assert_close(got.float(), wanted.float(), rtol=1e-5, atol=1e-5, equal_nan=True)
+        reads_back(score)
+        return score
+
+    return check
