@@ -2,7 +2,7 @@
 
     python benchmarks/gemma_equality.py [tokens] [greedy tokens]
 
-Prints one line of JSON; exits with 1 if logits differ by 1e-3 or more, or any token differs. Takes about two minutes on two cores.
+Prints one line of JSON; exits with 1 if logits differ by 1e-3 or more, or any token differs. Takes two minutes on two cores.
 """
 
 from __future__ import annotations

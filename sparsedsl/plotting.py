@@ -36,7 +36,7 @@ EXACT, CELLS = 512, 256
 # Up to so many pairs the tile analysis decides every cell, whatever the pattern; beyond, only where it need not try pairs.
 ALWAYS_EXACT = 1 << 24
 # Pairs evaluated to find the shares of cells that are neither empty nor full; of each such cell at least LEAST.
-POINTS, LEAST = 1 << 22, 64
+POINTS, LEAST = 1 << 21, 64
 # Tiles are counted, for the caption, if there are no more than this many to list; points are evaluated this many at a time.
 LISTED, CHUNK = 1 << 21, 1 << 19
 
@@ -256,7 +256,8 @@ class _View:
         axis.set_aspect("equal" if 1 / 4 <= self.q_len / self.kv_len <= 4 else "auto")
         for line in (axis.xaxis, axis.yaxis):
             line.set_major_locator(_locator())
-            line.set_major_formatter(_thousands)
+            line.set_major_formatter(_thousands(max(abs(edge) for edge in self.extent)))
+        axis.spines[:].set(color="#999999", linewidth=0.5)
 
     def grid_extent(self) -> tuple[float, float, float, float]:
         """The extent of the grid of cells, whose last row and column may reach beyond the positions."""
@@ -424,8 +425,9 @@ def _legend(axis: Any, entries: list[tuple[str, str]]) -> None:
 
 
 def _bar(axis: Any, image: Any, **options: Any) -> Any:
-    bar = axis.figure.colorbar(image, ax=axis, location="bottom", shrink=0.8, aspect=36, pad=0.03, **options)
+    bar = axis.figure.colorbar(image, cax=axis.inset_axes((0.1, -0.22, 0.8, 0.03)), orientation="horizontal", **options)
     bar.ax.tick_params(labelsize=8)
+    bar.outline.set(color="#999999", linewidth=0.5)
     return bar
 
 
@@ -433,8 +435,10 @@ def _percent(share: Any) -> str:
     return f"{float(share):.3g}" if float(share) < 0.001 else f"{100 * float(share):.3g} %"
 
 
-def _thousands(position: float, _: Any) -> str:
-    return f"{position / 1000:g}K" if abs(position) >= 10_000 else f"{position:,g}"
+def _thousands(largest: float) -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda x, _: f"{x / 1000:g}K" if largest >= 10_000 and x else f"{x:,g}")
 
 
 def _headline(pattern: Pattern, panels: int) -> str:

@@ -13,6 +13,6 @@ The stages of one call, and the module of each:
 from __future__ import annotations
 
 from sparsedsl.models.applying import AppliedPatterns, apply
-from sparsedsl.models.native import native_patterns
+from sparsedsl.models.native import left_padding, native_patterns, sinks
 
-__all__ = ["AppliedPatterns", "apply", "native_patterns"]
+__all__ = ["AppliedPatterns", "apply", "left_padding", "native_patterns", "sinks"]

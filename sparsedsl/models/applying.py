@@ -29,17 +29,17 @@ _users: dict[int, int] = {}  # id of a config object -> models that have pattern
 def apply(model: Any, patterns: Any, *, backend: str = "auto") -> AppliedPatterns:
     """Run patterns in the attention layers of a transformers model.
 
-    The model stays the module it was: forward, ``generate()`` with its cache, padding masks, packed positions and training work as
-    before, with the patterns in place of the layers' own causal, sliding or chunked masks.
+    The model stays the module it was: forward, ``generate()`` with its cache, padding masks, packed positions and training
+    work as before, with the patterns in place of the layers' own causal, sliding or chunked masks.
 
     - A *mask* says which pairs attend; soft cap, sink logits and scale stay the layer's own. A *pattern* says everything (its
-      scale, if it has none, is the layer's). The same patterns run in every layer they are given to; layers without one stay native.
-    - ``q_idx`` and ``kv_idx`` are slots of the KV cache, as in transformers' mask functions: with left padding, slot 0 is padding.
-      Padded keys never attend. ``sd.table("left_padding")[b]`` is the number of padding slots before a sequence, and
-      ``sd.table("sinks", dtype=float, learned=True)[h]`` are the layer's sink logits: both are bound at every call, if declared as in
-      ``sparsedsl.models.native``. Other tables must be bound before: ``pattern.bind(name=tensor)``.
-    - In packed batches (``position_ids`` that start again; no attention mask, no cache) a query sees its own sequence only and the
-      indices count within the sequence, again as in transformers.
+      scale, if it has none, is the layer's). Layers that are given nothing stay native.
+    - ``q_idx`` and ``kv_idx`` are slots of the KV cache, as in transformers' mask functions: with left padding, slot 0 is
+      padding. Padded keys never attend.
+    - Two tables are bound at every call: ``sd.models.left_padding[b]``, the number of padding slots before a sequence, and
+      ``sd.models.sinks[h]``, the layer's sink logits. Others must be bound before: ``pattern.bind(name=tensor)``.
+    - In packed batches (``position_ids`` that start again; no attention mask, no cache) a query sees its own sequence only and
+      the indices count within the sequence, again as in transformers.
     - A layer whose native cache keeps a window only gets one that keeps everything, unless the pattern provably needs no more.
 
     Args:
@@ -54,8 +54,8 @@ def apply(model: Any, patterns: Any, *, backend: str = "auto") -> AppliedPattern
     Raises:
         PatternError: no layer has such an index, or what was given is no pattern.
         TableError: a pattern reads a table that nothing binds.
-        UnsupportedError: the model's attention cannot be reached or would lose something. The same error comes from calls that ask for
-            what patterns cannot give: 4-D masks, attention dropout, attention weights, position biases, paged caches.
+        UnsupportedError: the model's attention cannot be reached or would lose something. Calls that ask for what patterns
+            cannot give raise it too: 4-D masks, attention dropout, attention weights, position biases, paged caches.
 
     >>> import sparsedsl as sd
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -184,8 +184,8 @@ def _bind(module: Any, index: int, given: Any, config: Any, compiled: Compiled) 
         lost += ["sink logits"] if native.sink is not None and pattern.sink is None else []
         if lost:
             warnings.warn(
-                f"layer {index}: the model's own {' and '.join(lost)} are not part of the pattern and are left out; give a mask instead "
-                "of a pattern to keep them, or add them as in sd.models.native_patterns(model)",
+                f"layer {index}: the model's own {' and '.join(lost)} are not part of the pattern and are left out; "
+                "give a mask instead of a pattern to keep them, or add them as in sd.models.native_patterns(model)",
                 stacklevel=4,
             )
     free = sorted(set(pattern.tables) - set(pattern.bound) - PROVIDED)

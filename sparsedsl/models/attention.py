@@ -1,6 +1,6 @@
 """One layer's attention: transformers' call in, a compiled pattern's call out.
 
-Input: a bound attention module with its query, key and value, and the :class:`~sparsedsl.models.masks.MaskRequest` of the forward.
+Input: a bound attention module, its query, key and value, and the forward's :class:`~sparsedsl.models.masks.MaskRequest`.
 Output: what transformers expects of an attention function, ``(out (B, Sq, Hq, Dv), None)``.
 """
 
@@ -118,13 +118,13 @@ def _refuse_what_would_be_lost(
     if request is None:
         got = "no mask at all" if mask is None else f"a finished mask {tuple(getattr(mask, 'shape', ()))}"
         raise UnsupportedError(
-            f"{where} got {got}, where the pattern needs to know padding and cache offsets. Pass a 2-D attention_mask (1 = real token) "
-            "instead of a 4-D one, and write what the 4-D mask says as a table in the pattern"
+            f"{where} got {got}, where the pattern needs to know padding and cache offsets. Pass a 2-D attention_mask "
+            "(1 = real token), and write what a 4-D one says as a table in the pattern"
         )
     if request.overlays:
         raise UnsupportedError(
-            f"{where}: the model combines its mask with {', '.join(request.overlays)}, which the pattern would drop. Leave this layer "
-            "native for such inputs (patterns={...} without it, or handle.restore())"
+            f"{where}: the model combines its mask with {', '.join(request.overlays)}, which the pattern would drop. "
+            "Leave this layer native for such inputs (patterns={...} without it, or handle.restore())"
         )
     if arguments.get("dropout"):
         raise UnsupportedError(
@@ -162,8 +162,9 @@ def _run(
     key, value = key[:, :, : stop - start], value[:, :, : stop - start]
     if start > 0 and not binding.fits_window(request.q_offset - start + 1):
         raise UnsupportedError(
-            f"layer {binding.index}: its cache has dropped the keys before position {start} (a sliding-window cache), and the pattern "
-            "may ask for them. Use a cache that keeps them: past_key_values=handle.cache(), or DynamicCache() without a config"
+            f"layer {binding.index}: its cache has dropped the keys before position {start} (a sliding-window cache), and "
+            "the pattern may ask for them. Use one that keeps them: past_key_values=handle.cache(), with the handle that "
+            "models.apply returned"
         )
     form = Form(padded=request.padding is not None, packed=request.packing is not None, cropped=start > 0)
     attention, wanted = binding.attention(form)
@@ -172,7 +173,8 @@ def _run(
     if "sinks" in wanted:
         if arguments.get("s_aux") is None:
             raise UnsupportedError(
-                f"layer {binding.index} has no sink logits, but its pattern reads the table 'sinks'; bind it: pattern.bind(sinks=tensor)"
+                f"layer {binding.index} has no sink logits, but its pattern reads the table 'sinks'; "
+                "bind it: pattern.bind(sinks=tensor)"
             )
         tables["sinks"] = arguments["s_aux"]
     scale = arguments.get("scaling") if binding.pattern.scale is None else None

@@ -1,8 +1,8 @@
 """What transformers knows when it makes a mask, kept as it is: offsets, padding, packed sequences.
 
-transformers calls a registered mask function once per forward and layer type, and hands the result unread to the layers' attention
-function. Ours makes no mask: it returns a :class:`MaskRequest` inside a tensor of the mask's shape without storage, because
-transformers passes 4-D tensors on as they are. Each layer then asks the request for what it needs.
+transformers calls a registered mask function once per forward and layer type, and hands the result unread to the layers'
+attention function. Ours makes no mask: it returns a :class:`MaskRequest` inside a tensor of the mask's shape without storage,
+because transformers passes 4-D tensors on as they are. Each layer then asks the request for what it needs.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class MaskRequest:
         return self._native[implementation]
 
     def key_range(self, keys: int) -> tuple[int, int]:
-        """The cache slots ``[start, stop)`` of a layer's ``keys`` keys; a static cache's slots from ``stop`` on are not written yet."""
+        """The cache slots ``[start, stop)`` of a layer's ``keys`` keys; those a static cache has not written yet are left out."""
         written = self.q_offset + self.q_length
         if keys == self.kv_length:
             stop = self.kv_offset + keys
@@ -73,12 +73,12 @@ class MaskRequest:
         if keys <= written:  # this layer's cache keeps another length than the one the mask was sized by
             return written - keys, written
         raise ShapeError(
-            f"the layer has {keys} keys, but transformers announced {self.kv_length} (slots {self.kv_offset} on) and {written} tokens "
-            "were seen; use a cache made by transformers, such as DynamicCache()"
+            f"the layer has {keys} keys, but transformers announced {self.kv_length} (slots {self.kv_offset} on) and "
+            f"{written} tokens were seen; use a cache made by transformers, such as DynamicCache()"
         )
 
     def tables(self, start: int, stop: int, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
-        """Everything that is data in this call, over the cache slots ``[start, stop)``; the same tensors for every layer that asks.
+        """All that is data in this call, over the cache slots ``[start, stop)``; the same tensors for every layer that asks.
 
         ``hf_valid`` (B, stop - start) bool: real tokens, if any slot is padding. ``hf_sequence``, ``hf_position`` (B, S): see
         :class:`Packing`. ``hf_start`` (1,): the first slot. ``left_padding`` (B,): padding tokens before each sequence.
@@ -110,7 +110,7 @@ class MaskRequest:
 
 
 class _Carrier(torch.Tensor):
-    """A mask-shaped tensor that stands for a request. Copies stay the same object; whatever else is made of it is a plain tensor."""
+    """A mask-shaped tensor that stands for a request. A copy is the same object; all else made of it is a plain tensor."""
 
     request: MaskRequest
 
@@ -148,8 +148,8 @@ def make_mask_function() -> Callable[..., torch.Tensor]:
         ):  # a static cache's own counter, which it moves on before the layer attends
             if torch.compiler.is_compiling():
                 raise UnsupportedError(
-                    "a static cache under torch.compile keeps its offset in a tensor, which the block lists of a pattern cannot follow; "
-                    "use the default (dynamic) cache, or do not compile the model"
+                    "a static cache under torch.compile keeps its offset in a tensor, which block lists cannot follow; use"
+                    "  the default (dynamic) cache, or do not compile the model"
                 )
             q_offset = int(q_offset)
         arguments = {**arguments, "q_offset": q_offset}

@@ -51,8 +51,8 @@ def native_pattern(module: Any, index: int, config: Any) -> Pattern:
     """The pattern of one attention module."""
     if passes_argument(module, "position_bias"):
         raise UnsupportedError(
-            f"layer {index} ({type(module).__name__}) adds a position bias that the layer computes itself, which native patterns cannot "
-            "hold; leave this layer native (patterns={...} without it), or write the bias as a table in your own pattern"
+            f"layer {index} ({type(module).__name__}) adds a position bias that it computes itself, which a pattern would drop; "
+            "leave this layer native (patterns={...} without it)"
         )
     mask = _native_mask(module, index, config)
     cap = getattr(module, "attn_logit_softcapping", None) if passes_argument(module, "softcap") else None
@@ -82,8 +82,8 @@ def _native_mask(module: Any, index: int, config: Any) -> Mask | bool:
         start = left_padding[b]  # chunks are counted from the first real token
         return (kv_idx <= q_idx) & ((kv_idx - start) // size == (q_idx - start) // size)
     raise UnsupportedError(
-        f"layer {index} ({type(module).__name__}) is of type {kind!r}{'' if causal else ', not causal'}, which has no form as a pattern "
-        "here; native patterns know full_attention, sliding_attention and causal chunked_attention. Leave this layer native"
+        f"layer {index} ({type(module).__name__}) is of type {kind!r}{'' if causal else ', not causal'}, which has no form as a "
+        "pattern here; native patterns know full_attention, sliding_attention and causal chunked_attention. Leave it native"
     )
 
 

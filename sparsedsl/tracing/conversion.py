@@ -8,7 +8,7 @@ from typing import Any
 
 import sympy
 
-from sparsedsl.errors import PatternError, TraceError
+from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Index, Mask, Score
 from sparsedsl.tracing.graph import Node, fail
 
@@ -50,7 +50,5 @@ class Conversion(ABC):
         """``convert(node)``, with errors of the language given the place where the operation stands."""
         try:
             return convert(node)
-        except TraceError:
-            raise
         except PatternError as error:
             fail(f"`{node.op}`", str(error), node.where)

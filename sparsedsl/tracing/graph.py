@@ -7,10 +7,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from sparsedsl.errors import TraceError
 from sparsedsl.tracing.locate import Location, here
 
-__all__ = ["Captured", "Node", "Partial", "constant", "fail"]
+__all__ = ["Captured", "Node", "Partial", "Refused", "constant", "fail"]
+
+
+class Refused(Exception):
+    """What becomes a ``TraceError`` at the edge. No TypeError: torch takes one from an operator for "try the other operand"."""
+
 
 
 @dataclass(eq=False)
@@ -78,7 +82,7 @@ def constant(value: Any, dtype: torch.dtype | None = None) -> Node:
 
 
 def fail(what: str, instead: str, where: Location | None = None) -> NoReturn:
-    """Raise the :class:`TraceError`: the operation, the line, and what to write instead."""
+    """Refuse to trace: the operation, the line, and what to write instead."""
     where = where or here()
     place = f" at {where}" if where is not None else ""
-    raise TraceError(f"cannot trace {what}{place}. {instead}")
+    raise Refused(f"cannot trace {what}{place}. {instead}")

@@ -38,7 +38,8 @@ def user_frames() -> Iterator[FrameType]:
         code = frame.f_code
         if code.co_name == ENTRY and code.co_filename.startswith(_SKIPPED[1]):
             return
-        if not code.co_filename.startswith(_SKIPPED):
+        made = code.co_filename == "<string>" and code.co_name == "__init__"  # of a dataclass
+        if not made and not code.co_filename.startswith(_SKIPPED):
             yield frame
         frame = frame.f_back
 
@@ -85,6 +86,11 @@ def _holds(node: ast.AST, span: Span) -> bool:
     return start <= span[:2] and span[2:] <= end  # type: ignore[operator]
 
 
+def _is_whole(node: ast.stmt | ast.expr, span: Span) -> bool:
+    """Python gives some tests the position of their whole statement."""
+    return span == (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset)
+
+
 def _kind(node: ast.AST, span: Span) -> str | None:
     match node:
         case ast.BoolOp(op=ast.And()):
@@ -99,6 +105,8 @@ def _kind(node: ast.AST, span: Span) -> str | None:
             return "in"
         case ast.Call(func=ast.Name(id="min" | "max" | "any" | "all" | "sorted" | "bool" as name)):
             return name
-        case ast.IfExp(test=test) | ast.If(test=test) | ast.While(test=test) | ast.Assert(test=test) if _holds(test, span):
-            return {ast.While: "while", ast.Assert: "assert"}.get(type(node), "if")
+        case ast.Assert():
+            return "assert"
+        case ast.IfExp(test=test) | ast.If(test=test) | ast.While(test=test) if _holds(test, span) or _is_whole(node, span):
+            return "while" if isinstance(node, ast.While) else "if"
     return None

@@ -80,6 +80,9 @@ class Proxy(torch.Tensor):
     def __contains__(self, item: Any) -> bool:
         advice.refuse("in")
 
+    def tolist(self) -> Any:
+        advice.refuse("item")
+
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         advice.refuse("numpy")
 

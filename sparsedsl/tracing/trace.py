@@ -12,7 +12,7 @@ from sparsedsl.errors import TraceError
 from sparsedsl.lang.expressions import Mask, Score, as_score
 from sparsedsl.tracing.capture import sanitise
 from sparsedsl.tracing.convert import Converter
-from sparsedsl.tracing.graph import Captured, Node, constant
+from sparsedsl.tracing.graph import Captured, Node, Refused, constant
 from sparsedsl.tracing.operations import record
 from sparsedsl.tracing.proxy import Proxy, Tracer
 from sparsedsl.tracing.watcher import Watcher
@@ -87,14 +87,15 @@ def _symbol(name: str, dtype: torch.dtype = torch.int64) -> Node:
 
 def _trace(function: Any, kind: str, symbols: list[Node], convert: Callable[..., Any], rename: Mapping[str, str] | None) -> Any:
     _check_signature(function, kind, [str(s.args[0]) for s in symbols])
-    tracer = Tracer(record)
-    with Watcher(tracer):
-        result = _run_callable(function, [Proxy(symbol, tracer) for symbol in symbols])
-    result = tracer.lift(result)
-    described = f"{kind} {_name_of(function)}"
-    node = _result_node(result, tracer, described)
-    _rename(tracer, rename or {})
-    expression = _converted(node, lambda converter: convert(converter, node, described), learned=kind == "score_mod")
+    tracer, described = Tracer(record), f"{kind} {_name_of(function)}"
+    try:
+        with Watcher(tracer):
+            result = _run_callable(function, [Proxy(symbol, tracer) for symbol in symbols])
+        node = _result_node(tracer.lift(result), tracer, described)
+        _rename(tracer, rename or {})
+        expression = _converted(node, lambda converter: convert(converter, node, described), learned=kind == "score_mod")
+    except Refused as refused:
+        raise TraceError(str(refused)) from None
     bound = {captured.name: captured.tensor for _, captured in tracer.captured.values()}
     return type(expression)(expression.expr, {name: bound[name] for name in expression.tables})
 
@@ -112,7 +113,7 @@ def _converted(node: Node, convert: Callable[[Converter], Any], learned: bool) -
         result = None
         try:
             result = convert(converter)
-        except TraceError:
+        except Refused:
             if converter.wanted == claims:
                 raise
         if converter.wanted == claims:

@@ -10,9 +10,8 @@ import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sparsedsl.errors import TraceError
 from sparsedsl.tracing import advice, indexing
-from sparsedsl.tracing.graph import fail
+from sparsedsl.tracing.graph import Refused, fail
 from sparsedsl.tracing.proxy import Proxy, Tracer
 
 __all__ = ["Watcher"]
@@ -36,7 +35,7 @@ class Watcher(TorchFunctionMode):
         try:
             return self._call(func, name, args, kwargs, leaves, reals)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-            if isinstance(error, TraceError) or len(leaves) == len(reals):
+            if len(leaves) == len(reals):
                 raise
             message = str(error).split("\n")[0]
             fail(f"{tracer.current[-1]}()", f"torch refuses it: {message}")
@@ -63,7 +62,7 @@ class Watcher(TorchFunctionMode):
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.ndim == 0 and any(t.ndim == 0 and tracer.is_captured(t) for t in reals):
             # Keep the captured scalar an operand, so that another value can be bound later.
-            with contextlib.suppress(TraceError):
+            with contextlib.suppress(Refused):
                 return func(*tree_map(tracer.lift, args), **tree_map(tracer.lift, dict(kwargs)))
         tracer.note(result, origin=next((self._origin(t) for t in reals if t.ndim), None))
         return result

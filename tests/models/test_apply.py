@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score
 from sparsedsl.lang.evaluate import evaluate
-from sparsedsl.models.native import left_padding, sinks
+from sparsedsl.models import left_padding, sinks
 from tests.models.families import WINDOW, build, left_padded, tokens
 
 causal = kv_idx <= q_idx
@@ -64,10 +64,11 @@ def test_a_mask_means_what_the_dense_mask_means_to_transformers(family: str, nam
     model, given, mask = build(family), left_padded(), HYBRIDS[name]
     real = given["attention_mask"].bool()
     allowed = dense(mask, 21, 21, valid=given["attention_mask"])
-    if family in ("gemma2", "gpt_oss"):  # eager takes additive masks
-        allowed = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
-    wanted = forward(model, input_ids=given["input_ids"], attention_mask={kind: allowed for kind in ("full_attention", "sliding_attention")}
-                     if family != "llama" else allowed)  # fmt: skip
+    mapping: Any = allowed
+    if family in ("gemma2", "gpt_oss"):  # eager takes additive masks, these models one for each type of layer
+        additive = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+        mapping = {"full_attention": additive, "sliding_attention": additive}
+    wanted = forward(model, input_ids=given["input_ids"], attention_mask=mapping)
     seen = given["attention_mask"][:, None, :].bool() & dense(mask, 21, 21)[:, 0]
     real &= seen.any(-1)
     with sd.models.apply(model, mask, backend="reference"):
@@ -176,7 +177,7 @@ def test_gradients_reach_weights_and_sinks() -> None:
         torch.testing.assert_close(three, one, atol=1e-4, rtol=1e-3)
 
 
-# ---- other models, copies, leaving -----------------------------------------------------------------------------------------------
+# ---- other models, copies, leaving ------------------------------------------------------------
 
 
 def test_a_model_that_shares_the_configuration_is_left_alone() -> None:
@@ -222,11 +223,20 @@ def test_repr_names_what_runs_where() -> None:
     assert ", restored" in repr(applied)
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+def test_torch_compile_of_the_model_gives_the_same_logits() -> None:
+    model, ids = build("gemma3"), tokens()
+    with sd.models.apply(model, {1: anchored}, backend="reference"):
+        wanted = forward(model, input_ids=ids)
+        got = forward(torch.compile(model, backend="eager"), input_ids=ids)
+    torch.testing.assert_close(got, wanted, atol=ATOL, rtol=0)
+
+
+# ---- refusals ------------------------------------------------------------
 
 
 def test_a_cropped_cache_is_refused_where_keys_are_missing() -> None:
-    """A cache made before the patterns, or inside a forward, keeps a window: decoding with it is an error, never another result."""
+    """A cache made inside a forward keeps a window: decoding with it is an error, never another result."""
     model, ids = build("mistral"), tokens()
     with sd.models.apply(model, anchored, backend="reference") as applied:
         with torch.no_grad():
@@ -303,8 +313,12 @@ def test_overlays_of_the_model_or_its_caller_are_refused_but_native_layers_keep_
         torch.testing.assert_close(
             forward(model, input_ids=ids, attention_mask=masks()), wanted, atol=ATOL, rtol=0
         )
-    with sd.models.apply(model, {1: native[1]}, backend="reference"), pytest.raises(
-        sd.UnsupportedError, match="combines its mask with transformers.masking_utils.blockwise_overlay"
+    with (
+        sd.models.apply(model, {1: native[1]}, backend="reference"),
+        pytest.raises(
+            sd.UnsupportedError,
+            match=r"combines its mask with transformers[.]masking_utils[.]blockwise_overlay",
+        ),
     ):
         forward(model, input_ids=ids, attention_mask=masks())
 
@@ -314,7 +328,7 @@ def test_dropout_is_refused_in_training_only() -> None:
     model.model.layers[0].self_attn.attention_dropout = 0.1
     with sd.models.apply(model, window, backend="reference"):
         forward(model, input_ids=tokens())
-        with pytest.raises(sd.UnsupportedError, match="attention dropout is 0.1 in training"):
+        with pytest.raises(sd.UnsupportedError, match=r"attention dropout is 0\.1 in training"):
             model.train()(tokens())
 
 

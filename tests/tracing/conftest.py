@@ -23,6 +23,12 @@ def _over_indices(function: Callable[..., Any], leading: int) -> Callable[..., A
     return function
 
 
+@pytest.fixture(name="run_by_torch")
+def _run_by_torch() -> Callable[..., torch.Tensor]:
+    """:func:`run_by_torch` for test files."""
+    return run_by_torch
+
+
 def run_by_torch(function: Callable[..., Any], shape: tuple[int, ...], *leading: torch.Tensor, q_offset: int = 0) -> torch.Tensor:
     """The callable's values for every index."""
 
