@@ -121,10 +121,11 @@ def perplexity(model: Any, hidden: torch.Tensor, ids: torch.Tensor, start: int, 
 
 def largest_difference(model: Any, one: torch.Tensor, other: torch.Tensor, start: int, what: str) -> float:
     """The largest difference between the logits of two prefills, from position ``start`` on."""
-    pairs = zip(
-        logit_chunks(model, one, start, what), logit_chunks(model, other, start, what + " (2)"), strict=True
-    )
-    return max((a - c).abs().max().item() for (_, a), (_, c) in pairs)
+    worst = 0.0
+    for place, logits in logit_chunks(model, one, start, what):
+        with torch.no_grad():
+            worst = max(worst, (model.lm_head(other[0, place]) - logits).abs().max().item())
+    return worst
 
 
 def greedy(model: Any, ids: torch.Tensor, new: int, what: str) -> tuple[list[int], float]:
@@ -133,7 +134,8 @@ def greedy(model: Any, ids: torch.Tensor, new: int, what: str) -> tuple[list[int
 
     class Bar(TextStreamer):
         def __init__(self) -> None:
-            self.bar, self.times = tqdm(total=new, desc=what, unit="token", leave=False), []
+            self.bar = tqdm(total=new, desc=what, unit="token", leave=False)
+            self.times: list[float] = []
 
         def put(self, value: Any) -> None:
             self.times.append(time.perf_counter())

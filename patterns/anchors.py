@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from sparsedsl.lang.expressions import Mask, kv_idx, q_idx
+from sparsedsl.lang.expressions import Index, Mask, kv_idx, q_idx
 from sparsedsl.patterns.arguments import check_count
 from sparsedsl.patterns.local import causal
 
 __all__ = ["global_tokens", "prefix", "sinks"]
 
 
-def sinks(n: Any) -> Mask:
+def sinks(n: int | Index) -> Mask:
     """The first ``n`` keys, for all queries after them: ``kv_idx < n`` and ``kv_idx <= q_idx``.
+
+    The sink *logit* of GPT-OSS, which is no key, is ``sd.attend(mask, sink=...)``, see :func:`gpt_oss`.
 
     Args:
         n: number of sink keys, in tokens; 0 gives none. A whole number or an index expression such as ``table[h]``.
@@ -20,8 +20,7 @@ def sinks(n: Any) -> Mask:
     Raises:
         PatternError: ``n`` is negative or not a whole number.
 
-    Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453). The sink *logit* of
-    GPT-OSS is something else: ``sd.attend(mask, sink=...)``.
+    Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.sinks(4))
@@ -32,7 +31,7 @@ def sinks(n: Any) -> Mask:
     return causal() & (kv_idx < n)
 
 
-def prefix(n: Any) -> Mask:
+def prefix(n: int | Index) -> Mask:
     """Causal, with ``n`` first keys that every query sees: ``kv_idx < n`` or ``kv_idx <= q_idx``.
 
     Queries inside the prefix see all of it, later ones as well; the rest is causal. ``prefix(0)`` is :func:`causal`.
@@ -50,7 +49,7 @@ def prefix(n: Any) -> Mask:
     (q_idx >= kv_idx) | (kv_idx <= 15)
     >>> print(sd.patterns.prefix(sd.table("prefix")[sd.b]).text)
     anchors (q_idx >= kv_idx) | (kv_idx <= 15)
-    
+
     prefix = table('prefix')
     (q_idx >= kv_idx) | (kv_idx < prefix[b])
     """
@@ -58,7 +57,7 @@ def prefix(n: Any) -> Mask:
     return (kv_idx < n) | causal()
 
 
-def global_tokens(n: Any) -> Mask:
+def global_tokens(n: int | Index) -> Mask:
     """The first ``n`` tokens see everything and are seen by everything: ``q_idx < n`` or ``kv_idx < n``.
 
     Not causal: write ``causal() & global_tokens(n)`` in a decoder.

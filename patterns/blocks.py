@@ -51,7 +51,7 @@ def blocks(
     return table(name, dtype=bool)[(*lead, q_idx // block_q, kv_idx // block_kv)]
 
 
-def block_causal(block: Any) -> Mask:
+def block_causal(block: int | Index) -> Mask:
     """Full inside a block of tokens, causal between blocks: ``kv_idx // block <= q_idx // block``.
 
     Args:

@@ -51,7 +51,7 @@ def documents(doc: str = "doc", *, offsets: str | None = None, batched: bool = F
     >>> print(sd.patterns.documents(offsets="start"))
     documents doc = table('doc', monotone=True)
     doc[q_idx] == doc[kv_idx]
-    
+
     (start[doc[q_idx] + 1] > kv_idx) & (start[doc[q_idx]] <= kv_idx)
     """
     batched = check_flag("documents", "batched", batched)
@@ -62,7 +62,7 @@ def documents(doc: str = "doc", *, offsets: str | None = None, batched: bool = F
     return _at(numbers, q_idx, batched) == _at(numbers, kv_idx, batched)
 
 
-def packed(window: Any = None, doc: str = "doc", *, batched: bool = False) -> Mask:
+def packed(window: int | Index | None = None, doc: str = "doc", *, batched: bool = False) -> Mask:
     """Documents packed into one row, each causal, and with a window if wanted: :func:`documents` & :func:`causal`.
 
     Args:

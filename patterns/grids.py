@@ -21,13 +21,13 @@ _EDGES = ("shift", "clip")
 def neighbourhood_2d(
     height: int,
     width: int,
-    kernel: Any,
+    kernel: int | tuple[int, ...],
     *,
-    dilation: Any = 1,
-    causal: Any = False,
+    dilation: int | tuple[int, ...] = 1,
+    causal: bool | tuple[bool, ...] = False,
     edge: str = "shift",
     order: str = "raster",
-    tile: Any = None,
+    tile: tuple[int, ...] | None = None,
 ) -> Mask:
     """Keys in a ``kernel`` of rows x columns around the query on a ``height`` x ``width`` grid of tokens.
 
@@ -69,13 +69,13 @@ def neighbourhood_3d(
     frames: int,
     height: int,
     width: int,
-    kernel: Any,
+    kernel: int | tuple[int, ...],
     *,
-    dilation: Any = 1,
-    causal: Any = False,
+    dilation: int | tuple[int, ...] = 1,
+    causal: bool | tuple[bool, ...] = False,
     edge: str = "shift",
     order: str = "raster",
-    tile: Any = None,
+    tile: tuple[int, ...] | None = None,
 ) -> Mask:
     """Keys in a ``kernel`` of frames x rows x columns around the query, in a video: :func:`neighbourhood_2d` with a third axis.
 
@@ -100,7 +100,7 @@ def neighbourhood_3d(
     return _neighbourhood("neighbourhood_3d", shape, names, kernel, dilation, causal, edge, order, tile)
 
 
-def sliding_tile(shape: Any, kernel: Any, tile: Any) -> Mask:
+def sliding_tile(shape: tuple[int, ...], kernel: int | tuple[int, ...], tile: int | tuple[int, ...]) -> Mask:
     """Whole tiles of keys around the query's tile: neighbourhood attention whose positions are tiles. No tile is cut.
 
     Tokens lie tile by tile in the sequence (``order="tiled"``); with ``math.prod(tile)`` as block size every block is full or
@@ -141,7 +141,9 @@ def sliding_tile(shape: Any, kernel: Any, tile: Any) -> Mask:
     return _all(_shifted(i, j, n, k) for i, j, n, k in places)
 
 
-def grid_position(index: Any, shape: Any, *, order: str = "raster", tile: Any = None) -> tuple[Index, ...]:
+def grid_position(
+    index: Index, shape: tuple[int, ...], *, order: str = "raster", tile: tuple[int, ...] | None = None
+) -> tuple[Index, ...]:
     """Where on a grid a token of the sequence lies: ``(row, column)`` or ``(frame, row, column)``.
 
     Args:

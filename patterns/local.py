@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import Mask, as_mask, kv_idx, q_idx
+from sparsedsl.lang.expressions import Index, Mask, as_mask, kv_idx, q_idx
 from sparsedsl.patterns.arguments import check_count, check_flag, check_whole
 
 __all__ = ["causal", "chunked", "dilated", "full", "sliding_window", "strided", "strided_fixed"]
@@ -37,7 +35,7 @@ def causal() -> Mask:
     return kv_idx <= q_idx
 
 
-def sliding_window(w: Any, *, two_sided: bool = False) -> Mask:
+def sliding_window(w: int | Index, *, two_sided: bool = False) -> Mask:
     """The last ``w`` keys: ``0 <= q_idx - kv_idx < w``; two-sided: ``|q_idx - kv_idx| < w``.
 
     Args:
@@ -63,7 +61,7 @@ def sliding_window(w: Any, *, two_sided: bool = False) -> Mask:
     return recent & (kv_idx - q_idx < w if two_sided else causal())
 
 
-def dilated(w: Any, step: int, *, two_sided: bool = False) -> Mask:
+def dilated(w: int | Index, step: int, *, two_sided: bool = False) -> Mask:
     """``w`` keys, ``step`` apart, back from the query: keys ``q, q-step, .., q-(w-1)*step``.
 
     ``(q_idx - kv_idx) % step == 0`` and ``0 <= q_idx - kv_idx < w*step``; two-sided with ``|q_idx - kv_idx|``.
@@ -91,6 +89,8 @@ def dilated(w: Any, step: int, *, two_sided: bool = False) -> Mask:
 def strided(step: int, *, local: int | None = None) -> Mask:
     """The ``local`` last keys, and of the earlier ones every ``step``-th: ``(q_idx - kv_idx) % step == 0``; causal.
 
+    The paper's local head sees ``step + 1`` keys; here ``local`` counts them.
+
     Args:
         step: distance in tokens between the keys seen far back, counted from the query.
         local: number of keys seen without gaps, the query included; default ``step``. With ``local=1`` only the strided keys are
@@ -100,7 +100,7 @@ def strided(step: int, *, local: int | None = None) -> Mask:
         PatternError: ``step`` or ``local`` is below 1 or not a whole number.
 
     Source: Child et al. 2019, "Generating Long Sequences with Sparse Transformers", section 4.3, strided attention with its two
-    heads merged (arXiv 1904.10509). The paper's local head counts ``step + 1`` keys; here ``local`` counts them.
+    heads merged (arXiv 1904.10509).
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.strided(8))
@@ -138,7 +138,7 @@ def strided_fixed(step: int, *, summary: int = 1) -> Mask:
     return causal() & ((q_idx // step == kv_idx // step) | (kv_idx % step >= step - summary))
 
 
-def chunked(size: Any) -> Mask:
+def chunked(size: int | Index) -> Mask:
     """Keys of the query's own chunk, up to the query: ``q_idx // size == kv_idx // size``; causal.
 
     Args:

@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import Mask, h, kv_idx, q_idx, table
+from sparsedsl.lang.expressions import Index, Mask, h, kv_idx, q_idx, table
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.patterns.anchors import global_tokens, sinks
 from sparsedsl.patterns.arguments import check_flag, check_positive, check_whole
@@ -94,7 +92,7 @@ def bigbird(
     return mask & (kv_idx <= q_idx) if causal else mask
 
 
-def streaming_llm(window: Any = 1024, sink_count: int = 4) -> Mask:
+def streaming_llm(window: int | Index = 1024, sink_count: int = 4) -> Mask:
     """The last ``window`` keys and the first ``sink_count``: ``sliding_window(window) | sinks(sink_count)``.
 
     Args:

@@ -6,7 +6,6 @@ import functools
 import math
 import operator
 import struct
-from typing import Any
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Index, Score, as_index, as_score, h, kv_idx, q_idx, score, table
@@ -16,7 +15,7 @@ from sparsedsl.patterns.arguments import check_flag, check_logit, check_positive
 __all__ = ["alibi", "alibi_slope", "relative_bias", "softcap", "t5_bias", "t5_bucket"]
 
 
-def softcap(cap: float, logit: Any = score) -> Score:
+def softcap(cap: float, logit: Score = score) -> Score:
     """Logits squeezed into ``-cap .. cap``: ``tanh(logit / cap) * cap``.
 
     Args:
@@ -64,7 +63,7 @@ def _two_to(power: Score) -> Score:
     return as_score(2) ** power
 
 
-def alibi(heads: int | None = None, logit: Any = score, *, slopes: str = "slopes") -> Score:
+def alibi(heads: int | None = None, logit: Score = score, *, slopes: str = "slopes") -> Score:
     """Logits fall with distance, faster in some heads than in others: ``logit - slope[h] * |q_idx - kv_idx|``.
 
     Args:
@@ -93,7 +92,7 @@ def alibi(heads: int | None = None, logit: Any = score, *, slopes: str = "slopes
 
 
 def relative_bias(
-    max_distance: int, logit: Any = score, *, bidirectional: bool = True, name: str = "relative_bias"
+    max_distance: int, logit: Score = score, *, bidirectional: bool = True, name: str = "relative_bias"
 ) -> Score:
     """A learned bias for each distance and head, distances clipped: ``logit + relative_bias[clip(q_idx - kv_idx) + offset, h]``.
 
@@ -124,7 +123,7 @@ def relative_bias(
 def t5_bias(
     buckets: int = 32,
     max_distance: int = 128,
-    logit: Any = score,
+    logit: Score = score,
     *,
     bidirectional: bool = True,
     name: str = "t5_bias",

@@ -215,7 +215,7 @@ def _before_forward(
 def _widen(cache: Cache, bindings: tuple[Binding, ...]) -> None:
     """Let layers that are to keep a window keep everything where a pattern asks for more, as long as they are empty."""
     for binding in bindings:
-        layer = cache.layers[binding.index] if binding.index < len(cache.layers) else None
+        layer: Any = cache.layers[binding.index] if binding.index < len(cache.layers) else None
         if type(layer) is not DynamicSlidingWindowLayer or layer.cumulative_length or layer.record_past:
             continue
         if not binding.fits_window(layer.sliding_window):

@@ -101,7 +101,7 @@ def make_attention_function(native: str) -> Callable[..., Any]:
 def _native_function(module: Any, native: str) -> Callable[..., Any]:
     """The function that the module's own file would have called under the name ``native``."""
     for kind in type(module).__mro__:
-        source = sys.modules.get(kind.__module__)
+        source: Any = sys.modules.get(kind.__module__)
         if hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
             default = getattr(source, "eager_attention_forward", None)
             return source.ALL_ATTENTION_FUNCTIONS.get_interface(native, default)

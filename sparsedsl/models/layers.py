@@ -13,7 +13,7 @@ __all__ = ["attention_layers", "passes_argument", "text_config"]
 
 def text_config(model: Any) -> Any:
     """The configuration of the part of ``model`` that reads text; refuses what is no transformers model."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise PatternError(
             f"sd.models wants a transformers model (a PreTrainedModel); got {type(model).__name__}. For other modules "
@@ -34,7 +34,7 @@ def attention_layers(model: Any) -> dict[int, Any]:
     for name, module in model.named_modules():
         if getattr(module, "config", None) is not config or "CrossAttention" in type(module).__name__:
             continue
-        if not _forward_contains(type(module), "ALL_ATTENTION_FUNCTIONS.get_interface("):
+        if not _mentions(module, "ALL_ATTENTION_FUNCTIONS.get_interface("):
             continue
         index = getattr(module, "layer_idx", None)
         index = len(found) if index is None else int(index)
@@ -54,11 +54,16 @@ def attention_layers(model: Any) -> dict[int, Any]:
 
 def passes_argument(module: Any, name: str) -> bool:
     """Whether the module's forward hands ``name=`` to the attention function."""
-    return _forward_contains(type(module), f"{name}=")
+    return _mentions(module, f"{name}=")
+
+
+def _mentions(module: Any, text: str) -> bool:
+    kind: Any = type(module)
+    return _forward_contains(kind, text)
 
 
 @functools.cache
-def _forward_contains(kind: type, text: str) -> bool:
+def _forward_contains(kind: Any, text: str) -> bool:
     """Whether ``text`` stands in the source of ``forward``, the class's own or one it inherits and may call."""
     for base in kind.__mro__:
         forward = vars(base).get("forward")

@@ -1,0 +1,288 @@
+"""Draws the gallery: docs/pictures/*.png and docs/patterns.md, from the library's own docstrings.
+
+python docs/make_pictures.py              everything
+python docs/make_pictures.py causal ...   these pictures, and the page
+python docs/make_pictures.py --page       the page only
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import sparsedsl as sd  # noqa: E402
+from sparsedsl.lang.evaluate import evaluate  # noqa: E402
+from sparsedsl.plotting import PAIR  # noqa: E402
+
+PICTURES = ROOT / "docs" / "pictures"
+PAGE = ROOT / "docs" / "patterns.md"
+P = sd.patterns
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pattern of the gallery: the call as it stands on the page, and what the picture needs besides."""
+
+    call: str
+    length: int = 64
+    block: int = 8
+    options: dict[str, Any] = field(default_factory=dict)
+    draw: Callable[[], Figure] | None = None
+
+    def picture(self) -> Figure:
+        """The figure, from evaluating the call that the page shows."""
+        if self.draw is not None:
+            return self.draw()
+        pattern = eval(self.call, {"sd": sd} | vars(P))
+        options = {name: value() if callable(value) else value for name, value in self.options.items()}
+        return sd.plot(
+            pattern,
+            self.length,
+            block_size=self.block,
+            title=self.call.replace("sd.patterns.", ""),
+            **options,
+        )
+
+
+def documents_of(*lengths: int) -> torch.Tensor:
+    """``2, 3 -> [0, 0, 1, 1, 1]``."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+def starts_of(*lengths: int) -> torch.Tensor:
+    """``2, 3 -> [0, 2, 5]``."""
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def random(*shape: int) -> torch.Tensor:
+    """Numbers for tables whose values are learned or chosen."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def draw_slopes() -> Figure:
+    """The slopes of 8 and of 12 heads."""
+    figure = Figure(figsize=(6.2, 3), dpi=110, layout="constrained")
+    for place, heads in enumerate((8, 12)):
+        axis = figure.add_subplot(1, 2, 1 + place)
+        axis.bar(range(heads), evaluate(P.alibi_slope(heads).expr, {"h": torch.arange(heads)}), color=PAIR)
+        axis.set_title(f"alibi_slope({heads})", fontsize=10)
+        axis.set_xlabel("h (head)", fontsize=9)
+        axis.set_yscale("log", base=2)
+    return figure
+
+
+def draw_buckets() -> Figure:
+    """The bucket over the distance."""
+    figure = Figure(figsize=(6.2, 3), dpi=110, layout="constrained")
+    axis = figure.add_subplot()
+    apart = torch.arange(-160, 161)
+    for bidirectional, colour in ((True, PAIR), (False, "#f0a23b")):
+        bucket = P.t5_bucket(bidirectional=bidirectional)
+        q, kv = apart.clamp(min=0), (-apart).clamp(min=0)
+        axis.step(
+            apart,
+            evaluate(bucket.expr, {"q_idx": q, "kv_idx": kv}),
+            color=colour,
+            label=f"{bidirectional=}",
+            where="mid",
+        )
+    axis.set_xlabel("q_idx - kv_idx", fontsize=9)
+    axis.set_ylabel("bucket", fontsize=9)
+    axis.grid(color="#eeeeee")
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def draw_orders() -> Figure:
+    """The path that the sequence takes through an 8 x 8 grid."""
+    figure = Figure(figsize=(7.6, 3), dpi=110, layout="constrained")
+    for place, (order, tile) in enumerate((("raster", None), ("tiled", (4, 4)), ("morton", None))):
+        axis = figure.add_subplot(1, 3, 1 + place)
+        row, column = P.grid_position(sd.q_idx, (8, 8), order=order, tile=tile)
+        steps = {"q_idx": torch.arange(64)}
+        axis.plot(
+            evaluate(column.expr, steps),
+            evaluate(row.expr, steps),
+            color=PAIR,
+            marker="o",
+            markersize=3,
+            linewidth=1,
+        )
+        axis.set_title(f'order="{order}"', fontsize=10)
+        axis.set_aspect("equal")
+        axis.invert_yaxis()
+        axis.set_xlabel("column", fontsize=9)
+        axis.set_ylabel("row", fontsize=9)
+    return figure
+
+
+def subtree_ends() -> torch.Tensor:
+    """A prompt of 16 tokens with two continuations of 24, each of which forks into two of 8 after its first 8 tokens."""
+    end = torch.arange(64) + 1
+    for first, last, size in (
+        (0, 16, 64),
+        (16, 24, 40),
+        (24, 32, 32),
+        (32, 40, 40),
+        (40, 48, 64),
+        (48, 56, 56),
+        (56, 64, 64),
+    ):
+        end[first:last] = size
+    return end
+
+
+GALLERY = {
+    "full": Entry("full()"),
+    "causal": Entry("causal()"),
+    "sliding_window": Entry("sliding_window(16)"),
+    "dilated": Entry("dilated(8, step=4)"),
+    "strided": Entry("strided(8)"),
+    "strided_fixed": Entry("strided_fixed(8, summary=2)"),
+    "chunked": Entry("chunked(20)"),
+    "sinks": Entry("sliding_window(16) | sinks(4)"),
+    "prefix": Entry("prefix(20)"),
+    "global_tokens": Entry("global_tokens(4)"),
+    "documents": Entry("documents()", options={"doc": lambda: documents_of(24, 10, 30)}),
+    "packed": Entry("packed(window=12)", options={"doc": lambda: documents_of(24, 10, 30)}),
+    "document_prefix": Entry(
+        "document_prefix()",
+        options={
+            "doc": lambda: documents_of(24, 10, 30),
+            "start": lambda: starts_of(24, 10, 30),
+            "prefix": lambda: torch.tensor([8, 5, 16]),
+        },
+    ),
+    "shared_prefix": Entry("shared_prefix()", options={"branch": lambda: documents_of(20, 14, 10, 20)}),
+    "tree": Entry("tree()", options={"subtree_end": subtree_ends}),
+    "blocks": Entry('blocks("picked", 8)', options={"picked": lambda: random(8, 8) > 0.4}),
+    "block_causal": Entry("block_causal(16)"),
+    "random_blocks": Entry("random_blocks(8, 2, seed=0)", length=128),
+    "block_diffusion": Entry("block_diffusion(8)"),
+    "neighbourhood_2d": Entry("neighbourhood_2d(12, 12, kernel=5)", length=144, block=12),
+    "neighbourhood_3d": Entry(
+        "neighbourhood_3d(4, 6, 6, kernel=3, causal=(True, False, False))", length=144, block=12
+    ),
+    "sliding_tile": Entry("sliding_tile((12, 12), kernel=(9, 9), tile=(3, 3))", length=144, block=9),
+    "grid_position": Entry('grid_position(sd.q_idx, (8, 8), order="morton")', draw=draw_orders),
+    "softcap": Entry("softcap(50)"),
+    "alibi": Entry("sd.attend(causal(), score=alibi(8))", options={"head": 1}),
+    "alibi_slope": Entry("alibi_slope(8)", draw=draw_slopes),
+    "relative_bias": Entry("relative_bias(12)", options={"relative_bias": lambda: random(25, 1).cumsum(0)}),
+    "t5_bias": Entry("t5_bias(buckets=16, max_distance=48)", options={"t5_bias": lambda: random(16, 1)}),
+    "t5_bucket": Entry("t5_bucket()", draw=draw_buckets),
+    "longformer": Entry("longformer(window=16, global_count=3)"),
+    "bigbird": Entry("bigbird(block=8, random_count=2)", length=128),
+    "streaming_llm": Entry("streaming_llm(window=16, sink_count=4)"),
+    "alibi_window": Entry("alibi_window(heads=8, window=24)", options={"head": 2}),
+    "t5": Entry("t5(decoder=True)", options={"t5_bias": lambda: random(32, 1).cumsum(0)}),
+    "mistral": Entry("mistral(window=16)"),
+    "gemma2": Entry("gemma2(layer=0, window=16)"),
+    "gemma3": Entry("gemma3(layer=0, window=16)"),
+    "gpt_oss": Entry("gpt_oss(layer=0, window=16)"),
+    "llama4": Entry("llama4(layer=0, chunk=24)"),
+}
+
+CHAPTERS = {
+    "local": "Around the diagonal",
+    "anchors": "Anchors",
+    "documents": "Packed sequences",
+    "blocks": "Blocks",
+    "grids": "Grids",
+    "scores": "Score functions",
+    "models": "Published systems",
+}
+
+
+def page() -> str:
+    """The text of docs/patterns.md."""
+    out = [
+        "# The pattern library",
+        "",
+        "`sparsedsl.patterns`, function by function. This page and its pictures are made by `python docs/make_pictures.py` from the",
+        "docstrings; `help(sd.patterns.causal)` shows the same with arguments and errors. Masks compose with `& | ~ ^`, scores nest:",
+        "`softcap(50, alibi(8))`. In the pictures queries run down, keys to the right.",
+    ]
+    for module, title in CHAPTERS.items():
+        names = importlib.import_module(f"sparsedsl.patterns.{module}").__all__
+        source = f"[patterns/{module}.py](../patterns/{module}.py)"
+        out += ["", f"## {title}", "", f"Source: {source}", ""]
+        out += [", ".join(f"[{name}](#{name})" for name in GALLERY if name in names)]
+        for name in (name for name in GALLERY if name in names):
+            out += ["", *_section(name)]
+    return "\n".join(out) + "\n"
+
+
+def _section(name: str) -> list[str]:
+    function, entry = getattr(P, name), GALLERY[name]
+    signature = str(inspect.signature(function, eval_str=False)).replace("'", "")
+    text = inspect.getdoc(function) or ""
+    about = text.split("\n\nArgs:")[0].split("\n\nRaises:")[0].split("\n\nSource:")[0].split("\n\n>>>")[0]
+    parts = [f"### {name}", "", "```python", f"{name}{signature}", "```", "", *_markdown(about)]
+    if "\n\nSource: " in text:
+        reference = text.split("\n\nSource: ")[1].split("\n\n")[0]
+        parts += ["", "*" + " ".join(reference.split()).rstrip(".") + ".*"]
+    return [*parts, "", f"![{entry.call}](pictures/{name}.png)"]
+
+
+def _markdown(text: str) -> list[str]:
+    """A docstring's text as Markdown: roles and double backquotes as code, blocks after ``::`` fenced."""
+    out: list[str] = []
+    fenced = False
+    for line in text.replace(":func:`", "`").replace("``", "`").splitlines():
+        if fenced and line and not line.startswith("    "):
+            out, fenced = [*out[:-1], "```", "", line], False
+        elif line.endswith("::"):
+            out, fenced = [*out, line[:-1], "", "```text"], True
+        elif not (fenced and not line and out[-1] == "```text"):
+            out.append(line[4:] if fenced else line)
+    return [*out, "```"] if fenced else out
+
+
+def write(name: str) -> Path:
+    """Draw one picture, in few colours so that the file stays small."""
+    path = PICTURES / f"{name}.png"
+    GALLERY[name].picture().savefig(path, dpi=80)
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+    return path
+
+
+def main() -> None:
+    """Draw what the command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="name", help="pictures to draw; default all")
+    parser.add_argument("--page", action="store_true", help="write docs/patterns.md only")
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - set(GALLERY))
+    if unknown:
+        parser.error(f"no picture is called {', '.join(unknown)}; there are {', '.join(GALLERY)}")
+    PICTURES.mkdir(exist_ok=True)
+    for name in [] if options.page else options.names or GALLERY:
+        start = time.perf_counter()
+        path = write(name)
+        print(
+            f"{path.relative_to(ROOT)}  {path.stat().st_size / 1024:.0f} KiB  {time.perf_counter() - start:.1f} s",
+            flush=True,
+        )
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

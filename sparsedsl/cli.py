@@ -1,0 +1,199 @@
+"""The command line: ``python -m sparsedsl explain | plot | check SPEC``.
+
+Exit codes: 0, 1 if ``check`` found a property that does not hold, 2 for anything that could not be done (one message, no traceback;
+``SPARSEDSL_DEBUG=1`` shows the traceback).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sparsedsl.errors import SparseDSLError
+from sparsedsl.settings import settings
+from sparsedsl.specs import CannotLoad, load_pattern, load_tables
+
+__all__ = ["main"]
+
+SPEC_HELP = """\
+SPEC is module:name or file.py:name. The name may be a Mask, a Score, a Pattern, a compiled Attention, a FlexAttention mask_mod or
+score_mod (which is traced), or a function without arguments that returns one of these. Tables that are not bound to it are given as
+--table name=file: a tensor saved with torch.save (.pt) or numpy.save (.npy), or a list written out (--table 'doc=[0,0,1,1]')."""
+
+EXAMPLES = {
+    "explain": """\
+examples:
+  python -m sparsedsl explain sparsedsl.patterns:causal --q-len 4096
+  python -m sparsedsl explain my_patterns.py:packed --q-len 32768 --heads 16 --kv-heads 4 --table doc=doc.pt
+  python -m sparsedsl explain my_patterns.py:local --q-len 1 --kv-len 8192 --q-offset 8191 --dtype bfloat16""",
+    "plot": """\
+examples:
+  python -m sparsedsl plot sparsedsl.patterns:streaming_llm --q-len 256 --out streaming.png
+  python -m sparsedsl plot my_patterns.py:packed --q-len 8 --table 'doc=[0,0,0,1,1,2,2,2]' --block-size 2 --out packed.svg""",
+    "check": """\
+examples:
+  python -m sparsedsl check my_patterns.py:mine
+  python -m sparsedsl check my_patterns.py:mine --causal --examples 500
+  python -m sparsedsl check my_package.masks:prefix_lm --backend flex --examples 10 --seed 0
+
+Tables that are not given are drawn at random, as their declarations allow. Exit code 1 if a property does not hold; then a program
+that shows it is printed.""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        debug = settings().debug
+    except SparseDSLError as error:
+        return _refuse(error)
+    try:
+        return int(arguments.run(arguments))
+    except (SparseDSLError, CannotLoad, OSError) as error:
+        if debug:
+            raise
+        return _refuse(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 2
+
+
+def _refuse(error: Exception) -> int:
+    print(f"sparsedsl: {error}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sparsedsl", description="Look at, draw and test sparse attention patterns.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for run, summary in (
+        (_explain, "what a pattern costs, whether it is causal, and how it would run"),
+        (_plot, "draw a pattern: allowed pairs and tile classes"),
+        (_check, "test a pattern with random shapes, tables and inputs"),
+    ):
+        name = run.__name__.strip("_")
+        command = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.\n\n{SPEC_HELP}", epilog=EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        command.set_defaults(run=run)
+        command.add_argument("spec", metavar="SPEC", help="module:name or file.py:name")
+        command.add_argument("--table", action="append", default=[], metavar="NAME=FILE", help="values of a table; may be repeated")
+        if run is _check:
+            command.add_argument("--examples", type=_count, default=50, metavar="N", help="random cases for each property (default 50)")
+            command.add_argument("--causal", action="store_true", default=None, help="fail if any query sees a later position")
+            command.add_argument("--seed", type=int, metavar="N", help="draw the same cases each time")
+        else:
+            _add_shape(command, costs=run is _explain)
+        if run is _plot:
+            command.add_argument("--out", type=Path, metavar="PATH", help="picture to write: .png, .svg, .pdf (default NAME.png)")
+        else:
+            command.add_argument("--backend", default="auto" if run is _explain else "reference", help="reference, flex or auto")
+    return parser
+
+
+def _add_shape(command: argparse.ArgumentParser, *, costs: bool) -> None:
+    command.add_argument("--q-len", type=_count, required=True, metavar="N", help="number of queries")
+    command.add_argument("--kv-len", type=_count, metavar="N", help="number of keys (default: up to the last query)")
+    command.add_argument("--q-offset", type=int, default=0, metavar="N", help="position of the first query (default 0)")
+    command.add_argument("--block-size", type=_block, metavar="N", help="tokens in a tile, or QxKV such as 64x128")
+    if not costs:
+        command.add_argument("--head", type=int, default=0, metavar="N", help="head to draw, if the pattern reads h (default 0)")
+        command.add_argument("--batch", type=int, default=0, metavar="N", help="batch entry to draw, if it reads b (default 0)")
+        return
+    command.add_argument("--batch", type=_count, default=1, metavar="N", help="batch size (default 1)")
+    command.add_argument("--heads", type=_count, default=1, metavar="N", help="query heads (default 1)")
+    command.add_argument("--kv-heads", type=_count, metavar="N", help="key heads (default: as many as query heads)")
+    command.add_argument("--head-dim", type=_count, default=64, metavar="N", help="width of a head (default 64)")
+    command.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or float64 (default float32)")
+    command.add_argument("--device", default="cpu", help="where it would run: cpu or cuda (default cpu)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _block(text: str) -> tuple[int, int]:
+    sizes = [_count(part) for part in text.split("x")]
+    if len(sizes) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither one size nor QxKV")
+    return sizes[0], sizes[-1]
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------------------------
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    import sparsedsl as sd
+
+    pattern = load_pattern(arguments.spec)
+    words = {"q_offset": arguments.q_offset, "batch": arguments.batch, "heads": arguments.heads, "head_dim": arguments.head_dim}
+    words |= {"dtype": arguments.dtype, **load_tables(pattern, arguments.table)}
+    kv_len = arguments.kv_len or arguments.q_offset + arguments.q_len
+    with _working("analysing"):
+        attn = sd.compile(pattern, backend=arguments.backend)
+        found = str(attn.explain(arguments.q_len, kv_len, kv_heads=arguments.kv_heads, device=arguments.device, **words))
+        if arguments.block_size:
+            tiles = "x".join(map(str, arguments.block_size))
+            found += f"\n\nwith tiles of {tiles} tokens:\n{sd.analyse(pattern, arguments.q_len, kv_len, arguments.block_size, **words)}"
+    print(found)
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    import sparsedsl as sd
+
+    pattern = load_pattern(arguments.spec)
+    out = arguments.out or Path(arguments.spec.rpartition(":")[2].replace(".", "_") + ".png")
+    words = {"block_size": arguments.block_size, "head": arguments.head, "batch": arguments.batch, "q_offset": arguments.q_offset}
+    with _working("drawing"):
+        figure = sd.plot(pattern, arguments.q_len, arguments.kv_len, **words, **load_tables(pattern, arguments.table))
+        try:
+            figure.savefig(out)
+        except ValueError as error:  # a format matplotlib does not know
+            raise SparseDSLError(f"cannot write {out}: {error}") from None
+    print(out)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    import sparsedsl as sd
+
+    pattern = load_pattern(arguments.spec)
+    report = sd.testing.check(
+        pattern, examples=arguments.examples, progress=sys.stderr.isatty(), backend=arguments.backend, causal=arguments.causal,
+        seed=arguments.seed, **load_tables(pattern, arguments.table, all_of_them=False),
+    )  # fmt: skip
+    print(report)
+    return 0 if report.ok else 1
+
+
+@contextlib.contextmanager
+def _working(what: str) -> Iterator[None]:
+    """Shows that something runs, and for how long, if it takes more than a second and somebody is watching."""
+    from tqdm import tqdm
+
+    done = threading.Event()
+
+    def tick() -> None:
+        if done.wait(1) or not sys.stderr.isatty():
+            return
+        with tqdm(desc=what, bar_format="{desc} ... {elapsed}", leave=False) as bar:
+            while not done.wait(0.5):
+                bar.update(0)
+                bar.refresh()
+
+    watcher = threading.Thread(target=tick, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
