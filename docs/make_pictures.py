@@ -213,9 +213,9 @@ def page() -> str:
     out = [
         "# The pattern library",
         "",
-        "`sparsedsl.patterns`, function by function. This page and its pictures are made by `python docs/make_pictures.py` from the",
-        "docstrings; `help(sd.patterns.causal)` shows the same with arguments and errors. Masks compose with `& | ~ ^`, scores nest:",
-        "`softcap(50, alibi(8))`. In the pictures queries run down, keys to the right.",
+        "`sparsedsl.patterns`, function by function. The page and its pictures are made by `python docs/make_pictures.py` from",
+        "the docstrings; `help(sd.patterns.causal)` shows the same with arguments and errors. Masks compose with `& | ~ ^`, scores",
+        "nest: `softcap(50, alibi(8))`. In the pictures queries run down, keys to the right.",
     ]
     for module, title in CHAPTERS.items():
         names = importlib.import_module(f"sparsedsl.patterns.{module}").__all__
@@ -235,7 +235,7 @@ def _section(name: str) -> list[str]:
     parts = [f"### {name}", "", "```python", f"{name}{signature}", "```", "", *_markdown(about)]
     if "\n\nSource: " in text:
         reference = text.split("\n\nSource: ")[1].split("\n\n")[0]
-        parts += ["", "*" + " ".join(reference.split()).rstrip(".") + ".*"]
+        parts += ["", "Source: " + " ".join(reference.split()).replace("``", "`").rstrip(".") + "."]
     return [*parts, "", f"![{entry.call}](pictures/{name}.png)"]
 
 

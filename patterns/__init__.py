@@ -1,8 +1,8 @@
 """The library: published sparse attention patterns as declarations. ``docs/patterns.md`` shows each with its picture.
 
 Functions return a ``Mask``, a ``Score``, or, where a pattern is more than a mask, a ``Pattern``. Masks compose with
-``& | ~ ^``, scores nest: ``softcap(50, alibi(8))``. Where a count may differ between heads or batch entries, it may be an expression:
-``sliding_window(sd.table("window")[sd.h])``.
+``& | ~ ^``, scores nest: ``softcap(50, alibi(8))``. Where a count may differ between heads or batch entries, it may be an
+expression: ``sliding_window(sd.table("window")[sd.h])``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The command line: ``python -m sparsedsl explain | plot | check SPEC``.
 
-Exit codes: 0, 1 if ``check`` found a property that does not hold, 2 for anything that could not be done (one message, no traceback;
-``SPARSEDSL_DEBUG=1`` shows the traceback).
+Exit codes: 0; 1 if ``check`` found a property that does not hold; 2 for anything that could not be done (one message, no
+traceback; ``SPARSEDSL_DEBUG=1`` shows the traceback).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from sparsedsl.specs import CannotLoad, load_pattern, load_tables
 __all__ = ["main"]
 
 SPEC_HELP = """\
-SPEC is module:name or file.py:name. The name may be a Mask, a Score, a Pattern, a compiled Attention, a FlexAttention mask_mod or
-score_mod (which is traced), or a function without arguments that returns one of these. Tables that are not bound to it are given as
---table name=file: a tensor saved with torch.save (.pt) or numpy.save (.npy), or a list written out (--table 'doc=[0,0,1,1]')."""
+SPEC is module:name or file.py:name. The name may be a Mask, a Score, a Pattern, a compiled Attention, a FlexAttention
+mask_mod or score_mod (which is traced), or a function without arguments that returns one of these. Tables that are not
+bound to it are given as --table name=file: a tensor saved with torch.save (.pt) or numpy.save (.npy), or a list written
+out (--table 'doc=[0,0,1,1]')."""
 
 EXAMPLES = {
     "explain": """\
@@ -40,8 +41,8 @@ examples:
   python -m sparsedsl check my_patterns.py:mine --causal --examples 500
   python -m sparsedsl check my_package.masks:prefix_lm --backend flex --examples 10 --seed 0
 
-Tables that are not given are drawn at random, as their declarations allow. Exit code 1 if a property does not hold; then a program
-that shows it is printed.""",
+Tables that are not given are drawn at random, as their declarations allow. Exit code 1 if a property does not hold; then
+a program that shows it is printed.""",
 }
 
 
@@ -83,9 +84,11 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         command.set_defaults(run=run)
         command.add_argument("spec", metavar="SPEC", help="module:name or file.py:name")
-        command.add_argument("--table", action="append", default=[], metavar="NAME=FILE", help="values of a table; may be repeated")
+        command.add_argument(
+            "--table", action="append", default=[], metavar="NAME=FILE", help="values of a table; may be given more than once"
+        )
         if run is _check:
-            command.add_argument("--examples", type=_count, default=50, metavar="N", help="random cases for each property (default 50)")
+            command.add_argument("--examples", type=_count, default=50, metavar="N", help="random cases a property (default 50)")
             command.add_argument("--causal", action="store_true", default=None, help="fail if any query sees a later position")
             command.add_argument("--seed", type=int, metavar="N", help="draw the same cases each time")
         else:
@@ -127,7 +130,7 @@ def _block(text: str) -> tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
-# ---- commands ------------------------------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------------------
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -142,7 +145,8 @@ def _explain(arguments: argparse.Namespace) -> int:
         found = str(attn.explain(arguments.q_len, kv_len, kv_heads=arguments.kv_heads, device=arguments.device, **words))
         if arguments.block_size:
             tiles = "x".join(map(str, arguments.block_size))
-            found += f"\n\nwith tiles of {tiles} tokens:\n{sd.analyse(pattern, arguments.q_len, kv_len, arguments.block_size, **words)}"
+            analysis = sd.analyse(pattern, arguments.q_len, kv_len, arguments.block_size, **words)
+            found += f"\n\nwith tiles of {tiles} tokens:\n{analysis}"
     print(found)
     return 0
 

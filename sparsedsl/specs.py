@@ -44,8 +44,8 @@ def load_pattern(spec: str) -> Any:
             value = (trace_mask if wanted == 4 else trace_score)(value)
         else:
             raise CannotLoad(
-                f"{spec} takes {wanted} arguments; wanted a mask_mod(b, h, q_idx, kv_idx), a score_mod(score, b, h, q_idx, kv_idx), or "
-                "a function without arguments that returns a pattern"
+                f"{spec} takes {wanted} arguments; wanted a mask_mod(b, h, q_idx, kv_idx), "
+                "a score_mod(score, b, h, q_idx, kv_idx), or a function without arguments that returns a pattern"
             )
     try:
         return as_pattern(getattr(value, "pattern", value), where=spec)
@@ -103,7 +103,8 @@ def load_tables(pattern: Any, given: list[str], *, all_of_them: bool = True) -> 
     if missing and all_of_them:
         lines = [f"the pattern reads tables that need values: {', '.join(missing)}. Declared as"]
         lines += [f"  {name} = {needed[name].declaration()}" for name in missing]
-        lines.append("Save each as a tensor, torch.save(tensor, 'NAME.pt'), and pass " + " ".join(f"--table {n}={n}.pt" for n in missing))
+        words = " ".join(f"--table {name}={name}.pt" for name in missing)
+        lines.append(f"Save each as a tensor, torch.save(tensor, 'NAME.pt'), and pass {words}")
         raise TableError("\n".join(lines))
     return tables
 

@@ -264,8 +264,8 @@ def _clause(conjunction: tuple[Boolean, ...]) -> Clause | None:
             grouped.setdefault((bound.q_part, bound.kv_part), []).append(bound)
     merged = []
     for (q_part, kv_part), bounds in grouped.items():
-        low = _tightest((bound.low for bound in bounds), sympy.Max)
-        high = _tightest((bound.high for bound in bounds), sympy.Min)
+        low = _tightest((bound.low for bound in bounds), fn.Max)
+        high = _tightest((bound.high for bound in bounds), fn.Min)
         if low is not None and high is not None and (high - low).is_negative:
             return None
         merged.append(Bound(q_part, kv_part, low, high))

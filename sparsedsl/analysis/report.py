@@ -122,7 +122,7 @@ def analyse(
     head_dim: int = 64,
     head_dim_v: int | None = None,
     dtype: Any = "bfloat16",
-    **tables: torch.Tensor,
+    **tables: Any,
 ) -> Analysis:
     """Everything that can be said about a pattern at these lengths before it runs.
 

@@ -73,7 +73,7 @@ def block_pair(block_size: Any) -> tuple[int, int]:
     pair = tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in pair):
         raise ShapeError(f"block_size must be a positive number of tokens, or a pair (q, kv) of them; got {block_size!r}")
-    return pair  # type: ignore[return-value]
+    return pair
 
 
 def classify(mask: Boolean, domain: Domain, block_size: Any = 128) -> TileLists:

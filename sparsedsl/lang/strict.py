@@ -133,7 +133,7 @@ def _reduce_class(cls: Any) -> Any:
     return (strict_class, (cls.prefix, cls.operation)) if made else cls.__qualname__
 
 
-copyreg.pickle(_ExactFunction, _reduce_class)  # type: ignore[arg-type]
+copyreg.pickle(_ExactFunction, _reduce_class)
 
 
 def is_condition(expr: sympy.Basic) -> bool:

@@ -124,7 +124,7 @@ def _reduce_class(cls: type) -> Any:
     return cls.__qualname__ if spec is None else (read_class, (spec,))
 
 
-copyreg.pickle(_TableFunction, _reduce_class)  # type: ignore[arg-type]
+copyreg.pickle(_TableFunction, _reduce_class)
 
 
 def table_reads(expr: sympy.Basic) -> set[TableRead]:

@@ -76,7 +76,7 @@ class Attention:
         q_offset: int = 0,
         return_lse: bool = False,
         scale: float | None = None,
-        **tables: torch.Tensor,
+        **tables: Any,
     ) -> Any:
         """Attention of ``q (B, Hq, Sq, D)`` over ``k (B, Hkv, Skv, D)``, ``v (B, Hkv, Skv, Dv)``; ``Hq % Hkv == 0``.
 
@@ -143,7 +143,7 @@ class Attention:
         q_offset: int = 0,
         block_size: Any = 128,
         device: Any = None,
-        **tables: torch.Tensor,
+        **tables: Any,
     ) -> Any:
         """A torch ``BlockMask`` with compact storage for plain ``flex_attention``; its ``mask_mod`` takes local query indices.
 
@@ -162,12 +162,12 @@ class Attention:
         where = torch.device(device) if device is not None else domain.device
         return flex.block_mask(self.pattern, lists, domain, where)
 
-    def mask_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: torch.Tensor) -> Any:
+    def mask_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: Any) -> Any:
         """The mask as a FlexAttention ``mask_mod(b, h, q_idx, kv_idx)`` of local query indices. Lengths only if the pattern reads them."""
         bound = bind_tables(self.pattern, tables)
         return flex.mask_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
 
-    def score_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: torch.Tensor) -> Any:
+    def score_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: Any) -> Any:
         """The score as a FlexAttention ``score_mod(score, b, h, q_idx, kv_idx)``; None if the pattern does not modify scores."""
         bound = bind_tables(self.pattern, tables)
         return flex.score_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
@@ -187,7 +187,7 @@ class Attention:
         q_offset: int = 0,
         grad: bool = False,
         return_lse: bool = False,
-        **tables: torch.Tensor,
+        **tables: Any,
     ) -> Any:
         """What a call of this shape would do and cost, before anything runs: backend and why, tiles, FLOPs, bytes, warnings.
 

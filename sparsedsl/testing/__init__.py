@@ -1,9 +1,9 @@
 """The test kit, for this project's patterns and for yours. Needs hypothesis: ``pip install 'sparsedsl[testing]'``.
 
-*Strategies* draw what the language can say (:func:`indices`, :func:`masks`, :func:`scores`, :func:`patterns`), tables that keep their
-declarations (:func:`tables_for`), and shapes and inputs of attention calls (:func:`shapes`, :func:`dtypes`, :func:`inputs`).
-*Assertions* state what must hold of any of them. A failed one raises :class:`Counterexample`, whose ``snippet`` is a program that fails
-in the same way. :func:`check` runs everything on one pattern.
+*Strategies* draw what the language can say (:func:`indices`, :func:`masks`, :func:`scores`, :func:`patterns`), tables that
+keep their declarations (:func:`tables_for`), and shapes and inputs of attention calls (:func:`shapes`, :func:`dtypes`,
+:func:`inputs`). *Assertions* state what must hold of any of them. A failed one raises :class:`Counterexample`, whose
+``snippet`` is a program that fails in the same way. :func:`check` runs everything on one pattern.
 
 >>> import sparsedsl as sd
 >>> from hypothesis import given
@@ -15,7 +15,7 @@ in the same way. :func:`check` runs everything on one pattern.
 from __future__ import annotations
 
 try:
-    import hypothesis as _  # noqa: F401
+    import hypothesis as _
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("sparsedsl.testing needs hypothesis: pip install 'sparsedsl[testing]'") from error
 

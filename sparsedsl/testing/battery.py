@@ -40,7 +40,10 @@ _BLOCKS = (1, 2, 3, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Property:
-    """One property of one pattern. ``status``: ``"holds"``, ``"FAILS"`` or ``"not applicable"``; ``detail`` says why if it does not hold."""
+    """One property of one pattern.
+
+    ``status``: ``"holds"``, ``"FAILS"`` or ``"not applicable"``; for the latter two ``detail`` says why.
+    """
 
     name: str
     meaning: str
@@ -134,7 +137,7 @@ class _Subject:
         return case, data.draw(tables_for(self.bound, case))
 
 
-# ---- the properties: each draws a case and runs an assertion -------------------------------------------------------------------------
+# ---- the properties: each draws a case and runs an assertion -----------------------------------------------
 
 
 def _text(subject: _Subject, data: st.DataObject) -> None:
@@ -148,8 +151,9 @@ def _lists(subject: _Subject, data: st.DataObject) -> None:
     case, tables = subject.draw(data)
     block = data.draw(st.sampled_from(_BLOCKS)), data.draw(st.sampled_from(_BLOCKS))
     words = {"batch": case.batch, "heads": case.heads, "q_offset": case.q_offset, **tables}
-    with _shown(f"pattern = {pattern_code(subject.bound)}", "assert_lists_sound", "pattern", case.q_len, case.kv_len, block, **words):
-        assert_lists_sound(subject.bound, case.q_len, case.kv_len, block, **words)
+    sizes = case.q_len, case.kv_len, block
+    with _shown(f"pattern = {pattern_code(subject.bound)}", "assert_lists_sound", "pattern", *sizes, **words):
+        assert_lists_sound(subject.bound, *sizes, **words)
 
 
 def _numbers(subject: _Subject, data: st.DataObject) -> None:
@@ -164,7 +168,9 @@ def _causal(subject: _Subject, data: st.DataObject) -> None:
     if subject.causal is not True:
         verdict = causality(subject.pattern.mask)
         if verdict == REFUTED:
-            raise _NotApplicable(f"the mask lets a query see a later position: {verdict.witness}. Ask for it with causal=True (--causal)")
+            raise _NotApplicable(
+                f"the mask lets a query see a later position: {verdict.witness}. To have that fail: causal=True (--causal)"
+            )
     _on_case(subject, data, assert_causal, square=True)
 
 
@@ -225,7 +231,7 @@ def check(
     backend: str = "reference",
     causal: bool | None = None,
     seed: int | None = None,
-    **tables: torch.Tensor,
+    **tables: Any,
 ) -> Report:
     """Run every property of the kit on one pattern, with random shapes, tables and inputs.
 

@@ -26,7 +26,9 @@ def _inputs(case: AttentionCase, seed: int) -> list[torch.Tensor]:
     return [tensor(*shape, seed=seed + i) for i, shape in enumerate((case.q_shape, case.k_shape, case.v_shape))]
 
 
-def _failure(what: str, assertion: str, attn: Attention, case: AttentionCase, seed: int, tables: dict[str, Any]) -> Counterexample:
+def _failure(
+    what: str, assertion: str, attn: Attention, case: AttentionCase, seed: int, tables: dict[str, Any]
+) -> Counterexample:
     return Counterexample(
         what,
         f"attn = {attention_code(attn)}",
@@ -38,20 +40,22 @@ def _reads(pattern: Pattern, symbol: Any) -> bool:
     return any(symbol in expr.free_symbols for expr in pattern.exprs)
 
 
-# ---- the future ----------------------------------------------------------------------------------------------------------------------
+# ---- the future --------------------------------------------------------------------------------------------
 
 
-def assert_causal(attn: Any, case: AttentionCase = _CASE, *, seed: int = 0, **tables: torch.Tensor) -> None:
+def assert_causal(attn: Any, case: AttentionCase = _CASE, *, seed: int = 0, **tables: Any) -> None:
     """No result at a position depends on queries, keys or values at later positions.
 
-    For a number of positions, everything after the position is replaced by other, larger numbers: outputs and LSE up to it must stay
-    the same to the last bit, no gradient of theirs may reach what comes after it, and their gradients must stay the same too.
+    For a number of positions, everything after the position is replaced by other, larger numbers: outputs and LSE up to
+    it must stay the same to the last bit, no gradient of theirs may reach what comes after it, and their gradients must
+    stay the same too.
 
     Args:
         attn: a pattern (run by the reference), or what :func:`sparsedsl.compile` made of it.
         case: shape of the problem; a query row stands at ``q_offset`` plus its number.
         seed: of the inputs.
-        tables: values of the pattern's tables. They are held still: a table that was itself computed from the future is not noticed.
+        tables: values of the pattern's tables. They are held still: a table that was itself computed from the future is
+            not noticed.
 
     >>> import sparsedsl as sd
     >>> assert_causal((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5))
@@ -127,11 +131,11 @@ def _leak(pattern: Pattern, case: AttentionCase, t: int, tables: dict[str, torch
     return f"The mask allows b={b}, h={h}, q_idx={row + case.q_offset}, kv_idx={kv}."
 
 
-# ---- cutting into calls --------------------------------------------------------------------------------------------------------------
+# ---- cutting into calls ------------------------------------------------------------------------------------
 
 
 def assert_prefill_equals_decode(
-    attn: Any, case: AttentionCase = _CASE, *, chunks: tuple[int, ...] = (7,), seed: int = 0, **tables: torch.Tensor
+    attn: Any, case: AttentionCase = _CASE, *, chunks: tuple[int, ...] = (7,), seed: int = 0, **tables: Any
 ) -> tuple[str, ...]:
     """A whole sequence in one call, in chunks, and token by token gives the same results.
 
@@ -157,8 +161,8 @@ def assert_prefill_equals_decode(
     pattern = attn.pattern
     if _reads(pattern, Q_LEN):
         raise PatternError(
-            f"{pattern!r} reads q_len, the position after the last query of a call: cut into other calls it means something else. "
-            "Use kv_len, or a table of lengths, for a limit that all calls share"
+            f"{pattern!r} reads q_len, the position after the last query of a call: cut into other calls it means something "
+            "else. Use kv_len, or a table of lengths, for a limit that all calls share"
         )
     q, k, v = _inputs(case, seed)
     wanted = expect(pattern, q, k, v, pattern.bound | tables, q_offset=case.q_offset)
@@ -176,7 +180,12 @@ def assert_prefill_equals_decode(
 
 
 def _pieces(
-    attn: Attention, case: AttentionCase, qkv: tuple[torch.Tensor, ...], length: int, growing: bool, tables: dict[str, torch.Tensor]
+    attn: Attention,
+    case: AttentionCase,
+    qkv: tuple[torch.Tensor, ...],
+    length: int,
+    growing: bool,
+    tables: dict[str, torch.Tensor],
 ) -> Iterator[tuple[slice, int, torch.Tensor]]:
     q, k, v = qkv
     for start in range(0, case.q_len, length):
@@ -185,15 +194,15 @@ def _pieces(
         yield rows, end, attn(q[:, :, rows], k[:, :, :end], v[:, :, :end], q_offset=case.q_offset + start, **tables)
 
 
-# ---- order ---------------------------------------------------------------------------------------------------------------------------
+# ---- order -------------------------------------------------------------------------------------------------
 
 
-def assert_equivariant(attn: Any, case: AttentionCase = _CASE, *, seed: int = 0, **tables: torch.Tensor) -> tuple[str, ...]:
+def assert_equivariant(attn: Any, case: AttentionCase = _CASE, *, seed: int = 0, **tables: Any) -> tuple[str, ...]:
     """Batch entries in another order give results in that order, and so do heads, as far as the pattern does not tell them apart.
 
     Returns:
-        What was permuted: ``"batch"`` if the pattern does not read ``b``, ``"heads"`` if it does not read ``h`` (key heads with their
-        query heads, and query heads within one key head).
+        What was permuted: ``"batch"`` if the pattern does not read ``b``, ``"heads"`` if it does not read ``h`` (key heads with
+        their query heads, and query heads within one key head).
 
     >>> import sparsedsl as sd
     >>> assert_equivariant((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 4 + sd.h))

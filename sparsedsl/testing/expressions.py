@@ -36,11 +36,12 @@ def assert_text_round_trip(expression: Expression) -> None:
         )
 
 
-def assert_same_values(left: Any, right: Any, case: AttentionCase = _CASE, **tables: torch.Tensor) -> None:
+def assert_same_values(left: Any, right: Any, case: AttentionCase = _CASE, **tables: Any) -> None:
     """``left`` and ``right`` have the same value for every ``b, h, q_idx, kv_idx`` of ``case``.
 
     Args:
-        left: an expression, or a Python function ``f(b, h, q_idx, kv_idx)``, or ``f(score, b, h, q_idx, kv_idx)`` as in FlexAttention.
+        left: an expression, or a Python function as FlexAttention takes it: ``f(b, h, q_idx, kv_idx)`` or
+            ``f(score, b, h, q_idx, kv_idx)``.
         right: likewise. Functions are called point by point with tensors without dimensions.
         case: which indices, and the lengths. Logits for ``score`` are random.
         tables: values of the tables that the expressions read and that are not bound to them.
@@ -75,7 +76,9 @@ def _values(side: Any, case: AttentionCase, logits: torch.Tensor, tables: Mappin
         known = side.bound | dict(tables)
         missing = sorted(set(side.tables) - set(known))
         if missing:
-            raise TableError(f"values of the tables {', '.join(missing)} are needed: assert_same_values(..., {missing[0]}=tensor)")
+            raise TableError(
+                f"values of the tables {', '.join(missing)} are needed: assert_same_values(..., {missing[0]}=tensor)"
+            )
         return evaluate(side.expr, {**case.env, "score": logits, **known})
     if not callable(side):
         raise PatternError(f"assert_same_values compares expressions and Python functions; got {side!r} ({type(side).__name__})")

@@ -1,7 +1,8 @@
 """Random text of the language: every operator, function and kind of table read that a pattern may hold, as Python source.
 
-Text rather than expressions, since one text has several readings that must agree: :func:`sparsedsl.parse`, Python's own operators on
-symbols, and Python's own operators on numbers, which know nothing of this project (see :mod:`sparsedsl.testing.plain`).
+Text rather than expressions, since one text has several readings that must agree: :func:`sparsedsl.parse`, Python's own
+operators on symbols, and Python's own operators on numbers, which know nothing of this project (see
+:mod:`sparsedsl.testing.plain`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ __all__ = ["allowed_pairs", "assert_lists_sound"]
 _NAMES = ("empty", "partial", "full")
 
 
-def allowed_pairs(pattern: Any, case: AttentionCase, **tables: torch.Tensor) -> torch.Tensor:
+def allowed_pairs(pattern: Any, case: AttentionCase, **tables: Any) -> torch.Tensor:
     """The mask on every index of ``case``: bool ``(batch, heads, q_len, kv_len)``. For small problems.
 
     >>> import sparsedsl as sd
@@ -41,12 +41,13 @@ def assert_lists_sound(
     batch: int = 1,
     heads: int = 1,
     q_offset: int = 0,
-    **tables: torch.Tensor,
+    **tables: Any,
 ) -> None:
     """The tile lists of ``pattern`` are sound and minimal, and the numbers that :func:`sparsedsl.analyse` gives are right.
 
-    Sound: every allowed pair lies in a listed tile, and a tile listed as full has no masked pair. Minimal: no tile without an
-    allowed pair is listed, and every tile that is full is listed as full. Lists are in order, without repetition, and counted right.
+    Sound: every allowed pair lies in a listed tile, and a tile listed as full has no masked pair. Minimal: no tile without
+    an allowed pair is listed, and every tile that is full is listed as full. Lists are in order, without repetition, and
+    counted right.
     All pairs are looked at: keep ``batch * heads * q_len * kv_len`` below some millions.
 
     >>> import sparsedsl as sd
@@ -64,15 +65,13 @@ def assert_lists_sound(
             wrong,
             f"pattern = {pattern_code(pattern)}",
             "sd.testing.assert_lists_sound("
-            + arguments_code(
-                "pattern", q_len, kv_len, block_size, batch=batch, heads=heads, q_offset=q_offset, **tables
-            )
+            + arguments_code("pattern", q_len, kv_len, block_size, batch=batch, heads=heads, q_offset=q_offset, **tables)
             + ")",
         )
 
 
 def tile_classes(allowed: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Classes ``(batch, heads, rows, columns)`` of the tiles of a dense mask, ragged ones included: 0 empty, 1 partial, 2 full."""
+    """Classes ``(batch, heads, rows, columns)`` of the tiles of a dense mask, ragged ones too: 0 empty, 1 partial, 2 full."""
     rows = []
     for band in allowed.split(block[0], dim=2):
         tiles = band.split(block[1], dim=3)
@@ -89,7 +88,8 @@ def _wrong_lists(lists: TileLists, allowed: torch.Tensor, block: tuple[int, int]
             return f"{kind} tiles outside the {lists.shape[3]} tile columns are listed: {part.columns.tolist()}"
         keys = part.owners() * lists.shape[3] + part.columns
         if bool((keys.diff() <= 0).any()):
-            return f"the {kind} tiles of a row are not in rising order: counts {part.counts.tolist()}, columns {part.columns.tolist()}"
+            lists_of = f"counts {part.counts.tolist()}, columns {part.columns.tolist()}"
+            return f"the {kind} tiles of a row are not in rising order: {lists_of}"
     wanted = tile_classes(allowed, block)
     got = lists.classes()
     if lists.full.total + lists.partial.total != int((got > 0).sum()):
@@ -112,8 +112,10 @@ def _wrong_numbers(
     found = analyse(pattern, case.q_len, case.kv_len, block, head_dim=3, head_dim_v=5, **words, **tables)
     classes = tile_classes(allowed, block)
     listed, per_row = classes > 0, (classes > 0).sum(dim=3).double()
-    sizes = torch.outer(*(torch.tensor([len(x) for x in torch.arange(n).split(b)]) for n, b in zip(allowed.shape[2:], block, strict=True)))
-    pairs = int((listed * sizes).sum())
+    heights, widths = (
+        torch.tensor([len(x) for x in torch.arange(n).split(b)]) for n, b in zip(allowed.shape[2:], block, strict=True)
+    )
+    pairs = int((listed * torch.outer(heights, widths)).sum())
     wanted = {
         "flops": 2 * (3 + 5) * pairs,
         "flops_backward": 2 * (3 * 3 + 2 * 5) * pairs,

@@ -1,7 +1,7 @@
 """What attention must give, and how far off it may be: plain attention in float64, and a tolerance measured, not tuned.
 
-A result may be off by twice as much as the plainest implementation in the same precision, plus one rounding: of every weight and
-output in the dtype of the inputs, and of every logit in the dtype of accumulation. All results must be finite where they should be.
+A result may be off by twice as much as the plainest implementation in the same precision, plus one rounding: of every weight
+and output in the dtype of the inputs, and of every logit in the dtype of accumulation. What should be finite must be.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def plain_attention(
     scale: float | None = None,
     rounded: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Terms]:
-    """Attention as in a textbook, in the dtype of ``q``: ``(out, lse, terms)``. Weights and output are rounded to ``rounded`` if given.
+    """Attention as in a textbook, in the dtype of ``q``: ``(out, lse, terms)``.
 
-    Shares nothing with the lowerings but :func:`sparsedsl.lang.evaluate.evaluate`; heads are copied, softmax is torch's logsumexp.
+    Weights and output are rounded to ``rounded`` if given. Shares nothing with the lowerings but the evaluator of
+    expressions; heads are copied, softmax is torch's logsumexp.
     """
     case, dtype = case_of(q, k, v, q_offset), q.dtype
     if scale is None:
@@ -59,7 +60,8 @@ def plain_attention(
     logits = torch.einsum("bhqd,bhkd->bhqk", q, k) * scale
     env = {**case.env, **tables}
     allowed = evaluate(pattern.mask.expr, env).expand(shape)
-    scores = evaluate(pattern.score.expr, {**env, "score": logits.masked_fill(~allowed, 1.0)}, dtype=dtype).to(dtype).expand(shape)
+    env["score"] = logits.masked_fill(~allowed, 1.0)
+    scores = evaluate(pattern.score.expr, env, dtype=dtype).to(dtype).expand(shape)
     scores = scores.masked_fill(~allowed, float("-inf"))
     columns = scores
     if pattern.sink is not None:

@@ -60,9 +60,7 @@ class AttentionCase:
     @property
     def positions(self) -> Positions:
         """The values of the index symbols on the grid of this case."""
-        return Positions(
-            batch=self.batch, heads=self.heads, q_len=self.q_len, kv_len=self.kv_len, q_offset=self.q_offset
-        )
+        return Positions(batch=self.batch, heads=self.heads, q_len=self.q_len, kv_len=self.kv_len, q_offset=self.q_offset)
 
     @property
     def env(self) -> dict[str, torch.Tensor]:
@@ -75,7 +73,8 @@ def tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32, layout: s
 
     Args:
         shape: the sizes.
-        seed: of a generator of its own; the values do not depend on ``dtype`` before rounding, nor on ``layout`` unless it is expanded.
+        seed: of a generator of its own; before rounding the values do not depend on ``dtype``, and on ``layout`` only if it is
+            expanded.
         dtype: a float type.
         layout: ``"contiguous"``; ``"transposed"`` (dimensions 1 and 2 swapped in memory, as after ``view(...).transpose(1, 2)``);
             ``"expanded"`` (dimension 0 with stride 0: every batch entry is the same memory).
@@ -84,7 +83,8 @@ def tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32, layout: s
     (96, 8, 32, 1)
     """
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*((1, *shape[1:]) if layout == "expanded" else shape), generator=generator, dtype=torch.float64).to(dtype)
+    drawn = (1, *shape[1:]) if layout == "expanded" else shape
+    values = torch.randn(*drawn, generator=generator, dtype=torch.float64).to(dtype)
     if layout == "transposed":
         values = values.transpose(1, 2).contiguous().transpose(1, 2)
     elif layout == "expanded":
@@ -99,7 +99,7 @@ def tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32, layout: s
 
 
 def tensor_code(value: Any) -> str:
-    """Python code that makes ``value`` again: its own call if :func:`tensor` made it, a literal if it is small, else a saved file."""
+    """Python code that makes ``value`` again: the call if :func:`tensor` made it, a literal if it is small, else a file."""
     if not isinstance(value, torch.Tensor):
         return repr(value)
     code = getattr(value, "sparsedsl_code", None)
@@ -108,8 +108,10 @@ def tensor_code(value: Any) -> str:
     value = value.detach().cpu()
     if value.numel() <= _LITERAL_ELEMENTS:
         plain = value.double() if value.is_floating_point() else value
-        return f"torch.tensor({plain.tolist()}, dtype={value.dtype})".replace("-inf", "-math.inf").replace("nan", "math.nan")
-    digest = hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:12]
+        literal = str(plain.tolist()).replace("inf", "math.inf").replace("nan", "math.nan")
+        return f"torch.tensor({literal}, dtype={value.dtype})"
+    content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    digest = hashlib.sha256(content).hexdigest()[:12]
     path = os.path.join(tempfile.gettempdir(), f"sparsedsl-{digest}.pt")
     if not os.path.exists(path):
         torch.save(value.clone(), path)

@@ -57,9 +57,7 @@ def scores(*, depth: int = 2, tables: bool = True) -> st.SearchStrategy[Score]:
 
 
 @st.composite
-def patterns(
-    draw: st.DrawFn, *, depth: int = 3, tables: bool = True, scores: bool = True, causal: bool | None = None
-) -> Pattern:
+def patterns(draw: st.DrawFn, *, depth: int = 3, tables: bool = True, scores: bool = True, causal: bool | None = None) -> Pattern:
     """Attention patterns: a mask, and sometimes a modified logit, a sink and a scale.
 
     Args:
@@ -157,15 +155,18 @@ def _draw_table(draw: st.DrawFn, spec: TableSpec, sizes: tuple[int, ...]) -> tor
         values = low + _ranks(sizes, seed, high - low + 1)
         if spec.monotone:
             values = values.sort(dim=-1).values
-    return values.bool() if spec.dtype == "bool" else values.to(draw(st.sampled_from((torch.int64, torch.int32))))
+    if spec.dtype == "bool":
+        return values.bool()
+    wide = int(values.abs().max()) > torch.iinfo(torch.int32).max
+    return values if wide else values.to(draw(st.sampled_from((torch.int64, torch.int32))))
 
 
 def _ranks(sizes: tuple[int, ...], seed: int, count: int | None = None) -> torch.Tensor:
-    """Whole numbers below ``count``; without it, permutations along the last axis. Seed 0 gives the plainest, 1 and 2 regular ones."""
+    """Whole numbers below ``count``; without it, permutations along the last axis. Seeds 0 to 2 give plain ones."""
     generator = torch.Generator().manual_seed(seed)
     steps = torch.arange(sizes[-1]).expand(sizes).clone()
     if count is None:
-        return steps.flip(-1) if seed == 1 else steps if seed == 0 else torch.rand(sizes, generator=generator).argsort(dim=-1)
-    if seed < 3:
-        return (torch.zeros_like(steps), steps // 4 % count, (steps + 1) % count)[seed]
-    return torch.randint(count, sizes, generator=generator)
+        regular = (steps, steps.flip(-1), steps.roll(1, dims=-1))
+        return regular[seed] if seed < 3 else torch.rand(sizes, generator=generator).argsort(dim=-1)
+    regular = (torch.zeros_like(steps), steps // 4 % count, (steps + 1) % count)
+    return regular[seed] if seed < 3 else torch.randint(count, sizes, generator=generator)

@@ -1,7 +1,12 @@
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from sparsedsl import testing as kit
 from sparsedsl.testing.lists import assert_lists_sound
-blocks = st.sampled_from([1,2,3,4,5,7,8,16,32])
+
+blocks = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16, 32])
+
+
 @given(data=st.data())
 @settings(max_examples=300)
 def test_lists(data):
