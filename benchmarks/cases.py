@@ -39,8 +39,10 @@ def _head_windows(length: int) -> Tables:
 
 @dataclass(frozen=True)
 class Case:
-    """One pattern. ``declare`` makes the sparsedsl pattern, ``tables`` what it needs at a length, ``mask_mod`` and ``score_mod`` the
-    functions a careful user of FlexAttention writes, given the tables. ``heads`` is the size of the head dimension of the lists.
+    """One pattern.
+
+    ``declare`` makes the sparsedsl pattern, ``tables`` what it needs at a length; ``mask_mod`` (given the tables) and ``score_mod``
+    are the functions a careful user of FlexAttention writes. ``heads`` is the size of the head dimension of the lists.
     """
 
     title: str
@@ -128,14 +130,10 @@ CASES = {
         lambda: patterns.causal() & (patterns.sliding_window(WINDOW) | patterns.sinks(4)),
         lambda t: _window_sinks,
     ),
-    "dilated": Case(
-        "dilated: every 8th of 1024", lambda: patterns.dilated(WINDOW // 8, step=8), lambda t: _dilated
-    ),
+    "dilated": Case("dilated: every 8th of 1024", lambda: patterns.dilated(WINDOW // 8, step=8), lambda t: _dilated),
     "documents": Case("documents", patterns.documents, _documents, _doc),
     "causal_documents": Case("documents, causal", patterns.packed, _causal_documents, _doc),
-    "documents_window": Case(
-        "documents, window 1024", lambda: patterns.packed(WINDOW), _documents_window, _doc
-    ),
+    "documents_window": Case("documents, window 1024", lambda: patterns.packed(WINDOW), _documents_window, _doc),
     "chunked": Case("chunked 1024", lambda: patterns.chunked(WINDOW), lambda t: _chunked),
     "per_head": Case(
         "4 windows by head: 128 to 2048",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
+import gc
 import json
 import math
 import os
@@ -73,14 +76,9 @@ def _status(field: str) -> int:
 
 def _give_back() -> None:
     """Return freed heap to the system, so that memory used again counts as growth again."""
-    import ctypes
-    import gc
-
     gc.collect()
-    try:
+    with contextlib.suppress(AttributeError):  # glibc has it, others need not
         ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:  # not glibc
-        pass
 
 
 def peak_bytes(action: Callable[[], Any]) -> int:
@@ -136,7 +134,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "load_average": load(),
     }
 
@@ -196,9 +194,7 @@ def run_child(arguments: Sequence[str], env: Mapping[str, str] | None = None) ->
 
     Also how it died, if it did: what was printed before counts.
     """
-    done = subprocess.run(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
-    )
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **(env or {})})
     found: dict[str, Any] = {}
     for line in done.stdout.splitlines():
         if line.startswith("{"):

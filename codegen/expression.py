@@ -90,7 +90,7 @@ class TorchPrinter(Printer):
         return self.names.symbols[expr.name], ATOM
 
     def _print_Add(self, expr: sympy.Add) -> tuple[str, int]:
-        grouped = _regrouped(expr)
+        grouped = fn.regrouped(expr)
         return super()._print_Add(grouped) if grouped.is_Add else self._print_Mul(grouped)
 
     def _print_Pow(self, expr: sympy.Pow) -> tuple[str, int]:
@@ -172,22 +172,6 @@ def _is_real_arithmetic(expr: sympy.Basic) -> bool:
     if isinstance(expr, sympy.floor):
         return not expr.args[0].is_rational
     return type(expr).__name__.lower() in _REAL_FUNCTIONS
-
-
-def _regrouped(expr: sympy.Add) -> sympy.Expr:
-    """``0.1*kv - 0.1*q`` -> ``0.1*(kv - q)``: sympy multiplies numbers out, and the difference of two large floats is worth little."""
-    groups: dict[sympy.Expr, list[sympy.Expr]] = {}
-    for term in expr.args:
-        coefficient, rest = term.as_coeff_Mul()
-        if rest.is_integer and not coefficient.is_Integer and not _is_constant(term):
-            groups.setdefault(abs(coefficient), []).append(term)
-    terms = list(expr.args)
-    for factor, parts in groups.items():
-        if len(parts) > 1:
-            terms = [t for t in terms if t not in parts]
-            whole = sympy.Add(*(rest if c > 0 else -rest for c, rest in (p.as_coeff_Mul() for p in parts)))
-            terms.append(sympy.Mul(factor, whole, evaluate=False))
-    return sympy.Add(*terms, evaluate=False) if len(terms) < len(expr.args) else expr
 
 
 _Emit = Callable[[str, str], str]

@@ -78,7 +78,7 @@ def draw_slopes() -> Figure:
     figure = Figure(figsize=(6.2, 3), dpi=110, layout="constrained")
     for place, heads in enumerate((8, 12)):
         axis = figure.add_subplot(1, 2, 1 + place)
-        axis.bar(range(heads), evaluate(P.alibi_slope(heads).expr, {"h": torch.arange(heads)}), color=PAIR)
+        axis.bar(range(heads), evaluate(P.alibi_slope(heads).expr, {"h": torch.arange(heads)}).tolist(), color=PAIR)
         axis.set_title(f"alibi_slope({heads})", fontsize=10)
         axis.set_xlabel("h (head)", fontsize=9)
         axis.set_yscale("log", base=2)
@@ -93,13 +93,8 @@ def draw_buckets() -> Figure:
     for bidirectional, colour in ((True, PAIR), (False, "#f0a23b")):
         bucket = P.t5_bucket(bidirectional=bidirectional)
         q, kv = apart.clamp(min=0), (-apart).clamp(min=0)
-        axis.step(
-            apart,
-            evaluate(bucket.expr, {"q_idx": q, "kv_idx": kv}),
-            color=colour,
-            label=f"{bidirectional=}",
-            where="mid",
-        )
+        values = evaluate(bucket.expr, {"q_idx": q, "kv_idx": kv}).tolist()
+        axis.step(apart.tolist(), values, color=colour, label=f"{bidirectional=}", where="mid")
     axis.set_xlabel("q_idx - kv_idx", fontsize=9)
     axis.set_ylabel("bucket", fontsize=9)
     axis.grid(color="#eeeeee")
@@ -110,13 +105,13 @@ def draw_buckets() -> Figure:
 def draw_orders() -> Figure:
     """The path that the sequence takes through an 8 x 8 grid."""
     figure = Figure(figsize=(7.6, 3), dpi=110, layout="constrained")
-    for place, (order, tile) in enumerate((("raster", None), ("tiled", (4, 4)), ("morton", None))):
-        axis = figure.add_subplot(1, 3, 1 + place)
+    for panel, (order, tile) in enumerate((("raster", None), ("tiled", (4, 4)), ("morton", None))):
+        axis = figure.add_subplot(1, 3, 1 + panel)
         row, column = P.grid_position(sd.q_idx, (8, 8), order=order, tile=tile)
         steps = {"q_idx": torch.arange(64)}
         axis.plot(
-            evaluate(column.expr, steps),
-            evaluate(row.expr, steps),
+            evaluate(column.expr, steps).tolist(),
+            evaluate(row.expr, steps).tolist(),
             color=PAIR,
             marker="o",
             markersize=3,
@@ -174,9 +169,7 @@ GALLERY = {
     "random_blocks": Entry("random_blocks(8, 2, seed=0)", length=128),
     "block_diffusion": Entry("block_diffusion(8)"),
     "neighbourhood_2d": Entry("neighbourhood_2d(12, 12, kernel=5)", length=144, block=12),
-    "neighbourhood_3d": Entry(
-        "neighbourhood_3d(4, 6, 6, kernel=3, causal=(True, False, False))", length=144, block=12
-    ),
+    "neighbourhood_3d": Entry("neighbourhood_3d(4, 6, 6, kernel=3, causal=(True, False, False))", length=144, block=12),
     "sliding_tile": Entry("sliding_tile((12, 12), kernel=(9, 9), tile=(3, 3))", length=144, block=9),
     "grid_position": Entry('grid_position(sd.q_idx, (8, 8), order="morton")', draw=draw_orders),
     "softcap": Entry("softcap(50)"),
@@ -213,9 +206,9 @@ def page() -> str:
     out = [
         "# The pattern library",
         "",
-        "`sparsedsl.patterns`, function by function. The page and its pictures are made by `python docs/make_pictures.py` from",
-        "the docstrings; `help(sd.patterns.causal)` shows the same with arguments and errors. Masks compose with `& | ~ ^`, scores",
-        "nest: `softcap(50, alibi(8))`. In the pictures queries run down, keys to the right.",
+        "`sparsedsl.patterns`, function by function; `python docs/make_pictures.py` makes page and pictures from the docstrings.",
+        "`help(sd.patterns.causal)` shows the same with arguments and errors. Masks compose with `& | ~ ^`, scores nest:",
+        "`softcap(50, alibi(8))`. In the pictures queries run down, keys to the right.",
     ]
     for module, title in CHAPTERS.items():
         names = importlib.import_module(f"sparsedsl.patterns.{module}").__all__

@@ -7,6 +7,8 @@ Computes a sequence at once, in chunks, and token by token: ``q_offset`` says wh
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 import sparsedsl as sd
@@ -23,7 +25,7 @@ def main() -> None:
 
     cuts = [*range(0, TOKENS - DECODED, CHUNK), *range(TOKENS - DECODED, TOKENS + 1)]
     steps = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         steps.append(attn(q[:, :, start:end], k[:, :, :end], v[:, :, :end], q_offset=start))
     difference = (whole - torch.cat(steps, dim=2)).abs().max().item()
     print(f"{len(steps)} calls instead of one, {DECODED} of them for a single token")

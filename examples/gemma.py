@@ -33,9 +33,7 @@ def load() -> tuple[Any, Any]:
     folder = settings().cache / NAME
     if not folder.exists():
         _prepare(folder)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32
-    ).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def _prepare(folder: Path) -> None:
@@ -59,9 +57,7 @@ def _prepare(folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(made, gguf_file=file.name)
             bar.update()
             file.unlink()
-            model.hf_quantizer = (
-                None  # transformers saves no model that calls itself quantised; this one is float32
-            )
+            model.hf_quantizer = None  # transformers saves no model that calls itself quantised; this one is float32
             del model.config.quantization_config
             model.save_pretrained(made)
             tokenizer.save_pretrained(made)

@@ -13,14 +13,12 @@ from sparsedsl import kv_idx, q_idx
 
 # ---- edit here ------------------------------------------------------------------------------------------
 
-TOKENS = 4096  # context length, at most 32,768
+TOKENS = 4096  # context length, at most 32,768 (--tokens)
 
 causal = kv_idx <= q_idx
 near = q_idx - kv_idx < 512  # the last 512 tokens
 first = kv_idx < 64  # the first 64 tokens: attention sinks
-blocks = (
-    q_idx // 128 - kv_idx // 128
-) % 4 == 0  # every fourth block of 128 tokens, counted back from the query's own
+blocks = (q_idx // 128 - kv_idx // 128) % 4 == 0  # every fourth block of 128 tokens, counted back from the query's own
 
 HYBRID = causal & (near | first | blocks)
 
@@ -33,27 +31,32 @@ PICTURE = "out/gemma_hybrid.png"
 
 def main() -> None:
     """Report, then measure: transformers' own attention, the same patterns through sparsedsl, the hybrid."""
+    import argparse
     import time
     from pathlib import Path
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"context length, {JUDGED + 1} to 32768; default %(default)s")
+    length = parser.parse_args().tokens
+    if not JUDGED < length <= 32768:
+        parser.error(f"--tokens must be between {JUDGED + 1} and 32768; got {length}")
 
     import gemma
     import torch
 
     begin = time.perf_counter()
-    print(f"The hybrid for the full layers, {TOKENS:,} tokens, before anything runs:\n")
-    print(sd.analyse(HYBRID, TOKENS, heads=4, head_dim=256, dtype="float32"), "\n")
+    print(f"The hybrid for the full layers, {length:,} tokens, before anything runs:\n")
+    print(sd.analyse(HYBRID, length, heads=4, head_dim=256, dtype="float32"), "\n")
     Path(PICTURE).parent.mkdir(exist_ok=True)
-    sd.plot(HYBRID, TOKENS).savefig(PICTURE, dpi=120)
+    sd.plot(HYBRID, length).savefig(PICTURE, dpi=120)
     print(f"picture: {PICTURE}\n")
 
     model, tokenizer = gemma.load()
-    ids = tokenizer(gemma.real_text(), return_tensors="pt").input_ids[:, :TOKENS]
-    judged = TOKENS - 1 - JUDGED
+    ids = tokenizer(gemma.real_text(), return_tensors="pt").input_ids[:, :length]
+    judged = length - 1 - JUDGED
     native = sd.models.native_patterns(model)
     full = [index for index, pattern in native.items() if pattern == sd.attend(causal)]
-    print(
-        f"Gemma 3 270M on {torch.get_num_threads()} threads. Layers {full} see everything, the other {len(native) - len(full)}"
-    )
+    print(f"Gemma 3 270M on {torch.get_num_threads()} threads. Layers {full} see everything, the other {len(native) - len(full)}")
     print(f"  {native[0]}\n")
     print(f"{'attention':32} {'prefill':>9} {'first one':>10} {'perplexity':>11} {'per new token':>14}")
 
@@ -62,18 +65,16 @@ def main() -> None:
         hidden, seconds = gemma.prefill(model, ids, f"{name}: prefill")
         perplexity = gemma.perplexity(model, hidden, ids, judged, f"{name}: perplexity")
         tokens, step = gemma.greedy(model, ids[:, -PROMPT:], GREEDY, f"{name}: generate")
-        compiled = f"{first:8.1f} s" if warm_up == TOKENS else f"{'-':>10}"
+        compiled = f"{first:8.1f} s" if warm_up == length else f"{'-':>10}"
         print(f"{name:32} {seconds:7.1f} s {compiled} {perplexity:11.3f} {step * 1e3:11.0f} ms", flush=True)
         return hidden, tokens
 
-    own, own_tokens = measure("transformers sdpa", min(TOKENS, 512))
+    own, own_tokens = measure("transformers sdpa", min(length, 512))
     with sd.models.apply(model, native):
-        same, same_tokens = measure("sparsedsl, native patterns", TOKENS)
+        same, same_tokens = measure("sparsedsl, native patterns", length)
     with sd.models.apply(model, {**native, **dict.fromkeys(full, HYBRID)}):
-        _, hybrid_tokens = measure("sparsedsl, hybrid in full layers", TOKENS)
-    print(
-        f"(the first prefill compiles; perplexity of the last {JUDGED} tokens; tokens after a prompt of {PROMPT:,})\n"
-    )
+        _, hybrid_tokens = measure("sparsedsl, hybrid in full layers", length)
+    print(f"(the first prefill compiles; perplexity of the last {JUDGED} tokens; tokens after a prompt of {PROMPT:,})\n")
 
     worst = gemma.largest_difference(model, own, same, judged, "compare logits")
     equal = sum(a == b for a, b in zip(own_tokens, same_tokens, strict=True))
@@ -81,9 +82,7 @@ def main() -> None:
     print(f"  logits of the last {JUDGED} tokens: largest difference {worst:.1e}")
     print(f"  greedy tokens: {equal} of {GREEDY} the same")
     print(f"  own:    {tokenizer.decode(own_tokens)!r}\n  hybrid: {tokenizer.decode(hybrid_tokens)!r}\n")
-    print(
-        f"{time.perf_counter() - begin:.0f} s in all. Edit HYBRID in {Path(__file__).name} and run it again."
-    )
+    print(f"{time.perf_counter() - begin:.0f} s in all. Edit HYBRID in {Path(__file__).name} and run it again.")
 
 
 if __name__ == "__main__":

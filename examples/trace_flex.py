@@ -37,10 +37,11 @@ def main() -> None:
     report = sd.analyse(pattern, 4096)
     print(f"causal: {report.causal}; {report.density:.1%} of all pairs")
 
-    back = pattern.mask_mod()
+    attn = sd.compile(pattern, backend="reference")
     q, kv = torch.arange(512)[:, None], torch.arange(512)[None]
-    assert torch.equal(back(0, 0, q, kv), mask_mod(0, 0, q, kv))
-    print("the function given back has the same values")
+    assert torch.equal(attn.mask_mod()(0, 0, q, kv), mask_mod(0, 0, q, kv))
+    print("the mask function given back has the same values")
+    print("and its BlockMask, made without visiting all pairs:", attn.block_mask(4096, 4096).shape)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def prefix(n: int | Index) -> Mask:
     >>> print(sd.patterns.prefix(16))
     (q_idx >= kv_idx) | (kv_idx <= 15)
     >>> print(sd.patterns.prefix(sd.table("prefix")[sd.b]).text)
-    anchors (q_idx >= kv_idx) | (kv_idx <= 15)
+    prefix = table('prefix')
+    (q_idx >= kv_idx) | (kv_idx < prefix[b])
 
     prefix = table('prefix')
     (q_idx >= kv_idx) | (kv_idx < prefix[b])

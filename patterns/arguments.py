@@ -22,9 +22,7 @@ __all__ = [
 def check_whole(function: str, name: str, value: Any, least: int, why: str = "") -> int:
     """A Python whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise PatternError(
-            f"{function}(): {name} must be a whole number; got {value!r} ({type(value).__name__})"
-        )
+        raise PatternError(f"{function}(): {name} must be a whole number; got {value!r} ({type(value).__name__})")
     if value < least:
         reason = f" ({why})" if why else ""
         raise PatternError(f"{function}(): {name} must be at least {least}{reason}; got {value}")
@@ -51,42 +49,32 @@ def check_count(function: str, name: str, value: Any, least: int, why: str = "")
     return check_whole(function, name, value, least, why)
 
 
-def check_counts(
-    function: str, name: str, value: Any, axes: int, least: int, why: str = ""
-) -> tuple[int, ...]:
+def check_counts(function: str, name: str, value: Any, axes: int, least: int, why: str = "") -> tuple[int, ...]:
     """One whole number for all axes, or a tuple with one for each."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
     if len(values) != axes:
-        raise PatternError(
-            f"{function}(): {name} must be a whole number or {axes} of them, one for each axis; got {value!r}"
-        )
+        raise PatternError(f"{function}(): {name} must be a whole number or {axes} of them, one for each axis; got {value!r}")
     return tuple(check_whole(function, name, part, least, why) for part in values)
 
 
 def check_flag(function: str, name: str, value: Any) -> bool:
     """``True`` or ``False``."""
     if not isinstance(value, bool):
-        raise PatternError(
-            f"{function}(): {name} must be True or False; got {value!r} ({type(value).__name__})"
-        )
+        raise PatternError(f"{function}(): {name} must be True or False; got {value!r} ({type(value).__name__})")
     return value
 
 
 def check_choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
     """One of a few words."""
     if value not in choices:
-        raise PatternError(
-            f"{function}(): {name} must be one of {', '.join(map(repr, choices))}; got {value!r}"
-        )
+        raise PatternError(f"{function}(): {name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
     return value
 
 
 def check_positive(function: str, name: str, value: Any) -> int | float:
     """A positive, finite Python number; whole ones become ``int``, which stays exact: ``score / 50``, not ``0.02 * score``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < float("inf"):
-        raise PatternError(
-            f"{function}(): {name} must be a positive number; got {value!r} ({type(value).__name__})"
-        )
+        raise PatternError(f"{function}(): {name} must be a positive number; got {value!r} ({type(value).__name__})")
     return int(value) if float(value).is_integer() else float(value)
 
 

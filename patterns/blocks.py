@@ -138,9 +138,7 @@ def block_diffusion(block: int, *, length: int | None = None) -> Mask:
     if length is not None:
         half = check_whole("block_diffusion", "length", length, 1)
         if half % block:
-            raise PatternError(
-                f"block_diffusion(): length must be a multiple of block, which is {block}; got {length}"
-            )
+            raise PatternError(f"block_diffusion(): length must be a multiple of block, which is {block}; got {length}")
     noisy_q, noisy_kv = q_idx < half, kv_idx < half
     own_block = noisy_q & noisy_kv & (q_idx // block == kv_idx // block)
     before = noisy_q & ~noisy_kv & ((kv_idx - half) // block < q_idx // block)

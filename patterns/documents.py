@@ -20,9 +20,7 @@ def _at(values: Table, index: Any, batched: bool) -> Any:
 def _document_start(function: str, doc: str, offsets: str, batched: bool) -> tuple[Index, Index]:
     """Where the query's document begins and ends, from a table of offsets."""
     if doc == offsets:
-        raise PatternError(
-            f"{function}(): doc and offsets are two tables and want two names; got {doc!r} for both"
-        )
+        raise PatternError(f"{function}(): doc and offsets are two tables and want two names; got {doc!r} for both")
     document = _at(table(doc, monotone=True), q_idx, batched)
     start = table(offsets, monotone=True)
     return _at(start, document, batched), _at(start, document + 1, batched)
@@ -49,8 +47,7 @@ def documents(doc: str = "doc", *, offsets: str | None = None, batched: bool = F
     doc = table('doc', monotone=True)
     doc[q_idx] == doc[kv_idx]
     >>> print(sd.patterns.documents(offsets="start"))
-    documents doc = table('doc', monotone=True)
-    doc[q_idx] == doc[kv_idx]
+    (start[doc[q_idx] + 1] > kv_idx) & (start[doc[q_idx]] <= kv_idx)
 
     (start[doc[q_idx] + 1] > kv_idx) & (start[doc[q_idx]] <= kv_idx)
     """
@@ -80,9 +77,7 @@ def packed(window: int | Index | None = None, doc: str = "doc", *, batched: bool
     return documents(doc, batched=batched) & (causal() if window is None else sliding_window(window))
 
 
-def document_prefix(
-    doc: str = "doc", offsets: str = "start", prefix: str = "prefix", *, batched: bool = False
-) -> Mask:
+def document_prefix(doc: str = "doc", offsets: str = "start", prefix: str = "prefix", *, batched: bool = False) -> Mask:
     """Packed documents, each with a prefix of its own that all its tokens see; the rest is causal.
 
     ``kv_idx - start[d] < prefix[d]`` or ``kv_idx <= q_idx``, inside document ``d = doc[q_idx]``.
@@ -105,9 +100,7 @@ def document_prefix(
     batched = check_flag("document_prefix", "batched", batched)
     start, end = _document_start("document_prefix", doc, offsets, batched)
     if prefix in (doc, offsets):
-        raise PatternError(
-            f"document_prefix(): prefix is a table of its own and wants its own name; got {prefix!r}"
-        )
+        raise PatternError(f"document_prefix(): prefix is a table of its own and wants its own name; got {prefix!r}")
     length = _at(table(prefix), _at(table(doc, monotone=True), q_idx, batched), batched)
     return (start <= kv_idx) & (kv_idx < end) & ((kv_idx < start + length) | causal())
 

@@ -60,9 +60,7 @@ def neighbourhood_2d(
     (q_idx % 32 - kv_idx % 32 <= 2)
     (q_idx // 32 - kv_idx // 32 <= 2)
     """
-    return _neighbourhood(
-        "neighbourhood_2d", (height, width), ("height", "width"), kernel, dilation, causal, edge, order, tile
-    )
+    return _neighbourhood("neighbourhood_2d", (height, width), ("height", "width"), kernel, dilation, causal, edge, order, tile)
 
 
 def neighbourhood_3d(
@@ -120,24 +118,18 @@ def sliding_tile(shape: tuple[int, ...], kernel: int | tuple[int, ...], tile: in
     >>> mask = sd.patterns.sliding_tile((32, 32), kernel=(24, 24), tile=(8, 8))     # blocks of 64: none is partial
     """
     if not isinstance(shape, (tuple, list)) or len(shape) not in (2, 3):
-        raise PatternError(
-            f"sliding_tile(): shape must be (height, width) or (frames, height, width); got {shape!r}"
-        )
+        raise PatternError(f"sliding_tile(): shape must be (height, width) or (frames, height, width); got {shape!r}")
     axes = len(shape)
     sizes = check_counts("sliding_tile", "shape", shape, axes, 1)
     tiles = _tile("sliding_tile", sizes, tile)
     kernels = check_counts("sliding_tile", "kernel", kernel, axes, 1)
     if any(k % t for k, t in zip(kernels, tiles, strict=True)):
-        raise PatternError(
-            f"sliding_tile(): kernel must be a multiple of the tile on each axis; got {kernels}, tile {tiles}"
-        )
+        raise PatternError(f"sliding_tile(): kernel must be a multiple of the tile on each axis; got {kernels}, tile {tiles}")
     volume = math.prod(tiles)
     counts = tuple(n // t for n, t in zip(sizes, tiles, strict=True))
     _check_fits("sliding_tile", "kernel", kernels, sizes)
     kernels = tuple(k // t for k, t in zip(kernels, tiles, strict=True))
-    places = zip(
-        _raster(q_idx // volume, counts), _raster(kv_idx // volume, counts), counts, kernels, strict=True
-    )
+    places = zip(_raster(q_idx // volume, counts), _raster(kv_idx // volume, counts), counts, kernels, strict=True)
     return _all(_shifted(i, j, n, k) for i, j, n, k in places)
 
 
@@ -183,9 +175,7 @@ def _neighbourhood(
     steps = check_counts(function, "dilation", dilation, axes, 1)
     flags = tuple(causal) if isinstance(causal, (tuple, list)) else (causal,) * axes
     if len(flags) != axes or not all(isinstance(flag, bool) for flag in flags):
-        raise PatternError(
-            f"{function}(): causal must be True or False, or {axes} of them, one for each axis; got {causal!r}"
-        )
+        raise PatternError(f"{function}(): causal must be True or False, or {axes} of them, one for each axis; got {causal!r}")
     edge = check_choice(function, "edge", edge, _EDGES)
     if edge == "shift":
         _check_fits(
@@ -222,14 +212,10 @@ def _all(masks: Any) -> Mask:
     return functools.reduce(operator.and_, masks, as_mask(True))
 
 
-def _position(
-    function: str, index: Index, sizes: tuple[int, ...], order: str, tile: Any
-) -> tuple[Index, ...]:
+def _position(function: str, index: Index, sizes: tuple[int, ...], order: str, tile: Any) -> tuple[Index, ...]:
     order = check_choice(function, "order", order, _ORDERS)
     if (tile is not None) != (order == "tiled"):
-        raise PatternError(
-            f'{function}(): order="tiled" and tile=(..) go together; got order={order!r}, tile={tile!r}'
-        )
+        raise PatternError(f'{function}(): order="tiled" and tile=(..) go together; got order={order!r}, tile={tile!r}')
     if order == "raster":
         return _raster(index, sizes)
     if order == "morton":
@@ -268,16 +254,10 @@ def _morton(function: str, index: Index, sizes: tuple[int, ...]) -> tuple[Index,
 def _tile(function: str, sizes: tuple[int, ...], tile: Any) -> tuple[int, ...]:
     tiles = check_counts(function, "tile", tile, len(sizes), 1)
     if any(n % t for n, t in zip(sizes, tiles, strict=True)):
-        raise PatternError(
-            f"{function}(): the tile must divide the grid on each axis; got {tiles} in {sizes}"
-        )
+        raise PatternError(f"{function}(): the tile must divide the grid on each axis; got {tiles} in {sizes}")
     return tiles
 
 
-def _check_fits(
-    function: str, what: str, kernels: tuple[int, ...], sizes: tuple[int, ...], way_out: str = ""
-) -> None:
+def _check_fits(function: str, what: str, kernels: tuple[int, ...], sizes: tuple[int, ...], way_out: str = "") -> None:
     if any(k > n for k, n in zip(kernels, sizes, strict=True)):
-        raise PatternError(
-            f"{function}(): {what} must fit the grid on each axis; got {kernels} in {sizes}{way_out}"
-        )
+        raise PatternError(f"{function}(): {what} must fit the grid on each axis; got {kernels} in {sizes}{way_out}")

@@ -39,9 +39,7 @@ def longformer(window: int = 512, global_count: int = 1, *, dilation: int = 1) -
     """
     window = check_whole("longformer", "window", window, 0)
     if window % 2:
-        raise PatternError(
-            f"longformer(): window counts keys on both sides together and must be even; got {window}"
-        )
+        raise PatternError(f"longformer(): window counts keys on both sides together and must be even; got {window}")
     global_count = check_whole("longformer", "global_count", global_count, 0)
     dilation = check_whole("longformer", "dilation", dilation, 1)
     return dilated(window // 2 + 1, dilation, two_sided=True) | global_tokens(global_count)
@@ -80,9 +78,7 @@ def bigbird(
     block = check_whole("bigbird", "block", block, 1)
     window_blocks = check_whole("bigbird", "window_blocks", window_blocks, 1)
     if window_blocks % 2 == 0:
-        raise PatternError(
-            f"bigbird(): window_blocks must be odd, with equal numbers on both sides; got {window_blocks}"
-        )
+        raise PatternError(f"bigbird(): window_blocks must be odd, with equal numbers on both sides; got {window_blocks}")
     global_count = check_whole("bigbird", "global_blocks", global_blocks, 0) * block
     random_count = check_whole("bigbird", "random_count", random_count, 0)
     reach = window_blocks // 2
@@ -194,9 +190,7 @@ def gemma2(layer: int, *, window: int = 4096, cap: float = 50.0, query_scalar: f
     """
     layer = check_whole("gemma2", "layer", layer, 0)
     mask = causal() if layer % 2 else sliding_window(window)
-    return attend(
-        mask, score=softcap(cap), scale=check_positive("gemma2", "query_scalar", query_scalar) ** -0.5
-    )
+    return attend(mask, score=softcap(cap), scale=check_positive("gemma2", "query_scalar", query_scalar) ** -0.5)
 
 
 def gemma3(layer: int, *, window: int = 512, period: int = 6, query_scalar: float = 256) -> Pattern:

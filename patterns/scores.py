@@ -83,17 +83,11 @@ def alibi(heads: int | None = None, logit: Score = score, *, slopes: str = "slop
     slopes = table('slopes', dtype=float)
     score - abs(kv_idx - q_idx)*slopes[h]
     """
-    slope = (
-        table(slopes, dtype=float)[h]
-        if heads is None
-        else alibi_slope(check_whole("alibi", "heads", heads, 1))
-    )
+    slope = table(slopes, dtype=float)[h] if heads is None else alibi_slope(check_whole("alibi", "heads", heads, 1))
     return check_logit("alibi", logit) - slope * abs(q_idx - kv_idx)
 
 
-def relative_bias(
-    max_distance: int, logit: Score = score, *, bidirectional: bool = True, name: str = "relative_bias"
-) -> Score:
+def relative_bias(max_distance: int, logit: Score = score, *, bidirectional: bool = True, name: str = "relative_bias") -> Score:
     """A learned bias for each distance and head, distances clipped: ``logit + relative_bias[clip(q_idx - kv_idx) + offset, h]``.
 
     Bidirectional: distances ``-D .. D``, ``offset = D``. Else ``0 .. D``, ``offset = 0``; later keys count as distance 0.
@@ -158,8 +152,10 @@ def t5_bucket(buckets: int = 32, max_distance: int = 128, *, bidirectional: bool
     ``e = buckets // 2`` buckets hold one distance each, the others grow: ``e + floor(log(d / e) / log(max_distance / e) * e)``
     for ``d >= e``. Bidirectional: half of the buckets for each direction, those for later keys second.
 
-    The published formula is evaluated here once per bucket, in its own fp32 arithmetic, and what is left is comparisons of whole
-    numbers: the buckets are exactly the published ones, and no logarithm is taken for any pair.
+    The published formula is evaluated here once per bucket, in its own fp32 arithmetic with a correctly rounded logarithm, and
+    what is left is comparisons of whole numbers. For the published models the buckets are exactly those of their code. (Elsewhere
+    a boundary may fall on a whole distance; there fp32 libraries, whose logarithms err in the last place, disagree among
+    themselves.)
 
     Args:
         buckets: number of buckets; even if bidirectional.
@@ -176,9 +172,7 @@ def t5_bucket(buckets: int = 32, max_distance: int = 128, *, bidirectional: bool
     two = check_flag("t5_bucket", "bidirectional", bidirectional)
     buckets = check_whole("t5_bucket", "buckets", buckets, 4 if two else 2)
     if two and buckets % 2:
-        raise PatternError(
-            f"t5_bucket(): buckets must be even if bidirectional, half for each direction; got {buckets}"
-        )
+        raise PatternError(f"t5_bucket(): buckets must be even if bidirectional, half for each direction; got {buckets}")
     one_way = buckets // 2 if two else buckets
     exact = one_way // 2
     max_distance = check_whole(
@@ -198,11 +192,7 @@ def _t5_starts(buckets: int, exact: int, max_distance: int) -> tuple[int, ...]:
         low, high = exact, 2 * max_distance  # the bucket never falls with the distance: bisect
         while low < high:
             middle = (low + high) // 2
-            low, high = (
-                (low, middle)
-                if _t5_published(middle, buckets, exact, max_distance) >= bucket
-                else (middle + 1, high)
-            )
+            low, high = (low, middle) if _t5_published(middle, buckets, exact, max_distance) >= bucket else (middle + 1, high)
         starts.append(low)
     return tuple(starts)
 

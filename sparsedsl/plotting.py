@@ -94,9 +94,7 @@ def plot(
     figure, axes, own = _axes(ax, len(names), figsize)
     notes = [getattr(view, f"draw_{name}")(axis) for name, axis in zip(names, axes, strict=True)]
     if own:
-        figure.suptitle(
-            _headline(pattern, len(axes)) if title is None else title, fontsize=9, family="monospace"
-        )
+        figure.suptitle(_headline(pattern, len(axes)) if title is None else title, fontsize=9, family="monospace")
         figure.supxlabel("\n".join([view.caption, *filter(None, notes)]), fontsize=8, color="#444444")
     return figure
 
@@ -128,9 +126,7 @@ class _View:
         self.place = {BATCH: sympy.Integer(batch), HEAD: sympy.Integer(head)}
         self.mask = pattern.mask.expr.xreplace(self.place)
         read = attend(pattern.mask)
-        bound = bind_tables(
-            read, {name: tensor for name, tensor in self.tables.items() if name in read.tables}
-        )
+        bound = bind_tables(read, {name: tensor for name, tensor in self.tables.items() if name in read.tables})
         for symbol, name, size in ((BATCH, "batch", batch), (HEAD, "head", head)):
             self._check_rows(symbol, name, size, bound)
         self.domain = Domain(q_len, q_offset + q_len if kv_len is None else kv_len, q_offset, tables=bound)
@@ -146,9 +142,7 @@ class _View:
     def _reads(self, symbol: sympy.Symbol) -> bool:
         return any(symbol in expr.free_symbols for expr in self.pattern.exprs)
 
-    def _check_rows(
-        self, symbol: sympy.Symbol, name: str, value: int, bound: dict[str, torch.Tensor]
-    ) -> None:
+    def _check_rows(self, symbol: sympy.Symbol, name: str, value: int, bound: dict[str, torch.Tensor]) -> None:
         """A head that a table of heads does not have would be drawn as its last one."""
         from sparsedsl.lang.tables import table_reads
 
@@ -156,9 +150,7 @@ class _View:
             for axis, index in enumerate(read.args):
                 size = bound[read.spec.name].shape[axis]
                 if index == symbol and value >= size:
-                    raise ShapeError(
-                        f"plot(): {name}={value}, but the table {read.spec.name!r} has {size} of them"
-                    )
+                    raise ShapeError(f"plot(): {name}={value}, but the table {read.spec.name!r} has {size} of them")
 
     def _block(self, given: Any) -> tuple[int, int]:
         if given is None:
@@ -167,12 +159,8 @@ class _View:
                 size //= 2
             return size, size
         pair = tuple(given) if isinstance(given, (tuple, list)) else (given, given)
-        if len(pair) != 2 or any(
-            isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in pair
-        ):
-            raise ShapeError(
-                f"plot(): block_size must be a whole number of at least 1, or (q, kv); got {given!r}"
-            )
+        if len(pair) != 2 or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in pair):
+            raise ShapeError(f"plot(): block_size must be a whole number of at least 1, or (q, kv); got {given!r}")
         return pair
 
     # ---- evaluation, in bounded pieces ---------------------------------------------------------------------------------------
@@ -184,16 +172,8 @@ class _View:
     def value(self, expr: sympy.Basic, rows: torch.Tensor, keys: torch.Tensor, **more: Any) -> torch.Tensor:
         """An expression at broadcast rows and keys."""
         device = self.domain.device
-        env = (
-            self.domain.lengths
-            | {"q_idx": (rows + self.q_offset).to(device), "kv_idx": keys.to(device)}
-            | more
-        )
-        return (
-            evaluate(expr, env | dict(self.domain.tables))
-            .broadcast_to(torch.broadcast_shapes(rows.shape, keys.shape))
-            .cpu()
-        )
+        env = self.domain.lengths | {"q_idx": (rows + self.q_offset).to(device), "kv_idx": keys.to(device)} | more
+        return evaluate(expr, env | dict(self.domain.tables)).broadcast_to(torch.broadcast_shapes(rows.shape, keys.shape)).cpu()
 
     def pairs(self) -> torch.Tensor:
         """Every pair; for short sequences."""
@@ -202,9 +182,7 @@ class _View:
     @functools.cached_property
     def cells(self) -> tuple[int, int]:
         """Tokens in a cell of the picture: whole tiles, as many as it takes for CELLS cells along a side."""
-        q_cell, kv_cell = (
-            b * -(-n // (b * CELLS)) for b, n in zip(self.block, (self.q_len, self.kv_len), strict=True)
-        )
+        q_cell, kv_cell = (b * -(-n // (b * CELLS)) for b, n in zip(self.block, (self.q_len, self.kv_len), strict=True))
         return q_cell, kv_cell
 
     @functools.cached_property
@@ -212,9 +190,7 @@ class _View:
         """Whether the tile analysis decides every cell quickly: the sequence is short, or no pairs need trying."""
         if self.q_len * self.kv_len <= ALWAYS_EXACT:
             return True
-        decider = PointDecider(
-            self.mask, self.domain, self.domain.groups(self.mask), TableRanges(self.domain.tables)
-        )
+        decider = PointDecider(self.mask, self.domain, self.domain.groups(self.mask), TableRanges(self.domain.tables))
         return all(decider.diagonal(literal) for clause in clauses(self.mask) for literal in clause.rest)
 
     @functools.cached_property
@@ -228,11 +204,7 @@ class _View:
             places = (torch.zeros_like(row), *grid.queries(row), *grid.keys(column))
             boxes: Any = tuple(t.flatten().to(self.domain.device) for t in places)
             ranges = TableRanges(self.domain.tables)
-            classes = (
-                box_classes(self.mask, self.domain, self.domain.groups(self.mask), ranges, boxes)
-                .view(row.shape)
-                .cpu()
-            )
+            classes = box_classes(self.mask, self.domain, self.domain.groups(self.mask), ranges, boxes).view(row.shape).cpu()
         share = (classes == FULL).double()
         row, column = ((classes != FULL) & (classes != EMPTY)).nonzero(as_tuple=True)
         area = self.cells[0] * self.cells[1]
@@ -267,9 +239,7 @@ class _View:
                 place = torch.arange(points)
                 y, x = place // kv_cell, place % kv_cell
             else:
-                y, x = (
-                    (torch.rand(i.numel(), points, generator=generator) * n).long() for n in (height, width)
-                )
+                y, x = ((torch.rand(i.numel(), points, generator=generator) * n).long() for n in (height, width))
                 y[:, :4], x[:, :4] = corners[0] * (height - 1), corners[1] * (width - 1)
             inside = (y < height) & (x < width)
             hit = self.allowed(i + torch.minimum(y, height - 1), j + torch.minimum(x, width - 1)) & inside
@@ -311,7 +281,7 @@ class _View:
         if max(self.q_len, self.kv_len) <= EXACT:
             pairs = self.pairs()
             axis.imshow(
-                pairs,
+                pairs.numpy(),
                 cmap=ListedColormap([NOTHING, PAIR]),
                 vmin=0,
                 vmax=1,
@@ -320,14 +290,12 @@ class _View:
             )
             _legend(axis, [(PAIR, "allowed"), (NOTHING, "masked")])
             self.frame(axis, "allowed pairs")
-            return (
-                f"{int(pairs.sum()):,} of {pairs.numel():,} pairs allowed ({_percent(pairs.double().mean())})"
-            )
+            return f"{int(pairs.sum()):,} of {pairs.numel():,} pairs allowed ({_percent(pairs.double().mean())})"
         classes, share, how = self.survey
         # The root makes thin structure visible; a cell with a single allowed pair is never as light as an empty one.
         share = torch.where(classes == EMPTY, 0.0, share.clamp(min=1e-4))
         image = axis.imshow(
-            share,
+            share.numpy(),
             cmap=_shades(),
             norm=PowerNorm(0.4, 0, 1),
             extent=self.grid_extent(),
@@ -344,7 +312,7 @@ class _View:
 
         classes = self.survey[0]
         colours = ListedColormap([CLASS_COLOURS[kind] for kind in sorted(CLASS_COLOURS)])
-        axis.imshow(classes, cmap=colours, vmin=0, vmax=2, extent=self.grid_extent(), interpolation="nearest")
+        axis.imshow(classes.numpy(), cmap=colours, vmin=0, vmax=2, extent=self.grid_extent(), interpolation="nearest")
         rows, columns = classes.shape
         if max(rows, columns) <= 64:
             left, right, bottom, top = self.grid_extent()
@@ -355,9 +323,7 @@ class _View:
                 color="white",
                 linewidth=0.6,
             )
-            axis.hlines(
-                [top + i * self.cells[0] for i in range(1, rows)], left, right, color="white", linewidth=0.6
-            )
+            axis.hlines([top + i * self.cells[0] for i in range(1, rows)], left, right, color="white", linewidth=0.6)
         _legend(axis, [(CLASS_COLOURS[kind], CLASS_NAMES[kind]) for kind in (FULL, PARTIAL, EMPTY)])
         q_block, kv_block = self.block
         self.frame(axis, f"tiles of {q_block} x {kv_block}")
@@ -379,11 +345,7 @@ class _View:
             lists = classify(self.mask, self.domain, self.block)
             count = {FULL: lists.full.total, PARTIAL: lists.partial.total}
             count[EMPTY] = tiles[0] * tiles[1] - sum(count.values())
-        return (
-            f"{total}: "
-            + ", ".join(f"{count[kind]:,} {CLASS_NAMES[kind]}" for kind in (FULL, PARTIAL, EMPTY))
-            + kinds
-        )
+        return f"{total}: " + ", ".join(f"{count[kind]:,} {CLASS_NAMES[kind]}" for kind in (FULL, PARTIAL, EMPTY)) + kinds
 
     def missing_for_score(self) -> list[str]:
         """Tables that the score reads and nobody gave."""
@@ -397,24 +359,17 @@ class _View:
             raise TableError(
                 f"plot(): the score panel wants {', '.join(missing)}; pass {missing[0]}=tensor, or leave the panel out"
             )
-        tables = bind_tables(
-            as_pattern(score), {name: tensor for name, tensor in self.tables.items() if name in names}
-        )
+        tables = bind_tables(as_pattern(score), {name: tensor for name, tensor in self.tables.items() if name in names})
         expr = score.expr.xreplace(self.place)
         if not expr.free_symbols & {Q_IDX, KV_IDX}:
             return self._draw_curve(axis, expr, tables)
         side = [min(n, CELLS) for n in (self.q_len, self.kv_len)]
-        rows, keys = (
-            ((torch.arange(s) + 0.5) * n / s).long()
-            for s, n in zip(side, (self.q_len, self.kv_len), strict=True)
-        )
+        rows, keys = (((torch.arange(s) + 0.5) * n / s).long() for s, n in zip(side, (self.q_len, self.kv_len), strict=True))
         zero = {"score": torch.zeros((), dtype=torch.float64)} | tables
         values = self.value(expr, rows[:, None], keys[None], **zero).double()
         values = values.where(self.allowed(rows[:, None], keys[None]) & values.isfinite(), torch.nan)
         largest = float(values.abs().nan_to_num().max()) or 1.0
-        image = axis.imshow(
-            values, cmap="RdBu", vmin=-largest, vmax=largest, extent=self.extent, interpolation="nearest"
-        )
+        image = axis.imshow(values.numpy(), cmap="RdBu", vmin=-largest, vmax=largest, extent=self.extent, interpolation="nearest")
         axis.set_facecolor(NOTHING)
         _bar(axis, image)
         self.frame(axis, "logit, where q · k = 0")
@@ -426,10 +381,9 @@ class _View:
         reach = 2 * max([1.0, *numbers])
         raw = torch.linspace(-reach, reach, 401, dtype=torch.float64)
         zero = torch.zeros(401, dtype=torch.int64)
-        axis.plot(raw, raw, color="#bbbbbb", linewidth=1, label="unchanged")
-        axis.plot(
-            raw, self.value(expr, zero, zero, score=raw, **tables), color=PAIR, linewidth=2, label="modified"
-        )
+        axis.plot(raw.numpy(), raw.numpy(), color="#bbbbbb", linewidth=1, label="unchanged")
+        modified = self.value(expr, zero, zero, score=raw, **tables)
+        axis.plot(raw.numpy(), modified.numpy(), color=PAIR, linewidth=2, label="modified")
         axis.set_title("logit", fontsize=10)
         axis.set_xlabel("scaled q · k", fontsize=9)
         axis.set_ylabel("logit in the softmax", fontsize=9)
@@ -461,9 +415,7 @@ def _axes(ax: Any, count: int, figsize: Any) -> tuple[Any, list[Any], bool]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UnsupportedError(
-            "sd.plot draws with matplotlib, which is not installed: pip install 'sparsedsl[plots]'"
-        ) from None
+        raise UnsupportedError("sd.plot draws with matplotlib, which is not installed: pip install 'sparsedsl[plots]'") from None
     if ax is None:
         figure = Figure(figsize=figsize or (0.6 + 4.4 * count, 5.0), dpi=110, layout="constrained")
         # what notebooks ask for, since pyplot, which would answer, is not involved
@@ -485,9 +437,7 @@ def _shades() -> Any:
     """From nothing, with a step, to the colour of an allowed pair."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    return LinearSegmentedColormap.from_list(
-        "share", [(0, NOTHING), (0.004, NOTHING), (0.0041, "#c9dcec"), (1, PAIR)]
-    )
+    return LinearSegmentedColormap.from_list("share", [(0, NOTHING), (0.004, NOTHING), (0.0041, "#c9dcec"), (1, PAIR)])
 
 
 def _locator() -> Any:
@@ -499,9 +449,7 @@ def _locator() -> Any:
 def _legend(axis: Any, entries: list[tuple[str, str]]) -> None:
     from matplotlib.patches import Patch
 
-    handles = [
-        Patch(facecolor=colour, edgecolor="#999999", linewidth=0.5, label=name) for colour, name in entries
-    ]
+    handles = [Patch(facecolor=colour, edgecolor="#999999", linewidth=0.5, label=name) for colour, name in entries]
     axis.legend(
         handles=handles,
         fontsize=8,
@@ -513,9 +461,7 @@ def _legend(axis: Any, entries: list[tuple[str, str]]) -> None:
 
 
 def _bar(axis: Any, image: Any, **options: Any) -> Any:
-    bar = axis.figure.colorbar(
-        image, cax=axis.inset_axes((0.1, -0.22, 0.8, 0.03)), orientation="horizontal", **options
-    )
+    bar = axis.figure.colorbar(image, cax=axis.inset_axes((0.1, -0.22, 0.8, 0.03)), orientation="horizontal", **options)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set(color="#999999", linewidth=0.5)
     return bar

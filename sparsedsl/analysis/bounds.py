@@ -133,10 +133,10 @@ def _message(read: TableRead, axis: int, index: sympy.Expr, size: int, low: Any,
     name = read.spec.name
     reach = f"{low}..{high}" if all(abs(v) != float("inf") for v in (low, high)) else "values that no declared fact bounds"
     symbols = index.free_symbols
-    way = "Pass a longer table" if low >= 0 else "The index goes below zero"
+    way = "Pass a longer table, or limit" if low >= 0 else "The index goes below zero: limit"
     if symbols <= {BATCH, HEAD} and low >= 0:
-        way = f"Pass a table with {high + 1} entries along dimension {axis}, one for each"
+        way = f"Pass a table with {high + 1} entries along dimension {axis}, one for each, or limit"
     return (
         f"table {name!r} is too short: it has shape {shape}, {size} entries along dimension {axis}, but the pattern reads it there at "
-        f"{expression_text(index)} = {reach}. {way}, or limit the index: sd.clamp(index, 0, {size - 1})"
+        f"{expression_text(index)} = {reach}. {way} the index: sd.clamp(index, 0, {size - 1})"
     )

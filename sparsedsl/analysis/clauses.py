@@ -83,6 +83,7 @@ class Clause:
         return len(coupled) <= 1 or all(bound.holds_on_diagonal for bound in coupled)
 
 
+@functools.lru_cache(maxsize=4096)
 def monotone(expr: sympy.Expr, symbol: sympy.Symbol) -> int | None:
     """+1 if ``expr`` never falls as ``symbol`` grows, -1 if it never rises, 0 if it does not depend on it, None if unknown."""
     if symbol not in expr.free_symbols:
@@ -120,6 +121,7 @@ def _gapless(expr: sympy.Expr) -> bool:
     return denominator.is_Integer and numerator.coeff(Q_IDX) == 1 and Q_IDX not in (numerator - Q_IDX).free_symbols
 
 
+@functools.lru_cache(maxsize=1024)
 def only_difference(expr: sympy.Basic) -> bool:
     """Whether ``expr`` depends on positions only through ``q_idx - kv_idx``: then tiles on one diagonal are alike."""
     delta = sympy.Dummy("delta", integer=True)

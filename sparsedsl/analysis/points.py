@@ -80,26 +80,28 @@ class PointDecider:
             key = key * (int(sizes.max()) + 1) + sizes
         if self.groups.count > 1 and any(x.free_symbols & {BATCH, HEAD} for x in moving):
             key = key * self.groups.count + group
-        open_ = torch.zeros_like(key, dtype=torch.bool)
-        intervals = _intervals(self.domain, self.groups, self.ranges, tiles)
-        for literal in fixed:
-            always, ever = (torch.as_tensor(v, device=key.device) for v in intervals.range(literal))
-            key = key * 2 + always
-            open_ = open_ | (always != ever)
-        # Tiles with an open relation stand for themselves.
-        top = int(key.max()) + 1
-        key = torch.where(open_, top + torch.arange(key.numel(), device=key.device), key)
+        del sizes, offset
+        number = torch.arange(key.numel(), device=key.device)
+        if fixed:
+            open_ = torch.zeros_like(key, dtype=torch.bool)
+            intervals = _intervals(self.domain, self.groups, self.ranges, tiles)
+            for literal in fixed:
+                always, ever = (torch.as_tensor(v, device=key.device) for v in intervals.range(literal))
+                key = key * 2 + always
+                open_ = open_ | (always != ever)
+            del intervals
+            # Tiles with an open relation stand for themselves.
+            key = torch.where(open_, int(key.max()) + 1 + number, key)
         size = int(key.max()) + 1
         if size <= SMALL_KEY:
             place = torch.zeros(size, dtype=torch.int64, device=key.device)
-            place[key] = torch.arange(key.numel(), device=key.device)
-            stand_in = place[key]
-            chosen = (stand_in == torch.arange(key.numel(), device=key.device)).nonzero()[:, 0]
+            place[key] = number
+            chosen = (place[key] == number).nonzero()[:, 0]
             place[key[chosen]] = torch.arange(chosen.numel(), device=key.device)
             return chosen, place[key]
         unique, inverse = torch.unique(key, return_inverse=True)
         chosen = torch.zeros(unique.numel(), dtype=torch.int64, device=key.device)
-        chosen[inverse] = torch.arange(key.numel(), device=key.device)
+        chosen[inverse] = number
         return chosen, inverse
 
     def _decide_all(self, tiles: Boxes) -> torch.Tensor:

@@ -7,6 +7,7 @@ of the tile). Both cost O(tiles); nothing per key or per pair.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,26 +101,51 @@ def _invert(
     The bounds may lie outside the range (first > last when no index fits). Closed form for ``c * i + r`` and ``i // c + r``;
     otherwise a binary search, O(log length) evaluations for all tiles together.
     """
-    if (monotone(expr, symbol) or 0) < 0:
-        expr, low, high = -expr, -high, -low
-    moving, fixed = sympy.Add(expr, 0).as_independent(symbol, as_Add=True)[::-1]
-    if fixed != 0:
-        offset = evaluate(fixed, env)
+    form = _rising_form(expr, symbol)
+    if form.negated:
+        low, high = -high, -low
+    if form.fixed != 0:
+        offset = evaluate(form.fixed, env)
         low, high = _shift(low, offset), _shift(high, offset)
-    coefficient, core = moving.as_coeff_Mul()
-    if core == symbol and coefficient.is_Integer:
-        c = int(coefficient)
-        return -((-low) // c), high // c
-    if isinstance(core, sympy.floor) and coefficient == 1:
-        numerator, denominator = core.args[0].as_numer_denom()
-        if numerator == symbol and denominator.is_Integer:
-            c = int(denominator)
-            return _shift(low, 0) * c, _shift(high, 0) * c + c - 1
+    if form.factor is not None:
+        return (low, high) if form.factor == 1 else (-((-low) // form.factor), high // form.factor)
+    if form.divisor is not None:
+        return _shift(low, 0) * form.divisor, _shift(high, 0) * form.divisor + form.divisor - 1
+    moving = form.moving
     if isinstance(moving, TableRead) and moving.args == (symbol,):
         table = env[moving.spec.name][:length]
         first, after = (_search(table, target, length) for target in (low, high + 1))
         return first, after - 1
     return _bisect(moving, symbol, low, length, env), _bisect(moving, symbol, high + 1, length, env) - 1
+
+
+@dataclass(frozen=True)
+class _RisingForm:
+    """``moving + fixed``, or its negative if ``negated``; ``moving`` reads the symbol and does not fall as it grows.
+
+    ``moving`` is ``factor * symbol`` if ``factor`` is not None, and ``symbol // divisor`` if ``divisor`` is not None.
+    """
+
+    negated: bool
+    moving: sympy.Expr
+    fixed: sympy.Expr
+    factor: int | None
+    divisor: int | None
+
+
+@functools.lru_cache(maxsize=1024)
+def _rising_form(expr: sympy.Expr, symbol: sympy.Symbol) -> _RisingForm:
+    """The symbolic part of :func:`_invert`, which is asked again for every chunk of tiles."""
+    negated = (monotone(expr, symbol) or 0) < 0
+    moving, fixed = sympy.Add(-expr if negated else expr, 0).as_independent(symbol, as_Add=True)[::-1]
+    coefficient, core = moving.as_coeff_Mul()
+    if core == symbol and coefficient.is_Integer:
+        return _RisingForm(negated, moving, fixed, int(coefficient), None)
+    if isinstance(core, sympy.floor) and coefficient == 1:
+        numerator, denominator = core.args[0].as_numer_denom()
+        if numerator == symbol and denominator.is_Integer:
+            return _RisingForm(negated, moving, fixed, None, int(denominator))
+    return _RisingForm(negated, moving, fixed, None, None)
 
 
 def _shift(value: torch.Tensor, offset: Any) -> torch.Tensor:

@@ -29,8 +29,9 @@ from sparsedsl.errors import ShapeError
 
 __all__ = ["Grid", "block_pair", "classify"]
 
-# Elements of the largest temporary; bounds the memory of every step.
-CHUNK = 1 << 17
+# Tiles listed at once by runs: memory stays below 4 MiB at a million tokens, and torch does not split work so small over threads,
+# which costs more than it gains. Boxes of the descent at once: they need more work each, and most of them fall.
+CHUNK, BOXES = 1 << 14, 1 << 17
 # The descent begins at boxes of this many tiles on a side and splits by BRANCH.
 ROOT, BRANCH = 64, 4
 
@@ -146,7 +147,8 @@ class _Classifier:
         return owner, column, self._decide(line[owner], column)
 
     def _decide(self, line: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        group, row = line // self.grid.rows, line % self.grid.rows
+        one = self.groups.count == 1
+        group, row = (line.new_zeros(()).expand_as(line), line) if one else (line // self.grid.rows, line % self.grid.rows)
         return self.decider.decide((group, *self.grid.queries(row), *self.grid.keys(column)))
 
     def _pieces(self, grid: Grid) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -230,7 +232,7 @@ class _Classifier:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Step 2. Split undecided boxes until they are tiles; empty ones fall, full ones need no further question."""
         grid = self.grid.coarser(factor)
-        step = CHUNK // BRANCH**2
+        step = BOXES // BRANCH**2
         for begin in range(0, kind.numel(), step):
             g, r, c, k = (t[begin : begin + step] for t in (group, row, column, kind))
             open_ = (k == UNKNOWN).nonzero()[:, 0]

@@ -130,6 +130,13 @@ def _reduce(op: Callable[[Value, Value], Value]) -> Callable[[_Evaluator, sympy.
     return lambda self, expr: functools.reduce(op, (self.value(a) for a in expr.args))
 
 
+def _add(self: _Evaluator, expr: sympy.Add) -> Value:
+    grouped = fn.regrouped(expr)
+    if isinstance(grouped, sympy.Add):
+        return functools.reduce(operator.add, (self.value(a) for a in grouped.args))
+    return self.value(grouped)
+
+
 def _relation(op: Callable[[Value, Value], Value]) -> Callable[[_Evaluator, sympy.Basic], Value]:
     return lambda self, expr: op(self.value(expr.args[0]), self.value(expr.args[1]))
 
@@ -175,7 +182,7 @@ _RULES: dict[type, Callable[[_Evaluator, Any], Value]] = {
     sympy.core.numbers.NegativeInfinity: lambda self, expr: float("-inf"),
     sympy.logic.boolalg.BooleanTrue: lambda self, expr: True,
     sympy.logic.boolalg.BooleanFalse: lambda self, expr: False,
-    sympy.Add: _reduce(operator.add),
+    sympy.Add: _add,
     sympy.Mul: _reduce(operator.mul),
     sympy.Pow: _pow,
     sympy.floor: _floor,

@@ -278,7 +278,7 @@ class _Arithmetic(Expression):
         return self._arith(other, lambda x, y: x - y, swap=True)
 
     def __mul__(self, other: Any) -> Any:
-        return self._arith(other, _times)
+        return self._arith(other, lambda x, y: x * y)
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -370,21 +370,7 @@ def _leads_negative(terms: sympy.Expr) -> bool:
 def _true_divide(left: Score, right: Score) -> Score:
     if right._expr.is_zero:
         raise PatternError(f"division by zero: {left} / {right}")
-    return Score(_times(left._expr, 1 / right._expr), _merge(left, right))
-
-
-def _times(left: sympy.Expr, right: sympy.Expr) -> sympy.Expr:
-    """``left * right``; a number stays in front of a sum of reals.
-
-    sympy multiplies it in, and terms that cancelled exactly, as in ``(1 - where(mask, 1, 0)) * -1e9``, no longer do so in floats.
-    """
-    for number, factor in ((left, right), (right, left)):
-        coefficient, total = factor.as_coeff_Mul()
-        if number.is_Number and total.is_Add and not (number.is_Integer and factor.is_integer):
-            product = number * coefficient
-            if product.is_finite and product != 0:
-                return total if product == 1 else sympy.Mul(product, total, evaluate=False)
-    return left * right
+    return Score(left._expr / right._expr, _merge(left, right))
 
 
 class Index(_Arithmetic):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import sympy
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 
-__all__ = ["REAL_FUNCTIONS", "Abs", "BitAnd", "Erf", "Max", "Min", "Mod", "Relu", "Sigmoid", "Softplus", "Where", "floor_div", "mod"]
+__all__ = ["REAL_FUNCTIONS", "Abs", "BitAnd", "Erf", "Max", "Min", "Mod", "Relu", "Sigmoid", "Softplus", "Where", "floor_div", "mod", "regrouped"]
 
 
 class Where(sympy.Function):
@@ -198,3 +198,23 @@ def floor_div(a: sympy.Expr, c: sympy.Expr) -> sympy.Expr:
 def mod(a: sympy.Expr, c: sympy.Expr) -> sympy.Expr:
     """Integer ``a % c`` with the sign of ``c``, as Python does."""
     return Mod(a, c)
+
+
+def regrouped(expr: sympy.Add) -> sympy.Expr:
+    """``1e9*where(m, 1, 0) - 1e9`` -> ``1e9*(where(m, 1, 0) - 1)``: a number that sympy has multiplied in, taken out again.
+
+    The form for float arithmetic: terms that cancel exactly in the small do not when each has been rounded in the large. Gives back
+    ``expr`` itself where there is nothing to take out.
+    """
+    groups: dict[sympy.Expr, list[tuple[sympy.Expr, sympy.Expr]]] = {}
+    for term in expr.args:
+        coefficient, rest = (term, sympy.Integer(1)) if term.is_Number else term.as_coeff_Mul()
+        if coefficient.is_finite and coefficient not in (1, -1):
+            groups.setdefault(abs(coefficient), []).append((term, rest if coefficient > 0 else -rest))
+    terms = list(expr.args)
+    for factor, parts in groups.items():
+        if len(parts) > 1 and not all(term.is_integer for term, _ in parts):
+            taken = [term for term, _ in parts]
+            whole = sympy.Add(*(rest for _, rest in parts))
+            terms = [t for t in terms if t not in taken] + [sympy.Mul(factor, whole, evaluate=False)]
+    return sympy.Add(*terms, evaluate=False) if len(terms) < len(expr.args) else expr

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import numbers
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.expressions import Mask, Score, _merge, as_mask, as_score
 from sparsedsl.lang.symbols import HEAD, BATCH, SCORE
-from sparsedsl.lang.tables import TableSpec, table_specs
+from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
 from sparsedsl.lang.printing import to_text
 
 __all__ = ["Pattern", "as_pattern", "attend"]
@@ -30,19 +33,25 @@ class Pattern:
     sink: Score | None = None
     scale: float | None = None
 
-    @property
-    def tables(self) -> dict[str, TableSpec]:
-        """Table name -> declaration, for everything the pattern reads."""
-        return table_specs(*self.exprs)
+    @functools.cached_property
+    def tables(self) -> Mapping[str, TableSpec]:
+        """Table name -> declaration, for everything the pattern reads, by name."""
+        return types.MappingProxyType(table_specs(*self.exprs))
 
-    @property
+    @functools.cached_property
+    def table_ranks(self) -> Mapping[str, int]:
+        """Table name -> number of indices it is read with."""
+        reads = [read for expr in self.exprs for read in table_reads(expr)]
+        return types.MappingProxyType({read.spec.name: len(read.args) for read in reads})
+
+    @functools.cached_property
     def exprs(self) -> tuple[Any, ...]:
         """The sympy expressions: mask, score and, if there is one, sink."""
         return (self.mask.expr, self.score.expr) + (() if self.sink is None else (self.sink.expr,))
 
     @property
     def bound(self) -> dict[str, Any]:
-        """Tables bound at declaration or captured by tracing."""
+        """Tables bound at declaration or captured by tracing (a copy)."""
         return _merge(self.mask, self.score, self.sink)
 
     @property
@@ -50,7 +59,7 @@ class Pattern:
         """Whether the logit is modified at all."""
         return self.score.expr != SCORE
 
-    @property
+    @functools.cached_property
     def text(self) -> str:
         """The pattern as Python code with ``attend(...)``; also what its hash is taken of."""
         *declarations, mask = to_text(*self.exprs).split("\n")[: len(self.tables) + 1]
@@ -63,7 +72,7 @@ class Pattern:
             words.append(f"scale={self.scale!r}")
         return "\n".join([*declarations, f"attend({', '.join(words)})"])
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """A hash of the text form (32 hex digits), the same in every process."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
@@ -79,6 +88,9 @@ class Pattern:
             return expression.bind(**{n: t for n, t in tables.items() if n in names})
 
         return Pattern(part(self.mask), part(self.score), None if self.sink is None else part(self.sink), self.scale)
+
+    def __reduce__(self) -> Any:
+        return Pattern, (self.mask, self.score, self.sink, self.scale)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Pattern) and self.exprs == other.exprs and self.scale == other.scale

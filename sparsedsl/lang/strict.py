@@ -151,7 +151,8 @@ def torch_source(function: type[StrictFunction], operands: Sequence[str], number
     cast = [text if i in rule.plain or numbers[i] else f"{_bracketed(text)}.to({dtype})" for i, text in enumerate(operands)]
     tensors = [i for i in range(len(cast)) if i not in rule.plain and not numbers[i]]
     for i in range(len(cast)):
-        if numbers[i] and i not in rule.plain and (rule.tensors or not tensors) and function.operation != "where":
+        must_be_tensor = rule.tensors or not tensors or (i == 0 and function.operation != "pow")
+        if numbers[i] and i not in rule.plain and must_be_tensor and function.operation != "where":
             cast[i] = f"torch.full_like({cast[tensors[0]]}, {cast[i]})" if tensors else f"torch.tensor({cast[i]}, dtype={dtype})"
     return rule.template.format(*cast, dtype=dtype)
 

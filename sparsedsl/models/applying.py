@@ -15,9 +15,9 @@ from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.models.attention import BINDING, Binding, Compiled, make_attention_function
 from sparsedsl.models.derived import PROVIDED
-from sparsedsl.models.layers import attention_layers, text_config
+from sparsedsl.models.layers import attention_layers, is_told_causal, text_config
 from sparsedsl.models.masks import make_mask_function
-from sparsedsl.models.native import native_pattern
+from sparsedsl.models.native import native_facts, native_pattern
 
 __all__ = ["AppliedPatterns", "apply"]
 
@@ -77,22 +77,27 @@ def apply(model: Any, patterns: Any, *, backend: str = "auto") -> AppliedPattern
             "call model.set_attn_implementation('sdpa') first"
         )
     if any(hasattr(module, BINDING) for module in layers.values()):
-        raise PatternError(
-            "this model has patterns already; call restore() on what the first models.apply returned"
-        )
-    compiled = Compiled(backend)
-    bindings = {
-        index: _bind(layers[index], index, given, config, compiled) for index, given in chosen.items()
-    }
+        raise PatternError("this model has patterns already; call restore() on what the first models.apply returned")
+    told, compiled = is_told_causal(model, config), Compiled(backend)
+    bindings = {index: _bind(layers[index], index, given, config, told, compiled) for index, given in chosen.items()}
     return AppliedPatterns(model, config, native, layers, bindings)
 
 
 class AppliedPatterns:
-    """Patterns at work in a model; made by :func:`apply`. ``patterns``: layer index -> the pattern the layer runs."""
+    """Patterns at work in a model; made by :func:`apply`, ended by :meth:`restore` or by leaving its ``with`` block.
 
-    def __init__(
-        self, model: Any, config: Any, native: str, layers: dict[int, Any], bindings: dict[int, Binding]
-    ) -> None:
+    ``patterns``: layer index -> the pattern the layer runs. ``layers``: the indices of all attention layers.
+
+    >>> import sparsedsl as sd
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> applied = sd.models.apply(LlamaForCausalLM(LlamaConfig(**tiny)), sd.kv_idx <= sd.q_idx)
+    >>> sorted(applied.patterns)
+    [0, 1]
+    >>> applied.restore()
+    """
+
+    def __init__(self, model: Any, config: Any, native: str, layers: dict[int, Any], bindings: dict[int, Binding]) -> None:
         self.model, self.layers = model, tuple(layers)
         self.patterns = {index: binding.pattern for index, binding in bindings.items()}
         self._config, self._native = config, native
@@ -155,9 +160,7 @@ def _choose(patterns: Any, layers: dict[int, Any]) -> dict[int, Mask | Pattern]:
     if isinstance(patterns, Mapping):
         unknown = sorted(set(patterns) - set(layers), key=str)
         if unknown:
-            raise PatternError(
-                f"no attention layer has the index {unknown}; the model's attention layers are {sorted(layers)}"
-            )
+            raise PatternError(f"no attention layer has the index {unknown}; the model's attention layers are {sorted(layers)}")
         given = {index: patterns[index] for index in layers if index in patterns}
     elif isinstance(patterns, (Mask, Pattern, bool)):
         given = dict.fromkeys(layers, patterns)
@@ -168,11 +171,11 @@ def _choose(patterns: Any, layers: dict[int, Any]) -> dict[int, Mask | Pattern]:
     return {index: value for index, value in given.items() if value is not None}
 
 
-def _bind(module: Any, index: int, given: Any, config: Any, compiled: Compiled) -> Binding:
+def _bind(module: Any, index: int, given: Any, config: Any, told: bool, compiled: Compiled) -> Binding:
     keeps_score = isinstance(given, (Mask, bool))
     pattern = as_pattern(given, where=f"the pattern of layer {index}")
     try:
-        native = native_pattern(module, index, config)
+        native = native_pattern(module, index, config, told)
     except UnsupportedError:
         if keeps_score:
             raise
@@ -194,12 +197,12 @@ def _bind(module: Any, index: int, given: Any, config: Any, compiled: Compiled) 
             f"layer {index}: nothing binds the table{'s' if len(free) > 1 else ''} {', '.join(free)} of the pattern; "
             f"bind before applying: pattern.bind({free[0]}=tensor)"
         )
-    return Binding(index, pattern, pattern == native, keeps_score or pattern == native, compiled)
+    is_native = pattern == native
+    facts = native_facts(module, index, config, told) if is_native else None
+    return Binding(index, pattern, is_native, keeps_score or is_native, facts, compiled)
 
 
-def _before_forward(
-    name: str, bindings: tuple[Binding, ...], module: Any, args: Any, kwargs: dict[str, Any]
-) -> None:
+def _before_forward(name: str, bindings: tuple[Binding, ...], module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Runs before every forward of the model: nothing has switched the patterns off, and the cache keeps what they ask for."""
     implementation = text_config(module)._attn_implementation
     if implementation != name:

@@ -19,6 +19,7 @@ from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.derived import Form, derive
 from sparsedsl.models.masks import MaskRequest, request_of
+from sparsedsl.models.native import Facts
 from sparsedsl.run.compile import compile as compile_pattern
 
 __all__ = ["BINDING", "Binding", "Compiled", "make_attention_function"]
@@ -48,12 +49,14 @@ class Compiled:
 
 @dataclass(eq=False)
 class Binding:
-    """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for."""
+    """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for, and ``facts``
+    what its mask says. ``keeps_score``: soft cap and sinks are the layer's own."""
 
     index: int
     pattern: Pattern
     native: bool
     keeps_score: bool
+    facts: Facts | None
     compiled: Compiled
     _by_form: dict[Form, tuple[Any, frozenset[str]]] = field(default_factory=dict)
     _fits: dict[int, bool] = field(default_factory=dict)
@@ -110,9 +113,7 @@ def _native_function(module: Any, native: str) -> Callable[..., Any]:
     )
 
 
-def _refuse_what_would_be_lost(
-    binding: Binding, mask: Any, request: MaskRequest | None, arguments: dict[str, Any]
-) -> None:
+def _refuse_what_would_be_lost(binding: Binding, mask: Any, request: MaskRequest | None, arguments: dict[str, Any]) -> None:
     """Nothing that the model or its caller asks for is dropped in silence."""
     where = f"layer {binding.index}"
     if request is None:
@@ -126,6 +127,11 @@ def _refuse_what_would_be_lost(
             f"{where}: the model combines its mask with {', '.join(request.overlays)}, which the pattern would drop. "
             "Leave this layer native for such inputs (patterns={...} without it, or handle.restore())"
         )
+    if binding.native and request.facts is not None and request.facts != binding.facts:
+        raise UnsupportedError(
+            f"{where}: the model asks for the mask {_words(request.facts)}, but its configuration was read as "
+            f"{_words(binding.facts)}; give this layer a pattern of your own, or leave it native"
+        )
     if arguments.get("dropout"):
         raise UnsupportedError(
             f"{where}: attention dropout is {arguments['dropout']} in training, and patterns have none; set "
@@ -137,17 +143,17 @@ def _refuse_what_would_be_lost(
             "call without it, or handle.restore() and use attn_implementation='eager'"
         )
     if arguments.get("position_bias") is not None:
-        raise UnsupportedError(
-            f"{where}: the layer adds a position bias, which the pattern would drop; leave this layer native"
-        )
+        raise UnsupportedError(f"{where}: the layer adds a position bias, which the pattern would drop; leave this layer native")
     if arguments.get("cache") is not None:
-        raise UnsupportedError(
-            f"{where}: paged caches (continuous batching) are not supported; use model.generate()"
-        )
+        raise UnsupportedError(f"{where}: paged caches (continuous batching) are not supported; use model.generate()")
     if binding.keeps_score and arguments.get("softcap") is not None and not binding.pattern.has_score:
         raise UnsupportedError(
             f"{where}: the layer caps its logits at {arguments['softcap']}, which its native pattern does not know"
         )
+
+
+def _words(facts: Facts | None) -> str:
+    return " & ".join(word if number is None else f"{word}({number})" for word, number in sorted(facts or (), key=str))
 
 
 def _run(

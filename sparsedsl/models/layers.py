@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsedsl.errors import PatternError, UnsupportedError
 
-__all__ = ["attention_layers", "passes_argument", "text_config"]
+__all__ = ["attention_layers", "is_told_causal", "passes_argument", "text_config"]
 
 
 def text_config(model: Any) -> Any:
@@ -50,6 +50,12 @@ def attention_layers(model: Any) -> dict[int, Any]:
             "cannot reach its attention; sd.compile(pattern) can be called in a forward of your own"
         )
     return dict(sorted(found.items()))
+
+
+def is_told_causal(model: Any, config: Any) -> bool:
+    """Whether a module of the text stack overrules its layers with ``is_causal=True`` at the call, as CLIP's text model does."""
+    stack = (module for module in model.modules() if getattr(module, "config", None) is config)
+    return any(_mentions(module, "is_causal=True") for module in stack)
 
 
 def passes_argument(module: Any, name: str) -> bool:

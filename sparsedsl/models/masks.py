@@ -15,17 +15,17 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.models.native import Facts
 
 __all__ = ["MaskRequest", "Packing", "make_mask_function", "request_of"]
 
-_MASKS = "transformers.masking_utils"
-# transformers' own mask functions that the layer's pattern stands for.
+# transformers' own mask functions that a layer's pattern stands for -> what they say, and the name of their number.
 _REPLACED = {
-    "causal_mask_function",
-    "bidirectional_mask_function",
-    "sliding_window_overlay.<locals>.inner_mask",
-    "sliding_window_bidirectional_overlay.<locals>.inner_mask",
-    "chunked_overlay.<locals>.inner_mask",
+    "causal_mask_function": ("causal", None),
+    "bidirectional_mask_function": ("bidirectional", None),
+    "sliding_window_overlay.<locals>.inner_mask": ("window", "sliding_window"),
+    "sliding_window_bidirectional_overlay.<locals>.inner_mask": ("distance", "sliding_window"),
+    "chunked_overlay.<locals>.inner_mask": ("chunk", "chunk_size"),
 }
 
 
@@ -43,7 +43,8 @@ class MaskRequest:
 
     ``q_offset``: cache slot of the first query. ``kv_offset``: cache slot of the first key that the layer hands out (a cropped
     sliding-window cache starts later than 0). ``padding``: (B, slots) bool, False = padding, or None when nothing is padded.
-    ``packing``: see :class:`Packing`. ``overlays``: mask functions a pattern knows nothing of (image blocks, a caller's own).
+    ``packing``: see :class:`Packing`. ``facts``: the mask that transformers wants, see ``native.Facts``; None if its own words do
+    not say it. ``overlays``: mask functions a pattern knows nothing of (image blocks, a caller's own).
     """
 
     q_length: int
@@ -52,6 +53,7 @@ class MaskRequest:
     kv_offset: int
     padding: torch.Tensor | None
     packing: Packing | None
+    facts: Facts | None
     overlays: tuple[str, ...]
     arguments: dict[str, Any]
     _native: dict[str, torch.Tensor | None] = field(default_factory=dict)
@@ -101,9 +103,7 @@ class MaskRequest:
 
     def tensor(self, batch: int, device: Any) -> torch.Tensor:
         """A tensor of the mask's shape that holds nothing but this request."""
-        shaped = torch.ones((), dtype=torch.bool, device=device).expand(
-            batch, 1, self.q_length, self.kv_length
-        )
+        shaped = torch.ones((), dtype=torch.bool, device=device).expand(batch, 1, self.q_length, self.kv_length)
         carrier = shaped.as_subclass(_Carrier)
         carrier.request = self
         return carrier
@@ -143,9 +143,7 @@ def make_mask_function() -> Callable[..., torch.Tensor]:
 
     def sparsedsl_mask(**arguments: Any) -> torch.Tensor:
         q_offset = arguments["q_offset"]
-        if isinstance(
-            q_offset, torch.Tensor
-        ):  # a static cache's own counter, which it moves on before the layer attends
+        if isinstance(q_offset, torch.Tensor):  # a static cache's own counter, which it moves on before the layer attends
             if torch.compiler.is_compiling():
                 raise UnsupportedError(
                     "a static cache under torch.compile keeps its offset in a tensor, which block lists cannot follow; use"
@@ -157,18 +155,18 @@ def make_mask_function() -> Callable[..., torch.Tensor]:
         if padding is not None:
             padding = padding.to(device=arguments["device"], dtype=torch.bool)
             if bool(padding.all()) and padding.shape[1] >= q_offset + arguments["q_length"]:
-                padding = (
-                    None  # (a mask that ends before the last query says that the slots behind it are padding)
-                )
-        packing, overlays = _read(arguments["mask_function"], arguments["config"])
+                padding = None  # (a mask that ends before the last query says that the slots behind it are padding)
+        read = _Reading(arguments["config"])
+        read.take(arguments["mask_function"])
         request = MaskRequest(
             arguments["q_length"],
             arguments["kv_length"],
             q_offset,
             arguments["kv_offset"],
             padding,
-            packing,
-            overlays,
+            read.packing(),
+            frozenset(read.facts) if read.plain else None,
+            tuple(read.overlays),
             arguments,
         )
         return request.tensor(arguments["batch_size"], arguments["device"])
@@ -176,39 +174,40 @@ def make_mask_function() -> Callable[..., torch.Tensor]:
     return sparsedsl_mask
 
 
-def _read(function: Callable[..., Any], config: Any) -> tuple[Packing | None, tuple[str, ...]]:
-    """Take transformers' mask function apart: packed sequences, and whatever a pattern does not replace."""
-    name, inside = function.__qualname__, _closure(function)
-    if function.__module__ == _MASKS:
-        if name in _REPLACED:
-            return None, ()
-        if name in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"):
-            parts = [_read(part, config) for part in inside["mask_functions"]]
-            sequence = next(
-                (
-                    m
-                    for m in inside["mask_functions"]
-                    if m.__qualname__.startswith("packed_sequence_mask_function.")
-                ),
-                None,
-            )
-            position = next((p for p, _ in parts if p is not None), None)
-            overlays = tuple(overlay for _, others in parts for overlay in others)
-            if sequence is None:
-                return position, overlays
-            if position is None:
-                return None, (*overlays, name)
-            return Packing(_closure(sequence)["packed_sequence_mask"], position.position), overlays
-        if name == "packed_sequence_mask_function.<locals>.inner_mask":
-            return None, ()
-        if name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
-            _, overlays = _read(inside["mask_function"], config)
-            return Packing(inside["position_ids"], inside["position_ids"]), overlays
-    if getattr(config, "use_bidirectional_attention", False) is True and function.__module__.startswith(
-        "transformers.models."
-    ):
-        return None, ()  # how Gemma 3 turns its causal masks bidirectional; native patterns say so
-    return None, (f"{function.__module__}.{name.split('.<locals>')[0]}",)
+class _Reading:
+    """transformers' mask function, a tree of closures, taken apart: what it says, packed sequences, and what else there is."""
+
+    def __init__(self, config: Any) -> None:
+        self.turns = getattr(config, "use_bidirectional_attention", False) is True  # Gemma 3: an `or` lambda undoes `causal`
+        self.plain = not self.turns
+        self.facts: set[tuple[str, int | None]] = set()
+        self.sequence: torch.Tensor | None = None
+        self.position: torch.Tensor | None = None
+        self.overlays: list[str] = []
+
+    def packing(self) -> Packing | None:
+        """The packed sequences, if the function was about any."""
+        if self.sequence is None or self.position is None:
+            return None
+        return Packing(self.sequence, self.position)
+
+    def take(self, function: Callable[..., Any]) -> None:
+        """Read one function and those inside it."""
+        name, inside = function.__qualname__, _closure(function)
+        own = function.__module__ == "transformers.masking_utils"
+        if own and name in _REPLACED:
+            word, number = _REPLACED[name]
+            self.facts.add((word, int(inside[number]) if number else None))
+        elif own and name in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"):
+            for part in inside["mask_functions"]:
+                self.take(part)
+        elif own and name == "packed_sequence_mask_function.<locals>.inner_mask":
+            self.sequence = inside["packed_sequence_mask"]
+        elif own and name == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+            self.position = inside["position_ids"]
+            self.take(inside["mask_function"])
+        elif not (self.turns and function.__module__.startswith("transformers.models.")):
+            self.overlays.append(f"{function.__module__}.{name.split('.<locals>')[0]}")
 
 
 def _closure(function: Any) -> dict[str, Any]:

@@ -8,15 +8,16 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.expressions import Mask, b, h, kv_idx, q_idx, score, table
 from sparsedsl.lang.numeric import tanh
 from sparsedsl.lang.pattern import Pattern, attend
-from sparsedsl.models.layers import attention_layers, passes_argument, text_config
+from sparsedsl.models.layers import attention_layers, is_told_causal, passes_argument, text_config
 
-__all__ = ["left_padding", "native_pattern", "native_patterns", "sinks"]
+__all__ = ["Facts", "left_padding", "native_facts", "native_pattern", "native_patterns", "sinks"]
+
+# A mask in transformers' words: causal, bidirectional, (window, w), (distance, w), (chunk, c)
+Facts = frozenset[tuple[str, int | None]]
 
 # Tables that models.apply binds at every call, for native patterns and the user's own alike.
 sinks = table("sinks", dtype=float, learned=True)  # sinks[h]: the layer's sink logits (GPT-OSS)
-left_padding = table(
-    "left_padding", values_in=(0, 2**31 - 1)
-)  # left_padding[b]: padding tokens before the sequence
+left_padding = table("left_padding", values_in=(0, 2**31 - 1))  # left_padding[b]: padding tokens before the sequence
 
 
 def native_patterns(model: Any) -> dict[int, Pattern]:
@@ -43,18 +44,23 @@ def native_patterns(model: Any) -> dict[int, Pattern]:
     >>> sd.models.native_patterns(model)
     {0: <Pattern attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 3))>}
     """
-    config = text_config(model)
-    return {index: native_pattern(module, index, config) for index, module in attention_layers(model).items()}
+    config, told = text_config(model), is_told_causal(model, text_config(model))
+    return {i: native_pattern(module, i, config, told) for i, module in attention_layers(model).items()}
 
 
-def native_pattern(module: Any, index: int, config: Any) -> Pattern:
+def native_pattern(module: Any, index: int, config: Any, told_causal: bool = False) -> Pattern:
     """The pattern of one attention module."""
     if passes_argument(module, "position_bias"):
         raise UnsupportedError(
             f"layer {index} ({type(module).__name__}) adds a position bias that it computes itself, which a pattern would drop; "
             "leave this layer native (patterns={...} without it)"
         )
-    mask = _native_mask(module, index, config)
+    mask = _mask(native_facts(module, index, config, told_causal))
+    if mask is None:
+        raise UnsupportedError(
+            f"layer {index} ({type(module).__name__}) is of type {_layer_type(config, index)!r}, which has no form as a pattern "
+            "here; native patterns know full_attention, sliding_attention and causal chunked_attention. Leave it native"
+        )
     cap = getattr(module, "attn_logit_softcapping", None) if passes_argument(module, "softcap") else None
     cap = int(cap) if cap is not None and float(cap).is_integer() else cap  # as a user would write it
     logit = None if cap is None else tanh(score / cap) * cap
@@ -62,29 +68,37 @@ def native_pattern(module: Any, index: int, config: Any) -> Pattern:
     return attend(mask, logit, sink=sinks[h] if has_sinks else None)
 
 
-def _native_mask(module: Any, index: int, config: Any) -> Mask | bool:
-    kind = _layer_type(config, index)
+def native_facts(module: Any, index: int, config: Any, told_causal: bool = False) -> Facts:
+    """What the configuration says about a layer's mask, in the words that :mod:`sparsedsl.models.masks` finds in a request."""
     # transformers: a decoder's mask functions turn bidirectional when the configuration says is_causal=False
-    causal = bool(getattr(module, "is_causal", True)) and bool(getattr(config, "is_causal", True))
+    causal = (bool(getattr(module, "is_causal", True)) or told_causal) and bool(getattr(config, "is_causal", True))
+    direction = ("causal" if causal else "bidirectional", None)
+    kind = _layer_type(config, index)
     if kind == "full_attention":
-        return kv_idx <= q_idx if causal else True
+        return frozenset({direction})
     if kind == "sliding_attention":
         window = int(config.sliding_window)
-        if causal:
-            return (kv_idx <= q_idx) & (q_idx - kv_idx < window)
-        if getattr(
-            config, "use_bidirectional_attention", False
-        ):  # Gemma 3: the window's end is not part of it
+        if not causal and getattr(config, "use_bidirectional_attention", False):  # Gemma 3: without the window's end
             window -= 1
-        return (q_idx - kv_idx <= window) & (kv_idx - q_idx <= window)
-    if kind == "chunked_attention" and causal:
-        size = int(config.attention_chunk_size)
-        start = left_padding[b]  # chunks are counted from the first real token
-        return (kv_idx <= q_idx) & ((kv_idx - start) // size == (q_idx - start) // size)
-    raise UnsupportedError(
-        f"layer {index} ({type(module).__name__}) is of type {kind!r}{'' if causal else ', not causal'}, which has no form as a "
-        "pattern here; native patterns know full_attention, sliding_attention and causal chunked_attention. Leave it native"
-    )
+        return frozenset({direction, ("window" if causal else "distance", window)})
+    return frozenset({direction, ("chunk", int(config.attention_chunk_size))} if kind == "chunked_attention" else {(kind, None)})
+
+
+def _mask(facts: Facts) -> Mask | bool | None:
+    found = dict(facts)
+    match sorted(found):
+        case ["causal"]:
+            return kv_idx <= q_idx
+        case ["bidirectional"]:
+            return True
+        case ["causal", "window"]:
+            return (kv_idx <= q_idx) & (q_idx - kv_idx < found["window"])
+        case ["bidirectional", "distance"]:
+            return (q_idx - kv_idx <= found["distance"]) & (kv_idx - q_idx <= found["distance"])
+        case ["causal", "chunk"]:
+            start = left_padding[b]  # chunks are counted from the first real token
+            return (kv_idx <= q_idx) & ((kv_idx - start) // found["chunk"] == (q_idx - start) // found["chunk"])
+    return None
 
 
 def _layer_type(config: Any, index: int) -> str:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest
 
+from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.codegen.to_flex import FlexSource, flex_kernel
 from sparsedsl.errors import UnsupportedError
@@ -70,14 +71,13 @@ class FlexKernel:
         """CPU: no LSE, so a sink is the logit of one more key."""
         source, domain = self._source, call.domain
         q, k, v = call.q.detach(), call.k.detach(), call.v.detach()
-        extra: tuple[int, ...] = ()
-        if "sink_at" in source.values:
+        sink_at = None
+        if "sink_at" in source.values:  # alone in a tile of its own, which ends with it
             sink_at = -(-domain.kv_len // lists.block[1]) * lists.block[1]
             k, v = (F.pad(t, (0, 0, 0, sink_at + 1 - domain.kv_len)) for t in (k, v))
-            extra = (sink_at,)
-        packed = self._pack(lists, q.device, sink=bool(extra), backward=False)
+        packed = self._pack(lists, q.device, sink=sink_at is not None, backward=False)
         with torch.no_grad():
-            values = _values(source, call, k.shape[2], extra)
+            values = kernel_values(source, domain, q.device, keys=k.shape[2], sink_at=sink_at)
             return _launch(source, (q, k, v), packed, values, call.scale, lists.block, lse=False)
 
     def _run_with_lse(self, call: Call, lists: TileLists, grad: bool, return_lse: bool) -> Any:
@@ -88,7 +88,7 @@ class FlexKernel:
         with ExitStack() as stack:
             if not grad:
                 stack.enter_context(torch.no_grad())
-            values = _values(source, call, call.domain.kv_len, ())
+            values = kernel_values(source, call.domain, call.q.device, keys=call.domain.kv_len)
             want_lse = return_lse or sink is not None
             result = _launch(source, (call.q, call.k, call.v), packed, values, call.scale, lists.block, lse=want_lse)
             if not want_lse:
@@ -131,23 +131,26 @@ def _refuse(call: Call, grad: bool, return_lse: bool) -> None:
 # ---- values -----------------------------------------------------------------------------------------------------------
 
 
-def _values(source: FlexSource, call: Call, keys: int, extra: tuple[int, ...]) -> list[torch.Tensor]:
-    """The arguments of the generated ``mods``: 0-d tensors, then tables, as long as their direct reads reach."""
-    domain, device = call.domain, call.q.device
+def kernel_values(
+    source: FlexSource, domain: Domain, device: torch.device, *, keys: int, sink_at: int | None = None
+) -> list[torch.Tensor]:
+    """The arguments of the generated ``mods``: 0-d tensors, then the tables, as long as their direct reads reach.
+
+    ``keys``: how many keys the kernel is given, padding and the sink's included.
+    """
     # One row more than asked for, since a single query is run as two.
     reach = {"b": domain.batch, "h": domain.heads, "kv_idx": keys, "q_idx": domain.q_offset + max(domain.rows, 2)}
-    numbers = (domain.q_offset, *domain.lengths.values(), *extra)
+    reach |= {name: length + 1 for name, length in domain.lengths.items()}
+    numbers = [domain.q_offset, *domain.lengths.values(), *(() if sink_at is None else (sink_at,))]
     values = [torch.tensor(n, device=device) for n in numbers]
-    for name, extents in source.extents.items():
-        values.append(_table(call.tables[name], extents, reach | domain.lengths))
-    return values
+    return values + [_table(domain.tables[name], extents, reach) for name, extents in source.extents.items()]
 
 
 def _table(table: torch.Tensor, extents: tuple[frozenset[str | int], ...], reach: Mapping[str, int]) -> torch.Tensor:
     """A table in the type that the generated code computes in. Where it is too short the last entry repeats, as clamped reads have it."""
     table = widened(table)
     for dim, wanted in enumerate(extents):
-        least = max((reach.get(w, 0) + (w in ("q_len", "kv_len")) if isinstance(w, str) else w for w in wanted), default=0)
+        least = max((reach[w] if isinstance(w, str) else w for w in wanted), default=0)
         if least > table.shape[dim]:
             index = torch.arange(least, device=table.device).clamp(max=table.shape[dim] - 1)
             table = table.index_select(dim, index)

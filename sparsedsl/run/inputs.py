@@ -14,7 +14,7 @@ from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.tables import TableSpec, table_reads
+from sparsedsl.lang.tables import TableSpec
 
 __all__ = ["Call", "bind_tables", "check_call"]
 
@@ -122,13 +122,9 @@ def bind_tables(pattern: Pattern, tables: Mapping[str, Any], *, device: torch.de
         raise TableError(f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)} with the call")
     bound = {}
     for name, spec in wanted.items():
-        bound[name] = _check_table(spec, given[name], _rank(pattern, name), device)
+        bound[name] = _check_table(spec, given[name], pattern.table_ranks[name], device)
         device = device or bound[name].device
     return bound
-
-
-def _rank(pattern: Pattern, name: str) -> int:
-    return next(len(r.args) for expr in pattern.exprs for r in table_reads(expr) if r.spec.name == name)
 
 
 def _check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | None) -> torch.Tensor:
@@ -137,7 +133,7 @@ def _check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | 
         raise TableError(f"table {name!r} must be a torch tensor; got {type(value).__name__}. Write torch.as_tensor({name})")
     kind = "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "complex" if value.is_complex() else "int"
     if kind != spec.dtype:
-        raise TableError(f"table {name!r} is declared as {spec.dtype} but got {value.dtype}; pass a {spec.dtype} tensor or declare dtype={kind}")
+        raise TableError(f"table {name!r} is declared as {spec.dtype} but got {value.dtype}; pass {spec.dtype} values or declare dtype={kind}")
     if value.ndim != rank:
         raise TableError(f"table {name!r} is read with {rank} ind{'ex' if rank == 1 else 'ices'} but has shape {tuple(value.shape)}")
     if device is not None and value.device != device:

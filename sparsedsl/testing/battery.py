@@ -23,7 +23,7 @@ from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.run.compile import compile as compile_pattern
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
-from sparsedsl.testing.counterexamples import Counterexample, arguments_code, pattern_code
+from sparsedsl.testing.counterexamples import Counterexample, pattern_code, showing
 from sparsedsl.testing.expressions import assert_text_round_trip
 from sparsedsl.testing.lists import assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
@@ -152,7 +152,7 @@ def _lists(subject: _Subject, data: st.DataObject) -> None:
     block = data.draw(st.sampled_from(_BLOCKS)), data.draw(st.sampled_from(_BLOCKS))
     words = {"batch": case.batch, "heads": case.heads, "q_offset": case.q_offset, **tables}
     sizes = case.q_len, case.kv_len, block
-    with _shown(f"pattern = {pattern_code(subject.bound)}", "assert_lists_sound", "pattern", *sizes, **words):
+    with showing(f"pattern = {pattern_code(subject.bound)}", "assert_lists_sound", "pattern", *sizes, **words):
         assert_lists_sound(subject.bound, *sizes, **words)
 
 
@@ -160,7 +160,7 @@ def _numbers(subject: _Subject, data: st.DataObject) -> None:
     case, tables = subject.draw(data)
     q, k, v = data.draw(inputs(case, dtype=st.sampled_from([torch.float32, torch.bfloat16])))
     words = {"q_offset": case.q_offset, **tables}
-    with _shown(f"attn = {_attention_code(subject)}", "assert_matches_reference", "attn", q, k, v, **words):
+    with showing(f"attn = {_attention_code(subject)}", "assert_matches_reference", "attn", q, k, v, **words):
         assert_matches_reference(subject.attention(), q, k, v, **words)
 
 
@@ -189,28 +189,12 @@ def _order(subject: _Subject, data: st.DataObject) -> None:
 def _on_case(subject: _Subject, data: st.DataObject, assertion: Callable[..., Any], **words: Any) -> None:
     case, tables = subject.draw(data, **words)
     seed = data.draw(st.integers(0, 99))
-    with _shown(f"attn = {_attention_code(subject)}", assertion.__name__, "attn", case, seed=seed, **tables):
+    with showing(f"attn = {_attention_code(subject)}", assertion.__name__, "attn", case, seed=seed, **tables):
         assertion(subject.attention(), case, seed=seed, **tables)
 
 
 def _attention_code(subject: _Subject) -> str:
     return f"sd.compile({pattern_code(subject.bound)}, backend={subject.backend!r})"
-
-
-class _shown:
-    """Turns an error of ours inside a property into a counterexample with the call that raised it."""
-
-    def __init__(self, declaration: str, assertion: str, *values: Any, **words: Any):
-        self.lines = declaration, assertion, values, words
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, SparseDSLError):
-            declaration, assertion, values, words = self.lines
-            call = f"sd.testing.{assertion}({arguments_code(*values, **words)})"
-            raise Counterexample(f"{type(error).__name__}: {error}", declaration, call) from None
 
 
 PROPERTIES: dict[str, tuple[str, Callable[[_Subject, st.DataObject], None]]] = {

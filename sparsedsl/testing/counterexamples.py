@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sparsedsl.errors import SparseDSLError
 from sparsedsl.lang.expressions import Expression
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import to_text
 from sparsedsl.testing.shapes import AttentionCase, tensor_code
 
-__all__ = ["Counterexample", "arguments_code", "expression_code", "pattern_code"]
+__all__ = ["Counterexample", "arguments_code", "expression_code", "pattern_code", "showing"]
 
 
 class Counterexample(AssertionError):
@@ -23,6 +24,21 @@ class Counterexample(AssertionError):
 
     def __reduce__(self) -> Any:
         return AssertionError, (str(self),)  # also when a test runner ships it between processes
+
+
+class showing:
+    """Turns an error of ours in the body into a counterexample with the call that raised it: an assertion of the kit."""
+
+    def __init__(self, declaration: str, assertion: str, *values: Any, **words: Any):
+        self.declaration, self.assertion, self.values, self.words = declaration, assertion, values, words
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, SparseDSLError):
+            call = f"sd.testing.{self.assertion}({arguments_code(*self.values, **self.words)})"
+            raise Counterexample(f"{type(error).__name__}: {error}", self.declaration, call) from None
 
 
 def expression_code(expression: Expression) -> str:

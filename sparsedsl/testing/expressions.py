@@ -98,7 +98,8 @@ def _unequal(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     left, right = left.double(), right.double()
     # Two orders of the same few dozen operations; the size of a sum is bounded by that of its largest term, unknown here.
     rounding = 2**12 * torch.finfo(torch.float64).eps * (1 + torch.maximum(left.abs(), right.abs()))
-    return ~((left == right) | ((left - right).abs() <= rounding))
+    near = torch.isfinite(left) & torch.isfinite(right) & ((left - right).abs() <= rounding)
+    return ~((left == right) | near)
 
 
 def _name(side: Any) -> str:

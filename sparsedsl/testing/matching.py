@@ -95,10 +95,13 @@ def run_all(
         results: Results = {"out": attn(q, k, v, **words, **tables)}
         with contextlib.suppress(UnsupportedError):
             results["lse"] = attn(q, k, v, return_lse=True, **words, **tables)[1]
+    shape = (*q.shape[:3], v.shape[3])
+    if results["out"].shape != shape:
+        return results, None
     learned = {name: t for name, t in (attn.pattern.bound | tables).items() if attn.pattern.tables[name].learned}
     leaves = {name: x.detach().requires_grad_() for name, x in {"q": q, "k": k, "v": v, **learned}.items()}
     inputs = {name: leaves.pop(name) for name in "qkv"}
-    d_out, d_lse = (torch.randn(results["out"].shape[:n], generator=torch.Generator().manual_seed(n)) for n in (4, 3))
+    d_out, d_lse = (torch.randn(shape[:n], generator=torch.Generator().manual_seed(n)) for n in (4, 3))
     d_out, d_lse = d_out.to(q.device), d_lse.to(q.device) if "lse" in results else None
     try:
         out, lse = _call(attn, inputs, {**tables, **leaves}, words, "lse" in results)

@@ -29,11 +29,16 @@ def case_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_offset: int = 0
 
 @dataclass(frozen=True)
 class Terms:
-    """The intermediate values of one attention: each ``(batch, heads, q_len, kv_len)``."""
+    """The intermediate values of one attention, each ``(batch, heads, q_len, kv_len)``; ``slopes``: d score / d logit."""
 
     logits: torch.Tensor
     scores: torch.Tensor
     weights: torch.Tensor
+    slopes: torch.Tensor
+
+    def detached(self) -> Terms:
+        """Without the graph."""
+        return Terms(*(x.detach() for x in (self.logits, self.scores, self.weights, self.slopes)))
 
 
 def plain_attention(
@@ -74,7 +79,14 @@ def plain_attention(
         out = weights @ v
     else:
         out = (weights.to(rounded).to(dtype) @ v).to(rounded)
-    return out, lse.masked_fill(empty, float("-inf")), Terms(logits, scores, weights)
+    return out, lse.masked_fill(empty, float("-inf")), Terms(logits, scores, weights, _slopes(scores, logits))
+
+
+def _slopes(scores: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    if not scores.requires_grad:
+        return torch.ones_like(logits)
+    (found,) = torch.autograd.grad(scores.sum(), logits, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(logits) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,8 @@ def expect(
     largest = max(float(x.abs().max()) for x in (terms.logits, finite) if x.numel())
     unit, fine = torch.finfo(q.dtype).eps, torch.finfo(accumulated).eps
     tolerance = {}
-    for name, size in _magnitudes(exact, terms, (q, k, v), cotangents, pattern.scale if scale is None else scale).items():
+    factor = float(scale or pattern.scale or q.shape[3] ** -0.5)
+    for name, size in _magnitudes(exact, terms, (q, k, v), cotangents, factor).items():
         wanted, got = exact[name], plain[name].double()
         both = torch.isfinite(wanted) & torch.isfinite(got)
         error = float((wanted - got)[both].abs().max()) if both.any() else 0.0
@@ -150,7 +163,7 @@ def _run(
     results = {"out": out.detach(), "lse": lse.detach()}
     if cotangents is not None:
         results |= gradients(out, lse, leaves, cotangents)
-    return results, Terms(*(x.detach() for x in (terms.logits, terms.scores, terms.weights)))
+    return results, terms.detached()
 
 
 def gradients(
@@ -173,24 +186,28 @@ def _magnitudes(
     terms: Terms,
     qkv: tuple[torch.Tensor, ...],
     cotangents: tuple[torch.Tensor, torch.Tensor | None] | None,
-    scale: float | None,
+    scale: float,
 ) -> dict[str, float]:
     """The size of what is added up in each result, before anything cancels: what one rounding is relative to."""
-    q, k, v = (x.detach().cpu().double().abs() for x in qkv)
+    q, k, v = (x.detach().cpu().double() for x in qkv)
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     finite = terms.scores[torch.isfinite(terms.scores)]
     sizes = {"out": _largest(v), "lse": 1 + _largest(finite)}
     if cotangents is None:
         return sizes
-    d_out, d_lse = (torch.zeros(1) if x is None else x.detach().cpu().double().abs() for x in cotangents)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    # d_scores = weights * (d_weights - their mean + d_lse); each factor by its largest value
-    d_scores = 2 * v.shape[3] * _largest(d_out) * _largest(v) + _largest(d_lse)
-    rows, group = q.shape[2], q.shape[1] // k.shape[1]
-    sizes["dq"] = scale * d_scores * _largest(k)
-    sizes["dk"] = scale * d_scores * _largest(q) * min(rows * group, 1 + float(terms.weights.sum(dim=2).max()) * group)
-    sizes["dv"] = _largest(d_out) * group * max(1.0, float(terms.weights.sum(dim=2).max()))
+    d_out = cotangents[0].detach().cpu().double()
+    d_lse = torch.zeros(q.shape[:3]) if cotangents[1] is None else cotangents[1].detach().cpu().double()
+    # d_scores = weights * (d_weights - their weighted mean + d_lse)
+    d_weights = torch.einsum("bhqd,bhkd->bhqk", d_out, v).abs()
+    mean = (terms.weights * d_weights).sum(dim=3, keepdim=True)
+    d_scores = terms.weights * (d_weights + mean + d_lse.abs()[..., None])
+    d_logits = d_scores * terms.slopes.abs() * scale
+    sizes["dq"] = _largest(d_logits @ k.abs())
+    sizes["dk"] = group * _largest(d_logits.transpose(2, 3) @ q.abs())
+    sizes["dv"] = group * _largest(terms.weights.transpose(2, 3) @ d_out.abs())
     for name in exact.keys() - sizes.keys():
-        sizes[name] = max(_largest(exact[name]), d_scores)
+        sizes[name] = max(_largest(exact[name]), float(d_scores.sum()))
     return sizes
 
 

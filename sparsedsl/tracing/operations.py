@@ -113,7 +113,15 @@ class _Call:
     def make(self, op: str, *operands: Node) -> Node:
         """A node of the call's result type."""
         dtype = self.result_type()
-        return Node(op, operands, dtype, self.promoted() if op in COMPARISONS | PREDICATES else dtype)
+        common = self.promoted() if op in COMPARISONS | PREDICATES else dtype
+        return Node(op, tuple(_fitted(x, common) for x in operands), dtype, common)
+
+
+def _fitted(node: Node, common: torch.dtype) -> Node:
+    """A constant as torch sees it in an operation of ``common``: integers narrower than 32 bits take its lowest bits."""
+    if not node.is_const or common not in (torch.uint8, torch.int8, torch.int16) or not isinstance(node.args[0], int):
+        return node
+    return constant(torch.tensor(node.args[0]).to(common).item(), common)
 
 
 def _compound(op: str, *operands: Node) -> Node:

@@ -102,6 +102,7 @@ def test_chunks_do_not_change_the_lists(monkeypatch):
         tables = family_tables(mask, 300, 300, 0)
         wanted[name] = classify(mask.expr, Domain(300, 300, 0, 2, 3, tables), (16, 16)).classes()
     monkeypatch.setattr(tiles, "CHUNK", 64)
+    monkeypatch.setattr(tiles, "BOXES", 64)
     monkeypatch.setattr(points, "POINTS", 512)
     monkeypatch.setattr(points, "SMALL_KEY", 4)
     for name, mask in FAMILIES.items():

@@ -39,9 +39,7 @@ def _family(kind: str, head: str, **changes: Any) -> Callable[[], Any]:
 # Decoders: rotary and learned positions, full, sliding and chunked layers, soft cap, sinks, MQA, groups of 3, Dv != D.
 DECODERS = {
     "llama": _family("Llama", "LlamaForCausalLM", **_GROUPED),
-    "llama_groups_of_3": _family(
-        "Llama", "LlamaForCausalLM", hidden_size=48, num_attention_heads=6, num_key_value_heads=2
-    ),
+    "llama_groups_of_3": _family("Llama", "LlamaForCausalLM", hidden_size=48, num_attention_heads=6, num_key_value_heads=2),
     "llama_mqa": _family("Llama", "LlamaForCausalLM", num_key_value_heads=1),
     "mistral": _family("Mistral", "MistralForCausalLM", **_HEADS, sliding_window=WINDOW),
     "ministral": _family("Ministral", "MinistralForCausalLM", **_MIXED),
@@ -54,9 +52,7 @@ DECODERS = {
         max_window_layers=1,
     ),
     "qwen3": _family("Qwen3", "Qwen3ForCausalLM", **_HEADS),
-    "gemma2": _family(
-        "Gemma2", "Gemma2ForCausalLM", **_MIXED, attn_logit_softcapping=2.0, query_pre_attn_scalar=16
-    ),
+    "gemma2": _family("Gemma2", "Gemma2ForCausalLM", **_MIXED, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
     "gemma3": _family("Gemma3Text", "Gemma3ForCausalLM", **_MIXED, query_pre_attn_scalar=16),
     "gpt_oss": _family("GptOss", "GptOssForCausalLM", **_MIXED, num_local_experts=2, num_experts_per_tok=1),
     "phi": _family("Phi", "PhiForCausalLM", **_GROUPED),
@@ -100,9 +96,7 @@ DECODERS = {
 ENCODERS = {
     "bert": _family("Bert", "BertForMaskedLM"),
     "roberta": _family("Roberta", "RobertaForMaskedLM"),
-    "modernbert": _family(
-        "ModernBert", "ModernBertForMaskedLM", local_attention=8, global_attn_every_n_layers=2
-    ),
+    "modernbert": _family("ModernBert", "ModernBertForMaskedLM", local_attention=8, global_attn_every_n_layers=2),
 }
 FAMILIES = {**DECODERS, **ENCODERS}
 NO_SDPA = {"gemma2", "gpt_oss"}  # transformers has these in eager only

@@ -33,9 +33,7 @@ def forward(model: Any, **inputs: Any) -> torch.Tensor:
         return model(**inputs).logits
 
 
-def dense(
-    mask: sd.Mask, rows: int, keys: int, *, heads: int = 4, valid: torch.Tensor | None = None
-) -> torch.Tensor:
+def dense(mask: sd.Mask, rows: int, keys: int, *, heads: int = 4, valid: torch.Tensor | None = None) -> torch.Tensor:
     """The mask as the 4-D boolean tensor that transformers takes, (2, heads, rows, keys)."""
     a = torch.arange
     env = {
@@ -51,9 +49,7 @@ def dense(
 def greedy_by_hand(model: Any, ids: torch.Tensor, new: int, mask: sd.Mask) -> torch.Tensor:
     """Greedy tokens without a cache, transformers' own attention under a dense mask."""
     for _ in range(new):
-        best = forward(
-            model, input_ids=ids, attention_mask=dense(mask, ids.shape[1], ids.shape[1]), use_cache=False
-        )[:, -1]
+        best = forward(model, input_ids=ids, attention_mask=dense(mask, ids.shape[1], ids.shape[1]), use_cache=False)[:, -1]
         ids = torch.cat([ids, best.argmax(-1, keepdim=True)], dim=1)
     return ids
 
@@ -103,9 +99,7 @@ def _applied(model: Any, patterns: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def test_layers_with_the_same_pattern_share_one_compiled_attention() -> None:
     model = build("gemma3")
-    with sd.models.apply(
-        model, {0: window, 1: causal & (q_idx - kv_idx <= 3)}, backend="reference"
-    ) as applied:
+    with sd.models.apply(model, {0: window, 1: causal & (q_idx - kv_idx <= 3)}, backend="reference") as applied:
         forward(model, input_ids=tokens())
         compiled = {id(x) for binding in applied._bindings.values() for x, _ in binding._by_form.values()}
     assert len(compiled) == 1
@@ -241,9 +235,7 @@ def test_a_cropped_cache_is_refused_where_keys_are_missing() -> None:
     with sd.models.apply(model, anchored, backend="reference") as applied:
         with torch.no_grad():
             out = model(ids, use_cache=True)
-        with pytest.raises(
-            sd.UnsupportedError, match=r"dropped the keys before position 14 .*handle.cache\(\)"
-        ):
+        with pytest.raises(sd.UnsupportedError, match=r"dropped the keys before position 14 .*handle.cache\(\)"):
             forward(model, input_ids=ids[:, :1], past_key_values=out.past_key_values)
         with pytest.raises(sd.UnsupportedError, match="dropped the keys"):
             model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
@@ -310,9 +302,7 @@ def test_overlays_of_the_model_or_its_caller_are_refused_but_native_layers_keep_
     wanted = forward(model, input_ids=ids, attention_mask=masks())
     native = sd.models.native_patterns(model)
     with sd.models.apply(model, {0: native[0]}, backend="reference"):
-        torch.testing.assert_close(
-            forward(model, input_ids=ids, attention_mask=masks()), wanted, atol=ATOL, rtol=0
-        )
+        torch.testing.assert_close(forward(model, input_ids=ids, attention_mask=masks()), wanted, atol=ATOL, rtol=0)
     with (
         sd.models.apply(model, {1: native[1]}, backend="reference"),
         pytest.raises(
@@ -336,18 +326,14 @@ def test_switching_the_implementation_under_applied_patterns_is_refused() -> Non
     model = build("llama")
     with sd.models.apply(model, window):
         model.set_attn_implementation("eager")
-        with pytest.raises(
-            sd.UnsupportedError, match=r"set to 'eager', which would ignore them; call restore\(\)"
-        ):
+        with pytest.raises(sd.UnsupportedError, match=r"set to 'eager', which would ignore them; call restore\(\)"):
             model(tokens())
 
 
 def _falcon() -> Any:
     from transformers import FalconConfig, FalconForCausalLM
 
-    return FalconForCausalLM(
-        FalconConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    )
+    return FalconForCausalLM(FalconConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
 
 
 def _t5(kind: str) -> Any:
@@ -401,9 +387,7 @@ def test_applying_twice_is_refused() -> None:
 
 def test_native_patterns_read_what_the_model_says() -> None:
     def text(family: str) -> list[str]:
-        return [
-            str(pattern).splitlines()[-1] for pattern in sd.models.native_patterns(build(family)).values()
-        ]
+        return [str(pattern).splitlines()[-1] for pattern in sd.models.native_patterns(build(family)).values()]
 
     assert text("llama") == ["attend(q_idx >= kv_idx)"] * 2
     assert text("bert") == ["attend(True)"] * 2

@@ -69,9 +69,7 @@ def test_generate_gives_the_same_tokens(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "llama4", "gpt_oss"])
-@pytest.mark.parametrize(
-    "how", [{"cache_implementation": "static"}, {"num_beams": 2}, {"use_cache": False}], ids=str
-)
+@pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"num_beams": 2}, {"use_cache": False}], ids=str)
 def test_generate_with_other_caches(family: str, how: dict[str, Any]) -> None:
     model, given = build(family), left_padded()
     greedy = {"max_new_tokens": 2 * WINDOW, "do_sample": False, **how}
@@ -113,9 +111,7 @@ def test_eager_models_too(family: str) -> None:
     with sd.models.apply(model, sd.models.native_patterns(model), backend="reference"):
         assert_same(logits(model, given), wanted)
     with sd.models.apply(model, {0: sd.models.native_patterns(model)[0]}, backend="reference"):
-        assert_same(
-            logits(model, given), wanted
-        )  # the other layer runs transformers' eager function, over its eager mask
+        assert_same(logits(model, given), wanted)  # the other layer runs transformers' eager function, over its eager mask
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "llama4", "gpt_oss"])

@@ -18,9 +18,7 @@ def _values(expression: Any, q_len: int, kv_len: int, **env: Any) -> torch.Tenso
     return evaluate(expression.expr, given).broadcast_to(q_len, kv_len)
 
 
-def _assert_pairs(
-    mask: Any, allowed: Callable[[int, int], bool], q_len: int, kv_len: int | None = None, **env: Any
-) -> None:
+def _assert_pairs(mask: Any, allowed: Callable[[int, int], bool], q_len: int, kv_len: int | None = None, **env: Any) -> None:
     """``mask`` holds exactly where ``allowed(q, kv)`` does."""
     kv_len = q_len if kv_len is None else kv_len
     wanted = torch.tensor([[bool(allowed(q, kv)) for kv in range(kv_len)] for q in range(q_len)])

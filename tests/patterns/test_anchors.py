@@ -30,8 +30,4 @@ def test_prefix_of_each_batch_entry(assert_pairs, prefix):
 def test_no_prefix_is_causal_and_sinks_never_look_ahead():
     assert sd.patterns.prefix(0).same_as(sd.patterns.causal())
     mask = sd.patterns.sliding_window(4) | sd.patterns.sinks(8)
-    assert not any(
-        bool(mask.expr.subs({sd.q_idx.expr: q, sd.kv_idx.expr: kv}))
-        for q in range(12)
-        for kv in range(q + 1, 12)
-    )
+    assert not any(bool(mask.expr.subs({sd.q_idx.expr: q, sd.kv_idx.expr: kv})) for q in range(12) for kv in range(q + 1, 12))

@@ -195,9 +195,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("call", "message"), WRONG, ids=[message.split(" must")[0][:40] for _, message in WRONG]
-)
+@pytest.mark.parametrize(("call", "message"), WRONG, ids=[message.split(" must")[0][:40] for _, message in WRONG])
 def test_wrong_arguments(call, message):
     with pytest.raises(sd.PatternError) as error:
         call()

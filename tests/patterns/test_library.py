@@ -92,11 +92,7 @@ def test_text(golden, name):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_text_reads_back(name):
     expression = EXAMPLES[name]()
-    parts = (
-        [expression.mask, expression.score, expression.sink]
-        if isinstance(expression, sd.Pattern)
-        else [expression]
-    )
+    parts = [expression.mask, expression.score, expression.sink] if isinstance(expression, sd.Pattern) else [expression]
     for part in filter(lambda part: part is not None, parts):
         again = sd.parse(part.text)
         # a constant's kind is not in its text: `True` reads back as a mask, a learned read as a score
@@ -110,13 +106,10 @@ def test_same_arguments_same_key(name):
 
 @pytest.mark.parametrize("name", P.__all__)
 def test_docstring(name):
-    """First a line of maths or meaning that ends in a stop; arguments, errors and source where there are any; an example."""
+    """First a sentence, with the maths where it fits; arguments, errors and source where there are any; an example."""
     function = getattr(P, name)
     text = inspect.getdoc(function)
-    assert (
-        text.splitlines()[0].rstrip("`").endswith((".", ":", ")", "tables``", "]``"))
-        or "``" in text.splitlines()[0]
-    ), text.splitlines()[0]
+    assert text.splitlines()[0].endswith(".")
     for argument in inspect.signature(function).parameters:
         assert argument in text.split("Args:")[-1], f"{name}: argument {argument} is not explained"
     assert ">>> import sparsedsl as sd" in text

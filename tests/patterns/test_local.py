@@ -45,9 +45,7 @@ def test_window_of_each_head(assert_pairs, windows):
 def test_dilated(assert_pairs, q_len, kv_len, w, step):
     back = [step * i for i in range(w)]
     assert_pairs(sd.patterns.dilated(w, step), lambda q, kv: q - kv in back, q_len, kv_len)
-    assert_pairs(
-        sd.patterns.dilated(w, step, two_sided=True), lambda q, kv: abs(q - kv) in back, q_len, kv_len
-    )
+    assert_pairs(sd.patterns.dilated(w, step, two_sided=True), lambda q, kv: abs(q - kv) in back, q_len, kv_len)
 
 
 @given(lengths, lengths, st.integers(1, 8), st.integers(1, 8))
@@ -78,6 +76,4 @@ def test_chunked(assert_pairs, q_len, kv_len, size):
 def test_chunk_of_each_head(assert_pairs):
     mask = sd.patterns.chunked(sd.table("size", values_in=(1, 64))[sd.h])
     for h, size in enumerate([1, 3, 8]):
-        assert_pairs(
-            mask, lambda q, kv, size=size: q - q % size <= kv <= q, 20, h=h, size=torch.tensor([1, 3, 8])
-        )
+        assert_pairs(mask, lambda q, kv, size=size: q - q % size <= kv <= q, 20, h=h, size=torch.tensor([1, 3, 8]))

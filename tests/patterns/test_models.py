@@ -69,9 +69,7 @@ def test_t5(assert_pairs):
     assert_pairs(encoder.mask, lambda q, kv: True, 6)
     assert_pairs(decoder.mask, lambda q, kv: kv <= q, 6)
     assert encoder.scale == decoder.scale == 1.0
-    assert encoder.score.same_as(sd.patterns.t5_bias()) and decoder.score.same_as(
-        sd.patterns.t5_bias(bidirectional=False)
-    )
+    assert encoder.score.same_as(sd.patterns.t5_bias()) and decoder.score.same_as(sd.patterns.t5_bias(bidirectional=False))
     assert encoder.tables["t5_bias"].learned
 
 
@@ -119,9 +117,7 @@ def test_defaults_are_those_of_the_published_configurations():
     assert sd.patterns.llama4(0) == sd.patterns.llama4(0, chunk=llama4.attention_chunk_size)
     for layer, kind in enumerate(llama4.layer_types):
         assert (kind == "full_attention") == sd.patterns.llama4(layer).mask.same_as(sd.patterns.causal())
-    assert sd.patterns.mistral(0) == sd.patterns.mistral(
-        0, window=transformers.MistralConfig().sliding_window
-    )
+    assert sd.patterns.mistral(0) == sd.patterns.mistral(0, window=transformers.MistralConfig().sliding_window)
 
 
 def test_what_the_layers_have_besides_the_mask():

@@ -23,12 +23,6 @@ def _over_indices(function: Callable[..., Any], leading: int) -> Callable[..., A
     return function
 
 
-@pytest.fixture(name="run_by_torch")
-def _run_by_torch() -> Callable[..., torch.Tensor]:
-    """:func:`run_by_torch` for test files."""
-    return run_by_torch
-
-
 def run_by_torch(function: Callable[..., Any], shape: tuple[int, ...], *leading: torch.Tensor, q_offset: int = 0) -> torch.Tensor:
     """The callable's values for every index."""
 
@@ -56,32 +50,54 @@ def reads_back(expression: Any) -> None:
     assert again.expr == expression.expr, expression.text
 
 
-@pytest.fixture
-def same_mask() -> Callable[..., Any]:
-    """``same_mask(mask_mod)`` traces, compares every value, and returns the mask."""
+class Compare:
+    """Traces a callable and compares every value with torch's."""
 
-    def check(mask_mod: Callable[..., Any], shape: tuple[int, ...] = SHAPE, q_offset: int = 0) -> Any:
+    @staticmethod
+    def mask(mask_mod: Callable[..., Any], shape: tuple[int, ...] = SHAPE, note: str = "", q_offset: int = 0) -> Any:
+        """Bit for bit; returns the mask."""
         mask = trace_mask(mask_mod)
         wanted, got = run_by_torch(mask_mod, shape, q_offset=q_offset), run_by_us(mask, shape, q_offset=q_offset)
         assert got.dtype == torch.bool
         wrong = (wanted != got).nonzero()
-        assert not len(wrong), f"{mask}: {len(wrong)} of {got.numel()} wrong, first at (b, h, q, kv) = {wrong[0].tolist()}"
+        assert not len(wrong), f"{note or mask}: {len(wrong)} of {got.numel()} wrong, first at (b, h, q, kv) = {wrong[0].tolist()}"
         reads_back(mask)
         return mask
 
-    return check
+    @staticmethod
+    def score(score_mod: Callable[..., Any], shape: tuple[int, ...] = SHAPE, note: str = "") -> Any:
+        """To the accuracy of float32; returns the score."""
+        score = trace_score(score_mod)
+        logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        wanted, got = run_by_torch(score_mod, shape, logits), run_by_us(score, shape, score=logits.double())
+        # Sums of large penalties carry float32's error of their largest term.
+        largest = float(wanted[wanted.isfinite()].abs().max()) if wanted.isfinite().any() else 0.0
+        torch.testing.assert_close(
+            got.float(), wanted.float(), rtol=1e-5, atol=1e-5 + 1e-6 * largest, equal_nan=True, msg=lambda m: f"{note or score}\n{m}"
+        )
+        reads_back(score)
+        return score
+
+
+@pytest.fixture(scope="session")
+def compare() -> type[Compare]:
+    """:class:`Compare`."""
+    return Compare
+
+
+@pytest.fixture
+def same_mask() -> Callable[..., Any]:
+    """``same_mask(mask_mod)`` traces, compares every value, and returns the mask."""
+    return Compare.mask
 
 
 @pytest.fixture
 def same_score() -> Callable[..., Any]:
-    """``same_score(score_mod)`` traces, compares every value to the accuracy of float32, and returns the score."""
+    """``same_score(score_mod)`` likewise for a score."""
+    return Compare.score
 
-    def check(score_mod: Callable[..., Any], shape: tuple[int, ...] = SHAPE, scale: float = 1.0) -> Any:
-        score = trace_score(score_mod)
-        logits = torch.randn(shape) * scale
-        wanted, got = run_by_torch(score_mod, shape, logits), run_by_us(score, shape, score=logits.double())
-        torch.testing.assert_close(got.float(), wanted.float(), rtol=1e-5, atol=1e-5, equal_nan=True)
-        reads_back(score)
-        return score
 
-    return check
+@pytest.fixture(name="run_by_torch")
+def _run_by_torch() -> Callable[..., torch.Tensor]:
+    """:func:`run_by_torch` for test files."""
+    return run_by_torch

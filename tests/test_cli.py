@@ -1,0 +1,256 @@
+"""The command line: what it takes for a SPEC, what it prints, and that mistakes give one message and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sparsedsl as sd
+from sparsedsl.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MINE = '''
+import functools
+import torch
+import sparsedsl as sd
+
+doc = sd.table("doc", monotone=True)
+packed = (sd.kv_idx <= sd.q_idx) & (doc[sd.q_idx] == doc[sd.kv_idx])
+window = (sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5)
+leaky = sd.kv_idx <= sd.q_idx + 1
+pattern = sd.attend(window, score=sd.tanh(sd.score / 30) * 30)
+capped = sd.tanh(sd.score / 30) * 30
+compiled = sd.compile(window)
+bound = packed.bind(doc=torch.tensor([0, 0, 1, 1, 1, 2]))
+number = 3
+
+def factory():
+    return window
+
+def broken():
+    raise KeyError("no such thing")
+
+def refusing():
+    return sd.attend(window and leaky)
+
+def mask_mod(b, h, q_idx, kv_idx):
+    return (q_idx >= kv_idx) & (q_idx - kv_idx < 5)
+
+def score_mod(score, b, h, q_idx, kv_idx):
+    return score - (q_idx - kv_idx)
+
+def untraceable(b, h, q_idx, kv_idx):
+    return q_idx >= kv_idx and q_idx - kv_idx < 5
+
+def three(a, b, c):
+    return a
+
+class Holder:
+    inner = window
+'''
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs one command in a folder that holds ``mine.py``; gives exit code, stdout, stderr."""
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.delenv("SPARSEDSL_DEBUG", raising=False)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = main(arguments)
+        found = capsys.readouterr()
+        return code, found.out, found.err
+
+    yield call
+    sys.modules.pop("mine", None)
+
+
+WINDOW_TEXT = "attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 4))"
+
+
+@pytest.mark.parametrize("name", ["window", "factory", "mask_mod", "compiled", "Holder.inner"])
+@pytest.mark.parametrize("place", ["mine.py", "mine"])
+def test_what_a_spec_may_name(run: Run, place: str, name: str) -> None:
+    code, out, err = run("explain", f"{place}:{name}", "--q-len", "64")
+    assert (code, err) == (0, "")
+    assert WINDOW_TEXT in out
+    assert "causal           PROVED" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("pattern", "score=30*tanh(score / 30)"), ("capped", "attend(True, score=30*tanh(score / 30))"), ("score_mod", "attend(True, score=")],
+)
+def test_scores(run: Run, name: str, text: str) -> None:
+    code, out, _ = run("explain", f"mine:{name}", "--q-len", "16")
+    assert code == 0
+    assert text in out
+
+
+def test_a_pattern_of_the_library(run: Run) -> None:
+    code, out, _ = run("explain", "sparsedsl.patterns:causal", "--q-len", "256", "--kv-heads", "2", "--heads", "4", "--batch", "3")
+    assert code == 0
+    assert "batch 3, heads 4" in out
+
+
+def test_explain_says_the_same_as_the_library(run: Run) -> None:
+    _, out, _ = run("explain", "mine:window", "--q-len", "1", "--kv-len", "300", "--q-offset", "299", "--dtype", "bfloat16", "--head-dim", "32")
+    pattern = sd.attend((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5))
+    wanted = str(sd.compile(pattern).explain(1, 300, q_offset=299, dtype="bfloat16", head_dim=32))
+    assert [line for line in out.splitlines() if " ms" not in line] == [line for line in wanted.splitlines() if " ms" not in line]
+
+
+def test_explain_with_a_block_size(run: Run) -> None:
+    code, out, _ = run("explain", "mine:window", "--q-len", "64", "--block-size", "8x16")
+    assert code == 0
+    assert "with tiles of 8x16 tokens" in out
+    assert "8 x 16 tokens" in out
+
+
+def test_tables_from_files_and_from_the_command_line(run: Run, tmp_path: Path) -> None:
+    ids = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    torch.save(ids, tmp_path / "doc.pt")
+    np.save(tmp_path / "doc.npy", ids.numpy())
+    outputs = [run("explain", "mine:packed", "--q-len", "8", "--table", f"doc={v}") for v in ("doc.pt", "doc.npy", str(ids.tolist()))]
+    assert [code for code, _, _ in outputs] == [0, 0, 0]
+    assert all("23.4375% of all" in out for _, out, _ in outputs)
+    code, out, _ = run("explain", "mine:bound", "--q-len", "6")
+    assert code == 0, "tables that are bound need not be given"
+
+
+def test_plot_writes_a_picture(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    code, out, _ = run("plot", "mine:packed", "--q-len", "4", "--table", "doc=[0,0,1,1]", "--block-size", "2")
+    assert (code, out) == (0, "packed.png\n")
+    assert (tmp_path / "packed.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run("plot", "mine:window", "--q-len", "40", "--out", "window.svg")
+    assert code == 0
+    assert "<svg" in (tmp_path / "window.svg").read_text()
+
+
+def test_check_of_a_right_pattern(run: Run) -> None:
+    code, out, err = run("check", "mine:window", "--examples", "3", "--seed", "1", "--causal")
+    assert (code, err) == (0, "")
+    for name in ("text", "tile lists", "numbers", "causality", "calls", "order"):
+        assert f"  {name}" in out
+    assert "holds      3 examples" in out
+
+
+def test_check_of_a_leak_prints_a_program_that_shows_it(run: Run) -> None:
+    code, out, _ = run("check", "mine:leaky", "--examples", "5", "--seed", "1", "--causal")
+    assert code == 1
+    assert "causality   FAILS" in out
+    program = out.partition("this program shows it:\n")[2]
+    with pytest.raises(sd.testing.Counterexample, match="changes when q, k and v after it change"):
+        exec("\n".join(line[4:] for line in program.splitlines()), {})
+
+
+def test_check_draws_tables_and_takes_given_ones(run: Run) -> None:
+    assert run("check", "mine:packed", "--examples", "2", "--seed", "1")[0] == 0
+    assert run("check", "mine:packed", "--examples", "2", "--seed", "1", "--table", "doc=[0,0,1,1,1,2]")[0] == 0
+
+
+MISTAKES = {
+    "no colon": (["explain", "mine", "--q-len", "8"], "SPEC must be module:name or file.py:name; got 'mine'"),
+    "no name": (["explain", "mine:", "--q-len", "8"], "SPEC must be module:name or file.py:name; got 'mine:'"),
+    "no file": (["explain", "yours.py:x", "--q-len", "8"], "there is no file yours.py"),
+    "no module": (["explain", "yours:x", "--q-len", "8"], "importing yours raises ModuleNotFoundError: No module named 'yours'"),
+    "unknown name": (["explain", "mine:windw", "--q-len", "8"], "mine has no 'windw'; it has Holder, bound, broken, capped"),
+    "no pattern": (["explain", "mine:number", "--q-len", "8"], "mine:number must be a Mask or a Pattern; got 3 (int)"),
+    "three arguments": (["explain", "mine:three", "--q-len", "8"], "mine:three takes 3 arguments; wanted a mask_mod(b, h, q_idx, kv_idx)"),
+    "factory fails": (["explain", "mine:broken", "--q-len", "8"], "mine:broken() raises KeyError: 'no such thing'"),
+    "factory is refused": (["explain", "mine:refusing", "--q-len", "8"], "has no truth value while it is being declared"),
+    "untraceable": (["check", "mine:untraceable"], "cannot trace `and` on a traced value"),
+    "missing table": (["explain", "mine:packed", "--q-len", "8"], "  doc = table('doc', monotone=True)\nSave each as a tensor, torch.save(tensor, 'NAME.pt'), and pass --table doc=doc.pt"),
+    "surplus table": (["explain", "mine:window", "--q-len", "8", "--table", "doc=[1]"], "unexpected doc: the pattern reads no table"),
+    "table without value": (["explain", "mine:packed", "--q-len", "8", "--table", "doc"], "--table wants NAME=FILE, as in --table doc=doc.pt; got 'doc'"),
+    "table file": (["explain", "mine:packed", "--q-len", "8", "--table", "doc=no.pt"], "--table doc: cannot read no.pt: No such file or directory"),
+    "table of text": (["explain", "mine:packed", "--q-len", "8", "--table", "doc=mine.py"], "--table doc: mine.py does not hold a tensor"),
+    "short table": (["explain", "mine:packed", "--q-len", "8", "--table", "doc=[0,0]"], "table 'doc' is too short"),
+    "backend": (["check", "mine:window", "--backend", "nope"], "backend must be one of 'auto', 'reference', 'flex'; got 'nope'"),
+    "dtype": (["explain", "mine:window", "--q-len", "8", "--dtype", "int8"], "dtype must be one of float64, float32, bfloat16, float16; got 'int8'"),
+    "offset": (["explain", "mine:window", "--q-len", "8", "--q-offset", "-1"], "q_offset must be a whole number of at least 0; got -1"),
+    "format": (["plot", "mine:window", "--q-len", "8", "--out", "x.nope"], "cannot write x.nope: Format 'nope' is not supported"),
+    "folder": (["plot", "mine:window", "--q-len", "8", "--out", "no/x.png"], "No such file or directory: 'no/x.png'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_give_one_message_and_exit_code_2(run: Run, name: str) -> None:
+    arguments, message = MISTAKES[name]
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("sparsedsl: ")
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_file_that_does_not_import(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("import sparsedsl as sd\nsd.patterns.sliding_window(0)\n")
+    code, _, err = run("explain", "bad.py:x", "--q-len", "8")
+    assert code == 2
+    assert err == "sparsedsl: while importing bad.py: sliding_window(): w must be at least 1 (the window counts the query itself); got 0\n"
+    (tmp_path / "worse.py").write_text("1 / 0\n")
+    assert run("explain", "worse.py:x", "--q-len", "8")[2] == "sparsedsl: importing worse.py raises ZeroDivisionError: division by zero\n"
+
+
+def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEDSL_DEBUG", "1")
+    with pytest.raises(sd.TableError):
+        run("explain", "mine:packed", "--q-len", "8")
+
+
+def test_a_bad_switch_is_a_message_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEDSL_DEBUG", "yes")
+    code, _, err = run("explain", "mine:window", "--q-len", "8")
+    assert code == 2
+    assert err.startswith("sparsedsl: SPARSEDSL_DEBUG='yes' is not valid; valid values: 0, 1")
+
+
+@pytest.mark.parametrize("arguments", [["explain", "mine:window", "--q-len", "0"], ["explain", "mine:window"], [], ["nope"],
+                                       ["explain", "mine:window", "--q-len", "8", "--block-size", "8x8x8"]])  # fmt: skip
+def test_arguments_are_checked(run: Run, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["explain", "plot", "check"])
+def test_help_has_examples_that_parse(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from sparsedsl.cli import EXAMPLES, _parser
+
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "module:name or file.py:name" in text
+    lines = [line.strip() for line in EXAMPLES[command].splitlines() if line.startswith("  python -m sparsedsl ")]
+    assert len(lines) >= 2
+    for line in lines:
+        assert line in text
+        import shlex
+
+        _parser().parse_args(shlex.split(line)[3:])
+
+
+def test_it_runs_as_a_module_without_torch_for_its_help(tmp_path: Path) -> None:
+    code = "import sys; sys.argv = ['x', '--help']; import runpy\ntry: runpy.run_module('sparsedsl', run_name='__main__')\nexcept SystemExit as stop: print('exit', stop.code, 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
+    )  # fmt: skip
+    assert done.stdout.endswith("exit 0 False\n")
+    assert done.stderr == ""
