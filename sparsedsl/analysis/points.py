@@ -60,7 +60,7 @@ class PointDecider:
         if chosen is None:
             return self._decide_all(tiles)
         kinds = self._decide_all(tuple(t[chosen] for t in tiles))  # type: ignore[arg-type]
-        return kinds[inverse]
+        return kinds.index_select(0, inverse)
 
     def _representatives(self, tiles: Boxes) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Indices of tiles that stand for all others, and for each tile the place of its representative.
@@ -95,10 +95,10 @@ class PointDecider:
         size = int(key.max()) + 1
         if size <= SMALL_KEY:
             place = torch.zeros(size, dtype=torch.int64, device=key.device)
-            place[key] = number
-            chosen = (place[key] == number).nonzero()[:, 0]
-            place[key[chosen]] = torch.arange(chosen.numel(), device=key.device)
-            return chosen, place[key]
+            place.scatter_(0, key, number)
+            chosen = (place.index_select(0, key) == number).nonzero()[:, 0]
+            place.scatter_(0, key[chosen], torch.arange(chosen.numel(), device=key.device))
+            return chosen, place.index_select(0, key)
         unique, inverse = torch.unique(key, return_inverse=True)
         chosen = torch.zeros(unique.numel(), dtype=torch.int64, device=key.device)
         chosen[inverse] = number

@@ -115,10 +115,11 @@ class _Classifier:
                 per_line = chosen.sum(dim=1)
                 owner, columns = expand_runs(starts.reshape(-1), chosen.reshape(-1))
                 if decided is not None:
-                    more = decided[2] == wanted
-                    keys = torch.cat([owner // starts.shape[1], decided[0][more]]) * self.grid.columns
-                    columns = (keys + torch.cat([columns, decided[1][more]])).sort().values % self.grid.columns
-                    per_line = per_line + torch.bincount(decided[0][more], minlength=per_line.numel())
+                    more = (decided[2] == wanted).nonzero()[:, 0]
+                    more_owner, more_columns = (t.index_select(0, more) for t in decided[:2])
+                    keys = torch.cat([owner // starts.shape[1], more_owner]) * self.grid.columns
+                    columns = (keys + torch.cat([columns, more_columns])).sort().values % self.grid.columns
+                    per_line = per_line + torch.bincount(more_owner, minlength=per_line.numel())
                 counts[i, base : base + line.numel()] = per_line
                 found[i].append(columns.to(torch.int32))
         return [torch.cat(part) if part else self._no_columns() for part in found]
@@ -144,7 +145,7 @@ class _Classifier:
         """Step 3 on whole pieces: line number within the chunk, column and class of each of their tiles."""
         owner, column = expand_runs(starts.reshape(-1), lengths.reshape(-1))
         owner = owner // starts.shape[1]
-        return owner, column, self._decide(line[owner], column)
+        return owner, column, self._decide(line.index_select(0, owner), column)
 
     def _decide(self, line: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         one = self.groups.count == 1

@@ -187,12 +187,14 @@ REAL_FUNCTIONS = {
 
 def floor_div(a: sympy.Expr, c: sympy.Expr) -> sympy.Expr:
     """Integer ``a // c``, rounding towards minus infinity as Python does; nested constant divisions are joined."""
-    if c.is_Integer and int(c) > 0 and isinstance(a, sympy.floor):
+    quotient = a / c
+    share, inner = quotient.as_coeff_Mul()
+    if isinstance(inner, sympy.floor) and share.is_Rational and share.p == 1 and share.q > 1:
         # floor(floor(n / d) / c) == floor(n / (d * c)) for integers n and d, c > 0
-        numerator, denominator = a.args[0].as_numer_denom()
+        numerator, denominator = inner.args[0].as_numer_denom()
         if denominator.is_Integer and numerator.is_integer:
-            return sympy.floor(numerator / (denominator * c))
-    return sympy.floor(a / c)
+            return floor_div(numerator, denominator * share.q)
+    return sympy.floor(quotient)
 
 
 def mod(a: sympy.Expr, c: sympy.Expr) -> sympy.Expr:

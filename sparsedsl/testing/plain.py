@@ -5,6 +5,7 @@ No symbols, no simplification, no torch: ``where`` is ``numpy.where``, ``//`` is
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +18,8 @@ __all__ = ["Positions", "plain_value"]
 
 _FUNCTIONS: dict[str, Any] = {
     "where": np.where,
-    "minimum": np.minimum,
-    "maximum": np.maximum,
+    "minimum": lambda *values: functools.reduce(np.minimum, values),
+    "maximum": lambda *values: functools.reduce(np.maximum, values),
     "clamp": lambda x, low, high: np.minimum(np.maximum(x, low), high),
     "abs": np.abs,
     "tanh": np.tanh,

@@ -74,6 +74,9 @@ DECODERS = {
         num_local_experts=2,
         num_experts_per_tok=1,
     ),
+    "gemma4": _family("Gemma4Text", "Gemma4ForCausalLM", **_MIXED),
+    "mixtral": _family("Mixtral", "MixtralForCausalLM", **_GROUPED, sliding_window=WINDOW, num_local_experts=2),
+    "granite_swa": _family("GraniteSWA", "GraniteSWAForCausalLM", **_GROUPED, sliding_window=WINDOW, layer_types=_ALTERNATE),
     "gpt2": _family("GPT2", "GPT2LMHeadModel", n_embd=32, n_head=4, n_layer=2, n_positions=128),
     "opt": _family("OPT", "OPTForCausalLM", ffn_dim=48, word_embed_proj_dim=32),
     "deepseek_v3": _family(
@@ -96,10 +99,13 @@ DECODERS = {
 ENCODERS = {
     "bert": _family("Bert", "BertForMaskedLM"),
     "roberta": _family("Roberta", "RobertaForMaskedLM"),
+    "gemma3_bidirectional": _family(
+        "Gemma3Text", "Gemma3ForCausalLM", **_MIXED, query_pre_attn_scalar=16, use_bidirectional_attention=True
+    ),
     "modernbert": _family("ModernBert", "ModernBertForMaskedLM", local_attention=8, global_attn_every_n_layers=2),
 }
 FAMILIES = {**DECODERS, **ENCODERS}
-NO_SDPA = {"gemma2", "gpt_oss"}  # transformers has these in eager only
+NO_SDPA = {"gemma2", "gpt_oss", "granite_swa"}  # transformers has these in eager only
 
 
 def build(name: str, implementation: str | None = None) -> Any:

@@ -154,6 +154,7 @@ def test_packed_sequences_are_as_if_alone(name: str) -> None:
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), atol=ATOL, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_gradients_reach_weights_and_sinks() -> None:
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
@@ -311,6 +312,28 @@ def test_overlays_of_the_model_or_its_caller_are_refused_but_native_layers_keep_
         ),
     ):
         forward(model, input_ids=ids, attention_mask=masks())
+
+
+def test_a_configuration_read_wrongly_is_noticed_when_the_model_asks_for_its_mask() -> None:
+    model = build("llama")
+    model.model.layers[1].self_attn.is_causal = False
+    message = r"layer 1: the model asks for the mask causal, but .* bidirectional"
+    with sd.models.apply(model, sd.models.native_patterns(model)), pytest.raises(sd.UnsupportedError, match=message):
+        model(tokens())
+
+
+def test_a_stack_that_tells_its_layers_to_be_causal() -> None:
+    """CLIP's attention is made for images; its text model hands it a causal mask."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = CLIPTextModel(CLIPTextConfig(vocab_size=89, max_position_embeddings=40, **sizes)).eval()
+    given = left_padded()
+    real = given["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = model(**given).last_hidden_state
+        with sd.models.apply(model, sd.models.native_patterns(model), backend="reference"):
+            torch.testing.assert_close(model(**given).last_hidden_state[real], wanted[real], atol=ATOL, rtol=0)
 
 
 def test_dropout_is_refused_in_training_only() -> None:

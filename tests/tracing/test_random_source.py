@@ -48,7 +48,7 @@ def forms(*texts: str, **parts: st.SearchStrategy[str]) -> st.SearchStrategy[str
 
 
 small = st.integers(1, 9).map(str)
-fraction = st.sampled_from(["0.5", "0.1", "1.5", "3.0", "2", "0.3", "-0.7"])
+fraction = st.sampled_from(["0.5", "0.1", "1.5", "3.0", "2.0", "0.3", "-0.7"])
 whole = st.deferred(lambda: leaf | leaf | whole_operations)
 number = st.deferred(lambda: whole | small)  # Python's own have no methods, and are no arguments of some torch functions
 truth = st.deferred(lambda: comparisons | truth_operations)
@@ -56,7 +56,7 @@ real = st.deferred(lambda: real_leaf | real_operations)
 
 leaf = forms("q", "kv", "q", "kv", "b", "h", "(q - kv)", "window", "heads[h]", "doc[q]", "doc[kv]", "signed[kv]")
 whole_operations = forms(
-    "({t} + {i})", "({i} - {t})", "({t} * {c})", "({t} // {c})", "({t} % {c})", "(-{t})", "abs({i})", "torch.abs({t})",
+    "({t} + {i})", "({i} - {t})", "({t} * {c})", "({t} // {c})", "({t} % {c})", "(-{t})", "abs({t})", "torch.abs({t})",
     "torch.minimum({t}, {t})", "torch.maximum({t}, {t})", "{t}.clamp(min={c})", "torch.clamp({t}, -{c}, {c})", "torch.where({m}, {i}, {i})",
     "torch.div({t}, {c}, rounding_mode='floor')", "torch.div({t}, {c}, rounding_mode='trunc')", "torch.fmod({t}, {c})",
     "torch.remainder({t}, -{c})", "torch.floor_divide({t}, {c})", "({t} & {c})", "({t} | {c})", "({t} ^ {t})", "({t} & ~{c})", "(~{t})",
