@@ -41,7 +41,7 @@ def _head_windows(length: int) -> Tables:
 class Case:
     """One pattern.
 
-    ``declare`` makes the sparsedsl pattern, ``tables`` what it needs at a length; ``mask_mod`` (given the tables) and ``score_mod``
+    ``declare`` makes the sparsedsl pattern, ``tables`` what it needs at a length; ``mask_mod`` (given tables) and ``score_mod``
     are the functions a careful user of FlexAttention writes. ``heads`` is the size of the head dimension of the lists.
     """
 

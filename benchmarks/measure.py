@@ -51,7 +51,7 @@ def alternate(
     for number in range(rounds):
         if number >= 3 and time.perf_counter() - began > limit_s:
             break
-        order = list(actions) if number % 2 == 0 else list(reversed(actions))
+        order = list(actions) if number % 2 == 0 else list(actions)[::-1]
         for name in order:
             found[name].append(seconds(actions[name]))
             done()

@@ -13,7 +13,7 @@ import sympy
 from sparsedsl.codegen.expression import Names, write_expression
 from sparsedsl.codegen.source import Source
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.symbols import INDEX_SYMBOLS, KV_LEN, Q_IDX, Q_LEN, SCORE
+from sparsedsl.lang.symbols import BATCH, HEAD, INDEX_SYMBOLS, KV_IDX, KV_LEN, Q_IDX, Q_LEN, SCORE
 from sparsedsl.lang.tables import table_reads
 
 __all__ = ["FlexSource", "flex_functions", "flex_kernel", "table_extents"]
@@ -160,7 +160,9 @@ def _write_mask(source: Source, pattern: Pattern, names: Names) -> None:
         source.line(f"return kv_idx {'>=' if expr == sympy.true else '<'} 0")
         return
     _write_position(source, expr)
-    source.line(f"return {write_expression(source, expr, names, real='torch.float64')}")
+    body = write_expression(source, expr, names, real="torch.float64")
+    positional = expr.free_symbols & {BATCH, HEAD, Q_IDX, KV_IDX} or table_reads(expr)
+    source.line(f"return {body}" if positional else f"return (kv_idx >= 0) & ({body})")
 
 
 def _write_score(source: Source, pattern: Pattern, names: Names, sink_key: bool) -> None:

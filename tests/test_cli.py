@@ -17,7 +17,7 @@ from sparsedsl.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MINE = '''
+MINE = """
 import functools
 import torch
 import sparsedsl as sd
@@ -55,7 +55,7 @@ def three(a, b, c):
 
 class Holder:
     inner = window
-'''
+"""
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -92,7 +92,11 @@ def test_what_a_spec_may_name(run: Run, place: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("pattern", "score=30*tanh(score / 30)"), ("capped", "attend(True, score=30*tanh(score / 30))"), ("score_mod", "attend(True, score=")],
+    [
+        ("pattern", "score=30*tanh(score / 30)"),
+        ("capped", "attend(True, score=30*tanh(score / 30))"),
+        ("score_mod", "attend(True, score="),
+    ],
 )
 def test_scores(run: Run, name: str, text: str) -> None:
     code, out, _ = run("explain", f"mine:{name}", "--q-len", "16")
@@ -101,13 +105,28 @@ def test_scores(run: Run, name: str, text: str) -> None:
 
 
 def test_a_pattern_of_the_library(run: Run) -> None:
-    code, out, _ = run("explain", "sparsedsl.patterns:causal", "--q-len", "256", "--kv-heads", "2", "--heads", "4", "--batch", "3")
+    code, out, _ = run(
+        "explain", "sparsedsl.patterns:causal", "--q-len", "256", "--kv-heads", "2", "--heads", "4", "--batch", "3"
+    )
     assert code == 0
     assert "batch 3, heads 4" in out
 
 
 def test_explain_says_the_same_as_the_library(run: Run) -> None:
-    _, out, _ = run("explain", "mine:window", "--q-len", "1", "--kv-len", "300", "--q-offset", "299", "--dtype", "bfloat16", "--head-dim", "32")
+    _, out, _ = run(
+        "explain",
+        "mine:window",
+        "--q-len",
+        "1",
+        "--kv-len",
+        "300",
+        "--q-offset",
+        "299",
+        "--dtype",
+        "bfloat16",
+        "--head-dim",
+        "32",
+    )
     pattern = sd.attend((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5))
     wanted = str(sd.compile(pattern).explain(1, 300, q_offset=299, dtype="bfloat16", head_dim=32))
     assert [line for line in out.splitlines() if " ms" not in line] == [line for line in wanted.splitlines() if " ms" not in line]
@@ -124,10 +143,12 @@ def test_tables_from_files_and_from_the_command_line(run: Run, tmp_path: Path) -
     ids = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
     torch.save(ids, tmp_path / "doc.pt")
     np.save(tmp_path / "doc.npy", ids.numpy())
-    outputs = [run("explain", "mine:packed", "--q-len", "8", "--table", f"doc={v}") for v in ("doc.pt", "doc.npy", str(ids.tolist()))]
+    outputs = [
+        run("explain", "mine:packed", "--q-len", "8", "--table", f"doc={v}") for v in ("doc.pt", "doc.npy", str(ids.tolist()))
+    ]
     assert [code for code, _, _ in outputs] == [0, 0, 0]
     assert all("23.4375% of all" in out for _, out, _ in outputs)
-    code, out, _ = run("explain", "mine:bound", "--q-len", "6")
+    code, _, _ = run("explain", "mine:bound", "--q-len", "6")
     assert code == 0, "tables that are bound need not be given"
 
 
@@ -163,29 +184,36 @@ def test_check_draws_tables_and_takes_given_ones(run: Run) -> None:
     assert run("check", "mine:packed", "--examples", "2", "--seed", "1", "--table", "doc=[0,0,1,1,1,2]")[0] == 0
 
 
-MISTAKES = {
-    "no colon": (["explain", "mine", "--q-len", "8"], "SPEC must be module:name or file.py:name; got 'mine'"),
-    "no name": (["explain", "mine:", "--q-len", "8"], "SPEC must be module:name or file.py:name; got 'mine:'"),
-    "no file": (["explain", "yours.py:x", "--q-len", "8"], "there is no file yours.py"),
-    "no module": (["explain", "yours:x", "--q-len", "8"], "importing yours raises ModuleNotFoundError: No module named 'yours'"),
-    "unknown name": (["explain", "mine:windw", "--q-len", "8"], "mine has no 'windw'; it has Holder, bound, broken, capped"),
-    "no pattern": (["explain", "mine:number", "--q-len", "8"], "mine:number must be a Mask or a Pattern; got 3 (int)"),
-    "three arguments": (["explain", "mine:three", "--q-len", "8"], "mine:three takes 3 arguments; wanted a mask_mod(b, h, q_idx, kv_idx)"),
-    "factory fails": (["explain", "mine:broken", "--q-len", "8"], "mine:broken() raises KeyError: 'no such thing'"),
-    "factory is refused": (["explain", "mine:refusing", "--q-len", "8"], "has no truth value while it is being declared"),
-    "untraceable": (["check", "mine:untraceable"], "cannot trace `and` on a traced value"),
-    "missing table": (["explain", "mine:packed", "--q-len", "8"], "  doc = table('doc', monotone=True)\nSave each as a tensor, torch.save(tensor, 'NAME.pt'), and pass --table doc=doc.pt"),
-    "surplus table": (["explain", "mine:window", "--q-len", "8", "--table", "doc=[1]"], "unexpected doc: the pattern reads no table"),
-    "table without value": (["explain", "mine:packed", "--q-len", "8", "--table", "doc"], "--table wants NAME=FILE, as in --table doc=doc.pt; got 'doc'"),
-    "table file": (["explain", "mine:packed", "--q-len", "8", "--table", "doc=no.pt"], "--table doc: cannot read no.pt: No such file or directory"),
-    "table of text": (["explain", "mine:packed", "--q-len", "8", "--table", "doc=mine.py"], "--table doc: mine.py does not hold a tensor"),
-    "short table": (["explain", "mine:packed", "--q-len", "8", "--table", "doc=[0,0]"], "table 'doc' is too short"),
-    "backend": (["check", "mine:window", "--backend", "nope"], "backend must be one of 'auto', 'reference', 'flex'; got 'nope'"),
-    "dtype": (["explain", "mine:window", "--q-len", "8", "--dtype", "int8"], "dtype must be one of float64, float32, bfloat16, float16; got 'int8'"),
-    "offset": (["explain", "mine:window", "--q-len", "8", "--q-offset", "-1"], "q_offset must be a whole number of at least 0; got -1"),
-    "format": (["plot", "mine:window", "--q-len", "8", "--out", "x.nope"], "cannot write x.nope: Format 'nope' is not supported"),
-    "folder": (["plot", "mine:window", "--q-len", "8", "--out", "no/x.png"], "No such file or directory: 'no/x.png'"),
-}  # fmt: skip
+EXPLAIN = ("explain", "--q-len", "8")
+CHECK = ("check", "--examples", "2")
+PLOT = ("plot", "--q-len", "8")
+
+# fmt: off
+# ruff: noqa: E501 (a mistake and its message stand on one line)
+MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+    "no colon": ((*EXPLAIN, "mine"), "SPEC must be module:name or file.py:name; got 'mine'"),
+    "no name": ((*EXPLAIN, "mine:"), "SPEC must be module:name or file.py:name; got 'mine:'"),
+    "no file": ((*EXPLAIN, "yours.py:x"), "there is no file yours.py"),
+    "no module": ((*EXPLAIN, "yours:x"), "importing yours raises ModuleNotFoundError: No module named 'yours'"),
+    "unknown name": ((*EXPLAIN, "mine:windw"), "mine has no 'windw'; it has Holder, bound, broken, capped"),
+    "no pattern": ((*EXPLAIN, "mine:number"), "mine:number must be a Mask or a Pattern; got 3 (int)"),
+    "three arguments": ((*EXPLAIN, "mine:three"), "mine:three takes 3 arguments; wanted a mask_mod(b, h, q_idx, kv_idx)"),
+    "factory fails": ((*EXPLAIN, "mine:broken"), "mine:broken() raises KeyError: 'no such thing'"),
+    "factory is refused": ((*EXPLAIN, "mine:refusing"), "has no truth value while it is being declared"),
+    "untraceable": ((*CHECK, "mine:untraceable"), "cannot trace `and` on a traced value"),
+    "missing table": ((*EXPLAIN, "mine:packed"), "  doc = table('doc', monotone=True)\nSave each as a tensor, torch.save(tensor, 'NAME.pt'), and pass --table doc=doc.pt"),
+    "surplus table": ((*EXPLAIN, "mine:window", "--table", "doc=[1]"), "unexpected doc: the pattern reads no table"),
+    "table without value": ((*EXPLAIN, "mine:packed", "--table", "doc"), "--table wants NAME=FILE, as in --table doc=doc.pt; got 'doc'"),
+    "no table file": ((*EXPLAIN, "mine:packed", "--table", "doc=no.pt"), "--table doc: cannot read no.pt: No such file or directory"),
+    "table of text": ((*EXPLAIN, "mine:packed", "--table", "doc=mine.py"), "--table doc: mine.py does not hold a tensor"),
+    "short table": ((*EXPLAIN, "mine:packed", "--table", "doc=[0,0]"), "table 'doc' is too short"),
+    "backend": ((*CHECK, "mine:window", "--backend", "nope"), "backend must be one of 'auto', 'reference', 'flex'; got 'nope'"),
+    "dtype": ((*EXPLAIN, "mine:window", "--dtype", "int8"), "dtype must be one of float64, float32, bfloat16, float16; got 'int8'"),
+    "offset": ((*EXPLAIN, "mine:window", "--q-offset", "-1"), "q_offset must be a whole number of at least 0; got -1"),
+    "format": ((*PLOT, "mine:window", "--out", "x.nope"), "cannot write x.nope: Format 'nope' is not supported"),
+    "folder": ((*PLOT, "mine:window", "--out", "no/x.png"), "No such file or directory: 'no/x.png'"),
+}
+# fmt: on
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -203,9 +231,15 @@ def test_a_file_that_does_not_import(run: Run, tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("import sparsedsl as sd\nsd.patterns.sliding_window(0)\n")
     code, _, err = run("explain", "bad.py:x", "--q-len", "8")
     assert code == 2
-    assert err == "sparsedsl: while importing bad.py: sliding_window(): w must be at least 1 (the window counts the query itself); got 0\n"
+    assert (
+        err
+        == "sparsedsl: while importing bad.py: sliding_window(): w must be at least 1 (the window counts the query itself); got 0\n"
+    )
     (tmp_path / "worse.py").write_text("1 / 0\n")
-    assert run("explain", "worse.py:x", "--q-len", "8")[2] == "sparsedsl: importing worse.py raises ZeroDivisionError: division by zero\n"
+    assert (
+        run("explain", "worse.py:x", "--q-len", "8")[2]
+        == "sparsedsl: importing worse.py raises ZeroDivisionError: division by zero\n"
+    )
 
 
 def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,10 +281,16 @@ def test_help_has_examples_that_parse(command: str, capsys: pytest.CaptureFixtur
         _parser().parse_args(shlex.split(line)[3:])
 
 
-def test_it_runs_as_a_module_without_torch_for_its_help(tmp_path: Path) -> None:
-    code = "import sys; sys.argv = ['x', '--help']; import runpy\ntry: runpy.run_module('sparsedsl', run_name='__main__')\nexcept SystemExit as stop: print('exit', stop.code, 'torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
-    )  # fmt: skip
+def test_it_runs_as_a_module_and_its_help_needs_no_torch(tmp_path: Path) -> None:
+    code = """
+import runpy, sys
+sys.argv = ["sparsedsl", "--help"]
+try:
+    runpy.run_module("sparsedsl", run_name="__main__")
+except SystemExit as stop:
+    print("exit", stop.code, "torch" in sys.modules)
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env, check=True)
     assert done.stdout.endswith("exit 0 False\n")
     assert done.stderr == ""

@@ -121,7 +121,11 @@ LIBRARY: dict[str, Case] = {
 CASES = {
     f"{group}: {name}": case
     for group, cases in {
-        "tensors": TENSORS, "tables": TABLES, "lowerings": LOWERINGS, "analysis": ANALYSIS, "library": LIBRARY,
+        "tensors": TENSORS,
+        "tables": TABLES,
+        "lowerings": LOWERINGS,
+        "analysis": ANALYSIS,
+        "library": LIBRARY,
     }.items()
     for name, case in cases.items()
 }  # fmt: skip
@@ -147,4 +151,4 @@ def test_errors_are_also_what_python_calls_them() -> None:
 
 def test_an_unknown_public_name_lists_the_known_ones() -> None:
     with pytest.raises(AttributeError, match=r"module 'sparsedsl' has no attribute 'compil'; public names are .*compile"):
-        sd.compil  # noqa: B018
+        sd.compil

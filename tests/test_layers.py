@@ -21,7 +21,7 @@ ARROW = [
     ["plan"],
     ["codegen"],
     ["run"],
-    ["plotting", "testing", "models"],
+    ["plotting", "testing", "models", "specs"],
     ["__init__"],
     ["cli"],
     ["__main__"],

@@ -10,17 +10,22 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from sparsedsl.analysis.clauses import Clause, clauses
+from sparsedsl.analysis.clauses import Clause, clauses, only_difference
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.intervals import Intervals, TableRanges
+from sparsedsl.analysis.intervals import Intervals, TableRanges, wrapped
 from sparsedsl.errors import TableError
+from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.functions import Where
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import BATCH, HEAD
+from sparsedsl.lang.strict import StrictFunction
 from sparsedsl.lang.tables import TableRead
 
 __all__ = ["check_reads", "index_ranges", "value_ranges"]
+
+# An index that cannot be reasoned about is worked out at no more points than this.
+POINTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ def index_ranges(domain: Domain, values: Mapping[str, tuple[int, int]]) -> Inter
 
 def _in_clause(index: sympy.Expr, clause: Clause, intervals: Intervals) -> tuple[Any, Any]:
     """Range of ``index`` where ``clause`` holds: its own range, narrowed by a bound on the same form."""
+    if isinstance(index, StrictFunction) and index.operation == "wrap":
+        return wrapped(_in_clause(index.args[0], clause, intervals), int(index.args[1]))
     low, high = intervals.range(index)
     for bound in clause.bounds:
         for sign in (1, -1):
@@ -118,8 +125,31 @@ def check_reads(pattern: Pattern, domain: Domain) -> None:
                 ranges = [_in_clause(index, clause, intervals) for clause in whole] if whole else [(low, high)]
                 ranges = [r for r in ranges if r[0] <= r[1]]
                 low, high = min((r[0] for r in ranges), default=0), max((r[1] for r in ranges), default=0)
-                if low < 0 or high >= size:
+                if (low < 0 or high >= size) and not _inside_at_every_point(index, item.guard, domain, size):
                     raise TableError(_message(item.read, axis, index, size, low, high, tuple(table.shape)))
+
+
+def _inside_at_every_point(index: sympy.Expr, guard: Boolean, domain: Domain, size: int) -> bool:
+    """Whether every read at ``index`` lies inside: worked out where intervals know nothing, since the index holds exact operations.
+
+    An index that depends on ``q_idx - kv_idx`` alone costs one point a difference; others are worked out up to ``POINTS`` points.
+    """
+    if not index.has(StrictFunction):
+        return False
+    q, kv = torch.arange(domain.rows) + domain.q_offset, torch.arange(domain.kv_len)
+    if only_difference(index):
+        q, kv = torch.cat([q, q[:1].expand(domain.kv_len)]), torch.cat([torch.zeros_like(q), kv])
+        guard = guard if only_difference(guard) else sympy.true
+    else:
+        q, kv = q[:, None], kv
+    groups = domain.groups(sympy.Tuple(index, guard))
+    if groups.count * torch.broadcast_shapes(q.shape, kv.shape).numel() > POINTS:
+        return False
+    of_group = {name: torch.as_tensor(value).reshape(-1, *(1,) * q.ndim) for name, value in groups.env().items()}
+    symbols: dict[str, Any] = {**of_group, "q_idx": q, "kv_idx": kv, **domain.lengths}
+    env = {name: torch.as_tensor(value, device=domain.device) for name, value in symbols.items()} | dict(domain.tables)
+    value = evaluate(index, env)
+    return not bool(((value < 0) | (value >= size)).logical_and(evaluate(guard, env)).any())
 
 
 def _mentions(clause: Clause, read: TableRead) -> bool:

@@ -17,9 +17,10 @@ import torch
 
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.evaluate import evaluate, maximum, minimum
+from sparsedsl.lang.strict import StrictFunction, is_condition
 from sparsedsl.lang.tables import TableRead
 
-__all__ = ["Intervals", "TableRanges"]
+__all__ = ["Intervals", "TableRanges", "wrapped"]
 
 Range = tuple[Any, Any]
 # Float ranges are widened by this, relative and absolute: more than float32 rounding can move a value.
@@ -292,6 +293,24 @@ def _rising(op: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Intervals, 
     return rule
 
 
+def _exact(self: Intervals, expr: StrictFunction) -> Range:
+    if is_condition(expr):
+        return 0, 1
+    return wrapped(self.range(expr.args[0]), int(expr.args[1])) if expr.operation == "wrap" else (-math.inf, math.inf)
+
+
+def wrapped(index: Range, size: int) -> Range:
+    """Range of an index that counts from the end of ``size`` entries when it is negative."""
+    low, high = index
+    if not isinstance(low, torch.Tensor) and not isinstance(high, torch.Tensor):
+        if low >= 0 or high < 0:
+            return (low, high) if low >= 0 else (low + size, high + size)
+        return min(low + size, 0), max(high, size - 1)
+    low, high = torch.as_tensor(low), torch.as_tensor(high)
+    least = torch.where(low >= 0, low, torch.where(high < 0, low + size, (low + size).clamp(max=0)))
+    return least, torch.where(low >= 0, high, torch.where(high < 0, high + size, high.clamp(min=size - 1)))
+
+
 def _relation(expr: sympy.Basic, low: Any, high: Any) -> Range:
     """``(always, ever)`` of ``difference (relation) 0`` with the difference in ``[low, high]``."""
     if isinstance(expr, sympy.Le):
@@ -378,6 +397,7 @@ _RULES: dict[type, Callable[[Intervals, Any], Range]] = {
     fn.Relu: _rising(torch.relu),
     fn.Where: _where,
     fn.BitAnd: _bit_and,
+    StrictFunction: _exact,
     TableRead: _table,
     sympy.core.relational.Relational: _relational,
     sympy.And: _and,

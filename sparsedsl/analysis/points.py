@@ -57,7 +57,7 @@ class PointDecider:
     def decide(self, tiles: Boxes) -> torch.Tensor:
         """EMPTY, PARTIAL or FULL for each tile."""
         chosen, inverse = self._representatives(tiles)
-        if chosen is None:
+        if chosen is None or inverse is None:
             return self._decide_all(tiles)
         kinds = self._decide_all(tuple(t[chosen] for t in tiles))  # type: ignore[arg-type]
         return kinds.index_select(0, inverse)

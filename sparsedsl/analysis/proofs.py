@@ -62,7 +62,13 @@ def _short(table: torch.Tensor) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``status`` is "PROVED", "REFUTED" or "UNKNOWN"; compare with ``sd.PROVED`` and so on. ``witness`` refutes."""
+    """``status`` is "PROVED", "REFUTED" or "UNKNOWN"; compare with ``sd.PROVED`` and so on. ``witness`` refutes.
+
+    >>> import sparsedsl as sd
+    >>> verdict = sd.implies(sd.kv_idx <= sd.q_idx, sd.kv_idx < sd.q_idx)
+    >>> verdict == sd.REFUTED, verdict.witness.q_idx == verdict.witness.kv_idx
+    (True, True)
+    """
 
     status: str
     witness: Witness | None = field(default=None, compare=False)

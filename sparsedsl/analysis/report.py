@@ -38,6 +38,11 @@ class Analysis:
     ``flops_dense``: forward with every tile listed. ``bytes``: forward traffic if every listed tile loads its keys and values once and
     queries and outputs move once. ``partial_share``: partial / listed tiles. ``imbalance``: most / mean listed tiles of a tile row.
     ``empty_rows``: rows that may attend to nothing, ``empty_row`` one of them as (b, h, q_idx).
+
+    >>> import sparsedsl as sd
+    >>> found = sd.analyse(sd.kv_idx <= sd.q_idx, 256)
+    >>> found.lists.full.total, found.lists.partial.total, found.empty_rows
+    (1, 2, 0)
     """
 
     pattern: Pattern

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import sympy
 import torch
 
@@ -159,7 +160,11 @@ def _search(table: torch.Tensor, target: torch.Tensor, length: int) -> torch.Ten
         table = table.to(torch.int32)
     top = torch.iinfo(table.dtype).max
     wanted = target.clamp(-top, top).to(table.dtype).contiguous()
-    place = torch.searchsorted(table, wanted)
+    if table.device.type == "cpu":
+        # numpy's search keeps to one thread: for so few targets torch's spends its time waking the others.
+        place = torch.as_tensor(np.searchsorted(table.numpy(), wanted.numpy()))
+    else:
+        place = torch.searchsorted(table, wanted)
     # Past the end of a table shorter than the range, reads repeat its last value; beyond the type's range nothing is reached.
     return torch.where((place == table.numel()) | (target > top), length, place)
 

@@ -122,7 +122,11 @@ class _Classifier:
                     per_line = per_line + torch.bincount(more_owner, minlength=per_line.numel())
                 counts[i, base : base + line.numel()] = per_line
                 found[i].append(columns.to(torch.int32))
-        return [torch.cat(part) if part else self._no_columns() for part in found]
+        columns_of = []
+        for part in found:
+            columns_of.append(torch.cat(part) if part else self._no_columns())
+            part.clear()  # the chunks go before the next kind is joined
+        return columns_of
 
     def _columns_by_boxes(self, counts: torch.Tensor) -> list[torch.Tensor]:
         """Steps 1 to 3 with the descent, which meets tiles box by box: put in line order, columns ascending, at the end."""

@@ -423,8 +423,8 @@ class Index(_Arithmetic):
     def __rshift__(self, bits: Any) -> Index:
         return self // 2 ** _shift(bits)
 
-    def __rlshift__(self, value: Any) -> NoReturn:
-        _shift(self)
+    def __rlshift__(self, value: Any) -> Index:
+        return as_index(value) << self
 
     __rrshift__ = __rlshift__
 
@@ -487,7 +487,7 @@ class Score(_Arithmetic):
         raise PatternError(f"`& | ^ ~` join masks; {self} is a score. Put brackets around comparisons, or use sd.where")
 
     def __invert__(self) -> NoReturn:
-        self & self
+        self.__and__(self)
 
     __or__ = __xor__ = __rand__ = __ror__ = __rxor__ = __and__
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import sympy
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
@@ -108,7 +109,7 @@ class BitAnd(sympy.Function):
 class _Real(sympy.Function):
     """A real function of a score, kept as it was written."""
 
-    is_number = False  # Max and Min would otherwise ask for the digits of `Sigmoid(2)`
+    is_number = False  # sympy has no way to compute its digits
 
     @classmethod
     def eval(cls, x: sympy.Expr) -> None:
@@ -134,11 +135,23 @@ class Erf(_Real):
     """The error function."""
 
 
+def _certainly_nonnegative(difference: sympy.Expr) -> bool:
+    """Whether the declared facts about symbols and table reads say so; deeper terms are not asked, since sympy may take very long."""
+    plain = all(t.as_coeff_Mul()[1].is_Symbol or t.is_number or not t.args or _is_read(t) for t in sympy.Add.make_args(difference))
+    return plain and bool(difference.is_extended_nonnegative)
+
+
+def _is_read(term: sympy.Expr) -> bool:
+    return hasattr(term.as_coeff_Mul()[1], "spec")
+
+
 class _Extreme:
     """What :class:`Min` and :class:`Max` share: nested ones are joined, and a value that another one certainly beats is dropped.
 
     sympy's own rules factor all their arguments, and go further each time an expression is built again.
     """
+
+    _sign: int  # +1 if the larger value wins
 
     def __new__(cls, *values: sympy.Expr, **assumptions: object) -> sympy.Expr:
         kept: list[sympy.Expr] = []
@@ -153,29 +166,28 @@ class _Extreme:
         return extreme
 
     @classmethod
-    def _joined(cls, values: Iterable[sympy.Expr]) -> Iterator[sympy.Expr]:
+    def _joined(cls, values: Iterable[Any]) -> Iterator[sympy.Expr]:
         for value in values:
-            value = sympy.sympify(value)
             if isinstance(value, cls):
-                yield from value.args
+                yield from value.args  # type: ignore[attr-defined]
             else:
-                yield value
+                yield sympy.sympify(value)
+
+    @classmethod
+    def _beats(cls, a: sympy.Expr, b: sympy.Expr) -> bool:
+        return a == b or _certainly_nonnegative(cls._sign * (a - b))
 
 
 class Min(_Extreme, sympy.Min):
     """The smallest of some values."""
 
-    @staticmethod
-    def _beats(a: sympy.Expr, b: sympy.Expr) -> bool:
-        return a == b or bool((b - a).is_extended_nonnegative)
+    _sign = -1
 
 
 class Max(_Extreme, sympy.Max):
     """The largest of some values."""
 
-    @staticmethod
-    def _beats(a: sympy.Expr, b: sympy.Expr) -> bool:
-        return a == b or bool((a - b).is_extended_nonnegative)
+    _sign = 1
 
 
 # Public name -> function of one real number.

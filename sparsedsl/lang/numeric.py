@@ -35,19 +35,34 @@ def where(condition: Any, a: Any, b: Any) -> Any:
 
 
 def minimum(a: Any, *others: Any) -> Any:
-    """The smallest of some expressions or numbers."""
+    """The smallest of some expressions or numbers.
+
+    >>> import sparsedsl as sd
+    >>> print(sd.minimum(sd.q_idx, sd.kv_idx, 3))
+    minimum(3, kv_idx, q_idx)
+    """
     values = _widest(a, *others, of="minimum")
     return type(values[0])(fn.Min(*(v.expr for v in values)), _merge(*values))
 
 
 def maximum(a: Any, *others: Any) -> Any:
-    """The largest of some expressions or numbers."""
+    """The largest of some expressions or numbers.
+
+    >>> import sparsedsl as sd
+    >>> print(sd.maximum(sd.q_idx - sd.kv_idx, 0))
+    maximum(0, q_idx - kv_idx)
+    """
     values = _widest(a, *others, of="maximum")
     return type(values[0])(fn.Max(*(v.expr for v in values)), _merge(*values))
 
 
 def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
-    """``x`` limited to ``low <= x <= high`` (inclusive); either bound may be left out. As in torch, ``high`` wins if they cross."""
+    """``x`` limited to ``low <= x <= high`` (inclusive); either bound may be left out. As in torch, ``high`` wins if they cross.
+
+    >>> import sparsedsl as sd
+    >>> print(sd.clamp(sd.q_idx - sd.kv_idx, 0, 7))
+    minimum(7, maximum(0, q_idx - kv_idx))
+    """
     if low is None and high is None:
         raise PatternError("clamp(x, low, high) wants at least one bound")
     x = x if low is None else maximum(x, low)
@@ -62,7 +77,12 @@ def _real(name: str) -> Any:
         return Score(function(x.expr), x.bound)
 
     apply.__name__ = apply.__qualname__ = name
-    apply.__doc__ = f"``{name}`` of a score, an index or a number; a score."
+    apply.__doc__ = f"""``{name}`` of a score, an index or a number; a score.
+
+    >>> import sparsedsl as sd
+    >>> print(sd.{name}(sd.score))
+    {name}(score)
+    """
     return apply
 
 

@@ -26,6 +26,11 @@ class Pattern:
     ``mask``: pairs that attend. ``score``: the modified logit, an expression in ``score`` (the scaled dot product); its plain
     form is ``score`` itself. ``sink``: a logit over ``b, h`` that enters the softmax denominator with value zero, or None.
     ``scale``: factor on the dot product; None means ``head_dim ** -0.5``.
+
+    >>> import sparsedsl as sd
+    >>> pattern = sd.attend(sd.kv_idx <= sd.q_idx, sink=0.0)
+    >>> pattern.mask, pattern.has_score, pattern.sink
+    (Mask(q_idx >= kv_idx), False, Score(0.0))
     """
 
     mask: Mask

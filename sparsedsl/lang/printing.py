@@ -79,7 +79,10 @@ class Printer:
         return "".join(parts), ADD
 
     def _print_Mul(self, expr: sympy.Mul) -> tuple[str, int]:
-        numbers, plain, sums, under = [], [], [], []
+        numbers: list[sympy.Expr] = []
+        plain: list[sympy.Expr] = []
+        sums: list[sympy.Expr] = []
+        under: list[sympy.Expr] = []
         coefficient, rest = expr.as_coeff_Mul()
         size = abs(coefficient)
         if isinstance(size, sympy.Rational):

@@ -1,8 +1,9 @@
 """Arithmetic kept exactly as torch does it: ``f32_log(x)`` is ``torch.log(x.to(torch.float32))``, rounding included.
 
-A mask that decides with floats (T5's logarithmic buckets, ``sqrt(dx**2 + dy**2) < r``) depends on the last bit, so real algebra must
-not touch it. Here every operation is an opaque function, one class an operation and type, that sympy neither evaluates nor rewrites.
-Results are floats, integers (``f32_to_int64``) or 0 and 1 (``f32_lt``); a mask on the latter is ``Ne(f32_lt(x, y), 0)``.
+A mask that decides with floats (T5's logarithmic buckets, ``sqrt(dx**2 + dy**2) < r``) depends on the last bit, so real
+algebra must not touch it. Here every operation is an opaque function, one class an operation and type, that sympy neither
+evaluates nor rewrites. Results are floats, integers (``f32_to_int64``) or 0 and 1 (``f32_lt``); a mask on the latter is
+``Ne(f32_lt(x, y), 0)``.
 
 ``torch_source`` is the one meaning of them all: the evaluator runs it and printers of torch code print it.
 """
@@ -54,7 +55,9 @@ def _operations() -> dict[str, Operation]:
     for name in ("gcd", "lcm"):
         table[name] = Operation(f"torch.{name}({{0}}, {{1}})", 2, tensors=True)
     table |= {name: Operation(f"torch.{name}({{0}}, {{1}})", 2, "bool") for name in ("lt", "le", "eq", "ne")}
-    table |= {name: Operation(f"torch.{name}({{0}})", 1, "bool") for name in ("isnan", "isinf", "isposinf", "isneginf", "signbit")}
+    table |= {
+        name: Operation(f"torch.{name}({{0}})", 1, "bool") for name in ("isnan", "isinf", "isposinf", "isneginf", "signbit")
+    }
     for width in ("int64", "int32", "int16", "int8", "uint8"):
         table[f"to_{width}"] = Operation(f"{{0}}.to(torch.{width})", 1, "int")
     one, rest = frozenset({1}), frozenset({1, 2, 3})
@@ -107,7 +110,7 @@ class StrictFunction(sympy.Function, metaclass=_ExactFunction):
         return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def strict_class(prefix: str, operation: str) -> type[StrictFunction]:
     """The one function class for an operation in a type; sympy compares function classes by identity.
 
@@ -161,7 +164,7 @@ def _bracketed(text: str) -> str:
     return text if re.fullmatch(r"[\w.]+", text) and not text[0].isdigit() else f"({text})"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(function: type[StrictFunction], numbers: tuple[bool, ...]) -> Callable[..., Any]:
     names = [f"x{i}" for i in range(len(numbers))]
     return eval(f"lambda torch, {', '.join(names)}: {torch_source(function, names, numbers)}", {})

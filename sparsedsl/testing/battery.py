@@ -43,6 +43,10 @@ class Property:
     """One property of one pattern.
 
     ``status``: ``"holds"``, ``"FAILS"`` or ``"not applicable"``; for the latter two ``detail`` says why.
+
+    >>> import sparsedsl as sd
+    >>> [(p.name, p.examples) for p in check(sd.kv_idx <= sd.q_idx, examples=2).properties][:2]
+    [('text', 1), ('tile lists', 2)]
     """
 
     name: str
@@ -55,7 +59,12 @@ class Property:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`check` found; ``print`` it for a table."""
+    """What :func:`check` found; ``print`` it for a table.
+
+    >>> import sparsedsl as sd
+    >>> check(sd.kv_idx <= sd.q_idx + 1, examples=9, causal=True, seed=0).ok
+    False
+    """
 
     pattern: Pattern
     properties: tuple[Property, ...]
@@ -150,7 +159,7 @@ def _text(subject: _Subject, data: st.DataObject) -> None:
 def _lists(subject: _Subject, data: st.DataObject) -> None:
     case, tables = subject.draw(data)
     block = data.draw(st.sampled_from(_BLOCKS)), data.draw(st.sampled_from(_BLOCKS))
-    words = {"batch": case.batch, "heads": case.heads, "q_offset": case.q_offset, **tables}
+    words: dict[str, Any] = {"batch": case.batch, "heads": case.heads, "q_offset": case.q_offset, **tables}
     sizes = case.q_len, case.kv_len, block
     with showing(f"pattern = {pattern_code(subject.bound)}", "assert_lists_sound", "pattern", *sizes, **words):
         assert_lists_sound(subject.bound, *sizes, **words)
@@ -159,7 +168,7 @@ def _lists(subject: _Subject, data: st.DataObject) -> None:
 def _numbers(subject: _Subject, data: st.DataObject) -> None:
     case, tables = subject.draw(data)
     q, k, v = data.draw(inputs(case, dtype=st.sampled_from([torch.float32, torch.bfloat16])))
-    words = {"q_offset": case.q_offset, **tables}
+    words: dict[str, Any] = {"q_offset": case.q_offset, **tables}
     with showing(f"attn = {_attention_code(subject)}", "assert_matches_reference", "attn", q, k, v, **words):
         assert_matches_reference(subject.attention(), q, k, v, **words)
 

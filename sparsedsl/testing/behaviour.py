@@ -86,7 +86,7 @@ def _moved(
     before: list[torch.Tensor],
     changed: list[torch.Tensor],
     kept: tuple[int, int, int],
-    tables: dict[str, torch.Tensor],
+    tables: dict[str, Any],
 ) -> str | None:
     """Which result of the first rows moved with what comes later, in words, or None."""
     t = kept[1] - 1
@@ -105,7 +105,7 @@ def _moved(
 
 
 def _first_rows(
-    attn: Attention, case: AttentionCase, qkv: list[torch.Tensor], rows: int, tables: dict[str, torch.Tensor]
+    attn: Attention, case: AttentionCase, qkv: list[torch.Tensor], rows: int, tables: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
     """Results of the first rows, and gradients of a function of them; what the lowering does not have is left out."""
     words: dict[str, Any] = {"q_offset": case.q_offset, **tables}
@@ -121,7 +121,7 @@ def _first_rows(
             return {"out": attn(*qkv, **words)[:, :, :rows]}
 
 
-def _leak(pattern: Pattern, case: AttentionCase, t: int, tables: dict[str, torch.Tensor]) -> str:
+def _leak(pattern: Pattern, case: AttentionCase, t: int, tables: dict[str, Any]) -> str:
     """One pair through which it happens, in words; the mask may also be innocent."""
     later = allowed_pairs(pattern, case, **tables) & (case.env["kv_idx"] > case.env["q_idx"])
     if not later.any():
@@ -185,7 +185,7 @@ def _pieces(
     qkv: tuple[torch.Tensor, ...],
     length: int,
     growing: bool,
-    tables: dict[str, torch.Tensor],
+    tables: dict[str, Any],
 ) -> Iterator[tuple[slice, int, torch.Tensor]]:
     q, k, v = qkv
     for start in range(0, case.q_len, length):
@@ -233,7 +233,7 @@ def _permuted(
     qkv: tuple[torch.Tensor, ...],
     name: str,
     generator: torch.Generator,
-    tables: dict[str, torch.Tensor],
+    tables: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output for inputs in another order, and that order."""
     q, k, v = qkv

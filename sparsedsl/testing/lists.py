@@ -105,10 +105,10 @@ def _wrong_lists(lists: TileLists, allowed: torch.Tensor, block: tuple[int, int]
 
 
 def _wrong_numbers(
-    pattern: Pattern, case: AttentionCase, block: tuple[int, int], allowed: torch.Tensor, tables: dict[str, torch.Tensor]
+    pattern: Pattern, case: AttentionCase, block: tuple[int, int], allowed: torch.Tensor, tables: dict[str, Any]
 ) -> str | None:
     """What is wrong with the numbers of the analysis, in words, or None."""
-    words = {"q_offset": case.q_offset, "batch": case.batch, "heads": case.heads}
+    words: dict[str, Any] = {"q_offset": case.q_offset, "batch": case.batch, "heads": case.heads}
     found = analyse(pattern, case.q_len, case.kv_len, block, head_dim=3, head_dim_v=5, **words, **tables)
     classes = tile_classes(allowed, block)
     listed, per_row = classes > 0, (classes > 0).sum(dim=3).double()

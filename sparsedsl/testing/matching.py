@@ -85,7 +85,7 @@ def run_all(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    tables: dict[str, torch.Tensor],
+    tables: dict[str, Any],
     q_offset: int = 0,
     scale: float | None = None,
 ) -> tuple[Results, tuple[torch.Tensor, torch.Tensor | None] | None]:
@@ -101,8 +101,8 @@ def run_all(
     learned = {name: t for name, t in (attn.pattern.bound | tables).items() if attn.pattern.tables[name].learned}
     leaves = {name: x.detach().requires_grad_() for name, x in {"q": q, "k": k, "v": v, **learned}.items()}
     inputs = {name: leaves.pop(name) for name in "qkv"}
-    d_out, d_lse = (torch.randn(shape[:n], generator=torch.Generator().manual_seed(n)) for n in (4, 3))
-    d_out, d_lse = d_out.to(q.device), d_lse.to(q.device) if "lse" in results else None
+    drawn = [torch.randn(shape[:n], generator=torch.Generator().manual_seed(n)).to(q.device) for n in (4, 3)]
+    d_out, d_lse = drawn[0], drawn[1] if "lse" in results else None
     try:
         out, lse = _call(attn, inputs, {**tables, **leaves}, words, "lse" in results)
     except UnsupportedError:
@@ -112,9 +112,8 @@ def run_all(
 
 
 def _call(
-    attn: Attention, inputs: dict[str, torch.Tensor], tables: dict[str, torch.Tensor], words: dict[str, Any], with_lse: bool
+    attn: Attention, inputs: dict[str, Any], tables: dict[str, Any], words: dict[str, Any], with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    words = words | inputs | tables
     with torch.enable_grad():
-        if with_lse:
-            return attn(*inputs.values(), return_lse=True, **words, **tables)
-        return attn(*inputs.values(), **words, **tables), None
+        return attn(**words, return_lse=True) if with_lse else (attn(**words), None)

@@ -138,7 +138,10 @@ def shapes(
         head_dims: what ``head_dim`` and, separately, ``head_dim_v`` are drawn from.
 
     >>> from hypothesis import given
-    >>> given(shapes(max_len=20))(lambda case: None)()
+    >>> @given(shapes(max_len=20))
+    ... def test(case):
+    ...     assert case.heads % case.kv_heads == 0
+    >>> test()
     """
     kv_len = draw(_lengths(max_len))
     q_len = kv_len if square else draw(st.just(kv_len) | _lengths(max_len))
@@ -165,7 +168,14 @@ def _lengths(longest: int) -> st.SearchStrategy[int]:
 
 
 def dtypes(*, low_precision: bool = True) -> st.SearchStrategy[torch.dtype]:
-    """Float types of inputs: float32, float64, and float16 and bfloat16 if ``low_precision``."""
+    """Float types of inputs: float32, float64, and float16 and bfloat16 if ``low_precision``.
+
+    >>> from hypothesis import given
+    >>> @given(dtypes(low_precision=False))
+    ... def test(dtype):
+    ...     assert dtype in (torch.float32, torch.float64)
+    >>> test()
+    """
     return st.sampled_from([torch.float32, torch.float64] + [torch.bfloat16, torch.float16] * low_precision)
 
 
@@ -176,7 +186,10 @@ def inputs(
     """``q, k, v`` of one problem: contiguous, transposed or expanded in memory, of one dtype (drawn unless given).
 
     >>> from hypothesis import given
-    >>> given(inputs(AttentionCase(q_len=3, kv_len=5)))(lambda qkv: None)()
+    >>> @given(inputs(AttentionCase(q_len=3, kv_len=5)))
+    ... def test(qkv):
+    ...     assert qkv[0].shape == (1, 1, 3, 16)
+    >>> test()
     """
     kind = draw(dtypes() if dtype is None else st.just(dtype) if isinstance(dtype, torch.dtype) else dtype)
     seed = draw(st.integers(0, 2**16))

@@ -33,7 +33,10 @@ def indices(*, depth: int = 3, tables: bool = True) -> st.SearchStrategy[Index]:
     ``depth``: how deep they nest. ``tables``: whether they read tables; values for these come from :func:`tables_for`.
 
     >>> from hypothesis import given
-    >>> given(indices())(lambda index: index.expr)()
+    >>> @given(indices())
+    ... def test(index):
+    ...     assert (index - index).expr == 0
+    >>> test()
     """
     return grammar.index_texts(depth, tables=tables).map(_read)
 
@@ -42,7 +45,10 @@ def masks(*, depth: int = 3, tables: bool = True) -> st.SearchStrategy[Mask]:
     """Boolean expressions: windows, documents, strides, blocks, block tables, random comparisons, joined by ``& | ~ ^``.
 
     >>> from hypothesis import given
-    >>> given(masks(tables=False))(lambda mask: mask & ~mask)()
+    >>> @given(masks(tables=False))
+    ... def test(mask):
+    ...     assert (mask ^ mask).text == "False"
+    >>> test()
     """
     return grammar.mask_texts(depth, tables=tables).map(_read)
 
@@ -51,7 +57,10 @@ def scores(*, depth: int = 2, tables: bool = True) -> st.SearchStrategy[Score]:
     """Modified logits: biases, soft caps, float functions, learned tables; never NaN on finite logits.
 
     >>> from hypothesis import given
-    >>> given(scores())(lambda score: score / 2)()
+    >>> @given(scores())
+    ... def test(score):
+    ...     assert score.text
+    >>> test()
     """
     return grammar.score_texts(depth, tables=tables).map(_read)
 
@@ -67,7 +76,10 @@ def patterns(draw: st.DrawFn, *, depth: int = 3, tables: bool = True, scores: bo
         causal: ``True`` for patterns that never see a later position; ``None`` for any.
 
     >>> from hypothesis import given
-    >>> given(patterns(causal=True))(lambda pattern: pattern.key)()
+    >>> @given(patterns(causal=True))
+    ... def test(pattern):
+    ...     assert len(pattern.key) == 32
+    >>> test()
     """
     text = draw(grammar.mask_texts(depth, tables=tables))
     if causal:
@@ -91,7 +103,10 @@ def tables_for(pattern: Any, case: AttentionCase) -> st.SearchStrategy[dict[str,
     >>> from hypothesis import given
     >>> doc = sd.table("doc", monotone=True)
     >>> case = AttentionCase(q_len=5, kv_len=9)
-    >>> given(tables_for(doc[sd.q_idx] == doc[sd.kv_idx], case))(lambda tables: tables["doc"])()
+    >>> @given(tables_for(doc[sd.q_idx] == doc[sd.kv_idx], case))
+    ... def test(tables):
+    ...     assert len(tables["doc"]) == 9
+    >>> test()
     """
     exprs = pattern.exprs if isinstance(pattern, Pattern) else (pattern.expr,)
     bound = pattern.bound if isinstance(pattern, (Pattern, Expression)) else {}

@@ -10,19 +10,29 @@ import torch
 from sparsedsl.tracing.graph import fail
 from sparsedsl.tracing.locate import control_flow
 
-__all__ = ["HARMLESS", "IN_PLACE", "RANDOM", "check_table", "moves_only", "refuse", "refuse_operation", "refuse_shape", "refuse_truth"]
+__all__ = [
+    "HARMLESS", "IN_PLACE", "RANDOM", "check_table", "moves_only", "refuse", "refuse_operation", "refuse_shape", "refuse_truth",
+]  # fmt: skip
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
 
 HARMLESS = frozenset({"requires_grad_", "share_memory_"})
-IN_PLACE = frozenset({"add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"})
-RANDOM = frozenset(
-    {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal", "poisson", "rand_like", "randn_like", "rrelu"}
-    | {"randint_like", "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "gumbel_softmax", "uniform_", "normal_"}
-    | {"bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_"}
+IN_PLACE = _words("add sub mul div truediv floordiv mod pow and or xor lshift rshift")
+RANDOM = _words(
+    "rand randn randint randperm bernoulli multinomial normal poisson rand_like randn_like randint_like rrelu dropout "
+    "alpha_dropout feature_dropout feature_alpha_dropout gumbel_softmax uniform_ normal_ bernoulli_ random_ exponential_ "
+    "geometric_ cauchy_ log_normal_"
 )
 
 _TRUTH = {
     "if": ("`if`", "The branch depends on the index: write torch.where(condition, a, b), or join masks as (c & a) | (~c & b)"),
-    "while": ("`while`", "The number of steps must not depend on an index: loop over a Python number and select with torch.where"),
+    "while": (
+        "`while`",
+        "The number of steps must not depend on an index: loop over a Python number and select with torch.where",
+    ),
     "assert": ("`assert`", "An index has no value while tracing; check the tables outside of the function"),
     "and": ("`and`", "Write a & b, with brackets round comparisons: (x >= 0) & (x < 5)"),
     "or": ("`or`", "Write a | b, with brackets round comparisons: (x < 0) | (x > 5)"),
@@ -42,7 +52,10 @@ _METHODS = {
     "iter": ("iteration over a traced value", "Indices and scores are single values; unpack tables before the function"),
     "in": ("`in`", "Write (x == a) | (x == b), or read a boolean table: table[x]"),
     "__int__": ("int()", "Write x.to(torch.int64); whole numbers need no conversion"),
-    "__float__": ("float(), or a function of Python's math", "Write x.to(torch.float32), and torch.log, torch.sqrt, ... for math.log"),
+    "__float__": (
+        "float(), or a function of Python's math",
+        "Write x.to(torch.float32), and torch.log, torch.sqrt, ... for math.log",
+    ),
     "__index__": (
         "use as a Python index, range() or hex()",
         "Turn the Python list into a tensor outside of the function and read that: table = torch.tensor(values); table[q_idx]",
@@ -55,30 +68,34 @@ _METHODS = {
 
 _GROUPS: dict[str, tuple[frozenset[str], str]] = {
     "a reduction": (
-        frozenset(
-            "sum prod mean amax amin max min aminmax any all argmax argmin std var var_mean median mode norm linalg_vector_norm logsumexp "
-            "cumsum cumprod cummax cummin logcumsumexp count_nonzero nansum topk sort argsort kthvalue nonzero unique_dim _unique2 "
-            "searchsorted bucketize histc bincount softmax _softmax _log_softmax".split()
+        _words(
+            "sum prod mean amax amin max min aminmax any all argmax argmin std var var_mean median mode norm linalg_vector_norm "
+            "logsumexp cumsum cumprod cummax cummin logcumsumexp count_nonzero nansum topk sort argsort kthvalue nonzero "
+            "unique_dim _unique2 searchsorted bucketize histc bincount softmax _softmax _log_softmax"
         ),
-        "A mask or score is computed for one pair at a time; reduce outside of the function and read the result as a table: table[q_idx]",
+        "A mask or score is computed for one pair at a time; reduce outside of the function and read the result as a table: "
+        "table[q_idx]",
     ),
     "a matrix product": (
-        frozenset("mm bmm addmm matmul dot mv einsum linear addmv baddbmm convolution outer".split()),
+        _words("mm bmm addmm matmul dot mv einsum linear addmv baddbmm convolution outer"),
         "A mask or score sees no vectors; multiply outside of the function and read the result as a table: table[b, q_idx]",
     ),
     "a new sequence": (
-        frozenset("arange linspace logspace eye tril triu tril_indices triu_indices".split()),
+        _words("arange linspace logspace eye tril triu tril_indices triu_indices"),
         "Its size or bounds must not depend on an index; make it outside of the function",
     ),
     "a random number": (RANDOM, "Every call would differ; draw outside of the function and read the numbers as a table"),
     "a change of shape": (
-        frozenset(
-            "view reshape unsqueeze expand squeeze permute transpose stack cat flatten repeat roll flip unfold split chunk narrow slice "
-            "as_strided index_put scatter gather index_select select unbind tile t".split()
+        _words(
+            "view reshape unsqueeze expand squeeze permute transpose stack cat flatten repeat roll flip unfold split chunk "
+            "narrow slice as_strided index_put scatter gather index_select select unbind tile t"
         ),
         "Indices and scores are single values here and must stay so; read tables one element at a time: table[b, q_idx]",
     ),
-    "uninitialised memory": (frozenset("empty empty_like new_empty empty_strided new_empty_strided".split()), "Use torch.zeros_like(x)"),
+    "uninitialised memory": (
+        _words("empty empty_like new_empty empty_strided new_empty_strided"),
+        "Use torch.zeros_like(x)",
+    ),
 }
 
 
@@ -103,8 +120,8 @@ def refuse_operation(name: str, shown: str) -> NoReturn:
             fail(f"{shown}(), {group}", instead)
     fail(
         f"{shown}()",
-        f"sparsedsl does not know the operation aten::{name}. Compute it outside of the function and read it as a table, or say it with "
-        "arithmetic, comparisons and torch.where",
+        f"sparsedsl does not know the operation aten::{name}. Compute it outside of the function and read it as a table, "
+        "or say it with arithmetic, comparisons and torch.where",
     )
 
 
@@ -126,5 +143,5 @@ def check_table(tensor: torch.Tensor) -> None:
 
 
 def moves_only(args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of ``Tensor.to``, ``cpu`` or ``cuda`` leaves the type as it is; where tables live is decided by each call."""
+    """Whether ``Tensor.to``, ``cpu`` or ``cuda`` leaves the type as it is; where tables live is decided by each call."""
     return all(isinstance(a, (str, torch.device, int)) for a in args[1:]) and not {"dtype", "other"} & kwargs.keys()

@@ -1,7 +1,8 @@
 """Bit operations, kept apart by bit position so that they end as sums of ``(x // 2**i) % 2**n * 2**j``.
 
-A value is held as an OR of pieces ``(atom & mask) << shift``. And-ing with a constant, shifting and or-ing stay in this form; interleaving
-and de-interleaving of coordinates (Morton order) then come out as sums of single bits instead of nested bit operations.
+A value is held as an OR of pieces ``(atom & mask) << shift``. And-ing with a constant, shifting and or-ing stay in this form;
+interleaving and de-interleaving of coordinates (Morton order) then come out as sums of single bits instead of nested bit
+operations.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Bits(Conversion):
     def __init__(self) -> None:
         super().__init__()
         self._pieces: dict[Node, Pieces] = {}
+        self._known: dict[sympy.Expr, int] = {}  # atom -> the bits it may have, where that is not all
 
     def bitwise(self, node: Node) -> Index:
         """The integer expression of a bit operation."""
@@ -40,14 +42,20 @@ class Bits(Conversion):
                 return self.opaque(node)
             if node.dtype not in _WIDE:
                 return x << bits if bits >= 0 else x >> -bits
-        return _joined(self.pieces(node))
+        return self._joined(self.pieces(node))
 
     def pieces(self, node: Node) -> Pieces:
         """A node as pieces."""
         if node not in self._pieces:
             pieces = self._split(node)
-            self._pieces[node] = {(self.index(node).expr, 0): -1} if pieces is None else pieces
+            self._pieces[node] = self._atom(self.index(node), _reach_of(node)) if pieces is None else pieces
         return self._pieces[node]
+
+    def _atom(self, index: Index, reach: int) -> Pieces:
+        """A value as one piece; ``reach`` holds every bit it may have."""
+        if reach != -1:
+            self._known[index.expr] = reach
+        return {(index.expr, 0): self._known.get(index.expr, -1)}
 
     def _split(self, node: Node) -> Pieces | None:
         """The pieces of a bit operation; None for everything else."""
@@ -63,15 +71,35 @@ class Bits(Conversion):
                 for x, c in (node.args, node.args[::-1]):
                     if c.is_const:
                         return _masked(self.pieces(x), int(c.args[0]))
-                return {((self.index(node.args[0]) & self.index(node.args[1])).expr, 0): -1}
+                return self._atom(self.index(node.args[0]) & self.index(node.args[1]), -1)
             case "bitwise_or":
                 return _either(self.pieces(node.args[0]), self.pieces(node.args[1]))
             case "bitwise_xor":
                 left, right = (self.pieces(a) for a in node.args)
                 if not _reach(left) & _reach(right):
                     return _either(left, right)
-                return {((_joined(left) ^ _joined(right)).expr, 0): _reach(left) | _reach(right)}
+                return self._atom(self._joined(left) ^ self._joined(right), _reach(left) | _reach(right))
         return None
+
+    def _joined(self, pieces: Pieces) -> Index:
+        """The value of the OR: a sum where no two pieces share a bit."""
+        total, reached = Index(sympy.Integer(0)), 0
+        for (atom, shift), mask in pieces.items():
+            piece, reach = _piece(Index(atom), mask, shift, self._known.get(atom, -1)), _moved(mask, shift)
+            total = total | piece if reached & reach else total + piece
+            reached |= reach
+        return total
+
+
+def _reach_of(node: Node) -> int:
+    """The bits that a value which is no bit operation may have; -1 for all."""
+    if node.dtype == torch.bool or (node.op == "cast" and node.args[0].dtype == torch.bool):
+        return 1
+    if node.is_const:
+        return int(node.args[0])
+    if node.op == "remainder" and node.args[1].is_const and node.args[1].args[0] > 0:
+        return (1 << (int(node.args[1].args[0]) - 1).bit_length()) - 1
+    return -1
 
 
 def _shift(node: Node) -> int | None:
@@ -108,18 +136,8 @@ def _reach(pieces: Pieces) -> int:
     return functools.reduce(operator.or_, (_moved(mask, shift) for (_, shift), mask in pieces.items()), 0)
 
 
-def _joined(pieces: Pieces) -> Index:
-    """The value of the OR: a sum where no two pieces share a bit."""
-    total, reached = Index(sympy.Integer(0)), 0
-    for (atom, shift), mask in pieces.items():
-        piece, reach = _piece(Index(atom), mask, shift), _moved(mask, shift)
-        total = total | piece if reached & reach else total + piece
-        reached |= reach
-    return total
-
-
-def _piece(atom: Index, mask: int, shift: int) -> Index:
-    """``(atom & mask) << shift``."""
+def _piece(atom: Index, mask: int, shift: int, known: int) -> Index:
+    """``(atom & mask) << shift`` of an atom that has only the bits ``known``."""
     if atom.expr.is_Integer:
         return Index(sympy.Integer(_moved(int(atom.expr) & mask, shift)))
     runs = list(_runs(mask))
@@ -129,7 +147,9 @@ def _piece(atom: Index, mask: int, shift: int) -> Index:
     total = Index(sympy.Integer(0))
     for low, high in runs:
         part = atom >> low if low else atom
-        total = total + (part if high is None else part % 2 ** (high - low)) * 2 ** (low + shift)
+        if high is not None and (known == -1 or known >> high):  # the atom has higher bits
+            part = part % 2 ** (high - low)
+        total = total + part * 2 ** (low + shift)
     return total
 
 

@@ -1,7 +1,8 @@
 """Tensors that the callable reads: the names they get, and the facts that may be claimed about them.
 
-Names come from the variable, attribute or container entry that holds the tensor where it is first used. A tensor computed *inside* the
-callable is named after its source and its content, so that tracing twice gives the same name and the same tensor object.
+Names come from the variable, attribute or container entry that holds the tensor where it is first used. A tensor computed
+*inside* the callable is named after its source and its content, so that tracing twice gives the same name and the same tensor
+object.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Nodes -> the language, for whole numbers and booleans. Floats are in :mod:`sparsedsl.tracing.floats`.
 
-torch's rules that differ from mathematics are kept: ``+`` and ``*`` of booleans are ``|`` and ``&``, integers narrower than 32 bits wrap
-around, negative indices count from the end. Overflow of 32- and 64-bit integers is not modelled.
+torch's rules that differ from mathematics are kept: ``+`` and ``*`` of booleans are ``|`` and ``&``, integers narrower than
+32 bits wrap around, negative indices count from the end. Overflow of 32- and 64-bit integers is not modelled.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 class Converter(Floats, Bits):
     """Turns nodes into :class:`Index`, :class:`Mask` and :class:`Score`, each once.
 
-    ``claims``: table -> lower bound declared for its values. A read as an index or divisor that would be simpler if its tables were
-    known to be at least 0 or 1 puts them in ``wanted`` when their values are; the caller then converts again with these claims.
+    ``claims``: table -> lower bound declared for its values. A read as an index or divisor that would be simpler if its
+    tables were known to be at least 0 or 1 puts them in ``wanted`` when their values are; the caller then converts again with
+    these claims.
     """
 
     def __init__(self, claims: dict[Captured, int], learned: bool):
@@ -138,7 +139,11 @@ class Converter(Floats, Bits):
             case "addcmul":
                 return self.index(args[0]) + self.index(args[1]) * self.index(args[2]) * self.index(args[3])
         if node.op not in strict.INTEGER:
-            fail(f"{node.op} of {node.dtype}", "Use + - * // % comparisons, torch.where, minimum, maximum or bit operations", node.where)
+            fail(
+                f"{node.op} of {node.dtype}",
+                "Use + - * // % comparisons, torch.where, minimum, maximum or bit operations",
+                node.where,
+            )
         return self.opaque(node)
 
     def opaque(self, node: Node) -> Index:
@@ -191,7 +196,12 @@ class Converter(Floats, Bits):
         """A comparison of integers; one of a mask taken as a number with a constant becomes the mask again."""
         if isinstance(right.expr, fn.Where) and left.expr.is_Integer:
             op, left, right = _SWAPPED[op], right, left
-        if isinstance(left.expr, fn.Where) and right.expr.is_Integer and left.expr.args[1].is_Integer and left.expr.args[2].is_Integer:
+        if (
+            isinstance(left.expr, fn.Where)
+            and right.expr.is_Integer
+            and left.expr.args[1].is_Integer
+            and left.expr.args[2].is_Integer
+        ):
             condition, yes, no = left.expr.args
             on, off = (bool(_COMPARE[op](int(value), int(right.expr))) for value in (yes, no))
             mask = Mask(condition)

@@ -1,8 +1,8 @@
 """Nodes -> the language, for floats: ordinary real expressions in scores, exact ones wherever a decision hangs on the last bit.
 
-A float that is compared, or turned into a whole number, decides which pairs attend or which table entry is read; it becomes a chain of
-exact operations (:mod:`sparsedsl.lang.strict`). Everything else a score is made of is real arithmetic, free to be simplified.
-Comparisons of the logit itself are real: the logit has no exact value.
+A float that is compared, or turned into a whole number, decides which pairs attend or which table entry is read; it becomes a
+chain of exact operations (:mod:`sparsedsl.lang.strict`). Everything else a score is made of is real arithmetic, free to be
+simplified. Comparisons of the logit itself are real: the logit has no exact value.
 """
 
 from __future__ import annotations
@@ -127,9 +127,10 @@ class Floats(Conversion):
         return Index(self._apply(op, common, self.exact(left), self.exact(right))) != 0
 
     def _whole_against(self, x: Node, c: Node, common: torch.dtype) -> Index | None:
-        """``x`` if it is a whole number compared with a constant so small that casting ``x`` to ``common`` cannot change the outcome.
+        """``x`` if it is a whole number and ``c`` so small a constant that casting ``x`` to ``common`` cannot change the outcome.
 
-        Casting is monotone and exact up to ``2**bits``, so a constant below that bound divides the cast values as it divides ``x``.
+        Casting is monotone and exact up to ``2**bits``, so a constant below that bound divides the cast values as it divides
+        ``x``.
         """
         if not c.is_const or not abs(c.args[0]) < 2 ** _TYPES[common][1]:
             return None
@@ -139,14 +140,20 @@ class Floats(Conversion):
 
     def _compare_whole(self, op: str, x: Index, c: float) -> Mask:
         if op in ("eq", "ne"):
-            return self.integer_compare(op, x, Index(sympy.Integer(int(c)))) if c.is_integer() else Mask(sympy.true if op == "ne" else sympy.false)
+            return (
+                self.integer_compare(op, x, Index(sympy.Integer(int(c))))
+                if c.is_integer()
+                else Mask(sympy.true if op == "ne" else sympy.false)
+            )
         bound = math.ceil(c) if op in ("lt", "ge") else math.floor(c)
         return self.integer_compare(op, x, Index(sympy.Integer(bound)))
 
     def uses_score(self, node: Node) -> bool:
         """Whether the value depends on the logit itself."""
         if node not in self._of_score:
-            self._of_score[node] = node.op == "symbol" and node.dtype.is_floating_point or any(map(self.uses_score, node.inputs))
+            self._of_score[node] = (node.op == "symbol" and node.dtype.is_floating_point) or any(
+                map(self.uses_score, node.inputs)
+            )
         return self._of_score[node]
 
 
@@ -169,7 +176,7 @@ def _gelu_tanh(x: Score) -> Score:
 # Real operations that jump, and so decide something: exact, unless it is the logit that jumps.
 _JUMPS = frozenset({"sign", "threshold"})
 
-# Operations with a real meaning in the language. Those that step (floor, round...) are not among them: they stay exact operations.
+# Operations with a real meaning in the language. Those that step (floor, round...) stay exact operations.
 _REAL: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,

@@ -16,7 +16,6 @@ class Refused(Exception):
     """What becomes a ``TraceError`` at the edge. No TypeError: torch takes one from an operator for "try the other operand"."""
 
 
-
 @dataclass(eq=False)
 class Captured:
     """A tensor read by the callable, and the table it becomes; ``tensor`` has at least one dimension."""
@@ -29,9 +28,9 @@ class Captured:
 class Node:
     """One scalar value of the traced computation.
 
-    ``op``: ``"symbol"`` (args: its name), ``"const"`` (args: a number), ``"read"`` (args: a :class:`Captured`, then index nodes), or
-    a name of :mod:`sparsedsl.tracing.operations` (args: nodes). ``dtype`` is torch's result type, ``common`` the type the operation
-    computes in.
+    ``op``: ``"symbol"`` (args: its name), ``"const"`` (args: a number), ``"read"`` (args: a :class:`Captured`, then index
+    nodes), or a name of :mod:`sparsedsl.tracing.operations` (args: nodes). ``dtype`` is torch's result type, ``common`` the
+    type the operation computes in.
     """
 
     op: str

@@ -37,7 +37,7 @@ def index_dimensions(tracer: Tracer, target: Any, indices: list[Any]) -> Any:
 
 
 def _is_plain(item: Any) -> bool:
-    return item is Ellipsis or type(item) is int or isinstance(item, slice) and item == slice(None)
+    return item is Ellipsis or type(item) is int or (isinstance(item, slice) and item == slice(None))
 
 
 def _is_made_here(tracer: Tracer, tensor: torch.Tensor) -> bool:
@@ -47,14 +47,15 @@ def _is_made_here(tracer: Tracer, tensor: torch.Tensor) -> bool:
 
 def _given(tracer: Tracer, target: Any, items: list[Any]) -> Partial:
     """``target`` with ``items`` given for its first free dimensions."""
-    part = target.partial if isinstance(target, Proxy) else tracer.partial(target)
+    part: Partial = target.partial if isinstance(target, Proxy) else tracer.partial(target)  # type: ignore[assignment]
     name, indices, free = part.captured.name, list(part.indices), part.free
     if Ellipsis in [item for item in items if not isinstance(item, torch.Tensor)]:
         at = next(i for i, item in enumerate(items) if item is Ellipsis)
         items = [*items[:at], *[slice(None)] * (len(free) - len(items) + 1), *items[at + 1 :]]
     if len(items) > len(free):
         fail(
-            f"the read {name}[...] with {len(items)} indices", f"{name} has shape {part.shape} here, so {len(free)} indices can be given"
+            f"the read {name}[...] with {len(items)} indices",
+            f"{name} has shape {part.shape} here, so {len(free)} indices can be given",
         )
     for dimension, item in zip(free, items, strict=False):
         if not (isinstance(item, slice) and item == slice(None)):

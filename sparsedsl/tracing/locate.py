@@ -80,10 +80,9 @@ Span = tuple[int, int, int, int]
 
 
 def _holds(node: ast.AST, span: Span) -> bool:
-    if not hasattr(node, "end_lineno"):
+    if not isinstance(node, (ast.stmt, ast.expr)) or node.end_lineno is None or node.end_col_offset is None:
         return False
-    start, end = (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
-    return start <= span[:2] and span[2:] <= end  # type: ignore[operator]
+    return (node.lineno, node.col_offset) <= span[:2] and span[2:] <= (node.end_lineno, node.end_col_offset)
 
 
 def _is_whole(node: ast.stmt | ast.expr, span: Span) -> bool:

@@ -29,7 +29,9 @@ _ALIASES = {
     "__lshift__": "shl", "bitwise_left_shift": "shl", "__rshift__": "shr", "bitwise_right_shift": "shr", "sgn": "sign",
     "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor", "negative": "neg", "_softplus": "softplus",
 }  # fmt: skip
-_SAME = frozenset({"alias", "clone", "detach", "lift", "lift_fresh", "lift_fresh_copy", "positive", "_conj", "_reshape_alias", "view_as"})
+_SAME = frozenset(
+    {"alias", "clone", "detach", "lift", "lift_fresh", "lift_fresh_copy", "positive", "_conj", "_reshape_alias", "view_as"}
+)
 _RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "expand", "squeeze", "permute", "transpose", "t"})
 _CONSTANTS = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
 
@@ -49,7 +51,7 @@ def record(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
         return read
     if name in _CONSTANTS:
         return func(*_examples(args), **{**_examples(kwargs), "device": torch.device("cpu")})
-    if name in _SAME or name in _RESHAPES and func(*_examples(args), **_examples(kwargs)).ndim == 0:
+    if name in _SAME or (name in _RESHAPES and func(*_examples(args), **_examples(kwargs)).ndim == 0):
         return Proxy(tracer.node(given["self"]), tracer)
     call = _Call(tracer, func, args, kwargs, given)
     name = _ALIASES.get(name, name)
@@ -66,6 +68,7 @@ def record(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _examples(value: Any) -> Any:
     """``value`` with every stand-in replaced by a one of its type."""
+
     def example(x: Any) -> Any:
         if isinstance(x, Proxy):
             return torch.ones((), dtype=x.dtype, device="cpu")
@@ -184,7 +187,9 @@ def _nan_to_num(call: _Call) -> Node:
 
 def _round(call: _Call) -> Node:
     decimals = call.given.get("decimals", 0)
-    return call.make("round_to", call.operand("self"), constant(decimals)) if decimals else call.make("round", call.operand("self"))
+    return (
+        call.make("round_to", call.operand("self"), constant(decimals)) if decimals else call.make("round", call.operand("self"))
+    )
 
 
 def _celu(call: _Call) -> Node:

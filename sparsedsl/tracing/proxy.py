@@ -39,14 +39,15 @@ class Proxy(torch.Tensor):
     def __new__(cls, value: Node | Partial, tracer: Tracer) -> Proxy:
         partial = value if isinstance(value, Partial) else None
         dtype = partial.captured.tensor.dtype if partial else value.dtype  # type: ignore[union-attr]
-        self = torch.Tensor._make_wrapper_subclass(cls, partial.shape if partial else (), dtype=dtype, device="cpu")
+        shape, device = partial.shape if partial else (), torch.device("cpu")
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self.node, self.partial, self.tracer = None if partial else value, partial, tracer  # type: ignore[assignment]
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         tracer = next(leaf.tracer for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Proxy))
         return tracer.record(tracer, func, args, kwargs or {})
 
@@ -134,7 +135,7 @@ class Tracer:
             if tensor.requires_grad and not tensor.is_leaf and not live:
                 fail(
                     f"a learned table that is computed before it is read ({self.current[-1] if self.current else name})",
-                    f"Read first, compute then, so that each call computes it anew: torch.exp({name}[h]), not torch.exp({name})[h]",
+                    f"Read first, then compute, so that each call does it anew: torch.exp({name}[h]), not torch.exp({name})[h]",
                 )
             name = capture.content_name(capture.sanitise(name), tensor, live)
             table = capture.intern(tensor, name, live)

@@ -26,20 +26,24 @@ def trace_mask(mask_mod: Callable[..., Any], *, rename: Mapping[str, str] | None
     """A FlexAttention ``mask_mod`` as a :class:`~sparsedsl.Mask` with the same value for every ``(b, h, q_idx, kv_idx)``.
 
     Args:
-        mask_mod: any callable of four arguments, run once with stand-ins for four scalar int64 tensors: a function, lambda, closure,
-            ``functools.partial``, bound method, callable object or ``nn.Module``. It must return a boolean tensor or a Python bool.
+        mask_mod: any callable of four arguments, run once with stand-ins for four scalar int64 tensors: a function, lambda,
+        closure,
+            ``functools.partial``, bound method, callable object or ``nn.Module``. It must return a boolean tensor or a Python
+            bool.
         rename: table name -> new name, for two callables that capture different tensors under one name.
 
     Captured Python numbers become constants. Captured tensors become tables named after the variable that holds them, kept in
-    ``.bound``; one without dimensions becomes a table of one entry read at 0, so that other values can be bound later. A tensor that
-    is *computed* inside the callable is named after its source and content. Facts declared about a table, part of its identity, are
-    measured: ``monotone`` where an integer table never falls along its last dimension, and ``values_in=(0 or 1, 2**31 - 1)`` only where
-    the table is read as an index or a divisor. Float arithmetic that ends in a comparison or a cast to integer is kept bit by bit
-    (``f32_log(...)`` in the text form). Not modelled: overflow of int32 and int64.
+    ``.bound``; one without dimensions becomes a table of one entry read at 0, so that other values can be bound later. A
+    tensor that is *computed* inside the callable is named after its source and content. Facts declared about a table, part of
+    its identity, are measured: ``monotone`` where an integer table never falls along its last dimension, and ``values_in=(0
+    or 1, 2**31 - 1)`` only where the table is read as an index or a divisor. Float arithmetic that ends in a comparison or a
+    cast to integer is kept bit by bit (``f32_log(...)`` in the text form). Not modelled: overflow of int32 and int64.
 
     Raises:
-        TraceError: for what depends on a value that is not known yet (``if``, ``and``, ``int()``, ``.item()``), and for operations that
-            a mask cannot hold (reductions, matrix products, writes, random numbers); names the operation, the line and the way out.
+        TraceError: for what depends on a value that is not known yet (``if``, ``and``, ``int()``, ``.item()``), and for
+        operations that
+            a mask cannot hold (reductions, matrix products, writes, random numbers); names the operation, the line and the
+            way out.
 
     >>> import torch
     >>> document = torch.tensor([0, 0, 0, 1, 1, 2])
@@ -60,12 +64,14 @@ def trace_score(score_mod: Callable[..., Any], *, rename: Mapping[str, str] | No
     """A FlexAttention ``score_mod`` as a :class:`~sparsedsl.Score`.
 
     Args:
-        score_mod: any callable of five arguments ``(score, b, h, q_idx, kv_idx)``; see :func:`trace_mask` for what it may be and do.
+        score_mod: any callable of five arguments ``(score, b, h, q_idx, kv_idx)``; see :func:`trace_mask` for what it may be
+        and do.
             ``score`` stands for a float32 scalar. It must return a tensor of one element or a number.
         rename: table name -> new name.
 
-    Float arithmetic becomes real arithmetic, equal up to rounding, with casts between float types left out; floats that decide
-    something (a T5 bucket) are kept bit by bit. Captured tensors that require gradients, such as an ``nn.Parameter``, become learned tables.
+    Float arithmetic becomes real arithmetic, equal up to rounding, with casts between float types left out; floats that
+    decide something (a T5 bucket) are kept bit by bit. Captured tensors that require gradients, such as an ``nn.Parameter``,
+    become learned tables.
 
     Raises:
         TraceError: as :func:`trace_mask`.
@@ -134,7 +140,9 @@ def _check_signature(function: Any, kind: str, names: list[str]) -> None:
         signature.bind(*names)
     except TypeError:
         other = "trace_score" if kind == "mask_mod" else "trace_mask"
-        required = [p for p in signature.parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        required = [
+            p for p in signature.parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
         hint = f". With {len(required)} arguments it is one for sd.{other}" if len(required) == 9 - len(names) else ""
         raise TraceError(f"{wanted}; {_name_of(function)} takes {signature}{hint}") from None
 
@@ -149,10 +157,13 @@ def _result_node(result: Any, tracer: Tracer, described: str) -> Node:
     if isinstance(result, (bool, int, float)):
         return constant(result)
     if not isinstance(result, torch.Tensor):
-        raise TraceError(f"{described} must return a tensor; it returned {type(result).__name__}. Does every path `return` a value?")
+        raise TraceError(
+            f"{described} must return a tensor; it returned {type(result).__name__}. Does every path `return` a value?"
+        )
     if result.ndim:
         raise TraceError(
-            f"{described} must return a single value; it returned shape {tuple(result.shape)}. Read tables down to one element: table[q_idx]"
+            f"{described} must return a single value; it returned shape {tuple(result.shape)}. "
+            "Read tables down to one element: table[q_idx]"
         )
     return tracer.node(result)
 

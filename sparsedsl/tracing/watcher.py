@@ -47,8 +47,10 @@ class Watcher(TorchFunctionMode):
         proxies = len(leaves) > len(reals)
         if name in advice.RANDOM:
             advice.refuse(name, tracer.current[-1])
-        writes = name == "__setitem__" or name.startswith("__i") and name[3:-2] in advice.IN_PLACE or kwargs.get("out") is not None
-        writes = writes or name.endswith("_") and not name.endswith("__") and name not in advice.HARMLESS
+        writes = (
+            name == "__setitem__" or (name.startswith("__i") and name[3:-2] in advice.IN_PLACE) or kwargs.get("out") is not None
+        )
+        writes = writes or (name.endswith("_") and not name.endswith("__") and name not in advice.HARMLESS)
         if writes and (proxies or any(tracer.is_captured(t) for t in tree_leaves((args[:1], kwargs.get("out"))))):
             advice.refuse("write", tracer.current[-1])
         if func is torch.Tensor.__getitem__:

@@ -162,7 +162,12 @@ TEXT: dict[str, tuple[Callable[[], Any], str]] = {
 CASES = {
     f"{group}: {name}": case
     for group, cases in {
-        "python": PYTHON, "operators": OPERATORS, "tables": TABLES, "declarations": DECLARATIONS, "patterns": PATTERNS, "text": TEXT,
+        "python": PYTHON,
+        "operators": OPERATORS,
+        "tables": TABLES,
+        "declarations": DECLARATIONS,
+        "patterns": PATTERNS,
+        "text": TEXT,
     }.items()
     for name, case in cases.items()
 }  # fmt: skip
@@ -195,7 +200,9 @@ def test_bound_tensors_cannot_be_changed_from_outside() -> None:
 
 @pytest.mark.parametrize("name", ["clamp", "logical_and", "item", "shape"])
 def test_attributes_of_tensors_point_to_tracing(name: str) -> None:
-    with pytest.raises(AttributeError, match=rf"has no attribute '{name}'. To use a function written for tensors, trace it: sd.trace_mask"):
+    with pytest.raises(
+        AttributeError, match=rf"has no attribute '{name}'. To use a function written for tensors, trace it: sd.trace_mask"
+    ):
         getattr(causal, name)
 
 

@@ -39,7 +39,10 @@ def built(text: str) -> Any:
 
 
 def tables_of(data: st.DataObject, expression: Any, case: AttentionCase) -> dict[str, torch.Tensor]:
-    return data.draw(table_tensors((expression.expr,), case, {}), label="tables")
+    tables = data.draw(table_tensors((expression.expr,), case, {}), label="tables")
+    if data.draw(st.booleans(), label="cut short"):  # reads outside a table give its nearest element
+        tables = {name: t[tuple(slice(-(-size // 2)) for size in t.shape)] for name, t in tables.items()}
+    return tables
 
 
 def assert_values(text: str, expression: Any, case: AttentionCase, tables: dict[str, torch.Tensor]) -> None:

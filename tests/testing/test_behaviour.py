@@ -62,7 +62,10 @@ def test_random_patterns_reordered(data: st.DataObject) -> None:
 LEAKS = {
     "mask": (sd.attend(sd.kv_idx <= sd.q_idx + 1), "The mask allows b=0, h=0, q_idx=0, kv_idx=1"),
     "one head": (sd.attend((sd.kv_idx <= sd.q_idx) | (sd.h == 1)), "The mask allows b=0, h=1, q_idx=0, kv_idx=1"),
-    "far away": (sd.attend((sd.kv_idx <= sd.q_idx) | (sd.kv_idx == sd.kv_len - 1)), "The mask allows b=0, h=0, q_idx=0, kv_idx=8"),
+    "far away": (
+        sd.attend((sd.kv_idx <= sd.q_idx) | (sd.kv_idx == sd.kv_len - 1)),
+        "The mask allows b=0, h=0, q_idx=0, kv_idx=8",
+    ),
     "value": (Spoiled(lambda o, lse, q, k, v, n: (o + 1e-6 * v.mean(), lse)), "comes in otherwise"),
     "query": (Spoiled(lambda o, lse, q, k, v, n: (o + 1e-6 * q.mean(), lse)), "comes in otherwise"),
     "LSE": (Spoiled(lambda o, lse, q, k, v, n: (o, lse + 1e-4 * k.mean())), "lse up to position"),

@@ -39,9 +39,7 @@ def test_a_function_and_an_expression_with_the_same_values() -> None:
 
 
 def test_functions_may_use_python_control_flow() -> None:
-    kit.assert_same_values(
-        sd.where(sd.kv_idx < 3, sd.h, sd.b), lambda b, h, q_idx, kv_idx: h if kv_idx < 3 and q_idx >= 0 else b
-    )
+    kit.assert_same_values(sd.where(sd.kv_idx < 3, sd.h, sd.b), lambda b, h, q_idx, kv_idx: h if kv_idx < 3 and q_idx >= 0 else b)
 
 
 def test_different_values_are_shown_with_the_place() -> None:

@@ -42,7 +42,10 @@ def rows(*columns: list[int]) -> TileRows:
 
 
 WRONG: dict[str, tuple[Callable[[TileLists], dict[str, Any]], str]] = {
-    "left out": (lambda _: {"partial": rows([0], [], [])}, r"row 1, column 1\) of batch 0, head 0 is partial but listed as empty"),
+    "left out": (
+        lambda _: {"partial": rows([0], [], [])},
+        r"row 1, column 1\) of batch 0, head 0 is partial but listed as empty",
+    ),
     "too full": (lambda _: {"full": rows([], [0, 1], [0, 1, 2]), "partial": rows([0], [], [])}, "is partial but listed as full"),
     "empty one": (lambda _: {"partial": rows([0, 2], [1], [])}, "is empty but listed as partial"),
     "not full": (lambda _: {"full": rows([], [], [0, 1, 2]), "partial": rows([0], [0, 1], [])}, "is full but listed as partial"),

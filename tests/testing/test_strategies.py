@@ -1,4 +1,4 @@
-"""The strategies keep their promises: tables honour their declarations, shapes are attention problems, text covers the language."""
+"""The strategies keep their promises: tables honour their words, shapes are attention problems, text covers the language."""
 
 from __future__ import annotations
 
@@ -120,7 +120,21 @@ WORDS = {
     "mask": [r"\(~", r" & ", r" \| ", r" \^ ", r" == ", r" != ", r"<=", r"\bkeep\[", r"\bpicked\[", r"\bchosen\["]
     + [r"start\[doc\[", r"packed\[b,", r"width\[h\]", r"used\[b\]", r"order\[", r"q_len", r"kv_len", r" // ", r" % "],
     "index": [r"minimum", r"maximum", r"abs", r"clamp", r"where", r"<<", r">>", r"\*\*2", r" // -", r" % width", r"~"],
-    "score": ["tanh", "exp", "log", "sqrt", "sigmoid", "softplus", "relu", "erf", "sin", "cos", r"slope\[h\]", r"bias\[h,", "-inf"],
+    "score": [
+        "tanh",
+        "exp",
+        "log",
+        "sqrt",
+        "sigmoid",
+        "softplus",
+        "relu",
+        "erf",
+        "sin",
+        "cos",
+        r"slope\[h\]",
+        r"bias\[h,",
+        "-inf",
+    ],
 }
 
 

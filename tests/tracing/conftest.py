@@ -36,7 +36,9 @@ def run_by_torch(function: Callable[..., Any], shape: tuple[int, ...], *leading:
         return _over_indices(tensor_valued, len(leading))(*leading, batch, heads, queries + q_offset, keys)
 
 
-def run_by_us(expression: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, q_offset: int = 0, **more: Any) -> torch.Tensor:
+def run_by_us(
+    expression: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, q_offset: int = 0, **more: Any
+) -> torch.Tensor:
     """The expression's values for every index."""
     b, h, q_idx, kv_idx = torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij")
     tables = {name: table.detach() for name, table in expression.bound.items()}
@@ -60,7 +62,9 @@ class Compare:
         wanted, got = run_by_torch(mask_mod, shape, q_offset=q_offset), run_by_us(mask, shape, q_offset=q_offset)
         assert got.dtype == torch.bool
         wrong = (wanted != got).nonzero()
-        assert not len(wrong), f"{note or mask}: {len(wrong)} of {got.numel()} wrong, first at (b, h, q, kv) = {wrong[0].tolist()}"
+        assert not len(wrong), (
+            f"{note or mask}: {len(wrong)} of {got.numel()} wrong, first at (b, h, q, kv) = {wrong[0].tolist()}"
+        )
         reads_back(mask)
         return mask
 
@@ -73,7 +77,12 @@ class Compare:
         # Sums of large penalties carry float32's error of their largest term.
         largest = float(wanted[wanted.isfinite()].abs().max()) if wanted.isfinite().any() else 0.0
         torch.testing.assert_close(
-            got.float(), wanted.float(), rtol=1e-5, atol=1e-5 + 1e-6 * largest, equal_nan=True, msg=lambda m: f"{note or score}\n{m}"
+            got.float(),
+            wanted.float(),
+            rtol=1e-5,
+            atol=1e-5 + 1e-6 * largest,
+            equal_nan=True,
+            msg=lambda m: f"{note or score}\n{m}",
         )
         reads_back(score)
         return score

@@ -117,7 +117,11 @@ def test_transformers_functions(same_mask):
     same_mask(masks.causal_mask_function)
     same_mask(masks.sliding_window_causal_mask_function(4))
     same_mask(masks.chunked_causal_mask_function(4, torch.tensor([0, 3])))
-    same_mask(masks.and_masks(masks.causal_mask_function, masks.padding_mask_function(padding), masks.packed_sequence_mask_function(packed)))
+    same_mask(
+        masks.and_masks(
+            masks.causal_mask_function, masks.padding_mask_function(padding), masks.packed_sequence_mask_function(packed)
+        )
+    )
     same_mask(masks.add_offsets_to_mask_function(masks.causal_mask_function, 5, 2))
 
 

@@ -21,8 +21,8 @@ NUMBERS = list(range(40))
 
 def branch(b, h, q, kv):
     if q >= kv:  # the line named
-        return True
-    return False
+        return q > 0
+    return kv > 0
 
 
 def elif_branch(b, h, q, kv):
@@ -45,10 +45,12 @@ def asserting(b, h, q, kv):
 
 
 def over_two_lines(b, h, q, kv):
+    # fmt: off
     return (
         q >= kv
-        and q - kv < 4  # fmt: skip
+        and q - kv < 4
     )
+    # fmt: on
 
 
 def item_assignment(b, h, q, kv):
@@ -72,16 +74,22 @@ def no_return(b, h, q, kv):
 
 
 MASKS = {
-    "if": (branch, "`if` on a traced value at FILE:LINE, `if q >= kv:  # the line named`. The branch depends on the index: write torch.where"),
+    "if": (
+        branch,
+        "`if` on a traced value at FILE:LINE, `if q >= kv:  # the line named`. The branch depends on the index: write",
+    ),
     "elif": (elif_branch, "`if` on a traced value at FILE:LINE, `elif (q == 1)"),
-    "ternary": (lambda b, h, q, kv: True if q >= kv else False, "`if` on a traced value at FILE:LINE"),
+    "ternary": (lambda b, h, q, kv: q > 0 if q >= kv else kv > 0, "`if` on a traced value at FILE:LINE"),
     "while": (while_loop, "`while` on a traced value at FILE:LINE, `while q > 0:  # the line named`. The number of steps"),
     "assert": (asserting, "`assert` on a traced value at FILE:LINE"),
     "and": (lambda b, h, q, kv: q >= kv and kv > 2, "`and` on a traced value at FILE:LINE, .* Write a & b, with brackets"),
     "and, two lines": (over_two_lines, "`and` on a traced value"),
     "or": (lambda b, h, q, kv: q >= kv or kv > 2, "`or` on a traced value at FILE:LINE, .* Write a | b"),
     "not": (lambda b, h, q, kv: not q >= kv, "`not` on a traced value at FILE:LINE, .* Write ~a"),
-    "chain": (lambda b, h, q, kv: 0 <= q - kv < 5, "a chained comparison on a traced value at FILE:LINE, .* write (a <= x) & (x < b)"),
+    "chain": (
+        lambda b, h, q, kv: 0 <= q - kv < 5,
+        "a chained comparison on a traced value at FILE:LINE, .* write (a <= x) & (x < b)",
+    ),
     "in": (lambda b, h, q, kv: q in (1, 2), "`in` on a traced value at FILE:LINE, .* Write (x == a) | (x == b)"),
     "min": (lambda b, h, q, kv: min(q, 5) == kv, "Python's min() on a traced value at FILE:LINE, .* Write torch.minimum"),
     "max": (lambda b, h, q, kv: max(q, kv) == kv, "Python's max() on a traced value at FILE:LINE, .* Write torch.maximum"),
@@ -104,36 +112,66 @@ MASKS = {
     "out": (lambda b, h, q, kv: torch.add(q, 1, out=COUNT) >= kv, "a write in place (torch.add) at FILE:LINE"),
     "write to a captured tensor": (counting, "a write in place (torch.Tensor.add_) at FILE:LINE"),
     "sum": (lambda b, h, q, kv: q.sum() >= kv, "torch.Tensor.sum(), a reduction at FILE:LINE, .* reduce outside of the function"),
-    "any of a table": (lambda b, h, q, kv: (GRID[q] == kv).any(), "arithmetic with GRID, a tensor of shape (8,) at FILE:LINE, .* GRID[?]"),
+    "any of a table": (
+        lambda b, h, q, kv: (GRID[q] == kv).any(),
+        "arithmetic with GRID, a tensor of shape (8,) at FILE:LINE, .* GRID[?]",
+    ),
     "cumsum": (lambda b, h, q, kv: q.cumsum(0) >= kv, "torch.Tensor.cumsum(), a reduction at FILE:LINE"),
     "searchsorted": (lambda b, h, q, kv: torch.searchsorted(TABLE, q) == kv, "torch.searchsorted(), a reduction at FILE:LINE"),
     "bucketize": (lambda b, h, q, kv: torch.bucketize(q, TABLE) == kv, "torch.bucketize(), a reduction at FILE:LINE"),
     "matmul": (lambda b, h, q, kv: q @ kv, "torch.Tensor.matmul() at FILE:LINE, .* torch refuses it"),
-    "dot": (lambda b, h, q, kv: torch.dot(GRID[q], GRID[kv]) > 0, "torch.dot(), a matrix product at FILE:LINE, .* sees no vectors"),
+    "dot": (
+        lambda b, h, q, kv: torch.dot(GRID[q], GRID[kv]) > 0,
+        "torch.dot(), a matrix product at FILE:LINE, .* sees no vectors",
+    ),
     "arange": (lambda b, h, q, kv: torch.arange(q)[0] == kv, "at FILE:LINE"),
-    "random": (lambda b, h, q, kv: torch.rand(()) < 0.5, "a random number (torch.rand) at FILE:LINE, .* draw outside of the function"),
+    "random": (
+        lambda b, h, q, kv: torch.rand(()) < 0.5,
+        "a random number (torch.rand) at FILE:LINE, .* draw outside of the function",
+    ),
     "random, like": (lambda b, h, q, kv: torch.rand_like(q.float()) < 0.5, "a random number (torch.rand_like) at FILE:LINE"),
     "dropout": (lambda b, h, q, kv: F.dropout(q.float()) < 0.5, "a random number (torch.nn.functional.dropout) at FILE:LINE"),
     "bernoulli": (lambda b, h, q, kv: torch.bernoulli(q / 100) > 0, "a random number (torch.bernoulli) at FILE:LINE"),
     "view": (lambda b, h, q, kv: q.view(1) >= kv, "torch.Tensor.view(), a change of shape at FILE:LINE"),
     "stack": (lambda b, h, q, kv: torch.stack([q, kv]).max() > 1, "torch.stack(), a change of shape at FILE:LINE"),
-    "index_select": (lambda b, h, q, kv: TABLE.index_select(0, q) == kv, "torch.Tensor.index_select(), a change of shape at FILE:LINE"),
+    "index_select": (
+        lambda b, h, q, kv: TABLE.index_select(0, q) == kv,
+        "torch.Tensor.index_select(), a change of shape at FILE:LINE",
+    ),
     "empty": (lambda b, h, q, kv: torch.empty_like(q) == kv, "torch.empty_like(), uninitialised memory at FILE:LINE"),
-    "unknown": (lambda b, h, q, kv: torch.lgamma(q.float()) < kv, "torch.lgamma() at FILE:LINE, .* does not know the operation aten::lgamma"),
-    "whole table": (lambda b, h, q, kv: TABLE == q, "arithmetic with TABLE, a tensor of shape (40,) at FILE:LINE, .* read one element, TABLE[?]"),
+    "unknown": (
+        lambda b, h, q, kv: torch.lgamma(q.float()) < kv,
+        "torch.lgamma() at FILE:LINE, .* does not know the operation aten::lgamma",
+    ),
+    "whole table": (
+        lambda b, h, q, kv: TABLE == q,
+        "arithmetic with TABLE, a tensor of shape (40,) at FILE:LINE, .* read one element, TABLE[?]",
+    ),
     "row of a table": (lambda b, h, q, kv: GRID[q] == kv, "arithmetic with GRID, a tensor of shape (8,) at FILE:LINE"),
     "slice": (lambda b, h, q, kv: GRID[q, 2:] == kv, "the slice slice(2, None, None) as an index of GRID at FILE:LINE"),
     "new axis": (lambda b, h, q, kv: TABLE[q, None] == kv, "TABLE[...] with 2 indices at FILE:LINE, .* has shape (40,)"),
     "too many indices": (lambda b, h, q, kv: GRID[q, kv, 0] == 0, "the read GRID[...] with 3 indices at FILE:LINE"),
-    "bool index": (lambda b, h, q, kv: TABLE[q > kv] == 0, "torch.bool as an index of TABLE at FILE:LINE, .* index.to(torch.int64)"),
+    "bool index": (
+        lambda b, h, q, kv: TABLE[q > kv] == 0,
+        "torch.bool as an index of TABLE at FILE:LINE, .* index.to(torch.int64)",
+    ),
     "float index": (lambda b, h, q, kv: TABLE[q / 2] == 0, "torch.float32 as an index of TABLE at FILE:LINE, .* use //"),
     "constant out of range": (lambda b, h, q, kv: GRID[q, 9] == 0, "GRID[9] at FILE:LINE, .* Dimension 1 of GRID has 8 entries"),
     "index of a value": (lambda b, h, q, kv: q[0] == kv, "indexing of a traced value .* at FILE:LINE"),
     "complex table": (lambda b, h, q, kv: (TABLE + 1j)[q].real > 0, "a tensor of type torch.complex64 at FILE:LINE"),
-    "sparse table": (lambda b, h, q, kv: TABLE.to_sparse()[q] > 0, "a tensor of layout torch.sparse_coo at FILE:LINE, .* to_dense"),
-    "difference of booleans": (lambda b, h, q, kv: (q > kv) - (q < kv), "torch.Tensor.sub() at FILE:LINE, .* torch refuses it: Subtraction"),
+    "sparse table": (
+        lambda b, h, q, kv: TABLE.to_sparse()[q] > 0,
+        "a tensor of layout torch.sparse_coo at FILE:LINE, .* to_dense",
+    ),
+    "difference of booleans": (
+        lambda b, h, q, kv: (q > kv) - (q < kv),
+        "torch.Tensor.sub() at FILE:LINE, .* torch refuses it: Subtraction",
+    ),
     "invert a float": (lambda b, h, q, kv: ~(q / 2), "torch.Tensor.__invert__() at FILE:LINE, .* torch refuses it"),
-    "divisor that may be zero": (lambda b, h, q, kv: q % kv == 0, "`remainder` at FILE:LINE, .* divisor .* must be known not to be zero"),
+    "divisor that may be zero": (
+        lambda b, h, q, kv: q % kv == 0,
+        "`remainder` at FILE:LINE, .* divisor .* must be known not to be zero",
+    ),
     "NaN": (lambda b, h, q, kv: q / 2 < float("nan"), "the constant nan at FILE:LINE"),
 }
 
@@ -162,7 +200,10 @@ def test_the_line_is_the_users(function):
 
 
 RESULTS = {
-    "integer": (lambda b, h, q, kv: q - kv, "mask_mod .* must return a boolean; it returned torch.int64. Write `!= 0` at the end"),
+    "integer": (
+        lambda b, h, q, kv: q - kv,
+        "mask_mod .* must return a boolean; it returned torch.int64. Write `!= 0` at the end",
+    ),
     "float": (lambda b, h, q, kv: q / 2, "must return a boolean; it returned torch.float32. Write `!= 0`"),
     "Python number": (lambda b, h, q, kv: 1, "must return a boolean; it returned torch.int64"),
     "nothing": (no_return, "mask_mod no_return must return a tensor; it returned NoneType. Does every path `return` a value?"),

@@ -219,7 +219,9 @@ def test_family(name, same_mask):
     same_mask(FAMILIES[name])
 
 
-@pytest.mark.parametrize("name", ["causal", "dilated", "shared prefix", "Morton order", "sliding tiles", "neighbourhood, clamped"])
+@pytest.mark.parametrize(
+    "name", ["causal", "dilated", "shared prefix", "Morton order", "sliding tiles", "neighbourhood, clamped"]
+)
 def test_rectangles_and_offsets(name, same_mask):
     same_mask(FAMILIES[name], shape=(1, 1, 33, 7))
     same_mask(FAMILIES[name], shape=(1, 2, 3, 40), q_offset=29)

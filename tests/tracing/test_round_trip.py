@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsedsl.analysis.bounds import check_reads
+from sparsedsl.analysis.domain import Domain
 from sparsedsl.codegen.to_flex import flex_functions
+from sparsedsl.errors import TableError
 from sparsedsl.lang.pattern import attend
 from sparsedsl.tracing import trace_mask, trace_score
 
@@ -49,3 +52,33 @@ def test_scores(name, run_by_torch):
         return
     got, wanted = run_by_torch(score_mod, shape, logits), run_by_torch(SCORES[name], shape, logits)
     torch.testing.assert_close(got.float(), wanted.float(), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_indices_that_may_be_negative_are_proved_to_lie_inside():
+    """An index that counts from the end, or comes out of exact float arithmetic, is looked through or worked out."""
+
+    def check(mask_mod, score_mod, length):
+        pattern = attend(trace_mask(mask_mod), score=trace_score(score_mod))
+        check_reads(pattern, Domain(length, length, heads=3, tables=pattern.bound))
+
+    everything, causal = (lambda b, h, q, kv: True), MASKS["causal"]
+    near = MASKS["sliding"]  # 4 keys
+    ring, few = torch.randn(3, 64), torch.randn(4)
+    for mask, score, length in [
+        (everything, SCORES["T5, both ways"], 50_000),
+        (everything, SCORES["relative table"], 32),
+        (everything, lambda s, b, h, q, kv: s + ring[h, q - kv], 64),
+        (near, lambda s, b, h, q, kv: s + few[q - kv], 50_000),
+        (causal, lambda s, b, h, q, kv: s + ring[h, torch.sqrt((q - kv).float()).long()], 4000),
+        (causal, lambda s, b, h, q, kv: s + few[torch.sqrt((q * kv % 16).float()).long()], 300),
+    ]:
+        check(mask, score, length)
+    for mask, score, length in [
+        (everything, SCORES["relative table"], 34),
+        (everything, lambda s, b, h, q, kv: s + ring[h, q - kv], 66),
+        (near, lambda s, b, h, q, kv: s + few[q - kv + 1], 50_000),
+        (causal, lambda s, b, h, q, kv: s + ring[h, torch.sqrt((q - kv).float()).long()], 4097),
+        (causal, lambda s, b, h, q, kv: s + few[torch.sqrt((q * kv % 17).float()).long()], 300),
+    ]:
+        with pytest.raises(TableError, match="is too short"):
+            check(mask, score, length)
