@@ -75,7 +75,8 @@ def check_positive(function: str, name: str, value: Any) -> int | float:
     """A positive, finite Python number; whole ones become ``int``, which stays exact: ``score / 50``, not ``0.02 * score``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < float("inf"):
         raise PatternError(f"{function}(): {name} must be a positive number; got {value!r} ({type(value).__name__})")
-    return int(value) if float(value).is_integer() else float(value)
+    number = float(value)
+    return int(number) if number.is_integer() else number
 
 
 def check_logit(function: str, value: Any) -> Score:

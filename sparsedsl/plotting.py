@@ -419,7 +419,7 @@ def _axes(ax: Any, count: int, figsize: Any) -> tuple[Any, list[Any], bool]:
     if ax is None:
         figure = Figure(figsize=figsize or (0.6 + 4.4 * count, 5.0), dpi=110, layout="constrained")
         # what notebooks ask for, since pyplot, which would answer, is not involved
-        figure._repr_png_ = functools.partial(_png, figure)
+        setattr(figure, "_repr_png_", functools.partial(_png, figure))  # noqa: B010  (unknown to mypy)
         return figure, [figure.add_subplot(1, count, 1 + i) for i in range(count)], True
     axes = list(ax.flat) if hasattr(ax, "flat") else list(ax) if isinstance(ax, (tuple, list)) else [ax]
     if len(axes) != count or not all(hasattr(axis, "imshow") for axis in axes):

@@ -70,14 +70,14 @@ def block_mask(pattern: Pattern, lists: TileLists, domain: Domain, device: torch
     """
     device = domain.device if device is None else device
     rows, columns = lists.shape[2:]
-    tensors: list[torch.Tensor] = []
+    tensors: list[Any] = []
     for part, width in ((lists.partial, columns), (lists.full, columns)):
         tensors += _wide(part, width, device)
     for part in (lists.partial, lists.full):
         tensors += _wide(part.transposed(columns), rows, device)
     tables = {name: table.to(device) for name, table in domain.tables.items()}
     mod = mask_mod(pattern, tables, q_offset=domain.q_offset, **domain.lengths)
-    return BlockMask((domain.rows, domain.kv_len), *tensors, BLOCK_SIZE=lists.block, mask_mod=mod)
+    return BlockMask((domain.rows, domain.kv_len), *tensors, lists.block, mod)
 
 
 def _wide(rows: TileRows, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -104,8 +104,8 @@ class FlexKernel:
         """The lists as the kernel takes them, remembered while ``lists`` lives."""
         known = self._packed.get(id(lists))
         if known is None or known[0]() is not lists:
-            for key in [key for key, (ref, _) in self._packed.items() if ref() is None]:
-                del self._packed[key]
+            for dead in [number for number, (ref, _) in self._packed.items() if ref() is None]:
+                del self._packed[dead]
             known = self._packed[id(lists)] = (weakref.ref(lists), {})
         key = (device, sink, backward)
         if key not in known[1]:
@@ -240,7 +240,7 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _steady(device: str) -> Iterator[None]:
     """Whatever the caller's context, the compiled function sees one and the same."""
-    config = torch.fx.experimental._config
+    config: Any = torch.fx.experimental._config
     with (
         config.patch(use_duck_shape=False, backed_size_oblivious=True),
         torch.autocast(device, enabled=False),
@@ -285,8 +285,8 @@ def _tile_sizes_named() -> Iterator[None]:
         finally:
             self.extra_sizevars = kept
 
-    Template.modification = modification
+    setattr(Template, "modification", modification)  # noqa: B010
     try:
         yield
     finally:
-        Template.modification = original
+        setattr(Template, "modification", original)  # noqa: B010  (mypy refuses the plain assignment)
