@@ -77,7 +77,11 @@ def block_mask(pattern: Pattern, lists: TileLists, domain: Domain, device: torch
         tensors += _wide(part.transposed(columns), rows, device)
     tables = {name: table.to(device) for name, table in domain.tables.items()}
     mod = mask_mod(pattern, tables, q_offset=domain.q_offset, **domain.lengths)
-    return BlockMask((domain.rows, domain.kv_len), *tensors, lists.block, mod)
+    partial_counts, partial, full_counts, full, *by_key = tensors
+    return BlockMask(
+        (domain.rows, domain.kv_len), partial_counts, partial, full_counts, full, by_key[0], by_key[1], by_key[2], by_key[3],
+        BLOCK_SIZE=lists.block, mask_mod=mod,
+    )  # fmt: skip
 
 
 def _wide(rows: TileRows, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
