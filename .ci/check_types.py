@@ -56,9 +56,7 @@ def main() -> int:
         "--cache-dir",
         str(ROOT / ".mypy_cache"),
     ]
-    done = subprocess.run(
-        [*command, *(str(path.relative_to(FARM)) for path in files)], cwd=FARM, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, *(str(path.relative_to(FARM)) for path in files)], cwd=FARM, capture_output=True, text=True)
     print(done.stdout + done.stderr, end="")
     counted = re.search(r"(?:checked|in) (\d+) source files?\)?$", done.stdout.strip())
     checked = int(counted.group(1)) if counted else 0

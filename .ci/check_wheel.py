@@ -84,9 +84,7 @@ def look_into(wheel: Path) -> None:
     }
     held = {name for name in names if name.startswith("sparsedsl/")}
     if wanted != held:
-        sys.exit(
-            f"missing from the wheel: {sorted(wanted - held)}; in it without a source: {sorted(held - wanted)}"
-        )
+        sys.exit(f"missing from the wheel: {sorted(wanted - held)}; in it without a source: {sorted(held - wanted)}")
     print(f"wheel: {wheel.name} holds {len(held)} files under the one top-level name sparsedsl")
 
 

@@ -17,8 +17,8 @@ from sympy.core.relational import Relational
 from sparsedsl.codegen.source import Source
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
-from sparsedsl.lang.tables import TableRead
 from sparsedsl.lang.printing import ATOM, COMPARE, POWER, UNARY, Printer
+from sparsedsl.lang.tables import TableRead
 
 __all__ = ["Names", "TorchPrinter", "write_expression"]
 
@@ -146,7 +146,9 @@ class TorchPrinter(Printer):
         if expr.operation == "wrap":  # its operand stands there twice: printed twice, so that it gets a name
             operand, again = self.text(expr.args[0], ATOM), self.text(expr.args[0], COMPARE + 1)
             return f"({operand} + ({again} < 0) * {self.text(expr.args[1], UNARY)})"
-        return strict.torch_source(type(expr), [self.text(a) for a in expr.args], [strict.number(a) is not None for a in expr.args])
+        return strict.torch_source(
+            type(expr), [self.text(a) for a in expr.args], [strict.number(a) is not None for a in expr.args]
+        )
 
     def _print_Relational(self, expr: Relational) -> tuple[str, int]:
         if strict.is_condition(expr.lhs) and expr.rhs == 0 and isinstance(expr, (sympy.Eq, sympy.Ne)):
@@ -209,7 +211,13 @@ class _Tally(TorchPrinter):
 
 
 def _stem(expr: sympy.Basic) -> str:
-    return f"{expr.spec.name}_here" if isinstance(expr, TableRead) else "both" if isinstance(expr, sympy.logic.boolalg.Boolean) else "t"
+    return (
+        f"{expr.spec.name}_here"
+        if isinstance(expr, TableRead)
+        else "both"
+        if isinstance(expr, sympy.logic.boolalg.Boolean)
+        else "t"
+    )
 
 
 def write_expression(source: Source, expr: sympy.Basic, names: Names, *, real: str = "") -> str:
@@ -232,4 +240,3 @@ def write_expression(source: Source, expr: sympy.Basic, names: Names, *, real: s
     tally = _Tally(names, real)
     tally.text(expr)
     return _Sharing(names, real, tally.repeats, emit).text(expr)
-

@@ -19,7 +19,8 @@ from sparsedsl.lang.tables import table_reads
 __all__ = ["FlexSource", "flex_functions", "flex_kernel", "table_extents"]
 
 _TAKEN = {
-    *INDEX_SYMBOLS, "score", "q_pos", "q_end", "kv_end", "q_offset", "sink_at", "logit", "torch", "inf", "min", "mods", "mask_mod", "score_mod",
+    *INDEX_SYMBOLS, "score", "q_pos", "q_end", "kv_end", "q_offset", "sink_at",
+    "logit", "torch", "inf", "min", "mods", "mask_mod", "score_mod",
 }  # fmt: skip
 
 # What the lengths are called inside the functions that users are given.
@@ -48,11 +49,11 @@ def attention(q, k, v, lists, *values):
         q, k, v, score_mod=score_mod, block_mask=block_mask, scale=SCALE, enable_gqa=True, return_aux=AUX
     )
 '''
-_BY_KEY = '''
+_BY_KEY = """
     key_counts, rows, full_key_counts, full_rows = lists[4:]
     tiles = counts.shape[2]
     by_key = key_counts, wide(rows, key_counts, tiles), full_key_counts, wide(full_rows, full_key_counts, tiles)
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ def _write(pattern: Pattern, *, clamp: bool, sink_key: bool, kernel: str) -> Fle
         source.line()
     arguments = ["q_offset", "q_len", "kv_len", *(("sink_at",) if sink_key else ()), *tables.values()]
     with source.block(f"def mods({', '.join(arguments)}):"):
-        source.line('"""What varies from call to call -> (mask_mod, score_mod); q_idx counts from the first query of the call."""')
+        source.line(
+            '"""What varies from call to call -> (mask_mod, score_mod); q_idx counts from the first query of the call."""'
+        )
         source.line()
         with source.block("def mask_mod(b, h, q_idx, kv_idx):"):
             _write_mask(source, pattern, names)

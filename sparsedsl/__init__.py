@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sparsedsl import _layout  # noqa: F401  (finds patterns/ and codegen/ in a checkout)
+from sparsedsl import _layout
 from sparsedsl.errors import (
     PatternError,
     SettingsError,
@@ -26,7 +26,22 @@ _PUBLIC = {
     **dict.fromkeys(("b", "h", "q_idx", "kv_idx", "q_len", "kv_len", "score"), "sparsedsl.lang.expressions"),
     **dict.fromkeys(("Index", "Mask", "Score", "table"), "sparsedsl.lang.expressions"),
     **dict.fromkeys(
-        ("clamp", "cos", "erf", "exp", "log", "maximum", "minimum", "relu", "sigmoid", "sin", "softplus", "sqrt", "tanh", "where"),
+        (
+            "clamp",
+            "cos",
+            "erf",
+            "exp",
+            "log",
+            "maximum",
+            "minimum",
+            "relu",
+            "sigmoid",
+            "sin",
+            "softplus",
+            "sqrt",
+            "tanh",
+            "where",
+        ),
         "sparsedsl.lang.numeric",
     ),
     "parse": "sparsedsl.lang.text",

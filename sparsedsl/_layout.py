@@ -12,9 +12,5 @@ from pathlib import Path
 _package = Path(__file__).resolve().parent
 _root = _package.parent
 
-if (
-    not (_package / "patterns").is_dir()
-    and (_root / "patterns").is_dir()
-    and (_root / "pyproject.toml").is_file()
-):
+if not (_package / "patterns").is_dir() and (_root / "patterns").is_dir() and (_root / "pyproject.toml").is_file():
     sys.modules["sparsedsl"].__path__.append(str(_root))

@@ -90,7 +90,9 @@ def choose(pattern: Pattern, facts: CallFacts, backend: str, block: tuple[int, i
             )
         return Plan(pattern.key, "flex", block, "asked for")
     if facts.logits <= SMALL_LOGITS:
-        return Plan(pattern.key, "reference", block, f"{facts.logits:,} logits are few: dense is quicker than tile lists and a compile")
+        return Plan(
+            pattern.key, "reference", block, f"{facts.logits:,} logits are few: dense is quicker than tile lists and a compile"
+        )
     if refusal is None:
         return Plan(pattern.key, "flex", block, f"{facts.logits:,} logits: tiles that the pattern leaves empty are never visited")
     if facts.dense_bytes <= DENSE_BYTES:

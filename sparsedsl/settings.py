@@ -46,9 +46,7 @@ def settings() -> Settings:
     >>> settings().debug
     False
     """
-    return Settings(
-        cache=_folder("SPARSEDSL_CACHE"), debug=_choice("SPARSEDSL_DEBUG", {"0": False, "1": True})
-    )
+    return Settings(cache=_folder("SPARSEDSL_CACHE"), debug=_choice("SPARSEDSL_DEBUG", {"0": False, "1": True}))
 
 
 def _choice(name: str, values: dict[str, bool]) -> bool:
@@ -57,9 +55,7 @@ def _choice(name: str, values: dict[str, bool]) -> bool:
     if not given:
         return next(iter(values.values()))
     if given not in values:
-        raise SettingsError(
-            f"{name}={given!r} is not valid; valid values: {', '.join(values)} (or leave it unset)"
-        )
+        raise SettingsError(f"{name}={given!r} is not valid; valid values: {', '.join(values)} (or leave it unset)")
     return values[given]
 
 

@@ -36,18 +36,14 @@ BUDGET = "SPARSEDSL_TEST_EXAMPLES"
 CASES = "sparsedsl_random_cases"
 
 # In CI the same cases every time, so that a submission fails for its own faults only; elsewhere new ones in every run.
-hypothesis.settings.register_profile(
-    "here", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
+hypothesis.settings.register_profile("here", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("here"), derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") and not os.environ.get(BUDGET) else "here")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--update-golden``."""
-    parser.addoption(
-        "--update-golden", action="store_true", help="write golden files instead of comparing with them"
-    )
+    parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
 
 
 def pytest_configure() -> None:
@@ -98,12 +94,8 @@ class Golden:
             pytest.fail(f"{shown} does not exist; pytest --update-golden writes it:\n{text}")
         wanted = path.read_text(encoding="utf-8")
         if wanted != text:
-            lines = difflib.unified_diff(
-                wanted.splitlines(), text.splitlines(), str(shown), "now", lineterm=""
-            )
-            pytest.fail(
-                "\n".join([*lines, "", "if the new text is right: pytest --update-golden, and read the diff"])
-            )
+            lines = difflib.unified_diff(wanted.splitlines(), text.splitlines(), str(shown), "now", lineterm="")
+            pytest.fail("\n".join([*lines, "", "if the new text is right: pytest --update-golden, and read the diff"]))
         return True
 
     __hash__ = None  # type: ignore[assignment]
@@ -116,9 +108,7 @@ def _file_name(name: str) -> str:
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
     """The golden file of this test; see :class:`Golden`."""
-    test_file = (
-        request.path.relative_to(TESTS) if request.path.is_relative_to(TESTS) else Path(request.path.name)
-    )
+    test_file = request.path.relative_to(TESTS) if request.path.is_relative_to(TESTS) else Path(request.path.name)
     root = TESTS if request.path.is_relative_to(TESTS) else request.path.parent
     folder = root / "golden" / test_file.with_suffix("")
     return Golden(folder / _file_name(request.node.name), request.config.getoption("--update-golden"))
@@ -165,11 +155,7 @@ def _budget() -> int | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Count the cases of every property test, and give each its share of the budget."""
     budget = _budget()
-    tests = [
-        item
-        for item in items
-        if isinstance(item, pytest.Function) and hypothesis.is_hypothesis_test(item.obj)
-    ]
+    tests = [item for item in items if isinstance(item, pytest.Function) and hypothesis.is_hypothesis_test(item.obj)]
     # The function keeps its settings and its inner test as attributes; its parametrised items share them.
     functions = [getattr(item.obj, "__func__", item.obj) for item in tests]
     asked = sum(function._hypothesis_internal_use_settings.max_examples for function in functions)
@@ -224,6 +210,4 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     cases, tests, failed = sum(n for n, _ in run), sum(n > 0 for n, _ in run), sum(bad for n, bad in run if n)
     if tests:
         more = f"budget {BUDGET}={_budget()}" if _budget() else f"{BUDGET}=100000 runs more"
-        terminalreporter.write_line(
-            f"random cases: {cases:,} run in {tests} property tests, {failed} of which failed ({more})"
-        )
+        terminalreporter.write_line(f"random cases: {cases:,} run in {tests} property tests, {failed} of which failed ({more})")

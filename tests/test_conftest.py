@@ -29,9 +29,7 @@ class TestDear:
 """
 
 
-def run_pytest(
-    folder: Path, source: str, *options: str, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def run_pytest(folder: Path, source: str, *options: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run pytest on one test file beside a copy of our conftest.py."""
     (folder / "conftest.py").write_text(CONFTEST.read_text())
     (folder / "test_it.py").write_text(source)
@@ -94,9 +92,7 @@ def test_golden_is_written_compared_and_told_apart(tmp_path):
     written = run_pytest(tmp_path, source, "--update-golden")
     assert written.returncode == 0, written.stdout
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("golden/**/*.txt"))
-    assert names == [
-        f"golden/test_it/{n}.txt" for n in ("test_parts.a_b", "test_parts.c", "test_text_1", "test_text_2")
-    ]
+    assert names == [f"golden/test_it/{n}.txt" for n in ("test_parts.a_b", "test_parts.c", "test_text_1", "test_text_2")]
     assert run_pytest(tmp_path, source).returncode == 0
 
     changed = run_pytest(tmp_path, source.replace("line", "row"))

@@ -37,9 +37,7 @@ def test_docstring_examples(name, scratch, capsys):
     assert not failed, capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "package", ["sparsedsl", "sparsedsl.patterns", "sparsedsl.testing", "sparsedsl.models"]
-)
+@pytest.mark.parametrize("package", ["sparsedsl", "sparsedsl.patterns", "sparsedsl.testing", "sparsedsl.models"])
 def test_public_functions_and_classes_are_explained_by_example(package):
     module = importlib.import_module(package)
     assert module.__all__
@@ -59,9 +57,7 @@ def _is_explained(thing: object) -> bool:
 def _whole_docstring(thing: object) -> str:
     """A class may show its example at a method or at its constructor."""
     members = vars(thing).values() if inspect.isclass(thing) else ()
-    return "\n".join(
-        inspect.getdoc(part) or "" for part in (thing, *(m for m in members if inspect.isroutine(m)))
-    )
+    return "\n".join(inspect.getdoc(part) or "" for part in (thing, *(m for m in members if inspect.isroutine(m))))
 
 
 @dataclass(frozen=True)

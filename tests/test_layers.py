@@ -64,20 +64,12 @@ def complaint(importer: str, target: str) -> str | None:
     if other == mine:
         return None
     if mine == "patterns":
-        return (
-            None if other in PATTERNS_MAY_IMPORT else f"patterns imports {sorted(PATTERNS_MAY_IMPORT)} only"
-        )
+        return None if other in PATTERNS_MAY_IMPORT else f"patterns imports {sorted(PATTERNS_MAY_IMPORT)} only"
     if other == "patterns":
-        return (
-            None
-            if mine in MAY_IMPORT_PATTERNS
-            else f"patterns is imported by {sorted(MAY_IMPORT_PATTERNS)} only"
-        )
+        return None if mine in MAY_IMPORT_PATTERNS else f"patterns is imported by {sorted(MAY_IMPORT_PATTERNS)} only"
     unknown = [name for name in (mine, other) if name not in RANK]
     if unknown:
-        return (
-            f"{unknown[0]} has no place in the arrow: give it one in tests/test_layers.py and CONTRIBUTING.md"
-        )
+        return f"{unknown[0]} has no place in the arrow: give it one in tests/test_layers.py and CONTRIBUTING.md"
     return None if RANK[other] < RANK[mine] else f"{mine} lies before or beside {other} in the arrow"
 
 

@@ -15,11 +15,7 @@ HEAVY = ("torch", "triton", "transformers", "matplotlib", "hypothesis", "z3")
 def loaded_by(statement: str) -> set[str]:
     """Which heavy libraries a fresh Python has loaded after the statement."""
     code = f"import sys\n{statement}\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
-    return set(
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.split()
-    )
+    return set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -38,17 +38,12 @@ def test_every_package_has_its_init():
 
 
 def test_top_level_folders_are_mapped_into_the_package():
-    assert SETUPTOOLS["package-dir"] == {
-        package: folder for folder, package in PACKAGES.items() if folder != package
-    }
+    assert SETUPTOOLS["package-dir"] == {package: folder for folder, package in PACKAGES.items() if folder != package}
 
 
 def test_files_that_are_not_python_are_declared():
     found = {
-        f"{folder}/{path.relative_to(ROOT / folder)}"
-        for folder in PACKAGES
-        for path in files(folder)
-        if path.suffix != ".py"
+        f"{folder}/{path.relative_to(ROOT / folder)}" for folder in PACKAGES for path in files(folder) if path.suffix != ".py"
     }
     assert SETUPTOOLS["package-data"] == {"sparsedsl": ["py.typed"]}
     assert found == {"sparsedsl/py.typed"}
@@ -65,9 +60,7 @@ def requirements() -> dict[str, Requirement]:
     """Everything pyproject.toml asks for, extras of the project itself left out."""
     project = PROJECT["project"]
     asked = [
-        Requirement(line)
-        for lines in (project["dependencies"], *project["optional-dependencies"].values())
-        for line in lines
+        Requirement(line) for lines in (project["dependencies"], *project["optional-dependencies"].values()) for line in lines
     ]
     return {canonicalize_name(one.name): one for one in asked if one.name != project["name"]}
 
@@ -75,9 +68,7 @@ def requirements() -> dict[str, Requirement]:
 def pins() -> dict[str, str]:
     """The versions of constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    found = [
-        re.fullmatch(r"([\w.-]+)==([\w.]+)", line) for line in lines if line and not line.startswith("#")
-    ]
+    found = [re.fullmatch(r"([\w.-]+)==([\w.]+)", line) for line in lines if line and not line.startswith("#")]
     assert all(found), "constraints.txt holds lines name==version and comments only"
     return {canonicalize_name(match[1]): match[2] for match in found if match}
 
@@ -86,9 +77,7 @@ def pins() -> dict[str, str]:
 def test_every_requirement_has_a_pin_it_accepts(name):
     requirement, pinned = requirements()[name], pins()
     assert name in pinned, f"constraints.txt has no line for {name}"
-    assert requirement.specifier.contains(pinned[name]), (
-        f"{requirement} does not accept the pinned {pinned[name]}"
-    )
+    assert requirement.specifier.contains(pinned[name]), f"{requirement} does not accept the pinned {pinned[name]}"
 
 
 def test_extras_name_each_other_rightly():
@@ -106,9 +95,7 @@ def test_a_checkout_works_without_being_installed(tmp_path, statement):
     # -S: no .pth file is read, so an editable install of this environment has no effect
     search = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
     command = [sys.executable, "-S", "-c", statement]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -45,9 +45,7 @@ def test_debug_is_0_or_1(monkeypatch, value):
     monkeypatch.setenv("SPARSEDSL_DEBUG", value)
     with pytest.raises(SettingsError) as caught:
         settings()
-    assert (
-        str(caught.value) == f"SPARSEDSL_DEBUG={value!r} is not valid; valid values: 0, 1 (or leave it unset)"
-    )
+    assert str(caught.value) == f"SPARSEDSL_DEBUG={value!r} is not valid; valid values: 0, 1 (or leave it unset)"
 
 
 @pytest.mark.parametrize("value", ["here/below", __file__])

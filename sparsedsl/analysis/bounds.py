@@ -18,8 +18,8 @@ from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.functions import Where
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
-from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.strict import StrictFunction
+from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import TableRead
 
 __all__ = ["check_reads", "index_ranges", "value_ranges"]
@@ -155,7 +155,9 @@ def _inside_at_every_point(index: sympy.Expr, guard: Boolean, domain: Domain, si
 def _mentions(clause: Clause, read: TableRead) -> bool:
     """Whether ``clause`` reads the table outside of solved bounds (a bound reads at all positions)."""
     return any(relation.has(read) for relation in clause.rest) or any(
-        part is not None and part.has(read) for bound in clause.bounds for part in (bound.q_part, bound.kv_part, bound.low, bound.high)
+        part is not None and part.has(read)
+        for bound in clause.bounds
+        for part in (bound.q_part, bound.kv_part, bound.low, bound.high)
     )
 
 

@@ -167,7 +167,9 @@ def _dnf(expr: Boolean, negate: bool) -> list[tuple[Boolean, ...]]:
         return product
     relation = sympy.Not(expr) if negate else expr
     if not isinstance(relation, Relational):
-        return [(relation,)] if not isinstance(relation, (sympy.And, sympy.Or, BooleanTrue, BooleanFalse)) else _dnf(relation, False)
+        return (
+            [(relation,)] if not isinstance(relation, (sympy.And, sympy.Or, BooleanTrue, BooleanFalse)) else _dnf(relation, False)
+        )
     split = _split(relation)
     return [(relation,)] if split is None else _dnf(split, False)
 

@@ -51,9 +51,7 @@ class Domain:
     def groups(self, expr: sympy.Basic) -> Groups:
         """The (batch, head) pairs that ``expr`` can tell apart: a dimension it does not read has size 1."""
         free = expr.free_symbols
-        return Groups(
-            self.batch if BATCH in free else 1, self.heads if HEAD in free else 1, self.device
-        )
+        return Groups(self.batch if BATCH in free else 1, self.heads if HEAD in free else 1, self.device)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,9 @@ class Verdict:
     reason: str = field(default="", compare=False)
 
     def __bool__(self) -> NoReturn:
-        raise PatternError(f"a verdict has three values; got {self}. Write `verdict == sd.PROVED`, `== sd.REFUTED` or `== sd.UNKNOWN`")
+        raise PatternError(
+            f"a verdict has three values; got {self}. Write `verdict == sd.PROVED`, `== sd.REFUTED` or `== sd.UNKNOWN`"
+        )
 
     def __str__(self) -> str:
         if self.witness is not None:
@@ -159,7 +161,9 @@ def satisfiable(mask: Boolean) -> Verdict:
     if witness is not None:
         return Verdict("PROVED", witness)
     if answer == z3.sat:
-        return Verdict("UNKNOWN", reason="a candidate point failed when evaluated: the mask uses float functions or bit operations")
+        return Verdict(
+            "UNKNOWN", reason="a candidate point failed when evaluated: the mask uses float functions or bit operations"
+        )
     return Verdict("UNKNOWN", reason=f"the solver gave up after {TIMEOUT_MS / 1000:g} s: {solver.reason_unknown()}")
 
 
@@ -227,7 +231,14 @@ class _Translation:
                 return z3.Not(self.term(args[0]))
             case sympy.core.relational.Relational():
                 left, right = self.term(args[0]), self.term(args[1])
-                return {"<=": left <= right, "<": left < right, ">=": left >= right, ">": left > right, "==": left == right, "!=": left != right}[expr.rel_op]
+                return {
+                    "<=": left <= right,
+                    "<": left < right,
+                    ">=": left >= right,
+                    ">": left > right,
+                    "==": left == right,
+                    "!=": left != right,
+                }[expr.rel_op]
         return self._unknown(expr)
 
     def _unknown(self, expr: sympy.Basic) -> Any:
@@ -351,4 +362,3 @@ def _build_table(spec: TableSpec, cells: dict[tuple[int, ...], float]) -> torch.
             for place_, value in ordered:
                 table[lead][place_:] = int(value)
     return table
-

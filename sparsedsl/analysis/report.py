@@ -71,6 +71,9 @@ class Analysis:
 
     def __str__(self) -> str:
         batch, heads, rows, columns = self.lists.shape
+        block_q, block_kv = self.lists.block
+        saving = self.flops_dense / max(self.flops, 1)
+        example = f", e.g. (b, h, q_idx) = {self.empty_row}" if self.empty_row else ""
         groups = f", {batch} x {heads} lists" if batch * heads > 1 else ""
         approx = "" if self.density_exact else "about "
         listed, total = self.lists.listed, batch * heads * rows * columns
@@ -78,15 +81,15 @@ class Analysis:
             *self.pattern.text.splitlines(),
             f"  queries x keys   {self.q_len:,} x {self.kv_len:,}" + (f", first query at {self.q_offset:,}" if self.q_offset else ""),
             f"  allowed pairs    {approx}{self.density:.4%} of all",
-            f"  tiles            {listed:,} of {total:,} listed ({listed / total:.3%}), {self.lists.block[0]} x {self.lists.block[1]} tokens{groups}",
+            f"  tiles            {listed:,} of {total:,} listed ({listed / total:.3%}), {block_q} x {block_kv} tokens{groups}",
             f"                   {self.lists.full.total:,} full, {self.lists.partial.total:,} partial ({self.partial_share:.1%})",
             f"  lists            {self.lists.nbytes / 2**20:.3g} MiB, made and counted in {self.seconds * 1e3:.1f} ms",
             f"  row imbalance    {self.imbalance:.2f} (most / mean tiles in a row)",
-            f"  forward          {_flops(self.flops)}, {self.flops_dense / max(self.flops, 1):.1f} x less than dense; backward {_flops(self.flops_backward)}",
+            f"  forward          {_flops(self.flops)}, {saving:.1f} x less than dense; backward {_flops(self.flops_backward)}",
             f"  traffic          {self.bytes / 2**20:,.1f} MiB forward ({self.dtype}, batch {self.batch}, heads {self.heads}, "
             f"head_dim {self.head_dim}{'' if self.head_dim == self.head_dim_v else f'/{self.head_dim_v}'})",
             f"  causal           {self.causal}",
-            f"  empty rows       {'' if self.density_exact else 'about '}{self.empty_rows:,}" + (f", e.g. (b, h, q_idx) = {self.empty_row}" if self.empty_row else ""),
+            f"  empty rows       {approx}{self.empty_rows:,}{example}",
         ]  # fmt: skip
         return "\n".join(lines + [f"  ! {warning}" for warning in self.warnings])
 
@@ -108,7 +111,9 @@ def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, tor
     given = pattern.bound | tables
     missing = [name for name in pattern.tables if name not in given]
     if missing:
-        raise TableError(f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}")
+        raise TableError(
+            f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}"
+        )
     surplus = sorted(set(tables) - set(pattern.tables))
     if surplus:
         raise TableError(f"unexpected {', '.join(surplus)}: the pattern reads {', '.join(pattern.tables) or 'no table'}")

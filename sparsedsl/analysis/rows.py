@@ -86,7 +86,12 @@ def _by_points(mask: Boolean, domain: Domain, lists: TileLists) -> RowCounts:
     chosen = torch.arange(lines.numel(), device=domain.device)
     exact = lists.partial.total * block_q * block_kv <= POINT_BUDGET
     if not exact:
-        chosen = torch.linspace(0, lines.numel() - 1, min(SAMPLED_ROWS, lines.numel()), device=domain.device).round().to(torch.int64).unique()
+        chosen = (
+            torch.linspace(0, lines.numel() - 1, min(SAMPLED_ROWS, lines.numel()), device=domain.device)
+            .round()
+            .to(torch.int64)
+            .unique()
+        )
     rows = lists.shape[2]
     ends = lines.to(torch.int64).cumsum(0)
     # Keys of the full tiles of every line, the ragged last column counted as it is

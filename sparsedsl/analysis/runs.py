@@ -169,9 +169,7 @@ def _search(table: torch.Tensor, target: torch.Tensor, length: int) -> torch.Ten
     return torch.where((place == table.numel()) | (target > top), length, place)
 
 
-def _bisect(
-    expr: sympy.Expr, symbol: sympy.Symbol, target: torch.Tensor, length: int, env: Mapping[str, Any]
-) -> torch.Tensor:
+def _bisect(expr: sympy.Expr, symbol: sympy.Symbol, target: torch.Tensor, length: int, env: Mapping[str, Any]) -> torch.Tensor:
     """Least index in ``[0, length]`` at which the non-decreasing ``expr`` reaches ``target`` (``length`` if it never does)."""
     shape = torch.broadcast_shapes(target.shape, *(env[n].shape for n in ("b", "h") if isinstance(env[n], torch.Tensor)))
     low = torch.zeros(shape, dtype=torch.int64, device=target.device)

@@ -237,7 +237,9 @@ class Mask(Expression):
             return NotImplemented  # the index or score takes it as 0 and 1
         raise PatternError(f"a mask is not a number: {self}. Join masks with & | ^ ~, or make a number with sd.where(mask, 1, 0)")
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = __pos__ = __abs__ = _number
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = __pos__ = __abs__ = (
+        _number
+    )
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _number
 
 
@@ -430,18 +432,24 @@ class Index(_Arithmetic):
 
     def __and__(self, other: Any) -> Index:
         if isinstance(other, (Mask, bool)):
-            raise PatternError(f"`&` between an index and a mask: {self} & {other}. Put brackets around comparisons: (a < b) & (c == d)")
+            raise PatternError(
+                f"`&` between an index and a mask: {self} & {other}. Put brackets around comparisons: (a < b) & (c == d)"
+            )
         return self._arith(as_index(other), fn.BitAnd)
 
     def __or__(self, other: Any) -> Index:
         if isinstance(other, (Mask, bool)):
-            raise PatternError(f"`|` between an index and a mask: {self} | {other}. Put brackets around comparisons: (a < b) | (c == d)")
+            raise PatternError(
+                f"`|` between an index and a mask: {self} | {other}. Put brackets around comparisons: (a < b) | (c == d)"
+            )
         other = as_index(other)
         return self + other - (self & other)
 
     def __xor__(self, other: Any) -> Index:
         if isinstance(other, (Mask, bool)):
-            raise PatternError(f"`^` between an index and a mask: {self} ^ {other}. Put brackets around comparisons: (a < b) ^ (c == d)")
+            raise PatternError(
+                f"`^` between an index and a mask: {self} ^ {other}. Put brackets around comparisons: (a < b) ^ (c == d)"
+            )
         other = as_index(other)
         return self + other - 2 * (self & other)
 

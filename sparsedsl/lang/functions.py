@@ -8,7 +8,22 @@ from typing import Any
 import sympy
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 
-__all__ = ["REAL_FUNCTIONS", "Abs", "BitAnd", "Erf", "Max", "Min", "Mod", "Relu", "Sigmoid", "Softplus", "Where", "floor_div", "mod", "regrouped"]
+__all__ = [
+    "REAL_FUNCTIONS",
+    "Abs",
+    "BitAnd",
+    "Erf",
+    "Max",
+    "Min",
+    "Mod",
+    "Relu",
+    "Sigmoid",
+    "Softplus",
+    "Where",
+    "floor_div",
+    "mod",
+    "regrouped",
+]
 
 
 class Where(sympy.Function):
@@ -136,13 +151,12 @@ class Erf(_Real):
 
 
 def _certainly_nonnegative(difference: sympy.Expr) -> bool:
-    """Whether the declared facts about symbols and table reads say so; deeper terms are not asked, since sympy may take very long."""
-    plain = all(t.as_coeff_Mul()[1].is_Symbol or t.is_number or not t.args or _is_read(t) for t in sympy.Add.make_args(difference))
-    return plain and bool(difference.is_extended_nonnegative)
+    """Whether the facts about symbols and tables say so; deep terms are not asked, since sympy may take very long over them."""
+    return _shallow(difference, 5) and bool(difference.is_extended_nonnegative)
 
 
-def _is_read(term: sympy.Expr) -> bool:
-    return hasattr(term.as_coeff_Mul()[1], "spec")
+def _shallow(expr: sympy.Basic, depth: int) -> bool:
+    return not expr.args or (depth > 0 and all(_shallow(argument, depth - 1) for argument in expr.args))
 
 
 class _Extreme:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
-
 from sparsedsl.errors import PatternError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.expressions import Score, _merge, as_index, as_mask, as_score
@@ -17,7 +15,7 @@ __all__ = [
 
 def _widest(*values: Any, of: str) -> tuple[Any, ...]:
     """All values as indices if they are whole numbers, else all as scores; ``of``: the function they are arguments of."""
-    if any(isinstance(v, Score) or isinstance(v, float) for v in values):
+    if any(isinstance(v, (Score, float)) for v in values):
         return tuple(as_score(v, where=f"argument of {of}()") for v in values)
     return tuple(as_index(v, where=f"argument of {of}()") for v in values)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.expressions import Mask, Score, _merge, as_mask, as_score
-from sparsedsl.lang.symbols import HEAD, BATCH, SCORE
-from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
 from sparsedsl.lang.printing import to_text
+from sparsedsl.lang.symbols import BATCH, HEAD, SCORE
+from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
 
 __all__ = ["Pattern", "as_pattern", "attend"]
 
@@ -129,13 +129,17 @@ def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | Non
     """
     mask = as_mask(mask, where="the mask of attend()")
     if SCORE in mask.expr.free_symbols:
-        raise PatternError(f"the mask {mask} depends on `score`; drop pairs by score inside the score: sd.where(condition, score, -inf)")
+        raise PatternError(
+            f"the mask {mask} depends on `score`; drop pairs by score inside the score: sd.where(condition, score, -inf)"
+        )
     logit = Score(SCORE) if score is None else as_score(score, where="the score of attend()")
     if sink is not None:
         sink = as_score(sink, where="the sink of attend()")
         foreign = sink.expr.free_symbols - {BATCH, HEAD}
         if foreign:
-            raise PatternError(f"a sink is one logit per batch entry and head; {sink} also depends on {sorted(map(str, foreign))}")
+            raise PatternError(
+                f"a sink is one logit per batch entry and head; {sink} also depends on {sorted(map(str, foreign))}"
+            )
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
             raise PatternError(f"scale must be a positive number or None for head_dim ** -0.5; got {scale!r}")
@@ -143,7 +147,9 @@ def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | Non
     pattern = Pattern(mask, logit, sink, scale)
     for name, spec in pattern.tables.items():
         if spec.learned and name in mask.tables:
-            raise PatternError(f"table {name!r} is learned but read in the mask, through which no gradient flows; use it in the score")
+            raise PatternError(
+                f"table {name!r} is learned but read in the mask, through which no gradient flows; use it in the score"
+            )
     _ = pattern.bound  # refuses two tensors under one name
     return pattern
 

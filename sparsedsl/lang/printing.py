@@ -35,8 +35,7 @@ class Printer:
                 body, precedence = method(expr)
                 return f"({body})" if precedence < level else body
         raise UnsupportedError(
-            f"{type(self).__name__} has no rule for {type(expr).__name__} in {expr}; "
-            "add a method _print_" + type(expr).__name__
+            f"{type(self).__name__} has no rule for {type(expr).__name__} in {expr}; add a method _print_" + type(expr).__name__
         )
 
     def call(self, name: str, *arguments: sympy.Basic) -> tuple[str, int]:

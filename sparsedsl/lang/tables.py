@@ -56,7 +56,9 @@ class TableSpec:
     ) -> TableSpec:
         """Check the user's words and build the spec."""
         if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-            raise TableError(f"table name must be a Python identifier, since it is passed as attn(..., name=tensor); got {name!r}")
+            raise TableError(
+                f"table name must be a Python identifier, since it is passed as attn(..., name=tensor); got {name!r}"
+            )
         if name in RESERVED_NAMES or name.startswith("_"):
             raise TableError(f"table name {name!r} is reserved; choose another, e.g. {name.strip('_')}_table")
         wanted = ("float" if learned else "int") if dtype is None else dtype
@@ -105,7 +107,7 @@ class TableRead(sympy.Function, metaclass=_TableFunction):
         return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def read_class(spec: TableSpec) -> type[TableRead]:
     """The one function class for ``spec``: sympy compares function classes by identity."""
     facts: dict[str, Any] = {"spec": spec}

@@ -74,7 +74,9 @@ class _Reader:
         values = []
         for statement in tree.body:
             match statement:
-                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id="table")) as value) if name not in self.names:
+                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id="table")) as value) if (
+                    name not in self.names
+                ):
                     self.names[name] = self.value(value)
                 case ast.Expr(value=value):
                     values.append(self.value(value))

@@ -26,7 +26,12 @@ def widened(table: torch.Tensor) -> torch.Tensor:
 
 
 def mask_mod(
-    pattern: Pattern, tables: Mapping[str, torch.Tensor], *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None
+    pattern: Pattern,
+    tables: Mapping[str, torch.Tensor],
+    *,
+    q_offset: int = 0,
+    q_len: int | None = None,
+    kv_len: int | None = None,
 ) -> Callable[..., torch.Tensor]:
     """``mask_mod(b, h, q_idx, kv_idx)`` for plain ``flex_attention`` and ``create_block_mask``; ``q_idx`` counts from the first query.
 
@@ -41,7 +46,12 @@ def mask_mod(
 
 
 def score_mod(
-    pattern: Pattern, tables: Mapping[str, torch.Tensor], *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None
+    pattern: Pattern,
+    tables: Mapping[str, torch.Tensor],
+    *,
+    q_offset: int = 0,
+    q_len: int | None = None,
+    kv_len: int | None = None,
 ) -> Callable[..., torch.Tensor] | None:
     """``score_mod(score, b, h, q_idx, kv_idx)`` for plain ``flex_attention``; None if the pattern leaves scores as they are.
 
@@ -52,7 +62,9 @@ def score_mod(
     return _mods(pattern, tables, q_offset, q_len, kv_len)[1]
 
 
-def _mods(pattern: Pattern, tables: Mapping[str, torch.Tensor], q_offset: int, q_len: int | None, kv_len: int | None) -> tuple[Any, Any]:
+def _mods(
+    pattern: Pattern, tables: Mapping[str, torch.Tensor], q_offset: int, q_len: int | None, kv_len: int | None
+) -> tuple[Any, Any]:
     for name, needed, given in zip(("q_len", "kv_len"), needs_lengths(pattern), (q_len, kv_len), strict=True):
         if needed and given is None:
             raise PatternError(f"the pattern reads {name}: pass {name}=... (in tokens) to get its functions")
@@ -60,7 +72,7 @@ def _mods(pattern: Pattern, tables: Mapping[str, torch.Tensor], q_offset: int, q
     namespace: dict[str, Any] = {}
     exec(compile(source.text, "<sparsedsl flex functions>", "exec"), namespace)
     numbers = (q_offset, q_len, kv_len)
-    return namespace["mods"](*numbers, *(widened(tables[name]) for name in source.values[len(numbers):]))
+    return namespace["mods"](*numbers, *(widened(tables[name]) for name in source.values[len(numbers) :]))
 
 
 def block_mask(pattern: Pattern, lists: TileLists, domain: Domain, device: torch.device | None = None) -> BlockMask:

@@ -115,11 +115,15 @@ class Attention:
             domain.batch if BATCH in free else 1, domain.heads if HEAD in free else 1, *(id(t) for t in tables),
         )  # fmt: skip
         known = self._lists.get(key)
-        if known is not None and all(ref() is t and version == t._version for (ref, version), t in zip(known[0], tables, strict=True)):
+        if known is not None and all(
+            ref() is t and version == t._version for (ref, version), t in zip(known[0], tables, strict=True)
+        ):
             self._lists.move_to_end(key)
             return known[1]
         start = time.perf_counter()
-        narrowed = Domain(domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, dict(zip(names, tables, strict=True)))
+        narrowed = Domain(
+            domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, dict(zip(names, tables, strict=True))
+        )
         with torch.no_grad():
             lists = classify(expr, narrowed, block)
         log.debug("analyse %s: %.1f ms", lists, (time.perf_counter() - start) * 1e3)

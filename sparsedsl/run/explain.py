@@ -32,7 +32,10 @@ class Explanation:
         if self.plan is None:
             head = [f"backend: none. {self.refusal}"]
         else:
-            head = [f"backend: {self.plan.backend} ({self.plan.reason})", f"tiles: {self.plan.block[0]} x {self.plan.block[1]} tokens (q, kv)"]
+            head = [
+                f"backend: {self.plan.backend} ({self.plan.reason})",
+                f"tiles: {self.plan.block[0]} x {self.plan.block[1]} tokens (q, kv)",
+            ]
         body = ["structure (a union of):", *(f"  {line}" for line in self.structure)]
         return "\n".join([*head, *body, str(self.analysis)])
 

@@ -218,7 +218,12 @@ def _build(source: FlexSource, scale: float, block: tuple[int, int], lse: bool) 
 
 
 def _first_call(
-    attention: _Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: tuple[torch.Tensor, ...], values: list[torch.Tensor]
+    attention: _Attention,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: tuple[torch.Tensor, ...],
+    values: list[torch.Tensor],
 ) -> Any:
     """Compile on inputs that have nothing in common by chance: no shared storage, no strides that follow from sizes."""
     return attention(q.clone(), _odd_strides(k), _odd_strides(v), tuple(t.clone() for t in lists), *(t.clone() for t in values))
@@ -226,7 +231,7 @@ def _first_call(
 
 def _odd_strides(x: torch.Tensor) -> torch.Tensor:
     """A copy whose strides are no products of sizes, and that is no view."""
-    batch, heads, length, dim = x.shape
+    _batch, heads, length, dim = x.shape
     row = dim + 8
     column = row * (length + 1)
     copy = torch.empty_strided(x.shape, (column * (heads + 1), column, row, 1), dtype=x.dtype, device=x.device)

@@ -59,7 +59,9 @@ def check_call(
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
-            raise ShapeError(f"{name} must be a torch tensor of shape (batch, heads, length, head_dim); got {type(tensor).__name__}")
+            raise ShapeError(
+                f"{name} must be a torch tensor of shape (batch, heads, length, head_dim); got {type(tensor).__name__}"
+            )
         if tensor.ndim != 4:
             raise ShapeError(
                 f"{name} must have 4 dimensions (batch, heads, length, head_dim); got shape {tuple(tensor.shape)}. "
@@ -86,7 +88,10 @@ def check_call(
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     def wrong(what: str) -> ShapeError:
-        return ShapeError(f"{what}. q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; wanted q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv)")
+        return ShapeError(
+            f"{what}. q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
+            "wanted q (B, Hq, Sq, D), k (B, Hkv, Skv, D), v (B, Hkv, Skv, Dv)"
+        )
 
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise wrong("q, k and v must have one batch size")
@@ -99,7 +104,9 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if q.shape[3] != k.shape[3]:
         raise wrong("q and k must have the same head_dim")
     if not q.dtype == k.dtype == v.dtype:
-        raise ShapeError(f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}. Cast them, or use torch.autocast around the projections")
+        raise ShapeError(
+            f"q, k and v must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}. Cast them, or use torch.autocast around the projections"
+        )
     if not q.device == k.device == v.device:
         raise ShapeError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}")
 
@@ -119,7 +126,9 @@ def bind_tables(pattern: Pattern, tables: Mapping[str, Any], *, device: torch.de
     given = pattern.bound | dict(tables)
     missing = [name for name in wanted if name not in given]
     if missing:
-        raise TableError(f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)} with the call")
+        raise TableError(
+            f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)} with the call"
+        )
     bound = {}
     for name, spec in wanted.items():
         bound[name] = _check_table(spec, given[name], pattern.table_ranks[name], device)
@@ -131,13 +140,27 @@ def _check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | 
     name = spec.name
     if not isinstance(value, torch.Tensor):
         raise TableError(f"table {name!r} must be a torch tensor; got {type(value).__name__}. Write torch.as_tensor({name})")
-    kind = "float" if value.is_floating_point() else "bool" if value.dtype == torch.bool else "complex" if value.is_complex() else "int"
+    kind = (
+        "float"
+        if value.is_floating_point()
+        else "bool"
+        if value.dtype == torch.bool
+        else "complex"
+        if value.is_complex()
+        else "int"
+    )
     if kind != spec.dtype:
-        raise TableError(f"table {name!r} is declared as {spec.dtype} but got {value.dtype}; pass {spec.dtype} values or declare dtype={kind}")
+        raise TableError(
+            f"table {name!r} is declared as {spec.dtype} but got {value.dtype}; pass {spec.dtype} values or declare dtype={kind}"
+        )
     if value.ndim != rank:
-        raise TableError(f"table {name!r} is read with {rank} ind{'ex' if rank == 1 else 'ices'} but has shape {tuple(value.shape)}")
+        raise TableError(
+            f"table {name!r} is read with {rank} ind{'ex' if rank == 1 else 'ices'} but has shape {tuple(value.shape)}"
+        )
     if device is not None and value.device != device:
-        raise TableError(f"table {name!r} is on {value.device} but the call runs on {device}; move it: {name}.to({str(device)!r})")
+        raise TableError(
+            f"table {name!r} is on {value.device} but the call runs on {device}; move it: {name}.to({str(device)!r})"
+        )
     if 0 in value.shape:
         raise TableError(f"table {name!r} is empty: shape {tuple(value.shape)}")
     if value.requires_grad and not spec.learned:
@@ -163,16 +186,22 @@ def _check_facts_once(spec: TableSpec, value: torch.Tensor) -> None:
         falls = (value[..., 1:] < value[..., :-1]).nonzero()
         if falls.numel():
             place = falls[0].tolist()
-            raise TableError(f"table {spec.name!r} is declared monotone but falls after index {place}; sort it or drop monotone=True")
+            raise TableError(
+                f"table {spec.name!r} is declared monotone but falls after index {place}; sort it or drop monotone=True"
+            )
     if spec.bijective:
         size = value.shape[-1]
         expected = torch.arange(size, device=value.device, dtype=value.dtype).expand(value.shape)
         if not torch.equal(value.sort(dim=-1).values, expected):
-            raise TableError(f"table {spec.name!r} is declared bijective but its last dimension is no permutation of 0..{size - 1}")
+            raise TableError(
+                f"table {spec.name!r} is declared bijective but its last dimension is no permutation of 0..{size - 1}"
+            )
     if spec.values_in:
         low, high = (int(x) for x in torch.aminmax(value))
         if low < spec.values_in[0] or high > spec.values_in[1]:
-            raise TableError(f"table {spec.name!r} is declared with values_in={spec.values_in} but holds values from {low} to {high}")
+            raise TableError(
+                f"table {spec.name!r} is declared with values_in={spec.values_in} but holds values from {low} to {high}"
+            )
     if len(_CHECKED) > 4096:
         _CHECKED.clear()
     _CHECKED[id(value)] = (weakref.ref(value), value._version, spec)

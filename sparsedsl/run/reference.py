@@ -18,7 +18,13 @@ __all__ = ["attend_reference", "dense_mask", "logit_bytes"]
 
 def logit_bytes(call: Call) -> int:
     """Bytes of one copy of the logits; a forward pass holds about three, a backward pass about five."""
-    return call.domain.batch * call.domain.heads * call.domain.rows * call.domain.kv_len * (8 if call.q.dtype == torch.float64 else 4)
+    return (
+        call.domain.batch
+        * call.domain.heads
+        * call.domain.rows
+        * call.domain.kv_len
+        * (8 if call.q.dtype == torch.float64 else 4)
+    )
 
 
 def _index_env(call: Call) -> dict[str, Any]:

@@ -62,7 +62,14 @@ def test_masks_are_always_and_ever_what_they_say(data):
 def test_python_integers_never_wrap(data):
     index = data.draw(indices(tables=False))
     huge = 1 << 70
-    symbols = {"b": (0, 0), "h": (0, 0), "q_len": (huge, huge), "kv_len": (huge, huge), "q_idx": (huge - 3, huge), "kv_idx": (0, 2)}
+    symbols = {
+        "b": (0, 0),
+        "h": (0, 0),
+        "q_len": (huge, huge),
+        "kv_len": (huge, huge),
+        "q_idx": (huge - 3, huge),
+        "kv_idx": (0, 2),
+    }
     low, high = Intervals(symbols, TableRanges({})).range(index.expr)
     values = {"b": 0, "h": 0, "q_len": huge, "kv_len": huge, "q_idx": huge - 1, "kv_idx": 1}
     exact = index.expr.subs({sd.lang.symbols.INDEX_SYMBOLS[name]: value for name, value in values.items()})

@@ -64,7 +64,9 @@ def test_generated_functions_have_the_values_of_the_evaluator(data, pattern, cas
         mask, scores = run(text, case, tables, values)
         assert torch.equal(mask.expand(shape), wanted), text
         if scores is not None:
-            exact = evaluate(pattern.score.expr, {**env, "score": logits(case)}, dtype=torch.float32).to(torch.float32).expand(shape)
+            exact = (
+                evaluate(pattern.score.expr, {**env, "score": logits(case)}, dtype=torch.float32).to(torch.float32).expand(shape)
+            )
             torch.testing.assert_close(scores.expand(shape).to(torch.float32), exact, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 

@@ -17,4 +17,10 @@ def test_lines_and_blocks():
 
 def test_fresh_names_are_free_and_no_keywords():
     source = Source(taken=["torch"])
-    assert [source.fresh(stem) for stem in ("torch", "torch", "t", "t", "lambda")] == ["torch_1", "torch_2", "t", "t_1", "lambda_1"]
+    assert [source.fresh(stem) for stem in ("torch", "torch", "t", "t", "lambda")] == [
+        "torch_1",
+        "torch_2",
+        "t",
+        "t_1",
+        "lambda_1",
+    ]

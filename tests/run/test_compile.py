@@ -39,7 +39,9 @@ def test_auto_takes_the_reference_for_few_logits():
 def test_auto_trains_dense_on_cpu_only_while_it_is_small():
     plan = choose(sd.attend(window), facts(q_len=2048, kv_len=2048, grad=True), "auto")
     assert plan.backend == "reference" and "no backward pass on CPU" in plan.reason
-    with pytest.raises(sd.UnsupportedError, match="no backward pass on CPU, and the dense reference would need about 160 GiB.*no_grad"):
+    with pytest.raises(
+        sd.UnsupportedError, match=r"no backward pass on CPU, and the dense reference would need about 160 GiB.*no_grad"
+    ):
         choose(sd.attend(window), facts(q_len=32768, kv_len=32768, grad=True), "auto")
 
 
@@ -118,7 +120,9 @@ def test_block_mask_at_an_offset_takes_local_indices():
     attn = sd.compile(window, backend="reference")
     q, k, v = tensor(1, 2, 30, 16, seed=0), tensor(1, 2, 300, 16, seed=1), tensor(1, 2, 300, 16, seed=2)
     mask = attn.block_mask(30, 300, q_offset=270, block_size=(16, 64))
-    assert bool(mask.mask_mod(0, 0, torch.tensor(0), torch.tensor(270))) and not bool(mask.mask_mod(0, 0, torch.tensor(0), torch.tensor(271)))
+    assert bool(mask.mask_mod(0, 0, torch.tensor(0), torch.tensor(270))) and not bool(
+        mask.mask_mod(0, 0, torch.tensor(0), torch.tensor(271))
+    )
     torch.testing.assert_close(flex_attention(q, k, v, block_mask=mask), attn(q, k, v, q_offset=270), rtol=1e-5, atol=1e-5)
 
 

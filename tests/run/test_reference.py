@@ -22,7 +22,10 @@ def by_loops(pattern, q, k, v, offset, tables):
     batch, heads, rows, dim = q.shape
     group = heads // k.shape[1]
     scale = pattern.scale or dim**-0.5
-    out, lse = torch.zeros(batch, heads, rows, v.shape[3], dtype=torch.float64), torch.zeros(batch, heads, rows, dtype=torch.float64)
+    out, lse = (
+        torch.zeros(batch, heads, rows, v.shape[3], dtype=torch.float64),
+        torch.zeros(batch, heads, rows, dtype=torch.float64),
+    )
     for b in range(batch):
         for head in range(heads):
             keys, values = k[b, head // group], v[b, head // group]
@@ -90,7 +93,13 @@ def test_gradients_by_finite_differences():
     bias, sink = sd.table("bias", learned=True), sd.table("sink", learned=True)
     pattern = sd.attend(causal & (q_idx - kv_idx < 4), score=sd.tanh(sd.score) * 3 + bias[h, q_idx - kv_idx], sink=sink[h])
     attn = sd.compile(pattern, backend="reference")
-    inputs = [tensor(1, 4, 6, 3, seed=0), tensor(1, 2, 6, 3, seed=1), tensor(1, 2, 6, 2, seed=2), tensor(4, 4, seed=3), tensor(4, seed=4)]
+    inputs = [
+        tensor(1, 4, 6, 3, seed=0),
+        tensor(1, 2, 6, 3, seed=1),
+        tensor(1, 2, 6, 2, seed=2),
+        tensor(4, 4, seed=3),
+        tensor(4, seed=4),
+    ]
     inputs = [t.double().requires_grad_() for t in inputs]
 
     def call(q, k, v, bias, sink):

@@ -10,6 +10,7 @@ import torch
 
 from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.intervals import wrapped
 from sparsedsl.codegen.to_flex import flex_functions
 from sparsedsl.errors import TableError
 from sparsedsl.lang.pattern import attend
@@ -52,6 +53,18 @@ def test_scores(name, run_by_torch):
         return
     got, wanted = run_by_torch(score_mod, shape, logits), run_by_torch(SCORES[name], shape, logits)
     torch.testing.assert_close(got.float(), wanted.float(), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [1, 5, 9])
+def test_range_of_an_index_that_counts_from_the_end(size):
+    """The narrowest range, for numbers and for many boxes at once."""
+    ends = torch.arange(-12, 13)
+    low, high = (x.reshape(-1) for x in torch.meshgrid(ends, ends, indexing="ij"))
+    low, high = low[low <= high], high[low <= high]
+    many = torch.stack(wrapped((low, high), size), 1).tolist()
+    for a, b, found in zip(low.tolist(), high.tolist(), many, strict=True):
+        values = [i + size if i < 0 else i for i in range(a, b + 1)]
+        assert found == [min(values), max(values)] == list(wrapped((a, b), size))
 
 
 def test_indices_that_may_be_negative_are_proved_to_lie_inside():

@@ -205,6 +205,10 @@ def test_decisions_on_floats_are_exact(same_score, same_mask):
     """T5's buckets for every distance up to 6000, in float32 as torch computes them: one wrong bit would move a boundary."""
     same_mask(lambda b, h, q, kv: t5_bucket(kv - q, 32, 128, True) % 3 == 0, shape=(1, 1, 1, 6000))
     same_mask(lambda b, h, q, kv: t5_bucket(-q + 3 * kv, 32, 1000, False) % 2 == 0, shape=(1, 1, 1, 4000), q_offset=6000)
+    # float64 would decide each of these otherwise at some keys
+    same_mask(lambda b, h, q, kv: kv * 0.1 * 10 == kv, shape=(1, 1, 1, 4000))
+    same_mask(lambda b, h, q, kv: (kv / 0.7).long() % 2 == 0, shape=(1, 1, 1, 4000), q_offset=1)
+    same_mask(lambda b, h, q, kv: kv * 0.7 - 0.7 <= (kv - 1) * 0.7, shape=(1, 1, 1, 4000))
     same_mask(lambda b, h, q, kv: (kv.half() * 0.1).to(torch.int32) % 2 == 0, shape=(1, 1, 1, 4000))
     same_mask(lambda b, h, q, kv: (kv.bfloat16() / 3 + 0.1).floor().long() % 2 == 0, shape=(1, 1, 1, 4000))
     same_mask(lambda b, h, q, kv: (kv.double() / 3).ceil() * 0.1 < (q + 1) * 0.7, shape=(1, 1, 3, 400))
