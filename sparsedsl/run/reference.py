@@ -54,9 +54,9 @@ def attend_reference(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.
 def _attend(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
     domain = call.domain
-    # (batch, kv heads, group, length, dim): the heads of a group share keys without copies of them
-    q = call.q.to(dtype).unflatten(1, (-1, call.group))
-    k, v = call.k.to(dtype).unsqueeze(2), call.v.to(dtype).unsqueeze(2)
+    # (batch, kv heads, group x length, dim): the heads of a group share keys without copies of them
+    q = call.q.to(dtype).unflatten(1, (-1, call.group)).flatten(2, 3)
+    k, v = call.k.to(dtype), call.v.to(dtype)
     shape = (domain.batch, domain.heads, domain.rows, domain.kv_len)
     logits = (q @ k.transpose(-1, -2)).reshape(shape) * call.scale
     env = _index_env(call)
@@ -79,5 +79,5 @@ def _attend(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     empty = total == 0
     lse = torch.where(empty, float("-inf"), peak + torch.log(torch.where(empty, 1.0, total)))
     weights = weights / torch.where(empty, 1.0, total)[..., None]
-    out = weights.reshape(domain.batch, -1, call.group, domain.rows, domain.kv_len) @ v
-    return out.flatten(1, 2).to(call.q.dtype), lse
+    out = weights.reshape(domain.batch, -1, call.group * domain.rows, domain.kv_len) @ v
+    return out.reshape(*shape[:3], -1).to(call.q.dtype), lse

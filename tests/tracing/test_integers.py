@@ -30,6 +30,7 @@ WHOLE = {
     "shifts": lambda x, n: (x << 3) + (x >> 2) + torch.bitwise_left_shift(x, 2) + (x >> 40),
     "shifts by a value": lambda x, n: (x >> (x % n)) + ((x % 8) << (x % n)) + (1 << (x % n)),
     "bits kept apart": lambda x, n: ((x & 7) << 4 | (x >> 3) & 15) ^ (x & 1) << 9,
+    "bits of remainders": lambda x, n: (x % n & 6) + (x % n & 4) + (x % n | (x % 3) << 3) + (x % n >> 1) * 7 + ((x % 9 ^ 1) & 12),
     "negative mask": lambda x, n: (x & ~n) + (x & -8) + ((x | 3) & -4),
     "gcd": lambda x, n: torch.gcd(x, x * 0 + 12) + torch.lcm(x % n, x * 0 + 4),
     "where": lambda x, n: torch.where(x > n, x, n) + torch.where(x < 0, -1, 1) + x.masked_fill(x > 3, n),
@@ -66,6 +67,9 @@ TRUTH = {
     "extremes": lambda p, q, x: torch.where(x > 0, torch.maximum(p, q), torch.minimum(p, q)),
     "of numbers": lambda p, q, x: x.bool() ^ (x / 2).bool() ^ x.to(torch.bool),
     "as numbers": lambda p, q, x: (p.int() - q.int()) * x >= p.float() + q,
+    "compared with 0": lambda p, q, x: (p.int() == 0) & (q.int() < 1),
+    "compared with 1": lambda p, q, x: (1 <= p.long()) & (0 != torch.where(q, 3, 4) - 3),
+    "compared with 2": lambda p, q, x: (p.int() > 1) | (q.int() < 2) & p,
     "number tests": lambda p, q, x: (
         torch.isnan(x / 0) | torch.isinf(x / 0) & torch.isposinf(x / 0) | torch.signbit(x) & x.isfinite()
     ),

@@ -209,6 +209,8 @@ def test_decisions_on_floats_are_exact(same_score, same_mask):
     same_mask(lambda b, h, q, kv: kv * 0.1 * 10 == kv, shape=(1, 1, 1, 4000))
     same_mask(lambda b, h, q, kv: (kv / 0.7).long() % 2 == 0, shape=(1, 1, 1, 4000), q_offset=1)
     same_mask(lambda b, h, q, kv: kv * 0.7 - 0.7 <= (kv - 1) * 0.7, shape=(1, 1, 1, 4000))
+    # beyond 2**24 float32 cannot tell neighbours apart, nor can a comparison with a float
+    same_mask(lambda b, h, q, kv: (q <= 2.0**24 + 1) ^ (q > 2.0**24 + 3), shape=(1, 1, 9, 1), q_offset=(1 << 24) - 3)
     same_mask(lambda b, h, q, kv: (kv.half() * 0.1).to(torch.int32) % 2 == 0, shape=(1, 1, 1, 4000))
     same_mask(lambda b, h, q, kv: (kv.bfloat16() / 3 + 0.1).floor().long() % 2 == 0, shape=(1, 1, 1, 4000))
     same_mask(lambda b, h, q, kv: (kv.double() / 3).ceil() * 0.1 < (q + 1) * 0.7, shape=(1, 1, 3, 400))
