@@ -208,7 +208,10 @@ class Mask(Expression):
 
     def _join(self, other: Any, kind: Any) -> Mask:
         other = as_mask(other)
-        return Mask(_unstrict(kind(self._expr, other._expr)), _merge(self, other))
+        parts = [self._expr, other._expr]
+        if kind is not sympy.Xor:  # sympy looks for `x | ~x` in what it is given, not inside of a nested `|`
+            parts = [arg for part in parts for arg in kind.make_args(part)]
+        return Mask(_unstrict(kind(*parts)), _merge(self, other))
 
     def __and__(self, other: Any) -> Mask:
         return self._join(other, sympy.And)

@@ -107,11 +107,17 @@ def intern(tensor: torch.Tensor, name: str, live: bool) -> torch.Tensor:
 
 def lowest(tensor: torch.Tensor) -> int | None:
     """The smallest value of an integer table; None where it is not measured."""
-    return int(tensor.min()) if 0 < tensor.numel() <= _LARGEST else None
+    return int(_wide(tensor).min()) if 0 < tensor.numel() <= _LARGEST else None
 
 
 def is_monotone(tensor: torch.Tensor) -> bool:
     """Whether an integer table never falls along its last dimension; one entry is no evidence."""
     if not 0 < tensor.numel() <= _LARGEST or tensor.shape[-1] < 2:
         return False
+    tensor = _wide(tensor)
     return bool((tensor[..., 1:] >= tensor[..., :-1]).all())
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """torch compares no unsigned integers wider than a byte."""
+    return tensor.to(torch.int64) if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor

@@ -73,10 +73,10 @@ class Converter(Floats, Bits):
         whole = not tensor.dtype.is_floating_point and tensor.dtype != torch.bool
         return TableSpec.declare(
             captured.name,
-            dtype=tensor.dtype,
+            dtype="int" if whole else "bool" if tensor.dtype == torch.bool else "float",
             monotone=whole and capture.is_monotone(tensor),
             learned=self.learned and tensor.requires_grad,
-            values_in=None if low is None else (low, max(_UNBOUNDED, int(tensor.max()))),
+            values_in=None if low is None else (low, max(_UNBOUNDED, int(tensor.long().max()))),
         )
 
     def position(self, node: Node, captured: Captured, dimension: int) -> Index:

@@ -29,8 +29,12 @@ class Fresh:
 
 
 class Proxy(torch.Tensor):
-    """A tensor of no data whose operations are recorded."""
+    """A tensor of no data whose operations are recorded.
 
+    ``known``: its value, if only captured scalars enter it: Python may branch on that, as it may in FlexAttention.
+    """
+
+    known: torch.Tensor | None = None
     node: Node | None
     partial: Partial | None
     tracer: Tracer
@@ -64,16 +68,16 @@ class Proxy(torch.Tensor):
         advice.refuse("iter")
 
     def __bool__(self) -> bool:
-        advice.refuse_truth()
+        return bool(self.known) if self.known is not None else advice.refuse_truth()
 
     def __int__(self) -> int:
-        advice.refuse("__int__")
+        return int(self.known) if self.known is not None else advice.refuse("__int__")
 
     def __float__(self) -> float:
-        advice.refuse("__float__")
+        return float(self.known) if self.known is not None else advice.refuse("__float__")
 
     def __index__(self) -> int:
-        advice.refuse("__index__")
+        return int(self.known) if self.known is not None else advice.refuse("__index__")
 
     def __complex__(self) -> complex:
         advice.refuse("__complex__")
@@ -82,7 +86,10 @@ class Proxy(torch.Tensor):
         advice.refuse("in")
 
     def tolist(self) -> Any:
-        advice.refuse("item")
+        return self.known.tolist() if self.known is not None else advice.refuse("item")
+
+    def item(self) -> Any:
+        return self.tolist()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         advice.refuse("numpy")
@@ -150,7 +157,9 @@ class Tracer:
     def lift(self, tensor: Any) -> Any:
         """A captured scalar tensor as a :class:`Proxy`; anything else as it is."""
         if isinstance(tensor, torch.Tensor) and tensor.ndim == 0 and self.is_captured(tensor):
-            return Proxy(self.partial(tensor).read(), self)
+            proxy = Proxy(self.partial(tensor).read(), self)
+            proxy.known = tensor.detach()
+            return proxy
         return tensor
 
     def node(self, value: Any) -> Node:

@@ -33,11 +33,14 @@ def trace_mask(mask_mod: Callable[..., Any], *, rename: Mapping[str, str] | None
         rename: table name -> new name, for two callables that capture different tensors under one name.
 
     Captured Python numbers become constants. Captured tensors become tables named after the variable that holds them, kept in
-    ``.bound``; one without dimensions becomes a table of one entry read at 0, so that other values can be bound later. A
-    tensor that is *computed* inside the callable is named after its source and content. Facts declared about a table, part of
-    its identity, are measured: ``monotone`` where an integer table never falls along its last dimension, and ``values_in=(0
-    or 1, 2**31 - 1)`` only where the table is read as an index or a divisor. Float arithmetic that ends in a comparison or a
-    cast to integer is kept bit by bit (``f32_log(...)`` in the text form). Not modelled: overflow of int32 and int64.
+    ``.bound``; one without dimensions becomes a table of one entry read at 0, so that other values can be bound later. Only what
+    Python itself takes from a captured tensor (``if flag``, ``int(window)``, ``offsets.sum()``) is a constant of the trace. A
+    table that is *computed* inside the callable is named after its source and content.
+
+    Facts declared about a table, part of its identity, are measured: ``monotone`` where an integer table never falls along its
+    last dimension, and ``values_in=(0 or 1, 2**31 - 1)`` only where the table is read as an index or a divisor. Float arithmetic
+    that ends in a comparison or a cast to integer is kept bit by bit (``f32_log(...)`` in the text form). An index that may be
+    negative counts from the end of its table, as in torch (``i64_wrap(index, size)``). Not modelled: overflow of int32, int64.
 
     Raises:
         TraceError: for what depends on a value that is not known yet (``if``, ``and``, ``int()``, ``.item()``), and for

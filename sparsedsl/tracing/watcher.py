@@ -58,17 +58,26 @@ class Watcher(TorchFunctionMode):
         if proxies:
             result = func(*tree_map(tracer.lift, args), **tree_map(tracer.lift, dict(kwargs)))
             tracer.note(result)
+            if isinstance(result, Proxy) and all(leaf.known is not None for leaf in leaves if isinstance(leaf, Proxy)):
+                result.known = func(*tree_map(_known, args), **tree_map(_known, dict(kwargs)))
             return result
         if name in ("to", "cpu", "cuda") and tracer.is_captured(args[0]) and advice.moves_only(args, kwargs):
             return args[0]
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.ndim == 0 and any(t.ndim == 0 and tracer.is_captured(t) for t in reals):
             # Keep the captured scalar an operand, so that another value can be bound later.
-            with contextlib.suppress(Refused):
-                return func(*tree_map(tracer.lift, args), **tree_map(tracer.lift, dict(kwargs)))
+            with contextlib.suppress(Refused, RuntimeError, TypeError, ValueError):
+                lifted = func(*tree_map(tracer.lift, args), **tree_map(tracer.lift, dict(kwargs)))
+                if isinstance(lifted, Proxy):
+                    lifted.known = result.detach()
+                    return lifted
         tracer.note(result, origin=next((self._origin(t) for t in reals if t.ndim), None))
         return result
 
     def _origin(self, tensor: torch.Tensor) -> torch.Tensor:
         fresh = self.tracer.fresh.get(id(tensor))
         return tensor if fresh is None or fresh.origin is None else fresh.origin
+
+
+def _known(value: Any) -> Any:
+    return value.known if isinstance(value, Proxy) else value

@@ -214,6 +214,15 @@ def test_measured_facts():
         assert renamed.tables["values"].declaration() == text
 
 
+def test_tables_of_unusual_types(same_mask):
+    ids = torch.tensor([0, 0, 1, 1, 40_000] + [50_000] * 12)
+    for dtype in (torch.uint16, torch.uint32, torch.int16):
+        packed = ids.to(dtype) if dtype != torch.int16 else (ids // 2).to(dtype)
+        assert same_mask(lambda b, h, q, kv, packed=packed: packed[q] == packed[kv]).tables["packed"].monotone
+    weight = torch.linspace(-1, 1, 17).to(torch.float8_e4m3fn)
+    same_mask(lambda b, h, q, kv: weight[q].float() * 2 <= weight[kv].float())
+
+
 def test_learned_tables():
     bias = torch.nn.Parameter(torch.randn(2, 8))
     score = trace_score(lambda score, b, h, q, kv: score + bias.view(-1)[q % 16] + bias[0][kv % 8])
@@ -226,3 +235,18 @@ def test_learned_tables():
         trace_score(lambda score, b, h, q, kv: score + bias.exp()[0, q])
     # no gradient flows through a mask: a parameter is an ordinary table there
     assert not trace_mask(lambda b, h, q, kv: bias[0, q] > 0).tables["bias"].learned
+
+
+def test_python_may_branch_on_captured_scalars(same_mask):
+    """Their values are known while tracing; what Python takes from them is a constant of the trace."""
+    wide, limit, both_ways = torch.tensor(7), torch.tensor(2.5), torch.tensor(True)
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        near = q_idx - kv_idx < wide
+        if wide > 2 and (wide + 1) % 2 == 0 and not limit * 2 < 3:
+            near = near & (kv_idx % int(wide - 4) == 0)
+        if both_ways:
+            near = near | (kv_idx - q_idx < limit.item()) & (kv_idx > max(wide, 3) - 6)
+        return near & (kv_idx < len(range(wide)) + wide.tolist())
+
+    assert str(same_mask(mask_mod).tables["wide"].declaration()) == "table('wide')"
