@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 
-__all__ = ["BACKENDS", "CallFacts", "Plan", "check_backend", "choose", "flex_refusal"]
+__all__ = ["BACKENDS", "CallFacts", "Costs", "Plan", "check_backend", "choose", "flex_refusal"]
 
-BACKENDS = ("auto", "reference", "flex")
-# Up to this many logits the dense reference is quicker than making lists and waiting for a compile.
-SMALL_LOGITS = 1 << 22
-# The most memory `auto` lets the dense reference take for logits; an explicit backend="reference" is limited by the machine only.
-DENSE_BYTES = 4 << 30
+BACKENDS = ("auto", "reference", "tiled", "flex")
+# Up to this many logits the dense reference is quicker than cutting a mask into strips.
+SMALL_LOGITS = 1 << 15
+# How much quicker FlexAttention must be expected to be on CPU to be worth the wait for its compiler at the first call: as a ratio, and
+# in seconds a call.
+FLEX_GAIN, FLEX_SAVES = 1.25, 0.02
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,14 @@ class CallFacts:
         """Number of logits a dense evaluation holds."""
         return self.batch * self.heads * self.q_len * self.kv_len
 
-    @property
-    def dense_bytes(self) -> int:
-        """Peak bytes of a dense evaluation: about three copies of the logits, five with gradients."""
-        return self.logits * (8 if self.dtype == "float64" else 4) * (5 if self.grad else 3)
+
+@dataclass(frozen=True)
+class Costs:
+    """Expected seconds of a forward pass on CPU; ``source``: where the rates behind them come from."""
+
+    tiled: float
+    flex: float
+    source: str
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Plan:
 def check_backend(backend: object) -> str:
     """The backend's name, or a :class:`PatternError` with the valid ones."""
     if backend not in BACKENDS:
-        coming = " (`tiled` and `triton` are not part of this release)" if backend in ("tiled", "triton") else ""
+        coming = " (`triton` is not part of this release)" if backend == "triton" else ""
         raise PatternError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}{coming}")
     return str(backend)
 
@@ -72,35 +78,49 @@ def flex_refusal(facts: CallFacts) -> str | None:
     return None
 
 
-def choose(pattern: Pattern, facts: CallFacts, backend: str, block: tuple[int, int] = (128, 128)) -> Plan:
-    """The plan for one call.
+def choose(
+    pattern: Pattern,
+    facts: CallFacts,
+    backend: str,
+    block: tuple[int, int] = (128, 128),
+    *,
+    costs: Callable[[], Costs] | None = None,
+) -> Plan:
+    """The plan for one call. ``costs`` is asked only where ``auto`` has a choice on CPU; without it `tiled` is taken there.
 
     Raises:
-        UnsupportedError: the named backend cannot run the call, or under ``auto`` none can without holding more than
-            4 GiB of logits. Nothing is ever replaced by something slower without being asked for.
+        UnsupportedError: the named backend cannot run the call. Nothing is ever replaced by something else without being asked for.
     """
     refusal = flex_refusal(facts)
     if backend == "reference":
         return Plan(pattern.key, "reference", block, "asked for: dense, defines the meaning")
+    if backend == "tiled":
+        return Plan(pattern.key, "tiled", block, "asked for")
     if backend == "flex":
         if refusal is not None:
             raise UnsupportedError(
-                f"backend 'flex' cannot run this call: {refusal}. Use backend='reference' (dense, needs about "
-                f"{facts.dense_bytes / 2**30:.2g} GiB here)" + _way_out(facts)
+                f"backend 'flex' cannot run this call: {refusal}. Use backend='tiled' (torch's dense products on the tiles of the "
+                f"pattern, with gradients and the LSE) or backend='reference' (dense)" + _way_out(facts)
             )
         return Plan(pattern.key, "flex", block, "asked for")
     if facts.logits <= SMALL_LOGITS:
         return Plan(
-            pattern.key, "reference", block, f"{facts.logits:,} logits are few: dense is quicker than tile lists and a compile"
+            pattern.key,
+            "reference",
+            block,
+            f"{facts.logits:,} logits are few: dense is quicker than cutting the mask into strips",
         )
-    if refusal is None:
+    if refusal is not None:
+        return Plan(pattern.key, "tiled", block, refusal)
+    if facts.device != "cpu":
         return Plan(pattern.key, "flex", block, f"{facts.logits:,} logits: tiles that the pattern leaves empty are never visited")
-    if facts.dense_bytes <= DENSE_BYTES:
-        return Plan(pattern.key, "reference", block, f"{refusal}; dense needs about {facts.dense_bytes / 2**30:.2g} GiB")
-    raise UnsupportedError(
-        f"no lowering of this release can run the call: {refusal}, and the dense reference would need about "
-        f"{facts.dense_bytes / 2**30:.3g} GiB. backend='reference' does it all the same if the memory is there" + _way_out(facts)
-    )
+    if costs is None:
+        return Plan(pattern.key, "tiled", block, "needs no compiler")
+    expected = costs()
+    why = f"expected {expected.tiled * 1e3:.3g} ms tiled, {expected.flex * 1e3:.3g} ms flex; rates {expected.source}"
+    if expected.flex * FLEX_GAIN < expected.tiled and expected.tiled - expected.flex > FLEX_SAVES:
+        return Plan(pattern.key, "flex", block, f"{why}, and worth the compile")
+    return Plan(pattern.key, "tiled", block, why)
 
 
 def _way_out(facts: CallFacts) -> str:

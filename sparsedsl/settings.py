@@ -5,7 +5,12 @@ switch             values                                    meaning
 =================  ========================================  ==========================================================
 SPARSEDSL_CACHE    a folder; default ~/.cache/sparsedsl      where generated files are kept; safe to delete at any time
 SPARSEDSL_DEBUG    0 (default), 1                            log the time each stage takes to the logger "sparsedsl"
+SPARSEDSL_TUNE     cached (default), off, full               what is measured on this machine: see below
 =================  ========================================  ==========================================================
+
+``SPARSEDSL_TUNE=cached`` uses what is remembered in the cache folder and measures once what is missing; ``off`` takes built-in numbers,
+and nothing is measured, read or written, so that the same call makes the same choices everywhere; ``full`` measures anew in this
+process, once, and remembers the result.
 """
 
 from __future__ import annotations
@@ -17,12 +22,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from sparsedsl.errors import SettingsError
 
-__all__ = ["Settings", "settings", "stage"]
+__all__ = ["Settings", "settings", "stage", "tune_mode"]
 
 logger = logging.getLogger("sparsedsl")
+
+Value = TypeVar("Value")
+
+# No file can be made below it, whoever tries: where the cache lies if the user has no home folder.
+_NOWHERE = Path(os.devnull)
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Settings:
 
     cache: Path
     debug: bool
+    tune: str
 
 
 def settings() -> Settings:
@@ -46,10 +58,24 @@ def settings() -> Settings:
     >>> settings().debug
     False
     """
-    return Settings(cache=_folder("SPARSEDSL_CACHE"), debug=_choice("SPARSEDSL_DEBUG", {"0": False, "1": True}))
+    return Settings(cache=_folder("SPARSEDSL_CACHE"), debug=_choice("SPARSEDSL_DEBUG", {"0": False, "1": True}), tune=tune_mode())
 
 
-def _choice(name: str, values: dict[str, bool]) -> bool:
+def tune_mode() -> str:
+    """``SPARSEDSL_TUNE`` alone, for what is asked in every call: ``"cached"``, ``"off"`` or ``"full"``.
+
+    >>> import os
+    >>> os.environ["SPARSEDSL_TUNE"] = "off"
+    >>> tune_mode()
+    'off'
+    >>> del os.environ["SPARSEDSL_TUNE"]
+    >>> tune_mode()
+    'cached'
+    """
+    return _choice("SPARSEDSL_TUNE", {"cached": "cached", "off": "off", "full": "full"})
+
+
+def _choice(name: str, values: dict[str, Value]) -> Value:
     """The meaning of a switch; the first of ``values`` is the default."""
     given = os.environ.get(name, "")
     if not given:
@@ -63,14 +89,23 @@ def _folder(name: str) -> Path:
     """A folder that exists or can be made later; it is not made here."""
     given = os.environ.get(name, "")
     if not given:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsedsl"
-    path = Path(given).expanduser()
-    if not path.is_absolute() or (path.exists() and not path.is_dir()):
+        return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "sparsedsl"
+    # os.path, since Path raises where there is no home folder, or where it may not look
+    path = Path(os.path.expanduser(given))
+    if not path.is_absolute() or (os.path.exists(path) and not os.path.isdir(path)):
         raise SettingsError(
             f"{name}={given!r} is not valid; valid values: the absolute path of a folder, which need not exist yet "
             "(or leave it unset)"
         )
     return path
+
+
+def _home() -> Path:
+    """The user's home folder; a user of a container may have none, and what cannot be kept is then made anew each time."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return _NOWHERE
 
 
 @contextmanager

@@ -18,6 +18,8 @@ ARROW = [
     ["lang"],
     ["tracing"],
     ["analysis"],
+    ["tuning"],
+    ["tiling"],
     ["plan"],
     ["codegen"],
     ["run"],

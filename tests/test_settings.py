@@ -8,23 +8,24 @@ from pathlib import Path
 import pytest
 
 from sparsedsl.errors import SettingsError
-from sparsedsl.settings import Settings, settings, stage
+from sparsedsl.settings import Settings, settings, stage, tune_mode
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for name in ("SPARSEDSL_CACHE", "SPARSEDSL_DEBUG", "XDG_CACHE_HOME"):
+    for name in ("SPARSEDSL_CACHE", "SPARSEDSL_DEBUG", "SPARSEDSL_TUNE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_defaults():
-    assert settings() == Settings(cache=Path.home() / ".cache" / "sparsedsl", debug=False)
+    assert settings() == Settings(cache=Path.home() / ".cache" / "sparsedsl", debug=False, tune="cached")
 
 
 def test_an_empty_switch_is_an_unset_one(monkeypatch):
     monkeypatch.setenv("SPARSEDSL_CACHE", "")
     monkeypatch.setenv("SPARSEDSL_DEBUG", "")
-    assert settings() == Settings(cache=Path.home() / ".cache" / "sparsedsl", debug=False)
+    monkeypatch.setenv("SPARSEDSL_TUNE", "")
+    assert settings() == Settings(cache=Path.home() / ".cache" / "sparsedsl", debug=False, tune="cached")
 
 
 def test_the_users_cache_folder_is_respected(monkeypatch, tmp_path):
@@ -46,6 +47,49 @@ def test_debug_is_0_or_1(monkeypatch, value):
     with pytest.raises(SettingsError) as caught:
         settings()
     assert str(caught.value) == f"SPARSEDSL_DEBUG={value!r} is not valid; valid values: 0, 1 (or leave it unset)"
+
+
+@pytest.mark.parametrize("value", ["cached", "off", "full"])
+def test_tune_is_one_of_three(monkeypatch, value):
+    monkeypatch.setenv("SPARSEDSL_TUNE", value)
+    assert settings().tune == tune_mode() == value
+
+
+@pytest.mark.parametrize("value", ["0", "OFF", "never"])
+def test_other_values_of_tune_are_refused(monkeypatch, value):
+    monkeypatch.setenv("SPARSEDSL_TUNE", value)
+    wanted = f"SPARSEDSL_TUNE={value!r} is not valid; valid values: cached, off, full (or leave it unset)"
+    for read in (settings, tune_mode):
+        with pytest.raises(SettingsError) as caught:
+            read()
+        assert str(caught.value) == wanted
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without a home folder, as in some containers."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+
+
+def test_without_a_home_folder_the_cache_is_a_place_where_nothing_can_be_kept(homeless):
+    with pytest.raises(NotADirectoryError):
+        settings().cache.mkdir(parents=True)
+
+
+def test_without_a_home_folder_a_tilde_is_refused(homeless, monkeypatch):
+    monkeypatch.setenv("SPARSEDSL_CACHE", "~/kernels")
+    with pytest.raises(SettingsError, match="SPARSEDSL_CACHE='~/kernels' is not valid"):
+        settings()
+
+
+def test_a_folder_that_may_not_be_looked_at_is_for_the_writer_to_report(monkeypatch, tmp_path):
+    def forbidden(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setenv("SPARSEDSL_CACHE", str(tmp_path / "closed" / "below"))
+    monkeypatch.setattr("os.stat", forbidden)
+    assert settings().cache == tmp_path / "closed" / "below"
 
 
 @pytest.mark.parametrize("value", ["here/below", __file__])

@@ -2,9 +2,9 @@
 
 1. *check*    (:mod:`run.inputs`): tensors, tables, offset -> :class:`~sparsedsl.run.inputs.Call`
 2. *plan*     (:mod:`plan`): pattern, facts of the call -> :class:`~sparsedsl.plan.Plan`
-3. *analyse*  (:mod:`analysis.tiles`): mask, domain -> tile lists, remembered per lengths and tables
-4. *emit*     (``codegen``): pattern -> source of the mask and score functions, once per pattern
-5. *run*      (:mod:`run.reference`, :mod:`run.flex`): tensors and lists -> out, lse
+3. *analyse*  (:mod:`analysis.tiles`, :mod:`tiling`): mask, domain -> tile lists or a schedule, remembered per lengths and tables
+4. *emit*     (``codegen``): pattern -> source of the mask and score functions, once per pattern; `flex` only
+5. *run*      (:mod:`run.reference`, :mod:`run.tiled`, :mod:`run.flex`): tensors and lists -> out, lse
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-import weakref
-from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,10 +22,19 @@ from sparsedsl.analysis.lists import TileLists
 from sparsedsl.analysis.tiles import block_pair, classify
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD
-from sparsedsl.plan import CallFacts, check_backend, choose
-from sparsedsl.run import flex
+from sparsedsl.plan import CallFacts, Costs, check_backend, choose
+from sparsedsl.run import flex, operators
+from sparsedsl.run.differentiable import differentiable, transformed
+from sparsedsl.run.empty import attend_empty
 from sparsedsl.run.inputs import Call, bind_tables, check_call
 from sparsedsl.run.reference import attend_reference
+from sparsedsl.run.remembered import Remembered
+from sparsedsl.run.score_rules import score_rule
+from sparsedsl.run.surroundings import autocast_inputs, is_traced, is_transformed
+from sparsedsl.run.tiled_kernel import HeadSizes, TiledKernel, sizes_of
+from sparsedsl.tiling.cost import flex_seconds
+from sparsedsl.tiling.schedule import Schedule
+from sparsedsl.tuning.measure import machine
 
 __all__ = ["Attention", "compile"]
 
@@ -38,8 +46,9 @@ def compile(pattern: Any, *, backend: str = "auto") -> Attention:
 
     Args:
         pattern: a :class:`~sparsedsl.Mask` or a :class:`~sparsedsl.Pattern` from :func:`sparsedsl.attend`.
-        backend: ``"reference"`` (dense torch; any dtype; gradients; defines the meaning), ``"flex"`` (torch FlexAttention on
-            compact tile lists) or ``"auto"``, which chooses per call and says why in :meth:`Attention.explain`.
+        backend: ``"reference"`` (dense torch; defines the meaning), ``"tiled"`` (torch's dense products on the rectangles of the
+            pattern; compiles nothing; any dtype; gradients), ``"flex"`` (torch FlexAttention on compact tile lists) or
+            ``"auto"``, which chooses per call and says why in :meth:`Attention.explain`.
 
     Returns:
         An :class:`Attention`: ``attn(q, k, v, q_offset=0, return_lse=False, scale=None, **tables)``.
@@ -65,7 +74,10 @@ class Attention:
     def __init__(self, pattern: Pattern, backend: str):
         self.pattern = pattern
         self.backend = backend
-        self._lists: OrderedDict[tuple[Any, ...], tuple[list[Any], TileLists]] = OrderedDict()
+        self._lists: Remembered[TileLists] = Remembered()
+        # What a traced call needs, as plain values: torch.compile follows no sympy.
+        self._handle, self._bound = operators.handle_of(pattern, backend), pattern.bound
+        operators.remember(self._handle, self)
 
     def __call__(
         self,
@@ -73,7 +85,7 @@ class Attention:
         k: torch.Tensor,
         v: torch.Tensor,
         *,
-        q_offset: int = 0,
+        q_offset: int | torch.Tensor = 0,
         return_lse: bool = False,
         scale: float | None = None,
         **tables: Any,
@@ -81,24 +93,66 @@ class Attention:
         """Attention of ``q (B, Hq, Sq, D)`` over ``k (B, Hkv, Skv, D)``, ``v (B, Hkv, Skv, Dv)``; ``Hq % Hkv == 0``.
 
         Args:
-            q_offset: position of the first query (decode and chunked prefill).
+            q_offset: position of the first query (decode and chunked prefill); a number or a 0-d integer tensor.
             return_lse: also return the natural-log-sum-exp of the modified logits, ``(B, Hq, Sq)`` in float32 or float64.
             scale: factor on the dot product; default the pattern's, else ``D ** -0.5``.
             tables: one tensor for each table of the pattern that is not bound to it.
 
         Returns:
-            ``out (B, Hq, Sq, Dv)``, or ``(out, lse)``. A row that may attend to nothing has out 0 and lse -inf.
+            ``out (B, Hq, Sq, Dv)``, or ``(out, lse)``. A row that may attend to nothing has out 0 and lse -inf. Under
+            ``torch.autocast`` float32 inputs are cast as for torch's ``scaled_dot_product_attention``.
 
         Raises:
             ShapeError, TableError: see :func:`sparsedsl.run.inputs.check_call`.
             UnsupportedError: the backend cannot run this call; the message names the way out.
         """
+        q, k, v = autocast_inputs(q, k, v)
+        if is_traced(q, k, v):
+            return operators.attend_traced(
+                self._handle, self._bound, q, k, v, tables, q_offset=q_offset, return_lse=return_lse, scale=scale
+            )
+        return self.attend_now(q, k, v, tables, q_offset=q_offset, return_lse=return_lse, scale=scale)
+
+    def attend_now(
+        self, q: Any, k: Any, v: Any, tables: Mapping[str, Any], *, q_offset: Any, return_lse: bool, scale: float | None
+    ) -> Any:
+        """The call on tensors that hold values; :meth:`__call__` says what it takes and gives."""
         call = check_call(self.pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
-        plan = choose(self.pattern, call_facts(call, return_lse), self.backend)
-        if plan.backend == "reference":
-            out, lse = attend_reference(self.pattern, call)
+        plan = choose(
+            self.pattern, call_facts(call, return_lse), self.backend, costs=lambda: self.costs(call.domain, sizes_of(call))
+        )
+        if call.is_empty or plan.backend == "reference":
+            out, lse = (attend_empty if call.is_empty else attend_reference)(self.pattern, call)
             return (out, lse) if return_lse else out
-        return self._kernel.run(call, self.lists(call.domain, plan.block), return_lse=return_lse)
+        if plan.backend == "tiled":
+            out, lse = differentiable(self._tiled, call)
+            return (out, lse) if return_lse else out
+        if is_transformed(call.q, call.k, call.v, *call.tables.values()):
+            return transformed(self.pattern, functools.partial(self._run_flex, plan.block, return_lse), call, return_lse)
+        return self._run_flex(plan.block, return_lse, call)
+
+    def _run_flex(self, block: tuple[int, int], return_lse: bool, call: Call) -> Any:
+        return self._kernel.run(call, self.lists(call.domain, block), return_lse=return_lse)
+
+    @functools.cached_property
+    def _tiled(self) -> TiledKernel:
+        return TiledKernel(self.pattern)
+
+    def schedule(self, domain: Domain, sizes: HeadSizes) -> Schedule:
+        """How `tiled` cuts the mask over ``domain``, remembered while the tables live unchanged."""
+        return self._tiled.schedule_of(domain, sizes)
+
+    def costs(self, domain: Domain, sizes: HeadSizes) -> Costs:
+        """What a forward pass on CPU is expected to take."""
+        rates, lists = machine(), self.lists(domain, (128, 128))
+        groups = lists.shape[0] * lists.shape[1]
+        pairs = lists.listed * 128 * 128 * (domain.batch * domain.heads / groups)
+        price = score_rule(self.pattern.score.expr).price_ns
+        return Costs(
+            self._tiled.schedule_of(domain, sizes).seconds,
+            flex_seconds(rates, pairs, sizes.head_dim, sizes.head_dim_v, price),
+            rates.source,
+        )
 
     @functools.cached_property
     def _kernel(self) -> flex.FlexKernel:
@@ -112,30 +166,25 @@ class Attention:
         free = expr.free_symbols
         key = (
             domain.rows, domain.kv_len, domain.q_offset, block,
-            domain.batch if BATCH in free else 1, domain.heads if HEAD in free else 1, *(id(t) for t in tables),
+            domain.batch if BATCH in free else 1, domain.heads if HEAD in free else 1,
         )  # fmt: skip
-        known = self._lists.get(key)
-        if known is not None and all(
-            ref() is t and version == t._version for (ref, version), t in zip(known[0], tables, strict=True)
-        ):
-            self._lists.move_to_end(key)
-            return known[1]
-        start = time.perf_counter()
-        narrowed = Domain(
-            domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, dict(zip(names, tables, strict=True))
-        )
-        with torch.no_grad():
-            lists = classify(expr, narrowed, block)
-        log.debug("analyse %s: %.1f ms", lists, (time.perf_counter() - start) * 1e3)
-        self._lists[key] = ([(weakref.ref(t), t._version) for t in tables], lists)
-        while len(self._lists) > 32:
-            self._lists.popitem(last=False)
-        return lists
+
+        def make() -> TileLists:
+            start = time.perf_counter()
+            narrowed = Domain(
+                domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, dict(zip(names, tables, strict=True))
+            )
+            with torch.no_grad():
+                lists = classify(expr, narrowed, block)
+            log.debug("analyse %s: %.1f ms", lists, (time.perf_counter() - start) * 1e3)
+            return lists
+
+        return self._lists.get(key, tables, make)
 
     @property
     def source(self) -> str:
-        """The generated code, readable; for ``backend="reference"`` the pattern itself, which the reference interprets."""
-        return self.pattern.text if self.backend == "reference" else self._kernel.source
+        """The generated code, readable; for ``"reference"`` and ``"tiled"`` the pattern itself, which they interpret."""
+        return self.pattern.text if self.backend in ("reference", "tiled") else self._kernel.source
 
     def block_mask(
         self,
@@ -203,13 +252,16 @@ class Attention:
             torch.device(device).type, str(dtype).removeprefix("torch."), batch, heads, kv_heads or heads, q_len,
             q_len if kv_len is None else kv_len, head_dim, head_dim_v or head_dim, grad, return_lse,
         )  # fmt: skip
-        return explain(self.pattern, self.backend, facts, q_offset, tables)
+        return explain(self, facts, q_offset, tables)
 
     def __repr__(self) -> str:
         return f"<Attention backend={self.backend!r} {self.pattern!r}>"
 
     def __reduce__(self) -> Any:
         return Attention, (self.pattern, self.backend)
+
+
+operators.register(Attention)
 
 
 def call_facts(call: Call, return_lse: bool) -> CallFacts:

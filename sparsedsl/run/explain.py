@@ -10,23 +10,31 @@ from typing import Any
 import sympy
 
 from sparsedsl.analysis.clauses import clauses
+from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.report import Analysis, analyse
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.plan import CallFacts, Plan, choose
+from sparsedsl.run.inputs import bind_tables
+from sparsedsl.run.tiled_kernel import HeadSizes
+from sparsedsl.tiling.schedule import Schedule
 
 __all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """``plan`` (None if no lowering can run the call, then ``refusal`` says why), ``analysis``, ``structure``: the solved clauses."""
+    """``plan`` (None if no lowering can run the call, then ``refusal`` says why), ``analysis``, ``structure``: the solved clauses.
+
+    ``schedule``: how `tiled` cuts the mask, None for other lowerings.
+    """
 
     plan: Plan | None
     refusal: str | None
     analysis: Analysis
     structure: tuple[str, ...]
+    schedule: Schedule | None = None
 
     def __str__(self) -> str:
         if self.plan is None:
@@ -36,6 +44,8 @@ class Explanation:
                 f"backend: {self.plan.backend} ({self.plan.reason})",
                 f"tiles: {self.plan.block[0]} x {self.plan.block[1]} tokens (q, kv)",
             ]
+            if self.schedule is not None:
+                head[1:] = ["schedule:", *(f"  {line}" for line in str(self.schedule).splitlines())]
         body = ["structure (a union of):", *(f"  {line}" for line in self.structure)]
         return "\n".join([*head, *body, str(self.analysis)])
 
@@ -45,18 +55,24 @@ class Explanation:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
-def explain(pattern: Pattern, backend: str, facts: CallFacts, q_offset: int, tables: Mapping[str, Any]) -> Explanation:
-    """The plan of a call with these facts, the analysis behind it, and how the mask was solved."""
-    plan, refusal = None, None
+def explain(attention: Any, facts: CallFacts, q_offset: int, tables: Mapping[str, Any]) -> Explanation:
+    """The plan of a call with these facts, the analysis behind it, and how the mask was solved and cut."""
+    pattern: Pattern = attention.pattern
+    bound = bind_tables(pattern, tables)
+    domain = Domain(facts.q_len, facts.kv_len, q_offset, facts.batch, facts.heads, bound)
+    sizes = HeadSizes(facts.kv_heads, facts.head_dim, facts.head_dim_v)
+    plan, refusal, schedule = None, None, None
     try:
-        plan = choose(pattern, facts, backend)
+        plan = choose(pattern, facts, attention.backend, costs=lambda: attention.costs(domain, sizes))
     except UnsupportedError as error:
         refusal = str(error)
+    if plan is not None and plan.backend == "tiled":
+        schedule = attention.schedule(domain, sizes)
     analysis = analyse(
         pattern, facts.q_len, facts.kv_len, (128, 128) if plan is None else plan.block, q_offset=q_offset, batch=facts.batch,
         heads=facts.heads, head_dim=facts.head_dim, head_dim_v=facts.head_dim_v, dtype=facts.dtype, **tables,
     )  # fmt: skip
-    return Explanation(plan, refusal, analysis, tuple(_clause_lines(pattern)))
+    return Explanation(plan, refusal, analysis, tuple(_clause_lines(pattern)), schedule)
 
 
 def _clause_lines(pattern: Pattern) -> list[str]:

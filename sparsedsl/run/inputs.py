@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ import torch
 from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.errors import ShapeError, TableError
-from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.tables import TableSpec
+from sparsedsl.run.mapping import samples, stacked
+from sparsedsl.run.surroundings import is_transformed
 
 __all__ = ["Call", "bind_tables", "check_call"]
 
@@ -23,7 +25,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One checked call. ``tables`` holds every table of the pattern; ``domain`` its index ranges; ``scale`` is a number."""
+    """One checked call. ``tables`` holds every table of the pattern; ``domain`` its index ranges; ``scale`` is a number.
+
+    A domain has no empty ranges: that of an empty call says 1 where the tensors have 0.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -40,6 +45,11 @@ class Call:
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no batch entries, no queries or no keys."""
+        return _is_empty(self.q, self.k)
 
     @property
     def needs_grad(self) -> bool:
@@ -69,8 +79,10 @@ def check_call(
             )
         if tensor.dtype not in FLOATS:
             raise ShapeError(f"{name} must be float16, bfloat16, float32 or float64; got {tensor.dtype}")
-        if 0 in tensor.shape:
-            raise ShapeError(f"{name} has an empty dimension: shape {tuple(tensor.shape)}; every dimension must be at least 1")
+        if 0 in (tensor.shape[1], tensor.shape[3]):
+            raise ShapeError(
+                f"{name} has no heads or no head_dim: shape {tuple(tensor.shape)}; both must be at least 1 (batch and length may be 0)"
+            )
     _check_shapes(q, k, v)
     if isinstance(q_offset, torch.Tensor) and q_offset.ndim == 0 and not q_offset.is_floating_point():
         q_offset = int(q_offset)
@@ -80,10 +92,19 @@ def check_call(
         scale = pattern.scale if pattern.scale is not None else q.shape[-1] ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
         raise ShapeError(f"scale must be a positive number or None; got {scale!r}")
-    bound = bind_tables(pattern, tables, device=q.device)
-    domain = Domain(q.shape[2], k.shape[2], int(q_offset), q.shape[0], q.shape[1], bound)
-    _check_reads_once(pattern, domain)
+    empty = _is_empty(q, k)
+    bound = bind_tables(pattern, tables, device=q.device, may_be_empty=empty)
+    batch, rows, kv_len = (max(size, 1) for size in (q.shape[0], q.shape[2], k.shape[2]))
+    domain = Domain(rows, kv_len, int(q_offset), batch, q.shape[1], bound)
+    if not empty:
+        _check_reads_once(pattern, domain)
+    elif pattern.sink is not None and q.shape[0] and q.shape[2]:  # there are no keys, but rows whose sinks are read
+        _check_reads_once(attend(False, sink=pattern.sink), domain)
     return Call(q, k, v, domain, float(scale))
+
+
+def _is_empty(q: torch.Tensor, k: torch.Tensor) -> bool:
+    return 0 in (q.shape[0], q.shape[2], k.shape[2])
 
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -111,10 +132,12 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         raise ShapeError(f"q, k and v must be on one device; got {q.device}, {k.device}, {v.device}")
 
 
-def bind_tables(pattern: Pattern, tables: Mapping[str, Any], *, device: torch.device | None = None) -> dict[str, torch.Tensor]:
+def bind_tables(
+    pattern: Pattern, tables: Mapping[str, Any], *, device: torch.device | None = None, may_be_empty: bool = False
+) -> dict[str, torch.Tensor]:
     """All tables of ``pattern`` by name: those given, else those bound at declaration; checked against their declarations.
 
-    ``device`` None takes the device of the first table.
+    ``device`` None takes the device of the first table. ``may_be_empty``: nothing will be read, so tables may have no entries.
     """
     wanted = pattern.tables
     surplus = sorted(set(tables) - set(wanted))
@@ -131,12 +154,12 @@ def bind_tables(pattern: Pattern, tables: Mapping[str, Any], *, device: torch.de
         )
     bound = {}
     for name, spec in wanted.items():
-        bound[name] = _check_table(spec, given[name], pattern.table_ranks[name], device)
+        bound[name] = _check_table(spec, given[name], pattern.table_ranks[name], device, may_be_empty)
         device = device or bound[name].device
     return bound
 
 
-def _check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | None) -> torch.Tensor:
+def _check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | None, may_be_empty: bool) -> torch.Tensor:
     name = spec.name
     if not isinstance(value, torch.Tensor):
         raise TableError(f"table {name!r} must be a torch tensor; got {type(value).__name__}. Write torch.as_tensor({name})")
@@ -161,14 +184,15 @@ def _check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | 
         raise TableError(
             f"table {name!r} is on {value.device} but the call runs on {device}; move it: {name}.to({str(device)!r})"
         )
-    if 0 in value.shape:
+    if 0 in value.shape and not may_be_empty:
         raise TableError(f"table {name!r} is empty: shape {tuple(value.shape)}")
     if value.requires_grad and not spec.learned:
         raise TableError(
             f"table {name!r} requires gradients but is not declared as learned; write sd.table({name!r}, learned=True), "
             f"or pass {name}.detach()"
         )
-    _check_facts_once(spec, value)
+    if value.numel():
+        _check_facts_once(spec, value)
     return value
 
 
@@ -182,6 +206,7 @@ def _check_facts_once(spec: TableSpec, value: torch.Tensor) -> None:
     known = _CHECKED.get(id(value))
     if known is not None and known[0]() is value and known[1:] == (value._version, spec):
         return
+    tensor, value = value, stacked(value)
     if spec.monotone:
         falls = (value[..., 1:] < value[..., :-1]).nonzero()
         if falls.numel():
@@ -204,7 +229,7 @@ def _check_facts_once(spec: TableSpec, value: torch.Tensor) -> None:
             )
     if len(_CHECKED) > 4096:
         _CHECKED.clear()
-    _CHECKED[id(value)] = (weakref.ref(value), value._version, spec)
+    _CHECKED[id(tensor)] = (weakref.ref(tensor), tensor._version, spec)
 
 
 _READS_CHECKED: dict[tuple[Any, ...], list[tuple[weakref.ref[torch.Tensor], int]]] = {}
@@ -214,11 +239,20 @@ def _check_reads_once(pattern: Pattern, domain: Domain) -> None:
     if not domain.tables:
         return
     tables = list(domain.tables.values())
-    key = (hash(pattern), domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, *(id(t) for t in tables))
+    if is_transformed(*tables):
+        for values in samples(domain.tables):
+            check_reads(pattern, replace(domain, tables=values))
+        return
+    # Of a float table only the shape matters, and its values change at every step of a training.
+    read = [t for t in tables if not t.is_floating_point()]
+    key = (
+        hash(pattern), domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, *(t.shape for t in tables),
+        *(id(t) for t in read),
+    )  # fmt: skip
     known = _READS_CHECKED.get(key)
-    if known is not None and all(ref() is t and version == t._version for (ref, version), t in zip(known, tables, strict=True)):
+    if known is not None and all(ref() is t and version == t._version for (ref, version), t in zip(known, read, strict=True)):
         return
     check_reads(pattern, domain)
     if len(_READS_CHECKED) > 4096:
         _READS_CHECKED.clear()
-    _READS_CHECKED[key] = [(weakref.ref(t), t._version) for t in tables]
+    _READS_CHECKED[key] = [(weakref.ref(t), t._version) for t in read]

@@ -1,7 +1,8 @@
 """What attention must give, and how far off it may be: plain attention in float64, and a tolerance measured, not tuned.
 
 A result may be off by twice as much as the plainest implementation in the same precision, plus one rounding: of every weight
-and output in the dtype of the inputs, and of every logit in the dtype of accumulation. What should be finite must be.
+and output in the dtype of the inputs, and of every logit and LSE in the dtype of accumulation (a backward pass may make the weights
+again from both). What should be finite must be.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def expect(
     plain, _ = _run(pattern, (q, k, v), tables, accumulated, q.dtype, cotangents, words)
     finite = terms.scores[torch.isfinite(terms.scores)]
     largest = max(float(x.abs().max()) for x in (terms.logits, finite) if x.numel())
+    largest += _largest(exact["lse"][torch.isfinite(exact["lse"])])
     unit, fine = torch.finfo(q.dtype).eps, torch.finfo(accumulated).eps
     tolerance = {}
     factor = float(scale or pattern.scale or q.shape[3] ** -0.5)

@@ -1,0 +1,56 @@
+"""What surrounds a call: somebody's tracing, torch.func's transforms, autocast. A call looks here before it does anything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+__all__ = ["autocast_inputs", "is_traced", "is_transformed"]
+
+_HALF = (torch.float16, torch.bfloat16)
+_MODES = torch._C._TorchDispatchModeKey
+
+
+def is_traced(*tensors: Any) -> bool:
+    """Whether the call becomes part of a graph, or has no values to look at, instead of being computed now.
+
+    True inside ``torch.compile`` and ``torch.export``, under ``make_fx``, for fake and functional tensors, and where every tensor is
+    on the meta device. ``torch.compile`` takes the first line as a constant and follows none of the others.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (_MODES.PROXY, _MODES.FAKE, _MODES.FUNCTIONAL)):
+        return True
+    known = [t for t in tensors if isinstance(t, torch.Tensor)]
+    return any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in known) or (bool(known) and all(t.is_meta for t in known))
+
+
+def is_transformed(*tensors: torch.Tensor) -> bool:
+    """Whether ``torch.vmap``, ``torch.func.grad`` or another transform of ``torch.func`` watches one of the tensors."""
+    return torch._C._are_functorch_transforms_active() and any(
+        torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
+    )
+
+
+def autocast_inputs(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """``q, k, v`` in the type they are computed in under ``torch.autocast``; as they are where it is off.
+
+    As for torch's ``scaled_dot_product_attention``: float32 and mixed inputs are cast to autocast's type, float64 is left alone.
+    Inputs that share one half-precision type keep it.
+    """
+    if not torch._C._is_any_autocast_enabled() or not all(isinstance(t, torch.Tensor) for t in (q, k, v)):
+        return q, k, v  # what is no tensor is refused later, with a message
+    device = q.device.type
+    if not torch.amp.autocast_mode.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return q, k, v
+    if q.dtype == k.dtype == v.dtype and q.dtype in _HALF:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: torch.Tensor) -> torch.Tensor:
+        return t.to(dtype) if t.dtype in (*_HALF, torch.float32) else t
+
+    return cast(q), cast(k), cast(v)

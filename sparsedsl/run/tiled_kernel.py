@@ -1,0 +1,81 @@
+"""The ``tiled`` lowering as a kernel: schedules, remembered for the last lengths and tables, and the two passes over them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.run import tiled
+from sparsedsl.run.inputs import Call
+from sparsedsl.run.remembered import Remembered
+from sparsedsl.run.score_rules import score_rule
+from sparsedsl.run.tiled_operands import folds_heads
+from sparsedsl.tiling.schedule import Schedule
+from sparsedsl.tiling.scheduling import HeadShape, make_schedule
+from sparsedsl.tuning.measure import machine
+
+__all__ = ["HeadSizes", "TiledKernel", "sizes_of"]
+
+log = logging.getLogger("sparsedsl")
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """Key/value heads, head dimension of q and k, head dimension of v."""
+
+    kv_heads: int
+    head_dim: int
+    head_dim_v: int
+
+
+def sizes_of(call: Call) -> HeadSizes:
+    """Those of a checked call."""
+    return HeadSizes(call.k.shape[1], call.q.shape[3], call.v.shape[3])
+
+
+class TiledKernel:
+    """One pattern on torch's dense products. Compiles nothing; any float dtype, any head ratio, forward and backward."""
+
+    def __init__(self, pattern: Pattern) -> None:
+        self.pattern = pattern
+        self._schedules: Remembered[Schedule] = Remembered()
+
+    def schedule(self, call: Call) -> Schedule:
+        """How the mask of this call is cut: made once for lengths and tables."""
+        return self.schedule_of(call.domain, sizes_of(call))
+
+    def schedule_of(self, domain: Domain, sizes: HeadSizes) -> Schedule:
+        """How the mask is cut over ``domain``, for heads of these sizes, on this machine."""
+        names = sorted(self.pattern.mask.tables)
+        key = (domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, sizes, torch.get_num_threads())
+
+        def make() -> Schedule:
+            start = time.perf_counter()
+            mask, heads = self.pattern.mask.expr, domain.heads
+            tables = {name: domain.tables[name].cpu() for name in names}
+            narrowed = Domain(domain.rows, domain.kv_len, domain.q_offset, domain.batch, heads, tables)
+            group = heads // sizes.kv_heads if folds_heads(self.pattern) else 1
+            strips = max(1, domain.batch * heads // group // narrowed.groups(mask).count)
+            price = score_rule(self.pattern.score.expr).price_ns
+            with torch.no_grad():
+                made = make_schedule(mask, narrowed, machine(), HeadShape(group, strips, sizes.head_dim, sizes.head_dim_v, price))
+            log.debug("schedule: %.1f ms", (time.perf_counter() - start) * 1e3)
+            return made
+
+        return self._schedules.get(key, [domain.tables[name] for name in names], make)
+
+    def forward(self, call: Call, schedule: Schedule) -> tuple[torch.Tensor, torch.Tensor]:
+        """``out (B, Hq, Sq, Dv)``, ``lse (B, Hq, Sq)``."""
+        return tiled.forward(self.pattern, call, schedule)
+
+    def backward(
+        self, call: Call, schedule: Schedule, out: torch.Tensor, lse: torch.Tensor, grad_out: torch.Tensor,
+        grad_lse: torch.Tensor | None, learned: tuple[str, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+        """Gradients of q, k, v and the learned tables."""
+        return tiled.backward(self.pattern, call, schedule, out, lse, grad_out, grad_lse, learned)

@@ -1,0 +1,68 @@
+"""The tensors of a ``tiled`` pass, as every lane of it sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.symbols import HEAD
+from sparsedsl.run.inputs import Call
+from sparsedsl.run.score_rules import score_rule
+from sparsedsl.tiling.schedule import Schedule
+
+__all__ = ["Operands", "folds_heads"]
+
+Tensor = torch.Tensor
+
+
+def folds_heads(pattern: Pattern) -> bool:
+    """Whether the query heads of a group may be rows of one strip: neither mask nor score tells them apart."""
+    return not any(HEAD in expr.free_symbols for expr in (pattern.mask.expr, pattern.score.expr))
+
+
+class Operands:
+    """q, k, v and what belongs to them; rows are ``(B, heads that share keys, S, heads of a group, ..)``, keys ``(B, Hkv, Skv, ..)``.
+
+    ``by_row`` and ``by_key``: results, and what the backward pass reads, by name. ``leaves``: learned tables, in the order of their
+    gradients.
+    """
+
+    def __init__(self, pattern: Pattern, call: Call, schedule: Schedule) -> None:
+        self.pattern, self.call, self.schedule = pattern, call, schedule
+        self.rule = score_rule(pattern.score.expr)
+        self.dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+        self.group = call.group if folds_heads(pattern) else 1
+        self.batch, self.heads, self.rows = call.q.shape[:3]
+        self.shared = self.heads // self.group  # heads that strips are made for
+        self.factor = self.rule.factor(call.scale)
+        self.q = self.grouped(call.q)
+        self._keys: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self.tables = dict(call.tables)
+        self.by_row: dict[str, Tensor] = {}
+        self.by_key: dict[str, Tensor] = {}
+        self.leaves: dict[str, Tensor] = {}
+        self.table_grads: dict[str, Tensor] = {}
+
+    def keys(self, part: slice) -> tuple[Tensor, Tensor]:
+        """k and v at some positions, ``(B x Hkv, keys, ..)`` in the type of arithmetic: views where rows lie one after the other."""
+        hashed = (part.start, part.stop, part.step)
+        if hashed not in self._keys:
+            self._keys[hashed] = (self._rows(self.call.k[:, :, part]), self._rows(self.call.v[:, :, part]))
+        return self._keys[hashed]
+
+    def _rows(self, t: Tensor) -> Tensor:
+        t = t.to(self.dtype)
+        dense = t.shape[2] <= 1 or t.stride(2) == t.shape[3]
+        return (t if dense and t.stride(3) == 1 else t.contiguous()).flatten(0, 1)
+
+    def grouped(self, t: Tensor) -> Tensor:
+        """``(B, Hq, S, ..)`` as a view ``(B, heads that share keys, S, heads of a group, ..)``."""
+        return t.unflatten(1, (self.shared, self.group)).transpose(2, 3)
+
+    def add_table_grads(self, found: tuple[Tensor | None, ...]) -> None:
+        """Add gradients of the learned tables, in their order."""
+        for name, grad in zip(self.leaves, found, strict=True):
+            if grad is not None:
+                self.table_grads[name] += grad

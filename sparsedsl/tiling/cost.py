@@ -1,0 +1,78 @@
+"""What strips cost on a machine: seconds from rates that were measured once. All numbers are of one head, forward.
+
+A strip of M rows (queries times heads of a group) and n keys is a product, the softmax passes, and a product; each costs its
+arithmetic at the rate the machine reaches at that height, a pass over the logits, and the calls of the small operations.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from sparsedsl.tiling.schedule import Family
+from sparsedsl.tuning.machine import ROWS, Machine
+
+__all__ = ["chunk_keys", "family_seconds", "flex_seconds", "product_gflops", "scattered_seconds", "strips_at_once"]
+
+# Small operations for one piece of a strip, and for a strip itself.
+CALLS, STRIP_CALLS = 9, 6
+# Logits held at once: 4 MiB of float32, about what two cores keep in their second-level caches with what is read beside it.
+LOGITS = 1 << 20
+MOST_KEYS = 2048
+# From this many logits on, a strip is worth a product of its own.
+SINGLE = 40_000
+
+
+def chunk_keys(rows: int) -> int:
+    """Keys taken at once for a strip of ``rows`` rows."""
+    return max(128, min(MOST_KEYS, LOGITS // max(rows, 1)) // 128 * 128)
+
+
+def product_gflops(machine: Machine, rows: int, alone: bool) -> float:
+    """GFLOP/s of products of strips of ``rows`` rows, one at a time (``alone``) or a batch of them; between the heights measured."""
+    single = [max(rates) for rates in zip(machine.linear_gflops, machine.matmul_gflops, strict=True)]
+    rates = single if alone else list(machine.batched_gflops)
+    if rows <= ROWS[0]:
+        return rates[0] * rows / ROWS[0]
+    for (low, at_low), (high, at_high) in pairwise(zip(ROWS, rates, strict=True)):
+        if rows <= high:
+            return at_low + (at_high - at_low) * (rows - low) / (high - low)
+    return rates[-1]
+
+
+def strips_at_once(rows: int, keys: int) -> int:
+    """How many strips of ``rows`` rows with at most ``keys`` keys at a time are computed together: 1 if each is large enough."""
+    return 1 if rows * keys >= SINGLE else max(1, LOGITS // (rows * keys))
+
+
+def family_seconds(
+    machine: Machine, family: Family, group: int, strips_of: int, head_dim: int, head_dim_v: int, mod_ns: float
+) -> float:
+    """Expected seconds for a family on ``strips_of`` heads, of ``group`` query heads each that share keys; ``mod_ns``: the price of
+    modifying one logit."""
+    rows, keys = family.height * group, family.keys
+    lengths = [segment.length for segment in family.segments(chunk_keys(rows))]
+    together = strips_at_once(rows, max(lengths))
+    alone = rows * max(lengths) >= SINGLE
+    units = (
+        family.count * strips_of if together == 1 else -(-max(family.count, strips_of) // together) * min(family.count, strips_of)
+    )
+    masked = sum(piece.length for piece in family.pieces if piece.residual is not None)
+    seconds = 2 * rows * keys * (head_dim + head_dim_v) / (product_gflops(machine, rows, alone) * 1e9)
+    seconds += rows * keys * (machine.softmax_ns + mod_ns) * 1e-9 + rows * masked * machine.pass_ns * 1e-9
+    calls = units * (CALLS * len(lengths) + STRIP_CALLS)
+    return family.count * strips_of * seconds + calls * machine.call_us * 1e-6
+
+
+def scattered_seconds(
+    machine: Machine, pairs: float, rows: int, keys_gathered: float, head_dim: int, head_dim_v: int, mod_ns: float
+) -> float:
+    """Expected seconds for ``pairs`` pairs in scattered tiles of ``rows`` rows; ``keys_gathered`` rows of keys are copied."""
+    seconds = 2 * pairs * (head_dim + head_dim_v) / (product_gflops(machine, rows, True) * 1e9)
+    seconds += pairs * (machine.softmax_ns + mod_ns) * 1e-9
+    return seconds + keys_gathered * (head_dim + head_dim_v) * 8 / (machine.gather_gbs * 1e9)
+
+
+def flex_seconds(machine: Machine, pairs: float, head_dim: int, head_dim_v: int, mod_ns: float) -> float:
+    """Expected seconds of compiled FlexAttention for ``pairs`` pairs in listed tiles of 128: torch's own products, one tile at a time."""
+    rate = machine.batched_gflops[ROWS.index(128)]
+    return 2 * pairs * (head_dim + head_dim_v) / (rate * 1e9) + pairs * mod_ns * 1e-9

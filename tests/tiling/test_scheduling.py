@@ -1,0 +1,171 @@
+"""Schedules: what they promise about queries and lanes is true, they are the same each time, and they cost what they compute."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparsedsl as sd
+from sparsedsl import h, kv_idx, q_idx
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.testing import masks, shapes, tables_for
+from sparsedsl.tiling.cost import chunk_keys
+from sparsedsl.tiling.lanes import lanes
+from sparsedsl.tiling.schedule import Family, LanePlan, Piece, Schedule
+from sparsedsl.tiling.scheduling import HEIGHTS, HeadShape, make_schedule
+from sparsedsl.tuning.machine import BUILT_IN
+
+causal = kv_idx <= q_idx
+shape = HeadShape(group=2, strips_of=4, head_dim=64, head_dim_v=64)
+
+
+def rows_of(plan: LanePlan, group: int, domain: Domain) -> torch.Tensor:
+    """How often each query row of a group is in a strip of a lane, ``(rows,)``."""
+    seen = torch.zeros(domain.rows, dtype=torch.int32)
+    if plan.lists is not None:
+        listed = (plan.lists.full.counts + plan.lists.partial.counts).reshape(-1, plan.lists.shape[2])[group]
+        seen += (listed > 0).repeat_interleave(plan.lists.block[0])[: domain.rows]
+        return seen
+    for family in plan.families:
+        for turn in range(family.count if family.group == group else 0):
+            first = family.q_start + turn * family.step
+            places = torch.arange(first, first + family.height) * plan.lane.q_step + plan.lane.q_start - domain.q_offset
+            seen[places] += 1
+    return seen
+
+
+def assert_promises_hold(schedule: Schedule, domain: Domain) -> None:
+    for group in range(schedule.groups[0] * schedule.groups[1]):
+        seen = [rows_of(plan, group, domain) for plan in schedule.lanes]
+        assert all(int(rows.max()) <= 1 for rows in seen), "two strips of one lane share a query"
+        together = torch.stack(seen).sum(0) if seen else torch.zeros(domain.rows)
+        assert schedule.overlap or int(together.max()) <= 1, "two lanes share a query, and their results are not merged"
+        assert not schedule.covers or int(together.min()) >= 1, "a query is in no strip, and its result is not set"
+    assert schedule.pairs == sum(plan.pairs for plan in schedule.lanes) and schedule.seconds >= 0
+
+
+@given(mask=masks(), case=shapes(max_len=70, max_heads=3), height=st.sampled_from((None, 3, 16, 64)), data=st.data())
+@settings(max_examples=150)
+def test_what_a_schedule_promises(mask, case, height, data):
+    tables = data.draw(tables_for(mask, case))
+    domain = Domain(case.q_len, case.kv_len, case.q_offset, case.batch, case.heads, tables)
+    schedule = make_schedule(mask.expr, domain, BUILT_IN, shape, height)
+    assert_promises_hold(schedule, domain)
+    assert height is None or schedule.height in (0, height)
+    assert str(schedule)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        ((kv_idx % 4 == 1) & causal & (q_idx > 50)) | ((q_idx * kv_idx) % 3 < 2),
+        ((q_idx - kv_idx) % 4 == 0) | ((q_idx + kv_idx) % 4 == 1),
+        ((q_idx - kv_idx) % 4 == 0) | ((q_idx - kv_idx) % 6 == 1),
+        (q_idx - kv_idx < 10) & causal & (q_idx < 50 + 10 * h),
+        (kv_idx % 8 == 7) & causal,
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("offset", [0, 61])
+def test_promises_about_lanes_that_meet(mask, offset):
+    domain = Domain(100, 200, offset, 1, 4)
+    schedule = make_schedule(mask.expr, domain, BUILT_IN, shape, 16)
+    assert_promises_hold(schedule, domain)
+
+
+def test_the_pairs_computed_are_few_more_than_those_allowed():
+    domain, window = Domain(8192, 8192), causal & (q_idx - kv_idx < 512)
+    schedule = make_schedule(window.expr, domain, BUILT_IN, shape)
+    allowed = 8192 * 512 - 512 * 511 // 2
+    assert allowed <= schedule.pairs <= 1.6 * allowed
+    assert schedule.covers and not schedule.overlap and schedule.groups == (1, 1) and schedule.height in HEIGHTS
+
+
+def test_dilation_computes_no_pair_between_residues():
+    domain, mask = Domain(4096, 4096), sd.patterns.dilated(64, step=8)
+    schedule = make_schedule(mask.expr, domain, BUILT_IN, shape)
+    assert len(schedule.lanes) == 8 and not schedule.overlap and schedule.covers
+    assert schedule.pairs <= 3 * 4096 * 64
+
+
+def test_groups_are_what_the_mask_reads():
+    mask = causal & (q_idx - kv_idx < 10 + 10 * h)
+    schedule = make_schedule(mask.expr, Domain(200, 200, 0, 3, 4), BUILT_IN, shape, 64)
+    assert schedule.groups == (1, 4) and {f.group for f in schedule.lanes[0].families} == {0, 1, 2, 3}
+
+
+def test_blocks_that_no_interval_solves_are_scattered_tiles():
+    mask = ((q_idx // 64) * (kv_idx // 64)) % 5 == 1
+    schedule = make_schedule(mask.expr, Domain(1000, 1000), BUILT_IN, shape)
+    (plan,) = schedule.lanes
+    assert plan.lists is not None and plan.lists.block == (64, 64) and not plan.families and plan.pairs == schedule.pairs
+    assert "scattered tiles" in str(schedule)
+
+
+def test_the_mask_that_allows_nothing():
+    schedule = make_schedule((q_idx < -1).expr, Domain(10, 10), BUILT_IN, shape)
+    assert schedule.lanes == () and schedule.pairs == 0 and not schedule.covers
+
+
+def test_a_schedule_is_the_same_each_time(monkeypatch):
+    from sparsedsl.tuning.measure import machine
+
+    monkeypatch.setenv("SPARSEDSL_TUNE", "off")
+    mask = sd.patterns.strided(8, local=200) | (kv_idx < 4)
+    made = [make_schedule(mask.expr, Domain(5000, 5000), machine(), shape) for _ in range(2)]
+    assert str(made[0]) == str(made[1]) and made[0].seconds == made[1].seconds
+    assert [p.families for p in made[0].lanes] == [p.families for p in made[1].lanes]
+
+
+def test_what_a_schedule_prints():
+    schedule = make_schedule((causal & (q_idx - kv_idx < 64)).expr, Domain(256, 256), BUILT_IN, shape, 64)
+    head, *body = str(schedule).splitlines()
+    assert head.startswith("strips of up to 64 queries, ") and head.endswith(" ms expected")
+    assert body[0] == "every query, every key:" and body[1].startswith("  1 strip of 64 queries from 0: ")
+    many = Schedule(
+        (LanePlan(lanes(causal.expr)[0], 0, 9, tuple(Family(0, n, 1, 1, 0, (Piece(0, 1, 0, None),)) for n in range(9))),),
+        (1, 1),
+        False,
+        True,
+        1,
+        0.0,
+    )
+    assert str(many).splitlines()[-1] == "  .. 3 more families"
+
+
+# ---- the cost model ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", [causal & (q_idx - kv_idx < 256), causal, q_idx // 700 == kv_idx // 700], ids=str)
+def test_the_height_is_the_cheapest(mask):
+    domain = Domain(4096, 4096)
+    seconds = {height: make_schedule(mask.expr, domain, BUILT_IN, shape, height).seconds for height in HEIGHTS}
+    chosen = make_schedule(mask.expr, domain, BUILT_IN, shape)
+    assert chosen.seconds == min(seconds.values()) == seconds[chosen.height]
+
+
+@pytest.mark.parametrize(
+    "mask", [causal & (q_idx - kv_idx < 256), causal & ((q_idx * kv_idx) % 3 == 0)], ids=["strips", "scattered"]
+)
+def test_costs_grow_with_the_work(mask):
+    def seconds(sizes=shape, machine=BUILT_IN, length=1024):
+        return make_schedule(mask.expr, Domain(length, length), machine, sizes, 128).seconds
+
+    assert seconds(length=4096) > 3 * seconds()
+    assert seconds(dataclasses.replace(shape, strips_of=8)) > 1.5 * seconds()
+    assert (
+        seconds(dataclasses.replace(shape, mod_ns=1.0)) > seconds()
+        and seconds(dataclasses.replace(shape, head_dim=128)) > seconds()
+    )
+    slow = {n: tuple(x / 10 for x in getattr(BUILT_IN, n)) for n in ("linear_gflops", "matmul_gflops", "batched_gflops")}
+    assert seconds(machine=dataclasses.replace(BUILT_IN, **slow)) > 2 * seconds()
+
+
+@pytest.mark.parametrize("rows", [1, 16, 100, 1000, 10**6])
+def test_keys_at_once_are_whole_tiles(rows):
+    assert chunk_keys(rows) % 128 == 0 and 128 <= chunk_keys(rows) <= 2048
+    assert rows * chunk_keys(rows) <= max(1 << 20, 128 * rows)
