@@ -24,13 +24,15 @@ from sparsedsl.analysis.points import PointDecider, box_classes
 from sparsedsl.analysis.tiles import Grid, classify
 from sparsedsl.errors import PatternError, ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
 from sparsedsl.run.inputs import bind_tables
+from sparsedsl.strip_picture import MASKED, WHOLE, draw_strips
 
 __all__ = ["plot"]
 
-PANELS = ("pairs", "tiles", "score")
+PANELS = ("pairs", "tiles", "strips", "score")
 # Drawn pair by pair up to this length; longer, in cells of which there are at most CELLS along a side.
 EXACT, CELLS = 512, 256
 # Up to so many pairs the tile analysis decides every cell, whatever the pattern; beyond, only where it need not try pairs.
@@ -70,7 +72,8 @@ def plot(
         block_size: tokens in a tile, or ``(q, kv)``; default 128, or less for short sequences, so that there is something to see.
         head, batch: which head and batch entry of a pattern that depends on ``h`` or ``b``.
         q_offset: position of the first query.
-        panels: which of ``"pairs"``, ``"tiles"``, ``"score"``; default the first two, and the third if the score is modified.
+        panels: which of ``"pairs"``, ``"tiles"``, ``"strips"`` (what the `tiled` backend computes), ``"score"``; default pairs and tiles,
+            and the score if it is modified.
         ax: matplotlib axes to draw in, one for each panel; with a single one and no ``panels``, the pairs. Default a new figure.
         figsize: of the new figure, in inches.
         title: default the text of the pattern, shortened.
@@ -305,6 +308,14 @@ class _View:
         bar.ax.set_xticklabels(["0", "1 %", "10 %", "50 %", "100 %"])
         self.frame(axis, "share of allowed pairs")
         return how
+
+    def draw_strips(self, axis: Any) -> str:
+        """The rectangles that `tiled` computes."""
+        note = draw_strips(axis, attend(Mask(self.mask)), self.domain)
+        axis.set_facecolor(NOTHING)
+        _legend(axis, [(WHOLE, "unmasked"), (MASKED, "masked")])
+        self.frame(axis, "strips of `tiled`")
+        return note
 
     def draw_tiles(self, axis: Any) -> str:
         """Tile classes; of long sequences the classes of cells of several tiles."""

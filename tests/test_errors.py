@@ -78,13 +78,13 @@ TABLES: dict[str, Case] = {
 }
 
 LOWERINGS: dict[str, Case] = {
-    "backend to come": (lambda: sd.compile(CAUSAL, backend="triton"), sd.PatternError, "backend must be one of 'auto', 'reference', 'flex'; got 'triton' (`tiled` and `triton` are not part of this release)"),
-    "no backend": (lambda: sd.compile(CAUSAL, backend="numpy"), sd.PatternError, "backend must be one of 'auto', 'reference', 'flex'; got 'numpy'"),
+    "backend to come": (lambda: sd.compile(CAUSAL, backend="triton"), sd.PatternError, "backend must be one of 'auto', 'reference', 'tiled', 'flex'; got 'triton' (`triton` is not part of this release)"),
+    "no backend": (lambda: sd.compile(CAUSAL, backend="numpy"), sd.PatternError, "backend must be one of 'auto', 'reference', 'tiled', 'flex'; got 'numpy'"),
     "a function": (lambda: sd.compile(lambda b, h, q, k: q >= k), sd.PatternError, "trace FlexAttention functions first: sd.trace_mask(function)"),
     "an index": (lambda: sd.compile(q_idx), sd.PatternError, "pattern must be a Mask or a Pattern; got Index(q_idx) (Index)"),
-    "float64 in flex": (lambda: flex(*qkv(dtype=torch.float64)), sd.UnsupportedError, "backend 'flex' cannot run this call: FlexAttention has no float64. Use backend='reference'"),
-    "gradients in flex on CPU": (lambda: flex(*qkv(requires_grad=True)), sd.UnsupportedError, "FlexAttention has no backward pass on CPU. Use backend='reference' (dense, needs about 4.8e-06 GiB here); or call under torch.no_grad() for inference"),
-    "LSE in flex on CPU": (lambda: flex(*qkv(), return_lse=True), sd.UnsupportedError, "FlexAttention does not return the LSE on CPU. Use backend='reference' (dense, needs about 2.9e-06 GiB here); or leave return_lse=False"),
+    "float64 in flex": (lambda: flex(*qkv(dtype=torch.float64)), sd.UnsupportedError, "backend 'flex' cannot run this call: FlexAttention has no float64. Use backend='tiled' (torch's dense products on the tiles of the pattern, with gradients and the LSE) or backend='reference' (dense); or cast to float32: q.float()"),
+    "gradients in flex on CPU": (lambda: flex(*qkv(requires_grad=True)), sd.UnsupportedError, "FlexAttention has no backward pass on CPU. Use backend='tiled' (torch's dense products on the tiles of the pattern, with gradients and the LSE) or backend='reference' (dense); or call under torch.no_grad() for inference"),
+    "LSE in flex on CPU": (lambda: flex(*qkv(), return_lse=True), sd.UnsupportedError, "FlexAttention does not return the LSE on CPU. Use backend='tiled' (torch's dense products on the tiles of the pattern, with gradients and the LSE) or backend='reference' (dense); or leave return_lse=False"),
     "no block size": (lambda: reference.block_mask(8, 8, block_size=0), sd.ShapeError, "block_size must be a positive number of tokens, or a pair (q, kv) of them; got 0"),
     "three block sizes": (lambda: reference.block_mask(8, 8, block_size=(1, 2, 3)), sd.ShapeError, "block_size must be a positive number of tokens, or a pair (q, kv) of them; got (1, 2, 3)"),
     "lengths for the functions": (lambda: sd.compile(kv_idx < sd.kv_len - 1).mask_mod(), sd.PatternError, "the pattern reads kv_len: pass kv_len=... (in tokens) to get its functions"),

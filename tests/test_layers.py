@@ -23,6 +23,7 @@ ARROW = [
     ["plan"],
     ["codegen"],
     ["run"],
+    ["strip_picture"],
     ["plotting", "testing", "models", "specs"],
     ["__init__"],
     ["cli"],

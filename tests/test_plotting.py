@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import plotting
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL
+from sparsedsl.strip_picture import MASKED
 
 Figure = pytest.importorskip("matplotlib.figure").Figure
+to_hex = pytest.importorskip("matplotlib.colors").to_hex
 P = sd.patterns
 
 
@@ -51,6 +53,25 @@ def test_tiles_are_their_classes(q_len, kv_len, q_offset, w, q_block, kv_block):
     for (i, j), kind in np.ndenumerate(image(figure.axes[0])):
         tile = pairs[i * q_block : (i + 1) * q_block, j * kv_block : (j + 1) * kv_block]
         assert kind == (FULL if tile.all() else PARTIAL if tile.any() else EMPTY)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 300), st.integers(0, 20), st.integers(1, 50), st.integers(1, 4))
+def test_strips_hold_every_allowed_pair(q_len, q_offset, w, step):
+    figure = sd.plot(P.dilated(w, step), q_len, q_offset=q_offset, panels="strips")
+    covered = np.zeros((q_len, q_offset + q_len), dtype=bool)
+    whole = np.zeros_like(covered)
+    for collection in figure.axes[0].collections:
+        masked = len(collection.get_paths()) == 0 or to_hex(collection.get_facecolor()[0]) == MASKED
+        for path in collection.get_paths():
+            (left, top), (right, bottom) = path.vertices.min(0) + 0.5, path.vertices.max(0) + 0.5
+            place = slice(max(0, round(top) - q_offset), round(bottom) - q_offset), slice(round(left), round(right))
+            covered[place] = True
+            whole[place] |= not masked
+    pairs = allowed(q_len, q_offset + q_len, q_offset, lambda q, kv: (q - w * step < kv <= q) & ((q - kv) % step == 0))
+    assert covered[pairs].all()
+    assert step > 1 or pairs[whole].all()
+    assert "pairs computed" in caption(figure)
 
 
 def test_head_and_batch_entry():

@@ -26,8 +26,8 @@ Tensor = torch.Tensor
 NO_KEY = -0.75
 # Less than any total that is not 0.
 TINY = 1e-30
-# Totals of 2**logit between these have all their digits, and so have the products with v unless v is below 1e-14.
-SAFE_TOTAL = (2.0**-80, 2.0**90)
+# Totals of 2**logit between these have all their digits, and so have the products with v unless v is below 1e-25.
+SAFE_TOTAL = (2.0**-40, 2.0**90)
 # Tiles of biases kept during one pass.
 KEPT_BYTES = 64 << 20
 

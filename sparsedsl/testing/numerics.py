@@ -133,15 +133,18 @@ def expect(
     finite = terms.scores[torch.isfinite(terms.scores)]
     largest = max(float(x.abs().max()) for x in (terms.logits, finite) if x.numel())
     largest += _largest(exact["lse"][torch.isfinite(exact["lse"])])
-    unit, fine = torch.finfo(q.dtype).eps, torch.finfo(accumulated).eps
+    fine = torch.finfo(accumulated).eps
     tolerance = {}
     factor = float(scale or pattern.scale or q.shape[3] ** -0.5)
     for name, size in _magnitudes(exact, terms, (q, k, v), cotangents, factor).items():
         wanted, got = exact[name], plain[name].double()
         both = torch.isfinite(wanted) & torch.isfinite(got)
         error = float((wanted - got)[both].abs().max()) if both.any() else 0.0
-        rounding = (fine if name == "lse" else max(unit, torch.finfo(plain[name].dtype).eps)) + fine * largest
-        tolerance[name] = 2 * (error + rounding * size)
+        kinds = [torch.finfo(kind) for kind in ((accumulated,) if name == "lse" else (q.dtype, plain[name].dtype))]
+        rounding = max(kind.eps for kind in kinds) + fine * largest
+        # Numbers so small that their digits run out (float16 below 6e-5) are rounded to multiples of this.
+        step = max(kind.smallest_normal * kind.eps for kind in kinds)
+        tolerance[name] = 2 * (error + rounding * size) + step
     return Expected(exact, tolerance)
 
 

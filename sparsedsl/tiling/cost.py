@@ -50,16 +50,19 @@ def family_seconds(
     """Expected seconds for a family on ``strips_of`` heads, of ``group`` query heads each that share keys; ``mod_ns``: the price of
     modifying one logit."""
     rows, keys = family.height * group, family.keys
-    lengths = [segment.length for segment in family.segments(chunk_keys(rows))]
-    together = strips_at_once(rows, max(lengths))
-    alone = rows * max(lengths) >= SINGLE
+    most = chunk_keys(rows)
+    lengths = [sum(piece.length for piece in span) for span in family.spans()]
+    chunks = sum(-(-length // most) for length in lengths)
+    longest = min(most, max(lengths))
+    together = strips_at_once(rows, longest)
+    alone = rows * longest >= SINGLE
     units = (
         family.count * strips_of if together == 1 else -(-max(family.count, strips_of) // together) * min(family.count, strips_of)
     )
     masked = sum(piece.length for piece in family.pieces if piece.residual is not None)
     seconds = 2 * rows * keys * (head_dim + head_dim_v) / (product_gflops(machine, rows, alone) * 1e9)
     seconds += rows * keys * (machine.softmax_ns + mod_ns) * 1e-9 + rows * masked * machine.pass_ns * 1e-9
-    calls = units * (CALLS * len(lengths) + STRIP_CALLS)
+    calls = units * (CALLS * chunks + STRIP_CALLS)
     return family.count * strips_of * seconds + calls * machine.call_us * 1e-6
 
 

@@ -69,8 +69,8 @@ class Family:
         """Pairs computed, masked ones included."""
         return self.count * self.height * self.keys
 
-    def segments(self, most: int) -> list[Segment]:
-        """The pieces as intervals of at most ``most`` keys; neighbours that move together are one interval."""
+    def spans(self) -> list[list[Piece]]:
+        """Pieces that lie side by side and move together."""
         spans: list[list[Piece]] = []
         for piece in self.pieces:
             last = spans[-1][-1] if spans else None
@@ -78,8 +78,12 @@ class Family:
                 spans[-1].append(piece)
             else:
                 spans.append([piece])
+        return spans
+
+    def segments(self, most: int) -> list[Segment]:
+        """The spans in parts of at most ``most`` keys."""
         found = []
-        for span in spans:
+        for span in self.spans():
             start, stop = span[0].start, span[-1].start + span[-1].length
             parts = -(-(stop - start) // most)
             ends = [start + (stop - start) * part // parts for part in range(parts + 1)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from sympy.logic.boolalg import Boolean
@@ -18,6 +18,8 @@ from sparsedsl.tuning.machine import Machine
 __all__ = ["HeadShape", "make_schedule"]
 
 HEIGHTS = (64, 128, 256, 512, 1024)
+# Queries that heights are tried on.
+TRIAL = 1 << 14
 # Tiles of the scattered rest, in the order in which they are tried: the second where most tiles of the first are cut by the mask.
 BLOCKS = ((128, 128), (64, 64))
 
@@ -84,12 +86,12 @@ def _strips(
 
     if height is None:
         candidates = [tall for tall in HEIGHTS if tall < 2 * rows] or [HEIGHTS[0]]
-        trials = {tall: cut(tall, 0) for tall in candidates}
-        height = min(trials, key=lambda tall: cost(trials[tall]))
-        found = [trials[height]]
-    else:
-        found = [cut(height, 0)]
-    found += [cut(height, number) for number in range(1, len(spaces))]
+        # A part in the middle stands for all of a long lane.
+        short = max(0, (rows - TRIAL) // 2)
+        trial = replace(spaces[0], first=spaces[0].first + short, rows=min(rows, TRIAL))
+        edges = [place for place in places[0] if trial.first <= place < trial.first + trial.rows]
+        height = min(candidates, key=lambda tall: cost(families(trial, strip_edges(trial, tall, edges), 0)))
+    found = [cut(height, number) for number in range(len(spaces))]
     joined = tuple(family for part in found for family in part)
     return LanePlan(lane, spaces[0].first, rows, joined), cost(joined), height
 

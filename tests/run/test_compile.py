@@ -12,7 +12,7 @@ import torch
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.plan import CallFacts, choose, flex_refusal
+from sparsedsl.plan import CallFacts, Costs, choose, flex_refusal
 from sparsedsl.testing import tensor
 
 causal = kv_idx <= q_idx
@@ -25,24 +25,38 @@ def facts(**words):
     return CallFacts(**(plain | {"head_dim": 64, "head_dim_v": 64} | words))
 
 
-def test_auto_takes_flex_where_lists_pay():
-    plan = choose(sd.attend(window), facts(), "auto")
+def test_auto_takes_flex_on_cpu_only_where_it_saves_its_compile():
+    pattern = sd.attend(window)
+
+    def chosen(tiled, flex):
+        return choose(pattern, facts(), "auto", costs=lambda: Costs(tiled, flex, "built in"))
+
+    assert chosen(0.3, 0.1).backend == "flex" and "worth the compile" in chosen(0.3, 0.1).reason
+    assert "expected 300 ms tiled, 100 ms flex; rates built in" in chosen(0.3, 0.1).reason
+    assert chosen(0.1, 0.3).backend == chosen(0.1, 0.099).backend == "tiled"
+    assert chosen(3e-4, 1e-4).backend == "tiled", "microseconds are not worth seconds of compiling"
+    assert choose(pattern, facts(), "auto").backend == "tiled"
+    assert hash(chosen(0.3, 0.1)) == hash(chosen(0.3, 0.1))
+
+
+def test_auto_takes_flex_on_cuda():
+    plan = choose(sd.attend(window), facts(device="cuda", grad=True, lse=True), "auto")
     assert plan.backend == "flex" and "never visited" in plan.reason
-    assert hash(plan) == hash(choose(sd.attend(window), facts(), "auto"))
 
 
 def test_auto_takes_the_reference_for_few_logits():
-    plan = choose(sd.attend(window), facts(q_len=1), "auto")
-    assert plan.backend == "reference" and "65,536 logits are few" in plan.reason
+    plan = choose(sd.attend(window), facts(q_len=1, kv_len=1024), "auto")
+    assert plan.backend == "reference" and "8,192 logits are few" in plan.reason
 
 
-def test_auto_trains_dense_on_cpu_only_while_it_is_small():
-    plan = choose(sd.attend(window), facts(q_len=2048, kv_len=2048, grad=True), "auto")
-    assert plan.backend == "reference" and "no backward pass on CPU" in plan.reason
-    with pytest.raises(
-        sd.UnsupportedError, match=r"no backward pass on CPU, and the dense reference would need about 160 GiB.*no_grad"
-    ):
-        choose(sd.attend(window), facts(q_len=32768, kv_len=32768, grad=True), "auto")
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [({"grad": True}, "no backward pass on CPU"), ({"lse": True}, "the LSE on CPU"), ({"dtype": "float64"}, "no float64")],
+)
+@pytest.mark.parametrize("length", [2048, 32768, 1 << 20])
+def test_auto_takes_tiled_for_what_flex_cannot_do_at_any_length(words, reason, length):
+    plan = choose(sd.attend(window), facts(q_len=length, kv_len=length, **words), "auto")
+    assert plan.backend == "tiled" and reason in plan.reason
 
 
 @pytest.mark.parametrize(
@@ -55,7 +69,7 @@ def test_auto_trains_dense_on_cpu_only_while_it_is_small():
 )
 def test_flex_refuses_with_a_way_out(words, text):
     assert flex_refusal(facts(**words)) == text
-    with pytest.raises(sd.UnsupportedError, match=f"backend 'flex' cannot run this call: {text}. Use backend='reference'"):
+    with pytest.raises(sd.UnsupportedError, match=f"backend 'flex' cannot run this call: {text}. Use backend='tiled'"):
         choose(sd.attend(window), facts(**words), "flex")
 
 
@@ -64,11 +78,12 @@ def test_flex_trains_on_cuda():
 
 
 def test_explain_says_what_would_happen():
-    attn = sd.compile(window)
-    text = str(attn.explain(8192, heads=8))
+    text = str(sd.compile(window, backend="flex").explain(8192, heads=8))
     assert "backend: flex" in text and "0 <= q_idx - kv_idx <= 99" in text and "causal           PROVED" in text
-    refused = attn.explain(32768, heads=8, grad=True)
+    refused = sd.compile(window, backend="flex").explain(32768, heads=8, grad=True)
     assert refused.plan is None and "backend: none" in str(refused)
+    attn = sd.compile(window)
+    assert "backend: tiled" in str(attn.explain(32768, heads=8, grad=True)) and "strips of up to" in str(attn.explain(8192, grad=True))
     assert "<pre>" in attn.explain(64)._repr_html_()
     text = str(sd.compile(causal & ((q_idx * kv_idx) % 3 == 0)).explain(256))
     assert "decided by boxes and points" in text
@@ -97,7 +112,7 @@ def test_lists_are_remembered_while_tables_live_unchanged(monkeypatch):
     gc.collect()
     for offset in range(100):
         attn.lists(Domain(16, 256, offset, tables={"doc": torch.zeros(256, dtype=torch.int64)}), (32, 32))
-    assert len(attn._lists) <= 32
+    assert len(attn._lists._known) <= 32
 
 
 def test_block_mask_in_plain_flex_attention():
@@ -136,7 +151,7 @@ def test_plain_functions_give_the_patterns_values():
 
 
 def test_backend_names():
-    with pytest.raises(sd.PatternError, match="backend must be one of 'auto', 'reference', 'flex'; got 'fast'"):
+    with pytest.raises(sd.PatternError, match="backend must be one of 'auto', 'reference', 'tiled', 'flex'; got 'fast'"):
         sd.compile(causal, backend="fast")
 
 

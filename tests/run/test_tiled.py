@@ -42,9 +42,8 @@ bias, sink = sd.table("bias", learned=True), sd.table("sink", learned=True)
 
 @dataclass(frozen=True)
 class Cut:
-    """How a problem is cut. ``height`` of strips (None: the cheapest), ``keys`` taken at once, ``together``: strips or heads in one
-    product, ``single``: results from which a product stands alone, ``block``: scattered tiles. None: as it is. ``shifted``: every row by its
-    maximum, not only those that need it."""
+    """How a problem is cut; None: as it is. ``height`` of strips, ``keys`` taken at once, ``together``: strips or heads in one product,
+    ``single``: results from which a product stands alone, ``block``: scattered tiles. ``shifted``: the maximum is taken of every row."""
 
     height: int | None = None
     keys: int | None = None
@@ -485,9 +484,11 @@ def test_every_kind_of_unit_is_run_by_these_tests():
 
         patch.setattr(tiled_units.Unit, "sums", noted)
         for how in CUTS.values():
-            with cut(how), torch.no_grad():
-                for name in ("causal", "window and sinks", "strided", "picture", "lanes that meet"):
-                    sd.compile(USUAL[name], backend="tiled")(*qkv(150, dtype=torch.float32))
+            for name in ("causal", "window and sinks", "strided", "picture", "lanes that meet"):
+                q, k, v = qkv(150, dtype=torch.float32)
+                with cut(how), torch.no_grad():
+                    sd.compile(USUAL[name], backend="tiled")(q, k, v)
+                    sd.compile(USUAL[name], backend="tiled")(100 * q, k, v)
     wanted = {
         (kind, chunks, False, shifted)
         for kind in ("one", "strips", "heads")

@@ -1,0 +1,62 @@
+"""The rectangles that the ``tiled`` lowering computes, drawn on matplotlib axes in positions of queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.run.tiled_kernel import HeadSizes, TiledKernel
+from sparsedsl.tiling.schedule import LanePlan, Schedule
+
+__all__ = ["MASKED", "WHOLE", "draw_strips", "rectangles"]
+
+WHOLE, MASKED = "#2a7f8f", "#f0a23b"
+# More rectangles than this are not told apart on paper; the rest is left out, and the note says so.
+DRAWN = 4000
+
+Rectangle = tuple[float, float, float, float, bool]
+
+
+def rectangles(plan: LanePlan) -> Iterator[Rectangle]:
+    """``(first key, first query, keys, queries, masked)`` of a lane, in positions; of a lane in steps what it spans."""
+    lane = plan.lane
+    if plan.lists is not None:
+        height, width = plan.lists.block
+        for part, masked in ((plan.lists.full, False), (plan.lists.partial, True)):
+            for row, column in zip(part.owners().tolist(), part.columns.tolist(), strict=True):
+                row %= plan.lists.shape[2]
+                keys = min(width, plan.lists.kv_len - column * width)
+                yield column * width, plan.first + row * height, keys, min(height, plan.rows - row * height), masked
+        return
+    for family in plan.families:
+        for turn in range(family.count):
+            q = lane.q_start + lane.q_step * (family.q_start + turn * family.step)
+            for piece in family.pieces:
+                kv = lane.kv_start + lane.kv_step * (piece.start + turn * piece.step)
+                width, height = lane.kv_step * piece.length, lane.q_step * family.height
+                yield kv, q, width, height, piece.residual is not None
+
+
+def draw_strips(axis: Any, pattern: Pattern, domain: Domain) -> str:
+    """Draw what one head of the pattern computes; returns a note about it."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle as Patch
+
+    schedule: Schedule = TiledKernel(pattern).schedule_of(domain, HeadSizes(1, 64, 64))
+    drawn: dict[bool, list[Any]] = {False: [], True: []}
+    total = 0
+    for plan in schedule.lanes:
+        for kv, q, width, height, masked in rectangles(plan):
+            total += 1
+            if total <= DRAWN:
+                drawn[masked].append(Patch((kv - 0.5, q - 0.5), width, height))
+    # Lanes in steps lie over each other: see-through.
+    alpha = 0.9 if all(plan.lane.plain for plan in schedule.lanes) else 0.25
+    for masked, patches in drawn.items():
+        colour = MASKED if masked else WHOLE
+        axis.add_collection(PatchCollection(patches, facecolor=colour, edgecolor="white", linewidth=0.4, alpha=alpha))
+    lanes = f" in {len(schedule.lanes)} lanes" if len(schedule.lanes) > 1 else ""
+    note = f"{schedule.pairs:,} pairs computed{lanes}, strips of up to {schedule.height} queries"
+    return note if total <= DRAWN else f"{note}; the first {DRAWN:,} of {total:,} rectangles drawn"
