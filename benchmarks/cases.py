@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 import sparsedsl as sd
 from sparsedsl import patterns
 
-__all__ = ["CASES", "Case", "document_ids"]
+__all__ = ["BLOCK", "CASES", "Case", "block_table", "document_ids"]
 
-WINDOW = 1024
+WINDOW, BLOCK = 1024, 128
 Tables = Mapping[str, torch.Tensor]
 MaskMod = Callable[..., torch.Tensor]
 
@@ -25,12 +26,28 @@ def document_ids(length: int) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(sizes.numel(), dtype=torch.int32), sizes)[:length].clone()
 
 
+def block_table(length: int, share: float) -> torch.Tensor:
+    """Which pairs of 128-blocks attend, bool: ``share`` of those below the diagonal, at random, and the diagonal; the same every run."""
+    blocks = -(-length // BLOCK)
+    generator = torch.Generator().manual_seed(0)
+    below = torch.ones(blocks, blocks, dtype=torch.bool).tril(-1)
+    places = below.nonzero()
+    picked = places[torch.randperm(len(places), generator=generator)[: round(share * len(places))]]
+    table = torch.eye(blocks, dtype=torch.bool)
+    table[picked[:, 0], picked[:, 1]] = True
+    return table
+
+
 def _no_tables(length: int) -> Tables:
     return {}
 
 
 def _doc(length: int) -> Tables:
     return {"doc": document_ids(length)}
+
+
+def _picked(share: float, length: int) -> Tables:
+    return {"picked": block_table(length, share)}
 
 
 def _head_windows(length: int) -> Tables:
@@ -43,6 +60,7 @@ class Case:
 
     ``declare`` makes the sparsedsl pattern, ``tables`` what it needs at a length; ``mask_mod`` (given tables) and ``score_mod``
     are the functions a careful user of FlexAttention writes. ``heads`` is the size of the head dimension of the lists.
+    ``scattered``: its tiles lie apart, so that less of the machine's speed is asked for.
     """
 
     title: str
@@ -51,6 +69,7 @@ class Case:
     tables: Callable[[int], Tables] = _no_tables
     score_mod: Callable[..., torch.Tensor] | None = None
     heads: int = 1
+    scattered: bool = False
 
 
 # ---- by hand -----------------------------------------------------------------------------------------------
@@ -60,8 +79,14 @@ def _causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
     return q_idx >= kv_idx
 
 
-def _window(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
-    return (q_idx >= kv_idx) & (q_idx - kv_idx < WINDOW)
+def _windowed(window: int) -> MaskMod:
+    def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
+        return (q_idx >= kv_idx) & (q_idx - kv_idx < window)
+
+    return mask_mod
+
+
+_window = _windowed(WINDOW)
 
 
 def _window_sinks(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
@@ -74,6 +99,19 @@ def _dilated(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
 
 def _chunked(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
     return (q_idx >= kv_idx) & (q_idx // WINDOW == kv_idx // WINDOW)
+
+
+def _prefix(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
+    return (kv_idx < WINDOW) | (q_idx >= kv_idx)
+
+
+def _block_sparse(tables: Tables) -> MaskMod:
+    picked = tables["picked"]
+
+    def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
+        return (q_idx >= kv_idx) & picked[q_idx // BLOCK, kv_idx // BLOCK]
+
+    return mask_mod
 
 
 def _documents(tables: Tables) -> MaskMod:
@@ -122,9 +160,24 @@ def _alibi(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
 
 # ---- all of them -------------------------------------------------------------------------------------------
 
+
+
+def _block_sparse_case(percent: int) -> Case:
+    return Case(
+        f"block-sparse {percent} %, causal",
+        lambda: patterns.causal() & patterns.blocks("picked", BLOCK),
+        _block_sparse,
+        functools.partial(_picked, percent / 100),
+        scattered=True,
+    )
+
+
 CASES = {
     "causal": Case("causal", patterns.causal, lambda t: _causal),
     "window": Case("window 1024", lambda: patterns.sliding_window(WINDOW), lambda t: _window),
+    "window256": Case("window 256", lambda: patterns.sliding_window(256), lambda t: _windowed(256)),
+    "window512": Case("window 512", lambda: patterns.sliding_window(512), lambda t: _windowed(512)),
+    "window4096": Case("window 4096", lambda: patterns.sliding_window(4096), lambda t: _windowed(4096)),
     "sinks": Case(
         "window 1024 + 4 sinks",
         lambda: patterns.causal() & (patterns.sliding_window(WINDOW) | patterns.sinks(4)),
@@ -135,6 +188,7 @@ CASES = {
     "causal_documents": Case("documents, causal", patterns.packed, _causal_documents, _doc),
     "documents_window": Case("documents, window 1024", lambda: patterns.packed(WINDOW), _documents_window, _doc),
     "chunked": Case("chunked 1024", lambda: patterns.chunked(WINDOW), lambda t: _chunked),
+    "prefix": Case("prefix 1024, causal", lambda: patterns.prefix(WINDOW), lambda t: _prefix),
     "per_head": Case(
         "4 windows by head: 128 to 2048",
         lambda: patterns.sliding_window(sd.table("window")[sd.h]),
@@ -154,4 +208,7 @@ CASES = {
         lambda t: _window,
         score_mod=_alibi,
     ),
+    "blocks5": _block_sparse_case(5),
+    "blocks10": _block_sparse_case(10),
+    "blocks25": _block_sparse_case(25),
 }

@@ -117,6 +117,30 @@ def is_out_of_memory(error: BaseException) -> bool:
     return False
 
 
+# ---- targets -----------------------------------------------------------------------------------------------
+
+
+def target(what: str, got: float, *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
+    """What was wanted, what was measured, and whether it will do: a record for the JSON file and :func:`verdicts`."""
+    if (at_least is None) == (at_most is None):
+        raise ValueError(f"{what}: give at_least or at_most")
+    limit = at_least if at_most is None else at_most
+    passed = got >= limit if at_most is None else got <= limit
+    return {"what": what, "got": got, "wanted": "at least" if at_most is None else "at most", "limit": limit, "pass": bool(passed)}
+
+
+def verdicts(targets: Iterable[Mapping[str, Any]]) -> str:
+    """One line a target."""
+    return "\n".join(
+        f"{'pass' if t['pass'] else 'MISS'}: {t['what']}: {t['got']:.3g}, target {t['wanted']} {t['limit']:g}" for t in targets
+    )
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """The geometric mean: of ratios, the mean that has no favourite side."""
+    return statistics.geometric_mean(values)
+
+
 # ---- the machine and the results ---------------------------------------------------------------------------
 
 
@@ -166,6 +190,13 @@ def describe(facts: Mapping[str, Any]) -> str:
         f"{facts['system']}, Python {facts['python']}, torch {facts['torch']}, commit {facts['commit']}, {facts['date']}, "
         f"load average at the start {facts['load_average']}"
     )
+
+
+def rates() -> dict[str, Any]:
+    """What sparsedsl believes about this machine, and where from: schedules and the choice of backend follow it."""
+    from sparsedsl.tuning.measure import machine as rates_of_machine
+
+    return rates_of_machine().to_json()
 
 
 def result_path(benchmark: str, facts: Mapping[str, Any]) -> Path:

@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         if run is _plot:
             command.add_argument("--out", type=Path, metavar="PATH", help="picture to write: .png, .svg, .pdf (default NAME.png)")
         else:
-            command.add_argument("--backend", default="auto" if run is _explain else "reference", help="reference, flex or auto")
+            command.add_argument(
+                "--backend", default="auto" if run is _explain else "reference", help="reference, tiled, flex or auto"
+            )
     return parser
 
 

@@ -13,6 +13,8 @@ The backward pass goes through the same strips with the global output and LSE; t
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,14 +24,19 @@ from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.run.inputs import Call
 from sparsedsl.run.score_rules import LN2, LOG2E
-from sparsedsl.run.tiled_operands import Operands
+from sparsedsl.run.tiled_operands import Gains, Operands
 from sparsedsl.run.tiled_scatter import scattered_units
 from sparsedsl.run.tiled_units import Lane, Unit
-from sparsedsl.tiling.schedule import LanePlan, Schedule
+from sparsedsl.run.workers import run_all, share
+from sparsedsl.tiling.schedule import Schedule
 
 __all__ = ["backward", "forward"]
 
 Tensor = torch.Tensor
+# Pairs of queries and keys, of all heads, from which on it is worth to wake other threads.
+WORTH_THREADS = 1 << 20
+# Threads that hold gradients of all keys each, where there are fewer heads than threads.
+MOST_COPIES = 4
 
 
 def forward(pattern: Pattern, call: Call, schedule: Schedule) -> tuple[Tensor, Tensor]:
@@ -50,9 +57,22 @@ def backward(
 class Pass(Operands):
     """One forward or backward pass."""
 
-    def _units(self, plan: LanePlan) -> Iterator[Unit]:
-        lane = Lane(self, plan)
-        return lane.units() if plan.lists is None else scattered_units(lane, plan.lists)
+    def _units(self, lane: Lane, heads: range) -> Iterator[Unit]:
+        # A thread computes several heads at once, but leaves some to the others.
+        most = max(1, len(heads) // self.workers)
+        lists = lane.plan.lists
+        return lane.units(heads, most) if lists is None else scattered_units(lane, lists, heads, most)
+
+    @functools.cached_property
+    def workers(self) -> int:
+        """How many threads compute side by side: 1 if the work is not worth more, or the device is none that threads help."""
+        worth = self.schedule.pairs * self.batch * self.shared * self.group >= WORTH_THREADS
+        return torch.get_num_threads() if worth and self.q.device.type == "cpu" else 1
+
+    @property
+    def flat_heads(self) -> range:
+        """All heads that strips are made for."""
+        return range(self.batch * self.shared)
 
     # ---- forward ----------------------------------------------------------------------------------------------
 
@@ -64,15 +84,21 @@ class Pass(Operands):
         out = make((*shape, self.call.v.shape[3]), dtype=self.call.q.dtype if plain else self.dtype)
         lse = self.q.new_full(shape, float("-inf"), dtype=self.dtype)
         self.by_row = {"out": self.grouped(out), "lse": self.grouped(lse)}
-        for number, plan in enumerate(self.schedule.lanes):
-            merge = self.schedule.overlap and number > 0
-            for unit in self._units(plan):
-                unit.forward(merge=merge)
+        # Lanes that share queries wait for each other.
+        stages = [[plan] for plan in self.schedule.lanes] if self.schedule.overlap else [list(self.schedule.lanes)]
+        for number, plans in enumerate(stages):
+            units = (unit for plan in plans for unit in self._units(Lane(self, plan), self.flat_heads))
+            work = (functools.partial(unit.forward, merge=number > 0) for unit in units)
+            if self.workers > 1:
+                share(work, self.workers)
+            else:
+                for piece in work:
+                    piece()
         lse.mul_(LN2)
         if self.pattern.sink is not None:
             logit = self._sink(self.tables)
-            share = torch.sigmoid(lse - logit).masked_fill_(lse == float("-inf"), 0.0)
-            out.mul_(share[..., None])
+            left = torch.sigmoid(lse - logit).masked_fill_(lse == float("-inf"), 0.0)
+            out.mul_(left[..., None])
             lse = torch.logaddexp(lse, logit)
         return out.to(self.call.q.dtype), lse
 
@@ -94,25 +120,68 @@ class Pass(Operands):
             delta = delta - torch.where(lse == float("-inf"), 0.0, grad_lse.to(self.dtype))
         lse2 = torch.where(lse == float("-inf"), float("inf"), lse * LOG2E)
         dq = torch.zeros(self.call.q.shape, dtype=self.dtype, device=self.q.device)
-        dk, dv = (torch.zeros(t.shape, dtype=self.dtype, device=t.device) for t in (self.call.k, self.call.v))
         by_row = {"grad_out": grad_out, "lse": lse2, "delta": delta, "dq": dq}
         self.by_row = {name: self.grouped(t) for name, t in by_row.items()}
-        self.by_key = {"dk": dk, "dv": dv}
         # In float64, where torch adds in a fixed order whatever the number of threads.
         self.leaves = {name: self.tables[name].detach().double().requires_grad_() for name in learned}
-        self.table_grads = {name: torch.zeros_like(leaf) for name, leaf in self.leaves.items()}
-        for plan in self.schedule.lanes:
-            for unit in self._units(plan):
-                unit.backward()
+        total = Gains(self)
+        lanes = [Lane(self, plan) for plan in self.schedule.lanes]
+        kv_heads = self.call.k.shape[0] * self.call.k.shape[1]
+        if self.workers == 1:
+            self._backward_heads(lanes, self.flat_heads, total)
+        elif kv_heads >= self.workers:
+            self._backward_by_heads(lanes, kv_heads, total)
+        else:
+            self._backward_by_rows(lanes, total)
         if self.pattern.sink is not None and self.leaves:
-            self._sink_backward(lse, delta)
+            self._sink_backward(lse, delta, total)
         like = self.call
-        grads = {name: grad.to(self.tables[name].dtype) for name, grad in self.table_grads.items()}
-        return dq.to(like.q.dtype), dk.to(like.k.dtype), dv.to(like.v.dtype), grads
+        grads = {name: grad.to(self.tables[name].dtype) for name, grad in total.tables.items()}
+        return dq.to(like.q.dtype), total.dk.to(like.k.dtype), total.dv.to(like.v.dtype), grads
 
-    def _sink_backward(self, lse: Tensor, delta: Tensor) -> None:
+    def _backward_heads(self, lanes: list[Lane], heads: range, gains: Gains) -> None:
+        for lane in lanes:
+            for unit in self._units(lane, heads):
+                unit.backward(gains)
+
+    def _backward_by_heads(self, lanes: list[Lane], kv_heads: int, total: Gains) -> None:
+        """Each thread has key/value heads of its own: nobody else adds to their gradients."""
+        ratio = len(self.flat_heads) // kv_heads
+        edges = [kv_heads * number // self.workers * ratio for number in range(self.workers + 1)]
+        own = [total.with_tables_of_its_own() for _ in range(self.workers)]
+        run_all(
+            [
+                functools.partial(self._backward_heads, lanes, range(low, high), gains)
+                for (low, high), gains in zip(itertools.pairwise(edges), own, strict=True)
+            ]
+        )
+        for gains in own:
+            total.add(gains)
+
+    def _backward_by_rows(self, lanes: list[Lane], total: Gains) -> None:
+        """Few heads: each thread has queries of its own, and adds to gradients of its own that are joined in a fixed order."""
+        count = min(self.workers, MOST_COPIES)
+        own = [total, *(Gains(self) for _ in range(count - 1))]
+        for lane in lanes:
+            units = list(self._units(lane, self.flat_heads))
+            edges = [len(units) * number // count for number in range(count + 1)]
+
+            def task(low: int, high: int, gains: Gains, units: list[Unit] = units) -> None:
+                for unit in units[low:high]:
+                    unit.backward(gains)
+
+            run_all(
+                [
+                    functools.partial(task, low, high, gains)
+                    for (low, high), gains in zip(itertools.pairwise(edges), own, strict=True)
+                ]
+            )
+        for gains in own[1:]:
+            total.add(gains)
+
+    def _sink_backward(self, lse: Tensor, delta: Tensor, total: Gains) -> None:
         with torch.enable_grad():
             logit = self._sink({**self.tables, **self.leaves})
         if logit.requires_grad:
-            share = torch.where(lse == float("-inf"), 0.0, torch.exp(logit.detach() - lse))
-            self.add_table_grads(torch.autograd.grad(logit, list(self.leaves.values()), -share * delta, allow_unused=True))
+            weight = torch.where(lse == float("-inf"), 0.0, torch.exp(logit.detach() - lse))
+            total.add_tables(torch.autograd.grad(logit, list(self.leaves.values()), -weight * delta, allow_unused=True))

@@ -12,7 +12,7 @@ from sparsedsl.run.inputs import Call
 from sparsedsl.run.score_rules import score_rule
 from sparsedsl.tiling.schedule import Schedule
 
-__all__ = ["Operands", "folds_heads"]
+__all__ = ["Gains", "Operands", "folds_heads"]
 
 Tensor = torch.Tensor
 
@@ -25,8 +25,7 @@ def folds_heads(pattern: Pattern) -> bool:
 class Operands:
     """q, k, v and what belongs to them; rows are ``(B, heads that share keys, S, heads of a group, ..)``, keys ``(B, Hkv, Skv, ..)``.
 
-    ``by_row`` and ``by_key``: results, and what the backward pass reads, by name. ``leaves``: learned tables, in the order of their
-    gradients.
+    ``by_row``: results, and what the backward pass reads, by name. ``leaves``: learned tables, in the order of their gradients.
     """
 
     def __init__(self, pattern: Pattern, call: Call, schedule: Schedule) -> None:
@@ -41,9 +40,7 @@ class Operands:
         self._keys: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self.tables = dict(call.tables)
         self.by_row: dict[str, Tensor] = {}
-        self.by_key: dict[str, Tensor] = {}
         self.leaves: dict[str, Tensor] = {}
-        self.table_grads: dict[str, Tensor] = {}
 
     def keys(self, part: slice) -> tuple[Tensor, Tensor]:
         """k and v at some positions, ``(B x Hkv, keys, ..)`` in the type of arithmetic: views where rows lie one after the other."""
@@ -61,8 +58,31 @@ class Operands:
         """``(B, Hq, S, ..)`` as a view ``(B, heads that share keys, S, heads of a group, ..)``."""
         return t.unflatten(1, (self.shared, self.group)).transpose(2, 3)
 
-    def add_table_grads(self, found: tuple[Tensor | None, ...]) -> None:
+
+class Gains:
+    """Gradients that one thread adds up: of keys and values ``(B, Hkv, Skv, ..)``, and of the learned tables in the order of ``leaves``."""
+
+    def __init__(self, run: Operands) -> None:
+        k, v = run.call.k, run.call.v
+        self.dk, self.dv = (torch.zeros(t.shape, dtype=run.dtype, device=t.device) for t in (k, v))
+        self.tables = {name: torch.zeros_like(leaf) for name, leaf in run.leaves.items()}
+
+    def add_tables(self, found: tuple[Tensor | None, ...]) -> None:
         """Add gradients of the learned tables, in their order."""
-        for name, grad in zip(self.leaves, found, strict=True):
+        for name, grad in zip(self.tables, found, strict=True):
             if grad is not None:
-                self.table_grads[name] += grad
+                self.tables[name] += grad
+
+    def with_tables_of_its_own(self) -> Gains:
+        """The same keys and values, for a thread that adds to other heads of them."""
+        other = object.__new__(Gains)
+        other.dk, other.dv = self.dk, self.dv
+        other.tables = {name: torch.zeros_like(grad) for name, grad in self.tables.items()}
+        return other
+
+    def add(self, other: Gains) -> None:
+        """Add what another thread found."""
+        if other.dk is not self.dk:
+            self.dk += other.dk
+            self.dv += other.dv
+        self.add_tables(tuple(other.tables.values()))

@@ -30,7 +30,7 @@ class Gathered(Segment):
     index: Tensor
 
 
-def scattered_units(lane: Lane, lists: TileLists) -> Iterator[Unit]:
+def scattered_units(lane: Lane, lists: TileLists, heads: range, most_heads: int) -> Iterator[Unit]:
     """The units of work of all rows of tiles, heads of a row after each other so that they share its masks."""
     run = lane.run
     rows_of_tiles = lists.shape[2]
@@ -46,8 +46,8 @@ def scattered_units(lane: Lane, lists: TileLists) -> Iterator[Unit]:
         if not segments:
             continue
         family = Family(group, lane.first + row * lists.block[0], height, 1, 0, ())
-        at_once = strips_at_once(height * run.group, max(segment.length for segment in segments))
-        for low, high in lane.head_spans(group):
+        at_once = min(most_heads, strips_at_once(height * run.group, max(segment.length for segment in segments)))
+        for low, high in lane.head_spans(group, heads):
             for head in range(low, high, at_once):
                 yield ScatteredUnit(lane, line, family, segments, head, min(head + at_once, high), 0, 1)
 

@@ -13,7 +13,7 @@ from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.run.products import product, product_nt, product_tn
 from sparsedsl.run.score_rules import clamped
-from sparsedsl.run.tiled_operands import Operands
+from sparsedsl.run.tiled_operands import Gains, Operands
 from sparsedsl.tiling.cost import chunk_keys, strips_at_once
 from sparsedsl.tiling.schedule import Family, LanePlan, Segment
 from sparsedsl.tiling.tiles_kept import Tiles
@@ -47,18 +47,24 @@ class Lane:
         self.q = run.q[:, :, self.rows].flatten(0, 1)
         # Keys in steps are copied once a lane: all copies together are one copy of k and v.
         self.k, self.v = run.keys(self.keys)
-        # What units write to or read beside q, k and v, by name: (flat heads, lane rows or keys, ..).
+        # What units write to or read beside q, k and v, by name: (flat heads, lane rows, ..).
         self.place = {name: t.flatten(0, 1)[:, self.rows] for name, t in run.by_row.items()}
-        self.key_place = {name: t.flatten(0, 1)[:, self.keys] for name, t in run.by_key.items()}
         self.bias = None if run.rule.bias is None else lane.inside(run.rule.bias)
         self.masks = run.schedule.masks
         # A bias without tables is the same at every call.
         self.biases = Tiles(KEPT_BYTES) if self.bias is None or table_reads(self.bias) else self.masks
 
-    def head_spans(self, group: int) -> Iterator[tuple[int, int]]:
-        """First and last + 1 of the flat heads that a group of the mask covers, in ranges without gaps."""
+    def head_spans(self, group: int, heads: range) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of the flat heads that a group of the mask covers, as far as they are in ``heads``, without gaps."""
+        for low, high in self._head_spans(group):
+            low, high = max(low, heads.start), min(high, heads.stop)
+            if low < high:
+                yield low, high
+
+    def _head_spans(self, group: int) -> Iterator[tuple[int, int]]:
         run = self.run
-        group_batch, group_heads = run.schedule.groups
+        # A scattered lane may tell fewer heads apart than the whole mask does.
+        group_batch, group_heads = run.schedule.groups if self.plan.lists is None else self.plan.lists.shape[:2]
         b, h = divmod(group, group_heads)
         batches = range(run.batch) if group_batch == 1 else range(b, b + 1)
         if group_heads == 1:
@@ -67,21 +73,22 @@ class Lane:
         for batch in batches:
             yield batch * run.shared + h, batch * run.shared + h + 1
 
-    def units(self) -> Iterator[Unit]:
-        """Everything to compute, head by head, in the order of the queries."""
+    def units(self, heads: range, most_heads: int) -> Iterator[Unit]:
+        """Everything to compute for some flat heads, head by head, in the order of the queries; at most ``most_heads`` at once."""
         for number, family in enumerate(self.plan.families):
             rows = family.height * self.run.group
             segments = family.segments(chunk_keys(rows))
             at_once = strips_at_once(rows, max(segment.length for segment in segments))
-            for low, high in self.head_spans(family.group):
+            for low, high in self.head_spans(family.group, heads):
                 if at_once == 1 or (family.count > 1 and family.count >= high - low):
                     for head in range(low, high):
                         for t in range(0, family.count, at_once):
                             yield Unit(self, number, family, segments, head, head + 1, t, min(t + at_once, family.count))
                 else:
+                    several = min(at_once, most_heads)
                     for t in range(family.count):
-                        for head in range(low, high, at_once):
-                            yield Unit(self, number, family, segments, head, min(head + at_once, high), t, t + 1)
+                        for head in range(low, high, several):
+                            yield Unit(self, number, family, segments, head, min(head + several, high), t, t + 1)
 
 
 class Unit:
@@ -318,9 +325,13 @@ class Unit:
 
     # ---- backward ---------------------------------------------------------------------------------------------
 
-    def backward(self) -> None:
-        """Add this unit's gradients. Tiles are (keys, rows) here: four of the five products then read rows as they lie."""
+    def backward(self, gains: Gains) -> None:
+        """Add this unit's gradients to the lane's ``dq`` and to ``gains``.
+
+        Tiles are (keys, rows) here: four of the five products then read rows as they lie.
+        """
         run, lane = self.run, self.lane
+        dk, dv = gains.dk.flatten(0, 1)[:, lane.keys], gains.dv.flatten(0, 1)[:, lane.keys]
         q = self.scaled_q()
         grad_out = self.rows(lane.place["grad_out"]).contiguous()
         lse2, delta = (self.strips(lane.place[name]).flatten(1, 2)[:, None] for name in ("lse", "delta"))
@@ -333,19 +344,19 @@ class Unit:
             if run.rule.bias is not None or run.rule.arbitrary:
                 p.clamp_(max=0.0)  # so large a logit that the LSE could not hold what was added to it
             p.exp2_()
-            self.add_keys(lane.key_place["dv"], segment, product(p, grad_out))
+            self.add_keys(dv, segment, product(p, grad_out))
             ds = product_nt(v, grad_out).sub_(delta).mul_(p)
             tile = ds.view(tile.shape)
             if run.rule.bias is not None:
                 if run.leaves:
-                    self.bias_backward(segment, tile)
+                    self.bias_backward(segment, tile, gains)
             else:
                 tile, tables = run.rule.gradients(tile, kept, run.leaves)
-                run.add_table_grads(tuple(tables.get(name) for name in run.leaves))
+                gains.add_tables(tuple(tables.get(name) for name in run.leaves))
                 if run.rule.arbitrary:
                     self.fill(tile, segment, 0.0, True)
                 ds = tile.reshape(ds.shape)
-            self.add_keys(lane.key_place["dk"], segment, product(ds, q), run.call.scale / run.factor)
+            self.add_keys(dk, segment, product(ds, q), run.call.scale / run.factor)
             part = product_tn(ds, k)
             dq = part if dq is None else dq.add_(part)
         assert_some: Any = dq
@@ -364,7 +375,7 @@ class Unit:
             at = start + (0 if self.t_high - self.t_low == 1 else x * segment.step)
             total[head, at : at + segment.length].add_(grad[x], alpha=factor)
 
-    def bias_backward(self, segment: Segment, grad: Tensor) -> None:
+    def bias_backward(self, segment: Segment, grad: Tensor, gains: Gains) -> None:
         """Gradients of the tables that the bias reads, from those by the logits ``(X, n, m, G)``."""
         run = self.run
         env = {**self.env(segment, 0, segment.length, True), **run.leaves}
@@ -373,4 +384,4 @@ class Unit:
             value = value.view(*(1,) * (4 - value.ndim), *value.shape)
         if value.requires_grad:
             wanted = grad.double().sum_to_size(value.shape)
-            run.add_table_grads(torch.autograd.grad(value, list(run.leaves.values()), wanted, allow_unused=True))
+            gains.add_tables(torch.autograd.grad(value, list(run.leaves.values()), wanted, allow_unused=True))

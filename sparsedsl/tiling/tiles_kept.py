@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -25,19 +26,22 @@ class Tiles:
     def __init__(self, limit: int) -> None:
         self.limit, self._bytes = limit, 0
         self._tiles: OrderedDict[Any, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, key: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The tile for ``key``, made if it is not there."""
-        tile = self._tiles.get(key)
-        if tile is not None:
-            self._tiles.move_to_end(key)
-            return tile
-        tile = make()
-        if tile.nbytes * 4 <= self.limit or not self._tiles:
-            self._tiles[key] = tile
-            self._bytes += tile.nbytes
-            while self._bytes > self.limit and len(self._tiles) > 1:
-                self._bytes -= self._tiles.popitem(last=False)[1].nbytes
+        with self._lock:
+            tile = self._tiles.get(key)
+            if tile is not None:
+                self._tiles.move_to_end(key)
+                return tile
+        tile = make()  # two threads may make the same one: that costs less than waiting
+        with self._lock:
+            if key not in self._tiles and (tile.nbytes * 4 <= self.limit or not self._tiles):
+                self._tiles[key] = tile
+                self._bytes += tile.nbytes
+                while self._bytes > self.limit and len(self._tiles) > 1:
+                    self._bytes -= self._tiles.popitem(last=False)[1].nbytes
         return tile
 
     def __len__(self) -> int:

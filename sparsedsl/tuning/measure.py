@@ -24,7 +24,7 @@ from sparsedsl.tuning.store import Store
 __all__ = ["Disturbed", "has_linear", "machine", "machine_key", "measure"]
 
 # Raised when what is measured changes: numbers that mean something else are then measured anew.
-_METHOD = 2
+_METHOD = 3
 _ROUNDS = 7
 # Median over least time, for the probe in the middle, of a machine that does nothing else.
 _CALM = 1.6
@@ -246,7 +246,7 @@ def _numbers(*shape: int) -> torch.Tensor:
 
 
 def _best_seconds(probes: dict[tuple[str, int], Callable[[], object]]) -> tuple[dict[tuple[str, int], float], bool]:
-    """The least time of each probe, and whether others were at work: then the samples of most probes lie far apart.
+    """The least time of each probe, and whether others were at work: then the samples of most probes lie far apart, or all are alike.
 
     In rounds, so that a neighbour's burst of work spoils one sample of all and not all of one.
     """
@@ -263,4 +263,11 @@ def _best_seconds(probes: dict[tuple[str, int], Callable[[], object]]) -> tuple[
             probe()
             samples[name].append(max(time.perf_counter() - start, 1e-9))
     apart = statistics.median(statistics.median(times) / min(times) for times in samples.values())
-    return {name: min(times) for name, times in samples.items()}, apart > _CALM
+    best = {name: min(times) for name, times in samples.items()}
+    return best, apart > _CALM or _waits(best)
+
+
+def _waits(best: dict[tuple[str, int], float]) -> bool:
+    """Whether products take a turn of the scheduler each, whatever their size: one of our threads waits for a core that another holds."""
+    small, large = best["matmul", ROWS[0]], best["matmul", ROWS[-1]]
+    return small > 1e-3 and large < 4 * small

@@ -139,6 +139,23 @@ def test_low_precision_is_as_exact_as_transformers_own(family: str, dtype: torch
     assert (got - exact).abs().max() <= 2 * (own - exact).abs().max()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiled_gives_the_same_logits(family: str) -> None:
+    model, given = build(family), left_padded()
+    wanted = logits(model, given)
+    with sd.models.apply(model, sd.models.native_patterns(model), backend="tiled"):
+        assert_same(logits(model, given), wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_tiled_gives_the_same_tokens(family: str) -> None:
+    model, given = build(family), left_padded()
+    greedy = {"max_new_tokens": 2 * WINDOW, "do_sample": False}
+    wanted = model.generate(**given, **greedy)
+    with sd.models.apply(model, sd.models.native_patterns(model), backend="tiled"):
+        assert torch.equal(model.generate(**given, **greedy), wanted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3"])
 def test_flex_gives_the_same_logits_and_tokens(family: str) -> None:

@@ -70,6 +70,12 @@ CUTS = {
 }
 
 
+def some_cuts(names: Any, count: int = 3) -> list[tuple[str, str]]:
+    """Each name with ``count`` cuts, all cuts about equally often."""
+    cuts = list(CUTS)
+    return [(name, cuts[(number + 2 * turn) % len(cuts)]) for number, name in enumerate(names) for turn in range(count)]
+
+
 @contextlib.contextmanager
 def cut(how: Cut) -> Iterator[None]:
     """Calls inside are cut so, and memory that nobody has written to holds NaN."""
@@ -164,6 +170,13 @@ USUAL = {
     "general score per head": sd.attend(sd.patterns.sliding_window(40), score=score * (1 + h) - b),
     "bias, dilated": sd.attend(sd.patterns.dilated(10, step=4), score=score - 0.1 * kv_idx + 0.01 * q_idx),
     "bias of scattered tiles": sd.attend((q_idx * kv_idx) % 3 == 0, score=score - 0.1 * kv_idx + 0.01 * q_idx * h),
+    "bias, mask per batch entry": sd.attend(causal & (q_idx - kv_idx < 5 + 7 * b), score=score - 0.1 * (q_idx - kv_idx)),
+    "bias, mask per head": sd.attend(causal & (q_idx - kv_idx < 5 + 7 * h), score=score - 0.1 * (q_idx - kv_idx)),
+    "bias per head, mask per batch entry": sd.attend(causal & (q_idx - kv_idx < 5 + 7 * b), score=score - 0.1 * kv_idx * h),
+    "bias per batch entry": sd.attend(causal & (q_idx - kv_idx < 30), score=score - 0.1 * (q_idx - kv_idx) * b),
+    "bias, scattered per batch entry": sd.attend((q_idx * kv_idx + b) % 3 < 2, score=score - 0.1 * (q_idx - kv_idx)),
+    "scattered per head": (q_idx * kv_idx + h) % 3 < 2,
+    "lanes per batch entry": ((kv_idx % 4) == 1) | (causal & (q_idx - kv_idx < 5 * b)),
     "sink": sd.attend(sd.patterns.sliding_window(40), sink=1.5),
     "sink over lanes": sd.attend(sd.patterns.strided(8, local=20), sink=0.5 * h),
     "minus infinity as a score": sd.attend(causal, score=sd.where(kv_idx % 3 == 0, score, -math.inf)),
@@ -173,8 +186,7 @@ USUAL = {
 }
 
 
-@pytest.mark.parametrize("how", CUTS)
-@pytest.mark.parametrize("name", USUAL)
+@pytest.mark.parametrize(("name", "how"), some_cuts(USUAL))
 def test_usual_patterns(name, how):
     assert_right(USUAL[name], *qkv(110), CUTS[how])
 
@@ -242,8 +254,7 @@ LEARNED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("how", CUTS)
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize(("name", "how"), some_cuts(LEARNED))
 def test_learned_tables(name, how):
     pattern, sizes = LEARNED[name]
     for dtype in (torch.float64, torch.float32):
@@ -258,6 +269,15 @@ def test_documents(how):
     assert_right(near, *qkv(150), CUTS[how], doc=ids)
     assert_right(near & (q_idx - kv_idx < 20), *qkv(150), CUTS[how], doc=ids)
     assert_right((doc[q_idx] == doc[kv_idx]) | sd.patterns.sliding_window(30), *qkv(150), CUTS[how], doc=ids)
+
+
+@pytest.mark.parametrize("reads", [b, h], ids=["b", "h"])
+def test_a_lane_that_reads_less_than_the_mask(reads):
+    """Taken apart, the mask turns out to be the same for all heads or batch entries."""
+    at_least_one = sd.maximum(1, sd.table("packed")[reads, q_idx])
+    for index in (q_idx * kv_idx - 900, q_idx - kv_idx - 9, abs(q_idx - kv_idx - 20) - 9):
+        mask = sd.minimum(index, at_least_one) <= 0
+        assert_right(mask, *qkv(60), packed=torch.zeros(4, 60, dtype=torch.int64))
 
 
 def test_tables_that_change_are_seen():
@@ -346,8 +366,7 @@ WILD = {
 }
 
 
-@pytest.mark.parametrize("how", CUTS)
-@pytest.mark.parametrize("name", WILD)
+@pytest.mark.parametrize(("name", "how"), some_cuts(WILD))
 def test_what_a_score_is_where_the_mask_drops_it_does_not_matter(name, how):
     assert_right(WILD[name], *qkv(90, batch=1), CUTS[how])
 

@@ -19,13 +19,29 @@ def statuses(report: kit.Report) -> dict[str, str]:
     return {p.name: p.status for p in report.properties}
 
 
-def test_a_right_pattern_holds() -> None:
-    report = kit.check(CAUSAL & (sd.q_idx - sd.kv_idx < 5), examples=4, seed=1)
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_a_right_pattern_holds(backend: str) -> None:
+    report = kit.check(CAUSAL & (sd.q_idx - sd.kv_idx < 5), examples=4, seed=1, backend=backend)
     assert report.ok
     assert statuses(report) == dict.fromkeys(NAMES, "holds")
     assert [p.examples for p in report.properties] == [1, 4, 4, 4, 4, 4]
     assert report.snippet == ""
     assert "tile lists  holds      4 examples" in str(report)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        CAUSAL & ((sd.q_idx - sd.kv_idx) % 3 == 0),
+        CAUSAL & ((sd.q_idx * sd.kv_idx) % 3 == 0),
+        sd.attend(CAUSAL & (sd.q_idx - sd.kv_idx < 5), score=sd.tanh(sd.score / 2) * 2, sink=0.5),
+        sd.attend(CAUSAL, score=sd.score - 0.1 * (sd.q_idx - sd.kv_idx) * (1 + sd.h)),
+    ],
+    ids=["lanes", "scattered", "cap and sink", "bias"],
+)
+def test_tiled_holds(pattern: Any) -> None:
+    report = kit.check(pattern, examples=5, seed=1, backend="tiled")
+    assert report.ok, report
 
 
 def test_a_pattern_that_must_be_causal_and_is_not() -> None:

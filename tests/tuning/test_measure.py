@@ -226,12 +226,19 @@ def test_a_measurement_that_fails_costs_a_note_and_is_not_remembered(monkeypatch
 def calm(monkeypatch):
     """Measure even where other programs are at work, as they are while tests run."""
     monkeypatch.setattr(measure_module, "_CALM", float("inf"))
+    monkeypatch.setattr(measure_module, "_waits", lambda best: False)
 
 
 def test_a_busy_machine_is_not_remembered(folder, monkeypatch, notes):
     monkeypatch.setattr(measure_module, "_CALM", 0.0)  # no machine is as calm as this
     assert machine().source == "built in"
     assert not list(folder.glob("*.json"))
+
+
+def test_products_that_all_take_one_turn_of_the_scheduler_are_no_rates():
+    turn, work = 8e-3, {("matmul", m): m * 1e-6 for m in ROWS}
+    assert measure_module._waits(dict.fromkeys(work, turn))
+    assert not measure_module._waits(work) and not measure_module._waits({name: 100 * s for name, s in work.items()})
 
 
 def test_the_numbers_are_those_of_a_machine(calm):
