@@ -52,6 +52,8 @@ demo: $(READY)  ## the main job: a hybrid pattern in a real language model (DEMO
 bench: $(READY)  ## the benchmarks, one after the other
 	$(RUN) benchmarks/block_lists.py $(BENCH_ARGS)
 	$(RUN) benchmarks/attention_cpu.py $(BENCH_ARGS)
+	$(RUN) benchmarks/training_cpu.py $(BENCH_ARGS)
+	$(RUN) benchmarks/gemma_prefill.py $(BENCH_ARGS)
 
 clean:  ## remove what builds, tests and tools leave behind; keep .venv
 	rm -rf build dist out .typing .hypothesis .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov *.egg-info

@@ -1,6 +1,6 @@
 """Attention on the CPU, forward: sparsedsl against FlexAttention by hand, and against dense causal SDPA.
 
-    python benchmarks/attention_cpu.py                       # backend `tiled`, 13 patterns, 8K and 16K: about 12 minutes on two cores
+    python benchmarks/attention_cpu.py                       # backend `tiled`, 8K and 16K: about 12 minutes on two cores
     python benchmarks/attention_cpu.py --lengths 32768       # the same at 32K: about 12 minutes
     python benchmarks/attention_cpu.py --quick               # two patterns, one length: about a minute
     python benchmarks/attention_cpu.py --backend flex        # our lists and kernels for FlexAttention: about 15 minutes
@@ -34,9 +34,9 @@ MILLION, MILLION_DIM = 2**20, 64
 def million(backend: str, length: int, checked_rows: int) -> dict[str, Any]:
     """One call at ``length`` tokens, window 1024, one head, and rows of it against the reference in float64."""
     import torch
+    from cases import CASES
 
     import sparsedsl as sd
-    from cases import CASES
 
     pattern = CASES["window"].declare()
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +109,11 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     add("--lengths", nargs="+", type=int, metavar="TOKENS", help="default: tiled 8K 16K, flex 4K to 32K; one with --million")
     add("--dims", nargs="+", type=int, metavar="D", help="head dimensions (default 64 128; flex: 64 only)")
     add("--rounds", type=int, help="repetitions behind each median (default: tiled 5, flex 9, quick 3)")
-    add("--keep-cache", action="store_true", help="use torch's compile cache: first calls in the table of patterns say nothing then")
+    add(
+        "--keep-cache",
+        action="store_true",
+        help="use torch's compile cache: first calls in the table of patterns say nothing then",
+    )
     add("--no-first-calls", action="store_true", help="leave out the first calls in new processes (tiled)")
     add("--rows", type=int, default=64, help="rows checked with --million (default 64)")
     add("--out", type=Path, help="JSON file (default: benchmarks/results/attention_<backend>[_<lengths>]_<machine>.json)")

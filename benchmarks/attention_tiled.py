@@ -3,17 +3,18 @@
 Batch 1, 4 heads, float32, no gradients. One process a pattern; for each head dimension and length, in turns:
 
 - *tiled*: ``attn(q, k, v)`` of ``sd.compile(pattern, backend="tiled")`` with the schedule remembered, checks included.
-- *flex*: ``torch.compile(flex_attention, dynamic=False)`` with a mask written by hand, made before: one kernel for each length and head
-  dimension, the best torch can do. Its cache is emptied before each, and a kernel that is not compiled would be an error.
+- *flex*: ``torch.compile(flex_attention, dynamic=False)`` with a mask written by hand, made before: one kernel for each length
+  and head dimension, the best torch can do. Its cache is emptied before each, and a kernel that is not compiled would be an
+  error.
 - *SDPA*: ``scaled_dot_product_attention(is_causal=True)``, dense, whatever the pattern.
 
-Times are medians; ``flex / tiled`` and the ratio of rates are medians of the ratios within one round. A *rate* is the work scheduled,
-4 floating-point operations for each pair computed and each entry of a head, in a second: pairs in the strips of the schedule, masked
-ones included; for SDPA half the square. So the ratio of rates says how near sparse attention comes to what a dense kernel gets out of
-this machine, and ``computed / allowed`` what the schedule computes in vain.
+Times are medians; ``flex / tiled`` and the ratio of rates are medians of the ratios within one round. A *rate* is the work
+scheduled, 4 floating-point operations for each pair computed and each entry of a head, in a second: pairs in the strips of the
+schedule, masked ones included; for SDPA half the square. So the ratio of rates says how near sparse attention comes to what a
+dense kernel gets out of this machine, and ``computed / allowed`` what the schedule computes in vain.
 
-*First calls*: a fresh process with tensors at hand and sparsedsl imported makes one call, compilation included. ``empty``: nothing in the
-caches of sparsedsl (it then measures the machine) and of torch; ``filled``: the same command again.
+*First calls*: a fresh process with tensors at hand and sparsedsl imported makes one call, compilation included. ``empty``:
+nothing in the caches of sparsedsl (it then measures the machine) and of torch; ``filled``: the same command again.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ SPEEDUP, LEAST_SPEEDUP, RATE_RATIO, SCATTERED_RATE_RATIO = 2.0, 1.0, 0.7, 0.5
 def child(name: str, lengths: list[int], dims: list[int], rounds: int) -> None:
     """Measure, and print one JSON object for each head dimension and length."""
     import torch
+    from cases import CASES
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     from torch.nn.functional import scaled_dot_product_attention
 
     import sparsedsl as sd
-    from cases import CASES
     from sparsedsl.run.inputs import check_call
     from sparsedsl.run.tiled_kernel import sizes_of
 
@@ -120,9 +121,9 @@ def child(name: str, lengths: list[int], dims: list[int], rounds: int) -> None:
 def first_call(method: str, length: int) -> None:
     """Seconds from a pattern to the first result, as one JSON object."""
     import torch
+    from cases import CASES
 
     import sparsedsl as sd
-    from cases import CASES
 
     case = CASES[FIRST_PATTERN]
     q, k, v = (torch.randn(BATCH, HEADS, length, 64) for _ in range(3))
@@ -214,7 +215,12 @@ def table(records: list[dict[str, Any]]) -> str:
     for record in records:
         steady, rates = record["seconds"], record["gflops"]
         row = [CASES[record["pattern"]].title, str(record["head_dim"]), length_text(record["length"])]
-        row += [time_text(steady["tiled"]), time_text(steady["flex"]), f"{record['flex_over_tiled']:.2f}", time_text(steady["sdpa"])]
+        row += [
+            time_text(steady["tiled"]),
+            time_text(steady["flex"]),
+            f"{record['flex_over_tiled']:.2f}",
+            time_text(steady["sdpa"]),
+        ]
         row += [f"{record['computed_over_allowed']:.2f}", f"{rates['tiled']:.0f}", f"{rates['sdpa']:.0f}"]
         rows.append([*row, f"{record['rate_ratio']:.2f}"])
     return measure.markdown(header, rows)

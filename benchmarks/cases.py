@@ -27,7 +27,7 @@ def document_ids(length: int) -> torch.Tensor:
 
 
 def block_table(length: int, share: float) -> torch.Tensor:
-    """Which pairs of 128-blocks attend, bool: ``share`` of those below the diagonal, at random, and the diagonal; the same every run."""
+    """Which pairs of 128-blocks attend, bool: the diagonal and, at random but the same every run, ``share`` of those below it."""
     blocks = -(-length // BLOCK)
     generator = torch.Generator().manual_seed(0)
     below = torch.ones(blocks, blocks, dtype=torch.bool).tril(-1)
@@ -159,7 +159,6 @@ def _alibi(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
 
 
 # ---- all of them -------------------------------------------------------------------------------------------
-
 
 
 def _block_sparse_case(percent: int) -> Case:

@@ -9,9 +9,9 @@ Three models that share their weights (float32, batch 1):
 - *native*: the same patterns through ``sd.models.apply``, backend ``auto``.
 - *hybrid*: the pattern of ``examples/gemma_hybrid.py`` in the three full layers, the others native.
 
-They take turns; times are medians, ratios medians within a round. *Prefill* is a forward pass without cache and without the vocabulary
-head; the first one of each, which cuts the patterns into strips, stands apart. *Decode* is the mean time of a token of greedy
-generation after the prompt's prefill. The weights come with the extra ``demo``; see ``examples/gemma.py``.
+They take turns; times are medians, ratios medians within a round. *Prefill* is a forward pass without cache and without the
+vocabulary head; the first one of each, which cuts the patterns into strips, stands apart. *Decode* is the mean time of a token
+of greedy generation after the prompt's prefill. The weights come with the extra ``demo``; see ``examples/gemma.py``.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def measure_prefill(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> d
         hidden[name], first[name] = gemma.prefill(model, ids, f"{TITLES[name]}: first prefill")
     start = max(0, ids.shape[1] - JUDGED)
     differences = {
-        name: gemma.largest_difference(models["sdpa"], hidden["sdpa"], hidden[name], start, "compare logits") for name in METHODS[1:]
+        name: gemma.largest_difference(models["sdpa"], hidden["sdpa"], hidden[name], start, "compare logits")
+        for name in METHODS[1:]
     }
     hidden.clear()
     with tqdm(total=rounds * len(models), desc=f"prefill, {length_text(ids.shape[1])} tokens", unit="prefill") as bar:
@@ -73,9 +74,7 @@ def measure_prefill(models: dict[str, Any], ids: torch.Tensor, rounds: int) -> d
         "first_s": first,
         "seconds": {name: median(values) for name, values in found.items()},
         "all_seconds": found,
-        "speedup": {
-            name: median(a / b for a, b in zip(found["sdpa"], found[name], strict=True)) for name in METHODS[1:]
-        },
+        "speedup": {name: median(a / b for a, b in zip(found["sdpa"], found[name], strict=True)) for name in METHODS[1:]},
         "largest_logit_difference": differences,
     }
 

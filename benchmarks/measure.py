@@ -122,11 +122,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def target(what: str, got: float, *, at_least: float | None = None, at_most: float | None = None) -> dict[str, Any]:
     """What was wanted, what was measured, and whether it will do: a record for the JSON file and :func:`verdicts`."""
-    if (at_least is None) == (at_most is None):
-        raise ValueError(f"{what}: give at_least or at_most")
-    limit = at_least if at_most is None else at_most
-    passed = got >= limit if at_most is None else got <= limit
-    return {"what": what, "got": got, "wanted": "at least" if at_most is None else "at most", "limit": limit, "pass": bool(passed)}
+    if at_least is not None and at_most is None:
+        return {"what": what, "got": got, "wanted": "at least", "limit": at_least, "pass": bool(got >= at_least)}
+    if at_most is not None and at_least is None:
+        return {"what": what, "got": got, "wanted": "at most", "limit": at_most, "pass": bool(got <= at_most)}
+    raise ValueError(f"{what}: give at_least or at_most")
 
 
 def verdicts(targets: Iterable[Mapping[str, Any]]) -> str:

@@ -2,15 +2,16 @@
 
     python benchmarks/training_cpu.py               # rates, gradients, memory: about 5 minutes on two cores
     python benchmarks/training_cpu.py --quick       # the same at small sizes: about a minute
-    python benchmarks/training_cpu.py --million     # forward and backward of one call over a million tokens, rows checked in float64
+    python benchmarks/training_cpu.py --million     # one call over a million tokens, rows checked in float64
 
 Batch 1, 4 heads, head dimension 64, float32. What is measured:
 
 - *rates*: forward and backward, gradients of q, k and v, beside ``scaled_dot_product_attention(is_causal=True)`` forward and
-  backward, in turns; medians. The work is 14 floating-point operations (4 forward, 10 backward) for each pair computed and each entry of a
-  head: for `tiled` the pairs of its schedule, masked ones included, for SDPA half the square. ``SDPA / tiled`` is the time saved.
-- *gradients*: at one length, `tiled` and SDPA with the mask as a tensor, both in float32, against SDPA in float64: the largest error of
-  each, as a share of the largest entry. `tiled` may be three times as far off as SDPA, which adds in another order.
+  backward, in turns; medians. The work is 14 floating-point operations (4 forward, 10 backward) for each pair computed and each
+  entry of a head: for `tiled` the pairs of its schedule, masked ones included, for SDPA half the square. ``SDPA / tiled`` is
+  the time saved.
+- *gradients*: at one length, `tiled` and SDPA with the mask as a tensor, both in float32, against SDPA in float64: the largest
+  error of each, as a share of the largest entry. `tiled` may be three times as far off as SDPA, which adds in another order.
 - *memory*: growth of the resident memory at its highest during forward and backward, window 1024, each length in a process of its
   own; beside it the bytes of the results alone (output, LSE, and the gradients of q, k and v).
 """
@@ -55,10 +56,10 @@ def inputs(length: int, heads: int = HEADS) -> list[Any]:
 def measure_rates(name: str, length: int, rounds: int) -> dict[str, Any]:
     """Forward and backward of one pattern beside dense SDPA."""
     import torch
+    from cases import CASES
     from torch.nn.functional import scaled_dot_product_attention
 
     import sparsedsl as sd
-    from cases import CASES
     from sparsedsl.run.inputs import check_call
     from sparsedsl.run.tiled_kernel import sizes_of
 
@@ -102,10 +103,10 @@ def measure_rates(name: str, length: int, rounds: int) -> dict[str, Any]:
 def measure_gradients(name: str, length: int) -> dict[str, Any]:
     """Largest errors of the output and the three gradients against float64, as shares of the largest entry."""
     import torch
+    from cases import CASES
     from torch.nn.functional import scaled_dot_product_attention
 
     import sparsedsl as sd
-    from cases import CASES
 
     q, k, v, grad_out = inputs(length)
     case = CASES[name]
@@ -118,8 +119,8 @@ def measure_gradients(name: str, length: int) -> dict[str, Any]:
         out = attend(*tensors)
         return [out.detach(), *torch.autograd.grad(out, tensors, grad_out.to(dtype))]
 
-    def masked(*tensors: Any) -> Any:
-        return scaled_dot_product_attention(*tensors, attn_mask=mask)
+    def masked(q: Any, k: Any, v: Any) -> Any:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     attn = sd.compile(case.declare(), backend="tiled")
     exact = results(masked, torch.float64)
@@ -193,8 +194,8 @@ def million(length: int, checked_rows: int) -> dict[str, Any]:
             values.append(kept[key])
     out, dq = kept["out"].detach(), kept["grads"][0]
     generator = torch.Generator().manual_seed(1)
-    rows = {0, length - 1, *torch.randint(0, length, (checked_rows,), generator=generator).tolist()}
-    rows = sorted(rows)[: max(1, checked_rows - 1)] + [length - 1]
+    inner = torch.randperm(length, generator=generator)[:checked_rows].tolist()
+    rows = sorted({0, length - 1, *inner[: checked_rows - 2]})
     worst = {"out": 0.0, "dq": 0.0}
     largest = {"out": 0.0, "dq": 0.0}
     for row in tqdm(rows, desc="rows in float64", unit="row"):
@@ -284,19 +285,37 @@ def text(result: dict[str, Any]) -> str:
     rates = []
     for record in result["records"]:
         seconds, gflops = record["seconds"], record["gflops"]
-        row = [CASES[record["pattern"]].title, length_text(record["length"]), time_text(seconds["tiled"]), time_text(seconds["sdpa"])]
-        row += [f"{record['sdpa_over_tiled']:.1f}x", f"{gflops['tiled']:.0f}", f"{gflops['sdpa']:.0f}", f"{record['rate_ratio']:.2f}"]
+        row = [
+            CASES[record["pattern"]].title,
+            length_text(record["length"]),
+            time_text(seconds["tiled"]),
+            time_text(seconds["sdpa"]),
+        ]
+        row += [
+            f"{record['sdpa_over_tiled']:.1f}x",
+            f"{gflops['tiled']:.0f}",
+            f"{gflops['sdpa']:.0f}",
+            f"{record['rate_ratio']:.2f}",
+        ]
         rates.append(row)
     header = ("forward and backward", "tokens", "tiled", "SDPA causal", "SDPA / tiled", "tiled GFLOP/s", "SDPA GFLOP/s", "ratio")
     parts = [measure.markdown(header, rates)]
     errors = [
-        (f"{method}: {CASES[record['pattern']].title}, {length_text(record['length'])}", *(f"{e:.1e}" for e in record[key].values()))
+        (
+            f"{method}: {CASES[record['pattern']].title}, {length_text(record['length'])}",
+            *(f"{e:.1e}" for e in record[key].values()),
+        )
         for record in result["gradients"]
         for method, key in (("tiled", "tiled"), ("SDPA, masked", "sdpa"))
     ]
     parts.append(measure.markdown(("error against float64", "out", "dq", "dk", "dv"), errors))
     memory = [
-        (length_text(r["length"]), bytes_text(r["peak_bytes"]), bytes_text(r["result_bytes"]), f"{r['peak_bytes'] / r['length']:,.0f}")
+        (
+            length_text(r["length"]),
+            bytes_text(r["peak_bytes"]),
+            bytes_text(r["result_bytes"]),
+            f"{r['peak_bytes'] / r['length']:,.0f}",
+        )
         for r in result["memory"]
     ]
     parts.append(measure.markdown(("tokens", "peak memory", "results alone", "bytes a token"), memory))
@@ -305,7 +324,9 @@ def text(result: dict[str, Any]) -> str:
 
 def million_text(found: dict[str, Any]) -> str:
     """The one call in words and numbers."""
-    errors = ", ".join(f"{what} {error:.1e} of {found['largest_entry'][what]:.2g}" for what, error in found["largest_error"].items())
+    errors = ", ".join(
+        f"{what} {error:.1e} of {found['largest_entry'][what]:.2g}" for what, error in found["largest_error"].items()
+    )
     rows = [
         ("tokens, window, heads, head dimension", f"{found['length']:,}, {found['window']}, 1, {found['head_dim']}"),
         ("first call of the pattern (2,048 tokens)", time_text(found["first_call_at_2048_s"])),
@@ -356,7 +377,14 @@ def main(arguments: list[str] | None = None) -> int:
     facts |= {"load_average_end": measure.load(), "benchmark_s": round(time.perf_counter() - start)}
     name = "training_cpu_million" if options.million else "training_cpu"
     path = options.out or measure.result_path(name, facts)
-    settings = {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM, "dtype": "float32", "rounds": options.rounds, "quick": options.quick}
+    settings = {
+        "batch": 1,
+        "heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "dtype": "float32",
+        "rounds": options.rounds,
+        "quick": options.quick,
+    }
     measure.write_json(path, {"benchmark": name, "machine": facts, "settings": settings} | result)
     print(f"Training on the CPU. {measure.describe(facts)}\n")
     print(million_text(result["million"]) if options.million else text(result))

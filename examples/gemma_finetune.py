@@ -2,8 +2,9 @@
 
     python examples/gemma_finetune.py               (about three minutes on two cores; --quick: one)
 
-Training goes through attention backwards, and so through the pattern: no mask tensor, no S x S matrix, memory that grows with the
-tokens. Eight steps on the sources of Python's standard library, and the loss on sources the model was not trained on, before and after.
+Training goes through attention backwards, and so through the pattern: no mask tensor, no S x S matrix, memory that grows with
+the tokens. Eight steps on the sources of Python's standard library, and the loss on sources the model was not trained on,
+before and after.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gemma
 import torch
+from gemma_hybrid import HYBRID
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import gemma
 import sparsedsl as sd
-from gemma_hybrid import HYBRID
 
 # ---- edit here ------------------------------------------------------------------------------------------
 
@@ -30,7 +31,7 @@ LEARNING_RATE = 3e-5
 
 # ---------------------------------------------------------------------------------------------------------
 
-HELD_OUT_TOKENS = 2 * 2048
+HELD_OUT = 2  # texts the model is judged by, each as long as a step
 CHUNK = 256  # positions whose logits exist at a time: 262,144 numbers each
 TRAINING_SOURCES = ("argparse", "turtle", "tarfile", "inspect", "typing", "pathlib", "subprocess", "doctest")
 HELD_OUT_SOURCES = ("statistics", "zipfile", "calendar")
@@ -52,8 +53,10 @@ def batches(tokenizer: Any, modules: tuple[str, ...], tokens: int) -> Iterator[t
 
 
 def loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood of every token after the first. All logits at once would take 1 MB a token, and as much again for
-    their gradients: they are made in chunks, and made again on the way back."""
+    """Mean negative log-likelihood of every token after the first.
+
+    All logits at once would take 1 MB a token, and as much again for their gradients: they are made in chunks, twice.
+    """
 
     def chunk_loss(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(model.lm_head(hidden), wanted, reduction="sum")
@@ -72,7 +75,7 @@ def held_out_loss(model: Any, held_out: list[torch.Tensor], what: str) -> float:
 
 
 def trained_weights(model: Any, layers: int) -> list[torch.nn.Parameter]:
-    """The weights of the last ``layers`` layers (0: all), which alone get gradients. Embeddings, 60 % of the model, stay as they are."""
+    """The weights of the last ``layers`` layers (0: all). They alone get gradients; embeddings, 60 % of the model, stay as they are."""
     model.requires_grad_(False)
     chosen = model.model.layers[-layers:] if layers else model.model.layers
     chosen.requires_grad_(True)
@@ -95,7 +98,9 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else usual)
     if options.steps < 1 or options.tokens < 1 or options.layers < 0:
-        parser.error(f"--steps and --tokens must be at least 1, --layers at least 0; got {options.steps}, {options.tokens}, {options.layers}")
+        parser.error(
+            f"--steps and --tokens must be at least 1, --layers at least 0; got {options.steps}, {options.tokens} and {options.layers}"
+        )
     return options
 
 
@@ -109,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     full = [index for index, pattern in native.items() if pattern == sd.attend(sd.patterns.causal())]
     patterns = native if options.native else {**native, **dict.fromkeys(full, PATTERN)}
 
-    held_out = list(batches(tokenizer, HELD_OUT_SOURCES, options.tokens))[: max(1, HELD_OUT_TOKENS // options.tokens)]
+    held_out = list(batches(tokenizer, HELD_OUT_SOURCES, options.tokens))[:HELD_OUT]
     training = list(batches(tokenizer, TRAINING_SOURCES, options.tokens))
     weights = trained_weights(model, options.layers)
     optimizer = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=0.0)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 MACHINE = {"cpu", "cores", "memory_gib", "torch_threads", "python", "torch", "commit", "date", "load_average"}
 
 
 def load(name: str) -> Any:
-    """A script of the folder as a module."""
+    """A script of the folder as a module. What it imports from its folder is found as it would be from the command line."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -60,12 +65,13 @@ def test_block_lists(tmp_path):
 
 
 @pytest.mark.slow
-def test_attention_cpu(tmp_path):
+def test_attention_flex(tmp_path):
     content, shown = run(
-        "attention_cpu.py", tmp_path / "attention.json",
+        "attention_cpu.py", tmp_path / "attention.json", "--backend", "flex",
         "--patterns", "causal_documents", "--lengths", "640", "--rounds", "1", "--keep-cache",
     )  # fmt: skip
     (record,) = content["records"]
+    assert content["benchmark"] == "attention_flex_640"
     assert record["length"] == 640
     assert record["largest_difference"] < 1e-5
     assert record["seconds"].keys() == {"ours", "ours_total", "by_hand", "by_hand_total", "sdpa"}
@@ -75,13 +81,149 @@ def test_attention_cpu(tmp_path):
 
 
 @pytest.mark.slow
-def test_million(tmp_path):
-    content, shown = run("attention_cpu.py", tmp_path / "million.json", "--million", "--lengths", "4500", "--rows", "4")
+def test_attention_tiled(tmp_path):
+    content, shown = run(
+        "attention_cpu.py", tmp_path / "attention.json",
+        "--patterns", "chunked", "blocks25", "--lengths", "640", "--dims", "16", "--rounds", "1", "--keep-cache",
+    )  # fmt: skip
+    assert content["benchmark"] == "attention_tiled_640"
+    assert [record["pattern"] for record in content["records"]] == ["chunked", "blocks25"]
+    for record in content["records"]:
+        assert (record["length"], record["head_dim"]) == (640, 16)
+        assert record["largest_difference"] < 1e-5
+        assert record["seconds"].keys() == record["first_seconds"].keys() == {"tiled", "flex", "sdpa"}
+        assert record["computed_over_allowed"] >= 1, "less computed than the pattern allows"
+        rate = 4 * 16 * record["pairs_computed"] / record["seconds"]["tiled"] / 1e9
+        assert math.isclose(rate, record["gflops"]["tiled"], rel_tol=1e-6)
+    first = content["first_calls"]
+    assert all(first[f"{method}_{state}_s"] > 0 for method in ("tiled", "flex") for state in ("empty", "filled"))
+    assert len(content["targets"]) == 4
+    assert all(target["what"] in shown for target in content["targets"])
+    assert content["rates"]["linear_gflops"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tiled", "flex"])
+def test_million(tmp_path, backend):
+    content, shown = run(
+        "attention_cpu.py", tmp_path / "million.json", "--backend", backend, "--million", "--lengths", "4500", "--rows", "4",
+    )  # fmt: skip
     found = content["million"]
     assert (found["length"], found["rows_checked"]) == (4500, 4)
     assert found["largest_error_against_float64_reference"] < 1e-5
     assert found["all_finite"]
-    assert "| lists and kernel |" in shown
+    assert "| lists or schedule, and kernel |" in shown
+
+
+def test_command_lines_that_contradict_themselves(capsys):
+    script = load("attention_cpu")
+    for arguments, words in (
+        (["--backend", "flex", "--dims", "128"], "head dimension 64 only; got --dims [128]"),
+        (["--million", "--lengths", "10", "20"], "--million takes one length; got [10, 20]"),
+    ):
+        with pytest.raises(SystemExit):
+            script.options_from(arguments)
+        assert words in capsys.readouterr().err
+
+
+def test_block_tables_have_the_share_they_promise():
+    cases = load("cases")
+    table = cases.block_table(128 * 40, 0.25)
+    assert table.diagonal().all()
+    assert not table.triu(1).any()
+    assert table.tril(-1).sum() == 40 * 39 / 2 * 0.25
+    assert torch.equal(table, cases.block_table(128 * 40, 0.25)), "not the same in every run"
+
+
+def test_both_forms_of_every_case_allow_the_same():
+    from sparsedsl.lang.evaluate import evaluate
+    from sparsedsl.lang.pattern import as_pattern
+
+    cases, length = load("cases"), 4700  # beyond the widest window
+    positions = torch.arange(length)
+    for name, case in cases.CASES.items():
+        tables = dict(case.tables(length))
+        head = case.heads - 1
+        by_hand = case.mask_mod(tables)(0, head, positions[:, None], positions)
+        env = {"b": 0, "h": head, "q_idx": positions[:, None], "kv_idx": positions, "q_len": length, "kv_len": length}
+        mask = as_pattern(case.declare()).mask
+        assert torch.equal(by_hand, evaluate(mask.expr, env | tables).expand(length, length)), name
+
+
+@pytest.mark.slow
+def test_training_cpu(tmp_path):
+    content, shown = run(
+        "training_cpu.py", tmp_path / "training.json",
+        "--patterns", "window512", "alibi", "--lengths", "640", "--memory-lengths", "4096", "8192", "--rounds", "1",
+    )  # fmt: skip
+    assert [record["pattern"] for record in content["records"]] == ["window512", "alibi"]
+    for record in content["records"]:
+        rate = 14 * 64 * record["pairs_computed"] / record["seconds"]["tiled"] / 1e9
+        assert math.isclose(rate, record["gflops"]["tiled"], rel_tol=1e-6)
+    (gradients,) = content["gradients"]
+    assert gradients["pattern"] == "window512"
+    assert gradients["tiled"].keys() == {"out", "dq", "dk", "dv"}
+    assert max(gradients["tiled"].values()) < 1e-5
+    less, more = content["memory"]
+    assert less["peak_bytes"] >= less["result_bytes"] == 4 * 4 * 4096 * 64 * 4 + 4 * 4 * 4096
+    assert more["peak_bytes"] < 3 * less["peak_bytes"], "memory does not grow with the length, but faster"
+    assert [target["limit"] for target in content["targets"]] == [0.7, 3.0, 2.2]
+    assert all(target["what"] in shown for target in content["targets"])
+
+
+@pytest.mark.slow
+def test_training_million(tmp_path):
+    content, shown = run("training_cpu.py", tmp_path / "million.json", "--million", "--lengths", "4500", "--rows", "4")
+    found = content["million"]
+    assert (found["length"], found["rows_checked"]) == (4500, 4)
+    assert all(error < 1e-5 for error in found["largest_error"].values())
+    assert found["largest_entry"]["dq"] > 1e-3
+    assert found["all_finite"]
+    assert "| forward and backward (median of 3) |" in shown
+
+
+def tiny_gemma() -> tuple[Any, Any]:
+    """A Gemma 3 with random weights and its own layout of layers, and a tokenizer that reads bytes."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, sliding_window=64, max_position_embeddings=4096, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+
+    def tokenizer(text: str, return_tensors: str) -> Any:
+        return SimpleNamespace(input_ids=torch.tensor([list(text[:9000].encode("ascii", "replace"))]))
+
+    return Gemma3ForCausalLM(config).eval(), tokenizer
+
+
+def test_gemma_prefill(tmp_path, monkeypatch, capsys):
+    script = load("gemma_prefill")
+    monkeypatch.setattr(script.gemma, "load", tiny_gemma)
+    out = tmp_path / "gemma.json"
+    arguments = ["--tokens", "700", "--prompt", "300", "--new", "4", "--rounds", "2", "--decode-rounds", "1", "--out", str(out)]
+    assert script.main(arguments) == 0
+    content = json.loads(out.read_text())
+    prefill, decode = content["prefill"], content["decode"]
+    assert prefill["tokens"] == 700
+    assert prefill["largest_logit_difference"]["native"] < 1e-4 < prefill["largest_logit_difference"]["hybrid"]
+    assert [len(times) for times in prefill["all_seconds"].values()] == [2, 2, 2]
+    assert decode["same_tokens"]["native"] == 4
+    assert [target["pass"] for target in content["targets"]][2] is True
+    shown = capsys.readouterr().out
+    assert "| sparsedsl, hybrid in full layers |" in shown
+    assert str(out) in shown
+
+
+def test_gemma_models_share_their_weights():
+    script = load("gemma_prefill")
+    model, _ = tiny_gemma()
+    models = script.three_models(model)
+    places = [[weight.data_ptr() for weight in one.parameters()] for one in models.values()]
+    assert places[0] == places[1] == places[2]
+    assert models["sdpa"].config._attn_implementation == "sdpa"
+    assert models["hybrid"].config is not models["sdpa"].config
 
 
 def test_peak_bytes_sees_what_is_freed_again():
@@ -123,3 +265,12 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(("value", "text"), [(0.0123456, "12.3 ms"), (0.9999, "1 s"), (61.2, "61.2 s"), (1e-5, "0.01 ms")])
 def test_times_in_words(value, text):
     assert load("measure").time_text(value) == text
+
+
+def test_targets_say_what_was_wanted():
+    measure = load("measure")
+    met, missed = measure.target("speed", 2.5, at_least=2.0), measure.target("error", 3.5, at_most=3.0)
+    assert (met["pass"], missed["pass"]) == (True, False)
+    assert measure.verdicts([met, missed]) == "pass: speed: 2.5, target at least 2\nMISS: error: 3.5, target at most 3"
+    with pytest.raises(ValueError, match="give at_least or at_most"):
+        measure.target("both", 1.0, at_least=1.0, at_most=1.0)

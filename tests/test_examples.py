@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from source_tree import ROOT
 
@@ -15,6 +19,7 @@ EXAMPLES = ROOT / "examples"
 ELSEWHERE = {
     "gemma_hybrid.py": "needs 240 MB of weights: make demo runs it",
     "gemma.py": "the parts of gemma_hybrid.py",
+    "gemma_finetune.py": "needs the same weights: below with a model of random ones",
 }
 NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in ELSEWHERE)
 
@@ -37,3 +42,58 @@ def test_example_asks_one_question_and_says_how_to_run_it(name):
     first, *_ = source = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()
     assert first.startswith('"""') and first.endswith("?")
     assert any(line.strip().startswith(f"python examples/{name}") for line in source)
+
+
+def tiny_gemma() -> tuple[Any, Any]:
+    """A Gemma 3 with random weights and its own layout of layers, and a tokenizer that reads bytes."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, sliding_window=64, max_position_embeddings=4096, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+
+    def tokenizer(text: str, return_tensors: str) -> Any:
+        return SimpleNamespace(input_ids=torch.tensor([list(text[:9000].encode("ascii", "replace"))]))
+
+    return Gemma3ForCausalLM(config).eval(), tokenizer
+
+
+@pytest.fixture
+def finetune(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location("examples_gemma_finetune", EXAMPLES / "gemma_finetune.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kept = tiny_gemma()
+    monkeypatch.setattr(module.gemma, "load", lambda: kept)
+    module.kept = kept
+    return module
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["--checkpointing"], ["--native", "--layers", "2"]], ids=["hybrid", "checkpointing", "native"]
+)
+def test_finetuning_lowers_the_loss_on_unseen_text(finetune, capsys, extra):
+    model = finetune.kept[0]
+    before = [weight.detach().clone() for weight in model.parameters()]
+    assert finetune.main(["--steps", "3", "--tokens", "600", "--learning-rate", "1e-2", *extra]) == 0
+    shown = capsys.readouterr().out
+    assert "held-out loss before: 5." in shown
+    assert ", down by " in shown
+    layers = {id(weight) for weight in model.model.layers.parameters()}
+    changed = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    trained = [id(weight) in layers for weight in model.parameters()]
+    assert not any(c and not t for c, t in zip(changed, trained, strict=True)), "frozen weights have moved"
+    assert sum(changed) >= (0.9 if "--layers" not in extra else 0.25) * sum(trained)
+
+
+def test_finetuning_loss_in_chunks_is_the_loss(finetune):
+    model = finetune.kept[0]
+    ids = torch.randint(0, 256, (1, 601), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits[0]
+        wanted = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+        assert torch.allclose(finetune.loss(model, ids), wanted, rtol=1e-5)

@@ -198,12 +198,14 @@ class Unit:
             env = self.tile_env(shared, segment, 0, segment.length, transposed)
             value = clamped(evaluate(expr, env, dtype=self.run.dtype).to(self.run.dtype))
             value = value.view(*(1,) * (4 - value.ndim), *value.shape)
-            if masks:
+            tiles = [(low, high, self.mask(segment, low, high, residual, transposed)) for low, high, residual, _ in masks]
+            if tiles:
                 shape = torch.broadcast_shapes(value.shape, env["q_idx"].shape, env["kv_idx"].shape)
-                value = value.expand(shape).contiguous()
-            for low, high, residual, _ in masks:
+                several = max(shape[0], *(tile.shape[0] for _, _, tile in tiles))  # masks may differ where the bias does not
+                value = value.expand(several, *shape[1:]).contiguous()
+            for low, high, tile in tiles:
                 part = value[:, low:high] if transposed else value[..., low:high]
-                part.masked_fill_(self.mask(segment, low, high, residual, transposed).isinf(), float("-inf"))
+                part.masked_fill_(tile.isinf(), float("-inf"))
             return value.contiguous()
 
         key = (

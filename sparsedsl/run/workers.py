@@ -56,15 +56,17 @@ def run_all(tasks: Sequence[Callable[[], None]]) -> None:
         pool = _pools.get(count)
         if pool is None:
             pool = _pools[count] = ThreadPoolExecutor(count, thread_name_prefix="sparsedsl", initializer=_alone)
-    futures = [pool.submit(_plainly, task) for task in tasks]
+    inference = torch.is_inference_mode_enabled()
+    futures = [pool.submit(_plainly, task, inference) for task in tasks]
     errors = [future.exception() for future in futures]
     for error in errors:
         if error is not None:
             raise error
 
 
-def _plainly(task: Callable[[], None]) -> None:
-    with torch.no_grad():
+def _plainly(task: Callable[[], None], inference: bool) -> None:
+    # Both are switches of a thread; tensors made in inference mode may only be written to in it.
+    with torch.inference_mode() if inference else torch.no_grad():
         task()
 
 

@@ -83,7 +83,9 @@ def test_explain_says_what_would_happen():
     refused = sd.compile(window, backend="flex").explain(32768, heads=8, grad=True)
     assert refused.plan is None and "backend: none" in str(refused)
     attn = sd.compile(window)
-    assert "backend: tiled" in str(attn.explain(32768, heads=8, grad=True)) and "strips of up to" in str(attn.explain(8192, grad=True))
+    assert "backend: tiled" in str(attn.explain(32768, heads=8, grad=True)) and "strips of up to" in str(
+        attn.explain(8192, grad=True)
+    )
     assert "<pre>" in attn.explain(64)._repr_html_()
     text = str(sd.compile(causal & ((q_idx * kv_idx) % 3 == 0)).explain(256))
     assert "decided by boxes and points" in text

@@ -1,4 +1,4 @@
-"""On a CUDA device: the flex lowering forward and backward, LSE, sinks and learned tables, against the fp64 reference."""
+"""On a CUDA device: the flex and tiled lowerings, forward and backward, LSE, sinks and learned tables, against the fp64 reference."""
 
 from __future__ import annotations
 
@@ -37,22 +37,24 @@ def tables_of(pattern, length, heads):
     return {name: made[name] for name in pattern.tables}
 
 
+@pytest.mark.parametrize("backend", ["flex", "tiled"])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", PATTERNS)
-def test_flex_forward_and_backward(name, dtype, heads):
+def test_forward_and_backward(name, dtype, heads, backend):
     pattern, length = PATTERNS[name], 1000
     q = torch.randn(2, heads[0], length, 64, device="cuda", dtype=dtype)
     k, v = (torch.randn(2, heads[1], length, 64, device="cuda", dtype=dtype) for _ in range(2))
-    assert_matches_reference(sd.compile(pattern, backend="flex"), q, k, v, **tables_of(pattern, length, heads[0]))
+    assert_matches_reference(sd.compile(pattern, backend=backend), q, k, v, **tables_of(pattern, length, heads[0]))
 
 
+@pytest.mark.parametrize("backend", ["flex", "tiled"])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_decode_reads_the_same_rows(name):
+def test_decode_reads_the_same_rows(name, backend):
     pattern, length = PATTERNS[name], 700
     q = torch.randn(1, 4, length, 64, device="cuda")
     k, v = (torch.randn(1, 4, length, 64, device="cuda") for _ in range(2))
-    attn, tables = sd.compile(pattern, backend="flex"), tables_of(pattern, length, 4)
+    attn, tables = sd.compile(pattern, backend=backend), tables_of(pattern, length, 4)
     whole = attn(q, k, v, **tables)
     last = attn(q[:, :, -1:], k, v, q_offset=length - 1, **tables)
     torch.testing.assert_close(last, whole[:, :, -1:], rtol=1e-3, atol=1e-3)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score
-from sparsedsl.run import products, tiled_kernel, tiled_scatter, tiled_units
+from sparsedsl.run import products, tiled, tiled_kernel, tiled_scatter, tiled_units
 from sparsedsl.testing import (
     AttentionCase,
     assert_causal,
@@ -43,7 +43,8 @@ bias, sink = sd.table("bias", learned=True), sd.table("sink", learned=True)
 @dataclass(frozen=True)
 class Cut:
     """How a problem is cut; None: as it is. ``height`` of strips, ``keys`` taken at once, ``together``: strips or heads in one product,
-    ``single``: results from which a product stands alone, ``block``: scattered tiles. ``shifted``: the maximum is taken of every row."""
+    ``single``: results from which a product stands alone, ``block``: scattered tiles. ``shifted``: the maximum is taken of every row.
+    ``threads`` that compute side by side."""
 
     height: int | None = None
     keys: int | None = None
@@ -51,6 +52,7 @@ class Cut:
     single: int | None = None
     block: int | None = None
     shifted: bool = False
+    threads: int | None = None
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +69,8 @@ CUTS = {
     "few together, in chunks": Cut(height=32, keys=24, together=3, block=16, shifted=True),
     "chunks, single products": Cut(height=64, keys=40, together=1, single=1, block=32, shifted=True),
     "few together, in long chunks": Cut(height=32, keys=50, together=3, block=16),
+    "three threads": Cut(height=16, keys=50, together=3, block=16, threads=3),
+    "seven threads": Cut(height=16, together=2, block=16, threads=7),
 }
 
 
@@ -93,12 +97,16 @@ def cut(how: Cut) -> Iterator[None]:
                 patch.setattr(module, "chunk_keys", lambda rows: how.keys)
             if how.together is not None:
                 patch.setattr(module, "strips_at_once", lambda rows, keys: how.together)
-        before = torch.are_deterministic_algorithms_enabled()
+        before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
         torch.use_deterministic_algorithms(True)
+        if how.threads is not None:
+            patch.setattr(tiled, "WORTH_THREADS", 1)
+            torch.set_num_threads(how.threads)
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
+            torch.set_num_threads(threads)
 
 
 def assert_right(pattern: Any, q: Any, k: Any, v: Any, how: Cut = AS_IT_IS, **words: Any) -> None:
@@ -436,23 +444,42 @@ def test_gradients_through_the_lse_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["relative bias", "factor", "scattered bias", "sink over lanes and bias"])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_two_runs_give_the_same_bits(name, dtype, threads):
     pattern, sizes = LEARNED[name]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        runs = []
-        for _ in range(2):
-            attn = sd.compile(pattern, backend="tiled")
-            q, k, v = (t.requires_grad_() for t in qkv(130, dtype=dtype))
-            tables = {table: tensor(*size, seed=7).requires_grad_() for table, size in sizes.items()}
+    runs = []
+    for _ in range(3):
+        attn = sd.compile(pattern, backend="tiled")
+        q, k, v = (t.requires_grad_() for t in qkv(100, dtype=dtype))
+        tables = {table: tensor(*size, seed=7).requires_grad_() for table, size in sizes.items()}
+        with cut(Cut(height=16, together=2, block=16, threads=threads)):
             out, lse = attn(q, k, v, return_lse=True, **tables)
             grads = torch.autograd.grad(out.float().square().sum() + lse[lse.isfinite()].sum(), [q, k, v, *tables.values()])
-            runs.append([out, lse, *grads])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+        runs.append([out, lse, *grads])
+    for other in runs[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
+@pytest.mark.parametrize("name", ["window", "strided", "picture", "general score", "ALiBi", "sink over lanes"])
+def test_inference_on_several_threads(name, mode):
+    attn, (q, k, v) = sd.compile(USUAL[name], backend="tiled"), qkv(150, dtype=torch.float32)
+    with cut(CUTS["three threads"]), mode():
+        out, lse = attn(q, k, v, return_lse=True)
+    wanted, wanted_lse = sd.compile(USUAL[name], backend="reference")(q, k, v, return_lse=True)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (2, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("name", ["window", "strided", "picture", "relative bias", "factor", "window per head"])
+def test_threads_take_heads_or_rows(name, batch, kv_heads):
+    pattern, sizes = LEARNED.get(name) or (USUAL[name], {})
+    tables = {table: tensor(*size, seed=7, dtype=torch.float64) for table, size in sizes.items()}
+    for threads in (2, 3):
+        assert_right(
+            pattern, *qkv(100, batch=batch, kv_heads=kv_heads), Cut(height=16, together=2, block=16, threads=threads), **tables
+        )
 
 
 @pytest.mark.parametrize("how", ["as it is", "few together, in chunks", "strips together"])
@@ -486,7 +513,7 @@ def test_memory_grows_with_the_length_not_its_square(name):
     q, k, v = (t.requires_grad_() for t in qkv(length, batch=1, heads=1, kv_heads=1, dtype=torch.float32))
     pattern = sd.patterns.neighbourhood_2d(60, 50, 5) if name == "picture" else USUAL[name]
     attn = sd.compile(pattern, backend="tiled")
-    with Largest() as largest:
+    with cut(Cut(height=1024, threads=1)), Largest() as largest:  # a mode sees the thread it is entered on
         attn(q, k, v).sum().backward()
     assert 0 < largest.elements <= 2 * max(at_once, q.numel()) < length * length // 4
 
