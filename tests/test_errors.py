@@ -104,7 +104,7 @@ ANALYSIS: dict[str, Case] = {
     "verdict as bool": (lambda: bool(sd.implies(CAUSAL, CAUSAL)), sd.PatternError, "a verdict has three values; got PROVED (for all indices, lengths and tables). Write `verdict == sd.PROVED`"),
     "implies an index": (lambda: sd.implies(CAUSAL, q_idx), sd.PatternError, "argument must be a mask; got Index(q_idx) (Index). A comparison makes a mask: write e.g. `x != 0`"),
     "picture of nothing": (lambda: sd.plot(CAUSAL, 0), sd.ShapeError, "q_len must be a whole number of at least 1; got 0"),
-    "unknown panel": (lambda: sd.plot(CAUSAL, 8, panels=["x"]), sd.PatternError, "panels must be some of 'pairs', 'tiles', 'score'; got ['x']"),
+    "unknown panel": (lambda: sd.plot(CAUSAL, 8, panels=["x"]), sd.PatternError, "panels must be some of 'pairs', 'tiles', 'strips', 'score'; got ['x']"),
 }
 
 LIBRARY: dict[str, Case] = {

@@ -196,8 +196,12 @@ def _split(relation: Relational) -> Boolean | None:
     else:
         strict = isinstance(relation, sympy.Lt)
 
+    factor = difference.coeff(node)
+    # The node may stand elsewhere in the difference too, inside another function: there it stays.
+    rest = difference - factor * node
+
     def below(value: sympy.Expr) -> Boolean:
-        replaced = difference.xreplace({node: value})
+        replaced = rest + factor * value
         return sympy.Lt(replaced, 0) if strict else sympy.Le(replaced, 0)
 
     if isinstance(node, fn.Where):
@@ -205,7 +209,7 @@ def _split(relation: Relational) -> Boolean | None:
         return sympy.Or(sympy.And(condition, below(a)), sympy.And(sympy.Not(condition), below(b)))
     alternatives = (node.args[0], -node.args[0]) if isinstance(node, fn.Abs) else node.args
     largest = not isinstance(node, sympy.Min)
-    rising = difference.coeff(node) > 0
+    rising = factor > 0
     return (sympy.And if largest == rising else sympy.Or)(*(below(a) for a in alternatives))
 
 

@@ -1,8 +1,8 @@
 """What attention must give, and how far off it may be: plain attention in float64, and a tolerance measured, not tuned.
 
 A result may be off by twice as much as the plainest implementation in the same precision, plus one rounding: of every weight
-and output in the dtype of the inputs, and of every logit and LSE in the dtype of accumulation (a backward pass may make the weights
-again from both). What should be finite must be.
+and output in the dtype of the inputs, and of every logit, LSE and scaled query in the dtype of accumulation (a backward pass may make
+the weights again from these). What should be finite must be.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def expect(
         both = torch.isfinite(wanted) & torch.isfinite(got)
         error = float((wanted - got)[both].abs().max()) if both.any() else 0.0
         kinds = [torch.finfo(kind) for kind in ((accumulated,) if name == "lse" else (q.dtype, plain[name].dtype))]
-        rounding = max(kind.eps for kind in kinds) + fine * largest
+        rounding = max(kind.eps for kind in kinds) + fine * (1 + largest)
         # Numbers so small that their digits run out (float16 below 6e-5) are rounded to multiples of this.
         step = max(kind.smallest_normal * kind.eps for kind in kinds)
         tolerance[name] = 2 * (error + rounding * size) + step

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx
+from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.errors import ShapeError
+from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.testing import AttentionCase, masks, tables_for
 from sparsedsl.testing.lists import assert_lists_sound
 
@@ -155,3 +157,21 @@ def test_wrong_block_sizes(block):
     pair = block if isinstance(block, tuple) else (block, block)
     with pytest.raises(ShapeError, match="block_size must be a positive number"):
         classify(causal.expr, Domain(8, 8), pair)
+
+
+def test_a_minimum_that_also_stands_inside_another_function():
+    """It is taken apart where it is a term, not where a function of it is."""
+    least = sd.minimum(q_idx, sd.table("doc")[abs(kv_idx - q_idx)])
+    mask = 2 * (q_idx & least) > least
+    for doc in (torch.tensor([0, 0, 0, 0, 0]), torch.tensor([3, 1, 2, 0, 5])):
+        domain = Domain(5, 5, tables={"doc": doc})
+        q, kv = torch.arange(5)[:, None], torch.arange(5)
+        m = torch.minimum(q, doc[(kv - q).abs()])
+        wanted = 2 * (q & m) > m
+        assert torch.equal(classify(mask.expr, domain, 1).classes()[0, 0] > 0, wanted)
+        either = torch.zeros_like(wanted)
+        for clause in clauses(mask.expr):
+            assert not clause.bounds
+            for part in clause.rest:
+                either |= evaluate(part, {"q_idx": q, "kv_idx": kv, "doc": doc, **domain.lengths})
+        assert torch.equal(either, wanted)

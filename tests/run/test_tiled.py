@@ -161,6 +161,7 @@ USUAL = {
     "lanes that meet": ((kv_idx % 4 == 1) & causal & (q_idx > 50)) | ((q_idx * kv_idx) % 3 < 2),
     "two remainders": ((q_idx - kv_idx) % 4 == 0) | ((q_idx + kv_idx) % 6 == 1),
     "picture": sd.patterns.neighbourhood_2d(10, 15, 5),
+    "scattered": causal & ((q_idx // 4) * (kv_idx // 4) % 5 < 2),
     "blocks per head": causal & ((q_idx // 16 + kv_idx // 16 + h) % 3 == 0),
     "against the diagonal": (q_idx + kv_idx <= 140) & (q_idx + kv_idx >= 120),
     "twice as fast": (2 * q_idx >= kv_idx) & (2 * q_idx - kv_idx < 30),
@@ -199,7 +200,7 @@ def test_usual_patterns(name, how):
     assert_right(USUAL[name], *qkv(110), CUTS[how])
 
 
-@pytest.mark.parametrize("name", ["window", "strided", "picture", "general score", "ALiBi", "soft cap", "sink over lanes"])
+@pytest.mark.parametrize("name", ["window", "strided", "scattered", "general score", "ALiBi", "soft cap", "sink over lanes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_usual_patterns_in_lower_precision(name, dtype):
     for how in ("as it is", "single products", "few together, in chunks"):
@@ -210,7 +211,7 @@ LENGTHS = [(1, 1, 0), (1, 150, 149), (1, 150, 0), (37, 150, 100), (65, 65, 0), (
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("name", ["window", "strided", "every eighth key", "picture", "window xor remainder", "ALiBi"])
+@pytest.mark.parametrize("name", ["window", "strided", "every eighth key", "scattered", "window xor remainder", "ALiBi"])
 def test_lengths_and_offsets(name, lengths):
     q_len, kv_len, offset = lengths
     for how in ("as it is", "single products", "few together, in chunks"):
@@ -218,7 +219,7 @@ def test_lengths_and_offsets(name, lengths):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (5, 1), (6, 3), (3, 3), (12, 2)])
-@pytest.mark.parametrize("name", ["window", "strided", "picture", "window per head", "general score per head"])
+@pytest.mark.parametrize("name", ["window", "strided", "scattered", "window per head", "general score per head"])
 @pytest.mark.parametrize("how", ["strips together", "few together, in chunks"])
 def test_heads(name, heads, kv_heads, how):
     assert_right(USUAL[name], *qkv(100, heads=heads, kv_heads=kv_heads), CUTS[how])
@@ -237,10 +238,12 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["window", "strided", "picture"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layouts(name, layout, dtype):
-    for how in ("as it is", "single products", "few together, in chunks"):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("window", torch.float32), ("window", torch.bfloat16), ("strided", torch.float32), ("scattered", torch.float64)],
+)
+def test_layouts(name, dtype, layout):
+    for how in ("single products", "few together, in long chunks"):
         assert_right(USUAL[name], *map(LAYOUTS[layout], qkv(90, dtype=dtype)), CUTS[how])
 
 
@@ -251,7 +254,7 @@ LEARNED = {
     "relative bias": (sd.attend(sd.patterns.sliding_window(40), score=score + bias[h, q_idx - kv_idx]), {"bias": (4, 40)}),
     "bias of keys, dilated": (sd.attend(sd.patterns.dilated(10, step=4), score=score + bias[kv_idx]), {"bias": (130,)}),
     "factor": (sd.attend(causal, score=score * bias[q_idx - kv_idx]), {"bias": (130,)}),
-    "temperature of a head": (sd.attend(USUAL["picture"].__and__(kv_idx < 130), score=score * bias[h]), {"bias": (4,)}),
+    "temperature of a head": (sd.attend(USUAL["scattered"], score=score * bias[h]), {"bias": (4,)}),
     "cap": (sd.attend(causal, score=sd.tanh(score / 5) * bias[h]), {"bias": (4,)}),
     "bias per batch entry": (sd.attend(sd.patterns.strided(8, local=20), score=score + bias[b, kv_idx]), {"bias": (2, 130)}),
     "scattered bias": (sd.attend((q_idx * kv_idx) % 3 == 0, score=score + bias[h, kv_idx // 7]), {"bias": (4, 19)}),
@@ -313,7 +316,7 @@ def test_one_compiled_pattern_at_many_shapes():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [0.0, 10.0, 30.0, 1e4])
-@pytest.mark.parametrize("name", ["window", "strided", "picture"])
+@pytest.mark.parametrize("name", ["window", "strided", "scattered"])
 def test_logits_of_every_size(name, size, dtype):
     q, k, v = qkv(80, dtype=dtype, batch=1)
     for how in ("as it is", "few together, in chunks"):
@@ -461,7 +464,7 @@ def test_two_runs_give_the_same_bits(name, dtype, threads):
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
-@pytest.mark.parametrize("name", ["window", "strided", "picture", "general score", "ALiBi", "sink over lanes"])
+@pytest.mark.parametrize("name", ["window", "strided", "scattered", "general score", "ALiBi", "sink over lanes"])
 def test_inference_on_several_threads(name, mode):
     attn, (q, k, v) = sd.compile(USUAL[name], backend="tiled"), qkv(150, dtype=torch.float32)
     with cut(CUTS["three threads"]), mode():
@@ -472,7 +475,7 @@ def test_inference_on_several_threads(name, mode):
 
 
 @pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (2, 1), (2, 2), (1, 4)])
-@pytest.mark.parametrize("name", ["window", "strided", "picture", "relative bias", "factor", "window per head"])
+@pytest.mark.parametrize("name", ["window", "strided", "scattered", "relative bias", "factor", "window per head"])
 def test_threads_take_heads_or_rows(name, batch, kv_heads):
     pattern, sizes = LEARNED.get(name) or (USUAL[name], {})
     tables = {table: tensor(*size, seed=7, dtype=torch.float64) for table, size in sizes.items()}
@@ -530,7 +533,7 @@ def test_every_kind_of_unit_is_run_by_these_tests():
 
         patch.setattr(tiled_units.Unit, "sums", noted)
         for how in CUTS.values():
-            for name in ("causal", "window and sinks", "strided", "picture", "lanes that meet"):
+            for name in ("causal", "window and sinks", "strided", "scattered", "lanes that meet"):
                 q, k, v = qkv(150, dtype=torch.float32)
                 with cut(how), torch.no_grad():
                     sd.compile(USUAL[name], backend="tiled")(q, k, v)

@@ -109,4 +109,4 @@ def test_tolerances_are_near_the_precision(dtype: torch.dtype) -> None:
     found = expect(sd.attend(CAUSAL), q, k, v, {}, cotangents=(torch.ones(1, 2, 64, 32), torch.ones(1, 2, 64)))
     for name, value in found.tolerance.items():
         size = float(found.values[name].abs().max())
-        assert value < 100 * torch.finfo(dtype).eps * (1 + size), name
+        assert value < 120 * torch.finfo(dtype).eps * (1 + size), name
