@@ -15,7 +15,7 @@ BACKENDS = ("auto", "reference", "tiled", "flex")
 SMALL_LOGITS = 1 << 15
 # How much quicker FlexAttention must be expected to be on CPU to be worth the wait for its compiler at the first call: as a ratio, and
 # in seconds a call.
-FLEX_GAIN, FLEX_SAVES = 1.25, 0.02
+FLEX_GAIN, FLEX_SAVES = 1.25, 0.01
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,13 @@ class Gains:
         k, v = run.call.k, run.call.v
         self.dk, self.dv = (torch.zeros(t.shape, dtype=run.dtype, device=t.device) for t in (k, v))
         self.tables = {name: torch.zeros_like(leaf) for name, leaf in run.leaves.items()}
+        self._places: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def of(self, lane: Any, keys: slice) -> tuple[Tensor, Tensor]:
+        """Gradients of the keys and values of a lane, ``(B x Hkv, keys, ..)``: views."""
+        if lane not in self._places:
+            self._places[lane] = (self.dk.flatten(0, 1)[:, keys], self.dv.flatten(0, 1)[:, keys])
+        return self._places[lane]
 
     def add_tables(self, found: tuple[Tensor | None, ...]) -> None:
         """Add gradients of the learned tables, in their order."""
@@ -76,7 +83,7 @@ class Gains:
     def with_tables_of_its_own(self) -> Gains:
         """The same keys and values, for a thread that adds to other heads of them."""
         other = object.__new__(Gains)
-        other.dk, other.dv = self.dk, self.dv
+        other.dk, other.dv, other._places = self.dk, self.dv, {}
         other.tables = {name: torch.zeros_like(grad) for name, grad in self.tables.items()}
         return other
 

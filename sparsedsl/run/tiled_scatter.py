@@ -25,7 +25,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class Gathered(Segment):
-    """A segment whose keys are listed: ``index`` (length,) int64."""
+    """A segment whose keys are listed: ``index`` (length,) int64, counted from the lane's first key."""
 
     index: Tensor
 
@@ -40,8 +40,8 @@ def scattered_units(lane: Lane, lists: TileLists, heads: range, most_heads: int)
         height = min(lists.block[0], lists.q_rows - row * lists.block[0])
         most = chunk_keys(height * run.group)
         segments = [
-            *_segments(lists, lists.full, bounds[0], line, most, None),
-            *_segments(lists, lists.partial, bounds[1], line, most, lane.plan.lane.mask),
+            *_segments(lane, lists, lists.full, bounds[0], line, most, None),
+            *_segments(lane, lists, lists.partial, bounds[1], line, most, lane.plan.lane.mask),
         ]
         if not segments:
             continue
@@ -52,7 +52,9 @@ def scattered_units(lane: Lane, lists: TileLists, heads: range, most_heads: int)
                 yield ScatteredUnit(lane, line, family, segments, head, min(head + at_once, high), 0, 1)
 
 
-def _segments(lists: TileLists, part: TileRows, bounds: list[int], line: int, most: int, residual: Any) -> list[Segment]:
+def _segments(
+    lane: Lane, lists: TileLists, part: TileRows, bounds: list[int], line: int, most: int, residual: Any
+) -> list[Segment]:
     columns = part.columns[bounds[line - 1] if line else 0 : bounds[line]]
     width = lists.block[1]
     found: list[Segment] = []
@@ -62,6 +64,7 @@ def _segments(lists: TileLists, part: TileRows, bounds: list[int], line: int, mo
         index = (few.to(torch.int64)[:, None] * width + torch.arange(width, device=few.device)).reshape(-1)
         index = index[: max(0, index.numel() - max(0, int(few[-1]) * width + width - lists.kv_len))]
         masks = () if residual is None else ((0, index.numel(), residual),)
+        index = (index - lane.first_key).to(lane.k.device)
         found.append(Gathered(int(few[0]) * width, index.numel(), 0, masks, index))
     return found
 
@@ -69,23 +72,28 @@ def _segments(lists: TileLists, part: TileRows, bounds: list[int], line: int, mo
 class ScatteredUnit(Unit):
     """One row of tiles for some heads, on keys that are copied."""
 
+    def key_rows(self, t: Tensor, segment: Segment) -> Tensor:
+        """The listed keys of one head: ``(length, D)``."""
+        return t[self.low // self.lane.ratio].index_select(0, self._index(segment))
+
     def keys(self, t: Tensor, segment: Segment) -> Tensor:
         """The listed keys of every head: ``(X, length, D)``."""
-        ratio = self.run.shared // (t.shape[0] // self.run.batch)
+        ratio = self.lane.ratio
         first, last = self.low // ratio, (self.high - 1) // ratio
-        part = t[first : last + 1].index_select(1, self._index(segment) - self.lane.first_key)
+        part = t[first : last + 1].index_select(1, self._index(segment))
         if ratio == 1 or self.high - self.low == 1:
             return part
         return part.index_select(0, torch.arange(self.low, self.high, device=t.device) // ratio - first)
 
-    def _index(self, segment: Segment) -> Tensor:
+    @staticmethod
+    def _index(segment: Segment) -> Tensor:
         assert_listed: Any = segment
-        return assert_listed.index.to(self.lane.k.device)
+        return assert_listed.index
 
     def env(self, segment: Segment, low: int, high: int, transposed: bool) -> dict[str, Any]:
         """Positions of the listed keys."""
         env = super().env(segment, low, high, transposed)
-        kv = self._index(segment)[low:high]
+        kv = self._index(segment)[low:high] + self.lane.first_key
         env["kv_idx"] = kv.view(1, -1, 1, 1) if transposed else kv.view(1, 1, 1, -1)
         return env
 
@@ -105,6 +113,5 @@ class ScatteredUnit(Unit):
 
     def add_keys(self, total: Tensor, segment: Segment, grad: Tensor, factor: float = 1.0) -> None:
         """Add to the listed keys, head by head."""
-        ratio = self.run.shared // (total.shape[0] // self.run.batch)
         for x in range(grad.shape[0]):
-            total[(self.low + x) // ratio].index_add_(0, self._index(segment) - self.lane.first_key, grad[x], alpha=factor)
+            total[(self.low + x) // self.lane.ratio].index_add_(0, self._index(segment), grad[x], alpha=factor)

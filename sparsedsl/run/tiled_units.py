@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from sparsedsl.analysis.clauses import only_difference
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.run.products import product, product_nt, product_tn
+from sparsedsl.run.products import product, product_nt, product_tn, single, single_nt
 from sparsedsl.run.score_rules import clamped
 from sparsedsl.run.tiled_operands import Gains, Operands
 from sparsedsl.tiling.cost import chunk_keys, strips_at_once
@@ -32,6 +33,12 @@ SAFE_TOTAL = (2.0**-40, 2.0**90)
 KEPT_BYTES = 64 << 20
 
 
+@functools.lru_cache(maxsize=1024)
+def tells_heads_apart(expr: Any) -> bool:
+    """Whether an expression reads ``b`` or ``h``."""
+    return bool(expr.free_symbols & {BATCH, HEAD})
+
+
 class Lane:
     """One lane of a pass: views of the operands in lane coordinates, and its units of work."""
 
@@ -47,6 +54,10 @@ class Lane:
         self.q = run.q[:, :, self.rows].flatten(0, 1)
         # Keys in steps are copied once a lane: all copies together are one copy of k and v.
         self.k, self.v = run.keys(self.keys)
+        # Strips are made for so many heads a key/value head.
+        self.ratio = run.shared * run.batch // self.k.shape[0]
+        # Masks that all strips of a family share, found again without asking what they depend on.
+        self.known: dict[tuple[Any, ...], Tensor] = {}
         # What units write to or read beside q, k and v, by name: (flat heads, lane rows, ..).
         self.place = {name: t.flatten(0, 1)[:, self.rows] for name, t in run.by_row.items()}
         self.bias = None if run.rule.bias is None else lane.inside(run.rule.bias)
@@ -91,6 +102,12 @@ class Lane:
                             yield Unit(self, number, family, segments, head, min(head + several, high), t, t + 1)
 
 
+def is_safe(value: Tensor, total: Tensor) -> bool:
+    """Whether sums without the maximum have all their digits, in every row."""
+    low, high = (float(x) for x in torch.aminmax(total))
+    return low >= SAFE_TOTAL[0] and high <= SAFE_TOTAL[1] and (high <= 2.0**50 or bool(value.sum().isfinite()))
+
+
 class Unit:
     """Strips ``t_low .. t_high - 1`` of a family for flat heads ``low .. high - 1``: several strips of one head, or one strip of several.
 
@@ -105,11 +122,12 @@ class Unit:
         self.count = max(high - low, t_high - t_low)
         self.height = family.height
         self.begin = family.q_start + t_low * family.step - lane.first  # first row within the lane
-        device = lane.q.device
-        heads = torch.arange(low, high, device=device).view(-1, 1, 1, 1)
-        several = high - low > 1
-        self.b: Any = heads // self.run.shared if several else low // self.run.shared
-        self.h: Any = heads % self.run.shared if several else low % self.run.shared
+        self.b: Any
+        self.h: Any
+        self.b, self.h = divmod(low, self.run.shared)
+        if high - low > 1:
+            heads = torch.arange(low, high, device=lane.q.device).view(-1, 1, 1, 1)
+            self.b, self.h = heads // self.run.shared, heads % self.run.shared
 
     # ---- views ------------------------------------------------------------------------------------------------
 
@@ -129,10 +147,15 @@ class Unit:
         """The queries times their factor."""
         return self.rows(self.lane.q) * self.run.factor
 
+    def key_rows(self, t: Tensor, segment: Segment) -> Tensor:
+        """``(length, D)`` of a lane tensor ``(flat kv heads, keys, D)``, of a unit that is a single strip of a single head."""
+        start = segment.start + self.t_low * segment.step - self.lane.first_key
+        return t[self.low // self.lane.ratio, start : start + segment.length]
+
     def keys(self, t: Tensor, segment: Segment) -> Tensor:
         """``(X, length, D)`` of a lane tensor ``(flat kv heads, keys, D)``."""
         start = segment.start + self.t_low * segment.step - self.lane.first_key
-        ratio = self.run.shared // (self.lane.k.shape[0] // self.run.batch)
+        ratio = self.lane.ratio
         if self.t_high - self.t_low == 1:
             first, last = self.low // ratio, (self.high - 1) // ratio
             part = t[first : last + 1, start : start + segment.length]
@@ -158,7 +181,7 @@ class Unit:
     def place(self, expr: Any, segment: Segment, low: int, high: int) -> tuple[bool, tuple[Any, ...]]:
         """Whether ``expr`` is the same for all strips of the unit, and what its tile depends on: equal places share a tile."""
         shared = self.t_high - self.t_low == 1 or segment.step == self.family.step
-        heads = (self.low, self.high) if expr.free_symbols & {BATCH, HEAD} else None
+        heads = (self.low, self.high) if tells_heads_apart(expr) else None
         size = (self.height, high - low)
         q = self.family.q_start + self.t_low * self.family.step
         kv = segment.start + self.t_low * segment.step + low
@@ -174,6 +197,10 @@ class Unit:
 
     def mask(self, segment: Segment, low: int, high: int, residual: Any, transposed: bool) -> Tensor:
         """0 where a pair of keys ``low .. high - 1`` is allowed, -inf elsewhere, ``(X or 1, m, 1, n)`` or transposed."""
+        quick = (self.number, segment.start, low, high, transposed)
+        known = self.lane.known.get(quick)
+        if known is not None:
+            return known
         shared, place = self.place(residual, segment, low, high)
 
         def make() -> Tensor:
@@ -183,7 +210,10 @@ class Unit:
             tile = torch.zeros(shape, dtype=self.run.dtype, device=self.lane.q.device)
             return tile.masked_fill_(~allowed.expand(shape), float("-inf"))
 
-        return self.lane.masks.get((*place, self.lane.plan.lane, self.run.dtype, self.lane.q.device, transposed), make)
+        tile = self.lane.masks.get((*place, self.lane.plan.lane, self.run.dtype, self.lane.q.device, transposed), make)
+        if self.family.count > 1 and segment.step == self.family.step and shared and not tells_heads_apart(residual):
+            self.lane.known[quick] = tile
+        return tile
 
     def bias(self, segment: Segment, transposed: bool) -> Tensor:
         """The bias in units of log2 on a whole segment, -inf where a pair is masked."""
@@ -271,20 +301,45 @@ class Unit:
         are computed again with it; each row by itself, so that no row's digits depend on what other rows hold. ``merge``: with what
         another lane has put there.
         """
+        if self.count == 1 and not merge and self.lane.q.device.type == "cpu" and self._forward_alone():
+            return
         q = self.scaled_q()
         most: Tensor | None = None
         if q.device.type != "cpu":  # where looking at the totals would mean to wait for them
             value, total, most = self.sums(q, True)
         else:
             value, total, _ = self.sums(q, False)
-            low, high = (float(x) for x in torch.aminmax(total))
-            if not (low >= SAFE_TOTAL[0] and high <= SAFE_TOTAL[1] and (high <= 2.0**50 or bool(value.sum().isfinite()))):
+            if not is_safe(value, total):
                 again, total_again, most = self.sums(q, True)
                 needed = ~((total >= SAFE_TOTAL[0]) & (total <= SAFE_TOTAL[1]) & value.isfinite().all(-1, keepdim=True))
                 value = torch.where(needed, again, value)
                 total = torch.where(needed, total_again, total)
                 most = torch.where(needed, most, 0.0) if most is not None else None
         self.store(value, total, most, merge)
+
+    def _forward_alone(self) -> bool:
+        """:meth:`forward` of one strip of one head without the maximum, in as few operations as there can be: threads take turns at
+        calling torch. False, with nothing written, if some row needs its maximum."""
+        lane, run, rows = self.lane, self.run, slice(self.begin, self.begin + self.height)
+        q = lane.q[self.low, rows]
+        q = (q[:, 0] if run.group == 1 else q.flatten(0, 1)).to(run.dtype) * run.factor
+        total = value = q  # assigned by the first segment
+        plain = run.rule.bias is None and not run.rule.arbitrary and not run.rule.tanh
+        for number, segment in enumerate(self.segments):
+            s = single_nt(q, self.key_rows(lane.k, segment), tanh=run.rule.tanh)
+            if segment.masks or not plain:
+                tile, _ = self.modified(s.view(1, self.height, run.group, segment.length), segment, False)
+                s = tile.reshape(s.shape)
+            s.exp2_()
+            part, weighted = s.sum(1), single(s, self.key_rows(lane.v, segment))
+            total, value = (total.add_(part), value.add_(weighted)) if number else (part, weighted)
+        if not is_safe(value, total):
+            return False
+        place, place_lse = lane.place["out"][self.low, rows], lane.place["lse"][self.low, rows]
+        total = total.view(place_lse.shape)
+        torch.div(value.view(place.shape), total[..., None], out=place)
+        torch.log2(total, out=place_lse)
+        return True
 
     def sums(self, q: Tensor, shifted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """``sum of 2**(logit - most) * v`` and ``sum of 2**(logit - most)`` of each row, and its largest logit ``most`` (None: 0)."""
@@ -333,7 +388,7 @@ class Unit:
         Tiles are (keys, rows) here: four of the five products then read rows as they lie.
         """
         run, lane = self.run, self.lane
-        dk, dv = gains.dk.flatten(0, 1)[:, lane.keys], gains.dv.flatten(0, 1)[:, lane.keys]
+        dk, dv = gains.of(lane, lane.keys)
         q = self.scaled_q()
         grad_out = self.rows(lane.place["grad_out"]).contiguous()
         lse2, delta = (self.strips(lane.place[name]).flatten(1, 2)[:, None] for name in ("lse", "delta"))
@@ -368,7 +423,7 @@ class Unit:
     def add_keys(self, total: Tensor, segment: Segment, grad: Tensor, factor: float = 1.0) -> None:
         """Add ``factor`` times ``(X, length, D)`` to the keys of this unit; strips may share keys, and heads may."""
         start = segment.start + self.t_low * segment.step - self.lane.first_key
-        ratio = self.run.shared // (total.shape[0] // self.run.batch)
+        ratio = self.lane.ratio
         if self.t_high - self.t_low == 1 and ratio == 1:
             total[self.low : self.high, start : start + segment.length].add_(grad, alpha=factor)
             return

@@ -67,12 +67,15 @@ def family_seconds(
 
 
 def scattered_seconds(
-    machine: Machine, pairs: float, rows: int, keys_gathered: float, head_dim: int, head_dim_v: int, mod_ns: float
-) -> float:
-    """Expected seconds for ``pairs`` pairs in scattered tiles of ``rows`` rows; ``keys_gathered`` rows of keys are copied."""
-    seconds = 2 * pairs * (head_dim + head_dim_v) / (product_gflops(machine, rows, True) * 1e9)
-    seconds += pairs * (machine.softmax_ns + mod_ns) * 1e-9
-    return seconds + keys_gathered * (head_dim + head_dim_v) * 8 / (machine.gather_gbs * 1e9)
+    machine: Machine, tiles: int, lines: int, block: tuple[int, int], group: int, strips_of: int, head_dim: int, head_dim_v: int,
+    mod_ns: float,
+) -> float:  # fmt: skip
+    """Expected seconds for ``tiles`` tiles of ``block`` in ``lines`` rows of tiles, on ``strips_of`` heads; keys are copied."""
+    rows, keys = block[0] * group, tiles * block[1] * strips_of
+    seconds = 2 * rows * keys * (head_dim + head_dim_v) / (product_gflops(machine, rows, True) * 1e9)
+    seconds += rows * keys * (machine.softmax_ns + mod_ns) * 1e-9
+    seconds += lines * strips_of * (2 * CALLS + STRIP_CALLS) * machine.call_us * 1e-6
+    return seconds + keys * (head_dim + head_dim_v) * 8 / (machine.gather_gbs * 1e9)
 
 
 def flex_seconds(machine: Machine, pairs: float, head_dim: int, head_dim_v: int, mod_ns: float) -> float:

@@ -102,9 +102,10 @@ def _scattered(lane: Lane, domain: Domain, machine: Machine, shape: HeadShape) -
             lists = classify(lane.mask, domain, block)
             if lists.partial.total * 2 <= lists.listed:
                 break
-    pairs = float(lists.listed) * lists.block[0] * lists.block[1] * shape.strips_of * shape.group
-    keys = float(lists.listed) * lists.block[1] * shape.strips_of
-    cost = scattered_seconds(machine, pairs, lists.block[0] * shape.group, keys, shape.head_dim, shape.head_dim_v, shape.mod_ns)
+    cost = scattered_seconds(
+        machine, lists.listed, lists.full.counts.numel(), lists.block, shape.group, shape.strips_of, shape.head_dim, shape.head_dim_v,
+        shape.mod_ns,
+    )  # fmt: skip
     return LanePlan(lane, domain.q_offset, domain.rows, lists=lists), cost
 
 
