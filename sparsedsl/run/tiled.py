@@ -58,10 +58,11 @@ class Pass(Operands):
     """One forward or backward pass."""
 
     def _units(self, lane: Lane, heads: range) -> Iterator[Unit]:
-        # A thread computes several heads at once, but leaves some to the others.
-        most = max(1, len(heads) // self.workers)
         lists = lane.plan.lists
-        return lane.units(heads, most) if lists is None else scattered_units(lane, lists, heads, most)
+        if lists is not None:  # rows of tiles are enough to share
+            return scattered_units(lane, lists, heads, len(heads))
+        # A thread computes several heads at once, but leaves some to the others.
+        return lane.units(heads, max(1, len(heads) // self.workers))
 
     @functools.cached_property
     def workers(self) -> int:
@@ -103,10 +104,10 @@ class Pass(Operands):
         return out.to(self.call.q.dtype), lse
 
     def _sink(self, tables: Mapping[str, Tensor]) -> Tensor:
-        assert_sink: Any = self.pattern.sink
+        sink: Any = self.pattern.sink
         device = self.call.q.device
         env = {"b": torch.arange(self.batch, device=device)[:, None, None], "h": torch.arange(self.heads, device=device)[:, None]}
-        value = evaluate(assert_sink.expr, {**env, **self.call.domain.lengths, **tables}, dtype=self.dtype)
+        value = evaluate(sink.expr, {**env, **self.call.domain.lengths, **tables}, dtype=self.dtype)
         return value.to(self.dtype).expand(self.batch, self.heads, self.rows)
 
     # ---- backward ---------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from sparsedsl.tiling.schedule import Family, Segment
 __all__ = ["scattered_units"]
 
 Tensor = torch.Tensor
+# From this many logits on, a row of one head is computed alone: below, calling torch costs more than small products are slower.
+ALONE = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,33 +41,40 @@ def scattered_units(lane: Lane, lists: TileLists, heads: range, most_heads: int)
         group, row = divmod(line, rows_of_tiles)
         height = min(lists.block[0], lists.q_rows - row * lists.block[0])
         most = chunk_keys(height * run.group)
-        segments = [
-            *_segments(lane, lists, lists.full, bounds[0], line, most, None),
-            *_segments(lane, lists, lists.partial, bounds[1], line, most, lane.plan.lane.mask),
-        ]
+        segments = _segments(
+            lane, lists, [_part(p, b, line) for p, b in zip((lists.full, lists.partial), bounds, strict=True)], most
+        )
         if not segments:
             continue
         family = Family(group, lane.first + row * lists.block[0], height, 1, 0, ())
-        at_once = min(most_heads, strips_at_once(height * run.group, max(segment.length for segment in segments)))
+        longest = max(segment.length for segment in segments)
+        at_once = min(most_heads, strips_at_once(height * run.group, longest, ALONE))
         for low, high in lane.head_spans(group, heads):
             for head in range(low, high, at_once):
                 yield ScatteredUnit(lane, line, family, segments, head, min(head + at_once, high), 0, 1)
 
 
-def _segments(
-    lane: Lane, lists: TileLists, part: TileRows, bounds: list[int], line: int, most: int, residual: Any
-) -> list[Segment]:
-    columns = part.columns[bounds[line - 1] if line else 0 : bounds[line]]
-    width = lists.block[1]
+def _part(part: TileRows, bounds: list[int], line: int) -> Tensor:
+    """The columns of one row of tiles."""
+    return part.columns[bounds[line - 1] if line else 0 : bounds[line]].to(torch.int64)
+
+
+def _segments(lane: Lane, lists: TileLists, parts: list[Tensor], most: int) -> list[Segment]:
+    """The keys of the full and of the partial tiles of a row, at most ``most`` at a time, with the mask for the partial ones."""
+    width, residual = lists.block[1], lane.plan.lane.mask
+    columns, whole = torch.cat(parts), parts[0].numel()
     found: list[Segment] = []
-    for few in columns.split(max(1, most // width)):
-        if not few.numel():
-            continue
-        index = (few.to(torch.int64)[:, None] * width + torch.arange(width, device=few.device)).reshape(-1)
-        index = index[: max(0, index.numel() - max(0, int(few[-1]) * width + width - lists.kv_len))]
-        masks = () if residual is None else ((0, index.numel(), residual),)
-        index = (index - lane.first_key).to(lane.k.device)
-        found.append(Gathered(int(few[0]) * width, index.numel(), 0, masks, index))
+    step = max(1, most // width)
+    for begin in range(0, columns.numel(), step):
+        few = columns[begin : begin + step]
+        index = (few[:, None] * width + torch.arange(width, device=few.device)).reshape(-1)
+        full = min(max(0, whole - begin), few.numel()) * width
+        inside = index < lists.kv_len
+        if not bool(inside[-1]) or not bool(inside[max(0, full - 1)]):  # a ragged last tile ends either kind
+            full, index = int(inside[:full].sum()), index[inside]
+        masks = () if full == index.numel() else ((full, index.numel(), residual),)
+        first = int(few[0]) * width
+        found.append(Gathered(first, index.numel(), 0, masks, (index - lane.first_key).to(lane.k.device)))
     return found
 
 
@@ -87,8 +96,8 @@ class ScatteredUnit(Unit):
 
     @staticmethod
     def _index(segment: Segment) -> Tensor:
-        assert_listed: Any = segment
-        return assert_listed.index
+        listed: Any = segment  # units of this kind have no others
+        return listed.index
 
     def env(self, segment: Segment, low: int, high: int, transposed: bool) -> dict[str, Any]:
         """Positions of the listed keys."""

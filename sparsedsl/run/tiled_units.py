@@ -324,7 +324,7 @@ class Unit:
         q = lane.q[self.low, rows]
         q = (q[:, 0] if run.group == 1 else q.flatten(0, 1)).to(run.dtype) * run.factor
         total = value = q  # assigned by the first segment
-        plain = run.rule.bias is None and not run.rule.arbitrary and not run.rule.tanh
+        plain = run.rule.bias is None and not run.rule.arbitrary and not run.rule.tanh  # the products are the logits
         for number, segment in enumerate(self.segments):
             s = single_nt(q, self.key_rows(lane.k, segment), tanh=run.rule.tanh)
             if segment.masks or not plain:
@@ -392,8 +392,8 @@ class Unit:
         q = self.scaled_q()
         grad_out = self.rows(lane.place["grad_out"]).contiguous()
         lse2, delta = (self.strips(lane.place[name]).flatten(1, 2)[:, None] for name in ("lse", "delta"))
-        dq = None
-        for segment in self.segments:
+        dq = q  # assigned by the first segment
+        for number, segment in enumerate(self.segments):
             k, v = self.keys(lane.k, segment), self.keys(lane.v, segment)
             p = product_nt(k, q, tanh=run.rule.tanh)
             tile, kept = self.modified(p.view(p.shape[0], segment.length, self.height, run.group), segment, True)
@@ -415,10 +415,9 @@ class Unit:
                 ds = tile.reshape(ds.shape)
             self.add_keys(dk, segment, product(ds, q), run.call.scale / run.factor)
             part = product_tn(ds, k)
-            dq = part if dq is None else dq.add_(part)
-        assert_some: Any = dq
+            dq = dq.add_(part) if number else part
         place = self.strips(lane.place["dq"])
-        place.add_(assert_some.reshape(place.shape), alpha=run.call.scale)
+        place.add_(dq.reshape(place.shape), alpha=run.call.scale)
 
     def add_keys(self, total: Tensor, segment: Segment, grad: Tensor, factor: float = 1.0) -> None:
         """Add ``factor`` times ``(X, length, D)`` to the keys of this unit; strips may share keys, and heads may."""

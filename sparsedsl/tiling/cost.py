@@ -39,9 +39,9 @@ def product_gflops(machine: Machine, rows: int, alone: bool) -> float:
     return rates[-1]
 
 
-def strips_at_once(rows: int, keys: int) -> int:
-    """How many strips of ``rows`` rows with at most ``keys`` keys at a time are computed together: 1 if each is large enough."""
-    return 1 if rows * keys >= SINGLE else max(1, LOGITS // (rows * keys))
+def strips_at_once(rows: int, keys: int, alone: int = SINGLE) -> int:
+    """How many strips of ``rows`` rows with at most ``keys`` keys at a time are computed together: 1 from ``alone`` logits on."""
+    return 1 if rows * keys >= alone else max(1, LOGITS // (rows * keys))
 
 
 def family_seconds(

@@ -96,7 +96,7 @@ def cut(how: Cut) -> Iterator[None]:
             if how.keys is not None:
                 patch.setattr(module, "chunk_keys", lambda rows: how.keys)
             if how.together is not None:
-                patch.setattr(module, "strips_at_once", lambda rows, keys: how.together)
+                patch.setattr(module, "strips_at_once", lambda *sizes: how.together)
         before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
         torch.use_deterministic_algorithms(True)
         if how.threads is not None:
