@@ -4,7 +4,8 @@ Stages of a forward pass, in order:
 
 1. *prepare*: k and v contiguous, in float32 (float64 for float64): no copy if they are. Queries are read in place.
 2. *strips* (:mod:`run.tiled_units`): for each strip, its pieces of keys one after the other: product, score rule, mask where a piece is
-   masked, running maximum and sum, product with v. Strips and heads too small for a product of their own go together.
+   masked, powers of two, sum, product with v; with the running maximum only where a row's total shows that it was needed. Strips and
+   heads too small for a product of their own go together. Strips share the cores, one thread each (:mod:`run.workers`).
 3. *scattered tiles* (:mod:`run.tiled_scatter`): the same on keys gathered for one row of tiles at a time.
 4. *merge*: where lanes share queries, their results meet by LSE. A sink joins last.
 

@@ -1,4 +1,4 @@
-"""What strips cost on a machine: seconds from rates that were measured once. All numbers are of one head, forward.
+"""What strips cost on a machine, forward: seconds from rates that were measured once.
 
 A strip of M rows (queries times heads of a group) and n keys is a product, the softmax passes, and a product; each costs its
 arithmetic at the rate the machine reaches at that height, a pass over the logits, and the calls of the small operations.
