@@ -1,4 +1,4 @@
-"""What every test can use: the ``golden`` fixture, the ``gpu`` marker, and the random budget of the property tests.
+"""What every test can use: the ``golden`` and ``tiny_gemma`` fixtures, the ``gpu`` marker, and the random budget of the property tests.
 
 - ``pytest --update-golden`` rewrites golden files instead of comparing with them.
 - ``SPARSEDSL_TEST_EXAMPLES=100000`` spreads about that many random cases over the property tests that are run, in proportion to
@@ -14,8 +14,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Before anything imports torch: two test processes with one thread each are faster than two that fight for two cores,
@@ -211,3 +212,25 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if tests:
         more = f"budget {BUDGET}={_budget()}" if _budget() else f"{BUDGET}=100000 runs more"
         terminalreporter.write_line(f"random cases: {cases:,} run in {tests} property tests, {failed} of which failed ({more})")
+
+
+@pytest.fixture
+def tiny_gemma() -> Callable[[], tuple[Any, Any]]:
+    """Makes a Gemma 3 with random weights and its own layout of layers, and a tokenizer that reads bytes."""
+
+    def make() -> tuple[Any, Any]:
+        import torch
+        from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+        torch.manual_seed(0)
+        config = Gemma3TextConfig(
+            vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=16, sliding_window=64, max_position_embeddings=4096, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+        )  # fmt: skip
+
+        def tokenizer(text: str, return_tensors: str) -> Any:
+            return SimpleNamespace(input_ids=torch.tensor([list(text[:9000].encode("ascii", "replace"))]))
+
+        return Gemma3ForCausalLM(config).eval(), tokenizer
+
+    return make

@@ -8,7 +8,6 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,23 +181,7 @@ def test_training_million(tmp_path):
     assert "| forward and backward (median of 3) |" in shown
 
 
-def tiny_gemma() -> tuple[Any, Any]:
-    """A Gemma 3 with random weights and its own layout of layers, and a tokenizer that reads bytes."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, sliding_window=64, max_position_embeddings=4096, bos_token_id=2, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-
-    def tokenizer(text: str, return_tensors: str) -> Any:
-        return SimpleNamespace(input_ids=torch.tensor([list(text[:9000].encode("ascii", "replace"))]))
-
-    return Gemma3ForCausalLM(config).eval(), tokenizer
-
-
-def test_gemma_prefill(tmp_path, monkeypatch, capsys):
+def test_gemma_prefill(tmp_path, monkeypatch, capsys, tiny_gemma):
     script = load("gemma_prefill")
     monkeypatch.setattr(script.gemma, "load", tiny_gemma)
     out = tmp_path / "gemma.json"
@@ -216,7 +199,7 @@ def test_gemma_prefill(tmp_path, monkeypatch, capsys):
     assert str(out) in shown
 
 
-def test_gemma_models_share_their_weights():
+def test_gemma_models_share_their_weights(tiny_gemma):
     script = load("gemma_prefill")
     model, _ = tiny_gemma()
     models = script.three_models(model)

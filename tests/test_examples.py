@@ -6,8 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -44,24 +42,8 @@ def test_example_asks_one_question_and_says_how_to_run_it(name):
     assert any(line.strip().startswith(f"python examples/{name}") for line in source)
 
 
-def tiny_gemma() -> tuple[Any, Any]:
-    """A Gemma 3 with random weights and its own layout of layers, and a tokenizer that reads bytes."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, sliding_window=64, max_position_embeddings=4096, bos_token_id=2, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-
-    def tokenizer(text: str, return_tensors: str) -> Any:
-        return SimpleNamespace(input_ids=torch.tensor([list(text[:9000].encode("ascii", "replace"))]))
-
-    return Gemma3ForCausalLM(config).eval(), tokenizer
-
-
 @pytest.fixture
-def finetune(monkeypatch):
+def finetune(monkeypatch, tiny_gemma):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     spec = importlib.util.spec_from_file_location("examples_gemma_finetune", EXAMPLES / "gemma_finetune.py")
     assert spec is not None and spec.loader is not None
