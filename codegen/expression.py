@@ -7,17 +7,17 @@ it, so that a tile called full has no pair that the generated mask would drop.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
 from sympy.core.relational import Relational
 
+from sparsedsl.codegen.sharing import REAL_FUNCTIONS, SharingPrinter, is_constant, is_real_arithmetic
 from sparsedsl.codegen.source import Source
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
-from sparsedsl.lang.printing import ATOM, COMPARE, POWER, UNARY, Printer
+from sparsedsl.lang.printing import ATOM, COMPARE, POWER, UNARY
 from sparsedsl.lang.tables import TableRead
 
 __all__ = ["Names", "TorchPrinter", "write_expression"]
@@ -27,7 +27,6 @@ _TORCH = {
     "sigmoid": "torch.sigmoid", "sin": "torch.sin", "softplus": "torch.nn.functional.softplus", "sqrt": "torch.sqrt",
     "tanh": "torch.tanh", "where": "torch.where",
 }  # fmt: skip
-_REAL_FUNCTIONS = frozenset(_TORCH) - {"abs", "where"}
 
 
 @dataclass(frozen=True)
@@ -43,42 +42,20 @@ class Names:
     clamp: bool = True
 
 
-class TorchPrinter(Printer):
+class TorchPrinter(SharingPrinter):
     """Prints for torch. ``real``: the dtype, as source text, of real arithmetic on integers and tables; "" leaves it to torch."""
 
     def __init__(self, names: Names, real: str = "") -> None:
+        super().__init__()
         self.names, self.real = names, real
-        self._in_real = False
 
-    def text(self, expr: sympy.Basic, level: int = 0) -> str:
-        """The text of ``expr``, bracketed if it binds looser than ``level``."""
-        entering = self._in_real
-        self._in_real = _is_real_arithmetic(expr)
-        try:
-            if _is_constant(expr):
-                return self._constant(expr, level)
-            if entering and self.real and getattr(expr, "is_integer", False):
-                return f"{self.node(expr, ATOM)}.to({self.real})"
-            return self.node(expr, level)
-        finally:
-            self._in_real = entering
-
-    def node(self, expr: sympy.Basic, level: int) -> str:
-        """The text of a node that is neither a constant nor cast."""
-        return super().text(expr, level)
-
-    def _constant(self, expr: sympy.Expr, level: int) -> str:
-        """A number: torch functions want tensors, so a function of numbers is worked out here."""
-        if isinstance(expr, (sympy.Integer, sympy.Float, sympy.core.numbers.Infinity, sympy.core.numbers.NegativeInfinity)):
-            return super().text(expr, level)
-        from sparsedsl.lang.evaluate import evaluate
-
-        body, precedence = self.number(float(evaluate(expr, {})))
-        return f"({body})" if precedence < level else body
+    def operand_type(self, expr: sympy.Basic) -> str:
+        """Integers below real arithmetic become ``real``, if it is given."""
+        return self.real if is_real_arithmetic(expr) else ""
 
     def call(self, name: str, *arguments: sympy.Basic) -> tuple[str, int]:
         """A call of the torch function for ``name``."""
-        if name in _REAL_FUNCTIONS:
+        if name in REAL_FUNCTIONS:
             return f"{_TORCH[name]}({self._as_real(arguments[0])})", ATOM
         return f"{_TORCH[name]}({', '.join(self.text(a) for a in arguments)})", ATOM
 
@@ -95,7 +72,7 @@ class TorchPrinter(Printer):
 
     def _print_Pow(self, expr: sympy.Pow) -> tuple[str, int]:
         base, power = expr.args
-        if _is_constant(base):
+        if is_constant(base):
             # An integer base and an integer tensor would stay integers, and fail on negative powers.
             return f"torch.pow({float(base)!r}, {self.text(power)})", ATOM
         if power.is_Integer or power == sympy.Rational(1, 2):
@@ -108,8 +85,8 @@ class TorchPrinter(Printer):
         return f"torch.floor({self._as_real(expr.args[0])}).to(torch.int64)", ATOM
 
     def _extreme(self, expr: sympy.Basic, function: str, bound: str) -> tuple[str, int]:
-        numbers = [a for a in expr.args if _is_constant(a)]
-        first, *rest = sorted((a for a in expr.args if not _is_constant(a)), key=sympy.default_sort_key)
+        numbers = [a for a in expr.args if is_constant(a)]
+        first, *rest = sorted((a for a in expr.args if not is_constant(a)), key=sympy.default_sort_key)
         body = self.text(first, ATOM if numbers and not rest else 0)
         for argument in rest:
             body = f"{function}({body}, {self.text(argument)})"
@@ -160,66 +137,6 @@ class TorchPrinter(Printer):
         return super()._print_Relational(expr)
 
 
-def _is_constant(expr: sympy.Basic) -> bool:
-    """Whether ``expr`` is a number: no symbol, no table."""
-    return isinstance(expr, sympy.Expr) and not expr.free_symbols and not expr.has(TableRead)
-
-
-def _is_real_arithmetic(expr: sympy.Basic) -> bool:
-    """Whether the node works on real numbers, so that integers below it become real first."""
-    if isinstance(expr, Relational):
-        return not (expr.lhs.is_integer and expr.rhs.is_integer)
-    if isinstance(expr, (sympy.Add, sympy.Mul, sympy.Pow, sympy.Min, sympy.Max, fn.Where)):
-        return not expr.is_integer
-    if isinstance(expr, sympy.floor):
-        return not expr.args[0].is_rational
-    return type(expr).__name__.lower() in _REAL_FUNCTIONS
-
-
-_Emit = Callable[[str, str], str]
-
-
-class _Sharing(TorchPrinter):
-    """Names every expression that is printed more than once: ``emit(stem, text)`` writes the line and gives the name."""
-
-    def __init__(self, names: Names, real: str, repeats: Counter[sympy.Basic], emit: _Emit) -> None:
-        super().__init__(names, real)
-        self.repeats, self.emit = repeats, emit
-        self.known: dict[sympy.Basic, str] = {}
-
-    def node(self, expr: sympy.Basic, level: int) -> str:
-        if expr in self.known:
-            return self.known[expr]
-        if self.repeats[expr] < 2:
-            return super().node(expr, level)
-        self.known[expr] = self.emit(_stem(expr), super().node(expr, 0))
-        return self.known[expr]
-
-
-class _Tally(TorchPrinter):
-    """Prints for the sake of counting: how often is each expression asked for, if the first printing of it is kept?"""
-
-    def __init__(self, names: Names, real: str) -> None:
-        super().__init__(names, real)
-        self.repeats: Counter[sympy.Basic] = Counter()
-
-    def node(self, expr: sympy.Basic, level: int) -> str:
-        if expr.is_Symbol:
-            return super().node(expr, level)
-        self.repeats[expr] += 1
-        return super().node(expr, level) if self.repeats[expr] == 1 else "_"
-
-
-def _stem(expr: sympy.Basic) -> str:
-    return (
-        f"{expr.spec.name}_here"
-        if isinstance(expr, TableRead)
-        else "both"
-        if isinstance(expr, sympy.logic.boolalg.Boolean)
-        else "t"
-    )
-
-
 def write_expression(source: Source, expr: sympy.Basic, names: Names, *, real: str = "") -> str:
     """Write a line for every subexpression used more than once, and return the text of ``expr`` itself.
 
@@ -231,12 +148,4 @@ def write_expression(source: Source, expr: sympy.Basic, names: Names, *, real: s
     >>> print(source.text, end="")
     t = (q_pos - kv_idx) // 4
     """
-
-    def emit(stem: str, text: str) -> str:
-        name = source.fresh(stem)
-        source.line(f"{name} = {text}")
-        return name
-
-    tally = _Tally(names, real)
-    tally.text(expr)
-    return _Sharing(names, real, tally.repeats, emit).text(expr)
+    return TorchPrinter(names, real).write(source, [expr])[0]

@@ -46,6 +46,24 @@ class Source:
         finally:
             self._depth -= 1
 
+    @contextmanager
+    def scope(self, taken: Iterable[str] = ()) -> Iterator[None]:
+        """Names given out within are free again afterwards, as those of a function's own variables are.
+
+        >>> source = Source()
+        >>> with source.scope(taken=["x"]):
+        ...     source.fresh("x"), source.fresh("y")
+        ('x_1', 'y')
+        >>> source.fresh("x")
+        'x'
+        """
+        outer = self._taken
+        self._taken = outer | set(taken)
+        try:
+            yield
+        finally:
+            self._taken = outer
+
     def fresh(self, stem: str) -> str:
         """``stem``, or ``stem`` with a number, whichever is free first; it is taken from then on.
 

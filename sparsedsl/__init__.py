@@ -49,6 +49,7 @@ _PUBLIC = {
     **dict.fromkeys(("trace_mask", "trace_score"), "sparsedsl.tracing"),
     **dict.fromkeys(("PROVED", "REFUTED", "UNKNOWN", "Verdict", "equivalent", "implies"), "sparsedsl.analysis.proofs"),
     **dict.fromkeys(("Analysis", "analyse"), "sparsedsl.analysis.report"),
+    **dict.fromkeys(("Build", "build"), "sparsedsl.gpu.build"),
     **dict.fromkeys(("Attention", "compile"), "sparsedsl.run.compile"),
     "plot": "sparsedsl.plotting",
     **dict.fromkeys(("models", "patterns", "testing"), ""),

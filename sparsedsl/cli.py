@@ -1,4 +1,4 @@
-"""The command line: ``python -m sparsedsl explain | plot | check SPEC``.
+"""The command line: ``python -m sparsedsl explain | plot | check | build SPEC``.
 
 Exit codes: 0; 1 if ``check`` found a property that does not hold; 2 for anything that could not be done (one message, no
 traceback; ``SPARSEDSL_DEBUG=1`` shows the traceback).
@@ -43,6 +43,14 @@ examples:
 
 Tables that are not given are drawn at random, as their declarations allow. Exit code 1 if a property does not hold; then
 a program that shows it is printed.""",
+    "build": """\
+examples:
+  python -m sparsedsl build sparsedsl.patterns:causal --target sm_90 --head-dim 128
+  python -m sparsedsl build my_patterns.py:packed --target gfx942 --dtype float16 --out kernels/packed
+  python -m sparsedsl build my_patterns.py:local --source
+
+Needs Triton, and no GPU; tables need no values. Compiles the forward, backward and decode kernels and prints what each
+takes of an SM; --out also writes the binaries.""",
 }
 
 
@@ -76,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         (_explain, "what a pattern costs, whether it is causal, and how it would run"),
         (_plot, "draw a pattern: allowed pairs and tile classes"),
         (_check, "test a pattern with random shapes, tables and inputs"),
+        (_build, "compile the GPU kernels of a pattern, without a GPU, and report what they take"),
     ):
         name = run.__name__.strip("_")
         command = commands.add_parser(
@@ -84,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         command.set_defaults(run=run)
         command.add_argument("spec", metavar="SPEC", help="module:name or file.py:name")
+        if run is _build:
+            _add_build(command)
+            continue
         command.add_argument(
             "--table", action="append", default=[], metavar="NAME=FILE", help="values of a table; may be given more than once"
         )
@@ -117,6 +129,17 @@ def _add_shape(command: argparse.ArgumentParser, *, costs: bool) -> None:
     command.add_argument("--head-dim", type=_count, default=64, metavar="N", help="width of a head (default 64)")
     command.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or float64 (default float32)")
     command.add_argument("--device", default="cpu", help="where it would run: cpu or cuda (default cpu)")
+
+
+def _add_build(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--target", default="sm_90", help="sm_80, sm_90, sm_100 or gfx942 (default sm_90)")
+    command.add_argument("--dtype", default="bfloat16", help="float16, bfloat16 or float32 (default bfloat16)")
+    command.add_argument("--head-dim", type=_count, default=64, metavar="N", help="width of a head (default 64)")
+    command.add_argument("--head-dim-v", type=_count, metavar="N", help="width of values (default: as --head-dim)")
+    command.add_argument("--group", type=_count, default=1, metavar="N", help="query heads a key head (default 1)")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="write binaries, assembly, source and report.json there")
+    command.add_argument("--remarks", action="store_true", help="also what NVIDIA's assembler says about speed")
+    command.add_argument("--source", action="store_true", help="print the generated source before the report")
 
 
 def _count(text: str) -> int:
@@ -179,6 +202,21 @@ def _check(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     print(report)
     return 0 if report.ok else 1
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    import sparsedsl as sd
+
+    pattern = load_pattern(arguments.spec)
+    names = ("target", "dtype", "head_dim", "head_dim_v", "group", "remarks")
+    with _working("compiling"):
+        built = sd.build(pattern, **{name: getattr(arguments, name) for name in names})
+    if arguments.source:
+        print(built.source)
+    print(built)
+    if arguments.out:
+        print(built.save(arguments.out))
+    return 0
 
 
 @contextlib.contextmanager

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 
-__all__ = ["BACKENDS", "CallFacts", "Costs", "Plan", "check_backend", "choose", "flex_refusal"]
+__all__ = ["BACKENDS", "TRITON_WIDEST", "CallFacts", "Costs", "Plan", "check_backend", "choose", "flex_refusal", "triton_refusal"]
 
-BACKENDS = ("auto", "reference", "tiled", "flex")
+BACKENDS = ("auto", "reference", "tiled", "flex", "triton")
 # Up to this many logits the dense reference is quicker than cutting a mask into strips.
 SMALL_LOGITS = 1 << 15
+TRITON_DTYPES, TRITON_WIDEST = ("float16", "bfloat16", "float32"), 256
 # How much quicker FlexAttention must be expected to be on CPU to be worth the wait for its compiler at the first call: as a ratio, and
 # in seconds a call.
 FLEX_GAIN, FLEX_SAVES = 1.25, 0.01
@@ -62,8 +63,7 @@ class Plan:
 def check_backend(backend: object) -> str:
     """The backend's name, or a :class:`PatternError` with the valid ones."""
     if backend not in BACKENDS:
-        coming = " (`triton` is not part of this release)" if backend == "triton" else ""
-        raise PatternError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}{coming}")
+        raise PatternError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
     return str(backend)
 
 
@@ -78,6 +78,16 @@ def flex_refusal(facts: CallFacts) -> str | None:
     return None
 
 
+def triton_refusal(facts: CallFacts, missing: Callable[[str], str | None]) -> str | None:
+    """Why generated Triton kernels cannot run the call, or None if they can. ``missing``: what a kind of device lacks for them."""
+    if facts.dtype not in TRITON_DTYPES:
+        return f"the generated kernels have no {facts.dtype}"
+    widest = max(facts.head_dim, facts.head_dim_v)
+    if widest > TRITON_WIDEST:
+        return f"the generated kernels have heads up to {TRITON_WIDEST} wide; this one is {widest}"
+    return missing(facts.device)
+
+
 def choose(
     pattern: Pattern,
     facts: CallFacts,
@@ -85,8 +95,10 @@ def choose(
     block: tuple[int, int] = (128, 128),
     *,
     costs: Callable[[], Costs] | None = None,
+    missing: Callable[[str], str | None] = lambda device: "Triton was not looked for",
 ) -> Plan:
     """The plan for one call. ``costs`` is asked only where ``auto`` has a choice on CPU; without it `tiled` is taken there.
+    ``missing``: what a kind of device ("cpu", "cuda") lacks for Triton kernels, or None.
 
     Raises:
         UnsupportedError: the named backend cannot run the call. Nothing is ever replaced by something else without being asked for.
@@ -103,6 +115,11 @@ def choose(
                 f"pattern, with gradients and the LSE) or backend='reference' (dense)" + _way_out(facts)
             )
         return Plan(pattern.key, "flex", block, "asked for")
+    if backend == "triton":
+        reason = triton_refusal(facts, missing)
+        if reason is not None:
+            raise UnsupportedError(f"backend 'triton' cannot run this call: {reason}. Use backend='tiled', which runs everywhere")
+        return Plan(pattern.key, "triton", block, "asked for")
     if facts.logits <= SMALL_LOGITS:
         return Plan(
             pattern.key,
@@ -110,6 +127,12 @@ def choose(
             block,
             f"{facts.logits:,} logits are few: dense is quicker than cutting the mask into strips",
         )
+    if facts.device != "cpu":
+        reason = triton_refusal(facts, missing)
+        if reason is None:
+            return Plan(pattern.key, "triton", block, "kernels that know the pattern: nothing that it leaves empty is looked at")
+        if refusal is not None:
+            return Plan(pattern.key, "tiled", block, f"{reason}; {refusal}")
     if refusal is not None:
         return Plan(pattern.key, "tiled", block, refusal)
     if facts.device != "cpu":

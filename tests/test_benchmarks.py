@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from sparsedsl import patterns
+from sparsedsl.lang.pattern import as_pattern
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 MACHINE = {"cpu", "cores", "memory_gib", "torch_threads", "python", "torch", "commit", "date", "load_average"}
 
@@ -61,6 +64,58 @@ def test_block_lists(tmp_path):
     assert content["targets"] == [], "targets are for 1M and 16M tokens"
     assert shown.count("| 4 windows by head: 128 to 2048 |") == 2
     assert "| not measured |" in shown
+
+
+@pytest.mark.slow
+def test_aot_resources(tmp_path):
+    pytest.importorskip("triton")
+    content, shown = run(
+        "aot_resources.py", tmp_path / "resources.json",
+        "--patterns", "causal", "--targets", "sm_90", "gfx942", "--dims", "64", "--workers", "1",
+    )  # fmt: skip
+    hopper, amd = content["records"]
+    assert (hopper["target"], amd["target"], hopper["error"], amd["error"]) == ("sm_90", "gfx942", None, None)
+    assert hopper["kernels"].keys() == amd["kernels"].keys() >= {"forward", "decode", "grad_q", "grad_kv"}
+    assert "wgmma.mma_async" in hopper["kernels"]["forward"]["instructions"]
+    assert "v_mfma" in amd["kernels"]["grad_kv"]["instructions"]
+    assert [target["pass"] for target in content["targets"]] == [True] * 5
+    assert shown.count("| sm_90 | 64 |") == 1 + len(hopper["kernels"])
+    assert "Nothing to report." in shown
+
+
+def test_aot_resources_counts_what_goes_wrong():
+    script = load("aot_resources")
+    good = {"products": 2, "instructions": {"wgmma.mma_async": 8}, "spills": 0, "blocks": 1}
+    kernels = {
+        "forward": good | {"spills": 40}, "grad_q": good | {"instructions": {}}, "grad_kv": good | {"blocks": 0},
+        "decode": good | {"instructions": {"mma.sync": 4}}, "delta": good | {"products": 0, "instructions": {}},
+    }  # fmt: skip
+    common = {"pattern": "causal", "target": "sm_90", "head_dim": 64}
+    records = [
+        common | {"kernels": kernels, "error": None, "problems": ["forward: 40 bytes"]},
+        common | {"kernels": {}, "error": "no such thing", "problems": []},
+    ]
+    assert script.counts(records) == {
+        "builds": 2, "failed": 1, "kernels": 5, "spill": 1, "most_spilled_bytes": 40, "without_matrix": 1, "not_launchable": 1,
+        "best_matrix": 2 / 3,
+    }  # fmt: skip
+    assert [(target["got"], target["pass"]) for target in script.checks(records)] == [
+        (1, False), (1, False), (1, False), (1, False), (2 / 3, False),
+    ]  # fmt: skip
+    assert script.flags(records).splitlines() == [
+        "- causal, sm_90, D 64: forward: 40 bytes",
+        "- causal, sm_90, D 64: grad_q: none, not wgmma.mma_async",
+        "- causal, sm_90, D 64: cannot be built: no such thing",
+    ]
+    assert script.flags(records[:0]) == "Nothing to report."
+
+
+def test_aot_resources_covers_the_library():
+    script = load("aot_resources")
+    names = {name.split(" ")[0].rstrip(",") for name in script.PATTERNS}
+    assert names == {*patterns.__all__} - script.NO_PATTERNS
+    for declare in script.PATTERNS.values():
+        as_pattern(declare())
 
 
 @pytest.mark.slow
@@ -136,7 +191,6 @@ def test_block_tables_have_the_share_they_promise():
 
 def test_both_forms_of_every_case_allow_the_same():
     from sparsedsl.lang.evaluate import evaluate
-    from sparsedsl.lang.pattern import as_pattern
 
     cases, length = load("cases"), 4700  # beyond the widest window
     positions = torch.arange(length)

@@ -22,6 +22,7 @@ ARROW = [
     ["tiling"],
     ["plan"],
     ["codegen"],
+    ["gpu"],
     ["run"],
     ["strip_picture"],
     ["plotting", "testing", "models", "specs"],

@@ -22,7 +22,7 @@ from sparsedsl.lang.strict import StrictFunction
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import TableRead
 
-__all__ = ["check_reads", "index_ranges", "value_ranges"]
+__all__ = ["allowed_range", "check_reads", "index_ranges", "value_ranges"]
 
 # An index that cannot be reasoned about is worked out at no more points than this.
 POINTS = 1 << 22
@@ -100,6 +100,13 @@ def _in_clause(index: sympy.Expr, clause: Clause, intervals: Intervals) -> tuple
             low = low if below is None else max(low, below[0])
             high = high if above is None else min(high, above[1])
     return low, high
+
+
+def allowed_range(index: sympy.Expr, mask: Boolean, intervals: Intervals) -> tuple[Any, Any]:
+    """Range of ``index`` over the pairs that ``mask`` allows, or somewhat more; low > high if it allows none."""
+    ranges = [_in_clause(index, clause, intervals) for clause in clauses(mask)]
+    ranges = [r for r in ranges if r[0] <= r[1]]
+    return min((r[0] for r in ranges), default=0), max((r[1] for r in ranges), default=-1)
 
 
 def check_reads(pattern: Pattern, domain: Domain) -> None:

@@ -19,7 +19,7 @@ from sparsedsl.lang import functions as fn
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX
 from sparsedsl.lang.tables import TableRead
 
-__all__ = ["Bound", "Clause", "clauses", "literals", "monotone", "only_difference"]
+__all__ = ["Bound", "Clause", "bound_of", "clauses", "literals", "monotone", "only_difference"]
 
 # Distributing & over | multiplies clauses; beyond this many an alternative stays whole and is decided tile by tile.
 MAX_CLAUSES = 32
@@ -181,7 +181,7 @@ def _split(relation: Relational) -> Boolean | None:
         return None
     node = next((t for t in sympy.Add.make_args(difference) for t in [t.as_coeff_Mul()[1]] if _branches(t)), None)
     if isinstance(relation, sympy.Ne):
-        bound = _bound(sympy.Eq(difference, 0, evaluate=False)) if node is None else None
+        bound = bound_of(sympy.Eq(difference, 0, evaluate=False)) if node is None else None
         solvable = bound is not None and None not in (monotone(bound.q_part, Q_IDX), monotone(bound.kv_part, KV_IDX))
         is_bool = isinstance(relation.lhs, TableRead) and relation.lhs.spec.dtype == "bool"
         if node is None and (not solvable or is_bool):
@@ -217,7 +217,7 @@ def _branches(node: sympy.Basic) -> bool:
     return isinstance(node, (sympy.Min, sympy.Max, fn.Abs, fn.Where))
 
 
-def _bound(relation: Boolean) -> Bound | None:
+def bound_of(relation: Boolean) -> Bound | None:
     """``relation`` as a bound on a separable integer form, or None."""
     if not isinstance(relation, Relational) or isinstance(relation, sympy.Ne):
         return None
@@ -265,7 +265,7 @@ def _clause(conjunction: tuple[Boolean, ...]) -> Clause | None:
     grouped: dict[tuple[sympy.Expr, sympy.Expr], list[Bound]] = {}
     rest: list[Boolean] = []
     for relation in dict.fromkeys(conjunction):
-        bound = _bound(relation)
+        bound = bound_of(relation)
         if bound is None or monotone(bound.kv_part, KV_IDX) is None or monotone(bound.q_part, Q_IDX) is None:
             rest.append(relation)
         else:

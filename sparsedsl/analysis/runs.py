@@ -21,7 +21,7 @@ from sparsedsl.lang.evaluate import evaluate, maximum, minimum
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX
 from sparsedsl.lang.tables import TableRead
 
-__all__ = ["Runs", "solve_clause"]
+__all__ = ["RisingForm", "Runs", "invert", "limits", "rising_form", "solve_clause"]
 
 # Stands in for "no bound": far outside any index, with room to add and multiply without wrapping.
 FAR = 1 << 60
@@ -48,11 +48,11 @@ def solve_clause(
     q_first, q_last = q_low + zero, q_high + zero
     inner_ok = torch.ones_like(zero, dtype=torch.bool)
     outer_ok = inner_ok.clone()
-    ends = [(bound, _limits(bound, env)) for bound in clause.bounds]
+    ends = [(bound, limits(bound, env)) for bound in clause.bounds]
     for bound, (low, high) in ends:
         outer_ok = outer_ok & (low <= high)
         if bound.kv_part == 0:
-            first, last = _invert(bound.q_part, Q_IDX, low, high, q_len, env)
+            first, last = invert(bound.q_part, Q_IDX, low, high, q_len, env)
             inner_ok = inner_ok & (first <= q_low) & (last >= q_high)
             q_first, q_last = maximum(q_first, first), minimum(q_last, last)
     outer_ok = outer_ok & (q_first <= q_last)
@@ -64,10 +64,10 @@ def solve_clause(
         # Where the tile has no query left, the clipped range is the tile itself: the result is discarded below.
         clipped = torch.where(outer_ok, q_first, q_low + zero), torch.where(outer_ok, q_last, q_high + zero)
         least, most = _extremes(bound.q_part, *clipped, env)
-        first, last = _invert(bound.kv_part, KV_IDX, low - most, high - least, kv_len, env)
+        first, last = invert(bound.kv_part, KV_IDX, low - most, high - least, kv_len, env)
         outer = [maximum(outer[0], first), minimum(outer[1], last)]
         least, most = _extremes(bound.q_part, q_low + zero, q_high + zero, env)
-        first, last = _invert(bound.kv_part, KV_IDX, low - least, high - most, kv_len, env)
+        first, last = invert(bound.kv_part, KV_IDX, low - least, high - most, kv_len, env)
         inner = [maximum(inner[0], first), minimum(inner[1], last)]
     if clause.rest:
         inner_ok = torch.zeros_like(inner_ok)
@@ -80,7 +80,8 @@ def solve_clause(
     )
 
 
-def _limits(bound: Bound, env: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def limits(bound: Bound, env: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of ``bound.low`` and ``bound.high``; :data:`FAR` away where there is none."""
     low = torch.tensor(-FAR) if bound.low is None else evaluate(bound.low, env)
     high = torch.tensor(FAR) if bound.high is None else evaluate(bound.high, env)
     return low, high
@@ -94,7 +95,7 @@ def _extremes(
     return (at_first, at_last) if (monotone(expr, Q_IDX) or 0) >= 0 else (at_last, at_first)
 
 
-def _invert(
+def invert(
     expr: sympy.Expr, symbol: sympy.Symbol, low: torch.Tensor, high: torch.Tensor, length: int, env: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """First and last index ``i`` in ``[0, length)`` with ``low <= expr(i) <= high``, for ``expr`` monotone in ``symbol``.
@@ -102,7 +103,7 @@ def _invert(
     The bounds may lie outside the range (first > last when no index fits). Closed form for ``c * i + r`` and ``i // c + r``;
     otherwise a binary search, O(log length) evaluations for all tiles together.
     """
-    form = _rising_form(expr, symbol)
+    form = rising_form(expr, symbol)
     if form.negated:
         low, high = -high, -low
     if form.fixed != 0:
@@ -121,7 +122,7 @@ def _invert(
 
 
 @dataclass(frozen=True)
-class _RisingForm:
+class RisingForm:
     """``moving + fixed``, or its negative if ``negated``; ``moving`` reads the symbol and does not fall as it grows.
 
     ``moving`` is ``factor * symbol`` if ``factor`` is not None, and ``symbol // divisor`` if ``divisor`` is not None.
@@ -135,18 +136,18 @@ class _RisingForm:
 
 
 @functools.lru_cache(maxsize=1024)
-def _rising_form(expr: sympy.Expr, symbol: sympy.Symbol) -> _RisingForm:
-    """The symbolic part of :func:`_invert`, which is asked again for every chunk of tiles."""
+def rising_form(expr: sympy.Expr, symbol: sympy.Symbol) -> RisingForm:
+    """The symbolic part of :func:`invert`, which is asked again for every chunk of tiles."""
     negated = (monotone(expr, symbol) or 0) < 0
     moving, fixed = sympy.Add(-expr if negated else expr, 0).as_independent(symbol, as_Add=True)[::-1]
     coefficient, core = moving.as_coeff_Mul()
     if core == symbol and coefficient.is_Integer:
-        return _RisingForm(negated, moving, fixed, int(coefficient), None)
+        return RisingForm(negated, moving, fixed, int(coefficient), None)
     if isinstance(core, sympy.floor) and coefficient == 1:
         numerator, denominator = core.args[0].as_numer_denom()
         if numerator == symbol and denominator.is_Integer:
-            return _RisingForm(negated, moving, fixed, None, int(denominator))
-    return _RisingForm(negated, moving, fixed, None, None)
+            return RisingForm(negated, moving, fixed, None, int(denominator))
+    return RisingForm(negated, moving, fixed, None, None)
 
 
 def _shift(value: torch.Tensor, offset: Any) -> torch.Tensor:

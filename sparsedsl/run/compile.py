@@ -3,8 +3,8 @@
 1. *check*    (:mod:`run.inputs`): tensors, tables, offset -> :class:`~sparsedsl.run.inputs.Call`
 2. *plan*     (:mod:`plan`): pattern, facts of the call -> :class:`~sparsedsl.plan.Plan`
 3. *analyse*  (:mod:`analysis.tiles`, :mod:`tiling`): mask, domain -> tile lists or a schedule, remembered per lengths and tables
-4. *emit*     (``codegen``): pattern -> source of the mask and score functions, once per pattern; `flex` only
-5. *run*      (:mod:`run.reference`, :mod:`run.tiled`, :mod:`run.flex`): tensors and lists -> out, lse
+4. *emit*     (``codegen``): pattern -> source of mask and score functions (`flex`) or of kernels (`triton`), once per pattern
+5. *run*      (:mod:`run.reference`, :mod:`run.tiled`, :mod:`run.flex`, :mod:`run.triton_kernel`): tensors and lists -> out, lse
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.score_rules import score_rule
 from sparsedsl.run.surroundings import autocast_inputs, is_traced, is_transformed
 from sparsedsl.run.tiled_kernel import HeadSizes, TiledKernel, sizes_of
+from sparsedsl.run.triton_kernel import TritonKernel, missing
 from sparsedsl.tiling.cost import flex_seconds
 from sparsedsl.tiling.schedule import Schedule
 from sparsedsl.tuning.measure import machine
@@ -47,8 +48,8 @@ def compile(pattern: Any, *, backend: str = "auto") -> Attention:
     Args:
         pattern: a :class:`~sparsedsl.Mask` or a :class:`~sparsedsl.Pattern` from :func:`sparsedsl.attend`.
         backend: ``"reference"`` (dense torch; defines the meaning), ``"tiled"`` (torch's dense products on the rectangles of the
-            pattern; compiles nothing; any dtype; gradients), ``"flex"`` (torch FlexAttention on compact tile lists) or
-            ``"auto"``, which chooses per call and says why in :meth:`Attention.explain`.
+            pattern; compiles nothing; any dtype; gradients), ``"flex"`` (torch FlexAttention on compact tile lists),
+            ``"triton"`` (kernels generated for the pattern, on GPU) or ``"auto"``, which chooses per call and says why in :meth:`Attention.explain`.
 
     Returns:
         An :class:`Attention`: ``attn(q, k, v, q_offset=0, return_lse=False, scale=None, **tables)``.
@@ -119,13 +120,17 @@ class Attention:
         """The call on tensors that hold values; :meth:`__call__` says what it takes and gives."""
         call = check_call(self.pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
         plan = choose(
-            self.pattern, call_facts(call, return_lse), self.backend, costs=lambda: self.costs(call.domain, sizes_of(call))
+            self.pattern,
+            call_facts(call, return_lse),
+            self.backend,
+            costs=lambda: self.costs(call.domain, sizes_of(call)),
+            missing=missing,
         )
         if call.is_empty or plan.backend == "reference":
             out, lse = (attend_empty if call.is_empty else attend_reference)(self.pattern, call)
             return (out, lse) if return_lse else out
-        if plan.backend == "tiled":
-            out, lse = differentiable(self._tiled, call)
+        if plan.backend in ("tiled", "triton"):
+            out, lse = differentiable(self._tiled if plan.backend == "tiled" else self._triton, call)
             return (out, lse) if return_lse else out
         if is_transformed(call.q, call.k, call.v, *call.tables.values()):
             return transformed(self.pattern, functools.partial(self._run_flex, plan.block, return_lse), call, return_lse)
@@ -137,6 +142,10 @@ class Attention:
     @functools.cached_property
     def _tiled(self) -> TiledKernel:
         return TiledKernel(self.pattern)
+
+    @functools.cached_property
+    def _triton(self) -> TritonKernel:
+        return TritonKernel(self.pattern, self.lists)
 
     def schedule(self, domain: Domain, sizes: HeadSizes) -> Schedule:
         """How `tiled` cuts the mask over ``domain``, remembered while the tables live unchanged."""
@@ -183,8 +192,13 @@ class Attention:
 
     @property
     def source(self) -> str:
-        """The generated code, readable; for ``"reference"`` and ``"tiled"`` the pattern itself, which they interpret."""
-        return self.pattern.text if self.backend in ("reference", "tiled") else self._kernel.source
+        """The generated code, readable; for ``"reference"`` and ``"tiled"`` the pattern itself, which they interpret.
+
+        Of ``"triton"``: the kernels for heads 64 wide.
+        """
+        if self.backend in ("reference", "tiled"):
+            return self.pattern.text
+        return self._triton.source().text if self.backend == "triton" else self._kernel.source
 
     def block_mask(
         self,

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
-from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.run.inputs import Call
 from sparsedsl.run.score_rules import LN2, LOG2E
+from sparsedsl.run.sinks import sink_gradients, sink_logit
 from sparsedsl.run.tiled_operands import Gains, Operands
 from sparsedsl.run.tiled_scatter import scattered_units
 from sparsedsl.run.tiled_units import Lane, Unit
@@ -98,18 +97,11 @@ class Pass(Operands):
                     piece()
         lse.mul_(LN2)
         if self.pattern.sink is not None:
-            logit = self._sink(self.tables)
+            logit = sink_logit(self.pattern, self.call, self.tables, self.dtype)
             left = torch.sigmoid(lse - logit).masked_fill_(lse == float("-inf"), 0.0)
             out.mul_(left[..., None])
             lse = torch.logaddexp(lse, logit)
         return out.to(self.call.q.dtype), lse
-
-    def _sink(self, tables: Mapping[str, Tensor]) -> Tensor:
-        sink: Any = self.pattern.sink
-        device = self.call.q.device
-        env = {"b": torch.arange(self.batch, device=device)[:, None, None], "h": torch.arange(self.heads, device=device)[:, None]}
-        value = evaluate(sink.expr, {**env, **self.call.domain.lengths, **tables}, dtype=self.dtype)
-        return value.to(self.dtype).expand(self.batch, self.heads, self.rows)
 
     # ---- backward ---------------------------------------------------------------------------------------------
 
@@ -135,8 +127,8 @@ class Pass(Operands):
             self._backward_by_heads(lanes, kv_heads, total)
         else:
             self._backward_by_rows(lanes, total)
-        if self.pattern.sink is not None and self.leaves:
-            self._sink_backward(lse, delta, total)
+        for name, grad in sink_gradients(self.pattern, self.call, self.leaves, lse, delta).items():
+            total.tables[name] += grad
         like = self.call
         grads = {name: grad.to(self.tables[name].dtype) for name, grad in total.tables.items()}
         return dq.to(like.q.dtype), total.dk.to(like.k.dtype), total.dv.to(like.v.dtype), grads
@@ -180,10 +172,3 @@ class Pass(Operands):
             )
         for gains in own[1:]:
             total.add(gains)
-
-    def _sink_backward(self, lse: Tensor, delta: Tensor, total: Gains) -> None:
-        with torch.enable_grad():
-            logit = self._sink({**self.tables, **self.leaves})
-        if logit.requires_grad:
-            weight = torch.where(lse == float("-inf"), 0.0, torch.exp(logit.detach() - lse))
-            total.add_tables(torch.autograd.grad(logit, list(self.leaves.values()), -weight * delta, allow_unused=True))

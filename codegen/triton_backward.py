@@ -1,0 +1,311 @@
+"""The backward pass as Triton source: row sums first, then gradients of q tile by tile of queries, of k and v tile by tile of keys.
+
+Nothing is added up by atomics: every sum belongs to one program, so the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import sympy
+
+from sparsedsl.analysis.clauses import only_difference
+from sparsedsl.codegen.derivative import derivative
+from sparsedsl.codegen.source import Source
+from sparsedsl.codegen.triton_expression import write_expression, write_expressions
+from sparsedsl.codegen.triton_loops import Loop
+from sparsedsl.codegen.triton_parts import KernelSource, Variant, Writer, suffixed
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.symbols import HEAD, KV_IDX, Q_IDX, SCORE
+from sparsedsl.lang.tables import TableRead, table_reads
+
+__all__ = ["LearnedRead", "gradients_of", "learned_reads", "write_delta", "write_grad_kv", "write_grad_q"]
+
+
+@dataclass(frozen=True)
+class LearnedRead:
+    """One read of a learned table in the score, and along which axis its gradients are summed.
+
+    ``axis``: "rows" (the index reads no key: summed over keys in the pass over queries), "columns" (it reads no query: summed over queries
+    in the pass over keys), "difference" (it reads ``q_idx - kv_idx``: summed along diagonals), "pairs" (any other: not summed at all).
+    """
+
+    number: int
+    read: TableRead
+    axis: str
+
+    @property
+    def name(self) -> str:
+        """What its gradients are called in the code."""
+        return f"grad_{self.read.spec.name}_{self.number}"
+
+
+@functools.lru_cache(maxsize=1024)
+def learned_reads(pattern: Pattern) -> tuple[LearnedRead, ...]:
+    """The reads of learned tables in the score, each once."""
+    reads = [read for read in table_reads(pattern.score.expr) if read.spec.learned]
+    return tuple(LearnedRead(n, read, _axis(read)) for n, read in enumerate(dict.fromkeys(reads)))
+
+
+def _axis(read: TableRead) -> str:
+    free = read.free_symbols
+    if KV_IDX not in free:
+        return "rows"
+    if Q_IDX not in free:
+        return "columns"
+    return "difference" if all(only_difference(index) for index in read.args) else "pairs"
+
+
+def write_delta(source: Source, pattern: Pattern, variant: Variant) -> KernelSource:
+    """What both passes need of every row."""
+    writer = Writer(
+        source,
+        pattern,
+        variant,
+        "delta",
+        "Of each query: sum of out * grad_out less the gradient of the LSE; the LSE as exponent.",
+    )
+    writer.tensor("out")
+    writer.tensor("grad_out")
+    writer.add(("lse_ptr", "*fp32"), ("grad_lse_ptr", "*fp32"), ("delta_ptr", "*fp32"), ("base_ptr", "*fp32"))
+    writer.add(("heads", "i32"), ("rows", "i32"))
+    writer.constants("BLOCK_M", "ALIGN", "HAS_GRAD_LSE")
+    with writer.define():
+        source.line("tiles = tl.cdiv(rows, BLOCK_M)")
+        source.line("tile = tl.program_id(0) % tiles")
+        source.line("bh = tl.program_id(0) // tiles")
+        source.line("b = bh // heads")
+        source.line("h = bh % heads")
+        writer.head("out", "h")
+        writer.head("grad_out", "h")
+        source.line(f"row = {writer.number('BLOCK_M', 'tile')} + tl.arange(0, BLOCK_M)")
+        source.line("inside = row < rows")
+        for part in writer.v_parts:
+            first = f"{part.first} + " if part.first else ""
+            source.line(f"{part.name} = {first}tl.arange(0, {part.width})")
+        source.line("delta = tl.zeros([BLOCK_M], tl.float32)")
+        writer.load("out", "out", writer.v_parts, "row", "inside")
+        writer.load("grad_out", "grad", writer.v_parts, "row", "inside")
+        for part in writer.v_parts:
+            out, grad = suffixed("out", part), suffixed("grad", part)
+            source.line(f"delta += tl.sum({out}.to(tl.float32) * {grad}.to(tl.float32), 1)")
+        source.line("at = bh.to(tl.int64) * rows + row")
+        with source.block("if HAS_GRAD_LSE:"):
+            source.line("delta -= tl.load(grad_lse_ptr + at, mask=inside, other=0.0)")
+        source.line("lse = tl.load(lse_ptr + at, mask=inside, other=0.0)")
+        source.line("# A row that saw nothing has only masked pairs: any finite number makes them 0.")
+        source.line(f'base = tl.where(lse == float("-inf"), 0.0, lse){" * LOG2E" if writer.plain else ""}')
+        source.line("tl.store(delta_ptr + at, delta, mask=inside)")
+        source.line("tl.store(base_ptr + at, base, mask=inside)")
+    return writer.result
+
+
+def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSource:
+    """One program a tile of queries of one head; it visits the same keys as the forward pass."""
+    writer = Writer(source, pattern, variant, "grad_q", "Gradient of one tile of queries.")
+    for name in ("q", "k", "v", "grad_out"):
+        writer.tensor(name)
+    writer.tensor("grad_q")
+    writer.add(("delta_ptr", "*fp32"), ("base_ptr", "*fp32"))
+    learned = [one for one in learned_reads(pattern) if one.axis == "rows"]
+    writer.add(*((f"{one.name}_ptr", "*fp32") for one in learned))
+    writer.add(("heads", "i32"), ("group", "i32"), ("rows", "i32"), ("kv_len", "i32"), ("q_offset", "i32"), ("scale", "fp32"))
+    writer.add_tables(*pattern.exprs)
+    loop = writer.key_loop()
+    writer.add(*loop.arguments())
+    writer.constants("BLOCK_M", "BLOCK_N", "ALIGN", "PRECISION", "HEAVY_FIRST")
+    with writer.define():
+        source.line("tiles = tl.cdiv(rows, BLOCK_M)")
+        source.line("tile = tl.program_id(0) % tiles")
+        source.line("bh = tl.program_id(0) // tiles")
+        with source.block("if HEAVY_FIRST:"):
+            source.line("tile = tiles - 1 - tile")
+        source.line("b = bh // heads")
+        source.line("h = bh % heads")
+        for name, head in (("q", "h"), ("k", "(h // group)"), ("v", "(h // group)"), ("grad_out", "h"), ("grad_q", "h")):
+            writer.head(name, head)
+        source.line(f"row = {writer.number('BLOCK_M', 'tile')} + tl.arange(0, BLOCK_M)")
+        source.line("inside = row < rows")
+        source.line("q_idx = q_offset + tl.minimum(row, rows - 1)")
+        writer.positions(*pattern.exprs)
+        writer.dims()
+        writer.load("q", "q", writer.d_parts, "row", "inside")
+        writer.load("grad_out", "grad", writer.v_parts, "row", "inside")
+        source.line("at = bh.to(tl.int64) * rows + row")
+        source.line("delta = tl.load(delta_ptr + at, mask=inside, other=0.0)")
+        source.line("base = tl.load(base_ptr + at, mask=inside, other=0.0)")
+        loop.prepare(source, writer.names("queries"))
+        if writer.plain:
+            source.line("factor = scale * LOG2E")
+        for part in writer.d_parts:
+            source.line(f"{suffixed('grad_q', part)} = tl.zeros([BLOCK_M, {part.width}], tl.float32)")
+        for one in learned:
+            source.line(f"{one.name} = tl.zeros([BLOCK_M], tl.float32)")
+        writer.column_tiles()
+        for kind in ("full", "partial"):
+            with source.block(f"for i in range(0, {kind}_tiles):"):
+                loop.tile(source, kind, "i")
+                writer.begin_columns(kind)
+                writer.load_column_tile("k", kind)
+                writer.load_column_tile("v", kind)
+                writer.dot("s", "q", "k", writer.d_parts)
+                writer.dot("dp", "grad", "v", writer.v_parts)
+                gradients_of(writer, loop, kind, "tile", learned)
+                for one in learned:
+                    source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
+                for part in writer.d_parts:
+                    grad, k = suffixed("grad_q", part), suffixed("k", part)
+                    source.line(f"{grad} = tl.dot(ds.to({k}.dtype), {k}, {grad}, input_precision=PRECISION)")
+        for part in writer.d_parts:
+            source.line(f"{suffixed('grad_q', part)} *= scale")
+        writer.store("grad_q", "grad_q", writer.d_parts, "row", "inside")
+        for one in learned:
+            source.line(f"tl.store({one.name}_ptr + at, {one.name}, mask=inside)")
+    return writer.result
+
+
+def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelSource:
+    """One program a tile of keys of one key head; it visits the queries of all heads that read them."""
+    writer = Writer(
+        source, pattern, variant, "grad_kv", "Gradients of one tile of keys and values, over all heads that read them."
+    )
+    for name in ("q", "k", "v", "grad_out", "grad_k", "grad_v"):
+        writer.tensor(name)
+    writer.add(("delta_ptr", "*fp32"), ("base_ptr", "*fp32"))
+    learned = [one for one in learned_reads(pattern) if one.axis == "columns"]
+    writer.add(*((f"{one.name}_ptr", "*fp32") for one in learned))
+    writer.add(("heads", "i32"), ("group", "i32"), ("rows", "i32"), ("kv_len", "i32"), ("q_offset", "i32"), ("scale", "fp32"))
+    writer.add_tables(*pattern.exprs)
+    loop = writer.query_loop()
+    writer.add(*loop.arguments())
+    writer.constants("BLOCK_M", "BLOCK_N", "ALIGN", "PRECISION", "HEAVY_FIRST")
+    with writer.define():
+        source.line("tiles = tl.cdiv(kv_len, BLOCK_N)")
+        source.line("tile = tl.program_id(0) % tiles")
+        source.line("bundle = tl.program_id(0) // tiles")
+        with source.block("if HEAVY_FIRST:"):
+            source.line("tile = tiles - 1 - tile")
+        source.line("b = bundle // (heads // group)")
+        source.line("kv_head = bundle % (heads // group)")
+        for name in ("k", "v", "grad_k", "grad_v"):
+            writer.head(name, "kv_head")
+        source.line(f"key = {writer.number('BLOCK_N', 'tile')} + tl.arange(0, BLOCK_N)")
+        source.line("inside = key < kv_len")
+        source.line("kv_idx = tl.minimum(key, kv_len - 1)")
+        writer.positions(*pattern.exprs, ends=variant.queries == "spans")
+        writer.aligned("q")
+        writer.aligned("grad_out")
+        writer.dims()
+        writer.load("k", "k", writer.d_parts, "key", "inside")
+        writer.load("v", "v", writer.v_parts, "key", "inside")
+        for part in writer.d_parts:
+            source.line(f"{suffixed('grad_k', part)} = tl.zeros([BLOCK_N, {part.width}], tl.float32)")
+        for part in writer.v_parts:
+            source.line(f"{suffixed('grad_v', part)} = tl.zeros([BLOCK_N, {part.width}], tl.float32)")
+        if writer.plain:
+            source.line("factor = scale * LOG2E")
+        per_head = variant.queries == "lists" or HEAD in pattern.mask.expr.free_symbols
+        if not per_head:
+            loop.prepare(source, writer.names("keys"))
+        with source.block("for member in range(0, group):"):
+            source.line("h = kv_head * group + member")
+            if per_head:
+                loop.prepare(source, writer.names("keys"))
+            for name in ("q", "grad_out"):
+                source.line(
+                    f"{name}_head = {name}_ptr + tl.multiple_of("
+                    f"b.to(tl.int64) * {name}_stride_b + h.to(tl.int64) * {name}_stride_h, ALIGN)"
+                )
+            source.line("line = (b * heads + h).to(tl.int64) * rows")
+            for one in learned:
+                source.line(f"{one.name} = tl.zeros([BLOCK_N], tl.float32)")
+            for kind in ("full", "partial"):
+                with source.block(f"for i in range(0, {kind}_tiles):"):
+                    loop.tile(source, kind, "i")
+                    _query_tile(writer, kind)
+                    writer.dot("s", "k", "q", writer.d_parts)
+                    writer.dot("dp", "v", "grad", writer.v_parts)
+                    gradients_of(writer, loop, kind, "turned", learned)
+                    for one in learned:
+                        source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
+                    for part in writer.v_parts:
+                        grad, do = suffixed("grad_v", part), suffixed("grad", part)
+                        source.line(f"{grad} = tl.dot(p.to({do}.dtype), {do}, {grad}, input_precision=PRECISION)")
+                    for part in writer.d_parts:
+                        grad, q = suffixed("grad_k", part), suffixed("q", part)
+                        source.line(f"{grad} = tl.dot(ds.to({q}.dtype), {q}, {grad}, input_precision=PRECISION)")
+            for one in learned:
+                at = "(b * heads + h).to(tl.int64) * kv_len + key"
+                source.line(f"tl.store({one.name}_ptr + {at}, {one.name}, mask=inside)")
+        for part in writer.d_parts:
+            source.line(f"{suffixed('grad_k', part)} *= scale")
+        writer.store("grad_k", "grad_k", writer.d_parts, "key", "inside")
+        writer.store("grad_v", "grad_v", writer.v_parts, "key", "inside")
+    return writer.result
+
+
+def _query_tile(writer: Writer, kind: str) -> None:
+    source = writer.source
+    source.line(f"row = {writer.number('BLOCK_M', 'column')} + tl.arange(0, BLOCK_M)")
+    source.line("q_idx = q_offset + row")
+    exists = ""
+    if kind == "partial":
+        source.line("exists = row < rows")
+        exists = "exists"
+    for name, target, parts in (("q", "q", writer.d_parts), ("grad_out", "grad", writer.v_parts)):
+        for part in parts:
+            where = f"{name}_head + row[:, None] * {name}_stride_row + {part.name}[None, :]"
+            source.line(f"{suffixed(target, part)} = tl.load({where}{writer.mask(part, exists)})")
+    masked = ", mask=exists, other=0.0" if exists else ""
+    source.line(f"delta = tl.load(delta_ptr + line + row{masked})")
+    source.line(f"base = tl.load(base_ptr + line + row{masked})")
+
+
+def gradients_of(writer: Writer, loop: Loop, kind: str, place: str, learned: list[LearnedRead]) -> None:
+    """From products ``s`` and ``dp``: weights ``p``, gradients ``ds`` of the scaled products and ``d_...`` of learned reads."""
+    source = writer.source
+    row = "[None, :]" if place == "turned" else "[:, None]"
+    condition = loop.condition(source, writer.names(place)) if kind == "partial" else ""
+    weights_and_gradients(writer, condition, place, row, learned)
+
+
+def weights_and_gradients(writer: Writer, condition: str, place: str, row: str, learned: list[LearnedRead]) -> None:
+    """The same for a condition at hand; ``row``: how a vector over queries is spread over the tile."""
+    source, expr = writer.source, writer.pattern.score.expr
+    if writer.plain:
+        writer.logits(place, condition)
+        source.line(f"p = tl.exp2(s * factor - base{row})")
+        source.line(f"ds = p * (dp - delta{row})")
+        return
+    if condition:
+        source.line(f"allowed = {condition}")
+    by = [derivative(expr, SCORE), *(derivative(expr, one.read) for one in learned)]
+    if SCORE in sympy.Tuple(expr, *by).free_symbols:
+        source.line("score = s * scale")
+    text, *slopes = write_expressions(source, (expr, *by), writer.names(place), real="tl.float32")
+    if condition:
+        source.line(f'x = tl.where(allowed, {text}, float("-inf"))')
+    else:
+        source.line(f"x = {text}" if SCORE in expr.free_symbols else f"x = tl.zeros_like(s) + ({text})")
+    source.line(f"p = tl.exp2((x - base{row}) * LOG2E)")
+    source.line(f"dx = p * (dp - delta{row})")
+    for name, slope, found in zip(["ds", *(f"d_{one.name}" for one in learned)], slopes, by, strict=True):
+        if found == 1:
+            source.line(f"{name} = dx")
+        elif condition:  # the slope may be anything where a pair is masked
+            source.line(f"{name} = tl.where(allowed, dx * ({slope}), 0.0)")
+        else:
+            source.line(f"{name} = dx * ({slope})")
+
+
+def predicate(writer: Writer, place: str) -> str:
+    """The whole condition of a pair, the lengths included, for kernels that visit tiles in an order of their own."""
+    q, kv = ("[:, None]", "[None, :]") if place == "tile" else ("[None, :]", "[:, None]")
+    inside = f"(row{q} < rows) & (kv_idx{kv} < kv_len)"
+    mask = writer.pattern.mask.expr
+    if mask == sympy.true:
+        return inside
+    if mask == sympy.false:
+        return f"{inside} & (row{q} < 0)"
+    return f"({write_expression(writer.source, mask, writer.names(place), real='tl.float64')}) & {inside}"

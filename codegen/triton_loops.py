@@ -1,0 +1,273 @@
+"""How a generated kernel finds the tiles it must visit: spans in closed form, or compact lists. Full tiles first, then partial ones.
+
+A program owns one tile of *rows* (queries, or keys where gradients of K and V are made) and loops over tiles of the other axis, here
+called *columns*. Each kind of loop writes three things: what is worked out before the loops, the number of the i-th tile, and the
+condition of a pair in a partial tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import sympy
+
+from sparsedsl.analysis.spans import Span, exchanged
+from sparsedsl.codegen.source import Source
+from sparsedsl.codegen.triton_expression import TritonNames, write_expression
+from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
+
+__all__ = ["ListLoop", "Loop", "SpanLoop"]
+
+
+class Loop(Protocol):
+    """What the writer of a kernel asks of a loop over columns."""
+
+    def arguments(self) -> list[tuple[str, str]]:
+        """Name and type of what the kernel is given for it."""
+
+    def prepare(self, source: Source, names: TritonNames) -> None:
+        """Write what comes before the loops; afterwards ``full_tiles`` and ``partial_tiles`` say how many there are."""
+
+    def tile(self, source: Source, kind: str, number: str) -> None:
+        """Write ``column = ...``: the tile number of the ``number``-th tile of this kind ("full" or "partial")."""
+
+    def condition(self, source: Source, names: TritonNames) -> str:
+        """The condition of a pair in a partial tile, ``(rows, columns)``."""
+
+
+@dataclass(frozen=True)
+class SpanLoop:
+    """Tiles between two ends that every program works out for its own rows: no list in memory.
+
+    ``of``: "keys" (columns are keys, ends are key positions) or "queries" (columns are rows of the call: positions less ``q_offset``).
+    ``vectors``: the indices that are vectors over the program's rows, by symbol.
+    """
+
+    spans: tuple[Span, ...]
+    of: str
+    block: str
+    vectors: frozenset[sympy.Symbol]
+
+    def arguments(self) -> list[tuple[str, str]]:
+        """Two arrays for every span that needs a search: they are filled before the kernel runs."""
+        found = []
+        for i, span in enumerate(self.spans):
+            if span.searched:
+                found += [(f"first_{self.of}_{i}_ptr", "*i32"), (f"last_{self.of}_{i}_ptr", "*i32")]
+                found += [(f"{self.of}_{i}_step_{index}", "i32") for index in self._indices(i)]
+        return found
+
+    def _indices(self, i: int) -> list[str]:
+        """Which of batch entry and head a searched span reads."""
+        return [name for name in "bh" if reads(self.spans[i].exprs)[name]]
+
+    @property
+    def _length(self) -> str:
+        return "kv_len" if self.of == "keys" else "rows"
+
+    @property
+    def _column(self) -> str:
+        return "kv_idx" if self.of == "keys" else "row"
+
+    def prepare(self, source: Source, names: TritonNames) -> None:
+        what = (
+            "The keys each query sees"
+            if self.of == "keys"
+            else "The queries that see each key, counted from the first of the call"
+        )
+        many = len(self.spans) > 1
+        if not self.spans:
+            source.line("full_tiles = 0")
+            source.line("partial_tiles = 0")
+            return
+        source.line(f"# {what}: first <= {self._column} <= last{', in any of the intervals' if many else ''}.")
+        for i in range(len(self.spans)):
+            self._ends(source, names, i, self._suffix(i))
+        source.line(f"# Tiles from begin to end are touched; those from full_begin to full_end lie inside for all {self._rows}.")
+        for i in range(len(self.spans)):
+            self._touched(source, i)
+        if many:
+            self._in_order(source)
+        for i in range(len(self.spans)):
+            s = self._suffix(i)
+            source.line(f"head{s} = full_begin{s} - begin{s}")
+            source.line(f"full{s} = full_end{s} - full_begin{s}")
+            source.line(f"partial{s} = head{s} + end{s} - full_end{s}")
+        every = range(len(self.spans))
+        source.line(f"full_tiles = {' + '.join(f'full{self._suffix(i)}' for i in every)}")
+        source.line(f"partial_tiles = {' + '.join(f'partial{self._suffix(i)}' for i in every)}")
+
+    @property
+    def _rows(self) -> str:
+        return "queries" if self.of == "keys" else "keys"
+
+    def _suffix(self, i: int) -> str:
+        return f"_{i}" if len(self.spans) > 1 else ""
+
+    def _end_exprs(self, i: int) -> tuple[sympy.Expr, sympy.Expr]:
+        first, last = self.spans[i].ends
+        return (first, last) if self.of == "keys" else (exchanged(first), exchanged(last))
+
+    def _is_vector(self, expr: sympy.Expr) -> bool:
+        return bool(expr.free_symbols & self.vectors)
+
+    def _ends(self, source: Source, names: TritonNames, i: int, s: str) -> None:
+        span = self.spans[i]
+        if span.searched:
+            index = "q_idx - q_offset" if self.of == "keys" else "kv_idx"
+            length = "rows" if self.of == "keys" else "kv_len"
+            line = " + ".join(f"{name} * {self.of}_{i}_step_{name}" for name in self._indices(i))
+            at = f"({line}) * {length} + {index}" if line else index
+            for end in ("first", "last"):
+                source.line(f"{end}{s} = tl.load({end}_{self.of}_{i}_ptr + {at})")
+        else:
+            first, last = self._end_exprs(i)
+            source.line(f"first{s} = {write_expression(source, first, names, real='tl.float64')}")
+            source.line(f"last{s} = {write_expression(source, last, names, real='tl.float64')}")
+        if self.of == "queries":
+            source.line(f"first{s} = tl.maximum(first{s} - q_offset, 0)")
+            source.line(f"last{s} = tl.minimum(last{s} - q_offset, rows - 1)")
+        conditions = () if span.searched else span.conditions
+        if self.of == "queries":
+            conditions = tuple(exchanged(c) for c in conditions)
+        if conditions:
+            holds = write_expression(source, sympy.And(*conditions), names, real="tl.float64")
+            name = source.fresh("holds")
+            source.line(f"{name} = {holds}")
+            source.line(f"first{s} = tl.where({name}, first{s}, {self._length})")
+            source.line(f"last{s} = tl.where({name}, last{s}, -1)")
+
+    def _vector_ends(self, i: int) -> tuple[bool, bool]:
+        """Whether ``first`` and ``last`` are vectors over the rows."""
+        span = self.spans[i]
+        if span.searched:
+            return True, True
+        conditions = [c if self.of == "keys" else exchanged(c) for c in span.conditions]
+        moved = any(self._is_vector(c) for c in conditions)
+        first, last = (moved or self._is_vector(end) for end in self._end_exprs(i))
+        return first, last
+
+    def _starts_at_zero(self, i: int) -> bool:
+        span = self.spans[i]
+        return self.of == "keys" and not span.searched and not span.conditions and span.ends[0] == 0
+
+    def _touched(self, source: Source, i: int) -> None:
+        s, block = self._suffix(i), self.block
+        first, last = self._vector_ends(i)
+
+        def over(reduce: str, end: str, vector: bool) -> str:
+            return f"tl.{reduce}({end}{s}, 0)" if vector else f"{end}{s}"
+
+        if self._starts_at_zero(i):
+            source.line(f"begin{s} = 0")
+        else:
+            source.line(f"begin{s} = {over('min', 'first', first)} // {block}")
+        source.line(f"end{s} = tl.maximum(({over('max', 'last', last)} + {block}) // {block}, begin{s})")
+        if self._starts_at_zero(i):
+            source.line(f"full_begin{s} = 0")
+        else:
+            source.line(f"full_begin{s} = ({over('max', 'first', first)} + {block} - 1) // {block}")
+        source.line(f"full_end{s} = ({over('min', 'last', last)} + 1) // {block}")
+        if self._starts_at_zero(i):
+            source.line(f"full_end{s} = tl.maximum(full_end{s}, 0)")
+        else:
+            source.line(f"full_begin{s} = tl.where(full_begin{s} < full_end{s}, full_begin{s}, end{s})")
+            source.line(f"full_end{s} = tl.maximum(full_end{s}, full_begin{s})")
+
+    def _in_order(self, source: Source) -> None:
+        """Sort the intervals, then cut from each what those before it have visited."""
+        parts = ("begin", "end", "full_begin", "full_end")
+        zero = sum(self._starts_at_zero(i) for i in range(len(self.spans)))
+        rest = list(range(zero, len(self.spans)))
+        if len(rest) > 1:
+            source.line("# Intervals in ascending order.")
+        for stop in range(len(rest) - 1, 0, -1):
+            for j in range(stop):
+                low, high = self._suffix(rest[j]), self._suffix(rest[j + 1])
+                source.line(f"swap = begin{high} < begin{low}")
+                for part in parts:
+                    left, right = f"{part}{low}", f"{part}{high}"
+                    source.line(f"{left}, {right} = tl.where(swap, {right}, {left}), tl.where(swap, {left}, {right})")
+        source.line("# Each begins where those before it end, so that no tile is visited twice.")
+        for i in range(1, len(self.spans)):
+            s = self._suffix(i)
+            before = "end_0" if i == 1 else "reached"
+            source.line(f"begin{s} = tl.maximum(begin{s}, {before})")
+            source.line(f"end{s} = tl.maximum(end{s}, begin{s})")
+            source.line(f"full_begin{s} = tl.minimum(tl.maximum(full_begin{s}, begin{s}), end{s})")
+            source.line(f"full_end{s} = tl.minimum(tl.maximum(full_end{s}, full_begin{s}), end{s})")
+            if i + 1 < len(self.spans):
+                source.line(f"reached = tl.maximum({before}, end{s})")
+
+    def tile(self, source: Source, kind: str, number: str) -> None:
+        def of_interval(i: int, j: str) -> str:
+            s = self._suffix(i)
+            if kind == "full":
+                return f"full_begin{s} + {j}"
+            return f"tl.where({j} < head{s}, begin{s} + {j}, full_end{s} + {j} - head{s})"
+
+        text = ""
+        for i in reversed(range(len(self.spans))):
+            before = [f"{kind}{self._suffix(n)}" for n in range(i)]
+            j = f"({number} - {' - '.join(before)})" if before else number
+            mine = of_interval(i, j)
+            text = (
+                mine if not text else f"tl.where({number} < {' + '.join([*before, f'{kind}{self._suffix(i)}'])}, {mine}, {text})"
+            )
+        source.line(f"column = {text}" if text else "column = 0")
+
+    def condition(self, source: Source, names: TritonNames) -> str:
+        parts = []
+        for i in range(len(self.spans)):
+            s = self._suffix(i)
+            first, last = (
+                f"{end}{s}{'[:, None]' * vector}" for end, vector in zip(("first", "last"), self._vector_ends(i), strict=True)
+            )
+            low = "" if self._starts_at_zero(i) else f"({self._column}[None, :] >= {first}) & "
+            parts.append(f"{low}({self._column}[None, :] <= {last})")
+        joined = " | ".join(f"({p})" if " & " in p else p for p in parts) if len(parts) > 1 else "".join(parts)
+        return joined or f"{self._column}[None, :] < 0"
+
+
+@dataclass(frozen=True)
+class ListLoop:
+    """Tiles read from compact lists: ``starts`` (one entry a line of tiles, and the end) and ``columns``, of full and of partial tiles.
+
+    ``head``: the head whose lists these are; ``line``: from batch entry and head to the line of tiles, "" if there is one line each.
+    """
+
+    mask: sympy.Basic
+    of: str
+    head: str
+    line: str
+
+    def arguments(self) -> list[tuple[str, str]]:
+        """Starts and columns of the two kinds of tiles, and how many lines of tiles one batch entry and one head have."""
+        found = [(f"{kind}_{part}_{self.of}_ptr", "*i32") for kind in ("full", "partial") for part in ("starts", "columns")]
+        return [*found, (f"{self.of}_list_b", "i32"), (f"{self.of}_list_h", "i32")]
+
+    def prepare(self, source: Source, names: TritonNames) -> None:
+        source.line("# The tiles to visit: lists made by the analysis of the pattern.")
+        source.line(f"line = b * {self.of}_list_b + {self.head} * {self.of}_list_h")
+        if self.line:
+            source.line(f"line = {self.line}")
+        for kind in ("full", "partial"):
+            source.line(f"{kind}_begin = tl.load({kind}_starts_{self.of}_ptr + line)")
+            source.line(f"{kind}_tiles = tl.load({kind}_starts_{self.of}_ptr + line + 1) - {kind}_begin")
+
+    def tile(self, source: Source, kind: str, number: str) -> None:
+        source.line(f"column = tl.load({kind}_columns_{self.of}_ptr + {kind}_begin + {number})")
+
+    def condition(self, source: Source, names: TritonNames) -> str:
+        inside = "kv_idx[None, :] < kv_len" if self.of == "keys" else "row[None, :] < rows"
+        if self.mask in (sympy.true, sympy.false):
+            return inside
+        text = write_expression(source, self.mask, names, real="tl.float64")
+        return f"({text}) & ({inside})"
+
+
+def reads(expr: sympy.Basic) -> dict[str, bool]:
+    """Which of the four indices ``expr`` reads."""
+    free = expr.free_symbols
+    return {"b": BATCH in free, "h": HEAD in free, "q_idx": Q_IDX in free, "kv_idx": KV_IDX in free}

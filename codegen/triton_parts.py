@@ -1,0 +1,329 @@
+"""What the generated kernels share: arguments, the head of a kernel, tiles of q, k and v, logits and their masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import sympy
+
+from sparsedsl.analysis.spans import spans
+from sparsedsl.codegen.source import Source
+from sparsedsl.codegen.triton_expression import TableNames, TritonNames, write_expression
+from sparsedsl.codegen.triton_loops import ListLoop, Loop, SpanLoop
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.symbols import HEAD, KV_IDX, Q_IDX, Q_LEN, SCORE
+from sparsedsl.lang.tables import table_specs
+
+# Variables of the kernels: expressions must not use these names for what they share.
+_LOCAL = {
+    "acc", "across", "allowed", "at", "b", "band", "base", "batch", "begin", "bh", "bundle", "column", "column_0", "d", "delta", "dp",
+    "ds", "dx", "e", "end", "exists", "factor", "first", "full", "full_begin", "full_end", "full_tiles", "grad", "grad_k", "grad_q",
+    "grad_v", "h", "head", "i", "inside", "j", "k", "key", "kv_head", "kv_idx", "larger", "last", "line", "lower", "lse", "m", "member",
+    "most", "n", "out", "p", "packed_rows", "partial", "partial_begin", "partial_tiles", "place", "q", "q_idx", "q_len", "reached", "right",
+    "row", "s", "score", "seen", "share", "shrink", "sink", "start", "swap", "t", "tall", "tile", "tiles", "tl", "to", "total", "turned",
+    "upper", "v", "weight", "x",
+}  # fmt: skip
+
+__all__ = ["Argument", "KernelSource", "Part", "Variant", "Writer", "parts_of"]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One parameter of a kernel. ``type``: "*data" (the dtype of q), "*fp32", "*i32", "*table:NAME", "i32", "fp32" or "constexpr"."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """One kernel of a generated module: its function's name, its parameters in order, and what it is for."""
+
+    name: str
+    arguments: tuple[Argument, ...]
+    purpose: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a source is written for, beside the pattern.
+
+    ``keys``, ``queries``: how the loops over keys and over queries find their tiles, "spans" or "lists". ``head_dim``, ``head_dim_v``:
+    widths of q and k, and of v. ``wide``: positions and offsets need 64 bits. ``safe_rows``: every query is known to see a key.
+    ``descriptors``: K and V are read through tensor descriptors. ``wide_tables``: tables of 2**31 entries or more.
+    """
+
+    keys: str
+    queries: str
+    head_dim: int = 64
+    head_dim_v: int = 64
+    wide: bool = False
+    safe_rows: bool = False
+    descriptors: bool = False
+    wide_tables: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of a head's dimensions that is one block of registers: ``first .. first + width``, of which ``used`` exist."""
+
+    name: str
+    first: int
+    width: int
+    used: int
+
+    @property
+    def padded(self) -> bool:
+        """Whether some of its columns do not exist."""
+        return self.used < self.width
+
+
+def parts_of(width: int, stem: str) -> tuple[Part, ...]:
+    """``width`` in blocks whose sizes are powers of two: 96 as 64 + 32 wastes nothing, where 128 would waste a quarter.
+
+    >>> [(part.name, part.first, part.width) for part in parts_of(96, "d")]
+    [('d_0', 0, 64), ('d_1', 64, 32)]
+    >>> [(part.name, part.width, part.used) for part in parts_of(20, "d")]
+    [('d', 32, 20)]
+    """
+    whole = max(16, 1 << (width - 1).bit_length())
+    half = whole // 2
+    if width in (whole, half) or half < 16 or width < half:
+        return (Part(stem, 0, whole, width),)
+    rest = max(16, 1 << (width - half - 1).bit_length())
+    if rest >= half:
+        return (Part(stem, 0, whole, width),)
+    return Part(f"{stem}_0", 0, half, half), Part(f"{stem}_1", half, rest, width - half)
+
+
+@dataclass
+class Writer:
+    """Writes one kernel. ``packed``: a program holds the queries of several heads, so ``h`` is a vector."""
+
+    source: Source
+    pattern: Pattern
+    variant: Variant
+    name: str
+    purpose: str
+    packed: bool = False
+    arguments: list[Argument] = field(default_factory=list)
+
+    # ---- arguments ----
+
+    def tensor(self, name: str, type_: str = "*data", dims: str = "bh") -> None:
+        """A pointer ``name_ptr`` with strides for the batch, the head (``dims``) and the row; its last dimension is contiguous."""
+        self.add((f"{name}_ptr", type_))
+        for dim in dims:
+            self.add((f"{name}_stride_{dim}", "i32"))
+        self.add((f"{name}_stride_row", "i32"))
+
+    def add(self, *arguments: tuple[str, str]) -> None:
+        """Parameters, in order."""
+        self.arguments += [Argument(*argument) for argument in arguments]
+
+    def add_tables(self, *exprs: sympy.Basic) -> None:
+        """Pointers and sizes of the tables that these expressions read."""
+        known = {argument.name for argument in self.arguments}
+        for name in table_specs(*exprs):
+            if f"{name}_table" not in known:
+                self.add((f"{name}_table", f"*table:{name}"))
+                self.add(*((f"{name}_size_{i}", "i32") for i in range(self.pattern.table_ranks[name])))
+
+    def constants(self, *names: str) -> None:
+        """Parameters fixed at compile time."""
+        self.add(*((name, "constexpr") for name in names))
+
+    @contextmanager
+    def define(self) -> Iterator[None]:
+        """The header of the function, and its body one step deeper. Numbers are not specialised: no length compiles anything anew."""
+        plain = [a.name for a in self.arguments if a.type in ("i32", "fp32")]
+        self.source.line()
+        self.source.line()
+        self.source.line("@triton.jit(")
+        for line in _wrapped([repr(name).replace("'", '"') for name in plain], "do_not_specialize=[", "],"):
+            self.source.line("    " + line)
+        self.source.line(")")
+        self.source.line(f"def {self.name}(")
+        for argument_line in _wrapped(
+            [f"{a.name}: tl.constexpr" if a.type == "constexpr" else a.name for a in self.arguments], "", ","
+        ):
+            self.source.line("    " + argument_line)
+        with self.source.scope({a.name for a in self.arguments} | _LOCAL), self.source.block("):"):
+            self.source.line(f'"""{self.purpose}"""')
+            yield
+
+    @property
+    def result(self) -> KernelSource:
+        """The kernel that was written."""
+        return KernelSource(self.name, tuple(self.arguments), self.purpose)
+
+    # ---- names ----
+
+    def names(self, place: str, **replaced: str) -> TritonNames:
+        """What symbols are called: "queries" and "keys" as vectors of one axis, "tile" with queries as rows, "turned" with keys as rows."""
+        q, kv = {
+            "queries": ("q_idx", "kv_idx"),
+            "keys": ("q_idx", "kv_idx"),
+            "tile": ("q_idx[:, None]", "kv_idx[None, :]"),
+            "turned": ("q_idx[None, :]", "kv_idx[:, None]"),
+        }[place]
+        h = "h[:, None]" if self.packed and place == "tile" else "h"
+        symbols = {"b": "b", "h": h, "q_idx": q, "kv_idx": kv, "q_len": "q_len", "kv_len": "kv_len", "score": "score"} | replaced
+        tables = {
+            name: TableNames(f"{name}_table", tuple(f"{name}_size_{i}" for i in range(rank)))
+            for name, rank in self.pattern.table_ranks.items()
+        }
+        return TritonNames(symbols, tables, self.variant.wide_tables)
+
+    def positions(self, *exprs: sympy.Basic, ends: bool = False) -> None:
+        """The length of the query axis, if anything reads it; ``ends``: the ends of spans of queries do."""
+        if any(Q_LEN in expr.free_symbols for expr in exprs) or ends:
+            self.source.line("q_len = q_offset + rows")
+
+    # ---- heads and tiles ----
+
+    def head(self, name: str, head: str) -> None:
+        """Move the pointer of a tensor to the present batch entry and head."""
+        self.source.line(
+            f"{name}_ptr += tl.multiple_of(b.to(tl.int64) * {name}_stride_b + {head}.to(tl.int64) * {name}_stride_h, ALIGN)"
+        )
+        self.aligned(name)
+
+    def aligned(self, name: str) -> None:
+        """Say what is known of the distance between rows: without it no load would be wider than one number."""
+        self.source.line(f"{name}_stride_row = tl.multiple_of({name}_stride_row, ALIGN)")
+
+    def dims(self) -> None:
+        """The dimensions of heads, as vectors."""
+        for part in self.d_parts + tuple(p for p in self.v_parts if p.name not in {q.name for q in self.d_parts}):
+            first = f"{part.first} + " if part.first else ""
+            self.source.line(f"{part.name} = {first}tl.arange(0, {part.width})")
+
+    @property
+    def d_parts(self) -> tuple[Part, ...]:
+        """Blocks of the dimensions of q and k."""
+        return parts_of(self.variant.head_dim, "d")
+
+    @property
+    def v_parts(self) -> tuple[Part, ...]:
+        """Blocks of the dimensions of v and the output; they have their own names where the widths differ."""
+        return parts_of(self.variant.head_dim_v, "d" if self.variant.head_dim == self.variant.head_dim_v else "e")
+
+    def number(self, block: str, tile: str) -> str:
+        """The first row of a tile."""
+        return f"{tile}.to(tl.int64) * {block}" if self.variant.wide else f"{tile} * {block}"
+
+    def load(self, name: str, target: str, parts: tuple[Part, ...], rows: str, inside: str = "") -> None:
+        """Load a tile of a tensor, part by part; what lies outside is 0."""
+        for part in parts:
+            where = f"{name}_ptr + {rows}[:, None] * {name}_stride_row + {part.name}[None, :]"
+            self.source.line(f"{suffixed(target, part)} = tl.load({where}{self.mask(part, inside)})")
+
+    def mask(self, part: Part, inside: str, *, other: bool = True) -> str:
+        """The mask of a load or store of one part."""
+        terms = [f"{inside}[:, None]"] if inside else []
+        terms += [f"({part.name}[None, :] < {part.first + part.used})"] if part.padded else []
+        if not terms:
+            return ""
+        return f", mask={' & '.join(terms)}{', other=0.0' if other else ''}"
+
+    def store(self, name: str, value: str, parts: tuple[Part, ...], rows: str, inside: str) -> None:
+        """Store a tile, part by part, in the type of the tensor."""
+        for part in parts:
+            where = f"{name}_ptr + {rows}[:, None] * {name}_stride_row + {part.name}[None, :]"
+            kept = f"{suffixed(value, part)}.to({name}_ptr.dtype.element_ty)"
+            self.source.line(f"tl.store({where}, {kept}{self.mask(part, inside, other=False)})")
+
+    def dot(self, target: str, left: str, right: str, parts: tuple[Part, ...]) -> None:
+        """``target``: the sum over all parts of ``left @ right.T``."""
+        for n, part in enumerate(parts):
+            onto = f", {target}" if n else ""
+            self.source.line(
+                f"{target} = tl.dot({suffixed(left, part)}, {suffixed(right, part)}.T{onto}, input_precision=PRECISION)"
+            )
+
+    def column_tiles(self) -> None:
+        """Pointers to the first tile of k and of v; the others lie a number of rows further."""
+        self.source.line("column_0 = tl.arange(0, BLOCK_N)")
+        for name, parts in (("k", self.d_parts), ("v", self.v_parts)):
+            for part in parts:
+                where = f"{name}_ptr + column_0[:, None] * {name}_stride_row + {part.name}[None, :]"
+                self.source.line(f"{suffixed(name + '_tile', part)} = {where}")
+
+    def begin_columns(self, kind: str) -> None:
+        """The keys of tile ``column``; those of a partial tile may lie beyond the last."""
+        self.source.line(f"start = {self.number('BLOCK_N', 'column')}")
+        self.source.line("kv_idx = start + column_0")
+        if kind == "partial":
+            self.source.line("exists = kv_idx < kv_len")
+
+    def load_column_tile(self, name: str, kind: str) -> None:
+        """The tile of ``k`` or ``v`` at ``start``; keys beyond the last are 0."""
+        for part in self.d_parts if name == "k" else self.v_parts:
+            mask = self.mask(part, "exists" if kind == "partial" else "")
+            where = f"{suffixed(name + '_tile', part)} + start * {name}_stride_row"
+            self.source.line(f"{suffixed(name, part)} = tl.load({where}{mask})")
+
+    # ---- logits ----
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are the scaled products themselves: then scale and base of the exponential are one factor."""
+        return not self.pattern.has_score
+
+    def logits(self, place: str, condition: str) -> None:
+        """From products ``s`` to logits: ``s`` itself where scores are plain, else ``x``; masked pairs are -inf."""
+        if self.plain:
+            if condition:
+                self.source.line(f's = tl.where({condition}, s, float("-inf"))')
+            return
+        expr = self.pattern.score.expr
+        if SCORE in expr.free_symbols:
+            self.source.line("score = s * scale")
+        text = write_expression(self.source, expr, self.names(place), real="tl.float32")
+        if condition:
+            self.source.line(f'x = tl.where({condition}, {text}, float("-inf"))')
+        elif SCORE in expr.free_symbols:
+            self.source.line(f"x = {text}")
+        else:  # one number, or one a row: a tile of them
+            self.source.line(f"x = tl.zeros_like(s) + ({text})")
+
+    # ---- loops ----
+
+    def key_loop(self) -> Loop:
+        """The loop over tiles of keys for the queries of a program."""
+        if self.variant.keys == "lists":
+            head, line = ("head", "") if self.packed else ("h", "line * tiles + tile")
+            return ListLoop(self.pattern.mask.expr, "keys", head, line)
+        found = spans(self.pattern.mask.expr)
+        assert found is not None
+        return SpanLoop(found, "keys", "BLOCK_N", frozenset({Q_IDX, HEAD} if self.packed else {Q_IDX}))
+
+    def query_loop(self) -> Loop:
+        """The loop over tiles of queries for the keys of a program."""
+        if self.variant.queries == "lists":
+            return ListLoop(self.pattern.mask.expr, "queries", "h", "line * tiles + tile")
+        found = spans(self.pattern.mask.expr, of="queries")
+        assert found is not None
+        return SpanLoop(found, "queries", "BLOCK_M", frozenset({KV_IDX}))
+
+
+def suffixed(name: str, part: Part) -> str:
+    """The name of one part of a tile: ``q``, or ``q_0`` and ``q_1`` where there are two."""
+    _, _, number = part.name.partition("_")
+    return f"{name}_{number}" if number else name
+
+
+def _wrapped(words: list[str], opening: str, closing: str, width: int = 120) -> list[str]:
+    """Words with commas between, in lines that are not too long."""
+    lines, line = [], opening
+    for n, word in enumerate(words):
+        piece = word + (", " if n + 1 < len(words) else closing)
+        if len(line) + len(piece) > width:
+            lines.append(line.rstrip())
+            line = "    " + piece if opening else piece
+        else:
+            line += piece
+    return [*lines, line if words else opening + closing]

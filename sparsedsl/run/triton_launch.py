@@ -1,0 +1,67 @@
+"""Launching generated kernels: arguments by name, constants of a compile, one grid axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from sparsedsl.codegen.to_triton import TritonSource
+from sparsedsl.gpu.configs import Config, Shape, constants
+from sparsedsl.gpu.loading import interpreted, load
+
+__all__ = ["is_aligned", "launch", "rows_contiguous", "strided", "tensor_arguments"]
+
+# Elements that strides must be a multiple of for 16-byte loads of the smallest type.
+ALIGN = 8
+
+
+def launch(
+    source: TritonSource, name: str, programs: int, values: Mapping[str, Any], shape: Shape, config: Config, **more: Any
+) -> None:
+    """Run one kernel on the current stream of the device of its tensors. ``more``: constants beyond those of the config."""
+    if programs == 0:
+        return
+    kernel = source.kernel(name)
+    fixed = constants(kernel, shape, config) | more
+    arguments = [values[argument.name] for argument in kernel.arguments if argument.type != "constexpr"]
+    options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
+    if not source.fp_fusion:
+        options["enable_fp_fusion"] = False
+    device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
+    # Triton launches on the current device, whichever the tensors are on.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        load(source.text)[name][(programs,)](*arguments, **fixed, **options)
+
+
+def strided(name: str, t: torch.Tensor) -> dict[str, Any]:
+    """Pointer and strides of a tensor ``(B, H, S, D)`` as arguments."""
+    return {
+        f"{name}_ptr": t, f"{name}_stride_b": t.stride(0), f"{name}_stride_h": t.stride(1), f"{name}_stride_row": t.stride(2),
+    }  # fmt: skip
+
+
+def rows_contiguous(t: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy whose last dimension is contiguous."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def is_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether all rows of all tensors begin at multiples of 16 bytes."""
+    return all(
+        t.data_ptr() % 16 == 0 and all(s % ALIGN == 0 for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1)
+        for t in tensors
+    )
+
+
+def tensor_arguments(tables: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Tables as arguments: contiguous, with their sizes."""
+    values: dict[str, Any] = {}
+    for name, table in tables.items():
+        table = table.detach().contiguous()
+        # Triton's interpreter has no booleans in memory.
+        values[f"{name}_table"] = table.to(torch.int8) if table.dtype == torch.bool and interpreted() else table
+        values |= {f"{name}_size_{i}": size for i, size in enumerate(table.shape)}
+    return values

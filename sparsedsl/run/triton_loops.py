@@ -1,0 +1,86 @@
+"""What the loops of a generated kernel read from memory: ends of spans that need a search, or compact lists of tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.lists import TileLists, TileRows
+from sparsedsl.analysis.spans import span_rows, spans
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.pattern import Pattern
+
+__all__ = ["list_values", "span_values"]
+
+
+def span_values(pattern: Pattern, domain: Domain, of: str, device: torch.device) -> dict[str, Any]:
+    """Arguments of the spans that are searched, by name; empty where all ends have a closed form. No host synchronisation."""
+    values: dict[str, Any] = {}
+    for i, span in enumerate(spans(pattern.mask.expr, of=of) or ()):
+        if not span.searched:
+            continue
+        first, last = (end.to(device) for end in span_rows(span, domain, of=of))
+        values |= {f"first_{of}_{i}_ptr": first, f"last_{of}_{i}_ptr": last}
+        values |= _steps(f"{of}_{i}_step", first.shape[0], first.shape[1])
+    return values
+
+
+def list_values(lists: TileLists, of: str, device: torch.device) -> dict[str, Any]:
+    """Arguments of the tile lists, by name; ``of="queries"``: listed by tile of keys."""
+    values: dict[str, Any] = {}
+    lists = full_tiles_inside(lists, of)
+    for kind, part in (("full", lists.full), ("partial", lists.partial)):
+        rows = part if of == "keys" else part.transposed(lists.shape[3])
+        values |= {f"{kind}_starts_{of}_ptr": _starts(rows).to(device), f"{kind}_columns_{of}_ptr": _columns(rows).to(device)}
+    batch, heads = lists.shape[:2]
+    return values | _steps(f"{of}_list", batch, heads)
+
+
+def full_tiles_inside(lists: TileLists, of: str) -> TileLists:
+    """The same tiles, with the ragged last columns listed as partial: a kernel reads full tiles without looking at the lengths.
+
+    ``of``: what the loop runs over, "keys" or "queries".
+    """
+    rows, columns = lists.shape[2:]
+    ragged = lists.kv_len % lists.block[1] if of == "keys" else lists.q_rows % lists.block[0]
+    if not ragged or not lists.full.total:
+        return lists
+    owner = lists.full.owners()
+    cut = lists.full.columns == columns - 1 if of == "keys" else owner % rows == rows - 1
+    full = _from_pairs(owner[~cut], lists.full.columns[~cut], lists)
+    partial = _from_pairs(
+        torch.cat([owner[cut], lists.partial.owners()]), torch.cat([lists.full.columns[cut], lists.partial.columns]), lists
+    )
+    return TileLists(full, partial, lists.block, lists.q_rows, lists.kv_len)
+
+
+def _from_pairs(owner: torch.Tensor, columns: torch.Tensor, lists: TileLists) -> TileRows:
+    shape = lists.full.counts.shape
+    order = (owner * lists.shape[3] + columns).argsort()
+    counts = torch.bincount(owner, minlength=shape.numel()).to(torch.int32).view(shape)
+    return TileRows(counts, columns[order])
+
+
+def _starts(rows: TileRows) -> torch.Tensor:
+    counts = rows.counts.reshape(-1)
+    starts = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+    torch.cumsum(counts, 0, out=starts[1:])
+    if rows.total > torch.iinfo(torch.int32).max:
+        raise UnsupportedError(f"{rows.total:,} tiles are more than a list of the triton backend holds (2**31); use larger tiles")
+    return starts.to(torch.int32)
+
+
+def _columns(rows: TileRows) -> torch.Tensor:
+    # A pointer must point at something.
+    return rows.columns if rows.total else torch.zeros(1, dtype=torch.int32, device=rows.columns.device)
+
+
+def _steps(name: str, batch: int, heads: int) -> dict[str, int]:
+    """How far apart batch entries and heads lie, in lines; 0 where all share one."""
+    return {f"{name}_b": heads if batch > 1 else 0, f"{name}_h": 1 if heads > 1 else 0}
+
+
+ListMaker = Callable[[Domain, tuple[int, int]], TileLists]

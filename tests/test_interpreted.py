@@ -1,0 +1,36 @@
+"""Runs each file of ``tests/interpreted/`` in a process of its own, in which Triton interprets kernels on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "interpreted"
+SECONDS = 1500
+
+
+def run(file: Path) -> subprocess.CompletedProcess[str]:
+    """pytest on one file, with its output; the random budget is passed on with the environment."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+    env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
+    return subprocess.run(command, env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True, timeout=SECONDS)
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
+def test_interpreted(file):
+    pytest.importorskip("triton", reason="generated Triton kernels are interpreted; pip install 'sparsedsl[triton]'")
+    done = run(file)
+    assert done.returncode == 0, f"{file.name} in a process of its own:\n{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"
+
+
+def test_a_failure_in_the_child_fails_here_and_is_shown(tmp_path):
+    file = tmp_path / "test_it.py"
+    file.write_text("import os\n\ndef test_it():\n    assert os.environ['TRITON_INTERPRET'] == 'no'\n", encoding="utf-8")
+    done = run(file)
+    assert done.returncode == 1
+    assert "assert '1' == 'no'" in done.stdout
