@@ -90,9 +90,9 @@ def build_one(name: str, target: str, head_dim: int) -> dict[str, Any]:
             built = sd.build(PATTERNS[name](), target, "bfloat16", head_dim, remarks=target == "sm_90")
         except sd.UnsupportedError as error:
             return record | {"error": str(error), "seconds": time.perf_counter() - start}
-    for kernel in built.kernels.values():
+    for kernel_name, kernel in built.kernels.items():
         found = kernel.resources.to_json() | {"config": str(kernel.config), "limit": kernel.occupancy.limit}
-        record["kernels"][kernel.name] = found | {"blocks": kernel.occupancy.blocks, "occupancy": kernel.occupancy.share}
+        record["kernels"][kernel_name] = found | {"blocks": kernel.occupancy.blocks, "occupancy": kernel.occupancy.share}
     return record | {"problems": built.problems, "error": None, "seconds": time.perf_counter() - start}
 
 
@@ -103,8 +103,11 @@ def build_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     # Spawned, not forked: torch and LLVM keep threads.
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(build_one, *case): case for case in cases}
-        for done in tqdm(as_completed(waiting), total=len(waiting), desc="builds", unit="build"):
-            found[waiting[done]] = done.result()
+        try:
+            for done in tqdm(as_completed(waiting), total=len(waiting), desc="builds", unit="build"):
+                found[waiting[done]] = done.result()
+        finally:  # after an error or Ctrl-C, do not build the rest first
+            pool.shutdown(wait=False, cancel_futures=True)
     return [found[case] for case in cases]
 
 

@@ -57,12 +57,13 @@ def problem_of(job: Job, device: str, *, dry: bool = False) -> tuple[Problem, di
     generator = torch.Generator(device).manual_seed(0)
     decode = job.kind == "decode"
     rows = 1 if decode else job.length
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16  # Triton's interpreter takes bf16 for integers
 
     def draw(heads: int, length: int) -> torch.Tensor:
         shape = (job.batch, heads, length, job.head_dim)
         if dry:
-            return torch.zeros(shape, device=device, dtype=torch.bfloat16)
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+            return torch.zeros(shape, device=device, dtype=dtype)
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
     q, k, v = draw(job.heads, rows), draw(job.kv_heads, job.length), draw(job.kv_heads, job.length)
     d_out = None if decode else draw(job.heads, rows)

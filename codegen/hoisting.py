@@ -17,6 +17,7 @@ import sympy
 
 from sparsedsl.analysis.clauses import only_difference
 from sparsedsl.codegen.triton_exact import has_text
+from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.strict import StrictFunction
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN, Q_IDX, Q_LEN
@@ -76,18 +77,19 @@ def hoist(pattern: Pattern) -> Hoisted:
     # Stages: find the places -> one table each -> reads of them in their stead
     places: dict[tuple[sympy.Basic, bool], Prepared] = {}
     taken = set(pattern.tables)
-    parts = [(pattern.mask, True), (pattern.score, False)]
-    for part, double in parts:
-        for expr, axis in dict(_places(part.expr)).items():
+    for whole, double in ((pattern.mask.expr, True), (pattern.score.expr, False)):
+        for expr, axis in dict(_places(whole)).items():
             name = _free_name(f"exact_{axis}", taken)
             taken.add(name)
             places[expr, double] = Prepared(name, expr, axis, _kind(expr), double)
     if not places:
         return Hoisted(pattern, ())
-    mask, score = (
-        type(part)(part.expr.xreplace({e: _read(p) for (e, where), p in places.items() if where == double}), part.bound)
-        for part, double in parts
-    )
+
+    def rewritten(expr: sympy.Basic, double: bool) -> sympy.Basic:
+        return expr.xreplace({place: _read(p) for (place, where), p in places.items() if where == double})
+
+    mask = Mask(rewritten(pattern.mask.expr, True), pattern.mask.bound)
+    score = Score(rewritten(pattern.score.expr, False), pattern.score.bound)
     return Hoisted(replace(pattern, mask=mask, score=score), tuple(places.values()))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from sparsedsl.analysis.residues import residues
 from sparsedsl.analysis.spans import never_empty, spans
 from sparsedsl.codegen.hoisting import Prepared, hoist
 from sparsedsl.codegen.source import Source
@@ -80,11 +81,15 @@ def variant_of(
             )
     mask = pattern.mask.expr
     keys, queries = ("lists" if spans(mask, of=of) is None else "spans" for of in ("keys", "queries"))
+    decode_keys, within = keys, residues(pattern)
+    if within is not None:
+        keys = queries = "spans"
     seen = never_empty(mask)
     safe = pattern.sink is not None or seen == "first" or (seen == "diagonal" and own_key)
     # A score may drop pairs itself.
     safe = safe and not pattern.has_score
-    return Variant(keys, queries, head_dim, head_dim_v, wide, safe, descriptors, wide_tables)
+    step = 1 if within is None else within.step
+    return Variant(keys, queries, decode_keys, head_dim, head_dim_v, wide, safe, descriptors, wide_tables, step)
 
 
 @functools.lru_cache(maxsize=512)
@@ -111,8 +116,10 @@ def triton_source(pattern: Pattern, variant: Variant) -> TritonSource:
     head.line("import triton")
     head.line("import triton.language as tl")
     head.lines(_CONSTANTS)
-    kernels = [write(source, written, variant) for write in (write_forward, write_decode, write_merge)]
-    kernels += [write(source, written, variant) for write in (write_delta, write_grad_q, write_grad_kv)]
+    within = residues(pattern) if variant.step > 1 else None
+    tiled = written if within is None else within.pattern
+    kernels = [write_forward(source, tiled, variant), write_decode(source, written, variant), write_merge(source, written, variant)]
+    kernels += [write(source, tiled, variant) for write in (write_delta, write_grad_q, write_grad_kv)]
     for one in learned_reads(written):
         if one.axis in ("difference", "pairs"):
             write = write_grad_difference if one.axis == "difference" else write_grad_pairs

@@ -116,15 +116,13 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
     writer.add(*loop.arguments())
     writer.constants("BLOCK_M", "BLOCK_N", "ALIGN", "PRECISION", "HEAVY_FIRST")
     with writer.define():
-        source.line("tiles = tl.cdiv(rows, BLOCK_M)")
-        source.line("tile = tl.program_id(0) % tiles")
-        source.line("bh = tl.program_id(0) // tiles")
-        with source.block("if HEAVY_FIRST:"):
-            source.line("tile = tiles - 1 - tile")
+        writer.programs("rows", "BLOCK_M")
         source.line("b = bh // heads")
         source.line("h = bh % heads")
+        source.line("line = bh.to(tl.int64) * rows")
         for name, head in (("q", "h"), ("k", "(h // group)"), ("v", "(h // group)"), ("grad_out", "h"), ("grad_q", "h")):
             writer.head(name, head)
+        writer.residue(("q", "grad_out", "grad_q"), ("k", "v"))
         source.line(f"row = {writer.number('BLOCK_M', 'tile')} + tl.arange(0, BLOCK_M)")
         source.line("inside = row < rows")
         source.line("q_idx = q_offset + tl.minimum(row, rows - 1)")
@@ -132,7 +130,7 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         writer.dims()
         writer.load("q", "q", writer.d_parts, "row", "inside")
         writer.load("grad_out", "grad", writer.v_parts, "row", "inside")
-        source.line("at = bh.to(tl.int64) * rows + row")
+        source.line(f"at = line + {writer.place()}")
         source.line("delta = tl.load(delta_ptr + at, mask=inside, other=0.0)")
         source.line("base = tl.load(base_ptr + at, mask=inside, other=0.0)")
         loop.prepare(source, writer.names("queries"))
@@ -181,21 +179,20 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
     writer.add(*loop.arguments())
     writer.constants("BLOCK_M", "BLOCK_N", "ALIGN", "PRECISION", "HEAVY_FIRST")
     with writer.define():
-        source.line("tiles = tl.cdiv(kv_len, BLOCK_N)")
-        source.line("tile = tl.program_id(0) % tiles")
-        source.line("bundle = tl.program_id(0) // tiles")
-        with source.block("if HEAVY_FIRST:"):
-            source.line("tile = tiles - 1 - tile")
-        source.line("b = bundle // (heads // group)")
-        source.line("kv_head = bundle % (heads // group)")
+        writer.programs("kv_len", "BLOCK_N")
+        source.line("b = bh // (heads // group)")
+        source.line("kv_head = bh % (heads // group)")
+        if variant.step > 1:
+            source.line("all_rows = rows")
         for name in ("k", "v", "grad_k", "grad_v"):
             writer.head(name, "kv_head")
+        writer.aligned("q")
+        writer.aligned("grad_out")
+        writer.residue(("q", "grad_out"), ("k", "v", "grad_k", "grad_v"))
         source.line(f"key = {writer.number('BLOCK_N', 'tile')} + tl.arange(0, BLOCK_N)")
         source.line("inside = key < kv_len")
         source.line("kv_idx = tl.minimum(key, kv_len - 1)")
         writer.positions(*pattern.exprs, ends=variant.queries == "spans")
-        writer.aligned("q")
-        writer.aligned("grad_out")
         writer.dims()
         writer.load("k", "k", writer.d_parts, "key", "inside")
         writer.load("v", "v", writer.v_parts, "key", "inside")
@@ -205,6 +202,7 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
             source.line(f"{suffixed('grad_v', part)} = tl.zeros([BLOCK_N, {part.width}], tl.float32)")
         if writer.plain:
             source.line("factor = scale * LOG2E")
+        source.line("row_0 = tl.arange(0, BLOCK_M)")
         per_head = variant.queries == "lists" or HEAD in pattern.mask.expr.free_symbols
         if not per_head:
             loop.prepare(source, writer.names("keys"))
@@ -212,12 +210,17 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
             source.line("h = kv_head * group + member")
             if per_head:
                 loop.prepare(source, writer.names("keys"))
-            for name in ("q", "grad_out"):
+            for name, parts in (("q", writer.d_parts), ("grad_out", writer.v_parts)):
                 source.line(
                     f"{name}_head = {name}_ptr + tl.multiple_of("
                     f"b.to(tl.int64) * {name}_stride_b + h.to(tl.int64) * {name}_stride_h, ALIGN)"
                 )
-            source.line("line = (b * heads + h).to(tl.int64) * rows")
+                for part in parts:
+                    where = f"{name}_head + row_0[:, None] * {name}_stride_row + {part.name}[None, :]"
+                    source.line(f"{suffixed(name + '_tile', part)} = {where}")
+            source.line(f"line = (b * heads + h).to(tl.int64) * {'rows' if variant.step == 1 else 'all_rows'}")
+            for name in ("delta", "base"):
+                source.line(f"{name}_tile = {name}_ptr + line + {writer.place('row_0')}")
             for one in learned:
                 source.line(f"{one.name} = tl.zeros([BLOCK_N], tl.float32)")
             for kind in ("full", "partial"):
@@ -247,7 +250,8 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
 
 def _query_tile(writer: Writer, kind: str) -> None:
     source = writer.source
-    source.line(f"row = {writer.number('BLOCK_M', 'column')} + tl.arange(0, BLOCK_M)")
+    source.line(f"start = {writer.number('BLOCK_M', 'column')}")
+    source.line("row = start + row_0")
     source.line("q_idx = q_offset + row")
     exists = ""
     if kind == "partial":
@@ -255,11 +259,12 @@ def _query_tile(writer: Writer, kind: str) -> None:
         exists = "exists"
     for name, target, parts in (("q", "q", writer.d_parts), ("grad_out", "grad", writer.v_parts)):
         for part in parts:
-            where = f"{name}_head + row[:, None] * {name}_stride_row + {part.name}[None, :]"
+            where = f"{suffixed(name + '_tile', part)} + start * {name}_stride_row"
             source.line(f"{suffixed(target, part)} = tl.load({where}{writer.mask(part, exists)})")
     masked = ", mask=exists, other=0.0" if exists else ""
-    source.line(f"delta = tl.load(delta_ptr + line + row{masked})")
-    source.line(f"base = tl.load(base_ptr + line + row{masked})")
+    start = "start" if writer.variant.step == 1 else f"start * {writer.variant.step}"
+    source.line(f"delta = tl.load(delta_tile + {start}{masked})")
+    source.line(f"base = tl.load(base_tile + {start}{masked})")
 
 
 def gradients_of(writer: Writer, loop: Loop, kind: str, place: str, learned: list[LearnedRead]) -> None:
@@ -284,10 +289,7 @@ def weights_and_gradients(writer: Writer, condition: str, place: str, row: str, 
     if SCORE in sympy.Tuple(expr, *by).free_symbols:
         source.line("score = s * scale")
     text, *slopes = write_expressions(source, (expr, *by), writer.names(place), real="tl.float32")
-    if condition:
-        source.line(f'x = tl.where(allowed, {text}, float("-inf"))')
-    else:
-        source.line(f"x = {text}" if SCORE in expr.free_symbols else f"x = tl.zeros_like(s) + ({text})")
+    writer.logit(text, "allowed" if condition else "")
     source.line(f"p = tl.exp2((x - base{row}) * LOG2E)")
     source.line(f"dx = p * (dp - delta{row})")
     for name, slope, found in zip(["ds", *(f"d_{one.name}" for one in learned)], slopes, by, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import sympy
@@ -15,7 +16,7 @@ from sparsedsl.lang.tables import TableRead
 if TYPE_CHECKING:
     from sparsedsl.codegen.triton_expression import TritonPrinter
 
-__all__ = ["exact_text", "has_text"]
+__all__ = ["exact_text", "has_text", "needs_exact"]
 
 _NAN = "propagate_nan=tl.PropagateNan.ALL"
 _SYMBOLS = {"add": "+", "sub": "-", "mul": "*"}
@@ -105,3 +106,40 @@ def _has_type(expr: sympy.Basic, kind: str) -> bool:
 def _number(value: float, kind: str) -> str:
     text = f'float("{value}")' if value in (float("inf"), float("-inf")) else repr(value)
     return f"tl.full([], {text}, {kind})"
+
+
+def needs_exact(expr: sympy.Basic) -> bool:
+    """Whether ``expr`` would change if a product were added without being rounded: then its kernel is compiled without fusion.
+
+    So it is where an exact operation adds up a product, and where a mask does, which analysis has computed without fusion.
+    """
+    adding = [node for node in _nodes(expr) if _adds(node, in_mask=not isinstance(expr, sympy.Expr))]
+    return any(_multiplies(part) for node in adding for operand in node.args for part in _real_parts(operand))
+
+
+def _nodes(expr: sympy.Basic) -> Iterator[sympy.Basic]:
+    """Every operation in ``expr``; the fraction of an integer division is none."""
+    yield expr
+    whole = isinstance(expr, sympy.floor) and expr.args[0].is_rational
+    for part in expr.args[0].as_numer_denom() if whole else expr.args:
+        yield from _nodes(part)
+
+
+def _adds(node: sympy.Basic, in_mask: bool) -> bool:
+    if isinstance(node, strict.StrictFunction):
+        return node.prefix != "i64" and node.operation in ("add", "sub", "round")
+    return in_mask and isinstance(node, sympy.Add) and not node.is_integer
+
+
+def _multiplies(node: sympy.Basic) -> bool:
+    if isinstance(node, strict.StrictFunction):
+        return node.operation == "mul"
+    return isinstance(node, (sympy.Mul, sympy.Pow))
+
+
+def _real_parts(expr: sympy.Basic) -> Iterator[sympy.Basic]:
+    """``expr`` and what it is made of, as far as these are real numbers: integers are rounded already."""
+    if isinstance(expr, sympy.Expr) and not expr.is_integer and not isinstance(expr, TableRead):
+        yield expr
+        for argument in expr.args:
+            yield from _real_parts(argument)

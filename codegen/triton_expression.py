@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from sympy.core.relational import Relational
 
 from sparsedsl.codegen.sharing import SharingPrinter, is_constant, is_real_arithmetic
 from sparsedsl.codegen.source import Source
-from sparsedsl.codegen.triton_exact import exact_text
+from sparsedsl.codegen.triton_exact import exact_text, needs_exact
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
 from sparsedsl.lang.printing import ADD, ATOM, COMPARE, MULTIPLY, UNARY
@@ -133,15 +134,17 @@ class TritonPrinter(SharingPrinter):
             return (repr(float(value)), ATOM) if self._operands_as == self.real else (f"tl.full([], {value}, tl.int64)", ATOM)
         return super()._print_Integer(expr)
 
-    def argument(self, expr: sympy.Basic) -> str:
-        """An argument of a function: there a bare number would choose its type itself."""
+    def argument(self, expr: sympy.Basic, *, typed: bool = False) -> str:
+        """What a function or a comparison takes: a bare number is float32 there. ``typed``: it also makes the type of the result."""
         if self._operands_as != self.real or not is_constant(expr):
             return self.text(expr)
         from sparsedsl.lang.evaluate import evaluate
 
         value = float(evaluate(expr, {}))
-        plain = self.real == "tl.float32" and (value in (0, float("inf"), float("-inf")) or 2**-126 <= abs(value) < 2**127)
-        return self.number(value)[0] if plain else f"tl.full([], {self.number(value)[0]}, {self.real})"
+        text, _ = self.number(value)
+        normal = value in (0, float("inf"), float("-inf")) or 2**-126 <= abs(value) < 2**127
+        single = self.real == "tl.float32" or (not typed and normal and struct.unpack("f", struct.pack("f", value))[0] == value)
+        return text if normal and single else f"tl.full([], {text}, {self.real})"
 
     def call(self, name: str, *arguments: sympy.Basic) -> tuple[str, int]:
         """A call of the function for ``name``."""
@@ -196,8 +199,8 @@ class TritonPrinter(SharingPrinter):
             root = f"tl.sqrt({self.argument(base)})"
             return (root, ATOM) if power > 0 else (f"1.0 / {root}", MULTIPLY)
         if is_constant(base) and base.is_positive:
-            exponent = float(sympy.log(base, 2).evalf(20))
-            return f"tl.exp2({exponent!r}*{self.text(power, UNARY)})", ATOM
+            factor = math.log2(base)
+            return f"tl.exp2({self.argument(power) if factor == 1 else f'{factor!r}*{self.text(power, UNARY)}'})", ATOM
         return f"_power({self.argument(base)}, {self.argument(power)})", ATOM
 
     def _print_floor(self, expr: sympy.floor) -> tuple[str, int]:
@@ -235,7 +238,8 @@ class TritonPrinter(SharingPrinter):
 
     def _print_Where(self, expr: sympy.Basic) -> tuple[str, int]:
         condition, a, c = expr.args
-        return f"tl.where({self.text(condition)}, {self.argument(a)}, {self.argument(c)})", ATOM
+        typed = is_constant(a) and is_constant(c)
+        return f"tl.where({self.text(condition)}, {self.argument(a, typed=typed)}, {self.argument(c, typed=typed)})", ATOM
 
     # ---- tables and exact operations ----------------------------------------------------------------------
 
@@ -282,6 +286,9 @@ class TritonPrinter(SharingPrinter):
                 return (body, precedence) if isinstance(expr, sympy.Ne) else (f"~({body})", UNARY)
             if isinstance(expr.lhs, TableRead) and expr.lhs.spec.dtype == "bool":
                 return f"({self.read(expr.lhs)} {'!=' if isinstance(expr, sympy.Ne) else '=='} 0)", ATOM
+        if is_real_arithmetic(expr):
+            left, right = (self.argument(a) if is_constant(a) else self.text(a, ADD) for a in expr.args)
+            return f"{left} {expr.rel_op} {right}", COMPARE
         return super()._print_Relational(expr)
 
 
@@ -298,22 +305,8 @@ def _ranges(names: TritonNames) -> Any:
             return names.table_ranges.get(read.spec.name) or super().range(read, indices)
 
     far = 2 * LONGEST
-    longest = dict.fromkeys(("q_idx", "kv_idx"), (0, far)) | dict.fromkeys(("q_len", "kv_len"), (1, far))
+    longest = dict.fromkeys(("q_idx", "kv_idx", "lane"), (0, far)) | dict.fromkeys(("q_len", "kv_len"), (1, far))
     return Intervals(longest | {"b": (0, 2**20), "h": (0, 2**20), "score": (-math.inf, math.inf)}, Declared({}))
-
-
-def needs_exact(expr: sympy.Basic) -> bool:
-    """Whether a multiplication and an addition of ``expr`` must not be fused: kernels with it are compiled without fusion.
-
-    True for exact float operations, and for a mask with real arithmetic, which analysis has computed without fusion.
-    """
-    mask = not isinstance(expr, sympy.Expr)
-    for node in sympy.preorder_traversal(expr):
-        if isinstance(node, strict.StrictFunction) and node.prefix != "i64":
-            return True
-        if mask and isinstance(node, (sympy.Add, sympy.Mul, sympy.Pow)) and not node.is_rational and is_real_arithmetic(node):
-            return True
-    return False
 
 
 def write_expression(source: Source, expr: sympy.Basic, names: TritonNames, *, real: str) -> str:

@@ -19,15 +19,13 @@ def write_forward(source: Source, pattern: Pattern, variant: Variant) -> KernelS
     loop = writer.key_loop()
     _rest(writer, loop, "BLOCK_M", "BLOCK_N", "ALIGN", "PRECISION", "HEAVY_FIRST")
     with writer.define():
-        source.line("tiles = tl.cdiv(rows, BLOCK_M)")
-        source.line("tile = tl.program_id(0) % tiles")
-        source.line("bh = tl.program_id(0) // tiles")
-        with source.block("if HEAVY_FIRST:"):
-            source.line("tile = tiles - 1 - tile")
+        writer.programs("rows", "BLOCK_M")
         source.line("b = bh // heads")
         source.line("h = bh % heads")
+        source.line("line = bh.to(tl.int64) * rows")
         for name, head in (("q", "h"), ("k", "(h // group)"), ("v", "(h // group)"), ("out", "h")):
             writer.head(name, head)
+        writer.residue(("q", "out"), ("k", "v"))
         source.line(f"row = {writer.number('BLOCK_M', 'tile')} + tl.arange(0, BLOCK_M)")
         source.line("inside = row < rows")
         # Rows beyond the last repeat it, so that they add nothing to the keys that the tile needs.
@@ -39,7 +37,7 @@ def write_forward(source: Source, pattern: Pattern, variant: Variant) -> KernelS
         _loops(writer, loop, split=False)
         _end(writer)
         writer.store("out", "out", writer.v_parts, "row", "inside")
-        source.line("tl.store(lse_ptr + bh.to(tl.int64) * rows + row, lse, mask=inside)")
+        source.line(f"tl.store(lse_ptr + line + {writer.place()}, lse, mask=inside)")
     return writer.result
 
 
@@ -77,11 +75,10 @@ def write_decode(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         source.line("q_idx = q_offset + row" + (".to(tl.int64)" if variant.wide else ""))
         writer.positions(*pattern.exprs)
         writer.dims()
+        source.line("at = b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h + row.to(tl.int64) * q_stride_row")
+        source.line("q_at = q_ptr + (at // ALIGN * ALIGN)[:, None]")
         for part in writer.d_parts:
-            where = (
-                "q_ptr + (b.to(tl.int64) * q_stride_b + h.to(tl.int64) * q_stride_h + row.to(tl.int64) * q_stride_row)[:, None]"
-            )
-            source.line(f"{suffixed('q', part)} = tl.load({where} + {part.name}[None, :]{writer.mask(part, 'inside')})")
+            source.line(f"{suffixed('q', part)} = tl.load(q_at + {part.name}[None, :]{writer.mask(part, 'inside')})")
         _begin(writer, loop)
         _loops(writer, loop, split=True)
         _end(writer)

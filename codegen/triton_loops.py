@@ -249,12 +249,12 @@ class ListLoop:
 
     def prepare(self, source: Source, names: TritonNames) -> None:
         source.line("# The tiles to visit: lists made by the analysis of the pattern.")
-        source.line(f"line = b * {self.of}_list_b + {self.head} * {self.of}_list_h")
+        source.line(f"listed = b * {self.of}_list_b + {self.head} * {self.of}_list_h")
         if self.line:
-            source.line(f"line = {self.line}")
+            source.line(f"listed = {self.line}")
         for kind in ("full", "partial"):
-            source.line(f"{kind}_begin = tl.load({kind}_starts_{self.of}_ptr + line)")
-            source.line(f"{kind}_tiles = tl.load({kind}_starts_{self.of}_ptr + line + 1) - {kind}_begin")
+            source.line(f"{kind}_begin = tl.load({kind}_starts_{self.of}_ptr + listed)")
+            source.line(f"{kind}_tiles = tl.load({kind}_starts_{self.of}_ptr + listed + 1) - {kind}_begin")
 
     def tile(self, source: Source, kind: str, number: str) -> None:
         source.line(f"column = tl.load({kind}_columns_{self.of}_ptr + {kind}_begin + {number})")

@@ -19,10 +19,10 @@ from sparsedsl.lang.tables import table_specs
 # Variables of the kernels: expressions must not use these names for what they share.
 _LOCAL = {
     "acc", "across", "allowed", "at", "b", "band", "base", "batch", "begin", "bh", "bundle", "column", "column_0", "d", "delta", "dp",
-    "ds", "dx", "e", "end", "exists", "factor", "first", "full", "full_begin", "full_end", "full_tiles", "grad", "grad_k", "grad_q",
-    "grad_v", "h", "head", "i", "inside", "j", "k", "key", "kv_head", "kv_idx", "larger", "last", "line", "lower", "lse", "m", "member",
+    "ds", "dx", "e", "end", "exists", "factor", "first", "first_row", "full", "full_begin", "full_end", "full_tiles", "grad", "grad_k", "grad_q",
+    "grad_v", "h", "head", "i", "inside", "j", "k", "key", "kv_head", "kv_idx", "lane", "larger", "last", "line", "listed", "lower", "lse", "m", "member",
     "most", "n", "out", "p", "packed_rows", "partial", "partial_begin", "partial_tiles", "place", "q", "q_idx", "q_len", "reached", "right",
-    "row", "s", "score", "seen", "share", "shrink", "sink", "start", "swap", "t", "tall", "tile", "tiles", "tl", "to", "total", "turned",
+    "row", "row_0", "s", "score", "seen", "share", "shrink", "sink", "start", "swap", "t", "tall", "tile", "tiles", "tl", "to", "total", "turned",
     "upper", "v", "weight", "x",
 }  # fmt: skip
 
@@ -52,17 +52,20 @@ class Variant:
 
     ``keys``, ``queries``: how the loops over keys and over queries find their tiles, "spans" or "lists". ``head_dim``, ``head_dim_v``:
     widths of q and k, and of v. ``wide``: positions and offsets need 64 bits. ``safe_rows``: every query is known to see a key.
-    ``descriptors``: K and V are read through tensor descriptors. ``wide_tables``: tables of 2**31 entries or more.
+    ``descriptors``: K and V are read through tensor descriptors. ``wide_tables``: tables of 2**31 entries or more. ``step``: programs stay
+    within one residue of positions (:mod:`sparsedsl.analysis.residues`). ``decode_keys``: as ``keys``, for the kernel of few queries.
     """
 
     keys: str
     queries: str
+    decode_keys: str
     head_dim: int = 64
     head_dim_v: int = 64
     wide: bool = False
     safe_rows: bool = False
     descriptors: bool = False
     wide_tables: frozenset[str] = frozenset()
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -170,12 +173,47 @@ class Writer:
             "turned": ("q_idx[None, :]", "kv_idx[:, None]"),
         }[place]
         h = "h[:, None]" if self.packed and place == "tile" else "h"
-        symbols = {"b": "b", "h": h, "q_idx": q, "kv_idx": kv, "q_len": "q_len", "kv_len": "kv_len", "score": "score"} | replaced
+        symbols = {"b": "b", "h": h, "q_idx": q, "kv_idx": kv, "q_len": "q_len", "kv_len": "kv_len", "score": "score"}
+        symbols |= {"lane": "lane"} | replaced
         tables = {
             name: TableNames(f"{name}_table", tuple(f"{name}_size_{i}" for i in range(rank)))
             for name, rank in self.pattern.table_ranks.items()
         }
         return TritonNames(symbols, tables, self.variant.wide_tables)
+
+    def programs(self, length: str, block: str) -> None:
+        """Which tile, of which residue and head, a program has: ``tile``, ``lane`` if there are residues, and the rest in ``bh``."""
+        step = self.variant.step
+        source = self.source
+        source.line(f"tiles = tl.cdiv({length if step == 1 else f'tl.cdiv({length}, {step})'}, {block})")
+        source.line("tile = tl.program_id(0) % tiles")
+        if step > 1:
+            source.line(f"lane = tl.program_id(0) // tiles % {step}")
+        source.line(f"bh = tl.program_id(0) // tiles{'' if step == 1 else f' // {step}'}")
+        with source.block("if HEAVY_FIRST:"):
+            source.line("tile = tiles - 1 - tile")
+
+    def residue(self, by_query: tuple[str, ...], by_key: tuple[str, ...]) -> None:
+        """Enter one residue: from here on positions, lengths and rows of these tensors count within it."""
+        step = self.variant.step
+        if step == 1:
+            return
+        source = self.source
+        source.line(f"# Queries and keys of one residue modulo {step} see each other only; from here on all is counted within it.")
+        source.line(f"first_row = (lane - q_offset % {step} + {step}) % {step}")
+        for name in by_query:
+            source.line(f"{name}_ptr += first_row{'.to(tl.int64)' * self.variant.wide} * {name}_stride_row")
+            source.line(f"{name}_stride_row *= {step}")
+        for name in by_key:
+            source.line(f"{name}_ptr += lane * {name}_stride_row")
+            source.line(f"{name}_stride_row *= {step}")
+        source.line(f"rows = (rows - first_row + {step - 1}) // {step}")
+        source.line(f"q_offset = (q_offset + first_row) // {step}")
+        source.line(f"kv_len = (kv_len - lane + {step - 1}) // {step}")
+
+    def place(self, row: str = "row") -> str:
+        """The row of the call that a row of the residue is."""
+        return row if self.variant.step == 1 else f"first_row + {row} * {self.variant.step}"
 
     def positions(self, *exprs: sympy.Basic, ends: bool = False) -> None:
         """The length of the query axis, if anything reads it; ``ends``: the ends of spans of queries do."""
@@ -192,8 +230,11 @@ class Writer:
         self.aligned(name)
 
     def aligned(self, name: str) -> None:
-        """Say what is known of the distance between rows: without it no load would be wider than one number."""
-        self.source.line(f"{name}_stride_row = tl.multiple_of({name}_stride_row, ALIGN)")
+        """Say what is known of the distance between rows: without it no load would be wider than one number.
+
+        A hint on a parameter is not kept by the compiler, a product is seen to be a multiple.
+        """
+        self.source.line(f"{name}_stride_row = {name}_stride_row // ALIGN * ALIGN")
 
     def dims(self) -> None:
         """The dimensions of heads, as vectors."""
@@ -283,19 +324,24 @@ class Writer:
         if SCORE in expr.free_symbols:
             self.source.line("score = s * scale")
         text = write_expression(self.source, expr, self.names(place), real="tl.float32")
+        self.logit(text, condition)
+
+    def logit(self, text: str, condition: str) -> None:
+        """``x``: the logits that ``text`` gives, a whole tile of them also where it gives one number a row or an integer."""
+        expr = self.pattern.score.expr
+        if expr.is_integer:
+            text = f"({text}).to(tl.float32)"
         if condition:
             self.source.line(f'x = tl.where({condition}, {text}, float("-inf"))')
-        elif SCORE in expr.free_symbols:
-            self.source.line(f"x = {text}")
-        else:  # one number, or one a row: a tile of them
-            self.source.line(f"x = tl.zeros_like(s) + ({text})")
+        else:
+            self.source.line(f"x = {text}" if SCORE in expr.free_symbols else f"x = tl.zeros_like(s) + ({text})")
 
     # ---- loops ----
 
     def key_loop(self) -> Loop:
         """The loop over tiles of keys for the queries of a program."""
-        if self.variant.keys == "lists":
-            head, line = ("head", "") if self.packed else ("h", "line * tiles + tile")
+        if (self.variant.decode_keys if self.packed else self.variant.keys) == "lists":
+            head, line = ("head", "") if self.packed else ("h", "listed * tiles + tile")
             return ListLoop(self.pattern.mask.expr, "keys", head, line)
         found = spans(self.pattern.mask.expr)
         assert found is not None
@@ -304,7 +350,7 @@ class Writer:
     def query_loop(self) -> Loop:
         """The loop over tiles of queries for the keys of a program."""
         if self.variant.queries == "lists":
-            return ListLoop(self.pattern.mask.expr, "queries", "h", "line * tiles + tile")
+            return ListLoop(self.pattern.mask.expr, "queries", "h", "listed * tiles + tile")
         found = spans(self.pattern.mask.expr, of="queries")
         assert found is not None
         return SpanLoop(found, "queries", "BLOCK_M", frozenset({KV_IDX}))

@@ -1,4 +1,4 @@
-"""The command line: ``python -m sparsedsl explain | plot | check | build SPEC``.
+"""The command line: ``python -m sparsedsl explain | plot | check | build | tune SPEC``.
 
 Exit codes: 0; 1 if ``check`` found a property that does not hold; 2 for anything that could not be done (one message, no
 traceback; ``SPARSEDSL_DEBUG=1`` shows the traceback).
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sparsedsl.errors import SparseDSLError
+from sparsedsl.run import tune_command
 from sparsedsl.settings import settings
 from sparsedsl.specs import CannotLoad, load_pattern, load_tables
 
@@ -51,6 +52,7 @@ examples:
 
 Needs Triton, and no GPU; tables need no values. Compiles the forward, backward and decode kernels and prints what each
 takes of an SM; --out also writes the binaries.""",
+    "tune": tune_command.EXAMPLES,
 }
 
 
@@ -85,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         (_plot, "draw a pattern: allowed pairs and tile classes"),
         (_check, "test a pattern with random shapes, tables and inputs"),
         (_build, "compile the GPU kernels of a pattern, without a GPU, and report what they take"),
+        (_tune, "measure which tiles suit a pattern on this GPU; show, export and import what was measured"),
     ):
         name = run.__name__.strip("_")
         command = commands.add_parser(
@@ -92,13 +95,16 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         command.set_defaults(run=run)
-        command.add_argument("spec", metavar="SPEC", help="module:name or file.py:name")
+        command.add_argument("spec", metavar="SPEC", nargs="?" if run is _tune else None, help="module:name or file.py:name")
         if run is _build:
             _add_build(command)
             continue
         command.add_argument(
             "--table", action="append", default=[], metavar="NAME=FILE", help="values of a table; may be given more than once"
         )
+        if run is _tune:
+            tune_command.add_arguments(command)
+            continue
         if run is _check:
             command.add_argument("--examples", type=_count, default=50, metavar="N", help="random cases a property (default 50)")
             command.add_argument("--causal", action="store_true", default=None, help="fail if any query sees a later position")
@@ -217,6 +223,12 @@ def _build(arguments: argparse.Namespace) -> int:
     if arguments.out:
         print(built.save(arguments.out))
     return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    arguments.pattern = load_pattern(arguments.spec) if arguments.spec else None
+    arguments.tables = load_tables(arguments.pattern, arguments.table) if arguments.spec else {}
+    return tune_command.run(arguments)
 
 
 @contextlib.contextmanager

@@ -18,11 +18,9 @@ from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.clauses import Bound, Clause, bound_of, clauses, monotone
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.proofs import PROVED, implies
 from sparsedsl.analysis.runs import invert, limits, rising_form
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.evaluate import evaluate, maximum, minimum
-from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN, Q_IDX, Q_LEN
 
 __all__ = ["Span", "exchanged", "never_empty", "span_rows", "spans"]
@@ -172,7 +170,13 @@ def span_rows(span: Span, domain: Domain, *, of: str = "keys") -> tuple[torch.Te
 
 @functools.lru_cache(maxsize=1024)
 def never_empty(mask: Boolean) -> str | None:
-    """Why every query is known to see a key: its own ("diagonal", if there is a key at its position), the first key ("first"), or None."""
-    if implies(Mask(sympy.Eq(KV_IDX, sympy.Integer(0))), Mask(mask)) == PROVED:
-        return "first"
-    return "diagonal" if implies(Mask(sympy.Eq(KV_IDX, Q_IDX)), Mask(mask)) == PROVED else None
+    """Why every query is known to see a key: the first one ("first"), its own ("diagonal", if there is a key at its position), or None.
+
+    >>> import sparsedsl as sd
+    >>> never_empty((sd.q_idx - sd.kv_idx >= 0).expr), never_empty((abs(sd.q_idx - sd.kv_idx) < 3).expr)
+    ('first', 'diagonal')
+    """
+    for why, key in (("first", sympy.Integer(0)), ("diagonal", Q_IDX)):
+        if mask.xreplace({KV_IDX: key}) == sympy.true:
+            return why
+    return None

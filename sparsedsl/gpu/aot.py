@@ -7,14 +7,13 @@ process compiles.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import os
 import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from sparsedsl.gpu.targets import Target
 if TYPE_CHECKING:
     from sparsedsl.codegen.to_triton import KernelSource, TritonSource
 
-__all__ = ["Binary", "compile_kernel", "compile_kernels", "is_interpreting", "signature"]
+__all__ = ["Binary", "Job", "compile_kernel", "compile_kernels", "is_interpreting", "job_of"]
 
 _DATA = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 _TABLES = {"int": "*i32", "bool": "*i1", "float": "*fp32"}
@@ -48,16 +47,36 @@ class Binary:
     resources: Resources
 
 
-def signature(source: TritonSource, kernel: KernelSource, dtype: str) -> dict[str, str]:
-    """Parameter -> type as Triton spells it, for data of ``dtype``.
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile: module and name, type of each parameter, values of the constant ones, how, and for what."""
 
-    >>> from sparsedsl.codegen.to_triton import Argument, KernelSource, TritonSource
-    >>> arguments = (Argument("q", "*data"), Argument("doc", "*table:doc"), Argument("q_len", "i32"), Argument("BLOCK_M", "constexpr"))
-    >>> kernel = KernelSource("forward", arguments, "an example")
-    >>> signature(TritonSource("", (kernel,), {"doc": "int"}), kernel, "bfloat16")
-    {'q': '*bf16', 'doc': '*i32', 'q_len': 'i32', 'BLOCK_M': 'constexpr'}
+    text: str
+    kernel: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    config: Config
+    fp_fusion: bool
+    target: Target
+
+
+def job_of(source: TritonSource, kernel: KernelSource, shape: Shape, config: Config, target: Target) -> Job:
+    """What there is to compile, types spelled as Triton does.
+
+    Raises:
+        UnsupportedError: an argument whose type is known only at a call.
+
+    >>> import sparsedsl as sd
+    >>> from sparsedsl.codegen.to_triton import triton_source, variant_of
+    >>> from sparsedsl.gpu.targets import TARGETS
+    >>> pattern = sd.attend(sd.table("doc")[sd.q_idx] == sd.table("doc")[sd.kv_idx])
+    >>> source = triton_source(pattern, variant_of(pattern))
+    >>> job = job_of(source, source.kernel("forward"), Shape("bfloat16", 64, 64), Config(128, 64, 4, 3), TARGETS["sm_90"])
+    >>> [job.signature[name] for name in ("q_ptr", "lse_ptr", "doc_table", "kv_len")]
+    ['*bf16', '*fp32', '*i32', 'i32']
     """
-    return {argument.name: _type(source, kernel, argument.name, argument.type, dtype) for argument in kernel.arguments}
+    types = {argument.name: _type(source, kernel, argument.name, argument.type, shape.dtype) for argument in kernel.arguments}
+    return Job(source.text, kernel.name, types, constants(kernel, shape, config), config, source.fp_fusion, target)
 
 
 def _type(source: TritonSource, kernel: KernelSource, name: str, kind: str, dtype: str) -> str:
@@ -72,7 +91,7 @@ def _type(source: TritonSource, kernel: KernelSource, name: str, kind: str, dtyp
     return kind
 
 
-def compile_kernel(source: TritonSource, kernel: KernelSource, shape: Shape, config: Config, target: Target) -> Any:
+def compile_kernel(job: Job) -> Any:
     """Triton's ``CompiledKernel``, compiled in this process. Pointers are taken to be multiples of 16 bytes, as torch's are.
 
     Raises:
@@ -87,41 +106,34 @@ def compile_kernel(source: TritonSource, kernel: KernelSource, shape: Shape, con
         raise UnsupportedError(
             "kernels are interpreted in this process (TRITON_INTERPRET=1): compile in one without that variable"
         )
-    types = signature(source, kernel, shape.dtype)
-    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(types.values()) if kind.startswith("*")}
-    job = ASTSource(load(source.text)[kernel.name], types, constants(kernel, shape, config), aligned)
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": source.fp_fusion}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(job.signature.values()) if kind.startswith("*")}
+    source = ASTSource(load(job.text)[job.kernel], dict(job.signature), dict(job.constants), aligned)
+    options = {"num_warps": job.config.warps, "num_stages": job.config.stages, "enable_fp_fusion": job.fp_fusion}
+    device = GPUTarget(job.target.backend, job.target.arch, job.target.warp_size)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Triton prints the whole assembly if it cannot be assembled
-            return compile_source(job, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
+            return compile_source(source, target=device, options=options)
     except Exception as error:  # of any kind, from any stage of the compiler
         reason = next(iter(str(error).strip().splitlines()[-1:]), "no reason given")
         raise UnsupportedError(
-            f"Triton {version} cannot compile kernel {kernel.name!r} for {target.name} with {config}: "
-            f"{type(error).__name__}: {reason}. Pass other tiles as configs={{{kernel.name!r}: Config(...)}}"
+            f"Triton {version} cannot compile kernel {job.kernel!r} for {job.target.name} with {job.config}: "
+            f"{type(error).__name__}: {reason}. Pass other tiles as configs={{{job.kernel!r}: Config(...)}}"
         ) from error
 
 
-def compile_kernels(
-    source: TritonSource, configs: Mapping[str, Config], shape: Shape, target: Target, *, remarks: bool = False
-) -> dict[str, Binary]:
-    """Every kernel of ``source``, by name; in a child process if kernels are interpreted in this one.
+def compile_kernels(jobs: Iterable[Job], *, remarks: bool = False) -> list[Binary]:
+    """The binary of each job; from a child process if kernels are interpreted in this one.
 
-    ``configs``: one for each kernel. ``remarks``: as for :func:`~sparsedsl.gpu.resources.resources_of`.
+    ``remarks``: as for :func:`~sparsedsl.gpu.resources.resources_of`.
     """
     if is_interpreting():
-        return _in_child(source, dict(configs), shape, target, remarks)
-    found = {}
-    for kernel in source.kernels:
-        compiled = compile_kernel(source, kernel, shape, configs[kernel.name], target)
-        extension, assembly = ("hsaco", "amdgcn") if target.backend == "hip" else ("cubin", "ptx")
-        found[kernel.name] = Binary(
-            compiled.metadata.name,
-            extension,
-            compiled.asm[extension],
-            compiled.asm[assembly],
-            resources_of(compiled, remarks=remarks),
-        )
+        return _in_child(list(jobs), remarks)
+    found = []
+    for job in jobs:
+        compiled = compile_kernel(job)
+        extension, assembly = ("hsaco", "amdgcn") if job.target.backend == "hip" else ("cubin", "ptx")
+        needs = resources_of(compiled, remarks=remarks)
+        found.append(Binary(compiled.metadata.name, extension, compiled.asm[extension], compiled.asm[assembly], needs))
     return found
 
 
@@ -130,33 +142,29 @@ def is_interpreting() -> bool:
     return bool(load_triton().knobs.runtime.interpret) or interpreted()
 
 
-def _in_child(source: TritonSource, configs: dict[str, Config], shape: Shape, target: Target, remarks: bool) -> dict[str, Binary]:
+def _in_child(jobs: list[Job], remarks: bool) -> list[Binary]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    plain = dataclasses.replace(
-        source, table_kinds=dict(source.table_kinds), prepared=()
-    )  # what compiling needs, and pickle can write
     with tempfile.TemporaryDirectory(prefix="sparsedsl-build-") as folder:
-        job = Path(folder, "job")
-        job.write_bytes(pickle.dumps((plain, configs, shape, target, remarks)))
-        code = f"from sparsedsl.gpu.aot import answer; answer({str(job)!r})"
+        asked, answered = Path(folder, "jobs"), Path(folder, "answer")
+        asked.write_bytes(pickle.dumps((jobs, remarks)))
+        code = f"from sparsedsl.gpu.aot import answer; answer({str(asked)!r})"
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-        answered = Path(folder, "answer")
         if not answered.exists():
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise UnsupportedError(f"the process that compiles ended with exit status {done.returncode}: {last[0]}")
         found = pickle.loads(answered.read_bytes())
-    if isinstance(found, UnsupportedError):
-        raise found
+    if isinstance(found, str):
+        raise UnsupportedError(found)
     return found
 
 
-def answer(job: str) -> None:
-    """What the child process does: compile the job in a file, and write binaries, or the error, beside it."""
-    source, configs, shape, target, remarks = pickle.loads(Path(job).read_bytes())
+def answer(asked: str) -> None:
+    """What the child process does: compile the jobs in a file, and write binaries, or what went wrong, beside it."""
+    jobs, remarks = pickle.loads(Path(asked).read_bytes())
     found: Any
     try:
-        found = compile_kernels(source, configs, shape, target, remarks=remarks)
+        found = compile_kernels(jobs, remarks=remarks)
     except UnsupportedError as error:
-        found = UnsupportedError(str(error))
-    Path(job).with_name("answer").write_bytes(pickle.dumps(found))
+        found = str(error)
+    Path(asked).with_name("answer").write_bytes(pickle.dumps(found))

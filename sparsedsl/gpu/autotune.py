@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 
 from sparsedsl.gpu.configs import Config, Shape, Work, default_config, refusal, space
 from sparsedsl.gpu.costs import Tiles, banded_tiles, estimated_held, ranked, seconds
+from sparsedsl.gpu.estimates import registers
 from sparsedsl.gpu.targets import Target
 from sparsedsl.gpu.tuning_records import Record, TuningKey, recall, remember
 from sparsedsl.settings import tune_mode
@@ -30,7 +31,9 @@ MOST_CANDIDATES = 24
 # What is left when this few are left is decided by FINAL_ROUNDS samples of each.
 FINALISTS, FINAL_ROUNDS = 3, 7
 # A winner must be this much faster than the default: measured, or only expected. Less is noise, and no reason to compile anything else.
-MEASURED_GAIN, EXPECTED_GAIN = 1.01, 1.10
+MEASURED_GAIN, EXPECTED_GAIN = 1.01, 1.20
+# What is launched without a look at its binary may take this share of a thread's registers by the estimate, which often is half the truth.
+TRUSTED_SHARE = 0.47
 
 logger = logging.getLogger("sparsedsl")
 
@@ -179,16 +182,16 @@ def _find(
 
 def _expected(kernel: str, shape: Shape, target: Target, work: Work, tiles_at: Callable[..., Tiles] | None) -> Config:
     """The cost model's favourite, or the default where that is expected to be nearly as good: it is known to compile well."""
-    default, best = default_config(kernel, shape, target), _by_expectation(kernel, shape, target, work, tiles_at)[1:2]
-    if not best:
-        return default
+    default, *others = _by_expectation(kernel, shape, target, work, tiles_at)
+    limit = TRUSTED_SHARE * target.registers_per_thread
+    best = next((one for one in others if registers(kernel, shape, target, one) <= limit), default)
     counts = tiles_at or _banded(kernel, work)
 
     def expected(config: Config) -> float:
         tiles = counts((config.block_m, config.block_n))
         return seconds(kernel, shape, target, config, tiles, estimated_held(kernel, shape, target, config))
 
-    return best[0] if expected(best[0]) * EXPECTED_GAIN < expected(default) else default
+    return best if expected(best) * EXPECTED_GAIN < expected(default) else default
 
 
 def _by_expectation(

@@ -17,8 +17,8 @@ from typing import Any
 
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
-from sparsedsl.gpu.aot import Binary, compile_kernels, signature
-from sparsedsl.gpu.configs import constants, default_config
+from sparsedsl.gpu.aot import Binary, Job, compile_kernels, job_of
+from sparsedsl.gpu.configs import default_config
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.loading import triton as load_triton
 from sparsedsl.gpu.resources import Occupancy, Resources, misfits, occupancy
@@ -35,13 +35,10 @@ REPORT_FORMAT = 1
 
 @dataclass(frozen=True)
 class BuiltKernel:
-    """One kernel of a :class:`Build`. ``signature``: parameter -> type; ``constants``: parameters that are fixed in the binary."""
+    """One kernel of a :class:`Build`: what it is for, what was compiled, and what came of it."""
 
-    name: str
     purpose: str
-    config: Config
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
+    job: Job
     binary: Binary
     occupancy: Occupancy
     problems: tuple[str, ...]
@@ -51,12 +48,26 @@ class BuiltKernel:
         """What it takes of an SM."""
         return self.binary.resources
 
+    @property
+    def config(self) -> Config:
+        """Tiles, warps and stages."""
+        return self.job.config
+
 
 @dataclass(frozen=True, repr=False)
 class Build:
     """The kernels of one pattern for one target; made by :func:`build`. ``print`` it for a table.
 
     ``kernels``: name -> :class:`BuiltKernel`; ``source``: the module they are compiled from, as text.
+
+    >>> import tempfile
+    >>> import sparsedsl as sd
+    >>> built = sd.build(sd.patterns.sliding_window(1024), "sm_90", head_dim=64)
+    >>> list(built.kernels)
+    ['forward', 'decode', 'merge', 'delta', 'grad_q', 'grad_kv']
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(path.name for path in built.save(folder).glob("forward.*"))
+    ['forward.cubin', 'forward.ptx']
     """
 
     pattern: Pattern
@@ -100,18 +111,8 @@ class Build:
         dims = f"{self.shape.head_dim}" + ("" if self.shape.head_dim == self.shape.head_dim_v else f"/{self.shape.head_dim_v}")
         about = f"  {self.target.name} ({self.target.device}), {self.shape.dtype}, head_dim {dims}, group {self.shape.group}, "
         header = (
-            "kernel",
-            "tile",
-            "warps",
-            "stages",
-            "registers",
-            "spills",
-            "shared",
-            "blocks/SM",
-            "warps/SM",
-            "limited by",
-            "matrix",
-        )
+            "kernel", "tile", "warps", "stages", "registers", "spills", "shared", "blocks/SM", "warps/SM", "limit", "matrix", "copies",
+        )  # fmt: skip
         rows = [header, *(_row(kernel) for kernel in self.kernels.values())]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = [*self.pattern.text.splitlines(), f"{about}Triton {self.triton_version}"]
@@ -129,7 +130,7 @@ class Build:
         for name, kernel in self.kernels.items():
             kernels[name] = {
                 "purpose": kernel.purpose, "entry": kernel.binary.entry, "binary": f"{name}.{kernel.binary.extension}",
-                "signature": dict(kernel.signature), "constants": dict(kernel.constants), "config": kernel.config.to_json(),
+                "signature": dict(kernel.job.signature), "constants": dict(kernel.job.constants), "config": kernel.config.to_json(),
                 "resources": kernel.resources.to_json(), "problems": list(kernel.problems),
                 "occupancy": {"blocks": kernel.occupancy.blocks, "warps": kernel.occupancy.warps, "limit": kernel.occupancy.limit},
             }  # fmt: skip
@@ -184,9 +185,9 @@ def _row(kernel: BuiltKernel) -> tuple[str, ...]:
     needs, found = kernel.resources, kernel.occupancy
     matrix = ", ".join(f"{count} {name}" for name, count in needs.instructions) or ("none" if needs.products else "-")
     return (
-        kernel.name, f"{kernel.config.block_m}x{kernel.config.block_n}", str(kernel.config.warps), str(kernel.config.stages),
+        kernel.job.kernel, f"{kernel.config.block_m}x{kernel.config.block_n}", str(kernel.config.warps), str(kernel.config.stages),
         str(needs.registers), f"{needs.spills} B" if needs.spills else "-", f"{needs.shared_bytes:,} B", str(found.blocks),
-        f"{found.share:.0%}", found.limit, matrix,
+        f"{found.share:.0%}", found.limit, matrix, str(needs.async_copies or "-"),
     )  # fmt: skip
 
 
@@ -227,8 +228,8 @@ def build(
 
     >>> import sparsedsl as sd
     >>> built = sd.build(sd.patterns.sliding_window(1024), "sm_90", head_dim=64)
-    >>> built.tensor_core["forward"].keys(), built.spills["forward"], built.problems
-    (dict_keys(['wgmma.mma_async']), 0, [])
+    >>> built.spills["forward"], list(built.tensor_core["forward"]), built.occupancy["forward"].blocks
+    (0, ['wgmma.mma_async'], 1)
     """
     pattern = as_pattern(pattern)
     target = target_named(target)
@@ -239,16 +240,11 @@ def build(
     variant = variant_of(pattern, head_dim=shape.head_dim, head_dim_v=shape.head_dim_v, wide=wide, descriptors=descriptors)
     source = triton_source(pattern, variant)
     chosen = _chosen(source, given, shape, target)
-    binaries = compile_kernels(source, chosen, shape, target, remarks=remarks)
-    kernels = {
-        kernel.name: BuiltKernel(
-            kernel.name, kernel.purpose, chosen[kernel.name], signature(source, kernel, shape.dtype),
-            constants(kernel, shape, chosen[kernel.name]), binary, occupancy(binary.resources, target),
-            tuple(_problems(binary.resources, shape, target)),
-        )
-        for kernel in source.kernels
-        for binary in (binaries[kernel.name],)
-    }  # fmt: skip
+    jobs = [job_of(source, kernel, shape, chosen[kernel.name], target) for kernel in source.kernels]
+    kernels = {}
+    for kernel, job, binary in zip(source.kernels, jobs, compile_kernels(jobs, remarks=remarks), strict=True):
+        found = occupancy(binary.resources, target)
+        kernels[kernel.name] = BuiltKernel(kernel.purpose, job, binary, found, tuple(_problems(binary.resources, shape, job)))
     return Build(pattern, target, shape, source.text, version, kernels)
 
 
@@ -274,12 +270,17 @@ def _chosen(source: TritonSource, given: Mapping[str, Config], shape: Shape, tar
     return {name: given[name] if name in given else default_config(name, shape, target) for name in names}
 
 
-def _problems(resources: Resources, shape: Shape, target: Target) -> list[str]:
-    found = [f"cannot be launched: {reason}" for reason in misfits(resources, target)]
+def _problems(resources: Resources, shape: Shape, job: Job) -> list[str]:
+    found = [f"cannot be launched: {reason}" for reason in misfits(resources, job.target)]
     if resources.spills:
         found.append(
             f"{resources.spills} bytes of each thread's registers spill to memory: smaller tiles or more warps need fewer"
         )
-    if resources.products and not resources.instructions and shape.matrix_units:
-        found.append(f"{resources.products} matrix products without a matrix instruction of {target.name}")
+    if resources.products and shape.matrix_units:
+        if not resources.instructions:
+            found.append(f"{resources.products} matrix products without a matrix instruction of {job.target.name}")
+        if job.config.stages > 1 and job.target.backend == "cuda" and not resources.async_copies:
+            found.append(
+                f"{job.config.stages} stages, but no load runs beside the arithmetic: widths of heads that 8 divides allow it"
+            )
     return found + list(resources.remarks)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sparsedsl.gpu.configs import Work
 from sparsedsl.gpu.estimates import family, registers, shared_bytes
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import Target
@@ -18,7 +19,7 @@ from sparsedsl.gpu.targets import Target
 if TYPE_CHECKING:
     from sparsedsl.analysis.lists import TileLists
 
-__all__ = ["Held", "Tiles", "banded_tiles", "estimated_held", "listed_tiles", "ranked", "seconds"]
+__all__ = ["Held", "Tiles", "banded_tiles", "estimated_held", "listed_tiles", "ranked", "seconds", "work_of"]
 
 # Cycles of one SM, at CLOCK, for what is not a product of matrices. Order of magnitude is what counts: these rank, they do not predict.
 CLOCK = 1.7e9
@@ -72,6 +73,16 @@ def listed_tiles(lists: TileLists, *, batch: int, heads: int, by_key: bool = Fal
     rows = full.counts + partial.counts
     copies = batch * heads // (rows.shape[0] * rows.shape[1])
     return Tiles(full.total * copies, partial.total * copies, rows.numel() * copies, int(rows.max()) if rows.numel() else 0)
+
+
+def work_of(lists: TileLists) -> Work:
+    """What a search for a config should know, from lists at any tile size: a partial tile counts as half full."""
+    counts = (lists.full.counts + lists.partial.counts).float()
+    mean = float(counts.mean()) if counts.numel() else 0.0
+    pairs = (lists.full.total + lists.partial.total / 2) * lists.block[0] * lists.block[1]
+    groups = max(1, counts.shape[0] * counts.shape[1])
+    width = min(float(lists.kv_len), pairs / max(1, groups * lists.q_rows))
+    return Work(imbalance=float(counts.max()) / mean if mean else 1.0, row_width=width)
 
 
 def banded_tiles(

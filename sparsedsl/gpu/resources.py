@@ -35,6 +35,7 @@ class Resources:
     ``threads``         of a block
     ``products``        matrix products in the source
     ``instructions``    matrix instructions in the assembly: pairs of name and how often it is written
+    ``async_copies``    instructions that load into shared memory beside the arithmetic (NVIDIA): the pipeline of ``stages``
     ``remarks``         what the assembler says about speed; read only if asked for, or if there is local memory
     """
 
@@ -46,6 +47,7 @@ class Resources:
     threads: int
     products: int
     instructions: tuple[tuple[str, int], ...]
+    async_copies: int = 0
     remarks: tuple[str, ...] = ()
 
     @property
@@ -131,7 +133,8 @@ def resources_of(compiled: Any, *, remarks: bool = False) -> Resources:
         registers=registers, spills=spills, local_bytes=local_bytes, shared_bytes=metadata.shared,
         tensor_columns=getattr(metadata, "tmem_size", None) or 0, threads=metadata.num_warps * metadata.target.warp_size,
         products=len(re.findall(r"\btt\.dot(?:_scaled)?\b", compiled.asm.get("ttir", ""))),
-        instructions=tuple((name, count) for name, count in counts if count), remarks=said,
+        instructions=tuple((name, count) for name, count in counts if count),
+        async_copies=len(re.findall(r"\bcp\.async\.(?:ca|cg|bulk\.tensor)\b", assembly)), remarks=said,
     )  # fmt: skip
 
 

@@ -121,6 +121,9 @@ def _pow(self: _Evaluator, expr: sympy.Pow) -> Value:
     base, power = expr.args
     if power.is_Integer and int(power) >= 0:
         return self.value(base) ** int(power)
+    if power.is_Integer:
+        # torch.pow of a tensor by a 0-d tensor is off by a unit in the last place, generated code divides.
+        return 1 / self.real(base) ** -int(power)
     if power == sympy.Rational(1, 2):
         return torch.sqrt(self.real(base))
     return torch.pow(self.real(base), self.real(power))

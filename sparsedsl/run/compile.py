@@ -20,6 +20,7 @@ import torch
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.analysis.tiles import block_pair, classify
+from sparsedsl.gpu.kernel_config import Shape
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.plan import CallFacts, Costs, check_backend, choose
@@ -146,6 +147,10 @@ class Attention:
     @functools.cached_property
     def _triton(self) -> TritonKernel:
         return TritonKernel(self.pattern, self.lists)
+
+    def kernels(self, domain: Domain, device: str, shape: Shape, *, grad: bool) -> tuple[str, ...]:
+        """How `triton` would find its tiles and launch its kernels, in words."""
+        return self._triton.described(domain, device, shape, grad=grad)
 
     def schedule(self, domain: Domain, sizes: HeadSizes) -> Schedule:
         """How `tiled` cuts the mask over ``domain``, remembered while the tables live unchanged."""

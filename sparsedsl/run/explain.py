@@ -13,11 +13,13 @@ from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.report import Analysis, analyse
 from sparsedsl.errors import UnsupportedError
+from sparsedsl.gpu.kernel_config import Shape
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.plan import CallFacts, Plan, choose
 from sparsedsl.run.inputs import bind_tables
 from sparsedsl.run.tiled_kernel import HeadSizes
+from sparsedsl.run.triton_kernel import missing
 from sparsedsl.tiling.schedule import Schedule
 
 __all__ = ["Explanation", "explain"]
@@ -27,7 +29,7 @@ __all__ = ["Explanation", "explain"]
 class Explanation:
     """``plan`` (None if no lowering can run the call, then ``refusal`` says why), ``analysis``, ``structure``: the solved clauses.
 
-    ``schedule``: how `tiled` cuts the mask, None for other lowerings.
+    ``schedule``: how `tiled` cuts the mask, None for other lowerings. ``kernels``: how `triton` finds its tiles and launches its kernels.
     """
 
     plan: Plan | None
@@ -35,6 +37,7 @@ class Explanation:
     analysis: Analysis
     structure: tuple[str, ...]
     schedule: Schedule | None = None
+    kernels: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.plan is None:
@@ -44,6 +47,8 @@ class Explanation:
                 f"backend: {self.plan.backend} ({self.plan.reason})",
                 f"tiles: {self.plan.block[0]} x {self.plan.block[1]} tokens (q, kv)",
             ]
+            if self.kernels:
+                head[1:] = ["kernels:", *(f"  {line}" for line in self.kernels)]
             if self.schedule is not None:
                 head[1:] = ["schedule:", *(f"  {line}" for line in str(self.schedule).splitlines())]
         body = ["structure (a union of):", *(f"  {line}" for line in self.structure)]
@@ -63,16 +68,20 @@ def explain(attention: Any, facts: CallFacts, q_offset: int, tables: Mapping[str
     sizes = HeadSizes(facts.kv_heads, facts.head_dim, facts.head_dim_v)
     plan, refusal, schedule = None, None, None
     try:
-        plan = choose(pattern, facts, attention.backend, costs=lambda: attention.costs(domain, sizes))
+        plan = choose(pattern, facts, attention.backend, costs=lambda: attention.costs(domain, sizes), missing=missing)
     except UnsupportedError as error:
         refusal = str(error)
     if plan is not None and plan.backend == "tiled":
         schedule = attention.schedule(domain, sizes)
+    kernels: tuple[str, ...] = ()
+    if plan is not None and plan.backend == "triton":
+        shape = Shape(facts.dtype, facts.head_dim, facts.head_dim_v, facts.heads // facts.kv_heads)
+        kernels = attention.kernels(domain, facts.device, shape, grad=facts.grad)
     analysis = analyse(
         pattern, facts.q_len, facts.kv_len, (128, 128) if plan is None else plan.block, q_offset=q_offset, batch=facts.batch,
         heads=facts.heads, head_dim=facts.head_dim, head_dim_v=facts.head_dim_v, dtype=facts.dtype, **tables,
     )  # fmt: skip
-    return Explanation(plan, refusal, analysis, tuple(_clause_lines(pattern)), schedule)
+    return Explanation(plan, refusal, analysis, tuple(_clause_lines(pattern)), schedule, kernels)
 
 
 def _clause_lines(pattern: Pattern) -> list[str]:

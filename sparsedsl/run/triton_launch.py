@@ -19,11 +19,20 @@ ALIGN = 8
 
 
 def launch(
-    source: TritonSource, name: str, programs: int, values: Mapping[str, Any], shape: Shape, config: Config, **more: Any
-) -> None:
-    """Run one kernel on the current stream of the device of its tensors. ``more``: constants beyond those of the config."""
-    if programs == 0:
-        return
+    source: TritonSource,
+    name: str,
+    programs: int,
+    values: Mapping[str, Any],
+    shape: Shape,
+    config: Config,
+    *,
+    dry: bool = False,
+    **more: Any,
+) -> Any:
+    """Run one kernel on the current stream of the device of its tensors; Triton's compiled kernel.
+
+    ``dry``: only compile it. ``more``: constants beyond those of the config.
+    """
     kernel = source.kernel(name)
     fixed = constants(kernel, shape, config) | more
     arguments = [values[argument.name] for argument in kernel.arguments if argument.type != "constexpr"]
@@ -33,7 +42,10 @@ def launch(
     device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        load(source.text)[name][(programs,)](*arguments, **fixed, **options)
+        kernel_function = load(source.text)[name]
+        if dry:
+            return kernel_function.warmup(*arguments, **fixed, **options, grid=(programs,))
+        return kernel_function[(programs,)](*arguments, **fixed, **options)
 
 
 def strided(name: str, t: torch.Tensor) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,5 +81,3 @@ def _steps(name: str, batch: int, heads: int) -> dict[str, int]:
     """How far apart batch entries and heads lie, in lines; 0 where all share one."""
     return {f"{name}_b": heads if batch > 1 else 0, f"{name}_h": 1 if heads > 1 else 0}
 
-
-ListMaker = Callable[[Domain, tuple[int, int]], TileLists]

@@ -11,13 +11,14 @@ import triton.language as tl
 
 @triton.jit
 def forward(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_step, kv_step, q_len, kv_len, scale,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr):
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):
+    q_step, kv_step = q_step // 8 * 8, kv_step // 8 * 8
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    width = tl.arange(0, HEAD_DIM)
+    width = tl.arange(0, WIDTH)
     q = tl.load(q_ptr + rows[:, None] * q_step + width[None, :], mask=rows[:, None] < q_len, other=0.0)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     for start in range(0, kv_len, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         k = tl.load(k_ptr + keys[None, :] * kv_step + width[:, None], mask=keys[None, :] < kv_len, other=0.0)
@@ -45,18 +46,23 @@ def delta(lse_ptr, doc_ptr, out_ptr, q_len, BLOCK_M: tl.constexpr):
 FORWARD = (
     *((name, "*data") for name in ("q_ptr", "k_ptr", "v_ptr", "out_ptr")), ("lse_ptr", "*fp32"),
     *((name, "i32") for name in ("q_step", "kv_step", "q_len", "kv_len")), ("scale", "fp32"),
-    *((name, "constexpr") for name in ("BLOCK_M", "BLOCK_N", "HEAD_DIM", "PRECISION")),
+    *((name, "constexpr") for name in ("BLOCK_M", "BLOCK_N", "PRECISION")),
 )  # fmt: skip
 DELTA = (("lse_ptr", "*fp32"), ("doc_ptr", "*table:doc"), ("out_ptr", "*data"), ("q_len", "i32"), ("BLOCK_M", "constexpr"))
 
 
 @pytest.fixture(scope="session")
 def by_hand():
-    """Two kernels: "forward" is two products and a softmax; "delta" has none, and a sine that needs memory of its own."""
+    """The module for a width of heads: "forward" is two products and a softmax; "delta" has a sine, which needs memory of its own."""
     from sparsedsl.codegen.to_triton import Argument, KernelSource, TritonSource
+    from sparsedsl.lang.pattern import as_pattern
 
     kernels = tuple(
         KernelSource(name, tuple(Argument(*argument) for argument in arguments), f"{name}, by hand")
         for name, arguments in (("forward", FORWARD), ("delta", DELTA))
     )
-    return TritonSource(TEXT, kernels, {"doc": "int"})
+
+    def write(width):
+        return TritonSource(as_pattern(True), text=TEXT.replace("WIDTH", str(width)), kernels=kernels, table_kinds={"doc": "int"})
+
+    return write

@@ -172,7 +172,9 @@ def test_estimates_grow_with_tiles_stages_and_dims(kernel):
     assert registers(kernel, HALF, SM_90, Config(32, 32, 8, 2)) < registers(kernel, HALF, SM_90, small)
     for estimate in (shared_bytes, registers):
         assert estimate(kernel, Shape("float16", 128, 128), SM_90, small) > estimate(kernel, HALF, SM_90, small)
-        assert estimate(kernel, Shape("float16", 70, 70), SM_90, small) == estimate(kernel, Shape("float16", 80, 80), SM_90, small)
+        assert estimate(kernel, Shape("float16", 70, 70), SM_90, small) == estimate(
+            kernel, Shape("float16", 80, 80), SM_90, small
+        )
 
 
 def test_decode_tiles_hold_the_heads_of_a_group():

@@ -19,7 +19,6 @@ from sparsedsl import testing as kit
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import TableNames, TritonNames, write_expression
 from sparsedsl.codegen.triton_functions import functions_for
-from sparsedsl.lang import strict
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.tables import table_reads
 
@@ -145,13 +144,14 @@ def assert_close(got, expr, env, text):
 
 EXACT = {
     "grid distance": sd.parse("f32_lt(f32_sqrt(f32_add(f32_mul(q_idx % 8 - kv_idx % 8, q_idx % 8 - kv_idx % 8), kv_idx)), 3.1)"),
-    "thirds": sd.parse("f32_le(f32_div(q_idx * kv_idx, 3), f32_mul(kv_idx, 0.1))"),
+    "thirds": sd.parse("f32_le(f32_div(q_idx * kv_idx, 3), f32_mul(kv_idx, 0.1)) == 0"),
+    "there and back": sd.parse("f32_eq(f32_mul(f32_div(q_idx * kv_idx, 49), 49), q_idx * kv_idx) != 0"),
     "rounding": sd.parse("f32_round(f32_div(q_idx * kv_idx - 9, 2)) < f32_trunc(f32_div(kv_idx - q_idx * kv_idx, 7))"),
     "floors": sd.parse("f64_floor(f64_div(q_idx - 2 * kv_idx, 3)) + f64_ceil(f64_neg(f64_div(q_idx * kv_idx, 7))) <= -2"),
     "double": sd.parse("f64_eq(f64_mul(f64_div(q_idx * kv_idx, 49), 49), q_idx * kv_idx)"),
     "choices": sd.parse("f32_maximum(f32_abs(f32_sub(q_idx, 2 * kv_idx)), 3) == f32_minimum(f32_relu(q_idx), f32_cast(kv_idx + 3))"),
     "integers": sd.parse("i64_sub(i64_mul(q_idx, kv_idx), 7) > i64_add(q_idx, kv_idx)"),
-    "half": sd.parse("f16_lt(f16_mul(q_idx, 1001), f16_mul(kv_idx, 977))"),
+    "half": sd.parse("f16_lt(f16_mul(q_idx, 1001), f16_mul(kv_idx, 977)) != 0"),
     "to integers": sd.parse("f32_to_int64(f32_div(q_idx * 2 - kv_idx, 3)) == f32_to_int32(f32_sign(f32_sub(q_idx, kv_idx)))"),
     "from the end": sd.table("rank", values_in=(-3, 20))[sd.parse("i64_wrap(q_idx - kv_idx, 16)")] == 3,
     "reciprocal": sd.parse("f32_ne(f32_mul(f32_reciprocal(q_idx * 3 + kv_idx + 1), q_idx * 3 + kv_idx + 1), 1)"),
@@ -175,7 +175,8 @@ FAR = 2**24 - BLOCK_M
 @pytest.mark.parametrize(
     "index",
     [
-        q_idx * kv_idx, q_idx**2 - kv_idx, q_idx**3, 200 * q_idx - kv_idx, q_idx * 130 + 5 * kv_len, (q_idx * q_idx) // 3, q_idx * q_len % 1000,
+        q_idx * kv_idx, q_idx**2 - kv_idx, q_idx**3, 200 * q_idx - kv_idx, q_idx * 130 + 5 * kv_len, (q_idx * q_idx) // 3,
+        q_idx * q_len % 1000,
         sd.table("doc")[kv_idx] + sd.table("doc")[h], sd.where(q_idx > 3, 3_000_000_000, kv_idx), sd.minimum(q_idx * q_len, 3_000_000_000),
         (q_idx + 5_000_000_000) // 7, -q_idx * 2 // 5_000_000_000, abs(kv_idx - q_idx * q_idx), -(kv_idx * 3_000_000_000),
         sd.where(q_idx - 5_000_000_000 < kv_idx * 0, kv_idx, q_idx),
@@ -195,10 +196,14 @@ def test_masks_compute_in_float64_as_analysis_does(folder):
     case = kit.AttentionCase(q_len=BLOCK_M, kv_len=BLOCK_N, q_offset=FAR)
     bias = sd.table("bias", dtype=float)
     for mask in (
-        kv_idx * 0.1 + q_idx * 0.5 > 0.5 * (q_idx + 1), q_idx / 49.0 * 49 == q_idx, q_idx / (kv_idx + 1) < 16777210 / 13, (q_idx - FAR) * 0.1 == kv_idx / 10,
-        sd.minimum(kv_idx * 0.1, 0.3) >= 0.3, sd.where(q_idx > 3, 0.1, 0.2) + kv_idx < 0.3, bias[kv_idx] < 0.1, sd.floor(kv_idx * 0.1) * 10 == kv_idx
-        if hasattr(sd, "floor") else kv_idx < 3,
-    ):  # fmt: skip
+        kv_idx * 0.1 + q_idx * 0.5 > 0.5 * (q_idx + 1),
+        q_idx / 49.0 * 49 == q_idx,
+        (q_idx - FAR) * 0.1 == kv_idx / 10,
+        sd.minimum(kv_idx * 0.1, 0.3) >= 0.3,
+        sd.where(q_idx > 3, 0.1, 0.2) + kv_idx < 0.3,
+        bias[kv_idx] < 0.1,
+        0.1 + bias[kv_idx] + bias[kv_idx] * 0.7 + h * 0.3 < 0.3 * kv_idx,
+    ):
         tables = {"bias": torch.arange(BLOCK_N) * 0.05}
         got, text = on_tile(mask.expr, case, tables, folder, real="tl.float64")
         assert torch.equal(got.bool(), evaluate(mask.expr, {**case.env, **tables}).expand(got.shape)), text

@@ -1,0 +1,76 @@
+"""How each kernel of a call is compiled and launched: what was measured, what the cost model expects, or the stopwatch itself."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sparsedsl.gpu.autotune import Chosen, Unusable, choose
+from sparsedsl.gpu.configs import Config, Shape
+from sparsedsl.gpu.loading import interpreted
+from sparsedsl.gpu.resources import misfits, resources_of
+from sparsedsl.gpu.targets import Target, device_target, target_named
+from sparsedsl.gpu.tuning_records import tuning_key
+from sparsedsl.run.triton_prepared import Prepared
+
+__all__ = ["SMALL", "chosen", "target_of"]
+
+# Triton's interpreter runs one program after the other in numpy; tiles as small as its products allow show the loops at work.
+SMALL = Config(16, 16, 4, 1)
+# What a GPU without one at hand is taken to be.
+ASSUMED = "sm_90"
+SAMPLES = 5
+# More than any second-level cache holds.
+FLUSHED_BYTES = 1 << 28
+
+
+def chosen(kernel: str, shape: Shape, prepared: Prepared, run: Callable[[Config, bool], Any] | None) -> Chosen:
+    """The config of a kernel. ``run(config, dry)`` launches it, or with ``dry`` only compiles it and gives Triton's kernel."""
+    if interpreted():
+        return Chosen(SMALL, "interpreted")
+    device, variant = prepared.device, prepared.variant
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    measure = None
+    if run is not None and device.type == "cuda" and not capturing:
+        measure = functools.partial(_seconds, run, device)
+    written = f"{prepared.pattern.key} {variant.keys} {variant.queries} {variant.decode_keys} {variant.step} {variant.wide}"
+    target = target_of(device)
+    key = tuning_key(written, kernel, shape, prepared.density, target)
+    return choose(kernel, shape, target, key, measure, work=prepared.work)
+
+
+def _seconds(run: Callable[[Config, bool], Any], device: torch.device, config: Config) -> float | Unusable:
+    """Median seconds of a launch; nothing is launched that does not fit or spills."""
+    found = resources_of(run(config, True))
+    reasons = misfits(found, target_of(device))
+    if reasons:
+        return Unusable("; ".join(reasons))
+    with torch.cuda.device(device):
+        run(config, False)
+        scratch = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
+        took = []
+        for _ in range(SAMPLES):
+            scratch.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run(config, False)
+            end.record()
+            end.synchronize()
+            took.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(took)
+
+
+@functools.cache
+def _device_target(index: int) -> Target:
+    return device_target(index)
+
+
+def target_of(device: torch.device) -> Target:
+    """The facts of a device; of a Hopper GPU where there is none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return target_named(ASSUMED)
+    return _device_target(torch.cuda.current_device() if device.index is None else device.index)

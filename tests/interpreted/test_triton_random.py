@@ -1,0 +1,124 @@
+"""Generated kernels, interpreted, against plain attention in float64: random patterns, tables, shapes, dtypes, layouts, tile sizes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparsedsl as sd
+from sparsedsl.gpu.configs import Config
+from sparsedsl.run import triton_kernel
+from sparsedsl.testing import inputs, patterns, shapes, tables_for, tensor
+from sparsedsl.testing.numerics import expect, gradients
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a call is cut: ``block`` (queries, keys) a tile, the longest tiles ``heavy_first`` or not, decode up to ``decode_rows`` queries
+    in ``splits`` shares of the keys, pairs kept in ``pair_bytes``; ``wide``: positions of 64 bits."""
+
+    block: tuple[int, int] = (16, 16)
+    heavy_first: bool = False
+    decode_rows: int = 16
+    splits: int = 1
+    pair_bytes: int = 1 << 28
+    wide: bool = False
+
+
+CUTS = (
+    Cut(),
+    Cut(splits=3),
+    Cut((16, 32), heavy_first=True, splits=2),
+    Cut((32, 16), decode_rows=0, pair_bytes=1),
+    Cut((32, 32), decode_rows=100, splits=5),
+    Cut((32, 16), wide=True, splits=2, pair_bytes=20_000),
+)
+
+
+@contextlib.contextmanager
+def cut(how: Cut) -> Iterator[None]:
+    """Calls inside are cut so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_kernel, "SMALL", Config(*how.block, 4, 1, heavy_first=how.heavy_first))
+        patch.setattr(triton_kernel, "split_count", lambda *words: how.splits)
+        patch.setattr(triton_kernel, "DECODE_ROWS", how.decode_rows)
+        patch.setattr(triton_kernel, "PAIR_BYTES", how.pair_bytes)
+        if how.wide:
+            patch.setattr(triton_kernel, "LONGEST", 0)
+        yield
+
+
+def assert_right(pattern: Any, q: Any, k: Any, v: Any, *, q_offset: int, **tables: Any) -> None:
+    """Output, LSE and all gradients of one call are those of plain attention, as closely as the precision allows."""
+    learned = {name: tables[name].detach().requires_grad_() for name, spec in pattern.tables.items() if spec.learned}
+    leaves = {name: t.detach().requires_grad_() for name, t in {"q": q, "k": k, "v": v}.items()}
+    out, lse = sd.compile(pattern, backend="triton")(**leaves, q_offset=q_offset, return_lse=True, **(tables | learned))
+    cotangents = tensor(*out.shape, seed=91), tensor(*lse.shape, seed=92)
+    got = {"out": out, "lse": lse} | gradients(out, lse, leaves | learned, cotangents)
+    wanted = expect(pattern, q, k, v, tables, q_offset=q_offset, cotangents=cotangents)
+    faults = [fault for name, value in got.items() if (fault := wanted.fault(name, value))]
+    assert not faults, f"{pattern!r}: {'; '.join(faults)}"
+
+
+SHAPES = shapes(max_len=40, max_heads=4, head_dims=(8, 16, 20)) | shapes(max_len=80, max_batch=1, max_heads=2, head_dims=(4, 16))
+
+
+@given(
+    pattern=patterns(),
+    case=SHAPES,
+    how=st.sampled_from(CUTS),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    data=st.data(),
+)
+@settings(max_examples=12)
+def test_random_patterns(pattern, case, how, dtype, data):
+    tables = data.draw(tables_for(pattern, case))
+    q, k, v = data.draw(inputs(case, dtype=dtype))
+    with cut(how):
+        assert_right(pattern, q, k, v, q_offset=case.q_offset, **tables)
+
+
+# Reads of a learned table along each of the axes that gradients are summed along, in every place of a score.
+READS = {
+    "rows": ("[h, q_idx]", "[b, q_idx // 3]", "[q_idx % 5]", "[h]", "[doc[q_idx]]", "[2 * q_idx + h]"),
+    "columns": ("[h, kv_idx]", "[b, kv_idx // 3]", "[kv_idx % 5]", "[doc[kv_idx]]"),
+    "difference": ("[h, q_idx - kv_idx]", "[b, clamp(q_idx - kv_idx + 9, 0, 20)]", "[abs(q_idx - kv_idx)]", "[(q_idx - kv_idx) // 4 + 9]"),
+    "pairs": ("[q_idx, kv_idx]", "[h, q_idx // 8, kv_idx // 8]", "[(q_idx + kv_idx) % 7]", "[clamp(q_idx * kv_idx, 0, 99)]"),
+}  # fmt: skip
+MASKS = ("kv_idx <= q_idx", "True", "(kv_idx <= q_idx) & (q_idx - kv_idx < 12)", "(q_idx * kv_idx) % 3 < 2", "q_idx - kv_idx > 9",
+         "kv_idx <= q_idx - 4 * h", "doc[q_idx] == doc[kv_idx]", "keep[kv_idx]")  # fmt: skip
+SCORES = ("score + {0}", "score * {0}", "tanh(score * {0}) * 2 + {1}", "score + {0} * {1}", "where(kv_idx % 2 == 0, score + {0}, score * {1})",
+          "maximum(score, {0}) - {1}", "{0} - {1}", "score * (1 + {0} * {0})", "score - abs({0}) * (q_idx - kv_idx) * 0.1")  # fmt: skip
+LENGTHS = {"b": 2, "h": 4}
+
+
+@given(
+    reads=st.lists(st.sampled_from(sorted(READS)).flatmap(lambda axis: st.sampled_from(READS[axis])), min_size=2, max_size=2),
+    same=st.booleans(),
+    mask=st.sampled_from(MASKS),
+    score=st.sampled_from(SCORES),
+    case=SHAPES,
+    how=st.sampled_from(CUTS),
+    data=st.data(),
+)
+@settings(max_examples=12)
+def test_learned_tables(reads, same, mask, score, case, how, data):
+    """One table read twice, or two tables, along any of the axes."""
+    names = ("near", "near" if same and reads[0].count(",") == reads[1].count(",") else "far")
+    terms = [name + read for name, read in zip(names, reads, strict=True)]
+    lines = ["near = table('near', learned=True)", "far = table('far', learned=True)", "doc = table('doc', monotone=True)"]
+    lines = [*lines, "keep = table('keep', dtype=bool)"]
+    text = score.format(*terms)
+    used = [line for line in lines if f"{line.split()[0]}[" in text + mask]
+    pattern = sd.attend(sd.parse("\n".join([*used, mask])), score=sd.parse("\n".join([*used, text])))
+    tables = data.draw(tables_for(pattern, case))
+    q, k, v = data.draw(inputs(case, dtype=torch.float32))
+    with cut(how):
+        assert_right(pattern, q, k, v, q_offset=case.q_offset, **tables)
