@@ -57,7 +57,7 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     add("--dims", nargs="+", type=int, metavar="D", help="head dimensions")
     add("--kinds", nargs="+", choices=("attention", "decode"), default=["attention", "decode"])
     add("--rounds", type=int, default=15, help="at most so many repetitions behind each median (default 15)")
-    add("--limit-s", type=float, default=1.5, help="no more rounds of a pass after this, but three (default 1.5)")
+    add("--limit-s", type=float, default=1.0, help="no more rounds of a pass after this, but three (default 1)")
     add("--prepare-minutes", type=float, default=2.0, help="at most so long for compiling ahead (default 2; 0: do not)")
     add("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile ahead (default: cores less two)")
     add("--tune", action="store_true", help="SPARSEDSL_TUNE=full for ours, before anything is measured")
@@ -92,7 +92,8 @@ class Run:
         }
         self.path: Path | None = options.out
         self.content: dict[str, Any] = {"benchmark": "gpu", "machine": {}, "settings": _settings(options)}
-        self.content |= {"ceilings": None, "prepared": {}, "tuned": {}, "records": [], "lost": [], "dropped": [], "targets": []}
+        self.content |= {"ceilings": None, "prepared": {}, "tuned": {}, "records": [], "lost": [], "dropped": []}
+        self.content |= {"waiting": [], "targets": []}
         self.process: Process | None = None
 
     @property
@@ -205,12 +206,14 @@ class Run:
         if options.tune:
             self.tune([job.to_json() for job in wanted])
         self.write()
+        waiting = self.content["waiting"] = [job.to_json() for job in wanted]
         for job in tqdm(wanted, desc="gpu", unit="job"):
             if self.left_s < (0.0 if options.dry_run else job.seconds):
                 self.content["dropped"].append(job.to_json())
-                continue
-            self.measure(job.to_json())
-            self.content["targets"] = gpu_report.targets(self.content)
+            else:
+                self.measure(job.to_json())
+                self.content["targets"] = gpu_report.targets(self.content)
+            waiting.pop(0)
             self.write()
         if self.process is not None:
             self.process.end()

@@ -198,8 +198,9 @@ def _absent(content: Mapping[str, Any]) -> str:
                 reasons.setdefault(f"{TITLES[method]}, backward: {found['no_backward']}", []).append(name)
     for entry in content["lost"]:
         reasons.setdefault(f"lost: {entry['why']}", []).append(_job_name(entry["job"]))
-    for job in content["dropped"]:
-        reasons.setdefault("left out for lack of time", []).append(_job_name(job))
+    for key, reason in (("dropped", "left out for lack of time"), ("waiting", "not reached: the run was ended")):
+        for job in content[key]:
+            reasons.setdefault(reason, []).append(_job_name(job))
     lines = [
         f"- {reason} ({len(names)}: {', '.join(names[:4])}{', ...' * (len(names) > 4)})" for reason, names in reasons.items()
     ]

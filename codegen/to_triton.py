@@ -17,8 +17,8 @@ from sparsedsl.codegen.hoisting import Prepared, hoist
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_backward import learned_reads, write_delta, write_grad_kv, write_grad_q
 from sparsedsl.codegen.triton_expression import needs_exact
-from sparsedsl.codegen.triton_functions import functions_for
 from sparsedsl.codegen.triton_forward import write_decode, write_forward, write_merge
+from sparsedsl.codegen.triton_functions import functions_for
 from sparsedsl.codegen.triton_parts import Argument, KernelSource, Variant
 from sparsedsl.codegen.triton_tables import write_grad_difference, write_grad_pairs
 from sparsedsl.errors import UnsupportedError
@@ -77,7 +77,8 @@ def variant_of(
     for name, width in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
         if width > TRITON_WIDEST:
             raise UnsupportedError(
-                f"backend 'triton' has kernels for heads up to {TRITON_WIDEST} wide; got {name}={width}. Use backend='tiled', which has no limit"
+                f"backend 'triton' has kernels for heads up to {TRITON_WIDEST} wide; got {name}={width}. "
+                "Use backend='tiled', which has no limit"
             )
     mask = pattern.mask.expr
     keys, queries = ("lists" if spans(mask, of=of) is None else "spans" for of in ("keys", "queries"))
@@ -89,6 +90,7 @@ def variant_of(
     # A score may drop pairs itself.
     safe = safe and not pattern.has_score
     step = 1 if within is None else within.step
+    descriptors = descriptors and step == 1 and not wide  # one descriptor holds rows side by side, and 32-bit places
     return Variant(keys, queries, decode_keys, head_dim, head_dim_v, wide, safe, descriptors, wide_tables, step)
 
 
@@ -118,7 +120,11 @@ def triton_source(pattern: Pattern, variant: Variant) -> TritonSource:
     head.lines(_CONSTANTS)
     within = residues(pattern) if variant.step > 1 else None
     tiled = written if within is None else within.pattern
-    kernels = [write_forward(source, tiled, variant), write_decode(source, written, variant), write_merge(source, written, variant)]
+    kernels = [
+        write_forward(source, tiled, variant),
+        write_decode(source, written, variant),
+        write_merge(source, written, variant),
+    ]
     kernels += [write(source, tiled, variant) for write in (write_delta, write_grad_q, write_grad_kv)]
     for one in learned_reads(written):
         if one.axis in ("difference", "pairs"):

@@ -104,9 +104,10 @@ def write_delta(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
 def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSource:
     """One program a tile of queries of one head; it visits the same keys as the forward pass."""
     writer = Writer(source, pattern, variant, "grad_q", "Gradient of one tile of queries.")
-    for name in ("q", "k", "v", "grad_out"):
+    for name in ("q", "grad_out", "grad_q"):
         writer.tensor(name)
-    writer.tensor("grad_q")
+    for name in "kv":
+        writer.columns_of(name)
     writer.add(("delta_ptr", "*fp32"), ("base_ptr", "*fp32"))
     learned = [one for one in learned_reads(pattern) if one.axis == "rows"]
     writer.add(*((f"{one.name}_ptr", "*fp32") for one in learned))
@@ -120,8 +121,9 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         source.line("b = bh // heads")
         source.line("h = bh % heads")
         source.line("line = bh.to(tl.int64) * rows")
-        for name, head in (("q", "h"), ("k", "(h // group)"), ("v", "(h // group)"), ("grad_out", "h"), ("grad_q", "h")):
-            writer.head(name, head)
+        for name in ("q", "grad_out", "grad_q"):
+            writer.head(name, "h")
+        writer.column_heads("h")
         writer.residue(("q", "grad_out", "grad_q"), ("k", "v"))
         source.line(f"row = {writer.number('BLOCK_M', 'tile')} + tl.arange(0, BLOCK_M)")
         source.line("inside = row < rows")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import sympy
 
@@ -12,9 +12,6 @@ from sparsedsl.lang import strict
 from sparsedsl.lang.printing import ATOM, COMPARE
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.lang.tables import TableRead
-
-if TYPE_CHECKING:
-    from sparsedsl.codegen.triton_expression import TritonPrinter
 
 __all__ = ["exact_text", "has_text", "needs_exact"]
 
@@ -45,12 +42,20 @@ _ROUNDING = {
 _TRITON = {"f16": "tl.float16", "bf16": "tl.bfloat16", "f32": "tl.float32", "f64": "tl.float64", "i64": "tl.int64"}
 
 
+class _Prints(Protocol):
+    """What is asked of the printer: an operand, and a table's entry as it is stored."""
+
+    def text(self, expr: sympy.Basic, level: int = 0) -> str: ...
+
+    def read(self, expr: TableRead) -> str: ...
+
+
 def has_text(expr: strict.StrictFunction) -> bool:
     """Whether :func:`exact_text` can print the operation itself."""
     return expr.operation in _PRINTED
 
 
-def exact_text(printer: TritonPrinter, expr: strict.StrictFunction) -> tuple[str, int]:
+def exact_text(printer: _Prints, expr: strict.StrictFunction) -> tuple[str, int]:
     """Text and precedence of an exact operation; of a condition, the boolean."""
     operation, prefix = expr.operation, expr.prefix
     if not has_text(expr):
@@ -84,7 +89,7 @@ def exact_text(printer: TritonPrinter, expr: strict.StrictFunction) -> tuple[str
 _PRINTED = frozenset({*_SYMBOLS, *_COMPARISONS, *_TEMPLATES, "div", "reciprocal", "sqrt", "wrap"})
 
 
-def _operand(printer: TritonPrinter, expr: sympy.Basic, kind: str, wide: str) -> str:
+def _operand(printer: _Prints, expr: sympy.Basic, kind: str, wide: str) -> str:
     """An operand: rounded to the type of the operation, then in the type it is computed in."""
     number = strict.number(expr)
     if number is not None and not isinstance(number, bool):

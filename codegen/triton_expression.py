@@ -12,12 +12,10 @@ The sibling of :mod:`sparsedsl.codegen.expression`, with Triton's types minded:
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import sympy
 from sympy.core.relational import Relational
@@ -25,6 +23,7 @@ from sympy.core.relational import Relational
 from sparsedsl.codegen.sharing import SharingPrinter, is_constant, is_real_arithmetic
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_exact import exact_text, needs_exact
+from sparsedsl.codegen.triton_integers import LONGEST, IntegerSizes, fits_int32
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
 from sparsedsl.lang.printing import ADD, ATOM, COMPARE, MULTIPLY, UNARY
@@ -32,9 +31,6 @@ from sparsedsl.lang.tables import TableRead
 
 __all__ = ["LONGEST", "TableNames", "TritonNames", "TritonPrinter", "needs_exact", "write_expression", "write_expressions"]
 
-# Positions and lengths up to here may be int32 in a kernel; beyond, its symbols must be int64.
-LONGEST = 2**24
-_INT32 = (-(2**31), 2**31 - 1)
 _FUNCTIONS = {
     "abs": "tl.abs", "cos": "tl.cos", "erf": "tl.erf", "exp": "tl.exp", "log": "tl.log", "sigmoid": "tl.sigmoid", "sin": "tl.sin",
     "softplus": "_softplus", "sqrt": "tl.sqrt", "tanh": "_tanh",
@@ -76,49 +72,23 @@ class TritonPrinter(SharingPrinter):
     def __init__(self, names: TritonNames, real: str) -> None:
         super().__init__()
         self.names, self.real = names, real
-        self.ranges = _ranges(names)
+        self.sizes = IntegerSizes(names.table_ranges)
 
     def operand_type(self, expr: sympy.Basic) -> str:
         """Real arithmetic wants real operands; integer arithmetic that may leave int32 wants int64."""
         if is_real_arithmetic(expr):
             return self.real
-        return "tl.int64" if self._overflows(expr) else ""
+        return "tl.int64" if self.sizes.overflow(expr) else ""
 
     def has_type(self, expr: sympy.Basic, kind: str) -> bool:
         """int64 comes of int64: of operands cast to it, or of a float or an exact operation."""
-        return kind == "tl.int64" and (self._overflows(expr) or (isinstance(expr, sympy.floor) and not expr.args[0].is_rational))
+        return kind == "tl.int64" and (
+            self.sizes.overflow(expr) or (isinstance(expr, sympy.floor) and not expr.args[0].is_rational)
+        )
 
     def node(self, expr: sympy.Basic, level: int) -> str:
         """What the kernel has already is not computed again."""
         return self.names.replaced[expr] if expr in self.names.replaced else super().node(expr, level)
-
-    def _range(self, expr: sympy.Expr) -> tuple[float, float]:
-        low, high = self.ranges.range(expr)
-        return low, high
-
-    def _nonnegative(self, expr: sympy.Expr) -> bool:
-        return bool(self._range(expr)[0] >= 0)
-
-    def _overflows(self, expr: sympy.Basic) -> bool:
-        """Whether a partial result of integer arithmetic may leave int32."""
-        if isinstance(expr, Relational):
-            return any(a.is_Integer and not _fits(int(a), int(a)) for a in expr.args)
-        if isinstance(expr, sympy.Add):
-            reach = [self._range(term) for term in expr.args]
-            return not _fits(sum(min(low, 0) for low, _ in reach), sum(max(high, 0) for _, high in reach))
-        if isinstance(expr, sympy.Mul):
-            sizes = [max(-low, high, 1) for low, high in map(self._range, expr.args)]
-            return functools.reduce(lambda a, c: a * c, sizes) > _INT32[1]
-        if isinstance(expr, sympy.Pow):
-            low, high = self._range(expr.base)
-            return max(-low, high, 1) ** int(expr.exp) > _INT32[1]
-        if isinstance(expr, strict.StrictFunction) and expr.operation == "wrap":
-            low, high = self._range(expr.args[0])
-            return not _fits(low, high + int(expr.args[1]))
-        if isinstance(expr, (sympy.floor, sympy.Mod)):
-            parts = expr.args[0].as_numer_denom() if isinstance(expr, sympy.floor) else expr.args
-            return any(part.is_Integer and not _fits(2 * int(part), 2 * int(part)) for part in parts)
-        return False
 
     # ---- numbers ------------------------------------------------------------------------------------------
 
@@ -130,7 +100,7 @@ class TritonPrinter(SharingPrinter):
 
     def _print_Integer(self, expr: sympy.Integer) -> tuple[str, int]:
         value = int(expr)
-        if not _fits(value, value):
+        if not fits_int32(value):
             return (repr(float(value)), ATOM) if self._operands_as == self.real else (f"tl.full([], {value}, tl.int64)", ATOM)
         return super()._print_Integer(expr)
 
@@ -212,7 +182,7 @@ class TritonPrinter(SharingPrinter):
         return self._quotient("%", *expr.args)
 
     def _quotient(self, sign: str, numerator: sympy.Expr, divisor: sympy.Expr) -> tuple[str, int]:
-        if self._nonnegative(numerator) and self._nonnegative(divisor):
+        if self.sizes.nonnegative(numerator) and self.sizes.nonnegative(divisor):
             return f"{self.text(numerator, MULTIPLY)} {sign} {self.text(divisor, UNARY)}", MULTIPLY
         power = int(divisor) if divisor.is_Integer and divisor > 0 and divisor & (divisor - 1) == 0 else 0
         if power and sign == "//":  # shifts and masks round down for either sign
@@ -269,7 +239,7 @@ class TritonPrinter(SharingPrinter):
         if index.is_Integer:
             return f"tl.minimum({index}, {size} - 1)" if index > 0 else ""
         text = self.text(index)
-        return f"tl.minimum({text if self._nonnegative(index) else f'tl.maximum({text}, 0)'}, {size} - 1)"
+        return f"tl.minimum({text if self.sizes.nonnegative(index) else f'tl.maximum({text}, 0)'}, {size} - 1)"
 
     def _print_StrictFunction(self, expr: strict.StrictFunction) -> tuple[str, int]:
         if expr.operation == "wrap":
@@ -290,23 +260,6 @@ class TritonPrinter(SharingPrinter):
             left, right = (self.argument(a) if is_constant(a) else self.text(a, ADD) for a in expr.args)
             return f"{left} {expr.rel_op} {right}", COMPARE
         return super()._print_Relational(expr)
-
-
-def _fits(low: float, high: float) -> bool:
-    return low >= _INT32[0] and high <= _INT32[1]
-
-
-def _ranges(names: TritonNames) -> Any:
-    """Ranges of integer expressions for positions up to ``LONGEST``, whatever the lengths: rows and keys beyond them count too."""
-    from sparsedsl.analysis.intervals import Intervals, TableRanges
-
-    class Declared(TableRanges):
-        def range(self, read: TableRead, indices: Any) -> Any:
-            return names.table_ranges.get(read.spec.name) or super().range(read, indices)
-
-    far = 2 * LONGEST
-    longest = dict.fromkeys(("q_idx", "kv_idx", "lane"), (0, far)) | dict.fromkeys(("q_len", "kv_len"), (1, far))
-    return Intervals(longest | {"b": (0, 2**20), "h": (0, 2**20), "score": (-math.inf, math.inf)}, Declared({}))
 
 
 def write_expression(source: Source, expr: sympy.Basic, names: TritonNames, *, real: str) -> str:

@@ -1,4 +1,4 @@
-"""The forward pass as Triton source: one kernel for many queries, one that splits the keys for few (decode), and the merge of its splits."""
+"""The forward pass as Triton source: a kernel for many queries, one that splits the keys for few (decode), and the merge of splits."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def write_forward(source: Source, pattern: Pattern, variant: Variant) -> KernelS
         source.line("b = bh // heads")
         source.line("h = bh % heads")
         source.line("line = bh.to(tl.int64) * rows")
-        for name, head in (("q", "h"), ("k", "(h // group)"), ("v", "(h // group)"), ("out", "h")):
-            writer.head(name, head)
+        for name in ("q", "out"):
+            writer.head(name, "h")
+        writer.column_heads("h")
         writer.residue(("q", "out"), ("k", "v"))
         source.line(f"row = {writer.number('BLOCK_M', 'tile')} + tl.arange(0, BLOCK_M)")
         source.line("inside = row < rows")
@@ -64,8 +65,7 @@ def write_decode(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         source.line("bundle = tl.program_id(0) // splits // tiles")
         source.line("b = bundle // (heads // pack)")
         source.line("head = bundle % (heads // pack) * pack")
-        for name in "kv":
-            writer.head(name, "(head // group)")
+        writer.column_heads("head")
         source.line("# Row and head of each line of the tile; lines beyond the last repeat it.")
         source.line("place = tile * BLOCK_M + tl.arange(0, BLOCK_M)")
         source.line("inside = place < packed_rows")
@@ -96,8 +96,9 @@ def write_decode(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
 
 
 def _arguments(writer: Writer, out_dims: str) -> None:
-    for name in "qkv":
-        writer.tensor(name)
+    writer.tensor("q")
+    for name in "kv":
+        writer.columns_of(name)
     writer.tensor("out", "*fp32" if out_dims == "sbh" else "*data", out_dims)
     writer.add(("lse_ptr", "*fp32"))
 

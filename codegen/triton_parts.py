@@ -18,11 +18,12 @@ from sparsedsl.lang.tables import table_specs
 
 # Variables of the kernels: expressions must not use these names for what they share.
 _LOCAL = {
-    "acc", "across", "allowed", "at", "b", "band", "base", "batch", "begin", "bh", "bundle", "column", "column_0", "d", "delta", "dp",
-    "ds", "dx", "e", "end", "exists", "factor", "first", "first_row", "full", "full_begin", "full_end", "full_tiles", "grad", "grad_k", "grad_q",
-    "grad_v", "h", "head", "i", "inside", "j", "k", "key", "kv_head", "kv_idx", "lane", "larger", "last", "line", "listed", "lower", "lse", "m", "member",
-    "most", "n", "out", "p", "packed_rows", "partial", "partial_begin", "partial_tiles", "place", "q", "q_idx", "q_len", "reached", "right",
-    "row", "row_0", "s", "score", "seen", "share", "shrink", "sink", "start", "swap", "t", "tall", "tile", "tiles", "tl", "to", "total", "turned",
+    "acc", "across", "allowed", "at", "b", "band", "base", "batch", "begin", "bh", "bundle", "column", "column_0", "d",
+    "delta", "dp", "ds", "dx", "e", "end", "exists", "factor", "first", "first_row", "full", "full_begin", "full_end",
+    "full_tiles", "grad", "grad_k", "grad_q", "grad_v", "h", "head", "i", "inside", "j", "k", "key", "kv_head", "kv_idx",
+    "lane", "larger", "last", "line", "listed", "lower", "lse", "m", "member", "most", "n", "out", "p", "packed_rows",
+    "partial", "partial_begin", "partial_tiles", "place", "q", "q_idx", "q_len", "reached", "right", "row", "row_0", "s",
+    "score", "seen", "share", "shrink", "sink", "start", "swap", "t", "tall", "tile", "tiles", "tl", "to", "total", "turned",
     "upper", "v", "weight", "x",
 }  # fmt: skip
 
@@ -31,7 +32,8 @@ __all__ = ["Argument", "KernelSource", "Part", "Variant", "Writer", "parts_of"]
 
 @dataclass(frozen=True)
 class Argument:
-    """One parameter of a kernel. ``type``: "*data" (the dtype of q), "*fp32", "*i32", "*table:NAME", "i32", "fp32" or "constexpr"."""
+    """One parameter of a kernel. ``type``: "*data" (the dtype of q), "*fp32", "*i32", "*table:NAME", "i32", "fp32", "constexpr",
+    or "*desc:W", a tensor descriptor of tiles of W columns."""
 
     name: str
     type: str
@@ -122,6 +124,18 @@ class Writer:
             self.add((f"{name}_stride_{dim}", "i32"))
         self.add((f"{name}_stride_row", "i32"))
 
+    def columns_of(self, name: str) -> None:
+        """K or V of a loop over keys: a pointer with strides, or one tensor descriptor a part."""
+        if not self.variant.descriptors:
+            self.tensor(name)
+            return
+        for part in self.parts(name):
+            self.add((suffixed(f"{name}_desc", part), f"*desc:{part.width}"))
+
+    def parts(self, name: str) -> tuple[Part, ...]:
+        """The parts of a row of ``k`` or ``v``."""
+        return self.d_parts if name == "k" else self.v_parts
+
     def add(self, *arguments: tuple[str, str]) -> None:
         """Parameters, in order."""
         self.arguments += [Argument(*argument) for argument in arguments]
@@ -199,7 +213,9 @@ class Writer:
         if step == 1:
             return
         source = self.source
-        source.line(f"# Queries and keys of one residue modulo {step} see each other only; from here on all is counted within it.")
+        source.line(
+            f"# Queries and keys of one residue modulo {step} see each other only; from here on all is counted within it."
+        )
         source.line(f"first_row = (lane - q_offset % {step} + {step}) % {step}")
         for name in by_query:
             source.line(f"{name}_ptr += first_row{'.to(tl.int64)' * self.variant.wide} * {name}_stride_row")
@@ -254,7 +270,7 @@ class Writer:
 
     def number(self, block: str, tile: str) -> str:
         """The first row of a tile."""
-        return f"{tile}.to(tl.int64) * {block}" if self.variant.wide else f"{tile} * {block}"
+        return f"tl.cast({tile}, tl.int64) * {block}" if self.variant.wide else f"{tile} * {block}"
 
     def load(self, name: str, target: str, parts: tuple[Part, ...], rows: str, inside: str = "") -> None:
         """Load a tile of a tensor, part by part; what lies outside is 0."""
@@ -285,11 +301,20 @@ class Writer:
                 f"{target} = tl.dot({suffixed(left, part)}, {suffixed(right, part)}.T{onto}, input_precision=PRECISION)"
             )
 
+    def column_heads(self, head: str) -> None:
+        """Enter the key head ``head``."""
+        self.source.line(f"kv_head = {head} // group")
+        if not self.variant.descriptors:
+            for name in "kv":
+                self.head(name, "kv_head")
+
     def column_tiles(self) -> None:
         """Pointers to the first tile of k and of v; the others lie a number of rows further."""
         self.source.line("column_0 = tl.arange(0, BLOCK_N)")
-        for name, parts in (("k", self.d_parts), ("v", self.v_parts)):
-            for part in parts:
+        if self.variant.descriptors:
+            return
+        for name in "kv":
+            for part in self.parts(name):
                 where = f"{name}_ptr + column_0[:, None] * {name}_stride_row + {part.name}[None, :]"
                 self.source.line(f"{suffixed(name + '_tile', part)} = {where}")
 
@@ -297,12 +322,16 @@ class Writer:
         """The keys of tile ``column``; those of a partial tile may lie beyond the last."""
         self.source.line(f"start = {self.number('BLOCK_N', 'column')}")
         self.source.line("kv_idx = start + column_0")
-        if kind == "partial":
+        if kind == "partial" and not self.variant.descriptors:
             self.source.line("exists = kv_idx < kv_len")
 
     def load_column_tile(self, name: str, kind: str) -> None:
         """The tile of ``k`` or ``v`` at ``start``; keys beyond the last are 0."""
-        for part in self.d_parts if name == "k" else self.v_parts:
+        for part in self.parts(name):
+            if self.variant.descriptors:
+                tile = f"{suffixed(name + '_desc', part)}.load([b, kv_head, start, {part.first}])"
+                self.source.line(f"{suffixed(name, part)} = {tile}.reshape(BLOCK_N, {part.width})")
+                continue
             mask = self.mask(part, "exists" if kind == "partial" else "")
             where = f"{suffixed(name + '_tile', part)} + start * {name}_stride_row"
             self.source.line(f"{suffixed(name, part)} = tl.load({where}{mask})")
@@ -331,10 +360,9 @@ class Writer:
         expr = self.pattern.score.expr
         if expr.is_integer:
             text = f"({text}).to(tl.float32)"
-        if condition:
-            self.source.line(f'x = tl.where({condition}, {text}, float("-inf"))')
-        else:
-            self.source.line(f"x = {text}" if SCORE in expr.free_symbols else f"x = tl.zeros_like(s) + ({text})")
+        if SCORE not in expr.free_symbols:
+            text = f"tl.zeros_like(s) + ({text})"
+        self.source.line(f'x = tl.where({condition}, {text}, float("-inf"))' if condition else f"x = {text}")
 
     # ---- loops ----
 

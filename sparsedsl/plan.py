@@ -96,9 +96,11 @@ def choose(
     *,
     costs: Callable[[], Costs] | None = None,
     missing: Callable[[str], str | None] = lambda device: "Triton was not looked for",
+    fastest: Callable[[tuple[str, ...]], tuple[str, str] | None] = lambda backends: None,
 ) -> Plan:
     """The plan for one call. ``costs`` is asked only where ``auto`` has a choice on CPU; without it `tiled` is taken there.
-    ``missing``: what a kind of device ("cpu", "cuda") lacks for Triton kernels, or None.
+    ``missing``: what a kind of device ("cpu", "cuda") lacks for Triton kernels, or None. ``fastest``: of backends on a GPU, what was
+    measured to be the fastest and how that is known, or None.
 
     Raises:
         UnsupportedError: the named backend cannot run the call. Nothing is ever replaced by something else without being asked for.
@@ -128,15 +130,9 @@ def choose(
             f"{facts.logits:,} logits are few: dense is quicker than cutting the mask into strips",
         )
     if facts.device != "cpu":
-        reason = triton_refusal(facts, missing)
-        if reason is None:
-            return Plan(pattern.key, "triton", block, "kernels that know the pattern: nothing that it leaves empty is looked at")
-        if refusal is not None:
-            return Plan(pattern.key, "tiled", block, f"{reason}; {refusal}")
+        return _on_gpu(pattern, facts, block, refusal, triton_refusal(facts, missing), fastest)
     if refusal is not None:
         return Plan(pattern.key, "tiled", block, refusal)
-    if facts.device != "cpu":
-        return Plan(pattern.key, "flex", block, f"{facts.logits:,} logits: tiles that the pattern leaves empty are never visited")
     if costs is None:
         return Plan(pattern.key, "tiled", block, "needs no compiler")
     expected = costs()
@@ -144,6 +140,26 @@ def choose(
     if expected.flex * FLEX_GAIN < expected.tiled and expected.tiled - expected.flex > FLEX_SAVES:
         return Plan(pattern.key, "flex", block, f"{why}, and worth the compile")
     return Plan(pattern.key, "tiled", block, why)
+
+
+def _on_gpu(
+    pattern: Pattern,
+    facts: CallFacts,
+    block: tuple[int, int],
+    flex: str | None,
+    triton: str | None,
+    fastest: Callable[[tuple[str, ...]], tuple[str, str] | None],
+) -> Plan:
+    """What ``auto`` takes on a GPU. ``flex``, ``triton``: why these cannot run the call."""
+    can = tuple(name for name, refusal in (("triton", triton), ("flex", flex), ("tiled", None)) if refusal is None)
+    known = fastest(can) if len(can) > 1 else None
+    if known is not None:
+        return Plan(pattern.key, known[0], block, known[1])
+    if triton is None:
+        return Plan(pattern.key, "triton", block, "kernels that know the pattern: nothing that it leaves empty is looked at")
+    if flex is None:
+        return Plan(pattern.key, "flex", block, f"{triton}; tiles that the pattern leaves empty are never visited")
+    return Plan(pattern.key, "tiled", block, f"{triton}; {flex}")
 
 
 def _way_out(facts: CallFacts) -> str:

@@ -79,7 +79,10 @@ def _steps(mask: sympy.Basic) -> list[int]:
 def _within(pattern: Pattern, step: int) -> Pattern:
     places = {Q_IDX: step * Q_IDX + LANE, KV_IDX: step * KV_IDX + LANE}
     return Pattern(
-        Mask(_simplified(pattern.mask.expr.xreplace(places))), Score(pattern.score.expr.xreplace(places)), pattern.sink, pattern.scale
+        Mask(_simplified(pattern.mask.expr.xreplace(places))),
+        Score(pattern.score.expr.xreplace(places)),
+        pattern.sink,
+        pattern.scale,
     )
 
 

@@ -43,9 +43,7 @@ class Span:
     def searched(self) -> bool:
         """Whether an end has no closed form: it is where a monotone table reaches a value."""
         return any(
-            form.factor is None and form.divisor is None
-            for bound in self.bounds
-            for form in [rising_form(bound.kv_part, KV_IDX)]
+            form.factor is None and form.divisor is None for bound in self.bounds for form in [rising_form(bound.kv_part, KV_IDX)]
         )
 
     @functools.cached_property

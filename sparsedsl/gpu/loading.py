@@ -25,6 +25,7 @@ def triton() -> types.ModuleType:
     return triton
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set when triton was imported."""
     triton()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.plan import CallFacts, Costs, check_backend, choose
 from sparsedsl.run import flex, operators
+from sparsedsl.run.backend_choice import fastest_backend
 from sparsedsl.run.differentiable import differentiable, transformed
 from sparsedsl.run.empty import attend_empty
 from sparsedsl.run.inputs import Call, bind_tables, check_call
@@ -34,6 +35,7 @@ from sparsedsl.run.score_rules import score_rule
 from sparsedsl.run.surroundings import autocast_inputs, is_traced, is_transformed
 from sparsedsl.run.tiled_kernel import HeadSizes, TiledKernel, sizes_of
 from sparsedsl.run.triton_kernel import TritonKernel, missing
+from sparsedsl.settings import tune_mode
 from sparsedsl.tiling.cost import flex_seconds
 from sparsedsl.tiling.schedule import Schedule
 from sparsedsl.tuning.measure import machine
@@ -50,7 +52,8 @@ def compile(pattern: Any, *, backend: str = "auto") -> Attention:
         pattern: a :class:`~sparsedsl.Mask` or a :class:`~sparsedsl.Pattern` from :func:`sparsedsl.attend`.
         backend: ``"reference"`` (dense torch; defines the meaning), ``"tiled"`` (torch's dense products on the rectangles of the
             pattern; compiles nothing; any dtype; gradients), ``"flex"`` (torch FlexAttention on compact tile lists),
-            ``"triton"`` (kernels generated for the pattern, on GPU) or ``"auto"``, which chooses per call and says why in :meth:`Attention.explain`.
+            ``"triton"`` (kernels generated for the pattern, on GPU) or ``"auto"``, which chooses per call and says why in
+            :meth:`Attention.explain`.
 
     Returns:
         An :class:`Attention`: ``attn(q, k, v, q_offset=0, return_lse=False, scale=None, **tables)``.
@@ -126,6 +129,7 @@ class Attention:
             self.backend,
             costs=lambda: self.costs(call.domain, sizes_of(call)),
             missing=missing,
+            fastest=lambda backends: self._fastest(call, backends),
         )
         if call.is_empty or plan.backend == "reference":
             out, lse = (attend_empty if call.is_empty else attend_reference)(self.pattern, call)
@@ -136,6 +140,26 @@ class Attention:
         if is_transformed(call.q, call.k, call.v, *call.tables.values()):
             return transformed(self.pattern, functools.partial(self._run_flex, plan.block, return_lse), call, return_lse)
         return self._run_flex(plan.block, return_lse, call)
+
+    def _fastest(self, call: Call, backends: tuple[str, ...]) -> tuple[str, str] | None:
+        """The backend that was measured to be the fastest for calls like this one."""
+        if tune_mode() == "off" or is_transformed(call.q, call.k, call.v, *call.tables.values()):
+            return None
+
+        def run(backend: str) -> Callable[[], Any]:
+            other = Attention(self.pattern, backend)
+            q, k, v = leaves = [t.detach().requires_grad_(t.requires_grad) for t in (call.q, call.k, call.v)]
+
+            def once() -> None:
+                tables, offset = call.tables, call.domain.q_offset
+                out = other.attend_now(q, k, v, tables, q_offset=offset, return_lse=False, scale=call.scale)
+                if call.needs_grad:
+                    wanted = [t for t in (*leaves, *tables.values()) if t.requires_grad]
+                    torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
+
+            return once
+
+        return fastest_backend(self.pattern.key, self._triton.schedule(call).density, call, backends, run)
 
     def _run_flex(self, block: tuple[int, int], return_lse: bool, call: Call) -> Any:
         return self._kernel.run(call, self.lists(call.domain, block), return_lse=return_lse)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,12 @@ def chosen(kernel: str, shape: Shape, prepared: Prepared, run: Callable[[Config,
     written = f"{prepared.pattern.key} {variant.keys} {variant.queries} {variant.decode_keys} {variant.step} {variant.wide}"
     target = target_of(device)
     key = tuning_key(written, kernel, shape, prepared.density, target)
-    return choose(kernel, shape, target, key, measure, work=prepared.work)
+    found = choose(kernel, shape, target, key, measure, work=prepared.work)
+    if found.seconds is None and kernel in ("forward", "grad_q", "grad_kv"):
+        heavy = prepared.heavy_last[kernel == "grad_kv"]
+        # What loads through descriptors gain differs from GPU to GPU: they are taken where they were measured.
+        found = replace(found, config=replace(found.config, heavy_first=heavy, descriptors=False))
+    return found
 
 
 def _seconds(run: Callable[[Config, bool], Any], device: torch.device, config: Config) -> float | Unusable:

@@ -25,7 +25,16 @@ from sparsedsl.run.inputs import Call
 from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.sinks import sink_gradients
 from sparsedsl.run.triton_choice import chosen, target_of
-from sparsedsl.run.triton_launch import is_aligned, launch, rows_contiguous, strided, tensor_arguments
+from sparsedsl.run.triton_launch import (
+    described,
+    has_descriptors,
+    in_tiles,
+    is_aligned,
+    launch,
+    rows_contiguous,
+    strided,
+    tensor_arguments,
+)
 from sparsedsl.run.triton_prepared import ListMaker, Prepared, far_offsets, prepare
 from sparsedsl.run.triton_tables import add_table_gradient, side_of, summed_on_the_way
 
@@ -34,6 +43,9 @@ __all__ = ["TritonKernel", "missing"]
 Tensor = torch.Tensor
 # Up to this many queries a call is decode: heads that read the same keys lie side by side, and the keys are shared among programs.
 DECODE_ROWS = 16
+
+# Kernels that can read K and V through tensor descriptors.
+DESCRIBED = ("forward", "decode", "grad_q")
 
 # From a config to the number of programs and their arguments.
 Work = Callable[[Config], tuple[int, Mapping[str, Any]]]
@@ -118,8 +130,8 @@ class TritonKernel:
 
         def splits(config: Config) -> int:
             """How many programs share the keys: from the lengths alone, nothing on the device is looked at."""
-            programs = -(-domain.rows * pack // config.block_m) * domain.batch * (domain.heads // pack)
-            return split_count(-(-domain.kv_len // config.block_n), programs, target_of(call.q.device))
+            programs = in_tiles(domain.rows * pack, config.block_m) * domain.batch * (domain.heads // pack)
+            return split_count(in_tiles(domain.kv_len, config.block_n), programs, target_of(call.q.device))
 
         def work(config: Config) -> tuple[int, Mapping[str, Any]]:
             count = splits(config)
@@ -129,9 +141,14 @@ class TritonKernel:
                     torch.empty((count, *dims[:3]), dtype=torch.float32, device=out.device),
                 )
             share, share_lse = shares[count]
-            arguments = values | {**strided("out", share[0]), "out_ptr": share, "out_stride_s": share.stride(0), "lse_ptr": share_lse}
+            arguments = values | {
+                **strided("out", share[0]),
+                "out_ptr": share,
+                "out_stride_s": share.stride(0),
+                "lse_ptr": share_lse,
+            }
             arguments |= {"pack": pack, "splits": count, **prepared.loop("decode", (DECODE_ROWS, config.block_n))}
-            tiles = -(-domain.rows * pack // config.block_m)
+            tiles = in_tiles(domain.rows * pack, config.block_m)
             return tiles * domain.batch * (domain.heads // pack) * count, arguments
 
         count = splits(_run("decode", shape, prepared, work))
@@ -140,7 +157,7 @@ class TritonKernel:
             arguments = {
                 "share_ptr": share, "share_lse_ptr": share_lse, "out_ptr": out, "lse_ptr": lse, "splits": count, "lines": lse.numel(),
             }  # fmt: skip
-            _run("merge", shape, prepared, lambda config: (-(-lse.numel() // config.block_m), arguments))
+            _run("merge", shape, prepared, lambda config: (in_tiles(lse.numel(), config.block_m), arguments))
         return out, lse
 
     # ---- backward ----
@@ -151,8 +168,9 @@ class TritonKernel:
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
         """Gradients of q, k, v and the learned tables; the same inputs give the same bits."""
         if _without_products(call.q):
-            *found, tables = self.backward(_in_float32(call), schedule, out.float(), lse, grad_out.float(), grad_lse, learned)
-            grad_q, grad_k, grad_v = (grad.to(call.q.dtype) for grad in found)
+            finer = _in_float32(call), schedule, out.float(), lse, grad_out.float(), grad_lse, learned
+            *finest, tables = self.backward(*finer)
+            grad_q, grad_k, grad_v = (grad.to(call.q.dtype) for grad in finest)
             return grad_q, grad_k, grad_v, tables
         q, k, v, out, grad_out = (rows_contiguous(t.detach()) for t in (call.q, call.k, call.v, out, grad_out))
         domain, device, source = call.domain, q.device, schedule.source
@@ -167,7 +185,7 @@ class TritonKernel:
         values["grad_lse_ptr"] = lse if grad_lse is None else grad_lse.detach().to(torch.float32).contiguous()
         lines = domain.batch * domain.heads
         has = {"HAS_GRAD_LSE": grad_lse is not None}
-        _run("delta", shape, schedule, lambda config: (-(-domain.rows // config.block_m) * lines, values), **has)
+        _run("delta", shape, schedule, lambda config: (in_tiles(domain.rows, config.block_m) * lines, values), **has)
         grad_q, grad_k, grad_v = _like(q), _like(k), _like(v)
         self._over_queries("grad_q", call, schedule, values | strided("grad_q", grad_q), shape)
         self._over_keys(call, schedule, values | strided("grad_k", grad_k) | strided("grad_v", grad_v), shape)
@@ -195,7 +213,7 @@ class TritonKernel:
         domain, step = call.domain, prepared.variant.step
 
         def work(config: Config) -> tuple[int, Mapping[str, Any]]:
-            tiles = -(-(-(-domain.rows // step)) // config.block_m) * step
+            tiles = in_tiles(in_tiles(domain.rows, step), config.block_m) * step
             loop = prepared.loop(name, (config.block_m, config.block_n))
             return tiles * domain.batch * domain.heads, {**values, **loop}
 
@@ -206,7 +224,7 @@ class TritonKernel:
         domain, step = call.domain, prepared.variant.step
 
         def work(config: Config) -> tuple[int, Mapping[str, Any]]:
-            tiles = -(-(-(-domain.kv_len // step)) // config.block_n) * step
+            tiles = in_tiles(in_tiles(domain.kv_len, step), config.block_n) * step
             loop = prepared.loop("grad_kv", (config.block_m, config.block_n))
             return tiles * domain.batch * (domain.heads // call.group), {**values, **loop}
 
@@ -218,10 +236,17 @@ def _run(name: str, shape: Shape, prepared: Prepared, work: Work, **constants: A
 
     def run(config: Config, dry: bool) -> Any:
         programs, arguments = work(config)
-        more = dict(constants)
+        more, source = dict(constants), prepared.source
+        if config.descriptors and name in DESCRIBED:
+            better = prepared.described
+            if better is None or not (has_descriptors(arguments["k_ptr"]) and has_descriptors(arguments["v_ptr"])):
+                config = replace(config, descriptors=False)
+            else:
+                source = better
+                arguments = {**arguments, **described(source, name, arguments, config)}
         if name.startswith("grad_") and name not in ("grad_q", "grad_kv"):
             more["BLOCK"] = side_of(config)
-        return launch(prepared.source, name, programs, arguments, shape, config, dry=dry, **more)
+        return launch(source, name, programs, arguments, shape, config, dry=dry, **more)
 
     config = chosen(name, shape, prepared, run).config
     run(config, False)
@@ -253,7 +278,8 @@ def _shape(call: Call, *tensors: Tensor) -> Shape:
 
 def _like(t: Tensor, width: int | None = None) -> Tensor:
     """A new tensor whose dimensions lie in memory in the order of ``t``'s, of another width if one is given."""
-    order = sorted(range(3), key=lambda dim: -t.stride(dim))
+    strides = t.stride()
+    order = sorted(range(3), key=lambda dim: -strides[dim])
     made = t.new_empty([t.shape[dim] for dim in order] + [t.shape[3] if width is None else width])
     return made.permute(*(order.index(dim) for dim in range(3)), 3)
 
@@ -265,4 +291,6 @@ def missing(device: str) -> str | None:
             return None
     except UnsupportedError as error:
         return str(error)
-    return "they need a GPU (on CPU Triton's interpreter runs them, very slowly, if TRITON_INTERPRET=1 is set before Python starts)"
+    return (
+        "they need a GPU (on CPU Triton's interpreter runs them, very slowly, if TRITON_INTERPRET=1 is set before Python starts)"
+    )

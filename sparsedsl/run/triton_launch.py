@@ -12,7 +12,7 @@ from sparsedsl.codegen.to_triton import TritonSource
 from sparsedsl.gpu.configs import Config, Shape, constants
 from sparsedsl.gpu.loading import interpreted, load
 
-__all__ = ["is_aligned", "launch", "rows_contiguous", "strided", "tensor_arguments"]
+__all__ = ["described", "has_descriptors", "in_tiles", "is_aligned", "launch", "rows_contiguous", "strided", "tensor_arguments"]
 
 # Elements that strides must be a multiple of for 16-byte loads of the smallest type.
 ALIGN = 8
@@ -48,6 +48,24 @@ def launch(
         return kernel_function[(programs,)](*arguments, **fixed, **options)
 
 
+def has_descriptors(t: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can describe ``t (B, H, S, D)``: aligned, and no number stands for several."""
+    return is_aligned(t) and t.stride(-1) == 1 and 0 not in t.stride()
+
+
+def described(source: TritonSource, name: str, values: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """Tensor descriptors of k and v as the kernel's arguments: tiles of ``block_n`` rows."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    found = {}
+    for argument in source.kernel(name).arguments:
+        kind, _, width = argument.type.partition(":")
+        if kind == "*desc":
+            t = values[f"{argument.name[0]}_ptr"]
+            found[argument.name] = TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, config.block_n, int(width)])
+    return found
+
+
 def strided(name: str, t: torch.Tensor) -> dict[str, Any]:
     """Pointer and strides of a tensor ``(B, H, S, D)`` as arguments."""
     return {
@@ -58,6 +76,11 @@ def strided(name: str, t: torch.Tensor) -> dict[str, Any]:
 def rows_contiguous(t: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or a copy whose last dimension is contiguous."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def in_tiles(length: int, side: int) -> int:
+    """How many tiles of ``side`` a length has; the last may be ragged."""
+    return -(-length // side)
 
 
 def is_aligned(*tensors: torch.Tensor) -> bool:

@@ -80,4 +80,3 @@ def _columns(rows: TileRows) -> torch.Tensor:
 def _steps(name: str, batch: int, heads: int) -> dict[str, int]:
     """How far apart batch entries and heads lie, in lines; 0 where all share one."""
     return {f"{name}_b": heads if batch > 1 else 0, f"{name}_h": 1 if heads > 1 else 0}
-

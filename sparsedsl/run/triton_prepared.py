@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,11 +62,34 @@ class Prepared:
         return self._arrays[key]
 
     @functools.cached_property
+    def described(self) -> TritonSource | None:
+        """The source that reads K and V through tensor descriptors; None where rows do not lie side by side, or too far."""
+        if self.variant.step > 1 or self.variant.wide:
+            return None
+        return triton_source(self.pattern, replace(self.variant, descriptors=True))
+
+    @functools.cached_property
     def work(self) -> Work:
         """How much there is to do, from lists so coarse that they are short."""
+        return replace(work_of(self._coarse), descriptors=self.described is not None)
+
+    @functools.cached_property
+    def _coarse(self) -> TileLists:
         side = max(128, 128 * (-(-max(self.domain.rows, self.domain.kv_len) // (128 * COUNTED_ROWS))))
         with torch.no_grad():
-            return work_of(self.lists(self.domain, (side, side)))
+            return self.lists(self.domain, (side, side))
+
+    @functools.cached_property
+    def heavy_last(self) -> tuple[bool, bool]:
+        """Whether the later half of the queries, and of the keys, has clearly more tiles: then programs had better begin there."""
+        lists = self._coarse
+        found = []
+        for by_key in (False, True):
+            parts = [part.transposed(lists.shape[3]) if by_key else part for part in (lists.full, lists.partial)]
+            counts = (parts[0].counts + parts[1].counts).sum(dim=(0, 1)).float()
+            half = counts.numel() // 2
+            found.append(bool(half) and float(counts[-half:].sum()) > 1.2 * float(counts[:half].sum()))
+        return found[0], found[1]
 
     @functools.cached_property
     def density(self) -> str:

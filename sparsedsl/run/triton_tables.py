@@ -1,4 +1,4 @@
-"""Gradients of learned tables in the ``triton`` lowering: the kernels' sums, or kernels of their own, and then the entries that were read."""
+"""Gradients of learned tables in the ``triton`` lowering: sums of the passes or of kernels of their own, spread over what was read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from sparsedsl.codegen.triton_backward import LearnedRead
 from sparsedsl.gpu.configs import Config
 from sparsedsl.run.inputs import Call
 from sparsedsl.run.table_gradients import add_read_gradients, joined_bands
+from sparsedsl.run.triton_launch import in_tiles
 from sparsedsl.run.triton_prepared import Prepared
 
 __all__ = ["add_table_gradient", "summed_on_the_way"]
@@ -34,7 +35,9 @@ def summed_on_the_way(reads: tuple[LearnedRead, ...], domain: Domain, device: to
     }
 
 
-def add_table_gradient(call: Call, prepared: Prepared, one: LearnedRead, total: Tensor, sums: Mapping[str, Tensor], run: Launch) -> None:
+def add_table_gradient(
+    call: Call, prepared: Prepared, one: LearnedRead, total: Tensor, sums: Mapping[str, Tensor], run: Launch
+) -> None:
     """Add the gradients of one read to ``total``, the float64 gradient of its table.
 
     ``run(name, work)``: launches the kernel of this name; ``work(block)`` says for a tile size how many programs there are, and their
@@ -89,7 +92,7 @@ def _add_pairs(one: LearnedRead, total: Tensor, domain: Domain, q: Tensor, kv: T
         sums = torch.empty(dims, dtype=torch.float32, device=total.device)
 
         def work(block: int, begin: int = begin, end: int = end, sums: Tensor = sums) -> tuple[int, Mapping[str, Any]]:
-            programs = -(-(end - begin) // block) * -(-domain.kv_len // block) * lines
+            programs = in_tiles(end - begin, block) * in_tiles(domain.kv_len, block) * lines
             return programs, {f"{one.name}_ptr": sums, "row_begin": begin, "row_end": end}
 
         run(one.name, work)

@@ -94,7 +94,16 @@ def test_scores_are_computed_in_float32_and_masks_in_float64():
     expression = sd.parse("score + f32_log(f32_add(q_idx, 1)) + where(f64_lt(f64_exp(f64_mul(kv_idx, 0.1)), 9) != 0, 2, 0)")
     hoisted = assert_same(sd.attend(True, score=expression), [("key", "int"), ("query", "float")])
     assert not any(p.double for p in hoisted.prepared)
-    assert hoist(sd.attend(sd.parse("f32_lt(f32_exp(q_idx), 1.5) != 0"))).prepared[0].double
+    (prepared,) = hoist(sd.attend(sd.parse("f64_lt(f64_exp(q_idx * 0.1), kv_idx * q_idx) != 0"))).prepared
+    assert torch.equal(
+        fill(prepared, Domain(rows=9, kv_len=3)), torch.exp(torch.arange(9) * torch.tensor(0.1).double().fill_(0.1))
+    )
+
+
+def test_learned_tables_are_never_taken_out():
+    text = "bias = table('bias', learned=True)\nscore + f32_add(f32_log(bias[q_idx]), f32_log(f32_add(q_idx, 1)))"
+    hoisted = assert_same(sd.attend(True, score=sd.parse(text)), [("query", "float")], bias=torch.rand(70))
+    assert str(hoisted.pattern.score) == "score + f32_add(f32_log(bias[q_idx]), exact_query[q_idx])"
 
 
 def test_what_has_no_axis_stays():

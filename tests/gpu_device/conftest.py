@@ -153,6 +153,7 @@ class Kit:
             yield
             return
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             torch.cuda._sleep(50_000_000)
             yield
@@ -161,11 +162,13 @@ class Kit:
     @contextlib.contextmanager
     def compiles(self) -> Iterator[list[str]]:
         """What is compiled within: names of Triton kernels, and graphs of torch.compile."""
+        from torch._dynamo.utils import counters
+
         found: list[str] = []
-        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        graphs = counters["stats"]["unique_graphs"]
         with _triton_hook(found):
             yield found
-        found += ["torch.compile"] * (torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs)
+        found += ["torch.compile"] * (counters["stats"]["unique_graphs"] - graphs)
 
 
 @contextlib.contextmanager

@@ -77,9 +77,10 @@ def test_streams(kit, backend, name):
     with kit.late_stream():
         inputs = [(x.detach() * 2) / 2 for x in wanted_inputs]
         got = training(attn, inputs, tables)()
-    if backend == "flex":  # adds up gradients in any order
-        got, wanted = got[:1], wanted[:1]
-    assert_same_bits(got, wanted)
+    if backend == "triton":
+        assert_same_bits(got, wanted)
+    for mine, theirs in zip(got, wanted, strict=True):  # the others may add up gradients in any order
+        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -198,6 +198,7 @@ def test_masks_compute_in_float64_as_analysis_does(folder):
     for mask in (
         kv_idx * 0.1 + q_idx * 0.5 > 0.5 * (q_idx + 1),
         q_idx / 49.0 * 49 == q_idx,
+        q_idx / (kv_idx + 1) < 16777210 / 13,
         (q_idx - FAR) * 0.1 == kv_idx / 10,
         sd.minimum(kv_idx * 0.1, 0.3) >= 0.3,
         sd.where(q_idx > 3, 0.1, 0.2) + kv_idx < 0.3,

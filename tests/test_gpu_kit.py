@@ -1,0 +1,328 @@
+"""The GPU kit without a GPU: benchmark and tests from end to end, at toy sizes, with generated kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+TESTS = sorted((ROOT / "tests" / "gpu_device").glob("test_*.py"))
+INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+NO_TRITON = "generated Triton kernels are interpreted; pip install 'sparsedsl[triton]'"
+
+
+def load(name: str) -> Any:
+    """A script of the benchmarks as a module, found as it would be from the command line."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def child(*command: str) -> subprocess.CompletedProcess[str]:
+    """A process in which Triton interprets."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+    return subprocess.run(
+        [sys.executable, *command], env=env | INTERPRETED, cwd=ROOT, capture_output=True, text=True, timeout=1500
+    )
+
+
+# ---- from end to end -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", TESTS, ids=lambda file: file.stem)
+def test_the_gpu_tests_run(file):
+    pytest.importorskip("triton", reason=NO_TRITON)
+    done = child("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rehearse", str(file))
+    assert done.returncode == 0, f"{file.name} in a process of its own:\n{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"
+    assert " passed" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    pytest.importorskip("triton", reason=NO_TRITON)
+    out = tmp_path / "gpu.json"
+    words = ["--dry-run", "--patterns", "causal", "softcap", "blocks10", "--lengths", "96", "160", "--rounds", "1"]
+    done = child(str(BENCHMARKS / "gpu.py"), *words, "--commit", "abc", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md", "gpu.png"]
+    assert (content["lost"], content["dropped"]) == ([], [])
+    assert content["machine"]["commit"] == "abc"
+    assert content["ceilings"]["product_flop_s"] > 0 < content["ceilings"]["copy_bytes_s"]
+    kinds = [(record["job"]["kind"], record["job"]["pattern"]) for record in content["records"]]
+    assert kinds == [("attention", name) for name in ("causal", "blocks10", "softcap", "causal", "blocks10")] + [
+        ("decode", "causal")
+    ]
+    assert len(content["prepared"]) == len(kinds)
+    for record in content["records"]:
+        methods = record["methods"]
+        assert list(methods) == ["ours", "flex", "flex_tma", "sdpa_flash", "sdpa_cudnn"], "a method was dropped silently"
+        for name in ("ours", "flex"):
+            assert methods[name]["right"], f"{name}: {methods[name]}"
+        assert methods["flex_tma"]["status"] == methods["sdpa_cudnn"]["status"] == "not available"
+        assert all(found["why"] for found in methods.values() if found["status"] != "measured")
+        assert record["tile_pairs"] >= record["allowed_pairs"] > 0
+        if record["job"]["kind"] == "attention":
+            assert methods["ours"]["errors"].keys() == {"out", "dq", "dk", "dv"}
+            assert methods["ours"]["backward"]["s"] > 0
+            assert "does not support backward on CPU" in methods["flex"]["no_backward"]
+    shown = (tmp_path / "gpu.md").read_text()
+    assert shown in done.stdout
+    assert all(target["what"] in shown for target in content["targets"])
+    assert "TMA is a unit of NVIDIA devices" in shown
+
+
+# ---- what cannot be seen when all goes well --------------------------------------------------------------------------
+
+
+def run_of(tmp_path, monkeypatch, ask, *words):
+    """A run whose measuring process answers what ``ask`` says."""
+    gpu = load("gpu")
+    monkeypatch.setattr(gpu, "Process", lambda *given: SimpleNamespace(ask=ask, end=lambda: None))
+    options = gpu.options_from(["--dry-run", "--prepare-minutes", "0", "--out", str(tmp_path / "gpu.json"), *words])
+    return gpu, gpu.Run(options, str(tmp_path))
+
+
+def test_a_method_that_crashes_is_left_out_and_named(tmp_path, monkeypatch):
+    asked = []
+
+    def ask(request, limit_s):
+        if request["op"] != "measure":
+            return {"device": "toy"}
+        asked.append(dict(request["skip"]))
+        if "flex" not in request["skip"]:
+            raise gpu.ProcessDied("ended: illegal memory access", "flex")
+        methods = {"flex": {"status": "failed", "why": request["skip"]["flex"]}}
+        return {"job": request["job"], "methods": methods}
+
+    gpu, run = run_of(tmp_path, monkeypatch, ask, "--patterns", "window")
+    run.all()
+    assert asked == [{}, {"flex": "ended: illegal memory access at flex"}]
+    (record,) = json.loads((tmp_path / "gpu.json").read_text())["records"]
+    assert record["methods"]["flex"]["why"] == "ended: illegal memory access at flex"
+
+
+def test_a_job_that_kills_every_process_is_lost_and_the_next_one_is_measured(tmp_path, monkeypatch):
+    def ask(request, limit_s):
+        if request["op"] != "measure":
+            return {"device": "toy"}
+        if request["job"]["pattern"] == "window":
+            raise gpu.ProcessDied("no answer after 90 s", "reference")
+        return {"job": request["job"], "methods": {}}
+
+    gpu, run = run_of(tmp_path, monkeypatch, ask, "--patterns", "window", "sinks", "--kinds", "attention")
+    run.all()
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert [lost["job"]["pattern"] for lost in content["lost"]] == ["window"]
+    assert [record["job"]["pattern"] for record in content["records"]] == ["sinks"]
+
+
+def test_jobs_that_do_not_fit_are_named_and_what_was_measured_is_in_the_file(tmp_path, monkeypatch):
+    def ask(request, limit_s):
+        if request["op"] == "measure":
+            run.deadline -= 1000
+            assert json.loads((tmp_path / "gpu.json").read_text())["machine"]["device"] == "toy", "nothing was written before"
+        return {"device": "toy", "job": request.get("job"), "methods": {}}
+
+    _, run = run_of(tmp_path, monkeypatch, ask, "--patterns", "window", "sinks", "--kinds", "attention")
+    run.options.dry_run = False
+    monkeypatch.setattr("gpu_cases.jobs", load("gpu_cases").rehearsal)
+    run.all()
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(content["records"]) == 1
+    assert [job["pattern"] for job in content["dropped"]] == ["sinks"]
+    assert "left out for lack of time" in load("gpu_report").tables(content)
+
+
+def test_a_process_that_hangs_or_ends_is_noticed_with_its_last_words(tmp_path, monkeypatch):
+    module = load("gpu_process")
+    script = tmp_path / "worker.py"
+    script.write_text(
+        'import sys, time\nsys.stdin.readline()\nprint(\'{"at": "ours"}\', flush=True)\n'
+        "time.sleep(60) if sys.argv[2] == 'hang' else sys.exit('the device is gone')\n"
+    )
+    monkeypatch.setattr(module, "WORKER", script)
+    for ours, limit_s, words in (
+        ("hang", 1.0, "no answer after 1 s at ours"),
+        ("die", 30.0, "ended: the device is gone at ours"),
+    ):
+        with pytest.raises(module.ProcessDied) as death:
+            module.Process("cpu", ours, {}, None).ask({"op": "facts"}, limit_s)
+        assert (str(death.value), death.value.at) == (words, "ours")
+
+
+# ---- the textbook that kernels are checked against -------------------------------------------------------------------
+
+
+@pytest.fixture
+def problem():
+    """A causal problem with random tensors, four query heads on two key heads."""
+    module = load("gpu_reference")
+    q, k, v, d_out = (torch.randn(1, heads, 300, 32).to(torch.bfloat16) for heads in (4, 2, 2, 4))
+    return module.Problem(
+        q, k, v, d_out, lambda b, h, i, j: i >= j, lambda score, b, h, i, j: torch.tanh(score / 3) * 3 + (j - i) / 900
+    )
+
+
+def results(problem, mask_mod):
+    """Results in float64, of the whole tensors, rounded to their dtype."""
+    q, k, v = (x.double().requires_grad_() for x in (problem.q, problem.k, problem.v))
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    logits = q @ k.repeat_interleave(2, dim=1).mT * q.shape[3] ** -0.5
+    scores = problem.score_mod(logits, 0, 0, i, j).masked_fill(~mask_mod(0, 0, i, j), float("-inf"))
+    out = scores.softmax(dim=-1) @ v.repeat_interleave(2, dim=1)
+    grads = torch.autograd.grad(out, (q, k, v), problem.d_out.double())
+    return {name: x.detach().to(torch.bfloat16) for name, x in zip(("out", "dq", "dk", "dv"), (out, *grads), strict=True)}
+
+
+def test_right_results_are_right(problem):
+    errors = load("gpu_reference").reference(problem).errors(results(problem, problem.mask_mod))
+    assert errors.keys() == {"out", "dq", "dk", "dv"}
+    assert all(error["right"] and error["of_allowed"] < 0.5 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("hole", [0, 100, 298], ids=lambda key: f"key {key} left out")
+def test_one_key_left_out_of_the_last_rows_is_noticed(problem, hole):
+    wrong = results(problem, lambda b, h, i, j: (i >= j) & ~((j == hole) & (i >= 290)))
+    errors = load("gpu_reference").reference(problem).errors(wrong)
+    assert not all(error["right"] for error in errors.values()), errors
+
+
+def test_nan_is_not_right(problem):
+    found = results(problem, problem.mask_mod)
+    found["dv"][0, -1, 5, 5] = float("nan")
+    assert not load("gpu_reference").reference(problem).errors(found)["dv"]["right"]
+
+
+def test_some_rows_of_what_is_too_large_are_checked(problem, monkeypatch):
+    module = load("gpu_reference")
+    for name, value in (("MOST_PAIRS", 1000), ("SOME_ROWS", 16), ("CHUNK_PAIRS", 4000)):
+        monkeypatch.setattr(module, name, value)
+    checked = module.reference(problem)
+    assert checked.values.keys() == {"out", "dq"}
+    assert (len(checked.rows), int(checked.rows[0]), int(checked.rows[-1])) == (16, 0, 299)
+    found = results(problem, problem.mask_mod)
+    assert all(error["right"] for error in checked.errors(found).values())
+    found["out"][0, -1, -1] += 0.1
+    assert not checked.errors(found)["out"]["right"]
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def record(pattern, kind="attention", right=True, **times):
+    """A record in which methods took these seconds, forward and backward."""
+    passes = ("forward",) if kind == "decode" else ("forward", "backward")
+    methods = {
+        name: {"status": "measured", "right": right or name != "ours", "errors": {}}
+        | {which: {"s": s, "host_s": s} for which in passes}
+        for name, s in times.items()
+    }
+    over = {f"{which}_over_ours": {name: s / times["ours"] for name, s in times.items() if name != "ours"} for which in passes}
+    job = {
+        "kind": kind,
+        "pattern": pattern,
+        "length": 16384,
+        "head_dim": 128,
+        "heads": 16,
+        "kv_heads": 16,
+        "batch": 1,
+        "tma": True,
+    }
+    counts = {"allowed_pairs": 1000, "tile_pairs": 2000, "density": 0.5, "least_bytes": {"forward": 64, "backward": 128}}
+    return {"job": job, "methods": methods} | over | counts
+
+
+def test_goals():
+    report = load("gpu_report")
+    records = [
+        record("full", ours=8.0, flex=16.0, sdpa_flash=6.0),
+        record("causal", ours=4.0, flex=8.0, flex_tma=6.0, sdpa_flash=5.0, sdpa_cudnn=3.0),
+        record("blocks10", ours=10.0, flex=20.0),
+        record("window", right=False, ours=1.0, flex=100.0),
+        record("causal", kind="decode", ours=2.0, flex=3.0, sdpa_flash=1.0),
+    ]
+    found = [(target["what"], round(target["got"], 3), target["pass"]) for target in report.targets({"records": records})]
+    where = "D 128, 16K, 16:16 heads"
+    assert found == [
+        ("forward, the better of flex and flex TMA / ours, geometric mean of 3", round((2 * 1.5 * 2) ** (1 / 3), 3), True),
+        ("forward, flex / ours, geometric mean of 3", 2.0, True),
+        ("backward, the better of flex and flex TMA / ours, geometric mean of 3", round((2 * 1.5 * 2) ** (1 / 3), 3), True),
+        ("backward, flex / ours, geometric mean of 3", 2.0, True),
+        (f"forward, our rate / the best dense rate, {where}", 0.75, False),
+        (f"forward, our rate on 128-blocks at 10 % / our dense rate, {where}", 0.8, False),
+        (f"decode, the best other / ours, causal, {where}", 0.5, False),
+    ]
+
+
+def test_wrong_results_are_shown_as_wrong_and_have_no_rate():
+    report = load("gpu_report")
+    wrong = record("window", right=False, ours=1.0, flex=2.0)
+    assert report.rate(wrong, "ours", "forward") is None
+    assert report.rate(wrong, "flex", "forward") == 4 * 128 * 1000 / 2.0
+    assert report.rate(wrong, "flex", "backward", "tile_pairs") == 10 * 128 * 2000 / 2.0
+    content = {"machine": {}, "ceilings": None, "settings": {"ours": "triton", "tune": False}, "records": [wrong]}
+    shown = report.tables(content | {"lost": [], "dropped": [], "waiting": [wrong["job"]], "targets": []})
+    assert "1e+03 WRONG" in shown
+    assert "ours: WRONG results, times not used" in shown
+    assert "not reached: the run was ended (1: attention window 16K" in shown
+
+
+def test_jobs_cover_what_was_asked_and_the_longest_come_last():
+    cases = load("gpu_cases")
+    jobs = cases.jobs()
+    assert len({job.name for job in jobs}) == len(jobs)
+    assert {job.length for job in jobs} == {8192, 16384, 32768, 65536, 131072}
+    assert {(job.group, job.head_dim) for job in jobs} >= {(1, 64), (1, 128), (4, 128), (8, 128)}
+    assert {job.pattern for job in jobs[:13]} == set(cases.PATTERNS), "not all patterns come first"
+    assert jobs[-1].seconds == max(job.seconds for job in jobs)
+    assert all(cases.job_of(json.loads(json.dumps(job.to_json()))) == job for job in jobs)
+
+
+def test_both_forms_of_every_pattern_allow_and_score_the_same():
+    from sparsedsl.lang.evaluate import evaluate
+    from sparsedsl.lang.pattern import as_pattern
+
+    cases, length = load("gpu_cases"), 300
+    i, j, head = torch.arange(length)[:, None], torch.arange(length), torch.arange(16)[:, None, None]
+    logits = torch.randn(16, length, length)
+    for name, case in cases.PATTERNS.items():
+        tables = dict(case.tables(length))
+        env = {
+            "b": torch.tensor(0),
+            "h": head,
+            "q_idx": i,
+            "kv_idx": j,
+            "q_len": length,
+            "kv_len": length,
+            "score": logits,
+        } | tables
+        pattern = as_pattern(case.declare())
+        by_hand = case.mask_mod(tables)(torch.tensor(0), head, i, j).expand(16, length, length)
+        assert torch.equal(by_hand, evaluate(pattern.mask.expr, env).expand(16, length, length)), name
+        if case.score_mod is not None:
+            forms = case.score_mod(logits, torch.tensor(0), head, i, j), evaluate(pattern.score.expr, env, dtype=torch.float32)
+            torch.testing.assert_close(*(form.masked_fill(~by_hand, 0.0) for form in forms), msg=name)
+
+
+def test_shares_of_square_block_tables():
+    table = load("gpu_cases")._square_block_table(128 * 40, 0.10)
+    assert table.sum() == 160
+    assert table.any(dim=1).all(), "a row without keys"
+
+
+def test_a_picture_of_a_file_that_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        load("gpu").options_from(["--picture", "no.json"])
+    assert "no.json does not exist" in capsys.readouterr().err
