@@ -205,8 +205,8 @@ class Run:
         self.content["ceilings"] = self.ask({"op": "ceilings"} | sizes)
         if options.tune:
             self.tune([job.to_json() for job in wanted])
-        self.write()
         waiting = self.content["waiting"] = [job.to_json() for job in wanted]
+        self.write()
         for job in tqdm(wanted, desc="gpu", unit="job"):
             if self.left_s < (0.0 if options.dry_run else job.seconds):
                 self.content["dropped"].append(job.to_json())

@@ -70,8 +70,8 @@ class Clock:
 class CudaClock(Clock):
     """CUDA events."""
 
-    def __init__(self) -> None:
-        self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+    def __init__(self, device: str = "cuda") -> None:
+        self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=device)
         self._cycles_a_second = self._measure_spin()
 
     def _measure_spin(self) -> float:

@@ -358,8 +358,6 @@ class Writer:
     def logit(self, text: str, condition: str) -> None:
         """``x``: the logits that ``text`` gives, a whole tile of them also where it gives one number a row or an integer."""
         expr = self.pattern.score.expr
-        if expr.is_integer:
-            text = f"({text}).to(tl.float32)"
         if SCORE not in expr.free_symbols:
             text = f"tl.zeros_like(s) + ({text})"
         self.source.line(f'x = tl.where({condition}, {text}, float("-inf"))' if condition else f"x = {text}")

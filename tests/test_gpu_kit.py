@@ -132,7 +132,8 @@ def test_jobs_that_do_not_fit_are_named_and_what_was_measured_is_in_the_file(tmp
     def ask(request, limit_s):
         if request["op"] == "measure":
             run.deadline -= 1000
-            assert json.loads((tmp_path / "gpu.json").read_text())["machine"]["device"] == "toy", "nothing was written before"
+            before = json.loads((tmp_path / "gpu.json").read_text())
+            assert [job["pattern"] for job in before["waiting"]] == ["window", "sinks"], "a kill now would lose it"
         return {"device": "toy", "job": request.get("job"), "methods": {}}
 
     _, run = run_of(tmp_path, monkeypatch, ask, "--patterns", "window", "sinks", "--kinds", "attention")
@@ -142,7 +143,8 @@ def test_jobs_that_do_not_fit_are_named_and_what_was_measured_is_in_the_file(tmp
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert len(content["records"]) == 1
     assert [job["pattern"] for job in content["dropped"]] == ["sinks"]
-    assert "left out for lack of time" in load("gpu_report").tables(content)
+    assert content["waiting"] == []
+    assert "left out for lack of time (1: attention sinks" in load("gpu_report").tables(content | {"ceilings": None})
 
 
 def test_a_process_that_hangs_or_ends_is_noticed_with_its_last_words(tmp_path, monkeypatch):
@@ -160,6 +162,69 @@ def test_a_process_that_hangs_or_ends_is_noticed_with_its_last_words(tmp_path, m
         with pytest.raises(module.ProcessDied) as death:
             module.Process("cpu", ours, {}, None).ask({"op": "facts"}, limit_s)
         assert (str(death.value), death.value.at) == (words, "ours")
+
+
+# ---- the clock, with a device that is made up ------------------------------------------------------------------------
+
+
+class ToyEvent:
+    """A CUDA event on a device that does everything at once, in the time that is noted in ``now``."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = ToyEvent.now
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+@pytest.fixture
+def toy_cuda(monkeypatch):
+    """A device of 2 GHz."""
+
+    def sleep(cycles):
+        assert isinstance(cycles, int)
+        ToyEvent.now += cycles / 2e9
+
+    facts = SimpleNamespace(name="Toy 1", major=9, minor=0, multi_processor_count=4, total_memory=2**30)
+    for name, value in (("Event", ToyEvent), ("_sleep", sleep), ("synchronize", lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+
+
+def test_a_time_on_the_device_is_that_between_two_events(toy_cuda, monkeypatch):
+    module = load("gpu_clock")
+    monkeypatch.setattr(module, "FLUSH_BYTES", 64)
+    clock = module.CudaClock("cpu")
+
+    def takes(seconds):
+        def action():
+            ToyEvent.now += seconds
+
+        return action
+
+    found = clock.take_turns({"a": takes(0.001), "b": takes(0.003)}, 5, limit_s=60.0)
+    assert [pytest.approx(0.001)] * 5 == found["a"].device_s
+    assert found["b"].to_json()["s"] == pytest.approx(0.003), "spinning, so that the host is ahead, was counted"
+    assert len(found["a"].host_s) == 5
+    assert len(clock.take_turns({"a": takes(0.001)}, 50, limit_s=0.0)["a"].device_s) == 3
+
+
+def test_facts_of_a_device(toy_cuda, tmp_path, monkeypatch):
+    module = load("gpu_clock")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '580.1, 2, 3, 4, 5, 6' | cut -d, -f1-$(echo $3 | tr , '\\n' | wc -l)\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    facts = module.device_facts("cuda")
+    assert (facts["device"], facts["capability"], facts["driver"]) == ("Toy 1", "9.0", "580.1")
+    assert module.clock_state() == dict(zip(module.CLOCK_FIELDS, ("580.1", "2", "3", "4", "5", "6"), strict=True))
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert "not available: " in module.device_facts("cuda")["driver"]
 
 
 # ---- the textbook that kernels are checked against -------------------------------------------------------------------

@@ -107,10 +107,10 @@ def spans(mask: Boolean, *, of: str = "keys") -> tuple[Span, ...] | None:
     True
     """
     found = [_span(clause) for clause in clauses(exchanged(mask) if of == "queries" else mask)]
-    if len(found) > MAX_SPANS or None in found:
+    if len(found) > MAX_SPANS or any(span is None for span in found):
         return None
     # Those that begin at key 0 come first: they need not be put in order.
-    kept = [span for span in found if span is not None]
+    kept = [span for span in found if span is not None and sympy.false not in span.conditions]
     return tuple(sorted(kept, key=lambda span: span.searched or span.ends[0] != 0))
 
 
@@ -133,7 +133,9 @@ def _span(clause: Clause) -> Span | None:
             return None
         bounds.append(found)
     # Ends of clauses that hold for all queries, such as window[h] >= 1, are conditions too: first > last says so by itself.
-    return Span(tuple(bounds), tuple(dict.fromkeys(conditions)))
+    # One condition, so that what contradicts itself is seen to.
+    holds = sympy.And(*conditions)
+    return Span(tuple(bounds), () if holds == sympy.true else (holds,))
 
 
 def span_rows(span: Span, domain: Domain, *, of: str = "keys") -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ from sparsedsl.gpu.resources import Resources, resources_of
 from sparsedsl.gpu.targets import Target
 
 if TYPE_CHECKING:
-    from sparsedsl.codegen.to_triton import KernelSource, TritonSource
+    from sparsedsl.codegen.to_triton import Argument, KernelSource, TritonSource
 
 __all__ = ["Binary", "Job", "compile_kernel", "compile_kernels", "is_interpreting", "job_of"]
 
@@ -75,20 +75,23 @@ def job_of(source: TritonSource, kernel: KernelSource, shape: Shape, config: Con
     >>> [job.signature[name] for name in ("q_ptr", "lse_ptr", "doc_table", "kv_len")]
     ['*bf16', '*fp32', '*i32', 'i32']
     """
-    types = {argument.name: _type(source, kernel, argument.name, argument.type, shape.dtype) for argument in kernel.arguments}
+    types = {argument.name: _type(source, kernel, argument, shape, config) for argument in kernel.arguments}
     return Job(source.text, kernel.name, types, constants(kernel, shape, config), config, source.fp_fusion, target)
 
 
-def _type(source: TritonSource, kernel: KernelSource, name: str, kind: str, dtype: str) -> str:
+def _type(source: TritonSource, kernel: KernelSource, argument: Argument, shape: Shape, config: Config) -> str:
+    kind, _, detail = argument.type.partition(":")
     if kind == "*data":
-        return _DATA[dtype]
-    if kind.startswith("*table:"):
-        return _TABLES[source.table_kinds[kind.removeprefix("*table:")]]
-    if kind not in _PLAIN:
+        return _DATA[shape.dtype]
+    if kind == "*table":
+        return _TABLES[source.table_kinds[detail]]
+    if kind == "*desc":  # of tiles of keys, that many columns wide
+        return f"tensordesc<{_DATA[shape.dtype].removeprefix('*')}[1,1,{config.block_n},{detail}]>"
+    if argument.type not in _PLAIN:
         raise UnsupportedError(
-            f"kernel {kernel.name!r}: argument {name!r} has the type {kind!r}, which cannot be built without a call"
+            f"kernel {kernel.name!r}: argument {argument.name!r} has the type {argument.type!r}, which cannot be built without a call"
         )
-    return kind
+    return argument.type
 
 
 def compile_kernel(job: Job) -> Any:

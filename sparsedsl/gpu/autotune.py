@@ -249,7 +249,7 @@ def tune(
         if len(left) == 1:
             break
         if len(left) > FINALISTS + 1:
-            left = left if late else _faster_half(left, samples, candidates[0])
+            left = _faster_half(left, samples, candidates[0])
         else:
             finals += 1
     trials = tuple(_trial(config, samples[config], reasons) for config in candidates)

@@ -5,6 +5,7 @@ pattern  --codegen.to_triton-->  source  --configs-->  tiles, warps, stages  --a
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import os
@@ -22,6 +23,7 @@ from sparsedsl.gpu.configs import default_config
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.loading import triton as load_triton
 from sparsedsl.gpu.resources import Occupancy, Resources, misfits, occupancy
+from sparsedsl.gpu.settling import settled
 from sparsedsl.gpu.targets import Target, target_named
 from sparsedsl.lang.pattern import Pattern, as_pattern
 
@@ -58,7 +60,8 @@ class BuiltKernel:
 class Build:
     """The kernels of one pattern for one target; made by :func:`build`. ``print`` it for a table.
 
-    ``kernels``: name -> :class:`BuiltKernel`; ``source``: the module they are compiled from, as text.
+    ``kernels``: name -> :class:`BuiltKernel`; ``sources``: file name -> text of the module they are compiled from; there is a second one
+    if some read K and V through tensor descriptors.
 
     >>> import tempfile
     >>> import sparsedsl as sd
@@ -73,9 +76,14 @@ class Build:
     pattern: Pattern
     target: Target
     shape: Shape
-    source: str
+    sources: Mapping[str, str]
     triton_version: str
     kernels: Mapping[str, BuiltKernel]
+
+    @property
+    def source(self) -> str:
+        """The text of the generated modules."""
+        return "\n\n".join(self.sources.values())
 
     @property
     def registers(self) -> dict[str, int]:
@@ -158,7 +166,8 @@ class Build:
             for name, kernel in self.kernels.items():
                 (made / f"{name}.{kernel.binary.extension}").write_bytes(kernel.binary.content)
                 (made / f"{name}.{'amdgcn' if kernel.binary.extension == 'hsaco' else 'ptx'}").write_text(kernel.binary.assembly)
-            (made / "kernels.py").write_text(self.source)
+            for name, text in self.sources.items():
+                (made / name).write_text(text)
             (made / "report.txt").write_text(f"{self}\n")
             (made / "report.json").write_text(json.dumps(self.to_json(), indent=1) + "\n")
             _exchange(made, place, old)
@@ -212,7 +221,8 @@ def build(
         dtype: of queries, keys and values: "float16", "bfloat16" or "float32", or torch's.
         head_dim, head_dim_v: width of queries and keys, and of values (default: the same); 1 to 256.
         group: query heads that share a key head; decoding computes them side by side.
-        configs: kernel name -> :class:`~sparsedsl.gpu.kernel_config.Config` (tiles, warps, stages) in place of the default.
+        configs: kernel name -> :class:`~sparsedsl.gpu.kernel_config.Config` (tiles, warps, stages), taken as it is. The default is one
+            that neither spills nor is too large for the target, if there is one nearby.
         precision: of fp32 products, "ieee" or "tf32".
         wide: positions beyond 32 bits.
         remarks: also report what NVIDIA's assembler says about speed; doubles its time.
@@ -236,16 +246,35 @@ def build(
     shape = _shape(dtype, head_dim, head_dim_v, group, precision)
     version = load_triton().__version__
     given = dict(configs or {})
-    descriptors = any(config.descriptors for config in given.values())
-    variant = variant_of(pattern, head_dim=shape.head_dim, head_dim_v=shape.head_dim_v, wide=wide, descriptors=descriptors)
-    source = triton_source(pattern, variant)
-    chosen = _chosen(source, given, shape, target)
-    jobs = [job_of(source, kernel, shape, chosen[kernel.name], target) for kernel in source.kernels]
+    variant = variant_of(pattern, head_dim=shape.head_dim, head_dim_v=shape.head_dim_v, wide=wide)
+    sources = {"kernels.py": triton_source(pattern, variant)}
+    if any(config.descriptors for config in given.values()):
+        sources["kernels_descriptors.py"] = triton_source(pattern, dataclasses.replace(variant, descriptors=True))
+    names = [kernel.name for kernel in sources["kernels.py"].kernels]
+    if unknown := sorted(set(given) - set(names)):
+        raise PatternError(f"configs names {', '.join(unknown)}; the kernels of this pattern are {', '.join(names)}")
     kernels = {}
-    for kernel, job, binary in zip(source.kernels, jobs, compile_kernels(jobs, remarks=remarks), strict=True):
-        found = occupancy(binary.resources, target)
-        kernels[kernel.name] = BuiltKernel(kernel.purpose, job, binary, found, tuple(_problems(binary.resources, shape, job)))
-    return Build(pattern, target, shape, source.text, version, kernels)
+    for name in names:
+        source = sources["kernels_descriptors.py" if name in given and given[name].descriptors else "kernels.py"]
+        kernels[name] = _built(source, name, given.get(name), shape, target, remarks)
+    return Build(pattern, target, shape, {name: source.text for name, source in sources.items()}, version, kernels)
+
+
+def _built(source: TritonSource, name: str, given: Config | None, shape: Shape, target: Target, remarks: bool) -> BuiltKernel:
+    """One kernel: as it is told to be, or by default lighter where that does not fit or spills."""
+    kernel = source.kernel(name)
+
+    def compiled(config: Config) -> tuple[Job, Binary]:
+        job = job_of(source, kernel, shape, config, target)
+        return job, compile_kernels([job], remarks=remarks)[0]
+
+    if given is not None:
+        job, binary = compiled(given)
+    else:
+        default = default_config(name, shape, target)
+        _, (job, binary) = settled(name, default, target, compiled, lambda made: made[1].resources)
+    problems = tuple(_problems(binary.resources, shape, job))
+    return BuiltKernel(kernel.purpose, job, binary, occupancy(binary.resources, target), problems)
 
 
 def _shape(dtype: Any, head_dim: Any, head_dim_v: Any, group: Any, precision: Any) -> Shape:
@@ -260,14 +289,6 @@ def _shape(dtype: Any, head_dim: Any, head_dim_v: Any, group: Any, precision: An
     if precision not in PRECISIONS:
         raise PatternError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     return Shape(name, head_dim, width_v, group, precision)
-
-
-def _chosen(source: TritonSource, given: Mapping[str, Config], shape: Shape, target: Target) -> dict[str, Config]:
-    names = [kernel.name for kernel in source.kernels]
-    unknown = sorted(set(given) - set(names))
-    if unknown:
-        raise PatternError(f"configs names {', '.join(unknown)}; the kernels of this pattern are {', '.join(names)}")
-    return {name: given[name] if name in given else default_config(name, shape, target) for name in names}
 
 
 def _problems(resources: Resources, shape: Shape, job: Job) -> list[str]:

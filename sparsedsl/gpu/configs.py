@@ -45,16 +45,16 @@ _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
         "grad_kv": {32: (64, 64, 8, 3), 64: (32, 64, 8, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
     },
     "hopper": {
-        "forward": {32: (128, 64, 8, 3), 64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
+        "forward": {32: (128, 64, 8, 3), 64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
         "decode": {32: (16, 64, 4, 3), 64: (16, 64, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2)},
         "grad_q": {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "grad_kv": {32: (64, 128, 8, 3), 64: (64, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "grad_kv": {32: (64, 128, 8, 3), 64: (32, 128, 8, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
     },
     "blackwell": {
         "forward": {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
         "decode": {32: (16, 64, 4, 3), 64: (16, 64, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2)},
         "grad_q": {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
-        "grad_kv": {32: (64, 64, 8, 3), 64: (64, 64, 8, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "grad_kv": {32: (64, 64, 8, 3), 64: (64, 64, 8, 3), 128: (32, 64, 8, 1), 256: (32, 32, 8, 2)},
     },
     "cdna": {
         "forward": {32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
@@ -65,10 +65,10 @@ _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
 }
 # fp32 without matrix units: each thread holds whole rows of its operands.
 _SINGLE: dict[str, dict[int, tuple[int, int, int, int]]] = {
-    "forward": {32: (64, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
-    "decode": {32: (16, 32, 4, 2), 64: (16, 32, 4, 2), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
-    "grad_q": {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "grad_kv": {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "forward": {32: (32, 32, 4, 2), 64: (32, 32, 4, 2), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "decode": {32: (16, 32, 4, 2), 64: (16, 32, 4, 2), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "grad_q": {32: (32, 32, 4, 1), 64: (32, 32, 8, 1), 128: (32, 16, 4, 1), 256: (16, 16, 8, 1)},
+    "grad_kv": {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 
 
@@ -82,7 +82,10 @@ def default_config(kernel: str, shape: Shape, target: Target) -> Config:
         return Config(64 if shape.columns_v <= 128 else 32, 16, 4, 1)
     if kernel == "merge":
         return Config(16, 16, 4, 1)
-    width = next(width for width in (32, 64, 128, 256) if width >= max(shape.columns, shape.columns_v))
+    widths = [width for width in (32, 64, 128, 256) if width >= max(shape.columns, shape.columns_v)]
+    # A head in two blocks, as 96 = 64 + 32, takes more registers than one of the next power of two where both dK and dV are summed.
+    split = kernel == "grad_kv" and max(shape.columns, shape.columns_v) not in (16, *widths)
+    width = widths[min(split, len(widths) - 1)]
     table = _HALF[family(target)] if shape.matrix_units and shape.itemsize == 2 else _SINGLE
     config = Config(*table[kernel if kernel in table else "grad_q"][width])
     if kernel == "decode":

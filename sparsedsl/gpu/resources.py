@@ -128,7 +128,7 @@ def resources_of(compiled: Any, *, remarks: bool = False) -> Resources:
     assembly = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
     read = _amd if metadata.target.backend == "hip" else _nvidia
     registers, spills, local_bytes, said = read(compiled, assembly, remarks)
-    counts = ((name, len(re.findall(rf"(?<![\w.]){re.escape(name)}", assembly))) for name in MATRIX_INSTRUCTIONS)
+    counts = ((name, assembly.count(name)) for name in MATRIX_INSTRUCTIONS)
     return Resources(
         registers=registers, spills=spills, local_bytes=local_bytes, shared_bytes=metadata.shared,
         tensor_columns=getattr(metadata, "tmem_size", None) or 0, threads=metadata.num_warps * metadata.target.warp_size,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sparsedsl.gpu.autotune import Chosen, Unusable, choose
-from sparsedsl.gpu.configs import Config, Shape
+from sparsedsl.gpu.configs import Config, Shape, Work
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.gpu.resources import misfits, resources_of
 from sparsedsl.gpu.targets import Target, device_target, target_named
@@ -40,8 +40,10 @@ def chosen(kernel: str, shape: Shape, prepared: Prepared, run: Callable[[Config,
         measure = functools.partial(_seconds, run, device)
     written = f"{prepared.pattern.key} {variant.keys} {variant.queries} {variant.decode_keys} {variant.step} {variant.wide}"
     target = target_of(device)
-    key = tuning_key(written, kernel, shape, prepared.density, target)
-    found = choose(kernel, shape, target, key, measure, work=prepared.work)
+    # Decode meets another length at every step, so nothing is counted for it.
+    few = kernel in ("decode", "merge")
+    key = tuning_key(written, kernel, shape, "few queries" if few else prepared.density, target)
+    found = choose(kernel, shape, target, key, measure, work=Work() if few else prepared.work)
     if found.seconds is None and kernel in ("forward", "grad_q", "grad_kv"):
         heavy = prepared.heavy_last[kernel == "grad_kv"]
         # What loads through descriptors gain differs from GPU to GPU: they are taken where they were measured.

@@ -99,8 +99,8 @@ def test_a_burst_of_other_work_spoils_one_sample_of_all():
         if calls[config] == 3:
             return 10.0
         if config == CANDIDATES[1] and calls[config] == 2:
-            return 0.1
-        return 0.8 if config == fast else 1.0
+            return 0.05
+        return 0.8 if config == fast else 0.9
 
     assert tune(CANDIDATES[:3], measure).config == fast
     assert len(set(calls.values())) == 1, "samples are taken in rounds"
@@ -318,11 +318,22 @@ def test_threads_that_ask_at_once_measure_once(monkeypatch):
     assert len(most) < 2 * autotune._measurements(autotune.MOST_CANDIDATES)
 
 
-def test_a_child_forked_while_somebody_measures_is_not_stuck():
-    with autotune._lock:
-        child = multiprocessing.get_context("fork").Process(target=forward)
-        child.start()
+def test_a_child_forked_while_another_thread_measures_is_not_stuck():
+    held, done = threading.Event(), threading.Event()
+
+    def hold():
+        with autotune._lock:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    child = multiprocessing.get_context("fork").Process(target=forward)
+    child.start()
     child.join(30)
+    done.set()
+    thread.join()
     stuck = child.is_alive()
     child.kill()
     assert not stuck and child.exitcode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -17,11 +18,14 @@ import sparsedsl as sd
 from source_tree import ROOT
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
+from sparsedsl.codegen.to_triton import triton_source, variant_of
+from sparsedsl.gpu.aot import compile_kernels, job_of
 from sparsedsl.gpu.configs import Work, constants, default_config, refusal, space, split_count
 from sparsedsl.gpu.costs import Held, Tiles, banded_tiles, listed_tiles, ranked, seconds
 from sparsedsl.gpu.estimates import has_descriptors, impossible, registers, shared_bytes
 from sparsedsl.gpu.kernel_config import BLOCKS, WARPS, Config, Shape
 from sparsedsl.gpu.targets import TARGETS, target_named
+from sparsedsl.lang.pattern import as_pattern
 
 KERNELS = ("forward", "decode", "merge", "delta", "grad_q", "grad_kv", "grad_difference_0", "grad_table_0")
 SM_90 = target_named("sm_90")
@@ -252,6 +256,12 @@ def test_the_cost_model_moves_the_right_way(case):
     assert seconds(kernel, shape, target, config, tiles, dataclasses.replace(held, blocks=held.blocks + 1)) <= base * (1 + 1e-12)
 
 
+def test_spills_cost_time():
+    tiles = Tiles(1000, 100, 64, 20)
+    took = [seconds("forward", HALF, SM_90, Config(128, 64, 8, 2), tiles, Held(1, spills)) for spills in (0, 8, 64)]
+    assert took == sorted(set(took))
+
+
 def test_a_narrow_window_wants_smaller_tiles_than_a_wide_one():
     def best(width):
         tiles_at = lambda block: banded_tiles(16384, 16384, width, block, copies=16)  # noqa: E731
@@ -294,3 +304,16 @@ def test_full_attention_has_no_partial_tile():
 
 
 # ---- what the compiler says ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="compiling kernels needs Triton")
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_the_defaults_do_not_spill_and_the_estimate_of_shared_memory_holds(target):
+    """One pattern here, of head dims 64; the static library at 64 and 128 is built in the tests of `sd.build`."""
+    pattern = as_pattern(sd.kv_idx <= sd.q_idx)
+    source, found = triton_source(pattern, variant_of(pattern)), target_named(target)
+    for kernel in ("forward", "grad_q", "grad_kv"):
+        config = default_config(kernel, HALF, found)
+        (binary,) = compile_kernels([job_of(source, source.kernel(kernel), HALF, config, found)])
+        assert binary.resources.spills == 0, (kernel, config)
+        assert binary.resources.shared_bytes <= 1.5 * shared_bytes(kernel, HALF, found, config), (kernel, config)

@@ -103,7 +103,7 @@ def logits_of(case):
 
 
 @given(st.data(), kit.masks(depth=4), shapes())
-@settings(max_examples=250)
+@settings(max_examples=150)
 def test_masks_are_the_evaluators(folder, data, mask, case):
     tables = data.draw(kit.tables_for(mask, case))
     got, text = on_tile(mask.expr, case, tables, folder, real="tl.float64")
@@ -112,7 +112,7 @@ def test_masks_are_the_evaluators(folder, data, mask, case):
 
 
 @given(st.data(), kit.indices(depth=4), shapes(), st.sampled_from(("tl.int32", "tl.int64")))
-@settings(max_examples=250)
+@settings(max_examples=150)
 def test_integers_are_the_evaluators(folder, data, index, case, positions):
     tables = data.draw(kit.tables_for(index, case))
     got, text = on_tile(index.expr, case, tables, folder, real="tl.float64", positions=positions)
@@ -121,7 +121,7 @@ def test_integers_are_the_evaluators(folder, data, index, case, positions):
 
 
 @given(st.data(), kit.scores(depth=3), shapes())
-@settings(max_examples=250)
+@settings(max_examples=150)
 def test_scores_are_the_evaluators_within_rounding(folder, data, expression, case):
     tables = data.draw(kit.tables_for(expression, case))
     env = {**case.env, "score": logits_of(case), **tables}
