@@ -1,18 +1,20 @@
 """Ahead-of-time builds of every pattern of the library: do the kernels fit, do they spill, do they use matrix instructions? No GPU needed.
 
     python benchmarks/aot_resources.py               # everything, half an hour on two cores
-    python benchmarks/aot_resources.py --quick       # five patterns, sm_90 and gfx942, D 64: two minutes
+    python benchmarks/aot_resources.py --quick       # six cases, sm_90 and gfx942, D 64: two minutes
 
-Every pattern is built (``sd.build``) for every target and head dimension with the default tiles, in bf16. Nothing here is a time of a
-kernel: the numbers are read from the binaries, and do not depend on the machine. *kernels* counts all that are built; *spill* those whose
-registers go to memory; *without matrix* those that multiply matrices without an instruction for it; *not launchable* those that need more
-of something than a block can have; *best matrix* the share of forward and backward kernels with products that use the newest instruction
-of the target (warp groups on sm_90, tensor memory on sm_100). Decode tiles have as few rows as a group has heads, too few for a warp group.
+Every pattern is built (``sd.build``) for every target and head dimension with the tiles that it chooses, in bf16. Nothing here is a time
+of a kernel: the numbers are read from the binaries, and do not depend on the machine. *kernels* counts all that are built; *spill* those
+whose registers go to memory; *without matrix* those that multiply matrices without an instruction for it; *not launchable* those that need
+more of something than a block can have; *best matrix* the share of forward and backward kernels with products that use the newest
+instruction of the target (warp groups on sm_90, tensor memory on sm_100). Decode tiles have as few rows as a group has heads, too few for
+a warp group.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import tempfile
@@ -27,11 +29,14 @@ import measure
 from tqdm import tqdm
 
 import sparsedsl as sd
+from sparsedsl.gpu.configs import default_config
+from sparsedsl.gpu.estimates import has_descriptors
+from sparsedsl.gpu.kernel_config import Shape
 from sparsedsl.gpu.targets import TARGETS
 
 P = sd.patterns
 HEAD_DIMS = (64, 128)
-QUICK = ("causal", "sliding_window", "packed", "blocks", "relative_bias")
+QUICK = ("causal", "causal through descriptors", "sliding_window", "packed", "blocks", "relative_bias")
 
 # Every public name of the library that is an attention pattern, and forms of it that make other kernels.
 PATTERNS: dict[str, Callable[[], Any]] = {
@@ -43,6 +48,7 @@ PATTERNS: dict[str, Callable[[], Any]] = {
     "block_diffusion": lambda: P.block_diffusion(16),
     "blocks": lambda: P.blocks(),
     "causal": lambda: P.causal(),
+    "causal through descriptors": lambda: P.causal(),
     "chunked": lambda: P.causal() & P.chunked(8192),
     "dilated": lambda: P.dilated(64, 4),
     "document_prefix": lambda: P.document_prefix(),
@@ -76,6 +82,8 @@ PATTERNS: dict[str, Callable[[], Any]] = {
     "t5_bias": lambda: sd.attend(P.full(), score=P.t5_bias()),
     "tree": lambda: P.tree(),
 }
+# Kernels that can read K and V through tensor descriptors, in the cases whose name says so, where the target has them.
+WITH_DESCRIPTORS = ("forward", "decode", "grad_q")
 # Ingredients: an index or a slope, not a pattern.
 NO_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket"}
 
@@ -87,13 +95,25 @@ def build_one(name: str, target: str, head_dim: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="aot-resources-") as cache:  # hundreds of MiB over a whole run, if kept
         os.environ["TRITON_CACHE_DIR"] = cache
         try:
-            built = sd.build(PATTERNS[name](), target, "bfloat16", head_dim, remarks=target == "sm_90")
+            configs = descriptor_configs(target, head_dim) if name.endswith("descriptors") else None
+            built = sd.build(PATTERNS[name](), target, "bfloat16", head_dim, configs=configs, remarks=target == "sm_90")
         except sd.UnsupportedError as error:
             return record | {"error": str(error), "seconds": time.perf_counter() - start}
     for kernel_name, kernel in built.kernels.items():
         found = kernel.resources.to_json() | {"config": str(kernel.config), "limit": kernel.occupancy.limit}
         record["kernels"][kernel_name] = found | {"blocks": kernel.occupancy.blocks, "occupancy": kernel.occupancy.share}
     return record | {"problems": built.problems, "error": None, "seconds": time.perf_counter() - start}
+
+
+def descriptor_configs(target: str, head_dim: int) -> dict[str, Any]:
+    """The default tiles, read through descriptors; none where the target has no descriptors."""
+    shape = Shape("bfloat16", head_dim, head_dim)
+    if not has_descriptors(shape, TARGETS[target]):
+        return {}
+    return {
+        kernel: dataclasses.replace(default_config(kernel, shape, TARGETS[target]), descriptors=True)
+        for kernel in WITH_DESCRIPTORS
+    }
 
 
 def build_all(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -229,7 +249,7 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     """The command line, with everything that is not given filled in."""
     parser = argparse.ArgumentParser(description="What generated kernels take of a GPU, by pattern and target.")
     add = parser.add_argument
-    add("--quick", action="store_true", help="five patterns, sm_90 and gfx942, D 64")
+    add("--quick", action="store_true", help="six cases, sm_90 and gfx942, D 64")
     add("--patterns", nargs="+", choices=PATTERNS, metavar="NAME", help=f"default: all; {', '.join(PATTERNS)}")
     add("--targets", nargs="+", choices=TARGETS, help="default: all")
     add("--dims", nargs="+", type=int, metavar="D", help=f"head dimensions (default {', '.join(map(str, HEAD_DIMS))})")

@@ -86,7 +86,9 @@ def variant_of(
     if within is not None:
         keys = queries = "spans"
     seen = never_empty(mask)
-    safe = pattern.sink is not None or seen == "first" or (seen == "diagonal" and own_key)
+    # A sink out of a table may be -inf, which is no sink.
+    finite_sink = pattern.sink is not None and bool(pattern.sink.expr.is_finite) and pattern.sink.expr.is_number
+    safe = finite_sink or seen == "first" or (seen == "diagonal" and own_key)
     # A score may drop pairs itself.
     safe = safe and not pattern.has_score
     step = 1 if within is None else within.step

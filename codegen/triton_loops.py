@@ -90,13 +90,22 @@ class SpanLoop:
         if many:
             self._in_order(source)
         for i in range(len(self.spans)):
-            s = self._suffix(i)
-            source.line(f"head{s} = full_begin{s} - begin{s}")
-            source.line(f"full{s} = full_end{s} - full_begin{s}")
-            source.line(f"partial{s} = head{s} + end{s} - full_end{s}")
-        every = range(len(self.spans))
-        source.line(f"full_tiles = {' + '.join(f'full{self._suffix(i)}' for i in every)}")
-        source.line(f"partial_tiles = {' + '.join(f'partial{self._suffix(i)}' for i in every)}")
+            self._counts(source, i)
+        if many:
+            for kind in ("full", "partial"):
+                source.line(f"{kind}_tiles = {' + '.join(f'{kind}{self._suffix(i)}' for i in range(len(self.spans)))}")
+
+    def _counts(self, source: Source, i: int) -> None:
+        """How many full and partial tiles an interval has; ``head``: partial ones before its full ones."""
+        s = self._suffix(i)
+        full, partial = (f"{kind}{s or '_tiles'}" for kind in ("full", "partial"))
+        if self._first_at_zero(i):
+            source.line(f"{full} = full_end{s}")
+            source.line(f"{partial} = end{s} - full_end{s}")
+            return
+        source.line(f"head{s} = full_begin{s} - begin{s}")
+        source.line(f"{full} = full_end{s} - full_begin{s}")
+        source.line(f"{partial} = head{s} + end{s} - full_end{s}")
 
     @property
     def _rows(self) -> str:
@@ -123,7 +132,8 @@ class SpanLoop:
                 source.line(f"{end}{s} = tl.load({end}_{self.of}_{i}_ptr + {at})")
         else:
             first, last = self._end_exprs(i)
-            source.line(f"first{s} = {write_expression(source, first, names, real='tl.float64')}")
+            if not self._starts_at_zero(i):
+                source.line(f"first{s} = {write_expression(source, first, names, real='tl.float64')}")
             source.line(f"last{s} = {write_expression(source, last, names, real='tl.float64')}")
         if self.of == "queries":
             source.line(f"first{s} = tl.maximum(first{s} - q_offset, 0)")
@@ -152,6 +162,10 @@ class SpanLoop:
         span = self.spans[i]
         return self.of == "keys" and not span.searched and not span.conditions and span.ends[0] == 0
 
+    def _first_at_zero(self, i: int) -> bool:
+        """Whether it is the first interval and begins at key 0: then it begins with its full tiles."""
+        return i == 0 and self._starts_at_zero(0)
+
     def _touched(self, source: Source, i: int) -> None:
         s, block = self._suffix(i), self.block
         first, last = self._vector_ends(i)
@@ -159,21 +173,19 @@ class SpanLoop:
         def over(reduce: str, end: str, vector: bool) -> str:
             return f"tl.{reduce}({end}{s}, 0)" if vector else f"{end}{s}"
 
-        if self._starts_at_zero(i):
-            source.line(f"begin{s} = 0")
-        else:
-            source.line(f"begin{s} = {over('min', 'first', first)} // {block}")
-        source.line(f"end{s} = tl.maximum(({over('max', 'last', last)} + {block}) // {block}, begin{s})")
-        if self._starts_at_zero(i):
-            source.line(f"full_begin{s} = 0")
-        else:
-            source.line(f"full_begin{s} = ({over('max', 'first', first)} + {block} - 1) // {block}")
+        begin = "0" if self._starts_at_zero(i) else f"{over('min', 'first', first)} // {block}"
+        if not self._first_at_zero(i):
+            source.line(f"begin{s} = {begin}")
+        least = "0" if self._starts_at_zero(i) else f"begin{s}"
+        source.line(f"end{s} = tl.maximum(({over('max', 'last', last)} + {block}) // {block}, {least})")
+        if self._first_at_zero(i):
+            source.line(f"full_end{s} = tl.maximum(({over('min', 'last', last)} + 1) // {block}, 0)")
+            return
+        full_begin = "0" if self._starts_at_zero(i) else f"({over('max', 'first', first)} + {block} - 1) // {block}"
+        source.line(f"full_begin{s} = {full_begin}")
         source.line(f"full_end{s} = ({over('min', 'last', last)} + 1) // {block}")
-        if self._starts_at_zero(i):
-            source.line(f"full_end{s} = tl.maximum(full_end{s}, 0)")
-        else:
-            source.line(f"full_begin{s} = tl.where(full_begin{s} < full_end{s}, full_begin{s}, end{s})")
-            source.line(f"full_end{s} = tl.maximum(full_end{s}, full_begin{s})")
+        source.line(f"full_begin{s} = tl.where(full_begin{s} < full_end{s}, full_begin{s}, end{s})")
+        source.line(f"full_end{s} = tl.maximum(full_end{s}, full_begin{s})")
 
     def _in_order(self, source: Source) -> None:
         """Sort the intervals, then cut from each what those before it have visited."""
@@ -201,21 +213,19 @@ class SpanLoop:
                 source.line(f"reached = tl.maximum({before}, end{s})")
 
     def tile(self, source: Source, kind: str, number: str) -> None:
-        def of_interval(i: int, j: str) -> str:
-            s = self._suffix(i)
-            if kind == "full":
-                return f"full_begin{s} + {j}"
-            return f"tl.where({j} < head{s}, begin{s} + {j}, full_end{s} + {j} - head{s})"
-
-        text = ""
-        for i in reversed(range(len(self.spans))):
-            before = [f"{kind}{self._suffix(n)}" for n in range(i)]
-            j = f"({number} - {' - '.join(before)})" if before else number
-            mine = of_interval(i, j)
-            text = (
-                mine if not text else f"tl.where({number} < {' + '.join([*before, f'{kind}{self._suffix(i)}'])}, {mine}, {text})"
-            )
-        source.line(f"column = {text}" if text else "column = 0")
+        for i in range(len(self.spans)):
+            s, j, before = self._suffix(i), number, " + ".join(f"{kind}{self._suffix(n)}" for n in range(i))
+            if before:
+                j = "j"
+                source.line(f"j = {number} - {f'({before})' if i > 1 else before}")
+            mine = j if self._first_at_zero(i) else f"full_begin{s} + {j}"
+            if kind == "partial" and self._first_at_zero(i):
+                mine = f"full_end{s} + {j}"
+            elif kind == "partial":
+                mine = f"tl.where({j} < head{s}, begin{s} + {j}, full_end{s} + {j} - head{s})"
+            source.line(f"column = tl.where(j < 0, column, {mine})" if before else f"column = {mine}")
+        if not self.spans:
+            source.line("column = 0")
 
     def condition(self, source: Source, names: TritonNames) -> str:
         parts = []

@@ -360,7 +360,9 @@ class Writer:
         expr = self.pattern.score.expr
         if SCORE not in expr.free_symbols:
             text = f"tl.zeros_like(s) + ({text})"
-        self.source.line(f'x = tl.where({condition}, {text}, float("-inf"))' if condition else f"x = {text}")
+        self.source.line(f"x = {text}")
+        if condition:
+            self.source.line(f'x = tl.where({condition}, x, float("-inf"))')
 
     # ---- loops ----
 

@@ -9,8 +9,9 @@ SPARSEDSL_TUNE     cached (default), off, full               what is measured on
 =================  ========================================  ==========================================================
 
 ``SPARSEDSL_TUNE=cached`` uses what is remembered in the cache folder and measures once what is missing; ``off`` takes built-in numbers,
-and nothing is measured, read or written, so that the same call makes the same choices everywhere; ``full`` measures anew in this
-process, once, and remembers the result.
+and nothing is measured, read or written, so that the same call makes the same choices everywhere; ``full`` measures the processor anew
+in this process, once, and remembers the result. Of generated kernels ``cached`` measures none: it takes what is remembered, else what
+a cost model expects; ``full`` measures what is not remembered, at the first call that needs it (up to a minute a kernel).
 """
 
 from __future__ import annotations

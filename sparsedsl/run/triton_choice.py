@@ -14,8 +14,9 @@ from sparsedsl.gpu.autotune import Chosen, Unusable, choose
 from sparsedsl.gpu.configs import Config, Shape, Work
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.gpu.resources import misfits, resources_of
+from sparsedsl.gpu.settling import settled
 from sparsedsl.gpu.targets import Target, device_target, target_named
-from sparsedsl.gpu.tuning_records import tuning_key
+from sparsedsl.gpu.tuning_records import TuningKey, tuning_key
 from sparsedsl.run.triton_prepared import Prepared
 
 __all__ = ["SMALL", "chosen", "target_of"]
@@ -48,11 +49,28 @@ def chosen(kernel: str, shape: Shape, prepared: Prepared, run: Callable[[Config,
         heavy = prepared.heavy_last[kernel == "grad_kv"]
         # What loads through descriptors gain differs from GPU to GPU: they are taken where they were measured.
         found = replace(found, config=replace(found.config, heavy_first=heavy, descriptors=False))
+    if found.seconds is None and run is not None and device.type == "cuda":
+        return _settled(kernel, found, target, key, run)
     return found
 
 
+# Configs that were not measured, as they were found to fit: what a pattern reads takes room that no estimate knows of.
+_fitting: dict[tuple[TuningKey, Config], Config] = {}
+
+
+def _settled(kernel: str, found: Chosen, target: Target, key: TuningKey, run: Callable[[Config, bool], Any]) -> Chosen:
+    """The same choice if its kernel fits and spills nothing, else the nearest lighter one; compiled once, not launched."""
+    known = _fitting.get((key, found.config))
+    if known is None:
+        known = settled(kernel, found.config, target, lambda config: run(config, True), resources_of)[0]
+        _fitting[key, found.config] = known
+    if known == found.config:
+        return found
+    return replace(found, config=known, source=f"{found.source}, lighter: {found.config} did not fit")
+
+
 def _seconds(run: Callable[[Config, bool], Any], device: torch.device, config: Config) -> float | Unusable:
-    """Median seconds of a launch; nothing is launched that does not fit or spills."""
+    """Median seconds of a launch; nothing is launched that does not fit. What spills may still be the fastest: the clock decides."""
     found = resources_of(run(config, True))
     reasons = misfits(found, target_of(device))
     if reasons:

@@ -82,8 +82,9 @@ def test_spans_of_random_masks(mask, case, of, data):
 
 
 SIMPLE = st.sampled_from(
-    ["kv_idx <= q_idx", "q_idx - kv_idx < {0}", "kv_idx < {0}", "q_idx >= {0}", "q_idx // {1} == kv_idx // {1}", "doc[q_idx] == doc[kv_idx]",
-     "kv_idx >= start[q_idx]", "q_idx - kv_idx < width[h]", "kv_idx < used[b]", "{1} * kv_idx - q_idx <= {0}", "kv_idx // {1} >= q_idx - {0}",
+    ["kv_idx <= q_idx", "q_idx - kv_idx < {0}", "kv_idx < {0}", "q_idx >= {0}", "q_idx // {1} == kv_idx // {1}",
+     "doc[q_idx] == doc[kv_idx]", "kv_idx >= start[q_idx]", "q_idx - kv_idx < width[h]", "kv_idx < used[b]",
+     "{1} * kv_idx - q_idx <= {0}", "kv_idx // {1} >= q_idx - {0}",
      "kv_len - kv_idx > {0}", "q_len - q_idx > {0}", "keep[q_idx]", "-3 * kv_idx >= {0} - 2 * q_idx", "start[doc[q_idx]] <= kv_idx",
      "q_idx - kv_idx > h * {1} - b", "group[q_idx] != 2", "kv_idx >= rank[h, q_idx]", "doc[kv_idx] <= {1}"]
 )  # fmt: skip
@@ -222,7 +223,10 @@ def test_why_rows_are_never_empty():
 
 @pytest.mark.parametrize(
     ("mask", "step"),
-    [(causal & ((q_idx - kv_idx) % 4 == 0) & (q_idx - kv_idx < 30), 4), ((abs(q_idx - kv_idx) < 20) & ((kv_idx - q_idx) % 3 == 0), 3)],
+    [
+        (causal & ((q_idx - kv_idx) % 4 == 0) & (q_idx - kv_idx < 30), 4),
+        ((abs(q_idx - kv_idx) < 20) & ((kv_idx - q_idx) % 3 == 0), 3),
+    ],
     ids=str,
 )
 def test_within_a_residue_the_mask_is_that_of_the_whole(mask, step):

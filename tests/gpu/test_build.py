@@ -17,6 +17,7 @@ import sparsedsl as sd
 from source_tree import ROOT
 from sparsedsl.cli import main
 from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
+from sparsedsl.gpu.configs import default_config
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import TARGETS
 
@@ -86,6 +87,26 @@ def test_configs_of_ones_own_and_what_is_wrong_with_them():
     assert any(problem.startswith(f"forward: {built.spills['forward']} bytes of each thread's") for problem in built.problems)
     assert built.occupancy["forward"].blocks == 0
     assert all(f"  ! {problem}" in str(built) for problem in built.problems)
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_tensor_descriptors(target, tmp_path):
+    configs = {"forward": Config(128, 64, 8, 3, descriptors=True)}
+    built = sd.build(WINDOW, target, head_dim=64, configs=configs)
+    assert [name for name, kernel in built.kernels.items() if kernel.config.descriptors] == ["forward"]
+    assert "cp.async.bulk.tensor" in built.kernels["forward"].binary.assembly
+    assert "cp.async.bulk.tensor" not in built.kernels["grad_q"].binary.assembly
+    folder = built.save(tmp_path / "kernels")
+    assert "\n\n".join((folder / name).read_text() for name in ("kernels.py", "kernels_descriptors.py")) == built.source
+    assert "tensordesc<bf16[1,1,64,64]>" in (folder / "report.json").read_text()
+
+
+@needs_triton
+def test_a_table_that_needs_more_than_the_estimates_know_gets_smaller_tiles():
+    built = sd.build(sd.attend(sd.patterns.causal(), score=sd.patterns.relative_bias(64)), "sm_90", head_dim=64)
+    assert built.problems == []
+    assert built.kernels["forward"].config != default_config("forward", built.shape, built.target)
 
 
 def test_what_is_a_problem_and_for_whom():

@@ -19,7 +19,9 @@ doc, start, order = sd.table("doc", monotone=True), sd.table("start", monotone=T
 limit, width, keep = sd.table("limit"), sd.table("width"), sd.table("keep", dtype=bool)
 picked, per_head = sd.table("picked", dtype=bool), sd.table("per_head", dtype=bool)
 slope, bias = sd.table("slope", dtype=float), sd.table("bias", learned=True)
-near, rows, columns, pairs, sink = (sd.table(name, learned=True) for name in ("near", "rows", "columns", "pairs", "sink"))
+near, rows, columns, pairs, sink, cubes = (
+    sd.table(name, learned=True) for name in ("near", "rows", "columns", "pairs", "sink", "cubes")
+)
 distance = sd.clamp(q_idx - kv_idx, 0, 99)
 
 TABLES = {
@@ -38,6 +40,7 @@ TABLES = {
     "columns": lambda: tensor(120, seed=14),
     "pairs": lambda: tensor(120, 120, seed=15),
     "sink": lambda: tensor(6, seed=16),
+    "cubes": lambda: tensor(6, 8, 8, seed=17),
 }
 
 PATTERNS = {
@@ -73,6 +76,8 @@ PATTERNS = {
     "an order of its own": order[kv_idx] <= order[q_idx],
     "scattered": (q_idx * kv_idx) % 7 < 2,
     "scattered by batch entry": (q_idx * kv_idx + b) % 3 < 2,
+    "blocks by batch entry and head": (q_idx // 16 + kv_idx // 16 + b + 2 * h) % 4 == 0,
+    "scattered blocks": (q_idx // 16 * 2 + kv_idx // 16) % 3 < 2,
     "against the diagonal": (q_idx + kv_idx <= 60) & (q_idx + kv_idx >= 40),
     "soft cap": sd.attend(causal, score=sd.tanh(score / 2) * 2),
     "ALiBi": sd.attend(causal, score=score - slope[h] * (q_idx - kv_idx)),
@@ -98,6 +103,7 @@ PATTERNS = {
     "learned, by query and by key": sd.attend(causal, score=score + rows[h, q_idx] * columns[kv_idx]),
     "learned, by pair": sd.attend(abs(q_idx - kv_idx) < 12, score=score * pairs[q_idx, kv_idx]),
     "learned, by pair of blocks": sd.attend(causal, score=score + pairs[q_idx // 16, kv_idx // 16]),
+    "learned, by head and pair of blocks": sd.attend(causal, score=score + cubes[h, q_idx // 16, kv_idx // 16]),
     "learned, by batch entry and head": sd.attend(causal, score=score + bias[b, h] * (kv_idx % 3)),
     "learned, one table in four places": sd.attend(
         causal, score=score + columns[q_idx] + columns[kv_idx] * columns[distance] - columns[(q_idx * kv_idx) % 50]
@@ -109,7 +115,15 @@ LENGTHS = ((37, 37, 0), (20, 50, 30), (33, 18, 0), (40, 32, 3), (18, 64, 25))
 BLOCKS = itertools.cycle(((16, 16), (16, 32), (32, 16)))
 
 
-def qkv(q_length: int, kv_length: int, *, batch: int = 1, heads: tuple[int, int] = (2, 1), dims: tuple[int, int] = (16, 16), **words: Any) -> Any:
+def qkv(
+    q_length: int,
+    kv_length: int,
+    *,
+    batch: int = 1,
+    heads: tuple[int, int] = (2, 1),
+    dims: tuple[int, int] = (16, 16),
+    **words: Any,
+) -> Any:
     sizes = (heads[0], q_length, dims[0]), (heads[1], kv_length, dims[0]), (heads[1], kv_length, dims[1])
     return [tensor(batch, *size, seed=seed, **words) for seed, size in enumerate(sizes)]
 
@@ -119,7 +133,9 @@ def assert_right(pattern: Any, q: Any, k: Any, v: Any, **words: Any) -> None:
     attn = sd.compile(pattern, backend="triton")
     tables = {name: TABLES[name]() for name in attn.pattern.tables}
     compared = assert_matches_reference(attn, q, k, v, **tables, **words)
-    assert set(compared) == {"out", "lse", "dq", "dk", "dv"} | {f"d{n}" for n, spec in attn.pattern.tables.items() if spec.learned}
+    assert set(compared) == {"out", "lse", "dq", "dk", "dv"} | {
+        f"d{n}" for n, spec in attn.pattern.tables.items() if spec.learned
+    }
 
 
 @pytest.mark.parametrize(
@@ -135,9 +151,16 @@ def test_patterns(name, lengths, block, monkeypatch):
 
 # ---- decode ------------------------------------------------------------------------------------------------------------------------
 
-DECODED = ("causal", "window and sinks", "documents", "windows by head", "blocks by head", "dilated", "learned sink", "soft cap",
+DECODED = ("causal", "blocks by head", "documents", "windows by head", "window and sinks", "dilated", "learned sink", "soft cap",
            "learned, by query and by key")  # fmt: skip
-CALLS = ((1, (2, 1), 1), (1, (5, 1), 3), (3, (6, 2), 2), (16, (3, 1), 1), (7, (2, 2), 4), (1, (4, 1), 5))  # queries, heads, splits
+CALLS = (
+    (1, (2, 1), 1),
+    (1, (5, 1), 3),
+    (3, (6, 2), 2),
+    (16, (3, 1), 1),
+    (7, (2, 2), 4),
+    (1, (4, 1), 5),
+)  # queries, heads, splits
 
 
 @pytest.mark.parametrize(("name", "call"), list(zip(DECODED, itertools.cycle(CALLS), strict=False)))
@@ -145,6 +168,11 @@ def test_decode(name, call, monkeypatch):
     queries, heads, splits = call
     monkeypatch.setattr(triton_kernel, "split_count", lambda *words: splits)
     assert_right(PATTERNS[name], *qkv(queries, 83, heads=heads, dims=(16, 24)), q_offset=83 - queries)
+
+
+@pytest.mark.parametrize("lengths", [(37, 32), (32, 37)], ids=str)
+def test_full_tiles_of_lists_where_one_side_is_ragged(lengths):
+    assert_right(PATTERNS["scattered blocks"], *qkv(*lengths))
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 0), (1, 70, 0), (5, 2, 0), (16, 9, 40), (17, 3, 0)], ids=str)
@@ -217,6 +245,19 @@ def test_longest_tiles_first(monkeypatch):
     monkeypatch.setattr(triton_choice, "SMALL", Config(16, 16, 4, 1, heavy_first=True))
     assert_right(PATTERNS["causal"], *qkv(37, 37))
     assert_right(PATTERNS["dilated"], *qkv(37, 37))
+
+
+@pytest.mark.parametrize("name", ["window and sinks", "documents", "blocks", "dilated", "learned, by query and by key"])
+def test_keys_through_tensor_descriptors(name, monkeypatch):
+    launched = []
+    launch = triton_kernel.launch
+    monkeypatch.setattr(
+        triton_kernel, "launch", lambda source, *words, **more: launched.append(source) or launch(source, *words, **more)
+    )
+    monkeypatch.setattr(triton_choice, "SMALL", Config(16, 16, 4, 1, descriptors=True))
+    for lengths, dims in (((37, 41, 4), (16, 32)), ((3, 41, 38), (16, 16)), ((20, 20, 0), (24, 16))):
+        assert_right(PATTERNS[name], *qkv(*lengths[:2], dims=dims), q_offset=lengths[2])
+    assert any("k_desc" in source.text for source in launched) == (name != "dilated")
 
 
 def test_one_compiled_pattern_at_many_shapes():

@@ -100,7 +100,8 @@ READS = {
 }  # fmt: skip
 MASKS = ("kv_idx <= q_idx", "True", "(kv_idx <= q_idx) & (q_idx - kv_idx < 12)", "(q_idx * kv_idx) % 3 < 2", "q_idx - kv_idx > 9",
          "kv_idx <= q_idx - 4 * h", "doc[q_idx] == doc[kv_idx]", "keep[kv_idx]")  # fmt: skip
-SCORES = ("score + {0}", "score * {0}", "tanh(score * {0}) * 2 + {1}", "score + {0} * {1}", "where(kv_idx % 2 == 0, score + {0}, score * {1})",
+SCORES = ("score + {0}", "score * {0}", "tanh(score * {0}) * 2 + {1}", "score + {0} * {1}",
+          "where(kv_idx % 2 == 0, score + {0}, score * {1})",
           "maximum(score, {0}) - {1}", "{0} - {1}", "score * (1 + {0} * {0})", "score - abs({0}) * (q_idx - kv_idx) * 0.1")  # fmt: skip
 LENGTHS = {"b": 2, "h": 4}
 
