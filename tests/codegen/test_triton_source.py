@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ast
 import functools
-import itertools
 import inspect
+import itertools
 import types
 from collections import Counter
 from typing import Any
