@@ -78,8 +78,9 @@ TABLES: dict[str, Case] = {
 }
 
 LOWERINGS: dict[str, Case] = {
-    "backend to come": (lambda: sd.compile(CAUSAL, backend="triton"), sd.PatternError, "backend must be one of 'auto', 'reference', 'tiled', 'flex'; got 'triton' (`triton` is not part of this release)"),
-    "no backend": (lambda: sd.compile(CAUSAL, backend="numpy"), sd.PatternError, "backend must be one of 'auto', 'reference', 'tiled', 'flex'; got 'numpy'"),
+    "triton on CPU": (lambda: sd.compile(CAUSAL, backend="triton")(*qkv()), sd.UnsupportedError, "backend 'triton' cannot run this call: the generated kernels need a GPU (on CPU Triton's interpreter runs them, very slowly, if TRITON_INTERPRET=1 is set before Python starts). Use backend='tiled', which runs everywhere"),
+    "float64 in triton": (lambda: sd.compile(CAUSAL, backend="triton")(*qkv(dtype=torch.float64)), sd.UnsupportedError, "backend 'triton' cannot run this call: the generated kernels have no float64. Use backend='tiled', which runs everywhere"),
+    "no backend": (lambda: sd.compile(CAUSAL, backend="numpy"), sd.PatternError, "backend must be one of 'auto', 'reference', 'tiled', 'flex', 'triton'; got 'numpy'"),
     "a function": (lambda: sd.compile(lambda b, h, q, k: q >= k), sd.PatternError, "trace FlexAttention functions first: sd.trace_mask(function)"),
     "an index": (lambda: sd.compile(q_idx), sd.PatternError, "pattern must be a Mask or a Pattern; got Index(q_idx) (Index)"),
     "float64 in flex": (lambda: flex(*qkv(dtype=torch.float64)), sd.UnsupportedError, "backend 'flex' cannot run this call: FlexAttention has no float64. Use backend='tiled' (torch's dense products on the tiles of the pattern, with gradients and the LSE) or backend='reference' (dense); or cast to float32: q.float()"),

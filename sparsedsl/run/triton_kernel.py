@@ -292,5 +292,6 @@ def missing(device: str) -> str | None:
     except UnsupportedError as error:
         return str(error)
     return (
-        "they need a GPU (on CPU Triton's interpreter runs them, very slowly, if TRITON_INTERPRET=1 is set before Python starts)"
+        "the generated kernels need a GPU (on CPU Triton's interpreter runs them, very slowly, "
+        "if TRITON_INTERPRET=1 is set before Python starts)"
     )

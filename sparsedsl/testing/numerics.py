@@ -204,7 +204,9 @@ def _magnitudes(
     d_out = cotangents[0].detach().cpu().double()
     d_lse = torch.zeros(q.shape[:3]) if cotangents[1] is None else cotangents[1].detach().cpu().double()
     # d_scores = weights * (d_weights - their weighted mean + d_lse)
-    d_weights = torch.einsum("bhqd,bhkd->bhqk", d_out.abs(), v.abs())
+    d_weights = torch.einsum("bhqd,bhkd->bhqk", d_out, v).abs()
+    # Where a product cancels, what was rounded on the way is as large as its terms, which add up as the root of their squares.
+    d_weights = torch.maximum(d_weights, torch.einsum("bhqd,bhkd->bhqk", d_out.square(), v.square()).sqrt())
     mean = (terms.weights * d_weights).sum(dim=3, keepdim=True)
     d_scores = terms.weights * (d_weights + mean + d_lse.abs()[..., None])
     d_logits = d_scores * terms.slopes.abs() * scale

@@ -53,7 +53,7 @@ def library() -> dict[str, Any]:
     return found
 
 
-LIBRARY = library()
+LIBRARY = dict(sorted(library().items()))  # in one order in all processes
 # What the loops of these can be told from their text; no scores, which may hold any condition.
 SPANS = {
     "full": True,

@@ -153,7 +153,9 @@ def test_plain_functions_give_the_patterns_values():
 
 
 def test_backend_names():
-    with pytest.raises(sd.PatternError, match="backend must be one of 'auto', 'reference', 'tiled', 'flex'; got 'fast'"):
+    with pytest.raises(
+        sd.PatternError, match="backend must be one of 'auto', 'reference', 'tiled', 'flex', 'triton'; got 'fast'"
+    ):
         sd.compile(causal, backend="fast")
 
 
