@@ -1,7 +1,8 @@
 """Generated kernels, interpreted, against plain attention in float64: random patterns, tables, shapes, dtypes, layouts, tile sizes."""
 
-from __future__ import ast
+from __future__ import annotations
 
+import ast
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
