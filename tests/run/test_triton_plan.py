@@ -72,7 +72,7 @@ def test_on_cpu_it_says_what_it_needs():
     pytest.importorskip("triton")
     assert missing("cuda") is None
     q, k, v = (tensor(1, 2, 20, 16, seed=seed) for seed in range(3))
-    with pytest.raises(sd.UnsupportedError, match=r"they need a GPU .*TRITON_INTERPRET=1.*Use backend='tiled'"):
+    with pytest.raises(sd.UnsupportedError, match=r"the generated kernels need a GPU .*TRITON_INTERPRET=1.*Use backend='tiled'"):
         sd.compile(causal, backend="triton")(q, k, v)
 
 
