@@ -29,8 +29,10 @@ def lighter(kernel: str, config: Config) -> Iterator[Config]:
     half_m = config.block_m if kernel == "decode" else max(NARROWEST, config.block_m // 2)
     half_n = max(NARROWEST, config.block_n // 2)
     fewer = max(1, config.stages - 1)
+    # In the pass over keys the rows of all products are keys: halved first, they would be too few for the newest instructions.
+    halves = (replace(config, block_n=half_n), replace(config, block_m=half_m))
     tries = (
-        replace(config, stages=fewer), replace(config, block_n=half_n), replace(config, block_m=half_m),
+        replace(config, stages=fewer), *(reversed(halves) if kernel == "grad_kv" else halves),
         replace(config, block_m=half_m, block_n=half_n), replace(config, block_m=half_m, block_n=half_n, stages=1),
     )  # fmt: skip
     yield from (one for one in dict.fromkeys(tries) if one != config)
