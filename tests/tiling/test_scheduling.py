@@ -23,11 +23,13 @@ causal = kv_idx <= q_idx
 shape = HeadShape(group=2, strips_of=4, head_dim=64, head_dim_v=64)
 
 
-def rows_of(plan: LanePlan, group: int, domain: Domain) -> torch.Tensor:
-    """How often each query row of a group is in a strip of a lane, ``(rows,)``."""
+def rows_of(plan: LanePlan, group: int, groups: tuple[int, int], domain: Domain) -> torch.Tensor:
+    """How often each query row of a group, one of ``(batch, heads)``, is in a strip of a lane, ``(rows,)``."""
     seen = torch.zeros(domain.rows, dtype=torch.int32)
     if plan.lists is not None:
-        listed = (plan.lists.full.counts + plan.lists.partial.counts).reshape(-1, plan.lists.shape[2])[group]
+        # A lane's mask may read less than the whole: its lists are then the same for all heads, or for all batch entries.
+        (batch, heads), (b, h) = plan.lists.shape[:2], divmod(group, groups[1])
+        listed = (plan.lists.full.counts + plan.lists.partial.counts)[b % batch, h % heads]
         seen += (listed > 0).repeat_interleave(plan.lists.block[0])[: domain.rows]
         return seen
     for family in plan.families:
@@ -40,7 +42,7 @@ def rows_of(plan: LanePlan, group: int, domain: Domain) -> torch.Tensor:
 
 def assert_promises_hold(schedule: Schedule, domain: Domain) -> None:
     for group in range(schedule.groups[0] * schedule.groups[1]):
-        seen = [rows_of(plan, group, domain) for plan in schedule.lanes]
+        seen = [rows_of(plan, group, schedule.groups, domain) for plan in schedule.lanes]
         assert all(int(rows.max()) <= 1 for rows in seen), "two strips of one lane share a query"
         together = torch.stack(seen).sum(0) if seen else torch.zeros(domain.rows)
         assert schedule.overlap or int(together.max()) <= 1, "two lanes share a query, and their results are not merged"
