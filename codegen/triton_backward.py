@@ -81,9 +81,7 @@ def write_delta(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
         writer.head("grad_out", "h")
         source.line(f"row = {writer.number('BLOCK_M', 'tile')} + tl.arange(0, BLOCK_M)")
         source.line("inside = row < rows")
-        for part in writer.v_parts:
-            first = f"{part.first} + " if part.first else ""
-            source.line(f"{part.name} = {first}tl.arange(0, {part.width})")
+        writer.dims(of_v=True)
         source.line("delta = tl.zeros([BLOCK_M], tl.float32)")
         writer.load("out", "out", writer.v_parts, "row", "inside")
         writer.load("grad_out", "grad", writer.v_parts, "row", "inside")

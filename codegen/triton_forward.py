@@ -194,9 +194,7 @@ def write_merge(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
     with writer.define():
         source.line("line = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)")
         source.line("inside = line < lines")
-        for part in writer.v_parts:
-            first = f"{part.first} + " if part.first else ""
-            source.line(f"{part.name} = {first}tl.arange(0, {part.width})")
+        writer.dims(of_v=True)
         source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32)")
         source.line("total = tl.zeros([BLOCK_M], tl.float32)")
         for part in writer.v_parts:

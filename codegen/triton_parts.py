@@ -178,7 +178,7 @@ class Writer:
 
     # ---- names ----
 
-    def names(self, place: str, **replaced: str) -> TritonNames:
+    def names(self, place: str) -> TritonNames:
         """What symbols are called: "queries" and "keys" as vectors of one axis, "tile" with queries as rows, "turned" with keys as rows."""
         q, kv = {
             "queries": ("q_idx", "kv_idx"),
@@ -187,8 +187,7 @@ class Writer:
             "turned": ("q_idx[None, :]", "kv_idx[:, None]"),
         }[place]
         h = "h[:, None]" if self.packed and place == "tile" else "h"
-        symbols = {"b": "b", "h": h, "q_idx": q, "kv_idx": kv, "q_len": "q_len", "kv_len": "kv_len", "score": "score"}
-        symbols |= {"lane": "lane"} | replaced
+        symbols = {"h": h, "q_idx": q, "kv_idx": kv} | {name: name for name in ("b", "q_len", "kv_len", "score", "lane")}
         tables = {
             name: TableNames(f"{name}_table", tuple(f"{name}_size_{i}" for i in range(rank)))
             for name, rank in self.pattern.table_ranks.items()
@@ -252,9 +251,10 @@ class Writer:
         """
         self.source.line(f"{name}_stride_row = {name}_stride_row // ALIGN * ALIGN")
 
-    def dims(self) -> None:
-        """The dimensions of heads, as vectors."""
-        for part in self.d_parts + tuple(p for p in self.v_parts if p.name not in {q.name for q in self.d_parts}):
+    def dims(self, *, of_v: bool = False) -> None:
+        """The dimensions of heads, as vectors; ``of_v``: of v and the output alone."""
+        others = () if of_v else self.d_parts
+        for part in others + tuple(p for p in self.v_parts if p not in others):
             first = f"{part.first} + " if part.first else ""
             self.source.line(f"{part.name} = {first}tl.arange(0, {part.width})")
 

@@ -6,8 +6,8 @@ The records lie beside those of the kernels' configs and are as safe: nothing th
 from __future__ import annotations
 
 import logging
-import statistics
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -15,19 +15,15 @@ import torch
 from sparsedsl.gpu.configs import Shape
 from sparsedsl.gpu.tuning_records import tuning_key
 from sparsedsl.run.inputs import Call
-from sparsedsl.run.triton_choice import target_of
+from sparsedsl.run.triton_choice import median_seconds, target_of
 from sparsedsl.settings import settings, tune_mode
 from sparsedsl.tuning.store import Store
 
-__all__ = ["Fastest", "fastest_backend"]
+__all__ = ["fastest_backend"]
 
 KIND = "backend"
-SAMPLES = 5
 
 logger = logging.getLogger("sparsedsl")
-
-# From backends that can run the call to the fastest and why it is known to be, or None.
-Fastest = Callable[[Sequence[str]], "tuple[str, str] | None"]
 
 _known: dict[Any, tuple[str, str] | None] = {}
 
@@ -53,7 +49,7 @@ def fastest_backend(
             if torch.cuda.is_current_stream_capturing():
                 del _known[known]
                 return None
-            _known[known] = _measured(key, backends, run)
+            _known[known] = _measured(key, backends, run, call.q.device)
     return _known[known]
 
 
@@ -68,13 +64,13 @@ def _recalled(key: dict[str, Any], backends: Sequence[str]) -> tuple[str, str] |
     return record["fastest"], f"measured to be the fastest on {record['date']}"
 
 
-def _measured(key: dict[str, Any], backends: Sequence[str], run: Callable[[str], Callable[[], Any]]) -> tuple[str, str] | None:
-    from datetime import UTC, datetime
-
+def _measured(
+    key: dict[str, Any], backends: Sequence[str], run: Callable[[str], Callable[[], Any]], device: torch.device
+) -> tuple[str, str] | None:
     took: dict[str, float] = {}
     for backend in backends:
         try:
-            took[backend] = _seconds(run(backend))
+            took[backend] = median_seconds(run(backend), device)
         except Exception as error:  # a compiler, memory: a candidate may fail in any way, the call goes on with another
             logger.info("backend %s was not measured: %s: %s", backend, type(error).__name__, error)
     if not took:
@@ -83,17 +79,3 @@ def _measured(key: dict[str, Any], backends: Sequence[str], run: Callable[[str],
     date = datetime.now(UTC).isoformat(timespec="seconds")[:10]
     _store().put(key, {"fastest": best, "date": date, "seconds": took})
     return best, "measured just now: " + ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in took.items())
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    """Median of a few calls, after one that compiles and prepares."""
-    call()
-    took = []
-    for _ in range(SAMPLES):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        took.append(start.elapsed_time(end) * 1e-3)
-    return statistics.median(took)

@@ -128,7 +128,7 @@ class Attention:
             call_facts(call, return_lse),
             self.backend,
             costs=lambda: self.costs(call.domain, sizes_of(call)),
-            missing=missing,
+            missing=self.missing,
             fastest=lambda backends: self._fastest(call, backends),
         )
         if call.is_empty or plan.backend == "reference":
@@ -143,7 +143,7 @@ class Attention:
 
     def _fastest(self, call: Call, backends: tuple[str, ...]) -> tuple[str, str] | None:
         """The backend that was measured to be the fastest for calls like this one."""
-        if tune_mode() == "off" or is_transformed(call.q, call.k, call.v, *call.tables.values()):
+        if "triton" not in backends or tune_mode() == "off" or is_transformed(call.q, call.k, call.v, *call.tables.values()):
             return None
 
         def run(backend: str) -> Callable[[], Any]:
@@ -159,7 +159,7 @@ class Attention:
 
             return once
 
-        return fastest_backend(self.pattern.key, self._triton.schedule(call).density, call, backends, run)
+        return fastest_backend(self.pattern.key, self._triton.density(call), call, backends, run)
 
     def _run_flex(self, block: tuple[int, int], return_lse: bool, call: Call) -> Any:
         return self._kernel.run(call, self.lists(call.domain, block), return_lse=return_lse)
@@ -171,6 +171,10 @@ class Attention:
     @functools.cached_property
     def _triton(self) -> TritonKernel:
         return TritonKernel(self.pattern, self.lists)
+
+    def missing(self, device: str) -> str | None:
+        """Why generated kernels of this pattern cannot run on a kind of device ("cpu", "cuda"), or None."""
+        return missing(device) or self._triton.refusal
 
     def kernels(self, domain: Domain, device: str, shape: Shape, *, grad: bool) -> tuple[str, ...]:
         """How `triton` would find its tiles and launch its kernels, in words."""

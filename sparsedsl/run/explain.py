@@ -19,7 +19,6 @@ from sparsedsl.lang.printing import expression_text
 from sparsedsl.plan import CallFacts, Plan, choose
 from sparsedsl.run.inputs import bind_tables
 from sparsedsl.run.tiled_kernel import HeadSizes
-from sparsedsl.run.triton_kernel import missing
 from sparsedsl.tiling.schedule import Schedule
 
 __all__ = ["Explanation", "explain"]
@@ -68,7 +67,7 @@ def explain(attention: Any, facts: CallFacts, q_offset: int, tables: Mapping[str
     sizes = HeadSizes(facts.kv_heads, facts.head_dim, facts.head_dim_v)
     plan, refusal, schedule = None, None, None
     try:
-        plan = choose(pattern, facts, attention.backend, costs=lambda: attention.costs(domain, sizes), missing=missing)
+        plan = choose(pattern, facts, attention.backend, costs=lambda: attention.costs(domain, sizes), missing=attention.missing)
     except UnsupportedError as error:
         refusal = str(error)
     if plan is not None and plan.backend == "tiled":

@@ -19,7 +19,7 @@ from sparsedsl.gpu.targets import Target, device_target, target_named
 from sparsedsl.gpu.tuning_records import TuningKey, tuning_key
 from sparsedsl.run.triton_prepared import Prepared
 
-__all__ = ["SMALL", "chosen", "target_of"]
+__all__ = ["SMALL", "chosen", "median_seconds", "target_of"]
 
 # Triton's interpreter runs one program after the other in numpy; tiles as small as its products allow show the loops at work.
 SMALL = Config(16, 16, 4, 1)
@@ -75,15 +75,20 @@ def _seconds(run: Callable[[Config, bool], Any], device: torch.device, config: C
     reasons = misfits(found, target_of(device))
     if reasons:
         return Unusable("; ".join(reasons))
+    return median_seconds(lambda: run(config, False), device)
+
+
+def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Median seconds of a few calls with cold caches, after one that compiles and prepares."""
     with torch.cuda.device(device):
-        run(config, False)
+        call()
         scratch = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
         took = []
         for _ in range(SAMPLES):
             scratch.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run(config, False)
+            call()
             end.record()
             end.synchronize()
             took.append(start.elapsed_time(end) * 1e-3)

@@ -7,6 +7,7 @@ a call that finds it there does not wait for the device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -62,6 +63,19 @@ class TritonKernel:
     def source(self, head_dim: int = 64, head_dim_v: int | None = None) -> TritonSource:
         """The generated module for heads of these widths."""
         return triton_source(self.pattern, variant_of(self.pattern, head_dim=head_dim, head_dim_v=head_dim_v))
+
+    @functools.cached_property
+    def refusal(self) -> str | None:
+        """Why no kernels can be written for this pattern, or None."""
+        try:
+            self.source()
+        except UnsupportedError as error:
+            return str(error)
+        return None
+
+    def density(self, call: Call) -> str:
+        """The class of densities that measured choices distinguish; few queries are not counted, they meet another length at every step."""
+        return "few queries" if call.domain.rows <= DECODE_ROWS else self.schedule(call).density
 
     def schedule(self, call: Call) -> Prepared:
         """Made once for lengths, widths and tables; learned tables may change their values."""
