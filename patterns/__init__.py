@@ -25,6 +25,7 @@ from sparsedsl.patterns.models import (
     t5,
 )
 from sparsedsl.patterns.scores import alibi, alibi_slope, relative_bias, softcap, t5_bias, t5_bucket
+from sparsedsl.patterns.systems import hsa, moba, nha, nsa, pbs, ring_linear, token_sparse
 
 __all__ = [
     "alibi",
@@ -45,15 +46,21 @@ __all__ = [
     "global_tokens",
     "gpt_oss",
     "grid_position",
+    "hsa",
     "llama4",
     "longformer",
     "mistral",
+    "moba",
     "neighbourhood_2d",
     "neighbourhood_3d",
+    "nha",
+    "nsa",
     "packed",
+    "pbs",
     "prefix",
     "random_blocks",
     "relative_bias",
+    "ring_linear",
     "shared_prefix",
     "sinks",
     "sliding_tile",
@@ -65,5 +72,6 @@ __all__ = [
     "t5",
     "t5_bias",
     "t5_bucket",
+    "token_sparse",
     "tree",
 ]

@@ -16,6 +16,7 @@ ARROW = [
     ["_layout", "errors"],
     ["settings"],
     ["lang"],
+    ["program"],
     ["tracing"],
     ["analysis"],
     ["tuning"],
@@ -31,7 +32,7 @@ ARROW = [
     ["__main__"],
 ]
 RANK = {layer: rank for rank, layers in enumerate(ARROW) for layer in layers}
-PATTERNS_MAY_IMPORT = {"patterns", "errors", "lang"}
+PATTERNS_MAY_IMPORT = {"patterns", "errors", "lang", "program"}
 MAY_IMPORT_PATTERNS = {"patterns", "models", "testing", "cli", "__init__"}
 
 

@@ -24,7 +24,7 @@ __all__ = ["Index", "Mask", "Score", "Table", "as_index", "as_mask", "as_score",
 
 
 def _merge(*parts: Any) -> dict[str, Any]:
-    """Join the captured tables of operands; one name must mean one tensor."""
+    """Join the captured tables of operands; one name must mean one tensor, or one node of a program."""
     joined: dict[str, Any] = {}
     for part in parts:
         for name, value in part.bound.items() if isinstance(part, Expression) else ():
@@ -147,12 +147,19 @@ class Expression:
         )
 
 
+def _written(value: Any) -> Any:
+    """The expression that stands for ``value`` where it is none itself but says which, as a node of a program does."""
+    say = getattr(type(value), "as_expression", None)
+    return value if say is None else say(value)
+
+
 def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def as_index(value: Any, *, where: str = "operand") -> Index:
     """Coerce an :class:`Index` or a Python integer to an :class:`Index`."""
+    value = _written(value)
     if isinstance(value, Index):
         return value
     if isinstance(value, Mask):
@@ -166,6 +173,7 @@ def as_index(value: Any, *, where: str = "operand") -> Index:
 
 def as_score(value: Any, *, where: str = "operand") -> Score:
     """Coerce a :class:`Score`, :class:`Index` or Python number to a :class:`Score`."""
+    value = _written(value)
     if isinstance(value, Score):
         return value
     if isinstance(value, (Index, Mask, bool, numbers.Integral)):
@@ -182,6 +190,7 @@ def as_score(value: Any, *, where: str = "operand") -> Score:
 
 def as_mask(value: Any, *, where: str = "operand") -> Mask:
     """Coerce a :class:`Mask` or a Python bool to a :class:`Mask`."""
+    value = _written(value)
     if isinstance(value, Mask):
         return value
     if isinstance(value, bool):
@@ -252,6 +261,7 @@ class _Arithmetic(Expression):
     __slots__ = ()
 
     def _lift(self, other: Any) -> tuple[Any, Any]:
+        other = _written(other)
         if isinstance(other, Table):
             other._unread()
         if isinstance(self, Index) and (isinstance(other, (Index, Mask, bool)) or _is_number(other, numbers.Integral)):
@@ -357,6 +367,12 @@ def _unstrict(condition: Boolean) -> Boolean:
     made = condition.atoms(sympy.StrictLessThan, sympy.StrictGreaterThan)
     form = {r: _relation(type(r), r.lhs, r.rhs) for r in made if r.lhs.is_integer and r.rhs.is_integer}
     return condition.xreplace(form) if form else condition
+
+
+def one_form(condition: Boolean) -> Boolean:
+    """``condition`` with every comparison of integers in the form that the operators give it; sympy's simplifier has its own."""
+    made = condition.atoms(sympy.core.relational.Relational)
+    return condition.xreplace({r: _relation(type(r), r.lhs, r.rhs) for r in made if r.lhs.is_integer and r.rhs.is_integer})
 
 
 def _leads_negative(terms: sympy.Expr) -> bool:

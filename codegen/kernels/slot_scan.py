@@ -1,0 +1,364 @@
+"""Gated slots: a state ``H (slots, width)`` that decays by a factor of each slot's own; with ``L[t, u]`` the decay from u to t, a vector,
+
+- :func:`read_slots`   ``y[t] = scale * sum over u <= t of (a[t] . b[u]) L[t, u] c[u]``   (a number a slot),
+- :func:`read_values`  ``y[t] = scale * sum over u <= t of (w[t] . (L[t, u] c[u])) b[u]``  (a number a column).
+
+The forward pass reads scores from the keys' slots (a, b, c = q, k, writes), and values with the softmax of the scores as w. The backward pass
+is made of the same two, forward for what belongs to queries, and from the last position to the first for what belongs to keys, where
+c is a query's row of weights: a key head then gathers from all its query heads in one state.
+
+A query stands at the position of the newest key that it sees, ``delay`` before its own; position 0 is before every key and query. Steps count
+in the direction of the pass. Chunks are as in ``linear_scan``: :func:`sum_chunks`, ``carry``, then all chunks at a time.
+
+Decays may be as strong as they like: exp is taken of sums of log decays between the two rows themselves and never of a difference of sums.
+Within a block a pair of rows is split at the one place where ``row >> level`` are neighbours for the first time: the decay of the pair is the
+product of two, one a row, from the edge between the halves. So each level is two plain products (:func:`_halves`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparsedsl.codegen.kernels.linear_scan import document_at, position_of, rows_at
+
+__all__ = ["gate_gradient", "read_slots", "read_values", "sum_chunks", "weight_gradient"]
+
+
+@triton.jit
+def _halves(before, after, ranks, LEVEL: tl.constexpr):
+    """One level of the tree over a block's rows, from the sums of log decays within parts of ``2**LEVEL`` rows: ``before`` up to and with a
+    row, ``after`` from the row after it to the part's end. The decay from each row to the edge between its part and the other half, and both
+    sums for parts twice as long."""
+    lower = (((ranks >> LEVEL) & 1) == 0)[:, None]
+    other_end = (((ranks >> LEVEL) ^ 1) << LEVEL) + (1 << LEVEL) - 1
+    other = tl.gather(before, tl.broadcast_to(other_end[:, None], before.shape), 0)
+    to_edge = tl.exp(tl.where(lower, after, before))
+    return to_edge, tl.where(lower, before, before + other), tl.where(lower, after + other, after)
+
+
+@triton.jit
+def _across(ranks, LEVEL: tl.constexpr):
+    """Which pairs (t, u) of a block's rows are split at this level: t in the upper half, u in the lower."""
+    part = ranks >> LEVEL
+    return (part[:, None] == part[None, :] + 1) & ((part & 1) == 1)[:, None]
+
+
+@triton.jit
+def _sums(gates, ranks, LEVELS: tl.constexpr):
+    """Sums of log decays up to and with each row of a block, and from the row after it to the block's end."""
+    before, after = gates, tl.zeros_like(gates)
+    for level in tl.static_range(LEVELS):
+        _, before, after = _halves(before, after, ranks, level)
+    return before, after
+
+
+@triton.jit
+def _documents(documents_ptr, begin, ranks, length, first, keys, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+    """Documents of a block's steps, of the step before it, and of its last step."""
+    document = document_at(documents_ptr, position_of(begin + ranks, length, REVERSE), first, keys)
+    before = document_at(documents_ptr, position_of(begin - 1, length, REVERSE), first, keys)
+    return document, before, document_at(documents_ptr, position_of(begin + BLOCK - 1, length, REVERSE), first, keys)
+
+
+@triton.jit
+def _gates(gate_ptr, at, first, keys, slots, SLOTS: tl.constexpr, REVERSE: tl.constexpr):
+    """Log decays on the way into each position: forward its own, backward that of the position above."""
+    if REVERSE:
+        at += 1
+    return rows_at(gate_ptr, at, first, keys, SLOTS, slots, SLOTS)
+
+
+@triton.jit(
+    do_not_specialize=["b_stride_b", "b_stride_h", "b_stride_row", "documents_stride_b", "b_first", "b_rows", "first", "keys", "heads", "chunks"]
+)  # fmt: skip
+def sum_chunks(
+    b_ptr, c_ptr, gate_ptr, documents_ptr, states_ptr, factors_ptr,
+    b_stride_b, b_stride_h, b_stride_row, documents_stride_b, b_first, b_rows, first, keys, heads, chunks,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """``sum of L[last, u] c[u]^T b[u]`` over a chunk and the ``GROUP`` heads of b and c that a key head has, and the factors for the state
+    before it. One program a block of the state, a chunk and a key head; blocks from the last to the first."""
+    b_stride_row = b_stride_row // ALIGN * ALIGN
+    b_stride_h, b_stride_b = b_stride_h // ALIGN * ALIGN, b_stride_b // ALIGN * ALIGN
+    PARTS_WIDTH: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    PARTS: tl.constexpr = (SLOTS + BLOCK_SLOTS - 1) // BLOCK_SLOTS * PARTS_WIDTH
+    part = tl.program_id(0) % PARTS
+    chunk = tl.program_id(0) // PARTS % chunks
+    line = (tl.program_id(0) // PARTS // chunks).to(tl.int64)
+    batch, head = line // heads, line % heads
+    length = chunks * CHUNK
+    b_ptr += batch * b_stride_b + head * GROUP * b_stride_h
+    c_ptr += line * GROUP * b_rows * SLOTS
+    gate_ptr += line * keys * SLOTS
+    documents_ptr += batch * documents_stride_b
+    slots = part // PARTS_WIDTH * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
+    columns = part % PARTS_WIDTH * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    ranks = tl.arange(0, BLOCK)
+    chunk_end = position_of(chunk * CHUNK + CHUNK - 1, length, REVERSE)
+    last_document = document_at(documents_ptr, chunk_end, first, keys)
+    state = tl.zeros([BLOCK_SLOTS, BLOCK_WIDTH], tl.float32)
+    total = tl.zeros([BLOCK_SLOTS], tl.float32)
+    for back in range(BLOCK, CHUNK + BLOCK, BLOCK):
+        at = position_of(chunk * CHUNK + CHUNK - back + ranks, length, REVERSE)
+        gates = _gates(gate_ptr, at, first, keys, slots, SLOTS, REVERSE)
+        _, after = _sums(gates, ranks, LEVELS)
+        weight = tl.exp(after + total[None, :])
+        if HAS_DOCUMENTS:
+            weight = tl.where((document_at(documents_ptr, at, first, keys) == last_document)[:, None], weight, 0.0)
+        total += tl.sum(gates, 0)
+        for one in range(GROUP):
+            b = rows_at(b_ptr + one * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
+            c = rows_at(c_ptr + one * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
+            state += tl.dot(tl.trans(c * weight), b, input_precision=PRECISION)
+    inside = (slots < SLOTS)[:, None] & (columns < WIDTH)[None, :]
+    states_ptr += (line * (chunks + 1) + chunk) * (SLOTS * WIDTH)
+    tl.store(states_ptr + slots[:, None] * WIDTH + columns[None, :], state, mask=inside)
+    if part % PARTS_WIDTH == 0:
+        factors = tl.exp(total)
+        if HAS_DOCUMENTS:
+            before = document_at(documents_ptr, position_of(chunk * CHUNK - 1, length, REVERSE), first, keys)
+            factors = tl.where(before == last_document, factors, 0.0)
+        tl.store(factors_ptr + (line * chunks + chunk) * SLOTS + slots, factors, mask=slots < SLOTS)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "a_stride_b", "a_stride_h", "a_stride_row", "b_stride_b", "b_stride_h", "b_stride_row", "documents_stride_b",
+        "a_first", "a_rows", "b_first", "b_rows", "first", "keys", "heads", "chunks", "first_chunk", "read_chunk_count", "scale",
+    ]
+)  # fmt: skip
+def read_slots(
+    a_ptr, b_ptr, c_ptr, gate_ptr, y_ptr, documents_ptr, states_ptr,
+    a_stride_b, a_stride_h, a_stride_row, b_stride_b, b_stride_h, b_stride_row, documents_stride_b,
+    a_first, a_rows, b_first, b_rows, first, keys, heads, chunks, first_chunk, read_chunk_count, scale,
+    A_GROUP: tl.constexpr, B_GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """One program a block of slots, a chunk (those from ``first_chunk`` on) and a key head, which has ``A_GROUP`` heads of a and y and
+    ``B_GROUP`` of b and c. y is float32 ``(.., rows, slots)``."""
+    a_stride_row, b_stride_row = a_stride_row // ALIGN * ALIGN, b_stride_row // ALIGN * ALIGN
+    a_stride_h, b_stride_h = a_stride_h // ALIGN * ALIGN, b_stride_h // ALIGN * ALIGN
+    a_stride_b, b_stride_b = a_stride_b // ALIGN * ALIGN, b_stride_b // ALIGN * ALIGN
+    PARTS: tl.constexpr = (SLOTS + BLOCK_SLOTS - 1) // BLOCK_SLOTS
+    part = tl.program_id(0) % PARTS
+    chunk = tl.program_id(0) // PARTS % read_chunk_count + first_chunk
+    line = (tl.program_id(0) // PARTS // read_chunk_count).to(tl.int64)
+    batch, head = line // heads, line % heads
+    length = chunks * CHUNK
+    a_ptr += batch * a_stride_b + head * A_GROUP * a_stride_h
+    b_ptr += batch * b_stride_b + head * B_GROUP * b_stride_h
+    c_ptr += line * B_GROUP * b_rows * SLOTS
+    y_ptr += line * A_GROUP * a_rows * SLOTS
+    gate_ptr += line * keys * SLOTS
+    documents_ptr += batch * documents_stride_b
+    slots, columns, ranks = part * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS), tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK)
+    states_ptr += (line * (chunks + 1) + chunk) * (SLOTS * WIDTH)
+    state_inside = (slots < SLOTS)[:, None] & (columns < WIDTH)[None, :]
+    state = tl.load(states_ptr + slots[:, None] * WIDTH + columns[None, :], mask=state_inside, other=0.0)
+    for start in range(0, CHUNK, BLOCK):
+        begin = chunk * CHUNK + start
+        at = position_of(begin + ranks, length, REVERSE)
+        gates = _gates(gate_ptr, at, first, keys, slots, SLOTS, REVERSE)
+        before, after = _sums(gates, ranks, LEVELS)
+        reach, tail, kept = tl.exp(before), tl.exp(after), tl.exp(tl.sum(gates, 0))
+        if HAS_DOCUMENTS:
+            document, old, new = _documents(documents_ptr, begin, ranks, length, first, keys, BLOCK, REVERSE)
+            reach = tl.where((document == old)[:, None], reach, 0.0)
+            tail = tl.where((document == new)[:, None], tail, 0.0)
+            kept = tl.where(old == new, kept, 0.0)
+        for one in range(A_GROUP):
+            a = rows_at(a_ptr + one * a_stride_h, at, a_first, a_rows, a_stride_row, columns, WIDTH)
+            y = tl.dot(a, tl.trans(state), input_precision=PRECISION) * reach
+            for other in range(B_GROUP):
+                b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
+                c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
+                pairs = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+                if HAS_DOCUMENTS:
+                    pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
+                y += tl.sum(tl.where(ranks[:, None] == ranks[None, :], pairs, 0.0), 1)[:, None] * c
+                before, after = gates, tl.zeros_like(gates)
+                for level in tl.static_range(LEVELS):
+                    to_edge, before, after = _halves(before, after, ranks, level)
+                    split = tl.where(_across(ranks, level), pairs, 0.0)
+                    y += tl.dot(split, c * to_edge, input_precision=PRECISION) * to_edge
+            row = at - a_first
+            inside = ((row >= 0) & (row < a_rows))[:, None] & (slots < SLOTS)[None, :]
+            place = (one * a_rows.to(tl.int64) + row)[:, None] * SLOTS + slots[None, :]
+            tl.store(y_ptr + place, y * scale, mask=inside)
+        state *= kept[:, None]
+        for other in range(B_GROUP):
+            b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
+            c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
+            state += tl.dot(tl.trans(c * tail), b, input_precision=PRECISION)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "b_stride_b", "b_stride_h", "b_stride_row", "y_stride_b", "y_stride_h", "y_stride_row", "documents_stride_b",
+        "a_first", "a_rows", "b_first", "b_rows", "first", "keys", "heads", "chunks", "first_chunk", "read_chunk_count", "scale",
+    ]
+)  # fmt: skip
+def read_values(
+    w_ptr, b_ptr, c_ptr, gate_ptr, y_ptr, lse_ptr, alive_ptr, documents_ptr, states_ptr,
+    b_stride_b, b_stride_h, b_stride_row, y_stride_b, y_stride_h, y_stride_row, documents_stride_b,
+    a_first, a_rows, b_first, b_rows, first, keys, heads, chunks, first_chunk, read_chunk_count, scale,
+    A_GROUP: tl.constexpr, B_GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr,
+    SOFTMAX: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """One program a block of columns, a chunk and a key head; ``BLOCK_SLOTS`` holds all slots. ``SOFTMAX``: w are scores, of which the softmax
+    is taken; lse is written, and weights are zero where ``alive`` ``(.., rows)`` of the key head is."""
+    b_stride_row, y_stride_row = b_stride_row // ALIGN * ALIGN, y_stride_row // ALIGN * ALIGN
+    b_stride_h, y_stride_h = b_stride_h // ALIGN * ALIGN, y_stride_h // ALIGN * ALIGN
+    b_stride_b, y_stride_b = b_stride_b // ALIGN * ALIGN, y_stride_b // ALIGN * ALIGN
+    PARTS: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
+    part = tl.program_id(0) % PARTS
+    chunk = tl.program_id(0) // PARTS % read_chunk_count + first_chunk
+    line = (tl.program_id(0) // PARTS // read_chunk_count).to(tl.int64)
+    batch, head = line // heads, line % heads
+    length = chunks * CHUNK
+    w_ptr += line * A_GROUP * a_rows * SLOTS
+    b_ptr += batch * b_stride_b + head * B_GROUP * b_stride_h
+    c_ptr += line * B_GROUP * b_rows * SLOTS
+    y_ptr += batch * y_stride_b + head * A_GROUP * y_stride_h
+    gate_ptr += line * keys * SLOTS
+    documents_ptr += batch * documents_stride_b
+    slots, columns, ranks = tl.arange(0, BLOCK_SLOTS), part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK)
+    states_ptr += (line * (chunks + 1) + chunk) * (SLOTS * WIDTH)
+    state_inside = (slots < SLOTS)[:, None] & (columns < WIDTH)[None, :]
+    state = tl.load(states_ptr + slots[:, None] * WIDTH + columns[None, :], mask=state_inside, other=0.0)
+    for start in range(0, CHUNK, BLOCK):
+        begin = chunk * CHUNK + start
+        at = position_of(begin + ranks, length, REVERSE)
+        gates = _gates(gate_ptr, at, first, keys, slots, SLOTS, REVERSE)
+        before, after = _sums(gates, ranks, LEVELS)
+        reach, tail, kept = tl.exp(before), tl.exp(after), tl.exp(tl.sum(gates, 0))
+        if HAS_DOCUMENTS:
+            document, old, new = _documents(documents_ptr, begin, ranks, length, first, keys, BLOCK, REVERSE)
+            reach = tl.where((document == old)[:, None], reach, 0.0)
+            tail = tl.where((document == new)[:, None], tail, 0.0)
+            kept = tl.where(old == new, kept, 0.0)
+        row = at - a_first
+        is_row = (row >= 0) & (row < a_rows)
+        for one in range(A_GROUP):
+            w = rows_at(w_ptr + one * a_rows.to(tl.int64) * SLOTS, at, a_first, a_rows, SLOTS, slots, SLOTS)
+            if SOFTMAX:
+                w = tl.where((slots < SLOTS)[None, :], w, float("-inf"))
+                top = tl.max(w, 1)
+                w = tl.exp(w - top[:, None])
+                total = tl.sum(w, 1)
+                alive = tl.load(alive_ptr + line * a_rows + row, mask=is_row, other=0) != 0
+                w = tl.where(alive[:, None], w / total[:, None], 0.0)
+                if part == 0:
+                    lse_place = lse_ptr + (line * A_GROUP + one) * a_rows + row
+                    tl.store(lse_place, top + tl.log(total), mask=is_row)
+            y = tl.dot(w * reach, state, input_precision=PRECISION)
+            for other in range(B_GROUP):
+                b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
+                c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
+                pairs = tl.where(ranks[:, None] == ranks[None, :], tl.sum(w * c, 1)[:, None], 0.0)
+                before, after = gates, tl.zeros_like(gates)
+                for level in tl.static_range(LEVELS):
+                    to_edge, before, after = _halves(before, after, ranks, level)
+                    split = tl.dot(w * to_edge, tl.trans(c * to_edge), input_precision=PRECISION)
+                    pairs = tl.where(_across(ranks, level), split, pairs)
+                if HAS_DOCUMENTS:
+                    pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
+                y += tl.dot(pairs, b, input_precision=PRECISION)
+            place = y_ptr + one * y_stride_h + row.to(tl.int64)[:, None] * y_stride_row + columns[None, :]
+            tl.store(place, (y * scale).to(y_ptr.dtype.element_ty), mask=is_row[:, None] & (columns < WIDTH)[None, :])
+        state *= kept[:, None]
+        for other in range(B_GROUP):
+            b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
+            c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
+            state += tl.dot(tl.trans(c * tail), b, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["rows", "group", "lines"])
+def weight_gradient(
+    scores_ptr, sums_ptr, weights_ptr, grads_ptr, lse_grad_ptr, alive_ptr, rows, group, lines,
+    SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK: tl.constexpr, HAS_LSE_GRAD: tl.constexpr,
+):  # fmt: skip
+    """Back through the softmax. ``sums`` comes in as the gradients of the weights, and leaves as the terms that every log decay between a
+    read slot and its row adds to: ``score * its gradient + weight * its gradient``. One program a block of ``lines`` rows."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_row = at < lines
+    slots = tl.arange(0, BLOCK_SLOTS)
+    place = at[:, None] * SLOTS + slots[None, :]
+    inside = is_row[:, None] & (slots < SLOTS)[None, :]
+    alive_place = alive_ptr + at // rows // group * rows + at % rows
+    alive = (tl.load(alive_place, mask=is_row, other=0) != 0)[:, None]
+    scores = tl.load(scores_ptr + place, mask=inside, other=float("-inf"))
+    top = tl.maximum(tl.max(scores, 1), -1e38)
+    weights = tl.exp(scores - top[:, None])
+    weights = tl.where(alive, weights / tl.sum(weights, 1)[:, None], 0.0)
+    weight_grads = tl.load(sums_ptr + place, mask=inside, other=0.0)
+    mean = tl.sum(weights * weight_grads, 1)
+    if HAS_LSE_GRAD:
+        mean -= tl.load(lse_grad_ptr + at, mask=is_row, other=0.0)
+    grads = weights * (weight_grads - mean[:, None])
+    terms = weights * weight_grads + tl.where(inside, scores, 0.0) * grads
+    tl.store(weights_ptr + place, weights, mask=inside)
+    tl.store(grads_ptr + place, grads, mask=inside)
+    tl.store(sums_ptr + place, terms, mask=inside)
+
+
+@triton.jit(do_not_specialize=["documents_stride_b", "a_first", "a_rows", "first", "keys", "heads", "chunks"])
+def gate_gradient(
+    terms_ptr, write_ptr, write_grad_ptr, write_grad_v_ptr, gate_ptr, documents_ptr,
+    key_states_ptr, key_grads_ptr, value_states_ptr, value_grads_ptr, gate_grad_ptr,
+    documents_stride_b, a_first, a_rows, first, keys, heads, chunks,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of log decays, of which the writes are ``1 - exp`` too. One program a block of slots, a chunk and a key head.
+
+    A log decay has a part in every pair of a key before it and a query from it on. Of the pairs across the chunk's end the gradient is
+    the product of the state there and of the state of the pass backward; from there on it changes, row by row, by what ends or begins in a row.
+    """
+    PARTS: tl.constexpr = (SLOTS + BLOCK_SLOTS - 1) // BLOCK_SLOTS
+    part = tl.program_id(0) % PARTS
+    chunk = tl.program_id(0) // PARTS % chunks
+    line = (tl.program_id(0) // PARTS // chunks).to(tl.int64)
+    batch = line // heads
+    slots, ranks = part * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS), tl.arange(0, BLOCK)
+    is_slot = slots < SLOTS
+    terms_ptr += line * GROUP * a_rows * SLOTS
+    gate_ptr += line * keys * SLOTS
+    end = chunk * CHUNK + CHUNK
+    across = tl.zeros([BLOCK_SLOTS], tl.float32)
+    state_line = line * (chunks + 1) + chunk + 1
+    grad_line = line * (chunks + 1) + chunks - 1 - chunk
+    for low in range(0, WIDTH, BLOCK_WIDTH):
+        columns = low + tl.arange(0, BLOCK_WIDTH)
+        place, inside = slots[:, None] * WIDTH + columns[None, :], is_slot[:, None] & (columns < WIDTH)[None, :]
+        state = tl.load(key_states_ptr + state_line * (SLOTS * WIDTH) + place, mask=inside, other=0.0)
+        across += tl.sum(state * tl.load(key_grads_ptr + grad_line * (SLOTS * WIDTH) + place, mask=inside, other=0.0), 1)
+    for low in range(0, WIDTH_V, BLOCK_WIDTH):
+        columns = low + tl.arange(0, BLOCK_WIDTH)
+        place, inside = slots[:, None] * WIDTH_V + columns[None, :], is_slot[:, None] & (columns < WIDTH_V)[None, :]
+        state = tl.load(value_states_ptr + state_line * (SLOTS * WIDTH_V) + place, mask=inside, other=0.0)
+        across += tl.sum(state * tl.load(value_grads_ptr + grad_line * (SLOTS * WIDTH_V) + place, mask=inside, other=0.0), 1)
+    edge = end - first
+    across *= tl.exp(tl.load(gate_ptr + edge.to(tl.int64) * SLOTS + slots, mask=is_slot & (edge >= 0) & (edge < keys), other=0.0))
+    if HAS_DOCUMENTS:
+        documents_ptr += batch * documents_stride_b
+        same = document_at(documents_ptr, end - 1, first, keys) == document_at(documents_ptr, end, first, keys)
+        across = tl.where(same, across, 0.0)
+    for back in range(BLOCK, CHUNK + BLOCK, BLOCK):
+        at = end - back + ranks
+        writes = rows_at(write_ptr + line * keys * SLOTS, at, first, keys, SLOTS, slots, SLOTS)
+        write_grads = rows_at(write_grad_ptr + line * keys * SLOTS, at, first, keys, SLOTS, slots, SLOTS)
+        write_grads += rows_at(write_grad_v_ptr + line * keys * SLOTS, at, first, keys, SLOTS, slots, SLOTS)
+        terms = -writes * write_grads
+        for one in range(GROUP):
+            terms += rows_at(terms_ptr + one * a_rows.to(tl.int64) * SLOTS, at, a_first, a_rows, SLOTS, slots, SLOTS)
+        found = tl.cumsum(terms, 0, reverse=True) + across[None, :] - (1 - writes) * write_grads
+        row = at - first
+        inside = ((row >= 0) & (row < keys))[:, None] & is_slot[None, :]
+        tl.store(gate_grad_ptr + line * keys * SLOTS + row.to(tl.int64)[:, None] * SLOTS + slots[None, :], found, mask=inside)
+        across += tl.sum(terms, 0)

@@ -1,0 +1,22 @@
+"""Programs: attention that chooses, reorders, remembers and combines, as a graph of frozen nodes.
+
+What the nodes are for, one after the other in the modules: ``tensors`` (inputs, summaries), ``scores`` (cheap scores), ``select`` (choices),
+``orders`` (sorts, subsets), ``sources`` (slots, weights of chunks), ``branches`` (attention and its combinations), ``graph`` (the whole),
+``effects`` (what a program does beside computing), ``decays`` (data of Ring models).
+"""
+
+from __future__ import annotations
+
+from sparsedsl.program.branches import attend, compact, joint, linear, mix, recall
+from sparsedsl.program.decays import decay_table, schedule
+from sparsedsl.program.graph import Program
+from sparsedsl.program.orders import keep_tokens, segment_sort, take
+from sparsedsl.program.scores import antidiagonal, bound, dot, probe, smooth
+from sparsedsl.program.select import threshold, top_k, top_p
+from sparsedsl.program.sources import per_chunk, slots
+from sparsedsl.program.tensors import input, k, q, summary, v
+
+__all__ = [
+    "Program", "antidiagonal", "attend", "bound", "compact", "decay_table", "dot", "input", "joint", "k", "keep_tokens", "linear", "mix",
+    "per_chunk", "probe", "q", "recall", "schedule", "segment_sort", "slots", "smooth", "summary", "take", "threshold", "top_k", "top_p", "v",
+]  # fmt: skip

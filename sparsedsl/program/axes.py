@@ -1,0 +1,63 @@
+"""Named axes. An axis is a word; ``keys/64`` counts units of 64 keys, the last one possibly ragged."""
+
+from __future__ import annotations
+
+import re
+
+from sparsedsl.errors import PatternError
+
+__all__ = ["HEADS", "base_of", "check_axes", "in_units", "join_heads", "unit_of"]
+
+# Axes whose sizes a call knows from q, k and v. Any other word is a size of its own, the same wherever the word stands.
+KNOWN = ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "value_dim")
+HEADS = ("heads", "kv_heads", "one")
+_AXIS = re.compile(r"[a-z][a-z0-9_]*(/[1-9][0-9]*)?")
+
+
+def check_axes(function: str, axes: object) -> tuple[str, ...]:
+    """``"batch heads keys/64"`` as a tuple of axes, each written rightly and named once."""
+    words = axes.split() if isinstance(axes, str) else None
+    if not words or not all(_AXIS.fullmatch(word) or word.isdecimal() for word in words):
+        raise PatternError(
+            f"{function}: axes must be words such as 'batch kv_heads keys/64 retrieval_dim', where / counts units of so many tokens; "
+            f"got {axes!r}"
+        )
+    for word in words:
+        if "/" in word and base_of(word) not in ("queries", "keys"):
+            raise PatternError(f"{function}: only queries and keys come in units; got {word!r}")
+        if word.isdecimal() and int(word) < 1:
+            raise PatternError(f"{function}: an axis must have at least size 1; got {word!r}")
+    named = [word for word in words if not word.isdecimal()]
+    if len(set(named)) != len(named):
+        raise PatternError(f"{function}: an axis is named twice in {axes!r}")
+    return tuple(words)
+
+
+def base_of(axis: str) -> str:
+    """``keys/64`` -> ``keys``."""
+    return axis.partition("/")[0]
+
+
+def unit_of(axis: str) -> int:
+    """Tokens in one row of the axis: ``keys/64`` -> 64, ``keys`` -> 1."""
+    return int(axis.partition("/")[2] or 1)
+
+
+def in_units(axis: str, unit: int) -> str:
+    """The axis that counts units of ``unit`` rows of ``axis``: 4 of ``keys/16`` -> ``keys/64``."""
+    tokens = unit_of(axis) * unit
+    return base_of(axis) if tokens == 1 else f"{base_of(axis)}/{tokens}"
+
+
+def join_heads(function: str, first: str, second: str) -> str:
+    """The head axis of a product of two tensors: equal ones stay, one head joins anything, groups join query heads."""
+    if first == second or second == "one":
+        return first
+    if first == "one":
+        return second
+    if {first, second} == {"heads", "kv_heads"}:
+        return "heads"
+    raise PatternError(
+        f"{function}: heads {first!r} and {second!r} do not join; declare both inputs with one of the axes "
+        "heads, kv_heads, or one name of your own"
+    )

@@ -1,0 +1,469 @@
+"""Nodes that attend, and nodes that combine what attends: every one gives an output, and most an LSE."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import sympy
+
+from sparsedsl.errors import PatternError
+from sparsedsl.lang import pattern as static
+from sparsedsl.lang.expressions import Mask, Score, one_form
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.tables import TableRead, read_class, table_reads
+from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.node import Node, nodes_in, one_of
+from sparsedsl.program.orders import Tokens
+from sparsedsl.program.scores import Scores
+from sparsedsl.program.select import Select
+from sparsedsl.program.sources import PerChunk, Slots, check_documents
+from sparsedsl.program.tensors import Input, check_tensor, k, q, v
+
+__all__ = ["Attend", "Branch", "Compact", "Joint", "Linear", "Mix", "Recall", "as_branch", "attend", "compact", "joint", "linear", "mix", "recall"]  # fmt: skip
+
+
+class Branch(Node):
+    """A node with an output of ``(batch, heads, queries, value_dim)``: what :func:`sparsedsl.compile` takes."""
+
+    gives: ClassVar[str] = "branch"
+    has_lse: ClassVar[bool] = True
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of the output."""
+        return "batch", "heads", "queries", "value_dim"
+
+    @property
+    def weighable(self) -> bool:
+        """Whether it has an LSE, by which a joint softmax could weigh it."""
+        return self.has_lse
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attend(Branch):
+    """Softmax attention over the pairs of a mask that may read choices and orders."""
+
+    pattern: Pattern
+    x: Node = q
+    y: Node = k
+    z: Node = v
+    normaliser: PerChunk | None = None
+    function: ClassVar[str] = "attend"
+
+    @property
+    def selections(self) -> tuple[Select, ...]:
+        """The choices its mask reads."""
+        return tuple(node for node in nodes_in(self.pattern.mask) if isinstance(node, Select))
+
+    def code(self) -> str:
+        """As :func:`attend` takes it."""
+        words = self.pattern.text.splitlines()[-1].removeprefix("attend(").removesuffix(")")
+        named = {"q": (self.x, q), "k": (self.y, k), "v": (self.z, v)}
+        more = [f"{name}={node.label}" for name, (node, usual) in named.items() if node is not usual]
+        if self.normaliser is not None:
+            n = self.normaliser
+            more.append(f"normaliser=per_chunk({n.picks.label}, {n.weights!r}, scores={n.scores.label}, inner={n.inner!r})")
+        return f"attend({', '.join([words, *more])})"
+
+
+def attend(
+    mask: Any,
+    score: Any = None,
+    *,
+    sink: Any = None,
+    scale: float | None = None,
+    q: Node = q,
+    k: Node = k,
+    v: Node = v,
+    normaliser: PerChunk | None = None,
+) -> Any:
+    """Softmax attention over the pairs that ``mask`` allows.
+
+    Args:
+        mask: a :class:`Mask`, ``True`` for full attention, or a choice such as :func:`top_k`; masks and choices combine with ``& | ~``.
+        score: the logit after modification, an expression in ``sd.score`` over indices, lengths and tables.
+        sink: an extra logit over ``b`` and ``h`` (number, expression, or learned table read) that takes part in the softmax with a
+            value of zero, as in GPT-OSS; ``0.0`` gives softmax-plus-one.
+        scale: factor on ``q @ k``; default ``head_dim ** -0.5``.
+        q, k, v: nodes to attend with in place of the call's own: reordered keys, summaries (``kv_idx`` then counts units), inputs.
+        normaliser: :func:`per_chunk`, or None for one softmax over all.
+
+    Returns:
+        A :class:`~sparsedsl.Pattern` where everything is static, else a node. :func:`sparsedsl.compile` takes both.
+
+    A choice that was declared without ``among`` gets its candidates here: the units with a pair for which it decides whether the pair
+    attends. What the rest of the mask excludes, or allows in any case, is never scored.
+
+    Raises:
+        PatternError: when the mask depends on ``score``, the sink on a position, the scale is not a positive number, or nodes do not fit.
+
+    >>> import sparsedsl as sd
+    >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.tanh(sd.score / 30) * 30)
+    <Pattern attend(q_idx >= kv_idx, score=30*tanh(score / 30))>
+    >>> causal, own = sd.kv_idx <= sd.q_idx, sd.q_idx // 512 == sd.kv_idx // 512
+    >>> moba = sd.attend(causal & (own | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 512)), 2)))
+    >>> print(moba.selections[0].among)  # blocks that are over: the own one attends in any case
+    (q_idx >= kv_idx) & (q_idx // 512 != kv_idx // 512)
+    """
+    pattern = static.attend(mask, score, sink=sink, scale=scale)
+    own = Attend.x, Attend.y, Attend.z
+    if not nodes_in(pattern) and (q, k, v) == own and normaliser is None:
+        return pattern
+    q, k, v = (
+        check_tensor("attend", "q", q, "queries"),
+        check_tensor("attend", "k", k, "keys"),
+        check_tensor("attend", "v", v, "keys"),
+    )
+    if q.axes[1:3] != ("heads", "queries") or k.axes[:3] != v.axes[:3] or k.axes[1] not in ("heads", "kv_heads"):
+        raise PatternError(
+            f"attend(): q must be counted by heads and queries, k and v alike by heads or kv_heads and by keys; got "
+            f"{' '.join(q.axes)!r}, {' '.join(k.axes)!r}, {' '.join(v.axes)!r}"
+        )
+    if q.axes[3] != k.axes[3]:
+        raise PatternError(f"attend(): q and k must have the same last axis; got {q.axes[3]!r} and {k.axes[3]!r}")
+    pattern, normaliser = _with_candidates(pattern, normaliser)
+    if normaliser is not None:
+        _check_normaliser(pattern, normaliser)
+    return one_of(Attend(pattern, q, k, v, normaliser))
+
+
+def _check_normaliser(pattern: Pattern, normaliser: PerChunk) -> None:
+    if not isinstance(normaliser, PerChunk):
+        raise PatternError(f"attend(): normaliser must come from per_chunk(); got {normaliser!r}")
+    if pattern.sink is not None:
+        raise PatternError("attend(): a sink has no place in a softmax per chunk; use per_chunk(..., weights='softmax1')")
+    read = next((name for name, node in pattern.mask.bound.items() if node is normaliser.picks), None)
+    if read is None:
+        raise PatternError(
+            f"attend(): the picks of the normaliser, {normaliser.picks!r}, do not stand in the mask {pattern.mask}"
+        )
+    off = _assume(pattern.mask.expr, {read: False})
+    if off != sympy.false:
+        raise PatternError(
+            f"attend(): with per_chunk every pair must lie in a picked chunk; the mask {pattern.mask} allows pairs without: {off}. "
+            "Attend to those in a branch of its own and use joint() or mix()"
+        )
+
+
+# ---- candidates -------------------------------------------------------------------------------------------------------------
+
+
+def _dynamic_atoms(mask: Mask) -> list[sympy.Basic]:
+    """The relations of a mask that read a node of the program."""
+    names = {name for name, value in mask.bound.items() if isinstance(value, Node)}
+    relations = mask.expr.atoms(sympy.core.relational.Relational)
+    return sorted((r for r in relations if any(read.spec.name in names for read in table_reads(r))), key=sympy.default_sort_key)
+
+
+def _assume(expr: Any, truth: dict[str, bool]) -> Any:
+    """``expr`` where the boolean tables named are known to be true or false everywhere."""
+    relations = expr.atoms(sympy.core.relational.Relational)
+    known = {}
+    for relation in relations:
+        reads = table_reads(relation)
+        named = [read for read in reads if read.spec.name in truth and relation in (sympy.Ne(read, 0), sympy.Eq(read, 0))]
+        if named:
+            value = truth[named[0].spec.name]
+            known[relation] = sympy.true if value == isinstance(relation, sympy.Ne) else sympy.false
+    return expr.xreplace(known)
+
+
+# Of so many other dynamic conditions all cases are looked at; beyond it candidates are all pairs.
+MOST_CASES = 6
+
+
+def candidates_of(mask: Mask, label: str) -> Mask:
+    """The pairs for which the boolean table ``label`` decides whether they attend, whatever other choices say: a static mask."""
+    atoms = [atom for atom in _dynamic_atoms(mask) if label not in {read.spec.name for read in table_reads(atom)}]
+    on, off = (_assume(mask.expr, {label: value}) for value in (True, False))
+    if len(atoms) > MOST_CASES:
+        return Mask(sympy.true)
+    cases = []
+    for values in itertools.product((sympy.true, sympy.false), repeat=len(atoms)):
+        known = dict(zip(atoms, values, strict=True))
+        cases.append(sympy.And(on.xreplace(known), sympy.Not(off.xreplace(known))))
+    names = {name: value for name, value in mask.bound.items() if not isinstance(value, Node)}
+    decided = functools.reduce(sympy.Or, cases)
+    if decided not in (sympy.true, sympy.false) and len(decided.atoms(sympy.core.relational.Relational)) <= 8:
+        decided = sympy.simplify_logic(decided)
+    return Mask(one_form(decided), names)
+
+
+def _with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pattern, PerChunk | None]:
+    """The pattern with every choice told its candidates, where it was declared without."""
+    mask = pattern.mask
+    for label, node in sorted(mask.bound.items()):
+        if not isinstance(node, Select) or node.among is not None:  # type: ignore[attr-defined]
+            continue
+        known = node.within(candidates_of(pattern.mask, label))
+        mask = _renamed(mask, label, known)
+        if isinstance(normaliser, PerChunk) and normaliser.picks is node:
+            normaliser = replace(normaliser, picks=known)
+    return Pattern(mask, pattern.score, pattern.sink, pattern.scale), normaliser
+
+
+def _renamed(mask: Mask, label: str, node: Select) -> Mask:
+    """``mask`` reading ``node`` where it read the table ``label``."""
+    reads = [read for read in table_reads(mask.expr) if read.spec.name == label]
+    specs = {read: read_class(replace(read.spec, name=node.label))(*read.args) for read in reads}
+    bound = {name: value for name, value in mask.bound.items() if name != label}
+    return Mask(mask.expr.xreplace(specs), {**bound, node.label: node})
+
+
+# ---- other sources ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recall(Branch):
+    """Softmax over the slots that each query sees."""
+
+    memory: Slots
+    x: Node = q
+    scale: float | None = None
+    function: ClassVar[str] = "recall"
+    words: ClassVar[Mapping[str, str]] = {"x": "q"}
+
+
+def _check_scale(function: str, scale: Any) -> float | None:
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
+        raise PatternError(f"{function}(): scale must be a positive number or None for head_dim ** -0.5; got {scale!r}")
+    return float(scale)
+
+
+def _check_queries(function: str, x: Node) -> Node:
+    x = check_tensor(function, "q", x, "queries")
+    if x.axes[1:3] != ("heads", "queries"):
+        raise PatternError(f"{function}(): q must be counted by heads and queries; got {' '.join(x.axes)!r}")
+    return x
+
+
+def recall(memory: Slots, *, q: Node = q, scale: float | None = None) -> Recall:
+    """Softmax attention over the slots of a memory, as they are when the query looks.
+
+    >>> import sparsedsl as sd
+    >>> memory = sd.slots(sd.input("gate", "batch kv_heads keys 64"), delay=32, temperature=8)
+    >>> sd.joint(sd.recall(memory), sd.patterns.sliding_window(32)).has_lse
+    True
+    """
+    if not isinstance(memory, Slots):
+        raise PatternError(f"recall(): memory must come from slots(); got {memory!r}")
+    return one_of(Recall(memory, _check_queries("recall", q), _check_scale("recall", scale)))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Linear(Branch):
+    """Decayed linear attention: a sum without a softmax."""
+
+    decay: tuple[float, ...]
+    x: Node = q
+    y: Node = k
+    z: Node = v
+    scale: float | None = None
+    documents: Node | None = None
+    function: ClassVar[str] = "linear"
+    words: ClassVar[Mapping[str, str]] = {"decay": "log_decay", "x": "q", "y": "k", "z": "v"}
+    has_lse: ClassVar[bool] = False
+
+
+def linear(
+    decay: Sequence[float] | None = None,
+    *,
+    log_decay: Sequence[float] | None = None,
+    q: Node = q,
+    k: Node = k,
+    v: Node = v,
+    scale: float | None = None,
+    documents: Node | None = None,
+) -> Linear:
+    """``out_t = scale q_t S_t`` with ``S_t = decay S_(t-1) + k_t^T v_t``: causal, no denominator, state in float32.
+
+    Args:
+        decay: one factor in (0, 1] for every query head.
+        log_decay: their logarithms, in place of ``decay``; a table of :func:`sparsedsl.decay_table` brings its own.
+        q, k, v: nodes in place of the call's own.
+        scale: default ``head_dim ** -0.5``.
+        documents: an input of document ids, ``(batch, keys)``, non-decreasing: a document starts with an empty state.
+
+    Source: Ring-linear (arXiv 2510.19338), Lightning Attention (arXiv 2405.17381).
+
+    >>> import sparsedsl as sd
+    >>> sd.linear([0.5, 0.9]).decay
+    (-0.6931471805599453, -0.10536051565782628)
+    """
+    if (decay is None) == (log_decay is None):
+        raise PatternError(f"linear(): give one of decay and log_decay; got decay={decay!r}, log_decay={log_decay!r}")
+    logs = getattr(decay, "log_decay", log_decay)
+    if logs is None:
+        values = _numbers("decay", decay)
+        if not all(0 < x <= 1 for x in values):
+            raise PatternError(f"linear(): decay must be one factor in (0, 1] for each query head; got {decay!r}")
+        logs = tuple(map(math.log, values))
+    elif not all(x <= 0 for x in _numbers("log_decay", logs)):
+        raise PatternError(f"linear(): log_decay must be at most 0 for each query head; got {logs!r}")
+    k, v = check_tensor("linear", "k", k, "keys"), check_tensor("linear", "v", v, "keys")
+    if k.axes[1:3] != v.axes[1:3] or unit_of(k.axes[2]) != 1 or k.axes[1] not in ("heads", "kv_heads"):
+        raise PatternError(f"linear(): k and v must have one row a key, in heads or kv_heads; got {k.axes} and {v.axes}")
+    documents = check_documents("linear", documents)
+    return one_of(Linear(tuple(logs), _check_queries("linear", q), k, v, _check_scale("linear", scale), documents))
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    found = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
+    if not found or not all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in found):
+        raise PatternError(f"linear(): {name} must be one number for each query head; got {values!r}")
+    return tuple(map(float, found))
+
+
+# ---- combinations -----------------------------------------------------------------------------------------------------------
+
+
+def as_branch(function: str, value: Any) -> Branch:
+    """A branch; patterns and masks become plain attention."""
+    if isinstance(value, Branch):
+        return value
+    if isinstance(value, Pattern):
+        pattern, _ = _with_candidates(value, None)
+        return one_of(Attend(pattern))
+    if isinstance(value, (Mask, Select, bool, Score)):
+        made = attend(True, score=value) if isinstance(value, Score) else attend(value)
+        return as_branch(function, made)
+    raise PatternError(f"{function}() joins attentions: patterns, masks, or what attend(), recall(), ... give; got {value!r}")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Joint(Branch):
+    """One softmax over all branches."""
+
+    branches: tuple[Branch, ...]
+    function: ClassVar[str] = "joint"
+
+    def code(self) -> str:
+        """As :func:`joint` takes it."""
+        return f"joint({', '.join(branch.label for branch in self.branches)})"
+
+
+def joint(*branches: Any) -> Joint:
+    """One softmax over the logits of all branches: each weighs ``exp(lse_branch - lse)``.
+
+    Branches that share pairs count them twice.
+
+    Args:
+        branches: two or more patterns, masks or nodes that have an LSE.
+
+    >>> import sparsedsl as sd
+    >>> sd.joint(sd.patterns.sliding_window(32), sd.patterns.sinks(4) & (sd.q_idx - sd.kv_idx >= 32))
+    <Joint joint_3fb1b4>
+    """
+    parts = tuple(as_branch("joint", branch) for branch in branches)
+    if len(parts) < 2:
+        raise PatternError(f"joint() wants two branches or more; got {len(parts)}")
+    for part in parts:
+        if not part.weighable:
+            raise PatternError(f"joint(): {part!r} has no softmax and so no weight in one; add it with mix()")
+    return one_of(Joint(parts))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Mix(Branch):
+    """Weighted sum of branches, each normalised by itself."""
+
+    branches: tuple[Branch, ...]
+    weights: Node
+    function: ClassVar[str] = "mix"
+    has_lse: ClassVar[bool] = False
+
+    def code(self) -> str:
+        """As :func:`mix` takes it."""
+        return f"mix({', '.join(branch.label for branch in self.branches)}, weights={self.weights.label})"
+
+
+def mix(*branches: Any, weights: Node) -> Mix:
+    """``sum_i weights[..., i] out_i``: gates are inputs, used as they are.
+
+    Args:
+        branches: patterns, masks or nodes.
+        weights: an input ``(batch, heads, queries, number of branches)``.
+
+    >>> import sparsedsl as sd
+    >>> gate = sd.input("gate", "batch heads queries 2")
+    >>> sd.mix(sd.patterns.sliding_window(512), sd.linear([0.9] * 4), weights=gate).has_lse
+    False
+    """
+    parts = tuple(as_branch("mix", branch) for branch in branches)
+    if not parts:
+        raise PatternError("mix() wants at least one branch")
+    if not isinstance(weights, Input) or weights.axes != ("batch", "heads", "queries", str(len(parts))):
+        raise PatternError(
+            f"mix(): weights must be an input with the axes 'batch heads queries {len(parts)}'; got {weights!r}"
+            + (f" with {' '.join(weights.axes)!r}" if isinstance(weights, Node) else "")
+        )
+    return one_of(Mix(parts, weights))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Compact(Branch):
+    """A program over a subset of the tokens of each head."""
+
+    tokens: Tokens
+    inside: Branch
+    function: ClassVar[str] = "compact"
+    has_lse: ClassVar[bool] = True
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:  # type: ignore[override]
+        """The tokens, and q, k, v to take them from: what is inside reads the rows that were taken."""
+        return self.tokens, q, k, v
+
+
+def compact(tokens: Tokens, inside: Any) -> Compact:
+    """Run ``inside`` on the kept tokens of each head as if there were no others, and put its rows back; other rows are 0.
+
+    Inside, ``q_idx`` and ``kv_idx`` count kept tokens; as these are in order, a causal mask inside is causal outside.
+
+    Args:
+        tokens: from :func:`keep_tokens`.
+        inside: a pattern, a mask or a node over q, k and v alone.
+
+    >>> import sparsedsl as sd
+    >>> score = sd.probe(sd.q, sd.k, rows=128, causal=True, keep="before")
+    >>> sd.compact(sd.keep_tokens(score, tail=0.005, always=128), sd.kv_idx <= sd.q_idx).tokens.always
+    128
+    """
+    if not isinstance(tokens, Tokens):
+        raise PatternError(f"compact(): tokens must come from keep_tokens(); got {tokens!r}")
+    branch = as_branch("compact", inside)
+    seen, waiting = set[Node](), [branch]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        waiting += node.inputs
+        if isinstance(node, Input) and node not in (q, k, v):
+            raise PatternError(
+                f"compact(): what is inside may use q, k and v; it reads the input {node.name!r}, whose rows are not taken"
+            )
+    return one_of(Compact(tokens, branch))
+
+
+def units_of_keys(branch: Attend) -> int:
+    """Tokens in a row of the keys it attends to."""
+    return unit_of(branch.y.axes[2]) if base_of(branch.y.axes[2]) == "keys" else 1
+
+
+def reads_scores(pattern: Pattern) -> list[Scores]:
+    """The scores of the program that its logits read as tables."""
+    return [node for node in nodes_in(pattern.score) if isinstance(node, Scores)]
+
+
+def node_reads(expr: Any, label: str) -> list[TableRead]:
+    """Where an expression reads the node ``label``."""
+    return [read for read in table_reads(expr) if read.spec.name == label]

@@ -1,0 +1,141 @@
+"""A program as a whole: the graph of its nodes, its text form, and what a call must give it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import networkx as nx
+
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.tables import TableSpec
+from sparsedsl.program.branches import Attend, Branch, Compact, as_branch
+from sparsedsl.program.node import Node
+from sparsedsl.program.select import Select
+from sparsedsl.program.tensors import Input
+
+__all__ = ["Program", "as_program"]
+
+
+class Program:
+    """The graph behind a node: what :func:`sparsedsl.compile` compiles and :func:`sparsedsl.analyse` looks at.
+
+    >>> import sparsedsl as sd
+    >>> program = sd.Program(sd.patterns.hsa(chunk=64, top_k=16))
+    >>> [node.function for node in program.order]
+    ['input', 'input', 'input', 'input', 'dot', 'input', 'top_k', 'attend']
+    >>> sorted(program.inputs)
+    ['landmarks', 'retrieval_q']
+    """
+
+    def __init__(self, root: Any):
+        self.root: Branch = as_branch("Program", root)
+
+    @functools.cached_property
+    def graph(self) -> nx.DiGraph:
+        """Edges lead from a node to those that read its result. What lies inside of :func:`compact` is a graph of its own."""
+        graph = nx.DiGraph()
+        graph.add_node(self.root)
+        waiting: list[Node] = [self.root]
+        seen = {self.root}
+        while waiting:
+            node = waiting.pop()
+            for source in node.inputs:
+                graph.add_edge(source, node)
+                if source not in seen:
+                    seen.add(source)
+                    waiting.append(source)
+        return graph
+
+    @functools.cached_property
+    def order(self) -> tuple[Node, ...]:
+        """Every node after those it reads; the same order in every process."""
+        return tuple(nx.lexicographical_topological_sort(self.graph, key=lambda node: node.key))
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, Input]:
+        """Name -> input that calls give beside q, k and v."""
+        found = {node.name: node for node in self.order if isinstance(node, Input) and node.name not in ("q", "k", "v")}
+        return dict(sorted(found.items()))
+
+    @functools.cached_property
+    def tables(self) -> dict[str, TableSpec]:
+        """Name -> declaration of the static tables that masks and scores read."""
+        found: dict[str, TableSpec] = {}
+        for part in self.expressions:
+            found |= {name: spec for name, spec in part.tables.items() if not isinstance(part.bound.get(name), Node)}
+        return dict(sorted(found.items()))
+
+    @functools.cached_property
+    def bound(self) -> dict[str, Any]:
+        """Tables bound at declaration."""
+        found: dict[str, Any] = {}
+        for part in self.expressions:
+            found |= {name: value for name, value in part.bound.items() if not isinstance(value, Node)}
+        return found
+
+    @functools.cached_property
+    def expressions(self) -> tuple[Any, ...]:
+        """Everything in it that is written in indices: patterns, candidates, forced pairs."""
+        found: list[Any] = []
+        for node in self.everything:
+            if isinstance(node, Attend):
+                found.append(node.pattern)
+            elif isinstance(node, Select):
+                found += [mask for mask in (node.among, node.forced) if mask is not None]  # type: ignore[attr-defined]
+            else:
+                found += [value for value in node.arguments.values() if hasattr(value, "expr")]
+        return tuple(found)
+
+    @functools.cached_property
+    def everything(self) -> tuple[Node, ...]:
+        """All nodes, those inside of :func:`compact` included, each after those it reads."""
+        found: dict[Node, None] = {}
+        for node in self.order:
+            if isinstance(node, Compact):
+                found.update(dict.fromkeys(Program(node.inside).everything))
+            found[node] = None
+        return tuple(found)
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The program as Python code, a line a node: what its hash is taken of, and what makes it again."""
+        specs = [f"{name} = {spec.declaration()}" for name, spec in self.tables.items()]
+        lines = [f"{node.label} = {node.code()}" for node in self.everything if not _own(node)]
+        return "\n".join([*specs, *lines])
+
+    @property
+    def key(self) -> str:
+        """A hash of the program (32 hex digits), the same in every process."""
+        return self.root.key
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self.root == other.root
+
+    def __hash__(self) -> int:
+        return hash(self.root)
+
+    def __reduce__(self) -> Any:
+        return Program, (self.root,)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"<Program {self.root.label}: {len(self.order)} nodes>"
+
+
+def _own(node: Node) -> bool:
+    return isinstance(node, Input) and node.name in ("q", "k", "v")
+
+
+def as_program(value: Any) -> Program | None:
+    """The program that a value is, or None where it is a static pattern (or nothing of ours)."""
+    if isinstance(value, Program):
+        return value
+    if isinstance(value, (Branch, Select)):
+        return Program(value)
+    dynamic = isinstance(value, Pattern) or hasattr(value, "bound")
+    if dynamic and any(isinstance(bound, Node) for bound in value.bound.values()):
+        return Program(value)
+    return None

@@ -1,0 +1,199 @@
+"""Nodes that choose units of keys for units of queries. What they choose is a boolean table, usable in any mask."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sparsedsl.errors import PatternError
+from sparsedsl.lang.expressions import Index, Mask, as_mask, b, h, kv_idx, q_idx, table
+from sparsedsl.lang.symbols import SCORE
+from sparsedsl.program.axes import unit_of
+from sparsedsl.program.node import Node, nodes_in, one_of
+from sparsedsl.program.scores import Scores, check_scores
+from sparsedsl.program.tensors import check_unit
+
+__all__ = ["Select", "Threshold", "TopK", "TopP", "threshold", "top_k", "top_p"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Select(Node):
+    """Base of the choices. ``among``: the pairs that make a unit a candidate; None: not known before the mask is.
+
+    ``forced``: pairs that make a unit chosen in any case (if it is a candidate).
+    """
+
+    scores: Scores
+    gives: ClassVar[str] = "picks"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Those of the scores."""
+        return self.scores.axes
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """Tokens in a unit of queries and in a unit of keys."""
+        return unit_of(self.axes[2]), unit_of(self.axes[3])
+
+    def within(self, among: Mask) -> Select:
+        """The same choice among these candidates."""
+        return one_of(dataclasses.replace(self, among=among))
+
+    def __getitem__(self, indices: tuple[Index, Index, Index, Index]) -> Mask:
+        """Read as a boolean table at (batch entry, query head, unit of queries, unit of keys)."""
+        return table(self.label, dtype=bool)[indices].bind(**{self.label: self})
+
+    def as_expression(self) -> Mask:
+        """Whether the unit of the key was chosen for the unit of the query."""
+        rows, columns = self.units
+        return self[b, h, q_idx // rows, kv_idx // columns]
+
+    def __and__(self, other: Any) -> Mask:
+        return self.as_expression() & other
+
+    def __or__(self, other: Any) -> Mask:
+        return self.as_expression() | other
+
+    def __xor__(self, other: Any) -> Mask:
+        return self.as_expression() ^ other
+
+    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
+
+    def __invert__(self) -> Mask:
+        return ~self.as_expression()
+
+
+def _check(function: str, scores: Any, among: Any, forced: Any, name: Any) -> tuple[Scores, Mask | None, Mask | None, str]:
+    scores = check_scores(function, scores)
+    if among is not None:
+        among = as_mask(among, where=f"{function}(): among")
+        if nodes_in(among):
+            raise PatternError(
+                f"{function}(): among must not depend on choices of the program, since candidates are known before them; got {among}"
+            )
+    if forced is not None:
+        forced = as_mask(forced, where=f"{function}(): forced")
+    for word, mask in (("among", among), ("forced", forced)):
+        if mask is not None and SCORE in mask.expr.free_symbols:
+            raise PatternError(f"{function}(): {word} must not depend on sd.score; got {mask}")
+    if name and not (isinstance(name, str) and name.isidentifier()):
+        raise PatternError(f"{function}(): name must be a Python identifier; got {name!r}")
+    return scores, among, forced, name or ""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TopK(Select):
+    """The ``count`` best candidates."""
+
+    count: int = 1
+    among: Mask | None = None
+    forced: Mask | None = None
+    extra: bool = False
+    name: str = ""
+    function: ClassVar[str] = "top_k"
+
+
+def top_k(scores: Scores, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = "") -> TopK:
+    """The ``count`` units of keys with the highest scores, for every unit of queries; fewer where there are fewer candidates.
+
+    Of equal scores the earlier unit is taken. No gradient flows through the choice; it flows through weights made of the scores.
+
+    Args:
+        scores: from :func:`dot`, :func:`bound`, ...: ``(batch, heads, units of queries, units of keys)``.
+        count: how many.
+        among: a static mask: a unit is a candidate if it has a pair that the mask allows. Default: the pairs for which the choice decides
+            in the mask it stands in, so that what the rest of that mask excludes or allows anyway is never scored.
+        forced: a mask: candidates with such a pair are taken first.
+        extra: forced units do not count.
+        name: of the table in text forms; default made of a hash.
+
+    >>> import sparsedsl as sd
+    >>> picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 16, name="picks")
+    >>> (sd.kv_idx <= sd.q_idx) & picks
+    Mask((q_idx >= kv_idx) & picks[b, h, q_idx, kv_idx // 64])
+    """
+    scores, among, forced, name = _check("top_k", scores, among, forced, name)
+    return one_of(TopK(scores, check_unit("top_k", "count", count), among, forced, _flag("top_k", "extra", extra), name))
+
+
+def _flag(function: str, word: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise PatternError(f"{function}(): {word} must be True or False; got {value!r}")
+    return value
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TopP(Select):
+    """The best candidates that hold a share of the mass."""
+
+    share: float = 1.0
+    inclusive: bool = True
+    unmet: str = "all"
+    among: Mask | None = None
+    forced: Mask | None = None
+    forced_in_mass: bool = False
+    name: str = ""
+    function: ClassVar[str] = "top_p"
+
+
+def top_p(
+    scores: Scores,
+    share: float,
+    *,
+    inclusive: bool = True,
+    unmet: str = "all",
+    among: Any = None,
+    forced: Any = None,
+    forced_in_mass: bool = False,
+    name: str = "",
+) -> TopP:
+    """The fewest best candidates that hold ``share`` of the mass of a row. Logits become mass by a softmax over the candidates.
+
+    Args:
+        scores: logits or mass.
+        share: above 0, at most 1.
+        inclusive: the candidate that reaches the share is taken too.
+        unmet: where rounding leaves all candidates below the share: take ``"all"`` of them or ``"none"``.
+        among: see :func:`top_k`.
+        forced: a mask: candidates with such a pair are taken in any case.
+        forced_in_mass: their mass counts towards the share (XAttention), else they come on top.
+        name: of the table in text forms.
+
+    >>> import sparsedsl as sd
+    >>> sd.top_p(sd.dot(sd.summary(sd.q, 128), sd.summary(sd.k, 128)), 0.9).units
+    (128, 128)
+    """
+    scores, among, forced, name = _check("top_p", scores, among, forced, name)
+    if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
+        raise PatternError(f"top_p(): share must be above 0 and at most 1; got {share!r}")
+    if unmet not in ("all", "none"):
+        raise PatternError(f"top_p(): unmet must be 'all' or 'none'; got {unmet!r}")
+    flags = _flag("top_p", "inclusive", inclusive), _flag("top_p", "forced_in_mass", forced_in_mass)
+    return one_of(TopP(scores, float(share), flags[0], unmet, among, forced, flags[1], name))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Threshold(Select):
+    """The candidates with at least some score."""
+
+    least: float = 0.0
+    among: Mask | None = None
+    forced: Mask | None = None
+    name: str = ""
+    function: ClassVar[str] = "threshold"
+
+
+def threshold(scores: Scores, least: float, *, among: Any = None, forced: Any = None, name: str = "") -> Threshold:
+    """The candidates whose score is at least ``least``; of mass, its share of the row's candidates.
+
+    >>> import sparsedsl as sd
+    >>> sd.threshold(sd.dot(sd.summary(sd.q, 64), sd.summary(sd.k, 64)).softmax(sd.kv_idx <= sd.q_idx), 2e-3).least
+    0.002
+    """
+    scores, among, forced, name = _check("threshold", scores, among, forced, name)
+    if isinstance(least, bool) or not isinstance(least, numbers.Real) or least != least:
+        raise PatternError(f"threshold(): least must be a number; got {least!r}")
+    return one_of(Threshold(scores, float(least), among, forced, name))

@@ -1,0 +1,134 @@
+"""Nodes that give tensors: the inputs of a call, and one row for each unit of tokens."""
+
+from __future__ import annotations
+
+import keyword
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sparsedsl.errors import PatternError
+from sparsedsl.lang.symbols import RESERVED_NAMES
+from sparsedsl.program.axes import base_of, check_axes, in_units
+from sparsedsl.program.node import Node, one_of
+
+__all__ = ["Input", "Summary", "check_tensor", "check_unit", "input", "k", "q", "summary", "v"]
+
+# Call-time keywords of compiled programs, beside those that no table may be called by.
+_TAKEN = RESERVED_NAMES | {"state", "return_state", "allow"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Input(Node):
+    """A tensor of the call, by name; ``default`` stands for it where the call does not give it."""
+
+    name: str
+    dims: tuple[str, ...]
+    default: Node | None = None
+    function: ClassVar[str] = "input"
+    gives: ClassVar[str] = "tensor"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """As declared."""
+        return self.dims
+
+    def code(self) -> str:
+        """As :func:`input` takes it."""
+        if self.name in ("q", "k", "v"):
+            return self.name
+        default = "" if self.default is None else f", default={self.default.label}"
+        return f"input({self.name!r}, {' '.join(self.axes)!r}{default})"
+
+
+q = one_of(Input("q", ("batch", "heads", "queries", "head_dim")))
+k = one_of(Input("k", ("batch", "kv_heads", "keys", "head_dim")))
+v = one_of(Input("v", ("batch", "kv_heads", "keys", "value_dim")))
+
+
+def input(name: str, axes: str, *, default: Node | None = None) -> Input:
+    """A tensor beside q, k and v that a call is given by name: ``attn(q, k, v, gate=tensor)``.
+
+    Args:
+        name: the keyword.
+        axes: its axes, in words: ``batch, heads, kv_heads, queries, keys, head_dim, value_dim`` have the sizes of q, k and v;
+            ``keys/64`` has one row for 64 keys (a call may leave an incomplete last one out); a number is that size; any other word is a
+            size of its own, the same wherever it stands.
+        default: the node that stands in where the call gives nothing, with the same axes.
+
+    Raises:
+        PatternError: a name that is no keyword of its own, axes that cannot be read, a default of other axes.
+
+    >>> import sparsedsl as sd
+    >>> sd.input("landmarks", "batch kv_heads keys/64 retrieval_dim").axes
+    ('batch', 'kv_heads', 'keys/64', 'retrieval_dim')
+    """
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name in _TAKEN or name[0] == "_":
+        raise PatternError(f"input(): name must be a keyword that calls can pass and that is not taken; got {name!r}")
+    words = check_axes(f"input({name!r})", axes)
+    if default is not None and (not isinstance(default, Node) or default.axes != words):
+        raise PatternError(
+            f"input({name!r}): the default must be a node with the axes {' '.join(words)!r}; got "
+            f"{default!r}" + (f" with {' '.join(default.axes)!r}" if isinstance(default, Node) else "")
+        )
+    return one_of(Input(name, words, default))
+
+
+def check_tensor(function: str, name: str, value: object, rows: str | None = None) -> Node:
+    """A node that gives a tensor ``(batch, some heads, rows, dim)``, its rows counting ``rows`` (queries, keys)."""
+    if not isinstance(value, Node) or value.gives != "tensor":
+        raise PatternError(f"{function}(): {name} must be q, k, v, an input, a summary or reordered rows; got {value!r}")
+    axes = value.axes
+    if len(axes) != 4 or axes[0] != "batch" or (rows is not None and base_of(axes[2]) != rows):
+        raise PatternError(
+            f"{function}(): {name} must have the axes batch, heads, {rows or 'queries or keys'}, a dimension; got {' '.join(axes)!r}"
+        )
+    return value
+
+
+def check_unit(function: str, name: str, value: object, least: int = 1) -> int:
+    """A whole number of tokens or rows."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PatternError(f"{function}(): {name} must be a whole number of at least {least}; got {value!r}")
+    return value
+
+
+HOW = ("mean", "max", "min", "sum", "first", "last")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Summary(Node):
+    """One row for each unit of tokens of ``x``."""
+
+    x: Node
+    unit: int
+    how: str = "mean"
+    pad: str = "valid"
+    function: ClassVar[str] = "summary"
+    gives: ClassVar[str] = "tensor"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """``keys`` becomes ``keys/unit``."""
+        batch, heads, rows, dim = self.x.axes
+        return batch, heads, in_units(rows, self.unit), dim
+
+
+def summary(x: Node, unit: int, how: str = "mean", *, pad: str = "valid") -> Summary:
+    """One row for each ``unit`` rows of ``x``: ``(B, H, N, D)`` -> ``(B, H, ceil(N / unit), D)``.
+
+    Args:
+        x: q, k, v, an input, or another summary.
+        unit: rows in a unit. The last unit may be ragged.
+        how: ``"mean"``, ``"max"``, ``"min"``, ``"sum"``, ``"first"`` or ``"last"`` row.
+        pad: what a ragged last unit is divided by in a mean: the rows it has (``"valid"``), or ``unit``, as if zeros followed (``"zero"``).
+
+    >>> import sparsedsl as sd
+    >>> sd.summary(sd.k, 64).axes
+    ('batch', 'kv_heads', 'keys/64', 'head_dim')
+    """
+    x = check_tensor("summary", "x", x)
+    if how not in HOW:
+        raise PatternError(f"summary(): how must be one of {', '.join(map(repr, HOW))}; got {how!r}")
+    if pad not in ("valid", "zero"):
+        raise PatternError(f"summary(): pad must be 'valid' or 'zero'; got {pad!r}")
+    return one_of(Summary(x, check_unit("summary", "unit", unit), how, pad))

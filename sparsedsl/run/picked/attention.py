@@ -1,0 +1,151 @@
+"""Attention over picked chunks in plain torch: what HSA, MoBA, NSA and any ``causal & (window | picks)`` run on.
+
+Stages: heads -> lanes, queries -> blocks (``lanes.py``); the lists of a block, by query -> by chunk, cut into pieces (``inverted.py``);
+products and softmax of
+each piece, then the parts of each query put together (``passes.py``, ``blocks.py``). Work and memory follow the lists: there is
+neither a queries x chunks table nor a copy of keys for each query; a few queries read only the chunks of their lists.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+import torch
+
+from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
+from sparsedsl.lang.pattern import attend
+from sparsedsl.run.differentiable import no_second_derivatives
+from sparsedsl.run.inputs import check_call
+from sparsedsl.run.picked.blocks import Inside, Job, backward, forward
+from sparsedsl.run.picked.picks import Picks
+
+__all__ = ["Inside", "picked_attention"]
+
+Tensor = torch.Tensor
+_ANY = attend(True)
+
+
+def picked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    picks: Picks,
+    *,
+    scale: float,
+    q_offset: int = 0,
+    inside: Inside | None = None,
+    weights: Tensor | None = None,
+    one: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query over the chunks of its list: ``out (B, Hq, Sq, Dv)`` in the dtype of q and ``lse (B, Hq, Sq)``.
+
+    Without ``weights`` there is one softmax over all tokens of the chunks, and ``lse`` is its own. With them each chunk has a softmax of its
+    own, ``out = sum_k weights_k * out_k`` and ``lse = log(sum_k weights_k)``. A query without chunks has out 0, lse -inf and gradients 0.
+    Gradients go to q, k, v and the weights, from out and lse; chunks that nobody picked get exact zeros. Sums have a fixed order.
+
+    Args:
+        q, k, v: ``(B, Hq, Sq, D)``, ``(B, Hkv, Skv, D)``, ``(B, Hkv, Skv, Dv)``, one float dtype, any strides.
+        picks: a list for each query (``q_unit`` 1); its heads divide Hq.
+        scale: factor of the logits.
+        q_offset: position of the first query; only ``inside`` reads it.
+        inside: which pairs of a picked chunk attend: ``(batch entry as a slice, query heads (n_heads,), query positions (n,), key positions
+            (n, tokens)) -> bool (n, tokens)``, or ``(n_heads, n, tokens)`` where heads differ. Called from several threads.
+        weights: ``(B, Hw, Sq, W)`` of a float dtype, Hw divides Hq; slots after the end of a list are ignored.
+        one: each softmax has one logit 0 more, without a value (softmax1): every chunk's with ``weights``, the single one without.
+            A query without chunks then has lse 0 in the latter case.
+
+    Raises:
+        ShapeError: tensors, picks and weights do not fit each other.
+        UnsupportedError: lists are for more than one query each.
+
+    >>> q, k, v = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 4, 4), torch.arange(4.0).view(1, 1, 4, 1)
+    >>> lists = torch.tensor([[-1, -1], [0, -1], [0, 1]], dtype=torch.int32)[None, None]
+    >>> picks = Picks(lists, (lists >= 0).sum(-1, dtype=torch.int32), q_unit=1, kv_unit=2, units=2)
+    >>> out, lse = picked_attention(q, k, v, picks, scale=0.5)
+    >>> out[0, 0, :, 0].tolist(), lse[0, 0].exp().round().tolist()
+    ([0.0, 0.5, 1.5], [0.0, 15.0, 30.0])
+    >>> out, lse = picked_attention(q, k, v, picks, scale=0.5, weights=torch.tensor([0.25, 0.75]).expand(1, 1, 3, 2))
+    >>> out[0, 0, :, 0].tolist()
+    [0.0, 0.125, 2.0]
+    """
+    call = check_call(_ANY, q, k, v, {}, q_offset=q_offset, scale=scale)
+    _check_picks(picks, call.q, call.k)
+    if weights is not None:
+        _check_weights(weights, picks, call.q)
+    if not isinstance(one, bool):
+        raise PatternError(f"one must be True or False; got {one!r}")
+    job = Job(picks, call.scale, int(q_offset), inside, one)
+    out, lse = _Attend.apply(job, q, k, v, weights)
+    return out, lse
+
+
+def _check_picks(picks: Picks, q: Tensor, k: Tensor) -> None:
+    if picks.q_unit != 1:
+        raise UnsupportedError(
+            f"picked_attention wants a list for each query, q_unit 1; got q_unit {picks.q_unit}. "
+            "Lists for blocks of queries are a block mask: run them on backend='tiled' or 'flex'"
+        )
+    shape, units = tuple(picks.indices.shape), math.ceil(k.shape[2] / picks.kv_unit)
+    if len(shape) != 4 or shape[0] not in (1, q.shape[0]) or shape[2] != q.shape[2] or not shape[1] or q.shape[1] % shape[1]:
+        raise ShapeError(
+            f"picks.indices must be (B or 1, Hs, Sq, W) with Hs a divisor of the query heads; got {shape} for q {tuple(q.shape)}"
+        )
+    if picks.indices.device != q.device:
+        raise ShapeError(f"picks.indices is on {picks.indices.device}, q on {q.device}; move it")
+    largest = int(picks.indices.max()) if picks.indices.numel() else -1
+    if picks.units != units or largest >= units:
+        raise ShapeError(
+            f"{k.shape[2]} keys are {units} chunks of {picks.kv_unit}; got picks of {picks.units} chunks, the largest number {largest}. "
+            "Choose among the keys that are passed"
+        )
+
+
+def _check_weights(weights: Tensor, picks: Picks, q: Tensor) -> None:
+    shape, wanted = tuple(weights.shape), (q.shape[0], q.shape[2], picks.indices.shape[3])
+    if len(shape) != 4 or (shape[0], *shape[2:]) != wanted or not shape[1] or q.shape[1] % shape[1]:
+        raise ShapeError(
+            f"weights must be (B, Hw, Sq, W) = ({wanted[0]}, Hw, {wanted[1]}, {wanted[2]}) with Hw a divisor of the {q.shape[1]} query "
+            f"heads; got {shape}"
+        )
+    if not weights.is_floating_point() or weights.device != q.device:
+        raise ShapeError(f"weights must be floats on {q.device}; got {weights.dtype} on {weights.device}")
+
+
+class _Attend(torch.autograd.Function):
+    """Forward; inputs: a job, q, k, v and the weights or None."""
+
+    @staticmethod
+    def forward(job: Job, *tensors: Any) -> Any:
+        return forward(job, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.job = inputs[0]
+        ctx.save_for_backward(*output, *inputs[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        _, want_q, *want_kv, want_weights = ctx.needs_input_grad
+        if grad_out is None and grad_lse is None:
+            return None, None, None, None, None
+        grads = _AttendBackward.apply(ctx.job, any(want_kv), grad_out, grad_lse, *ctx.saved_tensors)
+        wanted = (want_q, *want_kv, want_weights)
+        return None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
+
+
+class _AttendBackward(torch.autograd.Function):
+    """Backward; inputs: a job, whether k or v want gradients, those of the results, the results, and the inputs of the forward pass."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        return backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        no_second_derivatives()

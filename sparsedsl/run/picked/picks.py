@@ -1,0 +1,34 @@
+"""What a selection comes out as: for each unit of queries the numbers of the units of keys it picked, as compact lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Picks"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Picks:
+    """Index lists ``(B, Hs, U, W)`` int32, ascending, -1 after the end; ``counts (B, Hs, U)`` int32.
+
+    B may be 1 and Hs divides the query heads: head ``h`` of ``H`` reads row ``h * Hs // H``. List ``u`` belongs to the queries at positions
+    ``(first + u) * q_unit ..``; ``kv_unit`` tokens make a unit of keys, of which there are ``units``, the last one possibly ragged.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    q_unit: int
+    kv_unit: int
+    units: int
+    first: int = 0
+
+    def table(self) -> Tensor:
+        """The lists as booleans ``(B, Hs, U, units)``: for small problems only."""
+        lead = self.indices.shape[:-1]
+        table = torch.zeros((*lead, self.units + 1), dtype=torch.bool, device=self.indices.device)
+        place = torch.where(self.indices < 0, self.units, self.indices).long()
+        return table.scatter_(-1, place, True)[..., : self.units]

@@ -1,0 +1,1 @@
+"""Recurrent sources, chunkwise parallel: decayed linear attention and gated slots."""
