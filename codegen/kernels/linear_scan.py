@@ -82,7 +82,8 @@ def sum_chunks(
     columns_c = part % PARTS_C * BLOCK_C + tl.arange(0, BLOCK_C)
     begin = chunk * CHUNK
     last = tl.minimum(begin + CHUNK, length) - 1
-    last_document = document_at(documents_ptr, position_of(last, length, REVERSE), 0, length)
+    if HAS_DOCUMENTS:
+        last_document = document_at(documents_ptr, position_of(last, length, REVERSE), 0, length)
     state = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for start in range(0, CHUNK, BLOCK):
         steps = begin + start + tl.arange(0, BLOCK)

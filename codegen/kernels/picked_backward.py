@@ -18,14 +18,14 @@ __all__ = ["picked_grad_kv", "picked_grad_q"]
         "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "v_stride_b", "v_stride_h",
         "v_stride_row", "out_stride_b", "out_stride_h", "out_stride_row", "grad_out_stride_b", "grad_out_stride_h",
         "grad_out_stride_row", "grad_q_stride_b", "grad_q_stride_h", "grad_q_stride_row", "first_stride_b", "first_stride_h", "heads",
-        "group", "pack", "list_batch", "list_group", "weight_group", "rows", "kv_len", "tiles", "width", "list_width", "scale",
+        "group", "pack", "queries", "list_batch", "list_group", "weight_group", "rows", "kv_len", "tiles", "width", "list_width", "scale",
     ]
 )  # fmt: skip
 def picked_grad_q(
     q_ptr, q_stride_b, q_stride_h, q_stride_row, k_ptr, k_stride_b, k_stride_h, k_stride_row, v_ptr, v_stride_b, v_stride_h,
     v_stride_row, out_ptr, out_stride_b, out_stride_h, out_stride_row, grad_out_ptr, grad_out_stride_b, grad_out_stride_h,
     grad_out_stride_row, grad_q_ptr, grad_q_stride_b, grad_q_stride_h, grad_q_stride_row, lse_ptr, grad_lse_ptr, delta_ptr,
-    weights_ptr, chunks_ptr, owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack,
+    weights_ptr, chunks_ptr, owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, queries,
     list_batch, list_group, weight_group, rows, kv_len, tiles, width, list_width, scale, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
     WEIGHTED: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, ALIGN: tl.constexpr,
@@ -37,7 +37,7 @@ def picked_grad_q(
     bundle = tl.program_id(0) // tiles
     b = bundle // (heads // pack)
     head = bundle % (heads // pack) * pack
-    h, query, member, inside = head_and_query(tile, head, pack, rows, ROWS)
+    h, query, member, inside = head_and_query(tile, head, pack, queries, rows, ROWS)
     line = (b.to(tl.int64) * heads + h) * rows + query
     weight_line = (b.to(tl.int64) * (heads // weight_group) + h // weight_group) * rows + query
     d = tl.arange(0, BLOCK_D)

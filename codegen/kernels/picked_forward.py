@@ -1,6 +1,6 @@
 """Attention over picked chunks, forward: the queries of a tile read the union of their chunks once.
 
-A tile is ``rows_of_tile = queries * pack`` rows: ``pack`` adjacent query heads that share list and key head, ``queries`` adjacent queries. Its
+A tile is ``queries * pack`` rows: ``pack`` adjacent query heads that share list and key head, ``queries`` adjacent queries. Its
 chunks come as a merged list, ascending; with each chunk the queries that picked it, as bits. Lists are ascending and hold a chunk once, so the
 slot at which a row holds a chunk is the number of chunks of its own that were met before: a counter a row, and no table of slots.
 
@@ -20,10 +20,9 @@ LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def head_and_query(tile, head, pack, rows, ROWS: tl.constexpr):
+def head_and_query(tile, head, pack, queries, rows, ROWS: tl.constexpr):
     """Query head, query (within the call), place among the tile's queries and existence of each row of a tile."""
     line = tl.arange(0, ROWS)
-    queries = ROWS // pack
     member = line // pack
     query = tile * queries + member
     exists = (member < queries) & (query < rows)
@@ -56,14 +55,14 @@ def allowed_pairs(own, key, exists, first, last, INTERVAL: tl.constexpr):
     do_not_specialize=[
         "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "v_stride_b", "v_stride_h",
         "v_stride_row", "out_stride_s", "out_stride_b", "out_stride_h", "out_stride_row", "first_stride_b", "first_stride_h",
-        "heads", "group", "pack", "list_batch", "list_group", "weight_group", "rows", "kv_len", "tiles", "width", "list_width",
+        "heads", "group", "pack", "queries", "list_batch", "list_group", "weight_group", "rows", "kv_len", "tiles", "width", "list_width",
         "splits", "scale",
     ]
 )  # fmt: skip
 def picked_forward(
     q_ptr, q_stride_b, q_stride_h, q_stride_row, k_ptr, k_stride_b, k_stride_h, k_stride_row, v_ptr, v_stride_b, v_stride_h,
     v_stride_row, out_ptr, out_stride_s, out_stride_b, out_stride_h, out_stride_row, lse_ptr, slot_lse_ptr, weights_ptr, chunks_ptr,
-    owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, list_batch, list_group,
+    owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, queries, list_batch, list_group,
     weight_group, rows, kv_len, tiles, width, list_width, splits, scale, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
     WEIGHTED: tl.constexpr, ONE: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr, SAVE: tl.constexpr,
@@ -76,7 +75,7 @@ def picked_forward(
     bundle = tl.program_id(0) // splits // tiles
     b = bundle // (heads // pack)
     head = bundle % (heads // pack) * pack
-    h, query, member, inside = head_and_query(tile, head, pack, rows, ROWS)
+    h, query, member, inside = head_and_query(tile, head, pack, queries, rows, ROWS)
     line = (b.to(tl.int64) * heads + h) * rows + query
     weight_line = (b.to(tl.int64) * (heads // weight_group) + h // weight_group) * rows + query
     d = tl.arange(0, BLOCK_D)

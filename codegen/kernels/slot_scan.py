@@ -1,18 +1,18 @@
 """Gated slots: a state ``H (slots, width)`` that decays by a factor of each slot's own; with ``L[t, u]`` the decay from u to t, a vector,
 
 - :func:`read_slots`   ``y[t] = scale * sum over u <= t of (a[t] . b[u]) L[t, u] c[u]``   (a number a slot),
-- :func:`read_values`  ``y[t] = scale * sum over u <= t of (w[t] . (L[t, u] c[u])) b[u]``  (a number a column).
+- :func:`read_values`  ``y[t] = sum over u <= t of (w[t] . (L[t, u] c[u])) b[u]``          (a number a column).
 
-The forward pass reads scores from the keys' slots (a, b, c = q, k, writes), and values with the softmax of the scores as w. The backward pass
-is made of the same two, forward for what belongs to queries, and from the last position to the first for what belongs to keys, where
-c is a query's row of weights: a key head then gathers from all its query heads in one state.
+The forward pass reads scores from the keys' slots (a, b, c = q, k, writes), and values with the softmax of the scores as w. The
+backward pass is made of the same two, forward for what belongs to queries, and from the last position to the first for what
+belongs to keys, where c is a query's row of weights: a key head then gathers from all its query heads in one state.
 
-A query stands at the position of the newest key that it sees, ``delay`` before its own; position 0 is before every key and query. Steps count
+A query stands at the position of the newest key that it sees, ``delay`` before its own; position 0 is before every key. Steps count
 in the direction of the pass. Chunks are as in ``linear_scan``: :func:`sum_chunks`, ``carry``, then all chunks at a time.
 
-Decays may be as strong as they like: exp is taken of sums of log decays between the two rows themselves and never of a difference of sums.
-Within a block a pair of rows is split at the one place where ``row >> level`` are neighbours for the first time: the decay of the pair is the
-product of two, one a row, from the edge between the halves. So each level is two plain products (:func:`_halves`).
+Decays may be as strong as they like: exp is taken of sums of log decays between the two rows themselves, never of a difference of
+sums. Within a block a pair of rows is split where ``row >> level`` are neighbours for the first time: its decay is the product of
+two, one a row, from the edge between the halves. So each level is two plain products (:func:`_halves`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ __all__ = ["gate_gradient", "read_slots", "read_values", "sum_chunks", "weight_g
 
 @triton.jit
 def _halves(before, after, ranks, LEVEL: tl.constexpr):
-    """One level of the tree over a block's rows, from the sums of log decays within parts of ``2**LEVEL`` rows: ``before`` up to and with a
-    row, ``after`` from the row after it to the part's end. The decay from each row to the edge between its part and the other half, and both
-    sums for parts twice as long."""
+    """One level of the tree over a block's rows: the decay between each row and the edge of the two parts of ``2**LEVEL`` rows, and
+    the sums of the next level. Sums of log decays within a part: ``before`` up to and with a row, ``after`` from the next row to the end."""
     lower = (((ranks >> LEVEL) & 1) == 0)[:, None]
     other_end = (((ranks >> LEVEL) ^ 1) << LEVEL) + (1 << LEVEL) - 1
     other = tl.gather(before, tl.broadcast_to(other_end[:, None], before.shape), 0)
@@ -70,7 +69,9 @@ def _gates(gate_ptr, at, first, keys, slots, SLOTS: tl.constexpr, REVERSE: tl.co
 
 
 @triton.jit(
-    do_not_specialize=["b_stride_b", "b_stride_h", "b_stride_row", "documents_stride_b", "b_first", "b_rows", "first", "keys", "heads", "chunks"]
+    do_not_specialize=[
+        "b_stride_b", "b_stride_h", "b_stride_row", "documents_stride_b", "b_first", "b_rows", "first", "keys", "heads", "chunks",
+    ]
 )  # fmt: skip
 def sum_chunks(
     b_ptr, c_ptr, gate_ptr, documents_ptr, states_ptr, factors_ptr,
@@ -97,8 +98,9 @@ def sum_chunks(
     slots = part // PARTS_WIDTH * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
     columns = part % PARTS_WIDTH * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     ranks = tl.arange(0, BLOCK)
-    chunk_end = position_of(chunk * CHUNK + CHUNK - 1, length, REVERSE)
-    last_document = document_at(documents_ptr, chunk_end, first, keys)
+    if HAS_DOCUMENTS:
+        last = position_of(chunk * CHUNK + CHUNK - 1, length, REVERSE)
+        last_document = document_at(documents_ptr, last, first, keys)
     state = tl.zeros([BLOCK_SLOTS, BLOCK_WIDTH], tl.float32)
     total = tl.zeros([BLOCK_SLOTS], tl.float32)
     for back in range(BLOCK, CHUNK + BLOCK, BLOCK):
@@ -199,19 +201,19 @@ def read_slots(
 @triton.jit(
     do_not_specialize=[
         "b_stride_b", "b_stride_h", "b_stride_row", "y_stride_b", "y_stride_h", "y_stride_row", "documents_stride_b",
-        "a_first", "a_rows", "b_first", "b_rows", "first", "keys", "heads", "chunks", "first_chunk", "read_chunk_count", "scale",
+        "a_first", "a_rows", "b_first", "b_rows", "first", "keys", "heads", "chunks", "first_chunk", "read_chunk_count",
     ]
 )  # fmt: skip
 def read_values(
     w_ptr, b_ptr, c_ptr, gate_ptr, y_ptr, lse_ptr, alive_ptr, documents_ptr, states_ptr,
     b_stride_b, b_stride_h, b_stride_row, y_stride_b, y_stride_h, y_stride_row, documents_stride_b,
-    a_first, a_rows, b_first, b_rows, first, keys, heads, chunks, first_chunk, read_chunk_count, scale,
+    a_first, a_rows, b_first, b_rows, first, keys, heads, chunks, first_chunk, read_chunk_count,
     A_GROUP: tl.constexpr, B_GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr,
     SOFTMAX: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of columns, a chunk and a key head; ``BLOCK_SLOTS`` holds all slots. ``SOFTMAX``: w are scores, of which the softmax
-    is taken; lse is written, and weights are zero where ``alive`` ``(.., rows)`` of the key head is."""
+    """One program a block of columns, a chunk and a key head; ``BLOCK_SLOTS`` holds all slots. ``SOFTMAX``: w are scores, and their
+    softmax is taken; lse is written, and weights are zero where ``alive (.., rows)`` of the key head is."""
     b_stride_row, y_stride_row = b_stride_row // ALIGN * ALIGN, y_stride_row // ALIGN * ALIGN
     b_stride_h, y_stride_h = b_stride_h // ALIGN * ALIGN, y_stride_h // ALIGN * ALIGN
     b_stride_b, y_stride_b = b_stride_b // ALIGN * ALIGN, y_stride_b // ALIGN * ALIGN
@@ -270,7 +272,7 @@ def read_values(
                     pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
                 y += tl.dot(pairs, b, input_precision=PRECISION)
             place = y_ptr + one * y_stride_h + row.to(tl.int64)[:, None] * y_stride_row + columns[None, :]
-            tl.store(place, (y * scale).to(y_ptr.dtype.element_ty), mask=is_row[:, None] & (columns < WIDTH)[None, :])
+            tl.store(place, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & (columns < WIDTH)[None, :])
         state *= kept[:, None]
         for other in range(B_GROUP):
             b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
@@ -278,13 +280,13 @@ def read_values(
             state += tl.dot(tl.trans(c * tail), b, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["rows", "group", "lines"])
+@triton.jit(do_not_specialize=["rows", "group", "lines", "scale"])
 def weight_gradient(
-    scores_ptr, sums_ptr, weights_ptr, grads_ptr, lse_grad_ptr, alive_ptr, rows, group, lines,
+    scores_ptr, terms_ptr, weights_ptr, grads_ptr, lse_grad_ptr, alive_ptr, rows, group, lines, scale,
     SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK: tl.constexpr, HAS_LSE_GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Back through the softmax. ``sums`` comes in as the gradients of the weights, and leaves as the terms that every log decay between a
-    read slot and its row adds to: ``score * its gradient + weight * its gradient``. One program a block of ``lines`` rows."""
+    """Back through the softmax: its weights, the gradients of ``score / scale``, and, in place of the gradients of the weights, the
+    terms that a row adds to every log decay before it, ``score * its gradient + weight * its gradient``. A program has ``BLOCK`` rows."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_row = at < lines
     slots = tl.arange(0, BLOCK_SLOTS)
@@ -296,15 +298,15 @@ def weight_gradient(
     top = tl.maximum(tl.max(scores, 1), -1e38)
     weights = tl.exp(scores - top[:, None])
     weights = tl.where(alive, weights / tl.sum(weights, 1)[:, None], 0.0)
-    weight_grads = tl.load(sums_ptr + place, mask=inside, other=0.0)
+    weight_grads = tl.load(terms_ptr + place, mask=inside, other=0.0)
     mean = tl.sum(weights * weight_grads, 1)
     if HAS_LSE_GRAD:
         mean -= tl.load(lse_grad_ptr + at, mask=is_row, other=0.0)
     grads = weights * (weight_grads - mean[:, None])
     terms = weights * weight_grads + tl.where(inside, scores, 0.0) * grads
     tl.store(weights_ptr + place, weights, mask=inside)
-    tl.store(grads_ptr + place, grads, mask=inside)
-    tl.store(sums_ptr + place, terms, mask=inside)
+    tl.store(grads_ptr + place, grads * scale, mask=inside)
+    tl.store(terms_ptr + place, terms, mask=inside)
 
 
 @triton.jit(do_not_specialize=["documents_stride_b", "a_first", "a_rows", "first", "keys", "heads", "chunks"])
@@ -317,8 +319,8 @@ def gate_gradient(
 ):  # fmt: skip
     """Gradients of log decays, of which the writes are ``1 - exp`` too. One program a block of slots, a chunk and a key head.
 
-    A log decay has a part in every pair of a key before it and a query from it on. Of the pairs across the chunk's end the gradient is
-    the product of the state there and of the state of the pass backward; from there on it changes, row by row, by what ends or begins in a row.
+    A log decay has a part in every pair of a key before it and a query from it on. Of the pairs across the chunk's end the gradient
+    is the product of the state there and that of the pass backward; from there on it changes row by row, by what begins or ends there.
     """
     PARTS: tl.constexpr = (SLOTS + BLOCK_SLOTS - 1) // BLOCK_SLOTS
     part = tl.program_id(0) % PARTS

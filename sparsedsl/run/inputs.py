@@ -18,7 +18,7 @@ from sparsedsl.lang.tables import TableSpec
 from sparsedsl.run.mapping import samples, stacked
 from sparsedsl.run.surroundings import is_transformed
 
-__all__ = ["Call", "bind_tables", "check_call"]
+__all__ = ["FLOATS", "Call", "bind_tables", "check_call", "check_table"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -154,12 +154,15 @@ def bind_tables(
         )
     bound = {}
     for name, spec in wanted.items():
-        bound[name] = _check_table(spec, given[name], pattern.table_ranks[name], device, may_be_empty)
+        bound[name] = check_table(spec, given[name], pattern.table_ranks[name], device, may_be_empty)
         device = device or bound[name].device
     return bound
 
 
-def _check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | None, may_be_empty: bool) -> torch.Tensor:
+def check_table(
+    spec: TableSpec, value: Any, rank: int, device: torch.device | None, may_be_empty: bool = False
+) -> torch.Tensor:
+    """A tensor for a declared table, checked against its declaration. ``rank``: indices it is read with; ``device`` None: any."""
     name = spec.name
     if not isinstance(value, torch.Tensor):
         raise TableError(f"table {name!r} must be a torch tensor; got {type(value).__name__}. Write torch.as_tensor({name})")

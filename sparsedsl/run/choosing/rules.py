@@ -57,7 +57,9 @@ def top_k(
     if k < 1:
         raise PatternError(f"top_k: k is {k}; wanted 1 or more units")
     if forced_extra is not None and (forced is None or forced_extra < 0):
-        raise PatternError(f"top_k: forced_extra is {forced_extra} with forced {forced}; wanted a rule and how many units it names at most")
+        raise PatternError(
+            f"top_k: forced_extra is {forced_extra} with forced {forced}; wanted a rule and how many units it names at most"
+        )
     candidates = candidates or Candidates()
     batch, heads, rows, units = source.shape
     r, u = tile_shape(3 * source.cell_bytes, rows, units)

@@ -34,7 +34,11 @@ class Leaf(NamedTuple):
         """Where the rows and units lie in the tensor. A dimension of one is for all rows or units."""
         if self.over == "cells":
             size = self.tensor.shape[-2:]
-            return (slice(None), slice(None), *(part if n > 1 else slice(None) for n, part in zip(size, (rows, units), strict=True)))
+            return (
+                slice(None),
+                slice(None),
+                *(part if n > 1 else slice(None) for n, part in zip(size, (rows, units), strict=True)),
+            )
         return (slice(None), slice(None), rows if self.over == "rows" else units)
 
 
@@ -213,7 +217,9 @@ class BoundScores(ScoreSource):
 
     def __post_init__(self) -> None:
         if self.low.shape != self.high.shape:
-            raise ShapeError(f"bound scores: low is {tuple(self.low.shape)} and high is {tuple(self.high.shape)}; wanted the same shape")
+            raise ShapeError(
+                f"bound scores: low is {tuple(self.low.shape)} and high is {tuple(self.high.shape)}; wanted the same shape"
+            )
         DotScores(self.q, self.low)
 
     @property
@@ -259,7 +265,9 @@ class GroupedScores(ScoreSource):
 
     def __post_init__(self) -> None:
         if self.heads_out < 1 or self.source.shape[1] % self.heads_out:
-            raise ShapeError(f"grouped scores: heads_out {self.heads_out} does not divide the {self.source.shape[1]} heads of the scores")
+            raise ShapeError(
+                f"grouped scores: heads_out {self.heads_out} does not divide the {self.source.shape[1]} heads of the scores"
+            )
         if self.how not in ("sum", "mean", "max"):
             raise ShapeError(f"grouped scores: how is {self.how!r}; wanted 'sum', 'mean' or 'max'")
 
@@ -290,7 +298,9 @@ class GroupedScores(ScoreSource):
 
     def at(self, indices: Tensor) -> Tensor:
         if self.heads_out % indices.shape[1]:
-            raise ShapeError(f"grouped scores: lists of {indices.shape[1]} heads do not divide the {self.heads_out} groups; choose by group")
+            raise ShapeError(
+                f"grouped scores: lists of {indices.shape[1]} heads do not divide the {self.heads_out} groups; choose by group"
+            )
         return self._reduced(self.source.at(indices))
 
     def _reduced(self, scores: Tensor) -> Tensor:
@@ -315,7 +325,9 @@ class SumScores(ScoreSource):
 
     def __post_init__(self) -> None:
         if not self.sources or (self.factors is not None and len(self.factors) != len(self.sources)):
-            raise ShapeError(f"sum of scores: {len(self.sources)} sources and factors {self.factors}; wanted a factor for each source")
+            raise ShapeError(
+                f"sum of scores: {len(self.sources)} sources and factors {self.factors}; wanted a factor for each source"
+            )
         shape = self.shape
         for source in self.sources:
             fits = all(n in (1, m) for n, m in zip(source.shape[::2] + source.shape[3:], shape[::2] + shape[3:], strict=True))
@@ -372,7 +384,11 @@ def _grouped_product(a: Tensor, b: Tensor) -> Tensor:
     """``a (B, Ha, M, D)`` times ``b (B, Hb, N, D)`` transposed, Ha a multiple of Hb: ``(B * Hb, Ha / Hb * M, N)``."""
     batch, heads, units, width = b.shape
     x, y = a.reshape(batch * heads, -1, width), b.reshape(batch * heads, units, width)
-    if x.device.type == "cpu" and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)) and 0 not in (*x.shape, units):
+    if (
+        x.device.type == "cpu"
+        and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
+        and 0 not in (*x.shape, units)
+    ):
         return product_nt(x.contiguous(), y.contiguous())
     return torch.bmm(x, y.mT)
 

@@ -40,9 +40,10 @@ def picked_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query over the chunks of its list: ``out (B, Hq, Sq, Dv)`` in the dtype of q and ``lse (B, Hq, Sq)``.
 
-    Without ``weights`` there is one softmax over all tokens of the chunks, and ``lse`` is its own. With them each chunk has a softmax of its
-    own, ``out = sum_k weights_k * out_k`` and ``lse = log(sum_k weights_k)``. A query without chunks has out 0, lse -inf and gradients 0.
-    Gradients go to q, k, v and the weights, from out and lse; chunks that nobody picked get exact zeros. Sums have a fixed order.
+    Without ``weights`` there is one softmax over all tokens of the chunks, and ``lse`` is its own. With them each chunk has a softmax of
+    its own, ``out = sum_k weights_k * out_k`` and ``lse = log(sum_k weights_k)``. A query without chunks has out 0, lse -inf and
+    gradients 0. Gradients go to q, k, v and the weights, from out and lse; chunks that nobody picked get exact zeros. Sums have a
+    fixed order.
 
     Args:
         q, k, v: ``(B, Hq, Sq, D)``, ``(B, Hkv, Skv, D)``, ``(B, Hkv, Skv, Dv)``, one float dtype, any strides.
@@ -63,11 +64,11 @@ def picked_attention(
     >>> lists = torch.tensor([[-1, -1], [0, -1], [0, 1]], dtype=torch.int32)[None, None]
     >>> picks = Picks(lists, (lists >= 0).sum(-1, dtype=torch.int32), q_unit=1, kv_unit=2, units=2)
     >>> out, lse = picked_attention(q, k, v, picks, scale=0.5)
-    >>> out[0, 0, :, 0].tolist(), lse[0, 0].exp().round().tolist()
-    ([0.0, 0.5, 1.5], [0.0, 15.0, 30.0])
+    >>> (out[0, 0, :, 0] * 2).round().tolist(), lse[0, 0].exp().round().tolist()
+    ([0.0, 1.0, 3.0], [0.0, 15.0, 30.0])
     >>> out, lse = picked_attention(q, k, v, picks, scale=0.5, weights=torch.tensor([0.25, 0.75]).expand(1, 1, 3, 2))
-    >>> out[0, 0, :, 0].tolist()
-    [0.0, 0.125, 2.0]
+    >>> (out[0, 0, :, 0] * 8).round().tolist()
+    [0.0, 1.0, 16.0]
     """
     call = check_call(_ANY, q, k, v, {}, q_offset=q_offset, scale=scale)
     _check_picks(picks, call.q, call.k)

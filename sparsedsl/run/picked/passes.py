@@ -96,8 +96,8 @@ class BlockPass:
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients of the logits' q, ``(queries, heads, D)``, without the scale, and of the weights ``(queries, heads, W)``.
 
-        ``grad_out (queries + 1, heads, Dv)``, the last row 0. For one softmax ``lse (queries + 1, heads)`` in units of log2, inf where there
-        is none, and ``delta = <grad_out, out> - grad_lse``; where each chunk has a softmax of its own it has a delta of its own.
+        ``grad_out (queries + 1, heads, Dv)``, the last row 0. For one softmax ``lse (queries + 1, heads)`` in units of log2, inf where
+        there is none, and ``delta = <grad_out, out> - grad_lse``; where each chunk has a softmax of its own it has a delta of its own.
         Adds to ``sums`` of k (to be multiplied by ln 2) and v.
         """
         places, heads = self.inverted.pairs.shape[0], self.q.shape[1]

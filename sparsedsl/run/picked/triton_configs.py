@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sparsedsl.errors import UnsupportedError
@@ -15,7 +16,7 @@ from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.loading import triton
 from sparsedsl.gpu.targets import Target
 
-__all__ = ["KERNELS", "PickedShape", "config_of", "constants_of", "function", "job_of", "pack_of", "rows_of"]
+__all__ = ["KERNELS", "PickedShape", "constants_of", "function", "job_of", "pack_of", "rows_of"]
 
 # kernel -> its module in codegen/kernels
 KERNELS = {
@@ -57,3 +58,57 @@ def rows_of(pack: int) -> int:
     [16, 32, 32, 64, 64, 64]
     """
     return 16 if pack == 1 else 32 if pack <= 4 else MOST_ROWS
+
+
+@functools.cache
+def function(kernel: str) -> Any:
+    """Triton's function of a kernel.
+
+    Raises:
+        UnsupportedError: Triton is not installed.
+    """
+    triton()
+    from sparsedsl.codegen.kernels import picked_backward, picked_forward
+
+    return getattr({"picked_forward": picked_forward, "picked_backward": picked_backward}[KERNELS[kernel]], kernel)
+
+
+def _block(width: int) -> int:
+    """A tile's side for ``width`` numbers: products on matrix units have no other."""
+    return max(SMALLEST, 1 << (width - 1).bit_length())
+
+
+def constants_of(kernel: str, picked: PickedShape, config: Config, **flags: bool) -> dict[str, Any]:
+    """Values of the constant arguments of ``kernel``. ``flags``: SAVE, SPLIT, HAS_GRAD_LSE, where they are not true."""
+    shape = picked.shape
+    values = {
+        "CHUNK": picked.chunk, "HEAD_DIM": shape.head_dim, "HEAD_DIM_V": shape.head_dim_v, "BLOCK_D": _block(shape.head_dim),
+        "BLOCK_DV": _block(shape.head_dim_v), "BLOCK_N": config.block_n, "ROWS": config.block_m, "WEIGHTED": picked.weighted,
+        "ONE": picked.one, "INTERVAL": picked.interval, "MERGED": picked.merged, "SAVE": True, "SPLIT": True, "HAS_GRAD_LSE": True,
+        "ALIGN": 8 if shape.aligned and shape.head_dim % 8 == 0 and shape.head_dim_v % 8 == 0 else 1, "PRECISION": shape.precision,
+    }  # fmt: skip
+    return {name: (values | flags)[name] for name in function(kernel).arg_names if name in values}
+
+
+def job_of(kernel: str, picked: PickedShape, config: Config, target: Target, **flags: bool) -> Job:
+    """What there is to compile for ``target`` ahead of time."""
+    fixed = constants_of(kernel, picked, config, **flags)
+    data = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[picked.shape.dtype]
+    pointers = {f"{name}_ptr": data for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")}
+    pointers |= {f"{name}_ptr": "*i32" for name in ("chunks", "owners", "counts", "first", "last")}
+    pointers |= {"starts_ptr": "*i64", "places_ptr": "*i64", "scale": "fp32"} | dict.fromkeys(fixed, "constexpr")
+    names = function(kernel).arg_names
+    signature = {name: pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
+    text = inspect.getsource(sys.modules[function(kernel).fn.__module__])
+    return Job(text, kernel, signature, fixed, config, True, target)
+
+
+def config_of(kernel: str, picked: PickedShape, target: Target) -> Config:
+    """A config that runs on ``target``, chosen without a device."""
+    block = 128 if picked.chunk > 64 else _block(picked.chunk)
+    if kernel == "picked_merge":
+        return Config(SMALLEST, SMALLEST, 4, 1)
+    rows = rows_of(picked.pack) if picked.merged else _block(picked.pack)
+    if kernel == "picked_grad_kv":
+        return Config(rows, min(block, 64), 4, 2)
+    return Config(rows, block, 4, 2)

@@ -1,0 +1,146 @@
+"""What a call of a program is given, checked: q, k, v, inputs by name, static tables, offset. Errors name the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.errors import ShapeError, TableError
+from sparsedsl.lang.pattern import attend
+from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.graph import Program
+from sparsedsl.program.tensors import Input
+from sparsedsl.run.inputs import FLOATS, Call, check_call, check_table
+
+__all__ = ["ProgramCall", "check_program_call"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ProgramCall:
+    """One checked call. ``inputs``: every input node's tensor, q, k and v too. ``tables``: static tables by name."""
+
+    program: Program
+    inputs: Mapping[Input, Tensor]
+    tables: Mapping[str, Tensor]
+    q_offset: int
+    scale: float | None
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def q(self) -> Tensor:
+        """``(B, Hq, Sq, D)``."""
+        return next(t for node, t in self.inputs.items() if node.name == "q")
+
+    @property
+    def k(self) -> Tensor:
+        """``(B, Hkv, Skv, D)``."""
+        return next(t for node, t in self.inputs.items() if node.name == "k")
+
+    @property
+    def v(self) -> Tensor:
+        """``(B, Hkv, Skv, Dv)``."""
+        return next(t for node, t in self.inputs.items() if node.name == "v")
+
+    @property
+    def domain(self) -> Domain:
+        """Index ranges, with the static tables."""
+        return Domain(self.q.shape[2], self.k.shape[2], self.q_offset, self.q.shape[0], self.q.shape[1], self.tables)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: float64 for float64, else float32."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd wants gradients of this call."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*self.inputs.values(), *self.tables.values()))
+
+
+def check_program_call(
+    program: Program, q: Any, k: Any, v: Any, named: Mapping[str, Any], *, q_offset: Any = 0, scale: Any = None, state: Any = None
+) -> ProgramCall:
+    """Check everything once.
+
+    Raises:
+        ShapeError: q, k, v or an input do not fit each other.
+        TableError: an input or a table is missing, surplus, of the wrong type or device.
+    """
+    plain: Call = check_call(attend(True), q, k, v, {}, q_offset=q_offset, scale=1.0 if scale is None else scale)
+    known = program.inputs, program.tables
+    surplus = sorted(set(named) - set(known[0]) - set(known[1]))
+    if surplus:
+        words = ", ".join([*known[0], *known[1]]) or "nothing"
+        raise TableError(
+            f"unexpected argument{'s' * (len(surplus) > 1)} {', '.join(surplus)}: beside q, k, v the program takes {words}"
+        )
+    sizes = {
+        "batch": q.shape[0], "heads": q.shape[1], "kv_heads": k.shape[1], "queries": q.shape[2], "keys": k.shape[2],
+        "head_dim": q.shape[3], "value_dim": v.shape[3],
+    }  # fmt: skip
+    inputs: dict[Input, Tensor] = {}
+    for node in program.everything:
+        if not isinstance(node, Input):
+            continue
+        if node.name in ("q", "k", "v"):
+            inputs[node] = {"q": q, "k": k, "v": v}[node.name]
+        elif node.name in named and named[node.name] is not None:
+            inputs[node] = _check_input(node, named[node.name], sizes, q.device)
+        elif node.default is None:
+            raise TableError(f"missing input {node.name!r}: pass {node.name}=tensor with the axes {' '.join(node.axes)!r}")
+    tables = {}
+    given = program.bound | {name: value for name, value in named.items() if name in known[1]}
+    ranks = {name: rank for part in program.expressions for name, rank in _ranks(part).items()}
+    for name, spec in known[1].items():
+        if name not in given:
+            raise TableError(f"missing table {name}: pass {name}=tensor with the call")
+        tables[name] = check_table(spec, given[name], ranks[name], q.device)
+    return ProgramCall(program, inputs, tables, plain.domain.q_offset, None if scale is None else plain.scale, state or {})
+
+
+def _ranks(part: Any) -> dict[str, int]:
+    from sparsedsl.lang.tables import table_reads
+
+    exprs = part.exprs if hasattr(part, "exprs") else (part.expr,)
+    return {read.spec.name: len(read.args) for expr in exprs for read in table_reads(expr)}
+
+
+def _check_input(node: Input, value: Any, sizes: dict[str, int], device: torch.device) -> Tensor:
+    name, axes = node.name, " ".join(node.axes)
+    if not isinstance(value, torch.Tensor):
+        raise TableError(f"input {name!r} must be a torch tensor with the axes {axes!r}; got {type(value).__name__}")
+    if node.axes[0] == "batch" and value.ndim == len(node.axes) - 1:
+        value = value[None]
+    if value.ndim != len(node.axes):
+        raise ShapeError(f"input {name!r} must have the axes {axes!r}; got shape {tuple(value.shape)}")
+    if value.device != device:
+        raise ShapeError(f"input {name!r} is on {value.device} but q on {device}; move it: {name}.to({str(device)!r})")
+    if value.is_floating_point() and value.dtype not in FLOATS:
+        raise ShapeError(f"input {name!r} must be float16, bfloat16, float32 or float64, or integers; got {value.dtype}")
+    for axis, size in zip(node.axes, value.shape, strict=True):
+        low, high = _wanted(axis, sizes)
+        if axis == "batch" and size == 1:
+            continue
+        if low is None:
+            sizes[axis] = size
+        elif not low <= size <= high:
+            wanted = str(low) if low == high else f"{low} to {high}"
+            raise ShapeError(f"input {name!r} with the axes {axes!r} has size {size} for {axis!r}; wanted {wanted}")
+    return value
+
+
+def _wanted(axis: str, sizes: Mapping[str, int]) -> tuple[int | None, int]:
+    """Smallest and largest size of an axis; None: not known yet."""
+    if axis.isdecimal():
+        return int(axis), int(axis)
+    tokens = sizes.get(base_of(axis))
+    if tokens is None:
+        return None, 0
+    unit = unit_of(axis)
+    return tokens // unit, -(-tokens // unit)
