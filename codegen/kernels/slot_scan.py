@@ -22,13 +22,13 @@ import triton.language as tl
 
 from sparsedsl.codegen.kernels.linear_scan import document_at, position_of, rows_at
 
-__all__ = ["gate_gradient", "read_slots", "read_values", "sum_chunks", "weight_gradient"]
+__all__ = ["read_slots", "read_values", "sum_chunks"]
 
 
 @triton.jit
 def _halves(before, after, ranks, LEVEL: tl.constexpr):
     """One level of the tree over a block's rows: the decay between each row and the edge of the two parts of ``2**LEVEL`` rows, and
-    the sums of the next level. Sums of log decays within a part: ``before`` up to and with a row, ``after`` from the next row to the end."""
+    the sums of the next level: of the log decays of a part up to and with a row (``before``), and from the next row on (``after``)."""
     lower = (((ranks >> LEVEL) & 1) == 0)[:, None]
     other_end = (((ranks >> LEVEL) ^ 1) << LEVEL) + (1 << LEVEL) - 1
     other = tl.gather(before, tl.broadcast_to(other_end[:, None], before.shape), 0)
@@ -205,15 +205,16 @@ def read_slots(
     ]
 )  # fmt: skip
 def read_values(
-    w_ptr, b_ptr, c_ptr, gate_ptr, y_ptr, lse_ptr, alive_ptr, documents_ptr, states_ptr,
+    w_ptr, b_ptr, c_ptr, gate_ptr, y_ptr, lse_ptr, seen_ptr, documents_ptr, states_ptr,
     b_stride_b, b_stride_h, b_stride_row, y_stride_b, y_stride_h, y_stride_row, documents_stride_b,
     a_first, a_rows, b_first, b_rows, first, keys, heads, chunks, first_chunk, read_chunk_count,
     A_GROUP: tl.constexpr, B_GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr,
-    SOFTMAX: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    SOFTMAX: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """One program a block of columns, a chunk and a key head; ``BLOCK_SLOTS`` holds all slots. ``SOFTMAX``: w are scores, and their
-    softmax is taken; lse is written, and weights are zero where ``alive (.., rows)`` of the key head is."""
+    softmax is taken; lse is written, and weights are zero where ``seen (.., rows)`` of the key head is."""
     b_stride_row, y_stride_row = b_stride_row // ALIGN * ALIGN, y_stride_row // ALIGN * ALIGN
     b_stride_h, y_stride_h = b_stride_h // ALIGN * ALIGN, y_stride_h // ALIGN * ALIGN
     b_stride_b, y_stride_b = b_stride_b // ALIGN * ALIGN, y_stride_b // ALIGN * ALIGN
@@ -253,8 +254,10 @@ def read_values(
                 top = tl.max(w, 1)
                 w = tl.exp(w - top[:, None])
                 total = tl.sum(w, 1)
-                alive = tl.load(alive_ptr + line * a_rows + row, mask=is_row, other=0) != 0
-                w = tl.where(alive[:, None], w / total[:, None], 0.0)
+                w /= total[:, None]
+                if HAS_SEEN:
+                    seen = tl.load(seen_ptr + line * a_rows + row, mask=is_row, other=0)
+                    w = tl.where((seen != 0)[:, None], w, 0.0)
                 if part == 0:
                     lse_place = lse_ptr + (line * A_GROUP + one) * a_rows + row
                     tl.store(lse_place, top + tl.log(total), mask=is_row)
@@ -278,89 +281,3 @@ def read_values(
             b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
             c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
             state += tl.dot(tl.trans(c * tail), b, input_precision=PRECISION)
-
-
-@triton.jit(do_not_specialize=["rows", "group", "lines", "scale"])
-def weight_gradient(
-    scores_ptr, terms_ptr, weights_ptr, grads_ptr, lse_grad_ptr, alive_ptr, rows, group, lines, scale,
-    SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK: tl.constexpr, HAS_LSE_GRAD: tl.constexpr,
-):  # fmt: skip
-    """Back through the softmax: its weights, the gradients of ``score / scale``, and, in place of the gradients of the weights, the
-    terms that a row adds to every log decay before it, ``score * its gradient + weight * its gradient``. A program has ``BLOCK`` rows."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_row = at < lines
-    slots = tl.arange(0, BLOCK_SLOTS)
-    place = at[:, None] * SLOTS + slots[None, :]
-    inside = is_row[:, None] & (slots < SLOTS)[None, :]
-    alive_place = alive_ptr + at // rows // group * rows + at % rows
-    alive = (tl.load(alive_place, mask=is_row, other=0) != 0)[:, None]
-    scores = tl.load(scores_ptr + place, mask=inside, other=float("-inf"))
-    top = tl.maximum(tl.max(scores, 1), -1e38)
-    weights = tl.exp(scores - top[:, None])
-    weights = tl.where(alive, weights / tl.sum(weights, 1)[:, None], 0.0)
-    weight_grads = tl.load(terms_ptr + place, mask=inside, other=0.0)
-    mean = tl.sum(weights * weight_grads, 1)
-    if HAS_LSE_GRAD:
-        mean -= tl.load(lse_grad_ptr + at, mask=is_row, other=0.0)
-    grads = weights * (weight_grads - mean[:, None])
-    terms = weights * weight_grads + tl.where(inside, scores, 0.0) * grads
-    tl.store(weights_ptr + place, weights, mask=inside)
-    tl.store(grads_ptr + place, grads * scale, mask=inside)
-    tl.store(terms_ptr + place, terms, mask=inside)
-
-
-@triton.jit(do_not_specialize=["documents_stride_b", "a_first", "a_rows", "first", "keys", "heads", "chunks"])
-def gate_gradient(
-    terms_ptr, write_ptr, write_grad_ptr, write_grad_v_ptr, gate_ptr, documents_ptr,
-    key_states_ptr, key_grads_ptr, value_states_ptr, value_grads_ptr, gate_grad_ptr,
-    documents_stride_b, a_first, a_rows, first, keys, heads, chunks,
-    GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-):  # fmt: skip
-    """Gradients of log decays, of which the writes are ``1 - exp`` too. One program a block of slots, a chunk and a key head.
-
-    A log decay has a part in every pair of a key before it and a query from it on. Of the pairs across the chunk's end the gradient
-    is the product of the state there and that of the pass backward; from there on it changes row by row, by what begins or ends there.
-    """
-    PARTS: tl.constexpr = (SLOTS + BLOCK_SLOTS - 1) // BLOCK_SLOTS
-    part = tl.program_id(0) % PARTS
-    chunk = tl.program_id(0) // PARTS % chunks
-    line = (tl.program_id(0) // PARTS // chunks).to(tl.int64)
-    batch = line // heads
-    slots, ranks = part * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS), tl.arange(0, BLOCK)
-    is_slot = slots < SLOTS
-    terms_ptr += line * GROUP * a_rows * SLOTS
-    gate_ptr += line * keys * SLOTS
-    end = chunk * CHUNK + CHUNK
-    across = tl.zeros([BLOCK_SLOTS], tl.float32)
-    state_line = line * (chunks + 1) + chunk + 1
-    grad_line = line * (chunks + 1) + chunks - 1 - chunk
-    for low in range(0, WIDTH, BLOCK_WIDTH):
-        columns = low + tl.arange(0, BLOCK_WIDTH)
-        place, inside = slots[:, None] * WIDTH + columns[None, :], is_slot[:, None] & (columns < WIDTH)[None, :]
-        state = tl.load(key_states_ptr + state_line * (SLOTS * WIDTH) + place, mask=inside, other=0.0)
-        across += tl.sum(state * tl.load(key_grads_ptr + grad_line * (SLOTS * WIDTH) + place, mask=inside, other=0.0), 1)
-    for low in range(0, WIDTH_V, BLOCK_WIDTH):
-        columns = low + tl.arange(0, BLOCK_WIDTH)
-        place, inside = slots[:, None] * WIDTH_V + columns[None, :], is_slot[:, None] & (columns < WIDTH_V)[None, :]
-        state = tl.load(value_states_ptr + state_line * (SLOTS * WIDTH_V) + place, mask=inside, other=0.0)
-        across += tl.sum(state * tl.load(value_grads_ptr + grad_line * (SLOTS * WIDTH_V) + place, mask=inside, other=0.0), 1)
-    edge = end - first
-    across *= tl.exp(tl.load(gate_ptr + edge.to(tl.int64) * SLOTS + slots, mask=is_slot & (edge >= 0) & (edge < keys), other=0.0))
-    if HAS_DOCUMENTS:
-        documents_ptr += batch * documents_stride_b
-        same = document_at(documents_ptr, end - 1, first, keys) == document_at(documents_ptr, end, first, keys)
-        across = tl.where(same, across, 0.0)
-    for back in range(BLOCK, CHUNK + BLOCK, BLOCK):
-        at = end - back + ranks
-        writes = rows_at(write_ptr + line * keys * SLOTS, at, first, keys, SLOTS, slots, SLOTS)
-        write_grads = rows_at(write_grad_ptr + line * keys * SLOTS, at, first, keys, SLOTS, slots, SLOTS)
-        write_grads += rows_at(write_grad_v_ptr + line * keys * SLOTS, at, first, keys, SLOTS, slots, SLOTS)
-        terms = -writes * write_grads
-        for one in range(GROUP):
-            terms += rows_at(terms_ptr + one * a_rows.to(tl.int64) * SLOTS, at, a_first, a_rows, SLOTS, slots, SLOTS)
-        found = tl.cumsum(terms, 0, reverse=True) + across[None, :] - (1 - writes) * write_grads
-        row = at - first
-        inside = ((row >= 0) & (row < keys))[:, None] & is_slot[None, :]
-        tl.store(gate_grad_ptr + line * keys * SLOTS + row.to(tl.int64)[:, None] * SLOTS + slots[None, :], found, mask=inside)
-        across += tl.sum(terms, 0)

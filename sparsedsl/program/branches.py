@@ -25,7 +25,7 @@ from sparsedsl.program.select import Select
 from sparsedsl.program.sources import PerChunk, Slots, check_documents
 from sparsedsl.program.tensors import Input, check_tensor, k, q, v
 
-__all__ = ["Attend", "Branch", "Compact", "Joint", "Linear", "Mix", "Recall", "as_branch", "attend", "compact", "joint", "linear", "mix", "recall"]  # fmt: skip
+__all__ = ["Attend", "Branch", "Compact", "Joint", "Linear", "Mix", "Recall", "as_branch", "assume", "attend", "compact", "joint", "linear", "mix", "recall"]  # fmt: skip
 
 
 class Branch(Node):
@@ -143,7 +143,7 @@ def _check_normaliser(pattern: Pattern, normaliser: PerChunk) -> None:
         raise PatternError(
             f"attend(): the picks of the normaliser, {normaliser.picks!r}, do not stand in the mask {pattern.mask}"
         )
-    off = _assume(pattern.mask.expr, {read: False})
+    off = assume(pattern.mask.expr, {read: False})
     if off != sympy.false:
         raise PatternError(
             f"attend(): with per_chunk every pair must lie in a picked chunk; the mask {pattern.mask} allows pairs without: {off}. "
@@ -161,7 +161,7 @@ def _dynamic_atoms(mask: Mask) -> list[sympy.Basic]:
     return sorted((r for r in relations if any(read.spec.name in names for read in table_reads(r))), key=sympy.default_sort_key)
 
 
-def _assume(expr: Any, truth: dict[str, bool]) -> Any:
+def assume(expr: Any, truth: dict[str, bool]) -> Any:
     """``expr`` where the boolean tables named are known to be true or false everywhere."""
     relations = expr.atoms(sympy.core.relational.Relational)
     known = {}
@@ -181,7 +181,7 @@ MOST_CASES = 6
 def candidates_of(mask: Mask, label: str) -> Mask:
     """The pairs for which the boolean table ``label`` decides whether they attend, whatever other choices say: a static mask."""
     atoms = [atom for atom in _dynamic_atoms(mask) if label not in {read.spec.name for read in table_reads(atom)}]
-    on, off = (_assume(mask.expr, {label: value}) for value in (True, False))
+    on, off = (assume(mask.expr, {label: value}) for value in (True, False))
     if len(atoms) > MOST_CASES:
         return Mask(sympy.true)
     cases = []

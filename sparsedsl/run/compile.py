@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ import torch
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.analysis.tiles import block_pair, classify
+from sparsedsl.errors import PatternError
 from sparsedsl.gpu.kernel_config import Shape
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.plan import CallFacts, Costs, check_backend, choose
+from sparsedsl.program.graph import as_program
 from sparsedsl.run import flex, operators
 from sparsedsl.run.backend_choice import fastest_backend
 from sparsedsl.run.differentiable import differentiable, transformed
@@ -45,18 +47,21 @@ __all__ = ["Attention", "compile"]
 log = logging.getLogger("sparsedsl")
 
 
-def compile(pattern: Any, *, backend: str = "auto") -> Attention:
+def compile(pattern: Any, *, backend: str = "auto", allow: Sequence[str] = ()) -> Any:
     """Make a callable out of a pattern.
 
     Args:
-        pattern: a :class:`~sparsedsl.Mask` or a :class:`~sparsedsl.Pattern` from :func:`sparsedsl.attend`.
+        pattern: a :class:`~sparsedsl.Mask`, a :class:`~sparsedsl.Pattern` from :func:`sparsedsl.attend`, or a node of a program.
         backend: ``"reference"`` (dense torch; defines the meaning), ``"tiled"`` (torch's dense products on the rectangles of the
             pattern; compiles nothing; any dtype; gradients), ``"flex"`` (torch FlexAttention on compact tile lists),
             ``"triton"`` (kernels generated for the pattern, on GPU) or ``"auto"``, which chooses per call and says why in
             :meth:`Attention.explain`.
 
+        allow: effects of a program that are meant: ``"selection reads later queries"`` allows gradients of such a program.
+
     Returns:
-        An :class:`Attention`: ``attn(q, k, v, q_offset=0, return_lse=False, scale=None, **tables)``.
+        An :class:`Attention`: ``attn(q, k, v, q_offset=0, return_lse=False, scale=None, **tables)``; of a program a
+        :class:`~sparsedsl.run.programs.compiled.CompiledProgram`, called alike.
 
     Raises:
         PatternError: not a pattern, or an unknown backend.
@@ -67,6 +72,13 @@ def compile(pattern: Any, *, backend: str = "auto") -> Attention:
     >>> attn(q, k, v).shape
     torch.Size([1, 2, 8, 16])
     """
+    program = as_program(pattern)
+    if program is not None:
+        from sparsedsl.run.programs.compiled import CompiledProgram
+
+        return CompiledProgram(program, backend, allow)
+    if allow:
+        raise PatternError(f"allow={allow!r}: a static pattern has no effects; leave it out")
     return Attention(as_pattern(pattern), check_backend(backend))
 
 

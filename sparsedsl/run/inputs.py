@@ -159,9 +159,7 @@ def bind_tables(
     return bound
 
 
-def check_table(
-    spec: TableSpec, value: Any, rank: int, device: torch.device | None, may_be_empty: bool = False
-) -> torch.Tensor:
+def check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | None, may_be_empty: bool = False) -> torch.Tensor:
     """A tensor for a declared table, checked against its declaration. ``rank``: indices it is read with; ``device`` None: any."""
     name = spec.name
     if not isinstance(value, torch.Tensor):

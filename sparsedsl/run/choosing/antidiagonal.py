@@ -20,13 +20,13 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class AntidiagonalScores(ScoreSource):
-    """The mass of blocks, made by :func:`antidiagonal`. The scores of a row add up to its strided rows, ``block / stride``."""
+    """The mass of blocks, made by :func:`antidiagonal`. The scores of a row add up to its strided rows, ``tokens / stride``."""
 
     q: Tensor  # (B, Hq, Sq, D)
     k: Tensor  # (B, Hkv, Skv, D)
     log_totals: Tensor  # (B, Hq, strided rows): normalisers over all keys
     stride: int
-    block: int
+    tokens: int  # of a block
     scale: float
     first_row: int  # positions of the first query and key, in strides
     first_column: int
@@ -34,11 +34,11 @@ class AntidiagonalScores(ScoreSource):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         batch, heads, rows, _ = self.q.shape
-        return batch, heads, -(-rows // self.block), -(-self.k.shape[2] // self.block)
+        return batch, heads, -(-rows // self.tokens), -(-self.k.shape[2] // self.tokens)
 
     @property
     def cell_bytes(self) -> int:
-        cells = (self.block // self.stride) ** 2
+        cells = (self.tokens // self.stride) ** 2
         return 4 * wide(self.q.dtype).itemsize * cells * self.q.shape[0] * self.q.shape[1]
 
     def leaves(self) -> tuple[Leaf, ...]:
@@ -49,18 +49,18 @@ class AntidiagonalScores(ScoreSource):
 
     def narrowed(self, rows: slice, units: slice) -> AntidiagonalScores:
         """Rows and units are blocks; the normalisers stay those of all keys."""
-        cells = self.block // self.stride
+        cells = self.tokens // self.stride
         return replace(
             self,
-            q=self.q[:, :, rows.start * self.block : rows.stop * self.block],
-            k=self.k[:, :, units.start * self.block : units.stop * self.block],
+            q=self.q[:, :, rows.start * self.tokens : rows.stop * self.tokens],
+            k=self.k[:, :, units.start * self.tokens : units.stop * self.tokens],
             log_totals=self.log_totals[:, :, rows.start * cells : rows.stop * cells],
             first_row=self.first_row + rows.start * cells,
             first_column=self.first_column + units.start * cells,
         )
 
     def scores(self) -> Tensor:
-        cells = self.block // self.stride
+        cells = self.tokens // self.stride
         mass = (self.logits() - self.log_totals[..., None]).exp()
         rows, columns = mass.shape[2:]
         mass = F.pad(mass, (0, -columns % cells, 0, -rows % cells))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from sparsedsl.run.choosing.candidates import Candidates
 from sparsedsl.run.choosing.pieces import cut, rows_at_once, tile_shape
@@ -58,15 +59,18 @@ class _PickedScores(torch.autograd.Function):
         return scores
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         indices, *tensors = ctx.saved_tensors
         sums = _Gradients(ctx.source, tensors, ctx.needs_input_grad[2:])
         for some in _row_pieces(ctx.source, indices):
             picked = indices[:, :, some]
             grad = grads[0][:, :, some].masked_fill(spread(picked, grads[0].shape[1]) < 0, 0.0)
-            sums.add(
-                some, slice(0, ctx.source.shape[3]), lambda part, picked=picked, grad=grad: (part.at(picked.clamp(min=0)), grad)
-            )
+
+            def again(part: ScoreSource, picked: Tensor = picked, grad: Tensor = grad) -> tuple[Tensor, Tensor]:
+                return part.at(picked.clamp(min=0)), grad
+
+            sums.add(some, slice(0, ctx.source.shape[3]), again)
         return None, None, *sums.results()
 
 
@@ -74,7 +78,7 @@ class _TotalScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: ScoreSource, candidates: Candidates, *tensors: Tensor) -> Tensor:
         ctx.source, ctx.candidates = source.on([tensor.detach() for tensor in tensors]), candidates
-        batch, heads, rows, units = source.shape
+        batch, heads, rows, _ = source.shape
         totals = torch.full((batch, heads, rows), float("-inf"), dtype=source.dtype, device=source.device)
         for some, tile in _tiles(source, candidates):
             part = totals[:, :, some]
@@ -84,19 +88,20 @@ class _TotalScores(torch.autograd.Function):
         return totals
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         totals, *tensors = ctx.saved_tensors
-        candidates = ctx.candidates
         sums = _Gradients(ctx.source, tensors, ctx.needs_input_grad[2:])
-
-        def shares(part: ScoreSource, some: slice, tile: slice) -> tuple[Tensor, Tensor]:
-            scores = part.scores()
+        for some, tile in _tiles(ctx.source, ctx.candidates):
             total = totals[:, :, some, None]
-            share = candidates.mask_(scores.detach().clone(), some, tile) - total.masked_fill(total == float("-inf"), 0.0)
-            return scores, share.exp_() * grads[0][:, :, some, None]
+            total = total.masked_fill(total == float("-inf"), 0.0)
 
-        for some, tile in _tiles(ctx.source, candidates):
-            sums.add(some, tile, lambda part, some=some, tile=tile: shares(part, some, tile))
+            def again(part: ScoreSource, some: slice = some, tile: slice = tile, total: Tensor = total) -> tuple[Tensor, Tensor]:
+                scores = part.scores()
+                share = ctx.candidates.mask_(scores.detach().clone(), some, tile) - total
+                return scores, share.exp_() * grads[0][:, :, some, None]
+
+            sums.add(some, tile, again)
         return None, None, *sums.results()
 
 
@@ -110,30 +115,30 @@ class _Gradients:
             for tensor, need in zip(tensors, needed, strict=True)
         ]
 
-    def add(self, rows: slice, units: slice, outcome: Callable[[Any], tuple[Tensor, Tensor]]) -> None:
-        """Add what follows from ``outcome(part) -> (values, their gradient)`` of some rows and units."""
+    def add(self, rows: slice, units: slice, results: Callable[[ScoreSource], tuple[Tensor, Tensor]]) -> None:
+        """Add what follows from ``results(part) = (values, their gradient)`` of the source of some rows and units."""
         narrow = self.source.narrowed(rows, units)
         with torch.enable_grad():
             leaves = [
                 (leaf.tensor.detach().to(wide(leaf.tensor.dtype)) if need else leaf.tensor.detach()).requires_grad_(need)
                 for leaf, need in zip(narrow.leaves(), self.needed, strict=True)
             ]
-            values, grad = outcome(narrow.on(leaves))
-            found = iter(torch.autograd.grad(values, [x for x in leaves if x.requires_grad], grad, allow_unused=True))
+            values, gradient = results(narrow.on(leaves))
+            found = iter(torch.autograd.grad(values, [x for x in leaves if x.requires_grad], gradient, allow_unused=True))
         for whole, leaf in zip(self.sums, self.source.leaves(), strict=True):
-            if whole is not None and (gradient := next(found)) is not None:
-                whole[leaf.part(rows, units)] += gradient
+            if whole is not None and (part := next(found)) is not None:
+                whole[leaf.part(rows, units)] += part
 
     def results(self) -> list[Tensor | None]:
         """One for each tensor, in its dtype."""
         return [None if x is None else x.to(tensor.dtype) for x, tensor in zip(self.sums, self.tensors, strict=True)]
 
 
-def _row_pieces(source: ScoreSource, indices: Tensor) -> Any:
+def _row_pieces(source: ScoreSource, indices: Tensor) -> Iterator[slice]:
     return cut(0, source.shape[2], rows_at_once(source.pair_bytes * max(1, indices.shape[3])))
 
 
-def _tiles(source: ScoreSource, candidates: Candidates) -> Any:
+def _tiles(source: ScoreSource, candidates: Candidates) -> Iterator[tuple[slice, slice]]:
     rows, units = source.shape[2:]
     r, u = tile_shape(4 * source.cell_bytes, rows, units)
     for some in cut(0, rows, r):

@@ -127,17 +127,18 @@ def _by_rows(
     # Order and sums take about ten numbers of eight bytes a cell.
     for some in cut(0, rows, rows_at_once((source.cell_bytes + 80 * batch * heads) * units)):
         tile = slice(*candidates.span(some, units))
+        if tile.start == tile.stop:
+            counts.append(torch.zeros((batch, heads, some.stop - some.start), dtype=torch.int32, device=source.device))
+            lists.append(counts[-1].new_empty((*counts[-1].shape, 0)))
+            continue
         scores = candidates.mask_(source.block(some, tile), some, tile)
         named = None if forced is None else candidates.within(forced, some, tile, scores)
-        if tile.start == tile.stop:
-            table = torch.zeros_like(scores, dtype=torch.bool)
-        else:
-            table = pick(scores, named)
-            table = table if named is None else table | named
+        table = pick(scores, named)
+        table = table if named is None else table | named
         if at_most is not None and at_most < table.shape[-1]:
             order = _order(scores.masked_fill(~table, float("-inf")), named)
             rank = torch.arange(table.shape[-1], device=table.device)
-            table &= torch.zeros_like(table).scatter_(-1, order, rank < at_most)
+            table &= torch.zeros_like(table).scatter_(-1, order, (rank < at_most).expand(order.shape))
         counts.append(table.sum(-1, dtype=torch.int32))
         lists.append(_lists(table, counts[-1], tile.start, at_most))
     width = max((part.shape[-1] for part in lists), default=0)
@@ -147,7 +148,7 @@ def _by_rows(
     for part in lists:
         indices[:, :, done : done + part.shape[2], : part.shape[-1]] = part
         done += part.shape[2]
-    every = torch.cat(counts, dim=2) if counts else indices.new_zeros(batch, heads, rows)
+    every = torch.cat(counts, dim=2) if counts else indices.new_zeros((batch, heads, 0))
     return Picks(indices, every, q_unit=q_unit, kv_unit=kv_unit, units=units, first=first)
 
 

@@ -17,12 +17,14 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def spread(x: Tensor, heads: int) -> Tensor:
-    """``x (B, H, ...)`` for ``heads`` heads: head ``h`` is ``x``'s ``h * H // heads``. No copy where nothing is to be done.
+    """``x (B, H, ...)`` for ``heads`` heads: head ``h`` is ``x``'s ``h * H // heads``. No copy of a single head.
 
     >>> spread(torch.tensor([[1, 2]]), 4)
     tensor([[1, 1, 2, 2]])
     """
-    return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], dim=1)
+    if x.shape[1] in (1, heads):
+        return x.expand(-1, heads, *x.shape[2:])
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def take(table: Tensor, indices: Tensor) -> Tensor:

@@ -32,3 +32,10 @@ class Picks:
         table = torch.zeros((*lead, self.units + 1), dtype=torch.bool, device=self.indices.device)
         place = torch.where(self.indices < 0, self.units, self.indices).long()
         return table.scatter_(-1, place, True)[..., : self.units]
+
+    def scattered(self, values: Tensor) -> Tensor:
+        """Values ``(B, H, U, W)`` of the slots by unit, ``(B, H, U, units)``, 0 elsewhere; H is a multiple of Hs: for small problems only."""
+        indices = self.indices.repeat_interleave(values.shape[1] // self.indices.shape[1], 1).expand(values.shape)
+        table = values.new_zeros((*values.shape[:3], self.units + 1))
+        place = torch.where(indices < 0, self.units, indices).long()
+        return table.scatter(-1, place, values)[..., : self.units]

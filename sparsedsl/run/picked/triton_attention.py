@@ -22,7 +22,7 @@ from sparsedsl.run.differentiable import no_second_derivatives
 from sparsedsl.run.inputs import check_call
 from sparsedsl.run.picked.picks import Picks
 from sparsedsl.run.picked.triton_configs import PickedShape, config_of, constants_of, function, pack_of, rows_of
-from sparsedsl.run.picked.unions import MOST_QUERIES, Unions, by_chunk, unions
+from sparsedsl.run.picked.unions import Unions, by_chunk, unions
 from sparsedsl.run.triton_choice import target_of
 from sparsedsl.run.triton_kernel import _like, missing
 from sparsedsl.run.triton_launch import in_tiles, is_aligned, rows_contiguous, strided
@@ -116,7 +116,9 @@ def _checked_interval(inside: Interval, q: Tensor) -> Interval:
     """Both ends as int32 ``(B or 1, Hq or 1, Sq)``, contiguous."""
     ends = []
     for name, end in zip(Interval._fields, inside, strict=True):
-        fits = end.ndim == 3 and end.shape[0] in (1, q.shape[0]) and end.shape[1] in (1, q.shape[1]) and end.shape[2] == q.shape[2]
+        fits = (
+            end.ndim == 3 and end.shape[0] in (1, q.shape[0]) and end.shape[1] in (1, q.shape[1]) and end.shape[2] == q.shape[2]
+        )
         if not fits or end.dtype not in (torch.int32, torch.int64) or end.device != q.device:
             raise ShapeError(
                 f"inside.{name} must be whole numbers (B or 1, Hq or 1, Sq) on {q.device}; got {end.dtype} {tuple(end.shape)} on "
@@ -148,8 +150,8 @@ class _Run:
         self.kv_heads, self.kv_len = k.shape[1:3]
         self.width = self.indices.shape[3]
         self.pack = pack_of(self.heads, self.kv_heads, self.indices.shape[1])
-        self.merged = self.rows > DECODE_ROWS and self.pack < MOST_QUERIES
-        self.queries = max(1, min(MOST_QUERIES, rows_of(self.pack) // self.pack)) if self.merged else 1
+        self.queries = 1 if self.rows <= DECODE_ROWS else rows_of(self.pack) // self.pack
+        self.merged = self.queries > 1
         self.lists = self._lists() if lists is None else lists
 
     @property
@@ -202,7 +204,13 @@ class _Run:
             "tf32" if tf32 else "ieee", is_aligned(self.q, self.k, self.v, *tensors),
         )  # fmt: skip
         picked = PickedShape(
-            shape, self.job.picks.kv_unit, self.pack, self.weights is not None, self.job.one, self.job.inside is not None, self.merged
+            shape,
+            self.job.picks.kv_unit,
+            self.pack,
+            self.weights is not None,
+            self.job.one,
+            self.job.inside is not None,
+            self.merged,
         )
         config: Config = config_of(kernel, picked, target_of(self.q.device))
         if kernel == "picked_grad_kv":
@@ -225,7 +233,9 @@ class _Run:
         save = save and weighted
         slot_lse = self.empty(*dims, self.width) if save else lse
         splits = 1 if self.merged else split_count(self.width, self.programs, target_of(self.q.device))
-        share, share_lse = (out[None], lse) if splits == 1 else (self.empty(splits, *dims, out.shape[3]), self.empty(splits, *dims))
+        share, share_lse = (
+            (out[None], lse) if splits == 1 else (self.empty(splits, *dims, out.shape[3]), self.empty(splits, *dims))
+        )
         values = self.values | strided("out", share[0]) | {
             "out_ptr": share, "out_stride_s": share.stride(0), "lse_ptr": share_lse, "slot_lse_ptr": slot_lse, "splits": splits,
         }  # fmt: skip
@@ -245,7 +255,11 @@ class _Run:
         grad_q, grad_out = _like(self.q), rows_contiguous(grad_out)
         delta = torch.empty_like(slot_lse if weighted else lse)
         values = self.values | strided("out", out) | strided("grad_out", grad_out) | strided("grad_q", grad_q)
-        values |= {"lse_ptr": slot_lse if weighted else lse, "delta_ptr": delta, "grad_lse_ptr": lse if grad_lse is None else grad_lse}
+        values |= {
+            "lse_ptr": slot_lse if weighted else lse,
+            "delta_ptr": delta,
+            "grad_lse_ptr": lse if grad_lse is None else grad_lse,
+        }
         self.launch("picked_grad_q", self.programs, values, out, grad_out, HAS_GRAD_LSE=grad_lse is not None)
         grad_k = grad_v = None
         if keys:

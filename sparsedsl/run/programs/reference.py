@@ -18,6 +18,7 @@ from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import read_class, table_reads
 from sparsedsl.program.axes import unit_of
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall, units_of_keys
+from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Take, Tokens
 from sparsedsl.program.scores import (
@@ -151,7 +152,10 @@ class Reference:
         if node not in self.call.inputs:
             assert node.default is not None
             return self.value(node.default)
-        x = self.call.inputs[node]
+        return self.as_given(self.call.inputs[node])
+
+    def as_given(self, x: Tensor) -> Tensor:
+        """An input in the type that is computed in."""
         return x.to(self.call.dtype) if x.is_floating_point() else x
 
     @run.register
@@ -390,6 +394,10 @@ class Reference:
             scores = mass / torch.where(total > 0, total, 1.0)
         return allowed & ((scores >= node.least) | forced)
 
+    def table(self, node: Node) -> Tensor:
+        """What a node gives, as a table ``(B, H, ..)`` that masks and scores read."""
+        return spread(self.value(node), self.domain.heads)
+
     # ---- branches ---------------------------------------------------------------------------------------------------------------
 
     def concrete(self, part: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -398,8 +406,7 @@ class Reference:
         for name, node in part.bound.items():
             if not isinstance(node, Node) or name not in part.tables:
                 continue
-            table = spread(self.value(node), self.domain.heads)
-            tables[name] = table
+            table = tables[name] = self.table(node)
             for read in table_reads(expr):
                 if read.spec.name == name and table.ndim == 4:
                     first = self.domain.q_offset // unit_of(node.axes[2])
@@ -551,12 +558,13 @@ class Reference:
 
     def inside(self, node: Compact, inner: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """What runs on the kept tokens of one batch entry."""
-        from sparsedsl.program.graph import Program
+        return type(self)(self.inner_call(node, inner)).value(node.inside)
 
+    def inner_call(self, node: Compact, inner: dict[str, Tensor]) -> ProgramCall:
+        """The call on the kept tokens."""
         program = Program(node.inside)
         inputs = {leaf: inner[leaf.name] for leaf in program.everything if isinstance(leaf, Input)}
-        call = replace(self.call, program=program, inputs=inputs, q_offset=0)
-        return type(self)(call).value(node.inside)
+        return replace(self.call, program=program, inputs=inputs, q_offset=0)
 
 
 def dropped(by: Tensor, node: Tokens) -> int:

@@ -58,7 +58,9 @@ def cut(q_len: int, kv_len: int, first: int, lines: int) -> tuple[Span, ...]:
     A negative ``first`` means that the first queries see the state the call began with. ``lines``: batch entries times heads.
     Spans of queries and keys hold whole chunks, but for the last of them, which may be shorter than one.
     """
-    rows = max(CHUNK, ROWS // max(lines, 1) // CHUNK * CHUNK)
+    if not lines:
+        return ()
+    rows = max(CHUNK, ROWS // lines // CHUNK * CHUNK)
     early = min(q_len, max(0, -first))
     begin = max(0, first) if early < q_len else kv_len
     end = begin + q_len - early

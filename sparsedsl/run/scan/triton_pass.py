@@ -11,15 +11,15 @@ import torch
 
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.loading import triton
-from sparsedsl.run.differentiable import no_second_derivatives
 from sparsedsl.run.triton_kernel import missing
 from sparsedsl.run.triton_launch import ALIGN, in_tiles, is_aligned, rows_contiguous, strided
 
-__all__ = ["Tiles", "carried", "filled", "launch", "operands", "precision_of", "refuse", "run_backward"]
+__all__ = ["Tiles", "carried", "filled", "launch", "operands", "plain", "precision_of", "refuse"]
 
 Tensor = torch.Tensor
 # Numbers of a state that a program takes from chunk to chunk.
 CARRIED = 1024
+MOST = {"head_dim": 256, "the head_dim of v": 256, "the number of slots": 128}
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,13 @@ def refuse(what: str, q: Tensor, widths: Mapping[str, int], instead: str) -> Non
     """
     triton()
     if q.dtype == torch.float64:
-        raise UnsupportedError(f"{what}: the kernels hold states in float32, which float64 inputs are too fine for; use {instead}")
+        raise UnsupportedError(f"{what}: states are float32, too coarse for float64 inputs; use {instead}")
     lacking = missing(q.device.type)
     if lacking:
         raise UnsupportedError(f"{what}: {lacking}; use {instead}")
-    for name, (width, most) in {name: (width, MOST[name]) for name, width in widths.items()}.items():
-        if width > most:
-            raise UnsupportedError(f"{what}: {name} {width} is more than {most}, the most that the kernels hold; use {instead}")
-
-
-MOST = {"head_dim": 256, "head_dim of v": 256, "slots": 128}
+    for name, width in widths.items():
+        if width > MOST[name]:
+            raise UnsupportedError(f"{what}: {name} is {width}, the kernels hold at most {MOST[name]}; use {instead}")
 
 
 def filled(width: int) -> int:
@@ -100,23 +97,6 @@ def carried(kernel: Any, states: Tensor, factors: Tensor, initial: Tensor | None
     return states
 
 
-class _Once(torch.autograd.Function):
-    """A backward pass that refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Any, *tensors: Tensor) -> Any:
-        return run(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        no_second_derivatives()
-
-
-def run_backward(run: Any, *tensors: Tensor | None) -> Any:
-    """``run(*tensors)``, a tuple of tensors or None; asking for its derivative raises UnsupportedError."""
-    return _Once.apply(run, *tensors)
-
-
-def contiguous_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+def plain(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Detached, last dimension contiguous."""
     return tuple(rows_contiguous(t.detach()) for t in tensors)

@@ -1,0 +1,142 @@
+"""From a program to a callable. The stages of a call: *check* (``call``), *choose* the kernels (``kernels``), *run* node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.plan import TRITON_DTYPES, TRITON_WIDEST, check_backend
+from sparsedsl.program.effects import KEEPS_STATE, LATER_QUERIES, reasons
+from sparsedsl.program.graph import Program
+from sparsedsl.run.choosing.scores import ScoreSource
+from sparsedsl.run.programs.call import ProgramCall, check_program_call
+from sparsedsl.run.programs.kernels import Kernels, kernels_of
+from sparsedsl.run.programs.lowered import Lowered
+from sparsedsl.run.programs.reference import Reference
+from sparsedsl.run.programs.state import ProgramState, advanced, continued
+from sparsedsl.run.surroundings import autocast_inputs
+from sparsedsl.run.triton_kernel import missing
+
+__all__ = ["CompiledProgram"]
+
+Tensor = torch.Tensor
+
+
+class CompiledProgram:
+    """A compiled program; call it on tensors. Made by :func:`sparsedsl.compile`."""
+
+    def __init__(self, program: Program, backend: str, allow: Sequence[str] = ()):
+        self.program = program
+        self.backend = check_backend(backend)
+        known = (LATER_QUERIES, KEEPS_STATE)
+        if isinstance(allow, str) or not all(effect in known for effect in allow):
+            raise PatternError(f"allow must be a list of effects, of {', '.join(map(repr, known))}; got {allow!r}")
+        self.allow = frozenset(allow)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_offset: int | Tensor = 0,
+        return_lse: bool = False,
+        scale: float | None = None,
+        state: ProgramState | None = None,
+        return_state: bool = False,
+        **named: Any,
+    ) -> Any:
+        """Attention of ``q (B, Hq, Sq, D)`` over ``k (B, Hkv, Skv, D)``, ``v (B, Hkv, Skv, Dv)``; ``Hq % Hkv == 0``.
+
+        Args:
+            q_offset: position of the first query; a number or a 0-d integer tensor.
+            return_lse: also return the LSE of the logits, ``(B, Hq, Sq)`` in float32 or float64.
+            scale: factor on the dot products of attention; default the program's, else ``D ** -0.5``.
+            state: what an earlier call returned: q, k, v and inputs then are those of the tokens after it.
+            return_state: also return the state after the last key, for programs that keep one.
+            named: the inputs and tables of the program.
+
+        Returns:
+            ``out (B, Hq, Sq, Dv)``; then the LSE and the state, if asked for.
+
+        Raises:
+            ShapeError, TableError: q, k, v or an input is missing or does not fit.
+            UnsupportedError: the backend cannot run this call, or it is a training step of a program whose choices read later queries.
+        """
+        q, k, v = autocast_inputs(q, k, v)
+        return self.attend_now(
+            q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state
+        )
+
+    def attend_now(
+        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], *, q_offset: Any, return_lse: bool, scale: float | None,
+        state: ProgramState | None = None, return_state: bool = False,
+    ) -> Any:  # fmt: skip
+        """The call on tensors that hold values; :meth:`__call__` says what it takes and gives."""
+        call = check_program_call(self.program, q, k, v, named, q_offset=q_offset, scale=scale)
+        if return_lse and not self.program.root.weighable:
+            raise UnsupportedError(f"{self.program.root!r} is no softmax and has no LSE; leave return_lse=False")
+        self._check_training(call)
+        if state is not None:
+            call = continued(call, state)
+        with torch.autocast(call.q.device.type, enabled=False):
+            out, lse = self._runner(call, return_lse).value(self.program.root)
+            after = advanced(call, self.kernels(call)) if return_state else None
+        results = [out.to(call.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _check_training(self, call: ProgramCall) -> None:
+        why = reasons(self.program).get(LATER_QUERIES)
+        if why and call.needs_grad and LATER_QUERIES not in self.allow:
+            raise UnsupportedError(
+                f"{LATER_QUERIES} ({'; '.join(why)}): an output depends on tokens after it, so that a model trained on it learns from the "
+                f"future. For inference call it under torch.no_grad(); if it is meant, sd.compile(..., allow=[{LATER_QUERIES!r}])"
+            )
+
+    def _runner(self, call: ProgramCall, lse: bool) -> Reference:
+        if self.backend == "reference":
+            return Reference(call)
+        return Lowered(call, self.kernels(call), lse=lse)
+
+    def kernels(self, call: ProgramCall) -> Kernels:
+        """The kernels that a call runs on."""
+        dtype, widest = str(call.q.dtype).removeprefix("torch."), max(call.q.shape[3], call.v.shape[3])
+        triton = call.q.device.type == "cuda" and missing("cuda") is None and dtype in TRITON_DTYPES and widest <= TRITON_WIDEST
+        return kernels_of(self.backend, triton=triton)
+
+    def choices(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0, **named: Any) -> dict[str, Any]:
+        """What the program chooses for these inputs, by the label of the node: :class:`Picks`, positions of an order, kept tokens.
+
+        On ``reference`` choices are boolean tables.
+
+        >>> import sparsedsl as sd
+        >>> attn = sd.compile(sd.patterns.moba(chunk=16, top_k=2), backend="tiled")
+        >>> q = k = v = torch.randn(1, 2, 64, 16)
+        >>> [picks.indices.shape for picks in attn.choices(q, k, v).values()]
+        [torch.Size([1, 2, 64, 1])]
+        """
+        call = check_program_call(self.program, q, k, v, named, q_offset=q_offset)
+        with torch.no_grad():
+            runner = self._runner(call, False)
+            chosen = [node for node in self.program.order if node.gives in ("picks", "order", "tokens")]
+            values = {node.label: runner.value(node) for node in chosen}
+        return {label: value for label, value in values.items() if not isinstance(value, ScoreSource)}
+
+    @property
+    def effects(self) -> frozenset[str]:
+        """What it does beside computing from the past."""
+        return frozenset(reasons(self.program))
+
+    @property
+    def source(self) -> str:
+        """The program's text form; the code of its kernels lies in ``codegen/kernels``."""
+        return self.program.text
+
+    def __repr__(self) -> str:
+        return f"<CompiledProgram backend={self.backend!r} {self.program!r}>"
+
+    def __reduce__(self) -> Any:
+        return CompiledProgram, (self.program, self.backend, tuple(sorted(self.allow)))

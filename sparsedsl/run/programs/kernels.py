@@ -1,0 +1,210 @@
+"""What a backend has for the attentions of a program: the kernels that are called, and what they are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.expressions import Mask, as_mask, b, h, kv_idx, q_idx, score, table
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.run.picked.attention import picked_attention
+from sparsedsl.run.picked.picks import Picks
+from sparsedsl.run.programs.candidates import constant_in_units
+from sparsedsl.run.programs.reference import spread
+from sparsedsl.run.remembered import Remembered
+from sparsedsl.run.scan.linear import linear_scan
+from sparsedsl.run.scan.slots import slot_scan
+
+__all__ = ["FlexKernels", "Kernels", "TorchKernels", "TritonKernels", "kernels_of"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Base: attention over static masks by the ordinary lowerings. ``inner``: the backend these run on."""
+
+    backend: str
+    inner: str
+    # Entries of queries x units that a score may read as a table.
+    most_table_entries: int = 1 << 24
+    # Whether choices for single queries are handed over as whole tables.
+    whole_tables: bool = False
+
+    def attend(
+        self,
+        pattern: Pattern,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tables: Mapping[str, Tensor],
+        *,
+        q_offset: int,
+        scale: Any,
+        lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention over a mask that reads tables only: ``out``, and the LSE where it is wanted."""
+        attention = self.attention(pattern)
+        result = attention.attend_now(q, k, v, tables, q_offset=q_offset, return_lse=lse, scale=scale)
+        return result if lse else (result, None)
+
+    def attention(self, pattern: Pattern) -> Any:
+        """The compiled pattern, remembered with its lists."""
+        from sparsedsl.run.compile import Attention
+
+        return _ATTENTIONS.get((pattern, self.inner), [], lambda: Attention(pattern, self.inner))
+
+    def inside(self, mask: Any, among: Mask | None, kv_unit: int, domain: Domain) -> Any:
+        """Which pairs of a picked unit attend, as :meth:`picked` takes it; None where all do.
+
+        A pair of a candidate unit: if the mask says of all keys of a unit the same, and is what made the unit a candidate, it holds.
+        """
+        if mask == sympy.true or (among is not None and mask == among.expr and constant_in_units(mask, 1, kv_unit)):
+            return None
+        return self.rule_inside(mask, domain)
+
+    def rule_inside(self, mask: Any, domain: Domain) -> Any:
+        """A mask as the kernels of this backend take it."""
+
+        def rule(batch: slice, heads: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            env: dict[str, Any] = {**domain.lengths, **domain.tables}
+            env |= {"b": batch.start, "h": heads.view(-1, 1, 1), "q_idx": q[:, None], "kv_idx": kv}
+            return evaluate(mask, env).expand(len(heads), *kv.shape)
+
+        return rule
+
+    def picked(self, *tensors: Any, **words: Any) -> tuple[Tensor, Tensor]:
+        """Attention along lists: see :func:`~sparsedsl.run.picked.attention.picked_attention`."""
+        return picked_attention(*tensors, **words)
+
+    def slots(self, *tensors: Any, **words: Any) -> Any:
+        """See :func:`~sparsedsl.run.scan.slots.slot_scan`."""
+        return slot_scan(*tensors, **words)
+
+    def linear(self, *tensors: Any, **words: Any) -> Any:
+        """See :func:`~sparsedsl.run.scan.linear.linear_scan`."""
+        return linear_scan(*tensors, **words)
+
+
+_ATTENTIONS: Remembered[Any] = Remembered(256)
+
+
+class TorchKernels(Kernels):
+    """Plain torch, on any device."""
+
+
+class FlexKernels(Kernels):
+    """FlexAttention: it reads choices as tables, and weighs chunks in a second pass."""
+
+    def two_passes(
+        self, q: Tensor, k: Tensor, v: Tensor, picks: Picks, weights: Tensor, inside: Any, *, scale: float, q_offset: int, one: bool,
+        tables: Mapping[str, Tensor],
+    ) -> Tensor:  # fmt: skip
+        """``sum_c w_c softmax_c(logits) V`` as one softmax over all picked chunks with ``logit + log w_c - lse_c``.
+
+        The first pass makes ``lse_c`` of every chunk, the second is FlexAttention with a bias of queries x chunks: for short sequences.
+        """
+        unit = picks.kv_unit
+        lses = self.chunk_lses(q, k, unit, inside, scale, q_offset, tables)
+        lses = torch.logaddexp(lses, torch.zeros_like(lses)) if one else lses
+        weight = spread(picks.scattered(weights), q.shape[1])
+        row, column = q_idx - q_offset, kv_idx // unit
+        chosen = table("chosen_units", dtype=bool)[b, h, row, column]
+        bias = table("unit_bias", dtype=float, learned=True)[b, h, row, column]
+        pattern = Pattern(as_mask(chosen) & Mask(inside), score + bias, None, scale)
+        usable = (weight > 0) & (lses > float("-inf"))
+        values = torch.where(usable, torch.log(torch.where(usable, weight, 1.0)) - torch.where(usable, lses, 0.0), float("-inf"))
+        given = {
+            "chosen_units": usable,
+            "unit_bias": values.to(q.dtype),
+            **{name: tables[name] for name in tables if name in pattern.tables},
+        }
+        out, _ = self.attend(pattern, q, k, v, given, q_offset=q_offset, scale=None, lse=False)
+        plain = self.chunk_lses(q, k, unit, inside, scale, q_offset, tables) if one else lses
+        shares = torch.where(usable, weight * torch.exp(torch.where(usable, plain - lses, 0.0)), 0.0)
+        return out * shares.sum(-1, keepdim=True).to(out.dtype)
+
+    def chunk_lses(
+        self, q: Tensor, k: Tensor, unit: int, inside: Any, scale: float, q_offset: int, tables: Mapping[str, Tensor]
+    ) -> Tensor:
+        """LSE of the logits in every chunk, ``(B, Hq, Sq, chunks)``, one chunk after the other."""
+        batch, heads, rows, _ = q.shape
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        env: dict[str, Any] = {"q_len": q_offset + rows, "kv_len": k.shape[2], **tables}
+        env["b"] = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
+        env["h"] = torch.arange(heads, device=q.device).view(-1, 1, 1)
+        env["q_idx"] = torch.arange(q_offset, q_offset + rows, device=q.device)[:, None]
+        found = []
+        for start in range(0, k.shape[2], unit):
+            keys = spread(k[:, :, start : start + unit], heads).to(dtype)
+            logits = q.to(dtype) @ keys.transpose(-1, -2) * scale
+            env["kv_idx"] = torch.arange(start, start + keys.shape[2], device=q.device)
+            found.append(torch.where(evaluate(inside, env), logits, float("-inf")).logsumexp(-1))
+        return torch.stack(found, dim=-1)
+
+    def slots(self, *tensors: Any, **words: Any) -> Any:
+        """FlexAttention knows no recurrence."""
+        raise UnsupportedError(_no_recurrence("slots()"))
+
+    def linear(self, *tensors: Any, **words: Any) -> Any:
+        """FlexAttention knows no recurrence."""
+        raise UnsupportedError(_no_recurrence("linear()"))
+
+
+def _no_recurrence(what: str) -> str:
+    return f"backend 'flex' cannot run {what}: FlexAttention has no state that runs along the keys. Use backend='tiled', 'triton' or 'auto'"
+
+
+class TritonKernels(Kernels):
+    """Generated kernels, and those of ``codegen/kernels``."""
+
+    def rule_inside(self, mask: Any, domain: Domain) -> Any:
+        """The first and last key of each query; kernels take no other masks along lists."""
+        from sparsedsl.analysis.spans import span_rows, spans
+
+        found = spans(mask)
+        if found is None or len(found) != 1:
+            raise UnsupportedError(
+                f"backend 'triton' cannot follow lists under the mask {Mask(mask)}: it is no single interval of keys for each query. "
+                "Use backend='tiled'"
+            )
+        from sparsedsl.run.picked.triton_attention import Interval
+
+        return Interval(*span_rows(found[0], domain))
+
+    def picked(self, *tensors: Any, **words: Any) -> tuple[Tensor, Tensor]:
+        """As kernels: adjacent queries share the union of their chunks."""
+        return self._modules["picked"](*tensors, **words)
+
+    def slots(self, *tensors: Any, **words: Any) -> Any:
+        """As kernels."""
+        return self._modules["slots"](*tensors, **words)
+
+    def linear(self, *tensors: Any, **words: Any) -> Any:
+        """As kernels."""
+        return self._modules["linear"](*tensors, **words)
+
+    @cached_property
+    def _modules(self) -> dict[str, Any]:
+        from sparsedsl.run.picked.triton_attention import picked_attention_triton
+        from sparsedsl.run.scan.triton_linear import linear_scan_triton
+        from sparsedsl.run.scan.triton_slots import slot_scan_triton
+
+        return {"picked": picked_attention_triton, "slots": slot_scan_triton, "linear": linear_scan_triton}
+
+
+def kernels_of(backend: str, *, triton: bool) -> Kernels:
+    """The kernels of a backend. ``triton``: whether ``auto`` may use generated kernels for this call."""
+    if backend == "flex":
+        return FlexKernels("flex", "flex", whole_tables=True)
+    if backend == "triton" or (backend == "auto" and triton):
+        return TritonKernels(backend, backend)
+    return TorchKernels(backend, backend)
