@@ -5,7 +5,8 @@ All four passes are this sum: the output is (a, b, c) = (q, k, v) and the gradie
 
 Steps are cut into chunks, and a pass into three kernels: :func:`sum_chunks` (what a chunk adds to the state, all chunks at a time),
 :func:`carry` (the state before each chunk, from chunk to chunk), :func:`read_chunks` (the results, all chunks at a time). The state and
-all sums are float32, a float16 or bfloat16 is exact in TF32. No weight is ever the quotient of two powers of the decay: each is computed
+all sums are float32, a float16 or bfloat16 is exact in TF32. A state going forward decays once more on the way to the next row; going
+backward it has, so that the gradient of the last state is where such a pass begins, and that of the first where it ends. No weight is ever the quotient of two powers of the decay: each is computed
 from its own distance, so nothing overflows.
 """
 
@@ -88,7 +89,7 @@ def sum_chunks(
     for start in range(0, CHUNK, BLOCK):
         steps = begin + start + tl.arange(0, BLOCK)
         at = position_of(steps, length, REVERSE)
-        weight = _power(log_decay, (last - steps).to(tl.float32))
+        weight = _power(log_decay, (last - steps + REVERSE).to(tl.float32))
         if HAS_DOCUMENTS:
             weight = tl.where(document_at(documents_ptr, at, 0, length) == last_document, weight, 0.0)
         b = rows_at(b_ptr, at, first, rows, b_stride_row, columns_b, WIDTH_B) * weight[:, None]
@@ -186,8 +187,8 @@ def read_chunks(
         state_line = states_ptr + ((line * SUMMED + summed) * (chunks + 1) + chunk) * (WIDTH_A * WIDTH_C)
         state = tl.load(state_line + state_place, mask=state_inside, other=0.0)
         pair_weight = _power(log_decay, distance)
-        reach = _power(log_decay, (ranks + 1).to(tl.float32))
-        tail = _power(log_decay, (BLOCK - 1 - ranks).to(tl.float32))
+        reach = _power(log_decay, (ranks + 1 - REVERSE).to(tl.float32))
+        tail = _power(log_decay, (BLOCK - 1 - ranks + REVERSE).to(tl.float32))
         for start in range(0, CHUNK, BLOCK):
             begin = chunk * CHUNK + start
             at = position_of(begin + ranks, length, REVERSE)

@@ -1,8 +1,8 @@
 """Attention over picked chunks, backward, without atomics: the same inputs give the same bits.
 
-First by queries, over the merged lists of the forward pass: dQ and ``delta``, what the chunk's softmax is worth to the loss. A softmax of its
-own for each chunk has a ``delta`` of its own, ``<d out, out of the chunk>``: that of a row and slot, and also the gradient of its weight.
-Then by chunks, over the lists turned around: dK and dV, from all heads that share a key head.
+First by queries, over the merged lists of the forward pass: dQ, and ``delta``, what a softmax is worth to the loss. Where each
+chunk has a softmax of its own it has a delta of its own, ``<d out, out of the chunk>``, which is also the gradient of its weight; it is
+not that of the whole row. Then by chunks, over the lists turned around: dK and dV, from all heads that share a key head.
 """
 
 import triton
@@ -17,22 +17,23 @@ __all__ = ["picked_grad_kv", "picked_grad_q"]
     do_not_specialize=[
         "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "v_stride_b", "v_stride_h",
         "v_stride_row", "out_stride_b", "out_stride_h", "out_stride_row", "grad_out_stride_b", "grad_out_stride_h",
-        "grad_out_stride_row", "grad_q_stride_b", "grad_q_stride_h", "grad_q_stride_row", "first_stride_b", "first_stride_h", "heads",
-        "group", "pack", "queries", "list_batch", "list_group", "weight_group", "rows", "kv_len", "tiles", "width", "list_width", "scale",
+        "grad_out_stride_row", "grad_q_stride_b", "grad_q_stride_h", "grad_q_stride_row", "first_stride_b", "first_stride_h",
+        "heads", "group", "pack", "queries", "list_batch", "list_group", "weight_group", "rows", "kv_len", "tiles", "width",
+        "list_width", "scale",
     ]
 )  # fmt: skip
 def picked_grad_q(
     q_ptr, q_stride_b, q_stride_h, q_stride_row, k_ptr, k_stride_b, k_stride_h, k_stride_row, v_ptr, v_stride_b, v_stride_h,
     v_stride_row, out_ptr, out_stride_b, out_stride_h, out_stride_row, grad_out_ptr, grad_out_stride_b, grad_out_stride_h,
     grad_out_stride_row, grad_q_ptr, grad_q_stride_b, grad_q_stride_h, grad_q_stride_row, lse_ptr, grad_lse_ptr, delta_ptr,
-    weights_ptr, chunks_ptr, owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, queries,
-    list_batch, list_group, weight_group, rows, kv_len, tiles, width, list_width, scale, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
-    WEIGHTED: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    weights_ptr, chunks_ptr, owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack,
+    queries, list_batch, list_group, weight_group, rows, kv_len, tiles, width, list_width, scale, CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, WEIGHTED: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries, and delta. ``WEIGHTED``: ``lse`` (units of log2) and ``delta`` are of each row and slot, otherwise of
-    each row, and ``lse`` is natural."""
+    """dQ of one tile of queries, and delta. ``WEIGHTED``: ``lse`` (in units of log2) and ``delta`` are of each row and slot; otherwise
+    of each row, and ``lse`` is natural."""
     tile = tl.program_id(0) % tiles
     bundle = tl.program_id(0) // tiles
     b = bundle // (heads // pack)
@@ -72,8 +73,8 @@ def picked_grad_q(
     k_stride_row = k_stride_row // ALIGN * ALIGN
     v_stride_row = v_stride_row // ALIGN * ALIGN
     key_0 = tl.arange(0, BLOCK_N)
-    k_tile = k_ptr + key_0[:, None] * k_stride_row + d[None, :]
-    v_tile = v_ptr + key_0[:, None] * v_stride_row + d_v[None, :]
+    k_tile = key_0[:, None] * k_stride_row + d[None, :]
+    v_tile = key_0[:, None] * v_stride_row + d_v[None, :]
     list_place = list_line(b, head, list_batch, heads, list_group).to(tl.int64) * tiles + tile
     count = tl.load(counts_ptr + list_place)
     chunks_ptr += list_place * list_width
@@ -89,22 +90,22 @@ def picked_grad_q(
         start = chunk.to(tl.int64) * CHUNK
         key = chunk * CHUNK + key_0
         exists = (key_0 < CHUNK) & (key < kv_len)
-        k = tl.load(k_tile + start * k_stride_row, mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        v = tl.load(v_tile + start * v_stride_row, mask=exists[:, None] & (d_v < HEAD_DIM_V)[None, :], other=0.0)
+        k = tl.load(k_ptr + start * k_stride_row + k_tile, mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         pairs = allowed_pairs(own, key, exists, first, last, INTERVAL)
         s = tl.where(pairs, tl.dot(q, k.T, input_precision=PRECISION) * factor, float("-inf"))
-        grad_p = tl.dot(grad_out, v.T, input_precision=PRECISION)
         if WEIGHTED:
             lse = tl.load(lse_ptr + line * width + slot, mask=own, other=0.0)
             lse = tl.where(lse > float("-inf"), lse, 0.0)
-            p = tl.exp2(s - lse[:, None])
+        p = tl.exp2(s - lse[:, None])
+        v = tl.load(v_ptr + start * v_stride_row + v_tile, mask=exists[:, None] & (d_v < HEAD_DIM_V)[None, :], other=0.0)
+        grad_p = tl.dot(grad_out, v.T, input_precision=PRECISION)
+        if WEIGHTED:
             delta = tl.sum(p * grad_p, 1)
             tl.store(delta_ptr + line * width + slot, delta, mask=own)
             weight = tl.load(weights_ptr + weight_line * width + slot, mask=own, other=0.0)
             grad_s = p * (grad_p - delta[:, None])
             acc += tl.dot(grad_s.to(k.dtype), k, input_precision=PRECISION) * weight[:, None]
         else:
-            p = tl.exp2(s - lse[:, None])
             grad_s = p * (grad_p - delta[:, None])
             acc = tl.dot(grad_s.to(k.dtype), k, acc, input_precision=PRECISION)
         slot += own.to(tl.int32)
@@ -116,16 +117,16 @@ def picked_grad_q(
     do_not_specialize=[
         "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "v_stride_b", "v_stride_h",
         "v_stride_row", "grad_out_stride_b", "grad_out_stride_h", "grad_out_stride_row", "grad_k_stride_b", "grad_k_stride_h",
-        "grad_k_stride_row", "grad_v_stride_b", "grad_v_stride_h", "grad_v_stride_row", "first_stride_b", "first_stride_h", "heads",
-        "group", "pack", "list_batch", "list_group", "weight_group", "rows", "kv_len", "units", "width", "scale",
+        "grad_k_stride_row", "grad_v_stride_b", "grad_v_stride_h", "grad_v_stride_row", "first_stride_b", "first_stride_h",
+        "heads", "group", "pack", "list_batch", "list_group", "weight_group", "rows", "kv_len", "units", "width", "scale",
     ]
 )  # fmt: skip
 def picked_grad_kv(
     q_ptr, q_stride_b, q_stride_h, q_stride_row, k_ptr, k_stride_b, k_stride_h, k_stride_row, v_ptr, v_stride_b, v_stride_h,
     v_stride_row, grad_out_ptr, grad_out_stride_b, grad_out_stride_h, grad_out_stride_row, grad_k_ptr, grad_k_stride_b,
     grad_k_stride_h, grad_k_stride_row, grad_v_ptr, grad_v_stride_b, grad_v_stride_h, grad_v_stride_row, lse_ptr, delta_ptr,
-    weights_ptr, starts_ptr, places_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, list_batch, list_group,
-    weight_group, rows, kv_len, units, width, scale, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    weights_ptr, starts_ptr, places_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, list_batch,
+    list_group, weight_group, rows, kv_len, units, width, scale, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
     INTERVAL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -172,24 +173,17 @@ def picked_grad_kv(
             q = tl.load(q_rows[:, None] + d[None, :], mask=own[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
             g_rows = aligned_rows(grad_out_ptr, b, grad_out_stride_b, h, grad_out_stride_h, query, grad_out_stride_row, ALIGN)
             grad_out = tl.load(g_rows[:, None] + d_v[None, :], mask=own[:, None] & (d_v < HEAD_DIM_V)[None, :], other=0.0)
-            if WEIGHTED:
-                lse = tl.load(lse_ptr + line_at * width + place, mask=own, other=0.0)
-                delta = tl.load(delta_ptr + line_at * width + place, mask=own, other=0.0)
-                lse = tl.where(lse > float("-inf"), lse, 0.0)
-            else:
-                lse = tl.load(lse_ptr + line_at + query, mask=own, other=0.0)
-                delta = tl.load(delta_ptr + line_at + query, mask=own, other=0.0)
-                lse = tl.where(lse > float("-inf"), lse, 0.0) * LOG2E
-            first = query
-            last = query
+            # Rows that do not exist or have no keys get weights of zero; keys that do not exist are not stored.
+            at = line_at * width + place if WEIGHTED else line_at + query
+            lse = tl.load(lse_ptr + at, mask=own, other=float("-inf"))
+            delta = tl.load(delta_ptr + at, mask=own, other=0.0)
+            lse = tl.where(lse > float("-inf"), lse if WEIGHTED else lse * LOG2E, float("inf"))
+            s = tl.dot(k, q.T, input_precision=PRECISION) * factor
             if INTERVAL:
                 bounds = b.to(tl.int64) * first_stride_b + h.to(tl.int64) * first_stride_h + query
                 first = tl.load(first_ptr + bounds)
                 last = tl.load(last_ptr + bounds)
-            pairs = own[None, :] & exists[:, None]
-            if INTERVAL:
-                pairs = pairs & (key[:, None] >= first[None, :]) & (key[:, None] <= last[None, :])
-            s = tl.where(pairs, tl.dot(k, q.T, input_precision=PRECISION) * factor, float("-inf"))
+                s = tl.where((key[:, None] >= first[None, :]) & (key[:, None] <= last[None, :]), s, float("-inf"))
             p = tl.exp2(s - lse[None, :])
             grad_p = tl.dot(v, grad_out.T, input_precision=PRECISION)
             grad_s = p * (grad_p - delta[None, :])

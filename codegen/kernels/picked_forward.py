@@ -1,12 +1,12 @@
 """Attention over picked chunks, forward: the queries of a tile read the union of their chunks once.
 
 A tile is ``queries * pack`` rows: ``pack`` adjacent query heads that share list and key head, ``queries`` adjacent queries. Its
-chunks come as a merged list, ascending; with each chunk the queries that picked it, as bits. Lists are ascending and hold a chunk once, so the
-slot at which a row holds a chunk is the number of chunks of its own that were met before: a counter a row, and no table of slots.
+chunks come as a merged list, ascending; with each chunk the queries that picked it, as bits. Lists ascend and hold a chunk once, so
+the slot at which a row holds a chunk is the number of its own chunks that were met before: a counter a row, and no table of slots.
 
-``WEIGHTED``: a softmax of its own for every row and chunk, times the row's weight of the slot; nothing is rescaled from chunk to chunk, so
-programs may share the slots of a row and their results are summed. Otherwise one softmax over all chunks, summed online. Logits are in
-units of log2.
+``WEIGHTED``: a softmax of its own for every row and chunk, times the row's weight of the slot; nothing is rescaled from chunk to
+chunk. Otherwise one softmax over all chunks, summed online. Where queries are few, programs share the slots of a row and
+``picked_merge`` puts their results together. Logits are in units of log2.
 """
 
 import triton
@@ -51,25 +51,31 @@ def allowed_pairs(own, key, exists, first, last, INTERVAL: tl.constexpr):
     return pairs
 
 
+@triton.jit
+def log_of_sum(total):
+    """Natural logarithm of weights' sums; -inf where there are none."""
+    return tl.where(total != 0, tl.log(tl.where(total != 0, total, 1.0)), float("-inf"))
+
+
 @triton.jit(
     do_not_specialize=[
         "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "v_stride_b", "v_stride_h",
         "v_stride_row", "out_stride_s", "out_stride_b", "out_stride_h", "out_stride_row", "first_stride_b", "first_stride_h",
-        "heads", "group", "pack", "queries", "list_batch", "list_group", "weight_group", "rows", "kv_len", "tiles", "width", "list_width",
-        "splits", "scale",
+        "heads", "group", "pack", "queries", "list_batch", "list_group", "weight_group", "rows", "kv_len", "tiles", "width",
+        "list_width", "splits", "scale",
     ]
 )  # fmt: skip
 def picked_forward(
     q_ptr, q_stride_b, q_stride_h, q_stride_row, k_ptr, k_stride_b, k_stride_h, k_stride_row, v_ptr, v_stride_b, v_stride_h,
-    v_stride_row, out_ptr, out_stride_s, out_stride_b, out_stride_h, out_stride_row, lse_ptr, slot_lse_ptr, weights_ptr, chunks_ptr,
-    owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, queries, list_batch, list_group,
-    weight_group, rows, kv_len, tiles, width, list_width, splits, scale, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    v_stride_row, out_ptr, out_stride_s, out_stride_b, out_stride_h, out_stride_row, lse_ptr, slot_lse_ptr, weights_ptr,
+    chunks_ptr, owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, queries, list_batch,
+    list_group, weight_group, rows, kv_len, tiles, width, list_width, splits, scale, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
     WEIGHTED: tl.constexpr, ONE: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr, SAVE: tl.constexpr,
     SPLIT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and LSE of one tile of queries, or with ``SPLIT`` one share of them: unscaled by others, and in place of the LSE of a
-    weighted result the sum of its weights. ``slot_lse``: of each row and slot, for the backward pass."""
+    """out and LSE of one tile of queries, with ``SPLIT`` of a share of its slots; the LSE of a weighted share is not yet taken: it is the
+    sum of weights. ``SAVE``: ``slot_lse``, that of each row and slot, is written for the backward pass."""
     share = tl.program_id(0) % splits
     tile = tl.program_id(0) // splits % tiles
     bundle = tl.program_id(0) // splits // tiles
@@ -94,8 +100,8 @@ def picked_forward(
     k_stride_row = k_stride_row // ALIGN * ALIGN
     v_stride_row = v_stride_row // ALIGN * ALIGN
     key_0 = tl.arange(0, BLOCK_N)
-    k_tile = k_ptr + key_0[:, None] * k_stride_row + d[None, :]
-    v_tile = v_ptr + key_0[:, None] * v_stride_row + d_v[None, :]
+    k_tile = key_0[:, None] * k_stride_row + d[None, :]
+    v_tile = key_0[:, None] * v_stride_row + d_v[None, :]
     list_place = list_line(b, head, list_batch, heads, list_group).to(tl.int64) * tiles + tile
     count = tl.load(counts_ptr + list_place)
     begin = count * share // splits
@@ -120,10 +126,10 @@ def picked_forward(
         start = chunk.to(tl.int64) * CHUNK
         key = chunk * CHUNK + key_0
         exists = (key_0 < CHUNK) & (key < kv_len)
-        k = tl.load(k_tile + start * k_stride_row, mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        k = tl.load(k_ptr + start * k_stride_row + k_tile, mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         pairs = allowed_pairs(own, key, exists, first, last, INTERVAL)
         s = tl.where(pairs, tl.dot(q, k.T, input_precision=PRECISION) * factor, float("-inf"))
-        v = tl.load(v_tile + start * v_stride_row, mask=exists[:, None] & (d_v < HEAD_DIM_V)[None, :], other=0.0)
+        v = tl.load(v_ptr + start * v_stride_row + v_tile, mask=exists[:, None] & (d_v < HEAD_DIM_V)[None, :], other=0.0)
         top = tl.max(s, 1)
         if WEIGHTED:
             found = top > float("-inf")
@@ -149,7 +155,7 @@ def picked_forward(
             most = larger
         slot += own.to(tl.int32)
     if WEIGHTED:
-        lse = total if SPLIT else tl.log(total)
+        lse = total if SPLIT else log_of_sum(total)
     else:
         found = total > 0
         total = tl.where(found, total, 1.0)
@@ -157,7 +163,8 @@ def picked_forward(
         lse = tl.where(found, (most + tl.log2(total)) * LN2, float("-inf"))
     out_at = b.to(tl.int64) * out_stride_b + h.to(tl.int64) * out_stride_h + query.to(tl.int64) * out_stride_row
     out_rows = out_ptr + share.to(tl.int64) * out_stride_s + out_at
-    tl.store(out_rows[:, None] + d_v[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (d_v < HEAD_DIM_V)[None, :])
+    has_d_v = inside[:, None] & (d_v < HEAD_DIM_V)[None, :]
+    tl.store(out_rows[:, None] + d_v[None, :], acc.to(out_ptr.dtype.element_ty), mask=has_d_v)
     lines = tl.num_programs(0).to(tl.int64) // splits // tiles * pack * rows
     tl.store(lse_ptr + share * lines + line, lse, mask=inside)
 
@@ -189,7 +196,7 @@ def picked_merge(
             total += weight
             acc += part * weight
     if WEIGHTED:
-        lse = tl.log(total)
+        lse = log_of_sum(total)
     else:
         found = total > 0
         total = tl.where(found, total, 1.0)

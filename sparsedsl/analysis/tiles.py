@@ -77,16 +77,20 @@ def block_pair(block_size: Any) -> tuple[int, int]:
     return pair
 
 
-def classify(mask: Boolean, domain: Domain, block_size: Any = 128) -> TileLists:
-    """The tile lists of ``mask`` over ``domain`` in tiles of ``block_size`` tokens."""
-    return _Classifier(mask, Grid(domain, block_pair(block_size))).run()
+def classify(mask: Boolean, domain: Domain, block_size: Any = 128, *, minimal: bool = True) -> TileLists:
+    """The tile lists of ``mask`` over ``domain`` in tiles of ``block_size`` tokens.
+
+    Without ``minimal``, what intervals do not decide is listed as partial instead of being looked at pair by pair: right for masks whose
+    tables are new with every call, where looking costs more than a tile too many.
+    """
+    return _Classifier(mask, Grid(domain, block_pair(block_size)), minimal).run()
 
 
 class _Classifier:
     """One classification; holds what its steps share. A *line* is a tile row of one group: group * rows + row."""
 
-    def __init__(self, mask: Boolean, grid: Grid):
-        self.mask, self.grid, self.domain = mask, grid, grid.domain
+    def __init__(self, mask: Boolean, grid: Grid, minimal: bool):
+        self.mask, self.grid, self.domain, self.minimal = mask, grid, grid.domain, minimal
         self.device = self.domain.device
         self.groups = self.domain.groups(mask)
         self.ranges = TableRanges(self.domain.tables)
@@ -152,6 +156,8 @@ class _Classifier:
         return owner, column, self._decide(line.index_select(0, owner), column)
 
     def _decide(self, line: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        if not self.minimal:
+            return torch.full_like(column, PARTIAL)
         one = self.groups.count == 1
         group, row = (line.new_zeros(()).expand_as(line), line) if one else (line // self.grid.rows, line % self.grid.rows)
         return self.decider.decide((group, *self.grid.queries(row), *self.grid.keys(column)))

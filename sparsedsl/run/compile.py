@@ -88,9 +88,11 @@ class Attention:
     The same pattern at a new length compiles nothing new. Tile lists are remembered for the last lengths and tables seen.
     """
 
-    def __init__(self, pattern: Pattern, backend: str):
+    def __init__(self, pattern: Pattern, backend: str, *, minimal: bool = True):
         self.pattern = pattern
         self.backend = backend
+        # Whether its tile lists are to have no tile too many: not worth the time where tables are new with every call.
+        self.minimal = minimal
         self._lists: Remembered[TileLists] = Remembered()
         # What a traced call needs, as plain values: torch.compile follows no sympy.
         self._handle, self._bound = operators.handle_of(pattern, backend), pattern.bound
@@ -178,7 +180,7 @@ class Attention:
 
     @functools.cached_property
     def _tiled(self) -> TiledKernel:
-        return TiledKernel(self.pattern)
+        return TiledKernel(self.pattern, minimal=self.minimal)
 
     @functools.cached_property
     def _triton(self) -> TritonKernel:
@@ -229,7 +231,7 @@ class Attention:
                 domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, dict(zip(names, tables, strict=True))
             )
             with torch.no_grad():
-                lists = classify(expr, narrowed, block)
+                lists = classify(expr, narrowed, block, minimal=self.minimal)
             log.debug("analyse %s: %.1f ms", lists, (time.perf_counter() - start) * 1e3)
             return lists
 

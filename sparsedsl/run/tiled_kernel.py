@@ -41,8 +41,8 @@ def sizes_of(call: Call) -> HeadSizes:
 class TiledKernel:
     """One pattern on torch's dense products. Compiles nothing; any float dtype, any head ratio, forward and backward."""
 
-    def __init__(self, pattern: Pattern) -> None:
-        self.pattern = pattern
+    def __init__(self, pattern: Pattern, *, minimal: bool = True) -> None:
+        self.pattern, self.minimal = pattern, minimal
         self._schedules: Remembered[Schedule] = Remembered()
 
     def schedule(self, call: Call) -> Schedule:
@@ -63,7 +63,8 @@ class TiledKernel:
             strips = max(1, domain.batch * heads // group // narrowed.groups(mask).count)
             price = score_rule(self.pattern.score.expr).price_ns
             with torch.no_grad():
-                made = make_schedule(mask, narrowed, machine(), HeadShape(group, strips, sizes.head_dim, sizes.head_dim_v, price))
+                shape = HeadShape(group, strips, sizes.head_dim, sizes.head_dim_v, price)
+                made = make_schedule(mask, narrowed, machine(), shape, minimal=self.minimal)
             log.debug("schedule: %.1f ms", (time.perf_counter() - start) * 1e3)
             return made
 

@@ -36,8 +36,10 @@ class HeadShape:
     mod_ns: float = 0.0
 
 
-def make_schedule(mask: Boolean, domain: Domain, machine: Machine, shape: HeadShape, height: int | None = None) -> Schedule:
-    """The cheapest schedule by the cost model; with ``height`` the one with strips of that height."""
+def make_schedule(
+    mask: Boolean, domain: Domain, machine: Machine, shape: HeadShape, height: int | None = None, *, minimal: bool = True
+) -> Schedule:
+    """The cheapest schedule by the cost model; with ``height`` the one with strips of that height. ``minimal``: as :func:`classify`."""
     groups = domain.groups(mask)
     plans, seconds, heights = [], 0.0, [0]
     for lane in lanes(mask):
@@ -45,7 +47,7 @@ def make_schedule(mask: Boolean, domain: Domain, machine: Machine, shape: HeadSh
         if rows < 1 or kv_len < 1:
             continue
         if lane.scattered:
-            plan, cost = _scattered(lane, domain, machine, shape)
+            plan, cost = _scattered(lane, domain, machine, shape, minimal)
         else:
             spaces = [
                 LaneSpace(lane.mask, first, rows, kv_len, {"b": b, "h": h} | domain.lengths | dict(domain.tables))
@@ -96,11 +98,11 @@ def _strips(
     return LanePlan(lane, spaces[0].first, rows, joined), cost(joined), height
 
 
-def _scattered(lane: Lane, domain: Domain, machine: Machine, shape: HeadShape) -> tuple[LanePlan, float]:
+def _scattered(lane: Lane, domain: Domain, machine: Machine, shape: HeadShape, minimal: bool) -> tuple[LanePlan, float]:
     with torch.no_grad():
         for block in BLOCKS:
-            lists = classify(lane.mask, domain, block)
-            if lists.partial.total * 2 <= lists.listed:
+            lists = classify(lane.mask, domain, block, minimal=minimal)
+            if not minimal or lists.partial.total * 2 <= lists.listed:
                 break
     cost = scattered_seconds(
         machine, lists.listed, lists.full.counts.numel(), lists.block, shape.group, shape.strips_of, shape.head_dim, shape.head_dim_v,

@@ -1,7 +1,7 @@
-"""The kernels over picked chunks, interpreted, against attention in float64 that builds every matrix; run by ``tests/test_interpreted.py``.
+"""The kernels over picked chunks, interpreted, against attention in float64 that builds every matrix; see ``test_interpreted.py``.
 
-A result may be off by twice as much as the plainest implementation in the same precision, plus one rounding of everything that is added up in it
-before anything cancels, as in ``sparsedsl/testing/numerics.py``.
+A result may be off by twice as much as the plainest implementation in the same precision, plus one rounding of everything that is added
+up in it before anything cancels, as in ``sparsedsl/testing/numerics.py``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of a case; ``weights`` and ``inside`` may be None; ``table``: which chunk a query head has at which slot, as booleans."""
+    """Tensors of a case; ``weights`` and ``inside`` may be None."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -182,9 +182,8 @@ def assert_right(case):
     plain, _ = results_of(case, x, torch.float32, case.dtype)
     leaves = {"q": x.q, "k": x.k, "v": x.v} | ({} if x.weights is None else {"weights": x.weights})
     leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
-    out, lse = picked_attention_triton(
-        leaves["q"], leaves["k"], leaves["v"], x.picks, scale=scale_of(case), inside=x.inside, weights=leaves.get("weights"), one=case.one
-    )
+    words = {"scale": scale_of(case), "inside": x.inside, "weights": leaves.get("weights"), "one": case.one}
+    out, lse = picked_attention_triton(leaves["q"], leaves["k"], leaves["v"], x.picks, **words)
     assert (out.dtype, lse.dtype) == (case.dtype, torch.float32)
     got = {"out": out.detach(), "lse": lse.detach()} | gradients(out, lse, leaves, x)
     largest = float(built.logits.detach().abs().max())
@@ -196,12 +195,18 @@ def assert_right(case):
         if name == "grad_weights":  # from products of rounded weights, as those of out
             rounding = max(rounding, torch.finfo(case.dtype).eps)
         error = (plain[name].double() - exact[name])[finite].abs()
-        allowed = 2 * (float(error.max()) if error.numel() else 0.0) + 2 * rounding * size + 4 * kinds[0].smallest_normal * kinds[0].eps
+        step = kinds[0].smallest_normal * kinds[0].eps  # of numbers so small that their digits run out
+        allowed = 2 * ((float(error.max()) if error.numel() else 0.0) + rounding * size) + step
         off = torch.where(finite, (got[name].double() - exact[name]).abs(), 0.0)
         assert float(off.max()) <= allowed, f"{name} is off by {float(off.max()):.3g}, allowed {allowed:.3g}"
 
 
-KINDS = {"joint": {}, "weighted": {"weight_heads": 2}, "weighted_one": {"weight_heads": 4, "one": True}, "joint_one": {"one": True}}
+KINDS = {
+    "joint": {},
+    "weighted": {"weight_heads": 2},
+    "weighted_one": {"weight_heads": 4, "one": True},
+    "joint_one": {"one": True},
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,8 +256,8 @@ def cases(draw):
     group, kv_heads = draw(st.sampled_from([1, 2, 3, 4, 8])), draw(st.sampled_from([1, 2]))
     heads = group * kv_heads
     return Case(
-        batch=draw(st.sampled_from([1, 2])), heads=heads, kv_heads=kv_heads, list_heads=draw(st.sampled_from([1, kv_heads, heads])),
-        rows=draw(st.integers(1, 36)), keys=draw(st.integers(1, 70)), chunk=draw(st.sampled_from([16, 16, 16, 9, 20])),
+        batch=draw(st.sampled_from([1, 2])), heads=heads, kv_heads=kv_heads,
+        list_heads=draw(st.sampled_from([1, kv_heads, heads])), rows=draw(st.integers(1, 36)), keys=draw(st.integers(1, 70)), chunk=draw(st.sampled_from([16, 16, 16, 9, 20])),
         slots=draw(st.integers(1, 5)), head_dim=draw(st.sampled_from([8, 16])), head_dim_v=draw(st.sampled_from([16, 4])),
         weight_heads=draw(st.sampled_from([0, 1, kv_heads, heads])), one=draw(st.booleans()), interval=draw(st.booleans()),
         same_lists=draw(st.booleans()), dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float16])),
@@ -411,8 +416,8 @@ def test_lists_are_made_without_a_look_at_their_contents():
 
 def small(dtype=torch.float32, width=16, chunk=16, q_unit=1):
     q, k = torch.ones(1, 2, 3, width, dtype=dtype), torch.ones(1, 1, 20, width, dtype=dtype)
-    picks = Picks(torch.zeros(1, 1, 3, 1, dtype=torch.int32), torch.ones(1, 1, 3, dtype=torch.int32), q_unit, chunk, -(-20 // chunk))
-    return q, k, k, picks
+    lists = torch.zeros(1, 1, 3, 1, dtype=torch.int32)
+    return q, k, k, Picks(lists, torch.ones(1, 1, 3, dtype=torch.int32), q_unit, chunk, -(-20 // chunk))
 
 
 @pytest.mark.parametrize(
@@ -422,7 +427,7 @@ def small(dtype=torch.float32, width=16, chunk=16, q_unit=1):
         ({"width": 272}, {}, "heads may be 256 wide"),
         ({"chunk": 129}, {}, "a chunk may have 128 tokens"),
         ({"q_unit": 64}, {}, "got q_unit 64"),
-        ({}, {"inside": lambda *_: True}, "pass inside=Interval"),
+        ({}, {"inside": lambda *_: True}, "pass Interval"),
     ],
     ids=["float64", "width", "chunk", "q_unit", "function"],
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsedsl.errors import PatternError, ShapeError
-from sparsedsl.run.choosing.pieces import cut, tile_shape
+from sparsedsl.run.choosing.pieces import cut
 from sparsedsl.run.choosing.scores import DotScores, Leaf, ScoreSource
 from sparsedsl.run.choosing.taking import wide
 
@@ -40,6 +40,14 @@ class AntidiagonalScores(ScoreSource):
     def cell_bytes(self) -> int:
         cells = (self.tokens // self.stride) ** 2
         return 4 * wide(self.q.dtype).itemsize * cells * self.q.shape[0] * self.q.shape[1]
+
+    @property
+    def row_bytes(self) -> int:
+        return super().row_bytes * self.tokens
+
+    @property
+    def unit_bytes(self) -> int:
+        return super().unit_bytes * self.tokens
 
     def leaves(self) -> tuple[Leaf, ...]:
         return Leaf(self.q, "rows"), Leaf(self.k, "units")
@@ -108,7 +116,7 @@ def antidiagonal(
     totals = torch.full((*q.shape[:2], rows), float("-inf"), dtype=wide(q.dtype), device=q.device)
     source = AntidiagonalScores(q, k, totals, stride, block, scale, q_offset // stride, 0)
     cells = block // stride
-    r, u = tile_shape(source.cell_bytes, *source.shape[2:])
+    r, u = source.tile(1)
     for some in cut(0, source.shape[2], r):
         part = totals[:, :, some.start * cells : some.stop * cells]
         reach = min(source.shape[3], q_offset // block + some.stop)

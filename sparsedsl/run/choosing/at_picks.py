@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sparsedsl.run.choosing.candidates import Candidates
-from sparsedsl.run.choosing.pieces import cut, rows_at_once, tile_shape
+from sparsedsl.run.choosing.pieces import cut, rows_at_once
 from sparsedsl.run.choosing.scores import ScoreSource
 from sparsedsl.run.choosing.taking import spread, wide
 from sparsedsl.run.picked.picks import Picks
@@ -82,7 +82,7 @@ class _TotalScores(torch.autograd.Function):
         totals = torch.full((batch, heads, rows), float("-inf"), dtype=source.dtype, device=source.device)
         for some, tile in _tiles(source, candidates):
             part = totals[:, :, some]
-            scores = candidates.mask_(ctx.source.block(some, tile), some, tile)
+            scores = candidates.scored(ctx.source, some, tile)
             torch.logaddexp(part, torch.logsumexp(scores, dim=-1), out=part)
         ctx.save_for_backward(totals, *tensors)
         return totals
@@ -140,7 +140,7 @@ def _row_pieces(source: ScoreSource, indices: Tensor) -> Iterator[slice]:
 
 def _tiles(source: ScoreSource, candidates: Candidates) -> Iterator[tuple[slice, slice]]:
     rows, units = source.shape[2:]
-    r, u = tile_shape(4 * source.cell_bytes, rows, units)
+    r, u = source.tile(4)
     for some in cut(0, rows, r):
         for tile in cut(*candidates.span(some, units), u):
             yield some, tile

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsedsl.run.choosing.pieces import cut, few_widths, rows_at_once
+from sparsedsl.run.choosing.scores import ScoreSource
+
 __all__ = ["Candidates", "PairRule"]
 
 Tensor = torch.Tensor
@@ -25,7 +28,7 @@ class Candidates:
         end: the same, or None for all units.
         allowed: a :data:`PairRule`, or None. Rows are counted from the first row of the scores, units from 0.
         reach: from a slice of rows to ``(least begin, greatest end)`` of these, on the host. Units outside the reach of a tile of
-            rows are never scored. Not needed where the limits lie on the CPU; limits on a GPU are not read back, so that without
+            rows are never looked at. Not needed where the limits lie on the CPU; limits on a GPU are not read back, so that without
             it every unit is scored there.
 
     >>> Candidates(end=torch.tensor([0, 1, 3])).span(slice(1, 3), units=8)
@@ -46,6 +49,14 @@ class Candidates:
             high = units if self.end is None or self.end.device.type != "cpu" else int(self.end[..., rows].max())
         low = min(max(0, low), units)
         return low, max(low, min(high, units))
+
+    def scored(self, source: ScoreSource, rows: slice, units: slice) -> Tensor:
+        """The scores of some rows and units, -inf where a row may not choose. Up to an eighth more is computed and not looked at."""
+        parts = []
+        for tile in cut(units.start, units.stop, rows_at_once(source.unit_bytes)):
+            stop = min(source.shape[3], tile.start + few_widths(tile.stop - tile.start))
+            parts.append(source.block(rows, slice(tile.start, stop))[..., : tile.stop - tile.start])
+        return self.mask_(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), rows, units)
 
     def mask_(self, scores: Tensor, rows: slice, units: slice) -> Tensor:
         """-inf in ``scores (B, Hs, r, u)`` where a row may not choose; in place."""

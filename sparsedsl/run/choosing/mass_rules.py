@@ -125,13 +125,13 @@ def _by_rows(
     batch, heads, rows, units = source.shape
     lists, counts = [], []
     # Order and sums take about ten numbers of eight bytes a cell.
-    for some in cut(0, rows, rows_at_once((source.cell_bytes + 80 * batch * heads) * units)):
+    for some in cut(0, rows, rows_at_once((source.cell_bytes + 80 * batch * heads) * units + source.row_bytes)):
         tile = slice(*candidates.span(some, units))
         if tile.start == tile.stop:
             counts.append(torch.zeros((batch, heads, some.stop - some.start), dtype=torch.int32, device=source.device))
             lists.append(counts[-1].new_empty((*counts[-1].shape, 0)))
             continue
-        scores = candidates.mask_(source.block(some, tile), some, tile)
+        scores = candidates.scored(source, some, tile)
         named = None if forced is None else candidates.within(forced, some, tile, scores)
         table = pick(scores, named)
         table = table if named is None else table | named

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-__all__ = ["PIECE_BYTES", "cut", "rows_at_once", "tile_shape"]
+__all__ = ["PIECE_BYTES", "cut", "few_widths", "rows_at_once", "tile_shape"]
 
 PIECE_BYTES = 32 * 2**20  # scratch memory of one piece
 UNITS_AT_ONCE = 8192  # wide enough for the products to be quick, narrow enough to leave rows for them
@@ -22,12 +22,12 @@ def cut(start: int, stop: int, step: int) -> Iterator[slice]:
 
 
 def rows_at_once(row_bytes: int) -> int:
-    """Rows of ``row_bytes`` of scratch each that fit a piece; one at least."""
+    """Rows (or anything) of ``row_bytes`` of scratch each that fit a piece; one at least."""
     return max(1, PIECE_BYTES // max(1, row_bytes))
 
 
-def tile_shape(cell_bytes: int, rows: int, units: int) -> tuple[int, int]:
-    """Rows and units of a tile: within a piece if each of its cells takes ``cell_bytes``, one cell at least.
+def tile_shape(cell_bytes: int, rows: int, units: int, row_bytes: int = 0, unit_bytes: int = 0) -> tuple[int, int]:
+    """Rows and units of a tile, one at least: within a piece if each of its cells takes ``cell_bytes``, and so for rows and units.
 
     >>> tile_shape(4, rows=65536, units=16384)
     (1024, 8192)
@@ -35,7 +35,17 @@ def tile_shape(cell_bytes: int, rows: int, units: int) -> tuple[int, int]:
     (1, 262144)
     """
     cells = rows_at_once(cell_bytes)
-    most = min(cells, max(UNITS_AT_ONCE, cells // max(1, rows)))
+    most = min(cells, rows_at_once(unit_bytes), max(UNITS_AT_ONCE, cells // max(1, rows)))
     width = -(-units // max(1, -(-units // most)))
     width = max(1, min(most, -(-width // ALIGN) * ALIGN))
-    return max(1, min(rows, cells // width)), width
+    return max(1, min(rows, cells // width, rows_at_once(row_bytes))), width
+
+
+def few_widths(width: int) -> int:
+    """``width`` or up to an eighth more, so that few widths occur: libraries keep code and memory for each shape of a product.
+
+    >>> few_widths(7), few_widths(30), few_widths(1000), few_widths(1001), few_widths(8192)
+    (7, 30, 1024, 1024, 8192)
+    """
+    step = max(1, 1 << (width.bit_length() - 4)) if width > 7 else 1
+    return -(-width // step) * step

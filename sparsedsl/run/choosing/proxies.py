@@ -66,7 +66,7 @@ def probe(
     source = DotScores(q[:, :, start:], k, scale)
     batch, heads, _, _ = source.shape
     position = q_offset + start + torch.arange(rows, device=q.device)[:, None]
-    step = rows_at_once(3 * source.cell_bytes * rows)
+    step = rows_at_once(3 * source.cell_bytes * rows + source.unit_bytes)
 
     def logits(keys: slice) -> Tensor:
         block = source.block(slice(0, rows), keys)

@@ -6,7 +6,7 @@ import torch
 
 from sparsedsl.errors import PatternError
 from sparsedsl.run.choosing.candidates import Candidates, PairRule
-from sparsedsl.run.choosing.pieces import cut, tile_shape
+from sparsedsl.run.choosing.pieces import cut
 from sparsedsl.run.choosing.ranking import ascending, best
 from sparsedsl.run.choosing.scores import ScoreSource
 from sparsedsl.run.picked.picks import Picks
@@ -62,14 +62,14 @@ def top_k(
         )
     candidates = candidates or Candidates()
     batch, heads, rows, units = source.shape
-    r, u = tile_shape(3 * source.cell_bytes, rows, units)
+    r, u = source.tile(3)
     width = min(k, units) + min(forced_extra or 0, units)
     indices = torch.full((batch, heads, rows, width), -1, dtype=torch.int32, device=source.device)
     counts = torch.zeros((batch, heads, rows), dtype=torch.int32, device=source.device)
     for some in cut(0, rows, r):
         ranks = [_Ranking(k)] if forced_extra is None else [_Ranking(k), _Ranking(forced_extra)]
         for tile in cut(*candidates.span(some, units), u):
-            scores = candidates.mask_(source.block(some, tile), some, tile)
+            scores = candidates.scored(source, some, tile)
             if forced is not None:
                 named = candidates.within(forced, some, tile, scores)
                 scores.masked_fill_(named, float("inf" if forced_extra is None else "-inf"))

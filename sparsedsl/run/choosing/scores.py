@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 
 from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.run.choosing.pieces import tile_shape
 from sparsedsl.run.choosing.taking import spread, take, wide
 from sparsedsl.run.products import product_nt
 
@@ -58,6 +59,24 @@ class ScoreSource(ABC):
     def pair_bytes(self) -> int:
         """Scratch memory that one (row, picked unit) takes in :meth:`at` and its backward pass, over all batch entries and heads."""
         return self.cell_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Scratch memory that a row takes where its tensors are cast, over all batch entries and heads."""
+        return self._line_bytes("rows")
+
+    @property
+    def unit_bytes(self) -> int:
+        """The same of a unit."""
+        return self._line_bytes("units")
+
+    def tile(self, tensors: int) -> tuple[int, int]:
+        """Rows and units of a tile for work that holds about so many tensors like the scores."""
+        return tile_shape(tensors * self.cell_bytes, *self.shape[2:], self.row_bytes, self.unit_bytes)
+
+    def _line_bytes(self, over: str) -> int:
+        sizes = (leaf.tensor.shape for leaf in self.leaves() if leaf.over == over)
+        return sum(batch * heads * width for batch, heads, _, width in sizes) * self.dtype.itemsize
 
     @abstractmethod
     def leaves(self) -> tuple[Leaf, ...]:
@@ -207,7 +226,7 @@ def _grouped_product(a: Tensor, b: Tensor) -> Tensor:
         and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
         and 0 not in (*x.shape, units)
     ):
-        return product_nt(x.contiguous(), y.contiguous())
+        return product_nt(*(z if z.stride()[1:] == (width, 1) else z.contiguous() for z in (x, y)))
     return torch.bmm(x, y.mT)
 
 

@@ -37,11 +37,12 @@ def weights_of(scores: Tensor, rule: Rule = "softmax") -> tuple[Tensor, Tensor]:
     match rule:
         case "softmax" | "softmax1":
             slots = scores if rule == "softmax" else F.pad(scores, (0, 1))
-            total = torch.logsumexp(slots.masked_fill(none[..., None], 0.0), dim=-1)
-            weights = (safe - total[..., None]).exp()
+            slots = slots.masked_fill(none[..., None], 0.0)
+            total = torch.logsumexp(slots, dim=-1)
+            weights = torch.softmax(slots, dim=-1)[..., : scores.shape[-1]]  # exp(score - total) is off where scores are great
         case "stick_breaking":
-            taken = F.softplus(safe).masked_fill(empty, 0.0)
-            weights = (safe - taken.flip(-1).cumsum(-1).flip(-1)).exp()
+            later = F.pad(F.softplus(safe).masked_fill(empty, 0.0)[..., 1:], (0, 1))
+            weights = (F.logsigmoid(safe) - later.flip(-1).cumsum(-1).flip(-1)).exp()
         case "sigmoid":
             weights = torch.sigmoid(safe)
         case "raw":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from sparsedsl.run.picked.lanes import Block, Lanes
 from sparsedsl.run.picked.lines import Chunks, ChunkSums
 from sparsedsl.run.picked.passes import LOG2E, BlockPass
 from sparsedsl.run.picked.picks import Picks
+from sparsedsl.run.tiled import MOST_COPIES
 from sparsedsl.run.workers import share
 
 __all__ = ["Inside", "Job", "backward", "forward"]
@@ -21,12 +23,15 @@ Tensor = torch.Tensor
 Inside = Callable[[slice, Tensor, Tensor, Tensor], Tensor]
 INF = float("inf")
 
-BLOCK_BYTES = 32 << 20  # what the outputs of a block, one for each pair, may take
+BLOCK_BYTES, BLOCK_BYTES_LEAST = (
+    64 << 20,
+    16 << 20,
+)  # what the outputs of all blocks at work, one for each pair, may take, and one of many
 PIECE_NUMBERS, PIECE_NUMBERS_CPU = (
     1 << 22,
     1 << 18,
 )  # what a piece may hold; a core's cache is small, and products elsewhere should be few
-FEW = 1 << 17  # logits that are not worth a second thread
+FEW = 1 << 22  # numbers in all pieces together that are not worth a second thread
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +50,13 @@ def forward(job: Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None) -
     run = _Run(job, q, k, v, weights)
     out = q.new_zeros((*q.shape[:3], v.shape[3]))
     lse = q.new_full(q.shape[:3], run.lse_of_nothing, dtype=run.dtype)
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        for block in run.blocks():
-            block_out, block_lse = run.pass_over(block).forward()
-            run.put(out, block, block_out)
-            run.put(lse, block, block_lse / LOG2E)
+
+    def work(block: Block) -> None:
+        block_out, block_lse = run.pass_over(block).forward()
+        run.put(out, block, block_out)
+        run.put(lse, block, block_lse / LOG2E)
+
+    run.side_by_side(functools.partial(work, block) for block in run.blocks(-(-run.lanes.queries // run.workers)))
     return out, lse
 
 
@@ -70,15 +77,15 @@ def backward(
     grad_out = torch.zeros((), dtype=q.dtype, device=q.device).expand(out.shape) if grad_out is None else grad_out
     grad_q = torch.zeros_like(q)
     grad_weights = None if weights is None else torch.zeros_like(weights)
-    sums = (ChunkSums(run.chunks[0]), ChunkSums(run.chunks[1])) if want_kv else None
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        for block in run.blocks():
+
+    def work(blocks: list[Block], sums: tuple[ChunkSums, ChunkSums] | None) -> None:
+        for block in blocks:
             part = run.pass_over(block)
             grads = run.lanes.take(grad_out, block, run.dtype)
             lses = run.lanes.take(lse, block, run.dtype, beyond=INF)
-            lses = lses.masked_fill_(lses == -INF, INF)
-            slopes = None if grad_lse is None else run.lanes.take(grad_lse, block, run.dtype).masked_fill_(lses == INF, 0.0)
+            lses.masked_fill_(lses == -INF, INF)
             delta = (grads * run.lanes.take(out, block, run.dtype)).sum(2)
+            slopes = None if grad_lse is None else run.lanes.take(grad_lse, block, run.dtype).masked_fill_(lses == INF, 0.0)
             if slopes is not None:
                 delta -= slopes
             block_q, block_weights = part.backward(grads, lses * LOG2E, delta, sums)
@@ -88,8 +95,18 @@ def backward(
                     shares = (slopes * (-lses).exp())[:-1, :, None]
                     block_weights += shares.masked_fill(part.inverted.beyond[:, None], 0.0)
                 run.add_weights(grad_weights, block, block_weights)
-        found = (None, None) if sums is None else (sums[0].whole(1 / LOG2E), sums[1].whole())
-    return grad_q, *found, grad_weights
+
+    parts, copies = run.parts()
+    sums = [(ChunkSums(run.chunks[0]), ChunkSums(run.chunks[1])) if want_kv else None for _ in range(copies)]
+    run.side_by_side(functools.partial(work, part, sums[number % copies]) for number, part in enumerate(parts))
+    if sums[0] is None:
+        return grad_q, None, None, grad_weights
+    keys, values = sums[0]
+    for other in sums[1:]:
+        if other is not None:
+            keys.join(other[0])
+            values.join(other[1])
+    return grad_q, keys.whole(1 / LOG2E), values.whole(), grad_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,13 +145,55 @@ class _Run:
         unit, units = self.job.picks.kv_unit, self.job.picks.units
         return Chunks(self.k, unit, units, self.dtype), Chunks(self.v, unit, units, self.dtype)
 
-    def blocks(self) -> Iterator[Block]:
-        """All blocks whose results are not known to be nothing."""
+    @functools.cached_property
+    def workers(self) -> int:
+        """Threads that compute, each a block of its own."""
+        if self.q.device.type != "cpu":
+            return 1
+        lanes, tokens, width = self.lanes, self.job.picks.kv_unit, self.q.shape[3] + self.v.shape[3]
+        pairs = lanes.queries * self.indices.shape[3]
+        chunks = min(pairs, self.k.shape[0] * self.k.shape[1] * self.job.picks.units)
+        numbers = pairs * lanes.heads * (tokens + width) + chunks * tokens * width
+        return 1 if numbers < FEW else torch.get_num_threads()
+
+    def blocks(self, most: int, *, one_lane: bool = False) -> Iterator[Block]:
+        """All blocks, none if all lists are empty, each of at most about ``most`` queries and what its scratch may take."""
         slots, (head_dim, head_dim_v) = self.indices.shape[3], (self.q.shape[3], self.v.shape[3])
-        if slots:
-            numbers = slots * (max(head_dim, head_dim_v) + 4) + head_dim + head_dim_v
-            most = BLOCK_BYTES // (self.lanes.heads * numbers * self.dtype.itemsize)
-            yield from self.lanes.blocks(most, one_lane=self.job.inside is not None)
+        if not slots:
+            return
+        numbers = slots * (max(head_dim, head_dim_v) + 4) + head_dim + head_dim_v
+        room = max(BLOCK_BYTES // self.workers, BLOCK_BYTES_LEAST) // (self.lanes.heads * numbers * self.dtype.itemsize)
+        yield from self.lanes.blocks(min(room, most), one_lane=one_lane or self.job.inside is not None)
+
+    def parts(self) -> tuple[list[list[Block]], int]:
+        """The blocks as parts of a backward pass that may run side by side, and how many copies of the sums of k and v that takes.
+
+        Either each part has key/value heads, and rows of the weights, of its own, or queries and a copy of its own. What is in a part
+        and the order of its blocks are fixed, and so are the sums.
+        """
+        lanes = self.lanes
+        if self.workers == 1:
+            return [list(self.blocks(lanes.queries))], 1
+        apart = self.k.shape[1] if self.weights is None else math.gcd(self.k.shape[1], self.weights.shape[1])
+        parts: dict[tuple[int, ...], list[Block]] = {}
+        if lanes.batch * apart >= self.workers:
+            for block in self.blocks(lanes.queries, one_lane=True):
+                parts.setdefault((block.batch.start, block.lanes.start * apart // lanes.count), []).append(block)
+            return list(parts.values()), 1
+        copies = min(self.workers, MOST_COPIES)
+        step = -(-lanes.rows // copies)
+        for block in self.blocks(step, one_lane=True):
+            parts.setdefault((block.rows.start * copies // lanes.rows,), []).append(block)
+        return list(parts.values()), max(len(parts), 1)
+
+    def side_by_side(self, work: Iterable[Callable[[], None]]) -> None:
+        """Run pieces of work, each on one core."""
+        if self.q.device.type == "cpu" and torch.get_num_threads() > 1:
+            share(work, self.workers)
+            return
+        with torch.no_grad(), torch.autocast(self.q.device.type, enabled=False):
+            for piece in work:
+                piece()
 
     def pass_over(self, block: Block) -> BlockPass:
         """A block with what it reads."""
@@ -151,8 +210,7 @@ class _Run:
         q = self.lanes.take(self.q, block, self.dtype).mul_(self.job.scale * LOG2E)
         weights = None if self.weights is None else self._weights_of(self.weights, block, inverted)
         bias = None if self.job.inside is None else functools.partial(self._bias, self.job.inside, block, inverted)
-        each = functools.partial(self._each, inverted)
-        return BlockPass(inverted, q, keys, values, weights, bias, self.job.one, each)
+        return BlockPass(inverted, q, keys, values, weights, bias, self.job.one)
 
     def put(self, x: Tensor, block: Block, values: Tensor) -> None:
         """Write ``values (queries, heads, ...)`` into ``x (B, Hq, Sq, ...)``."""
@@ -187,13 +245,3 @@ class _Run:
         allowed = inside(block.at_batch, heads, positions, tokens.repeat_interleave(piece.load, dim=0))
         allowed = allowed.movedim(0, 1) if allowed.ndim == 3 else allowed[:, None]
         return torch.zeros(allowed.shape, dtype=self.dtype, device=device).masked_fill_(~allowed, -INF)
-
-    def _each(self, inverted: Inverted, work: Callable[[Piece], None]) -> None:
-        pieces = inverted.pieces
-        workers = torch.get_num_threads() if self.q.device.type == "cpu" else 1
-        logits = inverted.pairs.shape[0] * self.lanes.heads * self.chunks[0].tokens
-        if workers == 1 or len(pieces) < 2 or logits < FEW:
-            for piece in pieces:
-                work(piece)
-        else:
-            share((functools.partial(work, piece) for piece in pieces), workers)

@@ -63,6 +63,11 @@ class Lanes:
         count = math.lcm(kv_heads, list_heads)
         return Lanes(q.shape[0], q.shape[2], count, q.shape[1] // count, kv_heads, list_heads)
 
+    @property
+    def queries(self) -> int:
+        """Queries of all lanes and batch entries."""
+        return self.batch * self.count * self.rows
+
     def blocks(self, most: int, *, one_lane: bool) -> Iterator[Block]:
         """All queries of all lanes in blocks of about ``most``; with ``one_lane`` no block has two lanes or batch entries."""
         if one_lane or most < 2 * self.rows:

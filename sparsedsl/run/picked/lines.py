@@ -38,16 +38,16 @@ class Chunks:
             line, start = number // self.units, self.start(number)
             return self.x[line // heads, line % heads, start : start + length].to(self.dtype).contiguous()[None]
         numbers = torch.tensor(piece.chunks, device=self.x.device)
-        line, chunk = numbers // self.units, numbers % self.units
+        lines, chunks = numbers // self.units, numbers % self.units
         if piece.ragged:
-            return self.x[:, :, (self.units - 1) * self.tokens :][line // heads, line % heads].to(self.dtype)
+            return self.x[:, :, (self.units - 1) * self.tokens :][lines // heads, lines % heads].to(self.dtype)
         whole = self.x.shape[2] // self.tokens
         by_chunk = self.x[:, :, : whole * self.tokens].unflatten(2, (whole, self.tokens))
-        return by_chunk[line // heads, line % heads, chunk].to(self.dtype)
+        return by_chunk[lines // heads, lines % heads, chunks].to(self.dtype)
 
 
 class ChunkSums:
-    """A gradient of :class:`Chunks`, added up chunk by chunk. A chunk is in one piece of a block, so no two threads add to it."""
+    """A gradient of :class:`Chunks`, added up chunk by chunk. A chunk is in one piece of a block at most."""
 
     def __init__(self, like: Chunks) -> None:
         batch, heads, self.size, width = like.x.shape
@@ -61,6 +61,10 @@ class ChunkSums:
             sums[piece.chunks[0]].add_(values[0])
         else:
             sums.index_add_(0, torch.tensor(piece.chunks, device=sums.device), values)
+
+    def join(self, other: ChunkSums) -> None:
+        """Add the sums of another part of the queries."""
+        self.sums.add_(other.sums)
 
     def whole(self, factor: float = 1.0) -> Tensor:
         """The sums, times ``factor``, as ``(B, H, S, D)`` in the dtype of the tensor they are a gradient of."""

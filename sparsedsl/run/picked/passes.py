@@ -29,7 +29,7 @@ INF = float("inf")
 class BlockPass:
     """One block. ``q (queries + 1, heads, D)`` times ``scale * log2(e)``, the last row 0; ``weights (queries, heads, W)``, 0 after the
     ends of lists, or None for one softmax over all chunks. ``bias``: 0 or -inf for ``(places, heads or 1, tokens)`` of a piece, or None.
-    ``one``: a logit 0 more, without a value, in each softmax. ``each`` runs a function on every piece, some side by side.
+    ``one``: a logit 0 more, without a value, in each softmax.
     """
 
     inverted: Inverted
@@ -39,7 +39,6 @@ class BlockPass:
     weights: Tensor | None
     bias: Callable[[Piece], Tensor] | None
     one: bool
-    each: Callable[[Callable[[Piece], None]], None]
 
     # ---- forward ----------------------------------------------------------------------------------------------
 
@@ -50,7 +49,7 @@ class BlockPass:
         peak, total = self.q.new_empty((places + 1, heads)), self.q.new_empty((places + 1, heads))
         out[-1], peak[-1], total[-1] = 0.0, -INF, 0.0
 
-        def run(piece: Piece) -> None:
+        for piece in self.inverted.pieces:
             at = piece.places
             weights = product_nt(self._rows(self.q, piece), self.k.read(piece))
             if self.bias is not None:
@@ -58,8 +57,6 @@ class BlockPass:
             largest, sums = self._exponentials(weights, dim=2)
             peak[at], total[at] = largest.view(-1, heads), sums.view(-1, heads)
             out[at] = product(weights, self.v.read(piece)).view(-1, heads, out.shape[2])
-
-        self.each(run)
         peak, total = peak.take(self._index), total.take(self._index)
         if self.weights is None:
             factors, lse = self._joined(peak, total)
@@ -106,7 +103,7 @@ class BlockPass:
         grad_q[-1], by_place[-1] = 0.0, 0.0
         shares = None if self.weights is None else _with_none(self.weights.transpose(1, 2).reshape(-1, heads))
 
-        def run(piece: Piece) -> None:
+        for piece in self.inverted.pieces:
             at, number = piece.places, len(piece.chunks)
             rows, grads, keys = self._rows(self.q, piece), self._rows(grad_out, piece), self.k.read(piece)
             weights = product_nt(keys, rows)
@@ -128,8 +125,6 @@ class BlockPass:
                 sums[0].add(piece, product(slopes, rows))
                 sums[1].add(piece, product(weights, grads))
             grad_q[at] = product_tn(slopes, keys).reshape(-1, heads, grad_q.shape[2])
-
-        self.each(run)
         return self._summed(grad_q, None), None if shares is None else by_place.take(self._index)
 
     # ---- between queries and places ---------------------------------------------------------------------------

@@ -6,10 +6,10 @@ Nothing here waits for the device or depends on what the lists hold; a new lengt
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -21,7 +21,7 @@ from sparsedsl.lang.pattern import attend
 from sparsedsl.run.differentiable import no_second_derivatives
 from sparsedsl.run.inputs import check_call
 from sparsedsl.run.picked.picks import Picks
-from sparsedsl.run.picked.triton_configs import PickedShape, config_of, constants_of, function, pack_of, rows_of
+from sparsedsl.run.picked.triton_configs import PickedShape, config_of, constants_of, function, most_rows, pack_of, rows_of
 from sparsedsl.run.picked.unions import Unions, by_chunk, unions
 from sparsedsl.run.triton_choice import target_of
 from sparsedsl.run.triton_kernel import _like, missing
@@ -55,10 +55,11 @@ def picked_attention_triton(
     weights: Tensor | None = None,
     one: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`~sparsedsl.run.picked.attention.picked_attention` on Triton kernels: ``out (B, Hq, Sq, Dv)``, ``lse (B, Hq, Sq)`` float32.
+    """:func:`~sparsedsl.run.picked.attention.picked_attention` on Triton kernels: ``out (B, Hq, Sq, Dv)`` and ``lse (B, Hq, Sq)``, float32.
 
-    Any ratio of heads, any chunk up to 128 tokens. Lists must ascend and hold a chunk once; what they hold is not checked. Products of
-    float32 are IEEE, or TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says so. Gradients are deterministic.
+    Any ratio of heads, any chunk up to 128 tokens. Lists must ascend and hold a chunk once; what they hold is not checked, as nothing
+    here waits for the device. Products of float32 are IEEE, or TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says so. Gradients
+    are deterministic.
 
     Args:
         q, k, v, picks, scale, weights, one: as there; weights are read as float32.
@@ -67,7 +68,8 @@ def picked_attention_triton(
 
     Raises:
         ShapeError: tensors, picks, weights or interval do not fit each other.
-        UnsupportedError: no GPU, float64, wide heads, long chunks, lists for several queries, ``inside`` as a function; names the way out.
+        UnsupportedError: no GPU, float64, wide heads, long chunks, lists for several queries, or ``inside`` is a function; names the
+            way out.
     """
     call = check_call(_ANY, q, k, v, {}, q_offset=q_offset, scale=scale)
     _refuse(call.q, call.v, picks, inside)
@@ -108,7 +110,8 @@ def _refuse(q: Tensor, v: Tensor, picks: Picks, inside: Any) -> None:
         )
     if inside is not None and not isinstance(inside, tuple):
         raise UnsupportedError(
-            f"a kernel cannot call {type(inside).__name__!r}: pass inside=Interval(first, last), the keys that each query may attend to. {LESS}"
+            f"a kernel cannot call inside, which is a {type(inside).__name__}: pass Interval(first, last), the keys that each query may "
+            f"attend to. {LESS}"
         )
 
 
@@ -142,17 +145,18 @@ class _Job:
 class _Run:
     """One call on the device: shapes, lists, and launches."""
 
-    def __init__(self, job: _Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, lists: Unions | None = None) -> None:
+    def __init__(self, job: _Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, lists: Sequence[Tensor] = ()) -> None:
         self.job, self.q, self.k, self.v = job, rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
         self.weights = None if weights is None else weights.contiguous()
         self.indices = job.picks.indices
         self.batch, self.heads, self.rows, _ = q.shape
         self.kv_heads, self.kv_len = k.shape[1:3]
         self.width = self.indices.shape[3]
-        self.pack = pack_of(self.heads, self.kv_heads, self.indices.shape[1])
-        self.queries = 1 if self.rows <= DECODE_ROWS else rows_of(self.pack) // self.pack
+        most = most_rows(job.picks.kv_unit, max(q.shape[3], v.shape[3]), q.dtype.itemsize)
+        self.pack = pack_of(self.heads, self.kv_heads, self.indices.shape[1], most)
+        self.queries = 1 if self.rows <= DECODE_ROWS else rows_of(self.pack, most) // self.pack
         self.merged = self.queries > 1
-        self.lists = self._lists() if lists is None else lists
+        self.lists = Unions(*lists, self.queries) if lists else self._lists()
 
     @property
     def is_empty(self) -> bool:
@@ -174,8 +178,8 @@ class _Run:
         # Of a dimension of size 1 all see the one entry.
         strides = [0 if inside is None or first.shape[dim] == 1 else first.stride(dim) for dim in range(2)]
         return {
-            **strided("q", self.q), **strided("k", self.k), **strided("v", self.v), "weights_ptr": none if weights is None else weights,
-            "chunks_ptr": self.lists.chunks, "owners_ptr": self.lists.owners, "counts_ptr": self.lists.counts, "first_ptr": first,
+            **strided("q", self.q), **strided("k", self.k), **strided("v", self.v),
+            "weights_ptr": none if weights is None else weights, "chunks_ptr": self.lists.chunks, "owners_ptr": self.lists.owners, "counts_ptr": self.lists.counts, "first_ptr": first,
             "last_ptr": none if inside is None else inside.last, "first_stride_b": strides[0], "first_stride_h": strides[1],
             "heads": self.heads, "group": self.heads // self.kv_heads, "pack": self.pack, "queries": self.queries,
             "list_batch": self.indices.shape[0], "list_group": self.heads // self.indices.shape[1],
@@ -284,24 +288,38 @@ class _Run:
 
 
 class _Attend(torch.autograd.Function):
+    """Forward; inputs: a job, q, k, v and the weights or None."""
+
     @staticmethod
     def forward(ctx: Any, job: _Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        run = _Run(job, q.detach(), k.detach(), v.detach(), None if weights is None else weights.detach())
+        run = _Run(job, q, k, v, weights)
         out, lse, slot_lse = run.forward(save=any(ctx.needs_input_grad))
-        ctx.job, ctx.queries = job, run.queries
+        ctx.job = job
         ctx.set_materialize_grads(False)
-        lists = run.lists
-        ctx.save_for_backward(q, k, v, weights, out, lse, slot_lse, lists.chunks, lists.owners, lists.counts)
+        ctx.save_for_backward(out, lse, slot_lse, q, k, v, weights, run.lists.chunks, run.lists.owners, run.lists.counts)
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, weights, out, lse, slot_lse, *lists = ctx.saved_tensors
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        if grad_lse is not None:
-            grad_lse = grad_lse.float().contiguous()
-        run = _Run(ctx.job, q, k, v, weights, Unions(*lists, ctx.queries))
-        needs = ctx.needs_input_grad
-        found = run.backward(out, lse, slot_lse, grad_out, grad_lse, keys=needs[2] or needs[3])
-        return (None, *(grad if needed else None for grad, needed in zip(found, needs[1:], strict=True)))
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        if grad_out is None and grad_lse is None:
+            return None, None, None, None, None
+        _, want_q, *want_kv, want_weights = ctx.needs_input_grad
+        grads = _AttendBackward.apply(ctx.job, any(want_kv), grad_out, grad_lse, *ctx.saved_tensors)
+        return None, *(grad if want else None for grad, want in zip(grads, (want_q, *want_kv, want_weights), strict=True))
+
+
+class _AttendBackward(torch.autograd.Function):
+    """Backward; inputs: a job, whether k or v want gradients, those of the results, and what the forward pass saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, job: _Job, keys: bool, grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor,
+        slot_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, *lists: Tensor,
+    ) -> Any:  # fmt: skip
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        return _Run(job, q, k, v, weights, lists).backward(out, lse, slot_lse, grad_out, grad_lse, keys=keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        no_second_derivatives()

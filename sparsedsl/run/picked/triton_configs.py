@@ -1,4 +1,4 @@
-"""How the kernels over picked chunks are compiled: tile sizes, warps and stages for what a call needs, and jobs for ahead-of-time builds."""
+"""How the kernels over picked chunks are compiled: tile sizes, warps, stages; and jobs for builds without a device."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import functools
 import inspect
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.aot import Job
 from sparsedsl.gpu.estimates import family
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.loading import triton
 from sparsedsl.gpu.targets import Target
 
-__all__ = ["KERNELS", "PickedShape", "constants_of", "function", "job_of", "pack_of", "rows_of"]
+__all__ = ["PickedShape", "config_of", "constants_of", "function", "job_of", "most_rows", "pack_of", "rows_of"]
 
 # kernel -> its module in codegen/kernels
 KERNELS = {
@@ -28,8 +27,8 @@ SMALLEST, MOST_ROWS = 16, 64
 
 @dataclass(frozen=True)
 class PickedShape:
-    """What the kernels are specialised for, beside dtype and widths of heads: tokens of a ``chunk``; query heads side by side in a tile
-    (``pack``); ``weighted``, ``one``, ``interval`` as in the call; ``merged``: a tile has several queries."""
+    """What the kernels are specialised for, beside dtype and widths of heads: tokens of a ``chunk``; query heads side by side in a
+    tile (``pack``); ``weighted``, ``one``, ``interval`` as in the call; ``merged``: a tile has several queries."""
 
     shape: Shape
     chunk: int
@@ -40,24 +39,34 @@ class PickedShape:
     merged: bool = True
 
 
-def pack_of(heads: int, kv_heads: int, list_heads: int) -> int:
-    """How many adjacent query heads of those that share list and key head lie in one tile.
+def most_rows(chunk: int, widest: int, itemsize: int) -> int:
+    """Rows of a tile of queries at most: beside a tile of keys that is long and wide, more would not fit the registers.
+
+    >>> most_rows(64, 128, 2), most_rows(64, 256, 2), most_rows(128, 256, 2)
+    (64, 32, 16)
+    """
+    taken = _block(chunk) * _block(widest) * itemsize
+    return 16 if taken > 1 << 15 else 32 if taken > 1 << 14 else MOST_ROWS
+
+
+def pack_of(heads: int, kv_heads: int, list_heads: int, most: int = MOST_ROWS) -> int:
+    """How many adjacent query heads of those that share list and key head lie in one tile, ``most`` at most.
 
     >>> pack_of(16, 4, 4), pack_of(16, 4, 1), pack_of(12, 4, 6), pack_of(160, 1, 1)
     (4, 4, 1, 40)
     """
     shared = heads // math.lcm(kv_heads, list_heads)
-    return next(pack for pack in range(min(shared, MOST_ROWS), 0, -1) if shared % pack == 0)
+    return next(pack for pack in range(min(shared, most), 0, -1) if shared % pack == 0)
 
 
-def rows_of(pack: int) -> int:
-    """Rows of a tile of queries: few heads side by side would need many queries to fill a large one, whose union then holds much that
-    each query did not pick.
+def rows_of(pack: int, most: int = MOST_ROWS) -> int:
+    """Rows of a tile of queries, ``most`` at most. Few heads side by side would need many queries to fill a large tile, and the
+    union of their chunks would hold much that each of them did not pick.
 
     >>> [rows_of(pack) for pack in (1, 2, 4, 8, 16, 40)]
     [16, 32, 32, 64, 64, 64]
     """
-    return 16 if pack == 1 else 32 if pack <= 4 else MOST_ROWS
+    return min(most, 16 if pack == 1 else 32 if pack <= 4 else MOST_ROWS)
 
 
 @functools.cache
@@ -81,11 +90,12 @@ def _block(width: int) -> int:
 def constants_of(kernel: str, picked: PickedShape, config: Config, **flags: bool) -> dict[str, Any]:
     """Values of the constant arguments of ``kernel``. ``flags``: SAVE, SPLIT, HAS_GRAD_LSE, where they are not true."""
     shape = picked.shape
+    aligned = shape.aligned and shape.head_dim % 8 == 0 and shape.head_dim_v % 8 == 0
     values = {
         "CHUNK": picked.chunk, "HEAD_DIM": shape.head_dim, "HEAD_DIM_V": shape.head_dim_v, "BLOCK_D": _block(shape.head_dim),
         "BLOCK_DV": _block(shape.head_dim_v), "BLOCK_N": config.block_n, "ROWS": config.block_m, "WEIGHTED": picked.weighted,
-        "ONE": picked.one, "INTERVAL": picked.interval, "MERGED": picked.merged, "SAVE": True, "SPLIT": True, "HAS_GRAD_LSE": True,
-        "ALIGN": 8 if shape.aligned and shape.head_dim % 8 == 0 and shape.head_dim_v % 8 == 0 else 1, "PRECISION": shape.precision,
+        "ONE": picked.one, "INTERVAL": picked.interval, "MERGED": picked.merged, "SAVE": True, "SPLIT": True,
+        "HAS_GRAD_LSE": True, "ALIGN": 8 if aligned else 1, "PRECISION": shape.precision,
     }  # fmt: skip
     return {name: (values | flags)[name] for name in function(kernel).arg_names if name in values}
 
@@ -96,7 +106,7 @@ def job_of(kernel: str, picked: PickedShape, config: Config, target: Target, **f
     data = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[picked.shape.dtype]
     pointers = {f"{name}_ptr": data for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")}
     pointers |= {f"{name}_ptr": "*i32" for name in ("chunks", "owners", "counts", "first", "last")}
-    pointers |= {"starts_ptr": "*i64", "places_ptr": "*i64", "scale": "fp32"} | dict.fromkeys(fixed, "constexpr")
+    pointers |= {"starts_ptr": "*i32", "places_ptr": "*i32", "scale": "fp32"} | dict.fromkeys(fixed, "constexpr")
     names = function(kernel).arg_names
     signature = {name: pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
     text = inspect.getsource(sys.modules[function(kernel).fn.__module__])
@@ -104,11 +114,25 @@ def job_of(kernel: str, picked: PickedShape, config: Config, target: Target, **f
 
 
 def config_of(kernel: str, picked: PickedShape, target: Target) -> Config:
-    """A config that runs on ``target``, chosen without a device."""
-    block = 128 if picked.chunk > 64 else _block(picked.chunk)
+    """A config that fits on ``target`` and spills nothing in 16-bit types, chosen without a device.
+
+    ``block_m``: rows of a tile of queries, or of a step over a chunk's queries; ``block_n``: keys of a tile, which in the passes by
+    queries is a chunk.
+    """
     if kernel == "picked_merge":
-        return Config(SMALLEST, SMALLEST, 4, 1)
-    rows = rows_of(picked.pack) if picked.merged else _block(picked.pack)
+        return Config(SMALLEST, SMALLEST, 1, 1)
+    shape = picked.shape
+    widths = _block(shape.head_dim), _block(shape.head_dim_v)
+    rows, keys = _block(picked.pack), _block(picked.chunk)
     if kernel == "picked_grad_kv":
-        return Config(rows, min(block, 64), 4, 2)
-    return Config(rows, block, 4, 2)
+        rows, keys = max(rows, 32), min(keys, 64 if max(widths) <= 128 else 32)
+    elif picked.merged:
+        rows = rows_of(picked.pack, most_rows(picked.chunk, max(widths), shape.itemsize))
+    loaded = (rows if kernel == "picked_grad_kv" else keys) * sum(widths) * shape.itemsize
+    if family(target) == "cdna":  # what is on its way is held in registers
+        return Config(rows, keys, 4, 2 if loaded <= 1 << 14 else 1)
+    # One tile on its way while another is computed with; two where that leaves room for a program beside this one. Where the address
+    # of a loaded LSE follows from a counter, Triton gives up and waits for every tile if it is to have two on their way.
+    counted = kernel == "picked_grad_q" and picked.weighted
+    deep = kernel != "picked_grad_kv" and not counted and 2 * loaded <= target.shared_per_block // 3
+    return Config(rows, keys, 4 if max(keys, *widths) <= 64 else 8, 3 if deep else 2)

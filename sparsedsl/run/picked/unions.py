@@ -1,7 +1,7 @@
 """Index lists in the two forms that kernels read: the union of adjacent queries' chunks, and the queries of each chunk.
 
-Made by torch on the device of the lists, in sizes that follow from shapes alone: nothing waits for the device, and nothing is larger than
-the lists.
+Made by torch on the device of the lists, in sizes that follow from shapes alone: nothing waits for the device, and nothing is
+larger than the lists.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ MOST_QUERIES = 32
 
 @dataclass(frozen=True, eq=False)
 class Unions:
-    """Chunks of each tile of ``queries`` adjacent queries: ``chunks (B, Hs, T, Wu)`` int32, ascending, -1 after the end; ``owners``
-    of the same shape, bit ``m`` set where query ``m`` of the tile picked the chunk; ``counts (B, Hs, T)`` int32."""
+    """Chunks of each tile of ``queries`` adjacent queries: ``chunks (B, Hs, T, Wu)`` int32, ascending, -1 after the end;
+    ``owners`` of the same shape, bit ``m`` set where query ``m`` of the tile picked the chunk; ``counts (B, Hs, T)`` int32."""
 
     chunks: Tensor
     owners: Tensor
@@ -31,7 +31,7 @@ class Unions:
 @dataclass(frozen=True, eq=False)
 class ByChunk:
     """Queries of each chunk: those of chunk ``c`` of a line are ``places[line, starts[line, c] : starts[line, c + 1]]``, each as
-    ``query * W + slot``, ascending. ``starts (B, Hs, units + 1)`` and ``places (B, Hs, Sq * W)`` int64."""
+    ``query * W + slot``, ascending. ``starts (B, Hs, units + 1)`` and ``places (B, Hs, Sq * W)``, int32 or, where needed, int64."""
 
     starts: Tensor
     places: Tensor
@@ -72,7 +72,7 @@ def unions(indices: Tensor, queries: int, units: int) -> Unions:
 
 
 def by_chunk(indices: Tensor, units: int) -> ByChunk:
-    """Invert the lists ``indices (B, Hs, Sq, W)``, -1 for none, for ``units`` chunks. The sort is stable: equal lists, equal results.
+    """Invert the lists ``indices (B, Hs, Sq, W)``, -1 for none, for ``units`` chunks. Equal lists give equal results.
 
     >>> lists = torch.tensor([[0, 2], [2, 3], [1, -1]], dtype=torch.int32)[None, None]
     >>> found = by_chunk(lists, units=4)
@@ -82,4 +82,6 @@ def by_chunk(indices: Tensor, units: int) -> ByChunk:
     picked = torch.where(indices < 0, units, indices).flatten(2).contiguous()
     chunk, places = picked.sort(dim=-1, stable=True)
     numbers = torch.arange(units + 1, dtype=chunk.dtype, device=chunk.device).expand(*chunk.shape[:2], -1)
-    return ByChunk(torch.searchsorted(chunk, numbers.contiguous()), places)
+    small = places.shape[-1] < 2**31
+    starts = torch.searchsorted(chunk, numbers.contiguous(), out_int32=small)
+    return ByChunk(starts, places.int() if small else places)

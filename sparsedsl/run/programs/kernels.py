@@ -52,15 +52,15 @@ class Kernels:
         lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over a mask that reads tables only: ``out``, and the LSE where it is wanted."""
-        attention = self.attention(pattern)
+        attention = self.attention(pattern, minimal=not tables)
         result = attention.attend_now(q, k, v, tables, q_offset=q_offset, return_lse=lse, scale=scale)
         return result if lse else (result, None)
 
-    def attention(self, pattern: Pattern) -> Any:
+    def attention(self, pattern: Pattern, *, minimal: bool) -> Any:
         """The compiled pattern, remembered with its lists."""
         from sparsedsl.run.compile import Attention
 
-        return _ATTENTIONS.get((pattern, self.inner), [], lambda: Attention(pattern, self.inner))
+        return _ATTENTIONS.get((pattern, self.inner, minimal), [], lambda: Attention(pattern, self.inner, minimal=minimal))
 
     def inside(self, mask: Any, among: Mask | None, kv_unit: int, domain: Domain) -> Any:
         """Which pairs of a picked unit attend, as :meth:`picked` takes it; None where all do.

@@ -1,27 +1,39 @@
-"""A call of a scan, checked: what the kernels are launched with. The refusals are those of the torch path."""
+"""A call of a scan, checked: what torch and the kernels start from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.run.scan.checks import check_number, check_position, check_qkv, check_rows, check_tensor, count_documents
-from sparsedsl.run.scan.slots import SlotState, _first_state, _in_own_document
+from sparsedsl.run.scan.spans import accumulated
 
-__all__ = ["LinearCall", "SlotCall", "check_linear", "check_slots"]
+__all__ = ["LinearCall", "SlotCall", "SlotState", "check_linear", "check_slots"]
 
 Tensor = torch.Tensor
 
 
+class SlotState(NamedTuple):
+    """What slots hold: ``keys (B, Hkv, M, D)`` and ``values (B, Hkv, M, Dv)`` in float32 (float64), and ``written (B, Hkv)``, whether any
+    key was written."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    written: torch.Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class LinearCall:
-    """Numbers of a checked call; ``number (1 or B, Skv)``: the number of each key's document, counted from 0, or None."""
+    """Numbers of a checked call; ``begins (1 or B, Skv)``: the keys that begin a document, ``number``: that of each key's document,
+    counted from 0; None where there are no documents.
+    """
 
     scale: float
     q_offset: int
+    begins: Tensor | None
     number: Tensor | None
 
 
@@ -35,6 +47,7 @@ class SlotCall:
     q_offset: int
     masked: bool
     before: SlotState
+    begins: Tensor | None
     number: Tensor | None
     seen: Tensor | None
 
@@ -59,7 +72,8 @@ def check_linear(
         raise ShapeError(f"log_decay must be at most 0, a decay of at most 1; got {log_decay.tolist()}. Pass its logarithm")
     if state is not None:
         check_tensor("state", state, (*q.shape[:2], q.shape[3], v.shape[3]), "(B, Hq, D, Dv)", like=q)
-    return LinearCall(scale, q_offset, None if documents is None else count_documents(documents, q, k, q_offset)[1])
+    begins, number = (None, None) if documents is None else count_documents(documents, q, k, q_offset)
+    return LinearCall(scale, q_offset, begins, number)
 
 
 def check_slots(
@@ -81,13 +95,38 @@ def check_slots(
     if not gate.shape[3]:
         raise ShapeError(f"gate has no slots: shape {tuple(gate.shape)}; wanted (B, Hkv, Skv, M) with M at least 1")
     check_rows(q, k, q_offset - delay)
-    before = _first_state(state, q, k, v, gate, torch.float32)
-    number = seen = None
+    before = _first_state(state, q, k, v, gate, accumulated(q.dtype))
+    begins = number = seen = None
     if documents is not None:
-        _, number = count_documents(documents, q, k, q_offset)
+        begins, number = count_documents(documents, q, k, q_offset)
         seen = _in_own_document(number, q_offset, q.shape[2], delay)
     if empty == "masked" and q_offset < delay:
         early = torch.arange(q_offset - delay, q_offset - delay + q.shape[2], device=q.device) < 0
         written = ~early | before.written[:, :, None]
         seen = written if seen is None else seen & written
-    return SlotCall(scale, temperature, delay, q_offset, empty == "masked", before, number, seen)
+    return SlotCall(scale, temperature, delay, q_offset, empty == "masked", before, begins, number, seen)
+
+
+def _first_state(
+    state: SlotState | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, kind: torch.dtype
+) -> SlotState:
+    lead = (k.shape[0], k.shape[1])
+    shapes = ((*lead, gate.shape[3], k.shape[3]), (*lead, gate.shape[3], v.shape[3]))
+    if state is None:
+        written = torch.zeros(lead, dtype=torch.bool, device=q.device)
+        keys, values = (torch.zeros(shape, dtype=kind, device=q.device) for shape in shapes)
+        return SlotState(keys, values, written)
+    if not isinstance(state, tuple) or len(state) != 3:
+        raise ShapeError(f"state must be a SlotState (keys, values, written) or None; got {type(state).__name__}")
+    check_tensor("state.keys", state[0], shapes[0], "(B, Hkv, M, D)", like=q)
+    check_tensor("state.values", state[1], shapes[1], "(B, Hkv, M, Dv)", like=q)
+    check_tensor("state.written", state[2], lead, "(B, Hkv)", like=q, dtypes=(torch.bool,))
+    return SlotState(*state)
+
+
+def _in_own_document(number: torch.Tensor, q_offset: int, q_len: int, delay: int) -> torch.Tensor | None:
+    """Whether the last key a query sees lies in the query's document (B or 1, 1, Sq). ``number``: the document of each key."""
+    if not delay or not q_len:
+        return None
+    at = torch.arange(q_offset, q_offset + q_len, device=number.device)
+    return (number[:, at] == number[:, (at - delay).clamp(min=0)])[:, None]

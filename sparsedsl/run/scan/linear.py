@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.run.scan import spans
-from sparsedsl.run.scan.checks import check_number, check_position, check_qkv, check_rows, check_tensor, count_documents
+from sparsedsl.run.scan.calls import check_linear
 from sparsedsl.run.scan.spans import Plan, accumulated, carry, cut, scan
 
 __all__ = ["linear_scan"]
@@ -52,26 +51,14 @@ def linear_scan(
         >>> linear_scan(x, x, x, torch.tensor([0.5]).log(), scale=1.0, state=state)[0].flatten()[0].item()
         1.9375
     """
-    check_qkv(q, k, v)
-    scale, q_offset = check_number("scale", scale), check_position("q_offset", q_offset)
-    check_rows(q, k, q_offset)
+    call = check_linear(q, k, v, log_decay, scale=scale, q_offset=q_offset, state=state, documents=documents)
     batch, heads, q_len, width = q.shape
-    shape = (batch, heads, width, v.shape[3])
-    check_tensor("log_decay", log_decay, (heads,), "(Hq,)", like=q)
-    if log_decay.requires_grad:
-        raise UnsupportedError("log_decay requires gradients, but the decay is a constant: pass log_decay.detach()")
-    # On another device a look at the values would make every call wait for it.
-    if log_decay.device.type == "cpu" and not bool((log_decay <= 0).all()):
-        raise ShapeError(f"log_decay must be at most 0, a decay of at most 1; got {log_decay.tolist()}. Pass its logarithm")
-    kind = accumulated(q.dtype)
+    kind, begins = accumulated(q.dtype), None if call.begins is None else call.begins[:, None]
     if state is None:
-        state = torch.zeros(shape, dtype=kind, device=q.device)
-    else:
-        check_tensor("state", state, shape, "(B, Hq, D, Dv)", like=q)
-    begins = None if documents is None else count_documents(documents, q, k, q_offset)[0][:, None]
+        state = torch.zeros(batch, heads, width, v.shape[3], dtype=kind, device=q.device)
     by_group = (k.shape[1], heads // k.shape[1])
-    step = _Step(log_decay.to(kind).reshape(by_group), scale)
-    plan = Plan(step, cut(q_len, k.shape[2], q_offset, batch * heads), (((*q.shape[:3], v.shape[3]), q.dtype),))
+    step = _Step(log_decay.to(kind).reshape(by_group), call.scale)
+    plan = Plan(step, cut(q_len, k.shape[2], call.q_offset, batch * heads), (((*q.shape[:3], v.shape[3]), q.dtype),))
     (out,), (last,) = scan(plan, (q,), (k, v, begins), (state.to(kind).unflatten(1, by_group),))
     return out, last.flatten(1, 2)
 
@@ -105,9 +92,8 @@ class _Step:
             (q.to(state.dtype) * self.scale).unflatten(1, state.shape[1:3]).unflatten(3, chunks).transpose(2, 3)
         )  # (B, H, N, g, C, D)
         distance = row[:, None] - row
-        pairs = self._power(distance.clamp(min=0).flatten()).unflatten(2, (size, size))[:, None] * (
-            distance >= 0
-        )  # (H, 1, g, C, C)
+        pairs = self._power(distance.clamp(min=0).flatten()).unflatten(2, (size, size))[:, None]  # (H, 1, g, C, C)
+        pairs = pairs * (distance >= 0)
         reach = self._power(row + 1)[:, None, :, :, None]
         if document is not None:
             pairs = pairs * (document[..., None] == document[..., None, :])

@@ -7,26 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
-from sparsedsl.errors import ShapeError
 from sparsedsl.run.scan import spans
-from sparsedsl.run.scan.checks import check_number, check_position, check_qkv, check_rows, check_tensor, count_documents
+from sparsedsl.run.scan.calls import SlotState, check_slots
 from sparsedsl.run.scan.decays import from_slots, halve, into_slots
 from sparsedsl.run.scan.spans import Plan, accumulated, carry, cut, scan
 
 __all__ = ["SlotState", "slot_scan"]
-
-
-class SlotState(NamedTuple):
-    """What slots hold: ``keys (B, Hkv, M, D)`` and ``values (B, Hkv, M, Dv)`` in float32 (float64), and ``written (B, Hkv)``, whether any
-    key was written."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    written: torch.Tensor
 
 
 def slot_scan(
@@ -75,57 +65,18 @@ def slot_scan(
         >>> [round(value, 4) for value in lse.flatten().tolist()]  # log(2), then log(2 e)
         [0.6931, 1.6931, 1.6931]
     """
-    check_qkv(q, k, v)
-    scale, temperature = check_number("scale", scale), check_number("temperature", temperature)
-    q_offset, delay = check_position("q_offset", q_offset), check_position("delay", delay)
-    if empty not in ("zero_sink", "masked"):
-        raise ShapeError(f"empty must be 'zero_sink' or 'masked'; got {empty!r}")
-    check_tensor("gate", gate, (k.shape[0], k.shape[1], k.shape[2], None), "(B, Hkv, Skv, M)", like=q)
-    if not gate.shape[3]:
-        raise ShapeError(f"gate has no slots: shape {tuple(gate.shape)}; wanted (B, Hkv, Skv, M) with M at least 1")
-    check_rows(q, k, q_offset - delay)
-    kind = accumulated(q.dtype)
-    before = _first_state(state, q, k, v, gate, kind)
-    begins = seen = None
-    if documents is not None:
-        begins, number = count_documents(documents, q, k, q_offset)
-        begins, seen = begins[:, None], _in_own_document(number, q_offset, q.shape[2], delay)
-    if empty == "masked" and q_offset < delay:
-        early = torch.arange(q_offset - delay, q_offset - delay + q.shape[2], device=q.device) < 0
-        written = ~early | before.written[:, :, None]
-        seen = written if seen is None else seen & written
-    step = _Step(scale, temperature, empty == "masked")
-    spans_ = cut(q.shape[2], k.shape[2], q_offset - delay, q.shape[0] * q.shape[1])
-    plan = Plan(step, spans_, (((*q.shape[:3], v.shape[3]), q.dtype), (tuple(q.shape[:3]), kind)))
+    call = check_slots(
+        q, k, v, gate, delay=delay, temperature=temperature, scale=scale, empty=empty, q_offset=q_offset, state=state, documents=documents
+    )  # fmt: skip
+    kind, before = accumulated(q.dtype), call.before
+    pieces = cut(q.shape[2], k.shape[2], call.q_offset - call.delay, q.shape[0] * q.shape[1])
+    step = _Step(call.scale, call.temperature, call.masked)
+    plan = Plan(step, pieces, (((*q.shape[:3], v.shape[3]), q.dtype), (tuple(q.shape[:3]), kind)))
+    begins = None if call.begins is None else call.begins[:, None]
     slots = torch.cat([before.keys, before.values], dim=3).to(kind)
-    (out, lse), (last,) = scan(plan, (q, seen), (k, v, gate, begins), (slots,))
+    (out, lse), (last,) = scan(plan, (q, call.seen), (k, v, gate, begins), (slots,))
     keys, values = last.split([k.shape[3], v.shape[3]], dim=3)
     return out, lse, SlotState(keys, values, before.written if not k.shape[2] else torch.ones_like(before.written))
-
-
-def _first_state(
-    state: SlotState | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, kind: torch.dtype
-) -> SlotState:
-    lead = (k.shape[0], k.shape[1])
-    shapes = ((*lead, gate.shape[3], k.shape[3]), (*lead, gate.shape[3], v.shape[3]))
-    if state is None:
-        written = torch.zeros(lead, dtype=torch.bool, device=q.device)
-        keys, values = (torch.zeros(shape, dtype=kind, device=q.device) for shape in shapes)
-        return SlotState(keys, values, written)
-    if not isinstance(state, tuple) or len(state) != 3:
-        raise ShapeError(f"state must be a SlotState (keys, values, written) or None; got {type(state).__name__}")
-    check_tensor("state.keys", state[0], shapes[0], "(B, Hkv, M, D)", like=q)
-    check_tensor("state.values", state[1], shapes[1], "(B, Hkv, M, Dv)", like=q)
-    check_tensor("state.written", state[2], lead, "(B, Hkv)", like=q, dtypes=(torch.bool,))
-    return SlotState(*state)
-
-
-def _in_own_document(number: torch.Tensor, q_offset: int, q_len: int, delay: int) -> torch.Tensor | None:
-    """Whether the last key a query sees lies in the query's document (B or 1, 1, Sq). ``number``: the document of each key."""
-    if not delay or not q_len:
-        return None
-    at = torch.arange(q_offset, q_offset + q_len, device=number.device)
-    return (number[:, at] == number[:, (at - delay).clamp(min=0)])[:, None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,10 +96,7 @@ def scan(plan: Plan, queries: Tensors, keys: Tensors, state: Tensors) -> tuple[T
     """
     inputs = (*queries, *keys, *state)
     with torch.autocast(state[0].device.type, enabled=False):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-            outputs = _Scan.apply(plan, len(queries), len(keys), *inputs)
-        else:
-            outputs = _forward(plan, queries, keys, state, [])
+        outputs = _Scan.apply(plan, len(queries), len(keys), *inputs)
     return outputs[: len(plan.results)], outputs[len(plan.results) :]
 
 
@@ -141,7 +138,7 @@ class _Scan(torch.autograd.Function):
         of_results, of_state = gradients[: len(plan.results)], gradients[len(plan.results) :]
         # A state is a link to the keys before it: no keys that want gradients, no link.
         linked = any(wanted[n_queries:])
-        with torch.autocast(states[0].device.type, enabled=False) if states else torch.no_grad():
+        with torch.autocast(inputs[-1].device.type, enabled=False):
             for number, span in reversed(list(enumerate(plan.spans))):
                 pieces = (*_rows(inputs[:n_queries], span.q), *_rows(inputs[n_queries:after], span.k))
                 leaves = [_leaf(t, want) for t, want in zip(pieces, wanted[:after], strict=True)]
@@ -155,9 +152,8 @@ class _Scan(torch.autograd.Function):
                 if not outputs or not sources:
                     of_state = (None,) * n_state
                     continue
-                got = iter(
-                    torch.autograd.grad([t for t, _ in outputs], sources, [g.to(t) for t, g in outputs], allow_unused=True)
-                )
+                along = [g.to(t) for t, g in outputs]
+                got = iter(torch.autograd.grad([t for t, _ in outputs], sources, along, allow_unused=True))
                 for place, leaf in enumerate(leaves):
                     grad = next(got) if leaf is not None and leaf.requires_grad else None
                     if grad is not None:
@@ -167,5 +163,5 @@ class _Scan(torch.autograd.Function):
         return (None, None, None, *found, *(g if want else None for g, want in zip(of_state, wanted[after:], strict=True)))
 
 
-def _leaf(t: torch.Tensor | None, wanted: bool) -> torch.Tensor | None:
+def _leaf(t: Any, wanted: bool) -> Any:
     return None if t is None else t.detach().requires_grad_(wanted)

@@ -192,6 +192,5 @@ class _LinearScan(torch.autograd.Function):
         if need_v:
             grad_v = backward.read(k, v.new_empty(v.shape, **wide), transposed=False, **read).to(v.dtype)
         if need_state:
-            decay = (job.log_decay.exp() * job.scale)[:, None, None]
-            grad_state = (states[:, -1].view(state.shape) * decay).to(state.dtype)
+            grad_state = (states[:, -1].view(state.shape) * job.scale).to(state.dtype)
         return None, grad_q, grad_k, grad_v, grad_state

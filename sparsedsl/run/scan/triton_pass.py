@@ -85,7 +85,7 @@ def launch(kernel: Any, programs: int, values: Mapping[str, Any], *, warps: int)
 
 
 def carried(kernel: Any, states: Tensor, factors: Tensor, initial: Tensor | None) -> Tensor:
-    """Sums of chunks -> the states before them, in place. ``states`` (lines, chunks + 1, rows, width), the last one the state at the end."""
+    """Sums of chunks -> the states before them, in place; ``states`` (lines, chunks + 1, rows, width), the last at the end."""
     lines, chunks, elements = states.shape[0], states.shape[1] - 1, states.shape[2] * states.shape[3]
     per_chunk = factors.shape[2]
     values = {

@@ -1,0 +1,118 @@
+"""The kernels over picked chunks, compiled for all targets without a device: what they take of an SM, and what they were compiled into."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from sparsedsl.gpu.kernel_config import Shape
+from sparsedsl.gpu.resources import misfits, resources_of
+from sparsedsl.gpu.targets import TARGETS
+
+pytest.importorskip("triton")
+
+from sparsedsl.gpu.aot import compile_kernel, is_interpreting
+from sparsedsl.run.picked.triton_configs import PickedShape, config_of, function, job_of, most_rows, pack_of, rows_of
+
+pytestmark = pytest.mark.skipif(is_interpreting(), reason="kernels are interpreted in this process")
+
+KERNELS = ("picked_forward", "picked_grad_q", "picked_grad_kv")
+PRODUCTS = {"picked_forward": 2, "picked_grad_q": 3, "picked_grad_kv": 4}
+USUAL = PickedShape(Shape("bfloat16", 64, 64), chunk=64, pack=4)
+
+
+def compiled(kernel, picked, target, **flags):
+    """Triton's kernel, as a launch on ``target`` would take it."""
+    return compile_kernel(job_of(kernel, picked, config_of(kernel, picked, target), target, **flags))
+
+
+def assert_fits(kernel, picked, target, **flags):
+    """Builds, fits, spills nothing, and multiplies on matrix units; what it takes."""
+    found = resources_of(compiled(kernel, picked, target, **flags))
+    assert misfits(found, target) == ()
+    assert found.spills == 0
+    assert found.products == PRODUCTS[kernel]
+    assert found.tensor_core
+    return found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("weighted", [False, True], ids=["joint", "weighted"])
+def test_usual_shapes_build_for_every_target(kernel, target, weighted):
+    picked = dataclasses.replace(USUAL, weighted=weighted, interval=weighted)
+    found = assert_fits(kernel, picked, TARGETS[target], **({"SPLIT": False} if kernel == "picked_forward" else {}))
+    assert (found.async_copies > 0) == (target != "gfx942")
+
+
+# head dims, tokens of a chunk, heads side by side
+SHAPES = [(128, 64, 8), (256, 64, 4), (128, 128, 4), (64, 128, 16), (96, 48, 1), (32, 16, 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("sizes", SHAPES, ids=lambda sizes: "x".join(map(str, sizes)))
+def test_other_shapes_build_for_every_target(sizes, target):
+    width, chunk, pack = sizes
+    for kernel in KERNELS:
+        assert_fits(kernel, PickedShape(Shape("float16", width, width), chunk, pack, weighted=True), TARGETS[target])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_decode_and_merge(target):
+    few = dataclasses.replace(USUAL, weighted=True, merged=False)
+    assert config_of("picked_forward", few, TARGETS[target]).block_m == 16
+    assert_fits("picked_forward", few, TARGETS[target], SAVE=False)
+    found = resources_of(compiled("picked_merge", few, TARGETS[target]))
+    assert (found.spills, misfits(found, TARGETS[target])) == (0, ())
+
+
+def test_full_tiles_of_rows_use_the_instructions_of_warp_groups():
+    wide = PickedShape(Shape("bfloat16", 128, 128), chunk=64, pack=16, weighted=True)
+    for kernel in KERNELS:
+        assert list(assert_fits(kernel, wide, TARGETS["sm_90"]).tensor_core) == ["wgmma.mma_async"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("weighted", [False, True], ids=["joint", "weighted"])
+def test_tiles_are_on_their_way_before_they_are_needed(kernel, weighted):
+    picked = dataclasses.replace(USUAL, weighted=weighted, interval=True)
+    code = compiled(kernel, picked, TARGETS["sm_90"]).asm["ttgir"]
+    before, loop = code.rsplit("scf.for", 1)
+    assert "async_copy_global_to_local" in before
+    assert loop.index("warp_group_dot " if "warp_group_dot " in loop else "tt.dot ") < loop.index("async_copy_global_to_local")
+
+
+@pytest.mark.parametrize("kernel", (*KERNELS, "picked_merge"))
+def test_nothing_is_compiled_again_for_a_length(kernel):
+    numbers = [one for one in function(kernel).params if not one.is_constexpr and not one.name.endswith("_ptr")]
+    assert len(numbers) >= 7
+    assert [one.name for one in numbers if not one.do_not_specialize] == []
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_atomics(kernel):
+    assert "atom" not in compiled(kernel, USUAL, TARGETS["sm_90"]).asm["ptx"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_single_precision_fits(target):
+    picked = PickedShape(Shape("float32", 64, 64), chunk=64, pack=1, weighted=True)
+    for kernel in KERNELS:
+        assert misfits(resources_of(compiled(kernel, picked, TARGETS[target])), TARGETS[target]) == ()
+
+
+def test_tiles_hold_the_rows_that_they_are_made_of():
+    for chunk, width, itemsize in ((64, 64, 2), (64, 256, 2), (128, 256, 2), (128, 256, 4)):
+        most = most_rows(chunk, width, itemsize)
+        dtype = {2: "bfloat16", 4: "float32"}[itemsize]
+        for heads in range(1, 130):
+            pack = pack_of(heads, 1, 1, most)
+            assert heads % pack == 0
+            for merged in (False, True):
+                picked = PickedShape(Shape(dtype, width, width), chunk, pack, merged=merged)
+                rows = config_of("picked_forward", picked, TARGETS["sm_90"]).block_m
+                queries = rows_of(pack, most) // pack if merged else 1
+                assert pack * queries <= rows <= 64
+                assert queries <= 32
