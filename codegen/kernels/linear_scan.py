@@ -4,10 +4,12 @@ All four passes are this sum: the output is (a, b, c) = (q, k, v) and the gradie
 (k, q, dout), run from the last position to the first. A *step* counts in the direction of the pass, a *position* always from the first key.
 
 Steps are cut into chunks, and a pass into three kernels: :func:`sum_chunks` (what a chunk adds to the state, all chunks at a time),
-:func:`carry` (the state before each chunk, from chunk to chunk), :func:`read_chunks` (the results, all chunks at a time). The state and
-all sums are float32, a float16 or bfloat16 is exact in TF32. A state going forward decays once more on the way to the next row; going
-backward it has, so that the gradient of the last state is where such a pass begins, and that of the first where it ends. No weight is ever the quotient of two powers of the decay: each is computed
-from its own distance, so nothing overflows.
+:func:`carry` (the state before each chunk, from chunk to chunk), :func:`read_chunks` (the results, all chunks at a time). A state going
+forward decays once more on the way to the next row; going backward it already has, so that such a pass begins with the gradient of
+the last state and ends with that of the first.
+
+The state and all sums are float32; float16 and bfloat16 are exact in TF32. No weight is ever the quotient of two powers of the decay:
+each is computed from its own distance, so nothing overflows.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["carry", "document_at", "position_of", "read_chunks", "rows_at", "sum_chunks"]
+__all__ = ["carry", "document_at", "position_of", "product", "read_chunks", "rows_at", "sum_chunks"]
 
 
 @triton.jit
@@ -39,6 +41,35 @@ def rows_at(ptr, at, first, rows, stride, columns, WIDTH: tl.constexpr):
 def document_at(ptr, at, first, rows):
     """The document of a position; before the first key it is the first key's, after the last the last one's."""
     return tl.load(ptr + tl.minimum(tl.maximum(at - first, 0), rows - 1))
+
+
+@triton.jit
+def _halves(a, b):
+    """Both halves of what a product sums over: of the columns of a, and of the rows of b."""
+    a = tl.permute(tl.reshape(a, [a.shape[0], 2, a.shape[1] // 2]), (0, 2, 1))
+    b = tl.permute(tl.reshape(b, [2, b.shape[0] // 2, b.shape[1]]), (1, 2, 0))
+    a_low, a_high = tl.split(a)
+    b_low, b_high = tl.split(b)
+    return a_low, b_low, a_high, b_high
+
+
+@triton.jit
+def _short_product(a, b, PRECISION: tl.constexpr):
+    if a.shape[1] > 32:
+        a_low, b_low, a_high, b_high = _halves(a, b)
+        return tl.dot(a_high, b_high, tl.dot(a_low, b_low, input_precision=PRECISION), input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """``a @ b``. Without matrix units a thread holds whole rows of a and columns of b: long ones are cut."""
+    if PRECISION == "ieee" and a.shape[1] > 64:
+        a_low, b_low, a_high, b_high = _halves(a, b)
+        return _short_product(a_low, b_low, PRECISION) + _short_product(a_high, b_high, PRECISION)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
@@ -195,7 +226,7 @@ def read_chunks(
             a = rows_at(a_ptr, at, a_first, a_rows, a_stride_row, columns_a, WIDTH_A)
             b = rows_at(b_line, at, first, rows, b_stride_row, columns_a, WIDTH_A)
             c = rows_at(c_line, at, first, rows, c_stride_row, columns_c, WIDTH_C)
-            pairs = tl.dot(a, tl.trans(b), input_precision=PRECISION) * pair_weight
+            pairs = product(a, tl.trans(b), PRECISION) * pair_weight
             from_state, kept, to_state = reach, _power(log_decay, BLOCK * 1.0), tail
             if HAS_DOCUMENTS:
                 document = document_at(documents_ptr, at, 0, length)
@@ -205,7 +236,7 @@ def read_chunks(
                 from_state = tl.where(document == before, reach, 0.0)
                 to_state = tl.where(document == after, tail, 0.0)
                 kept = tl.where(before == after, kept, 0.0)
-            y = tl.dot(a, state, input_precision=PRECISION) * from_state[:, None]
+            y = product(a, state, PRECISION) * from_state[:, None]
             y = (y + tl.dot(pairs, c, input_precision=PRECISION)) * scale
             state = state * kept + tl.dot(tl.trans(b * to_state[:, None]), c, input_precision=PRECISION)
             row = at - a_first

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsedsl.codegen.kernels.linear_scan import document_at, position_of, rows_at
+from sparsedsl.codegen.kernels.linear_scan import document_at, position_of, product, rows_at
 
 __all__ = ["read_slots", "read_values", "sum_chunks"]
 
@@ -174,11 +174,11 @@ def read_slots(
             kept = tl.where(old == new, kept, 0.0)
         for one in range(A_GROUP):
             a = rows_at(a_ptr + one * a_stride_h, at, a_first, a_rows, a_stride_row, columns, WIDTH)
-            y = tl.dot(a, tl.trans(state), input_precision=PRECISION) * reach
+            y = product(a, tl.trans(state), PRECISION) * reach
             for other in range(B_GROUP):
                 b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
                 c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
-                pairs = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+                pairs = product(a, tl.trans(b), PRECISION)
                 if HAS_DOCUMENTS:
                     pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
                 y += tl.sum(tl.where(ranks[:, None] == ranks[None, :], pairs, 0.0), 1)[:, None] * c
@@ -261,7 +261,7 @@ def read_values(
                 if part == 0:
                     lse_place = lse_ptr + (line * A_GROUP + one) * a_rows + row
                     tl.store(lse_place, top + tl.log(total), mask=is_row)
-            y = tl.dot(w * reach, state, input_precision=PRECISION)
+            y = product(w * reach, state, PRECISION)
             for other in range(B_GROUP):
                 b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
                 c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
@@ -269,7 +269,7 @@ def read_values(
                 before, after = gates, tl.zeros_like(gates)
                 for level in tl.static_range(LEVELS):
                     to_edge, before, after = _halves(before, after, ranks, level)
-                    split = tl.dot(w * to_edge, tl.trans(c * to_edge), input_precision=PRECISION)
+                    split = product(w * to_edge, tl.trans(c * to_edge), PRECISION)
                     pairs = tl.where(_across(ranks, level), split, pairs)
                 if HAS_DOCUMENTS:
                     pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)

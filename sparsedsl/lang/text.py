@@ -16,7 +16,7 @@ from sparsedsl.lang import numeric, strict
 from sparsedsl.lang.expressions import Expression, Index, Mask, Score, _merge, as_index, as_mask, as_score, table
 from sparsedsl.lang.symbols import INDEX_SYMBOLS, SCORE
 
-__all__ = ["parse"]
+__all__ = ["Reader", "parse"]
 
 _FUNCTIONS: Mapping[str, Any] = {name: getattr(numeric, name) for name in numeric.__all__} | {"abs": abs, "table": table}
 _OPERATORS: Mapping[type, str] = {
@@ -53,8 +53,10 @@ def _exact(name: str) -> Callable[..., Any] | None:
     return apply
 
 
-class _Reader:
+class Reader:
     """Evaluates the text form by walking Python's syntax tree: only the language's own names and operators exist in it."""
+
+    functions: Mapping[str, Any] = _FUNCTIONS
 
     def __init__(self, source: str):
         self.source = source
@@ -74,8 +76,8 @@ class _Reader:
         values = []
         for statement in tree.body:
             match statement:
-                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id="table")) as value) if (
-                    name not in self.names
+                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id=made)) as value) if (
+                    name not in self.names and self.declares(made)
                 ):
                     self.names[name] = self.value(value)
                 case ast.Expr(value=value):
@@ -83,6 +85,10 @@ class _Reader:
                 case _:
                     raise self.fail(statement, "only `name = table(...)` lines and expressions may stand here")
         return values
+
+    def declares(self, function: str) -> bool:
+        """Whether ``name = function(...)`` may stand on a line."""
+        return function == "table"
 
     def value(self, node: ast.AST) -> Any:
         """The value of one syntax node."""
@@ -115,9 +121,9 @@ class _Reader:
                 raise self.fail(node, "write & and | instead of `and` and `or`")
             case ast.Subscript(value=target, slice=index):
                 return self.value(target)[self.value(index)]
-            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=keywords) if name in _FUNCTIONS:
+            case ast.Call(func=ast.Name(id=name), args=arguments, keywords=keywords) if name in self.functions:
                 named = {str(k.arg): self.value(k.value) for k in keywords}
-                return _FUNCTIONS[name](*(self.value(a) for a in arguments), **named)
+                return self.functions[name](*(self.value(a) for a in arguments), **named)
             case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if (exact := _exact(name)) is not None:
                 return exact(*(self.value(a) for a in arguments))
         raise self.fail(node, f"{type(node).__name__} is not part of the language")
@@ -160,7 +166,7 @@ def parse(text: str) -> Any:
     """
     if not isinstance(text, str):
         raise PatternError(f"parse() reads text; got {text!r} ({type(text).__name__})")
-    values = _Reader(text).program()
+    values = Reader(text).program()
     if len(values) != 1:
         raise PatternError(f"the text form holds one expression after its tables; got {len(values)} in {text!r}")
     value = values[0]

@@ -1,10 +1,10 @@
-"""Putting patterns into a model and taking them out again."""
+"""Putting patterns and programs into a model and taking them out again."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -18,6 +18,8 @@ from sparsedsl.models.derived import PROVIDED
 from sparsedsl.models.layers import attention_layers, is_told_causal, text_config
 from sparsedsl.models.masks import make_mask_function
 from sparsedsl.models.native import native_facts, native_pattern
+from sparsedsl.models.programs import check_program, is_for_prefill
+from sparsedsl.program.graph import Program, as_program
 
 __all__ = ["AppliedPatterns", "apply"]
 
@@ -26,8 +28,8 @@ _NATIVE = ("sdpa", "eager", "flex_attention")
 _users: dict[int, int] = {}  # id of a config object -> models that have patterns through it
 
 
-def apply(model: Any, patterns: Any, *, backend: str = "auto") -> AppliedPatterns:
-    """Run patterns in the attention layers of a transformers model.
+def apply(model: Any, patterns: Any, *, backend: str = "auto", allow: Sequence[str] = ()) -> AppliedPatterns:
+    """Run patterns, or programs, in the attention layers of a transformers model.
 
     The model stays the module it was: forward, ``generate()`` with its cache, padding masks, packed positions and training
     work as before, with the patterns in place of the layers' own causal, sliding or chunked masks.
@@ -42,11 +44,19 @@ def apply(model: Any, patterns: Any, *, backend: str = "auto") -> AppliedPattern
       the indices count within the sequence, again as in transformers.
     - A layer whose native cache keeps a window only gets one that keeps everything, unless the pattern provably needs no more.
 
+    A *program*, such as ``sd.patterns.pbs()`` or ``sd.patterns.moba()``, over q, k and v:
+
+    - takes the layer's scale for every dot product of queries without one of its own, those it chooses by included; the layer's soft
+      cap for attentions that leave logits as they are; the layer's sink logits if it has none;
+    - with the effect ``"selection reads later queries"`` (``pbs``, ``token_sparse``) runs where the queries are those of a whole prompt.
+      Decoding, and a chunk that continues a prompt, run the layer's native pattern over the whole cache. Other programs run there too;
+    - takes no padding and no packed positions.
+
     Args:
         model: a transformers model with one stack of layers, running ``sdpa``, ``eager`` or ``flex_attention``.
-        patterns: one mask or pattern for all layers; or a mapping from layer index; or a function of the layer index, where a
+        patterns: one mask, pattern or program for all layers; or a mapping from layer index; or a function of the layer index, where a
             missing index and None mean native.
-        backend: as in :func:`sparsedsl.compile`.
+        backend, allow: as in :func:`sparsedsl.compile`.
 
     Returns:
         :class:`AppliedPatterns`, whose ``restore()`` (or leaving its ``with`` block) gives the model back as it was.
@@ -54,8 +64,9 @@ def apply(model: Any, patterns: Any, *, backend: str = "auto") -> AppliedPattern
     Raises:
         PatternError: no layer has such an index, or what was given is no pattern.
         TableError: a pattern reads a table that nothing binds.
-        UnsupportedError: the model's attention cannot be reached or would lose something. Calls that ask for what patterns
-            cannot give raise it too: 4-D masks, attention dropout, attention weights, position biases, paged caches.
+        UnsupportedError: the model's attention cannot be reached or would lose something, or a program reads inputs beside q, k and v.
+            Calls that ask for what patterns cannot give raise it too: 4-D masks, attention dropout, attention weights, position biases,
+            paged caches; padding and packed positions in a layer with a program; gradients of a program that reads later queries.
 
     >>> import sparsedsl as sd
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,6 +76,10 @@ def apply(model: Any, patterns: Any, *, backend: str = "auto") -> AppliedPattern
     >>> with sd.models.apply(model, {1: local}, backend="reference") as applied:
     ...     print(applied)
     <AppliedPatterns on LlamaForCausalLM: layer 1 attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 3)); native: layer 0>
+    >>> sparse = sd.patterns.token_sparse(coverage=0.1, probe=8, min_tokens=16)
+    >>> with sd.models.apply(model, {1: sparse}) as applied:
+    ...     applied.patterns[1].root is sparse
+    True
     """
     config = text_config(model)
     layers = attention_layers(model)
@@ -78,7 +93,7 @@ def apply(model: Any, patterns: Any, *, backend: str = "auto") -> AppliedPattern
         )
     if any(hasattr(module, BINDING) for module in layers.values()):
         raise PatternError("this model has patterns already; call restore() on what the first models.apply returned")
-    told, compiled = is_told_causal(model, config), Compiled(backend)
+    told, compiled = is_told_causal(model, config), Compiled(backend, tuple(allow))
     bindings = {index: _bind(layers[index], index, given, config, told, compiled) for index, given in chosen.items()}
     return AppliedPatterns(model, config, native, layers, bindings)
 
@@ -86,7 +101,7 @@ def apply(model: Any, patterns: Any, *, backend: str = "auto") -> AppliedPattern
 class AppliedPatterns:
     """Patterns at work in a model; made by :func:`apply`, ended by :meth:`restore` or by leaving its ``with`` block.
 
-    ``patterns``: layer index -> the pattern the layer runs. ``layers``: the indices of all attention layers.
+    ``patterns``: layer index -> the pattern or :class:`~sparsedsl.Program` the layer runs. ``layers``: the indices of all attention layers.
 
     >>> import sparsedsl as sd
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -99,7 +114,7 @@ class AppliedPatterns:
 
     def __init__(self, model: Any, config: Any, native: str, layers: dict[int, Any], bindings: dict[int, Binding]) -> None:
         self.model, self.layers = model, tuple(layers)
-        self.patterns = {index: binding.pattern for index, binding in bindings.items()}
+        self.patterns = {index: binding.program or binding.pattern for index, binding in bindings.items()}
         self._config, self._native = config, native
         self._modules = [layers[index] for index in bindings]
         self._bindings = bindings
@@ -143,7 +158,7 @@ class AppliedPatterns:
     def __repr__(self) -> str:
         groups: dict[str, list[int]] = {}
         for index, pattern in self.patterns.items():
-            groups.setdefault(pattern.text.splitlines()[-1], []).append(index)
+            groups.setdefault(_words(pattern), []).append(index)
         words = [f"{_layer_words(indices)} {text}" for text, indices in groups.items()]
         left = [index for index in self.layers if index not in self.patterns]
         words += [f"native: {_layer_words(left)}"] if left else []
@@ -151,18 +166,24 @@ class AppliedPatterns:
         return f"<AppliedPatterns on {type(self.model).__name__}{state}: {'; '.join(words)}>"
 
 
+def _words(pattern: Pattern | Program) -> str:
+    if isinstance(pattern, Program):
+        return f"{pattern.root.label}{', prompts only' if is_for_prefill(pattern) else ''}"
+    return pattern.text.splitlines()[-1]
+
+
 def _layer_words(indices: list[int]) -> str:
     return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
 
 
-def _choose(patterns: Any, layers: dict[int, Any]) -> dict[int, Mask | Pattern]:
+def _choose(patterns: Any, layers: dict[int, Any]) -> dict[int, Any]:
     """Layer index -> what the user gave for it."""
     if isinstance(patterns, Mapping):
         unknown = sorted(set(patterns) - set(layers), key=str)
         if unknown:
             raise PatternError(f"no attention layer has the index {unknown}; the model's attention layers are {sorted(layers)}")
         given = {index: patterns[index] for index in layers if index in patterns}
-    elif isinstance(patterns, (Mask, Pattern, bool)):
+    elif isinstance(patterns, (Mask, Pattern, bool)) or as_program(patterns) is not None:
         given = dict.fromkeys(layers, patterns)
     elif isinstance(patterns, Callable):  # type: ignore[arg-type]
         given = {index: patterns(index) for index in layers}
@@ -172,6 +193,12 @@ def _choose(patterns: Any, layers: dict[int, Any]) -> dict[int, Mask | Pattern]:
 
 
 def _bind(module: Any, index: int, given: Any, config: Any, told: bool, compiled: Compiled) -> Binding:
+    program = as_program(given)
+    if program is not None:
+        native = native_pattern(module, index, config, told)
+        check_program(program, index, native)
+        facts = native_facts(module, index, config, told) if is_for_prefill(program) else None
+        return Binding(index, native, facts is not None, True, facts, compiled, program)
     keeps_score = isinstance(given, (Mask, bool))
     pattern = as_pattern(given, where=f"the pattern of layer {index}")
     try:

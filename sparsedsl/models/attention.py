@@ -1,4 +1,4 @@
-"""One layer's attention: transformers' call in, a compiled pattern's call out.
+"""One layer's attention: transformers' call in, a call of a compiled pattern or program out.
 
 Input: a bound attention module, its query, key and value, and the forward's :class:`~sparsedsl.models.masks.MaskRequest`.
 Output: what transformers expects of an attention function, ``(out (B, Sq, Hq, Dv), None)``.
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from sparsedsl.analysis.proofs import PROVED, implies
-from sparsedsl.errors import UnsupportedError
+from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.derived import Form, derive
 from sparsedsl.models.masks import MaskRequest, request_of
 from sparsedsl.models.native import Facts
+from sparsedsl.models.programs import fitted, is_for_prefill
+from sparsedsl.program.graph import Program
 from sparsedsl.run.compile import compile as compile_pattern
 
 __all__ = ["BINDING", "Binding", "Compiled", "make_attention_function"]
@@ -28,20 +30,21 @@ BINDING = "_sparsedsl_binding"  # the attribute of a bound attention module
 
 
 class Compiled:
-    """Compiled patterns, shared by all layers of a model: the same pattern is compiled once."""
+    """Compiled patterns and programs, shared by all layers of a model: the same one is compiled once."""
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
+    def __init__(self, backend: str, allow: tuple[str, ...] = ()) -> None:
+        self.backend, self.allow = backend, allow
         self.made: dict[Any, Any] = {}
 
-    def __call__(self, pattern: Pattern) -> Any:
+    def __call__(self, pattern: Pattern | Program) -> Any:
         key = (pattern.key, tuple(sorted((name, id(tensor)) for name, tensor in pattern.bound.items())))
         if key not in self.made:
-            self.made[key] = compile_pattern(pattern, backend=self.backend)
+            allow = self.allow if isinstance(pattern, Program) else ()
+            self.made[key] = compile_pattern(pattern, backend=self.backend, allow=allow)
         return self.made[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"backend": self.backend, "made": {}}  # a model saved whole compiles again
+        return {**vars(self), "made": {}}  # a model saved whole compiles again
 
     def __deepcopy__(self, memo: Any) -> Compiled:
         return self
@@ -50,7 +53,8 @@ class Compiled:
 @dataclass(eq=False)
 class Binding:
     """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for, and ``facts``
-    what its mask says. ``keeps_score``: soft cap and sinks are the layer's own."""
+    what its mask says. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the pattern, which then is
+    the model's own; one for prefill leaves it all calls but that of a whole prompt."""
 
     index: int
     pattern: Pattern
@@ -58,6 +62,8 @@ class Binding:
     keeps_score: bool
     facts: Facts | None
     compiled: Compiled
+    program: Program | None = None
+    _by_scale: dict[Any, Any] = field(default_factory=dict)
     _by_form: dict[Form, tuple[Any, frozenset[str]]] = field(default_factory=dict)
     _fits: dict[int, bool] = field(default_factory=dict)
 
@@ -68,14 +74,27 @@ class Binding:
             self._by_form[form] = self.compiled(pattern), frozenset(pattern.tables) - frozenset(pattern.bound)
         return self._by_form[form]
 
+    def runs_program(self, whole: bool) -> bool:
+        """Whether a call runs the program. ``whole``: queries and keys are those of all tokens so far."""
+        return self.program is not None and (whole or not is_for_prefill(self.program))
+
+    def program_attention(self, scale: float | None, head_dim: int) -> Any:
+        """The compiled program, with what is the layer's own."""
+        assert self.program is not None
+        if scale not in self._by_scale:
+            self._by_scale[scale] = self.compiled(fitted(self.program, self.index, self.pattern, scale, head_dim))
+        return self._by_scale[scale]
+
     def fits_window(self, window: int) -> bool:
-        """Whether the pattern provably asks for none but the last ``window`` keys, the query's own included."""
+        """Whether what runs after a prompt provably asks for none but the last ``window`` keys, the query's own included."""
+        if self.runs_program(whole=False):
+            return False
         if window not in self._fits:
             self._fits[window] = self.native or implies(self.pattern.mask, q_idx - kv_idx < window) == PROVED
         return self._fits[window]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_by_form": {}}
+        return {**vars(self), "_by_form": {}, "_by_scale": {}}
 
 
 def make_attention_function(native: str) -> Callable[..., Any]:
@@ -166,6 +185,8 @@ def _run(
 ) -> torch.Tensor:
     start, stop = request.key_range(key.shape[2])
     key, value = key[:, :, : stop - start], value[:, :, : stop - start]
+    if binding.runs_program(whole=request.q_offset == 0 and query.shape[2] == key.shape[2]) and start == 0:
+        return _run_program(binding, query, key, value, request, arguments)
     if start > 0 and not binding.fits_window(request.q_offset - start + 1):
         raise UnsupportedError(
             f"layer {binding.index}: its cache has dropped the keys before position {start} (a sliding-window cache), and "
@@ -174,15 +195,44 @@ def _run(
         )
     form = Form(padded=request.padding is not None, packed=request.packing is not None, cropped=start > 0)
     attention, wanted = binding.attention(form)
-    known = request.tables(start, stop, query.shape[0], query.device)
+    tables = _tables(binding, wanted, request.tables(start, stop, query.shape[0], query.device), arguments)
+    scale = arguments.get("scaling") if binding.pattern.scale is None else None
+    out = attention(query, key, value, q_offset=request.q_offset - start, scale=scale, **tables)
+    return out.transpose(1, 2).contiguous()
+
+
+def _tables(binding: Binding, wanted: frozenset[str], known: dict[str, torch.Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The tables that are data of the call, by name."""
     tables = {name: known[name] for name in wanted if name in known}
     if "sinks" in wanted:
         if arguments.get("s_aux") is None:
             raise UnsupportedError(
-                f"layer {binding.index} has no sink logits, but its pattern reads the table 'sinks'; "
-                "bind it: pattern.bind(sinks=tensor)"
+                f"layer {binding.index} has no sink logits, but what it runs reads the table 'sinks'; bind it: bind(sinks=tensor)"
             )
         tables["sinks"] = arguments["s_aux"]
-    scale = arguments.get("scaling") if binding.pattern.scale is None else None
-    out = attention(query, key, value, q_offset=request.q_offset - start, scale=scale, **tables)
+    return tables
+
+
+def _run_program(
+    binding: Binding,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    request: MaskRequest,
+    arguments: dict[str, Any],
+) -> torch.Tensor:
+    if request.padding is not None or request.packing is not None:
+        what = "padding" if request.padding is not None else "several sequences in a row (position_ids)"
+        way_out = "sequences of one length, or one at a time" if request.padding is not None else "each sequence by itself"
+        raise UnsupportedError(
+            f"layer {binding.index}: the batch has {what}, and a program chooses among all tokens of a row. Give {way_out}, or leave "
+            "this layer native, or give it a pattern"
+        )
+    attention = binding.program_attention(arguments.get("scaling"), query.shape[3])
+    wanted = frozenset(attention.program.tables) - frozenset(attention.program.bound)
+    tables = _tables(binding, wanted, request.tables(0, key.shape[2], query.shape[0], query.device), arguments)
+    try:
+        out = attention(query, key, value, q_offset=request.q_offset, **tables)
+    except (ShapeError, TableError, UnsupportedError) as error:
+        raise type(error)(f"layer {binding.index}: {error}") from error
     return out.transpose(1, 2).contiguous()

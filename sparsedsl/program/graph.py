@@ -6,9 +6,11 @@ import functools
 from typing import Any
 
 import networkx as nx
+import sympy
 
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.tables import TableSpec
+from sparsedsl.lang.symbols import BATCH
+from sparsedsl.lang.tables import TableSpec, table_reads
 from sparsedsl.program.branches import Attend, Branch, Compact, as_branch
 from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select
@@ -108,6 +110,19 @@ class Program:
     def key(self) -> str:
         """A hash of the program (32 hex digits), the same in every process."""
         return self.root.key
+
+    @functools.cached_property
+    def reads_batch(self) -> bool:
+        """Whether a static expression depends on ``b``, or calls bring inputs that do: batch entries cannot be told apart else."""
+        if self.inputs:
+            return True
+        for part in self.expressions:
+            nodes = {name for name, value in part.bound.items() if isinstance(value, Node)}
+            for expr in part.exprs if isinstance(part, Pattern) else (part.expr,):
+                plain = {read: sympy.Dummy(integer=True) for read in table_reads(expr) if read.spec.name in nodes}
+                if BATCH in expr.xreplace(plain).free_symbols:
+                    return True
+        return False
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Program) and self.root == other.root

@@ -31,6 +31,7 @@ from sparsedsl.run.backend_choice import fastest_backend
 from sparsedsl.run.differentiable import differentiable, transformed
 from sparsedsl.run.empty import attend_empty
 from sparsedsl.run.inputs import Call, bind_tables, check_call
+from sparsedsl.run.mapping import reads_batch
 from sparsedsl.run.reference import attend_reference
 from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.score_rules import score_rule
@@ -186,6 +187,14 @@ class Attention:
     def _triton(self) -> TritonKernel:
         return TritonKernel(self.pattern, self.lists)
 
+    @property
+    def reads_batch(self) -> bool:
+        """Whether batch entries are told apart."""
+        return reads_batch(self.pattern)
+
+    # For the operators: every pattern has an LSE, and is one call of one lowering.
+    has_lse = one_call = True
+
     def missing(self, device: str) -> str | None:
         """Why generated kernels of this pattern cannot run on a kind of device ("cpu", "cuda"), or None."""
         return missing(device) or self._triton.refusal
@@ -322,7 +331,7 @@ class Attention:
         return Attention, (self.pattern, self.backend)
 
 
-operators.register(Attention)
+operators.register("pattern", lambda first, text: Attention(operators.read_pattern(text), first.split()[1]))
 
 
 def call_facts(call: Call, return_lse: bool) -> CallFacts:

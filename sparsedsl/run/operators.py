@@ -25,7 +25,7 @@ from sparsedsl.lang.expressions import as_mask, as_score
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.text import parse
 from sparsedsl.run.differentiable import known_results, no_second_derivatives
-from sparsedsl.run.mapping import map_call, reads_batch
+from sparsedsl.run.mapping import map_call
 from sparsedsl.run.transformable import make_transformable
 
 __all__ = ["attend_traced", "handle_of", "read_pattern", "register", "remember"]
@@ -37,7 +37,7 @@ Tensor = torch.Tensor
 
 def handle_of(pattern: Pattern, backend: str) -> str:
     """What an operator knows its pattern by: the backend, then the pattern's text form."""
-    return f"{backend}\n{pattern.text}"
+    return f"pattern {backend}\n{pattern.text}"
 
 
 def read_pattern(text: str) -> Pattern:
@@ -64,13 +64,13 @@ def read_pattern(text: str) -> Pattern:
     raise UnsupportedError(f"this is not the text form of a pattern, which ends with attend(...): {text!r}")
 
 
-_make: list[Callable[[Pattern, str], Any]] = []
+_makers: dict[str, Callable[[str, str], Any]] = {}
 _living: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
-def register(make: Callable[[Pattern, str], Any]) -> None:
-    """Name the function that makes a callable of a pattern and a backend."""
-    _make[:] = [make]
+def register(kind: str, make: Callable[[str, str], Any]) -> None:
+    """Name the function that makes a callable of the first line of a handle and the text below it. ``kind``: first word of that line."""
+    _makers[kind] = make
 
 
 def remember(handle: str, attention: Any) -> None:
@@ -83,8 +83,8 @@ def _attention(handle: str) -> Any:
     known = _living.get(handle)
     if known is not None:
         return known
-    backend, _, text = handle.partition("\n")
-    return _make[0](read_pattern(text), backend)
+    first, _, text = handle.partition("\n")
+    return _makers[first.partition(" ")[0]](first, text)
 
 
 # ---- while a graph is made ----------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def _attention(handle: str) -> Any:
 
 def attend_traced(
     handle: str, bound: Mapping[str, Tensor], q: Any, k: Any, v: Any, tables: Mapping[str, Any], *, q_offset: Any, return_lse: bool,
-    scale: Any,
+    scale: Any, has_lse: bool = True,
 ) -> Any:  # fmt: skip
     """What the ordinary call gives, as one operator of the graph. Checks only that the operator can be given the arguments."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -115,7 +115,7 @@ def attend_traced(
     # Exported for inference, parameters still require gradients: the program is no training step until somebody differentiates it.
     grad = grad and not torch.compiler.is_exporting()
     out, lse = torch.ops.sparsedsl.attend(
-        handle, ",".join(given), q, k, v, values, offset, start, scale, return_lse or grad, grad
+        handle, ",".join(given), q, k, v, values, offset, start, scale, return_lse or (grad and has_lse), grad
     )
     return (out, lse) if return_lse else out
 
@@ -192,11 +192,14 @@ def _attend_backward(
 
     Makes the call again under autograd. A lowering that has a backward pass of its own takes ``out`` and ``lse`` and runs only that.
     """
-    with _plain(q.device, True), known_results(out, lse if lse.shape == out.shape[:3] else None):
+    attention = _attention(handle)
+    # A program makes several calls, of which none has the results of the whole.
+    whole = lse.shape == out.shape[:3] and attention.one_call
+    with _plain(q.device, True), known_results(out, lse if whole else None):
         leaves = [t.detach().requires_grad_() if want else t for t, want in zip((q, k, v, *tables), wanted, strict=True)]
         sources = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-        results = _run(handle, names, leaves[0], leaves[1], leaves[2], leaves[3:], q_offset, q_start, scale, True)
-        given = [(y, g) for y, g in zip(results, (grad_out, grad_lse), strict=True) if g is not None]
+        results = _run(handle, names, leaves[0], leaves[1], leaves[2], leaves[3:], q_offset, q_start, scale, attention.has_lse)
+        given = [(y, g) for y, g in zip(results, (grad_out, grad_lse), strict=False) if g is not None]
         grads = torch.autograd.grad(
             [y for y, _ in given], sources, [g for _, g in given], allow_unused=True, materialize_grads=True
         )
@@ -262,7 +265,7 @@ def _(
         return torch.ops.sparsedsl.attend(handle, names, *batched, values, q_offset, start, scale, lse, grad)
 
     others, dims = [q_start, *tables], [in_dims[7], *(in_dims[5] if tables else ())]
-    fold = not reads_batch(_attention(handle).pattern)
+    fold = not _attention(handle).reads_batch
     results, where = map_call(call, info.batch_size, [q, k, v], in_dims[2:5], others, dims, fold=fold)
     return tuple(results), tuple(where)
 
@@ -278,7 +281,7 @@ def _(
         return torch.ops.sparsedsl.attend_backward(handle, names, *batched, values, q_offset, start, scale, wanted)
 
     others, dims = [q_start, *tables], [in_dims[11], *(in_dims[9] if tables else ())]
-    fold = not reads_batch(_attention(handle).pattern) and not any(wanted[3:])
+    fold = not _attention(handle).reads_batch and not any(wanted[3:])
     results, where = map_call(
         call, info.batch_size, [grad_out, grad_lse, out, lse, q, k, v], in_dims[2:9], others, dims, fold=fold
     )

@@ -103,16 +103,17 @@ def test_single_precision_fits(target):
         assert misfits(resources_of(compiled(kernel, picked, TARGETS[target])), TARGETS[target]) == ()
 
 
-def test_tiles_hold_the_rows_that_they_are_made_of():
-    for chunk, width, itemsize in ((64, 64, 2), (64, 256, 2), (128, 256, 2), (128, 256, 4)):
-        most = most_rows(chunk, width, itemsize)
-        dtype = {2: "bfloat16", 4: "float32"}[itemsize]
+@pytest.mark.parametrize("target", TARGETS)
+def test_tiles_hold_the_rows_that_they_are_made_of(target):
+    for chunk, width, dtype in ((64, 64, "bfloat16"), (64, 256, "bfloat16"), (128, 256, "bfloat16"), (128, 256, "float32")):
+        shape = Shape(dtype, width, width)
+        most = most_rows("picked_forward", chunk, shape, TARGETS[target])
         for heads in range(1, 130):
             pack = pack_of(heads, 1, 1, most)
             assert heads % pack == 0
             for merged in (False, True):
-                picked = PickedShape(Shape(dtype, width, width), chunk, pack, merged=merged)
-                rows = config_of("picked_forward", picked, TARGETS["sm_90"]).block_m
+                picked = PickedShape(shape, chunk, pack, merged=merged)
+                rows = config_of("picked_forward", picked, TARGETS[target]).block_m
                 queries = rows_of(pack, most) // pack if merged else 1
                 assert pack * queries <= rows <= 64
                 assert queries <= 32

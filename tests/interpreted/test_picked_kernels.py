@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsedsl.errors import ShapeError, UnsupportedError
-from sparsedsl.run.picked import triton_attention
+from sparsedsl.run.picked import triton_passes
 from sparsedsl.run.picked.picks import Picks
 from sparsedsl.run.picked.triton_attention import Interval, picked_attention_triton
 from sparsedsl.run.picked.unions import by_chunk, unions
@@ -218,8 +218,8 @@ def test_T12_merged_tiles_and_their_gradients(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_queries_share_slots_among_programs(kind, monkeypatch):
     splits = []
-    count = triton_attention.split_count
-    monkeypatch.setattr(triton_attention, "split_count", lambda *a: splits.append(count(*a)) or splits[-1])
+    count = triton_passes.split_count
+    monkeypatch.setattr(triton_passes, "split_count", lambda *a: splits.append(count(*a)) or splits[-1])
     assert_right(Case(rows=3, keys=200, slots=9, **KINDS[kind]))
     assert splits == [4]
 
@@ -257,7 +257,8 @@ def cases(draw):
     heads = group * kv_heads
     return Case(
         batch=draw(st.sampled_from([1, 2])), heads=heads, kv_heads=kv_heads,
-        list_heads=draw(st.sampled_from([1, kv_heads, heads])), rows=draw(st.integers(1, 36)), keys=draw(st.integers(1, 70)), chunk=draw(st.sampled_from([16, 16, 16, 9, 20])),
+        list_heads=draw(st.sampled_from([1, kv_heads, heads])), rows=draw(st.integers(1, 36)), keys=draw(st.integers(1, 70)),
+        chunk=draw(st.sampled_from([16, 16, 16, 9, 20])),
         slots=draw(st.integers(1, 5)), head_dim=draw(st.sampled_from([8, 16])), head_dim_v=draw(st.sampled_from([16, 4])),
         weight_heads=draw(st.sampled_from([0, 1, kv_heads, heads])), one=draw(st.booleans()), interval=draw(st.booleans()),
         same_lists=draw(st.booleans()), dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.float16])),

@@ -39,14 +39,20 @@ class PickedShape:
     merged: bool = True
 
 
-def most_rows(chunk: int, widest: int, itemsize: int) -> int:
+def most_rows(kernel: str, chunk: int, shape: Shape, target: Target) -> int:
     """Rows of a tile of queries at most: beside a tile of keys that is long and wide, more would not fit the registers.
 
-    >>> most_rows(64, 128, 2), most_rows(64, 256, 2), most_rows(128, 256, 2)
-    (64, 32, 16)
+    >>> from sparsedsl.gpu.targets import TARGETS
+    >>> [most_rows("picked_forward", 64, Shape("bfloat16", width, width), TARGETS["sm_90"]) for width in (64, 128, 256)]
+    [64, 64, 32]
     """
-    taken = _block(chunk) * _block(widest) * itemsize
-    return 16 if taken > 1 << 15 else 32 if taken > 1 << 14 else MOST_ROWS
+    if kernel == "picked_grad_kv":  # what is summed there is as large as the keys, whatever the rows
+        return 16 if family(target) == "cdna" else 32
+    width = max(_block(shape.head_dim), _block(shape.head_dim_v)) * shape.itemsize
+    taken = _block(chunk) * width
+    if taken > 1 << 15 or (family(target) == "cdna" and width > 256):
+        return 16
+    return 32 if taken > 1 << 14 or chunk > 64 else MOST_ROWS
 
 
 def pack_of(heads: int, kv_heads: int, list_heads: int, most: int = MOST_ROWS) -> int:
@@ -123,14 +129,14 @@ def config_of(kernel: str, picked: PickedShape, target: Target) -> Config:
         return Config(SMALLEST, SMALLEST, 1, 1)
     shape = picked.shape
     widths = _block(shape.head_dim), _block(shape.head_dim_v)
-    rows, keys = _block(picked.pack), _block(picked.chunk)
+    rows, keys = most_rows(kernel, picked.chunk, shape, target), _block(picked.chunk)
     if kernel == "picked_grad_kv":
-        rows, keys = max(rows, 32), min(keys, 64 if max(widths) <= 128 else 32)
-    elif picked.merged:
-        rows = rows_of(picked.pack, most_rows(picked.chunk, max(widths), shape.itemsize))
+        keys = min(keys, 64 if max(widths) <= 128 else 32)
+    else:
+        rows = rows_of(picked.pack, rows) if picked.merged else _block(picked.pack)
     loaded = (rows if kernel == "picked_grad_kv" else keys) * sum(widths) * shape.itemsize
     if family(target) == "cdna":  # what is on its way is held in registers
-        return Config(rows, keys, 4, 2 if loaded <= 1 << 14 else 1)
+        return Config(rows, keys, 4, 2 if loaded <= 1 << 14 and kernel != "picked_grad_kv" else 1)
     # One tile on its way while another is computed with; two where that leaves room for a program beside this one. Where the address
     # of a loaded LSE follows from a counter, Triton gives up and waits for every tile if it is to have two on their way.
     counted = kernel == "picked_grad_q" and picked.weighted

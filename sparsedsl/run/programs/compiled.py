@@ -11,13 +11,15 @@ from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.plan import TRITON_DTYPES, TRITON_WIDEST, check_backend
 from sparsedsl.program.effects import KEEPS_STATE, LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
+from sparsedsl.program.text import read_program
+from sparsedsl.run import operators
 from sparsedsl.run.choosing.scores import ScoreSource
 from sparsedsl.run.programs.call import ProgramCall, check_program_call
 from sparsedsl.run.programs.kernels import Kernels, kernels_of
 from sparsedsl.run.programs.lowered import Lowered
 from sparsedsl.run.programs.reference import Reference
 from sparsedsl.run.programs.state import ProgramState, advanced, continued
-from sparsedsl.run.surroundings import autocast_inputs
+from sparsedsl.run.surroundings import autocast_inputs, is_traced, is_transformed
 from sparsedsl.run.triton_kernel import missing
 
 __all__ = ["CompiledProgram"]
@@ -35,6 +37,9 @@ class CompiledProgram:
         if isinstance(allow, str) or not all(effect in known for effect in allow):
             raise PatternError(f"allow must be a list of effects, of {', '.join(map(repr, known))}; got {allow!r}")
         self.allow = frozenset(allow)
+        # What a traced call needs, as plain values.
+        self._handle, self._bound = f"program {backend} {'; '.join(sorted(allow))}\n{program.text}", program.bound
+        operators.remember(self._handle, self)
 
     def __call__(
         self,
@@ -67,6 +72,8 @@ class CompiledProgram:
             UnsupportedError: the backend cannot run this call, or it is a training step of a program whose choices read later queries.
         """
         q, k, v = autocast_inputs(q, k, v)
+        if is_traced(q, k, v) or is_transformed(q, k, v):
+            return self._in_a_graph(q, k, v, named, q_offset, return_lse, scale, state is not None or return_state)
         return self.attend_now(
             q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state
         )
@@ -87,6 +94,33 @@ class CompiledProgram:
             after = advanced(call, self.kernels(call)) if return_state else None
         results = [out.to(call.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _in_a_graph(
+        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], q_offset: Any, return_lse: bool, scale: float | None, keeps: bool
+    ) -> Any:
+        """The call as one operator: its choices depend on values, which a graph does not have."""
+        if keeps:
+            raise UnsupportedError(
+                "state= and return_state= are not part of a graph (torch.compile, torch.export, torch.func): call the program outside of "
+                "it, or pass all keys and values with q_offset="
+            )
+        given = {name: x for name, x in named.items() if x is not None}
+        return operators.attend_traced(
+            self._handle, self._bound, q, k, v, given, q_offset=q_offset, return_lse=return_lse, scale=scale, has_lse=self.has_lse
+        )
+
+    @property
+    def has_lse(self) -> bool:
+        """Whether it is a softmax."""
+        return self.program.root.weighable
+
+    @property
+    def reads_batch(self) -> bool:
+        """Whether batch entries are told apart."""
+        return self.program.reads_batch
+
+    # For the operators: its results come from several calls.
+    one_call = False
 
     def _check_training(self, call: ProgramCall) -> None:
         why = reasons(self.program).get(LATER_QUERIES)
@@ -140,3 +174,11 @@ class CompiledProgram:
 
     def __reduce__(self) -> Any:
         return CompiledProgram, (self.program, self.backend, tuple(sorted(self.allow)))
+
+
+def _again(first: str, text: str) -> CompiledProgram:
+    _, backend, allowed = first.split(" ", 2)
+    return CompiledProgram(read_program(text), backend, [effect for effect in allowed.split("; ") if effect])
+
+
+operators.register("program", _again)

@@ -34,10 +34,10 @@ from sparsedsl.run.choosing import counts, orders, proxies
 from sparsedsl.run.choosing.antidiagonal import antidiagonal
 from sparsedsl.run.choosing.at_picks import picked_scores
 from sparsedsl.run.choosing.candidates import Candidates, PairRule
+from sparsedsl.run.choosing.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.run.choosing.derived import RegroupedScores, softmax_scores
 from sparsedsl.run.choosing.mass_rules import threshold, top_p
 from sparsedsl.run.choosing.rules import top_k
-from sparsedsl.run.choosing.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.run.choosing.scores import DotScores, ScoreSource
 from sparsedsl.run.choosing.weights import weights_of
 from sparsedsl.run.inputs import check_call

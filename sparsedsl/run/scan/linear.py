@@ -78,9 +78,8 @@ class _Step:
         size = k.shape[3]
         row = torch.arange(size, device=k.device)
         later, total = self._power(size - 1 - row)[:, None, :, None], self._power(row[-1:] + 1)[None, :, None, :, :, None]
-        document = (
-            None if begins is None else begins.unflatten(2, chunks).cumsum(3)[:, :, :, None]
-        )  # (B or 1, 1, N, 1, C), within a chunk
+        # Which document of its chunk a row belongs to: (B or 1, 1, N, 1, C).
+        document = None if begins is None else begins.unflatten(2, chunks).cumsum(3)[:, :, :, None]
         if document is not None:
             later = later * (document == document[..., -1:])[..., None, :]
             total = total * (document[..., -1:] == 0)[..., None]

@@ -1,0 +1,320 @@
+"""Hypothesis strategies for programs: nodes composed at random, and the inputs that calls of them are given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from sparsedsl.errors import PatternError
+from sparsedsl.lang.expressions import Mask, kv_idx, q_idx, score
+from sparsedsl.program import branches, orders, scores, select, sources, tensors
+from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.graph import Program, as_program
+from sparsedsl.program.node import Node
+from sparsedsl.testing.shapes import AttentionCase, tensor
+from sparsedsl.testing.strategies import patterns
+
+__all__ = ["draw_inputs", "named_inputs", "program_inputs", "program_of", "programs"]
+
+CAUSAL: Mask = kv_idx <= q_idx
+_UNITS = (1, 4, 8)
+_HOW = ("sum", "mean", "max")
+
+
+def program_of(value: Any) -> Program:
+    """The program that a value is.
+
+    Raises:
+        PatternError: it is none.
+    """
+    found = as_program(getattr(value, "program", value))
+    if found is None:
+        raise PatternError(f"a program is wanted: a node, an sd.Program, or what sd.compile() made of one; got {value!r}")
+    return found
+
+
+# ---- inputs of calls -------------------------------------------------------------------------------------------------------
+
+
+def _size(axis: str, case: AttentionCase, free: Mapping[str, int], ragged: bool) -> int:
+    if axis.isdecimal():
+        return int(axis)
+    known = {
+        "batch": case.batch, "heads": case.heads, "kv_heads": case.kv_heads, "queries": case.q_len, "keys": case.kv_len,
+        "head_dim": case.head_dim, "value_dim": case.head_dim_v, "one": 1,
+    }  # fmt: skip
+    tokens = known.get(base_of(axis))
+    if tokens is None:
+        return free[axis]
+    return -(-tokens // unit_of(axis)) if ragged else tokens // unit_of(axis)
+
+
+def _free_axes(program: Program) -> dict[str, bool]:
+    """The axes whose sizes a call is free to choose -> whether they count heads."""
+    usual = {"batch", "heads", "kv_heads", "queries", "keys", "head_dim", "value_dim", "one"}
+    found: dict[str, bool] = {}
+    for node in program.inputs.values():
+        for place, axis in enumerate(node.axes):
+            if not axis.isdecimal() and base_of(axis) not in usual:
+                found[axis] = found.get(axis, False) or (place == 1 and len(node.axes) == 4)
+    return found
+
+
+def _documents(program: Program) -> set[str]:
+    """Names of the inputs that hold document ids."""
+    read = [getattr(node, "documents", None) for node in program.everything]
+    return {node.name for node in read if isinstance(node, tensors.Input)}
+
+
+def named_inputs(
+    program: Program,
+    case: AttentionCase,
+    *,
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+    free: Mapping[str, int] | None = None,
+    ragged: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The inputs of a program beside q, k and v. ``free``: sizes of its own axes; ``ragged``: whether incomplete units are given too."""
+    sizes = {axis: case.kv_heads if heads else 5 for axis, heads in _free_axes(program).items()} | dict(free or {})
+    ids = _documents(program)
+    found = {}
+    for number, (name, node) in enumerate(program.inputs.items()):
+        shape = [_size(axis, case, sizes, ragged) for axis in node.axes]
+        drawn = tensor(*shape, seed=seed + 7 + number, dtype=dtype)
+        found[name] = (drawn > 1).long().cumsum(-1) if name in ids else drawn
+    return found
+
+
+def draw_inputs(
+    program: Program, case: AttentionCase, seed: int, given: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
+    """q, k, v and all inputs of a program by name; those given stay as they are. float64, where no two scores are equal."""
+    shapes = {"q": case.q_shape, "k": case.k_shape, "v": case.v_shape}
+    drawn = {name: tensor(*shape, seed=seed + i, dtype=dtype) for i, (name, shape) in enumerate(shapes.items())}
+    return drawn | named_inputs(program, case, seed=seed, dtype=dtype) | dict(given)
+
+
+@st.composite
+def program_inputs(
+    draw: st.DrawFn, program: Any, case: AttentionCase, *, dtype: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
+    """What calls of a program are given beside q, k and v: a tensor for every input, as its axes say.
+
+    Axes of the program's own get sizes (head axes one or all key heads); the row of an incomplete last unit of keys is given or left
+    out; inputs that another node stands in for are given or not; document ids never fall.
+
+    >>> import sparsedsl as sd
+    >>> from hypothesis import given
+    >>> case = AttentionCase(heads=4, kv_heads=2, q_len=24, kv_len=24)
+    >>> @given(program_inputs(sd.patterns.hsa(chunk=8, top_k=2), case))
+    ... def test(named):
+    ...     assert named["landmarks"].shape[2] == 3
+    >>> test()
+    """
+    program = program_of(program)
+    own = _free_axes(program).items()
+    free = {axis: draw(st.sampled_from((1, case.kv_heads) if heads else (3, 8))) for axis, heads in own}
+    found = named_inputs(program, case, seed=draw(st.integers(0, 2**16)), dtype=dtype, free=free, ragged=draw(st.booleans()))
+    optional = [name for name, node in program.inputs.items() if node.default is not None]
+    return {name: value for name, value in found.items() if name not in optional or draw(st.booleans())}
+
+
+# ---- programs --------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def programs(draw: st.DrawFn, *, heads: int = 4, causal: bool | None = None, depth: int = 1) -> Program:
+    """Programs: choices of every rule by every kind of score, sorted keys, weighed chunks, slots, linear attention, subsets, joint and
+    mixed branches, with shapes that fit.
+
+    Args:
+        heads: query heads of the calls that are meant; linear attention has a decay for each.
+        causal: ``True`` for programs in which nothing depends on later tokens; ``None`` for any.
+        depth: how deep branches are joined.
+
+    >>> from hypothesis import given
+    >>> @given(programs(causal=True))
+    ... def test(program):
+    ...     assert not any("later" in effect for effect in effects(program))
+    >>> from sparsedsl.program.effects import effects
+    >>> test()
+    """
+    return Program(draw(_branches(heads, bool(causal), depth)))
+
+
+@st.composite
+def _branches(draw: st.DrawFn, heads: int, causal: bool, depth: int) -> branches.Branch:
+    if depth > 0 and draw(st.integers(0, 2)) == 0:
+        parts = [draw(_branches(heads, causal, depth - 1)) for _ in range(2)]
+        if all(part.weighable for part in parts) and draw(st.booleans()):
+            return branches.joint(*parts)
+        return branches.mix(*parts, weights=tensors.input("gate_of_two", "batch heads queries 2"))
+    kinds = [_attending, _attending, _weighed, _static, _remembering, _fading]
+    kinds += [] if causal else [_by_blocks, _sorted, _compact]
+    return branches.as_branch("programs", draw(draw(st.sampled_from(kinds))(heads, causal)))
+
+
+@st.composite
+def _static(draw: st.DrawFn, heads: int, causal: bool) -> Any:
+    return draw(patterns(depth=1, tables=False, causal=causal or None))
+
+
+@st.composite
+def _rows(draw: st.DrawFn, unit: int, q_unit: int) -> tuple[Node, Node]:
+    """What stands for queries, one row for ``q_unit``, and what stands for units of keys."""
+    if draw(st.booleans()):
+        keys = tensors.k if unit == 1 else tensors.summary(tensors.k, unit, draw(st.sampled_from(("mean", "max", "last"))))
+        rows: Node = tensors.q
+    else:
+        keys = tensors.input(f"marks_{unit}", f"batch marked_heads keys/{unit} marked_dim")
+        rows = tensors.input("asking", "batch marked_heads queries marked_dim")
+    return (rows if q_unit == 1 else tensors.summary(rows, q_unit, pad=draw(st.sampled_from(("valid", "zero"))))), keys
+
+
+@st.composite
+def _scores(draw: st.DrawFn, unit: int, q_unit: int) -> scores.Scores:
+    kind = draw(st.sampled_from(("dot", "dot", "sum", "bound", "mass", "regrouped", "antidiagonal")))
+    rows, keys = draw(_rows(unit, q_unit))
+    found: Any
+    if kind == "antidiagonal" and q_unit == unit > 1:
+        return scores.antidiagonal(tensors.q, tensors.k, draw(st.sampled_from((1, 2, 4))), unit)
+    if kind == "bound":
+        own = tensors.q if q_unit == 1 else tensors.summary(tensors.q, q_unit)
+        found = scores.bound(own, tensors.k, unit)
+    elif kind == "regrouped" and unit > 1:
+        rows, keys = draw(_rows(unit // 2, q_unit))
+        found = scores.dot(rows, keys).softmax(CAUSAL).regroup(2, draw(st.sampled_from(_HOW)))
+    else:
+        found = scores.dot(rows, keys, scale=draw(st.none() | st.just(0.5)))
+        if kind == "sum":
+            found = found + scores.dot(*draw(_rows(unit, q_unit).filter(lambda pair: _joins(found, pair))))
+        elif kind == "mass":
+            found = found.softmax(draw(st.sampled_from((CAUSAL, True))) if q_unit > 1 else CAUSAL)
+    if found.axes[1] == "heads" and draw(st.booleans()):
+        found = found.over_group(draw(st.sampled_from(_HOW))) if draw(st.booleans()) else found.over_heads(draw(st.sampled_from(_HOW)))
+    return found
+
+
+def _joins(found: scores.Scores, pair: tuple[Node, Node]) -> bool:
+    return ("marked_heads" in found.axes) == (pair[0].axes[1] == "marked_heads")
+
+
+@st.composite
+def _choice(draw: st.DrawFn, by: scores.Scores, among: Any) -> select.Select:
+    unit = by.axes[3]
+    columns = unit_of(unit)
+    own = q_idx // columns - kv_idx // columns
+    forced = draw(st.sampled_from((None, kv_idx < columns, abs(own) <= 1)))
+    words: dict[str, Any] = {"forced": forced, "among": among}
+    rule = draw(st.sampled_from(("top_k", "top_k", "top_p", "threshold")))
+    if rule == "top_k":
+        return select.top_k(by, draw(st.sampled_from((1, 2, 3, 50))), extra=draw(st.booleans()), **words)
+    if rule == "top_p":
+        flags = {name: draw(st.booleans()) for name in ("inclusive", "forced_in_mass")}
+        share, unmet = draw(st.sampled_from((0.2, 0.6, 0.95))), draw(st.sampled_from(("all", "none")))
+        return select.top_p(by, share, unmet=unmet, **flags, **words)
+    return select.threshold(by, draw(st.sampled_from((-0.3, 0.1))), **words)
+
+
+@st.composite
+def _attending(draw: st.DrawFn, heads: int, causal: bool) -> Any:
+    """One softmax over pairs that a choice for single queries is part of."""
+    unit = draw(st.sampled_from(_UNITS))
+    ended, own = (kv_idx // unit + 1) * unit <= q_idx, q_idx // unit == kv_idx // unit
+    near = q_idx - kv_idx < draw(st.integers(1, 12))
+    picks = draw(_choice(draw(_scores(unit, 1)), draw(st.sampled_from((None, ended)))))
+    shapes = [ended & picks, CAUSAL & (own | picks), CAUSAL & (near | picks)]
+    # what chooses among units that are not over looks at tokens after the query
+    shapes += [] if causal else [CAUSAL & picks, picks & True]
+    words: dict[str, Any] = {"sink": draw(st.none() | st.just(0.3)), "scale": draw(st.none() | st.just(0.2))}
+    mask = draw(st.sampled_from(shapes if picks.among is None or not causal else shapes[:3]))
+    if causal and picks.among is None:
+        mask = draw(st.sampled_from(shapes[:2]))
+    return branches.attend(mask, **words)
+
+
+@st.composite
+def _weighed(draw: st.DrawFn, heads: int, causal: bool) -> Any:
+    """A softmax a chunk, and weights for the chunks."""
+    unit = draw(st.sampled_from(_UNITS[1:]))
+    ended = (kv_idx // unit + 1) * unit <= q_idx
+    rows, keys = draw(_rows(unit, 1))
+    by = scores.dot(rows, keys)
+    picks = draw(_choice(by, ended))
+    inner, weights = draw(st.sampled_from(("softmax", "softmax1"))), draw(st.sampled_from(sources.RULES))
+    return branches.attend(ended & picks, normaliser=sources.per_chunk(picks, weights, inner=inner))
+
+
+@st.composite
+def _by_blocks(draw: st.DrawFn, heads: int, causal: bool) -> Any:
+    """A choice for blocks of queries; sometimes a bias made of scores."""
+    unit = draw(st.sampled_from(_UNITS[1:]))
+    by = draw(_scores(unit, unit))
+    own = q_idx // unit == kv_idx // unit
+    picks = draw(_choice(by, draw(st.sampled_from((None, CAUSAL)))))
+    bias = score + scores.dot(tensors.summary(tensors.q, unit), tensors.summary(tensors.k, unit)) if draw(st.booleans()) else None
+    return branches.attend(CAUSAL & (own | picks), bias)
+
+
+@st.composite
+def _key_scores(draw: st.DrawFn, *, before: bool = False) -> scores.KeyScores:
+    words = {"causal": True, "keep": "before"} if before else {"causal": draw(st.booleans()), "complete": draw(st.sampled_from((1, 8)))}
+    found: Any = scores.probe(tensors.q, tensors.k, rows=draw(st.sampled_from((1, 4, 16))), **words)
+    return orders_smooth(found, draw(st.sampled_from((1, 3))))
+
+
+def orders_smooth(found: scores.KeyScores, pool: int) -> scores.KeyScores:
+    """Averaged over neighbours where there are any."""
+    return found if pool == 1 else scores.smooth(found, pool)
+
+
+@st.composite
+def _sorted(draw: st.DrawFn, heads: int, causal: bool) -> Any:
+    """Keys sorted within segments, and blocks of them chosen."""
+    block, segment = draw(st.sampled_from(((4, 8), (8, 8), (4, 16))))
+    seen = draw(_key_scores())
+    order = orders.segment_sort(
+        seen.over_group("mean") if draw(st.booleans()) else seen, segment, descending=draw(st.booleans())
+    )
+    k, v = orders.take(tensors.k, order), orders.take(tensors.v, order)
+    earlier, same = kv_idx // segment < q_idx // segment, kv_idx // segment == q_idx // segment
+    pooled = tensors.summary(tensors.q, block, pad="zero"), tensors.summary(k, block, pad="zero")
+    picks = draw(_choice(scores.dot(*pooled), earlier))
+    first = kv_idx // block == order.place(0) // block
+    return branches.attend(earlier & (picks | first) | same & (order.origin(kv_idx) <= q_idx), k=k, v=v)
+
+
+@st.composite
+def _compact(draw: st.DrawFn, heads: int, causal: bool) -> Any:
+    """A program on a subset of the tokens."""
+    rule = draw(st.sampled_from(("tail", "cover")))
+    share = {rule: draw(st.sampled_from((0.1, 0.5, 0.9)))}
+    kept = orders.keep_tokens(draw(_key_scores(before=True)), least=draw(st.integers(0, 6)), always=draw(st.sampled_from((0, 4))), **share)
+    inside = draw(st.sampled_from((_static, _sorted)))(heads, causal)
+    return branches.compact(kept, draw(inside))
+
+
+@st.composite
+def _remembering(draw: st.DrawFn, heads: int, causal: bool) -> Any:
+    """Slots, alone or in one softmax with what has not left the window."""
+    window = draw(st.integers(0, 9))
+    memory = sources.slots(
+        tensors.input("slot_gate", "batch kv_heads keys 3"), delay=window, temperature=draw(st.sampled_from((1.0, 8.0))),
+        empty=draw(st.sampled_from(("zero_sink", "masked"))), documents=draw(st.none() | st.just(tensors.input("ids", "batch keys"))),
+    )  # fmt: skip
+    far = branches.recall(memory)
+    near = CAUSAL & (q_idx - kv_idx < max(window, 1))
+    return branches.joint(far, near) if draw(st.booleans()) else far
+
+
+@st.composite
+def _fading(draw: st.DrawFn, heads: int, causal: bool) -> Any:
+    """Linear attention."""
+    decay = [math.exp(-draw(st.sampled_from((0.0, 0.1, 2.0)))) for _ in range(heads)]
+    documents = draw(st.none() | st.just(tensors.input("ids", "batch keys")))
+    return branches.linear(decay, scale=draw(st.none() | st.just(0.3)), documents=documents)
