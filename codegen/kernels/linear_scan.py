@@ -30,11 +30,13 @@ def position_of(step, length, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def rows_at(ptr, at, first, rows, stride, columns, WIDTH: tl.constexpr):
-    """The rows at positions ``at`` of a matrix whose row 0 stands at ``first``, in float32; zeros where it has no row or column."""
-    row = at - first
+def rows_at(ptr, begin, offsets, first, rows, stride, columns, WIDTH: tl.constexpr):
+    """The rows at positions ``begin + offsets`` of a matrix whose row 0 stands at ``first``, in float32; zeros where it has no row or
+    column. Only ``begin`` is multiplied in 64 bits: addresses of a whole tile would take twice the registers of what they load."""
+    row = begin - first + offsets
     inside = ((row >= 0) & (row < rows))[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(ptr + row.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    ptr += (begin - first).to(tl.int64) * stride
+    return tl.load(ptr + (offsets[:, None] * stride + columns[None, :]), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -117,14 +119,15 @@ def sum_chunks(
     if HAS_DOCUMENTS:
         last_document = document_at(documents_ptr, position_of(last, length, REVERSE), 0, length)
     state = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-    for start in range(0, CHUNK, BLOCK):
-        steps = begin + start + tl.arange(0, BLOCK)
-        at = position_of(steps, length, REVERSE)
-        weight = _power(log_decay, (last - steps + REVERSE).to(tl.float32))
+    ranks = tl.arange(0, BLOCK)
+    offsets = (1 - 2 * REVERSE) * ranks
+    for start in range(begin, begin + CHUNK, BLOCK):
+        at = position_of(start, length, REVERSE)
+        weight = _power(log_decay, (last - start - ranks + REVERSE).to(tl.float32))
         if HAS_DOCUMENTS:
-            weight = tl.where(document_at(documents_ptr, at, 0, length) == last_document, weight, 0.0)
-        b = rows_at(b_ptr, at, first, rows, b_stride_row, columns_b, WIDTH_B) * weight[:, None]
-        c = rows_at(c_ptr, at, first, rows, c_stride_row, columns_c, WIDTH_C)
+            weight = tl.where(document_at(documents_ptr, at + offsets, 0, length) == last_document, weight, 0.0)
+        b = rows_at(b_ptr, at, offsets, first, rows, b_stride_row, columns_b, WIDTH_B) * weight[:, None]
+        c = rows_at(c_ptr, at, offsets, first, rows, c_stride_row, columns_c, WIDTH_C)
         state += tl.dot(tl.trans(b), c, input_precision=PRECISION)
     inside = (columns_b < WIDTH_B)[:, None] & (columns_c < WIDTH_C)[None, :]
     states_ptr += (line * (chunks + 1) + chunk) * (WIDTH_B * WIDTH_C)
@@ -209,6 +212,7 @@ def read_chunks(
     else:
         state_place = columns_a[:, None] * WIDTH_C + columns_c[None, :]
     ranks = tl.arange(0, BLOCK)
+    offsets = (1 - 2 * REVERSE) * ranks
     distance = (ranks[:, None] - ranks[None, :]).to(tl.float32)
     for summed in range(SUMMED):
         source = head * SUMMED + summed
@@ -220,16 +224,15 @@ def read_chunks(
         pair_weight = _power(log_decay, distance)
         reach = _power(log_decay, (ranks + 1 - REVERSE).to(tl.float32))
         tail = _power(log_decay, (BLOCK - 1 - ranks + REVERSE).to(tl.float32))
-        for start in range(0, CHUNK, BLOCK):
-            begin = chunk * CHUNK + start
-            at = position_of(begin + ranks, length, REVERSE)
-            a = rows_at(a_ptr, at, a_first, a_rows, a_stride_row, columns_a, WIDTH_A)
-            b = rows_at(b_line, at, first, rows, b_stride_row, columns_a, WIDTH_A)
-            c = rows_at(c_line, at, first, rows, c_stride_row, columns_c, WIDTH_C)
+        for begin in range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
+            at = position_of(begin, length, REVERSE)
+            a = rows_at(a_ptr, at, offsets, a_first, a_rows, a_stride_row, columns_a, WIDTH_A)
+            b = rows_at(b_line, at, offsets, first, rows, b_stride_row, columns_a, WIDTH_A)
+            c = rows_at(c_line, at, offsets, first, rows, c_stride_row, columns_c, WIDTH_C)
             pairs = product(a, tl.trans(b), PRECISION) * pair_weight
             from_state, kept, to_state = reach, _power(log_decay, BLOCK * 1.0), tail
             if HAS_DOCUMENTS:
-                document = document_at(documents_ptr, at, 0, length)
+                document = document_at(documents_ptr, at + offsets, 0, length)
                 before = document_at(documents_ptr, position_of(begin - 1, length, REVERSE), 0, length)
                 after = document_at(documents_ptr, position_of(begin + BLOCK - 1, length, REVERSE), 0, length)
                 pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
@@ -239,9 +242,9 @@ def read_chunks(
             y = product(a, state, PRECISION) * from_state[:, None]
             y = (y + tl.dot(pairs, c, input_precision=PRECISION)) * scale
             state = state * kept + tl.dot(tl.trans(b * to_state[:, None]), c, input_precision=PRECISION)
-            row = at - a_first
+            row = at - a_first + offsets
             inside = ((row >= 0) & (row < a_rows))[:, None] & (columns_c < WIDTH_C)[None, :]
-            place = y_ptr + row.to(tl.int64)[:, None] * y_stride_row + columns_c[None, :]
+            place = y_ptr + (at - a_first).to(tl.int64) * y_stride_row + (offsets[:, None] * y_stride_row + columns_c[None, :])
             if SUMMED > 1:
                 y += tl.load(place, mask=inside & (summed > 0), other=0.0)
             tl.store(place, y.to(y_ptr.dtype.element_ty), mask=inside)

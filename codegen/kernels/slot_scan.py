@@ -53,19 +53,19 @@ def _sums(gates, ranks, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _documents(documents_ptr, begin, ranks, length, first, keys, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+def _documents(documents_ptr, begin, offsets, length, first, keys, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
     """Documents of a block's steps, of the step before it, and of its last step."""
-    document = document_at(documents_ptr, position_of(begin + ranks, length, REVERSE), first, keys)
+    document = document_at(documents_ptr, position_of(begin, length, REVERSE) + offsets, first, keys)
     before = document_at(documents_ptr, position_of(begin - 1, length, REVERSE), first, keys)
     return document, before, document_at(documents_ptr, position_of(begin + BLOCK - 1, length, REVERSE), first, keys)
 
 
 @triton.jit
-def _gates(gate_ptr, at, first, keys, slots, SLOTS: tl.constexpr, REVERSE: tl.constexpr):
+def _gates(gate_ptr, at, offsets, first, keys, slots, SLOTS: tl.constexpr, REVERSE: tl.constexpr):
     """Log decays on the way into each position: forward its own, backward that of the position above."""
     if REVERSE:
         at += 1
-    return rows_at(gate_ptr, at, first, keys, SLOTS, slots, SLOTS)
+    return rows_at(gate_ptr, at, offsets, first, keys, SLOTS, slots, SLOTS)
 
 
 @triton.jit(
@@ -103,17 +103,18 @@ def sum_chunks(
         last_document = document_at(documents_ptr, last, first, keys)
     state = tl.zeros([BLOCK_SLOTS, BLOCK_WIDTH], tl.float32)
     total = tl.zeros([BLOCK_SLOTS], tl.float32)
+    offsets = (1 - 2 * REVERSE) * ranks
     for back in range(BLOCK, CHUNK + BLOCK, BLOCK):
-        at = position_of(chunk * CHUNK + CHUNK - back + ranks, length, REVERSE)
-        gates = _gates(gate_ptr, at, first, keys, slots, SLOTS, REVERSE)
+        at = position_of(chunk * CHUNK + CHUNK - back, length, REVERSE)
+        gates = _gates(gate_ptr, at, offsets, first, keys, slots, SLOTS, REVERSE)
         _, after = _sums(gates, ranks, LEVELS)
         weight = tl.exp(after + total[None, :])
         if HAS_DOCUMENTS:
-            weight = tl.where((document_at(documents_ptr, at, first, keys) == last_document)[:, None], weight, 0.0)
+            weight = tl.where((document_at(documents_ptr, at + offsets, first, keys) == last_document)[:, None], weight, 0.0)
         total += tl.sum(gates, 0)
         for one in range(GROUP):
-            b = rows_at(b_ptr + one * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
-            c = rows_at(c_ptr + one * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
+            b = rows_at(b_ptr + one * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
+            c = rows_at(c_ptr + one * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
             state += tl.dot(tl.trans(c * weight), b, input_precision=PRECISION)
     inside = (slots < SLOTS)[:, None] & (columns < WIDTH)[None, :]
     states_ptr += (line * (chunks + 1) + chunk) * (SLOTS * WIDTH)
@@ -161,23 +162,23 @@ def read_slots(
     states_ptr += (line * (chunks + 1) + chunk) * (SLOTS * WIDTH)
     state_inside = (slots < SLOTS)[:, None] & (columns < WIDTH)[None, :]
     state = tl.load(states_ptr + slots[:, None] * WIDTH + columns[None, :], mask=state_inside, other=0.0)
-    for start in range(0, CHUNK, BLOCK):
-        begin = chunk * CHUNK + start
-        at = position_of(begin + ranks, length, REVERSE)
-        gates = _gates(gate_ptr, at, first, keys, slots, SLOTS, REVERSE)
+    offsets = (1 - 2 * REVERSE) * ranks
+    for begin in range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
+        at = position_of(begin, length, REVERSE)
+        gates = _gates(gate_ptr, at, offsets, first, keys, slots, SLOTS, REVERSE)
         before, after = _sums(gates, ranks, LEVELS)
         reach, tail, kept = tl.exp(before), tl.exp(after), tl.exp(tl.sum(gates, 0))
         if HAS_DOCUMENTS:
-            document, old, new = _documents(documents_ptr, begin, ranks, length, first, keys, BLOCK, REVERSE)
+            document, old, new = _documents(documents_ptr, begin, offsets, length, first, keys, BLOCK, REVERSE)
             reach = tl.where((document == old)[:, None], reach, 0.0)
             tail = tl.where((document == new)[:, None], tail, 0.0)
             kept = tl.where(old == new, kept, 0.0)
         for one in range(A_GROUP):
-            a = rows_at(a_ptr + one * a_stride_h, at, a_first, a_rows, a_stride_row, columns, WIDTH)
+            a = rows_at(a_ptr + one * a_stride_h, at, offsets, a_first, a_rows, a_stride_row, columns, WIDTH)
             y = product(a, tl.trans(state), PRECISION) * reach
             for other in range(B_GROUP):
-                b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
-                c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
+                b = rows_at(b_ptr + other * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
+                c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
                 pairs = product(a, tl.trans(b), PRECISION)
                 if HAS_DOCUMENTS:
                     pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
@@ -187,14 +188,14 @@ def read_slots(
                     to_edge, before, after = _halves(before, after, ranks, level)
                     split = tl.where(_across(ranks, level), pairs, 0.0)
                     y += tl.dot(split, c * to_edge, input_precision=PRECISION) * to_edge
-            row = at - a_first
+            row = at - a_first + offsets
             inside = ((row >= 0) & (row < a_rows))[:, None] & (slots < SLOTS)[None, :]
-            place = (one * a_rows.to(tl.int64) + row)[:, None] * SLOTS + slots[None, :]
-            tl.store(y_ptr + place, y * scale, mask=inside)
+            place = y_ptr + (one * a_rows.to(tl.int64) + at - a_first) * SLOTS + (offsets[:, None] * SLOTS + slots[None, :])
+            tl.store(place, y * scale, mask=inside)
         state *= kept[:, None]
         for other in range(B_GROUP):
-            b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
-            c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
+            b = rows_at(b_ptr + other * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
+            c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
             state += tl.dot(tl.trans(c * tail), b, input_precision=PRECISION)
 
 
@@ -205,16 +206,14 @@ def read_slots(
     ]
 )  # fmt: skip
 def read_values(
-    w_ptr, b_ptr, c_ptr, gate_ptr, y_ptr, lse_ptr, seen_ptr, documents_ptr, states_ptr,
+    w_ptr, b_ptr, c_ptr, gate_ptr, y_ptr, documents_ptr, states_ptr,
     b_stride_b, b_stride_h, b_stride_row, y_stride_b, y_stride_h, y_stride_row, documents_stride_b,
     a_first, a_rows, b_first, b_rows, first, keys, heads, chunks, first_chunk, read_chunk_count,
     A_GROUP: tl.constexpr, B_GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr,
-    SOFTMAX: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
-    ALIGN: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of columns, a chunk and a key head; ``BLOCK_SLOTS`` holds all slots. ``SOFTMAX``: w are scores, and their
-    softmax is taken; lse is written, and weights are zero where ``seen (.., rows)`` of the key head is."""
+    """One program a block of columns, a chunk and a key head; ``BLOCK_SLOTS`` holds all slots."""
     b_stride_row, y_stride_row = b_stride_row // ALIGN * ALIGN, y_stride_row // ALIGN * ALIGN
     b_stride_h, y_stride_h = b_stride_h // ALIGN * ALIGN, y_stride_h // ALIGN * ALIGN
     b_stride_b, y_stride_b = b_stride_b // ALIGN * ALIGN, y_stride_b // ALIGN * ALIGN
@@ -234,37 +233,25 @@ def read_values(
     states_ptr += (line * (chunks + 1) + chunk) * (SLOTS * WIDTH)
     state_inside = (slots < SLOTS)[:, None] & (columns < WIDTH)[None, :]
     state = tl.load(states_ptr + slots[:, None] * WIDTH + columns[None, :], mask=state_inside, other=0.0)
-    for start in range(0, CHUNK, BLOCK):
-        begin = chunk * CHUNK + start
-        at = position_of(begin + ranks, length, REVERSE)
-        gates = _gates(gate_ptr, at, first, keys, slots, SLOTS, REVERSE)
+    offsets = (1 - 2 * REVERSE) * ranks
+    for begin in range(chunk * CHUNK, chunk * CHUNK + CHUNK, BLOCK):
+        at = position_of(begin, length, REVERSE)
+        gates = _gates(gate_ptr, at, offsets, first, keys, slots, SLOTS, REVERSE)
         before, after = _sums(gates, ranks, LEVELS)
         reach, tail, kept = tl.exp(before), tl.exp(after), tl.exp(tl.sum(gates, 0))
         if HAS_DOCUMENTS:
-            document, old, new = _documents(documents_ptr, begin, ranks, length, first, keys, BLOCK, REVERSE)
+            document, old, new = _documents(documents_ptr, begin, offsets, length, first, keys, BLOCK, REVERSE)
             reach = tl.where((document == old)[:, None], reach, 0.0)
             tail = tl.where((document == new)[:, None], tail, 0.0)
             kept = tl.where(old == new, kept, 0.0)
-        row = at - a_first
+        row = at - a_first + offsets
         is_row = (row >= 0) & (row < a_rows)
         for one in range(A_GROUP):
-            w = rows_at(w_ptr + one * a_rows.to(tl.int64) * SLOTS, at, a_first, a_rows, SLOTS, slots, SLOTS)
-            if SOFTMAX:
-                w = tl.where((slots < SLOTS)[None, :], w, float("-inf"))
-                top = tl.max(w, 1)
-                w = tl.exp(w - top[:, None])
-                total = tl.sum(w, 1)
-                w /= total[:, None]
-                if HAS_SEEN:
-                    seen = tl.load(seen_ptr + line * a_rows + row, mask=is_row, other=0)
-                    w = tl.where((seen != 0)[:, None], w, 0.0)
-                if part == 0:
-                    lse_place = lse_ptr + (line * A_GROUP + one) * a_rows + row
-                    tl.store(lse_place, top + tl.log(total), mask=is_row)
+            w = rows_at(w_ptr + one * a_rows.to(tl.int64) * SLOTS, at, offsets, a_first, a_rows, SLOTS, slots, SLOTS)
             y = product(w * reach, state, PRECISION)
             for other in range(B_GROUP):
-                b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
-                c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
+                b = rows_at(b_ptr + other * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
+                c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
                 pairs = tl.where(ranks[:, None] == ranks[None, :], tl.sum(w * c, 1)[:, None], 0.0)
                 before, after = gates, tl.zeros_like(gates)
                 for level in tl.static_range(LEVELS):
@@ -274,10 +261,11 @@ def read_values(
                 if HAS_DOCUMENTS:
                     pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
                 y += tl.dot(pairs, b, input_precision=PRECISION)
-            place = y_ptr + one * y_stride_h + row.to(tl.int64)[:, None] * y_stride_row + columns[None, :]
+            place = y_ptr + one * y_stride_h + (at - a_first).to(tl.int64) * y_stride_row
+            place += offsets[:, None] * y_stride_row + columns[None, :]
             tl.store(place, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & (columns < WIDTH)[None, :])
         state *= kept[:, None]
         for other in range(B_GROUP):
-            b = rows_at(b_ptr + other * b_stride_h, at, b_first, b_rows, b_stride_row, columns, WIDTH)
-            c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, b_first, b_rows, SLOTS, slots, SLOTS)
+            b = rows_at(b_ptr + other * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
+            c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
             state += tl.dot(tl.trans(c * tail), b, input_precision=PRECISION)

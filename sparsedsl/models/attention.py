@@ -201,7 +201,9 @@ def _run(
     return out.transpose(1, 2).contiguous()
 
 
-def _tables(binding: Binding, wanted: frozenset[str], known: dict[str, torch.Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+def _tables(
+    binding: Binding, wanted: frozenset[str], known: dict[str, torch.Tensor], arguments: dict[str, Any]
+) -> dict[str, Any]:
     """The tables that are data of the call, by name."""
     tables = {name: known[name] for name in wanted if name in known}
     if "sinks" in wanted:

@@ -70,7 +70,12 @@ def fitted(program: Program, index: int, native: Pattern, scale: float | None, h
             score = pattern.score if pattern.has_score else native.score
             kept = scale if pattern.scale is None else pattern.scale
             return dataclasses.replace(node, pattern=Pattern(pattern.mask, score, pattern.sink, kept))
-        if isinstance(node, (Dot, Bound, Probe, Recall, Linear)) and node.scale is None and scale is not None and _is_query(node.x):
+        if (
+            isinstance(node, (Dot, Bound, Probe, Recall, Linear))
+            and node.scale is None
+            and scale is not None
+            and _is_query(node.x)
+        ):
             return dataclasses.replace(node, scale=scale)
         return node
 

@@ -415,7 +415,11 @@ class Compact(Branch):
     tokens: Tokens
     inside: Branch
     function: ClassVar[str] = "compact"
-    has_lse: ClassVar[bool] = True
+
+    @property
+    def weighable(self) -> bool:
+        """As what runs inside."""
+        return self.inside.weighable
 
     @property
     def inputs(self) -> tuple[Node, ...]:  # type: ignore[override]

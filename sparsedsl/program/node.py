@@ -17,7 +17,7 @@ from sparsedsl.lang.printing import expression_text
 
 __all__ = ["Node", "nodes_in", "one_of"]
 
-_known: WeakValueDictionary[str, Node] = WeakValueDictionary()
+_known: WeakValueDictionary[Any, Node] = WeakValueDictionary()
 N = TypeVar("N", bound="Node")
 
 
@@ -60,6 +60,12 @@ class Node:
         return tuple(found)
 
     @functools.cached_property
+    def tensors(self) -> tuple[Any, ...]:
+        """The tensors bound to tables of its expressions, and of those of its inputs: no text form tells them apart."""
+        own = [x for field in dataclasses.fields(self) for x in _bound_in(getattr(self, field.name))]
+        return (*own, *(x for node in self.inputs for x in node.tensors))
+
+    @functools.cached_property
     def key(self) -> str:
         """A hash (32 hex digits), the same in every process."""
         words = [self.function, *(f"{name}={_text(value, lambda node: node.key)}" for name, value in self.arguments.items())]
@@ -79,7 +85,9 @@ class Node:
         return f"{self.function}({', '.join(words)})"
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Node) and self.key == other.key)
+        if self is other:
+            return True
+        return isinstance(other, Node) and self.key == other.key and list(map(id, self.tensors)) == list(map(id, other.tensors))
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -100,7 +108,7 @@ def _again(kind: type[N], values: tuple[Any, ...]) -> N:
 
 def one_of(node: N) -> N:
     """The one object that stands for what this node says."""
-    return _known.setdefault(node.key, node)  # type: ignore[return-value]
+    return _known.setdefault((node.key, *map(id, node.tensors)), node)  # type: ignore[return-value]
 
 
 def nodes_in(value: Any) -> list[Node]:
@@ -115,6 +123,13 @@ def nodes_in(value: Any) -> list[Node]:
     if dataclasses.is_dataclass(value):
         return [node for field in dataclasses.fields(value) for node in nodes_in(getattr(value, field.name))]
     return []
+
+
+def _bound_in(value: Any) -> list[Any]:
+    """The tensors bound to tables of an argument."""
+    if isinstance(value, (Expression, Pattern)):
+        return [x for _, x in sorted(value.bound.items()) if not isinstance(x, Node)]
+    return [x for part in value for x in _bound_in(part)] if isinstance(value, tuple) else []
 
 
 def _text(value: Any, name: Any) -> str:

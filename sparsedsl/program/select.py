@@ -88,7 +88,7 @@ def _check(function: str, scores: Any, among: Any, forced: Any, name: Any) -> tu
 class TopK(Select):
     """The ``count`` best candidates."""
 
-    count: int = 1
+    count: int
     among: Mask | None = None
     forced: Mask | None = None
     extra: bool = False
@@ -129,7 +129,7 @@ def _flag(function: str, word: str, value: Any) -> bool:
 class TopP(Select):
     """The best candidates that hold a share of the mass."""
 
-    share: float = 1.0
+    share: float
     inclusive: bool = True
     unmet: str = "all"
     among: Mask | None = None
@@ -179,7 +179,7 @@ def top_p(
 class Threshold(Select):
     """The candidates with at least some score."""
 
-    least: float = 0.0
+    least: float
     among: Mask | None = None
     forced: Mask | None = None
     name: str = ""

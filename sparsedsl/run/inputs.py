@@ -18,7 +18,7 @@ from sparsedsl.lang.tables import TableSpec
 from sparsedsl.run.mapping import samples, stacked
 from sparsedsl.run.surroundings import is_transformed
 
-__all__ = ["FLOATS", "Call", "bind_tables", "check_call", "check_table"]
+__all__ = ["FLOATS", "Call", "bind_tables", "check_call", "check_shapes", "check_table"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -83,7 +83,7 @@ def check_call(
             raise ShapeError(
                 f"{name} has no heads or no head_dim: shape {tuple(tensor.shape)}; both must be at least 1 (batch and length may be 0)"
             )
-    _check_shapes(q, k, v)
+    check_shapes(q, k, v)
     if isinstance(q_offset, torch.Tensor) and q_offset.ndim == 0 and not q_offset.is_floating_point():
         q_offset = int(q_offset)
     if isinstance(q_offset, bool) or not isinstance(q_offset, numbers.Integral) or q_offset < 0:
@@ -107,7 +107,12 @@ def _is_empty(q: torch.Tensor, k: torch.Tensor) -> bool:
     return 0 in (q.shape[0], q.shape[2], k.shape[2])
 
 
-def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Whether q, k and v fit each other.
+
+    Raises :class:`~sparsedsl.ShapeError`.
+    """
+
     def wrong(what: str) -> ShapeError:
         return ShapeError(
             f"{what}. q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.run.compile import Attention
+from sparsedsl.run.attention import Attention
 from sparsedsl.run.compile import compile as compile_pattern
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code, pattern_code
 from sparsedsl.testing.numerics import Results, expect, gradients
+from sparsedsl.testing.program_matching import assert_program_matches, compiled_program, is_program
 
 __all__ = ["assert_matches_reference", "attention_code"]
 
@@ -36,29 +37,33 @@ def assert_matches_reference(
     scale: float | None = None,
     **tables: Any,
 ) -> tuple[str, ...]:
-    """A compiled pattern gives what plain attention gives, as closely as its precision allows.
+    """A compiled pattern gives what plain attention gives, a compiled program what its nodes mean, as closely as its precision allows.
 
     Args:
-        attn: from :func:`sparsedsl.compile`; a bare pattern is compiled with ``backend="reference"``.
+        attn: from :func:`sparsedsl.compile`; a bare pattern or node is compiled with ``backend="reference"``.
         q: ``(B, Hq, Sq, D)``; any float dtype, strides and device the lowering takes.
         k: ``(B, Hkv, Skv, D)``.
         v: ``(B, Hkv, Skv, Dv)``.
         q_offset: position of the first query.
         scale: factor on the dot product.
-        tables: as in the call.
+        tables: as in the call; of a program its inputs too.
 
     Returns:
         The names of what was compared: ``"out"``, and as far as the lowering has them ``"lse"``, ``"dq"``, ``"dk"``, ``"dv"``
-        and ``"d<table>"`` for learned tables.
+        and ``"d<table>"`` for learned tables and inputs; of a program that chooses ``"choices"`` before them.
 
     The error against float64 may be twice that of plain attention in the same precision, plus one rounding; what should be finite
-    must be. Empty rows must give 0 and an LSE of ``-inf``, and zero gradients.
+    must be. Empty rows must give 0 and an LSE of ``-inf``, and zero gradients. For programs see :mod:`sparsedsl.testing.program_numbers`:
+    in float64 choices must be the same.
 
     >>> import torch, sparsedsl as sd
     >>> q = k = v = torch.randn(1, 2, 9, 16)
     >>> assert_matches_reference(sd.compile(sd.kv_idx <= sd.q_idx, backend="reference"), q, k, v)
     ('out', 'lse', 'dq', 'dk', 'dv')
     """
+    if is_program(attn):
+        tensors = {"q": q, "k": k, "v": v, **tables}
+        return assert_program_matches(compiled_program(attn), tensors, q_offset=q_offset, scale=scale)
     attn = as_attention(attn)
     got, cotangents = run_all(attn, q, k, v, q_offset=q_offset, scale=scale, tables=tables)
     known = attn.pattern.bound | tables

@@ -102,6 +102,8 @@ class Expected:
         wanted = self.values[name] if wanted is None else wanted
         if got.shape != wanted.shape:
             return f"{name} has shape {tuple(got.shape)}, wanted {tuple(wanted.shape)}"
+        if not wanted.numel():
+            return None
         got = got.detach().double().cpu()
         strange = ~(torch.isfinite(got) == torch.isfinite(wanted)) | torch.isnan(got) | (torch.isinf(got) & (got != wanted))
         off = torch.where(torch.isfinite(got) & torch.isfinite(wanted), (got - wanted).abs(), 0.0)
@@ -182,7 +184,8 @@ def gradients(
     total = (out * d_out.to(out)).sum()
     if lse is not None and d_lse is not None:
         total = total + (torch.where(torch.isfinite(lse), lse, 0.0) * d_lse.to(lse)).sum()
-    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    # where nothing is attended to at all, results may be constants
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True) if total.requires_grad else [None] * len(leaves)
     return {f"d{n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
 
 

@@ -196,7 +196,11 @@ def _scores(draw: st.DrawFn, unit: int, q_unit: int) -> scores.Scores:
         elif kind == "mass":
             found = found.softmax(draw(st.sampled_from((CAUSAL, True))) if q_unit > 1 else CAUSAL)
     if found.axes[1] == "heads" and draw(st.booleans()):
-        found = found.over_group(draw(st.sampled_from(_HOW))) if draw(st.booleans()) else found.over_heads(draw(st.sampled_from(_HOW)))
+        found = (
+            found.over_group(draw(st.sampled_from(_HOW)))
+            if draw(st.booleans())
+            else found.over_heads(draw(st.sampled_from(_HOW)))
+        )
     return found
 
 
@@ -263,7 +267,11 @@ def _by_blocks(draw: st.DrawFn, heads: int, causal: bool) -> Any:
 
 @st.composite
 def _key_scores(draw: st.DrawFn, *, before: bool = False) -> scores.KeyScores:
-    words = {"causal": True, "keep": "before"} if before else {"causal": draw(st.booleans()), "complete": draw(st.sampled_from((1, 8)))}
+    words = (
+        {"causal": True, "keep": "before"}
+        if before
+        else {"causal": draw(st.booleans()), "complete": draw(st.sampled_from((1, 8)))}
+    )
     found: Any = scores.probe(tensors.q, tensors.k, rows=draw(st.sampled_from((1, 4, 16))), **words)
     return orders_smooth(found, draw(st.sampled_from((1, 3))))
 
@@ -278,9 +286,7 @@ def _sorted(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     """Keys sorted within segments, and blocks of them chosen."""
     block, segment = draw(st.sampled_from(((4, 8), (8, 8), (4, 16))))
     seen = draw(_key_scores())
-    order = orders.segment_sort(
-        seen.over_group("mean") if draw(st.booleans()) else seen, segment, descending=draw(st.booleans())
-    )
+    order = orders.segment_sort(seen.over_group("mean") if draw(st.booleans()) else seen, segment, descending=draw(st.booleans()))
     k, v = orders.take(tensors.k, order), orders.take(tensors.v, order)
     earlier, same = kv_idx // segment < q_idx // segment, kv_idx // segment == q_idx // segment
     pooled = tensors.summary(tensors.q, block, pad="zero"), tensors.summary(k, block, pad="zero")
@@ -294,7 +300,9 @@ def _compact(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     """A program on a subset of the tokens."""
     rule = draw(st.sampled_from(("tail", "cover")))
     share = {rule: draw(st.sampled_from((0.1, 0.5, 0.9)))}
-    kept = orders.keep_tokens(draw(_key_scores(before=True)), least=draw(st.integers(0, 6)), always=draw(st.sampled_from((0, 4))), **share)
+    kept = orders.keep_tokens(
+        draw(_key_scores(before=True)), least=draw(st.integers(0, 6)), always=draw(st.sampled_from((0, 4))), **share
+    )
     inside = draw(st.sampled_from((_static, _sorted)))(heads, causal)
     return branches.compact(kept, draw(inside))
 

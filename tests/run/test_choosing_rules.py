@@ -68,8 +68,8 @@ def places(x):
 
 @given(
     rows=st.integers(1, 4),
-    size=st.integers(1, 60),
-    k=st.integers(1, 8),
+    size=st.integers(1, 250),
+    k=st.integers(1, 5),
     group=st.integers(1, 7),
     dtype=DTYPES,
     seed=st.integers(0, 99),
@@ -83,6 +83,14 @@ def test_the_best_are_those_of_a_stable_sort(rows, size, k, group, dtype, seed):
         values, found = best(scores, k)
     wanted = torch.sort(scores, dim=-1, descending=True, stable=True)
     assert torch.equal(values, wanted.values[..., :k]) and torch.equal(found, wanted.indices[..., :k])
+
+
+def test_equal_numbers_of_groups_stay_in_the_order_of_their_places(monkeypatch):
+    """The group of the greatest number comes later than one that holds an equal second."""
+    monkeypatch.setattr(ranking, "GROUP", 3)
+    x = torch.zeros(60)
+    x[[4, 40, 41]] = torch.tensor([7.0, 9.0, 7.0])
+    assert best(x, 2)[1].tolist() == [40, 4]
 
 
 def test_extreme_numbers_are_ordered():
@@ -439,6 +447,14 @@ def test_empty_problems(shape):
     for picks in (top_k(source, 2), top_p(source, 0.5, measure="softmax"), threshold(source, 0.0)):
         assert picks.indices.shape[:3] == picks.counts.shape == shape[:3]
         assert picks.indices.shape[3] <= shape[3] and int(picks.counts.sum()) == int((picks.indices >= 0).sum())
+
+
+def test_what_is_computed_beyond_the_reach_is_not_looked_at():
+    """Products are made a little wider than the reach, so that few shapes occur."""
+    values = torch.arange(1000.0).view(1, 1, 1, 1000)
+    within = Candidates(reach=lambda rows: (0, 901))
+    assert top_k(TensorScores(values), 2, within).indices.tolist() == [[[[899, 900]]]]
+    assert threshold(TensorScores(values), 899.0, within).indices.tolist() == [[[[899, 900]]]]
 
 
 def test_units_out_of_reach_are_never_scored():

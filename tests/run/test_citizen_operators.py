@@ -133,6 +133,8 @@ def test_only_the_gradients_that_are_asked_for(backend):
 class Counted:
     """What the operators take for a compiled pattern: a lowering with two passes of its own, which it counts."""
 
+    has_lse, one_call, reads_batch = True, True, False
+
     def __init__(self, pattern):
         self.pattern, self.passes, self.plain = pattern, [], sd.compile(pattern, backend="reference")
 

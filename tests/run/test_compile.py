@@ -92,10 +92,10 @@ def test_explain_says_what_would_happen():
 
 
 def test_lists_are_remembered_while_tables_live_unchanged(monkeypatch):
-    from sparsedsl.run import compile as module
+    from sparsedsl.run import attention as module
 
     made = []
-    monkeypatch.setattr(module, "classify", lambda *a: made.append(a) or classify(*a))
+    monkeypatch.setattr(module, "classify", lambda *a, **words: made.append(a) or classify(*a, **words))
     from sparsedsl.analysis.tiles import classify
 
     attn = sd.compile(causal & (doc[q_idx] == doc[kv_idx]))

@@ -89,6 +89,14 @@ class RegroupedScores(ScoreSource):
     def cell_bytes(self) -> int:
         return self.source.cell_bytes * (self.size + 1)
 
+    @property
+    def unit_bytes(self) -> int:
+        return self.source.unit_bytes * self.size
+
+    @property
+    def row_bytes(self) -> int:
+        return self.source.row_bytes
+
     def leaves(self) -> tuple[Leaf, ...]:
         return self.source.leaves()
 

@@ -73,8 +73,6 @@ def top_p(
         sums = mass.gather(-1, order).cumsum(-1)
         before = (sums < p).sum(-1, keepdim=True)
         kept = before + 1 if inclusive else before
-        if counted is not None:
-            kept = torch.maximum(kept, counted.sum(-1, keepdim=True))
         rank = torch.arange(scores.shape[-1], device=scores.device)
         table = torch.zeros_like(chosen).scatter_(-1, order, rank < kept)
         table &= chosen if counted is None else chosen | counted

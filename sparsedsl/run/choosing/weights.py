@@ -18,7 +18,7 @@ Rule = Literal["softmax", "softmax1", "stick_breaking", "sigmoid", "raw"]
 def weights_of(scores: Tensor, rule: Rule = "softmax") -> tuple[Tensor, Tensor]:
     """Weights ``(B, H, R, W)`` of picked units and the log of their total ``(B, H, R)``, both differentiable.
 
-    ``scores (B, H, R, W)``, ascending units, -inf where a slot is empty: its weight is 0. A row of empty slots: all 0, and -inf.
+    ``scores (B, H, R, W)``, ascending units, -inf where a slot is empty: its weight is 0. A row of empty slots: all 0, and -inf (0 for "softmax1").
 
     - "softmax": over the slots; the total is the sum of ``exp(score)``.
     - "softmax1": with a zero logit more that takes its share and gives nothing; the total has its 1.
@@ -32,7 +32,8 @@ def weights_of(scores: Tensor, rule: Rule = "softmax") -> tuple[Tensor, Tensor]:
     tensor([[[[0.3333, 0.3333, 0.0000]]]])
     """
     empty = scores == float("-inf")
-    none = empty.all(-1)
+    # The zero logit of softmax1 is there without slots too, as a sink is.
+    none = empty.all(-1) & (rule != "softmax1")
     safe = scores.masked_fill(empty, 0.0)
     match rule:
         case "softmax" | "softmax1":

@@ -12,6 +12,7 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.pattern import attend
 from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.branches import Linear, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.tensors import Input
 from sparsedsl.run.inputs import FLOATS, Call, check_call, check_table
@@ -84,6 +85,7 @@ def check_program_call(
         "batch": q.shape[0], "heads": q.shape[1], "kv_heads": k.shape[1], "queries": q.shape[2], "keys": k.shape[2],
         "head_dim": q.shape[3], "value_dim": v.shape[3],
     }  # fmt: skip
+    _check_recurrent(program, plain)
     inputs: dict[Input, Tensor] = {}
     for node in program.everything:
         if not isinstance(node, Input):
@@ -102,6 +104,18 @@ def check_program_call(
             raise TableError(f"missing table {name}: pass {name}=tensor with the call")
         tables[name] = check_table(spec, given[name], ranks[name], q.device)
     return ProgramCall(program, inputs, tables, plain.domain.q_offset, None if scale is None else plain.scale, state or {})
+
+
+def _check_recurrent(program: Program, plain: Call) -> None:
+    """A recurrence says nothing of queries that stand beyond its last key."""
+    last, keys = plain.domain.q_offset + plain.q.shape[2], plain.k.shape[2]
+    for node in program.everything:
+        delay = node.memory.delay if isinstance(node, Recall) else 0 if isinstance(node, Linear) else None
+        if delay is not None and last - delay > keys:
+            raise ShapeError(
+                f"{node.label} runs along the keys: the query at position {last - 1} wants keys up to position {last - 1 - delay}, but k and v "
+                f"hold {keys}. Pass all keys up to the last query, or the state of those before"
+            )
 
 
 def _ranks(part: Any) -> dict[str, int]:

@@ -15,6 +15,7 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.expressions import Mask, as_mask, b, h, kv_idx, q_idx, score, table
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.run.attention import Attention
 from sparsedsl.run.picked.attention import picked_attention
 from sparsedsl.run.picked.picks import Picks
 from sparsedsl.run.programs.candidates import constant_in_units
@@ -38,6 +39,8 @@ class Kernels:
     most_table_entries: int = 1 << 24
     # Whether choices for single queries are handed over as whole tables.
     whole_tables: bool = False
+    # Whether lists of full tiles are run as they are.
+    whole_tiles: bool = False
 
     def attend(
         self,
@@ -58,8 +61,6 @@ class Kernels:
 
     def attention(self, pattern: Pattern, *, minimal: bool) -> Any:
         """The compiled pattern, remembered with its lists."""
-        from sparsedsl.run.compile import Attention
-
         return _ATTENTIONS.get((pattern, self.inner, minimal), [], lambda: Attention(pattern, self.inner, minimal=minimal))
 
     def inside(self, mask: Any, among: Mask | None, kv_unit: int, domain: Domain) -> Any:
@@ -207,4 +208,4 @@ def kernels_of(backend: str, *, triton: bool) -> Kernels:
         return FlexKernels("flex", "flex", whole_tables=True)
     if backend == "triton" or (backend == "auto" and triton):
         return TritonKernels(backend, backend)
-    return TorchKernels(backend, backend)
+    return TorchKernels(backend, backend, whole_tiles=True)

@@ -40,8 +40,10 @@ from sparsedsl.run.choosing.mass_rules import threshold, top_p
 from sparsedsl.run.choosing.rules import top_k
 from sparsedsl.run.choosing.scores import DotScores, ScoreSource
 from sparsedsl.run.choosing.weights import weights_of
+from sparsedsl.run.differentiable import differentiable
 from sparsedsl.run.inputs import check_call
 from sparsedsl.run.picked.picks import Picks
+from sparsedsl.run.programs.block_choices import WholeTiles, split, whole_tiles
 from sparsedsl.run.programs.call import ProgramCall
 from sparsedsl.run.programs.candidates import candidates_of, unit_rule
 from sparsedsl.run.programs.kernels import Kernels
@@ -52,6 +54,8 @@ __all__ = ["Lowered"]
 
 Tensor = torch.Tensor
 NEVER = float("-inf")
+# Tokens in the smallest tile that is worth a product of its own.
+SMALLEST_TILE = 16
 
 
 class Lowered(Reference):
@@ -247,8 +251,33 @@ class Lowered(Reference):
         """Choices for blocks of queries, and orders, as tables of an ordinary pattern."""
         parts = [self.concrete(node.pattern.mask), self.concrete(node.pattern.score)]
         mask, score = (type(whole)(expr) for whole, (expr, _) in zip((node.pattern.mask, node.pattern.score), parts, strict=True))
-        pattern = Pattern(mask, score, node.pattern.sink, node.pattern.scale)
-        return self._static(node, pattern, q, k, v, parts[0][1] | parts[1][1])
+        pattern, tables = Pattern(mask, score, node.pattern.sink, node.pattern.scale), parts[0][1] | parts[1][1]
+        units = {choice.units for choice in node.selections}
+        if self.kernels.whole_tiles and len(units) == 1:
+            found = self._by_blocks(pattern, *units.pop(), q, k, v, tables)
+            if found is not None:
+                return found
+        return self._static(node, pattern, q, k, v, tables)
+
+    def _by_blocks(
+        self, pattern: Pattern, q_unit: int, kv_unit: int, q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor] | None:
+        """What is the same for all pairs of two blocks as full tiles, the rest as an ordinary mask, one softmax over both."""
+        parts = split(pattern.mask.expr, q_unit, kv_unit)
+        if parts is None or min(q_unit, kv_unit) < SMALLEST_TILE:
+            return None
+        whole = Pattern(Mask(parts[0]), pattern.score, None, pattern.scale)
+        given = {name: tables[name] if name in tables else self.call.tables[name] for name in pattern.tables}
+        domain = replace(self.domain, tables={name: given[name] for name in whole.tables})
+        rule = unit_rule(parts[0], domain, q_unit, kv_unit, self.domain.heads, {})
+        lists = whole_tiles(rule, domain, self.domain.heads, q_unit, kv_unit)
+        call = check_call(whole, q, k, v, domain.tables, q_offset=self.domain.q_offset, scale=self.call.scale)
+        found: list[Any] = [differentiable(WholeTiles(whole, lists), call)]
+        if parts[1] != sympy.false or pattern.sink is not None:
+            rest = Pattern(Mask(parts[1]), pattern.score, pattern.sink, pattern.scale)
+            own = {name: given[name] for name in rest.tables}
+            found.append(self.kernels.attend(rest, q, k, v, own, q_offset=self.domain.q_offset, scale=self.call.scale, lse=True))
+        return found[0] if len(found) == 1 else merged(found)
 
     def _static(
         self, node: Attend, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor]

@@ -245,6 +245,8 @@ class Reference:
     def _smooth(self, node: Smooth) -> Tensor:
         x = self.value(node.x)
         kept = x.shape[2] - (self._probing(node) if self._before(node) else 0)
+        if not kept:
+            return x
         pooled = functional.avg_pool1d(x[:, :, :kept].flatten(0, 1)[:, None], node.pool, 1, node.pool // 2)
         return functional.pad(pooled[:, 0].unflatten(0, x.shape[:2]), (0, x.shape[2] - kept))
 
@@ -542,8 +544,13 @@ class Reference:
     def _compact(self, node: Compact) -> tuple[Tensor, Tensor | None]:
         kept = self.value(node.tokens)
         q, k, v = (spread(self.value(x), self.call.q.shape[1]) for x in node.inputs[1:])
-        outs, lses = [], []
+        outs: list[Tensor] = []
+        lses: list[Tensor | None] = []
         for entry, index in enumerate(kept):
+            if not index.numel():  # nothing was kept
+                outs.append(q.new_zeros((1, *q.shape[1:3], v.shape[3])))
+                lses.append(q.new_full((1, *q.shape[1:3]), NEVER, dtype=self.call.dtype))
+                continue
             rows = index[None, :, :, None]
             inner = {
                 name: x[entry : entry + 1].gather(2, rows.expand(-1, -1, -1, x.shape[3]))
@@ -552,9 +559,9 @@ class Reference:
             out, lse = self.inside(node, inner)
             full = out.new_zeros((1, *q.shape[1:3], v.shape[3]))
             outs.append(full.scatter(2, rows.expand(-1, -1, -1, v.shape[3]), out))
-            if lse is not None:
-                lses.append(lse.new_full((1, *q.shape[1:3]), NEVER).scatter(2, index[None], lse))
-        return torch.cat(outs), torch.cat(lses) if lses else None
+            lses.append(None if lse is None else lse.new_full((1, *q.shape[1:3]), NEVER).scatter(2, index[None], lse))
+        known = [lse for lse in lses if lse is not None]
+        return torch.cat(outs), torch.cat(known) if len(known) == len(lses) else None
 
     def inside(self, node: Compact, inner: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """What runs on the kept tokens of one batch entry."""

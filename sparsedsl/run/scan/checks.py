@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import ShapeError, UnsupportedError
-from sparsedsl.run.inputs import FLOATS, _check_shapes
+from sparsedsl.run.inputs import FLOATS, check_shapes
 
 __all__ = ["check_number", "check_position", "check_qkv", "check_rows", "check_tensor", "count_documents"]
 
@@ -19,7 +19,7 @@ def check_qkv(q: Any, k: Any, v: Any) -> None:
         check_tensor(name, tensor, (None, None, None, None), "(batch, heads, length, head_dim)")
         if 0 in (tensor.shape[1], tensor.shape[3]):
             raise ShapeError(f"{name} has no heads or no head_dim: shape {tuple(tensor.shape)}; both must be at least 1")
-    _check_shapes(q, k, v)
+    check_shapes(q, k, v)
 
 
 def check_tensor(

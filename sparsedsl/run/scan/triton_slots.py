@@ -209,17 +209,40 @@ class _Slots:
         width = b.shape[3]
         block_width = min(filled(width), self.job.tiles.columns)
         values = self._reading(weights.shape[2], width, reverse=reverse) | operands(b=b, y=y) | {
-            "w_ptr": weights, "c_ptr": c, "lse_ptr": weights if lse is None else lse, "seen_ptr": self._seen(weights),
-            "states_ptr": states, "b_rows": b.shape[2], "BLOCK_WIDTH": block_width, "SOFTMAX": lse is not None,
-            "HAS_SEEN": self.job.seen is not None,
+            "w_ptr": weights, "c_ptr": c, "states_ptr": states, "b_rows": b.shape[2], "BLOCK_WIDTH": block_width,
         }  # fmt: skip
         programs = in_tiles(width, block_width) * values["read_chunk_count"] * states.shape[0]
         launch(slot_scan.read_values, programs, values, warps=self.job.tiles.warps)
         return y
 
-    def _seen(self, other: Tensor) -> Tensor:
-        """As numbers: Triton's interpreter has no booleans in memory."""
-        return other if self.job.seen is None else self.job.seen.view(torch.int8)
+    def between(self, kernel: Any, scores: Tensor, **more: Any) -> None:
+        """A kernel that takes the rows of scores one by one."""
+        seen, slots = self.job.seen, scores.shape[3]
+        lines = scores.numel() // slots
+        values = {
+            "scores_ptr": scores, "rows": scores.shape[2], "group": self.group, "lines": lines, "SLOTS": slots,
+            "BLOCK_SLOTS": filled(slots), "BLOCK": self.job.tiles.block, "HAS_SEEN": seen is not None,
+            # Triton's interpreter has no booleans in memory.
+            "seen_ptr": scores if seen is None else seen.view(torch.int8),
+        }  # fmt: skip
+        launch(kernel, in_tiles(lines, self.job.tiles.block), values | more, warps=4)
+
+    def decay_gradient(
+        self, terms: Tensor, write_grads: tuple[Tensor, Tensor], states: dict[str, Tensor], width: int, width_v: int
+    ) -> Tensor:
+        """Gradient of the log decays, through what they keep and what they write. ``terms``: what rows of queries add to it."""
+        from sparsedsl.codegen.kernels import slot_weights
+
+        grad, slots = torch.empty_like(self.decay), self.decay.shape[3]
+        block_slots = min(filled(slots), self.job.tiles.columns)
+        values = self.values(reverse=False) | states | {
+            "terms_ptr": terms, "write_ptr": self.write, "write_grad_ptr": write_grads[0], "write_grad_v_ptr": write_grads[1],
+            "decay_grad_ptr": grad, "a_first": self.query_first, "a_rows": terms.shape[2], "WIDTH": width, "WIDTH_V": width_v,
+            "BLOCK_SLOTS": block_slots, "BLOCK_WIDTH": 32,
+        }  # fmt: skip
+        programs = in_tiles(slots, block_slots) * self.chunks * grad.shape[0] * grad.shape[1]
+        launch(slot_weights.decay_gradient, programs, values, warps=4)
+        return grad
 
 
 class _SlotScan(torch.autograd.Function):
@@ -229,6 +252,8 @@ class _SlotScan(torch.autograd.Function):
     def forward(
         job: _Job, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, keys: Tensor | None, values: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from sparsedsl.codegen.kernels import slot_weights
+
         q, k, v = plain(q, k, v)
         slots = _Slots.of(job, q, gate)
         key_states, value_states = (
@@ -236,9 +261,8 @@ class _SlotScan(torch.autograd.Function):
         )
         scores = slots.read_slots(q, k, slots.write, key_states, job.scale)
         out, lse = q.new_empty((*q.shape[:3], v.shape[3])), scores.new_empty(q.shape[:3])
-        slots.read_values(scores, v, slots.write, out, value_states, lse)
-        if job.seen is not None:
-            lse.unflatten(1, (-1, slots.group)).masked_fill_(~job.seen[:, :, None], job.lse_unseen)
+        slots.between(slot_weights.slot_weights, scores, lse_ptr=lse, lse_unseen=job.lse_unseen)
+        slots.read_values(scores, v, slots.write, out, value_states)
         lead = k.shape[:2]
         return out, lse, *(states[:, -1].clone().unflatten(0, lead) for states in (key_states, value_states))
 
@@ -253,13 +277,13 @@ class _SlotScan(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_keys: Tensor | None, grad_values: Tensor | None
     ) -> Any:
-        from sparsedsl.codegen.kernels import slot_gradients
+        from sparsedsl.codegen.kernels import slot_weights
 
         # States and scores again; the gradients of scores; the pass backward; the gates.
         job, (q, k, v, gate, keys, values) = ctx.job, ctx.saved_tensors
         q, k, v = plain(q, k, v)
         slots = _Slots.of(job, q, gate)
-        write, group, tiles = slots.write, slots.group, job.tiles
+        write = slots.write
         (grad_out,) = plain(q.new_zeros((*q.shape[:3], v.shape[3])) if grad_out is None else grad_out)
         key_states, value_states = (
             slots.states(b, write, _float32(before), reverse=False) for b, before in ((k, keys), (v, values))
@@ -267,14 +291,12 @@ class _SlotScan(torch.autograd.Function):
         scores = slots.read_slots(q, k, write, key_states, job.scale)
         terms = slots.read_slots(grad_out, v, write, value_states)
         weights, score_grads = torch.empty_like(scores), torch.empty_like(scores)
-        lines, count = scores.numel() // scores.shape[3], scores.shape[3]
-        arguments = {
-            "scores_ptr": scores, "terms_ptr": terms, "weights_ptr": weights, "grads_ptr": score_grads,
-            "lse_grad_ptr": scores if grad_lse is None else grad_lse.float().contiguous(), "seen_ptr": slots._seen(scores),
-            "rows": q.shape[2], "group": group, "lines": lines, "scale": job.scale, "SLOTS": count, "BLOCK_SLOTS": filled(count),
-            "BLOCK": tiles.block, "HAS_LSE_GRAD": grad_lse is not None, "HAS_SEEN": job.seen is not None,
-        }  # fmt: skip
-        launch(slot_gradients.weight_gradient, in_tiles(lines, tiles.block), arguments, warps=4)
+        more = {"terms_ptr": terms, "weights_ptr": weights, "grads_ptr": score_grads, "scale": job.scale}
+        more |= {
+            "lse_grad_ptr": scores if grad_lse is None else grad_lse.float().contiguous(),
+            "HAS_LSE_GRAD": grad_lse is not None,
+        }
+        slots.between(slot_weights.weight_gradient, scores, **more)
         grad_q = slots.read_values(score_grads, k, write, torch.empty_like(q), key_states)
         del scores
         key_grads = slots.states(q, score_grads, _float32(grad_keys), reverse=True)
@@ -285,15 +307,9 @@ class _SlotScan(torch.autograd.Function):
             slots.read_slots(k, q, score_grads, key_grads, reverse=True),
             slots.read_slots(v, grad_out, weights, value_grads, reverse=True),
         )
-        decay_grad, block_slots = torch.empty_like(write), min(filled(count), tiles.columns)
-        arguments = slots.values(reverse=False) | {
-            "terms_ptr": terms, "write_ptr": write, "write_grad_ptr": write_grads[0], "write_grad_v_ptr": write_grads[1],
-            "key_states_ptr": key_states, "key_grads_ptr": key_grads, "value_states_ptr": value_states, "value_grads_ptr": value_grads,
-            "decay_grad_ptr": decay_grad, "a_first": slots.query_first, "a_rows": q.shape[2], "WIDTH": k.shape[3],
-            "WIDTH_V": v.shape[3], "BLOCK_SLOTS": block_slots, "BLOCK_WIDTH": 32,
-        }  # fmt: skip
-        programs = in_tiles(count, block_slots) * slots.chunks * key_states.shape[0]
-        launch(slot_gradients.decay_gradient, programs, arguments, warps=4)
+        states = {"key_states_ptr": key_states, "key_grads_ptr": key_grads}
+        states |= {"value_states_ptr": value_states, "value_grads_ptr": value_grads}
+        decay_grad = slots.decay_gradient(terms, write_grads, states, k.shape[3], v.shape[3])
         grad_gate = (decay_grad * torch.sigmoid(-gate.detach().float()) / job.temperature).to(gate.dtype)
         before = (
             None if then is None else grads[:, -1].view(then.shape).to(then.dtype)

@@ -1,4 +1,4 @@
-"""Gradients of gated slots that are no scan: back through the softmax, and of the log decays."""
+"""What gated slots do between scans: the softmax, back through it, and the gradients of log decays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,38 @@ import triton.language as tl
 
 from sparsedsl.codegen.kernels.linear_scan import document_at, rows_at
 
-__all__ = ["decay_gradient", "weight_gradient"]
+__all__ = ["decay_gradient", "slot_weights", "weight_gradient"]
+
+
+@triton.jit
+def _weights(scores, seen_ptr, at, is_row, rows, group, HAS_SEEN: tl.constexpr):
+    """Softmax of a block's rows, lse, and which of them see anything; what sees nothing has no weights."""
+    top = tl.maximum(tl.max(scores, 1), -1e38)
+    weights = tl.exp(scores - top[:, None])
+    total = tl.maximum(tl.sum(weights, 1), 1e-38)
+    weights /= total[:, None]
+    seen = is_row
+    if HAS_SEEN:
+        seen = tl.load(seen_ptr + at // rows // group * rows + at % rows, mask=is_row, other=0) != 0
+        weights = tl.where(seen[:, None], weights, 0.0)
+    return weights, top + tl.log(total), seen
+
+
+@triton.jit(do_not_specialize=["rows", "group", "lines", "lse_unseen"])
+def slot_weights(
+    scores_ptr, lse_ptr, seen_ptr, rows, group, lines, lse_unseen,
+    SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK: tl.constexpr, HAS_SEEN: tl.constexpr,
+):  # fmt: skip
+    """Scores -> weights, in place, and lse. A program has ``BLOCK`` of all ``lines``, ``rows`` a head; ``seen`` has a row for each of the
+    ``group`` heads that share keys."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    slots = tl.arange(0, BLOCK_SLOTS)
+    place = at[:, None] * SLOTS + slots[None, :]
+    inside = (at < lines)[:, None] & (slots < SLOTS)[None, :]
+    scores = tl.load(scores_ptr + place, mask=inside, other=float("-inf"))
+    weights, lse, seen = _weights(scores, seen_ptr, at, at < lines, rows, group, HAS_SEEN)
+    tl.store(scores_ptr + place, weights, mask=inside)
+    tl.store(lse_ptr + at, tl.where(seen, lse, lse_unseen), mask=at < lines)
 
 
 @triton.jit(do_not_specialize=["rows", "group", "lines", "scale"])
@@ -16,23 +47,17 @@ def weight_gradient(
     SLOTS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK: tl.constexpr, HAS_LSE_GRAD: tl.constexpr, HAS_SEEN: tl.constexpr,
 ):  # fmt: skip
     """Back through the softmax: its weights, the gradients of ``score / scale``, and, in place of the gradients of the weights, the
-    terms that a row adds to every log decay before it, ``score * its gradient + weight * its gradient``. A program has ``BLOCK`` rows."""
+    terms that a row adds to every log decay before it, ``score * its gradient + weight * its gradient``."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    is_row = at < lines
     slots = tl.arange(0, BLOCK_SLOTS)
     place = at[:, None] * SLOTS + slots[None, :]
-    inside = is_row[:, None] & (slots < SLOTS)[None, :]
+    inside = (at < lines)[:, None] & (slots < SLOTS)[None, :]
     scores = tl.load(scores_ptr + place, mask=inside, other=float("-inf"))
-    top = tl.maximum(tl.max(scores, 1), -1e38)
-    weights = tl.exp(scores - top[:, None])
-    weights /= tl.maximum(tl.sum(weights, 1), 1e-38)[:, None]
-    if HAS_SEEN:
-        seen = tl.load(seen_ptr + at // rows // group * rows + at % rows, mask=is_row, other=0)
-        weights = tl.where((seen != 0)[:, None], weights, 0.0)
+    weights, _, _ = _weights(scores, seen_ptr, at, at < lines, rows, group, HAS_SEEN)
     weight_grads = tl.load(terms_ptr + place, mask=inside, other=0.0)
     mean = tl.sum(weights * weight_grads, 1)
     if HAS_LSE_GRAD:
-        mean -= tl.load(lse_grad_ptr + at, mask=is_row, other=0.0)
+        mean -= tl.load(lse_grad_ptr + at, mask=at < lines, other=0.0)
     grads = weights * (weight_grads - mean[:, None])
     terms = weights * weight_grads + tl.where(inside, scores, 0.0) * grads
     tl.store(weights_ptr + place, weights, mask=inside)
@@ -83,15 +108,15 @@ def decay_gradient(
         same = document_at(documents_ptr, end - 1, first, keys) == document_at(documents_ptr, end, first, keys)
         across = tl.where(same, across, 0.0)
     for back in range(BLOCK, CHUNK + BLOCK, BLOCK):
-        at = end - back + ranks
-        writes = rows_at(write_ptr + line * keys * SLOTS, at, first, keys, SLOTS, slots, SLOTS)
-        write_grads = rows_at(write_grad_ptr + line * keys * SLOTS, at, first, keys, SLOTS, slots, SLOTS)
-        write_grads += rows_at(write_grad_v_ptr + line * keys * SLOTS, at, first, keys, SLOTS, slots, SLOTS)
+        at = end - back
+        writes = rows_at(write_ptr + line * keys * SLOTS, at, ranks, first, keys, SLOTS, slots, SLOTS)
+        write_grads = rows_at(write_grad_ptr + line * keys * SLOTS, at, ranks, first, keys, SLOTS, slots, SLOTS)
+        write_grads += rows_at(write_grad_v_ptr + line * keys * SLOTS, at, ranks, first, keys, SLOTS, slots, SLOTS)
         terms = -writes * write_grads
         for one in range(GROUP):
-            terms += rows_at(terms_ptr + one * a_rows.to(tl.int64) * SLOTS, at, a_first, a_rows, SLOTS, slots, SLOTS)
+            terms += rows_at(terms_ptr + one * a_rows.to(tl.int64) * SLOTS, at, ranks, a_first, a_rows, SLOTS, slots, SLOTS)
         found = tl.cumsum(terms, 0, reverse=True) + across[None, :] - (1 - writes) * write_grads
-        row = at - first
+        row = at - first + ranks
         inside = ((row >= 0) & (row < keys))[:, None] & is_slot[None, :]
         tl.store(decay_grad_ptr + line * keys * SLOTS + row.to(tl.int64)[:, None] * SLOTS + slots[None, :], found, mask=inside)
         across += tl.sum(terms, 0)
