@@ -1,8 +1,8 @@
 """Does a model trained at 512 tokens find a needle in 64K?
 
-Four models differ in one layer, the one that looks back: it picks chunks by score (HSA), attends to everything without positions or with
-rotary ones, or sees a window. Same size, same data, same steps; below that layer all have the same window of 8. Prints and draws how many
-needles each finds, from 512 to 65,536 tokens.
+Four models differ in one layer, the one that looks back: it picks chunks by score (HSA), attends to everything without
+positions or with rotary ones, or sees a window. Same size, same data, same steps; below that layer all have the same window of
+8. Prints and draws how many needles each finds, from 512 to 65,536 tokens.
 
     python examples/hsa_needle.py             trains all four on two cores in minutes
     python examples/hsa_needle.py --quick     a few steps, to see that it runs
@@ -133,7 +133,7 @@ def main() -> None:
     count, rows = (8, 2) if options.quick else (8, 32)
 
     print(
-        f"Needles found of {count * rows}, %: {count} in every text, trained at up to {LENGTH} tokens; chance is {100 / SYMBOLS:.1f} %\n"
+        f"Needles found of {count * rows}, %, {count} in each text; trained at up to {LENGTH} tokens; chance is {100 / SYMBOLS:.1f}\n"
     )
     print(
         f"{'looks back by':20} {'parameters':>10} {'trained in':>12}" + "".join(f"{n:>9,}" for n in lengths) + "   at the longest"

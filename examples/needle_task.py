@@ -1,7 +1,8 @@
 """The needle task of hsa_needle.py: find a key in a haystack, and say what stands behind it.
 
-A needle is three tokens, ``MARK key value``. The haystack around needles is made of the same symbols as keys and values, so that only the
-mark tells a needle; at 64K tokens every symbol stands there some five hundred times without one. Questions, ``ASK key``, come last.
+A needle is three tokens, ``MARK key value``. The haystack around needles is made of the same symbols as keys and values, so
+that only the mark tells a needle; at 64K tokens every symbol stands there some five hundred times without one. Questions, ``ASK
+key``, come last.
 """
 
 from __future__ import annotations

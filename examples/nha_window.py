@@ -1,8 +1,8 @@
 """What if I change the window of a hybrid after training?
 
-Native hybrid attention reads the last tokens as they are and all tokens before through a few slots, under one softmax: its window is a
-number that one may set anew. Two small models learn Python's own source byte by byte, one with a window of 32, one with a window drawn anew
-each step. Then each is given every window from none to all, without further training.
+Native hybrid attention reads the last tokens as they are and all tokens before through a few slots, under one softmax: its
+window is a number that one may set anew. Two small models learn Python's own source byte by byte, one with a window of 32, one
+with a window drawn anew each step. Then each is given every window from none to all, without further training.
 
     python examples/nha_window.py             trains both on two cores in minutes
     python examples/nha_window.py --quick     a few steps, to see that it runs

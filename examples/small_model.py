@@ -1,4 +1,4 @@
-"""The parts of the examples that train: a small transformer with any attention in it, a training loop, Python's own source as text."""
+"""The parts of the examples that train: a small transformer with any attention, a training loop, Python's own source."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, answers or vocabulary, bias=False)
 
     def forward(self, tokens: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-        """Logits of the last ``rows`` tokens, default all. The last layer is not computed for the others: nothing reads it there."""
+        """Logits of the last ``rows`` tokens, default all; nothing reads the last layer elsewhere, and it is not computed there."""
         x = self.embedding(tokens)
         for layer, (attention, mlp) in enumerate(zip(self.attentions, self.mlps, strict=True)):
             wanted = rows if rows is not None and layer == len(self.mlps) - 1 else x.shape[1]

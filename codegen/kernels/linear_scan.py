@@ -77,7 +77,7 @@ def product(a, b, PRECISION: tl.constexpr):
 @triton.jit
 def _power(log_decay, distance):
     """decay**distance; 0 for a negative distance, 1 for distance 0 whatever the decay is."""
-    return tl.where(distance > 0, tl.exp(log_decay * distance), tl.where(distance == 0, 1.0, 0.0))
+    return tl.where(distance > 0, tl.exp(log_decay * tl.maximum(distance, 1.0)), tl.where(distance == 0, 1.0, 0.0))
 
 
 @triton.jit(

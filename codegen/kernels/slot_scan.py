@@ -130,19 +130,23 @@ def sum_chunks(
 @triton.jit(
     do_not_specialize=[
         "a_stride_b", "a_stride_h", "a_stride_row", "b_stride_b", "b_stride_h", "b_stride_row", "documents_stride_b",
-        "a_first", "a_rows", "b_first", "b_rows", "first", "keys", "heads", "chunks", "first_chunk", "read_chunk_count", "scale",
+        "a_first", "a_rows", "b_first", "b_rows", "first", "keys", "heads", "chunks", "first_chunk", "read_chunk_count", "group",
+        "scale",
     ]
 )  # fmt: skip
 def read_slots(
     a_ptr, b_ptr, c_ptr, gate_ptr, y_ptr, documents_ptr, states_ptr,
     a_stride_b, a_stride_h, a_stride_row, b_stride_b, b_stride_h, b_stride_row, documents_stride_b,
-    a_first, a_rows, b_first, b_rows, first, keys, heads, chunks, first_chunk, read_chunk_count, scale,
-    A_GROUP: tl.constexpr, B_GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    a_first, a_rows, b_first, b_rows, first, keys, heads, chunks, first_chunk, read_chunk_count, group, scale,
+    SHARED: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of slots, a chunk (those from ``first_chunk`` on) and a key head, which has ``A_GROUP`` heads of a and y and
-    ``B_GROUP`` of b and c. y is float32 ``(.., rows, slots)``."""
+    """One program a block of slots, a chunk (those from ``first_chunk`` on) and one of ``heads`` heads of a and y, float32
+    ``(.., rows, slots)``. ``SHARED`` of them read one key head's state, which ``group`` heads of b and c are written into.
+
+    ``group`` is no constant so that the loop over it stays one, even if it has one turn: without it all products are scheduled side by
+    side, and registers do not hold their operands."""
     a_stride_row, b_stride_row = a_stride_row // ALIGN * ALIGN, b_stride_row // ALIGN * ALIGN
     a_stride_h, b_stride_h = a_stride_h // ALIGN * ALIGN, b_stride_h // ALIGN * ALIGN
     a_stride_b, b_stride_b = a_stride_b // ALIGN * ALIGN, b_stride_b // ALIGN * ALIGN
@@ -150,16 +154,16 @@ def read_slots(
     part = tl.program_id(0) % PARTS
     chunk = tl.program_id(0) // PARTS % read_chunk_count + first_chunk
     line = (tl.program_id(0) // PARTS // read_chunk_count).to(tl.int64)
-    batch, head = line // heads, line % heads
+    batch, head, key_line = line // heads, line % heads, line // SHARED
     length = chunks * CHUNK
-    a_ptr += batch * a_stride_b + head * A_GROUP * a_stride_h
-    b_ptr += batch * b_stride_b + head * B_GROUP * b_stride_h
-    c_ptr += line * B_GROUP * b_rows * SLOTS
-    y_ptr += line * A_GROUP * a_rows * SLOTS
-    gate_ptr += line * keys * SLOTS
+    a_ptr += batch * a_stride_b + head * a_stride_h
+    b_ptr += batch * b_stride_b + head // SHARED * group * b_stride_h
+    c_ptr += key_line * group * b_rows * SLOTS
+    y_ptr += line * a_rows * SLOTS
+    gate_ptr += key_line * keys * SLOTS
     documents_ptr += batch * documents_stride_b
     slots, columns, ranks = part * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS), tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK)
-    states_ptr += (line * (chunks + 1) + chunk) * (SLOTS * WIDTH)
+    states_ptr += (key_line * (chunks + 1) + chunk) * (SLOTS * WIDTH)
     state_inside = (slots < SLOTS)[:, None] & (columns < WIDTH)[None, :]
     state = tl.load(states_ptr + slots[:, None] * WIDTH + columns[None, :], mask=state_inside, other=0.0)
     offsets = (1 - 2 * REVERSE) * ranks
@@ -173,47 +177,46 @@ def read_slots(
             reach = tl.where((document == old)[:, None], reach, 0.0)
             tail = tl.where((document == new)[:, None], tail, 0.0)
             kept = tl.where(old == new, kept, 0.0)
-        for one in range(A_GROUP):
-            a = rows_at(a_ptr + one * a_stride_h, at, offsets, a_first, a_rows, a_stride_row, columns, WIDTH)
-            y = product(a, tl.trans(state), PRECISION) * reach
-            for other in range(B_GROUP):
-                b = rows_at(b_ptr + other * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
-                c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
-                pairs = product(a, tl.trans(b), PRECISION)
-                if HAS_DOCUMENTS:
-                    pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
-                y += tl.sum(tl.where(ranks[:, None] == ranks[None, :], pairs, 0.0), 1)[:, None] * c
-                before, after = gates, tl.zeros_like(gates)
-                for level in tl.static_range(LEVELS):
-                    to_edge, before, after = _halves(before, after, ranks, level)
-                    split = tl.where(_across(ranks, level), pairs, 0.0)
-                    y += tl.dot(split, c * to_edge, input_precision=PRECISION) * to_edge
-            row = at - a_first + offsets
-            inside = ((row >= 0) & (row < a_rows))[:, None] & (slots < SLOTS)[None, :]
-            place = y_ptr + (one * a_rows.to(tl.int64) + at - a_first) * SLOTS + (offsets[:, None] * SLOTS + slots[None, :])
-            tl.store(place, y * scale, mask=inside)
+        a = rows_at(a_ptr, at, offsets, a_first, a_rows, a_stride_row, columns, WIDTH)
+        y = product(a, tl.trans(state), PRECISION) * reach
+        for one in range(group):
+            b = rows_at(b_ptr + one * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
+            c = rows_at(c_ptr + one * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
+            pairs = product(a, tl.trans(b), PRECISION)
+            if HAS_DOCUMENTS:
+                pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
+            y += tl.sum(tl.where(ranks[:, None] == ranks[None, :], pairs, 0.0), 1)[:, None] * c
+            before, after = gates, tl.zeros_like(gates)
+            for level in tl.static_range(LEVELS):
+                to_edge, before, after = _halves(before, after, ranks, level)
+                split = tl.where(_across(ranks, level), pairs, 0.0)
+                y += tl.dot(split, c * to_edge, input_precision=PRECISION) * to_edge
+        row = at - a_first + offsets
+        inside = ((row >= 0) & (row < a_rows))[:, None] & (slots < SLOTS)[None, :]
+        place = y_ptr + (at - a_first).to(tl.int64) * SLOTS + (offsets[:, None] * SLOTS + slots[None, :])
+        tl.store(place, y * scale, mask=inside)
         state *= kept[:, None]
-        for other in range(B_GROUP):
-            b = rows_at(b_ptr + other * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
-            c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
+        for one in range(group):
+            b = rows_at(b_ptr + one * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
+            c = rows_at(c_ptr + one * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
             state += tl.dot(tl.trans(c * tail), b, input_precision=PRECISION)
 
 
 @triton.jit(
     do_not_specialize=[
         "b_stride_b", "b_stride_h", "b_stride_row", "y_stride_b", "y_stride_h", "y_stride_row", "documents_stride_b",
-        "a_first", "a_rows", "b_first", "b_rows", "first", "keys", "heads", "chunks", "first_chunk", "read_chunk_count",
+        "a_first", "a_rows", "b_first", "b_rows", "first", "keys", "heads", "chunks", "first_chunk", "read_chunk_count", "group",
     ]
 )  # fmt: skip
 def read_values(
     w_ptr, b_ptr, c_ptr, gate_ptr, y_ptr, documents_ptr, states_ptr,
     b_stride_b, b_stride_h, b_stride_row, y_stride_b, y_stride_h, y_stride_row, documents_stride_b,
-    a_first, a_rows, b_first, b_rows, first, keys, heads, chunks, first_chunk, read_chunk_count,
-    A_GROUP: tl.constexpr, B_GROUP: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    a_first, a_rows, b_first, b_rows, first, keys, heads, chunks, first_chunk, read_chunk_count, group,
+    SHARED: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of columns, a chunk and a key head; ``BLOCK_SLOTS`` holds all slots."""
+    """As :func:`read_slots`, for a block of columns of y; ``BLOCK_SLOTS`` holds all slots."""
     b_stride_row, y_stride_row = b_stride_row // ALIGN * ALIGN, y_stride_row // ALIGN * ALIGN
     b_stride_h, y_stride_h = b_stride_h // ALIGN * ALIGN, y_stride_h // ALIGN * ALIGN
     b_stride_b, y_stride_b = b_stride_b // ALIGN * ALIGN, y_stride_b // ALIGN * ALIGN
@@ -221,16 +224,16 @@ def read_values(
     part = tl.program_id(0) % PARTS
     chunk = tl.program_id(0) // PARTS % read_chunk_count + first_chunk
     line = (tl.program_id(0) // PARTS // read_chunk_count).to(tl.int64)
-    batch, head = line // heads, line % heads
+    batch, head, key_line = line // heads, line % heads, line // SHARED
     length = chunks * CHUNK
-    w_ptr += line * A_GROUP * a_rows * SLOTS
-    b_ptr += batch * b_stride_b + head * B_GROUP * b_stride_h
-    c_ptr += line * B_GROUP * b_rows * SLOTS
-    y_ptr += batch * y_stride_b + head * A_GROUP * y_stride_h
-    gate_ptr += line * keys * SLOTS
+    w_ptr += line * a_rows * SLOTS
+    b_ptr += batch * b_stride_b + head // SHARED * group * b_stride_h
+    c_ptr += key_line * group * b_rows * SLOTS
+    y_ptr += batch * y_stride_b + head * y_stride_h
+    gate_ptr += key_line * keys * SLOTS
     documents_ptr += batch * documents_stride_b
     slots, columns, ranks = tl.arange(0, BLOCK_SLOTS), part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK)
-    states_ptr += (line * (chunks + 1) + chunk) * (SLOTS * WIDTH)
+    states_ptr += (key_line * (chunks + 1) + chunk) * (SLOTS * WIDTH)
     state_inside = (slots < SLOTS)[:, None] & (columns < WIDTH)[None, :]
     state = tl.load(states_ptr + slots[:, None] * WIDTH + columns[None, :], mask=state_inside, other=0.0)
     offsets = (1 - 2 * REVERSE) * ranks
@@ -246,26 +249,25 @@ def read_values(
             kept = tl.where(old == new, kept, 0.0)
         row = at - a_first + offsets
         is_row = (row >= 0) & (row < a_rows)
-        for one in range(A_GROUP):
-            w = rows_at(w_ptr + one * a_rows.to(tl.int64) * SLOTS, at, offsets, a_first, a_rows, SLOTS, slots, SLOTS)
-            y = product(w * reach, state, PRECISION)
-            for other in range(B_GROUP):
-                b = rows_at(b_ptr + other * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
-                c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
-                pairs = tl.where(ranks[:, None] == ranks[None, :], tl.sum(w * c, 1)[:, None], 0.0)
-                before, after = gates, tl.zeros_like(gates)
-                for level in tl.static_range(LEVELS):
-                    to_edge, before, after = _halves(before, after, ranks, level)
-                    split = product(w * to_edge, tl.trans(c * to_edge), PRECISION)
-                    pairs = tl.where(_across(ranks, level), split, pairs)
-                if HAS_DOCUMENTS:
-                    pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
-                y += tl.dot(pairs, b, input_precision=PRECISION)
-            place = y_ptr + one * y_stride_h + (at - a_first).to(tl.int64) * y_stride_row
-            place += offsets[:, None] * y_stride_row + columns[None, :]
-            tl.store(place, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & (columns < WIDTH)[None, :])
+        w = rows_at(w_ptr, at, offsets, a_first, a_rows, SLOTS, slots, SLOTS)
+        y = product(w * reach, state, PRECISION)
+        for one in range(group):
+            b = rows_at(b_ptr + one * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
+            c = rows_at(c_ptr + one * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
+            pairs = tl.where(ranks[:, None] == ranks[None, :], tl.sum(w * c, 1)[:, None], 0.0)
+            before, after = gates, tl.zeros_like(gates)
+            for level in tl.static_range(LEVELS):
+                to_edge, before, after = _halves(before, after, ranks, level)
+                split = product(w * to_edge, tl.trans(c * to_edge), PRECISION)
+                pairs = tl.where(_across(ranks, level), split, pairs)
+            if HAS_DOCUMENTS:
+                pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
+            y += tl.dot(pairs, b, input_precision=PRECISION)
+        place = y_ptr + (at - a_first).to(tl.int64) * y_stride_row
+        place += offsets[:, None] * y_stride_row + columns[None, :]
+        tl.store(place, y.to(y_ptr.dtype.element_ty), mask=is_row[:, None] & (columns < WIDTH)[None, :])
         state *= kept[:, None]
-        for other in range(B_GROUP):
-            b = rows_at(b_ptr + other * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
-            c = rows_at(c_ptr + other * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
+        for one in range(group):
+            b = rows_at(b_ptr + one * b_stride_h, at, offsets, b_first, b_rows, b_stride_row, columns, WIDTH)
+            c = rows_at(c_ptr + one * b_rows.to(tl.int64) * SLOTS, at, offsets, b_first, b_rows, SLOTS, slots, SLOTS)
             state += tl.dot(tl.trans(c * tail), b, input_precision=PRECISION)

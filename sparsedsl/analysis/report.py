@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparsedsl.analysis.bounds import check_reads, index_ranges, value_ranges
 from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.program_report import analyse_program
 from sparsedsl.analysis.proofs import Verdict, Witness, causality
 from sparsedsl.analysis.rows import RowCounts, count_rows
 from sparsedsl.analysis.tiles import block_pair, classify
@@ -22,6 +24,7 @@ from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
 from sparsedsl.lang.tables import table_reads
+from sparsedsl.program.graph import as_program
 
 __all__ = ["Analysis", "analyse", "bind_for_analysis"]
 
@@ -132,20 +135,23 @@ def analyse(
     head_dim: int = 64,
     head_dim_v: int | None = None,
     dtype: Any = "bfloat16",
+    kv_heads: int | None = None,
+    sizes: Mapping[str, int] | None = None,
     **tables: Any,
-) -> Analysis:
-    """Everything that can be said about a pattern at these lengths before it runs.
+) -> Any:
+    """Everything that can be said about a pattern or a program at these lengths before it runs.
 
     Args:
-        pattern: a Mask or a Pattern.
+        pattern: a Mask, a Pattern, or a node of a program.
         q_len, kv_len: number of queries and keys in tokens; ``kv_len`` defaults to ``q_offset + q_len``.
         block_size: tokens per tile, one number or a pair (q, kv).
         q_offset: position of the first query.
         batch, heads, head_dim, head_dim_v, dtype: what the costs are counted for; ``heads`` are query heads.
+        kv_heads, sizes: of programs: key/value heads, default ``heads``, and the sizes of axes with names of their own.
         tables: a tensor for each table that is not bound to the pattern.
 
     Returns:
-        :class:`Analysis`; ``print`` it for a report.
+        :class:`Analysis`, of a program :class:`~sparsedsl.analysis.program_report.ProgramAnalysis`; ``print`` it for a report.
 
     Raises:
         ShapeError: a length or size below 1. TableError: a table is missing, surplus or too short.
@@ -158,14 +164,19 @@ def analyse(
     >>> found.lists.listed, round(found.density, 6), found.causal == sd.PROVED
     (4572, 0.015503, True)
     """
-    pattern = as_pattern(pattern)
-    pair = block_pair(block_size)
     name = str(dtype).removeprefix("torch.")
     if name not in ITEM_BYTES:
         raise ShapeError(f"dtype must be one of {', '.join(ITEM_BYTES)}; got {dtype!r}")
     for what, value in (("head_dim", head_dim), ("head_dim_v", head_dim if head_dim_v is None else head_dim_v)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ShapeError(f"{what} must be a whole number of at least 1; got {value!r}")
+    program = as_program(pattern)
+    if program is not None:
+        return analyse_program(
+            program, q_len, kv_len, q_offset=q_offset, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+            head_dim_v=head_dim_v, item=ITEM_BYTES[name], sizes=sizes, **tables,
+        )  # fmt: skip
+    pattern, pair = as_pattern(pattern), block_pair(block_size)
     bound = bind_for_analysis(pattern, tables)
     domain = Domain(q_len, q_offset + q_len if kv_len is None else kv_len, q_offset, batch, heads, bound)
     check_reads(pattern, domain)

@@ -76,7 +76,9 @@ def _other_choice(
 ) -> str | None:
     """How a choice differs from that of the dense meaning, in words, or None."""
     dense = compile_pattern(program, backend="reference")
-    wanted = choice_tables(dense.choices(*(tensors[name].cpu() for name in "qkv"), q_offset=q_offset, **named), tensors["q"].shape[0])
+    wanted = choice_tables(
+        dense.choices(*(tensors[name].cpu() for name in "qkv"), q_offset=q_offset, **named), tensors["q"].shape[0]
+    )
     for label, value in wanted.items():
         pairs = zip(choices[label], value, strict=True) if isinstance(value, list) else [(choices[label], value)]
         for entry, (got, one) in enumerate(pairs):

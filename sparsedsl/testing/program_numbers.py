@@ -117,7 +117,9 @@ def expect_program(
     for name, value in exact.items():
         step = fine if name == "lse" else max(moved)
         off = [_apart(value, other[name]) for other in moved[step]]
-        cancelled = fine * _cancelling(name, tensors, cotangents) if cotangents is not None and name not in ("out", "lse") else 0.0
+        cancelled = (
+            fine * _cancelling(name, tensors, cotangents) if cotangents is not None and name not in ("out", "lse") else 0.0
+        )
         tolerance[name] = 2 * (_apart(value, plain[name]) + max(off) + cancelled) + torch.finfo(dtype).smallest_normal
     return Expected(exact, tolerance)
 

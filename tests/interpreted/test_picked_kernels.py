@@ -143,7 +143,7 @@ def dense(case, x, q, k, v, weights, rounded):
 def results_of(case, x, dtype, rounded):
     """Results and gradients of :func:`dense` by name, and what :func:`dense` built."""
     leaves = {"q": x.q, "k": x.k, "v": x.v} | ({} if x.weights is None else {"weights": x.weights})
-    leaves = {name: t.to(dtype).requires_grad_() for name, t in leaves.items()}
+    leaves = {name: t.to(dtype, copy=True).requires_grad_() for name, t in leaves.items()}
     found = dense(case, x, leaves["q"], leaves["k"], leaves["v"], leaves.get("weights"), rounded)
     return {"out": found.out.detach(), "lse": found.lse.detach()} | gradients(found.out, found.lse, leaves, x), found
 
@@ -436,6 +436,16 @@ def test_what_the_kernels_cannot_do_names_the_way_out(made, words, message):
     with pytest.raises(UnsupportedError, match=message) as raised:
         picked_attention_triton(*small(**made), scale=1.0, **words)
     assert "picked_attention of sparsedsl.run.picked.attention" in str(raised.value) or "block mask" in str(raised.value)
+
+
+def test_weights_and_lists_of_another_shape_are_refused():
+    q, k, v, picks = small()
+    with pytest.raises(ShapeError, match=r"weights must be \(B, Hw, Sq, W\) = \(1, Hw, 3, 1\)"):
+        picked_attention_triton(q, k, v, picks, scale=1.0, weights=torch.ones(1, 2, 3, 2))
+    with pytest.raises(ShapeError, match=r"picks.indices must be \(B or 1, Hs, Sq, W\)"):
+        picked_attention_triton(q[:, :, :2], k, v, picks, scale=1.0)
+    with pytest.raises(ShapeError, match="got picks of 2 chunks"):
+        picked_attention_triton(q, k[:, :, :8], v[:, :, :8], picks, scale=1.0)
 
 
 def test_an_interval_of_another_shape_is_refused():

@@ -248,6 +248,8 @@ def test_noise_is_gumbels_and_belongs_to_its_place():
     assert torch.equal(noise.block(slice(3, 9), slice(7, 70)), noise.scores()[:, :, 3:9, 7:70])
     index = torch.tensor([5, 0, 299]).expand(1, 3, 200, 3)
     assert torch.equal(noise.at(index), noise.scores()[..., [5, 0, 299]])
+    later = noise.narrowed(slice(0, 200), slice(10, 300)).at(index.clamp(max=5))
+    assert torch.equal(later, noise.scores()[..., [15, 10, 15]])
     assert not torch.equal(noise.scores(), GumbelScores((2, 3, 200, 300), seed=6).scores())
     flat = x.flatten(0, 1).flatten(1)
     assert float((torch.corrcoef(flat) - torch.eye(6, dtype=DOUBLE)).abs().max()) < 0.02

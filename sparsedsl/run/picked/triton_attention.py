@@ -11,6 +11,7 @@ from sparsedsl.gpu.loading import interpreted
 from sparsedsl.lang.pattern import attend
 from sparsedsl.run.differentiable import no_second_derivatives
 from sparsedsl.run.inputs import check_call
+from sparsedsl.run.picked.checks import check_one, check_picks, check_weights
 from sparsedsl.run.picked.picks import Picks
 from sparsedsl.run.picked.triton_passes import Interval, Job, Run
 from sparsedsl.run.triton_kernel import missing
@@ -51,11 +52,14 @@ def picked_attention_triton(
             way out.
     """
     call = check_call(_ANY, q, k, v, {}, q_offset=q_offset, scale=scale)
+    check_picks(picks, call.q, call.k)
     _refuse(call.q, call.v, picks, inside)
     if inside is not None:
         inside = _checked_interval(inside, call.q)
     if weights is not None:
+        check_weights(weights, picks, call.q)
         weights = weights.float()
+    check_one(one)
     dtype = q.dtype
     if dtype == torch.bfloat16 and interpreted():  # Triton's interpreter multiplies the bits of bfloat16
         q, k, v = q.float(), k.float(), v.float()
@@ -81,11 +85,6 @@ def _refuse(q: Tensor, v: Tensor, picks: Picks, inside: Any) -> None:
     if not 1 <= picks.kv_unit <= LONGEST_CHUNK:
         raise UnsupportedError(
             f"a chunk may have {LONGEST_CHUNK} tokens, as its softmax is taken in one tile; got kv_unit {picks.kv_unit}. {LESS}"
-        )
-    if picks.q_unit != 1:
-        raise UnsupportedError(
-            f"the kernels want a list for each query, q_unit 1; got q_unit {picks.q_unit}. "
-            "Lists for blocks of queries are a block mask: run them on backend='triton' or 'flex'"
         )
     if inside is not None and not isinstance(inside, tuple):
         raise UnsupportedError(

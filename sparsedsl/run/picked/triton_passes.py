@@ -63,7 +63,7 @@ class Run:
         self.pack = self._pack("picked_forward")
         self.queries = 1 if self.rows <= DECODE_ROWS else rows_of(self.pack, self._most("picked_forward")) // self.pack
         self.merged = self.queries > 1
-        self.lists = Unions(*lists, self.queries) if lists else self._lists()
+        self.lists = Unions(lists[0], lists[1], lists[2], self.queries) if lists else self._lists()
 
     @property
     def is_empty(self) -> bool:
@@ -159,9 +159,10 @@ class Run:
         self, out: Tensor, lse: Tensor, slot_lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, *, keys: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of q, k, v and the weights; of k and v only with ``keys``."""
-        if self.is_empty:
-            return tuple(None if t is None else torch.zeros_like(t) for t in (self.q, self.k, self.v, self.weights))
         weighted = self.weights is not None
+        if self.is_empty:
+            none = None if self.weights is None else torch.zeros_like(self.weights)
+            return torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v), none
         grad_q, grad_out = _like(self.q), rows_contiguous(grad_out)
         delta = torch.empty_like(slot_lse if weighted else lse)
         values = self.values | strided("out", out) | strided("grad_out", grad_out) | strided("grad_q", grad_q)

@@ -15,9 +15,9 @@ import torch
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists, TileRows
 from sparsedsl.analysis.proofs import satisfiable
+from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.run.choosing.candidates import PairRule
-from sparsedsl.run.programs.candidates import constant_in_units
 from sparsedsl.run.tiled_kernel import HeadSizes, TiledKernel
 from sparsedsl.tiling.lanes import Lane
 from sparsedsl.tiling.schedule import LanePlan, Schedule

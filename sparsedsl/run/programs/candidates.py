@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -11,26 +10,27 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.spans import span_rows, spans
+from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.lang.evaluate import evaluate
-from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
+from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.run.choosing.candidates import Candidates, PairRule
 
-__all__ = ["candidates_of", "constant_in_units", "unit_rule"]
+__all__ = ["candidates_of", "unit_rule"]
 
 Tensor = torch.Tensor
 
 
-def candidates_of(mask: Any, domain: Domain, q_unit: int, kv_unit: int, heads: int, tables: Mapping[str, Tensor]) -> Candidates:
+def candidates_of(mask: Any, domain: Domain, q_unit: int, kv_unit: int, heads: int, device: torch.device) -> Candidates:
     """The units of ``kv_unit`` keys with a pair that ``mask`` allows, for every unit of ``q_unit`` queries.
 
-    ``heads``: of the scores; where the mask tells more heads apart, a unit is allowed if it is for one head of the group.
+    ``heads``: of the scores; where the mask tells more heads apart, a unit is allowed if it is for one head of the group. ``device``: of the
+    scores. Limits are made where the tables are: on the host if there are none, so that a GPU is not asked how far to score.
     """
     if mask == sympy.true:
         return Candidates()
-    domain = replace(domain, tables={**domain.tables, **tables})
-    found = None if tables else spans(mask)  # of tables that nodes give nothing is declared that intervals could rely on
+    found = spans(mask)
     if found is None:
-        return Candidates(allowed=unit_rule(mask, domain, q_unit, kv_unit, heads, {}))
+        return Candidates(allowed=unit_rule(mask, domain, q_unit, kv_unit, heads, {}, device))
     ends = [
         tuple(_per_unit(end, q_unit, fill) for end, fill in zip(span_rows(s, domain), (domain.kv_len, -1), strict=True))
         for s in found
@@ -42,18 +42,23 @@ def candidates_of(mask: Any, domain: Domain, q_unit: int, kv_unit: int, heads: i
     end = torch.stack(torch.broadcast_tensors(*(last.amax(-1) for _, last in ends))).amax(0) // kv_unit + 1
     begin, end = _joined(begin, heads, "amin"), _joined(end, heads, "amax")
     exact = len(ends) == 1 and q_unit == 1 and ends[0][0].shape[1] in (1, heads)
+    return Candidates(begin=begin, end=end, allowed=None if exact else _span_rule(ends, kv_unit, heads, device))
+
+
+def _span_rule(ends: list[Any], kv_unit: int, heads: int, device: torch.device) -> PairRule:
+    """A unit is allowed where some interval of some query of the row reaches into it."""
+    here = [(first.to(device), last.to(device)) for first, last in ends]
 
     def allowed(rows: Tensor, units: Tensor) -> Tensor:
-        some = slice(int(rows[0]), int(rows[-1]) + 1)
         verdict = None
-        for first, last in ends:
-            low, high = first[:, :, some, :, None] // kv_unit, last[:, :, some, :, None]
-            inside = ((units >= low) & (units <= high // kv_unit) & (high >= 0)).any(3)
+        for first, last in here:
+            low, high = (end.index_select(2, rows)[..., None] for end in (first, last))
+            inside = ((units >= low // kv_unit) & (units <= high // kv_unit) & (high >= 0)).any(3)
             verdict = inside if verdict is None else verdict | inside
         assert verdict is not None
         return _joined_flags(verdict, heads)
 
-    return Candidates(begin=begin, end=end, allowed=None if exact else allowed)
+    return allowed
 
 
 def _per_unit(end: Tensor, unit: int, fill: int) -> Tensor:
@@ -73,27 +78,11 @@ def _joined_flags(flags: Tensor, heads: int) -> Tensor:
     return flags if flags.shape[1] in (1, heads) else flags.unflatten(1, (heads, -1)).any(2)
 
 
-def constant_in_units(mask: Any, q_unit: int, kv_unit: int) -> bool:
-    """Whether a mask reads queries and keys only by the units they lie in."""
-
-    def only_by_units(symbol: sympy.Symbol, unit: int) -> bool:
-        if unit == 1:
-            return True
-        known = {
-            read: sympy.Dummy(integer=True)
-            for read in mask.atoms(sympy.floor)
-            if (share := sympy.Wild("share", exclude=[0])) and (match := read.args[0].match(symbol * share)) is not None
-            and match[share].is_Rational and match[share].p == 1 and match[share].q % unit == 0
-        }  # fmt: skip
-        return symbol not in mask.xreplace(known).free_symbols
-
-    return only_by_units(Q_IDX, q_unit) and only_by_units(KV_IDX, kv_unit)
-
-
-def unit_rule(mask: Any, domain: Domain, q_unit: int, kv_unit: int, heads: int, tables: Mapping[str, Tensor]) -> PairRule:
+def unit_rule(
+    mask: Any, domain: Domain, q_unit: int, kv_unit: int, heads: int, tables: Mapping[str, Tensor], device: torch.device
+) -> PairRule:
     """Whether a unit of queries and a unit of keys hold a pair that ``mask`` allows, looked up pair by pair (one where all are alike)."""
     one = constant_in_units(mask, q_unit, kv_unit)
-    device = domain.device
     q_steps = torch.arange(1 if one else q_unit, device=device)
     kv_steps = torch.arange(1 if one else kv_unit, device=device)
     free = mask.free_symbols

@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.expressions import Mask, as_mask, b, h, kv_idx, q_idx, score, table
@@ -18,7 +19,6 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.run.attention import Attention
 from sparsedsl.run.picked.attention import picked_attention
 from sparsedsl.run.picked.picks import Picks
-from sparsedsl.run.programs.candidates import constant_in_units
 from sparsedsl.run.programs.reference import spread
 from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.scan.linear import linear_scan

@@ -167,18 +167,15 @@ class Lowered(Reference):
     def _allowed(self, mask: Mask, node: Any, source: ScoreSource) -> Candidates:
         rows, columns = unit_of(node.axes[2]), unit_of(node.axes[3])
         self._check_aligned(rows, f"{node.function}()")
-        return candidates_of(mask.expr, self._on_device(), rows, columns, source.shape[1], {})
-
-    def _on_device(self) -> Any:
-        """The domain with its tables on the device of the call, where lists are made."""
-        # A domain lives where its first table does; without tables an empty one says where.
-        return replace(self.domain, tables=self.call.tables or {"": self.call.q.new_zeros(0)})
+        return candidates_of(mask.expr, self.domain, rows, columns, source.shape[1], self.call.q.device)
 
     def _forced(self, node: Any, candidates: Candidates, source: ScoreSource) -> PairRule | None:
         if node.forced is None:
             return None
         expr, tables = self.concrete(node.forced)
-        rule = unit_rule(expr, self._on_device(), unit_of(node.axes[2]), unit_of(node.axes[3]), source.shape[1], tables)
+        rule = unit_rule(
+            expr, self.domain, unit_of(node.axes[2]), unit_of(node.axes[3]), source.shape[1], tables, self.call.q.device
+        )
         if candidates.allowed is None:
             return rule
         allowed = candidates.allowed
@@ -269,7 +266,7 @@ class Lowered(Reference):
         whole = Pattern(Mask(parts[0]), pattern.score, None, pattern.scale)
         given = {name: tables[name] if name in tables else self.call.tables[name] for name in pattern.tables}
         domain = replace(self.domain, tables={name: given[name] for name in whole.tables})
-        rule = unit_rule(parts[0], domain, q_unit, kv_unit, self.domain.heads, {})
+        rule = unit_rule(parts[0], domain, q_unit, kv_unit, self.domain.heads, {}, q.device)
         lists = whole_tiles(rule, domain, self.domain.heads, q_unit, kv_unit)
         call = check_call(whole, q, k, v, domain.tables, q_offset=self.domain.q_offset, scale=self.call.scale)
         found: list[Any] = [differentiable(WholeTiles(whole, lists), call)]

@@ -173,7 +173,8 @@ class _Slots:
             count = (a_first + rows - 1) // chunk - first_chunk + 1 if rows else 0
         return self.values(reverse=reverse) | {
             "a_first": a_first, "a_rows": rows, "b_first": b_first, "first_chunk": first_chunk, "read_chunk_count": count,
-            "A_GROUP": 1 if reverse else self.group, "B_GROUP": self.group if reverse else 1, "WIDTH": width,
+            "heads": self.decay.shape[1] * (1 if reverse else self.group), "SHARED": 1 if reverse else self.group,
+            "group": self.group if reverse else 1, "WIDTH": width,
         }  # fmt: skip
 
     def read_slots(self, a: Tensor, b: Tensor, c: Tensor, states: Tensor, scale: float = 1.0, *, reverse: bool = False) -> Tensor:
@@ -188,7 +189,7 @@ class _Slots:
             "c_ptr": c, "y_ptr": y, "states_ptr": states, "b_rows": b.shape[2], "scale": scale, "BLOCK_SLOTS": block_slots,
             "BLOCK_WIDTH": filled(width),
         }  # fmt: skip
-        programs = in_tiles(slots, block_slots) * values["read_chunk_count"] * states.shape[0]
+        programs = in_tiles(slots, block_slots) * values["read_chunk_count"] * batch * heads
         launch(slot_scan.read_slots, programs, values, warps=self.job.tiles.warps)
         return y
 
@@ -211,7 +212,7 @@ class _Slots:
         values = self._reading(weights.shape[2], width, reverse=reverse) | operands(b=b, y=y) | {
             "w_ptr": weights, "c_ptr": c, "states_ptr": states, "b_rows": b.shape[2], "BLOCK_WIDTH": block_width,
         }  # fmt: skip
-        programs = in_tiles(width, block_width) * values["read_chunk_count"] * states.shape[0]
+        programs = in_tiles(width, block_width) * values["read_chunk_count"] * y.shape[0] * y.shape[1]
         launch(slot_scan.read_values, programs, values, warps=self.job.tiles.warps)
         return y
 

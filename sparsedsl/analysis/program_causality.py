@@ -1,0 +1,192 @@
+"""Whether an output of a program can depend on tokens after it: followed through the graph, node by node.
+
+Each node's result is known by what it may depend on. Tensors and scores of queries: tokens up to the query (`own`), or later ones. Tensors of
+keys: the tokens of a row (`own`), or any. Scores of (query, unit): tokens up to the query (`past`), or up to the end of the unit as well
+(`unit`), or any. What masks say is proved for all lengths by :mod:`sparsedsl.analysis.proofs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from sparsedsl.analysis.proofs import Verdict, implies
+from sparsedsl.analysis.units import constant_in_units
+from sparsedsl.lang.expressions import Mask, as_mask, kv_idx, kv_len, q_idx
+from sparsedsl.lang.numeric import minimum
+from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall, assume, reads_scores
+from sparsedsl.program.graph import Program
+from sparsedsl.program.node import Node
+from sparsedsl.program.orders import Inverse, Order, Take, Tokens
+from sparsedsl.program.scores import Antidiagonal, Bound, Dot, Grouped, KeyScores, Plus, Regroup, Scores, Softmax
+from sparsedsl.program.select import Select
+from sparsedsl.program.tensors import Input, Summary
+
+__all__ = ["program_causality"]
+
+PAST, OWN, UNIT, ANY = "past", "own", "unit", "any"
+PROVED = Verdict("PROVED", reason="through the graph, for all indices, lengths and tables")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a result may depend on, and why, if that is more than a query may know."""
+
+    reach: str
+    why: str = ""
+    verdict: Verdict | None = None
+
+
+def program_causality(program: Program) -> Verdict:
+    """PROVED, REFUTED with the node that reads the future (and a pair of positions where one is known), or UNKNOWN.
+
+    REFUTED says that the declaration lets later tokens in; whether they change a given call is what
+    :func:`sparsedsl.testing.assert_causal` finds out.
+
+    >>> import sparsedsl as sd
+    >>> program_causality(sd.Program(sd.patterns.hsa()))
+    PROVED (through the graph, for all indices, lengths and tables)
+    >>> print(program_causality(sd.Program(sd.patterns.token_sparse())).reason)
+    keep_tokens_e8c9e3 is decided by probe_9b9c85, which looks at the last 128 queries
+    """
+    known: dict[Node, _Known] = {}
+    for node in program.order:
+        known[node] = _known(node, known)
+    result = known[program.root]
+    if result.verdict is not None:
+        return result.verdict
+    return PROVED if result.reach == PAST else Verdict("REFUTED", reason=result.why)
+
+
+def _ends_before(unit: int) -> Mask:
+    """The last key of a unit lies at or before the query."""
+    return minimum((kv_idx // unit + 1) * unit, kv_len) <= q_idx + 1 if unit > 1 else kv_idx <= q_idx
+
+
+def _known(node: Node, known: dict[Node, _Known]) -> _Known:
+    for kinds, rule in _RULES:
+        if isinstance(node, kinds):
+            return rule(node, known)
+    return _Known(ANY, f"nothing is known of {node.label}")
+
+
+def _input(node: Input, known: dict[Node, _Known]) -> _Known:
+    return _Known(OWN) if node.default is None else known[node.default]
+
+
+def _summary(node: Summary, known: dict[Node, _Known]) -> _Known:
+    below = known[node.x]
+    if below.reach == OWN and base_of(node.axes[2]) == "queries" and node.unit > 1:
+        return _Known(ANY, f"{node.label} joins {node.unit} queries, of which all but the last read later ones")
+    return below
+
+
+def _scores(node: Any, known: dict[Node, _Known]) -> _Known:
+    parts = [known[source] for source in node.inputs]
+    worst = next((part for part in parts if part.reach == ANY or part.verdict is not None), None)
+    if worst is not None:
+        return worst
+    if unit_of(node.axes[2]) > 1:
+        return _Known(ANY, f"{node.label} scores {unit_of(node.axes[2])} queries at a time, by what the last of them reads")
+    if isinstance(node, (Dot, Bound, Antidiagonal)):
+        return _Known(UNIT)
+    return _Known(PAST if all(part.reach == PAST for part in parts) else UNIT)
+
+
+def _within(node: Any, among: Mask, known: _Known, what: str) -> _Known:
+    """Scores of units, used for the candidates ``among``: known to the query if all of these have ended."""
+    if known.reach in (PAST, ANY) or known.verdict is not None:
+        return known
+    unit = unit_of(node.axes[3])
+    verdict = implies(among, _ends_before(unit))
+    if verdict.status == "PROVED":
+        return _Known(PAST)
+    why = f"{what}, where a unit of {unit} keys may end after the query"
+    status = "REFUTED" if verdict.status == "REFUTED" else "UNKNOWN"
+    return _Known(ANY, why, Verdict(status, verdict.witness, reason=f"{why} ({verdict.reason})" if verdict.reason else why))
+
+
+def _softmax(node: Softmax, known: dict[Node, _Known]) -> _Known:
+    return _within(node, node.among, _scores(node, known), f"{node.label} sums over units among {node.among}")
+
+
+def _select(node: Any, known: dict[Node, _Known]) -> _Known:
+    among = Mask(sympy.true) if node.among is None else node.among
+    found = _within(node, among, _scores(node, known), f"{node.label} compares units among {among}")
+    forced = next((known[source] for source in node.inputs if source is not node.scores and known[source].reach == ANY), None)
+    return forced or found
+
+
+def _probe(node: KeyScores, known: dict[Node, _Known]) -> _Known:
+    rows = getattr(node, "rows", None)
+    if rows is not None:
+        return _Known(ANY, f"{node.label}, which looks at the last {rows} queries")
+    return next(known[source] for source in node.inputs if isinstance(source, KeyScores))
+
+
+def _order(node: Any, known: dict[Node, _Known]) -> _Known:
+    below = known[node.inputs[0]]
+    if isinstance(node, Inverse) or below.reach != ANY:
+        return below
+    return _Known(ANY, f"{node.label} is decided by {below.why}")
+
+
+def _take(node: Take, known: dict[Node, _Known]) -> _Known:
+    return known[node.order]
+
+
+def _attend(node: Attend, known: dict[Node, _Known]) -> _Known:
+    read = [known[source] for source in node.inputs]
+    worst = next((part for part in read if part.reach == ANY or part.verdict is not None), None)
+    if worst is not None:
+        return worst
+    mask = _with_choices(node)
+    unit = unit_of(node.y.axes[2])
+    seen = implies(mask, (kv_idx + 1) * unit <= q_idx + unit if unit == 1 else minimum((kv_idx + 1) * unit, kv_len) <= q_idx + 1)
+    if seen.status != "PROVED":
+        what = f"{node.label}: a query sees a later {'key' if unit == 1 else f'unit of {unit} keys'}"
+        return _Known(ANY, what, Verdict(seen.status, seen.witness, reason=what if seen.witness is None else ""))
+    for scores in reads_scores(node.pattern):
+        found = _within(scores, mask, known[scores], f"{node.label} reads {scores.label} in its score")
+        if found.reach != PAST:
+            return found
+    return _Known(PAST)
+
+
+def _with_choices(node: Attend) -> Mask:
+    """The mask, with what is known of its choices: what was chosen was a candidate."""
+    mask: Any = node.pattern.mask.expr
+    for name, choice in node.pattern.mask.bound.items():
+        if isinstance(choice, Select) and choice.among is not None and constant_in_units(choice.among.expr, *choice.units):  # type: ignore[attr-defined]
+            on, off = (assume(mask, {name: value}) for value in (True, False))
+            mask = sympy.Or(sympy.And(on, choice.among.expr), off)  # type: ignore[attr-defined]
+    return as_mask(Mask(mask))
+
+
+def _recurrent(node: Any, known: dict[Node, _Known]) -> _Known:
+    return _Known(PAST)
+
+
+def _combined(node: Branch, known: dict[Node, _Known]) -> _Known:
+    parts = [known[source] for source in node.inputs]
+    return next((part for part in parts if part.reach == ANY or part.verdict is not None), _Known(PAST))
+
+
+_RULES: tuple[tuple[Any, Callable[[Any, dict[Node, _Known]], _Known]], ...] = (
+    (Input, _input),
+    (Summary, _summary),
+    (Softmax, _softmax),
+    ((Dot, Bound, Antidiagonal, Grouped, Plus, Regroup), _scores),
+    (Scores, _scores),
+    (Select, _select),
+    (KeyScores, _probe),
+    ((Order, Inverse, Tokens), _order),
+    (Take, _take),
+    (Attend, _attend),
+    ((Linear, Recall), _recurrent),
+    ((Joint, Mix, Compact), _combined),
+)

@@ -1,0 +1,127 @@
+"""The kernels of recurrent sources, compiled for every target as the launchers launch them: they fit, spill nothing, and know no length."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from sparsedsl.gpu.aot import Job, compile_kernels
+from sparsedsl.gpu.kernel_config import Config
+from sparsedsl.gpu.resources import misfits
+from sparsedsl.gpu.targets import TARGETS
+from sparsedsl.run.scan import triton_linear, triton_pass, triton_slots
+from sparsedsl.run.scan.slots import SlotState
+
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
+LENGTH, HEADS, GROUP = 300, 2, 2
+WITH_PRODUCTS = {"sum_chunks", "read_chunks", "read_slots", "read_values"}
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+
+def documents():
+    return torch.zeros(1, LENGTH, dtype=torch.int32)
+
+
+def run_linear(dtype, width, width_v):
+    q, k, v = (leaf(1, heads, LENGTH, size, dtype=dtype) for heads, size in ((4, width), (2, width), (2, width_v)))
+    state = leaf(1, 4, width, width_v)
+    return triton_linear.linear_scan_triton(q, k, v, torch.zeros(4), scale=1.0, state=state, documents=documents())
+
+
+def run_slots(dtype, width, width_v, slots=64):
+    q, k, v, gate = (
+        leaf(1, heads, LENGTH, size, dtype=dtype) for heads, size in ((4, width), (2, width), (2, width_v), (2, slots))
+    )
+    state = SlotState(leaf(1, 2, slots, width), leaf(1, 2, slots, width_v), torch.ones(1, 2, dtype=torch.bool))
+    words = {"delay": 32, "temperature": 8.0, "scale": 1.0, "empty": "masked"}
+    out, lse, last = triton_slots.slot_scan_triton(q, k, v, gate, state=state, documents=documents(), **words)
+    return out, lse, last.keys, last.values
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Runs a call and its backward pass for a target without running a kernel; what would have been launched."""
+
+    def record(target, run, *arguments):
+        found = []
+
+        def launch(kernel, programs, values, *, warps):
+            assert programs > 0
+            found.append((kernel, {name: values[name] for name in kernel.arg_names}, warps))
+
+        for module in (triton_pass, triton_linear, triton_slots):
+            monkeypatch.setattr(module, "launch", launch)
+        for module in (triton_linear, triton_slots):
+            monkeypatch.setattr(module, "target_of", lambda device: TARGETS[target])
+        monkeypatch.setattr(triton_pass, "missing", lambda device: None)
+        sum(result.sum() for result in run(*arguments)).backward()
+        return found
+
+    return record
+
+
+def job_of(kernel, values, warps, target):
+    """What there is to compile for a launch."""
+    types = {}
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        kind = "fp32" if isinstance(value, float) else "i32"
+        types[parameter.name] = (
+            "constexpr" if parameter.is_constexpr else POINTERS[value.dtype] if isinstance(value, torch.Tensor) else kind
+        )
+    constants = {name: values[name] for name, kind in types.items() if kind == "constexpr"}
+    text = Path(inspect.getfile(kernel.fn)).read_text(encoding="utf-8")
+    return Job(text, kernel.fn.__name__, types, constants, Config(16, 16, warps, 1), True, TARGETS[target])
+
+
+def assert_fits(found, target):
+    jobs = {}
+    for kernel, values, warps in found:
+        job = job_of(kernel, values, warps, target)
+        jobs.setdefault((job.kernel, str(job.constants)), job)
+    for job, binary in zip(jobs.values(), compile_kernels(jobs.values()), strict=True):
+        needs = binary.resources
+        assert misfits(needs, job.target) == (), job.kernel
+        assert needs.spills == 0, f"{job.kernel} {job.constants}: {needs}"
+        assert (
+            bool(needs.tensor_core) == (job.kernel in WITH_PRODUCTS and job.constants["PRECISION"] == "tf32")
+            or target == "gfx942"
+        )
+    return {name for name, _ in jobs}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_linear_attention(launches, target):
+    names = assert_fits(launches(target, run_linear, torch.bfloat16, 128, 128), target)
+    assert names == {"sum_chunks", "carry", "read_chunks"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_slots(launches, target):
+    names = assert_fits(launches(target, run_slots, torch.bfloat16, 128, 128), target)
+    assert names == {"sum_chunks", "carry", "read_slots", "read_values", "slot_weights", "weight_gradient", "decay_gradient"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("widths", [(64, 64), (80, 48)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("run", [run_linear, run_slots])
+def test_other_widths(launches, run, dtype, widths, target):
+    assert_fits(launches(target, run, dtype, *widths), target)
+
+
+def test_nothing_is_compiled_again_for_another_length(launches):
+    """All that is no pointer and no constant is taken as it comes, whatever its value."""
+    for run in (run_linear, run_slots):
+        for kernel, _, _ in launches("sm_90", run, torch.bfloat16, 64, 64):
+            special = [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize or p.name.endswith("_ptr"))]
+            assert special == [], kernel.fn.__name__
