@@ -120,17 +120,20 @@ def python_source(megabytes: float = 4.0) -> tuple[torch.Tensor, torch.Tensor]:
 
     A file's name decides which of the two it goes to, so that the split is the same everywhere; the text is that of this Python.
     """
+
+    def digest(name: str) -> bytes:
+        return hashlib.sha256(name.encode()).digest()
+
     folder = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "lib2to3"}
+    names = [path.relative_to(folder) for path in folder.rglob("*.py")]
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     read = 0
-    for path in sorted(
-        folder.rglob("*.py"), key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest()
-    ):
-        if {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & set(path.parts) or read > megabytes * 1e6:
-            continue
-        text = path.read_bytes()
-        parts[hashlib.sha256(path.name.encode()).digest()[0] < 26].append(text)
-        read += len(text)
+    for name in sorted(names, key=lambda name: digest(name.as_posix())):
+        if read <= megabytes * 1e6 and not left_out & set(name.parts):
+            text = (folder / name).read_bytes()
+            parts[digest(name.name)[0] < 26].append(text)
+            read += len(text)
     train_on, judge_by = (torch.frombuffer(bytearray(b"\n".join(part)), dtype=torch.uint8) for part in parts)
     return train_on, judge_by
 

@@ -22,7 +22,7 @@ from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, M
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Take, Tokens
-from sparsedsl.program.scores import Antidiagonal, Bound, Dot, Grouped, KeyScores, Plus, Regroup, Scores, Softmax
+from sparsedsl.program.scores import Antidiagonal, Bound, Dot, Grouped, Gumbel, KeyScores, Plus, Regroup, Scores, Softmax
 from sparsedsl.program.select import Select
 from sparsedsl.program.tensors import Input, Summary
 
@@ -86,7 +86,7 @@ def _summary(node: Summary, known: dict[Node, _Known]) -> _Known:
 
 
 def _scores(node: Any, known: dict[Node, _Known]) -> _Known:
-    parts = [known[source] for source in node.inputs]
+    parts = [known[source] for source in node.inputs if not isinstance(node, Gumbel) or source is node.scores]
     worst = next((part for part in parts if part.reach == ANY or part.verdict is not None), None)
     if worst is not None:
         return worst
@@ -180,7 +180,7 @@ _RULES: tuple[tuple[Any, Callable[[Any, dict[Node, _Known]], _Known]], ...] = (
     (Input, _input),
     (Summary, _summary),
     (Softmax, _softmax),
-    ((Dot, Bound, Antidiagonal, Grouped, Plus, Regroup), _scores),
+    ((Dot, Bound, Antidiagonal, Grouped, Gumbel, Plus, Regroup), _scores),
     (Scores, _scores),
     (Select, _select),
     (KeyScores, _probe),

@@ -17,7 +17,7 @@ from sparsedsl.program.node import Node, one_of
 from sparsedsl.program.tensors import check_tensor, check_unit
 
 __all__ = [
-    "Antidiagonal", "Bound", "Dot", "Grouped", "KeyScores", "Plus", "Probe", "Regroup", "Scores", "Smooth", "Softmax", "antidiagonal",
+    "Antidiagonal", "Bound", "Dot", "Grouped", "Gumbel", "KeyScores", "Plus", "Probe", "Regroup", "Scores", "Smooth", "Softmax", "antidiagonal",
     "bound", "dot", "probe", "smooth",
 ]  # fmt: skip
 
@@ -68,6 +68,27 @@ class Scores(_Reducible):
         """Scores of larger units: each joins ``unit`` neighbouring ones by ``"sum"``, ``"mean"`` or ``"max"``."""
         _check_how("regroup", how)
         return one_of(Regroup(self, check_unit("regroup", "unit", unit, 2), how))
+
+    def gumbel(self, seed: Node) -> Gumbel:
+        """With Gumbel noise: the ``k`` greatest are a sample, without replacement, from the softmax of the logits.
+
+        For choices in training: choose by ``scores.gumbel(seed)`` and weigh by ``scores``. The same seed draws the same noise, however
+        a call is cut.
+
+        Args:
+            seed: an input of one whole number: ``sd.input("seed", "1")``.
+
+        >>> import sparsedsl as sd
+        >>> scores = sd.dot(sd.q, sd.summary(sd.k, 64))
+        >>> picks = sd.top_k(scores.gumbel(sd.input("seed", "1")), 16)
+        >>> sd.per_chunk(picks, scores=scores).weights
+        'softmax'
+        """
+        if not isinstance(seed, Node) or seed.axes != ("1",):
+            raise PatternError(f"gumbel(): seed must be an input of one number, with the axes '1'; got {seed!r}")
+        if self.is_mass:
+            raise PatternError(f"gumbel(): noise is added to logits; {self!r} is mass")
+        return one_of(Gumbel(self, seed))
 
     def __add__(self, other: Any) -> Any:
         if not isinstance(other, Scores):
@@ -272,6 +293,20 @@ class Plus(Scores):
     def axes(self) -> tuple[str, ...]:
         """Heads join."""
         return "batch", join_heads("plus()", self.first.axes[1], self.second.axes[1]), *self.first.axes[2:]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Gumbel(Scores):
+    """Logits with Gumbel noise."""
+
+    scores: Scores
+    seed: Node
+    function: ClassVar[str] = "gumbel"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Unchanged."""
+        return self.scores.axes
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -27,6 +27,7 @@ _NODES: Mapping[str, Any] = {
     "smooth": scores.smooth,
     "softmax": lambda scores, among: scores.softmax(among),
     "regroup": lambda scores, unit, how="sum": scores.regroup(unit, how),
+    "gumbel": lambda scores, seed: scores.gumbel(seed),
     "plus": lambda first, second: first + second,
     "grouped": scores.grouped,
     "top_k": select.top_k,

@@ -1,7 +1,7 @@
 """The test kit, for this project's patterns and for yours. Needs hypothesis: ``pip install 'sparsedsl[testing]'``.
 
-*Strategies* draw what the language can say (:func:`indices`, :func:`masks`, :func:`scores`, :func:`patterns`), tables that
-keep their declarations (:func:`tables_for`), and shapes and inputs of attention calls (:func:`shapes`, :func:`dtypes`,
+*Strategies* draw what the language can say (:func:`indices`, :func:`masks`, :func:`scores`, :func:`patterns`, :func:`programs`), tables
+that keep their declarations (:func:`tables_for`), inputs of programs (:func:`program_inputs`), and shapes and inputs of attention calls (:func:`shapes`, :func:`dtypes`,
 :func:`inputs`). *Assertions* state what must hold of any of them. A failed one raises :class:`Counterexample`, whose
 ``snippet`` is a program that fails in the same way. :func:`check` runs everything on one pattern.
 
@@ -25,6 +25,12 @@ from sparsedsl.testing.counterexamples import Counterexample
 from sparsedsl.testing.expressions import assert_same_values, assert_text_round_trip
 from sparsedsl.testing.lists import allowed_pairs, assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
+from sparsedsl.testing.program_properties import (
+    assert_permutation_invariant,
+    assert_unselected_gradients_zero,
+    assert_weights_sum,
+)
+from sparsedsl.testing.program_strategies import program_inputs, programs
 from sparsedsl.testing.shapes import AttentionCase, dtypes, inputs, shapes, tensor
 from sparsedsl.testing.strategies import indices, masks, patterns, scores, tables_for
 
@@ -38,15 +44,20 @@ __all__ = [
     "assert_equivariant",
     "assert_lists_sound",
     "assert_matches_reference",
+    "assert_permutation_invariant",
     "assert_prefill_equals_decode",
     "assert_same_values",
     "assert_text_round_trip",
+    "assert_unselected_gradients_zero",
+    "assert_weights_sum",
     "check",
     "dtypes",
     "indices",
     "inputs",
     "masks",
     "patterns",
+    "program_inputs",
+    "programs",
     "scores",
     "shapes",
     "tables_for",

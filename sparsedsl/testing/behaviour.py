@@ -15,6 +15,8 @@ from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.lists import allowed_pairs
 from sparsedsl.testing.matching import as_attention, attention_code
 from sparsedsl.testing.numerics import expect
+from sparsedsl.testing.program_behaviour import program_is_causal, program_prefill_equals_decode
+from sparsedsl.testing.program_matching import compiled_program, is_program
 from sparsedsl.testing.shapes import AttentionCase, tensor
 
 __all__ = ["assert_causal", "assert_equivariant", "assert_prefill_equals_decode"]
@@ -50,16 +52,22 @@ def assert_causal(attn: Any, case: AttentionCase = _CASE, *, seed: int = 0, **ta
     it must stay the same to the last bit, no gradient of theirs may reach what comes after it, and their gradients must
     stay the same too.
 
+    Of a program, choices up to the position must stay the same too, and its inputs are replaced as far as they are later (a landmark is
+    as late as the last key of its chunk); gradients, only up to rounding. A state must not change when a call goes on from it.
+
     Args:
-        attn: a pattern (run by the reference), or what :func:`sparsedsl.compile` made of it.
+        attn: a pattern or a node (run by the reference), or what :func:`sparsedsl.compile` made of it.
         case: shape of the problem; a query row stands at ``q_offset`` plus its number.
         seed: of the inputs.
-        tables: values of the pattern's tables. They are held still: a table that was itself computed from the future is
-            not noticed.
+        tables: values of the pattern's tables, and of a program's inputs (others are drawn). They are held still: a table that was
+            itself computed from the future is not noticed.
 
     >>> import sparsedsl as sd
     >>> assert_causal((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5))
+    >>> assert_causal(sd.patterns.hsa(chunk=4, top_k=2))
     """
+    if is_program(attn):
+        return program_is_causal(compiled_program(attn), case, seed, tables)
     attn = as_attention(attn)
     before = _inputs(case, seed)
     after = [x + 4 * tensor(*x.shape, seed=seed + 3 + i) for i, x in enumerate(before)]
@@ -140,23 +148,27 @@ def assert_prefill_equals_decode(
     """A whole sequence in one call, in chunks, and token by token gives the same results.
 
     Args:
-        attn: a pattern (run by the reference), or what :func:`sparsedsl.compile` made of it.
+        attn: a pattern or a node (run by the reference), or what :func:`sparsedsl.compile` made of it.
         case: the whole problem; ``q_len`` rows are cut.
         chunks: chunk lengths to try besides single tokens.
         seed: of the inputs.
-        tables: values of the pattern's tables, for all positions.
+        tables: values of the pattern's tables, for all positions; of a program's inputs too (others are drawn).
 
     Returns:
         How it was cut: ``"one call"``, ``"chunks of 7"``, ..., ``"token by token"``, and ``"growing cache"`` if the pattern never
-        looks ahead: then also with keys and values only up to the last query of each call, as a KV cache holds them.
+        looks ahead: then also with keys and values only up to the last query of each call, as a KV cache holds them. Of a program that
+        keeps a state also ``"state, ..."``: each call is given its own tokens alone, and the state of the call before.
 
     Raises:
-        PatternError: the pattern reads ``q_len``, which is the end of each call, so that calls are not meant to agree.
+        PatternError: the pattern reads ``q_len``, which is the end of each call, so that calls are not meant to agree; or a program's
+            choices read later queries.
 
     >>> import sparsedsl as sd
     >>> assert_prefill_equals_decode((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5))
     ('one call', 'chunks of 7', 'token by token', 'growing cache')
     """
+    if is_program(attn):
+        return program_prefill_equals_decode(compiled_program(attn), case, chunks, seed, tables)
     attn = as_attention(attn)
     pattern = attn.pattern
     if _reads(pattern, Q_LEN):

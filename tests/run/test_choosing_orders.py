@@ -259,7 +259,7 @@ def test_T02_T09_weights_by_their_formulas(rule):
             case _:
                 wanted, log_total = s, s.sum().log()
         assert near(weights[b, h, r, :r], wanted) and bool((weights[b, h, r, r:] == 0).all())
-        assert near(total[b, h, r], log_total if r else torch.tensor(-INF, dtype=DOUBLE))
+        assert near(total[b, h, r], log_total if r or rule == "softmax1" else torch.tensor(-INF, dtype=DOUBLE))
     if rule == "softmax":
         assert near(weights.sum(-1)[:, :, 1:], torch.ones(2, 2, 4, dtype=DOUBLE))
     if rule in ("softmax1", "stick_breaking"):

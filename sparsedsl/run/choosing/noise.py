@@ -26,7 +26,7 @@ class GumbelScores(ScoreSource):
     """
 
     size: tuple[int, int, int, int]
-    seed: int
+    seed: int | Tensor
     on_device: torch.device | str = "cpu"
     first_row: int = 0
     first_unit: int = 0

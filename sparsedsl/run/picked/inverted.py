@@ -101,7 +101,8 @@ def invert(lists: Tensor, lines: Tensor, sizes: Sizes, most: int) -> Inverted:
 
 
 def _room(loads: Tensor) -> Tensor:
-    """Places for each load: rounded up by an eighth at most. The few sizes that occur share a batch, and oneDNN makes code for each size."""
+    """Places for each load: rounded up by an eighth at most, so that few sizes occur: equal ones share a batch, and oneDNN compiles
+    each new size of a product, which takes longer than the product."""
     step = torch.bitwise_left_shift(torch.ones_like(loads), (torch.frexp(loads.double()).exponent - 4).clamp(min=0).long())
     return (loads + step - 1) // step * step
 

@@ -80,11 +80,10 @@ class BlockPass:
         largest = logits.amax(dim, keepdim=True)
         if self.bias is not None:
             largest.clamp_(min=torch.finfo(logits.dtype).min)  # -inf - -inf is no number
-        own = self.one and self.weights is not None
-        if own:
-            largest.clamp_(min=0.0)
         sums = logits.sub_(largest).exp2_().sum(dim, keepdim=True)
-        return largest, sums.add_((-largest).exp2_()) if own else sums
+        if self.one and self.weights is not None:
+            sums += (-largest).exp2_()  # inf where the logits are so far below 0 that nothing is left of them
+        return largest, sums
 
     # ---- backward ---------------------------------------------------------------------------------------------
 

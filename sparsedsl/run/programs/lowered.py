@@ -22,6 +22,7 @@ from sparsedsl.program.scores import (
     Bound,
     Dot,
     Grouped,
+    Gumbel,
     Plus,
     Probe,
     Regroup,
@@ -114,6 +115,11 @@ class Lowered(Reference):
     @run.register
     def _plus(self, node: Plus) -> ScoreSource:
         return SumScores((self.value(node.first), self.value(node.second)))
+
+    @run.register
+    def _gumbel(self, node: Gumbel) -> ScoreSource:
+        source = self.value(node.scores)
+        return SumScores((source, self.noise(node, source.shape)))
 
     @run.register
     def _grouped(self, node: Grouped) -> ScoreSource:

@@ -27,6 +27,7 @@ from sparsedsl.program.scores import (
     Dot,
     Grouped,
     GroupedKeys,
+    Gumbel,
     Plus,
     Probe,
     Regroup,
@@ -37,6 +38,7 @@ from sparsedsl.program.scores import (
 from sparsedsl.program.select import Threshold, TopK, TopP
 from sparsedsl.program.sources import PerChunk, Slots
 from sparsedsl.program.tensors import Input, Summary
+from sparsedsl.run.choosing.noise import GumbelScores
 from sparsedsl.run.inputs import check_call
 from sparsedsl.run.programs.call import ProgramCall
 from sparsedsl.run.reference import attend_reference
@@ -221,6 +223,15 @@ class Reference:
     def _plus(self, node: Plus) -> Tensor:
         first, second = together(self.value(node.first), self.value(node.second))
         return first + second
+
+    @run.register
+    def _gumbel(self, node: Gumbel) -> Tensor:
+        scores = self.value(node.scores)
+        return scores + self.noise(node, scores.shape).scores().to(scores.dtype)
+
+    def noise(self, node: Gumbel, size: Any) -> GumbelScores:
+        """Numbers that depend on the seed and their place alone."""
+        return GumbelScores(tuple(size), self.value(node.seed).long(), self.call.q.device)
 
     @run.register
     def _grouped(self, node: Grouped) -> Tensor:

@@ -9,8 +9,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sparsedsl.gpu.loading import interpreted
+from sparsedsl.gpu.targets import Target
 from sparsedsl.run.scan.calls import check_linear
 from sparsedsl.run.scan.triton_pass import Tiles, carried, filled, launch, operands, plain, precision_of, refuse
+from sparsedsl.run.triton_choice import target_of
 from sparsedsl.run.triton_launch import in_tiles
 
 __all__ = ["linear_scan_triton", "linear_tiles"]
@@ -53,6 +55,7 @@ def linear_scan_triton(
     call = check_linear(q, k, v, log_decay, scale=scale, q_offset=q_offset, state=state, documents=documents)
     widths = {"head_dim": q.shape[3], "the head_dim of v": v.shape[3]}
     refuse("linear_scan_triton", q, widths, "linear_scan")
+    tiles = tiles or linear_tiles(q.dtype, *widths.values(), target_of(q.device))
     number = None if call.number is None else call.number.to(torch.int32)
     job = _Job(
         log_decay.detach().float().contiguous(),
@@ -65,14 +68,17 @@ def linear_scan_triton(
     return out, last
 
 
-def linear_tiles(dtype: torch.dtype, width: int, width_v: int) -> Tiles:
-    """Tiles that fit on every target that kernels are built for, without spilling."""
+def linear_tiles(dtype: torch.dtype, width: int, width_v: int, target: Target) -> Tiles:
+    """Tiles that spill nothing on the targets that kernels are built for; chosen by compiling, not by the clock."""
     if interpreted():
         return Tiles(32, 16, 16, 4)
-    widest = filled(max(width, width_v))
-    if dtype == torch.float32:
-        return Tiles(128, 16, 32 if widest <= 128 else 16, 4)
-    return Tiles(256, 32, {256: 32}.get(widest, 64), 4 if widest <= 64 else 8)
+    widest, half = filled(max(width, width_v)), dtype != torch.float32
+    # A thread of an AMD processor has twice the registers, and half as many if there are eight warps.
+    most = 4 if target.backend == "hip" else 8
+    return Tiles(
+        chunk=256 if half else 128, block=32 if half and widest <= 64 else 16, columns=32 if widest <= 128 else 16,
+        warps=4 if widest <= (128 if half else 64) else most,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

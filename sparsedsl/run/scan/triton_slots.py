@@ -11,9 +11,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from sparsedsl.gpu.loading import interpreted
+from sparsedsl.gpu.targets import Target
 from sparsedsl.run.scan.calls import check_slots
 from sparsedsl.run.scan.slots import SlotState
 from sparsedsl.run.scan.triton_pass import Tiles, carried, filled, launch, operands, plain, precision_of, refuse
+from sparsedsl.run.triton_choice import target_of
 from sparsedsl.run.triton_launch import in_tiles
 
 __all__ = ["slot_scan_triton", "slot_tiles"]
@@ -76,7 +78,7 @@ def slot_scan_triton(
     job = _Job(
         call.scale, call.temperature, max(1, call.delay - call.q_offset), call.q_offset - call.delay, seen,
         -math.inf if call.masked else math.log(gate.shape[3]), None if call.number is None else call.number.to(torch.int32),
-        tiles or slot_tiles(q.dtype, *widths.values()),
+        tiles or slot_tiles(q.dtype, *widths.values(), target_of(q.device)),
     )  # fmt: skip
     before = (None, None) if state is None else (call.before.keys, call.before.values)
     out, lse, keys, values = _SlotScan.apply(job, q, k, v, gate, *before)
@@ -84,11 +86,14 @@ def slot_scan_triton(
     return out, lse, SlotState(keys, values, written)
 
 
-def slot_tiles(dtype: torch.dtype, width: int, width_v: int, slots: int) -> Tiles:
-    """Tiles that fit on every target that kernels are built for, without spilling."""
+def slot_tiles(dtype: torch.dtype, width: int, width_v: int, slots: int, target: Target) -> Tiles:
+    """Tiles that spill nothing on the targets that kernels are built for, up to 64 slots and heads of 128; chosen by compiling, not by
+    the clock. Beyond, some registers spill."""
     if interpreted():
         return Tiles(32, 16, 16, 4)
-    return Tiles(128, 16, 32, 4)
+    few = dtype != torch.float32 and max(width, width_v) <= 128 and slots <= 64
+    # A thread of an AMD processor has twice the registers, and half as many if there are eight warps.
+    return Tiles(chunk=128, block=16, columns=32, warps=4 if few or target.backend == "hip" else 8)
 
 
 @dataclass(frozen=True, eq=False)
