@@ -1,9 +1,10 @@
 """The test kit, for this project's patterns and for yours. Needs hypothesis: ``pip install 'sparsedsl[testing]'``.
 
-*Strategies* draw what the language can say (:func:`indices`, :func:`masks`, :func:`scores`, :func:`patterns`, :func:`programs`), tables
-that keep their declarations (:func:`tables_for`), inputs of programs (:func:`program_inputs`), and shapes and inputs of attention calls (:func:`shapes`, :func:`dtypes`,
-:func:`inputs`). *Assertions* state what must hold of any of them. A failed one raises :class:`Counterexample`, whose
-``snippet`` is a program that fails in the same way. :func:`check` runs everything on one pattern.
+*Strategies* draw what the language can say (:func:`indices`, :func:`masks`, :func:`scores`, :func:`patterns`, :func:`programs`),
+tables that keep their declarations (:func:`tables_for`), inputs of programs (:func:`program_inputs`), and shapes and inputs of
+attention calls (:func:`shapes`, :func:`dtypes`, :func:`inputs`). *Assertions* state what must hold of any of them. A failed one
+raises :class:`Counterexample`, whose ``snippet`` is a program that fails in the same way.
+:func:`check` runs everything on one pattern.
 
 >>> import sparsedsl as sd
 >>> from hypothesis import given

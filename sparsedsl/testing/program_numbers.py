@@ -106,8 +106,8 @@ def expect_program(
     accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     if dtype != torch.float64 and any(_chooses_inside(node) for node in program.everything):
         raise PatternError(
-            f"{program!r}: what compact() runs makes choices of its own, which calls do not report; in {dtype} they may differ by rounding. "
-            "Give float64 inputs"
+            f"{program!r}: what compact() runs makes choices of its own, which calls do not report; in {dtype} they may differ by "
+            "rounding. Give float64 inputs"
         )
     exact = _dense(program, tensors, run, torch.float64, choices, cotangents)
     plain = _dense(program, tensors, run, accumulated, choices, cotangents, rounded=dtype)

@@ -180,7 +180,7 @@ def assert_unselected_gradients_zero(
     program = attn.program
     tensors = draw_inputs(program, case, seed, inputs)
     unused = _unused_rows(attn, tensors, case)
-    qkv, named = split_call(tensors)
+    named = split_call(tensors)[1]
     leaves = {name: tensors[name].detach().requires_grad_() for name in ("q", "k", "v", *moving(program, named))}
     out = attn(**{**tensors, **leaves}, q_offset=case.q_offset)
     d_out = tensor(*out.shape, seed=seed + 1, dtype=out.dtype)
@@ -190,7 +190,8 @@ def assert_unselected_gradients_zero(
         slope = slopes[name]
         if slope is not None and bool((slope[flags] != 0).any()):
             place = (flags & (slope != 0).any(-1)).nonzero()[0].tolist()
-            what = f"row {place} of {name} was neither picked nor attended to, and its gradient is {slope[tuple(place)].abs().max().item():.3g}"
+            largest = float(slope[tuple(place)].abs().max())
+            what = f"row {place} of {name} was neither picked nor attended to, and its gradient is {largest:.3g}"
             raise failing(what, "assert_unselected_gradients_zero", attn, case, seed, inputs)
     return tuple(unused)
 

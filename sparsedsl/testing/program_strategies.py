@@ -273,12 +273,7 @@ def _key_scores(draw: st.DrawFn, *, before: bool = False) -> scores.KeyScores:
         else {"causal": draw(st.booleans()), "complete": draw(st.sampled_from((1, 8)))}
     )
     found: Any = scores.probe(tensors.q, tensors.k, rows=draw(st.sampled_from((1, 4, 16))), **words)
-    return orders_smooth(found, draw(st.sampled_from((1, 3))))
-
-
-def orders_smooth(found: scores.KeyScores, pool: int) -> scores.KeyScores:
-    """Averaged over neighbours where there are any."""
-    return found if pool == 1 else scores.smooth(found, pool)
+    return scores.smooth(found, 3) if draw(st.booleans()) else found
 
 
 @st.composite

@@ -339,7 +339,7 @@ def test_one_outweighs_logits_far_below_it(weighted: bool) -> None:
     q, k, v, picks, scores = hsa(48)
     q, k = 2000 * q.abs(), -k.abs()  # logits below -1000, for which exp2 of the distance would overflow
     results = gradients(picked_attention, q, k, v, picks, softmaxed(scores) if weighted else None, scale=1.0, one=True)
-    assert all(x.nan_to_num(neginf=0.0).isfinite().all() and not x.isnan().any() for x in results)
+    assert not any(x.isnan().any() or (x == INF).any() for x in results)
     assert not results[0].any()
 
 

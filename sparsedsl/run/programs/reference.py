@@ -490,25 +490,43 @@ class Reference:
         entries = []
         for entry, first in enumerate(self._first_tokens(memory.documents)):
             e = slice(entry, entry + 1)
-            rows = [self._recalled(node, row, first, q[e], k[e], v[e], keep[e], write[e]) for row in range(q.shape[2])]
+            before = self._before_call(node, e, k, v, keep)
+            rows = [self._recalled(node, row, first, before, q[e], k[e], v[e], keep[e], write[e]) for row in range(q.shape[2])]
             entries.append([torch.stack(parts, 2) for parts in zip(*rows, strict=True)])
         out, lse = (torch.cat(parts) for parts in zip(*entries, strict=True))
         return out, lse
 
+    def _before_call(self, node: Recall, entry: slice, k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """The slots of one batch entry before the first key: keys, values, and whether anything is in them."""
+        state = self.call.state.get(node.label)
+        if state is not None:
+            return state.keys[entry], state.values[entry], bool(state.written[entry].all())
+        slots = keep[entry].shape[:2] + keep.shape[3:4]
+        return k.new_zeros((*slots, k.shape[3])), v.new_zeros((*slots, v.shape[3])), False
+
     def _recalled(
-        self, node: Recall, row: int, firsts: list[int], q: Tensor, k: Tensor, v: Tensor, keep: Tensor, write: Tensor
+        self,
+        node: Recall,
+        row: int,
+        firsts: list[int],
+        before: tuple[Tensor, Tensor, bool],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep: Tensor,
+        write: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """What one query of one batch entry reads from the slots."""
         memory, position = node.memory, self.domain.q_offset + row
         first = firsts[min(position, k.shape[2] - 1)]
-        keys, values = (x.new_zeros((*keep.shape[:2], keep.shape[3], x.shape[3])) for x in (k, v))
+        keys, values, written = before
         for token in range(first, min(position - memory.delay + 1, k.shape[2])):
             keys = keep[:, :, token] * keys + write[:, :, token] * k[:, :, token, None]
             values = keep[:, :, token] * values + write[:, :, token] * v[:, :, token, None]
         here = q[:, :, row].unflatten(1, (k.shape[1], -1))
         scale = self.call.scale or node.scale or q.shape[3] ** -0.5
         logits = (here @ keys.transpose(-1, -2) * scale).flatten(1, 2)
-        if memory.empty == "masked" and position - memory.delay < first:
+        if memory.empty == "masked" and position - memory.delay < first and not written:
             logits = torch.full_like(logits, NEVER)
         out = safe_softmax(logits).unflatten(1, (k.shape[1], -1)) @ values
         lse = torch.where((logits == NEVER).all(-1), NEVER, torch.logsumexp(torch.where(logits == NEVER, 0.0, logits), -1))
@@ -540,7 +558,11 @@ class Reference:
             own = ids[:, position[:, 0].clamp(max=k.shape[2] - 1)]
             fade = torch.where((own[:, :, None] == ids[:, None, :])[:, None], fade, 0.0)
         scale = self.call.scale or node.scale or q.shape[3] ** -0.5
-        return (q @ k.transpose(-1, -2) * scale * fade) @ v, None
+        out = (q @ k.transpose(-1, -2) * scale * fade) @ v
+        before = self.call.state.get(node.label)
+        if before is not None:
+            out = out + scale * torch.exp(rate * (position + 1)) * (q @ before.to(q.dtype))
+        return out, None
 
     @run.register
     def _joint(self, node: Joint) -> tuple[Tensor, Tensor]:

@@ -55,15 +55,9 @@ def linear_scan_triton(
     call = check_linear(q, k, v, log_decay, scale=scale, q_offset=q_offset, state=state, documents=documents)
     widths = {"head_dim": q.shape[3], "the head_dim of v": v.shape[3]}
     refuse("linear_scan_triton", q, widths, "linear_scan")
-    tiles = tiles or linear_tiles(q.dtype, *widths.values(), target_of(q.device))
+    tiles = tiles or linear_tiles(q.dtype, q.shape[3], v.shape[3], target_of(q.device))
     number = None if call.number is None else call.number.to(torch.int32)
-    job = _Job(
-        log_decay.detach().float().contiguous(),
-        call.scale,
-        call.q_offset,
-        number,
-        tiles or linear_tiles(q.dtype, *widths.values()),
-    )
+    job = _Job(log_decay.detach().float().contiguous(), call.scale, call.q_offset, number, tiles)
     out, last = _LinearScan.apply(job, q, k, v, state)
     return out, last
 
@@ -190,13 +184,13 @@ class _LinearScan(torch.autograd.Function):
         # The pass backward carries gradients of the state divided by the scale, so that everything read from it is multiplied once.
         backward = _Pass(job, q, grad_out, length, job.q_offset, 1, reverse=True)
         states = backward.states(None if grad_last is None else grad_last.detach().float() / job.scale)
-        wide = {} if group == 1 else {"dtype": torch.float32}  # sums over a group's heads are rounded once
+        kind = k.dtype if group == 1 else torch.float32  # sums over a group's heads are rounded once
         read: dict[str, Any] = {"states": states, "a_first": 0, "summed": group, "scale": job.scale}
         if need_k:
             by_value = replace(backward, b=grad_out, c=q)
-            grad_k = by_value.read(v, k.new_empty(k.shape, **wide), transposed=True, **read).to(k.dtype)
+            grad_k = by_value.read(v, k.new_empty(k.shape, dtype=kind), transposed=True, **read).to(k.dtype)
         if need_v:
-            grad_v = backward.read(k, v.new_empty(v.shape, **wide), transposed=False, **read).to(v.dtype)
+            grad_v = backward.read(k, v.new_empty(v.shape, dtype=kind), transposed=False, **read).to(v.dtype)
         if need_state:
             grad_state = (states[:, -1].view(state.shape) * job.scale).to(state.dtype)
         return None, grad_q, grad_k, grad_v, grad_state

@@ -12,8 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.gpu.targets import Target
-from sparsedsl.run.scan.calls import check_slots
-from sparsedsl.run.scan.slots import SlotState
+from sparsedsl.run.scan.calls import SlotState, check_slots
 from sparsedsl.run.scan.triton_pass import Tiles, carried, filled, launch, operands, plain, precision_of, refuse
 from sparsedsl.run.triton_choice import target_of
 from sparsedsl.run.triton_launch import in_tiles
@@ -78,7 +77,7 @@ def slot_scan_triton(
     job = _Job(
         call.scale, call.temperature, max(1, call.delay - call.q_offset), call.q_offset - call.delay, seen,
         -math.inf if call.masked else math.log(gate.shape[3]), None if call.number is None else call.number.to(torch.int32),
-        tiles or slot_tiles(q.dtype, *widths.values(), target_of(q.device)),
+        tiles or slot_tiles(q.dtype, q.shape[3], v.shape[3], gate.shape[3], target_of(q.device)),
     )  # fmt: skip
     before = (None, None) if state is None else (call.before.keys, call.before.values)
     out, lse, keys, values = _SlotScan.apply(job, q, k, v, gate, *before)
