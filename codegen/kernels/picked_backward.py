@@ -1,8 +1,8 @@
 """Attention over picked chunks, backward, without atomics: the same inputs give the same bits.
 
 First by queries, over the merged lists of the forward pass: dQ, and ``delta``, what a softmax is worth to the loss. Where each
-chunk has a softmax of its own it has a delta of its own, ``<d out, out of the chunk>``, which is also the gradient of its weight; it is
-not that of the whole row. Then by chunks, over the lists turned around: dK and dV, from all heads that share a key head.
+chunk has a softmax of its own it has a delta of its own, ``<d out, out of the chunk>``, which is also the gradient of its weight;
+it is not that of the whole row. Then by chunks, over the lists turned around: dK and dV, from all heads that share a key head.
 """
 
 import triton
@@ -32,8 +32,8 @@ def picked_grad_q(
     ROWS: tl.constexpr, WEIGHTED: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries, and delta. ``WEIGHTED``: ``lse`` (in units of log2) and ``delta`` are of each row and slot; otherwise
-    of each row, and ``lse`` is natural."""
+    """dQ of one tile of queries, and delta. ``WEIGHTED``: ``lse`` (in units of log2) and ``delta`` are of each row and slot;
+    otherwise of each row, and ``lse`` is natural."""
     tile = tl.program_id(0) % tiles
     bundle = tl.program_id(0) // tiles
     b = bundle // (heads // pack)
@@ -126,9 +126,9 @@ def picked_grad_kv(
     v_stride_row, grad_out_ptr, grad_out_stride_b, grad_out_stride_h, grad_out_stride_row, grad_k_ptr, grad_k_stride_b,
     grad_k_stride_h, grad_k_stride_row, grad_v_ptr, grad_v_stride_b, grad_v_stride_h, grad_v_stride_row, lse_ptr, delta_ptr,
     weights_ptr, starts_ptr, places_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, list_batch,
-    list_group, weight_group, rows, kv_len, units, width, scale, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr,
-    INTERVAL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    list_group, weight_group, rows, kv_len, units, width, scale, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    WEIGHTED: tl.constexpr, INTERVAL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of ``BLOCK_N`` keys of one chunk and key head; chunks that no query picked get zeros."""
     parts: tl.constexpr = (CHUNK + BLOCK_N - 1) // BLOCK_N

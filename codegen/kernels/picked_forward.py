@@ -1,8 +1,8 @@
 """Attention over picked chunks, forward: the queries of a tile read the union of their chunks once.
 
 A tile is ``queries * pack`` rows: ``pack`` adjacent query heads that share list and key head, ``queries`` adjacent queries. Its
-chunks come as a merged list, ascending; with each chunk the queries that picked it, as bits. Lists ascend and hold a chunk once, so
-the slot at which a row holds a chunk is the number of its own chunks that were met before: a counter a row, and no table of slots.
+chunks come as a merged list, ascending; with each chunk the queries that picked it, as bits. Lists ascend and hold a chunk once,
+so the slot at which a row holds a chunk is the number of its own chunks met before: a counter a row, and no table of slots.
 
 ``WEIGHTED``: a softmax of its own for every row and chunk, times the row's weight of the slot; nothing is rescaled from chunk to
 chunk. Otherwise one softmax over all chunks, summed online. Where queries are few, programs share the slots of a row and
@@ -68,14 +68,14 @@ def log_of_sum(total):
 def picked_forward(
     q_ptr, q_stride_b, q_stride_h, q_stride_row, k_ptr, k_stride_b, k_stride_h, k_stride_row, v_ptr, v_stride_b, v_stride_h,
     v_stride_row, out_ptr, out_stride_s, out_stride_b, out_stride_h, out_stride_row, lse_ptr, slot_lse_ptr, weights_ptr,
-    chunks_ptr, owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, queries, list_batch,
-    list_group, weight_group, rows, kv_len, tiles, width, list_width, splits, scale, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+    chunks_ptr, owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, queries,
+    list_batch, list_group, weight_group, rows, kv_len, tiles, width, list_width, splits, scale, CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
     WEIGHTED: tl.constexpr, ONE: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr, SAVE: tl.constexpr,
     SPLIT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and LSE of one tile of queries, with ``SPLIT`` of a share of its slots; the LSE of a weighted share is not yet taken: it is the
-    sum of weights. ``SAVE``: ``slot_lse``, that of each row and slot, is written for the backward pass."""
+    """out and LSE of one tile of queries, with ``SPLIT`` of a share of its slots: for the LSE of a weighted share stands the sum of
+    its weights. ``SAVE``: ``slot_lse``, that of each row and slot, is written for the backward pass."""
     share = tl.program_id(0) % splits
     tile = tl.program_id(0) // splits % tiles
     bundle = tl.program_id(0) // splits // tiles

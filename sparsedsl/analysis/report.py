@@ -26,7 +26,7 @@ from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.graph import as_program
 
-__all__ = ["Analysis", "analyse", "bind_for_analysis"]
+__all__ = ["ITEM_BYTES", "Analysis", "analyse", "bind_for_analysis"]
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 INT32_MAX = 2**31 - 1

@@ -53,7 +53,8 @@ def assert_causal(attn: Any, case: AttentionCase = _CASE, *, seed: int = 0, **ta
     stay the same too.
 
     Of a program, choices up to the position must stay the same too, and its inputs are replaced as far as they are later (a landmark is
-    as late as the last key of its chunk); results and gradients are compared up to rounding. A state must not change when a call goes on from it.
+    as late as the last key of its chunk); results and gradients are compared up to rounding. A state must not change when a call goes
+    on from it.
 
     Args:
         attn: a pattern or a node (run by the reference), or what :func:`sparsedsl.compile` made of it.

@@ -1,4 +1,4 @@
-"""The kernels over picked chunks, compiled for all targets without a device: what they take of an SM, and what they were compiled into."""
+"""The kernels over picked chunks, compiled for all targets without a device: what they take of an SM."""
 
 from __future__ import annotations
 

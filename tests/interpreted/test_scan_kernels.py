@@ -178,7 +178,7 @@ def assert_linear(case: Linear):
 LINEAR = {
     "ragged": Linear(),
     "state, two heads a key head, offset": Linear(group=2, state=True, q_len=21, kv_len=37, q_offset=13),
-    "documents, batch, transposed": Linear(batch=2, kv_heads=2, documents=(9, 16, 17, 33), state=True, layout="transposed"),
+    "documents, batch, transposed": Linear(batch=2, documents=(9, 16, 17, 33), state=True, layout="transposed"),
     "strong decay": Linear(strength=200.0, cut=CUTS[1], group=2),
     "no decay": Linear(strength=0.0, cut=CUTS[2], q_len=70, kv_len=70),
     "one row": Linear(q_len=1, kv_len=1, state=True, width=1, width_v=1),
@@ -195,16 +195,16 @@ def test_R1_R10_linear_attention_and_its_gradients(case):
 
 @st.composite
 def linear_cases(draw):
-    kv_len = draw(st.integers(1, 40))
+    kv_len = draw(st.integers(1, 36))
     q_len = draw(st.integers(1, kv_len))
     sizes = {
         name: draw(st.integers(1, most))
-        for name, most in (("batch", 2), ("kv_heads", 2), ("group", 3), ("width", 18), ("width_v", 18))
+        for name, most in (("batch", 2), ("kv_heads", 2), ("group", 2), ("width", 18), ("width_v", 18))
     }
     return Linear(
         **sizes, q_len=q_len, kv_len=kv_len, q_offset=draw(st.integers(0, kv_len - q_len)),
         dtype=draw(st.sampled_from((torch.float32, *HALVES))), strength=draw(st.sampled_from((0.0, 0.1, 3.0))),
-        state=draw(st.booleans()), documents=tuple(sorted(draw(st.sets(st.integers(1, 39), max_size=3)))),
+        state=draw(st.booleans()), documents=tuple(sorted(draw(st.sets(st.integers(1, 35), max_size=3)))),
         cut=draw(st.sampled_from(CUTS)), layout=draw(st.sampled_from(("contiguous", "transposed"))),
     )  # fmt: skip
 
@@ -354,10 +354,10 @@ SLOTS = {
     "no delay, two heads a key head": Slots(delay=0, group=2, slots=17, q_len=20, kv_len=36, q_offset=16),
     "state, offset": Slots(state=True, q_len=20, kv_len=36, q_offset=5, delay=9),
     "state of nothing": Slots(state=True, written=False, empty="masked", delay=9, q_len=20, kv_len=20),
-    "documents, batch": Slots(batch=2, kv_heads=2, documents=(9, 16, 17, 33), state=True, empty="masked", layout="transposed"),
+    "documents, batch": Slots(batch=2, documents=(9, 16, 17, 33), state=True, empty="masked", layout="transposed"),
     "documents, zeros": Slots(documents=(3, 20), delay=5, cut=CUTS[1]),
     "strong gates": Slots(strength=300.0, temperature=0.5, cut=CUTS[2]),
-    "delay beyond all": Slots(delay=50, q_len=20, kv_len=20, state=True),
+    "delay beyond all": Slots(delay=50, q_len=10, kv_len=10, state=True),
     "wide": Slots(width=33, width_v=40, slots=33, q_len=17, kv_len=17, delay=1),
     "half": Slots(dtype=torch.float16, group=2, state=True),
     "bfloat16": Slots(dtype=torch.bfloat16, group=2, documents=(20,)),
@@ -380,7 +380,7 @@ def slot_cases(draw):
 
 
 @given(slot_cases())
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_random_slots(case):
     assert_slots(case)
 

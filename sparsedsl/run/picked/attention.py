@@ -8,16 +8,16 @@ neither a queries x chunks table nor a copy of keys for each query; a few querie
 
 from __future__ import annotations
 
-import math
 from typing import Any, NoReturn
 
 import torch
 
-from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
+from sparsedsl.errors import ShapeError
 from sparsedsl.lang.pattern import attend
 from sparsedsl.run.differentiable import no_second_derivatives
 from sparsedsl.run.inputs import check_call
 from sparsedsl.run.picked.blocks import Inside, Job, backward, forward
+from sparsedsl.run.picked.checks import check_one, check_picks, check_weights
 from sparsedsl.run.picked.picks import Picks
 
 __all__ = ["Inside", "picked_attention"]
@@ -71,46 +71,21 @@ def picked_attention(
     [0.0, 1.0, 16.0]
     """
     call = check_call(_ANY, q, k, v, {}, q_offset=q_offset, scale=scale)
-    _check_picks(picks, call.q, call.k)
+    check_picks(picks, call.q, call.k)
+    _check_numbers(picks)
     if weights is not None:
-        _check_weights(weights, picks, call.q)
-    if not isinstance(one, bool):
-        raise PatternError(f"one must be True or False; got {one!r}")
+        check_weights(weights, picks, call.q)
+    check_one(one)
     job = Job(picks, call.scale, int(q_offset), inside, one)
     out, lse = _Attend.apply(job, q, k, v, weights)
     return out, lse
 
 
-def _check_picks(picks: Picks, q: Tensor, k: Tensor) -> None:
-    if picks.q_unit != 1:
-        raise UnsupportedError(
-            f"picked_attention wants a list for each query, q_unit 1; got q_unit {picks.q_unit}. "
-            "Lists for blocks of queries are a block mask: run them on backend='tiled' or 'flex'"
-        )
-    shape, units = tuple(picks.indices.shape), math.ceil(k.shape[2] / picks.kv_unit)
-    if len(shape) != 4 or shape[0] not in (1, q.shape[0]) or shape[2] != q.shape[2] or not shape[1] or q.shape[1] % shape[1]:
-        raise ShapeError(
-            f"picks.indices must be (B or 1, Hs, Sq, W) with Hs a divisor of the query heads; got {shape} for q {tuple(q.shape)}"
-        )
-    if picks.indices.device != q.device:
-        raise ShapeError(f"picks.indices is on {picks.indices.device}, q on {q.device}; move it")
+def _check_numbers(picks: Picks) -> None:
+    """Whether the lists hold chunks that are there: read on the host."""
     largest = int(picks.indices.max()) if picks.indices.numel() else -1
-    if picks.units != units or largest >= units:
-        raise ShapeError(
-            f"{k.shape[2]} keys are {units} chunks of {picks.kv_unit}; got picks of {picks.units} chunks, the largest number {largest}. "
-            "Choose among the keys that are passed"
-        )
-
-
-def _check_weights(weights: Tensor, picks: Picks, q: Tensor) -> None:
-    shape, wanted = tuple(weights.shape), (q.shape[0], q.shape[2], picks.indices.shape[3])
-    if len(shape) != 4 or (shape[0], *shape[2:]) != wanted or not shape[1] or q.shape[1] % shape[1]:
-        raise ShapeError(
-            f"weights must be (B, Hw, Sq, W) = ({wanted[0]}, Hw, {wanted[1]}, {wanted[2]}) with Hw a divisor of the {q.shape[1]} query "
-            f"heads; got {shape}"
-        )
-    if not weights.is_floating_point() or weights.device != q.device:
-        raise ShapeError(f"weights must be floats on {q.device}; got {weights.dtype} on {weights.device}")
+    if largest >= picks.units:
+        raise ShapeError(f"picks hold chunk {largest}, and there are {picks.units}. Choose among the keys that are passed")
 
 
 class _Attend(torch.autograd.Function):

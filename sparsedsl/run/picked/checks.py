@@ -49,8 +49,8 @@ def check_weights(weights: Tensor, picks: Picks, q: Tensor) -> None:
     shape, wanted = tuple(weights.shape), (q.shape[0], q.shape[2], picks.indices.shape[3])
     if len(shape) != 4 or (shape[0], *shape[2:]) != wanted or not shape[1] or q.shape[1] % shape[1]:
         raise ShapeError(
-            f"weights must be (B, Hw, Sq, W) = ({wanted[0]}, Hw, {wanted[1]}, {wanted[2]}) with Hw a divisor of the {q.shape[1]} query "
-            f"heads; got {shape}"
+            f"weights must be (B, Hw, Sq, W) = ({wanted[0]}, Hw, {wanted[1]}, {wanted[2]}) with Hw a divisor of the "
+            f"{q.shape[1]} query heads; got {shape}"
         )
     if not weights.is_floating_point() or weights.device != q.device:
         raise ShapeError(f"weights must be floats on {q.device}; got {weights.dtype} on {weights.device}")

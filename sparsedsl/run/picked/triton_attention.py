@@ -13,13 +13,14 @@ from sparsedsl.run.differentiable import no_second_derivatives
 from sparsedsl.run.inputs import check_call
 from sparsedsl.run.picked.checks import check_one, check_picks, check_weights
 from sparsedsl.run.picked.picks import Picks
+from sparsedsl.run.picked.triton_configs import block_of
 from sparsedsl.run.picked.triton_passes import Interval, Job, Run
 from sparsedsl.run.triton_kernel import missing
 
 __all__ = ["Interval", "picked_attention_triton"]
 
 Tensor = torch.Tensor
-WIDEST_HEAD, LONGEST_CHUNK = 256, 128
+WIDEST_HEAD, LONGEST_CHUNK, LARGEST_TILE = 256, 128, 1 << 16
 LESS = "Use picked_attention of sparsedsl.run.picked.attention instead"
 
 
@@ -35,11 +36,11 @@ def picked_attention_triton(
     weights: Tensor | None = None,
     one: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`~sparsedsl.run.picked.attention.picked_attention` on Triton kernels: ``out (B, Hq, Sq, Dv)`` and ``lse (B, Hq, Sq)``, float32.
+    """:func:`~sparsedsl.run.picked.attention.picked_attention` on Triton kernels; the LSE is float32.
 
-    Any ratio of heads, any chunk up to 128 tokens. Lists must ascend and hold a chunk once; what they hold is not checked, as nothing
-    here waits for the device. Products of float32 are IEEE, or TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says so. Gradients
-    are deterministic.
+    Any ratio of heads, any chunk up to 128 tokens. Lists must ascend and hold a chunk once; what they hold is not checked, as
+    nothing here waits for the device. Products of float32 are IEEE, or TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says
+    so. Gradients are deterministic.
 
     Args:
         q, k, v, picks, scale, weights, one: as there; weights are read as float32.
@@ -48,8 +49,8 @@ def picked_attention_triton(
 
     Raises:
         ShapeError: tensors, picks, weights or interval do not fit each other.
-        UnsupportedError: no GPU, float64, wide heads, long chunks, lists for several queries, or ``inside`` is a function; names the
-            way out.
+        UnsupportedError: no GPU, float64, heads wider than 256, chunks longer than 128 or too large in float32, lists for several
+            queries, or ``inside`` is a function; names the way out.
     """
     call = check_call(_ANY, q, k, v, {}, q_offset=q_offset, scale=scale)
     check_picks(picks, call.q, call.k)
@@ -86,10 +87,16 @@ def _refuse(q: Tensor, v: Tensor, picks: Picks, inside: Any) -> None:
         raise UnsupportedError(
             f"a chunk may have {LONGEST_CHUNK} tokens, as its softmax is taken in one tile; got kv_unit {picks.kv_unit}. {LESS}"
         )
+    taken = block_of(picks.kv_unit) * block_of(widest) * q.dtype.itemsize
+    if taken > LARGEST_TILE:
+        raise UnsupportedError(
+            f"{picks.kv_unit} keys of {widest} numbers in {str(q.dtype).removeprefix('torch.')} take {taken:,} bytes, more than "
+            f"fits an SM beside as many of V: pass bfloat16 or float16. {LESS}"
+        )
     if inside is not None and not isinstance(inside, tuple):
         raise UnsupportedError(
-            f"a kernel cannot call inside, which is a {type(inside).__name__}: pass Interval(first, last), the keys that each query may "
-            f"attend to. {LESS}"
+            f"a kernel cannot call inside, which is a {type(inside).__name__}: pass Interval(first, last), the keys that each "
+            f"query may attend to. {LESS}"
         )
 
 

@@ -15,7 +15,7 @@ from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.loading import triton
 from sparsedsl.gpu.targets import Target
 
-__all__ = ["PickedShape", "config_of", "constants_of", "function", "job_of", "most_rows", "pack_of", "rows_of"]
+__all__ = ["PickedShape", "block_of", "config_of", "constants_of", "function", "job_of", "most_rows", "pack_of", "rows_of"]
 
 # kernel -> its module in codegen/kernels
 KERNELS = {
@@ -27,8 +27,8 @@ SMALLEST, MOST_ROWS = 16, 64
 
 @dataclass(frozen=True)
 class PickedShape:
-    """What the kernels are specialised for, beside dtype and widths of heads: tokens of a ``chunk``; query heads side by side in a
-    tile (``pack``); ``weighted``, ``one``, ``interval`` as in the call; ``merged``: a tile has several queries."""
+    """What the kernels are specialised for, beside dtype and widths of heads: tokens of a ``chunk``; query heads side by side in
+    a tile (``pack``); ``weighted``, ``one``, ``interval`` as in the call; ``merged``: a tile has several queries."""
 
     shape: Shape
     chunk: int
@@ -48,8 +48,8 @@ def most_rows(kernel: str, chunk: int, shape: Shape, target: Target) -> int:
     """
     if kernel == "picked_grad_kv":  # what is summed there is as large as the keys, whatever the rows
         return 16 if family(target) == "cdna" else 32
-    width = max(_block(shape.head_dim), _block(shape.head_dim_v)) * shape.itemsize
-    taken = _block(chunk) * width
+    width = max(block_of(shape.head_dim), block_of(shape.head_dim_v)) * shape.itemsize
+    taken = block_of(chunk) * width
     if taken > 1 << 15 or (family(target) == "cdna" and width > 256):
         return 16
     return 32 if taken > 1 << 14 or chunk > 64 else MOST_ROWS
@@ -88,7 +88,7 @@ def function(kernel: str) -> Any:
     return getattr({"picked_forward": picked_forward, "picked_backward": picked_backward}[KERNELS[kernel]], kernel)
 
 
-def _block(width: int) -> int:
+def block_of(width: int) -> int:
     """A tile's side for ``width`` numbers: products on matrix units have no other."""
     return max(SMALLEST, 1 << (width - 1).bit_length())
 
@@ -98,8 +98,8 @@ def constants_of(kernel: str, picked: PickedShape, config: Config, **flags: bool
     shape = picked.shape
     aligned = shape.aligned and shape.head_dim % 8 == 0 and shape.head_dim_v % 8 == 0
     values = {
-        "CHUNK": picked.chunk, "HEAD_DIM": shape.head_dim, "HEAD_DIM_V": shape.head_dim_v, "BLOCK_D": _block(shape.head_dim),
-        "BLOCK_DV": _block(shape.head_dim_v), "BLOCK_N": config.block_n, "ROWS": config.block_m, "WEIGHTED": picked.weighted,
+        "CHUNK": picked.chunk, "HEAD_DIM": shape.head_dim, "HEAD_DIM_V": shape.head_dim_v, "BLOCK_D": block_of(shape.head_dim),
+        "BLOCK_DV": block_of(shape.head_dim_v), "BLOCK_N": config.block_n, "ROWS": config.block_m, "WEIGHTED": picked.weighted,
         "ONE": picked.one, "INTERVAL": picked.interval, "MERGED": picked.merged, "SAVE": True, "SPLIT": True,
         "HAS_GRAD_LSE": True, "ALIGN": 8 if aligned else 1, "PRECISION": shape.precision,
     }  # fmt: skip
@@ -122,23 +122,25 @@ def job_of(kernel: str, picked: PickedShape, config: Config, target: Target, **f
 def config_of(kernel: str, picked: PickedShape, target: Target) -> Config:
     """A config that fits on ``target`` and spills nothing in 16-bit types, chosen without a device.
 
-    ``block_m``: rows of a tile of queries, or of a step over a chunk's queries; ``block_n``: keys of a tile, which in the passes by
-    queries is a chunk.
+    ``block_m``: rows of a tile of queries, or of a step over a chunk's queries; ``block_n``: keys of a tile, which in the passes
+    by queries is a chunk.
     """
     if kernel == "picked_merge":
         return Config(SMALLEST, SMALLEST, 1, 1)
     shape = picked.shape
-    widths = _block(shape.head_dim), _block(shape.head_dim_v)
-    rows, keys = most_rows(kernel, picked.chunk, shape, target), _block(picked.chunk)
+    widths = block_of(shape.head_dim), block_of(shape.head_dim_v)
+    rows, keys = most_rows(kernel, picked.chunk, shape, target), block_of(picked.chunk)
     if kernel == "picked_grad_kv":
         keys = min(keys, 64 if max(widths) <= 128 else 32)
     else:
-        rows = rows_of(picked.pack, rows) if picked.merged else _block(picked.pack)
+        rows = rows_of(picked.pack, rows) if picked.merged else block_of(picked.pack)
     loaded = (rows if kernel == "picked_grad_kv" else keys) * sum(widths) * shape.itemsize
     if family(target) == "cdna":  # what is on its way is held in registers
         return Config(rows, keys, 4, 2 if loaded <= 1 << 14 and kernel != "picked_grad_kv" else 1)
-    # One tile on its way while another is computed with; two where that leaves room for a program beside this one. Where the address
-    # of a loaded LSE follows from a counter, Triton gives up and waits for every tile if it is to have two on their way.
+    if not shape.matrix_units and loaded > target.shared_per_block // 2:
+        return Config(rows, keys, 8, 1)
+    # One tile on its way while another is computed with; two where that leaves room for a program beside this one. Where the
+    # address of a loaded LSE follows from a counter, Triton gives up and waits for every tile if it is to have two on their way.
     counted = kernel == "picked_grad_q" and picked.weighted
     deep = kernel != "picked_grad_kv" and not counted and 2 * loaded <= target.shared_per_block // 3
     return Config(rows, keys, 4 if max(keys, *widths) <= 64 else 8, 3 if deep else 2)

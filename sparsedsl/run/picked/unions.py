@@ -31,7 +31,7 @@ class Unions:
 @dataclass(frozen=True, eq=False)
 class ByChunk:
     """Queries of each chunk: those of chunk ``c`` of a line are ``places[line, starts[line, c] : starts[line, c + 1]]``, each as
-    ``query * W + slot``, ascending. ``starts (B, Hs, units + 1)`` and ``places (B, Hs, Sq * W)``, int32 or, where needed, int64."""
+    ``query * W + slot``, ascending. ``starts (B, Hs, units + 1)``, ``places (B, Hs, Sq * W)``: int32 or, where needed, int64."""
 
     starts: Tensor
     places: Tensor

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from sparsedsl.analysis.program_report import analyse_program
+from sparsedsl.analysis.report import ITEM_BYTES
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.plan import TRITON_DTYPES, TRITON_WIDEST, check_backend
 from sparsedsl.program.effects import KEEPS_STATE, LATER_QUERIES, reasons
@@ -15,6 +17,7 @@ from sparsedsl.program.text import read_program
 from sparsedsl.run import operators
 from sparsedsl.run.choosing.scores import ScoreSource
 from sparsedsl.run.programs.call import ProgramCall, check_program_call
+from sparsedsl.run.programs.explain import ProgramExplanation, explain_program
 from sparsedsl.run.programs.kernels import Kernels, kernels_of
 from sparsedsl.run.programs.lowered import Lowered
 from sparsedsl.run.programs.reference import Reference
@@ -137,9 +140,54 @@ class CompiledProgram:
 
     def kernels(self, call: ProgramCall) -> Kernels:
         """The kernels that a call runs on."""
-        dtype, widest = str(call.q.dtype).removeprefix("torch."), max(call.q.shape[3], call.v.shape[3])
-        triton = call.q.device.type == "cuda" and missing("cuda") is None and dtype in TRITON_DTYPES and widest <= TRITON_WIDEST
-        return kernels_of(self.backend, triton=triton)
+        dtype = str(call.q.dtype).removeprefix("torch.")
+        return self._kernels(call.q.device.type, dtype, max(call.q.shape[3], call.v.shape[3]))[0]
+
+    def _kernels(self, device: str, dtype: str, widest: int) -> tuple[Kernels, str]:
+        """The kernels for calls of a kind, and why these."""
+        if self.backend != "auto":
+            return kernels_of(self.backend, triton=False), "asked for"
+        lacks = "no GPU" if device != "cuda" else missing("cuda")
+        if lacks is None and dtype not in TRITON_DTYPES:
+            lacks = f"the kernels have no {dtype}"
+        if lacks is None and widest > TRITON_WIDEST:
+            lacks = f"the kernels have heads up to {TRITON_WIDEST} wide"
+        chosen = kernels_of("auto", triton=lacks is None)
+        return chosen, f"torch: {lacks}" if lacks else "kernels on the GPU"
+
+    def explain(
+        self,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        batch: int = 1,
+        heads: int = 1,
+        kv_heads: int | None = None,
+        head_dim: int = 64,
+        head_dim_v: int | None = None,
+        dtype: Any = "float32",
+        device: Any = "cpu",
+        q_offset: int = 0,
+        sizes: Mapping[str, int] | None = None,
+        **tables: Any,
+    ) -> ProgramExplanation:
+        """How a call of this shape would run, node by node, and what it would cost, before anything runs; ``print`` it.
+
+        ``sizes``: of axes with names of their own, as ``{"retrieval_heads": 2}``. Lengths in tokens.
+
+        >>> import sparsedsl as sd
+        >>> print(str(sd.compile(sd.patterns.moba()).explain(8192, heads=4)).splitlines()[0])
+        backend: auto (torch: no GPU)
+        """
+        name = str(dtype).removeprefix("torch.")
+        analysis = analyse_program(
+            self.program, q_len, kv_len, q_offset=q_offset, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+            head_dim_v=head_dim_v, item=ITEM_BYTES[name], sizes=sizes, **tables,
+        )  # fmt: skip
+        if self.backend == "reference":
+            return explain_program(self.program, "reference", None, "asked for", analysis)
+        kernels, reason = self._kernels(torch.device(device).type, name, max(head_dim, head_dim_v or 0))
+        return explain_program(self.program, self.backend, kernels, reason, analysis)
 
     def choices(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0, **named: Any) -> dict[str, Any]:
         """What the program chooses for these inputs, by the label of the node: :class:`Picks`, positions of an order, kept tokens.

@@ -78,7 +78,8 @@ class Kernels:
         def rule(batch: slice, heads: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             env: dict[str, Any] = {**domain.lengths, **domain.tables}
             env |= {"b": batch.start, "h": heads.view(-1, 1, 1), "q_idx": q[:, None], "kv_idx": kv}
-            return evaluate(mask, env).expand(len(heads), *kv.shape)
+            allowed = evaluate(mask, env)
+            return allowed.expand(kv.shape if allowed.ndim <= 2 else (len(heads), *kv.shape))
 
         return rule
 

@@ -131,8 +131,11 @@ def advanced(call: ProgramCall, kernels: Any) -> ProgramState:
             recurrent[node.label] = _slots_after(node, call, kernels, read)
         elif isinstance(node, Linear):
             recurrent[node.label] = _linear_after(node, call, kernels, read)
+    # Copies: views would keep all tokens alive.
     recent = {
-        node.name: call.inputs[node].narrow(_key_axis(node), read, kept) for node in _by_keys(program) if node in call.inputs
+        node.name: call.inputs[node].narrow(_key_axis(node), read, kept).clone()
+        for node in _by_keys(program)
+        if node in call.inputs
     }
     return ProgramState(program.key, int(call.state.get("", 0)) + total, recent, recurrent)
 

@@ -118,7 +118,7 @@ class _Pass:
         heads, chunks = self.job.log_decay.shape[0], in_tiles(self.length, tiles.chunk)
         states = self.b.new_empty((batch * heads, chunks + 1, width_b, width_c), dtype=torch.float32)
         factors = states.new_empty((batch * heads, chunks, 1))
-        block_b, block_c = (min(filled(width), 64) for width in (width_b, width_c))
+        block_b, block_c = min(filled(width_b), 32), min(filled(width_c), 64)
         values = self.values() | operands(b=self.b, c=self.c) | {
             "states_ptr": states, "factors_ptr": factors, "heads": heads, "WIDTH_B": width_b, "WIDTH_C": width_c, "BLOCK_B": block_b,
             "BLOCK_C": block_c,

@@ -157,7 +157,7 @@ class _Slots:
         lines, slots, width = self.decay.shape[0] * self.decay.shape[1], self.decay.shape[3], b.shape[3]
         states = self.decay.new_empty((lines, self.chunks + 1, slots, width))
         factors = states.new_empty((lines, self.chunks, slots))
-        block_slots, block_width = (min(filled(side), 64) for side in (slots, width))
+        block_slots, block_width = min(filled(slots), 32), min(filled(width), 64)
         values = self.values(reverse=reverse) | operands(b=b) | {
             "c_ptr": c, "states_ptr": states, "factors_ptr": factors, "b_first": self.query_first if reverse else self.job.first,
             "b_rows": b.shape[2], "GROUP": self.group if reverse else 1, "WIDTH": width, "BLOCK_SLOTS": block_slots,

@@ -1,0 +1,110 @@
+"""What comes after a prompt: texts with facts hidden in them, and how a model that has read one goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gemma
+import torch
+
+import sparsedsl as sd
+
+__all__ = ["DIGITS", "PLACES", "Text", "density", "judged", "read", "texts", "watching"]
+
+PLACES = (
+    *("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Oslo", "Lisbon"),
+    *("Athens", "Dublin", "Warsaw", "Prague", "Cairo", "Tokyo", "Delhi", "Lima"),
+)
+DIGITS = 5  # of a hidden number
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt of real text with facts in it (1, N), the text that follows (1, n), and (question, answer) as token ids (1, ..)."""
+
+    prompt: torch.Tensor
+    following: torch.Tensor
+    asked: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+def texts(model: Any, tokenizer: Any, tokens: int, count: int, facts: int, following: int) -> list[Text]:
+    """``count`` prompts of ``tokens`` tokens from different places of Python's reference, with ``facts`` facts at even distances, and ``following`` more."""
+    begin = torch.tensor([model.config.bos_token_id])
+
+    def encode(text: str) -> torch.Tensor:
+        ids = tokenizer(text, return_tensors="pt").input_ids[0]
+        return ids[1:] if ids[0] == begin[0] else ids
+
+    source, chance, made = encode(gemma.real_text()), random.Random(0), []
+    for number in range(count):
+        at, parts, asked = number * (len(source) - tokens - following) // max(count, 2), [begin], []
+        keys = [f"{chance.randrange(10 ** (DIGITS - 1), 10**DIGITS)}" for _ in range(facts)]
+        lines = [
+            encode(f"\n\nRemember: the pass key for {place} is {key}. The pass key for {place} is {key}.\n\n")
+            for place, key in zip(PLACES[:facts], keys, strict=True)
+        ]
+        free = tokens - 1 - sum(map(len, lines))
+        edges = [at + free * (2 * i + 1) // (2 * facts) for i in range(facts)]
+        for first, last, line in zip([at, *edges], edges, lines, strict=False):
+            parts += [source[first:last], line]
+        parts.append(source[edges[-1] : at + free])
+        for place, key in zip(PLACES, keys, strict=False):
+            asked.append((encode(f"\n\nThe pass key for {place} is ")[None], encode(key)[None]))
+        made.append(Text(torch.cat(parts)[None], source[None, at + free : at + free + following], tuple(asked)))
+    return made
+
+
+@contextlib.contextmanager
+def watching(model: Any, see: Callable[..., None]) -> Iterator[None]:
+    """``see(layer, q, k, v, processor seconds)`` after the attention of every layer in forwards inside."""
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = model.config._attn_implementation
+    run = ALL_ATTENTION_FUNCTIONS[name]
+
+    def watched(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any, **words: Any) -> Any:
+        start = time.process_time()
+        result = run(module, q, k, v, *mask, **words)
+        see(module.layer_idx, q, k, v, time.process_time() - start)
+        return result
+
+    AttentionInterface.register(name, watched)
+    try:
+        yield
+    finally:
+        AttentionInterface.register(name, run)
+
+
+def density(program: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+    """Share of the causal pairs that attend under ``program``, mean over heads.
+
+    Without logits every pair weighs 1 and the LSE of a row is the logarithm of their number; what chooses keeps its own scale.
+    """
+    _, lse = sd.compile(program)(q, k, v, return_lse=True, scale=1e-30)
+    return float(lse.double().exp().sum() / (lse.numel() * (q.shape[2] + 1) / 2))
+
+
+def read(model: Any, ids: torch.Tensor, what: str) -> tuple[Any, torch.Tensor]:
+    """The KV cache after a prompt, and the hidden state of its last token (1, 1, 640)."""
+    with torch.no_grad(), gemma.layer_bar(model, what):
+        out = model.model(ids, use_cache=True)
+    return out.past_key_values, out.last_hidden_state[:, -1:]
+
+
+def judged(model: Any, after: tuple[Any, torch.Tensor], ids: torch.Tensor, count: int) -> tuple[float, int]:
+    """Sum of the losses of the last ``count`` tokens of ``ids``, which come after what was read, and how many were the most likely."""
+    cache, last = copy.deepcopy(after[0]), after[1]
+    with torch.no_grad():
+        hidden = torch.cat([last, model.model(ids, past_key_values=cache).last_hidden_state[:, :-1]], dim=1)
+    wanted, loss, hits = ids[0, -count:], 0.0, 0
+    for place, logits in gemma.logit_chunks(model, hidden[:, -count:], 0, "judge"):
+        loss += torch.nn.functional.cross_entropy(logits, wanted[place], reduction="sum").item()
+        hits += int((logits.argmax(-1) == wanted[place]).sum())
+    return loss, hits

@@ -1,0 +1,115 @@
+"""What every kind of node means, takes, gives and does beside, and how each backend runs it: one description a kind, as data.
+
+``docs/programs.md`` holds the table that :func:`kinds_table` makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparsedsl.program.effects import KEEPS_STATE, LATER_QUERIES
+
+__all__ = ["KINDS", "Kind", "kinds_table"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of node.
+
+    ``function``: the public function or method that makes it. ``shapes``: axes taken -> axes given. A word of small letters is an axis; a
+    capital letter stands for any one (``H+G``: heads as they join); ``keys/u`` counts units of ``u`` keys, one or more; ``keys/nu``, larger
+    units, of ``n`` of these; ``..`` is what comes before or after. ``effects``: effect -> when. ``reference``, ``tiled``, ``flex``,
+    ``triton``: how each backend runs it. ``source``: where it is published.
+    """
+
+    function: str
+    meaning: str
+    shapes: str
+    reference: str
+    tiled: str
+    flex: str = "as tiled"
+    triton: str = "as tiled"
+    effects: tuple[tuple[str, str], ...] = ()
+    source: str = ""
+
+
+_NO_RECURRENCE = "refuses: FlexAttention has no state that runs along the keys"
+_LISTS = "pieces of rows x units go by; out come lists of units, ascending"
+_AS_TABLE = "as tiled; lists for single queries are then spread into a table"
+_BY_BLOCK = ((LATER_QUERIES, "if one choice is made for several queries"),)
+_BY_PROBE = ((LATER_QUERIES, "always: scores of keys come from the last queries"),)
+_STATE = ((KEEPS_STATE, "always"),)
+
+_ALL = (
+    Kind("input", "a tensor of the call, by name", "-> as declared", "cast to the type computed in", "left in its type; pieces are cast where they are used"),
+    Kind("summary", "one row for each unit of rows: mean, max, min, sum, first or last", "batch H X/u D -> batch H X/nu D", "unit by unit", "one reduction, and one for a ragged last unit"),
+    Kind("take", "rows of keys in the order of a sort", "batch G keys D, batch H keys -> batch H+G keys D", "gather", "gather"),
+    Kind(
+        "dot", "scaled dot products of rows for queries and rows for keys", "batch H queries/u D, batch G keys/w D -> batch H+G queries/u keys/w",
+        "one product, held", "a source that gives pieces of scores when asked; nothing of queries x units is held",
+    ),
+    Kind(
+        "bound", "an upper bound of a query's logits in a unit of keys", "batch H queries/u D, batch G keys/w D -> batch H+G queries/u keys/nw",
+        "all products, held", "a source, two products a piece", source="arXiv 2406.10774",
+    ),
+    Kind(
+        "antidiagonal", "mass of blocks, from logits summed along antidiagonals", "batch H queries D, batch G keys D -> batch H+G queries/n keys/n",
+        "one product for each token of the stride", "products of stride x dim long rows, summed into blocks row by row", source="arXiv 2503.16428",
+    ),
+    Kind("softmax", "scores as mass over the units with an allowed pair", "batch H queries/u keys/w -> batch H queries/u keys/w", "softmax of a row", "a source; the totals of rows come first, in a pass over the pieces"),
+    Kind("regroup", "scores of larger units: sum, mean or max of neighbours", "batch H queries/u keys/w -> batch H queries/u keys/nw", "reduction", "a source over a source"),
+    Kind("plus", "the sum of two scores", "batch H queries/u keys/w, batch G queries/u keys/w -> batch H+G queries/u keys/w", "sum", "a source over sources"),
+    Kind("grouped", "scores, or scores of keys, with the heads of a group (or all) joined", "batch H .. -> batch G ..", "reduction over heads", "a source over a source; of scores of keys a reduction"),
+    Kind(
+        "probe", "the mean attention that the last queries pay each key", "batch H queries D, batch G keys D -> batch H+G keys", "one softmax of rows x keys",
+        "two passes over the keys in pieces: totals of rows, then sums of keys", source="arXiv 2510.21270, 2602.03216",
+    ),
+    Kind("smooth", "scores of keys averaged with their neighbours", "batch H keys -> batch H keys", "average pooling", "average pooling"),
+    Kind("top_k", "the units with the highest scores, as many as said", "batch H queries/u keys/w -> batch H queries/u keys/w", "a sort of each row", f"{_LISTS}, the best so far are kept", _AS_TABLE, effects=_BY_BLOCK),
+    Kind("top_p", "the fewest units that hold a share of the mass", "batch H queries/u keys/w -> batch H queries/u keys/w", "a sort and a running sum of each row", f"{_LISTS}, whole rows at a time", _AS_TABLE, effects=_BY_BLOCK),
+    Kind("threshold", "the units with at least some score", "batch H queries/u keys/w -> batch H queries/u keys/w", "a comparison", f"{_LISTS}, whole rows at a time", _AS_TABLE, effects=_BY_BLOCK),
+    Kind("segment_sort", "keys sorted by score within segments: a permutation", "batch H keys -> batch H keys", "stable sort", "stable sort of all segments at once", effects=_BY_PROBE, source="arXiv 2510.21270"),
+    Kind("inverse", "for each key its place in a sort", "batch H keys -> batch H keys", "a sort of the permutation", "one scatter"),
+    Kind(
+        "keep_tokens", "the best tokens of each head, as many in all of them", "batch H keys, batch one keys -> batch H keys", "sorts",
+        "sorts and a running sum; the number is read back: the one wait for a GPU", effects=_BY_PROBE, source="arXiv 2602.03216, 2502.20766",
+    ),
+    Kind("slots", "rows of memory that gates write and fade", "batch H keys D, batch H keys E, batch H keys M -> batch H keys M", "token by token", "see recall", _NO_RECURRENCE, "see recall", source="arXiv 2409.07146, 2510.07019"),
+    Kind(
+        "per_chunk", "a softmax in each picked chunk, and weights for the chunks", "(a rule of attend)", "chunk by chunk, all of them",
+        "along the lists; scores are worked out again where something was picked", "two passes: the LSE of every chunk, then one softmax with a bias of queries x chunks",
+        "kernels; neighbouring queries share the union of their chunks", source="arXiv 2511.23319, 2504.16795",
+    ),
+    Kind(
+        "attend", "softmax attention over the pairs of a mask", "batch heads queries D, batch H keys/u D, batch H keys/u E, .. -> batch heads queries value_dim", "dense",
+        "choices for single queries: along lists, joined with what attends in any case; for blocks: full tiles; else strips",
+        "choices as tables in the mask, on compact block lists", "choices for single queries: kernels along lists; else kernels generated for the mask",
+    ),
+    Kind("recall", "softmax attention over slots as they are at the query", "batch H keys M, batch heads queries D -> batch heads queries value_dim", "token by token", "chunks of the keys, one after the other", _NO_RECURRENCE, "kernels over chunks", effects=_STATE),
+    Kind(
+        "linear", "decayed linear attention: a sum without a softmax", "batch heads queries D, batch H keys D, batch H keys E -> batch heads queries value_dim", "queries x keys, with the decay as a factor",
+        "chunks of the keys, state in float32", _NO_RECURRENCE, "kernels over chunks", effects=_STATE, source="arXiv 2510.19338, 2405.17381",
+    ),
+    Kind("joint", "one softmax over several branches", "batch heads queries value_dim, .. -> batch heads queries value_dim", "outputs weighed by exp(lse - joint lse)", "as reference", "as reference; needs a device on which FlexAttention gives an LSE", "as reference"),
+    Kind("mix", "the sum of branches, each times its gate", "batch heads queries value_dim, .. -> batch heads queries value_dim", "sum", "as reference", "as reference", "as reference"),
+    Kind("compact", "a program over the kept tokens of each head; other rows are 0", "batch H keys, .. -> batch heads queries value_dim", "gather, run, scatter, one batch entry after the other", "as reference, what is inside on its own kernels"),
+)  # fmt: skip
+
+KINDS: Mapping[str, Kind] = {kind.function: kind for kind in _ALL}
+
+
+def kinds_table() -> str:
+    """All kinds as two Markdown tables: what they are, and how each backend runs them.
+
+    >>> print(kinds_table().splitlines()[2])
+    | `input` | a tensor of the call, by name | → as declared |  |  |
+    """
+    what = ["| node | meaning | axes | effects | source |", "|---|---|---|---|---|"]
+    how = ["| node | `reference` | `tiled` | `flex` | `triton` |", "|---|---|---|---|---|"]
+    for kind in KINDS.values():
+        shapes = kind.shapes.replace("->", "→")
+        effects = "; ".join(f"{effect}, {when}" for effect, when in kind.effects)
+        what.append(f"| `{kind.function}` | {kind.meaning} | {shapes} | {effects} | {kind.source} |")
+        how.append(f"| `{kind.function}` | {kind.reference} | {kind.tiled} | {kind.flex} | {kind.triton} |")
+    return "\n".join([*what, "", *how, ""])
