@@ -34,7 +34,10 @@ class Text:
 
 
 def texts(model: Any, tokenizer: Any, tokens: int, count: int, facts: int, following: int) -> list[Text]:
-    """``count`` prompts of ``tokens`` tokens from different places of Python's reference, with ``facts`` facts at even distances, and ``following`` more."""
+    """``count`` prompts of ``tokens`` tokens from different places of Python's reference.
+
+    Each holds ``facts`` facts at even distances, and is followed by ``following`` tokens of the same text.
+    """
     begin = torch.tensor([model.config.bos_token_id])
 
     def encode(text: str) -> torch.Tensor:

@@ -182,7 +182,7 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="JSON file for the numbers")
     options = parser.parse_args(arguments)
     usual = {"tokens": 8192, "texts": 2, "facts": 12, "within": 2, "lengths": [2048, 4096, 8192, 16384], "rounds": 2}
-    quick = {"tokens": 1024, "texts": 1, "facts": 4, "within": 1, "lengths": [1024], "rounds": 1}
+    quick = {"tokens": 1024, "texts": 1, "facts": 3, "within": 1, "lengths": [1024], "rounds": 1}
     for name in usual:
         if getattr(options, name) is None:
             setattr(options, name, (quick if options.quick else usual)[name])

@@ -103,14 +103,14 @@ def learn(name: str, text: torch.Tensor, steps: int) -> tuple[Transformer, float
 
 @torch.no_grad()
 def decoding(name: str, context: int, calls: int) -> tuple[float, int]:
-    """The attention of one more token in all layers: milliseconds, the fastest of ``calls``, and the bytes remembered."""
+    """The attention of one more token in all layers: least milliseconds of processor time in ``calls``, bytes remembered."""
     steps, remembered = zip(*(layer.one_token(context) for layer in SCHEDULES[name]().values()), strict=True)
     times = []
     for _ in range(calls + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         for step in steps:
             step()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return 1e3 * min(times[1:]), sum(remembered)
 
 
@@ -165,7 +165,7 @@ def main() -> None:
         cells = "".join(f"{time_:9.2f} ms {memory(size):>9}" for time_, size in costs[name].values())
         print(f"{name:18} {parameters(model):10,} {seconds:9.0f} s {losses[name]:7.3f} {cells}", flush=True)
     draw(losses, costs, options.picture)
-    print(f"\n(trained in: seconds of processor time, all cores together)\npicture: {options.picture}")
+    print(f"\n(trained in, milliseconds: processor time, all cores together)\npicture: {options.picture}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def nha(slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, t
     """
     slots = check_whole("nha", "slots", slots, 1)
     check_choice("nha", "empty", empty, ("zero_sink", "masked"))
-    near = {
+    near: dict[str, Any] = {
         "q": sd.input("q_rope", " ".join(sd.q.axes), default=sd.q),
         "k": sd.input("k_rope", " ".join(sd.k.axes), default=sd.k),
     }

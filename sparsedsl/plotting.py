@@ -8,7 +8,6 @@ counted where that is cheap, and sampled where it is not. The caption says which
 from __future__ import annotations
 
 import functools
-import io
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -22,11 +21,14 @@ from sparsedsl.analysis.intervals import TableRanges
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL
 from sparsedsl.analysis.points import PointDecider, box_classes
 from sparsedsl.analysis.tiles import Grid, classify
-from sparsedsl.errors import PatternError, ShapeError, TableError, UnsupportedError
+from sparsedsl.errors import PatternError, ShapeError, TableError
+from sparsedsl.figures import axes_of
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
+from sparsedsl.program.graph import Program, as_program
+from sparsedsl.program_picture import draw_program, parts, size_of
 from sparsedsl.run.inputs import bind_tables
 from sparsedsl.strip_picture import MASKED, WHOLE, draw_strips
 
@@ -50,7 +52,7 @@ CLASS_NAMES = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
 
 def plot(
     pattern: Any,
-    q_len: int,
+    q_len: int | None = None,
     kv_len: int | None = None,
     *,
     block_size: int | tuple[int, int] | None = None,
@@ -63,11 +65,11 @@ def plot(
     title: str | None = None,
     **tables: Any,
 ) -> Any:
-    """Draw a pattern: allowed pairs, tile classes and, if there is one, the score function.
+    """Draw a pattern: allowed pairs, tile classes and, if there is one, the score function. Of a program, draw the graph of its nodes.
 
     Args:
-        pattern: a mask, a score or a pattern.
-        q_len: number of queries.
+        pattern: a mask, a score or a pattern; or a program, such as ``sd.patterns.hsa()``.
+        q_len: number of queries. May be left out for a program; given, its axes are shown with their sizes.
         kv_len: number of keys; default ``q_offset + q_len``.
         block_size: tokens in a tile, or ``(q, kv)``; default 128, or less for short sequences, so that there is something to see.
         head, batch: which head and batch entry of a pattern that depends on ``h`` or ``b``.
@@ -90,15 +92,51 @@ def plot(
     >>> figure = sd.plot(sd.patterns.causal() & (sd.q_idx - sd.kv_idx < 16), 64)
     >>> [axes.get_title() for axes in figure.axes]
     ['allowed pairs', 'tiles of 4 x 4']
+    >>> figure = sd.plot(sd.patterns.hsa(), 4096)
+    >>> [text.get_text().splitlines()[-1] for text in figure.axes[0].texts if "top_k" in text.get_text()][:1]
+    ['[batch retrieval_heads queries=4,096 keys/64=64]']
     """
+    program = as_program(pattern)
+    if program is not None:
+        unused = {"block_size": block_size, "head": head or None, "batch": batch or None, "panels": panels, **tables}
+        return _plot_program(program, q_len, kv_len, q_offset, ax, figsize, title, unused)
     pattern = as_pattern(pattern, where="the pattern of plot()")
+    if q_len is None:
+        raise ShapeError("plot(): q_len, the number of queries to draw, is missing")
     view = _View(pattern, q_len, kv_len, block_size, head, batch, q_offset, tables)
     names = _panels(panels, ax, view)
-    figure, axes, own = _axes(ax, len(names), figsize)
+    figure, axes, own = axes_of(ax, len(names), figsize or (0.6 + 4.4 * len(names), 5.0))
     notes = [getattr(view, f"draw_{name}")(axis) for name, axis in zip(names, axes, strict=True)]
     if own:
         figure.suptitle(_headline(pattern, len(axes)) if title is None else title, fontsize=9, family="monospace")
         figure.supxlabel("\n".join([view.caption, *filter(None, notes)]), fontsize=8, color="#444444")
+    return figure
+
+
+def _plot_program(
+    program: Program, q_len: Any, kv_len: Any, q_offset: Any, ax: Any, figsize: Any, title: str | None, unused: dict[str, Any]
+) -> Any:
+    """The graph of a program, and beside it what runs inside of its ``compact()``."""
+    given = [name for name, value in unused.items() if value is not None]
+    if given:
+        raise PatternError(
+            f"plot(): of a program the graph is drawn, which {given[0]} says nothing of; leave it out. "
+            "Which pairs a call attends to follows from attn.choices(q, k, v, ...)"
+        )
+    if q_len is None and (kv_len is not None or q_offset):
+        raise ShapeError("plot(): kv_len and q_offset need q_len, the number of queries")
+    sizes = {}
+    if q_len is not None:
+        domain = Domain(q_len, q_offset + q_len if kv_len is None else kv_len, q_offset)
+        sizes = {"queries": domain.rows, "keys": domain.kv_len}
+    graphs = parts(program)
+    wanted = [size_of(part) for part in graphs.values()]
+    widths, height = [width for width, _ in wanted], max(height for _, height in wanted)
+    figure, axes, own = axes_of(ax, len(graphs), figsize or (sum(widths), height + 0.4), widths)
+    for axis, (name, part) in zip(axes, graphs.items(), strict=True):
+        draw_program(axis, part, sizes, name)
+    if own and title is not None:
+        figure.suptitle(title, fontsize=9, family="monospace")
     return figure
 
 
@@ -419,29 +457,6 @@ def _panels(panels: Any, ax: Any, view: _View) -> tuple[str, ...]:
     if "score" in names and not view.pattern.has_score:
         raise PatternError("plot(): the pattern does not modify the score; leave the panel 'score' out")
     return names
-
-
-def _axes(ax: Any, count: int, figsize: Any) -> tuple[Any, list[Any], bool]:
-    """The figure, the axes to draw in, and whether the figure is ours."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError("sd.plot draws with matplotlib, which is not installed: pip install 'sparsedsl[plots]'") from None
-    if ax is None:
-        figure = Figure(figsize=figsize or (0.6 + 4.4 * count, 5.0), dpi=110, layout="constrained")
-        # what notebooks ask for, since pyplot, which would answer, is not involved
-        setattr(figure, "_repr_png_", functools.partial(_png, figure))  # noqa: B010  (unknown to mypy)
-        return figure, [figure.add_subplot(1, count, 1 + i) for i in range(count)], True
-    axes = list(ax.flat) if hasattr(ax, "flat") else list(ax) if isinstance(ax, (tuple, list)) else [ax]
-    if len(axes) != count or not all(hasattr(axis, "imshow") for axis in axes):
-        raise PatternError(f"plot(): ax must be {count} matplotlib axes, one for each panel; got {ax!r}")
-    return axes[0].figure, axes, False
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _shades() -> Any:

@@ -70,12 +70,12 @@ def picked_forward(
     v_stride_row, out_ptr, out_stride_s, out_stride_b, out_stride_h, out_stride_row, lse_ptr, slot_lse_ptr, weights_ptr,
     chunks_ptr, owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, queries,
     list_batch, list_group, weight_group, rows, kv_len, tiles, width, list_width, splits, scale, CHUNK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
-    WEIGHTED: tl.constexpr, ONE: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr, SAVE: tl.constexpr,
-    SPLIT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, WEIGHTED: tl.constexpr, ONE: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr,
+    SAVE: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out and LSE of one tile of queries, with ``SPLIT`` of a share of its slots: for the LSE of a weighted share stands the sum of
-    its weights. ``SAVE``: ``slot_lse``, that of each row and slot, is written for the backward pass."""
+    """out and LSE of one tile of queries, with ``SPLIT`` of a share of its slots: the LSE of a weighted share is the sum of its
+    weights. ``SAVE``: ``slot_lse``, that of each row and slot, is written for the backward pass."""
     share = tl.program_id(0) % splits
     tile = tl.program_id(0) // splits % tiles
     bundle = tl.program_id(0) // splits // tiles

@@ -83,7 +83,7 @@ def sum_chunks(
     """``sum of L[last, u] c[u]^T b[u]`` over a chunk and the ``GROUP`` heads of b and c that a key head has, and the factors for the state
     before it. One program a block of the state, a chunk and a key head; blocks from the last to the first."""
     b_stride_row = b_stride_row // ALIGN * ALIGN
-    b_stride_h, b_stride_b = b_stride_h // ALIGN * ALIGN, b_stride_b // ALIGN * ALIGN
+    b_stride_h, b_stride_b = b_stride_h.to(tl.int64) // ALIGN * ALIGN, b_stride_b // ALIGN * ALIGN
     PARTS_WIDTH: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
     PARTS: tl.constexpr = (SLOTS + BLOCK_SLOTS - 1) // BLOCK_SLOTS * PARTS_WIDTH
     part = tl.program_id(0) % PARTS
@@ -148,7 +148,7 @@ def read_slots(
     ``group`` is no constant so that the loop over it stays one, even if it has one turn: without it all products are scheduled side by
     side, and registers do not hold their operands."""
     a_stride_row, b_stride_row = a_stride_row // ALIGN * ALIGN, b_stride_row // ALIGN * ALIGN
-    a_stride_h, b_stride_h = a_stride_h // ALIGN * ALIGN, b_stride_h // ALIGN * ALIGN
+    a_stride_h, b_stride_h = a_stride_h // ALIGN * ALIGN, b_stride_h.to(tl.int64) // ALIGN * ALIGN
     a_stride_b, b_stride_b = a_stride_b // ALIGN * ALIGN, b_stride_b // ALIGN * ALIGN
     PARTS: tl.constexpr = (SLOTS + BLOCK_SLOTS - 1) // BLOCK_SLOTS
     part = tl.program_id(0) % PARTS
@@ -218,7 +218,7 @@ def read_values(
 ):  # fmt: skip
     """As :func:`read_slots`, for a block of columns of y; ``BLOCK_SLOTS`` holds all slots."""
     b_stride_row, y_stride_row = b_stride_row // ALIGN * ALIGN, y_stride_row // ALIGN * ALIGN
-    b_stride_h, y_stride_h = b_stride_h // ALIGN * ALIGN, y_stride_h // ALIGN * ALIGN
+    b_stride_h, y_stride_h = b_stride_h.to(tl.int64) // ALIGN * ALIGN, y_stride_h // ALIGN * ALIGN
     b_stride_b, y_stride_b = b_stride_b // ALIGN * ALIGN, y_stride_b // ALIGN * ALIGN
     PARTS: tl.constexpr = (WIDTH + BLOCK_WIDTH - 1) // BLOCK_WIDTH
     part = tl.program_id(0) % PARTS

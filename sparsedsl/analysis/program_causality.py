@@ -161,9 +161,9 @@ def _with_choices(node: Attend) -> Mask:
     """The mask, with what is known of its choices: what was chosen was a candidate."""
     mask: Any = node.pattern.mask.expr
     for name, choice in node.pattern.mask.bound.items():
-        if isinstance(choice, Select) and choice.among is not None and constant_in_units(choice.among.expr, *choice.units):  # type: ignore[attr-defined]
+        if isinstance(choice, Select) and choice.among is not None and constant_in_units(choice.among.expr, *choice.units):
             on, off = (assume(mask, {name: value}) for value in (True, False))
-            mask = sympy.Or(sympy.And(on, choice.among.expr), off)  # type: ignore[attr-defined]
+            mask = sympy.Or(sympy.And(on, choice.among.expr), off)
     return as_mask(Mask(mask))
 
 

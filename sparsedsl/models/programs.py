@@ -67,7 +67,7 @@ def fitted(program: Program, index: int, native: Pattern, scale: float | None, h
             )
         if isinstance(node, Attend):
             pattern = node.pattern
-            score = pattern.score if pattern.has_score else native.score
+            score = pattern.score
             kept = scale if pattern.scale is None else pattern.scale
             return dataclasses.replace(node, pattern=Pattern(pattern.mask, score, pattern.sink, kept))
         if (
@@ -118,7 +118,7 @@ def rebuilt(program: Program, change: Callable[[Node], Node]) -> Program:
     def again(value: Any) -> Any:
         if isinstance(value, Node):
             if value not in known:
-                known[value] = one_of(change(type(value)(*(again(getattr(value, f.name)) for f in dataclasses.fields(value)))))
+                known[value] = one_of(change(parts(value)))
             return known[value]
         if isinstance(value, Pattern):
             sink = None if value.sink is None else again(value.sink)
@@ -128,8 +128,11 @@ def rebuilt(program: Program, change: Callable[[Node], Node]) -> Program:
         if isinstance(value, tuple):
             return tuple(map(again, value))
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return type(value)(*(again(getattr(value, field.name)) for field in dataclasses.fields(value)))
+            return parts(value)
         return value
+
+    def parts(value: Any) -> Any:
+        return type(value)(**{field.name: again(getattr(value, field.name)) for field in dataclasses.fields(value)})
 
     return Program(again(program.root))
 

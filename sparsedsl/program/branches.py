@@ -199,7 +199,7 @@ def _with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pat
     """The pattern with every choice told its candidates, where it was declared without."""
     mask = pattern.mask
     for label, node in sorted(mask.bound.items()):
-        if not isinstance(node, Select) or node.among is not None:  # type: ignore[attr-defined]
+        if not isinstance(node, Select) or node.among is not None:
             continue
         known = node.within(candidates_of(pattern.mask, label))
         mask = _renamed(mask, label, known)
@@ -422,7 +422,7 @@ class Compact(Branch):
         return self.inside.weighable
 
     @property
-    def inputs(self) -> tuple[Node, ...]:  # type: ignore[override]
+    def inputs(self) -> tuple[Node, ...]:
         """The tokens, and q, k, v to take them from: what is inside reads the rows that were taken."""
         return self.tokens, q, k, v
 
@@ -444,7 +444,8 @@ def compact(tokens: Tokens, inside: Any) -> Compact:
     if not isinstance(tokens, Tokens):
         raise PatternError(f"compact(): tokens must come from keep_tokens(); got {tokens!r}")
     branch = as_branch("compact", inside)
-    seen, waiting = set[Node](), [branch]
+    seen: set[Node] = set()
+    waiting: list[Node] = [branch]
     while waiting:
         node = waiting.pop()
         if node in seen:

@@ -39,7 +39,7 @@ class Program:
         graph = nx.DiGraph()
         graph.add_node(self.root)
         waiting: list[Node] = [self.root]
-        seen = {self.root}
+        seen: set[Node] = {self.root}
         while waiting:
             node = waiting.pop()
             for source in node.inputs:
@@ -84,7 +84,7 @@ class Program:
             if isinstance(node, Attend):
                 found.append(node.pattern)
             elif isinstance(node, Select):
-                found += [mask for mask in (node.among, node.forced) if mask is not None]  # type: ignore[attr-defined]
+                found += [mask for mask in (node.among, node.forced) if mask is not None]
             else:
                 found += [value for value in node.arguments.values() if hasattr(value, "expr")]
         return tuple(found)

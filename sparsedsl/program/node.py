@@ -93,7 +93,7 @@ class Node:
         return hash(self.key)
 
     def __reduce__(self) -> Any:
-        return _again, (type(self), tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+        return _again, (type(self), {field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
 
     def __bool__(self) -> NoReturn:
         raise PatternError(f"{self!r} has no truth value: it is computed at the call. Join masks with & | ~")
@@ -102,8 +102,8 @@ class Node:
         return f"<{type(self).__name__} {self.label}>"
 
 
-def _again(kind: type[N], values: tuple[Any, ...]) -> N:
-    return one_of(kind(*values))
+def _again(kind: type[N], values: Mapping[str, Any]) -> N:
+    return one_of(kind(**values))
 
 
 def one_of(node: N) -> N:

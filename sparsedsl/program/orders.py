@@ -184,5 +184,5 @@ def keep_tokens(
     if not isinstance(by, KeyScores) or by.axes[1] != "one":
         raise PatternError(f"keep_tokens(): by must be key scores of one head, as from over_heads(); got {by!r}")
     least, always = check_unit("keep_tokens", "least", least, 0), check_unit("keep_tokens", "always", always, 0)
-    shares = [None if share is None else float(share) for share in (tail, cover)]
-    return one_of(Tokens(scores, by, *shares, least, always))
+    tail, cover = (None if share is None else float(share) for share in (tail, cover))
+    return one_of(Tokens(scores, by, tail, cover, least, always))

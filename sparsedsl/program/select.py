@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sparsedsl.errors import PatternError
@@ -26,6 +26,9 @@ class Select(Node):
     """
 
     scores: Scores
+    among: Mask | None = field(default=None, kw_only=True)
+    forced: Mask | None = field(default=None, kw_only=True)
+    name: str = field(default="", kw_only=True)
     gives: ClassVar[str] = "picks"
 
     @property
@@ -89,10 +92,7 @@ class TopK(Select):
     """The ``count`` best candidates."""
 
     count: int
-    among: Mask | None = None
-    forced: Mask | None = None
     extra: bool = False
-    name: str = ""
     function: ClassVar[str] = "top_k"
 
 
@@ -116,7 +116,8 @@ def top_k(scores: Scores, count: int, *, among: Any = None, forced: Any = None, 
     Mask((q_idx >= kv_idx) & picks[b, h, q_idx, kv_idx // 64])
     """
     scores, among, forced, name = _check("top_k", scores, among, forced, name)
-    return one_of(TopK(scores, check_unit("top_k", "count", count), among, forced, _flag("top_k", "extra", extra), name))
+    count, extra = check_unit("top_k", "count", count), _flag("top_k", "extra", extra)
+    return one_of(TopK(scores, count, extra, among=among, forced=forced, name=name))
 
 
 def _flag(function: str, word: str, value: Any) -> bool:
@@ -132,10 +133,7 @@ class TopP(Select):
     share: float
     inclusive: bool = True
     unmet: str = "all"
-    among: Mask | None = None
-    forced: Mask | None = None
     forced_in_mass: bool = False
-    name: str = ""
     function: ClassVar[str] = "top_p"
 
 
@@ -172,7 +170,7 @@ def top_p(
     if unmet not in ("all", "none"):
         raise PatternError(f"top_p(): unmet must be 'all' or 'none'; got {unmet!r}")
     flags = _flag("top_p", "inclusive", inclusive), _flag("top_p", "forced_in_mass", forced_in_mass)
-    return one_of(TopP(scores, float(share), flags[0], unmet, among, forced, flags[1], name))
+    return one_of(TopP(scores, float(share), flags[0], unmet, flags[1], among=among, forced=forced, name=name))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -180,9 +178,6 @@ class Threshold(Select):
     """The candidates with at least some score."""
 
     least: float
-    among: Mask | None = None
-    forced: Mask | None = None
-    name: str = ""
     function: ClassVar[str] = "threshold"
 
 
@@ -196,4 +191,4 @@ def threshold(scores: Scores, least: float, *, among: Any = None, forced: Any = 
     scores, among, forced, name = _check("threshold", scores, among, forced, name)
     if isinstance(least, bool) or not isinstance(least, numbers.Real) or least != least:
         raise PatternError(f"threshold(): least must be a number; got {least!r}")
-    return one_of(Threshold(scores, float(least), among, forced, name))
+    return one_of(Threshold(scores, float(least), among=among, forced=forced, name=name))

@@ -15,7 +15,8 @@ from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select
 from sparsedsl.run.programs.call import check_program_call
 from sparsedsl.run.programs.compiled import CompiledProgram
-from sparsedsl.run.programs.reference import Reference, spread
+from sparsedsl.run.programs.parts import spread
+from sparsedsl.run.programs.reference import Reference
 from sparsedsl.testing.program_behaviour import failing, rows_of, split_call
 from sparsedsl.testing.program_matching import compiled_program
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, moving
@@ -211,7 +212,7 @@ def _unused_rows(attn: CompiledProgram, tensors: dict[str, Tensor], case: Attent
     runner = Reference(call)
     runner.values |= {node: chosen[node.label] for node in program.order if node.label in chosen}
     shape = (case.batch, case.heads, case.q_len, case.kv_len)
-    seen = torch.stack([runner._pairs(node.pattern.mask).expand(shape) for node in attends]).any(0)
+    seen = torch.stack([runner.pairs(node.pattern.mask).expand(shape) for node in attends]).any(0)
     used = seen.any(2).unflatten(1, (case.kv_heads, -1)).any(2)
     found = {"k": ~used, "v": ~used}
     for name, node in program.inputs.items():

@@ -177,7 +177,7 @@ def assert_linear(case: Linear):
 
 LINEAR = {
     "ragged": Linear(),
-    "state, two heads a key head, offset": Linear(group=2, state=True, q_len=21, kv_len=37, q_offset=13),
+    "state, two heads a key head, offset": Linear(kv_heads=2, group=2, state=True, q_len=21, kv_len=37, q_offset=13),
     "documents, batch, transposed": Linear(batch=2, documents=(9, 16, 17, 33), state=True, layout="transposed"),
     "strong decay": Linear(strength=200.0, cut=CUTS[1], group=2),
     "no decay": Linear(strength=0.0, cut=CUTS[2], q_len=70, kv_len=70),
@@ -351,11 +351,11 @@ def assert_slots(case: Slots):
 
 SLOTS = {
     "ragged": Slots(),
-    "no delay, two heads a key head": Slots(delay=0, group=2, slots=17, q_len=20, kv_len=36, q_offset=16),
+    "no delay, two heads a key head": Slots(delay=0, kv_heads=2, group=2, slots=17, q_len=9, kv_len=20, q_offset=11),
     "state, offset": Slots(state=True, q_len=20, kv_len=36, q_offset=5, delay=9),
     "state of nothing": Slots(state=True, written=False, empty="masked", delay=9, q_len=20, kv_len=20),
     "documents, batch": Slots(batch=2, documents=(9, 16, 17, 33), state=True, empty="masked", layout="transposed"),
-    "documents, zeros": Slots(documents=(3, 20), delay=5, cut=CUTS[1]),
+    "documents, one at the edge of a chunk": Slots(documents=(3, 11, 20), delay=5, cut=CUTS[1]),
     "strong gates": Slots(strength=300.0, temperature=0.5, cut=CUTS[2]),
     "delay beyond all": Slots(delay=50, q_len=10, kv_len=10, state=True),
     "wide": Slots(width=33, width_v=40, slots=33, q_len=17, kv_len=17, delay=1),

@@ -115,11 +115,6 @@ def test_T03_T16_two_passes_by_hand(problem: Any, backend: str, assert_close: An
     assert_close(sd.compile(sd.patterns.hsa(S, K, rule), backend=backend)(**t), out * total.exp()[..., None])
 
 
-def exact_mass(chunk: int, picks: Any) -> Any:
-    """Chunks weighed by the mass they hold: one softmax."""
-    return sd.attend((sd.kv_idx // chunk + 1) * chunk <= sd.q_idx) if picks is None else sd.attend(picks & True)
-
-
 def test_T04_weighed_by_their_mass_it_is_plain_softmax(problem: Any, backend: str, assert_close: Any) -> None:
     t = problem()
     _, lse = within_chunks(t)
@@ -272,7 +267,7 @@ def test_suggested_shorter_than_a_chunk(problem: Any, backend: str) -> None:
 def test_suggested_groups_of_all_sizes(problem: Any, group: int) -> None:
     t = problem(24, heads=group, kv_heads=1)
     done = kit.assert_matches_reference(sd.compile(sd.patterns.hsa(S, 2), backend="tiled"), **t)
-    assert done == ("choices", "out", "lse", "dq", "dk", "dv", "dlandmarks", "dretrieval_q")
+    assert done == ("choices", "out", "lse", "dq", "dk", "dv", "dretrieval_q", "dlandmarks")
 
 
 def test_suggested_equal_scores_weigh_the_same(problem: Any, backend: str, assert_close: Any) -> None:
@@ -297,21 +292,19 @@ def test_suggested_a_needle_is_found(problem: Any, backend: str, assert_close: A
 
 def test_suggested_noise_changes_choices_alone(problem: Any, backend: str) -> None:
     t = problem()
-    by = sd.dot(
-        sd.input("retrieval_q", "batch marked_heads queries marked_dim"), sd.input("landmarks", f"batch marked_heads keys/{S} marked_dim")
-    )
-    noise = sd.dot(sd.input("noise_q", "batch marked_heads queries noise_dim"), sd.input("noise", f"batch marked_heads keys/{S} noise_dim"))
+    heads = "batch marked_heads"
+    by = sd.dot(sd.input("retrieval_q", f"{heads} queries marked_dim"), sd.input("landmarks", f"{heads} keys/{S} marked_dim"))
     ended = (sd.kv_idx // S + 1) * S <= sd.q_idx
-    picks = sd.top_k(by + noise, K, among=ended)
-    attn = sd.compile(sd.attend(ended & picks, normaliser=sd.per_chunk(picks, scores=by)), backend=backend)
-    still = {"noise_q": t["retrieval_q"] * 0, "noise": t["landmarks"]}
-    assert torch.equal(attn(**t, **still), sd.compile(sd.patterns.hsa(S, K), backend=backend)(**t))
-    loud = {"noise_q": t["retrieval_q"] * 9, "noise": t["landmarks"].flip(2)}
-    assert not torch.equal(attn(**t, **loud), attn(**t, **still))
-    # with all chunks picked there is nothing to choose
-    everything = sd.top_k(by + noise, 50, among=ended)
-    attn = sd.compile(sd.attend(ended & everything, normaliser=sd.per_chunk(everything, scores=by)), backend=backend)
-    assert torch.equal(attn(**t, **loud), attn(**t, **still))
+
+    def attn(top_k: int, scores: Any) -> Any:
+        picks = sd.top_k(scores, top_k, among=ended)
+        return sd.compile(sd.attend(ended & picks, normaliser=sd.per_chunk(picks, scores=by)), backend=backend)
+
+    noisy, seed = by.gumbel(sd.input("seed", "1")), torch.tensor([3])
+    assert not torch.equal(attn(K, noisy)(**t, seed=seed), attn(K, by)(**t))
+    assert torch.equal(attn(K, noisy)(**t, seed=seed), attn(K, noisy)(**t, seed=seed))
+    # with all chunks picked there is nothing to choose, and noise is no part of the weights
+    assert torch.equal(attn(50, noisy)(**t, seed=seed), attn(50, by)(**t))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

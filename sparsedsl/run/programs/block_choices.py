@@ -49,7 +49,7 @@ def split(mask: Any, q_unit: int, kv_unit: int) -> tuple[Any, Any] | None:
 def whole_tiles(rule: PairRule, domain: Domain, heads: int, q_unit: int, kv_unit: int) -> TileLists:
     """The pairs of blocks that ``rule`` names, as full tiles."""
     rows, columns = -(-domain.rows // q_unit), -(-domain.kv_len // kv_unit)
-    device, counts, found = domain.device, [], []
+    device = domain.device
     step = max(1, PIECE // max(1, columns * heads * domain.batch))
     unit = torch.arange(columns, device=device)
     tables = []

@@ -19,7 +19,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.run.attention import Attention
 from sparsedsl.run.picked.attention import picked_attention
 from sparsedsl.run.picked.picks import Picks
-from sparsedsl.run.programs.reference import spread
+from sparsedsl.run.programs.parts import spread
 from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.scan.linear import linear_scan
 from sparsedsl.run.scan.slots import slot_scan
@@ -86,6 +86,10 @@ class Kernels:
     def picked(self, *tensors: Any, **words: Any) -> tuple[Tensor, Tensor]:
         """Attention along lists: see :func:`~sparsedsl.run.picked.attention.picked_attention`."""
         return picked_attention(*tensors, **words)
+
+    def two_passes(self, *tensors: Any, **words: Any) -> Tensor:
+        """Weighed chunks where choices are tables: see :class:`FlexKernels`."""
+        raise UnsupportedError(f"backend {self.backend!r} weighs chunks along lists; only 'flex' does it in two passes")
 
     def slots(self, *tensors: Any, **words: Any) -> Any:
         """See :func:`~sparsedsl.run.scan.slots.slot_scan`."""

@@ -39,9 +39,9 @@ def refuse(what: str, q: Tensor, widths: Mapping[str, int], instead: str) -> Non
     Raises:
         UnsupportedError: no Triton, a device without kernels, float64, or a width beyond what fits on a processor.
     """
-    triton()
     if q.dtype == torch.float64:
         raise UnsupportedError(f"{what}: states are float32, too coarse for float64 inputs; use {instead}")
+    triton()
     lacking = missing(q.device.type)
     if lacking:
         raise UnsupportedError(f"{what}: {lacking}; use {instead}")

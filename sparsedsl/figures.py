@@ -1,0 +1,39 @@
+"""Figures to draw in: new ones, without pyplot, or the axes of a user."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from sparsedsl.errors import PatternError, UnsupportedError
+
+__all__ = ["axes_of"]
+
+
+def axes_of(ax: Any, count: int, size: tuple[float, float], shares: Sequence[float] | None = None) -> tuple[Any, list[Any], bool]:
+    """The figure, the axes to draw in, and whether the figure is ours: ``count`` axes side by side, or those of the user, ``ax``.
+
+    ``size``: of a new figure, in inches. Raises :class:`~sparsedsl.UnsupportedError` without matplotlib, and
+    :class:`~sparsedsl.PatternError` where ``ax`` is not ``count`` axes.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError("sd.plot draws with matplotlib, which is not installed: pip install 'sparsedsl[plots]'") from None
+    if ax is None:
+        figure = Figure(figsize=size, dpi=110, layout="constrained")
+        # what notebooks ask for, since pyplot, which would answer, is not involved
+        setattr(figure, "_repr_png_", functools.partial(_png, figure))  # noqa: B010  (unknown to mypy)
+        return figure, list(figure.subplots(1, count, squeeze=False, width_ratios=shares)[0]), True
+    axes = list(ax.flat) if hasattr(ax, "flat") else list(ax) if isinstance(ax, (tuple, list)) else [ax]
+    if len(axes) != count or not all(hasattr(axis, "imshow") for axis in axes):
+        raise PatternError(f"plot(): ax must be {count} matplotlib axes, one for each panel; got {ax!r}")
+    return axes[0].figure, axes, False
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
