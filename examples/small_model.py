@@ -79,7 +79,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, answers or vocabulary, bias=False)
 
     def forward(self, tokens: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-        """Logits of the last ``rows`` tokens, default all; nothing reads the last layer elsewhere, and it is not computed there."""
+        """Logits of the last ``rows`` tokens, default all. Nothing reads the last layer elsewhere: it is not computed there."""
         x = self.embedding(tokens)
         for layer, (attention, mlp) in enumerate(zip(self.attentions, self.mlps, strict=True)):
             wanted = rows if rows is not None and layer == len(self.mlps) - 1 else x.shape[1]

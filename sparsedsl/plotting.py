@@ -92,9 +92,9 @@ def plot(
     >>> figure = sd.plot(sd.patterns.causal() & (sd.q_idx - sd.kv_idx < 16), 64)
     >>> [axes.get_title() for axes in figure.axes]
     ['allowed pairs', 'tiles of 4 x 4']
-    >>> figure = sd.plot(sd.patterns.hsa(), 4096)
-    >>> [text.get_text().splitlines()[-1] for text in figure.axes[0].texts if "top_k" in text.get_text()][:1]
-    ['[batch retrieval_heads queries=4,096 keys/64=64]']
+    >>> figure = sd.plot(sd.patterns.moba(), 4096)
+    >>> [text.get_text().splitlines()[-1] for text in figure.axes[0].texts if text.get_text().startswith("dot")]
+    ['keys/512=8]']
     """
     program = as_program(pattern)
     if program is not None:

@@ -43,7 +43,7 @@ def parts(program: Program) -> dict[str, Program]:
     for node in program.order:
         if isinstance(node, Compact):
             inner = parts(Program(node.inside))
-            found |= {f"inside {node.label}" if not title else title: part for title, part in inner.items()}
+            found |= {title or f"inside {node.label}": part for title, part in inner.items()}
     return found
 
 

@@ -67,7 +67,7 @@ def fitted(program: Program, index: int, native: Pattern, scale: float | None, h
             )
         if isinstance(node, Attend):
             pattern = node.pattern
-            score = pattern.score
+            score = pattern.score if pattern.has_score else native.score
             kept = scale if pattern.scale is None else pattern.scale
             return dataclasses.replace(node, pattern=Pattern(pattern.mask, score, pattern.sink, kept))
         if (

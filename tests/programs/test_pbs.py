@@ -207,7 +207,7 @@ def test_P12_one_order_for_a_group(problem: Any, backend: str, assert_close: Any
     assert order.shape[1] == H and picks.shape[1] == HQ
     k = t["k"].repeat_interleave(HQ // H, 1)
     scores = (t["q"][:, :, -BLOCK:] @ k[:, :, :96].transpose(2, 3) / D**0.5).softmax(-1).mean(2).unflatten(1, (H, -1)).mean(2)
-    wanted = (-scores.unflatten(2, (-1, SEGMENT))).argsort(3, stable=True) + torch.arange(0, 96, SEGMENT)[:, None]
+    wanted = (-scores.unflatten(2, (-1, SEGMENT))).argsort(dim=3, stable=True) + torch.arange(0, 96, SEGMENT)[:, None]
     assert torch.equal(order[:, :, :96], wanted.flatten(2))
     whole = sd.compile(sd.patterns.pbs(BLOCK, SEGMENT, 1.0, share="group"), backend=backend)
     assert_close(whole(**t), sd.compile(sd.kv_idx <= sd.q_idx, backend="reference")(**t))
@@ -230,7 +230,7 @@ def test_P13_zeros_after_the_end_weaken_the_last_block_of_queries(problem: Any, 
     assert torch.equal(found[1], found[2])  # logits are scaled by the rows it has over those of a block
 
 
-def test_gradients_are_refused_and_given_where_they_are_meant(problem: Any, assert_close: Any, grads: Any) -> None:
+def test_gradients_are_refused_and_given_where_they_are_meant(problem: Any) -> None:
     t = problem(44)
     program = sd.patterns.pbs(BLOCK, SEGMENT, 0.5)
     with pytest.raises(sd.UnsupportedError, match=r"learns from the future.*torch\.no_grad"):

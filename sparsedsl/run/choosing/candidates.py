@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsedsl.run.choosing.pieces import cut, few_widths, rows_at_once
+from sparsedsl.run.choosing.pieces import PIECE_BYTES, cut, few_widths
 from sparsedsl.run.choosing.scores import ScoreSource
 
 __all__ = ["Candidates", "PairRule"]
 
 Tensor = torch.Tensor
+CAST_BYTES = 4 * 2**20  # scratch memory of units that are cast at a time
 PairRule = Callable[[Tensor, Tensor], Tensor]
 """Row numbers ``(r,)`` and unit numbers ``(u,)``, int64 on the scores' device -> bool that broadcasts to ``(B, Hs, r, u)``."""
 
@@ -53,7 +54,9 @@ class Candidates:
     def scored(self, source: ScoreSource, rows: slice, units: slice) -> Tensor:
         """The scores of some rows and units, -inf where a row may not choose. Up to an eighth more is computed and not looked at."""
         parts = []
-        for tile in cut(units.start, units.stop, rows_at_once(source.unit_bytes)):
+        # On a CPU in pieces that its caches hold: larger ones are new memory every time, a page fault for every 4 KiB.
+        most = CAST_BYTES if source.device.type == "cpu" else PIECE_BYTES
+        for tile in cut(units.start, units.stop, max(1, most // max(1, source.unit_bytes))):
             stop = min(source.shape[3], tile.start + few_widths(tile.stop - tile.start))
             parts.append(source.block(rows, slice(tile.start, stop))[..., : tile.stop - tile.start])
         return self.mask_(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), rows, units)

@@ -59,6 +59,11 @@ class ProgramCall:
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
     @property
+    def is_empty(self) -> bool:
+        """Whether there are no batch entries, no queries or no keys."""
+        return 0 in (self.q.shape[0], self.q.shape[2], self.k.shape[2])
+
+    @property
     def needs_grad(self) -> bool:
         """Whether autograd wants gradients of this call."""
         return torch.is_grad_enabled() and any(t.requires_grad for t in (*self.inputs.values(), *self.tables.values()))
@@ -111,7 +116,7 @@ def _check_recurrent(program: Program, plain: Call) -> None:
     last, keys = plain.domain.q_offset + plain.q.shape[2], plain.k.shape[2]
     for node in program.everything:
         delay = node.memory.delay if isinstance(node, Recall) else 0 if isinstance(node, Linear) else None
-        if delay is not None and last - delay > keys:
+        if delay is not None and last - delay > keys and not plain.is_empty:
             raise ShapeError(
                 f"{node.label} runs along the keys: the query at position {last - 1} wants keys up to position {last - 1 - delay}, but k and v "
                 f"hold {keys}. Pass all keys up to the last query, or the state of those before"

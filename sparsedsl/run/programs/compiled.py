@@ -9,7 +9,7 @@ import torch
 
 from sparsedsl.analysis.program_report import analyse_program
 from sparsedsl.analysis.report import ITEM_BYTES
-from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
 from sparsedsl.plan import TRITON_DTYPES, TRITON_WIDEST, check_backend
 from sparsedsl.program.effects import KEEPS_STATE, LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
@@ -17,6 +17,7 @@ from sparsedsl.program.text import read_program
 from sparsedsl.run import operators
 from sparsedsl.run.choosing.scores import ScoreSource
 from sparsedsl.run.programs.call import ProgramCall, check_program_call
+from sparsedsl.run.programs.empty import run_empty
 from sparsedsl.run.programs.explain import ProgramExplanation, explain_program
 from sparsedsl.run.programs.kernels import Kernels, kernels_of
 from sparsedsl.run.programs.lowered import Lowered
@@ -90,6 +91,8 @@ class CompiledProgram:
         if return_lse and not self.program.root.weighable:
             raise UnsupportedError(f"{self.program.root!r} is no softmax and has no LSE; leave return_lse=False")
         self._check_training(call)
+        if call.is_empty:
+            return self._empty(call, return_lse, state, return_state)
         if state is not None:
             call = continued(call, state)
         with torch.autocast(call.q.device.type, enabled=False):
@@ -124,6 +127,13 @@ class CompiledProgram:
 
     # For the operators: its results come from several calls.
     one_call = False
+
+    def _empty(self, call: ProgramCall, return_lse: bool, state: ProgramState | None, return_state: bool) -> Any:
+        if return_state and state is None:
+            raise ShapeError(f"there are no tokens to make a state of: q {tuple(call.q.shape)}, k {tuple(call.k.shape)}")
+        out, lse = run_empty(call)
+        results = [out, *([lse] if return_lse else []), *([state] if return_state else [])]
+        return results[0] if len(results) == 1 else tuple(results)
 
     def _check_training(self, call: ProgramCall) -> None:
         why = reasons(self.program).get(LATER_QUERIES)
