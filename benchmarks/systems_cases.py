@@ -1,4 +1,4 @@
-"""The systems that are measured, with the inputs each takes, what FlexAttention can say of it, and what its paper claims."""
+"""The systems that are measured: declaration, inputs, shapes, where FlexAttention can say the same, and how much attends."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from sparsedsl import patterns
 from sparsedsl.program.branches import Attend, Joint, Linear, Mix, Recall
 from sparsedsl.run.picked.picks import Picks
 
-__all__ = ["CLAIMS", "SYSTEMS", "Claim", "Shape", "System", "attended_pairs", "density", "random_qkv", "topics"]
+__all__ = ["SYSTEMS", "Shape", "System", "attended_pairs", "density", "random_qkv", "topics"]
 
 Tensor = torch.Tensor
 Inputs = dict[str, Tensor]
-CHUNK, TOP_K = 64, 16  # of HSA, here and where its cost by length is measured
+CHUNK, TOP_K, SLOTS = 64, 16, 64
+LEAST = 1024  # tokens; below it sizes are a quarter
 
 
 @dataclass(frozen=True)
@@ -32,61 +33,87 @@ class Shape:
 GEMMA, SMALL, RING = Shape(4, 1, 256), Shape(8, 1, 64), Shape(4, 4, 128)
 
 
-def _nothing(q: Tensor, k: Tensor) -> Inputs:
+def _nothing(q: Tensor, k: Tensor, part: int) -> Inputs:
     return {}
 
 
-def _hsa(q: Tensor, k: Tensor) -> Inputs:
+def _hsa(q: Tensor, k: Tensor, part: int) -> Inputs:
     """The first head of each group asks, means of keys answer."""
-    chunks = k.shape[2] // CHUNK
-    marks = k[:, :, : chunks * CHUNK].unflatten(2, (chunks, CHUNK)).mean(3)
+    size = CHUNK // part
+    marks = k[:, :, : k.shape[2] // size * size].unflatten(2, (-1, size)).mean(3)
     return {"retrieval_q": q[:, :: q.shape[1] // k.shape[1]].clone(), "landmarks": marks}
 
 
-def _gates(width: int) -> Callable[[Tensor, Tensor], Inputs]:
-    def made(q: Tensor, k: Tensor) -> Inputs:
-        generator = torch.Generator(k.device).manual_seed(1)
-        shape = (*k.shape[:3], width)
-        return {"gate": torch.randn(shape, generator=generator, device=k.device, dtype=k.dtype)}
-
-    return made
+def _gate(q: Tensor, k: Tensor, part: int) -> Inputs:
+    generator = torch.Generator(k.device).manual_seed(1)
+    return {"gate": torch.randn((*k.shape[:3], SLOTS // part), generator=generator, device=k.device).to(k.dtype)}
 
 
-def _shares(q: Tensor, k: Tensor) -> Inputs:
+def _shares(q: Tensor, k: Tensor, part: int) -> Inputs:
     generator = torch.Generator(q.device).manual_seed(1)
-    return {"gate": torch.rand((*q.shape[:3], 3), generator=generator, device=q.device, dtype=q.dtype)}
+    return {"gate": torch.rand((*q.shape[:3], 3), generator=generator, device=q.device).to(q.dtype)}
+
+
+def _tsa(part: int, inside: Any = None) -> Any:
+    return patterns.token_sparse(probe=128 // part, min_tokens=1024 // part, inside=inside)
+
+
+def _pbs(part: int) -> Any:
+    return patterns.pbs(128 // part, 256 // part)
 
 
 @dataclass(frozen=True)
 class System:
-    """``declare(heads)`` its program, ``named(q, k)`` its inputs beside q, k and v.
+    """``declare(heads, part)`` its program, with sizes divided by ``part``; ``named(q, k, part)`` its inputs beside q, k and v.
 
     ``captured``: on activations of a model, where its choices depend on their structure. ``trains``: backward is measured too.
     ``flex``: longest sequence at which FlexAttention runs it on CPU, 0 if it cannot say it: choices of single queries go to it as
-    tables of queries x chunks, those of HSA in two passes over all keys.
+    tables of queries x chunks, those of HSA in two passes over all keys. ``flex_gpu``: the same on GPU.
     """
 
     title: str
-    declare: Callable[[int], Any]
+    declare: Callable[[int, int], Any]
     shape: Shape
-    named: Callable[[Tensor, Tensor], Inputs] = _nothing
+    named: Callable[[Tensor, Tensor, int], Inputs] = _nothing
     captured: bool = False
     trains: bool = False
     flex: int = 0
+    flex_gpu: int = 0
+
+    def program(self, heads: int, length: int) -> Any:
+        """As published, or, for toy lengths, with sizes that leave something to choose."""
+        return self.declare(heads, part_of(length))
+
+    def inputs(self, q: Tensor, k: Tensor) -> Inputs:
+        """What the program of this length takes beside q, k and v."""
+        return self.named(q, k, part_of(k.shape[2]))
+
+
+def part_of(length: int) -> int:
+    """By how much sizes are divided."""
+    return 1 if length >= LEAST else 4
 
 
 SYSTEMS: dict[str, System] = {
-    "hsa": System(f"HSA, {TOP_K} of {CHUNK}", lambda heads: patterns.hsa(CHUNK, TOP_K), SMALL, _hsa, trains=True, flex=2048),
-    "nha": System("NHA, 64 slots, window 32", lambda heads: patterns.nha(64, 32), SMALL, _gates(64), trains=True),
-    "pbs": System("PBS, 0.9 of 128-blocks", lambda heads: patterns.pbs(), GEMMA, captured=True, flex=8192),
-    "tsa": System("TSA, drops 0.005", lambda heads: patterns.token_sparse(), GEMMA, captured=True, flex=8192),
-    "tsa_pbs": System("TSA with PBS inside", lambda heads: patterns.token_sparse(inside=patterns.pbs()), GEMMA, captured=True),
-    "ring": System(
-        "Ring-linear", lambda heads: patterns.ring_linear(sd.decay_table(heads=heads, layer=0, layers=20)), RING, trains=True
+    "hsa": System(
+        f"HSA, {TOP_K} of {CHUNK}", lambda heads, part: patterns.hsa(CHUNK // part, TOP_K // part), SMALL, _hsa, trains=True,
+        flex=2048, flex_gpu=16384,
     ),
-    "moba": System("MoBA, 3 of 512", lambda heads: patterns.moba(), GEMMA, captured=True, trains=True, flex=4096),
-    "nsa": System("NSA, 16 of 64", lambda heads: patterns.nsa(), GEMMA, _shares, captured=True, trains=True),
-}
+    "nha": System(f"NHA, {SLOTS} slots, window 32", lambda heads, part: patterns.nha(SLOTS // part, 32 // part), SMALL, _gate, trains=True),
+    "pbs": System("PBS, 0.9 of 128-blocks", lambda heads, part: _pbs(part), GEMMA, captured=True, flex=8192, flex_gpu=131072),
+    "tsa": System("TSA, drops 0.005", lambda heads, part: _tsa(part), GEMMA, captured=True, flex=8192, flex_gpu=131072),
+    "tsa_pbs": System("TSA with PBS inside", lambda heads, part: _tsa(part, _pbs(part)), GEMMA, captured=True, flex_gpu=131072),
+    "ring": System(
+        "Ring-linear", lambda heads, part: patterns.ring_linear(sd.decay_table(heads=heads, layer=0, layers=20)), RING, trains=True
+    ),
+    "moba": System(
+        "MoBA, 3 of 512", lambda heads, part: patterns.moba(512 // part, 3), GEMMA, captured=True, trains=True, flex=4096, flex_gpu=32768
+    ),
+    "nsa": System(
+        "NSA, 16 of 64", lambda heads, part: patterns.nsa(32 // part, 64 // part, 16 // part, 512 // part), GEMMA, _shares, captured=True,
+        trains=True, flex_gpu=32768,
+    ),
+}  # fmt: skip
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -152,31 +179,5 @@ def attended_pairs(program: Any, q: Tensor, k: Tensor, v: Tensor, named: Mapping
 
 def _wanted(attn: Any, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inputs that a part of a program takes."""
-    return {name: x for name, x in named.items() if name in getattr(attn, "program", sd.Program(sd.q)).inputs}
-
-
-# ---- what the papers say ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A headline figure and its hardware; ``of``: the system and the kind of number that stands beside it here (``systems_cpu.py``)."""
-
-    system: str
-    what: str
-    figure: str
-    hardware: str
-    of: tuple[str, str]
-
-
-CLAIMS = (
-    Claim("TSA", "choosing and moving, of attention time, 128K", "below 11 %", "A100, with FlashAttention-2", ("tsa", "overhead")),
-    Claim("TSA", "attention, speed-up over dense at 128K", "up to 3.23 x", "A100, inside a sparse kernel", ("tsa_pbs", "speed")),
-    Claim("TSA", "the same with dense attention inside", "1.36 x", "A100, FlashAttention-2", ("tsa", "speed")),
-    Claim("PBS", "attention, speed-up over dense at 128K", "2.77 x", "H100, FlashAttention-2", ("pbs", "speed")),
-    Claim("PBS", "the same at 512K", "3.41 x", "H100, FlashAttention-2", ("pbs", "speed")),
-    Claim("NHA", "time by length", "near-linear", "GPU not said", ("nha", "growth")),
-    Claim("HSA", "time by length, beside FlashAttention-3", "faster at long lengths only", "H800", ("hsa", "growth")),
-    Claim("Ring", "prefill, speed-up over dense at 128K (model)", "about 8 x", "GPU not said", ("ring", "speed")),
-    Claim("Ring", "state a layer, 16 heads of 128 x 128", "1 MiB", "float32", ("ring", "state")),
-)
+    inputs = attn.program.inputs if hasattr(attn, "program") else ()
+    return {name: x for name, x in named.items() if name in inputs}

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import systems_claims
 import systems_sizes
 import systems_table
 from systems_cases import SYSTEMS
@@ -47,6 +48,7 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, help="repetitions behind each median (default 5, quick 3)")
     add("--quick", action="store_true", help="short lengths and few rounds")
     add("--made-up", action="store_true", help="made-up inputs with some structure in place of activations: no model is loaded")
+    add("--no-flex", action="store_true", help="leave FlexAttention out")
     for name in QUESTIONS:
         add(f"--{name}", action="store_true", help=f"{systems_sizes.QUESTIONS[name].help} instead of the table")
     add("--size", type=int, help="chunks, queries or tokens of these, in place of the full size")
@@ -83,7 +85,9 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
         for names, length in bar:
             bar.set_description(f"{length} tokens, {' '.join(names)}")
             words = [",".join(names), str(length), str(options.rounds), str(int(length <= options.train_to))]
-            found, death = measure.run_child([__file__, "--child", *words, str(int(options.made_up))])
+            found, death = measure.run_child(
+                [__file__, "--child", *words, str(int(options.made_up)), str(int(not options.no_flex))]
+            )
             records += list(found.values())
             if death is not None:
                 lost.append({"systems": names, "length": length, "why": death})
@@ -103,12 +107,14 @@ def main(arguments: list[str] | None = None) -> int:
         order = list(SYSTEMS)
         result["records"].sort(key=lambda record: (order.index(record["system"]), record["length"]))
         text = systems_table.table(result["records"], {name: system.title for name, system in SYSTEMS.items()})
-        text += "\n\n" + systems_table.claims_text(result["records"])
+        text += "\n\n" + systems_claims.claims_text(result["records"])
         text += "".join(f"\n\nlost: {' '.join(one['systems'])} at {one['length']}: {one['why']}" for one in result["lost"])
     facts |= {"load_average_end": measure.load(), "benchmark_s": round(time.perf_counter() - start)}
     name = "systems" + (f"_{options.question.replace('-', '_')}" if options.question else "")
     settings = {"batch": 1, "dtype": "float32", "backend": "tiled"}
-    settings |= {key: getattr(options, key) for key in ("systems", "lengths", "train_to", "rounds", "quick", "made_up", "size")}
+    settings |= {
+        key: getattr(options, key) for key in ("systems", "lengths", "train_to", "rounds", "quick", "made_up", "no_flex", "size")
+    }
     path = options.out or measure.result_path(name, facts)
     measure.write_json(path, {"benchmark": name, "machine": facts, "settings": settings, "rates": measure.rates()} | result)
     print(f"Systems on the CPU. {measure.describe(facts)}\n\n{text}\n\nwritten to {path}")
@@ -117,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        systems_table.child(sys.argv[2].split(","), *map(int, sys.argv[3:5]), *(word == "1" for word in sys.argv[5:7]))
+        systems_table.child(sys.argv[2].split(","), *map(int, sys.argv[3:5]), *(word == "1" for word in sys.argv[5:8]))
     elif sys.argv[1:2] == ["--question-child"]:
         systems_sizes.child(sys.argv[2], sys.argv[3:])
     else:

@@ -56,7 +56,14 @@ def _decode_child(chunks: int) -> dict[str, Any]:
 
     with torch.no_grad():
         few = 4 * TOP_K
-        attn(q, k[:, :, : few * CHUNK], v[:, :, : few * CHUNK], q_offset=few * CHUNK, retrieval_q=asked, landmarks=marks[:, :, :few])
+        attn(
+            q,
+            k[:, :, : few * CHUNK],
+            v[:, :, : few * CHUNK],
+            q_offset=few * CHUNK,
+            retrieval_q=asked,
+            landmarks=marks[:, :, :few],
+        )
         first = measure.seconds(step)
         found = [measure.seconds(step) for _ in range(STEPS)]
         peak = measure.peak_bytes(step)
@@ -85,7 +92,10 @@ def _decode_exactly(q: Any, k: Any, v: Any, asked: Any, marks: Any) -> Any:
 
 def _decode_text(found: Mapping[str, Any]) -> str:
     rows = [
-        ("tokens (chunks of 64), heads of q : of k, D", f"{found['tokens']:,} ({found['chunks']:,}), {found['query_heads']}:1, {DIM}"),
+        (
+            "tokens (chunks of 64), heads of q : of k, D",
+            f"{found['tokens']:,} ({found['chunks']:,}), {found['query_heads']}:1, {DIM}",
+        ),
         (f"a step, median of {STEPS} (the best)", f"{time_text(found['step_s'])} ({time_text(found['best_step_s'])})"),
         ("the first step", time_text(found["first_step_s"])),
         ("peak memory over the inputs (the inputs)", f"{bytes_text(found['peak_bytes'])} ({bytes_text(found['input_bytes'])})"),
@@ -160,15 +170,13 @@ def _scaling_child(longest: int) -> dict[str, Any]:
     import sparsedsl as sd
 
     system, records = SYSTEMS["hsa"], []
-    attn = sd.compile(system.declare(system.shape.heads), backend="tiled")
+    attn = sd.compile(system.declare(system.shape.heads, 1), backend="tiled")
     length = max(128, longest // 16)
     while length <= longest:
         q, k, v = random_qkv(system.shape, length)
-        named, parts = system.named(q, k), list[dict[str, float]]()
+        named, parts = system.named(q, k, 1), list[dict[str, float]]()
 
-        def ours(
-            q: Any = q, k: Any = k, v: Any = v, named: Any = named, parts: list[dict[str, float]] = parts
-        ) -> None:
+        def ours(q: Any = q, k: Any = k, v: Any = v, named: Any = named, parts: list[dict[str, float]] = parts) -> None:
             parts.append(split_call(attn, q, k, v, named)[1])
 
         actions: dict[str, Callable[[], Any]] = {"ours": ours}
@@ -186,7 +194,7 @@ def _scaling_child(longest: int) -> dict[str, Any]:
             }
         )  # fmt: skip
         length *= 2
-    return {"records": records, "chunk": system.shape.dim, "heads": system.shape.heads}
+    return {"records": records, "heads": system.shape.heads}
 
 
 def _scaling_text(found: Mapping[str, Any]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import measure
 from measure import length_text, median, time_text
 
-__all__ = ["claims_text", "child", "table"]
+__all__ = ["child", "table"]
 
 LIMIT_S = 40.0  # of the rounds of a group, after three
 
@@ -18,7 +17,7 @@ LIMIT_S = 40.0  # of the rounds of a group, after three
 # ---- one group at one length, in a process of its own ------------------------------------------------------------------
 
 
-def child(names: Sequence[str], length: int, rounds: int, trains: bool, made_up: bool) -> None:
+def child(names: Sequence[str], length: int, rounds: int, trains: bool, made_up: bool, with_flex: bool) -> None:
     """Measure systems that share their inputs, and print one JSON object for each. ``made_up``: no activations of a model."""
     import torch
     from systems_cases import SYSTEMS, random_qkv, topics
@@ -33,7 +32,7 @@ def child(names: Sequence[str], length: int, rounds: int, trains: bool, made_up:
         from activations import captured
 
         inputs, (q, k, v) = "captured", captured(length)
-    group = _Group([str(name) for name in names], q, k, v)
+    group = _Group(names, q, k, v, with_flex)
     found = group.forward(rounds)
     for name, record in found.items():
         system = SYSTEMS[name]
@@ -47,7 +46,7 @@ def child(names: Sequence[str], length: int, rounds: int, trains: bool, made_up:
 class _Group:
     """Systems with the tensors they share."""
 
-    def __init__(self, names: Sequence[str], q: Any, k: Any, v: Any) -> None:
+    def __init__(self, names: Sequence[str], q: Any, k: Any, v: Any, with_flex: bool) -> None:
         import torch
         from systems_cases import SYSTEMS
 
@@ -57,11 +56,11 @@ class _Group:
         self.q, self.k, self.v = q, k, v
         # Heads repeated beforehand, as dense attention of torch wants them on CPU; it is not timed.
         self.dense_kv = tuple(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        self.named = {name: system.named(q, k) for name, system in self.systems.items()}
-        self.programs = {name: system.declare(q.shape[1]) for name, system in self.systems.items()}
+        self.named = {name: system.inputs(q, k) for name, system in self.systems.items()}
+        self.programs = {name: system.program(q.shape[1], q.shape[2]) for name, system in self.systems.items()}
         self.ours = {name: sd.compile(program, backend="tiled") for name, program in self.programs.items()}
         length = q.shape[2]
-        flex = [name for name, system in self.systems.items() if length <= system.flex]
+        flex = [name for name, system in self.systems.items() if with_flex and length <= system.flex]
         self.flex = {name: sd.compile(self.programs[name], backend="flex") for name in flex}
         self.dense = torch.nn.functional.scaled_dot_product_attention
 
@@ -160,39 +159,3 @@ def table(records: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> st
         row += ["", ""] if training is None else [time_text(training["seconds"]["ours"]), f"{training['sdpa_over_ours']:.2f}"]
         rows.append(row)
     return measure.markdown(header, rows)
-
-
-def claims_text(records: Sequence[Mapping[str, Any]], state_bytes: int | None = None) -> str:
-    """What the papers say beside what was measured here, at the longest length. Other machines, other models: not the same question."""
-    from systems_cases import CLAIMS
-
-    rows = []
-    for claim in CLAIMS:
-        system, kind = claim.of
-        own = sorted((record for record in records if record["system"] == system), key=lambda record: record["length"])
-        rows.append([f"{claim.system}: {claim.what}", claim.figure, claim.hardware, _here(kind, own, state_bytes)])
-    return measure.markdown(["paper", "figure", "hardware", "here, this machine"], rows)
-
-
-def _here(kind: str, own: Sequence[Mapping[str, Any]], state_bytes: int | None) -> str:
-    if kind == "state":
-        return "see --ring-decode" if state_bytes is None else measure.bytes_text(state_bytes)
-    if not own:
-        return "not measured"
-    last = own[-1]
-    at = f"at {length_text(last['length'])}"
-    if kind == "overhead":
-        parts = last["parts"]
-        return f"{(parts['choosing'] + parts['moving']) / sum(parts.values()):.1%} {at}"
-    if kind == "speed":
-        words = "" if last["density"] is None else f", density {last['density']:.2f}"
-        return f"{last['sdpa_over_ours']:.2f} x {at}{words}"
-    if len(own) < 2:
-        return "one length only"
-    before = own[-2]
-    growth = {
-        name: math.log(last["seconds"][name] / before["seconds"][name]) / math.log(last["length"] / before["length"])
-        for name in ("ours", "sdpa")
-    }
-    ends = f"{length_text(before['length'])} to {length_text(last['length'])}"
-    return f"length to the power {growth['ours']:.2f} from {ends}, dense {growth['sdpa']:.2f}; {last['sdpa_over_ours']:.2f} x {at}"

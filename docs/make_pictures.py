@@ -1,8 +1,8 @@
-"""Draws the gallery: docs/pictures/*.png and docs/patterns.md, from the library's own docstrings.
+"""Draws the gallery: docs/pictures/*.png and docs/patterns.md, from the library's own docstrings; and the tables of docs/programs.md.
 
 python docs/make_pictures.py              everything
-python docs/make_pictures.py causal ...   these pictures, and the page
-python docs/make_pictures.py --page       the page only
+python docs/make_pictures.py causal ...   these pictures, and the pages
+python docs/make_pictures.py --page       the pages only
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import sparsedsl as sd  # noqa: E402
 from sparsedsl.lang.evaluate import evaluate  # noqa: E402
-from sparsedsl.plotting import PAIR  # noqa: E402
+from sparsedsl.plotting import NOTHING, PAIR  # noqa: E402
+from sparsedsl.program.kinds import kinds_table  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
 PAGE = ROOT / "docs" / "patterns.md"
+MANUAL = ROOT / "docs" / "programs.md"
+KINDS_FROM, KINDS_TO = "<!-- kinds: made by docs/make_pictures.py -->\n", "<!-- end of kinds -->"
 P = sd.patterns
 
 
@@ -42,12 +46,16 @@ class Entry:
     block: int = 8
     options: dict[str, Any] = field(default_factory=dict)
     draw: Callable[[], Figure] | None = None
+    # Of a program: what a call is given beside q, k and v.
+    inputs: Callable[[], dict[str, torch.Tensor]] | None = None
 
     def picture(self) -> Figure:
         """The figure, from evaluating the call that the page shows."""
         if self.draw is not None:
             return self.draw()
         pattern = eval(self.call, {"sd": sd} | vars(P))
+        if self.inputs is not None:
+            return draw_weights(pattern, self.length, **self.inputs())
         options = {name: value() if callable(value) else value for name, value in self.options.items()}
         return sd.plot(
             pattern,
@@ -125,6 +133,25 @@ def draw_orders() -> Figure:
     return figure
 
 
+def draw_weights(program: Any, length: int, **inputs: torch.Tensor) -> Figure:
+    """How much of each value two heads of a call on random rows put into each query's result: what they give where values are one-hot."""
+    figure = Figure(figsize=(7.2, 3.8), dpi=110, layout="constrained")
+    smooth = [random(2, length + 7, 16)[:, shift : shift + length] for shift in range(8)]  # neighbours alike, as in text
+    q = k = torch.stack(smooth).mean(0)[None] * 3
+    values = torch.eye(length).expand(1, 2, length, length)
+    with torch.no_grad():
+        weights = sd.compile(program, backend="reference")(q, k, values, **inputs)[0]
+    for head, seen in enumerate(weights):
+        axis = figure.add_subplot(1, 2, 1 + head)
+        shades = LinearSegmentedColormap.from_list("weight", [(0, NOTHING), (0.001, "#c9dcec"), (1, PAIR)])
+        axis.imshow(seen.abs().numpy(), cmap=shades, norm=PowerNorm(0.4, 0, float(seen.abs().max())), interpolation="nearest")
+        axis.set_title(f"weights, head {head}", fontsize=10)
+        axis.set_xlabel("kv_idx (key)", fontsize=9)
+        axis.set_ylabel("q_idx (query)", fontsize=9)
+        axis.tick_params(labelsize=8)
+    return figure
+
+
 def subtree_ends() -> torch.Tensor:
     """A prompt of 16 tokens with two continuations of 24, each of which forks into two of 8 after its first 8 tokens."""
     end = torch.arange(64) + 1
@@ -188,6 +215,13 @@ GALLERY = {
     "gemma3": Entry("gemma3(layer=0, window=16)"),
     "gpt_oss": Entry("gpt_oss(layer=0, window=16)"),
     "llama4": Entry("llama4(layer=0, chunk=24)"),
+    "hsa": Entry("hsa(chunk=8, top_k=2)", inputs=lambda: {"retrieval_q": random(1, 2, 64, 8), "landmarks": random(1, 2, 8, 8)}),
+    "nha": Entry("nha(slots=4, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 4)}),
+    "pbs": Entry("pbs(block=8, segment=16, mass=0.5)", inputs=dict),
+    "token_sparse": Entry("token_sparse(coverage=0.3, probe=8, pool=3, min_tokens=8)", inputs=dict),
+    "ring_linear": Entry("ring_linear([0.8, 0.98])", inputs=dict),
+    "moba": Entry("moba(chunk=8, top_k=3)", inputs=dict),
+    "nsa": Entry("nsa(block=4, select=8, top_k=3, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 3).sigmoid()}),
 }
 
 CHAPTERS = {
@@ -198,6 +232,7 @@ CHAPTERS = {
     "grids": "Grids",
     "scores": "Score functions",
     "models": "Published systems",
+    "systems": "Programs",
 }
 
 
@@ -208,7 +243,8 @@ def page() -> str:
         "",
         "`sparsedsl.patterns`, function by function; `python docs/make_pictures.py` makes page and pictures from the docstrings.",
         "`help(sd.patterns.causal)` shows the same with arguments and errors. Masks compose with `& | ~ ^`, scores nest:",
-        "`softcap(50, alibi(8))`. In the pictures queries run down, keys to the right.",
+        "`softcap(50, alibi(8))`. In the pictures queries run down, keys to the right. Of programs ([programs.md](programs.md)), which",
+        "choose by their inputs, they show how much of each value goes into each query's result, for two heads of a call on random rows.",
     ]
     for module, title in CHAPTERS.items():
         names = importlib.import_module(f"sparsedsl.patterns.{module}").__all__
@@ -260,7 +296,7 @@ def main() -> None:
     """Draw what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="name", help="pictures to draw; default all")
-    parser.add_argument("--page", action="store_true", help="write docs/patterns.md only")
+    parser.add_argument("--page", action="store_true", help="write docs/patterns.md and the tables of docs/programs.md only")
     options = parser.parse_args()
     unknown = sorted(set(options.names) - set(GALLERY))
     if unknown:
@@ -273,8 +309,11 @@ def main() -> None:
             f"{path.relative_to(ROOT)}  {path.stat().st_size / 1024:.0f} KiB  {time.perf_counter() - start:.1f} s",
             flush=True,
         )
-    PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE.relative_to(ROOT))
+    before, _, rest = MANUAL.read_text(encoding="utf-8").partition(KINDS_FROM)
+    manual = before + KINDS_FROM + kinds_table() + KINDS_TO + rest.partition(KINDS_TO)[2]
+    for path, text in ((PAGE, page()), (MANUAL, manual)):
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import contextlib
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gemma
 import torch
+from tqdm import tqdm
 
 import sparsedsl as sd
 
@@ -101,13 +102,18 @@ def read(model: Any, ids: torch.Tensor, what: str) -> tuple[Any, torch.Tensor]:
     return out.past_key_values, out.last_hidden_state[:, -1:]
 
 
-def judged(model: Any, after: tuple[Any, torch.Tensor], ids: torch.Tensor, count: int) -> tuple[float, int]:
-    """Sum of the losses of the last ``count`` tokens of ``ids``, which come after what was read, and how many were the most likely."""
-    cache, last = copy.deepcopy(after[0]), after[1]
+def judged(model: Any, after: tuple[Any, torch.Tensor], several: Sequence[torch.Tensor], count: int) -> list[tuple[float, int]]:
+    """For each of several token ids (1, n) that could follow what was read: its last ``count`` tokens' summed loss, and how many were the
+    most likely ones."""
+    hidden, wanted = [], torch.cat([ids[0, -count:] for ids in several])
     with torch.no_grad():
-        hidden = torch.cat([last, model.model(ids, past_key_values=cache).last_hidden_state[:, :-1]], dim=1)
-    wanted, loss, hits = ids[0, -count:], 0.0, 0
-    for place, logits in gemma.logit_chunks(model, hidden[:, -count:], 0, "judge"):
-        loss += torch.nn.functional.cross_entropy(logits, wanted[place], reduction="sum").item()
-        hits += int((logits.argmax(-1) == wanted[place]).sum())
-    return loss, hits
+        for ids in tqdm(several, desc="read on", unit="text", leave=False):
+            cache = copy.deepcopy(after[0])
+            following = model.model(ids, past_key_values=cache).last_hidden_state
+            hidden.append(torch.cat([after[1], following[:, :-1]], dim=1)[:, -count:])
+    losses, hits = [], []
+    for place, logits in gemma.logit_chunks(model, torch.cat(hidden, dim=1), 0, "judge"):
+        losses.append(torch.nn.functional.cross_entropy(logits, wanted[place], reduction="none"))
+        hits.append(logits.argmax(-1) == wanted[place])
+    parts = zip(torch.cat(losses).split(count), torch.cat(hits).split(count), strict=True)
+    return [(loss.sum().item(), int(hit.sum())) for loss, hit in parts]

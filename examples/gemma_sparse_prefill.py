@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -101,12 +102,12 @@ def quality(model: Any, layers: list[int], method: str, setting: str, some: list
         for text in some:
             with watching(model, see):
                 state = read(model, text.prompt, what)
-            losses.append(judged(model, state, text.following, FOLLOWING)[0] / FOLLOWING)
-            for question, answer in tqdm(text.asked, desc="ask after", unit="question", leave=False):
-                after.append(judged(model, state, torch.cat([question, answer], dim=1), DIGITS)[1])
+            losses.append(judged(model, state, [text.following], FOLLOWING)[0][0] / FOLLOWING)
+            questions = [torch.cat(pair, dim=1) for pair in text.asked]
+            after += [hits for _, hits in judged(model, state, questions, DIGITS)]
             for question, answer in text.asked[:: max(1, len(text.asked) // within)][:within] if within else ():
                 prompt = torch.cat([text.prompt, question], dim=1)
-                inside.append(judged(model, read(model, prompt, f"{what}: ask within"), answer, DIGITS)[1])
+                inside.append(judged(model, read(model, prompt, f"{what}: ask within"), [answer], DIGITS)[0][1])
     return Quality(method, setting, sum(found) / len(found), sum(losses) / len(losses), answers(after), answers(inside))
 
 
@@ -140,17 +141,14 @@ def times(model: Any, layers: list[int], ids: torch.Tensor, lengths: list[int], 
     return found
 
 
-def quality_table(rows: list[Quality]) -> str:
-    """One line a setting."""
-    lines = [f"{'method':10} {'setting':25} {'density':>8} {'perplexity':>11} {'to full':>8}  asked after       asked within"]
-    for row in rows:
-        cells = [f"{right:3}/{of} ({digits / of / DIGITS:5.1%})" if of else "-" for right, digits, of in (row.after, row.within)]
-        ratio = torch.tensor(row.loss - rows[0].loss).exp().item() - 1
-        perplexity = torch.tensor(row.loss).exp().item()
-        lines.append(
-            f"{row.method:10} {row.setting:25} {row.density:8.1%} {perplexity:11.3f} {ratio:+8.2%}  {cells[0]:17} {cells[1]}"
-        )
-    return "\n".join(lines)
+HEAD = f"{'method':10} {'setting':25} {'density':>8} {'perplexity':>11} {'to full':>8}  {'asked after':17} asked within"
+
+
+def line_of(row: Quality, full: Quality) -> str:
+    """A line of the table under ``HEAD``."""
+    cells = [f"{right:3}/{of} ({digits / of / DIGITS:5.1%})" if of else "-" for right, digits, of in (row.after, row.within)]
+    perplexity, more = math.exp(row.loss), math.expm1(row.loss - full.loss)
+    return f"{row.method:10} {row.setting:25} {row.density:8.1%} {perplexity:11.3f} {more:+8.2%}  {cells[0]:17} {cells[1]}"
 
 
 def times_table(found: dict[str, dict[int, list[float]]]) -> str:
@@ -173,10 +171,10 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--quick", action="store_true", help="one setting each, one prompt of 1,024 tokens, times at 1,024 tokens")
     add("--tokens", type=int, help="tokens of a judged prompt (default 8192)")
-    add("--texts", type=int, help="judged prompts (default 2)")
+    add("--texts", type=int, help="judged prompts (default 2; 0: times only)")
     add("--facts", type=int, help=f"facts in each, at most {len(PLACES)} (default 12)")
     add("--within", type=int, help="facts in each that are asked for within the prompt, which is read again for each (default 2)")
-    add("--lengths", type=int, nargs="*", help="prompts that are timed (default 2048 4096 8192 16384)")
+    add("--lengths", type=int, nargs="*", help="prompts that are timed (default 2048 4096 8192 16384; nothing: quality only)")
     add("--rounds", type=int, help="of timing (default 2)")
     add("--picture", type=Path, default=Path("out/gemma_sparse_prefill.png"), help="default %(default)s")
     add("--out", type=Path, help="JSON file for the numbers")
@@ -186,8 +184,8 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     for name in usual:
         if getattr(options, name) is None:
             setattr(options, name, (quick if options.quick else usual)[name])
-    if not 1 <= options.facts <= len(PLACES) or options.texts < 1 or options.tokens < 64 * options.facts:
-        parser.error(f"--texts at least 1, --facts 1 to {len(PLACES)}, --tokens at least 64 for each fact")
+    if not 1 <= options.facts <= len(PLACES) or options.texts < 0 or options.tokens < 64 * options.facts:
+        parser.error(f"--texts must be at least 0, --facts 1 to {len(PLACES)}, --tokens at least 64 for each fact")
     return options
 
 
@@ -199,21 +197,28 @@ def main(arguments: list[str] | None = None) -> int:
     native = sd.models.native_patterns(model)
     layers = [index for index, pattern in native.items() if pattern == sd.attend(sd.patterns.causal())]
     print(f"Layers {layers} of {len(native)} see everything. {options.tokens:,} tokens, {torch.get_num_threads()} threads\n")
-    some = texts(model, tokenizer, options.tokens, options.texts, options.facts, FOLLOWING)
     settings = [(method, setting) for method, all_of in METHODS.items() for setting in all_of]
     if options.quick:
         settings = [("full", ""), *TIMED.items()]
-    rows = [
-        quality(model, layers, *one, some, options.within) for one in tqdm(settings, desc="settings", unit="setting", leave=False)
-    ]
-    print(quality_table(rows), "\n")
-    found = times(model, layers, tokenizer(gemma.real_text(), return_tensors="pt").input_ids, options.lengths, options.rounds)
-    print(times_table(found), "\n")
-    print(
-        f"times: processor seconds of all cores; load of the machine {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end"
-    )
-    draw([asdict(row) for row in rows], found, options.tokens, options.picture)
-    print(f"picture: {options.picture}\n{time.perf_counter() - begin:.0f} s in all")
+    rows: list[Quality] = []
+    some = texts(model, tokenizer, options.tokens, options.texts, options.facts, FOLLOWING)
+    if some:
+        print(HEAD)
+        for one in tqdm(settings, desc="settings", unit="setting", leave=False):
+            rows.append(quality(model, layers, *one, some, options.within))
+            print(line_of(rows[-1], rows[0]), flush=True)
+        print("(right answers, and digits)\n")
+    found: dict[str, dict[int, list[float]]] = {}
+    if options.lengths:
+        found = times(model, layers, tokenizer(gemma.real_text(), return_tensors="pt").input_ids, options.lengths, options.rounds)
+        print(times_table(found), "\n")
+        print(
+            f"times: processor seconds of all cores; load of the machine {load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end"
+        )
+    if rows and found:
+        draw([asdict(row) for row in rows], found, options.tokens, options.picture)
+        print(f"picture: {options.picture}")
+    print(f"{time.perf_counter() - begin:.0f} s in all")
     if options.out:
         facts = {"threads": torch.get_num_threads(), "torch": torch.__version__, "load": [load, os.getloadavg()[0]]}
         words = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}

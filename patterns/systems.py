@@ -19,8 +19,8 @@ def hsa(chunk: int = 64, top_k: int = 16, weights: str = "softmax", *, inner: st
     """Hierarchical sparse attention: a query picks chunks by score, attends within each, and weighs the results by the scores.
 
     ``out_t = sum_c w_tc softmax_c(q_t K_c / sqrt(D)) V_c`` over the ``top_k`` chunks with the highest
-    ``s_tc = retrieval_q_t . landmark_c / sqrt(Dr)`` among those that ended before ``t``; ``w_t = softmax(s_t)`` over the picked ones. Rows
-    before the first chunk is over are 0. Scores learn through the weights.
+    ``s_tc = retrieval_q_t . landmark_c / sqrt(Dr)`` among those that ended before ``t``; ``w_t = softmax(s_t)`` over the picked
+    ones. Rows before the first chunk is over are 0. Scores learn through the weights.
 
     Args:
         chunk: tokens in a chunk.
@@ -28,12 +28,13 @@ def hsa(chunk: int = 64, top_k: int = 16, weights: str = "softmax", *, inner: st
         weights: ``"softmax"``; ``"softmax1"``, one more logit of 0; ``"stick_breaking"`` (RAMba), recent chunks first; ``"sigmoid"``.
         inner: softmax in a chunk, ``"softmax"`` or ``"softmax1"``.
 
-    Call-time inputs: ``retrieval_q (B, Hr, Sq, Dr)``, ``landmarks (B, Hr, NC, Dr)`` with ``NC = Skv // chunk`` (one more for a ragged tail is
-    allowed), ``Hr`` the key/value heads or 1.
+    Call-time inputs: ``retrieval_q (B, Hr, Sq, Dr)``, ``landmarks (B, Hr, NC, Dr)`` with ``NC = Skv // chunk`` (one more for
+    a ragged tail is allowed), ``Hr`` the key/value heads or 1.
 
     Source: HSA-UltraLong (arXiv 2511.23319); RAMba (arXiv 2504.16795).
 
-    >>> import torch, sparsedsl as sd
+    >>> import torch
+    >>> import sparsedsl as sd
     >>> attn = sd.compile(sd.patterns.hsa(chunk=8, top_k=2))
     >>> q, k, v, rq, marks = (torch.randn(1, h, n, 16) for h, n in [(4, 48), (2, 48), (2, 48), (2, 48), (2, 6)])
     >>> attn(q, k, v, retrieval_q=rq, landmarks=marks).shape
@@ -50,7 +51,8 @@ def hsa(chunk: int = 64, top_k: int = 16, weights: str = "softmax", *, inner: st
 def nha(slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, temperature: float = 8.0) -> Any:
     """Native hybrid attention: one softmax over the last ``window`` keys and ``slots`` rows that hold what left the window.
 
-    Slot ``m`` fades by ``a = sigmoid(gate) ** (1 / temperature)`` and takes in ``1 - a`` of the key and value of the token that leaves.
+    Slot ``m`` fades by ``a = sigmoid(gate) ** (1 / temperature)`` and takes in ``1 - a`` of the key and value of the token
+    that leaves.
 
     Args:
         slots: rows of memory a key/value head, M.
@@ -59,12 +61,13 @@ def nha(slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, t
         empty: slots that hold nothing have logit 0 and value 0 (``"zero_sink"``, as published), or are left out (``"masked"``).
         temperature: of the gate.
 
-    Call-time inputs: ``gate (B, Hkv, Skv, M)`` logits; optional ``q_rope (B, Hq, Sq, D)``, ``k_rope (B, Hkv, Skv, D)`` for the window, where
-    slots see q and k as they are.
+    Call-time inputs: ``gate (B, Hkv, Skv, M)`` logits; optional ``q_rope (B, Hq, Sq, D)``, ``k_rope (B, Hkv, Skv, D)`` for
+    the window, where slots see q and k as they are.
 
     Source: native hybrid attention (arXiv 2510.07019); gated slot attention (arXiv 2409.07146).
 
-    >>> import torch, sparsedsl as sd
+    >>> import torch
+    >>> import sparsedsl as sd
     >>> attn = sd.compile(sd.patterns.nha(slots=8, window=4))
     >>> q, k, v, gate = torch.randn(1, 4, 24, 16), torch.randn(1, 2, 24, 16), torch.randn(1, 2, 24, 16), torch.randn(1, 2, 24, 8)
     >>> attn(q, k, v, gate=gate).shape
@@ -87,8 +90,9 @@ def nha(slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, t
 def pbs(block: int = 128, segment: int = 256, mass: float = 0.9, share: str = "head") -> Any:
     """Permuted block-sparse attention: keys are sorted by importance within segments, then blocks are picked by pooled scores.
 
-    A block of queries attends to its own segment, causally; to the blocks of earlier segments that hold ``mass`` of the pooled softmax; and to
-    the block with the first token. Chooses by the last ``block`` queries: for prefill, not for training.
+    A block of queries attends to its own segment, causally; to the blocks of earlier segments that hold ``mass`` of the
+    pooled softmax; and to the block with the first token. Chooses by the last ``block`` queries: for prefill, not for
+    training.
 
     Args:
         block: tokens in a block; divides ``segment``.
@@ -98,7 +102,8 @@ def pbs(block: int = 128, segment: int = 256, mass: float = 0.9, share: str = "h
 
     Source: PBS-Attn (arXiv 2510.21270).
 
-    >>> import torch, sparsedsl as sd
+    >>> import torch
+    >>> import sparsedsl as sd
     >>> attn = sd.compile(sd.patterns.pbs(block=16, segment=32))
     >>> q = k = v = torch.randn(1, 2, 128, 16)
     >>> attn(q, k, v).shape
@@ -121,8 +126,8 @@ def pbs(block: int = 128, segment: int = 256, mass: float = 0.9, share: str = "h
 def token_sparse(coverage: float = 0.005, probe: int = 128, pool: int = 7, min_tokens: int = 1024, *, inside: Any = None) -> Any:
     """Token sparse attention: every head keeps the tokens that recent queries look at, and attends among those alone.
 
-    Tokens with the least attention, ``coverage`` of the mass, are dropped, as many in every head; rows of dropped tokens are 0. Chooses by the
-    last ``probe`` queries: for prefill, not for training.
+    Tokens with the least attention, ``coverage`` of the mass, are dropped, as many in every head; rows of dropped tokens are
+    0. Chooses by the last ``probe`` queries: for prefill, not for training.
 
     Args:
         coverage: share of the attention mass that is dropped.
@@ -133,7 +138,8 @@ def token_sparse(coverage: float = 0.005, probe: int = 128, pool: int = 7, min_t
 
     Source: token sparse attention (arXiv 2602.03216).
 
-    >>> import torch, sparsedsl as sd
+    >>> import torch
+    >>> import sparsedsl as sd
     >>> attn = sd.compile(sd.patterns.token_sparse(coverage=0.2, probe=16, min_tokens=32))
     >>> q = k = v = torch.randn(1, 2, 128, 16)
     >>> attn(q, k, v).shape
@@ -154,7 +160,8 @@ def ring_linear(decay: Sequence[float]) -> Any:
 
     Source: Ring-linear (arXiv 2510.19338).
 
-    >>> import torch, sparsedsl as sd
+    >>> import torch
+    >>> import sparsedsl as sd
     >>> attn = sd.compile(sd.patterns.ring_linear(sd.decay_table(heads=4, layer=0, layers=20)))
     >>> q = k = v = torch.randn(1, 4, 100, 16)
     >>> out, state = attn(q, k, v, return_state=True)
@@ -163,7 +170,7 @@ def ring_linear(decay: Sequence[float]) -> Any:
 
 
 def moba(chunk: int = 512, top_k: int = 3) -> Any:
-    """Mixture of block attention: a query sees its own chunk, causally, and the ``top_k - 1`` earlier ones whose mean key it likes best.
+    """Mixture of block attention: a query's own chunk, causally, and the ``top_k - 1`` earlier ones whose mean key it likes best.
 
     Args:
         chunk: tokens in a chunk.
@@ -171,7 +178,8 @@ def moba(chunk: int = 512, top_k: int = 3) -> Any:
 
     Source: MoBA (arXiv 2502.13189).
 
-    >>> import torch, sparsedsl as sd
+    >>> import torch
+    >>> import sparsedsl as sd
     >>> attn = sd.compile(sd.patterns.moba(chunk=16, top_k=2))
     >>> q = k = v = torch.randn(1, 2, 64, 16)
     >>> attn(q, k, v).shape
@@ -188,8 +196,9 @@ def moba(chunk: int = 512, top_k: int = 3) -> Any:
 def nsa(block: int = 32, select: int = 64, top_k: int = 16, window: int = 512) -> Any:
     """Native sparse attention: means of blocks, picked blocks and a window, each with its own softmax, weighed by gates.
 
-    Blocks of ``select`` tokens are picked by the attention that the group of a key/value head pays the means in them; the first and the two
-    latest are always among them. Means are over blocks that do not overlap; the published system learns them.
+    Blocks of ``select`` tokens are picked by the attention that the group of a key/value head pays the means in them; the
+    first and the two latest are always among them. Means are over blocks that do not overlap; the published system learns
+    them.
 
     Args:
         block: tokens in a mean.
@@ -201,7 +210,8 @@ def nsa(block: int = 32, select: int = 64, top_k: int = 16, window: int = 512) -
 
     Source: Native sparse attention (arXiv 2502.11089).
 
-    >>> import torch, sparsedsl as sd
+    >>> import torch
+    >>> import sparsedsl as sd
     >>> attn = sd.compile(sd.patterns.nsa(block=8, select=16, top_k=4, window=16))
     >>> q, k, v = torch.randn(1, 4, 96, 16), torch.randn(1, 2, 96, 16), torch.randn(1, 2, 96, 16)
     >>> attn(q, k, v, gate=torch.rand(1, 4, 96, 3)).shape

@@ -12,8 +12,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from sparsedsl.errors import SparseDSLError
+from sparsedsl.errors import PatternError, SparseDSLError
 from sparsedsl.run import tune_command
 from sparsedsl.settings import settings
 from sparsedsl.specs import CannotLoad, load_pattern, load_tables
@@ -21,15 +22,16 @@ from sparsedsl.specs import CannotLoad, load_pattern, load_tables
 __all__ = ["main"]
 
 SPEC_HELP = """\
-SPEC is module:name or file.py:name. The name may be a Mask, a Score, a Pattern, a compiled Attention, a FlexAttention
-mask_mod or score_mod (which is traced), or a function without arguments that returns one of these. Tables that are not
-bound to it are given as --table name=file: a tensor saved with torch.save (.pt) or numpy.save (.npy), or a list written
+SPEC is module:name or file.py:name. The name may be a Mask, a Score, a Pattern, a program (explain and plot take it), what
+sd.compile made of one, a FlexAttention mask_mod or score_mod (which is traced), or a function without arguments that
+returns one of these. Tables that are not bound to it are given as --table name=file: a tensor saved with torch.save (.pt) or numpy.save (.npy), or a list written
 out (--table 'doc=[0,0,1,1]')."""
 
 EXAMPLES = {
     "explain": """\
 examples:
   python -m sparsedsl explain sparsedsl.patterns:causal --q-len 4096
+  python -m sparsedsl explain sparsedsl.patterns:moba --q-len 32768 --heads 16
   python -m sparsedsl explain my_patterns.py:packed --q-len 32768 --heads 16 --kv-heads 4 --table doc=doc.pt
   python -m sparsedsl explain my_patterns.py:local --q-len 1 --kv-len 8192 --q-offset 8191 --dtype bfloat16""",
     "plot": """\
@@ -174,6 +176,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     with _working("analysing"):
         attn = sd.compile(pattern, backend=arguments.backend)
         found = str(attn.explain(arguments.q_len, kv_len, kv_heads=arguments.kv_heads, device=arguments.device, **words))
+        if arguments.block_size and isinstance(pattern, sd.Program):
+            raise PatternError("--block-size: the tiles of a program follow from its choices at the call; leave it out")
         if arguments.block_size:
             tiles = "x".join(map(str, arguments.block_size))
             analysis = sd.analyse(pattern, arguments.q_len, kv_len, arguments.block_size, **words)
@@ -201,7 +205,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     import sparsedsl as sd
 
-    pattern = load_pattern(arguments.spec)
+    pattern = _static(arguments.spec, "check", "write a test with sd.testing.assert_matches_reference, assert_causal, ...")
     report = sd.testing.check(
         pattern, examples=arguments.examples, progress=sys.stderr.isatty(), backend=arguments.backend, causal=arguments.causal,
         seed=arguments.seed, **load_tables(pattern, arguments.table, all_of_them=False),
@@ -213,7 +217,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _build(arguments: argparse.Namespace) -> int:
     import sparsedsl as sd
 
-    pattern = load_pattern(arguments.spec)
+    pattern = _static(arguments.spec, "build", "its kernels, in codegen/kernels, are compiled at the first call")
     names = ("target", "dtype", "head_dim", "head_dim_v", "group", "remarks")
     with _working("compiling"):
         built = sd.build(pattern, **{name: getattr(arguments, name) for name in names})
@@ -226,9 +230,22 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    arguments.pattern = load_pattern(arguments.spec) if arguments.spec else None
+    instead = "sd.compile(program, backend='triton') takes the sizes that suit the call"
+    arguments.pattern = _static(arguments.spec, "tune", instead) if arguments.spec else None
     arguments.tables = load_tables(arguments.pattern, arguments.table) if arguments.spec else {}
     return tune_command.run(arguments)
+
+
+def _static(spec: str, command: str, instead: str) -> Any:
+    """The pattern of a SPEC, which must be no program."""
+    import sparsedsl as sd
+
+    pattern = load_pattern(spec)
+    if isinstance(pattern, sd.Program):
+        raise PatternError(
+            f"{command} takes patterns that are known before a call; {spec} is a program, which chooses. Instead: {instead}"
+        )
+    return pattern
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What the command line is pointed at: ``module:name`` or ``file.py:name`` -> a pattern, ``--table`` words -> tensors."""
+"""What the command line is pointed at: ``module:name`` or ``file.py:name`` -> a pattern or program, ``--table`` words -> tensors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class CannotLoad(Exception):
 
 
 def load_pattern(spec: str) -> Any:
-    """The pattern that ``module:name`` or ``file.py:name`` stands for."""
+    """The pattern, or program, that ``module:name`` or ``file.py:name`` stands for."""
     from sparsedsl.lang.expressions import Expression
     from sparsedsl.lang.pattern import Pattern, as_pattern
+    from sparsedsl.program.graph import as_program
     from sparsedsl.tracing import trace_mask, trace_score
 
     place, colon, name = spec.rpartition(":")
@@ -36,7 +37,8 @@ def load_pattern(spec: str) -> Any:
             public = sorted(n for n in vars(value) if not n.startswith("_") and not inspect.ismodule(getattr(value, n)))
             raise CannotLoad(f"{place} has no {name!r}; it has {', '.join(public) or 'no public names'}")
         value = getattr(value, part)
-    if callable(value) and not isinstance(value, (Expression, Pattern)) and not hasattr(value, "pattern"):
+    compiled = hasattr(value, "pattern") or hasattr(value, "program")
+    if callable(value) and not isinstance(value, (Expression, Pattern)) and not compiled:
         wanted = _required(value, spec)
         if wanted == 0:
             value = _called(value, spec)
@@ -47,6 +49,9 @@ def load_pattern(spec: str) -> Any:
                 f"{spec} takes {wanted} arguments; wanted a mask_mod(b, h, q_idx, kv_idx), "
                 "a score_mod(score, b, h, q_idx, kv_idx), or a function without arguments that returns a pattern"
             )
+    program = as_program(getattr(value, "program", value))
+    if program is not None:
+        return program
     try:
         return as_pattern(getattr(value, "pattern", value), where=spec)
     except PatternError as error:

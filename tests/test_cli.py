@@ -55,6 +55,11 @@ def three(a, b, c):
 
 class Holder:
     inner = window
+
+picked = (sd.kv_idx <= sd.q_idx) & (window | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 2))
+node = sd.attend(picked)
+program = sd.Program(node)
+compiled_program = sd.compile(node)
 """
 
 Run = Callable[..., tuple[int, str, str]]
@@ -110,6 +115,33 @@ def test_a_pattern_of_the_library(run: Run) -> None:
     )
     assert code == 0
     assert "batch 3, heads 4" in out
+
+
+@pytest.mark.parametrize("name", ["mine:picked", "mine:node", "mine:program", "mine:compiled_program", "sparsedsl.patterns:hsa"])
+def test_a_program(run: Run, name: str) -> None:
+    code, out, err = run("explain", name, "--q-len", "2048", "--heads", "2")
+    assert (code, err) == (0, "")
+    assert out.startswith("backend: auto") and "top_k" in out and "causal           PROVED" in out
+    code, out, err = run("plot", name, "--q-len", "2048", "--out", "graph.svg")
+    assert (code, out, err) == (0, "graph.svg\n", "")
+    assert "<svg" in Path("graph.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("check", "mine:node"), "mine:node is a program, which chooses. Instead: write a test with sd.testing"),
+        (("build", "mine:node"), "build takes patterns that are known before a call"),
+        (("tune", "mine:node"), "tune takes patterns that are known before a call"),
+        (("explain", "mine:node", "--q-len", "64", "--block-size", "32"), "--block-size: the tiles of a program follow from"),
+        (("plot", "mine:node", "--q-len", "64", "--block-size", "32"), "the graph is drawn, which block_size says nothing of"),
+        (("plot", "mine:node", "--q-len", "64", "--head", "1"), "the graph is drawn, which head says nothing of"),
+    ],
+)
+def test_what_a_program_is_refused(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err and "Traceback" not in err
 
 
 def test_explain_says_the_same_as_the_library(run: Run) -> None:

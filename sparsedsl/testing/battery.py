@@ -21,6 +21,7 @@ from sparsedsl.errors import SparseDSLError, TableError
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
+from sparsedsl.program.graph import as_program
 from sparsedsl.run.compile import compile as compile_pattern
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
 from sparsedsl.testing.counterexamples import Counterexample, pattern_code, showing

@@ -79,7 +79,7 @@ def test_what_follows_is_judged_as_one_forward_would(example: SimpleNamespace) -
         logits = model(ids).logits[0, :-1]
     for count in (30, 7):
         wanted = torch.nn.functional.cross_entropy(logits[-count:], ids[0, -count:], reduction="sum").item()
-        loss, hits = parts.judged(model, state, ids[:, 120:], count)
+        (loss, hits), _ = parts.judged(model, state, [ids[:, 120:], ids[:, 110:140]], count)
         assert loss == pytest.approx(wanted, rel=1e-4)
         assert hits == int((logits[-count:].argmax(-1) == ids[0, -count:]).sum())
 

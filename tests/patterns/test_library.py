@@ -7,6 +7,7 @@ import inspect
 import pytest
 
 import sparsedsl as sd
+from sparsedsl.program.text import read_program
 
 P = sd.patterns
 
@@ -77,16 +78,41 @@ EXAMPLES = {
     "t5_bucket": lambda: P.t5_bucket(),
     "tree": lambda: P.tree(),
 }
+PROGRAMS = {
+    "hsa": lambda: P.hsa(),
+    "hsa.stick_breaking": lambda: P.hsa(32, 8, "stick_breaking", inner="softmax1"),
+    "moba": lambda: P.moba(),
+    "nha": lambda: P.nha(),
+    "nha.slots_only": lambda: P.nha(window=0, empty="masked", temperature=1.0),
+    "nha.window_only": lambda: P.nha(window=None),
+    "nsa": lambda: P.nsa(),
+    "pbs": lambda: P.pbs(),
+    "pbs.group": lambda: P.pbs(64, 512, 0.95, share="group"),
+    "ring_linear": lambda: P.ring_linear(sd.decay_table(4, layer=3, layers=20)),
+    "token_sparse": lambda: P.token_sparse(),
+    "token_sparse.pbs": lambda: P.token_sparse(0.01, inside=P.pbs()),
+}
 
 
 def test_every_public_name_has_an_example():
-    assert {name.split(".")[0] for name in EXAMPLES} == set(P.__all__)
+    assert {name.split(".")[0] for name in EXAMPLES | PROGRAMS} == set(P.__all__)
     assert sorted(P.__all__) == P.__all__
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_text(golden, name):
     assert golden == EXAMPLES[name]().text
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_text(golden, name):
+    assert golden == sd.Program(PROGRAMS[name]()).text
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_text_reads_back(name):
+    program = sd.Program(PROGRAMS[name]())
+    assert read_program(program.text) == program
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -99,9 +125,11 @@ def test_text_reads_back(name):
         assert again.same_as(part) and again.key == part.key, part.text
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", EXAMPLES | PROGRAMS)
 def test_same_arguments_same_key(name):
-    assert EXAMPLES[name]().key == EXAMPLES[name]().key
+    make = (EXAMPLES | PROGRAMS)[name]
+    first, second = (sd.Program(make()) if name in PROGRAMS else make() for _ in range(2))
+    assert first.key == second.key
 
 
 @pytest.mark.parametrize("name", P.__all__)

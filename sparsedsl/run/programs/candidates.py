@@ -28,13 +28,9 @@ def candidates_of(mask: Any, domain: Domain, q_unit: int, kv_unit: int, heads: i
     """
     if mask == sympy.true:
         return Candidates()
-    found = spans(mask)
-    if found is None:
-        return Candidates(allowed=unit_rule(mask, domain, q_unit, kv_unit, heads, {}, device))
-    ends = [
-        tuple(_per_unit(end, q_unit, fill) for end, fill in zip(span_rows(s, domain), (domain.kv_len, -1), strict=True))
-        for s in found
-    ]
+    ends = _ends(mask, domain, q_unit)
+    if ends is None:
+        return Candidates(allowed=_pair_rule(mask, domain, q_unit, kv_unit, heads, {}, device))
     if not ends:
         return Candidates(end=torch.zeros(-(-domain.rows // q_unit), dtype=torch.int64, device=domain.device))
     # (.., rows, q_unit): -1 and kv_len mark queries without keys
@@ -43,6 +39,15 @@ def candidates_of(mask: Any, domain: Domain, q_unit: int, kv_unit: int, heads: i
     begin, end = _joined(begin, heads, "amin"), _joined(end, heads, "amax")
     exact = len(ends) == 1 and q_unit == 1 and ends[0][0].shape[1] in (1, heads)
     return Candidates(begin=begin, end=end, allowed=None if exact else _span_rule(ends, kv_unit, heads, device))
+
+
+def _ends(mask: Any, domain: Domain, q_unit: int) -> list[Any] | None:
+    """First and last key of each interval of the mask, ``(B, H, units of queries, q_unit)``; None: it is no union of intervals."""
+    found = spans(mask)
+    if found is None:
+        return None
+    fills = (domain.kv_len, -1)
+    return [tuple(_per_unit(end, q_unit, fill) for end, fill in zip(span_rows(s, domain), fills, strict=True)) for s in found]
 
 
 def _span_rule(ends: list[Any], kv_unit: int, heads: int, device: torch.device) -> PairRule:
@@ -81,7 +86,18 @@ def _joined_flags(flags: Tensor, heads: int) -> Tensor:
 def unit_rule(
     mask: Any, domain: Domain, q_unit: int, kv_unit: int, heads: int, tables: Mapping[str, Tensor], device: torch.device
 ) -> PairRule:
-    """Whether a unit of queries and a unit of keys hold a pair that ``mask`` allows, looked up pair by pair (one where all are alike)."""
+    """Whether a unit of queries and a unit of keys hold a pair that ``mask`` allows. ``tables``: those of the program's own nodes."""
+    # Of tables that nodes give nothing is declared that intervals could rely on.
+    ends = None if tables else _ends(mask, domain, q_unit)
+    if not ends:
+        return _pair_rule(mask, domain, q_unit, kv_unit, heads, tables, device)
+    return _span_rule(ends, kv_unit, heads, device)
+
+
+def _pair_rule(
+    mask: Any, domain: Domain, q_unit: int, kv_unit: int, heads: int, tables: Mapping[str, Tensor], device: torch.device
+) -> PairRule:
+    """The same, looked up pair by pair, or at one pair where all of two units are alike."""
     one = constant_in_units(mask, q_unit, kv_unit)
     q_steps = torch.arange(1 if one else q_unit, device=device)
     kv_steps = torch.arange(1 if one else kv_unit, device=device)
