@@ -51,7 +51,7 @@ def claims_text(records: Sequence[Mapping[str, Any]], state_bytes: int | None = 
 
 def _here(kind: str, own: Sequence[Mapping[str, Any]], state_bytes: int | None) -> str:
     if kind == "state":
-        return "see --ring-decode" if state_bytes is None else measure.bytes_text(state_bytes)
+        return "not measured" if state_bytes is None else measure.bytes_text(state_bytes)
     if not own:
         return "not measured"
     last = own[-1]

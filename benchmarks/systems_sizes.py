@@ -13,7 +13,7 @@ from typing import Any
 import measure
 from measure import MIB, bytes_text, length_text, median, time_text
 
-__all__ = ["QUESTIONS", "Question", "child"]
+__all__ = ["QUESTIONS", "Question", "child", "ring_state_bytes"]
 
 CHUNK, TOP_K, DIM = 64, 16, 64
 SELECTION_LIMIT = 256 * MIB  # issue 5
@@ -71,8 +71,8 @@ def _decode_child(chunks: int) -> dict[str, Any]:
         dense_s = [measure.seconds(dense) for _ in range(3)]
     inputs = sum(x.nbytes for x in (q, k, v, asked, marks))
     return {
-        "tokens": length, "chunks": chunks, "query_heads": q.shape[1], "first_step_s": first, "step_s": median(found), "best_step_s": min(found),
-        "peak_bytes": peak, "input_bytes": inputs, "dense_step_s": median(dense_s), "largest_error_against_float64": error,
+        "tokens": length, "chunks": chunks, "query_heads": q.shape[1], "first_step_s": first, "step_s": median(found),
+        "best_step_s": min(found), "peak_bytes": peak, "input_bytes": inputs, "dense_step_s": median(dense_s), "largest_error_against_float64": error,
         "load_average": measure.load(),
     }  # fmt: skip
 
@@ -217,17 +217,33 @@ def _scaling_text(found: Mapping[str, Any]) -> str:
 # ---- a state beside a cache ---------------------------------------------------------------------------------------------
 
 
+RING_HEADS, RING_DIM = 16, 128  # Ring-mini-linear-2.0
+
+
+def _ring_state(q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+    """The program, and its state after these tokens."""
+    import sparsedsl as sd
+
+    attn = sd.compile(sd.patterns.ring_linear(sd.decay_table(heads=RING_HEADS, layer=0, layers=20)), backend="tiled")
+    return attn, attn(q, k, v, return_state=True)[1]
+
+
+def ring_state_bytes() -> int:
+    """What Ring-linear remembers of one layer."""
+    import torch
+
+    x = torch.zeros(1, RING_HEADS, 2, RING_DIM)
+    return int(_ring_state(x, x, x)[1].nbytes)
+
+
 def _ring_child(longest: int) -> dict[str, Any]:
     import torch
 
-    import sparsedsl as sd
-
-    heads, kv_heads, dim = 16, 4, 128
+    heads, kv_heads, dim = RING_HEADS, 4, RING_DIM
     generator = torch.Generator().manual_seed(0)
-    attn = sd.compile(sd.patterns.ring_linear(sd.decay_table(heads=heads, layer=0, layers=20)), backend="tiled")
     q, k, v = (torch.randn(1, heads, 257, dim, generator=generator) for _ in range(3))
     with torch.no_grad():
-        _, state = attn(*(x[:, :, :256] for x in (q, k, v)), return_state=True)
+        attn, state = _ring_state(*(x[:, :, :256] for x in (q, k, v)))
         last = [x[:, :, 256:] for x in (q, k, v)]
         rows = q[:, :, 256:].view(1, kv_heads, heads // kv_heads, dim)
         records = []
@@ -255,9 +271,10 @@ def _ring_text(found: Mapping[str, Any]) -> str:
          f"{r['seconds']['cache'] / r['seconds']['ring']:.2f}"]
         for r in found["records"]
     ]  # fmt: skip
+    heads, dim, state = found["heads"], found["dim"], bytes_text(found["state_bytes"])
     about = (
-        f"State of one layer, {found['heads']} heads of {found['dim']} x {found['dim']} in float32: {bytes_text(found['state_bytes'])} at any "
-        f"length (Ring-linear: 1 MiB). Cache: {found['kv_heads']} heads of keys and values, float32, the same {found['heads']} heads of queries.\n\n"
+        f"State of one layer, {heads} heads of {dim} x {dim} in float32: {state} at any length (Ring-linear: 1 MiB). The cache has "
+        f"{found['kv_heads']} heads of keys and values in float32, for {heads} heads of queries.\n\n"
     )
     return about + measure.markdown(["tokens read", "a step, state", "a step, SDPA over a cache", "cache", "cache / state"], rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -71,14 +72,24 @@ class _Group:
         from systems_split import KINDS, split_call
 
         splits: dict[str, list[dict[str, float]]] = {name: [] for name in self.systems}
+        # Processor seconds of all threads, which other programs on the machine change less.
+        processor: dict[str, list[float]] = {name: [] for name in (*self.systems, "sdpa")}
         qkv = self.q, self.k, self.v
 
         def ours(name: str) -> Any:
+            start = time.process_time()
             out, seconds = split_call(self.ours[name], *qkv, self.named[name])
+            processor[name].append(time.process_time() - start)
             splits[name].append(seconds)
             return out
 
-        actions: dict[str, Callable[[], Any]] = {"sdpa": lambda: self.dense(self.q, *self.dense_kv, is_causal=True)}
+        def dense() -> Any:
+            start = time.process_time()
+            out = self.dense(self.q, *self.dense_kv, is_causal=True)
+            processor["sdpa"].append(time.process_time() - start)
+            return out
+
+        actions: dict[str, Callable[[], Any]] = {"sdpa": dense}
         for name in self.systems:
             actions[name] = lambda name=name: ours(name)
             if name in self.flex:
@@ -89,19 +100,23 @@ class _Group:
                 kept: list[Any] = []
                 first[key] = measure.seconds(lambda action=action, kept=kept: kept.append(action()))
                 results[key] = kept[0]
-            for parts in splits.values():
-                parts.clear()
+            for samples in (*splits.values(), *processor.values()):
+                samples.clear()
             times = measure.alternate(actions, rounds, limit_s=LIMIT_S)
             found = {}
             for name in self.systems:
-                own, dense, flex = times[name], times["sdpa"], times.get(f"{name} flex")
+                compared = {"ours": times[name], "sdpa": times["sdpa"]}
+                if name in self.flex:
+                    compared["flex"] = times[f"{name} flex"]
+                own, flex = compared["ours"], compared.get("flex")
                 found[name] = {
-                    "seconds": {"ours": median(own), "sdpa": median(dense)} | ({"flex": median(flex)} if flex else {}),
-                    "best_seconds": {"ours": min(own), "sdpa": min(dense)} | ({"flex": min(flex)} if flex else {}),
+                    "seconds": {key: median(values) for key, values in compared.items()},
+                    "best_seconds": {key: min(values) for key, values in compared.items()},
+                    "processor_seconds": {"ours": median(processor[name]), "sdpa": median(processor["sdpa"])},
                     "first_seconds": {"ours": first[name]} | ({"flex": first[f"{name} flex"]} if flex else {}),
                     "rounds": len(own),
                     "parts": {kind: median(parts[kind] for parts in splits[name]) for kind in KINDS},
-                    "sdpa_over_ours": median(b / a for a, b in zip(own, dense, strict=True)),
+                    "sdpa_over_ours": median(b / a for a, b in zip(own, compared["sdpa"], strict=True)),
                     "density": density(self.programs[name], *qkv, self.named[name]),
                 }
                 if flex:

@@ -91,54 +91,28 @@ def answers(found: Sequence[int]) -> tuple[int, int, int]:
 def quality(model: Any, layers: list[int], method: str, setting: str, some: list[Text], within: int) -> Quality:
     """Read all prompts by one setting and judge what follows."""
     program, native = METHODS[method][setting], sd.models.native_patterns(model)
-    losses, after, inside, found = [], [], [], []
+    found: list[float] = []
+    what = f"{method} {setting}"
+    questions = [text.asked[:: max(1, len(text.asked) // within)][:within] if within else () for text in some]
 
     def see(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: float) -> None:
         if layer in layers:
             found.append(density(program, q, k, v))
 
-    what = f"{method} {setting}"
     with sd.models.apply(model, {**native, **dict.fromkeys(layers, program)}):
-        for text in some:
-            with watching(model, see):
-                state = read(model, text.prompt, what)
-            losses.append(judged(model, state, [text.following], FOLLOWING)[0][0] / FOLLOWING)
-            questions = [torch.cat(pair, dim=1) for pair in text.asked]
-            after += [hits for _, hits in judged(model, state, questions, DIGITS)]
-            for question, answer in text.asked[:: max(1, len(text.asked) // within)][:within] if within else ():
-                prompt = torch.cat([text.prompt, question], dim=1)
-                inside.append(judged(model, read(model, prompt, f"{what}: ask within"), [answer], DIGITS)[0][1])
+        with watching(model, see):
+            states = [read(model, text.prompt, what) for text in some]
+        asking = [
+            (read(model, torch.cat([text.prompt, question], dim=1), f"{what}: ask within"), answer)
+            for text, asked in zip(some, questions, strict=True)
+            for question, answer in asked
+        ]
+    losses, after = [], []
+    for text, state in zip(some, states, strict=True):
+        losses += [loss / FOLLOWING for loss, _ in judged(model, state, [text.following], FOLLOWING)]
+        after += [hits for _, hits in judged(model, state, [torch.cat(pair, dim=1) for pair in text.asked], DIGITS)]
+    inside = [judged(model, state, [answer], DIGITS)[0][1] for state, answer in asking]
     return Quality(method, setting, sum(found) / len(found), sum(losses) / len(losses), answers(after), answers(inside))
-
-
-def times(model: Any, layers: list[int], ids: torch.Tensor, lengths: list[int], rounds: int) -> dict[str, dict[int, list[float]]]:
-    """Method -> length -> [processor seconds of the prompt, of the attention of the full layers, wall seconds of the prompt]."""
-    native = sd.models.native_patterns(model)
-    windows = {index: pattern for index, pattern in native.items() if index not in layers}
-    programs = {TORCH: None, "full": METHODS["full"][""], **{name: METHODS[name][setting] for name, setting in TIMED.items()}}
-    models = {}
-    for name, program in programs.items():
-        shared = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
-        models[name] = copy.deepcopy(model, shared)
-        sd.models.apply(models[name], windows if program is None else {**windows, **dict.fromkeys(layers, program)})
-    found: dict[str, dict[int, list[float]]] = {name: {} for name in models}
-    spent: list[float] = []
-
-    def see(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seconds: float) -> None:
-        spent.append(seconds if layer in layers else 0.0)
-
-    with tqdm(total=len(lengths) * rounds * len(models), desc="time", unit="prompt", leave=False) as bar:
-        for length in lengths:
-            for _ in range(rounds):
-                for name, one in models.items():
-                    spent.clear()
-                    with watching(one, see):
-                        start = time.process_time()
-                        _, wall = gemma.prefill(one, ids[:, :length], f"{name}, {length:,} tokens")
-                        now = [time.process_time() - start, sum(spent), wall]
-                    found[name][length] = [min(pair) for pair in zip(found[name].get(length, now), now, strict=True)]
-                    bar.update()
-    return found
 
 
 HEAD = f"{'method':10} {'setting':25} {'density':>8} {'perplexity':>11} {'to full':>8}  {'asked after':17} asked within"

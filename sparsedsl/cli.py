@@ -24,8 +24,8 @@ __all__ = ["main"]
 SPEC_HELP = """\
 SPEC is module:name or file.py:name. The name may be a Mask, a Score, a Pattern, a program (explain and plot take it), what
 sd.compile made of one, a FlexAttention mask_mod or score_mod (which is traced), or a function without arguments that
-returns one of these. Tables that are not bound to it are given as --table name=file: a tensor saved with torch.save (.pt) or numpy.save (.npy), or a list written
-out (--table 'doc=[0,0,1,1]')."""
+returns one of these. Tables that are not bound to it are given as --table name=file: a tensor saved with torch.save (.pt)
+or numpy.save (.npy), or a list written out (--table 'doc=[0,0,1,1]')."""
 
 EXAMPLES = {
     "explain": """\

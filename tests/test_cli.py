@@ -56,7 +56,7 @@ def three(a, b, c):
 class Holder:
     inner = window
 
-picked = (sd.kv_idx <= sd.q_idx) & (window | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 2))
+picked = (sd.kv_idx <= sd.q_idx) & ((sd.q_idx - sd.kv_idx < 32) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 2))
 node = sd.attend(picked)
 program = sd.Program(node)
 compiled_program = sd.compile(node)

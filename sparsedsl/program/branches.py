@@ -25,7 +25,7 @@ from sparsedsl.program.select import Select
 from sparsedsl.program.sources import PerChunk, Slots, check_documents
 from sparsedsl.program.tensors import Input, check_tensor, k, q, v
 
-__all__ = ["Attend", "Branch", "Compact", "Joint", "Linear", "Mix", "Recall", "as_branch", "assume", "attend", "compact", "joint", "linear", "mix", "recall"]  # fmt: skip
+__all__ = ["Attend", "Branch", "Compact", "Joint", "Linear", "Mix", "Recall", "as_branch", "assume", "attend", "compact", "joint", "linear", "mix", "pairs_decided_by", "recall"]  # fmt: skip
 
 
 class Branch(Node):
@@ -178,7 +178,8 @@ def assume(expr: Any, truth: dict[str, bool]) -> Any:
 MOST_CASES = 6
 
 
-def candidates_of(mask: Mask, label: str) -> Mask:
+@functools.lru_cache(maxsize=256)
+def pairs_decided_by(mask: Mask, label: str) -> Mask:
     """The pairs for which the boolean table ``label`` decides whether they attend, whatever other choices say: a static mask."""
     atoms = [atom for atom in _dynamic_atoms(mask) if label not in {read.spec.name for read in table_reads(atom)}]
     on, off = (assume(mask.expr, {label: value}) for value in (True, False))
@@ -201,7 +202,7 @@ def _with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pat
     for label, node in sorted(mask.bound.items()):
         if not isinstance(node, Select) or node.among is not None:
             continue
-        known = node.within(candidates_of(pattern.mask, label))
+        known = node.within(pairs_decided_by(pattern.mask, label))
         mask = _renamed(mask, label, known)
         if isinstance(normaliser, PerChunk) and normaliser.picks is node:
             normaliser = replace(normaliser, picks=known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from sparsedsl.errors import SparseDSLError, TableError
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program.graph import as_program
+from sparsedsl.program.graph import Program, as_program
 from sparsedsl.run.compile import compile as compile_pattern
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
-from sparsedsl.testing.counterexamples import Counterexample, pattern_code, showing
+from sparsedsl.testing.counterexamples import Counterexample, NotApplicable, pattern_code, showing
 from sparsedsl.testing.expressions import assert_text_round_trip
 from sparsedsl.testing.lists import assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
+from sparsedsl.testing.program_battery import PROGRAM_PROPERTIES, ProgramSubject
 from sparsedsl.testing.shapes import AttentionCase, inputs, shapes
 from sparsedsl.testing.strategies import tables_for
 
@@ -67,7 +68,7 @@ class Report:
     False
     """
 
-    pattern: Pattern
+    pattern: Pattern | Program
     properties: tuple[Property, ...]
 
     @property
@@ -92,10 +93,6 @@ class Report:
         for p in failed:
             lines += ["", f"{p.name} fails; this program shows it:", "", textwrap.indent(p.snippet, "    ").rstrip()]
         return "\n".join(lines)
-
-
-class _NotApplicable(Exception):
-    """Raised by a property that has nothing to say about a pattern."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,7 @@ def _causal(subject: _Subject, data: st.DataObject) -> None:
     if subject.causal is not True:
         verdict = causality(subject.pattern.mask)
         if verdict == REFUTED:
-            raise _NotApplicable(
+            raise NotApplicable(
                 f"the mask lets a query see a later position: {verdict.witness}. To have that fail: causal=True (--causal)"
             )
     _on_case(subject, data, assert_causal, square=True)
@@ -186,13 +183,13 @@ def _causal(subject: _Subject, data: st.DataObject) -> None:
 
 def _calls(subject: _Subject, data: st.DataObject) -> None:
     if any(Q_LEN in expr.free_symbols for expr in subject.pattern.exprs):
-        raise _NotApplicable("the pattern reads q_len, the end of each call")
+        raise NotApplicable("the pattern reads q_len, the end of each call")
     _on_case(subject, data, assert_prefill_equals_decode, square=True, max_len=40, max_heads=2, max_batch=1)
 
 
 def _order(subject: _Subject, data: st.DataObject) -> None:
     if all(any(s in expr.free_symbols for expr in subject.pattern.exprs) for s in (BATCH, HEAD)):
-        raise _NotApplicable("the pattern reads both b and h")
+        raise NotApplicable("the pattern reads both b and h")
     _on_case(subject, data, assert_equivariant)
 
 
@@ -227,16 +224,16 @@ def check(
     seed: int | None = None,
     **tables: Any,
 ) -> Report:
-    """Run every property of the kit on one pattern, with random shapes, tables and inputs.
+    """Run every property of the kit on one pattern or program, with random shapes, tables and inputs.
 
     Args:
-        pattern: a Mask or a Pattern.
+        pattern: a Mask, a Pattern, or a node of a program.
         examples: random cases for each property.
         progress: show a progress bar for each property on stderr.
         backend: the lowering that is run; see :func:`sparsedsl.compile`.
         causal: True if the pattern must not see later positions; None to test for leaks only where the mask itself looks causal.
         seed: None draws new cases each time; a number draws the same ones.
-        tables: values for tables; the others are drawn, as their declarations allow.
+        tables: values for tables; the others are drawn, as their declarations allow. All of a program's are drawn, and its inputs.
 
     Returns:
         A :class:`Report`: ``print`` it, ask ``.ok``, run ``.snippet``.
@@ -246,16 +243,29 @@ def check(
     >>> report.ok
     True
     """
-    pattern = as_pattern(pattern)
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise SparseDSLError(f"examples must be a whole number of at least 1; got {examples!r}")
+    program = as_program(pattern)
+    if program is not None:
+        if tables:
+            raise SparseDSLError(f"tables and inputs of a program are drawn; bind what is fixed to it: got {', '.join(tables)}")
+        programs = ProgramSubject(program, backend, causal)
+        programs.attention()
+        return Report(program, tuple(_run(PROGRAM_PROPERTIES, programs, examples, progress, seed)))
+    pattern = as_pattern(pattern)
     subject = _Subject(pattern, backend, dict(tables), causal)
     subject.attention()  # refuses unknown tables and backends before anything is drawn
-    return Report(pattern, tuple(_run(subject, examples, progress, seed)))
+    return Report(pattern, tuple(_run(PROPERTIES, subject, examples, progress, seed)))
 
 
-def _run(subject: _Subject, examples: int, progress: bool, seed: int | None) -> Iterator[Property]:
-    for name, (meaning, body) in PROPERTIES.items():
+def _run(
+    properties: Mapping[str, tuple[str, Callable[[Any, st.DataObject], None]]],
+    subject: Any,
+    examples: int,
+    progress: bool,
+    seed: int | None,
+) -> Iterator[Property]:
+    for name, (meaning, body) in properties.items():
         wanted = 1 if name == "text" else examples
         with tqdm(total=wanted, desc=f"{name:10}", unit="case", disable=not progress, leave=False) as bar:
             yield _verdict(name, meaning, body, subject, wanted, bar, seed)
@@ -289,7 +299,7 @@ def _verdict(
 
     try:
         (cases if seed is None else hypothesis.seed(seed)(cases))()
-    except _NotApplicable as reason:
+    except NotApplicable as reason:
         return Property(name, meaning, SKIPPED, 0, str(reason))
     except Unsatisfiable:
         return Property(name, meaning, SKIPPED, 0, "the bound tables fit no small shape that was tried")

@@ -15,7 +15,7 @@ from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.lists import allowed_pairs
 from sparsedsl.testing.matching import as_attention, attention_code
 from sparsedsl.testing.numerics import expect
-from sparsedsl.testing.program_behaviour import program_is_causal, program_prefill_equals_decode
+from sparsedsl.testing.program_behaviour import program_is_causal, program_is_equivariant, program_prefill_equals_decode
 from sparsedsl.testing.program_matching import compiled_program, is_program
 from sparsedsl.testing.shapes import AttentionCase, tensor
 
@@ -215,12 +215,14 @@ def assert_equivariant(attn: Any, case: AttentionCase = _CASE, *, seed: int = 0,
 
     Returns:
         What was permuted: ``"batch"`` if the pattern does not read ``b``, ``"heads"`` if it does not read ``h`` (key heads with
-        their query heads, and query heads within one key head).
+        their query heads, and query heads within one key head). Of a program, only the batch.
 
     >>> import sparsedsl as sd
     >>> assert_equivariant((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 4 + sd.h))
     ('batch',)
     """
+    if is_program(attn):
+        return program_is_equivariant(compiled_program(attn), case, seed, tables)
     attn = as_attention(attn)
     pattern = attn.pattern
     q, k, v = _inputs(case, seed)

@@ -11,7 +11,11 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import to_text
 from sparsedsl.testing.shapes import AttentionCase, tensor_code
 
-__all__ = ["Counterexample", "arguments_code", "expression_code", "pattern_code", "showing"]
+__all__ = ["Counterexample", "NotApplicable", "arguments_code", "expression_code", "pattern_code", "showing"]
+
+
+class NotApplicable(Exception):
+    """Raised by a property that has nothing to say about a pattern; says why."""
 
 
 class Counterexample(AssertionError):

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 
 from sparsedsl.analysis.proofs import PROVED, causality
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.expressions import Mask
-from sparsedsl.lang.symbols import Q_LEN
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.symbols import BATCH, Q_LEN
+from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.axes import base_of, unit_of
 from sparsedsl.program.branches import Attend, assume
 from sparsedsl.program.effects import LATER_QUERIES, reasons
@@ -25,7 +28,7 @@ from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_
 from sparsedsl.testing.program_strategies import draw_inputs
 from sparsedsl.testing.shapes import AttentionCase, tensor
 
-__all__ = ["failing", "program_is_causal", "program_prefill_equals_decode", "rows_of", "split_call"]
+__all__ = ["failing", "program_is_causal", "program_is_equivariant", "program_prefill_equals_decode", "rows_of", "split_call"]
 
 Tensor = torch.Tensor
 Tensors = Mapping[str, Tensor]
@@ -280,3 +283,28 @@ def _pieces(
         end = min(case.q_offset + rows.stop, case.kv_len) if keys == "growing" else case.kv_len
         qkv, named = split_call(_cut(attn.program, part, "keys", 0, end) if keys == "growing" else part)
         yield rows, attn(*qkv, **named, q_offset=case.q_offset + rows.start)
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------------
+
+
+def program_is_equivariant(attn: CompiledProgram, case: AttentionCase, seed: int, given: Tensors) -> tuple[str, ...]:
+    """:func:`~sparsedsl.testing.assert_equivariant` for programs: entries of the batch in another order."""
+    program = attn.program
+    exprs = [expr for part in program.expressions for expr in (part.exprs if isinstance(part, Pattern) else (part.expr,))]
+    nodes = {node.label for node in program.everything}
+    known = {read: sympy.Dummy(integer=True) for expr in exprs for read in table_reads(expr) if read.spec.name in nodes}
+    if any(BATCH in expr.xreplace(known).free_symbols for expr in exprs):
+        return ()
+    tensors = draw_inputs(program, case, seed, given)
+    allowance = expect_program(program, {**program.bound, **tensors}, ProgramRun(case.q_offset))
+    order = torch.randperm(case.batch, generator=torch.Generator().manual_seed(seed))
+    by_entry = {"q", "k", "v", *(name for name, node in program.inputs.items() if node.axes[0] == "batch")}
+    qkv, named = split_call({name: x[order] if name in by_entry else x for name, x in tensors.items()})
+    with torch.no_grad():
+        out = attn(*qkv, **named, q_offset=case.q_offset)
+    fault = allowance.fault("out", out, allowance.values["out"][order])
+    if fault:
+        what = f"results do not follow a permutation of the batch, though the program does not read b: {fault}"
+        raise failing(what, "assert_equivariant", attn, case, seed, given)
+    return ("batch",)

@@ -118,7 +118,9 @@ def test_T03_T16_two_passes_by_hand(problem: Any, backend: str, assert_close: An
 def test_T04_weighed_by_their_mass_it_is_plain_softmax(problem: Any, backend: str, assert_close: Any) -> None:
     t = problem()
     _, lse = within_chunks(t)
-    by = sd.dot(sd.input("asking", "batch heads queries mass_dim"), sd.input("marks", f"batch heads keys/{S} mass_dim"), scale=1.0)
+    by = sd.dot(
+        sd.input("asking", "batch heads queries mass_dim"), sd.input("marks", f"batch heads keys/{S} mass_dim"), scale=1.0
+    )
     ended = (sd.kv_idx // S + 1) * S <= sd.q_idx
     picks = sd.top_k(by, K, among=ended)
     own = sd.attend(ended & picks, normaliser=sd.per_chunk(picks))
@@ -231,7 +233,9 @@ def test_T14_chunks_by_their_mass_and_a_window_are_dense_attention(
     """HiLS with the exact mass: all chunks before the window, whose edge is a chunk's, and the window, in one softmax."""
     t = problem()
     edge = (sd.q_idx - window + 1) // S * S
-    by = sd.dot(sd.input("asking", "batch heads queries mass_dim"), sd.input("marks", f"batch heads keys/{S} mass_dim"), scale=1.0)
+    by = sd.dot(
+        sd.input("asking", "batch heads queries mass_dim"), sd.input("marks", f"batch heads keys/{S} mass_dim"), scale=1.0
+    )
     picks = sd.top_k(by, 100, among=sd.kv_idx < edge)
     far = sd.attend((sd.kv_idx < edge) & picks, normaliser=sd.per_chunk(picks))
     near = sd.attend((sd.kv_idx <= sd.q_idx) & (sd.kv_idx >= edge))
@@ -250,7 +254,9 @@ def test_T15_a_landmark_bounds_the_mass_of_its_chunk(problem: Any, assert_close:
     mark, entropy = (p[..., None] * keys).sum(3), -(p * p.log()).sum(-1)
     assert (entropy >= 0).all() and (entropy <= math.log(S)).all()
     group = HQ // H
-    surrogate = t["q"] @ mark.repeat_interleave(group, 1).transpose(2, 3) / D**0.5 + entropy.repeat_interleave(group, 1)[:, :, None]
+    surrogate = (
+        t["q"] @ mark.repeat_interleave(group, 1).transpose(2, 3) / D**0.5 + entropy.repeat_interleave(group, 1)[:, :, None]
+    )
     assert (surrogate <= within_chunks(t)[1] + 1e-12).all()
     assert_close((at[:, :, :, 0] * mark).sum(-1) + entropy, (at * keys).sum(-1).logsumexp(-1))
 

@@ -182,7 +182,9 @@ def test_N6_left_pads_are_a_document_of_their_own(problem: Any, backend: str, as
     t, pads = problem(), 6
     ids = (torch.arange(T) >= pads).long()
     out = sd.compile(with_documents(4), backend=backend)(**t, documents=ids[None], ids=ids)
-    assert_close(out[:, :, pads:], sd.compile(sd.patterns.nha(M, 4), backend=backend)(**{n: x[:, :, pads:] for n, x in t.items()}))
+    assert_close(
+        out[:, :, pads:], sd.compile(sd.patterns.nha(M, 4), backend=backend)(**{n: x[:, :, pads:] for n, x in t.items()})
+    )
 
 
 def test_N7_results_lie_between_nothing_and_the_values(problem: Any, backend: str) -> None:
@@ -214,7 +216,9 @@ def test_N8_the_last_tokens_learn_nothing_through_slots(problem: Any, backend: s
     assert (slopes["gate"][:, :, -4:] == 0).all() and (slopes["gate"][:, :, :-4] != 0).all()
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "slots", "window"), [(1, 1, 16, 32), (4, 1, 64, 32), (8, 1, 80, 64), (4, 4, 64, 64)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "slots", "window"), [(1, 1, 16, 32), (4, 1, 64, 32), (8, 1, 80, 64), (4, 4, 64, 64)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_N9_low_precision(problem: Any, heads: int, kv_heads: int, slots: int, window: int, dtype: torch.dtype) -> None:
     t = {name: x.to(dtype) for name, x in problem(90, heads=heads, kv_heads=kv_heads, slots=slots).items()}

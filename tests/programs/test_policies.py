@@ -167,7 +167,12 @@ def test_S5_nsa(problem: Any, draw: Any, backend: str, assert_close: Any) -> Non
 
 QUEST = sd.attend(CAUSAL & sd.top_k(sd.bound(sd.q, sd.k, 8), 2, forced=sd.q_idx // 8 == sd.kv_idx // 8, extra=True))
 PICKS_AND_WINDOW = sd.attend(CAUSAL & (sd.patterns.sliding_window(5) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 8)), 2)), sink=0.3)
-SYSTEMS = {"moba": sd.patterns.moba(8, 3), "nsa": sd.patterns.nsa(4, 8, 3, 7), "quest": QUEST, "window and picks": PICKS_AND_WINDOW}
+SYSTEMS = {
+    "moba": sd.patterns.moba(8, 3),
+    "nsa": sd.patterns.nsa(4, 8, 3, 7),
+    "quest": QUEST,
+    "window and picks": PICKS_AND_WINDOW,
+}
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -69,7 +69,9 @@ def test_causal_programs(data: st.DataObject) -> None:
 @settings(max_examples=6)
 def test_causal_programs_cut_into_calls(data: st.DataObject) -> None:
     case = data.draw(kit.shapes(max_len=14, max_heads=2, square=True))
-    program = data.draw(kit.programs(heads=case.heads, causal=True).filter(lambda p: "q_len" not in p.text and "ids" not in p.inputs))
+    program = data.draw(
+        kit.programs(heads=case.heads, causal=True).filter(lambda p: "q_len" not in p.text and "ids" not in p.inputs)
+    )
     try:
         done = kit.assert_prefill_equals_decode(sd.compile(program, backend="tiled"), case, chunks=(5,))
     except sd.UnsupportedError:
@@ -90,7 +92,9 @@ def test_a_failure_names_the_choice_and_reproduces_itself(monkeypatch: pytest.Mo
 
     program = sd.Program(sd.patterns.moba(4, 2))
     case = kit.AttentionCase(heads=2, kv_heads=1, q_len=17, kv_len=17)
-    q, k, v = (kit.tensor(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate((case.q_shape, case.k_shape, case.v_shape)))
+    q, k, v = (
+        kit.tensor(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate((case.q_shape, case.k_shape, case.v_shape))
+    )
     attn = sd.compile(program, backend="tiled")
     kit.assert_matches_reference(attn, q, k, v)
     right = listed_choices.top_k

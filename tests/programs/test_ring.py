@@ -21,7 +21,9 @@ def problem(draw: Any) -> Any:
     """q, k, v."""
 
     def make(length: int = T, heads: int = HQ, kv_heads: int = H) -> dict[str, Tensor]:
-        return {name: draw(B, n, length, D, seed=i) for i, (name, n) in enumerate({"q": heads, "k": kv_heads, "v": kv_heads}.items())}
+        return {
+            name: draw(B, n, length, D, seed=i) for i, (name, n) in enumerate({"q": heads, "k": kv_heads, "v": kv_heads}.items())
+        }
 
     return make
 
@@ -183,5 +185,3 @@ def test_a_linear_branch_has_no_lse(problem: Any, backend: str) -> None:
 def test_causal(backend: str) -> None:
     case = kit.AttentionCase(batch=1, heads=4, kv_heads=2, q_len=19, kv_len=19)
     kit.assert_causal(sd.compile(sd.patterns.ring_linear(DECAY), backend=backend), case)
-
-

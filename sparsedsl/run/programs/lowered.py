@@ -13,7 +13,7 @@ from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.program.axes import unit_of
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Recall, assume
+from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Recall, assume, pairs_decided_by
 from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select
 from sparsedsl.run.choosing.at_picks import picked_scores
@@ -126,7 +126,7 @@ class Lowered(ListedChoices):
                 "each choice and put them together with joint(), or use backend='reference' or 'flex'"
             )
         always = Mask(assume(mask.expr, {dynamic[0]: False}))
-        added = sympy.And(assume(mask.expr, {dynamic[0]: True}), sympy.Not(always.expr))
+        added = pairs_decided_by(mask, dynamic[0]).expr
         parts: list[Any] = []
         if always.expr != sympy.false:
             plain = Pattern(always, score, None, node.pattern.scale)
