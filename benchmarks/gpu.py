@@ -6,7 +6,7 @@
     python benchmarks/gpu.py --dry-run                      # the same steps without a GPU, at toy sizes (a minute)
     python benchmarks/gpu.py --picture results/gpu_x.json   # table and picture again, from the numbers in a file
 
-Batch 1, 16 query heads, bf16, random inputs; decode: one query in each of 8 batch entries, 32 query heads, 8 key heads. Methods:
+Batch 1, 16 query heads, bf16, random inputs; systems: 32 query heads (``gpu_systems.py`` says more); decode: one query in each of 8 batch entries, 32 query heads, 8 key heads. Methods:
 
 - *ours*: ``attn(q, k, v)`` of ``sd.compile(pattern, backend="triton")`` (``--ours`` for another backend), lists or bounds remembered.
 - *flex*: ``torch.compile(flex_attention, dynamic=False)`` with mask and score written by hand; *flex_tma*: with ``USE_TMA``.
@@ -43,6 +43,7 @@ from tqdm import tqdm
 # A method that hangs must not take all of the time.
 LONGEST_JOB_S, LONGEST_REQUEST_S = 90.0, 180.0  # the first import of torch on a new machine takes a minute
 CRASHES_BORNE = 3
+KINDS = ("attention", "decode", "system")
 
 
 def options_from(arguments: list[str] | None) -> argparse.Namespace:
@@ -55,7 +56,7 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     add("--patterns", nargs="+", help="default: all")
     add("--lengths", nargs="+", type=int, metavar="TOKENS")
     add("--dims", nargs="+", type=int, metavar="D", help="head dimensions")
-    add("--kinds", nargs="+", choices=("attention", "decode"), default=["attention", "decode"])
+    add("--kinds", nargs="+", choices=KINDS, default=KINDS)
     add("--rounds", type=int, default=15, help="at most so many repetitions behind each median (default 15)")
     add("--limit-s", type=float, default=1.0, help="no more rounds of a pass after this, but three (default 1)")
     add("--prepare-minutes", type=float, default=2.0, help="at most so long for compiling ahead (default 2; 0: do not)")

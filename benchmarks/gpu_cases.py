@@ -13,11 +13,14 @@ from cases import BLOCK, CASES, Case, Tables
 import sparsedsl as sd
 from sparsedsl import patterns
 
-__all__ = ["HEADS", "PATTERNS", "Job", "chosen", "job_of", "jobs", "rehearsal"]
+__all__ = ["HEADS", "PATTERNS", "SYSTEM_NAMES", "Job", "chosen", "job_of", "jobs", "rehearsal"]
 
 HEADS = 16
 CAP = 50.0
 DECODE_BATCH, DECODE_HEADS, DECODE_KV_HEADS = 8, 32, 8
+# Systems (``gpu_systems.py``), the most telling first; heads of keys for 32 of queries as they have them, 8 the others.
+SYSTEM_NAMES = ("pbs", "hsa", "tsa", "ring", "nha", "tsa_pbs", "nsa", "moba")
+SYSTEM_HEADS, SYSTEM_KV_HEADS = 32, {"hsa": 2, "ring": 32}
 
 
 # ---- patterns --------------------------------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ class Job:
     """One problem on which everything is measured side by side; ``tma``: FlexAttention also with its TMA option.
 
     ``kind`` "attention": forward and backward of ``length`` queries over as many keys. "decode": one query a batch entry, the last of
-    ``length`` positions, forward.
+    ``length`` positions, forward. "system": as attention, of the system that ``pattern`` names, forward alone if it does not train.
     """
 
     kind: str
@@ -124,7 +127,8 @@ class Job:
     @property
     def seconds(self) -> float:
         """About how long it takes on an H100 or H200, kernels compiled: preparation, and as many rounds as are waited for."""
-        squares = _SHARE.get(self.pattern, 0.05) * (self.length / 131072) ** 2 * self.heads / HEADS
+        share = 0.5 if self.kind == "system" else _SHARE.get(self.pattern, 0.05)  # dense attention beside it
+        squares = share * (self.length / 131072) ** 2 * self.heads / HEADS
         return 3.0 + (0.0 if self.kind == "decode" else 25.0 * squares)
 
     @property
@@ -148,10 +152,12 @@ def jobs() -> list[Job]:
     found = [attention(name, 16384, 128) for name in PATTERNS]
     found += [attention(name, 32768, 128, tma=name in FEW) for name in PATTERNS]
     found += [_decode(name, length) for length in (32768, 131072) for name in ("causal", "sinks")]
+    found += [_system(name, length) for length in (32768, 131072) for name in SYSTEM_NAMES]
     found += [attention(name, 16384, 64, tma=name in FEW) for name in PATTERNS]
     found += [attention(name, 32768, 64, tma=False) for name in PATTERNS]
     found += [attention(name, 16384, 128, kv_heads=HEADS // group, tma=False) for group in (4, 8) for name in FEW]
     found += [attention(name, length, 128, tma=False) for length in (8192, 65536) for name in FEW]
+    found += [_system(name, length) for length in (65536, 8192, 16384) for name in SYSTEM_NAMES]
     # The longest take longest: cheap patterns before the square ones.
     return found + [attention(name, 131072, 128, tma=False) for name in ("window", "causal_documents", "blocks10", "causal")]
 
@@ -160,11 +166,19 @@ def _decode(pattern: str, length: int) -> Job:
     return Job("decode", pattern, length, 128, heads=DECODE_HEADS, kv_heads=DECODE_KV_HEADS, batch=DECODE_BATCH, tma=False)
 
 
+def _system(name: str, length: int) -> Job:
+    kv_heads = SYSTEM_KV_HEADS.get(name, 8)
+    return Job("system", name, length, 128, heads=SYSTEM_HEADS, kv_heads=kv_heads, tma=False)
+
+
 def rehearsal() -> list[Job]:
     """Every kind of job at sizes that an interpreter can bear."""
     found = [Job("attention", name, 160, 16, heads=2, kv_heads=2) for name in PATTERNS]
     found += [Job("attention", name, 96, 32, heads=4, kv_heads=1, tma=False) for name in ("causal", "blocks10")]
-    return found + [Job("decode", name, 160, 16, heads=4, kv_heads=2, batch=2, tma=False) for name in ("causal", "sinks")]
+    found += [Job("decode", name, 160, 16, heads=4, kv_heads=2, batch=2, tma=False) for name in ("causal", "sinks")]
+    return found + [
+        Job("system", name, 160, 16, heads=2, kv_heads=2 if name == "ring" else 1, tma=False) for name in SYSTEM_NAMES
+    ]
 
 
 def chosen(

@@ -15,6 +15,8 @@ import torch
 from gpu_cases import PATTERNS, Job
 from gpu_clock import Clock
 from gpu_reference import Problem
+from gpu_systems import compiled, system_problem
+from systems_cases import SYSTEMS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -51,7 +53,9 @@ class Setting:
 
 
 def problem_of(job: Job, device: str, *, dry: bool = False) -> tuple[Problem, dict[str, torch.Tensor]]:
-    """Random tensors of a job, and the tables of its pattern, on the device."""
+    """Tensors of a job, and the tables of its pattern or inputs of its system, on the device."""
+    if job.kind == "system":
+        return system_problem(job, device, dry=dry)
     case = PATTERNS[job.pattern]
     tables = {name: table.to(device) for name, table in case.tables(job.length).items()}
     generator = torch.Generator(device).manual_seed(0)
@@ -76,6 +80,9 @@ def problem_of(job: Job, device: str, *, dry: bool = False) -> tuple[Problem, di
 
 def _ours(setting: Setting) -> Call:
     problem, tables = setting.problem, setting.tables
+    if setting.job.kind == "system":
+        attn = compiled(setting.job, setting.ours)
+        return lambda q, k, v: attn(q, k, v, **tables)
     attn = sd.compile(PATTERNS[setting.job.pattern].declare(), backend=setting.ours)
     return lambda q, k, v: attn(q, k, v, q_offset=problem.q_offset, **tables)
 
@@ -91,6 +98,8 @@ def _flex(setting: Setting, *, tma: bool = False) -> Call:
         raise Unavailable("not in this job, to save time")
     if tma and not (cuda and torch.cuda.get_device_capability() >= (9, 0)):
         raise Unavailable("TMA is a unit of NVIDIA devices from sm_90 on")
+    if setting.job.kind == "system":
+        return _flex_system(setting)
     mask = _block_mask(setting)
     # On CPU a compile takes half a minute of C++: there the call is only rehearsed.
     flex = torch.compile(flex_attention, dynamic=False, backend="inductor" if cuda else "eager")
@@ -105,6 +114,16 @@ def _flex(setting: Setting, *, tma: bool = False) -> Call:
         enable_gqa=problem.group > 1,
         kernel_options=options,
     )
+
+
+def _flex_system(setting: Setting) -> Call:
+    job, named = setting.job, setting.tables
+    if job.length > SYSTEMS[job.pattern].flex_gpu:
+        raise Unavailable(f"FlexAttention cannot say {job.pattern}, or only with tables of queries x chunks, at this length")
+    if setting.device != "cuda":
+        raise Unavailable("rehearsal: on CPU it is compiled for half a minute")
+    attn = compiled(job, "flex")
+    return lambda q, k, v: attn(q, k, v, **named)
 
 
 def _shifted(problem: Problem) -> Callable[..., torch.Tensor]:
@@ -156,9 +175,9 @@ def _compiles_mask(setting: Setting) -> bool:
 
 def _sdpa(setting: Setting, backend: SDPBackend) -> Call:
     problem, pattern = setting.problem, setting.job.pattern
-    if pattern not in ("causal", "full"):
+    if pattern not in ("causal", "full") and setting.job.kind != "system":
         raise Unavailable("dense attention: beside the causal and the full pattern only")
-    is_causal = pattern == "causal" and setting.job.kind != "decode"  # a last query sees every key
+    is_causal = pattern != "full" and setting.job.kind != "decode"  # a last query sees every key
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel([backend]):

@@ -9,6 +9,7 @@ from typing import Any
 
 import measure
 from measure import length_text
+from systems_claims import claims_text
 
 __all__ = ["METHODS", "picture", "tables", "targets", "write_beside"]
 
@@ -106,7 +107,16 @@ def tables(content: Mapping[str, Any]) -> str:
         parts.append(f"Measured ceilings: bf16 product of {size} cubed {product:.3g} TFLOP/s, copy {copy:.3g} TB/s.")
     for which in PASSES:
         parts += [f"## {which.capitalize()}", _pass_table(content, which)]
-    parts += ["## Decode", _decode_table(content), "## Goals", _goals(content), "## Not measured", _absent(content)]
+    parts += [
+        "## Decode",
+        _decode_table(content),
+        "## Systems",
+        _systems_table(content),
+        "## Goals",
+        _goals(content),
+        "## Not measured",
+        _absent(content),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -150,6 +160,51 @@ def _decode_table(content: Mapping[str, Any]) -> str:
         row += ["" if times is None else f"{times['host_s'] * 1e3:.3g}" for times in (ours, flex)]
         rows.append([*row, *_error(record, "ours", "forward")])
     return measure.markdown(header, rows) if rows else ""
+
+
+def _systems_table(content: Mapping[str, Any]) -> str:
+    """Systems against dense attention, and what their papers say."""
+    header = [
+        "system",
+        "tokens",
+        "heads",
+        "density",
+        "choosing",
+        "moving",
+        "attending",
+        "ours",
+        "flex",
+        "SDPA flash",
+        "SDPA cuDNN",
+    ]
+    header += ["flex / ours", "dense / ours", "fwd + bwd ours", "dense / ours, fwd + bwd", "largest error", "of allowed"]
+    rows, seen = [], []
+    for record in _of_kind(content, "system"):
+        job, total = record["job"], sum(record["parts"].values())
+        row = [job["pattern"], length_text(job["length"]), f"{job['heads']}:{job['kv_heads']}"]
+        row.append("" if record["density"] is None else f"{record['density']:.3f}")
+        row += [f"{record['parts'][kind] / total:.0%}" for kind in ("choosing", "moving", "attending")]
+        row += [_time(record, method, "forward") for method in METHODS if method != "flex_tma"]
+        row += [_ratio(_over_ours(record, "forward", methods)) for methods in (("flex",), DENSE)]
+        both, dense = _both_passes(record, ("ours",)), _both_passes(record, DENSE)
+        row += ["" if both is None else f"{both * 1e3:.3g}", _ratio(None if both is None or dense is None else dense / both)]
+        rows.append([*row, *_error(record, "ours", "forward")])
+        times, dense_forward = _right(record, "ours", "forward"), _over_ours(record, "forward", DENSE)
+        if times is not None and dense_forward is not None:
+            seconds = {"ours": times["s"], "sdpa": times["s"] * dense_forward}
+            seen.append(
+                {**record, "system": job["pattern"], "length": job["length"], "seconds": seconds, "sdpa_over_ours": dense_forward}
+            )
+    return "\n\n".join([measure.markdown(header, rows), claims_text(seen)]) if rows else ""
+
+
+def _both_passes(record: Record, methods: Sequence[str]) -> float | None:
+    """Seconds of forward and backward, of the fastest of these."""
+    found = []
+    for method in methods:
+        passes = [_right(record, method, which) for which in PASSES]
+        found += [sum(one["s"] for one in passes if one)] if all(passes) else []
+    return min(found) if found else None
 
 
 def _time(record: Record, method: str, which: str) -> str:
@@ -225,7 +280,8 @@ def picture(content: Mapping[str, Any], path: Path) -> None:
     top, slope = ceilings["product_flop_s"] / 1e12, ceilings["copy_bytes_s"] / 1e12
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     for axes, which in zip(figure.subplots(1, 2, sharey=True), PASSES, strict=True):
-        spots = [spot for record in content["records"] for spot in _spots(record, which)]
+        counted = (record for record in content["records"] if record["job"]["kind"] != "system")
+        spots = [spot for record in counted for spot in _spots(record, which)]
         reach = [x for x, _, _, _ in spots] or [1.0]
         low, high = min([*reach, top / slope]) / 3, max([*reach, top / slope]) * 3
         axes.plot([low, top / slope, high], [low * slope, top, top], color="black", linewidth=1)

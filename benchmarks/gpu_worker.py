@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -27,6 +27,7 @@ from gpu_cases import PATTERNS, Job, job_of
 from gpu_clock import Clock, ceilings, clock_for, clock_state, device_facts
 from gpu_peers import COMPILED, METHODS, Call, Setting, Unavailable, problem_of
 from gpu_reference import reference
+from gpu_systems import CHECKED, system_facts, system_problem, system_reference
 
 import sparsedsl as sd
 
@@ -89,21 +90,23 @@ class Worker:
         before = clock_state()
         setting, methods = self._ready(job, request["skip"], tuple(METHODS))
         record: dict[str, Any] = {"job": job.to_json(), "methods": {}, "block_mask_s": setting.block_mask_s}
-        record |= counts(job)
+        record |= (
+            system_facts(job, setting.problem, setting.tables, self.ours, self.clock) if job.kind == "system" else counts(job)
+        )
         ready = {name: one for name, one in methods.items() if isinstance(one, Ready)}
         self.answer({"at": "reference"})
-        checked = reference(setting.problem)
+        errors_of = self._errors_of(setting)
         for name, one in methods.items():
             if not isinstance(one, Ready):
                 record["methods"][name] = one
                 continue
-            errors = checked.errors(one.results)
+            errors = errors_of(name, one.results)
             one.results.clear()
             right = all(error["right"] for error in errors.values())
             record["methods"][name] = {"status": "measured", "first_s": one.first_s, "right": right, "errors": errors}
             if one.no_backward is not None:
                 record["methods"][name]["no_backward"] = one.no_backward
-        del checked
+        del errors_of
         passes = {"forward": {name: one.forward for name, one in ready.items()}}
         passes["backward"] = {name: one.backward for name, one in ready.items() if one.backward is not None}
         for which, actions in passes.items():
@@ -117,6 +120,25 @@ class Worker:
                 if "ours" in samples and name != "ours"
             }
         return record | {"clocks": [before, clock_state()]}
+
+    def _errors_of(self, setting: Setting) -> Callable[[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """What is wrong with the results of a method; dense attention beside a system computes something else."""
+        job = setting.job
+        if job.kind != "system":
+            checked = reference(setting.problem)
+            return lambda name, results: checked.errors(results)
+        here = setting
+        if job.length > CHECKED:
+            shorter = replace(job, length=CHECKED)
+            here = Setting(shorter, *system_problem(shorter, self.device), self.clock, self.ours)
+        known = system_reference(here.job, here.problem, here.tables)
+
+        def errors(name: str, results: dict[str, torch.Tensor]) -> dict[str, Any]:
+            if name.startswith("sdpa"):
+                return {}
+            return known.errors(results if here is setting else self._first_calls(here, METHODS[name](here)).results)
+
+        return errors
 
     # ---- methods -----------------------------------------------------------------------------------------------------
 

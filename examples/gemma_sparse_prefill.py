@@ -115,6 +115,36 @@ def quality(model: Any, layers: list[int], method: str, setting: str, some: list
     return Quality(method, setting, sum(found) / len(found), sum(losses) / len(losses), answers(after), answers(inside))
 
 
+def times(model: Any, layers: list[int], ids: torch.Tensor, lengths: list[int], rounds: int) -> dict[str, dict[int, list[float]]]:
+    """Method -> length -> [processor seconds of the prompt, of the attention of the full layers, wall seconds of the prompt]."""
+    native = sd.models.native_patterns(model)
+    windows = {index: pattern for index, pattern in native.items() if index not in layers}
+    programs = {TORCH: None, "full": METHODS["full"][""], **{name: METHODS[name][setting] for name, setting in TIMED.items()}}
+    models = {}
+    for name, program in programs.items():
+        shared = {id(weight): weight for weight in (*model.parameters(), *model.buffers())}
+        models[name] = copy.deepcopy(model, shared)
+        sd.models.apply(models[name], windows if program is None else {**windows, **dict.fromkeys(layers, program)})
+    found: dict[str, dict[int, list[float]]] = {name: {} for name in models}
+    spent: list[float] = []
+
+    def see(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seconds: float) -> None:
+        spent.append(seconds if layer in layers else 0.0)
+
+    with tqdm(total=len(lengths) * rounds * len(models), desc="time", unit="prompt", leave=False) as bar:
+        for length in lengths:
+            for _ in range(rounds):
+                for name, one in models.items():
+                    spent.clear()
+                    with watching(one, see):
+                        start = time.process_time()
+                        _, wall = gemma.prefill(one, ids[:, :length], f"{name}, {length:,} tokens")
+                        now = [time.process_time() - start, sum(spent), wall]
+                    found[name][length] = [min(pair) for pair in zip(found[name].get(length, now), now, strict=True)]
+                    bar.update()
+    return found
+
+
 HEAD = f"{'method':10} {'setting':25} {'density':>8} {'perplexity':>11} {'to full':>8}  {'asked after':17} asked within"
 
 

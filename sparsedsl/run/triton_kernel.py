@@ -32,6 +32,7 @@ from sparsedsl.run.triton_launch import (
     in_tiles,
     is_aligned,
     launch,
+    like,
     rows_contiguous,
     strided,
     tensor_arguments,
@@ -125,7 +126,7 @@ class TritonKernel:
         values = _values(call, schedule) | strided("q", q) | strided("k", k) | strided("v", v)
         if domain.rows <= DECODE_ROWS:
             return self._decode(call, schedule, values, lse, (q, k, v))
-        out = _like(q, v.shape[3])
+        out = like(q, v.shape[3])
         values |= {**strided("out", out), "lse_ptr": lse}
         self._over_queries("forward", call, schedule, values, _shape(call, q, k, v, out))
         return out, lse
@@ -200,7 +201,7 @@ class TritonKernel:
         lines = domain.batch * domain.heads
         has = {"HAS_GRAD_LSE": grad_lse is not None}
         _run("delta", shape, schedule, lambda config: (in_tiles(domain.rows, config.block_m) * lines, values), **has)
-        grad_q, grad_k, grad_v = _like(q), _like(k), _like(v)
+        grad_q, grad_k, grad_v = like(q), like(k), like(v)
         self._over_queries("grad_q", call, schedule, values | strided("grad_q", grad_q), shape)
         self._over_keys(call, schedule, values | strided("grad_k", grad_k) | strided("grad_v", grad_v), shape)
 
@@ -288,14 +289,6 @@ def _shape(call: Call, *tensors: Tensor) -> Shape:
     tf32 = call.q.dtype == torch.float32 and call.q.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     dtype = str(call.q.dtype).removeprefix("torch.")
     return Shape(dtype, call.q.shape[3], call.v.shape[3], call.group, "tf32" if tf32 else "ieee", is_aligned(*tensors))
-
-
-def _like(t: Tensor, width: int | None = None) -> Tensor:
-    """A new tensor whose dimensions lie in memory in the order of ``t``'s, of another width if one is given."""
-    strides = t.stride()
-    order = sorted(range(3), key=lambda dim: -strides[dim])
-    made = t.new_empty([t.shape[dim] for dim in order] + [t.shape[3] if width is None else width])
-    return made.permute(*(order.index(dim) for dim in range(3)), 3)
 
 
 def missing(device: str) -> str | None:

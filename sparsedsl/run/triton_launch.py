@@ -12,7 +12,17 @@ from sparsedsl.codegen.to_triton import TritonSource
 from sparsedsl.gpu.configs import Config, Shape, constants
 from sparsedsl.gpu.loading import interpreted, load
 
-__all__ = ["described", "has_descriptors", "in_tiles", "is_aligned", "launch", "rows_contiguous", "strided", "tensor_arguments"]
+__all__ = [
+    "described",
+    "has_descriptors",
+    "in_tiles",
+    "is_aligned",
+    "launch",
+    "like",
+    "rows_contiguous",
+    "strided",
+    "tensor_arguments",
+]
 
 # Elements that strides must be a multiple of for 16-byte loads of the smallest type.
 ALIGN = 8
@@ -100,3 +110,11 @@ def tensor_arguments(tables: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         values[f"{name}_table"] = table.to(torch.int8) if table.dtype == torch.bool and interpreted() else table
         values |= {f"{name}_size_{i}": size for i, size in enumerate(table.shape)}
     return values
+
+
+def like(t: torch.Tensor, width: int | None = None) -> torch.Tensor:
+    """A new tensor whose dimensions lie in memory in the order of ``t``'s, of another width if one is given."""
+    strides = t.stride()
+    order = sorted(range(3), key=lambda dim: -strides[dim])
+    made = t.new_empty([t.shape[dim] for dim in order] + [t.shape[3] if width is None else width])
+    return made.permute(*(order.index(dim) for dim in range(3)), 3)

@@ -70,6 +70,13 @@ def _documents(program: Program) -> set[str]:
     return {node.name for node in read if isinstance(node, tensors.Input)}
 
 
+def _seeds(program: Program) -> set[str]:
+    """Names of the inputs that hold seeds of noise."""
+    return {
+        node.seed.name for node in program.everything if isinstance(node, scores.Gumbel) and isinstance(node.seed, tensors.Input)
+    }
+
+
 def named_inputs(
     program: Program,
     case: AttentionCase,
@@ -81,11 +88,13 @@ def named_inputs(
 ) -> dict[str, torch.Tensor]:
     """The inputs of a program beside q, k and v. ``free``: sizes of its own axes; ``ragged``: whether incomplete units are given too."""
     sizes = {axis: case.kv_heads if heads else 5 for axis, heads in _free_axes(program).items()} | dict(free or {})
-    ids = _documents(program)
+    ids, seeds = _documents(program), _seeds(program)
     found = {}
     for number, (name, node) in enumerate(program.inputs.items()):
         shape = [_size(axis, case, sizes, ragged) for axis in node.axes]
         drawn = tensor(*shape, seed=seed + 7 + number, dtype=dtype)
+        if name in seeds:
+            drawn = torch.full(shape, seed)
         found[name] = (drawn > 1).long().cumsum(-1) if name in ids else drawn
     return found
 
@@ -178,7 +187,7 @@ def _rows(draw: st.DrawFn, unit: int, q_unit: int) -> tuple[Node, Node]:
 
 @st.composite
 def _scores(draw: st.DrawFn, unit: int, q_unit: int) -> scores.Scores:
-    kind = draw(st.sampled_from(("dot", "dot", "sum", "bound", "mass", "regrouped", "antidiagonal")))
+    kind = draw(st.sampled_from(("dot", "dot", "sum", "noisy", "bound", "mass", "regrouped", "antidiagonal")))
     rows, keys = draw(_rows(unit, q_unit))
     found: Any
     if kind == "antidiagonal" and q_unit == unit > 1:
@@ -191,7 +200,9 @@ def _scores(draw: st.DrawFn, unit: int, q_unit: int) -> scores.Scores:
         found = scores.dot(rows, keys).softmax(CAUSAL).regroup(2, draw(st.sampled_from(_HOW)))
     else:
         found = scores.dot(rows, keys, scale=draw(st.none() | st.just(0.5)))
-        if kind == "sum":
+        if kind == "noisy":
+            found = found.gumbel(tensors.input("seed", "1"))
+        elif kind == "sum":
             found = found + scores.dot(*draw(_rows(unit, q_unit).filter(lambda pair: _joins(found, pair))))
         elif kind == "mass":
             found = found.softmax(draw(st.sampled_from((CAUSAL, True))) if q_unit > 1 else CAUSAL)

@@ -51,7 +51,7 @@ def weights(t: dict[str, Tensor], rule: str, top_k: int) -> Tensor:
     found = torch.zeros_like(scores)
     for b, h, row in itertools.product(*map(range, scores.shape[:3])):
         over = row // S  # chunks that end before the row
-        best = sorted(sorted(range(over), key=lambda c: -float(scores[b, h, row, c]))[:top_k])  # noqa: B023
+        best = sorted(sorted(range(over), key=lambda c: -float(scores[b, h, row, c]))[:top_k])
         s = scores[b, h, row, best]
         if rule.startswith("softmax"):
             slots = s if rule == "softmax" else torch.cat([s, s.new_zeros(1)])

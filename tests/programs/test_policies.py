@@ -63,7 +63,7 @@ def test_S2_antidiagonal_sums(problem: Any, backend: str, stride: int, block: in
         assert torch.allclose(mass.sum(1), torch.full((blocks,), float(block // stride), dtype=torch.float64))
         for row in range(blocks):
             first = sorted({0, row})
-            rest = sorted((n for n in range(row) if n != 0), key=lambda n: -float(mass[row, n]))  # noqa: B023
+            rest = sorted((n for n in range(row) if n != 0), key=lambda n: -float(mass[row, n]))
             held, wanted = float(mass[row, first].sum()), set(first)
             for n in rest:
                 if held >= 0.5 * float(mass[row].sum()):
@@ -115,7 +115,7 @@ def moba_by_loops(t: dict[str, Tensor], chunk: int, top_k: int) -> Tensor:
         q, k, v = t["q"][b, h, row], t["k"][b, h // (HQ // H)], t["v"][b, h // (HQ // H)]
         own = row // chunk
         score = [float(q @ k[c * chunk : (c + 1) * chunk].mean(0)) for c in range(own)]
-        best = sorted(range(own), key=lambda c: -score[c])[: top_k - 1]  # noqa: B023
+        best = sorted(range(own), key=lambda c: -score[c])[: top_k - 1]
         keys = [j for j in range(row + 1) if j // chunk in (*best, own)]
         out[b, h, row] = (q @ k[keys].T / D**0.5).softmax(0) @ v[keys]
     return out
@@ -140,7 +140,7 @@ def nsa_by_loops(t: dict[str, Tensor], block: int, select: int, top_k: int, wind
         for c in range(over):
             mass[c * block // select] += sum(p[c] for p in paid)
         forced = {0, row // select, max(row // select - 1, 0)}
-        rest = sorted(set(range(len(mass))) - forced, key=lambda c: -float(mass[c]))  # noqa: B023
+        rest = sorted(set(range(len(mass))) - forced, key=lambda c: -float(mass[c]))
         best = [*forced, *rest][: max(top_k, 1)] if len(forced) <= top_k else sorted(forced)[:top_k]
         found[b, g, row, best] = True
         for h, p in zip(heads, paid, strict=True):

@@ -101,5 +101,5 @@ def test_a_state_belongs_to_its_program(problem: Any) -> None:
 def test_programs_that_look_at_everything_keep_none(problem: Any, draw: Any, program: Any) -> None:
     attn = sd.compile(program, backend="tiled")
     named = {"mixing": draw(B, HQ, T, 2)} if "mixing" in attn.program.inputs else {}
-    with pytest.raises(sd.UnsupportedError, match="keeps no state.*q_offset="):
+    with pytest.raises(sd.UnsupportedError, match=r"keeps no state.*q_offset="):
         attn(*(problem[name] for name in "qkv"), **named, return_state=True)

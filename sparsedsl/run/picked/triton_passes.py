@@ -19,8 +19,7 @@ from sparsedsl.run.picked.picks import Picks
 from sparsedsl.run.picked.triton_configs import PickedShape, config_of, constants_of, function, most_rows, pack_of, rows_of
 from sparsedsl.run.picked.unions import Unions, by_chunk, unions
 from sparsedsl.run.triton_choice import target_of
-from sparsedsl.run.triton_kernel import _like
-from sparsedsl.run.triton_launch import in_tiles, is_aligned, rows_contiguous, strided
+from sparsedsl.run.triton_launch import in_tiles, is_aligned, like, rows_contiguous, strided
 
 __all__ = ["Interval", "Job", "Run"]
 
@@ -136,7 +135,7 @@ class Run:
     def forward(self, *, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         """out, LSE, and with ``save`` the LSE of each row and slot (of a weighted call) for the backward pass."""
         dims = (self.batch, self.heads, self.rows)
-        out, lse = _like(self.q, self.v.shape[3]), self.empty(*dims)
+        out, lse = like(self.q, self.v.shape[3]), self.empty(*dims)
         weighted = self.weights is not None
         if self.is_empty:
             return out.zero_(), lse.fill_(0.0 if self.job.one and not weighted else float("-inf")), lse
@@ -163,7 +162,7 @@ class Run:
         if self.is_empty:
             none = None if self.weights is None else torch.zeros_like(self.weights)
             return torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v), none
-        grad_q, grad_out = _like(self.q), rows_contiguous(grad_out)
+        grad_q, grad_out = like(self.q), rows_contiguous(grad_out)
         delta = torch.empty_like(slot_lse if weighted else lse)
         values = self.values | strided("out", out) | strided("grad_out", grad_out) | strided("grad_q", grad_q)
         values |= {"lse_ptr": slot_lse if weighted else lse, "delta_ptr": delta}
@@ -171,7 +170,7 @@ class Run:
         self.launch("picked_grad_q", self.programs, values, out, grad_out, HAS_GRAD_LSE=grad_lse is not None)
         grad_k = grad_v = None
         if keys:
-            grad_k, grad_v = _like(self.k), _like(self.v)
+            grad_k, grad_v = like(self.k), like(self.v)
             units = in_tiles(self.kv_len, self.job.picks.kv_unit)
             inverted = by_chunk(self.indices, units)
             values |= strided("grad_k", grad_k) | strided("grad_v", grad_v)

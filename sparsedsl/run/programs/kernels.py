@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.spans import span_rows, spans
 from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
@@ -63,16 +64,16 @@ class Kernels:
         """The compiled pattern, remembered with its lists."""
         return _ATTENTIONS.get((pattern, self.inner, minimal), [], lambda: Attention(pattern, self.inner, minimal=minimal))
 
-    def inside(self, mask: Any, among: Mask | None, kv_unit: int, domain: Domain) -> Any:
+    def inside(self, mask: Any, among: Mask | None, kv_unit: int, domain: Domain, device: torch.device) -> Any:
         """Which pairs of a picked unit attend, as :meth:`picked` takes it; None where all do.
 
         A pair of a candidate unit: if the mask says of all keys of a unit the same, and is what made the unit a candidate, it holds.
         """
         if mask == sympy.true or (among is not None and mask == among.expr and constant_in_units(mask, 1, kv_unit)):
             return None
-        return self.rule_inside(mask, domain)
+        return self.rule_inside(mask, domain, device)
 
-    def rule_inside(self, mask: Any, domain: Domain) -> Any:
+    def rule_inside(self, mask: Any, domain: Domain, device: torch.device) -> Any:
         """A mask as the kernels of this backend take it."""
 
         def rule(batch: slice, heads: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -98,6 +99,25 @@ class Kernels:
     def linear(self, *tensors: Any, **words: Any) -> Any:
         """See :func:`~sparsedsl.run.scan.linear.linear_scan`."""
         return linear_scan(*tensors, **words)
+
+
+_INTERVALS: Remembered[Any] = Remembered(64)
+
+
+def one_interval(mask: Any, domain: Domain) -> tuple[Tensor, Tensor] | None:
+    """First and last key of each query, if these are all it sees: ``(B|1, H|1, Sq)`` each, where the tables are (on the host without any).
+
+    Of several intervals at most one may hold keys: conditions that exclude each other are two intervals, of which one is empty.
+    """
+    found = spans(mask)
+    if found is None or not found:
+        return None
+    ends = [torch.broadcast_tensors(*parts) for parts in zip(*(span_rows(span, domain) for span in found), strict=True)]
+    first, last = (torch.stack(parts) for parts in ends)
+    holds = last >= first
+    if len(found) > 1 and bool((holds.sum(0) > 1).any()):
+        return None
+    return torch.where(holds, first, domain.kv_len).amin(0), torch.where(holds, last, -1).amax(0)
 
 
 _ATTENTIONS: Remembered[Any] = Remembered(256)
@@ -172,19 +192,19 @@ def _no_recurrence(what: str) -> str:
 class TritonKernels(Kernels):
     """Generated kernels, and those of ``codegen/kernels``."""
 
-    def rule_inside(self, mask: Any, domain: Domain) -> Any:
+    def rule_inside(self, mask: Any, domain: Domain, device: torch.device) -> Any:
         """The first and last key of each query; kernels take no other masks along lists."""
-        from sparsedsl.analysis.spans import span_rows, spans
+        from sparsedsl.run.picked.triton_attention import Interval
 
-        found = spans(mask)
-        if found is None or len(found) != 1:
+        tables = [domain.tables[name] for name in sorted(domain.tables)]
+        key = (mask, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, device)
+        ends = _INTERVALS.get(key, tables, lambda: one_interval(mask, domain))
+        if ends is None:
             raise UnsupportedError(
                 f"backend 'triton' cannot follow lists under the mask {Mask(mask)}: it is no single interval of keys for each query. "
                 "Use backend='tiled'"
             )
-        from sparsedsl.run.picked.triton_attention import Interval
-
-        return Interval(*span_rows(found[0], domain))
+        return Interval(*(end.to(device) for end in ends))
 
     def picked(self, *tensors: Any, **words: Any) -> tuple[Tensor, Tensor]:
         """As kernels: adjacent queries share the union of their chunks."""

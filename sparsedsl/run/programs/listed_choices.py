@@ -34,7 +34,7 @@ from sparsedsl.run.choosing.rules import top_k
 from sparsedsl.run.choosing.scores import DotScores, ScoreSource
 from sparsedsl.run.picked.picks import Picks
 from sparsedsl.run.programs.candidates import candidates_of, unit_rule
-from sparsedsl.run.programs.parts import spread
+from sparsedsl.run.programs.parts import alike, spread
 from sparsedsl.run.programs.reference import Reference
 from sparsedsl.run.programs.runner import means
 
@@ -59,7 +59,7 @@ class ListedChoices(Reference):
     @means(Dot)
     def _dot(self, node: Dot) -> ScoreSource:
         x, y = self.value(node.x), self.value(node.y)
-        return DotScores(*_alike(x, y), self.scale_of(node.scale, x))
+        return DotScores(*alike(x, y), self.scale_of(node.scale, x))
 
     @means(Bound)
     def _bound(self, node: Bound) -> ScoreSource:
@@ -188,9 +188,3 @@ class ListedChoices(Reference):
     @means(Threshold)
     def _threshold(self, node: Threshold) -> Picks:
         return self._choose(node, threshold, node.least, measure="share" if node.scores.is_mass else "score")
-
-
-def _alike(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both of one type: products of mixed precision are made in the wider one."""
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    return x.to(dtype), y.to(dtype)

@@ -27,7 +27,7 @@ from sparsedsl.run.programs.call import ProgramCall
 from sparsedsl.run.programs.candidates import unit_rule
 from sparsedsl.run.programs.kernels import Kernels
 from sparsedsl.run.programs.listed_choices import ListedChoices
-from sparsedsl.run.programs.parts import NEVER, merged, spread
+from sparsedsl.run.programs.parts import NEVER, alike, merged, spread
 from sparsedsl.run.programs.runner import means
 from sparsedsl.run.sinks import sink_logit
 
@@ -71,7 +71,7 @@ class Lowered(ListedChoices):
 
     @means(Attend)
     def _attend(self, node: Attend) -> Any:
-        q, k, v = (self.value(x) for x in (node.x, node.y, node.z))
+        q, k, v = alike(*(self.value(x) for x in (node.x, node.y, node.z)))
         if q.shape[1] % k.shape[1]:
             raise ShapeError(f"attend(): {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
         choices = [s for s in node.selections if s.units[0] == 1]
@@ -154,7 +154,7 @@ class Lowered(ListedChoices):
     ) -> Result:
         scale = self.call.scale or node.pattern.scale or q.shape[3] ** -0.5
         picks, kv_unit = self.value(choice), choice.units[1]
-        needed = self.kernels.inside(inside, choice.among, kv_unit, self.domain)
+        needed = self.kernels.inside(inside, choice.among, kv_unit, self.domain, q.device)
         return self.kernels.picked(
             q, k, v, picks, scale=scale, q_offset=self.domain.q_offset, inside=needed, weights=weights, one=one
         )

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from sparsedsl.errors import ShapeError
 
-__all__ = ["NEVER", "merged", "pool", "reduced", "safe_softmax", "spread", "together", "weigh"]
+__all__ = ["NEVER", "alike", "merged", "pool", "reduced", "safe_softmax", "spread", "together", "weigh"]
 
 Tensor = torch.Tensor
 NEVER = float("-inf")
@@ -18,6 +18,12 @@ NEVER = float("-inf")
 def spread(x: Tensor, heads: int, dim: int = 1) -> Tensor:
     """``x`` with its heads repeated to ``heads``."""
     return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
+
+
+def alike(*tensors: Tensor) -> list[Tensor]:
+    """All in the widest of their types: means of half-precision keys are float32."""
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    return [t.to(dtype) for t in tensors]
 
 
 def together(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
