@@ -76,9 +76,14 @@ def program_is_causal(attn: CompiledProgram, case: AttentionCase, seed: int, giv
     first, last = case.q_offset, min(case.kv_len, case.q_offset + case.q_len) - 1
     for t in sorted({round(first + i * (last - first) / 5) for i in range(6)}):
         after = _changed_later(attn.program, before, given, t, case.q_offset, seed)
-        moved = _moved_before(attn, before, after, t, case.q_offset)
-        if moved:
-            what = f"{', '.join(moved)} up to position {t} change when what comes after it changes"
+        moved, reached = _moved_before(attn, before, after, t, case.q_offset)
+        if moved or reached:
+            what = f"{', '.join(moved)} up to position {t} change when what comes after it changes" if moved else ""
+            what += (
+                f"{'; ' if moved else ''}gradients of results up to position {t} reach {', '.join(reached)} after it"
+                if reached
+                else ""
+            )
             why = reasons(attn.program).get(LATER_QUERIES)
             raise failing(what + (f" ({'; '.join(why)})" if why else ""), "assert_causal", attn, case, seed, given)
     _check_state(attn, before, case, seed, given)
@@ -98,10 +103,10 @@ def _changed_later(program: Program, tensors: Tensors, given: Tensors, t: int, q
     return found
 
 
-def _moved_before(attn: CompiledProgram, before: Tensors, after: Tensors, t: int, q_offset: int) -> list[str]:
-    """What of the positions up to ``t`` is not the same for both: choices, results, gradients."""
+def _moved_before(attn: CompiledProgram, before: Tensors, after: Tensors, t: int, q_offset: int) -> tuple[list[str], list[str]]:
+    """What of the positions up to ``t`` is not the same for both: choices, results, gradients; and what gradients reach beyond them."""
     moved = [f"choice {label}" for label in _other_choices(attn, before, after, t, q_offset)]
-    rows = t + 1 - q_offset
+    reached, rows = [], t + 1 - q_offset
     old, new = (_first_rows(attn, tensors, rows, q_offset) for tensors in (before, after))
     counted = {**rows_of(attn.program, "keys"), **rows_of(attn.program, "queries")}
     for name, value in old.items():
@@ -114,10 +119,10 @@ def _moved_before(attn: CompiledProgram, before: Tensors, after: Tensors, t: int
         passed = q_offset if name[2:] in rows_of(attn.program, "queries") else 0
         kept = min(max((t + 1 - passed) // unit, 0), value.shape[axis])
         if bool((value.narrow(axis, kept, value.shape[axis] - kept) != 0).any()):
-            moved.append(f"the gradient of {name[2:]} after it is not 0; others")
+            reached.append(name[2:])
         if not _same_sum(value.narrow(axis, 0, kept), new[name].narrow(axis, 0, kept), rows):
             moved.append(f"the gradient of {name[2:]}")
-    return moved
+    return moved, reached
 
 
 def _same_sum(old: Tensor, new: Tensor, terms: int) -> bool:

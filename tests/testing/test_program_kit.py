@@ -61,13 +61,13 @@ def slope_alone(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (add(lambda q, k, v, words: 1e-3 * v[:, :, -1:].mean()), r"^out up to position \d+ change"),
-        (add(lambda q, k, v, words: slope_alone(k)), "gradient of k after it is not 0"),
-        (add(lambda q, k, v, words: slope_alone(words["landmarks"])), "gradient of landmarks after it is not 0"),
+        (add(lambda q, k, v, words: 1e-3 * v[:, :, -1:].mean()), r"^out.* up to position \d+ change"),
+        (add(lambda q, k, v, words: slope_alone(k)), r"gradients of results up to position \d+ reach k after it"),
+        (add(lambda q, k, v, words: slope_alone(words["landmarks"])), "reach landmarks after it"),
         (add(lambda q, k, v, words: slope_alone(q * v.mean())), "gradient of q"),
         (
             lambda results, *_: results.__setitem__(-1, results[-1] + results[-1][:, :, -1:].exp()),
-            r"lse up to position \d+ change",
+            r"^lse.* up to position \d+ change",
         ),
     ],
 )
@@ -104,7 +104,7 @@ def test_calls_that_do_not_fit_are_noticed() -> None:
 def test_wrong_results_are_noticed() -> None:
     t = {
         name: kit.tensor(*shape, seed=1, dtype=torch.float64)
-        for name, shape in zip("qkv", (CASE.q_shape, CASE.k_shape, CASE.v_shape))
+        for name, shape in zip("qkv", (CASE.q_shape, CASE.k_shape, CASE.v_shape), strict=True)
     }
     t |= {"retrieval_q": t["q"][:, :2], "landmarks": t["k"][:, :, :5]}
     done = kit.assert_matches_reference(sd.compile(HSA, backend="tiled"), **t)
@@ -133,9 +133,9 @@ def test_low_precision_is_compared_with_its_own_choices(dtype: torch.dtype) -> N
     }
     t = {name: x.to(dtype) for name, x in t.items()}
     kit.assert_matches_reference(sd.compile(HSA, backend="tiled"), **t)
-    step = 4 * torch.finfo(dtype).eps
+    step = torch.finfo(dtype).eps * (16 if dtype == torch.bfloat16 else 100)
     with pytest.raises(kit.Counterexample, match="dense meaning: out"):
-        kit.assert_matches_reference(Spoiled(HSA, add(lambda q, k, v, words: 4 * step)), **t)
+        kit.assert_matches_reference(Spoiled(HSA, add(lambda q, k, v, words: step)), **t)
 
 
 def test_order_weights_and_learning() -> None:
@@ -203,8 +203,8 @@ def test_the_battery() -> None:
     assert report.ok and [p.status for p in report.properties] == ["holds"] * 6
     later = kit.check(sd.patterns.pbs(4, 8, 0.5), examples=2, backend="tiled", seed=0)
     assert later.ok and [p.name for p in later.properties if p.status == "not applicable"] == ["causality", "calls", "learning"]
-    strict = kit.check(sd.patterns.pbs(4, 8, 0.5), examples=20, backend="tiled", seed=0, causal=True)
-    assert not strict.ok and "choice top_p" in str(strict) and "assert_causal" in strict.snippet
+    strict = kit.check(sd.patterns.token_sparse(0.5, 2, 1, 1), examples=9, backend="tiled", seed=0, causal=True)
+    assert not strict.ok and "choice keep_tokens" in str(strict) and "assert_causal" in strict.snippet
     with pytest.raises(sd.SparseDSLError, match="are drawn"):
         kit.check(sd.patterns.hsa(4, 2), landmarks=torch.ones(1))
 
@@ -233,6 +233,7 @@ def test_programs_hold_every_kind_of_node() -> None:
 
     collect()
     assert seen >= {
-        "antidiagonal", "attend", "bound", "compact", "dot", "grouped", "gumbel", "input", "inverse", "joint", "keep_tokens", "linear", "mix",
-        "plus", "probe", "recall", "regroup", "segment_sort", "slots", "smooth", "softmax", "summary", "take", "threshold", "top_k", "top_p",
+        "antidiagonal", "attend", "bound", "compact", "dot", "grouped", "gumbel", "input", "inverse", "joint", "keep_tokens",
+        "linear", "mix", "plus", "probe", "recall", "regroup", "segment_sort", "slots", "smooth", "softmax", "summary", "take",
+        "threshold", "top_k", "top_p",
     }  # fmt: skip

@@ -87,7 +87,7 @@ def _lowered(node: Node, kernels: Kernels) -> str:
 
 def _attend(node: Attend, kernels: Kernels) -> str:
     single = [choice for choice in node.selections if choice.units[0] == 1]
-    inner = f"the lowering {kernels.inner!r}"
+    inner = f"the lowering {kernels.lowering(new_tables=bool(node.pattern.tables))!r}"
     if node.normaliser is not None:
         if kernels.whole_tables:
             return "two passes: LSE of every chunk, then FlexAttention with a bias of queries x chunks (short sequences)"

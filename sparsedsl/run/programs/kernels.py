@@ -32,10 +32,9 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Kernels:
-    """Base: attention over static masks by the ordinary lowerings. ``inner``: the backend these run on."""
+    """Base: attention over static masks by the ordinary lowerings."""
 
     backend: str
-    inner: str
     # Entries of queries x units that a score may read as a table.
     most_table_entries: int = 1 << 24
     # Whether choices for single queries are handed over as whole tables.
@@ -56,13 +55,18 @@ class Kernels:
         lse: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over a mask that reads tables only: ``out``, and the LSE where it is wanted."""
-        attention = self.attention(pattern, minimal=not tables)
+        attention = self.attention(pattern, new_tables=bool(tables))
         result = attention.attend_now(q, k, v, tables, q_offset=q_offset, return_lse=lse, scale=scale)
         return result if lse else (result, None)
 
-    def attention(self, pattern: Pattern, *, minimal: bool) -> Any:
-        """The compiled pattern, remembered with its lists."""
-        return _ATTENTIONS.get((pattern, self.inner, minimal), [], lambda: Attention(pattern, self.inner, minimal=minimal))
+    def attention(self, pattern: Pattern, *, new_tables: bool) -> Any:
+        """The compiled pattern, remembered with its lists. ``new_tables``: it reads tables, which may be others at every call."""
+        backend = self.lowering(new_tables=new_tables)
+        return _ATTENTIONS.get((pattern, backend, new_tables), [], lambda: Attention(pattern, backend, minimal=not new_tables))
+
+    def lowering(self, *, new_tables: bool) -> str:
+        """What plain attention runs on."""
+        return self.backend
 
     def inside(self, mask: Any, among: Mask | None, kv_unit: int, domain: Domain, device: torch.device) -> Any:
         """Which pairs of a picked unit attend, as :meth:`picked` takes it; None where all do.
@@ -125,6 +129,10 @@ _ATTENTIONS: Remembered[Any] = Remembered(256)
 
 class TorchKernels(Kernels):
     """Plain torch, on any device."""
+
+    def lowering(self, *, new_tables: bool) -> str:
+        """For ``auto`` not FlexAttention where tables are new: weighing it up would cost lists of its own at every call."""
+        return "tiled" if self.backend == "auto" and new_tables else self.backend
 
 
 class FlexKernels(Kernels):
@@ -230,7 +238,7 @@ class TritonKernels(Kernels):
 def kernels_of(backend: str, *, triton: bool) -> Kernels:
     """The kernels of a backend. ``triton``: whether ``auto`` may use generated kernels for this call."""
     if backend == "flex":
-        return FlexKernels("flex", "flex", whole_tables=True)
+        return FlexKernels("flex", whole_tables=True)
     if backend == "triton" or (backend == "auto" and triton):
-        return TritonKernels(backend, backend)
-    return TorchKernels(backend, backend, whole_tiles=True)
+        return TritonKernels(backend)
+    return TorchKernels(backend, whole_tiles=True)

@@ -1,0 +1,80 @@
+"""On a CUDA device: systems that choose, reorder and remember against the dense meaning of their nodes, outputs and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparsedsl as sd
+from sparsedsl import patterns
+from sparsedsl.testing import assert_matches_reference, tensor
+
+pytestmark = pytest.mark.gpu
+
+LATER = ["selection reads later queries"]
+CHUNK = 16
+# Declaration, query and key heads, inputs beside q, k and v: name -> (heads, rows, width) of the lengths and heads of the call.
+SYSTEMS = {
+    "hsa": (lambda heads: patterns.hsa(CHUNK, 3), (8, 2), ("retrieval_q", "landmarks")),
+    "hsa, stick-breaking": (lambda heads: patterns.hsa(CHUNK, 3, "stick_breaking"), (8, 2), ("retrieval_q", "landmarks")),
+    "nha": (lambda heads: patterns.nha(16, 8), (4, 2), ("gate",)),
+    "nha, window 0": (lambda heads: patterns.nha(16, 0, "masked"), (4, 2), ("gate",)),
+    "pbs": (lambda heads: patterns.pbs(32, 64, 0.6), (4, 2), ()),
+    "pbs, one order a group": (lambda heads: patterns.pbs(32, 64, 0.6, "group"), (4, 2), ()),
+    "tsa": (lambda heads: patterns.token_sparse(0.3, 16, 5, 32), (4, 2), ()),
+    "tsa with pbs inside": (lambda heads: patterns.token_sparse(0.3, 16, 5, 32, inside=patterns.pbs(32, 64, 0.6)), (4, 2), ()),
+    "ring": (lambda heads: patterns.ring_linear(sd.decay_table(heads=heads, layer=0, layers=20)), (4, 4), ()),
+    "moba": (lambda heads: patterns.moba(32, 3), (4, 2), ()),
+    "nsa": (lambda heads: patterns.nsa(16, 32, 4, 48), (4, 2), ("shares",)),
+}  # fmt: skip
+
+
+def inputs_of(name, kit, length, dtype=torch.bfloat16):
+    """q, k, v and the inputs of a system, its program, all of one dtype on the device of the kit."""
+    declare, heads, wanted = SYSTEMS[name]
+    q, k, v = kit.inputs(heads, length, dtype=dtype)
+    (batch, q_heads), kv_heads = q.shape[:2], k.shape[1]
+    shapes = {
+        "retrieval_q": (batch, kv_heads, length, 16), "landmarks": (batch, kv_heads, length // CHUNK, 16),
+        "gate": (batch, kv_heads, length, 16), "shares": (batch, q_heads, length, 3),
+    }  # fmt: skip
+    named = {
+        "gate" if word == "shares" else word: tensor(*shapes[word], seed=7 + number).to(q.dtype).to(q.device)
+        for number, word in enumerate(wanted)
+    }
+    return declare(q_heads), (q, k, v), named
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_systems(kit, triton_backend, name, dtype):
+    if kit.rehearsing and dtype == "fp32":
+        pytest.skip("rehearsal: fp16 stands for bf16, one type is enough")
+    length = 3 * kit.length(700)
+    program, qkv, named = inputs_of(name, kit, length, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    compared = assert_matches_reference(sd.compile(program, backend=triton_backend, allow=LATER), *qkv, **named)
+    assert set(compared) >= {"out", "dq", "dk", "dv"}
+
+
+@pytest.mark.parametrize("name", ["hsa", "nha", "ring", "moba"])
+def test_decode(kit, triton_backend, name):
+    """One query at the end of a cache sees what it sees in a whole sequence."""
+    length = 3 * kit.length(700)
+    program, (q, k, v), named = inputs_of(name, kit, length)
+    attn = sd.compile(program, backend=triton_backend)
+    cut = {word: x[:, :, -1:] if word == "retrieval_q" else x for word, x in named.items()}
+    with torch.no_grad():
+        whole = attn(q, k, v, **named)[:, :, -1:]
+        last = attn(q[:, :, -1:], k, v, q_offset=length - 1, **cut)
+    assert torch.isfinite(last).all()
+    off = (last.float() - whole.float()).norm(dim=-1) / whole.float().norm(dim=-1)
+    assert float(off.max()) <= 4 * torch.finfo(q.dtype).eps, "one query and many are summed in another order, and no more"
+
+
+def test_choices_do_not_wait_for_the_device(kit, triton_backend):
+    program, (q, k, v), named = inputs_of("hsa", kit, 3 * kit.length(700))
+    attn = sd.compile(program, backend=triton_backend)
+    with torch.no_grad():
+        attn(q, k, v, **named)
+        with kit.no_synchronisation():
+            attn(q, k, v, **named)
