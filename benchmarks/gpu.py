@@ -6,7 +6,8 @@
     python benchmarks/gpu.py --dry-run                      # the same steps without a GPU, at toy sizes (a minute)
     python benchmarks/gpu.py --picture results/gpu_x.json   # table and picture again, from the numbers in a file
 
-Batch 1, 16 query heads, bf16, random inputs; systems: 32 query heads (``gpu_systems.py`` says more); decode: one query in each of 8 batch entries, 32 query heads, 8 key heads. Methods:
+Batch 1, 16 query heads, bf16, random inputs; decode: one query in each of 8 batch entries, 32 query heads, 8 key heads; systems that
+choose, reorder and remember: 32 query heads, as ``gpu_systems.py`` says. Methods:
 
 - *ours*: ``attn(q, k, v)`` of ``sd.compile(pattern, backend="triton")`` (``--ours`` for another backend), lists or bounds remembered.
 - *flex*: ``torch.compile(flex_attention, dynamic=False)`` with mask and score written by hand; *flex_tma*: with ``USE_TMA``.

@@ -72,8 +72,8 @@ def _decode_child(chunks: int) -> dict[str, Any]:
     inputs = sum(x.nbytes for x in (q, k, v, asked, marks))
     return {
         "tokens": length, "chunks": chunks, "query_heads": q.shape[1], "first_step_s": first, "step_s": median(found),
-        "best_step_s": min(found), "peak_bytes": peak, "input_bytes": inputs, "dense_step_s": median(dense_s), "largest_error_against_float64": error,
-        "load_average": measure.load(),
+        "best_step_s": min(found), "peak_bytes": peak, "input_bytes": inputs, "dense_step_s": median(dense_s),
+        "largest_error_against_float64": error, "load_average": measure.load(),
     }  # fmt: skip
 
 

@@ -52,11 +52,11 @@ def tsa(coverage: float, inside: Any = None) -> Any:
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"": sd.patterns.causal()},
-    "PBS": {f"mass {mass}": sd.patterns.pbs(128, 256, mass) for mass in (0.8, 0.9, 0.95, 0.99)},
-    "TSA": {f"coverage {share}": tsa(share) for share in (0.1, 0.05, 0.02, 0.005)},
+    "PBS": {f"mass {mass}": sd.patterns.pbs(128, 256, mass) for mass in (0.8, 0.9, 0.98)},
+    "TSA": {f"coverage {share}": tsa(share) for share in (0.2, 0.05, 0.01)},
     "TSA + PBS": {
         f"coverage {share}, mass {mass}": tsa(share, sd.patterns.pbs(128, 256, mass))
-        for share, mass in ((0.1, 0.8), (0.05, 0.9), (0.02, 0.95), (0.005, 0.99))
+        for share, mass in ((0.2, 0.8), (0.05, 0.9), (0.01, 0.98))
     },
 }
 TIMED = {
@@ -174,16 +174,16 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="one setting each, one prompt of 1,024 tokens, times at 1,024 tokens")
-    add("--tokens", type=int, help="tokens of a judged prompt (default 8192)")
+    add("--tokens", type=int, help="tokens of a judged prompt (default 4096)")
     add("--texts", type=int, help="judged prompts (default 2; 0: times only)")
     add("--facts", type=int, help=f"facts in each, at most {len(PLACES)} (default 12)")
-    add("--within", type=int, help="facts in each that are asked for within the prompt, which is read again for each (default 2)")
+    add("--within", type=int, help="facts in each that are asked for within the prompt, which is read again for each (default 1)")
     add("--lengths", type=int, nargs="*", help="prompts that are timed (default 2048 4096 8192 16384; nothing: quality only)")
-    add("--rounds", type=int, help="of timing (default 2)")
+    add("--rounds", type=int, help="of timing (default 1)")
     add("--picture", type=Path, default=Path("out/gemma_sparse_prefill.png"), help="default %(default)s")
     add("--out", type=Path, help="JSON file for the numbers")
     options = parser.parse_args(arguments)
-    usual = {"tokens": 8192, "texts": 2, "facts": 12, "within": 2, "lengths": [2048, 4096, 8192, 16384], "rounds": 2}
+    usual = {"tokens": 4096, "texts": 2, "facts": 12, "within": 1, "lengths": [2048, 4096, 8192, 16384], "rounds": 1}
     quick = {"tokens": 1024, "texts": 1, "facts": 3, "within": 1, "lengths": [1024], "rounds": 1}
     for name in usual:
         if getattr(options, name) is None:
@@ -208,8 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
     some = texts(model, tokenizer, options.tokens, options.texts, options.facts, FOLLOWING)
     if some:
         print(HEAD)
-        for one in tqdm(settings, desc="settings", unit="setting", leave=False):
-            rows.append(quality(model, layers, *one, some, options.within))
+        for method, setting in tqdm(settings, desc="settings", unit="setting", leave=False):
+            rows.append(quality(model, layers, method, setting, some, options.within))
             print(line_of(rows[-1], rows[0]), flush=True)
         print("(right answers, and digits)\n")
     found: dict[str, dict[int, list[float]]] = {}

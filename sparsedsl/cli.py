@@ -22,7 +22,7 @@ from sparsedsl.specs import CannotLoad, load_pattern, load_tables
 __all__ = ["main"]
 
 SPEC_HELP = """\
-SPEC is module:name or file.py:name. The name may be a Mask, a Score, a Pattern, a program (explain and plot take it), what
+SPEC is module:name or file.py:name. The name may be a Mask, a Score, a Pattern, a program (not for build and tune), what
 sd.compile made of one, a FlexAttention mask_mod or score_mod (which is traced), or a function without arguments that
 returns one of these. Tables that are not bound to it are given as --table name=file: a tensor saved with torch.save (.pt)
 or numpy.save (.npy), or a list written out (--table 'doc=[0,0,1,1]')."""
@@ -205,7 +205,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     import sparsedsl as sd
 
-    pattern = _static(arguments.spec, "check", "write a test with sd.testing.assert_matches_reference, assert_causal, ...")
+    pattern = load_pattern(arguments.spec)
     report = sd.testing.check(
         pattern, examples=arguments.examples, progress=sys.stderr.isatty(), backend=arguments.backend, causal=arguments.causal,
         seed=arguments.seed, **load_tables(pattern, arguments.table, all_of_them=False),

@@ -127,11 +127,16 @@ def test_a_program(run: Run, name: str) -> None:
     assert "<svg" in Path("graph.svg").read_text()
 
 
+def test_a_program_is_checked(run: Run) -> None:
+    code, out, err = run("check", "mine:node", "--examples", "1", "--backend", "tiled", "--seed", "0")
+    assert (code, err) == (0, ""), out + err
+    assert "causal" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("check", "mine:node"), "mine:node is a program, which chooses. Instead: write a test with sd.testing"),
-        (("build", "mine:node"), "build takes patterns that are known before a call"),
+        (("build", "mine:node"), "mine:node is a program, which chooses. Instead: its kernels"),
         (("tune", "mine:node"), "tune takes patterns that are known before a call"),
         (("explain", "mine:node", "--q-len", "64", "--block-size", "32"), "--block-size: the tiles of a program follow from"),
         (("plot", "mine:node", "--q-len", "64", "--block-size", "32"), "the graph is drawn, which block_size says nothing of"),

@@ -82,6 +82,28 @@ def test_the_benchmark_runs(tmp_path):
     assert "TMA is a unit of NVIDIA devices" in shown
 
 
+@pytest.mark.slow
+def test_systems_beside_dense_attention(tmp_path):
+    pytest.importorskip("triton", reason=NO_TRITON)
+    out = tmp_path / "gpu.json"
+    words = ["--dry-run", "--kinds", "system", "--patterns", "hsa", "pbs", "ring", "--rounds", "1", "--prepare-minutes", "0"]
+    done = child(str(BENCHMARKS / "gpu.py"), *words, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    assert (content["lost"], content["dropped"]) == ([], [])
+    assert [record["job"]["pattern"] for record in content["records"]] == ["pbs", "hsa", "ring"]
+    for record, trains in zip(content["records"], (False, True, True), strict=True):
+        ours = record["methods"]["ours"]
+        assert ours["right"], ours
+        assert ours["errors"].keys() == ({"out", "dq", "dk", "dv"} if trains else {"out"})
+        assert ("backward" in ours) == trains
+        assert sum(record["parts"].values()) > 0
+        assert record["methods"]["flex"]["status"] == "not available"
+    shown = (tmp_path / "gpu.md").read_text()
+    assert "| pbs | 160 | 2:1 |" in shown
+    assert "| PBS: attention, speed-up over dense at 128K | 2.77 x | H100, FlashAttention-2 |" in shown
+
+
 # ---- what cannot be seen when all goes well --------------------------------------------------------------------------
 
 

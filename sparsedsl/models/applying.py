@@ -195,10 +195,10 @@ def _choose(patterns: Any, layers: dict[int, Any]) -> dict[int, Any]:
 def _bind(module: Any, index: int, given: Any, config: Any, told: bool, compiled: Compiled) -> Binding:
     program = as_program(given)
     if program is not None:
-        native = native_pattern(module, index, config, told)
-        check_program(program, index, native)
+        own = native_pattern(module, index, config, told)
+        check_program(program, index, own)
         facts = native_facts(module, index, config, told) if is_for_prefill(program) else None
-        return Binding(index, native, facts is not None, True, facts, compiled, program)
+        return Binding(index, own, facts is not None, True, facts, compiled, program)
     keeps_score = isinstance(given, (Mask, bool))
     pattern = as_pattern(given, where=f"the pattern of layer {index}")
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
 
 import sparsedsl as sd
+from source_tree import ROOT
 from sparsedsl import testing as kit
 from sparsedsl.program.decays import slopes
 
@@ -185,3 +187,35 @@ def test_a_linear_branch_has_no_lse(problem: Any, backend: str) -> None:
 def test_causal(backend: str) -> None:
     case = kit.AttentionCase(batch=1, heads=4, kv_heads=2, q_len=19, kv_len=19)
     kit.assert_causal(sd.compile(sd.patterns.ring_linear(DECAY), backend=backend), case)
+
+
+# ---- around the attention: the layers of the example ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module("ring_schedule")
+
+
+def test_R5_positions_turn_the_first_half_of_a_head(example: Any, draw: Any) -> None:
+    x = draw(1, 2, 9, 8)
+    turned = example.rotate(x, 3, example.SHARE)
+    assert torch.equal(turned[..., 4:], x[..., 4:]) and (turned[..., :4] != x[..., :4]).all()
+
+
+def test_R6_groups_are_normalised_by_themselves(example: Any) -> None:
+    """Ten times the values of one head leaves the others as they were, and the one too, being normalised; one group would mix them."""
+    torch.manual_seed(0)
+    layer = example.Linear(0)
+    layer.out, layer.gate = torch.nn.Identity(), torch.nn.Linear(example.WIDTH, example.WIDTH, bias=False)
+    x, attended = torch.randn(1, 7, example.WIDTH), layer.attended
+    plain = layer(x, 7)
+    width = example.WIDTH // example.HEADS
+    scale = torch.ones(example.WIDTH)
+    scale[:width] = 10
+    layer.attended = lambda x, rows: attended(x, rows) * scale
+    torch.testing.assert_close(layer(x, 7), plain, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(layer(x, 7)[..., width:], plain[..., width:])
+    whole = torch.nn.functional.rms_norm
+    assert not torch.allclose(whole(attended(x, 7) * scale, (example.WIDTH,)), whole(attended(x, 7), (example.WIDTH,)), atol=0.1)

@@ -6,6 +6,7 @@ Problems of a hundred tokens are cut as long ones would be: low strips, small ti
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def cut(how: Cut) -> Iterator[None]:
     """Calls inside are cut so, and memory that nobody has written to holds NaN."""
     with pytest.MonkeyPatch.context() as patch:
         if how.height is not None:
-            patch.setattr(tiled_kernel, "make_schedule", lambda *words: make_schedule(*words, height=how.height))
+            cut_so = functools.partial(make_schedule, height=how.height)
+            patch.setattr(tiled_kernel, "make_schedule", cut_so)
         if how.block is not None:
             patch.setattr(scheduling, "BLOCKS", ((how.block, how.block), (how.block // 2, how.block // 2)))
         if how.single is not None:
