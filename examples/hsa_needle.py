@@ -63,6 +63,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+# Keys a question is compared with, by length; for HSA the landmarks, and then the keys of the picked chunks.
+READS: dict[str, Callable[[int], int]] = {
+    "HSA": lambda length: length // CHUNK + TOP_K * CHUNK,
+    "full, no positions": lambda length: length,
+    "full, rotary": lambda length: length,
+    f"window {WINDOW}": lambda length: WINDOW,
+}
+
+
 def learn(name: str, share: float) -> tuple[Transformer, float]:
     """The trained model and the seconds of processor time that took. ``share`` scales the steps."""
     torch.manual_seed(0)
@@ -104,8 +113,8 @@ def draw(results: dict[str, dict[int, float]], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, points in results.items():
-        axes.plot(list(points), [100 * share for share in points.values()], marker="o", label=name)
+    for (name, points), style in zip(results.items(), ("o-", "x--", "s-", "d-"), strict=False):
+        axes.plot(list(points), [100 * share for share in points.values()], style, label=name)
     axes.axvline(LENGTH, color="grey", linestyle=":", linewidth=1)
     axes.text(LENGTH, 103, " trained here", color="grey", fontsize=8)
     axes.set_xscale("log", base=2)
@@ -131,15 +140,16 @@ def main() -> None:
 
     print(f"Needles found of {count * rows}, %, {count} in each text; trained at up to {LENGTH} tokens.")
     print(f"Chance is {100 / SYMBOLS:.1f} %.\n")
-    print(f"{'looks back by':20} {'parameters':>10} {'trained in':>11}" + "".join(f"{length:9,}" for length in lengths))
+    print(f"{'looks back by':20} {'parameters':>10} {'trained in':>11}" + "".join(f"{n:9,}" for n in lengths) + "   keys read")
     results: dict[str, dict[int, float]] = {}
     for name in options.models:
         model, seconds = learn(name, 0.005 if options.quick else 1.0)
         results[name] = {length: accuracy(model, length, count, rows, name) for length in lengths}
         cells = "".join(f"{100 * share:9.1f}" for share in results[name].values())
-        print(f"{name:20} {parameters(model):10,} {seconds:9.0f} s{cells}", flush=True)
+        print(f"{name:20} {parameters(model):10,} {seconds:9.0f} s{cells} {READS[name](lengths[-1]):11,}", flush=True)
     draw(results, options.picture)
-    print(f"\n(trained in: seconds of processor time, all cores together)\npicture: {options.picture}")
+    print("\n(trained in: seconds of processor time, all cores together; keys read: landmarks counted, of the longest text)")
+    print(f"picture: {options.picture}")
 
 
 if __name__ == "__main__":

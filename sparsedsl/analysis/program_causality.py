@@ -1,7 +1,7 @@
 """Whether an output of a program can depend on tokens after it: followed through the graph, node by node.
 
-Each node's result is known by what it may depend on. Tensors and scores of queries: tokens up to the query (`own`), or later ones. Tensors of
-keys: the tokens of a row (`own`), or any. Scores of (query, unit): tokens up to the query (`past`), or up to the end of the unit as well
+Each node's result is known by what it may depend on. Tensors and scores of queries: tokens up to the query (`own`), or later ones. Tensors
+of keys: the tokens of a row (`own`), or any. Scores of (query, unit): tokens up to the query (`past`), or up to the end of the unit as well
 (`unit`), or any. What masks say is proved for all lengths by :mod:`sparsedsl.analysis.proofs`.
 """
 

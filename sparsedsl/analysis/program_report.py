@@ -52,8 +52,8 @@ class Step:
 class ProgramAnalysis:
     """What :func:`sparsedsl.analyse` found about a program. Where a choice decides, numbers are upper bounds.
 
-    ``density``: pairs attended to at most / all pairs, of the branch with the most. ``flops``: forward pass, all nodes; ``flops_dense``: dense
-    attention over the same lengths. ``causal``: see :func:`~sparsedsl.analysis.program_causality.program_causality`.
+    ``density``: pairs attended to at most / all pairs, of the branch with the most. ``flops``: forward pass, all nodes; ``flops_dense``:
+    dense attention over the same lengths. ``causal``: see :func:`~sparsedsl.analysis.program_causality.program_causality`.
     """
 
     program: Program

@@ -25,7 +25,24 @@ from sparsedsl.program.select import Select
 from sparsedsl.program.sources import PerChunk, Slots, check_documents
 from sparsedsl.program.tensors import Input, check_tensor, k, q, v
 
-__all__ = ["Attend", "Branch", "Compact", "Joint", "Linear", "Mix", "Recall", "as_branch", "assume", "attend", "compact", "joint", "linear", "mix", "pairs_decided_by", "recall"]  # fmt: skip
+__all__ = [
+    "Attend",
+    "Branch",
+    "Compact",
+    "Joint",
+    "Linear",
+    "Mix",
+    "Recall",
+    "as_branch",
+    "assume",
+    "attend",
+    "compact",
+    "joint",
+    "linear",
+    "mix",
+    "pairs_decided_by",
+    "recall",
+]
 
 
 class Branch(Node):

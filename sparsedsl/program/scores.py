@@ -17,9 +17,24 @@ from sparsedsl.program.node import Node, one_of
 from sparsedsl.program.tensors import check_tensor, check_unit
 
 __all__ = [
-    "Antidiagonal", "Bound", "Dot", "Grouped", "Gumbel", "KeyScores", "Plus", "Probe", "Regroup", "Scores", "Smooth", "Softmax", "antidiagonal",
-    "bound", "dot", "probe", "smooth",
-]  # fmt: skip
+    "Antidiagonal",
+    "Bound",
+    "Dot",
+    "Grouped",
+    "Gumbel",
+    "KeyScores",
+    "Plus",
+    "Probe",
+    "Regroup",
+    "Scores",
+    "Smooth",
+    "Softmax",
+    "antidiagonal",
+    "bound",
+    "dot",
+    "probe",
+    "smooth",
+]
 
 
 class _Reducible(Node):

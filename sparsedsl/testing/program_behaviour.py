@@ -19,6 +19,7 @@ from sparsedsl.program.branches import Attend, assume
 from sparsedsl.program.effects import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
+from sparsedsl.program.orders import Inverse
 from sparsedsl.program.tensors import Input
 from sparsedsl.run.programs.compiled import CompiledProgram
 from sparsedsl.run.programs.state import ProgramState, horizon
@@ -43,7 +44,7 @@ def failing(
     )
 
 
-def split_call(tensors: Tensors) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
+def split_call(tensors: Tensors) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """q, k, v and the rest."""
     return (tensors["q"], tensors["k"], tensors["v"]), {n: x for n, x in tensors.items() if n not in ("q", "k", "v")}
 
@@ -155,7 +156,7 @@ def _same_up_to(node: Node, old: Any, new: Any, t: int, q_offset: int) -> bool:
         ]  # fmt: skip
         return all(torch.equal(a, b) for a, b in zip(flags[::2], flags[1::2], strict=True))
     if node.gives == "order":
-        segment = getattr(node, "order", node).segment  # type: ignore[attr-defined]
+        segment = (node.order if isinstance(node, Inverse) else node).segment  # type: ignore[attr-defined]
         whole = (t + 1) // segment * segment
         return torch.equal(old[:, :, :whole], new[:, :, :whole])
     unit = unit_of(node.axes[2])

@@ -34,7 +34,7 @@ class Picks:
         return table.scatter_(-1, place, True)[..., : self.units]
 
     def scattered(self, values: Tensor) -> Tensor:
-        """Values ``(B, H, U, W)`` of the slots by unit, ``(B, H, U, units)``, 0 elsewhere; H is a multiple of Hs: for small problems only."""
+        """Values ``(B, H, U, W)`` of the slots by unit, ``(B, H, U, units)``, 0 elsewhere; Hs divides H. For small problems only."""
         indices = self.indices.repeat_interleave(values.shape[1] // self.indices.shape[1], 1).expand(values.shape)
         table = values.new_zeros((*values.shape[:3], self.units + 1))
         place = torch.where(indices < 0, self.units, indices).long()

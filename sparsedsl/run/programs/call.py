@@ -118,8 +118,8 @@ def _check_recurrent(program: Program, plain: Call) -> None:
         delay = node.memory.delay if isinstance(node, Recall) else 0 if isinstance(node, Linear) else None
         if delay is not None and last - delay > keys and not plain.is_empty:
             raise ShapeError(
-                f"{node.label} runs along the keys: the query at position {last - 1} wants keys up to position {last - 1 - delay}, but k and v "
-                f"hold {keys}. Pass all keys up to the last query, or the state of those before"
+                f"{node.label} runs along the keys: the query at position {last - 1} wants keys up to position {last - 1 - delay}, but k "
+                f"and v hold {keys}. Pass all keys up to the last query, or the state of those before"
             )
 
 

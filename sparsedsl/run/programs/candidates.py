@@ -23,8 +23,8 @@ Tensor = torch.Tensor
 def candidates_of(mask: Any, domain: Domain, q_unit: int, kv_unit: int, heads: int, device: torch.device) -> Candidates:
     """The units of ``kv_unit`` keys with a pair that ``mask`` allows, for every unit of ``q_unit`` queries.
 
-    ``heads``: of the scores; where the mask tells more heads apart, a unit is allowed if it is for one head of the group. ``device``: of the
-    scores. Limits are made where the tables are: on the host if there are none, so that a GPU is not asked how far to score.
+    ``heads``: of the scores; where the mask tells more heads apart, a unit is allowed if it is for one head of the group. ``device``: of
+    the scores. Limits are made where the tables are: on the host if there are none, so that a GPU is not asked how far to score.
     """
     if mask == sympy.true:
         return Candidates()

@@ -59,7 +59,8 @@ class ListedChoices(Reference):
     @means(Dot)
     def _dot(self, node: Dot) -> ScoreSource:
         x, y = self.value(node.x), self.value(node.y)
-        return DotScores(*alike(x, y), self.scale_of(node.scale, x))
+        x, y = alike(x, y)
+        return DotScores(x, y, self.scale_of(node.scale, x))
 
     @means(Bound)
     def _bound(self, node: Bound) -> ScoreSource:

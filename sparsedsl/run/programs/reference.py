@@ -26,7 +26,7 @@ Tensor = torch.Tensor
 
 
 class Reference(DenseChoices):
-    """One evaluation by meaning. Tensors are in the dtype of the call; a branch gives ``(out, lse)``, the LSE None where it is no softmax."""
+    """One evaluation by meaning. Tensors are in the dtype of the call; a branch gives ``(out, lse)``, the LSE None if it is no softmax."""
 
     @means(Attend)
     def _attend(self, node: Attend) -> tuple[Tensor, Tensor]:

@@ -139,5 +139,6 @@ class Runner:
         if self.domain.q_offset or self.domain.rows != self.domain.kv_len:
             raise UnsupportedError(
                 f"{what} chooses among the tokens of one whole sequence: it needs as many queries as keys and q_offset=0; got "
-                f"{self.domain.rows} queries at {self.domain.q_offset} and {self.domain.kv_len} keys. Use it for prefill, and another pattern to decode"
+                f"{self.domain.rows} queries at {self.domain.q_offset} and {self.domain.kv_len} keys. "
+                "Use it for prefill, and another pattern to decode"
             )
