@@ -20,6 +20,7 @@ CAP = 50.0
 DECODE_BATCH, DECODE_HEADS, DECODE_KV_HEADS = 8, 32, 8
 # Systems (``gpu_systems.py``), the most telling first; heads of keys for 32 of queries as they have them, 8 the others.
 SYSTEM_NAMES = ("pbs", "hsa", "tsa", "ring", "nha", "tsa_pbs", "nsa", "moba")
+FORWARD_ONLY = ("pbs", "tsa", "tsa_pbs")  # their choices read later queries
 SYSTEM_HEADS, SYSTEM_KV_HEADS = 32, {"hsa": 2, "ring": 32}
 
 
@@ -127,7 +128,9 @@ class Job:
     @property
     def seconds(self) -> float:
         """About how long it takes on an H100 or H200, kernels compiled: preparation, and as many rounds as are waited for."""
-        share = 0.5 if self.kind == "system" else _SHARE.get(self.pattern, 0.05)  # dense attention beside it
+        share = _SHARE.get(self.pattern, 0.05)
+        if self.kind == "system":  # with dense attention beside it
+            share = 0.15 if self.pattern in FORWARD_ONLY else 0.5
         squares = share * (self.length / 131072) ** 2 * self.heads / HEADS
         return 3.0 + (0.0 if self.kind == "decode" else 25.0 * squares)
 
@@ -152,14 +155,15 @@ def jobs() -> list[Job]:
     found = [attention(name, 16384, 128) for name in PATTERNS]
     found += [attention(name, 32768, 128, tma=name in FEW) for name in PATTERNS]
     found += [_decode(name, length) for length in (32768, 131072) for name in ("causal", "sinks")]
-    found += [_system(name, length) for length in (32768, 131072) for name in SYSTEM_NAMES]
+    found += [_system(name, 32768) for name in SYSTEM_NAMES] + [_system(name, 131072) for name in FORWARD_ONLY]
     found += [attention(name, 16384, 64, tma=name in FEW) for name in PATTERNS]
     found += [attention(name, 32768, 64, tma=False) for name in PATTERNS]
     found += [attention(name, 16384, 128, kv_heads=HEADS // group, tma=False) for group in (4, 8) for name in FEW]
     found += [attention(name, length, 128, tma=False) for length in (8192, 65536) for name in FEW]
     found += [_system(name, length) for length in (65536, 8192, 16384) for name in SYSTEM_NAMES]
     # The longest take longest: cheap patterns before the square ones.
-    return found + [attention(name, 131072, 128, tma=False) for name in ("window", "causal_documents", "blocks10", "causal")]
+    found += [attention(name, 131072, 128, tma=False) for name in ("window", "causal_documents", "blocks10", "causal")]
+    return found + [_system(name, 131072) for name in SYSTEM_NAMES if name not in FORWARD_ONLY]
 
 
 def _decode(pattern: str, length: int) -> Job:

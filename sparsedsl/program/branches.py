@@ -171,11 +171,10 @@ def _check_normaliser(pattern: Pattern, normaliser: PerChunk) -> None:
 # ---- candidates -------------------------------------------------------------------------------------------------------------
 
 
-def _dynamic_atoms(mask: Mask) -> list[sympy.Basic]:
-    """The relations of a mask that read a node of the program."""
-    names = {name for name, value in mask.bound.items() if isinstance(value, Node)}
-    relations = mask.expr.atoms(sympy.core.relational.Relational)
-    return sorted((r for r in relations if any(read.spec.name in names for read in table_reads(r))), key=sympy.default_sort_key)
+def _dynamic_atoms(expr: Any, nodes: frozenset[str]) -> list[sympy.Basic]:
+    """The relations of a mask that read tables of these names."""
+    relations = expr.atoms(sympy.core.relational.Relational)
+    return sorted((r for r in relations if any(read.spec.name in nodes for read in table_reads(r))), key=sympy.default_sort_key)
 
 
 def assume(expr: Any, truth: dict[str, bool]) -> Any:
@@ -195,22 +194,27 @@ def assume(expr: Any, truth: dict[str, bool]) -> Any:
 MOST_CASES = 6
 
 
-@functools.lru_cache(maxsize=256)
 def pairs_decided_by(mask: Mask, label: str) -> Mask:
     """The pairs for which the boolean table ``label`` decides whether they attend, whatever other choices say: a static mask."""
-    atoms = [atom for atom in _dynamic_atoms(mask) if label not in {read.spec.name for read in table_reads(atom)}]
-    on, off = (assume(mask.expr, {label: value}) for value in (True, False))
+    nodes = frozenset(name for name, value in mask.bound.items() if isinstance(value, Node))
+    bound = {name: value for name, value in mask.bound.items() if name not in nodes}
+    return Mask(_decided(mask.expr, nodes, label), bound)
+
+
+@functools.lru_cache(maxsize=256)
+def _decided(expr: Any, nodes: frozenset[str], label: str) -> Any:
+    atoms = [atom for atom in _dynamic_atoms(expr, nodes) if label not in {read.spec.name for read in table_reads(atom)}]
+    on, off = (assume(expr, {label: value}) for value in (True, False))
     if len(atoms) > MOST_CASES:
-        return Mask(sympy.true)
+        return sympy.true
     cases = []
     for values in itertools.product((sympy.true, sympy.false), repeat=len(atoms)):
         known = dict(zip(atoms, values, strict=True))
         cases.append(sympy.And(on.xreplace(known), sympy.Not(off.xreplace(known))))
-    names = {name: value for name, value in mask.bound.items() if not isinstance(value, Node)}
     decided = functools.reduce(sympy.Or, cases)
     if decided not in (sympy.true, sympy.false) and len(decided.atoms(sympy.core.relational.Relational)) <= 8:
         decided = sympy.simplify_logic(decided)
-    return Mask(one_form(decided), names)
+    return one_form(decided)
 
 
 def _with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pattern, PerChunk | None]:

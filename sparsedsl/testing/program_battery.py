@@ -71,9 +71,9 @@ def _numbers(subject: ProgramSubject, data: st.DataObject) -> None:
     case, tables = subject.draw(data)
     seed = data.draw(st.integers(0, 99))
     sizes = zip("qkv", (case.q_shape, case.k_shape, case.v_shape), strict=True)
-    qkv = {name: tensor(*shape, seed=seed + n, dtype=torch.float64) for n, (name, shape) in enumerate(sizes)}
-    named = data.draw(program_inputs(subject.program, case))
-    assert_matches_reference(subject.attention(), **qkv, **named, **tables)
+    given: dict[str, Any] = {name: tensor(*shape, seed=seed + n, dtype=torch.float64) for n, (name, shape) in enumerate(sizes)}
+    given |= data.draw(program_inputs(subject.program, case)) | tables
+    assert_matches_reference(subject.attention(), **given)
 
 
 def _causal(subject: ProgramSubject, data: st.DataObject) -> None:

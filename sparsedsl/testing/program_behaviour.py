@@ -68,6 +68,10 @@ def _cut(program: Program, tensors: Tensors, kind: str, start: int, end: int) ->
     return found
 
 
+def _exprs(program: Program) -> list[Any]:
+    return [expr for part in program.expressions for expr in (part.exprs if isinstance(part, Pattern) else (part.expr,))]
+
+
 # ---- the future --------------------------------------------------------------------------------------------------------------
 
 
@@ -167,10 +171,11 @@ def _same_up_to(node: Node, old: Any, new: Any, t: int, q_offset: int) -> bool:
 def _first_rows(attn: CompiledProgram, tensors: Tensors, rows: int, q_offset: int) -> dict[str, Tensor]:
     """Results of the first rows, and gradients ``d <name>`` of a function of them; what the program does not give is left out."""
     weighable = attn.program.root.weighable
-    qkv, named = split_call(tensors)
+    named = split_call(tensors)[1]
 
     def call(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        made = attn(**{**dict(zip("qkv", qkv, strict=True)), **named, **leaves}, q_offset=q_offset, return_lse=weighable)
+        given: dict[str, Any] = {**tensors, **leaves}
+        made = attn(**given, q_offset=q_offset, return_lse=weighable)
         out, lse = made if weighable else (made, None)
         return {"out": out[:, :, :rows]} | ({} if lse is None else {"lse": lse[:, :, :rows]})
 
@@ -251,11 +256,7 @@ def program_prefill_equals_decode(
     why = reasons(program).get(LATER_QUERIES)
     if why:
         raise PatternError(f"{LATER_QUERIES} ({'; '.join(why)}): cut into other calls the program means something else")
-    if any(
-        Q_LEN in expr.free_symbols
-        for part in program.expressions
-        for expr in getattr(part, "exprs", (getattr(part, "expr", None),))
-    ):
+    if any(Q_LEN in expr.free_symbols for expr in _exprs(program)):
         raise PatternError("the program reads q_len, the end of each call: cut into other calls it means something else")
     tensors = draw_inputs(program, case, seed, given)
     wanted = expect_program(program, {**program.bound, **tensors}, ProgramRun(case.q_offset))
@@ -297,7 +298,7 @@ def _pieces(
 def program_is_equivariant(attn: CompiledProgram, case: AttentionCase, seed: int, given: Tensors) -> tuple[str, ...]:
     """:func:`~sparsedsl.testing.assert_equivariant` for programs: entries of the batch in another order."""
     program = attn.program
-    exprs = [expr for part in program.expressions for expr in (part.exprs if isinstance(part, Pattern) else (part.expr,))]
+    exprs = _exprs(program)
     nodes = {node.label for node in program.everything}
     known = {read: sympy.Dummy(integer=True) for expr in exprs for read in table_reads(expr) if read.spec.name in nodes}
     if any(BATCH in expr.xreplace(known).free_symbols for expr in exprs):

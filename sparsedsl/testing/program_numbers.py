@@ -66,12 +66,12 @@ def run_program(
     attn: CompiledProgram, tensors: Mapping[str, Tensor], run: ProgramRun, cotangents: Cotangents | None = None
 ) -> tuple[Results, Cotangents | None]:
     """Everything a compiled program gives for a call, and the cotangents that gradients were taken with (None: it refuses gradients)."""
-    qkv = {name: tensors[name] for name in "qkv"}
-    named = {name: value for name, value in tensors.items() if name not in qkv}
+    given: dict[str, Any] = {**tensors, **run.words}
+    named = {name: value for name, value in tensors.items() if name not in ("q", "k", "v")}
     with torch.no_grad():
-        results: Results = {"out": attn(**qkv, **named, **run.words)}
+        results: Results = {"out": attn(**given)}
         with contextlib.suppress(UnsupportedError):
-            results["lse"] = attn(**qkv, **named, **run.words, return_lse=True)[1]
+            results["lse"] = attn(**given, return_lse=True)[1]
     q, v = tensors["q"], tensors["v"]
     shape = (*q.shape[:3], v.shape[3])
     if results["out"].shape != shape:
@@ -79,10 +79,10 @@ def run_program(
     if cotangents is None:
         d_out, d_lse = (torch.randn(shape[:n], generator=torch.Generator().manual_seed(n)).to(q.device) for n in (4, 3))
         cotangents = d_out, d_lse if "lse" in results else None
-    leaves = {name: tensors[name].detach().requires_grad_() for name in (*qkv, *moving(attn.program, named))}
+    leaves = {name: tensors[name].detach().requires_grad_() for name in ("q", "k", "v", *moving(attn.program, named))}
     try:
         with torch.enable_grad():
-            made = attn(**{**qkv, **named, **leaves}, **run.words, return_lse="lse" in results)
+            made = attn(**(given | leaves), return_lse="lse" in results)
     except UnsupportedError:
         return results, None
     out, lse = made if "lse" in results else (made, None)

@@ -230,7 +230,7 @@ def _choice(draw: st.DrawFn, by: scores.Scores, among: Any) -> select.Select:
     if rule == "top_k":
         return select.top_k(by, draw(st.sampled_from((1, 2, 3, 50))), extra=draw(st.booleans()), **words)
     if rule == "top_p":
-        flags = {name: draw(st.booleans()) for name in ("inclusive", "forced_in_mass")}
+        flags: dict[str, Any] = {name: draw(st.booleans()) for name in ("inclusive", "forced_in_mass")}
         share, unmet = draw(st.sampled_from((0.2, 0.6, 0.95))), draw(st.sampled_from(("all", "none")))
         return select.top_p(by, share, unmet=unmet, **flags, **words)
     return select.threshold(by, draw(st.sampled_from((-0.3, 0.1))), **words)
@@ -305,7 +305,7 @@ def _sorted(draw: st.DrawFn, heads: int, causal: bool) -> Any:
 def _compact(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     """A program on a subset of the tokens."""
     rule = draw(st.sampled_from(("tail", "cover")))
-    share = {rule: draw(st.sampled_from((0.1, 0.5, 0.9)))}
+    share: dict[str, Any] = {rule: draw(st.sampled_from((0.1, 0.5, 0.9)))}
     kept = orders.keep_tokens(
         draw(_key_scores(before=True)), least=draw(st.integers(0, 6)), always=draw(st.sampled_from((0, 4))), **share
     )
