@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import sparsedsl as sd
 from sparsedsl import patterns
 from sparsedsl.lang.pattern import as_pattern
 
@@ -311,3 +312,105 @@ def test_targets_say_what_was_wanted():
     assert measure.verdicts([met, missed]) == "pass: speed: 2.5, target at least 2\nMISS: error: 3.5, target at most 3"
     with pytest.raises(ValueError, match="give at_least or at_most"):
         measure.target("both", 1.0, at_least=1.0, at_most=1.0)
+
+
+# ---- systems ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_systems(tmp_path):
+    content, shown = run(
+        "systems_cpu.py", tmp_path / "systems.json", "--systems", "hsa", "tsa", "ring", "--made-up", "--no-flex", "--lengths", "256", "512",
+        "--train-to", "256", "--rounds", "1",
+    )  # fmt: skip
+    assert content["lost"] == []
+    records = {(record["system"], record["length"]): record for record in content["records"]}
+    assert list(records) == [(name, length) for name in ("hsa", "tsa", "ring") for length in (256, 512)]
+    for (name, length), record in records.items():
+        assert ("training" in record) == (name != "tsa" and length == 256)
+        assert record["inputs"] == ("made up" if name == "tsa" else "random")
+        assert record["seconds"].keys() == record["processor_seconds"].keys() == {"ours", "sdpa"}
+        assert 0 < sum(record["parts"].values()) <= record["seconds"]["ours"] * 1.001
+        assert record["parts"]["choosing"] > 0 or name == "ring"
+        assert (record["parts"]["moving"] > 0) == (name == "tsa")
+    assert records["hsa", 256]["training"]["all_finite"]
+    assert records["ring", 512]["density"] is None
+    assert 0 < records["tsa", 512]["density"] <= 1
+    assert "| TSA: choosing and moving, of attention time, 128K | below 11 % |" in shown
+    assert "| Ring: state a layer, 16 heads of 128 x 128 | 1 MiB | float32 | 1 MiB |" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("question", "size", "words"),
+    [
+        ("decode-16m", 128, "| tokens (chunks of 64), heads of q : of k, D | 8,192 (128), 16:1, 64 |"),
+        ("selection-memory", 2048, "pass: memory over inputs and outputs, MiB"),
+        ("scaling", 2048, "HSA, 16 chunks of 64 a query"),
+        ("ring-decode", 512, "State of one layer, 16 heads of 128 x 128 in float32: 1 MiB at any length"),
+    ],
+)
+def test_questions_of_size(tmp_path, question, size, words):
+    content, shown = run("systems_cpu.py", tmp_path / "sizes.json", f"--{question}", "--size", str(size))
+    assert content["benchmark"] == f"systems_{question.replace('-', '_')}"
+    assert words in shown
+    if question == "decode-16m":
+        assert content["tokens"] == 8192
+        assert content["largest_error_against_float64"] < 2e-3, "wrong chunks: bf16 rounds at 2**-9 of what is at most about 0.5"
+
+
+def test_systems_command_lines_that_contradict_themselves(capsys):
+    script = load("systems_cpu")
+    for arguments, words in (
+        (["--scaling", "--ring-decode"], "one question at a time; got --scaling and --ring-decode"),
+        (["--size", "5"], "--size goes with --decode-16m, --selection-memory, --scaling, --ring-decode"),
+    ):
+        with pytest.raises(SystemExit):
+            script.options_from(arguments)
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["hsa", "nha", "pbs", "tsa", "tsa_pbs", "ring", "moba", "nsa"])
+def test_parts_of_a_system_are_the_whole(name):
+    cases, split = load("systems_cases"), load("systems_split")
+    system = cases.SYSTEMS[name]
+    q, k, v = cases.topics(system.shape, 300)
+    program, named = system.program(q.shape[1], 300), system.inputs(q, k)
+    attn = sd.compile(program, backend="tiled")
+    with torch.no_grad():
+        out, parts = split.split_call(attn, q, k, v, named)
+        assert torch.equal(out, attn(q, k, v, **named))
+    assert list(parts) == ["choosing", "moving", "attending"]
+    assert parts["attending"] > 0
+    assert (parts["moving"] > 0) == (name in ("pbs", "tsa", "tsa_pbs"))
+
+
+def test_density_counts_pairs():
+    cases, length = load("systems_cases"), 300
+    q, k, v = cases.topics(cases.SMALL, length)
+    causal = length * (length + 1) / 2
+    assert cases.density(sd.attend(patterns.causal()), q, k, v, {}) == pytest.approx(1.0)
+    assert cases.density(sd.patterns.ring_linear([0.5] * 8), q, k, v, {}) is None
+    hsa = cases.SYSTEMS["hsa"]
+    picked = sum(min(4, t // 16) * 16 for t in range(length))  # chunks of 16 that are over, at most 4
+    assert cases.density(hsa.program(8, length), q, k, v, hsa.inputs(q, k)) == pytest.approx(picked / causal)
+    nha = cases.SYSTEMS["nha"]
+    seen = sum(min(8, t + 1) + 16 for t in range(length))
+    assert cases.density(nha.program(8, length), q, k, v, nha.inputs(q, k)) == pytest.approx(seen / causal)
+
+
+def test_activations_are_those_of_the_layer_and_kept(tmp_path, monkeypatch, tiny_gemma):
+    module = load("activations")
+    monkeypatch.setenv("SPARSEDSL_CACHE", str(tmp_path))
+    monkeypatch.setattr(module.gemma, "load", tiny_gemma)
+    model, _ = tiny_gemma()
+    layer = next(number for number, kind in enumerate(model.config.layer_types) if kind == "full_attention")
+    monkeypatch.setattr(module, "LAYER", layer)
+    q, k, v = module.captured(40)
+    config = model.config
+    assert q.shape == (1, config.num_attention_heads, 40, config.head_dim)
+    assert k.shape == v.shape == (1, config.num_key_value_heads, 40, config.head_dim)
+    assert len(list((tmp_path / "activations").iterdir())) == 1
+    monkeypatch.setattr(module, "capture", lambda length: pytest.fail("a shorter text is a prefix of what is kept"))
+    for short, whole in zip(module.captured(25), (q, k, v), strict=True):
+        assert torch.equal(short, whole[:, :, :25])

@@ -381,8 +381,9 @@ def joint(*branches: Any) -> Joint:
         branches: two or more patterns, masks or nodes that have an LSE.
 
     >>> import sparsedsl as sd
-    >>> sd.joint(sd.patterns.sliding_window(32), sd.patterns.sinks(4) & (sd.q_idx - sd.kv_idx >= 32))
-    <Joint joint_3fb1b4>
+    >>> both = sd.joint(sd.patterns.sliding_window(32), sd.patterns.sinks(4) & (sd.q_idx - sd.kv_idx >= 32))
+    >>> len(both.branches)
+    2
     """
     parts = tuple(as_branch("joint", branch) for branch in branches)
     if len(parts) < 2:

@@ -25,7 +25,7 @@ class Program:
     >>> import sparsedsl as sd
     >>> program = sd.Program(sd.patterns.hsa(chunk=64, top_k=16))
     >>> [node.function for node in program.order]
-    ['input', 'input', 'input', 'input', 'dot', 'input', 'top_k', 'attend']
+    ['input', 'input', 'input', 'dot', 'top_k', 'input', 'input', 'attend']
     >>> sorted(program.inputs)
     ['landmarks', 'retrieval_q']
     """

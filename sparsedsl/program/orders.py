@@ -78,7 +78,7 @@ def segment_sort(scores: KeyScores, segment: int, *, descending: bool = True, na
     >>> import sparsedsl as sd
     >>> order = sd.segment_sort(sd.probe(sd.q, sd.k, rows=128, complete=256), 256, name="order")
     >>> order.origin(sd.kv_idx) <= sd.q_idx
-    Mask(q_idx - order[b, h, kv_idx] >= 0)
+    Mask(q_idx >= order[b, h, kv_idx])
     """
     if not isinstance(scores, KeyScores):
         raise PatternError(f"segment_sort(): scores must be one score a key, as from probe(); got {scores!r}")
