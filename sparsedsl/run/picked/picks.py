@@ -33,6 +33,20 @@ class Picks:
         place = torch.where(self.indices < 0, self.units, self.indices).long()
         return table.scatter_(-1, place, True)[..., : self.units]
 
+    def finer(self, size: int, keys: int) -> Picks:
+        """The same choice in units of ``size`` keys, which divides ``kv_unit``; ``keys`` in all.
+
+        >>> lists = torch.tensor([[[[0, 1], [1, -1]]]], dtype=torch.int32)
+        >>> Picks(lists, (lists >= 0).sum(-1, dtype=torch.int32), q_unit=1, kv_unit=4, units=2).finer(2, keys=6).indices[0, 0]
+        tensor([[ 0,  1,  2, -1],
+                [ 2, -1, -1, -1]], dtype=torch.int32)
+        """
+        parts, units = self.kv_unit // size, -(-keys // size)
+        steps = torch.arange(parts, dtype=torch.int32, device=self.indices.device)
+        fine = (self.indices[..., None] * parts + steps).masked_fill((self.indices < 0)[..., None], -1).flatten(3)
+        fine = fine.masked_fill(fine >= units, -1)
+        return Picks(fine, (fine >= 0).sum(-1, dtype=torch.int32), self.q_unit, size, units, self.first)
+
     def scattered(self, values: Tensor) -> Tensor:
         """Values ``(B, H, U, W)`` of the slots by unit, ``(B, H, U, units)``, 0 elsewhere; Hs divides H. For small problems only."""
         indices = self.indices.repeat_interleave(values.shape[1] // self.indices.shape[1], 1).expand(values.shape)

@@ -21,7 +21,7 @@ __all__ = ["Interval", "picked_attention_triton"]
 
 Tensor = torch.Tensor
 WIDEST_HEAD, LONGEST_CHUNK, LARGEST_TILE = 256, 128, 1 << 16
-LESS = "Use picked_attention of sparsedsl.run.picked.attention instead"
+LESS = "Use backend='tiled'"
 
 
 def picked_attention_triton(

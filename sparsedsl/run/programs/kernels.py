@@ -88,9 +88,9 @@ class Kernels:
 
         return rule
 
-    def picked(self, *tensors: Any, **words: Any) -> tuple[Tensor, Tensor]:
+    def picked(self, q: Any, k: Any, v: Any, picks: Picks, **words: Any) -> tuple[Tensor, Tensor]:
         """Attention along lists: see :func:`~sparsedsl.run.picked.attention.picked_attention`."""
-        return picked_attention(*tensors, **words)
+        return picked_attention(q, k, v, picks, **words)
 
     def two_passes(self, *tensors: Any, **words: Any) -> Tensor:
         """Weighed chunks where choices are tables: see :class:`FlexKernels`."""
@@ -105,6 +105,8 @@ class Kernels:
         return linear_scan(*tensors, **words)
 
 
+# Keys in a chunk that the kernels hold at a time.
+LONGEST_UNIT = 128
 _INTERVALS: Remembered[Any] = Remembered(64)
 
 
@@ -214,9 +216,12 @@ class TritonKernels(Kernels):
             )
         return Interval(*(end.to(device) for end in ends))
 
-    def picked(self, *tensors: Any, **words: Any) -> tuple[Tensor, Tensor]:
-        """As kernels: adjacent queries share the union of their chunks."""
-        return self._modules["picked"](*tensors, **words)
+    def picked(self, q: Any, k: Any, v: Any, picks: Picks, **words: Any) -> tuple[Tensor, Tensor]:
+        """As kernels: adjacent queries share the union of their chunks. Under one softmax long chunks are so many short ones."""
+        fits = [size for size in range(16, LONGEST_UNIT + 1) if picks.kv_unit % size == 0]
+        if words.get("weights") is None and picks.kv_unit > LONGEST_UNIT and fits:
+            picks = picks.finer(fits[-1], k.shape[2])
+        return self._modules["picked"](q, k, v, picks, **words)
 
     def slots(self, *tensors: Any, **words: Any) -> Any:
         """As kernels."""
