@@ -19,7 +19,7 @@ from sparsedsl.run.choosing.scores import ScoreSource
 from sparsedsl.run.programs.call import ProgramCall, check_program_call
 from sparsedsl.run.programs.empty import run_empty
 from sparsedsl.run.programs.explain import ProgramExplanation, explain_program
-from sparsedsl.run.programs.kernels import Kernels, kernels_of
+from sparsedsl.run.programs.kernels import Kernels, kernels_of, triton_refusal
 from sparsedsl.run.programs.lowered import Lowered
 from sparsedsl.run.programs.reference import Reference
 from sparsedsl.run.programs.state import ProgramState, advanced, continued
@@ -162,6 +162,7 @@ class CompiledProgram:
             lacks = f"the kernels have no {dtype}"
         if lacks is None and widest > TRITON_WIDEST:
             lacks = f"the kernels have heads up to {TRITON_WIDEST} wide"
+        lacks = lacks or triton_refusal(self.program)
         chosen = kernels_of("auto", triton=lacks is None)
         return chosen, f"torch: {lacks}" if lacks else "kernels on the GPU"
 

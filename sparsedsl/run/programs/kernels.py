@@ -17,6 +17,8 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.expressions import Mask, as_mask, b, h, kv_idx, q_idx, score, table
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.program.branches import Attend, pairs_decided_by
+from sparsedsl.program.graph import Program
 from sparsedsl.run.attention import Attention
 from sparsedsl.run.picked.attention import picked_attention
 from sparsedsl.run.picked.picks import Picks
@@ -25,7 +27,7 @@ from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.scan.linear import linear_scan
 from sparsedsl.run.scan.slots import slot_scan
 
-__all__ = ["FlexKernels", "Kernels", "TorchKernels", "TritonKernels", "kernels_of"]
+__all__ = ["FlexKernels", "Kernels", "TorchKernels", "TritonKernels", "kernels_of", "triton_refusal"]
 
 Tensor = torch.Tensor
 
@@ -247,3 +249,18 @@ def kernels_of(backend: str, *, triton: bool) -> Kernels:
     if backend == "triton" or (backend == "auto" and triton):
         return TritonKernels(backend)
     return TorchKernels(backend, whole_tiles=True)
+
+
+def triton_refusal(program: Program) -> str | None:
+    """Why the kernels that follow lists cannot run a program, as far as its declaration tells, or None."""
+    for node in program.everything:
+        single = [choice for choice in node.selections if choice.units[0] == 1] if isinstance(node, Attend) else []
+        if not isinstance(node, Attend) or not single:
+            continue
+        unit = single[0].units[1]
+        if node.normaliser is not None and unit > LONGEST_UNIT:
+            return f"the kernels weigh chunks of up to {LONGEST_UNIT} keys; these have {unit}"
+        name = next(name for name, bound in node.pattern.mask.bound.items() if bound is single[0])
+        if spans(pairs_decided_by(node.pattern.mask, name).expr) is None:
+            return f"the kernels follow lists under one interval of keys for each query; {node.label} has another mask"
+    return None
