@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        systems_table.child(sys.argv[2].split(","), *map(int, sys.argv[3:5]), *(word == "1" for word in sys.argv[5:8]))
+        systems_table.child(sys.argv[2].split(","), *map(int, sys.argv[3:8]))
     elif sys.argv[1:2] == ["--question-child"]:
         systems_sizes.child(sys.argv[2], sys.argv[3:])
     else:

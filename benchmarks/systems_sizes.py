@@ -3,6 +3,7 @@ what choosing takes of memory, how cost grows with the length, what a state cost
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -181,8 +182,9 @@ def _scaling_child(longest: int) -> dict[str, Any]:
 
         actions: dict[str, Callable[[], Any]] = {"ours": ours}
         if length <= DENSE_TO:
-            wide = [x.expand(-1, q.shape[1], -1, -1).contiguous() for x in (k, v)]
-            actions["sdpa"] = lambda q=q, wide=wide: torch.nn.functional.scaled_dot_product_attention(q, *wide, is_causal=True)
+            wide = {name: x.expand(-1, q.shape[1], -1, -1).contiguous() for name, x in (("key", k), ("value", v))}
+            dense = torch.nn.functional.scaled_dot_product_attention
+            actions["sdpa"] = functools.partial(dense, query=q, **wide, is_causal=True)
         with torch.no_grad():
             ours()
             parts.clear()
@@ -251,7 +253,7 @@ def _ring_child(longest: int) -> dict[str, Any]:
             cache = [torch.randn(1, kv_heads, length, dim, generator=generator) for _ in range(2)]
             actions: dict[str, Callable[[], Any]] = {
                 "ring": lambda: attn(*last, state=state, return_state=True),
-                "cache": lambda cache=cache: torch.nn.functional.scaled_dot_product_attention(rows, *cache),
+                "cache": functools.partial(torch.nn.functional.scaled_dot_product_attention, rows, *cache),
             }
             for action in actions.values():
                 action()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ LIMIT_S = 40.0  # of the rounds of a group, after three
 # ---- one group at one length, in a process of its own ------------------------------------------------------------------
 
 
-def child(names: Sequence[str], length: int, rounds: int, trains: bool, made_up: bool, with_flex: bool) -> None:
+def child(names: Sequence[str], length: int, rounds: int, trains: int, made_up: int, with_flex: int) -> None:
     """Measure systems that share their inputs, and print one JSON object for each. ``made_up``: no activations of a model."""
     import torch
     from systems_cases import SYSTEMS, random_qkv, topics
@@ -33,7 +34,7 @@ def child(names: Sequence[str], length: int, rounds: int, trains: bool, made_up:
         from activations import captured
 
         inputs, (q, k, v) = "captured", captured(length)
-    group = _Group(names, q, k, v, with_flex)
+    group = _Group(names, q, k, v, bool(with_flex))
     found = group.forward(rounds)
     for name, record in found.items():
         system = SYSTEMS[name]
@@ -48,7 +49,6 @@ class _Group:
     """Systems with the tensors they share."""
 
     def __init__(self, names: Sequence[str], q: Any, k: Any, v: Any, with_flex: bool) -> None:
-        import torch
         from systems_cases import SYSTEMS
 
         import sparsedsl as sd
@@ -56,14 +56,20 @@ class _Group:
         self.systems = {name: SYSTEMS[name] for name in names}
         self.q, self.k, self.v = q, k, v
         # Heads repeated beforehand, as dense attention of torch wants them on CPU; it is not timed.
-        self.dense_kv = tuple(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        self.dense_kv = [x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)]
         self.named = {name: system.inputs(q, k) for name, system in self.systems.items()}
         self.programs = {name: system.program(q.shape[1], q.shape[2]) for name, system in self.systems.items()}
         self.ours = {name: sd.compile(program, backend="tiled") for name, program in self.programs.items()}
         length = q.shape[2]
         flex = [name for name, system in self.systems.items() if with_flex and length <= system.flex]
         self.flex = {name: sd.compile(self.programs[name], backend="flex") for name in flex}
-        self.dense = torch.nn.functional.scaled_dot_product_attention
+
+    def dense(self, q: Any, k: Any = None, v: Any = None) -> Any:
+        """Dense causal attention of torch; k and v are the group's unless given."""
+        import torch
+
+        k, v = self.dense_kv if k is None else (k, v)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def forward(self, rounds: int) -> dict[str, dict[str, Any]]:
         """Every system, what FlexAttention can say, and dense attention, in turns."""
@@ -85,22 +91,24 @@ class _Group:
 
         def dense() -> Any:
             start = time.process_time()
-            out = self.dense(self.q, *self.dense_kv, is_causal=True)
+            out = self.dense(self.q)
             processor["sdpa"].append(time.process_time() - start)
             return out
 
         actions: dict[str, Callable[[], Any]] = {"sdpa": dense}
         for name in self.systems:
-            actions[name] = lambda name=name: ours(name)
+            actions[name] = functools.partial(ours, name)
             if name in self.flex:
-                actions[f"{name} flex"] = lambda name=name: self.flex[name](*qkv, **self.named[name])
+                actions[f"{name} flex"] = functools.partial(self.flex[name], *qkv, **self.named[name])
         with torch.no_grad():
             first, results = {}, {}
             for key, action in actions.items():
-                kept: list[Any] = []
-                first[key] = measure.seconds(lambda action=action, kept=kept: kept.append(action()))
-                results[key] = kept[0]
-            for samples in (*splits.values(), *processor.values()):
+                start = time.perf_counter()
+                results[key] = action()
+                first[key] = time.perf_counter() - start
+            for name in self.systems:
+                splits[name].clear()
+            for samples in processor.values():
                 samples.clear()
             times = measure.alternate(actions, rounds, limit_s=LIMIT_S)
             found = {}
@@ -141,7 +149,7 @@ class _Group:
 
         def dense() -> Any:
             leaves = [x.detach().requires_grad_() for x in (self.q, *self.dense_kv)]
-            return torch.autograd.grad(self.dense(*leaves, is_causal=True), leaves, d_out)
+            return torch.autograd.grad(self.dense(*leaves), leaves, d_out)
 
         actions: dict[str, Callable[[], Any]] = {"ours": ours, "sdpa": dense}
         finite = all(grad is None or bool(grad.isfinite().all()) for grad in ours())

@@ -123,8 +123,9 @@ def test_a_threshold(qkv: Any, backend: str) -> None:
 
 
 def test_equal_scores_take_the_earlier_unit(qkv: Any, backend: str) -> None:
-    t = qkv | {"q": (4 * qkv["q"]).round(), "k": torch.ones_like(qkv["k"])}  # whole numbers, so that sums are equal in any order
-    picks = sd.top_k(MEANS, 2, among=ENDED, name="picks")
+    t = qkv | {"q": (4 * qkv["q"]).round(), "k": torch.ones_like(qkv["k"])}  # whole numbers: sums are equal in any order
+    scores = sd.dot(sd.q, sd.summary(sd.k, 4), scale=0.5)
+    picks = sd.top_k(scores, 2, among=ENDED, name="picks")
     found = table_of(sd.compile(sd.attend(ENDED & picks), backend=backend), t, "picks")
     assert not found[..., 2:].any() and found[:, :, 8:, :2].all()
 

@@ -151,6 +151,11 @@ class CompiledProgram:
     def kernels(self, call: ProgramCall) -> Kernels:
         """The kernels that a call runs on."""
         dtype = str(call.q.dtype).removeprefix("torch.")
+        lacks = missing(call.q.device.type) if self.backend == "triton" else None
+        if lacks is not None:
+            raise UnsupportedError(
+                f"backend 'triton' cannot run this call: {lacks}. Use backend='tiled', which runs everywhere, or 'auto'"
+            )
         return self._kernels(call.q.device.type, dtype, max(call.q.shape[3], call.v.shape[3]))[0]
 
     def _kernels(self, device: str, dtype: str, widest: int) -> tuple[Kernels, str]:

@@ -122,8 +122,8 @@ class Lowered(ListedChoices):
                 else "a modified score beside a choice for single queries"
             )
             raise UnsupportedError(
-                f"backend {self.kernels.backend!r} has no lists for {what}: {node.pattern.text.splitlines()[-1]}. Write one branch for "
-                "each choice and put them together with joint(), or use backend='reference' or 'flex'"
+                f"backend {self.kernels.backend!r} has no lists for {what}: {node.pattern.text.splitlines()[-1]}. Use "
+                "backend='reference' or 'flex', which read choices as tables; or choose once, by the sum of the scores"
             )
         always = Mask(assume(mask.expr, {dynamic[0]: False}))
         added = pairs_decided_by(mask, dynamic[0]).expr
