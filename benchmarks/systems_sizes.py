@@ -182,9 +182,9 @@ def _scaling_child(longest: int) -> dict[str, Any]:
 
         actions: dict[str, Callable[[], Any]] = {"ours": ours}
         if length <= DENSE_TO:
-            wide = {name: x.expand(-1, q.shape[1], -1, -1).contiguous() for name, x in (("key", k), ("value", v))}
+            wide_k, wide_v = (x.expand(-1, q.shape[1], -1, -1).contiguous() for x in (k, v))
             dense = torch.nn.functional.scaled_dot_product_attention
-            actions["sdpa"] = functools.partial(dense, query=q, **wide, is_causal=True)
+            actions["sdpa"] = functools.partial(dense, q, wide_k, wide_v, is_causal=True)
         with torch.no_grad():
             ours()
             parts.clear()
@@ -250,10 +250,10 @@ def _ring_child(longest: int) -> dict[str, Any]:
         rows = q[:, :, 256:].view(1, kv_heads, heads // kv_heads, dim)
         records = []
         for length in sorted({max(64, longest >> shift) for shift in (7, 5, 3, 1, 0)}):
-            cache = [torch.randn(1, kv_heads, length, dim, generator=generator) for _ in range(2)]
+            keys, values = (torch.randn(1, kv_heads, length, dim, generator=generator) for _ in range(2))
             actions: dict[str, Callable[[], Any]] = {
                 "ring": lambda: attn(*last, state=state, return_state=True),
-                "cache": functools.partial(torch.nn.functional.scaled_dot_product_attention, rows, *cache),
+                "cache": functools.partial(torch.nn.functional.scaled_dot_product_attention, rows, keys, values),
             }
             for action in actions.values():
                 action()
@@ -261,7 +261,7 @@ def _ring_child(longest: int) -> dict[str, Any]:
             records.append(
                 {
                     "length": length, "seconds": {name: median(times) for name, times in found.items()},
-                    "cache_bytes": sum(x.nbytes for x in cache), "load_average": measure.load(),
+                    "cache_bytes": keys.nbytes + values.nbytes, "load_average": measure.load(),
                 }
             )  # fmt: skip
     return {"records": records, "state_bytes": state.nbytes, "heads": heads, "kv_heads": kv_heads, "dim": dim}

@@ -121,7 +121,7 @@ def draw(results: dict[str, dict[int, float]], path: Path) -> None:
     lengths = list(next(iter(results.values())))
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set(xlabel="tokens", ylabel="needles found, %", ylim=(-3, 110))
-    axes.legend(frameon=False, loc="center left")
+    axes.legend(frameon=False, loc="center right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -127,7 +127,7 @@ def draw(losses: dict[str, float], costs: dict[str, dict[int, tuple[float, int]]
     left, middle, right = figure.subplots(1, 3)
     bars = left.bar(list(losses), list(losses.values()), color=["C0", "C1", "C2"])
     left.bar_label(bars, fmt="%.3f")
-    left.set(title="held-out loss, nats a byte", ylim=(0.9 * min(losses.values()), 1.02 * max(losses.values())))
+    left.set(title="held-out loss, nats a byte")
     left.tick_params(axis="x", labelsize=8)
     for name, by_context in costs.items():
         middle.plot(list(by_context), [size / 2**20 for _, size in by_context.values()], marker="o", label=name)

@@ -250,3 +250,45 @@ def test_a_picture_of_a_file_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         load("gpu").options_from(["--picture", "no.json"])
     assert "no.json does not exist" in capsys.readouterr().err
+
+
+# ---- systems ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["hsa", "ring"])
+def test_a_wrong_result_of_a_system_is_noticed(name):
+    systems, cases = load("gpu_systems"), load("gpu_cases")
+    job = next(job for job in cases.rehearsal() if (job.kind, job.pattern) == ("system", name))
+    problem, named = systems.system_problem(job, "cpu")
+    known = systems.system_reference(job, problem, named)
+    results = {which: x.to(problem.q.dtype) for which, x in known.values.items()}
+    assert results.keys() == {"out", "dq", "dk", "dv"}
+    assert all(error["right"] and float(error["of_allowed"]) < 0.2 for error in known.errors(results).values())
+    results["out"][0, 0, -1] *= 0.5
+    results["dv"][0, 0, 3] = float("nan")
+    errors = known.errors(results)
+    assert {which: error["right"] for which, error in errors.items()} == {"out": False, "dq": True, "dk": True, "dv": False}
+
+
+def test_systems_in_the_report():
+    report = load("gpu_report")
+    job = {
+        "kind": "system",
+        "pattern": "pbs",
+        "length": 131072,
+        "head_dim": 128,
+        "heads": 32,
+        "kv_heads": 8,
+        "batch": 1,
+        "tma": False,
+    }
+    times = {"ours": 0.1, "sdpa_flash": 0.3, "sdpa_cudnn": 0.25}
+    record = {
+        "job": job, "density": 0.22, "parts": {"choosing": 0.01, "moving": 0.02, "attending": 0.07},
+        "methods": {name: {"status": "measured", "right": True, "errors": {}, "forward": {"s": s}} for name, s in times.items()},
+        "forward_over_ours": {"sdpa_flash": 3.0, "sdpa_cudnn": 2.5},
+    }  # fmt: skip
+    content = {"machine": {}, "settings": {"tune": False, "ours": "triton"}, "ceilings": None, "records": [record], "targets": []}
+    shown = report.tables(content | {"lost": [], "dropped": [], "waiting": []})
+    assert "| pbs | 128K | 32:8 | 0.220 | 10% | 20% | 70% | 100 | not tried | 300 | 250 |  | 2.50 |" in shown
+    assert "| 2.77 x | H100, FlashAttention-2 | 2.50 x at 128K, density 0.22 |" in shown

@@ -194,27 +194,31 @@ def assume(expr: Any, truth: dict[str, bool]) -> Any:
 MOST_CASES = 6
 
 
-def pairs_decided_by(mask: Mask, label: str) -> Mask:
-    """The pairs for which the boolean table ``label`` decides whether they attend, whatever other choices say: a static mask."""
+def pairs_decided_by(mask: Mask, label: str) -> tuple[Mask, Mask]:
+    """The pairs that attend only if the boolean table ``label`` holds, and those that attend only if it does not, whatever other choices
+    say: two static masks."""
     nodes = frozenset(name for name, value in mask.bound.items() if isinstance(value, Node))
     bound = {name: value for name, value in mask.bound.items() if name not in nodes}
-    return Mask(_decided(mask.expr, nodes, label), bound)
+    added, removed = _decided(mask.expr, nodes, label)
+    return Mask(added, bound), Mask(removed, bound)
 
 
 @functools.lru_cache(maxsize=256)
-def _decided(expr: Any, nodes: frozenset[str], label: str) -> Any:
+def _decided(expr: Any, nodes: frozenset[str], label: str) -> tuple[Any, Any]:
     atoms = [atom for atom in _dynamic_atoms(expr, nodes) if label not in {read.spec.name for read in table_reads(atom)}]
     on, off = (assume(expr, {label: value}) for value in (True, False))
     if len(atoms) > MOST_CASES:
-        return sympy.true
-    cases = []
-    for values in itertools.product((sympy.true, sympy.false), repeat=len(atoms)):
-        known = dict(zip(atoms, values, strict=True))
-        cases.append(sympy.And(on.xreplace(known), sympy.Not(off.xreplace(known))))
-    decided = functools.reduce(sympy.Or, cases)
-    if decided not in (sympy.true, sympy.false) and len(decided.atoms(sympy.core.relational.Relational)) <= 8:
-        decided = sympy.simplify_logic(decided)
-    return one_form(decided)
+        return sympy.true, sympy.true
+    cases = [dict(zip(atoms, values, strict=True)) for values in itertools.product((sympy.true, sympy.false), repeat=len(atoms))]
+    added = [sympy.And(on.xreplace(known), sympy.Not(off.xreplace(known))) for known in cases]
+    removed = [sympy.And(off.xreplace(known), sympy.Not(on.xreplace(known))) for known in cases]
+    return _simple(sympy.Or(*added)), _simple(sympy.Or(*removed))
+
+
+def _simple(expr: Any) -> Any:
+    if expr not in (sympy.true, sympy.false) and len(expr.atoms(sympy.core.relational.Relational)) <= 8:
+        expr = sympy.simplify_logic(expr)
+    return one_form(expr)
 
 
 def _with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pattern, PerChunk | None]:
@@ -223,7 +227,8 @@ def _with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pat
     for label, node in sorted(mask.bound.items()):
         if not isinstance(node, Select) or node.among is not None:
             continue
-        known = node.within(pairs_decided_by(pattern.mask, label))
+        added, removed = pairs_decided_by(pattern.mask, label)
+        known = node.within(added | removed)
         mask = _renamed(mask, label, known)
         if isinstance(normaliser, PerChunk) and normaliser.picks is node:
             normaliser = replace(normaliser, picks=known)

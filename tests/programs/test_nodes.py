@@ -132,12 +132,23 @@ def test_equal_scores_take_the_earlier_unit(qkv: Any, backend: str) -> None:
 
 def test_what_tiled_has_no_lists_for_is_refused(qkv: Any) -> None:
     two = sd.top_k(MEANS, 1, among=ENDED) | sd.top_k(sd.bound(sd.q, sd.k, 4), 1, among=ENDED)
-    with pytest.raises(sd.UnsupportedError, match=r"2 choices.*joint\(\)"):
+    with pytest.raises(sd.UnsupportedError, match=r"2 choices.*choose once, by the sum of the scores"):
         sd.compile(sd.attend(CAUSAL & two), backend="tiled")(**qkv)
     capped = sd.attend(CAUSAL & sd.top_k(MEANS, 1, among=ENDED), sd.tanh(sd.score))
     with pytest.raises(sd.UnsupportedError, match="modified score"):
         sd.compile(capped, backend="tiled")(**qkv)
     assert sd.compile(capped, backend="reference")(**qkv).shape == (B, HQ, L, D)
+
+
+def test_what_attends_where_nothing_was_chosen(qkv: Any) -> None:
+    others = sd.attend(CAUSAL & ~sd.top_k(MEANS, 1))
+    assert str(others.selections[0].among) == str(CAUSAL)  # the choice decides there, if the other way round
+    with pytest.raises(sd.UnsupportedError, match="pairs that attend where nothing was chosen"):
+        sd.compile(others, backend="tiled")(**qkv)
+    picked = sd.compile(sd.attend(CAUSAL & others.selections[0]), backend="reference")(**qkv, return_lse=True)
+    rest = sd.compile(others, backend="reference")(**qkv, return_lse=True)
+    dense = sd.compile(CAUSAL, backend="reference")(**qkv, return_lse=True)[1]
+    torch.testing.assert_close(torch.logaddexp(picked[1], rest[1]), dense)
 
 
 def test_weights_add_up(backend: str) -> None:

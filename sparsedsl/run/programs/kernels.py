@@ -261,6 +261,6 @@ def triton_refusal(program: Program) -> str | None:
         if node.normaliser is not None and unit > LONGEST_UNIT:
             return f"the kernels weigh chunks of up to {LONGEST_UNIT} keys; these have {unit}"
         name = next(name for name, bound in node.pattern.mask.bound.items() if bound is single[0])
-        if spans(pairs_decided_by(node.pattern.mask, name).expr) is None:
+        if spans(pairs_decided_by(node.pattern.mask, name)[0].expr) is None:
             return f"the kernels follow lists under one interval of keys for each query; {node.label} has another mask"
     return None

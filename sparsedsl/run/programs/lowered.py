@@ -115,18 +115,19 @@ class Lowered(ListedChoices):
         """Choices for single queries: what attends in any case by itself, what a choice adds along its lists, one softmax over both."""
         mask, score = node.pattern.mask, node.pattern.score
         dynamic = [name for name, bound in mask.bound.items() if isinstance(bound, Node)]
-        if len(dynamic) > 1 or score.expr != SCORE:
-            what = (
-                f"a mask with {len(dynamic)} choices"
-                if len(dynamic) > 1
-                else "a modified score beside a choice for single queries"
-            )
+        added, removed = pairs_decided_by(mask, dynamic[0])
+        lacks = [
+            f"a mask with {len(dynamic)} choices" if len(dynamic) > 1 else "",
+            "a modified score beside a choice for single queries" if score.expr != SCORE else "",
+            "pairs that attend where nothing was chosen" if removed.expr != sympy.false else "",
+        ]
+        if any(lacks):
             raise UnsupportedError(
-                f"backend {self.kernels.backend!r} has no lists for {what}: {node.pattern.text.splitlines()[-1]}. Use "
-                "backend='reference' or 'flex', which read choices as tables; or choose once, by the sum of the scores"
+                f"backend {self.kernels.backend!r} has no lists for {' and '.join(filter(None, lacks))}: "
+                f"{node.pattern.text.splitlines()[-1]}. Use backend='reference' or 'flex', which read choices as tables; or choose "
+                "once, by the sum of the scores"
             )
         always = Mask(assume(mask.expr, {dynamic[0]: False}))
-        added = pairs_decided_by(mask, dynamic[0]).expr
         parts: list[Any] = []
         if always.expr != sympy.false:
             plain = Pattern(always, score, None, node.pattern.scale)
@@ -134,7 +135,7 @@ class Lowered(ListedChoices):
             parts.append(
                 self.kernels.attend(plain, q, k, v, given, q_offset=self.domain.q_offset, scale=self.call.scale, lse=True)
             )
-        parts.append(self._picked(node, choices[0], q, k, v, added))
+        parts.append(self._picked(node, choices[0], q, k, v, added.expr))
         if node.pattern.sink is not None:
             call = check_call(attend(True), q, k, v, {}, q_offset=self.domain.q_offset)
             logit = sink_logit(node.pattern, call, self.call.tables, self.call.dtype)
