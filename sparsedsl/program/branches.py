@@ -16,7 +16,7 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang import pattern as static
 from sparsedsl.lang.expressions import Mask, Score, one_form
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.tables import TableRead, read_class, table_reads
+from sparsedsl.lang.tables import read_class, table_reads
 from sparsedsl.program.axes import base_of, unit_of
 from sparsedsl.program.node import Node, nodes_in, one_of
 from sparsedsl.program.orders import Tokens
@@ -495,8 +495,3 @@ def units_of_keys(branch: Attend) -> int:
 def reads_scores(pattern: Pattern) -> list[Scores]:
     """The scores of the program that its logits read as tables."""
     return [node for node in nodes_in(pattern.score) if isinstance(node, Scores)]
-
-
-def node_reads(expr: Any, label: str) -> list[TableRead]:
-    """Where an expression reads the node ``label``."""
-    return [read for read in table_reads(expr) if read.spec.name == label]

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Index, Mask, Score, as_mask, as_score, b, h, kv_idx, q_idx, table
-from sparsedsl.program.axes import base_of, in_units, join_heads, unit_of
+from sparsedsl.program.axes import in_units, join_heads, unit_of
 from sparsedsl.program.node import Node, one_of
 from sparsedsl.program.tensors import check_tensor, check_unit
 
@@ -446,13 +446,3 @@ def smooth(x: KeyScores, pool: int) -> Smooth:
     if check_unit("smooth", "pool", pool) % 2 == 0:
         raise PatternError(f"smooth(): pool must be odd, so that the key itself is in the middle; got {pool}")
     return one_of(Smooth(x, pool))
-
-
-def row_unit(scores: Scores) -> tuple[int, int]:
-    """Tokens in a unit of queries and in a unit of keys."""
-    return unit_of(scores.axes[2]), unit_of(scores.axes[3])
-
-
-def is_of_keys(x: Node) -> bool:
-    """Whether the rows of a tensor count keys."""
-    return base_of(x.axes[2]) == "keys"

@@ -11,7 +11,7 @@ from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall, units_of_keys
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
-from sparsedsl.program.sources import PerChunk, Slots
+from sparsedsl.program.sources import PerChunk
 from sparsedsl.program.tensors import Input
 from sparsedsl.run.inputs import check_call
 from sparsedsl.run.programs.call import ProgramCall
@@ -73,10 +73,6 @@ class Reference(DenseChoices):
         picked = self.value(rule.picks)
         scores, picked = together(self.value(rule.scores), picked)
         return spread(torch.where(picked, scores, NEVER), heads)
-
-    @means(Slots)
-    def _slots(self, node: Slots) -> Slots:
-        return node  # read row by row by what recalls them
 
     @means(Recall)
     def _recall(self, node: Recall) -> tuple[Tensor, Tensor]:
