@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,12 @@ def groups(names: list[str]) -> list[list[str]]:
     return list(found.values())
 
 
-def measure_all(options: argparse.Namespace) -> dict[str, Any]:
-    """Every group at every length, the short ones first; a process that dies is named and costs its group at that length."""
-    records, lost = [], []
+def measure_all(options: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every group at every length, the short ones first, each written down when it is there; a process that dies is named and costs its
+    group at that length."""
+    records: list[dict[str, Any]] = []
+    lost: list[dict[str, Any]] = []
+    order = list(SYSTEMS)
     if not options.made_up and any(SYSTEMS[name].captured for name in options.systems):
         from activations import captured
 
@@ -89,8 +93,10 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
                 [__file__, "--child", *words, str(int(options.made_up)), str(int(not options.no_flex))]
             )
             records += list(found.values())
+            records.sort(key=lambda record: (order.index(record["system"]), record["length"]))
             if death is not None:
                 lost.append({"systems": names, "length": length, "why": death})
+            write({"records": records, "lost": lost})
     return {"records": records, "lost": lost}
 
 
@@ -98,25 +104,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, write the results, print the tables; 0 whatever came out."""
     options = options_from(arguments)
     facts, start = measure.machine(), time.perf_counter()
-    if options.question is not None:
-        question = systems_sizes.QUESTIONS[options.question]
-        result = question.measure(options.size)
-        text = question.text(result)
-    else:
-        result = measure_all(options)
-        order = list(SYSTEMS)
-        result["records"].sort(key=lambda record: (order.index(record["system"]), record["length"]))
-        text = systems_table.table(result["records"], {name: system.title for name, system in SYSTEMS.items()})
-        text += "\n\n" + systems_claims.claims_text(result["records"], systems_sizes.ring_state_bytes())
-        text += "".join(f"\n\nlost: {' '.join(one['systems'])} at {one['length']}: {one['why']}" for one in result["lost"])
-    facts |= {"load_average_end": measure.load(), "benchmark_s": round(time.perf_counter() - start)}
     name = "systems" + (f"_{options.question.replace('-', '_')}" if options.question else "")
     settings = {"batch": 1, "dtype": "float32", "backend": "tiled"}
     settings |= {
         key: getattr(options, key) for key in ("systems", "lengths", "train_to", "rounds", "quick", "made_up", "no_flex", "size")
     }
-    path = options.out or measure.result_path(name, facts)
-    measure.write_json(path, {"benchmark": name, "machine": facts, "settings": settings, "rates": measure.rates()} | result)
+    path, rates = options.out or measure.result_path(name, facts), measure.rates()
+
+    def write(result: dict[str, Any]) -> None:
+        ends = {"load_average_end": measure.load(), "benchmark_s": round(time.perf_counter() - start)}
+        measure.write_json(path, {"benchmark": name, "machine": facts | ends, "settings": settings, "rates": rates} | result)
+
+    if options.question is not None:
+        question = systems_sizes.QUESTIONS[options.question]
+        result = question.measure(options.size)
+        text = question.text(result)
+    else:
+        result = measure_all(options, write)
+        text = systems_table.table(result["records"], {name: system.title for name, system in SYSTEMS.items()})
+        text += "\n\n" + systems_claims.claims_text(result["records"], systems_sizes.ring_state_bytes())
+        text += "".join(f"\n\nlost: {' '.join(one['systems'])} at {one['length']}: {one['why']}" for one in result["lost"])
+    write(result)
     print(f"Systems on the CPU. {measure.describe(facts)}\n\n{text}\n\nwritten to {path}")
     return 0
 

@@ -23,6 +23,7 @@ from sparsedsl.analysis.tiles import classify
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import as_pattern
+from sparsedsl.program.branches import Branch
 from sparsedsl.run.triton_prepared import prepare
 
 P = sd.patterns
@@ -49,6 +50,8 @@ def library() -> dict[str, Any]:
         arguments = NEED.get(name, ())
         if len(arguments) >= len(needed):
             made = function(*arguments)
+            if isinstance(made, Branch):  # programs: their kernels are in codegen/kernels
+                continue
             found[name] = sd.attend(causal, score=made) if isinstance(made, sd.Score) else as_pattern(made)
     return found
 

@@ -112,8 +112,7 @@ def test_slots(launches, target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("widths", [(64, 64), (80, 48)])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("dtype", "widths"), [(torch.float16, (64, 64)), (torch.float32, (80, 48))], ids=["half", "single"])
 @pytest.mark.parametrize("run", [run_linear, run_slots])
 def test_other_widths(launches, run, dtype, widths, target):
     assert_fits(launches(target, run, dtype, *widths), target)
