@@ -84,8 +84,10 @@ PATTERNS: dict[str, Callable[[], Any]] = {
 }
 # Kernels that can read K and V through tensor descriptors, in the cases whose name says so, where the target has them.
 WITH_DESCRIPTORS = ("forward", "decode", "grad_q")
-# Ingredients: an index or a slope, not a pattern.
-NO_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket"}
+# Ingredients: an index or a slope, not a pattern; and programs, whose kernels tests/gpu/test_picked_build.py and test_scan_build.py build.
+NO_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket"} | {
+    "hsa", "moba", "nha", "nsa", "pbs", "ring_linear", "token_sparse",
+}  # fmt: skip
 
 
 def build_one(name: str, target: str, head_dim: int) -> dict[str, Any]:
