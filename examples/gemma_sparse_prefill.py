@@ -1,6 +1,7 @@
 """Sparse attention for the prompt of a real model, without training: what it computes, what it saves, what it costs in quality.
 
-    python examples/gemma_sparse_prefill.py             (half an hour on two cores; --quick: half a minute, once weights are cached)
+    python examples/gemma_sparse_prefill.py             a quarter of an hour on two free cores
+    python examples/gemma_sparse_prefill.py --quick     half a minute, once the weights are cached
 
 Gemma 3 270M has 15 layers that see 512 tokens and 3 that see everything. These three read the prompt by ``pbs`` (blocks of permuted keys),
 by ``token_sparse`` (TSA: every head drops tokens), or by both: ``token_sparse(inside=pbs())``.
@@ -158,8 +159,8 @@ def line_of(row: Quality, full: Quality) -> str:
 def times_table(found: dict[str, dict[int, list[float]]]) -> str:
     """One line a method: processor seconds of the prompt and of the three layers' attention, each with full attention's share."""
     lengths = list(found["full"])
-    lines = [f"{'method':20}" + "".join(f"{f'{length:,} tokens':>36}" for length in lengths)]
-    lines.append(f"{'':20}" + f"{'prompt    full /   3 layers   full /':>36}" * len(lengths))
+    lines = [f"{'method':20}" + "".join(f"{f'{length:,} tokens':>38}" for length in lengths)]
+    lines.append(f"{'':20}" + f"{'prompt':>14}{'full /':>7}{'3 layers':>10}{'full /':>7}" * len(lengths))
     for name, by_length in found.items():
         cells = ""
         for length, (whole, part, _) in by_length.items():

@@ -27,17 +27,17 @@ def draw(rows: list[dict[str, Any]], times: dict[str, dict[int, list[float]]], t
         density = [100 * row["density"] for row in some]
         style = {"color": COLOURS.get(method), "marker": "o", "markersize": 4}
         loss.plot(density, [100 * math.expm1(row["loss"] - full["loss"]) for row in some], label=method, **style)
-        for name, line in (("after", "-"), ("within", ":")):
-            if all(row[name][2] for row in some):
-                digits = [100 * row[name][1] / (row[name][2] * 5) for row in some]
-                needles.plot(density, digits, label=f"{method}, asked {name}", linestyle=line, **style)
+        digits = [100 * row["after"][1] / (row["after"][2] * 5) for row in some]
+        needles.plot(density, digits, label=method, **style)
     loss.axhspan(-1, 1, color="black", alpha=0.08, linewidth=0)
     loss.set(
         xlabel="% of causal pairs",
         ylabel="perplexity after the prompt, % above full",
         title=f"prompts of {tokens:,} tokens",
     )
-    needles.set(xlabel="% of causal pairs", ylabel="digits of hidden numbers right, %", ylim=(-3, 103))
+    needles.set(
+        xlabel="% of causal pairs", ylabel="digits of hidden numbers right, %", ylim=(-3, 103), title="asked after the prompt"
+    )
     for method, by_length in times.items():
         seconds = [part for _, part, _ in by_length.values()]
         clock.plot(list(by_length), seconds, label=method, color=COLOURS.get(method), marker="o", markersize=4)
