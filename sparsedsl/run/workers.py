@@ -11,11 +11,14 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
 
-__all__ = ["run_all", "share"]
+__all__ = ["on_one_core", "run_all", "share"]
+
+T = TypeVar("T")
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
@@ -68,6 +71,17 @@ def _plainly(task: Callable[[], None], inference: bool) -> None:
     # Both are switches of a thread; tensors made in inference mode may only be written to in it.
     with torch.inference_mode() if inference else torch.no_grad():
         task()
+
+
+def on_one_core(work: Callable[[], T]) -> T:
+    """The result of ``work``, which a thread of its own computes with a single thread inside torch, under ``torch.no_grad()``.
+
+    >>> on_one_core(torch.get_num_threads)
+    1
+    """
+    found: list[T] = []
+    run_all([lambda: found.append(work())])
+    return found[0]
 
 
 def share(work: Iterable[Callable[[], None]], workers: int) -> None:

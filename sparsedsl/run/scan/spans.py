@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparsedsl.run.workers import on_one_core
+
 __all__ = ["CHUNK", "ROWS", "Plan", "Span", "accumulated", "carry", "cut", "scan"]
 
 CHUNK = 64  # a power of two: slots halve it. Pairs within a chunk cost CHUNK products a row, states cost head_dim / CHUNK numbers a row.
+WORTH_CORES = 1 << 21  # numbers in all inputs, from which on cores gain more than they wait
 ROWS = 4096  # rows of a span over all heads and batch entries: enough to make calls to torch cheap, few enough for a cache
 
-Tensors = tuple[
-    Any, ...
-]  # of tensors, or None for what a call does not have; tuples because autograd's functions take tensors one by one
-Step = Callable[
-    [Tensors, Tensors, Tensors], tuple[Tensors, Tensors]
-]  # rows of queries, rows of keys, state -> rows of results, state
+# Of tensors, or None for what a call does not have; tuples because autograd's functions take tensors one by one.
+Tensors = tuple[Any, ...]
+# Rows of queries, rows of keys, state -> rows of results, state.
+Step = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
 
 
 class Span(NamedTuple):
@@ -122,7 +123,9 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, n_queries: int, n_keys: int, *inputs: Any) -> Any:
         states: list[torch.Tensor] = []
         after = n_queries + n_keys
-        outputs = _forward(plan, inputs[:n_queries], inputs[n_queries:after], inputs[after:], states)
+        outputs = _where_it_is_quick(
+            lambda: _forward(plan, inputs[:n_queries], inputs[n_queries:after], inputs[after:], states), inputs
+        )
         ctx.plan, ctx.n_queries, ctx.after, ctx.n_inputs = plan, n_queries, after, len(inputs)
         ctx.save_for_backward(*inputs, *states)
         ctx.set_materialize_grads(False)
@@ -131,8 +134,14 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
+        saved = ctx.saved_tensors
+        return _where_it_is_quick(lambda: _Scan.gradients(ctx, saved, gradients), saved[: ctx.n_inputs])
+
+    @staticmethod
+    def gradients(ctx: Any, saved: Tensors, gradients: Tensors) -> Any:
+        """What :meth:`backward` gives."""
         plan, n_queries, after, n_inputs = ctx.plan, ctx.n_queries, ctx.after, ctx.n_inputs
-        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        wanted = ctx.needs_input_grad[3:]
         inputs, states, n_state = saved[:n_inputs], saved[n_inputs:], n_inputs - after
         found = [torch.zeros_like(t) if want else None for t, want in zip(inputs[:after], wanted[:after], strict=True)]
         of_results, of_state = gradients[: len(plan.results)], gradients[len(plan.results) :]
@@ -161,6 +170,12 @@ class _Scan(torch.autograd.Function):
                         found[place][:, :, begin:end] = grad  # type: ignore[index]
                 of_state = tuple(next(got) if t.requires_grad else None for t in before)
         return (None, None, None, *found, *(g if want else None for g, want in zip(of_state, wanted[after:], strict=True)))
+
+
+def _where_it_is_quick(work: Callable[[], Any], inputs: Tensors) -> Any:
+    """Little work on one core: its many small operations would wait for all cores each time, for long where others use them too."""
+    numbers = sum(t.numel() for t in inputs if t is not None)
+    return on_one_core(work) if numbers < WORTH_CORES and inputs[-1].device.type == "cpu" else work()
 
 
 def _leaf(t: Any, wanted: bool) -> Any:
