@@ -18,7 +18,8 @@ from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.lang.expressions import Mask, as_mask, kv_idx, kv_len, q_idx
 from sparsedsl.lang.numeric import minimum
 from sparsedsl.program.axes import base_of, unit_of
-from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall, assume, reads_scores
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall, reads_scores
+from sparsedsl.program.decided import assume
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Take, Tokens

@@ -21,7 +21,8 @@ from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.axes import unit_of
-from sparsedsl.program.branches import Attend, Branch, Compact, Linear, Recall, assume
+from sparsedsl.program.branches import Attend, Branch, Compact, Linear, Recall
+from sparsedsl.program.decided import assume
 from sparsedsl.program.effects import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node

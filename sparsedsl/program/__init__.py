@@ -1,8 +1,9 @@
 """Programs: attention that chooses, reorders, remembers and combines, as a graph of frozen nodes.
 
 What the nodes are for, one after the other in the modules: ``tensors`` (inputs, summaries), ``scores`` (cheap scores), ``select``
-(choices), ``orders`` (sorts, subsets), ``sources`` (slots, weights of chunks), ``branches`` (attention and its combinations), ``graph``
-(the whole), ``text``, ``effects`` (what a program does beside computing), ``decays`` (data of Ring models).
+(choices), ``orders`` (sorts, subsets), ``sources`` (slots, weights of chunks), ``branches`` (attention and its combinations),
+``decided`` (candidates), ``graph`` (the whole), ``text``, ``effects`` (what a program does beside computing), ``decays`` (data of
+Ring models).
 """
 
 from __future__ import annotations

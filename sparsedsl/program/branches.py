@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import sympy
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang import pattern as static
-from sparsedsl.lang.expressions import Mask, Score, one_form
+from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.tables import read_class, table_reads
 from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.decided import assume, with_candidates
 from sparsedsl.program.node import Node, nodes_in, one_of
 from sparsedsl.program.orders import Tokens
 from sparsedsl.program.scores import Scores
@@ -34,13 +32,11 @@ __all__ = [
     "Mix",
     "Recall",
     "as_branch",
-    "assume",
     "attend",
     "compact",
     "joint",
     "linear",
     "mix",
-    "pairs_decided_by",
     "recall",
 ]
 
@@ -144,7 +140,7 @@ def attend(
         )
     if q.axes[3] != k.axes[3]:
         raise PatternError(f"attend(): q and k must have the same last axis; got {q.axes[3]!r} and {k.axes[3]!r}")
-    pattern, normaliser = _with_candidates(pattern, normaliser)
+    pattern, normaliser = with_candidates(pattern, normaliser)
     if normaliser is not None:
         _check_normaliser(pattern, normaliser)
     return one_of(Attend(pattern, q, k, v, normaliser))
@@ -166,81 +162,6 @@ def _check_normaliser(pattern: Pattern, normaliser: PerChunk) -> None:
             f"attend(): with per_chunk every pair must lie in a picked chunk; the mask {pattern.mask} allows pairs without: {off}. "
             "Attend to those in a branch of its own and use joint() or mix()"
         )
-
-
-# ---- candidates -------------------------------------------------------------------------------------------------------------
-
-
-def _dynamic_atoms(expr: Any, nodes: frozenset[str]) -> list[sympy.Basic]:
-    """The relations of a mask that read tables of these names."""
-    relations = expr.atoms(sympy.core.relational.Relational)
-    return sorted((r for r in relations if any(read.spec.name in nodes for read in table_reads(r))), key=sympy.default_sort_key)
-
-
-def assume(expr: Any, truth: dict[str, bool]) -> Any:
-    """``expr`` where the boolean tables named are known to be true or false everywhere."""
-    relations = expr.atoms(sympy.core.relational.Relational)
-    known = {}
-    for relation in relations:
-        reads = table_reads(relation)
-        named = [read for read in reads if read.spec.name in truth and relation in (sympy.Ne(read, 0), sympy.Eq(read, 0))]
-        if named:
-            value = truth[named[0].spec.name]
-            known[relation] = sympy.true if value == isinstance(relation, sympy.Ne) else sympy.false
-    return expr.xreplace(known)
-
-
-# Of so many other dynamic conditions all cases are looked at; beyond it candidates are all pairs.
-MOST_CASES = 6
-
-
-def pairs_decided_by(mask: Mask, label: str) -> tuple[Mask, Mask]:
-    """The pairs that attend only if the boolean table ``label`` holds, and those that attend only if it does not, whatever other choices
-    say: two static masks."""
-    nodes = frozenset(name for name, value in mask.bound.items() if isinstance(value, Node))
-    bound = {name: value for name, value in mask.bound.items() if name not in nodes}
-    added, removed = _decided(mask.expr, nodes, label)
-    return Mask(added, bound), Mask(removed, bound)
-
-
-@functools.lru_cache(maxsize=256)
-def _decided(expr: Any, nodes: frozenset[str], label: str) -> tuple[Any, Any]:
-    atoms = [atom for atom in _dynamic_atoms(expr, nodes) if label not in {read.spec.name for read in table_reads(atom)}]
-    on, off = (assume(expr, {label: value}) for value in (True, False))
-    if len(atoms) > MOST_CASES:
-        return sympy.true, sympy.true
-    cases = [dict(zip(atoms, values, strict=True)) for values in itertools.product((sympy.true, sympy.false), repeat=len(atoms))]
-    added = [sympy.And(on.xreplace(known), sympy.Not(off.xreplace(known))) for known in cases]
-    removed = [sympy.And(off.xreplace(known), sympy.Not(on.xreplace(known))) for known in cases]
-    return _simple(sympy.Or(*added)), _simple(sympy.Or(*removed))
-
-
-def _simple(expr: Any) -> Any:
-    if expr not in (sympy.true, sympy.false) and len(expr.atoms(sympy.core.relational.Relational)) <= 8:
-        expr = sympy.simplify_logic(expr)
-    return one_form(expr)
-
-
-def _with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pattern, PerChunk | None]:
-    """The pattern with every choice told its candidates, where it was declared without."""
-    mask = pattern.mask
-    for label, node in sorted(mask.bound.items()):
-        if not isinstance(node, Select) or node.among is not None:
-            continue
-        added, removed = pairs_decided_by(pattern.mask, label)
-        known = node.within(added | removed)
-        mask = _renamed(mask, label, known)
-        if isinstance(normaliser, PerChunk) and normaliser.picks is node:
-            normaliser = replace(normaliser, picks=known)
-    return Pattern(mask, pattern.score, pattern.sink, pattern.scale), normaliser
-
-
-def _renamed(mask: Mask, label: str, node: Select) -> Mask:
-    """``mask`` reading ``node`` where it read the table ``label``."""
-    reads = [read for read in table_reads(mask.expr) if read.spec.name == label]
-    specs = {read: read_class(replace(read.spec, name=node.label))(*read.args) for read in reads}
-    bound = {name: value for name, value in mask.bound.items() if name != label}
-    return Mask(mask.expr.xreplace(specs), {**bound, node.label: node})
 
 
 # ---- other sources ----------------------------------------------------------------------------------------------------------
@@ -357,7 +278,7 @@ def as_branch(function: str, value: Any) -> Branch:
     if isinstance(value, Branch):
         return value
     if isinstance(value, Pattern):
-        pattern, _ = _with_candidates(value, None)
+        pattern, _ = with_candidates(value, None)
         return one_of(Attend(pattern))
     if isinstance(value, (Mask, Select, bool, Score)):
         made = attend(True, score=value) if isinstance(value, Score) else attend(value)

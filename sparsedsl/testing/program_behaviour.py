@@ -15,7 +15,8 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, Q_LEN
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.axes import base_of, unit_of
-from sparsedsl.program.branches import Attend, assume
+from sparsedsl.program.branches import Attend
+from sparsedsl.program.decided import assume
 from sparsedsl.program.effects import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node

@@ -9,7 +9,8 @@ import sympy
 
 from sparsedsl.analysis.program_report import ProgramAnalysis
 from sparsedsl.lang.expressions import Mask
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall, assume
+from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.decided import assume
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Order, Take, Tokens

@@ -17,7 +17,8 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.expressions import Mask, as_mask, b, h, kv_idx, q_idx, score, table
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.program.branches import Attend, pairs_decided_by
+from sparsedsl.program.branches import Attend
+from sparsedsl.program.decided import pairs_decided_by
 from sparsedsl.program.graph import Program
 from sparsedsl.run.attention import Attention
 from sparsedsl.run.picked.attention import picked_attention

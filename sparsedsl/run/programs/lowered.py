@@ -13,7 +13,8 @@ from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.program.axes import unit_of
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Recall, assume, pairs_decided_by
+from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Recall
+from sparsedsl.program.decided import assume, pairs_decided_by
 from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select
 from sparsedsl.run.choosing.at_picks import picked_scores

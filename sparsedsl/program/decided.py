@@ -1,0 +1,91 @@
+"""What a mask leaves to its choices: the pairs that a choice decides, which make its candidates."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import sympy
+
+from sparsedsl.lang.expressions import Mask, one_form
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.tables import read_class, table_reads
+from sparsedsl.program.node import Node
+from sparsedsl.program.select import Select
+from sparsedsl.program.sources import PerChunk
+
+__all__ = ["assume", "pairs_decided_by", "with_candidates"]
+
+
+def _dynamic_atoms(expr: Any, nodes: frozenset[str]) -> list[sympy.Basic]:
+    """The relations of a mask that read tables of these names."""
+    relations = expr.atoms(sympy.core.relational.Relational)
+    return sorted((r for r in relations if any(read.spec.name in nodes for read in table_reads(r))), key=sympy.default_sort_key)
+
+
+def assume(expr: Any, truth: dict[str, bool]) -> Any:
+    """``expr`` where the boolean tables named are known to be true or false everywhere."""
+    relations = expr.atoms(sympy.core.relational.Relational)
+    known = {}
+    for relation in relations:
+        reads = table_reads(relation)
+        named = [read for read in reads if read.spec.name in truth and relation in (sympy.Ne(read, 0), sympy.Eq(read, 0))]
+        if named:
+            value = truth[named[0].spec.name]
+            known[relation] = sympy.true if value == isinstance(relation, sympy.Ne) else sympy.false
+    return expr.xreplace(known)
+
+
+# Of so many other dynamic conditions all cases are looked at; beyond it candidates are all pairs.
+MOST_CASES = 6
+
+
+def pairs_decided_by(mask: Mask, label: str) -> tuple[Mask, Mask]:
+    """The pairs that attend only if the boolean table ``label`` holds, and those that attend only if it does not, whatever other choices
+    say: two static masks."""
+    nodes = frozenset(name for name, value in mask.bound.items() if isinstance(value, Node))
+    bound = {name: value for name, value in mask.bound.items() if name not in nodes}
+    added, removed = _decided(mask.expr, nodes, label)
+    return Mask(added, bound), Mask(removed, bound)
+
+
+@functools.lru_cache(maxsize=256)
+def _decided(expr: Any, nodes: frozenset[str], label: str) -> tuple[Any, Any]:
+    atoms = [atom for atom in _dynamic_atoms(expr, nodes) if label not in {read.spec.name for read in table_reads(atom)}]
+    on, off = (assume(expr, {label: value}) for value in (True, False))
+    if len(atoms) > MOST_CASES:
+        return sympy.true, sympy.true
+    cases = [dict(zip(atoms, values, strict=True)) for values in itertools.product((sympy.true, sympy.false), repeat=len(atoms))]
+    added = [sympy.And(on.xreplace(known), sympy.Not(off.xreplace(known))) for known in cases]
+    removed = [sympy.And(off.xreplace(known), sympy.Not(on.xreplace(known))) for known in cases]
+    return _simple(sympy.Or(*added)), _simple(sympy.Or(*removed))
+
+
+def _simple(expr: Any) -> Any:
+    if expr not in (sympy.true, sympy.false) and len(expr.atoms(sympy.core.relational.Relational)) <= 8:
+        expr = sympy.simplify_logic(expr)
+    return one_form(expr)
+
+
+def with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pattern, PerChunk | None]:
+    """The pattern with every choice told its candidates, where it was declared without."""
+    mask = pattern.mask
+    for label, node in sorted(mask.bound.items()):
+        if not isinstance(node, Select) or node.among is not None:
+            continue
+        added, removed = pairs_decided_by(pattern.mask, label)
+        known = node.within(added | removed)
+        mask = _renamed(mask, label, known)
+        if isinstance(normaliser, PerChunk) and normaliser.picks is node:
+            normaliser = replace(normaliser, picks=known)
+    return Pattern(mask, pattern.score, pattern.sink, pattern.scale), normaliser
+
+
+def _renamed(mask: Mask, label: str, node: Select) -> Mask:
+    """``mask`` reading ``node`` where it read the table ``label``."""
+    reads = [read for read in table_reads(mask.expr) if read.spec.name == label]
+    specs = {read: read_class(replace(read.spec, name=node.label))(*read.args) for read in reads}
+    bound = {name: value for name, value in mask.bound.items() if name != label}
+    return Mask(mask.expr.xreplace(specs), {**bound, node.label: node})
