@@ -107,8 +107,9 @@ class DenseScores(Runner):
         return scores + self.noise(node, scores.shape).scores().to(scores.dtype)
 
     def noise(self, node: Gumbel, size: Any) -> GumbelScores:
-        """Numbers that depend on the seed and their place alone."""
-        return GumbelScores(tuple(size), self.value(node.seed).long(), self.call.q.device)
+        """Numbers that depend on the seed and their place alone: the same wherever a call begins."""
+        first = self.domain.q_offset // unit_of(node.axes[2])
+        return GumbelScores(tuple(size), self.value(node.seed).long(), self.call.q.device, first_row=first)
 
     @means(Grouped)
     def _grouped(self, node: Grouped) -> Tensor:
