@@ -176,3 +176,11 @@ def test_calls_of_size_zero(backend: str, name: str, batch: int, q_len: int, kv_
         t["gate"] = torch.ones(batch, H, kv_len, 3)
     out = sd.compile(pattern, backend=backend)(**t)
     assert out.shape == (batch, HQ, q_len, D) and (kv_len > 0 or (out == 0).all())
+
+
+def test_noise_is_the_same_however_a_call_is_cut(qkv: Any, backend: str) -> None:
+    picks = sd.top_k(MEANS.gumbel(sd.input("seed", "1")), 2, among=ENDED)
+    attn, seed = sd.compile(sd.attend(ENDED & picks), backend=backend), torch.tensor([3])
+    whole = attn(**qkv, seed=seed)
+    rows = [attn(qkv["q"][:, :, i : i + 1], qkv["k"], qkv["v"], q_offset=i, seed=seed) for i in range(L)]
+    torch.testing.assert_close(torch.cat(rows, dim=2), whole)
