@@ -88,13 +88,21 @@ class DenseScores(Runner):
     @means(Softmax)
     def _softmax(self, node: Softmax) -> Tensor:
         allowed = self.units(node.among, node)
-        return safe_softmax(torch.where(allowed, self.value(node.scores), NEVER))
+        scores = self.value(node.scores)
+        # A unit that an input lacks is no unit, and not one of mass 0.
+        return torch.where(scores == NEVER, NEVER, safe_softmax(torch.where(allowed, scores, NEVER)))
 
     @means(Regroup)
     def _regroup(self, node: Regroup) -> Tensor:
         scores = self.value(node.scores)
-        parts = scores.split(node.unit, dim=3)
-        return torch.stack([p.amax(3) if node.how == "max" else getattr(p, node.how)(3) for p in parts], dim=3)
+        parts = []
+        for part in scores.split(node.unit, dim=3):
+            here = part != NEVER
+            count = here.sum(3)
+            total = torch.where(here, part, 0.0).sum(3)
+            joined = part.amax(3) if node.how == "max" else total / count.clamp(min=1) if node.how == "mean" else total
+            parts.append(torch.where(count > 0, joined, NEVER))
+        return torch.stack(parts, dim=3)
 
     @means(Plus)
     def _plus(self, node: Plus) -> Tensor:
