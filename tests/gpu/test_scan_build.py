@@ -115,8 +115,8 @@ def test_slots(launches, target):
 @pytest.mark.parametrize(("dtype", "widths"), [(torch.float16, (64, 64)), (torch.float32, (80, 48))], ids=["half", "single"])
 @pytest.mark.parametrize("run", [run_linear, run_slots])
 def test_other_widths(launches, run, dtype, widths, target):
-    # In float32 the sums of heads beyond 64 do not all stay in registers: 8 to 416 bytes a thread on sm_90 and sm_100 (docs/kernels.md).
-    assert_fits(launches(target, run, dtype, *widths), target, 512 if dtype == torch.float32 else 0)
+    # In float32 the sums of heads beyond 64 do not all stay in registers: 8 to 72 bytes a thread on sm_90 and sm_100 (docs/kernels.md).
+    assert_fits(launches(target, run, dtype, *widths), target, 72 if dtype == torch.float32 else 0)
 
 
 def test_nothing_is_compiled_again_for_another_length(launches):

@@ -92,7 +92,8 @@ def slot_tiles(dtype: torch.dtype, width: int, width_v: int, slots: int, target:
         return Tiles(32, 16, 16, 4)
     few = dtype != torch.float32 and max(width, width_v) <= 128 and slots <= 64
     # A thread of an AMD processor has twice the registers, and half as many if there are eight warps.
-    return Tiles(chunk=128, block=16, columns=32, warps=4 if few or target.backend == "hip" else 8)
+    columns = 16 if dtype == torch.float32 and max(width, width_v) > 64 else 32
+    return Tiles(chunk=128, block=16, columns=columns, warps=4 if few or target.backend == "hip" else 8)
 
 
 @dataclass(frozen=True, eq=False)
