@@ -127,7 +127,7 @@ class SpanLoop:
             index = "q_idx - q_offset" if self.of == "keys" else "kv_idx"
             length = "rows" if self.of == "keys" else "kv_len"
             line = " + ".join(f"{name} * {self.of}_{i}_step_{name}" for name in self._indices(i))
-            at = f"({line}) * {length} + {index}" if line else index
+            at = f"tl.cast({line}, tl.int64) * {length} + {index}" if line else index
             for end in ("first", "last"):
                 source.line(f"{end}{s} = tl.load({end}_{self.of}_{i}_ptr + {at})")
         else:

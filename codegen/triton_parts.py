@@ -217,7 +217,7 @@ class Writer:
         )
         source.line(f"first_row = (lane - q_offset % {step} + {step}) % {step}")
         for name in by_query:
-            source.line(f"{name}_ptr += first_row{'.to(tl.int64)' * self.variant.wide} * {name}_stride_row")
+            source.line(f"{name}_ptr += first_row * {name}_stride_row")
             source.line(f"{name}_stride_row *= {step}")
         for name in by_key:
             source.line(f"{name}_ptr += lane * {name}_stride_row")
@@ -249,7 +249,9 @@ class Writer:
 
         A hint on a parameter is not kept by the compiler, a product is seen to be a multiple.
         """
-        self.source.line(f"{name}_stride_row = {name}_stride_row // ALIGN * ALIGN")
+        stride = f"{name}_stride_row"
+        # Every offset of a row is a product with this number, so that its width is theirs.
+        self.source.line(f"{stride} = {f'tl.cast({stride}, tl.int64)' if self.variant.wide else stride} // ALIGN * ALIGN")
 
     def dims(self, *, of_v: bool = False) -> None:
         """The dimensions of heads, as vectors; ``of_v``: of v and the output alone."""

@@ -37,7 +37,7 @@ from sparsedsl.run.triton_launch import (
     strided,
     tensor_arguments,
 )
-from sparsedsl.run.triton_prepared import ListMaker, Prepared, far_offsets, prepare
+from sparsedsl.run.triton_prepared import ListMaker, Prepared, prepare
 from sparsedsl.run.triton_tables import add_table_gradient, side_of, summed_on_the_way
 
 __all__ = ["TritonKernel", "missing"]
@@ -85,13 +85,11 @@ class TritonKernel:
         fixed = [table for name, table in sorted(domain.tables.items()) if name not in learned]
         key = (
             domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, call.q.shape[3], call.v.shape[3], call.q.device,
-            far_offsets(call), *(domain.tables[name].shape for name in learned),
+            *(domain.tables[name].shape for name in learned),
         )  # fmt: skip
         widths = call.q.shape[3], call.v.shape[3]
         with torch.no_grad():
-            return self._prepared.get(
-                key, fixed, lambda: prepare(self.pattern, domain, call.q.device, widths, self._lists, far=far_offsets(call))
-            )
+            return self._prepared.get(key, fixed, lambda: prepare(self.pattern, domain, call.q.device, widths, self._lists))
 
     def described(self, domain: Domain, device: str, shape: Shape, *, grad: bool) -> tuple[str, ...]:
         """How the kernels of a call find their tiles, and how each is launched; for ``explain``."""
@@ -125,8 +123,9 @@ class TritonKernel:
         lse = torch.empty((domain.batch, domain.heads, domain.rows), dtype=torch.float32, device=q.device)
         values = _values(call, schedule) | strided("q", q) | strided("k", k) | strided("v", v)
         if domain.rows <= DECODE_ROWS:
-            return self._decode(call, schedule, values, lse, (q, k, v))
+            return self._decode(call, schedule.reaching(q, k, v), values, lse, (q, k, v))
         out = like(q, v.shape[3])
+        schedule = schedule.reaching(q, k, v, out)
         values |= {**strided("out", out), "lse_ptr": lse}
         self._over_queries("forward", call, schedule, values, _shape(call, q, k, v, out))
         return out, lse
@@ -188,6 +187,8 @@ class TritonKernel:
             grad_q, grad_k, grad_v = (grad.to(call.q.dtype) for grad in finest)
             return grad_q, grad_k, grad_v, tables
         q, k, v, out, grad_out = (rows_contiguous(t.detach()) for t in (call.q, call.k, call.v, out, grad_out))
+        grad_q, grad_k, grad_v = like(q), like(k), like(v)
+        schedule = schedule.reaching(q, k, v, out, grad_out, grad_q, grad_k, grad_v)
         domain, device, source = call.domain, q.device, schedule.source
         shape = _shape(call, q, k, v, out, grad_out)
         lse = lse.detach().contiguous()
@@ -201,7 +202,6 @@ class TritonKernel:
         lines = domain.batch * domain.heads
         has = {"HAS_GRAD_LSE": grad_lse is not None}
         _run("delta", shape, schedule, lambda config: (in_tiles(domain.rows, config.block_m) * lines, values), **has)
-        grad_q, grad_k, grad_v = like(q), like(k), like(v)
         self._over_queries("grad_q", call, schedule, values | strided("grad_q", grad_q), shape)
         self._over_keys(call, schedule, values | strided("grad_k", grad_k) | strided("grad_v", grad_v), shape)
 

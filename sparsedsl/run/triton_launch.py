@@ -22,10 +22,13 @@ __all__ = [
     "rows_contiguous",
     "strided",
     "tensor_arguments",
+    "tiles_contiguous",
 ]
 
 # Elements that strides must be a multiple of for 16-byte loads of the smallest type.
 ALIGN = 8
+# Rows of the tallest tile of a kernel that no pattern changes.
+MOST_TILE_ROWS = 256
 
 
 def launch(
@@ -86,6 +89,12 @@ def strided(name: str, t: torch.Tensor) -> dict[str, Any]:
 def rows_contiguous(t: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or a copy whose last dimension is contiguous."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def tiles_contiguous(t: torch.Tensor) -> torch.Tensor:
+    """:func:`rows_contiguous`, or a copy whose rows lie so close that kernels may count the numbers of one tile in 32 bits."""
+    t = rows_contiguous(t)
+    return t if t.stride(2) * MOST_TILE_ROWS < 1 << 31 else t.contiguous()
 
 
 def in_tiles(length: int, side: int) -> int:

@@ -18,13 +18,12 @@ from sparsedsl.gpu.configs import Work
 from sparsedsl.gpu.costs import work_of
 from sparsedsl.gpu.tuning_records import density_class
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.run.inputs import Call
 from sparsedsl.run.prepared_tables import fill
 from sparsedsl.run.table_gradients import allowed_differences
 from sparsedsl.run.triton_launch import tensor_arguments
 from sparsedsl.run.triton_loops import list_values, span_values
 
-__all__ = ["ListMaker", "Prepared", "far_offsets", "prepare"]
+__all__ = ["ListMaker", "Prepared", "prepare"]
 
 ListMaker = Callable[[Domain, tuple[int, int]], TileLists]
 # Rows of tiles at most where tiles are only counted.
@@ -60,6 +59,16 @@ class Prepared:
                 else:  # the spans of residues all have a closed form
                     self._arrays[key] = {}
         return self._arrays[key]
+
+    def reaching(self, *tensors: torch.Tensor) -> Prepared:
+        """The same, able to reach every row of these tensors ``(B, H, S, D)``: all that a kernel is launched with belong here."""
+        return self._wider if any(t.shape[2] * t.stride(2) >= 1 << 31 for t in tensors) else self
+
+    @functools.cached_property
+    def _wider(self) -> Prepared:
+        """With offsets of 64 bits; the loops over tiles are the same."""
+        variant = replace(self.variant, wide=True, descriptors=False)
+        return replace(self, variant=variant, source=triton_source(self.pattern, variant))
 
     @functools.cached_property
     def described(self) -> TritonSource | None:
@@ -98,23 +107,13 @@ class Prepared:
         return density_class(width / self.domain.kv_len, width)
 
 
-def far_offsets(call: Call) -> bool:
-    """Whether some number of q, k or v lies 2**31 or more numbers behind the first of its head."""
-    return any(t.shape[2] * t.stride(2) >= 1 << 31 for t in (call.q, call.k, call.v))
-
-
-def prepare(
-    pattern: Pattern, domain: Domain, device: torch.device, widths: tuple[int, int], lists: ListMaker, *, far: bool = False
-) -> Prepared:
-    """All that does not depend on the values of q, k and v, nor on learned tables. ``widths``: of heads of q and k, and of v.
-
-    ``far``: see :func:`far_offsets`.
-    """
+def prepare(pattern: Pattern, domain: Domain, device: torch.device, widths: tuple[int, int], lists: ListMaker) -> Prepared:
+    """All that depends on no tensor but tables that are not learned. ``widths``: of heads of q and k, and of v."""
     variant = variant_of(
         pattern,
         head_dim=widths[0],
         head_dim_v=widths[1],
-        wide=far or max(domain.lengths.values()) > LONGEST,
+        wide=max(domain.lengths.values()) > LONGEST,
         wide_tables=frozenset(name for name, table in domain.tables.items() if table.numel() >= 1 << 31),
         own_key=domain.lengths["q_len"] <= domain.kv_len,
     )

@@ -276,3 +276,53 @@ def test_decode_of_many_splits_is_decode_of_one(monkeypatch):
         found.append(compiled(learned)(q, k, v, q_offset=68, return_lse=True, bias=tensor(4, 9, seed=5), sink=tensor(4, seed=6)))
     for other in found[1:]:
         torch.testing.assert_close(found[0], other, rtol=1e-5, atol=1e-5)
+
+
+# ---- rows that lie far apart ---------------------------------------------------------------------------------------------------------
+
+
+class Apart:
+    """Tensors whose rows lie 2**26 numbers apart, in a file that has no room for what nobody writes."""
+
+    def __init__(self, folder):
+        self.folder, self.made = folder, []
+
+    def __call__(self, t):
+        size = t.shape[2] * (1 << 26)
+        path = self.folder / str(len(self.made))
+        with path.open("wb") as file:
+            file.truncate(2 * size)
+        storage = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
+        self.made.append(path)
+        _, heads, _, width = t.shape
+        view = storage.as_strided(t.shape, (heads * width, width, 1 << 26, 1))
+        return view.copy_(t)
+
+
+@pytest.fixture
+def apart(tmp_path):
+    made = Apart(tmp_path)
+    yield made
+    for path in made.made:
+        path.unlink()
+
+
+residues = causal & ((q_idx - kv_idx) % 2 == 0) & (q_idx - kv_idx < 9)
+
+
+@pytest.mark.parametrize(
+    ("mask", "which"), [(window, "qkv"), (residues, "qkv"), (window, "grad_out"), (lists, "grad_out")], ids=str
+)
+def test_rows_whose_offsets_take_64_bits(apart, mask, which):
+    """Also of the gradient of the output, which a call does not know of."""
+    given, grad_out = [t.half() for t in qkv(36)], tensor(1, 2, 36, 16, seed=9).half()
+
+    def run(given, grad_out):
+        given = [t.detach().requires_grad_() for t in given]
+        out = compiled(mask)(*given)
+        return out, *torch.autograd.grad(out, given, grad_out)
+
+    near = run(given, grad_out)
+    far = run([apart(t) for t in given], grad_out) if which == "qkv" else run(given, apart(grad_out))
+    for one, other in zip(near, far, strict=True):
+        assert torch.equal(one, other)

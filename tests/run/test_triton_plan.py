@@ -15,6 +15,7 @@ from sparsedsl.codegen.to_triton import triton_source, variant_of
 from sparsedsl.plan import CallFacts, choose
 from sparsedsl.run.inputs import check_call
 from sparsedsl.run.triton_kernel import TritonKernel, missing
+from sparsedsl.run.triton_launch import tiles_contiguous
 from sparsedsl.run.triton_prepared import prepare
 from sparsedsl.testing import tensor
 
@@ -102,16 +103,17 @@ def test_positions_and_tables_of_64_bits_only_where_they_are_needed():
     assert not prepared_for(blocks, picked=torch.zeros(5, 5, dtype=torch.bool)).variant.wide_tables
 
 
-def test_offsets_of_64_bits_follow_the_strides():
-    kernel = TritonKernel(sd.attend(causal), lambda domain, block: classify(causal.expr, domain, block))
-    near, far = torch.zeros(1, 1, 40, 16), torch.zeros(1, 1, 1, 16).as_strided((1, 1, 40, 16), (0, 0, 0, 1))
-    assert not kernel.schedule(check_call(kernel.pattern, near, near, near, {})).variant.wide
+def test_offsets_of_64_bits_follow_the_strides_of_every_tensor_of_a_launch():
+    near, repeated = torch.zeros(1, 1, 40, 16), torch.zeros(1, 1, 1, 16).expand(1, 1, 40, 16)
     # As far apart as rows of 2**26 numbers: nothing of it is touched.
-    wide = torch.empty(40 << 26, dtype=torch.float16, device="meta").as_strided((1, 1, 40, 16), (0, 0, 1 << 26, 1))
-    from sparsedsl.run.triton_prepared import far_offsets
-
-    assert far_offsets(check_call(kernel.pattern, wide, wide, wide, {}))
-    assert not far_offsets(check_call(kernel.pattern, far, far, far, {}))
+    far = torch.empty(40 << 26, dtype=torch.float16, device="meta").as_strided((1, 1, 40, 16), (0, 0, 1 << 26, 1))
+    prepared = prepared_for(sd.attend(causal))
+    assert prepared.reaching(near, near, repeated) is prepared
+    for place in range(3):
+        assert prepared.reaching(*(far if n == place else near for n in range(3))).variant.wide
+    assert prepared.reaching(near, far) is prepared.reaching(far)
+    # Kernels that no pattern changes count the numbers of a tile in 32 bits, and get a copy of what lies further apart.
+    assert tiles_contiguous(near) is near and tiles_contiguous(far).stride(2) == 16
 
 
 # ---- what calls share --------------------------------------------------------------------------------------------------------------------

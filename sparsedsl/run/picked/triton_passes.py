@@ -19,7 +19,7 @@ from sparsedsl.run.picked.picks import Picks
 from sparsedsl.run.picked.triton_configs import PickedShape, config_of, constants_of, function, most_rows, pack_of, rows_of
 from sparsedsl.run.picked.unions import Unions, by_chunk, unions
 from sparsedsl.run.triton_choice import target_of
-from sparsedsl.run.triton_launch import in_tiles, is_aligned, like, rows_contiguous, strided
+from sparsedsl.run.triton_launch import in_tiles, is_aligned, like, strided, tiles_contiguous
 
 __all__ = ["Interval", "Job", "Run"]
 
@@ -49,7 +49,7 @@ class Run:
     """One call on the device: shapes, lists, and launches."""
 
     def __init__(self, job: Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, lists: Sequence[Tensor] = ()) -> None:
-        self.job, self.q, self.k, self.v = job, rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+        self.job, self.q, self.k, self.v = job, tiles_contiguous(q), tiles_contiguous(k), tiles_contiguous(v)
         self.weights = None if weights is None else weights.contiguous()
         self.indices = job.picks.indices
         self.batch, self.heads, self.rows, _ = q.shape
@@ -162,7 +162,7 @@ class Run:
         if self.is_empty:
             none = None if self.weights is None else torch.zeros_like(self.weights)
             return torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v), none
-        grad_q, grad_out = like(self.q), rows_contiguous(grad_out)
+        grad_q, grad_out = like(self.q), tiles_contiguous(grad_out)
         delta = torch.empty_like(slot_lse if weighted else lse)
         values = self.values | strided("out", out) | strided("grad_out", grad_out) | strided("grad_q", grad_q)
         values |= {"lse_ptr": slot_lse if weighted else lse, "delta_ptr": delta}

@@ -12,7 +12,7 @@ import torch
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.loading import triton
 from sparsedsl.run.triton_kernel import missing
-from sparsedsl.run.triton_launch import ALIGN, in_tiles, is_aligned, rows_contiguous, strided
+from sparsedsl.run.triton_launch import ALIGN, in_tiles, is_aligned, strided, tiles_contiguous
 
 __all__ = ["Tiles", "carried", "filled", "launch", "operands", "plain", "precision_of", "refuse"]
 
@@ -99,4 +99,4 @@ def carried(kernel: Any, states: Tensor, factors: Tensor, initial: Tensor | None
 
 def plain(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Detached, last dimension contiguous."""
-    return tuple(rows_contiguous(t.detach()) for t in tensors)
+    return tuple(tiles_contiguous(t.detach()) for t in tensors)
