@@ -12,7 +12,8 @@ from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.clauses import Clause, clauses, only_difference
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.intervals import Intervals, TableRanges, wrapped
+from sparsedsl.analysis.guarded import GuardedIntervals
+from sparsedsl.analysis.intervals import TableRanges
 from sparsedsl.errors import TableError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.functions import Where
@@ -80,33 +81,14 @@ class _Facts(TableRanges):
         return self.values.get(read.spec.name) or super().range(read, indices)
 
 
-def index_ranges(domain: Domain, values: Mapping[str, tuple[int, int]]) -> Intervals:
+def index_ranges(domain: Domain, values: Mapping[str, tuple[int, int]]) -> GuardedIntervals:
     """Interval arithmetic over the whole domain in Python integers: nothing wraps."""
-    return Intervals(_symbol_ranges(domain), _Facts(values))
+    return GuardedIntervals(_symbol_ranges(domain), _Facts(values))
 
 
-def _in_clause(index: sympy.Expr, clause: Clause, intervals: Intervals) -> tuple[Any, Any]:
-    """Range of ``index`` where ``clause`` holds: its own range, narrowed by a bound on the same form."""
-    if isinstance(index, StrictFunction) and index.operation == "wrap":
-        return wrapped(_in_clause(index.args[0], clause, intervals), int(index.args[1]))
-    low, high = intervals.range(index)
-    for bound in clause.bounds:
-        for sign in (1, -1):
-            fixed = sympy.expand(index - sign * (bound.q_part + bound.kv_part))
-            if {s.name for s in fixed.free_symbols} & {"q_idx", "kv_idx"}:
-                continue
-            limits = [None if v is None else intervals.range(sympy.expand(fixed + sign * v)) for v in (bound.low, bound.high)]
-            below, above = limits if sign > 0 else limits[::-1]
-            low = low if below is None else max(low, below[0])
-            high = high if above is None else min(high, above[1])
-    return low, high
-
-
-def allowed_range(index: sympy.Expr, mask: Boolean, intervals: Intervals) -> tuple[Any, Any]:
+def allowed_range(index: sympy.Expr, mask: Boolean, intervals: GuardedIntervals) -> tuple[Any, Any]:
     """Range of ``index`` over the pairs that ``mask`` allows, or somewhat more; low > high if it allows none."""
-    ranges = [_in_clause(index, clause, intervals) for clause in clauses(mask)]
-    ranges = [r for r in ranges if r[0] <= r[1]]
-    return min((r[0] for r in ranges), default=0), max((r[1] for r in ranges), default=-1)
+    return intervals.within(index, clauses(mask)) or (0, -1)
 
 
 def check_reads(pattern: Pattern, domain: Domain) -> None:
@@ -125,13 +107,11 @@ def check_reads(pattern: Pattern, domain: Domain) -> None:
                 low, high = intervals.range(index)
                 if low >= 0 and high < size:
                     continue
-                if item.guard == sympy.true:
-                    whole = [c for c in clauses(pattern.mask.expr) if expr == pattern.mask.expr and _mentions(c, item.read)]
-                else:
-                    whole = list(clauses(item.guard))
-                ranges = [_in_clause(index, clause, intervals) for clause in whole] if whole else [(low, high)]
-                ranges = [r for r in ranges if r[0] <= r[1]]
-                low, high = min((r[0] for r in ranges), default=0), max((r[1] for r in ranges), default=0)
+                ways = clauses(item.guard)
+                if item.guard == sympy.true and expr == pattern.mask.expr:
+                    ways = tuple(clause for clause in clauses(expr) if _mentions(clause, item.read)) or ways
+                # What a relation says that reads the table itself is not known before it is read.
+                low, high = intervals.within(index, ways, unread=item.read) or (0, 0)
                 if (low < 0 or high >= size) and not _inside_at_every_point(index, item.guard, domain, size):
                     raise TableError(_message(item.read, axis, index, size, low, high, tuple(table.shape)))
 

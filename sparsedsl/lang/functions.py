@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import sympy
-from sympy.logic.boolalg import BooleanFalse, BooleanTrue
+from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
+
+from sparsedsl.lang.conditions import at_least
 
 __all__ = [
     "REAL_FUNCTIONS",
@@ -41,11 +43,23 @@ class Where(sympy.Function):
     def _eval_is_integer(self) -> bool | None:
         return True if self.args[1].is_integer and self.args[2].is_integer else None
 
+    @property
+    def arms(self) -> tuple[tuple[Boolean, sympy.Expr], ...]:
+        """The two values, each with the condition under which it is taken."""
+        condition, a, b = self.args
+        return (condition, a), (sympy.Not(condition), b)
+
     def _eval_is_nonnegative(self) -> bool | None:
-        return True if self.args[1].is_nonnegative and self.args[2].is_nonnegative else None
+        return self._known(0)
 
     def _eval_is_positive(self) -> bool | None:
-        return True if self.args[1].is_positive and self.args[2].is_positive else None
+        return self._known(1)
+
+    def _known(self, bound: int) -> bool | None:
+        """Each arm matters only where its condition holds: ``Where(n >= 1, n, 1)`` is positive."""
+        if all(arm.is_integer for arm in self.args[1:]):
+            return at_least(self, bound, ()) or None
+        return True if all((arm.is_positive if bound else arm.is_nonnegative) for arm in self.args[1:]) else None
 
     def _eval_is_extended_real(self) -> bool | None:
         return True if self.args[1].is_extended_real and self.args[2].is_extended_real else None
