@@ -42,7 +42,7 @@ def alibi_slope(heads: int) -> Score:
     second slope for ``2*n``.
 
     Args:
-        heads: number of query heads.
+        heads: number of query heads; a call with another number raises, as slopes would then be those of other heads.
 
     Raises:
         PatternError: ``heads`` is below 1.
@@ -56,7 +56,9 @@ def alibi_slope(heads: int) -> Score:
     heads = check_whole("alibi_slope", "heads", heads, 1)
     n = 2 ** (heads.bit_length() - 1)
     slopes = _two_to(-8 * (h + 1) / n)
-    return slopes if n == heads else where(h < n, slopes, _two_to(-4 * (2 * (h - n) + 1) / n))
+    if n != heads:
+        slopes = where(h < n, slopes, _two_to(-4 * (2 * (h - n) + 1) / n))
+    return slopes.for_heads(heads)
 
 
 def _two_to(power: Score) -> Score:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsedsl import _layout
 from sparsedsl.errors import (
+    CallWarning,
     PatternError,
     SettingsError,
     ShapeError,
@@ -89,7 +90,8 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "PatternError", "SettingsError", "ShapeError", "SparseDSLError", "TableError", "TraceError", "UnsupportedError", *_PUBLIC,
+    "CallWarning", "PatternError", "SettingsError", "ShapeError", "SparseDSLError", "TableError", "TraceError", "UnsupportedError",
+    *_PUBLIC,
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CallWarning",
     "PatternError",
     "SettingsError",
     "ShapeError",
@@ -39,3 +40,7 @@ class UnsupportedError(SparseDSLError, NotImplementedError):
 
 class SettingsError(SparseDSLError, ValueError):
     """An environment switch with a value that is not one of the valid ones."""
+
+
+class CallWarning(UserWarning):
+    """A call that has a meaning, but rarely the one that is wanted. Each text names what to pass to say that it is meant."""

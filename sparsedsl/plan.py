@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +15,7 @@ BACKENDS = ("auto", "reference", "tiled", "flex", "triton")
 # Up to this many logits the dense reference is quicker than cutting a mask into strips.
 SMALL_LOGITS = 1 << 15
 TRITON_DTYPES, TRITON_WIDEST = ("float16", "bfloat16", "float32"), 256
-# How much quicker FlexAttention must be expected to be on CPU to be worth the wait for its compiler at the first call: as a ratio, and
-# in seconds a call.
+# How much quicker FlexAttention must be expected to be on CPU for `explain` to speak of it: as a ratio, and in seconds a call.
 FLEX_GAIN, FLEX_SAVES = 1.25, 0.01
 
 
@@ -71,6 +71,8 @@ def flex_refusal(facts: CallFacts) -> str | None:
     """Why FlexAttention cannot run the call, or None if it can."""
     if facts.dtype == "float64":
         return "FlexAttention has no float64"
+    if facts.device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "FlexAttention on a GPU is compiled by Triton, which is not installed"
     if facts.device == "cpu" and facts.grad:
         return "FlexAttention has no backward pass on CPU"
     if facts.device == "cpu" and facts.lse:
@@ -98,9 +100,13 @@ def choose(
     missing: Callable[[str], str | None] = lambda device: "Triton was not looked for",
     fastest: Callable[[tuple[str, ...]], tuple[str, str] | None] = lambda backends: None,
 ) -> Plan:
-    """The plan for one call. ``costs`` is asked only where ``auto`` has a choice on CPU; without it `tiled` is taken there.
-    ``missing``: what a kind of device ("cpu", "cuda") lacks for Triton kernels, or None. ``fastest``: of backends on a GPU, what was
-    measured to be the fastest and how that is known, or None.
+    """The plan for one call.
+
+    Args:
+        costs: for ``explain``, to say where FlexAttention would be worth its compile. On CPU ``auto`` takes `tiled` in any case: a call
+            must not wait for a compiler, nor need one, that nobody asked for.
+        missing: what a kind of device ("cpu", "cuda") lacks for Triton kernels, or None.
+        fastest: of backends on a GPU, what was measured to be the fastest and how that is known, or None.
 
     Raises:
         UnsupportedError: the named backend cannot run the call. Nothing is ever replaced by something else without being asked for.
@@ -138,7 +144,7 @@ def choose(
     expected = costs()
     why = f"expected {expected.tiled * 1e3:.3g} ms tiled, {expected.flex * 1e3:.3g} ms flex; rates {expected.source}"
     if expected.flex * FLEX_GAIN < expected.tiled and expected.tiled - expected.flex > FLEX_SAVES:
-        return Plan(pattern.key, "flex", block, f"{why}, and worth the compile")
+        why += "; backend='flex' may be worth its C++ compiler and a first call of 3 to 30 s"
     return Plan(pattern.key, "tiled", block, why)
 
 

@@ -12,6 +12,7 @@ import sympy
 import torch
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.program_causality import program_causality
 from sparsedsl.analysis.proofs import Verdict
 from sparsedsl.analysis.rows import count_rows
@@ -100,8 +101,9 @@ class ProgramAnalysis:
 
 
 def analyse_program(
-    program: Program, q_len: int, kv_len: int | None = None, *, q_offset: int = 0, batch: int = 1, heads: int = 1,
-    kv_heads: int | None = None, head_dim: int = 64, head_dim_v: int | None = None, item: int = 2, sizes: Mapping[str, int] | None = None,
+    program: Program, q_len: int, kv_len: int | None = None, *, q_offset: int = 0, batch: int = 1,
+    heads: int | None = None, kv_heads: int | None = None, head_dim: int = 64, head_dim_v: int | None = None, item: int = 2,
+    sizes: Mapping[str, int] | None = None,
     **tables: Any,
 ) -> ProgramAnalysis:  # fmt: skip
     """Everything that can be said before a program runs; see :func:`sparsedsl.analyse`. ``sizes``: of axes with names of their own."""
@@ -113,6 +115,7 @@ def analyse_program(
             f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}"
         )
     keys = q_offset + q_len if kv_len is None else kv_len
+    heads = count_heads((node.pattern for node in program.everything if isinstance(node, Attend)), given, heads)
     domain = Domain(q_len, keys, q_offset, batch, heads, {name: given[name] for name in program.tables})
     known = {
         "batch": batch, "heads": heads, "kv_heads": kv_heads or heads, "queries": q_len, "keys": keys, "head_dim": head_dim,

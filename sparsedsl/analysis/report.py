@@ -13,6 +13,7 @@ import torch
 from sparsedsl.analysis.bounds import check_reads, index_ranges, value_ranges
 from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.analysis.program_report import analyse_program
 from sparsedsl.analysis.proofs import Verdict, Witness, causality
@@ -131,7 +132,7 @@ def analyse(
     *,
     q_offset: int = 0,
     batch: int = 1,
-    heads: int = 1,
+    heads: int | None = None,
     head_dim: int = 64,
     head_dim_v: int | None = None,
     dtype: Any = "bfloat16",
@@ -146,7 +147,8 @@ def analyse(
         q_len, kv_len: number of queries and keys in tokens; ``kv_len`` defaults to ``q_offset + q_len``.
         block_size: tokens per tile, one number or a pair (q, kv).
         q_offset: position of the first query.
-        batch, heads, head_dim, head_dim_v, dtype: what the costs are counted for; ``heads`` are query heads.
+        batch, heads, head_dim, head_dim_v, dtype: what the costs are counted for; ``heads`` are query heads, by default as many as
+            the pattern is written for (``alibi(8)``, tables read by ``h``), else 1.
         kv_heads, sizes: of programs: key/value heads, default ``heads``, and the sizes of axes with names of their own.
         tables: a tensor for each table that is not bound to the pattern.
 
@@ -154,7 +156,8 @@ def analyse(
         :class:`Analysis`, of a program :class:`~sparsedsl.analysis.program_report.ProgramAnalysis`; ``print`` it for a report.
 
     Raises:
-        ShapeError: a length or size below 1. TableError: a table is missing, surplus or too short.
+        ShapeError: a length or size below 1, or other heads than the pattern is written for.
+        TableError: a table is missing, surplus or too short.
 
     The (q_len x kv_len) grid never exists: cost and memory follow the listed tiles. Where a density cannot be had in closed form and
     the partial tiles hold more than 2**27 pairs, rows are sampled and the report says "about".
@@ -178,6 +181,7 @@ def analyse(
         )  # fmt: skip
     pattern, pair = as_pattern(pattern), block_pair(block_size)
     bound = bind_for_analysis(pattern, tables)
+    heads = count_heads((pattern,), bound, heads)
     domain = Domain(q_len, q_offset + q_len if kv_len is None else kv_len, q_offset, batch, heads, bound)
     check_reads(pattern, domain)
     mask = pattern.mask.expr

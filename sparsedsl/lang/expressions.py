@@ -23,11 +23,28 @@ from sparsedsl.lang.tables import TableSpec, read_class, table_specs
 __all__ = ["Index", "Mask", "Score", "Table", "as_index", "as_mask", "as_score", "table"]
 
 
-def _merge(*parts: Any) -> dict[str, Any]:
-    """Join the captured tables of operands; one name must mean one tensor, or one node of a program."""
-    joined: dict[str, Any] = {}
+class Captured(dict[str, Any]):
+    """What an expression carries beside its formula: tensors by table name, and ``heads``, how many heads it is written for, or None."""
+
+    def __init__(self, tables: Mapping[str, Any] | None = None, heads: int | None = None):
+        super().__init__(tables or {})
+        self.heads: int | None = getattr(tables, "heads", None) if heads is None else heads
+
+    def __reduce__(self) -> Any:
+        return Captured, (dict(self), self.heads)
+
+
+def _merge(*parts: Any) -> Captured:
+    """Join what operands carry; one name must mean one tensor, or one node of a program, and all be written for as many heads."""
+    joined = Captured()
     for part in parts:
-        for name, value in part.bound.items() if isinstance(part, Expression) else ():
+        carried = part._bound if isinstance(part, Expression) else Captured()
+        if carried.heads is not None and joined.heads not in (None, carried.heads):
+            raise PatternError(
+                f"one part is written for {joined.heads} heads, another for {carried.heads}: both must be for the same number"
+            )
+        joined.heads = joined.heads or carried.heads
+        for name, value in carried.items():
             if joined.setdefault(name, value) is not value:
                 raise TableError(
                     f"two different tensors are captured under the table name {name!r}; rename one of them, "
@@ -41,12 +58,12 @@ class Expression:
 
     __slots__ = ("_bound", "_expr", "_key")
     _expr: sympy.Basic
-    _bound: dict[str, Any]
+    _bound: Captured
     _key: str | None
 
     def __init__(self, expr: sympy.Basic, bound: Mapping[str, Any] | None = None):
         object.__setattr__(self, "_expr", expr)
-        object.__setattr__(self, "_bound", dict(bound or {}))
+        object.__setattr__(self, "_bound", Captured(bound))
         object.__setattr__(self, "_key", None)
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
@@ -63,7 +80,7 @@ class Expression:
     @property
     def bound(self) -> dict[str, Any]:
         """Table name -> tensor for tables bound at declaration or captured by tracing (a copy)."""
-        return dict(self._bound)
+        return Captured(self._bound)
 
     @property
     def tables(self) -> dict[str, TableSpec]:
@@ -89,7 +106,25 @@ class Expression:
         for name in tables:
             if name not in known:
                 raise TableError(f"cannot bind table {name!r}: the expression reads {', '.join(known) or 'no table'}")
-        return type(self)(self._expr, {**self._bound, **tables})
+        return type(self)(self._expr, Captured({**self._bound, **tables}, self._bound.heads))
+
+    @property
+    def heads(self) -> int | None:
+        """How many query heads it is written for, or None where any number will do; see :meth:`for_heads`."""
+        return self._bound.heads
+
+    def for_heads(self, heads: int) -> Any:
+        """The same expression, which declares that it is written for so many query heads: a call with another number raises.
+
+        >>> import sparsedsl as sd
+        >>> slopes = (2.0 ** (-sd.h - 1)).for_heads(8)
+        >>> (sd.score - slopes * abs(sd.q_idx - sd.kv_idx)).heads
+        8
+        """
+        if isinstance(heads, bool) or not isinstance(heads, numbers.Integral) or heads < 1:
+            raise PatternError(f"heads must be a whole number of at least 1; got {heads!r}")
+        declared = _merge(self, Score(sympy.Integer(0), Captured(heads=int(heads))))
+        return type(self)(self._expr, declared)
 
     def same_as(self, other: Any) -> bool:
         """Structural equality of the canonical forms. For equality of meaning ask :func:`sparsedsl.equivalent`."""
@@ -583,6 +618,10 @@ def table(
     ``dtype`` is int (default), bool or float, or a torch dtype of these kinds (``learned=True`` makes it float). The other words
     are facts that analysis relies on and calls check: ``monotone`` (never falls along its last index, as document ids),
     ``bijective`` (a permutation along its last index), ``values_in=(low, high)`` (inclusive). A learned table gets gradients.
+
+    What was worked out of a table (tile lists, checked facts) is kept while the tensor lives unchanged. Torch counts writes such as
+    ``doc[5] = 1`` or ``doc.copy_(ids)``, and they are seen; it does not count writes through ``doc.data`` or through an array that shares
+    the memory (``doc.numpy()``, ``torch.from_numpy(ids)``): after such a write pass ``doc.clone()``.
 
     >>> import sparsedsl as sd
     >>> doc = sd.table("doc", monotone=True)

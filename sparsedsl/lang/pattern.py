@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
+
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.expressions import Mask, Score, _merge, as_mask, as_score
 from sparsedsl.lang.printing import to_text
-from sparsedsl.lang.symbols import BATCH, HEAD, SCORE
+from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
 from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
 
-__all__ = ["Pattern", "as_pattern", "attend"]
+__all__ = ["Pattern", "as_pattern", "attend", "relates_positions"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,6 +62,17 @@ class Pattern:
         return _merge(self.mask, self.score, self.sink)
 
     @property
+    def heads(self) -> int | None:
+        """How many query heads it is declared for, by ``attend(..., heads=)`` or a part such as ``alibi(8)``; None: any number."""
+        return _merge(self.mask, self.score, self.sink).heads
+
+    @functools.cached_property
+    def head_reads(self) -> frozenset[tuple[str, int]]:
+        """Tables that are read by the head: the name and which dimension. Their length says how many heads there are."""
+        reads = {read for expr in self.exprs for read in table_reads(expr)}
+        return frozenset((read.spec.name, dim) for read in reads for dim, index in enumerate(read.args) if index == HEAD)
+
+    @property
     def has_score(self) -> bool:
         """Whether the logit is modified at all."""
         return self.score.expr != SCORE
@@ -75,6 +88,8 @@ class Pattern:
             words.append(f"sink={self.sink}")
         if self.scale is not None:
             words.append(f"scale={self.scale!r}")
+        if self.heads is not None:
+            words.append(f"heads={self.heads}")
         return "\n".join([*declarations, f"attend({', '.join(words)})"])
 
     @functools.cached_property
@@ -98,7 +113,7 @@ class Pattern:
         return Pattern, (self.mask, self.score, self.sink, self.scale)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pattern) and self.exprs == other.exprs and self.scale == other.scale
+        return isinstance(other, Pattern) and (self.exprs, self.scale, self.heads) == (other.exprs, other.scale, other.heads)
 
     def __hash__(self) -> int:
         return hash((self.exprs, self.scale))
@@ -110,7 +125,7 @@ class Pattern:
         return f"<Pattern {self.text.splitlines()[-1]}>"
 
 
-def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None) -> Pattern:
+def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None) -> Pattern:
     """Softmax attention over the pairs that ``mask`` allows.
 
     Args:
@@ -119,15 +134,20 @@ def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | Non
         sink: an extra logit over ``b`` and ``h`` (number, expression, or learned table read) that takes part in the softmax with a
             value of zero, as in GPT-OSS; ``0.0`` gives softmax-plus-one.
         scale: factor on ``q @ k``; default ``head_dim ** -0.5``.
+        heads: the number of query heads it is written for: a call with another number, as a shard of the heads has, raises. None
+            takes what its parts say, as ``alibi(8)`` does, else any number will do.
 
     Raises:
-        PatternError: when the mask depends on ``score``, the sink on a position, or the scale is not a positive number.
+        PatternError: when the mask depends on ``score``, the sink on a position, the scale is not a positive number, or parts are
+            written for different numbers of heads.
 
     >>> import sparsedsl as sd
     >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.tanh(sd.score / 30) * 30)
     <Pattern attend(q_idx >= kv_idx, score=30*tanh(score / 30))>
     """
     mask = as_mask(mask, where="the mask of attend()")
+    if heads is not None:
+        mask = mask.for_heads(heads)
     if SCORE in mask.expr.free_symbols:
         raise PatternError(
             f"the mask {mask} depends on `score`; drop pairs by score inside the score: sd.where(condition, score, -inf)"
@@ -164,3 +184,27 @@ def as_pattern(value: Any, *, where: str = "pattern") -> Pattern:
         return attend(True, score=value)
     hint = "; trace FlexAttention functions first: sd.trace_mask(function)" if callable(value) else ""
     raise PatternError(f"{where} must be a Mask or a Pattern; got {value!r} ({type(value).__name__}){hint}")
+
+
+@functools.lru_cache(maxsize=1024)
+def relates_positions(expr: Any) -> bool:
+    """Whether an expression counts queries and keys on one axis: where the first query stands then matters.
+
+    It does where it uses ``q_idx`` as a number, looks up anything by both, or looks one table up by either.
+
+    >>> import sparsedsl as sd
+    >>> ours, theirs = sd.table("ours"), sd.table("theirs")
+    >>> [relates_positions(mask.expr) for mask in (sd.kv_idx <= sd.q_idx, ours[sd.q_idx] == ours[sd.kv_idx])]
+    [True, True]
+    >>> [relates_positions(mask.expr) for mask in (sd.kv_idx < 9, ours[sd.q_idx] == theirs[sd.kv_idx])]
+    [False, False]
+    """
+    by_query, by_key = set(), set()
+    for read in table_reads(expr):
+        free = read.free_symbols
+        by_query |= {read.spec.name} if Q_IDX in free else set()
+        by_key |= {read.spec.name} if KV_IDX in free else set()
+        if {Q_IDX, KV_IDX} <= free:
+            return True
+    plain = expr.xreplace({read: sympy.Dummy() for read in table_reads(expr)})
+    return bool(by_query & by_key) or Q_IDX in plain.free_symbols

@@ -91,6 +91,7 @@ def attend(
     *,
     sink: Any = None,
     scale: float | None = None,
+    heads: int | None = None,
     q: Node = q,
     k: Node = k,
     v: Node = v,
@@ -104,6 +105,7 @@ def attend(
         sink: an extra logit over ``b`` and ``h`` (number, expression, or learned table read) that takes part in the softmax with a
             value of zero, as in GPT-OSS; ``0.0`` gives softmax-plus-one.
         scale: factor on ``q @ k``; default ``head_dim ** -0.5``.
+        heads: the number of query heads it is written for; None takes what its parts say, as ``alibi(8)`` does, else any number.
         q, k, v: nodes to attend with in place of the call's own: reordered keys, summaries (``kv_idx`` then counts units), inputs.
         normaliser: :func:`per_chunk`, or None for one softmax over all.
 
@@ -124,7 +126,7 @@ def attend(
     >>> print(moba.selections[0].among)  # blocks that are over: the own one attends in any case
     (q_idx >= kv_idx) & (q_idx // 512 != kv_idx // 512)
     """
-    pattern = static.attend(mask, score, sink=sink, scale=scale)
+    pattern = static.attend(mask, score, sink=sink, scale=scale, heads=heads)
     own = Attend.x, Attend.y, Attend.z
     if not nodes_in(pattern) and (q, k, v) == own and normaliser is None:
         return pattern

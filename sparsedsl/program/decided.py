@@ -87,5 +87,7 @@ def _renamed(mask: Mask, label: str, node: Select) -> Mask:
     """``mask`` reading ``node`` where it read the table ``label``."""
     reads = [read for read in table_reads(mask.expr) if read.spec.name == label]
     specs = {read: read_class(replace(read.spec, name=node.label))(*read.args) for read in reads}
-    bound = {name: value for name, value in mask.bound.items() if name != label}
-    return Mask(mask.expr.xreplace(specs), {**bound, node.label: node})
+    bound = mask.bound
+    del bound[label]
+    bound[node.label] = node
+    return Mask(mask.expr.xreplace(specs), bound)

@@ -13,11 +13,12 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.analysis.tiles import block_pair, classify
 from sparsedsl.gpu.kernel_config import Shape
@@ -25,6 +26,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.plan import CallFacts, Costs, choose
 from sparsedsl.run import flex, operators
+from sparsedsl.run.arguments import arranged, warn_of_slips
 from sparsedsl.run.backend_choice import fastest_backend
 from sparsedsl.run.differentiable import differentiable, transformed
 from sparsedsl.run.empty import attend_empty
@@ -33,8 +35,8 @@ from sparsedsl.run.mapping import reads_batch
 from sparsedsl.run.reference import attend_reference
 from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.score_rules import score_rule
-from sparsedsl.run.surroundings import autocast_inputs, is_traced, is_transformed
-from sparsedsl.run.tiled_kernel import HeadSizes, TiledKernel, sizes_of
+from sparsedsl.run.surroundings import is_traced, is_transformed
+from sparsedsl.run.tiled_kernel import HeadSizes, TiledKernel
 from sparsedsl.run.triton_kernel import TritonKernel, missing
 from sparsedsl.settings import tune_mode
 from sparsedsl.tiling.cost import flex_seconds
@@ -68,7 +70,7 @@ class Attention:
         k: torch.Tensor,
         v: torch.Tensor,
         *,
-        q_offset: int | torch.Tensor = 0,
+        q_offset: int | torch.Tensor | Literal["end"] | None = None,
         return_lse: bool = False,
         scale: float | None = None,
         **tables: Any,
@@ -76,7 +78,8 @@ class Attention:
         """Attention of ``q (B, Hq, Sq, D)`` over ``k (B, Hkv, Skv, D)``, ``v (B, Hkv, Skv, Dv)``; ``Hq % Hkv == 0``.
 
         Args:
-            q_offset: position of the first query (decode and chunked prefill); a number or a 0-d integer tensor.
+            q_offset: position of the first query (decode and chunked prefill); a number or a 0-d integer tensor. ``"end"``: the last
+                query stands at the last key. None is 0, and warns once where there are fewer queries than keys.
             return_lse: also return the natural-log-sum-exp of the modified logits, ``(B, Hq, Sq)`` in float32 or float64.
             scale: factor on the dot product; default the pattern's, else ``D ** -0.5``.
             tables: one tensor for each table of the pattern that is not bound to it.
@@ -89,11 +92,13 @@ class Attention:
             ShapeError, TableError: see :func:`sparsedsl.run.inputs.check_call`.
             UnsupportedError: the backend cannot run this call; the message names the way out.
         """
-        q, k, v = autocast_inputs(q, k, v)
+        given = q_offset
+        q, k, v, q_offset = arranged(q, k, v, q_offset)
         if is_traced(q, k, v):
             return operators.attend_traced(
                 self._handle, self._bound, q, k, v, tables, q_offset=q_offset, return_lse=return_lse, scale=scale
             )
+        warn_of_slips((self.pattern,), q, k, given)
         return self.attend_now(q, k, v, tables, q_offset=q_offset, return_lse=return_lse, scale=scale)
 
     def attend_now(
@@ -105,7 +110,6 @@ class Attention:
             self.pattern,
             call_facts(call, return_lse),
             self.backend,
-            costs=lambda: self.costs(call.domain, sizes_of(call)),
             missing=self.missing,
             fastest=lambda backends: self._fastest(call, backends),
         )
@@ -225,7 +229,7 @@ class Attention:
         kv_len: int,
         *,
         batch: int = 1,
-        heads: int = 1,
+        heads: int | None = None,
         q_offset: int = 0,
         block_size: Any = 128,
         device: Any = None,
@@ -233,7 +237,8 @@ class Attention:
     ) -> Any:
         """A torch ``BlockMask`` with compact storage for plain ``flex_attention``; its ``mask_mod`` takes local query indices.
 
-        ``batch`` and ``heads`` (query heads) matter only if the pattern reads ``b`` or ``h``: a dimension it does not read has
+        ``batch`` and ``heads`` (query heads; by default as many as the pattern is written for, else 1) matter only if the pattern
+        reads ``b`` or ``h``: a dimension it does not read has
         size 1 in the lists and broadcasts. Lengths in tokens. Modified scores and sinks are not part of a BlockMask:
         see :meth:`score_mod`.
 
@@ -243,7 +248,7 @@ class Attention:
         torch.Size([1, 1, 32, 32])
         """
         bound = bind_tables(self.pattern, tables, device=None if device is None else torch.device(device))
-        domain = Domain(q_len, kv_len, q_offset, batch, heads, bound)
+        domain = Domain(q_len, kv_len, q_offset, batch, count_heads((self.pattern,), bound, heads), bound)
         lists = self.lists(domain, block_pair(block_size))
         where = torch.device(device) if device is not None else domain.device
         return flex.block_mask(self.pattern, lists, domain, where)
@@ -264,7 +269,7 @@ class Attention:
         kv_len: int | None = None,
         *,
         batch: int = 1,
-        heads: int = 1,
+        heads: int | None = None,
         kv_heads: int | None = None,
         head_dim: int = 64,
         head_dim_v: int | None = None,
@@ -281,6 +286,7 @@ class Attention:
         """
         from sparsedsl.run.explain import explain
 
+        heads = count_heads((self.pattern,), {**self.pattern.bound, **tables}, heads)
         facts = CallFacts(
             torch.device(device).type, str(dtype).removeprefix("torch."), batch, heads, kv_heads or heads, q_len,
             q_len if kv_len is None else kv_len, head_dim, head_dim_v or head_dim, grad, return_lse,

@@ -42,7 +42,7 @@ def mask_mod(
     >>> mod(None, None, torch.tensor(0), torch.arange(4))
     tensor([ True,  True,  True, False])
     """
-    return _mods(pattern, tables, q_offset, q_len, kv_len)[0]
+    return _MaskMod(pattern, tables, q_offset, q_len, kv_len)
 
 
 def score_mod(
@@ -59,7 +59,32 @@ def score_mod(
     >>> score_mod(sd.attend(True, score=sd.score * 2), {})(torch.tensor(1.5), None, None, None, None)
     tensor(3.)
     """
-    return _mods(pattern, tables, q_offset, q_len, kv_len)[1]
+    return _ScoreMod(pattern, tables, q_offset, q_len, kv_len) if pattern.has_score else None
+
+
+class _MaskMod:
+    """A generated ``mask_mod``. An object, since the function it calls was made by ``exec``, and no other process could find it."""
+
+    def __init__(self, *made_of: Any) -> None:
+        self.made_of = made_of
+        self.function = _mods(*made_of)[0]
+
+    def __call__(self, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
+        return self.function(b, h, q_idx, kv_idx)
+
+    def __reduce__(self) -> Any:
+        return type(self), self.made_of
+
+
+class _ScoreMod(_MaskMod):
+    """A generated ``score_mod``, picklable too."""
+
+    def __init__(self, *made_of: Any) -> None:
+        self.made_of = made_of
+        self.function = _mods(*made_of)[1]
+
+    def __call__(self, score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:  # type: ignore[override]
+        return self.function(score, b, h, q_idx, kv_idx)
 
 
 def _mods(

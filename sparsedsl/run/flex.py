@@ -260,9 +260,14 @@ def _explained(device: str) -> Iterator[None]:
         yield
     except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
         reason = str(error).strip().partition("\n")[0]
+        if "InvalidCxxCompiler" in reason:
+            raise UnsupportedError(
+                "backend 'flex' needs a C++ compiler on CPU, and torch found none that works. Install g++ or name one in the environment "
+                "variable CXX, or use backend='tiled', which compiles nothing"
+            ) from error
         raise UnsupportedError(
             f"torch {torch.__version__} cannot compile this pattern for FlexAttention on {device}: {type(error).__name__}: {reason}. "
-            "Use backend='reference', and please report the pattern"
+            "Use backend='tiled', and please report the pattern"
         ) from error
 
 

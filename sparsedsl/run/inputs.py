@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numbers
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +11,15 @@ import torch
 
 from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.tables import TableSpec
 from sparsedsl.run.mapping import samples, stacked
+from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.surroundings import is_transformed
 
-__all__ = ["FLOATS", "Call", "bind_tables", "check_call", "check_shapes", "check_table"]
+__all__ = ["FLOATS", "Call", "bind_tables", "check_call", "check_shapes", "check_table", "check_tensors"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -67,6 +68,35 @@ def check_call(
         ShapeError: q, k, v do not fit each other.
         TableError: a table is missing, surplus, too short, of the wrong type or device, or breaks a declared fact.
     """
+    check_tensors(q, k, v)
+    if isinstance(q_offset, torch.Tensor) and q_offset.ndim == 0 and not q_offset.is_floating_point():
+        q_offset = int(q_offset)
+    if isinstance(q_offset, bool) or not isinstance(q_offset, numbers.Integral) or q_offset < 0:
+        raise ShapeError(
+            "q_offset must be a whole number of at least 0, the position of the first query, or 'end', which puts the last query at the "
+            f"last of at least as many keys; got {q_offset!r} for {q.shape[2]} queries and {k.shape[2]} keys"
+        )
+    if scale is None:
+        scale = pattern.scale if pattern.scale is not None else q.shape[-1] ** -0.5
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
+        raise ShapeError(f"scale must be a positive number or None; got {scale!r}")
+    empty = _is_empty(q, k)
+    bound = bind_tables(pattern, tables, device=q.device, may_be_empty=empty)
+    count_heads((pattern,), bound, q.shape[1])
+    batch, rows, kv_len = (max(size, 1) for size in (q.shape[0], q.shape[2], k.shape[2]))
+    domain = Domain(rows, kv_len, int(q_offset), batch, q.shape[1], bound)
+    if not empty:
+        _check_reads_once(pattern, domain)
+    elif pattern.sink is not None and q.shape[0] and q.shape[2]:  # there are no keys, but rows whose sinks are read
+        _check_reads_once(attend(False, sink=pattern.sink), domain)
+    return Call(q, k, v, domain, float(scale))
+
+
+def check_tensors(q: Any, k: Any, v: Any) -> None:
+    """Whether q, k and v are tensors of the right ranks and dtypes that fit each other.
+
+    Raises :class:`~sparsedsl.ShapeError`.
+    """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
             raise ShapeError(
@@ -84,23 +114,6 @@ def check_call(
                 f"{name} has no heads or no head_dim: shape {tuple(tensor.shape)}; both must be at least 1 (batch and length may be 0)"
             )
     check_shapes(q, k, v)
-    if isinstance(q_offset, torch.Tensor) and q_offset.ndim == 0 and not q_offset.is_floating_point():
-        q_offset = int(q_offset)
-    if isinstance(q_offset, bool) or not isinstance(q_offset, numbers.Integral) or q_offset < 0:
-        raise ShapeError(f"q_offset must be a whole number of at least 0, the position of the first query; got {q_offset!r}")
-    if scale is None:
-        scale = pattern.scale if pattern.scale is not None else q.shape[-1] ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
-        raise ShapeError(f"scale must be a positive number or None; got {scale!r}")
-    empty = _is_empty(q, k)
-    bound = bind_tables(pattern, tables, device=q.device, may_be_empty=empty)
-    batch, rows, kv_len = (max(size, 1) for size in (q.shape[0], q.shape[2], k.shape[2]))
-    domain = Domain(rows, kv_len, int(q_offset), batch, q.shape[1], bound)
-    if not empty:
-        _check_reads_once(pattern, domain)
-    elif pattern.sink is not None and q.shape[0] and q.shape[2]:  # there are no keys, but rows whose sinks are read
-        _check_reads_once(attend(False, sink=pattern.sink), domain)
-    return Call(q, k, v, domain, float(scale))
 
 
 def _is_empty(q: torch.Tensor, k: torch.Tensor) -> bool:
@@ -203,16 +216,15 @@ def check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | N
 
 
 # Facts are checked once per tensor and version, not per call: a check reads the whole table and, on GPU, waits for it.
-_CHECKED: dict[int, tuple[weakref.ref[torch.Tensor], int, TableSpec]] = {}
+_CHECKED: Remembered[None] = Remembered(4096)
 
 
 def _check_facts_once(spec: TableSpec, value: torch.Tensor) -> None:
-    if not (spec.monotone or spec.bijective or spec.values_in):
-        return
-    known = _CHECKED.get(id(value))
-    if known is not None and known[0]() is value and known[1:] == (value._version, spec):
-        return
-    tensor, value = value, stacked(value)
+    if spec.monotone or spec.bijective or spec.values_in:
+        _CHECKED.get(spec, [value], lambda: _check_facts(spec, stacked(value)))
+
+
+def _check_facts(spec: TableSpec, value: torch.Tensor) -> None:
     if spec.monotone:
         falls = (value[..., 1:] < value[..., :-1]).nonzero()
         if falls.numel():
@@ -233,12 +245,9 @@ def _check_facts_once(spec: TableSpec, value: torch.Tensor) -> None:
             raise TableError(
                 f"table {spec.name!r} is declared with values_in={spec.values_in} but holds values from {low} to {high}"
             )
-    if len(_CHECKED) > 4096:
-        _CHECKED.clear()
-    _CHECKED[id(tensor)] = (weakref.ref(tensor), tensor._version, spec)
 
 
-_READS_CHECKED: dict[tuple[Any, ...], list[tuple[weakref.ref[torch.Tensor], int]]] = {}
+_READS_CHECKED: Remembered[None] = Remembered(4096)
 
 
 def _check_reads_once(pattern: Pattern, domain: Domain) -> None:
@@ -253,12 +262,5 @@ def _check_reads_once(pattern: Pattern, domain: Domain) -> None:
     read = [t for t in tables if not t.is_floating_point()]
     key = (
         hash(pattern), domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, *(t.shape for t in tables),
-        *(id(t) for t in read),
     )  # fmt: skip
-    known = _READS_CHECKED.get(key)
-    if known is not None and all(ref() is t and version == t._version for (ref, version), t in zip(known, read, strict=True)):
-        return
-    check_reads(pattern, domain)
-    if len(_READS_CHECKED) > 4096:
-        _READS_CHECKED.clear()
-    _READS_CHECKED[key] = [(weakref.ref(t), t._version) for t in read]
+    _READS_CHECKED.get(key, read, lambda: check_reads(pattern, domain))

@@ -25,6 +25,7 @@ from sparsedsl.lang.expressions import as_mask, as_score
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.text import parse
 from sparsedsl.run.differentiable import known_results, no_second_derivatives
+from sparsedsl.run.inputs import check_tensors
 from sparsedsl.run.mapping import map_call
 from sparsedsl.run.transformable import make_transformable
 
@@ -58,9 +59,9 @@ def read_pattern(text: str) -> Pattern:
     match last:
         case ast.Expr(value=ast.Call(func=ast.Name(id="attend"), args=[mask], keywords=words)):
             found = {str(word.arg): word.value for word in words}
-            scale = ast.literal_eval(found.pop("scale")) if "scale" in found else None
+            numbers = {name: ast.literal_eval(found.pop(name)) for name in ("scale", "heads") if name in found}
             scores = {name: as_score(part(node)) for name, node in found.items()}
-            return attend(as_mask(part(mask)), **scores, scale=scale)
+            return attend(as_mask(part(mask)), **scores, **numbers)
     raise UnsupportedError(f"this is not the text form of a pattern, which ends with attend(...): {text!r}")
 
 
@@ -100,6 +101,8 @@ def attend_traced(
             raise ShapeError(
                 f"{name} must be a torch tensor of shape (batch, heads, length, head_dim); got {type(tensor).__name__}"
             )
+    if type(q) is type(k) is type(v) is Tensor and q.is_meta and not torch.compiler.is_compiling():
+        check_tensors(q, k, v)  # no graph in which somebody else would: tensors without values, whose shapes are known
     given = {**bound, **tables}
     for name, table in given.items():
         if not isinstance(table, torch.Tensor):

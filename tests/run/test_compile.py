@@ -25,16 +25,16 @@ def facts(**words):
     return CallFacts(**(plain | {"head_dim": 64, "head_dim_v": 64} | words))
 
 
-def test_auto_takes_flex_on_cpu_only_where_it_saves_its_compile():
+def test_auto_waits_for_no_compiler_on_cpu_and_says_where_one_is_worth_it():
     pattern = sd.attend(window)
 
     def chosen(tiled, flex):
         return choose(pattern, facts(), "auto", costs=lambda: Costs(tiled, flex, "built in"))
 
-    assert chosen(0.3, 0.1).backend == "flex" and "worth the compile" in chosen(0.3, 0.1).reason
-    assert "expected 300 ms tiled, 100 ms flex; rates built in" in chosen(0.3, 0.1).reason
-    assert chosen(0.1, 0.3).backend == chosen(0.1, 0.099).backend == "tiled"
-    assert chosen(3e-4, 1e-4).backend == "tiled", "microseconds are not worth seconds of compiling"
+    assert {chosen(*seconds).backend for seconds in ((0.3, 0.1), (0.1, 0.3), (3e-4, 1e-4))} == {"tiled"}
+    assert "expected 300 ms tiled, 100 ms flex; rates built in; backend='flex' may be worth its C++" in chosen(0.3, 0.1).reason
+    assert "backend='flex'" not in chosen(0.1, 0.099).reason
+    assert "backend='flex'" not in chosen(3e-4, 1e-4).reason, "microseconds are not worth seconds of compiling"
     assert choose(pattern, facts(), "auto").backend == "tiled"
     assert hash(chosen(0.3, 0.1)) == hash(chosen(0.3, 0.1))
 

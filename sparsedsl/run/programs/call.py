@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.pattern import attend
 from sparsedsl.program.axes import base_of, unit_of
-from sparsedsl.program.branches import Linear, Recall
+from sparsedsl.program.branches import Attend, Linear, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.tensors import Input
 from sparsedsl.run.inputs import FLOATS, Call, check_call, check_table
@@ -108,6 +109,7 @@ def check_program_call(
         if name not in given:
             raise TableError(f"missing table {name}: pass {name}=tensor with the call")
         tables[name] = check_table(spec, given[name], ranks[name], q.device)
+    count_heads((node.pattern for node in program.everything if isinstance(node, Attend)), tables, q.shape[1])
     return ProgramCall(program, inputs, tables, plain.domain.q_offset, None if scale is None else plain.scale, state or {})
 
 

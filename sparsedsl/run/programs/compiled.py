@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,7 @@ from sparsedsl.program.effects import KEEPS_STATE, LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.text import read_program
 from sparsedsl.run import operators
+from sparsedsl.run.arguments import arranged, warn_of_slips
 from sparsedsl.run.choosing.scores import ScoreSource
 from sparsedsl.run.programs.call import ProgramCall, check_program_call
 from sparsedsl.run.programs.empty import run_empty
@@ -23,7 +24,7 @@ from sparsedsl.run.programs.kernels import Kernels, kernels_of, triton_refusal
 from sparsedsl.run.programs.lowered import Lowered
 from sparsedsl.run.programs.reference import Reference
 from sparsedsl.run.programs.state import ProgramState, advanced, continued
-from sparsedsl.run.surroundings import autocast_inputs, is_traced, is_transformed
+from sparsedsl.run.surroundings import is_traced, is_transformed
 from sparsedsl.run.triton_kernel import missing
 
 __all__ = ["CompiledProgram"]
@@ -51,7 +52,7 @@ class CompiledProgram:
         k: Tensor,
         v: Tensor,
         *,
-        q_offset: int | Tensor = 0,
+        q_offset: int | Tensor | Literal["end"] | None = None,
         return_lse: bool = False,
         scale: float | None = None,
         state: ProgramState | None = None,
@@ -61,7 +62,8 @@ class CompiledProgram:
         """Attention of ``q (B, Hq, Sq, D)`` over ``k (B, Hkv, Skv, D)``, ``v (B, Hkv, Skv, Dv)``; ``Hq % Hkv == 0``.
 
         Args:
-            q_offset: position of the first query; a number or a 0-d integer tensor.
+            q_offset: position of the first query; a number or a 0-d integer tensor. ``"end"``: the last query stands at the last key.
+                None is 0, and warns once where there are fewer queries than keys.
             return_lse: also return the LSE of the logits, ``(B, Hq, Sq)`` in float32 or float64.
             scale: factor on the dot products of attention; default the program's, else ``D ** -0.5``.
             state: what an earlier call returned: q, k, v and inputs then are those of the tokens after it.
@@ -75,9 +77,11 @@ class CompiledProgram:
             ShapeError, TableError: q, k, v or an input is missing or does not fit.
             UnsupportedError: the backend cannot run this call, or it is a training step of a program whose choices read later queries.
         """
-        q, k, v = autocast_inputs(q, k, v)
+        given = q_offset
+        q, k, v, q_offset = arranged(q, k, v, q_offset)
         if is_traced(q, k, v) or is_transformed(q, k, v):
             return self._in_a_graph(q, k, v, named, q_offset, return_lse, scale, state is not None or return_state)
+        warn_of_slips(self.program.expressions, q, k, given if state is None else 0)
         return self.attend_now(
             q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state
         )
@@ -177,7 +181,7 @@ class CompiledProgram:
         kv_len: int | None = None,
         *,
         batch: int = 1,
-        heads: int = 1,
+        heads: int | None = None,
         kv_heads: int | None = None,
         head_dim: int = 64,
         head_dim_v: int | None = None,
@@ -205,7 +209,9 @@ class CompiledProgram:
         kernels, reason = self._kernels(torch.device(device).type, name, max(head_dim, head_dim_v or 0))
         return explain_program(self.program, self.backend, kernels, reason, analysis)
 
-    def choices(self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int = 0, **named: Any) -> dict[str, Any]:
+    def choices(
+        self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int | Tensor | Literal["end"] | None = None, **named: Any
+    ) -> dict[str, Any]:
         """What the program chooses for these inputs, by the label of the node: :class:`Picks`, positions of an order, kept tokens.
 
         On ``reference`` choices are boolean tables.
@@ -216,6 +222,9 @@ class CompiledProgram:
         >>> [picks.indices.shape for picks in attn.choices(q, k, v).values()]
         [torch.Size([1, 2, 64, 1])]
         """
+        given = q_offset
+        q, k, v, q_offset = arranged(q, k, v, q_offset)
+        warn_of_slips(self.program.expressions, q, k, given)
         call = check_program_call(self.program, q, k, v, named, q_offset=q_offset)
         with torch.no_grad():
             runner = self._runner(call, False)
