@@ -47,15 +47,15 @@ TENSORS: dict[str, Case] = {
     "integers": (lambda: reference(*(x.long() for x in qkv())), sd.ShapeError, "q must be float16, bfloat16, float32 or float64; got torch.int64"),
     "no heads": (lambda: reference(*qkv(q=(1, 0, 8, 16))), sd.ShapeError, "q has no heads or no head_dim: shape (1, 0, 8, 16); both must be at least 1 (batch and length may be 0)"),
     "no head dimension": (lambda: reference(*qkv(k=(1, 2, 8, 0))), sd.ShapeError, "k has no heads or no head_dim: shape (1, 2, 8, 0)"),
-    "batch sizes": (lambda: reference(*qkv(q=(2, 4, 8, 16))), sd.ShapeError, f"q, k and v must have one batch size. q (2, 4, 8, 16), k (1, 2, 8, 16), v (1, 2, 8, 16); {SHAPES}"),
+    "batch sizes": (lambda: reference(*qkv(q=(3, 4, 8, 16), k=(2, 2, 8, 16), v=(2, 2, 8, 16))), sd.ShapeError, f"q, k and v must have one batch size. q (3, 4, 8, 16), k (2, 2, 8, 16), v (2, 2, 8, 16); {SHAPES}"),
     "head ratio": (lambda: reference(*qkv(q=(1, 3, 8, 16))), sd.ShapeError, "the query heads must be a multiple of the key/value heads; 3 is not a multiple of 2"),
     "heads of k and v": (lambda: reference(*qkv(v=(1, 1, 8, 16))), sd.ShapeError, "k and v must have the same number of heads"),
     "lengths of k and v": (lambda: reference(*qkv(v=(1, 2, 9, 16))), sd.ShapeError, "k and v must have the same length"),
     "head dimensions": (lambda: reference(*qkv(k=(1, 2, 8, 8))), sd.ShapeError, "q and k must have the same head_dim"),
     "dtypes": (lambda: reference(qkv()[0].half(), *qkv()[1:]), sd.ShapeError, "q, k and v must have one dtype; got torch.float16, torch.float32, torch.float32. Cast them, or use torch.autocast"),
     "devices": (lambda: reference(qkv()[0].to("meta"), *qkv()[1:]), sd.ShapeError, "q, k and v must be on one device; got meta, cpu, cpu"),
-    "negative offset": (lambda: reference(*qkv(), q_offset=-1), sd.ShapeError, "q_offset must be a whole number of at least 0, the position of the first query; got -1"),
-    "fractional offset": (lambda: reference(*qkv(), q_offset=1.5), sd.ShapeError, "q_offset must be a whole number of at least 0, the position of the first query; got 1.5"),
+    "negative offset": (lambda: reference(*qkv(), q_offset=-1), sd.ShapeError, "q_offset must be a whole number of at least 0, the position of the first query, or 'end'; got -1"),
+    "fractional offset": (lambda: reference(*qkv(), q_offset=1.5), sd.ShapeError, "q_offset must be a whole number of at least 0, the position of the first query, or 'end'; got 1.5"),
     "zero scale": (lambda: reference(*qkv(), scale=0), sd.ShapeError, "scale must be a positive number or None; got 0"),
 }
 

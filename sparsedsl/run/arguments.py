@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsedsl.errors import CallWarning, UnsupportedError
+from sparsedsl.errors import CallWarning, ShapeError, UnsupportedError
 from sparsedsl.lang.pattern import Pattern, relates_positions
 from sparsedsl.run.surroundings import autocast_inputs
 
@@ -34,6 +34,11 @@ def arranged(q: Any, k: Any, v: Any, q_offset: Any) -> tuple[Any, Any, Any, Any]
             k, v = (t.expand(q.shape[0], -1, -1, -1) for t in (k, v))
         if isinstance(q_offset, str) and q_offset == "end":
             q_offset = k.shape[2] - q.shape[2]
+            if not torch.compiler.is_compiling() and q_offset < 0:
+                raise ShapeError(
+                    f"q_offset='end' puts the last query at the last key: there must be no more queries than keys; got {q.shape[2]} "
+                    f"queries and {k.shape[2]} keys"
+                )
     return q, k, v, 0 if q_offset is None else q_offset
 
 

@@ -73,8 +73,7 @@ def check_call(
         q_offset = int(q_offset)
     if isinstance(q_offset, bool) or not isinstance(q_offset, numbers.Integral) or q_offset < 0:
         raise ShapeError(
-            "q_offset must be a whole number of at least 0, the position of the first query, or 'end', which puts the last query at the "
-            f"last of at least as many keys; got {q_offset!r} for {q.shape[2]} queries and {k.shape[2]} keys"
+            f"q_offset must be a whole number of at least 0, the position of the first query, or 'end'; got {q_offset!r}"
         )
     if scale is None:
         scale = pattern.scale if pattern.scale is not None else q.shape[-1] ** -0.5

@@ -68,10 +68,15 @@ def test_end_is_part_of_a_graph():
     assert torch.equal(graph(q, k, v), attn(q, k, v, q_offset=37))
 
 
-@pytest.mark.parametrize("offset", ["end", "start", -1, 2.0, True])
+@pytest.mark.parametrize("offset", ["start", -1, 2.0, True])
 def test_an_offset_that_is_none_is_refused(offset):
     with pytest.raises(sd.ShapeError, match=r"q_offset must be a whole number of at least 0, .* or 'end'"):
         sd.compile(causal)(*qkv(5, 3), q_offset=offset)
+
+
+def test_the_end_is_behind_the_first_query():
+    with pytest.raises(sd.ShapeError, match="no more queries than keys; got 5 queries and 3 keys"):
+        sd.compile(causal)(*qkv(5, 3), q_offset="end")
 
 
 @pytest.mark.parametrize(
