@@ -123,15 +123,16 @@ def _inside_at_every_point(index: sympy.Expr, guard: Boolean, domain: Domain, si
     """
     if not index.has(StrictFunction):
         return False
+    groups = domain.groups(sympy.Tuple(index, guard))
+    along = only_difference(index)
+    if groups.count * (domain.rows + domain.kv_len if along else domain.rows * domain.kv_len) > POINTS:
+        return False
     q, kv = torch.arange(domain.rows) + domain.q_offset, torch.arange(domain.kv_len)
-    if only_difference(index):
+    if along:
         q, kv = torch.cat([q, q[:1].expand(domain.kv_len)]), torch.cat([torch.zeros_like(q), kv])
         guard = guard if only_difference(guard) else sympy.true
     else:
         q, kv = q[:, None], kv
-    groups = domain.groups(sympy.Tuple(index, guard))
-    if groups.count * torch.broadcast_shapes(q.shape, kv.shape).numel() > POINTS:
-        return False
     of_group = {name: torch.as_tensor(value).reshape(-1, *(1,) * q.ndim) for name, value in groups.env().items()}
     symbols: dict[str, Any] = {**of_group, "q_idx": q, "kv_idx": kv, **domain.lengths}
     env = {name: torch.as_tensor(value, device=domain.device) for name, value in symbols.items()} | dict(domain.tables)

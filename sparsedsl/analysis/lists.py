@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "UNKNOWN", "TileLists", "TileRows", "expand_runs", "run_numbers"]
+from sparsedsl.errors import UnsupportedError
+
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "UNKNOWN",
+    "TileLists",
+    "TileRows",
+    "check_room",
+    "expand_runs",
+    "memory",
+    "run_numbers",
+    "size_text",
+]
 
 # Classes of tiles; UNKNOWN stands only while a tile is being decided.
 EMPTY, PARTIAL, FULL, UNKNOWN = 0, 1, 2, 3
@@ -26,6 +41,32 @@ def run_numbers(lengths: torch.Tensor) -> torch.Tensor:
     itself, and on a busy machine a hundred times more. Hence this, and ``index_select`` wherever tiles are listed.
     """
     return torch.bincount(lengths.cumsum(0), minlength=1)[:-1].cumsum(0)
+
+
+def size_text(count: int) -> str:
+    """A number of bytes as people write it.
+
+    >>> size_text(3 << 29), size_text(1 << 44)
+    ('1.5 GiB', '1.64e+04 GiB')
+    """
+    return f"{count / 2**30:.3g} GiB" if count >= 1 << 30 else f"{count / 2**20:.3g} MiB"
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory that a device has, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 1 << 35
+
+
+def check_room(count: int, device: torch.device, what: str, way: str) -> None:
+    """Raise :class:`UnsupportedError` before over half of a device's memory is asked for: at least ``count`` bytes, for ``what``."""
+    if count >= 1 << 28 and 2 * count > (whole := memory(device)):
+        raise UnsupportedError(
+            f"{what} would take at least {size_text(count)}, over half of the {size_text(whole)} of {device.type}. {way}"
+        )
 
 
 @dataclass(frozen=True)

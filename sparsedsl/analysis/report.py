@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +15,12 @@ from sparsedsl.analysis.bounds import check_reads, index_ranges, value_ranges
 from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.lists import TileLists, size_text
 from sparsedsl.analysis.program_report import analyse_program
 from sparsedsl.analysis.proofs import Verdict, Witness, causality
-from sparsedsl.analysis.rows import RowCounts, count_rows
+from sparsedsl.analysis.rows import RowCounts
 from sparsedsl.analysis.tiles import block_pair, classify
+from sparsedsl.analysis.totals import Totals, listed_totals, numbers_alone, repeated_totals
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern, as_pattern
@@ -31,17 +33,19 @@ __all__ = ["ITEM_BYTES", "Analysis", "analyse", "bind_for_analysis"]
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 INT32_MAX = 2**31 - 1
+# Tiles of the whole grid from which on they are counted without lists where the mask allows it.
+MOST_LISTED = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
     """What :func:`analyse` found. Counts are over ``batch x heads``; FLOPs count a multiply-add as two.
 
-    ``lists``: tile lists, one per (batch, head) the mask can tell apart. ``density``: allowed pairs / all pairs; an estimate from
-    sampled rows if ``density_exact`` is False. ``flops``: forward pass over all listed tiles; ``flops_backward`` likewise,
-    ``flops_dense``: forward with every tile listed. ``bytes``: forward traffic if every listed tile loads its keys and values once and
-    queries and outputs move once. ``partial_share``: partial / listed tiles. ``imbalance``: most / mean listed tiles of a tile row.
-    ``empty_rows``: rows that may attend to nothing, ``empty_row`` one of them as (b, h, q_idx).
+    ``totals``: tiles counted by class. ``lists``: tile lists, one per (batch, head) the mask can tell apart.
+    ``density``: allowed pairs / all pairs; an estimate from sampled rows if ``density_exact`` is False. ``flops``: forward pass over all
+    listed tiles; ``flops_backward`` likewise, ``flops_dense``: forward with every tile listed. ``bytes``: forward traffic if every listed
+    tile loads its keys and values once and queries and outputs move once. ``partial_share``: partial / listed tiles. ``imbalance``: most /
+    mean listed tiles of a tile row. ``empty_rows``: rows that may attend to nothing, ``empty_row`` one of them as (b, h, q_idx).
 
     >>> import sparsedsl as sd
     >>> found = sd.analyse(sd.kv_idx <= sd.q_idx, 256)
@@ -58,7 +62,7 @@ class Analysis:
     head_dim: int
     head_dim_v: int
     dtype: str
-    lists: TileLists
+    totals: Totals
     density: float
     density_exact: bool
     flops: int
@@ -72,22 +76,33 @@ class Analysis:
     empty_row: tuple[int, int, int] | None
     warnings: tuple[str, ...]
     seconds: float = field(repr=False)
+    block: tuple[int, int]
+    _list: Callable[[], TileLists] = field(repr=False)
+
+    @functools.cached_property
+    def lists(self) -> TileLists:
+        """The tile lists, made when first asked for where there were too many tiles to list them all.
+
+        Raises :class:`~sparsedsl.UnsupportedError` where they do not fit into memory.
+        """
+        return self._list()
 
     def __str__(self) -> str:
-        batch, heads, rows, columns = self.lists.shape
-        block_q, block_kv = self.lists.block
+        totals = self.totals
+        batch, heads, rows, columns = totals.shape
+        block_q, block_kv = self.block
         saving = self.flops_dense / max(self.flops, 1)
         example = f", e.g. (b, h, q_idx) = {self.empty_row}" if self.empty_row else ""
         groups = f", {batch} x {heads} lists" if batch * heads > 1 else ""
         approx = "" if self.density_exact else "about "
-        listed, total = self.lists.listed, batch * heads * rows * columns
+        listed, total = totals.listed, batch * heads * rows * columns
         lines = [
             *self.pattern.text.splitlines(),
             f"  queries x keys   {self.q_len:,} x {self.kv_len:,}" + (f", first query at {self.q_offset:,}" if self.q_offset else ""),
             f"  allowed pairs    {approx}{self.density:.4%} of all",
             f"  tiles            {listed:,} of {total:,} listed ({listed / total:.3%}), {block_q} x {block_kv} tokens{groups}",
-            f"                   {self.lists.full.total:,} full, {self.lists.partial.total:,} partial ({self.partial_share:.1%})",
-            f"  lists            {self.lists.nbytes / 2**20:.3g} MiB, made and counted in {self.seconds * 1e3:.1f} ms",
+            f"                   {totals.full:,} full, {totals.partial:,} partial ({self.partial_share:.1%})",
+            f"  lists            {size_text(totals.nbytes)}, {self._made()}",
             f"  row imbalance    {self.imbalance:.2f} (most / mean tiles in a row)",
             f"  forward          {_flops(self.flops)}, {saving:.1f} x less than dense; backward {_flops(self.flops_backward)}",
             f"  traffic          {self.bytes / 2**20:,.1f} MiB forward ({self.dtype}, batch {self.batch}, heads {self.heads}, "
@@ -96,6 +111,10 @@ class Analysis:
             f"  empty rows       {approx}{self.empty_rows:,}{example}",
         ]  # fmt: skip
         return "\n".join(lines + [f"  ! {warning}" for warning in self.warnings])
+
+    def _made(self) -> str:
+        made = "made and counted" if "lists" in self.__dict__ else "not made; counted from what repeats"
+        return f"{made} in {self.seconds * 1e3:.1f} ms"
 
     def _repr_html_(self) -> str:
         import html
@@ -158,8 +177,11 @@ def analyse(
     Raises:
         ShapeError: a length or size below 1, or other heads than the pattern is written for.
         TableError: a table is missing, surplus or too short.
+        UnsupportedError: the lists of a mask that does not repeat do not fit into memory.
 
-    The (q_len x kv_len) grid never exists: cost and memory follow the listed tiles. Where a density cannot be had in closed form and
+    The (q_len x kv_len) grid never exists: cost and memory follow the listed tiles. Beyond 2**26 tiles, those of a mask that repeats
+    (windows, sinks, chunks, strides, dilation, any bounds; no table that positions choose from) are counted without listing them, at any
+    length; ``lists`` are then made when asked for. Where a density cannot be had in closed form and
     the partial tiles hold more than 2**27 pairs, rows are sampled and the report says "about".
 
     >>> import sparsedsl as sd
@@ -187,52 +209,48 @@ def analyse(
     mask = pattern.mask.expr
     with torch.no_grad():
         start = time.perf_counter()
-        lists = classify(mask, domain, pair)
+        totals, lists = _count(mask, domain, pair)
         seconds = time.perf_counter() - start
-        rows = count_rows(mask, domain, lists).scaled(batch * heads // (lists.shape[0] * lists.shape[1]))
+        rows = totals.rows.scaled(batch * heads // (totals.shape[0] * totals.shape[1]))
         causal = _causality(pattern, domain, pair)
-    cost = _cost(lists, domain, head_dim, head_dim if head_dim_v is None else head_dim_v, ITEM_BYTES[name])
+    cost = _cost(totals, domain, head_dim, head_dim if head_dim_v is None else head_dim_v, ITEM_BYTES[name])
     empty_row = None
     if rows.first_empty is not None:
-        b, h = divmod(rows.first_empty[0], lists.shape[1])
+        b, h = divmod(rows.first_empty[0], totals.shape[1])
         empty_row = (b, h, rows.first_empty[1] + q_offset)
-    return Analysis(
-        pattern, domain.rows, domain.kv_len, q_offset, batch, heads, head_dim, head_dim_v or head_dim, name, lists,
+    found = Analysis(
+        pattern, domain.rows, domain.kv_len, q_offset, batch, heads, head_dim, head_dim_v or head_dim, name, totals,
         density=rows.allowed / (rows.rows * domain.kv_len), density_exact=rows.exact, **cost,
-        partial_share=lists.partial.total / max(lists.listed, 1), imbalance=_imbalance(lists), causal=causal,
-        empty_rows=rows.empty, empty_row=empty_row, warnings=tuple(_warnings(pattern, domain, lists, rows, causal)), seconds=seconds,
+        partial_share=totals.partial / max(totals.listed, 1), imbalance=totals.imbalance, causal=causal,
+        empty_rows=rows.empty, empty_row=empty_row, warnings=tuple(_warnings(pattern, domain, rows, causal)), seconds=seconds, block=pair,
+        _list=functools.partial(classify, mask, domain, pair),
     )  # fmt: skip
+    if lists is not None:
+        found.__dict__["lists"] = lists
+    return found
 
 
-def _cost(lists: TileLists, domain: Domain, head_dim: int, head_dim_v: int, item: int) -> dict[str, int]:
+def _count(mask: Any, domain: Domain, block: tuple[int, int]) -> tuple[Totals, TileLists | None]:
+    """The totals, and the lists where they were made for them."""
+    tiles = domain.groups(mask).count * -(-domain.rows // block[0]) * -(-domain.kv_len // block[1])
+    totals = repeated_totals(mask, domain, block) if tiles > MOST_LISTED else None
+    if totals is not None:
+        return totals, None
+    lists = classify(mask, domain, block)
+    return listed_totals(mask, domain, lists), lists
+
+
+def _cost(totals: Totals, domain: Domain, head_dim: int, head_dim_v: int, item: int) -> dict[str, int]:
     """FLOPs and bytes over batch x heads; groups that share a list each do its work."""
-    share = domain.batch * domain.heads // (lists.shape[0] * lists.shape[1])
-    q_sizes, kv_sizes = (_sizes(n, b, domain) for n, b in ((domain.rows, lists.block[0]), (domain.kv_len, lists.block[1])))
-    pairs = loaded = 0
-    for part in (lists.full, lists.partial):
-        row, column = part.owners() % lists.shape[2], part.columns.to(torch.int64)
-        pairs += int((q_sizes[row] * kv_sizes[column]).sum())
-        loaded += int(kv_sizes[column].sum())
+    share = domain.batch * domain.heads // (totals.shape[0] * totals.shape[1])
     dense = domain.batch * domain.heads * domain.rows * domain.kv_len
     width = head_dim + head_dim_v
     return {
-        "flops": 2 * width * pairs * share,
-        "flops_backward": 2 * (3 * head_dim + 2 * head_dim_v) * pairs * share,
+        "flops": 2 * width * totals.pairs * share,
+        "flops_backward": 2 * (3 * head_dim + 2 * head_dim_v) * totals.pairs * share,
         "flops_dense": 2 * width * dense,
-        "bytes": item * width * (loaded * share + domain.batch * domain.heads * domain.rows),
+        "bytes": item * width * (totals.loaded * share + domain.batch * domain.heads * domain.rows),
     }
-
-
-def _sizes(length: int, block: int, domain: Domain) -> torch.Tensor:
-    sizes = torch.full((-(-length // block),), block, dtype=torch.int64, device=domain.device)
-    sizes[-1] = length - (sizes.numel() - 1) * block
-    return sizes
-
-
-def _imbalance(lists: TileLists) -> float:
-    tiles = (lists.full.counts + lists.partial.counts).to(torch.float64)
-    mean = float(tiles.mean())
-    return float(tiles.max()) / mean if mean else 1.0
 
 
 def _causality(pattern: Pattern, domain: Domain, block: tuple[int, int]) -> Verdict:
@@ -241,29 +259,46 @@ def _causality(pattern: Pattern, domain: Domain, block: tuple[int, int]) -> Verd
     if verdict.status == "PROVED":
         return verdict
     later = sympy.And(pattern.mask.expr, sympy.Ge(KV_IDX - Q_IDX, 1))
-    lists = classify(later, domain, block)
-    if lists.listed == 0:
+    totals, lists = _count(later, domain, block)
+    if totals.listed == 0:
         if verdict.status == "REFUTED":
             return Verdict("PROVED", reason=f"at these lengths and tables only; elsewhere REFUTED at {verdict.witness}")
         return Verdict("PROVED", reason="at these lengths and tables, by exhausting the tiles")
-    return Verdict("REFUTED", _point(later, domain, lists))
+    return Verdict("REFUTED", _point(later, domain, totals, lists, block))
 
 
-def _point(mask: Any, domain: Domain, lists: TileLists) -> Witness:
+def _point(mask: Any, domain: Domain, totals: Totals, lists: TileLists | None, block: tuple[int, int]) -> Witness:
     """Some pair of the first listed tile that satisfies ``mask``."""
-    part = lists.full if lists.full.total else lists.partial
-    line, column = int(part.owners()[0]), int(part.columns[0])
-    group, row = divmod(line, lists.shape[2])
-    b, h = divmod(group, lists.shape[1])
-    q = torch.arange(row * lists.block[0], min((row + 1) * lists.block[0], domain.rows), device=domain.device) + domain.q_offset
-    kv = torch.arange(column * lists.block[1], min((column + 1) * lists.block[1], domain.kv_len), device=domain.device)
+    top = left = 0
+    if lists is None:  # the same question about a square that is known to hold such a pair
+        assert totals.example is not None
+        group, square = totals.example
+        top, left = square.row, square.column
+        b, h = divmod(group, totals.shape[1])
+        moved = numbers_alone(mask, domain, b, h)
+        lists = classify(moved.xreplace({Q_IDX: Q_IDX + top, KV_IDX: KV_IDX + left}), Domain(square.rows, square.keys), block)
+        line, column = _first_tile(lists)
+        row = line
+    else:
+        line, column = _first_tile(lists)
+        group, row = divmod(line, lists.shape[2])
+        b, h = divmod(group, lists.shape[1])
+    first_q, first_kv = top + row * block[0], left + column * block[1]
+    q = torch.arange(first_q, min(first_q + block[0], domain.rows), device=domain.device) + domain.q_offset
+    kv = torch.arange(first_kv, min(first_kv + block[1], domain.kv_len), device=domain.device)
     env = {"b": b, "h": h, "q_idx": q[:, None], "kv_idx": kv} | domain.lengths | dict(domain.tables)
     i, j = (int(x) for x in evaluate(mask, env).expand(q.numel(), kv.numel()).nonzero()[0])
     read = {read.spec.name for read in table_reads(mask)}
     return Witness(b, h, int(q[i]), int(kv[j]), tables={n: t for n, t in domain.tables.items() if n in read})
 
 
-def _warnings(pattern: Pattern, domain: Domain, lists: TileLists, rows: RowCounts, causal: Verdict) -> list[str]:
+def _first_tile(lists: TileLists) -> tuple[int, int]:
+    """Line and column of a listed tile."""
+    part = lists.full if lists.full.total else lists.partial
+    return int(part.owners()[0]), int(part.columns[0])
+
+
+def _warnings(pattern: Pattern, domain: Domain, rows: RowCounts, causal: Verdict) -> list[str]:
     found = []
     mask = pattern.mask.expr
     free = mask.free_symbols

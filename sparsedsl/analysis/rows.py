@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from sparsedsl.analysis.lists import TileLists
 from sparsedsl.analysis.runs import solve_clause
 from sparsedsl.lang.evaluate import evaluate
 
-__all__ = ["RowCounts", "count_rows"]
+__all__ = ["RowCounts", "count_rows", "row_counts"]
 
 # Rows solved at once, and the most points evaluated before rows are sampled.
 ROWS = 1 << 16
@@ -45,18 +46,37 @@ def count_rows(mask: Boolean, domain: Domain, lists: TileLists) -> RowCounts:
     """Count allowed pairs and empty rows: in closed form where every clause is solved, by points of partial tiles otherwise."""
     groups = domain.groups(mask)
     total = groups.count * domain.rows
-    if all(not clause.rest for clause in clauses(mask)):
-        allowed, empty, first = 0, 0, None
-        for start in range(0, total, ROWS):
-            line = torch.arange(start, min(start + ROWS, total), device=domain.device)
-            counts = _closed_form(mask, domain, line)
-            allowed += int(counts.sum())
-            none = (counts == 0).nonzero()[:, 0]
-            if none.numel() and first is None:
-                first = divmod(start + int(none[0]), domain.rows)
-            empty += none.numel()
+    closed = all(not clause.rest for clause in clauses(mask))
+    exact = closed or lists.partial.total * lists.block[0] * lists.block[1] <= POINT_BUDGET
+    seen = allowed = empty = 0
+    first = None
+    for start, counts in _closed_rows(mask, domain) if closed else _rows_by_points(mask, domain, lists, exact):
+        seen += counts.numel()
+        allowed += int(counts.sum())
+        none = (counts == 0).nonzero()[:, 0]
+        if none.numel() and first is None:
+            first = divmod(start + int(none[0]), domain.rows)
+        empty += none.numel()
+    if exact:
         return RowCounts(total, allowed, empty, first, True)
-    return _by_points(mask, domain, lists)
+    return RowCounts(total, round(allowed * total / seen), round(empty * total / seen), first, False)
+
+
+def row_counts(mask: Boolean, domain: Domain, lists: TileLists) -> torch.Tensor | None:
+    """Allowed keys of every row, int64 ``(groups * rows,)``; None where too many points would have to be looked at."""
+    if all(not clause.rest for clause in clauses(mask)):
+        return torch.cat([counts for _, counts in _closed_rows(mask, domain)])
+    if lists.partial.total * lists.block[0] * lists.block[1] > POINT_BUDGET:
+        return None
+    return torch.cat([counts for _, counts in _rows_by_points(mask, domain, lists, True)])
+
+
+def _closed_rows(mask: Boolean, domain: Domain) -> Iterator[tuple[int, torch.Tensor]]:
+    """Pieces of the rows of all groups: the number of the first, and the keys each may attend to."""
+    total = domain.groups(mask).count * domain.rows
+    for start in range(0, total, ROWS):
+        line = torch.arange(start, min(start + ROWS, total), device=domain.device)
+        yield start, _closed_form(mask, domain, line)
 
 
 def _closed_form(mask: Boolean, domain: Domain, line: torch.Tensor) -> torch.Tensor:
@@ -79,12 +99,11 @@ def _closed_form(mask: Boolean, domain: Domain, line: torch.Tensor) -> torch.Ten
     return (stop - torch.maximum(start, before)).clamp(min=0).sum(dim=-1)
 
 
-def _by_points(mask: Boolean, domain: Domain, lists: TileLists) -> RowCounts:
-    """Evaluate the partial tiles of all tile rows, or of evenly spaced ones when they are too many."""
+def _rows_by_points(mask: Boolean, domain: Domain, lists: TileLists, exact: bool) -> Iterator[tuple[int, torch.Tensor]]:
+    """As :func:`_closed_rows`, from all points of the partial tiles of all tile rows, or of evenly spaced ones if not ``exact``."""
     block_q, block_kv = lists.block
     lines = lists.partial.counts.reshape(-1)
     chosen = torch.arange(lines.numel(), device=domain.device)
-    exact = lists.partial.total * block_q * block_kv <= POINT_BUDGET
     if not exact:
         chosen = (
             torch.linspace(0, lines.numel() - 1, min(SAMPLED_ROWS, lines.numel()), device=domain.device)
@@ -99,8 +118,6 @@ def _by_points(mask: Boolean, domain: Domain, lists: TileLists) -> RowCounts:
     widths[lists.full.columns == lists.shape[3] - 1] -= lists.shape[3] * block_kv - domain.kv_len
     full_keys = torch.zeros(lines.numel(), dtype=torch.int64, device=domain.device).index_add_(0, lists.full.owners(), widths)
     groups = domain.groups(mask)
-    seen = allowed = empty = 0
-    first = None
     for line in chosen.tolist():
         group, row = divmod(line, rows)
         top = row * block_q
@@ -114,13 +131,4 @@ def _by_points(mask: Boolean, domain: Domain, lists: TileLists) -> RowCounts:
             env = groups.env(torch.tensor(group, device=domain.device)) | domain.lengths | dict(domain.tables)
             holds = evaluate(mask, {**env, "q_idx": q[:, None] + domain.q_offset, "kv_idx": kv})
             counts += holds.expand(q.numel(), kv.numel()).sum(dim=1)
-        seen += q.numel()
-        allowed += int(counts.sum())
-        none = (counts == 0).nonzero()[:, 0]
-        if none.numel() and first is None:
-            first = (group, top + int(none[0]))
-        empty += none.numel()
-    total = groups.count * domain.rows
-    if exact:
-        return RowCounts(total, allowed, empty, first, True)
-    return RowCounts(total, round(allowed * total / seen), round(empty * total / seen), first, False)
+        yield group * domain.rows + top, counts

@@ -5,13 +5,14 @@ Three steps, cheapest first, each in chunks of bounded memory:
 1. *Runs*: the clauses of the mask are solved per row of tiles (:mod:`runs`); O(rows). Windows, sinks, prefixes, chunks, documents and
    their unions are nearly finished here.
 2. *Boxes*: where a clause holds conditions that runs cannot use, interval arithmetic (:mod:`intervals`) descends from large
-   boxes to tiles, so that whole regions fall at once.
+   boxes to tiles, so that whole regions fall at once, and on into undecided tiles while they are large.
 3. *Points*: tiles still undecided are grouped by what they look like (tiles on one diagonal of a mask of ``q_idx - kv_idx`` are one
    tile), tried on a few telling points, and the last of them evaluated point by point. This step is exact.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,8 @@ from sympy.logic.boolalg import Boolean
 from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.intervals import TableRanges
-from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN, TileLists, TileRows, expand_runs
-from sparsedsl.analysis.points import PointDecider, box_classes
+from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN, TileLists, TileRows, check_room, expand_runs
+from sparsedsl.analysis.points import Boxes, PointDecider, box_classes
 from sparsedsl.analysis.runs import solve_clause
 from sparsedsl.errors import ShapeError
 
@@ -34,6 +35,10 @@ __all__ = ["Grid", "block_pair", "classify"]
 CHUNK, BOXES = 1 << 14, 1 << 17
 # The descent begins at boxes of this many tiles on a side and splits by BRANCH.
 ROOT, BRANCH = 64, 4
+# Undecided tiles longer than this are split before points are looked at.
+FINE = 128
+# Lists that may be longer than this are counted before they are made.
+LONG = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,35 @@ class _Classifier:
 
     def run(self) -> TileLists:
         """Classes of all lines, gathered into lists."""
+        self._check_room()
         counts = torch.zeros((2, self.groups.count * self.grid.rows), dtype=torch.int32, device=self.device)
         columns = self._columns_by_boxes(counts) if self.descends else self._columns_by_runs(counts)
         shape = (self.groups.batch, self.groups.heads, self.grid.rows)
         full, partial = (TileRows(counts[i].view(shape), columns[i]) for i in (0, 1))
         return TileLists(full, partial, self.grid.block, self.domain.rows, self.domain.kv_len)
+
+    def _check_room(self) -> None:
+        """Refuse lists that are certain not to fit into memory, before any of them is made."""
+        lines = self.groups.count * self.grid.rows
+        self._refuse_beyond(8 * lines)
+        if lines * self.grid.columns < LONG or self.descends or not self.clauses:
+            return
+        listed, step = 0, max(1, CHUNK // len(self.clauses))
+        for first in range(0, lines, step):
+            line = torch.arange(first, min(first + step, lines), device=self.device)
+            _, lengths, kinds = self._line_pieces(self.grid, line)
+            listed += int((lengths * (kinds != UNKNOWN)).sum())
+            self._refuse_beyond(8 * (lines + listed))
+
+    def _refuse_beyond(self, count: int) -> None:
+        """``count``: bytes while lists are made and joined."""
+        block_q, block_kv = self.grid.block
+        what = f"tile lists of {self.domain.rows:,} x {self.domain.kv_len:,} pairs in tiles of {block_q} x {block_kv}"
+        way = (
+            f"Take larger tiles (block_size={2 * max(self.grid.block)}) or fewer queries at a time; sd.analyse counts the tiles of "
+            "masks that repeat (no table that positions choose from) without lists"
+        )
+        check_room(count, self.device, what, way)
 
     def _columns_by_runs(self, counts: torch.Tensor) -> list[torch.Tensor]:
         """Steps 1 and 3: columns of the full and the partial tiles, straight from the pieces of each line; fills ``counts``."""
@@ -135,7 +164,10 @@ class _Classifier:
     def _columns_by_boxes(self, counts: torch.Tensor) -> list[torch.Tensor]:
         """Steps 1 to 3 with the descent, which meets tiles box by box: put in line order, columns ascending, at the end."""
         keys: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        listed = 0
         for line, column, kind in self._tiles_by_boxes():
+            listed += kind.numel()
+            self._refuse_beyond(32 * listed)  # keys, joined, sorted, with their places
             for i, wanted in enumerate((FULL, PARTIAL)):
                 owner = line[kind == wanted]
                 counts[i].index_add_(0, owner, torch.ones_like(owner, dtype=torch.int32))
@@ -160,7 +192,28 @@ class _Classifier:
             return torch.full_like(column, PARTIAL)
         one = self.groups.count == 1
         group, row = (line.new_zeros(()).expand_as(line), line) if one else (line // self.grid.rows, line % self.grid.rows)
-        return self.decider.decide((group, *self.grid.queries(row), *self.grid.keys(column)))
+        return self._decide_boxes((group, *self.grid.queries(row), *self.grid.keys(column)))
+
+    def _decide_boxes(self, boxes: Boxes) -> torch.Tensor:
+        """Exact classes; large boxes from those of their parts, most of which intervals decide."""
+        sizes = [int((high - low).max()) + 1 if low.numel() else 1 for low, high in (boxes[1:3], boxes[3:5])]
+        if not self.descends or max(sizes) <= FINE:
+            return self.decider.decide(boxes)
+        parts = [BRANCH if size > FINE else 1 for size in sizes]
+        step = max(1, BOXES // math.prod(parts))
+        found = [self._from_parts(tuple(t[i : i + step] for t in boxes), parts) for i in range(0, boxes[0].numel(), step)]
+        return torch.cat(found)
+
+    def _from_parts(self, boxes: Boxes, parts: list[int]) -> torch.Tensor:
+        owner, pieces = _split(boxes, parts)
+        kinds = box_classes(self.mask, self.domain, self.groups, self.ranges, pieces)
+        some, holes = _in_owner(owner, kinds, boxes[0].numel())
+        # A box with an allowed and a masked pair is partial, whatever its open parts are.
+        open_ = ((kinds == UNKNOWN) & ~(some & holes)[owner]).nonzero()[:, 0]
+        if open_.numel():
+            kinds[open_] = self._decide_boxes(tuple(t[open_] for t in pieces))  # type: ignore[arg-type]
+            some, holes = _in_owner(owner, kinds, boxes[0].numel())
+        return torch.where(some, torch.where(holes, PARTIAL, FULL), EMPTY)
 
     def _pieces(self, grid: Grid) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Step 1. Chunks of lines with the pieces of each line: line, starts, lengths, kinds ``(lines, pieces)``.
@@ -271,3 +324,30 @@ class _Classifier:
         inside = (rows < child.rows) & (columns < child.columns)
         groups, kinds = (t[:, None].expand(-1, BRANCH**2).reshape(-1)[inside] for t in (group, kind))
         return groups, rows[inside], columns[inside], kinds
+
+
+def _split(boxes: Boxes, parts: list[int]) -> tuple[torch.Tensor, Boxes]:
+    """Boxes cut into ``parts`` (of the queries, of the keys) of about one size: the box of each piece, and the pieces."""
+    group, q_low, q_high, kv_low, kv_high = boxes
+    ends = []
+    for low, high, number in ((q_low, q_high, parts[0]), (kv_low, kv_high, parts[1])):
+        size = (high - low) // number + 1
+        first = low[:, None] + size[:, None] * torch.arange(number, device=low.device)
+        ends.append((first, torch.minimum(first + size[:, None] - 1, high[:, None])))
+    (q_first, q_last), (kv_first, kv_last) = ends
+    shape = (group.numel(), *parts)
+    pieces = [t[:, :, None].expand(shape).reshape(-1) for t in (q_first, q_last)]
+    pieces += [t[:, None, :].expand(shape).reshape(-1) for t in (kv_first, kv_last)]
+    owner = torch.arange(group.numel(), device=group.device)[:, None, None].expand(shape).reshape(-1)
+    inside = ((pieces[0] <= pieces[1]) & (pieces[2] <= pieces[3])).nonzero()[:, 0]
+    owner = owner[inside]
+    return owner, (group[owner], *(t[inside] for t in pieces))  # type: ignore[return-value]
+
+
+def _in_owner(owner: torch.Tensor, kinds: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether a box is known to have an allowed pair, and whether it is known to have a masked one, from the classes of its pieces."""
+    partial = kinds == PARTIAL
+    some, holes = (
+        torch.bincount(owner[of], minlength=count) > 0 for of in ((kinds == FULL) | partial, (kinds == EMPTY) | partial)
+    )
+    return some, holes

@@ -119,6 +119,36 @@ def test_chunks_do_not_change_the_lists(monkeypatch):
         assert torch.equal(got, wanted[name]), name
 
 
+@given(data=st.data())
+@settings(max_examples=25)
+def test_large_tiles_are_decided_by_their_parts(data):
+    from sparsedsl.analysis import tiles
+
+    mask = data.draw(masks(depth=2))
+    case = AttentionCase(
+        heads=2, kv_heads=2, q_len=data.draw(st.integers(1, 90)), kv_len=data.draw(st.integers(1, 90)), q_offset=7
+    )
+    tables = data.draw(tables_for(mask, case))
+    block = data.draw(st.sampled_from(((32, 4), (4, 48), (33, 17))))
+    fine, tiles.FINE = tiles.FINE, 4
+    try:
+        assert_lists_sound(mask, case.q_len, case.kv_len, block, heads=2, q_offset=7, **tables)
+    finally:
+        tiles.FINE = fine
+
+
+def test_few_points_of_large_tiles_are_looked_at(monkeypatch):
+    """Tiles of several blocks of a table, cut by none of them, are decided without a point."""
+    from sparsedsl.analysis import points
+
+    chosen = torch.rand((16, 16), generator=torch.Generator().manual_seed(0)) < 0.3
+    mask = picked[q_idx // 1024, kv_idx // 1024]
+    monkeypatch.setattr(points.PointDecider, "decide", lambda *_: pytest.fail("points were looked at"))
+    classes = classify(mask.expr, Domain(16384, 16384, tables={"picked": chosen}), (2048, 128)).classes()[0, 0]
+    wanted = chosen.view(8, 2, 16).sum(dim=1).repeat_interleave(8, dim=1)
+    assert torch.equal(classes, wanted.to(torch.int8))
+
+
 def test_dimensions_the_mask_does_not_read_have_size_one():
     domain = Domain(64, 64, 0, 2, 3, {"width": torch.tensor([4, 8, 16])})
     assert classify(causal.expr, domain, (16, 16)).shape == (1, 1, 4, 4)
