@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -185,7 +186,7 @@ def assert_prefill_equals_decode(
         plans.append(("growing cache", 1, True))
     for name, length, growing in plans:
         for rows, end, out in _pieces(attn, case, (q, k, v), length, growing, tables):
-            fault = wanted.fault("out", out, wanted.values["out"][:, :, rows])
+            fault = wanted.fault("out", out, part=itemgetter((..., rows, slice(None))))
             if fault:
                 what = f"{name}: rows {rows.start} to {rows.stop - 1} with {end} keys: {fault}"
                 raise _failure(what, "assert_prefill_equals_decode", attn, case, seed, {"chunks": chunks, **tables})
@@ -235,7 +236,8 @@ def assert_equivariant(attn: Any, case: AttentionCase = _CASE, *, seed: int = 0,
             continue
         done.append(name)
         out, order = _permuted(attn, case, (q, k, v), name, generator, tables)
-        fault = allowance.fault("out", out, plain[order] if name == "batch" else plain[:, order])
+        place = (order,) if name == "batch" else (slice(None), order)
+        fault = allowance.fault("out", out, part=itemgetter(place), wanted=plain[place])
         if fault:
             what = f"results do not follow a permutation of the {name}, though the pattern does not read {symbol}: {fault}"
             raise _failure(what, "assert_equivariant", attn, case, seed, tables)

@@ -52,9 +52,9 @@ def assert_matches_reference(
         The names of what was compared: ``"out"``, and as far as the lowering has them ``"lse"``, ``"dq"``, ``"dk"``, ``"dv"``
         and ``"d<table>"`` for learned tables and inputs; of a program that chooses ``"choices"`` before them.
 
-    The error against float64 may be twice that of plain attention in the same precision, plus one rounding; what should be finite
-    must be. Empty rows must give 0 and an LSE of ``-inf``, and zero gradients. For programs see :mod:`sparsedsl.testing.program_numbers`:
-    in float64 choices must be the same.
+    How far off each element may be follows from the roundings that the dense computation may make on the way to it; the rule is stated in
+    :mod:`sparsedsl.testing.roundings`. What should be finite must be. Empty rows must give 0 and an LSE of ``-inf``, and zero gradients. In
+    float64 the choices of a program must be the same; in lower precision it is compared with what its nodes mean for the choices it made.
 
     >>> import torch, sparsedsl as sd
     >>> q = k = v = torch.randn(1, 2, 9, 16)

@@ -3,10 +3,7 @@
 A choice is no continuous function of its scores, so a tolerance says nothing about it. In float64, where no two scores of random inputs are
 equal, choices must be the same; in lower precision the dense meaning is worked out for what was chosen there.
 
-A result may be off by twice as much as the dense meaning in the same precision, and twice as much as it moves when every number it is given
-is moved at random by as many roundings as a sum over all keys makes on its way (the square root of their number), or by one rounding
-of the type it was given in. Gradients may be off by that many roundings of what cancels in them, too: ``dO . v`` and ``dO . out`` are equal
-where a query sees one key, and what is left of them is no matter of the inputs.
+How far off a result may be is the rule of :mod:`sparsedsl.testing.roundings`, applied to the operations of the dense meaning.
 """
 
 from __future__ import annotations
@@ -19,19 +16,21 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import PatternError, UnsupportedError
-from sparsedsl.program.branches import Compact
+from sparsedsl.program.branches import Attend, Compact
 from sparsedsl.program.graph import Program
+from sparsedsl.program.node import Node
 from sparsedsl.run.picked.picks import Picks
 from sparsedsl.run.programs.call import check_program_call
 from sparsedsl.run.programs.compiled import CompiledProgram
+from sparsedsl.run.programs.parts import spread
 from sparsedsl.run.programs.reference import Reference
-from sparsedsl.testing.numerics import Expected, Results, gradients
+from sparsedsl.run.programs.runner import means
+from sparsedsl.testing.numerics import Cotangents, Expected, Results, expected, gradients, plain_attention, results_of
+from sparsedsl.testing.roundings import stored
 
 __all__ = ["ProgramRun", "choice_tables", "expect_program", "run_program"]
 
 Tensor = torch.Tensor
-Cotangents = tuple[Tensor, Tensor | None]
-_MOVES = 2
 
 
 @dataclass(frozen=True)
@@ -103,98 +102,51 @@ def expect_program(
         PatternError: in lower precision, what :func:`~sparsedsl.compact` runs makes choices of its own, which nobody reports.
     """
     dtype = tensors["q"].dtype
-    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
     if dtype != torch.float64 and any(_chooses_inside(node) for node in program.everything):
         raise PatternError(
             f"{program!r}: what compact() runs makes choices of its own, which calls do not report; in {dtype} they may differ by "
             "rounding. Give float64 inputs"
         )
-    exact = _dense(program, tensors, run, torch.float64, choices, cotangents)
-    plain = _dense(program, tensors, run, accumulated, choices, cotangents, rounded=dtype)
-    fine = torch.finfo(accumulated).eps * max(tensors["k"].shape[2], 1) ** 0.5
-    moved = {step: _moved(program, tensors, run, step, choices, cotangents) for step in {fine, max(fine, torch.finfo(dtype).eps)}}
-    tolerance = {}
-    for name, value in exact.items():
-        step = fine if name == "lse" else max(moved)
-        off = [_apart(value, other[name]) for other in moved[step]]
-        cancelled = (
-            fine * _cancelling(name, tensors, cotangents) if cotangents is not None and name not in ("out", "lse") else 0.0
-        )
-        tolerance[name] = 2 * (_apart(value, plain[name]) + max(off) + cancelled) + torch.finfo(dtype).smallest_normal
-    return Expected(exact, tolerance)
+
+    def dense(given: dict[str, Tensor], leaves: Mapping[str, Tensor], asked: Cotangents | None) -> Results:
+        named = {name: x for name, x in given.items() if name not in ("q", "k", "v")}
+        call = check_program_call(program, given["q"], given["k"], given["v"], named, **run.words)
+        runner = _Dense(call)
+        if choices is not None:
+            chosen = choice_tables(choices, call.q.shape[0])
+            runner.values |= {node: _on_cpu(chosen[node.label]) for node in program.order if node.label in chosen}
+        out, lse = runner.value(program.root)
+        return results_of(out, lse, leaves, asked)
+
+    named = {name: x for name, x in tensors.items() if name not in ("q", "k", "v")}
+    return expected(tensors, [*"qkv", *moving(program, named)] if cotangents is not None else [], cotangents, dense)
 
 
-def _cancelling(name: str, tensors: Mapping[str, Tensor], cotangents: Cotangents) -> float:
-    """The size of the two terms that a gradient is the difference of: ``dO . v`` and its mean, times what the logits are made of."""
-    d_out, d_lse = cotangents
-    size = _largest(d_out) * _largest(tensors["v"]) * tensors["v"].shape[3] ** 0.5 + (0.0 if d_lse is None else _largest(d_lse))
-    others = [_largest(x) for other, x in tensors.items() if other not in (name[1:], "v") and x.is_floating_point()]
-    queries = 1 if name == "dq" else tensors["q"].shape[1] * tensors["q"].shape[2]
-    return 2 * size * max(others) * queries**0.5
+class _Dense(Reference):
+    """The dense meaning; attention as :func:`~sparsedsl.testing.numerics.plain_attention`, whose backward pass is that of kernels."""
 
+    def value(self, node: Node) -> Any:
+        """What a branch gives is stored before others use it."""
+        fresh = node not in self.values
+        found = super().value(node)
+        if fresh and node.gives == "branch":
+            found = self.values[node] = (stored(found[0]), found[1])
+        return found
 
-def _largest(x: Tensor) -> float:
-    return float(x.detach().abs().max()) if x.numel() else 0.0
+    @means(Attend)
+    def _attend(self, node: Attend) -> tuple[Tensor, Tensor]:
+        if node.normaliser is not None:
+            return super()._attend(node)
+        q, k, v = (self.value(x) for x in (node.x, node.y, node.z))
+        pattern, tables = self.concrete_pattern(node.pattern)
+        k, v = (spread(x, q.shape[1]) if q.shape[1] % x.shape[1] else x for x in (k, v))
+        return plain_attention(pattern, q, k, v, tables, q_offset=self.domain.q_offset, scale=self.call.scale)
 
 
 def _chooses_inside(node: Any) -> bool:
     return isinstance(node, Compact) and any(
         inner.gives in ("picks", "order", "tokens") for inner in Program(node.inside).everything
     )
-
-
-def _moved(
-    program: Program, tensors: Mapping[str, Tensor], run: ProgramRun, step: float, choices: Any, cotangents: Cotangents | None
-) -> list[Results]:
-    """The results for inputs that are off by so much, relatively, at random."""
-    found = []
-    for number in range(_MOVES):
-        generator = torch.Generator().manual_seed(number)
-
-        def off(x: Tensor, generator: torch.Generator = generator) -> Tensor:
-            x = x.detach().cpu()
-            if not x.is_floating_point():
-                return x
-            return x.double() * (1 + step * (2 * torch.rand(x.shape, generator=generator, dtype=torch.float64) - 1))
-
-        again = None if cotangents is None else (off(cotangents[0]), None if cotangents[1] is None else off(cotangents[1]))
-        given = {name: off(x) for name, x in tensors.items()}
-        found.append(_dense(program, given, run, torch.float64, choices, again))
-    return found
-
-
-def _apart(wanted: Tensor, got: Tensor) -> float:
-    got = got.double()
-    both = torch.isfinite(wanted) & torch.isfinite(got)
-    return float((wanted - got)[both].abs().max()) if both.any() else 0.0
-
-
-def _dense(
-    program: Program,
-    tensors: Mapping[str, Tensor],
-    run: ProgramRun,
-    dtype: torch.dtype,
-    choices: Mapping[str, Any] | None,
-    cotangents: Cotangents | None,
-    rounded: torch.dtype | None = None,
-) -> Results:
-    """The dense meaning in ``dtype`` on the CPU, the output rounded to ``rounded``."""
-    given = {name: x.detach().cpu().to(dtype) if x.is_floating_point() else x.detach().cpu() for name, x in tensors.items()}
-    named = {name: x for name, x in given.items() if name not in ("q", "k", "v")}
-    leaves = {}
-    if cotangents is not None:
-        leaves = {name: given[name].requires_grad_() for name in ("q", "k", "v", *moving(program, named))}
-    call = check_program_call(program, given["q"], given["k"], given["v"], named, **run.words)
-    runner = Reference(call)
-    if choices is not None:
-        chosen = choice_tables(choices, call.q.shape[0])
-        on_cpu = {label: _on_cpu(value) for label, value in chosen.items()}
-        runner.values |= {node: on_cpu[node.label] for node in program.order if node.label in on_cpu}
-    with torch.set_grad_enabled(cotangents is not None):
-        out, lse = runner.value(program.root)
-        out = out if rounded is None else out.to(rounded).to(dtype)
-    results = {"out": out.detach()} | ({} if lse is None else {"lse": lse.detach()})
-    return results if cotangents is None else results | gradients(out, lse, leaves, cotangents)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -107,6 +107,16 @@ def test_tolerances_are_near_the_precision(dtype: torch.dtype) -> None:
 
     q, k, v = (kit.tensor(1, 2, 64, 32, seed=i, dtype=dtype) for i in range(3))
     found = expect(sd.attend(CAUSAL), q, k, v, {}, cotangents=(torch.ones(1, 2, 64, 32), torch.ones(1, 2, 64)))
-    for name, value in found.tolerance.items():
-        size = float(found.values[name].abs().max())
-        assert value < 120 * torch.finfo(dtype).eps * (1 + size), name
+    for name, value in found.values.items():
+        size = float(value.abs().max())
+        assert float(found.tolerance(name).max()) < 200 * torch.finfo(dtype).eps * (1 + size), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_that_happen_to_be_zero_are_allowed_a_few_units(dtype: torch.dtype) -> None:
+    """One key, and none: nothing is rounded on the plain way, and a merge of branches goes another."""
+    both = sd.joint(sd.attend(False), sd.attend(sd.q_idx <= sd.b, scale=0.1))
+    for seed in range(4):
+        q, k, v = (kit.tensor(1, 2, 5, 16, seed=3 * seed + i, dtype=dtype) for i in range(3))
+        for backend in ("reference", "tiled"):
+            kit.assert_matches_reference(sd.compile(both, backend=backend), q, k, v)
