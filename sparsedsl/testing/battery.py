@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import hypothesis
-import sympy
 import torch
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.proofs import REFUTED, causality
 from sparsedsl.errors import CallWarning, SparseDSLError, TableError
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, Q_LEN
@@ -27,16 +26,19 @@ from sparsedsl.run.compile import compile as compile_pattern
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable, pattern_code, showing
 from sparsedsl.testing.expressions import assert_text_round_trip
+from sparsedsl.testing.leaks import ask_about_pattern
 from sparsedsl.testing.lists import assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
-from sparsedsl.testing.program_battery import PROGRAM_PROPERTIES, ProgramSubject
+from sparsedsl.testing.program_battery import PROGRAM_PROOFS, PROGRAM_PROPERTIES, ProgramSubject
+from sparsedsl.testing.reach import constants_of, edges_of
 from sparsedsl.testing.shapes import AttentionCase, inputs, shapes
 from sparsedsl.testing.strategies import tables_for
 
 __all__ = ["Property", "Report", "check"]
 
 HOLDS, FAILS, SKIPPED = "holds", "FAILS", "not applicable"
-# Lengths that are tried reach past the constants of the pattern (a window of 128), but no further than this.
+# Whole sequences that are tried reach past the constants of the pattern (a window of 128), but no further than this; beyond, a few queries
+# are tried next to each constant.
 _LONGEST = 600
 _BLOCKS = (1, 2, 3, 8, 16, 32, 64)
 
@@ -45,7 +47,8 @@ _BLOCKS = (1, 2, 3, 8, 16, 32, 64)
 class Property:
     """One property of one pattern.
 
-    ``status``: ``"holds"``, ``"FAILS"`` or ``"not applicable"``; for the latter two ``detail`` says why.
+    ``status``: ``"holds"``, ``"FAILS"`` or ``"not applicable"``; for the latter two ``detail`` says why, and beside the first what the
+    prover says.
 
     >>> import sparsedsl as sd
     >>> [(p.name, p.examples) for p in check(sd.kv_idx <= sd.q_idx, examples=2).properties][:2]
@@ -114,19 +117,34 @@ class _Subject:
         """The compiled pattern."""
         return compile_pattern(self.bound, backend=self.backend)
 
-    def cases(self, **words: Any) -> st.SearchStrategy[AttentionCase]:
-        """Shapes that reach past the pattern's constants and stay inside the tables that are bound to it."""
-        constants = [int(abs(n)) for expr in self.pattern.exprs for n in expr.atoms(sympy.Integer)]
-        reach = min(2 * max([0, *constants]) + 16, _LONGEST)
+    def _limits(self) -> tuple[dict[str, int], float]:
+        """Largest sizes of whole problems, and how far positions may go with the tables that are bound."""
+        bound, longest = self.bound.bound, math.inf
+        reach = min(2 * max([0, *constants_of(self.pattern.exprs)]) + 16, _LONGEST)
         limits = {"max_len": max(70, reach), "max_batch": 2 if reach <= 70 else 1, "max_heads": 6 if reach <= 70 else 2}
         names = {BATCH: "max_batch", HEAD: "max_heads", Q_IDX: "max_len", KV_IDX: "max_len"}
-        bound = self.bound.bound
         for read in {r for expr in self.pattern.exprs for r in table_reads(expr)}:
             for argument, size in zip(read.args, bound[read.spec.name].shape if read.spec.name in bound else (), strict=False):
                 if argument in names:
                     limits[names[argument]] = min(limits[names[argument]], size)
-        found = shapes(**(limits | words))
-        return found.filter(self._fits) if bound else found
+                    longest = min(longest, size) if argument in (Q_IDX, KV_IDX) else longest
+        return limits, longest
+
+    def cases(self, **words: Any) -> st.SearchStrategy[AttentionCase]:
+        """Shapes that reach past the pattern's constants and stay inside the tables that are bound to it."""
+        limits, longest = self._limits()
+        near = [n for n in edges_of(self.pattern.exprs, self.bound.bound) if n + 1 < longest]
+        found = shapes(**(limits | {"near": near} | words))
+        return found.filter(self._fits) if self.bound.bound else found
+
+    @property
+    def within(self) -> AttentionCase | None:
+        """The largest problem that bound tables reach; None if they do not limit positions."""
+        limits, longest = self._limits()
+        if longest == math.inf:
+            return None
+        batch, heads = limits["max_batch"], limits["max_heads"]
+        return AttentionCase(batch, heads, heads, int(longest), int(longest))
 
     def _fits(self, case: AttentionCase) -> bool:
         """Whether tables that were bound from outside are long enough; tables still to be drawn will be."""
@@ -173,19 +191,13 @@ def _numbers(subject: _Subject, data: st.DataObject) -> None:
 
 
 def _causal(subject: _Subject, data: st.DataObject) -> None:
-    if subject.causal is not True:
-        verdict = causality(subject.pattern.mask)
-        if verdict == REFUTED:
-            raise NotApplicable(
-                f"the mask lets a query see a later position: {verdict.witness}. To have that fail: causal=True (--causal)"
-            )
-    _on_case(subject, data, assert_causal, square=True)
+    _on_case(subject, data, assert_causal)
 
 
 def _calls(subject: _Subject, data: st.DataObject) -> None:
     if any(Q_LEN in expr.free_symbols for expr in subject.pattern.exprs):
         raise NotApplicable("the pattern reads q_len, the end of each call")
-    _on_case(subject, data, assert_prefill_equals_decode, square=True, max_len=40, max_heads=2, max_batch=1)
+    _on_case(subject, data, assert_prefill_equals_decode, max_len=40, max_heads=2, max_batch=1)
 
 
 def _order(subject: _Subject, data: st.DataObject) -> None:
@@ -213,6 +225,10 @@ PROPERTIES: dict[str, tuple[str, Callable[[_Subject, st.DataObject], None]]] = {
     "calls": ("one call, chunks, and token by token give the same", _calls),
     "order": ("batch entries and heads can be reordered, as far as the pattern ignores b and h", _order),
 }
+# What is asked before cases are drawn; the answer is printed beside the verdict.
+PROOFS: dict[str, Callable[[_Subject], str]] = {
+    "causality": lambda subject: ask_about_pattern(subject.attention(), subject.causal, subject.within),
+}
 
 
 def check(
@@ -232,7 +248,8 @@ def check(
         examples: random cases for each property.
         progress: show a progress bar for each property on stderr.
         backend: the lowering that is run; see :func:`sparsedsl.compile`.
-        causal: True if the pattern must not see later positions; None to test for leaks only where the mask itself looks causal.
+        causal: True if the pattern must not see later positions; None to test for leaks only where the mask itself looks causal. The prover
+            is asked first: what it refutes fails at its witness, however far away, and what it proves is said.
         seed: None draws new cases each time; a number draws the same ones.
         tables: values for tables; the others are drawn, as their declarations allow. All of a program's are drawn, and its inputs.
 
@@ -252,15 +269,16 @@ def check(
             raise SparseDSLError(f"tables and inputs of a program are drawn; bind what is fixed to it: got {', '.join(tables)}")
         programs = ProgramSubject(program, backend, causal)
         programs.attention()
-        return Report(program, tuple(_run(PROGRAM_PROPERTIES, programs, examples, progress, seed)))
+        return Report(program, tuple(_run(PROGRAM_PROPERTIES, PROGRAM_PROOFS, programs, examples, progress, seed)))
     pattern = as_pattern(pattern)
     subject = _Subject(pattern, backend, dict(tables), causal)
     subject.attention()  # refuses unknown tables and backends before anything is drawn
-    return Report(pattern, tuple(_run(PROPERTIES, subject, examples, progress, seed)))
+    return Report(pattern, tuple(_run(PROPERTIES, PROOFS, subject, examples, progress, seed)))
 
 
 def _run(
     properties: Mapping[str, tuple[str, Callable[[Any, st.DataObject], None]]],
+    proofs: Mapping[str, Callable[[Any], str]],
     subject: Any,
     examples: int,
     progress: bool,
@@ -269,14 +287,15 @@ def _run(
     for name, (meaning, body) in properties.items():
         wanted = 1 if name == "text" else examples
         with tqdm(total=wanted, desc=f"{name:10}", unit="case", disable=not progress, leave=False) as bar:
-            yield _verdict(name, meaning, body, subject, wanted, bar, seed)
+            yield _verdict(name, meaning, body, proofs.get(name), subject, wanted, bar, seed)
 
 
 def _verdict(
     name: str,
     meaning: str,
-    body: Callable[[_Subject, st.DataObject], None],
-    subject: _Subject,
+    body: Callable[[Any, st.DataObject], None],
+    proof: Callable[[Any], str] | None,
+    subject: Any,
     examples: int,
     bar: Any,
     seed: int | None,
@@ -300,9 +319,9 @@ def _verdict(
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", CallWarning
-            )  # what is rarely meant, as an offset beyond the keys, is drawn on purpose
+            # what is rarely meant, as an offset beyond the keys, is drawn on purpose
+            warnings.simplefilter("ignore", CallWarning)
+            detail = "" if proof is None else proof(subject)
             (cases if seed is None else hypothesis.seed(seed)(cases))()
     except NotApplicable as reason:
         return Property(name, meaning, SKIPPED, 0, str(reason))
@@ -310,4 +329,4 @@ def _verdict(
         return Property(name, meaning, SKIPPED, 0, "the bound tables fit no small shape that was tried")
     except Counterexample as failure:
         return Property(name, meaning, FAILS, count, failure.what, failure.snippet)
-    return Property(name, meaning, HOLDS, count)
+    return Property(name, meaning, HOLDS, count, detail)

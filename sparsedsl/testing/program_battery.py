@@ -12,23 +12,27 @@ from hypothesis import strategies as st
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.branches import Linear
-from sparsedsl.program.effects import LATER_QUERIES, reasons
+from sparsedsl.program.effects import LATER_QUERIES
 from sparsedsl.program.graph import Program
 from sparsedsl.program.text import read_program
 from sparsedsl.run.compile import compile as compile_pattern
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable
+from sparsedsl.testing.leaks import ask_about_program
 from sparsedsl.testing.matching import assert_matches_reference
 from sparsedsl.testing.program_matching import program_lines
 from sparsedsl.testing.program_properties import assert_unselected_gradients_zero
 from sparsedsl.testing.program_strategies import program_inputs
+from sparsedsl.testing.reach import constants_of, edges_of
 from sparsedsl.testing.shapes import AttentionCase, shapes, tensor
 from sparsedsl.testing.strategies import table_tensors
 
-__all__ = ["PROGRAM_PROPERTIES", "ProgramSubject"]
+__all__ = ["PROGRAM_PROOFS", "PROGRAM_PROPERTIES", "ProgramSubject"]
 
-# Lengths that are tried reach past the units of the program (chunks of 64), but no further than this.
+# Lengths that are tried reach past the units of the program (chunks of 64), but no further than this; where calls are cut, they reach
+# beyond each constant below the other.
 _LONGEST = 200
+_BESIDE = 140
 
 
 @dataclass(frozen=True)
@@ -39,24 +43,28 @@ class ProgramSubject:
     backend: str
     causal: bool | None
 
+    @property
+    def exprs(self) -> tuple[Any, ...]:
+        """Everything written in indices."""
+        parts = self.program.expressions
+        return tuple(expr for part in parts for expr in (part.exprs if isinstance(part, Pattern) else (part.expr,)))
+
     def attention(self) -> Any:
         """The compiled program, its gradients allowed."""
         return compile_pattern(self.program, backend=self.backend, allow=[LATER_QUERIES])
 
     def draw(self, data: st.DataObject, longest: int = _LONGEST, **words: Any) -> tuple[AttentionCase, dict[str, torch.Tensor]]:
         """A whole sequence that is longer than most units, and tables for it."""
-        numbers = [int(x) for node in self.program.everything for x in node.arguments.values() if type(x) is int]
-        reach = min(3 * max([5, *numbers]) + 5, longest)
-        case = data.draw(shapes(max_len=reach, max_heads=4, square=True, **words))
+        numbers = {int(x) for node in self.program.everything for x in node.arguments.values() if type(x) is int}
+        edges = edges_of(self.exprs, self.program.bound, numbers)
+        reach = min(3 * max([5, *numbers, *constants_of(self.exprs)]) + 5, max(longest, min(max(edges, default=0) + 3, _BESIDE)))
+        case = data.draw(shapes(max_len=reach, max_heads=4, square=True, near=edges, **words))
         heads = {len(node.decay) for node in self.program.everything if isinstance(node, Linear)}
         for count in heads:  # linear attention was declared for so many heads
             case = replace(
                 case, heads=count, kv_heads=data.draw(st.sampled_from([n for n in range(1, count + 1) if count % n == 0]))
             )
-        exprs = [
-            expr for part in self.program.expressions for expr in (part.exprs if isinstance(part, Pattern) else (part.expr,))
-        ]
-        drawn = data.draw(table_tensors(tuple(exprs), case, self.program.bound)) if self.program.tables else {}
+        drawn = data.draw(table_tensors(self.exprs, case, self.program.bound)) if self.program.tables else {}
         return case, {name: value for name, value in drawn.items() if name in self.program.tables}
 
 
@@ -77,9 +85,6 @@ def _numbers(subject: ProgramSubject, data: st.DataObject) -> None:
 
 
 def _causal(subject: ProgramSubject, data: st.DataObject) -> None:
-    why = reasons(subject.program).get(LATER_QUERIES)
-    if why and subject.causal is not True:
-        raise NotApplicable(f"{LATER_QUERIES}: {'; '.join(why)}. To have that fail: causal=True (--causal)")
     _on_case(subject, data, assert_causal)
 
 
@@ -119,4 +124,7 @@ PROGRAM_PROPERTIES: dict[str, tuple[str, Callable[[ProgramSubject, st.DataObject
     "calls": ("one call, chunks, token by token, and from state to state give the same", _said(_calls)),
     "order": ("batch entries can be reordered, as far as the program ignores b", _said(_order)),
     "learning": ("what nobody picked or attended to gets a gradient of exactly 0", _said(_learning)),
+}
+PROGRAM_PROOFS: dict[str, Callable[[ProgramSubject], str]] = {
+    "causality": lambda subject: ask_about_program(subject.attention(), subject.causal),
 }

@@ -73,7 +73,7 @@ class Roundings(TorchDispatchMode):
 
     def __enter__(self) -> Roundings:
         _ACTIVE.append(self)
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         _ACTIVE.pop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +19,8 @@ __all__ = ["AttentionCase", "dtypes", "inputs", "shapes", "tensor", "tensor_code
 LAYOUTS = ("contiguous", "transposed", "expanded")
 # Tensors larger than this are not written out in a snippet.
 _LITERAL_ELEMENTS = 128
+# Queries of problems far out.
+_FEW_ROWS = 8
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,8 +130,11 @@ def shapes(
     max_heads: int = 6,
     square: bool = False,
     head_dims: tuple[int, ...] = (16, 32),
+    near: Sequence[int] = (),
 ) -> AttentionCase:
     """Attention problems: one token, shorter than a block, ragged, rectangular, at an offset; any ratio of query to key heads.
+
+    Half of those that are not ``square`` have more keys than queries, a quarter more queries than keys.
 
     Args:
         max_len: longest length, of queries and of keys.
@@ -136,6 +142,8 @@ def shapes(
         max_heads: most query heads.
         square: only problems of self-attention over a whole sequence: as many queries as keys, no offset.
         head_dims: what ``head_dim`` and, separately, ``head_dim_v`` are drawn from.
+        near: positions at which a pattern changes (its window, its chunks): half of the cases end next to one of them, those beyond
+            ``max_len`` with a few queries at an offset. Square ones end next to one within ``max_len``.
 
     >>> from hypothesis import given
     >>> @given(shapes(max_len=20))
@@ -143,11 +151,14 @@ def shapes(
     ...     assert case.heads % case.kv_heads == 0
     >>> test()
     """
-    kv_len = draw(_lengths(max_len))
-    q_len = kv_len if square else draw(st.just(kv_len) | _lengths(max_len))
-    # At an offset of kv_len - q_len the last query sees the last key, as in decoding; other offsets must work too.
-    usual = st.sampled_from(sorted({0, max(kv_len - q_len, 0)}))
-    q_offset = 0 if square else draw(usual | st.integers(0, max_len))
+    edges = [n for n in near if n < max_len] if square else list(near)
+    if bool(edges) and draw(st.booleans()):
+        q_len, kv_len, q_offset = draw(_beside(edges, square, max_len))
+    elif square:
+        q_len = kv_len = draw(_lengths(max_len))
+        q_offset = 0
+    else:
+        q_len, kv_len, q_offset = draw(_rectangles(max_len))
     kv_heads = draw(st.integers(1, max(1, max_heads // 2)))
     ratio = draw(st.integers(1, max(1, max_heads // kv_heads)))
     return AttentionCase(
@@ -160,6 +171,33 @@ def shapes(
         head_dim_v=draw(st.sampled_from(head_dims)),
         q_offset=q_offset,
     )
+
+
+@st.composite
+def _beside(draw: st.DrawFn, edges: list[int], square: bool, longest: int) -> tuple[int, int, int]:
+    """Queries, keys and offset of a problem whose last position is next to an edge."""
+    end = draw(st.sampled_from(edges)) + draw(st.sampled_from((0, 1, -1, 2)))
+    if square:
+        return min(end, longest), min(end, longest), 0
+    q_len = draw(st.integers(1, min(_FEW_ROWS, end, longest)))
+    return q_len, end + draw(st.sampled_from((0, 1, 2, _FEW_ROWS))), end - q_len
+
+
+@st.composite
+def _rectangles(draw: st.DrawFn, longest: int) -> tuple[int, int, int]:
+    """Queries, keys and offset."""
+    kv_len = draw(_lengths(longest))
+    relation = draw(st.sampled_from(("square", "keys", "keys", "queries")))
+    if relation == "square" or kv_len == (1 if relation == "keys" else longest):
+        q_len = kv_len
+    elif relation == "keys":
+        q_len = draw(st.integers(1, kv_len - 1) | st.just(1))
+    else:
+        q_len = draw(st.integers(kv_len + 1, longest))
+    # At an offset of kv_len - q_len the last query sees the last key, as in decoding; others must work too, those beyond the keys as well.
+    last = kv_len - q_len
+    usual = st.sampled_from([n for n in (0, last, last, last, last - 1, last + 1) if n >= 0])
+    return q_len, kv_len, draw(usual | st.integers(0, longest))
 
 
 def _lengths(longest: int) -> st.SearchStrategy[int]:
