@@ -8,6 +8,8 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
+SEED ?=
+FUZZ_EXAMPLES := 50000
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 GPU_ARGS ?=
@@ -15,7 +17,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup test lint format types wheel demo bench gpu golden clean distclean
+.PHONY: help setup test fuzz lint format types wheel demo bench gpu golden clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -28,8 +30,15 @@ $(READY): pyproject.toml constraints.txt
 	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,demo,dev]'
 	@touch $@
 
-test: $(READY)  ## run the tests on two processes (WORKERS=n; PYTEST_ARGS='-k tiles'; SPARSEDSL_TEST_EXAMPLES=100000 for a long night)
+test: $(READY)  ## run the tests on two processes (WORKERS=n; PYTEST_ARGS='-k tiles'); the same random cases every time
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# The seed is drawn once a run and printed first; with it, the same budget and the same tests the same cases are drawn again.
+fuzz: SEED := $(or $(SEED),$(shell od -An -N4 -tu4 /dev/urandom | tr -d ' '))
+fuzz: export SPARSEDSL_TEST_EXAMPLES := $(or $(SPARSEDSL_TEST_EXAMPLES),$(FUZZ_EXAMPLES))
+fuzz: $(READY)  ## new random cases, SPARSEDSL_TEST_EXAMPLES of them (50000); prints its seed (SEED=n draws them again; PYTEST_ARGS='-k tiles')
+	@echo "new random cases; to draw them again: SPARSEDSL_TEST_EXAMPLES=$$SPARSEDSL_TEST_EXAMPLES make fuzz SEED=$(SEED) PYTEST_ARGS='$(PYTEST_ARGS)'"
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal --hypothesis-seed=$(SEED) $(PYTEST_ARGS)
 
 golden: $(READY)  ## rewrite the golden files; read the diff before you commit it
 	$(RUN) -m pytest -q --update-golden $(PYTEST_ARGS)

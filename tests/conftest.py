@@ -3,6 +3,8 @@
 - ``pytest --update-golden`` rewrites golden files instead of comparing with them.
 - ``SPARSEDSL_TEST_EXAMPLES=100000`` spreads about that many random cases over the property tests that are run, in proportion to
   the number each of them asks for; the summary says how many were run and how many tests failed.
+- The cases are the same in every run, on every machine; ``--hypothesis-seed=N`` draws others, and the same ones for the same number. ``make
+  fuzz`` draws a number.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ TESTS = Path(__file__).resolve().parent
 BUDGET = "SPARSEDSL_TEST_EXAMPLES"
 CASES = "sparsedsl_random_cases"
 
-# In CI the same cases every time, so that a submission fails for its own faults only; elsewhere new ones in every run.
-hypothesis.settings.register_profile("here", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("here"), derandomize=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") and not os.environ.get(BUDGET) else "here")
+# The same cases every time, so that a change fails for its own faults only; new ones where a seed is given. Nothing else decides.
+hypothesis.settings.register_profile(
+    "same", deadline=None, database=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile("seeded", hypothesis.settings.get_profile("same"), derandomize=False)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,9 +51,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
 
 
-def pytest_configure() -> None:
-    """A budget that is no number ends the run before it begins."""
+def pytest_configure(config: pytest.Config) -> None:
+    """New cases for a seed. A budget that is no number ends the run before it begins."""
     _budget()
+    if _seed(config) is not None:
+        hypothesis.settings.load_profile("seeded")
+
+
+def _seed(config: pytest.Config) -> str | None:
+    """The seed of random cases that was asked for."""
+    return config.getoption("--hypothesis-seed", None)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Which random cases are drawn."""
+    if _seed(config) is None:
+        return "random cases: the same in every run (make fuzz draws others)"
+    return f"random cases: those of --hypothesis-seed={_seed(config)}"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -211,6 +229,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     cases, tests, failed = sum(n for n, _ in run), sum(n > 0 for n, _ in run), sum(bad for n, bad in run if n)
     if tests:
         more = f"budget {BUDGET}={_budget()}" if _budget() else f"{BUDGET}=100000 runs more"
+        seed = _seed(terminalreporter.config)
+        more += "" if seed is None else f"; --hypothesis-seed={seed} draws them again"
         terminalreporter.write_line(f"random cases: {cases:,} run in {tests} property tests, {failed} of which failed ({more})")
 
 

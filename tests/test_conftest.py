@@ -69,6 +69,53 @@ def test_the_budget_is_shared_in_proportion_and_counted_over_processes(tmp_path)
     assert "SPARSEDSL_TEST_EXAMPLES=2000" in done.stdout
 
 
+SEEN = """
+from hypothesis import given, settings, strategies as st
+seen = []
+
+@given(st.integers(0, 10**9))
+@settings(max_examples=20)
+def test_it(n):
+    seen.append(n)
+
+def test_shown():
+    print("seen", seen)
+    assert not seen
+"""
+
+
+def cases_seen(folder: Path, *options: str, **variables: str) -> tuple[str, str]:
+    """What a test was given, and the whole output."""
+    output = run_pytest(folder, SEEN, *options, **variables).stdout
+    found = re.search(r"seen \[.*\]", output)
+    assert found, output
+    return found.group(), output
+
+
+def test_cases_are_the_same_everywhere_unless_a_seed_is_given(tmp_path):
+    usual, told = cases_seen(tmp_path)
+    assert "the same in every run (make fuzz draws others)" in told
+    assert usual == cases_seen(tmp_path, CI="true")[0], "on a person's machine and in CI"
+    seeded, told = cases_seen(tmp_path, "--hypothesis-seed=7")
+    assert "--hypothesis-seed=7 draws them again" in told
+    assert usual != seeded == cases_seen(tmp_path, "--hypothesis-seed=7")[0]
+
+
+def test_make_fuzz_prints_a_seed_and_a_budget(tmp_path):
+    """Nothing is run: what make would do is printed."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SPARSEDSL", "MAKE", "SEED"))}
+
+    def plan(*words: str, **variables: str) -> str:
+        command = ["make", "-n", "fuzz", "RUN=python", "READY=", *words]
+        return subprocess.run(
+            command, cwd=CONFTEST.parent.parent, env=env | variables, capture_output=True, text=True, check=True
+        ).stdout
+
+    first, second = (re.findall(r"--hypothesis-seed=(\d+)|make fuzz SEED=(\d+)", plan()) for _ in range(2))
+    assert len(first) == 2 and first[0][1] == first[1][0] != second[1][0]
+    assert "--hypothesis-seed=42" in plan("SEED=42")
+
+
 def test_a_failing_property_test_is_counted(tmp_path):
     source = "from hypothesis import given, strategies as st\n@given(st.integers())\ndef test_no(n):\n    assert n < 5\n"
     done = run_pytest(tmp_path, source)

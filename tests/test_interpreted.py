@@ -13,18 +13,19 @@ FOLDER = Path(__file__).parent / "interpreted"
 SECONDS = 1500
 
 
-def run(file: Path) -> subprocess.CompletedProcess[str]:
+def run(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """pytest on one file, with its output; the random budget is passed on with the environment."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
     env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options, str(file)]
     return subprocess.run(command, env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True, timeout=SECONDS)
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
-def test_interpreted(file):
+def test_interpreted(file, request):
     pytest.importorskip("triton", reason="generated Triton kernels are interpreted; pip install 'sparsedsl[triton]'")
-    done = run(file)
+    seed = request.config.getoption("--hypothesis-seed", None)
+    done = run(file, *([] if seed is None else [f"--hypothesis-seed={seed}"]))
     assert done.returncode == 0, f"{file.name} in a process of its own:\n{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"
 
 
