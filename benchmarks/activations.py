@@ -67,7 +67,7 @@ def seen_by(model: Any, ids: torch.Tensor, layer: int) -> dict[str, torch.Tensor
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = model.config._attn_implementation
+    name = model.model.layers[layer].self_attn.config._attn_implementation  # layers with a pattern call a function of their own
     run = ALL_ATTENTION_FUNCTIONS[name]
     kept: dict[str, torch.Tensor] = {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -70,20 +71,25 @@ def watching(model: Any, see: Callable[..., None]) -> Iterator[None]:
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    name = model.config._attn_implementation
-    run = ALL_ATTENTION_FUNCTIONS[name]
+    # Layers with a pattern call a function of their own, by a name that only they have.
+    names = {layer.self_attn.config._attn_implementation for layer in model.model.layers}
+    functions = {name: ALL_ATTENTION_FUNCTIONS[name] for name in names}
 
-    def watched(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any, **words: Any) -> Any:
+    def watched(
+        run: Callable[..., Any], module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any, **words: Any
+    ) -> Any:
         start = time.process_time()
         result = run(module, q, k, v, *mask, **words)
         see(module.layer_idx, q, k, v, time.process_time() - start)
         return result
 
-    AttentionInterface.register(name, watched)
+    for name, run in functions.items():
+        AttentionInterface.register(name, functools.partial(watched, run))
     try:
         yield
     finally:
-        AttentionInterface.register(name, run)
+        for name, run in functions.items():
+            AttentionInterface.register(name, run)
 
 
 def density(program: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:

@@ -9,23 +9,24 @@ from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, find_first_full_attention_index
 
 from sparsedsl.errors import PatternError, TableError, UnsupportedError
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
-from sparsedsl.models.attention import BINDING, Binding, Compiled, make_attention_function
+from sparsedsl.models.attention import BINDING, Binding, Compiled, attend
+from sparsedsl.models.carried import Stack, calling, put_stacks, stacks_of
 from sparsedsl.models.derived import PROVIDED
-from sparsedsl.models.layers import attention_layers, is_told_causal, text_config
-from sparsedsl.models.masks import make_mask_function
-from sparsedsl.models.native import native_facts, native_pattern
+from sparsedsl.models.layers import attention_layers, closed_layers, is_told_causal, key_owners, text_config
+from sparsedsl.models.masks import MaskFunction
+from sparsedsl.models.native import masks_of, native_facts, native_pattern
 from sparsedsl.models.programs import check_program, is_for_prefill
 from sparsedsl.program.graph import Program, as_program
 
 __all__ = ["AppliedPatterns", "apply"]
 
-_PREFIX = "sparsedsl_over_"
+_NAME = "sparsedsl"  # what bound modules call; for all else the model keeps the name it had
 _NATIVE = ("sdpa", "eager", "flex_attention")
-_users: dict[int, int] = {}  # id of a config object -> models that have patterns through it
 
 
 def apply(model: Any, patterns: Any, *, backend: str = "auto", allow: Sequence[str] = ()) -> AppliedPatterns:
@@ -35,14 +36,17 @@ def apply(model: Any, patterns: Any, *, backend: str = "auto", allow: Sequence[s
     work as before, with the patterns in place of the layers' own causal, sliding or chunked masks.
 
     - A *mask* says which pairs attend; soft cap, sink logits and scale stay the layer's own. A *pattern* says everything (its
-      scale, if it has none, is the layer's). Layers that are given nothing stay native.
+      scale, if it has none, is the layer's).
+    - Layers that are given nothing stay native, bit for bit: they see transformers' own masks, and the implementation keeps its name.
+      Layers that are given something run it, or the call raises. Where a layer chooses keys by an indexer, a pattern takes that place.
     - ``q_idx`` and ``kv_idx`` are slots of the KV cache, as in transformers' mask functions: with left padding, slot 0 is
       padding. Padded keys never attend.
     - Two tables are bound at every call: ``sd.models.left_padding[b]``, the number of padding slots before a sequence, and
       ``sd.models.sinks[h]``, the layer's sink logits. Others must be bound before: ``pattern.bind(name=tensor)``.
     - In packed batches (``position_ids`` that start again; no attention mask, no cache) a query sees its own sequence only and
       the indices count within the sequence, again as in transformers.
-    - A layer whose native cache keeps a window only gets one that keeps everything, unless the pattern provably needs no more.
+    - A layer whose native cache keeps a window only gets one that keeps everything, unless the pattern provably needs no more. Layers that
+      share their keys (Gemma 3n, Gemma 4) get one together, or the call raises.
 
     A *program*, such as ``sd.patterns.pbs()`` or ``sd.patterns.moba()``, over q, k and v:
 
@@ -83,9 +87,15 @@ def apply(model: Any, patterns: Any, *, backend: str = "auto", allow: Sequence[s
     """
     config = text_config(model)
     layers = attention_layers(model)
-    chosen = _choose(patterns, layers)
-    native = config._attn_implementation or "sdpa"
-    native = native.removeprefix(_PREFIX)
+    closed = closed_layers(model)
+    chosen = _choose(patterns, sorted({*layers, *closed}))
+    if missed := sorted(set(chosen) & set(closed)):
+        raise UnsupportedError(
+            f"{_layer_words(missed)} ({', '.join(sorted({closed[index] for index in missed}))}): the module's own forward does not call "
+            "transformers' attention interface (AttentionInterface), so patterns cannot reach it. Give a mapping without it, or call "
+            "sd.compile(pattern) in that forward"
+        )
+    native = str(config._attn_implementation or "sdpa")
     if native not in _NATIVE:
         raise UnsupportedError(
             f"the model runs attn_implementation={native!r}; patterns are put over {', '.join(_NATIVE)}: "
@@ -94,8 +104,9 @@ def apply(model: Any, patterns: Any, *, backend: str = "auto", allow: Sequence[s
     if any(hasattr(module, BINDING) for module in layers.values()):
         raise PatternError("this model has patterns already; call restore() on what the first models.apply returned")
     told, compiled = is_told_causal(model, config), Compiled(backend, tuple(allow))
-    bindings = {index: _bind(layers[index], index, given, config, told, compiled) for index, given in chosen.items()}
-    return AppliedPatterns(model, config, native, layers, bindings)
+    stack = Stack(key_owners(layers), masks_of({i: m for i, m in layers.items() if i not in chosen}, config, told))
+    bindings = {index: _bind(layers[index], index, given, config, told, compiled, stack) for index, given in chosen.items()}
+    return AppliedPatterns(model, config, native, layers, stack, bindings)
 
 
 class AppliedPatterns:
@@ -112,41 +123,48 @@ class AppliedPatterns:
     >>> applied.restore()
     """
 
-    def __init__(self, model: Any, config: Any, native: str, layers: dict[int, Any], bindings: dict[int, Binding]) -> None:
+    def __init__(
+        self, model: Any, config: Any, native: str, layers: dict[int, Any], stack: Stack, bindings: dict[int, Binding]
+    ) -> None:
         self.model, self.layers = model, tuple(layers)
         self.patterns = {index: binding.program or binding.pattern for index, binding in bindings.items()}
-        self._config, self._native = config, native
+        self._config, self._stack = config, stack
         self._modules = [layers[index] for index in bindings]
         self._bindings = bindings
         self._active = True
-        name = _PREFIX + native
-        AttentionInterface.register(name, make_attention_function(native))
-        AttentionMaskInterface.register(name, make_mask_function())
+        AttentionInterface.register(_NAME, attend)
+        if not isinstance(ALL_MASK_ATTENTION_FUNCTIONS[native], MaskFunction):
+            AttentionMaskInterface.register(native, MaskFunction(ALL_MASK_ATTENTION_FUNCTIONS[native]))
+        view = calling(config, _NAME)
         for index, binding in bindings.items():
             setattr(layers[index], BINDING, binding)
-        _users[id(config)] = _users.get(id(config), 0) + 1
-        config._attn_implementation_internal = name
-        hook = functools.partial(_before_forward, name, tuple(bindings.values()))
-        self._hook = model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+            layers[index].config = view
+        put_stacks(config, native, (*stacks_of(config), stack))
+        before = functools.partial(_before_forward, stack, bindings)
+        after = functools.partial(_after_forward, stack, bindings)
+        self._hooks = (
+            model.base_model.register_forward_pre_hook(before, with_kwargs=True),
+            model.base_model.register_forward_hook(after, always_call=True),
+        )
 
     def restore(self) -> None:
         """Give the model back its own attention. Doing so twice is no error."""
         if not self._active:
             return
         self._active = False
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for module in self._modules:
             delattr(module, BINDING)
-        _users[id(self._config)] -= 1
-        if not _users[id(self._config)]:  # another model may share the config object
-            del _users[id(self._config)]
-            if self._config._attn_implementation_internal == _PREFIX + self._native:
-                self._config._attn_implementation_internal = self._native
+            module.config = self._config
+        left = tuple(stack for stack in stacks_of(self._config) if stack is not self._stack)
+        if left != stacks_of(self._config):  # another model may share the configuration, or the name was set anew
+            put_stacks(self._config, self._config._attn_implementation, left)
 
     def cache(self) -> DynamicCache:
         """An empty KV cache that keeps the keys these patterns ask for; pass it as ``past_key_values``."""
         cache = DynamicCache(config=self.model.config)
-        _widen(cache, tuple(self._bindings.values()))
+        _widen(cache, self._stack, self._bindings)
         return cache
 
     def __enter__(self) -> AppliedPatterns:
@@ -176,12 +194,12 @@ def _layer_words(indices: list[int]) -> str:
     return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
 
 
-def _choose(patterns: Any, layers: dict[int, Any]) -> dict[int, Any]:
+def _choose(patterns: Any, layers: list[int]) -> dict[int, Any]:
     """Layer index -> what the user gave for it."""
     if isinstance(patterns, Mapping):
         unknown = sorted(set(patterns) - set(layers), key=str)
         if unknown:
-            raise PatternError(f"no attention layer has the index {unknown}; the model's attention layers are {sorted(layers)}")
+            raise PatternError(f"no attention layer has the index {unknown}; the model's attention layers are {layers}")
         given = {index: patterns[index] for index in layers if index in patterns}
     elif isinstance(patterns, (Mask, Pattern, bool)) or as_program(patterns) is not None:
         given = dict.fromkeys(layers, patterns)
@@ -192,13 +210,13 @@ def _choose(patterns: Any, layers: dict[int, Any]) -> dict[int, Any]:
     return {index: value for index, value in given.items() if value is not None}
 
 
-def _bind(module: Any, index: int, given: Any, config: Any, told: bool, compiled: Compiled) -> Binding:
+def _bind(module: Any, index: int, given: Any, config: Any, told: bool, compiled: Compiled, stack: Stack) -> Binding:
     program = as_program(given)
     if program is not None:
         own = native_pattern(module, index, config, told)
         check_program(program, index, own)
         facts = native_facts(module, index, config, told) if is_for_prefill(program) else None
-        return Binding(index, own, facts is not None, True, facts, compiled, program)
+        return Binding(index, own, facts is not None, True, facts, compiled, stack, program)
     keeps_score = isinstance(given, (Mask, bool))
     pattern = as_pattern(given, where=f"the pattern of layer {index}")
     try:
@@ -226,27 +244,61 @@ def _bind(module: Any, index: int, given: Any, config: Any, told: bool, compiled
         )
     is_native = pattern == native
     facts = native_facts(module, index, config, told) if is_native else None
-    return Binding(index, pattern, is_native, keeps_score or is_native, facts, compiled)
+    return Binding(index, pattern, is_native, keeps_score or is_native, facts, compiled, stack)
 
 
-def _before_forward(name: str, bindings: tuple[Binding, ...], module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _before_forward(stack: Stack, bindings: dict[int, Binding], module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Runs before every forward of the model: nothing has switched the patterns off, and the cache keeps what they ask for."""
-    implementation = text_config(module)._attn_implementation
-    if implementation != name:
+    config = text_config(module)
+    if stack not in stacks_of(config):
         raise UnsupportedError(
-            f"the model has patterns, but its attn_implementation was since set to {implementation!r}, which would ignore them; "
-            "call restore() on what models.apply returned"
+            f"the model has patterns, but its attn_implementation was since set to {config._attn_implementation!r}, which would ignore "
+            "them; call restore() on what models.apply returned"
         )
+    stack.inside, stack.seen = True, None
     cache = kwargs.get("past_key_values")
     if isinstance(cache, Cache):
-        _widen(cache, bindings)
+        _widen(cache, stack, bindings)
+        stack.seen = _seen(cache, stack)
 
 
-def _widen(cache: Cache, bindings: tuple[Binding, ...]) -> None:
+def _after_forward(stack: Stack, bindings: dict[int, Binding], module: Any, args: Any, output: Any) -> None:
+    """Runs after every forward of the model, failed ones included: each layer with a pattern has called for it."""
+    stack.inside = False
+    config = text_config(module)
+    if output is None or all(binding.reached for binding in bindings.values()):
+        return
+    if module.training and getattr(config, "layerdrop", 0):
+        return
+    missed = [i for i, binding in bindings.items() if not binding.reached and i < getattr(config, "num_hidden_layers", i + 1)]
+    if missed:
+        raise UnsupportedError(
+            f"{_layer_words(missed)}: the forward ended, and the layer did not call transformers' attention interface, so its pattern "
+            "did not run. Leave it native (patterns={...} without it), or call sd.compile(pattern) in its own forward"
+        )
+
+
+def _seen(cache: Cache, stack: Stack) -> int | None:
+    """Tokens in the cache, where transformers would ask a layer that keeps no keys, as MiniMax's first one."""
+    asked, own = find_first_full_attention_index(cache), min(stack.owners)
+    if asked in stack.owners:
+        return None
+    return int(cache.layers[own].get_seq_length()) if own < len(cache.layers) else 0
+
+
+def _widen(cache: Cache, stack: Stack, bindings: dict[int, Binding]) -> None:
     """Let layers that are to keep a window keep everything where a pattern asks for more, as long as they are empty."""
-    for binding in bindings:
-        layer: Any = cache.layers[binding.index] if binding.index < len(cache.layers) else None
+    for owner, layer in enumerate(cache.layers):
         if type(layer) is not DynamicSlidingWindowLayer or layer.cumulative_length or layer.record_past:
             continue
-        if not binding.fits_window(layer.sliding_window):
-            cache.layers[binding.index] = DynamicLayer()
+        readers = [index for index, owned in stack.owners.items() if owned == owner]
+        wide = [i for i in readers if i in bindings and not bindings[i].fits_window(layer.sliding_window)]
+        native = [i for i in readers if i not in bindings]
+        if wide and native:
+            raise UnsupportedError(
+                f"{_layer_words(wide)}: the pattern may ask for more than the last {layer.sliding_window} keys, and shares its keys with "
+                f"native {_layer_words(native)}, which cannot do with more. Give all of {readers} patterns (for what stays as it is: "
+                "sd.models.native_patterns(model)), or one that looks back no further than the window"
+            )
+        if wide:
+            cache.layers[owner] = DynamicLayer()

@@ -6,8 +6,6 @@ Output: what transformers expects of an attention function, ``(out (B, Sq, Hq, D
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +15,15 @@ from sparsedsl.analysis.proofs import PROVED, implies
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.derived import Form, derive
-from sparsedsl.models.masks import MaskRequest, request_of
+from sparsedsl.models.masks import MaskRequest
 from sparsedsl.models.native import Facts
 from sparsedsl.models.programs import fitted, is_for_prefill
 from sparsedsl.program.graph import Program
 from sparsedsl.run.compile import compile as compile_pattern
 
-__all__ = ["BINDING", "Binding", "Compiled", "make_attention_function"]
+__all__ = ["BINDING", "Binding", "Compiled", "attend"]
 
 BINDING = "_sparsedsl_binding"  # the attribute of a bound attention module
 
@@ -54,7 +53,8 @@ class Compiled:
 class Binding:
     """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for, and ``facts``
     what its mask says. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the pattern, which then is
-    the model's own; one for prefill leaves it all calls but that of a whole prompt."""
+    the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one of. ``reached``: the
+    module has called for it."""
 
     index: int
     pattern: Pattern
@@ -62,7 +62,9 @@ class Binding:
     keeps_score: bool
     facts: Facts | None
     compiled: Compiled
+    stack: Stack
     program: Program | None = None
+    reached: bool = False
     _by_scale: dict[Any, Any] = field(default_factory=dict)
     _by_form: dict[Form, tuple[Any, frozenset[str]]] = field(default_factory=dict)
     _fits: dict[int, bool] = field(default_factory=dict)
@@ -97,39 +99,22 @@ class Binding:
         return {**vars(self), "_by_form": {}, "_by_scale": {}}
 
 
-def make_attention_function(native: str) -> Callable[..., Any]:
-    """An attention function for transformers' ``AttentionInterface``: bound modules run their pattern, others ``native``."""
-
-    def sparsedsl_attention(
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        **arguments: Any,
-    ) -> tuple[torch.Tensor, Any]:
-        binding: Binding | None = getattr(module, BINDING, None)
-        request = request_of(attention_mask)
-        if binding is None:
-            mask = attention_mask if request is None else request.native_mask(native)
-            return _native_function(module, native)(module, query, key, value, mask, **arguments)
-        _refuse_what_would_be_lost(binding, attention_mask, request, arguments)
-        assert request is not None
-        return _run(binding, query, key, value, request, arguments), None
-
-    return sparsedsl_attention
-
-
-def _native_function(module: Any, native: str) -> Callable[..., Any]:
-    """The function that the module's own file would have called under the name ``native``."""
-    for kind in type(module).__mro__:
-        source: Any = sys.modules.get(kind.__module__)
-        if hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
-            default = getattr(source, "eager_attention_forward", None)
-            return source.ALL_ATTENTION_FUNCTIONS.get_interface(native, default)
-    raise UnsupportedError(
-        f"no attention function {native!r} for {type(module).__name__}: its file has no ALL_ATTENTION_FUNCTIONS"
-    )
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    **arguments: Any,
+) -> tuple[torch.Tensor, Any]:
+    """The attention function of bound modules, as transformers' ``AttentionInterface`` wants it."""
+    binding: Binding = getattr(module, BINDING)
+    request = request_of(attention_mask)
+    if attention_mask is None:
+        request = binding.stack.omitted_request(query.shape[2], key.shape[2])
+    _refuse_what_would_be_lost(binding, attention_mask, request, arguments)
+    binding.reached = True
+    return _run(binding, query, key, value, request, arguments), None
 
 
 def _refuse_what_would_be_lost(binding: Binding, mask: Any, request: MaskRequest | None, arguments: dict[str, Any]) -> None:
@@ -139,7 +124,8 @@ def _refuse_what_would_be_lost(binding: Binding, mask: Any, request: MaskRequest
         got = "no mask at all" if mask is None else f"a finished mask {tuple(getattr(mask, 'shape', ()))}"
         raise UnsupportedError(
             f"{where} got {got}, where the pattern needs to know padding and cache offsets. Pass a 2-D attention_mask "
-            "(1 = real token), and write what a 4-D one says as a table in the pattern"
+            "(1 = real token), and write what a 4-D one says as a table in the pattern; where it is the model that changes its mask on "
+            "the way (an indexer's choice of keys, compressed keys), leave this layer native (patterns={...} without it)"
         )
     if request.overlays:
         raise UnsupportedError(

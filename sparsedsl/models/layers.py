@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from typing import Any
 
 from sparsedsl.errors import PatternError, UnsupportedError
 
-__all__ = ["attention_layers", "is_told_causal", "passes_argument", "text_config"]
+__all__ = ["attention_layers", "closed_layers", "is_told_causal", "key_owners", "passes_argument", "text_config"]
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
 
 
 def text_config(model: Any) -> Any:
@@ -27,14 +30,24 @@ def text_config(model: Any) -> Any:
     return config.get_text_config()
 
 
+def closed_layers(model: Any) -> dict[int, str]:
+    """Layer index -> class, for attention modules whose own ``forward`` no longer calls the interface that the inherited one calls."""
+    config, found = text_config(model), {}
+    for module in model.modules():
+        inherits = any(_INTERFACE in _source(vars(base).get("forward")) for base in type(module).__mro__)
+        if _reads(module, config) and inherits and not _mentions(module, _INTERFACE) and hasattr(module, "layer_idx"):
+            found[int(module.layer_idx)] = type(module).__name__
+    return found
+
+
 def attention_layers(model: Any) -> dict[int, Any]:
     """Layer index -> self-attention module, for every layer of the text stack that calls transformers' attention interface."""
     config = text_config(model)
     found: dict[int, Any] = {}
     for name, module in model.named_modules():
-        if getattr(module, "config", None) is not config or "CrossAttention" in type(module).__name__:
+        if not _reads(module, config) or "CrossAttention" in type(module).__name__:
             continue
-        if not _mentions(module, "ALL_ATTENTION_FUNCTIONS.get_interface("):
+        if not _mentions(module, _INTERFACE):
             continue
         index = getattr(module, "layer_idx", None)
         index = len(found) if index is None else int(index)
@@ -44,7 +57,7 @@ def attention_layers(model: Any) -> dict[int, Any]:
                 "apply patterns to a model with one attention module a layer"
             )
         found[index] = module
-    if not found:
+    if not found and not closed_layers(model):
         raise UnsupportedError(
             f"{type(model).__name__} has no layer that calls transformers' attention interface (AttentionInterface), so patterns "
             "cannot reach its attention; sd.compile(pattern) can be called in a forward of your own"
@@ -54,7 +67,7 @@ def attention_layers(model: Any) -> dict[int, Any]:
 
 def is_told_causal(model: Any, config: Any) -> bool:
     """Whether a module of the text stack overrules its layers with ``is_causal=True`` at the call, as CLIP's text model does."""
-    stack = (module for module in model.modules() if getattr(module, "config", None) is config)
+    stack = (module for module in model.modules() if _reads(module, config))
     return any(_mentions(module, "is_causal=True") for module in stack)
 
 
@@ -63,20 +76,50 @@ def passes_argument(module: Any, name: str) -> bool:
     return _mentions(module, f"{name}=")
 
 
+def key_owners(layers: dict[int, Any]) -> dict[int, int]:
+    """Layer index -> the layer whose keys it attends to: its own, but for layers that share those of an earlier one (Gemma 3n, Gemma 4)."""
+    owners = {index: index for index in layers}
+    for index, module in layers.items():
+        if getattr(module, "is_kv_shared_layer", False):
+            stored = [
+                i
+                for i, m in layers.items()
+                if i < index and getattr(m, "store_full_length_kv", False) and _kind(m) == _kind(module)
+            ]
+            owners[index] = max(stored, default=index)
+    return owners
+
+
+def _kind(module: Any) -> Any:
+    return getattr(module, "layer_type", None), getattr(module, "use_rope", None)
+
+
+def _reads(module: Any, config: Any) -> bool:
+    """Whether a module has this configuration, or a view of it."""
+    own = getattr(module, "config", None)
+    return own is config or (hasattr(own, "__dict__") and vars(own) is vars(config))
+
+
 def _mentions(module: Any, text: str) -> bool:
+    forward = inspect.unwrap(module.forward)
     kind: Any = type(module)
-    return _forward_contains(kind, text)
+    return _forward_contains(kind, getattr(forward, "__func__", forward), text)
 
 
 @functools.cache
-def _forward_contains(kind: Any, text: str) -> bool:
-    """Whether ``text`` stands in the source of ``forward``, the class's own or one it inherits and may call."""
-    for base in kind.__mro__:
-        forward = vars(base).get("forward")
-        if forward is not None:
-            try:
-                if text in inspect.getsource(inspect.unwrap(forward)):
-                    return True
-            except (OSError, TypeError):
-                continue
-    return False
+def _forward_contains(kind: Any, forward: Any, text: str) -> bool:
+    """Whether ``text`` stands in the source of the ``forward`` that runs, or in one that it calls as ``super().forward``."""
+    source = _source(forward)
+    if text in source or not re.search(r"\bsuper\([^)]*\)\.forward\(", source):
+        return text in source
+    classes = [base for base in kind.__mro__ if "forward" in vars(base)]
+    own = next((i for i, base in enumerate(classes) if inspect.unwrap(vars(base)["forward"]) is forward), len(classes))
+    return any(_forward_contains(kind, inspect.unwrap(vars(base)["forward"]), text) for base in classes[own + 1 : own + 2])
+
+
+@functools.cache
+def _source(forward: Any) -> str:
+    try:
+        return "" if forward is None else inspect.getsource(inspect.unwrap(forward))
+    except (OSError, TypeError):
+        return ""

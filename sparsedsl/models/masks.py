@@ -1,23 +1,24 @@
 """What transformers knows when it makes a mask, kept as it is: offsets, padding, packed sequences.
 
-transformers calls a registered mask function once per forward and layer type, and hands the result unread to the layers'
-attention function. Ours makes no mask: it returns a :class:`MaskRequest` inside a tensor of the mask's shape without storage,
-because transformers passes 4-D tensors on as they are. Each layer then asks the request for what it needs.
+transformers calls a registered mask function once per forward and layer type, and hands the result to the layers' attention function. Ours,
+over the functions of the names that patterns are put over, makes a :class:`MaskRequest` for models with patterns; ``carried`` brings it to
+the layers. Each layer with a pattern then asks the request for what it needs.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.models.carried import carrying, stacks_of, without_data
 from sparsedsl.models.native import Facts
 
-__all__ = ["MaskRequest", "Packing", "make_mask_function", "request_of"]
+__all__ = ["MaskFunction", "MaskRequest", "Packing"]
 
 # transformers' own mask functions that a layer's pattern stands for -> what they say, and the name of their number.
 _REPLACED = {
@@ -55,15 +56,25 @@ class MaskRequest:
     packing: Packing | None
     facts: Facts | None
     overlays: tuple[str, ...]
-    arguments: dict[str, Any]
-    _native: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    make_native: Callable[[], Any]
+    _native: list[Any] = field(default_factory=list)
     _tables: dict[Any, dict[str, torch.Tensor]] = field(default_factory=dict)
 
-    def native_mask(self, implementation: str) -> torch.Tensor | None:
-        """The mask that ``implementation`` would have got, made once."""
-        if implementation not in self._native:
-            self._native[implementation] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
-        return self._native[implementation]
+    def native_mask(self) -> Any:
+        """The mask that transformers would have made: a tensor, a BlockMask or None. Made once."""
+        if not self._native:
+            self._native.append(self.make_native())
+        return self._native[0]
+
+    def part(self, first: int, end: int, keys: int) -> MaskRequest:
+        """The request of the queries ``[first, end)`` and the first ``keys`` keys."""
+
+        def native() -> Any:
+            mask = self.native_mask()
+            return None if mask is None else mask[:, :, first:end, :keys]
+
+        rows, offset = end - first, self.q_offset + first
+        return replace(self, q_length=rows, kv_length=keys, q_offset=offset, make_native=native, _native=[], _tables={})
 
     def key_range(self, keys: int) -> tuple[int, int]:
         """The cache slots ``[start, stop)`` of a layer's ``keys`` keys; those a static cache has not written yet are left out."""
@@ -101,48 +112,34 @@ class MaskRequest:
             self._tables[key] = made
         return self._tables[key]
 
-    def tensor(self, batch: int, device: Any) -> torch.Tensor:
-        """A tensor of the mask's shape that holds nothing but this request."""
-        shaped = torch.ones((), dtype=torch.bool, device=device).expand(batch, 1, self.q_length, self.kv_length)
-        carrier = shaped.as_subclass(_Carrier)
-        carrier.request = self
-        return carrier
 
+class MaskFunction:
+    """A mask function for transformers' ``AttentionMaskInterface``, over the one that was registered there: ``native``.
 
-class _Carrier(torch.Tensor):
-    """A mask-shaped tensor that stands for a request. A copy is the same object; all else made of it is a plain tensor."""
+    Models without patterns get what they got before.
+    """
 
-    request: MaskRequest
+    def __init__(self, native: Callable[..., Any]) -> None:
+        self.native = native
 
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _COPIES:
-            return args[0]
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
+    def __call__(self, **arguments: Any) -> Any:
+        stacks = stacks_of(arguments["config"]) if arguments.get("config") is not None else ()
+        if not stacks:
+            return self.native(**arguments)
+        inside = [stack for stack in stacks if stack.inside]
+        request = self._request(arguments, inside[0].seen if inside else None)
+        if len(inside) == 1 and not inside[0].asks_for(request.facts):
+            dtype = arguments["dtype"] if arguments["config"]._attn_implementation == "eager" else torch.bool
+            return without_data(request, arguments["batch_size"], dtype, arguments["device"])
+        mask = request.native_mask()
+        if mask is not None:
+            return carrying(request, mask)
+        for stack in inside or stacks:
+            stack.omit(request)
+        return None
 
-
-_COPIES = {
-    torch.Tensor.clone,
-    torch.clone,
-    torch.Tensor.contiguous,
-    torch.Tensor.detach,
-    torch.Tensor.to,
-    torch.Tensor.cuda,
-    torch.Tensor.cpu,
-}
-
-
-def request_of(mask: Any) -> MaskRequest | None:
-    """The request that a mask tensor carries, if it is one of ours."""
-    return mask.request if isinstance(mask, _Carrier) else None
-
-
-def make_mask_function() -> Callable[..., torch.Tensor]:
-    """A mask function for transformers' ``AttentionMaskInterface``."""
-
-    def sparsedsl_mask(**arguments: Any) -> torch.Tensor:
-        q_offset = arguments["q_offset"]
+    def _request(self, arguments: dict[str, Any], seen: int | None) -> MaskRequest:
+        q_offset, kv_length = arguments["q_offset"], arguments["kv_length"]
         if isinstance(q_offset, torch.Tensor):  # a static cache's own counter, which it moves on before the layer attends
             if torch.compiler.is_compiling():
                 raise UnsupportedError(
@@ -150,7 +147,9 @@ def make_mask_function() -> Callable[..., torch.Tensor]:
                     "  the default (dynamic) cache, or do not compile the model"
                 )
             q_offset = int(q_offset)
-        arguments = {**arguments, "q_offset": q_offset}
+        native = functools.partial(self.native, **{**arguments, "q_offset": q_offset})
+        if seen is not None and q_offset != seen:
+            q_offset, kv_length = seen, seen + arguments["q_length"]
         padding = arguments["attention_mask"]
         if padding is not None:
             padding = padding.to(device=arguments["device"], dtype=torch.bool)
@@ -158,20 +157,17 @@ def make_mask_function() -> Callable[..., torch.Tensor]:
                 padding = None  # (a mask that ends before the last query says that the slots behind it are padding)
         read = _Reading(arguments["config"])
         read.take(arguments["mask_function"])
-        request = MaskRequest(
+        return MaskRequest(
             arguments["q_length"],
-            arguments["kv_length"],
+            kv_length,
             q_offset,
             arguments["kv_offset"],
             padding,
             read.packing(),
             frozenset(read.facts) if read.plain else None,
             tuple(read.overlays),
-            arguments,
+            native,
         )
-        return request.tensor(arguments["batch_size"], arguments["device"])
-
-    return sparsedsl_mask
 
 
 class _Reading:

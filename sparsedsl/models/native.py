@@ -10,7 +10,7 @@ from sparsedsl.lang.numeric import tanh
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.models.layers import attention_layers, is_told_causal, passes_argument, text_config
 
-__all__ = ["Facts", "left_padding", "native_facts", "native_pattern", "native_patterns", "sinks"]
+__all__ = ["Facts", "left_padding", "masks_of", "native_facts", "native_pattern", "native_patterns", "sinks"]
 
 # A mask in transformers' words: causal, bidirectional, (window, w), (distance, w), (chunk, c)
 Facts = frozenset[tuple[str, int | None]]
@@ -82,6 +82,12 @@ def native_facts(module: Any, index: int, config: Any, told_causal: bool = False
             window -= 1
         return frozenset({direction, ("window" if causal else "distance", window)})
     return frozenset({direction, ("chunk", int(config.attention_chunk_size))} if kind == "chunked_attention" else {(kind, None)})
+
+
+def masks_of(modules: dict[int, Any], config: Any, told_causal: bool = False) -> frozenset[Facts] | None:
+    """What the masks of these layers say; None where the configuration does not tell."""
+    facts = frozenset(native_facts(module, index, config, told_causal) for index, module in modules.items())
+    return None if any(_mask(one) is None for one in facts) else facts
 
 
 def _mask(facts: Facts) -> Mask | bool | None:
