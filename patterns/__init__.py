@@ -7,6 +7,9 @@ expression: ``sliding_window(sd.table("window")[sd.h])``.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
+from sparsedsl.lang.advice import answering, meant
 from sparsedsl.patterns.anchors import global_tokens, prefix, sinks
 from sparsedsl.patterns.blocks import block_causal, block_diffusion, blocks, random_blocks
 from sparsedsl.patterns.documents import document_prefix, documents, packed, shared_prefix, tree
@@ -75,3 +78,13 @@ __all__ = [
     "token_sparse",
     "tree",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    raise AttributeError(
+        f"sparsedsl.patterns has no pattern {name!r}{meant(name, __all__)}. The patterns are {', '.join(__all__)}"
+    )
+
+
+for _name in __all__:  # a wrong call of any of them is answered with an error of ours
+    globals()[_name] = answering(globals()[_name], __name__)

@@ -6,6 +6,7 @@ import numbers
 from typing import Any
 
 from sparsedsl.errors import PatternError
+from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.expressions import Index, Score, Table, as_score
 
 __all__ = [
@@ -66,9 +67,7 @@ def check_flag(function: str, name: str, value: Any) -> bool:
 
 def check_choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
     """One of a few words."""
-    if value not in choices:
-        raise PatternError(f"{function}(): {name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
-    return value
+    return check_word(f"{function}(): {name}", value, choices)
 
 
 def check_positive(function: str, name: str, value: Any) -> int | float:

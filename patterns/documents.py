@@ -19,10 +19,10 @@ def _at(values: Table, index: Any, batched: bool) -> Any:
 
 def _document_start(function: str, doc: str, offsets: str, batched: bool) -> tuple[Index, Index]:
     """Where the query's document begins and ends, from a table of offsets."""
-    if doc == offsets:
-        raise PatternError(f"{function}(): doc and offsets are two tables and want two names; got {doc!r} for both")
     document = _at(table(doc, monotone=True), q_idx, batched)
     start = table(offsets, monotone=True)
+    if doc == offsets:
+        raise PatternError(f"{function}(): doc and offsets are two tables and want two names; got {doc!r} for both")
     return _at(start, document, batched), _at(start, document + 1, batched)
 
 
@@ -99,9 +99,9 @@ def document_prefix(doc: str = "doc", offsets: str = "start", prefix: str = "pre
     """
     batched = check_flag("document_prefix", "batched", batched)
     start, end = _document_start("document_prefix", doc, offsets, batched)
+    length = _at(table(prefix), _at(table(doc, monotone=True), q_idx, batched), batched)
     if prefix in (doc, offsets):
         raise PatternError(f"document_prefix(): prefix is a table of its own and wants its own name; got {prefix!r}")
-    length = _at(table(prefix), _at(table(doc, monotone=True), q_idx, batched), batched)
     return (start <= kv_idx) & (kv_idx < end) & ((kv_idx < start + length) | causal())
 
 

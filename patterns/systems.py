@@ -218,12 +218,13 @@ def nsa(block: int = 32, select: int = 64, top_k: int = 16, window: int = 512) -
     torch.Size([1, 4, 96, 16])
     """
     block, select = check_whole("nsa", "block", block, 1), check_whole("nsa", "select", select, 1)
-    if select % block or select == block:
-        raise PatternError(f"nsa(): select must be a larger multiple of block, which is {block}; got {select}")
+    if select % block:
+        raise PatternError(f"nsa(): select must be a multiple of block, which is {block}; got {select}")
     means = sd.summary(sd.k, block)
     compressed = sd.attend((kv_idx + 1) * block <= q_idx + 1, k=means, v=sd.summary(sd.v, block))
     over = (kv_idx // block + 1) * block <= q_idx + 1
-    seen = sd.dot(sd.q, means).softmax(over).over_group("sum").regroup(select // block)
+    seen = sd.dot(sd.q, means).softmax(over).over_group("sum")
+    seen = seen if select == block else seen.regroup(select // block)
     forced = (kv_idx < select) | (q_idx // select - kv_idx // select < 2)
     picks = sd.top_k(seen, check_whole("nsa", "top_k", top_k, 1), forced=forced)
     gate = sd.input("gate", "batch heads queries 3")

@@ -5,12 +5,16 @@ Names load on first use, so that ``import sparsedsl`` loads neither torch nor Tr
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import types
 from typing import Any
 
 from sparsedsl import _layout
 from sparsedsl.errors import (
+    ArgumentError,
     CallWarning,
+    MissingPackageError,
     PatternError,
     SettingsError,
     ShapeError,
@@ -90,16 +94,24 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "CallWarning", "PatternError", "SettingsError", "ShapeError", "SparseDSLError", "TableError", "TraceError", "UnsupportedError",
-    *_PUBLIC,
+    "ArgumentError", "CallWarning", "MissingPackageError", "PatternError", "SettingsError", "ShapeError", "SparseDSLError",
+    "TableError", "TraceError", "UnsupportedError", *_PUBLIC,
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     module = _PUBLIC.get(name)
     if module is None:
-        raise AttributeError(f"module 'sparsedsl' has no attribute {name!r}; public names are {', '.join(sorted(__all__))}")
+        near = difflib.get_close_matches(name, __all__, n=1)
+        raise AttributeError(
+            f"module 'sparsedsl' has no attribute {name!r}; public names are {', '.join(sorted(__all__))}"
+            + (f". Did you mean {near[0]!r}?" if near else "")
+        )
     value = getattr(importlib.import_module(module), name) if module else importlib.import_module(f"sparsedsl.{name}")
+    if isinstance(value, types.FunctionType):
+        from sparsedsl.lang.advice import answering
+
+        value = answering(value, "sparsedsl")
     globals()[name] = value
     return value
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sparsedsl.errors import PatternError, SparseDSLError
+from sparsedsl.lang.advice import meant
 from sparsedsl.run import tune_command
 from sparsedsl.settings import settings
 from sparsedsl.specs import CannotLoad, load_pattern, load_tables
@@ -81,8 +83,24 @@ def _refuse(error: Exception) -> int:
     return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser, of commands too, that says which option was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
+        words = re.findall(r"(?:unrecognized arguments: |invalid choice: ')(.*)", message)
+        wrong = next((word for word in (words[0] if words else "").split() if word), "").split("=")[0].strip("'")
+        known = [name for parser in (self, *self._commands()) for action in parser._actions for name in action.option_strings]
+        known += [name for action in self._actions for name in action.choices or ()]
+        super().error(message + (meant(wrong, known) if wrong else ""))
+
+    def _commands(self) -> list[argparse.ArgumentParser]:
+        found = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return [parser for choices in found for parser in choices.values()]
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sparsedsl", description="Look at, draw and test sparse attention patterns.")
+    parser = _Parser(prog="python -m sparsedsl", description="Look at, draw and test sparse attention patterns.")
     commands = parser.add_subparsers(required=True, metavar="command")
     for run, summary in (
         (_explain, "what a pattern costs, whether it is causal, and how it would run"),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
+    "ArgumentError",
     "CallWarning",
+    "MissingPackageError",
     "PatternError",
     "SettingsError",
     "ShapeError",
@@ -30,12 +34,29 @@ class ShapeError(SparseDSLError, ValueError):
     """Tensors whose shapes, dtypes or devices do not fit each other or the pattern."""
 
 
+class ArgumentError(SparseDSLError, TypeError):
+    """A call with an argument that the function does not have, one too many or one too few."""
+
+
 class TraceError(SparseDSLError, TypeError):
     """A callable that cannot be turned into an expression; names the operation and the line."""
 
 
 class UnsupportedError(SparseDSLError, NotImplementedError):
     """The pattern has a meaning but the chosen lowering, device or dtype cannot run it; names the way out."""
+
+
+class MissingPackageError(UnsupportedError, ImportError):
+    """An optional package that is not installed; names the extra that brings it."""
+
+    def __init__(self, what: str, package: str, extra: str):
+        super().__init__(
+            f"{what} needs the package {package}, which is not installed: pip install {package}, or pip install '.[{extra}]' in a checkout "
+            "of sparsedsl, which brings what it was tested with (sparsedsl itself is on no package index)"
+        )
+
+    def __reduce__(self) -> Any:
+        return UnsupportedError, self.args
 
 
 class SettingsError(SparseDSLError, ValueError):

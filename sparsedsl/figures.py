@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.errors import MissingPackageError, PatternError
 
 __all__ = ["axes_of"]
 
@@ -21,7 +21,7 @@ def axes_of(ax: Any, count: int, size: tuple[float, float], shares: Sequence[flo
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UnsupportedError("sd.plot draws with matplotlib, which is not installed: pip install 'sparsedsl[plots]'") from None
+        raise MissingPackageError("sd.plot", "matplotlib", "plots") from None
     if ax is None:
         figure = Figure(figsize=size, dpi=110, layout="constrained")
         # what notebooks ask for, since pyplot, which would answer, is not involved

@@ -6,7 +6,8 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.pattern import Pattern
 
 __all__ = ["BACKENDS", "TRITON_WIDEST", "CallFacts", "Costs", "Plan", "check_backend", "choose", "flex_refusal", "triton_refusal"]
@@ -62,9 +63,7 @@ class Plan:
 
 def check_backend(backend: object) -> str:
     """The backend's name, or a :class:`PatternError` with the valid ones."""
-    if backend not in BACKENDS:
-        raise PatternError(f"backend must be one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
-    return str(backend)
+    return check_word("backend", backend, BACKENDS)
 
 
 def flex_refusal(facts: CallFacts) -> str | None:

@@ -8,6 +8,7 @@ counted where that is cheap, and sampled where it is not. The caption says which
 from __future__ import annotations
 
 import functools
+import inspect
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from sparsedsl.analysis.points import PointDecider, box_classes
 from sparsedsl.analysis.tiles import Grid, classify
 from sparsedsl.errors import PatternError, ShapeError, TableError
 from sparsedsl.figures import axes_of
+from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
@@ -157,10 +159,11 @@ class _View:
         for name, value in (("head", head), ("batch", batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ShapeError(f"plot(): {name} must be a whole number of at least 0; got {value!r}")
-        surplus = sorted(set(tables) - set(pattern.tables))
-        if surplus:
+        unknown = set(tables) - set(pattern.tables)
+        if unknown:
+            known = [*pattern.tables, *inspect.signature(plot).parameters]
             raise TableError(
-                f"plot() got unexpected {', '.join(surplus)}: the pattern reads {', '.join(pattern.tables) or 'no table'}"
+                "plot() got an " + surplus(unknown, known, f"the pattern reads {', '.join(pattern.tables) or 'no table'}")
             )
         self.pattern, self.tables = pattern, pattern.bound | tables
         # a constant head and batch entry: the analysis then sees a single group

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from sparsedsl.errors import PatternError, SparseDSLError, TableError
+from sparsedsl.lang.advice import meant
 
 __all__ = ["CannotLoad", "load_pattern", "load_tables"]
 
@@ -35,7 +36,7 @@ def load_pattern(spec: str) -> Any:
     for part in name.split("."):
         if not hasattr(value, part):
             public = sorted(n for n in vars(value) if not n.startswith("_") and not inspect.ismodule(getattr(value, n)))
-            raise CannotLoad(f"{place} has no {name!r}; it has {', '.join(public) or 'no public names'}")
+            raise CannotLoad(f"{place} has no {name!r}; it has {', '.join(public) or 'no public names'}{meant(part, public)}")
         value = getattr(value, part)
     compiled = hasattr(value, "pattern") or hasattr(value, "program")
     if callable(value) and not isinstance(value, (Expression, Pattern)) and not compiled:

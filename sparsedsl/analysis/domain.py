@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from sparsedsl.errors import ShapeError
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.symbols import BATCH, HEAD
 
 __all__ = ["Domain"]
@@ -36,7 +37,8 @@ class Domain:
             ("batch", self.batch, 1), ("heads", self.heads, 1),
         ):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ShapeError(f"{name} must be a whole number of at least {least}; got {value!r}")
+                hint = ". Lengths and sizes are numbers: q.shape[2], k.shape[2]" if hasattr(value, "shape") else ""
+                raise ShapeError(f"{name} must be a whole number of at least {least}; got {shown(value)}{hint}")
 
     @property
     def device(self) -> torch.device:

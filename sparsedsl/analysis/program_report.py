@@ -18,6 +18,7 @@ from sparsedsl.analysis.proofs import Verdict
 from sparsedsl.analysis.rows import count_rows
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.errors import TableError
+from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import table_reads
@@ -114,6 +115,9 @@ def analyse_program(
         raise TableError(
             f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}"
         )
+    unknown = set(tables) - set(program.tables)
+    if unknown:
+        raise TableError(surplus(unknown, program.tables, f"the program reads {', '.join(program.tables) or 'no table'}"))
     keys = q_offset + q_len if kv_len is None else kv_len
     heads = count_heads((node.pattern for node in program.everything if isinstance(node, Attend)), given, heads)
     domain = Domain(q_len, keys, q_offset, batch, heads, {name: given[name] for name in program.tables})
@@ -127,6 +131,7 @@ def analyse_program(
     causal, effects = program_causality(program), reasons(program)
     warnings = [f"a later token reaches a query: {causal.reason or causal.witness}"] if causal.status == "REFUTED" else []
     warnings += [f"{LATER_QUERIES}: not for training or teacher-forced likelihood"] if LATER_QUERIES in effects else []
+    warnings += [text for node in program.everything if isinstance(node, Attend) for text in node.pattern.warnings]
     warnings += [
         f"{step.node.label} allows no pair at these lengths" for step in steps if isinstance(step.node, Attend) and not step.pairs
     ]

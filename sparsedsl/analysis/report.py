@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from sparsedsl.analysis.rows import RowCounts
 from sparsedsl.analysis.tiles import block_pair, classify
 from sparsedsl.analysis.totals import Totals, listed_totals, numbers_alone, repeated_totals
 from sparsedsl.errors import ShapeError, TableError
+from sparsedsl.lang.advice import meant, surplus
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.printing import expression_text
@@ -137,9 +139,10 @@ def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, tor
         raise TableError(
             f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}"
         )
-    surplus = sorted(set(tables) - set(pattern.tables))
-    if surplus:
-        raise TableError(f"unexpected {', '.join(surplus)}: the pattern reads {', '.join(pattern.tables) or 'no table'}")
+    unknown = set(tables) - set(pattern.tables)
+    if unknown:
+        known = [*pattern.tables, *inspect.signature(analyse).parameters]
+        raise TableError(surplus(unknown, known, f"the pattern reads {', '.join(pattern.tables) or 'no table'}"))
     return {name: given[name] for name in pattern.tables}
 
 
@@ -191,7 +194,7 @@ def analyse(
     """
     name = str(dtype).removeprefix("torch.")
     if name not in ITEM_BYTES:
-        raise ShapeError(f"dtype must be one of {', '.join(ITEM_BYTES)}; got {dtype!r}")
+        raise ShapeError(f"dtype must be one of {', '.join(ITEM_BYTES)}; got {dtype!r}{meant(name, ITEM_BYTES)}")
     for what, value in (("head_dim", head_dim), ("head_dim_v", head_dim if head_dim_v is None else head_dim_v)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ShapeError(f"{what} must be a whole number of at least 1; got {value!r}")
@@ -299,7 +302,7 @@ def _first_tile(lists: TileLists) -> tuple[int, int]:
 
 
 def _warnings(pattern: Pattern, domain: Domain, rows: RowCounts, causal: Verdict) -> list[str]:
-    found = []
+    found = list(pattern.warnings)
     mask = pattern.mask.expr
     free = mask.free_symbols
     for symbol, size, word in ((BATCH, domain.batch, "batch"), (HEAD, domain.heads, "heads")):

@@ -8,7 +8,7 @@ import linecache
 import types
 from typing import Any
 
-from sparsedsl.errors import UnsupportedError
+from sparsedsl.errors import MissingPackageError
 
 __all__ = ["interpreted", "load", "triton"]
 
@@ -18,10 +18,7 @@ def triton() -> types.ModuleType:
     try:
         import triton
     except ImportError as error:
-        raise UnsupportedError(
-            "backend 'triton' needs the package triton, which is not installed: pip install 'sparsedsl[triton]' (Linux), "
-            "or use backend='tiled'"
-        ) from error
+        raise MissingPackageError("backend 'triton' (Linux; backend='tiled' runs everywhere)", "triton", "triton") from error
     return triton
 
 

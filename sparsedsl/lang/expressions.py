@@ -10,13 +10,16 @@ import hashlib
 import numbers
 from collections.abc import Mapping
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang import functions as fn
+from sparsedsl.lang.advice import meant, shown, way_in
 from sparsedsl.lang.printing import expression_text, to_text
+from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, INDEX_SYMBOLS, KV_IDX, KV_LEN, Q_IDX, Q_LEN, SCORE
 from sparsedsl.lang.tables import TableSpec, read_class, table_specs
 
@@ -53,7 +56,7 @@ def _merge(*parts: Any) -> Captured:
     return joined
 
 
-class Expression:
+class Expression(Unvalued):
     """A sympy expression plus the tensors captured under its table names. Frozen and hashable."""
 
     __slots__ = ("_bound", "_expr", "_key")
@@ -105,7 +108,9 @@ class Expression:
         known = self.tables
         for name in tables:
             if name not in known:
-                raise TableError(f"cannot bind table {name!r}: the expression reads {', '.join(known) or 'no table'}")
+                raise TableError(
+                    f"cannot bind table {name!r}: the expression reads {', '.join(known) or 'no table'}{meant(name, known)}"
+                )
         return type(self)(self._expr, Captured({**self._bound, **tables}, self._bound.heads))
 
     @property
@@ -149,29 +154,8 @@ class Expression:
         raise PatternError(
             f"{self!r} has no truth value while it is being declared. `and`, `or`, `not`, `if`, `in` and chained comparisons "
             "(`0 <= x < 5`) ask for one and would drop a side. Write `a & b`, `a | b`, `~a`, `(0 <= x) & (x < 5)`, "
-            "and sd.where(condition, a, b) for `if`"
+            "sd.where(condition, a, b) for `if`, and sd.minimum(a, b), sd.maximum(a, b) for Python's min and max"
         )
-
-    def _no(self, what: str, instead: str) -> NoReturn:
-        raise PatternError(f"{what} is not possible on {self!r}: its value is not known while it is being declared. {instead}")
-
-    def __int__(self) -> NoReturn:
-        self._no("int()", "Keep it symbolic; integer arithmetic is + - * // % min max abs clamp where")
-
-    def __index__(self) -> NoReturn:
-        self._no("use as a Python index", "To look a value up by position declare a table: t = sd.table('t'); t[expression]")
-
-    def __float__(self) -> NoReturn:
-        self._no("float()", "Use the expression itself; integers become floats in a score by themselves")
-
-    def __len__(self) -> NoReturn:
-        self._no("len()", "Use sd.q_len or sd.kv_len for lengths")
-
-    def __contains__(self, item: Any) -> NoReturn:
-        self._no("`in`", "Compare instead: (x == 1) | (x == 2)")
-
-    def __iter__(self) -> NoReturn:
-        self._no("iteration", "Write the terms out, or join them with functools.reduce over a Python list of expressions")
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__") or name.startswith("_repr") or name.startswith("_ipython"):
@@ -203,7 +187,7 @@ def as_index(value: Any, *, where: str = "operand") -> Index:
         return Index(sympy.Integer(int(value)))
     if isinstance(value, numbers.Integral):
         return Index(sympy.Integer(int(value)))
-    raise PatternError(f"{where} must be an index expression or a whole number; got {value!r} ({type(value).__name__})")
+    raise PatternError(f"{where} must be an index expression or a whole number; got {shown(value)}{way_in(value)}")
 
 
 def as_score(value: Any, *, where: str = "operand") -> Score:
@@ -220,7 +204,7 @@ def as_score(value: Any, *, where: str = "operand") -> Score:
             raise PatternError(f"{where} must not be NaN; to drop a pair use the mask, or -inf through sd.where")
         infinite = {float("inf"): sympy.oo, float("-inf"): -sympy.oo}
         return Score(infinite[number] if number in infinite else sympy.Float(number))
-    raise PatternError(f"{where} must be a score or index expression or a number; got {value!r} ({type(value).__name__})")
+    raise PatternError(f"{where} must be a score or index expression or a number; got {shown(value)}{way_in(value)}")
 
 
 def as_mask(value: Any, *, where: str = "operand") -> Mask:
@@ -230,12 +214,8 @@ def as_mask(value: Any, *, where: str = "operand") -> Mask:
         return value
     if isinstance(value, bool):
         return Mask(sympy.true if value else sympy.false)
-    hint = ". A comparison makes a mask: write e.g. `x != 0`" if isinstance(value, (Index, Score)) else ""
-    if isinstance(value, Table):
-        hint = ". A table must be read with indices: t[q_idx, kv_idx]"
-    elif callable(value) and not isinstance(value, Expression):
-        hint = ". To use a FlexAttention mask function write sd.trace_mask(function)"
-    raise PatternError(f"{where} must be a mask; got {value!r} ({type(value).__name__}){hint}")
+    hint = ". A comparison makes a mask: write e.g. `x != 0`" if isinstance(value, (Index, Score)) else way_in(value)
+    raise PatternError(f"{where} must be a mask; got {shown(value)}{hint}")
 
 
 class Mask(Expression):
@@ -288,6 +268,7 @@ class Mask(Expression):
         _number
     )
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _number
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _number
 
 
 class _Arithmetic(Expression):
@@ -297,7 +278,7 @@ class _Arithmetic(Expression):
 
     def _lift(self, other: Any) -> tuple[Any, Any]:
         other = _written(other)
-        if isinstance(other, Table):
+        if isinstance(other, Unread):
             other._unread()
         if isinstance(self, Index) and (isinstance(other, (Index, Mask, bool)) or _is_number(other, numbers.Integral)):
             return self, as_index(other)
@@ -316,6 +297,8 @@ class _Arithmetic(Expression):
 
     def _compare(self, other: Any, relation: Any) -> Mask:
         left, right = self._lift(other)
+        if relation in (sympy.Eq, sympy.Ne):
+            _check_quotients(left, right)
         return Mask(_relation(relation, left._expr, right._expr), _merge(left, right))
 
     def __add__(self, other: Any) -> Any:
@@ -366,6 +349,16 @@ class _Arithmetic(Expression):
         return self._compare(other, sympy.Ne)
 
     __hash__ = Expression.__hash__
+
+
+def _check_quotients(left: Any, right: Any) -> None:
+    """Refuses ``q_idx / 64 == kv_idx / 64``, which is ``q_idx == kv_idx``: who divides positions and asks for equality means blocks."""
+    parts = [side._expr for side in (left, right)]
+    if all(part.is_rational for part in parts) and any(part.is_integer is not True and part.free_symbols for part in parts):
+        raise PatternError(
+            f"`/` divides exactly, so {left} and {right} are equal at single positions only, not in whole blocks. For blocks of tokens "
+            "write `//`: q_idx // 64 == kv_idx // 64"
+        )
 
 
 def _relation(relation: Any, left: sympy.Expr, right: sympy.Expr) -> Boolean:
@@ -543,7 +536,11 @@ class Score(_Arithmetic):
     def __mod__(self, other: Any) -> NoReturn:
         raise PatternError(f"`%` wants whole numbers; {self} is a score")
 
+    def __lshift__(self, other: Any) -> NoReturn:
+        raise PatternError(f"`<<` and `>>` want whole numbers; {self} is a score. Use * and /")
+
     __rfloordiv__, __rmod__ = __floordiv__, __mod__
+    __rlshift__ = __rshift__ = __rrshift__ = __lshift__
 
     def __and__(self, other: Any) -> NoReturn:
         raise PatternError(f"`& | ^ ~` join masks; {self} is a score. Put brackets around comparisons, or use sd.where")
@@ -554,13 +551,25 @@ class Score(_Arithmetic):
     __or__ = __xor__ = __rand__ = __ror__ = __rxor__ = __and__
 
 
-class Table:
-    """A declared table; ``t[index]`` or ``t[i, j]`` reads it. Made by :func:`sparsedsl.table`."""
+class Table(Unread):
+    """A declared table; ``t[index]`` or ``t[i, j]`` reads it. Made by :func:`sparsedsl.table`.
 
-    __slots__ = ("spec",)
+    One object a declaration: as a key of a dict it is found by identity, and ``==``, like every operator, is for what was read.
+    """
 
-    def __init__(self, spec: TableSpec):
-        self.spec = spec
+    __slots__ = ("__weakref__", "spec")
+    spec: TableSpec
+
+    def __new__(cls, spec: TableSpec) -> Table:
+        table = object.__new__(cls)
+        object.__setattr__(table, "spec", spec)
+        return _declared.setdefault(spec, table)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"a table is frozen; declare another instead of setting {name!r}")
+
+    def __reduce__(self) -> Any:
+        return Table, (self.spec,)
 
     def __getitem__(self, indices: Any) -> Any:
         parts = indices if isinstance(indices, tuple) else (indices,)
@@ -584,24 +593,18 @@ class Table:
     def __iter__(self) -> NoReturn:
         raise PatternError(f"table {self.spec.name!r} cannot be iterated; read it: {self.spec.name}[q_idx]")
 
-    def __eq__(self, other: Any) -> Any:
-        if isinstance(other, Table):
-            return self.spec == other.spec
-        self._unread()
-
-    def _unread(self, *_: Any) -> NoReturn:
+    def _unread(self) -> NoReturn:
         name = self.spec.name
         raise PatternError(f"a table must be read with indices before it is used: {name}[q_idx]; got the bare table {name!r}")
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = __abs__ = _unread
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __lt__ = __le__ = __gt__ = __ge__ = _unread
-    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __invert__ = _unread
 
     def __hash__(self) -> int:
         return hash(self.spec)
 
     def __repr__(self) -> str:
         return self.spec.declaration()
+
+
+_declared: WeakValueDictionary[TableSpec, Table] = WeakValueDictionary()
 
 
 def table(

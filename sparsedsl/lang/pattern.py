@@ -8,13 +8,15 @@ import numbers
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import sympy
 
 from sparsedsl.errors import PatternError, TableError
-from sparsedsl.lang.expressions import Mask, Score, _merge, as_mask, as_score
+from sparsedsl.lang.advice import meant, shown, way_in
+from sparsedsl.lang.expressions import Mask, Score, _merge, _written, as_mask, as_score
 from sparsedsl.lang.printing import to_text
+from sparsedsl.lang.refusals import Unread
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
 from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
 
@@ -22,7 +24,7 @@ __all__ = ["Pattern", "as_pattern", "attend", "relates_positions"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Pattern:
+class Pattern(Unread):
     """One softmax attention over one source; made by :func:`attend`.
 
     ``mask``: pairs that attend. ``score``: the modified logit, an expression in ``score`` (the scaled dot product); its plain
@@ -78,6 +80,16 @@ class Pattern:
         return self.score.expr != SCORE
 
     @functools.cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed, but seldom meant; reports show it."""
+        if SCORE in self.score.expr.free_symbols:
+            return ()
+        return (
+            f"the score {self.score} does not read sd.score: queries and keys have no effect on the logits. To add to them write "
+            f"sd.score + {self.score}",
+        )
+
+    @functools.cached_property
     def text(self) -> str:
         """The pattern as Python code with ``attend(...)``; also what its hash is taken of."""
         *declarations, mask = to_text(*self.exprs).split("\n")[: len(self.tables) + 1]
@@ -101,7 +113,8 @@ class Pattern:
         """The same pattern with tensors bound to some of its tables."""
         unknown = sorted(set(tables) - set(self.tables))
         if unknown:
-            raise TableError(f"cannot bind {', '.join(unknown)}: the pattern reads {', '.join(self.tables) or 'no table'}")
+            near = "".join(meant(name, self.tables) for name in unknown)
+            raise TableError(f"cannot bind {', '.join(unknown)}: the pattern reads {', '.join(self.tables) or 'no table'}{near}")
 
         def part(expression: Any) -> Any:
             names = expression.tables
@@ -114,6 +127,15 @@ class Pattern:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Pattern) and (self.exprs, self.scale, self.heads) == (other.exprs, other.scale, other.heads)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def _unread(self) -> NoReturn:
+        raise PatternError(
+            f"{self!r} is a whole attention, a mask with a score: operators join masks. Write sd.attend(pattern.mask & other, "
+            "score=pattern.score), or sd.joint() and sd.mix() for several attentions"
+        )
 
     def __hash__(self) -> int:
         return hash((self.exprs, self.scale))
@@ -152,6 +174,12 @@ def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | Non
         raise PatternError(
             f"the mask {mask} depends on `score`; drop pairs by score inside the score: sd.where(condition, score, -inf)"
         )
+    for word, value in (("score", score), ("sink", sink)):
+        if isinstance(_written(value), (Mask, bool)):
+            raise PatternError(
+                f"the {word} of attend() must be a logit, not a condition; got {shown(value)}. Pairs are dropped by the mask; to add a "
+                "number where a condition holds write sd.where(condition, number, 0)"
+            )
     logit = Score(SCORE) if score is None else as_score(score, where="the score of attend()")
     if sink is not None:
         sink = as_score(sink, where="the sink of attend()")
@@ -182,8 +210,7 @@ def as_pattern(value: Any, *, where: str = "pattern") -> Pattern:
         return attend(value)
     if isinstance(value, Score):
         return attend(True, score=value)
-    hint = "; trace FlexAttention functions first: sd.trace_mask(function)" if callable(value) else ""
-    raise PatternError(f"{where} must be a Mask or a Pattern; got {value!r} ({type(value).__name__}){hint}")
+    raise PatternError(f"{where} must be a Mask or a Pattern; got {shown(value)}{way_in(value)}")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import sympy
 
 from sparsedsl.errors import PatternError, TableError
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.symbols import RESERVED_NAMES
 
 __all__ = ["TableRead", "TableSpec", "table_reads", "table_specs"]
@@ -61,8 +62,11 @@ class TableSpec:
             )
         if name in RESERVED_NAMES or name.startswith("_"):
             raise TableError(f"table name {name!r} is reserved; choose another, e.g. {name.strip('_')}_table")
+        for word, value in (("monotone", monotone), ("bijective", bijective), ("learned", learned)):
+            if not isinstance(value, bool):
+                raise TableError(f"table {name!r}: {word} must be True or False; got {shown(value)}")
         wanted = ("float" if learned else "int") if dtype is None else dtype
-        key = wanted if wanted in (int, bool, float) else str(wanted).removeprefix("torch.")
+        key = wanted if isinstance(wanted, type) else str(wanted).removeprefix("torch.")
         if key not in _DTYPES:
             raise TableError(f"table {name!r}: dtype must be int, bool, float or a torch dtype of these kinds; got {dtype!r}")
         kind = _DTYPES[key]

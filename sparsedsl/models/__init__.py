@@ -13,6 +13,13 @@ The stages of one call, and the module of each:
 
 from __future__ import annotations
 
+from sparsedsl.errors import MissingPackageError
+
+try:
+    import transformers as _
+except ModuleNotFoundError as error:
+    raise MissingPackageError("sparsedsl.models", "transformers", "models") from error
+
 from sparsedsl.models.applying import AppliedPatterns, apply
 from sparsedsl.models.native import left_padding, native_patterns, sinks
 

@@ -91,7 +91,7 @@ def _has_sink(program: Program) -> bool:
 
 def _is_query(x: Node) -> bool:
     """Whether the rows are those of the layer's own queries, or means of them."""
-    return x == q or (isinstance(x, Summary) and _is_query(x.x))
+    return x is q or (isinstance(x, Summary) and _is_query(x.x))
 
 
 def _with_sink(branch: Branch, sink: Score, index: int) -> Branch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ import sympy
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang import pattern as static
+from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.axes import base_of, unit_of
@@ -128,7 +130,7 @@ def attend(
     """
     pattern = static.attend(mask, score, sink=sink, scale=scale, heads=heads)
     own = Attend.x, Attend.y, Attend.z
-    if not nodes_in(pattern) and (q, k, v) == own and normaliser is None:
+    if not nodes_in(pattern) and all(map(operator.is_, (q, k, v), own)) and normaliser is None:
         return pattern
     q, k, v = (
         check_tensor("attend", "q", q, "queries"),
@@ -285,7 +287,9 @@ def as_branch(function: str, value: Any) -> Branch:
     if isinstance(value, (Mask, Select, bool, Score)):
         made = attend(True, score=value) if isinstance(value, Score) else attend(value)
         return as_branch(function, made)
-    raise PatternError(f"{function}() joins attentions: patterns, masks, or what attend(), recall(), ... give; got {value!r}")
+    raise PatternError(
+        f"{function}() joins attentions: patterns, masks, or what attend(), recall(), ... give; got {shown(value)}{way_in(value)}"
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -403,7 +407,7 @@ def compact(tokens: Tokens, inside: Any) -> Compact:
             continue
         seen.add(node)
         waiting += node.inputs
-        if isinstance(node, Input) and node not in (q, k, v):
+        if isinstance(node, Input) and all(node is not own for own in (q, k, v)):
             raise PatternError(
                 f"compact(): what is inside may use q, k and v; it reads the input {node.name!r}, whose rows are not taken"
             )

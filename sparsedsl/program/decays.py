@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsedsl.errors import PatternError
+from sparsedsl.lang.advice import check_word
 from sparsedsl.program.tensors import check_unit
 
 __all__ = ["DecayTable", "decay_table", "schedule"]
@@ -63,12 +64,10 @@ def decay_table(heads: int, layer: int, layers: int, *, depth: str = "hf", rule:
     layer = check_unit("decay_table", "layer", layer, 0)
     if layer >= layers:
         raise PatternError(f"decay_table(): layer must be below layers, which is {layers}; got {layer}")
+    check_word("decay_table(): rule", rule, ("power", "linear"))
+    check_word("decay_table(): depth", depth, ("hf", "serve"))
     if rule == "linear":
         return DecayTable(tuple(-8.0 * head / heads * (1 - layer / layers) for head in range(heads)))
-    if rule != "power":
-        raise PatternError(f"decay_table(): rule must be 'power' or 'linear'; got {rule!r}")
-    if depth not in ("hf", "serve"):
-        raise PatternError(f"decay_table(): depth must be 'hf' or 'serve'; got {depth!r}")
     factor = 1 - (layer - (depth == "hf")) / (layers - 1) + 1e-5
     return DecayTable(tuple(-slope * factor for slope in slopes(heads)))
 

@@ -125,7 +125,7 @@ class Program:
         return False
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Program) and self.root == other.root
+        return isinstance(other, Program) and self.root is other.root
 
     def __hash__(self) -> int:
         return hash(self.root)

@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+import operator
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
@@ -14,20 +16,23 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Expression
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
+from sparsedsl.lang.refusals import Unread
 
-__all__ = ["Node", "nodes_in", "one_of"]
+__all__ = ["Node", "Operand", "nodes_in", "one_of"]
 
 _known: WeakValueDictionary[Any, Node] = WeakValueDictionary()
+_looking = threading.Lock()
 N = TypeVar("N", bound="Node")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class Node:
+class Node(Unread):
     """One step of a program. Made by the functions of :mod:`sparsedsl.program`, which check what they are given.
 
     ``function``: name of the function that makes such a node. ``gives``: what kind of result it has: tensor, scores, key scores, picks,
-    order, tokens, memory or branch. ``axes``: what its result is counted by. Equality and hash go by
-    :attr:`key`, a hash of the node's text form and those of its inputs.
+    order, tokens, memory or branch. ``axes``: what its result is counted by. Nodes that say the same
+    are one object, so dicts find them by identity; :meth:`same_as` compares nodes, while ``==``, as every operator, would be one of what
+    is computed at the call.
     """
 
     function: ClassVar[str]
@@ -46,8 +51,8 @@ class Node:
         found = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            # An expression compares into a mask, and is never a default.
-            if isinstance(value, Expression) or field.default is dataclasses.MISSING or value != field.default:
+            # Expressions and nodes compare into masks, or not at all; nodes at their default are the default itself.
+            if value is not field.default and (isinstance(value, (Expression, Node)) or value != field.default):
                 found[field.name] = value
         return found
 
@@ -84,13 +89,19 @@ class Node:
         ]
         return f"{self.function}({', '.join(words)})"
 
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        return isinstance(other, Node) and self.key == other.key and list(map(id, self.tensors)) == list(map(id, other.tensors))
+    def same_as(self, other: object) -> bool:
+        """Whether ``other`` is this node, told by its text form and the tensors bound in it."""
+        return self is other
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return hash((self.key, *map(id, self.tensors)))
+
+    def _unread(self) -> NoReturn:
+        positions = " For positions of queries and keys write sd.q_idx and sd.kv_idx" if self.gives == "tensor" else ""
+        raise PatternError(
+            f"{self!r} is a node of a program that gives {_GIVES.get(self.gives, self.gives)}; operators have no meaning on it: it is "
+            f"computed at the call.{positions}"
+        )
 
     def __reduce__(self) -> Any:
         return _again, (type(self), {field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
@@ -102,13 +113,80 @@ class Node:
         return f"<{type(self).__name__} {self.label}>"
 
 
+_GIVES = {
+    "tensor": "a tensor",
+    "order": "an order of the keys: read it, order.origin(sd.kv_idx)",
+    "tokens": "a subset of the tokens: use it in sd.compact()",
+    "memory": "a memory: look into it with sd.recall()",
+    "branch": "the output of an attention: join branches with sd.joint() or sd.mix()",
+}  # fmt: skip
+
+
+def _both(operation: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+    """An operator and its reflected form, applied to the expression that a node is read as."""
+    return (
+        lambda self, other: self._operate(operation, other, swapped=False),
+        lambda self, other: self._operate(operation, other, swapped=True),
+    )
+
+
+class Operand(Node):
+    """A node that may stand for an expression over the pair that an attention looks at, and joins in its operators."""
+
+    def as_expression(self) -> Any:
+        """The expression."""
+        raise NotImplementedError
+
+    def _operate(self, operation: Callable[[Any, Any], Any], other: Any, *, swapped: bool) -> Any:
+        own = self.as_expression()
+        return operation(other, own) if swapped else operation(own, other)
+
+    __add__, __radd__ = _both(operator.add)
+    __sub__, __rsub__ = _both(operator.sub)
+    __mul__, __rmul__ = _both(operator.mul)
+    __truediv__, __rtruediv__ = _both(operator.truediv)
+    __floordiv__, __rfloordiv__ = _both(operator.floordiv)
+    __mod__, __rmod__ = _both(operator.mod)
+    __pow__, __rpow__ = _both(operator.pow)
+    __and__, __rand__ = _both(operator.and_)
+    __or__, __ror__ = _both(operator.or_)
+    __xor__, __rxor__ = _both(operator.xor)
+    __lt__, __gt__ = _both(operator.lt)
+    __le__, __ge__ = _both(operator.le)
+    __eq__, _ = _both(operator.eq)
+    __ne__, _ = _both(operator.ne)
+    __hash__ = Node.__hash__
+
+    def __neg__(self) -> Any:
+        return -self.as_expression()
+
+    def __abs__(self) -> Any:
+        return abs(self.as_expression())
+
+    def __invert__(self) -> Any:
+        return ~self.as_expression()
+
+    def _read(self, indices: Any) -> tuple[Any, ...]:
+        """Four indices, checked."""
+        parts = indices if isinstance(indices, tuple) else (indices,)
+        if len(parts) != 4:
+            rows, columns = self.axes[2:]
+            raise PatternError(
+                f"{self!r} is read with four indices, (batch entry, query head, number of {rows}, number of {columns}); got "
+                f"{len(parts)}. In a mask or score it stands for the pair by itself: write it without indices"
+            )
+        return parts
+
+
 def _again(kind: type[N], values: Mapping[str, Any]) -> N:
     return one_of(kind(**values))
 
 
 def one_of(node: N) -> N:
     """The one object that stands for what this node says."""
-    return _known.setdefault((node.key, *map(id, node.tensors)), node)  # type: ignore[return-value]
+    key = (node.key, *map(id, node.tensors))
+    with _looking:  # two objects for one node would not be found in each other's dicts
+        return _known.setdefault(key, node)  # type: ignore[return-value]
 
 
 def nodes_in(value: Any) -> list[Node]:

@@ -84,6 +84,8 @@ def segment_sort(scores: KeyScores, segment: int, *, descending: bool = True, na
         raise PatternError(f"segment_sort(): scores must be one score a key, as from probe(); got {scores!r}")
     if not isinstance(descending, bool):
         raise PatternError(f"segment_sort(): descending must be True or False; got {descending!r}")
+    if not isinstance(name, str) or (name and not name.isidentifier()):
+        raise PatternError(f"segment_sort(): name must be a Python identifier; got {name!r}")
     return one_of(Order(scores, check_unit("segment_sort", "segment", segment), descending, name))
 
 

@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 import numbers
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import Index, Mask, Score, as_mask, as_score, b, h, kv_idx, q_idx, table
+from sparsedsl.lang.advice import check_word, shown, way_in
+from sparsedsl.lang.expressions import Index, Mask, Score, as_mask, b, h, kv_idx, q_idx, table
 from sparsedsl.program.axes import in_units, join_heads, unit_of
-from sparsedsl.program.node import Node, one_of
+from sparsedsl.program.node import Node, Operand, nodes_in, one_of
 from sparsedsl.program.tensors import check_tensor, check_unit
 
 __all__ = [
@@ -56,7 +59,7 @@ class _Reducible(Node):
         return grouped(self, "one", how)
 
 
-class Scores(_Reducible):
+class Scores(_Reducible, Operand):
     """Scores of units of keys for units of queries. Usable in the score of an attention: ``sd.score + scores``."""
 
     gives: ClassVar[str] = "scores"
@@ -69,7 +72,7 @@ class Scores(_Reducible):
 
     def __getitem__(self, indices: tuple[Index, Index, Index, Index]) -> Score:
         """Read as a float table at (batch entry, query head, unit of queries, unit of keys)."""
-        return table(self.label, dtype=float, learned=True)[indices].bind(**{self.label: self})
+        return table(self.label, dtype=float, learned=True)[self._read(indices)].bind(**{self.label: self})
 
     def as_expression(self) -> Score:
         """The score of the pair that an attention looks at."""
@@ -105,20 +108,19 @@ class Scores(_Reducible):
             raise PatternError(f"gumbel(): noise is added to logits; {self!r} is mass")
         return one_of(Gumbel(self, seed))
 
-    def __add__(self, other: Any) -> Any:
+    def _operate(self, operation: Callable[[Any, Any], Any], other: Any, *, swapped: bool) -> Any:
+        """``+`` joins scores to scores; everything else reads the score of the pair that an attention looks at, a logit."""
         if not isinstance(other, Scores):
-            return as_score(self) + other
+            return super()._operate(operation, other, swapped=swapped)
+        if operation is not operator.add:
+            raise PatternError(
+                f"scores of units are joined by + alone, which gives scores again; got {self!r} and {other!r}. For logits of pairs "
+                "read one of them first: first.as_expression() - second"
+            )
         if other.axes[2:] != self.axes[2:]:
             raise PatternError(f"scores of {' '.join(self.axes)!r} and {' '.join(other.axes)!r} cannot be added: units differ")
         join_heads("the sum of scores", self.axes[1], other.axes[1])
-        return one_of(Plus(self, other))
-
-    __radd__ = __add__
-
-    def __mul__(self, factor: Any) -> Any:
-        return as_score(self) * factor
-
-    __rmul__ = __mul__
+        return one_of(Plus(other, self) if swapped else Plus(self, other))
 
 
 class KeyScores(_Reducible):
@@ -131,16 +133,21 @@ REDUCTIONS = ("sum", "mean", "max")
 
 
 def _check_how(function: str, how: str) -> str:
-    if how not in REDUCTIONS:
-        raise PatternError(f"{function}(): how must be one of {', '.join(map(repr, REDUCTIONS))}; got {how!r}")
-    return how
+    return check_word(f"{function}(): how", how, REDUCTIONS)
 
 
 def check_scores(function: str, value: object) -> Scores:
     """A node that gives scores."""
     if not isinstance(value, Scores):
+        hint = ""
+        if any(isinstance(node, Scores) for node in nodes_in(value)):
+            hint = (
+                ". Arithmetic on scores gives the logit of a pair, for sd.attend(..., score=); scores that are chosen by take a factor as "
+                "dot(..., scale=), and + joins two of them"
+            )
         raise PatternError(
-            f"{function}(): scores must come from dot(), bound(), antidiagonal() or what is made of them; got {value!r}"
+            f"{function}(): scores must come from dot(), bound(), antidiagonal() or what is made of them; got {shown(value)}"
+            f"{hint or way_in(value)}"
         )
     return value
 
@@ -412,8 +419,7 @@ def probe(
         raise PatternError("probe(): x and y must have one row a token and the same last axis")
     if not isinstance(causal, bool):
         raise PatternError(f"probe(): causal must be True or False; got {causal!r}")
-    if keep not in ("all", "before"):
-        raise PatternError(f"probe(): keep must be 'all' or 'before'; got {keep!r}")
+    check_word("probe(): keep", keep, ("all", "before"))
     rows, complete = check_unit("probe", "rows", rows), check_unit("probe", "complete", complete)
     scale = None if scale is None else _positive("probe", scale)
     join_heads("probe()", x.axes[1], y.axes[1])

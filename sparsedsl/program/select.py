@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sparsedsl.errors import PatternError
+from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.expressions import Index, Mask, as_mask, b, h, kv_idx, q_idx, table
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.program.axes import unit_of
-from sparsedsl.program.node import Node, nodes_in, one_of
+from sparsedsl.program.node import Operand, nodes_in, one_of
 from sparsedsl.program.scores import Scores, check_scores
 from sparsedsl.program.tensors import check_unit
 
@@ -19,7 +20,7 @@ __all__ = ["Select", "Threshold", "TopK", "TopP", "threshold", "top_k", "top_p"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Select(Node):
+class Select(Operand):
     """Base of the choices. ``among``: the pairs that make a unit a candidate; None: not known before the mask is.
 
     ``forced``: pairs that make a unit chosen in any case (if it is a candidate).
@@ -47,26 +48,12 @@ class Select(Node):
 
     def __getitem__(self, indices: tuple[Index, Index, Index, Index]) -> Mask:
         """Read as a boolean table at (batch entry, query head, unit of queries, unit of keys)."""
-        return table(self.label, dtype=bool)[indices].bind(**{self.label: self})
+        return table(self.label, dtype=bool)[self._read(indices)].bind(**{self.label: self})
 
     def as_expression(self) -> Mask:
         """Whether the unit of the key was chosen for the unit of the query."""
         rows, columns = self.units
         return self[b, h, q_idx // rows, kv_idx // columns]
-
-    def __and__(self, other: Any) -> Mask:
-        return self.as_expression() & other
-
-    def __or__(self, other: Any) -> Mask:
-        return self.as_expression() | other
-
-    def __xor__(self, other: Any) -> Mask:
-        return self.as_expression() ^ other
-
-    __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
-
-    def __invert__(self) -> Mask:
-        return ~self.as_expression()
 
 
 def _check(function: str, scores: Any, among: Any, forced: Any, name: Any) -> tuple[Scores, Mask | None, Mask | None, str]:
@@ -82,9 +69,9 @@ def _check(function: str, scores: Any, among: Any, forced: Any, name: Any) -> tu
     for word, mask in (("among", among), ("forced", forced)):
         if mask is not None and SCORE in mask.expr.free_symbols:
             raise PatternError(f"{function}(): {word} must not depend on sd.score; got {mask}")
-    if name and not (isinstance(name, str) and name.isidentifier()):
+    if not isinstance(name, str) or (name and not name.isidentifier()):
         raise PatternError(f"{function}(): name must be a Python identifier; got {name!r}")
-    return scores, among, forced, name or ""
+    return scores, among, forced, name
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -167,8 +154,7 @@ def top_p(
     scores, among, forced, name = _check("top_p", scores, among, forced, name)
     if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
         raise PatternError(f"top_p(): share must be above 0 and at most 1; got {share!r}")
-    if unmet not in ("all", "none"):
-        raise PatternError(f"top_p(): unmet must be 'all' or 'none'; got {unmet!r}")
+    check_word("top_p(): unmet", unmet, ("all", "none"))
     flags = _flag("top_p", "inclusive", inclusive), _flag("top_p", "forced_in_mass", forced_in_mass)
     return one_of(TopP(scores, float(share), flags[0], unmet, flags[1], among=among, forced=forced, name=name))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsedsl.errors import PatternError
+from sparsedsl.lang.advice import check_word
 from sparsedsl.program.axes import base_of, unit_of
 from sparsedsl.program.node import Node, one_of
 from sparsedsl.program.scores import Scores
@@ -54,10 +55,8 @@ def per_chunk(picks: Select, weights: str = "softmax", *, scores: Scores | None 
         raise PatternError(f"per_chunk(): picks must come from top_k(), top_p() or threshold(); got {picks!r}")
     if picks.units[0] != 1:
         raise PatternError(f"per_chunk(): picks must be made for single queries; these are for {picks.units[0]} at a time")
-    if weights not in RULES:
-        raise PatternError(f"per_chunk(): weights must be one of {', '.join(map(repr, RULES))}; got {weights!r}")
-    if inner not in ("softmax", "softmax1"):
-        raise PatternError(f"per_chunk(): inner must be 'softmax' or 'softmax1'; got {inner!r}")
+    check_word("per_chunk(): weights", weights, RULES)
+    check_word("per_chunk(): inner", inner, ("softmax", "softmax1"))
     scores = picks.scores if scores is None else scores
     if not isinstance(scores, Scores) or scores.axes[2:] != picks.axes[2:]:
         raise PatternError(f"per_chunk(): scores must be of the units of the picks, {' '.join(picks.axes[2:])!r}; got {scores!r}")
@@ -121,8 +120,7 @@ def slots(
             )
     if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real) or not 0 < temperature < float("inf"):
         raise PatternError(f"slots(): temperature must be a positive number; got {temperature!r}")
-    if empty not in ("zero_sink", "masked"):
-        raise PatternError(f"slots(): empty must be 'zero_sink' or 'masked'; got {empty!r}")
+    check_word("slots(): empty", empty, ("zero_sink", "masked"))
     documents = check_documents("slots", documents)
     return one_of(Slots(y, z, gate, check_unit("slots", "delay", delay, 0), float(temperature), empty, documents))
 

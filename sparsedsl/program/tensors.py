@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sparsedsl.errors import PatternError
+from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.symbols import RESERVED_NAMES
 from sparsedsl.program.axes import base_of, check_axes, in_units
 from sparsedsl.program.node import Node, one_of
@@ -76,7 +77,10 @@ def input(name: str, axes: str, *, default: Node | None = None) -> Input:
 def check_tensor(function: str, name: str, value: object, rows: str | None = None) -> Node:
     """A node that gives a tensor ``(batch, some heads, rows, dim)``, its rows counting ``rows`` (queries, keys)."""
     if not isinstance(value, Node) or value.gives != "tensor":
-        raise PatternError(f"{function}(): {name} must be q, k, v, an input, a summary or reordered rows; got {value!r}")
+        raise PatternError(
+            f"{function}(): {name} must be sd.q, sd.k, sd.v, an input, a summary or reordered rows; got {shown(value)}. Nodes stand for "
+            "the tensors of a call; other tensors come in by name: sd.input(name, axes)"
+        )
     axes = value.axes
     if len(axes) != 4 or axes[0] != "batch" or (rows is not None and base_of(axes[2]) != rows):
         raise PatternError(
@@ -127,8 +131,6 @@ def summary(x: Node, unit: int, how: str = "mean", *, pad: str = "valid") -> Sum
     ('batch', 'kv_heads', 'keys/64', 'head_dim')
     """
     x = check_tensor("summary", "x", x)
-    if how not in HOW:
-        raise PatternError(f"summary(): how must be one of {', '.join(map(repr, HOW))}; got {how!r}")
-    if pad not in ("valid", "zero"):
-        raise PatternError(f"summary(): pad must be 'valid' or 'zero'; got {pad!r}")
+    check_word("summary(): how", how, HOW)
+    check_word("summary(): pad", pad, ("valid", "zero"))
     return one_of(Summary(x, check_unit("summary", "unit", unit), how, pad))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sparsedsl.errors import PatternError
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import as_pattern
 from sparsedsl.plan import check_backend
 from sparsedsl.program.graph import as_program
@@ -43,6 +44,6 @@ def compile(pattern: Any, *, backend: str = "auto", allow: Sequence[str] = ()) -
     program = as_program(pattern)
     if program is not None:
         return CompiledProgram(program, backend, allow)
-    if allow:
-        raise PatternError(f"allow={allow!r}: a static pattern has no effects; leave it out")
+    if not isinstance(allow, (tuple, list)) or allow:
+        raise PatternError(f"allow={shown(allow)}: a static pattern has no effects; leave it out")
     return Attention(as_pattern(pattern), check_backend(backend))

@@ -13,6 +13,7 @@ from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError
+from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.tables import TableSpec
 from sparsedsl.run.mapping import samples, stacked
@@ -157,12 +158,10 @@ def bind_tables(
     ``device`` None takes the device of the first table. ``may_be_empty``: nothing will be read, so tables may have no entries.
     """
     wanted = pattern.tables
-    surplus = sorted(set(tables) - set(wanted))
-    if surplus:
-        raise TableError(
-            f"unexpected argument{'s' * (len(surplus) > 1)} {', '.join(surplus)}: the pattern reads "
-            f"{'the tables ' + ', '.join(wanted) if wanted else 'no table'}"
-        )
+    unknown = set(tables) - set(wanted)
+    if unknown:
+        reads = "the tables " + ", ".join(wanted) if wanted else "no table"
+        raise TableError(surplus(unknown, [*wanted, "q_offset", "return_lse", "scale"], f"the pattern reads {reads}"))
     given = pattern.bound | dict(tables)
     missing = [name for name in wanted if name not in given]
     if missing:

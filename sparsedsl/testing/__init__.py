@@ -1,4 +1,4 @@
-"""The test kit, for this project's patterns and for yours. Needs hypothesis: ``pip install 'sparsedsl[testing]'``.
+"""The test kit, for this project's patterns and for yours. Needs hypothesis, which the extra ``testing`` brings.
 
 *Strategies* draw what the language can say (:func:`indices`, :func:`masks`, :func:`scores`, :func:`patterns`, :func:`programs`),
 tables that keep their declarations (:func:`tables_for`), inputs of programs (:func:`program_inputs`), and shapes and inputs of
@@ -15,10 +15,12 @@ raises :class:`Counterexample`, whose ``snippet`` is a program that fails in the
 
 from __future__ import annotations
 
+from sparsedsl.errors import MissingPackageError
+
 try:
     import hypothesis as _
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("sparsedsl.testing needs hypothesis: pip install 'sparsedsl[testing]'") from error
+    raise MissingPackageError("sparsedsl.testing", "hypothesis", "testing") from error
 
 from sparsedsl.testing.battery import Property, Report, check
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode

@@ -87,6 +87,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [*self.pattern.text.splitlines(), ""]
+        lines += [f"  ! {text}" for text in getattr(self.pattern, "warnings", ())]
         width = max(len(p.name) for p in self.properties)
         for p in self.properties:
             verdict = p.status if p.status == SKIPPED else f"{p.status:6}{p.examples:6,} examples"

@@ -225,4 +225,4 @@ def _unused_rows(attn: CompiledProgram, tensors: dict[str, Tensor], case: Attent
 
 
 def _reaches(node: Node, source: Node) -> bool:
-    return node == source or any(_reaches(inner, source) for inner in node.inputs)
+    return node is source or any(_reaches(inner, source) for inner in node.inputs)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,10 +116,19 @@ def tensor_code(value: Any) -> str:
         return f"torch.tensor({literal}, dtype={value.dtype})"
     content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     digest = hashlib.sha256(content).hexdigest()[:12]
-    path = os.path.join(tempfile.gettempdir(), f"sparsedsl-{digest}.pt")
-    if not os.path.exists(path):
+    path = _folder() / f"{digest}.pt"
+    if not path.exists():
         torch.save(value.clone(), path)
-    return f"torch.load({path!r})"
+    return f"torch.load({str(path)!r})"
+
+
+@functools.cache
+def _folder() -> Path:
+    """Where tensors of snippets are written: a new folder that nobody else may enter, so that no name in it can be foreseen.
+
+    It stays when the process ends, for the snippet to be run.
+    """
+    return Path(tempfile.mkdtemp(prefix="sparsedsl-"))
 
 
 @st.composite

@@ -66,7 +66,7 @@ OPERATORS: dict[str, tuple[Callable[[], Any], str]] = {
     "index & mask": (lambda: q_idx & (h < 1), "`&` between an index and a mask: q_idx & h <= 0. Put brackets around comparisons: (a < b) & (c == d)"),
     "mask & index": (lambda: (h < 1) & q_idx, "operand must be a mask; got Index(q_idx) (Index). A comparison makes a mask: write e.g. `x != 0`"),
     "mask & number": (lambda: causal & 1, "operand must be a mask; got 1 (int)"),
-    "mask & tensor": (lambda: causal & torch.tensor(True), "operand must be a mask; got tensor(True) (Tensor)"),
+    "mask & tensor": (lambda: causal & torch.tensor(True), "operand must be a mask; got a Tensor of shape () and torch.bool. Tensors are read through a table: keep = sd.table('keep', dtype=bool)"),
     "mask & function": (lambda: causal & (lambda b, h, q, k: q >= k), "To use a FlexAttention mask function write sd.trace_mask(function)"),
     "mask == number": (lambda: causal == 1, "operand must be a mask; got 1 (int)"),
     "mask + mask": (lambda: causal + causal, NOT_A_NUMBER),
@@ -84,7 +84,7 @@ OPERATORS: dict[str, tuple[Callable[[], Any], str]] = {
     "where of an index": (lambda: sd.where(q_idx, 1, 2), "condition of where() must be a mask; got Index(q_idx) (Index)"),
     "where of text": (lambda: sd.where(causal, "a", 2), "argument of where() must be an index expression or a whole number; got 'a' (str)"),
     "clamp without bounds": (lambda: sd.clamp(q_idx), "clamp(x, low, high) wants at least one bound"),
-    "tanh of a tensor": (lambda: sd.tanh(torch.ones(2)), "argument of tanh() must be a score or index expression or a number; got tensor([1., 1.]) (Tensor)"),
+    "tanh of a tensor": (lambda: sd.tanh(torch.ones(2)), "argument of tanh() must be a score or index expression or a number; got a Tensor of shape (2,) and torch.float32. Tensors are read through a table"),
     "exp of a table": (lambda: sd.exp(slope), "argument of exp() must be a score or index expression or a number; got table('slope', learned=True)"),
 }
 

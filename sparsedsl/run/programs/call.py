@@ -11,6 +11,7 @@ import torch
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError
+from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
 from sparsedsl.program.axes import base_of, unit_of
 from sparsedsl.program.branches import Attend, Linear, Recall
@@ -81,12 +82,11 @@ def check_program_call(
     """
     plain: Call = check_call(attend(True), q, k, v, {}, q_offset=q_offset, scale=1.0 if scale is None else scale)
     known = program.inputs, program.tables
-    surplus = sorted(set(named) - set(known[0]) - set(known[1]))
-    if surplus:
-        words = ", ".join([*known[0], *known[1]]) or "nothing"
-        raise TableError(
-            f"unexpected argument{'s' * (len(surplus) > 1)} {', '.join(surplus)}: beside q, k, v the program takes {words}"
-        )
+    unknown = set(named) - set(known[0]) - set(known[1])
+    if unknown:
+        own = [*known[0], *known[1]]
+        words = f"beside q, k, v the program takes {', '.join(own) or 'nothing'}"
+        raise TableError(surplus(unknown, [*own, "q_offset", "return_lse", "scale", "state", "return_state"], words))
     sizes = {
         "batch": q.shape[0], "heads": q.shape[1], "kv_heads": k.shape[1], "queries": q.shape[2], "keys": k.shape[2],
         "head_dim": q.shape[3], "value_dim": v.shape[3],
