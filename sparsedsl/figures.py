@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import io
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 from sparsedsl.errors import MissingPackageError, PatternError
+from sparsedsl.lang.advice import shown
 
 __all__ = ["axes_of"]
 
@@ -22,6 +24,8 @@ def axes_of(ax: Any, count: int, size: tuple[float, float], shares: Sequence[flo
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingPackageError("sd.plot", "matplotlib", "plots") from None
+    if not _is_size(size):
+        raise PatternError(f"plot(): figsize must be (width, height) in inches; got {shown(size)}")
     if ax is None:
         figure = Figure(figsize=size, dpi=110, layout="constrained")
         # what notebooks ask for, since pyplot, which would answer, is not involved
@@ -31,6 +35,11 @@ def axes_of(ax: Any, count: int, size: tuple[float, float], shares: Sequence[flo
     if len(axes) != count or not all(hasattr(axis, "imshow") for axis in axes):
         raise PatternError(f"plot(): ax must be {count} matplotlib axes, one for each panel; got {ax!r}")
     return axes[0].figure, axes, False
+
+
+def _is_size(size: Any) -> bool:
+    numeric = isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(x, numbers.Real) for x in size)
+    return numeric and all(0 < float(x) < float("inf") for x in size)
 
 
 def _png(figure: Any) -> bytes:

@@ -17,7 +17,7 @@ import sympy
 import torch
 
 from sparsedsl.analysis.clauses import clauses
-from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.intervals import TableRanges
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL
 from sparsedsl.analysis.points import PointDecider, box_classes
@@ -107,7 +107,7 @@ def plot(
         raise ShapeError("plot(): q_len, the number of queries to draw, is missing")
     view = _View(pattern, q_len, kv_len, block_size, head, batch, q_offset, tables)
     names = _panels(panels, ax, view)
-    figure, axes, own = axes_of(ax, len(names), figsize or (0.6 + 4.4 * len(names), 5.0))
+    figure, axes, own = axes_of(ax, len(names), (0.6 + 4.4 * len(names), 5.0) if figsize is None else figsize)
     notes = [getattr(view, f"draw_{name}")(axis) for name, axis in zip(names, axes, strict=True)]
     if own:
         figure.suptitle(_headline(pattern, len(axes)) if title is None else title, fontsize=9, family="monospace")
@@ -134,7 +134,7 @@ def _plot_program(
     graphs = parts(program)
     wanted = [size_of(part) for part in graphs.values()]
     widths, height = [width for width, _ in wanted], max(height for _, height in wanted)
-    figure, axes, own = axes_of(ax, len(graphs), figsize or (sum(widths), height + 0.4), widths)
+    figure, axes, own = axes_of(ax, len(graphs), (sum(widths), height + 0.4) if figsize is None else figsize, widths)
     for axis, (name, part) in zip(axes, graphs.items(), strict=True):
         draw_program(axis, part, sizes, name)
     if own and title is not None:
@@ -165,6 +165,7 @@ class _View:
             raise TableError(
                 "plot() got an " + surplus(unknown, known, f"the pattern reads {', '.join(pattern.tables) or 'no table'}")
             )
+        check_size("q_len", q_len, 1), check_size("q_offset", q_offset, 0)
         self.pattern, self.tables = pattern, pattern.bound | tables
         # a constant head and batch entry: the analysis then sees a single group
         self.place = {BATCH: sympy.Integer(batch), HEAD: sympy.Integer(head)}
@@ -454,8 +455,8 @@ def _panels(panels: Any, ax: Any, view: _View) -> tuple[str, ...]:
         score = view.pattern.has_score and not view.missing_for_score()
         plain = view.mask == sympy.true and score
         return ("score",) if plain else ("pairs", "tiles", "score") if score else ("pairs", "tiles")
-    names = (panels,) if isinstance(panels, str) else tuple(panels)
-    if not names or any(name not in PANELS for name in names):
+    names = tuple(panels) if isinstance(panels, (tuple, list)) else (panels,)
+    if not names or any(not isinstance(name, str) or name not in PANELS for name in names):
         raise PatternError(f"plot(): panels must be some of {', '.join(map(repr, PANELS))}; got {panels!r}")
     if "score" in names and not view.pattern.has_score:
         raise PatternError("plot(): the pattern does not modify the score; leave the panel 'score' out")

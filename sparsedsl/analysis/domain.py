@@ -14,7 +14,20 @@ from sparsedsl.errors import ShapeError
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.symbols import BATCH, HEAD
 
-__all__ = ["Domain"]
+__all__ = ["Domain", "check_size"]
+
+# Positions are int64, and sums of two of them must be too.
+MOST = 2**62
+
+
+def check_size(name: str, value: Any, least: int) -> int:
+    """A length, size or offset: a whole number from ``least`` to 2**62."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        hint = ". Lengths and sizes are numbers: q.shape[2], k.shape[2]" if hasattr(value, "shape") else ""
+        raise ShapeError(f"{name} must be a whole number of at least {least}; got {shown(value)}{hint}")
+    if value > MOST:
+        raise ShapeError(f"{name} must be at most 2**62, since positions are 64-bit integers; got {value}")
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +49,7 @@ class Domain:
             ("q_len", self.rows, 1), ("kv_len", self.kv_len, 1), ("q_offset", self.q_offset, 0),
             ("batch", self.batch, 1), ("heads", self.heads, 1),
         ):  # fmt: skip
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                hint = ". Lengths and sizes are numbers: q.shape[2], k.shape[2]" if hasattr(value, "shape") else ""
-                raise ShapeError(f"{name} must be a whole number of at least {least}; got {shown(value)}{hint}")
+            check_size(name, value, least)
 
     @property
     def device(self) -> torch.device:

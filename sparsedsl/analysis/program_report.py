@@ -11,14 +11,14 @@ from typing import Any
 import sympy
 import torch
 
-from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.program_causality import program_causality
 from sparsedsl.analysis.proofs import Verdict
 from sparsedsl.analysis.rows import count_rows
 from sparsedsl.analysis.tiles import classify
-from sparsedsl.errors import TableError
-from sparsedsl.lang.advice import surplus
+from sparsedsl.errors import ShapeError, TableError
+from sparsedsl.lang.advice import shown, surplus
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import table_reads
@@ -109,16 +109,21 @@ def analyse_program(
 ) -> ProgramAnalysis:  # fmt: skip
     """Everything that can be said before a program runs; see :func:`sparsedsl.analyse`. ``sizes``: of axes with names of their own."""
     start = time.perf_counter()
+    unknown = set(tables) - set(program.tables)
+    if unknown:
+        raise TableError(surplus(unknown, program.tables, f"the program reads {', '.join(program.tables) or 'no table'}"))
     given = program.bound | tables
     missing = [name for name in program.tables if name not in given]
     if missing:
         raise TableError(
             f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}"
         )
-    unknown = set(tables) - set(program.tables)
-    if unknown:
-        raise TableError(surplus(unknown, program.tables, f"the program reads {', '.join(program.tables) or 'no table'}"))
-    keys = q_offset + q_len if kv_len is None else kv_len
+    if sizes is not None and not isinstance(sizes, Mapping):
+        raise ShapeError(f"sizes must be a dict, axis -> size, as {{'retrieval_heads': 2}}; got {shown(sizes)}")
+    widths = {"kv_heads": kv_heads, "head_dim": head_dim, "head_dim_v": head_dim_v, **(sizes or {})}
+    for name, value in {"q_len": q_len, **{name: value for name, value in widths.items() if value is not None}}.items():
+        check_size(name, value, 1)
+    keys = check_size("q_offset", q_offset, 0) + q_len if kv_len is None else kv_len
     heads = count_heads((node.pattern for node in program.everything if isinstance(node, Attend)), given, heads)
     domain = Domain(q_len, keys, q_offset, batch, heads, {name: given[name] for name in program.tables})
     known = {

@@ -14,7 +14,7 @@ import torch
 
 from sparsedsl.analysis.bounds import check_reads, index_ranges, value_ranges
 from sparsedsl.analysis.clauses import clauses
-from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import TileLists, size_text
 from sparsedsl.analysis.program_report import analyse_program
@@ -133,16 +133,16 @@ def _flops(value: int) -> str:
 
 def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Tables by name, those given before those bound at declaration."""
+    unknown = set(tables) - set(pattern.tables)
+    if unknown:
+        known = [*pattern.tables, *inspect.signature(analyse).parameters]
+        raise TableError(surplus(unknown, known, f"the pattern reads {', '.join(pattern.tables) or 'no table'}"))
     given = pattern.bound | tables
     missing = [name for name in pattern.tables if name not in given]
     if missing:
         raise TableError(
             f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}"
         )
-    unknown = set(tables) - set(pattern.tables)
-    if unknown:
-        known = [*pattern.tables, *inspect.signature(analyse).parameters]
-        raise TableError(surplus(unknown, known, f"the pattern reads {', '.join(pattern.tables) or 'no table'}"))
     return {name: given[name] for name in pattern.tables}
 
 
@@ -195,9 +195,9 @@ def analyse(
     name = str(dtype).removeprefix("torch.")
     if name not in ITEM_BYTES:
         raise ShapeError(f"dtype must be one of {', '.join(ITEM_BYTES)}; got {dtype!r}{meant(name, ITEM_BYTES)}")
-    for what, value in (("head_dim", head_dim), ("head_dim_v", head_dim if head_dim_v is None else head_dim_v)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ShapeError(f"{what} must be a whole number of at least 1; got {value!r}")
+    for what, value in (("head_dim", head_dim), ("head_dim_v", head_dim if head_dim_v is None else head_dim_v), ("q_len", q_len)):
+        check_size(what, value, 1)
+    check_size("q_offset", q_offset, 0)
     program = as_program(pattern)
     if program is not None:
         return analyse_program(

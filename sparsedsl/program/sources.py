@@ -10,7 +10,7 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
 from sparsedsl.program.axes import base_of, unit_of
 from sparsedsl.program.node import Node, one_of
-from sparsedsl.program.scores import Scores
+from sparsedsl.program.scores import Scores, check_scores
 from sparsedsl.program.select import Select
 from sparsedsl.program.tensors import check_tensor, check_unit, k, v
 
@@ -57,8 +57,8 @@ def per_chunk(picks: Select, weights: str = "softmax", *, scores: Scores | None 
         raise PatternError(f"per_chunk(): picks must be made for single queries; these are for {picks.units[0]} at a time")
     check_word("per_chunk(): weights", weights, RULES)
     check_word("per_chunk(): inner", inner, ("softmax", "softmax1"))
-    scores = picks.scores if scores is None else scores
-    if not isinstance(scores, Scores) or scores.axes[2:] != picks.axes[2:]:
+    scores = picks.scores if scores is None else check_scores("per_chunk", scores)
+    if scores.axes[2:] != picks.axes[2:]:
         raise PatternError(f"per_chunk(): scores must be of the units of the picks, {' '.join(picks.axes[2:])!r}; got {scores!r}")
     return PerChunk(picks, weights, scores, inner)
 

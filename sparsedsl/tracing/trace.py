@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import TraceError
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Mask, Score, as_score
 from sparsedsl.tracing.capture import sanitise
 from sparsedsl.tracing.convert import Converter
@@ -96,6 +97,8 @@ def _symbol(name: str, dtype: torch.dtype = torch.int64) -> Node:
 
 def _trace(function: Any, kind: str, symbols: list[Node], convert: Callable[..., Any], rename: Mapping[str, str] | None) -> Any:
     _check_signature(function, kind, [str(s.args[0]) for s in symbols])
+    if rename is not None and not isinstance(rename, Mapping):
+        raise TraceError(f"rename must be a dict, table name -> new name; got {shown(rename)}")
     tracer, described = Tracer(record), f"{kind} {_name_of(function)}"
     try:
         with Watcher(tracer):
@@ -132,6 +135,8 @@ def _converted(node: Node, convert: Callable[[Converter], Any], learned: bool) -
 
 def _check_signature(function: Any, kind: str, names: list[str]) -> None:
     wanted = f"{kind} must take ({', '.join(names)})"
+    if isinstance(function, type):
+        raise TraceError(f"{wanted}; got the class {function.__name__}, which is no function of them")
     if not callable(function):
         raise TraceError(f"{wanted}; got {type(function).__name__}, which cannot be called")
     target = function.forward if isinstance(function, torch.nn.Module) else function

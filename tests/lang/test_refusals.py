@@ -108,7 +108,7 @@ def test_comparing_bare_tables_is_refused_and_says_how_to_read_one() -> None:
     for use in (lambda: t == t, lambda: t != other, lambda: causal & (t == other), lambda: t in [other]):
         with pytest.raises(sd.PatternError, match=r"must be read with indices before it is used: (t|other)\[q_idx\]"):
             use()
-    with pytest.raises(sd.PatternError, match="sd.q_idx and sd.kv_idx"):
+    with pytest.raises(sd.PatternError, match=r"sd\.q_idx and sd\.kv_idx"):
         sd.q <= sd.k
 
 

@@ -10,6 +10,7 @@ import torch
 from sparsedsl.analysis.program_report import analyse_program
 from sparsedsl.analysis.report import ITEM_BYTES
 from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
+from sparsedsl.lang.advice import check_word
 from sparsedsl.plan import TRITON_DTYPES, TRITON_WIDEST, check_backend
 from sparsedsl.program.effects import KEEPS_STATE, LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
@@ -199,7 +200,7 @@ class CompiledProgram:
         >>> print(str(sd.compile(sd.patterns.moba()).explain(8192, heads=4)).splitlines()[0])
         backend: auto (torch: no GPU)
         """
-        name = str(dtype).removeprefix("torch.")
+        name = check_word("dtype", str(dtype).removeprefix("torch."), ITEM_BYTES)
         analysis = analyse_program(
             self.program, q_len, kv_len, q_offset=q_offset, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
             head_dim_v=head_dim_v, item=ITEM_BYTES[name], sizes=sizes, **tables,
