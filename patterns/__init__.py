@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from sparsedsl.lang.advice import answering, meant
+from sparsedsl.lang.advice import answer_for, meant
 from sparsedsl.patterns.anchors import global_tokens, prefix, sinks
 from sparsedsl.patterns.blocks import block_causal, block_diffusion, blocks, random_blocks
 from sparsedsl.patterns.documents import document_prefix, documents, packed, shared_prefix, tree
@@ -86,5 +86,4 @@ def __getattr__(name: str) -> NoReturn:
     )
 
 
-for _name in __all__:  # a wrong call of any of them is answered with an error of ours
-    globals()[_name] = answering(globals()[_name], __name__)
+answer_for(globals(), __all__)

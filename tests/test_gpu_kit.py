@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 TESTS = sorted((ROOT / "tests" / "gpu_device").glob("test_*.py"))
 INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-NO_TRITON = "generated Triton kernels are interpreted; pip install 'sparsedsl[triton]'"
+NO_TRITON = "generated Triton kernels are interpreted; pip install '.[triton]'"
 
 
 def load(name: str) -> Any:

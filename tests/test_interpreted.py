@@ -23,7 +23,7 @@ def run(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
 def test_interpreted(file, request):
-    pytest.importorskip("triton", reason="generated Triton kernels are interpreted; pip install 'sparsedsl[triton]'")
+    pytest.importorskip("triton", reason="generated Triton kernels are interpreted; pip install '.[triton]'")
     seed = request.config.getoption("--hypothesis-seed", None)
     done = run(file, *([] if seed is None else [f"--hypothesis-seed={seed}"]))
     assert done.returncode == 0, f"{file.name} in a process of its own:\n{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"

@@ -121,6 +121,10 @@ INSTEAD: dict[str, Case] = {
     "rename": (lambda: sd.trace_mask(lambda b, h, i, j: i >= j, rename=3), sd.TraceError, "rename must be a dict, table name -> new name; got 3 (int)"),
     "a class traced": (lambda: sd.trace_mask(dict), sd.TraceError, "got the class dict, which is no function of them"),
     "names of tables": (lambda: P.documents(np.ones(3), offsets="start"), sd.TableError, "table name must be a Python identifier"),
+    "seed of the kit": (lambda: sd.testing.check(causal, examples=1, seed=[1]), sd.SparseDSLError, "seed must be a whole number or None; got [1] (list)"),
+    "keyword of the kit": (lambda: sd.testing.shapes(max_length=3), sd.ArgumentError, "shapes(): unexpected argument max_length: it takes max_len"),
+    "round trip of a text": (lambda: sd.testing.assert_text_round_trip("q_idx"), sd.PatternError, "expression must be an index, a mask or a score; got 'q_idx' (str)"),
+    "target": (lambda: sd.build(causal, target="sm_9"), sd.UnsupportedError, "got 'sm_9'. Did you mean 'sm_90'?"),
     "NaN": (lambda: sd.attend(causal, score=math.nan), sd.PatternError, "the score of attend() must not be NaN"),
 }
 

@@ -191,7 +191,7 @@ def test_figure_options(tmp_path):
         ({"head": 3, "window": torch.ones(3)}, sd.TableError, "window"),
         ({"head": 3, "window": torch.ones(3, dtype=torch.int64)}, sd.ShapeError, "head=3, but the table 'window' has 3"),
         ({}, sd.TableError, "missing table window"),
-        ({"window": torch.ones(1, dtype=torch.int64), "doc": 1}, sd.TableError, "unexpected doc"),
+        ({"window": torch.ones(1, dtype=torch.int64), "doc": 1}, sd.TableError, "unexpected argument doc"),
         ({"window": torch.ones(1, dtype=torch.int64), "block_size": 0}, sd.ShapeError, "block_size must be"),
         ({"window": torch.ones(1, dtype=torch.int64), "kv_len": 0}, sd.ShapeError, "kv_len must be"),
         ({"window": torch.ones(1, dtype=torch.int64), "panels": "mask"}, sd.PatternError, "panels must be some of"),
@@ -211,7 +211,7 @@ def test_a_thing_that_is_no_pattern():
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(sd.UnsupportedError, match=r"pip install 'sparsedsl\[plots\]'"):
+    with pytest.raises(sd.UnsupportedError, match=r"pip install '.\[plots\]' in a checkout"):
         sd.plot(P.causal(), 16)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.advice import meant
 
 __all__ = ["TARGETS", "Target", "device_target", "target_named"]
 
@@ -103,8 +104,8 @@ def target_named(name: str | Target) -> Target:
     """
     if isinstance(name, Target):
         return name
-    if name not in TARGETS:
-        raise UnsupportedError(f"target must be one of {', '.join(TARGETS)}; got {name!r}")
+    if not isinstance(name, str) or name not in TARGETS:
+        raise UnsupportedError(f"target must be one of {', '.join(TARGETS)}; got {name!r}{meant(name, TARGETS)}")
     return TARGETS[name]
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from sparsedsl.errors import ArgumentError, PatternError
 
-__all__ = ["answering", "check_word", "meant", "shown", "surplus", "way_in"]
+__all__ = ["answer_for", "answering", "check_word", "meant", "shown", "surplus", "way_in"]
 
 F = TypeVar("F", bound=types.FunctionType)
 
@@ -139,6 +139,13 @@ def answering(function: F, module: str) -> F:
 
     called.__module__, called.__qualname__ = module, function.__name__  # pickled by the name that it has there
     return called  # type: ignore[return-value]
+
+
+def answer_for(names: dict[str, Any], public: Iterable[str]) -> None:
+    """:func:`answering` in place of every public function of a module, whose globals ``names`` are."""
+    for name in public:
+        if isinstance(names[name], types.FunctionType):
+            names[name] = answering(names[name], names["__name__"])
 
 
 def _misfit(name: str, signature: inspect.Signature, words: Iterable[str], wrong: TypeError) -> str:

@@ -20,7 +20,10 @@ try:
 except ModuleNotFoundError as error:
     raise MissingPackageError("sparsedsl.models", "transformers", "models") from error
 
+from sparsedsl.lang.advice import answer_for
 from sparsedsl.models.applying import AppliedPatterns, apply
 from sparsedsl.models.native import left_padding, native_patterns, sinks
 
 __all__ = ["AppliedPatterns", "apply", "left_padding", "native_patterns", "sinks"]
+
+answer_for(globals(), __all__)

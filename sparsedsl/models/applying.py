@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -12,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, find_first_full_attention_index
 
 from sparsedsl.errors import PatternError, TableError, UnsupportedError
+from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.models.attention import BINDING, Binding, Compiled, attend
@@ -203,7 +205,14 @@ def _choose(patterns: Any, layers: list[int]) -> dict[int, Any]:
         given = {index: patterns[index] for index in layers if index in patterns}
     elif isinstance(patterns, (Mask, Pattern, bool)) or as_program(patterns) is not None:
         given = dict.fromkeys(layers, patterns)
-    elif isinstance(patterns, Callable):  # type: ignore[arg-type]
+    elif callable(patterns) and not isinstance(patterns, type):
+        try:
+            inspect.signature(patterns).bind(0)
+        except TypeError:
+            raise PatternError(
+                f"patterns must be a pattern, a dict of them by layer, or a function of the layer's number; got {shown(patterns)}"
+                f"{way_in(patterns)}"
+            ) from None
         given = {index: patterns(index) for index in layers}
     else:
         given = {index: as_pattern(patterns, where="patterns") for index in layers}

@@ -22,6 +22,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingPackageError("sparsedsl.testing", "hypothesis", "testing") from error
 
+from sparsedsl.lang.advice import answer_for
 from sparsedsl.testing.battery import Property, Report, check
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
 from sparsedsl.testing.counterexamples import Counterexample
@@ -66,3 +67,5 @@ __all__ = [
     "tables_for",
     "tensor",
 ]
+
+answer_for(globals(), __all__)

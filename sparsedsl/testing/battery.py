@@ -18,6 +18,7 @@ from tqdm import tqdm
 from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.errors import CallWarning, SparseDSLError, TableError
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
@@ -262,6 +263,8 @@ def check(
     >>> report.ok
     True
     """
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise SparseDSLError(f"seed must be a whole number or None; got {shown(seed)}")
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise SparseDSLError(f"examples must be a whole number of at least 1; got {examples!r}")
     program = as_program(pattern)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import PatternError, TableError
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.expressions import Expression, Score
 from sparsedsl.lang.text import parse
@@ -27,6 +28,8 @@ def assert_text_round_trip(expression: Expression) -> None:
     >>> import sparsedsl as sd
     >>> assert_text_round_trip((sd.q_idx - sd.kv_idx) % 3 == 0)
     """
+    if not isinstance(expression, Expression):
+        raise PatternError(f"assert_text_round_trip(): expression must be an index, a mask or a score; got {shown(expression)}")
     read = parse(expression.text)
     # A score that holds nothing but whole numbers is read as the index it is.
     if read.expr != expression.expr or (type(read) is type(expression) and read.key != expression.key):

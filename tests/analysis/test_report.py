@@ -132,7 +132,7 @@ def test_tables_must_reach():
         ({"q_len": 8, "dtype": "int8"}, "dtype must be one of float64"),
         ({"q_len": 8, "block_size": 0}, "block_size must be a positive"),
         ({"q_len": 8, "block_size": (1, 2, 3)}, "block_size must be a positive"),
-        ({"q_len": 8, "doc": torch.zeros(8)}, "unexpected doc: the pattern reads no table"),
+        ({"q_len": 8, "doc": torch.zeros(8)}, "unexpected argument doc: the pattern reads no table"),
     ],
     ids=str,
 )

@@ -178,7 +178,7 @@ def test_one_printing_of_a_deep_expression_is_quick():
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """Compiles expressions for an sm_90 GPU; none is needed."""
-    triton = pytest.importorskip("triton", reason="the text is compiled by Triton; pip install 'sparsedsl[triton]'")
+    triton = pytest.importorskip("triton", reason="the text is compiled by Triton; pip install '.[triton]'")
     if triton.knobs.runtime.interpret:
         pytest.skip("Triton interprets in this process (TRITON_INTERPRET=1)")
     from triton.backends.compiler import GPUTarget
