@@ -116,17 +116,18 @@ class Lowered(ListedChoices):
         """Choices for single queries: what attends in any case by itself, what a choice adds along its lists, one softmax over both."""
         mask, score = node.pattern.mask, node.pattern.score
         dynamic = [name for name, bound in mask.bound.items() if isinstance(bound, Node)]
+        beside = [name for name in dynamic if name != choices[0].label]
         added, removed = pairs_decided_by(mask, dynamic[0])
         lacks = [
-            f"a mask with {len(dynamic)} choices" if len(dynamic) > 1 else "",
+            f"a choice for single queries, {choices[0].label}, beside {' and '.join(beside)} in one mask" if beside else "",
             "a modified score beside a choice for single queries" if score.expr != SCORE else "",
             "pairs that attend where nothing was chosen" if removed.expr != sympy.false else "",
         ]
         if any(lacks):
             raise UnsupportedError(
                 f"backend {self.kernels.backend!r} has no lists for {' and '.join(filter(None, lacks))}: "
-                f"{node.pattern.text.splitlines()[-1]}. Use backend='reference' or 'flex', which read choices as tables; or choose "
-                "once, by the sum of the scores"
+                f"{node.pattern.text.splitlines()[-1]}. Use backend='reference' or 'flex', which read choices as tables; choose for "
+                "blocks of queries, by summaries of them; or, of two choices, choose once, by the sum of the scores"
             )
         always = Mask(assume(mask.expr, {dynamic[0]: False}))
         parts: list[Any] = []
