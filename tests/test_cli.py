@@ -202,7 +202,7 @@ def test_plot_writes_a_picture(run: Run, tmp_path: Path) -> None:
 def test_check_of_a_right_pattern(run: Run) -> None:
     code, out, err = run("check", "mine:window", "--examples", "3", "--seed", "1", "--causal")
     assert (code, err) == (0, "")
-    for name in ("text", "tile lists", "numbers", "causality", "calls", "order"):
+    for name in ("text", "tile lists", "numbers", "causality", "calls", "order", "unseen"):
         assert f"  {name}" in out
     assert "holds      3 examples" in out
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.run.inputs import Call, check_call
 from sparsedsl.run.mapping import map_call, reads_batch
 from sparsedsl.run.surroundings import is_transformed
+from sparsedsl.run.unseen import guarded_backward, guarded_forward, sight_of
 
 __all__ = ["Kernel", "differentiable", "known_results", "no_forward_mode", "no_second_derivatives", "transformed"]
 
@@ -59,7 +60,7 @@ def differentiable(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor]:
     """
     tensors = (call.q, call.k, call.v, *call.tables.values())
     if not call.needs_grad and not is_transformed(*tensors):
-        return _known.get() or kernel.forward(call, kernel.schedule(call))
+        return _known.get() or _forward(kernel, call)
     return _Attend.apply(_Job(kernel, tuple(call.tables), call.domain.q_offset, call.scale), *tensors)
 
 
@@ -102,6 +103,29 @@ def known_results(out: Tensor, lse: Tensor | None) -> Iterator[None]:
         _known.reset(token)
 
 
+def _forward(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor]:
+    schedule = kernel.schedule(call)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return kernel.forward(replace(call, q=q, k=k, v=v), schedule)
+
+    return guarded_forward(call.q, call.k, call.v, call.scale, run, lambda: sight_of(kernel.pattern, call))
+
+
+def _backward(
+    kernel: Kernel, call: Call, results: tuple[Tensor, Tensor, Tensor, Tensor | None], learned: tuple[str, ...]
+) -> list[Tensor]:
+    """Gradients of q, k, v and the learned tables."""
+    schedule = kernel.schedule(call)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *results: Any) -> list[Tensor]:
+        *found, grads = kernel.backward(replace(call, q=q, k=k, v=v), schedule, *results, learned)
+        return [*found, *(grads[name] for name in learned)]
+
+    places = "qkk" + "*" * len(learned)
+    return guarded_backward(call.q, call.k, call.v, call.scale, results, run, places, lambda: sight_of(kernel.pattern, call))
+
+
 @dataclass(frozen=True, eq=False)
 class _Job:
     """A call without its tensors, which autograd keeps."""
@@ -125,8 +149,7 @@ class _Attend(torch.autograd.Function):
         known = _known.get()
         if known is not None:
             return known
-        call = job.call(*tensors)
-        return job.kernel.forward(call, job.kernel.schedule(call))
+        return _forward(job.kernel, job.call(*tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -173,8 +196,8 @@ class _AttendBackward(torch.autograd.Function):
         call = job.call(*tensors)
         learned = tuple(name for name, want in zip(job.names, wanted[3:], strict=True) if want)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        *found, grads = job.kernel.backward(call, job.kernel.schedule(call), out, lse, grad_out, grad_lse, learned)
-        return *(g for g, want in zip(found, wanted[:3], strict=True) if want), *(grads[name] for name in learned)
+        found = _backward(job.kernel, call, (out, lse, grad_out, grad_lse), learned)
+        return *(g for g, want in zip(found, wanted[:3], strict=False) if want), *found[3:]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.run.block_mask import block_mask, mask_mod, pack, score_mod, tall_enough, widened
 from sparsedsl.run.inputs import Call
+from sparsedsl.run.unseen import guarded_forward, sight_of
 
 __all__ = ["FlexKernel", "block_mask", "mask_mod", "score_mod"]
 
@@ -64,7 +66,12 @@ class FlexKernel:
         grad = call.needs_grad
         _refuse(call, grad, return_lse)
         if call.q.device.type == "cpu":
-            return self._run_forward(call, lists)
+
+            def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                return self._run_forward(replace(call, q=q, k=k, v=v), lists), q[..., :0]
+
+            q, k, v = (t.detach() for t in (call.q, call.k, call.v))
+            return guarded_forward(q, k, v, call.scale, run, lambda: sight_of(self.pattern, call))[0]
         return self._run_with_lse(call, lists, grad, return_lse)
 
     def _run_forward(self, call: Call, lists: TileLists) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.run.inputs import Call
+from sparsedsl.run.seen_product import seen_product
 
 __all__ = ["attend_reference", "dense_mask", "logit_bytes"]
 
@@ -58,7 +59,7 @@ def _attend(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     q = call.q.to(dtype).unflatten(1, (-1, call.group)).flatten(2, 3)
     k, v = call.k.to(dtype), call.v.to(dtype)
     shape = (domain.batch, domain.heads, domain.rows, domain.kv_len)
-    logits = (q @ k.transpose(-1, -2)).reshape(shape) * call.scale
+    logits = seen_product(q, k.transpose(-1, -2)).reshape(shape) * call.scale
     env = _index_env(call)
     allowed = evaluate(pattern.mask.expr, env).expand(shape)
     if pattern.has_score:
@@ -72,12 +73,13 @@ def _attend(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         sink = evaluate(pattern.sink.expr, env, dtype=dtype).to(dtype).squeeze(-1).expand(shape[:3])
         peak = torch.maximum(peak, sink.detach())
     peak = torch.where(peak == float("-inf"), 0.0, peak)
-    weights = torch.exp(logits - peak[..., None])
+    # The gradient by the weight of a masked pair is a product with its value, and may be anything.
+    weights = torch.where(allowed, torch.exp(logits - peak[..., None]), 0.0)
     total = weights.sum(dim=-1)
     if sink is not None:
         total = total + torch.exp(sink - peak)
     empty = total == 0
     lse = torch.where(empty, float("-inf"), peak + torch.log(torch.where(empty, 1.0, total)))
-    weights = weights / torch.where(empty, 1.0, total)[..., None]
-    out = weights.reshape(domain.batch, -1, call.group * domain.rows, domain.kv_len) @ v
+    weights = torch.where(allowed, weights / torch.where(empty, 1.0, total)[..., None], 0.0)
+    out = seen_product(weights.reshape(domain.batch, -1, call.group * domain.rows, domain.kv_len), v)
     return out.reshape(*shape[:3], -1).to(call.q.dtype), lse

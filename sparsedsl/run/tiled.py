@@ -26,7 +26,7 @@ from sparsedsl.run.score_rules import LN2, LOG2E
 from sparsedsl.run.sinks import sink_gradients, sink_logit
 from sparsedsl.run.tiled_operands import Gains, Operands
 from sparsedsl.run.tiled_scatter import scattered_units
-from sparsedsl.run.tiled_units import Lane, Unit
+from sparsedsl.run.tiled_units import NO_KEY, Lane, Unit
 from sparsedsl.run.workers import run_all, share
 from sparsedsl.tiling.schedule import Schedule
 
@@ -35,6 +35,8 @@ __all__ = ["backward", "forward"]
 Tensor = torch.Tensor
 # Pairs of queries and keys, of all heads, from which on it is worth to wake other threads.
 WORTH_THREADS = 1 << 20
+# An LSE further from 0 than this has lost digits of the logarithm that was added to the largest logit, at 1e9 all of them.
+FAR_LSE = 1024.0
 # Threads that hold gradients of all keys each, where there are fewer heads than threads.
 MOST_COPIES = 4
 
@@ -113,6 +115,13 @@ class Pass(Operands):
         if grad_lse is not None:
             delta = delta - torch.where(lse == float("-inf"), 0.0, grad_lse.to(self.dtype))
         lse2 = torch.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+        far = (lse.abs() > FAR_LSE) & lse.isfinite()
+        if lse.dtype == torch.float32 and lse.device.type == "cpu" and bool(far.any()):
+            most, total = self._totals()
+            # Gradients are linear in what comes from outside: a factor of all weights of a row is one of these.
+            factor = torch.where(far, total.reciprocal(), 1.0)
+            lse2 = torch.where(far, most, lse2)
+            grad_out, delta = grad_out.to(self.dtype) * factor[..., None], delta * factor
         dq = torch.zeros(self.call.q.shape, dtype=self.dtype, device=self.q.device)
         by_row = {"grad_out": grad_out, "lse": lse2, "delta": delta, "dq": dq}
         self.by_row = {name: self.grouped(t) for name, t in by_row.items()}
@@ -132,6 +141,21 @@ class Pass(Operands):
         like = self.call
         grads = {name: grad.to(self.tables[name].dtype) for name, grad in total.tables.items()}
         return dq.to(like.q.dtype), total.dk.to(like.k.dtype), total.dv.to(like.v.dtype), grads
+
+    def _totals(self) -> tuple[Tensor, Tensor]:
+        """Of each row the largest logit in units of log2, and the sum of ``2**(logit - largest)``: an LSE as two numbers."""
+        shape = (self.batch, self.heads, self.rows)
+        most = self.q.new_full(shape, NO_KEY * torch.finfo(self.dtype).max, dtype=self.dtype)
+        total = torch.zeros_like(most)
+        self.by_row = {"most": self.grouped(most), "total": self.grouped(total)}
+        for plan in self.schedule.lanes:
+            for unit in self._units(Lane(self, plan), self.flat_heads):
+                unit.add_totals()
+        if self.pattern.sink is not None:
+            logit = sink_logit(self.pattern, self.call, self.tables, self.dtype) * LOG2E
+            larger = torch.maximum(most, logit)
+            total, most = total * (most - larger).exp2_() + (logit - larger).exp2_(), larger
+        return most, total
 
     def _backward_heads(self, lanes: list[Lane], heads: range, gains: Gains) -> None:
         for lane in lanes:

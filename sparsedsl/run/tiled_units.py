@@ -382,6 +382,16 @@ class Unit:
 
     # ---- backward ---------------------------------------------------------------------------------------------
 
+    def add_totals(self) -> None:
+        """Join this unit's largest logits and sums relative to them with those in the lane's ``most`` and ``total``."""
+        _, total, most = self.sums(self.scaled_q(), True)
+        assert most is not None
+        place_most, place = self.strips(self.lane.place["most"]), self.strips(self.lane.place["total"])
+        most, total = most.view(place.shape), total.view(place.shape)
+        larger = torch.maximum(place_most, most)
+        place.mul_((place_most - larger).exp2_()).add_(total.mul_((most - larger).exp2_()))
+        place_most.copy_(larger)
+
     def backward(self, gains: Gains) -> None:
         """Add this unit's gradients to the lane's ``dq`` and to ``gains``.
 

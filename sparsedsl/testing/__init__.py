@@ -37,6 +37,7 @@ from sparsedsl.testing.program_properties import (
 from sparsedsl.testing.program_strategies import program_inputs, programs
 from sparsedsl.testing.shapes import AttentionCase, dtypes, inputs, shapes, tensor
 from sparsedsl.testing.strategies import indices, masks, patterns, scores, tables_for
+from sparsedsl.testing.unseen import assert_unseen_keys_have_no_effect
 
 __all__ = [
     "AttentionCase",
@@ -52,6 +53,7 @@ __all__ = [
     "assert_prefill_equals_decode",
     "assert_same_values",
     "assert_text_round_trip",
+    "assert_unseen_keys_have_no_effect",
     "assert_unselected_gradients_zero",
     "assert_weights_sum",
     "check",

@@ -34,6 +34,7 @@ from sparsedsl.testing.program_battery import PROGRAM_PROOFS, PROGRAM_PROPERTIES
 from sparsedsl.testing.reach import constants_of, edges_of
 from sparsedsl.testing.shapes import AttentionCase, inputs, shapes
 from sparsedsl.testing.strategies import tables_for
+from sparsedsl.testing.unseen import assert_unseen_keys_have_no_effect
 
 __all__ = ["Property", "Report", "check"]
 
@@ -208,6 +209,10 @@ def _order(subject: _Subject, data: st.DataObject) -> None:
     _on_case(subject, data, assert_equivariant)
 
 
+def _unseen(subject: _Subject, data: st.DataObject) -> None:
+    _on_case(subject, data, assert_unseen_keys_have_no_effect)
+
+
 def _on_case(subject: _Subject, data: st.DataObject, assertion: Callable[..., Any], **words: Any) -> None:
     case, tables = subject.draw(data, **words)
     seed = data.draw(st.integers(0, 99))
@@ -226,6 +231,7 @@ PROPERTIES: dict[str, tuple[str, Callable[[_Subject, st.DataObject], None]]] = {
     "causality": ("results at a position do not move with anything after it", _causal),
     "calls": ("one call, chunks, and token by token give the same", _calls),
     "order": ("batch entries and heads can be reordered, as far as the pattern ignores b and h", _order),
+    "unseen": ("keys that a query may not see have no effect on it, whatever they hold", _unseen),
 }
 # What is asked before cases are drawn; the answer is printed beside the verdict.
 PROOFS: dict[str, Callable[[_Subject], str]] = {

@@ -587,3 +587,29 @@ def test_auto_trains_through_tiled():
 def test_its_source_is_the_pattern():
     attn = sd.compile(causal, backend="tiled")
     assert attn.source == attn.pattern.text == "attend(q_idx >= kv_idx)"
+
+
+# ---- logits far from 0 ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [-1e9, torch.finfo(torch.float32).min, 1e30])
+@pytest.mark.parametrize("kind", ["added", "chosen", "scattered"])
+def test_gradients_where_every_logit_is_padding(number, kind):
+    """In float32 -1e9 plus the logarithm of a sum is -1e9: an LSE does not hold it, and weights made of it would sum to their number."""
+    bias = sd.table("bias", dtype="float")
+    pattern = {
+        "added": sd.attend(causal, score=score + bias[kv_idx]),
+        "chosen": sd.attend(causal, score=sd.where(bias[kv_idx] != 0, bias[kv_idx], score)),
+        "scattered": sd.attend(
+            causal & ((q_idx * kv_idx) % 3 < 2), score=score + bias[kv_idx], sink=-2.0 if number > 0 else None
+        ),
+    }[kind]
+    values = torch.where(torch.arange(60) < 40, number, 0.0)
+    leaves = [tensor(1, heads, 60, 16, seed=heads).requires_grad_() for heads in (4, 2)]
+    leaves.append(tensor(1, 2, 60, 16, seed=9).requires_grad_())
+    found = []
+    for backend in ("reference", "tiled"):
+        out, lse = sd.compile(pattern, backend=backend)(*leaves, bias=values, return_lse=True)
+        found.append(torch.autograd.grad([out, lse], leaves, [tensor(*out.shape, seed=1), tensor(*lse.shape, seed=2)]))
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted)

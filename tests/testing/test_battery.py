@@ -12,7 +12,7 @@ from sparsedsl import testing as kit
 from sparsedsl.testing import battery
 
 CAUSAL = sd.kv_idx <= sd.q_idx
-NAMES = ["text", "tile lists", "numbers", "causality", "calls", "order"]
+NAMES = ["text", "tile lists", "numbers", "causality", "calls", "order", "unseen"]
 
 
 def statuses(report: kit.Report) -> dict[str, str]:
@@ -24,7 +24,7 @@ def test_a_right_pattern_holds(backend: str) -> None:
     report = kit.check(CAUSAL & (sd.q_idx - sd.kv_idx < 5), examples=4, seed=1, backend=backend)
     assert report.ok
     assert statuses(report) == dict.fromkeys(NAMES, "holds")
-    assert [p.examples for p in report.properties] == [1, 4, 4, 4, 4, 4]
+    assert [p.examples for p in report.properties] == [1, 4, 4, 4, 4, 4, 4]
     assert report.snippet == ""
     assert "tile lists  holds      4 examples" in str(report)
 

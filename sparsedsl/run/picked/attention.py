@@ -8,6 +8,7 @@ neither a queries x chunks table nor a copy of keys for each query; a few querie
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +20,7 @@ from sparsedsl.run.inputs import check_call
 from sparsedsl.run.picked.blocks import Inside, Job, backward, forward
 from sparsedsl.run.picked.checks import check_one, check_picks, check_weights
 from sparsedsl.run.picked.picks import Picks
+from sparsedsl.run.unseen import Sight, guarded_backward, guarded_forward
 
 __all__ = ["Inside", "picked_attention"]
 
@@ -88,12 +90,27 @@ def _check_numbers(picks: Picks) -> None:
         raise ShapeError(f"picks hold chunk {largest}, and there are {picks.units}. Choose among the keys that are passed")
 
 
+def _sight(job: Job, q: Tensor, k: Tensor) -> Sight:
+    plain = replace(job, one=False, scale=1.0)
+    q, k = (t.new_zeros((*t.shape[:3], 1), dtype=torch.float32) for t in (q, k))
+
+    def slopes(out: Tensor, lse: Tensor, grad_out: Tensor) -> Tensor:
+        found = backward(plain, True, grad_out, None, out, lse, q, k, torch.zeros_like(k), None)[2]
+        assert found is not None
+        return found
+
+    return Sight(k.shape[:3], lambda v: forward(plain, q, k, v, None), slopes)
+
+
 class _Attend(torch.autograd.Function):
     """Forward; inputs: a job, q, k, v and the weights or None."""
 
     @staticmethod
     def forward(job: Job, *tensors: Any) -> Any:
-        return forward(job, *tensors)
+        q, k, v, weights = tensors
+        return guarded_forward(
+            q, k, v, job.scale, lambda *qkv: forward(job, *qkv, weights), lambda: _sight(job, q, k)
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -115,8 +132,17 @@ class _AttendBackward(torch.autograd.Function):
     """Backward; inputs: a job, whether k or v want gradients, those of the results, the results, and the inputs of the forward pass."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return backward(*inputs)
+    def forward(job: Job, want_kv: bool, grad_out: Any, grad_lse: Any, out: Tensor, lse: Tensor, *tensors: Any) -> Any:
+        q, k, v, weights = tensors
+        grad_out = torch.zeros((), dtype=q.dtype, device=q.device).expand(out.shape) if grad_out is None else grad_out
+
+        def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Any) -> list[Tensor]:
+            grads = backward(job, want_kv, grad_out, grad_lse, out, lse, q, k, v, weights)
+            return [grad for grad in grads if grad is not None]
+
+        places = "q" + "kk" * want_kv + "q" * (weights is not None)
+        found = iter(guarded_backward(q, k, v, job.scale, (out, lse, grad_out, grad_lse), run, places, lambda: _sight(job, q, k)))
+        return next(found), *(next(found) if want_kv else None for _ in "kv"), None if weights is None else next(found)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -19,6 +19,7 @@ from sparsedsl.run.programs.dense_choices import DenseChoices
 from sparsedsl.run.programs.parts import NEVER, merged, safe_softmax, spread, together, weigh
 from sparsedsl.run.programs.runner import means
 from sparsedsl.run.reference import attend_reference
+from sparsedsl.run.seen_product import seen_product
 
 __all__ = ["Reference"]
 
@@ -51,7 +52,7 @@ class Reference(DenseChoices):
         v = spread(v, q.shape[1])
         shape = (*q.shape[:3], k.shape[2])
         scale = self.call.scale or node.pattern.scale or q.shape[3] ** -0.5
-        logits = q @ k.transpose(-1, -2) * scale
+        logits = seen_product(q, k.transpose(-1, -2)) * scale
         allowed = self.pairs(node.pattern.mask).expand(shape)
         if node.pattern.has_score:
             raise UnsupportedError("per_chunk() takes logits as they are; leave score= out, or use one softmax over all")
@@ -65,8 +66,8 @@ class Reference(DenseChoices):
             share = torch.softmax(extended, -1)[..., :-1]
         else:
             share = safe_softmax(logits)
-        out = torch.einsum("bhqc,bhqcs,bhcsd->bhqd", weights, share, values)
-        return out, log_total
+        share = torch.where(logits > NEVER, share, 0.0) * weights[..., None]
+        return seen_product(share.flatten(3), values.flatten(2, 3)), log_total
 
     def chunk_scores(self, rule: PerChunk, heads: int) -> Tensor:
         """The scores that weigh chunks, -inf where a chunk was not picked."""
@@ -151,7 +152,8 @@ class Reference(DenseChoices):
             own = ids[:, position[:, 0].clamp(max=k.shape[2] - 1)]
             fade = torch.where((own[:, :, None] == ids[:, None, :])[:, None], fade, 0.0)
         scale = self.call.scale or node.scale or q.shape[3] ** -0.5
-        out = (q @ k.transpose(-1, -2) * scale * fade) @ v
+        pairs = torch.where(fade > 0, seen_product(q, k.transpose(-1, -2)) * scale, 0.0)
+        out = seen_product(pairs * fade, v)
         before = self.call.state.get(node.label)
         if before is not None:
             out = out + scale * torch.exp(rate * (position + 1)) * (q @ before.to(q.dtype))

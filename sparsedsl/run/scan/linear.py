@@ -10,6 +10,7 @@ import torch
 from sparsedsl.run.scan import spans
 from sparsedsl.run.scan.calls import check_linear
 from sparsedsl.run.scan.spans import Plan, accumulated, carry, cut, scan
+from sparsedsl.run.seen_product import seen_product
 
 __all__ = ["linear_scan"]
 
@@ -97,8 +98,9 @@ class _Step:
         if document is not None:
             pairs = pairs * (document[..., None] == document[..., None, :])
             reach = reach * (document == 0)[..., None]
-        scores = (q.flatten(3, 4) @ k.transpose(3, 4)).unflatten(3, q.shape[3:5]) * pairs
-        out = (scores.flatten(3, 4) @ v).unflatten(3, q.shape[3:5]) + (q @ before) * reach
+        scores = seen_product(q.flatten(3, 4), k.transpose(3, 4)).unflatten(3, q.shape[3:5])
+        scores = torch.where(pairs > 0, scores * pairs, 0.0)  # a key outside may hold anything
+        out = seen_product(scores.flatten(3, 4), v).unflatten(3, q.shape[3:5]) + (q @ before) * reach
         return (out.transpose(2, 3).flatten(3, 4).flatten(1, 2),), (after,)
 
     def _power(self, exponents: torch.Tensor) -> torch.Tensor:
