@@ -18,6 +18,7 @@ from sparsedsl.testing import (
     assert_equivariant,
     assert_matches_reference,
     assert_prefill_equals_decode,
+    assert_unseen_keys_have_no_effect,
     tensor,
 )
 
@@ -326,3 +327,10 @@ def test_rows_whose_offsets_take_64_bits(apart, mask, which):
     far = run([apart(t) for t in given], grad_out) if which == "qkv" else run(given, apart(grad_out))
     for one, other in zip(near, far, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("mask", "rows"), [(window, 20), (lists, 20), (window, 3)], ids=["window", "lists", "decode"])
+def test_unseen_keys_have_no_effect(mask, rows, seed):
+    case = AttentionCase(heads=2, kv_heads=1, q_len=rows, kv_len=20, q_offset=20 - rows)
+    assert_unseen_keys_have_no_effect(compiled(mask), case, seed=seed)
