@@ -253,7 +253,7 @@ class _Translation:
         """A function z3 has no theory of: any value at all, but equal arguments give equal values."""
         arguments = [self.term(a) for a in expr.args]
         sort = z3.IntSort(self.ctx) if expr.is_integer else z3.RealSort(self.ctx)
-        function = z3.Function(f"_{type(expr).__name__}", *(a.sort() for a in arguments), sort)
+        function = z3.Function(f"{type(expr).__name__}()", *(a.sort() for a in arguments), sort)
         value = function(*arguments)
         if isinstance(expr, fn.BitAnd):
             a, c = arguments

@@ -10,6 +10,7 @@ import copyreg
 import functools
 import keyword
 import operator
+import unicodedata
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,13 +56,15 @@ class TableSpec:
         learned: bool = False,
         values_in: tuple[int, int] | None = None,
     ) -> TableSpec:
-        """Check the user's words and build the spec."""
-        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        """Check the user's words and build the spec. Names are kept as Python keeps identifiers: in the normal form NFKC."""
+        given = name
+        name = unicodedata.normalize("NFKC", name) if isinstance(name, str) else ""
+        if not name.isidentifier() or keyword.iskeyword(name):
             raise TableError(
-                f"table name must be a Python identifier, since it is passed as attn(..., name=tensor); got {name!r}"
+                f"table name must be a Python identifier, since it is passed as attn(..., name=tensor); got {given!r}"
             )
-        if name in RESERVED_NAMES or name.startswith("_"):
-            raise TableError(f"table name {name!r} is reserved; choose another, e.g. {name.strip('_')}_table")
+        if name in RESERVED_NAMES:
+            raise TableError(f"table name {name!r} is reserved; choose another, e.g. {name}_table")
         for word, value in (("monotone", monotone), ("bijective", bijective), ("learned", learned)):
             if not isinstance(value, bool):
                 raise TableError(f"table {name!r}: {word} must be True or False; got {shown(value)}")
@@ -110,10 +113,22 @@ class TableRead(sympy.Function, metaclass=_TableFunction):
         """A read never simplifies by itself."""
         return None
 
+    def _sympystr(self, printer: Any) -> str:
+        return f"{self.spec.name}[{', '.join(printer._print(index) for index in self.args)}]"
+
+    def _latex(self, printer: Any) -> str:
+        indices = ", ".join(printer._print(index) for index in self.args)
+        name = self.spec.name.replace("_", r"\_")
+        return rf"\operatorname{{{name}}}\left[{indices}\right]"
+
 
 @functools.cache
 def read_class(spec: TableSpec) -> type[TableRead]:
-    """The one function class for ``spec``: sympy compares function classes by identity."""
+    """The one function class for ``spec``: sympy compares function classes by identity.
+
+    sympy, like our printers, looks rules up by the names of classes, and a table may be called ``floor`` or ``Max``. So the name of
+    this class is no identifier, and no rule can have it; the blank at its end leaves the order of terms as the tables' names have it.
+    """
     facts: dict[str, Any] = {"spec": spec}
     if spec.dtype == "float":
         facts["is_extended_real"] = True
@@ -122,7 +137,7 @@ def read_class(spec: TableSpec) -> type[TableRead]:
         low = 0 if spec.dtype == "bool" else (spec.values_in or (None,))[0]
         if low is not None and low >= 0:
             facts["is_positive" if low > 0 else "is_nonnegative"] = True
-    return _TableFunction(spec.name, (TableRead,), facts)
+    return _TableFunction(f"{spec.name} ", (TableRead,), facts)
 
 
 def _reduce_class(cls: type) -> Any:

@@ -259,6 +259,6 @@ def _check_reads_once(pattern: Pattern, domain: Domain) -> None:
     # Of a float table only the shape matters, and its values change at every step of a training.
     read = [t for t in tables if not t.is_floating_point()]
     key = (
-        hash(pattern), domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, *(t.shape for t in tables),
+        pattern.key, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, *(t.shape for t in tables),
     )  # fmt: skip
     _READS_CHECKED.get(key, read, lambda: check_reads(pattern, domain))
