@@ -7,6 +7,7 @@ silently drop a side: here ``__bool__`` raises and says what to write.
 from __future__ import annotations
 
 import hashlib
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -18,6 +19,8 @@ from sympy.logic.boolalg import Boolean
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.advice import meant, shown, way_in
+from sparsedsl.lang.facts import HIGHEST, check_extent, facts
+from sparsedsl.lang.joins import join, join_xor
 from sparsedsl.lang.printing import expression_text, to_text
 from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, INDEX_SYMBOLS, KV_IDX, KV_LEN, Q_IDX, Q_LEN, SCORE
@@ -65,6 +68,8 @@ class Expression(Unvalued):
     _key: str | None
 
     def __init__(self, expr: sympy.Basic, bound: Mapping[str, Any] | None = None):
+        expr = fn.in_language(expr)
+        check_extent(expr)
         object.__setattr__(self, "_expr", expr)
         object.__setattr__(self, "_bound", Captured(bound))
         object.__setattr__(self, "_key", None)
@@ -230,21 +235,14 @@ class Mask(Expression):
 
     __slots__ = ()
 
-    def _join(self, other: Any, kind: Any) -> Mask:
-        other = as_mask(other)
-        parts = [self._expr, other._expr]
-        if kind is not sympy.Xor:  # sympy looks for `x | ~x` in what it is given, not inside of a nested `|`
-            parts = [arg for part in parts for arg in kind.make_args(part)]
-        return Mask(_unstrict(kind(*parts)), _merge(self, other))
-
     def __and__(self, other: Any) -> Mask:
-        return self._join(other, sympy.And)
+        return joined("&", self, other)
 
     def __or__(self, other: Any) -> Mask:
-        return self._join(other, sympy.Or)
+        return joined("|", self, other)
 
     def __xor__(self, other: Any) -> Mask:
-        return self._join(other, sympy.Xor)
+        return joined("^", self, other)
 
     __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
 
@@ -252,10 +250,10 @@ class Mask(Expression):
         return Mask(_unstrict(sympy.Not(self._expr)), self._bound)
 
     def __eq__(self, other: Any) -> Any:
-        return ~self._join(other, sympy.Xor)
+        return ~(self ^ other)
 
     def __ne__(self, other: Any) -> Any:
-        return self._join(other, sympy.Xor)
+        return self ^ other
 
     __hash__ = Expression.__hash__
 
@@ -269,6 +267,15 @@ class Mask(Expression):
     )
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __lt__ = __le__ = __gt__ = __ge__ = _number
     __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _number
+
+
+def joined(sign: str, *masks: Any) -> Mask:
+    """``a & b & c``, with ``|`` or ``^`` as ``sign`` says."""
+    parts = [as_mask(mask) for mask in masks]
+    exprs = [part.expr for part in parts]
+    if sign == "^":
+        return Mask(_unstrict(join_xor(exprs)), _merge(*parts))
+    return Mask(join({"&": sympy.And, "|": sympy.Or}[sign], exprs), _merge(*parts))
 
 
 class _Arithmetic(Expression):
@@ -365,7 +372,8 @@ def _relation(relation: Any, left: sympy.Expr, right: sympy.Expr) -> Boolean:
     """``left (relation) right`` in one form for integers: linear terms left, the constant right, ``<=``, ``>=``, ``==``, ``!=``."""
     if not (left.is_integer and right.is_integer):
         return relation(left, right)
-    constant, terms = sympy.expand(left - right).as_coeff_Add()
+    difference = left - right
+    constant, terms = (sympy.expand(difference) if _terms(difference) <= 1000 else difference).as_coeff_Add()
     limit = -constant
     if relation is sympy.Lt:
         relation, limit = sympy.Le, limit - 1
@@ -387,14 +395,41 @@ def _relation(relation: Any, left: sympy.Expr, right: sympy.Expr) -> Boolean:
         return sympy.false if relation is sympy.Eq else sympy.true
     else:
         limit = limit / content
-    return relation(primitive, limit)
+    low, high = fn.signs(primitive)
+    outside = {sympy.Le: low > limit, sympy.Ge: high < limit}.get(relation, bool(low > limit or high < limit))
+    always = {sympy.Le: high <= limit, sympy.Ge: low >= limit}.get(relation, bool(low == high == limit))
+    if outside or always:
+        return sympy.true if bool(always) == (relation is not sympy.Ne) else sympy.false
+    return relation(primitive, limit, evaluate=False)
+
+
+def _terms(expr: sympy.Expr) -> int:
+    """How many terms ``expr`` has when it is multiplied out, at most."""
+    if isinstance(expr, sympy.Add):
+        return sum(map(_terms, expr.args))
+    if isinstance(expr, sympy.Mul):
+        return math.prod(map(_terms, expr.args))
+    if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 0:
+        return math.comb(_terms(expr.base) + int(expr.exp) - 1, int(expr.exp))
+    return 1
+
+
+def _power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
+    """``base**exponent`` of scores; of numbers too long for digits as a float."""
+    if base.is_Rational and exponent.is_Rational and abs(exponent) > HIGHEST:
+        base, exponent = sympy.Float(base), sympy.Float(exponent)
+    factor, _ = base.as_coeff_Mul()
+    if exponent.is_Number and exponent.is_finite and factor not in (0, 1, -1) and factor.is_finite and not base.is_Number:
+        if abs(exponent) * abs(math.log(abs(factor))) > 40:  # sympy would take factor**exponent out, which may be no float
+            return sympy.Pow(base, exponent, evaluate=False)
+    return base**exponent
 
 
 def _unstrict(condition: Boolean) -> Boolean:
-    """``condition`` with ``<=`` and ``>=`` for the ``<`` and ``>`` between integers that sympy's negation makes."""
-    made = condition.atoms(sympy.StrictLessThan, sympy.StrictGreaterThan)
-    form = {r: _relation(type(r), r.lhs, r.rhs) for r in made if r.lhs.is_integer and r.rhs.is_integer}
-    return condition.xreplace(form) if form else condition
+    """``condition`` with ``<=`` or ``>=`` for the ``<`` or ``>`` between integers that sympy makes when it negates a comparison."""
+    if isinstance(condition, (sympy.StrictLessThan, sympy.StrictGreaterThan)):
+        return _relation(type(condition), condition.lhs, condition.rhs)
+    return condition
 
 
 def one_form(condition: Boolean) -> Boolean:
@@ -409,7 +444,7 @@ def _leads_negative(terms: sympy.Expr) -> bool:
         coefficient = terms.coeff(symbol, 1)
         if coefficient.is_number and coefficient != 0:
             return bool(coefficient < 0)
-        reading = [term.as_coeff_Mul() for term in sympy.Add.make_args(terms) if symbol in term.free_symbols]
+        reading = [term.as_coeff_Mul() for term in sympy.Add.make_args(terms) if symbol in facts(term).symbols]
         if reading:
             coefficient, _ = min(reading, key=lambda pair: sympy.default_sort_key(pair[1]))
             return bool(coefficient < 0)
@@ -460,8 +495,10 @@ class Index(_Arithmetic):
 
     def __pow__(self, power: Any) -> Any:
         if _is_number(power, numbers.Integral) and power >= 0:
+            if power > HIGHEST:
+                raise PatternError(f"a power of an index above {HIGHEST} leaves the whole numbers of 64 bits; got ({self}) ** {power}")
             return Index(self._expr ** int(power), self._bound)
-        return Score(self._expr ** as_score(power)._expr, _merge(self, as_score(power)))
+        return as_score(self) ** power
 
     def __rpow__(self, base: Any) -> Score:
         return as_score(base, where="base") ** as_score(self)
@@ -524,11 +561,11 @@ class Score(_Arithmetic):
 
     def __pow__(self, power: Any) -> Score:
         other = as_score(power, where="exponent")
-        return Score(self._expr**other._expr, _merge(self, other))
+        return Score(_power(self._expr, other._expr), _merge(self, other))
 
     def __rpow__(self, base: Any) -> Score:
         other = as_score(base, where="base")
-        return Score(other._expr**self._expr, _merge(self, other))
+        return Score(_power(other._expr, self._expr), _merge(self, other))
 
     def __floordiv__(self, other: Any) -> NoReturn:
         raise PatternError(f"`//` wants whole numbers; {self} is a score. Use `/`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,6 +10,9 @@ import sympy
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 
 from sparsedsl.lang.conditions import at_least
+
+from sparsedsl.errors import PatternError
+from sparsedsl.lang.facts import HIGHEST, facts
 
 __all__ = [
     "REAL_FUNCTIONS",
@@ -22,14 +26,19 @@ __all__ = [
     "Sigmoid",
     "Softplus",
     "Where",
+    "as_double",
     "floor_div",
+    "in_language",
     "mod",
     "regrouped",
+    "signs",
 ]
 
 
 class Where(sympy.Function):
     """``Where(condition, a, b)``; like Piecewise with two arms, but never reads its condition as a set of reals."""
+
+    in_language = True
 
     @classmethod
     def eval(cls, condition: sympy.Basic, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
@@ -68,6 +77,8 @@ class Where(sympy.Function):
 class Abs(sympy.Function):
     """Absolute value; unlike sympy's, it never rewrites its argument beyond choosing one of ``x`` and ``-x``."""
 
+    in_language = True
+
     @classmethod
     def eval(cls, x: sympy.Expr) -> sympy.Expr | None:
         """Known signs fold away; of ``x`` and ``-x`` one stands for both."""
@@ -85,6 +96,8 @@ class Abs(sympy.Function):
 
 class Mod(sympy.Mod):
     """``a % c`` of integers with the sign of ``c``. sympy's own rules are not used: ``Mod(-6*Mod(x, 4), 4)`` becomes ``2*Mod(x, 4)``."""
+
+    in_language = True
 
     @classmethod
     def eval(cls, a: sympy.Expr, c: sympy.Expr) -> sympy.Expr | None:
@@ -115,6 +128,7 @@ class Mod(sympy.Mod):
 class BitAnd(sympy.Function):
     """Bitwise and of two integers in two's complement; with ``2**n - 1`` it is a remainder, and is written as one."""
 
+    in_language = True
     is_integer = True
 
     @classmethod
@@ -138,6 +152,7 @@ class BitAnd(sympy.Function):
 class _Real(sympy.Function):
     """A real function of a score, kept as it was written."""
 
+    in_language = True
     is_number = False  # sympy has no way to compute its digits
 
     @classmethod
@@ -164,13 +179,36 @@ class Erf(_Real):
     """The error function."""
 
 
-def _certainly_nonnegative(difference: sympy.Expr) -> bool:
-    """Whether the facts about symbols and tables say so; deep terms are not asked, since sympy may take very long over them."""
-    return _shallow(difference, 5) and bool(difference.is_extended_nonnegative)
+@functools.lru_cache(maxsize=1 << 14)
+def signs(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """The least and the largest value that follow from the signs of symbols, tables and operations, each on its own.
 
+    sympy would also look for the roots of polynomials, which takes it seconds.
 
-def _shallow(expr: sympy.Basic, depth: int) -> bool:
-    return not expr.args or (depth > 0 and all(_shallow(argument, depth - 1) for argument in expr.args))
+    >>> import sparsedsl as sd
+    >>> signs((sd.q_len + 2 * sd.kv_idx - 4).expr), signs((sd.q_idx - sd.kv_idx).expr)
+    ((-3, oo), (-oo, oo))
+    """
+    if expr.is_Number:
+        return expr, expr
+    low, high = -sympy.oo, sympy.oo
+    if isinstance(expr, sympy.Add):
+        parts = [signs(part) for part in expr.args]
+        low, high = (sympy.Add(*side) for side in zip(*parts, strict=True))
+        return (low if low.is_comparable or low.is_infinite else -sympy.oo, high if high.is_comparable or high.is_infinite else sympy.oo)
+    factor, rest = expr.as_coeff_Mul()
+    if rest != expr:
+        ends = [factor * end for end in signs(rest)]
+        return (ends[0], ends[1]) if factor.is_positive else (ends[1], ends[0])
+    if isinstance(expr, sympy.Mul):
+        known = all(signs(part)[0] >= 0 for part in expr.args)
+        low = sympy.Mul(*(signs(part)[0] for part in expr.args)) if known else low
+    elif facts(expr).depth <= 5:  # of deep terms sympy is not asked the sign, since it may take very long over them
+        if expr.is_extended_nonnegative:
+            low = sympy.Integer(int(bool(expr.is_integer and expr.is_positive)))
+        if expr.is_extended_nonpositive:
+            high = sympy.Integer(0)
+    return low, high
 
 
 class _Extreme:
@@ -179,11 +217,14 @@ class _Extreme:
     sympy's own rules factor all their arguments, and go further each time an expression is built again.
     """
 
+    in_language = True
     _sign: int  # +1 if the larger value wins
 
     def __new__(cls, *values: sympy.Expr, **assumptions: object) -> sympy.Expr:
-        kept: list[sympy.Expr] = []
-        for value in cls._joined(values):
+        # None of the operands of one that was built before beats another, so the longest is taken as it is.
+        known = max((v for v in values if isinstance(v, cls)), key=lambda v: len(v.args), default=None)
+        kept: list[sympy.Expr] = [] if known is None else list(known.args)
+        for value in cls._joined(v for v in values if v is not known):
             if not any(cls._beats(other, value) for other in kept):
                 kept = [other for other in kept if not cls._beats(value, other)] + [value]
         if len(kept) == 1:
@@ -203,7 +244,7 @@ class _Extreme:
 
     @classmethod
     def _beats(cls, a: sympy.Expr, b: sympy.Expr) -> bool:
-        return a == b or _certainly_nonnegative(cls._sign * (a - b))
+        return a == b or bool(signs(cls._sign * (a - b))[0] >= 0)
 
 
 class Min(_Extreme, sympy.Min):
@@ -223,6 +264,38 @@ REAL_FUNCTIONS = {
     "cos": sympy.cos, "erf": Erf, "exp": sympy.exp, "log": sympy.log, "relu": Relu, "sigmoid": Sigmoid, "sin": sympy.sin,
     "softplus": Softplus, "sqrt": sympy.sqrt, "tanh": sympy.tanh,
 }  # fmt: skip
+
+
+def in_language(expr: sympy.Basic) -> sympy.Basic:
+    """``expr`` in the language's own words, where sympy's automatic rewriting has chosen others: ``sqrt(x**2)`` is its ``Abs(x)``.
+
+    Raises:
+        PatternError: there are none, since it is no real number: ``log(-1)``, ``0 * inf``.
+    """
+    if not facts(expr).foreign:
+        return expr
+    for node in sorted(facts(expr).foreign, key=lambda node: facts(node).nodes):
+        if isinstance(node, sympy.Abs):
+            expr = expr.replace(sympy.Abs, Abs)
+        elif isinstance(node, sympy.sign):
+            expr = expr.replace(sympy.sign, lambda x: Where(x > 0, sympy.S.One, Where(x < 0, sympy.S.NegativeOne, sympy.S.Zero)))
+        elif isinstance(node, sympy.Float) or (isinstance(node, sympy.Rational) and not getattr(expr, "is_integer", True)):
+            expr = expr.xreplace({node: as_double(sympy.Float(node))})
+    foreign = [node for node in facts(expr).foreign if not node.is_Rational]
+    if any(isinstance(node, sympy.Pow) for node in foreign):
+        raise PatternError(f"a power of an index above {HIGHEST} leaves the whole numbers of 64 bits; got one in {str(expr)[:200]}")
+    if foreign:
+        raise PatternError(
+            f"{min(map(str, foreign), key=len)} is no real number, and stands in {str(expr)[:200]}: see what goes into sqrt, log, a power, a "
+            "quotient and sums of inf. Pairs are dropped by the mask, or with sd.where(condition, sd.score, float('-inf'))"
+        )
+    return expr
+
+
+def as_double(number: sympy.Float) -> sympy.Expr:
+    """A number as the float that its text reads back to: sympy's exp(-1e4) is 1e-4343, which no float is."""
+    value = float(number)
+    return sympy.Float(value) if abs(value) != float("inf") else sympy.oo * (1 if value > 0 else -1)
 
 
 def floor_div(a: sympy.Expr, c: sympy.Expr) -> sympy.Expr:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
-
 from sparsedsl.errors import PatternError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.expressions import Score, _merge, as_index, as_mask, as_score
@@ -69,20 +67,12 @@ def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
     return x if high is None else minimum(x, high)
 
 
-def _as_double(expr: sympy.Expr) -> sympy.Expr:
-    """A number as the float that its text reads back to: sympy's exp(-1e4) is 1e-4343, which no float is."""
-    if not expr.is_Float:
-        return expr
-    value = float(expr)
-    return sympy.Float(value) if abs(value) != float("inf") else sympy.oo * (1 if value > 0 else -1)
-
-
 def _real(name: str) -> Any:
     function = fn.REAL_FUNCTIONS[name]
 
     def apply(x: Any) -> Score:
         x = as_score(x, where=f"argument of {name}()")
-        return Score(_as_double(function(x.expr)), x.bound)
+        return Score(function(x.expr), x.bound)
 
     apply.__name__ = apply.__qualname__ = name
     apply.__doc__ = f"""``{name}`` of a score, an index or a number; a score.

@@ -101,6 +101,7 @@ class _ExactFunction(type(sympy.Function)):  # type: ignore[misc]
 class StrictFunction(sympy.Function, metaclass=_ExactFunction):
     """Base of all exact operations; ``operation`` and ``prefix`` (a key of ``TYPES``) say which."""
 
+    in_language = True
     operation: ClassVar[str]
     prefix: ClassVar[str]
 

@@ -18,6 +18,7 @@ import sympy
 
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.advice import shown
+from sparsedsl.lang.facts import facts
 from sparsedsl.lang.symbols import RESERVED_NAMES
 
 __all__ = ["TableRead", "TableSpec", "table_reads", "table_specs"]
@@ -106,6 +107,7 @@ class TableRead(sympy.Function, metaclass=_TableFunction):
     """Base of all table reads; ``spec`` says which table, the arguments are its indices."""
 
     spec: ClassVar[TableSpec]
+    reads_table = in_language = True
     is_number = False  # `doc[0]` has no symbols, but no value either until the table is bound
 
     @classmethod
@@ -150,7 +152,7 @@ copyreg.pickle(_TableFunction, _reduce_class)
 
 def table_reads(expr: sympy.Basic) -> set[TableRead]:
     """Every table read in ``expr``, nested ones included."""
-    return {node for node in sympy.preorder_traversal(expr) if isinstance(node, TableRead)}
+    return set(facts(expr).reads)
 
 
 def table_specs(*exprs: sympy.Basic) -> dict[str, TableSpec]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.text import Reader
+from sparsedsl.lang.text import Reader, reading
 from sparsedsl.program import branches, orders, scores, select, sources, tensors
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import one_of
@@ -65,10 +65,13 @@ def read_program(text: str) -> Program:
     >>> read_program(program.text) == program
     True
     """
-    reader = _ProgramReader(text)
-    before = set(reader.names)
-    reader.program()
-    made = [value for name, value in reader.names.items() if name not in before]
-    if not made:
-        raise PatternError(f"this is not the text form of a program, which ends with an attention: {text!r}")
-    return Program(made[-1])
+    if not isinstance(text, str):
+        raise PatternError(f"a program is read from text; got {type(text).__name__}")
+    with reading(text):
+        reader = _ProgramReader(text)
+        before = set(reader.names)
+        reader.program()
+        made = [value for name, value in reader.names.items() if name not in before]
+        if not made:
+            raise PatternError("this is not the text form of a program, which ends with an attention")
+        return Program(made[-1])

@@ -7,6 +7,7 @@ simplified. Comparisons of the logit itself are real: the logit has no exact val
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 
+from sparsedsl.errors import PatternError
 from sparsedsl.lang import numeric, strict
 from sparsedsl.lang.expressions import Index, Mask, Score, as_score
 from sparsedsl.lang.symbols import SCORE
@@ -57,9 +59,9 @@ class Floats(Conversion):
             case "where":
                 return as_score(numeric.where(self.mask(node.args[0]), self.score(node.args[1]), self.score(node.args[2])))
             case op if op in _REAL and (op not in _JUMPS or self.uses_score(node)):
-                result = as_score(_REAL[op](*map(self.score, node.args)))
-                if not result.expr.has(sympy.zoo, sympy.nan, sympy.I):
-                    return result
+                parts = [self.score(part) for part in node.args]
+                with contextlib.suppress(PatternError):  # no real number, such as log(-1), is one that torch has
+                    return as_score(_REAL[op](*parts))
         return Score(self.exact(node))
 
     def _number(self, node: Node) -> float | int:
@@ -166,7 +168,18 @@ assert set(_RELATIONS) == COMPARISONS
 
 
 def _elu(x: Score, alpha: Score, scale: Score, input_scale: Score) -> Score:
-    return numeric.where(x > 0, scale * x, scale * alpha * (numeric.exp(x * input_scale) - 1))
+    # the exponential is kept from overflowing where it is not taken: its gradient there would be 0 * inf
+    return numeric.where(x > 0, scale * x, scale * alpha * (numeric.exp(numeric.minimum(x, 0.0) * input_scale) - 1))
+
+
+def _softplus(x: Score, beta: Score, threshold: Score) -> Score:
+    """Linear above the threshold, as the language's own is above 20."""
+    bent = numeric.softplus(x * beta) / beta
+    if threshold.expr == 20:
+        return bent
+    if threshold.expr > 20:
+        bent = (numeric.relu(x * beta) + numeric.log(1 + numeric.exp(-abs(x * beta)))) / beta
+    return numeric.where(x * beta > threshold, x, bent)
 
 
 def _gelu_tanh(x: Score) -> Score:
@@ -217,7 +230,7 @@ _REAL: dict[str, Callable[..., Any]] = {
     "mish": lambda a: a * numeric.tanh(numeric.softplus(a)),
     "gelu": lambda a: a * 0.5 * (1 + numeric.erf(a * math.sqrt(0.5))),
     "gelu_tanh": _gelu_tanh,
-    "softplus": lambda a, beta, threshold: numeric.softplus(a * beta) / beta,
+    "softplus": _softplus,
     "leaky_relu": lambda a, slope: numeric.where(a > 0, a, a * slope),
     "elu": _elu,
     "hardsigmoid": lambda a: numeric.clamp(a + 3, 0.0, 6.0) / 6,
