@@ -13,6 +13,7 @@ from sympy.core.relational import Relational
 
 from sparsedsl.codegen.source import Source
 from sparsedsl.lang import functions as fn
+from sparsedsl.lang.facts import facts
 from sparsedsl.lang.printing import ATOM, Printer
 from sparsedsl.lang.tables import TableRead
 
@@ -23,7 +24,7 @@ REAL_FUNCTIONS = frozenset(fn.REAL_FUNCTIONS)
 
 def is_constant(expr: sympy.Basic) -> bool:
     """Whether ``expr`` is a number: no symbol, no table."""
-    return isinstance(expr, sympy.Expr) and not expr.free_symbols and not expr.has(TableRead)
+    return isinstance(expr, sympy.Expr) and not facts(expr).symbols and not facts(expr).reads
 
 
 def is_real_arithmetic(expr: sympy.Basic) -> bool:

@@ -16,6 +16,7 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 
 from sparsedsl.lang import functions as fn
+from sparsedsl.lang.facts import facts
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX
 from sparsedsl.lang.tables import TableRead
 
@@ -86,7 +87,7 @@ class Clause:
 @functools.lru_cache(maxsize=4096)
 def monotone(expr: sympy.Expr, symbol: sympy.Symbol) -> int | None:
     """+1 if ``expr`` never falls as ``symbol`` grows, -1 if it never rises, 0 if it does not depend on it, None if unknown."""
-    if symbol not in expr.free_symbols:
+    if symbol not in facts(expr).symbols:
         return 0
     if expr == symbol:
         return 1
@@ -94,8 +95,8 @@ def monotone(expr: sympy.Expr, symbol: sympy.Symbol) -> int | None:
         signs = {monotone(term, symbol) for term in expr.args} - {0}
         return signs.pop() if len(signs) == 1 else None
     if isinstance(expr, sympy.Mul):
-        fixed = sympy.Mul(*(f for f in expr.args if symbol not in f.free_symbols))
-        moving = [f for f in expr.args if symbol in f.free_symbols]
+        fixed = sympy.Mul(*(f for f in expr.args if symbol not in facts(f).symbols))
+        moving = [f for f in expr.args if symbol in facts(f).symbols]
         sign = 1 if fixed.is_nonnegative else -1 if fixed.is_nonpositive else None
         inner = monotone(moving[0], symbol) if len(moving) == 1 else None
         return sign * inner if sign is not None and inner is not None else None
@@ -103,7 +104,7 @@ def monotone(expr: sympy.Expr, symbol: sympy.Symbol) -> int | None:
         return monotone(expr.args[0], symbol)
     if isinstance(expr, TableRead) and expr.spec.monotone:
         *others, last = expr.args
-        return monotone(last, symbol) if all(symbol not in i.free_symbols for i in others) else None
+        return monotone(last, symbol) if all(symbol not in facts(i).symbols for i in others) else None
     return None
 
 
@@ -111,14 +112,14 @@ def _gapless(expr: sympy.Expr) -> bool:
     """Whether a query range makes ``expr`` take every integer between its extremes."""
     if monotone(expr, Q_IDX) is None:
         return False
-    moving = sympy.Add(*(t for t in sympy.Add.make_args(expr) if Q_IDX in t.free_symbols))
+    moving = sympy.Add(*(t for t in sympy.Add.make_args(expr) if Q_IDX in facts(t).symbols))
     if moving in (Q_IDX, -Q_IDX):
         return True
     moving = -moving if moving.could_extract_minus_sign() else moving
     if not isinstance(moving, sympy.floor):
         return False
     numerator, denominator = moving.args[0].as_numer_denom()
-    return denominator.is_Integer and numerator.coeff(Q_IDX) == 1 and Q_IDX not in (numerator - Q_IDX).free_symbols
+    return denominator.is_Integer and numerator.coeff(Q_IDX) == 1 and Q_IDX not in facts(numerator - Q_IDX).symbols
 
 
 @functools.lru_cache(maxsize=1024)
@@ -126,10 +127,10 @@ def only_difference(expr: sympy.Basic) -> bool:
     """Whether ``expr`` depends on positions only through ``q_idx - kv_idx``: then tiles on one diagonal are alike."""
     delta = sympy.Dummy("delta", integer=True)
     moved = expr.xreplace({Q_IDX: KV_IDX + delta})
-    if KV_IDX not in moved.free_symbols:
+    if KV_IDX not in facts(moved).symbols:
         return True
     moved = moved.replace(lambda node: isinstance(node, sympy.Add), lambda node: sympy.expand(node))
-    return KV_IDX not in moved.free_symbols
+    return KV_IDX not in facts(moved).symbols
 
 
 def literals(expr: Boolean) -> list[Boolean]:
@@ -226,7 +227,7 @@ def bound_of(relation: Boolean) -> Bound | None:
         return None
     q_part = kv_part = fixed = sympy.Integer(0)
     for term in sympy.Add.make_args(difference):
-        reads_q, reads_kv = Q_IDX in term.free_symbols, KV_IDX in term.free_symbols
+        reads_q, reads_kv = Q_IDX in facts(term).symbols, KV_IDX in facts(term).symbols
         if reads_q and reads_kv:
             return None
         if reads_q:

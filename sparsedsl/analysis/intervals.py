@@ -17,6 +17,7 @@ import torch
 
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.evaluate import evaluate, maximum, minimum
+from sparsedsl.lang.facts import facts
 from sparsedsl.lang.strict import StrictFunction, is_condition
 from sparsedsl.lang.tables import TableRead
 
@@ -140,8 +141,8 @@ class Intervals:
             return self.ranges[expr.name]
         if expr.is_Integer:
             return int(expr), int(expr)
-        names = {s.name for s in expr.free_symbols}
-        reads = {read.spec.name for read in expr.atoms(TableRead)}
+        names = {s.name for s in facts(expr).symbols}
+        reads = {read.spec.name for read in facts(expr).reads}
         if names <= self._points and reads <= self.tables.tables.keys() and (names or reads) and not self._unbound(names):
             value = evaluate(expr, self._env)
             return value, value

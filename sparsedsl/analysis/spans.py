@@ -88,6 +88,7 @@ def _ends(bound: Bound) -> tuple[sympy.Expr | None, sympy.Expr | None]:
     return (None if low is None else low * form.divisor), (None if high is None else high * form.divisor + form.divisor - 1)
 
 
+@functools.lru_cache(maxsize=256)
 def exchanged(expr: Any) -> Any:
     """``expr`` with the roles of queries and keys exchanged.
 

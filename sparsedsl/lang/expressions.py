@@ -419,9 +419,9 @@ def _power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
     if base.is_Rational and exponent.is_Rational and abs(exponent) > HIGHEST:
         base, exponent = sympy.Float(base), sympy.Float(exponent)
     factor, _ = base.as_coeff_Mul()
-    if exponent.is_Number and exponent.is_finite and factor not in (0, 1, -1) and factor.is_finite and not base.is_Number:
-        if abs(exponent) * abs(math.log(abs(factor))) > 40:  # sympy would take factor**exponent out, which may be no float
-            return sympy.Pow(base, exponent, evaluate=False)
+    plain = exponent.is_Number and exponent.is_finite and factor.is_finite and factor != 0 and not base.is_Number
+    if plain and abs(exponent) * abs(math.log(abs(factor))) > 40:  # sympy would take factor**exponent out, which may be no float
+        return sympy.Pow(base, exponent, evaluate=False)
     return base**exponent
 
 
@@ -496,7 +496,9 @@ class Index(_Arithmetic):
     def __pow__(self, power: Any) -> Any:
         if _is_number(power, numbers.Integral) and power >= 0:
             if power > HIGHEST:
-                raise PatternError(f"a power of an index above {HIGHEST} leaves the whole numbers of 64 bits; got ({self}) ** {power}")
+                raise PatternError(
+                    f"a power of an index above {HIGHEST} leaves the whole numbers of 64 bits; got ({self}) ** {power}"
+                )
             return Index(self._expr ** int(power), self._bound)
         return as_score(self) ** power
 

@@ -9,9 +9,8 @@ from typing import Any
 import sympy
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 
-from sparsedsl.lang.conditions import at_least
-
 from sparsedsl.errors import PatternError
+from sparsedsl.lang.conditions import at_least
 from sparsedsl.lang.facts import HIGHEST, facts
 
 __all__ = [
@@ -195,7 +194,10 @@ def signs(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     if isinstance(expr, sympy.Add):
         parts = [signs(part) for part in expr.args]
         low, high = (sympy.Add(*side) for side in zip(*parts, strict=True))
-        return (low if low.is_comparable or low.is_infinite else -sympy.oo, high if high.is_comparable or high.is_infinite else sympy.oo)
+        return (
+            low if low.is_comparable or low.is_infinite else -sympy.oo,
+            high if high.is_comparable or high.is_infinite else sympy.oo,
+        )
     factor, rest = expr.as_coeff_Mul()
     if rest != expr:
         ends = [factor * end for end in signs(rest)]
@@ -283,11 +285,13 @@ def in_language(expr: sympy.Basic) -> sympy.Basic:
             expr = expr.xreplace({node: as_double(sympy.Float(node))})
     foreign = [node for node in facts(expr).foreign if not node.is_Rational]
     if any(isinstance(node, sympy.Pow) for node in foreign):
-        raise PatternError(f"a power of an index above {HIGHEST} leaves the whole numbers of 64 bits; got one in {str(expr)[:200]}")
+        raise PatternError(
+            f"a power of an index above {HIGHEST} leaves the whole numbers of 64 bits; got one in {str(expr)[:200]}"
+        )
     if foreign:
         raise PatternError(
-            f"{min(map(str, foreign), key=len)} is no real number, and stands in {str(expr)[:200]}: see what goes into sqrt, log, a power, a "
-            "quotient and sums of inf. Pairs are dropped by the mask, or with sd.where(condition, sd.score, float('-inf'))"
+            f"{min(map(str, foreign), key=len)} is no real number, and stands in {str(expr)[:200]}: see what goes into sqrt, log, a power, "
+            "a quotient and sums of inf. Pairs are dropped by the mask, or with sd.where(condition, sd.score, float('-inf'))"
         )
     return expr
 

@@ -72,7 +72,7 @@ def _real(name: str) -> Any:
 
     def apply(x: Any) -> Score:
         x = as_score(x, where=f"argument of {name}()")
-        return Score(function(x.expr), x.bound)
+        return Score(function(x.expr), _merge(x))
 
     apply.__name__ = apply.__qualname__ = name
     apply.__doc__ = f"""``{name}`` of a score, an index or a number; a score.

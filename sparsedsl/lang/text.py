@@ -114,9 +114,9 @@ class Reader:
         values = []
         for statement in tree.body:
             match statement:
-                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id=made)) as value) if (
-                    self.declares(made) and self.is_free(name, made)
-                ):
+                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id=made)) as value) if self.declares(
+                    made
+                ) and self.is_free(name, made):
                     (self.tables if made == "table" else self.names)[name] = self.value(value)
                 case ast.Expr(value=value):
                     values.append(self.value(value))

@@ -26,12 +26,28 @@ from sparsedsl.testing import inputs, patterns, shapes, tables_for
 from sparsedsl.testing.numerics import expect
 
 SYMPY = [name for name in dir(sympy) if name.isidentifier()]
-GENERATED = sorted({*_TAKEN, *_LOCAL, *_TORCH, *numeric.__all__, *fn.REAL_FUNCTIONS, "t_1", "both", "both_1", "_tanh", "_power", "_softplus"})
-UNICODE = ["é", "ß", "名前", "ª", "ﬁ", "ｄoc", "x²".replace("²", "2"), "Ω", "ℵ", "\u1e9b\u0323", "a\u0301", "µ", "٣".join(("n", ""))]
+GENERATED = sorted(
+    {*_TAKEN, *_LOCAL, *_TORCH, *numeric.__all__, *fn.REAL_FUNCTIONS, "t_1", "both", "both_1", "_tanh", "_power", "_softplus"}
+)
+UNICODE = [
+    "é",
+    "ß",
+    "名前",
+    "ª",
+    "ﬁ",
+    "ｄoc",
+    "x²".replace("²", "2"),
+    "Ω",
+    "ℵ",
+    "\u1e9b\u0323",
+    "a\u0301",
+    "µ",
+    "٣".join(("n", "")),
+]
 NAMES = sorted(
     name
-    for name in {*SYMPY, *dir(builtins), *keyword.softkwlist, *GENERATED, *UNICODE, "inf", "nan", "table", "_", "__", "__class__", "doc_table",
-                 "doc_size_0", "doc_here", "exact_difference", "tl", "triton", "args", "kwargs", "cls", "values", "lane", "grad_doc_0"}
+    for name in {*SYMPY, *dir(builtins), *keyword.softkwlist, *GENERATED, *UNICODE, "inf", "nan", "table", "_", "__", "__class__",
+                 "doc_table", "doc_size_0", "doc_here", "exact_difference", "tl", "triton", "args", "kwargs", "cls", "values", "lane"}
     if name.isidentifier() and not keyword.iskeyword(name) and name not in RESERVED_NAMES
 )  # fmt: skip
 
@@ -77,7 +93,10 @@ def test_any_name_means_the_same(pattern: Any, case: Any, data: Any) -> None:
     assert hostile.key != renamed(pattern, {name: f"{normal(names[name])}_x" for name in names}).key
     passed = {normal(names[name]): value for name, value in tables.items()}
 
-    wanted = {part: evaluate(expr, {**case.env, "score": torch.tensor(0.5), **tables}) for part, expr in zip("ms", pattern.exprs, strict=False)}
+    wanted = {
+        part: evaluate(expr, {**case.env, "score": torch.tensor(0.5), **tables})
+        for part, expr in zip("ms", pattern.exprs, strict=False)
+    }
     for part, expr in zip("ms", hostile.exprs, strict=False):
         got = evaluate(expr, {**case.env, "score": torch.tensor(0.5), **passed})
         assert torch.allclose(got.double(), wanted[part].double(), rtol=1e-9, equal_nan=True), hostile.text
@@ -91,7 +110,9 @@ def test_any_name_means_the_same(pattern: Any, case: Any, data: Any) -> None:
     assert torch.equal(mask_mod(*grid).expand(grid[0].shape), wanted["m"].expand(grid[0].shape)), source.text
     if score_mod is not None:
         score = torch.full(grid[0].shape, 0.5, dtype=torch.float64)
-        assert torch.allclose(score_mod(score, *grid).double(), wanted["s"].double().expand(score.shape), rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert torch.allclose(
+            score_mod(score, *grid).double(), wanted["s"].double().expand(score.shape), rtol=1e-5, atol=1e-5, equal_nan=True
+        )
 
     q, k, v = data.draw(inputs(case, dtype=torch.float64))
     correct = expect(pattern, q, k, v, tables, q_offset=case.q_offset)
@@ -100,7 +121,9 @@ def test_any_name_means_the_same(pattern: Any, case: Any, data: Any) -> None:
         assert not correct.fault("out", out) and not correct.fault("lse", lse), f"{backend}: {hostile.text}"
 
 
-@pytest.mark.parametrize("name", ["floor", "Max", "And", "Symbol", "exp", "inf", "torch", "min", "float", "table", "ﬁ", "_", "__class__"])
+@pytest.mark.parametrize(
+    "name", ["floor", "Max", "And", "Symbol", "exp", "inf", "torch", "min", "float", "table", "ﬁ", "_", "__class__"]
+)
 def test_own_functions_trace_back(name: str) -> None:
     doc = sd.table(name, values_in=(0, 9))
     mask = (doc[q_idx] == doc[kv_idx]) & (doc[kv_idx] // 2 <= q_idx)
