@@ -111,7 +111,7 @@ def attend(
     binding: Binding = getattr(module, BINDING)
     request = request_of(attention_mask)
     if attention_mask is None:
-        request = binding.stack.omitted_request(query.shape[2], key.shape[2])
+        request = binding.stack.omitted_request(query.shape[2], key.shape[2], binding.facts)
     _refuse_what_would_be_lost(binding, attention_mask, request, arguments)
     binding.reached = True
     return _run(binding, query, key, value, request, arguments), None

@@ -47,14 +47,14 @@ class Stack:
 
     ``owners``: index of each attention layer -> that of the layer whose keys it reads. ``native``: what the masks of its native layers say;
     None where the configuration does not tell. ``inside``: its forward is running. ``seen``: tokens that its cache holds, where
-    transformers asks a layer without keys for that. ``omitted``: keys announced -> the last request for which transformers made no mask.
+    transformers asks a layer without keys for that. ``omitted``: keys announced and facts -> the last request without a mask.
     """
 
     owners: dict[int, int]
     native: frozenset[Facts] | None
     inside: bool = False
     seen: int | None = None
-    omitted: OrderedDict[int, Any] = field(default_factory=OrderedDict)
+    omitted: OrderedDict[tuple[int, Facts | None], Any] = field(default_factory=OrderedDict)
 
     def asks_for(self, facts: Facts | None) -> bool:
         """Whether a native layer may read a mask that says this."""
@@ -62,17 +62,20 @@ class Stack:
 
     def omit(self, request: Any) -> None:
         """Remember a request for which there is no mask; a layer checkpointed in training asks again after the forward."""
-        self.omitted[request.kv_length] = request
-        self.omitted.move_to_end(request.kv_length)
+        key = request.kv_length, request.facts
+        self.omitted[key] = request
+        self.omitted.move_to_end(key)
         if len(self.omitted) > 64:
             self.omitted.popitem(last=False)
 
-    def omitted_request(self, rows: int, keys: int) -> Any:
+    def omitted_request(self, rows: int, keys: int, facts: Facts | None) -> Any:
         """The request behind a missing mask, for a layer with so many queries and keys; None if there was none.
 
-        transformers omits masks of whole prompts and of single queries that see every key: the lengths say the offset.
+        transformers omits masks of whole prompts and of single queries that see every key: the lengths say the offset. Such requests differ
+        in what the masks would have said; the one that says ``facts`` is taken, if there is one.
         """
-        request = self.omitted.get(keys)
+        others = [request for (length, _), request in self.omitted.items() if length == keys]
+        request = self.omitted.get((keys, facts), others[-1] if others else None)
         if request is None or rows == request.q_length:
             return request
         return request.part(request.q_length - 1, request.q_length, keys) if rows == 1 else None

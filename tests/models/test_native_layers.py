@@ -98,6 +98,7 @@ def logits(model: Any, **inputs: Any) -> torch.Tensor:
 INPUTS: dict[str, Callable[[], dict[str, Any]]] = {
     "whole": lambda: {"input_ids": tokens()},
     "padded": left_padded,
+    "short": lambda: {"input_ids": tokens(length=5)},  # within the window, where transformers makes no mask at all
     "one logit": lambda: {"input_ids": tokens(), "logits_to_keep": 1},
     "two logits": lambda: {"input_ids": tokens(), "logits_to_keep": 2},
 }
