@@ -15,6 +15,7 @@ from sparsedsl.analysis.clauses import literals, only_difference
 from sparsedsl.analysis.domain import Domain, Groups
 from sparsedsl.analysis.intervals import Intervals, TableRanges
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN
+from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
 
@@ -23,6 +24,8 @@ __all__ = ["Boxes", "PointDecider", "box_classes"]
 Boxes = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 # Points evaluated at once.
 POINTS = 1 << 20
+# Points looked at in one question at most: an hour and more.
+MOST_POINTS = 1 << 38
 # Tile kinds that may be told apart by number; more are told apart by sorting.
 SMALL_KEY = 1 << 22
 
@@ -139,6 +142,11 @@ class PointDecider:
         """Exact classes, from all points of each tile."""
         group, q_low, q_high, kv_low, kv_high = tiles
         q_size, kv_size = int((q_high - q_low).max()) + 1, int((kv_high - kv_low).max()) + 1
+        if group.numel() * q_size * kv_size > MOST_POINTS:
+            raise UnsupportedError(
+                f"{group.numel():,} tiles of {q_size:,} x {kv_size:,} tokens would have to be looked at pair by pair. Take smaller tiles "
+                "(block_size=), or say the mask in bounds on q_idx, kv_idx, their difference and their quotients, which are solved"
+            )
         # A strip of rows at a time when a single tile exceeds the budget.
         strip = max(1, min(q_size, POINTS // kv_size))
         step = max(1, POINTS // (strip * kv_size))

@@ -233,6 +233,7 @@ class Attention:
         q_offset: int = 0,
         block_size: Any = 128,
         device: Any = None,
+        backward: bool = True,
         **tables: Any,
     ) -> Any:
         """A torch ``BlockMask`` with compact storage for plain ``flex_attention``; its ``mask_mod`` takes local query indices.
@@ -240,7 +241,10 @@ class Attention:
         ``batch`` and ``heads`` (query heads; by default as many as the pattern is written for, else 1) matter only if the pattern
         reads ``b`` or ``h``: a dimension it does not read has
         size 1 in the lists and broadcasts. Lengths in tokens. Modified scores and sinks are not part of a BlockMask:
-        see :meth:`score_mod`.
+        see :meth:`score_mod`. ``backward=False`` leaves out the tiles by key, which only gradients need: with a column that all
+        queries see (a sink) they grow with the square of the length.
+
+        Raises :class:`~sparsedsl.UnsupportedError`, with the bytes, where the lists do not fit into memory.
 
         >>> import sparsedsl as sd
         >>> attn = sd.compile((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 512))
@@ -251,7 +255,7 @@ class Attention:
         domain = Domain(q_len, kv_len, q_offset, batch, count_heads((self.pattern,), bound, heads), bound)
         lists = self.lists(domain, block_pair(block_size))
         where = torch.device(device) if device is not None else domain.device
-        return flex.block_mask(self.pattern, lists, domain, where)
+        return flex.block_mask(self.pattern, lists, domain, where, backward=backward)
 
     def mask_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: Any) -> Any:
         """The mask as a FlexAttention ``mask_mod(b, h, q_idx, kv_idx)`` of local query indices. Lengths only if the pattern reads them."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists, TileRows
+from sparsedsl.analysis.lists import TileLists, TileRows, check_room
 from sparsedsl.codegen.to_flex import flex_functions, needs_lengths
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.pattern import Pattern
@@ -100,10 +100,12 @@ def _mods(
     return namespace["mods"](*numbers, *(widened(tables[name]) for name in source.values[len(numbers) :]))
 
 
-def block_mask(pattern: Pattern, lists: TileLists, domain: Domain, device: torch.device | None = None) -> BlockMask:
+def block_mask(
+    pattern: Pattern, lists: TileLists, domain: Domain, device: torch.device | None = None, *, backward: bool = True
+) -> BlockMask:
     """A BlockMask over ``lists`` whose index tensors are strided views of compact storage; its ``mask_mod`` takes local indices.
 
-    It also holds the tiles by key, as gradients need them.
+    ``backward``: it also holds the tiles by key, as gradients need them.
     """
     device = domain.device if device is None else device
     rows, columns = lists.shape[2:]
@@ -111,7 +113,7 @@ def block_mask(pattern: Pattern, lists: TileLists, domain: Domain, device: torch
     for part, width in ((lists.partial, columns), (lists.full, columns)):
         tensors += _wide(part, width, device)
     for part in (lists.partial, lists.full):
-        tensors += _wide(part.transposed(columns), rows, device)
+        tensors += _wide(part.transposed(columns), rows, device, by_key=True) if backward else (None, None)
     tables = {name: table.to(device) for name, table in domain.tables.items()}
     mod = mask_mod(pattern, tables, q_offset=domain.q_offset, **domain.lengths)
     partial_counts, partial, full_counts, full, *by_key = tensors
@@ -121,8 +123,13 @@ def block_mask(pattern: Pattern, lists: TileLists, domain: Domain, device: torch
     )  # fmt: skip
 
 
-def _wide(rows: TileRows, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _wide(rows: TileRows, width: int, device: torch.device, *, by_key: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Counts, and columns as (batch, heads, rows, width) over storage of the compact width, with room for the last row to look wide."""
+    if by_key:
+        way = "Pass backward=False for a mask without them, for calls that need no gradients"
+    else:
+        way = "Larger tiles (block_size=) make fewer and shorter rows"
+    check_room(_flat_bytes(rows), device, _what(rows, by_key=by_key), f"{way}; backend='tiled' and 'triton' need no such lists")
     counts, columns = _flat(rows)
     batch, heads, lines = counts.shape
     step = columns.numel() // max(1, counts.numel())
@@ -136,10 +143,27 @@ def pack(lists: TileLists, *, sink: bool = False, backward: bool = False) -> lis
 
     ``backward``: then the same by key. ``sink``: every row has one more full tile, one column past the keys.
     """
-    packed = [*_flat(lists.partial), *_flat(lists.full, append=lists.shape[3] if sink else None)]
+    parts = [lists.partial, lists.full]
     if backward:
-        packed += [*_flat(lists.partial.transposed(lists.shape[3])), *_flat(lists.full.transposed(lists.shape[3]))]
+        parts += [part.transposed(lists.shape[3]) for part in parts]
+    for i, part in enumerate(parts):
+        way = "Use backend='tiled' or 'triton', which need no such lists"
+        check_room(_flat_bytes(part), part.counts.device, _what(part, by_key=i > 1), way)
+    packed: list[torch.Tensor] = []
+    for i, part in enumerate(parts):
+        packed += _flat(part, append=lists.shape[3] if sink and i == 1 else None)
     return packed
+
+
+def _flat_bytes(rows: TileRows) -> int:
+    return 4 * rows.counts.numel() * max(rows.width, 1)
+
+
+def _what(rows: TileRows, *, by_key: bool) -> str:
+    """What FlexAttention's lists are that take so much."""
+    lines, tile = rows.counts.numel(), "keys" if by_key else "queries"
+    whose = "lists by key, for gradients" if by_key else "lists"
+    return f"FlexAttention's {whose}, {lines:,} tiles of {tile}, each as wide as the longest of {rows.width:,},"
 
 
 def _flat(rows: TileRows, append: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

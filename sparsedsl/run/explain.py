@@ -68,10 +68,10 @@ def explain(attention: Any, facts: CallFacts, q_offset: int, tables: Mapping[str
     plan, refusal, schedule = None, None, None
     try:
         plan = choose(pattern, facts, attention.backend, costs=lambda: attention.costs(domain, sizes), missing=attention.missing)
+        if plan.backend == "tiled":
+            schedule = attention.schedule(domain, sizes)
     except UnsupportedError as error:
-        refusal = str(error)
-    if plan is not None and plan.backend == "tiled":
-        schedule = attention.schedule(domain, sizes)
+        plan, refusal = None, str(error)
     kernels: tuple[str, ...] = ()
     if plan is not None and plan.backend == "triton":
         shape = Shape(facts.dtype, facts.head_dim, facts.head_dim_v, facts.heads // facts.kv_heads)

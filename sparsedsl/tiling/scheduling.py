@@ -9,6 +9,7 @@ from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
+from sparsedsl.errors import UnsupportedError
 from sparsedsl.tiling.cost import family_seconds, scattered_seconds
 from sparsedsl.tiling.lanes import Lane, lanes
 from sparsedsl.tiling.schedule import Family, LanePlan, Schedule
@@ -17,6 +18,8 @@ from sparsedsl.tuning.machine import Machine
 
 __all__ = ["HeadShape", "make_schedule"]
 
+# Queries at most: strips are cut one by one.
+LONGEST = 1 << 27
 HEIGHTS = (64, 128, 256, 512, 1024)
 # Queries that heights are tried on.
 TRIAL = 1 << 14
@@ -39,7 +42,15 @@ class HeadShape:
 def make_schedule(
     mask: Boolean, domain: Domain, machine: Machine, shape: HeadShape, height: int | None = None, *, minimal: bool = True
 ) -> Schedule:
-    """The cheapest schedule by the cost model; with ``height`` the one with strips of that height. ``minimal``: as :func:`classify`."""
+    """The cheapest schedule by the cost model; with ``height`` the one with strips of that height. ``minimal``: as :func:`classify`.
+
+    Raises :class:`~sparsedsl.UnsupportedError` for more queries than strips are cut for.
+    """
+    if domain.rows > LONGEST:
+        raise UnsupportedError(
+            f"backend='tiled' cuts queries into strips one by one, {LONGEST:,} queries at most; got {domain.rows:,}. Call it on parts of "
+            "them, with q_offset"
+        )
     groups = domain.groups(mask)
     plans, seconds, heights = [], 0.0, [0]
     for lane in lanes(mask):

@@ -149,6 +149,13 @@ def test_few_points_of_large_tiles_are_looked_at(monkeypatch):
     assert torch.equal(classes, wanted.to(torch.int8))
 
 
+def test_more_points_than_anyone_waits_for_are_refused():
+    with pytest.raises(
+        sd.UnsupportedError, match="tiles of 536,870,912 x 536,870,912 tokens would have to be looked at pair by pair"
+    ):
+        classify(FAMILIES["halves fill a tile"].expr, Domain(2**34, 2**34), 2**29)
+
+
 def test_dimensions_the_mask_does_not_read_have_size_one():
     domain = Domain(64, 64, 0, 2, 3, {"width": torch.tensor([4, 8, 16])})
     assert classify(causal.expr, domain, (16, 16)).shape == (1, 1, 4, 4)

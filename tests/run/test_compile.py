@@ -190,3 +190,32 @@ def test_in_a_module_under_autograd():
 def test_source():
     assert sd.compile(window, backend="reference").source == "attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 99))"
     assert "def mask_mod(b, h, q_idx, kv_idx):" in sd.compile(window).source
+
+
+def test_block_masks_with_sinks_at_any_length(monkeypatch):
+    """A column that every query sees makes the lists by key as wide as there are rows: they are refused by name, or left out."""
+    from sparsedsl.analysis import lists
+
+    monkeypatch.setattr(lists, "memory", lambda device: 1 << 34)
+    attn = sd.compile((kv_idx <= q_idx) & ((q_idx - kv_idx < 1024) | (kv_idx < 4)))
+    with pytest.raises(
+        sd.UnsupportedError, match=r"by key.*131,072 tiles of keys.*131,0\d\d, would take at least 64 GiB.*backward=False"
+    ):
+        attn.block_mask(2**24, 2**24)
+    mask = attn.block_mask(2**24, 2**24, backward=False)
+    assert mask.q_indices is None and mask.kv_indices.shape == (1, 1, 2**17, 2**17)
+    assert mask.kv_indices.untyped_storage().nbytes() < 1 << 24
+    everywhere = sd.compile((kv_idx <= q_idx) & (q_idx - kv_idx < 1024) | (q_idx == 0))
+    with pytest.raises(
+        sd.UnsupportedError, match=r"131,072 tiles of queries.*131,0\d\d, would take at least 64 GiB.*block_size="
+    ):
+        everywhere.block_mask(2**24, 2**24, backward=False)
+    short = attn.block_mask(512, 512)
+    lean = attn.block_mask(512, 512, backward=False)
+    assert short.q_indices is not None and torch.equal(short.to_dense(), lean.to_dense())
+
+
+def test_strips_of_any_length_are_refused_in_explain():
+    explained = sd.compile(window, backend="tiled").explain(2**40)
+    assert explained.plan is None and "134,217,728 queries at most; got 1,099,511,627,776" in explained.refusal
+    assert explained.analysis.totals.listed > 2**33
