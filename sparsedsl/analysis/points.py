@@ -19,7 +19,7 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
 
-__all__ = ["Boxes", "PointDecider", "box_classes"]
+__all__ = ["Boxes", "PointDecider", "box_classes", "check_points"]
 
 Boxes = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 # Points evaluated at once.
@@ -43,6 +43,17 @@ def box_classes(mask: Boolean, domain: Domain, groups: Groups, ranges: TableRang
     like = torch.zeros_like(boxes[1])
     always, ever = (torch.as_tensor(v, device=like.device) for v in (always, ever))
     return like + torch.where(always, FULL, torch.where(ever, UNKNOWN, EMPTY))
+
+
+def check_points(tiles: Boxes) -> None:
+    """Raise :class:`UnsupportedError` if there are more points in the tiles than anyone waits for."""
+    _, q_low, q_high, kv_low, kv_high = tiles
+    q_size, kv_size = int((q_high - q_low).max()) + 1, int((kv_high - kv_low).max()) + 1
+    if q_low.numel() * q_size * kv_size > MOST_POINTS:
+        raise UnsupportedError(
+            f"{q_low.numel():,} tiles of {q_size:,} x {kv_size:,} tokens would have to be looked at pair by pair. Take smaller tiles "
+            "(block_size=), or say the mask in bounds on q_idx, kv_idx, their difference and their quotients, which are solved"
+        )
 
 
 class PointDecider:
@@ -107,9 +118,13 @@ class PointDecider:
         chosen[inverse] = number
         return chosen, inverse
 
-    def _decide_all(self, tiles: Boxes) -> torch.Tensor:
+    def told(self, tiles: Boxes) -> torch.Tensor:
+        """PARTIAL for tiles that a few telling points show to be so, UNKNOWN for others."""
         some, all_ = self._try_points(tiles)
-        kinds = torch.where(some & ~all_, PARTIAL, UNKNOWN)
+        return torch.where(some & ~all_, PARTIAL, UNKNOWN)
+
+    def _decide_all(self, tiles: Boxes) -> torch.Tensor:
+        kinds = self.told(tiles)
         open_ = (kinds == UNKNOWN).nonzero()[:, 0]
         if open_.numel():
             kinds[open_] = self._every_point(tuple(t[open_] for t in tiles))  # type: ignore[arg-type]
@@ -142,11 +157,7 @@ class PointDecider:
         """Exact classes, from all points of each tile."""
         group, q_low, q_high, kv_low, kv_high = tiles
         q_size, kv_size = int((q_high - q_low).max()) + 1, int((kv_high - kv_low).max()) + 1
-        if group.numel() * q_size * kv_size > MOST_POINTS:
-            raise UnsupportedError(
-                f"{group.numel():,} tiles of {q_size:,} x {kv_size:,} tokens would have to be looked at pair by pair. Take smaller tiles "
-                "(block_size=), or say the mask in bounds on q_idx, kv_idx, their difference and their quotients, which are solved"
-            )
+        check_points(tiles)
         # A strip of rows at a time when a single tile exceeds the budget.
         strip = max(1, min(q_size, POINTS // kv_size))
         step = max(1, POINTS // (strip * kv_size))

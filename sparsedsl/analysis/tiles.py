@@ -24,7 +24,7 @@ from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.intervals import TableRanges
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN, TileLists, TileRows, check_room, expand_runs
-from sparsedsl.analysis.points import Boxes, PointDecider, box_classes
+from sparsedsl.analysis.points import Boxes, PointDecider, box_classes, check_points
 from sparsedsl.analysis.runs import solve_clause
 from sparsedsl.errors import ShapeError
 
@@ -199,14 +199,18 @@ class _Classifier:
         sizes = [int((high - low).max()) + 1 if low.numel() else 1 for low, high in (boxes[1:3], boxes[3:5])]
         if not self.descends or max(sizes) <= FINE:
             return self.decider.decide(boxes)
+        kinds = self.decider.told(boxes)
         parts = [BRANCH if size > FINE else 1 for size in sizes]
-        step = max(1, BOXES // math.prod(parts))
-        found = [self._from_parts(tuple(t[i : i + step] for t in boxes), parts) for i in range(0, boxes[0].numel(), step)]
-        return torch.cat(found)
+        for open_ in (kinds == UNKNOWN).nonzero()[:, 0].split(max(1, BOXES // math.prod(parts))):
+            if open_.numel():
+                kinds[open_] = self._from_parts(tuple(t[open_] for t in boxes), parts)
+        return kinds
 
     def _from_parts(self, boxes: Boxes, parts: list[int]) -> torch.Tensor:
         owner, pieces = _split(boxes, parts)
         kinds = box_classes(self.mask, self.domain, self.groups, self.ranges, pieces)
+        if bool((kinds == UNKNOWN).all()):  # intervals say nothing here: down to the points, if these are not too many
+            check_points(boxes)
         some, holes = _in_owner(owner, kinds, boxes[0].numel())
         # A box with an allowed and a masked pair is partial, whatever its open parts are.
         open_ = ((kinds == UNKNOWN) & ~(some & holes)[owner]).nonzero()[:, 0]
