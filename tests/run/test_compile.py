@@ -196,21 +196,21 @@ def test_block_masks_with_sinks_at_any_length(monkeypatch):
     """A column that every query sees makes the lists by key as wide as there are rows: they are refused by name, or left out."""
     from sparsedsl.analysis import lists
 
-    monkeypatch.setattr(lists, "memory", lambda device: 1 << 34)
+    monkeypatch.setattr(lists, "memory", lambda device: 1 << 32)
     attn = sd.compile((kv_idx <= q_idx) & ((q_idx - kv_idx < 1024) | (kv_idx < 4)))
     with pytest.raises(
         sd.UnsupportedError,
-        match=r"by key, for gradients, 131,072 tiles of keys.*131,0\d\d, would take at least 64 GiB.*backward=False",
+        match=r"by key, for gradients, 32,768 tiles of keys.*32,7\d\d, would take at least 4 GiB.*backward=False",
     ):
-        attn.block_mask(2**24, 2**24)
-    mask = attn.block_mask(2**24, 2**24, backward=False)
-    assert mask.q_indices is None and mask.kv_indices.shape == (1, 1, 2**17, 2**17)
-    assert mask.kv_indices.untyped_storage().nbytes() < 1 << 24
+        attn.block_mask(2**22, 2**22)
+    mask = attn.block_mask(2**22, 2**22, backward=False)
+    assert mask.q_indices is None and mask.kv_indices.shape == (1, 1, 2**15, 2**15)
+    assert mask.kv_indices.untyped_storage().nbytes() < 1 << 22
     everywhere = sd.compile((kv_idx <= q_idx) & (q_idx - kv_idx < 1024) | (q_idx == 0))
     with pytest.raises(
-        sd.UnsupportedError, match=r"131,072 tiles of queries.*131,0\d\d, would take at least 64 GiB.*block_size="
+        sd.UnsupportedError, match=r"32,768 tiles of queries.*32,7\d\d, would take at least 4 GiB.*block_size="
     ):
-        everywhere.block_mask(2**24, 2**24, backward=False)
+        everywhere.block_mask(2**22, 2**22, backward=False)
     short = attn.block_mask(512, 512)
     lean = attn.block_mask(512, 512, backward=False)
     assert short.q_indices is not None and torch.equal(short.to_dense(), lean.to_dense())
