@@ -207,9 +207,7 @@ def test_block_masks_with_sinks_at_any_length(monkeypatch):
     assert mask.q_indices is None and mask.kv_indices.shape == (1, 1, 2**15, 2**15)
     assert mask.kv_indices.untyped_storage().nbytes() < 1 << 22
     everywhere = sd.compile((kv_idx <= q_idx) & (q_idx - kv_idx < 1024) | (q_idx == 0))
-    with pytest.raises(
-        sd.UnsupportedError, match=r"32,768 tiles of queries.*32,7\d\d, would take at least 4 GiB.*block_size="
-    ):
+    with pytest.raises(sd.UnsupportedError, match=r"32,768 tiles of queries.*32,7\d\d, would take at least 4 GiB.*block_size="):
         everywhere.block_mask(2**22, 2**22, backward=False)
     short = attn.block_mask(512, 512)
     lean = attn.block_mask(512, 512, backward=False)
