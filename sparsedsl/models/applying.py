@@ -264,11 +264,10 @@ def _before_forward(stack: Stack, bindings: dict[int, Binding], module: Any, arg
             f"the model has patterns, but its attn_implementation was since set to {config._attn_implementation!r}, which would ignore "
             "them; call restore() on what models.apply returned"
         )
-    stack.inside, stack.seen = True, None
     cache = kwargs.get("past_key_values")
     if isinstance(cache, Cache):
         _widen(cache, stack, bindings)
-        stack.seen = _seen(cache, stack)
+    stack.inside, stack.seen = True, _seen(cache, stack) if isinstance(cache, Cache) else None
 
 
 def _after_forward(stack: Stack, bindings: dict[int, Binding], module: Any, args: Any, output: Any) -> None:
