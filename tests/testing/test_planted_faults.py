@@ -13,6 +13,7 @@ from sparsedsl import testing as kit
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.run.attention import Attention
 from sparsedsl.run.programs.compiled import CompiledProgram
+from sparsedsl.testing import battery, program_battery
 
 CAUSAL = sd.kv_idx <= sd.q_idx
 Tensor = torch.Tensor
@@ -193,3 +194,43 @@ def test_a_top_k_off_by_one_is_seen() -> None:
         kit.assert_matches_reference(
             OneMore(sd.Program(sd.patterns.hsa(4, 2)), "tiled"), **program_tensors(torch.float64), **marks
         )
+
+
+class Subject(program_battery.ProgramSubject):
+    """A program under test whose backend runs another."""
+
+    wrong: Any = None
+
+    def attention(self) -> Any:
+        return Instead(self.program.root, type(self).wrong, self.backend)
+
+
+@pytest.mark.parametrize(("name", "backend"), zip(PROGRAMS, ("tiled", "reference", "tiled"), strict=True))
+def test_check_sees_a_fault_of_a_program(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong = PROGRAMS[name]
+    monkeypatch.setattr(Subject, "wrong", wrong)
+    properties = {"numbers": program_battery.PROGRAM_PROPERTIES["numbers"]}
+    (found,) = battery._run(properties, {}, Subject(sd.Program(right), backend, None), 8, False, 0)
+    assert found.status == "FAILS", found
+
+
+@pytest.mark.parametrize("name", ["first key dropped", "own key missing", "scale off by 2 %", "last row misses its key"])
+def test_check_sees_a_fault_of_a_lowering(name: str) -> None:
+    fault, _ = FAULTS[name]
+
+    class Wrong(Attention):
+        """The reference, but for problems that ``online`` computes."""
+
+        def __call__(self, q: Any, k: Any, v: Any, *, return_lse: bool = False, q_offset: int = 0, **words: Any) -> Any:
+            if q_offset + q.shape[2] != k.shape[2] or k.shape[2] < 4 or q.shape[1] != k.shape[1] or q.requires_grad:
+                return super().__call__(q, k, v, return_lse=return_lse, q_offset=q_offset, **words)
+            out, lse = online(q, k, v, **fault)
+            return (out, lse) if return_lse else out
+
+    class Lowering(battery._Subject):
+        def attention(self) -> Any:
+            return Wrong(self.bound, self.backend)
+
+    subject = Lowering(sd.attend(CAUSAL), "reference", {}, True)
+    (found,) = battery._run({"numbers": battery.PROPERTIES["numbers"]}, {}, subject, 60, False, 0)
+    assert found.status == "FAILS", found
