@@ -205,7 +205,7 @@ class Subject(program_battery.ProgramSubject):
         return Instead(self.program.root, type(self).wrong, self.backend)
 
 
-@pytest.mark.parametrize(("name", "backend"), zip(PROGRAMS, ("tiled", "reference", "tiled"), strict=True))
+@pytest.mark.parametrize(("name", "backend"), list(zip(PROGRAMS, ("tiled", "reference", "tiled"), strict=True)))
 def test_check_sees_a_fault_of_a_program(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = PROGRAMS[name]
     monkeypatch.setattr(Subject, "wrong", wrong)
