@@ -111,7 +111,7 @@ def __getattr__(name: str) -> Any:
     if isinstance(value, types.FunctionType):
         from sparsedsl.lang.advice import answering
 
-        value = answering(value, "sparsedsl")
+        value = answering(value)
     globals()[name] = value
     return value
 

@@ -85,6 +85,7 @@ INSTEAD: dict[str, Case] = {
     "compiled": (lambda: sd.compile(attn), sd.PatternError, "It is compiled already; what it was made of is its .pattern"),
     "pattern as a mask": (lambda: sd.attend(sd.attend(causal)), sd.PatternError, "A Pattern is a whole attention; its parts are pattern.mask and pattern.score"),
     "pattern & mask": (lambda: P.alibi_window(4, 2) & P.documents(), sd.PatternError, "operators join masks. Write sd.attend(pattern.mask & other, score=pattern.score)"),
+    "pattern == mask": (lambda: causal & (sd.attend(causal) == causal), sd.PatternError, "is a whole attention, a mask with a score: operators join masks"),
     "branch & mask": (lambda: sd.attend(causal & picks) & causal, sd.PatternError, "join branches with sd.joint() or sd.mix()"),
     "mask as a score": (lambda: sd.attend(causal, score=causal), sd.PatternError, "the score of attend() must be a logit, not a condition; got Mask(q_idx >= kv_idx) (Mask). Pairs are dropped by the mask"),
     "choice as a score": (lambda: sd.attend(causal, score=picks), sd.PatternError, "the score of attend() must be a logit, not a condition"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
@@ -117,10 +118,10 @@ def way_in(value: Any) -> str:
     return ". To use a FlexAttention mask function write sd.trace_mask(function)"
 
 
-def answering(function: F, module: str) -> F:
-    """``function`` as the name in ``module``: a call whose arguments do not fit its signature gets an :class:`ArgumentError`.
+def answering(function: F) -> F:
+    """``function``, but a call whose arguments do not fit its signature gets an :class:`ArgumentError`.
 
-    Nothing is done before a call has failed.
+    Nothing is done before a call has failed. It takes the place of ``function`` in the module that defines it, by whose name it is pickled.
     """
 
     @functools.wraps(function)
@@ -137,7 +138,9 @@ def answering(function: F, module: str) -> F:
                 raise ArgumentError(_misfit(function.__name__, signature, words, wrong)) from None
             raise
 
-    called.__module__, called.__qualname__ = module, function.__name__  # pickled by the name that it has there
+    home = vars(sys.modules[function.__module__])
+    if home.get(function.__name__) is function:
+        home[function.__name__] = called
     return called  # type: ignore[return-value]
 
 
@@ -145,7 +148,7 @@ def answer_for(names: dict[str, Any], public: Iterable[str]) -> None:
     """:func:`answering` in place of every public function of a module, whose globals ``names`` are."""
     for name in public:
         if isinstance(names[name], types.FunctionType):
-            names[name] = answering(names[name], names["__name__"])
+            names[name] = answering(names[name])
 
 
 def _misfit(name: str, signature: inspect.Signature, words: Iterable[str], wrong: TypeError) -> str:

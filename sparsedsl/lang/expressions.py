@@ -361,6 +361,9 @@ class _Arithmetic(Expression):
 def _check_quotients(left: Any, right: Any) -> None:
     """Refuses ``q_idx / 64 == kv_idx / 64``, which is ``q_idx == kv_idx``: who divides positions and asks for equality means blocks."""
     parts = [side._expr for side in (left, right)]
+    # sympy is asked about quotients of whole numbers alone: it may take long over others.
+    if isinstance(left, Index) or any(SCORE in part.free_symbols or part.atoms(sympy.Float) for part in parts):
+        return
     if all(part.is_rational for part in parts) and any(part.is_integer is not True and part.free_symbols for part in parts):
         raise PatternError(
             f"`/` divides exactly, so {left} and {right} are equal at single positions only, not in whole blocks. For blocks of tokens "

@@ -16,7 +16,7 @@ from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.advice import meant, shown, way_in
 from sparsedsl.lang.expressions import Mask, Score, _merge, _written, as_mask, as_score
 from sparsedsl.lang.printing import to_text
-from sparsedsl.lang.refusals import Unread
+from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
 from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
 
@@ -126,6 +126,8 @@ class Pattern(Unread):
         return Pattern, (self.mask, self.score, self.sink, self.scale)
 
     def __eq__(self, other: object) -> bool:
+        if isinstance(other, Unvalued) and not isinstance(other, Pattern):
+            self._unread()  # True or False would stand in a mask as if it were one
         return isinstance(other, Pattern) and (self.exprs, self.scale, self.heads) == (other.exprs, other.scale, other.heads)
 
     def __ne__(self, other: object) -> bool:

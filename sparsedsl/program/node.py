@@ -93,8 +93,12 @@ class Node(Unread):
         """Whether ``other`` is this node, told by its text form and the tensors bound in it."""
         return self is other
 
-    def __hash__(self) -> int:
+    @functools.cached_property
+    def _hash(self) -> int:
         return hash((self.key, *map(id, self.tensors)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def _unread(self) -> NoReturn:
         positions = " For positions of queries and keys write sd.q_idx and sd.kv_idx" if self.gives == "tensor" else ""
