@@ -121,7 +121,7 @@ def alibi_window(heads: int, window: int) -> Pattern:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.alibi_window(heads=8, window=256))
-    attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 255), score=score - 2**(-h - 1)*abs(kv_idx - q_idx))
+    attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 255), score=score - 2**(-h - 1)*abs(kv_idx - q_idx), heads=8)
     """
     return attend(sliding_window(window), score=alibi(heads))
 
