@@ -297,6 +297,9 @@ def _rising(op: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Intervals, 
 def _exact(self: Intervals, expr: StrictFunction) -> Range:
     if is_condition(expr):
         return 0, 1
+    if expr.is_positive:  # 1 << n, n from 0 to 62
+        low, high = self.range(expr.args[1])
+        return (1 << low, 1 << high) if isinstance(low, int) and isinstance(high, int) else (1, 1 << 62)
     return wrapped(self.range(expr.args[0]), int(expr.args[1])) if expr.operation == "wrap" else (-math.inf, math.inf)
 
 

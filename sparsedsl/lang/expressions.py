@@ -18,6 +18,7 @@ from sympy.logic.boolalg import Boolean
 
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang import functions as fn
+from sparsedsl.lang import strict
 from sparsedsl.lang.advice import meant, shown, way_in
 from sparsedsl.lang.facts import HIGHEST, check_extent, facts
 from sparsedsl.lang.joins import join, join_xor
@@ -473,7 +474,8 @@ class Index(_Arithmetic):
     __slots__ = ()
 
     def _divide(self, other: Any, operation: Any, symbol: str, *, swap: bool = False) -> Index:
-        left, right = self, other
+        left, right = self, _power_of_two(other)
+        other = right
         if isinstance(other, Score) or (not isinstance(other, Expression) and not _is_number(other, numbers.Integral)):
             raise PatternError(f"`{symbol}` wants whole numbers on both sides; got {other!r}. For scores use `/`")
         left, right = (as_index(other), self) if swap else (self, as_index(other))
@@ -509,15 +511,16 @@ class Index(_Arithmetic):
         return as_score(base, where="base") ** as_score(self)
 
     def __lshift__(self, bits: Any) -> Index:
-        return self * 2 ** _shift(bits)
+        return self * _shifted(bits)
 
     def __rshift__(self, bits: Any) -> Index:
-        return self // 2 ** _shift(bits)
+        return self // _shifted(bits)
 
     def __rlshift__(self, value: Any) -> Index:
         return as_index(value) << self
 
-    __rrshift__ = __rlshift__
+    def __rrshift__(self, value: Any) -> Index:
+        return as_index(value) >> self
 
     def __and__(self, other: Any) -> Index:
         if isinstance(other, (Mask, bool)):
@@ -548,10 +551,23 @@ class Index(_Arithmetic):
         return -self - 1
 
 
-def _shift(bits: Any) -> int:
+def _shifted(bits: Any) -> Any:
+    """``2**bits``; of an expression beyond 62 bits 2**62, which is more than any position."""
+    if isinstance(bits, Index) and bits._expr.is_nonnegative:
+        return Index(strict.strict_class("i64", "shl")(sympy.Integer(1), fn.Min(bits._expr, sympy.Integer(62))), bits._bound)
     if not _is_number(bits, numbers.Integral) or not 0 <= bits < 63:
-        raise PatternError(f"a shift wants a constant number of bits from 0 to 62; got {bits!r}")
-    return int(bits)
+        raise PatternError(
+            f"a shift wants a number of bits from 0 to 62, or an index that cannot be negative; got {bits!r}. "
+            "Of a table: declare values_in=(0, ...)"
+        )
+    return 2 ** int(bits)
+
+
+def _power_of_two(value: Any) -> Any:
+    """``2**h`` in the place of a whole number, as ``1 << h``; anything else as it is."""
+    if isinstance(value, Score) and value._expr.is_Pow and value._expr.base == 2 and value._expr.exp.is_integer:
+        return _shifted(Index(value._expr.exp, value._bound)) if value._expr.exp.is_nonnegative else value
+    return value
 
 
 class Score(_Arithmetic):

@@ -110,6 +110,13 @@ class StrictFunction(sympy.Function, metaclass=_ExactFunction):
         """Never simplifies: that is the point."""
         return None
 
+    def _eval_is_positive(self) -> bool | None:
+        # 1 << n, with n kept within what int64 holds
+        if (self.prefix, self.operation) != ("i64", "shl") or self.args[0] != 1 or not self.args[1].is_nonnegative:
+            return None
+        bits = self.args[1].args if isinstance(self.args[1], sympy.Min) else self.args[1:]
+        return any(n.is_Integer and n <= 62 for n in bits) or None
+
 
 @functools.cache
 def strict_class(prefix: str, operation: str) -> type[StrictFunction]:

@@ -13,7 +13,7 @@ from sparsedsl.analysis.bounds import allowed_range, check_reads, index_ranges, 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.testing import AttentionCase, indices, masks, tables_for
-from sparsedsl.testing.lists import allowed_pairs
+from sparsedsl.testing.lists import allowed_pairs, assert_lists_sound
 
 LENGTH = 16
 pos, size = sd.table("pos"), sd.table("size", values_in=(0, 9))
@@ -111,3 +111,28 @@ def test_divisors_that_a_condition_keeps_from_zero(name):
 def test_divisors_that_may_be_zero_are_refused(divisor):
     with pytest.raises(sd.PatternError, match="must be known not to be zero"):
         q_idx % divisor
+
+
+SHIFTS = {
+    "1 << h": q_idx // (1 << h) == kv_idx // (1 << h),
+    "2 ** h": q_idx // (2**h) == kv_idx // 2**h,
+    "shifts": (q_idx >> h) == (kv_idx >> h),
+    "remainder": (q_idx - kv_idx) % (1 << h) == 0,
+    "in an index": (q_idx - kv_idx) % (1 << sd.minimum(size[h], 3)) <= 1,
+}
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_powers_of_two_divide(name):
+    """A divisor that an index gives, on the dense meaning, in generated code, as text and as tile lists."""
+    mask, heads = SHIFTS[name], 70
+    pattern = sd.attend(mask)
+    q, kv, head = torch.arange(12)[:, None], torch.arange(9), torch.arange(heads)[:, None, None]
+    tables = {"size": torch.arange(heads) % 10} if "size" in pattern.tables else {}
+    by = 2 ** (tables["size"].clamp(max=3)[:, None, None] if tables else head).clamp(max=20)  # no position reaches 2**20
+    wanted = {"remainder": (q - kv) % by == 0, "in an index": (q - kv) % by <= 1}.get(name, q // by == kv // by)
+    env = {"q_idx": q, "kv_idx": kv, "h": head, **tables}
+    assert torch.equal(evaluate(mask.expr, env), wanted)
+    assert torch.equal(sd.compile(mask).mask_mod(**tables)(torch.tensor(0), head, q, kv), wanted)
+    assert sd.parse(mask.text).expr == mask.expr
+    assert_lists_sound(mask, 12, 9, (4, 4), batch=1, heads=heads, q_offset=0, **tables)

@@ -77,9 +77,9 @@ OPERATORS: dict[str, tuple[Callable[[], Any], str]] = {
     "tensor + index": (lambda: torch.arange(3) + q_idx, "an expression cannot be combined with Tensor"),
     "index + text": (lambda: q_idx + "a", "an expression cannot be combined with str"),
     "index == None": (lambda: q_idx == None, "an expression cannot be combined with NoneType"),  # noqa: E711
-    "negative shift": (lambda: q_idx << -1, "a shift wants a constant number of bits from 0 to 62; got -1"),
-    "shift by an index": (lambda: q_idx >> h, "a shift wants a constant number of bits from 0 to 62; got Index(h)"),
-    "shift of a number": (lambda: 1 << q_idx, "a shift wants a constant number of bits from 0 to 62; got Index(q_idx)"),
+    "negative shift": (lambda: q_idx << -1, "a shift wants a number of bits from 0 to 62, or an index that cannot be negative; got -1"),
+    "shift by an index": (lambda: q_idx >> (h - 1), "a shift wants a number of bits from 0 to 62, or an index that cannot be negative; got Index(h - 1)"),
+    "shift of a number": (lambda: 1 << -q_idx, "a shift wants a number of bits from 0 to 62, or an index that cannot be negative; got Index(-q_idx)"),
     "NaN": (lambda: score + math.nan, "operand must not be NaN; to drop a pair use the mask, or -inf through sd.where"),
     "where of an index": (lambda: sd.where(q_idx, 1, 2), "condition of where() must be a mask; got Index(q_idx) (Index)"),
     "where of text": (lambda: sd.where(causal, "a", 2), "argument of where() must be an index expression or a whole number; got 'a' (str)"),
