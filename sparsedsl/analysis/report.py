@@ -279,6 +279,7 @@ def _point(mask: Any, domain: Domain, totals: Totals, lists: TileLists | None, b
         top, left = square.row, square.column
         b, h = divmod(group, totals.shape[1])
         moved = numbers_alone(mask, domain, b, h)
+        assert moved is not None
         lists = classify(moved.xreplace({Q_IDX: Q_IDX + top, KV_IDX: KV_IDX + left}), Domain(square.rows, square.keys), block)
         line, column = _first_tile(lists)
         row = line

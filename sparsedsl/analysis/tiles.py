@@ -203,7 +203,7 @@ class _Classifier:
         parts = [BRANCH if size > FINE else 1 for size in sizes]
         for open_ in (kinds == UNKNOWN).nonzero()[:, 0].split(max(1, BOXES // math.prod(parts))):
             if open_.numel():
-                kinds[open_] = self._from_parts(tuple(t[open_] for t in boxes), parts)
+                kinds[open_] = self._from_parts(tuple(t[open_] for t in boxes), parts)  # type: ignore[arg-type]
         return kinds
 
     def _from_parts(self, boxes: Boxes, parts: list[int]) -> torch.Tensor:
