@@ -21,6 +21,7 @@ __all__ = [
     "Max",
     "Min",
     "Mod",
+    "NotReal",
     "Relu",
     "Sigmoid",
     "Softplus",
@@ -268,11 +269,15 @@ REAL_FUNCTIONS = {
 }  # fmt: skip
 
 
+class NotReal(PatternError):
+    """An expression has no real value, such as ``log(-1)``."""
+
+
 def in_language(expr: sympy.Basic) -> sympy.Basic:
     """``expr`` in the language's own words, where sympy's automatic rewriting has chosen others: ``sqrt(x**2)`` is its ``Abs(x)``.
 
     Raises:
-        PatternError: there are none, since it is no real number: ``log(-1)``, ``0 * inf``.
+        NotReal: there are none, since it is no real number: ``log(-1)``, ``0 * inf``.
     """
     if not facts(expr).foreign:
         return expr
@@ -289,7 +294,7 @@ def in_language(expr: sympy.Basic) -> sympy.Basic:
             f"a power of an index above {HIGHEST} leaves the whole numbers of 64 bits; got one in {str(expr)[:200]}"
         )
     if foreign:
-        raise PatternError(
+        raise NotReal(
             f"{min(map(str, foreign), key=len)} is no real number, and stands in {str(expr)[:200]}: see what goes into sqrt, log, a power, "
             "a quotient and sums of inf. Pairs are dropped by the mask, or with sd.where(condition, sd.score, float('-inf'))"
         )

@@ -15,9 +15,9 @@ from typing import Any
 import sympy
 import torch
 
-from sparsedsl.errors import PatternError
 from sparsedsl.lang import numeric, strict
 from sparsedsl.lang.expressions import Index, Mask, Score, as_score
+from sparsedsl.lang.functions import NotReal
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.tracing.conversion import Conversion
 from sparsedsl.tracing.graph import Node, fail
@@ -60,7 +60,7 @@ class Floats(Conversion):
                 return as_score(numeric.where(self.mask(node.args[0]), self.score(node.args[1]), self.score(node.args[2])))
             case op if op in _REAL and (op not in _JUMPS or self.uses_score(node)):
                 parts = [self.score(part) for part in node.args]
-                with contextlib.suppress(PatternError):  # no real number, such as log(-1), is one that torch has
+                with contextlib.suppress(NotReal):  # no real number, such as log(-1), is one that torch has
                     return as_score(_REAL[op](*parts))
         return Score(self.exact(node))
 
