@@ -14,7 +14,8 @@ from sparsedsl.program.branches import Compact
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Take
 from sparsedsl.run.programs.call import check_program_call
-from sparsedsl.run.programs.lowered import Lowered
+from sparsedsl.run.programs.lowered import LOWERED_RULES
+from sparsedsl.run.programs.lowering import Lowering
 
 __all__ = ["KINDS", "kind_of", "split_call"]
 
@@ -35,7 +36,7 @@ def split_call(
     seconds = dict.fromkeys(KINDS, 0.0)
     inner = [0.0]  # seconds of nodes inside those that are being evaluated, innermost last
 
-    class Timed(Lowered):
+    class Timed(Lowering):
         """Evaluates as usual; programs on kept tokens run in one of these too."""
 
         def value(self, node: Node) -> Any:
@@ -52,5 +53,5 @@ def split_call(
             return result
 
     call = check_program_call(attn.program, q, k, v, named)
-    out, _ = Timed(call, attn.kernels(call), lse=False).value(attn.program.root)
+    out, _ = Timed(LOWERED_RULES, call, attn.kernels(call), lse=False).value(attn.program.root)
     return out.to(q.dtype), seconds

@@ -97,7 +97,7 @@ def pbs(block: int = 128, segment: int = 256, mass: float = 0.9, share: str = "h
     Args:
         block: tokens in a block; divides ``segment``.
         segment: tokens that are sorted together.
-        mass: share of the pooled softmax over earlier segments, above 0, at most 1.
+        mass: share of the pooled softmax over earlier segments, above 0, at most 1; 1 means all their blocks.
         share: one order a query ``"head"``, or one a ``"group"`` of query heads, which moves each key once a key/value head.
 
     Source: PBS-Attn (arXiv 2510.21270).

@@ -139,7 +139,7 @@ def top_p(
 
     Args:
         scores: logits or mass.
-        share: above 0, at most 1.
+        share: above 0, at most 1. 1 means all candidates, whatever the next two say: when rounded sums reach 1 is a matter of chance.
         inclusive: the candidate that reaches the share is taken too.
         unmet: where rounding leaves all candidates below the share: take ``"all"`` of them or ``"none"``.
         among: see :func:`top_k`.

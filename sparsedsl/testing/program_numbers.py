@@ -20,11 +20,10 @@ from sparsedsl.program.branches import Attend, Compact
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.run.picked.picks import Picks
-from sparsedsl.run.programs.call import check_program_call
+from sparsedsl.run.programs.call import ProgramCall, check_program_call
 from sparsedsl.run.programs.compiled import CompiledProgram
-from sparsedsl.run.programs.parts import spread
-from sparsedsl.run.programs.reference import Reference
-from sparsedsl.run.programs.runner import means
+from sparsedsl.run.programs.reference import REFERENCE_RULES, Reference
+from sparsedsl.run.programs.runner import Rules
 from sparsedsl.testing.numerics import Cotangents, Expected, Results, expected, gradients, plain_attention, results_of
 from sparsedsl.testing.roundings import stored
 
@@ -125,6 +124,9 @@ def expect_program(
 class _Dense(Reference):
     """The dense meaning; attention as :func:`~sparsedsl.testing.numerics.plain_attention`, whose backward pass is that of kernels."""
 
+    def __init__(self, call: ProgramCall, rules: Rules | None = None):
+        super().__init__(call, {**REFERENCE_RULES, Attend: _attend} if rules is None else rules)
+
     def value(self, node: Node) -> Any:
         """What a branch gives is stored before others use it."""
         fresh = node not in self.values
@@ -133,14 +135,13 @@ class _Dense(Reference):
             found = self.values[node] = (stored(found[0]), found[1])
         return found
 
-    @means(Attend)
-    def _attend(self, node: Attend) -> tuple[Tensor, Tensor]:
-        if node.normaliser is not None:
-            return super()._attend(node)
-        q, k, v = (self.value(x) for x in (node.x, node.y, node.z))
-        pattern, tables = self.concrete_pattern(node.pattern)
-        k, v = (spread(x, q.shape[1]) if q.shape[1] % x.shape[1] else x for x in (k, v))
-        return plain_attention(pattern, q, k, v, tables, q_offset=self.domain.q_offset, scale=self.call.scale)
+
+def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor]:
+    if node.normaliser is not None:
+        return REFERENCE_RULES[Attend](run, node)  # type: ignore[no-any-return]
+    q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
+    pattern, tables = run.concrete_pattern(node.pattern)
+    return plain_attention(pattern, q, k, v, tables, q_offset=run.call.q_offset, scale=run.call.scale)
 
 
 def _chooses_inside(node: Any) -> bool:

@@ -15,7 +15,6 @@ from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select
 from sparsedsl.run.programs.call import check_program_call
 from sparsedsl.run.programs.compiled import CompiledProgram
-from sparsedsl.run.programs.parts import spread
 from sparsedsl.run.programs.reference import Reference
 from sparsedsl.testing.program_behaviour import failing, rows_of, split_call
 from sparsedsl.testing.program_matching import compiled_program
@@ -152,7 +151,7 @@ def _rows_that_see(attn: CompiledProgram, tensors: dict[str, Tensor], case: Atte
     _, lse = runner.value(attn.program.root)
     root = attn.program.root
     if isinstance(root, Attend) and root.normaliser is not None:  # a zero logit more is seen, and gives nothing
-        return runner.chunk_scores(root.normaliser, case.heads).amax(-1) > float("-inf")
+        return runner.chunk_scores(root.normaliser).amax(-1) > float("-inf")
     return lse > float("-inf")
 
 
@@ -219,7 +218,8 @@ def _unused_rows(attn: CompiledProgram, tensors: dict[str, Tensor], case: Attent
         picks = [choice for choice in program.order if isinstance(choice, Select) and _reaches(choice, node)]
         if picks and len(node.axes) == 4 and base_of(node.axes[2]) == "keys" and all(p.axes[3] == node.axes[2] for p in picks):
             heads, units = tensors[name].shape[1:3]
-            flags = [spread(chosen[p.label], case.heads).any(2).unflatten(1, (heads, -1)).any(2)[..., :units] for p in picks]
+            tables = [chosen[p.label].repeat_interleave(case.heads // chosen[p.label].shape[1], 1) for p in picks]
+            flags = [table.any(2).unflatten(1, (heads, -1)).any(2)[..., :units] for table in tables]
             found[name] = ~torch.stack(flags).any(0)
     return found
 

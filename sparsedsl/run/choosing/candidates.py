@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsedsl.run.choosing.pieces import PIECE_BYTES, cut, few_widths
+from sparsedsl.run.choosing.pieces import PIECE_BYTES, cut, few_widths, rows_at_once
 from sparsedsl.run.choosing.scores import ScoreSource
+from sparsedsl.run.choosing.taking import spread
 
 __all__ = ["Candidates", "PairRule"]
 
@@ -66,6 +67,33 @@ class Candidates:
         if self.allowed is not None:
             scores.masked_fill_(~self.allowed(*_numbers(rows, units, scores.device)), float("-inf"))
         return self._outside_(scores, rows, units, float("-inf"))
+
+    def at(self, places: Tensor, rows: slice, units: slice, heads: int) -> Tensor | None:
+        """Whether each row may choose the units ``places (B|1, Hi, r, W)``, which lie in ``units``: bool ``(B, H, r, W)``, H the greater of
+        Hi and ``heads``, those of the scores. None: all may.
+        """
+        if self.allowed is None and self.begin is None and self.end is None:
+            return None
+        heads = max(heads, places.shape[1])
+        verdict = torch.ones((), dtype=torch.bool, device=places.device)
+        wanted = spread(places.long(), heads)
+        for limit, name in ((self.begin, "ge"), (self.end, "lt")):
+            if limit is not None:
+                here = limit[..., rows].to(places.device, non_blocking=True)[..., None]
+                here = here if here.ndim < 4 else spread(here, heads)
+                verdict = verdict & getattr(wanted, name)(here)
+        if self.allowed is None:
+            return verdict
+        # The rule is of rows and units: it is asked for all units of a few rows at a time.
+        width, found = units.stop - units.start, []
+        step = rows_at_once(16 * wanted.shape[0] * heads * max(1, width))
+        for some in cut(rows.start, rows.stop, step):
+            flags = self.allowed(*_numbers(some, units, places.device))
+            here = wanted[:, :, some.start - rows.start : some.stop - rows.start] - units.start
+            lead = max(flags.shape[0], here.shape[0])
+            flags = spread(flags, heads).expand(lead, heads, here.shape[2], width)
+            found.append(flags.gather(3, here.expand(lead, -1, -1, -1)))
+        return verdict & torch.cat(found, dim=2)
 
     def within(self, rule: PairRule, rows: slice, units: slice, like: Tensor) -> Tensor:
         """Which pairs ``rule`` names within the limits: bool of the shape of ``like (B, Hs, r, u)``."""

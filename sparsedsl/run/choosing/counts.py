@@ -13,7 +13,7 @@ Tensor = torch.Tensor
 
 @torch.no_grad()
 def cover_count(score: Tensor, mass: float, *, least: int = 1, most: int | None = None) -> Tensor:
-    """How many of the greatest along the last dimension of ``score (..., N)`` cover ``mass`` of its sum: int64 ``(...)``.
+    """How many of the greatest along the last dimension of ``score (..., N)`` cover ``mass`` of its sum: int64 ``(...)``. 1 means all.
 
     One more than there are sums of the greatest that are ``<= mass``, so that a sum that just reaches ``mass`` is passed by one; within
     ``least`` and ``most``, and N. Sums in float32 (float64 for float64 scores), and ``mass`` is rounded to it.
@@ -22,6 +22,8 @@ def cover_count(score: Tensor, mass: float, *, least: int = 1, most: int | None 
     (tensor(2), tensor(4))
     """
     size = score.shape[-1]
+    if mass >= 1:  # rounding may bring a sum to 1 early
+        return torch.full(score.shape[:-1], size if most is None else min(most, size), device=score.device)
     shares = score / score.sum(-1, keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
     sums = shares.sort(dim=-1, descending=True, stable=True).values.cumsum(-1)
     count = (sums <= mass).sum(-1) + 1

@@ -57,6 +57,10 @@ class SoftmaxScores(ScoreSource):
 
     def at(self, indices: Tensor) -> Tensor:
         scores = self.source.at(indices)
+        rows, units = (slice(n, n + size) for n, size in zip(self.first, self.shape[2:], strict=True))
+        allowed = self.candidates.at(indices + self.first[1], rows, units, self.shape[1])
+        if allowed is not None:  # before the exponential, whose gradient would be infinity times 0
+            scores = torch.where(allowed, scores, float("-inf"))
         totals = spread(self.totals, scores.shape[1])
         return (scores - totals.masked_fill(totals == float("-inf"), 0.0)).exp()
 

@@ -40,8 +40,8 @@ def top_p(
 
     Args:
         source: scores ``(B, Hs, R, U)``.
-        p: a share of the mass of the row's candidates. Masses are added in float32 (float64 for float64 scores), so that 1.0 may not be
-            reached: see ``unmet``.
+        p: a share of the mass of the row's candidates. Masses are added in float32 (float64 for float64 scores), so that a share near 1
+            may not be reached: see ``unmet``. 1 itself means all candidates, whatever ``inclusive`` and ``unmet`` say.
         candidates: what each row may choose, and what its mass is normalised over; None: everything.
         measure: "softmax" of the scores over the candidates, or their "share" of the row's sum (scores that are masses, >= 0).
         inclusive: whether the unit that crosses p is picked; without it, what stays is below p.
@@ -67,7 +67,10 @@ def top_p(
         raise PatternError(f"top_p: unmet is {unmet!r}; wanted 'all' or 'none'")
 
     def pick(scores: Tensor, named: Tensor | None) -> Tensor:
-        mass, chosen = _mass(scores, measure), scores > float("-inf")
+        chosen = scores != float("-inf")
+        if p == 1:  # when rounded sums reach 1 is a matter of chance
+            return chosen
+        mass = _mass(scores, measure)
         counted = named if forced_in_mass else None
         order = _order(scores, counted)
         sums = mass.gather(-1, order).cumsum(-1)
@@ -76,7 +79,7 @@ def top_p(
         rank = torch.arange(scores.shape[-1], device=scores.device)
         table = torch.zeros_like(chosen).scatter_(-1, order, rank < kept)
         table &= chosen if counted is None else chosen | counted
-        missed = sums[..., -1:] < p
+        missed = ~(sums[..., -1:] >= p)  # NaN reaches nothing
         return torch.where(missed, chosen if unmet == "all" else torch.zeros_like(chosen), table)
 
     return _by_rows(source, candidates, pick, forced, at_most, (q_unit, kv_unit, first))
@@ -105,7 +108,7 @@ def threshold(
 
     def pick(scores: Tensor, named: Tensor | None) -> Tensor:
         mass = scores if measure == "score" else _mass(scores, measure)
-        return (mass >= least) & (scores > float("-inf"))
+        return (mass >= least) & (scores != float("-inf"))
 
     return _by_rows(source, candidates, pick, forced, at_most, (q_unit, kv_unit, first))
 

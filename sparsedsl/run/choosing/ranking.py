@@ -12,7 +12,8 @@ GROUP = 32  # a row is first looked at in groups of so many; torch's `amax` is s
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` greatest along the last dimension (all, if there are fewer): values and places, descending, equal ones by place.
+    """The ``k`` greatest along the last dimension (all, if there are fewer): values and places, descending, equal ones by place. NaN counts
+    as infinity.
 
     ``torch.topk`` alone leaves open which of equal values it takes. The k best lie in the k groups of the greatest maxima: an element
     outside is preceded by k maxima, equal ones included as groups are consecutive.
@@ -37,10 +38,12 @@ def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _best_of_few(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """:func:`best` without groups: float32 values and their places make one integer each, which no two elements share."""
+    inf = float("inf")
+    known = scores.nan_to_num(nan=inf, posinf=inf, neginf=-inf)
     if scores.dtype != torch.float32 or k == 0:
-        values, places = torch.sort(scores, dim=-1, descending=True, stable=True)
-        return values[..., :k], places[..., :k]
-    bits = (scores + 0.0).view(torch.int32)  # -0.0 equals 0.0
+        places = torch.sort(known, dim=-1, descending=True, stable=True).indices[..., :k]
+        return scores.gather(-1, places), places
+    bits = (known + 0.0).view(torch.int32)  # -0.0 equals 0.0
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # ordered as the floats are
     backwards = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
     keys = (bits.long() << 32) | backwards

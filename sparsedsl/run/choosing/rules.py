@@ -30,7 +30,8 @@ def top_k(
 ) -> Picks:
     """The ``k`` units of the greatest scores of each row, ascending; all of them where there are fewer; nothing where there is none.
 
-    Of equal scores the lower unit number wins. A score of -inf is no candidate. Scratch memory does not grow with rows x units.
+    Of equal scores the lower unit number wins. A score of -inf is no candidate; NaN counts as infinity, so that it shows. Scratch memory
+    does not grow with rows x units.
 
     Args:
         source: scores ``(B, Hs, R, U)``.
@@ -72,6 +73,8 @@ def top_k(
             scores = candidates.scored(source, some, tile)
             if forced is not None:
                 named = candidates.within(forced, some, tile, scores)
+                most = torch.finfo(scores.dtype).max
+                scores.nan_to_num_(nan=most, posinf=most, neginf=float("-inf"))  # nothing comes before what is forced
                 scores.masked_fill_(named, float("inf" if forced_extra is None else "-inf"))
                 if forced_extra is not None:
                     ranks[1].add(torch.zeros_like(scores).masked_fill_(~named, float("-inf")), tile.start)
@@ -79,7 +82,7 @@ def top_k(
         if any(rank.units is not None for rank in ranks):
             chosen = torch.cat([rank.units for rank in ranks if rank.units is not None], dim=-1)
             values = torch.cat([rank.values for rank in ranks if rank.values is not None], dim=-1)
-            lists, counts[:, :, some] = ascending(chosen, values > float("-inf"))
+            lists, counts[:, :, some] = ascending(chosen, values != float("-inf"))
             indices[:, :, some, : lists.shape[-1]] = lists
     return Picks(indices, counts, q_unit=q_unit, kv_unit=kv_unit, units=units, first=first)
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.errors import ShapeError, TableError
+from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
+from sparsedsl.program import tensors
 from sparsedsl.program.axes import base_of, unit_of
-from sparsedsl.program.branches import Attend, Linear, Recall
+from sparsedsl.program.branches import Attend, Branch, Linear, Recall
 from sparsedsl.program.graph import Program
+from sparsedsl.program.node import Node
 from sparsedsl.program.tensors import Input
 from sparsedsl.run.inputs import FLOATS, Call, check_call, check_table
 
@@ -26,7 +28,9 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class ProgramCall:
-    """One checked call. ``inputs``: every input node's tensor, q, k and v too. ``tables``: static tables by name."""
+    """One checked call. ``inputs``: input node -> tensor; q, k and v are among them whether or not the program reads them, since lengths
+    and heads are theirs. ``tables``: static tables by name.
+    """
 
     program: Program
     inputs: Mapping[Input, Tensor]
@@ -38,17 +42,17 @@ class ProgramCall:
     @property
     def q(self) -> Tensor:
         """``(B, Hq, Sq, D)``."""
-        return next(t for node, t in self.inputs.items() if node.name == "q")
+        return self.inputs[tensors.q]
 
     @property
     def k(self) -> Tensor:
         """``(B, Hkv, Skv, D)``."""
-        return next(t for node, t in self.inputs.items() if node.name == "k")
+        return self.inputs[tensors.k]
 
     @property
     def v(self) -> Tensor:
         """``(B, Hkv, Skv, Dv)``."""
-        return next(t for node, t in self.inputs.items() if node.name == "v")
+        return self.inputs[tensors.v]
 
     @property
     def domain(self) -> Domain:
@@ -69,6 +73,41 @@ class ProgramCall:
     def needs_grad(self) -> bool:
         """Whether autograd wants gradients of this call."""
         return torch.is_grad_enabled() and any(t.requires_grad for t in (*self.inputs.values(), *self.tables.values()))
+
+    def inside(self, branch: Branch, q: Tensor, k: Tensor, v: Tensor) -> ProgramCall:
+        """The call of ``branch``, which reads q, k and v alone, on these in place of the call's own."""
+        inputs = {tensors.q: q, tensors.k: k, tensors.v: v}
+        return replace(self, program=Program(branch), inputs=inputs, q_offset=0, state={})
+
+    def check_aligned(self, unit: int, what: str) -> None:
+        """What works on units of queries begins with a whole one."""
+        if self.q_offset % unit:
+            raise UnsupportedError(
+                f"{what} works on whole units of {unit} queries: q_offset must be a multiple of {unit}; got {self.q_offset}"
+            )
+
+    def check_square(self, what: str) -> None:
+        """What chooses among the tokens of a sequence is given all of it."""
+        if self.q_offset or self.q.shape[2] != self.k.shape[2]:
+            raise UnsupportedError(
+                f"{what} chooses among the tokens of one whole sequence: it needs as many queries as keys and q_offset=0; got "
+                f"{self.q.shape[2]} queries at {self.q_offset} and {self.k.shape[2]} keys. "
+                "Use it for prefill, and another pattern to decode"
+            )
+
+    def check_heads(self, node: Node, heads: int) -> int:
+        """The heads of scores, which choose for as many query heads each."""
+        if self.q.shape[1] % heads:
+            raise ShapeError(
+                f"{node!r} has {heads} heads, and q has {self.q.shape[1]}: each must choose for as many query heads. Give inputs with a "
+                "number of heads that divides that of q"
+            )
+        return heads
+
+    def check_decays(self, node: Linear, heads: int) -> None:
+        """A decay was declared for every head of the queries."""
+        if len(node.decay) != heads:
+            raise ShapeError(f"linear() was declared with {len(node.decay)} decays; q has {heads} heads: one for each is wanted")
 
 
 def check_program_call(
@@ -92,13 +131,11 @@ def check_program_call(
         "head_dim": q.shape[3], "value_dim": v.shape[3],
     }  # fmt: skip
     _check_recurrent(program, plain)
-    inputs: dict[Input, Tensor] = {}
+    inputs: dict[Input, Tensor] = {tensors.q: q, tensors.k: k, tensors.v: v}
     for node in program.everything:
-        if not isinstance(node, Input):
+        if not isinstance(node, Input) or node in inputs:
             continue
-        if node.name in ("q", "k", "v"):
-            inputs[node] = {"q": q, "k": k, "v": v}[node.name]
-        elif node.name in named and named[node.name] is not None:
+        if node.name in named and named[node.name] is not None:
             inputs[node] = _check_input(node, named[node.name], sizes, q.device)
         elif node.default is None:
             raise TableError(f"missing input {node.name!r}: pass {node.name}=tensor with the axes {' '.join(node.axes)!r}")

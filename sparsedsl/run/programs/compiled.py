@@ -22,8 +22,9 @@ from sparsedsl.run.programs.call import ProgramCall, check_program_call
 from sparsedsl.run.programs.empty import run_empty
 from sparsedsl.run.programs.explain import ProgramExplanation, explain_program
 from sparsedsl.run.programs.kernels import Kernels, kernels_of, triton_refusal
-from sparsedsl.run.programs.lowered import Lowered
-from sparsedsl.run.programs.reference import Reference
+from sparsedsl.run.programs.lowered import LOWERED_RULES, lowered
+from sparsedsl.run.programs.reference import REFERENCE_RULES, Reference
+from sparsedsl.run.programs.runner import Evaluation, check_rules
 from sparsedsl.run.programs.state import ProgramState, advanced, continued
 from sparsedsl.run.surroundings import is_traced, is_transformed
 from sparsedsl.run.triton_kernel import missing
@@ -37,6 +38,7 @@ class CompiledProgram:
     """A compiled program; call it on tensors. Made by :func:`sparsedsl.compile`."""
 
     def __init__(self, program: Program, backend: str, allow: Sequence[str] = ()):
+        check_rules(program, {"the reference": REFERENCE_RULES, "the lowering": LOWERED_RULES})
         self.program = program
         self.backend = check_backend(backend)
         known = (LATER_QUERIES, KEEPS_STATE)
@@ -148,10 +150,10 @@ class CompiledProgram:
                 f"future. For inference call it under torch.no_grad(); if it is meant, sd.compile(..., allow=[{LATER_QUERIES!r}])"
             )
 
-    def _runner(self, call: ProgramCall, lse: bool) -> Reference:
+    def _runner(self, call: ProgramCall, lse: bool) -> Evaluation:
         if self.backend == "reference":
             return Reference(call)
-        return Lowered(call, self.kernels(call), lse=lse)
+        return lowered(call, self.kernels(call), lse=lse)
 
     def kernels(self, call: ProgramCall) -> Kernels:
         """The kernels that a call runs on."""

@@ -1,8 +1,9 @@
-"""Tensors and scores as they are meant: dense, in plain torch, differentiable."""
+"""Tensors and scores as they are meant: dense, in plain torch, differentiable.
+
+Scores are ``(batch, heads, units of queries, units of keys)``, -inf where an input lacks a unit; key scores ``(batch, heads, keys)``.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch.nn import functional
@@ -16,6 +17,7 @@ from sparsedsl.program.scores import (
     Grouped,
     GroupedKeys,
     Gumbel,
+    KeyScores,
     Plus,
     Probe,
     Regroup,
@@ -23,141 +25,152 @@ from sparsedsl.program.scores import (
     Smooth,
     Softmax,
 )
-from sparsedsl.program.tensors import Summary
-from sparsedsl.run.choosing.noise import GumbelScores
-from sparsedsl.run.programs.parts import NEVER, pool, reduced, safe_softmax, together
-from sparsedsl.run.programs.runner import Runner, means
+from sparsedsl.program.tensors import Input, Summary
+from sparsedsl.run.programs.dense_masks import units
+from sparsedsl.run.programs.dense_tensors import NEVER, gumbel_noise, joined_heads, of_one_size, per_head, pooled, softmax
+from sparsedsl.run.programs.runner import Evaluation
 
-__all__ = ["DenseScores"]
+__all__ = ["SCORE_RULES"]
 
 Tensor = torch.Tensor
 
 
-class DenseScores(Runner):
-    """Summaries, reordered rows; scores ``(batch, heads, units of queries, units of keys)``, key scores ``(batch, heads, keys)``."""
+def _input(run: Evaluation, node: Input) -> Tensor:
+    """In the type that is computed in."""
+    if node not in run.call.inputs:
+        assert node.default is not None
+        return run.value(node.default)
+    x = run.call.inputs[node]
+    return x.to(run.call.dtype) if x.is_floating_point() else x
 
-    @means(Summary)
-    def _summary(self, node: Summary) -> Tensor:
-        return pool(self.value(node.x), node.unit, node.how, node.pad)
 
-    @means(Take)
-    def _take(self, node: Take) -> Tensor:
-        x, order = together(self.value(node.x), self.value(node.order))
-        return x.gather(2, order[..., None].expand(*order.shape, x.shape[3]))
+def _summary(run: Evaluation, node: Summary) -> Tensor:
+    return pooled(run.value(node.x), node.unit, node.how, node.pad)
 
-    # ---- scores: (batch, heads, units of queries, units of keys) --------------------------------------------------------
 
-    def scale_of(self, scale: float | None, x: Tensor) -> float:
-        """A scale, or the usual one for rows like these."""
-        return x.shape[-1] ** -0.5 if scale is None else scale
+def _take(run: Evaluation, node: Take) -> Tensor:
+    x, order = of_one_size(run.value(node.x), run.value(node.order))
+    return torch.stack(
+        [torch.stack([rows[place] for rows, place in zip(*entry, strict=True)]) for entry in zip(x, order, strict=True)]
+    )
 
-    @means(Dot)
-    def _dot(self, node: Dot) -> Tensor:
-        x, y = together(self.value(node.x), self.value(node.y))
-        scores = x @ y.transpose(-1, -2) * self.scale_of(node.scale, x)
-        return self._whole_rows(node, scores)
 
-    def _whole_rows(self, node: Scores, scores: Tensor) -> Tensor:
-        """With a column for each unit of keys: an input may lack the last, ragged one, which then is no candidate."""
-        unit = unit_of(node.axes[3])
-        return functional.pad(scores, (0, -(-self.domain.kv_len // unit) - scores.shape[3]), value=NEVER)
+# ---- scores ------------------------------------------------------------------------------------------------------------------
 
-    @means(Bound)
-    def _bound(self, node: Bound) -> Tensor:
-        x, y = together(self.value(node.x), self.value(node.y))
-        low, high = pool(y, node.unit, "min", "valid"), pool(y, node.unit, "max", "valid")
-        best = torch.maximum(x[:, :, :, None] * low[:, :, None], x[:, :, :, None] * high[:, :, None])
-        return best.sum(-1) * self.scale_of(node.scale, x)
 
-    @means(Antidiagonal)
-    def _antidiagonal(self, node: Antidiagonal) -> Tensor:
-        self.check_aligned(node.block, "antidiagonal()")
-        x, y = together(self.value(node.x), self.value(node.y))
-        stride, cells = node.stride, node.block // node.stride
-        rows, columns = -(-x.shape[2] // node.block) * node.block, -(-y.shape[2] // node.block) * node.block
-        x, y = functional.pad(x, (0, 0, 0, rows - x.shape[2])), functional.pad(y, (0, 0, 0, columns - y.shape[2]))
-        sums = [x[:, :, stride - 1 - i :: stride] @ y[:, :, i::stride].transpose(-1, -2) for i in range(stride)]
-        logits = torch.stack(sums).sum(0) * (self.scale_of(None, x) / stride)
-        row = torch.arange(rows // stride, device=x.device)[:, None] + self.domain.q_offset // stride
-        column = torch.arange(columns // stride, device=x.device)
-        real = row - self.domain.q_offset // stride < -(-self.domain.rows // stride)
-        seen = (column <= row) & (column < -(-self.domain.kv_len // stride)) & real
-        mass = safe_softmax(torch.where(seen, logits, NEVER))
-        return mass.unflatten(3, (-1, cells)).sum(4).unflatten(2, (-1, cells)).sum(3)
+def _scale(scale: float | None, x: Tensor) -> float:
+    return x.shape[-1] ** -0.5 if scale is None else scale
 
-    @means(Softmax)
-    def _softmax(self, node: Softmax) -> Tensor:
-        allowed = self.units(node.among, node)
-        scores = self.value(node.scores)
-        # A unit that an input lacks is no unit, and not one of mass 0.
-        return torch.where(scores == NEVER, NEVER, safe_softmax(torch.where(allowed, scores, NEVER)))
 
-    @means(Regroup)
-    def _regroup(self, node: Regroup) -> Tensor:
-        scores = self.value(node.scores)
-        parts = []
-        for part in scores.split(node.unit, dim=3):
-            here = part != NEVER
-            count = here.sum(3)
-            total = torch.where(here, part, 0.0).sum(3)
-            joined = part.amax(3) if node.how == "max" else total / count.clamp(min=1) if node.how == "mean" else total
-            parts.append(torch.where(count > 0, joined, NEVER))
-        return torch.stack(parts, dim=3)
+def _dot(run: Evaluation, node: Dot) -> Tensor:
+    x, y = of_one_size(run.value(node.x), run.value(node.y))
+    return _whole_rows(run, node, x @ y.transpose(-1, -2) * _scale(node.scale, x))
 
-    @means(Plus)
-    def _plus(self, node: Plus) -> Tensor:
-        first, second = together(self.value(node.first), self.value(node.second))
-        return first + second
 
-    @means(Gumbel)
-    def _gumbel(self, node: Gumbel) -> Tensor:
-        scores = self.value(node.scores)
-        return scores + self.noise(node, scores.shape).scores().to(scores.dtype)
+def _whole_rows(run: Evaluation, node: Scores, scores: Tensor) -> Tensor:
+    """With a column for each unit of keys: an input may lack the last, ragged one, which then is no candidate."""
+    wanted = -(-run.call.k.shape[2] // unit_of(node.axes[3]))
+    return functional.pad(scores, (0, wanted - scores.shape[3]), value=NEVER)
 
-    def noise(self, node: Gumbel, size: Any) -> GumbelScores:
-        """Numbers that depend on the seed and their place alone: the same wherever a call begins."""
-        first = self.domain.q_offset // unit_of(node.axes[2])
-        return GumbelScores(tuple(size), self.value(node.seed).long(), self.call.q.device, first_row=first)
 
-    @means(Grouped)
-    def _grouped(self, node: Grouped) -> Tensor:
-        return reduced(self.value(node.x), self.call.k.shape[1] if node.heads == "kv_heads" else 1, node.how)
+def _bound(run: Evaluation, node: Bound) -> Tensor:
+    x, y = of_one_size(run.value(node.x), run.value(node.y))
+    low, high = pooled(y, node.unit, "min", "valid"), pooled(y, node.unit, "max", "valid")
+    best = torch.maximum(x[:, :, :, None] * low[:, :, None], x[:, :, :, None] * high[:, :, None])
+    return _whole_rows(run, node, best.sum(-1) * _scale(node.scale, x))
 
-    # ---- key scores: (batch, heads, keys) ---------------------------------------------------------------------------------
 
-    @means(Probe)
-    def _probe(self, node: Probe) -> Tensor:
-        x, y = together(self.value(node.x), self.value(node.y))
-        keys, rows = y.shape[2], min(node.rows, x.shape[2])
-        last = self.domain.q_offset + x.shape[2]
-        position = torch.arange(last - rows, last, device=x.device)[:, None]
-        column = torch.arange(keys, device=x.device)
-        seen = (column < keys // node.complete * node.complete).expand(rows, keys)
-        seen = seen & (column <= position) if node.causal else seen
-        logits = x[:, :, -rows:] @ y.transpose(-1, -2) * self.scale_of(node.scale, x)
-        mass = safe_softmax(torch.where(seen, logits, NEVER)).mean(2)
-        return torch.where(column < last - rows, mass, 0.0) if node.keep == "before" else mass
+def _antidiagonal(run: Evaluation, node: Antidiagonal) -> Tensor:
+    run.call.check_aligned(node.block, "antidiagonal()")
+    x, y = of_one_size(run.value(node.x), run.value(node.y))
+    stride, cells = node.stride, node.block // node.stride
+    queries, keys = x.shape[2], y.shape[2]
+    x, y = (functional.pad(t, (0, 0, 0, -t.shape[2] % node.block)) for t in (x, y))
+    sums = [x[:, :, stride - 1 - i :: stride] @ y[:, :, i::stride].transpose(-1, -2) for i in range(stride)]
+    logits = torch.stack(sums).sum(0) * (_scale(None, x) / stride)
+    row, column = torch.arange(x.shape[2] // stride, device=x.device), torch.arange(y.shape[2] // stride, device=x.device)
+    real = (row * stride < queries)[:, None] & (column * stride < keys)
+    seen = real & (column <= row[:, None] + run.call.q_offset // stride)
+    mass = softmax(torch.where(seen, logits, NEVER))
+    return mass.unflatten(3, (-1, cells)).sum(4).unflatten(2, (-1, cells)).sum(3)
 
-    @means(Smooth)
-    def _smooth(self, node: Smooth) -> Tensor:
-        x = self.value(node.x)
-        kept = x.shape[2] - (self.probing(node) if self.before(node) else 0)
-        if not kept:
-            return x
-        pooled = functional.avg_pool1d(x[:, :, :kept].flatten(0, 1)[:, None], node.pool, 1, node.pool // 2)
-        return functional.pad(pooled[:, 0].unflatten(0, x.shape[:2]), (0, x.shape[2] - kept))
 
-    def before(self, node: Any) -> bool:
-        """Whether key scores end before the rows that probe."""
-        return node.keep == "before" if isinstance(node, Probe) else self.before(node.x)
+def _softmax(run: Evaluation, node: Softmax) -> Tensor:
+    scores = run.value(node.scores)
+    allowed = per_head(units(run, node.among, node), run.call.check_heads(node, scores.shape[1]))
+    # A unit that an input lacks is no unit, and not one of mass 0.
+    return torch.where(scores == NEVER, NEVER, softmax(torch.where(allowed, scores, NEVER)))
 
-    def probing(self, node: Any) -> int:
-        """Keys from the first probing row on."""
-        if isinstance(node, Probe):
-            rows = min(node.rows, self.domain.rows)
-            return self.domain.kv_len - (self.domain.q_offset + self.domain.rows - rows)
-        return self.probing(node.x)
 
-    @means(GroupedKeys)
-    def _grouped_keys(self, node: GroupedKeys) -> Tensor:
-        return reduced(self.value(node.x), self.call.k.shape[1] if node.heads == "kv_heads" else 1, node.how)
+def _regroup(run: Evaluation, node: Regroup) -> Tensor:
+    joined = []
+    for part in run.value(node.scores).split(node.unit, dim=3):
+        here = part != NEVER
+        total, count = torch.where(here, part, 0.0).sum(3), here.sum(3)
+        how = {"sum": total, "mean": total / count.clamp(min=1), "max": part.amax(3)}[node.how]
+        joined.append(torch.where(count == 0, NEVER, how))
+    return torch.stack(joined, dim=3)
+
+
+def _plus(run: Evaluation, node: Plus) -> Tensor:
+    first, second = of_one_size(run.value(node.first), run.value(node.second))
+    return first + second
+
+
+def _gumbel(run: Evaluation, node: Gumbel) -> Tensor:
+    scores = run.value(node.scores)
+    first = run.call.q_offset // unit_of(node.axes[2])
+    return scores + gumbel_noise(tuple(scores.shape), run.value(node.seed), first, scores.device).to(scores.dtype)
+
+
+def _grouped(run: Evaluation, node: Grouped | GroupedKeys) -> Tensor:
+    return joined_heads(run.value(node.x), run.call.k.shape[1] if node.heads == "kv_heads" else 1, node.how)
+
+
+# ---- key scores ----------------------------------------------------------------------------------------------------------------
+
+
+def _probe(run: Evaluation, node: Probe) -> Tensor:
+    x, y = of_one_size(run.value(node.x), run.value(node.y))
+    key = torch.arange(y.shape[2], device=x.device)
+    position = run.call.q_offset + torch.arange(x.shape[2], device=x.device)[-node.rows :, None]
+    seen = key < y.shape[2] // node.complete * node.complete
+    seen = seen & (key <= position) if node.causal else seen.expand(len(position), -1)
+    logits = x[:, :, -node.rows :] @ y.transpose(-1, -2) * _scale(node.scale, x)
+    mass = softmax(torch.where(seen, logits, NEVER)).mean(2)
+    return torch.where(key < position[0], mass, 0.0) if node.keep == "before" else mass
+
+
+def _smooth(run: Evaluation, node: Smooth) -> Tensor:
+    x, reach = run.value(node.x), node.pool // 2
+    ends = _scored_keys(run, node)
+    kept, rest = x[:, :, :ends], x[:, :, ends:]
+    padded = functional.pad(kept, (reach, reach))
+    mean = torch.stack([padded[:, :, i : i + kept.shape[2]] for i in range(node.pool)]).sum(0) / node.pool
+    return torch.cat([mean, rest], dim=2)
+
+
+def _scored_keys(run: Evaluation, node: KeyScores) -> int:
+    """How many keys have scores: all, or those before the rows that probe."""
+    while not isinstance(node, Probe):
+        node = node.x  # type: ignore[attr-defined]
+    queries, keys = run.call.q.shape[2], run.call.k.shape[2]
+    return min(keys, run.call.q_offset + queries - min(node.rows, queries)) if node.keep == "before" else keys
+
+
+SCORE_RULES = {
+    Input: _input,
+    Summary: _summary,
+    Take: _take,
+    Dot: _dot,
+    Bound: _bound,
+    Antidiagonal: _antidiagonal,
+    Softmax: _softmax,
+    Regroup: _regroup,
+    Plus: _plus,
+    Gumbel: _gumbel,
+    Grouped: _grouped,
+    GroupedKeys: _grouped,
+    Probe: _probe,
+    Smooth: _smooth,
+}

@@ -17,9 +17,11 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.expressions import Mask, as_mask, b, h, kv_idx, q_idx, score, table
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.symbols import HEAD
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import pairs_decided_by
 from sparsedsl.program.graph import Program
+from sparsedsl.program.select import Select
 from sparsedsl.run.attention import Attention
 from sparsedsl.run.picked.attention import picked_attention
 from sparsedsl.run.picked.picks import Picks
@@ -71,12 +73,15 @@ class Kernels:
         """What plain attention runs on."""
         return self.backend
 
-    def inside(self, mask: Any, among: Mask | None, kv_unit: int, domain: Domain, device: torch.device) -> Any:
+    def inside(self, mask: Any, choice: Select, domain: Domain, device: torch.device) -> Any:
         """Which pairs of a picked unit attend, as :meth:`picked` takes it; None where all do.
 
-        A pair of a candidate unit: if the mask says of all keys of a unit the same, and is what made the unit a candidate, it holds.
+        All do if the mask is the very one that made the units candidates, and says the same of all keys of a unit and of all query heads
+        that share a choice: a unit is a candidate already if one of its pairs is allowed for one of these heads.
         """
-        if mask == sympy.true or (among is not None and mask == among.expr and constant_in_units(mask, 1, kv_unit)):
+        by_head = HEAD in mask.free_symbols and choice.axes[1] != "heads"
+        made = choice.among is not None and mask == choice.among.expr and constant_in_units(mask, 1, choice.units[1])
+        if mask == sympy.true or (made and not by_head):
             return None
         return self.rule_inside(mask, domain, device)
 

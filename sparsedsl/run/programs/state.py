@@ -21,7 +21,7 @@ from sparsedsl.program.branches import Attend, Joint, Linear, Mix, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.sources import Slots
-from sparsedsl.program.tensors import Input
+from sparsedsl.program.tensors import Input, k, v
 from sparsedsl.run.programs.call import ProgramCall
 
 __all__ = ["ProgramState", "advanced", "continued", "horizon"]
@@ -91,7 +91,9 @@ def _window(node: Attend) -> int:
 
 
 def _by_keys(program: Program) -> list[Input]:
-    return [node for node in program.order if isinstance(node, Input) and any(base_of(axis) == "keys" for axis in node.axes)]
+    """Inputs that have rows for keys; k and v among them, which count the keys of a call, whether or not the program reads them."""
+    read = [node for node in program.order if isinstance(node, Input) and any(base_of(axis) == "keys" for axis in node.axes)]
+    return list(dict.fromkeys([k, v, *read]))
 
 
 def _key_axis(node: Input) -> int:
