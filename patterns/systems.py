@@ -202,7 +202,7 @@ def nsa(block: int = 32, select: int = 64, top_k: int = 16, window: int = 512) -
 
     Args:
         block: tokens in a mean.
-        select: tokens in a block that is picked; a multiple of ``block``.
+        select: tokens in a block that is picked; a multiple of ``block``, or ``block`` itself.
         top_k: blocks picked, the forced ones included.
         window: last keys seen, the query included.
 

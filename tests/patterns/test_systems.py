@@ -49,7 +49,7 @@ def test_lines_are_counted():
         (lambda: sd.patterns.token_sparse(pool=4), "pool must be odd"),
         (lambda: sd.patterns.ring_linear([1.5]), "decay must be one factor in (0, 1]"),
         (lambda: sd.patterns.moba(top_k=0), "moba(): top_k must be at least 1; got 0"),
-        (lambda: sd.patterns.nsa(block=64), "select must be a larger multiple of block"),
+        (lambda: sd.patterns.nsa(block=48), "select must be a multiple of block, which is 48; got 64"),
         (lambda: sd.decay_table(4, 5, 5), "layer must be below layers, which is 5; got 5"),
         (lambda: sd.schedule(8, 4, full=1, other=2, last=4), "last must be below group, which is 4; got 4"),
     ],

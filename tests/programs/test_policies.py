@@ -153,10 +153,12 @@ def nsa_by_loops(t: dict[str, Tensor], block: int, select: int, top_k: int, wind
     return out, found
 
 
-def test_S5_nsa(problem: Any, draw: Any, backend: str, assert_close: Any) -> None:
+@pytest.mark.parametrize("block", [4, 8])
+def test_S5_nsa(problem: Any, draw: Any, backend: str, assert_close: Any, block: int) -> None:
+    """Blocks that are picked are larger than those that are averaged, or the same."""
     t = problem() | {"gate": draw(B, HQ, L, 3, seed=5)}
-    attn = sd.compile(sd.patterns.nsa(4, 8, 4, 7), backend=backend)
-    wanted, blocks = nsa_by_loops(t, 4, 8, 4, 7)
+    attn = sd.compile(sd.patterns.nsa(block, 8, 4, 7), backend=backend)
+    wanted, blocks = nsa_by_loops(t, block, 8, 4, 7)
     (label,) = attn.choices(**t)
     found = table_of(attn, t, label)
     assert torch.equal(found, blocks)

@@ -14,7 +14,7 @@ from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.select import Threshold, TopK, TopP
 from sparsedsl.run.programs.dense_masks import units
 from sparsedsl.run.programs.dense_tensors import NEVER, per_head, softmax, spread
-from sparsedsl.run.programs.runner import Evaluation
+from sparsedsl.run.programs.runner import Evaluation, Rules
 
 __all__ = ["CHOICE_RULES"]
 
@@ -129,7 +129,7 @@ def _threshold(run: Evaluation, node: Threshold) -> Tensor:
     return allowed & ((height >= node.least) | forced)
 
 
-CHOICE_RULES = {
+CHOICE_RULES: Rules = {
     Order: _order,
     Inverse: _inverse,
     Tokens: _tokens,

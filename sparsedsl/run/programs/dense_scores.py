@@ -28,7 +28,7 @@ from sparsedsl.program.scores import (
 from sparsedsl.program.tensors import Input, Summary
 from sparsedsl.run.programs.dense_masks import units
 from sparsedsl.run.programs.dense_tensors import NEVER, gumbel_noise, joined_heads, of_one_size, per_head, pooled, softmax
-from sparsedsl.run.programs.runner import Evaluation
+from sparsedsl.run.programs.runner import Evaluation, Rules
 
 __all__ = ["SCORE_RULES"]
 
@@ -158,7 +158,7 @@ def _scored_keys(run: Evaluation, node: KeyScores) -> int:
     return min(keys, run.call.q_offset + queries - min(node.rows, queries)) if node.keep == "before" else keys
 
 
-SCORE_RULES = {
+SCORE_RULES: Rules = {
     Input: _input,
     Summary: _summary,
     Take: _take,

@@ -39,6 +39,7 @@ from sparsedsl.run.picked.picks import Picks
 from sparsedsl.run.programs.candidates import candidates_of, unit_rule
 from sparsedsl.run.programs.lowering import Lowering
 from sparsedsl.run.programs.parts import alike, reduced, spread
+from sparsedsl.run.programs.runner import Rules
 
 __all__ = ["LISTED_RULES"]
 
@@ -201,7 +202,7 @@ def _threshold(run: Lowering, node: Threshold) -> Picks:
     return _choose(run, node, threshold, node.least, measure="share" if node.scores.is_mass else "score")
 
 
-LISTED_RULES = {
+LISTED_RULES: Rules = {
     Dot: _dot,
     Bound: _bound,
     Antidiagonal: _antidiagonal,

@@ -16,7 +16,7 @@ from sparsedsl.run.programs.call import ProgramCall
 
 __all__ = ["Evaluation", "Rules", "check_rules", "complete", "kinds_of_nodes"]
 
-Rules = Mapping[type[Node], Callable[[Any, Any], Any]]
+Rules = dict[type[Node], Callable[[Any, Any], Any]]
 """Kind of node -> what a node of it gives: ``rule(evaluation, node)``."""
 
 
@@ -47,7 +47,7 @@ def kinds_of_nodes() -> set[type[Node]]:
     return {kind for kind in below(Node) if "function" in vars(kind) and kind.__module__.startswith("sparsedsl.program.")}
 
 
-def complete(what: str, rules: dict[type[Node], Callable[[Any, Any], Any]]) -> dict[type[Node], Callable[[Any, Any], Any]]:
+def complete(what: str, rules: Rules) -> Rules:
     """The rules of ``what``, if there is one for every kind of node.
 
     Raises:
