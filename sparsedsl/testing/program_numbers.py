@@ -138,7 +138,7 @@ class _Dense(Reference):
 
 def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor]:
     if node.normaliser is not None:
-        return REFERENCE_RULES[Attend](run, node)  # type: ignore[no-any-return]
+        return REFERENCE_RULES[Attend](run, node)
     q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
     pattern, tables = run.concrete_pattern(node.pattern)
     return plain_attention(pattern, q, k, v, tables, q_offset=run.call.q_offset, scale=run.call.scale)

@@ -89,6 +89,7 @@ class Candidates:
         step = rows_at_once(16 * wanted.shape[0] * heads * max(1, width))
         for some in cut(rows.start, rows.stop, step):
             flags = self.allowed(*_numbers(some, units, places.device))
+            flags = flags[(None,) * (4 - flags.ndim)]
             here = wanted[:, :, some.start - rows.start : some.stop - rows.start] - units.start
             lead = max(flags.shape[0], here.shape[0])
             flags = spread(flags, heads).expand(lead, heads, here.shape[2], width)

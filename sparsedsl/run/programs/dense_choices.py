@@ -60,6 +60,7 @@ def _dropped(by: Tensor, node: Tokens) -> int:
     if node.tail is not None:
         below = int((ascending.cumsum(0) < node.tail).sum())
         return min(below + 1, by.numel()) if below else 0
+    assert node.cover is not None
     if node.cover == 1:  # rounding may bring a sum to 1 early
         return 0
     held = ascending.flip(0).cumsum(0)
