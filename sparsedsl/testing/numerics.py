@@ -78,7 +78,7 @@ def plain_attention(
     shape = case.positions.shape
     logits = q @ k.transpose(-1, -2) * scale
     env = {**case.env, **tables}
-    env["b"] = env["b"] % (case.batch // copies)
+    env["b"] = env["b"] % max(case.batch // copies, 1)
     allowed = evaluate(pattern.mask.expr, env).expand(shape)
     env["score"] = logits.masked_fill(~allowed, 1.0)
     scores = evaluate(pattern.score.expr, env, dtype=dtype).to(dtype).expand(shape)
@@ -122,6 +122,7 @@ class Expected:
         info, fine = torch.finfo(self.kept[name]), torch.finfo(self.accumulated)
         size = torch.nan_to_num(self.values[name], 0.0, 0.0, 0.0).abs()
         floor = info.eps * size + 2 * fine.eps * (size + (name == "lse")) + info.smallest_normal * info.eps
+        floor += 2 * fine.smallest_normal  # weights this small lose their digits, or are taken for 0
         return _SIGMAS * self.sigma(name, runs) + floor
 
     def fault(
@@ -175,10 +176,10 @@ def expect(
 
     def run(tensors: dict[str, Tensor], leaves: Mapping[str, Tensor], asked: Cotangents | None) -> Results:
         q, k, v = (tensors.pop(name) for name in "qkv")
-        out, lse = plain_attention(pattern, q, k, v, tensors, copies=q.shape[0] // batch, **words)
+        out, lse = plain_attention(pattern, q, k, v, tensors, copies=q.shape[0] // batch if batch else 1, **words)
         return results_of(out, lse, leaves, asked)
 
-    at_once = 1 if learned else max(_AT_ONCE // max(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2], 1), 1)
+    at_once = 1 if learned or not batch else max(_AT_ONCE // max(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2], 1), 1)
     moving = [*"qkv", *learned] if cotangents is not None else []
     return expected({"q": q, "k": k, "v": v, **tables}, moving, cotangents, run, at_once)
 

@@ -143,6 +143,8 @@ class Roundings(TorchDispatchMode):
             return self.coarse * (terms**0.5 + 3) * function(x.abs(), *args[1:], **kwargs)
         if name == "logsumexp":
             x = tensors[0]
+            if not x.numel():
+                return torch.zeros_like(result)
             largest = torch.where(torch.isfinite(x), x, 0.0).abs().amax(args[1], args[2] if len(args) > 2 else False)
             return unit * (x.shape[args[1][0]] ** 0.5 + 4 + 2 * result.abs() + 2 * largest)
         if name in ("exp", "exp2", "_softmax", "expm1"):

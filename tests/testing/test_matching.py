@@ -120,3 +120,16 @@ def test_errors_that_happen_to_be_zero_are_allowed_a_few_units(dtype: torch.dtyp
         q, k, v = (kit.tensor(1, 2, 5, 16, seed=3 * seed + i, dtype=dtype) for i in range(3))
         for backend in ("reference", "tiled"):
             kit.assert_matches_reference(sd.compile(both, backend=backend), q, k, v)
+
+
+def test_numbers_too_small_for_their_digits_are_no_fault() -> None:
+    q, k, v = (kit.tensor(1, 1, 28, 1, seed=i) for i in range(3))
+    steep = sd.attend(CAUSAL, score=sd.score + 0.5 * sd.kv_idx**2)
+    kit.assert_matches_reference(sd.compile(steep, backend="tiled"), q, k, v, q_offset=27)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 5), (1, 0, 5), (1, 5, 0)])
+def test_nothing_is_right_too(sizes: tuple[int, int, int]) -> None:
+    batch, rows, keys = sizes
+    q, k, v = (torch.ones(batch, 2, n, 8) for n in (rows, keys, keys))
+    assert kit.assert_matches_reference(CAUSAL, q, k, v) == ("out", "lse", "dq", "dk", "dv")
