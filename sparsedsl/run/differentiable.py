@@ -118,8 +118,9 @@ def _backward(
     """Gradients of q, k, v and the learned tables."""
     schedule = kernel.schedule(call)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, *results: Any) -> list[Tensor]:
-        *found, grads = kernel.backward(replace(call, q=q, k=k, v=v), schedule, *results, learned)
+    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Any) -> list[Tensor]:
+        changed = replace(call, q=q, k=k, v=v)
+        *found, grads = kernel.backward(changed, schedule, out, lse, grad_out, grad_lse, learned)
         return [*found, *(grads[name] for name in learned)]
 
     places = "qkk" + "*" * len(learned)

@@ -117,9 +117,9 @@ class Pass(Operands):
         lse2 = torch.where(lse == float("-inf"), float("inf"), lse * LOG2E)
         far = (lse.abs() > FAR_LSE) & lse.isfinite()
         if lse.dtype == torch.float32 and lse.device.type == "cpu" and bool(far.any()):
-            most, total = self._totals()
+            most, sums = self._totals()
             # Gradients are linear in what comes from outside: a factor of all weights of a row is one of these.
-            factor = torch.where(far, total.reciprocal(), 1.0)
+            factor = torch.where(far, sums.reciprocal(), 1.0)
             lse2 = torch.where(far, most, lse2)
             grad_out, delta = grad_out.to(self.dtype) * factor[..., None], delta * factor
         dq = torch.zeros(self.call.q.shape, dtype=self.dtype, device=self.q.device)

@@ -109,7 +109,7 @@ class _Attend(torch.autograd.Function):
     def forward(job: Job, *tensors: Any) -> Any:
         q, k, v, weights = tensors
         return guarded_forward(
-            q, k, v, job.scale, lambda *qkv: forward(job, *qkv, weights), lambda: _sight(job, q, k)
+            q, k, v, job.scale, lambda q, k, v: forward(job, q, k, v, weights), lambda: _sight(job, q, k)
         )  # fmt: skip
 
     @staticmethod
