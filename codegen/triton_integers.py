@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 from sympy.core.relational import Relational
 
+from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
 from sparsedsl.lang.tables import TableRead
 
@@ -66,6 +67,8 @@ class IntegerSizes:
                 return not fits_int32(sum(min(low, 0) for low, _ in reach), sum(max(high, 0) for _, high in reach))
             case sympy.Mul():
                 return math.prod(self._size(factor) for factor in expr.args) > _HIGH
+            case fn.Abs():  # int32 holds -2**31, but not its absolute value
+                return self._size(expr.args[0]) > _HIGH
             case sympy.Pow():
                 return self._size(expr.base) ** int(expr.exp) > _HIGH
             case sympy.floor() | sympy.Mod():

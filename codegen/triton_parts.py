@@ -223,7 +223,7 @@ class Writer:
             source.line(f"{name}_ptr += lane * {name}_stride_row")
             source.line(f"{name}_stride_row *= {step}")
         source.line(f"rows = (rows - first_row + {step - 1}) // {step}")
-        source.line(f"q_offset = (q_offset + first_row) // {step}")
+        source.line(f"q_offset = ({self.first} + first_row) // {step}")
         source.line(f"kv_len = (kv_len - lane + {step - 1}) // {step}")
 
     def place(self, row: str = "row") -> str:
@@ -233,7 +233,12 @@ class Writer:
     def positions(self, *exprs: sympy.Basic, ends: bool = False) -> None:
         """The length of the query axis, if anything reads it; ``ends``: the ends of spans of queries do."""
         if any(Q_LEN in expr.free_symbols for expr in exprs) or ends:
-            self.source.line("q_len = q_offset + rows")
+            self.source.line(f"q_len = {self.first} + rows")
+
+    @property
+    def first(self) -> str:
+        """The position of the first query, which comes as an int32 where it is one, though later positions are not."""
+        return "tl.cast(q_offset, tl.int64)" if self.variant.wide else "q_offset"
 
     # ---- heads and tiles ----
 

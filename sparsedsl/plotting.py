@@ -11,6 +11,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -18,6 +19,7 @@ import torch
 
 from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain, check_size
+from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.intervals import TableRanges
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL
 from sparsedsl.analysis.points import PointDecider, box_classes
@@ -174,7 +176,8 @@ class _View:
         bound = bind_tables(read, {name: tensor for name, tensor in self.tables.items() if name in read.tables})
         for symbol, name, size in ((BATCH, "batch", batch), (HEAD, "head", head)):
             self._check_rows(symbol, name, size, bound)
-        self.domain = Domain(q_len, q_offset + q_len if kv_len is None else kv_len, q_offset, tables=bound)
+        domain = Domain(q_len, q_offset + q_len if kv_len is None else kv_len, q_offset, tables=bound)
+        self.domain = exact_domain((self.mask,), domain)
         self.q_len, self.kv_len, self.q_offset = q_len, self.domain.kv_len, q_offset
         self.block = self._block(block_size)
         who = [
@@ -414,6 +417,7 @@ class _View:
             )
         tables = bind_tables(as_pattern(score), {name: tensor for name, tensor in self.tables.items() if name in names})
         expr = score.expr.xreplace(self.place)
+        tables = dict(exact_domain((expr,), replace(self.domain, tables=tables)).tables)
         if not expr.free_symbols & {Q_IDX, KV_IDX}:
             return self._draw_curve(axis, expr, tables)
         side = [min(n, CELLS) for n in (self.q_len, self.kv_len)]

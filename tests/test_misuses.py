@@ -94,7 +94,7 @@ INSTEAD: dict[str, Case] = {
     "q for its length": (lambda: sd.analyse(causal, q), sd.ShapeError, "q_len must be a whole number of at least 1; got a Tensor of shape (1, 2, 8, 16) and torch.float32. Lengths and sizes are numbers: q.shape[2], k.shape[2]"),
     "no length": (lambda: sd.analyse(causal), sd.ArgumentError, "analyse(): missing a required argument: 'q_len'. It is called as analyse(pattern"),
     "offset of None": (lambda: sd.analyse(causal, 8, q_offset=None), sd.ShapeError, "q_offset must be a whole number of at least 0; got None (NoneType)"),
-    "endless offset": (lambda: sd.analyse(causal, 8, q_offset=2**70), sd.ShapeError, "q_offset must be at most 2**62"),
+    "endless offset": (lambda: sd.analyse(causal, 8, q_offset=2**70), sd.ShapeError, "q_offset must be at most 2**60"),
     "fractional width": (lambda: sd.analyse(sd.attend(causal & picks), 8, kv_heads=1.5), sd.ShapeError, "kv_heads must be a whole number of at least 1; got 1.5 (float)"),
     "sizes": (lambda: sd.analyse(sd.attend(causal & picks), 8, sizes=3), sd.ShapeError, "sizes must be a dict, axis -> size"),
     "dtype of a program": (lambda: program.explain(8, dtype="int8"), sd.PatternError, "dtype must be one of 'float64', 'float32', 'bfloat16', 'float16'; got 'int8'"),

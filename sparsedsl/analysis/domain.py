@@ -16,19 +16,18 @@ from sparsedsl.lang.symbols import BATCH, HEAD
 
 __all__ = ["Domain", "check_size"]
 
-# Positions are int64, and sums of two of them must be too.
-MOST = 2**62
+# The last position at most: integers are computed with up to here, and sums of a few of them are int64.
+MOST = 2**60
 
 
 def check_size(name: str, value: Any, least: int) -> int:
-    """A length, size or offset: a whole number from ``least`` to 2**62."""
+    """A length, size or offset: a whole number from ``least`` to 2**60."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         hint = ". Lengths and sizes are numbers: q.shape[2], k.shape[2]" if hasattr(value, "shape") else ""
         raise ShapeError(f"{name} must be a whole number of at least {least}; got {shown(value)}{hint}")
     if value > MOST:
-        raise ShapeError(f"{name} must be at most 2**62, since positions are 64-bit integers; got {value}")
+        raise ShapeError(f"{name} must be at most 2**60, since positions are 64-bit integers that are added up; got {value}")
     return value
-
 
 @dataclass(frozen=True, eq=False)
 class Domain:
@@ -50,6 +49,10 @@ class Domain:
             ("batch", self.batch, 1), ("heads", self.heads, 1),
         ):  # fmt: skip
             check_size(name, value, least)
+        for name, last in self.lengths.items():
+            if last > MOST:
+                what = f"q_offset {self.q_offset} and {self.rows} queries end" if name == "q_len" else f"{name} ends"
+                raise ShapeError(f"positions go up to 2**60, beyond which sums of them leave int64; {what} at {last}")
 
     @property
     def device(self) -> torch.device:

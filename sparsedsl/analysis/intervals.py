@@ -275,6 +275,9 @@ def _bit_and(self: Intervals, expr: fn.BitAnd) -> Range:
     (a_low, a_high), (c_low, c_high) = (self.range(a) for a in expr.args)
     if all(_nonnegative(v) for v in (a_low, c_low)):
         return 0, minimum(a_high, c_high)
+    for low, high in ((a_low, a_high), (c_low, c_high)):
+        if _nonnegative(low):
+            return 0, high
     return -math.inf, math.inf
 
 

@@ -12,6 +12,7 @@ import sympy
 import torch
 
 from sparsedsl.analysis.domain import Domain, check_size
+from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.program_causality import program_causality
 from sparsedsl.analysis.proofs import Verdict
@@ -126,6 +127,7 @@ def analyse_program(
     keys = check_size("q_offset", q_offset, 0) + q_len if kv_len is None else kv_len
     heads = count_heads((node.pattern for node in program.everything if isinstance(node, Attend)), given, heads)
     domain = Domain(q_len, keys, q_offset, batch, heads, {name: given[name] for name in program.tables})
+    domain = exact_domain(program.exprs, domain)
     known = {
         "batch": batch, "heads": heads, "kv_heads": kv_heads or heads, "queries": q_len, "keys": keys, "head_dim": head_dim,
         "value_dim": head_dim_v or head_dim, "one": 1, **(sizes or {}),

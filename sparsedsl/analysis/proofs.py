@@ -2,7 +2,7 @@
 
 A mask is translated to integer arithmetic; tables become functions known only by their declared facts. ``PROVED`` holds for every
 length and every table that keeps its declaration. ``REFUTED`` comes with a witness that has been checked by evaluating the masks on
-it. Everything else is ``UNKNOWN``.
+it. Everything else is ``UNKNOWN``. Integers are unbounded here, and exact wherever a pattern runs (:mod:`exactness`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sympy.logic.boolalg import Boolean
 from sparsedsl.analysis.clauses import clauses
 from sparsedsl.errors import PatternError
 from sparsedsl.lang import functions as fn
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.exact import evaluate_exactly
 from sparsedsl.lang.expressions import as_mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, KV_LEN, Q_IDX, Q_LEN
@@ -37,6 +37,7 @@ __all__ = ["PROVED", "REFUTED", "UNKNOWN", "Verdict", "Witness", "causality", "e
 TIMEOUT_MS = 3000
 # A witness is first sought among small indices, where a reader can check it by hand.
 SMALL = 32
+INT64 = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ class _Translation:
             if table is None:
                 return None
             tables[spec.name] = table
-        if not bool(evaluate(self.mask, {**values, **tables})):
+        if not bool(evaluate_exactly(self.mask, {**values, **tables})):
             return None
         has_length = {s.name for s in self.mask.free_symbols} & {"q_len", "kv_len"}
         lengths = {name: values[name] for name in has_length}
@@ -304,7 +305,7 @@ def _search(mask: Boolean) -> Witness | None:
     }  # fmt: skip
     for _ in range(8 if specs else 1):
         tables = {spec.name: _random_table(spec, rank, generator) for spec, rank in specs.items()}
-        holds = evaluate(mask, {**env, **tables}).expand(2, 2, SMALL, SMALL)
+        holds = evaluate_exactly(mask, {**env, **tables}).expand(2, 2, SMALL, SMALL)
         if bool(holds.any()):
             b, h, q, kv = (int(i) for i in holds.nonzero()[0])
             lengths = {s.name: SMALL for s in mask.free_symbols & {Q_LEN, KV_LEN}}
@@ -318,20 +319,18 @@ def _random_table(spec: TableSpec, rank: int, generator: torch.Generator) -> tor
         return torch.rand(shape, generator=generator).argsort(dim=-1)
     if spec.dtype == "float":
         return torch.randn(shape, generator=generator, dtype=torch.float64)
-    low, high = (0, 1) if spec.dtype == "bool" else spec.values_in or (0, SMALL // 4)
-    table = torch.randint(low, min(high, low + SMALL) + 1, shape, generator=generator)
+    low, high = _values(spec) if spec.values_in or spec.dtype == "bool" else (0, SMALL // 4)
+    table = low + torch.randint(0, min(high - low, SMALL) + 1, shape, generator=generator)
     table = table.sort(dim=-1).values if spec.monotone else table
     return table.to(torch.bool) if spec.dtype == "bool" else table
 
 
 def _table_facts(spec: TableSpec, reads: list[tuple[list[Any], Any]]) -> Iterator[Any]:
     """What the declaration says about the reads that occur."""
-    low, high = (0, 1) if spec.dtype == "bool" else spec.values_in or (0 if spec.bijective else None, None)
-    for _, value in reads:
-        if low is not None:
-            yield value >= low
-        if high is not None:
-            yield value <= high
+    if spec.dtype != "float":
+        low, high = _values(spec)
+        for _, value in reads:
+            yield z3.And(value >= low, value <= high)
     if not (spec.monotone or spec.bijective):
         return
     for (first, x), (second, y) in itertools.permutations(reads, 2):
@@ -342,19 +341,28 @@ def _table_facts(spec: TableSpec, reads: list[tuple[list[Any], Any]]) -> Iterato
             yield z3.Implies(z3.And(first[-1] != second[-1], *same), x != y)
 
 
+def _values(spec: TableSpec) -> tuple[int, int]:
+    """The least and the greatest value that a tensor for a table of whole numbers may hold."""
+    low, high = (0, 1) if spec.dtype == "bool" else spec.values_in or (0 if spec.bijective else -INT64 - 1, INT64)
+    return max(low, -INT64 - 1), min(high, INT64)
+
+
+def _fill(spec: TableSpec) -> int:
+    return _values(spec)[0] if spec.values_in else 0
+
+
 def _build_table(spec: TableSpec, cells: dict[tuple[int, ...], float]) -> torch.Tensor | None:
     """A tensor that holds ``cells`` and keeps the declaration; None if it would be too large. Cells off the table do not matter."""
     inside = {place: value for place, value in cells.items() if min(place) >= 0}
     if not inside:
-        inside = {(0,) * len(next(iter(cells))): (spec.values_in or (0,))[0]}
+        inside = {(0,) * len(next(iter(cells))): _fill(spec)}
     shape = [max(place[axis] for place in inside) + 1 for axis in range(len(next(iter(inside))))]
     if spec.bijective:
         shape[-1] = max(shape[-1], *(int(v) + 1 for v in inside.values()))
     if torch.Size(shape).numel() > 1 << 20:
         return None
     dtype = {"int": torch.int64, "bool": torch.bool, "float": torch.float64}[spec.dtype]
-    fill = (spec.values_in or (0,))[0]
-    table = torch.full(shape, fill, dtype=dtype)
+    table = torch.full(shape, _fill(spec), dtype=dtype)
     rows: dict[tuple[int, ...], dict[int, float]] = {}
     for place, value in inside.items():
         rows.setdefault(place[:-1], {})[place[-1]] = value

@@ -15,6 +15,7 @@ import torch
 from sparsedsl.analysis.bounds import check_reads, index_ranges, value_ranges
 from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain, check_size
+from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import TileLists, size_text
 from sparsedsl.analysis.program_report import analyse_program
@@ -179,7 +180,7 @@ def analyse(
 
     Raises:
         ShapeError: a length or size below 1, or other heads than the pattern is written for.
-        TableError: a table is missing, surplus or too short.
+        TableError: a table is missing, surplus or too short, or holds values that arithmetic would take beyond 2**60.
         UnsupportedError: the lists of a mask that does not repeat do not fit into memory.
 
     The (q_len x kv_len) grid never exists: cost and memory follow the listed tiles. Beyond 2**26 tiles, those of a mask that repeats
@@ -208,14 +209,15 @@ def analyse(
     bound = bind_for_analysis(pattern, tables)
     heads = count_heads((pattern,), bound, heads)
     domain = Domain(q_len, q_offset + q_len if kv_len is None else kv_len, q_offset, batch, heads, bound)
+    exact = exact_domain(pattern.exprs, domain)
     check_reads(pattern, domain)
     mask = pattern.mask.expr
     with torch.no_grad():
         start = time.perf_counter()
-        totals, lists = _count(mask, domain, pair)
+        totals, lists = _count(mask, exact, pair)
         seconds = time.perf_counter() - start
         rows = totals.rows.scaled(batch * heads // (totals.shape[0] * totals.shape[1]))
-        causal = _causality(pattern, domain, pair)
+        causal = _causality(pattern, exact, pair)
     cost = _cost(totals, domain, head_dim, head_dim if head_dim_v is None else head_dim_v, ITEM_BYTES[name])
     empty_row = None
     if rows.first_empty is not None:
@@ -226,7 +228,7 @@ def analyse(
         density=rows.allowed / (rows.rows * domain.kv_len), density_exact=rows.exact, **cost,
         partial_share=totals.partial / max(totals.listed, 1), imbalance=totals.imbalance, causal=causal,
         empty_rows=rows.empty, empty_row=empty_row, warnings=tuple(_warnings(pattern, domain, rows, causal)), seconds=seconds, block=pair,
-        _list=functools.partial(classify, mask, domain, pair),
+        _list=functools.partial(classify, mask, exact, pair),
     )  # fmt: skip
     if lists is not None:
         found.__dict__["lists"] = lists

@@ -23,8 +23,8 @@ from sparsedsl.lang.tables import TableRead
 
 __all__ = ["RisingForm", "Runs", "invert", "limits", "rising_form", "solve_clause"]
 
-# Stands in for "no bound": far outside any index, with room to add and multiply without wrapping.
-FAR = 1 << 60
+# Stands in for "no bound": beyond every integer of a call, which reach 2**60 (``lang.reach.LIMIT``), with room to add one of them.
+FAR = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,13 @@ def invert(
         low, high = -high, -low
     if form.fixed != 0:
         offset = evaluate(form.fixed, env)
-        low, high = _shift(low, offset), _shift(high, offset)
+        low, high = low.clamp(-FAR, FAR) - offset, high.clamp(-FAR, FAR) - offset
     if form.factor is not None:
         return (low, high) if form.factor == 1 else (-((-low) // form.factor), high // form.factor)
     if form.divisor is not None:
-        return _shift(low, 0) * form.divisor, _shift(high, 0) * form.divisor + form.divisor - 1
+        # Beyond the clamp lies no index: these reach 2**60.
+        most = FAR // form.divisor
+        return low.clamp(-most, most) * form.divisor, high.clamp(-most, most) * form.divisor + form.divisor - 1
     moving = form.moving
     if isinstance(moving, TableRead) and moving.args == (symbol,):
         table = env[moving.spec.name][:length]
@@ -150,17 +152,12 @@ def rising_form(expr: sympy.Expr, symbol: sympy.Symbol) -> RisingForm:
     return RisingForm(negated, moving, fixed, None, None)
 
 
-def _shift(value: torch.Tensor, offset: Any) -> torch.Tensor:
-    """``value - offset`` with "no bound" kept far, but near enough to multiply."""
-    return (value - offset).clamp(-(FAR >> 24), FAR >> 24)
-
-
 def _search(table: torch.Tensor, target: torch.Tensor, length: int) -> torch.Tensor:
     """Least index in ``[0, length]`` at which a monotone table reaches ``target``, in the table's own type, without a copy of it."""
     if table.dtype not in (torch.int32, torch.int64):
         table = table.to(torch.int32)
     top = torch.iinfo(table.dtype).max
-    wanted = target.clamp(-top, top).to(table.dtype).contiguous()
+    wanted = target.clamp(-top - 1, top).to(table.dtype).contiguous()
     if table.device.type == "cpu":
         # numpy's search keeps to one thread: for so few targets torch's spends its time waking the others.
         place = torch.as_tensor(np.searchsorted(table.numpy(), wanted.numpy()))

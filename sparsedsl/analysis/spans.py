@@ -140,7 +140,8 @@ def _span(clause: Clause) -> Span | None:
 
 
 def span_rows(span: Span, domain: Domain, *, of: str = "keys") -> tuple[torch.Tensor, torch.Tensor]:
-    """``first`` and ``last`` of every row, int32 ``(batch, heads, rows)``; size 1 where the span does not read ``b`` or ``h``.
+    """``first`` and ``last`` of every row, ``(batch, heads, rows)``, int32 or, where positions want it, int64; size 1 where the span
+    does not read ``b`` or ``h``.
 
     ``of="keys"``: rows are the queries of the domain, and ends are keys. ``of="queries"``: rows are keys, and ends are positions of
     queries. No host synchronisation. ``last < first`` is the empty span.
@@ -166,7 +167,8 @@ def span_rows(span: Span, domain: Domain, *, of: str = "keys") -> tuple[torch.Te
     empty = last < first
     shape = (groups.batch, groups.heads, rows.numel())
     ends = (torch.where(empty, length, first), torch.where(empty, -1, last))
-    return tuple(end.to(torch.int32).view(shape).contiguous() for end in ends)  # type: ignore[return-value]
+    small = torch.int32 if length < 2**31 else torch.int64
+    return tuple(end.to(small).view(shape).contiguous() for end in ends)  # type: ignore[return-value]
 
 
 @functools.lru_cache(maxsize=1024)

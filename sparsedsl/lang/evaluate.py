@@ -18,7 +18,7 @@ from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
 from sparsedsl.lang.tables import TableRead
 
-__all__ = ["evaluate", "read_table"]
+__all__ = ["Evaluator", "evaluate", "read_table"]
 
 Value = Any  # a torch tensor, or a Python number where nothing depends on a tensor
 
@@ -34,7 +34,7 @@ def evaluate(expr: sympy.Basic, env: Mapping[str, Any], *, dtype: torch.dtype = 
     Table reads outside the table are clamped to it here; that no allowed pair is affected is checked where tables are bound.
     """
     device = next((v.device for v in env.values() if isinstance(v, torch.Tensor)), None)
-    value = _Evaluator(env, dtype).value(expr)
+    value = Evaluator(env, dtype).value(expr)
     return value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device=device)
 
 
@@ -51,7 +51,7 @@ def read_table(table: torch.Tensor, indices: list[Value], name: str) -> torch.Te
     return table[tuple(clamped)]
 
 
-class _Evaluator:
+class Evaluator:
     """One evaluation; shared subexpressions are computed once."""
 
     def __init__(self, env: Mapping[str, Any], dtype: torch.dtype):
@@ -61,7 +61,7 @@ class _Evaluator:
     def value(self, expr: sympy.Basic) -> Value:
         """The value of one node."""
         if expr not in self.known:
-            self.known[expr] = self._compute(expr)
+            self.known[expr] = self.compute(expr)
         return self.known[expr]
 
     def real(self, expr: sympy.Basic) -> torch.Tensor:
@@ -71,13 +71,16 @@ class _Evaluator:
             return torch.tensor(value, dtype=self.dtype)
         return value.to(self.dtype)
 
-    def _compute(self, expr: sympy.Basic) -> Value:
+    def read(self, expr: TableRead) -> torch.Tensor:
+        """The entries of a table as they are stored."""
+        return read_table(self.env[expr.spec.name], [self.value(i) for i in expr.args], expr.spec.name)
+
+    def compute(self, expr: sympy.Basic) -> Value:
+        """The value of a node that is not known yet."""
         if isinstance(expr, sympy.Symbol):
             return self.env[expr.name]
         if isinstance(expr, TableRead):
-            indices = [self.value(i) for i in expr.args]
-            value = read_table(self.env[expr.spec.name], indices, expr.spec.name)
-            return value.to(self.dtype if expr.spec.dtype == "float" else torch.int64)
+            return self.read(expr).to(self.dtype if expr.spec.dtype == "float" else torch.int64)
         for kind in type(expr).__mro__:
             if kind in _RULES:
                 return _RULES[kind](self, expr)
@@ -104,12 +107,12 @@ minimum = _pairwise(torch.minimum, min)
 maximum = _pairwise(torch.maximum, max)
 
 
-def _constant(self: _Evaluator, expr: sympy.Number) -> Value:
+def _constant(self: Evaluator, expr: sympy.Number) -> Value:
     # A tensor without dimensions, since a Python float would turn int64 tensors into float32 whatever `dtype` says.
     return torch.tensor(float(expr), dtype=self.dtype)
 
 
-def _floor(self: _Evaluator, expr: sympy.floor) -> Value:
+def _floor(self: Evaluator, expr: sympy.floor) -> Value:
     argument = expr.args[0]
     if argument.is_rational:
         numerator, denominator = argument.as_numer_denom()
@@ -117,7 +120,7 @@ def _floor(self: _Evaluator, expr: sympy.floor) -> Value:
     return torch.floor(self.real(argument)).to(torch.int64)
 
 
-def _pow(self: _Evaluator, expr: sympy.Pow) -> Value:
+def _pow(self: Evaluator, expr: sympy.Pow) -> Value:
     base, power = expr.args
     if power.is_Integer and int(power) >= 0:
         return self.value(base) ** int(power)
@@ -129,26 +132,26 @@ def _pow(self: _Evaluator, expr: sympy.Pow) -> Value:
     return torch.pow(self.real(base), self.real(power))
 
 
-def _reduce(op: Callable[[Value, Value], Value]) -> Callable[[_Evaluator, sympy.Basic], Value]:
+def _reduce(op: Callable[[Value, Value], Value]) -> Callable[[Evaluator, sympy.Basic], Value]:
     return lambda self, expr: functools.reduce(op, (self.value(a) for a in expr.args))
 
 
-def _add(self: _Evaluator, expr: sympy.Add) -> Value:
+def _add(self: Evaluator, expr: sympy.Add) -> Value:
     grouped = fn.regrouped(expr)
     if isinstance(grouped, sympy.Add):
         return functools.reduce(operator.add, (self.value(a) for a in grouped.args))
     return self.value(grouped)
 
 
-def _relation(op: Callable[[Value, Value], Value]) -> Callable[[_Evaluator, sympy.Basic], Value]:
+def _relation(op: Callable[[Value, Value], Value]) -> Callable[[Evaluator, sympy.Basic], Value]:
     return lambda self, expr: op(self.value(expr.args[0]), self.value(expr.args[1]))
 
 
-def _real(op: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[_Evaluator, sympy.Basic], Value]:
+def _real(op: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Evaluator, sympy.Basic], Value]:
     return lambda self, expr: op(self.real(expr.args[0]))
 
 
-def _where(self: _Evaluator, expr: fn.Where) -> Value:
+def _where(self: Evaluator, expr: fn.Where) -> Value:
     condition, a, b = (self.value(x) for x in expr.args)
     if not isinstance(condition, torch.Tensor):
         return a if condition else b
@@ -156,27 +159,27 @@ def _where(self: _Evaluator, expr: fn.Where) -> Value:
     return torch.where(condition, a.to(condition.device), b.to(condition.device))
 
 
-def _not(self: _Evaluator, expr: sympy.Not) -> Value:
+def _not(self: Evaluator, expr: sympy.Not) -> Value:
     value = self.value(expr.args[0])
     return ~value if isinstance(value, torch.Tensor) else not value
 
 
-def _strict(self: _Evaluator, expr: strict.StrictFunction) -> Value:
+def _strict(self: Evaluator, expr: strict.StrictFunction) -> Value:
     operands = []
     for argument in expr.args:
         constant = strict.number(argument)
         if isinstance(argument, TableRead):  # in its own type: the operation casts it itself
-            operands.append(read_table(self.env[argument.spec.name], [self.value(i) for i in argument.args], argument.spec.name))
+            operands.append(self.read(argument))
         else:
             operands.append(self.value(argument) if constant is None else constant)
     return strict.compute(type(expr), operands)
 
 
-def _mod(self: _Evaluator, expr: sympy.Mod) -> Value:
+def _mod(self: Evaluator, expr: sympy.Mod) -> Value:
     return self.value(expr.args[0]) % self.value(expr.args[1])
 
 
-_RULES: dict[type, Callable[[_Evaluator, Any], Value]] = {
+_RULES: dict[type, Callable[[Evaluator, Any], Value]] = {
     sympy.Integer: lambda self, expr: int(expr),
     sympy.Rational: _constant,
     sympy.Float: _constant,

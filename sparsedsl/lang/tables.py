@@ -85,6 +85,8 @@ class TableSpec:
                 raise TableError(f"table {name!r}: values_in wants (low, high), two integers; got {values_in!r}") from None
             if low > high:
                 raise TableError(f"table {name!r}: values_in wants low <= high; got {values_in!r}")
+            if low >= 2**63 or high < -(2**63):
+                raise TableError(f"table {name!r}: no tensor holds integers of values_in={values_in!r}: they lie outside int64")
             values_in = (low, high)
         return cls(name, kind, bool(monotone), bool(bijective), bool(learned), values_in)
 

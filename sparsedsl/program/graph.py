@@ -77,6 +77,11 @@ class Program:
         return found
 
     @functools.cached_property
+    def exprs(self) -> tuple[sympy.Basic, ...]:
+        """The sympy expressions of all these."""
+        return tuple(e for part in self.expressions for e in (part.exprs if isinstance(part, Pattern) else (part.expr,)))
+
+    @functools.cached_property
     def expressions(self) -> tuple[Any, ...]:
         """Everything in it that is written in indices: patterns, candidates, forced pairs."""
         found: list[Any] = []

@@ -30,7 +30,7 @@ from sparsedsl.run.arguments import arranged, warn_of_slips
 from sparsedsl.run.backend_choice import fastest_backend
 from sparsedsl.run.differentiable import differentiable, transformed
 from sparsedsl.run.empty import attend_empty
-from sparsedsl.run.inputs import Call, bind_tables, check_call
+from sparsedsl.run.inputs import Call, bind_tables, check_call, exactly
 from sparsedsl.run.mapping import reads_batch
 from sparsedsl.run.reference import attend_reference
 from sparsedsl.run.remembered import Remembered
@@ -45,6 +45,8 @@ from sparsedsl.tuning.measure import machine
 
 __all__ = ["Attention"]
 
+# Positions, batch entries and heads that functions for FlexAttention reckon with where nobody says how many there are.
+UNTOLD = 1 << 24
 log = logging.getLogger("sparsedsl")
 
 
@@ -253,18 +255,27 @@ class Attention:
         """
         bound = bind_tables(self.pattern, tables, device=None if device is None else torch.device(device))
         domain = Domain(q_len, kv_len, q_offset, batch, count_heads((self.pattern,), bound, heads), bound)
+        domain = exactly((self.pattern.mask.expr,), domain)
         lists = self.lists(domain, block_pair(block_size))
         where = torch.device(device) if device is not None else domain.device
         return flex.block_mask(self.pattern, lists, domain, where, backward=backward)
 
+    def _bound_exactly(
+        self, expr: Any, tables: Mapping[str, Any], q_offset: int, q_len: int | None, kv_len: int | None
+    ) -> Mapping[str, torch.Tensor]:
+        """The tables for a function of positions, of which ``UNTOLD`` at most are reckoned with where lengths are not given."""
+        rows = UNTOLD if q_len is None else max(1, q_len - q_offset)
+        domain = Domain(rows, kv_len or UNTOLD, q_offset, UNTOLD, UNTOLD, bind_tables(self.pattern, tables))
+        return exactly((expr,), domain).tables
+
     def mask_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: Any) -> Any:
         """The mask as a FlexAttention ``mask_mod(b, h, q_idx, kv_idx)`` of local query indices. Lengths only if the pattern reads them."""
-        bound = bind_tables(self.pattern, tables)
+        bound = self._bound_exactly(self.pattern.mask.expr, tables, q_offset, q_len, kv_len)
         return flex.mask_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
 
     def score_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: Any) -> Any:
         """The score as a FlexAttention ``score_mod(score, b, h, q_idx, kv_idx)``; None if the pattern does not modify scores."""
-        bound = bind_tables(self.pattern, tables)
+        bound = self._bound_exactly(self.pattern.score.expr, tables, q_offset, q_len, kv_len)
         return flex.score_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
 
     def explain(

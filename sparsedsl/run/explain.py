@@ -17,7 +17,7 @@ from sparsedsl.gpu.kernel_config import Shape
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.plan import CallFacts, Plan, choose
-from sparsedsl.run.inputs import bind_tables
+from sparsedsl.run.inputs import bind_tables, exactly
 from sparsedsl.run.tiled_kernel import HeadSizes
 from sparsedsl.tiling.schedule import Schedule
 
@@ -63,7 +63,7 @@ def explain(attention: Any, facts: CallFacts, q_offset: int, tables: Mapping[str
     """The plan of a call with these facts, the analysis behind it, and how the mask was solved and cut."""
     pattern: Pattern = attention.pattern
     bound = bind_tables(pattern, tables)
-    domain = Domain(facts.q_len, facts.kv_len, q_offset, facts.batch, facts.heads, bound)
+    domain = exactly(pattern.exprs, Domain(facts.q_len, facts.kv_len, q_offset, facts.batch, facts.heads, bound))
     sizes = HeadSizes(facts.kv_heads, facts.head_dim, facts.head_dim_v)
     plan, refusal, schedule = None, None, None
     try:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 
 from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.errors import ShapeError, TableError
+from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.tables import TableSpec
@@ -20,14 +22,15 @@ from sparsedsl.run.mapping import samples, stacked
 from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.surroundings import is_transformed
 
-__all__ = ["FLOATS", "Call", "bind_tables", "check_call", "check_shapes", "check_table", "check_tensors"]
+__all__ = ["FLOATS", "Call", "bind_tables", "check_call", "check_shapes", "check_table", "check_tensors", "exactly"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One checked call. ``tables`` holds every table of the pattern; ``domain`` its index ranges; ``scale`` is a number.
+    """One checked call. ``given`` holds every table of the pattern as it was passed; ``domain`` the index ranges, and the tables for
+    computing in int64 (:func:`~sparsedsl.analysis.exactness.exact_domain`); ``scale`` is a number.
 
     A domain has no empty ranges: that of an empty call says 1 where the tensors have 0.
     """
@@ -37,10 +40,11 @@ class Call:
     v: torch.Tensor
     domain: Domain
     scale: float
+    given: Mapping[str, torch.Tensor]
 
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:
-        """Name -> tensor."""
+        """Name -> tensor, for computing in int64."""
         return self.domain.tables
 
     @property
@@ -67,7 +71,8 @@ def check_call(
 
     Raises:
         ShapeError: q, k, v do not fit each other.
-        TableError: a table is missing, surplus, too short, of the wrong type or device, or breaks a declared fact.
+        TableError: a table is missing, surplus, too short, of the wrong type or device, breaks a declared fact, or holds values that
+            arithmetic would take beyond 2**60. UnsupportedError: constants or positions would.
     """
     check_tensors(q, k, v)
     if isinstance(q_offset, torch.Tensor) and q_offset.ndim == 0 and not q_offset.is_floating_point():
@@ -85,11 +90,13 @@ def check_call(
     count_heads((pattern,), bound, q.shape[1])
     batch, rows, kv_len = (max(size, 1) for size in (q.shape[0], q.shape[2], k.shape[2]))
     domain = Domain(rows, kv_len, int(q_offset), batch, q.shape[1], bound)
+    exact = domain
     if not empty:
+        exact = exactly(pattern.exprs, domain)
         _check_reads_once(pattern, domain)
     elif pattern.sink is not None and q.shape[0] and q.shape[2]:  # there are no keys, but rows whose sinks are read
         _check_reads_once(attend(False, sink=pattern.sink), domain)
-    return Call(q, k, v, domain, float(scale))
+    return Call(q, k, v, exact, float(scale), bound)
 
 
 def check_tensors(q: Any, k: Any, v: Any) -> None:
@@ -114,6 +121,20 @@ def check_tensors(q: Any, k: Any, v: Any) -> None:
                 f"{name} has no heads or no head_dim: shape {tuple(tensor.shape)}; both must be at least 1 (batch and length may be 0)"
             )
     check_shapes(q, k, v)
+
+
+def exactly(exprs: tuple[sympy.Basic, ...], domain: Domain) -> Domain:
+    """:func:`~sparsedsl.analysis.exactness.exact_domain`, also of tables that differ from sample to sample of a vmap."""
+    if not is_transformed(*domain.tables.values()):
+        return exact_domain(exprs, domain)
+    for values in samples(domain.tables):
+        one = replace(domain, tables=values)
+        if exact_domain(exprs, one) is not one:
+            raise UnsupportedError(
+                "a table under torch.vmap holds values beyond 2**60, which are told apart for one table at a time. "
+                "Pass smaller values, or loop over the samples"
+            )
+    return domain
 
 
 def _is_empty(q: torch.Tensor, k: torch.Tensor) -> bool:
@@ -192,6 +213,10 @@ def check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | N
     if kind != spec.dtype:
         raise TableError(
             f"table {name!r} is declared as {spec.dtype} but got {value.dtype}; pass {spec.dtype} values or declare dtype={kind}"
+        )
+    if value.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        raise TableError(
+            f"table {name!r} has the type {value.dtype}, whose values torch neither compares nor adds; pass {name}.to(torch.int64)"
         )
     if value.ndim != rank:
         raise TableError(

@@ -5,11 +5,13 @@ Holds all ``q_len x kv_len`` logits. Any float dtype, any device, forward and ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.exact import evaluate_exactly
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.run.inputs import Call
 from sparsedsl.run.seen_product import seen_product
@@ -35,12 +37,18 @@ def _index_env(call: Call) -> dict[str, Any]:
         "h": torch.arange(domain.heads, device=device)[:, None, None],
         "q_idx": torch.arange(domain.q_offset, domain.q_offset + domain.rows, device=device)[:, None],
         "kv_idx": torch.arange(domain.kv_len, device=device),
-    } | domain.lengths | dict(call.tables)  # fmt: skip
+    } | domain.lengths | dict(call.given)  # fmt: skip
+
+
+def _evaluator(call: Call) -> Callable[..., torch.Tensor]:
+    """int64 does, unless a table holds values too far apart for it."""
+    ordinary = all(call.given[name] is table for name, table in call.tables.items())
+    return evaluate if ordinary else evaluate_exactly
 
 
 def dense_mask(pattern: Pattern, call: Call) -> torch.Tensor:
     """The mask as booleans, broadcastable to ``(batch, heads, q_len, kv_len)``."""
-    return evaluate(pattern.mask.expr, _index_env(call))
+    return _evaluator(call)(pattern.mask.expr, _index_env(call))
 
 
 def attend_reference(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +68,7 @@ def _attend(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     k, v = call.k.to(dtype), call.v.to(dtype)
     shape = (domain.batch, domain.heads, domain.rows, domain.kv_len)
     logits = seen_product(q, k.transpose(-1, -2)).reshape(shape) * call.scale
-    env = _index_env(call)
+    env, evaluate = _index_env(call), _evaluator(call)
     allowed = evaluate(pattern.mask.expr, env).expand(shape)
     if pattern.has_score:
         # Masked logits are set to 1, where every score function and its derivative are finite: 0 * inf would be NaN.

@@ -11,7 +11,7 @@ import torch
 
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.advice import shown
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.exact import evaluate_any
 from sparsedsl.lang.expressions import Expression, Score
 from sparsedsl.lang.text import parse
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code, expression_code
@@ -82,7 +82,7 @@ def _values(side: Any, case: AttentionCase, logits: torch.Tensor, tables: Mappin
             raise TableError(
                 f"values of the tables {', '.join(missing)} are needed: assert_same_values(..., {missing[0]}=tensor)"
             )
-        return evaluate(side.expr, {**case.env, "score": logits, **known})
+        return evaluate_any(side.expr, {**case.env, "score": logits, **known})
     if not callable(side):
         raise PatternError(f"assert_same_values compares expressions and Python functions; got {side!r} ({type(side).__name__})")
     positions = [case.env[name].reshape(-1) for name in ("b", "h", "q_idx", "kv_idx")]

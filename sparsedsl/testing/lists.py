@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.analysis.proofs import PROVED
 from sparsedsl.analysis.report import analyse
 from sparsedsl.analysis.tiles import classify
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.exact import evaluate_any
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code, pattern_code
 from sparsedsl.testing.shapes import AttentionCase
@@ -29,7 +30,7 @@ def allowed_pairs(pattern: Any, case: AttentionCase, **tables: Any) -> torch.Ten
     [[[[1, 0, 0], [1, 1, 0]]]]
     """
     mask = as_pattern(pattern).mask
-    return evaluate(mask.expr, {**case.env, **mask.bound, **tables}).expand(case.positions.shape)
+    return evaluate_any(mask.expr, {**case.env, **mask.bound, **tables}).expand(case.positions.shape)
 
 
 def assert_lists_sound(
@@ -58,7 +59,8 @@ def assert_lists_sound(
     case = AttentionCase(batch=batch, heads=heads, kv_heads=heads, q_len=q_len, kv_len=kv_len, q_offset=q_offset)
     allowed = allowed_pairs(pattern, case, **tables)
     bound = {name: t for name, t in {**pattern.bound, **tables}.items() if name in pattern.mask.tables}
-    lists = classify(pattern.mask.expr, Domain(q_len, kv_len, q_offset, batch, heads, bound), block)
+    domain = exact_domain((pattern.mask.expr,), Domain(q_len, kv_len, q_offset, batch, heads, bound))
+    lists = classify(pattern.mask.expr, domain, block)
     wrong = _wrong_lists(lists, allowed, block) or _wrong_numbers(pattern, case, block, allowed, tables)
     if wrong:
         raise Counterexample(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.exact import evaluate_any
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.testing.roundings import Roundings, stored
 from sparsedsl.testing.shapes import AttentionCase
@@ -79,12 +79,12 @@ def plain_attention(
     logits = q @ k.transpose(-1, -2) * scale
     env = {**case.env, **tables}
     env["b"] = env["b"] % max(case.batch // copies, 1)
-    allowed = evaluate(pattern.mask.expr, env).expand(shape)
+    allowed = evaluate_any(pattern.mask.expr, env).expand(shape)
     env["score"] = logits.masked_fill(~allowed, 1.0)
-    scores = evaluate(pattern.score.expr, env, dtype=dtype).to(dtype).expand(shape)
+    scores = evaluate_any(pattern.score.expr, env, dtype=dtype).to(dtype).expand(shape)
     scores = scores.masked_fill(~allowed, float("-inf"))
     if pattern.sink is not None:
-        sink = evaluate(pattern.sink.expr, env, dtype=dtype).to(dtype).expand(*shape[:3], 1)
+        sink = evaluate_any(pattern.sink.expr, env, dtype=dtype).to(dtype).expand(*shape[:3], 1)
         scores = torch.cat([scores, sink], dim=3)
         v = torch.cat([v, v.new_zeros(*v.shape[:2], 1, v.shape[3])], dim=2)
     return _Weighed.apply(scores, v)

@@ -44,7 +44,8 @@ class _Array:
 
     def __getitem__(self, indices: Any) -> Any:
         indices = indices if isinstance(indices, tuple) else (indices,)
-        return self.values[tuple(np.clip(i, 0, size - 1) for i, size in zip(indices, self.values.shape, strict=True))]
+        places = (np.asarray(np.clip(i, 0, size - 1)) for i, size in zip(indices, self.values.shape, strict=True))
+        return self.values[tuple(place.astype(np.int64) for place in places)]
 
 
 class _AnyTable:
@@ -59,17 +60,21 @@ class _AnyTable:
 
 
 class Positions(dict[str, Any]):
-    """The values of ``b, h, q_idx, kv_idx, q_len, kv_len`` on a whole grid, one axis each, as numpy int64 arrays.
+    """The values of ``b, h, q_idx, kv_idx, q_len, kv_len`` on a whole grid, one axis each, as numpy int64 arrays; with ``exact`` as
+    arrays of Python's integers, which never wrap around (tables then want ``dtype=object`` too).
 
     >>> Positions(batch=1, heads=2, q_len=3, kv_len=5, q_offset=2)["q_idx"].ravel().tolist()
     [2, 3, 4]
     """
 
-    def __init__(self, *, batch: int = 1, heads: int = 1, q_len: int, kv_len: int, q_offset: int = 0):
-        axes = (np.arange(batch), np.arange(heads), np.arange(q_len) + q_offset, np.arange(kv_len))
+    def __init__(self, *, batch: int = 1, heads: int = 1, q_len: int, kv_len: int, q_offset: int = 0, exact: bool = False):
+        sizes = (batch, heads, q_len, kv_len)
+        axes = [np.arange(size).astype(object if exact else np.int64) for size in sizes]
+        axes[2] = axes[2] + q_offset
         grid = np.ix_(*axes)
         super().__init__(zip(("b", "h", "q_idx", "kv_idx"), grid, strict=True))
-        self["q_len"], self["kv_len"] = np.int64(q_offset + q_len), np.int64(kv_len)
+        whole = int if exact else np.int64
+        self["q_len"], self["kv_len"] = whole(q_offset + q_len), whole(kv_len)
         self.shape = tuple(axis.size for axis in axes)
 
 

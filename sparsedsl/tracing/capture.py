@@ -19,7 +19,7 @@ import torch
 from sparsedsl.lang.symbols import RESERVED_NAMES
 from sparsedsl.tracing.locate import user_frames
 
-__all__ = ["content_name", "find_name", "intern", "is_monotone", "lowest", "sanitise"]
+__all__ = ["content_name", "extremes", "find_name", "intern", "is_monotone", "lowest", "sanitise"]
 
 _UNUSABLE = RESERVED_NAMES | {"inf", "nan", "table"}
 _DEPTH = 3  # attributes of attributes of a variable
@@ -108,6 +108,15 @@ def intern(tensor: torch.Tensor, name: str, live: bool) -> torch.Tensor:
 def lowest(tensor: torch.Tensor) -> int | None:
     """The smallest value of an integer table; None where it is not measured."""
     return int(_wide(tensor).min()) if 0 < tensor.numel() <= _LARGEST else None
+
+
+def extremes(tensor: torch.Tensor) -> tuple[int, int]:
+    """The least and the greatest value of an integer table; those of its type where they are not measured, of int64 an int32's."""
+    if 0 < tensor.numel() <= _LARGEST:
+        low, high = torch.aminmax(_wide(tensor))
+        return int(low), int(high)
+    limits = torch.iinfo(tensor.dtype if tensor.dtype.itemsize < 8 else torch.int32)
+    return limits.min, limits.max
 
 
 def is_monotone(tensor: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Nodes -> the language, for whole numbers and booleans. Floats are in :mod:`sparsedsl.tracing.floats`.
 
 torch's rules that differ from mathematics are kept: ``+`` and ``*`` of booleans are ``|`` and ``&``, integers narrower than
-32 bits wrap around, negative indices count from the end. Overflow of 32- and 64-bit integers is not modelled.
+32 bits wrap around, negative indices count from the end. 32- and 64-bit integers that would wrap around are refused.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import numeric, strict
 from sparsedsl.lang.expressions import Index, Mask, Table, as_index
+from sparsedsl.lang.reach import Reach
 from sparsedsl.lang.symbols import INDEX_SYMBOLS
-from sparsedsl.lang.tables import TableSpec
+from sparsedsl.lang.tables import TableRead, TableSpec
 from sparsedsl.tracing import capture
 from sparsedsl.tracing.bits import Bits
 from sparsedsl.tracing.floats import Floats
@@ -26,6 +27,9 @@ from sparsedsl.tracing.operations import COMPARISONS
 __all__ = ["Converter"]
 
 _WIDTHS = {torch.uint8: (0, 256), torch.int8: (-128, 256), torch.int16: (-(1 << 15), 1 << 16)}
+_WIDE = (torch.int32, torch.int64)
+_LEAVING = frozenset({"add", "sub", "mul", "add_scaled", "sub_scaled", "addcmul", "neg", "abs", "pow", "shl", "cast"})
+_POSITIONS = 1 << 24  # positions are taken to be smaller: what more of them do is seen to by every call
 _UNBOUNDED = (1 << 31) - 1
 _SWAPPED = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge", "eq": "eq", "ne": "ne"}
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
@@ -46,6 +50,7 @@ class Converter(Floats, Bits):
         super().__init__()
         self.claims, self.wanted, self.learned = claims, dict(claims), learned
         self._indices: dict[Node, Index] = {}
+        self._reads: dict[Node, list[Captured]] = {}
         self._masks: dict[Node, Mask] = {}
 
     def index(self, node: Node) -> Index:
@@ -158,11 +163,36 @@ class Converter(Floats, Bits):
         return divisor
 
     def _wrapped(self, node: Node, index: Index) -> Index:
-        """Integers narrower than 32 bits wrap around wherever a result may leave their range."""
+        """Integers narrower than 32 bits wrap around wherever a result may leave their range; wider ones must stay inside."""
+        if node.dtype in _WIDE and node.op in _LEAVING:
+            self._check_inside(node, index)
         if node.dtype not in _WIDTHS or node.op in ("read", "const", "minimum", "maximum", "where", "remainder", "bitwise_and"):
             return index
         low, size = _WIDTHS[node.dtype]
         return (index - low) % size + low
+
+    def _check_inside(self, node: Node, index: Index) -> None:
+        tables = self.reads(node)
+        if not tables or _comes_of_floats(index.expr):  # every call checks how far positions reach; of floats nobody knows
+            return
+        symbols = dict.fromkeys(INDEX_SYMBOLS, (0, _POSITIONS))
+        values = {one.name: capture.extremes(one.tensor) for one in tables if not one.tensor.dtype.is_floating_point}
+        low, high = Reach(symbols, values, tight=True).range(index.expr)
+        limits = torch.iinfo(node.dtype)
+        if low < limits.min or high > limits.max:
+            held = ", ".join(f"{name} ({least} to {most})" for name, (least, most) in values.items())
+            fail(
+                f"{node.op} of {node.dtype}, which may wrap around: with the values of {held} it gives {low} to {high}",
+                "Here integers are exact. Compare values instead of their difference (a == b, a < b), or make the table smaller or wider",
+                node.where,
+            )
+
+    def reads(self, node: Node) -> list[Captured]:
+        """The tables that a node is computed from."""
+        if node not in self._reads:
+            found = [node.args[0]] if node.op == "read" else []
+            self._reads[node] = list(dict.fromkeys([*found, *(table for part in node.inputs for table in self.reads(part))]))
+        return self._reads[node]
 
     # -- booleans ----------------------------------------------------------------------------------------------------------------
 
@@ -207,6 +237,11 @@ class Converter(Floats, Bits):
             mask = Mask(condition)
             return (mask if on else ~mask) if on != off else Mask(sympy.true if on else sympy.false)
         return _COMPARE[op](left, right)
+
+
+def _comes_of_floats(expr: sympy.Basic) -> bool:
+    exact = any(one.prefix != "i64" for one in expr.atoms(strict.StrictFunction))
+    return exact or any(read.spec.dtype == "float" for read in expr.atoms(TableRead))
 
 
 def _truncating(a: Index, b: Index) -> Index:

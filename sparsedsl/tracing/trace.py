@@ -41,7 +41,8 @@ def trace_mask(mask_mod: Callable[..., Any], *, rename: Mapping[str, str] | None
     Facts declared about a table, part of its identity, are measured: ``monotone`` where an integer table never falls along its
     last dimension, and ``values_in=(0 or 1, 2**31 - 1)`` only where the table is read as an index or a divisor. Float arithmetic
     that ends in a comparison or a cast to integer is kept bit by bit (``f32_log(...)`` in the text form). An index that may be
-    negative counts from the end of its table, as in torch (``i64_wrap(index, size)``). Not modelled: overflow of int32, int64.
+    negative counts from the end of its table, as in torch (``i64_wrap(index, size)``). Whole numbers of
+    32 and 64 bits are exact: arithmetic that would wrap around is refused, here with the values of the captured tables, and by calls.
 
     Raises:
         TraceError: for what depends on a value that is not known yet (``if``, ``and``, ``int()``, ``.item()``), and for

@@ -19,7 +19,7 @@ from sparsedsl.program.branches import Attend, Branch, Linear, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.tensors import Input
-from sparsedsl.run.inputs import FLOATS, Call, check_call, check_table
+from sparsedsl.run.inputs import FLOATS, Call, check_call, check_table, exactly
 
 __all__ = ["ProgramCall", "check_program_call"]
 
@@ -117,7 +117,7 @@ def check_program_call(
 
     Raises:
         ShapeError: q, k, v or an input do not fit each other.
-        TableError: an input or a table is missing, surplus, of the wrong type or device.
+        TableError: an input or a table is missing, surplus, of the wrong type or device, or a table's values leave 2**60 by arithmetic.
     """
     plain: Call = check_call(attend(True), q, k, v, {}, q_offset=q_offset, scale=1.0 if scale is None else scale)
     known = program.inputs, program.tables
@@ -147,7 +147,8 @@ def check_program_call(
             raise TableError(f"missing table {name}: pass {name}=tensor with the call")
         tables[name] = check_table(spec, given[name], ranks[name], q.device)
     count_heads((node.pattern for node in program.everything if isinstance(node, Attend)), tables, q.shape[1])
-    return ProgramCall(program, inputs, tables, plain.domain.q_offset, None if scale is None else plain.scale, state or {})
+    exact = exactly(program.exprs, replace(plain.domain, tables=tables))
+    return ProgramCall(program, inputs, exact.tables, plain.domain.q_offset, None if scale is None else plain.scale, state or {})
 
 
 def _check_recurrent(program: Program, plain: Call) -> None:
