@@ -29,7 +29,8 @@ def evaluate(expr: sympy.Basic, env: Mapping[str, Any], *, dtype: torch.dtype = 
     Args:
         expr: a sympy expression of the language.
         env: symbol name -> int64 tensor or int, ``"score"`` -> float tensor, table name -> tensor.
-        dtype: type of float arithmetic; integer and boolean expressions are exact in int64 and bool.
+        dtype: type of float arithmetic. Integers are computed in int64: a call sees to it that none leaves that; else
+            :func:`~sparsedsl.lang.exact.evaluate_any`.
 
     Table reads outside the table are clamped to it here; that no allowed pair is affected is checked where tables are bound.
     """

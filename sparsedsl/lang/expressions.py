@@ -680,6 +680,9 @@ def table(
     are facts that analysis relies on and calls check: ``monotone`` (never falls along its last index, as document ids),
     ``bijective`` (a permutation along its last index), ``values_in=(low, high)`` (inclusive). A learned table gets gradients.
 
+    Integers are exact. Values may lie anywhere in int64 where they are compared (``kv_idx < end[q_idx]`` with ``iinfo(int64).max`` for
+    "no end", also through ``minimum``, ``where`` or a bounded sum); a call whose arithmetic would take them beyond 2**60 raises TableError.
+
     What was worked out of a table (tile lists, checked facts) is kept while the tensor lives unchanged. Torch counts writes such as
     ``doc[5] = 1`` or ``doc.copy_(ids)``, and they are seen; it does not count writes through ``doc.data`` or through an array that shares
     the memory (``doc.numpy()``, ``torch.from_numpy(ids)``): after such a write pass ``doc.clone()``.

@@ -183,4 +183,13 @@ class Reach:
                 return min(low, 0), max(high, 0)
             case "gcd":
                 return 0, max(max(-low, high) for low, high in ranges)
+            case "lcm" | "mul":
+                size = math.prod(max(-low, high) for low, high in ranges)
+                return -size, size
+            case "add" | "sub":
+                size = sum(max(-low, high) for low, high in ranges)
+                return -size, size
+            case "pow" if others[0][0] >= 0 and others[0][1] < 256:
+                ends = [self._power(low, high, by) for by in {*others[0], max(others[0][1] - 1, 0)}]
+                return min(least for least, _ in ends), max(most for _, most in ends)
         return -HUGE, HUGE

@@ -95,6 +95,7 @@ def check_call(
         exact = exactly(pattern.exprs, domain)
         _check_reads_once(pattern, domain)
     elif pattern.sink is not None and q.shape[0] and q.shape[2]:  # there are no keys, but rows whose sinks are read
+        exact = exactly((pattern.sink.expr,), domain)
         _check_reads_once(attend(False, sink=pattern.sink), domain)
     return Call(q, k, v, exact, float(scale), bound)
 

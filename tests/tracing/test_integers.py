@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import sparsedsl as sd
+
 WHOLE = {
     "floor": lambda x, n: x // n,
     "floor, negative": lambda x, n: x // -n,
@@ -96,3 +98,38 @@ def test_narrow_integers_wrap_around(name, dtype, same_mask):
 @pytest.mark.parametrize("name", TRUTH)
 def test_booleans(name, same_mask):
     same_mask(lambda b, h, q, kv: TRUTH[name](q % 2 == 0, kv < 3, q - kv), shape=(1, 1, 7, 7))
+
+
+FAR = torch.tensor([-(2**63), 0, 2**63 - 1])
+FULL = torch.tensor([2**31 - 1, -(2**31), 5], dtype=torch.int32)
+NEAR = torch.tensor([3, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "compared",
+    [
+        lambda b, h, q, kv: FAR[q % 3] <= FAR[kv % 3],
+        lambda b, h, q, kv: FULL[q % 3].clamp(0, 9) * 1000 < kv,
+        lambda b, h, q, kv: FULL[q % 3].to(torch.int64) - FULL[kv % 3] < 7,
+        lambda b, h, q, kv: NEAR[q % 3] * NEAR[kv % 3] - NEAR[q % 3] < 4,
+        lambda b, h, q, kv: (FULL[q % 3] ^ FULL[kv % 3]) < 4,
+    ],
+)
+def test_what_stays_inside_its_type_is_traced(compared, same_mask):
+    same_mask(compared)
+
+
+@pytest.mark.parametrize(
+    "wraps",
+    [
+        lambda b, h, q, kv: FAR[q] - FAR[kv] < 5,
+        lambda b, h, q, kv: FULL[q] - FULL[kv] < 5,
+        lambda b, h, q, kv: FULL[q] * FULL[kv] < 5,
+        lambda b, h, q, kv: abs(FULL[q]) < 5,
+        lambda b, h, q, kv: -FAR[q] < kv,
+        lambda b, h, q, kv: FAR[q].to(torch.int32) < kv,
+    ],
+)
+def test_what_would_wrap_around_is_refused(wraps):
+    with pytest.raises(sd.TraceError, match="which may wrap around: with the values of (FAR|FULL)"):
+        sd.trace_mask(wraps)
