@@ -9,16 +9,15 @@ gaps between values (0 among them, for positions and constants) shrink to just m
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import sympy
 import torch
 from sympy.core.relational import Relational
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.errors import TableError, UnsupportedError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.printing import expression_text
@@ -50,23 +49,23 @@ def exact_domain(exprs: tuple[sympy.Basic, ...], domain: Domain) -> Domain:
     if _fits(exprs, lengths, tables):
         return domain
     held = [domain.tables[name] for name, _ in tables]
-    key = exprs, lengths, tables, *(id(table) for table in held)
-    known = _CHANGED.get(key)
-    if known is None or not all(ref() is t and version == t._version for (ref, version), t in zip(known[0], held, strict=True)):
-        found = {name: _extremes(domain.tables[name]) for name, _ in tables}
-        try:
-            changed = _changed(exprs, domain, _symbols(longest, *lengths), found)
-        except TooFar:
-            return _for_this_call(exprs, domain, found)
-        if len(_CHANGED) > 64:
-            _CHANGED.clear()
-        known = _CHANGED[key] = [(weakref.ref(t), t._version) for t in held], changed
-    return replace(domain, tables={**domain.tables, **known[1]}) if known[1] else domain
+
+    def change() -> dict[str, torch.Tensor]:
+        return _changed(exprs, domain, _symbols(longest, *lengths), _found(domain, tables))
+
+    try:
+        changed = _CHANGED.get((exprs, lengths, tables), held, change)
+    except TooFar:
+        return _for_this_call(exprs, domain, _found(domain, tables))
+    return replace(domain, tables={**domain.tables, **changed}) if changed else domain
 
 
-_Known = tuple[list[tuple[weakref.ref[torch.Tensor], int]], dict[str, torch.Tensor]]
 # What the tables of a call are exchanged for, for all lengths up to a power of two.
-_CHANGED: dict[tuple[Any, ...], _Known] = {}
+_CHANGED: Remembered[dict[str, torch.Tensor]] = Remembered(64)
+
+
+def _found(domain: Domain, tables: tuple[tuple[str, Range], ...]) -> dict[str, Range]:
+    return {name: _extremes(domain.tables[name]) for name, _ in tables}
 
 
 def _for_this_call(exprs: tuple[sympy.Basic, ...], domain: Domain, found: Mapping[str, Range]) -> Domain:
@@ -123,7 +122,7 @@ def _up(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-_ROUNDED: dict[int, tuple[weakref.ref[torch.Tensor], int, Range | None]] = {}
+_ROUNDED: Remembered[Range | None] = Remembered(4096)
 
 
 def _rounded(table: torch.Tensor) -> Range | None:
@@ -131,19 +130,18 @@ def _rounded(table: torch.Tensor) -> Range | None:
 
     Of narrow types it is that of the type, which costs no look at the values.
     """
-    known = _ROUNDED.get(id(table))
-    if known is not None and known[0]() is table and known[1] == table._version:
-        return known[2]
-    found: Range | None = None
-    if not table.is_floating_point() and table.dtype != torch.bool and table.numel():
-        limits = torch.iinfo(table.dtype)
-        low, high = _extremes(table) if table.dtype.itemsize == 8 else (limits.min, limits.max)
-        size = 1 << max(low.bit_length(), high.bit_length())
-        found = -size if low < 0 else 0, size
-    if len(_ROUNDED) > 4096:
-        _ROUNDED.clear()
-    _ROUNDED[id(table)] = weakref.ref(table), table._version, found
-    return found
+    if table.is_floating_point():
+        return None
+    return _ROUNDED.get(None, [table], lambda: _round(table))
+
+
+def _round(table: torch.Tensor) -> Range | None:
+    if table.dtype == torch.bool or not table.numel():
+        return None
+    limits = torch.iinfo(table.dtype)
+    low, high = _extremes(table) if table.dtype.itemsize == 8 else (limits.min, limits.max)
+    size = 1 << max(low.bit_length(), high.bit_length())
+    return (-size if low < 0 else 0), size
 
 
 def _extremes(table: torch.Tensor) -> Range:

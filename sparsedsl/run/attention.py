@@ -20,6 +20,7 @@ import torch
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.analysis.tiles import block_pair, classify
 from sparsedsl.gpu.kernel_config import Shape
 from sparsedsl.lang.pattern import Pattern
@@ -33,7 +34,6 @@ from sparsedsl.run.empty import attend_empty
 from sparsedsl.run.inputs import Call, bind_tables, check_call, exactly
 from sparsedsl.run.mapping import reads_batch
 from sparsedsl.run.reference import attend_reference
-from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.score_rules import score_rule
 from sparsedsl.run.surroundings import is_traced, is_transformed
 from sparsedsl.run.tiled_kernel import HeadSizes, TiledKernel

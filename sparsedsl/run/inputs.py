@@ -14,12 +14,12 @@ from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
+from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.tables import TableSpec
 from sparsedsl.run.mapping import samples, stacked
-from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.surroundings import is_transformed
 
 __all__ = ["FLOATS", "Call", "bind_tables", "check_call", "check_shapes", "check_table", "check_tensors", "exactly"]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.run import tiled
 from sparsedsl.run.inputs import Call
-from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.score_rules import score_rule
 from sparsedsl.run.tiled_operands import folds_heads
 from sparsedsl.tiling.schedule import Schedule

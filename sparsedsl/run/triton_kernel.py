@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.codegen.triton_backward import learned_reads
 from sparsedsl.errors import UnsupportedError
@@ -23,7 +24,6 @@ from sparsedsl.gpu.loading import interpreted
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import HEAD
 from sparsedsl.run.inputs import Call
-from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.sinks import sink_gradients
 from sparsedsl.run.triton_choice import chosen, target_of
 from sparsedsl.run.triton_launch import (

@@ -131,5 +131,5 @@ def test_what_stays_inside_its_type_is_traced(compared, same_mask):
     ],
 )
 def test_what_would_wrap_around_is_refused(wraps):
-    with pytest.raises(sd.TraceError, match="which may wrap around: with the values of (FAR|FULL)"):
+    with pytest.raises(sd.TraceError, match=r"which may wrap around: with the values of (FAR|FULL)"):
         sd.trace_mask(wraps)

@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.analysis.spans import span_rows, spans
 from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.errors import UnsupportedError
@@ -26,7 +27,6 @@ from sparsedsl.run.attention import Attention
 from sparsedsl.run.picked.attention import picked_attention
 from sparsedsl.run.picked.picks import Picks
 from sparsedsl.run.programs.parts import spread
-from sparsedsl.run.remembered import Remembered
 from sparsedsl.run.scan.linear import linear_scan
 from sparsedsl.run.scan.slots import slot_scan
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsedsl.run.remembered import Remembered
+from sparsedsl.analysis.remembered import Remembered
 
 
 class Counter:
