@@ -150,11 +150,13 @@ def _extremes(table: torch.Tensor) -> Range:
 
 
 def _refusal(expr: sympy.Basic, reach: Reach, found: Mapping[str, Range], domain: Domain) -> Exception:
-    if isinstance(expr, Relational):
-        expr = expr.lhs if isinstance(expr.rhs, sympy.Integer) else expr.lhs - expr.rhs
-    low, high = reach.range(expr)
-    what = f"{expression_text(expr)} "
-    what += f"may be anything from {low} to {high}" if max(-low, high) > LIMIT else "is more than a comparison"
+    if isinstance(expr, Relational) and expr.rhs.is_Integer and abs(expr.rhs) > LIMIT:
+        what = f"{expression_text(expr)} compares with the constant {expr.rhs}"
+    else:
+        expr = expr.lhs - expr.rhs if isinstance(expr, Relational) else expr
+        low, high = reach.range(expr)
+        far = f"may be anything from {low} to {high}" if max(-low, high) > LIMIT else "is more than a comparison"
+        what = f"{expression_text(expr)} {far}"
     limit = "integers are computed exactly up to 2**60 and never wrap around"
     names = sorted({read.spec.name for read in expr.atoms(TableRead)} & found.keys())
     far = [name for name in names if max(-found[name][0], found[name][1]) > FAR[1]]

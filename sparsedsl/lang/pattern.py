@@ -235,5 +235,7 @@ def relates_positions(expr: Any) -> bool:
         by_key |= {read.spec.name} if KV_IDX in free else set()
         if {Q_IDX, KV_IDX} <= free:
             return True
-    plain = expr.xreplace({read: sympy.Dummy() for read in table_reads(expr)})
+    # A stand-in is a number of the read's own kind: sympy refuses to compare what it does not know to be real.
+    kinds = {read: {"real": True} if read.spec.dtype == "float" else {"integer": True} for read in table_reads(expr)}
+    plain = expr.xreplace({read: sympy.Dummy(**kind) for read, kind in kinds.items()})
     return bool(by_query & by_key) or Q_IDX in plain.free_symbols
