@@ -159,9 +159,9 @@ def _refusal(expr: sympy.Basic, reach: Reach, found: Mapping[str, Range], domain
         what = f"{expression_text(expr)} {far}"
     limit = "integers are computed exactly up to 2**60 and never wrap around"
     names = sorted({read.spec.name for read in expr.atoms(TableRead)} & found.keys())
-    far = [name for name in names if max(-found[name][0], found[name][1]) > FAR[1]]
-    if far:
-        held = ", ".join(f"{name!r} holds values from {found[name][0]} to {found[name][1]}" for name in far)
+    beyond = [name for name in names if max(-found[name][0], found[name][1]) > FAR[1]]
+    if beyond:
+        held = ", ".join(f"{name!r} holds values from {found[name][0]} to {found[name][1]}" for name in beyond)
         return TableError(
             f"table {held}: {what}; {limit}. Values anywhere in int64 may be compared (t[q_idx] == t[kv_idx], kv_idx < t[q_idx]), but "
             "not added up, multiplied or used as numbers beside that: pass smaller ones"
@@ -277,9 +277,9 @@ class _Use:
     def _far(self, expr: sympy.Expr) -> _Far | None:
         if isinstance(expr, TableRead):
             for index, size in zip(expr.args, self.shapes.get(expr.spec.name, [0] * len(expr.args)), strict=True):
-                far = self.far(index)
-                if far is not None:  # clamped into the table: beyond its end is beyond its end
-                    self._asks(far.beside + size, expr)
+                known = self.far(index)
+                if known is not None:  # clamped into the table: beyond its end is beyond its end
+                    self._asks(known.beside + size, expr)
             return _Far(True, False, 0) if expr.spec.name in self.names else None
         if isinstance(expr, fn.Where):
             self.visit(expr.args[0])

@@ -190,6 +190,6 @@ class Reach:
                 size = sum(max(-low, high) for low, high in ranges)
                 return -size, size
             case "pow" if others[0][0] >= 0 and others[0][1] < 256:
-                ends = [self._power(low, high, by) for by in {*others[0], max(others[0][1] - 1, 0)}]
-                return min(least for least, _ in ends), max(most for _, most in ends)
+                powers = [self._power(low, high, by) for by in {*others[0], max(others[0][1] - 1, 0)}]
+                return min(least for least, _ in powers), max(most for _, most in powers)
         return -HUGE, HUGE
