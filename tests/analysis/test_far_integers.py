@@ -193,7 +193,7 @@ REFUSED = {
         0,
         "more than a comparison|holds",
     ),
-    "offset": (kv_idx * 3 <= q_idx * 5, {}, 1 << 62, r"positions go up to 2\*\*60.*q_offset 4611686018427387904"),
+    "offset": (kv_idx * 3 <= q_idx * 5, {}, 1 << 62, r"q_offset must be at most 2\*\*60.* 4611686018427387904"),
     "offset times 5": (
         kv_idx * 3 <= q_idx * 5,
         {},
