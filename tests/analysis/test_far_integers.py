@@ -247,6 +247,15 @@ def test_a_table_beside_a_choice_of_itself_is_a_mask_like_any_other():
     assert sd.compile(mask, backend="reference")(q, q, q, doc=documents_apart()).shape == q.shape
 
 
+def test_a_minimum_that_is_also_a_factor_is_taken_apart_once():
+    least = sd.minimum(q_idx, doc[kv_idx])
+    for mask in (least + least * start[q_idx] <= 30, least * abs(least - 3) + least <= 4):
+        tables = {"doc": torch.arange(LENGTH) % 7, "start": torch.arange(LENGTH) % 5 - 2}
+        tables = {name: table for name, table in tables.items() if name in mask.tables}
+        report = sd.analyse(mask, LENGTH, block_size=16, **tables)
+        assert torch.equal(report.lists.classes(), tile_classes(python_mask(mask, tables)[None, None], (16, 16)))
+
+
 def test_ordinary_tables_are_left_alone():
     table = torch.arange(LENGTH)
     domain = Domain(LENGTH, LENGTH, tables={"doc": table})
