@@ -197,7 +197,8 @@ def _split(relation: Relational) -> Boolean | None:
     else:
         strict = isinstance(relation, sympy.Lt)
 
-    factor = next(number for number, core in map(sympy.Expr.as_coeff_Mul, sympy.Add.make_args(difference)) if core == node)
+    parts = (term.as_coeff_Mul() for term in sympy.Add.make_args(difference))
+    factor = next(number for number, core in parts if core == node)
     # The node may stand elsewhere in the difference too, inside another function or a product: there it stays.
     rest = difference - factor * node
 
