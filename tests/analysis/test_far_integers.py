@@ -201,10 +201,10 @@ REFUSED = {
         r"q_offset 1152921504606846856.* 5\*q_idx - 3\*kv_idx may be",
     ),
     "constant": (
-        kv_idx + doc[q_idx] <= 2**63,
+        kv_idx + doc[q_idx] <= 2**62,
         {"doc": torch.zeros(LENGTH, dtype=torch.int64)},
         0,
-        r"9223372036854775808.*2\*\*60",
+        r"4611686018427387904.*2\*\*60",
     ),
 }
 
