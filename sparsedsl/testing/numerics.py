@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,7 +104,7 @@ class Expected:
     kept: dict[str, torch.dtype]
     accumulated: torch.dtype
     _runs: dict[torch.dtype, int] = field(default_factory=dict)
-    _squares: dict[tuple[torch.dtype, str], Tensor] = field(default_factory=dict)
+    _lengths: dict[tuple[torch.dtype, str], Tensor] = field(default_factory=dict)
 
     def sigma(self, name: str, runs: int) -> Tensor:
         """The standard deviation of each element, from so many runs at least."""
@@ -112,10 +113,12 @@ class Expected:
         done = self._runs.get(summed, 0)
         if runs > done:
             for other, values in self.moved(done, runs - done, summed).items():
-                off = torch.nan_to_num(values - self.values[other], 0.0, 0.0, 0.0).square().sum(0)
-                self._squares[summed, other] = self._squares.get((summed, other), 0.0) + off
+                moves = torch.nan_to_num(values - self.values[other], 0.0, 0.0, 0.0).unbind(0)
+                known = self._lengths.get((summed, other))
+                # hypot: the square of a move of 1e-170, of a weight that is nearly 0, would be 0
+                self._lengths[summed, other] = functools.reduce(torch.hypot, moves if known is None else (known, *moves)).abs()
             self._runs[summed] = runs
-        return (self._squares[summed, name] / self._runs[summed]).sqrt()
+        return self._lengths[summed, name] / self._runs[summed] ** 0.5
 
     def tolerance(self, name: str, runs: int = _FEW) -> Tensor:
         """How far off each element may be."""
