@@ -69,6 +69,8 @@ def facts(expr: sympy.Basic) -> Facts:
 def _foreign(expr: sympy.Basic) -> frozenset[sympy.Basic]:
     if isinstance(expr, sympy.Float):
         known = abs(float(expr)) < float("inf") and (float(expr) != 0 or expr.is_zero)  # a double
+    elif isinstance(expr, sympy.Integer):
+        known = -(2**63) <= expr.p < 2**63
     elif isinstance(expr, sympy.Rational):
         known = max(expr.p.bit_length(), expr.q.bit_length()) <= 63
     elif isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > HIGHEST:

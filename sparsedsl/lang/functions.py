@@ -286,6 +286,13 @@ def in_language(expr: sympy.Basic) -> sympy.Basic:
             expr = expr.replace(sympy.Abs, Abs)
         elif isinstance(node, sympy.sign):
             expr = expr.replace(sympy.sign, lambda x: Where(x > 0, sympy.S.One, Where(x < 0, sympy.S.NegativeOne, sympy.S.Zero)))
+        elif isinstance(node, sympy.Integer) and any(
+            _counts_with(node, relation) for relation in expr.atoms(sympy.core.relational.Relational)
+        ):
+            raise PatternError(
+                f"{node} is no whole number of 64 bits, and stands in {str(expr)[:200]}. Tables hold -2**63 to 2**63 - 1: compare with "
+                "one of these"
+            )
         elif isinstance(node, sympy.Float) or (isinstance(node, sympy.Rational) and not getattr(expr, "is_integer", True)):
             expr = expr.xreplace({node: as_double(sympy.Float(node))})
     foreign = [node for node in facts(expr).foreign if not node.is_Rational]
@@ -299,6 +306,11 @@ def in_language(expr: sympy.Basic) -> sympy.Basic:
             "a quotient and sums of inf. Pairs are dropped by the mask, or with sd.where(condition, sd.score, float('-inf'))"
         )
     return expr
+
+
+def _counts_with(number: sympy.Integer, relation: sympy.Basic) -> bool:
+    """Whether a relation of whole numbers reads this number: as a float it would be equal to its neighbours."""
+    return all(side.is_integer for side in relation.args) and number in relation.atoms(sympy.Integer)
 
 
 def as_double(number: sympy.Float) -> sympy.Expr:

@@ -139,9 +139,10 @@ def rebuilt(program: Program, change: Callable[[Node], Node]) -> Program:
 
 def _reading(expression: Any, again: Callable[[Any], Any]) -> Any:
     """An expression whose tables are the rebuilt nodes."""
-    expr, bound = expression.expr, {}
-    for name, value in expression.bound.items():
+    expr, bound = expression.expr, expression.bound
+    for name, value in list(bound.items()):
         node = again(value)
+        del bound[name]
         bound[node.label if isinstance(value, Node) else name] = node
         while isinstance(value, Node) and node.label != name:
             # Innermost first: a place in an order may be looked up at a place in the same order.

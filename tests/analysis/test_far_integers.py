@@ -297,3 +297,21 @@ def test_programs_compare_far_values_too():
         torch.testing.assert_close(attn(q, k, v, doc=far), attn(q, k, v, doc=near))
     with pytest.raises(sd.TableError, match="'doc' holds values"):
         sd.compile(sd.attend(causal & (doc[q_idx] + doc[kv_idx] > 0) & picks))(q, k, v, doc=far)
+
+
+@pytest.mark.parametrize("value", [INT64.min, INT64.min + 1, INT64.max - 1, INT64.max])
+def test_a_constant_at_the_end_of_int64_is_no_float(value: int) -> None:
+    """As floats the two last numbers of either end are equal: a call must not go on with them."""
+    mask = doc[kv_idx] == value
+    assert str(value) in mask.text
+    ids = torch.tensor([INT64.min, INT64.min + 1, 0, INT64.max - 1, INT64.max])
+    q = k = v = torch.randn(1, 1, 5, 8)
+    for backend in ("reference", "tiled"):
+        with pytest.raises(sd.TableError, match=f"compares with the constant {value}"):
+            sd.compile(mask, backend=backend)(q, k, v, doc=ids)
+
+
+@pytest.mark.parametrize("constant", [2**63, -(2**63) - 1, 2**70])
+def test_a_constant_beyond_int64_is_refused(constant: int) -> None:
+    with pytest.raises(sd.PatternError, match=f"{constant} is no whole number of 64 bits"):
+        _ = doc[kv_idx] == constant

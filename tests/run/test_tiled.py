@@ -515,8 +515,9 @@ class Largest(TorchDispatchMode):
 def test_memory_grows_with_the_length_not_its_square(name):
     """No tensor of either pass has more elements than the operands, or than the logits that are held at once."""
     at_once, length = 1 << 20, 3000
-    q, k, v = (t.requires_grad_() for t in qkv(length, batch=1, heads=1, kv_heads=1, dtype=torch.float32))
     pattern = sd.patterns.neighbourhood_2d(60, 50, 5) if name == "picture" else USUAL[name]
+    heads = getattr(pattern, "heads", None) or 1
+    q, k, v = (t.requires_grad_() for t in qkv(length, batch=1, heads=heads, kv_heads=1, dtype=torch.float32))
     attn = sd.compile(pattern, backend="tiled")
     with cut(Cut(height=1024, threads=1)), Largest() as largest:  # a mode sees the thread it is entered on
         attn(q, k, v).sum().backward()

@@ -133,3 +133,10 @@ def test_nothing_is_right_too(sizes: tuple[int, int, int]) -> None:
     batch, rows, keys = sizes
     q, k, v = (torch.ones(batch, 2, n, 8) for n in (rows, keys, keys))
     assert kit.assert_matches_reference(CAUSAL, q, k, v) == ("out", "lse", "dq", "dk", "dv")
+
+
+def test_weights_that_are_nearly_0_are_allowed_their_roundings() -> None:
+    """Gradients of 1e-159: the squares of what they may be off by are no numbers."""
+    pattern = sd.attend(sd.q_idx >= sd.kv_idx, score=sd.score + 0.5 * sd.kv_idx**2)
+    q, k, v = (kit.tensor(1, 1, 28, 1, seed=seed).double() for seed in range(3))
+    kit.assert_matches_reference(sd.compile(pattern, backend="tiled"), q, k, v, q_offset=27)
