@@ -552,9 +552,9 @@ class Index(_Arithmetic):
 
 
 def _shifted(bits: Any) -> Any:
-    """``2**bits``; of an expression beyond 62 bits 2**62, which is more than any position."""
+    """``2**bits``; of an expression beyond 60 bits 2**60, which is more than any position."""
     if isinstance(bits, Index) and bits._expr.is_nonnegative:
-        return Index(strict.strict_class("i64", "shl")(sympy.Integer(1), fn.Min(bits._expr, sympy.Integer(62))), bits._bound)
+        return Index(strict.strict_class("i64", "shl")(sympy.Integer(1), fn.Min(bits._expr, sympy.Integer(60))), bits._bound)
     if not _is_number(bits, numbers.Integral) or not 0 <= bits < 63:
         raise PatternError(
             f"a shift wants a number of bits from 0 to 62, or an index that cannot be negative; got {bits!r}. "

@@ -95,4 +95,10 @@ def _forms(part: Boolean) -> tuple[Boolean, Boolean | None]:
     if not part.is_Relational:
         return part, None
     form = part.canonical
-    return form, form.negated.canonical
+    opposite = form.negated
+    # the opposite of n <= 3 is written n >= 4 in masks
+    if isinstance(opposite, sympy.Gt) and all(side.is_integer for side in opposite.args):
+        opposite = sympy.Ge(opposite.lhs, opposite.rhs + 1, evaluate=False)
+    elif isinstance(opposite, sympy.Lt) and all(side.is_integer for side in opposite.args):
+        opposite = sympy.Le(opposite.lhs, opposite.rhs - 1, evaluate=False)
+    return form, opposite.canonical

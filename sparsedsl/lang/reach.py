@@ -171,7 +171,9 @@ class Reach:
             return 0, 1
         if expr.prefix != "i64":
             return -FLOATS, FLOATS
-        ranges = [self.range(a) for a in expr.args]
+        # No solver looks inside of one of these, so that a minimum there is one.
+        inside = self if self.tight else Reach(self.symbols, self.tables, tight=True)
+        ranges = [inside.range(a) for a in expr.args]
         (low, high), *others = ranges
         match expr.operation:
             case "wrap":

@@ -260,7 +260,10 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 def test_command_with_a_mistake(capsys):
     assert main(["build", "sparsedsl.patterns:causal", "--target", "sm_12"]) == 2
-    assert capsys.readouterr().err == "sparsedsl: target must be one of sm_80, sm_90, sm_100, gfx942; got 'sm_12'\n"
+    assert (
+        capsys.readouterr().err
+        == "sparsedsl: target must be one of sm_80, sm_90, sm_100, gfx942; got 'sm_12'. Did you mean 'sm_100'?\n"
+    )
 
 
 def test_tune_command_is_wired(capsys):

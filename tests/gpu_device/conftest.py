@@ -91,23 +91,28 @@ class Kit:
         """q, k, v of these heads, lengths (already cut down, if they should be) and widths; bf16 where it can be multiplied."""
         if self.rehearsing:  # Triton's interpreter takes bf16 for integers
             dims, batch = (max(8, dims[0] // 4), max(8, dims[1] // 4)), -(-batch // 2)
-            heads = max(1, heads[1] // 2) * heads[0] // heads[1], max(1, heads[1] // 2)
             dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+        heads = self.heads(heads)
         kv_length = length if kv_length is None else kv_length
         shapes = (heads[0], length, dims[0]), (heads[1], kv_length, dims[0]), (heads[1], kv_length, dims[1])
         return [
             tensor(batch, *shape, seed=seed + i, dtype=dtype, layout=layout).to(self.device) for i, shape in enumerate(shapes)
         ]
 
-    def tables(self, pattern: Any, length: int, heads: int) -> dict[str, torch.Tensor]:
-        """The tables of a pattern, for up to ``length`` positions."""
-        blocks = -(-length // 64)
+    def heads(self, heads: tuple[int, int]) -> tuple[int, int]:
+        """How many query and key heads there are, cut down in a rehearsal."""
+        kv_heads = max(1, heads[1] // 2) if self.rehearsing else heads[1]
+        return kv_heads * heads[0] // heads[1], kv_heads
+
+    def tables(self, pattern: Any, length: int, heads: tuple[int, int] = (4, 2)) -> dict[str, torch.Tensor]:
+        """The tables of a pattern, for up to ``length`` positions and inputs of these heads."""
+        blocks, rows = -(-length // 64), self.heads(heads)[0]
         made: dict[str, Callable[[], torch.Tensor]] = {
             "doc": lambda: torch.arange(length) // 130,
             "picked": lambda: (torch.arange(blocks)[:, None] * 3 + torch.arange(blocks)) % 4 < 2,
-            "slopes": lambda: torch.exp2(-torch.arange(1.0, heads + 1)),
-            "bias": lambda: tensor(heads, 200, seed=11),
-            "sink": lambda: tensor(heads, seed=12),
+            "slopes": lambda: torch.exp2(-torch.arange(1.0, rows + 1)),
+            "bias": lambda: tensor(rows, 200, seed=11),
+            "sink": lambda: tensor(rows, seed=12),
         }
         return {name: made[name]().to(self.device) for name in pattern.tables}
 

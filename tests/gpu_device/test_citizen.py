@@ -34,7 +34,7 @@ def assert_same_bits(first, second):
 @pytest.mark.parametrize("name", NAMES)
 def test_graph_of_forward(kit, triton_backend, name):
     pattern, length = kit.patterns[name], kit.length(500)
-    attn, tables = sd.compile(pattern, backend=triton_backend), kit.tables(pattern, length, heads=4)
+    attn, tables = sd.compile(pattern, backend=triton_backend), kit.tables(pattern, length)
     inputs, others = kit.inputs(length=length), kit.inputs(length=length, seed=7)
     with torch.no_grad():
         attn(*inputs, **tables)
@@ -58,7 +58,7 @@ def test_graph_of_decode(kit, triton_backend):
 @pytest.mark.parametrize("name", NAMES)
 def test_graph_of_training(kit, triton_backend, name):
     pattern, length = kit.patterns[name], kit.length(500)
-    attn, tables = sd.compile(pattern, backend=triton_backend), kit.tables(pattern, length, heads=4)
+    attn, tables = sd.compile(pattern, backend=triton_backend), kit.tables(pattern, length)
     inputs, others = kit.inputs(length=length), kit.inputs(length=length, seed=7)
     replay = kit.captured(training(attn, inputs, tables))
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_graph_of_training(kit, triton_backend, name):
 def test_streams(kit, backend, name):
     """Inputs are made late on another stream: kernels and everything they read must wait there, and nowhere else."""
     pattern, length = kit.patterns[name], kit.length(500)
-    attn, tables = sd.compile(pattern, backend=backend), kit.tables(pattern, length, heads=4)
+    attn, tables = sd.compile(pattern, backend=backend), kit.tables(pattern, length)
     wanted_inputs = kit.inputs(length=length)
     wanted = training(attn, wanted_inputs, tables)()
     with kit.late_stream():
@@ -86,7 +86,7 @@ def test_streams(kit, backend, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_warm_call_does_not_wait_for_the_device(kit, triton_backend, name):
     pattern, length = kit.patterns[name], kit.length(500)
-    attn, tables = sd.compile(pattern, backend=triton_backend), kit.tables(pattern, length, heads=4)
+    attn, tables = sd.compile(pattern, backend=triton_backend), kit.tables(pattern, length)
     call = training(attn, kit.inputs(length=length), tables)
     call()
     with kit.no_synchronisation():
@@ -109,7 +109,7 @@ def test_nothing_is_compiled_for_another_length(kit, backend, name):
     attn = sd.compile(pattern, backend=backend)
 
     def run(length, batch):
-        training(attn, kit.inputs(length=length, batch=batch), kit.tables(pattern, length, heads=4))()
+        training(attn, kit.inputs(length=length, batch=batch), kit.tables(pattern, length))()
 
     run(kit.length(512), 2)
     with kit.compiles() as compiled:
@@ -145,7 +145,7 @@ def test_the_count_of_compiles_sees_one(kit, triton_backend):
 @pytest.mark.parametrize("name", [*NAMES, "window and sinks", "learned sink"])
 def test_the_same_call_gives_the_same_bits(kit, triton_backend, name):
     pattern, length = kit.patterns[name], kit.length(2000)
-    attn, tables = sd.compile(pattern, backend=triton_backend), kit.tables(pattern, length, heads=8)
+    attn, tables = sd.compile(pattern, backend=triton_backend), kit.tables(pattern, length, (8, 2))
     call = training(attn, kit.inputs((8, 2), length), tables)
     first = call()
     for _ in range(3):

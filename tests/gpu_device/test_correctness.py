@@ -26,7 +26,7 @@ def test_patterns(kit, named_pattern, backend, dtype):
         pytest.skip("rehearsal: fp16 stands for bf16 already")
     pattern, length = kit.patterns[named_pattern], kit.length(500)
     q, k, v = kit.inputs(length=length, dtype=DTYPES[dtype])
-    tables = kit.tables(pattern, length, heads=4)
+    tables = kit.tables(pattern, length)
     compared = assert_matches_reference(sd.compile(pattern, backend=backend), q, k, v, **tables)
     assert set(compared) == EVERYTHING | {f"d{name}" for name, spec in pattern.tables.items() if spec.learned}
 
@@ -63,7 +63,7 @@ def test_ragged_lengths(kit, backend, lengths):
 def test_decode(kit, backend, name, rows):
     pattern, length = kit.patterns[name], kit.length(1500)
     q, k, v = kit.inputs((8, 2), rows, length)
-    tables = kit.tables(pattern, length, heads=8)
+    tables = kit.tables(pattern, length, (8, 2))
     assert_matches_reference(sd.compile(pattern, backend=backend), q, k, v, q_offset=length - rows, **tables)
 
 
@@ -72,7 +72,7 @@ def test_prefill_in_chunks(kit, backend, name):
     pattern, length = kit.patterns[name], kit.length(600)
     rows = length // 3
     q, k, v = kit.inputs(length=rows, kv_length=length)
-    tables = kit.tables(pattern, length, heads=4)
+    tables = kit.tables(pattern, length)
     assert_matches_reference(sd.compile(pattern, backend=backend), q, k, v, q_offset=length - rows - 5, **tables)
 
 
@@ -93,13 +93,13 @@ def test_many_tiles(kit, backend, name):
     """In float32, whose tolerance sees one missing tile also in rows that average over thousands of keys."""
     pattern, length = kit.patterns[name], kit.length(3000)
     q, k, v = kit.inputs((2, 1), length, batch=1, dtype=torch.float32)
-    assert_matches_reference(sd.compile(pattern, backend=backend), q, k, v, **kit.tables(pattern, length, heads=2))
+    assert_matches_reference(sd.compile(pattern, backend=backend), q, k, v, **kit.tables(pattern, length, (2, 1)))
 
 
 @pytest.mark.parametrize("name", LONG)
 def test_every_row_of_many_in_bf16(kit, backend, name):
     pattern, length = kit.patterns[name], kit.length(8192)
-    inputs, tables = kit.inputs((2, 1), length, batch=1), kit.tables(pattern, length, heads=2)
+    inputs, tables = kit.inputs((2, 1), length, batch=1), kit.tables(pattern, length, (2, 1))
     with torch.no_grad():
         got = sd.compile(pattern, backend=backend)(*inputs, **tables)
         wanted = sd.compile(pattern, backend="reference")(*(x.double() for x in inputs), **tables)

@@ -58,7 +58,7 @@ def test_nothing_is_written_beside_results(kit, triton_backend, monkeypatch, nam
     """Results are NaN before kernels run: what they leave out is seen too."""
     pattern, length = kit.patterns[name], kit.length(333)
     q, k, v = kit.inputs(length=rows or length, kv_length=length)
-    tables, attn = kit.tables(pattern, length, heads=4), sd.compile(pattern, backend=triton_backend)
+    tables, attn = kit.tables(pattern, length), sd.compile(pattern, backend=triton_backend)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     d_out = torch.randn_like(q)
     guards = Guards(monkeypatch)
@@ -91,7 +91,7 @@ def test_what_lies_beside_inputs_is_neither_believed_nor_written(kit, backend, n
         inner.copy_(x)
         inputs.append(inner)
         around.append(buffer)
-    tables = kit.tables(pattern, length, heads=4)
+    tables = kit.tables(pattern, length)
     finite = [int(buffer.isfinite().sum()) for buffer in around]
     assert_matches_reference(sd.compile(pattern, backend=backend), *inputs, **tables)
     assert [int(buffer.isfinite().sum()) for buffer in around] == finite

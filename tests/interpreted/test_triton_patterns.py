@@ -128,10 +128,18 @@ def qkv(
     return [tensor(batch, *size, seed=seed, **words) for seed, size in enumerate(sizes)]
 
 
+def tables_of(pattern: Any, heads: int) -> dict[str, Any]:
+    """The tables that a pattern reads, those read by the head with an entry for each."""
+    found = {name: TABLES[name]() for name in pattern.tables}
+    for name, dim in pattern.head_reads:
+        found[name] = found[name].narrow(dim, 0, min(heads, found[name].shape[dim]))
+    return found
+
+
 def assert_right(pattern: Any, q: Any, k: Any, v: Any, **words: Any) -> None:
     """Output, LSE and all gradients are those of plain attention, as closely as the precision allows."""
     attn = sd.compile(pattern, backend="triton")
-    tables = {name: TABLES[name]() for name in attn.pattern.tables}
+    tables = tables_of(attn.pattern, q.shape[1])
     compared = assert_matches_reference(attn, q, k, v, **tables, **words)
     assert set(compared) == {"out", "lse", "dq", "dk", "dv"} | {
         f"d{n}" for n, spec in attn.pattern.tables.items() if spec.learned
@@ -190,7 +198,7 @@ def test_the_path_of_decode_and_that_of_prefill_agree(monkeypatch):
         monkeypatch.setattr(triton_kernel, "split_count", lambda *words, splits=splits: splits)
         for name in ("window and sinks", "learned sink"):
             attn = sd.compile(PATTERNS[name], backend="triton")
-            tables = {table: TABLES[table]() for table in attn.pattern.tables}
+            tables = tables_of(attn.pattern, q.shape[1])
             found.append(attn(q, k, v, q_offset=37, return_lse=True, **tables))
     for here, there in ((0, 2), (0, 4), (1, 3), (1, 5)):
         torch.testing.assert_close(found[here], found[there], rtol=1e-5, atol=1e-5)

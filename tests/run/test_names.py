@@ -145,7 +145,7 @@ def test_infinity_and_a_table_called_so() -> None:
 
 
 def test_names_that_python_takes_for_one_are_one() -> None:
-    assert sd.table("ﬁ") == sd.table("fi")
+    assert sd.table("ﬁ") is sd.table("fi")
     assert sd.table("ﬁ").spec.name == "fi"
     with pytest.raises(sd.TableError, match="'q_idx' is reserved"):
         sd.table("ｑ_idx")
