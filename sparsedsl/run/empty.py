@@ -6,6 +6,7 @@ import torch
 
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.inputs import Call
 
 __all__ = ["attend_empty"]
@@ -14,7 +15,7 @@ __all__ = ["attend_empty"]
 def attend_empty(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of a call with a batch size or length of 0: out 0; lse -inf, or the sink's logit. Gradients are zero."""
     q, v = call.q, call.v
-    shape, kind = q.shape[:3], torch.float64 if q.dtype == torch.float64 else torch.float32
+    shape, kind = q.shape[:3], accumulated(q.dtype)
     out, lse = q.new_zeros((*shape, v.shape[3])), q.new_full(shape, float("-inf"), dtype=kind)
     if pattern.sink is not None and lse.numel():
         batch = torch.arange(shape[0], device=q.device)[:, None, None]

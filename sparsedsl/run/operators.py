@@ -25,6 +25,7 @@ from sparsedsl.lang.expressions import as_mask, as_score
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.text import parse
 from sparsedsl.run.differentiable import known_results, no_second_derivatives
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.inputs import check_tensors
 from sparsedsl.run.mapping import map_call
 from sparsedsl.run.transformable import make_transformable
@@ -170,11 +171,7 @@ def _attend(
 
 
 def _no_lse(q: Tensor) -> Tensor:
-    return q.new_empty((*q.shape[:2], 0), dtype=_lse_dtype(q))
-
-
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:2], 0), dtype=accumulated(q.dtype))
 
 
 @_attend.register_fake
@@ -183,7 +180,9 @@ def _(
     scale: float | None, lse: bool, grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Shapes that make no sense are not refused here, where torch would wrap the error, but when the graph runs.
-    return q.new_empty((*q.shape[:-1], *v.shape[-1:])), q.new_empty(q.shape[:-1], dtype=_lse_dtype(q)) if lse else _no_lse(q)
+    return q.new_empty((*q.shape[:-1], *v.shape[-1:])), q.new_empty(q.shape[:-1], dtype=accumulated(q.dtype)) if lse else _no_lse(
+        q
+    )
 
 
 @torch.library.custom_op("sparsedsl::attend_backward", mutates_args=())

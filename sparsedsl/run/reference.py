@@ -13,6 +13,7 @@ import torch
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.exact import evaluate_exactly
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.inputs import Call
 from sparsedsl.run.seen_product import seen_product
 
@@ -61,7 +62,7 @@ def attend_reference(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.
 
 
 def _attend(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    dtype = accumulated(call.q.dtype)
     domain = call.domain
     # (batch, kv heads, group x length, dim): the heads of a group share keys without copies of them
     q = call.q.to(dtype).unflatten(1, (-1, call.group)).flatten(2, 3)

@@ -8,6 +8,7 @@ import torch
 
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import HEAD
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.inputs import Call
 from sparsedsl.run.score_rules import score_rule
 from sparsedsl.tiling.schedule import Schedule
@@ -31,7 +32,7 @@ class Operands:
     def __init__(self, pattern: Pattern, call: Call, schedule: Schedule) -> None:
         self.pattern, self.call, self.schedule = pattern, call, schedule
         self.rule = score_rule(pattern.score.expr)
-        self.dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+        self.dtype = accumulated(call.q.dtype)
         self.group = call.group if folds_heads(pattern) else 1
         self.batch, self.heads, self.rows = call.q.shape[:3]
         self.shared = self.heads // self.group  # heads that strips are made for

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparsedsl.lang.pattern import Pattern, attend
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.inputs import Call, check_call
 from sparsedsl.run.tiled_kernel import TiledKernel
 
@@ -125,7 +126,7 @@ def guarded_backward(
 
 def _all_finite(*tensors: Tensor) -> bool:
     """Whether there is no NaN or infinity, by one pass without a copy; False also where a sum leaves the range of floats."""
-    totals = (t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32) for t in tensors)
+    totals = (t.sum(dtype=accumulated(t.dtype)) for t in tensors)
     return all(math.isfinite(float(total)) for total in totals)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsedsl.errors import ShapeError, UnsupportedError
-from sparsedsl.run.choosing import pieces, taking
+from sparsedsl.run.choosing import pieces
 from sparsedsl.run.choosing.antidiagonal import antidiagonal
 from sparsedsl.run.choosing.at_picks import lse_over_candidates, picked_scores
 from sparsedsl.run.choosing.candidates import Candidates
@@ -18,6 +18,7 @@ from sparsedsl.run.choosing.proxies import bounds
 from sparsedsl.run.choosing.rules import top_k
 from sparsedsl.run.choosing.scores import DotScores, TensorScores
 from sparsedsl.run.choosing.taking import take
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.picked.picks import Picks
 from sparsedsl.testing import tensor
 
@@ -283,4 +284,4 @@ def test_shapes_that_do_not_fit_are_refused():
         GroupedScores(TensorScores(torch.zeros(1, 2, 2, 5)), 1).at(torch.zeros(1, 2, 2, 1, dtype=torch.int32))
     with pytest.raises(ShapeError, match="wanted the same shape"):
         BoundScores(b, b, a)
-    assert taking.wide(torch.float16) == torch.float32
+    assert accumulated(torch.float16) == torch.float32

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sparsedsl.errors import PatternError, ShapeError
 from sparsedsl.run.choosing.pieces import cut
 from sparsedsl.run.choosing.scores import DotScores, Leaf, ScoreSource
-from sparsedsl.run.choosing.taking import wide
+from sparsedsl.run.dtypes import accumulated
 
 __all__ = ["AntidiagonalScores", "antidiagonal"]
 
@@ -39,7 +39,7 @@ class AntidiagonalScores(ScoreSource):
     @property
     def cell_bytes(self) -> int:
         cells = (self.tokens // self.stride) ** 2
-        return 4 * wide(self.q.dtype).itemsize * cells * self.q.shape[0] * self.q.shape[1]
+        return 4 * accumulated(self.q.dtype).itemsize * cells * self.q.shape[0] * self.q.shape[1]
 
     @property
     def row_bytes(self) -> int:
@@ -113,7 +113,7 @@ def antidiagonal(
         )
     scale = q.shape[3] ** -0.5 / stride if scale is None else scale
     rows = -(-q.shape[2] // stride)
-    totals = torch.full((*q.shape[:2], rows), float("-inf"), dtype=wide(q.dtype), device=q.device)
+    totals = torch.full((*q.shape[:2], rows), float("-inf"), dtype=accumulated(q.dtype), device=q.device)
     source = AntidiagonalScores(q, k, totals, stride, block, scale, q_offset // stride, 0)
     cells = block // stride
     r, u = source.tile(1)

@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 from sparsedsl.run.choosing.candidates import Candidates
 from sparsedsl.run.choosing.pieces import cut, rows_at_once
 from sparsedsl.run.choosing.scores import ScoreSource
-from sparsedsl.run.choosing.taking import spread, wide
+from sparsedsl.run.choosing.taking import spread
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.picked.picks import Picks
 
 __all__ = ["lse_over_candidates", "picked_scores"]
@@ -111,7 +112,7 @@ class _Gradients:
     def __init__(self, source: ScoreSource, tensors: list[Tensor], needed: tuple[bool, ...]) -> None:
         self.source, self.tensors, self.needed = source, tensors, needed
         self.sums = [
-            torch.zeros_like(tensor, dtype=wide(tensor.dtype)) if need else None
+            torch.zeros_like(tensor, dtype=accumulated(tensor.dtype)) if need else None
             for tensor, need in zip(tensors, needed, strict=True)
         ]
 
@@ -120,7 +121,7 @@ class _Gradients:
         narrow = self.source.narrowed(rows, units)
         with torch.enable_grad():
             leaves = [
-                (leaf.tensor.detach().to(wide(leaf.tensor.dtype)) if need else leaf.tensor.detach()).requires_grad_(need)
+                (leaf.tensor.detach().to(accumulated(leaf.tensor.dtype)) if need else leaf.tensor.detach()).requires_grad_(need)
                 for leaf, need in zip(narrow.leaves(), self.needed, strict=True)
             ]
             values, gradient = results(narrow.on(leaves))

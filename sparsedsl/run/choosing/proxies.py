@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sparsedsl.errors import PatternError, ShapeError
 from sparsedsl.run.choosing.pieces import cut, rows_at_once
 from sparsedsl.run.choosing.scores import DotScores
-from sparsedsl.run.choosing.taking import wide
+from sparsedsl.run.dtypes import accumulated
 
 __all__ = ["bounds", "pooled", "probe", "smooth"]
 
@@ -119,14 +119,14 @@ def pooled(
     whole = x.shape[2] // unit
     parts = []
     # In a wide dtype nothing is cast, and one piece does.
-    step = whole if x.dtype == wide(x.dtype) else rows_at_once(4 * x.shape[0] * x.shape[1] * unit * x.shape[3])
+    step = whole if x.dtype == accumulated(x.dtype) else rows_at_once(4 * x.shape[0] * x.shape[1] * unit * x.shape[3])
     for some in cut(0, whole, max(1, step)):
         parts.append(_reduced(x[:, :, some.start * unit : some.stop * unit].unflatten(2, (-1, unit)), how))
     if tail := x.shape[2] - whole * unit:
         rest = x[:, :, whole * unit :]
         rest = rest if pad == "valid" else F.pad(rest, (0, 0, 0, unit - tail))
         parts.append(_reduced(rest[:, :, None], how))
-    return torch.cat(parts, dim=2) if parts else x.new_zeros(x.shape, dtype=wide(x.dtype))
+    return torch.cat(parts, dim=2) if parts else x.new_zeros(x.shape, dtype=accumulated(x.dtype))
 
 
 def bounds(k: Tensor, unit: int) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def bounds(k: Tensor, unit: int) -> tuple[Tensor, Tensor]:
 
 def _reduced(x: Tensor, how: str) -> Tensor:
     """``x (B, H, n, unit, D)`` over the unit."""
-    dtype = wide(x.dtype)
+    dtype = accumulated(x.dtype)
     match how:
         case "mean":
             return x.to(dtype).mean(3)

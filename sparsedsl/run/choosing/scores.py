@@ -15,7 +15,8 @@ import torch
 
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.run.choosing.pieces import tile_shape
-from sparsedsl.run.choosing.taking import spread, take, wide
+from sparsedsl.run.choosing.taking import spread, take
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.products import product_nt
 
 __all__ = ["DotScores", "Leaf", "ScoreSource", "TensorScores"]
@@ -149,12 +150,12 @@ class TensorScores(ScoreSource):
         return TensorScores(tensors[0])
 
     def scores(self) -> Tensor:
-        return self.values.to(wide(self.values.dtype), copy=True)
+        return self.values.to(accumulated(self.values.dtype), copy=True)
 
     def at(self, indices: Tensor) -> Tensor:
         batch, heads, _, units = self.values.shape
         size = (max(batch, indices.shape[0]), max(heads, indices.shape[1]), indices.shape[2])
-        values = spread(self.values.to(wide(self.values.dtype)), size[1]).expand(*size, units)
+        values = spread(self.values.to(accumulated(self.values.dtype)), size[1]).expand(*size, units)
         places = spread(indices.long(), size[1]).expand(*size, -1)
         return values.expand(places.shape) if units == 1 else values.gather(-1, places)
 

@@ -6,14 +6,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["spread", "take", "wide"]
+from sparsedsl.run.dtypes import accumulated
+
+__all__ = ["spread", "take"]
 
 Tensor = torch.Tensor
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that is computed in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def spread(x: Tensor, heads: int) -> Tensor:
@@ -46,7 +43,7 @@ class _Taken(torch.autograd.Function):
         places = _places(table, indices)
         ctx.save_for_backward(*places)
         ctx.table_shape = table.shape
-        return table[places].to(wide(table.dtype))
+        return table[places].to(accumulated(table.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.picked.inverted import Inverted, Piece, Sizes, invert
 from sparsedsl.run.picked.lanes import Block, Lanes
 from sparsedsl.run.picked.lines import Chunks, ChunkSums
@@ -122,7 +123,7 @@ class _Run:
     @functools.cached_property
     def dtype(self) -> torch.dtype:
         """That of accumulation."""
-        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        return accumulated(self.q.dtype)
 
     @property
     def lse_of_nothing(self) -> float:

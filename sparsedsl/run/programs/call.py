@@ -19,6 +19,7 @@ from sparsedsl.program.branches import Attend, Branch, Linear, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.tensors import Input
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.inputs import FLOATS, Call, check_call, check_table, exactly
 
 __all__ = ["ProgramCall", "check_program_call"]
@@ -62,7 +63,7 @@ class ProgramCall:
     @property
     def dtype(self) -> torch.dtype:
         """What is computed in: float64 for float64, else float32."""
-        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        return accumulated(self.q.dtype)
 
     @property
     def is_empty(self) -> bool:

@@ -24,6 +24,7 @@ from sparsedsl.program.decided import pairs_decided_by
 from sparsedsl.program.graph import Program
 from sparsedsl.program.select import Select
 from sparsedsl.run.attention import Attention
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.picked.attention import picked_attention
 from sparsedsl.run.picked.picks import Picks
 from sparsedsl.run.programs.parts import spread
@@ -181,7 +182,7 @@ class FlexKernels(Kernels):
     ) -> Tensor:
         """LSE of the logits in every chunk, ``(B, Hq, Sq, chunks)``, one chunk after the other."""
         batch, heads, rows, _ = q.shape
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        dtype = accumulated(q.dtype)
         env: dict[str, Any] = {"q_len": q_offset + rows, "kv_len": k.shape[2], **tables}
         env["b"] = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
         env["h"] = torch.arange(heads, device=q.device).view(-1, 1, 1)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.scan.checks import check_number, check_position, check_qkv, check_rows, check_tensor, count_documents
-from sparsedsl.run.scan.spans import accumulated
 
 __all__ = ["LinearCall", "SlotCall", "SlotState", "check_linear", "check_slots"]
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.scan import spans
 from sparsedsl.run.scan.calls import check_linear
-from sparsedsl.run.scan.spans import Plan, accumulated, carry, cut, scan
+from sparsedsl.run.scan.spans import Plan, carry, cut, scan
 from sparsedsl.run.seen_product import seen_product
 
 __all__ = ["linear_scan"]

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import torch
 
+from sparsedsl.run.dtypes import accumulated
 from sparsedsl.run.scan import spans
 from sparsedsl.run.scan.calls import SlotState, check_slots
 from sparsedsl.run.scan.decays import from_slots, halve, into_slots
-from sparsedsl.run.scan.spans import Plan, accumulated, carry, cut, scan
+from sparsedsl.run.scan.spans import Plan, carry, cut, scan
 
 __all__ = ["SlotState", "slot_scan"]
 

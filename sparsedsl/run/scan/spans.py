@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsedsl.run.workers import on_one_core
 
-__all__ = ["CHUNK", "ROWS", "Plan", "Span", "accumulated", "carry", "cut", "scan"]
+__all__ = ["CHUNK", "ROWS", "Plan", "Span", "carry", "cut", "scan"]
 
 CHUNK = 64  # a power of two: slots halve it. Pairs within a chunk cost CHUNK products a row, states cost head_dim / CHUNK numbers a row.
 WORTH_CORES = 1 << 21  # numbers in all inputs, from which on cores gain more than they wait
@@ -46,11 +46,6 @@ class Plan:
     step: Step
     spans: tuple[Span, ...]
     results: tuple[tuple[tuple[int, ...], torch.dtype], ...]
-
-
-def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states, logits and sums: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def cut(q_len: int, kv_len: int, first: int, lines: int) -> tuple[Span, ...]:
