@@ -56,8 +56,8 @@ def child(name: str, lengths: list[int], dims: list[int], rounds: int) -> None:
     from torch.nn.functional import scaled_dot_product_attention
 
     import sparsedsl as sd
-    from sparsedsl.run.inputs import check_call
-    from sparsedsl.run.tiled_kernel import sizes_of
+    from sparsedsl.backends.tiled.attention import sizes_of
+    from sparsedsl.runtime.call import check_call
 
     # What does not fit into the compile cache would run uncompiled, silently: twenty times slower.
     torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -54,7 +54,6 @@ def child(name: str, length: int, methods: list[str], rounds: int, memory_gib: f
     from sparsedsl.analysis.domain import Domain
     from sparsedsl.analysis.tiles import classify
     from sparsedsl.lang.pattern import as_pattern
-    from sparsedsl.run import flex  # noqa: F401  (imports are no part of the time)
 
     case = CASES[name]
     tables = dict(case.tables(length))

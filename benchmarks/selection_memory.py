@@ -28,10 +28,10 @@ def child(queries: int, chunks: int, k: int, every: bool) -> None:
     """Measure in this process, and print what was found."""
     import torch
 
-    from sparsedsl.run.choosing.at_picks import picked_scores
-    from sparsedsl.run.choosing.candidates import Candidates
-    from sparsedsl.run.choosing.rules import top_k
-    from sparsedsl.run.choosing.scores import DotScores
+    from sparsedsl.selection.candidates import Candidates
+    from sparsedsl.selection.scores import DotScores
+    from sparsedsl.selection.selected_scores import picked_scores
+    from sparsedsl.selection.top_k import top_k
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 import sparsedsl as sd
 from sparsedsl import patterns
 from sparsedsl.program.branches import Attend, Joint, Linear, Mix, Recall
-from sparsedsl.run.picked.picks import Picks
+from sparsedsl.selection.selected import Picks
 
 __all__ = ["SYSTEMS", "Shape", "System", "attended_pairs", "density", "random_qkv", "topics"]
 

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sparsedsl.execute.lowering import Lowering
+from sparsedsl.execute.node_rules import LOWERED_RULES
 from sparsedsl.program.branches import Compact
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Take
-from sparsedsl.run.programs.call import check_program_call
-from sparsedsl.run.programs.lowered import LOWERED_RULES
-from sparsedsl.run.programs.lowering import Lowering
+from sparsedsl.runtime.program_call import check_program_call
 
 __all__ = ["KINDS", "kind_of", "split_call"]
 

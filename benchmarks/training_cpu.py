@@ -60,8 +60,8 @@ def measure_rates(name: str, length: int, rounds: int) -> dict[str, Any]:
     from torch.nn.functional import scaled_dot_product_attention
 
     import sparsedsl as sd
-    from sparsedsl.run.inputs import check_call
-    from sparsedsl.run.tiled_kernel import sizes_of
+    from sparsedsl.backends.tiled.attention import sizes_of
+    from sparsedsl.runtime.call import check_call
 
     q, k, v, grad_out = inputs(length)
     case = CASES[name]

@@ -87,8 +87,8 @@ _PUBLIC = {
     **dict.fromkeys(("PROVED", "REFUTED", "UNKNOWN", "Verdict", "equivalent", "implies"), "sparsedsl.analysis.proofs"),
     **dict.fromkeys(("Analysis", "analyse"), "sparsedsl.analysis.report"),
     **dict.fromkeys(("Build", "build"), "sparsedsl.gpu.build"),
-    "Attention": "sparsedsl.run.attention",
-    "compile": "sparsedsl.run.compile",
+    "Attention": "sparsedsl.execute.compiled",
+    "compile": "sparsedsl.execute.compile",
     "plot": "sparsedsl.plotting",
     **dict.fromkeys(("models", "patterns", "testing"), ""),
 }

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sparsedsl import tune_command
 from sparsedsl.errors import PatternError, SparseDSLError
 from sparsedsl.lang.advice import meant
-from sparsedsl.run import tune_command
 from sparsedsl.settings import settings
 from sparsedsl.specs import CannotLoad, load_pattern, load_tables
 

@@ -33,7 +33,7 @@ from sparsedsl.lang.pattern import Pattern, as_pattern, attend
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program_picture import draw_program, parts, size_of
-from sparsedsl.run.inputs import bind_tables
+from sparsedsl.runtime.call import bind_tables
 from sparsedsl.strip_picture import MASKED, WHOLE, draw_strips
 
 __all__ = ["plot"]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.backends.tiled.attention import HeadSizes, TiledKernel
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.run.tiled_kernel import HeadSizes, TiledKernel
 from sparsedsl.tiling.schedule import LanePlan, Schedule
 
 __all__ = ["MASKED", "WHOLE", "draw_strips", "rectangles"]

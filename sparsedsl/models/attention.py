@@ -13,6 +13,7 @@ import torch
 
 from sparsedsl.analysis.proofs import PROVED, implies
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
+from sparsedsl.execute.compile import compile as compile_pattern
 from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.carried import Stack, request_of
@@ -21,7 +22,6 @@ from sparsedsl.models.masks import MaskRequest
 from sparsedsl.models.native import Facts
 from sparsedsl.models.programs import fitted, is_for_prefill
 from sparsedsl.program.graph import Program
-from sparsedsl.run.compile import compile as compile_pattern
 
 __all__ = ["BINDING", "Binding", "Compiled", "attend"]
 

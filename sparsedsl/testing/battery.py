@@ -18,12 +18,12 @@ from tqdm import tqdm
 from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.errors import CallWarning, SparseDSLError, TableError
+from sparsedsl.execute.compile import compile as compile_pattern
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.graph import Program, as_program
-from sparsedsl.run.compile import compile as compile_pattern
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable, pattern_code, showing
 from sparsedsl.testing.expressions import assert_text_round_trip

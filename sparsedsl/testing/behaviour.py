@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.execute.compiled import Attention
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_LEN, Q_LEN
-from sparsedsl.run.attention import Attention
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.lists import allowed_pairs
 from sparsedsl.testing.matching import as_attention, attention_code

@@ -9,10 +9,10 @@ from typing import Any
 from sparsedsl.analysis.program_causality import program_causality
 from sparsedsl.analysis.proofs import PROVED, REFUTED, Verdict, Witness, causality
 from sparsedsl.errors import SparseDSLError, TableError
+from sparsedsl.execute.compiled import Attention
+from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.program.branches import Linear
 from sparsedsl.program.effects import LATER_QUERIES, reasons
-from sparsedsl.run.attention import Attention
-from sparsedsl.run.programs.compiled import CompiledProgram
 from sparsedsl.testing.behaviour import assert_causal
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable, pattern_code
 from sparsedsl.testing.lists import allowed_pairs

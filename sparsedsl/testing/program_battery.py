@@ -10,12 +10,12 @@ import torch
 from hypothesis import strategies as st
 
 from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.execute.compile import compile as compile_pattern
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.branches import Linear
 from sparsedsl.program.effects import LATER_QUERIES
 from sparsedsl.program.graph import Program
 from sparsedsl.program.text import read_program
-from sparsedsl.run.compile import compile as compile_pattern
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable
 from sparsedsl.testing.leaks import ask_about_program

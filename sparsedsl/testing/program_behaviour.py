@@ -12,6 +12,8 @@ import torch
 
 from sparsedsl.analysis.proofs import PROVED, causality
 from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.execute.compiled_program import CompiledProgram
+from sparsedsl.execute.state import ProgramState, horizon
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, Q_LEN
@@ -24,8 +26,6 @@ from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse
 from sparsedsl.program.tensors import Input
-from sparsedsl.run.programs.compiled import CompiledProgram
-from sparsedsl.run.programs.state import ProgramState, horizon
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.numerics import Expected, Results
 from sparsedsl.testing.program_matching import program_lines

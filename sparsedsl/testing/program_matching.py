@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import UnsupportedError
+from sparsedsl.execute.compile import compile as compile_pattern
+from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.program.graph import Program, as_program
-from sparsedsl.run.compile import compile as compile_pattern
-from sparsedsl.run.programs.compiled import CompiledProgram
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, run_program
 

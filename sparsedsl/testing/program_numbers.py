@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
+from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
 from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.program.branches import Attend, Compact
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
-from sparsedsl.run.picked.picks import Picks
-from sparsedsl.run.programs.call import ProgramCall, check_program_call
-from sparsedsl.run.programs.compiled import CompiledProgram
-from sparsedsl.run.programs.reference import REFERENCE_RULES, Reference
-from sparsedsl.run.programs.runner import Rules
+from sparsedsl.runtime.interpreter import Rules
+from sparsedsl.runtime.program_call import ProgramCall, check_program_call
+from sparsedsl.selection.selected import Picks
 from sparsedsl.testing.numerics import Cotangents, Expected, Results, expected, gradients, plain_attention, results_of
 from sparsedsl.testing.roundings import stored
 

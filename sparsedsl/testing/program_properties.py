@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
+from sparsedsl.backends.reference.nodes import Reference
 from sparsedsl.errors import PatternError
+from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.program.axes import base_of
 from sparsedsl.program.branches import Attend, Joint, Mix
 from sparsedsl.program.effects import LATER_QUERIES, reasons
 from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select
-from sparsedsl.run.programs.call import check_program_call
-from sparsedsl.run.programs.compiled import CompiledProgram
-from sparsedsl.run.programs.reference import Reference
+from sparsedsl.runtime.program_call import check_program_call
 from sparsedsl.testing.program_behaviour import failing, rows_of, split_call
 from sparsedsl.testing.program_matching import compiled_program
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, moving

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.run.attention import Attention
+from sparsedsl.execute.compiled import Attention
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.lists import allowed_pairs
 from sparsedsl.testing.matching import as_attention, attention_code

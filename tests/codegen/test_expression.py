@@ -12,11 +12,11 @@ import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score
 from sparsedsl import testing as kit
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.backends.flex.attention import kernel_values
 from sparsedsl.codegen.expression import Names, write_expression
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.to_flex import flex_functions, flex_kernel
 from sparsedsl.lang.evaluate import evaluate
-from sparsedsl.run.flex import kernel_values
 
 SYMBOLS = {name: name for name in ("b", "h", "kv_idx", "q_len", "kv_len", "score")} | {"q_idx": "q_pos"}
 doc, start = sd.table("doc", monotone=True), sd.table("start")

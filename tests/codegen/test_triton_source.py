@@ -20,11 +20,11 @@ import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
+from sparsedsl.backends.triton.prepared import prepare
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import as_pattern
 from sparsedsl.program.branches import Branch
-from sparsedsl.run.triton_prepared import prepare
 
 P = sd.patterns
 causal = kv_idx <= q_idx

@@ -12,8 +12,8 @@ from sparsedsl.gpu.targets import TARGETS
 
 pytest.importorskip("triton")
 
+from sparsedsl.backends.triton.selected_configs import PickedShape, config_of, function, job_of, most_rows, pack_of, rows_of
 from sparsedsl.gpu.aot import compile_kernel, is_interpreting
-from sparsedsl.run.picked.triton_configs import PickedShape, config_of, function, job_of, most_rows, pack_of, rows_of
 
 pytestmark = pytest.mark.skipif(is_interpreting(), reason="kernels are interpreted in this process")
 

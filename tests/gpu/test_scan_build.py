@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from sparsedsl.backends.tiled.scan_slots import SlotState
+from sparsedsl.backends.triton import scan_linear, scan_pass, scan_slots
 from sparsedsl.gpu.aot import Job, compile_kernels
 from sparsedsl.gpu.kernel_config import Config
 from sparsedsl.gpu.resources import misfits
 from sparsedsl.gpu.targets import TARGETS
-from sparsedsl.run.scan import triton_linear, triton_pass, triton_slots
-from sparsedsl.run.scan.slots import SlotState
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
 LENGTH, HEADS, GROUP = 300, 2, 2
@@ -33,7 +33,7 @@ def documents():
 def run_linear(dtype, width, width_v):
     q, k, v = (leaf(1, heads, LENGTH, size, dtype=dtype) for heads, size in ((4, width), (2, width), (2, width_v)))
     state = leaf(1, 4, width, width_v)
-    return triton_linear.linear_scan_triton(q, k, v, torch.zeros(4), scale=1.0, state=state, documents=documents())
+    return scan_linear.linear_scan_triton(q, k, v, torch.zeros(4), scale=1.0, state=state, documents=documents())
 
 
 def run_slots(dtype, width, width_v, slots=64):
@@ -42,7 +42,7 @@ def run_slots(dtype, width, width_v, slots=64):
     )
     state = SlotState(leaf(1, 2, slots, width), leaf(1, 2, slots, width_v), torch.ones(1, 2, dtype=torch.bool))
     words = {"delay": 32, "temperature": 8.0, "scale": 1.0, "empty": "masked"}
-    out, lse, last = triton_slots.slot_scan_triton(q, k, v, gate, state=state, documents=documents(), **words)
+    out, lse, last = scan_slots.slot_scan_triton(q, k, v, gate, state=state, documents=documents(), **words)
     return out, lse, last.keys, last.values
 
 
@@ -57,11 +57,11 @@ def launches(monkeypatch):
             assert programs > 0
             found.append((kernel, {name: values[name] for name in kernel.arg_names}, warps))
 
-        for module in (triton_pass, triton_linear, triton_slots):
+        for module in (scan_pass, scan_linear, scan_slots):
             monkeypatch.setattr(module, "launch", launch)
-        for module in (triton_linear, triton_slots):
+        for module in (scan_linear, scan_slots):
             monkeypatch.setattr(module, "target_of", lambda device: TARGETS[target])
-        monkeypatch.setattr(triton_pass, "missing", lambda device: None)
+        monkeypatch.setattr(scan_pass, "missing", lambda device: None)
         sum(result.sum() for result in run(*arguments)).backward()
         return found
 

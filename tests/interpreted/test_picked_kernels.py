@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsedsl.backends.triton import selected_passes
+from sparsedsl.backends.triton.selected import Interval, picked_attention_triton
+from sparsedsl.backends.triton.selected_lists import by_chunk, unions
 from sparsedsl.errors import ShapeError, UnsupportedError
-from sparsedsl.run.picked import triton_passes
-from sparsedsl.run.picked.picks import Picks
-from sparsedsl.run.picked.triton_attention import Interval, picked_attention_triton
-from sparsedsl.run.picked.unions import by_chunk, unions
+from sparsedsl.selection.selected import Picks
 
 INF = float("inf")
 
@@ -218,8 +218,8 @@ def test_T12_merged_tiles_and_their_gradients(kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_queries_share_slots_among_programs(kind, monkeypatch):
     splits = []
-    count = triton_passes.split_count
-    monkeypatch.setattr(triton_passes, "split_count", lambda *a: splits.append(count(*a)) or splits[-1])
+    count = selected_passes.split_count
+    monkeypatch.setattr(selected_passes, "split_count", lambda *a: splits.append(count(*a)) or splits[-1])
     assert_right(Case(rows=3, keys=200, slots=9, **KINDS[kind]))
     assert splits == [4]
 

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsedsl.backends.tiled.scan_slots import SlotState
+from sparsedsl.backends.triton.scan_linear import linear_scan_triton
+from sparsedsl.backends.triton.scan_pass import Tiles
+from sparsedsl.backends.triton.scan_slots import slot_scan_triton
 from sparsedsl.errors import ShapeError, UnsupportedError
-from sparsedsl.run.scan.slots import SlotState
-from sparsedsl.run.scan.triton_linear import linear_scan_triton
-from sparsedsl.run.scan.triton_pass import Tiles
-from sparsedsl.run.scan.triton_slots import slot_scan_triton
 from sparsedsl.testing import tensor
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -10,8 +10,8 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, kv_len, q_idx, q_len, score
+from sparsedsl.backends.triton import attention, configs
 from sparsedsl.gpu.configs import Config
-from sparsedsl.run import triton_choice, triton_kernel
 from sparsedsl.testing import assert_matches_reference, tensor
 
 causal = kv_idx <= q_idx
@@ -150,7 +150,7 @@ def assert_right(pattern: Any, q: Any, k: Any, v: Any, **words: Any) -> None:
     ("name", "lengths", "block"), [(*pair, next(BLOCKS)) for pair in zip(PATTERNS, itertools.cycle(LENGTHS), strict=False)]
 )
 def test_patterns(name, lengths, block, monkeypatch):
-    monkeypatch.setattr(triton_choice, "SMALL", Config(*block, 4, 1))
+    monkeypatch.setattr(configs, "SMALL", Config(*block, 4, 1))
     queries, keys, offset = lengths
     reads_both = sd.compile(PATTERNS[name]).pattern
     batch = 2 if any(str(s) == "b" for expr in reads_both.exprs for s in expr.free_symbols) else 1
@@ -174,7 +174,7 @@ CALLS = (
 @pytest.mark.parametrize(("name", "call"), list(zip(DECODED, itertools.cycle(CALLS), strict=False)))
 def test_decode(name, call, monkeypatch):
     queries, heads, splits = call
-    monkeypatch.setattr(triton_kernel, "split_count", lambda *words: splits)
+    monkeypatch.setattr(attention, "split_count", lambda *words: splits)
     assert_right(PATTERNS[name], *qkv(queries, 83, heads=heads, dims=(16, 24)), q_offset=83 - queries)
 
 
@@ -194,8 +194,8 @@ def test_the_path_of_decode_and_that_of_prefill_agree(monkeypatch):
     q, k, v = qkv(13, 50, heads=(4, 2), dims=(16, 8))
     found = []
     for limit_of_rows, splits in ((0, 1), (16, 1), (16, 4)):
-        monkeypatch.setattr(triton_kernel, "DECODE_ROWS", limit_of_rows)
-        monkeypatch.setattr(triton_kernel, "split_count", lambda *words, splits=splits: splits)
+        monkeypatch.setattr(attention, "DECODE_ROWS", limit_of_rows)
+        monkeypatch.setattr(attention, "split_count", lambda *words, splits=splits: splits)
         for name in ("window and sinks", "learned sink"):
             attn = sd.compile(PATTERNS[name], backend="triton")
             tables = tables_of(attn.pattern, q.shape[1])
@@ -213,7 +213,7 @@ def test_head_dims(dims):
 
 
 def test_head_dims_of_decode(monkeypatch):
-    monkeypatch.setattr(triton_kernel, "split_count", lambda *words: 2)
+    monkeypatch.setattr(attention, "split_count", lambda *words: 2)
     assert_right(PATTERNS["window and sinks"], *qkv(2, 40, dims=(24, 96)), q_offset=30)
 
 
@@ -250,7 +250,7 @@ def test_lower_precision(name, dtype):
 
 
 def test_longest_tiles_first(monkeypatch):
-    monkeypatch.setattr(triton_choice, "SMALL", Config(16, 16, 4, 1, heavy_first=True))
+    monkeypatch.setattr(configs, "SMALL", Config(16, 16, 4, 1, heavy_first=True))
     assert_right(PATTERNS["causal"], *qkv(37, 37))
     assert_right(PATTERNS["dilated"], *qkv(37, 37))
 
@@ -258,11 +258,11 @@ def test_longest_tiles_first(monkeypatch):
 @pytest.mark.parametrize("name", ["window and sinks", "documents", "blocks", "dilated", "learned, by query and by key"])
 def test_keys_through_tensor_descriptors(name, monkeypatch):
     launched = []
-    launch = triton_kernel.launch
+    launch = attention.launch
     monkeypatch.setattr(
-        triton_kernel, "launch", lambda source, *words, **more: launched.append(source) or launch(source, *words, **more)
+        attention, "launch", lambda source, *words, **more: launched.append(source) or launch(source, *words, **more)
     )
-    monkeypatch.setattr(triton_choice, "SMALL", Config(16, 16, 4, 1, descriptors=True))
+    monkeypatch.setattr(configs, "SMALL", Config(16, 16, 4, 1, descriptors=True))
     for lengths, dims in (((37, 41, 4), (16, 32)), ((3, 41, 38), (16, 16)), ((20, 20, 0), (24, 16))):
         assert_right(PATTERNS[name], *qkv(*lengths[:2], dims=dims), q_offset=lengths[2])
     assert any("k_desc" in source.text for source in launched) == (name != "dilated")

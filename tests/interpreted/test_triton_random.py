@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsedsl as sd
+from sparsedsl.backends.triton import attention, configs, prepared, table_gradients
 from sparsedsl.gpu.configs import Config
-from sparsedsl.run import triton_choice, triton_kernel, triton_prepared, triton_tables
 from sparsedsl.testing import inputs, patterns, shapes, tables_for, tensor
 from sparsedsl.testing.numerics import expect, gradients
 
@@ -49,12 +49,12 @@ def cut(how: Cut) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_choice, "SMALL", Config(*how.block, 4, 1, heavy_first=how.heavy_first))
-        patch.setattr(triton_kernel, "split_count", lambda *words: how.splits)
-        patch.setattr(triton_kernel, "DECODE_ROWS", how.decode_rows)
-        patch.setattr(triton_tables, "PAIR_BYTES", how.pair_bytes)
+        patch.setattr(configs, "SMALL", Config(*how.block, 4, 1, heavy_first=how.heavy_first))
+        patch.setattr(attention, "split_count", lambda *words: how.splits)
+        patch.setattr(attention, "DECODE_ROWS", how.decode_rows)
+        patch.setattr(table_gradients, "PAIR_BYTES", how.pair_bytes)
         if how.wide:
-            patch.setattr(triton_prepared, "LONGEST", 0)
+            patch.setattr(prepared, "LONGEST", 0)
         try:
             yield
         finally:

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl.program.effects import LATER_QUERIES
-from sparsedsl.run.choosing.candidates import Candidates
-from sparsedsl.run.choosing.derived import softmax_scores
-from sparsedsl.run.choosing.scores import TensorScores
+from sparsedsl.selection.candidates import Candidates
+from sparsedsl.selection.derived_scores import softmax_scores
+from sparsedsl.selection.scores import TensorScores
 
 INF = math.inf
 # Where a decision hangs on less than this, rounding may turn it.

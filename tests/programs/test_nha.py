@@ -110,9 +110,9 @@ def test_N1_the_recurrence(problem: Any, backend: str, assert_close: Any, window
 
 @pytest.mark.parametrize("chunk", [1, 4, 16, 64])
 def test_N1_chunks_of_any_size(problem: Any, assert_close: Any, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    from sparsedsl.run.scan import spans
+    from sparsedsl.backends.tiled import scan_chunked
 
-    monkeypatch.setattr(spans, "CHUNK", chunk)
+    monkeypatch.setattr(scan_chunked, "CHUNK", chunk)
     t = problem()
     assert_close(sd.compile(sd.patterns.nha(M, 4), backend="tiled")(**t), recurrence(t, 4)[0])
 

@@ -88,7 +88,7 @@ def test_text_is_read_back(program: sd.Program) -> None:
 
 
 def test_a_failure_names_the_choice_and_reproduces_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsedsl.run.programs import listed_choices
+    from sparsedsl.execute import selection_rules
 
     program = sd.Program(sd.patterns.moba(4, 2))
     case = kit.AttentionCase(heads=2, kv_heads=1, q_len=17, kv_len=17)
@@ -97,8 +97,8 @@ def test_a_failure_names_the_choice_and_reproduces_itself(monkeypatch: pytest.Mo
     )
     attn = sd.compile(program, backend="tiled")
     kit.assert_matches_reference(attn, q, k, v)
-    right = listed_choices.top_k
-    monkeypatch.setattr(listed_choices, "top_k", lambda source, k, *rest, **words: right(source, k + 1, *rest, **words))
+    right = selection_rules.top_k
+    monkeypatch.setattr(selection_rules, "top_k", lambda source, k, *rest, **words: right(source, k + 1, *rest, **words))
     with pytest.raises(kit.Counterexample, match="backend 'tiled' chooses otherwise: top_k") as failure:
         kit.assert_matches_reference(attn, q, k, v)
     with pytest.raises(kit.Counterexample) as again:

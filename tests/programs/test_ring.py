@@ -53,9 +53,9 @@ def test_golden_values(backend: str, assert_close: Any) -> None:
 def test_R1_chunks_recurrence_and_quadratic_form(
     problem: Any, assert_close: Any, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    from sparsedsl.run.scan import spans
+    from sparsedsl.backends.tiled import scan_chunked
 
-    monkeypatch.setattr(spans, "CHUNK", chunk)
+    monkeypatch.setattr(scan_chunked, "CHUNK", chunk)
     t, attn = problem(), sd.compile(sd.patterns.ring_linear(DECAY), backend="tiled")
     assert_close(attn(**t), quadratic(t))
     first, rest = ({name: x[:, :, part] for name, x in t.items()} for part in (slice(0, 11), slice(11, None)))

@@ -15,17 +15,17 @@ import torch
 import sparsedsl as sd
 from source_tree import ROOT, modules
 from sparsedsl import testing as kit
+from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
+from sparsedsl.execute.lowering import Lowering
+from sparsedsl.execute.node_rules import LOWERED_RULES
 from sparsedsl.program import branches, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Branch
 from sparsedsl.program.effects import LATER_QUERIES
 from sparsedsl.program.node import one_of
-from sparsedsl.run.choosing.composed_scores import SumScores
-from sparsedsl.run.choosing.scores import ScoreSource, TensorScores
-from sparsedsl.run.picked.picks import Picks
-from sparsedsl.run.programs.lowered import LOWERED_RULES
-from sparsedsl.run.programs.lowering import Lowering
-from sparsedsl.run.programs.reference import REFERENCE_RULES, Reference
-from sparsedsl.run.programs.runner import complete, kinds_of_nodes
+from sparsedsl.runtime.interpreter import complete, kinds_of_nodes
+from sparsedsl.selection.composed_scores import SumScores
+from sparsedsl.selection.scores import ScoreSource, TensorScores
+from sparsedsl.selection.selected import Picks
 from sparsedsl.testing import battery
 from sparsedsl.testing.program_strategies import named_inputs
 
@@ -130,7 +130,7 @@ def test_a_node_without_a_rule_is_refused_when_it_is_declared(monkeypatch: pytes
 def test_the_reference_shares_nothing_with_the_lowering_but_the_call() -> None:
     """Modules of ``run`` that it reaches, in any number of steps: the checks of a call, and plain attention."""
     known = modules(ROOT)
-    seen, waiting = set(), ["sparsedsl.run.programs.reference"]
+    seen, waiting = set(), ["sparsedsl.backends.reference.nodes"]
     while waiting:
         module = waiting.pop()
         if module in seen:
@@ -146,8 +146,8 @@ def test_the_reference_shares_nothing_with_the_lowering_but_the_call() -> None:
     }
     call = {f"sparsedsl.run.programs.{name}" for name in ("call", "runner")}
     assert own <= seen
-    checks = seen - own - call - {"sparsedsl.run.reference"}
-    assert checks >= {"sparsedsl.run.inputs"} and all(name.count(".") == 2 for name in checks), checks
+    checks = seen - own - call - {"sparsedsl.backends.reference.attention"}
+    assert checks >= {"sparsedsl.runtime.call"} and all(name.count(".") == 2 for name in checks), checks
     assert not checks & {f"sparsedsl.run.{name}" for name in ("attention", "tiled", "tiled_kernel", "flex", "products", "sinks")}
     assert not issubclass(Lowering, Reference) and not issubclass(Reference, Lowering)
 

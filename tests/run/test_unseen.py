@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
-from sparsedsl.run.seen_product import seen_product
+from sparsedsl.runtime.seen_product import seen_product
 from sparsedsl.testing import AttentionCase, assert_unseen_keys_have_no_effect, patterns, shapes, tables_for, tensor
 
 causal = kv_idx <= q_idx

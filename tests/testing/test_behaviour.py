@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import testing as kit
-from sparsedsl.run.attention import Attention
+from sparsedsl.execute.compiled import Attention
 
 CAUSAL = sd.kv_idx <= sd.q_idx
 WINDOW = CAUSAL & (sd.q_idx - sd.kv_idx < 5)

@@ -156,7 +156,7 @@ def test_programs_are_run_beyond_their_units(program: Any, edge: int, longest: i
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_a_leak_of_a_backend_beyond_100_tokens_is_seen(backend: str) -> None:
     """The pattern is innocent, and what runs is not."""
-    from sparsedsl.run.attention import Attention
+    from sparsedsl.execute.compiled import Attention
 
     class Leaky(Attention):
         def __call__(self, q: Any, k: Any, v: Any, *, q_offset: int = 0, **words: Any) -> Any:

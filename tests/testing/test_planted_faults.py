@@ -11,8 +11,8 @@ import torch
 import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.run.attention import Attention
-from sparsedsl.run.programs.compiled import CompiledProgram
+from sparsedsl.execute.compiled import Attention
+from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.testing import battery, program_battery
 
 CAUSAL = sd.kv_idx <= sd.q_idx

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import testing as kit
+from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.program.effects import LATER_QUERIES
-from sparsedsl.run.programs.compiled import CompiledProgram
 from sparsedsl.testing.program_strategies import program_of
 
 CASE = kit.AttentionCase(batch=2, heads=4, kv_heads=2, q_len=20, kv_len=20)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import testing as kit
-from sparsedsl.run.inputs import check_call
+from sparsedsl.runtime.call import check_call
 from sparsedsl.testing import grammar
 
 

@@ -1,0 +1,1 @@
+"""torch FlexAttention on compact block lists."""

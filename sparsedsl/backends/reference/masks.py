@@ -1,0 +1,64 @@
+"""Masks and scores of a program as they are meant: evaluated at every pair, with what nodes give as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from sparsedsl.backends.reference.tensors import spread
+from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.expressions import Mask, Score
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.tables import read_class, table_reads
+from sparsedsl.program.axes import unit_of
+from sparsedsl.program.node import Node
+from sparsedsl.runtime.interpreter import Evaluation
+
+__all__ = ["concrete_pattern", "pairs", "units"]
+
+Tensor = torch.Tensor
+
+
+def concrete_pattern(run: Evaluation, pattern: Pattern) -> tuple[Pattern, dict[str, Tensor]]:
+    """A pattern whose reads of nodes are reads of tables, and all tables it reads."""
+    (mask, masks), (score, scores) = _concrete(run, pattern.mask), _concrete(run, pattern.score)
+    made = Pattern(Mask(mask), Score(score), pattern.sink, pattern.scale)
+    tables = {**run.call.tables, **masks, **scores}
+    return made, {name: tables[name] for name in made.tables}
+
+
+def _concrete(run: Evaluation, part: Any) -> tuple[Any, dict[str, Tensor]]:
+    """An expression, and the tables of the nodes it reads: ``(B, heads, ..)``. Rows of a table begin with the call's first unit."""
+    tables = {name: node for name, node in part.bound.items() if isinstance(node, Node) and name in part.tables}
+    counted = {}
+    for read in table_reads(part.expr):
+        node = tables.get(read.spec.name)
+        if node is not None and len(read.args) == 4:
+            first = run.call.q_offset // unit_of(node.axes[2])
+            entry, head, row, column = read.args
+            counted[read] = read_class(read.spec)(entry, head, row - first, column)
+    heads = run.call.q.shape[1]
+    return part.expr.xreplace(counted), {name: spread(run.value(node), heads) for name, node in tables.items()}
+
+
+def pairs(run: Evaluation, mask: Mask) -> Tensor:
+    """The mask at every pair: ``(batch, heads, queries, keys)``."""
+    q, keys, device = run.call.q, run.call.k.shape[2], run.call.q.device
+    expr, tables = _concrete(run, mask)
+    env: dict[str, Any] = {**run.domain.lengths, **run.call.tables, **tables}
+    env["b"] = torch.arange(q.shape[0], device=device)[:, None, None, None]
+    env["h"] = torch.arange(q.shape[1], device=device)[:, None, None]
+    env["q_idx"] = run.call.q_offset + torch.arange(q.shape[2], device=device)[:, None]
+    env["kv_idx"] = torch.arange(keys, device=device)
+    return evaluate(expr, env).expand(*q.shape[:3], keys)
+
+
+def units(run: Evaluation, mask: Mask, node: Any) -> Tensor:
+    """Which (unit of queries, unit of keys) of a node hold a pair that the mask allows: ``(batch, heads, units, units)``."""
+    rows, columns = unit_of(node.axes[2]), unit_of(node.axes[3])
+    run.call.check_aligned(rows, f"{node.function}()")
+    allowed = pairs(run, mask)
+    allowed = functional.pad(allowed, (0, -allowed.shape[3] % columns, 0, -allowed.shape[2] % rows))
+    return allowed.unflatten(3, (-1, columns)).any(4).unflatten(2, (-1, rows)).any(3)

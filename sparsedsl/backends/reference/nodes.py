@@ -1,0 +1,243 @@
+"""The dense meaning of a program, in plain torch, differentiable: what all else is compared with. Holds queries x keys, and more.
+
+Written for reading, and apart from the lowering: of what the lowering computes with nothing is imported here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from sparsedsl.backends.reference import masks
+from sparsedsl.backends.reference.attention import attend_reference
+from sparsedsl.backends.reference.scores import SCORE_RULES
+from sparsedsl.backends.reference.selection import CHOICE_RULES
+from sparsedsl.backends.reference.tensors import NEVER, log_sum, softmax, spread
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.expressions import Mask
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.node import Node
+from sparsedsl.program.sources import PerChunk, Slots
+from sparsedsl.runtime.call import check_call
+from sparsedsl.runtime.interpreter import Evaluation, Rules, complete
+from sparsedsl.runtime.program_call import ProgramCall
+from sparsedsl.runtime.seen_product import seen_product
+
+__all__ = ["REFERENCE_RULES", "Reference"]
+
+Tensor = torch.Tensor
+
+
+class Reference(Evaluation):
+    """One evaluation by meaning. Tensors are in the dtype of the call; a branch gives ``(out, lse)``, the LSE None if it is no softmax."""
+
+    def __init__(self, call: ProgramCall, rules: Rules | None = None):
+        super().__init__(REFERENCE_RULES if rules is None else rules, call)
+
+    def concrete_pattern(self, pattern: Pattern) -> tuple[Pattern, dict[str, Tensor]]:
+        """A pattern whose reads of nodes are reads of tables, and all tables it reads."""
+        return masks.concrete_pattern(self, pattern)
+
+    def pairs(self, mask: Mask) -> Tensor:
+        """The mask at every pair: ``(batch, heads, queries, keys)``."""
+        return masks.pairs(self, mask)
+
+    def chunk_scores(self, rule: PerChunk) -> Tensor:
+        """The scores that weigh chunks for every query head, -inf where a chunk was not picked."""
+        heads = self.call.q.shape[1]
+        return torch.where(spread(self.value(rule.picks), heads), spread(self.value(rule.scores), heads), NEVER)
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------------------
+
+
+def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor]:
+    q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
+    if node.normaliser is not None:
+        return _per_chunk(run, node, node.normaliser, q, k, v)
+    pattern, tables = run.concrete_pattern(node.pattern)
+    call = check_call(pattern, q, k, v, tables, q_offset=run.call.q_offset, scale=run.call.scale)
+    return attend_reference(pattern, call)
+
+
+def _per_chunk(run: Reference, node: Attend, rule: PerChunk, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if node.pattern.has_score:
+        raise UnsupportedError("per_chunk() takes logits as they are; leave score= out, or use one softmax over all")
+    k, v = spread(k, q.shape[1]), spread(v, q.shape[1])
+    logits = seen_product(q, k.transpose(-1, -2)) * (run.call.scale or node.pattern.scale or q.shape[3] ** -0.5)
+    logits = torch.where(run.pairs(node.pattern.mask), logits, NEVER)
+    weights, log_total = _chunk_weights(run.chunk_scores(rule), rule.weights)
+    out, unit = q.new_zeros((*q.shape[:3], v.shape[3])), rule.picks.units[1]
+    for chunk in range(weights.shape[3]):
+        keys = slice(chunk * unit, (chunk + 1) * unit)
+        inside = logits[..., keys]
+        if rule.inner == "softmax1":
+            share = softmax(functional.pad(inside, (0, 1), value=0.0))[..., :-1]
+        else:
+            share = softmax(inside)
+        share = torch.where(inside == NEVER, 0.0, share)
+        out = out + weights[..., chunk, None] * seen_product(share, v[:, :, keys])
+    return out, log_total
+
+
+def _chunk_weights(scores: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """Weights of chunks from their scores along the last dimension (-inf: not picked, later is more recent), and the log of their sum."""
+    if rule == "softmax":
+        return softmax(scores), log_sum(scores)
+    if rule == "softmax1":  # the LSE counts the logit of 0: that is what it weighs against other branches
+        extended = functional.pad(scores, (0, 1), value=0.0)
+        return softmax(extended)[..., :-1], log_sum(extended)
+    picked = scores != NEVER
+    finite = torch.where(picked, scores, 0.0)
+    left = torch.ones_like(scores[..., 0])
+    weights: list[Tensor] = []
+    for chunk in reversed(range(scores.shape[-1])):
+        weights.insert(0, torch.where(picked[..., chunk], torch.sigmoid(finite[..., chunk]) * left, 0.0))
+        if rule == "stick_breaking":
+            left = torch.where(picked[..., chunk], torch.sigmoid(-finite[..., chunk]) * left, left)
+    found = torch.stack(weights, dim=-1)
+    total = found.sum(-1)
+    return found, torch.where(total > 0, torch.log(torch.where(total > 0, total, 1.0)), NEVER)
+
+
+# ---- recurrences ---------------------------------------------------------------------------------------------------------------
+
+
+def _slots(run: Reference, node: Slots) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and gates: what is in a slot depends on who looks, and when."""
+    return run.value(node.y), run.value(node.z), run.value(node.gate)
+
+
+def _recall(run: Reference, node: Recall) -> tuple[Tensor, Tensor]:
+    memory, q = node.memory, run.value(node.x)
+    k, v, gate = run.value(memory)
+    log_keep = functional.logsigmoid(gate) / memory.temperature
+    keep, write = torch.exp(log_keep)[..., None], -torch.expm1(log_keep)[..., None]
+    entries = []
+    for entry, first in enumerate(_first_tokens(run, memory.documents)):
+        e = slice(entry, entry + 1)
+        before = _before_call(run, node, e, k, v, keep)
+        rows = [_recalled(run, node, row, first, before, q[e], k[e], v[e], keep[e], write[e]) for row in range(q.shape[2])]
+        entries.append([torch.stack(parts, 2) for parts in zip(*rows, strict=True)])
+    out, lse = (torch.cat(parts) for parts in zip(*entries, strict=True))
+    return out, lse
+
+
+def _before_call(run: Reference, node: Recall, entry: slice, k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """The slots of one batch entry before the first key: keys, values, and whether anything is in them."""
+    state = run.call.state.get(node.label)
+    if state is not None:
+        return state.keys[entry], state.values[entry], bool(state.written[entry].all())
+    slots = keep[entry].shape[:2] + keep.shape[3:4]
+    return k.new_zeros((*slots, k.shape[3])), v.new_zeros((*slots, v.shape[3])), False
+
+
+def _recalled(
+    run: Reference,
+    node: Recall,
+    row: int,
+    firsts: list[int],
+    before: tuple[Tensor, Tensor, bool],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor,
+    write: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What one query of one batch entry reads from the slots."""
+    memory, position = node.memory, run.call.q_offset + row
+    first = firsts[min(position, k.shape[2] - 1)]
+    keys, values, written = before
+    for token in range(first, min(position - memory.delay + 1, k.shape[2])):
+        keys = keep[:, :, token] * keys + write[:, :, token] * k[:, :, token, None]
+        values = keep[:, :, token] * values + write[:, :, token] * v[:, :, token, None]
+    here = q[:, :, row].unflatten(1, (k.shape[1], -1))
+    scale = run.call.scale or node.scale or q.shape[3] ** -0.5
+    logits = (here @ keys.transpose(-1, -2) * scale).flatten(1, 2)
+    if memory.empty == "masked" and position - memory.delay < first and not written:
+        logits = torch.full_like(logits, NEVER)
+    out = softmax(logits).unflatten(1, (k.shape[1], -1)) @ values
+    return out.flatten(1, 2), log_sum(logits)
+
+
+def _first_tokens(run: Reference, node: Node | None) -> list[list[int]]:
+    """For each batch entry and token the first token of its document."""
+    batch, keys = run.call.q.shape[0], run.call.k.shape[2]
+    if node is None:
+        return [[0] * keys] * batch
+    ids = run.value(node).expand(batch, keys)
+    return (ids[:, :, None] > ids[:, None, :]).sum(2).tolist()
+
+
+def _linear(run: Reference, node: Linear) -> tuple[Tensor, None]:
+    q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
+    run.call.check_decays(node, q.shape[1])
+    k, v = spread(k, q.shape[1]), spread(v, q.shape[1])
+    position = torch.arange(q.shape[2], device=q.device)[:, None] + run.call.q_offset
+    distance = position - torch.arange(k.shape[2], device=q.device)
+    rate = torch.tensor(node.decay, dtype=q.dtype, device=q.device)[:, None, None]
+    fade = torch.where(distance >= 0, torch.exp(rate * distance.clamp(min=0)), 0.0)
+    if node.documents is not None:
+        ids = run.value(node.documents)
+        own = ids[:, position[:, 0].clamp(max=k.shape[2] - 1)]
+        fade = torch.where((own[:, :, None] == ids[:, None, :])[:, None], fade, 0.0)
+    scale = run.call.scale or node.scale or q.shape[3] ** -0.5
+    pairs = torch.where(fade > 0, seen_product(q, k.transpose(-1, -2)) * scale, 0.0)
+    out = seen_product(pairs * fade, v)
+    before = run.call.state.get(node.label)
+    if before is not None:
+        out = out + scale * torch.exp(rate * (position + 1)) * (q @ before.to(q.dtype))
+    return out, None
+
+
+# ---- combinations --------------------------------------------------------------------------------------------------------------
+
+
+def _joint(run: Reference, node: Joint) -> tuple[Tensor, Tensor]:
+    outs, lses = zip(*(run.value(branch) for branch in node.branches), strict=True)
+    logits = torch.stack(lses, dim=-1)
+    shares = softmax(logits)
+    out = torch.stack([shares[..., i, None] * out.to(shares.dtype) for i, out in enumerate(outs)]).sum(0)
+    return out, log_sum(logits)
+
+
+def _mix(run: Reference, node: Mix) -> tuple[Tensor, None]:
+    weights, out = run.value(node.weights), None
+    for i, branch in enumerate(node.branches):
+        part = weights[:, :, :, i : i + 1] * run.value(branch)[0]
+        out = part if out is None else out + part
+    assert out is not None
+    return out, None
+
+
+def _compact(run: Reference, node: Compact) -> tuple[Tensor, Tensor | None]:
+    q, k, v = (spread(run.value(x), run.call.q.shape[1]) for x in node.inputs[1:])
+    outs, lses = [], []
+    for entry, kept in enumerate(run.value(node.tokens)):
+        out, lse = q.new_zeros((*q.shape[1:3], v.shape[3])), q.new_full(q.shape[1:3], NEVER)
+        if kept.numel():
+            rows = [torch.stack([x[entry, head, index] for head, index in enumerate(kept)])[None] for x in (q, k, v)]
+            few, few_lse = type(run)(run.call.inside(node.inside, *rows), run.rules).value(node.inside)
+            head = torch.arange(len(kept), device=q.device)[:, None].expand_as(kept)
+            out = out.index_put((head, kept), few[0])
+            lse = lse if few_lse is None else lse.index_put((head, kept), few_lse[0])
+        outs.append(out)
+        lses.append(lse)
+    return torch.stack(outs), torch.stack(lses) if node.weighable else None
+
+
+REFERENCE_RULES = complete(
+    "the reference",
+    {
+        **SCORE_RULES,
+        **CHOICE_RULES,
+        Attend: _attend,
+        Slots: _slots,
+        Recall: _recall,
+        Linear: _linear,
+        Joint: _joint,
+        Mix: _mix,
+        Compact: _compact,
+    },
+)

@@ -1,0 +1,176 @@
+"""Tensors and scores as they are meant: dense, in plain torch, differentiable.
+
+Scores are ``(batch, heads, units of queries, units of keys)``, -inf where an input lacks a unit; key scores ``(batch, heads, keys)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from sparsedsl.backends.reference.masks import units
+from sparsedsl.backends.reference.tensors import NEVER, gumbel_noise, joined_heads, of_one_size, per_head, pooled, softmax
+from sparsedsl.program.axes import unit_of
+from sparsedsl.program.orders import Take
+from sparsedsl.program.scores import (
+    Antidiagonal,
+    Bound,
+    Dot,
+    Grouped,
+    GroupedKeys,
+    Gumbel,
+    KeyScores,
+    Plus,
+    Probe,
+    Regroup,
+    Scores,
+    Smooth,
+    Softmax,
+)
+from sparsedsl.program.tensors import Input, Summary
+from sparsedsl.runtime.interpreter import Evaluation, Rules
+
+__all__ = ["SCORE_RULES"]
+
+Tensor = torch.Tensor
+
+
+def _input(run: Evaluation, node: Input) -> Tensor:
+    """In the type that is computed in."""
+    if node not in run.call.inputs:
+        assert node.default is not None
+        return run.value(node.default)
+    x = run.call.inputs[node]
+    return x.to(run.call.dtype) if x.is_floating_point() else x
+
+
+def _summary(run: Evaluation, node: Summary) -> Tensor:
+    return pooled(run.value(node.x), node.unit, node.how, node.pad)
+
+
+def _take(run: Evaluation, node: Take) -> Tensor:
+    x, order = of_one_size(run.value(node.x), run.value(node.order))
+    return torch.stack(
+        [torch.stack([rows[place] for rows, place in zip(*entry, strict=True)]) for entry in zip(x, order, strict=True)]
+    )
+
+
+# ---- scores ------------------------------------------------------------------------------------------------------------------
+
+
+def _scale(scale: float | None, x: Tensor) -> float:
+    return x.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _dot(run: Evaluation, node: Dot) -> Tensor:
+    x, y = of_one_size(run.value(node.x), run.value(node.y))
+    return _whole_rows(run, node, x @ y.transpose(-1, -2) * _scale(node.scale, x))
+
+
+def _whole_rows(run: Evaluation, node: Scores, scores: Tensor) -> Tensor:
+    """With a column for each unit of keys: an input may lack the last, ragged one, which then is no candidate."""
+    wanted = -(-run.call.k.shape[2] // unit_of(node.axes[3]))
+    return functional.pad(scores, (0, wanted - scores.shape[3]), value=NEVER)
+
+
+def _bound(run: Evaluation, node: Bound) -> Tensor:
+    x, y = of_one_size(run.value(node.x), run.value(node.y))
+    low, high = pooled(y, node.unit, "min", "valid"), pooled(y, node.unit, "max", "valid")
+    best = torch.maximum(x[:, :, :, None] * low[:, :, None], x[:, :, :, None] * high[:, :, None])
+    return _whole_rows(run, node, best.sum(-1) * _scale(node.scale, x))
+
+
+def _antidiagonal(run: Evaluation, node: Antidiagonal) -> Tensor:
+    run.call.check_aligned(node.block, "antidiagonal()")
+    x, y = of_one_size(run.value(node.x), run.value(node.y))
+    stride, cells = node.stride, node.block // node.stride
+    queries, keys = x.shape[2], y.shape[2]
+    x, y = (functional.pad(t, (0, 0, 0, -t.shape[2] % node.block)) for t in (x, y))
+    sums = [x[:, :, stride - 1 - i :: stride] @ y[:, :, i::stride].transpose(-1, -2) for i in range(stride)]
+    logits = torch.stack(sums).sum(0) * (_scale(None, x) / stride)
+    row, column = torch.arange(x.shape[2] // stride, device=x.device), torch.arange(y.shape[2] // stride, device=x.device)
+    real = (row * stride < queries)[:, None] & (column * stride < keys)
+    seen = real & (column <= row[:, None] + run.call.q_offset // stride)
+    mass = softmax(torch.where(seen, logits, NEVER))
+    return mass.unflatten(3, (-1, cells)).sum(4).unflatten(2, (-1, cells)).sum(3)
+
+
+def _softmax(run: Evaluation, node: Softmax) -> Tensor:
+    scores = run.value(node.scores)
+    allowed = per_head(units(run, node.among, node), run.call.check_heads(node, scores.shape[1]))
+    # A unit that an input lacks is no unit, and not one of mass 0.
+    return torch.where(scores == NEVER, NEVER, softmax(torch.where(allowed, scores, NEVER)))
+
+
+def _regroup(run: Evaluation, node: Regroup) -> Tensor:
+    joined = []
+    for part in run.value(node.scores).split(node.unit, dim=3):
+        here = part != NEVER
+        total, count = torch.where(here, part, 0.0).sum(3), here.sum(3)
+        how = {"sum": total, "mean": total / count.clamp(min=1), "max": part.amax(3)}[node.how]
+        joined.append(torch.where(count == 0, NEVER, how))
+    return torch.stack(joined, dim=3)
+
+
+def _plus(run: Evaluation, node: Plus) -> Tensor:
+    first, second = of_one_size(run.value(node.first), run.value(node.second))
+    return first + second
+
+
+def _gumbel(run: Evaluation, node: Gumbel) -> Tensor:
+    scores = run.value(node.scores)
+    first = run.call.q_offset // unit_of(node.axes[2])
+    return scores + gumbel_noise(tuple(scores.shape), run.value(node.seed), first, scores.device).to(scores.dtype)
+
+
+def _grouped(run: Evaluation, node: Grouped | GroupedKeys) -> Tensor:
+    return joined_heads(run.value(node.x), run.call.k.shape[1] if node.heads == "kv_heads" else 1, node.how)
+
+
+# ---- key scores ----------------------------------------------------------------------------------------------------------------
+
+
+def _probe(run: Evaluation, node: Probe) -> Tensor:
+    x, y = of_one_size(run.value(node.x), run.value(node.y))
+    key = torch.arange(y.shape[2], device=x.device)
+    position = run.call.q_offset + torch.arange(x.shape[2], device=x.device)[-node.rows :, None]
+    seen = key < y.shape[2] // node.complete * node.complete
+    seen = seen & (key <= position) if node.causal else seen.expand(len(position), -1)
+    logits = x[:, :, -node.rows :] @ y.transpose(-1, -2) * _scale(node.scale, x)
+    mass = softmax(torch.where(seen, logits, NEVER)).mean(2)
+    return torch.where(key < position[0], mass, 0.0) if node.keep == "before" else mass
+
+
+def _smooth(run: Evaluation, node: Smooth) -> Tensor:
+    x, reach = run.value(node.x), node.pool // 2
+    ends = _scored_keys(run, node)
+    kept, rest = x[:, :, :ends], x[:, :, ends:]
+    padded = functional.pad(kept, (reach, reach))
+    mean = torch.stack([padded[:, :, i : i + kept.shape[2]] for i in range(node.pool)]).sum(0) / node.pool
+    return torch.cat([mean, rest], dim=2)
+
+
+def _scored_keys(run: Evaluation, node: KeyScores) -> int:
+    """How many keys have scores: all, or those before the rows that probe."""
+    while not isinstance(node, Probe):
+        node = node.x  # type: ignore[attr-defined]
+    queries, keys = run.call.q.shape[2], run.call.k.shape[2]
+    return min(keys, run.call.q_offset + queries - min(node.rows, queries)) if node.keep == "before" else keys
+
+
+SCORE_RULES: Rules = {
+    Input: _input,
+    Summary: _summary,
+    Take: _take,
+    Dot: _dot,
+    Bound: _bound,
+    Antidiagonal: _antidiagonal,
+    Softmax: _softmax,
+    Regroup: _regroup,
+    Plus: _plus,
+    Gumbel: _gumbel,
+    Grouped: _grouped,
+    GroupedKeys: _grouped,
+    Probe: _probe,
+    Smooth: _smooth,
+}

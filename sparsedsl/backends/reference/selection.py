@@ -1,0 +1,140 @@
+"""Orders, subsets and choices as they are meant: dense, in plain torch.
+
+Orders are positions ``(batch, heads, keys)``; subsets positions ``(heads, kept)`` for each batch entry; choices booleans
+``(batch, heads, units of queries, units of keys)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsedsl.backends.reference.masks import units
+from sparsedsl.backends.reference.tensors import NEVER, per_head, softmax, spread
+from sparsedsl.program.orders import Inverse, Order, Tokens
+from sparsedsl.program.select import Threshold, TopK, TopP
+from sparsedsl.runtime.interpreter import Evaluation, Rules
+
+__all__ = ["CHOICE_RULES"]
+
+Tensor = torch.Tensor
+
+
+def _order(run: Evaluation, node: Order) -> Tensor:
+    scores, found = run.value(node.scores), []
+    for start in range(0, scores.shape[2], node.segment):
+        segment = scores[:, :, start : start + node.segment]
+        if segment.shape[2] == node.segment:
+            places = segment.sort(dim=2, descending=node.descending, stable=True).indices
+        else:  # keys after the last whole segment stay
+            places = torch.arange(segment.shape[2], device=scores.device).expand(segment.shape)
+        found.append(start + places)
+    return torch.cat(found, dim=2)
+
+
+def _inverse(run: Evaluation, node: Inverse) -> Tensor:
+    return run.value(node.order).argsort(dim=2)
+
+
+# ---- subsets -------------------------------------------------------------------------------------------------------------------
+
+
+def _tokens(run: Evaluation, node: Tokens) -> list[Tensor]:
+    scores, by = run.value(node.scores), run.value(node.by)[:, 0]
+    run.call.check_square("keep_tokens()")
+    before = max(scores.shape[2] - node.always, 0)
+    always = torch.arange(before, scores.shape[2], device=scores.device)
+    kept = []
+    for one, mass in zip(scores, by, strict=True):
+        count = max(before - _dropped(mass[:before], node), min(node.least, before))
+        best = [torch.cat([head[:before].sort(descending=True, stable=True).indices[:count], always]) for head in one]
+        kept.append(spread(torch.stack([index.sort().values for index in best])[None], run.call.q.shape[1])[0])
+    return kept
+
+
+def _dropped(by: Tensor, node: Tokens) -> int:
+    """How many of the keys with the mass ``by`` are dropped."""
+    total = by.sum()
+    ascending = (by / torch.where(total > 0, total, 1.0)).sort().values
+    if node.tail is not None:
+        below = int((ascending.cumsum(0) < node.tail).sum())
+        return min(below + 1, by.numel()) if below else 0
+    assert node.cover is not None
+    if node.cover == 1:  # rounding may bring a sum to 1 early
+        return 0
+    held = ascending.flip(0).cumsum(0)
+    return by.numel() - min(int((held <= node.cover).sum()) + 1, by.numel())
+
+
+# ---- choices -------------------------------------------------------------------------------------------------------------------
+
+
+def _candidates(run: Evaluation, node: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores with -inf where there is no candidate, the candidates, and the forced ones."""
+    scores = run.value(node.scores).detach()
+    heads = run.call.check_heads(node, scores.shape[1])
+    allowed = scores != NEVER
+    if node.among is not None:
+        allowed = allowed & per_head(units(run, node.among, node), heads)
+    forced = allowed & (node.forced is not None)
+    if node.forced is not None:
+        forced = allowed & per_head(units(run, node.forced, node), heads)
+    return torch.where(allowed, scores, NEVER), allowed, forced
+
+
+def _best_first(key: Tensor, forced: Tensor | None = None) -> Tensor:
+    """Units of every row by their key, equal ones by number, NaN as infinity; before all others the forced ones, by number."""
+    key = torch.where(key.isnan(), float("inf"), key)
+    if forced is None:
+        return key.sort(dim=3, descending=True, stable=True).indices
+    order = torch.where(forced, 0.0, key).sort(dim=3, descending=True, stable=True).indices
+    return order.gather(3, forced.gather(3, order).int().sort(dim=3, descending=True, stable=True).indices)
+
+
+def _mass(node: Any, scores: Tensor, allowed: Tensor) -> Tensor:
+    """Scores as shares of the mass of a row's candidates."""
+    if not node.scores.is_mass:
+        return softmax(scores)
+    mass = torch.where(allowed, scores, 0.0)
+    total = mass.sum(3, keepdim=True)
+    return mass / torch.where(total > 0, total, 1.0)
+
+
+def _top_k(run: Evaluation, node: TopK) -> Tensor:
+    scores, allowed, forced = _candidates(run, node)
+    rank = _best_first(scores, forced).argsort(dim=3)
+    count = node.count + (forced.sum(3, keepdim=True) if node.extra else 0)
+    return allowed & (rank < count)
+
+
+def _top_p(run: Evaluation, node: TopP) -> Tensor:
+    scores, allowed, forced = _candidates(run, node)
+    if node.share == 1:  # whether rounded sums reach 1 is a matter of chance
+        return allowed
+    mass = _mass(node, scores, allowed)
+    order = _best_first(torch.where(allowed, mass, -1.0), forced if node.forced_in_mass else None)
+    upto = mass.gather(3, order).cumsum(3)
+    reached = upto >= node.share
+    before = upto.new_zeros(reached.shape, dtype=torch.bool)
+    before[..., 1:] = reached[..., :-1].cumsum(3) > 0  # one of the units before has reached the share
+    taken = ~before if node.inclusive else ~reached
+    if node.unmet == "none":
+        taken = taken & reached.any(3, keepdim=True)
+    return allowed & (torch.zeros_like(allowed).scatter(3, order, taken) | forced)
+
+
+def _threshold(run: Evaluation, node: Threshold) -> Tensor:
+    scores, allowed, forced = _candidates(run, node)
+    height = _mass(node, scores, allowed) if node.scores.is_mass else scores
+    return allowed & ((height >= node.least) | forced)
+
+
+CHOICE_RULES: Rules = {
+    Order: _order,
+    Inverse: _inverse,
+    Tokens: _tokens,
+    TopK: _top_k,
+    TopP: _top_p,
+    Threshold: _threshold,
+}

@@ -1,0 +1,126 @@
+"""Scattered tiles in the ``tiled`` lowering: for one row of tiles at a time, the keys of its tiles are copied side by side.
+
+Memory is bounded by the keys taken at once. Full tiles come first and are never masked; partial ones follow, with the mask evaluated
+on their pairs only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.lists import TileLists, TileRows
+from sparsedsl.backends.tiled.tile_jobs import Lane, Unit
+from sparsedsl.lang.symbols import BATCH, HEAD
+from sparsedsl.tiling.cost import chunk_keys, strips_at_once
+from sparsedsl.tiling.schedule import Family, Segment
+
+__all__ = ["scattered_units"]
+
+Tensor = torch.Tensor
+# From this many logits on, a row of one head is computed alone: below, calling torch costs more than small products are slower.
+ALONE = 1 << 17
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered(Segment):
+    """A segment whose keys are listed: ``index`` (length,) int64, counted from the lane's first key."""
+
+    index: Tensor
+
+
+def scattered_units(lane: Lane, lists: TileLists, heads: range, most_heads: int) -> Iterator[Unit]:
+    """The units of work of all rows of tiles, heads of a row after each other so that they share its masks."""
+    run = lane.run
+    rows_of_tiles = lists.shape[2]
+    bounds = [part.counts.reshape(-1).cumsum(0, dtype=torch.int64).tolist() for part in (lists.full, lists.partial)]
+    for line in range(lists.shape[0] * lists.shape[1] * rows_of_tiles):
+        group, row = divmod(line, rows_of_tiles)
+        height = min(lists.block[0], lists.q_rows - row * lists.block[0])
+        most = chunk_keys(height * run.group)
+        segments = _segments(
+            lane, lists, [_part(p, b, line) for p, b in zip((lists.full, lists.partial), bounds, strict=True)], most
+        )
+        if not segments:
+            continue
+        family = Family(group, lane.first + row * lists.block[0], height, 1, 0, ())
+        longest = max(segment.length for segment in segments)
+        at_once = min(most_heads, strips_at_once(height * run.group, longest, ALONE))
+        for low, high in lane.head_spans(group, heads):
+            for head in range(low, high, at_once):
+                yield ScatteredUnit(lane, line, family, segments, head, min(head + at_once, high), 0, 1)
+
+
+def _part(part: TileRows, bounds: list[int], line: int) -> Tensor:
+    """The columns of one row of tiles."""
+    return part.columns[bounds[line - 1] if line else 0 : bounds[line]].to(torch.int64)
+
+
+def _segments(lane: Lane, lists: TileLists, parts: list[Tensor], most: int) -> list[Segment]:
+    """The keys of the full and of the partial tiles of a row, at most ``most`` at a time, with the mask for the partial ones."""
+    width, residual = lists.block[1], lane.plan.lane.mask
+    columns, whole = torch.cat(parts), parts[0].numel()
+    found: list[Segment] = []
+    step = max(1, most // width)
+    for begin in range(0, columns.numel(), step):
+        few = columns[begin : begin + step]
+        index = (few[:, None] * width + torch.arange(width, device=few.device)).reshape(-1)
+        full = min(max(0, whole - begin), few.numel()) * width
+        inside = index < lists.kv_len
+        if not bool(inside[-1]) or not bool(inside[max(0, full - 1)]):  # a ragged last tile ends either kind
+            full, index = int(inside[:full].sum()), index[inside]
+        masks = () if full == index.numel() else ((full, index.numel(), residual),)
+        first = int(few[0]) * width
+        found.append(Gathered(first, index.numel(), 0, masks, (index - lane.first_key).to(lane.k.device)))
+    return found
+
+
+class ScatteredUnit(Unit):
+    """One row of tiles for some heads, on keys that are copied."""
+
+    def key_rows(self, t: Tensor, segment: Segment) -> Tensor:
+        """The listed keys of one head: ``(length, D)``."""
+        return t[self.low // self.lane.ratio].index_select(0, self._index(segment))
+
+    def keys(self, t: Tensor, segment: Segment) -> Tensor:
+        """The listed keys of every head: ``(X, length, D)``."""
+        ratio = self.lane.ratio
+        first, last = self.low // ratio, (self.high - 1) // ratio
+        part = t[first : last + 1].index_select(1, self._index(segment))
+        if ratio == 1 or self.high - self.low == 1:
+            return part
+        return part.index_select(0, torch.arange(self.low, self.high, device=t.device) // ratio - first)
+
+    @staticmethod
+    def _index(segment: Segment) -> Tensor:
+        listed: Any = segment  # units of this kind have no others
+        return listed.index
+
+    def env(self, segment: Segment, low: int, high: int, transposed: bool) -> dict[str, Any]:
+        """Positions of the listed keys."""
+        env = super().env(segment, low, high, transposed)
+        kv = self._index(segment)[low:high] + self.lane.first_key
+        env["kv_idx"] = kv.view(1, -1, 1, 1) if transposed else kv.view(1, 1, 1, -1)
+        return env
+
+    def place(self, expr: Any, segment: Segment, low: int, high: int) -> tuple[bool, tuple[Any, ...]]:
+        """No two rows of tiles share a mask; the heads of a row do where they are alike."""
+        heads = (self.low, self.high) if expr.free_symbols & {BATCH, HEAD} else None
+        return False, (
+            "scattered",
+            self.family.group,
+            self.family.q_start,
+            self._index(segment)[0].item(),
+            low,
+            high,
+            heads,
+            expr,
+        )
+
+    def add_keys(self, total: Tensor, segment: Segment, grad: Tensor, factor: float = 1.0) -> None:
+        """Add to the listed keys, head by head."""
+        for x in range(grad.shape[0]):
+            total[(self.low + x) // self.lane.ratio].index_add_(0, self._index(segment), grad[x], alpha=factor)

@@ -1,0 +1,96 @@
+"""The tensors of a ``tiled`` pass, as every lane of it sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsedsl.backends.tiled.score_rules import score_rule
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.symbols import HEAD
+from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.dtypes import accumulated
+from sparsedsl.tiling.schedule import Schedule
+
+__all__ = ["Gains", "Operands", "folds_heads"]
+
+Tensor = torch.Tensor
+
+
+def folds_heads(pattern: Pattern) -> bool:
+    """Whether the query heads of a group may be rows of one strip: neither mask nor score tells them apart."""
+    return not any(HEAD in expr.free_symbols for expr in (pattern.mask.expr, pattern.score.expr))
+
+
+class Operands:
+    """q, k, v and what belongs to them; rows are ``(B, heads that share keys, S, heads of a group, ..)``, keys ``(B, Hkv, Skv, ..)``.
+
+    ``by_row``: results, and what the backward pass reads, by name. ``leaves``: learned tables, in the order of their gradients.
+    """
+
+    def __init__(self, pattern: Pattern, call: Call, schedule: Schedule) -> None:
+        self.pattern, self.call, self.schedule = pattern, call, schedule
+        self.rule = score_rule(pattern.score.expr)
+        self.dtype = accumulated(call.q.dtype)
+        self.group = call.group if folds_heads(pattern) else 1
+        self.batch, self.heads, self.rows = call.q.shape[:3]
+        self.shared = self.heads // self.group  # heads that strips are made for
+        self.factor = self.rule.factor(call.scale)
+        self.q = self.grouped(call.q)
+        self._keys: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self.tables = dict(call.tables)
+        self.by_row: dict[str, Tensor] = {}
+        self.leaves: dict[str, Tensor] = {}
+
+    def keys(self, part: slice) -> tuple[Tensor, Tensor]:
+        """k and v at some positions, ``(B x Hkv, keys, ..)`` in the type of arithmetic: views where rows lie one after the other."""
+        hashed = (part.start, part.stop, part.step)
+        if hashed not in self._keys:
+            self._keys[hashed] = (self._rows(self.call.k[:, :, part]), self._rows(self.call.v[:, :, part]))
+        return self._keys[hashed]
+
+    def _rows(self, t: Tensor) -> Tensor:
+        t = t.to(self.dtype)
+        dense = t.shape[2] <= 1 or t.stride(2) == t.shape[3]
+        return (t if dense and t.stride(3) == 1 else t.contiguous()).flatten(0, 1)
+
+    def grouped(self, t: Tensor) -> Tensor:
+        """``(B, Hq, S, ..)`` as a view ``(B, heads that share keys, S, heads of a group, ..)``."""
+        return t.unflatten(1, (self.shared, self.group)).transpose(2, 3)
+
+
+class Gains:
+    """Gradients that one thread adds up: of keys and values ``(B, Hkv, Skv, ..)``, and of the learned tables in the order of ``leaves``."""
+
+    def __init__(self, run: Operands) -> None:
+        k, v = run.call.k, run.call.v
+        self.dk, self.dv = (torch.zeros(t.shape, dtype=run.dtype, device=t.device) for t in (k, v))
+        self.tables = {name: torch.zeros_like(leaf) for name, leaf in run.leaves.items()}
+        self._places: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def of(self, lane: Any, keys: slice) -> tuple[Tensor, Tensor]:
+        """Gradients of the keys and values of a lane, ``(B x Hkv, keys, ..)``: views."""
+        if lane not in self._places:
+            self._places[lane] = (self.dk.flatten(0, 1)[:, keys], self.dv.flatten(0, 1)[:, keys])
+        return self._places[lane]
+
+    def add_tables(self, found: tuple[Tensor | None, ...]) -> None:
+        """Add gradients of the learned tables, in their order."""
+        for name, grad in zip(self.tables, found, strict=True):
+            if grad is not None:
+                self.tables[name] += grad
+
+    def with_tables_of_its_own(self) -> Gains:
+        """The same keys and values, for a thread that adds to other heads of them."""
+        other = object.__new__(Gains)
+        other.dk, other.dv, other._places = self.dk, self.dv, {}
+        other.tables = {name: torch.zeros_like(grad) for name, grad in self.tables.items()}
+        return other
+
+    def add(self, other: Gains) -> None:
+        """Add what another thread found."""
+        if other.dk is not self.dk:
+            self.dk += other.dk
+            self.dv += other.dv
+        self.add_tables(tuple(other.tables.values()))

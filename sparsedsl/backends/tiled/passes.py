@@ -1,0 +1,198 @@
+"""The ``tiled`` lowering: dense products on the rectangles of a schedule, an online softmax over them, and an exact backward pass.
+
+Stages of a forward pass, in order:
+
+1. *prepare*: k and v contiguous, in float32 (float64 for float64): no copy if they are. Queries are read in place.
+2. *strips* (:mod:`backends.tiled.tile_jobs`): for each strip, its pieces of keys one after the other: product, score rule, mask where a
+   piece is masked, powers of two, sum, product with v; with the running maximum only where a row's total shows that it was needed. Strips
+   and heads too small for a product of their own go together. Strips share the cores, one thread each (:mod:`runtime.threads`).
+3. *scattered tiles* (:mod:`backends.tiled.gathered`): the same on keys gathered for one row of tiles at a time.
+4. *merge*: where lanes share queries, their results meet by LSE. A sink joins last.
+
+The backward pass goes through the same strips with the global output and LSE; the pieces' gradients add up to the exact ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from sparsedsl.backends.tiled.gathered import scattered_units
+from sparsedsl.backends.tiled.operands import Gains, Operands
+from sparsedsl.backends.tiled.score_rules import LN2, LOG2E
+from sparsedsl.backends.tiled.tile_jobs import NO_KEY, Lane, Unit
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.sinks import sink_gradients, sink_logit
+from sparsedsl.runtime.threads import run_all, share
+from sparsedsl.tiling.schedule import Schedule
+
+__all__ = ["backward", "forward"]
+
+Tensor = torch.Tensor
+# Pairs of queries and keys, of all heads, from which on it is worth to wake other threads.
+WORTH_THREADS = 1 << 20
+# An LSE further from 0 than this has lost digits of the logarithm that was added to the largest logit, at 1e9 all of them.
+FAR_LSE = 1024.0
+# Threads that hold gradients of all keys each, where there are fewer heads than threads.
+MOST_COPIES = 4
+
+
+def forward(pattern: Pattern, call: Call, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """``out (B, Hq, Sq, Dv)`` in the dtype of q, ``lse (B, Hq, Sq)`` in float32 (float64 for float64 inputs)."""
+    with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
+        return Pass(pattern, call, schedule).forward()
+
+
+def backward(
+    pattern: Pattern, call: Call, schedule: Schedule, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
+    learned: tuple[str, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Gradients of q, k, v and of the tables named in ``learned``, from the results of :func:`forward` and the gradients by them."""
+    with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
+        return Pass(pattern, call, schedule).backward(out, lse, grad_out, grad_lse, learned)
+
+
+class Pass(Operands):
+    """One forward or backward pass."""
+
+    def _units(self, lane: Lane, heads: range) -> Iterator[Unit]:
+        lists = lane.plan.lists
+        if lists is not None:  # rows of tiles are enough to share
+            return scattered_units(lane, lists, heads, len(heads))
+        # A thread computes several heads at once, but leaves some to the others.
+        return lane.units(heads, max(1, len(heads) // self.workers))
+
+    @functools.cached_property
+    def workers(self) -> int:
+        """How many threads compute side by side: 1 if the work is not worth more, or the device is none that threads help."""
+        worth = self.schedule.pairs * self.batch * self.shared * self.group >= WORTH_THREADS
+        return torch.get_num_threads() if worth and self.q.device.type == "cpu" else 1
+
+    @property
+    def flat_heads(self) -> range:
+        """All heads that strips are made for."""
+        return range(self.batch * self.shared)
+
+    # ---- forward ----------------------------------------------------------------------------------------------
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Out and LSE."""
+        shape = (self.batch, self.heads, self.rows)
+        plain = not self.schedule.overlap and self.pattern.sink is None
+        make = self.q.new_empty if self.schedule.covers else self.q.new_zeros
+        out = make((*shape, self.call.v.shape[3]), dtype=self.call.q.dtype if plain else self.dtype)
+        lse = self.q.new_full(shape, float("-inf"), dtype=self.dtype)
+        self.by_row = {"out": self.grouped(out), "lse": self.grouped(lse)}
+        # Lanes that share queries wait for each other.
+        stages = [[plan] for plan in self.schedule.lanes] if self.schedule.overlap else [list(self.schedule.lanes)]
+        for number, plans in enumerate(stages):
+            units = (unit for plan in plans for unit in self._units(Lane(self, plan), self.flat_heads))
+            work = (functools.partial(unit.forward, merge=number > 0) for unit in units)
+            if self.workers > 1:
+                share(work, self.workers)
+            else:
+                for piece in work:
+                    piece()
+        lse.mul_(LN2)
+        if self.pattern.sink is not None:
+            logit = sink_logit(self.pattern, self.call, self.tables, self.dtype)
+            left = torch.sigmoid(lse - logit).masked_fill_(lse == float("-inf"), 0.0)
+            out.mul_(left[..., None])
+            lse = torch.logaddexp(lse, logit)
+        return out.to(self.call.q.dtype), lse
+
+    # ---- backward ---------------------------------------------------------------------------------------------
+
+    def backward(
+        self, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, learned: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Gradients of q, k, v and the learned tables."""
+        delta = (grad_out.to(self.dtype) * out.to(self.dtype)).sum(-1)
+        if grad_lse is not None:
+            delta = delta - torch.where(lse == float("-inf"), 0.0, grad_lse.to(self.dtype))
+        lse2 = torch.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+        far = (lse.abs() > FAR_LSE) & lse.isfinite()
+        if lse.dtype == torch.float32 and lse.device.type == "cpu" and bool(far.any()):
+            most, sums = self._totals()
+            # Gradients are linear in what comes from outside: a factor of all weights of a row is one of these.
+            factor = torch.where(far, sums.reciprocal(), 1.0)
+            lse2 = torch.where(far, most, lse2)
+            grad_out, delta = grad_out.to(self.dtype) * factor[..., None], delta * factor
+        dq = torch.zeros(self.call.q.shape, dtype=self.dtype, device=self.q.device)
+        by_row = {"grad_out": grad_out, "lse": lse2, "delta": delta, "dq": dq}
+        self.by_row = {name: self.grouped(t) for name, t in by_row.items()}
+        # In float64, where torch adds in a fixed order whatever the number of threads.
+        self.leaves = {name: self.tables[name].detach().double().requires_grad_() for name in learned}
+        total = Gains(self)
+        lanes = [Lane(self, plan) for plan in self.schedule.lanes]
+        kv_heads = self.call.k.shape[0] * self.call.k.shape[1]
+        if self.workers == 1:
+            self._backward_heads(lanes, self.flat_heads, total)
+        elif kv_heads >= self.workers:
+            self._backward_by_heads(lanes, kv_heads, total)
+        else:
+            self._backward_by_rows(lanes, total)
+        for name, grad in sink_gradients(self.pattern, self.call, self.leaves, lse, delta).items():
+            total.tables[name] += grad
+        like = self.call
+        grads = {name: grad.to(self.tables[name].dtype) for name, grad in total.tables.items()}
+        return dq.to(like.q.dtype), total.dk.to(like.k.dtype), total.dv.to(like.v.dtype), grads
+
+    def _totals(self) -> tuple[Tensor, Tensor]:
+        """Of each row the largest logit in units of log2, and the sum of ``2**(logit - largest)``: an LSE as two numbers."""
+        shape = (self.batch, self.heads, self.rows)
+        most = self.q.new_full(shape, NO_KEY * torch.finfo(self.dtype).max, dtype=self.dtype)
+        total = torch.zeros_like(most)
+        self.by_row = {"most": self.grouped(most), "total": self.grouped(total)}
+        for plan in self.schedule.lanes:
+            for unit in self._units(Lane(self, plan), self.flat_heads):
+                unit.add_totals()
+        if self.pattern.sink is not None:
+            logit = sink_logit(self.pattern, self.call, self.tables, self.dtype) * LOG2E
+            larger = torch.maximum(most, logit)
+            total, most = total * (most - larger).exp2_() + (logit - larger).exp2_(), larger
+        return most, total
+
+    def _backward_heads(self, lanes: list[Lane], heads: range, gains: Gains) -> None:
+        for lane in lanes:
+            for unit in self._units(lane, heads):
+                unit.backward(gains)
+
+    def _backward_by_heads(self, lanes: list[Lane], kv_heads: int, total: Gains) -> None:
+        """Each thread has key/value heads of its own: nobody else adds to their gradients."""
+        ratio = len(self.flat_heads) // kv_heads
+        edges = [kv_heads * number // self.workers * ratio for number in range(self.workers + 1)]
+        own = [total.with_tables_of_its_own() for _ in range(self.workers)]
+        run_all(
+            [
+                functools.partial(self._backward_heads, lanes, range(low, high), gains)
+                for (low, high), gains in zip(itertools.pairwise(edges), own, strict=True)
+            ]
+        )
+        for gains in own:
+            total.add(gains)
+
+    def _backward_by_rows(self, lanes: list[Lane], total: Gains) -> None:
+        """Few heads: each thread has queries of its own, and adds to gradients of its own that are joined in a fixed order."""
+        count = min(self.workers, MOST_COPIES)
+        own = [total, *(Gains(self) for _ in range(count - 1))]
+        for lane in lanes:
+            units = list(self._units(lane, self.flat_heads))
+            edges = [len(units) * number // count for number in range(count + 1)]
+
+            def task(low: int, high: int, gains: Gains, units: list[Unit] = units) -> None:
+                for unit in units[low:high]:
+                    unit.backward(gains)
+
+            run_all(
+                [
+                    functools.partial(task, low, high, gains)
+                    for (low, high), gains in zip(itertools.pairwise(edges), own, strict=True)
+                ]
+            )
+        for gains in own[1:]:
+            total.add(gains)

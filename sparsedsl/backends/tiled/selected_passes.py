@@ -1,0 +1,154 @@
+"""Forward and backward pass over one block of queries: piece by piece, then for each query the places of its list together.
+
+Logits are in units of log2, so that ``exp2`` serves. Rows are places x heads of a lane. The forward pass holds its tiles as (rows, tokens),
+the backward pass as (tokens, rows): four of its five products are then ones that CPUs are quick at (see ``runtime/gemm.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import embedding_bag
+
+from sparsedsl.backends.tiled.selected_chunks import Chunks, ChunkSums
+from sparsedsl.backends.tiled.selected_invert import Inverted, Piece
+from sparsedsl.runtime.gemm import product, product_nt, product_tn
+
+__all__ = ["LOG2E", "BlockPass"]
+
+Tensor = torch.Tensor
+LOG2E = math.log2(math.e)
+INF = float("inf")
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPass:
+    """One block. ``q (queries + 1, heads, D)`` times ``scale * log2(e)``, the last row 0; ``weights (queries, heads, W)``, 0 after the
+    ends of lists, or None for one softmax over all chunks. ``bias``: 0 or -inf for ``(places, heads or 1, tokens)`` of a piece, or None.
+    ``one``: a logit 0 more, without a value, in each softmax.
+    """
+
+    inverted: Inverted
+    q: Tensor
+    k: Chunks
+    v: Chunks
+    weights: Tensor | None
+    bias: Callable[[Piece], Tensor] | None
+    one: bool
+
+    # ---- forward ----------------------------------------------------------------------------------------------
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """``out (queries, heads, Dv)`` and ``lse (queries, heads)``, in units of log2."""
+        places, heads = self.inverted.pairs.shape[0], self.q.shape[1]
+        out = self.q.new_empty((places + 1, heads, self.v.x.shape[3]))
+        peak, total = self.q.new_empty((places + 1, heads)), self.q.new_empty((places + 1, heads))
+        out[-1], peak[-1], total[-1] = 0.0, -INF, 0.0
+
+        for piece in self.inverted.pieces:
+            at = piece.places
+            weights = product_nt(self._rows(self.q, piece), self.k.read(piece))
+            if self.bias is not None:
+                weights.view(-1, heads, weights.shape[2]).add_(self.bias(piece))
+            largest, sums = self._exponentials(weights, dim=2)
+            peak[at], total[at] = largest.view(-1, heads), sums.view(-1, heads)
+            out[at] = product(weights, self.v.read(piece)).view(-1, heads, out.shape[2])
+        peak, total = peak.take(self._index), total.take(self._index)
+        if self.weights is None:
+            factors, lse = self._joined(peak, total)
+        else:
+            factors = (self.weights / total).masked_fill_(total == 0, 0.0)
+            lse = self.weights.sum(2).log2()
+        return self._summed(out, factors), lse
+
+    def _joined(self, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """What the sums of each chunk count in one softmax over all, and its LSE."""
+        by_chunk = peak + total.log2()
+        largest = by_chunk.amax(2).clamp_(min=0.0 if self.one else torch.finfo(peak.dtype).min)
+        sums = (by_chunk - largest[..., None]).exp2_().sum(2)
+        if self.one:
+            sums += (-largest).exp2_()
+        lse = largest + sums.log2()
+        return (peak - lse.masked_fill(lse == -INF, INF)[..., None]).exp2_(), lse
+
+    def _exponentials(self, logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Make logits into ``exp2(logits - largest)`` in place; ``largest`` and the sums along ``dim``."""
+        largest = logits.amax(dim, keepdim=True)
+        if self.bias is not None:
+            largest.clamp_(min=torch.finfo(logits.dtype).min)  # -inf - -inf is no number
+        sums = logits.sub_(largest).exp2_().sum(dim, keepdim=True)
+        if self.one and self.weights is not None:
+            sums += (-largest).exp2_()  # inf where the logits are so far below 0 that nothing is left of them
+        return largest, sums
+
+    # ---- backward ---------------------------------------------------------------------------------------------
+
+    def backward(
+        self, grad_out: Tensor, lse: Tensor, delta: Tensor, sums: tuple[ChunkSums, ChunkSums] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the logits' q, ``(queries, heads, D)``, without the scale, and of the weights ``(queries, heads, W)``.
+
+        ``grad_out (queries + 1, heads, Dv)``, the last row 0. For one softmax ``lse (queries + 1, heads)`` in units of log2, inf where
+        there is none, and ``delta = <grad_out, out> - grad_lse``; where each chunk has a softmax of its own it has a delta of its own.
+        Adds to ``sums`` of k (to be multiplied by ln 2) and v.
+        """
+        places, heads = self.inverted.pairs.shape[0], self.q.shape[1]
+        grad_q = self.q.new_empty((places + 1, heads, self.q.shape[2]))
+        by_place = self.q.new_empty((places + 1, heads))
+        grad_q[-1], by_place[-1] = 0.0, 0.0
+        shares = None if self.weights is None else _with_none(self.weights.transpose(1, 2).reshape(-1, heads))
+
+        for piece in self.inverted.pieces:
+            at, number = piece.places, len(piece.chunks)
+            rows, grads, keys = self._rows(self.q, piece), self._rows(grad_out, piece), self.k.read(piece)
+            weights = product_nt(keys, rows)
+            if self.bias is not None:
+                bias = self.bias(piece).unflatten(0, (number, -1)).permute(0, 3, 1, 2)
+                weights.view(number, keys.shape[1], -1, heads).add_(bias)
+            slopes = product_nt(self.v.read(piece), grads)
+            if shares is None:
+                weights.sub_(self._rows(lse, piece)).exp2_()
+                slopes.sub_(self._rows(delta, piece))
+            else:
+                total = self._exponentials(weights, dim=1)[1].clamp_(min=torch.finfo(weights.dtype).tiny)
+                own = (weights * slopes).sum(1, keepdim=True).div_(total)
+                by_place[at] = own.view(-1, heads)
+                weights.mul_(shares.index_select(0, self.inverted.pairs[at]).view(total.shape).div_(total))
+                slopes.sub_(own)
+            slopes.mul_(weights)
+            if sums is not None:
+                sums[0].add(piece, product(slopes, rows))
+                sums[1].add(piece, product(weights, grads))
+            grad_q[at] = product_tn(slopes, keys).reshape(-1, heads, grad_q.shape[2])
+        return self._summed(grad_q, None), None if shares is None else by_place.take(self._index)
+
+    # ---- between queries and places ---------------------------------------------------------------------------
+
+    def _rows(self, x: Tensor, piece: Piece) -> Tensor:
+        """What the places of a piece have of ``x (queries + 1, heads, n)``: ``(chunks, rows, n)``; without n ``(chunks, 1, rows)``."""
+        picked = x.index_select(0, self.inverted.queries[piece.places])
+        number = len(piece.chunks)
+        return picked.view(number, -1, x.shape[2]) if x.ndim == 3 else picked.view(number, 1, -1)
+
+    @functools.cached_property
+    def _index(self) -> Tensor:
+        """Where each query, head and slot stands in a tensor ``(places + 1, heads)``."""
+        heads = self.q.shape[1]
+        return self.inverted.place[:, None] * heads + torch.arange(heads, device=self.q.device)[:, None]
+
+    def _summed(self, x: Tensor, factors: Tensor | None) -> Tensor:
+        """For each query and head the sum over its list of ``x (places + 1, heads, n)``, times factors."""
+        queries, heads, slots = self._index.shape
+        if factors is not None:
+            factors = factors.view(-1, slots)
+        flat = embedding_bag(self._index.view(-1, slots), x.flatten(0, 1), mode="sum", per_sample_weights=factors)
+        return flat.view(queries, heads, -1)
+
+
+def _with_none(x: Tensor) -> Tensor:
+    """With a row of zeros more, for places without a pair."""
+    return torch.cat([x, x.new_zeros((1, x.shape[1]))])

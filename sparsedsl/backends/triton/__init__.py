@@ -1,0 +1,1 @@
+"""Launchers of generated Triton kernels and of those in ``codegen/kernels``."""

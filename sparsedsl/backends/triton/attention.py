@@ -1,0 +1,310 @@
+"""The ``triton`` lowering: generated kernels, what they read beside the tensors, and the grids they run on.
+
+A source is generated once for a pattern and widths of heads; Triton compiles a kernel of it once for each dtype and tile size, and never
+for a length. What a call of given lengths and tables needs (:mod:`backends.triton.prepared`) is remembered while the tables live unchanged:
+a call that finds it there does not wait for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.remembered import Remembered
+from sparsedsl.backends.tiled.attention import sight_of
+from sparsedsl.backends.triton.configs import chosen, target_of
+from sparsedsl.backends.triton.launch import (
+    described,
+    has_descriptors,
+    in_tiles,
+    is_aligned,
+    launch,
+    like,
+    rows_contiguous,
+    strided,
+    tensor_arguments,
+)
+from sparsedsl.backends.triton.prepared import ListMaker, Prepared, prepare
+from sparsedsl.backends.triton.table_gradients import add_table_gradient, side_of, summed_on_the_way
+from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
+from sparsedsl.codegen.triton_backward import learned_reads
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.gpu.configs import Config, Shape, split_count
+from sparsedsl.gpu.loading import interpreted
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.symbols import HEAD
+from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.sinks import sink_gradients
+from sparsedsl.runtime.unseen import Sight
+
+__all__ = ["TritonKernel", "missing"]
+
+Tensor = torch.Tensor
+# Up to this many queries a call is decode: heads that read the same keys lie side by side, and the keys are shared among programs.
+DECODE_ROWS = 16
+
+# Kernels that can read K and V through tensor descriptors.
+DESCRIBED = ("forward", "decode", "grad_q")
+
+# From a config to the number of programs and their arguments.
+Work = Callable[[Config], tuple[int, Mapping[str, Any]]]
+
+
+class TritonKernel:
+    """One pattern as Triton kernels. ``lists``: makes the tile lists of the mask for a domain and a tile size."""
+
+    def __init__(self, pattern: Pattern, lists: ListMaker) -> None:
+        self.pattern = pattern
+        self._lists = lists
+        self._prepared: Remembered[Prepared] = Remembered()
+
+    def source(self, head_dim: int = 64, head_dim_v: int | None = None) -> TritonSource:
+        """The generated module for heads of these widths."""
+        return triton_source(self.pattern, variant_of(self.pattern, head_dim=head_dim, head_dim_v=head_dim_v))
+
+    @functools.cached_property
+    def refusal(self) -> str | None:
+        """Why no kernels can be written for this pattern, or None."""
+        try:
+            self.source()
+        except UnsupportedError as error:
+            return str(error)
+        return None
+
+    def density(self, call: Call) -> str:
+        """The class of densities that measured choices distinguish; few queries are not counted, they meet another length at every step."""
+        return "few queries" if call.domain.rows <= DECODE_ROWS else self.schedule(call).density
+
+    def schedule(self, call: Call) -> Prepared:
+        """Made once for lengths, widths and tables; learned tables may change their values."""
+        domain = call.domain
+        learned = [name for name, spec in self.pattern.tables.items() if spec.learned]
+        fixed = [table for name, table in sorted(domain.tables.items()) if name not in learned]
+        key = (
+            domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, call.q.shape[3], call.v.shape[3], call.q.device,
+            *(domain.tables[name].shape for name in learned),
+        )  # fmt: skip
+        widths = call.q.shape[3], call.v.shape[3]
+        with torch.no_grad():
+            return self._prepared.get(key, fixed, lambda: prepare(self.pattern, domain, call.q.device, widths, self._lists))
+
+    def sight(self, call: Call) -> Sight:
+        """Who sees whom in a call."""
+        return sight_of(self.pattern, call)
+
+    def described(self, domain: Domain, device: str, shape: Shape, *, grad: bool) -> tuple[str, ...]:
+        """How the kernels of a call find their tiles, and how each is launched; for ``explain``."""
+        where = torch.device(device)
+        prepared = prepare(self.pattern, domain, where, (shape.head_dim, shape.head_dim_v), self._lists)
+        variant = prepared.variant
+        ways = {"spans": "intervals worked out in the kernel", "lists": "compact lists of tiles"}
+        few = domain.rows <= DECODE_ROWS
+        lines = [f"tiles of keys: {ways[variant.decode_keys if few else variant.keys]}"]
+        if variant.step > 1 and not few:
+            lines.append(f"positions of one residue modulo {variant.step} at a time")
+        if grad:
+            lines.append(f"tiles of queries: {ways[variant.queries]}")
+        target = target_of(where)
+        at_hand = where.type == "cuda" and torch.cuda.is_available()
+        lines.append(f"for {target.device} ({target.name}){'' if at_hand else ', assumed: there is no GPU here'}:")
+        for name in (("decode", "merge") if few else ("forward",)) + (("delta", "grad_q", "grad_kv") if grad else ()):
+            found = chosen(name, shape, prepared, None)
+            lines.append(f"  {name}: {found.config} ({found.source})")
+        return tuple(lines)
+
+    # ---- forward ----
+
+    def forward(self, call: Call, schedule: Prepared) -> tuple[Tensor, Tensor]:
+        """``out (B, Hq, Sq, Dv)`` in the dtype of q, ``lse (B, Hq, Sq)`` in float32."""
+        if _without_products(call.q):
+            out, lse = self.forward(_in_float32(call), schedule)
+            return out.to(call.q.dtype), lse
+        q, k, v = (rows_contiguous(t.detach()) for t in (call.q, call.k, call.v))
+        domain = call.domain
+        lse = torch.empty((domain.batch, domain.heads, domain.rows), dtype=torch.float32, device=q.device)
+        values = _values(call, schedule) | strided("q", q) | strided("k", k) | strided("v", v)
+        if domain.rows <= DECODE_ROWS:
+            return self._decode(call, schedule.reaching(q, k, v), values, lse, (q, k, v))
+        out = like(q, v.shape[3])
+        schedule = schedule.reaching(q, k, v, out)
+        values |= {**strided("out", out), "lse_ptr": lse}
+        self._over_queries("forward", call, schedule, values, _shape(call, q, k, v, out))
+        return out, lse
+
+    def _decode(
+        self, call: Call, prepared: Prepared, values: dict[str, Any], lse: Tensor, qkv: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        domain = call.domain
+        shape = _shape(call, *qkv)
+        # Lists of one head serve no other, if the mask reads the head.
+        alone = prepared.variant.decode_keys == "lists" and HEAD in self.pattern.mask.expr.free_symbols
+        pack = 1 if alone else call.group
+        dims = (domain.batch, domain.heads, domain.rows, call.v.shape[3])
+        out = torch.empty(dims, dtype=call.q.dtype, device=call.q.device)
+        shares: dict[int, tuple[Tensor, Tensor]] = {1: (out[None], lse[None])}
+
+        def splits(config: Config) -> int:
+            """How many programs share the keys: from the lengths alone, nothing on the device is looked at."""
+            programs = in_tiles(domain.rows * pack, config.block_m) * domain.batch * (domain.heads // pack)
+            return split_count(in_tiles(domain.kv_len, config.block_n), programs, target_of(call.q.device))
+
+        def work(config: Config) -> tuple[int, Mapping[str, Any]]:
+            count = splits(config)
+            if count not in shares:
+                shares[count] = (
+                    torch.empty((count, *dims), dtype=torch.float32, device=out.device),
+                    torch.empty((count, *dims[:3]), dtype=torch.float32, device=out.device),
+                )
+            share, share_lse = shares[count]
+            arguments = values | {
+                **strided("out", share[0]),
+                "out_ptr": share,
+                "out_stride_s": share.stride(0),
+                "lse_ptr": share_lse,
+            }
+            arguments |= {"pack": pack, "splits": count, **prepared.loop("decode", (DECODE_ROWS, config.block_n))}
+            tiles = in_tiles(domain.rows * pack, config.block_m)
+            return tiles * domain.batch * (domain.heads // pack) * count, arguments
+
+        count = splits(_run("decode", shape, prepared, work))
+        if count > 1:
+            share, share_lse = shares[count]
+            arguments = {
+                "share_ptr": share, "share_lse_ptr": share_lse, "out_ptr": out, "lse_ptr": lse, "splits": count, "lines": lse.numel(),
+            }  # fmt: skip
+            _run("merge", shape, prepared, lambda config: (in_tiles(lse.numel(), config.block_m), arguments))
+        return out, lse
+
+    # ---- backward ----
+
+    def backward(
+        self, call: Call, schedule: Prepared, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
+        learned: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Gradients of q, k, v and the learned tables; the same inputs give the same bits."""
+        if _without_products(call.q):
+            finer = _in_float32(call), schedule, out.float(), lse, grad_out.float(), grad_lse, learned
+            *finest, tables = self.backward(*finer)
+            grad_q, grad_k, grad_v = (grad.to(call.q.dtype) for grad in finest)
+            return grad_q, grad_k, grad_v, tables
+        q, k, v, out, grad_out = (rows_contiguous(t.detach()) for t in (call.q, call.k, call.v, out, grad_out))
+        grad_q, grad_k, grad_v = like(q), like(k), like(v)
+        schedule = schedule.reaching(q, k, v, out, grad_out, grad_q, grad_k, grad_v)
+        domain, device, source = call.domain, q.device, schedule.source
+        shape = _shape(call, q, k, v, out, grad_out)
+        lse = lse.detach().contiguous()
+        delta, base = torch.empty_like(lse), torch.empty_like(lse)
+        reads = learned_reads(source.pattern)
+        sums = summed_on_the_way(reads, domain, device)
+        values = _values(call, schedule) | strided("q", q) | strided("k", k) | strided("v", v)
+        values |= strided("out", out) | strided("grad_out", grad_out) | sums
+        values |= {"lse_ptr": lse, "delta_ptr": delta, "base_ptr": base}
+        values["grad_lse_ptr"] = lse if grad_lse is None else grad_lse.detach().to(torch.float32).contiguous()
+        lines = domain.batch * domain.heads
+        has = {"HAS_GRAD_LSE": grad_lse is not None}
+        _run("delta", shape, schedule, lambda config: (in_tiles(domain.rows, config.block_m) * lines, values), **has)
+        self._over_queries("grad_q", call, schedule, values | strided("grad_q", grad_q), shape)
+        self._over_keys(call, schedule, values | strided("grad_k", grad_k) | strided("grad_v", grad_v), shape)
+
+        def table_kernel(name: str, work: Callable[[int], tuple[int, Mapping[str, Any]]]) -> int:
+            def sized(config: Config) -> tuple[int, Mapping[str, Any]]:
+                programs, arguments = work(side_of(config))
+                return programs, values | dict(arguments)
+
+            return side_of(_run(name, shape, schedule, sized))
+
+        found = {name: torch.zeros(call.tables[name].shape, dtype=torch.float64, device=device) for name in learned}
+        for one in reads:
+            if one.read.spec.name in found:
+                add_table_gradient(call, schedule, one, found[one.read.spec.name], sums, table_kernel)
+        leaves = {name: call.tables[name].detach().double().requires_grad_() for name in learned}
+        for name, grad in sink_gradients(self.pattern, call, leaves, lse, delta).items():
+            found[name] += grad
+        return grad_q, grad_k, grad_v, {name: grad.to(call.tables[name].dtype) for name, grad in found.items()}
+
+    # ---- grids ----
+
+    def _over_queries(self, name: str, call: Call, prepared: Prepared, values: Mapping[str, Any], shape: Shape) -> None:
+        """One program a tile of queries of one head, within a residue if the variant has residues."""
+        domain, step = call.domain, prepared.variant.step
+
+        def work(config: Config) -> tuple[int, Mapping[str, Any]]:
+            tiles = in_tiles(in_tiles(domain.rows, step), config.block_m) * step
+            loop = prepared.loop(name, (config.block_m, config.block_n))
+            return tiles * domain.batch * domain.heads, {**values, **loop}
+
+        _run(name, shape, prepared, work)
+
+    def _over_keys(self, call: Call, prepared: Prepared, values: Mapping[str, Any], shape: Shape) -> None:
+        """One program a tile of keys of one key head."""
+        domain, step = call.domain, prepared.variant.step
+
+        def work(config: Config) -> tuple[int, Mapping[str, Any]]:
+            tiles = in_tiles(in_tiles(domain.kv_len, step), config.block_n) * step
+            loop = prepared.loop("grad_kv", (config.block_m, config.block_n))
+            return tiles * domain.batch * (domain.heads // call.group), {**values, **loop}
+
+        _run("grad_kv", shape, prepared, work)
+
+
+def _run(name: str, shape: Shape, prepared: Prepared, work: Work, **constants: Any) -> Config:
+    """Choose how a kernel is launched, and launch it; the config."""
+
+    def run(config: Config, dry: bool) -> Any:
+        programs, arguments = work(config)
+        more, source = dict(constants), prepared.source
+        if config.descriptors and name in DESCRIBED:
+            better = prepared.described
+            if better is None or not (has_descriptors(arguments["k_ptr"]) and has_descriptors(arguments["v_ptr"])):
+                config = replace(config, descriptors=False)
+            else:
+                source = better
+                arguments = {**arguments, **described(source, name, arguments, config)}
+        if name.startswith("grad_") and name not in ("grad_q", "grad_kv"):
+            more["BLOCK"] = side_of(config)
+        return launch(source, name, programs, arguments, shape, config, dry=dry, **more)
+
+    config = chosen(name, shape, prepared, run).config
+    run(config, False)
+    return config
+
+
+def _without_products(t: Tensor) -> bool:
+    """Whether kernels cannot multiply what ``t`` holds: Triton's interpreter multiplies the bits of bfloat16."""
+    return t.dtype == torch.bfloat16 and interpreted()
+
+
+def _in_float32(call: Call) -> Call:
+    return replace(call, q=call.q.detach().float(), k=call.k.detach().float(), v=call.v.detach().float())
+
+
+def _values(call: Call, prepared: Prepared) -> dict[str, Any]:
+    domain = call.domain
+    return {
+        "heads": domain.heads, "group": call.group, "rows": domain.rows, "kv_len": domain.kv_len, "q_offset": domain.q_offset,
+        "scale": call.scale, **tensor_arguments(call.tables), **prepared.tables,
+    }  # fmt: skip
+
+
+def _shape(call: Call, *tensors: Tensor) -> Shape:
+    tf32 = call.q.dtype == torch.float32 and call.q.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    dtype = str(call.q.dtype).removeprefix("torch.")
+    return Shape(dtype, call.q.shape[3], call.v.shape[3], call.group, "tf32" if tf32 else "ieee", is_aligned(*tensors))
+
+
+def missing(device: str) -> str | None:
+    """What a kind of device lacks for generated kernels, or None if they run there."""
+    try:
+        if device == "cuda" or interpreted():
+            return None
+    except UnsupportedError as error:
+        return str(error)
+    return (
+        "the generated kernels need a GPU (on CPU Triton's interpreter runs them, very slowly, "
+        "if TRITON_INTERPRET=1 is set before Python starts)"
+    )

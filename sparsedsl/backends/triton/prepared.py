@@ -1,0 +1,128 @@
+"""What calls of the same lengths and tables share in the ``triton`` lowering, worked out once on the device of the tables."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.lists import TileLists
+from sparsedsl.backends.triton.hoisted_tables import fill
+from sparsedsl.backends.triton.launch import tensor_arguments
+from sparsedsl.backends.triton.tile_lists import list_values, span_values
+from sparsedsl.codegen.to_triton import TritonSource, Variant, triton_source, variant_of
+from sparsedsl.codegen.triton_backward import learned_reads
+from sparsedsl.codegen.triton_expression import LONGEST
+from sparsedsl.gpu.configs import Work
+from sparsedsl.gpu.costs import work_of
+from sparsedsl.gpu.tuning_records import density_class
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.runtime.table_gradients import allowed_differences
+
+__all__ = ["ListMaker", "Prepared", "prepare"]
+
+ListMaker = Callable[[Domain, tuple[int, int]], TileLists]
+# Rows of tiles at most where tiles are only counted.
+COUNTED_ROWS = 256
+
+
+@dataclass(eq=False)
+class Prepared:
+    """``domain`` and ``device`` of the calls it is for; ``tables``: prepared tables as arguments; ``differences``: range of
+    ``q_idx - kv_idx`` that gradients along diagonals need. Arguments of loops are made when a kernel asks for them."""
+
+    pattern: Pattern
+    domain: Domain
+    device: torch.device
+    variant: Variant
+    source: TritonSource
+    tables: Mapping[str, Any]
+    differences: tuple[int, int] | None
+    lists: ListMaker
+    _arrays: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+    def loop(self, kernel: str, block: tuple[int, int]) -> dict[str, Any]:
+        """Arguments of a kernel's loop over tiles, for tiles of ``block`` (queries, keys)."""
+        of = "queries" if kernel == "grad_kv" else "keys"
+        how = {"decode": self.variant.decode_keys, "grad_kv": self.variant.queries}.get(kernel, self.variant.keys)
+        key = (of, how, block if how == "lists" else None)
+        if key not in self._arrays:
+            with torch.no_grad():
+                if how == "lists":
+                    self._arrays[key] = list_values(self.lists(self.domain, block), of, self.device)
+                elif self.variant.step == 1 or kernel == "decode":
+                    self._arrays[key] = span_values(self.pattern, self.domain, of, self.device)
+                else:  # the spans of residues all have a closed form
+                    self._arrays[key] = {}
+        return self._arrays[key]
+
+    def reaching(self, *tensors: torch.Tensor) -> Prepared:
+        """The same, able to reach every row of these tensors ``(B, H, S, D)``: all that a kernel is launched with belong here."""
+        return self._wider if any(t.shape[2] * t.stride(2) >= 1 << 31 for t in tensors) else self
+
+    @functools.cached_property
+    def _wider(self) -> Prepared:
+        """With offsets of 64 bits; the loops over tiles are the same."""
+        variant = replace(self.variant, wide=True, descriptors=False)
+        return replace(self, variant=variant, source=triton_source(self.pattern, variant))
+
+    @functools.cached_property
+    def described(self) -> TritonSource | None:
+        """The source that reads K and V through tensor descriptors; None where rows do not lie side by side, or too far."""
+        if self.variant.step > 1 or self.variant.wide:
+            return None
+        return triton_source(self.pattern, replace(self.variant, descriptors=True))
+
+    @functools.cached_property
+    def work(self) -> Work:
+        """How much there is to do, from lists so coarse that they are short."""
+        return replace(work_of(self._coarse), descriptors=self.described is not None)
+
+    @functools.cached_property
+    def _coarse(self) -> TileLists:
+        side = max(128, 128 * (-(-max(self.domain.rows, self.domain.kv_len) // (128 * COUNTED_ROWS))))
+        with torch.no_grad():
+            return self.lists(self.domain, (side, side))
+
+    @functools.cached_property
+    def heavy_last(self) -> tuple[bool, bool]:
+        """Whether the later half of the queries, and of the keys, has clearly more tiles: then programs had better begin there."""
+        lists = self._coarse
+        found = []
+        for by_key in (False, True):
+            parts = [part.transposed(lists.shape[3]) if by_key else part for part in (lists.full, lists.partial)]
+            counts = (parts[0].counts + parts[1].counts).sum(dim=(0, 1)).float()
+            half = counts.numel() // 2
+            found.append(bool(half) and float(counts[-half:].sum()) > 1.2 * float(counts[:half].sum()))
+        return found[0], found[1]
+
+    @functools.cached_property
+    def density(self) -> str:
+        """The class of densities that tuning distinguishes."""
+        width = self.work.row_width or 0.0
+        return density_class(width / self.domain.kv_len, width)
+
+
+def prepare(pattern: Pattern, domain: Domain, device: torch.device, widths: tuple[int, int], lists: ListMaker) -> Prepared:
+    """All that depends on no tensor but tables that are not learned. ``widths``: of heads of q and k, and of v."""
+    variant = variant_of(
+        pattern,
+        head_dim=widths[0],
+        head_dim_v=widths[1],
+        wide=max(domain.lengths.values()) > LONGEST,
+        wide_tables=frozenset(name for name, table in domain.tables.items() if table.numel() >= 1 << 31),
+        own_key=domain.lengths["q_len"] <= domain.kv_len,
+    )
+    source = triton_source(pattern, variant)
+    tables = {one.name: fill(one, domain).to(device) for one in source.prepared}
+    differences = None
+    if any(one.axis == "difference" for one in learned_reads(source.pattern)):
+        differences = allowed_differences(pattern, domain)
+    # Learned tables change with every step; nothing here reads them.
+    fixed = {name: table for name, table in domain.tables.items() if not pattern.tables[name].learned}
+    kept = Domain(domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, fixed)
+    return Prepared(pattern, kept, device, variant, source, tensor_arguments(tables), differences, lists)

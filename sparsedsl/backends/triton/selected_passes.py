@@ -1,0 +1,191 @@
+"""The kernels over picked chunks for one call: what they read beside the tensors, and the grids they run on.
+
+Nothing here waits for the device or depends on what the lists hold; a new length compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from sparsedsl.backends.triton.configs import target_of
+from sparsedsl.backends.triton.launch import in_tiles, is_aligned, like, strided, tiles_contiguous
+from sparsedsl.backends.triton.selected_configs import PickedShape, config_of, constants_of, function, most_rows, pack_of, rows_of
+from sparsedsl.backends.triton.selected_lists import Unions, by_chunk, unions
+from sparsedsl.gpu.configs import split_count
+from sparsedsl.gpu.kernel_config import Shape
+from sparsedsl.selection.selected import Picks
+
+__all__ = ["Interval", "Job", "Run"]
+
+Tensor = torch.Tensor
+# Up to this many queries each has a tile of its own, and programs share its slots.
+DECODE_ROWS = 16
+
+
+class Interval(NamedTuple):
+    """Keys that a query may attend to: positions ``first <= j <= last``, each int32 ``(B or 1, Hq or 1, Sq)``."""
+
+    first: Tensor
+    last: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A call without the tensors that autograd keeps."""
+
+    picks: Picks
+    scale: float
+    inside: Interval | None
+    one: bool
+
+
+class Run:
+    """One call on the device: shapes, lists, and launches."""
+
+    def __init__(self, job: Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, lists: Sequence[Tensor] = ()) -> None:
+        self.job, self.q, self.k, self.v = job, tiles_contiguous(q), tiles_contiguous(k), tiles_contiguous(v)
+        self.weights = None if weights is None else weights.contiguous()
+        self.indices = job.picks.indices
+        self.batch, self.heads, self.rows, _ = q.shape
+        self.kv_heads, self.kv_len = k.shape[1:3]
+        self.width = self.indices.shape[3]
+        self.target = target_of(q.device)
+        tf32 = q.dtype == torch.float32 and q.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        group, precision = self.heads // self.kv_heads, "tf32" if tf32 else "ieee"
+        self.shape = Shape(str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], group, precision)
+        self.pack = self._pack("picked_forward")
+        self.queries = 1 if self.rows <= DECODE_ROWS else rows_of(self.pack, self._most("picked_forward")) // self.pack
+        self.merged = self.queries > 1
+        self.lists = Unions(lists[0], lists[1], lists[2], self.queries) if lists else self._lists()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to attend with or to."""
+        return 0 in (self.batch, self.rows, self.kv_len, self.width)
+
+    def _most(self, kernel: str) -> int:
+        return most_rows(kernel, self.job.picks.kv_unit, self.shape, self.target)
+
+    def _pack(self, kernel: str) -> int:
+        return pack_of(self.heads, self.kv_heads, self.indices.shape[1], self._most(kernel))
+
+    def _lists(self) -> Unions:
+        if self.merged and not self.is_empty:
+            return unions(self.indices, self.queries, self.job.picks.units)
+        chunks = self.indices.contiguous()
+        return Unions(chunks, chunks, self.job.picks.counts.contiguous(), 1)
+
+    @functools.cached_property
+    def values(self) -> dict[str, Any]:
+        """Arguments that several kernels have, by name."""
+        none = self.lists.counts  # for a pointer that is not read
+        inside, weights = self.job.inside, self.weights
+        first = none if inside is None else inside.first
+        # Of a dimension of size 1 all see the one entry.
+        strides = [0 if inside is None or first.shape[dim] == 1 else first.stride(dim) for dim in range(2)]
+        return {
+            **strided("q", self.q), **strided("k", self.k), **strided("v", self.v),
+            "weights_ptr": none if weights is None else weights, "chunks_ptr": self.lists.chunks,
+            "owners_ptr": self.lists.owners, "counts_ptr": self.lists.counts,
+            "first_ptr": first, "last_ptr": none if inside is None else inside.last,
+            "first_stride_b": strides[0], "first_stride_h": strides[1],
+            "heads": self.heads, "group": self.shape.group, "pack": self.pack, "queries": self.queries,
+            "list_batch": self.indices.shape[0], "list_group": self.heads // self.indices.shape[1],
+            "weight_group": 1 if weights is None else self.heads // weights.shape[1], "rows": self.rows, "kv_len": self.kv_len,
+            "tiles": self.tiles, "width": self.width, "list_width": self.lists.chunks.shape[3], "scale": self.job.scale,
+        }  # fmt: skip
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of queries of one head."""
+        return in_tiles(self.rows, self.queries)
+
+    @property
+    def programs(self) -> int:
+        """Tiles of queries, over all batch entries and heads."""
+        return self.tiles * self.batch * (self.heads // self.pack)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Float32 on the device, not filled."""
+        return torch.empty(shape, dtype=torch.float32, device=self.q.device)
+
+    def launch(self, kernel: str, programs: int, values: Mapping[str, Any], *tensors: Tensor, **flags: bool) -> None:
+        """Run one kernel. ``tensors``: those beside q, k and v whose rows it reads or writes in wide pieces."""
+        picked = PickedShape(
+            replace(self.shape, aligned=is_aligned(self.q, self.k, self.v, *tensors)), self.job.picks.kv_unit, self.pack,
+            self.weights is not None, self.job.one, self.job.inside is not None, self.merged,
+        )  # fmt: skip
+        config = config_of(kernel, picked, self.target)
+        if kernel == "picked_grad_kv":
+            programs *= in_tiles(picked.chunk, config.block_n)
+        compiled, fixed = function(kernel), constants_of(kernel, picked, config, **flags)
+        arguments = [values[name] for name in compiled.arg_names if name not in fixed]
+        # Triton launches on the current device, whichever the tensors are on.
+        with torch.cuda.device(self.q.device) if self.q.device.type == "cuda" else nullcontext():
+            compiled[(programs,)](*arguments, **fixed, num_warps=config.warps, num_stages=config.stages)
+
+    # ---- passes ----
+
+    def forward(self, *, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """out, LSE, and with ``save`` the LSE of each row and slot (of a weighted call) for the backward pass."""
+        dims = (self.batch, self.heads, self.rows)
+        out, lse = like(self.q, self.v.shape[3]), self.empty(*dims)
+        weighted = self.weights is not None
+        if self.is_empty:
+            return out.zero_(), lse.fill_(0.0 if self.job.one and not weighted else float("-inf")), lse
+        save = save and weighted
+        slot_lse = self.empty(*dims, self.width) if save else lse
+        splits = 1 if self.merged else split_count(self.width, self.programs, self.target)
+        share, share_lse = out[None], lse
+        if splits > 1:
+            share, share_lse = self.empty(splits, *dims, out.shape[3]), self.empty(splits, *dims)
+        values = self.values | strided("out", share[0]) | {
+            "out_ptr": share, "out_stride_s": share.stride(0), "lse_ptr": share_lse, "slot_lse_ptr": slot_lse, "splits": splits,
+        }  # fmt: skip
+        self.launch("picked_forward", self.programs * splits, values, SAVE=save, SPLIT=splits > 1)
+        if splits > 1:
+            values |= strided("out", out) | {"share_ptr": share, "share_lse_ptr": share_lse, "lse_ptr": lse, "lines": lse.numel()}
+            self.launch("picked_merge", lse.numel(), values)
+        return out, lse, slot_lse
+
+    def backward(
+        self, out: Tensor, lse: Tensor, slot_lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, *, keys: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of q, k, v and the weights; of k and v only with ``keys``."""
+        weighted = self.weights is not None
+        if self.is_empty:
+            none = None if self.weights is None else torch.zeros_like(self.weights)
+            return torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v), none
+        grad_q, grad_out = like(self.q), tiles_contiguous(grad_out)
+        delta = torch.empty_like(slot_lse if weighted else lse)
+        values = self.values | strided("out", out) | strided("grad_out", grad_out) | strided("grad_q", grad_q)
+        values |= {"lse_ptr": slot_lse if weighted else lse, "delta_ptr": delta}
+        values["grad_lse_ptr"] = lse if grad_lse is None else grad_lse
+        self.launch("picked_grad_q", self.programs, values, out, grad_out, HAS_GRAD_LSE=grad_lse is not None)
+        grad_k = grad_v = None
+        if keys:
+            grad_k, grad_v = like(self.k), like(self.v)
+            units = in_tiles(self.kv_len, self.job.picks.kv_unit)
+            inverted = by_chunk(self.indices, units)
+            values |= strided("grad_k", grad_k) | strided("grad_v", grad_v)
+            values |= {"starts_ptr": inverted.starts, "places_ptr": inverted.places, "units": units}
+            values["pack"] = self._pack("picked_grad_kv")
+            self.launch("picked_grad_kv", units * self.batch * self.kv_heads, values, grad_out)
+        return grad_q, grad_k, grad_v, self._weight_gradient(delta, lse, grad_lse) if weighted else None
+
+    def _weight_gradient(self, delta: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Tensor:
+        """That of ``out`` is delta; the LSE is the logarithm of the weights' sum."""
+        assert self.weights is not None
+        if grad_lse is not None:
+            delta = delta + torch.where(lse > float("-inf"), grad_lse * torch.exp(-lse), 0.0)[..., None]
+        list_heads, weight_heads = self.indices.shape[1], self.weights.shape[1]
+        exists = (self.indices >= 0)[:, :, None]
+        # What was never written, after the ends of lists, is no gradient.
+        delta = torch.where(exists, delta.unflatten(1, (list_heads, -1)), 0.0).flatten(1, 2)
+        return delta.unflatten(1, (weight_heads, -1)).sum(2)

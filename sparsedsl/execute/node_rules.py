@@ -1,0 +1,130 @@
+"""The lowering of a program: a rule for every kind of node, over lists, full tiles and scans; whatever a backend has for it."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsedsl.execute.attend_rule import attend_node
+from sparsedsl.execute.kernels import Kernels
+from sparsedsl.execute.lowering import Lowering
+from sparsedsl.execute.selection_rules import LISTED_RULES
+from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.orders import Take
+from sparsedsl.program.sources import Slots
+from sparsedsl.program.tensors import Input, Summary
+from sparsedsl.runtime.heads import NEVER, merged, spread, together
+from sparsedsl.runtime.interpreter import complete
+from sparsedsl.runtime.program_call import ProgramCall
+from sparsedsl.selection import proxies
+
+__all__ = ["LOWERED_RULES", "lowered"]
+
+Tensor = torch.Tensor
+# Output, and LSE where it is wanted.
+Result = tuple[Tensor, Tensor | None]
+
+
+def lowered(call: ProgramCall, kernels: Kernels, *, lse: bool) -> Lowering:
+    """One evaluation of a call by the kernels of a backend. ``lse``: whether the root's is wanted."""
+    return Lowering(LOWERED_RULES, call, kernels, lse=lse)
+
+
+# ---- tensors -------------------------------------------------------------------------------------------------------------------
+
+
+def _input(run: Lowering, node: Input) -> Tensor:
+    """As it was given: half precision is cast piece by piece, where it is used."""
+    if node in run.call.inputs:
+        return run.call.inputs[node]
+    assert node.default is not None
+    return run.value(node.default)
+
+
+def _summary(run: Lowering, node: Summary) -> Tensor:
+    return proxies.pooled(run.value(node.x), node.unit, node.how, node.pad)  # type: ignore[arg-type]
+
+
+def _take(run: Lowering, node: Take) -> Tensor:
+    x, order = together(run.value(node.x), run.value(node.order))
+    return x.gather(2, order[..., None].expand(*order.shape, x.shape[3]))
+
+
+# ---- recurrences ---------------------------------------------------------------------------------------------------------------
+
+
+def _slots(run: Lowering, node: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What a scan makes slots of: keys, values, gates, document ids."""
+    documents = None if node.documents is None else run.value(node.documents)
+    return run.value(node.y), run.value(node.z), run.value(node.gate), documents
+
+
+def _recall(run: Lowering, node: Recall) -> Result:
+    memory, q = node.memory, run.value(node.x)
+    k, v, gate, documents = run.value(memory)
+    out, lse, _ = run.kernels.slots(
+        q, k, v, gate, delay=memory.delay, temperature=memory.temperature, scale=run.scale(node.scale, q), empty=memory.empty,
+        q_offset=run.domain.q_offset, state=run.call.state.get(node.label), documents=documents,
+    )  # fmt: skip
+    return out, lse
+
+
+def _linear(run: Lowering, node: Linear) -> Result:
+    q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
+    run.call.check_decays(node, q.shape[1])
+    documents = None if node.documents is None else run.value(node.documents)
+    decay = torch.tensor(node.decay, dtype=run.call.dtype, device=q.device)
+    out, _ = run.kernels.linear(
+        q, k, v, decay, scale=run.scale(node.scale, q), q_offset=run.domain.q_offset, state=run.call.state.get(node.label),
+        documents=documents,
+    )  # fmt: skip
+    return out, None
+
+
+# ---- combinations --------------------------------------------------------------------------------------------------------------
+
+
+def _joint(run: Lowering, node: Joint) -> Result:
+    return merged([run.value(branch) for branch in node.branches])
+
+
+def _mix(run: Lowering, node: Mix) -> Result:
+    weights = run.value(node.weights)
+    parts = [weights[..., i, None] * run.value(branch)[0] for i, branch in enumerate(node.branches)]
+    return torch.stack(parts).sum(0), None
+
+
+def _compact(run: Lowering, node: Compact) -> Result:
+    q, k, v = (spread(run.value(x), run.call.q.shape[1]) for x in node.inputs[1:])
+    outs: list[Tensor] = []
+    lses: list[Tensor | None] = []
+    for entry, index in enumerate(run.value(node.tokens)):
+        if not index.numel():  # nothing was kept
+            outs.append(q.new_zeros((1, *q.shape[1:3], v.shape[3])))
+            lses.append(q.new_full((1, *q.shape[1:3]), NEVER, dtype=run.call.dtype))
+            continue
+        rows = index[None, :, :, None]
+        inner = (x[entry : entry + 1].gather(2, rows.expand(-1, -1, -1, x.shape[3])) for x in (q, k, v))
+        out, lse = run.again(run.call.inside(node.inside, *inner), lse=node in run.weighed)
+        full = out.new_zeros((1, *q.shape[1:3], v.shape[3]))
+        outs.append(full.scatter(2, rows.expand(-1, -1, -1, v.shape[3]), out))
+        lses.append(None if lse is None else lse.new_full((1, *q.shape[1:3]), NEVER).scatter(2, index[None], lse))
+    known = [lse for lse in lses if lse is not None]
+    return torch.cat(outs), torch.cat(known) if len(known) == len(lses) else None
+
+
+LOWERED_RULES = complete(
+    "the lowering",
+    {
+        Input: _input,
+        Summary: _summary,
+        Take: _take,
+        **LISTED_RULES,
+        Attend: attend_node,
+        Slots: _slots,
+        Recall: _recall,
+        Linear: _linear,
+        Joint: _joint,
+        Mix: _mix,
+        Compact: _compact,
+    },
+)

@@ -1,0 +1,290 @@
+"""Compiled patterns inside a graph: the operators ``sparsedsl::attend`` and ``sparsedsl::attend_backward``.
+
+Making tile lists depends on data (tables, lengths), which a traced graph cannot hold. So where a call is being traced, by
+``torch.compile``, ``torch.export`` or fake tensors, the graph gets one operator instead; when the graph runs, the operator makes the
+ordinary call. Lists, plans and compiled kernels are then the same as outside, and so are the errors. Nothing here looks at a length
+while a graph is made, so one graph serves all lengths.
+
+An operator's pattern is named by its *handle*: the backend and the pattern's text form, from which any process can build it again. A
+process that loads an exported program needs the operators: ``from sparsedsl import Attention`` registers them.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+from weakref import WeakValueDictionary
+
+import torch
+
+from sparsedsl.errors import ShapeError, TableError, UnsupportedError
+from sparsedsl.execute.transformable import make_transformable
+from sparsedsl.lang.expressions import as_mask, as_score
+from sparsedsl.lang.pattern import Pattern, attend
+from sparsedsl.lang.text import parse
+from sparsedsl.runtime.autograd import known_results, no_second_derivatives
+from sparsedsl.runtime.call import check_tensors
+from sparsedsl.runtime.dtypes import accumulated
+from sparsedsl.runtime.vmap import map_call
+
+__all__ = ["attend_traced", "handle_of", "read_pattern", "register", "remember"]
+
+Tensor = torch.Tensor
+
+# ---- handles ---------------------------------------------------------------------------------------------------------------
+
+
+def handle_of(pattern: Pattern, backend: str) -> str:
+    """What an operator knows its pattern by: the backend, then the pattern's text form."""
+    return f"pattern {backend}\n{pattern.text}"
+
+
+def read_pattern(text: str) -> Pattern:
+    """The pattern of a text form: ``read_pattern(pattern.text) == pattern``. Never executes Python.
+
+    Raises :class:`~sparsedsl.PatternError` for an expression that is not part of the language.
+
+    >>> import sparsedsl as sd
+    >>> read_pattern("attend(kv_idx <= q_idx, sink=0.0)") == sd.attend(sd.kv_idx <= sd.q_idx, sink=0.0)
+    True
+    """
+    *declarations, last = ast.parse(text).body
+    above = [ast.unparse(line) for line in declarations]
+
+    def part(node: ast.expr) -> Any:
+        return parse("\n".join([*above, ast.unparse(node)]))
+
+    match last:
+        case ast.Expr(value=ast.Call(func=ast.Name(id="attend"), args=[mask], keywords=words)):
+            found = {str(word.arg): word.value for word in words}
+            numbers = {name: ast.literal_eval(found.pop(name)) for name in ("scale", "heads") if name in found}
+            scores = {name: as_score(part(node)) for name, node in found.items()}
+            return attend(as_mask(part(mask)), **scores, **numbers)
+    raise UnsupportedError(f"this is not the text form of a pattern, which ends with attend(...): {text!r}")
+
+
+_makers: dict[str, Callable[[str, str], Any]] = {}
+_living: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
+
+def register(kind: str, make: Callable[[str, str], Any]) -> None:
+    """Name the function that makes a callable of the first line of a handle and the text below it. ``kind``: first word of that line."""
+    _makers[kind] = make
+
+
+def remember(handle: str, attention: Any) -> None:
+    """Let graphs share this object's tile lists, as long as it lives."""
+    _living.setdefault(handle, attention)
+
+
+@functools.lru_cache(maxsize=256)
+def _attention(handle: str) -> Any:
+    known = _living.get(handle)
+    if known is not None:
+        return known
+    first, _, text = handle.partition("\n")
+    return _makers[first.partition(" ")[0]](first, text)
+
+
+# ---- while a graph is made ----------------------------------------------------------------------------------------------------
+
+
+def attend_traced(
+    handle: str, bound: Mapping[str, Tensor], q: Any, k: Any, v: Any, tables: Mapping[str, Any], *, q_offset: Any, return_lse: bool,
+    scale: Any, has_lse: bool = True,
+) -> Any:  # fmt: skip
+    """What the ordinary call gives, as one operator of the graph. Checks only that the operator can be given the arguments."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ShapeError(
+                f"{name} must be a torch tensor of shape (batch, heads, length, head_dim); got {type(tensor).__name__}"
+            )
+    if type(q) is type(k) is type(v) is Tensor and q.is_meta and not torch.compiler.is_compiling():
+        check_tensors(q, k, v)  # no graph in which somebody else would: tensors without values, whose shapes are known
+    given = {**bound, **tables}
+    for name, table in given.items():
+        if not isinstance(table, torch.Tensor):
+            raise TableError(f"table {name!r} must be a torch tensor; got {type(table).__name__}. Write torch.as_tensor({name})")
+    start = q_offset if isinstance(q_offset, torch.Tensor) else None
+    offset = 0 if start is not None else q_offset
+    if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
+        raise ShapeError(f"q_offset must be a whole number of at least 0, the position of the first query; got {q_offset!r}")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt, type(None))):
+        raise ShapeError(f"scale must be a positive number or None; got {scale!r}")
+    values = list(given.values())
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in [q, k, v, *values])
+    # Exported for inference, parameters still require gradients: the program is no training step until somebody differentiates it.
+    grad = grad and not torch.compiler.is_exporting()
+    out, lse = torch.ops.sparsedsl.attend(
+        handle, ",".join(given), q, k, v, values, offset, start, scale, return_lse or (grad and has_lse), grad
+    )
+    return (out, lse) if return_lse else out
+
+
+# ---- when a graph runs ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _plain(device: torch.device, grad: bool) -> Iterator[None]:
+    """The surroundings of an ordinary call, inside an operator.
+
+    torch's dispatcher has passed autograd by already; here it takes part again, without ``grad`` too: what FlexAttention compiles
+    depends on it, and graphs and ordinary calls are to share that. Autocast has cast q, k, v before.
+    """
+    keys = torch._C.DispatchKey
+    passed = torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor, keys.ADInplaceOrView):
+        passed = passed.remove(key)
+    with (
+        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), passed),
+        torch.set_grad_enabled(grad),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
+
+
+def _run(
+    handle: str, names: str, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], q_offset: int, q_start: Tensor | None,
+    scale: float | None, lse: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The ordinary call: ``(out, lse)`` or ``(out,)``."""
+    named = dict(zip(names.split(","), tables, strict=True)) if tables else {}
+    offset = q_offset if q_start is None else q_start
+    result = _attention(handle).attend_now(q, k, v, named, q_offset=offset, return_lse=lse, scale=scale)
+    return result if lse else (result,)
+
+
+@torch.library.custom_op("sparsedsl::attend", mutates_args=())
+def _attend(
+    handle: str, names: str, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], q_offset: int, q_start: Tensor | None,
+    scale: float | None, lse: bool, grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``out, lse``; without ``lse`` that is ``(B, Hq, 0)``. ``grad``: a lowering without gradients refuses."""
+    with _plain(q.device, grad):
+        if grad:
+            q = q.detach().requires_grad_()
+        results = [t.detach().contiguous() for t in _run(handle, names, q, k, v, tables, q_offset, q_start, scale, lse)]
+    return results[0], results[1] if lse else _no_lse(q)
+
+
+def _no_lse(q: Tensor) -> Tensor:
+    return q.new_empty((*q.shape[:2], 0), dtype=accumulated(q.dtype))
+
+
+@_attend.register_fake
+def _(
+    handle: str, names: str, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], q_offset: int, q_start: Tensor | None,
+    scale: float | None, lse: bool, grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # Shapes that make no sense are not refused here, where torch would wrap the error, but when the graph runs.
+    return q.new_empty((*q.shape[:-1], *v.shape[-1:])), q.new_empty(q.shape[:-1], dtype=accumulated(q.dtype)) if lse else _no_lse(
+        q
+    )
+
+
+@torch.library.custom_op("sparsedsl::attend_backward", mutates_args=())
+def _attend_backward(
+    handle: str, names: str, grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor,
+    v: Tensor, tables: list[Tensor], q_offset: int, q_start: Tensor | None, scale: float | None, wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of those of ``q, k, v, *tables`` that are wanted, in order.
+
+    Makes the call again under autograd. A lowering that has a backward pass of its own takes ``out`` and ``lse`` and runs only that.
+    """
+    attention = _attention(handle)
+    # A program makes several calls, of which none has the results of the whole.
+    whole = lse.shape == out.shape[:3] and attention.one_call
+    with _plain(q.device, True), known_results(out, lse if whole else None):
+        leaves = [t.detach().requires_grad_() if want else t for t, want in zip((q, k, v, *tables), wanted, strict=True)]
+        sources = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+        results = _run(handle, names, leaves[0], leaves[1], leaves[2], leaves[3:], q_offset, q_start, scale, attention.has_lse)
+        given = [(y, g) for y, g in zip(results, (grad_out, grad_lse), strict=False) if g is not None]
+        grads = torch.autograd.grad(
+            [y for y, _ in given], sources, [g for _, g in given], allow_unused=True, materialize_grads=True
+        )
+    return [g.contiguous() for g in grads]
+
+
+@_attend_backward.register_fake
+def _(
+    handle: str, names: str, grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor,
+    v: Tensor, tables: list[Tensor], q_offset: int, q_start: Tensor | None, scale: float | None, wanted: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    return [t.new_empty(t.shape) for t, want in zip((q, k, v, *tables), wanted, strict=True) if want]
+
+
+# ---- autograd and vmap ------------------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    handle, names, q, k, v, tables, q_offset, q_start, scale, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, q, k, v, *tables, *(() if q_start is None else (q_start,)))
+    ctx.words, ctx.table_count = (handle, names, q_offset, scale), len(tables)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+    out, lse, q, k, v, *rest = ctx.saved_tensors
+    handle, names, q_offset, scale = ctx.words
+    tables, start = rest[: ctx.table_count], (rest[ctx.table_count :] or [None])[0]
+    needs = ctx.needs_input_grad
+    # torch hands an empty list over as one leaf
+    wanted = [*needs[2:5], *(needs[5] if tables else ())]
+    if grad_out is None and grad_lse is None:
+        found = iter([None] * sum(wanted))
+    else:
+        found = iter(
+            torch.ops.sparsedsl.attend_backward(
+                handle, names, grad_out, grad_lse, out, lse, q, k, v, tables, q_offset, start, scale, wanted
+            )
+        )
+    dq, dk, dv, *dtables = [next(found) if want else None for want in wanted]
+    return None, None, dq, dk, dv, dtables, None, None, None, None, None
+
+
+_attend.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _refuse(ctx: Any, *grads: Any) -> NoReturn:
+    no_second_derivatives()
+
+
+_attend_backward.register_autograd(_refuse)
+make_transformable(_attend)
+make_transformable(_attend_backward)
+
+
+@_attend.register_vmap
+def _(
+    info: Any, in_dims: Any, handle: str, names: str, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], q_offset: int,
+    q_start: Tensor | None, scale: float | None, lse: bool, grad: bool,
+) -> Any:  # fmt: skip
+    def call(batched: list[Any], others: list[Any]) -> Any:
+        start, *values = others
+        return torch.ops.sparsedsl.attend(handle, names, *batched, values, q_offset, start, scale, lse, grad)
+
+    others, dims = [q_start, *tables], [in_dims[7], *(in_dims[5] if tables else ())]
+    fold = not _attention(handle).reads_batch
+    results, where = map_call(call, info.batch_size, [q, k, v], in_dims[2:5], others, dims, fold=fold)
+    return tuple(results), tuple(where)
+
+
+@_attend_backward.register_vmap
+def _(
+    info: Any, in_dims: Any, handle: str, names: str, grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], q_offset: int, q_start: Tensor | None, scale: float | None,
+    wanted: list[bool],
+) -> Any:  # fmt: skip
+    def call(batched: list[Any], others: list[Any]) -> Any:
+        start, *values = others
+        return torch.ops.sparsedsl.attend_backward(handle, names, *batched, values, q_offset, start, scale, wanted)
+
+    others, dims = [q_start, *tables], [in_dims[11], *(in_dims[9] if tables else ())]
+    fold = not _attention(handle).reads_batch and not any(wanted[3:])
+    results, where = map_call(
+        call, info.batch_size, [grad_out, grad_lse, out, lse, q, k, v], in_dims[2:9], others, dims, fold=fold
+    )
+    return results, where

@@ -1,0 +1,223 @@
+"""The fast way to choose: scores stay sources that give blocks, choices come out as lists. Never queries x units at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from sparsedsl.execute.candidates import candidates_of, unit_rule
+from sparsedsl.execute.lowering import Lowering
+from sparsedsl.lang.expressions import Mask
+from sparsedsl.program.axes import unit_of
+from sparsedsl.program.orders import Inverse, Order, Tokens
+from sparsedsl.program.scores import (
+    Antidiagonal,
+    Bound,
+    Dot,
+    Grouped,
+    GroupedKeys,
+    Gumbel,
+    KeyScores,
+    Plus,
+    Probe,
+    Regroup,
+    Smooth,
+    Softmax,
+)
+from sparsedsl.program.select import Select, Threshold, TopK, TopP
+from sparsedsl.runtime.heads import alike, reduced, spread
+from sparsedsl.runtime.interpreter import Rules
+from sparsedsl.selection import counts, permutations, proxies
+from sparsedsl.selection.antidiagonal import antidiagonal
+from sparsedsl.selection.candidates import Candidates, PairRule
+from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
+from sparsedsl.selection.derived_scores import RegroupedScores, softmax_scores
+from sparsedsl.selection.noise import GumbelScores
+from sparsedsl.selection.scores import DotScores, ScoreSource
+from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.top_k import top_k
+from sparsedsl.selection.top_p import threshold, top_p
+
+__all__ = ["LISTED_RULES"]
+
+Tensor = torch.Tensor
+
+
+# ---- scores, as sources --------------------------------------------------------------------------------------------------------
+
+
+def _scale(scale: float | None, x: Tensor) -> float:
+    """A scale, or the usual one for rows like these."""
+    return x.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _dot(run: Lowering, node: Dot) -> ScoreSource:
+    x, y = alike(run.value(node.x), run.value(node.y))
+    return DotScores(x, y, _scale(node.scale, x))
+
+
+def _bound(run: Lowering, node: Bound) -> ScoreSource:
+    x, y = run.value(node.x), run.value(node.y)
+    return BoundScores(x, *proxies.bounds(y, node.unit), _scale(node.scale, x))
+
+
+def _antidiagonal(run: Lowering, node: Antidiagonal) -> ScoreSource:
+    run.call.check_aligned(node.block, "antidiagonal()")
+    x, y = run.value(node.x), run.value(node.y)
+    return antidiagonal(x, y, stride=node.stride, block=node.block, q_offset=run.domain.q_offset)
+
+
+def _softmax(run: Lowering, node: Softmax) -> ScoreSource:
+    source = run.value(node.scores)
+    return softmax_scores(source, _allowed(run, node.among, node, source))
+
+
+def _regroup(run: Lowering, node: Regroup) -> ScoreSource:
+    return RegroupedScores(run.value(node.scores), node.unit, node.how)
+
+
+def _plus(run: Lowering, node: Plus) -> ScoreSource:
+    sources = [run.value(node.first), run.value(node.second)]
+    units = min(source.shape[3] for source in sources)  # an input may lack the last, ragged unit, which then is no candidate
+    rows = slice(0, sources[0].shape[2])
+    return SumScores(tuple(s if s.shape[3] == units else s.narrowed(rows, slice(0, units)) for s in sources))
+
+
+def _gumbel(run: Lowering, node: Gumbel) -> ScoreSource:
+    """Noise depends on the seed and its place alone: it is the same wherever a call begins."""
+    source = run.value(node.scores)
+    first = run.domain.q_offset // unit_of(node.axes[2])
+    noise = GumbelScores(source.shape, run.value(node.seed).long(), run.call.q.device, first_row=first)
+    return SumScores((source, noise))
+
+
+def _heads(run: Lowering, node: Grouped | GroupedKeys) -> int:
+    return run.call.k.shape[1] if node.heads == "kv_heads" else 1
+
+
+def _grouped(run: Lowering, node: Grouped) -> ScoreSource:
+    return GroupedScores(run.value(node.x), _heads(run, node), node.how)  # type: ignore[arg-type]
+
+
+# ---- key scores, orders and subsets --------------------------------------------------------------------------------------------
+
+
+def _grouped_keys(run: Lowering, node: GroupedKeys) -> Tensor:
+    return reduced(run.value(node.x), _heads(run, node), node.how)
+
+
+def _probe(run: Lowering, node: Probe) -> Tensor:
+    x, y = run.value(node.x), run.value(node.y)
+    keys, rows = y.shape[2], min(node.rows, x.shape[2])
+    normalised = keys // node.complete * node.complete
+    kept = min(run.domain.q_offset + x.shape[2] - rows, normalised) if node.keep == "before" else normalised
+    mass = proxies.probe(
+        x, y, rows=rows, causal=node.causal, scale=_scale(node.scale, x), keys_normalised=normalised, keys_kept=kept,
+        q_offset=run.domain.q_offset,
+    )  # fmt: skip
+    return functional.pad(mass, (0, keys - kept))
+
+
+def _smooth(run: Lowering, node: Smooth) -> Tensor:
+    x = run.value(node.x)
+    kept = x.shape[2] - _probing(run, node)
+    return functional.pad(proxies.smooth(x[:, :, :kept], node.pool), (0, x.shape[2] - kept))
+
+
+def _probing(run: Lowering, node: KeyScores) -> int:
+    """Keys from the first probing row on, if scores end before it."""
+    if not isinstance(node, Probe):
+        return _probing(run, node.x)  # type: ignore[attr-defined]
+    first = run.domain.q_offset + run.domain.rows - min(node.rows, run.domain.rows)
+    return max(run.domain.kv_len - first, 0) if node.keep == "before" else 0
+
+
+def _order(run: Lowering, node: Order) -> Tensor:
+    return permutations.segment_sort(run.value(node.scores), node.segment, descending=node.descending)
+
+
+def _inverse(run: Lowering, node: Inverse) -> Tensor:
+    return permutations.inverse(run.value(node.order))
+
+
+def _tokens(run: Lowering, node: Tokens) -> list[Tensor]:
+    scores, by, heads = run.value(node.scores), run.value(node.by)[:, 0], run.call.q.shape[1]
+    run.call.check_square("keep_tokens()")
+    total = scores.shape[2]
+    before = max(total - node.always, 0)
+    if node.tail is not None:
+        count = counts.tail_count(by[:, :before], node.tail, min(node.least, before))
+    else:
+        count = counts.cover_count(by[:, :before], node.cover, least=min(node.least, before))  # type: ignore[arg-type]
+    kept, sizes = permutations.keep_tokens(scores[:, :, :before], count, always=total - before, total=total)
+    # Programs on the kept tokens need their number: the one place where a GPU is waited for.
+    return [spread(index[:, :size], heads, dim=0) for index, size in zip(kept, sizes.tolist(), strict=True)]
+
+
+# ---- choices, as lists -----------------------------------------------------------------------------------------------------------
+
+
+def _allowed(run: Lowering, mask: Mask, node: Select | Softmax, source: ScoreSource) -> Candidates:
+    rows, columns = unit_of(node.axes[2]), unit_of(node.axes[3])
+    run.call.check_aligned(rows, f"{node.function}()")
+    heads = run.call.check_heads(node, source.shape[1])
+    return candidates_of(mask.expr, run.domain, rows, columns, heads, run.call.q.device)
+
+
+def _forced(run: Lowering, node: Select, candidates: Candidates, source: ScoreSource) -> PairRule | None:
+    if node.forced is None:
+        return None
+    expr, tables = run.concrete(node.forced)
+    rule = unit_rule(expr, run.domain, *node.units, source.shape[1], tables, run.call.q.device)
+    if candidates.allowed is None:
+        return rule
+    allowed = candidates.allowed
+    return lambda rows, units: rule(rows, units) & allowed(rows, units)
+
+
+def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: Any) -> Picks:
+    source, (q_unit, kv_unit) = run.value(node.scores), node.units
+    run.call.check_heads(node, source.shape[1])
+    candidates = Candidates() if node.among is None else _allowed(run, node.among, node, source)
+    forced, first = _forced(run, node, candidates, source), run.domain.q_offset // q_unit
+    picks = choose(source, *numbers, candidates, forced=forced, q_unit=q_unit, kv_unit=kv_unit, first=first, **words)
+    return replace(picks, units=-(-run.domain.kv_len // kv_unit))
+
+
+def _top_k(run: Lowering, node: TopK) -> Picks:
+    extra = run.value(node.scores).shape[3] if node.extra and node.forced is not None else None
+    return _choose(run, node, top_k, node.count, forced_extra=extra)
+
+
+def _top_p(run: Lowering, node: TopP) -> Picks:
+    measure = "share" if node.scores.is_mass else "softmax"
+    words = {"inclusive": node.inclusive, "unmet": node.unmet, "forced_in_mass": node.forced_in_mass}
+    return _choose(run, node, top_p, node.share, measure=measure, **words)
+
+
+def _threshold(run: Lowering, node: Threshold) -> Picks:
+    return _choose(run, node, threshold, node.least, measure="share" if node.scores.is_mass else "score")
+
+
+LISTED_RULES: Rules = {
+    Dot: _dot,
+    Bound: _bound,
+    Antidiagonal: _antidiagonal,
+    Softmax: _softmax,
+    Regroup: _regroup,
+    Plus: _plus,
+    Gumbel: _gumbel,
+    Grouped: _grouped,
+    GroupedKeys: _grouped_keys,
+    Probe: _probe,
+    Smooth: _smooth,
+    Order: _order,
+    Inverse: _inverse,
+    Tokens: _tokens,
+    TopK: _top_k,
+    TopP: _top_p,
+    Threshold: _threshold,
+}

@@ -1,0 +1,165 @@
+"""What a program must remember of the tokens it has read to go on with those that follow, without reading them again.
+
+A state holds what recurrent nodes made of all tokens but the last few, and these last few as they were given: as many as the program looks
+back at directly. A call that continues puts the new tokens behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.clauses import only_difference
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.spans import span_rows, spans
+from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.program.axes import base_of
+from sparsedsl.program.branches import Attend, Joint, Linear, Mix, Recall
+from sparsedsl.program.graph import Program
+from sparsedsl.program.node import Node
+from sparsedsl.program.sources import Slots
+from sparsedsl.program.tensors import Input, k, v
+from sparsedsl.runtime.program_call import ProgramCall
+
+__all__ = ["ProgramState", "advanced", "continued", "horizon"]
+
+Tensor = torch.Tensor
+# A position far enough from the beginning for a window to be whole.
+FAR = 1 << 24
+
+
+@dataclass(frozen=True, eq=False)
+class ProgramState:
+    """``tokens`` read so far. ``recent``: input name -> its last rows; ``recurrent``: node -> its state before these rows."""
+
+    program: str
+    tokens: int
+    recent: Mapping[str, Tensor]
+    recurrent: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        tensors = [*self.recent.values()]
+        for value in self.recurrent.values():
+            tensors += [value] if isinstance(value, Tensor) else list(value)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def horizon(program: Program) -> int:
+    """How many tokens before a query the program looks at as they are.
+
+    Raises:
+        UnsupportedError: there is no such number, or positions matter beyond their differences.
+
+    >>> import sparsedsl as sd
+    >>> horizon(sd.Program(sd.patterns.nha(slots=8, window=32)))
+    32
+    """
+    farthest = 0
+    for node in program.order:
+        if isinstance(node, Attend):
+            farthest = max(farthest, _window(node))
+        elif isinstance(node, Slots):
+            farthest = max(farthest, node.delay)
+        elif not isinstance(node, (Input, Linear, Recall, Joint, Mix)):
+            raise _no_state(node, "chooses or sums up among all tokens")
+        if isinstance(node, (Slots, Linear)) and node.documents is not None:
+            raise _no_state(node, "begins anew with every document; call it document by document")
+    return farthest
+
+
+def _no_state(node: Node, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"the program keeps no state: {node!r} {why}. Pass all keys and values with q_offset= instead of state="
+    )
+
+
+def _window(node: Attend) -> int:
+    mask = node.pattern.mask.expr
+    found = spans(mask) if only_difference(mask) and not node.pattern.tables else None
+    if node.y.axes[2] != "keys" or found is None or not only_difference(node.pattern.score.expr):
+        raise _no_state(node, "sees keys by more than their distance")
+    domain = Domain(1, 2 * FAR, FAR)
+    reach = [FAR - int(span_rows(span, domain)[0].min()) for span in found]
+    if any(distance >= FAR for distance in reach):
+        raise _no_state(node, "sees all earlier keys")
+    return max(reach, default=0)
+
+
+def _by_keys(program: Program) -> list[Input]:
+    """Inputs that have rows for keys; k and v among them, which count the keys of a call, whether or not the program reads them."""
+    read = [node for node in program.order if isinstance(node, Input) and any(base_of(axis) == "keys" for axis in node.axes)]
+    return list(dict.fromkeys([k, v, *read]))
+
+
+def _key_axis(node: Input) -> int:
+    return next(number for number, axis in enumerate(node.axes) if base_of(axis) == "keys")
+
+
+def continued(call: ProgramCall, state: ProgramState) -> ProgramCall:
+    """The call with the state's last rows before its own keys."""
+    if not isinstance(state, ProgramState) or state.program != call.program.key:
+        raise ShapeError("state must be what a call of the same program with return_state=True returned; got " + repr(state)[:80])
+    if call.q_offset:
+        raise ShapeError(f"with state= the queries stand at the new keys; q_offset must be 0, got {call.q_offset}")
+    inputs = dict(call.inputs)
+    for node in _by_keys(call.program):
+        if node in inputs:
+            if node.name not in state.recent:
+                raise ShapeError(
+                    f"input {node.name!r} was not given to the call that made the state; give it to all calls or to none"
+                )
+            inputs[node] = torch.cat([state.recent[node.name].to(inputs[node].dtype), inputs[node]], dim=_key_axis(node))
+    missing = sorted(set(state.recent) - {node.name for node in inputs})
+    if missing:
+        raise ShapeError(f"input {missing[0]!r} was given to the call that made the state; give it to all calls or to none")
+    before = state.recent["k"].shape[2]
+    return replace(call, inputs=inputs, q_offset=before, state={**state.recurrent, "": state.tokens - before})
+
+
+def advanced(call: ProgramCall, kernels: Any) -> ProgramState:
+    """The state after all keys of a call."""
+    program = call.program
+    total = call.k.shape[2]
+    kept = min(horizon(program), total)
+    read = total - kept
+    recurrent: dict[str, Any] = {}
+    for node in program.order:
+        if isinstance(node, Recall):
+            recurrent[node.label] = _slots_after(node, call, kernels, read)
+        elif isinstance(node, Linear):
+            recurrent[node.label] = _linear_after(node, call, kernels, read)
+    # Copies: views would keep all tokens alive.
+    recent = {
+        node.name: call.inputs[node].narrow(_key_axis(node), read, kept).clone()
+        for node in _by_keys(program)
+        if node in call.inputs
+    }
+    return ProgramState(program.key, int(call.state.get("", 0)) + total, recent, recurrent)
+
+
+def _given(call: ProgramCall, node: Any) -> Tensor:
+    while node not in call.inputs:
+        node = node.default
+    return call.inputs[node]
+
+
+def _slots_after(node: Recall, call: ProgramCall, kernels: Any, read: int) -> Any:
+    memory = node.memory
+    y, z, gate = (_given(call, x)[:, :, :read] for x in (memory.y, memory.z, memory.gate))
+    none = _given(call, node.x)[:, :, :0]
+    return kernels.slots(
+        none, y, z, gate, delay=memory.delay, temperature=memory.temperature, scale=1.0, empty=memory.empty,
+        state=call.state.get(node.label),
+    )[2]  # fmt: skip
+
+
+def _linear_after(node: Linear, call: ProgramCall, kernels: Any, read: int) -> Any:
+    y, z = (_given(call, x)[:, :, :read] for x in (node.y, node.z))
+    none = _given(call, node.x)[:, :, :0]
+    decay = torch.tensor(node.decay, dtype=call.dtype, device=y.device)
+    return kernels.linear(none, y, z, decay, scale=1.0, state=call.state.get(node.label))[1]

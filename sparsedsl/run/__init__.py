@@ -1,1 +1,0 @@
-"""Running compiled attention: checked inputs, the reference, the lowerings."""

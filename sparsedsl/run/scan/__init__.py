@@ -1,1 +1,0 @@
-"""Recurrent sources, chunkwise parallel: decayed linear attention and gated slots."""

@@ -1,0 +1,206 @@
+"""What a call of a program is given, checked: q, k, v, inputs by name, static tables, offset. Errors name the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.head_counts import count_heads
+from sparsedsl.errors import ShapeError, TableError, UnsupportedError
+from sparsedsl.lang.advice import surplus
+from sparsedsl.lang.pattern import attend
+from sparsedsl.program import tensors
+from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.branches import Attend, Branch, Linear, Recall
+from sparsedsl.program.graph import Program
+from sparsedsl.program.node import Node
+from sparsedsl.program.tensors import Input
+from sparsedsl.runtime.call import FLOATS, Call, check_call, check_table, exactly
+from sparsedsl.runtime.dtypes import accumulated
+
+__all__ = ["ProgramCall", "check_program_call"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ProgramCall:
+    """One checked call. ``inputs``: input node -> tensor; q, k and v are among them whether or not the program reads them, since lengths
+    and heads are theirs. ``tables``: static tables by name.
+    """
+
+    program: Program
+    inputs: Mapping[Input, Tensor]
+    tables: Mapping[str, Tensor]
+    q_offset: int
+    scale: float | None
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def q(self) -> Tensor:
+        """``(B, Hq, Sq, D)``."""
+        return self.inputs[tensors.q]
+
+    @property
+    def k(self) -> Tensor:
+        """``(B, Hkv, Skv, D)``."""
+        return self.inputs[tensors.k]
+
+    @property
+    def v(self) -> Tensor:
+        """``(B, Hkv, Skv, Dv)``."""
+        return self.inputs[tensors.v]
+
+    @property
+    def domain(self) -> Domain:
+        """Index ranges, with the static tables."""
+        return Domain(self.q.shape[2], self.k.shape[2], self.q_offset, self.q.shape[0], self.q.shape[1], self.tables)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: float64 for float64, else float32."""
+        return accumulated(self.q.dtype)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no batch entries, no queries or no keys."""
+        return 0 in (self.q.shape[0], self.q.shape[2], self.k.shape[2])
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd wants gradients of this call."""
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*self.inputs.values(), *self.tables.values()))
+
+    def inside(self, branch: Branch, q: Tensor, k: Tensor, v: Tensor) -> ProgramCall:
+        """The call of ``branch``, which reads q, k and v alone, on these in place of the call's own."""
+        inputs = {tensors.q: q, tensors.k: k, tensors.v: v}
+        return replace(self, program=Program(branch), inputs=inputs, q_offset=0, state={})
+
+    def check_aligned(self, unit: int, what: str) -> None:
+        """What works on units of queries begins with a whole one."""
+        if self.q_offset % unit:
+            raise UnsupportedError(
+                f"{what} works on whole units of {unit} queries: q_offset must be a multiple of {unit}; got {self.q_offset}"
+            )
+
+    def check_square(self, what: str) -> None:
+        """What chooses among the tokens of a sequence is given all of it."""
+        if self.q_offset or self.q.shape[2] != self.k.shape[2]:
+            raise UnsupportedError(
+                f"{what} chooses among the tokens of one whole sequence: it needs as many queries as keys and q_offset=0; got "
+                f"{self.q.shape[2]} queries at {self.q_offset} and {self.k.shape[2]} keys. "
+                "Use it for prefill, and another pattern to decode"
+            )
+
+    def check_heads(self, node: Node, heads: int) -> int:
+        """The heads of scores, which choose for as many query heads each."""
+        if self.q.shape[1] % heads:
+            raise ShapeError(
+                f"{node!r} has {heads} heads, and q has {self.q.shape[1]}: each must choose for as many query heads. Give inputs with a "
+                "number of heads that divides that of q"
+            )
+        return heads
+
+    def check_decays(self, node: Linear, heads: int) -> None:
+        """A decay was declared for every head of the queries."""
+        if len(node.decay) != heads:
+            raise ShapeError(f"linear() was declared with {len(node.decay)} decays; q has {heads} heads: one for each is wanted")
+
+
+def check_program_call(
+    program: Program, q: Any, k: Any, v: Any, named: Mapping[str, Any], *, q_offset: Any = 0, scale: Any = None, state: Any = None
+) -> ProgramCall:
+    """Check everything once.
+
+    Raises:
+        ShapeError: q, k, v or an input do not fit each other.
+        TableError: an input or a table is missing, surplus, of the wrong type or device, or a table's values leave 2**60 by arithmetic.
+    """
+    plain: Call = check_call(attend(True), q, k, v, {}, q_offset=q_offset, scale=1.0 if scale is None else scale)
+    known = program.inputs, program.tables
+    unknown = set(named) - set(known[0]) - set(known[1])
+    if unknown:
+        own = [*known[0], *known[1]]
+        words = f"beside q, k, v the program takes {', '.join(own) or 'nothing'}"
+        raise TableError(surplus(unknown, [*own, "q_offset", "return_lse", "scale", "state", "return_state"], words))
+    sizes = {
+        "batch": q.shape[0], "heads": q.shape[1], "kv_heads": k.shape[1], "queries": q.shape[2], "keys": k.shape[2],
+        "head_dim": q.shape[3], "value_dim": v.shape[3],
+    }  # fmt: skip
+    _check_recurrent(program, plain)
+    inputs: dict[Input, Tensor] = {tensors.q: q, tensors.k: k, tensors.v: v}
+    for node in program.everything:
+        if not isinstance(node, Input) or node in inputs:
+            continue
+        if node.name in named and named[node.name] is not None:
+            inputs[node] = _check_input(node, named[node.name], sizes, q.device)
+        elif node.default is None:
+            raise TableError(f"missing input {node.name!r}: pass {node.name}=tensor with the axes {' '.join(node.axes)!r}")
+    tables = {}
+    given = program.bound | {name: value for name, value in named.items() if name in known[1]}
+    ranks = {name: rank for part in program.expressions for name, rank in _ranks(part).items()}
+    for name, spec in known[1].items():
+        if name not in given:
+            raise TableError(f"missing table {name}: pass {name}=tensor with the call")
+        tables[name] = check_table(spec, given[name], ranks[name], q.device)
+    count_heads((node.pattern for node in program.everything if isinstance(node, Attend)), tables, q.shape[1])
+    exact = exactly(program.exprs, replace(plain.domain, tables=tables))
+    return ProgramCall(program, inputs, exact.tables, plain.domain.q_offset, None if scale is None else plain.scale, state or {})
+
+
+def _check_recurrent(program: Program, plain: Call) -> None:
+    """A recurrence says nothing of queries that stand beyond its last key."""
+    last, keys = plain.domain.q_offset + plain.q.shape[2], plain.k.shape[2]
+    for node in program.everything:
+        delay = node.memory.delay if isinstance(node, Recall) else 0 if isinstance(node, Linear) else None
+        if delay is not None and last - delay > keys and not plain.is_empty:
+            raise ShapeError(
+                f"{node.label} runs along the keys: the query at position {last - 1} wants keys up to position {last - 1 - delay}, but k "
+                f"and v hold {keys}. Pass all keys up to the last query, or the state of those before"
+            )
+
+
+def _ranks(part: Any) -> dict[str, int]:
+    from sparsedsl.lang.tables import table_reads
+
+    exprs = part.exprs if hasattr(part, "exprs") else (part.expr,)
+    return {read.spec.name: len(read.args) for expr in exprs for read in table_reads(expr)}
+
+
+def _check_input(node: Input, value: Any, sizes: dict[str, int], device: torch.device) -> Tensor:
+    name, axes = node.name, " ".join(node.axes)
+    if not isinstance(value, torch.Tensor):
+        raise TableError(f"input {name!r} must be a torch tensor with the axes {axes!r}; got {type(value).__name__}")
+    if node.axes[0] == "batch" and value.ndim == len(node.axes) - 1:
+        value = value[None]
+    if value.ndim != len(node.axes):
+        raise ShapeError(f"input {name!r} must have the axes {axes!r}; got shape {tuple(value.shape)}")
+    if value.device != device:
+        raise ShapeError(f"input {name!r} is on {value.device} but q on {device}; move it: {name}.to({str(device)!r})")
+    if value.is_floating_point() and value.dtype not in FLOATS:
+        raise ShapeError(f"input {name!r} must be float16, bfloat16, float32 or float64, or integers; got {value.dtype}")
+    for axis, size in zip(node.axes, value.shape, strict=True):
+        low, high = _wanted(axis, sizes)
+        if axis == "batch" and size == 1:
+            continue
+        if low is None:
+            sizes[axis] = size
+        elif not low <= size <= high:
+            wanted = str(low) if low == high else f"{low} to {high}"
+            raise ShapeError(f"input {name!r} with the axes {axes!r} has size {size} for {axis!r}; wanted {wanted}")
+    return value
+
+
+def _wanted(axis: str, sizes: Mapping[str, int]) -> tuple[int | None, int]:
+    """Smallest and largest size of an axis; None: not known yet."""
+    if axis.isdecimal():
+        return int(axis), int(axis)
+    tokens = sizes.get(base_of(axis))
+    if tokens is None:
+        return None, 0
+    unit = unit_of(axis)
+    return tokens // unit, -(-tokens // unit)

@@ -1,0 +1,124 @@
+"""Scores made of other scores, unit by unit: mass of a softmax, larger units. Still never rows x units at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from sparsedsl.selection.candidates import Candidates
+from sparsedsl.selection.gather import spread
+from sparsedsl.selection.scores import Leaf, ScoreSource
+from sparsedsl.selection.selected_scores import lse_over_candidates
+
+__all__ = ["RegroupedScores", "SoftmaxScores", "softmax_scores"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxScores(ScoreSource):
+    """``exp(score - total)`` at the candidates, 0 elsewhere. ``totals (B, H, R, 1)``: LSE of each row over its candidates.
+
+    ``first``: the numbers of its first row and unit in the whole, by which the candidates are asked.
+    """
+
+    source: ScoreSource
+    totals: Tensor
+    candidates: Candidates
+    first: tuple[int, int] = (0, 0)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.source.shape
+
+    @property
+    def cell_bytes(self) -> int:
+        return 2 * self.source.cell_bytes
+
+    def leaves(self) -> tuple[Leaf, ...]:
+        return (*self.source.leaves(), Leaf(self.totals, "cells"))
+
+    def on(self, tensors: Sequence[Tensor]) -> SoftmaxScores:
+        return replace(self, source=self.source.on(tensors[:-1]), totals=tensors[-1])
+
+    def narrowed(self, rows: slice, units: slice) -> SoftmaxScores:
+        first = self.first[0] + rows.start, self.first[1] + units.start
+        return SoftmaxScores(self.source.narrowed(rows, units), self.totals[:, :, rows], self.candidates, first)
+
+    def scores(self) -> Tensor:
+        scores = self.source.scores()
+        _, _, rows, units = self.shape
+        some, tile = (slice(n, n + size) for n, size in zip(self.first, (rows, units), strict=True))
+        scores = self.candidates.mask_(scores, some, tile)
+        totals = self.totals.masked_fill(self.totals == float("-inf"), 0.0)
+        return (scores - totals).exp_()
+
+    def at(self, indices: Tensor) -> Tensor:
+        scores = self.source.at(indices)
+        rows, units = (slice(n, n + size) for n, size in zip(self.first, self.shape[2:], strict=True))
+        allowed = self.candidates.at(indices + self.first[1], rows, units, self.shape[1])
+        if allowed is not None:  # before the exponential, whose gradient would be infinity times 0
+            scores = torch.where(allowed, scores, float("-inf"))
+        totals = spread(self.totals, scores.shape[1])
+        return (scores - totals.masked_fill(totals == float("-inf"), 0.0)).exp()
+
+
+def softmax_scores(source: ScoreSource, candidates: Candidates) -> SoftmaxScores:
+    """The softmax of ``source`` over the candidates of each row.
+
+    >>> from sparsedsl.selection.scores import TensorScores
+    >>> softmax_scores(TensorScores(torch.zeros(1, 1, 2, 2)), Candidates(end=torch.tensor([1, 2]))).scores()
+    tensor([[[[1.0000, 0.0000],
+              [0.5000, 0.5000]]]])
+    """
+    return SoftmaxScores(source, lse_over_candidates(source, candidates)[..., None], candidates)
+
+
+@dataclass(frozen=True, eq=False)
+class RegroupedScores(ScoreSource):
+    """Scores of ``size`` neighbouring units as one: their sum, mean or maximum. The last group may be ragged."""
+
+    source: ScoreSource
+    size: int
+    how: str = "sum"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        batch, heads, rows, units = self.source.shape
+        return batch, heads, rows, -(-units // self.size)
+
+    @property
+    def cell_bytes(self) -> int:
+        return self.source.cell_bytes * (self.size + 1)
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.source.unit_bytes * self.size
+
+    @property
+    def row_bytes(self) -> int:
+        return self.source.row_bytes
+
+    def leaves(self) -> tuple[Leaf, ...]:
+        return self.source.leaves()
+
+    def on(self, tensors: Sequence[Tensor]) -> RegroupedScores:
+        return replace(self, source=self.source.on(tensors))
+
+    def narrowed(self, rows: slice, units: slice) -> RegroupedScores:
+        fine = slice(units.start * self.size, min(units.stop * self.size, self.source.shape[3]))
+        return replace(self, source=self.source.narrowed(rows, fine))
+
+    def scores(self) -> Tensor:
+        scores = self.source.scores()
+        missing = -scores.shape[3] % self.size
+        if missing and self.how == "mean":
+            whole = scores.shape[3] // self.size * self.size
+            parts = [scores[..., :whole].unflatten(3, (-1, self.size)).mean(4), scores[..., whole:].mean(3, keepdim=True)]
+            return torch.cat(parts, dim=3)
+        if missing:
+            scores = torch.nn.functional.pad(scores, (0, missing), value=0.0 if self.how == "sum" else float("-inf"))
+        groups = scores.unflatten(3, (-1, self.size))
+        return groups.amax(4) if self.how == "max" else getattr(groups, self.how)(4)

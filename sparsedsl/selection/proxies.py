@@ -1,0 +1,157 @@
+"""What scores are made of: attention of the last rows, smoothed; and one row for each unit of tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from sparsedsl.errors import PatternError, ShapeError
+from sparsedsl.runtime.dtypes import accumulated
+from sparsedsl.selection.chunking import cut, rows_at_once
+from sparsedsl.selection.scores import DotScores
+
+__all__ = ["bounds", "pooled", "probe", "smooth"]
+
+Tensor = torch.Tensor
+
+
+@torch.no_grad()
+def probe(
+    q: Tensor,
+    k: Tensor,
+    *,
+    rows: int,
+    causal: bool,
+    scale: float,
+    keys_normalised: int | None = None,
+    keys_kept: int | None = None,
+    q_offset: int = 0,
+    reduce: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """How much the last ``rows`` queries attend to each key: their softmax, averaged (or summed) over the rows.
+
+    In two passes over tiles of keys, one for the normalisers and one for the sums: no rows x keys tensor.
+
+    Args:
+        q: ``(B, Hq, Sq, D)``; its first row stands at position ``q_offset``. All rows, if there are fewer than ``rows``.
+        k: ``(B, Hkv, Skv, D)``; half precision is cast tile by tile.
+        causal: whether a row sees the keys up to its own position only.
+        scale: factor of the logits.
+        keys_normalised: the softmax goes over this many first keys; None: all.
+        keys_kept: the result is of this many first keys; None: those that are normalised over, and no more than these.
+
+    Returns:
+        ``(B, Hq, keys_kept)`` float32 (float64 for float64). A row that sees no key adds nothing.
+
+    Raises:
+        ShapeError: ``keys_kept <= keys_normalised <= Skv`` does not hold, or q and k do not fit.
+
+    >>> q, k = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 4, 4)
+    >>> probe(q, k, rows=2, causal=False, scale=0.5)
+    tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
+    >>> probe(q, k, rows=1, causal=True, scale=0.5, q_offset=1, keys_kept=3)
+    tensor([[[0.3333, 0.3333, 0.3333]]])
+    """
+    keys_normalised = k.shape[2] if keys_normalised is None else keys_normalised
+    keys_kept = keys_normalised if keys_kept is None else keys_kept
+    if not 0 <= keys_kept <= keys_normalised <= k.shape[2] or rows < 1:
+        raise ShapeError(
+            f"probe: rows {rows}, keys_kept {keys_kept}, keys_normalised {keys_normalised} of {k.shape[2]} keys; "
+            "wanted 1 <= rows and 0 <= keys_kept <= keys_normalised <= keys"
+        )
+    rows = min(rows, q.shape[2])
+    start = q.shape[2] - rows
+    source = DotScores(q[:, :, start:], k, scale)
+    batch, heads, _, _ = source.shape
+    position = q_offset + start + torch.arange(rows, device=q.device)[:, None]
+    step = rows_at_once(3 * source.cell_bytes * rows + source.unit_bytes)
+
+    def logits(keys: slice) -> Tensor:
+        block = source.block(slice(0, rows), keys)
+        if causal and keys.stop > q_offset + start + 1:
+            block.masked_fill_(torch.arange(keys.start, keys.stop, device=q.device) > position, float("-inf"))
+        return block
+
+    total = torch.full((batch, heads, rows), float("-inf"), dtype=source.dtype, device=q.device)
+    for keys in cut(0, keys_normalised, step):
+        total = torch.logaddexp(total, torch.logsumexp(logits(keys), dim=-1))
+    total = total.masked_fill(total == float("-inf"), 0.0)[..., None]  # exp(-inf - 0) is 0, exp(-inf + inf) is not
+    sums = torch.empty((batch, heads, keys_kept), dtype=source.dtype, device=q.device)
+    for keys in cut(0, keys_kept, step):
+        sums[..., keys] = (logits(keys) - total).exp_().sum(2)
+    return sums / rows if reduce == "mean" and rows else sums
+
+
+def smooth(score: Tensor, pool: int) -> Tensor:
+    """The mean of ``pool`` (odd) neighbours along the last dimension of ``score (B, H, N)``; beyond the ends are zeros, and count.
+
+    >>> smooth(torch.tensor([[[7.0, 0.0, 0.0, 0.0]]]), 7)
+    tensor([[[1., 1., 1., 1.]]])
+    """
+    if pool < 1 or pool % 2 == 0:
+        raise PatternError(f"smooth: pool is {pool}; wanted an odd number of neighbours")
+    return F.avg_pool1d(score, pool, stride=1, padding=pool // 2, count_include_pad=True) if score.shape[-1] else score
+
+
+def pooled(
+    x: Tensor,
+    unit: int,
+    how: Literal["mean", "sum", "max", "min", "first", "last"] = "mean",
+    pad: Literal["valid", "zero"] = "valid",
+) -> Tensor:
+    """One row for every ``unit`` tokens of ``x (B, H, N, D)``: ``(B, H, ceil(N / unit), D)``, differentiable.
+
+    Half precision comes out as float32 and is added up in it, piece by piece. What a ragged last unit lacks is left out ("valid") or
+    counts as zeros ("zero": the mean is divided by ``unit``, the maximum is 0 at least).
+
+    >>> x = torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 3, 1)
+    >>> pooled(x, 2).flatten(), pooled(x, 2, pad="zero").flatten(), pooled(x, 2, "last").flatten()
+    (tensor([2., 5.]), tensor([2.0000, 2.5000]), tensor([3., 5.]))
+    """
+    if x.ndim != 4 or unit < 1:
+        raise ShapeError(f"pooled: x is {tuple(x.shape)} and unit {unit}; wanted (B, H, N, D) and 1 or more")
+    if how not in ("mean", "sum", "max", "min", "first", "last") or pad not in ("valid", "zero"):
+        raise PatternError(
+            f"pooled: how is {how!r} and pad {pad!r}; wanted mean, sum, max, min, first or last, and valid or zero"
+        )
+    whole = x.shape[2] // unit
+    parts = []
+    # In a wide dtype nothing is cast, and one piece does.
+    step = whole if x.dtype == accumulated(x.dtype) else rows_at_once(4 * x.shape[0] * x.shape[1] * unit * x.shape[3])
+    for some in cut(0, whole, max(1, step)):
+        parts.append(_reduced(x[:, :, some.start * unit : some.stop * unit].unflatten(2, (-1, unit)), how))
+    if tail := x.shape[2] - whole * unit:
+        rest = x[:, :, whole * unit :]
+        rest = rest if pad == "valid" else F.pad(rest, (0, 0, 0, unit - tail))
+        parts.append(_reduced(rest[:, :, None], how))
+    return torch.cat(parts, dim=2) if parts else x.new_zeros(x.shape, dtype=accumulated(x.dtype))
+
+
+def bounds(k: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+    """The least and the greatest of each channel within every ``unit`` keys of ``k (B, H, N, D)``.
+
+    >>> low, high = bounds(torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 3, 1), 2)
+    >>> low.flatten(), high.flatten()
+    (tensor([1., 5.]), tensor([3., 5.]))
+    """
+    return pooled(k, unit, "min"), pooled(k, unit, "max")
+
+
+def _reduced(x: Tensor, how: str) -> Tensor:
+    """``x (B, H, n, unit, D)`` over the unit."""
+    dtype = accumulated(x.dtype)
+    match how:
+        case "mean":
+            return x.to(dtype).mean(3)
+        case "sum":
+            return x.to(dtype).sum(3)
+        case "max":
+            return x.amax(3).to(dtype)
+        case "min":
+            return x.amin(3).to(dtype)
+        case "first":
+            return x[:, :, :, 0].to(dtype)
+        case _:
+            return x[:, :, :, -1].to(dtype)

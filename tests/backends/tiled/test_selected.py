@@ -1,0 +1,486 @@
+"""Attention over picked chunks against dense masks in float64: values, LSE, all gradients, and the reference tests of HSA that concern it.
+
+Reference tests carry the numbers of the HSA notes: T01 .. T12. Picks and weights are given here; how they are chosen is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsedsl.backends.tiled import selected_blocks, selected_invert
+from sparsedsl.backends.tiled.selected import picked_attention
+from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.selection.selected import Picks
+
+Tensor = torch.Tensor
+INF = float("inf")
+
+
+# ---- the oracle -----------------------------------------------------------------------------------------------------
+
+
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, picks: Picks, *, scale: float, q_offset: int = 0, inside: Any = None,
+    weights: Tensor | None = None, one: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same with masks as large as the logits, in the dtype of q."""
+    heads, kv_len = q.shape[1], k.shape[2]
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    logits = torch.einsum("bhqd,bhkd->bhqk", q, k) * scale
+    table = picks.table().repeat_interleave(heads // picks.indices.shape[1], dim=1).expand(q.shape[0], -1, -1, -1)
+    allowed = table.repeat_interleave(picks.kv_unit, dim=3)[..., :kv_len]
+    if inside is not None:
+        q_pos, kv_pos = torch.arange(q.shape[2]) + q_offset, torch.arange(kv_len).expand(q.shape[2], -1)
+        ask = [inside(slice(b, b + 1), torch.arange(heads), q_pos, kv_pos).expand(heads, -1, -1) for b in range(q.shape[0])]
+        allowed = allowed & torch.stack(ask)
+    logits = logits.masked_fill(~allowed, -INF)
+    if weights is None:
+        probabilities, lse = _softmax(logits, one)
+        return probabilities @ v, lse
+    slots = picks.indices.shape[3]
+    by_head = weights.repeat_interleave(heads // weights.shape[1], dim=1)
+    listed = picks.indices.repeat_interleave(heads // picks.indices.shape[1], dim=1).expand(q.shape[0], -1, -1, -1)
+    out, total = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_zeros(q.shape[:3])
+    for chunk in range(picks.units):
+        tokens = slice(chunk * picks.kv_unit, (chunk + 1) * picks.kv_unit)
+        probabilities, _ = _softmax(logits[..., tokens], one)
+        for slot in range(slots):
+            weight = torch.where(listed[..., slot] == chunk, by_head[..., slot], 0.0)
+            out = out + weight[..., None] * (probabilities @ v[:, :, tokens])
+            total = total + weight
+    return out, torch.where(total > 0, torch.where(total > 0, total, 1.0).log(), -INF)
+
+
+def _softmax(logits: Tensor, one: bool) -> tuple[Tensor, Tensor]:
+    columns = torch.cat([logits, torch.zeros_like(logits[..., :1])], dim=-1) if one else logits
+    if not columns.shape[-1]:
+        return logits, logits.new_full(logits.shape[:-1], -INF)
+    empty = (columns == -INF).all(dim=-1, keepdim=True)
+    lse = columns.masked_fill(empty, 0.0).logsumexp(dim=-1, keepdim=True)
+    return (logits - lse).exp().masked_fill(empty, 0.0), lse.masked_fill(empty, -INF)[..., 0]
+
+
+def gradients(attend: Any, q: Tensor, k: Tensor, v: Tensor, picks: Picks, weights: Tensor | None, **options: Any) -> list[Tensor]:
+    """``out, lse``, then the gradients of q, k, v (and weights) for fixed gradients of both, that of lse only where it is finite."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *([] if weights is None else [weights]))]
+    out, lse = attend(*leaves[:3], picks, weights=leaves[3] if len(leaves) > 3 else None, **options)
+    generator = torch.Generator().manual_seed(3)
+    by_out = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype)
+    by_lse = torch.randn(lse.shape, dtype=torch.float64, generator=generator).to(lse.dtype)
+    total = (out * by_out).sum() + (lse * by_lse).masked_fill(lse == -INF, 0.0).sum()
+    grads = torch.autograd.grad(total, leaves, allow_unused=True) if total.requires_grad else [None] * len(leaves)
+    return [out.detach(), lse.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))]
+
+
+def random_picks(batch: int, heads: int, rows: int, slots: int, kv_len: int, unit: int, seed: int) -> Picks:
+    """Ascending lists without duplicates, of random lengths, some empty."""
+    units = -(-kv_len // unit)
+    generator = torch.Generator().manual_seed(seed)
+    length = torch.randint(0, min(slots, units) + 1, (batch, heads, rows, 1), generator=generator)
+    order = torch.rand(batch, heads, rows, units, generator=generator).argsort(-1)[..., :slots]
+    order = order.masked_fill(torch.arange(order.shape[-1]) >= length, units).sort(-1).values
+    lists = torch.full((batch, heads, rows, slots), -1, dtype=torch.int32)
+    lists[..., : order.shape[-1]] = order.masked_fill(order == units, -1).int()
+    return Picks(lists, length[..., 0].int(), q_unit=1, kv_unit=unit, units=units)
+
+
+def assert_same(found: list[Tensor], wanted: list[Tensor], atol: float = 1e-10) -> None:
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=atol, rtol=atol)
+
+
+def causal(batch: slice, heads: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+    return kv_pos <= q_pos[:, None]
+
+
+def uneven(batch: slice, heads: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+    return (heads[:, None, None] + batch.start + kv_pos + q_pos[:, None]) % 3 != 0
+
+
+# ---- random calls ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
+    batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 4, 8, 16]))
+    rows, kv_len, unit = draw(st.integers(1, 20)), draw(st.integers(1, 40)), draw(st.integers(1, 9))
+    slots, dim, dim_v = draw(st.integers(0, 8)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    heads, seed = kv_heads * group, draw(st.integers(0, 999))
+    own = [1, kv_heads, heads]
+    picks = random_picks(draw(st.sampled_from([1, batch])), draw(st.sampled_from(own)), rows, slots, kv_len, unit, seed)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads, rows, dim), (batch, kv_heads, kv_len, dim), (batch, kv_heads, kv_len, dim_v)]
+    if draw(st.booleans()):  # as a projection leaves them
+        tensors = [torch.randn(b, s, h, d, dtype=torch.float64, generator=generator).transpose(1, 2) for b, h, s, d in shapes]
+    else:
+        tensors = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in shapes]
+    weights = None
+    if draw(st.booleans()):
+        weights = torch.rand(batch, draw(st.sampled_from(own)), rows, slots, dtype=torch.float64, generator=generator) + 0.1
+    options = {
+        "scale": draw(st.sampled_from([0.3, 1.0])),
+        "q_offset": draw(st.integers(0, 30)),
+        "inside": draw(st.sampled_from([None, causal, uneven])),
+        "one": draw(st.booleans()),
+    }
+    return [*tensors, picks, weights], options
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Threads that share even the smallest call."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with mock.patch.object(selected_blocks, "FEW", 0):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    calls(),
+    st.sampled_from([1, 2000, 1 << 25]),
+    st.sampled_from([1, 3000, 1 << 18]),
+    st.sampled_from([1, 40_000]),
+    st.integers(1, 3),
+)
+def test_values_lse_and_gradients_are_those_of_dense_masks(call: Any, room: int, piece: int, single: int, threads: int) -> None:
+    arguments, options = call
+    wanted = gradients(dense, *arguments, **options)
+    with (
+        mock.patch.object(selected_blocks, "BLOCK_BYTES", room),
+        mock.patch.object(selected_blocks, "BLOCK_BYTES_LEAST", room),
+        mock.patch.object(selected_blocks, "PIECE_NUMBERS_CPU", piece),
+        mock.patch.object(selected_invert, "SINGLE", single),
+        on_threads(threads),
+    ):
+        assert_same(gradients(picked_attention, *arguments, **options), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_low_precision_is_as_good_as_plain_attention_in_it(dtype: torch.dtype, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(1, 8, 300, 32), (1, 2, 300, 32), (1, 2, 300, 16)]
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    picks = random_picks(1, 2, 300, 6, 300, 16, seed=1)
+    weights = torch.rand(1, 2, 300, 6, generator=generator) if weighted else None
+    found = gradients(picked_attention, q, k, v, picks, weights, scale=0.2)
+    exact = gradients(dense, q.double(), k.double(), v.double(), picks, None if weights is None else weights.double(), scale=0.2)
+    plain = gradients(dense, q.float(), k.float(), v.float(), picks, weights, scale=0.2)
+    for number, (got, want, low) in enumerate(zip(found, exact, plain, strict=True)):
+        kept = torch.float32 if number in (1, 5) else dtype  # LSE and the gradient of weights are not rounded
+        assert got.dtype == kept and got.isfinite().equal(want.isfinite())
+        known = want.isfinite()
+        error, allowed = (got.double() - want)[known].abs().max(), (low.double() - want)[known].abs().max()
+        # In half precision the backward pass sees the rounded output: one rounding more of it in every delta.
+        size = want[known].abs().max() * torch.finfo(kept).eps
+        noise = 0.0 if dtype == torch.float32 or number < 2 else want[known].abs().max() * torch.finfo(dtype).eps
+        assert error <= 2 * allowed + size + noise, (number, float(error), float(allowed))
+
+
+def test_large_products_and_threads_give_the_same() -> None:
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, h, 1500, 32, generator=generator) for h in (4, 1, 1))
+    picks = random_picks(1, 1, 1500, 8, 1500, 64, seed=2)
+    weights = torch.rand(1, 4, 1500, 8, generator=generator)
+    for chosen in (None, weights):
+        with (
+            on_threads(2),
+            mock.patch.object(selected_blocks, "BLOCK_BYTES_LEAST", 1 << 20),
+            mock.patch.object(selected_blocks, "BLOCK_BYTES", 1),
+        ):
+            found = [gradients(picked_attention, q, k, v, picks, chosen, scale=0.2, inside=causal) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # the same to the last bit, run after run
+        wide = [x if x is None else x.double() for x in (q, k, v)]
+        wanted = gradients(dense, *wide, picks, None if chosen is None else chosen.double(), scale=0.2, inside=causal)
+        assert_same([x.double() for x in found[0]], wanted, atol=2e-4)
+
+
+# ---- HSA: the attention of given picks and weights ------------------------------------------------------------------
+
+
+def hsa(
+    length: int, chunk: int = 8, slots: int = 3, group: int = 4, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Picks, Tensor]:
+    """q, k, v, the best complete chunks before each token by a random score, and the scores of the picked ones ``(B, H, L, K)``."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, h, 48, 16, dtype=torch.float64, generator=generator) for h in (2 * group, 2, 2))
+    scores = torch.randn(2, 2, 48, 48 // chunk, dtype=torch.float64, generator=generator)[:, :, :length, : length // chunk]
+    complete = (torch.arange(length // chunk) + 1) * chunk <= torch.arange(length)[:, None]
+    scores = scores.masked_fill(~complete, -INF)
+    units = -(-length // chunk)
+    best = scores.topk(min(slots, scores.shape[3]), dim=3)
+    order = torch.where(best.values == -INF, units, best.indices).sort(-1).values
+    picked = scores.gather(3, order.clamp(max=length // chunk - 1)).masked_fill(order == units, -INF)
+    lists = torch.where(order == units, -1, order).int()
+    picks = Picks(lists, (lists >= 0).sum(-1, dtype=torch.int32), q_unit=1, kv_unit=chunk, units=units)
+    return q[:, :, :length], k[:, :, :length], v[:, :, :length], picks, picked
+
+
+def softmaxed(scores: Tensor) -> Tensor:
+    """Over the picked, 0 for queries without picks."""
+    return scores.softmax(-1).nan_to_num(0.0)
+
+
+def lse_of_slots(q: Tensor, k: Tensor, v: Tensor, picks: Picks, scale: float) -> Tensor:
+    """The LSE of each picked chunk alone: ``(B, Hq, Sq, W)``."""
+    slots = [picks.indices[..., w : w + 1] for w in range(picks.indices.shape[3])]
+    alone = [Picks(x, (x >= 0).sum(-1, dtype=torch.int32), 1, picks.kv_unit, picks.units) for x in slots]
+    return torch.stack([picked_attention(q, k, v, one_each, scale=scale)[1] for one_each in alone], dim=-1)
+
+
+@pytest.mark.parametrize("length", [8, 9, 21, 48])
+def test_T01_rows_without_picks_are_zero_and_a_short_run_is_a_prefix(length: int) -> None:
+    q, k, v, picks, scores = hsa(48, slots=6)
+    whole, _ = picked_attention(q, k, v, picks, scale=0.25, weights=softmaxed(scores))
+    q, k, v, picks, scores = hsa(length, slots=6)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, softmaxed(scores))]
+    out, lse = picked_attention(*leaves[:3], picks, scale=0.25, weights=leaves[3])
+    torch.testing.assert_close(out, whole[:, :, :length], atol=1e-12, rtol=0)
+    assert torch.equal(out[:, :, :8], torch.zeros_like(out[:, :, :8])) and (lse[:, :, :8] == -INF).all()
+    grads = torch.autograd.grad(out.square().sum() + lse.exp().sum(), leaves)
+    assert all(g.isfinite().all() for g in grads)
+    assert not grads[0][:, :, :8].any() and not grads[3][:, :, :8].any()
+
+
+def test_T02_weights_that_add_up_to_one_have_lse_zero() -> None:
+    q, k, v, picks, scores = hsa(48)
+    _, lse = picked_attention(q, k, v, picks, scale=0.25, weights=softmaxed(scores))
+    assert (lse[:, :, :8] == -INF).all() and lse[:, :, 8:].abs().max() < 1e-14
+
+
+def test_T04_weights_from_the_mass_of_chunks_are_one_softmax() -> None:
+    q, k, v, picks, _ = hsa(48)
+
+    def through_chunks(q: Tensor, k: Tensor, v: Tensor, picks: Picks, *, scale: float, weights: None) -> tuple[Tensor, Tensor]:
+        masses = lse_of_slots(q, k, v, picks, scale)
+        empty = (masses == -INF).all(-1)
+        total = masses.masked_fill(empty[..., None], 0.0).logsumexp(-1)
+        shares = (masses - total[..., None]).exp().masked_fill(empty[..., None], 0.0)
+        return picked_attention(q, k, v, picks, scale=scale, weights=shares)[0], total.masked_fill(empty, -INF)
+
+    # Gradients too: those through the LSE of each chunk make up for the deltas of its own.
+    assert_same(
+        gradients(through_chunks, q, k, v, picks, None, scale=0.25), gradients(picked_attention, q, k, v, picks, None, scale=0.25)
+    )
+
+
+def test_T05_all_chunks_with_learned_weights_are_not_dense_attention() -> None:
+    q, k, v, picks, scores = hsa(48, slots=6)
+    found, _ = picked_attention(q, k, v, picks, scale=0.25, weights=softmaxed(scores))
+    over_chunks, _ = picked_attention(q, k, v, picks, scale=0.25)
+    full = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
+    assert (found - over_chunks)[:, :, 8:].abs().max() > 0.5 and (found - full).abs().max() > 0.5
+    exact, _ = picked_attention(q, k, v, picks, scale=0.25, weights=softmaxed(lse_of_slots(q, k, v, picks, 0.25)))
+    torch.testing.assert_close(exact, over_chunks, atol=1e-12, rtol=0)
+
+
+def test_T06_a_single_chunk_is_plain_attention_in_it_and_moves_no_score() -> None:
+    q, k, v, picks, scores = hsa(48, slots=1)
+    scores = scores.masked_fill(scores == -INF, 0.0).requires_grad_()
+    out, _ = picked_attention(q, k, v, picks, scale=0.25, weights=scores.softmax(-1))
+    alone, _ = picked_attention(q, k, v, picks, scale=0.25)
+    torch.testing.assert_close(out, alone, atol=1e-13, rtol=0)
+    assert not torch.autograd.grad(out.square().sum(), scores)[0].any()
+
+
+def test_T08_the_order_of_chunks_and_of_tokens_within_them_does_not_matter() -> None:
+    q, k, v, picks, scores = hsa(48)
+    weights = softmaxed(scores)
+    wanted = picked_attention(q, k, v, picks, scale=0.25, weights=weights)
+    generator = torch.Generator().manual_seed(5)
+    order = torch.randperm(6, generator=generator)  # chunk order[c] comes to stand at c
+    token = torch.stack([torch.randperm(8, generator=generator) for _ in range(6)])
+    places = (order[:, None] * 8 + token).flatten()
+    moved = torch.where(picks.indices < 0, 6, order.argsort()[picks.indices.long().clamp(min=0)])
+    ascending = moved.sort(-1)
+    lists = torch.where(ascending.values == 6, -1, ascending.values).int()
+    found = picked_attention(
+        q,
+        k[:, :, places],
+        v[:, :, places],
+        replace(picks, indices=lists),
+        scale=0.25,
+        weights=weights.gather(3, ascending.indices),
+    )
+    assert_same(list(found), list(wanted), atol=1e-13)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_T11_one_is_a_key_and_value_of_zeros(weighted: bool) -> None:
+    q, k, v, picks, scores = hsa(48)
+    weights = softmaxed(scores) if weighted else None
+    if weighted:  # at the end of every chunk
+        longer = [torch.nn.functional.pad(x.unflatten(2, (6, 8)), (0, 0, 0, 1)).flatten(2, 3) for x in (k, v)]
+        more = replace(picks, kv_unit=9)
+    else:  # a chunk more, of which one key counts, picked by everyone
+        longer = [torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v)]
+        last = torch.full_like(picks.indices[..., :1], 6)
+        lists = torch.where(torch.cat([picks.indices, last], -1) < 0, 7, torch.cat([picks.indices, last], -1)).sort(-1).values
+        more = Picks(torch.where(lists == 7, -1, lists), picks.counts + 1, q_unit=1, kv_unit=8, units=7)
+    wanted = picked_attention(q, *longer, more, scale=0.25, weights=weights)
+    assert_same(list(picked_attention(q, k, v, picks, scale=0.25, weights=weights, one=True)), list(wanted), atol=1e-13)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_one_outweighs_logits_far_below_it(weighted: bool) -> None:
+    q, k, v, picks, scores = hsa(48)
+    q, k = 2000 * q.abs(), -k.abs()  # logits below -1000, for which exp2 of the distance would overflow
+    results = gradients(picked_attention, q, k, v, picks, softmaxed(scores) if weighted else None, scale=1.0, one=True)
+    assert not any(x.isnan().any() or (x == INF).any() for x in results)
+    assert not results[0].any()
+
+
+def test_T12_the_backward_pass_is_the_one_written_by_hand() -> None:
+    q, k, v, picks, scores = hsa(48)
+    weights, grad_out = softmaxed(scores), torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, weights)]
+    out, _ = picked_attention(*leaves[:3], picks, scale=0.25, weights=leaves[3])
+    found = torch.autograd.grad(out, leaves, grad_out)
+
+    def by_hand(own_delta: bool) -> list[Tensor]:
+        dq, dk, dv, dw = (torch.zeros_like(x) for x in (q, k, v, weights))
+        for b, h, t in itertools.product(range(2), range(8), range(48)):
+            for slot, chunk in enumerate(picks.indices[b, h // 4, t].tolist()):
+                if chunk < 0:
+                    continue
+                tokens = slice(chunk * 8, chunk * 8 + 8)
+                keys, values, row = k[b, h // 4, tokens], v[b, h // 4, tokens], grad_out[b, h, t]
+                p = (keys @ q[b, h, t] * 0.25).softmax(0)
+                delta = row @ (p @ values)
+                dw[b, h // 4, t, slot] += delta
+                w = weights[b, h // 4, t, slot]
+                dz = w * p * (values @ row - (delta if own_delta else row @ out[b, h, t]))
+                if own_delta:
+                    assert abs(float(dz.sum())) < 1e-13
+                dq[b, h, t] += 0.25 * dz @ keys
+                dk[b, h // 4, tokens] += 0.25 * torch.outer(dz, q[b, h, t])
+                dv[b, h // 4, tokens] += w * torch.outer(p, row)
+        return [dq, dk, dv, dw]
+
+    with torch.no_grad():
+        assert_same(list(found), by_hand(own_delta=True), atol=1e-12)
+        assert (by_hand(own_delta=False)[0] - found[0]).abs().max() > 0.1  # FlashAttention's delta is the trap
+    picked = picks.table().any(2)  # chunks that nobody picked: the last one
+    assert not picked[:, :, 5].any() and not found[1][:, :, 40:].any() and not found[2][:, :, 40:].any()
+
+
+# ---- what else it promises ------------------------------------------------------------------------------------------
+
+
+def test_unpicked_keys_are_never_read() -> None:
+    q, k, v, picks, scores = hsa(48)
+    wanted = gradients(picked_attention, q, k, v, picks, softmaxed(scores), scale=0.25)
+    k[:, :, 40:], v[:, :, 40:] = float("nan"), INF
+    assert_same(gradients(picked_attention, q, k, v, picks, softmaxed(scores), scale=0.25), wanted, atol=0.0)
+
+
+def test_a_query_whose_chunk_is_all_forbidden_is_an_empty_row() -> None:
+    q, k, v, picks, scores = hsa(48)
+
+    def nothing(batch: slice, heads: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+        return (kv_pos < 0) & (q_pos[:, None] >= 0)
+
+    for weights in (None, softmaxed(scores)):
+        out, lse, *grads = gradients(picked_attention, q, k, v, picks, weights, scale=0.25, inside=nothing)
+        assert not out.any() and not any(g.any() for g in grads[:3])
+        assert weights is not None or (lse == -INF).all()
+
+
+@pytest.mark.parametrize(("rows", "kv_len"), [(0, 8), (3, 0)])
+def test_calls_of_no_size_have_results(rows: int, kv_len: int) -> None:
+    q, k, v = (torch.randn(1, 2, n, 4, requires_grad=True) for n in (rows, kv_len, kv_len))
+    lists = torch.full((1, 1, rows, 2), -1, dtype=torch.int32)
+    picks = Picks(lists, lists[..., 0] + 1, q_unit=1, kv_unit=4, units=kv_len // 4)
+    out, lse = picked_attention(q, k, v, picks, scale=1.0)
+    assert out.shape == (1, 2, rows, 4) and not out.any() and (lse == -INF).all()
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_autocast_and_second_derivatives() -> None:
+    q, k, v, picks, _ = (x.float().requires_grad_() if isinstance(x, Tensor) else x for x in hsa(48))
+    wanted = gradients(picked_attention, q, k, v, picks, None, scale=0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(gradients(picked_attention, q, k, v, picks, None, scale=0.25), wanted, atol=0.0)
+    out, _ = picked_attention(q, k, v, picks, scale=0.25)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(UnsupportedError, match="second derivatives"):
+        grad.sum().backward()
+
+
+def test_refusals_name_what_was_got_and_wanted() -> None:
+    q, k, v, picks, scores = hsa(48)
+    with pytest.raises(UnsupportedError, match=r"q_unit 1; got q_unit 4.*backend='tiled'"):
+        picked_attention(q, k, v, replace(picks, q_unit=4), scale=1.0)
+    with pytest.raises(
+        ShapeError, match=r"picks.indices must be \(B or 1, Hs, Sq, W\).*got \(2, 2, 48, 3\) for q \(2, 8, 47, 16\)"
+    ):
+        picked_attention(q[:, :, 1:], k, v, picks, scale=1.0)
+    with pytest.raises(ShapeError, match=r"40 keys are 5 chunks of 8; got picks of 6 chunks"):
+        picked_attention(q, k[:, :, :40], v[:, :, :40], picks, scale=1.0)
+    with pytest.raises(ShapeError, match=r"weights must be \(B, Hw, Sq, W\) = \(2, Hw, 48, 3\).*got \(2, 3, 48, 3\)"):
+        picked_attention(q, k, v, picks, scale=1.0, weights=scores[:, :1].expand(-1, 3, -1, -1))
+    with pytest.raises(ShapeError, match="weights must be floats"):
+        picked_attention(q, k, v, picks, scale=1.0, weights=picks.indices)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+    import resource, torch
+    from sparsedsl.backends.tiled.selected import picked_attention
+    from sparsedsl.selection.selected import Picks
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def picks_of(rows, slots, units):
+        lists = torch.randint(0, units // slots, (1, 1, rows, slots)) + torch.arange(slots) * (units // slots)
+        return Picks(lists.int(), torch.full((1, 1, rows), slots, dtype=torch.int32), 1, 64, units)
+
+    picked_attention(*(torch.randn(1, 1, 64, 64) for _ in range(3)), picks_of(64, 1, 1), scale=1.0)
+"""
+
+
+def peak_of(script: str) -> float:
+    """MiB that the last line of a script adds to the peak of a process of its own."""
+    lines = textwrap.dedent(MEASURE) + "\n" + textwrap.dedent(script)
+    head, last = lines.rstrip().rsplit("\n", 1)
+    whole = f"{head}\nbefore = peak()\n{last}\nprint(peak() - before)"
+    run = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, check=True)
+    return float(run.stdout.split()[-1])
+
+
+def test_a_decode_step_copies_only_the_picked_chunks() -> None:
+    """512 MiB each of keys and values, of which 16 chunks are read."""
+    assert peak_of("""
+        k, v = (torch.empty(1, 1, 1 << 22, 64, dtype=torch.bfloat16).fill_(0.5) for _ in range(2))
+        q, picks = torch.randn(1, 4, 1, 64, dtype=torch.bfloat16), picks_of(1, 16, 1 << 16)
+        out, lse = picked_attention(q, k, v, picks, scale=0.125)
+    """) < 64  # fmt: skip
+
+
+def test_a_long_call_takes_memory_for_its_blocks_only() -> None:
+    """16384 queries with 16 chunks each: the outputs of all pairs would be 256 MiB, gathered keys 4 GiB."""
+    added = peak_of("""
+        q, k, v = (torch.randn(1, h, 16384, 64) for h in (4, 1, 1))
+        picks = picks_of(16384, 16, 256)
+        out, lse = picked_attention(q, k, v, picks, scale=0.125)
+    """)
+    assert added < 64 + 16 + 64  # blocks, the output, and what allocators and oneDNN keep
