@@ -60,9 +60,9 @@ def read_pattern(text: str) -> Pattern:
     match last:
         case ast.Expr(value=ast.Call(func=ast.Name(id="attend"), args=[mask], keywords=words)):
             found = {str(word.arg): word.value for word in words}
-            numbers = {name: ast.literal_eval(found.pop(name)) for name in ("scale", "heads") if name in found}
-            scores = {name: as_score(part(node)) for name, node in found.items()}
-            return attend(as_mask(part(mask)), **scores, **numbers)
+            given: dict[str, Any] = {name: ast.literal_eval(found.pop(name)) for name in ("scale", "heads") if name in found}
+            given |= {name: as_score(part(node)) for name, node in found.items()}
+            return attend(as_mask(part(mask)), **given)
     raise UnsupportedError(f"this is not the text form of a pattern, which ends with attend(...): {text!r}")
 
 

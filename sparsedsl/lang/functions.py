@@ -221,6 +221,7 @@ class _Extreme:
     """
 
     in_language = True
+    args: Any  # sympy's
     _sign: int  # +1 if the larger value wins
 
     def __new__(cls, *values: sympy.Expr, **assumptions: object) -> sympy.Expr:
