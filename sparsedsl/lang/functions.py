@@ -242,7 +242,7 @@ class _Extreme:
     def _joined(cls, values: Iterable[Any]) -> Iterator[sympy.Expr]:
         for value in values:
             if isinstance(value, cls):
-                yield from value.args  # type: ignore[attr-defined]
+                yield from value.args
             else:
                 yield sympy.sympify(value)
 
