@@ -10,8 +10,8 @@ from typing import Any
 
 import networkx as nx
 
-from sparsedsl.lang.expressions import Expression
 from sparsedsl.lang.printing import expression_text
+from sparsedsl.lang.wrapped import Expression
 from sparsedsl.program.axes import base_of, unit_of
 from sparsedsl.program.branches import Attend, Compact
 from sparsedsl.program.graph import Program

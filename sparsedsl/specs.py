@@ -24,8 +24,8 @@ class CannotLoad(Exception):
 
 def load_pattern(spec: str) -> Any:
     """The pattern, or program, that ``module:name`` or ``file.py:name`` stands for."""
-    from sparsedsl.lang.expressions import Expression
     from sparsedsl.lang.pattern import Pattern, as_pattern
+    from sparsedsl.lang.wrapped import Expression
     from sparsedsl.program.graph import as_program
     from sparsedsl.tracing import trace_mask, trace_score
 

@@ -124,6 +124,9 @@ def answering(function: F) -> F:
     Nothing is done before a call has failed. It takes the place of ``function`` in the module that defines it, by whose name it is pickled.
     """
 
+    if getattr(function, "answers", False):
+        return function
+
     @functools.wraps(function)
     def called(*values: Any, **words: Any) -> Any:
         try:
@@ -138,6 +141,7 @@ def answering(function: F) -> F:
                 raise ArgumentError(_misfit(function.__name__, signature, words, wrong)) from None
             raise
 
+    vars(called)["answers"] = True
     home = vars(sys.modules[function.__module__])
     if home.get(function.__name__) is function:
         home[function.__name__] = called

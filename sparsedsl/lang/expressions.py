@@ -6,170 +6,26 @@ silently drop a side: here ``__bool__`` raises and says what to write.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import numbers
-from collections.abc import Mapping
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from sparsedsl.errors import PatternError, TableError
+from sparsedsl.errors import PatternError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
-from sparsedsl.lang.advice import meant, shown, way_in
-from sparsedsl.lang.facts import HIGHEST, check_extent, facts
+from sparsedsl.lang.advice import shown, way_in
+from sparsedsl.lang.facts import HIGHEST, facts
 from sparsedsl.lang.joins import join, join_xor
-from sparsedsl.lang.printing import expression_text, to_text
-from sparsedsl.lang.refusals import Unread, Unvalued
+from sparsedsl.lang.refusals import Unread
 from sparsedsl.lang.symbols import BATCH, HEAD, INDEX_SYMBOLS, KV_IDX, KV_LEN, Q_IDX, Q_LEN, SCORE
-from sparsedsl.lang.tables import TableSpec, read_class, table_specs
+from sparsedsl.lang.tables import TableSpec, read_class
+from sparsedsl.lang.wrapped import Expression, merge_carried
 
 __all__ = ["Index", "Mask", "Score", "Table", "as_index", "as_mask", "as_score", "table"]
-
-
-class Captured(dict[str, Any]):
-    """What an expression carries beside its formula: tensors by table name, and ``heads``, how many heads it is written for, or None."""
-
-    def __init__(self, tables: Mapping[str, Any] | None = None, heads: int | None = None):
-        super().__init__(tables or {})
-        self.heads: int | None = getattr(tables, "heads", None) if heads is None else heads
-
-    def __reduce__(self) -> Any:
-        return Captured, (dict(self), self.heads)
-
-
-def _merge(*parts: Any) -> Captured:
-    """Join what operands carry; one name must mean one tensor, or one node of a program, and all be written for as many heads."""
-    joined = Captured()
-    for part in parts:
-        carried = part._bound if isinstance(part, Expression) else Captured()
-        if carried.heads is not None and joined.heads not in (None, carried.heads):
-            raise PatternError(
-                f"one part is written for {joined.heads} heads, another for {carried.heads}: both must be for the same number"
-            )
-        joined.heads = joined.heads or carried.heads
-        for name, value in carried.items():
-            if joined.setdefault(name, value) is not value:
-                raise TableError(
-                    f"two different tensors are captured under the table name {name!r}; rename one of them, "
-                    "or declare one table and bind it once"
-                )
-    return joined
-
-
-class Expression(Unvalued):
-    """A sympy expression plus the tensors captured under its table names. Frozen and hashable."""
-
-    __slots__ = ("_bound", "_expr", "_key")
-    _expr: sympy.Basic
-    _bound: Captured
-    _key: str | None
-
-    def __init__(self, expr: sympy.Basic, bound: Mapping[str, Any] | None = None):
-        expr = fn.in_language(expr)
-        check_extent(expr)
-        object.__setattr__(self, "_expr", expr)
-        object.__setattr__(self, "_bound", Captured(bound))
-        object.__setattr__(self, "_key", None)
-
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise AttributeError(f"{type(self).__name__} is frozen; build a new expression instead of setting {name!r}")
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise AttributeError(f"{type(self).__name__} is frozen; {name!r} cannot be deleted")
-
-    @property
-    def expr(self) -> sympy.Basic:
-        """The sympy expression."""
-        return self._expr
-
-    @property
-    def bound(self) -> dict[str, Any]:
-        """Table name -> tensor for tables bound at declaration or captured by tracing (a copy)."""
-        return Captured(self._bound)
-
-    @property
-    def tables(self) -> dict[str, TableSpec]:
-        """Table name -> declaration, for every table the expression reads."""
-        return table_specs(self._expr)
-
-    @property
-    def text(self) -> str:
-        """The expression and its table declarations as Python code that :func:`sparsedsl.parse` reads back."""
-        return to_text(self._expr)
-
-    @property
-    def key(self) -> str:
-        """A hash of the text form (32 hex digits), the same in every process and on every machine."""
-        if self._key is None:
-            kind = type(self).__name__
-            object.__setattr__(self, "_key", hashlib.sha256(f"{kind}\n{self.text}".encode()).hexdigest()[:32])
-        return self._key  # type: ignore[return-value]
-
-    def bind(self, **tables: Any) -> Any:
-        """The same expression with tensors bound to tables, so that calls need not pass them."""
-        known = self.tables
-        for name in tables:
-            if name not in known:
-                raise TableError(
-                    f"cannot bind table {name!r}: the expression reads {', '.join(known) or 'no table'}{meant(name, known)}"
-                )
-        return type(self)(self._expr, Captured({**self._bound, **tables}, self._bound.heads))
-
-    @property
-    def heads(self) -> int | None:
-        """How many query heads it is written for, or None where any number will do; see :meth:`for_heads`."""
-        return self._bound.heads
-
-    def for_heads(self, heads: int) -> Any:
-        """The same expression, which declares that it is written for so many query heads: a call with another number raises.
-
-        >>> import sparsedsl as sd
-        >>> slopes = (2.0 ** (-sd.h - 1)).for_heads(8)
-        >>> (sd.score - slopes * abs(sd.q_idx - sd.kv_idx)).heads
-        8
-        """
-        if isinstance(heads, bool) or not isinstance(heads, numbers.Integral) or heads < 1:
-            raise PatternError(f"heads must be a whole number of at least 1; got {heads!r}")
-        declared = _merge(self, Score(sympy.Integer(0), Captured(heads=int(heads))))
-        return type(self)(self._expr, declared)
-
-    def same_as(self, other: Any) -> bool:
-        """Structural equality of the canonical forms. For equality of meaning ask :func:`sparsedsl.equivalent`."""
-        return type(self) is type(other) and self._expr == other._expr
-
-    def __hash__(self) -> int:
-        return hash((type(self).__name__, self._expr))
-
-    def __str__(self) -> str:
-        return expression_text(self._expr)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self})"
-
-    def _repr_latex_(self) -> str:
-        return f"$\\displaystyle {sympy.latex(self._expr)}$"
-
-    def __reduce__(self) -> Any:
-        return type(self), (self._expr, self._bound)
-
-    def __bool__(self) -> NoReturn:
-        raise PatternError(
-            f"{self!r} has no truth value while it is being declared. `and`, `or`, `not`, `if`, `in` and chained comparisons "
-            "(`0 <= x < 5`) ask for one and would drop a side. Write `a & b`, `a | b`, `~a`, `(0 <= x) & (x < 5)`, "
-            "sd.where(condition, a, b) for `if`, and sd.minimum(a, b), sd.maximum(a, b) for Python's min and max"
-        )
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__") or name.startswith("_repr") or name.startswith("_ipython"):
-            raise AttributeError(name)
-        raise AttributeError(
-            f"{type(self).__name__} has no attribute {name!r}. To use a function written for tensors, trace it: "
-            "sd.trace_mask(mask_mod) or sd.trace_score(score_mod)"
-        )
 
 
 def _written(value: Any) -> Any:
@@ -275,8 +131,8 @@ def joined(sign: str, *masks: Any) -> Mask:
     parts = [as_mask(mask) for mask in masks]
     exprs = [part.expr for part in parts]
     if sign == "^":
-        return Mask(_unstrict(join_xor(exprs)), _merge(*parts))
-    return Mask(join({"&": sympy.And, "|": sympy.Or}[sign], exprs), _merge(*parts))
+        return Mask(_unstrict(join_xor(exprs)), merge_carried(*parts))
+    return Mask(join({"&": sympy.And, "|": sympy.Or}[sign], exprs), merge_carried(*parts))
 
 
 class _Arithmetic(Expression):
@@ -301,13 +157,13 @@ class _Arithmetic(Expression):
         left, right = self._lift(other)
         if swap:
             left, right = right, left
-        return type(left)(op(left._expr, right._expr), _merge(left, right))
+        return type(left)(op(left._expr, right._expr), merge_carried(left, right))
 
     def _compare(self, other: Any, relation: Any) -> Mask:
         left, right = self._lift(other)
         if relation in (sympy.Eq, sympy.Ne):
             _check_quotients(left, right)
-        return Mask(_relation(relation, left._expr, right._expr), _merge(left, right))
+        return Mask(_relation(relation, left._expr, right._expr), merge_carried(left, right))
 
     def __add__(self, other: Any) -> Any:
         return self._arith(other, lambda x, y: x + y)
@@ -458,7 +314,7 @@ def _leads_negative(terms: sympy.Expr) -> bool:
 def _true_divide(left: Score, right: Score) -> Score:
     if right._expr.is_zero:
         raise PatternError(f"division by zero: {left} / {right}")
-    return Score(left._expr / right._expr, _merge(left, right))
+    return Score(left._expr / right._expr, merge_carried(left, right))
 
 
 class Index(_Arithmetic):
@@ -484,7 +340,7 @@ class Index(_Arithmetic):
                 f"the divisor in {left} {symbol} {right} must be known not to be zero; got {right}. Use a constant, a length, "
                 "or a table declared with values_in=(1, ...)"
             )
-        return Index(operation(left._expr, right._expr), _merge(left, right))
+        return Index(operation(left._expr, right._expr), merge_carried(left, right))
 
     def __floordiv__(self, other: Any) -> Index:
         return self._divide(other, fn.floor_div, "//")
@@ -582,11 +438,11 @@ class Score(_Arithmetic):
 
     def __pow__(self, power: Any) -> Score:
         other = as_score(power, where="exponent")
-        return Score(_power(self._expr, other._expr), _merge(self, other))
+        return Score(_power(self._expr, other._expr), merge_carried(self, other))
 
     def __rpow__(self, base: Any) -> Score:
         other = as_score(base, where="base")
-        return Score(_power(other._expr, self._expr), _merge(self, other))
+        return Score(_power(other._expr, self._expr), merge_carried(self, other))
 
     def __floordiv__(self, other: Any) -> NoReturn:
         raise PatternError(f"`//` wants whole numbers; {self} is a score. Use `/`")
@@ -640,7 +496,7 @@ class Table(Unread):
                 raise PatternError(f"table {self.spec.name!r}: an index must be an integer expression; got the mask {part!r}")
         wrapped = [as_index(part, where=f"index of table {self.spec.name!r}") for part in parts]
         read = read_class(self.spec)(*(part.expr for part in wrapped))
-        bound = _merge(*wrapped)
+        bound = merge_carried(*wrapped)
         if self.spec.dtype == "bool":
             return Mask(sympy.Ne(read, 0), bound)
         return (Index if self.spec.dtype == "int" else Score)(read, bound)

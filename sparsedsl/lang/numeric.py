@@ -6,7 +6,8 @@ from typing import Any
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang import functions as fn
-from sparsedsl.lang.expressions import Score, _merge, as_index, as_mask, as_score
+from sparsedsl.lang.expressions import Score, as_index, as_mask, as_score
+from sparsedsl.lang.wrapped import merge_carried
 
 __all__ = [
     "clamp", "cos", "erf", "exp", "log", "maximum", "minimum", "relu", "sigmoid", "sin", "softplus", "sqrt", "tanh", "where",
@@ -29,7 +30,7 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     """
     condition = as_mask(condition, where="condition of where()")
     a, b = _widest(a, b, of="where")
-    return type(a)(fn.Where(condition.expr, a.expr, b.expr), _merge(condition, a, b))
+    return type(a)(fn.Where(condition.expr, a.expr, b.expr), merge_carried(condition, a, b))
 
 
 def minimum(a: Any, *others: Any) -> Any:
@@ -40,7 +41,7 @@ def minimum(a: Any, *others: Any) -> Any:
     minimum(3, kv_idx, q_idx)
     """
     values = _widest(a, *others, of="minimum")
-    return type(values[0])(fn.Min(*(v.expr for v in values)), _merge(*values))
+    return type(values[0])(fn.Min(*(v.expr for v in values)), merge_carried(*values))
 
 
 def maximum(a: Any, *others: Any) -> Any:
@@ -51,7 +52,7 @@ def maximum(a: Any, *others: Any) -> Any:
     maximum(0, q_idx - kv_idx)
     """
     values = _widest(a, *others, of="maximum")
-    return type(values[0])(fn.Max(*(v.expr for v in values)), _merge(*values))
+    return type(values[0])(fn.Max(*(v.expr for v in values)), merge_carried(*values))
 
 
 def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
@@ -72,7 +73,7 @@ def _real(name: str) -> Any:
 
     def apply(x: Any) -> Score:
         x = as_score(x, where=f"argument of {name}()")
-        return Score(function(x.expr), _merge(x))
+        return Score(function(x.expr), merge_carried(x))
 
     apply.__name__ = apply.__qualname__ = name
     apply.__doc__ = f"""``{name}`` of a score, an index or a number; a score.

@@ -14,11 +14,12 @@ import sympy
 
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.advice import meant, shown, way_in
-from sparsedsl.lang.expressions import Mask, Score, _merge, _written, as_mask, as_score
+from sparsedsl.lang.expressions import Mask, Score, _written, as_mask, as_score
 from sparsedsl.lang.printing import to_text
 from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
 from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
+from sparsedsl.lang.wrapped import merge_carried
 
 __all__ = ["Pattern", "as_pattern", "attend", "relates_positions"]
 
@@ -61,12 +62,12 @@ class Pattern(Unread):
     @property
     def bound(self) -> dict[str, Any]:
         """Tables bound at declaration or captured by tracing (a copy)."""
-        return _merge(self.mask, self.score, self.sink)
+        return merge_carried(self.mask, self.score, self.sink)
 
     @property
     def heads(self) -> int | None:
         """How many query heads it is declared for, by ``attend(..., heads=)`` or a part such as ``alibi(8)``; None: any number."""
-        return _merge(self.mask, self.score, self.sink).heads
+        return merge_carried(self.mask, self.score, self.sink).heads
 
     @functools.cached_property
     def head_reads(self) -> frozenset[tuple[str, int]]:

@@ -14,9 +14,11 @@ import sympy
 
 from sparsedsl.errors import PatternError, SparseDSLError
 from sparsedsl.lang import numeric, strict
-from sparsedsl.lang.expressions import Expression, Index, Mask, Score, _merge, as_index, as_mask, as_score, joined, table
+from sparsedsl.lang.advice import answering
+from sparsedsl.lang.expressions import Index, Mask, Score, as_index, as_mask, as_score, joined, table
 from sparsedsl.lang.facts import DEEPEST, LARGEST
 from sparsedsl.lang.symbols import INDEX_SYMBOLS, SCORE
+from sparsedsl.lang.wrapped import Expression, merge_carried
 
 __all__ = ["Reader", "parse", "reading"]
 
@@ -25,7 +27,9 @@ LONGEST, LEVELS, BITS = 20 * LARGEST, 2 * DEEPEST, 1024
 _JOINS = {ast.BitAnd: "&", ast.BitOr: "|", ast.BitXor: "^"}
 _KINDS = {"int": int, "float": float, "bool": bool}
 
-_FUNCTIONS: Mapping[str, Any] = {name: getattr(numeric, name) for name in numeric.__all__} | {"abs": abs, "table": table}
+_FUNCTIONS: Mapping[str, Any] = {
+    **{name: answering(getattr(numeric, name)) for name in numeric.__all__}, "abs": abs, "table": answering(table),
+}  # fmt: skip
 _OPERATORS: Mapping[type, str] = {
     ast.Add: "__add__", ast.Sub: "__sub__", ast.Mult: "__mul__", ast.Div: "__truediv__", ast.FloorDiv: "__floordiv__",
     ast.Mod: "__mod__", ast.Pow: "__pow__", ast.BitAnd: "__and__", ast.BitOr: "__or__", ast.BitXor: "__xor__",
@@ -45,7 +49,7 @@ def _exact(name: str) -> Callable[..., Any] | None:
         if len(values) != rule.arity:
             raise PatternError(f"{name}() wants {rule.arity} operands; got {len(values)}")
         function = strict.strict_class(prefix, operation)
-        bound = _merge(*values)
+        bound = merge_carried(*values)
         if rule.result == "same" and prefix != "i64":
             return Score(function(*(operand(v) for v in values)), bound)
         return Index(function(*(operand(v) for v in values)), bound)

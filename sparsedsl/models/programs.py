@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from sparsedsl.errors import TableError, UnsupportedError
-from sparsedsl.lang.expressions import Expression, Score
+from sparsedsl.lang.expressions import Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.tables import read_class, table_reads
+from sparsedsl.lang.wrapped import Expression
 from sparsedsl.models.derived import PROVIDED
 from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Recall
 from sparsedsl.program.effects import LATER_QUERIES, reasons

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import Expression
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.refusals import Unread
+from sparsedsl.lang.wrapped import Expression
 
 __all__ = ["Node", "Operand", "nodes_in", "one_of"]
 

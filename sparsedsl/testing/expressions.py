@@ -12,8 +12,9 @@ import torch
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.exact import evaluate_any
-from sparsedsl.lang.expressions import Expression, Score
+from sparsedsl.lang.expressions import Score
 from sparsedsl.lang.text import parse
+from sparsedsl.lang.wrapped import Expression
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code, expression_code
 from sparsedsl.testing.shapes import AttentionCase
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from sparsedsl.analysis.bounds import index_ranges, value_ranges
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.lang.evaluate import evaluate
-from sparsedsl.lang.expressions import Expression, Index, Mask, Score
+from sparsedsl.lang.expressions import Index, Mask, Score
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.tables import TableRead, TableSpec, table_reads
 from sparsedsl.lang.text import parse
+from sparsedsl.lang.wrapped import Expression
 from sparsedsl.testing import grammar
 from sparsedsl.testing.shapes import AttentionCase, tensor
 
