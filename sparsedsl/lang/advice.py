@@ -7,14 +7,14 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 from sparsedsl.errors import ArgumentError, PatternError
 
 __all__ = ["answer_for", "answering", "check_word", "meant", "shown", "surplus", "way_in"]
 
-F = TypeVar("F", bound=types.FunctionType)
+F = TypeVar("F", bound=Callable[..., Any])
 
 _GROUPS = "leave it out: fewer key/value heads than query heads are shared by themselves"
 _LISTS = "leave it out: the lists of tiles are made from the pattern; a FlexAttention mask_mod is read by sd.trace_mask(mask_mod)"
