@@ -36,6 +36,7 @@ SMALLEST_TILE = 16
 
 
 def attend_node(run: Lowering, node: Attend) -> Any:
+    """``(out, lse)`` of an attend node; the LSE is None where nobody reads it."""
     q, k, v = alike(*(run.value(x) for x in (node.x, node.y, node.z)))
     if q.shape[1] % k.shape[1]:
         raise ShapeError(f"attend(): {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")

@@ -1,5 +1,5 @@
-"""A matrix product in which 0 times anything is 0, NaN and infinity too: what a weight of 0 keeps out has no effect. For the dense
-meaning of patterns and programs; differentiable any number of times."""
+"""A matrix product in which 0 times anything is 0, NaN and infinity too: what a weight of 0 keeps out has no effect. The dense
+meaning of patterns and programs and the scan of linear attention multiply with it; differentiable any number of times."""
 
 from __future__ import annotations
 
