@@ -22,9 +22,10 @@ from sparsedsl.lang.advice import check_word
 from sparsedsl.plan import TRITON_DTYPES, TRITON_WIDEST, check_backend
 from sparsedsl.program.effects import KEEPS_STATE, LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
-from sparsedsl.program.text import read_program
+from sparsedsl.program.rules import check_rules
+from sparsedsl.program.text import TEXT_RULES, read_program
 from sparsedsl.runtime.arguments import arranged, warn_of_slips
-from sparsedsl.runtime.interpreter import Evaluation, check_rules
+from sparsedsl.runtime.interpreter import Evaluation
 from sparsedsl.runtime.program_call import ProgramCall, check_program_call
 from sparsedsl.runtime.torch_modes import is_traced, is_transformed
 from sparsedsl.selection.scores import ScoreSource
@@ -38,7 +39,7 @@ class CompiledProgram:
     """A compiled program; call it on tensors. Made by :func:`sparsedsl.compile`."""
 
     def __init__(self, program: Program, backend: str, allow: Sequence[str] = ()):
-        check_rules(program, {"the reference": REFERENCE_RULES, "the lowering": LOWERED_RULES})
+        check_rules(program, REFERENCE_RULES, LOWERED_RULES, TEXT_RULES)
         self.program = program
         self.backend = check_backend(backend)
         known = (LATER_QUERIES, KEEPS_STATE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sparsedsl.program.axes import unit_of
 from sparsedsl.program.branches import Branch, Joint
 from sparsedsl.program.node import Node
 from sparsedsl.runtime.heads import NEVER, spread
-from sparsedsl.runtime.interpreter import Evaluation, Rules
+from sparsedsl.runtime.interpreter import Evaluation, Rule
 from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.selection.scores import ScoreSource
 from sparsedsl.selection.selected import Picks
@@ -32,7 +33,7 @@ class Lowering(Evaluation):
     ``kernels``: of the backend. ``lse``: whether the root's is wanted.
     """
 
-    def __init__(self, rules: Rules, call: ProgramCall, kernels: Kernels, *, lse: bool):
+    def __init__(self, rules: Mapping[type[Node], Rule], call: ProgramCall, kernels: Kernels, *, lse: bool):
         super().__init__(rules, call)
         self.kernels = kernels
         root = call.program.root

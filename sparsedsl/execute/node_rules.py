@@ -10,10 +10,11 @@ from sparsedsl.execute.lowering import Lowering
 from sparsedsl.execute.selection_rules import LISTED_RULES
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
 from sparsedsl.program.orders import Take
+from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, Summary
 from sparsedsl.runtime.heads import NEVER, merged, spread, together
-from sparsedsl.runtime.interpreter import complete
+from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.selection import proxies
 
@@ -112,7 +113,7 @@ def _compact(run: Lowering, node: Compact) -> Result:
     return torch.cat(outs), torch.cat(known) if len(known) == len(lses) else None
 
 
-LOWERED_RULES = complete(
+LOWERED_RULES: Rules[Rule] = Rules(
     "the lowering",
     {
         Input: _input,

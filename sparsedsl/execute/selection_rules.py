@@ -12,6 +12,7 @@ from sparsedsl.execute.candidates import candidates_of, unit_rule
 from sparsedsl.execute.lowering import Lowering
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.program.axes import unit_of
+from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.scores import (
     Antidiagonal,
@@ -29,7 +30,7 @@ from sparsedsl.program.scores import (
 )
 from sparsedsl.program.select import Select, Threshold, TopK, TopP
 from sparsedsl.runtime.heads import alike, reduced, spread
-from sparsedsl.runtime.interpreter import Rules
+from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.selection import counts, permutations, proxies
 from sparsedsl.selection.antidiagonal import antidiagonal
 from sparsedsl.selection.candidates import Candidates, PairRule
@@ -202,7 +203,7 @@ def _threshold(run: Lowering, node: Threshold) -> Picks:
     return _choose(run, node, threshold, node.least, measure="share" if node.scores.is_mass else "score")
 
 
-LISTED_RULES: Rules = {
+LISTED_RULES: dict[type[Node], Rule] = {
     Dot: _dot,
     Bound: _bound,
     Antidiagonal: _antidiagonal,

@@ -65,6 +65,11 @@ class Expression(Unvalued):
         object.__setattr__(self, "_bound", Carried(bound))
         object.__setattr__(self, "_key", None)
 
+    @property
+    def exprs(self) -> tuple[sympy.Basic, ...]:
+        """The sympy expressions it consists of: one; a pattern has several."""
+        return (self._expr,)
+
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f"{type(self).__name__} is frozen; build a new expression instead of setting {name!r}")
 

@@ -18,12 +18,12 @@ from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.axes import base_of, unit_of
 from sparsedsl.program.decided import assume, with_candidates
-from sparsedsl.program.node import Node, nodes_in, one_of
+from sparsedsl.program.node import Node, nodes_in, one_of, reached
 from sparsedsl.program.orders import Tokens
 from sparsedsl.program.scores import Scores
-from sparsedsl.program.select import Select
+from sparsedsl.program.select import Select, choices_in
 from sparsedsl.program.sources import PerChunk, Slots, check_documents
-from sparsedsl.program.tensors import Input, check_tensor, k, q, v
+from sparsedsl.program.tensors import OWN, Input, check_tensor, k, q, v
 
 __all__ = [
     "Attend",
@@ -74,7 +74,11 @@ class Attend(Branch):
     @property
     def selections(self) -> tuple[Select, ...]:
         """The choices its mask reads."""
-        return tuple(node for node in nodes_in(self.pattern.mask) if isinstance(node, Select))
+        return tuple(choices_in(self.pattern.mask).values())
+
+    def note(self) -> str:
+        """The pattern, as :func:`attend` takes it."""
+        return self.code().removeprefix("attend(").removesuffix(")")
 
     def code(self) -> str:
         """As :func:`attend` takes it."""
@@ -144,6 +148,8 @@ def attend(
         )
     if q.axes[3] != k.axes[3]:
         raise PatternError(f"attend(): q and k must have the same last axis; got {q.axes[3]!r} and {k.axes[3]!r}")
+    if normaliser is not None and not isinstance(normaliser, PerChunk):
+        raise PatternError(f"attend(): normaliser must come from per_chunk(); got {normaliser!r}")
     pattern, normaliser = with_candidates(pattern, normaliser)
     if normaliser is not None:
         _check_normaliser(pattern, normaliser)
@@ -151,8 +157,6 @@ def attend(
 
 
 def _check_normaliser(pattern: Pattern, normaliser: PerChunk) -> None:
-    if not isinstance(normaliser, PerChunk):
-        raise PatternError(f"attend(): normaliser must come from per_chunk(); got {normaliser!r}")
     if pattern.sink is not None:
         raise PatternError("attend(): a sink has no place in a softmax per chunk; use per_chunk(..., weights='softmax1')")
     read = next((name for name, node in pattern.mask.bound.items() if node is normaliser.picks), None)
@@ -381,6 +385,11 @@ class Compact(Branch):
         """The tokens, and q, k, v to take them from: what is inside reads the rows that were taken."""
         return self.tokens, q, k, v
 
+    @property
+    def subprograms(self) -> tuple[Node, ...]:
+        """What runs on the kept tokens."""
+        return (self.inside,)
+
 
 def compact(tokens: Tokens, inside: Any) -> Compact:
     """Run ``inside`` on the kept tokens of each head as if there were no others, and put its rows back; other rows are 0.
@@ -399,15 +408,8 @@ def compact(tokens: Tokens, inside: Any) -> Compact:
     if not isinstance(tokens, Tokens):
         raise PatternError(f"compact(): tokens must come from keep_tokens(); got {tokens!r}")
     branch = as_branch("compact", inside)
-    seen: set[Node] = set()
-    waiting: list[Node] = [branch]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        waiting += node.inputs
-        if isinstance(node, Input) and all(node is not own for own in (q, k, v)):
+    for node in reached(branch):
+        if isinstance(node, Input) and node not in OWN:
             raise PatternError(
                 f"compact(): what is inside may use q, k and v; it reads the input {node.name!r}, whose rows are not taken"
             )

@@ -13,7 +13,7 @@ from sparsedsl.lang.expressions import Mask, one_form
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.tables import read_class, table_reads
 from sparsedsl.program.node import Node
-from sparsedsl.program.select import Select
+from sparsedsl.program.select import Select, choices_in
 from sparsedsl.program.sources import PerChunk
 
 __all__ = ["assume", "pairs_decided_by", "with_candidates"]
@@ -72,13 +72,13 @@ def _simple(expr: Any) -> Any:
 def with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pattern, PerChunk | None]:
     """The pattern with every choice told its candidates, where it was declared without."""
     mask = pattern.mask
-    for label, node in sorted(mask.bound.items()):
-        if not isinstance(node, Select) or node.among is not None:
+    for label, node in choices_in(mask).items():
+        if node.among is not None:
             continue
         added, removed = pairs_decided_by(pattern.mask, label)
         known = node.within(added | removed)
         mask = _renamed(mask, label, known)
-        if isinstance(normaliser, PerChunk) and normaliser.picks is node:
+        if normaliser is not None and normaliser.picks is node:
             normaliser = replace(normaliser, picks=known)
     return Pattern(mask, pattern.score, pattern.sink, pattern.scale), normaliser
 

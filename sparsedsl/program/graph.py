@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import networkx as nx
 import sympy
@@ -11,12 +12,15 @@ import sympy
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH
 from sparsedsl.lang.tables import TableSpec, table_reads
-from sparsedsl.program.branches import Attend, Branch, Compact, as_branch
-from sparsedsl.program.node import Node
+from sparsedsl.lang.wrapped import Expression
+from sparsedsl.program.branches import Branch, as_branch
+from sparsedsl.program.node import Node, reached
 from sparsedsl.program.select import Select
-from sparsedsl.program.tensors import Input
+from sparsedsl.program.tensors import OWN, Input
 
 __all__ = ["Program", "as_program"]
+
+N = TypeVar("N", bound=Node)
 
 
 class Program:
@@ -37,16 +41,9 @@ class Program:
     def graph(self) -> nx.DiGraph:
         """Edges lead from a node to those that read its result. What lies inside of :func:`compact` is a graph of its own."""
         graph = nx.DiGraph()
-        graph.add_node(self.root)
-        waiting: list[Node] = [self.root]
-        seen: set[Node] = {self.root}
-        while waiting:
-            node = waiting.pop()
-            for source in node.inputs:
-                graph.add_edge(source, node)
-                if source not in seen:
-                    seen.add(source)
-                    waiting.append(source)
+        for node in reached(self.root):
+            graph.add_node(node)
+            graph.add_edges_from((source, node) for source in node.inputs)
         return graph
 
     @functools.cached_property
@@ -57,8 +54,7 @@ class Program:
     @functools.cached_property
     def inputs(self) -> dict[str, Input]:
         """Name -> input that calls give beside q, k and v."""
-        found = {node.name: node for node in self.order if isinstance(node, Input) and node.name not in ("q", "k", "v")}
-        return dict(sorted(found.items()))
+        return dict(sorted((node.name, node) for node in self.nodes(Input) if node not in OWN))
 
     @functools.cached_property
     def tables(self) -> dict[str, TableSpec]:
@@ -79,36 +75,37 @@ class Program:
     @functools.cached_property
     def exprs(self) -> tuple[sympy.Basic, ...]:
         """The sympy expressions of all these."""
-        return tuple(e for part in self.expressions for e in (part.exprs if isinstance(part, Pattern) else (part.expr,)))
+        return tuple(expr for part in self.expressions for expr in part.exprs)
 
     @functools.cached_property
-    def expressions(self) -> tuple[Any, ...]:
+    def expressions(self) -> tuple[Expression | Pattern, ...]:
         """Everything in it that is written in indices: patterns, candidates, forced pairs."""
-        found: list[Any] = []
-        for node in self.everything:
-            if isinstance(node, Attend):
-                found.append(node.pattern)
-            elif isinstance(node, Select):
-                found += [mask for mask in (node.among, node.forced) if mask is not None]
-            else:
-                found += [value for value in node.arguments.values() if hasattr(value, "expr")]
-        return tuple(found)
+        return tuple(part for node in self.everything for part in node.expressions)
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """The patterns among these: masks and scores of attentions."""
+        return tuple(part for part in self.expressions if isinstance(part, Pattern))
 
     @functools.cached_property
     def everything(self) -> tuple[Node, ...]:
         """All nodes, those inside of :func:`compact` included, each after those it reads."""
         found: dict[Node, None] = {}
         for node in self.order:
-            if isinstance(node, Compact):
-                found.update(dict.fromkeys(Program(node.inside).everything))
+            for inner in node.subprograms:
+                found.update(dict.fromkeys(Program(inner).everything))
             found[node] = None
         return tuple(found)
+
+    def nodes(self, kind: type[N]) -> Iterator[N]:
+        """Those of everything that are of a kind, or of a base of kinds."""
+        return (node for node in self.everything if isinstance(node, kind))
 
     @functools.cached_property
     def text(self) -> str:
         """The program as Python code, a line a node: what its hash is taken of, and what makes it again."""
         specs = [f"{name} = {spec.declaration()}" for name, spec in self.tables.items()]
-        lines = [f"{node.label} = {node.code()}" for node in self.everything if not _own(node)]
+        lines = [f"{node.label} = {node.code()}" for node in self.everything if node not in OWN]
         return "\n".join([*specs, *lines])
 
     @property
@@ -123,7 +120,7 @@ class Program:
             return True
         for part in self.expressions:
             nodes = {name for name, value in part.bound.items() if isinstance(value, Node)}
-            for expr in part.exprs if isinstance(part, Pattern) else (part.expr,):
+            for expr in part.exprs:
                 plain = {read: sympy.Dummy(integer=True) for read in table_reads(expr) if read.spec.name in nodes}
                 if BATCH in expr.xreplace(plain).free_symbols:
                     return True
@@ -143,10 +140,6 @@ class Program:
 
     def __repr__(self) -> str:
         return f"<Program {self.root.label}: {len(self.order)} nodes>"
-
-
-def _own(node: Node) -> bool:
-    return isinstance(node, Input) and node.name in ("q", "k", "v")
 
 
 def as_program(value: Any) -> Program | None:

@@ -8,7 +8,7 @@ import hashlib
 import math
 import operator
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
@@ -18,7 +18,7 @@ from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.refusals import Unread
 from sparsedsl.lang.wrapped import Expression
 
-__all__ = ["Node", "Operand", "nodes_in", "one_of"]
+__all__ = ["Node", "Operand", "nodes_in", "one_of", "reached"]
 
 _known: WeakValueDictionary[Any, Node] = WeakValueDictionary()
 _looking = threading.Lock()
@@ -64,6 +64,17 @@ class Node(Unread):
             found.update(dict.fromkeys(nodes_in(getattr(self, field.name))))
         return tuple(found)
 
+    @property
+    def subprograms(self) -> tuple[Node, ...]:
+        """The results of programs that it runs inside, each a graph of its own; none for most."""
+        return ()
+
+    @functools.cached_property
+    def expressions(self) -> tuple[Expression | Pattern, ...]:
+        """Its arguments that are written in indices: a pattern, masks of candidates."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return tuple(value for value in values if isinstance(value, (Expression, Pattern)))
+
     @functools.cached_property
     def tensors(self) -> tuple[Any, ...]:
         """The tensors bound to tables of its expressions, and of those of its inputs: no text form tells them apart."""
@@ -88,6 +99,14 @@ class Node(Unread):
             f"{self.words.get(name, name)}={_text(value, lambda node: node.label)}" for name, value in self.arguments.items()
         ]
         return f"{self.function}({', '.join(words)})"
+
+    def note(self) -> str:
+        """What it says beside its inputs, as arguments: what a picture of the program writes into its box."""
+        said = {name: value for name, value in self.arguments.items() if not isinstance(value, (Node, tuple)) and name != "name"}
+        return ", ".join(
+            f"{self.words.get(name, name)}={expression_text(value.expr) if isinstance(value, Expression) else value}"
+            for name, value in said.items()
+        )
 
     def same_as(self, other: object) -> bool:
         """Whether ``other`` is this node, told by its text form and the tensors bound in it."""
@@ -191,6 +210,17 @@ def one_of(node: N) -> N:
     key = (node.key, *map(id, node.tensors))
     with _looking:  # two objects for one node would not be found in each other's dicts
         return _known.setdefault(key, node)  # type: ignore[return-value]
+
+
+def reached(*roots: Node) -> Iterator[Node]:
+    """These nodes and all that they read, directly or not, each once; what runs inside of others is not followed."""
+    waiting, seen = list(roots), set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            waiting += node.inputs
 
 
 def nodes_in(value: Any) -> list[Node]:

@@ -10,7 +10,7 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Index, as_index, b, h, kv_idx, table
 from sparsedsl.program.axes import HEADS, join_heads, unit_of
 from sparsedsl.program.node import Node, one_of
-from sparsedsl.program.scores import KeyScores
+from sparsedsl.program.scores import KeyScores, check_key_scores
 from sparsedsl.program.tensors import check_tensor, check_unit
 
 __all__ = ["Inverse", "Order", "Take", "Tokens", "keep_tokens", "segment_sort", "take"]
@@ -80,8 +80,7 @@ def segment_sort(scores: KeyScores, segment: int, *, descending: bool = True, na
     >>> order.origin(sd.kv_idx) <= sd.q_idx
     Mask(q_idx >= order[b, h, kv_idx])
     """
-    if not isinstance(scores, KeyScores):
-        raise PatternError(f"segment_sort(): scores must be one score a key, as from probe(); got {scores!r}")
+    scores = check_key_scores("segment_sort", "scores", scores)
     if not isinstance(descending, bool):
         raise PatternError(f"segment_sort(): descending must be True or False; got {descending!r}")
     if not isinstance(name, str) or (name and not name.isidentifier()):
@@ -173,8 +172,7 @@ def keep_tokens(
     >>> sd.keep_tokens(score, tail=0.005, least=1024, always=128).by.axes
     ('batch', 'one', 'keys')
     """
-    if not isinstance(scores, KeyScores):
-        raise PatternError(f"keep_tokens(): scores must be one score a key, as from probe(); got {scores!r}")
+    scores = check_key_scores("keep_tokens", "scores", scores)
     if scores.axes[1] == "kv_heads":
         raise PatternError("keep_tokens(): scores must be counted by query heads or by one head, since queries are dropped too")
     if (tail is None) == (cover is None):
@@ -182,8 +180,12 @@ def keep_tokens(
     for name, share in (("tail", tail), ("cover", cover)):
         if share is not None and (isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 <= share <= 1):
             raise PatternError(f"keep_tokens(): {name} must be a share between 0 and 1; got {share!r}")
-    by = (scores if scores.axes[1] == "one" else scores.over_heads("mean")) if by is None else by
-    if not isinstance(by, KeyScores) or by.axes[1] != "one":
+    by = (
+        (scores if scores.axes[1] == "one" else scores.over_heads("mean"))
+        if by is None
+        else check_key_scores("keep_tokens", "by", by)
+    )
+    if by.axes[1] != "one":
         raise PatternError(f"keep_tokens(): by must be key scores of one head, as from over_heads(); got {by!r}")
     least, always = check_unit("keep_tokens", "least", least, 0), check_unit("keep_tokens", "always", always, 0)
     tail, cover = (None if share is None else float(share) for share in (tail, cover))

@@ -152,6 +152,13 @@ def check_scores(function: str, value: object) -> Scores:
     return value
 
 
+def check_key_scores(function: str, word: str, value: object) -> KeyScores:
+    """A node that gives one score a key."""
+    if not isinstance(value, KeyScores):
+        raise PatternError(f"{function}(): {word} must be one score a key, as from probe() or smooth(); got {shown(value)}")
+    return value
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Dot(Scores):
     """Scaled dot products of rows of ``x`` with rows of ``y``."""
@@ -447,8 +454,7 @@ def smooth(x: KeyScores, pool: int) -> Smooth:
     >>> sd.smooth(sd.probe(sd.q, sd.k, rows=128), 7).pool
     7
     """
-    if not isinstance(x, KeyScores):
-        raise PatternError(f"smooth(): x must be key scores, as from probe(); got {x!r}")
+    x = check_key_scores("smooth", "x", x)
     if check_unit("smooth", "pool", pool) % 2 == 0:
         raise PatternError(f"smooth(): pool must be odd, so that the key itself is in the middle; got {pool}")
     return one_of(Smooth(x, pool))

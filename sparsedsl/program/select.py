@@ -16,7 +16,7 @@ from sparsedsl.program.node import Operand, nodes_in, one_of
 from sparsedsl.program.scores import Scores, check_scores
 from sparsedsl.program.tensors import check_unit
 
-__all__ = ["Select", "Threshold", "TopK", "TopP", "threshold", "top_k", "top_p"]
+__all__ = ["Select", "Threshold", "TopK", "TopP", "choices_in", "threshold", "top_k", "top_p"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,6 +42,11 @@ class Select(Operand):
         """Tokens in a unit of queries and in a unit of keys."""
         return unit_of(self.axes[2]), unit_of(self.axes[3])
 
+    @property
+    def most(self) -> int | None:
+        """How many units it chooses at most for a unit of queries; None: as many as there are candidates."""
+        return None
+
     def within(self, among: Mask) -> Select:
         """The same choice among these candidates."""
         return one_of(dataclasses.replace(self, among=among))
@@ -54,6 +59,12 @@ class Select(Operand):
         """Whether the unit of the key was chosen for the unit of the query."""
         rows, columns = self.units
         return self[b, h, q_idx // rows, kv_idx // columns]
+
+
+def choices_in(mask: Mask) -> dict[str, Select]:
+    """Table name -> choice, of all choices that a mask reads."""
+    read = mask.tables
+    return {name: node for name, node in sorted(mask.bound.items()) if isinstance(node, Select) and name in read}
 
 
 def _check(function: str, scores: Any, among: Any, forced: Any, name: Any) -> tuple[Scores, Mask | None, Mask | None, str]:
@@ -81,6 +92,11 @@ class TopK(Select):
     count: int
     extra: bool = False
     function: ClassVar[str] = "top_k"
+
+    @property
+    def most(self) -> int | None:
+        """The count, unless forced units come on top of it."""
+        return None if self.extra and self.forced is not None else self.count
 
 
 def top_k(scores: Scores, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = "") -> TopK:

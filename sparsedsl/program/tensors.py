@@ -12,7 +12,7 @@ from sparsedsl.lang.symbols import RESERVED_NAMES
 from sparsedsl.program.axes import base_of, check_axes, in_units
 from sparsedsl.program.node import Node, one_of
 
-__all__ = ["Input", "Summary", "check_tensor", "check_unit", "input", "k", "q", "summary", "v"]
+__all__ = ["OWN", "Input", "Summary", "check_tensor", "check_unit", "input", "k", "q", "summary", "v"]
 
 # Call-time keywords of compiled programs, beside those that no table may be called by.
 _TAKEN = RESERVED_NAMES | {"state", "return_state", "allow"}
@@ -35,15 +35,21 @@ class Input(Node):
 
     def code(self) -> str:
         """As :func:`input` takes it."""
-        if self.name in ("q", "k", "v"):
+        if self in OWN:
             return self.name
         default = "" if self.default is None else f", default={self.default.label}"
         return f"input({self.name!r}, {' '.join(self.axes)!r}{default})"
+
+    def note(self) -> str:
+        """What stands in for it; its name and axes are said beside."""
+        return "" if self.default is None else f"default {self.default.label}"
 
 
 q = one_of(Input("q", ("batch", "heads", "queries", "head_dim")))
 k = one_of(Input("k", ("batch", "kv_heads", "keys", "head_dim")))
 v = one_of(Input("v", ("batch", "kv_heads", "keys", "value_dim")))
+# What every call gives, and first.
+OWN = frozenset((q, k, v))
 
 
 def input(name: str, axes: str, *, default: Node | None = None) -> Input:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from sparsedsl.errors import PatternError
@@ -10,37 +10,44 @@ from sparsedsl.lang.text import Reader, reading
 from sparsedsl.program import branches, orders, scores, select, sources, tensors
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import one_of
+from sparsedsl.program.rules import Rules
 
-__all__ = ["read_program"]
+__all__ = ["TEXT_RULES", "read_program"]
 
-_NODES: Mapping[str, Any] = {
-    "input": tensors.input,
-    "summary": tensors.summary,
-    "take": orders.take,
-    "segment_sort": orders.segment_sort,
-    "inverse": lambda order: one_of(orders.Inverse(order)),
-    "keep_tokens": orders.keep_tokens,
-    "dot": scores.dot,
-    "bound": scores.bound,
-    "antidiagonal": scores.antidiagonal,
-    "probe": scores.probe,
-    "smooth": scores.smooth,
-    "softmax": lambda scores, among: scores.softmax(among),
-    "regroup": lambda scores, unit, how="sum": scores.regroup(unit, how),
-    "gumbel": lambda scores, seed: scores.gumbel(seed),
-    "plus": lambda first, second: first + second,
-    "grouped": scores.grouped,
-    "top_k": select.top_k,
-    "top_p": select.top_p,
-    "threshold": select.threshold,
-    "slots": sources.slots,
-    "attend": branches.attend,
-    "recall": branches.recall,
-    "linear": branches.linear,
-    "joint": branches.joint,
-    "mix": branches.mix,
-    "compact": branches.compact,
-}
+# What is called for the word that a node of the kind is written with; kinds that share a word share it too.
+TEXT_RULES: Rules[Callable[..., Any]] = Rules(
+    "the text form",
+    {
+        tensors.Input: tensors.input,
+        tensors.Summary: tensors.summary,
+        orders.Take: orders.take,
+        orders.Order: orders.segment_sort,
+        orders.Inverse: lambda order: one_of(orders.Inverse(order)),
+        orders.Tokens: orders.keep_tokens,
+        scores.Dot: scores.dot,
+        scores.Bound: scores.bound,
+        scores.Antidiagonal: scores.antidiagonal,
+        scores.Probe: scores.probe,
+        scores.Smooth: scores.smooth,
+        scores.Softmax: lambda scores, among: scores.softmax(among),
+        scores.Regroup: lambda scores, unit, how="sum": scores.regroup(unit, how),
+        scores.Gumbel: lambda scores, seed: scores.gumbel(seed),
+        scores.Plus: lambda first, second: first + second,
+        scores.Grouped: scores.grouped,
+        scores.GroupedKeys: scores.grouped,
+        select.TopK: select.top_k,
+        select.TopP: select.top_p,
+        select.Threshold: select.threshold,
+        sources.Slots: sources.slots,
+        branches.Attend: branches.attend,
+        branches.Recall: branches.recall,
+        branches.Linear: branches.linear,
+        branches.Joint: branches.joint,
+        branches.Mix: branches.mix,
+        branches.Compact: branches.compact,
+    },
+)
+_NODES = {kind.function: make for kind, make in TEXT_RULES.items()}
 
 
 class _ProgramReader(Reader):

@@ -21,7 +21,7 @@ from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.program.branches import Attend, Compact
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
-from sparsedsl.runtime.interpreter import Rules
+from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.runtime.program_call import ProgramCall, check_program_call
 from sparsedsl.selection.selected import Picks
 from sparsedsl.testing.numerics import Cotangents, Expected, Results, expected, gradients, plain_attention, results_of
@@ -124,7 +124,7 @@ def expect_program(
 class _Dense(Reference):
     """The dense meaning; attention as :func:`~sparsedsl.testing.numerics.plain_attention`, whose backward pass is that of kernels."""
 
-    def __init__(self, call: ProgramCall, rules: Rules | None = None):
+    def __init__(self, call: ProgramCall, rules: Mapping[type[Node], Rule] | None = None):
         super().__init__(call, {**REFERENCE_RULES, Attend: _attend} if rules is None else rules)
 
     def value(self, node: Node) -> Any:

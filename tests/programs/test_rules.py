@@ -22,7 +22,7 @@ from sparsedsl.program import branches, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Branch
 from sparsedsl.program.effects import LATER_QUERIES
 from sparsedsl.program.node import one_of
-from sparsedsl.runtime.interpreter import complete, kinds_of_nodes
+from sparsedsl.program.rules import Rules, kinds_of_nodes
 from sparsedsl.selection.composed_scores import SumScores
 from sparsedsl.selection.scores import ScoreSource, TensorScores
 from sparsedsl.selection.selected import Picks
@@ -108,7 +108,7 @@ def test_both_tables_have_a_rule_for_every_kind() -> None:
 def test_a_kind_without_a_rule_is_no_import() -> None:
     for rules in (LOWERED_RULES, REFERENCE_RULES):
         with pytest.raises(TypeError, match="the table has no rule for Mix: write one"):
-            complete("the table", {kind: rule for kind, rule in rules.items() if kind is not branches.Mix})
+            Rules("the table", {kind: rule for kind, rule in rules.items() if kind is not branches.Mix})
 
 
 def test_a_node_without_a_rule_is_refused_when_it_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ Written for reading, and apart from the lowering: of what the lowering computes 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.nn import functional
 
@@ -18,9 +20,10 @@ from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
 from sparsedsl.program.node import Node
+from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import PerChunk, Slots
 from sparsedsl.runtime.call import check_call
-from sparsedsl.runtime.interpreter import Evaluation, Rules, complete
+from sparsedsl.runtime.interpreter import Evaluation, Rule
 from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.runtime.seen_product import seen_product
 
@@ -32,7 +35,7 @@ Tensor = torch.Tensor
 class Reference(Evaluation):
     """One evaluation by meaning. Tensors are in the dtype of the call; a branch gives ``(out, lse)``, the LSE None if it is no softmax."""
 
-    def __init__(self, call: ProgramCall, rules: Rules | None = None):
+    def __init__(self, call: ProgramCall, rules: Mapping[type[Node], Rule] | None = None):
         super().__init__(REFERENCE_RULES if rules is None else rules, call)
 
     def concrete_pattern(self, pattern: Pattern) -> tuple[Pattern, dict[str, Tensor]]:
@@ -227,7 +230,7 @@ def _compact(run: Reference, node: Compact) -> tuple[Tensor, Tensor | None]:
     return torch.stack(outs), torch.stack(lses) if node.weighable else None
 
 
-REFERENCE_RULES = complete(
+REFERENCE_RULES: Rules[Rule] = Rules(
     "the reference",
     {
         **SCORE_RULES,

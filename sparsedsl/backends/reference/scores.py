@@ -11,6 +11,7 @@ from torch.nn import functional
 from sparsedsl.backends.reference.masks import units
 from sparsedsl.backends.reference.tensors import NEVER, gumbel_noise, joined_heads, of_one_size, per_head, pooled, softmax
 from sparsedsl.program.axes import unit_of
+from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Take
 from sparsedsl.program.scores import (
     Antidiagonal,
@@ -28,7 +29,7 @@ from sparsedsl.program.scores import (
     Softmax,
 )
 from sparsedsl.program.tensors import Input, Summary
-from sparsedsl.runtime.interpreter import Evaluation, Rules
+from sparsedsl.runtime.interpreter import Evaluation, Rule
 
 __all__ = ["SCORE_RULES"]
 
@@ -158,7 +159,7 @@ def _scored_keys(run: Evaluation, node: KeyScores) -> int:
     return min(keys, run.call.q_offset + queries - min(node.rows, queries)) if node.keep == "before" else keys
 
 
-SCORE_RULES: Rules = {
+SCORE_RULES: dict[type[Node], Rule] = {
     Input: _input,
     Summary: _summary,
     Take: _take,

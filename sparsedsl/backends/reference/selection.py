@@ -12,9 +12,10 @@ import torch
 
 from sparsedsl.backends.reference.masks import units
 from sparsedsl.backends.reference.tensors import NEVER, per_head, softmax, spread
+from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.select import Threshold, TopK, TopP
-from sparsedsl.runtime.interpreter import Evaluation, Rules
+from sparsedsl.runtime.interpreter import Evaluation, Rule
 
 __all__ = ["CHOICE_RULES"]
 
@@ -130,7 +131,7 @@ def _threshold(run: Evaluation, node: Threshold) -> Tensor:
     return allowed & ((height >= node.least) | forced)
 
 
-CHOICE_RULES: Rules = {
+CHOICE_RULES: dict[type[Node], Rule] = {
     Order: _order,
     Inverse: _inverse,
     Tokens: _tokens,
