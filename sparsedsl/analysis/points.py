@@ -16,7 +16,7 @@ from sparsedsl.analysis.domain import Domain, Groups
 from sparsedsl.analysis.intervals import Intervals, TableRanges
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
 
 __all__ = ["Boxes", "PointDecider", "box_classes", "check_points"]

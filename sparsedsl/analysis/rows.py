@@ -13,7 +13,7 @@ from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.analysis.runs import solve_clause
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.steps import evaluate
 
 __all__ = ["RowCounts", "count_rows", "row_counts"]
 

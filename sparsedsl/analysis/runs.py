@@ -17,7 +17,8 @@ import sympy
 import torch
 
 from sparsedsl.analysis.clauses import Bound, Clause, monotone
-from sparsedsl.lang.evaluate import evaluate, maximum, minimum
+from sparsedsl.lang.evaluate import maximum, minimum
+from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX
 from sparsedsl.lang.tables import TableRead
 

@@ -20,7 +20,8 @@ from sparsedsl.analysis.clauses import Bound, Clause, bound_of, clauses, monoton
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.runs import invert, limits, rising_form
 from sparsedsl.lang import functions as fn
-from sparsedsl.lang.evaluate import evaluate, maximum, minimum
+from sparsedsl.lang.evaluate import maximum, minimum
+from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN, Q_IDX, Q_LEN
 
 __all__ = ["Span", "exchanged", "never_empty", "span_rows", "spans"]

@@ -14,7 +14,7 @@ from sparsedsl.analysis.lists import TileLists
 from sparsedsl.analysis.repeats import Square, Strip, strips
 from sparsedsl.analysis.rows import RowCounts, count_rows, row_counts
 from sparsedsl.analysis.tiles import classify
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.strict import StrictFunction
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
 from sparsedsl.lang.tables import table_reads

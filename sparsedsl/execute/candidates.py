@@ -11,7 +11,7 @@ import torch
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.spans import span_rows, spans
 from sparsedsl.analysis.units import constant_in_units
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.selection.candidates import Candidates, PairRule
 

@@ -19,9 +19,9 @@ from sparsedsl.backends.tiled.scan_slots import slot_scan
 from sparsedsl.backends.tiled.selected import picked_attention
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.compiled import Attention
-from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.expressions import Mask, as_mask, b, h, kv_idx, q_idx, score, table
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import HEAD
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import pairs_decided_by

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.steps import evaluate
 from sparsedsl.runtime.call import Call
 
 __all__ = ["sink_gradients", "sink_logit"]

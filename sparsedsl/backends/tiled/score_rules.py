@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 import torch
 
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import SCORE
 
 __all__ = ["LN2", "LOG2E", "ScoreRule", "clamped", "score_rule"]

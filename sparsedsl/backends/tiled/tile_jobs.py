@@ -11,7 +11,7 @@ import torch
 from sparsedsl.analysis.clauses import only_difference
 from sparsedsl.backends.tiled.operands import Gains, Operands
 from sparsedsl.backends.tiled.score_rules import clamped
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.runtime.gemm import product, product_nt, product_tn, single, single_nt

@@ -6,7 +6,7 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.codegen.hoisting import Prepared
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.steps import evaluate
 
 __all__ = ["fill"]
 
