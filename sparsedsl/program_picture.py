@@ -6,17 +6,16 @@ import textwrap
 from collections.abc import Mapping
 from itertools import accumulate, chain, pairwise
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
-from sparsedsl.lang.printing import expression_text
-from sparsedsl.lang.wrapped import Expression
 from sparsedsl.program.axes import base_of, unit_of
-from sparsedsl.program.branches import Attend, Compact
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
-from sparsedsl.program.tensors import Input
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["COLOURS", "draw_program", "parts", "places", "size_of", "words"]
 
@@ -41,27 +40,15 @@ def parts(program: Program) -> dict[str, Program]:
     """Title -> program: the program itself, then what runs inside of each ``compact()``."""
     found = {"": program}
     for node in program.order:
-        if isinstance(node, Compact):
-            inner = parts(Program(node.inside))
+        for root in node.subprograms:
+            inner = parts(Program(root))
             found |= {title or f"inside {node.label}": part for title, part in inner.items()}
     return found
 
 
 def words(node: Node, sizes: Mapping[str, int]) -> tuple[str, str, str]:
     """What stands in the box of a node: its label, its arguments, and the axes of its result with sizes that are known."""
-    if isinstance(node, Attend):
-        said = node.code().removeprefix("attend(").removesuffix(")")
-    else:
-        values = {
-            name: value for name, value in node.arguments.items() if not isinstance(value, (Node, tuple)) and name != "name"
-        }
-        said = ", ".join(
-            f"{node.words.get(name, name)}={expression_text(value.expr) if isinstance(value, Expression) else value}"
-            for name, value in values.items()
-        )
-    if isinstance(node, Input):
-        said = "" if node.default is None else f"default {node.default.label}"
-    lines = textwrap.wrap(said, WIDTH, break_on_hyphens=False)
+    lines = textwrap.wrap(node.note(), WIDTH, break_on_hyphens=False)
     lines = lines if len(lines) <= LINES else [*lines[: LINES - 1], lines[LINES - 1][: WIDTH - 4] + " ..."]
     return node.label, "\n".join(lines), textwrap.fill(" ".join(_axis(axis, sizes) for axis in node.axes), WIDTH)
 
@@ -120,7 +107,7 @@ def size_of(program: Program) -> tuple[float, float]:
     return COLUMN * (max(columns) - min(columns) + 1), ROW * (max(rows) + 1) + 0.5
 
 
-def draw_program(axis: Any, program: Program, sizes: Mapping[str, int], title: str) -> None:
+def draw_program(axis: Axes, program: Program, sizes: Mapping[str, int], title: str) -> None:
     """Draw one graph into matplotlib axes: inputs above, the output below."""
     from matplotlib.patches import Patch
 

@@ -7,7 +7,7 @@ of keys: the tokens of a row (`own`), or any. Scores of (query, unit): tokens up
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +17,33 @@ from sparsedsl.analysis.proofs import Verdict, implies
 from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.lang.expressions import Mask, as_mask, kv_idx, kv_len, q_idx
 from sparsedsl.lang.numeric import minimum
+from sparsedsl.program import select
 from sparsedsl.program.axes import base_of, unit_of
 from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall, reads_scores
 from sparsedsl.program.decided import assume
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Take, Tokens
-from sparsedsl.program.scores import Antidiagonal, Bound, Dot, Grouped, Gumbel, KeyScores, Plus, Regroup, Scores, Softmax
-from sparsedsl.program.select import Select
+from sparsedsl.program.rules import Rules
+from sparsedsl.program.scores import (
+    Antidiagonal,
+    Bound,
+    Dot,
+    Grouped,
+    GroupedKeys,
+    Gumbel,
+    Plus,
+    Probe,
+    Regroup,
+    Scores,
+    Smooth,
+    Softmax,
+)
+from sparsedsl.program.select import Select, choices_in
+from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, Summary
 
-__all__ = ["program_causality"]
+__all__ = ["CAUSALITY_RULES", "program_causality"]
 
 PAST, OWN, UNIT, ANY = "past", "own", "unit", "any"
 PROVED = Verdict("PROVED", reason="through the graph, for all indices, lengths and tables")
@@ -56,7 +72,7 @@ def program_causality(program: Program) -> Verdict:
     """
     known: dict[Node, _Known] = {}
     for node in program.order:
-        known[node] = _known(node, known)
+        known[node] = CAUSALITY_RULES[type(node)](node, known)
     result = known[program.root]
     if result.verdict is not None:
         return result.verdict
@@ -68,11 +84,9 @@ def _ends_before(unit: int) -> Mask:
     return minimum((kv_idx // unit + 1) * unit, kv_len) <= q_idx + 1 if unit > 1 else kv_idx <= q_idx
 
 
-def _known(node: Node, known: dict[Node, _Known]) -> _Known:
-    for kinds, rule in _RULES:
-        if isinstance(node, kinds):
-            return rule(node, known)
-    return _Known(ANY, f"nothing is known of {node.label}")
+def _worst(nodes: Iterable[Node], known: dict[Node, _Known]) -> _Known | None:
+    """What is known of the first of these results that may depend on anything, or of which that is not known."""
+    return next((known[node] for node in nodes if known[node].reach == ANY or known[node].verdict is not None), None)
 
 
 def _input(node: Input, known: dict[Node, _Known]) -> _Known:
@@ -86,19 +100,35 @@ def _summary(node: Summary, known: dict[Node, _Known]) -> _Known:
     return below
 
 
-def _scores(node: Any, known: dict[Node, _Known]) -> _Known:
-    parts = [known[source] for source in node.inputs if not isinstance(node, Gumbel) or source is node.scores]
-    worst = next((part for part in parts if part.reach == ANY or part.verdict is not None), None)
-    if worst is not None:
-        return worst
-    if unit_of(node.axes[2]) > 1:
+def _products(node: Dot | Bound | Antidiagonal, known: dict[Node, _Known]) -> _Known:
+    """The key of a product may be any of its unit."""
+    return _scored(node, node.inputs, known) or _Known(UNIT)
+
+
+def _scores(node: Scores, known: dict[Node, _Known]) -> _Known:
+    return _combined_scores(node, node.inputs, known)
+
+
+def _gumbel(node: Gumbel, known: dict[Node, _Known]) -> _Known:
+    """The seed says nothing of tokens."""
+    return _combined_scores(node, (node.scores,), known)
+
+
+def _combined_scores(node: Scores | Select, parts: Sequence[Node], known: dict[Node, _Known]) -> _Known:
+    """What is made of scores knows what these know."""
+    own = _Known(PAST if all(known[part].reach == PAST for part in parts) else UNIT)
+    return _scored(node, parts, known) or own
+
+
+def _scored(node: Scores | Select, parts: Sequence[Node], known: dict[Node, _Known]) -> _Known | None:
+    """Why scores may depend on anything, or None."""
+    worst = _worst(parts, known)
+    if worst is None and unit_of(node.axes[2]) > 1:
         return _Known(ANY, f"{node.label} scores {unit_of(node.axes[2])} queries at a time, by what the last of them reads")
-    if isinstance(node, (Dot, Bound, Antidiagonal)):
-        return _Known(UNIT)
-    return _Known(PAST if all(part.reach == PAST for part in parts) else UNIT)
+    return worst
 
 
-def _within(node: Any, among: Mask, known: _Known, what: str) -> _Known:
+def _within(node: Node, among: Mask, known: _Known, what: str) -> _Known:
     """Scores of units, used for the candidates ``among``: known to the query if all of these have ended."""
     if known.reach in (PAST, ANY) or known.verdict is not None:
         return known
@@ -115,34 +145,36 @@ def _softmax(node: Softmax, known: dict[Node, _Known]) -> _Known:
     return _within(node, node.among, _scores(node, known), f"{node.label} sums over units among {node.among}")
 
 
-def _select(node: Any, known: dict[Node, _Known]) -> _Known:
+def _select(node: Select, known: dict[Node, _Known]) -> _Known:
     among = Mask(sympy.true) if node.among is None else node.among
-    found = _within(node, among, _scores(node, known), f"{node.label} compares units among {among}")
+    found = _within(node, among, _combined_scores(node, node.inputs, known), f"{node.label} compares units among {among}")
     forced = next((known[source] for source in node.inputs if source is not node.scores and known[source].reach == ANY), None)
     return forced or found
 
 
-def _probe(node: KeyScores, known: dict[Node, _Known]) -> _Known:
-    rows = getattr(node, "rows", None)
-    if rows is not None:
-        return _Known(ANY, f"{node.label}, which looks at the last {rows} queries")
-    return next(known[source] for source in node.inputs if isinstance(source, KeyScores))
+def _probe(node: Probe, known: dict[Node, _Known]) -> _Known:
+    return _Known(ANY, f"{node.label}, which looks at the last {node.rows} queries")
 
 
-def _order(node: Any, known: dict[Node, _Known]) -> _Known:
-    below = known[node.inputs[0]]
-    if isinstance(node, Inverse) or below.reach != ANY:
-        return below
-    return _Known(ANY, f"{node.label} is decided by {below.why}")
+def _key_scores(node: Smooth | GroupedKeys, known: dict[Node, _Known]) -> _Known:
+    return known[node.x]
 
 
-def _take(node: Take, known: dict[Node, _Known]) -> _Known:
+def _decided(node: Order | Tokens, known: dict[Node, _Known]) -> _Known:
+    below = _worst(node.inputs, known) or known[node.scores]
+    return _Known(ANY, f"{node.label} is decided by {below.why}") if below.reach == ANY else below
+
+
+def _inverse(node: Inverse, known: dict[Node, _Known]) -> _Known:
     return known[node.order]
 
 
+def _take(node: Take, known: dict[Node, _Known]) -> _Known:
+    return _worst((node.order, node.x), known) or known[node.order]
+
+
 def _attend(node: Attend, known: dict[Node, _Known]) -> _Known:
-    read = [known[source] for source in node.inputs]
-    worst = next((part for part in read if part.reach == ANY or part.verdict is not None), None)
+    worst = _worst(node.inputs, known)
     if worst is not None:
         return worst
     mask = _with_choices(node)
@@ -161,33 +193,41 @@ def _attend(node: Attend, known: dict[Node, _Known]) -> _Known:
 def _with_choices(node: Attend) -> Mask:
     """The mask, with what is known of its choices: what was chosen was a candidate."""
     mask: Any = node.pattern.mask.expr
-    for name, choice in node.pattern.mask.bound.items():
-        if isinstance(choice, Select) and choice.among is not None and constant_in_units(choice.among.expr, *choice.units):
+    for name, choice in choices_in(node.pattern.mask).items():
+        if choice.among is not None and constant_in_units(choice.among.expr, *choice.units):
             on, off = (assume(mask, {name: value}) for value in (True, False))
             mask = sympy.Or(sympy.And(on, choice.among.expr), off)
     return as_mask(Mask(mask))
 
 
-def _recurrent(node: Any, known: dict[Node, _Known]) -> _Known:
-    return _Known(PAST)
+def _recurrent(node: Linear | Recall, known: dict[Node, _Known]) -> _Known:
+    """It runs along the tokens, and is read where it stands."""
+    return _worst(node.inputs, known) or _Known(PAST)
 
 
-def _combined(node: Branch, known: dict[Node, _Known]) -> _Known:
-    parts = [known[source] for source in node.inputs]
-    return next((part for part in parts if part.reach == ANY or part.verdict is not None), _Known(PAST))
+def _combined(node: Branch | Slots, known: dict[Node, _Known]) -> _Known:
+    """As its parts."""
+    return _worst(node.inputs, known) or _Known(PAST)
 
 
-_RULES: tuple[tuple[Any, Callable[[Any, dict[Node, _Known]], _Known]], ...] = (
-    (Input, _input),
-    (Summary, _summary),
-    (Softmax, _softmax),
-    ((Dot, Bound, Antidiagonal, Grouped, Gumbel, Plus, Regroup), _scores),
-    (Scores, _scores),
-    (Select, _select),
-    (KeyScores, _probe),
-    ((Order, Inverse, Tokens), _order),
-    (Take, _take),
-    (Attend, _attend),
-    ((Linear, Recall), _recurrent),
-    ((Joint, Mix, Compact), _combined),
+CAUSALITY_RULES: Rules[Callable[[Any, dict[Node, _Known]], _Known]] = Rules(
+    "the proof of causality",
+    {
+        Input: _input,
+        Summary: _summary,
+        **dict.fromkeys((Dot, Bound, Antidiagonal), _products),
+        **dict.fromkeys((Grouped, Plus, Regroup), _scores),
+        Softmax: _softmax,
+        Gumbel: _gumbel,
+        **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
+        Probe: _probe,
+        **dict.fromkeys((Smooth, GroupedKeys), _key_scores),
+        **dict.fromkeys((Order, Tokens), _decided),
+        Inverse: _inverse,
+        Take: _take,
+        Attend: _attend,
+        Slots: _combined,
+        **dict.fromkeys((Linear, Recall), _recurrent),
+        **dict.fromkeys((Joint, Mix, Compact), _combined),
+    },
 )

@@ -3,45 +3,60 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
 
 import torch
 
-from sparsedsl.execute.empty import attend_empty
-from sparsedsl.lang.pattern import Pattern, attend
-from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Recall
-from sparsedsl.runtime.call import check_call
+from sparsedsl.execute.empty import nothing_attended, sink_lse
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.rules import Rules
 from sparsedsl.runtime.program_call import ProgramCall
 
-__all__ = ["run_empty"]
+__all__ = ["EMPTY_RULES", "run_empty"]
 
 Tensor = torch.Tensor
 
 
 def run_empty(call: ProgramCall) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` with gradients of zero."""
-    plain = check_call(attend(True), call.q, call.k, call.v, {}, q_offset=call.q_offset)
-    out, lse = attend_empty(plain_pattern(call.program.root), plain)
-    rest = [t for t in call.inputs.values() if t.requires_grad and t is not call.q and t is not call.k and t is not call.v]
-    nothing = [t[:0].sum().to(lse.dtype) for t in rest]
-    for part in nothing:
-        out, lse = out + part, lse + part
-    return out, torch.logaddexp(lse, torch.full_like(lse, without_keys(call.program.root))) if lse.numel() else lse
+    """``(out, lse)``, with gradients of zero; an LSE of -inf where the program is no softmax."""
+    root = call.program.root
+    lse = EMPTY_RULES[type(root)](root, call)
+    return nothing_attended(call, lse, (*call.inputs.values(), *call.tables.values()))
 
 
-def plain_pattern(branch: Branch) -> Pattern:
-    """A pattern with the sink of a branch that is one attention."""
-    return attend(True, sink=branch.pattern.sink) if isinstance(branch, Attend) else attend(True)
+# ---- rules: the LSE of a branch without keys, (B, Hq, Sq) ------------------------------------------------------------------------
 
 
-def without_keys(branch: Branch) -> float:
-    """The LSE of what a branch has without keys, beside a sink of its own: empty slots, a zero logit among the weights."""
-    if isinstance(branch, Recall):
-        return math.log(int(branch.memory.gate.axes[3])) if branch.memory.empty == "zero_sink" else -math.inf
-    if isinstance(branch, Attend):
-        rule = branch.normaliser
-        return 0.0 if rule is not None and rule.weights == "softmax1" else -math.inf
-    if isinstance(branch, Compact):
-        return -math.inf
-    parts = [without_keys(part) for part in branch.branches] if isinstance(branch, Joint) else []
-    finite = [part for part in parts if part > -math.inf]
-    return math.log(sum(map(math.exp, finite))) if finite else -math.inf
+def _filled(call: ProgramCall, value: float) -> Tensor:
+    return call.q.new_full(call.q.shape[:3], value, dtype=call.dtype)
+
+
+def _nothing(node: Branch, call: ProgramCall) -> Tensor:
+    """There is nothing that a weight could go to."""
+    return _filled(call, -math.inf)
+
+
+def _attend(node: Attend, call: ProgramCall) -> Tensor:
+    """Its sink; of a softmax per chunk the logit of 0 that takes part in its weights, if one does."""
+    if node.normaliser is not None:
+        return _filled(call, 0.0 if node.normaliser.weights == "softmax1" else -math.inf)
+    return sink_lse(node.pattern, call)
+
+
+def _recall(node: Recall, call: ProgramCall) -> Tensor:
+    """Slots that nothing was written to have a logit of 0 each, or take no part."""
+    slots = int(node.memory.gate.axes[3])
+    return _filled(call, math.log(slots) if node.memory.empty == "zero_sink" else -math.inf)
+
+
+def _joint(node: Joint, call: ProgramCall) -> Tensor:
+    return reduce(torch.logaddexp, [EMPTY_RULES[type(branch)](branch, call) for branch in node.branches])
+
+
+EMPTY_RULES: Rules[Callable[[Any, ProgramCall], Tensor]] = Rules(
+    "a call without keys",
+    {Attend: _attend, Recall: _recall, Joint: _joint, **dict.fromkeys((Linear, Mix, Compact), _nothing)},
+    base=Branch,
+)

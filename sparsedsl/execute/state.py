@@ -6,9 +6,9 @@ back at directly. A call that continues puts the new tokens behind them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,15 +16,17 @@ from sparsedsl.analysis.clauses import only_difference
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.spans import span_rows, spans
 from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.program import orders, scores, select, tensors
 from sparsedsl.program.axes import base_of
-from sparsedsl.program.branches import Attend, Joint, Linear, Mix, Recall
+from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
+from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, k, v
 from sparsedsl.runtime.program_call import ProgramCall
 
-__all__ = ["ProgramState", "advanced", "continued", "horizon"]
+__all__ = ["STATE_RULES", "ProgramState", "advanced", "continued", "horizon"]
 
 Tensor = torch.Tensor
 # A position far enough from the beginning for a window to be whole.
@@ -59,17 +61,7 @@ def horizon(program: Program) -> int:
     >>> horizon(sd.Program(sd.patterns.nha(slots=8, window=32)))
     32
     """
-    farthest = 0
-    for node in program.order:
-        if isinstance(node, Attend):
-            farthest = max(farthest, _window(node))
-        elif isinstance(node, Slots):
-            farthest = max(farthest, node.delay)
-        elif not isinstance(node, (Input, Linear, Recall, Joint, Mix)):
-            raise _no_state(node, "chooses or sums up among all tokens")
-        if isinstance(node, (Slots, Linear)) and node.documents is not None:
-            raise _no_state(node, "begins anew with every document; call it document by document")
-    return farthest
+    return max(STATE_RULES[type(node)].looks_back(node) for node in program.order)
 
 
 def _no_state(node: Node, why: str) -> UnsupportedError:
@@ -78,21 +70,9 @@ def _no_state(node: Node, why: str) -> UnsupportedError:
     )
 
 
-def _window(node: Attend) -> int:
-    mask = node.pattern.mask.expr
-    found = spans(mask) if only_difference(mask) and not node.pattern.tables else None
-    if node.y.axes[2] != "keys" or found is None or not only_difference(node.pattern.score.expr):
-        raise _no_state(node, "sees keys by more than their distance")
-    domain = Domain(1, 2 * FAR, FAR)
-    reach = [FAR - int(span_rows(span, domain)[0].min()) for span in found]
-    if any(distance >= FAR for distance in reach):
-        raise _no_state(node, "sees all earlier keys")
-    return max(reach, default=0)
-
-
 def _by_keys(program: Program) -> list[Input]:
     """Inputs that have rows for keys; k and v among them, which count the keys of a call, whether or not the program reads them."""
-    read = [node for node in program.order if isinstance(node, Input) and any(base_of(axis) == "keys" for axis in node.axes)]
+    read = [node for node in program.nodes(Input) if any(base_of(axis) == "keys" for axis in node.axes)]
     return list(dict.fromkeys([k, v, *read]))
 
 
@@ -129,10 +109,9 @@ def advanced(call: ProgramCall, kernels: Any) -> ProgramState:
     read = total - kept
     recurrent: dict[str, Any] = {}
     for node in program.order:
-        if isinstance(node, Recall):
-            recurrent[node.label] = _slots_after(node, call, kernels, read)
-        elif isinstance(node, Linear):
-            recurrent[node.label] = _linear_after(node, call, kernels, read)
+        after = STATE_RULES[type(node)].after
+        if after is not None:
+            recurrent[node.label] = after(node, call, kernels, read)
     # Copies: views would keep all tokens alive.
     recent = {
         node.name: call.inputs[node].narrow(_key_axis(node), read, kept).clone()
@@ -140,6 +119,54 @@ def advanced(call: ProgramCall, kernels: Any) -> ProgramState:
         if node in call.inputs
     }
     return ProgramState(program.key, int(call.state.get("", 0)) + total, recent, recurrent)
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StateRule:
+    """What a kind of node needs of tokens that are over. ``looks_back(node)``: how many tokens before a query it reads as they are.
+    ``after(node, call, kernels, read)``: of a recurrence, what it has made of the first ``read`` keys; None: it makes nothing of them.
+    """
+
+    looks_back: Callable[[Any], int]
+    after: Callable[[Any, ProgramCall, Any, int], Any] | None = None
+
+
+def _own_row(node: Node) -> int:
+    return 0
+
+
+def _all_tokens(node: Node) -> NoReturn:
+    raise _no_state(node, "chooses or sums up among all tokens")
+
+
+def _window(node: Attend) -> int:
+    mask = node.pattern.mask.expr
+    found = spans(mask) if only_difference(mask) and not node.pattern.tables else None
+    if node.y.axes[2] != "keys" or found is None or not only_difference(node.pattern.score.expr):
+        raise _no_state(node, "sees keys by more than their distance")
+    domain = Domain(1, 2 * FAR, FAR)
+    reach = [FAR - int(span_rows(span, domain)[0].min()) for span in found]
+    if any(distance >= FAR for distance in reach):
+        raise _no_state(node, "sees all earlier keys")
+    return max(reach, default=0)
+
+
+def _delay(node: Slots) -> int:
+    _check_one_document(node)
+    return node.delay
+
+
+def _linear(node: Linear) -> int:
+    _check_one_document(node)
+    return 0
+
+
+def _check_one_document(node: Slots | Linear) -> None:
+    if node.documents is not None:
+        raise _no_state(node, "begins anew with every document; call it document by document")
 
 
 def _given(call: ProgramCall, node: Any) -> Tensor:
@@ -163,3 +190,22 @@ def _linear_after(node: Linear, call: ProgramCall, kernels: Any, read: int) -> A
     none = _given(call, node.x)[:, :, :0]
     decay = torch.tensor(node.decay, dtype=call.dtype, device=y.device)
     return kernels.linear(none, y, z, decay, scale=1.0, state=call.state.get(node.label))[1]
+
+
+_LOOKS_AT_ALL = StateRule(_all_tokens)
+STATE_RULES: Rules[StateRule] = Rules(
+    "the state",
+    {
+        **dict.fromkeys((Input, Joint, Mix), StateRule(_own_row)),
+        Attend: StateRule(_window),
+        Slots: StateRule(_delay),
+        Recall: StateRule(_own_row, _slots_after),
+        Linear: StateRule(_linear, _linear_after),
+        **dict.fromkeys(
+            (scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup, scores.Plus), _LOOKS_AT_ALL
+        ),
+        **dict.fromkeys((scores.Gumbel, scores.Grouped, scores.Probe, scores.Smooth, scores.GroupedKeys), _LOOKS_AT_ALL),
+        **dict.fromkeys((select.TopK, select.TopP, select.Threshold, tensors.Summary, Compact), _LOOKS_AT_ALL),
+        **dict.fromkeys((orders.Take, orders.Order, orders.Inverse, orders.Tokens), _LOOKS_AT_ALL),
+    },
+)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from sparsedsl.errors import TableError, UnsupportedError
 from sparsedsl.lang.expressions import Score
@@ -17,14 +18,14 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.tables import read_class, table_reads
 from sparsedsl.lang.wrapped import Expression
 from sparsedsl.models.derived import PROVIDED
-from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Recall
+from sparsedsl.program import orders, scores, select, sources, tensors
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall
 from sparsedsl.program.effects import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
-from sparsedsl.program.node import Node, one_of
-from sparsedsl.program.scores import Antidiagonal, Bound, Dot, Probe
-from sparsedsl.program.tensors import Summary, q
+from sparsedsl.program.node import Node, one_of, reached
+from sparsedsl.program.rules import Rules
 
-__all__ = ["check_program", "fitted", "is_for_prefill"]
+__all__ = ["FIT_RULES", "SINK_RULES", "check_program", "fitted", "is_for_prefill"]
 
 
 @functools.lru_cache(maxsize=256)
@@ -58,58 +59,125 @@ def fitted(program: Program, index: int, native: Pattern, scale: float | None, h
     leave logits as they are; its sink logits for a program without any.
     """
     own = head_dim**-0.5
-    scale = None if scale is None or scale == own else float(scale)
-
-    def fit(node: Node) -> Node:
-        if scale is not None and isinstance(node, Antidiagonal):
-            raise UnsupportedError(
-                f"layer {index} multiplies q @ k by {scale:.6g}, and antidiagonal() knows {own:.6g} (head_dim ** -0.5) only; choose by "
-                "dot(), bound() or probe(), or leave this layer native"
-            )
-        if isinstance(node, Attend):
-            pattern = node.pattern
-            score = pattern.score if pattern.has_score else native.score
-            kept = scale if pattern.scale is None else pattern.scale
-            return dataclasses.replace(node, pattern=Pattern(pattern.mask, score, pattern.sink, kept))
-        if (
-            isinstance(node, (Dot, Bound, Probe, Recall, Linear))
-            and node.scale is None
-            and scale is not None
-            and _is_query(node.x)
-        ):
-            return dataclasses.replace(node, scale=scale)
-        return node
-
-    fitting = program if scale is None and not native.has_score else rebuilt(program, fit)
+    layer = _Layer(index, native, None if scale is None or scale == own else float(scale), own)
+    fitting = rebuilt(program, lambda node: FIT_RULES[type(node)](node, layer)) if layer.adds else program
     if native.sink is None or _has_sink(program):
         return fitting
     return Program(_with_sink(fitting.root, native.sink, index))
 
 
 def _has_sink(program: Program) -> bool:
-    return any(isinstance(node, Attend) and node.pattern.sink is not None for node in program.everything)
+    return any(pattern.sink is not None for pattern in program.patterns)
+
+
+# ---- rules: a node as a layer runs it ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer: its native pattern, its scale where it is not the usual one (else None), and the usual one."""
+
+    index: int
+    native: Pattern
+    scale: float | None
+    usual: float
+
+    @property
+    def adds(self) -> bool:
+        """Whether it has anything that programs do not know of by themselves."""
+        return self.scale is not None or self.native.has_score
+
+
+def _as_it_is(node: Node, layer: _Layer) -> Node:
+    return node
+
+
+def _attend(node: Attend, layer: _Layer) -> Attend:
+    pattern = node.pattern
+    score = pattern.score if pattern.has_score else layer.native.score
+    scale = layer.scale if pattern.scale is None else pattern.scale
+    return dataclasses.replace(node, pattern=Pattern(pattern.mask, score, pattern.sink, scale))
+
+
+def _products(node: Any, layer: _Layer) -> Any:
+    """Products of queries, ``node.x``, are scaled as the layer's own if those are its queries and the node says nothing."""
+    if layer.scale is None or node.scale is not None or not _is_query(node.x):
+        return node
+    return dataclasses.replace(node, scale=layer.scale)
+
+
+def _antidiagonal(node: scores.Antidiagonal, layer: _Layer) -> Node:
+    if layer.scale is not None:
+        raise UnsupportedError(
+            f"layer {layer.index} multiplies q @ k by {layer.scale:.6g}, and antidiagonal() knows {layer.usual:.6g} (head_dim ** -0.5) "
+            "only; choose by dot(), bound() or probe(), or leave this layer native"
+        )
+    return node
 
 
 def _is_query(x: Node) -> bool:
-    """Whether the rows are those of the layer's own queries, or means of them."""
-    return x is q or (isinstance(x, Summary) and _is_query(x.x))
+    """Whether the rows are made of the layer's own queries and of nothing else: a layer gives no inputs, so that their defaults stand."""
+    return all(node is tensors.q for node in reached(x) if not node.inputs)
+
+
+FIT_RULES: Rules[Callable[[Any, _Layer], Node]] = Rules(
+    "what a layer adds to a program",
+    {
+        Attend: _attend,
+        **dict.fromkeys((scores.Dot, scores.Bound, scores.Probe, Recall, Linear), _products),
+        scores.Antidiagonal: _antidiagonal,
+        **dict.fromkeys((tensors.Input, tensors.Summary, sources.Slots, Joint, Mix, Compact), _as_it_is),
+        **dict.fromkeys((scores.Softmax, scores.Regroup, scores.Plus, scores.Gumbel, scores.Grouped), _as_it_is),
+        **dict.fromkeys((scores.GroupedKeys, scores.Smooth), _as_it_is),
+        **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _as_it_is),
+        **dict.fromkeys((orders.Take, orders.Order, orders.Inverse, orders.Tokens), _as_it_is),
+    },
+)
+
+
+# ---- rules: a branch with the layer's sink logits in its softmax, once -------------------------------------------------------------
 
 
 def _with_sink(branch: Branch, sink: Score, index: int) -> Branch:
-    """The branch with the layer's sink logits in its softmax, once."""
-    match branch:
-        case Attend(normaliser=None, pattern=pattern):
-            made: Branch = dataclasses.replace(branch, pattern=Pattern(pattern.mask, pattern.score, sink, pattern.scale))
-        case Compact():
-            made = dataclasses.replace(branch, inside=_with_sink(branch.inside, sink, index))
-        case Joint(branches=(first, *others)):
-            made = dataclasses.replace(branch, branches=(_with_sink(first, sink, index), *others))
-        case _:
-            raise UnsupportedError(
-                f"layer {index} has sink logits, and the program no single softmax that they could enter: say where, "
-                "sd.attend(..., sink=sd.models.sinks[sd.h]), or leave this layer native"
-            )
-    return one_of(made)
+    return one_of(SINK_RULES[type(branch)](branch, sink, index))
+
+
+def _sink_of_attend(branch: Attend, sink: Score, index: int) -> Branch:
+    if branch.normaliser is not None:
+        return _no_softmax(branch, sink, index)
+    pattern = branch.pattern
+    return dataclasses.replace(branch, pattern=Pattern(pattern.mask, pattern.score, sink, pattern.scale))
+
+
+def _sink_inside(branch: Compact, sink: Score, index: int) -> Branch:
+    return dataclasses.replace(branch, inside=_with_sink(branch.inside, sink, index))
+
+
+def _sink_of_the_first(branch: Joint, sink: Score, index: int) -> Branch:
+    first, *others = branch.branches
+    return dataclasses.replace(branch, branches=(_with_sink(first, sink, index), *others))
+
+
+def _no_softmax(branch: Branch, sink: Score, index: int) -> NoReturn:
+    raise UnsupportedError(
+        f"layer {index} has sink logits, and the program no single softmax that they could enter: say where, "
+        "sd.attend(..., sink=sd.models.sinks[sd.h]), or leave this layer native"
+    )
+
+
+SINK_RULES: Rules[Callable[[Any, Score, int], Branch]] = Rules(
+    "the sink logits of a layer",
+    {
+        Attend: _sink_of_attend,
+        Compact: _sink_inside,
+        Joint: _sink_of_the_first,
+        **dict.fromkeys((Linear, Mix, Recall), _no_softmax),
+    },
+    base=Branch,
+)
+
+
+# ---- a program anew --------------------------------------------------------------------------------------------------------------
 
 
 def rebuilt(program: Program, change: Callable[[Node], Node]) -> Program:

@@ -16,13 +16,14 @@ from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select, choices_in
 from sparsedsl.program.sources import PerChunk
 
-__all__ = ["assume", "pairs_decided_by", "with_candidates"]
+__all__ = ["assume", "pairs_decided_by", "possible", "with_candidates"]
 
 
 def _dynamic_atoms(expr: Any, nodes: frozenset[str]) -> list[sympy.Basic]:
-    """The relations of a mask that read tables of these names."""
+    """The relations of a mask that read tables of these names; of one and its negation the first."""
     relations = expr.atoms(sympy.core.relational.Relational)
-    return sorted((r for r in relations if any(read.spec.name in nodes for read in table_reads(r))), key=sympy.default_sort_key)
+    found = sorted((r for r in relations if any(read.spec.name in nodes for read in table_reads(r))), key=sympy.default_sort_key)
+    return [atom for place, atom in enumerate(found) if sympy.Not(atom) not in found[:place]]
 
 
 def assume(expr: Any, truth: dict[str, bool]) -> Any:
@@ -45,10 +46,43 @@ MOST_CASES = 6
 def pairs_decided_by(mask: Mask, label: str) -> tuple[Mask, Mask]:
     """The pairs that attend only if the boolean table ``label`` holds, and those that attend only if it does not, whatever other choices
     say: two static masks."""
-    nodes = frozenset(name for name, value in mask.bound.items() if isinstance(value, Node))
-    bound = {name: value for name, value in mask.bound.items() if name not in nodes}
+    nodes, bound = _split(mask)
     added, removed = _decided(mask.expr, nodes, label)
     return Mask(added, bound), Mask(removed, bound)
+
+
+def possible(mask: Mask) -> Mask:
+    """The pairs that attend for some result of the nodes that the mask reads: a static mask that allows every pair the mask ever does.
+
+    >>> import sparsedsl as sd
+    >>> picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 4)
+    >>> possible((sd.kv_idx <= sd.q_idx) & ~picks)
+    Mask(q_idx >= kv_idx)
+    """
+    nodes, bound = _split(mask)
+    return Mask(_possible(mask.expr, nodes), bound)
+
+
+def _split(mask: Mask) -> tuple[frozenset[str], dict[str, Any]]:
+    """Names of the tables that are results of nodes, and the tensors bound to others."""
+    nodes = frozenset(name for name, value in mask.bound.items() if isinstance(value, Node))
+    return nodes, {name: value for name, value in mask.bound.items() if name not in nodes}
+
+
+def _cases(atoms: list[sympy.Basic]) -> list[dict[sympy.Basic, Any]]:
+    """Every assignment of truth to these conditions and to their negations, which are conditions of their own: ``Ne(x, 0)`` is no
+    ``Not`` of ``Eq(x, 0)``, and one becomes the other where sympy simplifies."""
+    truths = itertools.product((sympy.true, sympy.false), repeat=len(atoms))
+    pairs = [dict(zip(atoms, values, strict=True)) for values in truths]
+    return [known | {sympy.Not(atom): sympy.Not(value) for atom, value in known.items()} for known in pairs]
+
+
+@functools.lru_cache(maxsize=256)
+def _possible(expr: Any, nodes: frozenset[str]) -> Any:
+    atoms = _dynamic_atoms(expr, nodes)
+    if len(atoms) > MOST_CASES:
+        return sympy.true
+    return _simple(sympy.Or(*[expr.xreplace(known) for known in _cases(atoms)]))
 
 
 @functools.lru_cache(maxsize=256)
@@ -57,7 +91,7 @@ def _decided(expr: Any, nodes: frozenset[str], label: str) -> tuple[Any, Any]:
     on, off = (assume(expr, {label: value}) for value in (True, False))
     if len(atoms) > MOST_CASES:
         return sympy.true, sympy.true
-    cases = [dict(zip(atoms, values, strict=True)) for values in itertools.product((sympy.true, sympy.false), repeat=len(atoms))]
+    cases = _cases(atoms)
     added = [sympy.And(on.xreplace(known), sympy.Not(off.xreplace(known))) for known in cases]
     removed = [sympy.And(off.xreplace(known), sympy.Not(on.xreplace(known))) for known in cases]
     return _simple(sympy.Or(*added)), _simple(sympy.Or(*removed))

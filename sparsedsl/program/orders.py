@@ -13,20 +13,21 @@ from sparsedsl.program.node import Node, one_of
 from sparsedsl.program.scores import KeyScores, check_key_scores
 from sparsedsl.program.tensors import check_tensor, check_unit
 
-__all__ = ["Inverse", "Order", "Take", "Tokens", "keep_tokens", "segment_sort", "take"]
+__all__ = ["Inverse", "Order", "Positions", "Take", "Tokens", "keep_tokens", "segment_sort", "take"]
 
 
-class _Positions(Node):
-    """A permutation of the keys, read as an integer table ``[b, h, position]``."""
+class Positions(Node):
+    """A permutation of the keys, read as an integer table ``[b, h, position]``; no key leaves its segment of so many tokens."""
 
     gives: ClassVar[str] = "order"
+    segment: int
 
     def __getitem__(self, indices: tuple[Index, Index, Index]) -> Index:
         return table(self.label, bijective=True)[indices].bind(**{self.label: self})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Order(_Positions):
+class Order(Positions):
     """A sort of the keys within segments."""
 
     scores: KeyScores
@@ -50,11 +51,16 @@ class Order(_Positions):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Inverse(_Positions):
+class Inverse(Positions):
     """For each original position, the place of its token."""
 
     order: Order
     function: ClassVar[str] = "inverse"
+
+    @property
+    def segment(self) -> int:  # type: ignore[override]
+        """Of the order."""
+        return self.order.segment
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import CallWarning, ShapeError, UnsupportedError
-from sparsedsl.lang.pattern import Pattern, relates_positions
+from sparsedsl.lang.pattern import relates_positions
 from sparsedsl.runtime.torch_modes import autocast_inputs
 
 __all__ = ["arranged", "warn_of_slips"]
@@ -104,5 +104,4 @@ def warn_of_slips(parts: tuple[Any, ...], q: Any, k: Any, q_offset: Any) -> None
 
 
 def _relates(parts: tuple[Any, ...]) -> bool:
-    exprs = (expr for part in parts for expr in (part.exprs if isinstance(part, Pattern) else (part.expr,)))
-    return any(relates_positions(expr) for expr in exprs)
+    return any(relates_positions(expr) for part in parts for expr in part.exprs)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.execute.compile import compile as compile_pattern
-from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.branches import Linear
 from sparsedsl.program.effects import LATER_QUERIES
 from sparsedsl.program.graph import Program
@@ -43,12 +42,6 @@ class ProgramSubject:
     backend: str
     causal: bool | None
 
-    @property
-    def exprs(self) -> tuple[Any, ...]:
-        """Everything written in indices."""
-        parts = self.program.expressions
-        return tuple(expr for part in parts for expr in (part.exprs if isinstance(part, Pattern) else (part.expr,)))
-
     def attention(self) -> Any:
         """The compiled program, its gradients allowed."""
         return compile_pattern(self.program, backend=self.backend, allow=[LATER_QUERIES])
@@ -56,15 +49,15 @@ class ProgramSubject:
     def draw(self, data: st.DataObject, longest: int = _LONGEST, **words: Any) -> tuple[AttentionCase, dict[str, torch.Tensor]]:
         """A whole sequence that is longer than most units, and tables for it."""
         numbers = {int(x) for node in self.program.everything for x in node.arguments.values() if type(x) is int}
-        edges = edges_of(self.exprs, self.program.bound, numbers)
-        reach = min(3 * max([5, *numbers, *constants_of(self.exprs)]) + 5, max(longest, min(max(edges, default=0) + 3, _BESIDE)))
+        exprs = self.program.exprs
+        edges = edges_of(exprs, self.program.bound, numbers)
+        reach = min(3 * max([5, *numbers, *constants_of(exprs)]) + 5, max(longest, min(max(edges, default=0) + 3, _BESIDE)))
         case = data.draw(shapes(max_len=reach, max_heads=4, square=True, near=edges, **words))
-        heads = {len(node.decay) for node in self.program.everything if isinstance(node, Linear)}
-        for count in heads:  # linear attention was declared for so many heads
+        for count in {len(node.decay) for node in self.program.nodes(Linear)}:  # linear attention was declared for so many heads
             case = replace(
                 case, heads=count, kv_heads=data.draw(st.sampled_from([n for n in range(1, count + 1) if count % n == 0]))
             )
-        drawn = data.draw(table_tensors(self.exprs, case, self.program.bound)) if self.program.tables else {}
+        drawn = data.draw(table_tensors(exprs, case, self.program.bound)) if self.program.tables else {}
         return case, {name: value for name, value in drawn.items() if name in self.program.tables}
 
 

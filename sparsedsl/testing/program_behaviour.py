@@ -14,18 +14,16 @@ from sparsedsl.analysis.proofs import PROVED, causality
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.execute.state import ProgramState, horizon
-from sparsedsl.lang.expressions import Mask
-from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, Q_LEN
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.axes import base_of, unit_of
 from sparsedsl.program.branches import Attend
-from sparsedsl.program.decided import assume
+from sparsedsl.program.decided import possible
 from sparsedsl.program.effects import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
-from sparsedsl.program.orders import Inverse
-from sparsedsl.program.tensors import Input
+from sparsedsl.program.orders import Positions
+from sparsedsl.program.tensors import Input, k, q, v
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.numerics import Expected, Results
 from sparsedsl.testing.program_matching import program_lines
@@ -55,10 +53,9 @@ def split_call(tensors: Tensors) -> tuple[tuple[Tensor, Tensor, Tensor], dict[st
 
 def rows_of(program: Program, kind: str) -> dict[str, tuple[int, int]]:
     """Name of a tensor -> which of its axes counts ``"queries"`` or ``"keys"``, and how many tokens are a row of it."""
-    nodes = [node for node in program.everything if isinstance(node, Input)] + [Attend.x, Attend.y, Attend.z]
     return {
         node.name: (place, unit_of(axis))
-        for node in nodes if isinstance(node, Input)
+        for node in (*program.nodes(Input), q, k, v)
         for place, axis in enumerate(node.axes) if base_of(axis) == kind
     }  # fmt: skip
 
@@ -70,10 +67,6 @@ def _cut(program: Program, tensors: Tensors, kind: str, start: int, end: int) ->
         if name in tensors:
             found[name] = tensors[name].narrow(axis, start // unit, end // unit - start // unit)
     return found
-
-
-def _exprs(program: Program) -> list[Any]:
-    return [expr for part in program.expressions for expr in (part.exprs if isinstance(part, Pattern) else (part.expr,))]
 
 
 # ---- the future --------------------------------------------------------------------------------------------------------------
@@ -175,9 +168,8 @@ def _same_up_to(node: Node, old: Any, new: Any, t: int, q_offset: int) -> bool:
             for a, b in zip(old, new, strict=True) for x in (a, b)
         ]  # fmt: skip
         return all(torch.equal(a, b) for a, b in zip(flags[::2], flags[1::2], strict=True))
-    if node.gives == "order":
-        segment = (node.order if isinstance(node, Inverse) else node).segment  # type: ignore[attr-defined]
-        whole = (t + 1) // segment * segment
+    if isinstance(node, Positions):
+        whole = (t + 1) // node.segment * node.segment
         return torch.equal(old[:, :, :whole], new[:, :, :whole])
     unit = unit_of(node.axes[2])
     rows = (t - q_offset) // unit + 1
@@ -256,12 +248,8 @@ def keeps_state(program: Program) -> bool:
 
 def _never_looks_ahead(program: Program) -> bool:
     """Whether no mask allows a later key, whatever is chosen, so that keys may be given up to the last query alone."""
-    for node in program.everything:
-        if isinstance(node, Attend) and node.y.axes[2] == "keys":
-            names = {name: True for name, bound in node.pattern.mask.bound.items() if isinstance(bound, Node)}
-            if causality(Mask(assume(node.pattern.mask.expr, names))) != PROVED:
-                return False
-    return True
+    attends = (node for node in program.nodes(Attend) if node.y.axes[2] == "keys")
+    return all(causality(possible(node.pattern.mask)) == PROVED for node in attends)
 
 
 def program_prefill_equals_decode(
@@ -272,7 +260,7 @@ def program_prefill_equals_decode(
     why = reasons(program).get(LATER_QUERIES)
     if why:
         raise PatternError(f"{LATER_QUERIES} ({'; '.join(why)}): cut into other calls the program means something else")
-    if any(Q_LEN in expr.free_symbols for expr in _exprs(program)):
+    if any(Q_LEN in expr.free_symbols for expr in program.exprs):
         raise PatternError("the program reads q_len, the end of each call: cut into other calls it means something else")
     tensors = draw_inputs(program, case, seed, given)
     wanted = expect_program(program, {**program.bound, **tensors}, ProgramRun(case.q_offset))
@@ -314,7 +302,7 @@ def _pieces(
 def program_is_equivariant(attn: CompiledProgram, case: AttentionCase, seed: int, given: Tensors) -> tuple[str, ...]:
     """:func:`~sparsedsl.testing.assert_equivariant` for programs: entries of the batch in another order."""
     program = attn.program
-    exprs = _exprs(program)
+    exprs = program.exprs
     nodes = {node.label for node in program.everything}
     known = {read: sympy.Dummy(integer=True) for expr in exprs for read in table_reads(expr) if read.spec.name in nodes}
     if any(BATCH in expr.xreplace(known).free_symbols for expr in exprs):

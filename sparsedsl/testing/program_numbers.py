@@ -18,7 +18,7 @@ import torch
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.execute.compiled_program import CompiledProgram
-from sparsedsl.program.branches import Attend, Compact
+from sparsedsl.program.branches import Attend
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.runtime.interpreter import Rule
@@ -144,10 +144,9 @@ def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor]:
     return plain_attention(pattern, q, k, v, tables, q_offset=run.call.q_offset, scale=run.call.scale)
 
 
-def _chooses_inside(node: Any) -> bool:
-    return isinstance(node, Compact) and any(
-        inner.gives in ("picks", "order", "tokens") for inner in Program(node.inside).everything
-    )
+def _chooses_inside(node: Node) -> bool:
+    inner = (part for root in node.subprograms for part in Program(root).everything)
+    return any(part.gives in ("picks", "order", "tokens") for part in inner)
 
 
 def _on_cpu(value: Any) -> Any:

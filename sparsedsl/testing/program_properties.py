@@ -11,9 +11,9 @@ from sparsedsl.backends.reference.nodes import Reference
 from sparsedsl.errors import PatternError
 from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.program.axes import base_of
-from sparsedsl.program.branches import Attend, Joint, Mix
+from sparsedsl.program.branches import Attend, Branch, Joint, Mix
 from sparsedsl.program.effects import LATER_QUERIES, reasons
-from sparsedsl.program.node import Node
+from sparsedsl.program.node import reached
 from sparsedsl.program.select import Select
 from sparsedsl.runtime.program_call import check_program_call
 from sparsedsl.testing.program_behaviour import failing, rows_of, split_call
@@ -199,8 +199,8 @@ def assert_unselected_gradients_zero(
 def _unused_rows(attn: CompiledProgram, tensors: dict[str, Tensor], case: AttentionCase) -> dict[str, Tensor]:
     """Name -> flags ``(batch, heads, rows)`` of the rows that nothing should flow to."""
     program = attn.program
-    attends = [node for node in program.order if isinstance(node, Attend)]
-    others = [n for n in program.order if n.gives == "branch" and not isinstance(n, (Attend, Joint, Mix))]
+    attends = list(program.nodes(Attend))
+    others = [node for node in program.nodes(Branch) if type(node) not in (Attend, Joint, Mix)]
     if others or any(node.y.axes[2] != "keys" for node in attends) or LATER_QUERIES in reasons(program):
         raise PatternError(
             f"{program!r} does more than attend to keys that single queries picked; which rows are unused is not known"
@@ -215,14 +215,10 @@ def _unused_rows(attn: CompiledProgram, tensors: dict[str, Tensor], case: Attent
     used = seen.any(2).unflatten(1, (case.kv_heads, -1)).any(2)
     found = {"k": ~used, "v": ~used}
     for name, node in program.inputs.items():
-        picks = [choice for choice in program.order if isinstance(choice, Select) and _reaches(choice, node)]
+        picks = [choice for choice in program.nodes(Select) if any(part is node for part in reached(choice))]
         if picks and len(node.axes) == 4 and base_of(node.axes[2]) == "keys" and all(p.axes[3] == node.axes[2] for p in picks):
             heads, units = tensors[name].shape[1:3]
             tables = [chosen[p.label].repeat_interleave(case.heads // chosen[p.label].shape[1], 1) for p in picks]
             flags = [table.any(2).unflatten(1, (heads, -1)).any(2)[..., :units] for table in tables]
             found[name] = ~torch.stack(flags).any(0)
     return found
-
-
-def _reaches(node: Node, source: Node) -> bool:
-    return node is source or any(_reaches(inner, source) for inner in node.inputs)

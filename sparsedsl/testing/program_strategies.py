@@ -72,9 +72,7 @@ def _documents(program: Program) -> set[str]:
 
 def _seeds(program: Program) -> set[str]:
     """Names of the inputs that hold seeds of noise."""
-    return {
-        node.seed.name for node in program.everything if isinstance(node, scores.Gumbel) and isinstance(node.seed, tensors.Input)
-    }
+    return {node.seed.name for node in program.nodes(scores.Gumbel) if isinstance(node.seed, tensors.Input)}
 
 
 def named_inputs(

@@ -109,9 +109,8 @@ def tables_for(pattern: Any, case: AttentionCase) -> st.SearchStrategy[dict[str,
     ...     assert len(tables["doc"]) == 9
     >>> test()
     """
-    exprs = pattern.exprs if isinstance(pattern, Pattern) else (pattern.expr,)
     bound = pattern.bound if isinstance(pattern, (Pattern, Expression)) else {}
-    return table_tensors(exprs, case, bound)
+    return table_tensors(pattern.exprs, case, bound)
 
 
 @st.composite

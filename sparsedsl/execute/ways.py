@@ -1,0 +1,136 @@
+"""How each kind of node would run on the kernels of a backend, in words: a rule for every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+
+from sparsedsl.backends.tiled.whole_blocks import split
+from sparsedsl.execute.kernels import FlexKernels, Kernels, TritonKernels
+from sparsedsl.lang.expressions import Mask
+from sparsedsl.program import orders, scores, select, sources, tensors
+from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.decided import assume
+from sparsedsl.program.node import Node
+from sparsedsl.program.rules import Rules
+from sparsedsl.program.select import Select
+
+__all__ = ["WAY_RULES", "way_of"]
+
+
+def way_of(node: Node, kernels: Kernels | None) -> str | None:
+    """How a node runs; ``kernels`` None: by the reference. None for nodes that run as part of others, or not at all."""
+    rule = WAY_RULES[type(node)]
+    if rule is _part_of_others:
+        return None
+    return "dense, in plain torch: defines the meaning" if kernels is None else rule(node, kernels)
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------------------
+
+
+def _part_of_others(node: Node, kernels: Kernels) -> str:
+    return ""
+
+
+def _scores(node: scores.Scores, kernels: Kernels) -> str:
+    return "torch: in blocks, when a choice asks for them; never queries x units at once"
+
+
+def _probe(node: scores.Probe, kernels: Kernels) -> str:
+    return "torch: two passes over tiles of keys"
+
+
+def _smooth(node: scores.Smooth, kernels: Kernels) -> str:
+    return "torch: means of neighbours"
+
+
+def _grouped_keys(node: scores.GroupedKeys, kernels: Kernels) -> str:
+    return "torch: heads joined"
+
+
+def _select(node: Select, kernels: Kernels) -> str:
+    rows, columns = node.units
+    return f"torch: lists for every {_few(rows, 'query', 'queries')}, of units of {_few(columns, 'key', 'keys')}"
+
+
+def _sort(node: orders.Order | orders.Tokens, kernels: Kernels) -> str:
+    return "torch: a stable sort"
+
+
+def _inverse(node: orders.Inverse, kernels: Kernels) -> str:
+    return "torch: a scatter of the places"
+
+
+def _take(node: orders.Take, kernels: Kernels) -> str:
+    return "torch: a copy in the new order"
+
+
+def _compact(node: Compact, kernels: Kernels) -> str:
+    return "torch: rows gathered, rows scattered; inside it the program runs on the same kernels"
+
+
+def _recurrent(node: Linear | Recall, kernels: Kernels) -> str:
+    return {
+        FlexKernels: "refused: FlexAttention has no recurrence",
+        TritonKernels: "kernels: chunks in parallel, states from chunk to chunk",
+    }.get(type(kernels), "torch: chunks in parallel, states from chunk to chunk")
+
+
+def _combined(node: Joint | Mix, kernels: Kernels) -> str:
+    return "torch: the results of its branches, weighed"
+
+
+def _attend(node: Attend, kernels: Kernels) -> str:
+    single = [choice for choice in node.selections if choice.units[0] == 1]
+    inner = f"the lowering {kernels.lowering(new_tables=bool(node.pattern.tables))!r}"
+    if node.normaliser is not None:
+        if kernels.whole_tables:
+            return "two passes: LSE of every chunk, then FlexAttention with a bias of queries x chunks (short sequences)"
+        return f"{_along(kernels)}, a softmax in every chunk, weights outside"
+    if single and not kernels.whole_tables:
+        name = next(name for name, bound in node.pattern.mask.bound.items() if bound is single[0])
+        always = assume(node.pattern.mask.expr, {name: False})
+        beside = "" if always == sympy.false else f", and {inner} for {Mask(always)}; one softmax over both"
+        return f"{_along(kernels)}{beside}"
+    if node.selections and kernels.whole_tiles:
+        rows, columns = node.selections[0].units
+        expr = node.pattern.mask.expr
+        parts = split(expr, rows, columns)
+        if parts is not None:
+            rest = "" if parts[1] == sympy.false else f", and {inner} for {Mask(parts[1])}; one softmax over both"
+            return f"lists of full tiles of {rows} x {columns} tokens{rest}"
+    return f"{inner}" + (", choices as tables" if node.selections else "")
+
+
+def _along(kernels: Kernels) -> str:
+    if isinstance(kernels, TritonKernels):
+        return "kernels along lists: adjacent queries share the union of their units"
+    return "torch along lists: for every unit of keys the queries that picked it"
+
+
+def _few(count: int, one: str, many: str) -> str:
+    return one if count == 1 else f"{count} {many}"
+
+
+WAY_RULES: Rules[Callable[[Any, Kernels], str]] = Rules(
+    "the explanation",
+    {
+        **dict.fromkeys((tensors.Input, tensors.Summary, sources.Slots), _part_of_others),
+        **dict.fromkeys((scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup), _scores),
+        **dict.fromkeys((scores.Plus, scores.Gumbel, scores.Grouped), _scores),
+        scores.Probe: _probe,
+        scores.Smooth: _smooth,
+        scores.GroupedKeys: _grouped_keys,
+        **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
+        **dict.fromkeys((orders.Order, orders.Tokens), _sort),
+        orders.Inverse: _inverse,
+        orders.Take: _take,
+        Attend: _attend,
+        Compact: _compact,
+        **dict.fromkeys((Linear, Recall), _recurrent),
+        **dict.fromkeys((Joint, Mix), _combined),
+    },
+)
