@@ -64,7 +64,7 @@ def child(name: str, lengths: list[int], dims: list[int], rounds: int) -> None:
     case = CASES[name]
     pattern = case.declare()
     for length in lengths:
-        tables = dict(case.tables(length))
+        tables: dict[str, Any] = dict(case.tables(length))
         mask_mod = case.mask_mod(tables)
         torch._dynamo.reset()
         mask: Any = create_block_mask(mask_mod, None, None, length, length, device="cpu", BLOCK_SIZE=BLOCK, _compile=True)

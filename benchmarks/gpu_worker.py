@@ -197,7 +197,7 @@ def counts(job: Job) -> dict[str, Any]:
     """Pairs over batch and query heads, allowed and in listed 128 x 128 tiles; and the bytes that must move, forward and backward."""
     case = PATTERNS[job.pattern]
     rows = 1 if job.kind == "decode" else job.length
-    tables = dict(case.tables(job.length))
+    tables: dict[str, Any] = dict(case.tables(job.length))
     began = time.perf_counter()
     found = sd.analyse(case.declare(), rows, job.length, q_offset=job.length - rows, heads=job.heads, batch=job.batch, **tables)
     all_pairs = job.batch * job.heads * rows * job.length

@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     model, tokenizer = gemma.load()
     native = sd.models.native_patterns(model)
     full = [index for index, pattern in native.items() if pattern == sd.attend(sd.patterns.causal())]
-    patterns = native if options.native else {**native, **dict.fromkeys(full, PATTERN)}
+    patterns = native if options.native else native | dict.fromkeys(full, PATTERN)
 
     held_out = list(batches(tokenizer, HELD_OUT_SOURCES, options.tokens))[:HELD_OUT]
     training = list(batches(tokenizer, TRAINING_SOURCES, options.tokens))

@@ -20,7 +20,9 @@ def main() -> None:
     pattern = sd.patterns.sliding_window(window[sd.h]) | sd.patterns.sinks(4)
     print(pattern.text)
 
-    lists = sd.analyse(pattern, 4096, heads=len(WINDOWS), window=WINDOWS).lists
+    report = sd.analyse(pattern, 4096, heads=len(WINDOWS), window=WINDOWS)
+    assert isinstance(report, sd.Analysis)  # of a mask; programs have a report of their own, without lists
+    lists = report.lists
     for head, size in enumerate(WINDOWS.tolist()):
         full, partial = (int(kind.counts[0, head].sum()) for kind in (lists.full, lists.partial))
         print(f"head {head}, window {size:5}: {full:4} full tiles, {partial:4} partial")

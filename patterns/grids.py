@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 from sparsedsl.errors import PatternError
@@ -189,7 +190,7 @@ def _neighbourhood(
     return _all(map(functools.partial(_axis, edge=edge), queries, keys, sizes, kernels, steps, flags))
 
 
-def _axis(i: Index, j: Index, size: int, kernel: int, step: int, causal: bool, *, edge: str) -> Mask:
+def _axis(i: Index, j: Index, size: Index | int, kernel: int, step: int, causal: bool, *, edge: str) -> Mask:
     """The condition on one axis, between query position ``i`` and key position ``j``."""
     if step > 1:
         # neighbours are those of the same residue class; inside it the axis is an ordinary one, shorter for late residues
@@ -202,13 +203,13 @@ def _axis(i: Index, j: Index, size: int, kernel: int, step: int, causal: bool, *
     return _shifted(i, j, size, kernel)
 
 
-def _shifted(i: Index, j: Index, size: Any, kernel: int) -> Mask:
+def _shifted(i: Index, j: Index, size: Index | int, kernel: int) -> Mask:
     """``kernel`` keys around ``i``, moved inside ``0 .. size - 1``; ``size >= kernel``."""
     start = minimum(maximum(i - kernel // 2, 0), size - kernel)
     return (start <= j) & (j < start + kernel)
 
 
-def _all(masks: Any) -> Mask:
+def _all(masks: Iterable[Mask]) -> Mask:
     return functools.reduce(operator.and_, masks, as_mask(True))
 
 

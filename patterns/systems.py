@@ -9,13 +9,16 @@ from typing import Any
 from sparsedsl import program as sd
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import kv_idx, q_idx
+from sparsedsl.lang.pattern import Pattern
 from sparsedsl.patterns.arguments import check_choice, check_count, check_whole
 from sparsedsl.patterns.local import causal, sliding_window
+from sparsedsl.program.branches import Attend, Branch, Compact, Linear, Mix
+from sparsedsl.program.scores import Scores
 
 __all__ = ["hsa", "moba", "nha", "nsa", "pbs", "ring_linear", "token_sparse"]
 
 
-def hsa(chunk: int = 64, top_k: int = 16, weights: str = "softmax", *, inner: str = "softmax") -> Any:
+def hsa(chunk: int = 64, top_k: int = 16, weights: str = "softmax", *, inner: str = "softmax") -> Attend:
     """Hierarchical sparse attention: a query picks chunks by score, attends within each, and weighs the results by the scores.
 
     ``out_t = sum_c w_tc softmax_c(q_t K_c / sqrt(D)) V_c`` over the ``top_k`` chunks with the highest
@@ -48,7 +51,7 @@ def hsa(chunk: int = 64, top_k: int = 16, weights: str = "softmax", *, inner: st
     return sd.attend(ended & picks, normaliser=sd.per_chunk(picks, weights, inner=inner))
 
 
-def nha(slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, temperature: float = 8.0) -> Any:
+def nha(slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, temperature: float = 8.0) -> Branch:
     """Native hybrid attention: one softmax over the last ``window`` keys and ``slots`` rows that hold what left the window.
 
     Slot ``m`` fades by ``a = sigmoid(gate) ** (1 / temperature)`` and takes in ``1 - a`` of the key and value of the token
@@ -87,7 +90,7 @@ def nha(slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, t
     return sd.joint(far, sd.attend(sliding_window(window), **near)) if window else far
 
 
-def pbs(block: int = 128, segment: int = 256, mass: float = 0.9, share: str = "head") -> Any:
+def pbs(block: int = 128, segment: int = 256, mass: float = 0.9, share: str = "head") -> Pattern | Attend:
     """Permuted block-sparse attention: keys are sorted by importance within segments, then blocks are picked by pooled scores.
 
     A block of queries attends to its own segment, causally; to the blocks of earlier segments that hold ``mass`` of the
@@ -123,7 +126,9 @@ def pbs(block: int = 128, segment: int = 256, mass: float = 0.9, share: str = "h
     return sd.attend(earlier & (picks | first) | own, k=keys, v=values)
 
 
-def token_sparse(coverage: float = 0.005, probe: int = 128, pool: int = 7, min_tokens: int = 1024, *, inside: Any = None) -> Any:
+def token_sparse(
+    coverage: float = 0.005, probe: int = 128, pool: int = 7, min_tokens: int = 1024, *, inside: Any = None
+) -> Compact:
     """Token sparse attention: every head keeps the tokens that recent queries look at, and attends among those alone.
 
     Tokens with the least attention, ``coverage`` of the mass, are dropped, as many in every head; rows of dropped tokens are
@@ -152,7 +157,7 @@ def token_sparse(coverage: float = 0.005, probe: int = 128, pool: int = 7, min_t
     return sd.compact(tokens, causal() if inside is None else inside)
 
 
-def ring_linear(decay: Sequence[float]) -> Any:
+def ring_linear(decay: Sequence[float]) -> Linear:
     """Linear attention with a constant decay a head: ``o_t = q_t S_t / sqrt(D)``, ``S_t = decay S_(t-1) + k_t^T v_t``.
 
     Args:
@@ -169,7 +174,7 @@ def ring_linear(decay: Sequence[float]) -> Any:
     return sd.linear(decay)
 
 
-def moba(chunk: int = 512, top_k: int = 3) -> Any:
+def moba(chunk: int = 512, top_k: int = 3) -> Pattern | Attend:
     """Mixture of block attention: a query's own chunk, causally, and the ``top_k - 1`` earlier ones whose mean key it likes best.
 
     Args:
@@ -193,7 +198,7 @@ def moba(chunk: int = 512, top_k: int = 3) -> Any:
     return sd.attend(causal() & (own | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, chunk)), top_k - 1)))
 
 
-def nsa(block: int = 32, select: int = 64, top_k: int = 16, window: int = 512) -> Any:
+def nsa(block: int = 32, select: int = 64, top_k: int = 16, window: int = 512) -> Mix:
     """Native sparse attention: means of blocks, picked blocks and a window, each with its own softmax, weighed by gates.
 
     Blocks of ``select`` tokens are picked by the attention that the group of a key/value head pays the means in them; the
@@ -223,7 +228,7 @@ def nsa(block: int = 32, select: int = 64, top_k: int = 16, window: int = 512) -
     means = sd.summary(sd.k, block)
     compressed = sd.attend((kv_idx + 1) * block <= q_idx + 1, k=means, v=sd.summary(sd.v, block))
     over = (kv_idx // block + 1) * block <= q_idx + 1
-    seen = sd.dot(sd.q, means).softmax(over).over_group("sum")
+    seen: Scores = sd.dot(sd.q, means).softmax(over).over_group("sum")
     seen = seen if select == block else seen.regroup(select // block)
     forced = (kv_idx < select) | (q_idx // select - kv_idx // select < 2)
     picks = sd.top_k(seen, check_whole("nsa", "top_k", top_k, 1), forced=forced)

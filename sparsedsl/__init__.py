@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsedsl import _layout
 from sparsedsl.errors import (
@@ -24,73 +24,61 @@ from sparsedsl.errors import (
     UnsupportedError,
 )
 
+if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they load on first use
+    # isort: off
+    # fmt: off
+    from sparsedsl import models as models, patterns as patterns, testing as testing
+    from sparsedsl.analysis.proofs import PROVED as PROVED, REFUTED as REFUTED, UNKNOWN as UNKNOWN, Verdict as Verdict
+    from sparsedsl.analysis.proofs import equivalent as equivalent, implies as implies
+    from sparsedsl.analysis.report import Analysis as Analysis, analyse as analyse
+    from sparsedsl.execute.compile import compile as compile
+    from sparsedsl.execute.compiled import Attention as Attention
+    from sparsedsl.gpu.build import Build as Build, build as build
+    from sparsedsl.lang.expressions import Index as Index, Mask as Mask, Score as Score, b as b
+    from sparsedsl.lang.expressions import h as h, kv_idx as kv_idx, kv_len as kv_len, q_idx as q_idx
+    from sparsedsl.lang.expressions import q_len as q_len, score as score, table as table
+    from sparsedsl.lang.numeric import clamp as clamp, cos as cos, erf as erf, exp as exp
+    from sparsedsl.lang.numeric import log as log, maximum as maximum, minimum as minimum, relu as relu
+    from sparsedsl.lang.numeric import sigmoid as sigmoid, sin as sin, softplus as softplus, sqrt as sqrt
+    from sparsedsl.lang.numeric import tanh as tanh, where as where
+    from sparsedsl.lang.pattern import Pattern as Pattern
+    from sparsedsl.lang.text import parse as parse
+    from sparsedsl.plotting import plot as plot
+    from sparsedsl.program import Program as Program, antidiagonal as antidiagonal, attend as attend, bound as bound
+    from sparsedsl.program import compact as compact, decay_table as decay_table, dot as dot, input as input
+    from sparsedsl.program import joint as joint, k as k, keep_tokens as keep_tokens, linear as linear
+    from sparsedsl.program import mix as mix, per_chunk as per_chunk, probe as probe, q as q
+    from sparsedsl.program import recall as recall, schedule as schedule, segment_sort as segment_sort, slots as slots
+    from sparsedsl.program import smooth as smooth, summary as summary, take as take, threshold as threshold
+    from sparsedsl.program import top_k as top_k, top_p as top_p, v as v
+    from sparsedsl.tracing import trace_mask as trace_mask, trace_score as trace_score
+    # fmt: on
+    # isort: on
+
 __version__ = "0.1.0.dev0"
 
-# public name -> module that defines it ("" = the name is itself a module)
+# Module -> the public names that it defines; "" stands for the names that are modules themselves.
 _PUBLIC = {
-    **dict.fromkeys(("b", "h", "q_idx", "kv_idx", "q_len", "kv_len", "score"), "sparsedsl.lang.expressions"),
-    **dict.fromkeys(("Index", "Mask", "Score", "table"), "sparsedsl.lang.expressions"),
-    **dict.fromkeys(
-        (
-            "clamp",
-            "cos",
-            "erf",
-            "exp",
-            "log",
-            "maximum",
-            "minimum",
-            "relu",
-            "sigmoid",
-            "sin",
-            "softplus",
-            "sqrt",
-            "tanh",
-            "where",
+    name: module
+    for module, names in {
+        "sparsedsl.lang.expressions": "b h q_idx kv_idx q_len kv_len score Index Mask Score table",
+        "sparsedsl.lang.numeric": "clamp cos erf exp log maximum minimum relu sigmoid sin softplus sqrt tanh where",
+        "sparsedsl.lang.text": "parse",
+        "sparsedsl.lang.pattern": "Pattern",
+        "sparsedsl.program": (
+            "Program antidiagonal attend bound compact decay_table dot input joint k keep_tokens linear mix "
+            "per_chunk probe q recall schedule segment_sort slots smooth summary take threshold top_k top_p v"
         ),
-        "sparsedsl.lang.numeric",
-    ),
-    "parse": "sparsedsl.lang.text",
-    "Pattern": "sparsedsl.lang.pattern",
-    **dict.fromkeys(
-        (
-            "Program",
-            "antidiagonal",
-            "attend",
-            "bound",
-            "compact",
-            "decay_table",
-            "dot",
-            "input",
-            "joint",
-            "k",
-            "keep_tokens",
-            "linear",
-            "mix",
-            "per_chunk",
-            "probe",
-            "q",
-            "recall",
-            "schedule",
-            "segment_sort",
-            "slots",
-            "smooth",
-            "summary",
-            "take",
-            "threshold",
-            "top_k",
-            "top_p",
-            "v",
-        ),
-        "sparsedsl.program",
-    ),
-    **dict.fromkeys(("trace_mask", "trace_score"), "sparsedsl.tracing"),
-    **dict.fromkeys(("PROVED", "REFUTED", "UNKNOWN", "Verdict", "equivalent", "implies"), "sparsedsl.analysis.proofs"),
-    **dict.fromkeys(("Analysis", "analyse"), "sparsedsl.analysis.report"),
-    **dict.fromkeys(("Build", "build"), "sparsedsl.gpu.build"),
-    "Attention": "sparsedsl.execute.compiled",
-    "compile": "sparsedsl.execute.compile",
-    "plot": "sparsedsl.plotting",
-    **dict.fromkeys(("models", "patterns", "testing"), ""),
+        "sparsedsl.tracing": "trace_mask trace_score",
+        "sparsedsl.analysis.proofs": "PROVED REFUTED UNKNOWN Verdict equivalent implies",
+        "sparsedsl.analysis.report": "Analysis analyse",
+        "sparsedsl.gpu.build": "Build build",
+        "sparsedsl.execute.compiled": "Attention",
+        "sparsedsl.execute.compile": "compile",
+        "sparsedsl.plotting": "plot",
+        "": "models patterns testing",
+    }.items()
+    for name in names.split()
 }
 
 __all__ = [

@@ -6,28 +6,34 @@ import functools
 import io
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsedsl.errors import MissingPackageError, PatternError
 from sparsedsl.lang.advice import shown
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 __all__ = ["axes_of"]
 
 
-def axes_of(ax: Any, count: int, size: tuple[float, float], shares: Sequence[float] | None = None) -> tuple[Any, list[Any], bool]:
+def axes_of(
+    ax: Any, count: int, size: tuple[float, float], shares: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes], bool]:
     """The figure, the axes to draw in, and whether the figure is ours: ``count`` axes side by side, or those of the user, ``ax``.
 
     ``size``: of a new figure, in inches. Raises :class:`~sparsedsl.UnsupportedError` without matplotlib, and
     :class:`~sparsedsl.PatternError` where ``ax`` is not ``count`` axes.
     """
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import figure as matplotlib_figure
     except ImportError:
         raise MissingPackageError("sd.plot", "matplotlib", "plots") from None
     if not _is_size(size):
         raise PatternError(f"plot(): figsize must be (width, height) in inches; got {shown(size)}")
     if ax is None:
-        figure = Figure(figsize=size, dpi=110, layout="constrained")
+        figure = matplotlib_figure.Figure(figsize=size, dpi=110, layout="constrained")
         # what notebooks ask for, since pyplot, which would answer, is not involved
         setattr(figure, "_repr_png_", functools.partial(_png, figure))  # noqa: B010  (unknown to mypy)
         return figure, list(figure.subplots(1, count, squeeze=False, width_ratios=shares)[0]), True
@@ -42,7 +48,7 @@ def _is_size(size: Any) -> bool:
     return numeric and all(0 < float(x) < float("inf") for x in size)
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

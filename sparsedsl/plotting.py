@@ -12,7 +12,7 @@ import inspect
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
@@ -35,6 +35,10 @@ from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program_picture import draw_program, parts, size_of
 from sparsedsl.runtime.call import bind_tables
 from sparsedsl.strip_picture import MASKED, WHOLE, draw_strips
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["plot"]
 
@@ -64,11 +68,11 @@ def plot(
     batch: int = 0,
     q_offset: int = 0,
     panels: Sequence[str] | None = None,
-    ax: Any = None,
+    ax: Axes | Sequence[Axes] | None = None,
     figsize: tuple[float, float] | None = None,
     title: str | None = None,
     **tables: Any,
-) -> Any:
+) -> Figure:
     """Draw a pattern: allowed pairs, tile classes and, if there is one, the score function. Of a program, draw the graph of its nodes.
 
     Args:
@@ -119,7 +123,7 @@ def plot(
 
 def _plot_program(
     program: Program, q_len: Any, kv_len: Any, q_offset: Any, ax: Any, figsize: Any, title: str | None, unused: dict[str, Any]
-) -> Any:
+) -> Figure:
     """The graph of a program, and beside it what runs inside of its ``compact()``."""
     given = [name for name, value in unused.items() if value is not None]
     if given:
@@ -301,7 +305,7 @@ class _View:
         """Positions at the edges of the picture: left, right, bottom, top."""
         return -0.5, self.kv_len - 0.5, self.q_offset + self.q_len - 0.5, self.q_offset - 0.5
 
-    def frame(self, axis: Any, title: str) -> None:
+    def frame(self, axis: Axes, title: str) -> None:
         """What the panels share."""
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("kv_idx (key)", fontsize=9)
@@ -322,7 +326,7 @@ class _View:
         left, _, _, top = self.extent
         return left, left + columns * self.cells[1], top + rows * self.cells[0], top
 
-    def draw_pairs(self, axis: Any) -> str:
+    def draw_pairs(self, axis: Axes) -> str:
         """Allowed pairs, or their share in each cell."""
         from matplotlib.colors import ListedColormap, PowerNorm
 
@@ -354,7 +358,7 @@ class _View:
         self.frame(axis, "share of allowed pairs")
         return how
 
-    def draw_strips(self, axis: Any) -> str:
+    def draw_strips(self, axis: Axes) -> str:
         """The rectangles that `tiled` computes."""
         note = draw_strips(axis, attend(Mask(self.mask)), self.domain)
         axis.set_facecolor(NOTHING)
@@ -362,7 +366,7 @@ class _View:
         self.frame(axis, "strips of `tiled`")
         return note
 
-    def draw_tiles(self, axis: Any) -> str:
+    def draw_tiles(self, axis: Axes) -> str:
         """Tile classes; of long sequences the classes of cells of several tiles."""
         from matplotlib.colors import ListedColormap
 
@@ -407,7 +411,7 @@ class _View:
         """Tables that the score reads and nobody gave."""
         return [name for name in self.pattern.score.tables if name not in self.tables]
 
-    def draw_score(self, axis: Any) -> str:
+    def draw_score(self, axis: Axes) -> str:
         """What the score function does: over positions at logit 0, or over logits if it does not depend on positions."""
         score = self.pattern.score
         names = score.tables
@@ -433,7 +437,7 @@ class _View:
         shown = side == [self.q_len, self.kv_len]
         return "" if shown else f"score sampled at {side[0]} x {side[1]} pairs"
 
-    def _draw_curve(self, axis: Any, expr: sympy.Basic, tables: dict[str, torch.Tensor]) -> str:
+    def _draw_curve(self, axis: Axes, expr: sympy.Basic, tables: dict[str, torch.Tensor]) -> str:
         numbers = [abs(float(number)) for number in expr.atoms(sympy.Number) if number.is_finite]
         reach = 2 * max([1.0, *numbers])
         raw = torch.linspace(-reach, reach, 401, dtype=torch.float64)
@@ -480,7 +484,7 @@ def _locator() -> Any:
     return MaxNLocator(nbins=6, integer=True, steps=[1, 2, 4, 5, 8, 10])
 
 
-def _legend(axis: Any, entries: list[tuple[str, str]]) -> None:
+def _legend(axis: Axes, entries: list[tuple[str, str]]) -> None:
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=colour, edgecolor="#999999", linewidth=0.5, label=name) for colour, name in entries]
@@ -494,7 +498,7 @@ def _legend(axis: Any, entries: list[tuple[str, str]]) -> None:
     )
 
 
-def _bar(axis: Any, image: Any, **options: Any) -> Any:
+def _bar(axis: Axes, image: Any, **options: Any) -> Any:
     bar = axis.figure.colorbar(image, cax=axis.inset_axes((0.1, -0.22, 0.8, 0.03)), orientation="horizontal", **options)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set(color="#999999", linewidth=0.5)

@@ -10,10 +10,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsedsl.errors import PatternError, SparseDSLError, TableError
 from sparsedsl.lang.advice import meant
+
+if TYPE_CHECKING:
+    from sparsedsl.lang.pattern import Pattern
+    from sparsedsl.program.graph import Program
 
 __all__ = ["CannotLoad", "load_pattern", "load_tables"]
 
@@ -22,7 +26,7 @@ class CannotLoad(Exception):
     """A SPEC that names nothing usable."""
 
 
-def load_pattern(spec: str) -> Any:
+def load_pattern(spec: str) -> Pattern | Program:
     """The pattern, or program, that ``module:name`` or ``file.py:name`` stands for."""
     from sparsedsl.lang.pattern import Pattern, as_pattern
     from sparsedsl.lang.wrapped import Expression

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.tiled.attention import HeadSizes, TiledKernel
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.tiling.schedule import LanePlan, Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["MASKED", "WHOLE", "draw_strips", "rectangles"]
 
@@ -39,7 +42,7 @@ def rectangles(plan: LanePlan) -> Iterator[Rectangle]:
                 yield kv, q, width, height, piece.residual is not None
 
 
-def draw_strips(axis: Any, pattern: Pattern, domain: Domain) -> str:
+def draw_strips(axis: Axes, pattern: Pattern, domain: Domain) -> str:
     """Draw what one head of the pattern computes; returns a note about it."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle as Patch

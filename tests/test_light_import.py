@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 
 import pytest
 
+import sparsedsl
 from source_tree import ROOT
 
 HEAVY = ("torch", "triton", "transformers", "matplotlib", "hypothesis", "z3")
@@ -29,6 +31,15 @@ def loaded_by(statement: str) -> set[str]:
 )
 def test_heavy_libraries_stay_out(statement):
     assert loaded_by(statement) == set()
+
+
+def test_type_checkers_see_the_names_that_load_on_first_use():
+    """Without it everything that is read from ``sparsedsl`` would be Any to them."""
+    tree = ast.parse((ROOT / "sparsedsl" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    assert all(isinstance(part, ast.ImportFrom) for part in block.body)
+    told = {alias.name: part.module for part in block.body for alias in part.names if alias.name == alias.asname}
+    assert told == {name: module or "sparsedsl" for name, module in sparsedsl._PUBLIC.items()}
 
 
 def test_the_check_can_fail():

@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import sympy
 import torch
@@ -18,7 +18,7 @@ from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import TileLists, size_text
-from sparsedsl.analysis.program_report import analyse_program
+from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program
 from sparsedsl.analysis.proofs import Verdict, Witness, causality
 from sparsedsl.analysis.rows import RowCounts
 from sparsedsl.analysis.tiles import block_pair, classify
@@ -30,7 +30,8 @@ from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program.graph import as_program
+from sparsedsl.program.graph import Program, as_program
+from sparsedsl.program.node import Node
 
 __all__ = ["ITEM_BYTES", "Analysis", "analyse", "bind_for_analysis"]
 
@@ -147,11 +148,29 @@ def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, tor
     return {name: given[name] for name in pattern.tables}
 
 
+@overload
+def analyse(
+    pattern: Pattern, q_len: int, kv_len: int | None = None, block_size: int | tuple[int, int] = 128, *, q_offset: int = 0,
+    batch: int = 1, heads: int | None = None, head_dim: int = 64, head_dim_v: int | None = None, dtype: Any = "bfloat16",
+    kv_heads: int | None = None, sizes: Mapping[str, int] | None = None, **tables: Any,
+) -> Analysis: ...  # fmt: skip
+@overload
+def analyse(
+    pattern: Program | Node, q_len: int, kv_len: int | None = None, block_size: int | tuple[int, int] = 128, *, q_offset: int = 0,
+    batch: int = 1, heads: int | None = None, head_dim: int = 64, head_dim_v: int | None = None, dtype: Any = "bfloat16",
+    kv_heads: int | None = None, sizes: Mapping[str, int] | None = None, **tables: Any,
+) -> ProgramAnalysis: ...  # fmt: skip
+@overload
+def analyse(
+    pattern: Any, q_len: int, kv_len: int | None = None, block_size: int | tuple[int, int] = 128, *, q_offset: int = 0,
+    batch: int = 1, heads: int | None = None, head_dim: int = 64, head_dim_v: int | None = None, dtype: Any = "bfloat16",
+    kv_heads: int | None = None, sizes: Mapping[str, int] | None = None, **tables: Any,
+) -> Analysis | ProgramAnalysis: ...  # fmt: skip
 def analyse(
     pattern: Any,
     q_len: int,
     kv_len: int | None = None,
-    block_size: Any = 128,
+    block_size: int | tuple[int, int] = 128,
     *,
     q_offset: int = 0,
     batch: int = 1,
@@ -162,7 +181,7 @@ def analyse(
     kv_heads: int | None = None,
     sizes: Mapping[str, int] | None = None,
     **tables: Any,
-) -> Any:
+) -> Analysis | ProgramAnalysis:
     """Everything that can be said about a pattern or a program at these lengths before it runs.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, overload
 from weakref import WeakValueDictionary
 
 import sympy
@@ -106,10 +106,10 @@ class Mask(Expression):
     def __invert__(self) -> Mask:
         return Mask(_unstrict(sympy.Not(self._expr)), self._bound)
 
-    def __eq__(self, other: Any) -> Any:
+    def __eq__(self, other: Any) -> Mask:  # type: ignore[override]
         return ~(self ^ other)
 
-    def __ne__(self, other: Any) -> Any:
+    def __ne__(self, other: Any) -> Mask:  # type: ignore[override]
         return self ^ other
 
     __hash__ = Expression.__hash__
@@ -185,13 +185,13 @@ class _Arithmetic(Expression):
     def __rtruediv__(self, other: Any) -> Score:
         return _true_divide(as_score(other), as_score(self))
 
-    def __neg__(self) -> Any:
+    def __neg__(self) -> Self:
         return type(self)(-self._expr, self._bound)
 
-    def __pos__(self) -> Any:
+    def __pos__(self) -> Self:
         return self
 
-    def __abs__(self) -> Any:
+    def __abs__(self) -> Self:
         return type(self)(fn.Abs(self._expr), self._bound)
 
     def __lt__(self, other: Any) -> Mask:
@@ -206,10 +206,10 @@ class _Arithmetic(Expression):
     def __ge__(self, other: Any) -> Mask:
         return self._compare(other, sympy.Ge)
 
-    def __eq__(self, other: Any) -> Any:
+    def __eq__(self, other: Any) -> Mask:  # type: ignore[override]
         return self._compare(other, sympy.Eq)
 
-    def __ne__(self, other: Any) -> Any:
+    def __ne__(self, other: Any) -> Mask:  # type: ignore[override]
         return self._compare(other, sympy.Ne)
 
     __hash__ = Expression.__hash__
@@ -317,6 +317,21 @@ def _true_divide(left: Score, right: Score) -> Score:
     return Score(left._expr / right._expr, merge_carried(left, right))
 
 
+class _GivesScore(Protocol):
+    """For type checkers: an operator that gives a score."""
+
+    def __call__(self, other: Any, /) -> Score: ...
+
+
+class _GivesIndex(Protocol):
+    """For type checkers: an operator that gives an index with whole numbers, and a score with anything else."""
+
+    @overload
+    def __call__(self, other: Index | int, /) -> Index: ...
+    @overload
+    def __call__(self, other: Any, /) -> Score: ...
+
+
 class Index(_Arithmetic):
     """An integer expression over the indices, lengths and integer tables: ``+ - * // % ** abs & | ^ << >>`` and comparisons.
 
@@ -328,6 +343,13 @@ class Index(_Arithmetic):
     """
 
     __slots__ = ()
+    if TYPE_CHECKING:
+        __add__: _GivesIndex
+        __radd__: _GivesIndex
+        __sub__: _GivesIndex
+        __rsub__: _GivesIndex
+        __mul__: _GivesIndex
+        __rmul__: _GivesIndex
 
     def _divide(self, other: Any, operation: Any, symbol: str, *, swap: bool = False) -> Index:
         left, right = self, _power_of_two(other)
@@ -435,6 +457,13 @@ class Score(_Arithmetic):
     """
 
     __slots__ = ()
+    if TYPE_CHECKING:
+        __add__: _GivesScore
+        __radd__: _GivesScore
+        __sub__: _GivesScore
+        __rsub__: _GivesScore
+        __mul__: _GivesScore
+        __rmul__: _GivesScore
 
     def __pow__(self, power: Any) -> Score:
         other = as_score(power, where="exponent")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, overload
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang import functions as fn
-from sparsedsl.lang.expressions import Score, as_index, as_mask, as_score
+from sparsedsl.lang.expressions import Index, Score, as_index, as_mask, as_score
 from sparsedsl.lang.wrapped import merge_carried
 
 __all__ = [
@@ -21,7 +22,11 @@ def _widest(*values: Any, of: str) -> tuple[Any, ...]:
     return tuple(as_index(v, where=f"argument of {of}()") for v in values)
 
 
-def where(condition: Any, a: Any, b: Any) -> Any:
+@overload
+def where(condition: Any, a: Index | int, b: Index | int) -> Index: ...
+@overload
+def where(condition: Any, a: Any, b: Any) -> Score: ...
+def where(condition: Any, a: Any, b: Any) -> Index | Score:
     """``a`` where the mask ``condition`` holds, else ``b``: an index if both are, else a score.
 
     >>> import sparsedsl as sd
@@ -33,7 +38,11 @@ def where(condition: Any, a: Any, b: Any) -> Any:
     return type(a)(fn.Where(condition.expr, a.expr, b.expr), merge_carried(condition, a, b))
 
 
-def minimum(a: Any, *others: Any) -> Any:
+@overload
+def minimum(a: Index | int, *others: Index | int) -> Index: ...
+@overload
+def minimum(a: Any, *others: Any) -> Score: ...
+def minimum(a: Any, *others: Any) -> Index | Score:
     """The smallest of some expressions or numbers.
 
     >>> import sparsedsl as sd
@@ -44,7 +53,11 @@ def minimum(a: Any, *others: Any) -> Any:
     return type(values[0])(fn.Min(*(v.expr for v in values)), merge_carried(*values))
 
 
-def maximum(a: Any, *others: Any) -> Any:
+@overload
+def maximum(a: Index | int, *others: Index | int) -> Index: ...
+@overload
+def maximum(a: Any, *others: Any) -> Score: ...
+def maximum(a: Any, *others: Any) -> Index | Score:
     """The largest of some expressions or numbers.
 
     >>> import sparsedsl as sd
@@ -55,7 +68,11 @@ def maximum(a: Any, *others: Any) -> Any:
     return type(values[0])(fn.Max(*(v.expr for v in values)), merge_carried(*values))
 
 
-def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
+@overload
+def clamp(x: Index | int, low: Index | int | None = None, high: Index | int | None = None) -> Index: ...
+@overload
+def clamp(x: Any, low: Any = None, high: Any = None) -> Score: ...
+def clamp(x: Any, low: Any = None, high: Any = None) -> Index | Score:
     """``x`` limited to ``low <= x <= high`` (inclusive); either bound may be left out. As in torch, ``high`` wins if they cross.
 
     >>> import sparsedsl as sd
@@ -68,7 +85,7 @@ def clamp(x: Any, low: Any = None, high: Any = None) -> Any:
     return x if high is None else minimum(x, high)
 
 
-def _real(name: str) -> Any:
+def _real(name: str) -> Callable[[Any], Score]:
     function = fn.REAL_FUNCTIONS[name]
 
     def apply(x: Any) -> Score:

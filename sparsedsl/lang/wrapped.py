@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import numbers
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import sympy
 
@@ -104,7 +104,7 @@ class Expression(Unvalued):
             object.__setattr__(self, "_key", hashlib.sha256(f"{kind}\n{self.text}".encode()).hexdigest()[:32])
         return self._key  # type: ignore[return-value]
 
-    def bind(self, **tables: Any) -> Any:
+    def bind(self, **tables: Any) -> Self:
         """The same expression with tensors bound to tables, so that calls need not pass them."""
         known = self.tables
         for name in tables:
@@ -119,7 +119,7 @@ class Expression(Unvalued):
         """How many query heads it is written for, or None where any number will do; see :meth:`for_heads`."""
         return self._bound.heads
 
-    def for_heads(self, heads: int) -> Any:
+    def for_heads(self, heads: int) -> Self:
         """The same expression, which declares that it is written for so many query heads: a call with another number raises.
 
         >>> import sparsedsl as sd

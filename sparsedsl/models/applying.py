@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -24,6 +24,10 @@ from sparsedsl.models.masks import MaskFunction
 from sparsedsl.models.native import masks_of, native_facts, native_pattern
 from sparsedsl.models.programs import check_program, is_for_prefill
 from sparsedsl.program.graph import Program, as_program
+from sparsedsl.program.node import Node
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["AppliedPatterns", "apply"]
 
@@ -31,7 +35,17 @@ _NAME = "sparsedsl"  # what bound modules call; for all else the model keeps the
 _NATIVE = ("sdpa", "eager", "flex_attention")
 
 
-def apply(model: Any, patterns: Any, *, backend: str = "auto", allow: Sequence[str] = ()) -> AppliedPatterns:
+# What a layer may be given; None: it stays native.
+Given = Mask | Pattern | Program | Node | bool | None
+
+
+def apply(
+    model: PreTrainedModel,
+    patterns: Given | Mapping[int, Given] | Callable[[int], Given],
+    *,
+    backend: str = "auto",
+    allow: Sequence[str] = (),
+) -> AppliedPatterns:
     """Run patterns, or programs, in the attention layers of a transformers model.
 
     The model stays the module it was: forward, ``generate()`` with its cache, padding masks, packed positions and training
@@ -126,7 +140,13 @@ class AppliedPatterns:
     """
 
     def __init__(
-        self, model: Any, config: Any, native: str, layers: dict[int, Any], stack: Stack, bindings: dict[int, Binding]
+        self,
+        model: PreTrainedModel,
+        config: PreTrainedConfig,
+        native: str,
+        layers: dict[int, Any],
+        stack: Stack,
+        bindings: dict[int, Binding],
     ) -> None:
         self.model, self.layers = model, tuple(layers)
         self.patterns = {index: binding.program or binding.pattern for index, binding in bindings.items()}
@@ -219,7 +239,7 @@ def _choose(patterns: Any, layers: list[int]) -> dict[int, Any]:
     return {index: value for index, value in given.items() if value is not None}
 
 
-def _bind(module: Any, index: int, given: Any, config: Any, told: bool, compiled: Compiled, stack: Stack) -> Binding:
+def _bind(module: Any, index: int, given: Any, config: PreTrainedConfig, told: bool, compiled: Compiled, stack: Stack) -> Binding:
     program = as_program(given)
     if program is not None:
         own = native_pattern(module, index, config, told)

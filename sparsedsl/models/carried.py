@@ -13,19 +13,22 @@ import functools
 import operator
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.models.native import Facts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 __all__ = ["Patched", "Stack", "calling", "carrying", "put_stacks", "request_of", "stacks_of", "without_data"]
 
 _REQUEST = "_sparsedsl_request"
 
 
-def calling(config: Any, name: str) -> Any:
+def calling(config: PreTrainedConfig, name: str) -> Any:
     """The same configuration, attributes shared, for the modules that are to call the attention function ``name``."""
     kind: Any = type(config)
     view = object.__new__(_view_of(kind, name))
@@ -90,13 +93,13 @@ class Patched(str):
     stacks: tuple[Stack, ...]
 
 
-def stacks_of(config: Any) -> tuple[Stack, ...]:
+def stacks_of(config: PreTrainedConfig) -> tuple[Stack, ...]:
     """The patched stacks of layers that run by this configuration."""
     name = config._attn_implementation
     return name.stacks if isinstance(name, Patched) else ()
 
 
-def put_stacks(config: Any, name: str, stacks: tuple[Stack, ...]) -> None:
+def put_stacks(config: PreTrainedConfig, name: str, stacks: tuple[Stack, ...]) -> None:
     """Note in the configuration which patched stacks of layers run by it."""
     patched = Patched(name)
     patched.stacks = stacks

@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsedsl.errors import PatternError, UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["attention_layers", "closed_layers", "is_told_causal", "key_owners", "passes_argument", "text_config"]
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
 
 
-def text_config(model: Any) -> Any:
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The configuration of the part of ``model`` that reads text; refuses what is no transformers model."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
@@ -30,7 +33,7 @@ def text_config(model: Any) -> Any:
     return config.get_text_config()
 
 
-def closed_layers(model: Any) -> dict[int, str]:
+def closed_layers(model: PreTrainedModel) -> dict[int, str]:
     """Layer index -> class, for attention modules whose own ``forward`` no longer calls the interface that the inherited one calls."""
     config, found = text_config(model), {}
     for module in model.modules():
@@ -40,7 +43,7 @@ def closed_layers(model: Any) -> dict[int, str]:
     return found
 
 
-def attention_layers(model: Any) -> dict[int, Any]:
+def attention_layers(model: PreTrainedModel) -> dict[int, Any]:
     """Layer index -> self-attention module, for every layer of the text stack that calls transformers' attention interface."""
     config = text_config(model)
     found: dict[int, Any] = {}
@@ -65,7 +68,7 @@ def attention_layers(model: Any) -> dict[int, Any]:
     return dict(sorted(found.items()))
 
 
-def is_told_causal(model: Any, config: Any) -> bool:
+def is_told_causal(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     """Whether a module of the text stack overrules its layers with ``is_causal=True`` at the call, as CLIP's text model does."""
     stack = (module for module in model.modules() if _reads(module, config))
     return any(_mentions(module, "is_causal=True") for module in stack)
@@ -94,7 +97,7 @@ def _kind(module: Any) -> Any:
     return getattr(module, "layer_type", None), getattr(module, "use_rope", None)
 
 
-def _reads(module: Any, config: Any) -> bool:
+def _reads(module: Any, config: PreTrainedConfig) -> bool:
     """Whether a module has this configuration, or a view of it."""
     own = getattr(module, "config", None)
     return own is config or (hasattr(own, "__dict__") and vars(own) is vars(config))

@@ -10,13 +10,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.models.carried import carrying, stacks_of, without_data
 from sparsedsl.models.native import Facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = ["MaskFunction", "MaskRequest", "Packing"]
 
@@ -173,7 +176,7 @@ class MaskFunction:
 class _Reading:
     """transformers' mask function, a tree of closures, taken apart: what it says, packed sequences, and what else there is."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         self.turns = getattr(config, "use_bidirectional_attention", False) is True  # Gemma 3: an `or` lambda undoes `causal`
         self.plain = not self.turns
         self.facts: set[tuple[str, int | None]] = set()

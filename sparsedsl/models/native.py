@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.expressions import Mask, b, h, kv_idx, q_idx, score, table
 from sparsedsl.lang.numeric import tanh
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.models.layers import attention_layers, is_told_causal, passes_argument, text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = ["Facts", "left_padding", "masks_of", "native_facts", "native_pattern", "native_patterns", "sinks"]
 
@@ -20,7 +23,7 @@ sinks = table("sinks", dtype=float, learned=True)  # sinks[h]: the layer's sink 
 left_padding = table("left_padding", values_in=(0, 2**31 - 1))  # left_padding[b]: padding tokens before the sequence
 
 
-def native_patterns(model: Any) -> dict[int, Pattern]:
+def native_patterns(model: PreTrainedModel) -> dict[int, Pattern]:
     """The pattern of every attention layer of a transformers model, as its configuration has it.
 
     Full, sliding-window and chunked layers, causal or bidirectional, with soft cap and sink logits where the model has them. The
@@ -48,7 +51,7 @@ def native_patterns(model: Any) -> dict[int, Pattern]:
     return {i: native_pattern(module, i, config, told) for i, module in attention_layers(model).items()}
 
 
-def native_pattern(module: Any, index: int, config: Any, told_causal: bool = False) -> Pattern:
+def native_pattern(module: Any, index: int, config: PreTrainedConfig, told_causal: bool = False) -> Pattern:
     """The pattern of one attention module."""
     if passes_argument(module, "position_bias"):
         raise UnsupportedError(
@@ -68,7 +71,7 @@ def native_pattern(module: Any, index: int, config: Any, told_causal: bool = Fal
     return attend(mask, logit, sink=sinks[h] if has_sinks else None)
 
 
-def native_facts(module: Any, index: int, config: Any, told_causal: bool = False) -> Facts:
+def native_facts(module: Any, index: int, config: PreTrainedConfig, told_causal: bool = False) -> Facts:
     """What the configuration says about a layer's mask, in the words that :mod:`sparsedsl.models.masks` finds in a request."""
     # transformers: a decoder's mask functions turn bidirectional when the configuration says is_causal=False
     causal = (bool(getattr(module, "is_causal", True)) or told_causal) and bool(getattr(config, "is_causal", True))
@@ -84,7 +87,7 @@ def native_facts(module: Any, index: int, config: Any, told_causal: bool = False
     return frozenset({direction, ("chunk", int(config.attention_chunk_size))} if kind == "chunked_attention" else {(kind, None)})
 
 
-def masks_of(modules: dict[int, Any], config: Any, told_causal: bool = False) -> frozenset[Facts] | None:
+def masks_of(modules: dict[int, Any], config: PreTrainedConfig, told_causal: bool = False) -> frozenset[Facts] | None:
     """What the masks of these layers say; None where the configuration does not tell."""
     facts = frozenset(native_facts(module, index, config, told_causal) for index, module in modules.items())
     return None if any(_mask(one) is None for one in facts) else facts
@@ -107,7 +110,7 @@ def _mask(facts: Facts) -> Mask | bool | None:
     return None
 
 
-def _layer_type(config: Any, index: int) -> str:
+def _layer_type(config: PreTrainedConfig, index: int) -> str:
     """The layer's type, by the same rules as transformers' caches."""
     types = getattr(config, "layer_types", None)
     if types is not None:

@@ -7,7 +7,7 @@ import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, overload
 
 import sympy
 
@@ -91,6 +91,16 @@ class Attend(Branch):
         return f"attend({', '.join([words, *more])})"
 
 
+@overload
+def attend(
+    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None,
+    q: Node = q, k: Node = k, v: Node = v, normaliser: PerChunk,
+) -> Attend: ...  # fmt: skip
+@overload
+def attend(
+    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None,
+    q: Node = q, k: Node = k, v: Node = v, normaliser: None = None,
+) -> Pattern | Attend: ...  # fmt: skip
 def attend(
     mask: Any,
     score: Any = None,
@@ -102,7 +112,7 @@ def attend(
     k: Node = k,
     v: Node = v,
     normaliser: PerChunk | None = None,
-) -> Any:
+) -> Pattern | Attend:
     """Softmax attention over the pairs that ``mask`` allows.
 
     Args:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
 from sparsedsl.errors import PatternError
+from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.refusals import Unread
@@ -156,9 +157,9 @@ def _both(operation: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
 class Operand(Node):
     """A node that may stand for an expression over the pair that an attention looks at, and joins in its operators."""
 
-    def as_expression(self) -> Any:
+    def as_expression(self) -> Mask | Score:
         """The expression."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say what it stands for")
 
     def _operate(self, operation: Callable[[Any, Any], Any], other: Any, *, swapped: bool) -> Any:
         own = self.as_expression()

@@ -10,7 +10,7 @@ import numbers
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word, shown, way_in
@@ -40,10 +40,13 @@ __all__ = [
 ]
 
 
-class _Reducible(Node):
-    """What scores and key scores have in common: their heads can be joined."""
+G = TypeVar("G")
 
-    def over_group(self, how: str = "sum") -> Any:
+
+class _Reducible(Node, Generic[G]):
+    """What scores and key scores have in common: their heads can be joined, which gives a ``G``."""
+
+    def over_group(self, how: str = "sum") -> G:
         """Query heads of a key/value group as one: ``"sum"``, ``"mean"`` or ``"max"``; heads becomes kv_heads.
 
         >>> import sparsedsl as sd
@@ -52,14 +55,14 @@ class _Reducible(Node):
         """
         if self.axes[1] != "heads":
             raise PatternError(f"over_group(): {self!r} has no query heads to join; its axes are {' '.join(self.axes)!r}")
-        return grouped(self, "kv_heads", how)
+        return cast(G, grouped(self, "kv_heads", how))
 
-    def over_heads(self, how: str = "mean") -> Any:
+    def over_heads(self, how: str = "mean") -> G:
         """All heads as one: ``"sum"``, ``"mean"`` or ``"max"``."""
-        return grouped(self, "one", how)
+        return cast(G, grouped(self, "one", how))
 
 
-class Scores(_Reducible, Operand):
+class Scores(_Reducible["Grouped"], Operand):
     """Scores of units of keys for units of queries. Usable in the score of an attention: ``sd.score + scores``."""
 
     gives: ClassVar[str] = "scores"
@@ -123,7 +126,7 @@ class Scores(_Reducible, Operand):
         return one_of(Plus(other, self) if swapped else Plus(self, other))
 
 
-class KeyScores(_Reducible):
+class KeyScores(_Reducible["GroupedKeys"]):
     """One score for every key, at least 0."""
 
     gives: ClassVar[str] = "key scores"
@@ -373,10 +376,10 @@ class GroupedKeys(KeyScores):
         return "batch", self.heads, *self.x.axes[2:]
 
 
-def grouped(x: Any, heads: str, how: str) -> Any:
+def grouped(x: Any, heads: str, how: str) -> Grouped | GroupedKeys:
     """Scores or key scores with their heads joined to ``kv_heads`` or ``one``: see ``over_group`` and ``over_heads``."""
     _check_how("over_group" if heads == "kv_heads" else "over_heads", how)
-    return one_of((Grouped if isinstance(x, Scores) else GroupedKeys)(x, heads, how))
+    return one_of(Grouped(x, heads, how)) if isinstance(x, Scores) else one_of(GroupedKeys(x, heads, how))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
@@ -31,6 +31,14 @@ class Select(Operand):
     forced: Mask | None = field(default=None, kw_only=True)
     name: str = field(default="", kw_only=True)
     gives: ClassVar[str] = "picks"
+    if TYPE_CHECKING:  # operators read it as a mask
+
+        def __and__(self, other: Any) -> Mask: ...
+        def __rand__(self, other: Any) -> Mask: ...
+        def __or__(self, other: Any) -> Mask: ...
+        def __ror__(self, other: Any) -> Mask: ...
+        def __xor__(self, other: Any) -> Mask: ...
+        def __rxor__(self, other: Any) -> Mask: ...
 
     @property
     def axes(self) -> tuple[str, ...]:
