@@ -1,29 +1,43 @@
-"""Attention of a program by kernels: along lists of what was chosen, over full tiles, or over tables; whatever a backend has for it."""
+"""Attention of a program: what attends in any case over a static mask, what choices add along their lists, one softmax over both.
+
+For all backends. A mask is split once (:mod:`execute.mask_split`); then the queries are looked at, all at once, or in pieces where
+choices or scores for single queries have to be read as tables, which are as large as queries x blocks.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.backends.tiled.whole_blocks import WholeTiles, split, whole_tiles
-from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.errors import ShapeError
 from sparsedsl.execute.candidates import unit_rule
-from sparsedsl.execute.lowering import Lowering
-from sparsedsl.lang.expressions import Mask
+from sparsedsl.execute.lowering import Lowering, has_own_rows
+from sparsedsl.execute.mask_split import MaskSplit, split_node
+from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern, attend
-from sparsedsl.lang.symbols import SCORE
+from sparsedsl.lang.symbols import HEAD, Q_LEN
+from sparsedsl.lang.tables import table_reads
+from sparsedsl.program.axes import unit_of
 from sparsedsl.program.branches import Attend
-from sparsedsl.program.decided import assume, pairs_decided_by
 from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select
 from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import check_call
 from sparsedsl.runtime.heads import alike, merged, spread
 from sparsedsl.runtime.sinks import sink_logit
+from sparsedsl.selection.chunking import cut
+from sparsedsl.selection.selected_call import SelectedCall
 from sparsedsl.selection.selected_scores import picked_scores
+from sparsedsl.selection.union_lists import joined_lists
 from sparsedsl.selection.weights import weights_of
 
 __all__ = ["attend_node"]
@@ -33,6 +47,8 @@ Tensor = torch.Tensor
 Result = tuple[Tensor, Tensor | None]
 # Tokens in the smallest tile that is worth a product of its own.
 SMALLEST_TILE = 16
+# What tables with a row for each query may take at a time: more queries are looked at in pieces.
+TABLE_BYTES = 64 << 20
 
 
 def attend_node(run: Lowering, node: Attend) -> Any:
@@ -40,109 +56,204 @@ def attend_node(run: Lowering, node: Attend) -> Any:
     q, k, v = alike(*(run.value(x) for x in (node.x, node.y, node.z)))
     if q.shape[1] % k.shape[1]:
         raise ShapeError(f"attend(): {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
-    choices = [s for s in node.selections if s.units[0] == 1]
-    if node.normaliser is not None:
-        return _per_chunk_of_picks(run, node, q, k, v)
-    if not choices or run.kernels.whole_tables:
-        return _by_tables(run, node, q, k, v)
-    return _by_lists(run, node, choices, q, k, v)
+    rule, log_total, weights = node.normaliser, None, None
+    if rule is not None:
+        weights, log_total = weights_of(picked_scores(run.value(rule.scores), run.value(rule.picks)), rule.weights)  # type: ignore[arg-type]
+        log_total = spread(log_total, q.shape[1])
+    parts = split_node(node) if rule is not None or not run.kernels.whole_tables else MaskSplit(node.pattern.mask.expr)
+    work = _Attention(run, node, parts, weights)
+    found = [work.of(rows, q, k, v) for rows in work.pieces()]
+    out, lse = (
+        None if part[0] is None else part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in zip(*found, strict=True)
+    )
+    return out, lse if rule is None else log_total
 
 
-def _by_tables(run: Lowering, node: Attend, q: Tensor, k: Tensor, v: Tensor) -> Result:
-    """Choices for blocks of queries, and orders, as tables of an ordinary pattern."""
-    pattern, tables = run.concrete_pattern(node.pattern)
-    units = {choice.units for choice in node.selections}
-    if run.kernels.whole_tiles and len(units) == 1:
-        found = _by_blocks(run, pattern, *units.pop(), q, k, v, tables)
-        if found is not None:
-            return found
-    scale, wanted = run.call.scale, node in run.weighed
-    return run.kernels.attend(pattern, q, k, v, tables, q_offset=run.domain.q_offset, scale=scale, lse=wanted)
+@dataclass(frozen=True, eq=False)
+class _Attention:
+    """An attend node of a call. ``weights``: of the chunks of its normaliser, along the lists of its picks; None without one."""
+
+    run: Lowering
+    node: Attend
+    parts: MaskSplit
+    weights: Tensor | None
+
+    # ---- pieces of queries -------------------------------------------------------------------------------------------------
+
+    def pieces(self) -> Iterable[slice]:
+        """The queries, by number in the call, in pieces whose tables are small."""
+        domain, nodes = self.run.domain, self._nodes()
+        taken = sum(self._row_bytes(node) for node in nodes if unit_of(node.axes[2]) == 1)
+        step = max(1, TABLE_BYTES // max(1, taken))
+        if step >= domain.rows:
+            return [slice(0, domain.rows)]
+        # Computed once, and not again with each piece in the backward pass.
+        for node in (*nodes, *self.parts.choices):
+            self.run.value(node)
+        # Blocks of queries are not cut.
+        whole = math.lcm(*(unit_of(node.axes[2]) for node in nodes))
+        return cut(0, domain.rows, max(step // whole, 1) * whole)
+
+    def _nodes(self) -> list[Node]:
+        """The nodes that are read as tables with a row for each query, or for each block of queries."""
+        pattern, found = self.node.pattern, []
+        exprs = (self.parts.static, self.parts.selected, pattern.score.expr)
+        reads = {read for expr in exprs for read in table_reads(expr)}
+        for name, node in pattern.bound.items():
+            own = [read for read in reads if read.spec.name == name]
+            if own and isinstance(node, Node) and len(node.axes) == 4 and (unit_of(node.axes[2]) > 1 or has_own_rows(node, own)):
+                found.append(node)
+        return found
+
+    def _row_bytes(self, node: Node) -> int:
+        domain = self.run.domain
+        each = 1 if isinstance(node, Select) else self.run.call.dtype.itemsize
+        return domain.batch * domain.heads * -(-domain.kv_len // unit_of(node.axes[3])) * each
+
+    def of(self, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Result:
+        """The results of some queries."""
+        domain = replace(self.run.domain, kv_len=k.shape[2], heads=q.shape[1])
+        if rows == slice(0, domain.rows):
+            return self._of(domain, None, q, k, v)
+        part = replace(domain, rows=rows.stop - rows.start, q_offset=domain.q_offset + rows.start)
+        if not torch.is_grad_enabled():
+            return self._of(part, rows, q[:, :, rows], k, v)
+        # The backward pass makes the tables of a piece again: all of them together are what is too much.
+        return checkpoint(self._of, part, rows, q[:, :, rows], k, v, use_reentrant=False)
+
+    def _of(self, domain: Domain, rows: slice | None, q: Tensor, k: Tensor, v: Tensor) -> Result:
+        node, parts, wanted = self.node, self.parts, self.node in self.run.weighed
+        if parts.selected == sympy.false:
+            return self.static(domain, rows, q, k, v, sink=True, lse=wanted)
+        found: list[Any] = [self.selected(domain, rows, q, k, v)]
+        if parts.static != sympy.false:
+            found.insert(0, self.static(domain, rows, q, k, v, sink=False, lse=True))
+        if node.pattern.sink is not None:
+            call = check_call(attend(True), q, k, v, {}, q_offset=domain.q_offset)
+            logit = sink_logit(self._written(domain, rows), call, self.run.call.tables, self.run.call.dtype)
+            found.append((torch.zeros_like(found[0][0]), logit))
+        return found[0] if len(found) == 1 else merged(found)
+
+    def _written(self, domain: Domain, rows: slice | None) -> Pattern:
+        """The node's pattern; of a piece with the length of the whole, which is no longer that of the piece, as a number."""
+        pattern = self.node.pattern
+        sink = pattern.sink
+        if sink is not None:
+            sink = Score(self._lengths(sink.expr, rows), sink.bound)
+        return Pattern(pattern.mask, Score(self._lengths(pattern.score.expr, rows), pattern.score.bound), sink, pattern.scale)
+
+    def _lengths(self, expr: Any, rows: slice | None) -> Any:
+        return expr if rows is None else expr.xreplace({Q_LEN: sympy.Integer(self.run.domain.lengths["q_len"])})
+
+    # ---- what attends in any case --------------------------------------------------------------------------------------------
+
+    def static(self, domain: Domain, rows: slice | None, q: Tensor, k: Tensor, v: Tensor, *, sink: bool, lse: bool) -> Result:
+        """Attention over a mask that reads tables only."""
+        pattern, tables = self._pattern(self.parts.static, rows, sink=sink)
+        run, names = self.run, {read.spec.name for read in table_reads(self.parts.static)}
+        units = {choice.units for choice in self.node.selections if choice.label in names}
+        if run.kernels.whole_tiles and len(units) == 1:
+            found = self._by_blocks(domain, pattern, *units.pop(), q, k, v, tables)
+            if found is not None:
+                return found
+        return run.kernels.attend(pattern, q, k, v, tables, q_offset=domain.q_offset, scale=run.call.scale, lse=lse)
+
+    def _pattern(self, mask: Any, rows: slice | None, *, sink: bool) -> tuple[Pattern, dict[str, Tensor]]:
+        """The pattern with another mask, its reads of nodes as reads of tables, and all tables it reads."""
+        own, written = self.node.pattern, self._written(self.run.domain, rows)
+        mask, masks = self.run.concrete(self._lengths(mask, rows), own.mask.bound, rows)
+        score, scores = self.run.concrete(written.score.expr, own.score.bound, rows)
+        made = Pattern(Mask(mask), Score(score), written.sink if sink else None, own.scale)
+        tables = {**self.run.call.tables, **masks, **scores}
+        return made, {name: tables[name] for name in made.tables}
+
+    def _by_blocks(
+        self,
+        domain: Domain,
+        pattern: Pattern,
+        q_unit: int,
+        kv_unit: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tables: dict[str, Tensor],
+    ) -> Result | None:
+        """What is the same for all pairs of two blocks as full tiles, the rest as an ordinary mask, one softmax over both."""
+        parts = split(pattern.mask.expr, q_unit, kv_unit)
+        if parts is None or min(q_unit, kv_unit) < SMALLEST_TILE:
+            return None
+        run = self.run
+        whole = Pattern(Mask(parts[0]), pattern.score, None, pattern.scale)
+        domain = replace(domain, tables={name: tables[name] for name in whole.tables})
+        rule = unit_rule(parts[0], domain, q_unit, kv_unit, domain.heads, {}, q.device)
+        lists = whole_tiles(rule, domain, domain.heads, q_unit, kv_unit)
+        call = check_call(whole, q, k, v, domain.tables, q_offset=domain.q_offset, scale=run.call.scale)
+        found: list[Any] = [differentiable(WholeTiles(whole, lists), call)]
+        if parts[1] != sympy.false or pattern.sink is not None:
+            rest = Pattern(Mask(parts[1]), pattern.score, pattern.sink, pattern.scale)
+            own = {name: tables[name] for name in rest.tables}
+            found.append(run.kernels.attend(rest, q, k, v, own, q_offset=domain.q_offset, scale=run.call.scale, lse=True))
+        return found[0] if len(found) == 1 else merged(found)
+
+    # ---- what choices add ----------------------------------------------------------------------------------------------------
+
+    def selected(self, domain: Domain, rows: slice | None, q: Tensor, k: Tensor, v: Tensor) -> Result:
+        """Attention along the lists of the choices."""
+        run, node, parts = self.run, self.node, self.parts
+        lists = [run.value(choice) for choice in parts.choices]
+        lists = lists if rows is None else [picks.rows(rows) for picks in lists]
+        weights = self.weights if rows is None or self.weights is None else self.weights[:, :, rows]
+        blocks, members = lists[0], None
+        if len(lists) > 1:
+            blocks, members = joined_lists(lists, domain.kv_len, parts.wanted)
+        # What symbols of choices hide from a pattern is left out: a table is checked to reach as far as some choice might read it.
+        reach, tables = self._pattern(parts.reach, rows, sink=False)
+        call = check_call(reach, q, k, v, tables, q_offset=domain.q_offset, scale=run.scale(node.pattern.scale, q))
+        mask = parts.selected
+        if not _holds_in_blocks(parts):
+            mask, _ = run.concrete(self._lengths(mask, rows), node.pattern.mask.bound, rows)
+        else:
+            mask = sympy.true
+        symbols = tuple(symbol.name for symbol in parts.symbols) if mask.free_symbols & set(parts.symbols) else ()
+        made = SelectedCall(
+            blocks, call.scale, replace(call.domain, tables={}), mask, reach.score.expr, call.tables, symbols,
+            members if symbols else None, weights, node.normaliser is not None and node.normaliser.inner == "softmax1",
+        )  # fmt: skip
+        if run.kernels.whole_tables:
+            return run.kernels.two_passes(q, k, v, made), None
+        return run.kernels.selected(q, k, v, made)
 
 
-def _by_blocks(
-    run: Lowering, pattern: Pattern, q_unit: int, kv_unit: int, q: Tensor, k: Tensor, v: Tensor, tables: dict[str, Tensor]
-) -> Result | None:
-    """What is the same for all pairs of two blocks as full tiles, the rest as an ordinary mask, one softmax over both."""
-    parts = split(pattern.mask.expr, q_unit, kv_unit)
-    if parts is None or min(q_unit, kv_unit) < SMALLEST_TILE:
-        return None
-    whole = Pattern(Mask(parts[0]), pattern.score, None, pattern.scale)
-    domain = replace(run.domain, tables={name: tables[name] for name in whole.tables})
-    rule = unit_rule(parts[0], domain, q_unit, kv_unit, run.domain.heads, {}, q.device)
-    lists = whole_tiles(rule, domain, run.domain.heads, q_unit, kv_unit)
-    call = check_call(whole, q, k, v, domain.tables, q_offset=run.domain.q_offset, scale=run.call.scale)
-    found: list[Any] = [differentiable(WholeTiles(whole, lists), call)]
-    if parts[1] != sympy.false or pattern.sink is not None:
-        rest = Pattern(Mask(parts[1]), pattern.score, pattern.sink, pattern.scale)
-        own = {name: tables[name] for name in rest.tables}
-        found.append(run.kernels.attend(rest, q, k, v, own, q_offset=run.domain.q_offset, scale=run.call.scale, lse=True))
-    return found[0] if len(found) == 1 else merged(found)
+def _holds_in_blocks(parts: MaskSplit) -> bool:
+    """Whether all pairs of every listed block attend.
+
+    They do where the mask is what made the blocks candidates of the choices that picked them, says the same of all keys of a block, and
+    of all query heads that share a choice: a block is a candidate already if one of its pairs is allowed for one of these heads.
+    """
+    if parts.selected == sympy.true:
+        return True
+    cases = [number for number, wanted in enumerate(parts.wanted) if wanted]
+    return bool(cases) and all(_conditions(_in_case(parts, bits)) <= _known(parts.choices, bits) for bits in cases)
 
 
-def _by_lists(run: Lowering, node: Attend, choices: list[Select], q: Tensor, k: Tensor, v: Tensor) -> Result:
-    """Choices for single queries: what attends in any case by itself, what a choice adds along its lists, one softmax over both."""
-    mask, score = node.pattern.mask, node.pattern.score
-    dynamic = [name for name, bound in mask.bound.items() if isinstance(bound, Node)]
-    beside = [name for name in dynamic if name != choices[0].label]
-    added, removed = pairs_decided_by(mask, dynamic[0])
-    lacks = [
-        f"a choice for single queries, {choices[0].label}, beside {' and '.join(beside)} in one mask" if beside else "",
-        "a modified score beside a choice for single queries" if score.expr != SCORE else "",
-        "pairs that attend where nothing was chosen" if removed.expr != sympy.false else "",
-    ]
-    if any(lacks):
-        raise UnsupportedError(
-            f"backend {run.kernels.backend!r} has no lists for {' and '.join(filter(None, lacks))}: "
-            f"{node.pattern.text.splitlines()[-1]}. Use backend='reference' or 'flex', which read choices as tables; choose for "
-            "blocks of queries, by summaries of them; or, of two choices, choose once, by the sum of the scores"
-        )
-    always = Mask(assume(mask.expr, {dynamic[0]: False}))
-    parts: list[Any] = []
-    if always.expr != sympy.false:
-        plain = Pattern(always, score, None, node.pattern.scale)
-        given = {name: run.call.tables[name] for name in plain.tables}
-        parts.append(run.kernels.attend(plain, q, k, v, given, q_offset=run.domain.q_offset, scale=run.call.scale, lse=True))
-    parts.append(_picked(run, node, choices[0], q, k, v, added.expr))
-    if node.pattern.sink is not None:
-        call = check_call(attend(True), q, k, v, {}, q_offset=run.domain.q_offset)
-        logit = sink_logit(node.pattern, call, run.call.tables, run.call.dtype)
-        parts.append((torch.zeros_like(parts[0][0]), logit))
-    return parts[0] if len(parts) == 1 else merged(parts)
+def _in_case(parts: MaskSplit, bits: int) -> Any:
+    return parts.selected.xreplace(
+        {symbol: sympy.true if bits >> number & 1 else sympy.false for number, symbol in enumerate(parts.symbols)}
+    )
 
 
-def _picked(
-    run: Lowering,
-    node: Attend,
-    choice: Select,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    inside: Any,
-    weights: Tensor | None = None,
-    one: bool = False,
-) -> Result:
-    scale = run.scale(node.pattern.scale, q)
-    picks = run.value(choice)
-    needed = run.kernels.inside(inside, choice, run.domain, q.device)
-    return run.kernels.picked(q, k, v, picks, scale=scale, q_offset=run.domain.q_offset, inside=needed, weights=weights, one=one)
+def _conditions(mask: Any) -> set[Any]:
+    return set() if mask == sympy.true else set(sympy.And.make_args(mask))
 
 
-def _per_chunk_of_picks(run: Lowering, node: Attend, q: Tensor, k: Tensor, v: Tensor) -> Result:
-    rule = node.normaliser
-    assert rule is not None
-    if node.pattern.has_score:
-        raise UnsupportedError("per_chunk() takes logits as they are; leave score= out, or use one softmax over all")
-    picks, source = run.value(rule.picks), run.value(rule.scores)
-    weights, log_total = weights_of(picked_scores(source, picks), rule.weights)  # type: ignore[arg-type]
-    name = next(name for name, bound in node.pattern.mask.bound.items() if bound is rule.picks)
-    inside = assume(node.pattern.mask.expr, {name: True})
-    if run.kernels.whole_tables:
-        scale = run.scale(node.pattern.scale, q)
-        one = rule.inner == "softmax1"
-        out = run.kernels.two_passes(
-            q, k, v, picks, weights, inside, scale=scale, q_offset=run.domain.q_offset, one=one, tables=run.call.tables
-        )
-        return out, spread(log_total, q.shape[1])
-    out, _ = _picked(run, node, rule.picks, q, k, v, inside, weights, rule.inner == "softmax1")
-    return out, spread(log_total, q.shape[1])
+def _known(choices: tuple[Select, ...], bits: int) -> set[Any]:
+    """Conditions that hold for all pairs of a block that these choices picked."""
+    found: set[Any] = set()
+    for number, choice in enumerate(choices):
+        if not bits >> number & 1 or choice.among is None:
+            continue
+        mask = choice.among.expr
+        by_head = HEAD in mask.free_symbols and choice.axes[1] != "heads"
+        if constant_in_units(mask, 1, choice.units[1]) and not by_head:
+            found |= _conditions(mask)
+    return found

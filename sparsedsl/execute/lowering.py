@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.kernels import Kernels
-from sparsedsl.lang.expressions import Mask, Score
-from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.tables import read_class, table_reads
+from sparsedsl.lang.symbols import Q_IDX
+from sparsedsl.lang.tables import TableRead, read_class, table_reads
 from sparsedsl.program.axes import unit_of
 from sparsedsl.program.branches import Branch, Joint
 from sparsedsl.program.node import Node
@@ -22,7 +21,7 @@ from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.selection.scores import ScoreSource
 from sparsedsl.selection.selected import Picks
 
-__all__ = ["Lowering"]
+__all__ = ["Lowering", "has_own_rows"]
 
 Tensor = torch.Tensor
 
@@ -49,38 +48,40 @@ class Lowering(Evaluation):
         """The factor on dot products: the call's, else the node's own, else the usual one."""
         return self.call.scale or own or q.shape[3] ** -0.5
 
-    def concrete(self, part: Any) -> tuple[Any, dict[str, Tensor]]:
-        """An expression whose reads of nodes are reads of tables, and those tables. Rows of units are counted from the call's first."""
-        expr, tables = part.expr, {}
-        for name, node in part.bound.items():
-            if not isinstance(node, Node) or name not in part.tables:
-                continue
-            table = tables[name] = self.table(node)
-            for read in table_reads(expr):
-                if read.spec.name == name and table.ndim == 4:
-                    first = self.domain.q_offset // unit_of(node.axes[2])
-                    moved = (read.args[0], read.args[1], read.args[2] - first, read.args[3])
-                    expr = expr.xreplace({read: read_class(read.spec)(*moved)})
-        return expr, tables
+    def concrete(self, expr: Any, bound: Mapping[str, Any], rows: slice | None = None) -> tuple[Any, dict[str, Tensor]]:
+        """An expression whose reads of nodes are reads of tables, and those tables. Rows of tables are counted from their first.
 
-    def concrete_pattern(self, pattern: Pattern) -> tuple[Pattern, dict[str, Tensor]]:
-        """A pattern whose reads of nodes are reads of tables, and all tables it reads."""
-        (mask, masks), (score, scores) = self.concrete(pattern.mask), self.concrete(pattern.score)
-        made = Pattern(Mask(mask), Score(score), pattern.sink, pattern.scale)
-        tables = {**self.call.tables, **masks, **scores}
-        return made, {name: tables[name] for name in made.tables}
+        ``rows``: the queries that are looked at, by number in the call; tables with a row for each query then hold these alone.
+        """
+        reads = table_reads(expr)
+        nodes = {read.spec.name: node for read in reads if isinstance(node := bound.get(read.spec.name), Node)}
+        tables, first = {}, {}
+        for name, node in nodes.items():
+            part = rows if has_own_rows(node, [read for read in reads if read.spec.name == name]) else None
+            tables[name] = self.table(node, part)
+            if tables[name].ndim == 4:
+                first[name] = self.domain.q_offset // unit_of(node.axes[2]) + (0 if part is None else part.start)
 
-    def table(self, node: Node) -> Tensor:
-        """What a node gives, as a table ``(B, H, ..)`` that masks and scores read."""
+        def counted(part: Any) -> Any:
+            args = [counted(argument) for argument in part.args]
+            if isinstance(part, TableRead) and part.spec.name in first:
+                return read_class(part.spec)(*args[:2], args[2] - first[part.spec.name], args[3])
+            return part if all(map(operator.is_, args, part.args)) else part.func(*args)
+
+        return (counted(expr) if first else expr), tables
+
+    def table(self, node: Node, rows: slice | None = None) -> Tensor:
+        """What a node gives, as a table ``(B, H, ..)`` that masks and scores read; with ``rows`` those rows of it."""
         value = self.value(node)
         if isinstance(value, Picks):
-            value = value.table()
+            value = (value if rows is None else value.rows(rows)).table()
         elif isinstance(value, ScoreSource):
-            rows, units = value.shape[2:]
-            if unit_of(node.axes[2]) == 1 and rows * units > self.kernels.most_table_entries:
-                raise UnsupportedError(
-                    f"{node!r} is read as a table inside of a score: {rows} queries x {units} units would have to be held. "
-                    "Use larger units, or backend='reference', which holds them"
-                )
-            value = functional.pad(value.scores(), (0, -(-self.domain.kv_len // unit_of(node.axes[3])) - units), value=NEVER)
+            units = value.shape[3]
+            value = (value if rows is None else value.narrowed(rows, slice(0, units))).scores()
+            value = functional.pad(value, (0, -(-self.domain.kv_len // unit_of(node.axes[3])) - units), value=NEVER)
         return spread(value, self.domain.heads)
+
+
+def has_own_rows(node: Node, reads: Iterable[TableRead]) -> bool:
+    """Whether a node gives a row for each query, and these reads of it are of the row of the query that asks."""
+    return len(node.axes) == 4 and node.axes[2] == "queries" and all(read.args[2] == Q_IDX for read in reads)

@@ -171,7 +171,7 @@ def _allowed(run: Lowering, mask: Mask, node: Select | Softmax, source: ScoreSou
 def _forced(run: Lowering, node: Select, candidates: Candidates, source: ScoreSource) -> PairRule | None:
     if node.forced is None:
         return None
-    expr, tables = run.concrete(node.forced)
+    expr, tables = run.concrete(node.forced.expr, node.forced.bound)
     rule = unit_rule(expr, run.domain, *node.units, source.shape[1], tables, run.call.q.device)
     if candidates.allowed is None:
         return rule

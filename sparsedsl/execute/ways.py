@@ -9,10 +9,11 @@ import sympy
 
 from sparsedsl.backends.tiled.whole_blocks import split
 from sparsedsl.execute.kernels import FlexKernels, Kernels, TritonKernels
+from sparsedsl.execute.mask_split import split_node
 from sparsedsl.lang.expressions import Mask
+from sparsedsl.lang.tables import table_reads
 from sparsedsl.program import orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
-from sparsedsl.program.decided import assume
 from sparsedsl.program.node import Node
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.select import Select
@@ -91,10 +92,12 @@ def _attend(node: Attend, kernels: Kernels) -> str:
             return "two passes: LSE of every chunk, then FlexAttention with a bias of queries x chunks (short sequences)"
         return f"{_along(kernels)}, a softmax in every chunk, weights outside"
     if single and not kernels.whole_tables:
-        name = next(name for name, bound in node.pattern.mask.bound.items() if bound is single[0])
-        always = assume(node.pattern.mask.expr, {name: False})
-        beside = "" if always == sympy.false else f", and {inner} for {Mask(always)}; one softmax over both"
-        return f"{_along(kernels)}{beside}"
+        cut = split_node(node)
+        static = f"{inner} for {Mask(cut.static)}" + _tables(node, cut.static)
+        if cut.selected == sympy.false:
+            return static
+        several = f" of {len(cut.choices)} choices, joined" if len(cut.choices) > 1 else ""
+        return f"{_along(kernels)}{several}" + ("" if cut.static == sympy.false else f", and {static}; one softmax over both")
     if node.selections and kernels.whole_tiles:
         rows, columns = node.selections[0].units
         expr = node.pattern.mask.expr
@@ -102,7 +105,15 @@ def _attend(node: Attend, kernels: Kernels) -> str:
         if parts is not None:
             rest = "" if parts[1] == sympy.false else f", and {inner} for {Mask(parts[1])}; one softmax over both"
             return f"lists of full tiles of {rows} x {columns} tokens{rest}"
-    return f"{inner}" + (", choices as tables" if node.selections else "")
+    return inner + _tables(node, node.pattern.mask.expr)
+
+
+def _tables(node: Attend, mask: Any) -> str:
+    """What is said of a mask that reads choices: they are tables in it."""
+    names = {read.spec.name for read in table_reads(mask)}
+    read = [choice for choice in node.selections if choice.label in names]
+    few = any(choice.units[0] == 1 for choice in read)
+    return (", choices as tables" if read else "") + (", of some queries at a time" if few else "")
 
 
 def _along(kernels: Kernels) -> str:

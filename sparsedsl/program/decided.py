@@ -16,7 +16,7 @@ from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select, choices_in
 from sparsedsl.program.sources import PerChunk
 
-__all__ = ["assume", "pairs_decided_by", "possible", "with_candidates"]
+__all__ = ["assume", "pairs_decided_by", "possible", "simplified", "with_candidates"]
 
 
 def _dynamic_atoms(expr: Any, nodes: frozenset[str]) -> list[sympy.Basic]:
@@ -82,7 +82,7 @@ def _possible(expr: Any, nodes: frozenset[str]) -> Any:
     atoms = _dynamic_atoms(expr, nodes)
     if len(atoms) > MOST_CASES:
         return sympy.true
-    return _simple(sympy.Or(*[expr.xreplace(known) for known in _cases(atoms)]))
+    return simplified(sympy.Or(*[expr.xreplace(known) for known in _cases(atoms)]))
 
 
 @functools.lru_cache(maxsize=256)
@@ -94,13 +94,25 @@ def _decided(expr: Any, nodes: frozenset[str], label: str) -> tuple[Any, Any]:
     cases = _cases(atoms)
     added = [sympy.And(on.xreplace(known), sympy.Not(off.xreplace(known))) for known in cases]
     removed = [sympy.And(off.xreplace(known), sympy.Not(on.xreplace(known))) for known in cases]
-    return _simple(sympy.Or(*added)), _simple(sympy.Or(*removed))
+    return simplified(sympy.Or(*added)), simplified(sympy.Or(*removed))
 
 
-def _simple(expr: Any) -> Any:
-    if expr not in (sympy.true, sympy.false) and len(expr.atoms(sympy.core.relational.Relational)) <= 8:
+# Conditions up to which a mask is simplified: truth tables double with each.
+MOST_CONDITIONS = 8
+
+
+def simplified(expr: Any) -> Any:
+    """A mask by as few conditions as there can be, each as the operators write it; long ones are only written so."""
+    if expr not in (sympy.true, sympy.false) and len(_conditions(expr)) <= MOST_CONDITIONS:
         expr = sympy.simplify_logic(expr)
     return one_form(expr)
+
+
+def _conditions(expr: Any) -> set[Any]:
+    """The relations and boolean symbols that a mask joins."""
+    if isinstance(expr, (sympy.And, sympy.Or, sympy.Not, sympy.Xor)):
+        return set().union(*map(_conditions, expr.args))
+    return {expr}
 
 
 def with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pattern, PerChunk | None]:

@@ -47,6 +47,12 @@ class Picks:
         fine = fine.masked_fill(fine >= units, -1)
         return Picks(fine, (fine >= 0).sum(-1, dtype=torch.int32), self.q_unit, size, units, self.first)
 
+    def rows(self, part: slice) -> Picks:
+        """The lists of some units of queries, numbered from the first of the call."""
+        return Picks(
+            self.indices[:, :, part], self.counts[:, :, part], self.q_unit, self.kv_unit, self.units, self.first + part.start
+        )
+
     def scattered(self, values: Tensor) -> Tensor:
         """Values ``(B, H, U, W)`` of the slots by unit, ``(B, H, U, units)``, 0 elsewhere; Hs divides H. For small problems only."""
         indices = self.indices.repeat_interleave(values.shape[1] // self.indices.shape[1], 1).expand(values.shape)

@@ -130,25 +130,36 @@ def test_equal_scores_take_the_earlier_unit(qkv: Any, backend: str) -> None:
     assert not found[..., 2:].any() and found[:, :, 8:, :2].all()
 
 
-def test_what_tiled_has_no_lists_for_is_refused(qkv: Any) -> None:
-    two = sd.top_k(MEANS, 1, among=ENDED) | sd.top_k(sd.bound(sd.q, sd.k, 4), 1, among=ENDED)
-    with pytest.raises(sd.UnsupportedError, match=r"beside top_k_.* in one mask.*choose once, by the sum of the scores"):
-        sd.compile(sd.attend(CAUSAL & two), backend="tiled")(**qkv)
-    capped = sd.attend(CAUSAL & sd.top_k(MEANS, 1, among=ENDED), sd.tanh(sd.score))
-    with pytest.raises(sd.UnsupportedError, match="modified score"):
-        sd.compile(capped, backend="tiled")(**qkv)
-    assert sd.compile(capped, backend="reference")(**qkv).shape == (B, HQ, L, D)
+FIRST, SECOND = sd.top_k(MEANS, 1, name="first"), sd.top_k(sd.bound(sd.q, sd.k, 2), 3, name="second")
+SHARED = sd.top_k(MEANS.over_group("sum"), 2, name="shared")
+WINDOW = sd.q_idx - sd.kv_idx < 6
+CAPPED, BIASED = sd.tanh(sd.score / 2) * 2, sd.score - 0.1 * (sd.q_idx - sd.kv_idx)
+LEARNED = sd.score * 0.5 + sd.table("slope", learned=True)[sd.h, sd.kv_idx % 3]
+BLOCKS = sd.top_k(sd.dot(sd.summary(sd.q, 8), sd.summary(sd.k, 8)), 1, name="blocks")
+MASKS = {
+    "one": CAUSAL & (WINDOW | FIRST),
+    "two": CAUSAL & (WINDOW | FIRST | SECOND),
+    "both": CAUSAL & FIRST & SECOND,
+    "either": CAUSAL & (FIRST ^ SECOND),
+    "one without the other": CAUSAL & FIRST & ~SECOND,
+    "all but": CAUSAL & ~FIRST,
+    "all but, or another": CAUSAL & (~FIRST | SECOND),
+    "heads that share": CAUSAL & (SHARED | FIRST),
+    "by head": CAUSAL & (WINDOW | FIRST & (sd.h % 2 == 0)),
+    "blocks of queries": CAUSAL & (BLOCKS | FIRST),
+    "of another query": CAUSAL & (FIRST | SECOND[sd.b, sd.h, sd.maximum(sd.q_idx - 1, 0), sd.kv_idx // 2]),
+}  # fmt: skip
 
 
-def test_what_attends_where_nothing_was_chosen(qkv: Any) -> None:
-    others = sd.attend(CAUSAL & ~sd.top_k(MEANS, 1))
-    assert str(others.selections[0].among) == str(CAUSAL)  # the choice decides there, if the other way round
-    with pytest.raises(sd.UnsupportedError, match="pairs that attend where nothing was chosen"):
-        sd.compile(others, backend="tiled")(**qkv)
-    picked = sd.compile(sd.attend(CAUSAL & others.selections[0]), backend="reference")(**qkv, return_lse=True)
-    rest = sd.compile(others, backend="reference")(**qkv, return_lse=True)
-    dense = sd.compile(CAUSAL, backend="reference")(**qkv, return_lse=True)[1]
-    torch.testing.assert_close(torch.logaddexp(picked[1], rest[1]), dense)
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("score", [None, CAPPED, BIASED, LEARNED], ids=["plain", "capped", "biased", "learned"])
+def test_choices_are_operands_of_masks_beside_any_score(name: str, score: Any) -> None:
+    program = sd.attend(MASKS[name], score, sink=0.3 if name == "two" else None)
+    q, k, v = (kit.tensor(*s, seed=i, dtype=torch.float64) for i, s in enumerate((CASE.q_shape, CASE.k_shape, CASE.v_shape)))
+    named = {"slope": kit.tensor(HQ, 3, seed=5, dtype=torch.float64).requires_grad_()} if score is LEARNED else {}
+    attn = sd.compile(program, backend="tiled", allow=["selection reads later queries"])
+    done = kit.assert_matches_reference(attn, q, k, v, **named)
+    assert {"out", "lse", "dq", "dk", "dv"} <= set(done)
 
 
 def test_weights_add_up(backend: str) -> None:

@@ -45,14 +45,26 @@ def _concrete(run: Evaluation, part: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def pairs(run: Evaluation, mask: Mask) -> Tensor:
     """The mask at every pair: ``(batch, heads, queries, keys)``."""
+    expr, env = _at_pairs(run, mask)
+    return evaluate(expr, env).expand(*run.call.q.shape[:3], run.call.k.shape[2])
+
+
+def modified(run: Evaluation, score: Score, logits: Tensor) -> Tensor:
+    """What a score makes of logits ``(batch, heads, queries, keys)``."""
+    expr, env = _at_pairs(run, score)
+    return evaluate(expr, {**env, "score": logits}, dtype=logits.dtype).to(logits.dtype).expand(logits.shape)
+
+
+def _at_pairs(run: Evaluation, part: Mask | Score) -> tuple[Any, dict[str, Any]]:
+    """An expression, and the values of what it reads at every pair."""
     q, keys, device = run.call.q, run.call.k.shape[2], run.call.q.device
-    expr, tables = _concrete(run, mask)
+    expr, tables = _concrete(run, part)
     env: dict[str, Any] = {**run.domain.lengths, **run.call.tables, **tables}
     env["b"] = torch.arange(q.shape[0], device=device)[:, None, None, None]
     env["h"] = torch.arange(q.shape[1], device=device)[:, None, None]
     env["q_idx"] = run.call.q_offset + torch.arange(q.shape[2], device=device)[:, None]
     env["kv_idx"] = torch.arange(keys, device=device)
-    return evaluate(expr, env).expand(*q.shape[:3], keys)
+    return expr, env
 
 
 def units(run: Evaluation, mask: Mask, node: Any) -> Tensor:

@@ -15,7 +15,6 @@ from sparsedsl.backends.reference.attention import attend_reference
 from sparsedsl.backends.reference.scores import SCORE_RULES
 from sparsedsl.backends.reference.selection import CHOICE_RULES
 from sparsedsl.backends.reference.tensors import NEVER, log_sum, softmax, spread
-from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
@@ -65,11 +64,14 @@ def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor]:
 
 
 def _per_chunk(run: Reference, node: Attend, rule: PerChunk, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if node.pattern.has_score:
-        raise UnsupportedError("per_chunk() takes logits as they are; leave score= out, or use one softmax over all")
+    pattern, tables = run.concrete_pattern(node.pattern)
+    check_call(pattern, q, k, v, tables, q_offset=run.call.q_offset, scale=run.call.scale)
     k, v = spread(k, q.shape[1]), spread(v, q.shape[1])
     logits = seen_product(q, k.transpose(-1, -2)) * (run.call.scale or node.pattern.scale or q.shape[3] ** -0.5)
-    logits = torch.where(run.pairs(node.pattern.mask), logits, NEVER)
+    allowed = run.pairs(node.pattern.mask)
+    if node.pattern.has_score:  # masked logits are 1, where every score function and its derivative are finite
+        logits = masks.modified(run, node.pattern.score, torch.where(allowed, logits, 1.0))
+    logits = torch.where(allowed, logits, NEVER)
     weights, log_total = _chunk_weights(run.chunk_scores(rule), rule.weights)
     out, unit = q.new_zeros((*q.shape[:3], v.shape[3])), rule.picks.units[1]
     for chunk in range(weights.shape[3]):

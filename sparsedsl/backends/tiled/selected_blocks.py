@@ -7,21 +7,24 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import sympy
 import torch
 
 from sparsedsl.backends.tiled.head_groups import Block, Lanes
-from sparsedsl.backends.tiled.passes import MOST_COPIES
+from sparsedsl.backends.tiled.passes import FAR_LSE, MOST_COPIES
+from sparsedsl.backends.tiled.score_rules import LN2, LOG2E, ScoreRule, score_rule
 from sparsedsl.backends.tiled.selected_chunks import Chunks, ChunkSums
-from sparsedsl.backends.tiled.selected_invert import Inverted, Piece, Sizes, invert
-from sparsedsl.backends.tiled.selected_passes import LOG2E, BlockPass
+from sparsedsl.backends.tiled.selected_invert import Inverted, Sizes, invert
+from sparsedsl.backends.tiled.selected_passes import BlockPass
+from sparsedsl.backends.tiled.selected_tiles import PairTiles
+from sparsedsl.lang.symbols import SCORE
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.threads import share
-from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.selected_call import SelectedCall
 
-__all__ = ["Inside", "Job", "backward", "forward"]
+__all__ = ["backward", "forward"]
 
 Tensor = torch.Tensor
-Inside = Callable[[slice, Tensor, Tensor, Tensor], Tensor]
 INF = float("inf")
 
 BLOCK_BYTES, BLOCK_BYTES_LEAST = (
@@ -35,18 +38,7 @@ PIECE_NUMBERS, PIECE_NUMBERS_CPU = (
 FEW = 1 << 22  # numbers in all pieces together that are not worth a second thread
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """A call without its tensors, which autograd keeps."""
-
-    picks: Picks
-    scale: float
-    q_offset: int
-    inside: Inside | None
-    one: bool
-
-
-def forward(job: Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(job: SelectedCall, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """``out (B, Hq, Sq, Dv)`` and ``lse (B, Hq, Sq)``."""
     run = _Run(job, q, k, v, weights)
     out = q.new_zeros((*q.shape[:3], v.shape[3]))
@@ -55,14 +47,14 @@ def forward(job: Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None) -
     def work(block: Block) -> None:
         block_out, block_lse = run.pass_over(block).forward()
         run.put(out, block, block_out)
-        run.put(lse, block, block_lse / LOG2E)
+        run.put(lse, block, block_lse * LN2)
 
     run.side_by_side(functools.partial(work, block) for block in run.blocks(-(-run.lanes.queries // run.workers)))
     return out, lse
 
 
 def backward(
-    job: Job,
+    job: SelectedCall,
     want_kv: bool,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
@@ -72,16 +64,19 @@ def backward(
     k: Tensor,
     v: Tensor,
     weights: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v and the weights; those of k and v only where ``want_kv``."""
+    learned: tuple[str, ...] = (),
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
+    """Gradients of q, k, v, the weights and the tables named in ``learned``; those of k and v only where ``want_kv``."""
     run = _Run(job, q, k, v, weights)
     grad_out = torch.zeros((), dtype=q.dtype, device=q.device).expand(out.shape) if grad_out is None else grad_out
     grad_q = torch.zeros_like(q)
     grad_weights = None if weights is None else torch.zeros_like(weights)
+    # In float64, where torch adds in a fixed order whatever the number of threads.
+    leaves = {name: job.tables[name].detach().double().requires_grad_() for name in learned}
 
-    def work(blocks: list[Block], sums: tuple[ChunkSums, ChunkSums] | None) -> None:
+    def work(blocks: list[Block], sums: tuple[ChunkSums, ChunkSums] | None, gains: dict[str, Tensor]) -> None:
         for block in blocks:
-            part = run.pass_over(block)
+            part = run.pass_over(block, leaves, gains)
             grads = run.lanes.take(grad_out, block, run.dtype)
             lses = run.lanes.take(lse, block, run.dtype, beyond=INF)
             lses.masked_fill_(lses == -INF, INF)
@@ -89,7 +84,16 @@ def backward(
             slopes = None if grad_lse is None else run.lanes.take(grad_lse, block, run.dtype).masked_fill_(lses == INF, 0.0)
             if slopes is not None:
                 delta -= slopes
-            block_q, block_weights = part.backward(grads, lses * LOG2E, delta, sums)
+            lses2 = lses * LOG2E
+            far = run.far(lses)
+            if far is not None:
+                largest, totals = part.totals()
+                lses2[:-1] = torch.where(far, largest, lses2[:-1])
+                # Gradients are linear in what comes from outside: a factor of all weights of a row is one of these.
+                factor = torch.where(far, totals.reciprocal(), 1.0)
+                grads[:-1] *= factor[..., None]
+                delta[:-1] *= factor
+            block_q, block_weights = part.backward(grads, lses2, delta, sums)
             run.put(grad_q, block, block_q.mul_(job.scale))
             if block_weights is not None and grad_weights is not None:
                 if slopes is not None:  # lse = log(sum of weights)
@@ -99,22 +103,26 @@ def backward(
 
     parts, copies = run.parts()
     sums = [(ChunkSums(run.chunks[0]), ChunkSums(run.chunks[1])) if want_kv else None for _ in range(copies)]
-    run.side_by_side(functools.partial(work, part, sums[number % copies]) for number, part in enumerate(parts))
+    gains = [{name: torch.zeros_like(leaf) for name, leaf in leaves.items()} for _ in parts]
+    run.side_by_side(functools.partial(work, part, sums[number % copies], gains[number]) for number, part in enumerate(parts))
+    by_tables = [
+        sum((gain[name] for gain in gains), torch.zeros_like(leaf)).to(job.tables[name].dtype) for name, leaf in leaves.items()
+    ]
     if sums[0] is None:
-        return grad_q, None, None, grad_weights
+        return grad_q, None, None, grad_weights, by_tables
     keys, values = sums[0]
     for other in sums[1:]:
         if other is not None:
             keys.join(other[0])
             values.join(other[1])
-    return grad_q, keys.whole(1 / LOG2E), values.whole(), grad_weights
+    return grad_q, keys.whole(job.scale / run.factor), values.whole(), grad_weights, by_tables
 
 
 @dataclass(frozen=True, eq=False)
 class _Run:
     """A call with its tensors."""
 
-    job: Job
+    job: SelectedCall
     q: Tensor
     k: Tensor
     v: Tensor
@@ -125,6 +133,28 @@ class _Run:
         """That of accumulation."""
         return accumulated(self.q.dtype)
 
+    @functools.cached_property
+    def rule(self) -> ScoreRule:
+        """How products become logits."""
+        return score_rule(self.job.score)
+
+    @property
+    def factor(self) -> float:
+        """What q is multiplied by before the products."""
+        return self.rule.factor(self.job.scale)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether products are logits, and all of them attend."""
+        return self.job.mask == sympy.true and self.job.score == SCORE
+
+    def far(self, lses: Tensor) -> Tensor | None:
+        """The queries of a block, ``(queries, heads)``, whose LSE is too far from 0 to hold all digits of a sum; None: none."""
+        if self.weights is not None or self.dtype == torch.float64 or self.q.device.type != "cpu":
+            return None
+        far = (lses[:-1].abs() > FAR_LSE) & lses[:-1].isfinite()
+        return far if bool(far.any()) else None
+
     @property
     def lse_of_nothing(self) -> float:
         """The LSE of a query without a list."""
@@ -133,7 +163,7 @@ class _Run:
     @functools.cached_property
     def indices(self) -> Tensor:
         """No list is longer than there are chunks."""
-        return self.job.picks.indices[..., : self.job.picks.units]
+        return self.job.blocks.indices[..., : self.job.blocks.units]
 
     @functools.cached_property
     def lanes(self) -> Lanes:
@@ -143,7 +173,7 @@ class _Run:
     @functools.cached_property
     def chunks(self) -> tuple[Chunks, Chunks]:
         """Those of k and v."""
-        unit, units = self.job.picks.kv_unit, self.job.picks.units
+        unit, units = self.job.blocks.kv_unit, self.job.blocks.units
         return Chunks(self.k, unit, units, self.dtype), Chunks(self.v, unit, units, self.dtype)
 
     @functools.cached_property
@@ -151,9 +181,9 @@ class _Run:
         """Threads that compute, each a block of its own."""
         if self.q.device.type != "cpu":
             return 1
-        lanes, tokens, width = self.lanes, self.job.picks.kv_unit, self.q.shape[3] + self.v.shape[3]
+        lanes, tokens, width = self.lanes, self.job.blocks.kv_unit, self.q.shape[3] + self.v.shape[3]
         pairs = lanes.queries * self.indices.shape[3]
-        chunks = min(pairs, self.k.shape[0] * self.k.shape[1] * self.job.picks.units)
+        chunks = min(pairs, self.k.shape[0] * self.k.shape[1] * self.job.blocks.units)
         numbers = pairs * lanes.heads * (tokens + width) + chunks * tokens * width
         return 1 if numbers < FEW else torch.get_num_threads()
 
@@ -164,7 +194,7 @@ class _Run:
             return
         numbers = slots * (max(head_dim, head_dim_v) + 4) + head_dim + head_dim_v
         room = max(BLOCK_BYTES // self.workers, BLOCK_BYTES_LEAST) // (self.lanes.heads * numbers * self.dtype.itemsize)
-        yield from self.lanes.blocks(min(room, most), one_lane=one_lane or self.job.inside is not None)
+        yield from self.lanes.blocks(min(room, most), one_lane=one_lane)
 
     def parts(self) -> tuple[list[list[Block]], int]:
         """The blocks as parts of a backward pass that may run side by side, and how many copies of the sums of k and v that takes.
@@ -196,8 +226,10 @@ class _Run:
             for piece in work:
                 piece()
 
-    def pass_over(self, block: Block) -> BlockPass:
-        """A block with what it reads."""
+    def pass_over(
+        self, block: Block, leaves: dict[str, Tensor] | None = None, gains: dict[str, Tensor] | None = None
+    ) -> BlockPass:
+        """A block with what it reads. ``leaves``, ``gains``: the learned tables, and where their gradients are added up."""
         (keys, values), heads = self.chunks, self.lanes.heads
         sizes = Sizes(
             tokens=keys.tokens,
@@ -208,10 +240,14 @@ class _Run:
         )
         most = PIECE_NUMBERS_CPU if self.q.device.type == "cpu" else PIECE_NUMBERS
         inverted = invert(self.lanes.lists(self.indices, block), self.lanes.kv_lines(block, self.q.device), sizes, most)
-        q = self.lanes.take(self.q, block, self.dtype).mul_(self.job.scale * LOG2E)
+        q = self.lanes.take(self.q, block, self.dtype).mul_(self.factor)
         weights = None if self.weights is None else self._weights_of(self.weights, block, inverted)
-        bias = None if self.job.inside is None else functools.partial(self._bias, self.job.inside, block, inverted)
-        return BlockPass(inverted, q, keys, values, weights, bias, self.job.one)
+        tiles = None
+        if not self.is_plain:
+            members = self.job.members
+            bits = None if members is None else self.lanes.lists(members[..., : self.indices.shape[3]], block)
+            tiles = PairTiles(self.job, self.rule, self.lanes, block, inverted, keys, bits, leaves or {}, gains or {})
+        return BlockPass(inverted, q, keys, values, weights, tiles, self.rule.tanh, self.job.one)
 
     def put(self, x: Tensor, block: Block, values: Tensor) -> None:
         """Write ``values (queries, heads, ...)`` into ``x (B, Hq, Sq, ...)``."""
@@ -234,15 +270,3 @@ class _Run:
         part = weights[block.at_batch, self._weight_heads(weights, block), block.at_rows, : self.indices.shape[3]]
         part = part.unflatten(1, (-1, self.lanes.heads)).transpose(2, 3).flatten(0, 2).to(self.dtype)
         return part.masked_fill(inverted.beyond[:, None], 0.0)
-
-    def _bias(self, inside: Inside, block: Block, inverted: Inverted, piece: Piece) -> Tensor:
-        """0 or -inf for ``(places, heads or 1, tokens)``. A block has one lane here; a place without a pair asks for the last query."""
-        device, keys = self.q.device, self.chunks[0]
-        query = inverted.queries[piece.places].clamp(max=block.queries - 1)
-        start = torch.tensor([keys.start(number) for number in piece.chunks], device=device)
-        tokens = start[:, None] + torch.arange(keys.length(piece), device=device)
-        heads = torch.tensor(self.lanes.heads_of(block), device=device)
-        positions = query + (self.job.q_offset + block.rows.start)
-        allowed = inside(block.at_batch, heads, positions, tokens.repeat_interleave(piece.load, dim=0))
-        allowed = allowed.movedim(0, 1) if allowed.ndim == 3 else allowed[:, None]
-        return torch.zeros(allowed.shape, dtype=self.dtype, device=device).masked_fill_(~allowed, -INF)

@@ -7,8 +7,6 @@ the backward pass as (tokens, rows): four of its five products are then ones tha
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,20 +14,21 @@ from torch.nn.functional import embedding_bag
 
 from sparsedsl.backends.tiled.selected_chunks import Chunks, ChunkSums
 from sparsedsl.backends.tiled.selected_invert import Inverted, Piece
+from sparsedsl.backends.tiled.selected_tiles import PairTiles
 from sparsedsl.runtime.gemm import product, product_nt, product_tn
 
-__all__ = ["LOG2E", "BlockPass"]
+__all__ = ["BlockPass"]
 
 Tensor = torch.Tensor
-LOG2E = math.log2(math.e)
 INF = float("inf")
 
 
 @dataclass(frozen=True, eq=False)
 class BlockPass:
-    """One block. ``q (queries + 1, heads, D)`` times ``scale * log2(e)``, the last row 0; ``weights (queries, heads, W)``, 0 after the
-    ends of lists, or None for one softmax over all chunks. ``bias``: 0 or -inf for ``(places, heads or 1, tokens)`` of a piece, or None.
-    ``one``: a logit 0 more, without a value, in each softmax.
+    """One block. ``q (queries + 1, heads, D)`` times the factor of the score rule, the last row 0; ``weights (queries, heads, W)``, 0
+    after the ends of lists, or None for one softmax over all chunks. ``tiles``: score rule and mask; None where products are logits in
+    units of log2 and all of them attend. ``tanh``: whether the rule wants that of the products. ``one``: a logit 0 more, without a
+    value, in each softmax.
     """
 
     inverted: Inverted
@@ -37,7 +36,8 @@ class BlockPass:
     k: Chunks
     v: Chunks
     weights: Tensor | None
-    bias: Callable[[Piece], Tensor] | None
+    tiles: PairTiles | None
+    tanh: bool
     one: bool
 
     # ---- forward ----------------------------------------------------------------------------------------------
@@ -51,34 +51,49 @@ class BlockPass:
 
         for piece in self.inverted.pieces:
             at = piece.places
-            weights = product_nt(self._rows(self.q, piece), self.k.read(piece))
-            if self.bias is not None:
-                weights.view(-1, heads, weights.shape[2]).add_(self.bias(piece))
+            weights = self._logits(piece)
             largest, sums = self._exponentials(weights, dim=2)
             peak[at], total[at] = largest.view(-1, heads), sums.view(-1, heads)
             out[at] = product(weights, self.v.read(piece)).view(-1, heads, out.shape[2])
         peak, total = peak.take(self._index), total.take(self._index)
         if self.weights is None:
-            factors, lse = self._joined(peak, total)
+            largest, shares, sums = self._joined(peak, total)
+            lse = largest + sums.log2()
+            factors = shares.div_(sums[..., None]).masked_fill_((sums == 0)[..., None], 0.0)
         else:
             factors = (self.weights / total).masked_fill_(total == 0, 0.0)
             lse = self.weights.sum(2).log2()
         return self._summed(out, factors), lse
 
-    def _joined(self, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """What the sums of each chunk count in one softmax over all, and its LSE."""
-        by_chunk = peak + total.log2()
-        largest = by_chunk.amax(2).clamp_(min=0.0 if self.one else torch.finfo(peak.dtype).min)
-        sums = (by_chunk - largest[..., None]).exp2_().sum(2)
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Of each query and head the largest logit in units of log2, and the sum of ``2**(logit - largest)``: an LSE as two numbers."""
+        places, heads = self.inverted.pairs.shape[0], self.q.shape[1]
+        peak, total = self.q.new_full((places + 1, heads), -INF), self.q.new_zeros((places + 1, heads))
+        for piece in self.inverted.pieces:
+            largest, sums = self._exponentials(self._logits(piece), dim=2)
+            peak[piece.places], total[piece.places] = largest.view(-1, heads), sums.view(-1, heads)
+        largest, _, sums = self._joined(peak.take(self._index), total.take(self._index))
+        return largest, sums
+
+    def _logits(self, piece: Piece) -> Tensor:
+        """``(chunks, rows, tokens)``."""
+        logits = product_nt(self._rows(self.q, piece), self.k.read(piece), tanh=self.tanh)
+        return logits if self.tiles is None else self.tiles.logits(logits, piece)
+
+    def _joined(self, peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the largest logits and the sums relative to them, by chunk: the largest of all, ``2**(each - largest)``, and the sum
+        relative to it. Logits may be so large that their LSE has no digits left for a sum."""
+        largest = peak.amax(2).clamp_(min=0.0 if self.one else torch.finfo(peak.dtype).min)
+        shares = (peak - largest[..., None]).exp2_()
+        sums = (shares * total).sum(2)
         if self.one:
             sums += (-largest).exp2_()
-        lse = largest + sums.log2()
-        return (peak - lse.masked_fill(lse == -INF, INF)[..., None]).exp2_(), lse
+        return largest, shares, sums
 
     def _exponentials(self, logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Make logits into ``exp2(logits - largest)`` in place; ``largest`` and the sums along ``dim``."""
         largest = logits.amax(dim, keepdim=True)
-        if self.bias is not None:
+        if self.tiles is not None:
             largest.clamp_(min=torch.finfo(logits.dtype).min)  # -inf - -inf is no number
         sums = logits.sub_(largest).exp2_().sum(dim, keepdim=True)
         if self.one and self.weights is not None:
@@ -90,11 +105,11 @@ class BlockPass:
     def backward(
         self, grad_out: Tensor, lse: Tensor, delta: Tensor, sums: tuple[ChunkSums, ChunkSums] | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the logits' q, ``(queries, heads, D)``, without the scale, and of the weights ``(queries, heads, W)``.
+        """Gradients by the scaled products of q, ``(queries, heads, D)``, without the scale, and of the weights ``(queries, heads, W)``.
 
         ``grad_out (queries + 1, heads, Dv)``, the last row 0. For one softmax ``lse (queries + 1, heads)`` in units of log2, inf where
         there is none, and ``delta = <grad_out, out> - grad_lse``; where each chunk has a softmax of its own it has a delta of its own.
-        Adds to ``sums`` of k (to be multiplied by ln 2) and v.
+        Adds to ``sums`` of k (to be multiplied by the scale and divided by the factor in q) and v.
         """
         places, heads = self.inverted.pairs.shape[0], self.q.shape[1]
         grad_q = self.q.new_empty((places + 1, heads, self.q.shape[2]))
@@ -103,15 +118,17 @@ class BlockPass:
         shares = None if self.weights is None else _with_none(self.weights.transpose(1, 2).reshape(-1, heads))
 
         for piece in self.inverted.pieces:
-            at, number = piece.places, len(piece.chunks)
+            at = piece.places
             rows, grads, keys = self._rows(self.q, piece), self._rows(grad_out, piece), self.k.read(piece)
-            weights = product_nt(keys, rows)
-            if self.bias is not None:
-                bias = self.bias(piece).unflatten(0, (number, -1)).permute(0, 3, 1, 2)
-                weights.view(number, keys.shape[1], -1, heads).add_(bias)
+            weights, kept = product_nt(keys, rows, tanh=self.tanh), None
+            if self.tiles is not None:
+                weights, kept = self.tiles.logits_kept(weights, piece)
             slopes = product_nt(self.v.read(piece), grads)
             if shares is None:
-                weights.sub_(self._rows(lse, piece)).exp2_()
+                weights.sub_(self._rows(lse, piece))
+                if self.tiles is not None:
+                    weights.clamp_(max=0.0)  # so large a logit that the LSE could not hold what was added to it
+                weights.exp2_()
                 slopes.sub_(self._rows(delta, piece))
             else:
                 total = self._exponentials(weights, dim=1)[1].clamp_(min=torch.finfo(weights.dtype).tiny)
@@ -120,6 +137,8 @@ class BlockPass:
                 weights.mul_(shares.index_select(0, self.inverted.pairs[at]).view(total.shape).div_(total))
                 slopes.sub_(own)
             slopes.mul_(weights)
+            if self.tiles is not None:
+                slopes = self.tiles.gradients(slopes, piece, kept)
             if sums is not None:
                 sums[0].add(piece, product(slopes, rows))
                 sums[1].add(piece, product(weights, grads))

@@ -2,26 +2,90 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NoReturn
 
+import sympy
 import torch
 
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.remembered import Remembered
+from sparsedsl.analysis.spans import span_rows, spans
 from sparsedsl.backends.triton.attention import missing
 from sparsedsl.backends.triton.selected_configs import block_of
 from sparsedsl.backends.triton.selected_passes import Interval, Job, Run
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.gpu.loading import interpreted
+from sparsedsl.lang.expressions import Score
 from sparsedsl.lang.pattern import attend
+from sparsedsl.lang.symbols import SCORE
+from sparsedsl.lang.tables import table_reads
 from sparsedsl.runtime.autograd import no_second_derivatives
 from sparsedsl.runtime.call import check_call
 from sparsedsl.selection.checks import check_one, check_picks, check_weights
 from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.selected_call import SelectedCall
 
-__all__ = ["Interval", "picked_attention_triton"]
+__all__ = ["Interval", "picked_attention_triton", "selected_attention"]
 
 Tensor = torch.Tensor
 WIDEST_HEAD, LONGEST_CHUNK, LARGEST_TILE = 256, 128, 1 << 16
 LESS = "Use backend='tiled'"
+_INTERVALS: Remembered[Any] = Remembered(64)
+
+
+def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor]:
+    """:func:`~sparsedsl.backends.tiled.selected.selected_attention` on Triton kernels.
+
+    Raises:
+        UnsupportedError: a modified score, several choices in one mask, a mask that is no single interval of keys for each query, or
+            what :func:`picked_attention_triton` cannot run; names the way out.
+    """
+    picks, inside = selected.blocks, None
+    if selected.score != SCORE:
+        raise UnsupportedError(f"the kernels that follow lists take logits as they are; got {Score(selected.score)}. {LESS}")
+    if selected.choices:
+        raise UnsupportedError(f"the kernels follow the lists of one choice; got {len(selected.choices)} in one mask. {LESS}")
+    if selected.mask != sympy.true:
+        inside = _interval_of(selected, q.device)
+    # Under one softmax long chunks are so many short ones.
+    fits = [size for size in range(16, LONGEST_CHUNK + 1) if picks.kv_unit % size == 0]
+    if selected.weights is None and picks.kv_unit > LONGEST_CHUNK and fits:
+        picks = picks.finer(fits[-1], k.shape[2])
+    return picked_attention_triton(
+        q, k, v, picks, scale=selected.scale, q_offset=selected.domain.q_offset, inside=inside, weights=selected.weights,
+        one=selected.one,
+    )  # fmt: skip
+
+
+def _interval_of(selected: SelectedCall, device: torch.device) -> Interval:
+    """The first and last key of each query under the mask of a call."""
+    reads = {read.spec.name for read in table_reads(selected.mask)}
+    tables = {name: selected.tables[name] for name in sorted(reads)}
+    domain = replace(selected.domain, tables=tables)
+    key = (selected.mask, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, device)
+    ends = _INTERVALS.get(key, list(tables.values()), lambda: one_interval(selected.mask, domain))
+    if ends is None:
+        raise UnsupportedError(
+            f"the kernels follow lists under one interval of keys for each query; the mask {selected.mask} is none. {LESS}"
+        )
+    return Interval(*(end.to(device) for end in ends))
+
+
+def one_interval(mask: Any, domain: Domain) -> tuple[Tensor, Tensor] | None:
+    """First and last key of each query, if these are all it sees: ``(B|1, H|1, Sq)`` each, where the tables are (on the host without any).
+
+    Of several intervals at most one may hold keys: conditions that exclude each other are two intervals, of which one is empty.
+    """
+    found = spans(mask)
+    if found is None or not found:
+        return None
+    ends = [torch.broadcast_tensors(*parts) for parts in zip(*(span_rows(span, domain) for span in found), strict=True)]
+    first, last = (torch.stack(parts) for parts in ends)
+    holds = last >= first
+    if len(found) > 1 and bool((holds.sum(0) > 1).any()):
+        return None
+    return torch.where(holds, first, domain.kv_len).amin(0), torch.where(holds, last, -1).amax(0)
 
 
 def picked_attention_triton(
@@ -36,7 +100,7 @@ def picked_attention_triton(
     weights: Tensor | None = None,
     one: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`~sparsedsl.backends.tiled.selected.picked_attention` on Triton kernels; the LSE is float32.
+    """:func:`~sparsedsl.backends.tiled.selected.selected_attention` on Triton kernels; the LSE is float32.
 
     Any ratio of heads, any chunk up to 128 tokens. Lists must ascend and hold a chunk once; what they hold is not checked, as
     nothing here waits for the device. Products of float32 are IEEE, or TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says

@@ -20,10 +20,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sparsedsl as sd
+from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.tiled import selected_blocks, selected_invert
-from sparsedsl.backends.tiled.selected import picked_attention
+from sparsedsl.backends.tiled.selected import selected_attention
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.selected_call import SelectedCall
 
 Tensor = torch.Tensor
 INF = float("inf")
@@ -110,6 +113,30 @@ def uneven(batch: slice, heads: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor
     return (heads[:, None, None] + batch.start + kv_pos + q_pos[:, None]) % 3 != 0
 
 
+def nothing(batch: slice, heads: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
+    return (kv_pos < 0) & (q_pos[:, None] >= 0)
+
+
+# The same masks as expressions.
+MASKS = {
+    causal: sd.kv_idx <= sd.q_idx,
+    uneven: (sd.h + sd.b + sd.kv_idx + sd.q_idx) % 3 != 0,
+    nothing: sd.kv_idx < sd.q_idx - 1000,
+}
+
+
+def along_lists(
+    q: Tensor, k: Tensor, v: Tensor, picks: Picks, *, scale: float, q_offset: int = 0, inside: Any = None,
+    weights: Tensor | None = None, one: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The attention that is tested."""
+    domain = Domain(max(q.shape[2], 1), max(k.shape[2], 1), q_offset, q.shape[0], q.shape[1])
+    selected = SelectedCall(picks, scale, domain, weights=weights, one=one)
+    if inside is not None:
+        selected = replace(selected, mask=MASKS[inside].expr)
+    return selected_attention(q, k, v, selected)
+
+
 # ---- random calls ---------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +196,7 @@ def test_values_lse_and_gradients_are_those_of_dense_masks(call: Any, room: int,
         mock.patch.object(selected_invert, "SINGLE", single),
         on_threads(threads),
     ):
-        assert_same(gradients(picked_attention, *arguments, **options), wanted)
+        assert_same(gradients(along_lists, *arguments, **options), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -180,7 +207,7 @@ def test_low_precision_is_as_good_as_plain_attention_in_it(dtype: torch.dtype, w
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     picks = random_picks(1, 2, 300, 6, 300, 16, seed=1)
     weights = torch.rand(1, 2, 300, 6, generator=generator) if weighted else None
-    found = gradients(picked_attention, q, k, v, picks, weights, scale=0.2)
+    found = gradients(along_lists, q, k, v, picks, weights, scale=0.2)
     exact = gradients(dense, q.double(), k.double(), v.double(), picks, None if weights is None else weights.double(), scale=0.2)
     plain = gradients(dense, q.float(), k.float(), v.float(), picks, weights, scale=0.2)
     for number, (got, want, low) in enumerate(zip(found, exact, plain, strict=True)):
@@ -205,7 +232,7 @@ def test_large_products_and_threads_give_the_same() -> None:
             mock.patch.object(selected_blocks, "BLOCK_BYTES_LEAST", 1 << 20),
             mock.patch.object(selected_blocks, "BLOCK_BYTES", 1),
         ):
-            found = [gradients(picked_attention, q, k, v, picks, chosen, scale=0.2, inside=causal) for _ in range(2)]
+            found = [gradients(along_lists, q, k, v, picks, chosen, scale=0.2, inside=causal) for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # the same to the last bit, run after run
         wide = [x if x is None else x.double() for x in (q, k, v)]
         wanted = gradients(dense, *wide, picks, None if chosen is None else chosen.double(), scale=0.2, inside=causal)
@@ -242,16 +269,16 @@ def lse_of_slots(q: Tensor, k: Tensor, v: Tensor, picks: Picks, scale: float) ->
     """The LSE of each picked chunk alone: ``(B, Hq, Sq, W)``."""
     slots = [picks.indices[..., w : w + 1] for w in range(picks.indices.shape[3])]
     alone = [Picks(x, (x >= 0).sum(-1, dtype=torch.int32), 1, picks.kv_unit, picks.units) for x in slots]
-    return torch.stack([picked_attention(q, k, v, one_each, scale=scale)[1] for one_each in alone], dim=-1)
+    return torch.stack([along_lists(q, k, v, one_each, scale=scale)[1] for one_each in alone], dim=-1)
 
 
 @pytest.mark.parametrize("length", [8, 9, 21, 48])
 def test_T01_rows_without_picks_are_zero_and_a_short_run_is_a_prefix(length: int) -> None:
     q, k, v, picks, scores = hsa(48, slots=6)
-    whole, _ = picked_attention(q, k, v, picks, scale=0.25, weights=softmaxed(scores))
+    whole, _ = along_lists(q, k, v, picks, scale=0.25, weights=softmaxed(scores))
     q, k, v, picks, scores = hsa(length, slots=6)
     leaves = [x.clone().requires_grad_() for x in (q, k, v, softmaxed(scores))]
-    out, lse = picked_attention(*leaves[:3], picks, scale=0.25, weights=leaves[3])
+    out, lse = along_lists(*leaves[:3], picks, scale=0.25, weights=leaves[3])
     torch.testing.assert_close(out, whole[:, :, :length], atol=1e-12, rtol=0)
     assert torch.equal(out[:, :, :8], torch.zeros_like(out[:, :, :8])) and (lse[:, :, :8] == -INF).all()
     grads = torch.autograd.grad(out.square().sum() + lse.exp().sum(), leaves)
@@ -261,7 +288,7 @@ def test_T01_rows_without_picks_are_zero_and_a_short_run_is_a_prefix(length: int
 
 def test_T02_weights_that_add_up_to_one_have_lse_zero() -> None:
     q, k, v, picks, scores = hsa(48)
-    _, lse = picked_attention(q, k, v, picks, scale=0.25, weights=softmaxed(scores))
+    _, lse = along_lists(q, k, v, picks, scale=0.25, weights=softmaxed(scores))
     assert (lse[:, :, :8] == -INF).all() and lse[:, :, 8:].abs().max() < 1e-14
 
 
@@ -273,29 +300,29 @@ def test_T04_weights_from_the_mass_of_chunks_are_one_softmax() -> None:
         empty = (masses == -INF).all(-1)
         total = masses.masked_fill(empty[..., None], 0.0).logsumexp(-1)
         shares = (masses - total[..., None]).exp().masked_fill(empty[..., None], 0.0)
-        return picked_attention(q, k, v, picks, scale=scale, weights=shares)[0], total.masked_fill(empty, -INF)
+        return along_lists(q, k, v, picks, scale=scale, weights=shares)[0], total.masked_fill(empty, -INF)
 
     # Gradients too: those through the LSE of each chunk make up for the deltas of its own.
     assert_same(
-        gradients(through_chunks, q, k, v, picks, None, scale=0.25), gradients(picked_attention, q, k, v, picks, None, scale=0.25)
+        gradients(through_chunks, q, k, v, picks, None, scale=0.25), gradients(along_lists, q, k, v, picks, None, scale=0.25)
     )
 
 
 def test_T05_all_chunks_with_learned_weights_are_not_dense_attention() -> None:
     q, k, v, picks, scores = hsa(48, slots=6)
-    found, _ = picked_attention(q, k, v, picks, scale=0.25, weights=softmaxed(scores))
-    over_chunks, _ = picked_attention(q, k, v, picks, scale=0.25)
+    found, _ = along_lists(q, k, v, picks, scale=0.25, weights=softmaxed(scores))
+    over_chunks, _ = along_lists(q, k, v, picks, scale=0.25)
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
     assert (found - over_chunks)[:, :, 8:].abs().max() > 0.5 and (found - full).abs().max() > 0.5
-    exact, _ = picked_attention(q, k, v, picks, scale=0.25, weights=softmaxed(lse_of_slots(q, k, v, picks, 0.25)))
+    exact, _ = along_lists(q, k, v, picks, scale=0.25, weights=softmaxed(lse_of_slots(q, k, v, picks, 0.25)))
     torch.testing.assert_close(exact, over_chunks, atol=1e-12, rtol=0)
 
 
 def test_T06_a_single_chunk_is_plain_attention_in_it_and_moves_no_score() -> None:
     q, k, v, picks, scores = hsa(48, slots=1)
     scores = scores.masked_fill(scores == -INF, 0.0).requires_grad_()
-    out, _ = picked_attention(q, k, v, picks, scale=0.25, weights=scores.softmax(-1))
-    alone, _ = picked_attention(q, k, v, picks, scale=0.25)
+    out, _ = along_lists(q, k, v, picks, scale=0.25, weights=scores.softmax(-1))
+    alone, _ = along_lists(q, k, v, picks, scale=0.25)
     torch.testing.assert_close(out, alone, atol=1e-13, rtol=0)
     assert not torch.autograd.grad(out.square().sum(), scores)[0].any()
 
@@ -303,7 +330,7 @@ def test_T06_a_single_chunk_is_plain_attention_in_it_and_moves_no_score() -> Non
 def test_T08_the_order_of_chunks_and_of_tokens_within_them_does_not_matter() -> None:
     q, k, v, picks, scores = hsa(48)
     weights = softmaxed(scores)
-    wanted = picked_attention(q, k, v, picks, scale=0.25, weights=weights)
+    wanted = along_lists(q, k, v, picks, scale=0.25, weights=weights)
     generator = torch.Generator().manual_seed(5)
     order = torch.randperm(6, generator=generator)  # chunk order[c] comes to stand at c
     token = torch.stack([torch.randperm(8, generator=generator) for _ in range(6)])
@@ -311,7 +338,7 @@ def test_T08_the_order_of_chunks_and_of_tokens_within_them_does_not_matter() -> 
     moved = torch.where(picks.indices < 0, 6, order.argsort()[picks.indices.long().clamp(min=0)])
     ascending = moved.sort(-1)
     lists = torch.where(ascending.values == 6, -1, ascending.values).int()
-    found = picked_attention(
+    found = along_lists(
         q,
         k[:, :, places],
         v[:, :, places],
@@ -334,15 +361,15 @@ def test_T11_one_is_a_key_and_value_of_zeros(weighted: bool) -> None:
         last = torch.full_like(picks.indices[..., :1], 6)
         lists = torch.where(torch.cat([picks.indices, last], -1) < 0, 7, torch.cat([picks.indices, last], -1)).sort(-1).values
         more = Picks(torch.where(lists == 7, -1, lists), picks.counts + 1, q_unit=1, kv_unit=8, units=7)
-    wanted = picked_attention(q, *longer, more, scale=0.25, weights=weights)
-    assert_same(list(picked_attention(q, k, v, picks, scale=0.25, weights=weights, one=True)), list(wanted), atol=1e-13)
+    wanted = along_lists(q, *longer, more, scale=0.25, weights=weights)
+    assert_same(list(along_lists(q, k, v, picks, scale=0.25, weights=weights, one=True)), list(wanted), atol=1e-13)
 
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_one_outweighs_logits_far_below_it(weighted: bool) -> None:
     q, k, v, picks, scores = hsa(48)
     q, k = 2000 * q.abs(), -k.abs()  # logits below -1000, for which exp2 of the distance would overflow
-    results = gradients(picked_attention, q, k, v, picks, softmaxed(scores) if weighted else None, scale=1.0, one=True)
+    results = gradients(along_lists, q, k, v, picks, softmaxed(scores) if weighted else None, scale=1.0, one=True)
     assert not any(x.isnan().any() or (x == INF).any() for x in results)
     assert not results[0].any()
 
@@ -351,7 +378,7 @@ def test_T12_the_backward_pass_is_the_one_written_by_hand() -> None:
     q, k, v, picks, scores = hsa(48)
     weights, grad_out = softmaxed(scores), torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     leaves = [x.clone().requires_grad_() for x in (q, k, v, weights)]
-    out, _ = picked_attention(*leaves[:3], picks, scale=0.25, weights=leaves[3])
+    out, _ = along_lists(*leaves[:3], picks, scale=0.25, weights=leaves[3])
     found = torch.autograd.grad(out, leaves, grad_out)
 
     def by_hand(own_delta: bool) -> list[Tensor]:
@@ -386,19 +413,16 @@ def test_T12_the_backward_pass_is_the_one_written_by_hand() -> None:
 
 def test_unpicked_keys_are_never_read() -> None:
     q, k, v, picks, scores = hsa(48)
-    wanted = gradients(picked_attention, q, k, v, picks, softmaxed(scores), scale=0.25)
+    wanted = gradients(along_lists, q, k, v, picks, softmaxed(scores), scale=0.25)
     k[:, :, 40:], v[:, :, 40:] = float("nan"), INF
-    assert_same(gradients(picked_attention, q, k, v, picks, softmaxed(scores), scale=0.25), wanted, atol=0.0)
+    assert_same(gradients(along_lists, q, k, v, picks, softmaxed(scores), scale=0.25), wanted, atol=0.0)
 
 
 def test_a_query_whose_chunk_is_all_forbidden_is_an_empty_row() -> None:
     q, k, v, picks, scores = hsa(48)
 
-    def nothing(batch: slice, heads: Tensor, q_pos: Tensor, kv_pos: Tensor) -> Tensor:
-        return (kv_pos < 0) & (q_pos[:, None] >= 0)
-
     for weights in (None, softmaxed(scores)):
-        out, lse, *grads = gradients(picked_attention, q, k, v, picks, weights, scale=0.25, inside=nothing)
+        out, lse, *grads = gradients(along_lists, q, k, v, picks, weights, scale=0.25, inside=nothing)
         assert not out.any() and not any(g.any() for g in grads[:3])
         assert weights is not None or (lse == -INF).all()
 
@@ -408,17 +432,17 @@ def test_calls_of_no_size_have_results(rows: int, kv_len: int) -> None:
     q, k, v = (torch.randn(1, 2, n, 4, requires_grad=True) for n in (rows, kv_len, kv_len))
     lists = torch.full((1, 1, rows, 2), -1, dtype=torch.int32)
     picks = Picks(lists, lists[..., 0] + 1, q_unit=1, kv_unit=4, units=kv_len // 4)
-    out, lse = picked_attention(q, k, v, picks, scale=1.0)
+    out, lse = along_lists(q, k, v, picks, scale=1.0)
     assert out.shape == (1, 2, rows, 4) and not out.any() and (lse == -INF).all()
     assert not any(g.any() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 def test_autocast_and_second_derivatives() -> None:
     q, k, v, picks, _ = (x.float().requires_grad_() if isinstance(x, Tensor) else x for x in hsa(48))
-    wanted = gradients(picked_attention, q, k, v, picks, None, scale=0.25)
+    wanted = gradients(along_lists, q, k, v, picks, None, scale=0.25)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_same(gradients(picked_attention, q, k, v, picks, None, scale=0.25), wanted, atol=0.0)
-    out, _ = picked_attention(q, k, v, picks, scale=0.25)
+        assert_same(gradients(along_lists, q, k, v, picks, None, scale=0.25), wanted, atol=0.0)
+    out, _ = along_lists(q, k, v, picks, scale=0.25)
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(UnsupportedError, match="second derivatives"):
         grad.sum().backward()
@@ -427,25 +451,27 @@ def test_autocast_and_second_derivatives() -> None:
 def test_refusals_name_what_was_got_and_wanted() -> None:
     q, k, v, picks, scores = hsa(48)
     with pytest.raises(UnsupportedError, match=r"q_unit 1; got q_unit 4.*backend='tiled'"):
-        picked_attention(q, k, v, replace(picks, q_unit=4), scale=1.0)
+        along_lists(q, k, v, replace(picks, q_unit=4), scale=1.0)
     with pytest.raises(
         ShapeError, match=r"picks.indices must be \(B or 1, Hs, Sq, W\).*got \(2, 2, 48, 3\) for q \(2, 8, 47, 16\)"
     ):
-        picked_attention(q[:, :, 1:], k, v, picks, scale=1.0)
+        along_lists(q[:, :, 1:], k, v, picks, scale=1.0)
     with pytest.raises(ShapeError, match=r"40 keys are 5 chunks of 8; got picks of 6 chunks"):
-        picked_attention(q, k[:, :, :40], v[:, :, :40], picks, scale=1.0)
+        along_lists(q, k[:, :, :40], v[:, :, :40], picks, scale=1.0)
     with pytest.raises(ShapeError, match=r"weights must be \(B, Hw, Sq, W\) = \(2, Hw, 48, 3\).*got \(2, 3, 48, 3\)"):
-        picked_attention(q, k, v, picks, scale=1.0, weights=scores[:, :1].expand(-1, 3, -1, -1))
+        along_lists(q, k, v, picks, scale=1.0, weights=scores[:, :1].expand(-1, 3, -1, -1))
     with pytest.raises(ShapeError, match="weights must be floats"):
-        picked_attention(q, k, v, picks, scale=1.0, weights=picks.indices)
+        along_lists(q, k, v, picks, scale=1.0, weights=picks.indices)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 MEASURE = """
     import resource, torch
-    from sparsedsl.backends.tiled.selected import picked_attention
+    from sparsedsl.analysis.domain import Domain
+    from sparsedsl.backends.tiled.selected import selected_attention
     from sparsedsl.selection.selected import Picks
+    from sparsedsl.selection.selected_call import SelectedCall
 
     def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -454,7 +480,10 @@ MEASURE = """
         lists = torch.randint(0, units // slots, (1, 1, rows, slots)) + torch.arange(slots) * (units // slots)
         return Picks(lists.int(), torch.full((1, 1, rows), slots, dtype=torch.int32), 1, 64, units)
 
-    picked_attention(*(torch.randn(1, 1, 64, 64) for _ in range(3)), picks_of(64, 1, 1), scale=1.0)
+    def along_lists(q, k, v, picks, scale):
+        return selected_attention(q, k, v, SelectedCall(picks, scale, Domain(q.shape[2], k.shape[2], 0, 1, q.shape[1])))
+
+    along_lists(*(torch.randn(1, 1, 64, 64) for _ in range(3)), picks_of(64, 1, 1), scale=1.0)
 """
 
 
@@ -472,7 +501,7 @@ def test_a_decode_step_copies_only_the_picked_chunks() -> None:
     assert peak_of("""
         k, v = (torch.empty(1, 1, 1 << 22, 64, dtype=torch.bfloat16).fill_(0.5) for _ in range(2))
         q, picks = torch.randn(1, 4, 1, 64, dtype=torch.bfloat16), picks_of(1, 16, 1 << 16)
-        out, lse = picked_attention(q, k, v, picks, scale=0.125)
+        out, lse = along_lists(q, k, v, picks, scale=0.125)
     """) < 64  # fmt: skip
 
 
@@ -481,6 +510,6 @@ def test_a_long_call_takes_memory_for_its_blocks_only() -> None:
     added = peak_of("""
         q, k, v = (torch.randn(1, h, 16384, 64) for h in (4, 1, 1))
         picks = picks_of(16384, 16, 256)
-        out, lse = picked_attention(q, k, v, picks, scale=0.125)
+        out, lse = along_lists(q, k, v, picks, scale=0.125)
     """)
     assert added < 64 + 16 + 64  # blocks, the output, and what allocators and oneDNN keep

@@ -1,0 +1,154 @@
+"""A mask that reads choices, as two parts that share no pair: what attends where nothing is chosen, and what choices add.
+
+The first part is attention over a mask like any other. The second lies in the blocks that choices picked, and is followed along their
+lists, in which a symbol stands for each choice: whether it picked the block of the pair.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from sparsedsl.analysis.proofs import satisfiable
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.expressions import Mask
+from sparsedsl.program.branches import Attend, units_of_keys
+from sparsedsl.program.decided import simplified
+from sparsedsl.program.select import Select
+
+__all__ = ["MaskSplit", "split_mask", "split_node"]
+
+# Bits of an int32, but for its sign.
+MOST_CHOICES = 31
+# Of so many choices all cases are looked at; of more it is taken that each may matter.
+MOST_CASES = 6
+
+
+@dataclass(frozen=True)
+class MaskSplit:
+    """``static | selected`` is the mask, and no pair is in both.
+
+    static: what attends where nothing is chosen, as far as no choice takes it away: an expression over indices and tables, among them
+        the choices that do.
+    choices: the choices that are followed along lists, in the order of their bits.
+    symbols: those that stand in ``selected`` for "choice i picked the block of this pair". With one choice there is none in it: all
+        that is listed was picked by it.
+    selected: what choices add; ``sympy.false`` where they only take away.
+    reach: ``selected`` without what choices say of it, or somewhat more: no pair outside of it attends.
+    wanted: of each value of the bits whether a block with it may hold a pair of ``selected``.
+    """
+
+    static: Any
+    choices: tuple[Select, ...] = ()
+    symbols: tuple[sympy.Symbol, ...] = ()
+    selected: Any = sympy.false
+    reach: Any = sympy.false
+    wanted: tuple[bool, ...] = ()
+
+
+def split_node(node: Attend) -> MaskSplit:
+    """The split of the mask of an attention; with a softmax for each chunk of a choice, by that choice alone.
+
+    Choices for blocks of queries, those read at another place than the pair's own, and those of an attention whose keys are summaries
+    stay reads of boolean tables.
+    """
+    mask, rule = node.pattern.mask, node.normaliser
+    if rule is not None:  # every pair lies in a picked chunk: that is checked where the node is declared
+        own = rule.picks.as_expression().expr
+        inside = simplified(mask.expr.xreplace({own: sympy.true, sympy.Not(own): sympy.false}))
+        return MaskSplit(sympy.false, (rule.picks,), (), inside, inside, (False, True))
+    return split_mask(mask, () if units_of_keys(node) > 1 else node.selections)
+
+
+def split_mask(mask: Mask, choices: tuple[Select, ...]) -> MaskSplit:
+    """The split of a mask by some of the choices it reads.
+
+    >>> import sparsedsl as sd
+    >>> picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 4, name="picks")
+    >>> node = sd.attend((sd.kv_idx <= sd.q_idx) & ((sd.q_idx - sd.kv_idx < 8) | picks))
+    >>> found = split_node(node)
+    >>> print(Mask(found.static), Mask(found.selected), sep="; ")
+    (q_idx >= kv_idx) & (q_idx - kv_idx <= 7); (q_idx >= kv_idx) & (q_idx - kv_idx >= 8)
+    """
+    listed = sorted((choice for choice in choices if choice.units[0] == 1), key=lambda choice: choice.label)
+    own = {choice: choice.as_expression().expr for choice in listed}
+    listed = [choice for choice in listed if mask.expr.has(own[choice], sympy.Not(own[choice]))]
+    if len(listed) > MOST_CHOICES:
+        raise UnsupportedError(
+            f"a mask that reads {len(listed)} choices for single queries; lists join up to {MOST_CHOICES}. Use backend='reference' or "
+            "'flex', which read choices as tables, or choose once, by the sum of the scores"
+        )
+    return _split(mask.expr, tuple((choice, own[choice]) for choice in listed))
+
+
+@functools.lru_cache(maxsize=512)
+def _split(expr: Any, listed: tuple[tuple[Select, Any], ...]) -> MaskSplit:
+    if not listed:
+        return MaskSplit(expr)
+    symbols = tuple(sympy.Symbol(f"picked {number}") for number in range(len(listed)))
+    reads = {read: symbol for (_, read), symbol in zip(listed, symbols, strict=True)}
+    reads |= {sympy.Not(read): sympy.Not(symbol) for read, symbol in reads.items()}
+    full = expr.xreplace(reads)
+    always = full.xreplace(dict.fromkeys(symbols, sympy.false))
+    selected = simplified(sympy.And(full, sympy.Not(always)))
+    static = always
+    if _may_lose(always, full, symbols):
+        static = simplified(sympy.And(always, full)).xreplace(
+            {symbol: read for (_, read), symbol in zip(listed, symbols, strict=True)}
+        )
+    kept = [number for number, symbol in enumerate(symbols) if symbol in selected.free_symbols]
+    chosen = tuple(listed[number][0] for number in kept)
+    names = tuple(sympy.Symbol(f"picked {number}") for number in range(len(kept)))
+    selected = selected.xreplace(dict(zip((symbols[number] for number in kept), names, strict=True)))
+    if len(names) == 1:
+        selected = simplified(selected.xreplace({names[0]: sympy.true}))
+        return MaskSplit(static, chosen, (), selected, selected, (False, True))
+    wanted = (False, *(True for _ in range(2 ** len(names) - 1))) if len(names) <= MOST_CASES else ()
+    cases = {bits: selected.xreplace(_case(names, bits)) for bits in range(1, len(wanted))}
+    wanted = tuple(cases.get(bits, sympy.false) != sympy.false for bits in range(len(wanted)))
+    if cases and all(case in (sympy.true, sympy.false) for case in cases.values()):
+        selected = sympy.true if any(wanted) else sympy.false
+    return MaskSplit(static, chosen, names, selected, _without(selected, frozenset(names)), wanted)
+
+
+def _case(symbols: tuple[sympy.Symbol, ...], bits: int) -> dict[sympy.Symbol, Any]:
+    return {symbol: sympy.true if bits >> number & 1 else sympy.false for number, symbol in enumerate(symbols)}
+
+
+def _may_lose(always: Any, full: Any, symbols: tuple[sympy.Symbol, ...]) -> bool:
+    """Whether some pair of ``always`` may not attend once something is chosen."""
+    if always == sympy.false or _rises(full, frozenset(symbols)):
+        return False
+    if len(symbols) > MOST_CASES:
+        return True
+    for values in itertools.product((sympy.true, sympy.false), repeat=len(symbols)):
+        lost = simplified(sympy.And(always, sympy.Not(full.xreplace(dict(zip(symbols, values, strict=True))))))
+        if lost != sympy.false and satisfiable(lost).status != "REFUTED":
+            return True
+    return False
+
+
+def _rises(expr: Any, symbols: frozenset[sympy.Symbol], sign: bool = True) -> bool:
+    """Whether ``expr`` can only become true where a symbol does; with ``sign`` False only false."""
+    if not expr.free_symbols & symbols:
+        return True
+    if isinstance(expr, sympy.Not):
+        return _rises(expr.args[0], symbols, not sign)
+    if isinstance(expr, (sympy.And, sympy.Or)):
+        return all(_rises(arg, symbols, sign) for arg in expr.args)
+    return sign and expr in symbols
+
+
+def _without(expr: Any, symbols: frozenset[sympy.Symbol], sign: bool = True) -> Any:
+    """A mask without the symbols that holds wherever ``expr`` does, whatever they are; with ``sign`` False only where it does."""
+    if not expr.free_symbols & symbols:
+        return expr
+    if isinstance(expr, sympy.Not):
+        return sympy.Not(_without(expr.args[0], symbols, not sign))
+    if isinstance(expr, (sympy.And, sympy.Or)):
+        return expr.func(*(_without(arg, symbols, sign) for arg in expr.args))
+    return sympy.true if sign else sympy.false
