@@ -102,10 +102,20 @@ MOST_CONDITIONS = 8
 
 
 def simplified(expr: Any) -> Any:
-    """A mask by as few conditions as there can be, each as the operators write it; long ones are only written so."""
-    if expr not in (sympy.true, sympy.false) and len(_conditions(expr)) <= MOST_CONDITIONS:
-        expr = sympy.simplify_logic(expr)
-    return one_form(expr)
+    """A mask by as few conditions as there can be, each as the operators write it; long ones are only written so.
+
+    Conditions are taken for propositions, of which one may be the negation of another: what they say of integers is not looked at.
+    """
+    conditions = sorted(_conditions(expr) - {sympy.true, sympy.false}, key=sympy.default_sort_key)
+    if not 1 < len(conditions) <= MOST_CONDITIONS:
+        return one_form(expr)
+    known: dict[Any, Any] = {}
+    for number, condition in enumerate(conditions):
+        if condition not in known:
+            symbol = sympy.Symbol(f"condition {number}")
+            known |= {condition: symbol, sympy.Not(condition): sympy.Not(symbol)}
+    meant = {symbol: condition for condition, symbol in known.items() if symbol.is_Symbol}
+    return one_form(sympy.simplify_logic(expr.xreplace(known)).xreplace(meant))
 
 
 def _conditions(expr: Any) -> set[Any]:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from selected_cases import Case, dense, draw
 
 import sparsedsl as sd
+from sparsedsl.backends.tiled import selected_blocks
+from sparsedsl.execute import attend_rule
 from sparsedsl.program.effects import LATER_QUERIES
 from sparsedsl.program.graph import as_program
 
@@ -65,3 +67,27 @@ def assert_means_what_it_says(case: Case, backend: str) -> None:
 @settings(max_examples=60)
 def test_choices_anywhere_mean_what_they_say(seed: int) -> None:
     assert_means_what_it_says(draw(seed), "tiled")
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    room=st.sampled_from([1, 1 << 25]),
+    piece=st.sampled_from([1, 3000]),
+    table=st.sampled_from([1, 2000]),
+    threads=st.integers(1, 3),
+)
+@settings(max_examples=25)
+def test_cut_into_pieces_they_mean_the_same(seed: int, room: int, piece: int, table: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with (
+            mock.patch.object(selected_blocks, "BLOCK_BYTES", room),
+            mock.patch.object(selected_blocks, "BLOCK_BYTES_LEAST", room),
+            mock.patch.object(selected_blocks, "PIECE_NUMBERS_CPU", piece),
+            mock.patch.object(selected_blocks, "FEW", 0),
+            mock.patch.object(attend_rule, "TABLE_BYTES", table),
+        ):
+            assert_means_what_it_says(draw(seed), "tiled")
+    finally:
+        torch.set_num_threads(before)
