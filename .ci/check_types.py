@@ -16,6 +16,7 @@ from source_tree import PACKAGES, ROOT
 
 FARM = ROOT / ".typing"
 SCRIPTS = ("examples", "benchmarks")
+USERS = "user_types.py"  # what users' type checkers should see, as assertions
 
 
 def plant() -> list[Path]:
@@ -29,7 +30,8 @@ def plant() -> list[Path]:
     for folder in SCRIPTS:
         if (ROOT / folder).is_dir():
             (FARM / folder).symlink_to(ROOT / folder, target_is_directory=True)
-    return sorted(python_files([package, *(FARM / folder for folder in SCRIPTS)]))
+    (FARM / USERS).symlink_to(ROOT / ".ci" / USERS)
+    return sorted([FARM / USERS, *python_files([package, *(FARM / folder for folder in SCRIPTS)])])
 
 
 def python_files(folders: list[Path]) -> list[Path]:
@@ -46,7 +48,7 @@ def python_files(folders: list[Path]) -> list[Path]:
 def main() -> int:
     """Exit status: mypy's, or 1 if the number of files it checked is not the number on disk."""
     files = plant()
-    on_disk = sum(len(list((ROOT / folder).rglob("*.py"))) for folder in (*PACKAGES, *SCRIPTS))
+    on_disk = 1 + sum(len(list((ROOT / folder).rglob("*.py"))) for folder in (*PACKAGES, *SCRIPTS))
     command = [
         sys.executable,
         "-m",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Protocol, Self, TypeVar, cast, overload
 from weakref import WeakValueDictionary
 
 import sympy
@@ -494,7 +494,10 @@ class Score(_Arithmetic):
     __or__ = __xor__ = __rand__ = __ror__ = __rxor__ = __and__
 
 
-class Table(Unread):
+Read = TypeVar("Read")  # what a table is read as: an index, a mask or a score
+
+
+class Table(Unread, Generic[Read]):
     """A declared table; ``t[index]`` or ``t[i, j]`` reads it. Made by :func:`sparsedsl.table`.
 
     One object a declaration: as a key of a dict it is found by identity, and ``==``, like every operator, is for what was read.
@@ -503,7 +506,7 @@ class Table(Unread):
     __slots__ = ("__weakref__", "spec")
     spec: TableSpec
 
-    def __new__(cls, spec: TableSpec) -> Table:
+    def __new__(cls, spec: TableSpec) -> Table[Any]:
         table = object.__new__(cls)
         object.__setattr__(table, "spec", spec)
         return _declared.setdefault(spec, table)
@@ -514,7 +517,7 @@ class Table(Unread):
     def __reduce__(self) -> Any:
         return Table, (self.spec,)
 
-    def __getitem__(self, indices: Any) -> Any:
+    def __getitem__(self, indices: Any) -> Read:
         parts = indices if isinstance(indices, tuple) else (indices,)
         if not parts:
             raise PatternError(f"table {self.spec.name!r} must be read with at least one index")
@@ -527,8 +530,8 @@ class Table(Unread):
         read = read_class(self.spec)(*(part.expr for part in wrapped))
         bound = merge_carried(*wrapped)
         if self.spec.dtype == "bool":
-            return Mask(sympy.Ne(read, 0), bound)
-        return (Index if self.spec.dtype == "int" else Score)(read, bound)
+            return cast(Read, Mask(sympy.Ne(read, 0), bound))
+        return cast(Read, (Index if self.spec.dtype == "int" else Score)(read, bound))
 
     def __bool__(self) -> NoReturn:
         raise PatternError(f"table {self.spec.name!r} has no truth value; read it: {self.spec.name}[q_idx]")
@@ -547,9 +550,25 @@ class Table(Unread):
         return self.spec.declaration()
 
 
-_declared: WeakValueDictionary[TableSpec, Table] = WeakValueDictionary()
+_declared: WeakValueDictionary[TableSpec, Table[Any]] = WeakValueDictionary()
 
 
+@overload
+def table(name: str, *, dtype: type[bool]) -> Table[Mask]: ...  # type: ignore[overload-overlap]  # a bool is an int to Python
+@overload
+def table(
+    name: str, *, dtype: type[int] | None = None, monotone: bool = False, bijective: bool = False,
+    values_in: tuple[int, int] | None = None,
+) -> Table[Index]: ...  # fmt: skip
+@overload
+def table(name: str, *, dtype: type[float] | Literal["float"], learned: bool = False) -> Table[Score]: ...
+@overload
+def table(name: str, *, learned: Literal[True]) -> Table[Score]: ...
+@overload
+def table(
+    name: str, *, dtype: Any, monotone: bool = False, bijective: bool = False, learned: bool = False,
+    values_in: tuple[int, int] | None = None,
+) -> Table[Any]: ...  # fmt: skip
 def table(
     name: str,
     *,
@@ -558,7 +577,7 @@ def table(
     bijective: bool = False,
     learned: bool = False,
     values_in: tuple[int, int] | None = None,
-) -> Table:
+) -> Table[Any]:
     """Declare a table: a tensor that a pattern reads, passed at call time as ``attn(q, k, v, name=tensor)``.
 
     ``dtype`` is int (default), bool or float, or a torch dtype of these kinds (``learned=True`` makes it float). The other words

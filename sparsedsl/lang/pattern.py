@@ -55,7 +55,7 @@ class Pattern(Unread):
         return types.MappingProxyType({read.spec.name: len(read.args) for read in reads})
 
     @functools.cached_property
-    def exprs(self) -> tuple[Any, ...]:
+    def exprs(self) -> tuple[sympy.Basic, ...]:
         """The sympy expressions: mask, score and, if there is one, sink."""
         return (self.mask.expr, self.score.expr) + (() if self.sink is None else (self.sink.expr,))
 

@@ -242,7 +242,7 @@ class Reader:
             raise self.fail(node, f"the number has more than {BITS} bits")
 
 
-def parse(text: str) -> Any:
+def parse(text: str) -> Index | Mask | Score:
     """Read the text form back: an :class:`Index`, :class:`Mask` or :class:`Score`. Never executes Python.
 
     Raises :class:`~sparsedsl.PatternError` for anything that is not part of the language, and for what is too large: see
@@ -260,7 +260,7 @@ def parse(text: str) -> Any:
         if len(values) != 1:
             raise PatternError(f"the text form holds one expression after its tables; got {len(values)} in {_short(text)!r}")
         value = values[0]
-        if isinstance(value, Expression):
+        if isinstance(value, (Index, Mask, Score)):
             return value
         if isinstance(value, bool):
             return as_mask(value)

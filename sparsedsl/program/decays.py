@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
 from sparsedsl.program.tensors import check_unit
 
 __all__ = ["DecayTable", "decay_table", "schedule"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def decay_table(heads: int, layer: int, layers: int, *, depth: str = "hf", rule:
     return DecayTable(tuple(-slope * factor for slope in slopes(heads)))
 
 
-def schedule(layers: int, group: int, *, full: Any, other: Any, last: int | None = None) -> dict[int, Any]:
+def schedule(
+    layers: int, group: int, *, full: T | Callable[[int], T], other: T | Callable[[int], T], last: int | None = None
+) -> dict[int, T]:
     """Which layer does what, in groups: ``group - 1`` layers of one kind, then one full one; layers beyond the last group are full.
 
     Args:
@@ -97,8 +101,8 @@ def schedule(layers: int, group: int, *, full: Any, other: Any, last: int | None
     if last >= group:
         raise PatternError(f"schedule(): last must be below group, which is {group}; got {last}")
 
-    def kind(layer: int) -> Any:
-        chosen = full if layer % group == last or layer >= layers // group * group else other
+    def kind(layer: int) -> T:
+        chosen: Any = full if layer % group == last or layer >= layers // group * group else other
         return chosen(layer) if _makes_patterns(chosen) else chosen
 
     return {layer: kind(layer) for layer in range(layers)}
