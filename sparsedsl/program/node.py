@@ -66,6 +66,11 @@ class Node(Unread):
         return tuple(found)
 
     @property
+    def chooses(self) -> bool:
+        """Whether its result is a choice: units, an order of the keys, or tokens that are kept."""
+        return self.gives in ("picks", "order", "tokens")
+
+    @property
     def subprograms(self) -> tuple[Node, ...]:
         """The results of programs that it runs inside, each a graph of its own; none for most."""
         return ()

@@ -146,7 +146,7 @@ def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor]:
 
 def _chooses_inside(node: Node) -> bool:
     inner = (part for root in node.subprograms for part in Program(root).everything)
-    return any(part.gives in ("picks", "order", "tokens") for part in inner)
+    return any(part.chooses for part in inner)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -84,6 +84,17 @@ def test_the_layers_scale_decides_what_is_chosen() -> None:
         assert (forward(model, ids) - only_in_attention).abs().max() > 10 * ATOL
 
 
+def test_inputs_that_stand_for_the_queries_take_the_layers_scale() -> None:
+    """A layer gives no inputs, so that an input whose default is q is q."""
+    asked = sd.input("asked", " ".join(sd.q.axes), default=sd.q)
+    program = sd.attend(causal & sd.top_p(sd.dot(sd.summary(asked, 4), sd.summary(sd.k, 4)), 0.5))
+    model, ids = build("granite"), tokens(2, 43)
+    with replaced(model, 1, scaled(program)):
+        wanted = forward(model, ids)
+    with sd.models.apply(model, {1: program}, backend="reference"):
+        torch.testing.assert_close(forward(model, ids), wanted, atol=ATOL, rtol=0)
+
+
 def test_scales_of_the_program_stay() -> None:
     model, ids = build("granite"), tokens(2, 43)
     own = sd.attend(causal & sd.top_p(sd.dot(sd.summary(sd.q, 4), sd.summary(sd.k, 4), scale=0.7), 0.5), scale=0.9)
