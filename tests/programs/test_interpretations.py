@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sparsedsl as sd
 from source_tree import ROOT, modules
@@ -22,7 +24,7 @@ from sparsedsl.execute.program_empty import run_empty
 from sparsedsl.execute.state import horizon
 from sparsedsl.execute.ways import way_of
 from sparsedsl.models.programs import fitted
-from sparsedsl.program.branches import Branch, as_branch
+from sparsedsl.program.branches import Attend, Branch, as_branch
 from sparsedsl.program.effects import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node, one_of
@@ -30,6 +32,7 @@ from sparsedsl.program.rules import Rules, check_rules, kinds_of_nodes
 from sparsedsl.program.text import TEXT_RULES
 from sparsedsl.program_picture import COLOURS, words
 from sparsedsl.runtime.program_call import ProgramCall, check_program_call
+from sparsedsl.testing.program_strategies import named_inputs
 
 CAUSAL = sd.kv_idx <= sd.q_idx
 
@@ -193,16 +196,30 @@ def test_pairs_of_the_report_are_no_fewer_than_a_call_attends_to(mask: Callable[
     assert report.density == most / (2 * 32 * 32)
 
 
+@settings(max_examples=15)
+@given(sd.testing.programs(), st.integers(0, 99))
+def test_pairs_of_the_report_bound_those_of_random_programs(program: Program, seed: int) -> None:
+    case = sd.testing.AttentionCase(batch=1, heads=4, kv_heads=2, q_len=24, kv_len=24)
+    shapes = (case.q_shape, case.k_shape, case.v_shape)
+    q, k, v = (sd.testing.tensor(*shape, seed=seed + n, dtype=torch.float64) for n, shape in enumerate(shapes))
+    run = Reference(check_program_call(program, q, k, v, named_inputs(program, case, seed=seed)))
+    steps = {step.node: step for step in sd.analyse(program, case.q_len, heads=case.heads, kv_heads=case.kv_heads).steps}
+    for node in program.order:
+        if isinstance(node, Attend) and node.y.axes[2] == "keys":
+            attended = int(run.pairs(node.pattern.mask).expand(1, 4, 24, 24).sum())
+            assert attended <= steps[node].pairs, program.text
+
+
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_sinks_are_all_there_is_where_there_are_no_keys(backend: str) -> None:
     sinks = sd.table("sinks", dtype=float, learned=True)
     picking = sd.attend(CAUSAL & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 2), sink=sinks[sd.h])
-    given = torch.tensor([1.0, 2.0], requires_grad=True)
+    logits = torch.tensor([1.0, 2.0], requires_grad=True)
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 0, 8)
     joined = sd.joint(picking, sd.attend(CAUSAL, sink=1.5), CAUSAL)
-    for program, wanted in ((picking, given), (joined, torch.logaddexp(given, torch.tensor(1.5)))):
-        out, lse = sd.compile(program, backend=backend)(q, k, k, return_lse=True, sinks=given)
+    for program, wanted in ((picking, logits), (joined, torch.logaddexp(logits, torch.tensor(1.5)))):
+        out, lse = sd.compile(program, backend=backend)(q, k, k, return_lse=True, sinks=logits)
         assert not out.any() and torch.allclose(lse, wanted[None, :, None].expand(1, 2, 3))
-        (slope,) = torch.autograd.grad(lse.sum(), given)
-        (expected,) = torch.autograd.grad(3 * wanted.sum(), given)
+        (slope,) = torch.autograd.grad(lse.sum(), logits)
+        (expected,) = torch.autograd.grad(3 * wanted.sum(), logits)
         assert torch.allclose(slope, expected)
