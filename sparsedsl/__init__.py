@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     # isort: off
     # fmt: off
     from sparsedsl import models as models, patterns as patterns, testing as testing
+    from sparsedsl.analysis.caches import cache_bytes as cache_bytes, clear_caches as clear_caches
     from sparsedsl.analysis.proofs import PROVED as PROVED, REFUTED as REFUTED, UNKNOWN as UNKNOWN, Verdict as Verdict
     from sparsedsl.analysis.proofs import equivalent as equivalent, implies as implies
     from sparsedsl.analysis.report import Analysis as Analysis, analyse as analyse
@@ -72,6 +73,7 @@ _PUBLIC = {
         "sparsedsl.tracing": "trace_mask trace_score",
         "sparsedsl.analysis.proofs": "PROVED REFUTED UNKNOWN Verdict equivalent implies",
         "sparsedsl.analysis.report": "Analysis analyse",
+        "sparsedsl.analysis.caches": "cache_bytes clear_caches",
         "sparsedsl.gpu.build": "Build build",
         "sparsedsl.execute.compiled": "Attention",
         "sparsedsl.execute.compile": "compile",

@@ -1,12 +1,17 @@
 """The environment switches, read when asked for and never at import; and the log of stage times that one of them turns on.
 
-=================  ========================================  ==========================================================
-switch             values                                    meaning
-=================  ========================================  ==========================================================
-SPARSEDSL_CACHE    a folder; default ~/.cache/sparsedsl      where generated files are kept; safe to delete at any time
-SPARSEDSL_DEBUG    0 (default), 1                            log the time each stage takes to the logger "sparsedsl"
-SPARSEDSL_TUNE     cached (default), off, full               what is measured on this machine: see below
-=================  ========================================  ==========================================================
+======================  =================================  ================================================================
+switch                  values                             meaning
+======================  =================================  ================================================================
+SPARSEDSL_CACHE         a folder                           where generated files are kept; safe to delete at any time;
+                                                           default ~/.cache/sparsedsl
+SPARSEDSL_DEBUG         0 (default), 1                     log the time each stage takes to the logger "sparsedsl"
+SPARSEDSL_MEMORY_BYTES  a whole number                     how much memory results kept between calls may take: tile lists,
+                                                           schedules, tiles of masks; default 268435456 (256 MiB); 0: keep none
+SPARSEDSL_TUNE          cached (default), off, full        what is measured on this machine: see below
+======================  =================================  ================================================================
+
+``SPARSEDSL_MEMORY_BYTES`` is one bound for the process, all devices together, and is looked at whenever something new is to be kept.
 
 ``SPARSEDSL_TUNE=cached`` uses what is remembered in the cache folder and measures once what is missing; ``off`` takes built-in numbers,
 and nothing is measured, read or written, so that the same call makes the same choices everywhere; ``full`` measures the processor anew
@@ -27,12 +32,13 @@ from typing import TypeVar
 
 from sparsedsl.errors import SettingsError
 
-__all__ = ["Settings", "settings", "stage", "tune_mode"]
+__all__ = ["Settings", "memory_bytes", "settings", "stage", "tune_mode"]
 
 logger = logging.getLogger("sparsedsl")
 
 Value = TypeVar("Value")
 
+MEMORY_BYTES = 1 << 28
 # No file can be made below it, whoever tries: where the cache lies if the user has no home folder.
 _NOWHERE = Path(os.devnull)
 
@@ -43,6 +49,7 @@ class Settings:
 
     cache: Path
     debug: bool
+    memory_bytes: int
     tune: str
 
 
@@ -59,7 +66,29 @@ def settings() -> Settings:
     >>> settings().debug
     False
     """
-    return Settings(cache=_folder("SPARSEDSL_CACHE"), debug=_choice("SPARSEDSL_DEBUG", {"0": False, "1": True}), tune=tune_mode())
+    debug = _choice("SPARSEDSL_DEBUG", {"0": False, "1": True})
+    return Settings(cache=_folder("SPARSEDSL_CACHE"), debug=debug, memory_bytes=memory_bytes(), tune=tune_mode())
+
+
+def memory_bytes() -> int:
+    """``SPARSEDSL_MEMORY_BYTES`` alone: how many bytes of results are kept between calls at most.
+
+    >>> import os
+    >>> os.environ["SPARSEDSL_MEMORY_BYTES"] = "1GB"
+    >>> memory_bytes()
+    Traceback (most recent call last):
+        ...
+    sparsedsl.errors.SettingsError: SPARSEDSL_MEMORY_BYTES='1GB' is not valid; valid values: a number of bytes (or leave it unset)
+    >>> del os.environ["SPARSEDSL_MEMORY_BYTES"]
+    >>> memory_bytes()
+    268435456
+    """
+    given = os.environ.get("SPARSEDSL_MEMORY_BYTES", "")
+    if not given:
+        return MEMORY_BYTES
+    if not (given.isascii() and given.isdigit()):
+        raise SettingsError(f"SPARSEDSL_MEMORY_BYTES={given!r} is not valid; valid values: a number of bytes (or leave it unset)")
+    return int(given)
 
 
 def tune_mode() -> str:

@@ -8,24 +8,25 @@ from pathlib import Path
 import pytest
 
 from sparsedsl.errors import SettingsError
-from sparsedsl.settings import Settings, settings, stage, tune_mode
+from sparsedsl.settings import Settings, memory_bytes, settings, stage, tune_mode
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for name in ("SPARSEDSL_CACHE", "SPARSEDSL_DEBUG", "SPARSEDSL_TUNE", "XDG_CACHE_HOME"):
+    for name in ("SPARSEDSL_CACHE", "SPARSEDSL_DEBUG", "SPARSEDSL_MEMORY_BYTES", "SPARSEDSL_TUNE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_defaults():
-    assert settings() == Settings(cache=Path.home() / ".cache" / "sparsedsl", debug=False, tune="cached")
+    assert settings() == Settings(cache=Path.home() / ".cache" / "sparsedsl", debug=False, memory_bytes=2**28, tune="cached")
 
 
 def test_an_empty_switch_is_an_unset_one(monkeypatch):
     monkeypatch.setenv("SPARSEDSL_CACHE", "")
     monkeypatch.setenv("SPARSEDSL_DEBUG", "")
+    monkeypatch.setenv("SPARSEDSL_MEMORY_BYTES", "")
     monkeypatch.setenv("SPARSEDSL_TUNE", "")
-    assert settings() == Settings(cache=Path.home() / ".cache" / "sparsedsl", debug=False, tune="cached")
+    assert settings() == Settings(cache=Path.home() / ".cache" / "sparsedsl", debug=False, memory_bytes=2**28, tune="cached")
 
 
 def test_the_users_cache_folder_is_respected(monkeypatch, tmp_path):
@@ -47,6 +48,23 @@ def test_debug_is_0_or_1(monkeypatch, value):
     with pytest.raises(SettingsError) as caught:
         settings()
     assert str(caught.value) == f"SPARSEDSL_DEBUG={value!r} is not valid; valid values: 0, 1 (or leave it unset)"
+
+
+@pytest.mark.parametrize(("value", "count"), [("0", 0), ("1", 1), ("17179869184", 2**34)])
+def test_memory_is_a_number_of_bytes(monkeypatch, value, count):
+    monkeypatch.setenv("SPARSEDSL_MEMORY_BYTES", value)
+    assert settings().memory_bytes == memory_bytes() == count
+
+
+@pytest.mark.parametrize("value", ["-1", "1e9", "256 MiB", "1_000", "half", "\u0663"])
+def test_other_values_of_memory_are_refused(monkeypatch, value):
+    monkeypatch.setenv("SPARSEDSL_MEMORY_BYTES", value)
+    for read in (settings, memory_bytes):
+        with pytest.raises(SettingsError) as caught:
+            read()
+        assert str(caught.value) == (
+            f"SPARSEDSL_MEMORY_BYTES={value!r} is not valid; valid values: a number of bytes (or leave it unset)"
+        )
 
 
 @pytest.mark.parametrize("value", ["cached", "off", "full"])

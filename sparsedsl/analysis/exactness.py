@@ -16,8 +16,8 @@ import sympy
 import torch
 from sympy.core.relational import Relational
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.errors import TableError, UnsupportedError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.printing import expression_text
@@ -61,7 +61,7 @@ def exact_domain(exprs: tuple[sympy.Basic, ...], domain: Domain) -> Domain:
 
 
 # What the tables of a call are exchanged for, for all lengths up to a power of two.
-_CHANGED: Remembered[dict[str, torch.Tensor]] = Remembered(64)
+_CHANGED: Cache[dict[str, torch.Tensor]] = Cache()
 
 
 def _found(domain: Domain, tables: tuple[tuple[str, Range], ...]) -> dict[str, Range]:
@@ -122,7 +122,7 @@ def _up(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-_ROUNDED: Remembered[Range | None] = Remembered(4096)
+_ROUNDED: Cache[Range | None] = Cache()
 
 
 def _rounded(table: torch.Tensor) -> Range | None:

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import torch
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import TileLists
-from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.analysis.tiles import block_pair, classify
 from sparsedsl.backends.flex import attention
 from sparsedsl.backends.reference.attention import attend_reference
@@ -54,7 +54,8 @@ log = logging.getLogger("sparsedsl")
 class Attention:
     """A compiled pattern; call it on tensors. Made by :func:`sparsedsl.compile`.
 
-    The same pattern at a new length compiles nothing new. Tile lists are remembered for the last lengths and tables seen.
+    The same pattern at a new length compiles nothing new. Tile lists and schedules are kept for the lengths and tables seen
+    last, as many as ``SPARSEDSL_MEMORY_BYTES`` holds; :func:`sparsedsl.clear_caches` lets go of them.
     """
 
     def __init__(self, pattern: Pattern, backend: str, *, minimal: bool = True):
@@ -62,7 +63,7 @@ class Attention:
         self.backend = backend
         # Whether its tile lists are to have no tile too many: not worth the time where tables are new with every call.
         self.minimal = minimal
-        self._lists: Remembered[TileLists] = Remembered()
+        self._lists: Cache[TileLists] = Cache()
         # What a traced call needs, as plain values: torch.compile follows no sympy.
         self._handle, self._bound = operators.handle_of(pattern, backend), pattern.bound
         operators.remember(self._handle, self)

@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 
-from sparsedsl.analysis.remembered import Remembered
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.spans import spans
 from sparsedsl.backends.tiled.scan_linear import linear_scan
 from sparsedsl.backends.tiled.scan_slots import slot_scan
@@ -88,7 +88,7 @@ class Kernels:
 
 # Keys in a chunk that the kernels hold at a time.
 LONGEST_UNIT = 128
-_ATTENTIONS: Remembered[Any] = Remembered(256)
+_ATTENTIONS: Cache[Any] = Cache()
 
 
 class TorchKernels(Kernels):

@@ -12,7 +12,6 @@ process that loads an exported program needs the operators: ``from sparsedsl imp
 from __future__ import annotations
 
 import ast
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -20,15 +19,16 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
-from sparsedsl.execute.transformable import make_transformable
 from sparsedsl.lang.expressions import as_mask, as_score
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.text import parse
-from sparsedsl.runtime.autograd import known_results, no_second_derivatives
+from sparsedsl.runtime.autograd import known_results, no_forward_mode, no_second_derivatives
 from sparsedsl.runtime.call import check_tensors
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.vmap import map_call
+from sparsedsl.torch_private import autograd_again, make_transformable
 
 __all__ = ["attend_traced", "handle_of", "read_pattern", "register", "remember"]
 
@@ -80,13 +80,15 @@ def remember(handle: str, attention: Any) -> None:
     _living.setdefault(handle, attention)
 
 
-@functools.lru_cache(maxsize=256)
+_REBUILT: Cache[Any] = Cache()
+
+
 def _attention(handle: str) -> Any:
     known = _living.get(handle)
     if known is not None:
         return known
     first, _, text = handle.partition("\n")
-    return _makers[first.partition(" ")[0]](first, text)
+    return _REBUILT.get(handle, [], lambda: _makers[first.partition(" ")[0]](first, text))
 
 
 # ---- while a graph is made ----------------------------------------------------------------------------------------------------
@@ -134,15 +136,7 @@ def _plain(device: torch.device, grad: bool) -> Iterator[None]:
     torch's dispatcher has passed autograd by already; here it takes part again, without ``grad`` too: what FlexAttention compiles
     depends on it, and graphs and ordinary calls are to share that. Autocast has cast q, k, v before.
     """
-    keys = torch._C.DispatchKey
-    passed = torch._C._dispatch_tls_local_exclude_set()
-    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor, keys.ADInplaceOrView):
-        passed = passed.remove(key)
-    with (
-        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), passed),
-        torch.set_grad_enabled(grad),
-        torch.autocast(device.type, enabled=False),
-    ):
+    with autograd_again(), torch.set_grad_enabled(grad), torch.autocast(device.type, enabled=False):
         yield
 
 
@@ -253,8 +247,10 @@ def _refuse(ctx: Any, *grads: Any) -> NoReturn:
 
 
 _attend_backward.register_autograd(_refuse)
-make_transformable(_attend)
-make_transformable(_attend_backward)
+# Gradients under torch.func.grad inside torch.compile, where the graph holds the operators.
+_library = torch.library.Library("sparsedsl", "FRAGMENT")
+make_transformable(_attend, _library, no_forward_mode)
+make_transformable(_attend_backward, _library, no_forward_mode)
 
 
 @_attend.register_vmap

@@ -19,6 +19,7 @@ import torch
 
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.models.native import Facts
+from sparsedsl.torch_private import untorched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -140,7 +141,7 @@ class _Carrier(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunctionSubclass():
+        with untorched():
             if _reads_no_values(function, args):
                 return function(*args, **kwargs)
             if args and isinstance(args[0], _Carrier):

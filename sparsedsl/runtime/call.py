@@ -11,10 +11,10 @@ import sympy
 import torch
 
 from sparsedsl.analysis.bounds import check_reads
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import Pattern, attend
@@ -87,17 +87,15 @@ def check_call(
         raise ShapeError(f"scale must be a positive number or None; got {scale!r}")
     empty = _is_empty(q, k)
     bound = bind_tables(pattern, tables, device=q.device, may_be_empty=empty)
-    count_heads((pattern,), bound, q.shape[1])
     batch, rows, kv_len = (max(size, 1) for size in (q.shape[0], q.shape[2], k.shape[2]))
     domain = Domain(rows, kv_len, int(q_offset), batch, q.shape[1], bound)
-    exact = domain
     if not empty:
-        exact = exactly(pattern.exprs, domain)
-        _check_reads_once(pattern, domain)
-    elif pattern.sink is not None and q.shape[0] and q.shape[2]:  # there are no keys, but rows whose sinks are read
-        exact = exactly((pattern.sink.expr,), domain)
-        _check_reads_once(attend(False, sink=pattern.sink), domain)
-    return Call(q, k, v, exact, float(scale), bound)
+        domain = _admitted(pattern, domain)
+    else:
+        count_heads((pattern,), bound, q.shape[1])
+        if pattern.sink is not None and q.shape[0] and q.shape[2]:  # there are no keys, but rows whose sinks are read
+            domain = _admitted(attend(False, sink=pattern.sink), domain)
+    return Call(q, k, v, domain, float(scale), bound)
 
 
 def check_tensors(q: Any, k: Any, v: Any) -> None:
@@ -240,7 +238,7 @@ def check_table(spec: TableSpec, value: Any, rank: int, device: torch.device | N
 
 
 # Facts are checked once per tensor and version, not per call: a check reads the whole table and, on GPU, waits for it.
-_CHECKED: Remembered[None] = Remembered(4096)
+_CHECKED: Cache[None] = Cache()
 
 
 def _check_facts_once(spec: TableSpec, value: torch.Tensor) -> None:
@@ -271,20 +269,31 @@ def _check_facts(spec: TableSpec, value: torch.Tensor) -> None:
             )
 
 
-_READS_CHECKED: Remembered[None] = Remembered(4096)
+# Tables that are exchanged for computing in int64, by name, for calls that passed the checks of tables and lengths together.
+_ADMITTED: Cache[dict[str, torch.Tensor]] = Cache()
 
 
-def _check_reads_once(pattern: Pattern, domain: Domain) -> None:
-    if not domain.tables:
-        return
-    tables = list(domain.tables.values())
+def _admitted(pattern: Pattern, domain: Domain) -> Domain:
+    """The domain for computing in int64, checked once for lengths and tables: heads, how far integers reach, what is read of tables."""
+    count, tables = domain.heads, list(domain.tables.values())
+    if not tables:
+        count_heads((pattern,), {}, count)
+        return exactly(pattern.exprs, domain)
     if is_transformed(*tables):
+        count_heads((pattern,), domain.tables, count)
+        exact = exactly(pattern.exprs, domain)
         for values in samples(domain.tables):
             check_reads(pattern, replace(domain, tables=values))
-        return
+        return exact
+
+    def check() -> dict[str, torch.Tensor]:
+        count_heads((pattern,), domain.tables, count)
+        exact = exactly(pattern.exprs, domain)
+        check_reads(pattern, domain)
+        return {name: table for name, table in exact.tables.items() if table is not domain.tables[name]}
+
     # Of a float table only the shape matters, and its values change at every step of a training.
-    read = [t for t in tables if not t.is_floating_point()]
-    key = (
-        pattern.key, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, *(t.shape for t in tables),
-    )  # fmt: skip
-    _READS_CHECKED.get(key, read, lambda: check_reads(pattern, domain))
+    whole = [t for t in tables if not t.is_floating_point()]
+    key = (pattern.key, domain.rows, domain.kv_len, domain.q_offset, domain.batch, count, *(t.shape for t in tables))
+    changed = _ADMITTED.get(key, whole, check)
+    return replace(domain, tables={**domain.tables, **changed}) if changed else domain

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from sparsedsl.tiling.cost import SINGLE
+from sparsedsl.torch_private import linear
 from sparsedsl.tuning.measure import has_linear
 
 __all__ = ["product", "product_nt", "product_tn", "single", "single_nt"]
@@ -29,14 +30,14 @@ def product_nt(x: Tensor, y: Tensor, *, tanh: bool = False) -> Tensor:
 def single_nt(x: Tensor, y: Tensor, *, tanh: bool = False) -> Tensor:
     """:func:`product_nt` of one product, ``(M, D)`` and ``(N, D)``."""
     if _linear_is_best(x, x.shape[0] * y.shape[0]):
-        return _linear(x, y, "tanh" if tanh else "none")
+        return linear(x, y, "tanh" if tanh else "none")
     result = torch.mm(x, y.T)
     return result.tanh_() if tanh else result
 
 
 def single(x: Tensor, y: Tensor) -> Tensor:
     """:func:`product` of one product, ``(M, N)`` and ``(N, D)``."""
-    return _linear(x, y.T) if _linear_is_best(x, x.shape[0] * x.shape[1]) else torch.mm(x, y)
+    return linear(x, y.T) if _linear_is_best(x, x.shape[0] * x.shape[1]) else torch.mm(x, y)
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def product_tn(x: Tensor, y: Tensor) -> Tensor:
     """``x^T @ y`` of ``(X, N, M)`` and ``(X, N, D)``; the result need not be contiguous."""
     if _single(x, x.shape[1] * x.shape[2]):
         # oneDNN is slow where the left operand is a transposed view, not where the right one is.
-        return _linear(y[0].T.contiguous(), x[0].T).T[None]
+        return linear(y[0].T.contiguous(), x[0].T).T[None]
     return torch.bmm(x.mT, y) if x.shape[0] > 1 else torch.mm(x[0].T, y[0])[None]
 
 
@@ -58,7 +59,3 @@ def _single(x: Tensor, results: int) -> bool:
 
 def _linear_is_best(x: Tensor, results: int) -> bool:
     return results >= SINGLE and x.dtype == torch.float32 and x.device.type == "cpu" and has_linear()
-
-
-def _linear(x: Tensor, weight: Tensor, after: str = "none") -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, after, [], "")

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sparsedsl.torch_private import is_batched
+
 __all__ = ["seen_product"]
 
 Tensor = torch.Tensor
@@ -29,7 +31,7 @@ def seen_product(x: Tensor, y: Tensor) -> Tensor:
 def _product(x: Tensor, y: Tensor) -> Tensor:
     plain = x @ y
     # NaN and infinity spread, so that one sum shows both.
-    if torch._C._functorch.is_batchedtensor(plain) or (plain.device.type == "cpu" and not math.isfinite(float(plain.sum()))):
+    if is_batched(plain) or (plain.device.type == "cpu" and not math.isfinite(float(plain.sum()))):
         return _careful(x, y)
     return plain
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+
+from sparsedsl.torch_private import autocast_anywhere, has_no_values, in_graph_mode, is_wrapped, transforms_active
 
 __all__ = ["autocast_inputs", "is_traced", "is_transformed"]
 
 _HALF = (torch.float16, torch.bfloat16)
-_MODES = torch._C._TorchDispatchModeKey
 
 
 def is_traced(*tensors: Any) -> bool:
@@ -22,17 +21,15 @@ def is_traced(*tensors: Any) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    if any(torch._C._get_dispatch_mode(mode) is not None for mode in (_MODES.PROXY, _MODES.FAKE, _MODES.FUNCTIONAL)):
+    if in_graph_mode():
         return True
     known = [t for t in tensors if isinstance(t, torch.Tensor)]
-    return any(isinstance(t, (FakeTensor, FunctionalTensor)) for t in known) or (bool(known) and all(t.is_meta for t in known))
+    return any(map(has_no_values, known)) or (bool(known) and all(t.is_meta for t in known))
 
 
 def is_transformed(*tensors: torch.Tensor) -> bool:
     """Whether ``torch.vmap``, ``torch.func.grad`` or another transform of ``torch.func`` watches one of the tensors."""
-    return torch._C._are_functorch_transforms_active() and any(
-        torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
-    )
+    return transforms_active() and any(map(is_wrapped, tensors))
 
 
 def autocast_inputs(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
@@ -41,7 +38,7 @@ def autocast_inputs(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     As for torch's ``scaled_dot_product_attention``: float32 and mixed inputs are cast to autocast's type, float64 is left alone.
     Inputs that share one half-precision type keep it.
     """
-    if not torch._C._is_any_autocast_enabled() or not all(isinstance(t, torch.Tensor) for t in (q, k, v)):
+    if not autocast_anywhere() or not all(isinstance(t, torch.Tensor) for t in (q, k, v)):
         return q, k, v  # what is no tensor is refused later, with a message
     device = q.device.type
     if not torch.amp.autocast_mode.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -9,6 +9,7 @@ import torch
 
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH
+from sparsedsl.torch_private import batch_dim, is_batched, is_wrapped, unwrapped
 
 __all__ = ["map_call", "reads_batch", "samples", "stacked"]
 
@@ -57,16 +58,14 @@ def _front(t: Tensor, dim: int | None, size: int) -> Tensor:
 
 # ---- values under the wrappers of torch.func ---------------------------------------------------------------------------------
 
-_functorch = torch._C._functorch
-
 
 def stacked(t: Tensor) -> Tensor:
     """The values of a tensor that a transform of ``torch.func`` has wrapped: those of all samples, counted by dimensions in front."""
-    if _functorch.is_batchedtensor(t):
-        inner, dim = _functorch.get_unwrapped(t), _functorch.maybe_get_bdim(t)
+    if is_batched(t):
+        inner, dim = unwrapped(t), batch_dim(t)
         plain = stacked(inner)
         return plain.movedim(plain.ndim - inner.ndim + dim, 0)
-    return stacked(_functorch.get_unwrapped(t)) if _functorch.is_functorch_wrapped_tensor(t) else t
+    return stacked(unwrapped(t)) if is_wrapped(t) else t
 
 
 def samples(tables: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

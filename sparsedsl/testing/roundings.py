@@ -21,7 +21,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsedsl.torch_private import DispatchMode
 
 __all__ = ["Roundings", "stored"]
 
@@ -49,7 +50,7 @@ def stored(x: Tensor) -> Tensor:
     return _ACTIVE[-1].stored(x) if _ACTIVE else x
 
 
-class Roundings(TorchDispatchMode):
+class Roundings(DispatchMode):
     """A context in which float64 operations are moved by what they may round.
 
     Args:

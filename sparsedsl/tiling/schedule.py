@@ -14,14 +14,11 @@ from dataclasses import dataclass, field
 import torch
 from sympy.logic.boolalg import Boolean
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.tiling.lanes import Lane
-from sparsedsl.tiling.tiles_kept import Tiles
 
 __all__ = ["Family", "LanePlan", "Piece", "Schedule", "Segment"]
-
-# Tiles of the mask kept with a schedule.
-MASK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class Schedule:
     covers: bool
     height: int
     seconds: float
-    masks: Tiles = field(default_factory=lambda: Tiles(MASK_BYTES), repr=False)
+    masks: Cache[torch.Tensor] = field(default_factory=lambda: Cache(tiles=True), repr=False)
 
     @property
     def pairs(self) -> int:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from sparsedsl.lang.strict import OPERATIONS
+from sparsedsl.torch_private import tree_map
 from sparsedsl.tracing import advice
 from sparsedsl.tracing.graph import Node, constant
 from sparsedsl.tracing.indexing import index_dimensions

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
+from sparsedsl.torch_private import no_torch_function, stand_in, tree_leaves
 from sparsedsl.tracing import advice, capture
 from sparsedsl.tracing.graph import Captured, Node, Partial, constant, fail
 
@@ -44,11 +44,11 @@ class Proxy(torch.Tensor):
         partial = value if isinstance(value, Partial) else None
         dtype = partial.captured.tensor.dtype if partial else value.dtype  # type: ignore[union-attr]
         shape, device = partial.shape if partial else (), torch.device("cpu")
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        self.node, self.partial, self.tracer = None if partial else value, partial, tracer  # type: ignore[assignment]
+        self = stand_in(cls, shape, dtype=dtype, device=device)
+        self.node, self.partial, self.tracer = None if partial else value, partial, tracer
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

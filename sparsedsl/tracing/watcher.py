@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_leaves, tree_map
 
+from sparsedsl.torch_private import tree_leaves, tree_map
 from sparsedsl.tracing import advice, indexing
 from sparsedsl.tracing.graph import Refused, fail
 from sparsedsl.tracing.proxy import Proxy, Tracer

@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from sparsedsl.settings import settings, stage, tune_mode
+from sparsedsl.torch_private import flash_for_cpu, linear, no_modes
 from sparsedsl.tuning.machine import BUILT_IN, HEAD_DIM, KEYS, ROWS, Machine
 from sparsedsl.tuning.store import Store
 
@@ -144,10 +144,6 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-
-
 @functools.cache
 def has_linear() -> bool:
     """Whether ``torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")`` is there and computes ``x @ w.T`` of fp32 matrices.
@@ -163,7 +159,7 @@ def has_linear() -> bool:
             numbers = (torch.arange(40 * 24, dtype=torch.float32, device="cpu") * 7 % 17 - 8).view(40, 24)
             w = (torch.arange(33 * 16, dtype=torch.float32, device="cpu") * 5 % 13 - 6).view(33, 16)
             trials = [(numbers[:, :16], w), (numbers[:1, 8:], w), (numbers[3:36:2, 4:20], w[1:])]
-            return all(torch.equal(_linear(x, w), torch.mm(x, w.T)) for x, w in trials)
+            return all(torch.equal(linear(x, w), torch.mm(x, w.T)) for x, w in trials)
     except Exception:  # no such operator, other arguments, no oneDNN in this build, no kernel for this processor, ...
         return False
 
@@ -171,7 +167,7 @@ def has_linear() -> bool:
 @contextmanager
 def _plain_surroundings() -> Iterator[None]:
     """Neither gradients nor autocast nor fake tensors, whatever the caller is in the middle of."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), _disable_current_modes():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), no_modes():
         yield
 
 
@@ -215,7 +211,7 @@ def _probes() -> dict[tuple[str, int], Callable[[], object]]:
     heads, source = _numbers(1, 2, 1024, HEAD_DIM), _numbers(_GATHERED_FROM, HEAD_DIM)
     scattered = torch.arange(_GATHERED, device="cpu") * 2654435761 % _GATHERED_FROM
     keys, batched_keys = _numbers(KEYS, HEAD_DIM), _numbers(_BATCH, _BATCH_KEYS, HEAD_DIM)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flash = flash_for_cpu()
 
     def softmax() -> None:
         matrix.sub_(matrix.amax(1, keepdim=True)).exp2_().sum(1)
@@ -236,7 +232,7 @@ def _probes() -> dict[tuple[str, int], Callable[[], object]]:
         probes["matmul", m] = functools.partial(torch.mm, queries, keys.T)
         probes["batched", m] = functools.partial(torch.bmm, batched, batched_keys.mT)
         if has_linear():
-            probes["linear", m] = functools.partial(_linear, queries, keys)
+            probes["linear", m] = functools.partial(linear, queries, keys)
     return probes
 
 

@@ -65,8 +65,8 @@ def test_tanh_is_as_accurate_as_torchs(single, monkeypatch):
 def test_a_product_of_its_own_asks_onednn(monkeypatch):
     """The quick kernel runs where it should, and only there: one float32 product of many results."""
     called = []
-    real = gemm._linear
-    monkeypatch.setattr(gemm, "_linear", lambda *words: called.append(words) or real(*words))
+    real = gemm.linear
+    monkeypatch.setattr(gemm, "linear", lambda *words: called.append(words) or real(*words))
     monkeypatch.setattr(gemm, "has_linear", lambda: False)
     large = tensor(1, 300, 16, seed=0)
     product_nt(large, large)
@@ -74,7 +74,7 @@ def test_a_product_of_its_own_asks_onednn(monkeypatch):
     monkeypatch.undo()
     if not gemm.has_linear():
         pytest.skip("this build of torch has no oneDNN product")
-    monkeypatch.setattr(gemm, "_linear", lambda *words: called.append(words) or real(*words))
+    monkeypatch.setattr(gemm, "linear", lambda *words: called.append(words) or real(*words))
     product_nt(large, large)
     assert len(called) == 1
     for x in (large.double(), large[:, :8], large.expand(2, -1, -1)):

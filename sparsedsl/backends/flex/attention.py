@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.backends.flex.block_mask import block_mask, mask_mod, pack, score_mod, tall_enough, widened
@@ -36,6 +36,7 @@ from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.unseen import guarded_forward
+from sparsedsl.torch_private import compile_failure, has_avx2, tile_sizes_named, varying_sizes
 
 __all__ = ["FlexKernel", "block_mask", "mask_mod", "score_mod"]
 
@@ -47,7 +48,7 @@ class FlexKernel:
 
     def __init__(self, pattern: Pattern) -> None:
         self.pattern = pattern
-        self._packed: dict[int, tuple[weakref.ref[TileLists], dict[tuple[Any, ...], tuple[torch.Tensor, ...]]]] = {}
+        self._packed: Cache[tuple[torch.Tensor, ...]] = Cache()
 
     @functools.cached_property
     def _source(self) -> FlexSource:
@@ -110,15 +111,12 @@ class FlexKernel:
 
     def _pack(self, lists: TileLists, device: torch.device, *, sink: bool, backward: bool) -> tuple[torch.Tensor, ...]:
         """The lists as the kernel takes them, remembered while ``lists`` lives."""
-        known = self._packed.get(id(lists))
-        if known is None or known[0]() is not lists:
-            for dead in [number for number, (ref, _) in self._packed.items() if ref() is None]:
-                del self._packed[dead]
-            known = self._packed[id(lists)] = (weakref.ref(lists), {})
-        key = (device, sink, backward)
-        if key not in known[1]:
-            known[1][key] = tuple(t.to(device) for t in pack(lists, sink=sink, backward=backward))
-        return known[1][key]
+
+        def make() -> tuple[torch.Tensor, ...]:
+            return tuple(t.to(device) for t in pack(lists, sink=sink, backward=backward))
+
+        parts = [part for rows in (lists.full, lists.partial) for part in (rows.counts, rows.columns)]
+        return self._packed.get((device, sink, backward, lists.block, lists.q_rows, lists.kv_len), parts, make)
 
 
 def _refuse(call: Call, grad: bool, return_lse: bool) -> None:
@@ -132,7 +130,7 @@ def _refuse(call: Call, grad: bool, return_lse: bool) -> None:
         )
     if cpu and return_lse:
         raise UnsupportedError("FlexAttention does not return the LSE on CPU; use backend='reference', or return_lse=False")
-    if cpu and not torch.cpu._is_avx2_supported():
+    if cpu and not has_avx2():
         raise UnsupportedError("FlexAttention on CPU needs AVX2, which this machine lacks; use backend='reference'")
 
 
@@ -206,7 +204,7 @@ def _launch(
         if attention is None:
             with _lock:
                 attention = _build(source, scale, block, lse)
-                with _tile_sizes_named():
+                with tile_sizes_named():
                     result = _first_call(attention, q, k, v, lists, values)
                 _compiled[kind] = attention
         else:
@@ -253,11 +251,7 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _steady(device: str) -> Iterator[None]:
     """Whatever the caller's context, the compiled function sees one and the same."""
-    config: Any = torch.fx.experimental._config
-    with (
-        config.patch(use_duck_shape=False, backed_size_oblivious=True),
-        torch.autocast(device, enabled=False),
-    ):
+    with varying_sizes(), torch.autocast(device, enabled=False):
         yield
 
 
@@ -266,7 +260,9 @@ def _explained(device: str) -> Iterator[None]:
     """Failures of torch's compiler as errors that name the way out."""
     try:
         yield
-    except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+    except Exception as error:
+        if not compile_failure(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         if "InvalidCxxCompiler" in reason:
             raise UnsupportedError(
@@ -277,34 +273,3 @@ def _explained(device: str) -> Iterator[None]:
             f"torch {torch.__version__} cannot compile this pattern for FlexAttention on {device}: {type(error).__name__}: {reason}. "
             "Use backend='tiled', and please report the pattern"
         ) from error
-
-
-@contextmanager
-def _tile_sizes_named() -> Iterator[None]:
-    """Work round a fault of torch's C++ template for CPU (2.13; harmless where it is mended).
-
-    The template names the sizes of a tile ``ks1`` and ``ks2`` (the numbers vary) in the code of the mask, then replaces these texts by
-    ``cur_qSplitSize`` and ``cur_kvSplitSize``. A table whose length it has named ``ks27`` becomes ``cur_kvSplitSize7``, which does
-    not compile. Here the two sizes get names that nothing else begins with.
-    """
-    from torch._inductor import lowering  # noqa: F401  (loads the template in an order that works)
-    from torch._inductor.codegen.cpp_flex_attention_template import CppFlexAttentionTemplate as Template
-
-    original = getattr(Template, "modification", None)
-    if original is None:
-        yield
-        return
-
-    def modification(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        kept = self.extra_sizevars
-        self.extra_sizevars = [*kept, *self.block_vars]
-        try:
-            return original(self, *arguments, **keywords)
-        finally:
-            self.extra_sizevars = kept
-
-    setattr(Template, "modification", modification)  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(Template, "modification", original)  # noqa: B010  (mypy refuses the plain assignment)

@@ -1,19 +1,19 @@
-"""The ``tiled`` lowering as a kernel: schedules, remembered for the last lengths and tables, and the two passes over them."""
+"""The ``tiled`` lowering as a kernel: schedules, kept for the lengths and tables seen last, and the two passes over them."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from dataclasses import dataclass, replace
 
 import torch
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.backends.tiled import passes
 from sparsedsl.backends.tiled.operands import folds_heads
 from sparsedsl.backends.tiled.score_rules import score_rule
+from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.runtime.call import Call, check_call
 from sparsedsl.runtime.unseen import Sight
@@ -45,7 +45,7 @@ class TiledKernel:
 
     def __init__(self, pattern: Pattern, *, minimal: bool = True) -> None:
         self.pattern, self.minimal = pattern, minimal
-        self._schedules: Remembered[Schedule] = Remembered()
+        self._schedules: Cache[Schedule] = Cache()
 
     def schedule(self, call: Call) -> Schedule:
         """How the mask of this call is cut: made once for lengths and tables."""
@@ -90,7 +90,8 @@ class TiledKernel:
 
 def sight_of(pattern: Pattern, call: Call) -> Sight:
     """Who sees whom in a call of ``pattern``."""
-    kernel = _equal_weights(attend(pattern.mask))
+    mask = pattern.mask.expr
+    kernel = _EQUAL_WEIGHTS.get(mask, [], lambda: TiledKernel(attend(Mask(mask))))
     q, k = (t.new_zeros((*t.shape[:3], 1), dtype=torch.float32) for t in (call.q, call.k))
     tables = {name: call.tables[name] for name in kernel.pattern.tables}
     base = check_call(kernel.pattern, q, k, k, tables, q_offset=call.domain.q_offset)
@@ -102,6 +103,5 @@ def sight_of(pattern: Pattern, call: Call) -> Sight:
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _equal_weights(pattern: Pattern) -> TiledKernel:
-    return TiledKernel(pattern)
+# The kernel of a mask alone, for any tables: who sees whom, whatever the logits.
+_EQUAL_WEIGHTS: Cache[TiledKernel] = Cache()

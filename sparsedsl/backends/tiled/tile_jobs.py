@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.clauses import only_difference
 from sparsedsl.backends.tiled.operands import Gains, Operands
 from sparsedsl.backends.tiled.score_rules import clamped
@@ -17,7 +18,6 @@ from sparsedsl.lang.tables import table_reads
 from sparsedsl.runtime.gemm import product, product_nt, product_tn, single, single_nt
 from sparsedsl.tiling.cost import chunk_keys, strips_at_once
 from sparsedsl.tiling.schedule import Family, LanePlan, Segment
-from sparsedsl.tiling.tiles_kept import Tiles
 
 __all__ = ["Lane", "Unit"]
 
@@ -29,7 +29,7 @@ NO_KEY = -0.75
 TINY = 1e-30
 # Totals of 2**logit between these have all their digits, and so have the products with v unless v is below 1e-25.
 SAFE_TOTAL = (2.0**-40, 2.0**90)
-# Tiles of biases kept during one pass.
+# Bytes of biases kept during one pass, where they are new with every pass.
 KEPT_BYTES = 64 << 20
 
 
@@ -63,7 +63,8 @@ class Lane:
         self.bias = None if run.rule.bias is None else lane.inside(run.rule.bias)
         self.masks = run.schedule.masks
         # A bias without tables is the same at every call.
-        self.biases = Tiles(KEPT_BYTES) if self.bias is None or table_reads(self.bias) else self.masks
+        new = self.bias is not None and bool(table_reads(self.bias))
+        self.biases: Cache[Tensor] = Cache(tiles=True, most=KEPT_BYTES) if new else self.masks
 
     def head_spans(self, group: int, heads: range) -> Iterator[tuple[int, int]]:
         """First and last + 1 of the flat heads that a group of the mask covers, as far as they are in ``heads``, without gaps."""
@@ -210,7 +211,7 @@ class Unit:
             tile = torch.zeros(shape, dtype=self.run.dtype, device=self.lane.q.device)
             return tile.masked_fill_(~allowed.expand(shape), float("-inf"))
 
-        tile = self.lane.masks.get((*place, self.lane.plan.lane, self.run.dtype, self.lane.q.device, transposed), make)
+        tile = self.lane.masks.get((*place, self.lane.plan.lane, self.run.dtype, self.lane.q.device, transposed), (), make)
         if self.family.count > 1 and segment.step == self.family.step and shared and not tells_heads_apart(residual):
             self.lane.known[quick] = tile
         return tile
@@ -247,7 +248,7 @@ class Unit:
             self.lane.plan.lane,
             transposed,
         )
-        return self.lane.biases.get((*key[:2], tuple(key[2]), *key[3:]), make)
+        return self.lane.biases.get((*key[:2], tuple(key[2]), *key[3:]), (), make)
 
     # ---- forward ----------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.backends.tiled.attention import sight_of
 from sparsedsl.backends.triton.configs import chosen, target_of
 from sparsedsl.backends.triton.launch import (
@@ -61,7 +61,7 @@ class TritonKernel:
     def __init__(self, pattern: Pattern, lists: ListMaker) -> None:
         self.pattern = pattern
         self._lists = lists
-        self._prepared: Remembered[Prepared] = Remembered()
+        self._prepared: Cache[Prepared] = Cache()
 
     def source(self, head_dim: int = 64, head_dim_v: int | None = None) -> TritonSource:
         """The generated module for heads of these widths."""

@@ -6,9 +6,11 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.backends.triton.hoisted_tables import fill
@@ -32,33 +34,44 @@ COUNTED_ROWS = 256
 
 @dataclass(eq=False)
 class Prepared:
-    """``domain`` and ``device`` of the calls it is for; ``tables``: prepared tables as arguments; ``differences``: range of
-    ``q_idx - kv_idx`` that gradients along diagonals need. Arguments of loops are made when a kernel asks for them."""
+    """``lengths`` and ``device`` of the calls it is for: their domain without its tables, which live as long as their owner wants;
+    ``read``: those of them that are not learned. ``tables``: prepared tables as arguments; ``differences``: range of ``q_idx - kv_idx``
+    that gradients along diagonals need. Arguments of loops are made when a kernel asks for them."""
 
     pattern: Pattern
-    domain: Domain
+    lengths: Domain
+    read: WeakValueDictionary[str, torch.Tensor]
     device: torch.device
     variant: Variant
     source: TritonSource
     tables: Mapping[str, Any]
     differences: tuple[int, int] | None
     lists: ListMaker
-    _arrays: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    _arrays: Cache[dict[str, Any]] = field(default_factory=Cache)
+
+    @property
+    def domain(self) -> Domain:
+        """Lengths and tables of the calls it is for. Learned tables, which change with every step, are not among them."""
+        return replace(self.lengths, tables=dict(self.read))
 
     def loop(self, kernel: str, block: tuple[int, int]) -> dict[str, Any]:
         """Arguments of a kernel's loop over tiles, for tiles of ``block`` (queries, keys)."""
         of = "queries" if kernel == "grad_kv" else "keys"
         how = {"decode": self.variant.decode_keys, "grad_kv": self.variant.queries}.get(kernel, self.variant.keys)
         key = (of, how, block if how == "lists" else None)
-        if key not in self._arrays:
+
+        def make() -> dict[str, Any]:
             with torch.no_grad():
                 if how == "lists":
-                    self._arrays[key] = list_values(self.lists(self.domain, block), of, self.device)
-                elif self.variant.step == 1 or kernel == "decode":
-                    self._arrays[key] = span_values(self.pattern, self.domain, of, self.device)
-                else:  # the spans of residues all have a closed form
-                    self._arrays[key] = {}
-        return self._arrays[key]
+                    return list_values(self.lists(self.domain, block), of, self.device)
+                # the spans of residues all have a closed form
+                return (
+                    span_values(self.pattern, self.domain, of, self.device)
+                    if self.variant.step == 1 or kernel == "decode"
+                    else {}
+                )
+
+        return self._arrays.get(key, (), make)
 
     def reaching(self, *tensors: torch.Tensor) -> Prepared:
         """The same, able to reach every row of these tensors ``(B, H, S, D)``: all that a kernel is launched with belong here."""
@@ -82,7 +95,7 @@ class Prepared:
         """How much there is to do, from lists so coarse that they are short."""
         return replace(work_of(self._coarse), descriptors=self.described is not None)
 
-    @functools.cached_property
+    @property
     def _coarse(self) -> TileLists:
         side = max(128, 128 * (-(-max(self.domain.rows, self.domain.kv_len) // (128 * COUNTED_ROWS))))
         with torch.no_grad():
@@ -122,7 +135,6 @@ def prepare(pattern: Pattern, domain: Domain, device: torch.device, widths: tupl
     differences = None
     if any(one.axis == "difference" for one in learned_reads(source.pattern)):
         differences = allowed_differences(pattern, domain)
-    # Learned tables change with every step; nothing here reads them.
     fixed = {name: table for name, table in domain.tables.items() if not pattern.tables[name].learned}
-    kept = Domain(domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, fixed)
-    return Prepared(pattern, kept, device, variant, source, tensor_arguments(tables), differences, lists)
+    lengths, read = replace(domain, tables={}), WeakValueDictionary(fixed)
+    return Prepared(pattern, lengths, read, device, variant, source, tensor_arguments(tables), differences, lists)
