@@ -168,7 +168,7 @@ def attended_pairs(program: Any, q: Tensor, k: Tensor, v: Tensor, named: Mapping
             return sum(part for part in parts if part is not None)
         case Attend() if program.normaliser is not None:
             attn = sd.compile(program)
-            picks = attn.choices(q, k, v, **_wanted(attn, named))[program.normaliser.picks.label]
+            picks = attn.choices(q, k, v, **_wanted(attn, named))[attn.program.labels[program.normaliser.picks]]
             assert isinstance(picks, Picks)
             return float(picks.counts.sum()) * picks.kv_unit * q.shape[1] / picks.counts.shape[1]
     # Without logits every pair weighs 1, and the LSE of a row is the logarithm of their number. What chooses keeps its own scale.

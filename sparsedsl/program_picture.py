@@ -41,16 +41,16 @@ def parts(program: Program) -> dict[str, Program]:
     found = {"": program}
     for node in program.order:
         for root in node.subprograms:
-            inner = parts(Program(root))
-            found |= {title or f"inside {node.label}": part for title, part in inner.items()}
+            inner = parts(Program(root, inside=program))
+            found |= {title or f"inside {program.labels[node]}": part for title, part in inner.items()}
     return found
 
 
-def words(node: Node, sizes: Mapping[str, int]) -> tuple[str, str, str]:
+def words(program: Program, node: Node, sizes: Mapping[str, int]) -> tuple[str, str, str]:
     """What stands in the box of a node: its label, its arguments, and the axes of its result with sizes that are known."""
-    lines = textwrap.wrap(node.note(), WIDTH, break_on_hyphens=False)
+    lines = textwrap.wrap(program.worded(node.note(), node.read), WIDTH, break_on_hyphens=False)
     lines = lines if len(lines) <= LINES else [*lines[: LINES - 1], lines[LINES - 1][: WIDTH - 4] + " ..."]
-    return node.label, "\n".join(lines), textwrap.fill(" ".join(_axis(axis, sizes) for axis in node.axes), WIDTH)
+    return program.labels[node], "\n".join(lines), textwrap.fill(" ".join(_axis(axis, sizes) for axis in node.axes), WIDTH)
 
 
 def _axis(axis: str, sizes: Mapping[str, int]) -> str:
@@ -114,7 +114,7 @@ def draw_program(axis: Axes, program: Program, sizes: Mapping[str, int], title: 
     placed, paths = places(program.graph)
     boxes = {}
     for node in program.graph:
-        label, said, axes = words(node, sizes)
+        label, said, axes = words(program, node, sizes)
         text = "\n".join(filter(None, [label, said, f"[{axes}]"]))
         box = {"boxstyle": "round,pad=0.35", "facecolor": COLOURS[node.gives], "edgecolor": "#777777", "linewidth": 0.6}
         drawn = axis.text(*placed[node], text, ha="center", va="center", fontsize=FONT, family="monospace", bbox=box, zorder=2)

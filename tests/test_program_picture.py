@@ -33,9 +33,9 @@ def test_every_node_has_a_box_of_its_kind_with_its_axes(name):
     program = sd.Program(PROGRAMS[name])
     figure = sd.plot(program)
     drawn = boxes(figure.axes[0])
-    assert set(drawn) == {node.label for node in program.graph}
+    assert set(drawn) == {program.labels[node] for node in program.graph}
     for node in program.graph:
-        box = drawn[node.label]
+        box = drawn[program.labels[node]]
         assert to_hex(box.get_bbox_patch().get_facecolor()) == COLOURS[node.gives]
         assert " ".join(box.get_text().split()).endswith(f"[{' '.join(node.axes)}]")
     named = {text.get_text() for text in figure.axes[0].get_legend().get_texts()}
@@ -70,25 +70,29 @@ def test_the_same_program_gives_the_same_picture():
 
 
 def test_sizes_are_shown_where_lengths_are_given():
-    picks = P.moba(512, 3).selections[0]
-    assert words(picks, {})[2] == "batch heads queries keys/512"
-    assert words(picks, {"queries": 100, "keys": 1300})[2].split() == ["batch", "heads", "queries=100", "keys/512=3"]
+    program = sd.Program(P.moba(512, 3))
+    picks = program.root.selections[0]
+    assert words(program, picks, {})[2] == "batch heads queries keys/512"
+    assert words(program, picks, {"queries": 100, "keys": 1300})[2].split() == ["batch", "heads", "queries=100", "keys/512=3"]
     figure = sd.plot(P.moba(512, 3), 100, q_offset=1200)
-    assert "keys/512=3" in boxes(figure.axes[0])[picks.label].get_text()
+    assert "keys/512=3" in boxes(figure.axes[0])[program.labels[picks]].get_text()
 
 
 def test_arguments_are_shown_and_long_ones_cut():
-    label, said, _ = words(P.moba(512, 3).selections[0], {})
-    assert label.startswith("top_k_") and "count=2" in said and "among=(q_idx >= kv_idx) &" in said
-    assert words(P.pbs(), {})[1].endswith(" ...") and words(P.pbs(), {})[1].count("\n") == 3
-    assert words(sd.input("k_rope", "batch kv_heads keys head_dim", default=sd.k), {})[1] == "default k"
+    program, pbs = sd.Program(P.moba(512, 3)), sd.Program(P.pbs())
+    label, said, _ = words(program, program.root.selections[0], {})
+    assert label == "top_k" and "count=2" in said and "among=(q_idx >= kv_idx) &" in said
+    said = words(pbs, pbs.root, {})[1]
+    assert said.endswith(" ...") and said.count("\n") == 3 and "segment_sort[" in said
+    nha = sd.Program(P.nha())
+    assert words(nha, nha.inputs["k_rope"], {})[1] == "default k"
 
 
 def test_what_runs_on_kept_tokens_has_a_graph_beside():
     program = P.token_sparse(inside=P.pbs())
-    assert list(parts(sd.Program(program))) == ["", f"inside {program.label}"]
+    assert list(parts(sd.Program(program))) == ["", "inside compact"]
     figure = sd.plot(program, title="both")
-    assert [axes.get_title() for axes in figure.axes] == ["", f"inside {program.label}"]
+    assert [axes.get_title() for axes in figure.axes] == ["", "inside compact"]
     assert "segment_sort" in "".join(boxes(figure.axes[1])) and "segment_sort" not in "".join(boxes(figure.axes[0]))
     assert figure.get_suptitle() == "both"
 

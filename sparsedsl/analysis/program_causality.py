@@ -8,7 +8,7 @@ of keys: the tokens of a row (`own`), or any. Scores of (query, unit): tokens up
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -68,15 +68,15 @@ def program_causality(program: Program) -> Verdict:
     >>> program_causality(sd.Program(sd.patterns.hsa()))
     PROVED (through the graph, for all indices, lengths and tables)
     >>> print(program_causality(sd.Program(sd.patterns.token_sparse())).reason)
-    keep_tokens_e8c9e3 is decided by probe_9b9c85, which looks at the last 128 queries
+    keep_tokens is decided by probe, which looks at the last 128 queries
     """
     known: dict[Node, _Known] = {}
     for node in program.order:
         known[node] = CAUSALITY_RULES[type(node)](node, known)
     result = known[program.root]
     if result.verdict is not None:
-        return result.verdict
-    return PROVED if result.reach == PAST else Verdict("REFUTED", reason=result.why)
+        return replace(result.verdict, reason=program.worded(result.verdict.reason))
+    return PROVED if result.reach == PAST else Verdict("REFUTED", reason=program.worded(result.why))
 
 
 def _ends_before(unit: int) -> Mask:

@@ -50,7 +50,8 @@ class ProgramAnalysis:
         return sum(step.flops for step in self.steps if step.kind == kind) / max(self.flops, 1)
 
     def __str__(self) -> str:
-        width = max((len(step.node.label) for step in self.steps), default=0)
+        labels = self.program.labels
+        width = max((len(labels[step.node]) for step in self.steps), default=0)
         lines = [
             *self.program.text.splitlines(),
             f"  queries x keys   {self.q_len:,} x {self.kv_len:,}"
@@ -60,7 +61,7 @@ class ProgramAnalysis:
             + ", ".join(f"{kind} {self.share(kind):.1%}" for kind in (CHOOSING, ATTENDING)),
             f"  traffic          about {self.bytes / 2**20:,.1f} MiB",
             *(
-                f"    {step.node.label:{width}}  {step.kind:9}  {step.flops / 1e9:10,.3f} GFLOP  {step.bytes / 2**20:9,.1f} MiB"
+                f"    {labels[step.node]:{width}}  {step.kind:9}  {step.flops / 1e9:10,.3f} GFLOP  {step.bytes / 2**20:9,.1f} MiB"
                 for step in self.steps
             ),
             f"  causal           {self.causal}",
@@ -109,7 +110,7 @@ def analyse_program(
     warnings = [f"a later token reaches a query: {causal.reason or causal.witness}"] if causal.status == "REFUTED" else []
     warnings += [f"{LATER_QUERIES}: not for training or teacher-forced likelihood"] if LATER_QUERIES in effects else []
     warnings += [text for pattern in program.patterns for text in pattern.warnings]
-    warnings += [f"{step.node.label} allows no pair at these lengths" for step in steps if step.pairs == 0]
+    warnings += [f"{program.labels[step.node]} allows no pair at these lengths" for step in steps if step.pairs == 0]
     return ProgramAnalysis(
         program, q_len, keys, q_offset, heads, steps, pairs / (batch * heads * q_len * keys), sum(s.flops for s in steps), dense,
         sum(s.bytes for s in steps), causal, frozenset(effects), tuple(warnings), time.perf_counter() - start,

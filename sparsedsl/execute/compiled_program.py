@@ -233,7 +233,7 @@ class CompiledProgram:
         with torch.no_grad():
             runner = self._runner(call, False)
             chosen = [node for node in self.program.order if node.gives in ("picks", "order", "tokens")]
-            values = {node.label: runner.value(node) for node in chosen}
+            values = {self.program.labels[node]: runner.value(node) for node in chosen}
         return {label: value for label, value in values.items() if not isinstance(value, ScoreSource)}
 
     @property

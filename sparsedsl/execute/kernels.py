@@ -201,9 +201,9 @@ def triton_refusal(program: Program) -> str | None:
             return f"the kernels weigh chunks of up to {LONGEST_UNIT} keys; these have {single[0].units[1]}"
         parts = split_node(node)
         if parts.selected != sympy.false and node.pattern.has_score:
-            return f"the kernels that follow lists take logits as they are; {node.label} has a score"
+            return f"the kernels that follow lists take logits as they are; {program.labels[node]} has a score"
         if parts.symbols:
-            return f"the kernels follow the lists of one choice; {node.label} has {len(parts.choices)} in one mask"
+            return f"the kernels follow the lists of one choice; {program.labels[node]} has {len(parts.choices)} in one mask"
         if parts.selected != sympy.false and spans(parts.selected) is None:
-            return f"the kernels follow lists under one interval of keys for each query; {node.label} has another mask"
+            return f"the kernels follow lists under one interval of keys for each query; {program.labels[node]} has another mask"
     return None

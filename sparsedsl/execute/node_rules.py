@@ -64,7 +64,7 @@ def _recall(run: Lowering, node: Recall) -> Result:
     k, v, gate, documents = run.value(memory)
     out, lse, _ = run.kernels.slots(
         q, k, v, gate, delay=memory.delay, temperature=memory.temperature, scale=run.scale(node.scale, q), empty=memory.empty,
-        q_offset=run.domain.q_offset, state=run.call.state.get(node.label), documents=documents,
+        q_offset=run.domain.q_offset, state=run.call.state_of(node), documents=documents,
     )  # fmt: skip
     return out, lse
 
@@ -75,7 +75,7 @@ def _linear(run: Lowering, node: Linear) -> Result:
     documents = None if node.documents is None else run.value(node.documents)
     decay = torch.tensor(node.decay, dtype=run.call.dtype, device=q.device)
     out, _ = run.kernels.linear(
-        q, k, v, decay, scale=run.scale(node.scale, q), q_offset=run.domain.q_offset, state=run.call.state.get(node.label),
+        q, k, v, decay, scale=run.scale(node.scale, q), q_offset=run.domain.q_offset, state=run.call.state_of(node),
         documents=documents,
     )  # fmt: skip
     return out, None

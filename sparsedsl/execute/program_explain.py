@@ -24,10 +24,11 @@ class ProgramExplanation:
     analysis: ProgramAnalysis
 
     def __str__(self) -> str:
-        width = max(len(node.label) for node in self.ways)
+        program = self.analysis.program
+        width = max(len(program.labels[node]) for node in self.ways)
         lines = [
             f"backend: {self.backend} ({self.reason})",
-            *(f"  {node.label:{width}}  {way}" for node, way in self.ways.items()),
+            *(f"  {program.labels[node]:{width}}  {program.worded(way)}" for node, way in self.ways.items()),
         ]
         return "\n".join([*lines, str(self.analysis)])
 

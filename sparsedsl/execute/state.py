@@ -111,7 +111,7 @@ def advanced(call: ProgramCall, kernels: Any) -> ProgramState:
     for node in program.order:
         after = STATE_RULES[type(node)].after
         if after is not None:
-            recurrent[node.label] = after(node, call, kernels, read)
+            recurrent[program.labels[node]] = after(node, call, kernels, read)
     # Copies: views would keep all tokens alive.
     recent = {
         node.name: call.inputs[node].narrow(_key_axis(node), read, kept).clone()
@@ -181,7 +181,7 @@ def _slots_after(node: Recall, call: ProgramCall, kernels: Any, read: int) -> An
     none = _given(call, node.x)[:, :, :0]
     return kernels.slots(
         none, y, z, gate, delay=memory.delay, temperature=memory.temperature, scale=1.0, empty=memory.empty,
-        state=call.state.get(node.label),
+        state=call.state_of(node),
     )[2]  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def _linear_after(node: Linear, call: ProgramCall, kernels: Any, read: int) -> A
     y, z = (_given(call, x)[:, :, :read] for x in (node.y, node.z))
     none = _given(call, node.x)[:, :, :0]
     decay = torch.tensor(node.decay, dtype=call.dtype, device=y.device)
-    return kernels.linear(none, y, z, decay, scale=1.0, state=call.state.get(node.label))[1]
+    return kernels.linear(none, y, z, decay, scale=1.0, state=call.state_of(node))[1]
 
 
 _LOOKS_AT_ALL = StateRule(_all_tokens)

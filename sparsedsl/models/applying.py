@@ -208,7 +208,7 @@ class AppliedPatterns:
 
 def _words(pattern: Pattern | Program) -> str:
     if isinstance(pattern, Program):
-        return f"{pattern.root.label}{', prompts only' if is_for_prefill(pattern) else ''}"
+        return f"{pattern.labels[pattern.root]}{', prompts only' if is_for_prefill(pattern) else ''}"
     return pattern.text.splitlines()[-1]
 
 

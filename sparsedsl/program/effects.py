@@ -29,7 +29,7 @@ def reasons(program: Program) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for node in program.everything:
         for effect, why in EFFECT_RULES[type(node)](node):
-            found.setdefault(effect, []).append(f"{node.label}: {why}")
+            found.setdefault(effect, []).append(f"{program.labels[node]}: {why}")
     return found
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import itertools
+import re
+import types
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import networkx as nx
 import sympy
 
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.symbols import BATCH
+from sparsedsl.lang.symbols import BATCH, INDEX_SYMBOLS
 from sparsedsl.lang.tables import TableSpec, table_reads
 from sparsedsl.lang.wrapped import Expression
 from sparsedsl.program.branches import Branch, as_branch
@@ -34,8 +37,10 @@ class Program:
     ['landmarks', 'retrieval_q']
     """
 
-    def __init__(self, root: Any):
+    def __init__(self, root: Any, *, inside: Program | None = None):
         self.root: Branch = as_branch("Program", root)
+        # The program that runs this one inside a node: nodes have the same labels in both.
+        self._outer = inside
 
     @functools.cached_property
     def graph(self) -> nx.DiGraph:
@@ -102,11 +107,39 @@ class Program:
         return (node for node in self.everything if isinstance(node, kind))
 
     @functools.cached_property
+    def labels(self) -> Mapping[Node, str]:
+        """Node -> what it is called wherever a user reads of it: the name it was given, else its function, numbered from the second on.
+
+        They are numbered in the order of :attr:`everything`, and the same in every process.
+
+        >>> import sparsedsl as sd
+        >>> two = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 4) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 8, name="short")
+        >>> list(sd.Program(two & (sd.kv_idx <= sd.q_idx)).labels.values())
+        ['k', 'summary', 'q', 'dot', 'summary_2', 'dot_2', 'short', 'top_k', 'v', 'attend']
+        """
+        if self._outer is not None:
+            return self._outer.labels
+        given = [node.given_name for node in self.everything]
+        taken = {*INDEX_SYMBOLS, "score", "inf", *(node.label for node in OWN), *self.tables, *given}
+        found: dict[Node, str] = {}
+        for node, name in zip(self.everything, given, strict=True):
+            label = name if name and name not in found.values() else next(_numbered(name or node.function, taken))
+            taken.add(label)
+            found[node] = label
+        return types.MappingProxyType(found)
+
+    def worded(self, text: str, nodes: Iterable[Node] | None = None) -> str:
+        """``text``, which calls nodes by their :attr:`~sparsedsl.program.node.Node.label`, with :attr:`labels` instead. ``nodes``: those
+        that it may speak of, where two of the program have the same name."""
+        known = {node.label: self.labels[node] for node in (self.labels if nodes is None else nodes)}
+        return _WORD.sub(lambda found: known.get(found[0], found[0]), text)
+
+    @functools.cached_property
     def text(self) -> str:
-        """The program as Python code, a line a node: what its hash is taken of, and what makes it again."""
+        """The program as Python code, a line a node: what makes it again."""
         specs = [f"{name} = {spec.declaration()}" for name, spec in self.tables.items()]
-        lines = [f"{node.label} = {node.code()}" for node in self.everything if node not in OWN]
-        return "\n".join([*specs, *lines])
+        nodes = [node for node in self.everything if node not in OWN]
+        return "\n".join([*specs, *(f"{self.labels[node]} = {self.worded(node.code(), node.read)}" for node in nodes)])
 
     @property
     def key(self) -> str:
@@ -139,7 +172,15 @@ class Program:
         return self.text
 
     def __repr__(self) -> str:
-        return f"<Program {self.root.label}: {len(self.order)} nodes>"
+        return f"<Program {self.labels[self.root]}: {len(self.order)} nodes>"
+
+
+_WORD = re.compile(r"\b[A-Za-z_]\w*\b")
+
+
+def _numbered(name: str, taken: Container[str]) -> Iterator[str]:
+    """``name``, then ``name_2``, ``name_3``, .., without those that are taken."""
+    return (word for word in itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2))) if word not in taken)
 
 
 def as_program(value: Any) -> Program | None:

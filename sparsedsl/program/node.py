@@ -71,6 +71,11 @@ class Node(Unread):
         return self.gives in ("picks", "order", "tokens")
 
     @property
+    def read(self) -> tuple[Node, ...]:
+        """The nodes that its code speaks of: :attr:`inputs`, and the results of :attr:`subprograms`."""
+        return (*self.inputs, *self.subprograms)
+
+    @property
     def subprograms(self) -> tuple[Node, ...]:
         """The results of programs that it runs inside, each a graph of its own; none for most."""
         return ()
@@ -93,11 +98,16 @@ class Node(Unread):
         words = [self.function, *(f"{name}={_text(value, lambda node: node.key)}" for name, value in self.arguments.items())]
         return hashlib.sha256("\n".join(words).encode()).hexdigest()[:32]
 
+    @property
+    def given_name(self) -> str:
+        """The name that its maker gave it, or nothing."""
+        return str(getattr(self, "name", None) or "")
+
     @functools.cached_property
     def label(self) -> str:
-        """The variable it stands under in text forms, and the name of the table it is read as inside masks and scores."""
-        name = getattr(self, "name", None)
-        return str(name) if name else f"{self.function}_{self.key[:6]}"
+        """The name of the table that it is read as inside masks and scores: the name given, else one made of its hash, since a node knows
+        no program. What users read calls it by :attr:`sparsedsl.Program.labels`."""
+        return self.given_name or f"{self.function}_{self.key[:6]}"
 
     def code(self) -> str:
         """The call that makes this node, with its inputs by their labels."""

@@ -77,7 +77,7 @@ def segment_sort(scores: KeyScores, segment: int, *, descending: bool = True, na
         scores: one score a key, from :func:`probe` or :func:`smooth`.
         segment: tokens in a segment.
         descending: highest score first.
-        name: of the table in text forms; default made of a hash.
+        name: what reports, choices and text forms call it; default its function, numbered from the second on.
 
     Source: PBS-Attn (arXiv 2510.21270).
 

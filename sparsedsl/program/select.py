@@ -119,7 +119,7 @@ def top_k(scores: Scores, count: int, *, among: Any = None, forced: Any = None, 
             in the mask it stands in, so that what the rest of that mask excludes or allows anyway is never scored.
         forced: a mask: candidates with such a pair are taken first.
         extra: forced units do not count.
-        name: of the table in text forms; default made of a hash.
+        name: what reports, choices and text forms call it; default its function, numbered from the second on.
 
     >>> import sparsedsl as sd
     >>> picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 16, name="picks")
@@ -169,7 +169,7 @@ def top_p(
         among: see :func:`top_k`.
         forced: a mask: candidates with such a pair are taken in any case.
         forced_in_mass: their mass counts towards the share (XAttention), else they come on top.
-        name: of the table in text forms.
+        name: what reports, choices and text forms call it.
 
     >>> import sparsedsl as sd
     >>> sd.top_p(sd.dot(sd.summary(sd.q, 128), sd.summary(sd.k, 128)), 0.9).units

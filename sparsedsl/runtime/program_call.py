@@ -75,10 +75,14 @@ class ProgramCall:
         """Whether autograd wants gradients of this call."""
         return torch.is_grad_enabled() and any(t.requires_grad for t in (*self.inputs.values(), *self.tables.values()))
 
+    def state_of(self, node: Node) -> Any:
+        """What a recurrent node has made of the tokens of earlier calls; None where there were none."""
+        return self.state.get(self.program.labels[node]) if self.state else None
+
     def inside(self, branch: Branch, q: Tensor, k: Tensor, v: Tensor) -> ProgramCall:
         """The call of ``branch``, which reads q, k and v alone, on these in place of the call's own."""
         inputs = {tensors.q: q, tensors.k: k, tensors.v: v}
-        return replace(self, program=Program(branch), inputs=inputs, q_offset=0, state={})
+        return replace(self, program=Program(branch, inside=self.program), inputs=inputs, q_offset=0, state={})
 
     def check_aligned(self, unit: int, what: str) -> None:
         """What works on units of queries begins with a whole one."""
@@ -100,8 +104,8 @@ class ProgramCall:
         """The heads of scores, which choose for as many query heads each."""
         if self.q.shape[1] % heads:
             raise ShapeError(
-                f"{node!r} has {heads} heads, and q has {self.q.shape[1]}: each must choose for as many query heads. Give inputs with a "
-                "number of heads that divides that of q"
+                f"{self.program.worded(repr(node))} has {heads} heads, and q has {self.q.shape[1]}: each must choose for as many query "
+                "heads. Give inputs with a number of heads that divides that of q"
             )
         return heads
 
@@ -159,8 +163,8 @@ def _check_recurrent(program: Program, plain: Call) -> None:
         delay = node.memory.delay if isinstance(node, Recall) else 0 if isinstance(node, Linear) else None
         if delay is not None and last - delay > keys and not plain.is_empty:
             raise ShapeError(
-                f"{node.label} runs along the keys: the query at position {last - 1} wants keys up to position {last - 1 - delay}, but k "
-                f"and v hold {keys}. Pass all keys up to the last query, or the state of those before"
+                f"{program.labels[node]} runs along the keys: the query at position {last - 1} wants keys up to position "
+                f"{last - 1 - delay}, but k and v hold {keys}. Pass all keys up to the last query, or the state of those before"
             )
 
 

@@ -154,11 +154,8 @@ def _other_choices(attn: CompiledProgram, before: Tensors, after: Tensors, t: in
         choice_tables(attn.choices(*qkv, q_offset=q_offset, **named), qkv[0].shape[0])
         for qkv, named in map(split_call, (before, after))
     )
-    return [
-        node.label
-        for node in attn.program.order
-        if node.label in old and not _same_up_to(node, old[node.label], new[node.label], t, q_offset)
-    ]
+    labels = [(node, attn.program.labels[node]) for node in attn.program.order]
+    return [name for node, name in labels if name in old and not _same_up_to(node, old[name], new[name], t, q_offset)]
 
 
 def _same_up_to(node: Node, old: Any, new: Any, t: int, q_offset: int) -> bool:

@@ -113,7 +113,8 @@ def expect_program(
         runner = _Dense(call)
         if choices is not None:
             chosen = choice_tables(choices, call.q.shape[0])
-            runner.values |= {node: _on_cpu(chosen[node.label]) for node in program.order if node.label in chosen}
+            labels = program.labels
+            runner.values |= {node: _on_cpu(chosen[labels[node]]) for node in program.order if labels[node] in chosen}
         out, lse = runner.value(program.root)
         return results_of(out, lse, leaves, asked)
 

@@ -209,7 +209,8 @@ def _unused_rows(attn: CompiledProgram, tensors: dict[str, Tensor], case: Attent
     call = check_program_call(program, *qkv, {**program.bound, **named}, q_offset=case.q_offset)
     chosen = choice_tables(attn.choices(*qkv, q_offset=case.q_offset, **named), case.batch)
     runner = Reference(call)
-    runner.values |= {node: chosen[node.label] for node in program.order if node.label in chosen}
+    labels = program.labels
+    runner.values |= {node: chosen[labels[node]] for node in program.order if labels[node] in chosen}
     shape = (case.batch, case.heads, case.q_len, case.kv_len)
     seen = torch.stack([runner.pairs(node.pattern.mask).expand(shape) for node in attends]).any(0)
     used = seen.any(2).unflatten(1, (case.kv_heads, -1)).any(2)
@@ -218,7 +219,7 @@ def _unused_rows(attn: CompiledProgram, tensors: dict[str, Tensor], case: Attent
         picks = [choice for choice in program.nodes(Select) if any(part is node for part in reached(choice))]
         if picks and len(node.axes) == 4 and base_of(node.axes[2]) == "keys" and all(p.axes[3] == node.axes[2] for p in picks):
             heads, units = tensors[name].shape[1:3]
-            tables = [chosen[p.label].repeat_interleave(case.heads // chosen[p.label].shape[1], 1) for p in picks]
+            tables = [chosen[labels[p]].repeat_interleave(case.heads // chosen[labels[p]].shape[1], 1) for p in picks]
             flags = [table.any(2).unflatten(1, (heads, -1)).any(2)[..., :units] for table in tables]
             found[name] = ~torch.stack(flags).any(0)
     return found

@@ -113,7 +113,7 @@ def test_rules_for_a_kind_of_ones_own_are_enough(monkeypatch: pytest.MonkeyPatch
 
 def test_a_picture_has_words_and_a_colour_for_every_kind() -> None:
     assert {kind.gives for kind in kinds_of_nodes()} == set(COLOURS)
-    assert words(NEW.root, {})[0] == NEW.root.label
+    assert words(NEW, NEW.root, {})[0] == NEW.labels[NEW.root]
 
 
 # ---- no chains ---------------------------------------------------------------------------------------------------------------------

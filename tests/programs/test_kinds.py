@@ -171,7 +171,7 @@ def effects_of(node: Node) -> set[str]:
         "scores": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & sd.top_k(node, 1)),
         "key scores": lambda: sd.attend(sd.segment_sort(node, 8).origin() <= sd.q_idx),
     }[node.gives]()
-    labels = {part.label for part in sd.Program(root).everything if type(part) is type(node)}
+    labels = {label for part, label in sd.Program(root).labels.items() if type(part) is type(node)}
     return {effect for effect, found in reasons(sd.Program(root)).items() for why in found if why.partition(":")[0] in labels}
 
 

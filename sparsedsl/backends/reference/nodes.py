@@ -131,7 +131,7 @@ def _recall(run: Reference, node: Recall) -> tuple[Tensor, Tensor]:
 
 def _before_call(run: Reference, node: Recall, entry: slice, k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, bool]:
     """The slots of one batch entry before the first key: keys, values, and whether anything is in them."""
-    state = run.call.state.get(node.label)
+    state = run.call.state_of(node)
     if state is not None:
         return state.keys[entry], state.values[entry], bool(state.written[entry].all())
     slots = keep[entry].shape[:2] + keep.shape[3:4]
@@ -190,7 +190,7 @@ def _linear(run: Reference, node: Linear) -> tuple[Tensor, None]:
     scale = run.call.scale or node.scale or q.shape[3] ** -0.5
     pairs = torch.where(fade > 0, seen_product(q, k.transpose(-1, -2)) * scale, 0.0)
     out = seen_product(pairs * fade, v)
-    before = run.call.state.get(node.label)
+    before = run.call.state_of(node)
     if before is not None:
         out = out + scale * torch.exp(rate * (position + 1)) * (q @ before.to(q.dtype))
     return out, None
