@@ -26,7 +26,8 @@ def picks(unit: int, name: str = "") -> Any:
 
 
 PROGRAMS = {
-    "hsa": P.hsa(), "nha": P.nha(), "pbs": P.pbs(), "token_sparse": P.token_sparse(inside=P.pbs()), "ring_linear": P.ring_linear([0.9, 0.5, 0.3, 0.1]),
+    "hsa": P.hsa(), "nha": P.nha(), "pbs": P.pbs(), "token_sparse": P.token_sparse(inside=P.pbs()),
+    "ring_linear": P.ring_linear([0.9, 0.5, 0.3, 0.1]),
     "moba": P.moba(), "nsa": P.nsa(), "two": sd.attend(causal & (picks(16) | picks(64))),
 }  # fmt: skip
 

@@ -118,7 +118,7 @@ def test_wrong_results_are_noticed() -> None:
     for name, spoil in faults.items():
         with pytest.raises(kit.Counterexample, match=rf"dense meaning: {name}\["):
             kit.assert_matches_reference(Spoiled(HSA, spoil), **t)
-    with pytest.raises(kit.Counterexample, match=r"chooses otherwise: top_k_\w+\["):
+    with pytest.raises(kit.Counterexample, match=r"chooses otherwise: top_k\["):
         kit.assert_matches_reference(OtherChoices(sd.Program(HSA), "tiled"), **t)
 
 
