@@ -8,8 +8,8 @@ from typing import Any, NoReturn
 import sympy
 import torch
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.analysis.spans import span_rows, spans
 from sparsedsl.backends.triton.attention import missing
 from sparsedsl.backends.triton.selected_configs import block_of
@@ -31,7 +31,7 @@ __all__ = ["Interval", "picked_attention_triton", "selected_attention"]
 Tensor = torch.Tensor
 WIDEST_HEAD, LONGEST_CHUNK, LARGEST_TILE = 256, 128, 1 << 16
 LESS = "Use backend='tiled'"
-_INTERVALS: Remembered[Any] = Remembered(64)
+_INTERVALS: Cache[Any] = Cache()
 
 
 def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor]:
