@@ -6,9 +6,11 @@ choices or scores for single queries have to be read as tables, which are as lar
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -16,15 +18,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.backends.tiled.whole_blocks import WholeTiles, split, whole_tiles
 from sparsedsl.errors import ShapeError
 from sparsedsl.execute.candidates import unit_rule
 from sparsedsl.execute.lowering import Lowering, has_own_rows
-from sparsedsl.execute.mask_split import MaskSplit, split_node
+from sparsedsl.execute.mask_split import EITHER, MaskSplit, split_node
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern, attend
-from sparsedsl.lang.symbols import HEAD, Q_LEN
+from sparsedsl.lang.symbols import Q_LEN
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.axes import unit_of
 from sparsedsl.program.branches import Attend
@@ -88,8 +89,8 @@ class _Attention:
         if step >= domain.rows:
             return [slice(0, domain.rows)]
         # Computed once, and not again with each piece in the backward pass.
-        for node in (*nodes, *self.parts.choices):
-            self.run.value(node)
+        for read in (*nodes, *self.parts.choices):
+            self.run.value(read)
         # Blocks of queries are not cut.
         whole = math.lcm(*(unit_of(node.axes[2]) for node in nodes))
         return cut(0, domain.rows, max(step // whole, 1) * whole)
@@ -158,13 +159,15 @@ class _Attention:
                 return found
         return run.kernels.attend(pattern, q, k, v, tables, q_offset=domain.q_offset, scale=run.call.scale, lse=lse)
 
-    def _pattern(self, mask: Any, rows: slice | None, *, sink: bool) -> tuple[Pattern, dict[str, Tensor]]:
+    def _pattern(
+        self, mask: Any, rows: slice | None, *, sink: bool, more: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> tuple[Pattern, dict[str, Tensor]]:
         """The pattern with another mask, its reads of nodes as reads of tables, and all tables it reads."""
         own, written = self.node.pattern, self._written(self.run.domain, rows)
         mask, masks = self.run.concrete(self._lengths(mask, rows), own.mask.bound, rows)
         score, scores = self.run.concrete(written.score.expr, own.score.bound, rows)
         made = Pattern(Mask(mask), Score(score), written.sink if sink else None, own.scale)
-        tables = {**self.run.call.tables, **masks, **scores}
+        tables = {**self.run.call.tables, **masks, **scores, **more}
         return made, {name: tables[name] for name in made.tables}
 
     def _by_blocks(
@@ -206,17 +209,15 @@ class _Attention:
         blocks, members = lists[0], None
         if len(lists) > 1:
             blocks, members = joined_lists(lists, domain.kv_len, parts.wanted)
-        # What symbols of choices hide from a pattern is left out: a table is checked to reach as far as some choice might read it.
-        reach, tables = self._pattern(parts.reach, rows, sink=False)
+        reach, tables = self._pattern(
+            parts.reach, rows, sink=False, more={symbol.name: _either(q.device) for symbol in parts.symbols}
+        )
         call = check_call(reach, q, k, v, tables, q_offset=domain.q_offset, scale=run.scale(node.pattern.scale, q))
-        mask = parts.selected
-        if not _holds_in_blocks(parts):
-            mask, _ = run.concrete(self._lengths(mask, rows), node.pattern.mask.bound, rows)
-        else:
-            mask = sympy.true
-        symbols = tuple(symbol.name for symbol in parts.symbols) if mask.free_symbols & set(parts.symbols) else ()
+        mask, _ = run.concrete(self._lengths(parts.selected, rows), node.pattern.mask.bound, rows)
+        symbols = tuple(symbol.name for symbol in parts.symbols)
         made = SelectedCall(
-            blocks, call.scale, replace(call.domain, tables={}), mask, reach.score.expr, call.tables, symbols,
+            blocks, call.scale, replace(call.domain, tables={}), mask, reach.score.expr,
+            {name: table for name, table in call.tables.items() if name not in symbols}, symbols,
             members if symbols else None, weights, node.normaliser is not None and node.normaliser.inner == "softmax1",
         )  # fmt: skip
         if run.kernels.whole_tables:
@@ -224,36 +225,6 @@ class _Attention:
         return run.kernels.selected(q, k, v, made)
 
 
-def _holds_in_blocks(parts: MaskSplit) -> bool:
-    """Whether all pairs of every listed block attend.
-
-    They do where the mask is what made the blocks candidates of the choices that picked them, says the same of all keys of a block, and
-    of all query heads that share a choice: a block is a candidate already if one of its pairs is allowed for one of these heads.
-    """
-    if parts.selected == sympy.true:
-        return True
-    cases = [number for number, wanted in enumerate(parts.wanted) if wanted]
-    return bool(cases) and all(_conditions(_in_case(parts, bits)) <= _known(parts.choices, bits) for bits in cases)
-
-
-def _in_case(parts: MaskSplit, bits: int) -> Any:
-    return parts.selected.xreplace(
-        {symbol: sympy.true if bits >> number & 1 else sympy.false for number, symbol in enumerate(parts.symbols)}
-    )
-
-
-def _conditions(mask: Any) -> set[Any]:
-    return set() if mask == sympy.true else set(sympy.And.make_args(mask))
-
-
-def _known(choices: tuple[Select, ...], bits: int) -> set[Any]:
-    """Conditions that hold for all pairs of a block that these choices picked."""
-    found: set[Any] = set()
-    for number, choice in enumerate(choices):
-        if not bits >> number & 1 or choice.among is None:
-            continue
-        mask = choice.among.expr
-        by_head = HEAD in mask.free_symbols and choice.axes[1] != "heads"
-        if constant_in_units(mask, 1, choice.units[1]) and not by_head:
-            found |= _conditions(mask)
-    return found
+@functools.lru_cache(maxsize=16)
+def _either(device: torch.device) -> Tensor:
+    return torch.tensor(EITHER, device=device)

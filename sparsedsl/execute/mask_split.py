@@ -6,22 +6,28 @@ lists, in which a symbol stands for each choice: whether it picked the block of 
 
 from __future__ import annotations
 
-import functools
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 
 from sparsedsl.analysis.proofs import satisfiable
+from sparsedsl.analysis.remembered import Remembered
+from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.expressions import Mask
+from sparsedsl.lang.symbols import HEAD, KV_IDX
+from sparsedsl.lang.tables import TableSpec, read_class
 from sparsedsl.program.branches import Attend, units_of_keys
 from sparsedsl.program.decided import simplified
 from sparsedsl.program.select import Select
 
-__all__ = ["MaskSplit", "split_mask", "split_node"]
+__all__ = ["EITHER", "MaskSplit", "split_mask", "split_node"]
 
+# The table that a symbol is in :attr:`MaskSplit.reach`.
+EITHER = (False, True)
 # Bits of an int32, but for its sign.
 MOST_CHOICES = 31
 # Of so many choices all cases are looked at; of more it is taken that each may matter.
@@ -34,20 +40,25 @@ class MaskSplit:
 
     static: what attends where nothing is chosen, as far as no choice takes it away: an expression over indices and tables, among them
         the choices that do.
-    choices: the choices that are followed along lists, in the order of their bits.
-    symbols: those that stand in ``selected`` for "choice i picked the block of this pair". With one choice there is none in it: all
-        that is listed was picked by it.
-    selected: what choices add; ``sympy.false`` where they only take away.
-    reach: ``selected`` without what choices say of it, or somewhat more: no pair outside of it attends.
-    wanted: of each value of the bits whether a block with it may hold a pair of ``selected``.
+    labels, choices: of the choices that are followed along lists, in the order of their bits, and these.
+    symbols: those that stand in ``selected`` for "choice i picked the block of this pair", for all choices or for none. With one choice
+        there is none: all that is listed was picked by it.
+    selected: what choices add, of the pairs of listed blocks: ``sympy.true``: all; ``sympy.false`` where they only take away.
+    reach: ``selected`` for a check of the tables it reads: where a symbol stands in it, a table of the symbol's name is read, whose
+        values are :data:`EITHER`.
+    wanted: of each value of the bits whether a block with it may hold a pair of ``selected``; empty where there are too many to say.
     """
 
     static: Any
-    choices: tuple[Select, ...] = ()
+    labels: tuple[str, ...] = ()
     symbols: tuple[sympy.Symbol, ...] = ()
     selected: Any = sympy.false
     reach: Any = sympy.false
     wanted: tuple[bool, ...] = ()
+    choices: tuple[Select, ...] = ()
+
+
+_SPLITS: Remembered[MaskSplit] = Remembered(512)
 
 
 def split_node(node: Attend) -> MaskSplit:
@@ -56,11 +67,19 @@ def split_node(node: Attend) -> MaskSplit:
     Choices for blocks of queries, those read at another place than the pair's own, and those of an attention whose keys are summaries
     stay reads of boolean tables.
     """
+    # What is remembered holds no nodes, and so no tensors that are bound in them.
+    found = _SPLITS.get(node.key, [], lambda: _split_node(node))
+    bound = node.pattern.mask.bound
+    return replace(found, choices=tuple(bound[label] for label in found.labels)) if found.labels else found
+
+
+def _split_node(node: Attend) -> MaskSplit:
     mask, rule = node.pattern.mask, node.normaliser
     if rule is not None:  # every pair lies in a picked chunk: that is checked where the node is declared
         own = rule.picks.as_expression().expr
         inside = simplified(mask.expr.xreplace({own: sympy.true, sympy.Not(own): sympy.false}))
-        return MaskSplit(sympy.false, (rule.picks,), (), inside, inside, (False, True))
+        parts = MaskSplit(sympy.false, (rule.picks.label,), (), inside, inside, (False, True))
+        return _without_what_is_known(parts, {rule.picks.label: rule.picks})
     return split_mask(mask, () if units_of_keys(node) > 1 else node.selections)
 
 
@@ -74,21 +93,19 @@ def split_mask(mask: Mask, choices: tuple[Select, ...]) -> MaskSplit:
     >>> print(Mask(found.static), Mask(found.selected), sep="; ")
     (q_idx >= kv_idx) & (q_idx - kv_idx <= 7); (q_idx >= kv_idx) & (q_idx - kv_idx >= 8)
     """
-    listed = sorted((choice for choice in choices if choice.units[0] == 1), key=lambda choice: choice.label)
-    own = {choice: choice.as_expression().expr for choice in listed}
-    listed = [choice for choice in listed if mask.expr.has(own[choice], sympy.Not(own[choice]))]
+    known = {choice.label: choice for choice in choices if choice.units[0] == 1}
+    own = {label: known[label].as_expression().expr for label in sorted(known)}
+    listed = [(label, read) for label, read in own.items() if mask.expr.has(read, sympy.Not(read))]
     if len(listed) > MOST_CHOICES:
         raise UnsupportedError(
             f"a mask that reads {len(listed)} choices for single queries; lists join up to {MOST_CHOICES}. Use backend='reference' or "
             "'flex', which read choices as tables, or choose once, by the sum of the scores"
         )
-    return _split(mask.expr, tuple((choice, own[choice]) for choice in listed))
+    return _without_what_is_known(_split(mask.expr, listed), known) if listed else MaskSplit(mask.expr)
 
 
-@functools.lru_cache(maxsize=512)
-def _split(expr: Any, listed: tuple[tuple[Select, Any], ...]) -> MaskSplit:
-    if not listed:
-        return MaskSplit(expr)
+def _split(expr: Any, listed: list[tuple[str, Any]]) -> MaskSplit:
+    """By choices, of each of which the label and the read are given."""
     symbols = tuple(sympy.Symbol(f"picked {number}") for number in range(len(listed)))
     reads = {read: symbol for (_, read), symbol in zip(listed, symbols, strict=True)}
     reads |= {sympy.Not(read): sympy.Not(symbol) for read, symbol in reads.items()}
@@ -112,7 +129,38 @@ def _split(expr: Any, listed: tuple[tuple[Select, Any], ...]) -> MaskSplit:
     wanted = tuple(cases.get(bits, sympy.false) != sympy.false for bits in range(len(wanted)))
     if cases and all(case in (sympy.true, sympy.false) for case in cases.values()):
         selected = sympy.true if any(wanted) else sympy.false
-    return MaskSplit(static, chosen, names, selected, _without(selected, frozenset(names)), wanted)
+    return MaskSplit(static, chosen, names, selected, selected.xreplace({name: _unknown(name) for name in names}), wanted)
+
+
+def _without_what_is_known(parts: MaskSplit, choices: Mapping[str, Select]) -> MaskSplit:
+    """Nothing is asked of pairs of which all in a listed block attend.
+
+    They do where the mask is what made the blocks candidates of the choices that picked them, says the same of all keys of a block, and
+    of all query heads that share a choice: a block is a candidate already if one of its pairs is allowed for one of these heads.
+    """
+    listed = [choices[label] for label in parts.labels]
+    cases = [bits for bits, wanted in enumerate(parts.wanted) if wanted]
+    rest = {bits: _conditions(parts.selected.xreplace(_case(parts.symbols, bits))) for bits in cases}
+    if parts.selected == sympy.true or (cases and all(rest[bits] <= _known(listed, bits) for bits in cases)):
+        return replace(parts, selected=sympy.true, symbols=())
+    return parts
+
+
+def _conditions(mask: Any) -> set[Any]:
+    return set() if mask == sympy.true else set(sympy.And.make_args(mask))
+
+
+def _known(choices: Sequence[Select], bits: int) -> set[Any]:
+    """Conditions that hold for all pairs of a block that these choices picked."""
+    found: set[Any] = set()
+    for number, choice in enumerate(choices):
+        if not bits >> number & 1 or choice.among is None:
+            continue
+        mask = choice.among.expr
+        by_head = HEAD in mask.free_symbols and choice.axes[1] != "heads"
+        if constant_in_units(mask, 1, choice.units[1]) and not by_head:
+            found |= _conditions(mask)
+    return found
 
 
 def _case(symbols: tuple[sympy.Symbol, ...], bits: int) -> dict[sympy.Symbol, Any]:
@@ -143,12 +191,7 @@ def _rises(expr: Any, symbols: frozenset[sympy.Symbol], sign: bool = True) -> bo
     return sign and expr in symbols
 
 
-def _without(expr: Any, symbols: frozenset[sympy.Symbol], sign: bool = True) -> Any:
-    """A mask without the symbols that holds wherever ``expr`` does, whatever they are; with ``sign`` False only where it does."""
-    if not expr.free_symbols & symbols:
-        return expr
-    if isinstance(expr, sympy.Not):
-        return sympy.Not(_without(expr.args[0], symbols, not sign))
-    if isinstance(expr, (sympy.And, sympy.Or)):
-        return expr.func(*(_without(arg, symbols, sign) for arg in expr.args))
-    return sympy.true if sign else sympy.false
+def _unknown(symbol: sympy.Symbol) -> Any:
+    """What stands for a symbol where only tables may: a read of the table :data:`EITHER`, of which nothing is known but its shape."""
+    read = read_class(TableSpec(symbol.name, "bool"))
+    return sympy.Ne(read(sympy.Mod(KV_IDX, 2)), 0)

@@ -19,7 +19,7 @@ def joined_lists(choices: Sequence[Picks], keys: int, wanted: Sequence[bool]) ->
     """One ascending list a query of all blocks that some choice picked, and bits ``(B|1, Hs, Sq, W)`` int32: bit i for choice i.
 
     Blocks have as many keys as the greatest size that divides those of all choices; Hs is the least number of heads that all of
-    theirs divide. ``keys``: in all. ``wanted``: of each value of the bits, from 0, whether a block with it is listed.
+    theirs divide. ``keys``: in all. ``wanted``: of each value of the bits, from 0, whether a block with it is listed; empty: any is.
 
     >>> def lists(*rows, unit):
     ...     indices = torch.tensor([[rows]], dtype=torch.int32)
@@ -45,7 +45,8 @@ def joined_lists(choices: Sequence[Picks], keys: int, wanted: Sequence[bool]) ->
         members[..., :-step] += bits[..., step:] * same
         again[..., step:] |= same
     keep = ~again & (blocks < units)
-    keep &= torch.tensor(wanted, device=blocks.device)[torch.where(keep, members, 0).long()]
+    if wanted:
+        keep &= torch.tensor(wanted, device=blocks.device)[torch.where(keep, members, 0).long()]
     blocks, order = torch.where(keep, blocks, units).sort(dim=3, stable=True)
     members = members.gather(3, order)
     counts = keep.sum(3, dtype=torch.int32)

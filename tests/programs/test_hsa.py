@@ -102,6 +102,16 @@ def test_T03_T16_two_passes_on_flex(problem: Any, assert_close: Any, rule: str) 
     assert_close(sd.compile(sd.patterns.hsa(S, K, rule), backend="flex")(**t), wanted, 1e-5)
 
 
+@pytest.mark.parametrize("on", ["tiled", "flex"])
+def test_a_score_within_chunks(problem: Any, assert_close: Any, on: str) -> None:
+    t = {name: x.float() for name, x in problem().items()}
+    plain = sd.patterns.hsa(S, K)
+    capped = sd.attend(plain.pattern.mask, sd.tanh(sd.score) - 0.1 * sd.h, normaliser=plain.normaliser)
+    wanted = sd.compile(capped, backend="reference")(**t)
+    assert (wanted - sd.compile(plain, backend="reference")(**t)).abs().max() > 0.01
+    assert_close(sd.compile(capped, backend=on)(**t), wanted, 1e-5)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_T03_T16_two_passes_by_hand(problem: Any, backend: str, assert_close: Any, rule: str) -> None:
     """One softmax over all picked chunks with ``logit + log w - lse``; its LSE is the log of the total weight."""

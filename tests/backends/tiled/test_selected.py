@@ -464,6 +464,37 @@ def test_refusals_name_what_was_got_and_wanted() -> None:
         along_lists(q, k, v, picks, scale=1.0, weights=picks.indices)
 
 
+def of_all(mask: Any, score: Any, rows: int, keys: int, unit: int = 8) -> SelectedCall:
+    """A call of one batch entry and two heads whose queries list all blocks."""
+    lists = torch.arange(-(-keys // unit), dtype=torch.int32).expand(1, 1, rows, -1)
+    picks = Picks(lists, torch.full((1, 1, rows), lists.shape[3]).int(), 1, unit, lists.shape[3])
+    return SelectedCall(picks, 0.25, Domain(rows, keys, heads=2), mask=mask.expr, score=score.expr)
+
+
+def test_logits_too_large_for_their_lse_weigh_alike() -> None:
+    """At 1e9 float32 has no digits left for the logarithm of a number of keys."""
+    q, v = (torch.randn(1, 2, 20, 8, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    q, k, v = (x.requires_grad_() for x in (q, q[:, :1].clone(), v[:, :1].clone()))
+    out, lse = selected_attention(q, k, v, of_all(sd.kv_idx <= sd.q_idx, sd.score + 1e9, 20, 20))
+    means = torch.tril(torch.ones(20, 20)) / torch.arange(1, 21)[:, None]
+    torch.testing.assert_close(out, (means @ v).expand(-1, 2, -1, -1), atol=1e-6, rtol=1e-6)
+    (grad,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close(grad, 2 * means.sum(0)[None, None, :, None].expand(v.shape), atol=1e-5, rtol=1e-5)
+    assert (lse == 1e9).all()
+
+
+@pytest.mark.parametrize("score", [sd.score, sd.tanh(sd.score), sd.score - 0.1 * sd.kv_idx, sd.exp(sd.score)], ids=str)
+def test_what_a_query_does_not_see_of_its_blocks_has_no_effect(score: Any) -> None:
+    q, k, v = (torch.randn(1, 2, 10, 8), torch.randn(1, 1, 16, 8), torch.randn(1, 1, 16, 8))
+    results = []
+    for unseen in (0.0, float("nan")):
+        k[:, :, 10:], v[:, :, 10:] = unseen, unseen
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = selected_attention(*leaves, of_all(sd.kv_idx <= sd.q_idx, score, 10, 16))
+        results.append([out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)])
+    assert_same(results[1], results[0], atol=1e-6)
+
+
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 MEASURE = """
