@@ -17,8 +17,8 @@ from sparsedsl.analysis.proofs import satisfiable
 from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.lang.expressions import Mask
-from sparsedsl.lang.symbols import HEAD, KV_IDX
+from sparsedsl.lang.expressions import Mask, kv_idx
+from sparsedsl.lang.symbols import HEAD
 from sparsedsl.lang.tables import TableSpec, read_class
 from sparsedsl.program.branches import Attend, units_of_keys
 from sparsedsl.program.decided import simplified
@@ -194,4 +194,4 @@ def _rises(expr: Any, symbols: frozenset[sympy.Symbol], sign: bool = True) -> bo
 def _unknown(symbol: sympy.Symbol) -> Any:
     """What stands for a symbol where only tables may: a read of the table :data:`EITHER`, of which nothing is known but its shape."""
     read = read_class(TableSpec(symbol.name, "bool"))
-    return sympy.Ne(read(sympy.Mod(KV_IDX, 2)), 0)
+    return sympy.Ne(read((kv_idx % 2).expr), 0)
