@@ -22,7 +22,7 @@ from sparsedsl.backends.tiled.whole_blocks import WholeTiles, split, whole_tiles
 from sparsedsl.errors import ShapeError
 from sparsedsl.execute.candidates import unit_rule
 from sparsedsl.execute.lowering import Lowering, has_own_rows
-from sparsedsl.execute.mask_split import EITHER, MaskSplit, split_node
+from sparsedsl.execute.mask_split import EITHER, MaskSplit, split_node, symbol_of
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.symbols import Q_LEN
@@ -209,15 +209,14 @@ class _Attention:
         blocks, members = lists[0], None
         if len(lists) > 1:
             blocks, members = joined_lists(lists, domain.kv_len, parts.wanted)
-        reach, tables = self._pattern(
-            parts.reach, rows, sink=False, more={symbol.name: _either(q.device) for symbol in parts.symbols}
-        )
+        bits = {symbol_of(number).name: _either(q.device) for number in range(len(lists))}
+        reach, tables = self._pattern(parts.reach, rows, sink=False, more=bits)
         call = check_call(reach, q, k, v, tables, q_offset=domain.q_offset, scale=run.scale(node.pattern.scale, q))
         mask, _ = run.concrete(self._lengths(parts.selected, rows), node.pattern.mask.bound, rows)
         symbols = tuple(symbol.name for symbol in parts.symbols)
         made = SelectedCall(
             blocks, call.scale, replace(call.domain, tables={}), mask, reach.score.expr,
-            {name: table for name, table in call.tables.items() if name not in symbols}, symbols,
+            {name: table for name, table in call.tables.items() if name not in bits}, symbols,
             members if symbols else None, weights, node.normaliser is not None and node.normaliser.inner == "softmax1",
         )  # fmt: skip
         if run.kernels.whole_tables:

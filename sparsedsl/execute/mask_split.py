@@ -13,8 +13,8 @@ from typing import Any
 
 import sympy
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.proofs import satisfiable
-from sparsedsl.analysis.remembered import Remembered
 from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.expressions import Mask, kv_idx
@@ -24,7 +24,7 @@ from sparsedsl.program.branches import Attend, units_of_keys
 from sparsedsl.program.decided import simplified
 from sparsedsl.program.select import Select
 
-__all__ = ["EITHER", "MaskSplit", "split_mask", "split_node"]
+__all__ = ["EITHER", "MaskSplit", "split_mask", "split_node", "symbol_of"]
 
 # The table that a symbol is in :attr:`MaskSplit.reach`.
 EITHER = (False, True)
@@ -58,7 +58,7 @@ class MaskSplit:
     choices: tuple[Select, ...] = ()
 
 
-_SPLITS: Remembered[MaskSplit] = Remembered(512)
+_SPLITS: Cache[MaskSplit] = Cache()
 
 
 def split_node(node: Attend) -> MaskSplit:
@@ -106,7 +106,7 @@ def split_mask(mask: Mask, choices: tuple[Select, ...]) -> MaskSplit:
 
 def _split(expr: Any, listed: list[tuple[str, Any]]) -> MaskSplit:
     """By choices, of each of which the label and the read are given."""
-    symbols = tuple(sympy.Symbol(f"picked {number}") for number in range(len(listed)))
+    symbols = tuple(map(symbol_of, range(len(listed))))
     reads = {read: symbol for (_, read), symbol in zip(listed, symbols, strict=True)}
     reads |= {sympy.Not(read): sympy.Not(symbol) for read, symbol in reads.items()}
     full = expr.xreplace(reads)
@@ -119,7 +119,7 @@ def _split(expr: Any, listed: list[tuple[str, Any]]) -> MaskSplit:
         )
     kept = [number for number, symbol in enumerate(symbols) if symbol in selected.free_symbols]
     chosen = tuple(listed[number][0] for number in kept)
-    names = tuple(sympy.Symbol(f"picked {number}") for number in range(len(kept)))
+    names = tuple(map(symbol_of, range(len(kept))))
     selected = selected.xreplace(dict(zip((symbols[number] for number in kept), names, strict=True)))
     if len(names) == 1:
         selected = simplified(selected.xreplace({names[0]: sympy.true}))
@@ -189,6 +189,11 @@ def _rises(expr: Any, symbols: frozenset[sympy.Symbol], sign: bool = True) -> bo
     if isinstance(expr, (sympy.And, sympy.Or)):
         return all(_rises(arg, symbols, sign) for arg in expr.args)
     return sign and expr in symbols
+
+
+def symbol_of(number: int) -> sympy.Symbol:
+    """What stands for the choice of this bit; no name of a table or an index has a blank."""
+    return sympy.Symbol(f"picked {number}")
 
 
 def _unknown(symbol: sympy.Symbol) -> Any:
