@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 
-def check_whole(function: str, name: str, value: Any, least: int, why: str = "") -> int:
+def check_whole(function: str, name: str, value: object, least: int, why: str = "") -> int:
     """A Python whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise PatternError(f"{function}(): {name} must be a whole number; got {value!r} ({type(value).__name__})")
@@ -30,7 +30,7 @@ def check_whole(function: str, name: str, value: Any, least: int, why: str = "")
     return int(value)
 
 
-def check_count(function: str, name: str, value: Any, least: int, why: str = "") -> Any:
+def check_count(function: str, name: str, value: object, least: int, why: str = "") -> Any:
     """A whole number of at least ``least``, or an index expression such as ``table[h]``: values known at the call."""
     if isinstance(value, Table):
         table = value.spec.name
@@ -50,7 +50,7 @@ def check_count(function: str, name: str, value: Any, least: int, why: str = "")
     return check_whole(function, name, value, least, why)
 
 
-def check_counts(function: str, name: str, value: Any, axes: int, least: int, why: str = "") -> tuple[int, ...]:
+def check_counts(function: str, name: str, value: object, axes: int, least: int, why: str = "") -> tuple[int, ...]:
     """One whole number for all axes, or a tuple with one for each."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
     if len(values) != axes:
@@ -58,19 +58,19 @@ def check_counts(function: str, name: str, value: Any, axes: int, least: int, wh
     return tuple(check_whole(function, name, part, least, why) for part in values)
 
 
-def check_flag(function: str, name: str, value: Any) -> bool:
+def check_flag(function: str, name: str, value: object) -> bool:
     """``True`` or ``False``."""
     if not isinstance(value, bool):
         raise PatternError(f"{function}(): {name} must be True or False; got {value!r} ({type(value).__name__})")
     return value
 
 
-def check_choice(function: str, name: str, value: Any, choices: tuple[str, ...]) -> str:
+def check_choice(function: str, name: str, value: object, choices: tuple[str, ...]) -> str:
     """One of a few words."""
     return check_word(f"{function}(): {name}", value, choices)
 
 
-def check_positive(function: str, name: str, value: Any) -> int | float:
+def check_positive(function: str, name: str, value: object) -> int | float:
     """A positive, finite Python number; whole ones become ``int``, which stays exact: ``score / 50``, not ``0.02 * score``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < float("inf"):
         raise PatternError(f"{function}(): {name} must be a positive number; got {value!r} ({type(value).__name__})")
@@ -78,6 +78,6 @@ def check_positive(function: str, name: str, value: Any) -> int | float:
     return int(number) if number.is_integer() else number
 
 
-def check_logit(function: str, value: Any) -> Score:
+def check_logit(function: str, value: object) -> Score:
     """What a score function is applied to: an expression in ``sd.score``."""
     return as_score(value, where=f"{function}(): logit")

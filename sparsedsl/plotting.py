@@ -204,7 +204,7 @@ class _View:
                 if index == symbol and value >= size:
                     raise ShapeError(f"plot(): {name}={value}, but the table {read.spec.name!r} has {size} of them")
 
-    def _block(self, given: Any) -> tuple[int, int]:
+    def _block(self, given: object) -> tuple[int, int]:
         if given is None:
             size = 128
             while size > 1 and max(self.q_len, self.kv_len) < 16 * size:

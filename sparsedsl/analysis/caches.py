@@ -215,7 +215,7 @@ def cache_bytes() -> int:
     return _RESULTS.bytes + _TILES.bytes
 
 
-def held_bytes(value: Any) -> int:
+def held_bytes(value: object) -> int:
     """Bytes that ``value`` keeps in memory: the storage of tensors, containers, dataclasses; each object once.
 
     A view counts its whole storage. Functions, objects that are no dataclasses, and other caches count next to nothing: what they refer

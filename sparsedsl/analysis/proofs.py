@@ -127,7 +127,7 @@ def causality(mask: Any) -> Verdict:
     return _refute(sympy.And(expr, sympy.Ge(KV_IDX - Q_IDX, 1)))
 
 
-def _masks(*values: Any) -> list[Boolean]:
+def _masks(*values: object) -> list[Boolean]:
     return [as_mask(v.mask if isinstance(v, Pattern) else v, where="argument").expr for v in values]
 
 

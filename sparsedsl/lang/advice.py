@@ -62,7 +62,7 @@ def meant(word: object, known: Iterable[str]) -> str:
     return f". Did you mean {near[0]!r}?" if near else ""
 
 
-def check_word(where: str, value: Any, words: Collection[str]) -> str:
+def check_word(where: str, value: object, words: Collection[str]) -> str:
     """``value``, which must be one of a few ``words``."""
     if not isinstance(value, str) or value not in words:
         wrong = repr(value) if isinstance(value, str) else shown(value)
@@ -81,7 +81,7 @@ def surplus(names: Iterable[str], known: Iterable[str], takes: str) -> str:
     return f"unexpected argument{'s' * (len(names) > 1)} {', '.join(names)}: {takes}{more}"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A wrong value in a message: tensors and arrays by dtype and shape, others as written, cut where it is long."""
     kind = type(value).__name__
     if hasattr(value, "shape") and hasattr(value, "dtype"):
@@ -92,7 +92,7 @@ def shown(value: Any) -> str:
     return f"{text if len(text) <= 200 else text[:200] + '...'} ({kind})"
 
 
-def way_in(value: Any) -> str:
+def way_in(value: object) -> str:
     """What to write for a value that is no expression, but stands where one was wanted; begins with a full stop, or is empty."""
     kind = type(value).__name__
     if hasattr(value, "shape") and hasattr(value, "dtype"):
@@ -128,7 +128,7 @@ def answering(function: F) -> F:
         return function
 
     @functools.wraps(function)
-    def called(*values: Any, **words: Any) -> Any:
+    def called(*values: object, **words: Any) -> Any:
         try:
             return function(*values, **words)
         except TypeError as error:

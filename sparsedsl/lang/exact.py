@@ -23,7 +23,7 @@ _COMPARE = {
 }  # fmt: skip
 
 
-def _objects(value: Any) -> Any:
+def _objects(value: object) -> Any:
     return np.asarray(value, dtype=object)
 
 

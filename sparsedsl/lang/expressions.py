@@ -28,17 +28,17 @@ from sparsedsl.lang.wrapped import Expression, merge_carried
 __all__ = ["Index", "Mask", "Score", "Table", "as_index", "as_mask", "as_score", "table"]
 
 
-def _written(value: Any) -> Any:
+def _written(value: object) -> Any:
     """The expression that stands for ``value`` where it is none itself but says which, as a node of a program does."""
     say = getattr(type(value), "as_expression", None)
     return value if say is None else say(value)
 
 
-def _is_number(value: Any, kind: type) -> bool:
+def _is_number(value: object, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def as_index(value: Any, *, where: str = "operand") -> Index:
+def as_index(value: object, *, where: str = "operand") -> Index:
     """Coerce an :class:`Index` or a Python integer to an :class:`Index`."""
     value = _written(value)
     if isinstance(value, Index):
@@ -52,7 +52,7 @@ def as_index(value: Any, *, where: str = "operand") -> Index:
     raise PatternError(f"{where} must be an index expression or a whole number; got {shown(value)}{way_in(value)}")
 
 
-def as_score(value: Any, *, where: str = "operand") -> Score:
+def as_score(value: object, *, where: str = "operand") -> Score:
     """Coerce a :class:`Score`, :class:`Index` or Python number to a :class:`Score`."""
     value = _written(value)
     if isinstance(value, Score):
@@ -69,7 +69,7 @@ def as_score(value: Any, *, where: str = "operand") -> Score:
     raise PatternError(f"{where} must be a score or index expression or a number; got {shown(value)}{way_in(value)}")
 
 
-def as_mask(value: Any, *, where: str = "operand") -> Mask:
+def as_mask(value: object, *, where: str = "operand") -> Mask:
     """Coerce a :class:`Mask` or a Python bool to a :class:`Mask`."""
     value = _written(value)
     if isinstance(value, Mask):
@@ -394,10 +394,10 @@ class Index(_Arithmetic):
     def __rshift__(self, bits: Any) -> Index:
         return self // _shifted(bits)
 
-    def __rlshift__(self, value: Any) -> Index:
+    def __rlshift__(self, value: object) -> Index:
         return as_index(value) << self
 
-    def __rrshift__(self, value: Any) -> Index:
+    def __rrshift__(self, value: object) -> Index:
         return as_index(value) >> self
 
     def __and__(self, other: Any) -> Index:
@@ -441,7 +441,7 @@ def _shifted(bits: Any) -> Any:
     return 2 ** int(bits)
 
 
-def _power_of_two(value: Any) -> Any:
+def _power_of_two(value: object) -> Any:
     """``2**h`` in the place of a whole number, as ``1 << h``; anything else as it is."""
     if isinstance(value, Score) and value._expr.is_Pow and value._expr.base == 2 and value._expr.exp.is_integer:
         return _shifted(Index(value._expr.exp, value._bound)) if value._expr.exp.is_nonnegative else value
@@ -511,7 +511,7 @@ class Table(Unread, Generic[Read]):
         object.__setattr__(table, "spec", spec)
         return _declared.setdefault(spec, table)
 
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
+    def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a table is frozen; declare another instead of setting {name!r}")
 
     def __reduce__(self) -> Any:

@@ -15,7 +15,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _widest(*values: Any, of: str) -> tuple[Any, ...]:
+def _widest(*values: object, of: str) -> tuple[Any, ...]:
     """All values as indices if they are whole numbers, else all as scores; ``of``: the function they are arguments of."""
     if any(isinstance(v, (Score, float)) for v in values):
         return tuple(as_score(v, where=f"argument of {of}()") for v in values)

@@ -45,7 +45,7 @@ def _exact(name: str) -> Callable[..., Any] | None:
     if rule is None or prefix not in strict.TYPES:
         return None
 
-    def apply(*values: Any) -> Index | Score:
+    def apply(*values: object) -> Index | Score:
         if len(values) != rule.arity:
             raise PatternError(f"{name}() wants {rule.arity} operands; got {len(values)}")
         function = strict.strict_class(prefix, operation)
@@ -54,7 +54,7 @@ def _exact(name: str) -> Callable[..., Any] | None:
             return Score(function(*(operand(v) for v in values)), bound)
         return Index(function(*(operand(v) for v in values)), bound)
 
-    def operand(value: Any) -> sympy.Basic:
+    def operand(value: object) -> sympy.Basic:
         if isinstance(value, Mask):
             return value.expr
         if isinstance(value, bool):
@@ -184,7 +184,7 @@ class Reader:
             return _KINDS[word.value.id]
         return self.value(word.value)
 
-    def bounded(self, node: ast.AST, value: Any) -> Any:
+    def bounded(self, node: ast.AST, value: object) -> Any:
         """A plain value, unless it is larger than anything the language has a use for."""
         if isinstance(value, int) and value.bit_length() > BITS:
             raise self.fail(node, f"the number has more than {BITS} bits")

@@ -70,7 +70,7 @@ class Expression(Unvalued):
         """The sympy expressions it consists of: one; a pattern has several."""
         return (self._expr,)
 
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
+    def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"{type(self).__name__} is frozen; build a new expression instead of setting {name!r}")
 
     def __delattr__(self, name: str) -> NoReturn:

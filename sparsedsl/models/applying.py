@@ -239,7 +239,9 @@ def _choose(patterns: Any, layers: list[int]) -> dict[int, Any]:
     return {index: value for index, value in given.items() if value is not None}
 
 
-def _bind(module: Any, index: int, given: Any, config: PreTrainedConfig, told: bool, compiled: Compiled, stack: Stack) -> Binding:
+def _bind(
+    module: Any, index: int, given: object, config: PreTrainedConfig, told: bool, compiled: Compiled, stack: Stack
+) -> Binding:
     program = as_program(given)
     if program is not None:
         own = native_pattern(module, index, config, told)

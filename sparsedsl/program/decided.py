@@ -19,14 +19,14 @@ from sparsedsl.program.sources import PerChunk
 __all__ = ["assume", "pairs_decided_by", "possible", "simplified", "with_candidates"]
 
 
-def _dynamic_atoms(expr: Any, nodes: frozenset[str]) -> list[sympy.Basic]:
+def _dynamic_atoms(expr: sympy.Basic, nodes: frozenset[str]) -> list[sympy.Basic]:
     """The relations of a mask that read tables of these names; of one and its negation the first."""
     relations = expr.atoms(sympy.core.relational.Relational)
     found = sorted((r for r in relations if any(read.spec.name in nodes for read in table_reads(r))), key=sympy.default_sort_key)
     return [atom for place, atom in enumerate(found) if sympy.Not(atom) not in found[:place]]
 
 
-def assume(expr: Any, truth: dict[str, bool]) -> Any:
+def assume(expr: sympy.Basic, truth: dict[str, bool]) -> Any:
     """``expr`` where the boolean tables named are known to be true or false everywhere."""
     relations = expr.atoms(sympy.core.relational.Relational)
     known = {}
@@ -78,7 +78,7 @@ def _cases(atoms: list[sympy.Basic]) -> list[dict[sympy.Basic, Any]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _possible(expr: Any, nodes: frozenset[str]) -> Any:
+def _possible(expr: sympy.Basic, nodes: frozenset[str]) -> Any:
     atoms = _dynamic_atoms(expr, nodes)
     if len(atoms) > MOST_CASES:
         return sympy.true
@@ -86,7 +86,7 @@ def _possible(expr: Any, nodes: frozenset[str]) -> Any:
 
 
 @functools.lru_cache(maxsize=256)
-def _decided(expr: Any, nodes: frozenset[str], label: str) -> tuple[Any, Any]:
+def _decided(expr: sympy.Basic, nodes: frozenset[str], label: str) -> tuple[Any, Any]:
     atoms = [atom for atom in _dynamic_atoms(expr, nodes) if label not in {read.spec.name for read in table_reads(atom)}]
     on, off = (assume(expr, {label: value}) for value in (True, False))
     if len(atoms) > MOST_CASES:
@@ -101,7 +101,7 @@ def _decided(expr: Any, nodes: frozenset[str], label: str) -> tuple[Any, Any]:
 MOST_CONDITIONS = 8
 
 
-def simplified(expr: Any) -> Any:
+def simplified(expr: sympy.Basic) -> Any:
     """A mask by as few conditions as there can be, each as the operators write it; long ones are only written so.
 
     Conditions are taken for propositions, of which one may be the negation of another: what they say of integers is not looked at.
@@ -118,7 +118,7 @@ def simplified(expr: Any) -> Any:
     return one_form(sympy.simplify_logic(expr.xreplace(known)).xreplace(meant))
 
 
-def _conditions(expr: Any) -> set[Any]:
+def _conditions(expr: sympy.Basic) -> set[Any]:
     """The relations and boolean symbols that a mask joins."""
     if isinstance(expr, (sympy.And, sympy.Or, sympy.Not, sympy.Xor)):
         return set().union(*map(_conditions, expr.args))

@@ -43,14 +43,14 @@ def check_tensor(
         )
 
 
-def check_number(name: str, value: Any) -> float:
+def check_number(name: str, value: object) -> float:
     """A positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < float("inf"):
         raise ShapeError(f"{name} must be a positive number; got {value!r}")
     return float(value)
 
 
-def check_position(name: str, value: Any) -> int:
+def check_position(name: str, value: object) -> int:
     """A whole number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
         raise ShapeError(f"{name} must be a whole number of at least 0; got {value!r}")

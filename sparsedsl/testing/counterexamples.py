@@ -33,7 +33,7 @@ class Counterexample(AssertionError):
 class showing:
     """Turns an error of ours in the body into a counterexample with the call that raised it: an assertion of the kit."""
 
-    def __init__(self, declaration: str, assertion: str, *values: Any, **words: Any):
+    def __init__(self, declaration: str, assertion: str, *values: object, **words: Any):
         self.declaration, self.assertion, self.values, self.words = declaration, assertion, values, words
 
     def __enter__(self) -> None:
@@ -79,7 +79,7 @@ def pattern_code(pattern: Pattern) -> str:
     return f"sd.attend({', '.join(words)})" + _bind_code(pattern.bound)
 
 
-def arguments_code(*values: Any, **words: Any) -> str:
+def arguments_code(*values: object, **words: Any) -> str:
     """The arguments of a call: names of variables as they are, cases and tensors as code.
 
     >>> arguments_code("pattern", AttentionCase(q_len=3), block_size=(2, 2))
@@ -88,7 +88,7 @@ def arguments_code(*values: Any, **words: Any) -> str:
     return ", ".join([_value_code(v) for v in values] + [f"{n}={_value_code(v)}" for n, v in words.items()])
 
 
-def _value_code(value: Any) -> str:
+def _value_code(value: object) -> str:
     if isinstance(value, AttentionCase):
         return f"sd.testing.{value!r}"
     return value if isinstance(value, str) else tensor_code(value)

@@ -25,7 +25,7 @@ _UNITS = (1, 4, 8)
 _HOW = ("sum", "mean", "max")
 
 
-def program_of(value: Any) -> Program:
+def program_of(value: object) -> Program:
     """The program that a value is.
 
     Raises:

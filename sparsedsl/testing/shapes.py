@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -102,7 +101,7 @@ def tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float32, layout: s
     return values
 
 
-def tensor_code(value: Any) -> str:
+def tensor_code(value: object) -> str:
     """Python code that makes ``value`` again: the call if :func:`tensor` made it, a literal if it is small, else a file."""
     if not isinstance(value, torch.Tensor):
         return repr(value)

@@ -54,7 +54,7 @@ def find_name(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def _inside(value: Any, name: str, tensor: torch.Tensor, words: set[str], depth: int) -> str | None:
+def _inside(value: object, name: str, tensor: torch.Tensor, words: set[str], depth: int) -> str | None:
     """The name of ``tensor`` somewhere in ``value``, which is called ``name``."""
     parts = list(_parts(value, name, words))
     for part_name, part in parts:
@@ -68,7 +68,7 @@ def _inside(value: Any, name: str, tensor: torch.Tensor, words: set[str], depth:
     return None
 
 
-def _parts(value: Any, name: str, words: set[str]) -> Iterator[tuple[str, Any]]:
+def _parts(value: object, name: str, words: set[str]) -> Iterator[tuple[str, Any]]:
     """What ``value`` holds: entries of containers, parameters and buffers of modules, attributes that the code names."""
     if isinstance(value, (list, tuple)):
         yield from ((f"{name}_{i}", part) for i, part in enumerate(value[:64]))

@@ -73,7 +73,7 @@ class Partial:
         return Node("read", (self.captured, *self.indices), dtype, dtype)
 
 
-def constant(value: Any, dtype: torch.dtype | None = None) -> Node:
+def constant(value: object, dtype: torch.dtype | None = None) -> Node:
     """A number, in the type that torch gives it."""
     if dtype is None:
         dtype = {bool: torch.bool, int: torch.int64}.get(type(value), torch.get_default_dtype())

@@ -66,7 +66,7 @@ def record(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     return Proxy(result, tracer)
 
 
-def _examples(value: Any) -> Any:
+def _examples(value: object) -> Any:
     """``value`` with every stand-in replaced by a one of its type."""
 
     def example(x: Any) -> Any:

@@ -105,7 +105,7 @@ class Tracer:
         self.seen: dict[int, torch.Tensor] = {}
         self.current: list[str] = []
 
-    def note(self, value: Any, source: Partial | None = None, origin: torch.Tensor | None = None) -> None:
+    def note(self, value: object, source: Partial | None = None, origin: torch.Tensor | None = None) -> None:
         """Remember that real tensors in ``value`` were made here and now."""
         for tensor in tree_leaves(value):
             if isinstance(tensor, torch.Tensor) and not isinstance(tensor, Proxy) and id(tensor) not in self.seen:
@@ -162,7 +162,7 @@ class Tracer:
             return proxy
         return tensor
 
-    def node(self, value: Any) -> Node:
+    def node(self, value: object) -> Node:
         """The node of a scalar operand: a proxy, a number, or a real tensor of one element."""
         if isinstance(value, Proxy):
             if value.node is None:

@@ -79,5 +79,5 @@ class Watcher(TorchFunctionMode):
         return tensor if fresh is None or fresh.origin is None else fresh.origin
 
 
-def _known(value: Any) -> Any:
+def _known(value: object) -> Any:
     return value.known if isinstance(value, Proxy) else value

@@ -81,7 +81,7 @@ class Store:
         record = self._read(self.path(key))
         return record["value"] if record and _canonical(record["key"]) == text else None
 
-    def put(self, key: Mapping[str, Any], value: Any) -> bool:
+    def put(self, key: Mapping[str, Any], value: object) -> bool:
         """Remember ``value`` under ``key``; True if it is on the disk, False if it is kept for this process only.
 
         ``TypeError`` or ``ValueError`` if key or value are not JSON data; never an error of the disk. A record that a later release
@@ -209,7 +209,7 @@ def _refuse_newer(path: Path) -> None:
         _parsed(path.read_bytes())
 
 
-def _canonical(value: Any) -> str:
+def _canonical(value: object) -> str:
     """One text for equal JSON data. Sorting also refuses keys that differ, but would be the same text: 1 and "1"."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
