@@ -19,7 +19,7 @@ HEADS = 16
 CAP = 50.0
 DECODE_BATCH, DECODE_HEADS, DECODE_KV_HEADS = 8, 32, 8
 # Systems (``gpu_systems.py``), the most telling first; heads of keys for 32 of queries as they have them, 8 the others.
-SYSTEM_NAMES = ("pbs", "hsa", "tsa", "ring", "nha", "tsa_pbs", "nsa", "moba")
+SYSTEM_NAMES = ("pbs", "hsa", "tsa", "ring", "nha", "tsa_pbs", "nsa", "moba", "moba_cap")
 FORWARD_ONLY = ("pbs", "tsa", "tsa_pbs")  # their choices read later queries
 SYSTEM_HEADS, SYSTEM_KV_HEADS = 32, {"hsa": 2, "ring": 32}
 

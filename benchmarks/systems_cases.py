@@ -62,6 +62,14 @@ def _pbs(part: int) -> Any:
     return patterns.pbs(128 // part, 256 // part)
 
 
+def _capped(part: int) -> Any:
+    """MoBA with the soft cap of Gemma 2 on its logits: a score beside a choice."""
+    chunk = 512 // part
+    own = sd.q_idx // chunk == sd.kv_idx // chunk
+    picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, chunk)), 2)
+    return sd.attend(patterns.causal() & (own | picks), score=patterns.softcap(50.0))
+
+
 @dataclass(frozen=True)
 class System:
     """``declare(heads, part)`` its program, with sizes divided by ``part``; ``named(q, k, part)`` its inputs beside q, k and v.
@@ -108,6 +116,9 @@ SYSTEMS: dict[str, System] = {
     ),
     "moba": System(
         "MoBA, 3 of 512", lambda heads, part: patterns.moba(512 // part, 3), GEMMA, captured=True, trains=True, flex=4096, flex_gpu=32768
+    ),
+    "moba_cap": System(
+        "MoBA, 3 of 512, soft cap", lambda heads, part: _capped(part), GEMMA, captured=True, trains=True, flex=4096, flex_gpu=32768
     ),
     "nsa": System(
         "NSA, 16 of 64", lambda heads, part: patterns.nsa(32 // part, 64 // part, 16 // part, 512 // part), GEMMA, _shares, captured=True,

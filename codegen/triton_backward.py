@@ -20,7 +20,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import HEAD, KV_IDX, Q_IDX, SCORE
 from sparsedsl.lang.tables import TableRead, table_reads
 
-__all__ = ["LearnedRead", "gradients_of", "learned_reads", "write_delta", "write_grad_kv", "write_grad_q"]
+__all__ = ["LearnedRead", "axis_of", "gradients_of", "learned_reads", "write_delta", "write_grad_kv", "write_grad_q"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,11 @@ class LearnedRead:
 def learned_reads(pattern: Pattern) -> tuple[LearnedRead, ...]:
     """The reads of learned tables in the score, each once."""
     reads = [read for read in table_reads(pattern.score.expr) if read.spec.learned]
-    return tuple(LearnedRead(n, read, _axis(read)) for n, read in enumerate(dict.fromkeys(reads)))
+    return tuple(LearnedRead(n, read, axis_of(read)) for n, read in enumerate(dict.fromkeys(reads)))
 
 
-def _axis(read: TableRead) -> str:
+def axis_of(read: TableRead) -> str:
+    """Along which axis the gradients of a read are summed; see :class:`LearnedRead`."""
     free = read.free_symbols
     if KV_IDX not in free:
         return "rows"

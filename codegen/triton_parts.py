@@ -27,7 +27,7 @@ _LOCAL = {
     "upper", "v", "weight", "x",
 }  # fmt: skip
 
-__all__ = ["Argument", "KernelSource", "Part", "Variant", "Writer", "parts_of"]
+__all__ = ["Argument", "KernelSource", "Part", "Variant", "Writer", "parts_of", "table_names"]
 
 
 @dataclass(frozen=True)
@@ -188,11 +188,7 @@ class Writer:
         }[place]
         h = "h[:, None]" if self.packed and place == "tile" else "h"
         symbols = {"h": h, "q_idx": q, "kv_idx": kv} | {name: name for name in ("b", "q_len", "kv_len", "score", "lane")}
-        tables = {
-            name: TableNames(f"{name}_table", tuple(f"{name}_size_{i}" for i in range(rank)))
-            for name, rank in self.pattern.table_ranks.items()
-        }
-        return TritonNames(symbols, tables, self.variant.wide_tables)
+        return TritonNames(symbols, table_names(self.pattern), self.variant.wide_tables)
 
     def programs(self, length: str, block: str) -> None:
         """Which tile, of which residue and head, a program has: ``tile``, ``lane`` if there are residues, and the rest in ``bh``."""
@@ -389,6 +385,14 @@ class Writer:
         found = spans(self.pattern.mask.expr, of="queries")
         assert found is not None
         return SpanLoop(found, "queries", "BLOCK_M", frozenset({KV_IDX}))
+
+
+def table_names(pattern: Pattern) -> dict[str, TableNames]:
+    """What the tables of a pattern and their sizes are called among a kernel's arguments."""
+    return {
+        name: TableNames(f"{name}_table", tuple(f"{name}_size_{i}" for i in range(rank)))
+        for name, rank in pattern.table_ranks.items()
+    }
 
 
 def suffixed(name: str, part: Part) -> str:

@@ -370,7 +370,7 @@ def test_systems_command_lines_that_contradict_themselves(capsys):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["hsa", "nha", "pbs", "tsa", "tsa_pbs", "ring", "moba", "nsa"])
+@pytest.mark.parametrize("name", ["hsa", "nha", "pbs", "tsa", "tsa_pbs", "ring", "moba", "moba_cap", "nsa"])
 def test_parts_of_a_system_are_the_whole(name):
     cases, split = load("systems_cases"), load("systems_split")
     system = cases.SYSTEMS[name]

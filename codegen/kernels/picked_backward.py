@@ -3,6 +3,8 @@
 First by queries, over the merged lists of the forward pass: dQ, and ``delta``, what a softmax is worth to the loss. Where each
 chunk has a softmax of its own it has a delta of its own, ``<d out, out of the chunk>``, which is also the gradient of its weight;
 it is not that of the whole row. Then by chunks, over the lists turned around: dK and dV, from all heads that share a key head.
+
+Lines that end in ``# <- name`` are places where :mod:`sparsedsl.codegen.selected_source` puts what a mask or a score needs.
 """
 
 import triton
@@ -20,6 +22,7 @@ __all__ = ["picked_grad_kv", "picked_grad_q"]
         "grad_out_stride_row", "grad_q_stride_b", "grad_q_stride_h", "grad_q_stride_row", "first_stride_b", "first_stride_h",
         "heads", "group", "pack", "queries", "list_batch", "list_group", "weight_group", "rows", "kv_len", "tiles", "width",
         "list_width", "scale",
+        # <- numbers
     ]
 )  # fmt: skip
 def picked_grad_q(
@@ -27,15 +30,16 @@ def picked_grad_q(
     v_stride_row, out_ptr, out_stride_b, out_stride_h, out_stride_row, grad_out_ptr, grad_out_stride_b, grad_out_stride_h,
     grad_out_stride_row, grad_q_ptr, grad_q_stride_b, grad_q_stride_h, grad_q_stride_row, lse_ptr, grad_lse_ptr, delta_ptr,
     weights_ptr, chunks_ptr, owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack,
-    queries, list_batch, list_group, weight_group, rows, kv_len, tiles, width, list_width, scale, CHUNK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr, WEIGHTED: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    queries, list_batch, list_group, weight_group, rows, kv_len, tiles, width, list_width, scale,
+    # <- called
+    CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries, and delta. ``WEIGHTED``: ``lse`` (in units of log2) and ``delta`` are of each row and slot;
     otherwise of each row, and ``lse`` is natural."""
-    tile = tl.program_id(0) % tiles
-    bundle = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles  # <- tile
+    bundle = tl.program_id(0) // tiles  # <- bundle
     b = bundle // (heads // pack)
     head = bundle % (heads // pack) * pack
     h, query, member, inside = head_and_query(tile, head, pack, queries, rows, ROWS)
@@ -80,6 +84,7 @@ def picked_grad_q(
     chunks_ptr += list_place * list_width
     owners_ptr += list_place * list_width
     factor = scale * LOG2E
+    # <- positions
     slot = tl.zeros([ROWS], tl.int32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for i in range(0, count):
@@ -91,8 +96,10 @@ def picked_grad_q(
         key = chunk * CHUNK + key_0
         exists = (key_0 < CHUNK) & (key < kv_len)
         k = tl.load(k_ptr + start * k_stride_row + k_tile, mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        pairs = allowed_pairs(own, key, exists, first, last, INTERVAL)
-        s = tl.where(pairs, tl.dot(q, k.T, input_precision=PRECISION) * factor, float("-inf"))
+        # <- indices
+        pairs = allowed_pairs(own, key, exists, first, last, INTERVAL)  # <- mask
+        s = tl.dot(q, k.T, input_precision=PRECISION) * factor  # <- logits
+        s = tl.where(pairs, s, float("-inf"))
         if WEIGHTED:
             lse = tl.load(lse_ptr + line * width + slot, mask=own, other=0.0)
             lse = tl.where(lse > float("-inf"), lse, 0.0)
@@ -102,13 +109,16 @@ def picked_grad_q(
         if WEIGHTED:
             delta = tl.sum(p * grad_p, 1)
             tl.store(delta_ptr + line * width + slot, delta, mask=own)
+        grad_s = p * (grad_p - delta[:, None])  # <- slopes
+        if WEIGHTED:
             weight = tl.load(weights_ptr + weight_line * width + slot, mask=own, other=0.0)
-            grad_s = p * (grad_p - delta[:, None])
+            # <- weighed
             acc += tl.dot(grad_s.to(k.dtype), k, input_precision=PRECISION) * weight[:, None]
         else:
-            grad_s = p * (grad_p - delta[:, None])
             acc = tl.dot(grad_s.to(k.dtype), k, acc, input_precision=PRECISION)
+        # <- sums
         slot += own.to(tl.int32)
+    # <- results
     grad_at = b.to(tl.int64) * grad_q_stride_b + h.to(tl.int64) * grad_q_stride_h + query.to(tl.int64) * grad_q_stride_row
     tl.store((grad_q_ptr + grad_at)[:, None] + d[None, :], (acc * scale).to(grad_q_ptr.dtype.element_ty), mask=has_d)
 
@@ -119,6 +129,7 @@ def picked_grad_q(
         "v_stride_row", "grad_out_stride_b", "grad_out_stride_h", "grad_out_stride_row", "grad_k_stride_b", "grad_k_stride_h",
         "grad_k_stride_row", "grad_v_stride_b", "grad_v_stride_h", "grad_v_stride_row", "first_stride_b", "first_stride_h",
         "heads", "group", "pack", "list_batch", "list_group", "weight_group", "rows", "kv_len", "units", "width", "scale",
+        # <- numbers
     ]
 )  # fmt: skip
 def picked_grad_kv(
@@ -126,9 +137,11 @@ def picked_grad_kv(
     v_stride_row, grad_out_ptr, grad_out_stride_b, grad_out_stride_h, grad_out_stride_row, grad_k_ptr, grad_k_stride_b,
     grad_k_stride_h, grad_k_stride_row, grad_v_ptr, grad_v_stride_b, grad_v_stride_h, grad_v_stride_row, lse_ptr, delta_ptr,
     weights_ptr, starts_ptr, places_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, list_batch,
-    list_group, weight_group, rows, kv_len, units, width, scale, CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
-    WEIGHTED: tl.constexpr, INTERVAL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    list_group, weight_group, rows, kv_len, units, width, scale,
+    # <- called
+    CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr, INTERVAL: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of ``BLOCK_N`` keys of one chunk and key head; chunks that no query picked get zeros."""
     parts: tl.constexpr = (CHUNK + BLOCK_N - 1) // BLOCK_N
@@ -164,6 +177,7 @@ def picked_grad_kv(
         h = head + line_0 % pack
         weight_at = (b.to(tl.int64) * (heads // weight_group) + h // weight_group) * rows * width
         line_at = (b.to(tl.int64) * heads + h) * rows
+        # <- positions
         for entry_0 in range(begin, end, step):
             entry = entry_0 + line_0 // pack
             own = (line_0 // pack < step) & (entry < end)
@@ -178,21 +192,26 @@ def picked_grad_kv(
             lse = tl.load(lse_ptr + at, mask=own, other=float("-inf"))
             delta = tl.load(delta_ptr + at, mask=own, other=0.0)
             lse = tl.where(lse > float("-inf"), lse if WEIGHTED else lse * LOG2E, float("inf"))
-            s = tl.dot(k, q.T, input_precision=PRECISION) * factor
+            # <- indices
+            s = tl.dot(k, q.T, input_precision=PRECISION) * factor  # <- logits
             if INTERVAL:
                 bounds = b.to(tl.int64) * first_stride_b + h.to(tl.int64) * first_stride_h + query
                 first = tl.load(first_ptr + bounds)
                 last = tl.load(last_ptr + bounds)
                 s = tl.where((key[:, None] >= first[None, :]) & (key[:, None] <= last[None, :]), s, float("-inf"))
+            # <- mask
             p = tl.exp2(s - lse[None, :])
             grad_p = tl.dot(v, grad_out.T, input_precision=PRECISION)
-            grad_s = p * (grad_p - delta[None, :])
+            grad_s = p * (grad_p - delta[None, :])  # <- slopes
             if WEIGHTED:
                 weight = tl.load(weights_ptr + weight_at + place, mask=own, other=0.0)
+                # <- weighed
                 p = p * weight[None, :]
                 grad_s = grad_s * weight[None, :]
             grad_v = tl.dot(p.to(grad_out.dtype), grad_out, grad_v, input_precision=PRECISION)
             grad_k = tl.dot(grad_s.to(q.dtype), q, grad_k, input_precision=PRECISION)
+            # <- sums
+        # <- results
     k_at = b.to(tl.int64) * grad_k_stride_b + kv_head.to(tl.int64) * grad_k_stride_h + key.to(tl.int64) * grad_k_stride_row
     tl.store((grad_k_ptr + k_at)[:, None] + d[None, :], (grad_k * scale).to(grad_k_ptr.dtype.element_ty), mask=has_d)
     v_at = b.to(tl.int64) * grad_v_stride_b + kv_head.to(tl.int64) * grad_v_stride_h + key.to(tl.int64) * grad_v_stride_row

@@ -7,6 +7,8 @@ so the slot at which a row holds a chunk is the number of its own chunks met bef
 ``WEIGHTED``: a softmax of its own for every row and chunk, times the row's weight of the slot; nothing is rescaled from chunk to
 chunk. Otherwise one softmax over all chunks, summed online. Where queries are few, programs share the slots of a row and
 ``picked_merge`` puts their results together. Logits are in units of log2.
+
+Lines that end in ``# <- name`` are places where :mod:`sparsedsl.codegen.selected_source` puts what a mask or a score needs.
 """
 
 import triton
@@ -63,15 +65,17 @@ def log_of_sum(total):
         "v_stride_row", "out_stride_s", "out_stride_b", "out_stride_h", "out_stride_row", "first_stride_b", "first_stride_h",
         "heads", "group", "pack", "queries", "list_batch", "list_group", "weight_group", "rows", "kv_len", "tiles", "width",
         "list_width", "splits", "scale",
+        # <- numbers
     ]
 )  # fmt: skip
 def picked_forward(
     q_ptr, q_stride_b, q_stride_h, q_stride_row, k_ptr, k_stride_b, k_stride_h, k_stride_row, v_ptr, v_stride_b, v_stride_h,
     v_stride_row, out_ptr, out_stride_s, out_stride_b, out_stride_h, out_stride_row, lse_ptr, slot_lse_ptr, weights_ptr,
     chunks_ptr, owners_ptr, counts_ptr, first_ptr, last_ptr, first_stride_b, first_stride_h, heads, group, pack, queries,
-    list_batch, list_group, weight_group, rows, kv_len, tiles, width, list_width, splits, scale, CHUNK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr, WEIGHTED: tl.constexpr, ONE: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr,
+    list_batch, list_group, weight_group, rows, kv_len, tiles, width, list_width, splits, scale,
+    # <- called
+    CHUNK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, WEIGHTED: tl.constexpr, ONE: tl.constexpr, INTERVAL: tl.constexpr, MERGED: tl.constexpr,
     SAVE: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and LSE of one tile of queries, with ``SPLIT`` of a share of its slots: the LSE of a weighted share is the sum of its
@@ -109,6 +113,7 @@ def picked_forward(
     chunks_ptr += list_place * list_width
     owners_ptr += list_place * list_width
     factor = scale * LOG2E
+    # <- positions
     most = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if ONE and not WEIGHTED:
@@ -127,8 +132,10 @@ def picked_forward(
         key = chunk * CHUNK + key_0
         exists = (key_0 < CHUNK) & (key < kv_len)
         k = tl.load(k_ptr + start * k_stride_row + k_tile, mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        pairs = allowed_pairs(own, key, exists, first, last, INTERVAL)
-        s = tl.where(pairs, tl.dot(q, k.T, input_precision=PRECISION) * factor, float("-inf"))
+        # <- indices
+        pairs = allowed_pairs(own, key, exists, first, last, INTERVAL)  # <- mask
+        s = tl.dot(q, k.T, input_precision=PRECISION) * factor  # <- logits
+        s = tl.where(pairs, s, float("-inf"))
         v = tl.load(v_ptr + start * v_stride_row + v_tile, mask=exists[:, None] & (d_v < HEAD_DIM_V)[None, :], other=0.0)
         top = tl.max(s, 1)
         if WEIGHTED:

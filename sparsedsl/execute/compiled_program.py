@@ -159,12 +159,15 @@ class CompiledProgram:
     def kernels(self, call: ProgramCall) -> Kernels:
         """The kernels that a call runs on."""
         dtype = str(call.q.dtype).removeprefix("torch.")
-        lacks = missing(call.q.device.type) if self.backend == "triton" else None
+        widest = max(call.q.shape[3], call.v.shape[3])
+        lacks = None
+        if self.backend == "triton":
+            lacks = missing(call.q.device.type) or triton_refusal(self.program, call.q.dtype, widest)
         if lacks is not None:
             raise UnsupportedError(
                 f"backend 'triton' cannot run this call: {lacks}. Use backend='tiled', which runs everywhere, or 'auto'"
             )
-        return self._kernels(call.q.device.type, dtype, max(call.q.shape[3], call.v.shape[3]))[0]
+        return self._kernels(call.q.device.type, dtype, widest)[0]
 
     def _kernels(self, device: str, dtype: str, widest: int) -> tuple[Kernels, str]:
         """The kernels for calls of a kind, and why these."""
@@ -175,7 +178,7 @@ class CompiledProgram:
             lacks = f"the kernels have no {dtype}"
         if lacks is None and widest > TRITON_WIDEST:
             lacks = f"the kernels have heads up to {TRITON_WIDEST} wide"
-        lacks = lacks or triton_refusal(self.program)
+        lacks = lacks or triton_refusal(self.program, getattr(torch, dtype), widest)
         chosen = kernels_of("auto", triton=lacks is None)
         return chosen, f"torch: {lacks}" if lacks else "kernels on the GPU"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,6 @@ import sympy
 import torch
 
 from sparsedsl.analysis.caches import Cache
-from sparsedsl.analysis.spans import spans
 from sparsedsl.backends.tiled.scan_linear import linear_scan
 from sparsedsl.backends.tiled.scan_slots import slot_scan
 from sparsedsl.backends.tiled.selected import selected_attention
@@ -86,8 +86,6 @@ class Kernels:
         return linear_scan(*tensors, **words)
 
 
-# Keys in a chunk that the kernels hold at a time.
-LONGEST_UNIT = 128
 _ATTENTIONS: Cache[Any] = Cache()
 
 
@@ -191,19 +189,24 @@ def kernels_of(backend: str, *, triton: bool) -> Kernels:
     return TorchKernels(backend, whole_tiles=True)
 
 
-def triton_refusal(program: Program) -> str | None:
-    """Why the kernels that follow lists cannot run a program, as far as its declaration tells, or None."""
+def triton_refusal(program: Program, dtype: torch.dtype, widest: int) -> str | None:
+    """Why the kernels that follow lists cannot run a program, as far as its declaration tells, or None.
+
+    ``dtype``: of q, k and v; ``widest``: of their heads.
+    """
+    from sparsedsl.backends.triton.selected import refusal, written
+
     for node in program.everything:
-        single = [choice for choice in node.selections if choice.units[0] == 1] if isinstance(node, Attend) else []
-        if not isinstance(node, Attend) or not single:
+        parts = split_node(node) if isinstance(node, Attend) else None
+        if not isinstance(node, Attend) or parts is None or parts.selected == sympy.false:
             continue
-        if node.normaliser is not None and single[0].units[1] > LONGEST_UNIT:
-            return f"the kernels weigh chunks of up to {LONGEST_UNIT} keys; these have {single[0].units[1]}"
-        parts = split_node(node)
-        if parts.selected != sympy.false and node.pattern.has_score:
-            return f"the kernels that follow lists take logits as they are; {program.labels[node]} has a score"
-        if parts.symbols:
-            return f"the kernels follow the lists of one choice; {program.labels[node]} has {len(parts.choices)} in one mask"
-        if parts.selected != sympy.false and spans(parts.selected) is None:
-            return f"the kernels follow lists under one interval of keys for each query; {program.labels[node]} has another mask"
+        unit = math.gcd(*(choice.units[1] for choice in parts.choices))
+        lacks = refusal(dtype, widest, unit, weighted=node.normaliser is not None)
+        if lacks is None:
+            try:
+                written(parts.selected, node.pattern.score.expr, tuple(symbol.name for symbol in parts.symbols), {})
+            except UnsupportedError as error:
+                lacks = str(error).split(". Use ")[0]
+        if lacks is not None:
+            return f"{program.labels[node]}: {lacks}"
     return None

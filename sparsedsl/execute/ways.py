@@ -7,6 +7,7 @@ from typing import Any
 
 import sympy
 
+from sparsedsl.analysis.spans import spans
 from sparsedsl.backends.tiled.whole_blocks import split
 from sparsedsl.execute.kernels import FlexKernels, Kernels, TritonKernels
 from sparsedsl.execute.mask_split import split_node
@@ -90,14 +91,16 @@ def _attend(node: Attend, kernels: Kernels) -> str:
     if node.normaliser is not None:
         if kernels.whole_tables:
             return "two passes: LSE of every chunk, then FlexAttention with a bias of queries x chunks (short sequences)"
-        return f"{_along(kernels)}, a softmax in every chunk, weights outside"
+        return f"{_along(kernels, node)}, a softmax in every chunk, weights outside"
     if single and not kernels.whole_tables:
         cut = split_node(node)
         static = f"{inner} for {Mask(cut.static)}" + _tables(node, cut.static)
         if cut.selected == sympy.false:
             return static
         several = f" of {len(cut.choices)} choices, joined" if len(cut.choices) > 1 else ""
-        return f"{_along(kernels)}{several}" + ("" if cut.static == sympy.false else f", and {static}; one softmax over both")
+        return f"{_along(kernels, node)}{several}" + (
+            "" if cut.static == sympy.false else f", and {static}; one softmax over both"
+        )
     if node.selections and kernels.whole_tiles:
         rows, columns = node.selections[0].units
         expr = node.pattern.mask.expr
@@ -116,9 +119,12 @@ def _tables(node: Attend, mask: Any) -> str:
     return (", choices as tables" if read else "") + (", of some queries at a time" if few else "")
 
 
-def _along(kernels: Kernels) -> str:
+def _along(kernels: Kernels, node: Attend) -> str:
     if isinstance(kernels, TritonKernels):
-        return "kernels along lists: adjacent queries share the union of their units"
+        parts = split_node(node)
+        plain = not node.pattern.has_score and not parts.symbols and spans(parts.selected) is not None
+        printed = "" if plain else ", mask and score printed into them"
+        return f"kernels along lists: adjacent queries share the union of their units{printed}"
     return "torch along lists: for every unit of keys the queries that picked it"
 
 

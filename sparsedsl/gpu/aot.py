@@ -29,10 +29,10 @@ from sparsedsl.gpu.targets import Target
 if TYPE_CHECKING:
     from sparsedsl.codegen.to_triton import Argument, KernelSource, TritonSource
 
-__all__ = ["Binary", "Job", "compile_kernel", "compile_kernels", "is_interpreting", "job_of"]
+__all__ = ["TABLES", "Binary", "Job", "compile_kernel", "compile_kernels", "is_interpreting", "job_of"]
 
 _DATA = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
-_TABLES = {"int": "*i32", "bool": "*i1", "float": "*fp32"}
+TABLES = {"int": "*i32", "bool": "*i1", "float": "*fp32"}
 _PLAIN = {"*fp32", "*i32", "*i64", "*i1", "i32", "i64", "fp32", "constexpr"}
 
 
@@ -84,7 +84,7 @@ def _type(source: TritonSource, kernel: KernelSource, argument: Argument, shape:
     if kind == "*data":
         return _DATA[shape.dtype]
     if kind == "*table":
-        return _TABLES[source.table_kinds[detail]]
+        return TABLES[source.table_kinds[detail]]
     if kind == "*desc":  # of tiles of keys, that many columns wide
         return f"tensordesc<{_DATA[shape.dtype].removeprefix('*')}[1,1,{config.block_n},{detail}]>"
     if argument.type not in _PLAIN:

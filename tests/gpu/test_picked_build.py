@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import sympy
 
+import sparsedsl as sd
+from sparsedsl import b, h, kv_idx, q_idx, score, table
+from sparsedsl.codegen.selected_source import member_symbols, selected_source
 from sparsedsl.gpu.kernel_config import Shape
 from sparsedsl.gpu.resources import misfits, resources_of
 from sparsedsl.gpu.targets import TARGETS
@@ -22,14 +26,27 @@ PRODUCTS = {"picked_forward": 2, "picked_grad_q": 3, "picked_grad_kv": 4}
 USUAL = PickedShape(Shape("bfloat16", 64, 64), chunk=64, pack=4)
 
 
-def compiled(kernel, picked, target, **flags):
+FIRST, SECOND = member_symbols(2)
+CAUSAL = (kv_idx <= q_idx).expr
+doc, gate, bias = table("doc"), table("gate", dtype=float, learned=True), table("bias", dtype=float, learned=True)
+# Masks and scores that are printed into the kernels, and tables that want gradients.
+WRITTEN = {
+    "two choices": (sympy.And(CAUSAL, (doc[q_idx] == doc[kv_idx]).expr, sympy.Or(FIRST, sympy.Not(SECOND))), score.expr, ()),
+    "soft cap": (CAUSAL, (sd.tanh(score / 30) * 30).expr, ()),
+    "ALiBi": (CAUSAL, (score - table("slope", dtype=float)[h] * (q_idx - kv_idx)).expr, ()),
+    "gates": (CAUSAL, (score + gate[b, h, q_idx] - gate[b, h, kv_idx]).expr, ("gate",)),
+    "bias": (CAUSAL, (score + bias[h, q_idx - kv_idx]).expr, ("bias",)),
+}
+
+
+def compiled(kernel, picked, target, source=None, **flags):
     """Triton's kernel, as a launch on ``target`` would take it."""
-    return compile_kernel(job_of(kernel, picked, config_of(kernel, picked, target), target, **flags))
+    return compile_kernel(job_of(kernel, picked, config_of(kernel, picked, target), target, source, **flags))
 
 
-def assert_fits(kernel, picked, target, **flags):
+def assert_fits(kernel, picked, target, source=None, **flags):
     """Builds, fits, spills nothing, and multiplies on matrix units; what it takes."""
-    found = resources_of(compiled(kernel, picked, target, **flags))
+    found = resources_of(compiled(kernel, picked, target, source, **flags))
     assert misfits(found, target) == ()
     assert found.spills == 0
     assert found.products == PRODUCTS[kernel]
@@ -44,6 +61,18 @@ def test_usual_shapes_build_for_every_target(kernel, target, weighted):
     picked = dataclasses.replace(USUAL, weighted=weighted, interval=weighted)
     found = assert_fits(kernel, picked, TARGETS[target], **({"SPLIT": False} if kernel == "picked_forward" else {}))
     assert (found.async_copies > 0) == (target != "gfx942")
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("weighted", [False, True], ids=["joint", "weighted"])
+def test_masks_and_scores_build_without_spilling(name, weighted, target):
+    mask, logit, learned = WRITTEN[name]
+    source = selected_source(mask, logit, learned=frozenset(learned))
+    for kernel in KERNELS:
+        by_head = kernel == "picked_grad_kv" and any(one.axis == "columns" for one in source.learned)
+        picked = dataclasses.replace(USUAL, weighted=weighted, learned=bool(learned), pack=1 if by_head else USUAL.pack)
+        assert_fits(kernel, picked, TARGETS[target], source)
 
 
 # head dims, tokens of a chunk, heads side by side
@@ -85,8 +114,11 @@ def test_tiles_are_on_their_way_before_they_are_needed(kernel, weighted):
 
 
 @pytest.mark.parametrize("kernel", (*KERNELS, "picked_merge"))
-def test_nothing_is_compiled_again_for_a_length(kernel):
-    numbers = [one for one in function(kernel).params if not one.is_constexpr and not one.name.endswith("_ptr")]
+@pytest.mark.parametrize("name", [None, *WRITTEN])
+def test_nothing_is_compiled_again_for_a_length(kernel, name):
+    source = None if name is None else selected_source(*WRITTEN[name][:2], learned=frozenset(WRITTEN[name][2]))
+    parameters = [one for one in function(kernel, source).params if not one.is_constexpr]
+    numbers = [one for one in parameters if not one.name.endswith(("_ptr", "_table"))]
     assert len(numbers) >= 7
     assert [one.name for one in numbers if not one.do_not_specialize] == []
 

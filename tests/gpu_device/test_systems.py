@@ -13,6 +13,24 @@ pytestmark = pytest.mark.gpu
 
 LATER = ["selection reads later queries"]
 CHUNK = 16
+
+
+def beside_scores(heads):
+    """A window or a choice, in documents, under ALiBi and a cap, with a sink: a mask and a score printed into the kernels along lists."""
+    picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 32)), 3)
+    pairs = patterns.causal() & (patterns.sliding_window(24) | picks) & (sd.kv_idx % 5 != 3)
+    return sd.attend(pairs, score=patterns.softcap(20.0, patterns.alibi(heads)), sink=0.3)
+
+
+def two_choices(heads):
+    """What one choice took and another did not take away, with logits that remember less and less: a learned gate a token."""
+    taken = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 32)), 5)
+    dropped = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 4)
+    gate = sd.table("forgotten", dtype=float, learned=True)
+    kept = sd.score + gate[sd.h, sd.kv_idx] - gate[sd.h, sd.q_idx]
+    return sd.attend(patterns.causal() & (taken & ~dropped | patterns.sliding_window(8)), score=kept)
+
+
 # Declaration, query and key heads, inputs beside q, k and v: name -> (heads, rows, width) of the lengths and heads of the call.
 SYSTEMS = {
     "hsa": (lambda heads: patterns.hsa(CHUNK, 3), (8, 2), ("retrieval_q", "landmarks")),
@@ -25,6 +43,8 @@ SYSTEMS = {
     "ring": (lambda heads: patterns.ring_linear(sd.decay_table(heads=heads, layer=0, layers=20)), (4, 4), ()),
     "moba": (lambda heads: patterns.moba(32, 3), (4, 2), ()),
     "nsa": (lambda heads: patterns.nsa(16, 32, 4, 48), (4, 2), ("shares",)),
+    "a choice beside scores": (beside_scores, (8, 2), ()),
+    "two choices beside learned scores": (two_choices, (4, 2), ("forgotten",)),
 }  # fmt: skip
 
 
@@ -35,7 +55,7 @@ def inputs_of(name, kit, length, dtype=torch.bfloat16):
     (batch, q_heads), kv_heads = q.shape[:2], k.shape[1]
     shapes = {
         "retrieval_q": (batch, kv_heads, length, 16), "landmarks": (batch, kv_heads, length // CHUNK, 16),
-        "gate": (batch, kv_heads, length, 16), "shares": (batch, q_heads, length, 3),
+        "gate": (batch, kv_heads, length, 16), "forgotten": (q_heads, length), "shares": (batch, q_heads, length, 3),
     }  # fmt: skip
     named = {
         "gate" if word == "shares" else word: tensor(*shapes[word], seed=7 + number).to(q.dtype).to(q.device)

@@ -14,11 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sparsedsl as sd
+from sparsedsl import kv_idx, q_idx, table
+from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.triton import selected_passes
-from sparsedsl.backends.triton.selected import Interval, picked_attention_triton
+from sparsedsl.backends.triton.selected import selected_attention
+from sparsedsl.backends.triton.selected_interval import Interval, interval_of
 from sparsedsl.backends.triton.selected_lists import by_chunk, unions
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.selected_call import SelectedCall
 
 INF = float("inf")
 
@@ -87,6 +92,20 @@ def inputs_of(case):
     grad_lse = torch.randn((case.batch, case.heads, case.rows), generator=made)
     picks = Picks(indices, counts.int(), 1, case.chunk, units)
     return Inputs(q, k, v, weights, picks, inside, grad_out, grad_lse)
+
+
+INTERVAL = ((kv_idx >= table("first")[sd.b, q_idx]) & (kv_idx <= table("last")[sd.b, q_idx])).expr
+
+
+def attended(q, k, v, picks, *, scale=1.0, inside=None, **words):
+    """Attention of the kernels; ``inside``: an interval of keys for each query, ``(B, 1, Sq)`` each end."""
+    domain = Domain(*(max(1, size) for size in (q.shape[2], k.shape[2])), 0, max(1, q.shape[0]), q.shape[1])
+    if inside is not None:
+        tables = {name: end[:, 0] for name, end in zip(("first", "last"), inside, strict=True)}
+        words |= {"mask": INTERVAL, "tables": tables}
+        domain = dataclasses.replace(domain, tables=tables)
+        assert interval_of(INTERVAL, domain, q.device) is not None
+    return selected_attention(q, k, v, SelectedCall(picks, scale, domain, **words))
 
 
 def scale_of(case):
@@ -183,7 +202,7 @@ def assert_right(case):
     leaves = {"q": x.q, "k": x.k, "v": x.v} | ({} if x.weights is None else {"weights": x.weights})
     leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
     words = {"scale": scale_of(case), "inside": x.inside, "weights": leaves.get("weights"), "one": case.one}
-    out, lse = picked_attention_triton(leaves["q"], leaves["k"], leaves["v"], x.picks, **words)
+    out, lse = attended(leaves["q"], leaves["k"], leaves["v"], x.picks, **words)
     assert (out.dtype, lse.dtype) == (case.dtype, torch.float32)
     got = {"out": out.detach(), "lse": lse.detach()} | gradients(out, lse, leaves, x)
     largest = float(built.logits.detach().abs().max())
@@ -282,7 +301,7 @@ def called(case, x, names=("q", "k", "v", "weights"), **words):
     tensors = {"q": x.q, "k": x.k, "v": x.v, "weights": x.weights}
     leaves = {name: t.clone().requires_grad_(name in names) for name, t in tensors.items() if t is not None}
     words = {"scale": scale_of(case), "inside": x.inside, "weights": leaves.get("weights"), "one": case.one} | words
-    out, lse = picked_attention_triton(leaves["q"], leaves["k"], leaves["v"], x.picks, **words)
+    out, lse = attended(leaves["q"], leaves["k"], leaves["v"], x.picks, **words)
     return out, lse, leaves
 
 
@@ -357,7 +376,7 @@ def test_offsets_beyond_int32():
         room = torch.empty(2**31 + t.numel(), dtype=t.dtype)  # of which only the pages that are touched take memory
         view = room.as_strided(t.shape, (0, 2**31, t.shape[3], 1))
         far.append(view.copy_(t))
-    out, _ = picked_attention_triton(*far, x.picks, scale=scale_of(case))
+    out, _ = attended(*far, x.picks, scale=scale_of(case))
     assert torch.equal(out, wanted)
 
 
@@ -369,7 +388,7 @@ def test_calls_of_size_zero_have_results_and_gradients(sizes):
     leaves = {name: torch.ones(case.batch, *size, requires_grad=True) for name, size in dims.items()}
     lists = torch.full((case.batch, 2, case.rows, case.slots), -1, dtype=torch.int32)
     picks = Picks(lists, torch.zeros(lists.shape[:3], dtype=torch.int32), 1, case.chunk, units)
-    out, lse = picked_attention_triton(leaves["q"], leaves["k"], leaves["v"], picks, scale=1.0, weights=leaves["weights"])
+    out, lse = attended(leaves["q"], leaves["k"], leaves["v"], picks, scale=1.0, weights=leaves["weights"])
     assert out.shape == (case.batch, 4, case.rows, 16)
     assert not out.any()
     assert (lse == -INF).all()
@@ -423,44 +442,41 @@ def small(dtype=torch.float32, width=16, chunk=16, q_unit=1):
     return q, k, k, Picks(lists, torch.ones(1, 1, 3, dtype=torch.int32), q_unit, chunk, -(-20 // chunk))
 
 
+WEIGHTS = {"weights": torch.ones(1, 1, 3, 1)}
+
+
 @pytest.mark.parametrize(
     ("made", "words", "message"),
     [
         ({"dtype": torch.float64}, {}, "q is float64"),
         ({"width": 272}, {}, "heads may be 256 wide"),
-        ({"chunk": 129}, {}, "a chunk may have 128 tokens"),
-        ({"chunk": 128, "width": 256}, {}, "128 keys of 256 numbers in float32 take 131,072 bytes"),
+        ({"chunk": 131}, {}, "read in equal tiles of 16 to 128, and 131 has no such divisor"),
+        ({"chunk": 129}, WEIGHTS, "a block may have 128 tokens, as its softmax is taken in one tile"),
+        ({"chunk": 128, "width": 256}, WEIGHTS, "128 keys of 256 numbers in float32 take 131,072 bytes"),
         ({"q_unit": 64}, {}, "got q_unit 64"),
-        ({}, {"inside": lambda *_: True}, "pass Interval"),
     ],
-    ids=["float64", "width", "chunk", "tile", "q_unit", "function"],
+    ids=["float64", "width", "chunk", "weighed chunk", "tile", "q_unit"],
 )
 def test_what_the_kernels_cannot_do_names_the_way_out(made, words, message):
     with pytest.raises(UnsupportedError, match=message) as raised:
-        picked_attention_triton(*small(**made), scale=1.0, **words)
+        attended(*small(**made), scale=1.0, **words)
     assert "backend='tiled'" in str(raised.value)
 
 
 def test_weights_and_lists_of_another_shape_are_refused():
     q, k, v, picks = small()
     with pytest.raises(ShapeError, match=r"weights must be \(B, Hw, Sq, W\) = \(1, Hw, 3, 1\)"):
-        picked_attention_triton(q, k, v, picks, scale=1.0, weights=torch.ones(1, 2, 3, 2))
+        attended(q, k, v, picks, scale=1.0, weights=torch.ones(1, 2, 3, 2))
     with pytest.raises(ShapeError, match=r"picks.indices must be \(B or 1, Hs, Sq, W\)"):
-        picked_attention_triton(q[:, :, :2], k, v, picks, scale=1.0)
+        attended(q[:, :, :2], k, v, picks, scale=1.0)
     with pytest.raises(ShapeError, match="got picks of 2 chunks"):
-        picked_attention_triton(q, k[:, :, :8], v[:, :, :8], picks, scale=1.0)
-
-
-def test_an_interval_of_another_shape_is_refused():
-    inside = Interval(torch.zeros(1, 1, 4, dtype=torch.int32), torch.zeros(1, 1, 3, dtype=torch.int32))
-    with pytest.raises(ShapeError, match=r"inside.first must be whole numbers \(B or 1, Hq or 1, Sq\)"):
-        picked_attention_triton(*small(), scale=1.0, inside=inside)
+        attended(q, k[:, :, :8], v[:, :, :8], picks, scale=1.0)
 
 
 def test_no_second_derivatives():
     q, k, v, picks = small()
     q.requires_grad_()
-    out, _ = picked_attention_triton(q, k, v, picks, scale=1.0)
+    out, _ = attended(q, k, v, picks, scale=1.0)
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(UnsupportedError, match="no second derivatives"):
         grad.sum().backward()

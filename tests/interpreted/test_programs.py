@@ -18,6 +18,16 @@ def of(*shape: int, seed: int) -> torch.Tensor:
     return tensor(1, *shape, seed=seed)
 
 
+def scored_hsa():
+    """HSA over the even keys of its chunks, each chunk with a softmax of capped logits."""
+    retrieval = sd.input("retrieval_q", "batch retrieval_heads queries retrieval_dim")
+    landmarks = sd.input("landmarks", "batch retrieval_heads keys/16 retrieval_dim")
+    ended = (kv_idx // 16 + 1) * 16 <= q_idx
+    picks = sd.top_k(sd.dot(retrieval, landmarks), 2, among=ended)
+    return sd.attend(ended & picks & (kv_idx % 2 == 0), score=P.softcap(2.0), normaliser=sd.per_chunk(picks))
+
+
+GATE = sd.table("gate", dtype=float, learned=True)
 RETRIEVAL = {"retrieval_q": of(1, LENGTH, 16, seed=3), "landmarks": of(1, LENGTH // 16, 16, seed=4)}
 CASES = {
     "hsa": (P.hsa(16, 2), RETRIEVAL),
@@ -31,6 +41,22 @@ CASES = {
         sd.attend(causal & (P.sliding_window(11) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 1)), sink=0.3),
         {},
     ),
+    "a choice beside scores": (
+        sd.attend(
+            causal & (P.sliding_window(5) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 2)) & (kv_idx % 5 != 3),
+            score=P.softcap(5.0, P.alibi(2)),
+            sink=0.3,
+        ),
+        {},
+    ),
+    "two choices beside learned scores": (
+        sd.attend(
+            causal & (sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 2) & ~sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 8)), 2)),
+            score=P.relative_bias(9, sd.score + GATE[sd.h, q_idx] - GATE[sd.h, kv_idx]),
+        ),
+        {"gate": tensor(2, LENGTH, seed=7), "relative_bias": tensor(19, 2, seed=8)},
+    ),
+    "hsa beside scores": (scored_hsa(), RETRIEVAL),
     "pbs": (P.pbs(16, 32, 0.5), {}),
     "token sparse": (P.token_sparse(0.3, 8, 3, 8), {}),
 }
@@ -46,8 +72,27 @@ def test_kernels_mean_what_the_reference_does(name):
     assert {"out", "dq", "dk", "dv"} <= set(compared)
 
 
-def test_a_mask_that_is_no_interval_is_refused_with_the_way_out():
-    picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 1)
-    attn = sd.compile(sd.attend(causal & (kv_idx % 3 != 0) & picks), backend="triton")
-    with pytest.raises(sd.UnsupportedError, match=r"no single interval of keys for each query\. Use backend='tiled'"):
-        attn(*(of(1, 32, 16, seed=n) for n in range(3)))
+RETRIEVAL_OF_200 = {"retrieval_q": of(1, 200, 16, seed=3), "landmarks": of(1, 1, 16, seed=4)}
+
+
+def picked(block, score=None):
+    return sd.attend(causal & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, block)), 1), score=score)
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "why"),
+    [
+        (picked(131), {}, "131 has no such divisor"),
+        (P.hsa(160, 2), {"inputs": RETRIEVAL_OF_200}, "a block may have 128 tokens"),
+        (picked(16), {"dtype": torch.float64}, "q is float64"),
+        (picked(16), {"width": 272}, "heads may be 256 wide"),
+        (picked(16, sd.score + sd.parse("f32_log(q_idx * kv_idx + 1)")), {}, "exactly as torch rounds it"),
+    ],
+    ids=["block", "weighed block", "float64", "width", "exact operation"],
+)
+def test_what_kernels_along_lists_cannot_do_is_refused_at_once_and_the_way_out_works(program, words, why):
+    q, k, v = (tensor(1, 1, 200, words.get("width", 16), seed=n, dtype=words.get("dtype", torch.float32)) for n in range(3))
+    inputs = words.get("inputs", {})
+    with pytest.raises(sd.UnsupportedError, match=rf"backend 'triton' cannot run this call: .*{why}.* Use backend='tiled'"):
+        sd.compile(program, backend="triton")(q, k, v, **inputs)
+    assert torch.isfinite(sd.compile(program, backend="tiled")(q, k, v, **inputs)).all()

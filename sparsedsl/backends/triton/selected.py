@@ -1,7 +1,8 @@
-"""Attention over picked chunks on Triton kernels: what they take and refuse, and their place in autograd."""
+"""Attention along lists of selected blocks on Triton kernels: what they take and refuse, and their place in autograd."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -10,196 +11,186 @@ import torch
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.spans import span_rows, spans
 from sparsedsl.backends.triton.attention import missing
+from sparsedsl.backends.triton.hoisted_tables import fill
 from sparsedsl.backends.triton.selected_configs import block_of
-from sparsedsl.backends.triton.selected_passes import Interval, Job, Run
-from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.backends.triton.selected_interval import interval_of
+from sparsedsl.backends.triton.selected_passes import Job, Run
+from sparsedsl.codegen.selected_source import SelectedSource, member_symbols, selected_source
+from sparsedsl.codegen.triton_expression import LONGEST
+from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.loading import interpreted
-from sparsedsl.lang.expressions import Score
 from sparsedsl.lang.pattern import attend
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.runtime.autograd import no_second_derivatives
 from sparsedsl.runtime.call import check_call
 from sparsedsl.selection.checks import check_one, check_picks, check_weights
-from sparsedsl.selection.selected import Picks
 from sparsedsl.selection.selected_call import SelectedCall
 
-__all__ = ["Interval", "picked_attention_triton", "selected_attention"]
+__all__ = ["refusal", "selected_attention", "written"]
 
 Tensor = torch.Tensor
-WIDEST_HEAD, LONGEST_CHUNK, LARGEST_TILE = 256, 128, 1 << 16
-LESS = "Use backend='tiled'"
-_INTERVALS: Cache[Any] = Cache()
+# Keys of a block that the kernels hold at a time; widths of heads; bytes of a tile of keys.
+LONGEST_BLOCK, WIDEST_HEAD, LARGEST_TILE = 128, 256, 1 << 16
 
 
 def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor]:
-    """:func:`~sparsedsl.backends.tiled.selected.selected_attention` on Triton kernels.
+    """``out (B, Hq, Sq, Dv)`` in the dtype of q and ``lse (B, Hq, Sq)`` in float32; gradients go to q, k, v, weights and learned tables.
 
-    Raises:
-        UnsupportedError: a modified score, several choices in one mask, a mask that is no single interval of keys for each query, or
-            what :func:`picked_attention_triton` cannot run; names the way out.
-    """
-    picks, inside = selected.blocks, None
-    if selected.score != SCORE:
-        raise UnsupportedError(f"the kernels that follow lists take logits as they are; got {Score(selected.score)}. {LESS}")
-    if selected.choices:
-        raise UnsupportedError(f"the kernels follow the lists of one choice; got {len(selected.choices)} in one mask. {LESS}")
-    if selected.mask != sympy.true:
-        inside = _interval_of(selected, q.device)
-    # Under one softmax long chunks are so many short ones.
-    fits = [size for size in range(16, LONGEST_CHUNK + 1) if picks.kv_unit % size == 0]
-    if selected.weights is None and picks.kv_unit > LONGEST_CHUNK and fits:
-        picks = picks.finer(fits[-1], k.shape[2])
-    return picked_attention_triton(
-        q, k, v, picks, scale=selected.scale, q_offset=selected.domain.q_offset, inside=inside, weights=selected.weights,
-        one=selected.one,
-    )  # fmt: skip
-
-
-def _interval_of(selected: SelectedCall, device: torch.device) -> Interval:
-    """The first and last key of each query under the mask of a call."""
-    reads = {read.spec.name for read in table_reads(selected.mask)}
-    tables = {name: selected.tables[name] for name in sorted(reads)}
-    domain = replace(selected.domain, tables=tables)
-    key = (selected.mask, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, device)
-    ends = _INTERVALS.get(key, list(tables.values()), lambda: one_interval(selected.mask, domain))
-    if ends is None:
-        raise UnsupportedError(
-            f"the kernels follow lists under one interval of keys for each query; the mask {selected.mask} is none. {LESS}"
-        )
-    return Interval(*(end.to(device) for end in ends))
-
-
-def one_interval(mask: Any, domain: Domain) -> tuple[Tensor, Tensor] | None:
-    """First and last key of each query, if these are all it sees: ``(B|1, H|1, Sq)`` each, where the tables are (on the host without any).
-
-    Of several intervals at most one may hold keys: conditions that exclude each other are two intervals, of which one is empty.
-    """
-    found = spans(mask)
-    if found is None or not found:
-        return None
-    ends = [torch.broadcast_tensors(*parts) for parts in zip(*(span_rows(span, domain) for span in found), strict=True)]
-    first, last = (torch.stack(parts) for parts in ends)
-    holds = last >= first
-    if len(found) > 1 and bool((holds.sum(0) > 1).any()):
-        return None
-    return torch.where(holds, first, domain.kv_len).amin(0), torch.where(holds, last, -1).amax(0)
-
-
-def picked_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    picks: Picks,
-    *,
-    scale: float,
-    q_offset: int = 0,
-    inside: Interval | None = None,
-    weights: Tensor | None = None,
-    one: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """:func:`~sparsedsl.backends.tiled.selected.selected_attention` on Triton kernels; the LSE is float32.
-
-    Any ratio of heads, any chunk up to 128 tokens. Lists must ascend and hold a chunk once; what they hold is not checked, as
-    nothing here waits for the device. Products of float32 are IEEE, or TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says
-    so. Gradients are deterministic.
+    Any mask, score, and ratio of heads; weighed blocks of up to 128 tokens, others of any size that has a divisor from 16 to 128.
+    Lists must ascend and hold a block once; what they hold is not checked, as nothing here waits for the device. Products of float32
+    are IEEE, or TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says so. Gradients are deterministic.
 
     Args:
-        q, k, v, picks, scale, weights, one: as there; weights are read as float32.
-        q_offset: position of the first query; only for the signature's sake, as an interval says positions of keys.
-        inside: which keys of a picked chunk attend: an :class:`Interval`.
+        q, k, v: ``(B, Hq, Sq, D)``, ``(B, Hkv, Skv, D)``, ``(B, Hkv, Skv, Dv)``, one float dtype, any strides.
+        selected: the blocks, and what attends in them; weights are read as float32.
 
     Raises:
-        ShapeError: tensors, picks, weights or interval do not fit each other.
-        UnsupportedError: no GPU, float64, heads wider than 256, chunks longer than 128 or too large in float32, lists for several
-            queries, or ``inside`` is a function; names the way out.
+        ShapeError: tensors, lists or weights do not fit each other.
+        UnsupportedError: no GPU, float64, heads wider than 256, blocks that are too long or too large in float32, lists for several
+            queries, or an operation that kernels cannot round as torch does; names the way out.
     """
-    call = check_call(_ANY, q, k, v, {}, q_offset=q_offset, scale=scale)
-    check_picks(picks, call.q, call.k)
-    _refuse(call.q, call.v, picks, inside)
-    if inside is not None:
-        inside = _checked_interval(inside, call.q)
-    if weights is not None:
-        check_weights(weights, picks, call.q)
-        weights = weights.float()
-    check_one(one)
+    call = check_call(_ANY, q, k, v, {}, q_offset=selected.domain.q_offset, scale=selected.scale)
+    check_picks(selected.blocks, call.q, call.k)
+    widest, weighted = max(q.shape[3], v.shape[3]), selected.weights is not None
+    lacks = missing(q.device.type) or refusal(q.dtype, widest, selected.blocks.kv_unit, weighted=weighted)
+    if lacks is not None:
+        raise UnsupportedError(f"selected blocks on backend 'triton': {lacks}. Use backend='tiled'")
+    selected = _in_short_blocks(selected, call.k, call.v)
+    if selected.weights is not None:
+        check_weights(selected.weights, selected.blocks, call.q)
+    check_one(selected.one)
+    job = _job(selected, q.device)
+    weights = None if selected.weights is None else selected.weights.float()
     dtype = q.dtype
     if dtype == torch.bfloat16 and interpreted():  # Triton's interpreter multiplies the bits of bfloat16
         q, k, v = q.float(), k.float(), v.float()
-    out, lse = _Attend.apply(Job(picks, call.scale, inside, one), q, k, v, weights)
+    out, lse = _Attend.apply(job, q, k, v, weights, *(selected.tables[name] for name in job.learned))
     return out.to(dtype), lse
 
 
 _ANY = attend(True)
 
 
-def _refuse(q: Tensor, v: Tensor, picks: Picks, inside: Any) -> None:
-    """Raise for what the kernels cannot do."""
-    lacking = missing(q.device.type)
-    if lacking is not None:
-        raise UnsupportedError(f"picked_attention_triton: {lacking}. {LESS}")
-    if q.dtype == torch.float64:
-        raise UnsupportedError(f"the kernels compute in float32, q is float64: results would lose digits. {LESS}")
-    widest = max(q.shape[3], v.shape[3])
+def written(
+    mask: sympy.Basic, score: sympy.Expr, choices: tuple[str, ...], tables: Mapping[str, Tensor], *, longest: int = 0,
+    learned: frozenset[str] = frozenset(),
+) -> SelectedSource:  # fmt: skip
+    """The kernels for a mask and a score. ``longest``: the last position of the call. ``learned``: tables that want gradients.
+
+    Raises:
+        UnsupportedError: an operation that Triton cannot be made to round as torch does.
+    """
+    if choices:
+        named = {sympy.Symbol(name): symbol for name, symbol in zip(choices, member_symbols(len(choices)), strict=True)}
+        mask = mask.xreplace(named)
+    large = frozenset(name for name, table in tables.items() if table.numel() >= 1 << 31)
+    return selected_source(mask, score, wide=longest > LONGEST, wide_tables=large, learned=learned)
+
+
+def _job(selected: SelectedCall, device: torch.device) -> Job:
+    """The call as the kernels take it: its mask as an interval of keys where that is all there is to say, else written into them."""
+    domain, mask, inside = replace(selected.domain, tables=selected.tables), selected.mask, None
+    joined = mask.free_symbols & {sympy.Symbol(name) for name in selected.choices}
+    if selected.score == SCORE and not joined and mask != sympy.true:
+        own = {read.spec.name: selected.tables[read.spec.name] for read in table_reads(mask)}
+        inside = interval_of(mask, replace(domain, tables=own), device)
+        mask = mask if inside is None else sympy.true
+    learned = frozenset(selected.learned if torch.is_grad_enabled() else ())
+    longest = max(domain.lengths.values())
+    source = written(mask, selected.score, selected.choices, selected.tables, longest=longest, learned=learned)
+    prepared = _prepared(source, domain, device)
+    reads = source.pattern.tables
+    fixed = {name: table.detach() for name, table in selected.tables.items() if name in reads and name not in learned}
+    members = None if selected.members is None or not joined else selected.members.int().contiguous()
+    return Job(
+        selected.blocks, selected.scale, inside, selected.one, source, members, domain, {**fixed, **prepared},
+        tuple(sorted(learned & set(reads))),
+    )  # fmt: skip
+
+
+_PREPARED: Cache[dict[str, Tensor]] = Cache()
+
+
+def _prepared(source: SelectedSource, domain: Domain, device: torch.device) -> dict[str, Tensor]:
+    """Tables that torch works out before the kernels run; remembered for lengths and the tables they are made of."""
+    if not source.prepared:
+        return {}
+    reads = [domain.tables[name] for name in sorted(frozenset().union(*(one.reads for one in source.prepared)))]
+    key = (source.prepared, domain.rows, domain.kv_len, domain.q_offset, device)
+    return _PREPARED.get(key, reads, lambda: {one.name: fill(one, domain).to(device) for one in source.prepared})
+
+
+def refusal(dtype: torch.dtype, widest: int, unit: int, *, weighted: bool) -> str | None:
+    """Why the kernels cannot follow lists of blocks of ``unit`` keys, or None. ``widest``: of the heads of q and v."""
+    if dtype == torch.float64:
+        return "the kernels compute in float32, q is float64: results would lose digits"
     if widest > WIDEST_HEAD:
-        raise UnsupportedError(
-            f"heads may be {WIDEST_HEAD} wide, as tiles of keys and sums for each row must fit an SM; got {widest}. {LESS}"
+        return f"heads may be {WIDEST_HEAD} wide, as tiles of keys and sums for each row must fit an SM; got {widest}"
+    size = _cut(unit, widest, dtype.itemsize, weighted=weighted)
+    if not 1 <= size <= LONGEST_BLOCK:
+        if weighted:
+            return f"a block may have {LONGEST_BLOCK} tokens, as its softmax is taken in one tile; got kv_unit {unit}"
+        return (
+            f"a block of more than {LONGEST_BLOCK} tokens is read in equal tiles of 16 to {LONGEST_BLOCK}, and {unit} has no such "
+            "divisor"
         )
-    if not 1 <= picks.kv_unit <= LONGEST_CHUNK:
-        raise UnsupportedError(
-            f"a chunk may have {LONGEST_CHUNK} tokens, as its softmax is taken in one tile; got kv_unit {picks.kv_unit}. {LESS}"
-        )
-    taken = block_of(picks.kv_unit) * block_of(widest) * q.dtype.itemsize
+    taken = _tile_bytes(size, widest, dtype.itemsize)
     if taken > LARGEST_TILE:
-        raise UnsupportedError(
-            f"{picks.kv_unit} keys of {widest} numbers in {str(q.dtype).removeprefix('torch.')} take {taken:,} bytes, more than "
-            f"fits an SM beside as many of V: pass bfloat16 or float16. {LESS}"
+        return (
+            f"{size} keys of {widest} numbers in {str(dtype).removeprefix('torch.')} take {taken:,} bytes, more than fits an SM "
+            "beside as many of V: pass bfloat16 or float16"
         )
-    if inside is not None and not isinstance(inside, tuple):
-        raise UnsupportedError(
-            f"a kernel cannot call inside, which is a {type(inside).__name__}: pass Interval(first, last), the keys that each "
-            f"query may attend to. {LESS}"
-        )
+    return None
 
 
-def _checked_interval(inside: Interval, q: Tensor) -> Interval:
-    """Both ends as int32 ``(B or 1, Hq or 1, Sq)``, contiguous."""
-    ends = []
-    for name, end in zip(Interval._fields, inside, strict=True):
-        fits = (
-            end.ndim == 3 and end.shape[0] in (1, q.shape[0]) and end.shape[1] in (1, q.shape[1]) and end.shape[2] == q.shape[2]
-        )
-        if not fits or end.dtype not in (torch.int32, torch.int64) or end.device != q.device:
-            raise ShapeError(
-                f"inside.{name} must be whole numbers (B or 1, Hq or 1, Sq) on {q.device}; got {end.dtype} {tuple(end.shape)} on "
-                f"{end.device} for q {tuple(q.shape)}"
-            )
-        ends.append(end.int())
-    first, last = torch.broadcast_tensors(*ends)
-    return Interval(first.contiguous(), last.contiguous())
+def _tile_bytes(size: int, widest: int, itemsize: int) -> int:
+    return block_of(size) * block_of(widest) * itemsize
+
+
+def _cut(unit: int, widest: int, itemsize: int, *, weighted: bool) -> int:
+    """Keys of the blocks that the kernels are given: under one softmax a long block may be so many short ones."""
+    longest = min(LONGEST_BLOCK, LARGEST_TILE // (block_of(widest) * itemsize))
+    if weighted or unit <= longest:
+        return unit
+    return max((size for size in range(16, longest + 1) if unit % size == 0), default=unit)
+
+
+def _in_short_blocks(selected: SelectedCall, k: Tensor, v: Tensor) -> SelectedCall:
+    """The same call with blocks of which a tile fits."""
+    blocks, members = selected.blocks, selected.members
+    widest = max(k.shape[3], v.shape[3])
+    size = _cut(blocks.kv_unit, widest, k.dtype.itemsize, weighted=selected.weights is not None)
+    if size == blocks.kv_unit:
+        return selected
+    if members is not None:
+        members = members.repeat_interleave(blocks.kv_unit // size, -1)
+    return replace(selected, blocks=blocks.finer(size, k.shape[2]), members=members)
 
 
 class _Attend(torch.autograd.Function):
-    """Forward; inputs: a job, q, k, v and the weights or None."""
+    """Forward; inputs: a job, q, k, v, the weights or None, and the learned tables of the job."""
 
     @staticmethod
-    def forward(ctx: Any, job: Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        run = Run(job, q, k, v, weights)
+    def forward(
+        ctx: Any, job: Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, *learned: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        run = Run(job, q, k, v, weights, learned)
         out, lse, slot_lse = run.forward(save=any(ctx.needs_input_grad))
         ctx.job = job
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, slot_lse, q, k, v, weights, run.lists.chunks, run.lists.owners, run.lists.counts)
+        lists = run.lists.chunks, run.lists.owners, run.lists.counts
+        ctx.save_for_backward(out, lse, slot_lse, q, k, v, weights, *lists, *learned)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         if grad_out is None and grad_lse is None:
-            return None, None, None, None, None
-        _, want_q, *want_kv, want_weights = ctx.needs_input_grad
-        grads = _AttendBackward.apply(ctx.job, any(want_kv), grad_out, grad_lse, *ctx.saved_tensors)
-        return None, *(grad if want else None for grad, want in zip(grads, (want_q, *want_kv, want_weights), strict=True))
+            return (None,) * len(ctx.needs_input_grad)
+        _, want_q, want_k, want_v, *others = ctx.needs_input_grad
+        grads = _AttendBackward.apply(ctx.job, want_k or want_v, grad_out, grad_lse, *ctx.saved_tensors)
+        return None, *(grad if want else None for grad, want in zip(grads, (want_q, want_k, want_v, *others), strict=True))
 
 
 class _AttendBackward(torch.autograd.Function):
@@ -208,11 +199,13 @@ class _AttendBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, job: Job, keys: bool, grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor,
-        slot_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, *lists: Tensor,
+        slot_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, *rest: Tensor,
     ) -> Any:  # fmt: skip
+        lists, learned = rest[:3], rest[3:]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        return Run(job, q, k, v, weights, lists).backward(out, lse, slot_lse, grad_out, grad_lse, keys=keys)
+        run = Run(job, q, k, v, weights, learned, lists)
+        return run.backward(out, lse, slot_lse, grad_out, grad_lse, keys=keys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> NoReturn:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any
 
-from sparsedsl.gpu.aot import Job
+from sparsedsl.codegen.selected_source import SelectedSource, selected_source
+from sparsedsl.gpu.aot import TABLES, Job
 from sparsedsl.gpu.estimates import family
 from sparsedsl.gpu.kernel_config import Config, Shape
-from sparsedsl.gpu.loading import triton
+from sparsedsl.gpu.loading import load
 from sparsedsl.gpu.targets import Target
 
 __all__ = ["PickedShape", "block_of", "config_of", "constants_of", "function", "job_of", "most_rows", "pack_of", "rows_of"]
 
-# kernel -> its module in codegen/kernels
-KERNELS = {
-    "picked_forward": "picked_forward", "picked_merge": "picked_forward", "picked_grad_q": "picked_backward",
-    "picked_grad_kv": "picked_backward",
-}  # fmt: skip
 SMALLEST, MOST_ROWS = 16, 64
 
 
 @dataclass(frozen=True)
 class PickedShape:
     """What the kernels are specialised for, beside dtype and widths of heads: tokens of a ``chunk``; query heads side by side in
-    a tile (``pack``); ``weighted``, ``one``, ``interval`` as in the call; ``merged``: a tile has several queries."""
+    a tile (``pack``); ``weighted``, ``one``, ``interval`` as in the call; ``merged``: a tile has several queries; ``learned``: the
+    backward kernels write gradients of tables."""
 
     shape: Shape
     chunk: int
@@ -37,6 +31,7 @@ class PickedShape:
     one: bool = False
     interval: bool = False
     merged: bool = True
+    learned: bool = False
 
 
 def most_rows(kernel: str, chunk: int, shape: Shape, target: Target) -> int:
@@ -75,17 +70,13 @@ def rows_of(pack: int, most: int = MOST_ROWS) -> int:
     return min(most, 16 if pack == 1 else 32 if pack <= 4 else MOST_ROWS)
 
 
-@functools.cache
-def function(kernel: str) -> Any:
-    """Triton's function of a kernel.
+def function(kernel: str, source: SelectedSource | None = None) -> Any:
+    """Triton's function of a kernel, as ``source`` writes it; None: without a mask or a score.
 
     Raises:
         UnsupportedError: Triton is not installed.
     """
-    triton()
-    from sparsedsl.codegen.kernels import picked_backward, picked_forward
-
-    return getattr({"picked_forward": picked_forward, "picked_backward": picked_backward}[KERNELS[kernel]], kernel)
+    return load((source or selected_source()).texts[kernel])[kernel]
 
 
 def block_of(width: int) -> int:
@@ -93,7 +84,9 @@ def block_of(width: int) -> int:
     return max(SMALLEST, 1 << (width - 1).bit_length())
 
 
-def constants_of(kernel: str, picked: PickedShape, config: Config, **flags: bool) -> dict[str, Any]:
+def constants_of(
+    kernel: str, picked: PickedShape, config: Config, source: SelectedSource | None = None, **flags: bool
+) -> dict[str, Any]:
     """Values of the constant arguments of ``kernel``. ``flags``: SAVE, SPLIT, HAS_GRAD_LSE, where they are not true."""
     shape = picked.shape
     aligned = shape.aligned and shape.head_dim % 8 == 0 and shape.head_dim_v % 8 == 0
@@ -103,20 +96,25 @@ def constants_of(kernel: str, picked: PickedShape, config: Config, **flags: bool
         "ONE": picked.one, "INTERVAL": picked.interval, "MERGED": picked.merged, "SAVE": True, "SPLIT": True,
         "HAS_GRAD_LSE": True, "ALIGN": 8 if aligned else 1, "PRECISION": shape.precision,
     }  # fmt: skip
-    return {name: (values | flags)[name] for name in function(kernel).arg_names if name in values}
+    return {name: (values | flags)[name] for name in function(kernel, source).arg_names if name in values}
 
 
-def job_of(kernel: str, picked: PickedShape, config: Config, target: Target, **flags: bool) -> Job:
-    """What there is to compile for ``target`` ahead of time."""
-    fixed = constants_of(kernel, picked, config, **flags)
+def job_of(
+    kernel: str, picked: PickedShape, config: Config, target: Target, source: SelectedSource | None = None, **flags: bool
+) -> Job:
+    """What there is to compile for ``target`` ahead of time, as ``source`` writes it; None: without a mask or a score."""
+    source = source or selected_source()
+    fixed = constants_of(kernel, picked, config, source, **flags)
     data = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[picked.shape.dtype]
     pointers = {f"{name}_ptr": data for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")}
-    pointers |= {f"{name}_ptr": "*i32" for name in ("chunks", "owners", "counts", "first", "last")}
-    pointers |= {"starts_ptr": "*i32", "places_ptr": "*i32", "scale": "fp32"} | dict.fromkeys(fixed, "constexpr")
-    names = function(kernel).arg_names
+    pointers |= {f"{name}_ptr": "*i32" for name in ("chunks", "owners", "counts", "first", "last", "starts", "places")}
+    pointers |= {"scale": "fp32"} | dict.fromkeys(fixed, "constexpr")
+    for one in source.arguments.get(kernel, ()):
+        kind, _, table = one.type.partition(":")
+        pointers[one.name] = TABLES[source.pattern.tables[table].dtype] if kind == "*table" else one.type
+    names = function(kernel, source).arg_names
     signature = {name: pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
-    text = inspect.getsource(sys.modules[function(kernel).fn.__module__])
-    return Job(text, kernel, signature, fixed, config, True, target)
+    return Job(source.texts[kernel], kernel, signature, fixed, config, source.fp_fusion, target)
 
 
 def config_of(kernel: str, picked: PickedShape, target: Target) -> Config:
@@ -132,6 +130,7 @@ def config_of(kernel: str, picked: PickedShape, target: Target) -> Config:
     rows, keys = most_rows(kernel, picked.chunk, shape, target), block_of(picked.chunk)
     if kernel == "picked_grad_kv":
         keys = min(keys, 64 if max(widths) <= 128 else 32)
+        rows = SMALLEST if picked.learned else rows
     else:
         rows = rows_of(picked.pack, rows) if picked.merged else block_of(picked.pack)
     loaded = (rows if kernel == "picked_grad_kv" else keys) * sum(widths) * shape.itemsize
@@ -143,4 +142,5 @@ def config_of(kernel: str, picked: PickedShape, target: Target) -> Config:
     # address of a loaded LSE follows from a counter, Triton gives up and waits for every tile if it is to have two on their way.
     counted = kernel == "picked_grad_q" and picked.weighted
     deep = kernel != "picked_grad_kv" and not counted and 2 * loaded <= target.shared_per_block // 3
-    return Config(rows, keys, 4 if max(keys, *widths) <= 64 else 8, 3 if deep else 2)
+    few = max(keys, *widths) <= 64 and not (picked.learned and kernel == "picked_grad_q")
+    return Config(rows, keys, 4 if few else 8, 3 if deep else 2)

@@ -6,49 +6,70 @@ Nothing here waits for the device or depends on what the lists hold; a new lengt
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.triton.configs import target_of
-from sparsedsl.backends.triton.launch import in_tiles, is_aligned, like, strided, tiles_contiguous
+from sparsedsl.backends.triton.launch import in_tiles, is_aligned, like, strided, tensor_arguments, tiles_contiguous
 from sparsedsl.backends.triton.selected_configs import PickedShape, config_of, constants_of, function, most_rows, pack_of, rows_of
+from sparsedsl.backends.triton.selected_interval import Interval
 from sparsedsl.backends.triton.selected_lists import Unions, by_chunk, unions
+from sparsedsl.codegen.selected_source import SelectedSource
+from sparsedsl.codegen.triton_backward import LearnedRead
 from sparsedsl.gpu.configs import split_count
 from sparsedsl.gpu.kernel_config import Shape
+from sparsedsl.runtime.table_gradients import add_read_gradients
 from sparsedsl.selection.selected import Picks
 
-__all__ = ["Interval", "Job", "Run"]
+__all__ = ["Job", "Run"]
 
 Tensor = torch.Tensor
 # Up to this many queries each has a tile of its own, and programs share its slots.
 DECODE_ROWS = 16
 
 
-class Interval(NamedTuple):
-    """Keys that a query may attend to: positions ``first <= j <= last``, each int32 ``(B or 1, Hq or 1, Sq)``."""
-
-    first: Tensor
-    last: Tensor
+# Memory for gradients of learned tables that are kept pair by pair before they are summed; sorting them takes several times as much.
+PAIR_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A call without the tensors that autograd keeps."""
+    """A call without the tensors that autograd keeps.
+
+    ``inside``: which keys of a block attend, where that is all that ``source`` does not say. ``members``: see
+    :class:`~sparsedsl.selection.selected_call.SelectedCall`. ``tables``: all that the kernels read, but the ``learned`` ones.
+    """
 
     picks: Picks
     scale: float
     inside: Interval | None
     one: bool
+    source: SelectedSource
+    members: Tensor | None
+    domain: Domain
+    tables: Mapping[str, Tensor]
+    learned: tuple[str, ...]
 
 
 class Run:
     """One call on the device: shapes, lists, and launches."""
 
-    def __init__(self, job: Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, lists: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        job: Job,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weights: Tensor | None,
+        learned: Sequence[Tensor] = (),
+        lists: Sequence[Tensor] = (),
+    ) -> None:
+        self.tables = {**job.tables, **{name: t.detach() for name, t in zip(job.learned, learned, strict=True)}}
         self.job, self.q, self.k, self.v = job, tiles_contiguous(q), tiles_contiguous(k), tiles_contiguous(v)
         self.weights = None if weights is None else weights.contiguous()
         self.indices = job.picks.indices
@@ -99,6 +120,7 @@ class Run:
             "list_batch": self.indices.shape[0], "list_group": self.heads // self.indices.shape[1],
             "weight_group": 1 if weights is None else self.heads // weights.shape[1], "rows": self.rows, "kv_len": self.kv_len,
             "tiles": self.tiles, "width": self.width, "list_width": self.lists.chunks.shape[3], "scale": self.job.scale,
+            "q_offset": self.job.domain.q_offset, "members_ptr": self.job.members, **tensor_arguments(self.tables),
         }  # fmt: skip
 
     @property
@@ -119,16 +141,18 @@ class Run:
         """Run one kernel. ``tensors``: those beside q, k and v whose rows it reads or writes in wide pieces."""
         picked = PickedShape(
             replace(self.shape, aligned=is_aligned(self.q, self.k, self.v, *tensors)), self.job.picks.kv_unit, self.pack,
-            self.weights is not None, self.job.one, self.job.inside is not None, self.merged,
+            self.weights is not None, self.job.one, self.job.inside is not None, self.merged, bool(self.job.learned),
         )  # fmt: skip
         config = config_of(kernel, picked, self.target)
         if kernel == "picked_grad_kv":
             programs *= in_tiles(picked.chunk, config.block_n)
-        compiled, fixed = function(kernel), constants_of(kernel, picked, config, **flags)
+        source = self.job.source
+        compiled, fixed = function(kernel, source), constants_of(kernel, picked, config, source, **flags)
         arguments = [values[name] for name in compiled.arg_names if name not in fixed]
+        options = {} if source.fp_fusion else {"enable_fp_fusion": False}
         # Triton launches on the current device, whichever the tensors are on.
         with torch.cuda.device(self.q.device) if self.q.device.type == "cuda" else nullcontext():
-            compiled[(programs,)](*arguments, **fixed, num_warps=config.warps, num_stages=config.stages)
+            compiled[(programs,)](*arguments, **fixed, num_warps=config.warps, num_stages=config.stages, **options)
 
     # ---- passes ----
 
@@ -156,28 +180,89 @@ class Run:
 
     def backward(
         self, out: Tensor, lse: Tensor, slot_lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, *, keys: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of q, k, v and the weights; of k and v only with ``keys``."""
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v, the weights, and the learned tables; of k and v only with ``keys``."""
         weighted = self.weights is not None
+        totals = {
+            name: torch.zeros(self.tables[name].shape, dtype=torch.float64, device=self.q.device) for name in self.job.learned
+        }
         if self.is_empty:
             none = None if self.weights is None else torch.zeros_like(self.weights)
-            return torch.zeros_like(self.q), torch.zeros_like(self.k), torch.zeros_like(self.v), none
+            zeros = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
+            return *zeros, none, *(torch.zeros_like(self.tables[name]) for name in totals)
         grad_q, grad_out = like(self.q), tiles_contiguous(grad_out)
         delta = torch.empty_like(slot_lse if weighted else lse)
         values = self.values | strided("out", out) | strided("grad_out", grad_out) | strided("grad_q", grad_q)
         values |= {"lse_ptr": slot_lse if weighted else lse, "delta_ptr": delta}
         values["grad_lse_ptr"] = lse if grad_lse is None else grad_lse
-        self.launch("picked_grad_q", self.programs, values, out, grad_out, HAS_GRAD_LSE=grad_lse is not None)
+        has = {"HAS_GRAD_LSE": grad_lse is not None}
+        reads = self.job.source.learned
+        sums = {
+            one: self.empty(self.batch, self.heads, self.rows if one.axis == "rows" else self.kv_len)
+            for one in reads
+            if one.axis != "pairs"
+        }
+        values |= {f"{one.name}_ptr": total for one, total in sums.items()}
+        for values_here, gather in self._in_pieces(values, totals):
+            self.launch("picked_grad_q", values_here.pop("programs"), values_here, out, grad_out, **has)
+            gather()
         grad_k = grad_v = None
-        if keys:
+        if keys or any(one.axis == "columns" for one in reads):
             grad_k, grad_v = like(self.k), like(self.v)
             units = in_tiles(self.kv_len, self.job.picks.kv_unit)
             inverted = by_chunk(self.indices, units)
             values |= strided("grad_k", grad_k) | strided("grad_v", grad_v)
             values |= {"starts_ptr": inverted.starts, "places_ptr": inverted.places, "units": units}
-            values["pack"] = self._pack("picked_grad_kv")
+            # Sums along the queries belong to one head each.
+            by_head = any(one.axis == "columns" for one in reads)
+            values["pack"] = 1 if by_head else self._pack("picked_grad_kv")
             self.launch("picked_grad_kv", units * self.batch * self.kv_heads, values, grad_out)
-        return grad_q, grad_k, grad_v, self._weight_gradient(delta, lse, grad_lse) if weighted else None
+        domain = self._table_domain
+        position = torch.arange(max(self.rows, self.kv_len), device=self.q.device)
+        q_idx, kv_idx = position[: self.rows] + domain.q_offset, position[: self.kv_len]
+        for one, total in sums.items():
+            q_of, kv_of = (q_idx, kv_idx[:1]) if one.axis == "rows" else (q_idx[:1], kv_idx)
+            add_read_gradients(totals[one.read.spec.name], one.read, total, domain, q_of, kv_of)
+        tables = (total.to(self.tables[name].dtype) for name, total in totals.items())
+        return grad_q, grad_k, grad_v, self._weight_gradient(delta, lse, grad_lse) if weighted else None, *tables
+
+    @property
+    def _table_domain(self) -> Domain:
+        """The ranges of the call with all tables that the written expressions read."""
+        return replace(self.job.domain, tables=self.tables)
+
+    def _in_pieces(
+        self, values: Mapping[str, Any], totals: Mapping[str, Tensor]
+    ) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
+        """Launches of the pass over queries: their arguments and number of ``programs``, and what is to be done after each.
+
+        One launch for all queries, unless gradients of learned tables are kept pair by pair: then so many queries at a time as fit.
+        """
+        reads = [one for one in self.job.source.learned if one.axis == "pairs"]
+        if not reads:
+            yield {**values, "programs": self.programs}, lambda: None
+            return
+        chunk, domain = self.job.picks.kv_unit, self._table_domain
+        each = 4 * len(reads) * self.batch * self.heads * self.queries * self.width * chunk
+        step = max(1, PAIR_BYTES // each)
+        repeats = self.heads // self.indices.shape[1]
+        for first in range(0, self.tiles, step):
+            tiles = min(step, self.tiles - first)
+            here = slice(first * self.queries, min((first + tiles) * self.queries, self.rows))
+            dims = (self.batch, self.heads, tiles * self.queries, self.width, chunk)
+            found = {one: torch.zeros(dims, dtype=torch.float32, device=self.q.device) for one in reads}
+            pointers = {f"{one.name}_ptr": pairs for one, pairs in found.items()}
+            programs = self.programs // self.tiles * tiles
+
+            def gather(here: slice = here, found: dict[LearnedRead, Tensor] = found) -> None:
+                lists = self.indices[:, :, here].repeat_interleave(repeats, 1)
+                kv = lists[..., None].long() * chunk + torch.arange(chunk, device=lists.device)
+                q = torch.arange(here.start, here.stop, device=lists.device) + domain.q_offset
+                for one, pairs in found.items():
+                    pairs = pairs[:, :, : here.stop - here.start]
+                    add_read_gradients(totals[one.read.spec.name], one.read, pairs, domain, q[:, None, None], kv)
+
+            yield {**values, **pointers, "programs": programs, "first_tile": first, "tiles_here": tiles}, gather
 
     def _weight_gradient(self, delta: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Tensor:
         """That of ``out`` is delta; the LSE is the logarithm of the weights' sum."""
