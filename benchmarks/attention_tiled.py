@@ -56,7 +56,6 @@ def child(name: str, lengths: list[int], dims: list[int], rounds: int) -> None:
     from torch.nn.functional import scaled_dot_product_attention
 
     import sparsedsl as sd
-    from sparsedsl.backends.tiled.attention import sizes_of
     from sparsedsl.runtime.call import check_call
 
     # What does not fit into the compile cache would run uncompiled, silently: twenty times slower.
@@ -91,7 +90,8 @@ def child(name: str, lengths: list[int], dims: list[int], rounds: int) -> None:
                 actions: dict[str, Callable[[], Any]] = {"tiled": tiled, "flex": by_hand, "sdpa": dense}
                 found = measure.alternate(actions, rounds, limit_s=12)
             call = check_call(attn.pattern, q, k, v, tables)
-            schedule = attn.schedule(call.domain, sizes_of(call))
+            kernel: Any = attn.static.runner("tiled")
+            schedule = kernel.schedule(call)
             # Pairs are counted for one head of each group of heads that the mask tells apart.
             pairs = schedule.pairs * BATCH * HEADS // (schedule.groups[0] * schedule.groups[1])
             operations = {"tiled": 4 * dim * pairs, "sdpa": 4 * dim * BATCH * HEADS * length * length // 2}

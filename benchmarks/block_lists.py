@@ -56,7 +56,7 @@ def child(name: str, length: int, methods: list[str], rounds: int, memory_gib: f
     from sparsedsl.lang.pattern import as_pattern
 
     case = CASES[name]
-    tables = dict(case.tables(length))
+    tables: dict[str, Any] = dict(case.tables(length))
     domain = Domain(length, length, 0, 1, case.heads, tables)
     limit = measure.limit_memory(int(memory_gib * 2**30))
 

@@ -40,7 +40,7 @@ class Setting:
 
     job: Job
     problem: Problem
-    tables: dict[str, torch.Tensor]
+    tables: dict[str, Any]
     clock: Clock
     ours: str
     dry: bool = False

@@ -16,7 +16,7 @@ from sparsedsl.selection.selected import Picks
 __all__ = ["SYSTEMS", "Shape", "System", "attended_pairs", "density", "random_qkv", "topics"]
 
 Tensor = torch.Tensor
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
 CHUNK, TOP_K, SLOTS = 64, 16, 64
 LEAST = 1024  # tokens; below it sizes are a quarter
 
@@ -188,7 +188,7 @@ def attended_pairs(program: Any, q: Tensor, k: Tensor, v: Tensor, named: Mapping
     return float(lse.double().exp().sum())
 
 
-def _wanted(attn: Any, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _wanted(attn: Any, named: Mapping[str, Tensor]) -> Inputs:
     """The inputs that a part of a program takes."""
     inputs = attn.program.inputs if hasattr(attn, "program") else ()
     return {name: x for name, x in named.items() if name in inputs}

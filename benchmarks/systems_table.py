@@ -57,7 +57,7 @@ class _Group:
         self.q, self.k, self.v = q, k, v
         # Heads repeated beforehand, as dense attention of torch wants them on CPU; it is not timed.
         self.dense_kv = [x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)]
-        self.named = {name: system.inputs(q, k) for name, system in self.systems.items()}
+        self.named: dict[str, dict[str, Any]] = {name: system.inputs(q, k) for name, system in self.systems.items()}
         self.programs = {name: system.program(q.shape[1], q.shape[2]) for name, system in self.systems.items()}
         self.ours = {name: sd.compile(program, backend="tiled") for name, program in self.programs.items()}
         length = q.shape[2]

@@ -60,12 +60,11 @@ def measure_rates(name: str, length: int, rounds: int) -> dict[str, Any]:
     from torch.nn.functional import scaled_dot_product_attention
 
     import sparsedsl as sd
-    from sparsedsl.backends.tiled.attention import sizes_of
     from sparsedsl.runtime.call import check_call
 
     q, k, v, grad_out = inputs(length)
     case = CASES[name]
-    tables = dict(case.tables(length))
+    tables: dict[str, Any] = dict(case.tables(length))
     attn = sd.compile(case.declare(), backend="tiled")
 
     def tiled() -> Any:
@@ -79,7 +78,8 @@ def measure_rates(name: str, length: int, rounds: int) -> dict[str, Any]:
         action()
     found = measure.alternate(actions, rounds, limit_s=15)
     call = check_call(attn.pattern, q, k, v, tables)
-    schedule = attn.schedule(call.domain, sizes_of(call))
+    kernel: Any = attn.static.runner("tiled")
+    schedule = kernel.schedule(call)
     # Pairs are counted for one head of each group of heads that the mask tells apart.
     pairs = schedule.pairs * HEADS // (schedule.groups[0] * schedule.groups[1])
     work = {"tiled": OPERATIONS * HEAD_DIM * pairs, "sdpa": OPERATIONS * HEAD_DIM * HEADS * length * length // 2}
@@ -110,7 +110,7 @@ def measure_gradients(name: str, length: int) -> dict[str, Any]:
 
     q, k, v, grad_out = inputs(length)
     case = CASES[name]
-    tables = dict(case.tables(length))
+    tables: dict[str, Any] = dict(case.tables(length))
     positions = torch.arange(length)
     mask = case.mask_mod(tables)(0, 0, positions[:, None], positions)  # by hand, not ours
 

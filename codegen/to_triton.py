@@ -23,10 +23,11 @@ from sparsedsl.codegen.triton_parts import Argument, KernelSource, Variant
 from sparsedsl.codegen.triton_tables import write_grad_difference, write_grad_pairs
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.plan import TRITON_WIDEST
 
-__all__ = ["Argument", "KernelSource", "TritonSource", "Variant", "triton_source", "variant_of"]
+__all__ = ["DTYPES", "WIDEST", "Argument", "KernelSource", "TritonSource", "Variant", "triton_source", "variant_of"]
 
+# What the generated kernels compute in, and the widest heads whose tiles fit a processor.
+DTYPES, WIDEST = ("float16", "bfloat16", "float32"), 256
 _CONSTANTS = """
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
@@ -75,9 +76,9 @@ def variant_of(
     """
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     for name, width in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
-        if width > TRITON_WIDEST:
+        if width > WIDEST:
             raise UnsupportedError(
-                f"backend 'triton' has kernels for heads up to {TRITON_WIDEST} wide; got {name}={width}. "
+                f"backend 'triton' has kernels for heads up to {WIDEST} wide; got {name}={width}. "
                 "Use backend='tiled', which has no limit"
             )
     mask = pattern.mask.expr

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from small_model import (
@@ -51,7 +52,7 @@ class Hybrid(Attention):
 
     def forward(self, x: torch.Tensor, rows: int) -> torch.Tensor:
         q, k, v = self.heads_of(x, rows)
-        inputs = {}
+        inputs: dict[str, Any] = {}
         if self.window is not None:  # something leaves the window: slots take it in
             inputs["gate"] = split_heads(self.gate(x), self.heads)
         if self.window != 0:

@@ -42,7 +42,7 @@ def load_pattern(spec: str) -> Pattern | Program:
             public = sorted(n for n in vars(value) if not n.startswith("_") and not inspect.ismodule(getattr(value, n)))
             raise CannotLoad(f"{place} has no {name!r}; it has {', '.join(public) or 'no public names'}{meant(part, public)}")
         value = getattr(value, part)
-    compiled = hasattr(value, "pattern") or hasattr(value, "program")
+    compiled = hasattr(value, "program") or hasattr(value, "pattern")
     if callable(value) and not isinstance(value, (Expression, Pattern)) and not compiled:
         wanted = _required(value, spec)
         if wanted == 0:
@@ -56,7 +56,7 @@ def load_pattern(spec: str) -> Pattern | Program:
             )
     program = as_program(getattr(value, "program", value))
     if program is not None:
-        return program
+        return program if program.static is None else program.static
     try:
         return as_pattern(getattr(value, "pattern", value), where=spec)
     except PatternError as error:

@@ -21,7 +21,6 @@ ARROW = [
     ["analysis"],
     ["tuning"],
     ["tiling"],
-    ["plan"],
     ["codegen"],
     ["gpu"],
     ["runtime"],
@@ -119,8 +118,8 @@ GOOD = {
     "sparsedsl/lang/__init__.py": "",
     "sparsedsl/lang/tables.py": "from sparsedsl.errors import E\nimport sympy\n",
     "sparsedsl/lang/text.py": "def f():\n    from sparsedsl.lang import tables\n",
-    "sparsedsl/plan.py": "from sparsedsl.lang.tables import T\n",
-    "codegen/__init__.py": "import sparsedsl.plan\n",
+    "sparsedsl/tiling.py": "from sparsedsl.lang.tables import T\n",
+    "codegen/__init__.py": "import sparsedsl.tiling\n",
     "patterns/__init__.py": "from sparsedsl.lang.tables import T\n",
 }
 
@@ -138,33 +137,33 @@ GOOD = {
             ["cycle: sparsedsl.lang.tables <-> sparsedsl.lang.text"],
         ),
         (
-            {"sparsedsl/lang/x.py": "def f():\n    import sparsedsl.plan"},
-            ["x.py:2: imports sparsedsl.plan, but lang lies before"],
+            {"sparsedsl/lang/x.py": "def f():\n    import sparsedsl.tiling"},
+            ["x.py:2: imports sparsedsl.tiling, but lang lies before"],
         ),
         (
-            {"sparsedsl/lang/x.py": "import importlib\nimportlib.import_module('sparsedsl.plan')"},
-            ["x.py:2: imports sparsedsl.plan"],
+            {"sparsedsl/lang/x.py": "import importlib\nimportlib.import_module('sparsedsl.tiling')"},
+            ["x.py:2: imports sparsedsl.tiling"],
         ),
         (
-            {"sparsedsl/plan.py": "import sparsedsl as sd"},
-            ["plan.py:1: imports sparsedsl, but plan lies before"],
+            {"sparsedsl/tiling.py": "import sparsedsl as sd"},
+            ["tiling.py:1: imports sparsedsl, but tiling lies before"],
         ),
-        ({"sparsedsl/plan.py": "from .lang import tables"}, ["plan.py:1: relative import"]),
+        ({"sparsedsl/tiling.py": "from .lang import tables"}, ["tiling.py:1: relative import"]),
         (
-            {"sparsedsl/plan.py": "import codegen.source"},
-            ["plan.py:1: import of codegen.source: write sparsedsl.codegen"],
-        ),
-        (
-            {"sparsedsl/plan.py": "from sparsedsl.nowhere import x"},
-            ["plan.py:1: there is no module sparsedsl.nowhere"],
+            {"sparsedsl/tiling.py": "import codegen.source"},
+            ["tiling.py:1: import of codegen.source: write sparsedsl.codegen"],
         ),
         (
-            {"sparsedsl/plan.py": "import sparsedsl.patterns"},
-            ["plan.py:1: imports sparsedsl.patterns, but patterns is imported by"],
+            {"sparsedsl/tiling.py": "from sparsedsl.nowhere import x"},
+            ["tiling.py:1: there is no module sparsedsl.nowhere"],
         ),
         (
-            {"patterns/x.py": "import sparsedsl.plan"},
-            ["x.py:1: imports sparsedsl.plan, but patterns imports"],
+            {"sparsedsl/tiling.py": "import sparsedsl.patterns"},
+            ["tiling.py:1: imports sparsedsl.patterns, but patterns is imported by"],
+        ),
+        (
+            {"patterns/x.py": "import sparsedsl.tiling"},
+            ["x.py:1: imports sparsedsl.tiling, but patterns imports"],
         ),
         (
             {"sparsedsl/drawer.py": "import sparsedsl.errors"},

@@ -45,6 +45,13 @@ class Domain:
     tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if type(self.rows) is type(self.kv_len) is type(self.q_offset) is type(self.batch) is type(self.heads) is int and (
+            0 < self.rows <= MOST - self.q_offset <= MOST
+            and 0 < self.kv_len <= MOST
+            and 0 < self.batch <= MOST
+            and 0 < self.heads <= MOST
+        ):
+            return  # what nearly every call is, at the price of no call
         for name, value, least in (
             ("q_len", self.rows, 1), ("kv_len", self.kv_len, 1), ("q_offset", self.q_offset, 0),
             ("batch", self.batch, 1), ("heads", self.heads, 1),

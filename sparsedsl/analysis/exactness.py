@@ -43,9 +43,12 @@ def exact_domain(exprs: tuple[sympy.Basic, ...], domain: Domain) -> Domain:
     >>> exact_domain((mask.expr,), Domain(2, 8, tables={"end": end})).tables["end"]
     tensor([         3, 4294967300])
     """
-    tables = tuple((name, values) for name, table in domain.tables.items() if (values := _rounded(table)) is not None)
-    longest = _up(max(domain.q_offset + domain.rows, domain.kv_len))
-    lengths = longest, _up(domain.batch), _up(domain.heads)
+    tables: tuple[tuple[str, Range], ...] = ()
+    if domain.tables:
+        tables = tuple((name, values) for name, table in domain.tables.items() if (values := _rounded(table)) is not None)
+    # Rounded up to powers of two, so that few are told apart.
+    longest = 1 << (max(domain.q_offset + domain.rows, domain.kv_len) - 1).bit_length()
+    lengths = longest, 1 << (domain.batch - 1).bit_length(), 1 << (domain.heads - 1).bit_length()
     if _fits(exprs, lengths, tables):
         return domain
     held = [domain.tables[name] for name, _ in tables]

@@ -16,6 +16,7 @@ from sparsedsl.analysis.domain import Domain, Groups
 from sparsedsl.analysis.intervals import Intervals, TableRanges
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN
 from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.shapes import joined_shape
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
 
@@ -132,7 +133,7 @@ class PointDecider:
 
     def _evaluate(self, group: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         env = self.groups.env(group) | self.domain.lengths | dict(self.domain.tables) | {"q_idx": q, "kv_idx": kv}
-        return evaluate(self.mask, env).expand(torch.broadcast_shapes(q.shape, kv.shape))
+        return evaluate(self.mask, env).expand(joined_shape(q.shape, kv.shape))
 
     def _try_points(self, tiles: Boxes) -> tuple[torch.Tensor, torch.Tensor]:
         """Whether some and whether all of a few points are allowed: corners, and where the tile meets the diagonal.

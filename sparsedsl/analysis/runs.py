@@ -18,6 +18,7 @@ import torch
 
 from sparsedsl.analysis.clauses import Bound, Clause, monotone
 from sparsedsl.lang.evaluate import maximum, minimum
+from sparsedsl.lang.shapes import joined_shape
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX
 from sparsedsl.lang.tables import TableRead
@@ -170,7 +171,7 @@ def _search(table: torch.Tensor, target: torch.Tensor, length: int) -> torch.Ten
 
 def _bisect(expr: sympy.Expr, symbol: sympy.Symbol, target: torch.Tensor, length: int, env: Mapping[str, Any]) -> torch.Tensor:
     """Least index in ``[0, length]`` at which the non-decreasing ``expr`` reaches ``target`` (``length`` if it never does)."""
-    shape = torch.broadcast_shapes(target.shape, *(env[n].shape for n in ("b", "h") if isinstance(env[n], torch.Tensor)))
+    shape = joined_shape(target.shape, *(env[n].shape for n in ("b", "h") if isinstance(env[n], torch.Tensor)))
     low = torch.zeros(shape, dtype=torch.int64, device=target.device)
     high = torch.full_like(low, length)
     for _ in range(length.bit_length()):

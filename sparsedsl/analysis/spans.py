@@ -21,6 +21,7 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.runs import invert, limits, rising_form
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.evaluate import maximum, minimum
+from sparsedsl.lang.shapes import joined_shape
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN, Q_IDX, Q_LEN
 
@@ -160,7 +161,7 @@ def span_rows(span: Span, domain: Domain, *, of: str = "keys") -> tuple[torch.Te
         at = evaluate(bound.q_part, env)
         low, high = limits(bound, env)
         low, high = (torch.as_tensor(end, device=domain.device) - at for end in (low, high))
-        shape = torch.broadcast_shapes(low.shape, high.shape, first.shape)
+        shape = joined_shape(low.shape, high.shape, first.shape)
         begin, end = invert(bound.kv_part, KV_IDX, low.expand(shape), high.expand(shape), length, env)
         first, last = maximum(first, begin), minimum(last, end)
     for condition in span.conditions:

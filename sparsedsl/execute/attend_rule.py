@@ -22,7 +22,8 @@ from sparsedsl.backends.tiled.whole_blocks import WholeTiles, split, whole_tiles
 from sparsedsl.errors import ShapeError
 from sparsedsl.execute.candidates import unit_rule
 from sparsedsl.execute.lowering import Lowering, has_own_rows
-from sparsedsl.execute.mask_split import EITHER, MaskSplit, split_node, symbol_of
+from sparsedsl.execute.mask_split import EITHER, MaskSplit, symbol_of
+from sparsedsl.execute.requests import parts_of
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.symbols import Q_LEN
@@ -61,7 +62,7 @@ def attend_node(run: Lowering, node: Attend) -> Any:
     if rule is not None:
         weights, log_total = weights_of(picked_scores(run.value(rule.scores), run.value(rule.picks)), rule.weights)  # type: ignore[arg-type]
         log_total = spread(log_total, q.shape[1])
-    parts = split_node(node) if rule is not None or not run.kernels.whole_tables else MaskSplit(node.pattern.mask.expr)
+    parts = parts_of(node, run.dispatch.whole_tables)
     work = _Attention(run, node, parts, weights)
     found = [work.of(rows, q, k, v) for rows in work.pieces()]
     out, lse = (
@@ -153,11 +154,11 @@ class _Attention:
         pattern, tables = self._pattern(self.parts.static, rows, sink=sink)
         run, names = self.run, {read.spec.name for read in table_reads(self.parts.static)}
         units = {choice.units for choice in self.node.selections if choice.label in names}
-        if run.kernels.whole_tiles and len(units) == 1:
+        if len(units) == 1 and run.dispatch.full_tiles(pattern, q, k, v):
             found = self._by_blocks(domain, pattern, *units.pop(), q, k, v, tables)
             if found is not None:
                 return found
-        return run.kernels.attend(pattern, q, k, v, tables, q_offset=domain.q_offset, scale=run.call.scale, lse=lse)
+        return run.dispatch.attend(pattern, q, k, v, tables, q_offset=domain.q_offset, scale=run.call.scale, lse=lse)
 
     def _pattern(
         self, mask: Any, rows: slice | None, *, sink: bool, more: Mapping[str, Tensor] = MappingProxyType({})
@@ -195,7 +196,7 @@ class _Attention:
         if parts[1] != sympy.false or pattern.sink is not None:
             rest = Pattern(Mask(parts[1]), pattern.score, pattern.sink, pattern.scale)
             own = {name: tables[name] for name in rest.tables}
-            found.append(run.kernels.attend(rest, q, k, v, own, q_offset=domain.q_offset, scale=run.call.scale, lse=True))
+            found.append(run.dispatch.attend(rest, q, k, v, own, q_offset=domain.q_offset, scale=run.call.scale, lse=True))
         return found[0] if len(found) == 1 else merged(found)
 
     # ---- what choices add ----------------------------------------------------------------------------------------------------
@@ -219,9 +220,7 @@ class _Attention:
             {name: table for name, table in call.tables.items() if name not in bits}, symbols,
             members if symbols else None, weights, node.normaliser is not None and node.normaliser.inner == "softmax1",
         )  # fmt: skip
-        if run.kernels.whole_tables:
-            return run.kernels.two_passes(q, k, v, made), None
-        return run.kernels.selected(q, k, v, made)
+        return run.dispatch.selected(q, k, v, made)
 
 
 @functools.lru_cache(maxsize=16)

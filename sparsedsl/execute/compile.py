@@ -7,17 +7,15 @@ from typing import Any
 
 from sparsedsl.errors import PatternError
 from sparsedsl.execute.compiled import Attention
-from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import as_pattern
-from sparsedsl.plan import check_backend
-from sparsedsl.program.graph import as_program
+from sparsedsl.program.graph import Program, as_program
 
 __all__ = ["compile"]
 
 
-def compile(pattern: Any, *, backend: str = "auto", allow: Sequence[str] = ()) -> Any:
-    """Make a callable out of a pattern.
+def compile(pattern: Any, *, backend: str = "auto", allow: Sequence[str] = ()) -> Attention:
+    """Make a callable out of a pattern or a program.
 
     Args:
         pattern: a :class:`~sparsedsl.Mask`, a :class:`~sparsedsl.Pattern` from :func:`sparsedsl.attend`, or a node of a program.
@@ -29,8 +27,7 @@ def compile(pattern: Any, *, backend: str = "auto", allow: Sequence[str] = ()) -
         allow: effects of a program that are meant: ``"selection reads later queries"`` allows gradients of such a program.
 
     Returns:
-        An :class:`Attention`: ``attn(q, k, v, q_offset=0, return_lse=False, scale=None, **tables)``; of a program a
-        :class:`~sparsedsl.execute.compiled_program.CompiledProgram`, called alike.
+        An :class:`Attention`: ``attn(q, k, v, q_offset=0, return_lse=False, scale=None, **inputs_and_tables)``.
 
     Raises:
         PatternError: not a pattern, or an unknown backend.
@@ -42,8 +39,8 @@ def compile(pattern: Any, *, backend: str = "auto", allow: Sequence[str] = ()) -
     torch.Size([1, 2, 8, 16])
     """
     program = as_program(pattern)
-    if program is not None:
-        return CompiledProgram(program, backend, allow)
-    if not isinstance(allow, (tuple, list)) or allow:
-        raise PatternError(f"allow={shown(allow)}: a static pattern has no effects; leave it out")
-    return Attention(as_pattern(pattern), check_backend(backend))
+    if program is None:
+        if not isinstance(allow, (tuple, list)) or allow:
+            raise PatternError(f"allow={shown(allow)}: a static pattern has no effects; leave it out")
+        program = Program(as_pattern(pattern))
+    return Attention(program, backend, allow)

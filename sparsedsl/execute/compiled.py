@@ -1,83 +1,111 @@
-"""A compiled pattern. The stages of a call, in order:
+"""A compiled program. A static pattern is a program of one attention. The stages of a call, in order:
 
-1. *check*    (:mod:`runtime.call`): tensors, tables, offset -> :class:`~sparsedsl.runtime.call.Call`
-2. *plan*     (:mod:`plan`): pattern, facts of the call -> :class:`~sparsedsl.plan.Plan`
-3. *analyse*  (:mod:`analysis.tiles`, :mod:`tiling`): mask, domain -> tile lists or a schedule, remembered per lengths and tables
-4. *emit*     (``codegen``): pattern -> source of mask and score functions (`flex`) or of kernels (`triton`), once per pattern
-5. *run*      (``attention`` in the folder of each backend, :mod:`backends`): tensors and lists -> out, lse
+1. *check*    (:mod:`runtime.call`, :mod:`runtime.program_call`): tensors, inputs, tables, offset
+2. *choose*   (:mod:`backends.registry`): pieces of work -> who does each
+3. *run*      (:mod:`execute.node_rules`, :mod:`execute.static`): node by node, by the rule of its kind
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
-from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import TileLists
-from sparsedsl.analysis.tiles import block_pair, classify
-from sparsedsl.backends.flex import attention
-from sparsedsl.backends.reference.attention import attend_reference
-from sparsedsl.backends.tiled.attention import HeadSizes, TiledKernel
-from sparsedsl.backends.tiled.score_rules import score_rule
-from sparsedsl.backends.triton.attention import TritonKernel, missing
+from sparsedsl.analysis.tiles import block_pair
+from sparsedsl.backends.flex import attention as flex
+from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
+from sparsedsl.backends.registry import check_backend, check_runs
+from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
 from sparsedsl.execute import operators
-from sparsedsl.execute.empty import attend_empty
-from sparsedsl.execute.measured_backend import fastest_backend
-from sparsedsl.gpu.kernel_config import Shape
+from sparsedsl.execute.dispatch import Dispatch
+from sparsedsl.execute.explain import Explanation, explain
+from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
+from sparsedsl.execute.program_empty import run_empty
+from sparsedsl.execute.requests import facts_of, requests_of
+from sparsedsl.execute.state import ProgramState, advanced, continued
+from sparsedsl.execute.static import StaticAttention
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.symbols import BATCH, HEAD
-from sparsedsl.plan import CallFacts, Costs, choose
+from sparsedsl.program.effects import KEEPS_STATE, LATER_QUERIES, reasons
+from sparsedsl.program.graph import Program
+from sparsedsl.program.rules import check_rules
+from sparsedsl.program.text import read_program
 from sparsedsl.runtime.arguments import arranged, warn_of_slips
-from sparsedsl.runtime.autograd import differentiable, transformed
-from sparsedsl.runtime.call import Call, bind_tables, check_call, exactly
+from sparsedsl.runtime.call import bind_tables, check_call, exactly
+from sparsedsl.runtime.interpreter import Evaluation
+from sparsedsl.runtime.program_call import ProgramCall, check_program_call
+from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.torch_modes import is_traced, is_transformed
-from sparsedsl.runtime.vmap import reads_batch
-from sparsedsl.settings import tune_mode
-from sparsedsl.tiling.cost import flex_seconds
-from sparsedsl.tiling.schedule import Schedule
-from sparsedsl.tuning.measure import machine
+from sparsedsl.selection.scores import ScoreSource
 
 __all__ = ["Attention"]
 
+Tensor = torch.Tensor
 # Positions, batch entries and heads that functions for FlexAttention reckon with where nobody says how many there are.
 UNTOLD = 1 << 24
-log = logging.getLogger("sparsedsl")
 
 
 class Attention:
-    """A compiled pattern; call it on tensors. Made by :func:`sparsedsl.compile`.
+    """A compiled pattern or program; call it on tensors. Made by :func:`sparsedsl.compile`.
 
-    The same pattern at a new length compiles nothing new. Tile lists and schedules are kept for the lengths and tables seen
+    The same program at a new length compiles nothing new. Tile lists and schedules are kept for the lengths and tables seen
     last, as many as ``SPARSEDSL_MEMORY_BYTES`` holds; :func:`sparsedsl.clear_caches` lets go of them.
     """
 
-    def __init__(self, pattern: Pattern, backend: str, *, minimal: bool = True):
-        self.pattern = pattern
-        self.backend = backend
-        # Whether its tile lists are to have no tile too many: not worth the time where tables are new with every call.
-        self.minimal = minimal
-        self._lists: Cache[TileLists] = Cache()
+    def __init__(self, program: Program, backend: str, allow: Sequence[str] = ()):
+        check_rules(program, REFERENCE_RULES, LOWERED_RULES)
+        self.program, self.backend = program, check_backend(backend)
+        known = (LATER_QUERIES, KEEPS_STATE)
+        if not isinstance(allow, (tuple, list, frozenset)) or not all(effect in known for effect in allow):
+            raise PatternError(f"allow must be a list of effects, of {', '.join(map(repr, known))}; got {allow!r}")
+        self.allow = frozenset(allow)
+        self.dispatch = Dispatch(self.backend)
+        self._static = None if program.static is None else StaticAttention(program.static)
+        # Kinds of calls that are known to run.
+        self._runs: set[CallFacts] = set()
         # What a traced call needs, as plain values: torch.compile follows no sympy.
-        self._handle, self._bound = operators.handle_of(pattern, backend), pattern.bound
+        self._handle, self._bound = f"{backend} {'; '.join(sorted(allow))}\n{program.text}", program.bound
         operators.remember(self._handle, self)
+
+    @property
+    def static(self) -> StaticAttention:
+        """What runs the one attention that this is.
+
+        Raises:
+            UnsupportedError: it is a program of several nodes.
+        """
+        if self._static is None:
+            raise UnsupportedError(
+                f"{self.program!r} chooses from q and k as it is called: it has no pattern, tile lists or FlexAttention functions before. "
+                "Use attn.choices(q, k, v) for what it chooses, attn.explain(...) for how it runs"
+            )
+        return self._static
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern of a single attention over a static mask; of other programs see :attr:`program`.
+
+        Raises:
+            UnsupportedError: it is a program of several nodes.
+        """
+        return self.static.pattern
 
     def __call__(
         self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         *,
-        q_offset: int | torch.Tensor | Literal["end"] | None = None,
+        q_offset: int | Tensor | Literal["end"] | None = None,
         return_lse: bool = False,
         scale: float | None = None,
-        **tables: Any,
+        state: ProgramState | None = None,
+        return_state: bool = False,
+        **named: Any,
     ) -> Any:
         """Attention of ``q (B, Hq, Sq, D)`` over ``k (B, Hkv, Skv, D)``, ``v (B, Hkv, Skv, Dv)``; ``Hq % Hkv == 0``.
 
@@ -85,147 +113,197 @@ class Attention:
             q_offset: position of the first query (decode and chunked prefill); a number or a 0-d integer tensor. ``"end"``: the last
                 query stands at the last key. None is 0, and warns once where there are fewer queries than keys.
             return_lse: also return the natural-log-sum-exp of the modified logits, ``(B, Hq, Sq)`` in float32 or float64.
-            scale: factor on the dot product; default the pattern's, else ``D ** -0.5``.
-            tables: one tensor for each table of the pattern that is not bound to it.
+            scale: factor on the dot products of attention; default the program's, else ``D ** -0.5``.
+            state: what an earlier call returned: q, k, v and inputs then are those of the tokens after it.
+            return_state: also return the state after the last key, for programs that keep one.
+            named: one tensor for each input, and for each table that is not bound to the pattern.
 
         Returns:
-            ``out (B, Hq, Sq, Dv)``, or ``(out, lse)``. A row that may attend to nothing has out 0 and lse -inf. Under
-            ``torch.autocast`` float32 inputs are cast as for torch's ``scaled_dot_product_attention``.
+            ``out (B, Hq, Sq, Dv)``; then the LSE and the state, if asked for. A row that may attend to nothing has out 0 and lse -inf.
+            Under ``torch.autocast`` float32 inputs are cast as for torch's ``scaled_dot_product_attention``.
 
         Raises:
-            ShapeError, TableError: see :func:`sparsedsl.runtime.call.check_call`.
-            UnsupportedError: the backend cannot run this call; the message names the way out.
+            ShapeError, TableError: q, k, v, an input or a table is missing or does not fit.
+            UnsupportedError: the backend cannot run this call, or it is a training step of a program whose choices read later queries;
+                the message names the way out.
         """
         given = q_offset
         q, k, v, q_offset = arranged(q, k, v, q_offset)
-        if is_traced(q, k, v):
-            return operators.attend_traced(
-                self._handle, self._bound, q, k, v, tables, q_offset=q_offset, return_lse=return_lse, scale=scale
-            )
-        warn_of_slips((self.pattern,), q, k, given)
-        return self.attend_now(q, k, v, tables, q_offset=q_offset, return_lse=return_lse, scale=scale)
+        if is_traced(q, k, v) or (self._static is None and is_transformed(q, k, v)):
+            return self._in_a_graph(q, k, v, named, q_offset, return_lse, scale, state is not None or return_state)
+        if given is None or given:
+            warn_of_slips(self.program.expressions, q, k, given if state is None else 0)
+        return self.attend_now(
+            q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state
+        )
 
     def attend_now(
-        self, q: Any, k: Any, v: Any, tables: Mapping[str, Any], *, q_offset: Any, return_lse: bool, scale: float | None
-    ) -> Any:
+        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], *, q_offset: Any, return_lse: bool, scale: float | None,
+        state: ProgramState | None = None, return_state: bool = False,
+    ) -> Any:  # fmt: skip
         """The call on tensors that hold values; :meth:`__call__` says what it takes and gives."""
-        call = check_call(self.pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
-        plan = choose(
-            self.pattern,
-            call_facts(call, return_lse),
-            self.backend,
-            missing=self.missing,
-            fastest=lambda backends: self._fastest(call, backends),
+        if self._static is not None and state is None and not return_state:
+            # One attention, of which nothing is kept: its rule, without a walk over nodes.
+            call = check_call(self._static.pattern, q, k, v, named, q_offset=q_offset, scale=scale)
+            out, lse = self._static.attend(call, self.backend, lse=return_lse)
+            return (out, lse) if return_lse else out
+        checked = check_program_call(self.program, q, k, v, named, q_offset=q_offset, scale=scale)
+        refused = self.refused_use(grad=checked.needs_grad, lse=return_lse)
+        if refused is not None:
+            raise UnsupportedError(refused)
+        if checked.is_empty:
+            return self._empty(checked, return_lse, state, return_state)
+        if state is not None:
+            checked = continued(checked, state)
+        with torch.autocast(checked.q.device.type, enabled=False):
+            out, lse = self._evaluation(checked, return_lse).value(self.program.root)
+            after = advanced(checked, self.dispatch) if return_state else None
+        results = [out.to(checked.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _evaluation(self, call: ProgramCall, lse: bool) -> Evaluation:
+        if self.backend == "reference":
+            return Reference(call)
+        if self.backend != "auto":
+            self._check_runs(facts_of(call, lse))
+        return lowered(call, self.dispatch, lse=lse)
+
+    def _check_runs(self, facts: CallFacts) -> None:
+        """Whether the backend that was asked for does all the work, before it does any of it."""
+        # Of lengths, refusals ask at most for 8 keys: a step of decoding, each of another length, is not asked about anew.
+        kind = replace(facts, batch=1, q_len=1, kv_len=min(facts.kv_len, 16))
+        if kind not in self._runs:
+            asked = requests_of(self.program, facts, whole_tables=self.dispatch.whole_tables)
+            check_runs([request for requests in asked.values() for request in requests], self.backend)
+            self._runs.add(kind)
+
+    def _in_a_graph(
+        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], q_offset: Any, return_lse: bool, scale: float | None, keeps: bool
+    ) -> Any:
+        """The call as one operator: lists and choices depend on values, which a graph does not have."""
+        if keeps:
+            raise UnsupportedError(
+                "state= and return_state= are not part of a graph (torch.compile, torch.export, torch.func): call the program outside of "
+                "it, or pass all keys and values with q_offset="
+            )
+        given = {name: x for name, x in named.items() if x is not None} if self._static is None else named
+        return operators.attend_traced(
+            self._handle, self._bound, q, k, v, given, q_offset=q_offset, return_lse=return_lse, scale=scale, has_lse=self.has_lse
         )
-        if call.is_empty or plan.backend == "reference":
-            out, lse = (attend_empty if call.is_empty else attend_reference)(self.pattern, call)
-            return (out, lse) if return_lse else out
-        if plan.backend in ("tiled", "triton"):
-            out, lse = differentiable(self._tiled if plan.backend == "tiled" else self._triton, call)
-            return (out, lse) if return_lse else out
-        if is_transformed(call.q, call.k, call.v, *call.tables.values()):
-            return transformed(self.pattern, functools.partial(self._run_flex, plan.block, return_lse), call, return_lse)
-        return self._run_flex(plan.block, return_lse, call)
 
-    def _fastest(self, call: Call, backends: tuple[str, ...]) -> tuple[str, str] | None:
-        """The backend that was measured to be the fastest for calls like this one."""
-        if "triton" not in backends or tune_mode() == "off" or is_transformed(call.q, call.k, call.v, *call.tables.values()):
+    def _empty(self, call: ProgramCall, return_lse: bool, state: ProgramState | None, return_state: bool) -> Any:
+        if return_state and state is None:
+            raise ShapeError(f"there are no tokens to make a state of: q {tuple(call.q.shape)}, k {tuple(call.k.shape)}")
+        out, lse = run_empty(call)
+        results = [out, *([lse] if return_lse else []), *([state] if return_state else [])]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def refused_use(self, *, grad: bool, lse: bool) -> str | None:
+        """Why no backend may run a call that wants gradients, or the LSE; or None."""
+        if lse and not self.has_lse:
+            return f"{self.program.root!r} is no softmax and has no LSE; leave return_lse=False"
+        why = reasons(self.program).get(LATER_QUERIES)
+        if not grad or not why or LATER_QUERIES in self.allow:
             return None
+        return (
+            f"{LATER_QUERIES} ({'; '.join(why)}): an output depends on tokens after it, so that a model trained on it learns from the "
+            f"future. For inference call it under torch.no_grad(); if it is meant, sd.compile(..., allow=[{LATER_QUERIES!r}])"
+        )
 
-        def run(backend: str) -> Callable[[], Any]:
-            other = Attention(self.pattern, backend)
-            q, k, v = leaves = [t.detach().requires_grad_(t.requires_grad) for t in (call.q, call.k, call.v)]
+    # ---- what operators of a graph ask -----------------------------------------------------------------------------------------
 
-            def once() -> None:
-                tables, offset = call.tables, call.domain.q_offset
-                out = other.attend_now(q, k, v, tables, q_offset=offset, return_lse=False, scale=call.scale)
-                if call.needs_grad:
-                    wanted = [t for t in (*leaves, *tables.values()) if t.requires_grad]
-                    torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
-
-            return once
-
-        return fastest_backend(self.pattern.key, self._triton.density(call), call, backends, run)
-
-    def _run_flex(self, block: tuple[int, int], return_lse: bool, call: Call) -> Any:
-        return self._kernel.run(call, self.lists(call.domain, block), return_lse=return_lse)
-
-    @functools.cached_property
-    def _tiled(self) -> TiledKernel:
-        return TiledKernel(self.pattern, minimal=self.minimal)
-
-    @functools.cached_property
-    def _triton(self) -> TritonKernel:
-        return TritonKernel(self.pattern, self.lists)
+    @property
+    def has_lse(self) -> bool:
+        """Whether it is a softmax."""
+        return self.program.root.weighable
 
     @property
     def reads_batch(self) -> bool:
         """Whether batch entries are told apart."""
-        return reads_batch(self.pattern)
+        return self.program.reads_batch
 
-    # For the operators: every pattern has an LSE, and is one call of one lowering.
-    has_lse = one_call = True
+    @property
+    def one_call(self) -> bool:
+        """Whether its results are those of one call of one backend."""
+        return self._static is not None
 
-    def missing(self, device: str) -> str | None:
-        """Why generated kernels of this pattern cannot run on a kind of device ("cpu", "cuda"), or None."""
-        return missing(device) or self._triton.refusal
+    # ---- before anything runs --------------------------------------------------------------------------------------------------
 
-    def kernels(self, domain: Domain, device: str, shape: Shape, *, grad: bool) -> tuple[str, ...]:
-        """How `triton` would find its tiles and launch its kernels, in words."""
-        return self._triton.described(domain, device, shape, grad=grad)
+    def explain(
+        self,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        batch: int = 1,
+        heads: int | None = None,
+        kv_heads: int | None = None,
+        head_dim: int = 64,
+        head_dim_v: int | None = None,
+        dtype: Any = "float32",
+        device: Any = "cpu",
+        q_offset: int = 0,
+        grad: bool = False,
+        return_lse: bool = False,
+        sizes: Mapping[str, int] | None = None,
+        **tables: Any,
+    ) -> Explanation:
+        """What a call of this shape would do and cost, before anything runs; ``print`` it. Lengths in tokens.
 
-    def schedule(self, domain: Domain, sizes: HeadSizes) -> Schedule:
-        """How `tiled` cuts the mask over ``domain``, remembered while the tables live unchanged."""
-        return self._tiled.schedule_of(domain, sizes)
+        Args:
+            grad: the call wants gradients. return_lse: and the LSE.
+            sizes: of axes of inputs with names of their own, as ``{"retrieval_heads": 2}``.
+            tables: those that the analysis is to look into.
 
-    def costs(self, domain: Domain, sizes: HeadSizes) -> Costs:
-        """What a forward pass on CPU is expected to take."""
-        rates, lists = machine(), self.lists(domain, (128, 128))
-        groups = lists.shape[0] * lists.shape[1]
-        pairs = lists.listed * 128 * 128 * (domain.batch * domain.heads / groups)
-        price = score_rule(self.pattern.score.expr).price_ns
-        return Costs(
-            self._tiled.schedule_of(domain, sizes).seconds,
-            flex_seconds(rates, pairs, sizes.head_dim, sizes.head_dim_v, price),
-            rates.source,
-        )
-
-    @functools.cached_property
-    def _kernel(self) -> attention.FlexKernel:
-        return attention.FlexKernel(self.pattern)
-
-    def lists(self, domain: Domain, block: tuple[int, int]) -> TileLists:
-        """The tile lists of the mask over ``domain``, remembered while the tables live unchanged."""
-        expr = self.pattern.mask.expr
-        names = sorted(self.pattern.mask.tables)
-        tables = [domain.tables[name] for name in names]
-        free = expr.free_symbols
-        key = (
-            domain.rows, domain.kv_len, domain.q_offset, block,
-            domain.batch if BATCH in free else 1, domain.heads if HEAD in free else 1,
+        >>> import sparsedsl as sd
+        >>> print(str(sd.compile(sd.patterns.moba()).explain(8192, heads=4)).splitlines()[0])
+        backend: tiled (needs no compiler)
+        """
+        return explain(
+            self, q_len, q_len if kv_len is None else kv_len, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+            head_dim_v=head_dim_v or head_dim, dtype=dtype, device=device, q_offset=q_offset, grad=grad, lse=return_lse, sizes=sizes,
+            tables=tables,
         )  # fmt: skip
 
-        def make() -> TileLists:
-            start = time.perf_counter()
-            narrowed = Domain(
-                domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, dict(zip(names, tables, strict=True))
-            )
-            with torch.no_grad():
-                lists = classify(expr, narrowed, block, minimal=self.minimal)
-            log.debug("analyse %s: %.1f ms", lists, (time.perf_counter() - start) * 1e3)
-            return lists
+    def choices(
+        self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int | Tensor | Literal["end"] | None = None, **named: Any
+    ) -> dict[str, Any]:
+        """What the program chooses for these inputs, by the label of the node: :class:`Picks`, positions of an order, kept tokens.
 
-        return self._lists.get(key, tables, make)
+        On ``reference`` choices are boolean tables. A static pattern chooses nothing.
+
+        >>> import sparsedsl as sd
+        >>> attn = sd.compile(sd.patterns.moba(chunk=16, top_k=2), backend="tiled")
+        >>> q = k = v = torch.randn(1, 2, 64, 16)
+        >>> [picks.indices.shape for picks in attn.choices(q, k, v).values()]
+        [torch.Size([1, 2, 64, 1])]
+        """
+        given = q_offset
+        q, k, v, q_offset = arranged(q, k, v, q_offset)
+        warn_of_slips(self.program.expressions, q, k, given)
+        call = check_program_call(self.program, q, k, v, named, q_offset=q_offset)
+        with torch.no_grad():
+            run = self._evaluation(call, False)
+            values = {self.program.labels[node]: run.value(node) for node in self.program.order if node.chooses}
+        return {label: value for label, value in values.items() if not isinstance(value, ScoreSource)}
+
+    @property
+    def effects(self) -> frozenset[str]:
+        """What it does beside computing from the past."""
+        return frozenset(reasons(self.program))
 
     @property
     def source(self) -> str:
-        """The generated code, readable; for ``"reference"`` and ``"tiled"`` the pattern itself, which they interpret.
+        """The generated code of a static pattern, readable (of ``"triton"`` the kernels for heads 64 wide); where it is interpreted, the
+        pattern. Of a program its text form: the code of its kernels lies in ``codegen/kernels``."""
+        if self._static is None:
+            return self.program.text
+        return self._static.runner("flex" if self.backend == "auto" else self.backend).source
 
-        Of ``"triton"``: the kernels for heads 64 wide.
-        """
-        if self.backend in ("reference", "tiled"):
-            return self.pattern.text
-        return self._triton.source().text if self.backend == "triton" else self._kernel.source
+    def lists(self, domain: Domain, block: tuple[int, int]) -> TileLists:
+        """The tile lists of a static mask over ``domain``, remembered while the tables live unchanged."""
+        return self.static.lists(domain, block)
+
+    # ---- for plain FlexAttention -------------------------------------------------------------------------------------------------
 
     def block_mask(
         self,
@@ -260,11 +338,11 @@ class Attention:
         domain = exactly((self.pattern.mask.expr,), domain)
         lists = self.lists(domain, block_pair(block_size))
         where = torch.device(device) if device is not None else domain.device
-        return attention.block_mask(self.pattern, lists, domain, where, backward=backward)
+        return flex.block_mask(self.pattern, lists, domain, where, backward=backward)
 
     def _bound_exactly(
         self, expr: Any, tables: Mapping[str, Any], q_offset: int, q_len: int | None, kv_len: int | None
-    ) -> Mapping[str, torch.Tensor]:
+    ) -> Mapping[str, Tensor]:
         """The tables for a function of positions, of which ``UNTOLD`` at most are reckoned with where lengths are not given."""
         rows = UNTOLD if q_len is None else max(1, q_len - q_offset)
         domain = Domain(rows, kv_len or UNTOLD, q_offset, UNTOLD, UNTOLD, bind_tables(self.pattern, tables))
@@ -273,57 +351,24 @@ class Attention:
     def mask_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: Any) -> Any:
         """The mask as a FlexAttention ``mask_mod(b, h, q_idx, kv_idx)`` of local query indices. Lengths only if the pattern reads them."""
         bound = self._bound_exactly(self.pattern.mask.expr, tables, q_offset, q_len, kv_len)
-        return attention.mask_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
+        return flex.mask_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
 
     def score_mod(self, *, q_offset: int = 0, q_len: int | None = None, kv_len: int | None = None, **tables: Any) -> Any:
         """The score as a FlexAttention ``score_mod(score, b, h, q_idx, kv_idx)``; None if the pattern does not modify scores."""
         bound = self._bound_exactly(self.pattern.score.expr, tables, q_offset, q_len, kv_len)
-        return attention.score_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
-
-    def explain(
-        self,
-        q_len: int,
-        kv_len: int | None = None,
-        *,
-        batch: int = 1,
-        heads: int | None = None,
-        kv_heads: int | None = None,
-        head_dim: int = 64,
-        head_dim_v: int | None = None,
-        dtype: Any = "float32",
-        device: Any = "cpu",
-        q_offset: int = 0,
-        grad: bool = False,
-        return_lse: bool = False,
-        **tables: Any,
-    ) -> Any:
-        """What a call of this shape would do and cost, before anything runs: backend and why, tiles, FLOPs, bytes, warnings.
-
-        Returns an :class:`~sparsedsl.execute.explain.Explanation`; ``print`` it. Lengths in tokens.
-        """
-        from sparsedsl.execute.explain import explain
-
-        heads = count_heads((self.pattern,), {**self.pattern.bound, **tables}, heads)
-        facts = CallFacts(
-            torch.device(device).type, str(dtype).removeprefix("torch."), batch, heads, kv_heads or heads, q_len,
-            q_len if kv_len is None else kv_len, head_dim, head_dim_v or head_dim, grad, return_lse,
-        )  # fmt: skip
-        return explain(self, facts, q_offset, tables)
+        return flex.score_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
 
     def __repr__(self) -> str:
-        return f"<Attention backend={self.backend!r} {self.pattern!r}>"
+        what = self.program if self._static is None else self._static.pattern
+        return f"<Attention backend={self.backend!r} {what!r}>"
 
     def __reduce__(self) -> Any:
-        return Attention, (self.pattern, self.backend)
+        return Attention, (self.program, self.backend, tuple(sorted(self.allow)))
 
 
-operators.register("pattern", lambda first, text: Attention(operators.read_pattern(text), first.split()[1]))
+def _again(first: str, text: str) -> Attention:
+    backend, _, allowed = first.partition(" ")
+    return Attention(read_program(text), backend, [effect for effect in allowed.split("; ") if effect])
 
 
-def call_facts(call: Call, return_lse: bool) -> CallFacts:
-    """The plain facts of a checked call."""
-    domain = call.domain
-    return CallFacts(
-        call.q.device.type, str(call.q.dtype).removeprefix("torch."), domain.batch, domain.heads, call.k.shape[1], domain.rows,
-        domain.kv_len, call.q.shape[3], call.v.shape[3], call.needs_grad, return_lse,
-    )  # fmt: skip
+operators.made_by(_again)

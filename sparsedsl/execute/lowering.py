@@ -1,4 +1,4 @@
-"""One evaluation of a program by the kernels of a backend: what every rule of the lowering asks of it."""
+"""One evaluation of a program by backends: what every rule of the lowering asks of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from sparsedsl.execute.kernels import Kernels
+from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.lang.symbols import Q_IDX
 from sparsedsl.lang.tables import TableRead, read_class, table_reads
 from sparsedsl.program.axes import unit_of
@@ -29,12 +29,12 @@ Tensor = torch.Tensor
 class Lowering(Evaluation):
     """Tensors keep their types, scores are sources that give blocks, choices are lists; a branch gives ``(out, lse or None)``.
 
-    ``kernels``: of the backend. ``lse``: whether the root's is wanted.
+    ``dispatch``: who does the work. ``lse``: whether the root's is wanted.
     """
 
-    def __init__(self, rules: Mapping[type[Node], Rule], call: ProgramCall, kernels: Kernels, *, lse: bool):
+    def __init__(self, rules: Mapping[type[Node], Rule], call: ProgramCall, dispatch: Dispatch, *, lse: bool):
         super().__init__(rules, call)
-        self.kernels = kernels
+        self.dispatch = dispatch
         root = call.program.root
         # Branches whose LSE somebody reads: FlexAttention has none on CPU, and the others save the work.
         self.weighed: set[Branch] = {branch for node in call.program.order if isinstance(node, Joint) for branch in node.branches}
@@ -42,7 +42,7 @@ class Lowering(Evaluation):
 
     def again(self, call: ProgramCall, *, lse: bool) -> Any:
         """The result of another call, whose program is part of this one."""
-        return type(self)(self.rules, call, self.kernels, lse=lse).value(call.program.root)
+        return type(self)(self.rules, call, self.dispatch, lse=lse).value(call.program.root)
 
     def scale(self, own: float | None, q: Tensor) -> float:
         """The factor on dot products: the call's, else the node's own, else the usual one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparsedsl.execute.attend_rule import attend_node
-from sparsedsl.execute.kernels import Kernels
+from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.lowering import Lowering
 from sparsedsl.execute.selection_rules import LISTED_RULES
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
@@ -25,9 +25,9 @@ Tensor = torch.Tensor
 Result = tuple[Tensor, Tensor | None]
 
 
-def lowered(call: ProgramCall, kernels: Kernels, *, lse: bool) -> Lowering:
-    """One evaluation of a call by the kernels of a backend. ``lse``: whether the root's is wanted."""
-    return Lowering(LOWERED_RULES, call, kernels, lse=lse)
+def lowered(call: ProgramCall, dispatch: Dispatch, *, lse: bool) -> Lowering:
+    """One evaluation of a call by backends. ``lse``: whether the root's is wanted."""
+    return Lowering(LOWERED_RULES, call, dispatch, lse=lse)
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def _slots(run: Lowering, node: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor |
 def _recall(run: Lowering, node: Recall) -> Result:
     memory, q = node.memory, run.value(node.x)
     k, v, gate, documents = run.value(memory)
-    out, lse, _ = run.kernels.slots(
+    out, lse, _ = run.dispatch.slots(
         q, k, v, gate, delay=memory.delay, temperature=memory.temperature, scale=run.scale(node.scale, q), empty=memory.empty,
         q_offset=run.domain.q_offset, state=run.call.state_of(node), documents=documents,
     )  # fmt: skip
@@ -74,7 +74,7 @@ def _linear(run: Lowering, node: Linear) -> Result:
     run.call.check_decays(node, q.shape[1])
     documents = None if node.documents is None else run.value(node.documents)
     decay = torch.tensor(node.decay, dtype=run.call.dtype, device=q.device)
-    out, _ = run.kernels.linear(
+    out, _ = run.dispatch.linear(
         q, k, v, decay, scale=run.scale(node.scale, q), q_offset=run.domain.q_offset, state=run.call.state_of(node),
         documents=documents,
     )  # fmt: skip

@@ -11,7 +11,6 @@ process that loads an exported program needs the operators: ``from sparsedsl imp
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -20,59 +19,27 @@ from weakref import WeakValueDictionary
 import torch
 
 from sparsedsl.analysis.caches import Cache
-from sparsedsl.errors import ShapeError, TableError, UnsupportedError
-from sparsedsl.lang.expressions import as_mask, as_score
-from sparsedsl.lang.pattern import Pattern, attend
-from sparsedsl.lang.text import parse
+from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.runtime.autograd import known_results, no_forward_mode, no_second_derivatives
 from sparsedsl.runtime.call import check_tensors
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.vmap import map_call
 from sparsedsl.torch_private import autograd_again, make_transformable
 
-__all__ = ["attend_traced", "handle_of", "read_pattern", "register", "remember"]
+__all__ = ["attend_traced", "made_by", "remember"]
 
 Tensor = torch.Tensor
 
 # ---- handles ---------------------------------------------------------------------------------------------------------------
 
 
-def handle_of(pattern: Pattern, backend: str) -> str:
-    """What an operator knows its pattern by: the backend, then the pattern's text form."""
-    return f"pattern {backend}\n{pattern.text}"
-
-
-def read_pattern(text: str) -> Pattern:
-    """The pattern of a text form: ``read_pattern(pattern.text) == pattern``. Never executes Python.
-
-    Raises :class:`~sparsedsl.PatternError` for an expression that is not part of the language.
-
-    >>> import sparsedsl as sd
-    >>> read_pattern("attend(kv_idx <= q_idx, sink=0.0)") == sd.attend(sd.kv_idx <= sd.q_idx, sink=0.0)
-    True
-    """
-    *declarations, last = ast.parse(text).body
-    above = [ast.unparse(line) for line in declarations]
-
-    def part(node: ast.expr) -> Any:
-        return parse("\n".join([*above, ast.unparse(node)]))
-
-    match last:
-        case ast.Expr(value=ast.Call(func=ast.Name(id="attend"), args=[mask], keywords=words)):
-            found = {str(word.arg): word.value for word in words}
-            given: dict[str, Any] = {name: ast.literal_eval(found.pop(name)) for name in ("scale", "heads") if name in found}
-            given |= {name: as_score(part(node)) for name, node in found.items()}
-            return attend(as_mask(part(mask)), **given)
-    raise UnsupportedError(f"this is not the text form of a pattern, which ends with attend(...): {text!r}")
-
-
-_makers: dict[str, Callable[[str, str], Any]] = {}
+_maker: list[Callable[[str, str], Any]] = []
 _living: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
-def register(kind: str, make: Callable[[str, str], Any]) -> None:
-    """Name the function that makes a callable of the first line of a handle and the text below it. ``kind``: first word of that line."""
-    _makers[kind] = make
+def made_by(make: Callable[[str, str], Any]) -> None:
+    """Name the function that makes a callable of the first line of a handle and the text below it."""
+    _maker[:] = [make]
 
 
 def remember(handle: str, attention: Any) -> None:
@@ -88,7 +55,7 @@ def _attention(handle: str) -> Any:
     if known is not None:
         return known
     first, _, text = handle.partition("\n")
-    return _REBUILT.get(handle, [], lambda: _makers[first.partition(" ")[0]](first, text))
+    return _REBUILT.get(handle, [], lambda: _maker[0](first, text))
 
 
 # ---- while a graph is made ----------------------------------------------------------------------------------------------------

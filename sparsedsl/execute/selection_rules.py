@@ -66,7 +66,6 @@ def _bound(run: Lowering, node: Bound) -> ScoreSource:
 
 
 def _antidiagonal(run: Lowering, node: Antidiagonal) -> ScoreSource:
-    run.call.check_aligned(node.block, "antidiagonal()")
     x, y = run.value(node.x), run.value(node.y)
     return antidiagonal(x, y, stride=node.stride, block=node.block, q_offset=run.domain.q_offset)
 
@@ -146,7 +145,6 @@ def _inverse(run: Lowering, node: Inverse) -> Tensor:
 
 def _tokens(run: Lowering, node: Tokens) -> list[Tensor]:
     scores, by, heads = run.value(node.scores), run.value(node.by)[:, 0], run.call.q.shape[1]
-    run.call.check_square("keep_tokens()")
     total = scores.shape[2]
     before = max(total - node.always, 0)
     if node.tail is not None:
@@ -163,7 +161,6 @@ def _tokens(run: Lowering, node: Tokens) -> list[Tensor]:
 
 def _allowed(run: Lowering, mask: Mask, node: Select | Softmax, source: ScoreSource) -> Candidates:
     rows, columns = unit_of(node.axes[2]), unit_of(node.axes[3])
-    run.call.check_aligned(rows, f"{node.function}()")
     heads = run.call.check_heads(node, source.shape[1])
     return candidates_of(mask.expr, run.domain, rows, columns, heads, run.call.q.device)
 

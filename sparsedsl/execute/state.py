@@ -16,6 +16,7 @@ from sparsedsl.analysis.clauses import only_difference
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.spans import span_rows, spans
 from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.program import orders, scores, select, tensors
 from sparsedsl.program.axes import base_of
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
@@ -101,7 +102,7 @@ def continued(call: ProgramCall, state: ProgramState) -> ProgramCall:
     return replace(call, inputs=inputs, q_offset=before, state={**state.recurrent, "": state.tokens - before})
 
 
-def advanced(call: ProgramCall, kernels: Any) -> ProgramState:
+def advanced(call: ProgramCall, dispatch: Dispatch) -> ProgramState:
     """The state after all keys of a call."""
     program = call.program
     total = call.k.shape[2]
@@ -111,7 +112,7 @@ def advanced(call: ProgramCall, kernels: Any) -> ProgramState:
     for node in program.order:
         after = STATE_RULES[type(node)].after
         if after is not None:
-            recurrent[program.labels[node]] = after(node, call, kernels, read)
+            recurrent[program.labels[node]] = after(node, call, dispatch, read)
     # Copies: views would keep all tokens alive.
     recent = {
         node.name: call.inputs[node].narrow(_key_axis(node), read, kept).clone()
@@ -127,7 +128,7 @@ def advanced(call: ProgramCall, kernels: Any) -> ProgramState:
 @dataclass(frozen=True)
 class StateRule:
     """What a kind of node needs of tokens that are over. ``looks_back(node)``: how many tokens before a query it reads as they are.
-    ``after(node, call, kernels, read)``: of a recurrence, what it has made of the first ``read`` keys; None: it makes nothing of them.
+    ``after(node, call, dispatch, read)``: of a recurrence, what it has made of the first ``read`` keys; None: it makes nothing of them.
     """
 
     looks_back: Callable[[Any], int]
@@ -175,21 +176,21 @@ def _given(call: ProgramCall, node: Any) -> Tensor:
     return call.inputs[node]
 
 
-def _slots_after(node: Recall, call: ProgramCall, kernels: Any, read: int) -> Any:
+def _slots_after(node: Recall, call: ProgramCall, dispatch: Dispatch, read: int) -> Any:
     memory = node.memory
     y, z, gate = (_given(call, x)[:, :, :read] for x in (memory.y, memory.z, memory.gate))
     none = _given(call, node.x)[:, :, :0]
-    return kernels.slots(
+    return dispatch.slots(
         none, y, z, gate, delay=memory.delay, temperature=memory.temperature, scale=1.0, empty=memory.empty,
         state=call.state_of(node),
     )[2]  # fmt: skip
 
 
-def _linear_after(node: Linear, call: ProgramCall, kernels: Any, read: int) -> Any:
+def _linear_after(node: Linear, call: ProgramCall, dispatch: Dispatch, read: int) -> Any:
     y, z = (_given(call, x)[:, :, :read] for x in (node.y, node.z))
     none = _given(call, node.x)[:, :, :0]
     decay = torch.tensor(node.decay, dtype=call.dtype, device=y.device)
-    return kernels.linear(none, y, z, decay, scale=1.0, state=call.state_of(node))[1]
+    return dispatch.linear(none, y, z, decay, scale=1.0, state=call.state_of(node))[1]
 
 
 _LOOKS_AT_ALL = StateRule(_all_tokens)

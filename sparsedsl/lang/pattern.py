@@ -19,7 +19,7 @@ from sparsedsl.lang.printing import to_text
 from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
 from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
-from sparsedsl.lang.wrapped import merge_carried
+from sparsedsl.lang.wrapped import Carried, merge_carried
 
 __all__ = ["Pattern", "as_pattern", "attend", "relates_positions"]
 
@@ -62,18 +62,27 @@ class Pattern(Unread):
     @property
     def bound(self) -> dict[str, Any]:
         """Tables bound at declaration or captured by tracing (a copy)."""
+        return Carried(self._carried)
+
+    @functools.cached_property
+    def _carried(self) -> Carried:
         return merge_carried(self.mask, self.score, self.sink)
 
     @property
     def heads(self) -> int | None:
         """How many query heads it is declared for, by ``attend(..., heads=)`` or a part such as ``alibi(8)``; None: any number."""
-        return merge_carried(self.mask, self.score, self.sink).heads
+        return self._carried.heads
 
     @functools.cached_property
     def head_reads(self) -> frozenset[tuple[str, int]]:
         """Tables that are read by the head: the name and which dimension. Their length says how many heads there are."""
         reads = {read for expr in self.exprs for read in table_reads(expr)}
         return frozenset((read.spec.name, dim) for read in reads for dim, index in enumerate(read.args) if index == HEAD)
+
+    @functools.cached_property
+    def tells_heads_apart(self) -> bool:
+        """Whether the mask or the score depends on ``h``."""
+        return any(HEAD in expr.free_symbols for expr in (self.mask.expr, self.score.expr))
 
     @property
     def has_score(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from sparsedsl.errors import PatternError
@@ -33,11 +34,13 @@ def check_axes(function: str, axes: object) -> tuple[str, ...]:
     return tuple(words)
 
 
+@functools.cache
 def base_of(axis: str) -> str:
     """``keys/64`` -> ``keys``."""
     return axis.partition("/")[0]
 
 
+@functools.cache
 def unit_of(axis: str) -> int:
     """Tokens in one row of the axis: ``keys/64`` -> 64, ``keys`` -> 1."""
     return int(axis.partition("/")[2] or 1)

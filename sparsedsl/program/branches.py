@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
@@ -49,7 +50,7 @@ class Branch(Node):
     gives: ClassVar[str] = "branch"
     has_lse: ClassVar[bool] = True
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Of the output."""
         return "batch", "heads", "queries", "value_dim"
@@ -58,6 +59,11 @@ class Branch(Node):
     def weighable(self) -> bool:
         """Whether it has an LSE, by which a joint softmax could weigh it."""
         return self.has_lse
+
+    @property
+    def static(self) -> Pattern | None:
+        """The pattern of an attention of the call's own q, k and v that chooses nothing: all there is to say of it. Else None."""
+        return None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,6 +85,12 @@ class Attend(Branch):
     def note(self) -> str:
         """The pattern, as :func:`attend` takes it."""
         return self.code().removeprefix("attend(").removesuffix(")")
+
+    @property
+    def static(self) -> Pattern | None:
+        """The pattern, unless it chooses or attends to other rows."""
+        own = self.x is q and self.y is k and self.z is v and self.normaliser is None
+        return self.pattern if own and not nodes_in(self.pattern) else None
 
     def code(self) -> str:
         """As :func:`attend` takes it."""

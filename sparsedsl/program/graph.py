@@ -92,6 +92,11 @@ class Program:
         """The patterns among these: masks and scores of attentions."""
         return tuple(part for part in self.expressions if isinstance(part, Pattern))
 
+    @property
+    def static(self) -> Pattern | None:
+        """The pattern of a program that is one attention of the call's q, k and v over a mask that reads tables only; else None."""
+        return self.root.static
+
     @functools.cached_property
     def everything(self) -> tuple[Node, ...]:
         """All nodes, those inside of :func:`compact` included, each after those it reads."""

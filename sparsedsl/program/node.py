@@ -40,8 +40,10 @@ class Node(Unread):
     gives: ClassVar[str]
     # Field -> word of the function's argument, where they differ.
     words: ClassVar[Mapping[str, str]] = {}
+    # Whether it chooses among the tokens of one whole sequence, of which a call passes all.
+    whole_sequence: ClassVar[bool] = False
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Axes of the result, in order; of a branch those of its output."""
         raise TypeError(f"{type(self).__name__} has no axes")
@@ -69,6 +71,11 @@ class Node(Unread):
     def chooses(self) -> bool:
         """Whether its result is a choice: units, an order of the keys, or tokens that are kept."""
         return self.gives in ("picks", "order", "tokens")
+
+    @functools.cached_property
+    def whole_queries(self) -> int:
+        """It works on whole units of so many queries: a call begins with one."""
+        return 1
 
     @property
     def read(self) -> tuple[Node, ...]:

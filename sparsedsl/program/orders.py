@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -36,7 +37,7 @@ class Order(Positions):
     name: str = ""
     function: ClassVar[str] = "segment_sort"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """One position a key."""
         return self.scores.axes
@@ -62,7 +63,7 @@ class Inverse(Positions):
         """Of the order."""
         return self.order.segment
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """One place a key."""
         return self.order.axes
@@ -103,7 +104,7 @@ class Take(Node):
     function: ClassVar[str] = "take"
     gives: ClassVar[str] = "tensor"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Those of x; its heads join those of the order."""
         batch, heads, rows, dim = self.x.axes
@@ -137,9 +138,10 @@ class Tokens(Node):
     least: int = 0
     always: int = 0
     function: ClassVar[str] = "keep_tokens"
+    whole_sequence: ClassVar[bool] = True
     gives: ClassVar[str] = "tokens"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """One flag a key."""
         return self.scores.axes

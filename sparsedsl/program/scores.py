@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 import operator
 from collections.abc import Callable
@@ -171,7 +172,7 @@ class Dot(Scores):
     scale: float | None = None
     function: ClassVar[str] = "dot"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Heads join."""
         return "batch", join_heads("dot()", self.x.axes[1], self.y.axes[1]), self.x.axes[2], self.y.axes[2]
@@ -212,7 +213,7 @@ class Bound(Scores):
     scale: float | None = None
     function: ClassVar[str] = "bound"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """``keys`` becomes ``keys/unit``."""
         return "batch", join_heads("bound()", self.x.axes[1], self.y.axes[1]), self.x.axes[2], in_units(self.y.axes[2], self.unit)
@@ -246,11 +247,16 @@ class Antidiagonal(Scores):
     function: ClassVar[str] = "antidiagonal"
     mass: ClassVar[bool] = True
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """In blocks."""
         heads = join_heads("antidiagonal()", self.x.axes[1], self.y.axes[1])
         return "batch", heads, in_units(self.x.axes[2], self.block), in_units(self.y.axes[2], self.block)
+
+    @functools.cached_property
+    def whole_queries(self) -> int:
+        """Those of a block."""
+        return self.block
 
 
 def antidiagonal(x: Node, y: Node, stride: int, block: int) -> Antidiagonal:
@@ -286,10 +292,15 @@ class Softmax(Scores):
     function: ClassVar[str] = "softmax"
     mass: ClassVar[bool] = True
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Unchanged."""
         return self.scores.axes
+
+    @functools.cached_property
+    def whole_queries(self) -> int:
+        """Those of a unit."""
+        return unit_of(self.axes[2])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -301,7 +312,7 @@ class Regroup(Scores):
     how: str = "sum"
     function: ClassVar[str] = "regroup"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """``keys/16`` becomes ``keys/64`` for 4."""
         *lead, units = self.scores.axes
@@ -321,7 +332,7 @@ class Plus(Scores):
     second: Scores
     function: ClassVar[str] = "plus"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Heads join."""
         return "batch", join_heads("plus()", self.first.axes[1], self.second.axes[1]), *self.first.axes[2:]
@@ -335,7 +346,7 @@ class Gumbel(Scores):
     seed: Node
     function: ClassVar[str] = "gumbel"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Unchanged."""
         return self.scores.axes
@@ -350,7 +361,7 @@ class Grouped(Scores):
     how: str
     function: ClassVar[str] = "grouped"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """With other heads."""
         return "batch", self.heads, *self.x.axes[2:]
@@ -370,7 +381,7 @@ class GroupedKeys(KeyScores):
     how: str
     function: ClassVar[str] = "grouped"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """With other heads."""
         return "batch", self.heads, *self.x.axes[2:]
@@ -395,7 +406,7 @@ class Probe(KeyScores):
     scale: float | None = None
     function: ClassVar[str] = "probe"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """One number a key."""
         return "batch", join_heads("probe()", self.x.axes[1], self.y.axes[1]), self.y.axes[2]
@@ -444,7 +455,7 @@ class Smooth(KeyScores):
     pool: int
     function: ClassVar[str] = "smooth"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Unchanged."""
         return self.x.axes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -40,15 +41,20 @@ class Select(Operand):
         def __xor__(self, other: Any) -> Mask: ...
         def __rxor__(self, other: Any) -> Mask: ...
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Those of the scores."""
         return self.scores.axes
 
-    @property
+    @functools.cached_property
     def units(self) -> tuple[int, int]:
         """Tokens in a unit of queries and in a unit of keys."""
         return unit_of(self.axes[2]), unit_of(self.axes[3])
+
+    @functools.cached_property
+    def whole_queries(self) -> int:
+        """Those of a unit."""
+        return self.units[0]
 
     @property
     def most(self) -> int | None:

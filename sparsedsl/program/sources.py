@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -77,7 +78,7 @@ class Slots(Node):
     function: ClassVar[str] = "slots"
     gives: ClassVar[str] = "memory"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Slots of every position."""
         return "batch", self.gate.axes[1], "keys", self.gate.axes[3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import keyword
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,7 +29,7 @@ class Input(Node):
     function: ClassVar[str] = "input"
     gives: ClassVar[str] = "tensor"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """As declared."""
         return self.dims
@@ -116,7 +117,7 @@ class Summary(Node):
     function: ClassVar[str] = "summary"
     gives: ClassVar[str] = "tensor"
 
-    @property
+    @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """``keys`` becomes ``keys/unit``."""
         batch, heads, rows, dim = self.x.axes

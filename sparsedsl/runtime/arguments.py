@@ -29,7 +29,7 @@ def arranged(q: Any, k: Any, v: Any, q_offset: Any) -> tuple[Any, Any, Any, Any]
     if not torch.compiler.is_compiling():
         _refuse_distributed(q, k, v)
     q, k, v = autocast_inputs(q, k, v)
-    if all(isinstance(t, Tensor) and t.ndim == 4 for t in (q, k, v)):
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and q.ndim == k.ndim == v.ndim == 4:
         if k.shape[0] == v.shape[0] == 1 != q.shape[0]:
             k, v = (t.expand(q.shape[0], -1, -1, -1) for t in (k, v))
         if isinstance(q_offset, str) and q_offset == "end":

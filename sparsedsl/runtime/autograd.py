@@ -113,7 +113,8 @@ def _forward(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor]:
     schedule = kernel.schedule(call)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return kernel.forward(replace(call, q=q, k=k, v=v), schedule)
+        same = q is call.q and k is call.k and v is call.v
+        return kernel.forward(call if same else replace(call, q=q, k=k, v=v), schedule)
 
     return guarded_forward(call.q, call.k, call.v, call.scale, run, lambda: kernel.sight(call))
 

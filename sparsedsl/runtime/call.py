@@ -22,7 +22,7 @@ from sparsedsl.lang.tables import TableSpec
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.vmap import samples, stacked
 
-__all__ = ["FLOATS", "Call", "bind_tables", "check_call", "check_shapes", "check_table", "check_tensors", "exactly"]
+__all__ = ["FLOATS", "Call", "bind_tables", "check_call", "check_shapes", "check_table", "check_tensors", "exactly", "wants_grad"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -60,8 +60,16 @@ class Call:
     @property
     def needs_grad(self) -> bool:
         """Whether autograd wants gradients of this call."""
-        tensors = (self.q, self.k, self.v, *self.tables.values())
-        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return wants_grad(self.q, self.k, self.v, *self.domain.tables.values())
+
+
+def wants_grad(*tensors: torch.Tensor) -> bool:
+    """Whether autograd wants gradients by one of these."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t.requires_grad:
+                return True
+    return False
 
 
 def check_call(
@@ -77,17 +85,19 @@ def check_call(
     check_tensors(q, k, v)
     if isinstance(q_offset, torch.Tensor) and q_offset.ndim == 0 and not q_offset.is_floating_point():
         q_offset = int(q_offset)
-    if isinstance(q_offset, bool) or not isinstance(q_offset, numbers.Integral) or q_offset < 0:
+    whole = type(q_offset) is int or (isinstance(q_offset, numbers.Integral) and not isinstance(q_offset, bool))
+    if not whole or q_offset < 0:
         raise ShapeError(
             f"q_offset must be a whole number of at least 0, the position of the first query, or 'end'; got {q_offset!r}"
         )
     if scale is None:
         scale = pattern.scale if pattern.scale is not None else q.shape[-1] ** -0.5
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
+    real = type(scale) is float or (isinstance(scale, numbers.Real) and not isinstance(scale, bool))
+    if not real or not 0 < float(scale) < float("inf"):
         raise ShapeError(f"scale must be a positive number or None; got {scale!r}")
     empty = _is_empty(q, k)
     bound = bind_tables(pattern, tables, device=q.device, may_be_empty=empty)
-    batch, rows, kv_len = (max(size, 1) for size in (q.shape[0], q.shape[2], k.shape[2]))
+    batch, rows, kv_len = max(q.shape[0], 1), max(q.shape[2], 1), max(k.shape[2], 1)
     domain = Domain(rows, kv_len, int(q_offset), batch, q.shape[1], bound)
     if not empty:
         domain = _admitted(pattern, domain)
@@ -178,6 +188,8 @@ def bind_tables(
     ``device`` None takes the device of the first table. ``may_be_empty``: nothing will be read, so tables may have no entries.
     """
     wanted = pattern.tables
+    if not wanted and not tables:
+        return {}
     unknown = set(tables) - set(wanted)
     if unknown:
         reads = "the tables " + ", ".join(wanted) if wanted else "no table"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,10 +20,10 @@ from sparsedsl.program.branches import Attend, Branch, Linear, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.tensors import Input
-from sparsedsl.runtime.call import FLOATS, Call, check_call, check_table, exactly
+from sparsedsl.runtime.call import FLOATS, Call, check_call, check_table, exactly, wants_grad
 from sparsedsl.runtime.dtypes import accumulated
 
-__all__ = ["ProgramCall", "check_program_call"]
+__all__ = ["ProgramCall", "check_program_call", "refused_positions"]
 
 Tensor = torch.Tensor
 
@@ -40,40 +41,40 @@ class ProgramCall:
     scale: float | None
     state: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def q(self) -> Tensor:
         """``(B, Hq, Sq, D)``."""
         return self.inputs[tensors.q]
 
-    @property
+    @functools.cached_property
     def k(self) -> Tensor:
         """``(B, Hkv, Skv, D)``."""
         return self.inputs[tensors.k]
 
-    @property
+    @functools.cached_property
     def v(self) -> Tensor:
         """``(B, Hkv, Skv, Dv)``."""
         return self.inputs[tensors.v]
 
-    @property
+    @functools.cached_property
     def domain(self) -> Domain:
         """Index ranges, with the static tables."""
         return Domain(self.q.shape[2], self.k.shape[2], self.q_offset, self.q.shape[0], self.q.shape[1], self.tables)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         """What is computed in: float64 for float64, else float32."""
         return accumulated(self.q.dtype)
 
-    @property
+    @functools.cached_property
     def is_empty(self) -> bool:
         """Whether there are no batch entries, no queries or no keys."""
         return 0 in (self.q.shape[0], self.q.shape[2], self.k.shape[2])
 
-    @property
+    @functools.cached_property
     def needs_grad(self) -> bool:
         """Whether autograd wants gradients of this call."""
-        return torch.is_grad_enabled() and any(t.requires_grad for t in (*self.inputs.values(), *self.tables.values()))
+        return wants_grad(*self.inputs.values(), *self.tables.values())
 
     def state_of(self, node: Node) -> Any:
         """What a recurrent node has made of the tokens of earlier calls; None where there were none."""
@@ -83,22 +84,6 @@ class ProgramCall:
         """The call of ``branch``, which reads q, k and v alone, on these in place of the call's own."""
         inputs = {tensors.q: q, tensors.k: k, tensors.v: v}
         return replace(self, program=Program(branch, inside=self.program), inputs=inputs, q_offset=0, state={})
-
-    def check_aligned(self, unit: int, what: str) -> None:
-        """What works on units of queries begins with a whole one."""
-        if self.q_offset % unit:
-            raise UnsupportedError(
-                f"{what} works on whole units of {unit} queries: q_offset must be a multiple of {unit}; got {self.q_offset}"
-            )
-
-    def check_square(self, what: str) -> None:
-        """What chooses among the tokens of a sequence is given all of it."""
-        if self.q_offset or self.q.shape[2] != self.k.shape[2]:
-            raise UnsupportedError(
-                f"{what} chooses among the tokens of one whole sequence: it needs as many queries as keys and q_offset=0; got "
-                f"{self.q.shape[2]} queries at {self.q_offset} and {self.k.shape[2]} keys. "
-                "Use it for prefill, and another pattern to decode"
-            )
 
     def check_heads(self, node: Node, heads: int) -> int:
         """The heads of scores, which choose for as many query heads each."""
@@ -115,6 +100,24 @@ class ProgramCall:
             raise ShapeError(f"linear() was declared with {len(node.decay)} decays; q has {heads} heads: one for each is wanted")
 
 
+# What of a call has nothing to do with a program.
+_ANY = attend(True)
+
+
+def refused_positions(program: Program, q_offset: int, q_len: int, kv_len: int) -> str | None:
+    """Why no backend can run a call with queries and keys at these positions, or None."""
+    for node in program.order:
+        what, unit = f"{node.function}()", node.whole_queries
+        if q_offset % unit:
+            return f"{what} works on whole units of {unit} queries: q_offset must be a multiple of {unit}; got {q_offset}"
+        if node.whole_sequence and (q_offset or q_len != kv_len):
+            return (
+                f"{what} chooses among the tokens of one whole sequence: it needs as many queries as keys and q_offset=0; got "
+                f"{q_len} queries at {q_offset} and {kv_len} keys. Use it for prefill, and another pattern to decode"
+            )
+    return None
+
+
 def check_program_call(
     program: Program, q: Any, k: Any, v: Any, named: Mapping[str, Any], *, q_offset: Any = 0, scale: Any = None, state: Any = None
 ) -> ProgramCall:
@@ -124,7 +127,7 @@ def check_program_call(
         ShapeError: q, k, v or an input do not fit each other.
         TableError: an input or a table is missing, surplus, of the wrong type or device, or a table's values leave 2**60 by arithmetic.
     """
-    plain: Call = check_call(attend(True), q, k, v, {}, q_offset=q_offset, scale=1.0 if scale is None else scale)
+    plain: Call = check_call(_ANY, q, k, v, {}, q_offset=q_offset, scale=1.0 if scale is None else scale)
     known = program.inputs, program.tables
     unknown = set(named) - set(known[0]) - set(known[1])
     if unknown:
@@ -136,6 +139,10 @@ def check_program_call(
         "head_dim": q.shape[3], "value_dim": v.shape[3],
     }  # fmt: skip
     _check_recurrent(program, plain)
+    if not plain.is_empty:
+        why = refused_positions(program, plain.domain.q_offset, q.shape[2], k.shape[2])
+        if why is not None:
+            raise UnsupportedError(why)
     inputs: dict[Input, Tensor] = {tensors.q: q, tensors.k: k, tensors.v: v}
     for node in program.everything:
         if not isinstance(node, Input) or node in inputs:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 
 from sparsedsl.torch_private import autocast_anywhere, has_no_values, in_graph_mode, is_wrapped, transforms_active
 
-__all__ = ["autocast_inputs", "is_traced", "is_transformed"]
+__all__ = ["autocast_inputs", "is_traced", "is_transformed", "plain_math"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -23,6 +24,11 @@ def is_traced(*tensors: Any) -> bool:
         return True
     if in_graph_mode():
         return True
+    for t in tensors:
+        if type(t) is not torch.Tensor or t.is_meta:
+            break
+    else:
+        return False  # as nearly every call
     known = [t for t in tensors if isinstance(t, torch.Tensor)]
     return any(map(has_no_values, known)) or (bool(known) and all(t.is_meta for t in known))
 
@@ -30,6 +36,16 @@ def is_traced(*tensors: Any) -> bool:
 def is_transformed(*tensors: torch.Tensor) -> bool:
     """Whether ``torch.vmap``, ``torch.func.grad`` or another transform of ``torch.func`` watches one of the tensors."""
     return transforms_active() and any(map(is_wrapped, tensors))
+
+
+def plain_math(device: str) -> AbstractContextManager[Any]:
+    """Without gradients and without autocast. Only what is on is turned off: turning something costs a dozen calls."""
+    if autocast_anywhere():
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(device, enabled=False))
+        return stack
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()
 
 
 def autocast_inputs(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:

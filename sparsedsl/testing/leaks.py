@@ -10,7 +10,6 @@ from sparsedsl.analysis.program_causality import program_causality
 from sparsedsl.analysis.proofs import PROVED, REFUTED, Verdict, Witness, causality
 from sparsedsl.errors import SparseDSLError, TableError
 from sparsedsl.execute.compiled import Attention
-from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.program.branches import Linear
 from sparsedsl.program.effects import LATER_QUERIES, reasons
 from sparsedsl.testing.behaviour import assert_causal
@@ -87,7 +86,7 @@ def _case_at(witness: Witness) -> AttentionCase | None:
     return AttentionCase(batch, heads, heads, rows, keys, q_offset=witness.q_idx)
 
 
-def ask_about_program(attn: CompiledProgram, causal: bool | None) -> str:
+def ask_about_program(attn: Attention, causal: bool | None) -> str:
     """:func:`ask_about_pattern` for programs, whose declaration is followed through the graph."""
     why = reasons(attn.program).get(LATER_QUERIES)
     if why and causal is not True:

@@ -12,7 +12,7 @@ import torch
 
 from sparsedsl.analysis.proofs import PROVED, causality
 from sparsedsl.errors import PatternError, UnsupportedError
-from sparsedsl.execute.compiled_program import CompiledProgram
+from sparsedsl.execute.compiled import Attention
 from sparsedsl.execute.state import ProgramState, horizon
 from sparsedsl.lang.symbols import BATCH, Q_LEN
 from sparsedsl.lang.tables import table_reads
@@ -38,7 +38,7 @@ Tensors = Mapping[str, Tensor]
 
 
 def failing(
-    what: str, assertion: str, attn: CompiledProgram, case: AttentionCase, seed: int, words: Mapping[str, Any]
+    what: str, assertion: str, attn: Attention, case: AttentionCase, seed: int, words: Mapping[str, Any]
 ) -> Counterexample:
     """The counterexample of an assertion about a program."""
     return Counterexample(
@@ -72,7 +72,7 @@ def _cut(program: Program, tensors: Tensors, kind: str, start: int, end: int) ->
 # ---- the future --------------------------------------------------------------------------------------------------------------
 
 
-def program_is_causal(attn: CompiledProgram, case: AttentionCase, seed: int, given: Tensors) -> None:
+def program_is_causal(attn: Attention, case: AttentionCase, seed: int, given: Tensors) -> None:
     """:func:`~sparsedsl.testing.assert_causal` for programs."""
     before = draw_inputs(attn.program, case, seed, given)
     first, last = case.q_offset, min(case.kv_len, case.q_offset + case.q_len) - 1
@@ -105,7 +105,7 @@ def _changed_later(program: Program, tensors: Tensors, given: Tensors, t: int, q
     return found
 
 
-def _moved_before(attn: CompiledProgram, before: Tensors, after: Tensors, t: int, q_offset: int) -> tuple[list[str], list[str]]:
+def _moved_before(attn: Attention, before: Tensors, after: Tensors, t: int, q_offset: int) -> tuple[list[str], list[str]]:
     """What of the positions up to ``t`` is not the same for both: choices, results, gradients; and what gradients reach beyond them."""
     moved = [f"choice {label}" for label in _other_choices(attn, before, after, t, q_offset)]
     reached, rows = [], t + 1 - q_offset
@@ -148,7 +148,7 @@ def _allowance(program: Program, tensors: Tensors, found: Results, q_offset: int
     return expect_program(program, {**program.bound, **tensors}, ProgramRun(q_offset), cotangents=slopes)
 
 
-def _other_choices(attn: CompiledProgram, before: Tensors, after: Tensors, t: int, q_offset: int) -> list[str]:
+def _other_choices(attn: Attention, before: Tensors, after: Tensors, t: int, q_offset: int) -> list[str]:
     """Labels of the choices that a position up to ``t`` follows and that differ."""
     old, new = (
         choice_tables(attn.choices(*qkv, q_offset=q_offset, **named), qkv[0].shape[0])
@@ -173,7 +173,7 @@ def _same_up_to(node: Node, old: Any, new: Any, t: int, q_offset: int) -> bool:
     return torch.equal(old[:, :, :rows], new[:, :, :rows])
 
 
-def _first_rows(attn: CompiledProgram, tensors: Tensors, rows: int, q_offset: int) -> dict[str, Tensor]:
+def _first_rows(attn: Attention, tensors: Tensors, rows: int, q_offset: int) -> dict[str, Tensor]:
     """Results of the first rows, and gradients ``d<name>`` of the sum of their squares; what the program does not give is left out."""
     weighable = attn.program.root.weighable
     named = split_call(tensors)[1]
@@ -205,7 +205,7 @@ def _parts(state: ProgramState) -> list[Tensor]:
     return [value.clone() for value in values]
 
 
-def _check_state(attn: CompiledProgram, tensors: Tensors, case: AttentionCase, seed: int, given: Tensors) -> None:
+def _check_state(attn: Attention, tensors: Tensors, case: AttentionCase, seed: int, given: Tensors) -> None:
     """A state is not changed by the call that goes on from it, and does not depend on queries."""
     if not keeps_state(attn.program) or case.q_offset or case.q_len != case.kv_len or case.kv_len < 2:
         return
@@ -250,7 +250,7 @@ def _never_looks_ahead(program: Program) -> bool:
 
 
 def program_prefill_equals_decode(
-    attn: CompiledProgram, case: AttentionCase, chunks: tuple[int, ...], seed: int, given: Tensors
+    attn: Attention, case: AttentionCase, chunks: tuple[int, ...], seed: int, given: Tensors
 ) -> tuple[str, ...]:
     """:func:`~sparsedsl.testing.assert_prefill_equals_decode` for programs."""
     program = attn.program
@@ -275,9 +275,7 @@ def program_prefill_equals_decode(
     return tuple(name for name, _, _ in plans)
 
 
-def _pieces(
-    attn: CompiledProgram, tensors: Tensors, case: AttentionCase, length: int, keys: str
-) -> Iterator[tuple[slice, Tensor]]:
+def _pieces(attn: Attention, tensors: Tensors, case: AttentionCase, length: int, keys: str) -> Iterator[tuple[slice, Tensor]]:
     """Rows, and what calls of ``length`` queries give for them: with the whole keys, those up to the last query, or a state."""
     state = None
     for start in range(0, case.q_len, length):
@@ -296,7 +294,7 @@ def _pieces(
 # ---- order -----------------------------------------------------------------------------------------------------------------
 
 
-def program_is_equivariant(attn: CompiledProgram, case: AttentionCase, seed: int, given: Tensors) -> tuple[str, ...]:
+def program_is_equivariant(attn: Attention, case: AttentionCase, seed: int, given: Tensors) -> tuple[str, ...]:
     """:func:`~sparsedsl.testing.assert_equivariant` for programs: entries of the batch in another order."""
     program = attn.program
     exprs = program.exprs

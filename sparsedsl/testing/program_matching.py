@@ -9,7 +9,7 @@ import torch
 
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.compile import compile as compile_pattern
-from sparsedsl.execute.compiled_program import CompiledProgram
+from sparsedsl.execute.compiled import Attention
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, run_program
@@ -19,15 +19,16 @@ __all__ = ["assert_program_matches", "compiled_program", "is_program", "program_
 
 def is_program(value: Any) -> bool:
     """Whether a value is a program, a node, or a compiled program."""
-    return isinstance(value, CompiledProgram) or as_program(value) is not None
+    found = as_program(getattr(value, "program", value))
+    return found is not None and found.static is None
 
 
-def compiled_program(value: Any) -> CompiledProgram:
+def compiled_program(value: Any) -> Attention:
     """A compiled program as it is; anything else run by the reference."""
-    return value if isinstance(value, CompiledProgram) else compile_pattern(value, backend="reference")
+    return value if isinstance(value, Attention) else compile_pattern(value, backend="reference")
 
 
-def program_lines(attn: CompiledProgram) -> list[str]:
+def program_lines(attn: Attention) -> list[str]:
     """Code that compiles the program of ``attn`` again."""
     allow = f", allow={sorted(attn.allow)}" if attn.allow else ""
     return [
@@ -38,7 +39,7 @@ def program_lines(attn: CompiledProgram) -> list[str]:
 
 
 def assert_program_matches(
-    attn: CompiledProgram, tensors: Mapping[str, torch.Tensor], *, q_offset: int = 0, scale: float | None = None
+    attn: Attention, tensors: Mapping[str, torch.Tensor], *, q_offset: int = 0, scale: float | None = None
 ) -> tuple[str, ...]:
     """:func:`~sparsedsl.testing.assert_matches_reference` for programs; ``tensors``: q, k, v, inputs and tables by name."""
     run = ProgramRun(q_offset, scale)

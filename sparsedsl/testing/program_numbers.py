@@ -17,7 +17,7 @@ import torch
 
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
 from sparsedsl.errors import PatternError, UnsupportedError
-from sparsedsl.execute.compiled_program import CompiledProgram
+from sparsedsl.execute.compiled import Attention
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
@@ -61,7 +61,7 @@ def moving(program: Program, named: Mapping[str, Tensor]) -> list[str]:
 
 
 def run_program(
-    attn: CompiledProgram, tensors: Mapping[str, Tensor], run: ProgramRun, cotangents: Cotangents | None = None
+    attn: Attention, tensors: Mapping[str, Tensor], run: ProgramRun, cotangents: Cotangents | None = None
 ) -> tuple[Results, Cotangents | None]:
     """Everything a compiled program gives for a call, and the cotangents that gradients were taken with (None: it refuses gradients)."""
     given: dict[str, Any] = {**tensors, **run.words}

@@ -9,7 +9,7 @@ import torch
 
 from sparsedsl.backends.reference.nodes import Reference
 from sparsedsl.errors import PatternError
-from sparsedsl.execute.compiled_program import CompiledProgram
+from sparsedsl.execute.compiled import Attention
 from sparsedsl.program.axes import base_of
 from sparsedsl.program.branches import Attend, Branch, Joint, Mix
 from sparsedsl.program.effects import LATER_QUERIES, reasons
@@ -143,7 +143,7 @@ def assert_weights_sum(
         raise failing(what, "assert_weights_sum", attn, case, seed, {"total": total, **inputs})
 
 
-def _rows_that_see(attn: CompiledProgram, tensors: dict[str, Tensor], case: AttentionCase) -> Tensor:
+def _rows_that_see(attn: Attention, tensors: dict[str, Tensor], case: AttentionCase) -> Tensor:
     """Rows whose softmax has something to weigh, by the dense meaning."""
     qkv, named = split_call(tensors)
     call = check_program_call(attn.program, *qkv, {**attn.program.bound, **named}, q_offset=case.q_offset)
@@ -196,7 +196,7 @@ def assert_unselected_gradients_zero(
     return tuple(unused)
 
 
-def _unused_rows(attn: CompiledProgram, tensors: dict[str, Tensor], case: AttentionCase) -> dict[str, Tensor]:
+def _unused_rows(attn: Attention, tensors: dict[str, Tensor], case: AttentionCase) -> dict[str, Tensor]:
     """Name -> flags ``(batch, heads, rows)`` of the rows that nothing should flow to."""
     program = attn.program
     attends = list(program.nodes(Attend))

@@ -122,7 +122,7 @@ class LanePlan:
         ]
         return min(low for low, _ in ends), max(high for _, high in ends)
 
-    @property
+    @functools.cached_property
     def pairs(self) -> int:
         """Pairs computed, a group of heads counted once."""
         if self.lists is not None:
@@ -147,7 +147,7 @@ class Schedule:
     seconds: float
     masks: Cache[torch.Tensor] = field(default_factory=lambda: Cache(tiles=True), repr=False)
 
-    @property
+    @functools.cached_property
     def pairs(self) -> int:
         """Pairs computed for one head of each group."""
         return sum(lane.pairs for lane in self.lanes)

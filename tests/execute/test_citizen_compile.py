@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import sparsedsl as sd
 from source_tree import ROOT
 from sparsedsl import h, kv_idx, q_idx
-from sparsedsl.plan import BACKENDS
+from sparsedsl.backends.registry import BACKENDS
 from sparsedsl.runtime import call as checks
 from sparsedsl.testing import tensor
 

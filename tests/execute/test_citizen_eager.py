@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx
 from sparsedsl.backends.reference.attention import attend_reference
-from sparsedsl.plan import BACKENDS
+from sparsedsl.backends.registry import BACKENDS
 from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import check_call
 from sparsedsl.testing import assert_matches_reference, tensor

@@ -12,7 +12,10 @@ import torch
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.plan import CallFacts, Costs, choose, flex_refusal
+from sparsedsl.backends.registry import choose as choose_for
+from sparsedsl.backends.registry import named
+from sparsedsl.execute.explain import advice
+from sparsedsl.runtime.request import CallFacts, Costs, Request
 from sparsedsl.testing import tensor
 
 causal = kv_idx <= q_idx
@@ -25,21 +28,24 @@ def facts(**words):
     return CallFacts(**(plain | {"head_dim": 64, "head_dim_v": 64} | words))
 
 
+def choose(pattern, facts, backend):
+    return choose_for(Request("attention", facts, pattern), backend)
+
+
 def test_auto_waits_for_no_compiler_on_cpu_and_says_where_one_is_worth_it():
-    pattern = sd.attend(window)
-
     def chosen(tiled, flex):
-        return choose(pattern, facts(), "auto", costs=lambda: Costs(tiled, flex, "built in"))
+        return advice(Costs(tiled, flex, "built in"))
 
-    assert {chosen(*seconds).backend for seconds in ((0.3, 0.1), (0.1, 0.3), (3e-4, 1e-4))} == {"tiled"}
-    assert "expected 300 ms tiled, 100 ms flex; rates built in; backend='flex' may be worth its C++" in chosen(0.3, 0.1).reason
-    assert "backend='flex'" not in chosen(0.1, 0.099).reason
-    assert "backend='flex'" not in chosen(3e-4, 1e-4).reason, "microseconds are not worth seconds of compiling"
-    assert choose(pattern, facts(), "auto").backend == "tiled"
-    assert hash(chosen(0.3, 0.1)) == hash(chosen(0.3, 0.1))
+    assert "expected 300 ms tiled, 100 ms flex; rates built in; backend='flex' may be worth its C++" in chosen(0.3, 0.1)
+    assert "backend='flex'" not in chosen(0.1, 0.099)
+    assert "backend='flex'" not in chosen(3e-4, 1e-4), "microseconds are not worth seconds of compiling"
+    plan = choose(sd.attend(window), facts(), "auto")
+    assert plan.backend == "tiled" and hash(plan) == hash(choose(sd.attend(window), facts(), "auto"))
+    assert "ms tiled" in sd.compile(window).explain(8192, heads=8).plan.reason
 
 
-def test_auto_takes_flex_on_cuda():
+def test_auto_takes_flex_on_cuda(monkeypatch):
+    monkeypatch.setattr("sparsedsl.backends.triton.backend.missing", lambda device: "no kernels here")
     plan = choose(sd.attend(window), facts(device="cuda", grad=True, lse=True), "auto")
     assert plan.backend == "flex" and "never visited" in plan.reason
 
@@ -55,8 +61,10 @@ def test_auto_takes_the_reference_for_few_logits():
 )
 @pytest.mark.parametrize("length", [2048, 32768, 1 << 20])
 def test_auto_takes_tiled_for_what_flex_cannot_do_at_any_length(words, reason, length):
-    plan = choose(sd.attend(window), facts(q_len=length, kv_len=length, **words), "auto")
-    assert plan.backend == "tiled" and reason in plan.reason
+    assert choose(sd.attend(window), facts(q_len=length, kv_len=length, **words), "auto").backend == "tiled"
+    words = {"return_lse" if name == "lse" else name: value for name, value in words.items()}
+    explained = sd.compile(window).explain(length, heads=8, **words)
+    assert explained.plan.backend == "tiled" and reason in explained.plan.reason and reason in explained.others["flex"]
 
 
 @pytest.mark.parametrize(
@@ -68,13 +76,14 @@ def test_auto_takes_tiled_for_what_flex_cannot_do_at_any_length(words, reason, l
     ],
 )
 def test_flex_refuses_with_a_way_out(words, text):
-    assert flex_refusal(facts(**words)) == text
+    assert named("flex").refusal(Request("attention", facts(**words), sd.attend(window))) == text
     with pytest.raises(sd.UnsupportedError, match=f"backend 'flex' cannot run this call: {text}. Use backend='tiled'"):
         choose(sd.attend(window), facts(**words), "flex")
 
 
 def test_flex_trains_on_cuda():
-    assert flex_refusal(facts(device="cuda", grad=True, lse=True)) is None
+    request = Request("attention", facts(device="cuda", grad=True, lse=True), sd.attend(window))
+    assert named("flex").refusal(request) is None
 
 
 def test_explain_says_what_would_happen():
@@ -92,7 +101,7 @@ def test_explain_says_what_would_happen():
 
 
 def test_lists_are_remembered_while_tables_live_unchanged(monkeypatch):
-    from sparsedsl.execute import compiled as module
+    from sparsedsl.execute import static as module
 
     made = []
     monkeypatch.setattr(module, "classify", lambda *a, **words: made.append(a) or classify(*a, **words))
@@ -116,7 +125,7 @@ def test_lists_are_remembered_while_tables_live_unchanged(monkeypatch):
         attn.lists(Domain(16, 256, offset, tables={"doc": torch.zeros(256, dtype=torch.int64)}), (32, 32))
     made.clear()  # which holds the tables
     gc.collect()
-    assert len(attn._lists) == 0, "lists go with their tables"
+    assert len(attn.static._lists) == 0, "lists go with their tables"
 
 
 def test_block_mask_in_plain_flex_attention():

@@ -21,6 +21,7 @@ from sparsedsl.analysis.proofs import PROVED
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
 from sparsedsl.execute.node_rules import LOWERED_RULES
 from sparsedsl.execute.program_empty import run_empty
+from sparsedsl.execute.requests import REQUEST_RULES, facts_of, requests_of
 from sparsedsl.execute.state import horizon
 from sparsedsl.execute.ways import way_of
 from sparsedsl.models.programs import fitted
@@ -61,7 +62,8 @@ QUESTIONS: dict[str, Callable[[], Any]] = {
     "the proof of causality": lambda: program_causality(NEW),
     "the reference": lambda: Reference(call(3)).value(NEW.root),
     "the lowering": lambda: check_rules(NEW, LOWERED_RULES),
-    "the explanation": lambda: way_of(NEW.root, None),
+    "the explanation": lambda: way_of(NEW.root, []),
+    "the requests to backends": lambda: requests_of(NEW, facts_of(call(3), False)),
     "the state": lambda: horizon(NEW),
     "a call without keys": lambda: run_empty(call(0)),
     "what a layer adds to a program": lambda: fitted(NEW, 0, sd.attend(CAUSAL), 0.25, 4),
@@ -105,6 +107,7 @@ def test_rules_for_a_kind_of_ones_own_are_enough(monkeypatch: pytest.MonkeyPatch
     for rules, rule in ((REFERENCE_RULES, doubled), (LOWERED_RULES, doubled), (TEXT_RULES, Doubled)):
         monkeypatch.setitem(rules, Doubled, rule)
     monkeypatch.setitem(tables()["the effects"], Doubled, lambda node: iter(()))
+    monkeypatch.setitem(REQUEST_RULES, Doubled, lambda node, asked: [])
     q, k, v = (torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
     for backend in ("reference", "tiled"):
         once = sd.compile(sd.patterns.sliding_window(4), backend=backend)(q, k, v)

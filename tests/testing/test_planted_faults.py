@@ -12,7 +12,6 @@ import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.compiled import Attention
-from sparsedsl.execute.compiled_program import CompiledProgram
 from sparsedsl.testing import battery, program_battery
 
 CAUSAL = sd.kv_idx <= sd.q_idx
@@ -133,7 +132,7 @@ NEAR, FAR = CAUSAL & (sd.q_idx - sd.kv_idx < 5), CAUSAL & (sd.q_idx - sd.kv_idx 
 GATE = sd.input("gate", "batch heads queries 2")
 
 
-class Instead(CompiledProgram):
+class Instead(Attention):
     """A program that is declared, and another that is run in its place."""
 
     def __init__(self, declared: Any, run: Any, backend: str):
@@ -174,7 +173,7 @@ def test_a_fault_of_a_program_is_seen(name: str, backend: str, dtype: torch.dtyp
 
 
 def test_a_top_k_off_by_one_is_seen() -> None:
-    class OneMore(CompiledProgram):
+    class OneMore(Attention):
         """Runs, and reports, a choice of one chunk more."""
 
         more = sd.compile(sd.patterns.hsa(4, 3), backend="tiled")

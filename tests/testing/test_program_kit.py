@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import testing as kit
-from sparsedsl.execute.compiled_program import CompiledProgram
+from sparsedsl.execute.compiled import Attention
 from sparsedsl.program.effects import LATER_QUERIES
 from sparsedsl.testing.program_strategies import program_of
 
@@ -21,7 +21,7 @@ CASE = kit.AttentionCase(batch=2, heads=4, kv_heads=2, q_len=20, kv_len=20)
 HSA, NHA = sd.patterns.hsa(4, 2), sd.patterns.nha(3, 4)
 
 
-class Spoiled(CompiledProgram):
+class Spoiled(Attention):
     """A program run by ``tiled``, with ``spoil(results, q, k, v, words)`` applied to the list of its results."""
 
     def __init__(self, pattern: Any, spoil: Callable[..., None]):
@@ -35,7 +35,7 @@ class Spoiled(CompiledProgram):
         return results[0] if len(results) == 1 else tuple(results)
 
 
-class OtherChoices(CompiledProgram):
+class OtherChoices(Attention):
     """A program whose last choice is reported for the row before."""
 
     def choices(self, *tensors: Any, **words: Any) -> Any:

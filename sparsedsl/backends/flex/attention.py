@@ -29,25 +29,44 @@ from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
 from sparsedsl.backends.flex.block_mask import block_mask, mask_mod, pack, score_mod, tall_enough, widened
+from sparsedsl.backends.protocol import ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import sight_of
 from sparsedsl.codegen.to_flex import FlexSource, flex_kernel
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.runtime.autograd import transformed
 from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.unseen import guarded_forward
-from sparsedsl.torch_private import compile_failure, has_avx2, tile_sizes_named, varying_sizes
+from sparsedsl.torch_private import compile_failure, tile_sizes_named, varying_sizes
 
 __all__ = ["FlexKernel", "block_mask", "mask_mod", "score_mod"]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Tiles of tokens (queries, keys): what FlexAttention takes on every device.
+BLOCK = (128, 128)
 
 
-class FlexKernel:
+def reads_unwritten(kv_len: int, width: int) -> bool:
+    """Whether torch's kernel for CPUs without AVX-512 reads memory that nobody wrote, with a tile of so many keys.
+
+    Seen in torch 2.13 on a processor with AVX2 alone (AMD, Zen 3): the tile that is as long as all keys has 8 more than a multiple of 16.
+    Found with MALLOC_PERTURB_ set, which fills such memory, at lengths of 8, 24, 40, .. 120.
+    """
+    held = min(kv_len, width)
+    return held % 16 == 8 and torch.backends.cpu.get_cpu_capability() != "AVX512"
+
+
+def block_for(device: str, kv_len: int) -> tuple[int, int]:
+    """The tile size of a call: shorter tiles of keys where the usual ones would read what nobody wrote."""
+    return (BLOCK[0], 16) if device == "cpu" and reads_unwritten(kv_len, BLOCK[1]) else BLOCK
+
+
+class FlexKernel(PatternRunner):
     """One pattern on FlexAttention; compiled at the first :meth:`run` of each kind of call."""
 
-    def __init__(self, pattern: Pattern) -> None:
-        self.pattern = pattern
+    def __init__(self, pattern: Pattern, lists: ListMaker) -> None:
+        self.pattern, self._lists = pattern, lists
         self._packed: Cache[tuple[torch.Tensor, ...]] = Cache()
 
     @functools.cached_property
@@ -59,14 +78,25 @@ class FlexKernel:
         """The generated module (as it is for CPU)."""
         return self._source.text
 
+    def attend(self, call: Call, *, lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Out, and the LSE where it is wanted; differentiable on a GPU."""
+        if is_transformed(call.q, call.k, call.v, *call.tables.values()):
+            result = transformed(self.pattern, functools.partial(self._run, lse), call, lse)
+        else:
+            result = self._run(lse, call)
+        return result if lse else (result, None)
+
+    def _run(self, return_lse: bool, call: Call) -> Any:
+        block = block_for(call.q.device.type, call.k.shape[2])
+        return self.run(call, self._lists(call.domain, block), return_lse=return_lse)
+
     def run(self, call: Call, lists: TileLists, *, return_lse: bool = False) -> Any:
         """``out (B, Hq, Sq, Dv)``, or ``(out, lse (B, Hq, Sq))`` with the natural-log LSE.
 
         Raises:
-            UnsupportedError: on CPU for gradients and for the LSE, everywhere for float64, and where torch cannot compile the pattern.
+            UnsupportedError: torch cannot compile the pattern.
         """
         grad = call.needs_grad
-        _refuse(call, grad, return_lse)
         if call.q.device.type == "cpu":
 
             def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,21 +147,6 @@ class FlexKernel:
 
         parts = [part for rows in (lists.full, lists.partial) for part in (rows.counts, rows.columns)]
         return self._packed.get((device, sink, backward, lists.block, lists.q_rows, lists.kv_len), parts, make)
-
-
-def _refuse(call: Call, grad: bool, return_lse: bool) -> None:
-    """What FlexAttention cannot do. The plan refuses the same before a call comes here."""
-    cpu = call.q.device.type == "cpu"
-    if call.q.dtype not in DTYPES:
-        raise UnsupportedError(f"FlexAttention has no {call.q.dtype}; use backend='reference', or cast to float32")
-    if cpu and grad:
-        raise UnsupportedError(
-            "FlexAttention has no backward pass on CPU; use backend='reference' for gradients, or call under torch.no_grad()"
-        )
-    if cpu and return_lse:
-        raise UnsupportedError("FlexAttention does not return the LSE on CPU; use backend='reference', or return_lse=False")
-    if cpu and not has_avx2():
-        raise UnsupportedError("FlexAttention on CPU needs AVX2, which this machine lacks; use backend='reference'")
 
 
 # ---- values -----------------------------------------------------------------------------------------------------------

@@ -70,7 +70,6 @@ def _at_pairs(run: Evaluation, part: Mask | Score) -> tuple[Any, dict[str, Any]]
 def units(run: Evaluation, mask: Mask, node: Any) -> Tensor:
     """Which (unit of queries, unit of keys) of a node hold a pair that the mask allows: ``(batch, heads, units, units)``."""
     rows, columns = unit_of(node.axes[2]), unit_of(node.axes[3])
-    run.call.check_aligned(rows, f"{node.function}()")
     allowed = pairs(run, mask)
     allowed = functional.pad(allowed, (0, -allowed.shape[3] % columns, 0, -allowed.shape[2] % rows))
     return allowed.unflatten(3, (-1, columns)).any(4).unflatten(2, (-1, rows)).any(3)

@@ -82,7 +82,6 @@ def _bound(run: Evaluation, node: Bound) -> Tensor:
 
 
 def _antidiagonal(run: Evaluation, node: Antidiagonal) -> Tensor:
-    run.call.check_aligned(node.block, "antidiagonal()")
     x, y = of_one_size(run.value(node.x), run.value(node.y))
     stride, cells = node.stride, node.block // node.stride
     queries, keys = x.shape[2], y.shape[2]

@@ -43,7 +43,6 @@ def _inverse(run: Evaluation, node: Inverse) -> Tensor:
 
 def _tokens(run: Evaluation, node: Tokens) -> list[Tensor]:
     scores, by = run.value(node.scores), run.value(node.by)[:, 0]
-    run.call.check_square("keep_tokens()")
     before = max(scores.shape[2] - node.always, 0)
     always = torch.arange(before, scores.shape[2], device=scores.device)
     kept = []

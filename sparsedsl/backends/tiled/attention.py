@@ -10,12 +10,14 @@ import torch
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.backends.protocol import PatternRunner
 from sparsedsl.backends.tiled import passes
-from sparsedsl.backends.tiled.operands import folds_heads
 from sparsedsl.backends.tiled.score_rules import score_rule
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, attend
+from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import Call, check_call
+from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.unseen import Sight
 from sparsedsl.tiling.schedule import Schedule
 from sparsedsl.tiling.scheduling import HeadShape, make_schedule
@@ -40,12 +42,26 @@ def sizes_of(call: Call) -> HeadSizes:
     return HeadSizes(call.k.shape[1], call.q.shape[3], call.v.shape[3])
 
 
-class TiledKernel:
+class TiledKernel(PatternRunner):
     """One pattern on torch's dense products. Compiles nothing; any float dtype, any head ratio, forward and backward."""
 
     def __init__(self, pattern: Pattern, *, minimal: bool = True) -> None:
         self.pattern, self.minimal = pattern, minimal
+        self._names = sorted(pattern.mask.tables)
         self._schedules: Cache[Schedule] = Cache()
+
+    def attend(self, call: Call, *, lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Out and LSE, differentiable."""
+        return differentiable(self, call)
+
+    @property
+    def source(self) -> str:
+        """The pattern, which is interpreted."""
+        return self.pattern.text
+
+    def described(self, domain: Domain, facts: CallFacts) -> tuple[str, ...]:
+        """How the mask is cut."""
+        return tuple(str(self.schedule_of(domain, HeadSizes(facts.kv_heads, facts.head_dim, facts.head_dim_v))).splitlines())
 
     def schedule(self, call: Call) -> Schedule:
         """How the mask of this call is cut: made once for lengths and tables."""
@@ -53,15 +69,18 @@ class TiledKernel:
 
     def schedule_of(self, domain: Domain, sizes: HeadSizes) -> Schedule:
         """How the mask is cut over ``domain``, for heads of these sizes, on this machine."""
-        names = sorted(self.pattern.mask.tables)
-        key = (domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, sizes, torch.get_num_threads())
+        names = self._names
+        key = (
+            domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, sizes.kv_heads, sizes.head_dim, sizes.head_dim_v,
+            torch.get_num_threads(),
+        )  # fmt: skip
 
         def make() -> Schedule:
             start = time.perf_counter()
             mask, heads = self.pattern.mask.expr, domain.heads
             tables = {name: domain.tables[name].cpu() for name in names}
             narrowed = Domain(domain.rows, domain.kv_len, domain.q_offset, domain.batch, heads, tables)
-            group = heads // sizes.kv_heads if folds_heads(self.pattern) else 1
+            group = 1 if self.pattern.tells_heads_apart else heads // sizes.kv_heads
             strips = max(1, domain.batch * heads // group // narrowed.groups(mask).count)
             price = score_rule(self.pattern.score.expr).price_ns
             with torch.no_grad():

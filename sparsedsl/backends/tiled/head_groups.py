@@ -6,6 +6,7 @@ queries: many queries of one lane, or many lanes where queries are few (decoding
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Block:
     lanes: range
     rows: range
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, int, int]:
         """Batch entries, lanes, queries of each."""
         return len(self.batch), len(self.lanes), len(self.rows)
@@ -40,7 +41,7 @@ class Block:
         """Its queries as an index."""
         return slice(self.rows.start, self.rows.stop)
 
-    @property
+    @functools.cached_property
     def queries(self) -> int:
         """Lists in the block: queries of all its lanes."""
         return math.prod(self.sizes)

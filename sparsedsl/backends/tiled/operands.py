@@ -8,19 +8,13 @@ import torch
 
 from sparsedsl.backends.tiled.score_rules import score_rule
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.symbols import HEAD
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.tiling.schedule import Schedule
 
-__all__ = ["Gains", "Operands", "folds_heads"]
+__all__ = ["Gains", "Operands"]
 
 Tensor = torch.Tensor
-
-
-def folds_heads(pattern: Pattern) -> bool:
-    """Whether the query heads of a group may be rows of one strip: neither mask nor score tells them apart."""
-    return not any(HEAD in expr.free_symbols for expr in (pattern.mask.expr, pattern.score.expr))
 
 
 class Operands:
@@ -33,7 +27,7 @@ class Operands:
         self.pattern, self.call, self.schedule = pattern, call, schedule
         self.rule = score_rule(pattern.score.expr)
         self.dtype = accumulated(call.q.dtype)
-        self.group = call.group if folds_heads(pattern) else 1
+        self.group = 1 if pattern.tells_heads_apart else call.group
         self.batch, self.heads, self.rows = call.q.shape[:3]
         self.shared = self.heads // self.group  # heads that strips are made for
         self.factor = self.rule.factor(call.scale)

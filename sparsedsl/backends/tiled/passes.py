@@ -28,6 +28,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.sinks import sink_gradients, sink_logit
 from sparsedsl.runtime.threads import run_all, share
+from sparsedsl.runtime.torch_modes import plain_math
 from sparsedsl.tiling.schedule import Schedule
 
 __all__ = ["backward", "forward"]
@@ -43,7 +44,7 @@ MOST_COPIES = 4
 
 def forward(pattern: Pattern, call: Call, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """``out (B, Hq, Sq, Dv)`` in the dtype of q, ``lse (B, Hq, Sq)`` in float32 (float64 for float64 inputs)."""
-    with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
+    with plain_math(call.q.device.type):
         return Pass(pattern, call, schedule).forward()
 
 
@@ -52,7 +53,7 @@ def backward(
     learned: tuple[str, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
     """Gradients of q, k, v and of the tables named in ``learned``, from the results of :func:`forward` and the gradients by them."""
-    with torch.no_grad(), torch.autocast(call.q.device.type, enabled=False):
+    with plain_math(call.q.device.type):
         return Pass(pattern, call, schedule).backward(out, lse, grad_out, grad_lse, learned)
 
 

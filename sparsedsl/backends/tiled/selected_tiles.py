@@ -18,6 +18,7 @@ from sparsedsl.backends.tiled.head_groups import Block, Lanes
 from sparsedsl.backends.tiled.score_rules import ScoreRule, clamped
 from sparsedsl.backends.tiled.selected_chunks import Chunks
 from sparsedsl.backends.tiled.selected_invert import Inverted, Piece
+from sparsedsl.lang.shapes import joined_shape
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.selection.selected_call import SelectedCall
 
@@ -101,7 +102,7 @@ class PairTiles:
         allowed = None
         if self.selected.mask != sympy.true:
             allowed = torch.as_tensor(evaluate(self.selected.mask, env), device=self.inverted.pairs.device)
-            allowed = allowed.expand(torch.broadcast_shapes(allowed.shape, env["q_idx"].shape, env["kv_idx"].shape))
+            allowed = allowed.expand(joined_shape(allowed.shape, env["q_idx"].shape, env["kv_idx"].shape))
         if self.rule.arbitrary or self.rule.bias is not None:
             real = self.inverted.queries[piece.places] < self.block.queries
             if not bool(real.all()):

@@ -12,6 +12,7 @@ from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.clauses import only_difference
 from sparsedsl.backends.tiled.operands import Gains, Operands
 from sparsedsl.backends.tiled.score_rules import clamped
+from sparsedsl.lang.shapes import joined_shape
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import table_reads
@@ -37,6 +38,13 @@ KEPT_BYTES = 64 << 20
 def tells_heads_apart(expr: Any) -> bool:
     """Whether an expression reads ``b`` or ``h``."""
     return bool(expr.free_symbols & {BATCH, HEAD})
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(family: Family, rows: int) -> tuple[list[Segment], int]:
+    """The segments of a strip of so many rows, and how many strips are taken at once."""
+    segments = family.segments(chunk_keys(rows))
+    return segments, strips_at_once(rows, max(segment.length for segment in segments))
 
 
 class Lane:
@@ -89,8 +97,7 @@ class Lane:
         """Everything to compute for some flat heads, head by head, in the order of the queries; at most ``most_heads`` at once."""
         for number, family in enumerate(self.plan.families):
             rows = family.height * self.run.group
-            segments = family.segments(chunk_keys(rows))
-            at_once = strips_at_once(rows, max(segment.length for segment in segments))
+            segments, at_once = _cut(family, rows)
             for low, high in self.head_spans(family.group, heads):
                 if at_once == 1 or (family.count > 1 and family.count >= high - low):
                     for head in range(low, high):
@@ -105,7 +112,8 @@ class Lane:
 
 def is_safe(value: Tensor, total: Tensor) -> bool:
     """Whether sums without the maximum have all their digits, in every row."""
-    low, high = (float(x) for x in torch.aminmax(total))
+    ends = torch.aminmax(total)
+    low, high = float(ends[0]), float(ends[1])
     return low >= SAFE_TOTAL[0] and high <= SAFE_TOTAL[1] and (high <= 2.0**50 or bool(value.sum().isfinite()))
 
 
@@ -207,7 +215,7 @@ class Unit:
         def make() -> Tensor:
             env = self.tile_env(shared, segment, low, high, transposed)
             allowed = evaluate(residual, env)
-            shape = torch.broadcast_shapes(allowed.shape, env["q_idx"].shape, env["kv_idx"].shape)
+            shape = joined_shape(allowed.shape, env["q_idx"].shape, env["kv_idx"].shape)
             tile = torch.zeros(shape, dtype=self.run.dtype, device=self.lane.q.device)
             return tile.masked_fill_(~allowed.expand(shape), float("-inf"))
 
@@ -231,7 +239,7 @@ class Unit:
             value = value.view(*(1,) * (4 - value.ndim), *value.shape)
             tiles = [(low, high, self.mask(segment, low, high, residual, transposed)) for low, high, residual, _ in masks]
             if tiles:
-                shape = torch.broadcast_shapes(value.shape, env["q_idx"].shape, env["kv_idx"].shape)
+                shape = joined_shape(value.shape, env["q_idx"].shape, env["kv_idx"].shape)
                 several = max(shape[0], *(tile.shape[0] for _, _, tile in tiles))  # masks may differ where the bias does not
                 value = value.expand(several, *shape[1:]).contiguous()
             for low, high, tile in tiles:

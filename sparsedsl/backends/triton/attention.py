@@ -16,6 +16,7 @@ import torch
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.backends.protocol import ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import sight_of
 from sparsedsl.backends.triton.configs import chosen, target_of
 from sparsedsl.backends.triton.launch import (
@@ -29,7 +30,7 @@ from sparsedsl.backends.triton.launch import (
     strided,
     tensor_arguments,
 )
-from sparsedsl.backends.triton.prepared import ListMaker, Prepared, prepare
+from sparsedsl.backends.triton.prepared import Prepared, prepare
 from sparsedsl.backends.triton.table_gradients import add_table_gradient, side_of, summed_on_the_way
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.codegen.triton_backward import learned_reads
@@ -38,11 +39,13 @@ from sparsedsl.gpu.configs import Config, Shape, split_count
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import HEAD
+from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.sinks import sink_gradients
 from sparsedsl.runtime.unseen import Sight
 
-__all__ = ["TritonKernel", "missing"]
+__all__ = ["TritonKernel", "missing", "refusal_of"]
 
 Tensor = torch.Tensor
 # Up to this many queries a call is decode: heads that read the same keys lie side by side, and the keys are shared among programs.
@@ -55,7 +58,7 @@ DESCRIBED = ("forward", "decode", "grad_q")
 Work = Callable[[Config], tuple[int, Mapping[str, Any]]]
 
 
-class TritonKernel:
+class TritonKernel(PatternRunner):
     """One pattern as Triton kernels. ``lists``: makes the tile lists of the mask for a domain and a tile size."""
 
     def __init__(self, pattern: Pattern, lists: ListMaker) -> None:
@@ -63,18 +66,18 @@ class TritonKernel:
         self._lists = lists
         self._prepared: Cache[Prepared] = Cache()
 
-    def source(self, head_dim: int = 64, head_dim_v: int | None = None) -> TritonSource:
+    def attend(self, call: Call, *, lse: bool) -> tuple[Tensor, Tensor]:
+        """Out and LSE, differentiable."""
+        return differentiable(self, call)
+
+    @property
+    def source(self) -> str:
+        """The kernels for heads 64 wide."""
+        return self.module().text
+
+    def module(self, head_dim: int = 64, head_dim_v: int | None = None) -> TritonSource:
         """The generated module for heads of these widths."""
         return triton_source(self.pattern, variant_of(self.pattern, head_dim=head_dim, head_dim_v=head_dim_v))
-
-    @functools.cached_property
-    def refusal(self) -> str | None:
-        """Why no kernels can be written for this pattern, or None."""
-        try:
-            self.source()
-        except UnsupportedError as error:
-            return str(error)
-        return None
 
     def density(self, call: Call) -> str:
         """The class of densities that measured choices distinguish; few queries are not counted, they meet another length at every step."""
@@ -97,9 +100,10 @@ class TritonKernel:
         """Who sees whom in a call."""
         return sight_of(self.pattern, call)
 
-    def described(self, domain: Domain, device: str, shape: Shape, *, grad: bool) -> tuple[str, ...]:
-        """How the kernels of a call find their tiles, and how each is launched; for ``explain``."""
-        where = torch.device(device)
+    def described(self, domain: Domain, facts: CallFacts) -> tuple[str, ...]:
+        """How the kernels of a call find their tiles, and how each is launched."""
+        where, grad = torch.device(facts.device), facts.grad
+        shape = Shape(facts.dtype, facts.head_dim, facts.head_dim_v, facts.heads // facts.kv_heads)
         prepared = prepare(self.pattern, domain, where, (shape.head_dim, shape.head_dim_v), self._lists)
         variant = prepared.variant
         ways = {"spans": "intervals worked out in the kernel", "lists": "compact lists of tiles"}
@@ -250,6 +254,16 @@ class TritonKernel:
             return tiles * domain.batch * (domain.heads // call.group), {**values, **loop}
 
         _run("grad_kv", shape, prepared, work)
+
+
+@functools.lru_cache(maxsize=1024)
+def refusal_of(pattern: Pattern) -> str | None:
+    """Why no kernels can be written for a pattern, or None."""
+    try:
+        triton_source(pattern, variant_of(pattern, head_dim=64))
+    except UnsupportedError as error:
+        return str(error)
+    return None
 
 
 def _run(name: str, shape: Shape, prepared: Prepared, work: Work, **constants: Any) -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -13,6 +13,7 @@ import torch
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import TileLists
+from sparsedsl.backends.protocol import ListMaker
 from sparsedsl.backends.triton.hoisted_tables import fill
 from sparsedsl.backends.triton.launch import tensor_arguments
 from sparsedsl.backends.triton.tile_lists import list_values, span_values
@@ -25,9 +26,8 @@ from sparsedsl.gpu.tuning_records import density_class
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.table_gradients import allowed_differences
 
-__all__ = ["ListMaker", "Prepared", "prepare"]
+__all__ = ["Prepared", "prepare"]
 
-ListMaker = Callable[[Domain, tuple[int, int]], TileLists]
 # Rows of tiles at most where tiles are only counted.
 COUNTED_ROWS = 256
 

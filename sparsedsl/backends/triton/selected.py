@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -21,14 +22,15 @@ from sparsedsl.codegen.triton_expression import LONGEST
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.lang.pattern import attend
-from sparsedsl.lang.symbols import SCORE
+from sparsedsl.lang.symbols import INDEX_SYMBOLS, SCORE
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.runtime.autograd import no_second_derivatives
 from sparsedsl.runtime.call import check_call
+from sparsedsl.runtime.request import Request
 from sparsedsl.selection.checks import check_one, check_picks, check_weights
 from sparsedsl.selection.selected_call import SelectedCall
 
-__all__ = ["refusal", "selected_attention", "written"]
+__all__ = ["refusal", "refusal_of_selected", "selected_attention", "written"]
 
 Tensor = torch.Tensor
 # Keys of a block that the kernels hold at a time; widths of heads; bytes of a tile of keys.
@@ -142,6 +144,25 @@ def refusal(dtype: torch.dtype, widest: int, unit: int, *, weighted: bool) -> st
             f"{size} keys of {widest} numbers in {str(dtype).removeprefix('torch.')} take {taken:,} bytes, more than fits an SM "
             "beside as many of V: pass bfloat16 or float16"
         )
+    return None
+
+
+def refusal_of_selected(request: Request) -> str | None:
+    """Why the kernels along lists cannot do a piece of work, or None."""
+    facts = request.facts
+    widest = max(facts.head_dim, facts.head_dim_v)
+    lacks = refusal(getattr(torch, facts.dtype), widest, request.block, weighted=request.per_block)
+    return lacks or _unwritable(request.mask, request.score)
+
+
+@functools.lru_cache(maxsize=1024)
+def _unwritable(mask: sympy.Basic, score: sympy.Expr) -> str | None:
+    """Why a mask and a score cannot be written into the kernels, or None."""
+    symbols = mask.free_symbols - set(INDEX_SYMBOLS.values())
+    try:
+        written(mask, score, tuple(sorted(symbol.name for symbol in symbols)), {})
+    except UnsupportedError as error:
+        return str(error).split(". Use ")[0]
     return None
 
 

@@ -583,7 +583,7 @@ def test_auto_trains_through_tiled():
     ]
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    assert attn._tiled._schedules, "the schedule was made by the call"
+    assert attn.static.runner("tiled")._schedules, "the schedule was made by the call"
 
 
 def test_its_source_is_the_pattern():

@@ -11,12 +11,14 @@ import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
+from sparsedsl.backends.registry import choose
+from sparsedsl.backends.triton import backend as triton_backend
 from sparsedsl.backends.triton.attention import TritonKernel, missing
 from sparsedsl.backends.triton.launch import tiles_contiguous
 from sparsedsl.backends.triton.prepared import prepare
 from sparsedsl.codegen.to_triton import triton_source, variant_of
-from sparsedsl.plan import CallFacts, choose
 from sparsedsl.runtime.call import check_call
+from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.testing import tensor
 
 causal = kv_idx <= q_idx
@@ -33,6 +35,13 @@ def facts(**changed):
     return CallFacts(*(values | changed).values())
 
 
+def planned(facts, backend, lacking=None):
+    """The plan on a machine that lacks what is said there for kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "missing", lambda device: lacking)
+        return choose(Request("attention", facts, packed), backend)
+
+
 def prepared_for(pattern, rows=40, kv_len=40, offset=0, **tables):
     domain = Domain(rows, kv_len, offset, 1, 2, tables)
     return prepare(
@@ -46,7 +55,7 @@ def prepared_for(pattern, rows=40, kv_len=40, offset=0, **tables):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("dims", [(16, 16), (72, 200), (256, 256)])
 def test_calls_that_it_runs(dtype, dims):
-    plan = choose(packed, facts(dtype=dtype, head_dim=dims[0], head_dim_v=dims[1]), "triton", missing=lambda device: None)
+    plan = planned(facts(dtype=dtype, head_dim=dims[0], head_dim_v=dims[1]), "triton")
     assert plan.backend == "triton"
 
 
@@ -56,16 +65,16 @@ def test_calls_that_it_runs(dtype, dims):
 )  # fmt: skip
 def test_calls_that_it_refuses(changed, words):
     with pytest.raises(sd.UnsupportedError, match=f"{words}.*Use backend='tiled'"):
-        choose(packed, facts(**changed), "triton", missing=lambda device: None)
-    assert choose(packed, facts(**changed), "auto", missing=lambda device: None).backend != "triton"
+        planned(facts(**changed), "triton")
+    assert planned(facts(**changed), "auto").backend != "triton"
 
 
 def test_where_there_is_no_triton_auto_takes_another():
-    assert choose(packed, facts(), "auto", missing=lambda device: None).backend == "triton"
-    assert choose(packed, facts(), "auto", missing=lambda device: "it is not here").backend != "triton"
-    assert choose(packed, facts(device="cpu"), "auto", missing=lambda device: None).backend == "tiled"
+    assert planned(facts(), "auto").backend == "triton"
+    assert planned(facts(), "auto", "it is not here").backend != "triton"
+    assert planned(facts(device="cpu"), "auto").backend == "tiled"
     with pytest.raises(sd.UnsupportedError, match="it is not here"):
-        choose(packed, facts(), "triton", missing=lambda device: "it is not here")
+        planned(facts(), "triton", "it is not here")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels run on CPU in Triton's interpreter")

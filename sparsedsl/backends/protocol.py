@@ -1,0 +1,88 @@
+"""What a backend is: one object that says what it refuses, how much it is preferred, and runs what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
+
+import torch
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.lists import TileLists
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.request import CallFacts, Request
+from sparsedsl.selection.selected_call import SelectedCall
+
+__all__ = ["Backend", "ListMaker", "PatternRunner"]
+
+Tensor = torch.Tensor
+ListMaker = Callable[[Domain, tuple[int, int]], TileLists]
+"""Makes the tile lists of a mask for a domain and a tile size (queries, keys), and remembers them."""
+
+
+class PatternRunner:
+    """One pattern on one backend; made once, called many times."""
+
+    def attend(self, call: Call, *, lse: bool) -> tuple[Tensor, Tensor | None]:
+        """``out (B, Hq, Sq, Dv)`` in the dtype of q, and ``lse (B, Hq, Sq)``; the LSE may be None where ``lse`` is False."""
+        raise NotImplementedError
+
+    @property
+    def source(self) -> str:
+        """The generated code, readable; where a backend interprets the pattern, the pattern."""
+        raise NotImplementedError
+
+    def described(self, domain: Domain, facts: CallFacts) -> tuple[str, ...]:
+        """How a call would run, line by line, for ``explain``; empty where there is nothing to tell."""
+        return ()
+
+
+class Backend:
+    """One way to compute. ``choose``, ``explain`` and the call ask :meth:`refusal`, so they cannot differ."""
+
+    name: ClassVar[str]
+    # In a few words, for messages that name it as a way out.
+    summary: ClassVar[str]
+    # Whether there is anything that it refuses.
+    may_refuse: ClassVar[bool] = True
+    # Whether choices for single queries are handed over as whole tables instead of lists.
+    reads_whole_tables: ClassVar[bool] = False
+    # Whether lists of full tiles are run as they are.
+    runs_full_tiles: ClassVar[bool] = False
+
+    def refusal(self, request: Request) -> str | None:
+        """Why it cannot do a piece of work, or None."""
+        raise NotImplementedError
+
+    def preference(self, request: Request) -> int:
+        """How much ``auto`` likes it for a piece of work that it can do; 0: it is taken only where it is asked for by name."""
+        return 0
+
+    def reason(self, request: Request) -> str:
+        """Why ``auto`` takes it, in words."""
+        return "needs no compiler"
+
+    def pattern(self, pattern: Pattern, lists: ListMaker, *, minimal: bool) -> PatternRunner:
+        """A pattern made ready. ``minimal``: its tile lists are worth the time that makes them short, as its tables stay the same."""
+        raise NotImplementedError
+
+    def selected(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor | None]:
+        """Attention along selected blocks: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""
+        self._cannot("selected blocks")
+
+    def slots(self, *tensors: Any, **words: Any) -> Any:
+        """A scan of gated slots: see :func:`~sparsedsl.backends.tiled.scan_slots.slot_scan`."""
+        self._cannot("slots()")
+
+    def linear(self, *tensors: Any, **words: Any) -> Any:
+        """A scan of decayed linear attention: see :func:`~sparsedsl.backends.tiled.scan_linear.linear_scan`."""
+        self._cannot("linear()")
+
+    def way(self, request: Request) -> str:
+        """How it does a piece of work, in words, for ``explain``."""
+        raise NotImplementedError
+
+    def _cannot(self, what: str) -> NoReturn:
+        raise UnsupportedError(f"backend {self.name!r} cannot run {what}. Use backend='auto'")

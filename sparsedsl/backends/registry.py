@@ -1,0 +1,115 @@
+"""Which backends there are, and which of them does a piece of work. A backend joins by its folder and one entry in ``BACKENDS``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from sparsedsl.backends.flex.backend import FLEX
+from sparsedsl.backends.protocol import Backend
+from sparsedsl.backends.reference.backend import REFERENCE
+from sparsedsl.backends.tiled.backend import TILED
+from sparsedsl.backends.triton.backend import TRITON
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.advice import check_word
+from sparsedsl.runtime.request import CallFacts, Plan, Request
+
+__all__ = ["AUTO", "BACKENDS", "check_backend", "check_runs", "choose", "named", "refusals"]
+
+AUTO = "auto"
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, TILED, FLEX, TRITON)}
+"""Name -> backend."""
+
+# Of the backends that can (most preferred first), which was measured to be the fastest, and how that is known; None: nobody knows.
+Fastest = Callable[[tuple[str, ...]], tuple[str, str] | None]
+
+
+def named(name: str) -> Backend:
+    """The backend of a name."""
+    return BACKENDS[name]
+
+
+def check_backend(name: object) -> str:
+    """The name, if it is ``"auto"`` or that of a backend.
+
+    Raises :class:`~sparsedsl.PatternError` with the valid ones.
+    """
+    return check_word("backend", name, (AUTO, *BACKENDS))
+
+
+def refusals(requests: Sequence[Request]) -> dict[str, str]:
+    """Name of each backend that cannot do all of the work -> why not."""
+    found = {}
+    for name, backend in BACKENDS.items():
+        why = _first_refusal(backend, requests)
+        if why is not None:
+            found[name] = why
+    return found
+
+
+def choose(request: Request, backend: str = AUTO, *, fastest: Fastest | None = None) -> Plan:
+    """Who does a piece of work, and why.
+
+    Raises:
+        UnsupportedError: the backend that was asked for cannot. Nothing is ever replaced by something else without being asked for.
+    """
+    if backend != AUTO:
+        check_runs([request], backend)
+        return Plan(backend, "asked for")
+    liked = [(other.preference(request), other) for other in BACKENDS.values()]
+    ranked = [other for liking, other in sorted(liked, key=lambda entry: -entry[0]) if liking > 0]
+    refused: list[str] = []
+    for place, other in enumerate(ranked):
+        why = other.refusal(request)
+        if why is not None:
+            refused.append(why)
+            continue
+        if fastest is not None and place + 1 < len(ranked):
+            can = (other.name, *(late.name for late in ranked[place + 1 :] if late.refusal(request) is None))
+            known = fastest(can) if len(can) > 1 else None
+            if known is not None:
+                return Plan(*known)
+        return Plan(other.name, "; ".join([*refused, other.reason(request)]))
+    raise UnsupportedError(f"no backend can run this call: {'; '.join(refused)}")
+
+
+def check_runs(requests: Sequence[Request], backend: str) -> None:
+    """Whether a backend does all of the work of a call.
+
+    Raises:
+        UnsupportedError: it does not; the message names what does, or what to change, each tried on these very requests.
+    """
+    chosen = named(backend)
+    why = _first_refusal(chosen, requests)
+    if why is not None:
+        raise UnsupportedError(f"backend {backend!r} cannot run this call: {why}. {_ways_out(chosen, requests)}")
+
+
+def _first_refusal(backend: Backend, requests: Iterable[Request]) -> str | None:
+    for request in requests:
+        why = backend.refusal(request)
+        if why is not None:
+            return why
+    return None
+
+
+_CHANGES: tuple[tuple[str, Callable[[CallFacts], CallFacts]], ...] = (
+    ("cast to float32: q.float(), k.float(), v.float()", lambda facts: replace(facts, dtype="float32")),
+    ("call it under torch.no_grad() for inference", lambda facts: replace(facts, grad=False)),
+    ("leave return_lse=False", lambda facts: replace(facts, lse=False)),
+)
+
+
+def _ways_out(backend: Backend, requests: Sequence[Request]) -> str:
+    """Other backends and small changes, as far as they would run."""
+    ways = [
+        f"backend={other.name!r} ({other.summary})"
+        for other in sorted(BACKENDS.values(), key=lambda other: other.name == REFERENCE.name)  # dense only after all else
+        if other is not backend and _first_refusal(other, requests) is None
+    ]
+    text = f"Use {' or '.join(ways)}"
+    for words, change in _CHANGES:
+        changed = [replace(request, facts=change(request.facts)) for request in requests]
+        if changed != list(requests) and _first_refusal(backend, changed) is None:
+            text += f"; or {words}"
+    return text

@@ -1,0 +1,100 @@
+"""The ``triton`` backend: kernels generated for a pattern, and those along selected blocks and along scans."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.spans import spans
+from sparsedsl.backends.protocol import Backend, ListMaker
+from sparsedsl.backends.triton.attention import TritonKernel, missing, refusal_of
+from sparsedsl.backends.triton.scan_pass import MOST
+from sparsedsl.codegen.to_triton import DTYPES, WIDEST
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.symbols import SCORE
+from sparsedsl.runtime.request import Request
+from sparsedsl.selection.selected_call import SelectedCall
+
+__all__ = ["TRITON"]
+
+
+class TritonBackend(Backend):
+    """Kernels on a GPU; on CPU only in Triton's interpreter."""
+
+    name = "triton"
+    summary = "kernels generated for the pattern"
+
+    def refusal(self, request: Request) -> str | None:
+        """What the kernels lack."""
+        facts = request.facts
+        if facts.dtype not in DTYPES:
+            return f"the generated kernels have no {facts.dtype}"
+        widest = max(facts.head_dim, facts.head_dim_v)
+        if widest > WIDEST:
+            return f"the generated kernels have heads up to {WIDEST} wide; this one is {widest}"
+        if request.slots > MOST["the number of slots"]:
+            return f"the kernels hold at most {MOST['the number of slots']} slots; these are {request.slots}"
+        lacking = missing(facts.device)
+        if lacking is not None or request.pattern is None:
+            return lacking
+        if request.work == "selected":
+            from sparsedsl.backends.triton.selected import refusal_of_selected
+
+            return refusal_of_selected(request)
+        return refusal_of(request.pattern)
+
+    def preference(self, request: Request) -> int:
+        """First on a GPU; an interpreter is only for tests."""
+        return 10 if request.facts.device != "cpu" else 0
+
+    def reason(self, request: Request) -> str:
+        """In words."""
+        return "kernels that know the pattern: nothing that it leaves empty is looked at"
+
+    def pattern(self, pattern: Pattern, lists: ListMaker, *, minimal: bool) -> TritonKernel:
+        """Generated at the first call."""
+        return TritonKernel(pattern, lists)
+
+    def selected(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selected: SelectedCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adjacent queries share the union of their blocks."""
+        return self._modules["selected"](q, k, v, selected)
+
+    def slots(self, *tensors: Any, **words: Any) -> Any:
+        """Chunks in parallel."""
+        return self._modules["slots"](*tensors, **words)
+
+    def linear(self, *tensors: Any, **words: Any) -> Any:
+        """Chunks in parallel."""
+        return self._modules["linear"](*tensors, **words)
+
+    def way(self, request: Request) -> str:
+        """In words."""
+        return {
+            "attention": "kernels generated for the pattern",
+            "selected": f"kernels along lists: adjacent queries share the union of their blocks{_printed(request)}",
+            "slots": "kernels: chunks in parallel, states from chunk to chunk",
+            "linear": "kernels: chunks in parallel, states from chunk to chunk",
+        }[request.work]
+
+    @functools.cached_property
+    def _modules(self) -> dict[str, Any]:
+        # Their modules load Triton, which takes a second and may not be installed.
+        from sparsedsl.backends.triton.scan_linear import linear_scan_triton
+        from sparsedsl.backends.triton.scan_slots import slot_scan_triton
+        from sparsedsl.backends.triton.selected import selected_attention
+
+        return {"selected": selected_attention, "slots": slot_scan_triton, "linear": linear_scan_triton}
+
+
+def _printed(request: Request) -> str:
+    """Whether mask and score are printed into the kernels: one interval of keys a query is not."""
+    if request.work != "selected" or (request.score == SCORE and spans(request.mask) is not None):
+        return ""
+    return ", mask and score printed into them"
+
+
+TRITON = TritonBackend()

@@ -1,0 +1,92 @@
+"""Who does the pieces of work of a program: each is asked of the registry, and run by the backend that takes it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sparsedsl.backends.protocol import Backend
+from sparsedsl.backends.registry import AUTO, choose, named
+from sparsedsl.execute.static import static_attention
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.runtime.call import check_call
+from sparsedsl.runtime.request import CallFacts, Request
+from sparsedsl.selection.selected_call import SelectedCall
+
+__all__ = ["Dispatch", "takes"]
+
+Tensor = torch.Tensor
+
+
+@functools.lru_cache(maxsize=4096)
+def takes(request: Request, backend: str) -> Backend:
+    """The backend that does a piece of work.
+
+    Raises:
+        UnsupportedError: the one that was asked for cannot.
+    """
+    return named(choose(request, backend).backend)
+
+
+class Dispatch:
+    """The pieces of work of programs that were compiled for ``backend``, which may be ``"auto"``."""
+
+    def __init__(self, backend: str):
+        self.backend = backend
+
+    @property
+    def whole_tables(self) -> bool:
+        """Whether choices for single queries are handed over as tables."""
+        return self.backend != AUTO and named(self.backend).reads_whole_tables
+
+    def full_tiles(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether lists of full tiles are run as they are."""
+        return takes(Request("attention", _facts(q, k, v), pattern, new_tables=True), self.backend).runs_full_tiles
+
+    def attend(
+        self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], *, q_offset: int, scale: Any, lse: bool
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Attention over a mask that reads tables only: ``out``, and the LSE where it is wanted."""
+        call = check_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
+        return static_attention(pattern, new_tables=bool(tables)).attend(call, self.backend, lse=lse)
+
+    def selected(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor | None]:
+        """Attention along lists: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""
+        facts = _facts(q, k, v, lse=selected.weights is None)
+        return takes(request_of(selected, facts), self.backend).selected(q, k, v, selected)
+
+    def slots(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **words: Any) -> Any:
+        """A scan of gated slots: see :func:`~sparsedsl.backends.tiled.scan_slots.slot_scan`."""
+        return takes(Request("slots", _facts(q, k, v), slots=gate.shape[3]), self.backend).slots(q, k, v, gate, **words)
+
+    def linear(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, **words: Any) -> Any:
+        """A scan of decayed linear attention: see :func:`~sparsedsl.backends.tiled.scan_linear.linear_scan`."""
+        return takes(Request("linear", _facts(q, k, v)), self.backend).linear(q, k, v, decay, **words)
+
+
+def request_of(selected: SelectedCall, facts: CallFacts) -> Request:
+    """What attention along lists asks of a backend."""
+    return Request(
+        "selected", facts, mask=selected.mask, score=selected.score, block=selected.blocks.kv_unit,
+        per_block=selected.weights is not None,
+    )  # fmt: skip
+
+
+def _facts(q: Tensor, k: Tensor, v: Tensor, *, lse: bool = True) -> CallFacts:
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    return CallFacts(
+        q.device.type,
+        str(q.dtype)[6:],
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        k.shape[2],
+        q.shape[3],
+        v.shape[3],
+        grad,
+        lse,
+    )

@@ -1,0 +1,77 @@
+"""What a backend is asked about: one piece of work of a call, as plain values without tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sparsedsl.lang.pattern import Pattern
+
+__all__ = ["CallFacts", "Costs", "Plan", "Request", "Work"]
+
+Work = Literal["attention", "selected", "slots", "linear"]
+"""Attention over a mask that reads tables only; attention of each query over blocks that were selected for it; a scan of gated slots; a
+scan of decayed linear attention."""
+
+
+@dataclass(frozen=True)
+class CallFacts:
+    """What a choice of a backend depends on. ``grad``: autograd wants gradients; ``lse``: somebody reads the LSE. Lengths in tokens."""
+
+    device: str
+    dtype: str
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    head_dim_v: int
+    grad: bool = False
+    lse: bool = False
+
+    @property
+    def logits(self) -> int:
+        """Number of logits a dense evaluation holds."""
+        return self.batch * self.heads * self.q_len * self.kv_len
+
+
+@dataclass(frozen=True)
+class Request:
+    """A piece of work.
+
+    Args:
+        pattern: of attention over a mask that reads tables only, the pattern.
+        new_tables: its tables are others at every call, so that nothing worked out for them is used again.
+        mask, score: of attention along selected blocks, which pairs of a block attend and the logit (see
+            :class:`~sparsedsl.selection.selected_call.SelectedCall`); ``block`` keys in each; ``per_block``: each has a softmax of its own.
+        slots: how many a scan has.
+    """
+
+    work: Work
+    facts: CallFacts
+    pattern: Pattern | None = None
+    new_tables: bool = False
+    mask: Any = None
+    score: Any = None
+    block: int = 0
+    per_block: bool = False
+    slots: int = 0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Expected seconds of a forward pass on CPU; ``source``: where the rates behind them come from."""
+
+    tiled: float
+    flex: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision: ``backend`` runs the work; ``reason`` says why, for ``explain``. ``block``: tile of tokens (q, kv) of tile lists."""
+
+    backend: str
+    reason: str
+    block: tuple[int, int] = field(default=(128, 128))
