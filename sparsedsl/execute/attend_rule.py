@@ -90,8 +90,9 @@ class _Attention:
         if step >= domain.rows:
             return [slice(0, domain.rows)]
         # Computed once, and not again with each piece in the backward pass.
-        for read in (*nodes, *self.parts.choices):
-            self.run.value(read)
+        for read in self.node.pattern.bound.values():
+            if isinstance(read, Node):
+                self.run.value(read)
         # Blocks of queries are not cut.
         whole = math.lcm(*(unit_of(node.axes[2]) for node in nodes))
         return cut(0, domain.rows, max(step // whole, 1) * whole)
@@ -132,11 +133,11 @@ class _Attention:
             found.insert(0, self.static(domain, rows, q, k, v, sink=False, lse=True))
         if node.pattern.sink is not None:
             call = check_call(attend(True), q, k, v, {}, q_offset=domain.q_offset)
-            logit = sink_logit(self._written(domain, rows), call, self.run.call.tables, self.run.call.dtype)
+            logit = sink_logit(self._written(rows), call, self.run.call.tables, self.run.call.dtype)
             found.append((torch.zeros_like(found[0][0]), logit))
         return found[0] if len(found) == 1 else merged(found)
 
-    def _written(self, domain: Domain, rows: slice | None) -> Pattern:
+    def _written(self, rows: slice | None) -> Pattern:
         """The node's pattern; of a piece with the length of the whole, which is no longer that of the piece, as a number."""
         pattern = self.node.pattern
         sink = pattern.sink
@@ -164,7 +165,7 @@ class _Attention:
         self, mask: Any, rows: slice | None, *, sink: bool, more: Mapping[str, Tensor] = MappingProxyType({})
     ) -> tuple[Pattern, dict[str, Tensor]]:
         """The pattern with another mask, its reads of nodes as reads of tables, and all tables it reads."""
-        own, written = self.node.pattern, self._written(self.run.domain, rows)
+        own, written = self.node.pattern, self._written(rows)
         mask, masks = self.run.concrete(self._lengths(mask, rows), own.mask.bound, rows)
         score, scores = self.run.concrete(written.score.expr, own.score.bound, rows)
         made = Pattern(Mask(mask), Score(score), written.sink if sink else None, own.scale)
