@@ -23,7 +23,7 @@ def check_picks(picks: Picks, q: Tensor, k: Tensor) -> None:
     """
     if picks.q_unit != 1:
         raise UnsupportedError(
-            f"picked_attention wants a list for each query, q_unit 1; got q_unit {picks.q_unit}. "
+            f"attention along lists wants a list for each query, q_unit 1; got q_unit {picks.q_unit}. "
             "Lists for blocks of queries are a block mask: run them on backend='tiled' or 'flex'"
         )
     shape, units = tuple(picks.indices.shape), math.ceil(k.shape[2] / picks.kv_unit)
