@@ -84,8 +84,8 @@ def picked(block, score=None):
     [
         (picked(131), {}, "131 has no such divisor"),
         (P.hsa(160, 2), {"inputs": RETRIEVAL_OF_200}, "a block may have 128 tokens"),
-        (picked(16), {"dtype": torch.float64}, "q is float64"),
-        (picked(16), {"width": 272}, "heads may be 256 wide"),
+        (picked(16), {"dtype": torch.float64}, "have no float64"),
+        (picked(16), {"width": 272}, "heads up to 256 wide"),
         (picked(16, sd.score + sd.parse("f32_log(q_idx * kv_idx + 1)")), {}, "exactly as torch rounds it"),
     ],
     ids=["block", "weighed block", "float64", "width", "exact operation"],

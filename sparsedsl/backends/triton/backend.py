@@ -37,13 +37,13 @@ class TritonBackend(Backend):
         if request.slots > MOST["the number of slots"]:
             return f"the kernels hold at most {MOST['the number of slots']} slots; these are {request.slots}"
         lacking = missing(facts.device)
-        if lacking is not None or request.pattern is None:
+        if lacking is not None:
             return lacking
         if request.work == "selected":
             from sparsedsl.backends.triton.selected import refusal_of_selected
 
             return refusal_of_selected(request)
-        return refusal_of(request.pattern)
+        return None if request.pattern is None else refusal_of(request.pattern)
 
     def preference(self, request: Request) -> int:
         """First on a GPU; an interpreter is only for tests."""
