@@ -205,14 +205,34 @@ def result_path(benchmark: str, facts: Mapping[str, Any]) -> Path:
     return RESULTS / f"{benchmark}_{cpu}-{facts['cores']}cores.json"
 
 
+def one_line_a_record(content: Mapping[str, Any]) -> str:
+    """JSON with a line for every key, and for every record of a list of records: a change of a number changes a line.
+
+    >>> print(one_line_a_record({"benchmark": "x", "records": [{"a": 1, "b": [2]}, {"a": 3}]}), end="")
+    {
+     "benchmark": "x",
+     "records": [
+      {"a": 1, "b": [2]},
+      {"a": 3}
+     ]
+    }
+    """
+    lines = []
+    for key, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and any(isinstance(record, dict) for record in value):
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        lines.append(f"{json.dumps(key)}: {text}")
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write the whole file or nothing of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
+            file.write(one_line_a_record(content))
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

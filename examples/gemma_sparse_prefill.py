@@ -229,7 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
         words = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
         result = {"settings": words, "machine": facts, "quality": [asdict(row) for row in rows], "times": found}
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
+        options.out.write_text("{\n " + ",\n ".join(lines) + "\n}\n")
     return 0
 
 

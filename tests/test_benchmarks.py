@@ -300,6 +300,30 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_results_have_a_line_for_every_record(tmp_path):
+    measure = load("measure")
+    path = tmp_path / "x.json"
+    content = {
+        "benchmark": "x",
+        "machine": {"cores": 2},
+        "records": [{"a": 1, "b": [2, None]}, {"a": 3}],
+        "lost": [],
+        "tokens": 4,
+    }
+    measure.write_json(path, content)
+    assert json.loads(path.read_text()) == content
+    lines = path.read_text().splitlines()
+    assert [line for line in lines if '"a"' in line] == ['  {"a": 1, "b": [2, null]},', '  {"a": 3}'] and len(lines) == 10
+    measure.write_json(path, {})
+    assert json.loads(path.read_text()) == {}
+
+
+def test_kept_results_have_that_form():
+    measure = load("measure")
+    for path in sorted((BENCHMARKS / "results").glob("*.json")):
+        assert path.read_text() == measure.one_line_a_record(json.loads(path.read_text())), path.name
+
+
 @pytest.mark.parametrize(("value", "text"), [(0.0123456, "12.3 ms"), (0.9999, "1 s"), (61.2, "61.2 s"), (1e-5, "0.01 ms")])
 def test_times_in_words(value, text):
     assert load("measure").time_text(value) == text

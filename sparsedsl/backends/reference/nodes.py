@@ -6,6 +6,7 @@ Written for reading, and apart from the lowering: of what the lowering computes 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -119,18 +120,30 @@ def _recall(run: Reference, node: Recall) -> tuple[Tensor, Tensor]:
     k, v, gate = run.value(memory)
     log_keep = functional.logsigmoid(gate) / memory.temperature
     keep, write = torch.exp(log_keep)[..., None], -torch.expm1(log_keep)[..., None]
-    entries = []
-    for entry, first in enumerate(_first_tokens(run, memory.documents)):
-        e = slice(entry, entry + 1)
-        before = _before_call(run, node, e, k, v, keep)
-        rows = [_recalled(run, node, row, first, before, q[e], k[e], v[e], keep[e], write[e]) for row in range(q.shape[2])]
+    firsts, entries = _first_tokens(run, memory.documents), []
+    # Entries that say the same of documents and states go through the recurrence together.
+    alike = memory.documents is None and run.call.state_of(node) is None
+    for entry in [slice(None)] if alike else [slice(number, number + 1) for number in range(q.shape[0])]:
+        first = firsts[entry.start or 0]
+        slots = _contents(_before_call(run, node, entry, k, v, keep), first, k[entry], v[entry], keep[entry], write[entry])
+        rows = [_recalled(run, node, row, first, slots, q[entry], k.shape[1]) for row in range(q.shape[2])]
         entries.append([torch.stack(parts, 2) for parts in zip(*rows, strict=True)])
     out, lse = (torch.cat(parts) for parts in zip(*entries, strict=True))
     return out, lse
 
 
+@dataclass(frozen=True, eq=False)
+class _Slots:
+    """What slots of some batch entries hold, keys ``(B, Hkv, M, D)`` and values ``(B, Hkv, M, Dv)``: ``before`` the first token of a
+    document, and ``after`` each token of the call. ``written``: whether anything is in them before."""
+
+    before: tuple[Tensor, Tensor]
+    written: bool
+    after: list[tuple[Tensor, Tensor]]
+
+
 def _before_call(run: Reference, node: Recall, entry: slice, k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """The slots of one batch entry before the first key: keys, values, and whether anything is in them."""
+    """The slots of batch entries before the first key: keys, values, and whether anything is in them."""
     state = run.call.state_of(node)
     if state is not None:
         return state.keys[entry], state.values[entry], bool(state.written[entry].all())
@@ -138,31 +151,35 @@ def _before_call(run: Reference, node: Recall, entry: slice, k: Tensor, v: Tenso
     return k.new_zeros((*slots, k.shape[3])), v.new_zeros((*slots, v.shape[3])), False
 
 
-def _recalled(
-    run: Reference,
-    node: Recall,
-    row: int,
-    firsts: list[int],
-    before: tuple[Tensor, Tensor, bool],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep: Tensor,
-    write: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """What one query of one batch entry reads from the slots."""
-    memory, position = node.memory, run.call.q_offset + row
-    first = firsts[min(position, k.shape[2] - 1)]
-    keys, values, written = before
-    for token in range(first, min(position - memory.delay + 1, k.shape[2])):
+def _contents(
+    before: tuple[Tensor, Tensor, bool], firsts: list[int], k: Tensor, v: Tensor, keep: Tensor, write: Tensor
+) -> _Slots:
+    """The slots after each token: every token fades what is in them and is written beside it; a document begins with empty ones."""
+    *empty, written = before
+    keys, values = empty
+    after = []
+    for token, first in enumerate(firsts):
+        if token == first:
+            keys, values = empty
         keys = keep[:, :, token] * keys + write[:, :, token] * k[:, :, token, None]
         values = keep[:, :, token] * values + write[:, :, token] * v[:, :, token, None]
-    here = q[:, :, row].unflatten(1, (k.shape[1], -1))
+        after.append((keys, values))
+    return _Slots((empty[0], empty[1]), written, after)
+
+
+def _recalled(
+    run: Reference, node: Recall, row: int, firsts: list[int], slots: _Slots, q: Tensor, kv_heads: int
+) -> tuple[Tensor, Tensor]:
+    """What one query reads from the slots."""
+    memory, position = node.memory, run.call.q_offset + row
+    first, last = firsts[min(position, len(firsts) - 1)], min(position - memory.delay, len(firsts) - 1)
+    keys, values = slots.after[last] if last >= first else slots.before
+    here = q[:, :, row].unflatten(1, (kv_heads, -1))
     scale = run.call.scale or node.scale or q.shape[3] ** -0.5
     logits = (here @ keys.transpose(-1, -2) * scale).flatten(1, 2)
-    if memory.empty == "masked" and position - memory.delay < first and not written:
+    if memory.empty == "masked" and position - memory.delay < first and not slots.written:
         logits = torch.full_like(logits, NEVER)
-    out = softmax(logits).unflatten(1, (k.shape[1], -1)) @ values
+    out = softmax(logits).unflatten(1, (kv_heads, -1)) @ values
     return out.flatten(1, 2), log_sum(logits)
 
 
