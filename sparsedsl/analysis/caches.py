@@ -114,7 +114,8 @@ class Cache(Generic[T]):
         self._order = _TILES if tiles else _RESULTS
         self._most = most
         self._bytes = 0
-        self._entries: OrderedDict[Any, tuple[_Place, Sequence[Callable[[torch.Tensor], bool]], T]] = OrderedDict()
+        # In the order in which they were asked for, where `most` says how many they may be.
+        self._entries: dict[Any, tuple[_Place, Sequence[Callable[[torch.Tensor], bool]], T]] = {}
         self._recorded: list[T] = []
 
     def get(self, key: Any, tables: Sequence[torch.Tensor], make: Callable[[], T]) -> T:
@@ -126,7 +127,8 @@ class Cache(Generic[T]):
             try:
                 self._order.places.move_to_end(place)
                 if self._most is not None:
-                    self._entries.move_to_end(full)
+                    with _lock:
+                        self._entries[full] = self._entries.pop(full)
             except KeyError:
                 pass  # another thread has let go of it just now
         else:
@@ -172,6 +174,8 @@ def _asked(unchanged: Callable[[torch.Tensor], bool], table: torch.Tensor) -> bo
 
 def _let_go(place: _Place) -> Any:
     """Remove an entry from its cache and from the order; what was removed."""
+    if sys.is_finalizing():  # keys can no longer be hashed
+        return None
     with _lock:
         place.leave()
         cache = place.cache()
