@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -73,8 +74,15 @@ class Domain:
 
     def groups(self, expr: sympy.Basic) -> Groups:
         """The (batch, head) pairs that ``expr`` can tell apart: a dimension it does not read has size 1."""
-        free = expr.free_symbols
-        return Groups(self.batch if BATCH in free else 1, self.heads if HEAD in free else 1, self.device)
+        by_batch, by_head = told_apart(expr)
+        return Groups(self.batch if by_batch else 1, self.heads if by_head else 1, self.device)
+
+
+@functools.lru_cache(maxsize=4096)
+def told_apart(expr: sympy.Basic) -> tuple[bool, bool]:
+    """Whether an expression depends on the batch entry, and on the head."""
+    free = expr.free_symbols
+    return BATCH in free, HEAD in free
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Span:
             lasts += [] if last is None else [last]
         return fn.Max(*firsts), fn.Min(*lasts)
 
-    @property
+    @functools.cached_property
     def exprs(self) -> sympy.Tuple:
         """Everything it reads."""
         parts = [part for bound in self.bounds for part in (bound.q_part, bound.kv_part, bound.low, bound.high)]

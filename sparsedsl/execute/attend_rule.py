@@ -22,7 +22,7 @@ from sparsedsl.backends.tiled.whole_blocks import WholeTiles, split, whole_tiles
 from sparsedsl.errors import ShapeError
 from sparsedsl.execute.candidates import unit_rule
 from sparsedsl.execute.lowering import Lowering, has_own_rows
-from sparsedsl.execute.mask_split import EITHER, MaskSplit, symbol_of
+from sparsedsl.execute.mask_split import EITHER, MaskSplit
 from sparsedsl.execute.requests import parts_of
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern, attend
@@ -165,6 +165,9 @@ class _Attention:
         self, mask: Any, rows: slice | None, *, sink: bool, more: Mapping[str, Tensor] = MappingProxyType({})
     ) -> tuple[Pattern, dict[str, Tensor]]:
         """The pattern with another mask, its reads of nodes as reads of tables, and all tables it reads."""
+        if rows is None and not more and not _reads_nodes(self.node, mask):
+            made = _fixed(self.node, mask, sink)
+            return made, {name: self.run.call.tables[name] for name in made.tables}
         own, written = self.node.pattern, self._written(rows)
         mask, masks = self.run.concrete(self._lengths(mask, rows), own.mask.bound, rows)
         score, scores = self.run.concrete(written.score.expr, own.score.bound, rows)
@@ -211,7 +214,7 @@ class _Attention:
         blocks, members = lists[0], None
         if len(lists) > 1:
             blocks, members = joined_lists(lists, domain.kv_len, parts.wanted)
-        bits = {symbol_of(number).name: _either(q.device) for number in range(len(lists))}
+        bits = {symbol.name: _either(q.device) for symbol in parts.symbols}
         reach, tables = self._pattern(parts.reach, rows, sink=False, more=bits)
         call = check_call(reach, q, k, v, tables, q_offset=domain.q_offset, scale=run.scale(node.pattern.scale, q))
         mask, _ = run.concrete(self._lengths(parts.selected, rows), node.pattern.mask.bound, rows)
@@ -222,6 +225,20 @@ class _Attention:
             members if symbols else None, weights, node.normaliser is not None and node.normaliser.inner == "softmax1",
         )  # fmt: skip
         return run.dispatch.selected(q, k, v, made)
+
+
+@functools.lru_cache(maxsize=1024)
+def _reads_nodes(node: Attend, mask: Any) -> bool:
+    """Whether a mask, or the score of an attention, reads what other nodes give."""
+    names = {name for name, value in node.pattern.bound.items() if isinstance(value, Node)}
+    return any(read.spec.name in names for expr in (mask, node.pattern.score.expr) for read in table_reads(expr))
+
+
+@functools.lru_cache(maxsize=1024)
+def _fixed(node: Attend, mask: Any, sink: bool) -> Pattern:
+    """The pattern of an attention with another mask, which reads nothing of other nodes: the same at every call."""
+    own = node.pattern
+    return Pattern(Mask(mask), Score(own.score.expr), own.sink if sink else None, own.scale)
 
 
 @functools.lru_cache(maxsize=16)

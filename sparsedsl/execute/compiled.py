@@ -39,7 +39,7 @@ from sparsedsl.runtime.call import bind_tables, check_call, exactly
 from sparsedsl.runtime.interpreter import Evaluation
 from sparsedsl.runtime.program_call import ProgramCall, check_program_call
 from sparsedsl.runtime.request import CallFacts
-from sparsedsl.runtime.torch_modes import is_traced, is_transformed
+from sparsedsl.runtime.torch_modes import is_transformed, is_watched
 from sparsedsl.selection.scores import ScoreSource
 
 __all__ = ["Attention"]
@@ -128,11 +128,11 @@ class Attention:
                 the message names the way out.
         """
         given = q_offset
-        q, k, v, q_offset = arranged(q, k, v, q_offset)
-        if is_traced(q, k, v) or (self._static is None and is_transformed(q, k, v)):
+        compiling = torch.compiler.is_compiling()
+        q, k, v, q_offset = arranged(q, k, v, q_offset, compiling=compiling)
+        if compiling or is_watched(q, k, v) or (self._static is None and is_transformed(q, k, v)):
             return self._in_a_graph(q, k, v, named, q_offset, return_lse, scale, state is not None or return_state)
-        if given is None or given:
-            warn_of_slips(self.program.expressions, q, k, given if state is None else 0)
+        warn_of_slips(self.program.expressions, q, k, given if state is None else 0)
         return self.attend_now(
             q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state
         )
@@ -202,8 +202,8 @@ class Attention:
         """Why no backend may run a call that wants gradients, or the LSE; or None."""
         if lse and not self.has_lse:
             return f"{self.program.root!r} is no softmax and has no LSE; leave return_lse=False"
-        why = reasons(self.program).get(LATER_QUERIES)
-        if not grad or not why or LATER_QUERIES in self.allow:
+        why = reasons(self.program).get(LATER_QUERIES) if grad and LATER_QUERIES not in self.allow else None
+        if not why:
             return None
         return (
             f"{LATER_QUERIES} ({'; '.join(why)}): an output depends on tokens after it, so that a model trained on it learns from the "

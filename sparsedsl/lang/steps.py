@@ -38,8 +38,9 @@ def evaluate(expr: sympy.Basic, env: Mapping[str, Any], *, dtype: torch.dtype = 
     found = _steps(expr, dtype)
     values = [env[name] for name in found.names]
     values += found.constants
+    known = values.__getitem__
     for op, places in found.steps:
-        values.append(op(*[values[place] for place in places]))
+        values.append(op(*map(known, places)))
     value = values[found.result]
     if isinstance(value, torch.Tensor):
         return value

@@ -77,7 +77,7 @@ class Attend(Branch):
     normaliser: PerChunk | None = None
     function: ClassVar[str] = "attend"
 
-    @property
+    @functools.cached_property
     def selections(self) -> tuple[Select, ...]:
         """The choices its mask reads."""
         return tuple(choices_in(self.pattern.mask).values())

@@ -20,13 +20,14 @@ __all__ = ["arranged", "warn_of_slips"]
 Tensor = torch.Tensor
 
 
-def arranged(q: Any, k: Any, v: Any, q_offset: Any) -> tuple[Any, Any, Any, Any]:
+def arranged(q: Any, k: Any, v: Any, q_offset: Any, *, compiling: bool = False) -> tuple[Any, Any, Any, Any]:
     """``q, k, v`` in the dtype they are computed in and with one batch size, and the position of the first query.
 
     ``k`` and ``v`` of batch 1 serve every batch entry of ``q``, without a copy. ``q_offset`` None is 0; ``"end"`` puts the last query at
     the last key. What is no tensor or has no batch is left for the check of the call.
+    ``compiling``: within ``torch.compile``, which follows no look at values.
     """
-    if not torch.compiler.is_compiling():
+    if not compiling:
         _refuse_distributed(q, k, v)
     q, k, v = autocast_inputs(q, k, v)
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and q.ndim == k.ndim == v.ndim == 4:
@@ -34,7 +35,7 @@ def arranged(q: Any, k: Any, v: Any, q_offset: Any) -> tuple[Any, Any, Any, Any]
             k, v = (t.expand(q.shape[0], -1, -1, -1) for t in (k, v))
         if isinstance(q_offset, str) and q_offset == "end":
             q_offset = k.shape[2] - q.shape[2]
-            if not torch.compiler.is_compiling() and q_offset < 0:
+            if not compiling and q_offset < 0:
                 raise ShapeError(
                     f"q_offset='end' puts the last query at the last key: there must be no more queries than keys; got {q.shape[2]} "
                     f"queries and {k.shape[2]} keys"

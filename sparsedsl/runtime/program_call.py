@@ -14,6 +14,7 @@ from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
+from sparsedsl.lang.tables import table_reads
 from sparsedsl.program import tensors
 from sparsedsl.program.axes import base_of, unit_of
 from sparsedsl.program.branches import Attend, Branch, Linear, Recall
@@ -153,7 +154,7 @@ def check_program_call(
             raise TableError(f"missing input {node.name!r}: pass {node.name}=tensor with the axes {' '.join(node.axes)!r}")
     tables = {}
     given = program.bound | {name: value for name, value in named.items() if name in known[1]}
-    ranks = {name: rank for part in program.expressions for name, rank in _ranks(part).items()}
+    ranks = _ranks(program) if known[1] else {}
     for name, spec in known[1].items():
         if name not in given:
             raise TableError(f"missing table {name}: pass {name}=tensor with the call")
@@ -175,11 +176,10 @@ def _check_recurrent(program: Program, plain: Call) -> None:
             )
 
 
-def _ranks(part: Any) -> dict[str, int]:
-    from sparsedsl.lang.tables import table_reads
-
-    exprs = part.exprs if hasattr(part, "exprs") else (part.expr,)
-    return {read.spec.name: len(read.args) for expr in exprs for read in table_reads(expr)}
+@functools.lru_cache(maxsize=256)
+def _ranks(program: Program) -> dict[str, int]:
+    """Table name -> number of indices it is read with."""
+    return {read.spec.name: len(read.args) for expr in program.exprs for read in table_reads(expr)}
 
 
 def _check_input(node: Input, value: Any, sizes: dict[str, int], device: torch.device) -> Tensor:

@@ -9,19 +9,16 @@ import torch
 
 from sparsedsl.torch_private import autocast_anywhere, has_no_values, in_graph_mode, is_wrapped, transforms_active
 
-__all__ = ["autocast_inputs", "is_traced", "is_transformed", "plain_math"]
+__all__ = ["autocast_inputs", "is_transformed", "is_watched", "plain_math"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def is_traced(*tensors: Any) -> bool:
-    """Whether the call becomes part of a graph, or has no values to look at, instead of being computed now.
+def is_watched(*tensors: Any) -> bool:
+    """Whether a call outside of ``torch.compile`` becomes part of a graph, or has no values to look at, instead of being computed now.
 
-    True inside ``torch.compile`` and ``torch.export``, under ``make_fx``, for fake and functional tensors, and where every tensor is
-    on the meta device. ``torch.compile`` takes the first line as a constant and follows none of the others.
+    True under ``make_fx``, for fake and functional tensors, and where every tensor is on the meta device.
     """
-    if torch.compiler.is_compiling():
-        return True
     if in_graph_mode():
         return True
     for t in tensors:

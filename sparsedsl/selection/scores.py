@@ -6,6 +6,7 @@ kind, whose :meth:`~ScoreSource.scores` are a plain tensor.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,12 +62,12 @@ class ScoreSource(ABC):
         """Scratch memory that one (row, picked unit) takes in :meth:`at` and its backward pass, over all batch entries and heads."""
         return self.cell_bytes
 
-    @property
+    @functools.cached_property
     def row_bytes(self) -> int:
         """Scratch memory that a row takes where its tensors are cast, over all batch entries and heads."""
         return self._line_bytes("rows")
 
-    @property
+    @functools.cached_property
     def unit_bytes(self) -> int:
         """The same of a unit."""
         return self._line_bytes("units")
@@ -111,12 +112,12 @@ class ScoreSource(ABC):
         """The scores of some rows and units, ``(batch, heads, r, u)``."""
         return self.narrowed(rows, units).scores()
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         """float32 or float64."""
         return torch.float64 if any(leaf.tensor.dtype == torch.float64 for leaf in self.leaves()) else torch.float32
 
-    @property
+    @functools.cached_property
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.leaves()[0].tensor.device
@@ -184,15 +185,15 @@ class DotScores(ScoreSource):
                 "and D, and one number of heads a multiple of the other"
             )
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         return self.a.shape[0], max(self.a.shape[1], self.b.shape[1]), self.a.shape[2], self.b.shape[2]
 
-    @property
+    @functools.cached_property
     def cell_bytes(self) -> int:
         return 2 * self.dtype.itemsize * self.shape[0] * self.shape[1]
 
-    @property
+    @functools.cached_property
     def pair_bytes(self) -> int:
         return self.cell_bytes * 2 * (self.a.shape[3] + 4)
 

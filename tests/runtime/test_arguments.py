@@ -86,7 +86,7 @@ def test_the_end_is_behind_the_first_query():
 def test_fewer_queries_than_keys_without_an_offset_are_warned_of_once(pattern):
     attn, tensors = sd.compile(pattern), qkv(1, 40)
     tables = {"doc": torch.arange(40) // 9, "bias": torch.zeros(100)}
-    wanted = attn.pattern.tables if hasattr(attn, "pattern") else ()
+    wanted = attn.pattern.tables if attn.program.static is not None else ()
     words = {name: tables[name] for name in wanted}
     (text,) = told(lambda: attn(*tensors, **words))
     assert "q_offset='end' (or 39, the position of the first query)" in text and "pass q_offset=0" in text

@@ -40,6 +40,8 @@ class ScoreRule:
     bias: sympy.Expr | None = None
     tanh = False
     price_ns = 0.0
+    # Whether a logit is more than the product, as it is scaled before.
+    changes = False
     # Whether it may be anything, or have any derivative, where a pair is masked.
     arbitrary = False
 
@@ -71,6 +73,7 @@ class _Capped(ScoreRule):
     """``cap * tanh(slope * score)``."""
 
     tanh = True
+    changes = True
     price_ns = 0.2
 
     def __init__(self, cap: float, slope: float) -> None:
@@ -93,6 +96,7 @@ class _General(ScoreRule):
     """Any expression: evaluated on the tile, and differentiated by autograd."""
 
     price_ns = 4.0
+    changes = True
     arbitrary = True
 
     def __init__(self, expr: sympy.Expr) -> None:

@@ -19,7 +19,8 @@ from sparsedsl.errors import ShapeError
 from sparsedsl.lang.pattern import attend
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.runtime.autograd import no_second_derivatives
-from sparsedsl.runtime.call import check_call
+from sparsedsl.runtime.call import check_call, wants_grad
+from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.unseen import Sight, guarded_backward, guarded_forward
 from sparsedsl.selection.checks import check_one, check_picks, check_weights
 from sparsedsl.selection.selected import Picks
@@ -74,7 +75,12 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) 
     learned = {name: selected.tables[name] for name in selected.learned}
     fixed = {name: table for name, table in selected.tables.items() if name not in learned}
     job = _Job(replace(selected, tables=fixed, weights=None), tuple(learned))
-    out, lse = _Attend.apply(job, q, k, v, selected.weights, *learned.values())
+    tensors = (q, k, v, selected.weights, *learned.values())
+    known = [t for t in tensors if t is not None]
+    if wants_grad(*known) or is_transformed(*known):
+        out, lse = _Attend.apply(job, *tensors)
+    else:  # torch looks at the signature of a function at every call
+        out, lse = _Attend.forward(job, *tensors)
     return out, lse
 
 

@@ -26,17 +26,14 @@ class Chunks:
         """Tokens of each chunk of a piece."""
         return self.x.shape[2] - (self.units - 1) * self.tokens if piece.ragged else self.tokens
 
-    def start(self, number: int) -> int:
-        """The position of the first token of a chunk."""
-        return number % self.units * self.tokens
-
     def read(self, piece: Piece) -> Tensor:
         """The chunks of a piece: ``(chunks, length, D)``, contiguous."""
-        length, heads = self.length(piece), self.x.shape[1]
+        heads = self.x.shape[1]
         if len(piece.chunks) == 1:
             (number,) = piece.chunks
-            line, start = number // self.units, self.start(number)
-            return self.x[line // heads, line % heads, start : start + length].to(self.dtype).contiguous()[None]
+            line, start = number // self.units, number % self.units * self.tokens
+            # A slice ends with the keys: the last chunk may be ragged.
+            return self.x[line // heads, line % heads, start : start + self.tokens].to(self.dtype).contiguous()[None]
         numbers = torch.tensor(piece.chunks, device=self.x.device)
         lines, chunks = numbers // self.units, numbers % self.units
         if piece.ragged:

@@ -44,7 +44,7 @@ class Piece:
     ragged: bool
     chunks: list[int]
 
-    @property
+    @functools.cached_property
     def places(self) -> slice:
         """Where its pairs stand."""
         return slice(self.start, self.start + self.load * len(self.chunks))

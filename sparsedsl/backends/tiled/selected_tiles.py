@@ -88,7 +88,7 @@ class PairTiles:
         if kept:
             tile, of_rule = rule.logits_kept(tile, env, self.leaves)
         else:
-            tile = rule.logits(tile, env)
+            tile = rule.logits(tile, env) if rule.changes else tile
         if allowed is None:
             return tile, of_rule
         if rule.arbitrary:
@@ -100,7 +100,7 @@ class PairTiles:
         if "allowed" in env:
             return env["allowed"]
         allowed = None
-        if self.selected.mask != sympy.true:
+        if self.selected.mask is not sympy.true:
             allowed = torch.as_tensor(evaluate(self.selected.mask, env), device=self.inverted.pairs.device)
             allowed = allowed.expand(joined_shape(allowed.shape, env["q_idx"].shape, env["kv_idx"].shape))
         if self.rule.arbitrary or self.rule.bias is not None:
@@ -117,19 +117,26 @@ class PairTiles:
         places = (count, 1, load, 1) if transposed else (count, load, 1, 1)
         query = self.inverted.queries[piece.places].clamp(max=self.block.queries - 1).view(places)
         _, lanes, rows = self.block.sizes
-        start = torch.tensor([self.keys.start(number) for number in piece.chunks], device=device)
+        units, tokens = self.keys.units, self.keys.tokens
+        start = torch.tensor([number % units * tokens for number in piece.chunks], device=device)
         keys = start[:, None] + torch.arange(self.keys.length(piece), device=device)
         lane = self.block.lanes.start if lanes == 1 else self.block.lanes.start + query // rows % lanes
-        env: dict[str, Any] = {**self.selected.domain.lengths, **self.selected.tables}
+        env = dict(self._fixed)
         heads = torch.arange(self.lanes.heads, device=device)
+        several = lanes > 1 or len(self.block.batch) > 1
         env["b"] = self.block.batch.start + (query // (rows * lanes) if len(self.block.batch) > 1 else 0)
         env["h"] = lane * self.lanes.heads + (heads if transposed else heads[:, None])
-        env["q_idx"] = self.selected.domain.q_offset + self.block.rows.start + query % rows
+        env["q_idx"] = self.selected.domain.q_offset + self.block.rows.start + (query % rows if several else query)
         env["kv_idx"] = keys.view(count, -1, 1, 1) if transposed else keys.view(count, 1, 1, -1)
         if self._bits is not None:
             bits = self._bits[self.inverted.pairs[piece.places]].view(places)
             env |= {name: (bits >> number & 1).bool() for number, name in enumerate(self.selected.choices)}
         return env
+
+    @functools.cached_property
+    def _fixed(self) -> dict[str, Any]:
+        """What all pieces see alike: lengths and tables."""
+        return {**self.selected.domain.lengths, **self.selected.tables}
 
     @functools.cached_property
     def _bits(self) -> Tensor | None:
