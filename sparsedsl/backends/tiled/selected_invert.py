@@ -29,7 +29,7 @@ class Sizes:
     heads: int
     width: int
 
-    @property
+    @functools.cached_property
     def alone(self) -> int:
         """How often a chunk is picked that is better off, on CPU, with products of its own."""
         return math.ceil(SINGLE / (self.heads * self.tokens))

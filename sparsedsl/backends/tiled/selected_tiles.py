@@ -119,7 +119,7 @@ class PairTiles:
         _, lanes, rows = self.block.sizes
         units, tokens = self.keys.units, self.keys.tokens
         start = torch.tensor([number % units * tokens for number in piece.chunks], device=device)
-        keys = start[:, None] + torch.arange(self.keys.length(piece), device=device)
+        keys = start[:, None] + torch.arange(self.keys.length(piece) if piece.ragged else tokens, device=device)
         lane = self.block.lanes.start if lanes == 1 else self.block.lanes.start + query // rows % lanes
         env = dict(self._fixed)
         heads = torch.arange(self.lanes.heads, device=device)
