@@ -316,7 +316,7 @@ LENGTHS = [700 + 61 * number for number in range(34)]
 
 @pytest.mark.parametrize("kind", ["window | top_k", "documents"])
 def test_34_prompt_lengths_stay_under_the_bound(bound, kind):
-    limit = 8 << 20
+    limit = 1 << 19
     bound(limit)
     causal = sd.kv_idx <= sd.q_idx
     if kind == "documents":
