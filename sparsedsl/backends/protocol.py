@@ -68,6 +68,10 @@ class Backend:
         """A pattern made ready. ``minimal``: its tile lists are worth the time that makes them short, as its tables stay the same."""
         raise NotImplementedError
 
+    def source(self, request: Request) -> str:
+        """The code that is written for a piece of work of a program, readable; empty where none is."""
+        return ""
+
     def selected(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor | None]:
         """Attention along selected blocks: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""
         self._cannot("selected blocks")

@@ -19,7 +19,7 @@ from sparsedsl.analysis.lists import TileLists
 from sparsedsl.analysis.tiles import block_pair
 from sparsedsl.backends.flex import attention as flex
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
-from sparsedsl.backends.registry import check_backend, check_runs
+from sparsedsl.backends.registry import check_backend, check_runs, named
 from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
 from sparsedsl.execute import operators
 from sparsedsl.execute.dispatch import Dispatch
@@ -294,9 +294,14 @@ class Attention:
     @property
     def source(self) -> str:
         """The generated code of a static pattern, readable (of ``"triton"`` the kernels for heads 64 wide); where it is interpreted, the
-        pattern. Of a program its text form: the code of its kernels lies in ``codegen/kernels``."""
+        pattern. Of a program its text form, and on ``"triton"`` the kernels along lists of selected blocks."""
         if self._static is None:
-            return self.program.text
+            if self.backend == "auto":
+                return self.program.text
+            facts = CallFacts("cuda", "float32", 1, 1, 1, 1024, 1024, 64, 64)
+            asked = requests_of(self.program, facts, whole_tables=self.dispatch.whole_tables)
+            written = (named(self.backend).source(request) for requests in asked.values() for request in requests)
+            return "\n\n".join([self.program.text, *dict.fromkeys(filter(None, written))])
         return self._static.runner("flex" if self.backend == "auto" else self.backend).source
 
     def lists(self, domain: Domain, block: tuple[int, int]) -> TileLists:

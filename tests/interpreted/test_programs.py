@@ -75,6 +75,14 @@ def test_kernels_mean_what_the_reference_does(name):
 RETRIEVAL_OF_200 = {"retrieval_q": of(1, 200, 16, seed=3), "landmarks": of(1, 1, 16, seed=4)}
 
 
+def test_the_source_of_a_program_shows_its_kernels_along_lists():
+    program, _ = CASES["a choice beside scores"]
+    source = sd.compile(program, backend="triton").source
+    assert source.startswith(sd.compile(program, backend="tiled").source)
+    assert "def picked_forward(" in source and "def picked_grad_kv(" in source
+    assert "score = tl.dot(q, k.T, input_precision=PRECISION) * scale" in source
+
+
 def picked(block, score=None):
     return sd.attend(causal & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, block)), 1), score=score)
 

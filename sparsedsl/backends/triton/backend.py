@@ -57,6 +57,14 @@ class TritonBackend(Backend):
         """Generated at the first call."""
         return TritonKernel(pattern, lists)
 
+    def source(self, request: Request) -> str:
+        """The modules of the kernels along lists, with mask and score in them."""
+        if request.work != "selected":
+            return ""
+        from sparsedsl.backends.triton.selected import source_of_selected
+
+        return source_of_selected(request.mask, request.score)
+
     def selected(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, selected: SelectedCall
     ) -> tuple[torch.Tensor, torch.Tensor]:

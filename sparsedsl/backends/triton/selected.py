@@ -30,7 +30,7 @@ from sparsedsl.runtime.request import Request
 from sparsedsl.selection.checks import check_one, check_picks, check_weights
 from sparsedsl.selection.selected_call import SelectedCall
 
-__all__ = ["refusal", "refusal_of_selected", "selected_attention", "written"]
+__all__ = ["refusal", "refusal_of_selected", "selected_attention", "source_of_selected", "written"]
 
 Tensor = torch.Tensor
 # Keys of a block that the kernels hold at a time; widths of heads; bytes of a tile of keys.
@@ -155,12 +155,21 @@ def refusal_of_selected(request: Request) -> str | None:
     return lacks or _unwritable(request.mask, request.score)
 
 
+def source_of_selected(mask: sympy.Basic, score: sympy.Expr) -> str:
+    """The modules with the forward and the backward kernels for a mask and a score, one after the other."""
+    return "\n\n".join(dict.fromkeys(written(mask, score, _choices(mask), {}).texts.values()))
+
+
+def _choices(mask: sympy.Basic) -> tuple[str, ...]:
+    """Names of the symbols that stand for choices in a mask."""
+    return tuple(sorted(symbol.name for symbol in mask.free_symbols - set(INDEX_SYMBOLS.values())))
+
+
 @functools.lru_cache(maxsize=1024)
 def _unwritable(mask: sympy.Basic, score: sympy.Expr) -> str | None:
     """Why a mask and a score cannot be written into the kernels, or None."""
-    symbols = mask.free_symbols - set(INDEX_SYMBOLS.values())
     try:
-        written(mask, score, tuple(sorted(symbol.name for symbol in symbols)), {})
+        written(mask, score, _choices(mask), {})
     except UnsupportedError as error:
         return str(error).split(". Use ")[0]
     return None
