@@ -127,8 +127,10 @@ def _conditions(expr: sympy.Basic) -> set[Any]:
 
 def with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pattern, PerChunk | None]:
     """The pattern with every choice told its candidates, where it was declared without."""
-    mask = pattern.mask
-    for label, node in choices_in(mask).items():
+    mask, choices = pattern.mask, choices_in(pattern.mask)
+    if normaliser is not None:  # where the mask is false and reads no choice, this one has no candidates
+        choices |= {label: node for label, node in mask.bound.items() if node is normaliser.picks}
+    for label, node in choices.items():
         if node.among is not None:
             continue
         added, removed = pairs_decided_by(pattern.mask, label)

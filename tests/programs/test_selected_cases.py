@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -69,6 +70,12 @@ def assert_means_what_it_says(case: Case, backend: str) -> None:
 @settings(max_examples=60)
 def test_choices_anywhere_mean_what_they_say(seed: int) -> None:
     assert_means_what_it_says(draw(seed), "tiled")
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_a_mask_that_turns_out_false_leaves_no_candidates(backend: str) -> None:
+    """So that the weights of chunks add up to nothing."""
+    assert_means_what_it_says(draw(888), backend)
 
 
 @given(
