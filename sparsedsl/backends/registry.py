@@ -41,7 +41,7 @@ def refusals(requests: Sequence[Request]) -> dict[str, str]:
     """Name of each backend that cannot do all of the work -> why not."""
     found = {}
     for name, backend in BACKENDS.items():
-        why = _first_refusal(backend, requests)
+        why = _refusal(backend, requests)
         if why is not None:
             found[name] = why
     return found
@@ -80,17 +80,15 @@ def check_runs(requests: Sequence[Request], backend: str) -> None:
         UnsupportedError: it does not; the message names what does, or what to change, each tried on these very requests.
     """
     chosen = named(backend)
-    why = _first_refusal(chosen, requests)
+    why = _refusal(chosen, requests)
     if why is not None:
         raise UnsupportedError(f"backend {backend!r} cannot run this call: {why}. {_ways_out(chosen, requests)}")
 
 
-def _first_refusal(backend: Backend, requests: Iterable[Request]) -> str | None:
-    for request in requests:
-        why = backend.refusal(request)
-        if why is not None:
-            return why
-    return None
+def _refusal(backend: Backend, requests: Iterable[Request]) -> str | None:
+    """All that it refuses, each reason once."""
+    found = dict.fromkeys(why for request in requests if (why := backend.refusal(request)) is not None)
+    return "; ".join(found) or None
 
 
 _CHANGES: tuple[tuple[str, Callable[[CallFacts], CallFacts]], ...] = (
@@ -105,11 +103,11 @@ def _ways_out(backend: Backend, requests: Sequence[Request]) -> str:
     ways = [
         f"backend={other.name!r} ({other.summary})"
         for other in sorted(BACKENDS.values(), key=lambda other: other.name == REFERENCE.name)  # dense only after all else
-        if other is not backend and _first_refusal(other, requests) is None
+        if other is not backend and _refusal(other, requests) is None
     ]
     text = f"Use {' or '.join(ways)}"
     for words, change in _CHANGES:
         changed = [replace(request, facts=change(request.facts)) for request in requests]
-        if changed != list(requests) and _first_refusal(backend, changed) is None:
+        if changed != list(requests) and _refusal(backend, changed) is None:
             text += f"; or {words}"
     return text

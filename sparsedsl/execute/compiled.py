@@ -157,7 +157,9 @@ class Attention:
             checked = continued(checked, state)
         with torch.autocast(checked.q.device.type, enabled=False):
             out, lse = self._evaluation(checked, return_lse).value(self.program.root)
-            after = advanced(checked, self.dispatch) if return_state else None
+            # The reference has no scans of its own: what is carried over is made as `tiled` makes it.
+            carrier = Dispatch("tiled") if self.backend == "reference" else self.dispatch
+            after = advanced(checked, carrier) if return_state else None
         results = [out.to(checked.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]
         return results[0] if len(results) == 1 else tuple(results)
 

@@ -103,6 +103,11 @@ class Node(Unread):
     def key(self) -> str:
         """A hash (32 hex digits), the same in every process."""
         words = [self.function, *(f"{name}={_text(value, lambda node: node.key)}" for name, value in self.arguments.items())]
+        # What is declared of tables is part of what it says: a monotone table is not any table of the same name.
+        tables = {name: spec for part in self.expressions for name, spec in part.tables.items()}
+        bound = {name for part in self.expressions for name, value in part.bound.items() if isinstance(value, Node)}
+        words += [f"{name} = {spec.declaration()}" for name, spec in sorted(tables.items()) if name not in bound]
+        words += [f"heads={part.heads}" for part in self.expressions if part.heads is not None]
         return hashlib.sha256("\n".join(words).encode()).hexdigest()[:32]
 
     @property

@@ -195,3 +195,18 @@ def test_noise_is_the_same_however_a_call_is_cut(qkv: Any, backend: str) -> None
     whole = attn(**qkv, seed=seed)
     rows = [attn(qkv["q"][:, :, i : i + 1], qkv["k"], qkv["v"], q_offset=i, seed=seed) for i in range(L)]
     torch.testing.assert_close(torch.cat(rows, dim=2), whole)
+
+
+def test_tables_that_are_declared_otherwise_are_other_nodes() -> None:
+    """A monotone table and any table of one name: a program of one is not a program of the other."""
+    roots = []
+    for words in ({}, {"monotone": True}, {"dtype": bool}, {"values_in": (0, 3)}):
+        doc = sd.table("doc", **words)
+        mask = doc[sd.kv_idx] if words.get("dtype") is bool else doc[sd.q_idx] == doc[sd.kv_idx]
+        roots.append(sd.Program(sd.attend(mask & (sd.kv_idx <= sd.q_idx))).root)
+        roots.append(sd.Program(sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 2, among=mask)).root)
+    assert len(set(map(id, roots))) == len(roots) and len({root.key for root in roots}) == len(roots)
+    doc = sd.table("doc")
+    falls = torch.tensor([3, 1, 3, 1, 0, 0, 2, 1])
+    q = torch.randn(1, 1, 8, 4, generator=torch.Generator().manual_seed(0))
+    sd.compile(doc[sd.q_idx] == doc[sd.kv_idx])(q, q, q, doc=falls)
