@@ -44,7 +44,8 @@ class Dispatch:
 
     def full_tiles(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether lists of full tiles are run as they are."""
-        return takes(Request("attention", _facts(q, k, v), pattern, new_tables=True), self.backend).runs_full_tiles
+        facts = _facts(q, k, v, lse=False)
+        return takes(Request("attention", facts, pattern, new_tables=True), self.backend).runs_full_tiles
 
     def attend(
         self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], *, q_offset: int, scale: Any, lse: bool

@@ -143,7 +143,8 @@ def test_the_reference_shares_nothing_with_the_lowering_but_the_call() -> None:
                 waiting += [name if name in known else str(node.module) for name in names]
     own = {name for name in known if name.startswith("sparsedsl.backends.reference.")}
     shared = {name.removeprefix("sparsedsl.runtime.") for name in seen - own}
-    assert own <= seen
+    # `backend` is how the registry sees the reference; nothing of what it means lies there.
+    assert own - {"sparsedsl.backends.reference.backend"} <= seen
     assert shared == {"call", "program_call", "interpreter", "dtypes", "seen_product", "torch_modes", "vmap"}
     assert not issubclass(Lowering, Reference) and not issubclass(Reference, Lowering)
 
