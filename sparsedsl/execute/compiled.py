@@ -172,8 +172,8 @@ class Attention:
 
     def _check_runs(self, facts: CallFacts) -> None:
         """Whether the backend that was asked for does all the work, before it does any of it."""
-        # Of lengths, refusals ask at most for 8 keys: a step of decoding, each of another length, is not asked about anew.
-        kind = replace(facts, batch=1, q_len=1, kv_len=min(facts.kv_len, 16))
+        # No refusal depends on a length: a step of decoding, each of another length, is not asked about anew.
+        kind = replace(facts, batch=1, q_len=1, kv_len=1)
         if kind not in self._runs:
             asked = requests_of(self.program, facts, whole_tables=self.dispatch.whole_tables)
             check_runs([request for requests in asked.values() for request in requests], self.backend)

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest
@@ -34,6 +35,7 @@ from sparsedsl.backends.tiled.attention import sight_of
 from sparsedsl.codegen.to_flex import FlexSource, flex_kernel
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.expressions import Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.autograd import transformed
 from sparsedsl.runtime.call import Call
@@ -47,19 +49,13 @@ __all__ = ["FlexKernel", "block_mask", "mask_mod", "score_mod"]
 BLOCK = (128, 128)
 
 
-def reads_unwritten(kv_len: int, width: int) -> bool:
-    """Whether torch's kernel for CPUs without AVX-512 reads memory that nobody wrote, with a tile of so many keys.
+def reads_unwritten(device: str, kv_len: int) -> bool:
+    """Whether torch's kernel for CPUs without AVX-512 reads memory that nobody wrote, with so many keys.
 
-    Seen in torch 2.13 on a processor with AVX2 alone (AMD, Zen 3): the tile that is as long as all keys has 8 more than a multiple of 16.
-    Found with MALLOC_PERTURB_ set, which fills such memory, at lengths of 8, 24, 40, .. 120.
+    Seen in torch 2.13 on a processor with AVX2 alone (AMD, Zen 3), heads 16 wide: the tile of keys is as long as all keys, and that is 8
+    more than a multiple of 16. Found with MALLOC_PERTURB_ set, which fills such memory, at lengths of 8, 24, 40, .. 120.
     """
-    held = min(kv_len, width)
-    return held % 16 == 8 and torch.backends.cpu.get_cpu_capability() != "AVX512"
-
-
-def block_for(device: str, kv_len: int) -> tuple[int, int]:
-    """The tile size of a call: shorter tiles of keys where the usual ones would read what nobody wrote."""
-    return (BLOCK[0], 16) if device == "cpu" and reads_unwritten(kv_len, BLOCK[1]) else BLOCK
+    return device == "cpu" and kv_len < BLOCK[1] and kv_len % 16 == 8 and torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
 class FlexKernel(PatternRunner):
@@ -87,8 +83,16 @@ class FlexKernel(PatternRunner):
         return result if lse else (result, None)
 
     def _run(self, return_lse: bool, call: Call) -> Any:
-        block = block_for(call.q.device.type, call.k.shape[2])
-        return self.run(call, self._lists(call.domain, block), return_lse=return_lse)
+        kernel = self._padded if reads_unwritten(call.q.device.type, call.k.shape[2]) else self
+        return kernel.run(call, self._lists(call.domain, BLOCK), return_lse=return_lse)
+
+    @functools.cached_property
+    def _padded(self) -> FlexKernel:
+        """The same attention over as many keys as a tile has, and one more: a sink whose logit is -inf adds them, and changes nothing."""
+        own = self.pattern
+        return (
+            self if own.sink is not None else FlexKernel(Pattern(own.mask, own.score, Score(-sympy.oo), own.scale), self._lists)
+        )
 
     def run(self, call: Call, lists: TileLists, *, return_lse: bool = False) -> Any:
         """``out (B, Hq, Sq, Dv)``, or ``(out, lse (B, Hq, Sq))`` with the natural-log LSE.
