@@ -45,6 +45,8 @@ class Backend:
     name: ClassVar[str]
     # In a few words, for messages that name it as a way out.
     summary: ClassVar[str]
+    # What the lines of `described` are called in an explanation.
+    details: ClassVar[str] = "how"
     # Whether there is anything that it refuses.
     may_refuse: ClassVar[bool] = True
     # Whether choices for single queries are handed over as whole tables instead of lists.

@@ -66,7 +66,7 @@ class Explanation:
         else:
             lines = [f"backend: {self.plan.backend} ({self.plan.reason})"]
             if self.details:
-                lines += ["how:", *(f"  {line}" for line in self.details)]
+                lines += [f"{named(self.plan.backend).details}:", *(f"  {line}" for line in self.details)]
             elif self.steps is None:
                 lines.append(f"tiles: {self.plan.block[0]} x {self.plan.block[1]} tokens (q, kv)")
         if self.structure:

@@ -23,6 +23,7 @@ class TiledBackend(Backend):
 
     name = "tiled"
     summary = "torch's dense products on the tiles of the pattern, with gradients and the LSE"
+    details = "schedule"
     may_refuse = False
     runs_full_tiles = True
 

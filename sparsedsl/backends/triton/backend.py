@@ -25,6 +25,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     summary = "kernels generated for the pattern"
+    details = "kernels"
 
     def refusal(self, request: Request) -> str | None:
         """What the kernels lack."""

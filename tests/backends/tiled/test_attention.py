@@ -564,7 +564,7 @@ def test_explain_shows_the_schedule():
     text = str(sd.compile(USUAL["dilated"], backend="tiled").explain(4096))
     assert "queries 1, 5, 9, .., keys 1, 5, 9, .." in text
     explained = sd.compile(USUAL["picture"], backend="tiled").explain(150)
-    assert "scattered tiles" in str(explained) and explained.schedule.lanes[0].lists is not None
+    assert any("scattered tiles" in line for line in explained.details)
 
 
 @pytest.mark.parametrize("words", [{"grad": True}, {"return_lse": True}, {"dtype": "float64"}], ids=str)
