@@ -74,10 +74,9 @@ class StaticAttention:
 
     def attend(self, call: Call, backend: str, *, lse: bool) -> tuple[Tensor, Tensor | None]:
         """``out``, and the LSE where it is wanted."""
-        if call.is_empty:
-            return attend_empty(self.pattern, call)
-        asked = backend == AUTO or named(backend).may_refuse
-        return self.runner(self.plan(call, backend, lse=lse).backend if asked else backend).attend(call, lse=lse)
+        if backend == AUTO or named(backend).may_refuse:
+            backend = self.plan(call, backend, lse=lse).backend
+        return attend_empty(self.pattern, call) if call.is_empty else self.runner(backend).attend(call, lse=lse)
 
     def _fastest(self, call: Call, backends: tuple[str, ...]) -> tuple[str, str] | None:
         """The backend that was measured to be the fastest for calls like this one."""

@@ -21,7 +21,7 @@ from sparsedsl.lang import strict
 from sparsedsl.lang.evaluate import maximum, minimum, read_table
 from sparsedsl.lang.tables import TableRead
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "prepared"]
 
 Value = Any  # a torch tensor, or a Python number where nothing depends on a tensor
 Step = tuple[Callable[..., Value], tuple[int, ...]]
@@ -35,7 +35,15 @@ def evaluate(expr: sympy.Basic, env: Mapping[str, Any], *, dtype: torch.dtype = 
     >>> evaluate((sd.kv_idx <= 1).expr, {"kv_idx": torch.arange(3)})
     tensor([ True,  True, False])
     """
-    found = _steps(expr, dtype)
+    return prepared(expr, dtype=dtype)(env)
+
+
+def prepared(expr: sympy.Basic, *, dtype: torch.dtype = torch.float64) -> Callable[[Mapping[str, Any]], torch.Tensor]:
+    """:func:`evaluate` of one expression, for many environments."""
+    return functools.partial(_run, _steps(expr, dtype))
+
+
+def _run(found: _Steps, env: Mapping[str, Any]) -> torch.Tensor:
     values = [env[name] for name in found.names]
     values += found.constants
     known = values.__getitem__

@@ -46,7 +46,7 @@ def arranged(q: Any, k: Any, v: Any, q_offset: Any, *, compiling: bool = False) 
 def _refuse_distributed(*tensors: Any) -> None:
     """Indices of a shard count from 0, so that a pattern would mean something else on it."""
     distributed: Any = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and any(isinstance(t, distributed.DTensor) for t in tensors):
+    if distributed is not None and any([isinstance(t, distributed.DTensor) for t in tensors]):
         raise UnsupportedError(
             "q, k and v must be plain tensors; got a DTensor, whose shards do not know which heads and positions they hold. Shards of the "
             "batch: call it within torch.distributed.tensor.experimental.local_map, or on q.to_local(), k.to_local(), v.to_local(). "

@@ -7,7 +7,7 @@ Tiles of logits are ``(blocks, places x heads, keys)`` in the forward pass and `
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from sparsedsl.backends.tiled.score_rules import ScoreRule, clamped
 from sparsedsl.backends.tiled.selected_chunks import Chunks
 from sparsedsl.backends.tiled.selected_invert import Inverted, Piece
 from sparsedsl.lang.shapes import joined_shape
-from sparsedsl.lang.steps import evaluate
+from sparsedsl.lang.steps import evaluate, prepared
 from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["PairTiles"]
@@ -101,7 +101,7 @@ class PairTiles:
             return env["allowed"]
         allowed = None
         if self.selected.mask is not sympy.true:
-            allowed = torch.as_tensor(evaluate(self.selected.mask, env), device=self.inverted.pairs.device)
+            allowed = torch.as_tensor(self._mask(env), device=self.inverted.pairs.device)
             allowed = allowed.expand(joined_shape(allowed.shape, env["q_idx"].shape, env["kv_idx"].shape))
         if self.rule.arbitrary or self.rule.bias is not None:
             real = self.inverted.queries[piece.places] < self.block.queries
@@ -132,6 +132,10 @@ class PairTiles:
             bits = self._bits[self.inverted.pairs[piece.places]].view(places)
             env |= {name: (bits >> number & 1).bool() for number, name in enumerate(self.selected.choices)}
         return env
+
+    @functools.cached_property
+    def _mask(self) -> Callable[[Mapping[str, Any]], Tensor]:
+        return prepared(self.selected.mask)
 
     @functools.cached_property
     def _fixed(self) -> dict[str, Any]:
