@@ -163,6 +163,8 @@ class Cache(Generic[T]):
         return len(self._entries)
 
     def __del__(self) -> None:
+        if _lock is None:  # the interpreter is going down, and has taken this module's names along
+            return
         with _lock:
             for place, _, _ in self._entries.values():
                 place.leave()
