@@ -56,7 +56,8 @@ class Attention:
     last, as many as ``SPARSEDSL_MEMORY_BYTES`` holds; :func:`sparsedsl.clear_caches` lets go of them.
     """
 
-    def __init__(self, program: Program, backend: str, allow: Sequence[str] = ()):
+    def __init__(self, program: Program | Pattern, backend: str, allow: Sequence[str] = ()):
+        program = program if isinstance(program, Program) else Program(program)
         check_rules(program, REFERENCE_RULES, LOWERED_RULES)
         self.program, self.backend = program, check_backend(backend)
         known = (LATER_QUERIES, KEEPS_STATE)
