@@ -27,13 +27,13 @@ def axes_of(
     :class:`~sparsedsl.PatternError` where ``ax`` is not ``count`` axes.
     """
     try:
-        from matplotlib import figure as matplotlib_figure
+        from matplotlib.figure import Figure as NewFigure
     except ImportError:
         raise MissingPackageError("sd.plot", "matplotlib", "plots") from None
     if not _is_size(size):
         raise PatternError(f"plot(): figsize must be (width, height) in inches; got {shown(size)}")
     if ax is None:
-        figure = matplotlib_figure.Figure(figsize=size, dpi=110, layout="constrained")
+        figure = NewFigure(figsize=size, dpi=110, layout="constrained")
         # what notebooks ask for, since pyplot, which would answer, is not involved
         setattr(figure, "_repr_png_", functools.partial(_png, figure))  # noqa: B010  (unknown to mypy)
         return figure, list(figure.subplots(1, count, squeeze=False, width_ratios=shares)[0]), True
