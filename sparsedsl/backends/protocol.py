@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
@@ -22,24 +23,24 @@ ListMaker = Callable[[Domain, tuple[int, int]], TileLists]
 """Makes the tile lists of a mask for a domain and a tile size (queries, keys), and remembers them."""
 
 
-class PatternRunner:
+class PatternRunner(ABC):
     """One pattern on one backend; made once, called many times."""
 
+    @abstractmethod
     def attend(self, call: Call, *, lse: bool) -> tuple[Tensor, Tensor | None]:
         """``out (B, Hq, Sq, Dv)`` in the dtype of q, and ``lse (B, Hq, Sq)``; the LSE may be None where ``lse`` is False."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def source(self) -> str:
         """The generated code, readable; where a backend interprets the pattern, the pattern."""
-        raise NotImplementedError
 
     def described(self, domain: Domain, facts: CallFacts) -> tuple[str, ...]:
         """How a call would run, line by line, for ``explain``; empty where there is nothing to tell."""
         return ()
 
 
-class Backend:
+class Backend(ABC):
     """One way to compute. ``choose``, ``explain`` and the call ask :meth:`refusal`, so they cannot differ."""
 
     name: ClassVar[str]
@@ -54,9 +55,9 @@ class Backend:
     # Whether lists of full tiles are run as they are.
     runs_full_tiles: ClassVar[bool] = False
 
+    @abstractmethod
     def refusal(self, request: Request) -> str | None:
         """Why it cannot do a piece of work, or None."""
-        raise NotImplementedError
 
     def preference(self, request: Request) -> int:
         """How much ``auto`` likes it for a piece of work that it can do; 0: it is taken only where it is asked for by name."""
@@ -66,9 +67,9 @@ class Backend:
         """Why ``auto`` takes it, in words."""
         return "needs no compiler"
 
+    @abstractmethod
     def pattern(self, pattern: Pattern, lists: ListMaker, *, minimal: bool) -> PatternRunner:
         """A pattern made ready. ``minimal``: its tile lists are worth the time that makes them short, as its tables stay the same."""
-        raise NotImplementedError
 
     def source(self, request: Request) -> str:
         """The code that is written for a piece of work of a program, readable; empty where none is."""
@@ -86,9 +87,9 @@ class Backend:
         """A scan of decayed linear attention: see :func:`~sparsedsl.backends.tiled.scan_linear.linear_scan`."""
         self._cannot("linear()")
 
+    @abstractmethod
     def way(self, request: Request) -> str:
         """How it does a piece of work, in words, for ``explain``."""
-        raise NotImplementedError
 
     def _cannot(self, what: str) -> NoReturn:
         raise UnsupportedError(f"backend {self.name!r} cannot run {what}. Use backend='auto'")

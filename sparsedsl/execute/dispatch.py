@@ -12,7 +12,7 @@ from sparsedsl.backends.protocol import Backend
 from sparsedsl.backends.registry import AUTO, choose, named
 from sparsedsl.execute.static import static_attention
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.runtime.call import check_call
+from sparsedsl.runtime.call import check_call, wants_grad
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.selected_call import SelectedCall
 
@@ -77,17 +77,4 @@ def request_of(selected: SelectedCall, facts: CallFacts) -> Request:
 
 
 def _facts(q: Tensor, k: Tensor, v: Tensor, *, lse: bool = True) -> CallFacts:
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    return CallFacts(
-        q.device.type,
-        str(q.dtype)[6:],
-        q.shape[0],
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        k.shape[2],
-        q.shape[3],
-        v.shape[3],
-        grad,
-        lse,
-    )
+    return CallFacts.of(q, k, v, grad=wants_grad(q, k, v), lse=lse)

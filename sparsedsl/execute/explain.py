@@ -29,7 +29,7 @@ from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.runtime.call import bind_tables, exactly
 from sparsedsl.runtime.program_call import refused_positions
-from sparsedsl.runtime.request import CallFacts, Costs, Plan, Request
+from sparsedsl.runtime.request import CallFacts, Plan, Request
 from sparsedsl.tiling.cost import flex_seconds
 from sparsedsl.tuning.measure import machine
 
@@ -37,6 +37,15 @@ __all__ = ["Explanation", "explain"]
 
 # How much quicker FlexAttention must be expected to be on CPU for an explanation to speak of it: as a ratio, and in seconds a call.
 FLEX_GAIN, FLEX_SAVES = 1.25, 0.01
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Expected seconds of a forward pass on CPU; ``source``: where the rates behind them come from."""
+
+    tiled: float
+    flex: float
+    source: str
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,11 +27,7 @@ __all__ = ["facts_of", "parts_of", "requests_of"]
 
 def facts_of(call: ProgramCall, lse: bool) -> CallFacts:
     """The plain facts of a checked call."""
-    q, k, v = call.q, call.k, call.v
-    return CallFacts(
-        q.device.type, str(q.dtype)[6:], q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3],
-        call.needs_grad, lse,
-    )  # fmt: skip
+    return CallFacts.of(call.q, call.k, call.v, grad=call.needs_grad, lse=lse)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -100,9 +97,9 @@ def _of_attention(node: Attend, parts: MaskSplit, facts: CallFacts) -> list[Requ
     if both:
         per_block = node.normaliser is not None
         own = replace(facts, lse=not per_block)
-        units = sympy.gcd([choice.units[1] for choice in parts.choices])
+        unit = math.gcd(*(choice.units[1] for choice in parts.choices))
         found.append(
-            Request("selected", own, mask=parts.selected, score=node.pattern.score.expr, block=int(units), per_block=per_block)
+            Request("selected", own, mask=parts.selected, score=node.pattern.score.expr, block=unit, per_block=per_block)
         )
     return found
 

@@ -30,7 +30,7 @@ from sparsedsl.runtime.request import CallFacts, Plan, Request
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.settings import tune_mode
 
-__all__ = ["StaticAttention", "call_facts", "static_attention"]
+__all__ = ["StaticAttention", "static_attention"]
 
 Tensor = torch.Tensor
 log = logging.getLogger("sparsedsl")
@@ -70,7 +70,7 @@ class StaticAttention:
             def fastest(backends: tuple[str, ...]) -> tuple[str, str] | None:
                 return self._fastest(call, backends)
 
-        return choose(self.request(call_facts(call, lse)), backend, fastest=fastest)
+        return choose(self.request(CallFacts.of(call.q, call.k, call.v, grad=call.needs_grad, lse=lse)), backend, fastest=fastest)
 
     def attend(self, call: Call, backend: str, *, lse: bool) -> tuple[Tensor, Tensor | None]:
         """``out``, and the LSE where it is wanted."""
@@ -128,12 +128,3 @@ _KNOWN: Cache[StaticAttention] = Cache()
 def static_attention(pattern: Pattern, *, new_tables: bool) -> StaticAttention:
     """A pattern, remembered with its lists. ``new_tables``: its tables may be others at every call."""
     return _KNOWN.get((pattern, new_tables), [], lambda: StaticAttention(pattern, minimal=not new_tables))
-
-
-def call_facts(call: Call, lse: bool) -> CallFacts:
-    """The plain facts of a checked call."""
-    q, domain = call.q, call.domain
-    return CallFacts(
-        q.device.type, str(q.dtype)[6:], domain.batch, domain.heads, call.k.shape[1], domain.rows, domain.kv_len, q.shape[3],
-        call.v.shape[3], call.needs_grad, lse,
-    )  # fmt: skip

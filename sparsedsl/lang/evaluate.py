@@ -106,6 +106,7 @@ def _pairwise(op: Callable[..., Value], plain: Callable[..., Value]) -> Callable
 
 minimum = _pairwise(torch.minimum, min)
 maximum = _pairwise(torch.maximum, max)
+bit_and = _pairwise(torch.bitwise_and, operator.and_)
 
 
 def _constant(self: Evaluator, expr: sympy.Number) -> Value:
@@ -215,7 +216,7 @@ _RULES: dict[type, Callable[[Evaluator, Any], Value]] = {
     sympy.cos: _real(torch.cos),
     fn.Where: _where,
     strict.StrictFunction: _strict,
-    fn.BitAnd: _reduce(_pairwise(torch.bitwise_and, operator.and_)),
+    fn.BitAnd: _reduce(bit_and),
     fn.Sigmoid: _real(torch.sigmoid),
     fn.Softplus: _real(torch.nn.functional.softplus),
     fn.Relu: _real(torch.relu),

@@ -18,7 +18,7 @@ import torch
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
-from sparsedsl.lang.evaluate import maximum, minimum, read_table
+from sparsedsl.lang.evaluate import bit_and, maximum, minimum, read_table
 from sparsedsl.lang.tables import TableRead
 
 __all__ = ["evaluate", "prepared"]
@@ -94,15 +94,6 @@ def _not(value: Value) -> Value:
     return ~value if isinstance(value, torch.Tensor) else not value
 
 
-def _bit_and(a: Value, b: Value) -> Value:
-    # torch has no `Python number & tensor` that keeps int64.
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        device = (a if isinstance(a, torch.Tensor) else b).device
-        a, b = (v if isinstance(v, torch.Tensor) else torch.tensor(v, device=device) for v in (a, b))
-        return torch.bitwise_and(a, b)
-    return a & b
-
-
 # Kinds of which all operands are put together by one function of two.
 _FOLDED: dict[type, Callable[[Value, Value], Value]] = {
     sympy.Add: operator.add,
@@ -119,7 +110,7 @@ _FOLDED: dict[type, Callable[[Value, Value], Value]] = {
     sympy.Gt: operator.gt,
     sympy.Eq: operator.eq,
     sympy.Ne: operator.ne,
-    fn.BitAnd: _bit_and,
+    fn.BitAnd: bit_and,
 }
 # Functions of one float.
 _REAL: dict[type, Callable[[torch.Tensor], torch.Tensor]] = {

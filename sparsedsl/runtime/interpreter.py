@@ -25,12 +25,10 @@ class Evaluation:
         self.rules = rules
         self.call = call
         self.domain = call.domain
-        self.values: dict[int, Any] = {}
+        self.values: dict[Node, Any] = {}
 
     def value(self, node: Node) -> Any:
         """What a node gives."""
-        # By identity, as nodes that say the same are one object.
-        place = id(node)
-        if place not in self.values:
-            self.values[place] = self.rules[type(node)](self, node)
-        return self.values[place]
+        if node not in self.values:
+            self.values[node] = self.rules[type(node)](self, node)
+        return self.values[node]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from sparsedsl.lang.pattern import Pattern
 
-__all__ = ["CallFacts", "Costs", "Plan", "Request", "Work"]
+__all__ = ["CallFacts", "Plan", "Request", "Work"]
 
 Work = Literal["attention", "selected", "slots", "linear"]
 """Attention over a mask that reads tables only; attention of each query over blocks that were selected for it; a scan of gated slots; a
@@ -29,6 +31,14 @@ class CallFacts:
     head_dim_v: int
     grad: bool = False
     lse: bool = False
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, grad: bool, lse: bool) -> CallFacts:
+        """Those of tensors ``(B, H, S, D)``."""
+        return cls(
+            q.device.type, str(q.dtype).removeprefix("torch."), q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3],
+            v.shape[3], grad, lse,
+        )  # fmt: skip
 
     @property
     def logits(self) -> int:
@@ -57,15 +67,6 @@ class Request:
     block: int = 0
     per_block: bool = False
     slots: int = 0
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Expected seconds of a forward pass on CPU; ``source``: where the rates behind them come from."""
-
-    tiled: float
-    flex: float
-    source: str
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class _Dense(Reference):
         fresh = node not in self.values
         found = super().value(node)
         if fresh and node.gives == "branch":
-            found = self.values[id(node)] = (stored(found[0]), found[1])
+            found = self.values[node] = (stored(found[0]), found[1])
         return found
 
 

@@ -24,7 +24,7 @@ causal = sd.kv_idx <= sd.q_idx
 BACKENDS = ("auto", *registry.BACKENDS)
 
 
-class Watched(Backend):
+class Watched:
     """A backend that writes down that it ran."""
 
     def __init__(self, inner: Backend, ran: set[str]):
@@ -41,7 +41,7 @@ class Watched(Backend):
         return found
 
 
-class WatchedRunner(PatternRunner):
+class WatchedRunner:
     """A pattern on a backend that writes down that it ran."""
 
     def __init__(self, inner: PatternRunner, name: str, ran: set[str]):

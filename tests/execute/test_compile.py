@@ -14,8 +14,8 @@ from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.registry import choose as choose_for
 from sparsedsl.backends.registry import named
-from sparsedsl.execute.explain import advice
-from sparsedsl.runtime.request import CallFacts, Costs, Request
+from sparsedsl.execute.explain import Costs, advice
+from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.testing import tensor
 
 causal = kv_idx <= q_idx
