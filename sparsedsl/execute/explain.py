@@ -76,8 +76,8 @@ class Explanation:
             lines = [f"backend: {self.plan.backend} ({self.plan.reason})"]
             if self.details:
                 lines += [f"{named(self.plan.backend).details}:", *(f"  {line}" for line in self.details)]
-            elif self.steps is None:
-                lines.append(f"tiles: {self.plan.block[0]} x {self.plan.block[1]} tokens (q, kv)")
+            elif isinstance(self.analysis, Analysis):
+                lines.append(f"tiles: {self.analysis.block[0]} x {self.analysis.block[1]} tokens (q, kv)")
         if self.structure:
             lines += ["structure (a union of):", *(f"  {line}" for line in self.structure)]
         if self.steps is not None and isinstance(self.analysis, ProgramAnalysis):
@@ -162,7 +162,7 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
     except UnsupportedError as error:
         plan, refusal = None, str(error)
     analysis = analyse(
-        pattern, facts.q_len, facts.kv_len, (128, 128) if plan is None else plan.block, q_offset=q_offset, batch=facts.batch,
+        pattern, facts.q_len, facts.kv_len, q_offset=q_offset, batch=facts.batch,
         heads=facts.heads, head_dim=facts.head_dim, head_dim_v=facts.head_dim_v, dtype=facts.dtype, **tables,
     )  # fmt: skip
     return Explanation(plan, refusal, analysis, details, tuple(_clause_lines(pattern)), others=refusals([request]))
@@ -172,8 +172,8 @@ def _with_costs(plan: Plan, static: StaticAttention, domain: Domain, request: Re
     """On CPU a call must not wait for a compiler that nobody asked for: where one would be worth it, an explanation says so."""
     refused = named("flex").refusal(request)
     if refused is not None:
-        return Plan(plan.backend, refused, plan.block)
-    return Plan(plan.backend, advice(expected_costs(static, domain, request.facts)), plan.block)
+        return Plan(plan.backend, refused)
+    return Plan(plan.backend, advice(expected_costs(static, domain, request.facts)))
 
 
 def advice(costs: Costs) -> str:

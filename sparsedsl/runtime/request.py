@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -71,8 +71,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decision: ``backend`` runs the work; ``reason`` says why, for ``explain``. ``block``: tile of tokens (q, kv) of tile lists."""
+    """The decision: ``backend`` runs the work; ``reason`` says why, for ``explain``."""
 
     backend: str
     reason: str
-    block: tuple[int, int] = field(default=(128, 128))
