@@ -318,12 +318,6 @@ def test_results_have_a_line_for_every_record(tmp_path):
     assert json.loads(path.read_text()) == {}
 
 
-def test_kept_results_have_that_form():
-    measure = load("measure")
-    for path in sorted((BENCHMARKS / "results").glob("*.json")):
-        assert path.read_text() == measure.one_line_a_record(json.loads(path.read_text())), path.name
-
-
 @pytest.mark.parametrize(("value", "text"), [(0.0123456, "12.3 ms"), (0.9999, "1 s"), (61.2, "61.2 s"), (1e-5, "0.01 ms")])
 def test_times_in_words(value, text):
     assert load("measure").time_text(value) == text
