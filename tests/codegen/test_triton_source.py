@@ -465,18 +465,60 @@ def test_tables_may_have_any_name(name):
 
 # ---- sources once read and judged right ----------------------------------------------------------------------------------------------
 
-GOLDEN = {
-    "causal": P.causal(),
-    "window": P.sliding_window(512),
-    "window_and_sinks": P.causal() & (P.sliding_window(512) | P.sinks(4)),
-    "packed": P.packed(),
-    "soft_cap_and_alibi": sd.attend(P.causal(), score=P.softcap(30, P.alibi(8))),
-    "blocks": P.blocks(),
-    "dilated": P.dilated(64, 4),
-    "relative_bias": sd.attend(P.sliding_window(64), score=P.relative_bias(64)),
+WHOLE = {"causal": (P.causal(), 128), "window_and_sinks": (P.causal() & (P.sliding_window(512) | P.sinks(4)), 64)}
+TILES = ("# The keys each query sees", "# The softmax so far")
+CUT_TILES = ("# Tiles that the mask or the end of the keys cuts", "        larger = ")
+RESIDUE = ("# Queries and keys of one residue", "    row = ")
+# What a pattern has of its own: kernel, first line and the line after the last.
+SECTIONS = {
+    "window": (
+        P.sliding_window(512),
+        [("forward", *TILES), ("grad_kv", "# The queries that see each key", "    for member in ")],
+    ),
+    "packed": (P.packed(), [("forward", *TILES), ("forward", *CUT_TILES)]),
+    "soft_cap_and_alibi": (
+        sd.attend(P.causal(), score=P.softcap(30, P.alibi(8))),
+        [
+            ("_tanh", "def _tanh", "\n"),
+            ("forward", *CUT_TILES),
+            ("grad_q", "for i in range(0, partial_tiles)", "        grad_q = "),
+        ],
+    ),
+    "blocks": (P.blocks(), [("forward", "# The tiles to visit", "# The softmax so far"), ("forward", *CUT_TILES)]),
+    "dilated": (
+        P.dilated(64, 4),
+        [
+            ("forward", *RESIDUE),
+            ("forward", "lse = ", "\n"),
+            ("grad_kv", RESIDUE[0], "    key = "),
+            ("grad_kv", "delta_tile = ", "for i in "),
+        ],
+    ),
+    "relative_bias": (
+        sd.attend(P.sliding_window(64), score=P.relative_bias(64)),
+        [("forward", *CUT_TILES), ("grad_relative_bias_0", "def grad_relative_bias_0", "\n")],
+    ),
 }
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+def section(text: str, kernel: str, begin: str, end: str) -> str:
+    """The lines of a kernel from the one that holds ``begin`` to before the next that holds ``end`` (a line break: to its end)."""
+    (body,) = [body for body in text.split("\n\n\n") if f"\ndef {kernel}(" in body]
+    lines = body.splitlines(keepends=True)
+    (first,) = [i for i, line in enumerate(lines) if begin in line][:1]
+    last = next((i for i in range(first + 1, len(lines)) if end != "\n" and end in lines[i]), len(lines))
+    assert end == "\n" or last < len(lines), f"{kernel} has no {end!r} after {begin!r}"
+    return f"... {kernel}\n" + "".join(lines[first:last])
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_golden(golden, name):
-    assert golden == source_of(GOLDEN[name], head_dim=128 if name == "causal" else 64).text
+    pattern, head_dim = WHOLE[name]
+    assert golden == source_of(pattern, head_dim=head_dim).text
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_golden_sections(golden, name):
+    pattern, parts = SECTIONS[name]
+    text = source_of(pattern, head_dim=64).text
+    assert golden == "\n".join(section(text, *part).rstrip("\n") + "\n" for part in parts)
