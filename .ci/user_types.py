@@ -11,7 +11,7 @@ from sparsedsl.program.scores import Grouped, GroupedKeys
 
 doc = sd.table("doc", monotone=True)
 means = sd.summary(sd.k, 64)
-picks = sd.top_k(sd.dot(sd.q, means), 4)
+selected = sd.top_k(sd.dot(sd.q, means), 4)
 causal = sd.kv_idx <= sd.q_idx
 
 assert_type(2 * (sd.q_idx - sd.kv_idx) + 1, sd.Index)
@@ -27,12 +27,12 @@ assert_type(sd.minimum(sd.q_idx, 3), sd.Index)
 assert_type(sd.where(causal, sd.score, float("-inf")), sd.Score)
 assert_type(causal.bind(doc=[1, 2]), sd.Mask)
 
-assert_type(causal & picks, sd.Mask)
-assert_type(picks | causal, sd.Mask)
+assert_type(causal & selected, sd.Mask)
+assert_type(selected | causal, sd.Mask)
 assert_type(sd.dot(sd.q, means).over_group(), Grouped)
 assert_type(sd.probe(sd.q, sd.k, rows=64).over_heads(), GroupedKeys)
-assert_type(sd.attend(causal & picks), sd.Pattern | Attend)
-assert_type(sd.attend(causal & picks, normaliser=sd.per_chunk(picks)), Attend)
+assert_type(sd.attend(causal & selected), sd.Pattern | Attend)
+assert_type(sd.attend(causal & selected, normaliser=sd.per_chunk(selected)), Attend)
 assert_type(sd.patterns.token_sparse(), Compact)
 
 assert_type(sd.analyse(sd.patterns.gemma2(0), 64), sd.Analysis)

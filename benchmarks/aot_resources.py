@@ -84,7 +84,7 @@ PATTERNS: dict[str, Callable[[], Any]] = {
 }
 # Kernels that can read K and V through tensor descriptors, in the cases whose name says so, where the target has them.
 WITH_DESCRIPTORS = ("forward", "decode", "grad_q")
-# Ingredients: an index or a slope, not a pattern; and programs, whose kernels tests/gpu/test_picked_build.py and test_scan_build.py build.
+# Ingredients: an index or a slope, not a pattern; and programs, whose kernels test_selected_build.py and test_scan_build.py build.
 NO_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket"} | {
     "hsa", "moba", "nha", "nsa", "pbs", "ring_linear", "token_sparse",
 }  # fmt: skip

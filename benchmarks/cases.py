@@ -32,9 +32,9 @@ def block_table(length: int, share: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     below = torch.ones(blocks, blocks, dtype=torch.bool).tril(-1)
     places = below.nonzero()
-    picked = places[torch.randperm(len(places), generator=generator)[: round(share * len(places))]]
+    chosen = places[torch.randperm(len(places), generator=generator)[: round(share * len(places))]]
     table = torch.eye(blocks, dtype=torch.bool)
-    table[picked[:, 0], picked[:, 1]] = True
+    table[chosen[:, 0], chosen[:, 1]] = True
     return table
 
 
@@ -46,8 +46,8 @@ def _doc(length: int) -> Tables:
     return {"doc": document_ids(length)}
 
 
-def _picked(share: float, length: int) -> Tables:
-    return {"picked": block_table(length, share)}
+def _selected(share: float, length: int) -> Tables:
+    return {"chosen": block_table(length, share)}
 
 
 def _head_windows(length: int) -> Tables:
@@ -106,10 +106,10 @@ def _prefix(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
 
 
 def _block_sparse(tables: Tables) -> MaskMod:
-    picked = tables["picked"]
+    chosen = tables["chosen"]
 
     def mask_mod(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
-        return (q_idx >= kv_idx) & picked[q_idx // BLOCK, kv_idx // BLOCK]
+        return (q_idx >= kv_idx) & chosen[q_idx // BLOCK, kv_idx // BLOCK]
 
     return mask_mod
 
@@ -164,9 +164,9 @@ def _alibi(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> torch.Tensor:
 def _block_sparse_case(percent: int) -> Case:
     return Case(
         f"block-sparse {percent} %, causal",
-        lambda: patterns.causal() & patterns.blocks("picked", BLOCK),
+        lambda: patterns.causal() & patterns.blocks("chosen", BLOCK),
         _block_sparse,
-        functools.partial(_picked, percent / 100),
+        functools.partial(_selected, percent / 100),
         scattered=True,
     )
 

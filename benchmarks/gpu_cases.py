@@ -36,21 +36,21 @@ def _square_block_table(length: int, share: float) -> torch.Tensor:
     table[rows, torch.randperm(blocks, generator=generator)] = True
     others = (~table).nonzero()
     more = max(0, round(share * blocks * blocks) - blocks)
-    picked = others[torch.randperm(len(others), generator=generator)[:more]]
-    table[picked[:, 0], picked[:, 1]] = True
+    taken = others[torch.randperm(len(others), generator=generator)[:more]]
+    table[taken[:, 0], taken[:, 1]] = True
     return table
 
 
 def _square_blocks(percent: int) -> Case:
     def mask_mod(tables: Tables) -> Any:
-        picked = tables["picked"]
-        return lambda b, h, q_idx, kv_idx: picked[q_idx // BLOCK, kv_idx // BLOCK]
+        taken = tables["chosen"]
+        return lambda b, h, q_idx, kv_idx: taken[q_idx // BLOCK, kv_idx // BLOCK]
 
     return Case(
         f"block-sparse {percent} %",
-        lambda: patterns.blocks("picked", BLOCK),
+        lambda: patterns.blocks("chosen", BLOCK),
         mask_mod,
-        lambda length: {"picked": _square_block_table(length, percent / 100)},
+        lambda length: {"chosen": _square_block_table(length, percent / 100)},
         scattered=True,
     )
 

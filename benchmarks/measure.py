@@ -194,7 +194,7 @@ def describe(facts: Mapping[str, Any]) -> str:
 
 def rates() -> dict[str, Any]:
     """What sparsedsl believes about this machine, and where from: schedules and the choice of backend follow it."""
-    from sparsedsl.tuning.measure import machine as rates_of_machine
+    from sparsedsl.tuning.rates import machine as rates_of_machine
 
     return rates_of_machine().to_json()
 
@@ -261,9 +261,9 @@ def run_child(arguments: Sequence[str], env: Mapping[str, str] | None = None) ->
 
 def length_text(tokens: int) -> str:
     """4096 -> 4K."""
-    for unit, size in (("M", 2**20), ("K", 2**10)):
+    for block, size in (("M", 2**20), ("K", 2**10)):
         if tokens >= size and tokens % size == 0:
-            return f"{tokens // size}{unit}"
+            return f"{tokens // size}{block}"
     return f"{tokens:,}"
 
 

@@ -29,9 +29,9 @@ def child(queries: int, chunks: int, k: int, every: bool) -> None:
     import torch
 
     from sparsedsl.selection.candidates import Candidates
+    from sparsedsl.selection.ranking import top_k
     from sparsedsl.selection.scores import DotScores
-    from sparsedsl.selection.selected_scores import picked_scores
-    from sparsedsl.selection.top_k import top_k
+    from sparsedsl.selection.selected_scores import selected_scores
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -41,23 +41,23 @@ def child(queries: int, chunks: int, k: int, every: bool) -> None:
     candidates = None if every else Candidates(end=torch.arange(queries) // size)
     # Libraries load before anything is counted.
     warm = DotScores(torch.zeros(1, 1, 64, 64).requires_grad_(), torch.zeros(1, 1, 64, 64).requires_grad_())
-    picked_scores(warm, top_k(warm, 2)).sum().backward()
+    selected_scores(warm, top_k(warm, 2)).sum().backward()
 
     done: dict[str, Any] = {}
 
     def choose() -> None:
-        picks = done["picks"] = top_k(source, k, candidates, kv_unit=size)
-        done["top_k"] = [picks.indices, picks.counts]
+        selected = done["selected"] = top_k(source, k, candidates, kv_block=size)
+        done["top_k"] = [selected.indices, selected.counts]
 
     def score() -> None:
-        done["picked_scores"] = [picked_scores(source, done["picks"])]
+        done["selected_scores"] = [selected_scores(source, done["selected"])]
 
     def back() -> None:
-        (scores,) = done["picked_scores"]
+        (scores,) = done["selected_scores"]
         done["backward"] = list(torch.autograd.grad(scores, (a, b), torch.ones_like(scores)))
 
     steps = {}
-    for name, action in (("top_k", choose), ("picked_scores", score), ("backward", back)):
+    for name, action in (("top_k", choose), ("selected_scores", score), ("backward", back)):
         start = time.perf_counter()
         peak = measure.peak_bytes(action)
         seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ import torch
 import sparsedsl as sd
 from sparsedsl import patterns
 from sparsedsl.program.branches import Attend, Joint, Linear, Mix, Recall
-from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.selected_blocks import SelectedBlocks
 
 __all__ = ["SYSTEMS", "Shape", "System", "attended_pairs", "density", "random_qkv", "topics"]
 
@@ -66,8 +66,8 @@ def _capped(part: int) -> Any:
     """MoBA with the soft cap of Gemma 2 on its logits: a score beside a choice."""
     chunk = 512 // part
     own = sd.q_idx // chunk == sd.kv_idx // chunk
-    picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, chunk)), 2)
-    return sd.attend(patterns.causal() & (own | picks), score=patterns.softcap(50.0))
+    selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, chunk)), 2)
+    return sd.attend(patterns.causal() & (own | selected), score=patterns.softcap(50.0))
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ def attended_pairs(program: Any, q: Tensor, k: Tensor, v: Tensor, named: Mapping
             return sum(part for part in parts if part is not None)
         case Attend() if program.normaliser is not None:
             attn = sd.compile(program)
-            picks = attn.choices(q, k, v, **_wanted(attn, named))[attn.program.labels[program.normaliser.picks]]
-            assert isinstance(picks, Picks)
-            return float(picks.counts.sum()) * picks.kv_unit * q.shape[1] / picks.counts.shape[1]
+            selected = attn.choices(q, k, v, **_wanted(attn, named))[attn.program.labels[program.normaliser.selected]]
+            assert isinstance(selected, SelectedBlocks)
+            return float(selected.counts.sum()) * selected.kv_block * q.shape[1] / selected.counts.shape[1]
     # Without logits every pair weighs 1, and the LSE of a row is the logarithm of their number. What chooses keeps its own scale.
     attn = sd.compile(program)
     _, lse = attn(q, k, v, return_lse=True, scale=1e-30, **_wanted(attn, named))

@@ -83,9 +83,9 @@ def _decode_exactly(q: Any, k: Any, v: Any, asked: Any, marks: Any) -> Any:
     import torch
 
     parts = [part.double() @ asked[0, 0, 0].double() for part in marks[0, 0].split(1 << 16)]
-    scores, picked = (torch.cat(parts) * DIM**-0.5).topk(TOP_K)
+    scores, chosen = (torch.cat(parts) * DIM**-0.5).topk(TOP_K)
     out = 0
-    for share, chunk in zip(scores.softmax(0), picked.tolist(), strict=True):
+    for share, chunk in zip(scores.softmax(0), chosen.tolist(), strict=True):
         keys, values = (x[0, 0, chunk * CHUNK : (chunk + 1) * CHUNK].double() for x in (k, v))
         out = out + share * ((q[0, :, 0].double() @ keys.T * DIM**-0.5).softmax(-1) @ values)
     return torch.as_tensor(out)[None, :, None]
@@ -127,11 +127,11 @@ def _selection_child(queries: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     chunks = max(TOP_K, queries // 4)
-    unit = queries // chunks
+    block = queries // chunks
     q, k, v, asked = (torch.randn(1, 1, queries, DIM, generator=generator) for _ in range(4))
     marks = torch.randn(1, 1, chunks, DIM, generator=generator)
-    attn = sd.compile(sd.patterns.hsa(unit, TOP_K), backend="tiled")
-    few = 64 * unit
+    attn = sd.compile(sd.patterns.hsa(block, TOP_K), backend="tiled")
+    few = 64 * block
     attn.choices(*(x[:, :, :few] for x in (q, k, v)), retrieval_q=asked[:, :, :few], landmarks=marks[:, :, :64])
     kept: dict[str, Any] = {}
 
@@ -140,8 +140,12 @@ def _selection_child(queries: int) -> dict[str, Any]:
 
     timed: list[float] = []
     peak = measure.peak_bytes(lambda: timed.append(measure.seconds(choose)))
-    (picks,) = kept.values()
-    return {"seconds": timed[0], "peak_bytes": peak, "over_bytes": max(0, peak - picks.indices.nbytes - picks.counts.nbytes)}
+    (selected,) = kept.values()
+    return {
+        "seconds": timed[0],
+        "peak_bytes": peak,
+        "over_bytes": max(0, peak - selected.indices.nbytes - selected.counts.nbytes),
+    }
 
 
 def _selection_text(found: Mapping[str, Any]) -> str:

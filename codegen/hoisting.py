@@ -15,7 +15,7 @@ from typing import Literal
 
 import sympy
 
-from sparsedsl.analysis.clauses import only_difference
+from sparsedsl.analysis.mask_clauses import only_difference
 from sparsedsl.codegen.triton_exact import has_text
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
@@ -23,7 +23,7 @@ from sparsedsl.lang.strict import StrictFunction
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import TableSpec, read_class, table_reads
 
-__all__ = ["Hoisted", "Prepared", "hoist"]
+__all__ = ["Hoisted", "HoistedTable", "hoist"]
 
 Axis = Literal["difference", "query", "key", "call"]
 _INDEX = {
@@ -35,7 +35,7 @@ _INDEX = {
 
 
 @dataclass(frozen=True)
-class Prepared:
+class HoistedTable:
     """One prepared table: ``expr`` at every place of ``axis``.
 
     ``axis``: ``"difference"``: entry ``i`` belongs to ``q_idx - kv_idx == i - (kv_len - 1)``, up to ``q_len - 1``; ``"query"``,
@@ -60,7 +60,7 @@ class Hoisted:
     """``pattern`` reads the ``prepared`` tables by their names, beside those of the original."""
 
     pattern: Pattern
-    prepared: tuple[Prepared, ...]
+    prepared: tuple[HoistedTable, ...]
 
 
 def hoist(pattern: Pattern) -> Hoisted:
@@ -75,13 +75,13 @@ def hoist(pattern: Pattern) -> Hoisted:
     exact_difference[q_idx + kv_len - kv_idx - 1] | f32_to_int64(f32_mul(f32_log(-kv_idx + q_idx + 1), 3.5)) <= 6
     """
     # Stages: find the places -> one table each -> reads of them in their stead
-    places: dict[tuple[sympy.Basic, bool], Prepared] = {}
+    places: dict[tuple[sympy.Basic, bool], HoistedTable] = {}
     taken = set(pattern.tables)
     for whole, double in ((pattern.mask.expr, True), (pattern.score.expr, False)):
         for expr, axis in dict(_places(whole)).items():
             name = _free_name(f"exact_{axis}", taken)
             taken.add(name)
-            places[expr, double] = Prepared(name, expr, axis, _kind(expr), double)
+            places[expr, double] = HoistedTable(name, expr, axis, _kind(expr), double)
     if not places:
         return Hoisted(pattern, ())
 
@@ -103,7 +103,7 @@ def _kind(expr: sympy.Basic) -> str:
     return "int" if expr.is_integer else "float"
 
 
-def _read(prepared: Prepared) -> sympy.Basic:
+def _read(prepared: HoistedTable) -> sympy.Basic:
     read = read_class(TableSpec(prepared.name, prepared.dtype))(_INDEX[prepared.axis])
     return sympy.Ne(read, 0) if prepared.dtype == "bool" else read
 

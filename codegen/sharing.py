@@ -13,7 +13,7 @@ from sympy.core.relational import Relational
 
 from sparsedsl.codegen.source import Source
 from sparsedsl.lang import functions as fn
-from sparsedsl.lang.facts import facts
+from sparsedsl.lang.known_facts import facts
 from sparsedsl.lang.printing import ATOM, Printer
 from sparsedsl.lang.tables import TableRead
 
@@ -73,7 +73,7 @@ class SharingPrinter(Printer):
         """A number: functions of tensors refuse numbers, so a function of numbers is worked out here."""
         if isinstance(expr, (sympy.Integer, sympy.Float, sympy.core.numbers.Infinity, sympy.core.numbers.NegativeInfinity)):
             return super().text(expr, level)
-        from sparsedsl.lang.evaluate import evaluate
+        from sparsedsl.lang.evaluation import evaluate
 
         value = evaluate(expr, {})
         if expr.is_integer:

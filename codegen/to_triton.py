@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from sparsedsl.analysis.residues import residues
-from sparsedsl.analysis.spans import never_empty, spans
-from sparsedsl.codegen.hoisting import Prepared, hoist
+from sparsedsl.analysis.key_intervals import intervals, never_empty
+from sparsedsl.analysis.residue_classes import residues
+from sparsedsl.codegen.hoisting import HoistedTable, hoist
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_backward import learned_reads, write_delta, write_grad_kv, write_grad_q
 from sparsedsl.codegen.triton_expression import needs_exact
@@ -48,7 +48,7 @@ class TritonSource:
     text: str
     kernels: tuple[KernelSource, ...]
     table_kinds: Mapping[str, str] = field(hash=False)
-    prepared: tuple[Prepared, ...] = ()
+    prepared: tuple[HoistedTable, ...] = ()
     fp_fusion: bool = True
 
     def kernel(self, name: str) -> KernelSource:
@@ -72,7 +72,7 @@ def variant_of(
 
     >>> import sparsedsl as sd
     >>> variant_of(sd.attend(sd.kv_idx <= sd.q_idx)).keys, variant_of(sd.attend((sd.q_idx * sd.kv_idx) % 3 == 0)).keys
-    ('spans', 'lists')
+    ('intervals', 'lists')
     """
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     for name, width in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
@@ -82,10 +82,10 @@ def variant_of(
                 "Use backend='tiled', which has no limit"
             )
     mask = pattern.mask.expr
-    keys, queries = ("lists" if spans(mask, of=of) is None else "spans" for of in ("keys", "queries"))
+    keys, queries = ("lists" if intervals(mask, of=of) is None else "intervals" for of in ("keys", "queries"))
     decode_keys, within = keys, residues(pattern)
     if within is not None:
-        keys = queries = "spans"
+        keys = queries = "intervals"
     seen = never_empty(mask)
     # A sink out of a table may be -inf, which is no sink.
     finite_sink = pattern.sink is not None and bool(pattern.sink.expr.is_finite) and pattern.sink.expr.is_number

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import sympy
 
-from sparsedsl.analysis.clauses import only_difference
-from sparsedsl.codegen.derivative import derivative
+from sparsedsl.analysis.mask_clauses import only_difference
+from sparsedsl.codegen.derivatives import derivative
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import write_expression, write_expressions
 from sparsedsl.codegen.triton_loops import Loop
@@ -193,7 +193,7 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
         source.line(f"key = {writer.number('BLOCK_N', 'tile')} + tl.arange(0, BLOCK_N)")
         source.line("inside = key < kv_len")
         source.line("kv_idx = tl.minimum(key, kv_len - 1)")
-        writer.positions(*pattern.exprs, ends=variant.queries == "spans")
+        writer.positions(*pattern.exprs, ends=variant.queries == "intervals")
         writer.dims()
         writer.load("k", "k", writer.d_parts, "key", "inside")
         writer.load("v", "v", writer.v_parts, "key", "inside")

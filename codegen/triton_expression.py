@@ -108,7 +108,7 @@ class TritonPrinter(SharingPrinter):
         """What a function or a comparison takes: a bare number is float32 there. ``typed``: it also makes the type of the result."""
         if self._operands_as != self.real or not is_constant(expr):
             return self.text(expr)
-        from sparsedsl.lang.evaluate import evaluate
+        from sparsedsl.lang.evaluation import evaluate
 
         value = float(evaluate(expr, {}))
         text, _ = self.number(value)
@@ -286,7 +286,7 @@ def write_expressions(source: Source, exprs: Sequence[sympy.Basic], names: Trito
     """The same for several expressions that share subexpressions, such as a score and its derivatives.
 
     >>> import sparsedsl as sd
-    >>> from sparsedsl.codegen.derivative import derivative
+    >>> from sparsedsl.codegen.derivatives import derivative
     >>> capped = (sd.tanh(sd.score / 30) * 30).expr
     >>> source = Source()
     >>> write_expressions(source, [capped, derivative(capped)], TritonNames({"score": "score"}), real="tl.float32")

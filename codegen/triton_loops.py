@@ -1,4 +1,4 @@
-"""How a generated kernel finds the tiles it must visit: spans in closed form, or compact lists. Full tiles first, then partial ones.
+"""How a generated kernel finds the tiles it must visit: intervals in closed form, or compact lists. Full tiles first, then partial ones.
 
 A program owns one tile of *rows* (queries, or keys where gradients of K and V are made) and loops over tiles of the other axis, here
 called *columns*. Each kind of loop writes three things: what is worked out before the loops, the number of the i-th tile, and the
@@ -12,12 +12,12 @@ from typing import Protocol
 
 import sympy
 
-from sparsedsl.analysis.spans import Span, exchanged
+from sparsedsl.analysis.key_intervals import KeyInterval, exchanged
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import TritonNames, write_expression
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
 
-__all__ = ["ListLoop", "Loop", "SpanLoop"]
+__all__ = ["IntervalLoop", "ListLoop", "Loop"]
 
 
 class Loop(Protocol):
@@ -37,30 +37,30 @@ class Loop(Protocol):
 
 
 @dataclass(frozen=True)
-class SpanLoop:
+class IntervalLoop:
     """Tiles between two ends that every program works out for its own rows: no list in memory.
 
     ``of``: "keys" (columns are keys, ends are key positions) or "queries" (columns are rows of the call: positions less ``q_offset``).
     ``vectors``: the indices that are vectors over the program's rows, by symbol.
     """
 
-    spans: tuple[Span, ...]
+    intervals: tuple[KeyInterval, ...]
     of: str
     block: str
     vectors: frozenset[sympy.Symbol]
 
     def arguments(self) -> list[tuple[str, str]]:
-        """Two arrays for every span that needs a search: they are filled before the kernel runs."""
+        """Two arrays for every interval that needs a search: they are filled before the kernel runs."""
         found = []
-        for i, span in enumerate(self.spans):
-            if span.searched:
+        for i, interval in enumerate(self.intervals):
+            if interval.searched:
                 found += [(f"first_{self.of}_{i}_ptr", "*i32"), (f"last_{self.of}_{i}_ptr", "*i32")]
                 found += [(f"{self.of}_{i}_step_{index}", "i32") for index in self._indices(i)]
         return found
 
     def _indices(self, i: int) -> list[str]:
-        """Which of batch entry and head a searched span reads."""
-        return [name for name in "bh" if reads(self.spans[i].exprs)[name]]
+        """Which of batch entry and head a searched interval reads."""
+        return [name for name in "bh" if reads(self.intervals[i].exprs)[name]]
 
     @property
     def _length(self) -> str:
@@ -76,24 +76,24 @@ class SpanLoop:
             if self.of == "keys"
             else "The queries that see each key, counted from the first of the call"
         )
-        many = len(self.spans) > 1
-        if not self.spans:
+        many = len(self.intervals) > 1
+        if not self.intervals:
             source.line("full_tiles = 0")
             source.line("partial_tiles = 0")
             return
         source.line(f"# {what}: first <= {self._column} <= last{', in any of the intervals' if many else ''}.")
-        for i in range(len(self.spans)):
+        for i in range(len(self.intervals)):
             self._ends(source, names, i, self._suffix(i))
         source.line(f"# Tiles from begin to end are touched; those from full_begin to full_end lie inside for all {self._rows}.")
-        for i in range(len(self.spans)):
+        for i in range(len(self.intervals)):
             self._touched(source, i)
         if many:
             self._in_order(source)
-        for i in range(len(self.spans)):
+        for i in range(len(self.intervals)):
             self._counts(source, i)
         if many:
             for kind in ("full", "partial"):
-                source.line(f"{kind}_tiles = {' + '.join(f'{kind}{self._suffix(i)}' for i in range(len(self.spans)))}")
+                source.line(f"{kind}_tiles = {' + '.join(f'{kind}{self._suffix(i)}' for i in range(len(self.intervals)))}")
 
     def _counts(self, source: Source, i: int) -> None:
         """How many full and partial tiles an interval has; ``head``: partial ones before its full ones."""
@@ -112,18 +112,18 @@ class SpanLoop:
         return "queries" if self.of == "keys" else "keys"
 
     def _suffix(self, i: int) -> str:
-        return f"_{i}" if len(self.spans) > 1 else ""
+        return f"_{i}" if len(self.intervals) > 1 else ""
 
     def _end_exprs(self, i: int) -> tuple[sympy.Expr, sympy.Expr]:
-        first, last = self.spans[i].ends
+        first, last = self.intervals[i].ends
         return (first, last) if self.of == "keys" else (exchanged(first), exchanged(last))
 
     def _is_vector(self, expr: sympy.Expr) -> bool:
         return bool(expr.free_symbols & self.vectors)
 
     def _ends(self, source: Source, names: TritonNames, i: int, s: str) -> None:
-        span = self.spans[i]
-        if span.searched:
+        interval = self.intervals[i]
+        if interval.searched:
             index = "q_idx - q_offset" if self.of == "keys" else "kv_idx"
             length = "rows" if self.of == "keys" else "kv_len"
             line = " + ".join(f"{name} * {self.of}_{i}_step_{name}" for name in self._indices(i))
@@ -138,7 +138,7 @@ class SpanLoop:
         if self.of == "queries":
             source.line(f"first{s} = tl.maximum(first{s} - q_offset, 0)")
             source.line(f"last{s} = tl.minimum(last{s} - q_offset, rows - 1)")
-        conditions = () if span.searched else span.conditions
+        conditions = () if interval.searched else interval.conditions
         if self.of == "queries":
             conditions = tuple(exchanged(c) for c in conditions)
         if conditions:
@@ -150,17 +150,17 @@ class SpanLoop:
 
     def _vector_ends(self, i: int) -> tuple[bool, bool]:
         """Whether ``first`` and ``last`` are vectors over the rows."""
-        span = self.spans[i]
-        if span.searched:
+        interval = self.intervals[i]
+        if interval.searched:
             return True, True
-        conditions = [c if self.of == "keys" else exchanged(c) for c in span.conditions]
+        conditions = [c if self.of == "keys" else exchanged(c) for c in interval.conditions]
         moved = any(self._is_vector(c) for c in conditions)
         first, last = (moved or self._is_vector(end) for end in self._end_exprs(i))
         return first, last
 
     def _starts_at_zero(self, i: int) -> bool:
-        span = self.spans[i]
-        return self.of == "keys" and not span.searched and not span.conditions and span.ends[0] == 0
+        interval = self.intervals[i]
+        return self.of == "keys" and not interval.searched and not interval.conditions and interval.ends[0] == 0
 
     def _first_at_zero(self, i: int) -> bool:
         """Whether it is the first interval and begins at key 0: then it begins with its full tiles."""
@@ -190,8 +190,8 @@ class SpanLoop:
     def _in_order(self, source: Source) -> None:
         """Sort the intervals, then cut from each what those before it have visited."""
         parts = ("begin", "end", "full_begin", "full_end")
-        zero = sum(self._starts_at_zero(i) for i in range(len(self.spans)))
-        rest = list(range(zero, len(self.spans)))
+        zero = sum(self._starts_at_zero(i) for i in range(len(self.intervals)))
+        rest = list(range(zero, len(self.intervals)))
         if len(rest) > 1:
             source.line("# Intervals in ascending order.")
         for stop in range(len(rest) - 1, 0, -1):
@@ -202,18 +202,18 @@ class SpanLoop:
                     left, right = f"{part}{low}", f"{part}{high}"
                     source.line(f"{left}, {right} = tl.where(swap, {right}, {left}), tl.where(swap, {left}, {right})")
         source.line("# Each begins where those before it end, so that no tile is visited twice.")
-        for i in range(1, len(self.spans)):
+        for i in range(1, len(self.intervals)):
             s = self._suffix(i)
             before = "end_0" if i == 1 else "reached"
             source.line(f"begin{s} = tl.maximum(begin{s}, {before})")
             source.line(f"end{s} = tl.maximum(end{s}, begin{s})")
             source.line(f"full_begin{s} = tl.minimum(tl.maximum(full_begin{s}, begin{s}), end{s})")
             source.line(f"full_end{s} = tl.minimum(tl.maximum(full_end{s}, full_begin{s}), end{s})")
-            if i + 1 < len(self.spans):
+            if i + 1 < len(self.intervals):
                 source.line(f"reached = tl.maximum({before}, end{s})")
 
     def tile(self, source: Source, kind: str, number: str) -> None:
-        for i in range(len(self.spans)):
+        for i in range(len(self.intervals)):
             s, j, before = self._suffix(i), number, " + ".join(f"{kind}{self._suffix(n)}" for n in range(i))
             if before:
                 j = "j"
@@ -224,12 +224,12 @@ class SpanLoop:
             elif kind == "partial":
                 mine = f"tl.where({j} < head{s}, begin{s} + {j}, full_end{s} + {j} - head{s})"
             source.line(f"column = tl.where(j < 0, column, {mine})" if before else f"column = {mine}")
-        if not self.spans:
+        if not self.intervals:
             source.line("column = 0")
 
     def condition(self, source: Source, names: TritonNames) -> str:
         parts = []
-        for i in range(len(self.spans)):
+        for i in range(len(self.intervals)):
             s = self._suffix(i)
             first, last = (
                 f"{end}{s}{'[:, None]' * vector}" for end, vector in zip(("first", "last"), self._vector_ends(i), strict=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from sparsedsl.analysis.spans import spans
+from sparsedsl.analysis.key_intervals import intervals
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import TableNames, TritonNames, write_expression
-from sparsedsl.codegen.triton_loops import ListLoop, Loop, SpanLoop
+from sparsedsl.codegen.triton_loops import IntervalLoop, ListLoop, Loop
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import HEAD, KV_IDX, Q_IDX, Q_LEN, SCORE
 from sparsedsl.lang.tables import table_specs
@@ -21,7 +21,7 @@ _LOCAL = {
     "acc", "across", "allowed", "at", "b", "band", "base", "batch", "begin", "bh", "bundle", "column", "column_0", "d",
     "delta", "dp", "ds", "dx", "e", "end", "exists", "factor", "first", "first_row", "full", "full_begin", "full_end",
     "full_tiles", "grad", "grad_k", "grad_q", "grad_v", "h", "head", "i", "inside", "j", "k", "key", "kv_head", "kv_idx",
-    "lane", "larger", "last", "line", "listed", "lower", "lse", "m", "member", "most", "n", "out", "p", "packed_rows",
+    "residue", "larger", "last", "line", "listed", "lower", "lse", "m", "member", "most", "n", "out", "p", "packed_rows",
     "partial", "partial_begin", "partial_tiles", "place", "q", "q_idx", "q_len", "reached", "right", "row", "row_0", "s",
     "score", "seen", "share", "shrink", "sink", "start", "swap", "t", "tall", "tile", "tiles", "tl", "to", "total", "turned",
     "upper", "v", "weight", "x",
@@ -52,10 +52,11 @@ class KernelSource:
 class Variant:
     """What a source is written for, beside the pattern.
 
-    ``keys``, ``queries``: how the loops over keys and over queries find their tiles, "spans" or "lists". ``head_dim``, ``head_dim_v``:
+    ``keys``, ``queries``: how the loops over keys and over queries find their tiles, "intervals" or "lists". ``head_dim``, ``head_dim_v``:
     widths of q and k, and of v. ``wide``: positions and offsets need 64 bits. ``safe_rows``: every query is known to see a key.
     ``descriptors``: K and V are read through tensor descriptors. ``wide_tables``: tables of 2**31 entries or more. ``step``: programs stay
-    within one residue of positions (:mod:`sparsedsl.analysis.residues`). ``decode_keys``: as ``keys``, for the kernel of few queries.
+    within one residue of positions (:mod:`sparsedsl.analysis.residue_classes`). ``decode_keys``: as ``keys``, for the kernel of
+    few queries.
     """
 
     keys: str
@@ -187,17 +188,17 @@ class Writer:
             "turned": ("q_idx[None, :]", "kv_idx[:, None]"),
         }[place]
         h = "h[:, None]" if self.packed and place == "tile" else "h"
-        symbols = {"h": h, "q_idx": q, "kv_idx": kv} | {name: name for name in ("b", "q_len", "kv_len", "score", "lane")}
+        symbols = {"h": h, "q_idx": q, "kv_idx": kv} | {name: name for name in ("b", "q_len", "kv_len", "score", "residue")}
         return TritonNames(symbols, table_names(self.pattern), self.variant.wide_tables)
 
     def programs(self, length: str, block: str) -> None:
-        """Which tile, of which residue and head, a program has: ``tile``, ``lane`` if there are residues, and the rest in ``bh``."""
+        """Which tile, of which residue and head, a program has: ``tile``, ``residue`` if there are residues, and the rest in ``bh``."""
         step = self.variant.step
         source = self.source
         source.line(f"tiles = tl.cdiv({length if step == 1 else f'tl.cdiv({length}, {step})'}, {block})")
         source.line("tile = tl.program_id(0) % tiles")
         if step > 1:
-            source.line(f"lane = tl.program_id(0) // tiles % {step}")
+            source.line(f"residue = tl.program_id(0) // tiles % {step}")
         source.line(f"bh = tl.program_id(0) // tiles{'' if step == 1 else f' // {step}'}")
         with source.block("if HEAVY_FIRST:"):
             source.line("tile = tiles - 1 - tile")
@@ -211,23 +212,23 @@ class Writer:
         source.line(
             f"# Queries and keys of one residue modulo {step} see each other only; from here on all is counted within it."
         )
-        source.line(f"first_row = (lane - q_offset % {step} + {step}) % {step}")
+        source.line(f"first_row = (residue - q_offset % {step} + {step}) % {step}")
         for name in by_query:
             source.line(f"{name}_ptr += first_row * {name}_stride_row")
             source.line(f"{name}_stride_row *= {step}")
         for name in by_key:
-            source.line(f"{name}_ptr += lane * {name}_stride_row")
+            source.line(f"{name}_ptr += residue * {name}_stride_row")
             source.line(f"{name}_stride_row *= {step}")
         source.line(f"rows = (rows - first_row + {step - 1}) // {step}")
         source.line(f"q_offset = ({self.first} + first_row) // {step}")
-        source.line(f"kv_len = (kv_len - lane + {step - 1}) // {step}")
+        source.line(f"kv_len = (kv_len - residue + {step - 1}) // {step}")
 
     def place(self, row: str = "row") -> str:
         """The row of the call that a row of the residue is."""
         return row if self.variant.step == 1 else f"first_row + {row} * {self.variant.step}"
 
     def positions(self, *exprs: sympy.Basic, ends: bool = False) -> None:
-        """The length of the query axis, if anything reads it; ``ends``: the ends of spans of queries do."""
+        """The length of the query axis, if anything reads it; ``ends``: the ends of intervals of queries do."""
         if any(Q_LEN in expr.free_symbols for expr in exprs) or ends:
             self.source.line(f"q_len = {self.first} + rows")
 
@@ -374,17 +375,17 @@ class Writer:
         if (self.variant.decode_keys if self.packed else self.variant.keys) == "lists":
             head, line = ("head", "") if self.packed else ("h", "listed * tiles + tile")
             return ListLoop(self.pattern.mask.expr, "keys", head, line)
-        found = spans(self.pattern.mask.expr)
+        found = intervals(self.pattern.mask.expr)
         assert found is not None
-        return SpanLoop(found, "keys", "BLOCK_N", frozenset({Q_IDX, HEAD} if self.packed else {Q_IDX}))
+        return IntervalLoop(found, "keys", "BLOCK_N", frozenset({Q_IDX, HEAD} if self.packed else {Q_IDX}))
 
     def query_loop(self) -> Loop:
         """The loop over tiles of queries for the keys of a program."""
         if self.variant.queries == "lists":
             return ListLoop(self.pattern.mask.expr, "queries", "h", "listed * tiles + tile")
-        found = spans(self.pattern.mask.expr, of="queries")
+        found = intervals(self.pattern.mask.expr, of="queries")
         assert found is not None
-        return SpanLoop(found, "queries", "BLOCK_M", frozenset({KV_IDX}))
+        return IntervalLoop(found, "queries", "BLOCK_M", frozenset({KV_IDX}))
 
 
 def table_names(pattern: Pattern) -> dict[str, TableNames]:

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import sparsedsl as sd  # noqa: E402
-from sparsedsl.lang.evaluate import evaluate  # noqa: E402
+from sparsedsl.lang.evaluation import evaluate  # noqa: E402
 from sparsedsl.plotting import NOTHING, PAIR  # noqa: E402
 from sparsedsl.program.kinds import kinds_table  # noqa: E402
 
@@ -191,7 +191,7 @@ GALLERY = {
     ),
     "shared_prefix": Entry("shared_prefix()", options={"branch": lambda: documents_of(20, 14, 10, 20)}),
     "tree": Entry("tree()", options={"subtree_end": subtree_ends}),
-    "blocks": Entry('blocks("picked", 8)', options={"picked": lambda: random(8, 8) > 0.4}),
+    "blocks": Entry('blocks("chosen", 8)', options={"chosen": lambda: random(8, 8) > 0.4}),
     "block_causal": Entry("block_causal(16)"),
     "random_blocks": Entry("random_blocks(8, 2, seed=0)", length=128),
     "block_diffusion": Entry("block_diffusion(8)"),
@@ -227,8 +227,8 @@ GALLERY = {
 CHAPTERS = {
     "local": "Around the diagonal",
     "anchors": "Anchors",
-    "documents": "Packed sequences",
-    "blocks": "Blocks",
+    "packing": "Packed sequences",
+    "blockwise": "Blocks",
     "grids": "Grids",
     "scores": "Score functions",
     "models": "Published systems",

@@ -33,7 +33,7 @@ LESSONS = ((64, 8, 64, 900), (128, 16, 32, 300), (LENGTH, 32, 16, 300))
 SPARSE_FROM = 0.9  # of the steps: all chunks before, TOP_K chunks after
 
 
-class PickedChunks(Attention):
+class SelectedChunks(Attention):
     """HSA: a query picks chunks by its score against each chunk's landmark, a learned summary of the tokens; no positions."""
 
     def __init__(self, width: int, heads: int):
@@ -51,12 +51,12 @@ class PickedChunks(Attention):
         summed = (self.mark(x) * self.matters(x).sigmoid())[:, :whole].unflatten(1, (-1, CHUNK)).mean(2)
         landmarks = split_heads(4 * summed, self.heads)  # a needle is one token of 16: its share should not be small
         asked = split_heads(self.retrieval(x[:, -rows:]), self.heads)
-        picked = self.attend(q, k, v, retrieval_q=asked, landmarks=landmarks, q_offset=x.shape[1] - rows)
-        return self.out(picked.transpose(1, 2).flatten(2))
+        chosen = self.attend(q, k, v, retrieval_q=asked, landmarks=landmarks, q_offset=x.shape[1] - rows)
+        return self.out(chosen.transpose(1, 2).flatten(2))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "HSA": lambda: PickedChunks(WIDTH, HEADS),
+    "HSA": lambda: SelectedChunks(WIDTH, HEADS),
     "full, no positions": lambda: Attention(WIDTH, HEADS, sd.patterns.causal(), positions=False),
     "full, rotary": lambda: Attention(WIDTH, HEADS, sd.patterns.causal()),
     f"window {WINDOW}": lambda: Attention(WIDTH, HEADS, sd.patterns.sliding_window(WINDOW)),
@@ -77,12 +77,12 @@ def learn(name: str, share: float) -> tuple[Transformer, float]:
     torch.manual_seed(0)
     data = torch.Generator().manual_seed(0)  # the same sequences for every model
     near, far = Attention(WIDTH, HEADS, sd.patterns.sliding_window(NEAR)), MODELS[name]()
-    hidden = 4 * WIDTH if isinstance(far, PickedChunks) else WIDER
+    hidden = 4 * WIDTH if isinstance(far, SelectedChunks) else WIDER
     model = Transformer(VOCABULARY, WIDTH, (near, far), hidden=hidden, answers=SYMBOLS)
     plan = [lesson[:3] for lesson in LESSONS for _ in range(max(2, int(lesson[3] * share)))]
 
     def loss(step: int) -> torch.Tensor:
-        if isinstance(far, PickedChunks) and step == int(SPARSE_FROM * len(plan)):
+        if isinstance(far, SelectedChunks) and step == int(SPARSE_FROM * len(plan)):
             far.pick(TOP_K)
         length, count, rows = plan[step]
         tokens, answers = needles(rows, length, count, data)

@@ -11,8 +11,7 @@ from typing import NoReturn
 
 from sparsedsl.lang.advice import answer_for, meant
 from sparsedsl.patterns.anchors import global_tokens, prefix, sinks
-from sparsedsl.patterns.blocks import block_causal, block_diffusion, blocks, random_blocks
-from sparsedsl.patterns.documents import document_prefix, documents, packed, shared_prefix, tree
+from sparsedsl.patterns.blockwise import block_causal, block_diffusion, blocks, random_blocks
 from sparsedsl.patterns.grids import grid_position, neighbourhood_2d, neighbourhood_3d, sliding_tile
 from sparsedsl.patterns.local import causal, chunked, dilated, full, sliding_window, strided, strided_fixed
 from sparsedsl.patterns.models import (
@@ -27,6 +26,7 @@ from sparsedsl.patterns.models import (
     streaming_llm,
     t5,
 )
+from sparsedsl.patterns.packing import document_prefix, documents, packed, shared_prefix, tree
 from sparsedsl.patterns.scores import alibi, alibi_slope, relative_bias, softcap, t5_bias, t5_bucket
 from sparsedsl.patterns.systems import hsa, moba, nha, nsa, pbs, ring_linear, token_sparse
 

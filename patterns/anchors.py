@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sparsedsl.lang.expressions import Index, Mask, kv_idx, q_idx
-from sparsedsl.patterns.arguments import check_count
+from sparsedsl.patterns.checked_arguments import check_count
 from sparsedsl.patterns.local import causal
 
 __all__ = ["global_tokens", "prefix", "sinks"]

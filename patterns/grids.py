@@ -11,7 +11,7 @@ from typing import Any
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Index, Mask, as_index, as_mask, kv_idx, q_idx
 from sparsedsl.lang.numeric import maximum, minimum
-from sparsedsl.patterns.arguments import check_choice, check_counts, check_whole
+from sparsedsl.patterns.checked_arguments import check_choice, check_counts, check_whole
 
 __all__ = ["grid_position", "neighbourhood_2d", "neighbourhood_3d", "sliding_tile"]
 

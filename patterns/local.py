@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Index, Mask, as_mask, kv_idx, q_idx
-from sparsedsl.patterns.arguments import check_count, check_flag, check_whole
+from sparsedsl.patterns.checked_arguments import check_count, check_flag, check_whole
 
 __all__ = ["causal", "chunked", "dilated", "full", "sliding_window", "strided", "strided_fixed"]
 

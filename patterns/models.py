@@ -8,8 +8,8 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Index, Mask, h, kv_idx, q_idx, table
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.patterns.anchors import global_tokens, sinks
-from sparsedsl.patterns.arguments import check_flag, check_positive, check_whole
-from sparsedsl.patterns.blocks import random_blocks
+from sparsedsl.patterns.blockwise import random_blocks
+from sparsedsl.patterns.checked_arguments import check_flag, check_positive, check_whole
 from sparsedsl.patterns.local import causal, chunked, dilated, full, sliding_window
 from sparsedsl.patterns.scores import alibi, softcap, t5_bias
 

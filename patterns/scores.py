@@ -10,7 +10,7 @@ import struct
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Index, Score, as_index, as_score, h, kv_idx, q_idx, score, table
 from sparsedsl.lang.numeric import clamp, maximum, minimum, tanh, where
-from sparsedsl.patterns.arguments import check_flag, check_logit, check_positive, check_whole
+from sparsedsl.patterns.checked_arguments import check_flag, check_logit, check_positive, check_whole
 
 __all__ = ["alibi", "alibi_slope", "relative_bias", "softcap", "t5_bias", "t5_bucket"]
 

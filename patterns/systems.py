@@ -10,7 +10,7 @@ from sparsedsl import program as sd
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.patterns.arguments import check_choice, check_count, check_whole
+from sparsedsl.patterns.checked_arguments import check_choice, check_count, check_whole
 from sparsedsl.patterns.local import causal, sliding_window
 from sparsedsl.program.branches import Attend, Branch, Compact, Linear, Mix
 from sparsedsl.program.scores import Scores
@@ -47,8 +47,8 @@ def hsa(chunk: int = 64, top_k: int = 16, weights: str = "softmax", *, inner: st
     ended = (kv_idx // chunk + 1) * chunk <= q_idx
     retrieval = sd.input("retrieval_q", "batch retrieval_heads queries retrieval_dim")
     landmarks = sd.input("landmarks", f"batch retrieval_heads keys/{chunk} retrieval_dim")
-    picks = sd.top_k(sd.dot(retrieval, landmarks), top_k, among=ended)
-    return sd.attend(ended & picks, normaliser=sd.per_chunk(picks, weights, inner=inner))
+    selected = sd.top_k(sd.dot(retrieval, landmarks), top_k, among=ended)
+    return sd.attend(ended & selected, normaliser=sd.per_chunk(selected, weights, inner=inner))
 
 
 def nha(slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, temperature: float = 8.0) -> Branch:
@@ -122,8 +122,8 @@ def pbs(block: int = 128, segment: int = 256, mass: float = 0.9, share: str = "h
     earlier = kv_idx // segment < q_idx // segment
     own = (kv_idx // segment == q_idx // segment) & (order.origin(kv_idx) <= q_idx)
     first = kv_idx // block == order.place(0) // block
-    picks = sd.top_p(sd.dot(*pooled), mass, among=earlier)
-    return sd.attend(earlier & (picks | first) | own, k=keys, v=values)
+    selected = sd.top_p(sd.dot(*pooled), mass, among=earlier)
+    return sd.attend(earlier & (selected | first) | own, k=keys, v=values)
 
 
 def token_sparse(
@@ -231,6 +231,8 @@ def nsa(block: int = 32, select: int = 64, top_k: int = 16, window: int = 512) -
     seen: Scores = sd.dot(sd.q, means).softmax(over).over_group("sum")
     seen = seen if select == block else seen.regroup(select // block)
     forced = (kv_idx < select) | (q_idx // select - kv_idx // select < 2)
-    picks = sd.top_k(seen, check_whole("nsa", "top_k", top_k, 1), forced=forced)
+    selected = sd.top_k(seen, check_whole("nsa", "top_k", top_k, 1), forced=forced)
     gate = sd.input("gate", "batch heads queries 3")
-    return sd.mix(compressed, sd.attend(causal() & picks), sliding_window(check_count("nsa", "window", window, 1)), weights=gate)
+    return sd.mix(
+        compressed, sd.attend(causal() & selected), sliding_window(check_count("nsa", "window", window, 1)), weights=gate
+    )

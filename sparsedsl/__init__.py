@@ -32,9 +32,9 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     from sparsedsl.analysis.proofs import PROVED as PROVED, REFUTED as REFUTED, UNKNOWN as UNKNOWN, Verdict as Verdict
     from sparsedsl.analysis.proofs import equivalent as equivalent, implies as implies
     from sparsedsl.analysis.report import Analysis as Analysis, analyse as analyse
-    from sparsedsl.execute.compile import compile as compile
+    from sparsedsl.execute.compiling import compile as compile
     from sparsedsl.execute.compiled import Attention as Attention
-    from sparsedsl.gpu.build import Build as Build, build as build
+    from sparsedsl.gpu.builds import Build as Build, build as build
     from sparsedsl.lang.expressions import Index as Index, Mask as Mask, Score as Score, b as b
     from sparsedsl.lang.expressions import h as h, kv_idx as kv_idx, kv_len as kv_len, q_idx as q_idx
     from sparsedsl.lang.expressions import q_len as q_len, score as score, table as table
@@ -74,9 +74,9 @@ _PUBLIC = {
         "sparsedsl.analysis.proofs": "PROVED REFUTED UNKNOWN Verdict equivalent implies",
         "sparsedsl.analysis.report": "Analysis analyse",
         "sparsedsl.analysis.caches": "cache_bytes clear_caches",
-        "sparsedsl.gpu.build": "Build build",
+        "sparsedsl.gpu.builds": "Build build",
         "sparsedsl.execute.compiled": "Attention",
-        "sparsedsl.execute.compile": "compile",
+        "sparsedsl.execute.compiling": "compile",
         "sparsedsl.plotting": "plot",
         "": "models patterns testing",
     }.items()

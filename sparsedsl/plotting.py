@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.intervals import TableRanges
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL
+from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.points import PointDecider, box_classes
 from sparsedsl.analysis.tiles import Grid, classify
 from sparsedsl.errors import PatternError, ShapeError, TableError
 from sparsedsl.figures import axes_of
 from sparsedsl.lang.advice import surplus
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
-from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 
@@ -24,7 +24,7 @@ COLOURS = {
     "tensor": "#e8e8e3",
     "scores": "#fbe3c0",
     "key scores": "#f6eda8",
-    "picks": "#f0a23b",
+    "selected": "#f0a23b",
     "order": "#d9b3d6",
     "tokens": "#f0b9b0",
     "memory": "#b5d9c4",
@@ -55,7 +55,7 @@ def words(program: Program, node: Node, sizes: Mapping[str, int]) -> tuple[str, 
 
 def _axis(axis: str, sizes: Mapping[str, int]) -> str:
     size = sizes.get(base_of(axis))
-    return axis if size is None else f"{axis}={-(-size // unit_of(axis)):,}"
+    return axis if size is None else f"{axis}={-(-size // block_of(axis)):,}"
 
 
 def places(graph: nx.DiGraph) -> tuple[dict[Any, tuple[float, float]], list[list[Any]]]:

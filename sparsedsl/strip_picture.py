@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.tiled.attention import HeadSizes, TiledKernel
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.tiling.schedule import LanePlan, Schedule
+from sparsedsl.tiling.schedule import ResiduePlan, Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,9 +22,9 @@ DRAWN = 4000
 Rectangle = tuple[float, float, float, float, bool]
 
 
-def rectangles(plan: LanePlan) -> Iterator[Rectangle]:
-    """``(first key, first query, keys, queries, masked)`` of a lane, in positions; of a lane in steps what it spans."""
-    lane = plan.lane
+def rectangles(plan: ResiduePlan) -> Iterator[Rectangle]:
+    """``(first key, first query, keys, queries, masked)`` of a residue, in positions; of a residue in steps what it spans."""
+    residue = plan.residue
     if plan.lists is not None:
         height, width = plan.lists.block
         for part, masked in ((plan.lists.full, False), (plan.lists.partial, True)):
@@ -33,13 +33,13 @@ def rectangles(plan: LanePlan) -> Iterator[Rectangle]:
                 keys = min(width, plan.lists.kv_len - column * width)
                 yield column * width, plan.first + row * height, keys, min(height, plan.rows - row * height), masked
         return
-    for family in plan.families:
-        for turn in range(family.count):
-            q = lane.q_start + lane.q_step * (family.q_start + turn * family.step)
-            for piece in family.pieces:
-                kv = lane.kv_start + lane.kv_step * (piece.start + turn * piece.step)
-                width, height = lane.kv_step * piece.length, lane.q_step * family.height
-                yield kv, q, width, height, piece.residual is not None
+    for series in plan.strided_series:
+        for turn in range(series.count):
+            q = residue.q_start + residue.q_step * (series.q_start + turn * series.step)
+            for key_tile in series.key_tiles:
+                kv = residue.kv_start + residue.kv_step * (key_tile.start + turn * key_tile.step)
+                width, height = residue.kv_step * key_tile.length, residue.q_step * series.height
+                yield kv, q, width, height, key_tile.residual is not None
 
 
 def draw_strips(axis: Axes, pattern: Pattern, domain: Domain) -> str:
@@ -50,16 +50,16 @@ def draw_strips(axis: Axes, pattern: Pattern, domain: Domain) -> str:
     schedule: Schedule = TiledKernel(pattern).schedule_of(domain, HeadSizes(1, 64, 64))
     drawn: dict[bool, list[Any]] = {False: [], True: []}
     total = 0
-    for plan in schedule.lanes:
+    for plan in schedule.residue_classes:
         for kv, q, width, height, masked in rectangles(plan):
             total += 1
             if total <= DRAWN:
                 drawn[masked].append(Patch((kv - 0.5, q - 0.5), width, height))
     # Lanes in steps lie over each other: see-through.
-    alpha = 0.9 if all(plan.lane.plain for plan in schedule.lanes) else 0.25
+    alpha = 0.9 if all(plan.residue.plain for plan in schedule.residue_classes) else 0.25
     for masked, patches in drawn.items():
         colour = MASKED if masked else WHOLE
         axis.add_collection(PatchCollection(patches, facecolor=colour, edgecolor="white", linewidth=0.4, alpha=alpha))
-    lanes = f" in {len(schedule.lanes)} lanes" if len(schedule.lanes) > 1 else ""
-    note = f"{schedule.pairs:,} pairs computed{lanes}, strips of up to {schedule.height} queries"
+    residue_classes = f" in {len(schedule.residue_classes)} residue classes" if len(schedule.residue_classes) > 1 else ""
+    note = f"{schedule.pairs:,} pairs computed{residue_classes}, strips of up to {schedule.height} queries"
     return note if total <= DRAWN else f"{note}; the first {DRAWN:,} of {total:,} rectangles drawn"

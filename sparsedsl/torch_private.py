@@ -125,7 +125,7 @@ def has_no_values(tensor: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, after: str = "none") -> Tensor:
     """oneDNN's ``x @ weight.T`` of float32 matrices on CPU, with ``after`` ("none", "tanh", ..) in the same pass over the result.
 
-    Twice as fast as ``torch.mm`` on some processors. :func:`sparsedsl.tuning.measure.has_linear` tries it before anything uses it, and
+    Twice as fast as ``torch.mm`` on some processors. :func:`sparsedsl.tuning.rates.has_linear` tries it before anything uses it, and
     ``torch.mm`` is taken where it is missing or wrong.
     """
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, after, [], "")

@@ -102,7 +102,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _on_device(arguments: argparse.Namespace) -> None:
     import torch
 
-    from sparsedsl.execute.compile import compile
+    from sparsedsl.execute.compiling import compile
     from sparsedsl.gpu.autotune import Session, session
 
     if not torch.cuda.is_available():
@@ -181,7 +181,7 @@ def _without_device(arguments: argparse.Namespace) -> None:
     from sparsedsl.analysis.tiles import classify
     from sparsedsl.codegen.to_triton import triton_source, variant_of
     from sparsedsl.gpu.configs import Shape
-    from sparsedsl.gpu.costs import Tiles, listed_tiles, work_of
+    from sparsedsl.gpu.costs import TileCounts, listed_tiles, work_of
     from sparsedsl.gpu.expected import expected_config
     from sparsedsl.gpu.targets import target_named
 
@@ -203,7 +203,7 @@ def _without_device(arguments: argparse.Namespace) -> None:
         for done, name in enumerate(names):
             show(done, len(names), name)
 
-            def tiles_at(block: tuple[int, int], by_key: bool = name == "grad_kv") -> Tiles:
+            def tiles_at(block: tuple[int, int], by_key: bool = name == "grad_kv") -> TileCounts:
                 return listed_tiles(lists(block), batch=arguments.batch, heads=arguments.heads, by_key=by_key)
 
             found = expected_config(source, source.kernel(name), shape, target, work_of(lists((128, 128))), tiles_at)

@@ -191,7 +191,7 @@ def test_block_tables_have_the_share_they_promise():
 
 
 def test_both_forms_of_every_case_allow_the_same():
-    from sparsedsl.lang.evaluate import evaluate
+    from sparsedsl.lang.evaluation import evaluate
 
     cases, length = load("cases"), 4700  # beyond the widest window
     positions = torch.arange(length)
@@ -410,8 +410,8 @@ def test_density_counts_pairs():
     assert cases.density(sd.attend(patterns.causal()), q, k, v, {}) == pytest.approx(1.0)
     assert cases.density(sd.patterns.ring_linear([0.5] * 8), q, k, v, {}) is None
     hsa = cases.SYSTEMS["hsa"]
-    picked = sum(min(4, t // 16) * 16 for t in range(length))  # chunks of 16 that are over, at most 4
-    assert cases.density(hsa.program(8, length), q, k, v, hsa.inputs(q, k)) == pytest.approx(picked / causal)
+    chosen = sum(min(4, t // 16) * 16 for t in range(length))  # chunks of 16 that are over, at most 4
+    assert cases.density(hsa.program(8, length), q, k, v, hsa.inputs(q, k)) == pytest.approx(chosen / causal)
     nha = cases.SYSTEMS["nha"]
     seen = sum(min(8, t + 1) + 16 for t in range(length))
     assert cases.density(nha.program(8, length), q, k, v, nha.inputs(q, k)) == pytest.approx(seen / causal)

@@ -215,7 +215,7 @@ def test_jobs_cover_what_was_asked_and_the_longest_come_last():
 
 
 def test_both_forms_of_every_pattern_allow_and_score_the_same():
-    from sparsedsl.lang.evaluate import evaluate
+    from sparsedsl.lang.evaluation import evaluate
     from sparsedsl.lang.pattern import as_pattern
 
     cases, length = load("gpu_cases"), 300

@@ -25,13 +25,13 @@ causal = kv_idx <= q_idx
 doc = sd.table("doc", monotone=True)
 packed = causal & (doc[q_idx] == doc[kv_idx])
 dot = sd.dot(sd.q, sd.summary(sd.k, 4))
-picks = sd.top_k(dot, 1)
+selected = sd.top_k(dot, 1)
 gate = sd.input("gate", "batch kv_heads keys 4")
 q = k = v = torch.zeros(1, 2, 8, 16)
 ids = torch.zeros(8, dtype=torch.int64)
 keep = torch.ones(8, 8, dtype=torch.bool)
 attn = sd.compile(causal, backend="reference")
-program = sd.compile(sd.attend(causal & picks), backend="reference")
+program = sd.compile(sd.attend(causal & selected), backend="reference")
 
 # Python hands the wrong call to us before it becomes a TypeError of its own.
 Case = tuple[Callable[[], Any], type[Exception], str]
@@ -52,7 +52,7 @@ ELSEWHERE: dict[str, Case] = {
     "of attend": (lambda: sd.attend(causal, dropout_p=0.1), sd.ArgumentError, "attend(): unexpected argument dropout_p: it takes mask, score, sink, scale, heads, q, k, v, normaliser. dropout_p: dropout of attention"),
     "of compile": (lambda: sd.compile(causal, is_causal=True), sd.ArgumentError, "compile(): unexpected argument is_causal: it takes pattern, backend, allow"),
     "of linear": (lambda: sd.linear([0.5], beta=1), sd.ArgumentError, "beta: the delta rule is not in the language"),
-    "of summary": (lambda: sd.summary(sd.k, 32, stride=16), sd.ArgumentError, "stride: units lie side by side; overlapping ones are not in the language"),
+    "of summary": (lambda: sd.summary(sd.k, 32, stride=16), sd.ArgumentError, "stride: blocks lie side by side; overlapping ones are not in the language"),
 }
 
 NEARLY: dict[str, Case] = {
@@ -60,14 +60,14 @@ NEARLY: dict[str, Case] = {
     "table of a call": (lambda: sd.compile(packed)(q, k, v, docs=ids), sd.TableError, "unexpected argument docs: the pattern reads the tables doc. Did you mean 'doc'?"),
     "table of a report": (lambda: sd.analyse(packed, 8, dco=ids), sd.TableError, "unexpected argument dco: the pattern reads doc. Did you mean 'doc'?"),
     "keyword of a report": (lambda: sd.analyse(causal, 8, blocksize=64), sd.TableError, "Did you mean 'block_size'?"),
-    "table of a program's report": (lambda: sd.analyse(sd.attend(packed & picks), 8, dco=ids), sd.TableError, "Did you mean 'doc'?"),
+    "table of a program's report": (lambda: sd.analyse(sd.attend(packed & selected), 8, dco=ids), sd.TableError, "Did you mean 'doc'?"),
     "table to bind": (lambda: packed.bind(dox=ids), sd.TableError, "Did you mean 'doc'?"),
     "table of a pattern to bind": (lambda: sd.attend(packed).bind(dox=ids), sd.TableError, "Did you mean 'doc'?"),
     "keyword of attend": (lambda: sd.attend(causal, scroe=score), sd.ArgumentError, "Did you mean 'score'?"),
     "keyword of a pattern": (lambda: P.sliding_window(4, two_side=True), sd.ArgumentError, "sliding_window(): unexpected argument two_side: it takes w, two_sided. Did you mean 'two_sided'?"),
     "backend": (lambda: sd.compile(causal, backend="tild"), sd.PatternError, "backend must be one of 'auto', 'reference', 'tiled', 'flex', 'triton'; got 'tild'. Did you mean 'tiled'?"),
     "word of a choice": (lambda: sd.summary(sd.k, 4, "maen"), sd.PatternError, "summary(): how must be one of 'mean', 'max', 'min', 'sum', 'first', 'last'; got 'maen'. Did you mean 'mean'?"),
-    "weights": (lambda: sd.per_chunk(picks, "softmx"), sd.PatternError, "Did you mean 'softmax'?"),
+    "weights": (lambda: sd.per_chunk(selected, "softmx"), sd.PatternError, "Did you mean 'softmax'?"),
     "dtype": (lambda: sd.analyse(causal, 8, dtype="bfloat"), sd.ShapeError, "Did you mean 'bfloat16'?"),
     "share": (lambda: P.pbs(share="heads"), sd.PatternError, "pbs(): share must be one of 'head', 'group'; got 'heads'. Did you mean 'head'?"),
     "public name": (lambda: sd.patern, AttributeError, "Did you mean 'patterns'?"),
@@ -86,17 +86,17 @@ INSTEAD: dict[str, Case] = {
     "pattern as a mask": (lambda: sd.attend(sd.attend(causal)), sd.PatternError, "A Pattern is a whole attention; its parts are pattern.mask and pattern.score"),
     "pattern & mask": (lambda: P.alibi_window(4, 2) & P.documents(), sd.PatternError, "operators join masks. Write sd.attend(pattern.mask & other, score=pattern.score)"),
     "pattern == mask": (lambda: causal & (sd.attend(causal) == causal), sd.PatternError, "is a whole attention, a mask with a score: operators join masks"),
-    "branch & mask": (lambda: sd.attend(causal & picks) & causal, sd.PatternError, "join branches with sd.joint() or sd.mix()"),
+    "branch & mask": (lambda: sd.attend(causal & selected) & causal, sd.PatternError, "join branches with sd.joint() or sd.mix()"),
     "mask as a score": (lambda: sd.attend(causal, score=causal), sd.PatternError, "the score of attend() must be a logit, not a condition; got Mask(q_idx >= kv_idx) (Mask). Pairs are dropped by the mask"),
-    "choice as a score": (lambda: sd.attend(causal, score=picks), sd.PatternError, "the score of attend() must be a logit, not a condition"),
+    "choice as a score": (lambda: sd.attend(causal, score=selected), sd.PatternError, "the score of attend() must be a logit, not a condition"),
     "mask as a sink": (lambda: sd.attend(causal, sink=h < 2), sd.PatternError, "the sink of attend() must be a logit, not a condition"),
     "bool as a score": (lambda: sd.attend(causal, True), sd.PatternError, "the score of attend() must be a logit, not a condition; got True (bool)"),
     "q for its length": (lambda: sd.analyse(causal, q), sd.ShapeError, "q_len must be a whole number of at least 1; got a Tensor of shape (1, 2, 8, 16) and torch.float32. Lengths and sizes are numbers: q.shape[2], k.shape[2]"),
     "no length": (lambda: sd.analyse(causal), sd.ArgumentError, "analyse(): missing a required argument: 'q_len'. It is called as analyse(pattern"),
     "offset of None": (lambda: sd.analyse(causal, 8, q_offset=None), sd.ShapeError, "q_offset must be a whole number of at least 0; got None (NoneType)"),
     "endless offset": (lambda: sd.analyse(causal, 8, q_offset=2**70), sd.ShapeError, "q_offset must be at most 2**60"),
-    "fractional width": (lambda: sd.analyse(sd.attend(causal & picks), 8, kv_heads=1.5), sd.ShapeError, "kv_heads must be a whole number of at least 1; got 1.5 (float)"),
-    "sizes": (lambda: sd.analyse(sd.attend(causal & picks), 8, sizes=3), sd.ShapeError, "sizes must be a dict, axis -> size"),
+    "fractional width": (lambda: sd.analyse(sd.attend(causal & selected), 8, kv_heads=1.5), sd.ShapeError, "kv_heads must be a whole number of at least 1; got 1.5 (float)"),
+    "sizes": (lambda: sd.analyse(sd.attend(causal & selected), 8, sizes=3), sd.ShapeError, "sizes must be a dict, axis -> size"),
     "dtype of a program": (lambda: program.explain(8, dtype="int8"), sd.PatternError, "dtype must be one of 'float64', 'float32', 'bfloat16', 'float16'; got 'int8'"),
     "q before positions": (lambda: sd.q <= sd.k, sd.PatternError, "<Input q> is a node of a program that gives a tensor; operators have no meaning on it: it is computed at the call. For positions of queries and keys write sd.q_idx and sd.kv_idx"),
     "positions for rows": (lambda: sd.dot(q_idx, kv_idx), sd.PatternError, "dot(): x must be sd.q, sd.k, sd.v, an input, a summary or reordered rows; got Index(q_idx) (Index)"),
@@ -104,7 +104,7 @@ INSTEAD: dict[str, Case] = {
     "wrong order": (lambda: sd.top_k(4, dot), sd.PatternError, "top_k(): scores must come from dot(), bound(), antidiagonal() or what is made of them; got 4 (int)"),
     "mask for scores": (lambda: sd.top_k(causal, 4), sd.PatternError, "top_k(): scores must come from dot()"),
     "scaled scores": (lambda: sd.top_k(2 * dot, 4), sd.PatternError, "Arithmetic on scores gives the logit of a pair, for sd.attend(..., score=)"),
-    "difference of scores": (lambda: dot - dot, sd.PatternError, "scores of units are joined by + alone, which gives scores again"),
+    "difference of scores": (lambda: dot - dot, sd.PatternError, "scores of blocks are joined by + alone, which gives scores again"),
     "mask by scores": (lambda: sd.attend(causal & (dot > 0)), sd.PatternError, "is learned but read in the mask"),
     "a number joined": (lambda: sd.joint(causal, 3), sd.PatternError, "joint() joins attentions: patterns, masks, or what attend(), recall(), ... give; got 3 (int)"),
     "a pattern function joined": (lambda: sd.joint(causal, P.sinks), sd.PatternError, "call it, sinks(n)"),
@@ -149,7 +149,7 @@ def test_scores_that_never_read_the_logit_are_warned_of(logit: Any) -> None:
     assert any(text in warning for warning in sd.analyse(found, 8, **tables).warnings)
     assert text in str(sd.analyse(found, 8, **tables))
     assert not any(text in warning for warning in sd.analyse(sd.attend(causal, score=score + logit), 8, **tables).warnings)
-    chosen = sd.attend(causal & picks, score=logit)
+    chosen = sd.attend(causal & selected, score=logit)
     assert any(text in warning for warning in sd.analyse(chosen, 8, **tables).warnings)
 
 
@@ -203,7 +203,7 @@ def test_missing_packages_name_the_extra(package: str, extra: str, monkeypatch: 
 
 def test_tensors_of_counterexamples_lie_in_a_private_folder() -> None:
     """Nobody can have put a link, or a file to be loaded, where the next one is written."""
-    from sparsedsl.testing.shapes import tensor_code
+    from sparsedsl.testing.call_shapes import tensor_code
 
     value = torch.arange(1000)
     path = re.fullmatch(r"torch.load\('(.*)'\)", tensor_code(value))

@@ -71,11 +71,11 @@ def test_the_same_program_gives_the_same_picture():
 
 def test_sizes_are_shown_where_lengths_are_given():
     program = sd.Program(P.moba(512, 3))
-    picks = program.root.selections[0]
-    assert words(program, picks, {})[2] == "batch heads queries keys/512"
-    assert words(program, picks, {"queries": 100, "keys": 1300})[2].split() == ["batch", "heads", "queries=100", "keys/512=3"]
+    selected = program.root.selections[0]
+    assert words(program, selected, {})[2] == "batch heads queries keys/512"
+    assert words(program, selected, {"queries": 100, "keys": 1300})[2].split() == ["batch", "heads", "queries=100", "keys/512=3"]
     figure = sd.plot(P.moba(512, 3), 100, q_offset=1200)
-    assert "keys/512=3" in boxes(figure.axes[0])[program.labels[picks]].get_text()
+    assert "keys/512=3" in boxes(figure.axes[0])[program.labels[selected]].get_text()
 
 
 def test_arguments_are_shown_and_long_ones_cut():

@@ -10,12 +10,12 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from sparsedsl.analysis.clauses import Clause, clauses, only_difference
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.guarded import GuardedIntervals
 from sparsedsl.analysis.intervals import TableRanges
+from sparsedsl.analysis.mask_clauses import Clause, clauses, only_difference
 from sparsedsl.errors import TableError
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.functions import Where
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
@@ -69,7 +69,7 @@ def value_ranges(domain: Domain) -> dict[str, tuple[int, int]]:
     return found
 
 
-class _Facts(TableRanges):
+class _RangeFacts(TableRanges):
     """Table values known by their extremes only: enough for index ranges, and exact in Python integers."""
 
     def __init__(self, values: Mapping[str, tuple[int, int]]):
@@ -83,7 +83,7 @@ class _Facts(TableRanges):
 
 def index_ranges(domain: Domain, values: Mapping[str, tuple[int, int]]) -> GuardedIntervals:
     """Interval arithmetic over the whole domain in Python integers: nothing wraps."""
-    return GuardedIntervals(_symbol_ranges(domain), _Facts(values))
+    return GuardedIntervals(_symbol_ranges(domain), _RangeFacts(values))
 
 
 def allowed_range(index: sympy.Expr, mask: Boolean, intervals: GuardedIntervals) -> tuple[Any, Any]:

@@ -59,7 +59,7 @@ class _Place:
 
     __slots__ = ("cache", "key", "order", "size")
 
-    def __init__(self, order: _Order, cache: weakref.ref[Cache[Any]], key: Any, size: int) -> None:
+    def __init__(self, order: _Ages, cache: weakref.ref[Cache[Any]], key: Any, size: int) -> None:
         self.order, self.cache, self.key, self.size = order, cache, key, size
 
     def enter(self) -> None:
@@ -71,7 +71,7 @@ class _Place:
             self.order.bytes -= self.size
 
 
-class _Order:
+class _Ages:
     """The places of one kind in all caches, the one not asked for longest first, and their bytes together."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class _Order:
         self.bytes = 0
 
 
-_RESULTS, _TILES = _Order(), _Order()
+_RESULTS, _TILES = _Ages(), _Ages()
 # Taken again by the same thread where a table or a cache dies while an entry is put in.
 _lock = threading.RLock()
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import sympy
 
-from sparsedsl.analysis.clauses import Clause, clauses
 from sparsedsl.analysis.intervals import Intervals, Range, TableRanges
+from sparsedsl.analysis.mask_clauses import Clause, clauses
 from sparsedsl.lang.conditions import Fact, Facts, fact_of
 from sparsedsl.lang.functions import Where
 from sparsedsl.lang.tables import TableRead

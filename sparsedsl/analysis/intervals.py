@@ -16,8 +16,8 @@ import sympy
 import torch
 
 from sparsedsl.lang import functions as fn
-from sparsedsl.lang.evaluate import maximum, minimum
-from sparsedsl.lang.facts import facts
+from sparsedsl.lang.evaluation import maximum, minimum
+from sparsedsl.lang.known_facts import facts
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.strict import StrictFunction, is_condition
 from sparsedsl.lang.tables import TableRead

@@ -14,7 +14,7 @@ __all__ = [
     "FULL",
     "PARTIAL",
     "UNKNOWN",
-    "TileLists",
+    "BlockLists",
     "TileRows",
     "check_room",
     "expand_runs",
@@ -117,7 +117,7 @@ class TileRows:
 
 
 @dataclass(frozen=True)
-class TileLists:
+class BlockLists:
     """The tiles of ``rows x kv_len`` pairs in blocks of ``block = (q, kv)`` tokens.
 
     Sound: every allowed pair lies in a listed tile, and a full tile has no masked pair inside the lengths. Minimal: every listed
@@ -157,6 +157,6 @@ class TileLists:
     def __repr__(self) -> str:
         batch, heads, rows, columns = self.shape
         return (
-            f"TileLists({rows} x {columns} tiles of {self.block[0]} x {self.block[1]}, groups {batch} x {heads}: "
+            f"BlockLists({rows} x {columns} tiles of {self.block[0]} x {self.block[1]}, groups {batch} x {heads}: "
             f"{self.full.total} full, {self.partial.total} partial, {self.nbytes / 2**20:.2f} MiB)"
         )

@@ -11,10 +11,10 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from sparsedsl.analysis.clauses import literals, only_difference
 from sparsedsl.analysis.domain import Domain, Groups
 from sparsedsl.analysis.intervals import Intervals, TableRanges
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN
+from sparsedsl.analysis.mask_clauses import literals, only_difference
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.shapes import joined_shape
 from sparsedsl.lang.steps import evaluate

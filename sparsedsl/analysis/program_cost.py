@@ -15,7 +15,7 @@ from sparsedsl.analysis.tiles import classify
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.program import orders, scores, select, sources
-from sparsedsl.program.axes import unit_of
+from sparsedsl.program.axes import block_of
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
 from sparsedsl.program.decided import assume, possible
 from sparsedsl.program.graph import Program
@@ -25,7 +25,7 @@ from sparsedsl.program.scores import Antidiagonal, Bound, Dot, Probe
 from sparsedsl.program.select import Select, choices_in
 from sparsedsl.program.tensors import Input, Summary
 
-__all__ = ["ATTENDING", "CHOOSING", "COST_RULES", "MOVING", "Lengths", "Step", "steps_of"]
+__all__ = ["ATTENDING", "CHOOSING", "COST_RULES", "MOVING", "CostStep", "Lengths", "steps_of"]
 
 BLOCK = (128, 128)
 CHOOSING, MOVING, ATTENDING = "choosing", "moving", "attending"
@@ -33,7 +33,7 @@ FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
-class Step:
+class CostStep:
     """What one node costs: FLOPs (a multiply-add counts as two) and bytes it reads and writes.
 
     ``kind``: choosing, moving or attending. ``pairs``: of an attention, pairs of query and key that it attends to at most, all batch
@@ -62,9 +62,9 @@ class Lengths:
         """Rows of one axis."""
         if axis.isdecimal():
             return int(axis)
-        base, _, unit = axis.partition("/")
+        base, _, block = axis.partition("/")
         size = self.known.get(base, self.known["head_dim"] if base.endswith("dim") else self.known["kv_heads"])
-        return -(-size // int(unit or 1))
+        return -(-size // int(block or 1))
 
     def count(self, *axes: str) -> int:
         """Elements of a tensor with these axes."""
@@ -78,7 +78,7 @@ class Lengths:
         return sum(self.count(*node.axes) for node in nodes) * self.item
 
 
-def steps_of(program: Program, lengths: Lengths) -> tuple[Step, ...]:
+def steps_of(program: Program, lengths: Lengths) -> tuple[CostStep, ...]:
     """What the nodes cost, each after those it reads; those that cost nothing to speak of are left out."""
     steps = (COST_RULES[type(node)](node, lengths) for node in program.everything)
     return tuple(step for step in steps if step is not None)
@@ -91,77 +91,77 @@ def _nothing(node: Node, lengths: Lengths) -> None:
     """A few operations an element of what others make: not counted, as the softmax of an attention is not."""
 
 
-def _summary(node: Summary, lengths: Lengths) -> Step:
-    return Step(node, CHOOSING, lengths.count(*node.x.axes), lengths.bytes(node.x))
+def _summary(node: Summary, lengths: Lengths) -> CostStep:
+    return CostStep(node, CHOOSING, lengths.count(*node.x.axes), lengths.bytes(node.x))
 
 
-def _products(node: Dot | Bound | Antidiagonal, lengths: Lengths, each: int = 1) -> Step:
-    """``each``: dot products for one score. Of all rows with all units: how many are candidates is not known here."""
+def _products(node: Dot | Bound | Antidiagonal, lengths: Lengths, each: int = 1) -> CostStep:
+    """``each``: dot products for one score. Of all rows with all blocks: how many are candidates is not known here."""
     flops = 2 * lengths.count(*node.axes, node.x.axes[3]) * each
-    return Step(node, CHOOSING, flops, lengths.bytes(node.x, node.y))
+    return CostStep(node, CHOOSING, flops, lengths.bytes(node.x, node.y))
 
 
-def _bound(node: Bound, lengths: Lengths) -> Step:
-    """With the lowest and with the highest entries of a unit."""
+def _bound(node: Bound, lengths: Lengths) -> CostStep:
+    """With the lowest and with the highest entries of a block."""
     return _products(node, lengths, 2)
 
 
-def _antidiagonal(node: Antidiagonal, lengths: Lengths) -> Step:
+def _antidiagonal(node: Antidiagonal, lengths: Lengths) -> CostStep:
     return _products(node, lengths, node.block * node.block // node.stride)
 
 
-def _probe(node: Probe, lengths: Lengths) -> Step:
+def _probe(node: Probe, lengths: Lengths) -> CostStep:
     """Two passes over the keys."""
     pairs = lengths.count("batch", node.axes[1], "keys") * min(node.rows, lengths.of("queries"))
-    return Step(node, CHOOSING, 4 * pairs * lengths.of(node.x.axes[3]), 2 * lengths.bytes(node.y))
+    return CostStep(node, CHOOSING, 4 * pairs * lengths.of(node.x.axes[3]), 2 * lengths.bytes(node.y))
 
 
-def _select(node: Select, lengths: Lengths) -> Step:
-    """One comparison a unit; out come lists."""
+def _select(node: Select, lengths: Lengths) -> CostStep:
+    """One comparison a block; out come lists."""
     rows = lengths.count(*node.axes[:3])
-    return Step(node, CHOOSING, lengths.count(*node.axes), FLOAT32 * rows * (node.most or 1))
+    return CostStep(node, CHOOSING, lengths.count(*node.axes), FLOAT32 * rows * (node.most or 1))
 
 
 # ---- moving --------------------------------------------------------------------------------------------------------------------
 
 
-def _take(node: orders.Take, lengths: Lengths) -> Step:
-    return Step(node, MOVING, 0, 2 * lengths.bytes(node))
+def _take(node: orders.Take, lengths: Lengths) -> CostStep:
+    return CostStep(node, MOVING, 0, 2 * lengths.bytes(node))
 
 
-def _compact(node: Compact, lengths: Lengths) -> Step:
+def _compact(node: Compact, lengths: Lengths) -> CostStep:
     """Rows of q, k, v are read and written on the way in, rows of the output on the way out; what is inside has steps of its own."""
     rows = lengths.count("batch", "heads", "keys")
-    return Step(node, MOVING, 0, 2 * rows * (2 * lengths.of("head_dim") + 2 * lengths.of("value_dim")) * lengths.item)
+    return CostStep(node, MOVING, 0, 2 * rows * (2 * lengths.of("head_dim") + 2 * lengths.of("value_dim")) * lengths.item)
 
 
 # ---- attending -----------------------------------------------------------------------------------------------------------------
 
 
-def _attend(node: Attend, lengths: Lengths) -> Step:
+def _attend(node: Attend, lengths: Lengths) -> CostStep:
     pairs = _pairs(node, lengths)
     width = lengths.of(node.y.axes[3]) + lengths.of(node.z.axes[3])
-    return Step(node, ATTENDING, 2 * pairs * width, 2 * lengths.bytes(node.x, node.y), pairs)
+    return CostStep(node, ATTENDING, 2 * pairs * width, 2 * lengths.bytes(node.x, node.y), pairs)
 
 
-def _linear(node: Linear, lengths: Lengths) -> Step:
+def _linear(node: Linear, lengths: Lengths) -> CostStep:
     flops = 4 * lengths.count("batch", "heads", "queries", "head_dim", "value_dim")
-    return Step(node, ATTENDING, flops, 3 * lengths.count("batch", "heads", "keys", "head_dim") * lengths.item)
+    return CostStep(node, ATTENDING, flops, 3 * lengths.count("batch", "heads", "keys", "head_dim") * lengths.item)
 
 
-def _recall(node: Recall, lengths: Lengths) -> Step:
+def _recall(node: Recall, lengths: Lengths) -> CostStep:
     gate = node.memory.gate
     rows = lengths.of(gate.axes[3]) * (lengths.of("head_dim") + lengths.of("value_dim"))
     tokens = lengths.count("batch", "heads", "queries") + lengths.count("batch", "kv_heads", "keys")
     read = lengths.bytes(gate) + 2 * lengths.count("batch", "kv_heads", "keys", "head_dim") * lengths.item
-    return Step(node, ATTENDING, 2 * rows * tokens, read)
+    return CostStep(node, ATTENDING, 2 * rows * tokens, read)
 
 
-def _combined(node: Joint | Mix, lengths: Lengths) -> Step:
-    return Step(node, ATTENDING, 2 * lengths.count(*node.axes), 2 * lengths.bytes(node))
+def _combined(node: Joint | Mix, lengths: Lengths) -> CostStep:
+    return CostStep(node, ATTENDING, 2 * lengths.count(*node.axes), 2 * lengths.bytes(node))
 
 
-COST_RULES: Rules[Callable[[Any, Lengths], Step | None]] = Rules(
+COST_RULES: Rules[Callable[[Any, Lengths], CostStep | None]] = Rules(
     "the cost",
     {
         **dict.fromkeys((Input, orders.Order, orders.Inverse, orders.Tokens), _nothing),
@@ -190,7 +190,7 @@ COST_RULES: Rules[Callable[[Any, Lengths], Step | None]] = Rules(
 def _pairs(node: Attend, lengths: Lengths) -> int:
     """Pairs that attend at most: all that any choice could allow; or those that attend where nothing is chosen, and the chosen ones."""
     domain = lengths.domain
-    if unit_of(node.y.axes[2]) > 1:
+    if block_of(node.y.axes[2]) > 1:
         domain = Domain(domain.rows, lengths.of(node.y.axes[2]), domain.q_offset, domain.batch, domain.heads, domain.tables)
     mask = node.pattern.mask
     choices = choices_in(mask)
@@ -199,7 +199,7 @@ def _pairs(node: Attend, lengths: Lengths) -> int:
         return most
     without = Mask(assume(mask.expr, dict.fromkeys(choices, False)), mask.bound)
     rows = domain.batch * domain.heads * domain.rows
-    chosen = sum((choice.most or 0) * choice.units[1] * rows for choice in choices.values())
+    chosen = sum((choice.most or 0) * choice.blocks[1] * rows for choice in choices.values())
     return min(most, _count(possible(without), domain) + chosen)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.analysis.program_causality import program_causality
-from sparsedsl.analysis.program_cost import ATTENDING, CHOOSING, Lengths, Step, steps_of
+from sparsedsl.analysis.program_cost import ATTENDING, CHOOSING, CostStep, Lengths, steps_of
 from sparsedsl.analysis.proofs import Verdict
+from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.advice import shown, surplus
-from sparsedsl.program.effects import LATER_QUERIES, reasons
+from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 
 __all__ = ["ProgramAnalysis", "analyse_program"]
@@ -27,7 +27,7 @@ class ProgramAnalysis:
     """What :func:`sparsedsl.analyse` found about a program. Where a choice decides, numbers are upper bounds.
 
     ``density``: pairs attended to at most / all pairs, of the branch with the most. ``flops``: forward pass, all nodes; ``flops_dense``:
-    dense attention over the same lengths. ``causal``: see :func:`~sparsedsl.analysis.program_causality.program_causality`.
+    dense attention over the same lengths. ``causal``: see :func:`~sparsedsl.analysis.token_reach.program_causality`.
     """
 
     program: Program
@@ -35,7 +35,7 @@ class ProgramAnalysis:
     kv_len: int
     q_offset: int
     heads: int
-    steps: tuple[Step, ...]
+    steps: tuple[CostStep, ...]
     density: float
     flops: int
     flops_dense: int

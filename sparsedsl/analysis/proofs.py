@@ -17,7 +17,7 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from sparsedsl.analysis.clauses import clauses
+from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.errors import PatternError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.exact import evaluate_exactly

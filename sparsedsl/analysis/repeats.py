@@ -19,13 +19,13 @@ import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean
 
-from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.intervals import Intervals, TableRanges
+from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.conditions import Fact, fact_of
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX
 
-__all__ = ["Run", "Square", "Strip", "strips"]
+__all__ = ["RowRun", "Square", "Strip", "strips"]
 
 # No square is larger, for it is worked out tile by tile; and no more lines of ends are compared, in all kinds of rows together.
 LARGEST_SIDE, MOST_CROSSINGS = 1 << 17, 1 << 17
@@ -46,7 +46,7 @@ class Square:
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRun:
     """Squares side by side, all alike, and like every other square with this ``kind``: ``first`` of them in the first row of squares of
     the strip, ``last`` in the last, and evenly more or fewer between. ``square`` is one of them."""
 
@@ -61,7 +61,7 @@ class Strip:
     """``count`` rows of squares that are made of the same runs."""
 
     count: int
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
 
 
 def strips(mask: Boolean, rows: int, kv_len: int, block: tuple[int, int]) -> tuple[Strip, ...] | None:
@@ -80,7 +80,7 @@ def strips(mask: Boolean, rows: int, kv_len: int, block: tuple[int, int]) -> tup
 
 
 @dataclass(frozen=True)
-class _Form:
+class _RowForm:
     """``local + by_row * R + by_column * C`` in square (R, C), with ``low <= local <= high`` over the square; it matters whether it
     reaches ``limit``."""
 
@@ -115,14 +115,14 @@ class _Cut:
         if side > LARGEST_SIDE:
             raise _Irregular
         local = Intervals({"q_idx": (0, side - 1), "kv_idx": (0, side - 1)}, TableRanges({}))
-        self.forms: list[_Form] = []
+        self.forms: list[_RowForm] = []
         for fact in facts:
             low, high = local.range(fact.form)
             by_row, by_column = (side * _slope(fact.form, symbol) for symbol in (Q_IDX, KV_IDX))
             if not all(isinstance(v, int) or v == int(v) for v in (low, high) if abs(v) != math.inf) or math.inf in (-low, high):
                 raise _Irregular
             for limit in _limits(fact):
-                self.forms.append(_Form(int(by_row), int(by_column), int(low), int(high), limit))
+                self.forms.append(_RowForm(int(by_row), int(by_column), int(low), int(high), limit))
         self.forms = list(dict.fromkeys(self.forms))
 
     def strips(self) -> Iterator[Strip]:
@@ -166,20 +166,20 @@ class _Cut:
         runs = [self._runs(row, rows) for row in places]
         if [run.kind for run in runs[0]] != [run.kind for run in runs[-1]]:
             raise _Irregular
-        joined = (Run(a.square, a.kind, a.first, b.first) for a, b in zip(runs[0], runs[-1], strict=True))
+        joined = (RowRun(a.square, a.kind, a.first, b.first) for a, b in zip(runs[0], runs[-1], strict=True))
         return Strip(count, tuple(joined))
 
-    def _runs(self, row: int, rows: int) -> list[Run]:
+    def _runs(self, row: int, rows: int) -> list[RowRun]:
         whole, rest = divmod(self.kv_len, self.side)
         ends = sorted({end for end in self._ends(row) if 0 <= end <= whole})
         found = [self._run(row, start, stop, rows, self.side) for start, stop in itertools.pairwise(ends)]
         return [*found, self._run(row, whole, whole + 1, rows, rest)] if rest else found
 
-    def _run(self, row: int, start: int, stop: int, rows: int, keys: int) -> Run:
+    def _run(self, row: int, start: int, stop: int, rows: int, keys: int) -> RowRun:
         kinds = {(rows, keys, *(form.place(row, column) for form in self.forms)) for column in (start, stop - 1)}
         if len(kinds) > 1:
             raise _Irregular
-        return Run(Square(row * self.side, start * self.side, rows, keys), kinds.pop(), stop - start, stop - start)
+        return RowRun(Square(row * self.side, start * self.side, rows, keys), kinds.pop(), stop - start, stop - start)
 
 
 def _facts(mask: Boolean) -> list[Fact]:

@@ -13,11 +13,11 @@ import sympy
 import torch
 
 from sparsedsl.analysis.bounds import check_reads, index_ranges, value_ranges
-from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.analysis.lists import TileLists, size_text
+from sparsedsl.analysis.lists import BlockLists, size_text
+from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program
 from sparsedsl.analysis.proofs import Verdict, Witness, causality
 from sparsedsl.analysis.rows import RowCounts
@@ -25,7 +25,7 @@ from sparsedsl.analysis.tiles import block_pair, classify
 from sparsedsl.analysis.totals import Totals, listed_totals, numbers_alone, repeated_totals
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.advice import meant, surplus
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
@@ -81,10 +81,10 @@ class Analysis:
     warnings: tuple[str, ...]
     seconds: float = field(repr=False)
     block: tuple[int, int]
-    _list: Callable[[], TileLists] = field(repr=False)
+    _list: Callable[[], BlockLists] = field(repr=False)
 
     @functools.cached_property
-    def lists(self) -> TileLists:
+    def lists(self) -> BlockLists:
         """The tile lists, made when first asked for where there were too many tiles to list them all.
 
         Raises :class:`~sparsedsl.UnsupportedError` where they do not fit into memory.
@@ -127,9 +127,9 @@ class Analysis:
 
 
 def _flops(value: int) -> str:
-    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+    for block, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
         if value >= size:
-            return f"{value / size:,.2f} {unit}"
+            return f"{value / size:,.2f} {block}"
     return f"{value:,} FLOP"
 
 
@@ -254,7 +254,7 @@ def analyse(
     return found
 
 
-def _count(mask: Any, domain: Domain, block: tuple[int, int]) -> tuple[Totals, TileLists | None]:
+def _count(mask: Any, domain: Domain, block: tuple[int, int]) -> tuple[Totals, BlockLists | None]:
     """The totals, and the lists where they were made for them."""
     tiles = domain.groups(mask).count * -(-domain.rows // block[0]) * -(-domain.kv_len // block[1])
     totals = repeated_totals(mask, domain, block) if tiles > MOST_LISTED else None
@@ -291,7 +291,7 @@ def _causality(pattern: Pattern, domain: Domain, block: tuple[int, int]) -> Verd
     return Verdict("REFUTED", _point(later, domain, totals, lists, block))
 
 
-def _point(mask: Any, domain: Domain, totals: Totals, lists: TileLists | None, block: tuple[int, int]) -> Witness:
+def _point(mask: Any, domain: Domain, totals: Totals, lists: BlockLists | None, block: tuple[int, int]) -> Witness:
     """Some pair of the first listed tile that satisfies ``mask``."""
     top = left = 0
     if lists is None:  # the same question about a square that is known to hold such a pair
@@ -317,7 +317,7 @@ def _point(mask: Any, domain: Domain, totals: Totals, lists: TileLists | None, b
     return Witness(b, h, int(q[i]), int(kv[j]), tables={n: t for n, t in domain.tables.items() if n in read})
 
 
-def _first_tile(lists: TileLists) -> tuple[int, int]:
+def _first_tile(lists: BlockLists) -> tuple[int, int]:
     """Line and column of a listed tile."""
     part = lists.full if lists.full.total else lists.partial
     return int(part.owners()[0]), int(part.columns[0])

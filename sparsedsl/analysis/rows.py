@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from sympy.logic.boolalg import Boolean
 
-from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.lists import BlockLists
+from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.runs import solve_clause
 from sparsedsl.lang.steps import evaluate
 
@@ -42,7 +42,7 @@ class RowCounts:
         return replace(self, rows=self.rows * share, allowed=self.allowed * share, empty=self.empty * share)
 
 
-def count_rows(mask: Boolean, domain: Domain, lists: TileLists) -> RowCounts:
+def count_rows(mask: Boolean, domain: Domain, lists: BlockLists) -> RowCounts:
     """Count allowed pairs and empty rows: in closed form where every clause is solved, by points of partial tiles otherwise."""
     groups = domain.groups(mask)
     total = groups.count * domain.rows
@@ -62,7 +62,7 @@ def count_rows(mask: Boolean, domain: Domain, lists: TileLists) -> RowCounts:
     return RowCounts(total, round(allowed * total / seen), round(empty * total / seen), first, False)
 
 
-def row_counts(mask: Boolean, domain: Domain, lists: TileLists) -> torch.Tensor | None:
+def row_counts(mask: Boolean, domain: Domain, lists: BlockLists) -> torch.Tensor | None:
     """Allowed keys of every row, int64 ``(groups * rows,)``; None where too many points would have to be looked at."""
     if all(not clause.rest for clause in clauses(mask)):
         return torch.cat([counts for _, counts in _closed_rows(mask, domain)])
@@ -99,7 +99,7 @@ def _closed_form(mask: Boolean, domain: Domain, line: torch.Tensor) -> torch.Ten
     return (stop - torch.maximum(start, before)).clamp(min=0).sum(dim=-1)
 
 
-def _rows_by_points(mask: Boolean, domain: Domain, lists: TileLists, exact: bool) -> Iterator[tuple[int, torch.Tensor]]:
+def _rows_by_points(mask: Boolean, domain: Domain, lists: BlockLists, exact: bool) -> Iterator[tuple[int, torch.Tensor]]:
     """As :func:`_closed_rows`, from all points of the partial tiles of all tile rows, or of evenly spaced ones if not ``exact``."""
     block_q, block_kv = lists.block
     lines = lists.partial.counts.reshape(-1)

@@ -1,6 +1,6 @@
 """Solve a clause for the keys of a query tile, many tiles at a time.
 
-Input: a :class:`~sparsedsl.analysis.clauses.Clause` and first and last query of each tile. Output: per tile two intervals of
+Input: a :class:`~sparsedsl.analysis.mask_clauses.Clause` and first and last query of each tile. Output: per tile two intervals of
 ``kv_idx``: *outer* (every key allowed for some query of the tile lies in it) and *inner* (every key in it is allowed for every query
 of the tile). Both cost O(tiles); nothing per key or per pair.
 """
@@ -16,8 +16,8 @@ import numpy as np
 import sympy
 import torch
 
-from sparsedsl.analysis.clauses import Bound, Clause, monotone
-from sparsedsl.lang.evaluate import maximum, minimum
+from sparsedsl.analysis.mask_clauses import Clause, KeyBound, monotone
+from sparsedsl.lang.evaluation import maximum, minimum
 from sparsedsl.lang.shapes import joined_shape
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX
@@ -82,7 +82,7 @@ def solve_clause(
     )
 
 
-def limits(bound: Bound, env: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def limits(bound: KeyBound, env: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The values of ``bound.low`` and ``bound.high``; :data:`FAR` away where there is none."""
     low = torch.tensor(-FAR) if bound.low is None else evaluate(bound.low, env)
     high = torch.tensor(FAR) if bound.high is None else evaluate(bound.high, env)

@@ -1,4 +1,4 @@
-"""Which tiles of (queries x keys) are empty, full or partial. Input: a mask, a domain, a block size. Output: :class:`TileLists`.
+"""Which tiles of (queries x keys) are empty, full or partial. Input: a mask, a domain, a block size. Output: :class:`BlockLists`.
 
 Three steps, cheapest first, each in chunks of bounded memory:
 
@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from sympy.logic.boolalg import Boolean
 
-from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.intervals import TableRanges
-from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN, TileLists, TileRows, check_room, expand_runs
+from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN, BlockLists, TileRows, check_room, expand_runs
+from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.points import Boxes, PointDecider, box_classes, check_points
 from sparsedsl.analysis.runs import solve_clause
 from sparsedsl.errors import ShapeError
@@ -82,7 +82,7 @@ def block_pair(block_size: Any) -> tuple[int, int]:
     return pair
 
 
-def classify(mask: Boolean, domain: Domain, block_size: Any = 128, *, minimal: bool = True) -> TileLists:
+def classify(mask: Boolean, domain: Domain, block_size: Any = 128, *, minimal: bool = True) -> BlockLists:
     """The tile lists of ``mask`` over ``domain`` in tiles of ``block_size`` tokens.
 
     Without ``minimal``, what intervals do not decide is listed as partial instead of being looked at pair by pair: right for masks whose
@@ -104,14 +104,14 @@ class _Classifier:
         # Boxes are worth descending where some condition is known neither to runs nor to the grouping by diagonals.
         self.descends = any(not self.decider.diagonal(literal) for clause in self.clauses for literal in clause.rest)
 
-    def run(self) -> TileLists:
+    def run(self) -> BlockLists:
         """Classes of all lines, gathered into lists."""
         self._check_room()
         counts = torch.zeros((2, self.groups.count * self.grid.rows), dtype=torch.int32, device=self.device)
         columns = self._columns_by_boxes(counts) if self.descends else self._columns_by_runs(counts)
         shape = (self.groups.batch, self.groups.heads, self.grid.rows)
         full, partial = (TileRows(counts[i].view(shape), columns[i]) for i in (0, 1))
-        return TileLists(full, partial, self.grid.block, self.domain.rows, self.domain.kv_len)
+        return BlockLists(full, partial, self.grid.block, self.domain.rows, self.domain.kv_len)
 
     def _check_room(self) -> None:
         """Refuse lists that are certain not to fit into memory, before any of them is made."""

@@ -10,7 +10,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.repeats import Square, Strip, strips
 from sparsedsl.analysis.rows import RowCounts, count_rows, row_counts
 from sparsedsl.analysis.tiles import classify
@@ -24,7 +24,7 @@ __all__ = ["Totals", "listed_totals", "numbers_alone", "repeated_totals"]
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts over all groups of a mask. ``shape``: as :attr:`TileLists.shape`; ``most``: tiles listed in the row that lists the most;
+    """Counts over all groups of a mask. ``shape``: as :attr:`BlockLists.shape`; ``most``: tiles listed in the row that lists the most;
     ``pairs``: pairs of listed tiles inside the lengths; ``loaded``: keys of all listed tiles. ``example``: a group, and rows and keys
     among which some pair is allowed, None if there is none or nobody looked.
     """
@@ -56,7 +56,7 @@ class Totals:
         return self.most * batch * heads * rows / self.listed if self.listed else 1.0
 
 
-def listed_totals(mask: Boolean, domain: Domain, lists: TileLists) -> Totals:
+def listed_totals(mask: Boolean, domain: Domain, lists: BlockLists) -> Totals:
     """The totals of lists that were made."""
     q_sizes, kv_sizes = (_sizes(n, b, domain) for n, b in ((domain.rows, lists.block[0]), (domain.kv_len, lists.block[1])))
     pairs = loaded = 0

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
@@ -19,7 +19,7 @@ from sparsedsl.selection.selected_call import SelectedCall
 __all__ = ["Backend", "ListMaker", "PatternRunner"]
 
 Tensor = torch.Tensor
-ListMaker = Callable[[Domain, tuple[int, int]], TileLists]
+ListMaker = Callable[[Domain, tuple[int, int]], BlockLists]
 """Makes the tile lists of a mask for a domain and a tile size (queries, keys), and remembers them."""
 
 

@@ -17,10 +17,11 @@ import sympy
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.tiled.whole_blocks import WholeTiles, split, whole_tiles
 from sparsedsl.errors import ShapeError
-from sparsedsl.execute.candidates import unit_rule
+from sparsedsl.execute.candidate_rules import block_rule
 from sparsedsl.execute.lowering import Lowering, has_own_rows
 from sparsedsl.execute.mask_split import EITHER, MaskSplit
 from sparsedsl.execute.requests import parts_of
@@ -28,17 +29,17 @@ from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.symbols import Q_LEN
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program.axes import unit_of
+from sparsedsl.program.axes import block_of
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select
 from sparsedsl.runtime.autograd import differentiable
-from sparsedsl.runtime.call import check_call
-from sparsedsl.runtime.heads import alike, merged, spread
+from sparsedsl.runtime.call import check_call, inner_call
+from sparsedsl.runtime.heads import alike, lse_merge, repeat_kv
 from sparsedsl.runtime.sinks import sink_logit
 from sparsedsl.selection.chunking import cut
 from sparsedsl.selection.selected_call import SelectedCall
-from sparsedsl.selection.selected_scores import picked_scores
+from sparsedsl.selection.selected_scores import selected_scores
 from sparsedsl.selection.union_lists import joined_lists
 from sparsedsl.selection.weights import weights_of
 
@@ -53,6 +54,10 @@ SMALLEST_TILE = 16
 TABLE_BYTES = 64 << 20
 
 
+# Names of the nodes of an attention that are read as tables with rows.
+_TABLES: Cache[tuple[str, ...]] = Cache()
+
+
 def attend_node(run: Lowering, node: Attend) -> Any:
     """``(out, lse)`` of an attend node; the LSE is None where nobody reads it."""
     q, k, v = alike(*(run.value(x) for x in (node.x, node.y, node.z)))
@@ -60,10 +65,10 @@ def attend_node(run: Lowering, node: Attend) -> Any:
         raise ShapeError(f"attend(): {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
     rule, log_total, weights = node.normaliser, None, None
     if rule is not None:
-        weights, log_total = weights_of(picked_scores(run.value(rule.scores), run.value(rule.picks)), rule.weights)  # type: ignore[arg-type]
-        log_total = spread(log_total, q.shape[1])
+        weights, log_total = weights_of(selected_scores(run.value(rule.scores), run.value(rule.selected)), rule.weights)  # type: ignore[arg-type]
+        log_total = repeat_kv(log_total, q.shape[1])
     parts = parts_of(node, run.dispatch.whole_tables)
-    work = _Attention(run, node, parts, weights)
+    work = _AttendCall(run, node, parts, weights)
     found = [work.of(rows, q, k, v) for rows in work.pieces()]
     out, lse = (
         None if part[0] is None else part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in zip(*found, strict=True)
@@ -72,8 +77,9 @@ def attend_node(run: Lowering, node: Attend) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
-class _Attention:
-    """An attend node of a call. ``weights``: of the chunks of its normaliser, along the lists of its picks; None without one."""
+class _AttendCall:
+    """An attend node of a call. ``weights``: of the chunks of its normaliser, along the selected blocks of its normaliser; None
+    without one."""
 
     run: Lowering
     node: Attend
@@ -85,7 +91,7 @@ class _Attention:
     def pieces(self) -> Iterable[slice]:
         """The queries, by number in the call, in pieces whose tables are small."""
         domain, nodes = self.run.domain, self._nodes()
-        taken = sum(self._row_bytes(node) for node in nodes if unit_of(node.axes[2]) == 1)
+        taken = sum(self._row_bytes(node) for node in nodes if block_of(node.axes[2]) == 1)
         step = max(1, TABLE_BYTES // max(1, taken))
         if step >= domain.rows:
             return [slice(0, domain.rows)]
@@ -94,28 +100,34 @@ class _Attention:
             if isinstance(read, Node):
                 self.run.value(read)
         # Blocks of queries are not cut.
-        whole = math.lcm(*(unit_of(node.axes[2]) for node in nodes))
+        whole = math.lcm(*(block_of(node.axes[2]) for node in nodes))
         return cut(0, domain.rows, max(step // whole, 1) * whole)
 
     def _nodes(self) -> list[Node]:
         """The nodes that are read as tables with a row for each query, or for each block of queries."""
+        bound = self.node.pattern.bound
+        return [bound[name] for name in _TABLES.get((self.node.key, self.run.dispatch.whole_tables), [], self._names)]
+
+    def _names(self) -> tuple[str, ...]:
         pattern, found = self.node.pattern, []
         exprs = (self.parts.static, self.parts.selected, pattern.score.expr)
         reads = {read for expr in exprs for read in table_reads(expr)}
         for name, node in pattern.bound.items():
             own = [read for read in reads if read.spec.name == name]
-            if own and isinstance(node, Node) and len(node.axes) == 4 and (unit_of(node.axes[2]) > 1 or has_own_rows(node, own)):
-                found.append(node)
-        return found
+            if own and isinstance(node, Node) and len(node.axes) == 4 and (block_of(node.axes[2]) > 1 or has_own_rows(node, own)):
+                found.append(name)
+        return tuple(found)
 
     def _row_bytes(self, node: Node) -> int:
         domain = self.run.domain
         each = 1 if isinstance(node, Select) else self.run.call.dtype.itemsize
-        return domain.batch * domain.heads * -(-domain.kv_len // unit_of(node.axes[3])) * each
+        return domain.batch * domain.heads * -(-domain.kv_len // block_of(node.axes[3])) * each
 
     def of(self, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Result:
         """The results of some queries."""
-        domain = replace(self.run.domain, kv_len=k.shape[2], heads=q.shape[1])
+        domain = self.run.domain
+        if (domain.kv_len, domain.heads) != (k.shape[2], q.shape[1]):
+            domain = replace(domain, kv_len=k.shape[2], heads=q.shape[1])
         if rows == slice(0, domain.rows):
             return self._of(domain, None, q, k, v)
         part = replace(domain, rows=rows.stop - rows.start, q_offset=domain.q_offset + rows.start)
@@ -135,7 +147,7 @@ class _Attention:
             call = check_call(attend(True), q, k, v, {}, q_offset=domain.q_offset)
             logit = sink_logit(self._written(rows), call, self.run.call.tables, self.run.call.dtype)
             found.append((torch.zeros_like(found[0][0]), logit))
-        return found[0] if len(found) == 1 else merged(found)
+        return found[0] if len(found) == 1 else lse_merge(found)
 
     def _written(self, rows: slice | None) -> Pattern:
         """The node's pattern; of a piece with the length of the whole, which is no longer that of the piece, as a number."""
@@ -154,9 +166,9 @@ class _Attention:
         """Attention over a mask that reads tables only."""
         pattern, tables = self._pattern(self.parts.static, rows, sink=sink)
         run, names = self.run, {read.spec.name for read in table_reads(self.parts.static)}
-        units = {choice.units for choice in self.node.selections if choice.label in names}
-        if len(units) == 1 and run.dispatch.full_tiles(pattern, q, k, v):
-            found = self._by_blocks(domain, pattern, *units.pop(), q, k, v, tables)
+        blocks = {choice.blocks for choice in self.node.selections if choice.label in names}
+        if len(blocks) == 1 and run.dispatch.full_tiles(pattern, q, k, v):
+            found = self._by_blocks(domain, pattern, *blocks.pop(), q, k, v, tables)
             if found is not None:
                 return found
         return run.dispatch.attend(pattern, q, k, v, tables, q_offset=domain.q_offset, scale=run.call.scale, lse=lse)
@@ -179,29 +191,29 @@ class _Attention:
         self,
         domain: Domain,
         pattern: Pattern,
-        q_unit: int,
-        kv_unit: int,
+        q_block: int,
+        kv_block: int,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         tables: dict[str, Tensor],
     ) -> Result | None:
         """What is the same for all pairs of two blocks as full tiles, the rest as an ordinary mask, one softmax over both."""
-        parts = split(pattern.mask.expr, q_unit, kv_unit)
-        if parts is None or min(q_unit, kv_unit) < SMALLEST_TILE:
+        parts = split(pattern.mask.expr, q_block, kv_block)
+        if parts is None or min(q_block, kv_block) < SMALLEST_TILE:
             return None
         run = self.run
         whole = Pattern(Mask(parts[0]), pattern.score, None, pattern.scale)
         domain = replace(domain, tables={name: tables[name] for name in whole.tables})
-        rule = unit_rule(parts[0], domain, q_unit, kv_unit, domain.heads, {}, q.device)
-        lists = whole_tiles(rule, domain, domain.heads, q_unit, kv_unit)
+        rule = block_rule(parts[0], domain, q_block, kv_block, domain.heads, {}, q.device)
+        lists = whole_tiles(rule, domain, domain.heads, q_block, kv_block)
         call = check_call(whole, q, k, v, domain.tables, q_offset=domain.q_offset, scale=run.call.scale)
         found: list[Any] = [differentiable(WholeTiles(whole, lists), call)]
         if parts[1] != sympy.false or pattern.sink is not None:
             rest = Pattern(Mask(parts[1]), pattern.score, pattern.sink, pattern.scale)
             own = {name: tables[name] for name in rest.tables}
             found.append(run.dispatch.attend(rest, q, k, v, own, q_offset=domain.q_offset, scale=run.call.scale, lse=True))
-        return found[0] if len(found) == 1 else merged(found)
+        return found[0] if len(found) == 1 else lse_merge(found)
 
     # ---- what choices add ----------------------------------------------------------------------------------------------------
 
@@ -209,18 +221,18 @@ class _Attention:
         """Attention along the lists of the choices."""
         run, node, parts = self.run, self.node, self.parts
         lists = [run.value(choice) for choice in parts.choices]
-        lists = lists if rows is None else [picks.rows(rows) for picks in lists]
+        lists = lists if rows is None else [selected.rows(rows) for selected in lists]
         weights = self.weights if rows is None or self.weights is None else self.weights[:, :, rows]
         blocks, members = lists[0], None
         if len(lists) > 1:
             blocks, members = joined_lists(lists, domain.kv_len, parts.wanted)
         bits = {symbol.name: _either(q.device) for symbol in parts.symbols}
         reach, tables = self._pattern(parts.reach, rows, sink=False, more=bits)
-        call = check_call(reach, q, k, v, tables, q_offset=domain.q_offset, scale=run.scale(node.pattern.scale, q))
+        call = inner_call(reach, q, k, v, tables, q_offset=domain.q_offset, scale=run.scale(node.pattern.scale, q))
         mask, _ = run.concrete(self._lengths(parts.selected, rows), node.pattern.mask.bound, rows)
         symbols = tuple(symbol.name for symbol in parts.symbols)
         made = SelectedCall(
-            blocks, call.scale, replace(call.domain, tables={}), mask, reach.score.expr,
+            blocks, call.scale, replace(call.domain, tables={}) if call.tables else call.domain, mask, reach.score.expr,
             {name: table for name, table in call.tables.items() if name not in bits}, symbols,
             members if symbols else None, weights, node.normaliser is not None and node.normaliser.inner == "softmax1",
         )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import block_pair
 from sparsedsl.backends.flex import attention as flex
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
@@ -23,17 +23,17 @@ from sparsedsl.backends.registry import check_backend, check_runs, named
 from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
 from sparsedsl.execute import operators
 from sparsedsl.execute.dispatch import Dispatch
-from sparsedsl.execute.explain import Explanation, explain
+from sparsedsl.execute.explanation import Explanation, explain
 from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
 from sparsedsl.execute.program_empty import run_empty
 from sparsedsl.execute.requests import facts_of, requests_of
 from sparsedsl.execute.state import ProgramState, advanced, continued
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.program.effects import KEEPS_STATE, LATER_QUERIES, reasons
+from sparsedsl.program.effect_rules import KEEPS_STATE, LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
+from sparsedsl.program.program_text import read_program
 from sparsedsl.program.rules import check_rules
-from sparsedsl.program.text import read_program
 from sparsedsl.runtime.arguments import arranged, warn_of_slips
 from sparsedsl.runtime.call import bind_tables, check_call, exactly
 from sparsedsl.runtime.interpreter import Evaluation
@@ -152,7 +152,7 @@ class Attention:
         refused = self.refused_use(grad=checked.needs_grad, lse=return_lse)
         if refused is not None:
             raise UnsupportedError(refused)
-        if checked.is_empty:
+        if 0 in (q.shape[0], q.shape[2], k.shape[2]):
             return self._empty(checked, return_lse, state, return_state)
         if state is not None:
             checked = continued(checked, state)
@@ -270,14 +270,14 @@ class Attention:
     def choices(
         self, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int | Tensor | Literal["end"] | None = None, **named: Any
     ) -> dict[str, Any]:
-        """What the program chooses for these inputs, by the label of the node: :class:`Picks`, positions of an order, kept tokens.
+        """What the program chooses for these inputs, by the label of the node: :class:`SelectedBlocks`, positions of an order, kept tokens.
 
         On ``reference`` choices are boolean tables. A static pattern chooses nothing.
 
         >>> import sparsedsl as sd
         >>> attn = sd.compile(sd.patterns.moba(chunk=16, top_k=2), backend="tiled")
         >>> q = k = v = torch.randn(1, 2, 64, 16)
-        >>> [picks.indices.shape for picks in attn.choices(q, k, v).values()]
+        >>> [selected.indices.shape for selected in attn.choices(q, k, v).values()]
         [torch.Size([1, 2, 64, 1])]
         """
         given = q_offset
@@ -307,7 +307,7 @@ class Attention:
             return "\n\n".join([self.program.text, *dict.fromkeys(filter(None, written))])
         return self._static.runner("flex" if self.backend == "auto" else self.backend).source
 
-    def lists(self, domain: Domain, block: tuple[int, int]) -> TileLists:
+    def lists(self, domain: Domain, block: tuple[int, int]) -> BlockLists:
         """The tile lists of a static mask over ``domain``, remembered while the tables live unchanged."""
         return self.static.lists(domain, block)
 

@@ -12,7 +12,7 @@ from sparsedsl.backends.protocol import Backend
 from sparsedsl.backends.registry import AUTO, choose, named
 from sparsedsl.execute.static import static_attention
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.runtime.call import check_call, wants_grad
+from sparsedsl.runtime.call import inner_call, wants_grad
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.selected_call import SelectedCall
 
@@ -51,7 +51,7 @@ class Dispatch:
         self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], *, q_offset: int, scale: Any, lse: bool
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Attention over a mask that reads tables only: ``out``, and the LSE where it is wanted."""
-        call = check_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
+        call = inner_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale or pattern.scale or q.shape[3] ** -0.5)
         return static_attention(pattern, new_tables=bool(tables)).attend(call, self.backend, lse=lse)
 
     def selected(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor | None]:
@@ -71,7 +71,7 @@ class Dispatch:
 def request_of(selected: SelectedCall, facts: CallFacts) -> Request:
     """What attention along lists asks of a backend."""
     return Request(
-        "selected", facts, mask=selected.mask, score=selected.score, block=selected.blocks.kv_unit,
+        "selected", facts, mask=selected.mask, score=selected.score, block=selected.blocks.kv_block,
         per_block=selected.weights is not None,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.dtypes import accumulated

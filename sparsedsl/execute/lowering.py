@@ -12,14 +12,14 @@ from torch.nn import functional
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.lang.symbols import Q_IDX
 from sparsedsl.lang.tables import TableRead, read_class, table_reads
-from sparsedsl.program.axes import unit_of
+from sparsedsl.program.axes import block_of
 from sparsedsl.program.branches import Branch, Joint
 from sparsedsl.program.node import Node
-from sparsedsl.runtime.heads import NEVER, spread
+from sparsedsl.runtime.heads import NEVER, repeat_kv
 from sparsedsl.runtime.interpreter import Evaluation, Rule
 from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.selection.scores import ScoreSource
-from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.selected_blocks import SelectedBlocks
 
 __all__ = ["Lowering", "has_own_rows"]
 
@@ -60,7 +60,7 @@ class Lowering(Evaluation):
             part = rows if has_own_rows(node, [read for read in reads if read.spec.name == name]) else None
             tables[name] = self.table(node, part)
             if tables[name].ndim == 4:
-                first[name] = self.domain.q_offset // unit_of(node.axes[2]) + (0 if part is None else part.start)
+                first[name] = self.domain.q_offset // block_of(node.axes[2]) + (0 if part is None else part.start)
 
         def counted(part: Any) -> Any:
             args = [counted(argument) for argument in part.args]
@@ -73,13 +73,13 @@ class Lowering(Evaluation):
     def table(self, node: Node, rows: slice | None = None) -> Tensor:
         """What a node gives, as a table ``(B, H, ..)`` that masks and scores read; with ``rows`` those rows of it."""
         value = self.value(node)
-        if isinstance(value, Picks):
+        if isinstance(value, SelectedBlocks):
             value = (value if rows is None else value.rows(rows)).table()
         elif isinstance(value, ScoreSource):
-            units = value.shape[3]
-            value = (value if rows is None else value.narrowed(rows, slice(0, units))).scores()
-            value = functional.pad(value, (0, -(-self.domain.kv_len // unit_of(node.axes[3])) - units), value=NEVER)
-        return spread(value, self.domain.heads)
+            blocks = value.shape[3]
+            value = (value if rows is None else value.narrowed(rows, slice(0, blocks))).scores()
+            value = functional.pad(value, (0, -(-self.domain.kv_len // block_of(node.axes[3])) - blocks), value=NEVER)
+        return repeat_kv(value, self.domain.heads)
 
 
 def has_own_rows(node: Node, reads: Iterable[TableRead]) -> bool:

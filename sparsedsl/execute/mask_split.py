@@ -13,14 +13,14 @@ from typing import Any
 
 import sympy
 
+from sparsedsl.analysis.block_masks import constant_in_blocks
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.proofs import satisfiable
-from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.expressions import Mask, kv_idx
 from sparsedsl.lang.symbols import HEAD
 from sparsedsl.lang.tables import TableSpec, read_class
-from sparsedsl.program.branches import Attend, units_of_keys
+from sparsedsl.program.branches import Attend, blocks_of_keys
 from sparsedsl.program.decided import simplified
 from sparsedsl.program.select import Select
 
@@ -76,24 +76,24 @@ def split_node(node: Attend) -> MaskSplit:
 def _split_node(node: Attend) -> MaskSplit:
     mask, rule = node.pattern.mask, node.normaliser
     if rule is not None:  # every pair lies in a picked chunk: that is checked where the node is declared
-        own = rule.picks.as_expression().expr
+        own = rule.selected.as_expression().expr
         inside = simplified(mask.expr.xreplace({own: sympy.true, sympy.Not(own): sympy.false}))
-        parts = MaskSplit(sympy.false, (rule.picks.label,), (), inside, inside, (False, True))
-        return _without_what_is_known(parts, {rule.picks.label: rule.picks})
-    return split_mask(mask, () if units_of_keys(node) > 1 else node.selections)
+        parts = MaskSplit(sympy.false, (rule.selected.label,), (), inside, inside, (False, True))
+        return _without_what_is_known(parts, {rule.selected.label: rule.selected})
+    return split_mask(mask, () if blocks_of_keys(node) > 1 else node.selections)
 
 
 def split_mask(mask: Mask, choices: tuple[Select, ...]) -> MaskSplit:
     """The split of a mask by some of the choices it reads.
 
     >>> import sparsedsl as sd
-    >>> picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 4, name="picks")
-    >>> node = sd.attend((sd.kv_idx <= sd.q_idx) & ((sd.q_idx - sd.kv_idx < 8) | picks))
+    >>> selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 4, name="selected")
+    >>> node = sd.attend((sd.kv_idx <= sd.q_idx) & ((sd.q_idx - sd.kv_idx < 8) | selected))
     >>> found = split_node(node)
     >>> print(Mask(found.static), Mask(found.selected), sep="; ")
     (q_idx >= kv_idx) & (q_idx - kv_idx <= 7); (q_idx >= kv_idx) & (q_idx - kv_idx >= 8)
     """
-    known = {choice.label: choice for choice in choices if choice.units[0] == 1}
+    known = {choice.label: choice for choice in choices if choice.blocks[0] == 1}
     own = {label: known[label].as_expression().expr for label in sorted(known)}
     listed = [(label, read) for label, read in own.items() if mask.expr.has(read, sympy.Not(read))]
     if len(listed) > MOST_CHOICES:
@@ -142,7 +142,8 @@ def _without_what_is_known(parts: MaskSplit, choices: Mapping[str, Select]) -> M
     cases = [bits for bits, wanted in enumerate(parts.wanted) if wanted]
     rest = {bits: _conditions(parts.selected.xreplace(_case(parts.symbols, bits))) for bits in cases}
     if parts.selected == sympy.true or (cases and all(rest[bits] <= _known(listed, bits) for bits in cases)):
-        return replace(parts, selected=sympy.true, symbols=())
+        # The tables that stand for symbols in the check of tables go with the symbols.
+        return replace(parts, selected=sympy.true, symbols=(), reach=sympy.true if parts.symbols else parts.reach)
     return parts
 
 
@@ -158,7 +159,7 @@ def _known(choices: Sequence[Select], bits: int) -> set[Any]:
             continue
         mask = choice.among.expr
         by_head = HEAD in mask.free_symbols and choice.axes[1] != "heads"
-        if constant_in_units(mask, 1, choice.units[1]) and not by_head:
+        if constant_in_blocks(mask, 1, choice.blocks[1]) and not by_head:
             found |= _conditions(mask)
     return found
 
@@ -193,7 +194,7 @@ def _rises(expr: Any, symbols: frozenset[sympy.Symbol], sign: bool = True) -> bo
 
 def symbol_of(number: int) -> sympy.Symbol:
     """What stands for the choice of this bit; no name of a table or an index has a blank."""
-    return sympy.Symbol(f"picked {number}")
+    return sympy.Symbol(f"chosen {number}")
 
 
 def _unknown(symbol: sympy.Symbol) -> Any:

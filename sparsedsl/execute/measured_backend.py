@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sparsedsl.backends.triton.configs import median_seconds, target_of
+from sparsedsl.backends.triton.config_choice import median_seconds, target_of
 from sparsedsl.gpu.configs import Shape
 from sparsedsl.gpu.tuning_records import tuning_key
 from sparsedsl.runtime.call import Call

@@ -13,7 +13,7 @@ from sparsedsl.program.orders import Take
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, Summary
-from sparsedsl.runtime.heads import NEVER, merged, spread, together
+from sparsedsl.runtime.heads import NEVER, lse_merge, repeat_kv, together
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.selection import proxies
@@ -42,7 +42,7 @@ def _input(run: Lowering, node: Input) -> Tensor:
 
 
 def _summary(run: Lowering, node: Summary) -> Tensor:
-    return proxies.pooled(run.value(node.x), node.unit, node.how, node.pad)  # type: ignore[arg-type]
+    return proxies.pooled(run.value(node.x), node.block, node.how, node.pad)  # type: ignore[arg-type]
 
 
 def _take(run: Lowering, node: Take) -> Tensor:
@@ -85,7 +85,7 @@ def _linear(run: Lowering, node: Linear) -> Result:
 
 
 def _joint(run: Lowering, node: Joint) -> Result:
-    return merged([run.value(branch) for branch in node.branches])
+    return lse_merge([run.value(branch) for branch in node.branches])
 
 
 def _mix(run: Lowering, node: Mix) -> Result:
@@ -95,7 +95,7 @@ def _mix(run: Lowering, node: Mix) -> Result:
 
 
 def _compact(run: Lowering, node: Compact) -> Result:
-    q, k, v = (spread(run.value(x), run.call.q.shape[1]) for x in node.inputs[1:])
+    q, k, v = (repeat_kv(run.value(x), run.call.q.shape[1]) for x in node.inputs[1:])
     outs: list[Tensor] = []
     lses: list[Tensor | None] = []
     for entry, index in enumerate(run.value(node.tokens)):

@@ -14,7 +14,7 @@ from sparsedsl.execute.mask_split import MaskSplit, split_node
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program import orders, scores, select, sources, tensors
-from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
@@ -97,9 +97,9 @@ def _of_attention(node: Attend, parts: MaskSplit, facts: CallFacts) -> list[Requ
     if both:
         per_block = node.normaliser is not None
         own = replace(facts, lse=not per_block)
-        unit = math.gcd(*(choice.units[1] for choice in parts.choices))
+        block = math.gcd(*(choice.blocks[1] for choice in parts.choices))
         found.append(
-            Request("selected", own, mask=parts.selected, score=node.pattern.score.expr, block=unit, per_block=per_block)
+            Request("selected", own, mask=parts.selected, score=node.pattern.score.expr, block=block, per_block=per_block)
         )
     return found
 
@@ -113,7 +113,7 @@ def _own_facts(node: Attend, facts: CallFacts, lse: bool, sizes: Mapping[str, in
         facts,
         lse=lse,
         kv_heads=_size(node.y.axes[1], facts.kv_heads, known),
-        kv_len=-(-keys // unit_of(node.y.axes[2])),
+        kv_len=-(-keys // block_of(node.y.axes[2])),
         head_dim=_size(node.x.axes[3], facts.head_dim, known),
         head_dim_v=_size(node.z.axes[3], facts.head_dim_v, known),
     )

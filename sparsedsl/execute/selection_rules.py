@@ -1,4 +1,4 @@
-"""The fast way to choose: scores stay sources that give blocks, choices come out as lists. Never queries x units at once."""
+"""The fast way to choose: scores stay sources that give blocks, choices come out as lists. Never queries x blocks at once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from sparsedsl.execute.candidates import candidates_of, unit_rule
+from sparsedsl.execute.candidate_rules import block_rule, candidates_of
 from sparsedsl.execute.lowering import Lowering
 from sparsedsl.lang.expressions import Mask
-from sparsedsl.program.axes import unit_of
+from sparsedsl.program.axes import block_of
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.scores import (
@@ -29,18 +29,18 @@ from sparsedsl.program.scores import (
     Softmax,
 )
 from sparsedsl.program.select import Select, Threshold, TopK, TopP
-from sparsedsl.runtime.heads import alike, reduced, spread
+from sparsedsl.runtime.heads import alike, reduced, repeat_kv
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.selection import counts, permutations, proxies
-from sparsedsl.selection.antidiagonal import antidiagonal
+from sparsedsl.selection.antidiagonals import antidiagonal
 from sparsedsl.selection.candidates import Candidates, PairRule
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.selection.derived_scores import RegroupedScores, softmax_scores
+from sparsedsl.selection.mass import threshold, top_p
 from sparsedsl.selection.noise import GumbelScores
+from sparsedsl.selection.ranking import top_k
 from sparsedsl.selection.scores import DotScores, ScoreSource
-from sparsedsl.selection.selected import Picks
-from sparsedsl.selection.top_k import top_k
-from sparsedsl.selection.top_p import threshold, top_p
+from sparsedsl.selection.selected_blocks import SelectedBlocks
 
 __all__ = ["LISTED_RULES"]
 
@@ -62,7 +62,7 @@ def _dot(run: Lowering, node: Dot) -> ScoreSource:
 
 def _bound(run: Lowering, node: Bound) -> ScoreSource:
     x, y = run.value(node.x), run.value(node.y)
-    return BoundScores(x, *proxies.bounds(y, node.unit), _scale(node.scale, x))
+    return BoundScores(x, *proxies.bounds(y, node.block), _scale(node.scale, x))
 
 
 def _antidiagonal(run: Lowering, node: Antidiagonal) -> ScoreSource:
@@ -76,20 +76,20 @@ def _softmax(run: Lowering, node: Softmax) -> ScoreSource:
 
 
 def _regroup(run: Lowering, node: Regroup) -> ScoreSource:
-    return RegroupedScores(run.value(node.scores), node.unit, node.how)
+    return RegroupedScores(run.value(node.scores), node.block, node.how)
 
 
 def _plus(run: Lowering, node: Plus) -> ScoreSource:
     sources = [run.value(node.first), run.value(node.second)]
-    units = min(source.shape[3] for source in sources)  # an input may lack the last, ragged unit, which then is no candidate
+    blocks = min(source.shape[3] for source in sources)  # an input may lack the last, ragged block, which then is no candidate
     rows = slice(0, sources[0].shape[2])
-    return SumScores(tuple(s if s.shape[3] == units else s.narrowed(rows, slice(0, units)) for s in sources))
+    return SumScores(tuple(s if s.shape[3] == blocks else s.narrowed(rows, slice(0, blocks)) for s in sources))
 
 
 def _gumbel(run: Lowering, node: Gumbel) -> ScoreSource:
     """Noise depends on the seed and its place alone: it is the same wherever a call begins."""
     source = run.value(node.scores)
-    first = run.domain.q_offset // unit_of(node.axes[2])
+    first = run.domain.q_offset // block_of(node.axes[2])
     noise = GumbelScores(source.shape, run.value(node.seed).long(), run.call.q.device, first_row=first)
     return SumScores((source, noise))
 
@@ -153,14 +153,14 @@ def _tokens(run: Lowering, node: Tokens) -> list[Tensor]:
         count = counts.cover_count(by[:, :before], node.cover, least=min(node.least, before))  # type: ignore[arg-type]
     kept, sizes = permutations.keep_tokens(scores[:, :, :before], count, always=total - before, total=total)
     # Programs on the kept tokens need their number: the one place where a GPU is waited for.
-    return [spread(index[:, :size], heads, dim=0) for index, size in zip(kept, sizes.tolist(), strict=True)]
+    return [repeat_kv(index[:, :size], heads, dim=0) for index, size in zip(kept, sizes.tolist(), strict=True)]
 
 
 # ---- choices, as lists -----------------------------------------------------------------------------------------------------------
 
 
 def _allowed(run: Lowering, mask: Mask, node: Select | Softmax, source: ScoreSource) -> Candidates:
-    rows, columns = unit_of(node.axes[2]), unit_of(node.axes[3])
+    rows, columns = block_of(node.axes[2]), block_of(node.axes[3])
     heads = run.call.check_heads(node, source.shape[1])
     return candidates_of(mask.expr, run.domain, rows, columns, heads, run.call.q.device)
 
@@ -169,34 +169,35 @@ def _forced(run: Lowering, node: Select, candidates: Candidates, source: ScoreSo
     if node.forced is None:
         return None
     expr, tables = run.concrete(node.forced.expr, node.forced.bound)
-    rule = unit_rule(expr, run.domain, *node.units, source.shape[1], tables, run.call.q.device)
+    rule = block_rule(expr, run.domain, *node.blocks, source.shape[1], tables, run.call.q.device)
     if candidates.allowed is None:
         return rule
     allowed = candidates.allowed
-    return lambda rows, units: rule(rows, units) & allowed(rows, units)
+    return lambda rows, blocks: rule(rows, blocks) & allowed(rows, blocks)
 
 
-def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: Any) -> Picks:
-    source, (q_unit, kv_unit) = run.value(node.scores), node.units
+def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: Any) -> SelectedBlocks:
+    source, (q_block, kv_block) = run.value(node.scores), node.blocks
     run.call.check_heads(node, source.shape[1])
     candidates = Candidates() if node.among is None else _allowed(run, node.among, node, source)
-    forced, first = _forced(run, node, candidates, source), run.domain.q_offset // q_unit
-    picks = choose(source, *numbers, candidates, forced=forced, q_unit=q_unit, kv_unit=kv_unit, first=first, **words)
-    return replace(picks, units=-(-run.domain.kv_len // kv_unit))
+    forced, first = _forced(run, node, candidates, source), run.domain.q_offset // q_block
+    selected = choose(source, *numbers, candidates, forced=forced, q_block=q_block, kv_block=kv_block, first=first, **words)
+    blocks = -(-run.domain.kv_len // kv_block)
+    return selected if selected.blocks == blocks else replace(selected, blocks=blocks)
 
 
-def _top_k(run: Lowering, node: TopK) -> Picks:
+def _top_k(run: Lowering, node: TopK) -> SelectedBlocks:
     extra = run.value(node.scores).shape[3] if node.extra and node.forced is not None else None
     return _choose(run, node, top_k, node.count, forced_extra=extra)
 
 
-def _top_p(run: Lowering, node: TopP) -> Picks:
+def _top_p(run: Lowering, node: TopP) -> SelectedBlocks:
     measure = "share" if node.scores.is_mass else "softmax"
     words = {"inclusive": node.inclusive, "unmet": node.unmet, "forced_in_mass": node.forced_in_mass}
     return _choose(run, node, top_p, node.share, measure=measure, **words)
 
 
-def _threshold(run: Lowering, node: Threshold) -> Picks:
+def _threshold(run: Lowering, node: Threshold) -> SelectedBlocks:
     return _choose(run, node, threshold, node.least, measure="share" if node.scores.is_mass else "score")
 
 

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from sparsedsl.analysis.clauses import only_difference
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.spans import span_rows, spans
+from sparsedsl.analysis.key_intervals import interval_rows, intervals
+from sparsedsl.analysis.mask_clauses import only_difference
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.program import orders, scores, select, tensors
@@ -145,11 +145,11 @@ def _all_tokens(node: Node) -> NoReturn:
 
 def _window(node: Attend) -> int:
     mask = node.pattern.mask.expr
-    found = spans(mask) if only_difference(mask) and not node.pattern.tables else None
+    found = intervals(mask) if only_difference(mask) and not node.pattern.tables else None
     if node.y.axes[2] != "keys" or found is None or not only_difference(node.pattern.score.expr):
         raise _no_state(node, "sees keys by more than their distance")
     domain = Domain(1, 2 * FAR, FAR)
-    reach = [FAR - int(span_rows(span, domain)[0].min()) for span in found]
+    reach = [FAR - int(interval_rows(interval, domain)[0].min()) for interval in found]
     if any(distance >= FAR for distance in reach):
         raise _no_state(node, "sees all earlier keys")
     return max(reach, default=0)

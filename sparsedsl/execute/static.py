@@ -17,7 +17,7 @@ import torch
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.backends.protocol import PatternRunner
 from sparsedsl.backends.registry import AUTO, choose, named
@@ -44,7 +44,7 @@ class StaticAttention:
 
     def __init__(self, pattern: Pattern, *, minimal: bool = True):
         self.pattern, self.minimal = pattern, minimal
-        self._lists: Cache[TileLists] = Cache()
+        self._lists: Cache[BlockLists] = Cache()
         self._runners: dict[str, PatternRunner] = {}
 
     def runner(self, backend: str) -> PatternRunner:
@@ -98,7 +98,7 @@ class StaticAttention:
         density: str = self.runner("triton").density(call)  # type: ignore[attr-defined]
         return fastest_backend(self.pattern.key, density, call, backends, run)
 
-    def lists(self, domain: Domain, block: tuple[int, int]) -> TileLists:
+    def lists(self, domain: Domain, block: tuple[int, int]) -> BlockLists:
         """The tile lists of the mask over ``domain``, remembered while the tables live unchanged."""
         expr = self.pattern.mask.expr
         names = sorted(self.pattern.mask.tables)
@@ -109,7 +109,7 @@ class StaticAttention:
             domain.batch if BATCH in free else 1, domain.heads if HEAD in free else 1,
         )  # fmt: skip
 
-        def make() -> TileLists:
+        def make() -> BlockLists:
             start = time.perf_counter()
             narrowed = Domain(
                 domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, dict(zip(names, tables, strict=True))

@@ -36,7 +36,7 @@ def _words(text: str | None) -> Callable[[Any, Work], str | None]:
 
 
 def _select(node: Select, work: Work) -> str:
-    rows, columns = node.units
+    rows, columns = node.blocks
     return f"torch: lists for every {_few(rows, 'query', 'queries')}, of blocks of {_few(columns, 'key', 'keys')}"
 
 
@@ -53,7 +53,7 @@ def _attend(node: Attend, work: Work) -> str:
     for request, backend in work:
         way = named(backend).way(request)
         if request.work == "selected":
-            count = sum(choice.units[0] == 1 for choice in node.selections)
+            count = sum(choice.blocks[0] == 1 for choice in node.selections)
             way += f" (of {count} choices, joined)" if count > 1 else ""
             found.append(f"{way}, a softmax in every block, weights outside" if request.per_block else way)
         elif request.pattern is not None:
@@ -66,7 +66,7 @@ def _tables(node: Attend, mask: Any) -> str:
     """What is said of a mask that reads choices: they are tables in it."""
     names = {read.spec.name for read in table_reads(mask)}
     read = [choice for choice in node.selections if choice.label in names]
-    few = any(choice.units[0] == 1 for choice in read)
+    few = any(choice.blocks[0] == 1 for choice in read)
     return (", choices as tables" if read else "") + (", of some queries at a time" if few else "")
 
 

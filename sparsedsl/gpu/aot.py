@@ -29,7 +29,7 @@ from sparsedsl.gpu.targets import Target
 if TYPE_CHECKING:
     from sparsedsl.codegen.to_triton import Argument, KernelSource, TritonSource
 
-__all__ = ["TABLES", "Binary", "Job", "compile_kernel", "compile_kernels", "is_interpreting", "job_of"]
+__all__ = ["TABLES", "Binary", "BuildJob", "compile_kernel", "compile_kernels", "is_interpreting", "job_of"]
 
 _DATA = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 TABLES = {"int": "*i32", "bool": "*i1", "float": "*fp32"}
@@ -48,7 +48,7 @@ class Binary:
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildJob:
     """One kernel to compile: module and name, type of each parameter, values of the constant ones, how, and for what."""
 
     text: str
@@ -60,7 +60,7 @@ class Job:
     target: Target
 
 
-def job_of(source: TritonSource, kernel: KernelSource, shape: Shape, config: Config, target: Target) -> Job:
+def job_of(source: TritonSource, kernel: KernelSource, shape: Shape, config: Config, target: Target) -> BuildJob:
     """What there is to compile, types spelled as Triton does.
 
     Raises:
@@ -76,7 +76,7 @@ def job_of(source: TritonSource, kernel: KernelSource, shape: Shape, config: Con
     ['*bf16', '*fp32', '*i32', 'i32']
     """
     types = {argument.name: _type(source, kernel, argument, shape, config) for argument in kernel.arguments}
-    return Job(source.text, kernel.name, types, constants(kernel, shape, config), config, source.fp_fusion, target)
+    return BuildJob(source.text, kernel.name, types, constants(kernel, shape, config), config, source.fp_fusion, target)
 
 
 def _type(source: TritonSource, kernel: KernelSource, argument: Argument, shape: Shape, config: Config) -> str:
@@ -94,7 +94,7 @@ def _type(source: TritonSource, kernel: KernelSource, argument: Argument, shape:
     return argument.type
 
 
-def compile_kernel(job: Job) -> Any:
+def compile_kernel(job: BuildJob) -> Any:
     """Triton's ``CompiledKernel``, compiled in this process. Pointers are taken to be multiples of 16 bytes, as torch's are.
 
     Raises:
@@ -124,7 +124,7 @@ def compile_kernel(job: Job) -> Any:
         ) from error
 
 
-def compile_kernels(jobs: Iterable[Job], *, remarks: bool = False) -> list[Binary]:
+def compile_kernels(jobs: Iterable[BuildJob], *, remarks: bool = False) -> list[Binary]:
     """The binary of each job; from a child process if kernels are interpreted in this one.
 
     ``remarks``: as for :func:`~sparsedsl.gpu.resources.resources_of`.
@@ -145,7 +145,7 @@ def is_interpreting() -> bool:
     return bool(load_triton().knobs.runtime.interpret) or interpreted()
 
 
-def _in_child(jobs: list[Job], remarks: bool) -> list[Binary]:
+def _in_child(jobs: list[BuildJob], remarks: bool) -> list[Binary]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     with tempfile.TemporaryDirectory(prefix="sparsedsl-build-") as folder:

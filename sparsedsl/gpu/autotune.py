@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sparsedsl.gpu.configs import Config, Shape, Work, default_config, refusal, space
-from sparsedsl.gpu.costs import Tiles, banded_tiles, estimated_held, ranked, seconds
+from sparsedsl.gpu.costs import TileCounts, banded_tiles, estimated_held, ranked, seconds
 from sparsedsl.gpu.estimates import registers
 from sparsedsl.gpu.targets import Target
 from sparsedsl.gpu.tuning_records import Record, TuningKey, recall, remember
@@ -122,7 +122,7 @@ def choose(
     measure: Measure | None = None,
     *,
     work: Work | None = None,
-    tiles_at: Callable[[tuple[int, int]], Tiles] | None = None,
+    tiles_at: Callable[[tuple[int, int]], TileCounts] | None = None,
 ) -> Chosen:
     """The config for a launch; a dictionary lookup from the second call on. Never fails, whatever the disk or a candidate does.
 
@@ -154,7 +154,7 @@ def _find(
     key: TuningKey,
     measure: Measure | None,
     work: Work,
-    tiles_at: Callable[[tuple[int, int]], Tiles] | None,
+    tiles_at: Callable[[tuple[int, int]], TileCounts] | None,
 ) -> tuple[Chosen, bool]:
     """The choice, and whether it holds for the rest of the process."""
     default = default_config(kernel, shape, target)
@@ -180,7 +180,7 @@ def _find(
     return found, mode != "full" or measure is not None or record is not None
 
 
-def _expected(kernel: str, shape: Shape, target: Target, work: Work, tiles_at: Callable[..., Tiles] | None) -> Config:
+def _expected(kernel: str, shape: Shape, target: Target, work: Work, tiles_at: Callable[..., TileCounts] | None) -> Config:
     """The cost model's favourite, or the default where that is expected to be nearly as good: it is known to compile well."""
     default, *others = _by_expectation(kernel, shape, target, work, tiles_at)
     limit = TRUSTED_SHARE * target.registers_per_thread
@@ -195,7 +195,7 @@ def _expected(kernel: str, shape: Shape, target: Target, work: Work, tiles_at: C
 
 
 def _by_expectation(
-    kernel: str, shape: Shape, target: Target, work: Work, tiles_at: Callable[..., Tiles] | None
+    kernel: str, shape: Shape, target: Target, work: Work, tiles_at: Callable[..., TileCounts] | None
 ) -> tuple[Config, ...]:
     """The default, then every other candidate, the one that the cost model likes best first."""
     default, candidates = default_config(kernel, shape, target), space(kernel, shape, target, work)
@@ -205,7 +205,7 @@ def _by_expectation(
     return (default, *ranked(kernel, shape, target, others, tiles_at or _banded(kernel, work)))
 
 
-def _banded(kernel: str, work: Work) -> Callable[[tuple[int, int]], Tiles]:
+def _banded(kernel: str, work: Work) -> Callable[[tuple[int, int]], TileCounts]:
     """Counts of a call of a usual size, where nobody has counted."""
     width = work.row_width if work.row_width is not None else 4096.0
     return lambda block: banded_tiles(16384, 16384, width, block, copies=16, by_key=kernel == "grad_kv")

@@ -1,6 +1,6 @@
 """Which config is expected to be the fastest where none can be measured: seconds of a kernel from counts of tiles and rates of a GPU.
 
-Input: what is scheduled at a config's tile size (:class:`Tiles`), the facts of a target, what one SM holds. Output: seconds, good for
+Input: what is scheduled at a config's tile size (:class:`TileCounts`), the facts of a target, what one SM holds. Output: seconds, good for
 ranking configs of one kernel and for nothing else. Plain numbers in and out; loads neither torch nor Triton.
 """
 
@@ -17,9 +17,9 @@ from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import Target
 
 if TYPE_CHECKING:
-    from sparsedsl.analysis.lists import TileLists
+    from sparsedsl.analysis.lists import BlockLists
 
-__all__ = ["Held", "Tiles", "banded_tiles", "estimated_held", "listed_tiles", "ranked", "seconds", "work_of"]
+__all__ = ["Held", "TileCounts", "banded_tiles", "estimated_held", "listed_tiles", "ranked", "seconds", "work_of"]
 
 # Cycles of one SM, at CLOCK, for what is not a product of matrices. Order of magnitude is what counts: these rank, they do not predict.
 CLOCK = 1.7e9
@@ -38,7 +38,7 @@ _SPILL = 0.01
 
 
 @dataclass(frozen=True)
-class Tiles:
+class TileCounts:
     """What a kernel goes through: ``full`` and ``partial`` tiles, over all batch entries and heads; ``programs``, one a row of tiles;
     ``longest``: tiles of the longest row."""
 
@@ -56,7 +56,7 @@ class Held:
     spills: int = 0
 
 
-def listed_tiles(lists: TileLists, *, batch: int, heads: int, by_key: bool = False) -> Tiles:
+def listed_tiles(lists: BlockLists, *, batch: int, heads: int, by_key: bool = False) -> TileCounts:
     """The counts of tile lists, for lists that were made at the config's own tile size; ``by_key``: a program is a column of tiles.
 
     >>> from sparsedsl.analysis.domain import Domain
@@ -64,7 +64,7 @@ def listed_tiles(lists: TileLists, *, batch: int, heads: int, by_key: bool = Fal
     >>> import sparsedsl as sd
     >>> lists = classify((sd.kv_idx <= sd.q_idx).expr, Domain(rows=256, kv_len=256), 64)
     >>> listed_tiles(lists, batch=1, heads=8)
-    Tiles(full=48, partial=32, programs=32, longest=4)
+    TileCounts(full=48, partial=32, programs=32, longest=4)
     """
     full, partial = lists.full, lists.partial
     if by_key:
@@ -72,10 +72,10 @@ def listed_tiles(lists: TileLists, *, batch: int, heads: int, by_key: bool = Fal
         full, partial = full.transposed(columns), partial.transposed(columns)
     rows = full.counts + partial.counts
     copies = batch * heads // (rows.shape[0] * rows.shape[1])
-    return Tiles(full.total * copies, partial.total * copies, rows.numel() * copies, int(rows.max()) if rows.numel() else 0)
+    return TileCounts(full.total * copies, partial.total * copies, rows.numel() * copies, int(rows.max()) if rows.numel() else 0)
 
 
-def work_of(lists: TileLists) -> Work:
+def work_of(lists: BlockLists) -> Work:
     """What a search for a config should know, from lists at any tile size: a partial tile counts as half full."""
     counts = (lists.full.counts + lists.partial.counts).float()
     mean = float(counts.mean()) if counts.numel() else 0.0
@@ -87,11 +87,11 @@ def work_of(lists: TileLists) -> Work:
 
 def banded_tiles(
     q_len: int, kv_len: int, row_width: float, block: tuple[int, int], *, copies: int, by_key: bool = False
-) -> Tiles:
+) -> TileCounts:
     """Counts without lists, as if the keys of a query were one run of ``row_width`` that moves with the query.
 
     >>> banded_tiles(4096, 4096, 1024, (128, 128), copies=1)
-    Tiles(full=224, partial=64, programs=32, longest=9)
+    TileCounts(full=224, partial=64, programs=32, longest=9)
     """
     rows, columns = -(-q_len // block[0]), -(-kv_len // block[1])
     # The run of a row of tiles begins and ends within tiles, which are cut at multiples of the smaller side.
@@ -103,7 +103,7 @@ def banded_tiles(
     by_row, by_column = min(columns, math.ceil(reach / block[1])), min(rows, math.ceil(reach / block[0]))
     listed, whole = round(touched * rows), round(full * rows)
     programs, longest = (columns, by_column) if by_key else (rows, by_row)
-    return Tiles(whole * copies, (listed - whole) * copies, programs * copies, longest)
+    return TileCounts(whole * copies, (listed - whole) * copies, programs * copies, longest)
 
 
 def estimated_held(kernel: str, shape: Shape, target: Target, config: Config) -> Held:
@@ -114,7 +114,7 @@ def estimated_held(kernel: str, shape: Shape, target: Target, config: Config) ->
     return Held(max(1, min(by_registers, by_shared, target.warps // config.warps, target.blocks)))
 
 
-def seconds(kernel: str, shape: Shape, target: Target, config: Config, tiles: Tiles, held: Held) -> float:
+def seconds(kernel: str, shape: Shape, target: Target, config: Config, tiles: TileCounts, held: Held) -> float:
     """Expected seconds of one launch. More tiles, fewer SMs, slower units, spills: never less.
 
     A tile costs its products, at a part of the peak that grows with its sides, and one pass over its logits, longer where the mask
@@ -149,14 +149,14 @@ def ranked(
     shape: Shape,
     target: Target,
     candidates: Iterable[Config],
-    tiles_at: Callable[[tuple[int, int]], Tiles],
+    tiles_at: Callable[[tuple[int, int]], TileCounts],
     held: Callable[[Config], Held | None] | None = None,
 ) -> tuple[Config, ...]:
     """Candidates, the one expected to be the fastest first; equals stay in order.
 
     ``tiles_at``: counts for a tile size, asked once for each; ``held``: what a compiled candidate takes, None if it does not run.
     """
-    counts: dict[tuple[int, int], Tiles] = {}
+    counts: dict[tuple[int, int], TileCounts] = {}
     expected: dict[Config, float] = {}
     for config in candidates:
         block = (config.block_m, config.block_n)

@@ -12,7 +12,7 @@ from sparsedsl.codegen.to_triton import KernelSource, TritonSource
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.aot import compile_kernels, job_of
 from sparsedsl.gpu.configs import Config, Shape, Work, default_config, space
-from sparsedsl.gpu.costs import Held, Tiles, ranked, seconds
+from sparsedsl.gpu.costs import Held, TileCounts, ranked, seconds
 from sparsedsl.gpu.resources import Resources, misfits, occupancy
 from sparsedsl.gpu.targets import Target
 
@@ -41,7 +41,7 @@ def expected_config(
     shape: Shape,
     target: Target,
     work: Work,
-    tiles_at: Callable[[tuple[int, int]], Tiles],
+    tiles_at: Callable[[tuple[int, int]], TileCounts],
     *,
     compiled: Callable[[Config], Resources] | None = None,
 ) -> Expected:
@@ -77,7 +77,7 @@ def expected_config(
 
 
 def _handful(
-    kernel: str, shape: Shape, target: Target, work: Work, default: Config, tiles_at: Callable[[tuple[int, int]], Tiles]
+    kernel: str, shape: Shape, target: Target, work: Work, default: Config, tiles_at: Callable[[tuple[int, int]], TileCounts]
 ) -> Iterable[Config]:
     """The default, and the cost model's favourites by the estimates, no two of which differ in stages only."""
     if kernel in ("delta", "merge"):

@@ -47,7 +47,7 @@ ELSEWHERE = {
     "alibi_slopes": "ALiBi is part of the pattern: sd.attend(mask, score=sd.patterns.alibi(heads))",
     "cu_seqlens": "documents are part of the pattern: sd.patterns.documents()",
     "offset": "here it is q_offset=",
-    "stride": "units lie side by side; overlapping ones are not in the language",
+    "stride": "blocks lie side by side; overlapping ones are not in the language",
     "beta": "the delta rule is not in the language: sd.linear() only adds to its state, faded by decay",
 }
 

@@ -13,7 +13,7 @@ import torch
 from sympy.core.relational import Relational
 
 from sparsedsl.lang import functions as fn
-from sparsedsl.lang.evaluate import Evaluator, evaluate, read_table
+from sparsedsl.lang.evaluation import Evaluator, evaluate, read_table
 from sparsedsl.lang.tables import TableRead
 
 __all__ = ["evaluate_any", "evaluate_exactly"]
@@ -37,7 +37,7 @@ _MANY = {
 
 
 def evaluate_exactly(expr: sympy.Basic, env: Mapping[str, Any], *, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """What :func:`~sparsedsl.lang.evaluate.evaluate` gives, with integers that never wrap around.
+    """What :func:`~sparsedsl.lang.evaluation.evaluate` gives, with integers that never wrap around.
 
     >>> import sparsedsl as sd
     >>> end = torch.tensor([torch.iinfo(torch.int64).min])

@@ -18,8 +18,8 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
 from sparsedsl.lang.advice import shown, way_in
-from sparsedsl.lang.facts import HIGHEST, facts
 from sparsedsl.lang.joins import join, join_xor
+from sparsedsl.lang.known_facts import HIGHEST, facts
 from sparsedsl.lang.refusals import Unread
 from sparsedsl.lang.symbols import BATCH, HEAD, INDEX_SYMBOLS, KV_IDX, KV_LEN, Q_IDX, Q_LEN, SCORE
 from sparsedsl.lang.tables import TableSpec, read_class

@@ -11,7 +11,7 @@ from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.conditions import at_least
-from sparsedsl.lang.facts import HIGHEST, facts
+from sparsedsl.lang.known_facts import HIGHEST, facts
 
 __all__ = [
     "REAL_FUNCTIONS",

@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from sparsedsl.lang.facts import sort_key
+from sparsedsl.lang.known_facts import sort_key
 
 __all__ = ["Xor", "join", "join_xor"]
 

@@ -18,7 +18,7 @@ import torch
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
-from sparsedsl.lang.evaluate import bit_and, maximum, minimum, read_table
+from sparsedsl.lang.evaluation import bit_and, maximum, minimum, read_table
 from sparsedsl.lang.tables import TableRead
 
 __all__ = ["evaluate", "prepared"]
@@ -29,7 +29,7 @@ Step = tuple[Callable[..., Value], tuple[int, ...]]
 
 
 def evaluate(expr: sympy.Basic, env: Mapping[str, Any], *, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """The value of ``expr``, broadcast over the tensors in ``env``: see :func:`sparsedsl.lang.evaluate.evaluate`.
+    """The value of ``expr``, broadcast over the tensors in ``env``: see :func:`sparsedsl.lang.evaluation.evaluate`.
 
     >>> import sparsedsl as sd
     >>> evaluate((sd.kv_idx <= 1).expr, {"kv_idx": torch.arange(3)})
@@ -70,7 +70,7 @@ class _Steps:
 
 @functools.lru_cache(maxsize=4096)
 def _steps(expr: sympy.Basic, dtype: torch.dtype) -> _Steps:
-    return _Writer(dtype).written(expr)
+    return _StepWriter(dtype).written(expr)
 
 
 # ---- operations --------------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ _PLAIN: dict[type, Callable[..., Value]] = {fn.Abs: abs, fn.Where: _where, sympy
 # ---- from an expression to steps ----------------------------------------------------------------------------------------------
 
 
-class _Writer:
+class _StepWriter:
     """Writes the steps of one expression. A place is ``("name", i)``, ``("constant", i)`` or ``("step", i)`` until all are counted."""
 
     def __init__(self, dtype: torch.dtype):

@@ -1,7 +1,7 @@
 """Tables: runtime tensors read inside a pattern, with the declared facts that analysis may rely on.
 
 In the IR every table is its own :class:`sympy.Function`; a read ``doc[q_idx]`` is the application ``doc(q_idx)``. A boolean table
-stands in a mask as ``Ne(picked(q, kv), 0)``.
+stands in a mask as ``Ne(chosen(q, kv), 0)``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sympy
 
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.advice import shown
-from sparsedsl.lang.facts import facts
+from sparsedsl.lang.known_facts import facts
 from sparsedsl.lang.symbols import RESERVED_NAMES
 
 __all__ = ["TableRead", "TableSpec", "table_reads", "table_specs"]

@@ -16,7 +16,7 @@ from sparsedsl.errors import PatternError, SparseDSLError
 from sparsedsl.lang import numeric, strict
 from sparsedsl.lang.advice import answering
 from sparsedsl.lang.expressions import Index, Mask, Score, as_index, as_mask, as_score, joined, table
-from sparsedsl.lang.facts import DEEPEST, LARGEST
+from sparsedsl.lang.known_facts import DEEPEST, LARGEST
 from sparsedsl.lang.symbols import INDEX_SYMBOLS, SCORE
 from sparsedsl.lang.wrapped import Expression, merge_carried
 
@@ -246,7 +246,7 @@ def parse(text: str) -> Index | Mask | Score:
     """Read the text form back: an :class:`Index`, :class:`Mask` or :class:`Score`. Never executes Python.
 
     Raises :class:`~sparsedsl.PatternError` for anything that is not part of the language, and for what is too large: see
-    :mod:`sparsedsl.lang.facts`.
+    :mod:`sparsedsl.lang.known_facts`.
 
     >>> import sparsedsl as sd
     >>> mask = sd.parse("doc = table('doc', monotone=True)\\n(kv_idx <= q_idx) & (doc[q_idx] == doc[kv_idx])")

@@ -12,7 +12,7 @@ import sympy
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.advice import meant
-from sparsedsl.lang.facts import check_extent
+from sparsedsl.lang.known_facts import check_extent
 from sparsedsl.lang.printing import expression_text, to_text
 from sparsedsl.lang.refusals import Unvalued
 from sparsedsl.lang.tables import TableSpec, table_specs

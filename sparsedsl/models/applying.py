@@ -16,11 +16,11 @@ from sparsedsl.errors import PatternError, TableError, UnsupportedError
 from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
-from sparsedsl.models.attention import BINDING, Binding, Compiled, attend
+from sparsedsl.models.attention_function import BINDING, Binding, Compiled, attend
 from sparsedsl.models.carried import Stack, calling, put_stacks, stacks_of
 from sparsedsl.models.derived import PROVIDED
 from sparsedsl.models.layers import attention_layers, closed_layers, is_told_causal, key_owners, text_config
-from sparsedsl.models.masks import MaskFunction
+from sparsedsl.models.mask_arguments import MaskFunction
 from sparsedsl.models.native import masks_of, native_facts, native_pattern
 from sparsedsl.models.programs import check_program, is_for_prefill
 from sparsedsl.program.graph import Program, as_program

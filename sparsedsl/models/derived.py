@@ -1,6 +1,6 @@
 """The pattern that runs in a call: the layer's pattern, moved to the keys the cache hands out, without padding, within sequences.
 
-Input: a pattern whose indices are cache slots, and the :class:`Form` of the call. Output: a pattern over local key indices, with
+Input: a pattern whose indices are cache slots, and the :class:`DerivedForm` of the call. Output: a pattern over local key indices, with
 tables for what is data: ``hf_valid[b, kv]``, ``hf_sequence[b, i]``, ``hf_position[b, i]``, ``hf_start[0]``.
 """
 
@@ -18,7 +18,7 @@ from sparsedsl.lang.symbols import KV_IDX, KV_LEN, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.models.native import left_padding
 
-__all__ = ["PROVIDED", "Form", "derive", "moves_freely"]
+__all__ = ["PROVIDED", "DerivedForm", "derive", "moves_freely"]
 
 _valid = table("hf_valid", dtype=bool)
 _sequence = table("hf_sequence")
@@ -29,7 +29,7 @@ PROVIDED = frozenset({"sinks", "left_padding"})  # tables of a pattern that mode
 
 
 @dataclass(frozen=True)
-class Form:
+class DerivedForm:
     """What a call has besides queries, keys and values. ``cropped``: the first key is not slot 0."""
 
     padded: bool = False
@@ -45,7 +45,7 @@ def moves_freely(pattern: Pattern) -> bool:
     return not any(expr.subs(Q_IDX, KV_IDX + distance).free_symbols & fixed for expr in pattern.exprs)
 
 
-def derive(pattern: Pattern, form: Form) -> Pattern:
+def derive(pattern: Pattern, form: DerivedForm) -> Pattern:
     """The pattern that runs in calls of this form."""
     mask, score = pattern.mask, pattern.score
     if not form.padded:

@@ -72,7 +72,7 @@ def native_pattern(module: Any, index: int, config: PreTrainedConfig, told_causa
 
 
 def native_facts(module: Any, index: int, config: PreTrainedConfig, told_causal: bool = False) -> Facts:
-    """What the configuration says about a layer's mask, in the words that :mod:`sparsedsl.models.masks` finds in a request."""
+    """What the configuration says about a layer's mask, in the words that :mod:`sparsedsl.models.mask_arguments` finds in a request."""
     # transformers: a decoder's mask functions turn bidirectional when the configuration says is_causal=False
     causal = (bool(getattr(module, "is_causal", True)) or told_causal) and bool(getattr(config, "is_causal", True))
     direction = ("causal" if causal else "bidirectional", None)

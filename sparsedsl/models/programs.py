@@ -20,7 +20,7 @@ from sparsedsl.lang.wrapped import Expression
 from sparsedsl.models.derived import PROVIDED
 from sparsedsl.program import orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall
-from sparsedsl.program.effects import LATER_QUERIES, reasons
+from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node, one_of, reached
 from sparsedsl.program.rules import Rules

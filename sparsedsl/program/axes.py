@@ -1,4 +1,4 @@
-"""Named axes. An axis is a word; ``keys/64`` counts units of 64 keys, the last one possibly ragged."""
+"""Named axes. An axis is a word; ``keys/64`` counts blocks of 64 keys, the last one possibly ragged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from sparsedsl.errors import PatternError
 
-__all__ = ["HEADS", "base_of", "check_axes", "in_units", "join_heads", "unit_of"]
+__all__ = ["HEADS", "base_of", "block_of", "check_axes", "in_blocks", "join_heads"]
 
 # Axes whose sizes a call knows from q, k and v. Any other word is a size of its own, the same wherever the word stands.
 KNOWN = ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "value_dim")
@@ -20,12 +20,12 @@ def check_axes(function: str, axes: object) -> tuple[str, ...]:
     words = axes.split() if isinstance(axes, str) else None
     if not words or not all(_AXIS.fullmatch(word) or word.isdecimal() for word in words):
         raise PatternError(
-            f"{function}: axes must be words such as 'batch kv_heads keys/64 retrieval_dim', where / counts units of so many tokens; "
+            f"{function}: axes must be words such as 'batch kv_heads keys/64 retrieval_dim', where / counts blocks of so many tokens; "
             f"got {axes!r}"
         )
     for word in words:
         if "/" in word and base_of(word) not in ("queries", "keys"):
-            raise PatternError(f"{function}: only queries and keys come in units; got {word!r}")
+            raise PatternError(f"{function}: only queries and keys come in blocks; got {word!r}")
         if word.isdecimal() and int(word) < 1:
             raise PatternError(f"{function}: an axis must have at least size 1; got {word!r}")
     named = [word for word in words if not word.isdecimal()]
@@ -41,14 +41,14 @@ def base_of(axis: str) -> str:
 
 
 @functools.cache
-def unit_of(axis: str) -> int:
+def block_of(axis: str) -> int:
     """Tokens in one row of the axis: ``keys/64`` -> 64, ``keys`` -> 1."""
     return int(axis.partition("/")[2] or 1)
 
 
-def in_units(axis: str, unit: int) -> str:
-    """The axis that counts units of ``unit`` rows of ``axis``: 4 of ``keys/16`` -> ``keys/64``."""
-    tokens = unit_of(axis) * unit
+def in_blocks(axis: str, block: int) -> str:
+    """The axis that counts blocks of ``block`` rows of ``axis``: 4 of ``keys/16`` -> ``keys/64``."""
+    tokens = block_of(axis) * block
     return base_of(axis) if tokens == 1 else f"{base_of(axis)}/{tokens}"
 
 

@@ -17,7 +17,7 @@ from sparsedsl.lang import pattern as static
 from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.decided import assume, with_candidates
 from sparsedsl.program.node import Node, nodes_in, one_of, reached
 from sparsedsl.program.orders import Tokens
@@ -99,7 +99,7 @@ class Attend(Branch):
         more = [f"{name}={node.label}" for name, (node, usual) in named.items() if node is not usual]
         if self.normaliser is not None:
             n = self.normaliser
-            more.append(f"normaliser=per_chunk({n.picks.label}, {n.weights!r}, scores={n.scores.label}, inner={n.inner!r})")
+            more.append(f"normaliser=per_chunk({n.selected.label}, {n.weights!r}, scores={n.scores.label}, inner={n.inner!r})")
         return f"attend({', '.join([words, *more])})"
 
 
@@ -134,13 +134,13 @@ def attend(
             value of zero, as in GPT-OSS; ``0.0`` gives softmax-plus-one.
         scale: factor on ``q @ k``; default ``head_dim ** -0.5``.
         heads: the number of query heads it is written for; None takes what its parts say, as ``alibi(8)`` does, else any number.
-        q, k, v: nodes to attend with in place of the call's own: reordered keys, summaries (``kv_idx`` then counts units), inputs.
+        q, k, v: nodes to attend with in place of the call's own: reordered keys, summaries (``kv_idx`` then counts blocks), inputs.
         normaliser: :func:`per_chunk`, or None for one softmax over all.
 
     Returns:
         A :class:`~sparsedsl.Pattern` where everything is static, else a node. :func:`sparsedsl.compile` takes both.
 
-    A choice that was declared without ``among`` gets its candidates here: the units with a pair for which it decides whether the pair
+    A choice that was declared without ``among`` gets its candidates here: the blocks with a pair for which it decides whether the pair
     attends. What the rest of the mask excludes, or allows in any case, is never scored.
 
     Raises:
@@ -181,10 +181,10 @@ def attend(
 def _check_normaliser(pattern: Pattern, normaliser: PerChunk) -> None:
     if pattern.sink is not None:
         raise PatternError("attend(): a sink has no place in a softmax per chunk; use per_chunk(..., weights='softmax1')")
-    read = next((name for name, node in pattern.mask.bound.items() if node is normaliser.picks), None)
+    read = next((name for name, node in pattern.mask.bound.items() if node is normaliser.selected), None)
     if read is None:
         raise PatternError(
-            f"attend(): the picks of the normaliser, {normaliser.picks!r}, do not stand in the mask {pattern.mask}"
+            f"attend(): the blocks selected for the normaliser, {normaliser.selected!r}, do not stand in the mask {pattern.mask}"
         )
     off = assume(pattern.mask.expr, {read: False})
     if off != sympy.false:
@@ -287,7 +287,7 @@ def linear(
     elif not all(x <= 0 for x in _numbers("log_decay", logs)):
         raise PatternError(f"linear(): log_decay must be at most 0 for each query head; got {logs!r}")
     k, v = check_tensor("linear", "k", k, "keys"), check_tensor("linear", "v", v, "keys")
-    if k.axes[1:3] != v.axes[1:3] or unit_of(k.axes[2]) != 1 or k.axes[1] not in ("heads", "kv_heads"):
+    if k.axes[1:3] != v.axes[1:3] or block_of(k.axes[2]) != 1 or k.axes[1] not in ("heads", "kv_heads"):
         raise PatternError(f"linear(): k and v must have one row a key, in heads or kv_heads; got {k.axes} and {v.axes}")
     documents = check_documents("linear", documents)
     return one_of(Linear(tuple(logs), _check_queries("linear", q), k, v, _check_scale("linear", scale), documents))
@@ -438,9 +438,9 @@ def compact(tokens: Tokens, inside: Any) -> Compact:
     return one_of(Compact(tokens, branch))
 
 
-def units_of_keys(branch: Attend) -> int:
+def blocks_of_keys(branch: Attend) -> int:
     """Tokens in a row of the keys it attends to."""
-    return unit_of(branch.y.axes[2]) if base_of(branch.y.axes[2]) == "keys" else 1
+    return block_of(branch.y.axes[2]) if base_of(branch.y.axes[2]) == "keys" else 1
 
 
 def reads_scores(pattern: Pattern) -> list[Scores]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
-from sparsedsl.program.tensors import check_unit
+from sparsedsl.program.tensors import check_block
 
 __all__ = ["DecayTable", "decay_table", "schedule"]
 
@@ -62,8 +62,8 @@ def decay_table(heads: int, layer: int, layers: int, *, depth: str = "hf", rule:
     >>> [round(x, 4) for x in sd.decay_table(4, layer=0, layers=20, depth="serve")]
     [0.7788, 0.9394, 0.9845, 0.9961]
     """
-    heads, layers = check_unit("decay_table", "heads", heads), check_unit("decay_table", "layers", layers, 2)
-    layer = check_unit("decay_table", "layer", layer, 0)
+    heads, layers = check_block("decay_table", "heads", heads), check_block("decay_table", "layers", layers, 2)
+    layer = check_block("decay_table", "layer", layer, 0)
     if layer >= layers:
         raise PatternError(f"decay_table(): layer must be below layers, which is {layers}; got {layer}")
     check_word("decay_table(): rule", rule, ("power", "linear"))
@@ -96,8 +96,8 @@ def schedule(
     >>> [layer for layer, kind in plan.items() if kind == "softmax"]
     [4, 9, 14, 19]
     """
-    layers, group = check_unit("schedule", "layers", layers), check_unit("schedule", "group", group)
-    last = group - 1 if last is None else check_unit("schedule", "last", last, 0)
+    layers, group = check_block("schedule", "layers", layers), check_block("schedule", "group", group)
+    last = group - 1 if last is None else check_block("schedule", "last", last, 0)
     if last >= group:
         raise PatternError(f"schedule(): last must be below group, which is {group}; got {last}")
 

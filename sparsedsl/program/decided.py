@@ -55,8 +55,8 @@ def possible(mask: Mask) -> Mask:
     """The pairs that attend for some result of the nodes that the mask reads: a static mask that allows every pair the mask ever does.
 
     >>> import sparsedsl as sd
-    >>> picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 4)
-    >>> possible((sd.kv_idx <= sd.q_idx) & ~picks)
+    >>> selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 4)
+    >>> possible((sd.kv_idx <= sd.q_idx) & ~selected)
     Mask(q_idx >= kv_idx)
     """
     nodes, bound = _split(mask)
@@ -129,15 +129,15 @@ def with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Patt
     """The pattern with every choice told its candidates, where it was declared without."""
     mask, choices = pattern.mask, choices_in(pattern.mask)
     if normaliser is not None:  # where the mask is false and reads no choice, this one has no candidates
-        choices |= {label: node for label, node in mask.bound.items() if node is normaliser.picks}
+        choices |= {label: node for label, node in mask.bound.items() if node is normaliser.selected}
     for label, node in choices.items():
         if node.among is not None:
             continue
         added, removed = pairs_decided_by(pattern.mask, label)
         known = node.within(added | removed)
         mask = _renamed(mask, label, known)
-        if normaliser is not None and normaliser.picks is node:
-            normaliser = replace(normaliser, picks=known)
+        if normaliser is not None and normaliser.selected is node:
+            normaliser = replace(normaliser, selected=known)
     return Pattern(mask, pattern.score, pattern.sink, pattern.scale), normaliser
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sparsedsl.program.effects import KEEPS_STATE, LATER_QUERIES
+from sparsedsl.program.effect_rules import KEEPS_STATE, LATER_QUERIES
 
 __all__ = ["KINDS", "Kind", "kinds_table"]
 
@@ -18,9 +18,9 @@ class Kind:
     """One kind of node.
 
     ``function``: the public function or method that makes it. ``shapes``: axes taken -> axes given. A word of small letters is an axis; a
-    capital letter stands for any one (``H+G``: heads as they join); ``keys/u`` counts units of ``u`` keys, one or more; ``keys/nu``, larger
-    units, of ``n`` of these; ``..`` is what comes before or after. ``effects``: effect -> when. ``reference``, ``tiled``, ``flex``,
-    ``triton``: how each backend runs it. ``source``: where it is published.
+    capital letter stands for any one (``H+G``: heads as they join); ``keys/u`` counts blocks of ``u`` keys, one or more;
+    ``keys/nu``, larger blocks, of ``n`` of these; ``..`` is what comes before or after. ``effects``: effect -> when.
+    ``reference``, ``tiled``, ``flex``, ``triton``: how each backend runs it. ``source``: where it is published.
     """
 
     function: str
@@ -35,7 +35,7 @@ class Kind:
 
 
 _NO_RECURRENCE = "refuses: FlexAttention has no state that runs along the keys"
-_LISTS = "pieces of rows x units go by; out come lists of units, ascending"
+_LISTS = "pieces of rows x blocks go by; out come lists of blocks, ascending"
 _AS_TABLE = "as tiled; lists for single queries are then spread into a table"
 _BY_BLOCK = ((LATER_QUERIES, "if one choice is made for several queries"),)
 _BY_PROBE = ((LATER_QUERIES, "always: scores of keys come from the last queries"),)
@@ -53,10 +53,10 @@ _ALL = (
     ),
     Kind(
         "summary",
-        "one row for each unit of rows: mean, max, min, sum, first or last",
+        "one row for each block of rows: mean, max, min, sum, first or last",
         "batch H X/u D -> batch H X/nu D",
-        "unit by unit",
-        "one reduction, and one for a ragged last unit",
+        "block by block",
+        "one reduction, and one for a ragged last block",
     ),
     Kind("take", "rows of keys in the order of a sort", "batch G keys D, batch H keys -> batch H+G keys D", "gather", "gather"),
     Kind(
@@ -64,11 +64,11 @@ _ALL = (
         "scaled dot products of rows for queries and rows for keys",
         "batch H queries/u D, batch G keys/w D -> batch H+G queries/u keys/w",
         "one product, held",
-        "a source that gives pieces of scores when asked; nothing of queries x units is held",
+        "a source that gives pieces of scores when asked; nothing of queries x blocks is held",
     ),
     Kind(
         "bound",
-        "an upper bound of a query's logits in a unit of keys",
+        "an upper bound of a query's logits in a block of keys",
         "batch H queries/u D, batch G keys/w D -> batch H+G queries/u keys/nw",
         "all products, held",
         "a source, two products a piece",
@@ -84,14 +84,14 @@ _ALL = (
     ),
     Kind(
         "softmax",
-        "scores as mass over the units with an allowed pair",
+        "scores as mass over the blocks with an allowed pair",
         f"{_SCORES} -> {_SCORES}",
         "softmax of a row",
         "a source; the totals of rows come first, in a pass over the pieces",
     ),
     Kind(
         "regroup",
-        "scores of larger units: sum, mean or max of neighbours",
+        "scores of larger blocks: sum, mean or max of neighbours",
         f"{_SCORES} -> batch H queries/u keys/nw",
         "reduction",
         "a source over a source",
@@ -134,7 +134,7 @@ _ALL = (
     ),
     Kind(
         "top_k",
-        "the units with the highest scores, as many as said",
+        "the blocks with the highest scores, as many as said",
         f"{_SCORES} -> {_SCORES}",
         "a sort of each row",
         f"{_LISTS}, the best so far are kept",
@@ -143,7 +143,7 @@ _ALL = (
     ),
     Kind(
         "top_p",
-        "the fewest units that hold a share of the mass",
+        "the fewest blocks that hold a share of the mass",
         f"{_SCORES} -> {_SCORES}",
         "a sort and a running sum of each row",
         f"{_LISTS}, whole rows at a time",
@@ -152,7 +152,7 @@ _ALL = (
     ),
     Kind(
         "threshold",
-        "the units with at least some score",
+        "the blocks with at least some score",
         f"{_SCORES} -> {_SCORES}",
         "a comparison",
         f"{_LISTS}, whole rows at a time",

@@ -69,12 +69,12 @@ class Node(Unread):
 
     @property
     def chooses(self) -> bool:
-        """Whether its result is a choice: units, an order of the keys, or tokens that are kept."""
-        return self.gives in ("picks", "order", "tokens")
+        """Whether its result is a choice: blocks, an order of the keys, or tokens that are kept."""
+        return self.gives in ("selected", "order", "tokens")
 
     @functools.cached_property
     def whole_queries(self) -> int:
-        """It works on whole units of so many queries: a call begins with one."""
+        """It works on whole blocks of so many queries: a call begins with one."""
         return 1
 
     @property
@@ -140,12 +140,8 @@ class Node(Unread):
         """Whether ``other`` is this node, told by its text form and the tensors bound in it."""
         return self is other
 
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.key, *map(id, self.tensors)))
-
-    def __hash__(self) -> int:
-        return self._hash
+    # Nodes that say the same are one object.
+    __hash__ = object.__hash__
 
     def _unread(self) -> NoReturn:
         positions = " For positions of queries and keys write sd.q_idx and sd.kv_idx" if self.gives == "tensor" else ""

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Index, as_index, b, h, kv_idx, table
-from sparsedsl.program.axes import HEADS, join_heads, unit_of
+from sparsedsl.program.axes import HEADS, block_of, join_heads
 from sparsedsl.program.node import Node, one_of
 from sparsedsl.program.scores import KeyScores, check_key_scores
-from sparsedsl.program.tensors import check_tensor, check_unit
+from sparsedsl.program.tensors import check_block, check_tensor
 
 __all__ = ["Inverse", "Order", "Positions", "Take", "Tokens", "keep_tokens", "segment_sort", "take"]
 
@@ -92,7 +92,7 @@ def segment_sort(scores: KeyScores, segment: int, *, descending: bool = True, na
         raise PatternError(f"segment_sort(): descending must be True or False; got {descending!r}")
     if not isinstance(name, str) or (name and not name.isidentifier()):
         raise PatternError(f"segment_sort(): name must be a Python identifier; got {name!r}")
-    return one_of(Order(scores, check_unit("segment_sort", "segment", segment), descending, name))
+    return one_of(Order(scores, check_block("segment_sort", "segment", segment), descending, name))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,7 +122,7 @@ def take(x: Node, order: Order) -> Take:
     x = check_tensor("take", "x", x, "keys")
     if not isinstance(order, Order):
         raise PatternError(f"take(): order must come from segment_sort(); got {order!r}")
-    if unit_of(x.axes[2]) != 1 or x.axes[1] not in HEADS:
+    if block_of(x.axes[2]) != 1 or x.axes[1] not in HEADS:
         raise PatternError(f"take(): x must have one row a key, in heads or kv_heads; got the axes {' '.join(x.axes)!r}")
     return one_of(Take(x, order))
 
@@ -195,6 +195,6 @@ def keep_tokens(
     )
     if by.axes[1] != "one":
         raise PatternError(f"keep_tokens(): by must be key scores of one head, as from over_heads(); got {by!r}")
-    least, always = check_unit("keep_tokens", "least", least, 0), check_unit("keep_tokens", "always", always, 0)
+    least, always = check_block("keep_tokens", "least", least, 0), check_block("keep_tokens", "always", always, 0)
     tail, cover = (None if share is None else float(share) for share in (tail, cover))
     return one_of(Tokens(scores, by, tail, cover, least, always))

@@ -1,6 +1,6 @@
 """Nodes that give scores, the cheap numbers a choice is made by.
 
-*Scores* are counted by (batch, heads, units of queries, units of keys), *key scores* by (batch, heads, keys). Scores are either *logits*
+*Scores* are counted by (batch, heads, blocks of queries, blocks of keys), *key scores* by (batch, heads, keys). Scores are either *logits*
 (any number; higher is better) or *mass* (at least 0; parts of a whole).
 """
 
@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word, shown, way_in
 from sparsedsl.lang.expressions import Index, Mask, Score, as_mask, b, h, kv_idx, q_idx, table
-from sparsedsl.program.axes import in_units, join_heads, unit_of
+from sparsedsl.program.axes import block_of, in_blocks, join_heads
 from sparsedsl.program.node import Node, Operand, nodes_in, one_of
-from sparsedsl.program.tensors import check_tensor, check_unit
+from sparsedsl.program.tensors import check_block, check_tensor
 
 __all__ = [
     "Antidiagonal",
@@ -64,7 +64,7 @@ class _Reducible(Node, Generic[G]):
 
 
 class Scores(_Reducible["Grouped"], Operand):
-    """Scores of units of keys for units of queries. Usable in the score of an attention: ``sd.score + scores``."""
+    """Scores of blocks of keys for blocks of queries. Usable in the score of an attention: ``sd.score + scores``."""
 
     gives: ClassVar[str] = "scores"
     mass: ClassVar[bool] = False
@@ -75,21 +75,21 @@ class Scores(_Reducible["Grouped"], Operand):
         return self.mass
 
     def __getitem__(self, indices: tuple[Index, Index, Index, Index]) -> Score:
-        """Read as a float table at (batch entry, query head, unit of queries, unit of keys)."""
+        """Read as a float table at (batch entry, query head, block of queries, block of keys)."""
         return table(self.label, dtype=float, learned=True)[self._read(indices)].bind(**{self.label: self})
 
     def as_expression(self) -> Score:
         """The score of the pair that an attention looks at."""
-        return self[b, h, q_idx // unit_of(self.axes[2]), kv_idx // unit_of(self.axes[3])]
+        return self[b, h, q_idx // block_of(self.axes[2]), kv_idx // block_of(self.axes[3])]
 
     def softmax(self, among: Any = True) -> Softmax:
-        """Over the units of keys for each row: mass among the units with a pair that ``among``, a mask, allows; 0 elsewhere."""
+        """Over the blocks of keys for each row: mass among the blocks with a pair that ``among``, a mask, allows; 0 elsewhere."""
         return one_of(Softmax(self, as_mask(among, where="softmax(): among")))
 
-    def regroup(self, unit: int, how: str = "sum") -> Regroup:
-        """Scores of larger units: each joins ``unit`` neighbouring ones by ``"sum"``, ``"mean"`` or ``"max"``."""
+    def regroup(self, block: int, how: str = "sum") -> Regroup:
+        """Scores of larger blocks: each joins ``block`` neighbouring ones by ``"sum"``, ``"mean"`` or ``"max"``."""
         _check_how("regroup", how)
-        return one_of(Regroup(self, check_unit("regroup", "unit", unit, 2), how))
+        return one_of(Regroup(self, check_block("regroup", "block", block, 2), how))
 
     def gumbel(self, seed: Node) -> Gumbel:
         """With Gumbel noise: the ``k`` greatest are a sample, without replacement, from the softmax of the logits.
@@ -102,8 +102,8 @@ class Scores(_Reducible["Grouped"], Operand):
 
         >>> import sparsedsl as sd
         >>> scores = sd.dot(sd.q, sd.summary(sd.k, 64))
-        >>> picks = sd.top_k(scores.gumbel(sd.input("seed", "1")), 16)
-        >>> sd.per_chunk(picks, scores=scores).weights
+        >>> selected = sd.top_k(scores.gumbel(sd.input("seed", "1")), 16)
+        >>> sd.per_chunk(selected, scores=scores).weights
         'softmax'
         """
         if not isinstance(seed, Node) or seed.axes != ("1",):
@@ -118,11 +118,11 @@ class Scores(_Reducible["Grouped"], Operand):
             return super()._operate(operation, other, swapped=swapped)
         if operation is not operator.add:
             raise PatternError(
-                f"scores of units are joined by + alone, which gives scores again; got {self!r} and {other!r}. For logits of pairs "
+                f"scores of blocks are joined by + alone, which gives scores again; got {self!r} and {other!r}. For logits of pairs "
                 "read one of them first: first.as_expression() - second"
             )
         if other.axes[2:] != self.axes[2:]:
-            raise PatternError(f"scores of {' '.join(self.axes)!r} and {' '.join(other.axes)!r} cannot be added: units differ")
+            raise PatternError(f"scores of {' '.join(self.axes)!r} and {' '.join(other.axes)!r} cannot be added: blocks differ")
         join_heads("the sum of scores", self.axes[1], other.axes[1])
         return one_of(Plus(other, self) if swapped else Plus(self, other))
 
@@ -182,8 +182,8 @@ def dot(x: Node, y: Node, *, scale: float | None = None) -> Dot:
     """Dot products of rows that stand for queries with rows that stand for keys, times ``scale``: logits.
 
     Args:
-        x: ``(batch, heads, queries or units of them, dim)``.
-        y: ``(batch, heads, keys or units of them, dim)``.
+        x: ``(batch, heads, queries or blocks of them, dim)``.
+        y: ``(batch, heads, keys or blocks of them, dim)``.
         scale: default ``dim ** -0.5``.
 
     >>> import sparsedsl as sd
@@ -205,22 +205,27 @@ def _positive(function: str, scale: object) -> float:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Bound(Scores):
-    """Upper bounds of the logits of a query in a unit of keys."""
+    """Upper bounds of the logits of a query in a block of keys."""
 
     x: Node
     y: Node
-    unit: int
+    block: int
     scale: float | None = None
     function: ClassVar[str] = "bound"
 
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:
-        """``keys`` becomes ``keys/unit``."""
-        return "batch", join_heads("bound()", self.x.axes[1], self.y.axes[1]), self.x.axes[2], in_units(self.y.axes[2], self.unit)
+        """``keys`` becomes ``keys/block``."""
+        return (
+            "batch",
+            join_heads("bound()", self.x.axes[1], self.y.axes[1]),
+            self.x.axes[2],
+            in_blocks(self.y.axes[2], self.block),
+        )
 
 
-def bound(x: Node, y: Node, unit: int, *, scale: float | None = None) -> Bound:
-    """No key of a unit has a higher logit: ``sum_d max(x_d low_d, x_d high_d)`` with the smallest and largest entries of its keys.
+def bound(x: Node, y: Node, block: int, *, scale: float | None = None) -> Bound:
+    """No key of a block has a higher logit: ``sum_d max(x_d low_d, x_d high_d)`` with the smallest and largest entries of its keys.
 
     Source: Quest, Tang et al. 2024 (arXiv 2406.10774).
 
@@ -233,7 +238,7 @@ def bound(x: Node, y: Node, unit: int, *, scale: float | None = None) -> Bound:
         raise PatternError(f"bound(): x and y must have the same last axis; got {x.axes[3]!r} and {y.axes[3]!r}")
     join_heads("bound()", x.axes[1], y.axes[1])
     scale = None if scale is None else _positive("bound", scale)
-    return one_of(Bound(x, y, check_unit("bound", "unit", unit), scale))
+    return one_of(Bound(x, y, check_block("bound", "block", block), scale))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -251,7 +256,7 @@ class Antidiagonal(Scores):
     def axes(self) -> tuple[str, ...]:
         """In blocks."""
         heads = join_heads("antidiagonal()", self.x.axes[1], self.y.axes[1])
-        return "batch", heads, in_units(self.x.axes[2], self.block), in_units(self.y.axes[2], self.block)
+        return "batch", heads, in_blocks(self.x.axes[2], self.block), in_blocks(self.y.axes[2], self.block)
 
     @functools.cached_property
     def whole_queries(self) -> int:
@@ -275,9 +280,9 @@ def antidiagonal(x: Node, y: Node, stride: int, block: int) -> Antidiagonal:
     ('batch', 'heads', 'queries/128', 'keys/128')
     """
     x, y = check_tensor("antidiagonal", "x", x, "queries"), check_tensor("antidiagonal", "y", y, "keys")
-    if unit_of(x.axes[2]) != 1 or unit_of(y.axes[2]) != 1 or x.axes[3] != y.axes[3]:
+    if block_of(x.axes[2]) != 1 or block_of(y.axes[2]) != 1 or x.axes[3] != y.axes[3]:
         raise PatternError("antidiagonal(): x and y must have one row a token and the same last axis")
-    if check_unit("antidiagonal", "block", block) % check_unit("antidiagonal", "stride", stride):
+    if check_block("antidiagonal", "block", block) % check_block("antidiagonal", "stride", stride):
         raise PatternError(f"antidiagonal(): stride must divide block, which is {block}; got {stride}")
     join_heads("antidiagonal()", x.axes[1], y.axes[1])
     return one_of(Antidiagonal(x, y, stride, block))
@@ -285,7 +290,7 @@ def antidiagonal(x: Node, y: Node, stride: int, block: int) -> Antidiagonal:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Softmax(Scores):
-    """Softmax over the units of keys."""
+    """Softmax over the blocks of keys."""
 
     scores: Scores
     among: Mask
@@ -299,24 +304,24 @@ class Softmax(Scores):
 
     @functools.cached_property
     def whole_queries(self) -> int:
-        """Those of a unit."""
-        return unit_of(self.axes[2])
+        """Those of a block."""
+        return block_of(self.axes[2])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Regroup(Scores):
-    """Scores of larger units of keys."""
+    """Scores of larger blocks of keys."""
 
     scores: Scores
-    unit: int
+    block: int
     how: str = "sum"
     function: ClassVar[str] = "regroup"
 
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """``keys/16`` becomes ``keys/64`` for 4."""
-        *lead, units = self.scores.axes
-        return *lead, in_units(units, self.unit)
+        *lead, blocks = self.scores.axes
+        return *lead, in_blocks(blocks, self.block)
 
     @property
     def is_mass(self) -> bool:
@@ -436,12 +441,12 @@ def probe(
     ('batch', 'heads', 'keys')
     """
     x, y = check_tensor("probe", "x", x, "queries"), check_tensor("probe", "y", y, "keys")
-    if unit_of(x.axes[2]) != 1 or unit_of(y.axes[2]) != 1 or x.axes[3] != y.axes[3]:
+    if block_of(x.axes[2]) != 1 or block_of(y.axes[2]) != 1 or x.axes[3] != y.axes[3]:
         raise PatternError("probe(): x and y must have one row a token and the same last axis")
     if not isinstance(causal, bool):
         raise PatternError(f"probe(): causal must be True or False; got {causal!r}")
     check_word("probe(): keep", keep, ("all", "before"))
-    rows, complete = check_unit("probe", "rows", rows), check_unit("probe", "complete", complete)
+    rows, complete = check_block("probe", "rows", rows), check_block("probe", "complete", complete)
     scale = None if scale is None else _positive("probe", scale)
     join_heads("probe()", x.axes[1], y.axes[1])
     return one_of(Probe(x, y, rows, causal, complete, keep, scale))
@@ -469,6 +474,6 @@ def smooth(x: KeyScores, pool: int) -> Smooth:
     7
     """
     x = check_key_scores("smooth", "x", x)
-    if check_unit("smooth", "pool", pool) % 2 == 0:
+    if check_block("smooth", "pool", pool) % 2 == 0:
         raise PatternError(f"smooth(): pool must be odd, so that the key itself is in the middle; got {pool}")
     return one_of(Smooth(x, pool))

@@ -1,4 +1,4 @@
-"""Nodes that choose units of keys for units of queries. What they choose is a boolean table, usable in any mask."""
+"""Nodes that choose blocks of keys for blocks of queries. What they choose is a boolean table, usable in any mask."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.expressions import Index, Mask, as_mask, b, h, kv_idx, q_idx, table
 from sparsedsl.lang.symbols import SCORE
-from sparsedsl.program.axes import unit_of
+from sparsedsl.program.axes import block_of
 from sparsedsl.program.node import Operand, nodes_in, one_of
 from sparsedsl.program.scores import Scores, check_scores
-from sparsedsl.program.tensors import check_unit
+from sparsedsl.program.tensors import check_block
 
 __all__ = ["Select", "Threshold", "TopK", "TopP", "choices_in", "threshold", "top_k", "top_p"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Select(Operand):
-    """Base of the choices. ``among``: the pairs that make a unit a candidate; None: not known before the mask is.
+    """Base of the choices. ``among``: the pairs that make a block a candidate; None: not known before the mask is.
 
-    ``forced``: pairs that make a unit chosen in any case (if it is a candidate).
+    ``forced``: pairs that make a block chosen in any case (if it is a candidate).
     """
 
     scores: Scores
     among: Mask | None = field(default=None, kw_only=True)
     forced: Mask | None = field(default=None, kw_only=True)
     name: str = field(default="", kw_only=True)
-    gives: ClassVar[str] = "picks"
+    gives: ClassVar[str] = "selected"
     if TYPE_CHECKING:  # operators read it as a mask
 
         def __and__(self, other: Any) -> Mask: ...
@@ -47,18 +47,18 @@ class Select(Operand):
         return self.scores.axes
 
     @functools.cached_property
-    def units(self) -> tuple[int, int]:
-        """Tokens in a unit of queries and in a unit of keys."""
-        return unit_of(self.axes[2]), unit_of(self.axes[3])
+    def blocks(self) -> tuple[int, int]:
+        """Tokens in a block of queries and in a block of keys."""
+        return block_of(self.axes[2]), block_of(self.axes[3])
 
     @functools.cached_property
     def whole_queries(self) -> int:
-        """Those of a unit."""
-        return self.units[0]
+        """Those of a block."""
+        return self.blocks[0]
 
     @property
     def most(self) -> int | None:
-        """How many units it chooses at most for a unit of queries; None: as many as there are candidates."""
+        """How many blocks it chooses at most for a block of queries; None: as many as there are candidates."""
         return None
 
     def within(self, among: Mask) -> Select:
@@ -66,12 +66,12 @@ class Select(Operand):
         return one_of(dataclasses.replace(self, among=among))
 
     def __getitem__(self, indices: tuple[Index, Index, Index, Index]) -> Mask:
-        """Read as a boolean table at (batch entry, query head, unit of queries, unit of keys)."""
+        """Read as a boolean table at (batch entry, query head, block of queries, block of keys)."""
         return table(self.label, dtype=bool)[self._read(indices)].bind(**{self.label: self})
 
     def as_expression(self) -> Mask:
-        """Whether the unit of the key was chosen for the unit of the query."""
-        rows, columns = self.units
+        """Whether the block of the key was chosen for the block of the query."""
+        rows, columns = self.blocks
         return self[b, h, q_idx // rows, kv_idx // columns]
 
 
@@ -109,31 +109,31 @@ class TopK(Select):
 
     @property
     def most(self) -> int | None:
-        """The count, unless forced units come on top of it."""
+        """The count, unless forced blocks come on top of it."""
         return None if self.extra and self.forced is not None else self.count
 
 
 def top_k(scores: Scores, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = "") -> TopK:
-    """The ``count`` units of keys with the highest scores, for every unit of queries; fewer where there are fewer candidates.
+    """The ``count`` blocks of keys with the highest scores, for every block of queries; fewer where there are fewer candidates.
 
-    Of equal scores the earlier unit is taken. No gradient flows through the choice; it flows through weights made of the scores.
+    Of equal scores the earlier block is taken. No gradient flows through the choice; it flows through weights made of the scores.
 
     Args:
-        scores: from :func:`dot`, :func:`bound`, ...: ``(batch, heads, units of queries, units of keys)``.
+        scores: from :func:`dot`, :func:`bound`, ...: ``(batch, heads, blocks of queries, blocks of keys)``.
         count: how many.
-        among: a static mask: a unit is a candidate if it has a pair that the mask allows. Default: the pairs for which the choice decides
+        among: a static mask: a block is a candidate if it has a pair that the mask allows. Default: the pairs for which the choice decides
             in the mask it stands in, so that what the rest of that mask excludes or allows anyway is never scored.
         forced: a mask: candidates with such a pair are taken first.
-        extra: forced units do not count.
+        extra: forced blocks do not count.
         name: what reports, choices and text forms call it; default its function, numbered from the second on.
 
     >>> import sparsedsl as sd
-    >>> picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 16, name="picks")
-    >>> (sd.kv_idx <= sd.q_idx) & picks
-    Mask((q_idx >= kv_idx) & picks[b, h, q_idx, kv_idx // 64])
+    >>> selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 16, name="selected")
+    >>> (sd.kv_idx <= sd.q_idx) & selected
+    Mask((q_idx >= kv_idx) & selected[b, h, q_idx, kv_idx // 64])
     """
     scores, among, forced, name = _check("top_k", scores, among, forced, name)
-    count, extra = check_unit("top_k", "count", count), _flag("top_k", "extra", extra)
+    count, extra = check_block("top_k", "count", count), _flag("top_k", "extra", extra)
     return one_of(TopK(scores, count, extra, among=among, forced=forced, name=name))
 
 
@@ -178,7 +178,7 @@ def top_p(
         name: what reports, choices and text forms call it.
 
     >>> import sparsedsl as sd
-    >>> sd.top_p(sd.dot(sd.summary(sd.q, 128), sd.summary(sd.k, 128)), 0.9).units
+    >>> sd.top_p(sd.dot(sd.summary(sd.q, 128), sd.summary(sd.k, 128)), 0.9).blocks
     (128, 128)
     """
     scores, among, forced, name = _check("top_p", scores, among, forced, name)

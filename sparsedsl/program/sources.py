@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
-from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.node import Node, one_of
 from sparsedsl.program.scores import Scores, check_scores
 from sparsedsl.program.select import Select
-from sparsedsl.program.tensors import check_tensor, check_unit, k, v
+from sparsedsl.program.tensors import check_block, check_tensor, k, v
 
 __all__ = ["PerChunk", "Slots", "check_documents", "per_chunk", "slots"]
 
@@ -24,23 +24,23 @@ RULES = ("softmax", "softmax1", "stick_breaking", "sigmoid")
 class PerChunk:
     """A softmax of its own in every picked chunk, and weights for the chunks."""
 
-    picks: Select
+    selected: Select
     weights: str
     scores: Scores
     inner: str
     function: ClassVar[str] = "per_chunk"
 
 
-def per_chunk(picks: Select, weights: str = "softmax", *, scores: Scores | None = None, inner: str = "softmax") -> PerChunk:
+def per_chunk(selected: Select, weights: str = "softmax", *, scores: Scores | None = None, inner: str = "softmax") -> PerChunk:
     """The normaliser of hierarchical attention: ``out = sum_c w_c softmax_c(logits) V``, softmax and sum over one picked chunk each.
 
     Gradients reach the scores through the weights; chunks that were not picked get exactly none.
 
     Args:
-        picks: the choice that stands in the mask.
+        selected: the choice that stands in the mask.
         weights: of the picked chunks, from their scores ``s``: ``"softmax"``; ``"softmax1"``, with one more logit of 0;
             ``"stick_breaking"``, ``sigmoid(s_c)`` of what more recent chunks left; ``"sigmoid"``.
-        scores: default those the choice was made by; others of the same units, to choose by one and weigh by another.
+        scores: default those the choice was made by; others of the same blocks, to choose by one and weigh by another.
         inner: softmax within a chunk: ``"softmax"`` or ``"softmax1"``, with one more logit of 0 and value 0.
 
     The LSE of such an attention is that of its weights: :func:`joint` then weighs it against other branches.
@@ -48,20 +48,20 @@ def per_chunk(picks: Select, weights: str = "softmax", *, scores: Scores | None 
     Source: HSA-UltraLong (arXiv 2511.23319), RAMba (arXiv 2504.16795).
 
     >>> import sparsedsl as sd
-    >>> picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 16)
-    >>> sd.per_chunk(picks, "stick_breaking").weights
+    >>> selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 16)
+    >>> sd.per_chunk(selected, "stick_breaking").weights
     'stick_breaking'
     """
-    if not isinstance(picks, Select):
-        raise PatternError(f"per_chunk(): picks must come from top_k(), top_p() or threshold(); got {picks!r}")
-    if picks.units[0] != 1:
-        raise PatternError(f"per_chunk(): picks must be made for single queries; these are for {picks.units[0]} at a time")
+    if not isinstance(selected, Select):
+        raise PatternError(f"per_chunk(): selected must come from top_k(), top_p() or threshold(); got {selected!r}")
+    if selected.blocks[0] != 1:
+        raise PatternError(f"per_chunk(): selected must be made for single queries; these are for {selected.blocks[0]} at a time")
     check_word("per_chunk(): weights", weights, RULES)
     check_word("per_chunk(): inner", inner, ("softmax", "softmax1"))
-    scores = picks.scores if scores is None else check_scores("per_chunk", scores)
-    if scores.axes[2:] != picks.axes[2:]:
-        raise PatternError(f"per_chunk(): scores must be of the units of the picks, {' '.join(picks.axes[2:])!r}; got {scores!r}")
-    return PerChunk(picks, weights, scores, inner)
+    scores = selected.scores if scores is None else check_scores("per_chunk", scores)
+    if scores.axes[2:] != selected.axes[2:]:
+        raise PatternError(f"per_chunk(): scores must be of the blocks selected, {' '.join(selected.axes[2:])!r}; got {scores!r}")
+    return PerChunk(selected, weights, scores, inner)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,7 +115,7 @@ def slots(
     """
     gate, y, z = (check_tensor("slots", word, x, "keys") for word, x in (("gate", gate), ("y", y), ("z", z)))
     for word, x in (("gate", gate), ("y", y), ("z", z)):
-        if unit_of(x.axes[2]) != 1 or x.axes[1] != y.axes[1]:
+        if block_of(x.axes[2]) != 1 or x.axes[1] != y.axes[1]:
             raise PatternError(
                 f"slots(): {word} must have one row a key, and the heads of the keys; its axes are {' '.join(x.axes)!r}"
             )
@@ -123,7 +123,7 @@ def slots(
         raise PatternError(f"slots(): temperature must be a positive number; got {temperature!r}")
     check_word("slots(): empty", empty, ("zero_sink", "masked"))
     documents = check_documents("slots", documents)
-    return one_of(Slots(y, z, gate, check_unit("slots", "delay", delay, 0), float(temperature), empty, documents))
+    return one_of(Slots(y, z, gate, check_block("slots", "delay", delay, 0), float(temperature), empty, documents))
 
 
 def check_documents(function: str, documents: Any) -> Node | None:

@@ -1,4 +1,4 @@
-"""Nodes that give tensors: the inputs of a call, and one row for each unit of tokens."""
+"""Nodes that give tensors: the inputs of a call, and one row for each block of tokens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import ClassVar
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.symbols import RESERVED_NAMES
-from sparsedsl.program.axes import base_of, check_axes, in_units
+from sparsedsl.program.axes import base_of, check_axes, in_blocks
 from sparsedsl.program.node import Node, one_of
 
-__all__ = ["OWN", "Input", "Summary", "check_tensor", "check_unit", "input", "k", "q", "summary", "v"]
+__all__ = ["OWN", "Input", "Summary", "check_block", "check_tensor", "input", "k", "q", "summary", "v"]
 
 # Call-time keywords of compiled programs, beside those that no table may be called by.
 _TAKEN = RESERVED_NAMES | {"state", "return_state", "allow"}
@@ -96,7 +96,7 @@ def check_tensor(function: str, name: str, value: object, rows: str | None = Non
     return value
 
 
-def check_unit(function: str, name: str, value: object, least: int = 1) -> int:
+def check_block(function: str, name: str, value: object, least: int = 1) -> int:
     """A whole number of tokens or rows."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise PatternError(f"{function}(): {name} must be a whole number of at least {least}; got {value!r}")
@@ -108,10 +108,10 @@ HOW = ("mean", "max", "min", "sum", "first", "last")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Summary(Node):
-    """One row for each unit of tokens of ``x``."""
+    """One row for each block of tokens of ``x``."""
 
     x: Node
-    unit: int
+    block: int
     how: str = "mean"
     pad: str = "valid"
     function: ClassVar[str] = "summary"
@@ -119,19 +119,20 @@ class Summary(Node):
 
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:
-        """``keys`` becomes ``keys/unit``."""
+        """``keys`` becomes ``keys/block``."""
         batch, heads, rows, dim = self.x.axes
-        return batch, heads, in_units(rows, self.unit), dim
+        return batch, heads, in_blocks(rows, self.block), dim
 
 
-def summary(x: Node, unit: int, how: str = "mean", *, pad: str = "valid") -> Summary:
-    """One row for each ``unit`` rows of ``x``: ``(B, H, N, D)`` -> ``(B, H, ceil(N / unit), D)``.
+def summary(x: Node, block: int, how: str = "mean", *, pad: str = "valid") -> Summary:
+    """One row for each ``block`` rows of ``x``: ``(B, H, N, D)`` -> ``(B, H, ceil(N / block), D)``.
 
     Args:
         x: q, k, v, an input, or another summary.
-        unit: rows in a unit. The last unit may be ragged.
+        block: rows in a block. The last block may be ragged.
         how: ``"mean"``, ``"max"``, ``"min"``, ``"sum"``, ``"first"`` or ``"last"`` row.
-        pad: what a ragged last unit is divided by in a mean: the rows it has (``"valid"``), or ``unit``, as if zeros followed (``"zero"``).
+        pad: what a ragged last block is divided by in a mean: the rows it has (``"valid"``), or ``block``, as if zeros followed
+            (``"zero"``).
 
     >>> import sparsedsl as sd
     >>> sd.summary(sd.k, 64).axes
@@ -140,4 +141,4 @@ def summary(x: Node, unit: int, how: str = "mean", *, pad: str = "valid") -> Sum
     x = check_tensor("summary", "x", x)
     check_word("summary(): how", how, HOW)
     check_word("summary(): pad", pad, ("valid", "zero"))
-    return one_of(Summary(x, check_unit("summary", "unit", unit), how, pad))
+    return one_of(Summary(x, check_block("summary", "block", block), how, pad))

@@ -64,7 +64,7 @@ def differentiable(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor]:
     tensors = (call.q, call.k, call.v, *call.tables.values())
     if not call.needs_grad and not is_transformed(*tensors):
         return _known.get() or _forward(kernel, call)
-    return _Attend.apply(_Job(kernel, tuple(call.tables), call.domain.q_offset, call.scale), *tensors)
+    return _Forward.apply(_KernelCall(kernel, tuple(call.tables), call.domain.q_offset, call.scale), *tensors)
 
 
 def transformed(pattern: Pattern, run: Callable[[Call], Any], call: Call, return_lse: bool) -> Any:
@@ -135,7 +135,7 @@ def _backward(
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _KernelCall:
     """A call without its tensors, which autograd keeps."""
 
     kernel: Kernel
@@ -149,11 +149,11 @@ class _Job:
         return check_call(self.kernel.pattern, q, k, v, named, q_offset=self.q_offset, scale=self.scale)
 
 
-class _Attend(torch.autograd.Function):
+class _Forward(torch.autograd.Function):
     """Forward; inputs: a job, ``q, k, v`` and the tables."""
 
     @staticmethod
-    def forward(job: _Job, *tensors: Tensor) -> Any:
+    def forward(job: _KernelCall, *tensors: Tensor) -> Any:
         known = _known.get()
         if known is not None:
             return known
@@ -170,13 +170,13 @@ class _Attend(torch.autograd.Function):
         wanted = tuple(ctx.needs_input_grad[1:])
         if grad_out is None and grad_lse is None:
             return None, *(None for _ in wanted)
-        found = iter(_AttendBackward.apply(ctx.job, wanted, grad_out, grad_lse, *ctx.saved_tensors))
+        found = iter(_Backward.apply(ctx.job, wanted, grad_out, grad_lse, *ctx.saved_tensors))
         return None, *(next(found) if want else None for want in wanted)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, job: _Job, *tensors: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, job: _KernelCall, *tensors: Tensor) -> Any:
         def call(batched: list[Any], tables: list[Any]) -> Sequence[Tensor]:
-            return _Attend.apply(job, *batched, *tables)
+            return _Forward.apply(job, *batched, *tables)
 
         fold = not reads_batch(job.kernel.pattern)
         dims = in_dims[1:]
@@ -188,12 +188,12 @@ class _Attend(torch.autograd.Function):
         no_forward_mode()
 
 
-class _AttendBackward(torch.autograd.Function):
+class _Backward(torch.autograd.Function):
     """Backward; inputs: a job, which gradients are wanted, those of the results, the results, and the inputs of the forward pass."""
 
     @staticmethod
     def forward(
-        job: _Job,
+        job: _KernelCall,
         wanted: tuple[bool, ...],
         grad_out: Tensor | None,
         grad_lse: Tensor | None,
@@ -216,9 +216,9 @@ class _AttendBackward(torch.autograd.Function):
         no_second_derivatives()
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, job: _Job, wanted: tuple[bool, ...], *tensors: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, job: _KernelCall, wanted: tuple[bool, ...], *tensors: Any) -> Any:
         def call(batched: list[Any], tables: list[Any]) -> Sequence[Tensor]:
-            return _AttendBackward.apply(job, wanted, *batched, *tables)
+            return _Backward.apply(job, wanted, *batched, *tables)
 
         dims, first = in_dims[2:], 7  # grad_out, grad_lse, out, lse, q, k, v, then tables
         fold = not reads_batch(job.kernel.pattern) and not any(wanted[3:])

@@ -22,7 +22,18 @@ from sparsedsl.lang.tables import TableSpec
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.vmap import samples, stacked
 
-__all__ = ["FLOATS", "Call", "bind_tables", "check_call", "check_shapes", "check_table", "check_tensors", "exactly", "wants_grad"]
+__all__ = [
+    "FLOATS",
+    "Call",
+    "bind_tables",
+    "check_call",
+    "check_shapes",
+    "check_table",
+    "check_tensors",
+    "exactly",
+    "inner_call",
+    "wants_grad",
+]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -106,6 +117,15 @@ def check_call(
         if pattern.sink is not None and q.shape[0] and q.shape[2]:  # there are no keys, but rows whose sinks are read
             domain = _admitted(attend(False, sink=pattern.sink), domain)
     return Call(q, k, v, domain, float(scale), bound)
+
+
+def inner_call(
+    pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Mapping[str, Any], *, q_offset: int, scale: float
+) -> Call:  # fmt: skip
+    """A call that is part of a checked one: only tables are looked at again."""
+    if pattern.tables or _is_empty(q, k):
+        return check_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
+    return Call(q, k, v, Domain(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1]), scale, {})
 
 
 def check_tensors(q: Any, k: Any, v: Any) -> None:

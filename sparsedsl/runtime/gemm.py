@@ -11,7 +11,7 @@ import torch
 
 from sparsedsl.tiling.cost import SINGLE
 from sparsedsl.torch_private import linear
-from sparsedsl.tuning.measure import has_linear
+from sparsedsl.tuning.rates import has_linear
 
 __all__ = ["product", "product_nt", "product_tn", "single", "single_nt"]
 

@@ -8,19 +8,22 @@ import torch
 
 from sparsedsl.errors import ShapeError
 
-__all__ = ["NEVER", "alike", "merged", "reduced", "spread", "together"]
+__all__ = ["NEVER", "alike", "lse_merge", "reduced", "repeat_kv", "together"]
 
 Tensor = torch.Tensor
 NEVER = float("-inf")
 
 
-def spread(x: Tensor, heads: int, dim: int = 1) -> Tensor:
+def repeat_kv(x: Tensor, heads: int, dim: int = 1) -> Tensor:
     """``x`` with its heads repeated to ``heads``."""
     return x if x.shape[dim] == heads else x.repeat_interleave(heads // x.shape[dim], dim)
 
 
 def alike(*tensors: Tensor) -> list[Tensor]:
     """All in the widest of their types: means of half-precision keys are float32."""
+    first = tensors[0].dtype
+    if not [t for t in tensors if t.dtype is not first]:
+        return list(tensors)
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     return [t.to(dtype) for t in tensors]
 
@@ -30,7 +33,7 @@ def together(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     heads = max(x.shape[1], y.shape[1])
     if heads % x.shape[1] or heads % y.shape[1]:
         raise ShapeError(f"{x.shape[1]} and {y.shape[1]} heads do not fit: one must be a multiple of the other")
-    return spread(x, heads), spread(y, heads)
+    return repeat_kv(x, heads), repeat_kv(y, heads)
 
 
 def reduced(x: Tensor, heads: int, how: str) -> Tensor:
@@ -39,7 +42,7 @@ def reduced(x: Tensor, heads: int, how: str) -> Tensor:
     return groups.amax(2) if how == "max" else getattr(groups, how)(2)
 
 
-def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def lse_merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """One softmax over branches that were normalised by themselves."""
     lses = torch.stack([lse for _, lse in parts])
     peak = lses.amax(0).detach()

@@ -16,7 +16,7 @@ from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program import tensors
-from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.branches import Attend, Branch, Linear, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
@@ -108,9 +108,9 @@ _ANY = attend(True)
 def refused_positions(program: Program, q_offset: int, q_len: int, kv_len: int) -> str | None:
     """Why no backend can run a call with queries and keys at these positions, or None."""
     for node in program.order:
-        what, unit = f"{node.function}()", node.whole_queries
-        if q_offset % unit:
-            return f"{what} works on whole units of {unit} queries: q_offset must be a multiple of {unit}; got {q_offset}"
+        what, block = f"{node.function}()", node.whole_queries
+        if q_offset % block:
+            return f"{what} works on whole blocks of {block} queries: q_offset must be a multiple of {block}; got {q_offset}"
         if node.whole_sequence and (q_offset or q_len != kv_len):
             return (
                 f"{what} chooses among the tokens of one whole sequence: it needs as many queries as keys and q_offset=0; got "
@@ -213,5 +213,5 @@ def _wanted(axis: str, sizes: Mapping[str, int]) -> tuple[int | None, int]:
     tokens = sizes.get(base_of(axis))
     if tokens is None:
         return None, 0
-    unit = unit_of(axis)
-    return tokens // unit, -(-tokens // unit)
+    block = block_of(axis)
+    return tokens // block, -(-tokens // block)

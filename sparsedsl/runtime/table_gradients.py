@@ -11,7 +11,7 @@ import torch
 
 from sparsedsl.analysis.bounds import allowed_range, index_ranges, value_ranges
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX
 from sparsedsl.lang.tables import TableRead

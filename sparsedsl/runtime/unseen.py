@@ -110,7 +110,7 @@ def guarded_backward(
 
 def _all_finite(*tensors: Tensor) -> bool:
     """Whether there is no NaN or infinity, by one pass without a copy; False also where a sum leaves the range of floats."""
-    return all(math.isfinite(float(t.sum(dtype=accumulated(t.dtype)))) for t in tensors)
+    return math.isfinite(sum([float(t.sum(dtype=accumulated(t.dtype))) for t in tensors]))
 
 
 def _finite_rows(t: Tensor) -> Tensor:

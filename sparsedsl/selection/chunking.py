@@ -1,13 +1,14 @@
-"""How much is worked on at a time: everything that streams cuts its rows and units into pieces of bounded size."""
+"""How much is worked on at a time: everything that streams cuts its rows and blocks into pieces of bounded size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-__all__ = ["PIECE_BYTES", "cut", "few_widths", "rows_at_once", "tile_shape"]
+__all__ = ["PIECE_BYTES", "cut", "few_widths", "is_small", "rows_at_once", "tile_shape"]
 
 PIECE_BYTES = 32 * 2**20  # scratch memory of one piece
-UNITS_AT_ONCE = 8192  # wide enough for the products to be quick, narrow enough to leave rows for them
+BLOCKS_AT_ONCE = 8192  # wide enough for the products to be quick, narrow enough to leave rows for them
+SMALL_CELL = 1024  # more bytes than a score takes, its share of what it is made of included
 ALIGN = 32  # tiles of a row are as wide as each other, in whole groups of `ranking.GROUP`
 
 
@@ -26,17 +27,26 @@ def rows_at_once(row_bytes: int) -> int:
     return max(1, PIECE_BYTES // max(1, row_bytes))
 
 
-def tile_shape(cell_bytes: int, rows: int, units: int, row_bytes: int = 0, unit_bytes: int = 0) -> tuple[int, int]:
-    """Rows and units of a tile, one at least: within a piece if each of its cells takes ``cell_bytes``, and so for rows and units.
+def is_small(rows: int, blocks: int, lists: int) -> bool:
+    """Whether scores of ``lists`` batch entries and heads are a single piece, however wide the tensors are that they are made of.
 
-    >>> tile_shape(4, rows=65536, units=16384)
+    >>> is_small(1, 256, lists=8), is_small(4096, 256, lists=8)
+    (True, False)
+    """
+    return rows * blocks * lists * SMALL_CELL <= PIECE_BYTES
+
+
+def tile_shape(cell_bytes: int, rows: int, blocks: int, row_bytes: int = 0, block_bytes: int = 0) -> tuple[int, int]:
+    """Rows and blocks of a tile, one at least: within a piece if each of its cells takes ``cell_bytes``, and so for rows and blocks.
+
+    >>> tile_shape(4, rows=65536, blocks=16384)
     (1024, 8192)
-    >>> tile_shape(4, rows=1, units=262144)
+    >>> tile_shape(4, rows=1, blocks=262144)
     (1, 262144)
     """
     cells = rows_at_once(cell_bytes)
-    most = min(cells, rows_at_once(unit_bytes), max(UNITS_AT_ONCE, cells // max(1, rows)))
-    width = -(-units // max(1, -(-units // most)))
+    most = min(cells, rows_at_once(block_bytes), max(BLOCKS_AT_ONCE, cells // max(1, rows)))
+    width = -(-blocks // max(1, -(-blocks // most)))
     width = max(1, min(most, -(-width // ALIGN) * ALIGN))
     return max(1, min(rows, cells // width, rows_at_once(row_bytes))), width
 

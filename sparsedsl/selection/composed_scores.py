@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from sparsedsl.errors import ShapeError
-from sparsedsl.selection.gather import spread
+from sparsedsl.selection.gather import repeat_kv
 from sparsedsl.selection.scores import DotScores, Leaf, ScoreSource
 
 __all__ = ["BoundScores", "GroupedScores", "SumScores"]
@@ -40,8 +40,8 @@ class GroupedScores(ScoreSource):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        batch, _, rows, units = self.source.shape
-        return batch, self.heads_out, rows, units
+        batch, _, rows, blocks = self.source.shape
+        return batch, self.heads_out, rows, blocks
 
     @property
     def cell_bytes(self) -> int:
@@ -57,8 +57,8 @@ class GroupedScores(ScoreSource):
     def on(self, tensors: Sequence[Tensor]) -> GroupedScores:
         return GroupedScores(self.source.on(tensors), self.heads_out, self.how)
 
-    def narrowed(self, rows: slice, units: slice) -> GroupedScores:
-        return GroupedScores(self.source.narrowed(rows, units), self.heads_out, self.how)
+    def narrowed(self, rows: slice, blocks: slice) -> GroupedScores:
+        return GroupedScores(self.source.narrowed(rows, blocks), self.heads_out, self.how)
 
     def scores(self) -> Tensor:
         return self._reduced(self.source.scores())
@@ -101,14 +101,14 @@ class SumScores(ScoreSource):
             fits = all(n in (1, m) for n, m in zip(source.shape[::2] + source.shape[3:], shape[::2] + shape[3:], strict=True))
             if not fits or shape[1] % source.shape[1]:
                 raise ShapeError(
-                    f"sum of scores: shapes {[one.shape for one in self.sources]} do not fit; wanted the same (batch, heads, rows, units), "
-                    "or one in its place, or heads that divide the most"
+                    f"sum of scores: shapes {[one.shape for one in self.sources]} do not fit; wanted the same "
+                    "(batch, heads, rows, blocks), or one in its place, or heads that divide the most"
                 )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        batch, heads, rows, units = (max(sizes) for sizes in zip(*(source.shape for source in self.sources), strict=True))
-        return batch, heads, rows, units
+        batch, heads, rows, blocks = (max(sizes) for sizes in zip(*(source.shape for source in self.sources), strict=True))
+        return batch, heads, rows, blocks
 
     @property
     def cell_bytes(self) -> int:
@@ -130,8 +130,8 @@ class SumScores(ScoreSource):
             rest = rest[count:]
         return SumScores(tuple(parts), self.factors)
 
-    def narrowed(self, rows: slice, units: slice) -> SumScores:
-        return SumScores(tuple(source.narrowed(rows, units) for source in self.sources), self.factors)
+    def narrowed(self, rows: slice, blocks: slice) -> SumScores:
+        return SumScores(tuple(source.narrowed(rows, blocks) for source in self.sources), self.factors)
 
     def scores(self) -> Tensor:
         return self._added([source.scores() for source in self.sources])
@@ -142,9 +142,9 @@ class SumScores(ScoreSource):
     def _added(self, parts: list[Tensor]) -> Tensor:
         heads = max(part.shape[1] for part in parts)
         factors = self.factors or (1.0,) * len(parts)
-        total = spread(parts[0], heads) * factors[0]
+        total = repeat_kv(parts[0], heads) * factors[0]
         for part, factor in zip(parts[1:], factors[1:], strict=True):
-            total = total + spread(part, heads) * factor
+            total = total + repeat_kv(part, heads) * factor
         return total
 
 
@@ -184,7 +184,7 @@ class BoundScores(ScoreSource):
         return self._products().pair_bytes
 
     def leaves(self) -> tuple[Leaf, ...]:
-        return Leaf(self.q, "rows"), Leaf(self.low, "units"), Leaf(self.high, "units")
+        return Leaf(self.q, "rows"), Leaf(self.low, "blocks"), Leaf(self.high, "blocks")
 
     def on(self, tensors: Sequence[Tensor]) -> BoundScores:
         return BoundScores(tensors[0], tensors[1], tensors[2], self.scale)

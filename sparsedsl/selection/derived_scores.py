@@ -1,4 +1,4 @@
-"""Scores made of other scores, unit by unit: mass of a softmax, larger units. Still never rows x units at once."""
+"""Scores made of other scores, block by block: mass of a softmax, larger blocks. Still never rows x blocks at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparsedsl.selection.candidates import Candidates
-from sparsedsl.selection.gather import spread
+from sparsedsl.selection.gather import repeat_kv
 from sparsedsl.selection.scores import Leaf, ScoreSource
 from sparsedsl.selection.selected_scores import lse_over_candidates
 
@@ -21,7 +21,7 @@ Tensor = torch.Tensor
 class SoftmaxScores(ScoreSource):
     """``exp(score - total)`` at the candidates, 0 elsewhere. ``totals (B, H, R, 1)``: LSE of each row over its candidates.
 
-    ``first``: the numbers of its first row and unit in the whole, by which the candidates are asked.
+    ``first``: the numbers of its first row and block in the whole, by which the candidates are asked.
     """
 
     source: ScoreSource
@@ -43,25 +43,25 @@ class SoftmaxScores(ScoreSource):
     def on(self, tensors: Sequence[Tensor]) -> SoftmaxScores:
         return replace(self, source=self.source.on(tensors[:-1]), totals=tensors[-1])
 
-    def narrowed(self, rows: slice, units: slice) -> SoftmaxScores:
-        first = self.first[0] + rows.start, self.first[1] + units.start
-        return SoftmaxScores(self.source.narrowed(rows, units), self.totals[:, :, rows], self.candidates, first)
+    def narrowed(self, rows: slice, blocks: slice) -> SoftmaxScores:
+        first = self.first[0] + rows.start, self.first[1] + blocks.start
+        return SoftmaxScores(self.source.narrowed(rows, blocks), self.totals[:, :, rows], self.candidates, first)
 
     def scores(self) -> Tensor:
         scores = self.source.scores()
-        _, _, rows, units = self.shape
-        some, tile = (slice(n, n + size) for n, size in zip(self.first, (rows, units), strict=True))
+        _, _, rows, blocks = self.shape
+        some, tile = (slice(n, n + size) for n, size in zip(self.first, (rows, blocks), strict=True))
         scores = self.candidates.mask_(scores, some, tile)
         totals = self.totals.masked_fill(self.totals == float("-inf"), 0.0)
         return (scores - totals).exp_()
 
     def at(self, indices: Tensor) -> Tensor:
         scores = self.source.at(indices)
-        rows, units = (slice(n, n + size) for n, size in zip(self.first, self.shape[2:], strict=True))
-        allowed = self.candidates.at(indices + self.first[1], rows, units, self.shape[1])
+        rows, blocks = (slice(n, n + size) for n, size in zip(self.first, self.shape[2:], strict=True))
+        allowed = self.candidates.at(indices + self.first[1], rows, blocks, self.shape[1])
         if allowed is not None:  # before the exponential, whose gradient would be infinity times 0
             scores = torch.where(allowed, scores, float("-inf"))
-        totals = spread(self.totals, scores.shape[1])
+        totals = repeat_kv(self.totals, scores.shape[1])
         return (scores - totals.masked_fill(totals == float("-inf"), 0.0)).exp()
 
 
@@ -78,7 +78,7 @@ def softmax_scores(source: ScoreSource, candidates: Candidates) -> SoftmaxScores
 
 @dataclass(frozen=True, eq=False)
 class RegroupedScores(ScoreSource):
-    """Scores of ``size`` neighbouring units as one: their sum, mean or maximum. The last group may be ragged."""
+    """Scores of ``size`` neighbouring blocks as one: their sum, mean or maximum. The last group may be ragged."""
 
     source: ScoreSource
     size: int
@@ -86,16 +86,16 @@ class RegroupedScores(ScoreSource):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        batch, heads, rows, units = self.source.shape
-        return batch, heads, rows, -(-units // self.size)
+        batch, heads, rows, blocks = self.source.shape
+        return batch, heads, rows, -(-blocks // self.size)
 
     @property
     def cell_bytes(self) -> int:
         return self.source.cell_bytes * (self.size + 1)
 
     @property
-    def unit_bytes(self) -> int:
-        return self.source.unit_bytes * self.size
+    def block_bytes(self) -> int:
+        return self.source.block_bytes * self.size
 
     @property
     def row_bytes(self) -> int:
@@ -107,8 +107,8 @@ class RegroupedScores(ScoreSource):
     def on(self, tensors: Sequence[Tensor]) -> RegroupedScores:
         return replace(self, source=self.source.on(tensors))
 
-    def narrowed(self, rows: slice, units: slice) -> RegroupedScores:
-        fine = slice(units.start * self.size, min(units.stop * self.size, self.source.shape[3]))
+    def narrowed(self, rows: slice, blocks: slice) -> RegroupedScores:
+        fine = slice(blocks.start * self.size, min(blocks.stop * self.size, self.source.shape[3]))
         return replace(self, source=self.source.narrowed(rows, fine))
 
     def scores(self) -> Tensor:

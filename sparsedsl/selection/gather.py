@@ -8,15 +8,15 @@ import torch
 
 from sparsedsl.runtime.dtypes import accumulated
 
-__all__ = ["spread", "take"]
+__all__ = ["repeat_kv", "take"]
 
 Tensor = torch.Tensor
 
 
-def spread(x: Tensor, heads: int) -> Tensor:
+def repeat_kv(x: Tensor, heads: int) -> Tensor:
     """``x (B, H, ...)`` for ``heads`` heads: head ``h`` is ``x``'s ``h * H // heads``. No copy of a single head.
 
-    >>> spread(torch.tensor([[1, 2]]), 4)
+    >>> repeat_kv(torch.tensor([[1, 2]]), 4)
     tensor([[1, 1, 2, 2]])
     """
     if x.shape[1] in (1, heads):
@@ -47,9 +47,9 @@ class _Taken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        batch, head, unit = ctx.saved_tensors
-        _, heads, units, width = ctx.table_shape
-        keys = ((batch * heads + head) * units + unit).reshape(-1)
+        batch, head, block = ctx.saved_tensors
+        _, heads, blocks, width = ctx.table_shape
+        keys = ((batch * heads + head) * blocks + block).reshape(-1)
         sums = _sums_by_key(grads[0].reshape(-1, width), keys, ctx.table_shape[:3].numel())
         return sums.view(ctx.table_shape), None
 
@@ -57,10 +57,10 @@ class _Taken(torch.autograd.Function):
 def _places(table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Batch entry, head and row of ``table`` that are read."""
     heads = max(table.shape[1], indices.shape[1])
-    unit = spread(indices.long(), heads)
+    block = repeat_kv(indices.long(), heads)
     batch = torch.arange(table.shape[0], device=table.device).view(-1, 1, 1, 1)
     head = torch.arange(heads, device=table.device).view(-1, 1, 1) * table.shape[1] // heads
-    return batch, head, unit
+    return batch, head, block
 
 
 def _sums_by_key(rows: Tensor, keys: Tensor, count: int) -> Tensor:

@@ -29,7 +29,7 @@ class GumbelScores(ScoreSource):
     seed: int | Tensor
     on_device: torch.device | str = "cpu"
     first_row: int = 0
-    first_unit: int = 0
+    first_block: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -49,26 +49,26 @@ class GumbelScores(ScoreSource):
     def on(self, tensors: Sequence[Tensor]) -> GumbelScores:
         return self
 
-    def narrowed(self, rows: slice, units: slice) -> GumbelScores:
-        """The same noise, of some rows and units."""
-        size = (*self.size[:2], rows.stop - rows.start, units.stop - units.start)
-        return replace(self, size=size, first_row=self.first_row + rows.start, first_unit=self.first_unit + units.start)
+    def narrowed(self, rows: slice, blocks: slice) -> GumbelScores:
+        """The same noise, of some rows and blocks."""
+        size = (*self.size[:2], rows.stop - rows.start, blocks.stop - blocks.start)
+        return replace(self, size=size, first_row=self.first_row + rows.start, first_block=self.first_block + blocks.start)
 
     def scores(self) -> Tensor:
-        return self._at(torch.arange(self.first_unit, self.first_unit + self.size[3], device=self.device))
+        return self._at(torch.arange(self.first_block, self.first_block + self.size[3], device=self.device))
 
     def at(self, indices: Tensor) -> Tensor:
         heads = max(self.size[1], indices.shape[1])
-        return self._at(self.first_unit + indices.long().repeat_interleave(heads // indices.shape[1], dim=1))
+        return self._at(self.first_block + indices.long().repeat_interleave(heads // indices.shape[1], dim=1))
 
-    def _at(self, units: Tensor) -> Tensor:
-        """At the units that broadcast to ``(B, H, R, n)``. Lists of more heads than the noise has share its heads."""
+    def _at(self, blocks: Tensor) -> Tensor:
+        """At the blocks that broadcast to ``(B, H, R, n)``. Lists of more heads than the noise has share its heads."""
         batch, heads, rows, _ = self.size
-        lists = units.shape[1] if units.ndim == 4 else heads
+        lists = blocks.shape[1] if blocks.ndim == 4 else heads
         head = torch.arange(lists, device=self.device) * heads // lists
         stream = torch.arange(batch, device=self.device)[:, None] * heads + head
         row = torch.arange(self.first_row, self.first_row + rows, device=self.device)
-        bits = _mixed(_mixed(_mixed(stream + (self.seed << 16))[..., None] ^ row)[..., None] ^ units)
+        bits = _mixed(_mixed(_mixed(stream + (self.seed << 16))[..., None] ^ row)[..., None] ^ blocks)
         uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # never 0 nor 1
         return -(-uniform.log()).log()
 

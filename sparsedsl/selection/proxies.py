@@ -1,4 +1,4 @@
-"""What scores are made of: attention of the last rows, smoothed; and one row for each unit of tokens."""
+"""What scores are made of: attention of the last rows, smoothed; and one row for each block of tokens."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def probe(
     source = DotScores(q[:, :, start:], k, scale)
     batch, heads, _, _ = source.shape
     position = q_offset + start + torch.arange(rows, device=q.device)[:, None]
-    step = rows_at_once(3 * source.cell_bytes * rows + source.unit_bytes)
+    step = rows_at_once(3 * source.cell_bytes * rows + source.block_bytes)
 
     def logits(keys: slice) -> Tensor:
         block = source.block(slice(0, rows), keys)
@@ -97,50 +97,50 @@ def smooth(score: Tensor, pool: int) -> Tensor:
 
 def pooled(
     x: Tensor,
-    unit: int,
+    block: int,
     how: Literal["mean", "sum", "max", "min", "first", "last"] = "mean",
     pad: Literal["valid", "zero"] = "valid",
 ) -> Tensor:
-    """One row for every ``unit`` tokens of ``x (B, H, N, D)``: ``(B, H, ceil(N / unit), D)``, differentiable.
+    """One row for every ``block`` tokens of ``x (B, H, N, D)``: ``(B, H, ceil(N / block), D)``, differentiable.
 
-    Half precision comes out as float32 and is added up in it, piece by piece. What a ragged last unit lacks is left out ("valid") or
-    counts as zeros ("zero": the mean is divided by ``unit``, the maximum is 0 at least).
+    Half precision comes out as float32 and is added up in it, piece by piece. What a ragged last block lacks is left out ("valid") or
+    counts as zeros ("zero": the mean is divided by ``block``, the maximum is 0 at least).
 
     >>> x = torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 3, 1)
     >>> pooled(x, 2).flatten(), pooled(x, 2, pad="zero").flatten(), pooled(x, 2, "last").flatten()
     (tensor([2., 5.]), tensor([2.0000, 2.5000]), tensor([3., 5.]))
     """
-    if x.ndim != 4 or unit < 1:
-        raise ShapeError(f"pooled: x is {tuple(x.shape)} and unit {unit}; wanted (B, H, N, D) and 1 or more")
+    if x.ndim != 4 or block < 1:
+        raise ShapeError(f"pooled: x is {tuple(x.shape)} and block {block}; wanted (B, H, N, D) and 1 or more")
     if how not in ("mean", "sum", "max", "min", "first", "last") or pad not in ("valid", "zero"):
         raise PatternError(
             f"pooled: how is {how!r} and pad {pad!r}; wanted mean, sum, max, min, first or last, and valid or zero"
         )
-    whole = x.shape[2] // unit
+    whole = x.shape[2] // block
     parts = []
     # In a wide dtype nothing is cast, and one piece does.
-    step = whole if x.dtype == accumulated(x.dtype) else rows_at_once(4 * x.shape[0] * x.shape[1] * unit * x.shape[3])
+    step = whole if x.dtype == accumulated(x.dtype) else rows_at_once(4 * x.shape[0] * x.shape[1] * block * x.shape[3])
     for some in cut(0, whole, max(1, step)):
-        parts.append(_reduced(x[:, :, some.start * unit : some.stop * unit].unflatten(2, (-1, unit)), how))
-    if tail := x.shape[2] - whole * unit:
-        rest = x[:, :, whole * unit :]
-        rest = rest if pad == "valid" else F.pad(rest, (0, 0, 0, unit - tail))
+        parts.append(_reduced(x[:, :, some.start * block : some.stop * block].unflatten(2, (-1, block)), how))
+    if tail := x.shape[2] - whole * block:
+        rest = x[:, :, whole * block :]
+        rest = rest if pad == "valid" else F.pad(rest, (0, 0, 0, block - tail))
         parts.append(_reduced(rest[:, :, None], how))
     return torch.cat(parts, dim=2) if parts else x.new_zeros(x.shape, dtype=accumulated(x.dtype))
 
 
-def bounds(k: Tensor, unit: int) -> tuple[Tensor, Tensor]:
-    """The least and the greatest of each channel within every ``unit`` keys of ``k (B, H, N, D)``.
+def bounds(k: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The least and the greatest of each channel within every ``block`` keys of ``k (B, H, N, D)``.
 
     >>> low, high = bounds(torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 3, 1), 2)
     >>> low.flatten(), high.flatten()
     (tensor([1., 5.]), tensor([3., 5.]))
     """
-    return pooled(k, unit, "min"), pooled(k, unit, "max")
+    return pooled(k, block, "min"), pooled(k, block, "max")
 
 
 def _reduced(x: Tensor, how: str) -> Tensor:
-    """``x (B, H, n, unit, D)`` over the unit."""
+    """``x (B, H, n, block, D)`` over the block."""
     dtype = accumulated(x.dtype)
     match how:
         case "mean":

@@ -1,6 +1,6 @@
-"""Scores that drive a choice, given in blocks on demand: rows of queries against units of keys.
+"""Scores that drive a choice, given in blocks on demand: rows of queries against blocks of keys.
 
-A source holds what its scores are made of and never all of them. Narrowed to some rows and units it is a small source of the same
+A source holds what its scores are made of and never all of them. Narrowed to some rows and blocks it is a small source of the same
 kind, whose :meth:`~ScoreSource.scores` are a plain tensor.
 """
 
@@ -17,8 +17,8 @@ import torch
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.gemm import product_nt
-from sparsedsl.selection.chunking import tile_shape
-from sparsedsl.selection.gather import spread, take
+from sparsedsl.selection.chunking import is_small, tile_shape
+from sparsedsl.selection.gather import repeat_kv, take
 
 __all__ = ["DotScores", "Leaf", "ScoreSource", "TensorScores"]
 
@@ -27,39 +27,39 @@ Source = TypeVar("Source", bound="ScoreSource")
 
 
 class Leaf(NamedTuple):
-    """A tensor that scores are made of, and what its last two dimensions are: ``(row, D)``, ``(unit, D)`` or ``(row, unit)``."""
+    """A tensor that scores are made of, and what its last two dimensions are: ``(row, D)``, ``(block, D)`` or ``(row, block)``."""
 
     tensor: Tensor
-    over: Literal["rows", "units", "cells"]
+    over: Literal["rows", "blocks", "cells"]
 
-    def part(self, rows: slice, units: slice) -> tuple[slice, ...]:
-        """Where the rows and units lie in the tensor. A dimension of one is for all rows or units."""
+    def part(self, rows: slice, blocks: slice) -> tuple[slice, ...]:
+        """Where the rows and blocks lie in the tensor. A dimension of one is for all rows or blocks."""
         if self.over == "cells":
             size = self.tensor.shape[-2:]
             return (
                 slice(None),
                 slice(None),
-                *(part if n > 1 else slice(None) for n, part in zip(size, (rows, units), strict=True)),
+                *(part if n > 1 else slice(None) for n, part in zip(size, (rows, blocks), strict=True)),
             )
-        return (slice(None), slice(None), rows if self.over == "rows" else units)
+        return (slice(None), slice(None), rows if self.over == "rows" else blocks)
 
 
 class ScoreSource(ABC):
-    """Scores ``(batch, heads, rows, units)``, float32 (float64 where a tensor they are made of is)."""
+    """Scores ``(batch, heads, rows, blocks)``, float32 (float64 where a tensor they are made of is)."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int, int, int]:
-        """Batch entries, heads, rows, units."""
+        """Batch entries, heads, rows, blocks."""
 
     @property
     @abstractmethod
     def cell_bytes(self) -> int:
-        """Scratch memory that one (row, unit) takes in :meth:`scores`, over all batch entries and heads."""
+        """Scratch memory that one (row, block) takes in :meth:`scores`, over all batch entries and heads."""
 
     @property
     def pair_bytes(self) -> int:
-        """Scratch memory that one (row, picked unit) takes in :meth:`at` and its backward pass, over all batch entries and heads."""
+        """Scratch memory that one (row, picked block) takes in :meth:`at` and its backward pass, over all batch entries and heads."""
         return self.cell_bytes
 
     @functools.cached_property
@@ -68,13 +68,16 @@ class ScoreSource(ABC):
         return self._line_bytes("rows")
 
     @functools.cached_property
-    def unit_bytes(self) -> int:
-        """The same of a unit."""
-        return self._line_bytes("units")
+    def block_bytes(self) -> int:
+        """The same of a block."""
+        return self._line_bytes("blocks")
 
     def tile(self, tensors: int) -> tuple[int, int]:
-        """Rows and units of a tile for work that holds about so many tensors like the scores."""
-        return tile_shape(tensors * self.cell_bytes, *self.shape[2:], self.row_bytes, self.unit_bytes)
+        """Rows and blocks of a tile for work that holds about so many tensors like the scores."""
+        batch, heads, rows, blocks = self.shape
+        if is_small(rows, blocks, batch * heads):
+            return max(1, rows), max(1, blocks)
+        return tile_shape(tensors * self.cell_bytes, *self.shape[2:], self.row_bytes, self.block_bytes)
 
     def _line_bytes(self, over: str) -> int:
         sizes = (leaf.tensor.shape for leaf in self.leaves() if leaf.over == over)
@@ -93,24 +96,24 @@ class ScoreSource(ABC):
         """All of it, as a tensor of its own, which may be written to."""
 
     def at(self, indices: Tensor) -> Tensor:
-        """The scores at the units ``indices (B|1, Hi, rows, W)``, differentiable: ``(B, H, rows, W)``, H the greater of Hi and heads.
+        """The scores at the blocks ``indices (B|1, Hi, rows, W)``, differentiable: ``(B, H, rows, W)``, H the greater of Hi and heads.
 
         Raises:
             UnsupportedError: scores of this kind have no gradient.
             ShapeError: more lists than groups of :class:`GroupedScores`.
         """
         raise UnsupportedError(
-            f"scores at picked units: {type(self).__name__} only drives a choice and has no gradient; "
+            f"scores at picked blocks: {type(self).__name__} only drives a choice and has no gradient; "
             "use DotScores, BoundScores or TensorScores, or sums and groups of these"
         )
 
-    def narrowed(self: Source, rows: slice, units: slice) -> Source:
-        """The source of some rows and units only; views, no copies."""
-        return self.on([leaf.tensor[leaf.part(rows, units)] for leaf in self.leaves()])
+    def narrowed(self: Source, rows: slice, blocks: slice) -> Source:
+        """The source of some rows and blocks only; views, no copies."""
+        return self.on([leaf.tensor[leaf.part(rows, blocks)] for leaf in self.leaves()])
 
-    def block(self, rows: slice, units: slice) -> Tensor:
-        """The scores of some rows and units, ``(batch, heads, r, u)``."""
-        return self.narrowed(rows, units).scores()
+    def block(self, rows: slice, blocks: slice) -> Tensor:
+        """The scores of some rows and blocks, ``(batch, heads, r, u)``."""
+        return self.narrowed(rows, blocks).scores()
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
@@ -125,7 +128,7 @@ class ScoreSource(ABC):
 
 @dataclass(frozen=True, eq=False)
 class TensorScores(ScoreSource):
-    """Given scores ``values (B|1, H, R|1, U|1)``; a dimension of one serves every batch entry, row or unit of a sum.
+    """Given scores ``values (B|1, H, R|1, U|1)``; a dimension of one serves every batch entry, row or block of a sum.
 
     >>> TensorScores(torch.arange(6.0).view(1, 1, 2, 3)).block(slice(1, 2), slice(0, 2))
     tensor([[[[3., 4.]]]])
@@ -154,11 +157,11 @@ class TensorScores(ScoreSource):
         return self.values.to(accumulated(self.values.dtype), copy=True)
 
     def at(self, indices: Tensor) -> Tensor:
-        batch, heads, _, units = self.values.shape
+        batch, heads, _, blocks = self.values.shape
         size = (max(batch, indices.shape[0]), max(heads, indices.shape[1]), indices.shape[2])
-        values = spread(self.values.to(accumulated(self.values.dtype)), size[1]).expand(*size, units)
-        places = spread(indices.long(), size[1]).expand(*size, -1)
-        return values.expand(places.shape) if units == 1 else values.gather(-1, places)
+        values = repeat_kv(self.values.to(accumulated(self.values.dtype)), size[1]).expand(*size, blocks)
+        places = repeat_kv(indices.long(), size[1]).expand(*size, -1)
+        return values.expand(places.shape) if blocks == 1 else values.gather(-1, places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +189,10 @@ class DotScores(ScoreSource):
             )
 
     @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if torch.float64 in (self.a.dtype, self.b.dtype) else torch.float32
+
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         return self.a.shape[0], max(self.a.shape[1], self.b.shape[1]), self.a.shape[2], self.b.shape[2]
 
@@ -198,22 +205,22 @@ class DotScores(ScoreSource):
         return self.cell_bytes * 2 * (self.a.shape[3] + 4)
 
     def leaves(self) -> tuple[Leaf, ...]:
-        return Leaf(self.a, "rows"), Leaf(self.b, "units")
+        return Leaf(self.a, "rows"), Leaf(self.b, "blocks")
 
     def on(self, tensors: Sequence[Tensor]) -> DotScores:
         return DotScores(tensors[0], tensors[1], self.scale)
 
     def scores(self) -> Tensor:
         a, b = self.a.to(self.dtype) * self.scale, self.b.to(self.dtype)
-        batch, heads, rows, units = self.shape
+        batch, heads, rows, blocks = self.shape
         if b.shape[1] > a.shape[1]:
-            return _grouped_product(b, a).view(batch, heads, units, rows).mT
-        return _grouped_product(a, b).view(batch, heads, rows, units)
+            return _grouped_product(b, a).view(batch, heads, blocks, rows).mT
+        return _grouped_product(a, b).view(batch, heads, rows, blocks)
 
     def at(self, indices: Tensor) -> Tensor:
         heads = max(self.shape[1], indices.shape[1])
         rows = take(self.b, indices).to(self.dtype)  # (B, Hg, r, W, D)
-        a = spread(self.a.to(self.dtype) * self.scale, heads)
+        a = repeat_kv(self.a.to(self.dtype) * self.scale, heads)
         groups = rows.shape[1]
         grouped = a.unflatten(1, (groups, heads // groups)).transpose(2, 3)  # (B, Hg, r, G, D)
         return (grouped @ rows.mT).transpose(2, 3).flatten(1, 2)
@@ -221,12 +228,12 @@ class DotScores(ScoreSource):
 
 def _grouped_product(a: Tensor, b: Tensor) -> Tensor:
     """``a (B, Ha, M, D)`` times ``b (B, Hb, N, D)`` transposed, Ha a multiple of Hb: ``(B * Hb, Ha / Hb * M, N)``."""
-    batch, heads, units, width = b.shape
-    x, y = a.reshape(batch * heads, -1, width), b.reshape(batch * heads, units, width)
+    batch, heads, blocks, width = b.shape
+    x, y = a.reshape(batch * heads, -1, width), b.reshape(batch * heads, blocks, width)
     if (
         x.device.type == "cpu"
         and not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad))
-        and 0 not in (*x.shape, units)
+        and 0 not in (*x.shape, blocks)
     ):
         return product_nt(*(z if z.stride()[1:] == (width, 1) else z.contiguous() for z in (x, y)))
     return torch.bmm(x, y.mT)
@@ -239,5 +246,5 @@ def _check_4d(**tensors: Tensor) -> None:
 
 
 def _four(x: Tensor) -> tuple[int, int, int, int]:
-    batch, heads, rows, units = x.shape
-    return batch, heads, rows, units
+    batch, heads, rows, blocks = x.shape
+    return batch, heads, rows, blocks

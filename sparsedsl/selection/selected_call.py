@@ -11,7 +11,7 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.lang.symbols import SCORE
-from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.selected_blocks import SelectedBlocks
 
 __all__ = ["SelectedCall"]
 
@@ -27,7 +27,7 @@ class SelectedCall:
     with these weights.
 
     Args:
-        blocks: for each query (``q_unit`` 1) the blocks of keys it looks at, ascending, a block once.
+        blocks: for each query (``q_block`` 1) the blocks of keys it looks at, ascending, a block once.
         scale: factor of the dot products.
         domain: lengths, and the position of the first query.
         mask: which pairs of a listed block attend, over ``b, h, q_idx, kv_idx, q_len, kv_len``, reads of ``tables`` and the symbols
@@ -38,10 +38,10 @@ class SelectedCall:
             the block of this pair"; bit i of ``members`` is its value.
         members: ``(B|1, Hs, Sq, W)`` int32 along ``blocks.indices``; None where there is one choice, which picked all that is listed.
         weights: ``(B, Hw, Sq, W)`` along ``blocks.indices``, Hw divides the query heads: a softmax for each block; None: one over all.
-        one: each softmax has one logit 0 more, without a value (softmax1).
+        softmax1: each softmax has one logit 0 more, without a value (softmax1).
     """
 
-    blocks: Picks
+    blocks: SelectedBlocks
     scale: float
     domain: Domain
     mask: sympy.Basic = sympy.true
@@ -50,7 +50,7 @@ class SelectedCall:
     choices: tuple[str, ...] = ()
     members: Tensor | None = None
     weights: Tensor | None = None
-    one: bool = False
+    softmax1: bool = False
 
     @functools.cached_property
     def learned(self) -> tuple[str, ...]:

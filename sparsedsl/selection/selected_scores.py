@@ -1,4 +1,4 @@
-"""Scores where something was picked, and totals over all that could be: differentiable, and never rows x units at once."""
+"""Scores where something was picked, and totals over all that could be: differentiable, and never rows x blocks at once."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch.autograd.function import once_differentiable
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.selection.candidates import Candidates
 from sparsedsl.selection.chunking import cut, rows_at_once
-from sparsedsl.selection.gather import spread
+from sparsedsl.selection.gather import repeat_kv
 from sparsedsl.selection.scores import ScoreSource
-from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.selected_blocks import SelectedBlocks
 
-__all__ = ["lse_over_candidates", "picked_scores"]
+__all__ = ["lse_over_candidates", "selected_scores"]
 
 Tensor = torch.Tensor
 
 
-def picked_scores(source: ScoreSource, picks: Picks) -> Tensor:
-    """The scores at the picks: ``(B, H, R, W)``, aligned with ``picks.indices``, -inf in empty slots. Differentiable once.
+def selected_scores(source: ScoreSource, selected: SelectedBlocks) -> Tensor:
+    """The scores at the selected blocks: ``(B, H, R, W)``, aligned with ``selected.indices``, -inf in empty slots. Differentiable once.
 
-    H is the greater of the heads of source and picks. Backward computes the scores of the picks again and adds gradients up in a fixed
-    order; a unit nobody picked gets exactly 0. Both passes work through the rows in pieces.
+    H is the greater of the heads of source and lists. Backward computes the scores of the selected blocks again and adds
+    gradients up in a fixed order; a block nobody picked gets exactly 0. Both passes work through the rows in pieces.
 
-    >>> from sparsedsl.selection.top_k import top_k
+    >>> from sparsedsl.selection.ranking import top_k
     >>> from sparsedsl.selection.scores import DotScores
     >>> source = DotScores(torch.ones(1, 1, 1, 2), torch.eye(2).view(1, 1, 2, 2).requires_grad_(), scale=3.0)
-    >>> picked_scores(source, top_k(source, 1))
-    tensor([[[[3.]]]], grad_fn=<_PickedScoresBackward>)
+    >>> selected_scores(source, top_k(source, 1))
+    tensor([[[[3.]]]], grad_fn=<_SelectedScoresBackward>)
     """
-    return _PickedScores.apply(source, picks.indices, *(leaf.tensor for leaf in source.leaves()))
+    return _SelectedScores.apply(source, selected.indices, *(leaf.tensor for leaf in source.leaves()))
 
 
 def lse_over_candidates(source: ScoreSource, candidates: Candidates | None = None) -> Tensor:
@@ -45,7 +45,7 @@ def lse_over_candidates(source: ScoreSource, candidates: Candidates | None = Non
     return _TotalScores.apply(source, candidates or Candidates(), *(leaf.tensor for leaf in source.leaves()))
 
 
-class _PickedScores(torch.autograd.Function):
+class _SelectedScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: ScoreSource, indices: Tensor, *tensors: Tensor) -> Tensor:
         ctx.source = source.on([tensor.detach() for tensor in tensors])
@@ -54,9 +54,9 @@ class _PickedScores(torch.autograd.Function):
         heads, width = max(heads, indices.shape[1]), indices.shape[3]
         scores = torch.empty((batch, heads, rows, width), dtype=source.dtype, device=source.device)
         for some in _row_pieces(source, indices):
-            picked = indices[:, :, some]
-            block = ctx.source.narrowed(some, slice(0, source.shape[3])).at(picked.clamp(min=0))
-            scores[:, :, some] = block.masked_fill_(spread(picked, heads) < 0, float("-inf"))
+            chosen = indices[:, :, some]
+            block = ctx.source.narrowed(some, slice(0, source.shape[3])).at(chosen.clamp(min=0))
+            scores[:, :, some] = block.masked_fill_(repeat_kv(chosen, heads) < 0, float("-inf"))
         return scores
 
     @staticmethod
@@ -65,11 +65,11 @@ class _PickedScores(torch.autograd.Function):
         indices, *tensors = ctx.saved_tensors
         sums = _Gradients(ctx.source, tensors, ctx.needs_input_grad[2:])
         for some in _row_pieces(ctx.source, indices):
-            picked = indices[:, :, some]
-            grad = grads[0][:, :, some].masked_fill(spread(picked, grads[0].shape[1]) < 0, 0.0)
+            chosen = indices[:, :, some]
+            grad = grads[0][:, :, some].masked_fill(repeat_kv(chosen, grads[0].shape[1]) < 0, 0.0)
 
-            def again(part: ScoreSource, picked: Tensor = picked, grad: Tensor = grad) -> tuple[Tensor, Tensor]:
-                return part.at(picked.clamp(min=0)), grad
+            def again(part: ScoreSource, chosen: Tensor = chosen, grad: Tensor = grad) -> tuple[Tensor, Tensor]:
+                return part.at(chosen.clamp(min=0)), grad
 
             sums.add(some, slice(0, ctx.source.shape[3]), again)
         return None, None, *sums.results()
@@ -116,9 +116,9 @@ class _Gradients:
             for tensor, need in zip(tensors, needed, strict=True)
         ]
 
-    def add(self, rows: slice, units: slice, results: Callable[[ScoreSource], tuple[Tensor, Tensor]]) -> None:
-        """Add what follows from ``results(part) = (values, their gradient)`` of the source of some rows and units."""
-        narrow = self.source.narrowed(rows, units)
+    def add(self, rows: slice, blocks: slice, results: Callable[[ScoreSource], tuple[Tensor, Tensor]]) -> None:
+        """Add what follows from ``results(part) = (values, their gradient)`` of the source of some rows and blocks."""
+        narrow = self.source.narrowed(rows, blocks)
         with torch.enable_grad():
             leaves = [
                 (leaf.tensor.detach().to(accumulated(leaf.tensor.dtype)) if need else leaf.tensor.detach()).requires_grad_(need)
@@ -128,7 +128,7 @@ class _Gradients:
             found = iter(torch.autograd.grad(values, [x for x in leaves if x.requires_grad], gradient, allow_unused=True))
         for whole, leaf in zip(self.sums, self.source.leaves(), strict=True):
             if whole is not None and (part := next(found)) is not None:
-                whole[leaf.part(rows, units)] += part
+                whole[leaf.part(rows, blocks)] += part
 
     def results(self) -> list[Tensor | None]:
         """One for each tensor, in its dtype."""
@@ -140,8 +140,8 @@ def _row_pieces(source: ScoreSource, indices: Tensor) -> Iterator[slice]:
 
 
 def _tiles(source: ScoreSource, candidates: Candidates) -> Iterator[tuple[slice, slice]]:
-    rows, units = source.shape[2:]
+    rows, blocks = source.shape[2:]
     r, u = source.tile(4)
     for some in cut(0, rows, r):
-        for tile in cut(*candidates.span(some, units), u):
+        for tile in cut(*candidates.span(some, blocks), u):
             yield some, tile

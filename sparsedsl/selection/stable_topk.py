@@ -51,14 +51,14 @@ def _best_of_few(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.gather(-1, places), places
 
 
-def ascending(units: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def ascending(blocks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers in ascending order as int32, those that are not valid as -1 at the end; and how many are valid.
 
     >>> ascending(torch.tensor([5, 2, 9]), torch.tensor([True, True, False]))
     (tensor([ 2,  5, -1], dtype=torch.int32), tensor(2, dtype=torch.int32))
     """
     last = torch.iinfo(torch.int32).max
-    ordered = units.to(torch.int32).masked_fill(~valid, last).sort(dim=-1).values
+    ordered = blocks.to(torch.int32).masked_fill(~valid, last).sort(dim=-1).values
     return ordered.masked_fill(ordered == last, -1), valid.sum(-1, dtype=torch.int32)
 
 

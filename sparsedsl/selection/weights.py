@@ -1,4 +1,4 @@
-"""Weights of picked units from their scores."""
+"""Weights of picked blocks from their scores."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Rule = Literal["softmax", "softmax1", "stick_breaking", "sigmoid", "raw"]
 
 
 def weights_of(scores: Tensor, rule: Rule = "softmax") -> tuple[Tensor, Tensor]:
-    """Weights ``(B, H, R, W)`` of picked units and the log of their total ``(B, H, R)``, both differentiable.
+    """Weights ``(B, H, R, W)`` of picked blocks and the log of their total ``(B, H, R)``, both differentiable.
 
-    ``scores (B, H, R, W)``, ascending units, -inf where a slot is empty: its weight is 0. A row of empty slots:
+    ``scores (B, H, R, W)``, ascending blocks, -inf where a slot is empty: its weight is 0. A row of empty slots:
     all 0, and -inf (0 for "softmax1").
 
     - "softmax": over the slots; the total is the sum of ``exp(score)``.

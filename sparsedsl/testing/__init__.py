@@ -25,9 +25,10 @@ except ModuleNotFoundError as error:
 from sparsedsl.lang.advice import answer_for
 from sparsedsl.testing.battery import Property, Report, check
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
+from sparsedsl.testing.call_shapes import AttentionCase, dtypes, inputs, shapes, tensor
 from sparsedsl.testing.counterexamples import Counterexample
-from sparsedsl.testing.expressions import assert_same_values, assert_text_round_trip
-from sparsedsl.testing.lists import allowed_pairs, assert_lists_sound
+from sparsedsl.testing.expression_checks import assert_same_values, assert_text_round_trip
+from sparsedsl.testing.list_checks import allowed_pairs, assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
 from sparsedsl.testing.program_properties import (
     assert_permutation_invariant,
@@ -35,9 +36,8 @@ from sparsedsl.testing.program_properties import (
     assert_weights_sum,
 )
 from sparsedsl.testing.program_strategies import program_inputs, programs
-from sparsedsl.testing.shapes import AttentionCase, dtypes, inputs, shapes, tensor
 from sparsedsl.testing.strategies import indices, masks, patterns, scores, tables_for
-from sparsedsl.testing.unseen import assert_unseen_keys_have_no_effect
+from sparsedsl.testing.unseen_checks import assert_unseen_keys_have_no_effect
 
 __all__ = [
     "AttentionCase",

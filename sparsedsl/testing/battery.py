@@ -18,23 +18,23 @@ from tqdm import tqdm
 from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.errors import CallWarning, SparseDSLError, TableError
-from sparsedsl.execute.compile import compile as compile_pattern
+from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
+from sparsedsl.testing.call_shapes import AttentionCase, inputs, shapes
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable, pattern_code, showing
-from sparsedsl.testing.expressions import assert_text_round_trip
+from sparsedsl.testing.expression_checks import assert_text_round_trip
 from sparsedsl.testing.leaks import ask_about_pattern
-from sparsedsl.testing.lists import assert_lists_sound
+from sparsedsl.testing.list_checks import assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
 from sparsedsl.testing.program_battery import PROGRAM_PROOFS, PROGRAM_PROPERTIES, ProgramSubject
-from sparsedsl.testing.reach import constants_of, edges_of
-from sparsedsl.testing.shapes import AttentionCase, inputs, shapes
+from sparsedsl.testing.reach_checks import constants_of, edges_of
 from sparsedsl.testing.strategies import tables_for
-from sparsedsl.testing.unseen import assert_unseen_keys_have_no_effect
+from sparsedsl.testing.unseen_checks import assert_unseen_keys_have_no_effect
 
 __all__ = ["Property", "Report", "check"]
 

@@ -12,13 +12,13 @@ from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.execute.compiled import Attention
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_LEN, Q_LEN
+from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
-from sparsedsl.testing.lists import allowed_pairs
+from sparsedsl.testing.list_checks import allowed_pairs
 from sparsedsl.testing.matching import as_attention, attention_code
 from sparsedsl.testing.numerics import expect
 from sparsedsl.testing.program_behaviour import program_is_causal, program_is_equivariant, program_prefill_equals_decode
 from sparsedsl.testing.program_matching import compiled_program, is_program
-from sparsedsl.testing.shapes import AttentionCase, tensor
 
 __all__ = ["assert_causal", "assert_equivariant", "assert_prefill_equals_decode"]
 

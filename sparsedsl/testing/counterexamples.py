@@ -9,7 +9,7 @@ from sparsedsl.errors import SparseDSLError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import to_text
 from sparsedsl.lang.wrapped import Expression
-from sparsedsl.testing.shapes import AttentionCase, tensor_code
+from sparsedsl.testing.call_shapes import AttentionCase, tensor_code
 
 __all__ = ["Counterexample", "NotApplicable", "arguments_code", "expression_code", "pattern_code", "showing"]
 

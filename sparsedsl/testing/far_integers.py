@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.text import parse
-from sparsedsl.testing.plain import Positions, plain_value
+from sparsedsl.testing.plain import PositionTables, plain_value
 
 __all__ = ["FarCase", "far_cases"]
 
@@ -68,7 +68,7 @@ class FarCase:
 
     def allowed(self, text: str | None = None) -> torch.Tensor:
         """Which pairs attend, ``(q_len, kv_len)``: Python's own operators on Python's integers."""
-        positions = Positions(q_len=self.q_len, kv_len=self.kv_len, q_offset=self.q_offset, exact=True)
+        positions = PositionTables(q_len=self.q_len, kv_len=self.kv_len, q_offset=self.q_offset, exact=True)
         tables = {name: np.asarray(table.tolist(), dtype=object) for name, table in self.tables.items()}
         found = np.asarray(plain_value(text or self.text, positions, tables)).astype(bool)
         return torch.as_tensor(np.broadcast_to(found, positions.shape).copy())[0, 0]

@@ -26,7 +26,7 @@ DECLARATIONS = {
     "rank": "table('rank', values_in=(-3, 20))",
     "order": "table('order', bijective=True)",
     "keep": "table('keep', dtype=bool)",
-    "picked": "table('picked', dtype=bool)",
+    "listed": "table('listed', dtype=bool)",
     "chosen": "table('chosen', dtype=bool)",
     "slope": "table('slope', learned=True)",
     "bias": "table('bias', dtype=float)",
@@ -164,7 +164,7 @@ def _named_masks(tables: bool) -> st.SearchStrategy[str]:
             st.just("(kv_idx < used[b])"),
             st.just("(order[q_idx] >= order[kv_idx])"),
             _fill("keep[{}]", st.sampled_from(_POSITIONS)),
-            _fill("picked[q_idx // {}, kv_idx // {}]", block, block),
+            _fill("listed[q_idx // {}, kv_idx // {}]", block, block),
             _fill("chosen[h, q_idx // {}, kv_idx // {}]", block, block),
         ]
     return _one_of(*masks)

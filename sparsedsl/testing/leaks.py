@@ -6,16 +6,16 @@ import contextlib
 from dataclasses import replace
 from typing import Any
 
-from sparsedsl.analysis.program_causality import program_causality
 from sparsedsl.analysis.proofs import PROVED, REFUTED, Verdict, Witness, causality
+from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.errors import SparseDSLError, TableError
 from sparsedsl.execute.compiled import Attention
 from sparsedsl.program.branches import Linear
-from sparsedsl.program.effects import LATER_QUERIES, reasons
+from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.testing.behaviour import assert_causal
+from sparsedsl.testing.call_shapes import AttentionCase
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable, pattern_code
-from sparsedsl.testing.lists import allowed_pairs
-from sparsedsl.testing.shapes import AttentionCase
+from sparsedsl.testing.list_checks import allowed_pairs
 
 __all__ = ["ask_about_pattern", "ask_about_program"]
 

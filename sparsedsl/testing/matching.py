@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.execute.compile import compile as compile_pattern
 from sparsedsl.execute.compiled import Attention
+from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code, pattern_code
 from sparsedsl.testing.numerics import Results, expect, gradients
 from sparsedsl.testing.program_matching import assert_program_matches, compiled_program, is_program

@@ -14,10 +14,10 @@ import torch
 
 from sparsedsl.lang.exact import evaluate_any
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.testing.call_shapes import AttentionCase
 from sparsedsl.testing.roundings import Roundings, stored
-from sparsedsl.testing.shapes import AttentionCase
 
-__all__ = ["Expected", "Results", "expect", "plain_attention"]
+__all__ = ["ExpectedResult", "Results", "expect", "plain_attention"]
 
 Tensor = torch.Tensor
 Results = dict[str, Tensor]  # "out", "lse", and "dq", "dk", "dv", "d<table>" where gradients are asked for
@@ -92,7 +92,7 @@ def plain_attention(
 
 
 @dataclass
-class Expected:
+class ExpectedResult:
     """Results in float64, and how far a result of the tested precision may be off, element by element.
 
     ``moved``: ``(seed, runs, dtype) -> results`` of runs with roundings, a dimension in front for the runs, sums of gradients rounded in
@@ -171,7 +171,7 @@ def expect(
     q_offset: int = 0,
     scale: float | None = None,
     cotangents: Cotangents | None = None,
-) -> Expected:
+) -> ExpectedResult:
     """Expected results of a call, with gradients if ``cotangents`` of out and lse are given (as ``out`` takes them: in its dtype)."""
     words: dict[str, Any] = {"q_offset": q_offset, "scale": scale}
     learned = [name for name, spec in pattern.tables.items() if spec.learned] if cotangents is not None else []
@@ -193,7 +193,7 @@ def expected(
     cotangents: Cotangents | None,
     run: Callable[[dict[str, Tensor], Mapping[str, Tensor], Cotangents | None], Results],
     at_once: int = 1,
-) -> Expected:
+) -> ExpectedResult:
     """What ``run(tensors, leaves, cotangents)`` gives in float64 on the CPU.
 
     ``moving``: names of the tensors that get gradients. ``at_once``: of how many copies of q, k and v ``run`` takes a batch.
@@ -227,7 +227,7 @@ def expected(
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     kept = {"out": dtype, "lse": accumulated} | {f"d{name}": given[name].dtype for name in moving}
-    return Expected(runs(1), moved, kept, accumulated)
+    return ExpectedResult(runs(1), moved, kept, accumulated)
 
 
 def results_of(out: Tensor, lse: Tensor | None, leaves: Mapping[str, Tensor], cotangents: Cotangents | None) -> Results:

@@ -14,7 +14,7 @@ import numpy as np
 
 from sparsedsl.testing.grammar import DECLARATIONS
 
-__all__ = ["Positions", "plain_value"]
+__all__ = ["PositionTables", "plain_value"]
 
 _FUNCTIONS: dict[str, Any] = {
     "where": np.where,
@@ -59,11 +59,11 @@ class _AnyTable:
         return np.maximum(total, 0) % 3 == 1 if self.boolean else 1 + np.clip(total, 0, 20) // 3
 
 
-class Positions(dict[str, Any]):
+class PositionTables(dict[str, Any]):
     """The values of ``b, h, q_idx, kv_idx, q_len, kv_len`` on a whole grid, one axis each, as numpy int64 arrays; with ``exact`` as
     arrays of Python's integers, which never wrap around (tables then want ``dtype=object`` too).
 
-    >>> Positions(batch=1, heads=2, q_len=3, kv_len=5, q_offset=2)["q_idx"].ravel().tolist()
+    >>> PositionTables(batch=1, heads=2, q_len=3, kv_len=5, q_offset=2)["q_idx"].ravel().tolist()
     [2, 3, 4]
     """
 

@@ -10,25 +10,25 @@ import torch
 from hypothesis import strategies as st
 
 from sparsedsl.errors import PatternError, UnsupportedError
-from sparsedsl.execute.compile import compile as compile_pattern
+from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.program.branches import Linear
-from sparsedsl.program.effects import LATER_QUERIES
+from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.program.graph import Program
-from sparsedsl.program.text import read_program
+from sparsedsl.program.program_text import read_program
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
+from sparsedsl.testing.call_shapes import AttentionCase, shapes, tensor
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable
 from sparsedsl.testing.leaks import ask_about_program
 from sparsedsl.testing.matching import assert_matches_reference
 from sparsedsl.testing.program_matching import program_lines
 from sparsedsl.testing.program_properties import assert_unselected_gradients_zero
 from sparsedsl.testing.program_strategies import program_inputs
-from sparsedsl.testing.reach import constants_of, edges_of
-from sparsedsl.testing.shapes import AttentionCase, shapes, tensor
+from sparsedsl.testing.reach_checks import constants_of, edges_of
 from sparsedsl.testing.strategies import table_tensors
 
 __all__ = ["PROGRAM_PROOFS", "PROGRAM_PROPERTIES", "ProgramSubject"]
 
-# Lengths that are tried reach past the units of the program (chunks of 64), but no further than this; where calls are cut, they reach
+# Lengths that are tried reach past the blocks of the program (chunks of 64), but no further than this; where calls are cut, they reach
 # beyond each constant below the other.
 _LONGEST = 200
 _BESIDE = 140
@@ -47,7 +47,7 @@ class ProgramSubject:
         return compile_pattern(self.program, backend=self.backend, allow=[LATER_QUERIES])
 
     def draw(self, data: st.DataObject, longest: int = _LONGEST, **words: Any) -> tuple[AttentionCase, dict[str, torch.Tensor]]:
-        """A whole sequence that is longer than most units, and tables for it."""
+        """A whole sequence that is longer than most blocks, and tables for it."""
         numbers = {int(x) for node in self.program.everything for x in node.arguments.values() if type(x) is int}
         exprs = self.program.exprs
         edges = edges_of(exprs, self.program.bound, numbers)

@@ -16,20 +16,20 @@ from sparsedsl.execute.compiled import Attention
 from sparsedsl.execute.state import ProgramState, horizon
 from sparsedsl.lang.symbols import BATCH, Q_LEN
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import possible
-from sparsedsl.program.effects import LATER_QUERIES, reasons
+from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Positions
 from sparsedsl.program.tensors import Input, k, q, v
+from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
-from sparsedsl.testing.numerics import Expected, Results
+from sparsedsl.testing.numerics import ExpectedResult, Results
 from sparsedsl.testing.program_matching import program_lines
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, moving
 from sparsedsl.testing.program_strategies import draw_inputs
-from sparsedsl.testing.shapes import AttentionCase, tensor
 
 __all__ = ["failing", "program_is_causal", "program_is_equivariant", "program_prefill_equals_decode", "rows_of", "split_call"]
 
@@ -54,18 +54,18 @@ def split_call(tensors: Tensors) -> tuple[tuple[Tensor, Tensor, Tensor], dict[st
 def rows_of(program: Program, kind: str) -> dict[str, tuple[int, int]]:
     """Name of a tensor -> which of its axes counts ``"queries"`` or ``"keys"``, and how many tokens are a row of it."""
     return {
-        node.name: (place, unit_of(axis))
+        node.name: (place, block_of(axis))
         for node in (*program.nodes(Input), q, k, v)
         for place, axis in enumerate(node.axes) if base_of(axis) == kind
     }  # fmt: skip
 
 
 def _cut(program: Program, tensors: Tensors, kind: str, start: int, end: int) -> dict[str, Tensor]:
-    """The tensors with rows of queries or of keys ``start .. end`` alone; units as far as they are complete."""
+    """The tensors with rows of queries or of keys ``start .. end`` alone; blocks as far as they are complete."""
     found = dict(tensors)
-    for name, (axis, unit) in rows_of(program, kind).items():
+    for name, (axis, block) in rows_of(program, kind).items():
         if name in tensors:
-            found[name] = tensors[name].narrow(axis, start // unit, end // unit - start // unit)
+            found[name] = tensors[name].narrow(axis, start // block, end // block - start // block)
     return found
 
 
@@ -95,11 +95,11 @@ def _changed_later(program: Program, tensors: Tensors, given: Tensors, t: int, q
     """The tensors with other, larger numbers in all rows that hold a token after ``t``; those given, and ids, stay as they are."""
     found = dict(tensors)
     for kind, passed in (("queries", q_offset), ("keys", 0)):
-        for number, (name, (axis, unit)) in enumerate(sorted(rows_of(program, kind).items())):
+        for number, (name, (axis, block)) in enumerate(sorted(rows_of(program, kind).items())):
             if name not in tensors or name in given or not tensors[name].is_floating_point():
                 continue
             x = tensors[name]
-            kept = min(max((t + 1 - passed) // unit, 0), x.shape[axis])
+            kept = min(max((t + 1 - passed) // block, 0), x.shape[axis])
             other = x + 4 * tensor(*x.shape, seed=seed + 50 + number, dtype=x.dtype)
             found[name] = torch.cat([x.narrow(axis, 0, kept), other.narrow(axis, kept, x.shape[axis] - kept)], dim=axis)
     return found
@@ -121,11 +121,11 @@ def _moved_before(attn: Attention, before: Tensors, after: Tensors, t: int, q_of
         if name in ("out", "lse"):
             moved += [name] if differ(name, lambda x: x[:, :, :rows], value, new[name]) else []
             continue
-        axis, unit = counted.get(name[1:], (0, 1))
+        axis, block = counted.get(name[1:], (0, 1))
         if name[1:] not in counted:
             continue
         passed = q_offset if name[1:] in rows_of(attn.program, "queries") else 0
-        kept = min(max((t + 1 - passed) // unit, 0), value.shape[axis])
+        kept = min(max((t + 1 - passed) // block, 0), value.shape[axis])
 
         def first_part(x: Tensor, axis: int = axis, kept: int = kept) -> Tensor:
             return x.narrow(axis, 0, kept)
@@ -137,7 +137,7 @@ def _moved_before(attn: Attention, before: Tensors, after: Tensors, t: int, q_of
     return moved, reached
 
 
-def _allowance(program: Program, tensors: Tensors, found: Results, q_offset: int) -> Expected:
+def _allowance(program: Program, tensors: Tensors, found: Results, q_offset: int) -> ExpectedResult:
     """How far off the results of :func:`_first_rows` may be."""
 
     def slope(x: Tensor) -> Tensor:
@@ -168,8 +168,8 @@ def _same_up_to(node: Node, old: Any, new: Any, t: int, q_offset: int) -> bool:
     if isinstance(node, Positions):
         whole = (t + 1) // node.segment * node.segment
         return torch.equal(old[:, :, :whole], new[:, :, :whole])
-    unit = unit_of(node.axes[2])
-    rows = (t - q_offset) // unit + 1
+    block = block_of(node.axes[2])
+    rows = (t - q_offset) // block + 1
     return torch.equal(old[:, :, :rows], new[:, :, :rows])
 
 

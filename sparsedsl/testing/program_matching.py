@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.execute.compile import compile as compile_pattern
 from sparsedsl.execute.compiled import Attention
+from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, run_program
@@ -32,7 +32,7 @@ def program_lines(attn: Attention) -> list[str]:
     """Code that compiles the program of ``attn`` again."""
     allow = f", allow={sorted(attn.allow)}" if attn.allow else ""
     return [
-        "from sparsedsl.program.text import read_program",
+        "from sparsedsl.program.program_text import read_program",
         f'program = read_program("""\n{attn.program.text}\n""")',
         f"attn = sd.compile(program, backend={attn.backend!r}{allow})",
     ]

@@ -23,8 +23,8 @@ from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.runtime.program_call import ProgramCall, check_program_call
-from sparsedsl.selection.selected import Picks
-from sparsedsl.testing.numerics import Cotangents, Expected, Results, expected, gradients, plain_attention, results_of
+from sparsedsl.selection.selected_blocks import SelectedBlocks
+from sparsedsl.testing.numerics import Cotangents, ExpectedResult, Results, expected, gradients, plain_attention, results_of
 from sparsedsl.testing.roundings import stored
 
 __all__ = ["ProgramRun", "choice_tables", "expect_program", "run_program"]
@@ -46,10 +46,10 @@ class ProgramRun:
 
 
 def choice_tables(choices: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """Picks as booleans ``(batch, heads, units of queries, units of keys)``; orders and kept tokens as they are."""
+    """SelectedBlocks as booleans ``(batch, heads, blocks of queries, blocks of keys)``; orders and kept tokens as they are."""
     found = {}
     for label, value in choices.items():
-        table = value.table() if isinstance(value, Picks) else value
+        table = value.table() if isinstance(value, SelectedBlocks) else value
         found[label] = table.expand(batch, *table.shape[1:]) if isinstance(table, Tensor) else table
     return found
 
@@ -94,7 +94,7 @@ def expect_program(
     *,
     choices: Mapping[str, Any] | None = None,
     cotangents: Cotangents | None = None,
-) -> Expected:
+) -> ExpectedResult:
     """Expected results of a call. ``choices``: label -> what was chosen, see :func:`choice_tables`; None: what the dense meaning chooses.
 
     Raises:

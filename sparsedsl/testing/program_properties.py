@@ -12,15 +12,15 @@ from sparsedsl.errors import PatternError
 from sparsedsl.execute.compiled import Attention
 from sparsedsl.program.axes import base_of
 from sparsedsl.program.branches import Attend, Branch, Joint, Mix
-from sparsedsl.program.effects import LATER_QUERIES, reasons
+from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.node import reached
 from sparsedsl.program.select import Select
 from sparsedsl.runtime.program_call import check_program_call
+from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.program_behaviour import failing, rows_of, split_call
 from sparsedsl.testing.program_matching import compiled_program
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, moving
 from sparsedsl.testing.program_strategies import draw_inputs
-from sparsedsl.testing.shapes import AttentionCase, tensor
 
 __all__ = ["assert_permutation_invariant", "assert_unselected_gradients_zero", "assert_weights_sum"]
 
@@ -72,14 +72,14 @@ def assert_permutation_invariant(
         else:
             order = torch.stack([row[_moved_order(chunk, generator)] for row in order])
         changed = dict(tensors)
-        for name, (axis, unit) in rows_of(attn.program, "keys").items():
+        for name, (axis, block) in rows_of(attn.program, "keys").items():
             x = tensors[name]
-            moved = order.flatten()[::unit] // unit if unit <= chunk and chunk % unit == 0 else None
+            moved = order.flatten()[::block] // block if block <= chunk and chunk % block == 0 else None
             if moved is None:
-                raise PatternError(f"{name!r} has a row for {unit} keys, which chunks of {chunk} do not consist of")
-            if what == "tokens" and unit > 1:
+                raise PatternError(f"{name!r} has a row for {block} keys, which chunks of {chunk} do not consist of")
+            if what == "tokens" and block > 1:
                 continue
-            place = torch.cat([moved, torch.arange(first // unit, x.shape[axis])])
+            place = torch.cat([moved, torch.arange(first // block, x.shape[axis])])
             changed[name] = x.index_select(axis, place)
         qkv, named = split_call(changed)
         with torch.no_grad():
@@ -161,7 +161,7 @@ def _rows_that_see(attn: Attention, tensors: dict[str, Tensor], case: AttentionC
 def assert_unselected_gradients_zero(
     attn: Any, case: AttentionCase = _CASE, *, seed: int = 0, **inputs: Tensor
 ) -> tuple[str, ...]:
-    """Keys that no query attends to, and units that no query picked, get a gradient of exactly 0.
+    """Keys that no query attends to, and blocks that no query picked, get a gradient of exactly 0.
 
     Args:
         attn: a node (run by the reference), or what :func:`sparsedsl.compile` made of it; of attentions, joined and mixed.
@@ -170,7 +170,7 @@ def assert_unselected_gradients_zero(
         inputs: of the program; others are drawn.
 
     Returns:
-        What was looked at: ``"k"``, ``"v"``, and inputs by units that choices are made by.
+        What was looked at: ``"k"``, ``"v"``, and inputs by blocks that choices are made by.
 
     >>> import sparsedsl as sd
     >>> assert_unselected_gradients_zero(sd.patterns.hsa(chunk=4, top_k=1))
@@ -216,10 +216,15 @@ def _unused_rows(attn: Attention, tensors: dict[str, Tensor], case: AttentionCas
     used = seen.any(2).unflatten(1, (case.kv_heads, -1)).any(2)
     found = {"k": ~used, "v": ~used}
     for name, node in program.inputs.items():
-        picks = [choice for choice in program.nodes(Select) if any(part is node for part in reached(choice))]
-        if picks and len(node.axes) == 4 and base_of(node.axes[2]) == "keys" and all(p.axes[3] == node.axes[2] for p in picks):
-            heads, units = tensors[name].shape[1:3]
-            tables = [chosen[labels[p]].repeat_interleave(case.heads // chosen[labels[p]].shape[1], 1) for p in picks]
-            flags = [table.any(2).unflatten(1, (heads, -1)).any(2)[..., :units] for table in tables]
+        selected = [choice for choice in program.nodes(Select) if any(part is node for part in reached(choice))]
+        if (
+            selected
+            and len(node.axes) == 4
+            and base_of(node.axes[2]) == "keys"
+            and all(p.axes[3] == node.axes[2] for p in selected)
+        ):
+            heads, blocks = tensors[name].shape[1:3]
+            tables = [chosen[labels[p]].repeat_interleave(case.heads // chosen[labels[p]].shape[1], 1) for p in selected]
+            flags = [table.any(2).unflatten(1, (heads, -1)).any(2)[..., :blocks] for table in tables]
             found[name] = ~torch.stack(flags).any(0)
     return found

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Mask, kv_idx, q_idx, score
 from sparsedsl.program import branches, orders, scores, select, sources, tensors
-from sparsedsl.program.axes import base_of, unit_of
+from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
-from sparsedsl.testing.shapes import AttentionCase, tensor
+from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.strategies import patterns
 
 __all__ = ["draw_inputs", "named_inputs", "program_inputs", "program_of", "programs"]
 
 CAUSAL: Mask = kv_idx <= q_idx
-_UNITS = (1, 4, 8)
+_BLOCKS = (1, 4, 8)
 _HOW = ("sum", "mean", "max")
 
 
@@ -50,7 +50,7 @@ def _size(axis: str, case: AttentionCase, free: Mapping[str, int], ragged: bool)
     tokens = known.get(base_of(axis))
     if tokens is None:
         return free[axis]
-    return -(-tokens // unit_of(axis)) if ragged else tokens // unit_of(axis)
+    return -(-tokens // block_of(axis)) if ragged else tokens // block_of(axis)
 
 
 def _free_axes(program: Program) -> dict[str, bool]:
@@ -84,7 +84,7 @@ def named_inputs(
     free: Mapping[str, int] | None = None,
     ragged: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The inputs of a program beside q, k and v. ``free``: sizes of its own axes; ``ragged``: whether incomplete units are given too."""
+    """The inputs of a program beside q, k and v. ``free``: sizes of its own axes; ``ragged``: whether incomplete blocks are given too."""
     sizes = {axis: case.kv_heads if heads else 5 for axis, heads in _free_axes(program).items()} | dict(free or {})
     ids, seeds = _documents(program), _seeds(program)
     found = {}
@@ -112,7 +112,7 @@ def program_inputs(
 ) -> dict[str, torch.Tensor]:
     """What calls of a program are given beside q, k and v: a tensor for every input, as its axes say.
 
-    Axes of the program's own get sizes (head axes one or all key heads); the row of an incomplete last unit of keys is given or left
+    Axes of the program's own get sizes (head axes one or all key heads); the row of an incomplete last block of keys is given or left
     out; inputs that another node stands in for are given or not; document ids never fall.
 
     >>> import sparsedsl as sd
@@ -148,7 +148,7 @@ def programs(draw: st.DrawFn, *, heads: int = 4, causal: bool | None = None, dep
     >>> @given(programs(causal=True))
     ... def test(program):
     ...     assert not any("later" in effect for effect in effects(program))
-    >>> from sparsedsl.program.effects import effects
+    >>> from sparsedsl.program.effect_rules import effects
     >>> test()
     """
     return Program(draw(_branches(heads, bool(causal), depth)))
@@ -172,38 +172,38 @@ def _static(draw: st.DrawFn, heads: int, causal: bool) -> Any:
 
 
 @st.composite
-def _rows(draw: st.DrawFn, unit: int, q_unit: int) -> tuple[Node, Node]:
-    """What stands for queries, one row for ``q_unit``, and what stands for units of keys."""
+def _rows(draw: st.DrawFn, block: int, q_block: int) -> tuple[Node, Node]:
+    """What stands for queries, one row for ``q_block``, and what stands for blocks of keys."""
     if draw(st.booleans()):
-        keys = tensors.k if unit == 1 else tensors.summary(tensors.k, unit, draw(st.sampled_from(("mean", "max", "last"))))
+        keys = tensors.k if block == 1 else tensors.summary(tensors.k, block, draw(st.sampled_from(("mean", "max", "last"))))
         rows: Node = tensors.q
     else:
-        keys = tensors.input(f"marks_{unit}", f"batch marked_heads keys/{unit} marked_dim")
+        keys = tensors.input(f"marks_{block}", f"batch marked_heads keys/{block} marked_dim")
         rows = tensors.input("asking", "batch marked_heads queries marked_dim")
-    return (rows if q_unit == 1 else tensors.summary(rows, q_unit, pad=draw(st.sampled_from(("valid", "zero"))))), keys
+    return (rows if q_block == 1 else tensors.summary(rows, q_block, pad=draw(st.sampled_from(("valid", "zero"))))), keys
 
 
 @st.composite
-def _scores(draw: st.DrawFn, unit: int, q_unit: int) -> scores.Scores:
+def _scores(draw: st.DrawFn, block: int, q_block: int) -> scores.Scores:
     kind = draw(st.sampled_from(("dot", "dot", "sum", "noisy", "bound", "mass", "regrouped")))
-    rows, keys = draw(_rows(unit, q_unit))
+    rows, keys = draw(_rows(block, q_block))
     found: Any
-    if q_unit == unit > 1 and draw(st.integers(0, 2)) == 0:
-        return scores.antidiagonal(tensors.q, tensors.k, draw(st.sampled_from((1, 2, 4))), unit)
+    if q_block == block > 1 and draw(st.integers(0, 2)) == 0:
+        return scores.antidiagonal(tensors.q, tensors.k, draw(st.sampled_from((1, 2, 4))), block)
     if kind == "bound":
-        own = tensors.q if q_unit == 1 else tensors.summary(tensors.q, q_unit)
-        found = scores.bound(own, tensors.k, unit)
-    elif kind == "regrouped" and unit > 1:
-        rows, keys = draw(_rows(unit // 2, q_unit))
+        own = tensors.q if q_block == 1 else tensors.summary(tensors.q, q_block)
+        found = scores.bound(own, tensors.k, block)
+    elif kind == "regrouped" and block > 1:
+        rows, keys = draw(_rows(block // 2, q_block))
         found = scores.dot(rows, keys).softmax(CAUSAL).regroup(2, draw(st.sampled_from(_HOW)))
     else:
         found = scores.dot(rows, keys, scale=draw(st.none() | st.just(0.5)))
         if kind == "noisy":
             found = found.gumbel(tensors.input("seed", "1"))
         elif kind == "sum":
-            found = found + scores.dot(*draw(_rows(unit, q_unit).filter(lambda pair: _joins(found, pair))))
+            found = found + scores.dot(*draw(_rows(block, q_block).filter(lambda pair: _joins(found, pair))))
         elif kind == "mass":
-            found = found.softmax(draw(st.sampled_from((CAUSAL, True))) if q_unit > 1 else CAUSAL)
+            found = found.softmax(draw(st.sampled_from((CAUSAL, True))) if q_block > 1 else CAUSAL)
     if found.axes[1] == "heads" and draw(st.booleans()):
         found = (
             found.over_group(draw(st.sampled_from(_HOW)))
@@ -219,8 +219,8 @@ def _joins(found: scores.Scores, pair: tuple[Node, Node]) -> bool:
 
 @st.composite
 def _choice(draw: st.DrawFn, by: scores.Scores, among: Any) -> select.Select:
-    unit = by.axes[3]
-    columns = unit_of(unit)
+    block = by.axes[3]
+    columns = block_of(block)
     own = q_idx // columns - kv_idx // columns
     forced = draw(st.sampled_from((None, kv_idx < columns, abs(own) <= 1)))
     words: dict[str, Any] = {"forced": forced, "among": among}
@@ -237,16 +237,16 @@ def _choice(draw: st.DrawFn, by: scores.Scores, among: Any) -> select.Select:
 @st.composite
 def _attending(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     """One softmax over pairs that a choice for single queries is part of."""
-    unit = draw(st.sampled_from(_UNITS))
-    ended, own = (kv_idx // unit + 1) * unit <= q_idx, q_idx // unit == kv_idx // unit
+    block = draw(st.sampled_from(_BLOCKS))
+    ended, own = (kv_idx // block + 1) * block <= q_idx, q_idx // block == kv_idx // block
     near = q_idx - kv_idx < draw(st.integers(1, 12))
-    picks = draw(_choice(draw(_scores(unit, 1)), draw(st.sampled_from((None, ended)))))
-    shapes = [ended & picks, CAUSAL & (own | picks), CAUSAL & (near | picks)]
-    # what chooses among units that are not over looks at tokens after the query
-    shapes += [] if causal else [CAUSAL & picks, picks & True]
+    selected = draw(_choice(draw(_scores(block, 1)), draw(st.sampled_from((None, ended)))))
+    shapes = [ended & selected, CAUSAL & (own | selected), CAUSAL & (near | selected)]
+    # what chooses among blocks that are not over looks at tokens after the query
+    shapes += [] if causal else [CAUSAL & selected, selected & True]
     words: dict[str, Any] = {"sink": draw(st.none() | st.just(0.3)), "scale": draw(st.none() | st.just(0.2))}
-    mask = draw(st.sampled_from(shapes if picks.among is None or not causal else shapes[:3]))
-    if causal and picks.among is None:
+    mask = draw(st.sampled_from(shapes if selected.among is None or not causal else shapes[:3]))
+    if causal and selected.among is None:
         mask = draw(st.sampled_from(shapes[:2]))
     return branches.attend(mask, **words)
 
@@ -254,24 +254,26 @@ def _attending(draw: st.DrawFn, heads: int, causal: bool) -> Any:
 @st.composite
 def _weighed(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     """A softmax a chunk, and weights for the chunks."""
-    unit = draw(st.sampled_from(_UNITS[1:]))
-    ended = (kv_idx // unit + 1) * unit <= q_idx
-    rows, keys = draw(_rows(unit, 1))
+    block = draw(st.sampled_from(_BLOCKS[1:]))
+    ended = (kv_idx // block + 1) * block <= q_idx
+    rows, keys = draw(_rows(block, 1))
     by = scores.dot(rows, keys)
-    picks = draw(_choice(by, ended))
+    selected = draw(_choice(by, ended))
     inner, weights = draw(st.sampled_from(("softmax", "softmax1"))), draw(st.sampled_from(sources.RULES))
-    return branches.attend(ended & picks, normaliser=sources.per_chunk(picks, weights, inner=inner))
+    return branches.attend(ended & selected, normaliser=sources.per_chunk(selected, weights, inner=inner))
 
 
 @st.composite
 def _by_blocks(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     """A choice for blocks of queries; sometimes a bias made of scores."""
-    unit = draw(st.sampled_from(_UNITS[1:]))
-    by = draw(_scores(unit, unit))
-    own = q_idx // unit == kv_idx // unit
-    picks = draw(_choice(by, draw(st.sampled_from((None, CAUSAL)))))
-    bias = score + scores.dot(tensors.summary(tensors.q, unit), tensors.summary(tensors.k, unit)) if draw(st.booleans()) else None
-    return branches.attend(CAUSAL & (own | picks), bias)
+    block = draw(st.sampled_from(_BLOCKS[1:]))
+    by = draw(_scores(block, block))
+    own = q_idx // block == kv_idx // block
+    selected = draw(_choice(by, draw(st.sampled_from((None, CAUSAL)))))
+    bias = (
+        score + scores.dot(tensors.summary(tensors.q, block), tensors.summary(tensors.k, block)) if draw(st.booleans()) else None
+    )
+    return branches.attend(CAUSAL & (own | selected), bias)
 
 
 @st.composite
@@ -294,9 +296,9 @@ def _sorted(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     k, v = orders.take(tensors.k, order), orders.take(tensors.v, order)
     earlier, same = kv_idx // segment < q_idx // segment, kv_idx // segment == q_idx // segment
     pooled = tensors.summary(tensors.q, block, pad="zero"), tensors.summary(k, block, pad="zero")
-    picks = draw(_choice(scores.dot(*pooled), earlier))
+    selected = draw(_choice(scores.dot(*pooled), earlier))
     first = kv_idx // block == order.place(0) // block
-    return branches.attend(earlier & (picks | first) | same & (order.origin(kv_idx) <= q_idx), k=k, v=v)
+    return branches.attend(earlier & (selected | first) | same & (order.origin(kv_idx) <= q_idx), k=k, v=v)
 
 
 @st.composite

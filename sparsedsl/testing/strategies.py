@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from sparsedsl.analysis.bounds import index_ranges, value_ranges
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.expressions import Index, Mask, Score
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.tables import TableRead, TableSpec, table_reads
 from sparsedsl.lang.text import parse
 from sparsedsl.lang.wrapped import Expression
 from sparsedsl.testing import grammar
-from sparsedsl.testing.shapes import AttentionCase, tensor
+from sparsedsl.testing.call_shapes import AttentionCase, tensor
 
 __all__ = ["indices", "masks", "patterns", "scores", "table_tensors", "tables_for"]
 

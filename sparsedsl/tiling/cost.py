@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from sparsedsl.tiling.schedule import Family
+from sparsedsl.tiling.schedule import StridedSeries
 from sparsedsl.tuning.machine import ROWS, Machine
 
-__all__ = ["chunk_keys", "family_seconds", "flex_seconds", "product_gflops", "scattered_seconds", "strips_at_once"]
+__all__ = ["chunk_keys", "flex_seconds", "product_gflops", "scattered_seconds", "series_seconds", "strips_at_once"]
 
-# Small operations for one piece of a strip, and for a strip itself.
+# Small operations for one key tile of a strip, and for a strip itself.
 CALLS, STRIP_CALLS = 9, 6
 # Logits held at once: 4 MiB of float32, about what two cores keep in their second-level caches with what is read beside it.
 LOGITS = 1 << 20
@@ -44,26 +44,26 @@ def strips_at_once(rows: int, keys: int, alone: int = SINGLE) -> int:
     return 1 if rows * keys >= alone else max(1, LOGITS // (rows * keys))
 
 
-def family_seconds(
-    machine: Machine, family: Family, group: int, strips_of: int, head_dim: int, head_dim_v: int, mod_ns: float
+def series_seconds(
+    machine: Machine, series: StridedSeries, group: int, strips_of: int, head_dim: int, head_dim_v: int, mod_ns: float
 ) -> float:
-    """Expected seconds for a family on ``strips_of`` heads, of ``group`` query heads each that share keys; ``mod_ns``: the price of
+    """Expected seconds for a series on ``strips_of`` heads, of ``group`` query heads each that share keys; ``mod_ns``: the price of
     modifying one logit."""
-    rows, keys = family.height * group, family.keys
+    rows, keys = series.height * group, series.keys
     most = chunk_keys(rows)
-    lengths = [sum(piece.length for piece in span) for span in family.spans()]
+    lengths = [sum(key_tile.length for key_tile in span) for span in series.adjacent()]
     chunks = sum(-(-length // most) for length in lengths)
     longest = min(most, max(lengths))
     together = strips_at_once(rows, longest)
     alone = rows * longest >= SINGLE
-    units = (
-        family.count * strips_of if together == 1 else -(-max(family.count, strips_of) // together) * min(family.count, strips_of)
+    jobs = (
+        series.count * strips_of if together == 1 else -(-max(series.count, strips_of) // together) * min(series.count, strips_of)
     )
-    masked = sum(piece.length for piece in family.pieces if piece.residual is not None)
+    masked = sum(key_tile.length for key_tile in series.key_tiles if key_tile.residual is not None)
     seconds = 2 * rows * keys * (head_dim + head_dim_v) / (product_gflops(machine, rows, alone) * 1e9)
     seconds += rows * keys * (machine.softmax_ns + mod_ns) * 1e-9 + rows * masked * machine.pass_ns * 1e-9
-    calls = units * (CALLS * chunks + STRIP_CALLS)
-    return family.count * strips_of * seconds + calls * machine.call_us * 1e-6
+    calls = jobs * (CALLS * chunks + STRIP_CALLS)
+    return series.count * strips_of * seconds + calls * machine.call_us * 1e-6
 
 
 def scattered_seconds(

@@ -1,8 +1,8 @@
 """What will be computed: frozen data, compact however long the sequence is, readable when printed.
 
-A *strip* is a run of queries of one lane with the keys they need, as *pieces*: intervals of keys that every query of the strip sees
-(``residual`` None) or that some do (``residual``: what remains to be asked of a pair). A *family* is a progression of strips of one
-shape: a sliding window over a million tokens is a handful of families.
+A *strip* is a run of queries of one residue with the keys they need, as *key tiles*: intervals of keys that every query of the strip sees
+(``residual`` None) or that some do (``residual``: what remains to be asked of a pair). A *series* is a progression of strips of one
+shape: a sliding window over a million tokens is a handful of strided series.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.caches import Cache
-from sparsedsl.analysis.lists import TileLists
-from sparsedsl.tiling.lanes import Lane
+from sparsedsl.analysis.lists import BlockLists
+from sparsedsl.tiling.residues import ResidueClass
 
-__all__ = ["Family", "LanePlan", "Piece", "Schedule", "Segment"]
+__all__ = ["KeyRange", "KeyTile", "ResiduePlan", "Schedule", "StridedSeries"]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Keys ``start .. start + length - 1`` of the first strip, ``step`` further in each following strip (lane coordinates)."""
+class KeyTile:
+    """Keys ``start .. start + length - 1`` of the first strip, ``step`` further in each following strip (residue coordinates)."""
 
     start: int
     length: int
@@ -36,8 +36,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Neighbouring pieces taken at once. ``masks``: ``(first, last + 1, residual)`` counted from ``start``."""
+class KeyRange:
+    """Neighbouring key tiles taken at once. ``masks``: ``(first, last + 1, residual)`` counted from ``start``."""
 
     start: int
     length: int
@@ -46,79 +46,80 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Family:
-    """``count`` strips of ``height`` queries: the first at ``q_start``, each next ``step`` later (lane coordinates)."""
+class StridedSeries:
+    """``count`` strips of ``height`` queries: the first at ``q_start``, each next ``step`` later (residue coordinates)."""
 
     group: int
     q_start: int
     height: int
     count: int
     step: int
-    pieces: tuple[Piece, ...]
+    key_tiles: tuple[KeyTile, ...]
 
     @property
     def keys(self) -> int:
         """Keys of one strip."""
-        return sum(piece.length for piece in self.pieces)
+        return sum(key_tile.length for key_tile in self.key_tiles)
 
     @property
     def pairs(self) -> int:
         """Pairs computed, masked ones included."""
         return self.count * self.height * self.keys
 
-    def spans(self) -> list[list[Piece]]:
+    def adjacent(self) -> list[list[KeyTile]]:
         """Pieces that lie side by side and move together."""
-        spans: list[list[Piece]] = []
-        for piece in self.pieces:
-            last = spans[-1][-1] if spans else None
-            if last is not None and last.start + last.length == piece.start and last.step == piece.step:
-                spans[-1].append(piece)
+        adjacent: list[list[KeyTile]] = []
+        for key_tile in self.key_tiles:
+            last = adjacent[-1][-1] if adjacent else None
+            if last is not None and last.start + last.length == key_tile.start and last.step == key_tile.step:
+                adjacent[-1].append(key_tile)
             else:
-                spans.append([piece])
-        return spans
+                adjacent.append([key_tile])
+        return adjacent
 
-    def segments(self, most: int) -> list[Segment]:
+    def key_ranges(self, most: int) -> list[KeyRange]:
         """The spans in parts of at most ``most`` keys."""
         found = []
-        for span in self.spans():
-            start, stop = span[0].start, span[-1].start + span[-1].length
+        for side in self.adjacent():
+            start, stop = side[0].start, side[-1].start + side[-1].length
             parts = -(-(stop - start) // most)
             ends = [start + (stop - start) * part // parts for part in range(parts + 1)]
             for low, high in itertools.pairwise(ends):
                 masks = tuple(
                     (max(p.start, low) - low, min(p.start + p.length, high) - low, p.residual)
-                    for p in span
+                    for p in side
                     if p.residual is not None and p.start < high and p.start + p.length > low
                 )
-                found.append(Segment(low, high - low, span[0].step, masks))
+                found.append(KeyRange(low, high - low, side[0].step, masks))
         return found
 
     def __str__(self) -> str:
         strips = f"{self.count} strips" if self.count > 1 else "1 strip"
-        return f"{strips} of {self.height} queries from {self.q_start}: " + "; ".join(map(str, self.pieces))
+        return f"{strips} of {self.height} queries from {self.q_start}: " + "; ".join(map(str, self.key_tiles))
 
 
 @dataclass(frozen=True, eq=False)
-class LanePlan:
-    """One lane over its queries ``first .. first + rows - 1`` (lane coordinates): ``families``, or ``lists`` if it is scattered."""
+class ResiduePlan:
+    """One residue over its queries ``first .. first + rows - 1`` (residue coordinates): ``strided_series``, or ``lists`` if it
+    is scattered."""
 
-    lane: Lane
+    residue: ResidueClass
     first: int
     rows: int
-    families: tuple[Family, ...] = ()
-    lists: TileLists | None = None
+    strided_series: tuple[StridedSeries, ...] = ()
+    lists: BlockLists | None = None
 
     @functools.cached_property
     def keys(self) -> tuple[int, int]:
-        """First key that is wanted and the one after the last, in lane coordinates."""
+        """First key that is wanted and the one after the last, in residue coordinates."""
         if self.lists is not None:
             columns = torch.cat([self.lists.full.columns, self.lists.partial.columns])
             low, high = (int(x) for x in torch.aminmax(columns)) if columns.numel() else (0, -1)
             return low * self.lists.block[1], min((high + 1) * self.lists.block[1], self.lists.kv_len)
         ends = [
-            (piece.start, piece.start + piece.length + (family.count - 1) * piece.step)
-            for family in self.families
-            for piece in family.pieces
+            (key_tile.start, key_tile.start + key_tile.length + (series.count - 1) * key_tile.step)
+            for series in self.strided_series
+            for key_tile in series.key_tiles
         ]
         return min(low for low, _ in ends), max(high for _, high in ends)
 
@@ -127,19 +128,19 @@ class LanePlan:
         """Pairs computed, a group of heads counted once."""
         if self.lists is not None:
             return self.lists.listed * self.lists.block[0] * self.lists.block[1]
-        return sum(family.pairs for family in self.families)
+        return sum(series.pairs for series in self.strided_series)
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """The lanes of one call.
+    """The residue classes of one call.
 
-    ``groups``: (batch, heads) that the mask tells apart. ``overlap``: some query is in several lanes. ``covers``: every query is in
-    some strip, of the first lane if lanes overlap. ``seconds``: what the cost model expects of the forward pass, all heads, on the
-    machine it was made for. ``masks``: tiles of the mask, made when they are first wanted.
+    ``groups``: (batch, heads) that the mask tells apart. ``overlap``: some query is in several residue classes. ``covers``:
+    every query is in some strip, of the first residue if residue classes overlap. ``seconds``: what the cost model expects of
+    the forward pass, all heads, on the machine it was made for. ``masks``: tiles of the mask, made when they are first wanted.
     """
 
-    lanes: tuple[LanePlan, ...]
+    residue_classes: tuple[ResiduePlan, ...]
     groups: tuple[int, int]
     overlap: bool
     covers: bool
@@ -150,17 +151,17 @@ class Schedule:
     @functools.cached_property
     def pairs(self) -> int:
         """Pairs computed for one head of each group."""
-        return sum(lane.pairs for lane in self.lanes)
+        return sum(residue.pairs for residue in self.residue_classes)
 
     def __str__(self) -> str:
         lines = [f"strips of up to {self.height} queries, {self.pairs:,} pairs computed, {self.seconds * 1e3:.3g} ms expected"]
-        for plan in self.lanes:
+        for plan in self.residue_classes:
             if plan.lists is not None:
-                lines.append(f"{plan.lane}: scattered tiles, {plan.lists!r}")
+                lines.append(f"{plan.residue}: scattered tiles, {plan.lists!r}")
                 continue
-            lines.append(f"{plan.lane}:")
-            shown = [f"  {family}" for family in plan.families[:6]]
-            if len(plan.families) > len(shown):
-                shown.append(f"  .. {len(plan.families) - len(shown)} more families")
+            lines.append(f"{plan.residue}:")
+            shown = [f"  {series}" for series in plan.strided_series[:6]]
+            if len(plan.strided_series) > len(shown):
+                shown.append(f"  .. {len(plan.strided_series) - len(shown)} more series")
             lines += shown
         return "\n".join(lines)

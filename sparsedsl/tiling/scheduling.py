@@ -10,10 +10,10 @@ from sympy.logic.boolalg import Boolean
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.tiling.cost import family_seconds, scattered_seconds
-from sparsedsl.tiling.lanes import Lane, lanes
-from sparsedsl.tiling.schedule import Family, LanePlan, Schedule
-from sparsedsl.tiling.strips import LaneSpace, families, jumps, strip_edges
+from sparsedsl.tiling.cost import scattered_seconds, series_seconds
+from sparsedsl.tiling.residues import ResidueClass, residue_classes
+from sparsedsl.tiling.schedule import ResiduePlan, Schedule, StridedSeries
+from sparsedsl.tiling.strips import ResidueSpace, jumps, strided_series, strip_edges
 from sparsedsl.tuning.machine import Machine
 
 __all__ = ["HeadShape", "make_schedule"]
@@ -53,94 +53,96 @@ def make_schedule(
         )
     groups = domain.groups(mask)
     plans, seconds, heights = [], 0.0, [0]
-    for lane in lanes(mask):
-        first, rows, kv_len = _extent(lane, domain)
+    for residue in residue_classes(mask):
+        first, rows, kv_len = _extent(residue, domain)
         if rows < 1 or kv_len < 1:
             continue
-        if lane.scattered:
-            plan, cost = _scattered(lane, domain, machine, shape, minimal)
+        if residue.scattered:
+            plan, cost = _scattered(residue, domain, machine, shape, minimal)
         else:
             spaces = [
-                LaneSpace(lane.mask, first, rows, kv_len, {"b": b, "h": h} | domain.lengths | dict(domain.tables))
+                ResidueSpace(residue.mask, first, rows, kv_len, {"b": b, "h": h} | domain.lengths | dict(domain.tables))
                 for b, h in groups.pairs()
             ]
-            plan, cost, chosen = _strips(lane, spaces, machine, shape, height)
+            plan, cost, chosen = _strips(residue, spaces, machine, shape, height)
             heights.append(chosen)
         plans.append(plan)
         seconds += cost
-    kept = tuple(plan for plan in plans if plan.families or (plan.lists is not None and plan.lists.listed))
+    kept = tuple(plan for plan in plans if plan.strided_series or (plan.lists is not None and plan.lists.listed))
     return Schedule(
         kept, (groups.batch, groups.heads), _overlap(kept), _covers(kept, groups.count, domain), max(heights), seconds
     )
 
 
-def _extent(lane: Lane, domain: Domain) -> tuple[int, int, int]:
-    """First query, number of queries, number of keys, in lane coordinates."""
-    first = max(0, -(-(domain.q_offset - lane.q_start) // lane.q_step))
-    last = (domain.q_offset + domain.rows - 1 - lane.q_start) // lane.q_step
-    return first, last - first + 1, -(-(domain.kv_len - lane.kv_start) // lane.kv_step)
+def _extent(residue: ResidueClass, domain: Domain) -> tuple[int, int, int]:
+    """First query, number of queries, number of keys, in residue coordinates."""
+    first = max(0, -(-(domain.q_offset - residue.q_start) // residue.q_step))
+    last = (domain.q_offset + domain.rows - 1 - residue.q_start) // residue.q_step
+    return first, last - first + 1, -(-(domain.kv_len - residue.kv_start) // residue.kv_step)
 
 
 def _strips(
-    lane: Lane, spaces: list[LaneSpace], machine: Machine, shape: HeadShape, height: int | None
-) -> tuple[LanePlan, float, int]:
+    residue: ResidueClass, spaces: list[ResidueSpace], machine: Machine, shape: HeadShape, height: int | None
+) -> tuple[ResiduePlan, float, int]:
     places = [jumps(space) for space in spaces]
     rows = spaces[0].rows
 
-    def cut(tall: int, number: int) -> tuple[Family, ...]:
+    def cut(tall: int, number: int) -> tuple[StridedSeries, ...]:
         space = spaces[number]
-        return families(space, strip_edges(space, tall, places[number]), number)
+        return strided_series(space, strip_edges(space, tall, places[number]), number)
 
-    def cost(found: tuple[Family, ...]) -> float:
+    def cost(found: tuple[StridedSeries, ...]) -> float:
         return sum(
-            family_seconds(machine, f, shape.group, shape.strips_of, shape.head_dim, shape.head_dim_v, shape.mod_ns)
+            series_seconds(machine, f, shape.group, shape.strips_of, shape.head_dim, shape.head_dim_v, shape.mod_ns)
             for f in found
         )
 
     if height is None:
         candidates = [tall for tall in HEIGHTS if tall < 2 * rows] or [HEIGHTS[0]]
-        # A part in the middle stands for all of a long lane.
+        # A part in the middle stands for all of a long residue.
         short = max(0, (rows - TRIAL) // 2)
         trial = replace(spaces[0], first=spaces[0].first + short, rows=min(rows, TRIAL))
         edges = [place for place in places[0] if trial.first <= place < trial.first + trial.rows]
-        height = min(candidates, key=lambda tall: cost(families(trial, strip_edges(trial, tall, edges), 0)))
+        height = min(candidates, key=lambda tall: cost(strided_series(trial, strip_edges(trial, tall, edges), 0)))
     found = [cut(height, number) for number in range(len(spaces))]
-    joined = tuple(family for part in found for family in part)
-    return LanePlan(lane, spaces[0].first, rows, joined), cost(joined), height
+    joined = tuple(series for part in found for series in part)
+    return ResiduePlan(residue, spaces[0].first, rows, joined), cost(joined), height
 
 
-def _scattered(lane: Lane, domain: Domain, machine: Machine, shape: HeadShape, minimal: bool) -> tuple[LanePlan, float]:
+def _scattered(
+    residue: ResidueClass, domain: Domain, machine: Machine, shape: HeadShape, minimal: bool
+) -> tuple[ResiduePlan, float]:
     with torch.no_grad():
         for block in BLOCKS:
-            lists = classify(lane.mask, domain, block, minimal=minimal)
+            lists = classify(residue.mask, domain, block, minimal=minimal)
             if not minimal or lists.partial.total * 2 <= lists.listed:
                 break
     cost = scattered_seconds(
         machine, lists.listed, lists.full.counts.numel(), lists.block, shape.group, shape.strips_of, shape.head_dim, shape.head_dim_v,
         shape.mod_ns,
     )  # fmt: skip
-    return LanePlan(lane, domain.q_offset, domain.rows, lists=lists), cost
+    return ResiduePlan(residue, domain.q_offset, domain.rows, lists=lists), cost
 
 
-def _overlap(plans: tuple[LanePlan, ...]) -> bool:
-    """Whether a query can be in two lanes: lanes with different remainders of one modulus are apart."""
+def _overlap(plans: tuple[ResiduePlan, ...]) -> bool:
+    """Whether a query can be in two residue classes: residue classes with different remainders of one modulus are apart."""
     seen: set[tuple[int, int]] = set()
     for plan in plans:
-        place = (plan.lane.q_start, plan.lane.q_step)
+        place = (plan.residue.q_start, plan.residue.q_step)
         if any(place == other or 1 in (place[1], other[1]) or place[1] != other[1] for other in seen):
             return True
         seen.add(place)
     return False
 
 
-def _covers(plans: tuple[LanePlan, ...], groups: int, domain: Domain) -> bool:
-    """Whether every query of every group is in some strip; of lanes that share queries, in some strip of the first."""
+def _covers(plans: tuple[ResiduePlan, ...], groups: int, domain: Domain) -> bool:
+    """Whether every query of every group is in some strip; of residue classes that share queries, in some strip of the first."""
     if _overlap(plans):
         return _covers(plans[:1], groups, domain)
     queries = 0
     for plan in plans:
         if plan.lists is None:
-            queries += sum(family.count * family.height for family in plan.families)
+            queries += sum(series.count * series.height for series in plan.strided_series)
         else:
             listed = (plan.lists.full.counts + plan.lists.partial.counts).reshape(-1, plan.lists.shape[2])
             queries += domain.rows * listed.shape[0] if bool((listed > 0).all()) else 0

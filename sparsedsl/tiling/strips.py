@@ -1,8 +1,8 @@
-"""Cut a lane into strips and solve each strip for its pieces of keys. Cost O(strips x clauses), plus O(queries) where bounds jump.
+"""Cut a residue into strips and solve each strip for its key tiles. Cost O(strips x clauses), plus O(queries) where bounds jump.
 
 1. *Cuts*: strips end where the interval of keys jumps (a new document, a new chunk), so that a strip needs no keys its neighbours
    want; between jumps they have equal heights.
-2. *Pieces*: per strip, the keys are cut at the ends of all outer and inner intervals; what a piece leaves open is its residual.
+2. *Key tiles*: per strip, the keys are cut at the ends of all outer and inner intervals; what a key tile leaves open is its residual.
 3. *Families*: consecutive strips of one shape become one progression.
 """
 
@@ -17,23 +17,23 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from sparsedsl.analysis.clauses import Bound, Clause, clauses
+from sparsedsl.analysis.mask_clauses import Clause, KeyBound, clauses
 from sparsedsl.analysis.runs import solve_clause
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX
-from sparsedsl.tiling.schedule import Family, Piece
+from sparsedsl.tiling.schedule import KeyTile, StridedSeries
 
-__all__ = ["LaneSpace", "families", "jumps", "strip_edges"]
+__all__ = ["ResidueSpace", "jumps", "strided_series", "strip_edges"]
 
 # Queries solved at once when looking for jumps.
 ROWS = 1 << 14
-# Codes of pieces are bit sets in an int64; a mask with more clauses and bounds than this is asked whole.
+# Codes of key tiles are bit sets in an int64; a mask with more clauses and bounds than this is asked whole.
 MAX_BITS = 60
 OUTSIDE, ALL, WHOLE = -1, 0, -2
 
 
 @dataclass(frozen=True, eq=False)
-class LaneSpace:
-    """Where a lane is solved: queries ``first .. first + rows - 1`` and ``kv_len`` keys, in lane coordinates.
+class ResidueSpace:
+    """Where a residue is solved: queries ``first .. first + rows - 1`` and ``kv_len`` keys, in residue coordinates.
 
     ``env``: values of b and h, the lengths, the tables.
     """
@@ -49,7 +49,7 @@ class LaneSpace:
         return solve_clause(clause, q_low, q_high, self.first + self.rows, self.kv_len, self.env)
 
 
-def jumps(space: LaneSpace, least: int = 16) -> list[int]:
+def jumps(space: ResidueSpace, least: int = 16) -> list[int]:
     """Queries at which the keys of some clause move by ``least`` or more from those of the query before; empty if there are too many."""
     moving = [clause for clause in clauses(space.mask) if not all(_smooth(bound) for bound in clause.bounds)]
     if not moving:
@@ -72,7 +72,7 @@ def jumps(space: LaneSpace, least: int = 16) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _smooth(bound: Bound) -> bool:
+def _smooth(bound: KeyBound) -> bool:
     """Whether the solved interval moves with the query by a constant slope, or not at all."""
     affine = all(
         part == 0 or (part - part.coeff(symbol) * symbol).is_Integer
@@ -81,7 +81,7 @@ def _smooth(bound: Bound) -> bool:
     return affine or bound.q_part == 0
 
 
-def strip_edges(space: LaneSpace, height: int, jump_places: list[int]) -> torch.Tensor:
+def strip_edges(space: ResidueSpace, height: int, jump_places: list[int]) -> torch.Tensor:
     """First query of every strip, and the one after the last: at jumps, and in equal parts of at most ``height`` between them.
 
     Parts shorter than an eighth of ``height`` are joined with the next: a mask costs less than another strip.
@@ -103,15 +103,15 @@ def strip_edges(space: LaneSpace, height: int, jump_places: list[int]) -> torch.
     return torch.tensor(edges)
 
 
-def families(space: LaneSpace, edges: torch.Tensor, group: int) -> tuple[Family, ...]:
-    """The strips between ``edges`` with their pieces, as progressions."""
+def strided_series(space: ResidueSpace, edges: torch.Tensor, group: int) -> tuple[StridedSeries, ...]:
+    """The strips between ``edges`` with their key tiles, as progressions."""
     q_low, q_high = edges[:-1], edges[1:] - 1
-    starts, lengths, codes, decode = _pieces(space, q_low, q_high)
+    starts, lengths, codes, decode = _key_tiles(space, q_low, q_high)
     return _progressions(q_low, q_high - q_low + 1, starts, lengths, codes, decode, group)
 
 
-def _pieces(space: LaneSpace, q_low: torch.Tensor, q_high: torch.Tensor) -> Any:
-    """Pieces of each strip: starts, lengths and codes ``(strips, pieces)``, and what a code means."""
+def _key_tiles(space: ResidueSpace, q_low: torch.Tensor, q_high: torch.Tensor) -> Any:
+    """Pieces of each strip: starts, lengths and codes ``(strips, key_tiles)``, and what a code means."""
     parts = clauses(space.mask)
     touched, satisfied = [], []
     for clause in parts:
@@ -136,12 +136,12 @@ def _pieces(space: LaneSpace, q_low: torch.Tensor, q_high: torch.Tensor) -> Any:
     code = torch.zeros_like(starts)
     full = torch.zeros_like(starts, dtype=torch.bool)
     any_touch = full
-    meaning: list[tuple[int, Bound | None]] = []
+    meaning: list[tuple[int, KeyBound | None]] = []
     for number, clause in enumerate(parts):
         inside = within(touched[number]) & (lengths > 0)
         any_touch = any_touch | inside
         open_ = torch.zeros_like(inside)
-        bits: list[tuple[torch.Tensor, Bound | None]] = [(inside, None)]
+        bits: list[tuple[torch.Tensor, KeyBound | None]] = [(inside, None)]
         for bound, interval in zip(clause.bounds, satisfied[number], strict=True):
             asked = inside & ~within(interval)
             open_ = open_ | asked
@@ -157,7 +157,7 @@ def _pieces(space: LaneSpace, q_low: torch.Tensor, q_high: torch.Tensor) -> Any:
     return starts * shown, lengths * shown, code, _Codes(space.mask, tuple(meaning))
 
 
-def _interval(space: LaneSpace, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _interval(space: ResidueSpace, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A half-open interval inside the keys."""
     low, high = low.clamp(min=0), high.clamp(max=space.kv_len - 1)
     start = low.clamp(max=space.kv_len)
@@ -166,13 +166,13 @@ def _interval(space: LaneSpace, low: torch.Tensor, high: torch.Tensor) -> tuple[
 
 @dataclass(frozen=True, eq=False)
 class _Codes:
-    """What the bits of a code stand for: clause number, and the bound that is open (None: the clause touches the piece)."""
+    """What the bits of a code stand for: clause number, and the bound that is open (None: the clause touches the key tile)."""
 
     mask: Boolean
-    meaning: tuple[tuple[int, Bound | None], ...]
+    meaning: tuple[tuple[int, KeyBound | None], ...]
 
     def residual(self, code: int) -> Boolean | None:
-        """The condition a piece leaves open."""
+        """The condition a key tile leaves open."""
         if code == ALL:
             return None
         if code == WHOLE:
@@ -192,8 +192,8 @@ class _Codes:
 def _progressions(
     q_start: torch.Tensor, heights: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, codes: torch.Tensor, decode: Any,
     group: int,
-) -> tuple[Family, ...]:  # fmt: skip
-    """Group consecutive strips of one shape whose pieces move by constant steps."""
+) -> tuple[StridedSeries, ...]:  # fmt: skip
+    """Group consecutive strips of one shape whose key tiles move by constant steps."""
     used = (lengths > 0).any(dim=1)
     like_last = (heights.diff() == 0) & (lengths.diff(dim=0) == 0).all(dim=1) & (codes.diff(dim=0) == 0).all(dim=1)
     steps = torch.cat([q_start[:, None], starts], dim=1).diff(dim=0)
@@ -203,7 +203,7 @@ def _progressions(
     start_list, length_list, code_list = starts.tolist(), lengths.tolist(), codes.tolist()
     q_list, height_list = q_start.tolist(), heights.tolist()
     known: dict[int, Boolean | None] = {}
-    result: list[Family] = []
+    result: list[StridedSeries] = []
     begin = 0
     total = len(q_list)
     while begin < total:
@@ -213,28 +213,28 @@ def _progressions(
         if used_list[begin]:
             count = end - begin
             moves = step_list[begin] if count > 1 else [0] * (len(start_list[begin]) + 1)
-            pieces = []
+            key_tiles = []
             for start, length, code, move in zip(start_list[begin], length_list[begin], code_list[begin], moves[1:], strict=True):
                 if length:
                     if code not in known:
                         known[code] = decode.residual(code)
-                    pieces.append(Piece(start, length, move, known[code]))
-            result.append(Family(group, q_list[begin], height_list[begin], count, moves[0], _joined(pieces)))
+                    key_tiles.append(KeyTile(start, length, move, known[code]))
+            result.append(StridedSeries(group, q_list[begin], height_list[begin], count, moves[0], _joined(key_tiles)))
         begin = end
     return tuple(result)
 
 
-def _joined(pieces: list[Piece]) -> tuple[Piece, ...]:
-    """Neighbours with one residual that move together are one piece."""
-    joined: list[Piece] = []
-    for piece in sorted(pieces, key=lambda p: p.start):
+def _joined(key_tiles: list[KeyTile]) -> tuple[KeyTile, ...]:
+    """Neighbours with one residual that move together are one key tile."""
+    joined: list[KeyTile] = []
+    for key_tile in sorted(key_tiles, key=lambda p: p.start):
         last = joined[-1] if joined else None
         if (
             last is not None
-            and last.start + last.length == piece.start
-            and (last.step, last.residual) == (piece.step, piece.residual)
+            and last.start + last.length == key_tile.start
+            and (last.step, last.residual) == (key_tile.step, key_tile.residual)
         ):
-            joined[-1] = Piece(last.start, last.length + piece.length, last.step, last.residual)
+            joined[-1] = KeyTile(last.start, last.length + key_tile.length, last.step, last.residual)
         else:
-            joined.append(piece)
+            joined.append(key_tile)
     return tuple(joined)

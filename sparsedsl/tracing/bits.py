@@ -16,7 +16,7 @@ import torch
 
 from sparsedsl.lang.expressions import Index
 from sparsedsl.tracing.conversion import Conversion
-from sparsedsl.tracing.graph import Node
+from sparsedsl.tracing.trace_graph import TraceNode
 
 __all__ = ["Bits"]
 
@@ -31,10 +31,10 @@ class Bits(Conversion):
 
     def __init__(self) -> None:
         super().__init__()
-        self._pieces: dict[Node, Pieces] = {}
+        self._pieces: dict[TraceNode, Pieces] = {}
         self._known: dict[sympy.Expr, int] = {}  # atom -> the bits it may have, where that is not all
 
-    def bitwise(self, node: Node) -> Index:
+    def bitwise(self, node: TraceNode) -> Index:
         """The integer expression of a bit operation."""
         if node.op in ("shl", "shr"):
             bits, x = _shift(node), self.index(node.args[0])
@@ -44,7 +44,7 @@ class Bits(Conversion):
                 return x << bits if bits >= 0 else x >> -bits
         return self._joined(self.pieces(node))
 
-    def pieces(self, node: Node) -> Pieces:
+    def pieces(self, node: TraceNode) -> Pieces:
         """A node as pieces."""
         if node not in self._pieces:
             pieces = self._split(node)
@@ -57,7 +57,7 @@ class Bits(Conversion):
             self._known[index.expr] = reach
         return {(index.expr, 0): self._known.get(index.expr, -1)}
 
-    def _split(self, node: Node) -> Pieces | None:
+    def _split(self, node: TraceNode) -> Pieces | None:
         """The pieces of a bit operation; None for everything else."""
         if node.dtype == torch.bool:
             return None
@@ -91,7 +91,7 @@ class Bits(Conversion):
         return total
 
 
-def _reach_of(node: Node) -> int:
+def _reach_of(node: TraceNode) -> int:
     """The bits that a value which is no bit operation may have; -1 for all."""
     if node.dtype == torch.bool or (node.op == "cast" and node.args[0].dtype == torch.bool):
         return 1
@@ -102,7 +102,7 @@ def _reach_of(node: Node) -> int:
     return -1
 
 
-def _shift(node: Node) -> int | None:
+def _shift(node: TraceNode) -> int | None:
     """By how many bits to the left a shift goes; None when that is not a usable constant."""
     bits = node.args[1].args[0] if node.args[1].is_const else -1
     return None if not 0 <= bits < 63 else int(bits) if node.op == "shl" else -int(bits)

@@ -21,8 +21,8 @@ from sparsedsl.lang.tables import TableRead, TableSpec
 from sparsedsl.tracing import capture
 from sparsedsl.tracing.bits import Bits
 from sparsedsl.tracing.floats import Floats
-from sparsedsl.tracing.graph import Captured, Node, fail
 from sparsedsl.tracing.operations import COMPARISONS
+from sparsedsl.tracing.trace_graph import Captured, TraceNode, fail
 
 __all__ = ["Converter"]
 
@@ -49,17 +49,17 @@ class Converter(Floats, Bits):
     def __init__(self, claims: dict[Captured, int], learned: bool):
         super().__init__()
         self.claims, self.wanted, self.learned = claims, dict(claims), learned
-        self._indices: dict[Node, Index] = {}
-        self._reads: dict[Node, list[Captured]] = {}
-        self._masks: dict[Node, Mask] = {}
+        self._indices: dict[TraceNode, Index] = {}
+        self._reads: dict[TraceNode, list[Captured]] = {}
+        self._masks: dict[TraceNode, Mask] = {}
 
-    def index(self, node: Node) -> Index:
+    def index(self, node: TraceNode) -> Index:
         """A node of integer or boolean type as an integer expression."""
         if node not in self._indices:
             self._indices[node] = self._wrapped(node, self.located(self._index, node))
         return self._indices[node]
 
-    def mask(self, node: Node) -> Mask:
+    def mask(self, node: TraceNode) -> Mask:
         """A node of any type as a boolean: not zero."""
         if node not in self._masks:
             self._masks[node] = self.located(self._mask, node)
@@ -67,7 +67,7 @@ class Converter(Floats, Bits):
 
     # -- tables ------------------------------------------------------------------------------------------------------------------
 
-    def read(self, node: Node) -> Any:
+    def read(self, node: TraceNode) -> Any:
         """A table read: an index, a mask or a score by the table's type."""
         captured, *indices = node.args
         return Table(self.spec(captured))[tuple(self.position(i, captured, d) for d, i in enumerate(indices))]
@@ -84,7 +84,7 @@ class Converter(Floats, Bits):
             values_in=None if low is None else (low, max(_UNBOUNDED, int(tensor.long().max()))),
         )
 
-    def position(self, node: Node, captured: Captured, dimension: int) -> Index:
+    def position(self, node: TraceNode, captured: Captured, dimension: int) -> Index:
         """An index of a table; one that may be negative counts from the end, as in torch."""
         index = self.index(node)
         if index.expr.is_nonnegative:
@@ -93,7 +93,7 @@ class Converter(Floats, Bits):
         size = sympy.Integer(captured.tensor.shape[dimension])
         return Index(strict.strict_class("i64", "wrap")(index.expr, size))
 
-    def want(self, node: Node, low: int) -> None:
+    def want(self, node: TraceNode, low: int) -> None:
         """Ask for a claim about the integer tables that ``node`` is made of, where their values allow it."""
         if node.op == "read":
             captured = node.args[0]
@@ -107,7 +107,7 @@ class Converter(Floats, Bits):
 
     # -- integers ----------------------------------------------------------------------------------------------------------------
 
-    def _index(self, node: Node) -> Index:
+    def _index(self, node: TraceNode) -> Index:
         if node.dtype == torch.bool:
             return as_index(self.mask(node))
         args = node.args
@@ -151,18 +151,18 @@ class Converter(Floats, Bits):
             )
         return self.opaque(node)
 
-    def opaque(self, node: Node) -> Index:
+    def opaque(self, node: TraceNode) -> Index:
         """An integer operation that the language has no word for, as an exact operation."""
         return Index(strict.strict_class("i64", node.op)(*(self.index(a).expr for a in node.args)))
 
-    def divisor(self, node: Node) -> Index:
+    def divisor(self, node: TraceNode) -> Index:
         """A divisor, which must be known not to be zero."""
         divisor = self.index(node)
         if not divisor.expr.is_positive and not divisor.expr.is_negative:
             self.want(node, 1)
         return divisor
 
-    def _wrapped(self, node: Node, index: Index) -> Index:
+    def _wrapped(self, node: TraceNode, index: Index) -> Index:
         """Integers narrower than 32 bits wrap around wherever a result may leave their range; wider ones must stay inside."""
         if node.dtype in _WIDE and node.op in _LEAVING:
             self._check_inside(node, index)
@@ -171,7 +171,7 @@ class Converter(Floats, Bits):
         low, size = _WIDTHS[node.dtype]
         return (index - low) % size + low
 
-    def _check_inside(self, node: Node, index: Index) -> None:
+    def _check_inside(self, node: TraceNode, index: Index) -> None:
         tables = self.reads(node)
         if not tables or _comes_of_floats(index.expr):  # every call checks how far positions reach; of floats nobody knows
             return
@@ -187,7 +187,7 @@ class Converter(Floats, Bits):
                 node.where,
             )
 
-    def reads(self, node: Node) -> list[Captured]:
+    def reads(self, node: TraceNode) -> list[Captured]:
         """The tables that a node is computed from."""
         if node not in self._reads:
             found = [node.args[0]] if node.op == "read" else []
@@ -196,9 +196,9 @@ class Converter(Floats, Bits):
 
     # -- booleans ----------------------------------------------------------------------------------------------------------------
 
-    def _mask(self, node: Node) -> Mask:
+    def _mask(self, node: TraceNode) -> Mask:
         if node.dtype.is_floating_point:
-            return self.float_compare("ne", node, Node("const", (0,), node.dtype, node.dtype), node.dtype)
+            return self.float_compare("ne", node, TraceNode("const", (0,), node.dtype, node.dtype), node.dtype)
         if node.dtype != torch.bool:
             return self.integer_compare("ne", self.index(node), as_index(0))
         args = node.args

@@ -20,8 +20,8 @@ from sparsedsl.lang.expressions import Index, Mask, Score, as_score
 from sparsedsl.lang.functions import NotReal
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.tracing.conversion import Conversion
-from sparsedsl.tracing.graph import Node, fail
 from sparsedsl.tracing.operations import COMPARISONS
+from sparsedsl.tracing.trace_graph import TraceNode, fail
 
 __all__ = ["Floats"]
 
@@ -34,19 +34,19 @@ class Floats(Conversion):
 
     def __init__(self) -> None:
         super().__init__()
-        self._scores: dict[Node, Score] = {}
-        self._exact: dict[Node, sympy.Basic] = {}
-        self._of_score: dict[Node, bool] = {}
+        self._scores: dict[TraceNode, Score] = {}
+        self._exact: dict[TraceNode, sympy.Basic] = {}
+        self._of_score: dict[TraceNode, bool] = {}
 
     # -- real arithmetic ---------------------------------------------------------------------------------------------------------
 
-    def score(self, node: Node) -> Score:
+    def score(self, node: TraceNode) -> Score:
         """A node of any type as a real expression."""
         if node not in self._scores:
             self._scores[node] = self.located(self._score, node)
         return self._scores[node]
 
-    def _score(self, node: Node) -> Score:
+    def _score(self, node: TraceNode) -> Score:
         if not node.dtype.is_floating_point:
             return as_score(self.index(node))
         match node.op:
@@ -64,7 +64,7 @@ class Floats(Conversion):
                     return as_score(_REAL[op](*parts))
         return Score(self.exact(node))
 
-    def _number(self, node: Node) -> float | int:
+    def _number(self, node: TraceNode) -> float | int:
         value = node.args[0]
         if isinstance(value, complex) or value != value:
             fail(f"the constant {value}", "Drop a pair with float('-inf'), or in the mask", node.where)
@@ -72,13 +72,13 @@ class Floats(Conversion):
 
     # -- exact arithmetic --------------------------------------------------------------------------------------------------------
 
-    def exact(self, node: Node) -> sympy.Basic:
+    def exact(self, node: TraceNode) -> sympy.Basic:
         """A node of any type as an operand of exact operations."""
         if node not in self._exact:
             self._exact[node] = self.located(self._exactly, node)
         return self._exact[node]
 
-    def _exactly(self, node: Node) -> sympy.Basic:
+    def _exactly(self, node: TraceNode) -> sympy.Basic:
         if not node.dtype.is_floating_point:
             return self.index(node).expr
         match node.op:
@@ -103,20 +103,20 @@ class Floats(Conversion):
         bare = [x.args[0] if isinstance(x, cast) and i not in plain else x for i, x in enumerate(operands)]
         return function(*(bare if op != "cast" or not isinstance(operands[0], cast) else [operands[0].args[0]]))
 
-    def _truncated(self, node: Node) -> Index:
+    def _truncated(self, node: TraceNode) -> Index:
         """A float cast to an integer type."""
         source = node.args[0]
         return Index(self._apply(f"to_{str(node.dtype).removeprefix('torch.')}", source.dtype, self.exact(source)))
 
     # -- decisions ---------------------------------------------------------------------------------------------------------------
 
-    def predicate(self, node: Node) -> Mask:
+    def predicate(self, node: TraceNode) -> Mask:
         """``isnan`` and its kin."""
         if not node.common.is_floating_point:
             return Mask(sympy.false) if node.op != "signbit" else self.index(node.args[0]) < 0
         return Index(self._apply(node.op, node.common, self.exact(node.args[0]))) != 0
 
-    def float_compare(self, op: str, left: Node, right: Node, common: torch.dtype) -> Mask:
+    def float_compare(self, op: str, left: TraceNode, right: TraceNode, common: torch.dtype) -> Mask:
         """A comparison of floats of type ``common``."""
         if self.uses_score(left) or self.uses_score(right):
             return _RELATIONS[op](self.score(left), self.score(right))
@@ -128,7 +128,7 @@ class Floats(Conversion):
             op, left, right = _SWAPPED[op], right, left
         return Index(self._apply(op, common, self.exact(left), self.exact(right))) != 0
 
-    def _whole_against(self, x: Node, c: Node, common: torch.dtype) -> Index | None:
+    def _whole_against(self, x: TraceNode, c: TraceNode, common: torch.dtype) -> Index | None:
         """``x`` if it is a whole number and ``c`` so small a constant that casting ``x`` to ``common`` cannot change the outcome.
 
         Casting is monotone and exact up to ``2**bits``, so a constant below that bound divides the cast values as it divides
@@ -150,7 +150,7 @@ class Floats(Conversion):
         bound = math.ceil(c) if op in ("lt", "ge") else math.floor(c)
         return self.integer_compare(op, x, Index(sympy.Integer(bound)))
 
-    def uses_score(self, node: Node) -> bool:
+    def uses_score(self, node: TraceNode) -> bool:
         """Whether the value depends on the logit itself."""
         if node not in self._of_score:
             self._of_score[node] = (node.op == "symbol" and node.dtype.is_floating_point) or any(

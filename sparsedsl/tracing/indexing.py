@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from sparsedsl.tracing import advice
-from sparsedsl.tracing.graph import Node, Partial, constant, fail
+from sparsedsl.tracing import trace_advice
 from sparsedsl.tracing.proxy import Proxy, Tracer
+from sparsedsl.tracing.trace_graph import Partial, TraceNode, constant, fail
 
 __all__ = ["getitem", "index_dimensions"]
 
@@ -63,13 +63,13 @@ def _given(tracer: Tracer, target: Any, items: list[Any]) -> Partial:
     return Partial(part.captured, tuple(indices))
 
 
-def _index(tracer: Tracer, item: Any, name: str, dimension: int, size: int) -> Node:
+def _index(tracer: Tracer, item: Any, name: str, dimension: int, size: int) -> TraceNode:
     """One index as a node; constants are checked and made non-negative."""
     if item is None or isinstance(item, (slice, list)) or item is Ellipsis:
         shown = "None" if item is None else f"the slice {item}" if isinstance(item, slice) else repr(item)
         fail(f"{shown} as an index of {name}", f"A table is read one element at a time: {name}[q_idx], {name}[b, q_idx]")
     if isinstance(item, torch.Tensor) and item.ndim:
-        advice.refuse_shape(f"the index of {name}", tuple(item.shape))
+        trace_advice.refuse_shape(f"the index of {name}", tuple(item.shape))
     node = tracer.node(item)
     if node.dtype in (torch.bool, torch.uint8):
         fail(f"{node.dtype} as an index of {name}", "torch reads it as a selection of elements; write index.to(torch.int64)")

@@ -12,10 +12,10 @@ import torch
 
 from sparsedsl.lang.strict import OPERATIONS
 from sparsedsl.torch_private import tree_map
-from sparsedsl.tracing import advice
-from sparsedsl.tracing.graph import Node, constant
+from sparsedsl.tracing import trace_advice
 from sparsedsl.tracing.indexing import index_dimensions
 from sparsedsl.tracing.proxy import Proxy, Tracer
+from sparsedsl.tracing.trace_graph import TraceNode, constant
 
 __all__ = ["record"]
 
@@ -41,9 +41,9 @@ def record(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     name, schema = func._schema.name.removeprefix("aten::"), func._schema
     shown = tracer.current[-1] if tracer.current else f"torch.{name}"
     if name == "_local_scalar_dense":
-        advice.refuse("item")
+        trace_advice.refuse("item")
     if schema.is_mutable:
-        advice.refuse("write", shown)
+        trace_advice.refuse("write", shown)
     given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     given |= dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
     read = _read(tracer, name, given)
@@ -53,14 +53,14 @@ def record(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
         return func(*_examples(args), **{**_examples(kwargs), "device": torch.device("cpu")})
     if name in _SAME or (name in _RESHAPES and func(*_examples(args), **_examples(kwargs)).ndim == 0):
         return Proxy(tracer.node(given["self"]), tracer)
-    call = _Call(tracer, func, args, kwargs, given)
+    call = _TorchCall(tracer, func, args, kwargs, given)
     name = _ALIASES.get(name, name)
     if name in _SPECIAL:
         result = _SPECIAL[name](call)
     elif name in KNOWN:
         result = call.make(name, *(call.operand(a.name) for a in schema.arguments if given.get(a.name) is not None))
     else:
-        advice.refuse_operation(name, shown)
+        trace_advice.refuse_operation(name, shown)
     if isinstance(result, tuple):
         return tuple(Proxy(r, tracer) for r in result)
     return Proxy(result, tracer)
@@ -92,13 +92,13 @@ def _read(tracer: Tracer, name: str, given: dict[str, Any]) -> Any:
     return None
 
 
-class _Call:
+class _TorchCall:
     """One operation with its arguments by name."""
 
     def __init__(self, tracer: Tracer, func: Any, args: Any, kwargs: Any, given: dict[str, Any]):
         self.tracer, self.func, self.args, self.kwargs, self.given = tracer, func, args, kwargs, given
 
-    def operand(self, name: str) -> Node:
+    def operand(self, name: str) -> TraceNode:
         """The node of a scalar argument."""
         return self.tracer.node(self.given[name])
 
@@ -113,29 +113,29 @@ class _Call:
         values = [v for v in values if isinstance(v, (torch.Tensor, int, float))]
         return torch.result_type(values[0], values[1]) if len(values) > 1 else values[0].dtype
 
-    def make(self, op: str, *operands: Node) -> Node:
+    def make(self, op: str, *operands: TraceNode) -> TraceNode:
         """A node of the call's result type."""
         dtype = self.result_type()
         common = self.promoted() if op in COMPARISONS | PREDICATES else dtype
-        return Node(op, tuple(_fitted(x, common) for x in operands), dtype, common)
+        return TraceNode(op, tuple(_fitted(x, common) for x in operands), dtype, common)
 
 
-def _fitted(node: Node, common: torch.dtype) -> Node:
+def _fitted(node: TraceNode, common: torch.dtype) -> TraceNode:
     """A constant as torch sees it in an operation of ``common``: integers narrower than 32 bits take its lowest bits."""
     if not node.is_const or common not in (torch.uint8, torch.int8, torch.int16) or not isinstance(node.args[0], int):
         return node
     return constant(torch.tensor(node.args[0]).to(common).item(), common)
 
 
-def _compound(op: str, *operands: Node) -> Node:
+def _compound(op: str, *operands: TraceNode) -> TraceNode:
     """A node of an operation that the call is made of, in the type of its last operand."""
-    return Node(op, operands, operands[-1].dtype, operands[-1].dtype)
+    return TraceNode(op, operands, operands[-1].dtype, operands[-1].dtype)
 
 
-def _scaled(swap: bool, op: str) -> Callable[[_Call], Node]:
+def _scaled(swap: bool, op: str) -> Callable[[_TorchCall], TraceNode]:
     """``add``, ``sub`` and ``rsub`` with their factor ``alpha``."""
 
-    def handle(call: _Call) -> Node:
+    def handle(call: _TorchCall) -> TraceNode:
         a, b = call.operand("self"), call.operand("other")
         if swap:
             a, b = b, a
@@ -145,15 +145,15 @@ def _scaled(swap: bool, op: str) -> Callable[[_Call], Node]:
     return handle
 
 
-def _divide(call: _Call) -> Node:
+def _divide(call: _TorchCall) -> TraceNode:
     mode = call.given.get("rounding_mode")
     return call.make("div" if mode is None else f"div_{mode}", call.operand("self"), call.operand("other"))
 
 
-def _clamp(low: str | None, high: str | None) -> Callable[[_Call], Node]:
+def _clamp(low: str | None, high: str | None) -> Callable[[_TorchCall], TraceNode]:
     """``clamp`` and its kin as maximum, then minimum: the upper bound wins, as in torch."""
 
-    def handle(call: _Call) -> Node:
+    def handle(call: _TorchCall) -> TraceNode:
         x = call.operand("self")
         for name, op in ((low, "maximum"), (high, "minimum")):
             if name is not None and call.given.get(name) is not None:
@@ -163,51 +163,51 @@ def _clamp(low: str | None, high: str | None) -> Callable[[_Call], Node]:
     return handle
 
 
-def _cast(call: _Call) -> Node:
+def _cast(call: _TorchCall) -> TraceNode:
     x, dtype = call.operand("self"), call.given.get("dtype") or call.operand("self").dtype
-    return x if dtype == x.dtype else Node("cast", (x,), dtype, x.dtype)
+    return x if dtype == x.dtype else TraceNode("cast", (x,), dtype, x.dtype)
 
 
-def _masked_fill(call: _Call) -> Node:
+def _masked_fill(call: _TorchCall) -> TraceNode:
     x, value = call.operand("self"), call.operand("value")
-    return call.make("where", call.operand("mask"), Node("cast", (value,), x.dtype, value.dtype), x)
+    return call.make("where", call.operand("mask"), TraceNode("cast", (value,), x.dtype, value.dtype), x)
 
 
-def _nan_to_num(call: _Call) -> Node:
+def _nan_to_num(call: _TorchCall) -> TraceNode:
     x = call.operand("self")
     if not x.dtype.is_floating_point:
         return x
     limits = torch.finfo(x.dtype)
     for name, test, default in (("nan", "isnan", 0.0), ("posinf", "isposinf", limits.max), ("neginf", "isneginf", limits.min)):
         value = call.given.get(name)
-        condition = Node(test, (x,), torch.bool, x.dtype)
+        condition = TraceNode(test, (x,), torch.bool, x.dtype)
         x = _compound("where", condition, constant(default if value is None else float(value), x.dtype), x)
     return x
 
 
-def _round(call: _Call) -> Node:
+def _round(call: _TorchCall) -> TraceNode:
     decimals = call.given.get("decimals", 0)
     return (
         call.make("round_to", call.operand("self"), constant(decimals)) if decimals else call.make("round", call.operand("self"))
     )
 
 
-def _celu(call: _Call) -> Node:
+def _celu(call: _TorchCall) -> TraceNode:
     alpha = float(call.given["alpha"])
     return call.make("elu", call.operand("self"), constant(alpha), constant(1.0), constant(1.0 / alpha))
 
 
-def _ldexp(call: _Call) -> Node:
+def _ldexp(call: _TorchCall) -> TraceNode:
     dtype = call.result_type()
-    return call.make("mul", call.operand("self"), Node("pow", (constant(2.0), call.operand("other")), dtype, dtype))
+    return call.make("mul", call.operand("self"), TraceNode("pow", (constant(2.0), call.operand("other")), dtype, dtype))
 
 
-def _log_sigmoid(call: _Call) -> tuple[Node, Node]:
+def _log_sigmoid(call: _TorchCall) -> tuple[TraceNode, TraceNode]:
     node = call.make("log_sigmoid", call.operand("self"))
     return node, node  # the second result is a buffer for the backward pass
 
 
-_SPECIAL: dict[str, Callable[[_Call], Any]] = {
+_SPECIAL: dict[str, Callable[[_TorchCall], Any]] = {
     "add": _scaled(False, "add"),
     "sub": _scaled(False, "sub"),
     "rsub": _scaled(True, "sub"),

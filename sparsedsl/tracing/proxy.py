@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from sparsedsl.torch_private import no_torch_function, stand_in, tree_leaves
-from sparsedsl.tracing import advice, capture
-from sparsedsl.tracing.graph import Captured, Node, Partial, constant, fail
+from sparsedsl.tracing import capture, trace_advice
+from sparsedsl.tracing.trace_graph import Captured, Partial, TraceNode, constant, fail
 
 __all__ = ["Proxy", "Tracer"]
 
@@ -35,12 +35,12 @@ class Proxy(torch.Tensor):
     """
 
     known: torch.Tensor | None = None
-    node: Node | None
+    node: TraceNode | None
     partial: Partial | None
     tracer: Tracer
 
     @staticmethod
-    def __new__(cls, value: Node | Partial, tracer: Tracer) -> Proxy:
+    def __new__(cls, value: TraceNode | Partial, tracer: Tracer) -> Proxy:
         partial = value if isinstance(value, Partial) else None
         dtype = partial.captured.tensor.dtype if partial else value.dtype  # type: ignore[union-attr]
         shape, device = partial.shape if partial else (), torch.device("cpu")
@@ -62,37 +62,37 @@ class Proxy(torch.Tensor):
         return repr(self)
 
     def __len__(self) -> int:
-        advice.refuse("len")
+        trace_advice.refuse("len")
 
     def __iter__(self) -> Any:
-        advice.refuse("iter")
+        trace_advice.refuse("iter")
 
     def __bool__(self) -> bool:
-        return bool(self.known) if self.known is not None else advice.refuse_truth()
+        return bool(self.known) if self.known is not None else trace_advice.refuse_truth()
 
     def __int__(self) -> int:
-        return int(self.known) if self.known is not None else advice.refuse("__int__")
+        return int(self.known) if self.known is not None else trace_advice.refuse("__int__")
 
     def __float__(self) -> float:
-        return float(self.known) if self.known is not None else advice.refuse("__float__")
+        return float(self.known) if self.known is not None else trace_advice.refuse("__float__")
 
     def __index__(self) -> int:
-        return int(self.known) if self.known is not None else advice.refuse("__index__")
+        return int(self.known) if self.known is not None else trace_advice.refuse("__index__")
 
     def __complex__(self) -> complex:
-        advice.refuse("__complex__")
+        trace_advice.refuse("__complex__")
 
     def __contains__(self, item: Any) -> bool:
-        advice.refuse("in")
+        trace_advice.refuse("in")
 
     def tolist(self) -> Any:
-        return self.known.tolist() if self.known is not None else advice.refuse("item")
+        return self.known.tolist() if self.known is not None else trace_advice.refuse("item")
 
     def item(self) -> Any:
         return self.tolist()
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        advice.refuse("numpy")
+        trace_advice.refuse("numpy")
 
 
 class Tracer:
@@ -131,7 +131,7 @@ class Tracer:
         """The table that ``tensor`` becomes; a tensor without dimensions becomes a table of one entry."""
         if id(tensor) in self.captured:
             return self.captured[id(tensor)][1]
-        advice.check_table(tensor)
+        trace_advice.check_table(tensor)
         fresh, table = self.fresh.get(id(tensor)), tensor
         name = capture.find_name(fresh.origin if fresh and fresh.origin is not None else tensor) or "table"
         if tensor.ndim == 0:
@@ -162,14 +162,14 @@ class Tracer:
             return proxy
         return tensor
 
-    def node(self, value: object) -> Node:
+    def node(self, value: object) -> TraceNode:
         """The node of a scalar operand: a proxy, a number, or a real tensor of one element."""
         if isinstance(value, Proxy):
             if value.node is None:
-                advice.refuse_shape(value.partial.captured.name, tuple(value.shape))  # type: ignore[union-attr]
+                trace_advice.refuse_shape(value.partial.captured.name, tuple(value.shape))  # type: ignore[union-attr]
             return value.node
         if isinstance(value, torch.Tensor):
             if value.ndim:
-                advice.refuse_shape(self.capture(value).name, tuple(value.shape))
+                trace_advice.refuse_shape(self.capture(value).name, tuple(value.shape))
             return constant(value.item(), value.dtype)
         return constant(value)

@@ -13,9 +13,9 @@ from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Mask, Score, as_score
 from sparsedsl.tracing.capture import sanitise
 from sparsedsl.tracing.convert import Converter
-from sparsedsl.tracing.graph import Captured, Node, Refused, constant
 from sparsedsl.tracing.operations import record
 from sparsedsl.tracing.proxy import Proxy, Tracer
+from sparsedsl.tracing.trace_graph import Captured, Refused, TraceNode, constant
 from sparsedsl.tracing.watcher import Watcher
 
 __all__ = ["trace_mask", "trace_score"]
@@ -92,11 +92,13 @@ def trace_score(score_mod: Callable[..., Any], *, rename: Mapping[str, str] | No
     return _trace(score_mod, "score_mod", symbols, _as_score, rename)
 
 
-def _symbol(name: str, dtype: torch.dtype = torch.int64) -> Node:
-    return Node("symbol", (name,), dtype, dtype, None)
+def _symbol(name: str, dtype: torch.dtype = torch.int64) -> TraceNode:
+    return TraceNode("symbol", (name,), dtype, dtype, None)
 
 
-def _trace(function: Any, kind: str, symbols: list[Node], convert: Callable[..., Any], rename: Mapping[str, str] | None) -> Any:
+def _trace(
+    function: Any, kind: str, symbols: list[TraceNode], convert: Callable[..., Any], rename: Mapping[str, str] | None
+) -> Any:
     _check_signature(function, kind, [str(s.args[0]) for s in symbols])
     if rename is not None and not isinstance(rename, Mapping):
         raise TraceError(f"rename must be a dict, table name -> new name; got {shown(rename)}")
@@ -118,7 +120,7 @@ def _run_callable(function: Any, proxies: list[Proxy]) -> Any:
     return function(*proxies)
 
 
-def _converted(node: Node, convert: Callable[[Converter], Any], learned: bool) -> Any:
+def _converted(node: TraceNode, convert: Callable[[Converter], Any], learned: bool) -> Any:
     """Convert; once more with the claims about tables that the first time found useful, as long as they grow."""
     claims: dict[Captured, int] = {}
     while True:
@@ -161,7 +163,7 @@ def _name_of(function: Any) -> str:
     return str(name) if name else type(function).__name__
 
 
-def _result_node(result: Any, tracer: Tracer, described: str) -> Node:
+def _result_node(result: Any, tracer: Tracer, described: str) -> TraceNode:
     """The node of what the callable returned."""
     if isinstance(result, (bool, int, float)):
         return constant(result)
@@ -177,13 +179,13 @@ def _result_node(result: Any, tracer: Tracer, described: str) -> Node:
     return tracer.node(result)
 
 
-def _as_mask(converter: Converter, node: Node, described: str) -> Mask:
+def _as_mask(converter: Converter, node: TraceNode, described: str) -> Mask:
     if node.dtype != torch.bool:
         raise TraceError(f"{described} must return a boolean; it returned {node.dtype}. Write `!= 0` at the end, or a comparison")
     return converter.mask(node)
 
 
-def _as_score(converter: Converter, node: Node, described: str) -> Score:
+def _as_score(converter: Converter, node: TraceNode, described: str) -> Score:
     if node.dtype.is_complex:
         raise TraceError(f"{described} must return a real number; it returned {node.dtype}")
     return as_score(converter.score(node))

@@ -10,9 +10,9 @@ import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from sparsedsl.torch_private import tree_leaves, tree_map
-from sparsedsl.tracing import advice, indexing
-from sparsedsl.tracing.graph import Refused, fail
+from sparsedsl.tracing import indexing, trace_advice
 from sparsedsl.tracing.proxy import Proxy, Tracer
+from sparsedsl.tracing.trace_graph import Refused, fail
 
 __all__ = ["Watcher"]
 
@@ -45,14 +45,16 @@ class Watcher(TorchFunctionMode):
     def _call(self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any], leaves: list[Any], reals: list[Any]) -> Any:
         tracer = self.tracer
         proxies = len(leaves) > len(reals)
-        if name in advice.RANDOM:
-            advice.refuse(name, tracer.current[-1])
+        if name in trace_advice.RANDOM:
+            trace_advice.refuse(name, tracer.current[-1])
         writes = (
-            name == "__setitem__" or (name.startswith("__i") and name[3:-2] in advice.IN_PLACE) or kwargs.get("out") is not None
+            name == "__setitem__"
+            or (name.startswith("__i") and name[3:-2] in trace_advice.IN_PLACE)
+            or kwargs.get("out") is not None
         )
-        writes = writes or (name.endswith("_") and not name.endswith("__") and name not in advice.HARMLESS)
+        writes = writes or (name.endswith("_") and not name.endswith("__") and name not in trace_advice.HARMLESS)
         if writes and (proxies or any(tracer.is_captured(t) for t in tree_leaves((args[:1], kwargs.get("out"))))):
-            advice.refuse("write", tracer.current[-1])
+            trace_advice.refuse("write", tracer.current[-1])
         if func is torch.Tensor.__getitem__:
             return indexing.getitem(tracer, args[0], args[1], lambda: func(*args))
         if proxies:
@@ -61,7 +63,7 @@ class Watcher(TorchFunctionMode):
             if isinstance(result, Proxy) and all(leaf.known is not None for leaf in leaves if isinstance(leaf, Proxy)):
                 result.known = func(*tree_map(_known, args), **tree_map(_known, dict(kwargs)))
             return result
-        if name in ("to", "cpu", "cuda") and tracer.is_captured(args[0]) and advice.moves_only(args, kwargs):
+        if name in ("to", "cpu", "cuda") and tracer.is_captured(args[0]) and trace_advice.moves_only(args, kwargs):
             return args[0]
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.ndim == 0 and any(t.ndim == 0 and tracer.is_captured(t) for t in reals):

@@ -11,9 +11,9 @@ import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis.bounds import allowed_range, check_reads, index_ranges, value_ranges
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.testing import AttentionCase, indices, masks, tables_for
-from sparsedsl.testing.lists import allowed_pairs, assert_lists_sound
+from sparsedsl.testing.list_checks import allowed_pairs, assert_lists_sound
 
 LENGTH = 16
 pos, size = sd.table("pos"), sd.table("size", values_in=(0, 9))

@@ -322,8 +322,8 @@ def test_34_prompt_lengths_stay_under_the_bound(bound, kind):
     if kind == "documents":
         attn = sd.compile(causal & sd.patterns.documents(), backend="tiled")
     else:
-        picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 2)
-        attn = sd.compile(sd.attend(causal & (sd.patterns.sliding_window(128) | picks)), backend="tiled")
+        selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 2)
+        attn = sd.compile(sd.attend(causal & (sd.patterns.sliding_window(128) | selected)), backend="tiled")
     torch.manual_seed(0)
     inputs = [torch.randn(1, 2, max(LENGTHS), 16) for _ in range(3)]
     ids = torch.arange(max(LENGTHS)) // 100

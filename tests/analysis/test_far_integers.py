@@ -17,11 +17,11 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.rows import count_rows
 from sparsedsl.analysis.tiles import classify
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.exact import evaluate_exactly
 from sparsedsl.testing.far_integers import FarCase, declared, far_cases, far_texts
-from sparsedsl.testing.lists import tile_classes
-from sparsedsl.testing.plain import Positions, plain_value
+from sparsedsl.testing.list_checks import tile_classes
+from sparsedsl.testing.plain import PositionTables, plain_value
 
 INT64 = torch.iinfo(torch.int64)
 causal = kv_idx <= q_idx
@@ -153,7 +153,7 @@ FAR = {
 
 def python_mask(mask: Any, tables: dict[str, torch.Tensor], q_offset: int = 0) -> torch.Tensor:
     """Pair by pair in Python's integers, from the mask's text."""
-    where = Positions(q_len=LENGTH, kv_len=LENGTH, q_offset=q_offset, exact=True)
+    where = PositionTables(q_len=LENGTH, kv_len=LENGTH, q_offset=q_offset, exact=True)
     whole = {name: np.asarray(table.tolist(), dtype=object) for name, table in tables.items()}
     found = np.asarray(plain_value(str(mask), where, whole)).astype(bool)
     return torch.as_tensor(np.broadcast_to(found, where.shape).copy())[0, 0]
@@ -286,17 +286,17 @@ def test_no_tensor_holds_values_beyond_int64():
 
 
 def test_programs_compare_far_values_too():
-    picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 2)
+    selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 2)
     same = doc[q_idx] == doc[kv_idx]
     q, k, v = (torch.randn(1, 1, LENGTH, 8, dtype=torch.float64) for _ in range(3))
     far = documents_apart()
     near = torch.arange(LENGTH) % 3
     near = (near > 0).long()
     for backend in ("reference", "tiled"):
-        attn = sd.compile(sd.attend(causal & same & (picks | (q_idx - kv_idx < 9))), backend=backend)
+        attn = sd.compile(sd.attend(causal & same & (selected | (q_idx - kv_idx < 9))), backend=backend)
         torch.testing.assert_close(attn(q, k, v, doc=far), attn(q, k, v, doc=near))
     with pytest.raises(sd.TableError, match="'doc' holds values"):
-        sd.compile(sd.attend(causal & (doc[q_idx] + doc[kv_idx] > 0) & picks))(q, k, v, doc=far)
+        sd.compile(sd.attend(causal & (doc[q_idx] + doc[kv_idx] > 0) & selected))(q, k, v, doc=far)
 
 
 @pytest.mark.parametrize("value", [INT64.min, INT64.min + 1, INT64.max - 1, INT64.max])

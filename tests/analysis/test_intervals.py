@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl.analysis.intervals import Intervals, TableRanges
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.testing import AttentionCase, indices, masks, tables_for
 
 LENGTH = 24

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis.proofs import causality
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.testing import AttentionCase, masks, tables_for
 
 causal = kv_idx <= q_idx
 doc = sd.table("doc", monotone=True)
 order = sd.table("order", bijective=True)
 width = sd.table("width", values_in=(1, 9))
-picked = sd.table("picked", dtype=bool)
+chosen = sd.table("chosen", dtype=bool)
 free = sd.table("free")
 
 PROVABLE = {
@@ -27,7 +27,7 @@ PROVABLE = {
     "permutation": (order[q_idx] == order[kv_idx], q_idx == kv_idx),
     "values in": (causal & (q_idx - kv_idx < width[h]), q_idx - kv_idx < 9),
     "remainders": ((q_idx - kv_idx) % 8 == 0, (q_idx - kv_idx) % 4 == 0),
-    "block table": (picked[q_idx // 4, kv_idx // 4] & causal, causal),
+    "block table": (chosen[q_idx // 4, kv_idx // 4] & causal, causal),
     "negative divisor": ((q_idx // -2) > 0, q_idx < 0),
     "kv within its length": (causal, kv_idx < sd.kv_len),
 }
@@ -64,7 +64,7 @@ def test_equivalent():
 
 
 def test_causality():
-    assert causality(causal & picked[q_idx, kv_idx]) == sd.PROVED
+    assert causality(causal & chosen[q_idx, kv_idx]) == sd.PROVED
     verdict = causality((q_idx - kv_idx < 5) & (kv_idx - q_idx < 3))
     assert verdict == sd.REFUTED and verdict.witness.kv_idx > verdict.witness.q_idx
 

@@ -16,7 +16,7 @@ from sparsedsl.analysis import lists, report
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.analysis.totals import Totals, listed_totals, repeated_totals
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.testing import AttentionCase, masks, tables_for
 
 causal = kv_idx <= q_idx

@@ -11,7 +11,7 @@ import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis import rows as rows_module
 from sparsedsl.testing import AttentionCase, masks, tables_for
-from sparsedsl.testing.lists import allowed_pairs
+from sparsedsl.testing.list_checks import allowed_pairs
 
 causal = kv_idx <= q_idx
 doc = sd.table("doc", monotone=True)

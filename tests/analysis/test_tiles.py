@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx
-from sparsedsl.analysis.clauses import clauses
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.errors import ShapeError
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.testing import AttentionCase, masks, tables_for
-from sparsedsl.testing.lists import assert_lists_sound
+from sparsedsl.testing.list_checks import assert_lists_sound
 
 causal = kv_idx <= q_idx
 doc = sd.table("doc", monotone=True)
-picked = sd.table("picked", dtype=bool)
+taken = sd.table("taken", dtype=bool)
 width = sd.table("width", values_in=(0, 300))
 
 FAMILIES = {
@@ -35,7 +35,7 @@ FAMILIES = {
     "per-head windows": causal & (q_idx - kv_idx < width[h]),
     "per-batch prefix": causal | (kv_idx < width[b]),
     "neighbourhood": (abs(q_idx // 16 - kv_idx // 16) <= 2) & (abs(q_idx % 16 - kv_idx % 16) <= 2),
-    "block table": causal & picked[q_idx // 32, kv_idx // 32],
+    "block table": causal & taken[q_idx // 32, kv_idx // 32],
     "strided": causal & ((q_idx - kv_idx < 32) | (kv_idx % 32 == 31)),
     "products": (q_idx * kv_idx) % 7 == 0,
     "exclusive": causal ^ (q_idx - kv_idx < 50),
@@ -63,7 +63,7 @@ def family_tables(mask, rows, kv_len, offset, seed=0):
     tables = {
         "doc": torch.randint(0, 9, (longest,), generator=generator).sort().values,
         "width": torch.tensor([10, 64, 200]),
-        "picked": torch.rand((longest // 32 + 1,) * 2, generator=generator) < 0.4,
+        "taken": torch.rand((longest // 32 + 1,) * 2, generator=generator) < 0.4,
     }
     return {name: tables[name] for name in mask.tables}
 
@@ -142,9 +142,9 @@ def test_few_points_of_large_tiles_are_looked_at(monkeypatch):
     from sparsedsl.analysis import points
 
     chosen = torch.rand((16, 16), generator=torch.Generator().manual_seed(0)) < 0.3
-    mask = picked[q_idx // 1024, kv_idx // 1024]
+    mask = taken[q_idx // 1024, kv_idx // 1024]
     monkeypatch.setattr(points.PointDecider, "decide", lambda *_: pytest.fail("points were looked at"))
-    classes = classify(mask.expr, Domain(16384, 16384, tables={"picked": chosen}), (2048, 128)).classes()[0, 0]
+    classes = classify(mask.expr, Domain(16384, 16384, tables={"taken": chosen}), (2048, 128)).classes()[0, 0]
     wanted = chosen.view(8, 2, 16).sum(dim=1).repeat_interleave(8, dim=1)
     assert torch.equal(classes, wanted.to(torch.int8))
 

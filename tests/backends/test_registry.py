@@ -17,7 +17,7 @@ from sparsedsl.backends import registry
 from sparsedsl.backends.protocol import Backend, PatternRunner
 from sparsedsl.execute import dispatch
 from sparsedsl.execute.static import StaticAttention
-from sparsedsl.program.effects import LATER_QUERIES
+from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.testing.strategies import tables_for
 
 causal = sd.kv_idx <= sd.q_idx

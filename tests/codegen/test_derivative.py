@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
 from sparsedsl import testing as kit
-from sparsedsl.codegen.derivative import derivative
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.codegen.derivatives import derivative
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.lang.tables import table_reads

@@ -16,11 +16,11 @@ from sparsedsl.backends.flex.attention import kernel_values
 from sparsedsl.codegen.expression import Names, write_expression
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.to_flex import flex_functions, flex_kernel
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 
 SYMBOLS = {name: name for name in ("b", "h", "kv_idx", "q_len", "kv_len", "score")} | {"q_idx": "q_pos"}
 doc, start = sd.table("doc", monotone=True), sd.table("start")
-bias, picked = sd.table("bias", dtype=float), sd.table("picked", dtype=bool)
+bias, chosen = sd.table("bias", dtype=float), sd.table("chosen", dtype=bool)
 
 
 def printed(expression, *, real="", clamp=False):
@@ -76,7 +76,7 @@ def test_generated_functions_have_the_values_of_the_evaluator(data, pattern, cas
         ((kv_idx <= q_idx) & (q_idx - kv_idx < 512), "(q_pos >= kv_idx) & (q_pos - kv_idx <= 511)"),
         (doc[q_idx] == doc[kv_idx], "doc[q_pos] == doc[kv_idx]"),
         (start[doc[q_idx]] <= kv_idx, "start[doc[q_pos].clamp(0, start.shape[0] - 1)] <= kv_idx"),
-        (~picked[q_idx // 64, 3], "~picked[(q_pos // 64).clamp(0, picked.shape[0] - 1), 3]"),
+        (~chosen[q_idx // 64, 3], "~chosen[(q_pos // 64).clamp(0, chosen.shape[0] - 1), 3]"),
         (abs(q_idx - kv_idx) % 3 == 1, "torch.abs(kv_idx - q_pos) % 3 == 1"),
         (sd.tanh(score / 30) * 30, "30*torch.tanh(score / 30)"),
         (sd.where(kv_idx < 4, score, float("-inf")), "torch.where(kv_idx <= 3, score, -inf)"),
@@ -122,9 +122,9 @@ def test_every_index_is_clamped_where_nobody_checks_lengths():
 
 def test_booleans_count_as_numbers():
     case = kit.AttentionCase(q_len=4, kv_len=4)
-    pattern = sd.attend(sd.where(picked[q_idx, kv_idx], 1, 0) + sd.where(picked[kv_idx, q_idx], 1, 0) == 1)
+    pattern = sd.attend(sd.where(chosen[q_idx, kv_idx], 1, 0) + sd.where(chosen[kv_idx, q_idx], 1, 0) == 1)
     table = torch.rand(4, 4) > 0.5
-    mask, _ = run(flex_functions(pattern).text, case, {"picked": table})
+    mask, _ = run(flex_functions(pattern).text, case, {"chosen": table})
     assert torch.equal(mask[0, 0], table ^ table.T)
 
 

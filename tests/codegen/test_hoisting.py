@@ -12,7 +12,7 @@ from sparsedsl import testing as kit
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.triton.hoisted_tables import fill
 from sparsedsl.codegen.hoisting import hoist
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 
 CASES = [
     kit.AttentionCase(q_len=9, kv_len=70, q_offset=61),

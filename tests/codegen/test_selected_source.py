@@ -11,8 +11,8 @@ import sympy
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score, table
-from sparsedsl.codegen import selected_source as module
-from sparsedsl.codegen.selected_source import KERNELS, member_symbols, selected_source
+from sparsedsl.codegen import to_triton_selected as module
+from sparsedsl.codegen.to_triton_selected import KERNELS, member_symbols, selected_source
 
 FOLDER = Path(module.__file__).with_name("kernels")
 FIRST, SECOND = member_symbols(2)
@@ -48,12 +48,12 @@ def lines_between(kernel: str, first: str, last: str, *expressions, **words) -> 
 
 def test_bits_of_choices_and_a_score_in_a_tile_of_queries():
     mask = sympy.And((kv_idx <= q_idx).expr, sympy.Or(FIRST, sympy.Not(SECOND)))
-    assert lines_between("picked_forward", "kv_idx = key", "v = tl.load", mask, (sd.tanh(score / 30) * 30 + h).expr) == [
+    assert lines_between("selected_forward", "kv_idx = key", "v = tl.load", mask, (sd.tanh(score / 30) * 30 + h).expr) == [
         "kv_idx = key",
         "bits = tl.load(members_ptr_here + slot, mask=own, other=0)",
-        "picked_0 = (bits & 1) != 0",
-        "picked_1 = (bits & 2) != 0",
-        "pairs = own[:, None] & exists[None, :] & ((q_idx[:, None] >= kv_idx[None, :]) & (picked_0[:, None] | ~picked_1[:, None]))",
+        "chosen_0 = (bits & 1) != 0",
+        "chosen_1 = (bits & 2) != 0",
+        "pairs = own[:, None] & exists[None, :] & ((q_idx[:, None] >= kv_idx[None, :]) & (chosen_0[:, None] | ~chosen_1[:, None]))",
         "score = tl.dot(q, k.T, input_precision=PRECISION) * scale",
         "s = (h[:, None].to(tl.float32) + 30*_tanh(0.03333333333333333*score)) * LOG2E",
         's = tl.where(pairs, s, float("-inf"))',
@@ -62,7 +62,7 @@ def test_bits_of_choices_and_a_score_in_a_tile_of_queries():
 
 def test_gradients_of_a_learned_table_where_keys_are_rows():
     expr = (score - gate[h, kv_idx]).expr
-    assert lines_between("picked_grad_kv", "dx = p", "at_key", sympy.true, expr, learned=frozenset(["gate"])) == [
+    assert lines_between("selected_grad_kv", "dx = p", "at_key", sympy.true, expr, learned=frozenset(["gate"])) == [
         "dx = p * (grad_p - delta[None, :])",
         "grad_s = dx",
         "d_grad_gate_0 = tl.where(pairs, dx * (-1), 0.0)",
@@ -79,10 +79,10 @@ def test_gradients_of_a_learned_table_where_keys_are_rows():
 
 def test_what_wants_no_gradient_costs_none():
     expr = (score - gate[h, kv_idx]).expr
-    assert "d_grad_gate" not in selected_source(sympy.true, expr).texts["picked_grad_kv"]
+    assert "d_grad_gate" not in selected_source(sympy.true, expr).texts["selected_grad_kv"]
 
 
 def test_far_positions_are_of_64_bits():
-    text = selected_source((kv_idx <= q_idx).expr, wide=True).texts["picked_forward"]
+    text = selected_source((kv_idx <= q_idx).expr, wide=True).texts["selected_forward"]
     assert "q_idx = tl.cast(q_offset, tl.int64) + query" in text
     assert "kv_idx = key.to(tl.int64)" in text

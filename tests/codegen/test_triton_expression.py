@@ -14,7 +14,7 @@ from hypothesis import given, settings
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, kv_len, q_idx, q_len, score
 from sparsedsl import testing as kit
-from sparsedsl.codegen.derivative import derivative
+from sparsedsl.codegen.derivatives import derivative
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import TableNames, TritonNames, needs_exact, write_expression, write_expressions
 from sparsedsl.codegen.triton_functions import FUNCTIONS, functions_for
@@ -22,7 +22,7 @@ from sparsedsl.lang.tables import table_reads
 
 SYMBOLS = {name: name for name in ("b", "h", "q_idx", "kv_idx", "q_len", "kv_len", "score")}
 doc, packed = sd.table("doc"), sd.table("packed", values_in=(0, 4))
-bias, picked = sd.table("bias", dtype=float), sd.table("picked", dtype=bool)
+bias, chosen = sd.table("bias", dtype=float), sd.table("chosen", dtype=bool)
 _numbers = itertools.count()
 
 
@@ -46,7 +46,7 @@ def printed(expression, real=None, **more):
         ((kv_idx <= q_idx) & (q_idx - kv_idx < 512), "(q_idx >= kv_idx) & (q_idx - kv_idx <= 511)"),
         (q_idx // 64 == kv_idx // 3, "q_idx // 64 == kv_idx // 3"),
         (doc[q_idx] == doc[kv_idx], "tl.load(doc + tl.minimum(q_idx, doc_0 - 1)) == tl.load(doc + tl.minimum(kv_idx, doc_0 - 1))"),
-        (~picked[q_idx // 64, 0], "(tl.load(picked + tl.minimum(q_idx // 64, picked_0 - 1)*picked_1) == 0)"),
+        (~chosen[q_idx // 64, 0], "(tl.load(chosen + tl.minimum(q_idx // 64, chosen_0 - 1)*chosen_1) == 0)"),
         (doc[q_idx - kv_idx] > 2, "tl.load(doc + tl.minimum(tl.maximum(q_idx - kv_idx, 0), doc_0 - 1)) >= 3"),
         (sd.tanh(score / 30) * 30, "30*_tanh(0.03333333333333333*score)"),
         (sd.tanh(score / 3) < 0.5, "_tanh_double(0.3333333333333333*score) < 0.5"),
@@ -248,7 +248,7 @@ def test_scores_and_their_derivatives_compile(compiled, expression):
         sd.tanh(kv_idx * 0.1) + sd.erf(q_idx * 0.1) + sd.softplus(q_idx * 0.1) + 2 ** (0.1 * h) + sd.cos(kv_idx) + sd.sigmoid(h * 0.1) < 9,
         sd.minimum(kv_idx * 0.1, 0.3) + sd.where(h < 2, 0.1, 0.25) < sd.maximum(bias[h, q_idx], 0.1),
         (q_idx * kv_idx * 3 < 5_000_000_000) | (7_000_000_000 - q_idx * q_idx == kv_idx) | (sd.minimum(q_idx * q_len, 3_000_000_000) < 7),
-        picked[q_idx // 4, kv_idx // 4] & ~picked[kv_idx // 4, 3] ^ (doc[q_idx] == doc[doc[kv_idx]]),
+        chosen[q_idx // 4, kv_idx // 4] & ~chosen[kv_idx // 4, 3] ^ (doc[q_idx] == doc[doc[kv_idx]]),
         ((q_idx - kv_idx) // 3 == 1) | ((q_idx - kv_idx) % 5 == h) | (3 // (h + 2) == 1) | (5 <= q_idx) | (kv_idx % -3 == h - 5),
         sd.tanh(score / 30) * 30, sd.sin(score) + sd.cos(score), sd.erf(score) + sd.exp(score) + sd.log(1 + abs(score)),
         sd.softplus(score) + sd.sigmoid(score) + sd.relu(score),

@@ -22,14 +22,14 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.backends.triton.prepared import prepare
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.pattern import as_pattern
 from sparsedsl.program.branches import Branch
 
 P = sd.patterns
 causal = kv_idx <= q_idx
 doc, width, limit = sd.table("doc", monotone=True), sd.table("width"), sd.table("limit")
-picked, bias = sd.table("picked", dtype=bool), sd.table("bias", learned=True)
+chosen, bias = sd.table("chosen", dtype=bool), sd.table("bias", learned=True)
 near, rows, columns, pairs = (sd.table(name, learned=True) for name in ("near", "rows", "columns", "pairs"))
 
 NEED = {
@@ -78,12 +78,12 @@ SPANS = {
 }
 # The queries that see a key are no intervals there.
 LISTED_QUERIES = ("even queries", "limits")
-LISTS = {"block table": picked[q_idx // 8, kv_idx // 8], "scattered": (q_idx * kv_idx) % 7 < 2, "kept": causal & (kv_idx % 5 < 3)}
+LISTS = {"block table": chosen[q_idx // 8, kv_idx // 8], "scattered": (q_idx * kv_idx) % 7 < 2, "kept": causal & (kv_idx % 5 < 3)}
 TABLES = {
     "doc": torch.arange(200) // 13,
     "width": torch.tensor([3, 25, 1, 60]),
     "limit": (torch.arange(200) * 5) % 90 - 9,
-    "picked": (torch.arange(20)[:, None] * 3 + torch.arange(20)) % 4 < 2,
+    "chosen": (torch.arange(20)[:, None] * 3 + torch.arange(20)) % 4 < 2,
 }
 
 
@@ -243,7 +243,7 @@ def test_tiles_that_are_visited(name, kernel):
         prepared = prepare(
             pattern, domain, torch.device("cpu"), (16, 16), lambda domain, block: classify(pattern.mask.expr, domain, block)
         )
-        assert prepared.variant.keys == ("spans" if name in SPANS else "lists")
+        assert prepared.variant.keys == ("intervals" if name in SPANS else "lists")
         arguments: dict[str, Any] = {"heads": HEADS, "group": 2, "rows": rows_, "kv_len": keys, "q_offset": offset, "scale": 1.0}
         arguments |= {"BLOCK_M": block[0], "BLOCK_N": block[1], "ALIGN": 1, "HEAVY_FIRST": False}
         arguments |= {f"{table}_table": t for table, t in tables.items()}

@@ -34,7 +34,7 @@ def python_calls(call: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "rows", "most"), [(WINDOW, 1024, 850), (WINDOW, 1, 125), (CHOICE, 1024, 1600), (CHOICE, 1, 850)]
+    ("pattern", "rows", "most"), [(WINDOW, 1024, 850), (WINDOW, 1, 120), (CHOICE, 1024, 1500), (CHOICE, 1, 400)]
 )
 def test_a_warm_call_makes_few_python_calls(pattern: Any, rows: int, most: int) -> None:
     threads = torch.get_num_threads()
@@ -55,5 +55,4 @@ def test_a_decode_step_of_another_length_is_as_cheap() -> None:
     for length in range(1024, 1028):
         attn(q, k[:, :, :length], k[:, :, :length], q_offset="end")
     counts = [python_calls(lambda n=n: attn(q, k[:, :, :n], k[:, :, :n], q_offset=n - 1)) for n in (1028, 1029, 1030)]
-    # The schedule of the window is made for the length; what is worked out for the program is not.
-    assert max(counts) < 6000
+    assert max(counts) <= 420

@@ -13,7 +13,7 @@ import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx
 from sparsedsl.backends.registry import BACKENDS
 from sparsedsl.execute.operators import attend_traced, remember
-from sparsedsl.program.text import read_program
+from sparsedsl.program.program_text import read_program
 from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import check_call
 from sparsedsl.testing import patterns, tensor
@@ -247,9 +247,9 @@ def test_a_pattern_is_read_back_from_its_text(pattern):
 
 
 def test_text_forms_carry_all_that_is_declared():
-    picked, order = sd.table("picked", dtype=bool), sd.table("order", bijective=True)
+    chosen, order = sd.table("chosen", dtype=bool), sd.table("order", bijective=True)
     width = sd.table("width", values_in=(1, 9))
-    mask = picked[h, q_idx // 16, kv_idx // 16] & (order[q_idx] >= order[kv_idx]) & (q_idx - kv_idx < width[h])
+    mask = chosen[h, q_idx // 16, kv_idx // 16] & (order[q_idx] >= order[kv_idx]) & (q_idx - kv_idx < width[h])
     pattern = sd.attend(mask, score=sd.tanh(sd.score / 30) * 30 + bias[h, 0], sink=-0.5, scale=0.1)
     assert read_program(sd.Program(pattern).text).static == pattern
     for plain in (sd.attend(True), sd.attend(False, sink=0.0), sd.attend(causal, score=q_idx - kv_idx)):

@@ -14,7 +14,7 @@ from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.registry import choose as choose_for
 from sparsedsl.backends.registry import named
-from sparsedsl.execute.explain import Costs, advice
+from sparsedsl.execute.explanation import Costs, advice
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.testing import tensor
 

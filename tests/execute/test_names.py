@@ -20,7 +20,7 @@ from sparsedsl.codegen.to_flex import _TAKEN, flex_functions
 from sparsedsl.codegen.triton_parts import _LOCAL
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import numeric
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.symbols import RESERVED_NAMES
 from sparsedsl.testing import inputs, patterns, shapes, tables_for
 from sparsedsl.testing.numerics import expect

@@ -110,15 +110,15 @@ def test_a_table_that_needs_more_than_the_estimates_know_gets_smaller_tiles():
 
 
 def test_what_is_a_problem_and_for_whom():
-    from sparsedsl.gpu.aot import Job
-    from sparsedsl.gpu.build import _problems
+    from sparsedsl.gpu.aot import BuildJob
+    from sparsedsl.gpu.builds import _problems
     from sparsedsl.gpu.resources import Resources
 
     poor = Resources(64, 0, 0, 0, 0, 128, 2, ())
     good = Resources(64, 0, 0, 0, 0, 128, 2, (("mma.sync", 4),), async_copies=3)
 
     def found(resources, target="sm_90", dtype="bfloat16", stages=3):
-        job = Job("", "forward", {}, {}, Config(64, 64, 4, stages), True, TARGETS[target])
+        job = BuildJob("", "forward", {}, {}, Config(64, 64, 4, stages), True, TARGETS[target])
         return _problems(resources, Shape(dtype, 64, 64), job)
 
     without = "2 matrix products without a matrix instruction of "

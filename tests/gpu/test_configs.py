@@ -21,7 +21,7 @@ from sparsedsl.analysis.tiles import classify
 from sparsedsl.codegen.to_triton import triton_source, variant_of
 from sparsedsl.gpu.aot import compile_kernels, job_of
 from sparsedsl.gpu.configs import Work, constants, default_config, refusal, space, split_count
-from sparsedsl.gpu.costs import Held, Tiles, banded_tiles, listed_tiles, ranked, seconds
+from sparsedsl.gpu.costs import Held, TileCounts, banded_tiles, listed_tiles, ranked, seconds
 from sparsedsl.gpu.estimates import has_descriptors, impossible, registers, shared_bytes
 from sparsedsl.gpu.kernel_config import BLOCKS, WARPS, Config, Shape
 from sparsedsl.gpu.targets import TARGETS, target_named
@@ -219,7 +219,9 @@ def test_splits_fill_the_device_and_no_more(tiles, programs, target):
 # ---- the cost model -----------------------------------------------------------------------------------------
 
 COUNTS = st.builds(
-    lambda full, partial, programs, extra: Tiles(full, partial, programs, min(full + partial, -(-(full + partial) // programs) + extra)),
+    lambda full, partial, programs, extra: TileCounts(
+        full, partial, programs, min(full + partial, -(-(full + partial) // programs) + extra)
+    ),
     st.integers(0, 100_000), st.integers(0, 100_000), st.integers(1, 5_000), st.integers(0, 500),
 )  # fmt: skip
 CASES = st.tuples(
@@ -257,7 +259,7 @@ def test_the_cost_model_moves_the_right_way(case):
 
 
 def test_spills_cost_time():
-    tiles = Tiles(1000, 100, 64, 20)
+    tiles = TileCounts(1000, 100, 64, 20)
     took = [seconds("forward", HALF, SM_90, Config(128, 64, 8, 2), tiles, Held(1, spills)) for spills in (0, 8, 64)]
     assert took == sorted(set(took))
 
@@ -300,7 +302,7 @@ def test_counts_without_lists_are_near_those_of_lists(q_len, window, block, by_k
 
 
 def test_full_attention_has_no_partial_tile():
-    assert banded_tiles(256, 512, 512, (64, 64), copies=2) == Tiles(full=64, partial=0, programs=8, longest=8)
+    assert banded_tiles(256, 512, 512, (64, 64), copies=2) == TileCounts(full=64, partial=0, programs=8, longest=8)
 
 
 # ---- what the compiler says ---------------------------------------------------------------------------------

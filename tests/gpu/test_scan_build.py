@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from sparsedsl.backends.tiled.scan_slots import SlotState
 from sparsedsl.backends.triton import scan_linear, scan_pass, scan_slots
-from sparsedsl.gpu.aot import Job, compile_kernels
+from sparsedsl.gpu.aot import BuildJob, compile_kernels
 from sparsedsl.gpu.kernel_config import Config
 from sparsedsl.gpu.resources import misfits
 from sparsedsl.gpu.targets import TARGETS
@@ -79,7 +79,7 @@ def job_of(kernel, values, warps, target):
         )
     constants = {name: values[name] for name, kind in types.items() if kind == "constexpr"}
     text = Path(inspect.getfile(kernel.fn)).read_text(encoding="utf-8")
-    return Job(text, kernel.fn.__name__, types, constants, Config(16, 16, warps, 1), True, TARGETS[target])
+    return BuildJob(text, kernel.fn.__name__, types, constants, Config(16, 16, warps, 1), True, TARGETS[target])
 
 
 def assert_fits(found, target, most_spills=0):

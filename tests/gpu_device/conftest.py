@@ -22,7 +22,7 @@ from sparsedsl.testing import tensor
 causal = kv_idx <= q_idx
 near = causal & (q_idx - kv_idx < 200)
 doc, start = sd.table("doc", monotone=True), sd.table("start")
-picked = sd.table("picked", dtype=bool)
+chosen = sd.table("chosen", dtype=bool)
 slopes = sd.table("slopes", dtype=float)
 bias, sink = sd.table("bias", learned=True), sd.table("sink", learned=True)
 
@@ -32,7 +32,7 @@ PATTERNS = {
     "window and sinks": sd.attend(causal & ((q_idx - kv_idx < 200) | (kv_idx < 4))),
     "documents": sd.attend(causal & (doc[q_idx] == doc[kv_idx])),
     "dilated": sd.attend(near & ((q_idx - kv_idx) % 4 == 0)),
-    "blocks": sd.attend(sd.patterns.blocks("picked", 64)),
+    "blocks": sd.attend(sd.patterns.blocks("chosen", 64)),
     "alibi": sd.attend(causal, score=sd.score - slopes[h] * (q_idx - kv_idx)),
     "soft cap": sd.attend(near, score=sd.tanh(sd.score / 5) * 5),
     "learned bias": sd.attend(near, score=sd.score + bias[h, q_idx - kv_idx]),
@@ -109,7 +109,7 @@ class Kit:
         blocks, rows = -(-length // 64), self.heads(heads)[0]
         made: dict[str, Callable[[], torch.Tensor]] = {
             "doc": lambda: torch.arange(length) // 130,
-            "picked": lambda: (torch.arange(blocks)[:, None] * 3 + torch.arange(blocks)) % 4 < 2,
+            "chosen": lambda: (torch.arange(blocks)[:, None] * 3 + torch.arange(blocks)) % 4 < 2,
             "slopes": lambda: torch.exp2(-torch.arange(1.0, rows + 1)),
             "bias": lambda: tensor(rows, 200, seed=11),
             "sink": lambda: tensor(rows, seed=12),

@@ -17,8 +17,8 @@ CHUNK = 16
 
 def beside_scores(heads):
     """A window or a choice, in documents, under ALiBi and a cap, with a sink: a mask and a score printed into the kernels along lists."""
-    picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 32)), 3)
-    pairs = patterns.causal() & (patterns.sliding_window(24) | picks) & (sd.kv_idx % 5 != 3)
+    selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 32)), 3)
+    pairs = patterns.causal() & (patterns.sliding_window(24) | selected) & (sd.kv_idx % 5 != 3)
     return sd.attend(pairs, score=patterns.softcap(20.0, patterns.alibi(heads)), sink=0.3)
 
 

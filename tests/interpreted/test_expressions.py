@@ -19,7 +19,7 @@ from sparsedsl import testing as kit
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import TableNames, TritonNames, write_expression
 from sparsedsl.codegen.triton_functions import functions_for
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.tables import table_reads
 
 SYMBOLS = {"q_idx": "q_idx", "kv_idx": "kv_idx"} | {name: name for name in ("b", "h", "q_len", "kv_len", "score")}

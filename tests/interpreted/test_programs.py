@@ -23,8 +23,8 @@ def scored_hsa():
     retrieval = sd.input("retrieval_q", "batch retrieval_heads queries retrieval_dim")
     landmarks = sd.input("landmarks", "batch retrieval_heads keys/16 retrieval_dim")
     ended = (kv_idx // 16 + 1) * 16 <= q_idx
-    picks = sd.top_k(sd.dot(retrieval, landmarks), 2, among=ended)
-    return sd.attend(ended & picks & (kv_idx % 2 == 0), score=P.softcap(2.0), normaliser=sd.per_chunk(picks))
+    selected = sd.top_k(sd.dot(retrieval, landmarks), 2, among=ended)
+    return sd.attend(ended & selected & (kv_idx % 2 == 0), score=P.softcap(2.0), normaliser=sd.per_chunk(selected))
 
 
 GATE = sd.table("gate", dtype=float, learned=True)
@@ -79,22 +79,22 @@ def test_the_source_of_a_program_shows_its_kernels_along_lists():
     program, _ = CASES["a choice beside scores"]
     source = sd.compile(program, backend="triton").source
     assert source.startswith(sd.compile(program, backend="tiled").source)
-    assert "def picked_forward(" in source and "def picked_grad_kv(" in source
+    assert "def selected_forward(" in source and "def selected_grad_kv(" in source
     assert "score = tl.dot(q, k.T, input_precision=PRECISION) * scale" in source
 
 
-def picked(block, score=None):
+def chosen(block, score=None):
     return sd.attend(causal & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, block)), 1), score=score)
 
 
 @pytest.mark.parametrize(
     ("program", "words", "why"),
     [
-        (picked(131), {}, "131 has no such divisor"),
+        (chosen(131), {}, "131 has no such divisor"),
         (P.hsa(160, 2), {"inputs": RETRIEVAL_OF_200}, "a block may have 128 tokens"),
-        (picked(16), {"dtype": torch.float64}, "have no float64"),
-        (picked(16), {"width": 272}, "heads up to 256 wide"),
-        (picked(16, sd.score + sd.parse("f32_log(q_idx * kv_idx + 1)")), {}, "exactly as torch rounds it"),
+        (chosen(16), {"dtype": torch.float64}, "have no float64"),
+        (chosen(16), {"width": 272}, "heads up to 256 wide"),
+        (chosen(16, sd.score + sd.parse("f32_log(q_idx * kv_idx + 1)")), {}, "exactly as torch rounds it"),
     ],
     ids=["block", "weighed block", "float64", "width", "exact operation"],
 )

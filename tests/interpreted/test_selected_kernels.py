@@ -22,7 +22,7 @@ from sparsedsl import b, h, kv_idx, kv_len, q_idx, q_len, score, table
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.triton import selected_passes
 from sparsedsl.backends.triton.selected import selected_attention
-from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.selection.selected_call import SelectedCall
 
 INF = float("inf")
@@ -103,12 +103,12 @@ class Case:
     rows: int = 20
     keys: int = 50
     offset: int = 7
-    unit: int = 16
+    block: int = 16
     slots: int = 3
     head_dim: int = 16
     head_dim_v: int = 8
     weight_heads: int = 0
-    one: bool = False
+    softmax1: bool = False
     same_lists: bool = False
     seed: int = 0
 
@@ -138,7 +138,7 @@ class Inputs:
 
     leaves: dict[str, torch.Tensor]
     doc: torch.Tensor
-    blocks: Picks
+    blocks: SelectedBlocks
     members: torch.Tensor
     grad_out: torch.Tensor
     grad_lse: torch.Tensor
@@ -150,13 +150,13 @@ def inputs_of(case: Case) -> Inputs:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=made)
 
-    units = -(-case.keys // case.unit)
+    blocks = -(-case.keys // case.block)
     lead = (1 if case.same_lists else case.batch, case.list_heads, case.rows)
-    order = torch.rand((*lead, units), generator=made).argsort(-1)
-    order = torch.nn.functional.pad(order[..., : case.slots], (0, max(0, case.slots - units)), value=units)
-    counts = torch.randint(0, min(case.slots, units) + 1, lead, generator=made)
-    lists = torch.where(torch.arange(case.slots) < counts[..., None], order, units).sort(-1).values
-    lists = torch.where(lists == units, -1, lists).int()
+    order = torch.rand((*lead, blocks), generator=made).argsort(-1)
+    order = torch.nn.functional.pad(order[..., : case.slots], (0, max(0, case.slots - blocks)), value=blocks)
+    counts = torch.randint(0, min(case.slots, blocks) + 1, lead, generator=made)
+    lists = torch.where(torch.arange(case.slots) < counts[..., None], order, blocks).sort(-1).values
+    lists = torch.where(lists == blocks, -1, lists).int()
     bits = torch.randint(1, 4, lists.shape, generator=made, dtype=torch.int32)
     leaves = {
         "q": normal(case.batch, case.heads, case.rows, case.head_dim), "k": normal(case.batch, case.kv_heads, case.keys, case.head_dim),
@@ -170,7 +170,7 @@ def inputs_of(case: Case) -> Inputs:
     return Inputs(
         {name: t for name, t in leaves.items() if name in names},
         torch.randint(0, 3, (case.keys + case.rows,), generator=made),
-        Picks(lists, (lists >= 0).sum(-1, dtype=torch.int32), 1, case.unit, units),
+        SelectedBlocks(lists, (lists >= 0).sum(-1, dtype=torch.int32), 1, case.block, blocks),
         bits,
         normal(case.batch, case.heads, case.rows, case.head_dim_v),
         normal(case.batch, case.heads, case.rows),
@@ -180,9 +180,9 @@ def inputs_of(case: Case) -> Inputs:
 def oracle(case: Case, x: Inputs, leaves: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """out and LSE in the dtype of the leaves."""
     by_head = case.heads // case.list_heads
-    spread = [t.expand(case.batch, -1, -1, -1).repeat_interleave(by_head, 1) for t in (x.blocks.indices, x.members)]
-    slots = spread[0][..., None] == torch.arange(case.keys) // case.unit  # (B, H, Sq, W, Skv)
-    bits = (slots * spread[1][..., None]).sum(3)
+    repeat_kv = [t.expand(case.batch, -1, -1, -1).repeat_interleave(by_head, 1) for t in (x.blocks.indices, x.members)]
+    slots = repeat_kv[0][..., None] == torch.arange(case.keys) // case.block  # (B, H, Sq, W, Skv)
+    bits = (slots * repeat_kv[1][..., None]).sum(3)
     none = torch.zeros(1)
     indices = Indices(
         torch.arange(case.batch).view(-1, 1, 1, 1), torch.arange(case.heads).view(-1, 1, 1),
@@ -200,13 +200,13 @@ def oracle(case: Case, x: Inputs, leaves: dict[str, torch.Tensor]) -> tuple[torc
     zero = torch.zeros((*held.shape[:-1], 1), dtype=held.dtype)
     empty = (held == -INF).all(-1, keepdim=True)
     filled = held.masked_fill(empty, 0.0)
-    top = torch.logsumexp(torch.cat([filled, zero], -1) if case.one else filled, -1, keepdim=True)
+    top = torch.logsumexp(torch.cat([filled, zero], -1) if case.softmax1 else filled, -1, keepdim=True)
     shares = torch.exp(filled - top).masked_fill(empty, 0.0)
     if not case.weight_heads:
-        lse = torch.where(empty, 0.0 if case.one else -INF, top)[..., 0, 0]
+        lse = torch.where(empty, 0.0 if case.softmax1 else -INF, top)[..., 0, 0]
         return shares[:, :, :, 0] @ v, lse
     weights = leaves["weights"].repeat_interleave(case.heads // case.weight_heads, 1)
-    weights = torch.where(spread[0] >= 0, weights, 0.0)
+    weights = torch.where(repeat_kv[0] >= 0, weights, 0.0)
     total = weights.sum(-1)
     lse = torch.where(total > 0, torch.where(total > 0, total, 1.0).log(), -INF)
     return (shares * weights[..., None]).sum(3) @ v, lse
@@ -232,7 +232,7 @@ def got_of(case: Case, x: Inputs, **words: Any) -> dict[str, torch.Tensor]:
     joined = {ONE, TWO} & mask.expr.free_symbols
     call = SelectedCall(
         x.blocks, case.head_dim**-0.5, Domain(case.rows, case.keys, case.offset, case.batch, case.heads, tables), mask.expr,
-        scored.expr.expr, tables, ("one", "two") if joined else (), x.members if joined else None, leaves.get("weights"), case.one,
+        scored.expr.expr, tables, ("one", "two") if joined else (), x.members if joined else None, leaves.get("weights"), case.softmax1,
     )  # fmt: skip
     out, lse = selected_attention(leaves["q"], leaves["k"], leaves["v"], dataclasses.replace(call, **words))
     return results_of(x, out, lse, leaves)
@@ -244,11 +244,11 @@ def assert_right(case: Case, **words: Any) -> None:
     exact, plain, got = wanted_of(case, x, torch.float64), wanted_of(case, x, torch.float32), got_of(case, x, **words)
     eps = torch.finfo(torch.float32).eps
     # Sums over so many pairs at most, of numbers of about 1.
-    pairs = {"lse": 4, "dslope": case.batch * case.rows * case.slots * case.unit * 4}
+    pairs = {"lse": 4, "dslope": case.batch * case.rows * case.slots * case.block * 4}
     for name, wanted in exact.items():
         finite = torch.isfinite(wanted)
         assert torch.equal(torch.isfinite(got[name]), finite), f"{name}: {got[name]} for {wanted}"
-        size = pairs.get(name, case.heads * case.slots * case.unit) * 8 * eps
+        size = pairs.get(name, case.heads * case.slots * case.block) * 8 * eps
         error = (plain[name].double() - wanted)[finite].abs().amax() if finite.any() else 0.0
         off = float(torch.where(finite, got[name].double() - wanted, 0.0).abs().amax())
         assert off <= 4 * float(error) + size, f"{name} is off by {off:.3g}, allowed {4 * float(error) + size:.3g}: {case}"
@@ -257,7 +257,7 @@ def assert_right(case: Case, **words: Any) -> None:
 @pytest.mark.parametrize("scored", SCORES)
 def test_any_score(scored):
     assert_right(Case(score=scored))
-    assert_right(Case(score=scored, mask="every third", weight_heads=2, one=True))
+    assert_right(Case(score=scored, mask="every third", weight_heads=2, softmax1=True))
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -268,11 +268,11 @@ def test_any_mask(mask):
 
 @pytest.mark.parametrize("mask", ["not the second", "documents"])
 def test_few_queries_share_slots_among_programs(mask):
-    assert_right(Case(mask=mask, score="alibi", rows=3, keys=200, slots=9, one=True))
+    assert_right(Case(mask=mask, score="alibi", rows=3, keys=200, slots=9, softmax1=True))
 
 
 def test_long_blocks_are_so_many_short_ones_with_the_same_bits():
-    assert_right(Case(mask="second if causal", score="bias", unit=160, keys=400, rows=18))
+    assert_right(Case(mask="second if causal", score="bias", block=160, keys=400, rows=18))
 
 
 def test_gradients_pair_by_pair_in_pieces_are_those_in_one(monkeypatch):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score
-from sparsedsl.backends.triton import attention, table_gradients
+from sparsedsl.backends.triton import attention, table_passes
 from sparsedsl.testing import (
     AttentionCase,
     assert_causal,
@@ -132,7 +132,7 @@ def test_nothing_depends_on_the_future_the_cut_or_the_order(pattern):
 
 
 def test_two_runs_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(table_gradients, "PAIR_BYTES", 1)
+    monkeypatch.setattr(table_passes, "PAIR_BYTES", 1)
     pattern = sd.attend(lists, score=score * (1 + pairs[q_idx // 5, kv_idx // 5]) + bias[h, abs(q_idx - kv_idx)], sink=sink[h])
     inputs = leaves(*qkv(20), tensor(4, 4, seed=3), tensor(2, 20, seed=4), tensor(2, seed=5))
     runs = []
@@ -147,7 +147,7 @@ def test_pairs_in_pieces_are_the_whole(monkeypatch):
     pattern = sd.attend(causal, score=score + pairs[q_idx, kv_idx])
     found = []
     for size in (1 << 28, 4 * 2 * 20 * 16, 4 * 2 * 20 * 3):
-        monkeypatch.setattr(table_gradients, "PAIR_BYTES", size)
+        monkeypatch.setattr(table_passes, "PAIR_BYTES", size)
         q, k, v, table = leaves(*qkv(20), tensor(20, 20, seed=3))
         found.append(torch.autograd.grad(compiled(pattern)(q, k, v, pairs=table).square().sum(), table)[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)

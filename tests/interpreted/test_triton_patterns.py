@@ -10,14 +10,14 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, kv_len, q_idx, q_len, score
-from sparsedsl.backends.triton import attention, configs
+from sparsedsl.backends.triton import attention, config_choice
 from sparsedsl.gpu.configs import Config
 from sparsedsl.testing import assert_matches_reference, tensor
 
 causal = kv_idx <= q_idx
 doc, start, order = sd.table("doc", monotone=True), sd.table("start", monotone=True), sd.table("order")
 limit, width, keep = sd.table("limit"), sd.table("width"), sd.table("keep", dtype=bool)
-picked, per_head = sd.table("picked", dtype=bool), sd.table("per_head", dtype=bool)
+chosen, per_head = sd.table("chosen", dtype=bool), sd.table("per_head", dtype=bool)
 slope, bias = sd.table("slope", dtype=float), sd.table("bias", learned=True)
 near, rows, columns, pairs, sink, cubes = (
     sd.table(name, learned=True) for name in ("near", "rows", "columns", "pairs", "sink", "cubes")
@@ -31,7 +31,7 @@ TABLES = {
     "limit": lambda: (torch.arange(120) * 5) % 43 - 3,
     "width": lambda: torch.tensor([3, 1, 17, 40, 9, 25]),
     "keep": lambda: torch.arange(120) % 5 != 2,
-    "picked": lambda: (torch.arange(15)[:, None] * 3 + torch.arange(15)) % 4 < 2,
+    "chosen": lambda: (torch.arange(15)[:, None] * 3 + torch.arange(15)) % 4 < 2,
     "per_head": lambda: (torch.arange(6)[:, None, None] + torch.arange(15)[:, None] * 3 + torch.arange(15)) % 3 < 1,
     "slope": lambda: torch.exp2(-torch.arange(1.0, 7.0)),
     "bias": lambda: tensor(2, 6, seed=11),
@@ -70,7 +70,7 @@ PATTERNS = {
     "dilated": causal & ((q_idx - kv_idx) % 3 == 0) & (q_idx - kv_idx < 24),
     "dilated, two-sided": (abs(q_idx - kv_idx) < 17) & ((q_idx - kv_idx) % 4 == 0),
     "strided": causal & (((q_idx - kv_idx) % 5 == 0) | (q_idx - kv_idx < 6)),
-    "blocks": picked[q_idx // 8, kv_idx // 8],
+    "blocks": chosen[q_idx // 8, kv_idx // 8],
     "blocks by head": per_head[h, q_idx // 8, kv_idx // 8],
     "kept keys": causal & keep[kv_idx],
     "an order of its own": order[kv_idx] <= order[q_idx],
@@ -81,7 +81,7 @@ PATTERNS = {
     "against the diagonal": (q_idx + kv_idx <= 60) & (q_idx + kv_idx >= 40),
     "soft cap": sd.attend(causal, score=sd.tanh(score / 2) * 2),
     "ALiBi": sd.attend(causal, score=score - slope[h] * (q_idx - kv_idx)),
-    "soft cap over lists": sd.attend(picked[q_idx // 8, kv_idx // 8], score=sd.tanh(score / 2) * 2),
+    "soft cap over lists": sd.attend(chosen[q_idx // 8, kv_idx // 8], score=sd.tanh(score / 2) * 2),
     "score and slope with branches": sd.attend(causal, score=sd.where(kv_idx % 2 == 0, score * sd.sigmoid(score), sd.relu(score) - b)),
     "dilated with a bias": sd.attend(causal & ((q_idx - kv_idx) % 3 == 0), score=score - 0.1 * (q_idx - kv_idx)),
     "score that drops pairs": sd.attend(causal, score=sd.where((q_idx + kv_idx) % 3 == 0, score, float("-inf"))),
@@ -93,10 +93,10 @@ PATTERNS = {
     "negative scale by a score": sd.attend(causal & (q_idx - kv_idx < 9), score=-2 * score),
     "sink": sd.attend(causal & (q_idx - kv_idx < 9), sink=1.5),
     "learned sink": sd.attend(kv_idx < q_idx - 4, sink=sink[h]),
-    "learned sink over lists": sd.attend(picked[q_idx // 8, kv_idx // 8], score=score + sink[h], sink=sink[h] * 2),
+    "learned sink over lists": sd.attend(chosen[q_idx // 8, kv_idx // 8], score=score + sink[h], sink=sink[h] * 2),
     "learned, by difference": sd.attend(causal & (q_idx - kv_idx < 20), score=score + near[h, distance]),
     "learned, a factor by difference": sd.attend(causal, score=score * near[h, distance // 5]),
-    "learned, by difference, over lists": sd.attend(picked[q_idx // 8, kv_idx // 8], score=score + near[h, abs(q_idx - kv_idx)]),
+    "learned, by difference, over lists": sd.attend(chosen[q_idx // 8, kv_idx // 8], score=score + near[h, abs(q_idx - kv_idx)]),
     "learned, by query": sd.attend(causal, score=score * rows[h, q_idx]),
     "learned, by key": sd.attend(causal, score=score + columns[kv_idx] * 2),
     "learned, by key, over lists": sd.attend(causal & keep[kv_idx], score=score + columns[kv_idx // 3]),
@@ -150,7 +150,7 @@ def assert_right(pattern: Any, q: Any, k: Any, v: Any, **words: Any) -> None:
     ("name", "lengths", "block"), [(*pair, next(BLOCKS)) for pair in zip(PATTERNS, itertools.cycle(LENGTHS), strict=False)]
 )
 def test_patterns(name, lengths, block, monkeypatch):
-    monkeypatch.setattr(configs, "SMALL", Config(*block, 4, 1))
+    monkeypatch.setattr(config_choice, "SMALL", Config(*block, 4, 1))
     queries, keys, offset = lengths
     reads_both = sd.compile(PATTERNS[name]).pattern
     batch = 2 if any(str(s) == "b" for expr in reads_both.exprs for s in expr.free_symbols) else 1
@@ -250,7 +250,7 @@ def test_lower_precision(name, dtype):
 
 
 def test_longest_tiles_first(monkeypatch):
-    monkeypatch.setattr(configs, "SMALL", Config(16, 16, 4, 1, heavy_first=True))
+    monkeypatch.setattr(config_choice, "SMALL", Config(16, 16, 4, 1, heavy_first=True))
     assert_right(PATTERNS["causal"], *qkv(37, 37))
     assert_right(PATTERNS["dilated"], *qkv(37, 37))
 
@@ -262,7 +262,7 @@ def test_keys_through_tensor_descriptors(name, monkeypatch):
     monkeypatch.setattr(
         attention, "launch", lambda source, *words, **more: launched.append(source) or launch(source, *words, **more)
     )
-    monkeypatch.setattr(configs, "SMALL", Config(16, 16, 4, 1, descriptors=True))
+    monkeypatch.setattr(config_choice, "SMALL", Config(16, 16, 4, 1, descriptors=True))
     for lengths, dims in (((37, 41, 4), (16, 32)), ((3, 41, 38), (16, 16)), ((20, 20, 0), (24, 16))):
         assert_right(PATTERNS[name], *qkv(*lengths[:2], dims=dims), q_offset=lengths[2])
     assert any("k_desc" in source.text for source in launched) == (name != "dilated")

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsedsl as sd
-from sparsedsl.backends.triton import attention, configs, prepared, table_gradients
+from sparsedsl.backends.triton import attention, config_choice, prepared, table_passes
 from sparsedsl.gpu.configs import Config
 from sparsedsl.testing import inputs, patterns, shapes, tables_for, tensor
 from sparsedsl.testing.numerics import expect, gradients
@@ -49,10 +49,10 @@ def cut(how: Cut) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "SMALL", Config(*how.block, 4, 1, heavy_first=how.heavy_first))
+        patch.setattr(config_choice, "SMALL", Config(*how.block, 4, 1, heavy_first=how.heavy_first))
         patch.setattr(attention, "split_count", lambda *words: how.splits)
         patch.setattr(attention, "DECODE_ROWS", how.decode_rows)
-        patch.setattr(table_gradients, "PAIR_BYTES", how.pair_bytes)
+        patch.setattr(table_passes, "PAIR_BYTES", how.pair_bytes)
         if how.wide:
             patch.setattr(prepared, "LONGEST", 0)
         try:

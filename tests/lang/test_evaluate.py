@@ -11,7 +11,7 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
-from sparsedsl.lang.evaluate import evaluate, read_table
+from sparsedsl.lang.evaluation import evaluate, read_table
 
 t = sd.table("t")
 kept = sd.table("kept", dtype=bool)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx, score
-from sparsedsl.program.text import read_program
+from sparsedsl.program.program_text import read_program
 from sparsedsl.testing import masks, scores
 
 REFUSED = {

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import sparsedsl as sd
-from sparsedsl.lang.evaluate import evaluate
-from sparsedsl.testing.plain import Positions, plain_value
+from sparsedsl.lang.evaluation import evaluate
+from sparsedsl.testing.plain import PositionTables, plain_value
 
 CONSTANTS = [-6, -4, -3, -2, -1, 1, 2, 3, 4, 6]
-POSITIONS = Positions(q_len=14, kv_len=14)
+POSITIONS = PositionTables(q_len=14, kv_len=14)
 
 # Forms with two constants; the indices stand for numbers of both signs through q_idx - kv_idx.
 FORMS = [

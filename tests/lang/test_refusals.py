@@ -21,14 +21,14 @@ causal = kv_idx <= q_idx
 t, other = sd.table("t"), sd.table("other")
 probe = sd.probe(sd.q, sd.k, rows=8)
 dot = sd.dot(sd.q, sd.summary(sd.k, 64))
-picks = sd.top_k(dot, 4)
+selected = sd.top_k(dot, 4)
 
 # No operand by themselves: whatever is done with them is a mistake.
 UNREAD: dict[str, Any] = {
     "table": t, "bool table": sd.table("keep", dtype=bool), "q": sd.q, "summary": sd.summary(sd.k, 64), "key scores": probe,
-    "order": sd.segment_sort(probe, 64), "tokens": sd.keep_tokens(probe, tail=0.1, always=8), "branch": sd.attend(causal & picks),
+    "order": sd.segment_sort(probe, 64), "tokens": sd.keep_tokens(probe, tail=0.1, always=8), "branch": sd.attend(causal & selected),
 }  # fmt: skip
-EXPRESSIONS: dict[str, Any] = {"index": q_idx, "mask": causal, "score": score, "scores": dot, "picks": picks}
+EXPRESSIONS: dict[str, Any] = {"index": q_idx, "mask": causal, "score": score, "scores": dot, "selected": selected}
 OTHERS: dict[str, Any] = {
     **UNREAD, **EXPRESSIONS, "number": 3, "float": 1.5, "bool": True, "None": None, "text": "a", "list": [1], "complex": 1j,
     "numpy number": np.int64(3), "numpy bool": np.True_, "array": np.arange(3), "array of no dimension": np.array(3),
@@ -114,12 +114,12 @@ def test_comparing_bare_tables_is_refused_and_says_how_to_read_one() -> None:
 
 def test_tables_and_nodes_are_keys_all_the_same() -> None:
     """One object a declaration, so that identity finds it; also when it was declared again, copied or sent to another process."""
-    for value, again in ((t, sd.table("t")), (picks, sd.top_k(dot, 4)), (sd.q, copy.deepcopy(sd.q))):
+    for value, again in ((t, sd.table("t")), (selected, sd.top_k(dot, 4)), (sd.q, copy.deepcopy(sd.q))):
         assert value is again and {value: 1}[again] == 1
         assert pickle.loads(pickle.dumps(value)) is value
     assert t.spec == sd.table("t").spec and t.spec != other.spec
-    assert len({t: 1, other: 2, picks: 3, dot: 4, sd.q: 5}) == 5
-    assert picks.same_as(sd.top_k(dot, 4)) and not picks.same_as(dot)
+    assert len({t: 1, other: 2, selected: 3, dot: 4, sd.q: 5}) == 5
+    assert selected.same_as(sd.top_k(dot, 4)) and not selected.same_as(dot)
     with pytest.raises(AttributeError, match="frozen"):
         t.spec = other.spec
 
@@ -131,21 +131,21 @@ def test_numpy_numbers_are_numbers_on_either_side() -> None:
 
 def test_scores_join_by_plus_alone_and_say_so() -> None:
     assert (dot + dot).axes == dot.axes
-    with pytest.raises(sd.PatternError, match="scores of units are joined by \\+ alone"):
+    with pytest.raises(sd.PatternError, match="scores of blocks are joined by \\+ alone"):
         dot - dot
     with pytest.raises(sd.PatternError, match="Arithmetic on scores gives the logit of a pair"):
         sd.top_k(2 * dot, 4)
     with pytest.raises(sd.PatternError, match="Arithmetic on scores gives the logit of a pair"):
-        sd.per_chunk(picks, scores=sd.relu(dot))
+        sd.per_chunk(selected, scores=sd.relu(dot))
     assert isinstance(dot > 0, sd.Mask)
     with pytest.raises(sd.PatternError, match="is read with four indices"):
-        picks[q_idx, kv_idx]
+        selected[q_idx, kv_idx]
 
 
 def test_choices_compare_as_masks_do() -> None:
     more = sd.top_k(dot, 8)
-    assert (picks == more).same_as(picks.as_expression() == more.as_expression())
-    assert (picks != causal).same_as(picks ^ causal)
+    assert (selected == more).same_as(selected.as_expression() == more.as_expression())
+    assert (selected != causal).same_as(selected ^ causal)
 
 
 def test_equality_of_quotients_means_blocks() -> None:

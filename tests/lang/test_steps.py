@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx, score
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.lang.evaluate import evaluate as walked
+from sparsedsl.lang.evaluation import evaluate as walked
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.testing import strategies
 

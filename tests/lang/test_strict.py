@@ -10,7 +10,7 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.functions import floor_div, regrouped
 from sparsedsl.lang.strict import OPERATIONS, StrictFunction, strict_class
 

@@ -26,7 +26,7 @@ expressions = st.one_of(indices(), masks(), scores())
 
 doc = sd.table("doc", monotone=True)
 start = sd.table("start")
-picked = sd.table("picked", dtype=bool)
+chosen = sd.table("chosen", dtype=bool)
 slope = sd.table("slope", learned=True)
 
 # What people write, and what they read back: the text of the canonical form.
@@ -37,8 +37,8 @@ WRITTEN = {
     "symmetric window": (abs(q_idx - kv_idx) < 8, "abs(kv_idx - q_idx) <= 7"),
     "documents": (doc[q_idx] == doc[kv_idx], "doc[q_idx] == doc[kv_idx]"),
     "nested tables": (kv_idx >= start[doc[q_idx]], "start[doc[q_idx]] <= kv_idx"),
-    "block table": (picked[q_idx // 64, kv_idx // 64], "picked[q_idx // 64, kv_idx // 64]"),
-    "not a block": (~picked[h, kv_idx // 64], "~picked[h, kv_idx // 64]"),
+    "block table": (chosen[q_idx // 64, kv_idx // 64], "chosen[q_idx // 64, kv_idx // 64]"),
+    "not a block": (~chosen[h, kv_idx // 64], "~chosen[h, kv_idx // 64]"),
     "dilated": ((q_idx - kv_idx) % 4 == 0, "(q_idx - kv_idx) % 4 == 0"),
     "chunks": (q_idx // 16 == kv_idx // 16, "q_idx // 16 == kv_idx // 16"),
     "common factor": (4 * q_idx - 4 * kv_idx < 6, "q_idx - kv_idx <= 1"),

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsedsl as sd
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.testing import grammar
+from sparsedsl.testing.call_shapes import AttentionCase
 from sparsedsl.testing.plain import plain_value
-from sparsedsl.testing.shapes import AttentionCase
 from sparsedsl.testing.strategies import table_tensors
 
 NAMES = ("b", "h", "q_idx", "kv_idx", "q_len", "kv_len", "score", "where", "minimum", "maximum", "clamp", "abs", "tanh", "exp")

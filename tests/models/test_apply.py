@@ -14,7 +14,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.models import left_padding, sinks
 from tests.models.families import WINDOW, build, left_padded, tokens
 

@@ -127,10 +127,10 @@ def test_the_layers_soft_cap_stays(name: str) -> None:
 
 def test_the_layers_sink_logits_stand_once_in_the_softmax() -> None:
     model, ids = build("gpt_oss"), tokens(2, 43)
-    picks = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 2, among=causal)
-    near, far = causal & (q_idx - kv_idx < 4), causal & (q_idx - kv_idx >= 4) & picks
+    selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 2, among=causal)
+    near, far = causal & (q_idx - kv_idx < 4), causal & (q_idx - kv_idx >= 4) & selected
     for without, explicit in (
-        (causal & picks, sd.attend(causal & picks, sink=sinks[h])),
+        (causal & selected, sd.attend(causal & selected, sink=sinks[h])),
         (sd.joint(near, far), sd.joint(near, sd.attend(far, sink=sinks[h]))),
         (sd.patterns.token_sparse(0.3, 4, 3, 8), sd.patterns.token_sparse(0.3, 4, 3, 8, inside=sd.attend(causal, sink=sinks[h]))),
     ):

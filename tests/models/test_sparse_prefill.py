@@ -47,8 +47,8 @@ def test_density_counts_the_pairs_that_choices_leave(example: SimpleNamespace) -
 
     pbs = sd.patterns.pbs(32, 64, 0.5)
     chosen = sd.compile(pbs, backend="tiled").choices(q, k, v)
-    places, picks = (next(value for label, value in chosen.items() if label.startswith(word)) for word in ("inverse", "top_p"))
-    table = picks.table().clone()
+    places, selected = (next(value for label, value in chosen.items() if label.startswith(word)) for word in ("inverse", "top_p"))
+    table = selected.table().clone()
     table[:, torch.arange(4), :, places[0, :, 0] // 32] = True  # the block with the first token
     rows, columns = torch.arange(19)[:, None], torch.arange(19)
     table &= columns // 2 < rows // 2

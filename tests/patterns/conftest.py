@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 
 
 def _values(expression: Any, q_len: int, kv_len: int, **env: Any) -> torch.Tensor:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsedsl as sd
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 
 sizes = st.integers(1, 5)
 
@@ -25,16 +25,16 @@ sizes = st.integers(1, 5)
 )
 def test_blocks(assert_pairs, block_q, block_kv, q_len, kv_len, heads, batched, seed):
     shape = (2,) * batched + (3,) * heads + (-(-q_len // block_q), -(-kv_len // block_kv))
-    picked = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-    mask = sd.patterns.blocks("picked", block_q, block_kv, heads=heads, batched=batched)
+    chosen = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask = sd.patterns.blocks("chosen", block_q, block_kv, heads=heads, batched=batched)
     b, h = 1, 2
-    own = picked[(b,) * batched + (h,) * heads].tolist()
-    assert_pairs(mask, lambda q, kv: own[q // block_q][kv // block_kv], q_len, kv_len, b=b, h=h, picked=picked)
+    own = chosen[(b,) * batched + (h,) * heads].tolist()
+    assert_pairs(mask, lambda q, kv: own[q // block_q][kv // block_kv], q_len, kv_len, b=b, h=h, chosen=chosen)
 
 
 def test_blocks_are_square_by_default(assert_pairs):
-    picked = torch.tensor([[1, 0], [1, 1]], dtype=torch.bool)
-    assert_pairs(sd.patterns.blocks(block_q=3), lambda q, kv: q // 3 >= kv // 3, 6, block_table=picked)
+    chosen = torch.tensor([[1, 0], [1, 1]], dtype=torch.bool)
+    assert_pairs(sd.patterns.blocks(block_q=3), lambda q, kv: q // 3 >= kv // 3, 6, block_table=chosen)
 
 
 @given(st.integers(1, 7), st.integers(1, 20), st.integers(1, 20))

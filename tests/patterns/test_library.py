@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 import sparsedsl as sd
-from sparsedsl.program.text import read_program
+from sparsedsl.program.program_text import read_program
 
 P = sd.patterns
 
@@ -25,7 +25,7 @@ EXAMPLES = {
     "block_diffusion": lambda: P.block_diffusion(16),
     "block_diffusion.length": lambda: P.block_diffusion(16, length=64),
     "blocks": lambda: P.blocks(),
-    "blocks.per_head": lambda: P.blocks("picked", 64, 32, heads=True, batched=True),
+    "blocks.per_head": lambda: P.blocks("chosen", 64, 32, heads=True, batched=True),
     "causal": lambda: P.causal(),
     "chunked": lambda: P.chunked(8192),
     "chunked.per_head": lambda: P.chunked(sd.table("size", values_in=(1, 64))[sd.h]),

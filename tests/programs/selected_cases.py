@@ -36,13 +36,13 @@ class Sizes:
 
 @dataclass
 class Choice:
-    """A choice: what it is declared as, and its scores ``(B, Hs, query units, key units)`` from the inputs of a call."""
+    """A choice: what it is declared as, and its scores ``(B, Hs, query blocks, key blocks)`` from the inputs of a call."""
 
     node: Any
     rule: str
     number: float
-    q_unit: int
-    kv_unit: int
+    q_block: int
+    kv_block: int
     scores: Callable[[dict[str, Tensor]], Tensor]
     among: Any = None  # a mask of this module, or None: where it decides
     forced: Any = None
@@ -157,50 +157,50 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(empty | (logits == NEVER), 0.0, torch.exp(safe - lse)), torch.where(empty, NEVER, lse)[..., 0]
 
 
-def _by_chunk(case: Case, inputs: dict[str, Tensor], logits: Tensor, v: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
+def _by_chunk(case: Case, inputs: dict[str, Tensor], logits: Tensor, v: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     number, rule, inner = case.chunks  # type: ignore[misc]
     choice, heads = case.choices[number], case.sizes.heads
-    picked = picked.repeat_interleave(heads // picked.shape[1], 1)
+    chosen = chosen.repeat_interleave(heads // chosen.shape[1], 1)
     scores = choice.scores(inputs)
     scores = scores.repeat_interleave(heads // scores.shape[1], 1)
-    missing = picked.shape[3] - scores.shape[3]
-    scores = torch.where(picked, torch.nn.functional.pad(scores, (0, missing)), NEVER)
+    missing = chosen.shape[3] - scores.shape[3]
+    scores = torch.where(chosen, torch.nn.functional.pad(scores, (0, missing)), NEVER)
     if rule == "softmax":
         weights, total = _softmax(scores)
     else:  # sigmoid
-        weights = torch.where(picked, torch.sigmoid(torch.where(picked, scores, 0.0)), 0.0)
+        weights = torch.where(chosen, torch.sigmoid(torch.where(chosen, scores, 0.0)), 0.0)
         sums = weights.sum(-1)
         total = torch.where(sums > 0, torch.where(sums > 0, sums, 1.0).log(), NEVER)
     out: Any = 0.0
-    for unit in range(picked.shape[3]):
-        keys = slice(unit * choice.kv_unit, (unit + 1) * choice.kv_unit)
+    for block in range(chosen.shape[3]):
+        keys = slice(block * choice.kv_block, (block + 1) * choice.kv_block)
         part = logits[..., keys]
         if inner == "softmax1":
             part = torch.cat([part, torch.zeros_like(part[..., :1])], 3)
         shares, _ = _softmax(part)
         shares = shares[..., : v[:, :, keys].shape[2]]
-        out = out + weights[..., unit, None] * (shares @ v[:, :, keys])
+        out = out + weights[..., block, None] * (shares @ v[:, :, keys])
     return out, total
 
 
 def at_keys(choice: Choice, table: Tensor, case: Case) -> Tensor:
     """A choice at every pair: ``(B, H, Sq, Skv)``."""
     s = case.sizes
-    wide = table.repeat_interleave(s.heads // table.shape[1], 1).repeat_interleave(choice.kv_unit, 3)[..., : s.kv_len]
-    return wide.repeat_interleave(choice.q_unit, 2)[:, :, : s.q_len]
+    wide = table.repeat_interleave(s.heads // table.shape[1], 1).repeat_interleave(choice.kv_block, 3)[..., : s.kv_len]
+    return wide.repeat_interleave(choice.q_block, 2)[:, :, : s.q_len]
 
 
 def choose(case: Case, number: int, grid: Grid, inputs: dict[str, Tensor]) -> Tensor:
-    """What a choice chooses: ``(B, Hs, query units, key units)``."""
+    """What a choice chooses: ``(B, Hs, query blocks, key blocks)``."""
     choice, s = case.choices[number], case.sizes
     scores = choice.scores(inputs)
-    units = -(-s.kv_len // choice.kv_unit)
-    scores = torch.nn.functional.pad(scores, (0, units - scores.shape[3]), value=NEVER).expand(s.batch, -1, -1, -1)
+    blocks = -(-s.kv_len // choice.kv_block)
+    scores = torch.nn.functional.pad(scores, (0, blocks - scores.shape[3]), value=NEVER).expand(s.batch, -1, -1, -1)
     among = _decided(case, number, grid) if choice.among is None else holds(choice.among, grid, {})
-    candidates = _in_units(among, choice, case, scores.shape[1]) & (scores != NEVER)
+    candidates = _in_blocks(among, choice, case, scores.shape[1]) & (scores != NEVER)
     forced = torch.zeros_like(candidates)
     if choice.forced is not None:
-        forced = _in_units(holds(choice.forced, grid, {}), choice, case, scores.shape[1]) & candidates
+        forced = _in_blocks(holds(choice.forced, grid, {}), choice, case, scores.shape[1]) & candidates
     scores = torch.where(candidates, scores, NEVER)
     if choice.rule == "threshold":
         return candidates & ((scores >= choice.number) | forced)
@@ -227,12 +227,12 @@ def _decided(case: Case, number: int, grid: Grid) -> Tensor:
     return found
 
 
-def _in_units(pairs: Any, choice: Choice, case: Case, heads: int) -> Tensor:
-    """Whether a unit of queries and one of keys hold such a pair, for one of the heads that share a choice."""
+def _in_blocks(pairs: Any, choice: Choice, case: Case, heads: int) -> Tensor:
+    """Whether a block of queries and one of keys hold such a pair, for one of the heads that share a choice."""
     s = case.sizes
     pairs = torch.as_tensor(pairs).expand(s.batch, s.heads, s.q_len, s.kv_len)
-    pairs = torch.nn.functional.pad(pairs, (0, -s.kv_len % choice.kv_unit, 0, -s.q_len % choice.q_unit))
-    pairs = pairs.unflatten(3, (-1, choice.kv_unit)).any(4).unflatten(2, (-1, choice.q_unit)).any(3)
+    pairs = torch.nn.functional.pad(pairs, (0, -s.kv_len % choice.kv_block, 0, -s.q_len % choice.q_block))
+    pairs = pairs.unflatten(3, (-1, choice.kv_block)).any(4).unflatten(2, (-1, choice.q_block)).any(3)
     return pairs.unflatten(1, (heads, -1)).any(2)
 
 
@@ -289,7 +289,7 @@ class _Drawing:
         chunks = None
         for _ in range(r.choice((1, 1, 2, 2, 3))):
             self._choice()
-        if r.randrange(6) == 0 and self.choices[0].q_unit == 1:
+        if r.randrange(6) == 0 and self.choices[0].q_block == 1:
             mask: Any = Join("&", [self._read(0), self._mask(2, static=r.random() < 0.5)])
             chunks = 0, r.choice(("softmax", "sigmoid")), r.choice(("softmax", "softmax1"))
         else:
@@ -367,33 +367,33 @@ class _Drawing:
 
     def _choice(self) -> None:
         r, s = self.random, self.sizes
-        number, unit = len(self.choices), r.choice((1, 2, 3, 4, 8))
-        q_unit = r.choice((2, 4)) if r.random() < 0.15 and s.q_offset % 4 == 0 else 1
+        number, block = len(self.choices), r.choice((1, 2, 3, 4, 8))
+        q_block = r.choice((2, 4)) if r.random() < 0.15 and s.q_offset % 4 == 0 else 1
         name, asked = f"marks{number}", f"asks{number}"
-        units, width = -(-s.kv_len // unit), 3
-        if r.random() < 0.5 and q_unit == 1:
+        blocks, width = -(-s.kv_len // block), 3
+        if r.random() < 0.5 and q_block == 1:
             heads = r.choice((1, s.kv_heads, s.heads))
-            self._input(name, s.batch, heads, units, width)
+            self._input(name, s.batch, heads, blocks, width)
             self._input(asked, s.batch, heads, s.q_len, width)
             made = sd.dot(
                 sd.input(asked, f"batch h{number} queries w{number}"),
-                sd.input(name, f"batch h{number} keys/{unit} w{number}"),
+                sd.input(name, f"batch h{number} keys/{block} w{number}"),
                 scale=1.0,
             )
 
             def scores(t: dict[str, Tensor]) -> Tensor:
                 return torch.einsum("bhqd,bhud->bhqu", t[asked], t[name])
         else:
-            rows = sd.q if q_unit == 1 else sd.summary(sd.q, q_unit)
-            made = sd.dot(rows, sd.k if unit == 1 else sd.summary(sd.k, unit), scale=0.5)
+            rows = sd.q if q_block == 1 else sd.summary(sd.q, q_block)
+            made = sd.dot(rows, sd.k if block == 1 else sd.summary(sd.k, block), scale=0.5)
             group = r.random() < 0.4
             made = made.over_group("sum") if group else made
 
             def scores(t: dict[str, Tensor]) -> Tensor:
-                means = torch.stack([part.mean(2) for part in t["k"].split(unit, 2)], 2).repeat_interleave(
+                means = torch.stack([part.mean(2) for part in t["k"].split(block, 2)], 2).repeat_interleave(
                     s.heads // s.kv_heads, 1
                 )
-                rows = torch.stack([part.mean(2) for part in t["q"].split(q_unit, 2)], 2)
+                rows = torch.stack([part.mean(2) for part in t["q"].split(q_block, 2)], 2)
                 found = torch.einsum("bhqd,bhud->bhqu", rows, means) * 0.5
                 return found.unflatten(1, (s.kv_heads, -1)).sum(2) if group else found
 
@@ -411,7 +411,7 @@ class _Drawing:
         else:
             amount = r.choice((0.4, 0.8))
             node = sd.top_p(made, amount, **words)
-        self.choices.append(Choice(node, rule, amount, q_unit, unit, scores, among, forced))
+        self.choices.append(Choice(node, rule, amount, q_block, block, scores, among, forced))
 
     def _static_mask(self) -> Any:
         return Join(self.random.choice("&|"), [self._causal(), self._static()])
@@ -430,15 +430,15 @@ class _Drawing:
             rowed = sd.table("rowed", learned=True)[sd.b, sd.q_idx % 4]
             return sd.score + rowed, lambda x, g, t: x + t["rowed"][g.b, g.q % 4]
         if kind == "of scores":
-            unit = r.choice((1, 2, 4))
-            own = sd.dot(sd.q, sd.k if unit == 1 else sd.summary(sd.k, unit), scale=0.7)
+            block = r.choice((1, 2, 4))
+            own = sd.dot(sd.q, sd.k if block == 1 else sd.summary(sd.k, block), scale=0.7)
 
             def modify(x: Tensor, g: Grid, t: dict[str, Tensor]) -> Tensor:
-                means = torch.stack([part.mean(2) for part in t["k"].split(unit, 2)], 2).repeat_interleave(
+                means = torch.stack([part.mean(2) for part in t["k"].split(block, 2)], 2).repeat_interleave(
                     s.heads // s.kv_heads, 1
                 )
                 found = torch.einsum("bhqd,bhud->bhqu", t["q"], means) * 0.7
-                return x + found.repeat_interleave(unit, 3)[..., : s.kv_len]
+                return x + found.repeat_interleave(block, 3)[..., : s.kv_len]
 
             return sd.score + own, modify
         made: dict[str, tuple[Any, Any]] = {

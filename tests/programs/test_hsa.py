@@ -117,10 +117,10 @@ def test_T03_T16_two_passes_by_hand(problem: Any, backend: str, assert_close: An
     """One softmax over all picked chunks with ``logit + log w - lse``; its LSE is the log of the total weight."""
     t = problem()
     w, (_, lse) = weights(t, rule, K), within_chunks(t)
-    picked, bias = sd.table("picked", dtype=bool), sd.table("bias", dtype=float)
+    chosen, bias = sd.table("chosen", dtype=bool), sd.table("bias", dtype=float)
     place = sd.b, sd.h, sd.q_idx, sd.kv_idx // S
-    second = sd.compile(sd.attend(picked[place], sd.score + bias[place]), backend=backend)
-    out, total = second(t["q"], t["k"], t["v"], picked=w > 0, bias=torch.where(w > 0, w.log() - lse, 0.0), return_lse=True)
+    second = sd.compile(sd.attend(chosen[place], sd.score + bias[place]), backend=backend)
+    out, total = second(t["q"], t["k"], t["v"], chosen=w > 0, bias=torch.where(w > 0, w.log() - lse, 0.0), return_lse=True)
     assert_close(total.exp(), w.sum(-1))
     assert_close(sd.compile(sd.patterns.hsa(S, K, rule), backend=backend)(**t), out * total.exp()[..., None])
 
@@ -132,12 +132,12 @@ def test_T04_weighed_by_their_mass_it_is_plain_softmax(problem: Any, backend: st
         sd.input("asking", "batch heads queries mass_dim"), sd.input("marks", f"batch heads keys/{S} mass_dim"), scale=1.0
     )
     ended = (sd.kv_idx // S + 1) * S <= sd.q_idx
-    picks = sd.top_k(by, K, among=ended)
-    own = sd.attend(ended & picks, normaliser=sd.per_chunk(picks))
+    selected = sd.top_k(by, K, among=ended)
+    own = sd.attend(ended & selected, normaliser=sd.per_chunk(selected))
     # landmarks one-hot: the score of chunk c is the c-th entry of the query's, its exact LSE
     named = {"asking": lse, "marks": torch.eye(L // S, dtype=lse.dtype).expand(B, HQ, -1, -1)}
     qkv = {name: t[name] for name in "qkv"}
-    wanted = sd.compile(sd.attend(ended & picks), backend=backend)(**qkv, **named, return_lse=True)
+    wanted = sd.compile(sd.attend(ended & selected), backend=backend)(**qkv, **named, return_lse=True)
     assert_close(sd.compile(own, backend=backend)(**qkv, **named, return_lse=True), wanted)
 
 
@@ -246,8 +246,8 @@ def test_T14_chunks_by_their_mass_and_a_window_are_dense_attention(
     by = sd.dot(
         sd.input("asking", "batch heads queries mass_dim"), sd.input("marks", f"batch heads keys/{S} mass_dim"), scale=1.0
     )
-    picks = sd.top_k(by, 100, among=sd.kv_idx < edge)
-    far = sd.attend((sd.kv_idx < edge) & picks, normaliser=sd.per_chunk(picks))
+    selected = sd.top_k(by, 100, among=sd.kv_idx < edge)
+    far = sd.attend((sd.kv_idx < edge) & selected, normaliser=sd.per_chunk(selected))
     near = sd.attend((sd.kv_idx <= sd.q_idx) & (sd.kv_idx >= edge))
     _, lse = within_chunks(t)
     named = {"asking": lse, "marks": torch.eye(L // S, dtype=lse.dtype).expand(B, HQ, -1, -1)}
@@ -313,8 +313,8 @@ def test_suggested_noise_changes_choices_alone(problem: Any, backend: str) -> No
     ended = (sd.kv_idx // S + 1) * S <= sd.q_idx
 
     def attn(top_k: int, scores: Any) -> Any:
-        picks = sd.top_k(scores, top_k, among=ended)
-        return sd.compile(sd.attend(ended & picks, normaliser=sd.per_chunk(picks, scores=by)), backend=backend)
+        selected = sd.top_k(scores, top_k, among=ended)
+        return sd.compile(sd.attend(ended & selected, normaliser=sd.per_chunk(selected, scores=by)), backend=backend)
 
     noisy, seed = by.gumbel(sd.input("seed", "1")), torch.tensor([3])
     assert not torch.equal(attn(K, noisy)(**t, seed=seed), attn(K, by)(**t))

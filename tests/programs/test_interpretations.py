@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from source_tree import ROOT, modules
-from sparsedsl.analysis.program_causality import program_causality
 from sparsedsl.analysis.proofs import PROVED
+from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
 from sparsedsl.execute.node_rules import LOWERED_RULES
 from sparsedsl.execute.program_empty import run_empty
@@ -26,11 +26,11 @@ from sparsedsl.execute.state import horizon
 from sparsedsl.execute.ways import way_of
 from sparsedsl.models.programs import fitted
 from sparsedsl.program.branches import Attend, Branch, as_branch
-from sparsedsl.program.effects import LATER_QUERIES, reasons
+from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node, one_of
+from sparsedsl.program.program_text import TEXT_RULES
 from sparsedsl.program.rules import Rules, check_rules, kinds_of_nodes
-from sparsedsl.program.text import TEXT_RULES
 from sparsedsl.program_picture import COLOURS, words
 from sparsedsl.runtime.program_call import ProgramCall, check_program_call
 from sparsedsl.testing.program_strategies import named_inputs
@@ -179,17 +179,17 @@ def test_linear_attention_over_reordered_keys_is_not_proved_causal() -> None:
 @pytest.mark.parametrize(
     "mask",
     [
-        lambda picks, others: CAUSAL & ~picks,
-        lambda picks, others: CAUSAL & (picks ^ others),
-        lambda picks, others: CAUSAL & ~(picks & others),
-        lambda picks, others: ~(CAUSAL & picks),
-        lambda picks, others: CAUSAL & (picks | (sd.q_idx - sd.kv_idx < 3)),
+        lambda selected, others: CAUSAL & ~selected,
+        lambda selected, others: CAUSAL & (selected ^ others),
+        lambda selected, others: CAUSAL & ~(selected & others),
+        lambda selected, others: ~(CAUSAL & selected),
+        lambda selected, others: CAUSAL & (selected | (sd.q_idx - sd.kv_idx < 3)),
     ],
 )
 def test_pairs_of_the_report_are_no_fewer_than_a_call_attends_to(mask: Callable[[Any, Any], Any]) -> None:
     means = sd.summary(sd.k, 4)
-    picks, others = sd.top_k(sd.dot(sd.q, means), 2), sd.threshold(sd.dot(sd.q, sd.summary(sd.k, 4, "max")), 0.1)
-    program = Program(sd.attend(mask(picks, others)))
+    selected, others = sd.top_k(sd.dot(sd.q, means), 2), sd.threshold(sd.dot(sd.q, sd.summary(sd.k, 4, "max")), 0.1)
+    program = Program(sd.attend(mask(selected, others)))
     q, k = (torch.randn(1, 2, 32, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
     run = Reference(check_program_call(program, q, k, k, {}))
     attended = int(run.pairs(program.patterns[0].mask).expand(1, 2, 32, 32).sum())

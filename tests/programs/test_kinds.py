@@ -11,8 +11,8 @@ import pytest
 import sparsedsl as sd
 from source_tree import ROOT
 from sparsedsl.program import branches, orders, scores, select, sources, tensors
-from sparsedsl.program.axes import base_of, join_heads, unit_of
-from sparsedsl.program.effects import reasons
+from sparsedsl.program.axes import base_of, block_of, join_heads
+from sparsedsl.program.effect_rules import reasons
 from sparsedsl.program.kinds import KINDS, kinds_table
 from sparsedsl.program.node import Node
 
@@ -93,7 +93,7 @@ def assert_axes(template: str, axes: tuple[str, ...], known: dict[str, str]) -> 
         words, axes = words[:-1], axes[: len(words) - 1]
     assert len(words) == len(axes), f"{template!r} is not {axes}"
     for word, axis in zip(words, axes, strict=True):
-        base, _, units = word.partition("/")
+        base, _, blocks = word.partition("/")
         if "+" in base:
             wanted = join_heads("the test", *(known[letter] for letter in base.split("+")))
         elif base.isupper():
@@ -101,14 +101,14 @@ def assert_axes(template: str, axes: tuple[str, ...], known: dict[str, str]) -> 
         else:
             wanted = base
         assert base_of(axis) == wanted, f"{template!r}: {word} is {axis}"
-        if units and not base.isdecimal():
-            letters = [known.setdefault(letter, str(unit_of(axis))) for letter in units]
+        if blocks and not base.isdecimal():
+            letters = [known.setdefault(letter, str(block_of(axis))) for letter in blocks]
             size = 1
             for letter in letters:
                 size *= int(letter)
-            assert unit_of(axis) == size, f"{template!r}: {word} is {axis}"
+            assert block_of(axis) == size, f"{template!r}: {word} is {axis}"
         else:
-            assert unit_of(axis) == 1, f"{template!r}: {word} is {axis}"
+            assert block_of(axis) == 1, f"{template!r}: {word} is {axis}"
 
 
 def taken(node: Node) -> list[Node]:
@@ -119,7 +119,7 @@ def taken(node: Node) -> list[Node]:
 def assert_shapes(shapes: str, node: Node) -> None:
     """A node has the axes that the words say."""
     before, _, after = shapes.partition("->")
-    known = {"n": str(getattr(node, "unit", getattr(node, "block", 0)))}
+    known = {"n": str(getattr(node, "block", getattr(node, "block", 0)))}
     templates = [part.strip() for part in before.split(",") if part.strip()]
     inputs = taken(node)
     if templates and templates[-1] == "..":
@@ -162,7 +162,7 @@ def test_the_check_of_axes_can_fail(function, wrong):
 def effects_of(node: Node) -> set[str]:
     """The effects that this very node has, wherever it stands."""
     root = {
-        "picks": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & node),
+        "selected": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & node),
         "order": lambda: sd.attend(node[sd.b, sd.h, sd.kv_idx] <= sd.q_idx),
         "tokens": lambda: sd.compact(node, sd.kv_idx <= sd.q_idx),
         "memory": lambda: sd.recall(node),

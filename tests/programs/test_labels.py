@@ -13,7 +13,7 @@ import torch
 import sparsedsl as sd
 from source_tree import ROOT
 from sparsedsl import kv_idx, q_idx
-from sparsedsl.program.text import read_program
+from sparsedsl.program.program_text import read_program
 from sparsedsl.program_picture import parts, words
 
 P = sd.patterns
@@ -21,14 +21,14 @@ causal = kv_idx <= q_idx
 HASH = re.compile(r"[a-z_]+_[0-9a-f]{6}\b")
 
 
-def picks(unit: int, name: str = "") -> Any:
-    return sd.top_k(sd.dot(sd.q, sd.summary(sd.k, unit)), 2, name=name)
+def selected(block: int, name: str = "") -> Any:
+    return sd.top_k(sd.dot(sd.q, sd.summary(sd.k, block)), 2, name=name)
 
 
 PROGRAMS = {
     "hsa": P.hsa(), "nha": P.nha(), "pbs": P.pbs(), "token_sparse": P.token_sparse(inside=P.pbs()),
     "ring_linear": P.ring_linear([0.9, 0.5, 0.3, 0.1]),
-    "moba": P.moba(), "nsa": P.nsa(), "two": sd.attend(causal & (picks(16) | picks(64))),
+    "moba": P.moba(), "nsa": P.nsa(), "two": sd.attend(causal & (selected(16) | selected(64))),
 }  # fmt: skip
 
 
@@ -57,7 +57,9 @@ def test_every_node_has_one_label_of_its_own_without_hashes(name):
 def test_names_that_were_given_are_kept_and_those_of_tables_and_inputs_left_free():
     dot = sd.input("dot", "batch kv_heads keys head_dim")
     summary = sd.table("summary")
-    program = sd.Program(sd.attend(causal & (kv_idx >= summary[q_idx]) & (picks(16, "top_k") | sd.top_k(sd.dot(sd.q, dot), 3))))
+    program = sd.Program(
+        sd.attend(causal & (kv_idx >= summary[q_idx]) & (selected(16, "top_k") | sd.top_k(sd.dot(sd.q, dot), 3)))
+    )
     by_function = {(node.function, program.labels[node]) for node in program.everything}
     assert {("input", "dot"), ("dot", "dot_2"), ("dot", "dot_3"), ("summary", "summary_2")} <= by_function
     assert {("top_k", "top_k"), ("top_k", "top_k_2")} <= by_function
@@ -65,7 +67,7 @@ def test_names_that_were_given_are_kept_and_those_of_tables_and_inputs_left_free
 
 
 def test_two_nodes_of_one_name_are_told_apart():
-    program = sd.Program(sd.joint(sd.attend(causal & picks(16, "mine")), sd.attend(causal & picks(64, "mine"))))
+    program = sd.Program(sd.joint(sd.attend(causal & selected(16, "mine")), sd.attend(causal & selected(64, "mine"))))
     assert {"mine", "mine_2"} <= set(program.labels.values())
     q = k = v = torch.randn(1, 2, 128, 8)
     assert sorted(sd.compile(program).choices(q, k, v)) == ["mine", "mine_2"]

@@ -1,4 +1,4 @@
-"""Candidates within candidates: masses among some units, choices among others, in a mask that is wider or narrower than both.
+"""Candidates within candidates: masses among some blocks, choices among others, in a mask that is wider or narrower than both.
 
 The oracle is written in loops over plain numbers. It shares nothing with the dense meaning, nor with the ways of the backends.
 """
@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsedsl as sd
-from sparsedsl.program.effects import LATER_QUERIES
+from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.selection.candidates import Candidates
 from sparsedsl.selection.derived_scores import softmax_scores
 from sparsedsl.selection.scores import TensorScores
@@ -29,18 +29,18 @@ NEAR = 1e-9
 Pairs = Callable[[int, int, int, int], bool]
 
 
-def menu(unit: int) -> list[tuple[Any, Pairs]]:
+def menu(block: int) -> list[tuple[Any, Pairs]]:
     """Masks of the language, and the same as functions of batch entry, head, query and key."""
     b, h, q, k = sd.b, sd.h, sd.q_idx, sd.kv_idx
     return [
         (k <= q, lambda b, h, q, k: k <= q),
         (k >= 0, lambda b, h, q, k: True),
-        ((k // unit + 1) * unit <= q, lambda b, h, q, k: (k // unit + 1) * unit <= q),
-        (k // unit < q // unit, lambda b, h, q, k: k // unit < q // unit),
+        ((k // block + 1) * block <= q, lambda b, h, q, k: (k // block + 1) * block <= q),
+        (k // block < q // block, lambda b, h, q, k: k // block < q // block),
         (abs(q - k) < 4, lambda b, h, q, k: abs(q - k) < 4),
-        (k < unit, lambda b, h, q, k: k < unit),
-        (k // unit % 2 == 0, lambda b, h, q, k: k // unit % 2 == 0),
-        ((k // unit) * unit + h * unit <= q, lambda b, h, q, k: k // unit * unit + h * unit <= q),
+        (k < block, lambda b, h, q, k: k < block),
+        (k // block % 2 == 0, lambda b, h, q, k: k // block % 2 == 0),
+        ((k // block) * block + h * block <= q, lambda b, h, q, k: k // block * block + h * block <= q),
         (k + b <= q, lambda b, h, q, k: k + b <= q),
         ((k < 2) | (q - k == 3), lambda b, h, q, k: k < 2 or q - k == 3),
         (k < 0, lambda b, h, q, k: False),
@@ -57,12 +57,12 @@ class Nested:
         random = self.random = Random(self.seed)
         pick = random.choice
         self.batch, self.kv_heads, group = pick((1, 2)), pick((1, 2)), pick((1, 2))
-        self.heads, self.unit = self.kv_heads * group, pick((1, 2, 4))
+        self.heads, self.block = self.kv_heads * group, pick((1, 2, 4))
         self.keys = random.randint(1, 13)
         self.rows = random.randint(1, self.keys)
         self.offset = random.randint(0, self.keys - self.rows)
-        self.fine = self.unit // 2 if self.unit > 1 and random.random() < 0.4 else self.unit
-        masks = menu(self.unit)
+        self.fine = self.block // 2 if self.block > 1 and random.random() < 0.4 else self.block
+        masks = menu(self.block)
         self.softmax = pick([None, *masks, *masks])
         self.join = pick((None, None, ("kv_heads", pick(("sum", "mean", "max"))), ("one", pick(("sum", "mean", "max")))))
         self.join_first = random.random() < 0.5
@@ -93,7 +93,7 @@ class Nested:
         joined = self.joined(found) if self.join_first else found
         mass = joined if self.softmax is None else joined.softmax(self.softmax[0])
         mass = mass if self.join_first else self.joined(mass)
-        return mass if self.fine == self.unit else mass.regroup(2, self.regroup)
+        return mass if self.fine == self.block else mass.regroup(2, self.regroup)
 
     def joined(self, found: Any) -> Any:
         """With heads joined."""
@@ -108,21 +108,21 @@ class Nested:
         words = dict(self.words)
         first = words.pop({"top_k": "count", "top_p": "share", "threshold": "least"}[self.rule])
         among, forced = (None if mask is None else mask[0] for mask in (self.among, self.forced))
-        picks = getattr(sd, self.rule)(by, first, among=among, forced=forced, **words)
+        selected = getattr(sd, self.rule)(by, first, among=among, forced=forced, **words)
         # Sums over groups can be picked by, but have no gradient and no place in the weights.
-        rule = None if self.weights is None or self.fine != self.unit else sd.per_chunk(picks, self.weights, inner=self.inner)
+        rule = None if self.weights is None or self.fine != self.block else sd.per_chunk(selected, self.weights, inner=self.inner)
         self.weighed = rule is not None
-        return sd.Program(sd.attend(self.mask[0] & picks, normaliser=rule))
+        return sd.Program(sd.attend(self.mask[0] & selected, normaliser=rule))
 
     # ---- what it means ------------------------------------------------------------------------------------------------------
 
-    def holds(self, pairs: Pairs, b: int, heads: list[int], row: int, unit: int, size: int) -> bool:
-        """Whether a unit of so many keys has a pair that the mask allows, for one of the heads."""
-        keys = range(unit * size, min((unit + 1) * size, self.keys))
+    def holds(self, pairs: Pairs, b: int, heads: list[int], row: int, block: int, size: int) -> bool:
+        """Whether a block of so many keys has a pair that the mask allows, for one of the heads."""
+        keys = range(block * size, min((block + 1) * size, self.keys))
         return any(pairs(b, h, self.offset + row, k) for h in heads for k in keys)
 
     def row_scores(self, b: int, row: int) -> tuple[list[list[float]], bool]:
-        """Scores of one row, by head of the choice and unit, and whether they are mass."""
+        """Scores of one row, by head of the choice and block, and whether they are mass."""
         q, k = self.q[b, :, row].tolist(), self.k[b].tolist()
         group = self.heads // self.kv_heads
         tops = []
@@ -137,13 +137,13 @@ class Nested:
             tops = [self.shares(b, row, i, line, len(tops)) for i, line in enumerate(tops)]
         tops = tops if self.join_first else self.joined_lines(tops)
         mass = self.softmax is not None
-        if self.fine != self.unit:
+        if self.fine != self.block:
             mass = mass and self.regroup == "sum"
             tops = [[self.reduced(line[i : i + 2], self.regroup) for i in range(0, len(line), 2)] for line in tops]
         return tops, mass
 
     def shares(self, b: int, row: int, head: int, line: list[float], heads: int) -> list[float]:
-        """The softmax of a row over the units that its mask allows."""
+        """The softmax of a row over the blocks that its mask allows."""
         assert self.softmax is not None
         group = self.heads // heads
         mine = list(range(head * group, (head + 1) * group))
@@ -165,12 +165,12 @@ class Nested:
         return [[self.reduced(list(values), how) for values in zip(*part, strict=True)] for part in parts]
 
     def chosen(self, b: int, row: int, head: int, line: list[float], heads: int, mass: bool) -> tuple[set[int], bool]:
-        """The units of a row, and whether that is beyond doubt."""
+        """The blocks of a row, and whether that is beyond doubt."""
         group = self.heads // heads
         mine = list(range(head * group, (head + 1) * group))
         within = (self.among or self.mask)[1]
-        live = [u for u in range(len(line)) if self.holds(within, b, mine, row, u, self.unit)]
-        named = [u for u in live if self.forced is not None and self.holds(self.forced[1], b, mine, row, u, self.unit)]
+        live = [u for u in range(len(line)) if self.holds(within, b, mine, row, u, self.block)]
+        named = [u for u in live if self.forced is not None and self.holds(self.forced[1], b, mine, row, u, self.block)]
         order = sorted(live, key=lambda u: (-line[u], u))
         sure = all(line[a] - line[c] > NEAR or line[a] == line[c] == 0 for a, c in pairwise(order))
         if self.rule == "top_k":
@@ -207,8 +207,8 @@ class Nested:
             taken = live if self.words["unmet"] == "all" else []
         return {*taken, *named}, sure
 
-    def output(self, b: int, h: int, row: int, units: set[int], line: list[float]) -> list[float]:
-        """What a query of one head gets from the chosen units."""
+    def output(self, b: int, h: int, row: int, blocks: set[int], line: list[float]) -> list[float]:
+        """What a query of one head gets from the chosen blocks."""
         group = self.heads // self.kv_heads
         q, keys, values = self.q[b, h, row].tolist(), self.k[b, h // group].tolist(), self.v[b, h // group].tolist()
 
@@ -218,12 +218,12 @@ class Nested:
             return [sum(w * values[k][d] for w, k in zip(raised, places, strict=True)) / (total or 1.0) for d in range(4)]
 
         seen = [
-            [k for k in range(u * self.unit, min((u + 1) * self.unit, self.keys)) if self.mask[1](b, h, self.offset + row, k)]
-            for u in sorted(units)
+            [k for k in range(u * self.block, min((u + 1) * self.block, self.keys)) if self.mask[1](b, h, self.offset + row, k)]
+            for u in sorted(blocks)
         ]
         if not self.weighed:
             return attended([k for part in seen for k in part], False)
-        s = [line[u] for u in sorted(units)]
+        s = [line[u] for u in sorted(blocks)]
         if self.weights in ("softmax", "softmax1"):
             total = sum(map(math.exp, s)) + (self.weights == "softmax1")
             weights = [math.exp(x) / total for x in s]
@@ -287,10 +287,10 @@ def test_most_random_cases_are_run_and_decided() -> None:
 
 
 def test_mass_is_0_where_the_softmax_has_no_candidate() -> None:
-    """Also at units that were picked under wider candidates; and what has no mass learns nothing."""
+    """Also at blocks that were picked under wider candidates; and what has no mass learns nothing."""
     values = torch.tensor([[[[1.0, 2.0, 500.0], [1.0, 2.0, 3.0]]]], dtype=torch.float64).requires_grad_()
     indices = torch.tensor([[[[0, 2], [1, 2]]]])
-    odd = Candidates(allowed=lambda rows, units: (rows[:, None] + units) % 2 == 0)
+    odd = Candidates(allowed=lambda rows, blocks: (rows[:, None] + blocks) % 2 == 0)
     for candidates, wanted in (
         (Candidates(end=torch.tensor([2, 1])), [[1 / (1 + math.e), 0.0], [0.0, 0.0]]),
         (Candidates(begin=torch.tensor([1, 2])), [[0.0, 1.0], [0.0, 1.0]]),
@@ -308,8 +308,8 @@ def test_all_of_the_mass_is_all_blocks(backend: str) -> None:
     for dtype in (torch.float32, torch.float64):
         q, k, v = (torch.randn(1, 2, 128, 8, generator=torch.Generator().manual_seed(n)).to(dtype) * 3 for n in range(3))
         attn = sd.compile(sd.patterns.pbs(block=4, segment=8, mass=1.0), backend=backend)
-        (picks,) = [value for label, value in attn.choices(q, k, v).items() if label.startswith("top_p")]
-        table = picks if isinstance(picks, torch.Tensor) else picks.table()
+        (selected,) = [value for label, value in attn.choices(q, k, v).items() if label.startswith("top_p")]
+        table = selected if isinstance(selected, torch.Tensor) else selected.table()
         block = torch.arange(32)
         assert torch.equal(table, (block // 2 < block[:, None] // 2).expand(1, 2, -1, -1))
         dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -342,18 +342,18 @@ def test_a_score_that_is_no_number_is_picked_so_that_it_shows(backend: str) -> N
             before = (sd.kv_idx // 4 + 1) * 4 <= sd.q_idx
             for forced, wanted in ((None, {2}), (sd.kv_idx < 4, {0})):
                 attn = sd.compile(sd.attend(before & sd.top_k(by, 1, forced=forced)), backend=backend)
-                (picks,) = attn.choices(q, q, q, marks=marks).values()
-                table = picks if isinstance(picks, torch.Tensor) else picks.table()
+                (selected,) = attn.choices(q, q, q, marks=marks).values()
+                table = selected if isinstance(selected, torch.Tensor) else selected.table()
                 assert set(table[0, 0, 15].nonzero()[:, 0].tolist()) == wanted
                 assert set(table[0, 0, 11].nonzero()[:, 0].tolist()) == {0}
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_a_unit_that_one_summand_lacks_is_no_candidate(backend: str) -> None:
-    """One unit of two is not one for all."""
+    """One block of two is not one for all."""
     q = torch.randn(1, 1, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     by = sd.dot(sd.q, sd.summary(sd.k, 4)) + sd.dot(sd.q, sd.input("marks", "batch kv_heads keys/4 head_dim"))
     attn = sd.compile(sd.attend(sd.top_k(by, 2) & (sd.kv_idx >= 0)), backend=backend, allow=[LATER_QUERIES])
-    (picks,) = attn.choices(q, q, q, marks=q[:, :, :1]).values()
-    table = picks if isinstance(picks, torch.Tensor) else picks.table()
+    (selected,) = attn.choices(q, q, q, marks=q[:, :, :1]).values()
+    table = selected if isinstance(selected, torch.Tensor) else selected.table()
     assert table.tolist() == [[[[True, False]] * 6]]

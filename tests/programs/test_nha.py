@@ -49,11 +49,11 @@ def recurrence(t: dict[str, Tensor], window: int, delay: int | None = None, temp
             keys = a * keys + (1 - a) * t["k"][:, :, e, None]
             values = a * values + (1 - a) * t["v"][:, :, e, None]
         near = slice(max(0, row - window + 1), row + 1 if window else 0)
-        spread = [x.repeat_interleave(group, 1) for x in (keys, values, near_k[:, :, near], t["v"][:, :, near])]
-        far = torch.einsum("bhd,bhmd->bhm", q[:, :, row], spread[0])
-        here = torch.einsum("bhd,bhjd->bhj", near_q[:, :, row], spread[2])
+        repeat_kv = [x.repeat_interleave(group, 1) for x in (keys, values, near_k[:, :, near], t["v"][:, :, near])]
+        far = torch.einsum("bhd,bhmd->bhm", q[:, :, row], repeat_kv[0])
+        here = torch.einsum("bhd,bhjd->bhj", near_q[:, :, row], repeat_kv[2])
         p = (torch.cat([far, here], -1) * q.shape[3] ** -0.5).softmax(-1)
-        outs.append(torch.einsum("bhj,bhjd->bhd", p, torch.cat([spread[1], spread[3]], 2)))
+        outs.append(torch.einsum("bhj,bhjd->bhd", p, torch.cat([repeat_kv[1], repeat_kv[3]], 2)))
         shares.append(p[..., : far.shape[-1]].sum(-1))
     return torch.stack(outs, 2), torch.stack(shares, 2)
 

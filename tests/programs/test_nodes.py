@@ -81,8 +81,8 @@ def table_of(attn: Any, qkv: Any, label: str) -> Tensor:
 @pytest.mark.parametrize("extra", [False, True])
 def test_forced_units_come_first_or_on_top(qkv: Any, backend: str, extra: bool) -> None:
     forced = sd.kv_idx < 4
-    picks = sd.top_k(MEANS, 2, among=ENDED, forced=forced, extra=extra, name="picks")
-    found = table_of(sd.compile(sd.attend(ENDED & picks), backend=backend), qkv, "picks")
+    selected = sd.top_k(MEANS, 2, among=ENDED, forced=forced, extra=extra, name="selected")
+    found = table_of(sd.compile(sd.attend(ENDED & selected), backend=backend), qkv, "selected")
     over = torch.arange(L) // 4
     assert found[:, :, over > 0, 0].all()
     assert (found.sum(-1) == torch.minimum(over, torch.tensor(2 + extra))).all()
@@ -91,8 +91,8 @@ def test_forced_units_come_first_or_on_top(qkv: Any, backend: str, extra: bool) 
 @pytest.mark.parametrize("group", ["over_group", "over_heads"])
 @pytest.mark.parametrize("how", ["sum", "mean", "max"])
 def test_one_choice_for_many_heads(qkv: Any, backend: str, group: str, how: str) -> None:
-    picks = sd.top_k(getattr(MEANS, group)(how), 1, among=ENDED, name="picks")
-    found = table_of(sd.compile(sd.attend(ENDED & picks), backend=backend), qkv, "picks")
+    selected = sd.top_k(getattr(MEANS, group)(how), 1, among=ENDED, name="selected")
+    found = table_of(sd.compile(sd.attend(ENDED & selected), backend=backend), qkv, "selected")
     k = torch.stack([x.mean(2) for x in qkv["k"].split(4, 2)], 2).repeat_interleave(HQ // H, 1)
     scores = (qkv["q"] @ k.transpose(2, 3)).unflatten(1, (H if group == "over_group" else 1, -1))
     scores = scores.amax(2) if how == "max" else getattr(scores, how)(2)
@@ -103,8 +103,8 @@ def test_one_choice_for_many_heads(qkv: Any, backend: str, group: str, how: str)
 
 @pytest.mark.parametrize(("inclusive", "unmet"), [(True, "all"), (False, "all"), (True, "none")])
 def test_a_share_of_the_mass(qkv: Any, backend: str, inclusive: bool, unmet: str) -> None:
-    picks = sd.top_p(MEANS, 0.6, among=ENDED, inclusive=inclusive, unmet=unmet, name="picks")
-    found = table_of(sd.compile(sd.attend(ENDED & picks), backend=backend), qkv, "picks")
+    selected = sd.top_p(MEANS, 0.6, among=ENDED, inclusive=inclusive, unmet=unmet, name="selected")
+    found = table_of(sd.compile(sd.attend(ENDED & selected), backend=backend), qkv, "selected")
     k = torch.stack([x.mean(2) for x in qkv["k"].split(4, 2)], 2).repeat_interleave(HQ // H, 1)
     over = torch.arange(k.shape[2]) < torch.arange(L)[:, None] // 4
     p = (qkv["q"] @ k.transpose(2, 3) / D**0.5).masked_fill(~over, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -115,8 +115,8 @@ def test_a_share_of_the_mass(qkv: Any, backend: str, inclusive: bool, unmet: str
 
 
 def test_a_threshold(qkv: Any, backend: str) -> None:
-    picks = sd.threshold(MEANS, 0.1, among=ENDED, name="picks")
-    found = table_of(sd.compile(sd.attend(ENDED & picks), backend=backend), qkv, "picks")
+    selected = sd.threshold(MEANS, 0.1, among=ENDED, name="selected")
+    found = table_of(sd.compile(sd.attend(ENDED & selected), backend=backend), qkv, "selected")
     k = torch.stack([x.mean(2) for x in qkv["k"].split(4, 2)], 2).repeat_interleave(HQ // H, 1)
     over = torch.arange(k.shape[2]) < torch.arange(L)[:, None] // 4
     assert torch.equal(found, ((qkv["q"] @ k.transpose(2, 3) / D**0.5) >= 0.1) & over)
@@ -125,8 +125,8 @@ def test_a_threshold(qkv: Any, backend: str) -> None:
 def test_equal_scores_take_the_earlier_unit(qkv: Any, backend: str) -> None:
     t = qkv | {"q": (4 * qkv["q"]).round(), "k": torch.ones_like(qkv["k"])}  # whole numbers: sums are equal in any order
     scores = sd.dot(sd.q, sd.summary(sd.k, 4), scale=0.5)
-    picks = sd.top_k(scores, 2, among=ENDED, name="picks")
-    found = table_of(sd.compile(sd.attend(ENDED & picks), backend=backend), t, "picks")
+    selected = sd.top_k(scores, 2, among=ENDED, name="selected")
+    found = table_of(sd.compile(sd.attend(ENDED & selected), backend=backend), t, "selected")
     assert not found[..., 2:].any() and found[:, :, 8:, :2].all()
 
 
@@ -190,8 +190,8 @@ def test_calls_of_size_zero(backend: str, name: str, batch: int, q_len: int, kv_
 
 
 def test_noise_is_the_same_however_a_call_is_cut(qkv: Any, backend: str) -> None:
-    picks = sd.top_k(MEANS.gumbel(sd.input("seed", "1")), 2, among=ENDED)
-    attn, seed = sd.compile(sd.attend(ENDED & picks), backend=backend), torch.tensor([3])
+    selected = sd.top_k(MEANS.gumbel(sd.input("seed", "1")), 2, among=ENDED)
+    attn, seed = sd.compile(sd.attend(ENDED & selected), backend=backend), torch.tensor([3])
     whole = attn(**qkv, seed=seed)
     rows = [attn(qkv["q"][:, :, i : i + 1], qkv["k"], qkv["v"], q_offset=i, seed=seed) for i in range(L)]
     torch.testing.assert_close(torch.cat(rows, dim=2), whole)

@@ -32,8 +32,8 @@ def chosen(attn: Any, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The order of the keys, and which blocks were picked, as booleans."""
     found = attn.choices(**t)
     (order,) = (value for label, value in found.items() if label.startswith("segment_sort"))
-    (picks,) = (value for label, value in found.items() if label.startswith("top_p"))
-    return order, picks if isinstance(picks, Tensor) else picks.table()
+    (selected,) = (value for label, value in found.items() if label.startswith("top_p"))
+    return order, selected if isinstance(selected, Tensor) else selected.table()
 
 
 def by_loops(t: dict[str, Tensor], mass: float, block: int = BLOCK, segment: int = SEGMENT) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +41,7 @@ def by_loops(t: dict[str, Tensor], mass: float, block: int = BLOCK, segment: int
     (batch, heads, length, _), group = t["q"].shape, t["q"].shape[1] // t["k"].shape[1]
     blocks, whole = -(-length // block), length // segment * segment
     orders = torch.arange(length).repeat(batch, heads, 1)
-    picks = torch.zeros(batch, heads, blocks, blocks, dtype=torch.bool)
+    selected = torch.zeros(batch, heads, blocks, blocks, dtype=torch.bool)
     out = torch.zeros_like(t["q"])
     for b, h in itertools.product(range(batch), range(heads)):
         q, k, v = t["q"][b, h], t["k"][b, h // group], t["v"][b, h // group]
@@ -56,18 +56,18 @@ def by_loops(t: dict[str, Tensor], mass: float, block: int = BLOCK, segment: int
             earlier = i * block // segment * segment // block
             p, total = logits[i, :earlier].softmax(0), 0.0
             for j in (-p).argsort(stable=True).tolist():
-                picks[b, h, i, j] = True
+                selected[b, h, i, j] = True
                 total += float(p[j])
                 if total >= mass:
                     break
         first = int((order == 0).nonzero()[0]) // block
         row = torch.arange(length)
-        tiles = picks[b, h].clone()
+        tiles = selected[b, h].clone()
         tiles[:, first] = True
         allowed = tiles[row // block][:, row // block] & (row // segment < row[:, None] // segment)
         allowed |= (row // segment == row[:, None] // segment) & (order <= row[:, None])
         out[b, h] = (q @ k.T / D**0.5).masked_fill(~allowed, -torch.inf).softmax(1) @ v
-    return orders, picks, out
+    return orders, selected, out
 
 
 @pytest.mark.parametrize("mass", [0.3, 0.9])
@@ -76,8 +76,8 @@ def test_the_published_algorithm(problem: Any, backend: str, assert_close: Any, 
     t = problem(length)
     attn = sd.compile(sd.patterns.pbs(BLOCK, SEGMENT, mass), backend=backend)
     wanted = by_loops(t, mass)
-    order, picks = chosen(attn, t)
-    assert torch.equal(order, wanted[0]) and torch.equal(picks, wanted[1])
+    order, selected = chosen(attn, t)
+    assert torch.equal(order, wanted[0]) and torch.equal(selected, wanted[1])
     assert_close(attn(**t), wanted[2])
 
 
@@ -113,10 +113,10 @@ def test_P2_a_permutation_within_segments(problem: Any, backend: str) -> None:
 def test_P3_only_earlier_segments_are_picked_and_the_own_one_is_seen(problem: Any, backend: str) -> None:
     t = problem()
     attn = sd.compile(sd.patterns.pbs(BLOCK, SEGMENT, 0.5), backend=backend)
-    _, picks = chosen(attn, t)
-    unit = torch.arange(picks.shape[2]) * BLOCK // SEGMENT
-    assert not picks[..., unit >= unit[:, None]].any()
-    assert not picks[:, :, unit == 0].any()
+    _, selected = chosen(attn, t)
+    block = torch.arange(selected.shape[2]) * BLOCK // SEGMENT
+    assert not selected[..., block >= block[:, None]].any()
+    assert not selected[:, :, block == 0].any()
     _, lse = attn(**t, return_lse=True)
     assert lse.isfinite().all()
 
@@ -125,16 +125,16 @@ def test_P4_P6_the_mass_is_reached_and_no_block_is_lost_for_more(problem: Any, b
     t = problem()
     before = None
     for mass in (0.3, 0.6, 0.9, 0.99):
-        order, picks = chosen(sd.compile(sd.patterns.pbs(BLOCK, SEGMENT, mass), backend=backend), t)
+        order, selected = chosen(sd.compile(sd.patterns.pbs(BLOCK, SEGMENT, mass), backend=backend), t)
         k = t["k"].repeat_interleave(HQ // H, 1).gather(2, order[..., None].expand(-1, -1, -1, D))
         pool = [torch.nn.functional.pad(x, (0, 0, 0, -N % BLOCK)).unflatten(2, (-1, BLOCK)).mean(3) for x in (t["q"], k)]
-        unit = torch.arange(picks.shape[2]) * BLOCK // SEGMENT
-        logits = (pool[0] @ pool[1].transpose(2, 3) / D**0.5).masked_fill(unit >= unit[:, None], -torch.inf)
+        block = torch.arange(selected.shape[2]) * BLOCK // SEGMENT
+        logits = (pool[0] @ pool[1].transpose(2, 3) / D**0.5).masked_fill(block >= block[:, None], -torch.inf)
         p = logits[:, :, 2:].softmax(-1)
-        held, least = (p * picks[:, :, 2:]).sum(-1), torch.where(picks[:, :, 2:], p, torch.inf).amin(-1)
+        held, least = (p * selected[:, :, 2:]).sum(-1), torch.where(selected[:, :, 2:], p, torch.inf).amin(-1)
         assert (held >= mass - 1e-12).all() and (held - least < mass).all()
-        assert before is None or (picks | ~before).all()
-        before = picks
+        assert before is None or (selected | ~before).all()
+        before = selected
 
 
 def test_P5_with_all_blocks_the_order_is_no_matter(problem: Any, backend: str, assert_close: Any) -> None:
@@ -155,9 +155,9 @@ def test_P8_an_outstanding_key_is_seen_by_all_later_segments(problem: Any, backe
     t["q"][..., 0] = 5.0
     t["k"][:, :, planted] = 0.0
     t["k"][:, :, planted, 0] = 60.0
-    order, picks = chosen(sd.compile(sd.patterns.pbs(BLOCK, SEGMENT, 0.5), backend=backend), t)
+    order, selected = chosen(sd.compile(sd.patterns.pbs(BLOCK, SEGMENT, 0.5), backend=backend), t)
     assert (order[:, :, SEGMENT] == planted).all()
-    assert picks[:, :, 2 * SEGMENT // BLOCK :, SEGMENT // BLOCK].all()
+    assert selected[:, :, 2 * SEGMENT // BLOCK :, SEGMENT // BLOCK].all()
 
 
 def test_P9_the_last_queries_change_earlier_rows(problem: Any, backend: str, assert_close: Any) -> None:
@@ -186,11 +186,11 @@ def test_P11_without_a_sort_and_with_the_own_segment_it_is_mean_pooling(problem:
     segments = sd.kv_idx // SEGMENT < sd.q_idx // SEGMENT
     tables = []
     for among in (causal, segments):
-        attn = sd.compile(sd.attend(causal & (own | sd.top_p(pooled, 0.6, among=among, name="picks"))), backend=backend)
-        picks = attn.choices(**t)["picks"]
-        tables.append(picks if isinstance(picks, Tensor) else picks.table())
-        unit = torch.arange(12) * BLOCK
-        allowed = unit <= unit[:, None] if among is causal else unit // SEGMENT < unit[:, None] // SEGMENT
+        attn = sd.compile(sd.attend(causal & (own | sd.top_p(pooled, 0.6, among=among, name="selected"))), backend=backend)
+        selected = attn.choices(**t)["selected"]
+        tables.append(selected if isinstance(selected, Tensor) else selected.table())
+        block = torch.arange(12) * BLOCK
+        allowed = block <= block[:, None] if among is causal else block // SEGMENT < block[:, None] // SEGMENT
         k = t["k"].repeat_interleave(HQ // H, 1)
         pool = [x.unflatten(2, (-1, BLOCK)).mean(3) for x in (t["q"], k)]
         p = (pool[0] @ pool[1].transpose(2, 3) / D**0.5).masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -203,8 +203,8 @@ def test_P11_without_a_sort_and_with_the_own_segment_it_is_mean_pooling(problem:
 def test_P12_one_order_for_a_group(problem: Any, backend: str, assert_close: Any) -> None:
     t = problem()
     attn = sd.compile(sd.patterns.pbs(BLOCK, SEGMENT, 0.5, share="group"), backend=backend)
-    order, picks = chosen(attn, t)
-    assert order.shape[1] == H and picks.shape[1] == HQ
+    order, selected = chosen(attn, t)
+    assert order.shape[1] == H and selected.shape[1] == HQ
     k = t["k"].repeat_interleave(HQ // H, 1)
     scores = (t["q"][:, :, -BLOCK:] @ k[:, :, :96].transpose(2, 3) / D**0.5).softmax(-1).mean(2).unflatten(1, (H, -1)).mean(2)
     wanted = (-scores.unflatten(2, (-1, SEGMENT))).argsort(dim=3, stable=True) + torch.arange(0, 96, SEGMENT)[:, None]
@@ -222,9 +222,9 @@ def test_P13_zeros_after_the_end_weaken_the_last_block_of_queries(problem: Any, 
     pooled = sd.summary(keys, BLOCK, pad="zero")
     found = []
     for pad, scale in (("zero", None), ("valid", None), ("zero", 2 * D**-0.5)):
-        picks = sd.top_p(sd.dot(sd.summary(sd.q, BLOCK, pad=pad), pooled, scale=scale), 0.7, among=earlier, name="picks")
-        attn = sd.compile(sd.attend(earlier & picks, k=keys, v=values), backend=backend)
-        table = attn.choices(**t)["picks"]
+        selected = sd.top_p(sd.dot(sd.summary(sd.q, BLOCK, pad=pad), pooled, scale=scale), 0.7, among=earlier, name="selected")
+        attn = sd.compile(sd.attend(earlier & selected, k=keys, v=values), backend=backend)
+        table = attn.choices(**t)["selected"]
         found.append((table if isinstance(table, Tensor) else table.table())[:, :, -1])
     assert found[0].sum() > found[1].sum()
     assert torch.equal(found[1], found[2])  # logits are scaled by the rows it has over those of a block

@@ -45,12 +45,12 @@ def test_S1_how_many_tokens_cover_a_mass(backend: str, cover: float, count: int)
 @pytest.mark.parametrize(("stride", "block"), [(2, 4), (4, 16), (8, 8)])
 def test_S2_antidiagonal_sums(problem: Any, backend: str, stride: int, block: int) -> None:
     t = problem(64)
-    picks = sd.top_p(
-        sd.antidiagonal(sd.q, sd.k, stride, block), 0.5, among=CAUSAL, forced_in_mass=True, name="picks",
+    selected = sd.top_p(
+        sd.antidiagonal(sd.q, sd.k, stride, block), 0.5, among=CAUSAL, forced_in_mass=True, name="selected",
         forced=(sd.kv_idx < block) | (sd.q_idx // block == sd.kv_idx // block),
     )  # fmt: skip
-    attn = sd.compile(sd.attend(CAUSAL & picks), backend=backend)
-    found = table_of(attn, t, "picks")
+    attn = sd.compile(sd.attend(CAUSAL & selected), backend=backend)
+    found = table_of(attn, t, "selected")
     cells, blocks = 64 // stride, 64 // block
     assert found[:, :, :, 0].all() and found[:, :, range(blocks), range(blocks)].all()
     for b, h in itertools.product(range(B), range(HQ)):
@@ -76,8 +76,8 @@ def test_S2_antidiagonal_sums(problem: Any, backend: str, stride: int, block: in
 def test_S3_pages_by_the_bound_of_their_keys(problem: Any, backend: str, page: int) -> None:
     """The pages with the greatest bounds; the page of the greatest logit has the bound of all pages of one key."""
     t, count = problem(), 2
-    picks = sd.top_k(sd.bound(sd.q, sd.k, page), count, among=(sd.kv_idx // page + 1) * page <= sd.q_idx + 1, name="picks")
-    found = table_of(sd.compile(sd.attend(CAUSAL & picks), backend=backend), t, "picks")
+    selected = sd.top_k(sd.bound(sd.q, sd.k, page), count, among=(sd.kv_idx // page + 1) * page <= sd.q_idx + 1, name="selected")
+    found = table_of(sd.compile(sd.attend(CAUSAL & selected), backend=backend), t, "selected")
     k = t["k"].repeat_interleave(HQ // H, 1)
     logits = t["q"] @ k.transpose(2, 3) / D**0.5
     pages = [k[:, :, n : n + page] for n in range(0, L, page)]
@@ -97,9 +97,9 @@ def test_S4_columns_and_slashes_of_a_vertical_slash_mask(problem: Any, backend: 
     t = problem()
     first, last = 5, 9
     near = (sd.q_idx - sd.kv_idx < last) | (sd.kv_idx < first)
-    picks = sd.top_k(sd.dot(sd.q, sd.k), 3, name="picks")
-    attn = sd.compile(sd.attend(CAUSAL & (near | picks)), backend=backend)
-    found = table_of(attn, t, "picks")
+    selected = sd.top_k(sd.dot(sd.q, sd.k), 3, name="selected")
+    attn = sd.compile(sd.attend(CAUSAL & (near | selected)), backend=backend)
+    found = table_of(attn, t, "selected")
     row, column = torch.arange(L)[:, None], torch.arange(L)
     always = (row - column < last) | (column < first)
     assert not (found & (always | (column > row))).any()  # what is seen in any case is not chosen, nor is the future
@@ -202,7 +202,7 @@ def test_what_nobody_picked_learns_nothing(backend: str, mask: Any) -> None:
 
 
 def test_choosing_within_a_unit_that_is_not_over_leaks(backend: str) -> None:
-    """The mean of the unit a query stands in holds later keys; the mask itself is causal."""
+    """The mean of the block a query stands in holds later keys; the mask itself is causal."""
     attn = sd.compile(sd.attend(CAUSAL & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 8)), 1)), backend=backend)
     with pytest.raises(kit.Counterexample, match="choice top_k"):
         kit.assert_causal(attn, kit.AttentionCase(1, 2, 2, 41, 41))

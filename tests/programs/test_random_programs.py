@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import testing as kit
-from sparsedsl.program.effects import LATER_QUERIES, reasons
-from sparsedsl.program.text import read_program
+from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
+from sparsedsl.program.program_text import read_program
 
 
 def problems(**words: Any) -> st.SearchStrategy[kit.AttentionCase]:

@@ -20,12 +20,12 @@ from sparsedsl.execute.lowering import Lowering
 from sparsedsl.execute.node_rules import LOWERED_RULES
 from sparsedsl.program import branches, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Branch
-from sparsedsl.program.effects import LATER_QUERIES
+from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.program.node import one_of
 from sparsedsl.program.rules import Rules, kinds_of_nodes
 from sparsedsl.selection.composed_scores import SumScores
 from sparsedsl.selection.scores import ScoreSource, TensorScores
-from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.testing import battery
 from sparsedsl.testing.program_strategies import named_inputs
 
@@ -76,7 +76,7 @@ def bent(value: Any) -> Any:
     if isinstance(value, ScoreSource):
         ramp = torch.linspace(40, 0, value.shape[2] * value.shape[3], dtype=torch.float64)
         return SumScores((value, TensorScores(ramp.view(1, 1, *value.shape[2:]))))
-    if isinstance(value, Picks):
+    if isinstance(value, SelectedBlocks):
         return replace(value, indices=value.indices.roll(1, 2), counts=value.counts.roll(1, 2))
     if isinstance(value, tuple):
         return value[0] * (1 + 1e-6), *value[1:]
@@ -145,7 +145,7 @@ def test_the_reference_shares_nothing_with_the_lowering_but_the_call() -> None:
     shared = {name.removeprefix("sparsedsl.runtime.") for name in seen - own}
     # `backend` is how the registry sees the reference; nothing of what it means lies there.
     assert own - {"sparsedsl.backends.reference.backend"} <= seen
-    assert shared == {"call", "program_call", "interpreter", "dtypes", "seen_product", "torch_modes", "vmap"}
+    assert shared == {"call", "program_call", "interpreter", "dtypes", "seen_products", "torch_modes", "vmap"}
     assert not issubclass(Lowering, Reference) and not issubclass(Reference, Lowering)
 
 

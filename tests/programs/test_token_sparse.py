@@ -103,8 +103,8 @@ def test_TSA_T3_tokens_ascend_and_hold_the_last(problem: Any, backend: str) -> N
 def test_TSA_T4_nothing_dropped_is_dense_to_the_bit(problem: Any, backend: str, share: float, least: int) -> None:
     t = problem()
     out = sd.compile(pattern(share, least=least), backend=backend)(**t)
-    spread = {name: x.repeat_interleave(HQ // x.shape[1], 1)[:1] for name, x in t.items()}
-    assert torch.equal(out[:1], sd.compile(CAUSAL, backend=backend)(**spread))
+    repeat_kv = {name: x.repeat_interleave(HQ // x.shape[1], 1)[:1] for name, x in t.items()}
+    assert torch.equal(out[:1], sd.compile(CAUSAL, backend=backend)(**repeat_kv))
 
 
 def test_TSA_T5_fewer_stay_for_a_greater_share(problem: Any, backend: str) -> None:

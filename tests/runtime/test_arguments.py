@@ -242,11 +242,11 @@ def test_declared_heads_follow_the_pattern():
     pattern = sd.attend(causal, score=score)
     assert score.heads == pattern.heads == 4 and sd.attend(causal).heads is None
     assert pattern != sd.attend(causal, score=sd.parse(score.text)) and pickle.loads(pickle.dumps(pattern)) == pattern
-    from sparsedsl.program.text import read_program
+    from sparsedsl.program.program_text import read_program
 
     assert "heads=4" in pattern.text and read_program(sd.Program(pattern).text).static == pattern
     program = sd.Program(sd.attend(causal & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 2)), 2), score=score))
-    from sparsedsl.program.text import read_program
+    from sparsedsl.program.program_text import read_program
 
     again = read_program(program.text)
     assert again == program and again.root.pattern.heads == 4

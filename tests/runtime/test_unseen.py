@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
-from sparsedsl.runtime.seen_product import seen_product
+from sparsedsl.runtime.seen_products import seen_product
 from sparsedsl.testing import AttentionCase, assert_unseen_keys_have_no_effect, patterns, shapes, tables_for, tensor
 
 causal = kv_idx <= q_idx
@@ -67,7 +67,7 @@ def test_queries_that_see_a_bad_key_say_so():
 # ---- programs: the rows of a cache that are not written yet --------------------------------------------------------------------------
 
 PROGRAMS = {
-    "picks": lambda: sd.attend(causal & (WINDOW | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 8)), 2))),
+    "selected": lambda: sd.attend(causal & (WINDOW | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 8)), 2))),
     "hsa": lambda: sd.patterns.hsa(chunk=8, top_k=2),
     "moba": lambda: sd.patterns.moba(chunk=8, top_k=2),
     "linear": lambda: sd.patterns.ring_linear([0.9, 0.8]),

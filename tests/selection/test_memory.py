@@ -17,7 +17,7 @@ MIB = 2**20
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self")
 def test_selection_memory(tmp_path):
-    """Top-16 of 16,384 chunks for 64K queries, and the gradients of the scores at the picks: all scores would be 4 GiB."""
+    """Top-16 of 16,384 chunks for 64K queries, and the gradients of the scores at the selected blocks: all scores would be 4 GiB."""
     out = tmp_path / "memory.json"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -28,6 +28,6 @@ def test_selection_memory(tmp_path):
     (record,) = json.loads(out.read_text())["records"]
     assert record["dense_bytes"] == 4096 * MIB
     over = {name: step["over_bytes"] / MIB for name, step in record["steps"].items()}
-    assert over.keys() == {"top_k", "picked_scores", "backward"}
+    assert over.keys() == {"top_k", "selected_scores", "backward"}
     assert max(over.values()) <= 256, over
     assert "pass: " in done.stdout

@@ -1,4 +1,4 @@
-"""Probes, pooled units, orders, subsets and weights against plain ones; the reference tests of the specs."""
+"""Probes, pooled blocks, orders, subsets and weights against plain ones; the reference tests of the specs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sparsedsl.selection import chunking
 from sparsedsl.selection.counts import tail_count
 from sparsedsl.selection.permutations import inverse, keep_tokens, segment_sort
 from sparsedsl.selection.proxies import bounds, pooled, probe, smooth
+from sparsedsl.selection.ranking import top_k
 from sparsedsl.selection.scores import DotScores
-from sparsedsl.selection.top_k import top_k
 from sparsedsl.selection.weights import weights_of
 from sparsedsl.testing import tensor
 
@@ -77,20 +77,20 @@ def test_TSA_T11_a_lone_sink_keeps_a_seventh():
 
 
 @given(
-    tokens=st.integers(0, 14), unit=st.integers(1, 6), how=st.sampled_from(("mean", "sum", "max", "min", "first", "last")),
+    tokens=st.integers(0, 14), block=st.integers(1, 6), how=st.sampled_from(("mean", "sum", "max", "min", "first", "last")),
     pad=st.sampled_from(("valid", "zero")), piece=st.sampled_from((1, 10**6)), half=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=80)
-def test_pooled_units(tokens, unit, how, pad, piece, half):
+def test_pooled_units(tokens, block, how, pad, piece, half):
     x = tensor(2, 2, tokens, 3, seed=0, dtype=torch.bfloat16 if half else DOUBLE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunking, "PIECE_BYTES", piece)
-        got = pooled(x, unit, how, pad)
-    assert got.dtype == (torch.float32 if half else DOUBLE) and got.shape == (2, 2, -(-tokens // unit), 3)
+        got = pooled(x, block, how, pad)
+    assert got.dtype == (torch.float32 if half else DOUBLE) and got.shape == (2, 2, -(-tokens // block), 3)
     for n in range(got.shape[2]):
-        part = x[:, :, n * unit : (n + 1) * unit].double()
+        part = x[:, :, n * block : (n + 1) * block].double()
         if pad == "zero":
-            part = torch.cat([part, part.new_zeros(2, 2, unit - part.shape[2], 3)], 2)
+            part = torch.cat([part, part.new_zeros(2, 2, block - part.shape[2], 3)], 2)
         wanted = {
             "mean": part.mean(2), "sum": part.sum(2), "max": part.amax(2), "min": part.amin(2),
             "first": part[:, :, 0], "last": part[:, :, -1],
@@ -157,8 +157,8 @@ def test_P8_an_outstanding_key_comes_first_and_is_chosen():
     first = planted // segment * segment
     assert bool((order[..., first] == planted).all())
     moved = k.gather(2, order[..., None].expand(-1, -1, -1, 8))
-    picks = top_k(DotScores(pooled(q, block), pooled(moved, block)), 1)
-    assert bool((picks.indices == first // block).all())
+    selected = top_k(DotScores(pooled(q, block), pooled(moved, block)), 1)
+    assert bool((selected.indices == first // block).all())
 
 
 def test_P12_one_permutation_for_a_group():

@@ -1,4 +1,4 @@
-"""Rules that pick units: against plain loops over sorted rows, whatever they are cut into; the reference tests of the specs."""
+"""Rules that pick blocks: against plain loops over sorted rows, whatever they are cut into; the reference tests of the specs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sparsedsl.selection import chunking, stable_topk
 from sparsedsl.selection.candidates import Candidates
 from sparsedsl.selection.composed_scores import GroupedScores
 from sparsedsl.selection.counts import cover_count, tail_count
+from sparsedsl.selection.mass import threshold, top_p
+from sparsedsl.selection.ranking import top_k
 from sparsedsl.selection.scores import DotScores, TensorScores
 from sparsedsl.selection.stable_topk import best
-from sparsedsl.selection.top_k import top_k
-from sparsedsl.selection.top_p import threshold, top_p
 from sparsedsl.testing import tensor
 
 INF = float("inf")
@@ -31,29 +31,29 @@ def cutting(request, monkeypatch):
 
 
 def make_tiny(patch, cells):
-    """Tiles of about so many cells, and groups of three units."""
+    """Tiles of about so many cells, and groups of three blocks."""
     patch.setattr(chunking, "PIECE_BYTES", 48 * cells)
-    patch.setattr(chunking, "UNITS_AT_ONCE", max(1, cells // 3))
+    patch.setattr(chunking, "BLOCKS_AT_ONCE", max(1, cells // 3))
     patch.setattr(chunking, "ALIGN", 1)
     patch.setattr(stable_topk, "GROUP", 3)
 
 
-def few_values(batch, heads, rows, units, seed, dtype=torch.float32):
+def few_values(batch, heads, rows, blocks, seed, dtype=torch.float32):
     """Scores with many ties, zeros of both signs, and some that are -inf."""
-    values = (tensor(batch, heads, rows, units, seed=seed) * 2).round().to(dtype)
-    return values.masked_fill(tensor(batch, heads, rows, units, seed=seed + 1) > 1.3, -INF)
+    values = (tensor(batch, heads, rows, blocks, seed=seed) * 2).round().to(dtype)
+    return values.masked_fill(tensor(batch, heads, rows, blocks, seed=seed + 1) > 1.3, -INF)
 
 
 def ordered(scores, forced=frozenset(), allowed=None):
-    """Units by descending score, equal ones by number, the forced ones first."""
-    units = [u for u, s in enumerate(scores) if u in forced or ((allowed is None or u in allowed) and s > -INF)]
-    return sorted(units, key=lambda u: (u not in forced, 0 if u in forced else -scores[u], u))
+    """Blocks by descending score, equal ones by number, the forced ones first."""
+    blocks = [u for u, s in enumerate(scores) if u in forced or ((allowed is None or u in allowed) and s > -INF)]
+    return sorted(blocks, key=lambda u: (u not in forced, 0 if u in forced else -scores[u], u))
 
 
-def listed(picks, b, h, r):
-    """The units of a list, after a look at its form."""
-    row = picks.indices[b, h, r].tolist()
-    count = int(picks.counts[b, h, r])
+def listed(selected, b, h, r):
+    """The blocks of a list, after a look at its form."""
+    row = selected.indices[b, h, r].tolist()
+    count = int(selected.counts[b, h, r])
     assert row[count:] == [-1] * (len(row) - count) and -1 not in row[:count]
     assert row[:count] == sorted(set(row[:count]))
     return row[:count]
@@ -102,25 +102,25 @@ def test_extreme_numbers_are_ordered():
 
 
 @given(
-    rows=st.integers(1, 7), units=st.integers(1, 24), k=st.integers(1, 26), cells=st.integers(1, 60), dtype=DTYPES, seed=st.integers(0, 99),
-    force=st.sampled_from(("none", "inside", "extra")), limited=st.booleans(),
+    rows=st.integers(1, 7), blocks=st.integers(1, 24), k=st.integers(1, 26), cells=st.integers(1, 60), dtype=DTYPES,
+    seed=st.integers(0, 99), force=st.sampled_from(("none", "inside", "extra")), limited=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=120)
-def test_top_k_is_that_of_sorted_rows(rows, units, k, cells, dtype, seed, force, limited):
-    values = few_values(2, 2, rows, units, seed, dtype)
+def test_top_k_is_that_of_sorted_rows(rows, blocks, k, cells, dtype, seed, force, limited):
+    values = few_values(2, 2, rows, blocks, seed, dtype)
     begin, end = (torch.arange(rows) - 3).clamp(min=0), torch.arange(rows) * 4
     candidates = Candidates(begin, end, lambda r, u: (2 * r[:, None] + u) % 7 != 0) if limited else None
     forced = lambda r, u: (u == 1) | (u % 5 == r[:, None] % 5)  # noqa: E731
-    extra = units if force == "extra" else None
+    extra = blocks if force == "extra" else None
     with pytest.MonkeyPatch.context() as patch:
         make_tiny(patch, cells)
-        picks = top_k(
-            TensorScores(values), k, candidates, forced=None if force == "none" else forced, forced_extra=extra, kv_unit=8
+        selected = top_k(
+            TensorScores(values), k, candidates, forced=None if force == "none" else forced, forced_extra=extra, kv_block=8
         )
-    assert (picks.kv_unit, picks.units, picks.indices.dtype) == (8, units, torch.int32)
-    assert picks.indices.shape == (2, 2, rows, min(k, units) + (units if extra else 0))
+    assert (selected.kv_block, selected.blocks, selected.indices.dtype) == (8, blocks, torch.int32)
+    assert selected.indices.shape == (2, 2, rows, min(k, blocks) + (blocks if extra else 0))
     for b, h, r in places(values):
-        reach = [u for u in range(units) if not limited or int(begin[r]) <= u < int(end[r])]
+        reach = [u for u in range(blocks) if not limited or int(begin[r]) <= u < int(end[r])]
         allowed = {u for u in reach if not limited or (2 * r + u) % 7}
         named = {u for u in reach if u == 1 or u % 5 == r % 5}
         scores = values[b, h, r].tolist()
@@ -131,7 +131,7 @@ def test_top_k_is_that_of_sorted_rows(rows, units, k, cells, dtype, seed, force,
                 wanted = ordered(scores, named, allowed)[:k]
             case _:
                 wanted = ordered(scores, allowed=allowed - named)[:k] + list(named)
-        assert listed(picks, b, h, r) == sorted(wanted)
+        assert listed(selected, b, h, r) == sorted(wanted)
 
 
 @given(seed=st.integers(0, 99), heads=st.sampled_from(((4, 2), (2, 2), (4, 1))), how=st.sampled_from(("sum", "mean", "max")))
@@ -146,18 +146,18 @@ def test_S5_one_choice_for_a_group_with_first_and_last_chunks_forced(seed, heads
     )
     own = torch.arange(length) // size
 
-    def forced(row, unit):
+    def forced(row, block):
         own = (row // size)[:, None]
-        return (unit == 0) | (unit == own) | (unit == own - 1)
+        return (block == 0) | (block == own) | (block == own - 1)
 
     source = GroupedScores(DotScores(q, lm), heads[1], how)
-    picks = top_k(source, 5, Candidates(end=own + 1), forced=forced)
+    selected = top_k(source, 5, Candidates(end=own + 1), forced=forced)
     scores = torch.einsum("bhrd,bhud->bhru", q, lm.repeat_interleave(heads[0] // heads[1], 1)).unflatten(1, (heads[1], -1))
     scores = {"sum": scores.sum(2), "mean": scores.mean(2), "max": scores.amax(2)}[how]
-    for b, h, r in places(picks.indices):
+    for b, h, r in places(selected.indices):
         last = int(own[r])
         named = {u for u in (0, last - 1, last) if u >= 0}
-        found = listed(picks, b, h, r)
+        found = listed(selected, b, h, r)
         assert named <= set(found) and found[-1] == last
         assert found == sorted(ordered(scores[b, h, r].tolist(), named, set(range(last + 1)))[:5])
 
@@ -174,61 +174,63 @@ def chosen_chunks(length, size, k, cached=None, seed=0, noise=0.0, window=None, 
     end = position // size
     if window is not None:
         end = torch.minimum(end, ((position - window) // size + 1).clamp(min=0))
-    return top_k(DotScores(q, lm), k, Candidates(end=end), kv_unit=size), q, lm
+    return top_k(DotScores(q, lm), k, Candidates(end=end), kv_block=size), q, lm
 
 
 @pytest.mark.parametrize("length", [7, 8, 9, 21, 48])
 @pytest.mark.parametrize("k", [1, 3, 9])
 def test_T01_T10_only_complete_chunks_that_ended_before(length, k, cutting):
     size = 8
-    picks, q, lm = chosen_chunks(length, size, k)
-    assert picks.units == length // size
+    selected, q, lm = chosen_chunks(length, size, k)
+    assert selected.blocks == length // size
     scores = torch.einsum("bhrd,bhud->bhru", q, lm)
-    for b, h, r in places(picks.indices):
-        assert listed(picks, b, h, r) == sorted(ordered(scores[b, h, r].tolist(), allowed=set(range(r // size)))[:k])
-    assert int(picks.counts[:, :, :size].sum()) == 0, "nothing before the first chunk ended, and its last token does not see it"
+    for b, h, r in places(selected.indices):
+        assert listed(selected, b, h, r) == sorted(ordered(scores[b, h, r].tolist(), allowed=set(range(r // size)))[:k])
+    assert int(selected.counts[:, :, :size].sum()) == 0, (
+        "nothing before the first chunk ended, and its last token does not see it"
+    )
     if length > size:
-        assert bool((picks.counts[:, :, size] == 1).all())
+        assert bool((selected.counts[:, :, size] == 1).all())
 
 
 def test_all_chunks_where_k_is_no_less():
-    picks, _, _ = chosen_chunks(48, 8, 6)
-    assert picks.indices[0, 0, 47].tolist() == [0, 1, 2, 3, 4, -1] and picks.indices.shape[3] == 6
+    selected, _, _ = chosen_chunks(48, 8, 6)
+    assert selected.indices[0, 0, 47].tolist() == [0, 1, 2, 3, 4, -1] and selected.indices.shape[3] == 6
     assert chosen_chunks(48, 8, 100)[0].indices.shape[3] == 6
 
 
 def test_chunks_within_a_window_can_be_left_out():
-    picks, _, _ = chosen_chunks(48, 8, 6, window=16)
+    selected, _, _ = chosen_chunks(48, 8, 6, window=16)
     for r in range(48):
-        assert listed(picks, 0, 0, r) == [c for c in range(6) if (c + 1) * 8 <= r and c * 8 <= r - 16]
+        assert listed(selected, 0, 0, r) == [c for c in range(6) if (c + 1) * 8 <= r and c * 8 <= r - 16]
 
 
 def test_equal_scores_give_the_lowest_chunks(cutting):
-    picks, _, _ = chosen_chunks(48, 8, 3, equal=True)
-    assert picks.indices[1, 1, 47].tolist() == [0, 1, 2] and picks.indices[0, 1, 15].tolist() == [0, -1, -1]
+    selected, _, _ = chosen_chunks(48, 8, 3, equal=True)
+    assert selected.indices[1, 1, 47].tolist() == [0, 1, 2] and selected.indices[0, 1, 15].tolist() == [0, -1, -1]
 
 
 @pytest.mark.parametrize("t", [7, 8, 9, 23, 24, 47])
 def test_T13_one_step_chooses_as_the_prefill(t):
-    picks, q, lm = chosen_chunks(48, 8, 3)
+    selected, q, lm = chosen_chunks(48, 8, 3)
     complete = t // 8
     step = top_k(DotScores(q[:, :, t : t + 1], lm[:, :, :complete]), 3, Candidates(end=torch.tensor([complete])))
     for b, h, _ in places(step.indices):
-        assert listed(step, b, h, 0) == listed(picks, b, h, t)
+        assert listed(step, b, h, 0) == listed(selected, b, h, t)
 
 
 # ---- top-p and thresholds ----------------------------------------------------------------------------------
 
 
 @given(
-    rows=st.integers(1, 5), units=st.integers(1, 12), p=st.sampled_from((0.0, 0.3117, 0.5153, 0.9071, 1.5)),
+    rows=st.integers(1, 5), blocks=st.integers(1, 12), p=st.sampled_from((0.0, 0.3117, 0.5153, 0.9071, 1.5)),
     measure=st.sampled_from(("softmax", "share")),
     inclusive=st.booleans(), unmet=st.sampled_from(("all", "none")), force=st.sampled_from(("none", "after", "first")),
     at_most=st.sampled_from((None, 1, 3)), cells=st.integers(1, 200), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=150)
-def test_top_p_is_that_of_sorted_rows(rows, units, p, measure, inclusive, unmet, force, at_most, cells, seed):
-    values = few_values(1, 2, rows, units, seed, torch.float64)
+def test_top_p_is_that_of_sorted_rows(rows, blocks, p, measure, inclusive, unmet, force, at_most, cells, seed):
+    values = few_values(1, 2, rows, blocks, seed, torch.float64)
     if measure == "share":
         values = torch.where(values > -INF, values.abs(), values)
     end = torch.arange(rows) * 3
@@ -236,16 +238,16 @@ def test_top_p_is_that_of_sorted_rows(rows, units, p, measure, inclusive, unmet,
     forced = lambda r, u: u == r[:, None] % 3  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         make_tiny(patch, cells)
-        picks = top_p(
+        selected = top_p(
             TensorScores(values), p, candidates, measure=measure, inclusive=inclusive, unmet=unmet, at_most=at_most,
             forced=None if force == "none" else forced, forced_in_mass=force == "first",
         )  # fmt: skip
     for b, h, r in places(values):
-        allowed = {u for u in range(min(units, int(end[r]))) if (r + u) % 4}
-        named = {r % 3} & set(range(min(units, int(end[r])))) if force != "none" else set()
+        allowed = {u for u in range(min(blocks, int(end[r]))) if (r + u) % 4}
+        named = {r % 3} & set(range(min(blocks, int(end[r])))) if force != "none" else set()
         scores = values[b, h, r]
         live = [u for u in sorted(allowed) if scores[u] > -INF]
-        mass = torch.zeros(units, dtype=torch.float64)
+        mass = torch.zeros(blocks, dtype=torch.float64)
         mass[live] = (
             torch.softmax(scores[live], 0) if measure == "softmax" else scores[live] / max(1e-300, float(scores[live].sum()))
         )
@@ -259,38 +261,38 @@ def test_top_p_is_that_of_sorted_rows(rows, units, p, measure, inclusive, unmet,
         wanted = kept | named
         if at_most is not None:
             wanted = set(ordered(scores.tolist(), named, wanted)[:at_most])
-        assert listed(picks, b, h, r) == sorted(wanted), (order, sums)
+        assert listed(selected, b, h, r) == sorted(wanted), (order, sums)
 
 
 @given(
-    rows=st.integers(1, 5), units=st.integers(1, 12), least=st.sampled_from((-1.0, 0.0, 0.2117, 2.0)), cells=st.integers(1, 200),
+    rows=st.integers(1, 5), blocks=st.integers(1, 12), least=st.sampled_from((-1.0, 0.0, 0.2117, 2.0)), cells=st.integers(1, 200),
     measure=st.sampled_from(("softmax", "share", "score")), forced=st.booleans(),
     at_most=st.sampled_from((None, 2)), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=80)
-def test_threshold(rows, units, least, cells, measure, forced, at_most, seed):
-    values = few_values(2, 1, rows, units, seed, torch.float64)
+def test_threshold(rows, blocks, least, cells, measure, forced, at_most, seed):
+    values = few_values(2, 1, rows, blocks, seed, torch.float64)
     values = torch.where(values > -INF, values.abs(), values) if measure == "share" else values
     end = torch.arange(rows) * 2
     with pytest.MonkeyPatch.context() as patch:
         make_tiny(patch, cells)
-        picks = threshold(
+        selected = threshold(
             TensorScores(values), least, Candidates(end=end), measure=measure, at_most=at_most,
             forced=(lambda r, u: u == 1) if forced else None,
         )  # fmt: skip
     for b, h, r in places(values):
         scores = values[b, h, r]
-        live = [u for u in range(min(units, int(end[r]))) if scores[u] > -INF]
+        live = [u for u in range(min(blocks, int(end[r]))) if scores[u] > -INF]
         mass = scores.clone()
         if measure != "score":
             mass[live] = (
                 torch.softmax(scores[live], 0) if measure == "softmax" else scores[live] / max(1e-300, float(scores[live].sum()))
             )
-        named = {1} & set(range(min(units, int(end[r])))) if forced else set()
+        named = {1} & set(range(min(blocks, int(end[r])))) if forced else set()
         wanted = {u for u in live if mass[u] >= least} | named
         if at_most is not None:
             wanted = set(ordered(scores.tolist(), named, wanted)[:at_most])
-        assert listed(picks, b, h, r) == sorted(wanted)
+        assert listed(selected, b, h, r) == sorted(wanted)
 
 
 def pbs_scores(blocks=8, segment=2, heads=2, seed=0):
@@ -334,8 +336,8 @@ def test_P7_a_mass_of_one_takes_every_block(dtype):
     if dtype == torch.float32:
         assert int((sums[..., -1] < 1.0).sum()) > 50 and int((sums[..., -2] >= 1.0).sum()) > 50
     for inclusive, unmet in ((True, "all"), (True, "none"), (False, "all"), (False, "none")):
-        picks = top_p(TensorScores(logits), 1.0, every, measure="softmax", inclusive=inclusive, unmet=unmet)
-        assert torch.equal(picks.table(), wanted)
+        selected = top_p(TensorScores(logits), 1.0, every, measure="softmax", inclusive=inclusive, unmet=unmet)
+        assert torch.equal(selected.table(), wanted)
     nothing = top_p(TensorScores(logits), 1.0 + 1e-3, every, measure="softmax", unmet="none")
     assert not nothing.counts.any()
 
@@ -406,7 +408,7 @@ def test_TSA_T8_uniform_scores():
 
 def test_wrong_arguments_are_refused():
     source = TensorScores(torch.zeros(1, 1, 2, 3))
-    with pytest.raises(PatternError, match="top_k: k is 0; wanted 1 or more units"):
+    with pytest.raises(PatternError, match="top_k: k is 0; wanted 1 or more blocks"):
         top_k(source, 0)
     with pytest.raises(PatternError, match="forced_extra is 2 with forced None"):
         top_k(source, 1, forced_extra=2)
@@ -442,9 +444,9 @@ def test_nothing_is_read_back_where_values_are_not_at_hand():
 @pytest.mark.parametrize("shape", [(1, 2, 0, 5), (1, 2, 5, 0), (0, 2, 3, 4)])
 def test_empty_problems(shape):
     source = TensorScores(torch.zeros(shape))
-    for picks in (top_k(source, 2), top_p(source, 0.5, measure="softmax"), threshold(source, 0.0)):
-        assert picks.indices.shape[:3] == picks.counts.shape == shape[:3]
-        assert picks.indices.shape[3] <= shape[3] and int(picks.counts.sum()) == int((picks.indices >= 0).sum())
+    for selected in (top_k(source, 2), top_p(source, 0.5, measure="softmax"), threshold(source, 0.0)):
+        assert selected.indices.shape[:3] == selected.counts.shape == shape[:3]
+        assert selected.indices.shape[3] <= shape[3] and int(selected.counts.sum()) == int((selected.indices >= 0).sum())
 
 
 def test_what_is_computed_beyond_the_reach_is_not_looked_at():
@@ -459,9 +461,9 @@ def test_units_out_of_reach_are_never_scored():
     class Watched(TensorScores):
         seen: list[tuple[int, int]] = []  # noqa: RUF012
 
-        def narrowed(self, rows, units):
-            self.seen.append((units.start, units.stop))
-            return super().narrowed(rows, units)
+        def narrowed(self, rows, blocks):
+            self.seen.append((blocks.start, blocks.stop))
+            return super().narrowed(rows, blocks)
 
     source = Watched(torch.zeros(1, 1, 3, 100))
     top_k(source, 2, Candidates(torch.tensor([5, 7, 9]), torch.tensor([10, 20, 29])))

@@ -1,4 +1,5 @@
-"""Score sources: every block of one is the block of a plain tensor, whatever it is cut into; noise; gradients at picks; totals."""
+"""Score sources: every block of one is the block of a plain tensor, whatever it is cut into; noise; gradients at selected
+blocks; totals."""
 
 from __future__ import annotations
 
@@ -10,16 +11,16 @@ from hypothesis import strategies as st
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.selection import chunking
-from sparsedsl.selection.antidiagonal import antidiagonal
+from sparsedsl.selection.antidiagonals import antidiagonal
 from sparsedsl.selection.candidates import Candidates
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.selection.gather import take
 from sparsedsl.selection.noise import GumbelScores
 from sparsedsl.selection.proxies import bounds
+from sparsedsl.selection.ranking import top_k
 from sparsedsl.selection.scores import DotScores, TensorScores
-from sparsedsl.selection.selected import Picks
-from sparsedsl.selection.selected_scores import lse_over_candidates, picked_scores
-from sparsedsl.selection.top_k import top_k
+from sparsedsl.selection.selected_blocks import SelectedBlocks
+from sparsedsl.selection.selected_scores import lse_over_candidates, selected_scores
 from sparsedsl.testing import tensor
 
 DOUBLE = torch.float64
@@ -37,14 +38,14 @@ def repeated(x, heads):
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def made(kind, heads, rows, units, width=3, batch=2):
+def made(kind, heads, rows, blocks, width=3, batch=2):
     """A source, the tensors that it has gradients for, and the plain function of these that gives all its scores."""
     (ha, hb), most = heads, max(heads)
     a = tensor(batch, ha, rows, width, seed=0, dtype=DOUBLE).requires_grad_()
-    b = tensor(batch, hb, units, width, seed=1, dtype=DOUBLE).requires_grad_()
-    c = (b.detach() + tensor(batch, hb, units, width, seed=2, dtype=DOUBLE).abs()).requires_grad_()
-    bias = tensor(1, 1, 1, units, seed=3, dtype=DOUBLE).requires_grad_()
-    given = tensor(batch, most, rows, units, seed=4, dtype=DOUBLE).requires_grad_()
+    b = tensor(batch, hb, blocks, width, seed=1, dtype=DOUBLE).requires_grad_()
+    c = (b.detach() + tensor(batch, hb, blocks, width, seed=2, dtype=DOUBLE).abs()).requires_grad_()
+    bias = tensor(1, 1, 1, blocks, seed=3, dtype=DOUBLE).requires_grad_()
+    given = tensor(batch, most, rows, blocks, seed=4, dtype=DOUBLE).requires_grad_()
 
     def dots(a, b):
         return torch.einsum("bhrd,bhud->bhru", repeated(a, most), repeated(b, most)) * 0.7
@@ -67,12 +68,12 @@ def made(kind, heads, rows, units, width=3, batch=2):
             return TensorScores(given), (given,), lambda x: x
 
 
-@given(kind=KINDS, heads=HEADS, rows=st.integers(1, 9), units=st.integers(1, 9), data=st.data())
+@given(kind=KINDS, heads=HEADS, rows=st.integers(1, 9), blocks=st.integers(1, 9), data=st.data())
 @settings(max_examples=60)
-def test_a_block_is_that_of_all_scores(kind, heads, rows, units, data):
-    source, tensors, plain = made(kind, heads, rows, units)
-    r0, u0 = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, units - 1))
-    r, u = slice(r0, data.draw(st.integers(r0 + 1, rows))), slice(u0, data.draw(st.integers(u0 + 1, units)))
+def test_a_block_is_that_of_all_scores(kind, heads, rows, blocks, data):
+    source, tensors, plain = made(kind, heads, rows, blocks)
+    r0, u0 = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, blocks - 1))
+    r, u = slice(r0, data.draw(st.integers(r0 + 1, rows))), slice(u0, data.draw(st.integers(u0 + 1, blocks)))
     wanted = plain(*tensors)
     assert source.shape == wanted.shape and source.dtype == DOUBLE
     assert near(source.block(r, u), wanted[:, :, r, u])
@@ -88,19 +89,19 @@ def test_half_precision_is_cast_before_the_product():
 
 
 @given(
-    heads=HEADS, lists=st.sampled_from((1, 0)), rows=st.integers(1, 7), units=st.integers(1, 8), k=st.integers(1, 9),
+    heads=HEADS, lists=st.sampled_from((1, 0)), rows=st.integers(1, 7), blocks=st.integers(1, 8), k=st.integers(1, 9),
     kind=KINDS, piece=st.sampled_from((1, 700, 10**6)),
 )  # fmt: skip
 @settings(max_examples=60)
-def test_scores_at_picks_and_their_gradients(heads, lists, rows, units, k, kind, piece):
-    source, tensors, plain = made(kind, heads, rows, units)
+def test_scores_at_picks_and_their_gradients(heads, lists, rows, blocks, k, kind, piece):
+    source, tensors, plain = made(kind, heads, rows, blocks)
     scores = plain(*tensors)
     few = scores[:, : (1 if lists else scores.shape[1])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunking, "PIECE_BYTES", piece)
-        picks = top_k(TensorScores(few.detach()), k, Candidates(end=torch.arange(rows)))
-        got = picked_scores(source, picks)
-        index = repeated(picks.indices.long(), scores.shape[1])
+        selected = top_k(TensorScores(few.detach()), k, Candidates(end=torch.arange(rows)))
+        got = selected_scores(source, selected)
+        index = repeated(selected.indices.long(), scores.shape[1])
         wanted = scores.gather(-1, index.clamp(min=0)).masked_fill(index < 0, float("-inf"))
         assert near(got, wanted)
         grad = tensor(*got.shape, seed=9, dtype=DOUBLE)
@@ -113,18 +114,18 @@ def test_scores_at_picks_and_their_gradients(heads, lists, rows, units, k, kind,
 def test_units_that_nobody_picked_get_no_gradient_at_all():
     a, b = tensor(1, 2, 40, 8, seed=0), tensor(1, 2, 30, 8, seed=1).requires_grad_()
     source = DotScores(a, b)
-    picks = top_k(source, 2, Candidates(end=torch.arange(40) // 2))
-    (grad,) = torch.autograd.grad(picked_scores(source, picks).masked_fill(picks.indices < 0, 0.0).sum(), b)
-    picked = picks.table().any(2)
-    assert 0 < int(picked.sum()) < picked.numel()
-    assert bool((grad[~picked] == 0).all()) and bool((grad[picked] != 0).any(-1).all())
+    selected = top_k(source, 2, Candidates(end=torch.arange(40) // 2))
+    (grad,) = torch.autograd.grad(selected_scores(source, selected).masked_fill(selected.indices < 0, 0.0).sum(), b)
+    chosen = selected.table().any(2)
+    assert 0 < int(chosen.sum()) < chosen.numel()
+    assert bool((grad[~chosen] == 0).all()) and bool((grad[chosen] != 0).any(-1).all())
 
 
 def test_gradients_do_not_depend_on_chance():
     a, b = tensor(1, 4, 300, 16, seed=0), tensor(1, 2, 50, 16, seed=1).requires_grad_()
     source = DotScores(a, b)
-    picks = top_k(source, 8)
-    grads = [torch.autograd.grad(picked_scores(source, picks).square().sum(), b)[0] for _ in range(3)]
+    selected = top_k(source, 8)
+    grads = [torch.autograd.grad(selected_scores(source, selected).square().sum(), b)[0] for _ in range(3)]
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
@@ -132,24 +133,24 @@ def test_gradients_of_half_precision_are_added_up_in_float32(monkeypatch):
     a = torch.ones(1, 1, 4096, 1, dtype=torch.bfloat16)
     b = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
     monkeypatch.setattr(chunking, "PIECE_BYTES", 4096)
-    picks = Picks(torch.zeros(1, 1, 4096, 1, dtype=torch.int32), torch.ones(1, 1, 4096, dtype=torch.int32), 1, 1, 1)
-    (grad,) = torch.autograd.grad(picked_scores(DotScores(a, b), picks).sum(), b)
+    selected = SelectedBlocks(torch.zeros(1, 1, 4096, 1, dtype=torch.int32), torch.ones(1, 1, 4096, dtype=torch.int32), 1, 1, 1)
+    (grad,) = torch.autograd.grad(selected_scores(DotScores(a, b), selected).sum(), b)
     assert float(grad) == 4096.0, "4096 ones added in bfloat16 give 256"
 
 
-@given(rows=st.integers(1, 9), units=st.integers(1, 9), heads=HEADS, kind=KINDS, piece=st.sampled_from((1, 900, 10**6)))
+@given(rows=st.integers(1, 9), blocks=st.integers(1, 9), heads=HEADS, kind=KINDS, piece=st.sampled_from((1, 900, 10**6)))
 @settings(max_examples=60)
-def test_totals_over_candidates_and_their_gradients(rows, units, heads, kind, piece):
-    source, tensors, plain = made(kind, heads, rows, units)
+def test_totals_over_candidates_and_their_gradients(rows, blocks, heads, kind, piece):
+    source, tensors, plain = made(kind, heads, rows, blocks)
     begin, end = (torch.arange(rows) - 4).clamp(min=0), torch.arange(rows)
     candidates = Candidates(begin, end, lambda r, u: (r[:, None] + u) % 5 != 0)
-    unit, row = torch.arange(units), torch.arange(rows)[:, None]
-    allowed = (unit >= begin[:, None]) & (unit < end[:, None]) & ((row + unit) % 5 != 0)
+    block, row = torch.arange(blocks), torch.arange(rows)[:, None]
+    allowed = (block >= begin[:, None]) & (block < end[:, None]) & ((row + block) % 5 != 0)
     scores = plain(*tensors).masked_fill(~allowed, float("-inf"))
     wanted = torch.logsumexp(scores, -1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunking, "PIECE_BYTES", piece)
-        patch.setattr(chunking, "UNITS_AT_ONCE", 3)
+        patch.setattr(chunking, "BLOCKS_AT_ONCE", 3)
         patch.setattr(chunking, "ALIGN", 1)
         got = lse_over_candidates(source, candidates)
         assert near(got, wanted)
@@ -161,11 +162,11 @@ def test_totals_over_candidates_and_their_gradients(rows, units, heads, kind, pi
         assert near(x, y)
 
 
-@given(count=st.integers(0, 30), units=st.integers(1, 6), heads=st.sampled_from(((1, 1), (2, 4), (4, 2))))
+@given(count=st.integers(0, 30), blocks=st.integers(1, 6), heads=st.sampled_from(((1, 1), (2, 4), (4, 2))))
 @settings(max_examples=30)
-def test_taking_rows_and_adding_them_up_again(count, units, heads):
-    table = tensor(2, heads[0], units, 3, seed=0, dtype=DOUBLE).requires_grad_()
-    indices = torch.randint(units, (2, heads[1], 2, count), generator=torch.Generator().manual_seed(count))
+def test_taking_rows_and_adding_them_up_again(count, blocks, heads):
+    table = tensor(2, heads[0], blocks, 3, seed=0, dtype=DOUBLE).requires_grad_()
+    indices = torch.randint(blocks, (2, heads[1], 2, count), generator=torch.Generator().manual_seed(count))
     got = take(table, indices)
     most = max(heads)
     plain = repeated(table, most)[
@@ -185,11 +186,11 @@ def test_S3_no_key_of_a_page_passes_its_bound(page, keys):
     q, k = tensor(1, 4, 3, 6, seed=0, dtype=DOUBLE), tensor(1, 2, keys, 6, seed=1, dtype=DOUBLE)
     bound = BoundScores(q, *bounds(k, page)).scores()
     logits = DotScores(q, k).scores()
-    for unit in range(bound.shape[3]):
-        most = logits[..., unit * page : (unit + 1) * page].amax(-1)
-        assert bool((bound[..., unit] >= most - 1e-12).all())
+    for block in range(bound.shape[3]):
+        most = logits[..., block * page : (block + 1) * page].amax(-1)
+        assert bool((bound[..., block] >= most - 1e-12).all())
         if page == 1:
-            assert near(bound[..., unit], most, 1e-12)
+            assert near(bound[..., block], most, 1e-12)
 
 
 def antidiagonal_mass(q, k, stride, block, offset=0):
@@ -227,8 +228,8 @@ def test_S2_antidiagonal_sums(stride, cells, rows, behind, piece, data):
     wanted = antidiagonal_mass(q, k, stride, block, offset)
     assert source.shape == wanted.shape
     assert near(source.scores(), wanted)
-    row, unit = data.draw(st.integers(0, wanted.shape[2] - 1)), data.draw(st.integers(0, wanted.shape[3] - 1))
-    assert near(source.block(slice(row, row + 1), slice(unit, unit + 1)), wanted[:, :, row : row + 1, unit : unit + 1])
+    row, block = data.draw(st.integers(0, wanted.shape[2] - 1)), data.draw(st.integers(0, wanted.shape[3] - 1))
+    assert near(source.block(slice(row, row + 1), slice(block, block + 1)), wanted[:, :, row : row + 1, block : block + 1])
     strided = torch.tensor([min(cells, -(-rows // stride) - cells * i) for i in range(wanted.shape[2])], dtype=DOUBLE)
     assert near(wanted.sum(-1), strided.expand(1, 2, -1)), "the masses of a row of blocks add up to its strided rows"
 
@@ -265,7 +266,7 @@ def test_noise_changes_what_is_picked_and_not_what_it_scores():
     noisy = top_k(SumScores((source, GumbelScores(source.shape, seed=1))), 4)
     assert not torch.equal(quiet.indices, noisy.indices)
     wanted = source.scores().gather(-1, noisy.indices.long())
-    assert near(picked_scores(source, noisy), wanted, 1e-5)
+    assert near(selected_scores(source, noisy), wanted, 1e-5)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import testing as kit
-from sparsedsl.testing import expressions as module
+from sparsedsl.testing import expression_checks as module
 from sparsedsl.testing.counterexamples import expression_code, pattern_code
 
 
@@ -105,7 +105,7 @@ def test_bound_tables_print_as_code() -> None:
 def test_infinities_print_as_code() -> None:
     import math
 
-    from sparsedsl.testing.shapes import tensor_code
+    from sparsedsl.testing.call_shapes import tensor_code
 
     values = torch.tensor([float("-inf"), float("inf"), 0.1, float("nan")])
     again = eval(tensor_code(values), {"torch": torch, "math": math})

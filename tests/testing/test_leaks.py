@@ -15,7 +15,7 @@ import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.cli import main
 from sparsedsl.testing import battery, program_battery
-from sparsedsl.testing.reach import edges_of
+from sparsedsl.testing.reach_checks import edges_of
 
 CAUSAL = sd.kv_idx <= sd.q_idx
 END = sd.table("end")

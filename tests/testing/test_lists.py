@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import testing as kit
-from sparsedsl.analysis.lists import TileLists, TileRows
-from sparsedsl.testing import lists as module
+from sparsedsl.analysis.lists import BlockLists, TileRows
+from sparsedsl.testing import list_checks as module
 
 CAUSAL = sd.kv_idx <= sd.q_idx
 blocks = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16, 32])
@@ -41,7 +41,7 @@ def rows(*columns: list[int]) -> TileRows:
     return TileRows(counts, torch.tensor([x for c in columns for x in c], dtype=torch.int32))
 
 
-WRONG: dict[str, tuple[Callable[[TileLists], dict[str, Any]], str]] = {
+WRONG: dict[str, tuple[Callable[[BlockLists], dict[str, Any]], str]] = {
     "left out": (
         lambda _: {"partial": rows([0], [], [])},
         r"row 1, column 1\) of batch 0, head 0 is partial but listed as empty",
@@ -63,7 +63,7 @@ def test_wrong_lists_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     classify = module.classify
     right = {"full": rows([], [0], [0, 1, 2]), "partial": rows([0], [1], [])}
 
-    def wrong(*arguments: Any) -> TileLists:
+    def wrong(*arguments: Any) -> BlockLists:
         found = classify(*arguments)
         return dataclasses.replace(found, **{**right, **change(found)})
 

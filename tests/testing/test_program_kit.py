@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.execute.compiled import Attention
-from sparsedsl.program.effects import LATER_QUERIES
+from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.testing.program_strategies import program_of
 
 CASE = kit.AttentionCase(batch=2, heads=4, kv_heads=2, q_len=20, kv_len=20)

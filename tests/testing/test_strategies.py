@@ -117,7 +117,7 @@ def test_without_tables(mask: sd.Mask, index: sd.Index, score: sd.Score) -> None
 
 
 WORDS = {
-    "mask": [r"\(~", r" & ", r" \| ", r" \^ ", r" == ", r" != ", r"<=", r"\bkeep\[", r"\bpicked\[", r"\bchosen\["]
+    "mask": [r"\(~", r" & ", r" \| ", r" \^ ", r" == ", r" != ", r"<=", r"\bkeep\[", r"\blisted\[", r"\bchosen\["]
     + [r"start\[doc\[", r"packed\[b,", r"width\[h\]", r"used\[b\]", r"order\[", r"q_len", r"kv_len", r" // ", r" % "],
     "index": [r"minimum", r"maximum", r"abs", r"clamp", r"where", r"<<", r">>", r"\*\*2", r" // -", r" % width", r"~"],
     "score": [

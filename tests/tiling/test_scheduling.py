@@ -1,4 +1,4 @@
-"""Schedules: what they promise about queries and lanes is true, they are the same each time, and they cost what they compute."""
+"""Schedules: what they promise about queries and residue classes is true, they are the same each time, and they cost what they compute."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.testing import masks, shapes, tables_for
 from sparsedsl.tiling.cost import chunk_keys
-from sparsedsl.tiling.lanes import lanes
-from sparsedsl.tiling.schedule import Family, LanePlan, Piece, Schedule
+from sparsedsl.tiling.residues import residue_classes
+from sparsedsl.tiling.schedule import KeyTile, ResiduePlan, Schedule, StridedSeries
 from sparsedsl.tiling.scheduling import HEIGHTS, HeadShape, make_schedule
 from sparsedsl.tuning.machine import BUILT_IN
 
@@ -23,31 +23,31 @@ causal = kv_idx <= q_idx
 shape = HeadShape(group=2, strips_of=4, head_dim=64, head_dim_v=64)
 
 
-def rows_of(plan: LanePlan, group: int, groups: tuple[int, int], domain: Domain) -> torch.Tensor:
-    """How often each query row of a group, one of ``(batch, heads)``, is in a strip of a lane, ``(rows,)``."""
+def rows_of(plan: ResiduePlan, group: int, groups: tuple[int, int], domain: Domain) -> torch.Tensor:
+    """How often each query row of a group, one of ``(batch, heads)``, is in a strip of a residue, ``(rows,)``."""
     seen = torch.zeros(domain.rows, dtype=torch.int32)
     if plan.lists is not None:
-        # A lane's mask may read less than the whole: its lists are then the same for all heads, or for all batch entries.
+        # A residue's mask may read less than the whole: its lists are then the same for all heads, or for all batch entries.
         (batch, heads), (b, h) = plan.lists.shape[:2], divmod(group, groups[1])
         listed = (plan.lists.full.counts + plan.lists.partial.counts)[b % batch, h % heads]
         seen += (listed > 0).repeat_interleave(plan.lists.block[0])[: domain.rows]
         return seen
-    for family in plan.families:
-        for turn in range(family.count if family.group == group else 0):
-            first = family.q_start + turn * family.step
-            places = torch.arange(first, first + family.height) * plan.lane.q_step + plan.lane.q_start - domain.q_offset
+    for series in plan.strided_series:
+        for turn in range(series.count if series.group == group else 0):
+            first = series.q_start + turn * series.step
+            places = torch.arange(first, first + series.height) * plan.residue.q_step + plan.residue.q_start - domain.q_offset
             seen[places] += 1
     return seen
 
 
 def assert_promises_hold(schedule: Schedule, domain: Domain) -> None:
     for group in range(schedule.groups[0] * schedule.groups[1]):
-        seen = [rows_of(plan, group, schedule.groups, domain) for plan in schedule.lanes]
-        assert all(int(rows.max()) <= 1 for rows in seen), "two strips of one lane share a query"
+        seen = [rows_of(plan, group, schedule.groups, domain) for plan in schedule.residue_classes]
+        assert all(int(rows.max()) <= 1 for rows in seen), "two strips of one residue share a query"
         together = torch.stack(seen).sum(0) if seen else torch.zeros(domain.rows)
-        assert schedule.overlap or int(together.max()) <= 1, "two lanes share a query, and their results are not merged"
+        assert schedule.overlap or int(together.max()) <= 1, "two residue classes share a query, and their results are not merged"
         assert not schedule.covers or int(together.min()) >= 1, "a query is in no strip, and its result is not set"
-    assert schedule.pairs == sum(plan.pairs for plan in schedule.lanes) and schedule.seconds >= 0
+    assert schedule.pairs == sum(plan.pairs for plan in schedule.residue_classes) and schedule.seconds >= 0
 
 
 @given(mask=masks(), case=shapes(max_len=70, max_heads=3), height=st.sampled_from((None, 3, 16, 64)), data=st.data())
@@ -90,37 +90,37 @@ def test_the_pairs_computed_are_few_more_than_those_allowed():
 def test_dilation_computes_no_pair_between_residues():
     domain, mask = Domain(4096, 4096), sd.patterns.dilated(64, step=8)
     schedule = make_schedule(mask.expr, domain, BUILT_IN, shape)
-    assert len(schedule.lanes) == 8 and not schedule.overlap and schedule.covers
+    assert len(schedule.residue_classes) == 8 and not schedule.overlap and schedule.covers
     assert schedule.pairs <= 3 * 4096 * 64
 
 
 def test_groups_are_what_the_mask_reads():
     mask = causal & (q_idx - kv_idx < 10 + 10 * h)
     schedule = make_schedule(mask.expr, Domain(200, 200, 0, 3, 4), BUILT_IN, shape, 64)
-    assert schedule.groups == (1, 4) and {f.group for f in schedule.lanes[0].families} == {0, 1, 2, 3}
+    assert schedule.groups == (1, 4) and {f.group for f in schedule.residue_classes[0].strided_series} == {0, 1, 2, 3}
 
 
 def test_blocks_that_no_interval_solves_are_scattered_tiles():
     mask = ((q_idx // 64) * (kv_idx // 64)) % 5 == 1
     schedule = make_schedule(mask.expr, Domain(1000, 1000), BUILT_IN, shape)
-    (plan,) = schedule.lanes
-    assert plan.lists is not None and plan.lists.block == (64, 64) and not plan.families and plan.pairs == schedule.pairs
+    (plan,) = schedule.residue_classes
+    assert plan.lists is not None and plan.lists.block == (64, 64) and not plan.strided_series and plan.pairs == schedule.pairs
     assert "scattered tiles" in str(schedule)
 
 
 def test_the_mask_that_allows_nothing():
     schedule = make_schedule((q_idx < -1).expr, Domain(10, 10), BUILT_IN, shape)
-    assert schedule.lanes == () and schedule.pairs == 0 and not schedule.covers
+    assert schedule.residue_classes == () and schedule.pairs == 0 and not schedule.covers
 
 
 def test_a_schedule_is_the_same_each_time(monkeypatch):
-    from sparsedsl.tuning.measure import machine
+    from sparsedsl.tuning.rates import machine
 
     monkeypatch.setenv("SPARSEDSL_TUNE", "off")
     mask = sd.patterns.strided(8, local=200) | (kv_idx < 4)
     made = [make_schedule(mask.expr, Domain(5000, 5000), machine(), shape) for _ in range(2)]
     assert str(made[0]) == str(made[1]) and made[0].seconds == made[1].seconds
-    assert [p.families for p in made[0].lanes] == [p.families for p in made[1].lanes]
+    assert [p.strided_series for p in made[0].residue_classes] == [p.strided_series for p in made[1].residue_classes]
 
 
 def test_what_a_schedule_prints():
@@ -129,14 +129,21 @@ def test_what_a_schedule_prints():
     assert head.startswith("strips of up to 64 queries, ") and head.endswith(" ms expected")
     assert body[0] == "every query, every key:" and body[1].startswith("  1 strip of 64 queries from 0: ")
     many = Schedule(
-        (LanePlan(lanes(causal.expr)[0], 0, 9, tuple(Family(0, n, 1, 1, 0, (Piece(0, 1, 0, None),)) for n in range(9))),),
+        (
+            ResiduePlan(
+                residue_classes(causal.expr)[0],
+                0,
+                9,
+                tuple(StridedSeries(0, n, 1, 1, 0, (KeyTile(0, 1, 0, None),)) for n in range(9)),
+            ),
+        ),
         (1, 1),
         False,
         True,
         1,
         0.0,
     )
-    assert str(many).splitlines()[-1] == "  .. 3 more families"
+    assert str(many).splitlines()[-1] == "  .. 3 more series"
 
 
 # ---- the cost model ------------------------------------------------------------------------------------------------------------

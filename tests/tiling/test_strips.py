@@ -1,4 +1,5 @@
-"""Strips of a lane: every allowed pair is in one piece of one strip, pieces say what they leave open, and progressions stay few."""
+"""Strips of a residue: every allowed pair is in one key tile of one strip, key tiles say what they leave open, and progressions
+stay few."""
 
 from __future__ import annotations
 
@@ -12,53 +13,55 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.testing import masks, shapes, tables_for
-from sparsedsl.tiling.lanes import lanes
-from sparsedsl.tiling.schedule import Family, Piece
-from sparsedsl.tiling.strips import LaneSpace, families, jumps, strip_edges
+from sparsedsl.tiling.residues import residue_classes
+from sparsedsl.tiling.schedule import KeyTile, StridedSeries
+from sparsedsl.tiling.strips import ResidueSpace, jumps, strided_series, strip_edges
 
 causal = kv_idx <= q_idx
 window = causal & (q_idx - kv_idx < 1000)
 doc = sd.table("doc", monotone=True)
 
 
-def cut(space: LaneSpace, height: int, least: int = 16) -> tuple[Family, ...]:
-    return families(space, strip_edges(space, height, jumps(space, least)), 0)
+def cut(space: ResidueSpace, height: int, least: int = 16) -> tuple[StridedSeries, ...]:
+    return strided_series(space, strip_edges(space, height, jumps(space, least)), 0)
 
 
-def space_of(mask: sd.Mask, q_len: int, kv_len: int | None = None, q_offset: int = 0, head: int = 0, **tables: Any) -> LaneSpace:
-    (lane,) = lanes(mask.expr)
-    assert not lane.scattered
+def space_of(
+    mask: sd.Mask, q_len: int, kv_len: int | None = None, q_offset: int = 0, head: int = 0, **tables: Any
+) -> ResidueSpace:
+    (residue,) = residue_classes(mask.expr)
+    assert not residue.scattered
     kv_len = q_len if kv_len is None else kv_len
-    return LaneSpace(
-        lane.mask, q_offset, q_len, kv_len, {"b": 0, "h": head, "q_len": q_offset + q_len, "kv_len": kv_len, **tables}
+    return ResidueSpace(
+        residue.mask, q_offset, q_len, kv_len, {"b": 0, "h": head, "q_len": q_offset + q_len, "kv_len": kv_len, **tables}
     )
 
 
-def assert_pieces_are_the_mask(space: LaneSpace, found: tuple[Family, ...]) -> None:
-    """Brute force over the grid of a lane: each pair is in at most one piece, and the pieces allow what the mask allows."""
+def assert_pieces_are_the_mask(space: ResidueSpace, found: tuple[StridedSeries, ...]) -> None:
+    """Brute force over the grid of a residue: each pair is in at most one key tile, and the key tiles allow what the mask allows."""
     q, kv = torch.arange(space.first, space.first + space.rows)[:, None], torch.arange(space.kv_len)
     env = {**space.env, "q_idx": q, "kv_idx": kv}
     wanted = evaluate(space.mask, env).expand(space.rows, space.kv_len)
-    pieces, strips = torch.zeros(wanted.shape, dtype=torch.int32), torch.zeros(space.rows, dtype=torch.int32)
+    key_tiles, strips = torch.zeros(wanted.shape, dtype=torch.int32), torch.zeros(space.rows, dtype=torch.int32)
     allowed = torch.zeros(wanted.shape, dtype=torch.bool)
-    for family in found:
-        assert family.pieces and family.keys == sum(piece.length for piece in family.pieces)
-        for turn in range(family.count):
-            first = family.q_start + turn * family.step - space.first
-            assert 0 <= first and first + family.height <= space.rows
-            rows = slice(first, first + family.height)
+    for series in found:
+        assert series.key_tiles and series.keys == sum(key_tile.length for key_tile in series.key_tiles)
+        for turn in range(series.count):
+            first = series.q_start + turn * series.step - space.first
+            assert 0 <= first and first + series.height <= space.rows
+            rows = slice(first, first + series.height)
             strips[rows] += 1
-            for piece in family.pieces:
-                start = piece.start + turn * piece.step
-                assert piece.length > 0 and 0 <= start and start + piece.length <= space.kv_len
-                keys = slice(start, start + piece.length)
-                pieces[rows, keys] += 1
+            for key_tile in series.key_tiles:
+                start = key_tile.start + turn * key_tile.step
+                assert key_tile.length > 0 and 0 <= start and start + key_tile.length <= space.kv_len
+                keys = slice(start, start + key_tile.length)
+                key_tiles[rows, keys] += 1
                 here = {**env, "q_idx": q[rows], "kv_idx": kv[keys]}
-                size = (family.height, piece.length)
-                allowed[rows, keys] = True if piece.residual is None else evaluate(piece.residual, here).expand(size)
-    assert int(pieces.max()) <= 1 and int(strips.max()) <= 1, "a pair is in two pieces, or a query in two strips"
+                size = (series.height, key_tile.length)
+                allowed[rows, keys] = True if key_tile.residual is None else evaluate(key_tile.residual, here).expand(size)
+    assert int(key_tiles.max()) <= 1 and int(strips.max()) <= 1, "a pair is in two key tiles, or a query in two strips"
     assert torch.equal(allowed, wanted)
 
 
@@ -73,16 +76,16 @@ def assert_pieces_are_the_mask(space: LaneSpace, found: tuple[Family, ...]) -> N
 def test_pieces_are_the_mask(mask, case, height, least, data):
     tables = data.draw(tables_for(mask, case))
     batch, head = data.draw(st.integers(0, case.batch - 1)), data.draw(st.integers(0, case.heads - 1))
-    for lane in lanes(mask.expr):
-        if lane.scattered:
+    for residue in residue_classes(mask.expr):
+        if residue.scattered:
             continue
-        first = max(0, -(-(case.q_offset - lane.q_start) // lane.q_step))
-        rows = (case.q_offset + case.q_len - 1 - lane.q_start) // lane.q_step - first + 1
-        kv_len = -(-(case.kv_len - lane.kv_start) // lane.kv_step)
+        first = max(0, -(-(case.q_offset - residue.q_start) // residue.q_step))
+        rows = (case.q_offset + case.q_len - 1 - residue.q_start) // residue.q_step - first + 1
+        kv_len = -(-(case.kv_len - residue.kv_start) // residue.kv_step)
         if rows < 1 or kv_len < 1:
             continue
         lengths = {"q_len": case.q_offset + case.q_len, "kv_len": case.kv_len}
-        space = LaneSpace(lane.mask, first, rows, kv_len, {"b": batch, "h": head, **lengths, **tables})
+        space = ResidueSpace(residue.mask, first, rows, kv_len, {"b": batch, "h": head, **lengths, **tables})
         assert_pieces_are_the_mask(space, cut(space, height, least))
 
 
@@ -105,7 +108,7 @@ def test_pieces_of_usual_masks(mask, height):
     space = space_of(mask, 300, head=3)
     found = cut(space, height)
     assert_pieces_are_the_mask(space, found)
-    assert all(family.height <= height for family in found)
+    assert all(series.height <= height for series in found)
 
 
 # ---- cuts ------------------------------------------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ def test_strips_end_where_a_document_ends():
     assert jumps(space) == [50, 133, 234, 274]
     found = cut(space, 64)
     assert_pieces_are_the_mask(space, found)
-    assert max(family.keys for family in found) <= max(lengths) + 3, "a strip reads keys that only its neighbours want"
+    assert max(series.keys for series in found) <= max(lengths) + 3, "a strip reads keys that only its neighbours want"
 
 
 def test_strips_end_where_a_chunk_ends():
@@ -143,7 +146,7 @@ def test_jumps_at_every_query_are_no_cuts():
 @given(rows=st.integers(1, 500), first=st.integers(0, 50), height=st.integers(1, 300), data=st.data())
 @settings(max_examples=200)
 def test_edges_cover_the_queries_in_order(rows, first, height, data):
-    space = LaneSpace(causal.expr, first, rows, 10, {})
+    space = ResidueSpace(causal.expr, first, rows, 10, {})
     places = sorted(data.draw(st.sets(st.integers(first + 1, first + rows - 1), max_size=8))) if rows > 1 else []
     edges = strip_edges(space, height, places)
     assert edges[0] == first and edges[-1] == first + rows
@@ -178,14 +181,14 @@ def test_a_million_tokens_are_a_handful_of_families(mask, most):
     tracemalloc.stop()
     assert len(found) <= most
     assert peak < 32 << 20  # lists of strips, not of queries
-    assert sum(family.count * family.height for family in found) == length
+    assert sum(series.count * series.height for series in found) == length
 
 
 def test_steps_of_a_window():
     space = space_of(causal & (q_idx - kv_idx < 64), 640)
     *_, last = cut(space, 64)
     assert (last.height, last.step, last.q_start + last.count * last.step) == (64, 64, 640)
-    assert {piece.step for piece in last.pieces} == {64}
+    assert {key_tile.step for key_tile in last.key_tiles} == {64}
     assert str(last).startswith(f"{last.count} strips of 64 queries from {last.q_start}: ")
 
 
@@ -197,26 +200,33 @@ def test_steps_of_a_window():
 )
 @settings(max_examples=200)
 def test_segments_are_the_pieces(lengths, most):
-    pieces, at = [], 0
+    key_tiles, at = [], 0
     for length, gap, step, masked in lengths:
         at += gap
-        pieces.append(Piece(at, length, step, causal.expr if masked else None))
+        key_tiles.append(KeyTile(at, length, step, causal.expr if masked else None))
         at += length
-    segments = Family(0, 0, 16, 3, 16, tuple(pieces)).segments(most)
-    wanted = {key: (piece.step, piece.residual) for piece in pieces for key in range(piece.start, piece.start + piece.length)}
+    key_ranges = StridedSeries(0, 0, 16, 3, 16, tuple(key_tiles)).key_ranges(most)
+    wanted = {
+        key: (key_tile.step, key_tile.residual)
+        for key_tile in key_tiles
+        for key in range(key_tile.start, key_tile.start + key_tile.length)
+    }
     got: dict[int, Any] = {}
-    for segment in segments:
-        assert 1 <= segment.length <= most
-        for key in range(segment.start, segment.start + segment.length):
+    for key_range in key_ranges:
+        assert 1 <= key_range.length <= most
+        for key in range(key_range.start, key_range.start + key_range.length):
             assert key not in got
-            residuals = [r for low, high, r in segment.masks if segment.start + low <= key < segment.start + high]
+            residuals = [r for low, high, r in key_range.masks if key_range.start + low <= key < key_range.start + high]
             assert len(residuals) <= 1
-            got[key] = (segment.step, residuals[0] if residuals else None)
-        assert all(0 <= low < high <= segment.length for low, high, _ in segment.masks)
+            got[key] = (key_range.step, residuals[0] if residuals else None)
+        assert all(0 <= low < high <= key_range.length for low, high, _ in key_range.masks)
     assert got == wanted
 
 
 def test_neighbours_that_move_together_are_one_segment():
-    together = (Piece(0, 10, 16, causal.expr), Piece(10, 5, 16, None), Piece(15, 5, 0, None))
-    assert [(s.start, s.length, s.step) for s in Family(0, 0, 16, 2, 16, together).segments(1000)] == [(0, 15, 16), (15, 5, 0)]
+    together = (KeyTile(0, 10, 16, causal.expr), KeyTile(10, 5, 16, None), KeyTile(15, 5, 0, None))
+    assert [(s.start, s.length, s.step) for s in StridedSeries(0, 0, 16, 2, 16, together).key_ranges(1000)] == [
+        (0, 15, 16),
+        (15, 5, 0),
+    ]
     assert str(together[0]) == "10 keys from 0 masked, +16 each" and str(together[2]) == "5 keys from 15 all"

@@ -118,7 +118,7 @@ def compacted(x):
     return x
 
 
-def spread(x):
+def repeat_kv(x):
     """The bits of ``x`` with a zero behind each."""
     x = x & 0xFFFF
     for shift, keep in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
@@ -141,7 +141,7 @@ def morton_order(width):
     """Row-major tokens; a query sees what comes before it in Z order."""
 
     def code(i):
-        return spread(i % width) | (spread(i // width) << 1)
+        return repeat_kv(i % width) | (repeat_kv(i // width) << 1)
 
     return lambda b, h, q, kv: code(q) >= code(kv)
 

@@ -28,13 +28,13 @@ from torch.nn.attention.flex_attention import AuxRequest
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists
-from sparsedsl.backends.flex.block_mask import block_mask, mask_mod, pack, score_mod, tall_enough, widened
+from sparsedsl.analysis.lists import BlockLists
+from sparsedsl.backends.flex.flex_lists import block_mask, mask_mod, pack, score_mod, tall_enough, widened
 from sparsedsl.backends.protocol import ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import sight_of
 from sparsedsl.codegen.to_flex import FlexSource, flex_kernel
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.expressions import Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.autograd import transformed
@@ -94,7 +94,7 @@ class FlexKernel(PatternRunner):
             self if own.sink is not None else FlexKernel(Pattern(own.mask, own.score, Score(-sympy.oo), own.scale), self._lists)
         )
 
-    def run(self, call: Call, lists: TileLists, *, return_lse: bool = False) -> Any:
+    def run(self, call: Call, lists: BlockLists, *, return_lse: bool = False) -> Any:
         """``out (B, Hq, Sq, Dv)``, or ``(out, lse (B, Hq, Sq))`` with the natural-log LSE.
 
         Raises:
@@ -110,7 +110,7 @@ class FlexKernel(PatternRunner):
             return guarded_forward(q, k, v, call.scale, run, lambda: sight_of(self.pattern, call))[0]
         return self._run_with_lse(call, lists, grad, return_lse)
 
-    def _run_forward(self, call: Call, lists: TileLists) -> torch.Tensor:
+    def _run_forward(self, call: Call, lists: BlockLists) -> torch.Tensor:
         """CPU: no LSE, so a sink is the logit of one more key."""
         source, domain = self._source, call.domain
         q, k, v = call.q.detach(), call.k.detach(), call.v.detach()
@@ -123,7 +123,7 @@ class FlexKernel(PatternRunner):
             values = kernel_values(source, domain, q.device, keys=k.shape[2], sink_at=sink_at)
             return _launch(source, (q, k, v), packed, values, call.scale, lists.block, lse=False)
 
-    def _run_with_lse(self, call: Call, lists: TileLists, grad: bool, return_lse: bool) -> Any:
+    def _run_with_lse(self, call: Call, lists: BlockLists, grad: bool, return_lse: bool) -> Any:
         """GPU: a sink is joined through the LSE; gradients flow through both."""
         sink = self.pattern.sink
         source = flex_kernel(self.pattern, backward=grad)
@@ -143,7 +143,7 @@ class FlexKernel(PatternRunner):
                 lse = torch.logaddexp(lse, logit)
             return (out, lse) if return_lse else out
 
-    def _pack(self, lists: TileLists, device: torch.device, *, sink: bool, backward: bool) -> tuple[torch.Tensor, ...]:
+    def _pack(self, lists: BlockLists, device: torch.device, *, sink: bool, backward: bool) -> tuple[torch.Tensor, ...]:
         """The lists as the kernel takes them, remembered while ``lists`` lives."""
 
         def make() -> tuple[torch.Tensor, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.backends.flex.attention import FlexKernel
 from sparsedsl.lang.expressions import Mask, Score, as_mask, b, h, kv_idx, q_idx, table
@@ -17,7 +17,7 @@ from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.runtime.call import check_call
 from sparsedsl.runtime.dtypes import accumulated
-from sparsedsl.runtime.heads import spread
+from sparsedsl.runtime.heads import repeat_kv
 from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["selected_attention"]
@@ -30,12 +30,12 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) 
 
     The first pass makes ``lse_c`` of every block, the second is FlexAttention with a bias of queries x blocks: for short sequences.
     """
-    picks, one, offset = selected.blocks, selected.one, selected.domain.q_offset
+    blocks, offset = selected.blocks, selected.domain.q_offset
     assert selected.weights is not None
     plain = chunk_lses(q, k, selected)
-    lses = torch.logaddexp(plain, torch.zeros_like(plain)) if one else plain
-    weight = spread(picks.scattered(selected.weights), q.shape[1])
-    row, column = q_idx - offset, kv_idx // picks.kv_unit
+    lses = torch.logaddexp(plain, torch.zeros_like(plain)) if selected.softmax1 else plain
+    weight = repeat_kv(blocks.scattered(selected.weights), q.shape[1])
+    row, column = q_idx - offset, kv_idx // blocks.kv_block
     chosen = table("chosen_units", dtype=bool)[b, h, row, column]
     bias = table("unit_bias", dtype=float, learned=True)[b, h, row, column]
     pattern = Pattern(as_mask(chosen) & Mask(selected.mask), Score(selected.score) + bias, None, selected.scale)
@@ -49,7 +49,7 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) 
     return out * shares.sum(-1, keepdim=True).to(out.dtype), None
 
 
-def _lists(pattern: Pattern, domain: Domain, block: tuple[int, int]) -> TileLists:
+def _lists(pattern: Pattern, domain: Domain, block: tuple[int, int]) -> BlockLists:
     with torch.no_grad():
         return classify(pattern.mask.expr, domain, block, minimal=False)
 
@@ -57,14 +57,14 @@ def _lists(pattern: Pattern, domain: Domain, block: tuple[int, int]) -> TileList
 def chunk_lses(q: Tensor, k: Tensor, selected: SelectedCall) -> Tensor:
     """LSE of the logits in every chunk, ``(B, Hq, Sq, chunks)``, one chunk after the other."""
     batch, heads, rows, _ = q.shape
-    dtype, unit, offset = accumulated(q.dtype), selected.blocks.kv_unit, selected.domain.q_offset
+    dtype, block, offset = accumulated(q.dtype), selected.blocks.kv_block, selected.domain.q_offset
     env: dict[str, Any] = {**selected.domain.lengths, **selected.tables}
     env["b"] = torch.arange(batch, device=q.device).view(-1, 1, 1, 1)
     env["h"] = torch.arange(heads, device=q.device).view(-1, 1, 1)
     env["q_idx"] = torch.arange(offset, offset + rows, device=q.device)[:, None]
     found = []
-    for start in range(0, k.shape[2], unit):
-        keys = spread(k[:, :, start : start + unit], heads).to(dtype)
+    for start in range(0, k.shape[2], block):
+        keys = repeat_kv(k[:, :, start : start + block], heads).to(dtype)
         logits = q.to(dtype) @ keys.transpose(-1, -2) * selected.scale
         env["kv_idx"] = torch.arange(start, start + keys.shape[2], device=q.device)
         allowed = evaluate(selected.mask, env)

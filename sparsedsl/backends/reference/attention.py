@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.exact import evaluate_exactly
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.dtypes import accumulated
-from sparsedsl.runtime.seen_product import seen_product
+from sparsedsl.runtime.seen_products import seen_product
 
 __all__ = ["attend_reference", "dense_mask", "logit_bytes"]
 

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from sparsedsl.backends.reference.tensors import spread
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.backends.reference.tensor_rules import repeat_kv
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.tables import read_class, table_reads
-from sparsedsl.program.axes import unit_of
+from sparsedsl.program.axes import block_of
 from sparsedsl.program.node import Node
 from sparsedsl.runtime.interpreter import Evaluation
 
-__all__ = ["concrete_pattern", "pairs", "units"]
+__all__ = ["blocks", "concrete_pattern", "pairs"]
 
 Tensor = torch.Tensor
 
@@ -30,17 +30,17 @@ def concrete_pattern(run: Evaluation, pattern: Pattern) -> tuple[Pattern, dict[s
 
 
 def _concrete(run: Evaluation, part: Any) -> tuple[Any, dict[str, Tensor]]:
-    """An expression, and the tables of the nodes it reads: ``(B, heads, ..)``. Rows of a table begin with the call's first unit."""
+    """An expression, and the tables of the nodes it reads: ``(B, heads, ..)``. Rows of a table begin with the call's first block."""
     tables = {name: node for name, node in part.bound.items() if isinstance(node, Node) and name in part.tables}
     counted = {}
     for read in table_reads(part.expr):
         node = tables.get(read.spec.name)
         if node is not None and len(read.args) == 4:
-            first = run.call.q_offset // unit_of(node.axes[2])
+            first = run.call.q_offset // block_of(node.axes[2])
             entry, head, row, column = read.args
             counted[read] = read_class(read.spec)(entry, head, row - first, column)
     heads = run.call.q.shape[1]
-    return part.expr.xreplace(counted), {name: spread(run.value(node), heads) for name, node in tables.items()}
+    return part.expr.xreplace(counted), {name: repeat_kv(run.value(node), heads) for name, node in tables.items()}
 
 
 def pairs(run: Evaluation, mask: Mask) -> Tensor:
@@ -67,9 +67,9 @@ def _at_pairs(run: Evaluation, part: Mask | Score) -> tuple[Any, dict[str, Any]]
     return expr, env
 
 
-def units(run: Evaluation, mask: Mask, node: Any) -> Tensor:
-    """Which (unit of queries, unit of keys) of a node hold a pair that the mask allows: ``(batch, heads, units, units)``."""
-    rows, columns = unit_of(node.axes[2]), unit_of(node.axes[3])
+def blocks(run: Evaluation, mask: Mask, node: Any) -> Tensor:
+    """Which (block of queries, block of keys) of a node hold a pair that the mask allows: ``(batch, heads, blocks, blocks)``."""
+    rows, columns = block_of(node.axes[2]), block_of(node.axes[3])
     allowed = pairs(run, mask)
     allowed = functional.pad(allowed, (0, -allowed.shape[3] % columns, 0, -allowed.shape[2] % rows))
     return allowed.unflatten(3, (-1, columns)).any(4).unflatten(2, (-1, rows)).any(3)

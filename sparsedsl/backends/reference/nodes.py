@@ -15,7 +15,7 @@ from sparsedsl.backends.reference import masks
 from sparsedsl.backends.reference.attention import attend_reference
 from sparsedsl.backends.reference.scores import SCORE_RULES
 from sparsedsl.backends.reference.selection import CHOICE_RULES
-from sparsedsl.backends.reference.tensors import NEVER, log_sum, softmax, spread
+from sparsedsl.backends.reference.tensor_rules import NEVER, log_sum, repeat_kv, softmax
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
@@ -25,7 +25,7 @@ from sparsedsl.program.sources import PerChunk, Slots
 from sparsedsl.runtime.call import check_call
 from sparsedsl.runtime.interpreter import Evaluation, Rule
 from sparsedsl.runtime.program_call import ProgramCall
-from sparsedsl.runtime.seen_product import seen_product
+from sparsedsl.runtime.seen_products import seen_product
 
 __all__ = ["REFERENCE_RULES", "Reference"]
 
@@ -49,7 +49,7 @@ class Reference(Evaluation):
     def chunk_scores(self, rule: PerChunk) -> Tensor:
         """The scores that weigh chunks for every query head, -inf where a chunk was not picked."""
         heads = self.call.q.shape[1]
-        return torch.where(spread(self.value(rule.picks), heads), spread(self.value(rule.scores), heads), NEVER)
+        return torch.where(repeat_kv(self.value(rule.selected), heads), repeat_kv(self.value(rule.scores), heads), NEVER)
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------------------
@@ -67,16 +67,16 @@ def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor]:
 def _per_chunk(run: Reference, node: Attend, rule: PerChunk, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     pattern, tables = run.concrete_pattern(node.pattern)
     check_call(pattern, q, k, v, tables, q_offset=run.call.q_offset, scale=run.call.scale)
-    k, v = spread(k, q.shape[1]), spread(v, q.shape[1])
+    k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
     logits = seen_product(q, k.transpose(-1, -2)) * (run.call.scale or node.pattern.scale or q.shape[3] ** -0.5)
     allowed = run.pairs(node.pattern.mask)
     if node.pattern.has_score:  # masked logits are 1, where every score function and its derivative are finite
         logits = masks.modified(run, node.pattern.score, torch.where(allowed, logits, 1.0))
     logits = torch.where(allowed, logits, NEVER)
     weights, log_total = _chunk_weights(run.chunk_scores(rule), rule.weights)
-    out, unit = q.new_zeros((*q.shape[:3], v.shape[3])), rule.picks.units[1]
+    out, block = q.new_zeros((*q.shape[:3], v.shape[3])), rule.selected.blocks[1]
     for chunk in range(weights.shape[3]):
-        keys = slice(chunk * unit, (chunk + 1) * unit)
+        keys = slice(chunk * block, (chunk + 1) * block)
         inside = logits[..., keys]
         if rule.inner == "softmax1":
             share = softmax(functional.pad(inside, (0, 1), value=0.0))[..., :-1]
@@ -94,14 +94,14 @@ def _chunk_weights(scores: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     if rule == "softmax1":  # the LSE counts the logit of 0: that is what it weighs against other branches
         extended = functional.pad(scores, (0, 1), value=0.0)
         return softmax(extended)[..., :-1], log_sum(extended)
-    picked = scores != NEVER
-    finite = torch.where(picked, scores, 0.0)
+    chosen = scores != NEVER
+    finite = torch.where(chosen, scores, 0.0)
     left = torch.ones_like(scores[..., 0])
     weights: list[Tensor] = []
     for chunk in reversed(range(scores.shape[-1])):
-        weights.insert(0, torch.where(picked[..., chunk], torch.sigmoid(finite[..., chunk]) * left, 0.0))
+        weights.insert(0, torch.where(chosen[..., chunk], torch.sigmoid(finite[..., chunk]) * left, 0.0))
         if rule == "stick_breaking":
-            left = torch.where(picked[..., chunk], torch.sigmoid(-finite[..., chunk]) * left, left)
+            left = torch.where(chosen[..., chunk], torch.sigmoid(-finite[..., chunk]) * left, left)
     found = torch.stack(weights, dim=-1)
     total = found.sum(-1)
     return found, torch.where(total > 0, torch.log(torch.where(total > 0, total, 1.0)), NEVER)
@@ -133,7 +133,7 @@ def _recall(run: Reference, node: Recall) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Slots:
+class _SlotSource:
     """What slots of some batch entries hold, keys ``(B, Hkv, M, D)`` and values ``(B, Hkv, M, Dv)``: ``before`` the first token of a
     document, and ``after`` each token of the call. ``written``: whether anything is in them before."""
 
@@ -153,7 +153,7 @@ def _before_call(run: Reference, node: Recall, entry: slice, k: Tensor, v: Tenso
 
 def _contents(
     before: tuple[Tensor, Tensor, bool], firsts: list[int], k: Tensor, v: Tensor, keep: Tensor, write: Tensor
-) -> _Slots:
+) -> _SlotSource:
     """The slots after each token: every token fades what is in them and is written beside it; a document begins with empty ones."""
     *empty, written = before
     keys, values = empty
@@ -164,11 +164,11 @@ def _contents(
         keys = keep[:, :, token] * keys + write[:, :, token] * k[:, :, token, None]
         values = keep[:, :, token] * values + write[:, :, token] * v[:, :, token, None]
         after.append((keys, values))
-    return _Slots((empty[0], empty[1]), written, after)
+    return _SlotSource((empty[0], empty[1]), written, after)
 
 
 def _recalled(
-    run: Reference, node: Recall, row: int, firsts: list[int], slots: _Slots, q: Tensor, kv_heads: int
+    run: Reference, node: Recall, row: int, firsts: list[int], slots: _SlotSource, q: Tensor, kv_heads: int
 ) -> tuple[Tensor, Tensor]:
     """What one query reads from the slots."""
     memory, position = node.memory, run.call.q_offset + row
@@ -195,7 +195,7 @@ def _first_tokens(run: Reference, node: Node | None) -> list[list[int]]:
 def _linear(run: Reference, node: Linear) -> tuple[Tensor, None]:
     q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
     run.call.check_decays(node, q.shape[1])
-    k, v = spread(k, q.shape[1]), spread(v, q.shape[1])
+    k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
     position = torch.arange(q.shape[2], device=q.device)[:, None] + run.call.q_offset
     distance = position - torch.arange(k.shape[2], device=q.device)
     rate = torch.tensor(node.decay, dtype=q.dtype, device=q.device)[:, None, None]
@@ -234,7 +234,7 @@ def _mix(run: Reference, node: Mix) -> tuple[Tensor, None]:
 
 
 def _compact(run: Reference, node: Compact) -> tuple[Tensor, Tensor | None]:
-    q, k, v = (spread(run.value(x), run.call.q.shape[1]) for x in node.inputs[1:])
+    q, k, v = (repeat_kv(run.value(x), run.call.q.shape[1]) for x in node.inputs[1:])
     outs, lses = [], []
     for entry, kept in enumerate(run.value(node.tokens)):
         out, lse = q.new_zeros((*q.shape[1:3], v.shape[3])), q.new_full(q.shape[1:3], NEVER)

@@ -1,6 +1,6 @@
 """Tensors and scores as they are meant: dense, in plain torch, differentiable.
 
-Scores are ``(batch, heads, units of queries, units of keys)``, -inf where an input lacks a unit; key scores ``(batch, heads, keys)``.
+Scores are ``(batch, heads, blocks of queries, blocks of keys)``, -inf where an input lacks a block; key scores ``(batch, heads, keys)``.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from sparsedsl.backends.reference.masks import units
-from sparsedsl.backends.reference.tensors import NEVER, gumbel_noise, joined_heads, of_one_size, per_head, pooled, softmax
-from sparsedsl.program.axes import unit_of
+from sparsedsl.backends.reference.masks import blocks
+from sparsedsl.backends.reference.tensor_rules import NEVER, gumbel_noise, joined_heads, of_one_size, per_head, pooled, softmax
+from sparsedsl.program.axes import block_of
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Take
 from sparsedsl.program.scores import (
@@ -46,7 +46,7 @@ def _input(run: Evaluation, node: Input) -> Tensor:
 
 
 def _summary(run: Evaluation, node: Summary) -> Tensor:
-    return pooled(run.value(node.x), node.unit, node.how, node.pad)
+    return pooled(run.value(node.x), node.block, node.how, node.pad)
 
 
 def _take(run: Evaluation, node: Take) -> Tensor:
@@ -69,14 +69,14 @@ def _dot(run: Evaluation, node: Dot) -> Tensor:
 
 
 def _whole_rows(run: Evaluation, node: Scores, scores: Tensor) -> Tensor:
-    """With a column for each unit of keys: an input may lack the last, ragged one, which then is no candidate."""
-    wanted = -(-run.call.k.shape[2] // unit_of(node.axes[3]))
+    """With a column for each block of keys: an input may lack the last, ragged one, which then is no candidate."""
+    wanted = -(-run.call.k.shape[2] // block_of(node.axes[3]))
     return functional.pad(scores, (0, wanted - scores.shape[3]), value=NEVER)
 
 
 def _bound(run: Evaluation, node: Bound) -> Tensor:
     x, y = of_one_size(run.value(node.x), run.value(node.y))
-    low, high = pooled(y, node.unit, "min", "valid"), pooled(y, node.unit, "max", "valid")
+    low, high = pooled(y, node.block, "min", "valid"), pooled(y, node.block, "max", "valid")
     best = torch.maximum(x[:, :, :, None] * low[:, :, None], x[:, :, :, None] * high[:, :, None])
     return _whole_rows(run, node, best.sum(-1) * _scale(node.scale, x))
 
@@ -97,14 +97,14 @@ def _antidiagonal(run: Evaluation, node: Antidiagonal) -> Tensor:
 
 def _softmax(run: Evaluation, node: Softmax) -> Tensor:
     scores = run.value(node.scores)
-    allowed = per_head(units(run, node.among, node), run.call.check_heads(node, scores.shape[1]))
-    # A unit that an input lacks is no unit, and not one of mass 0.
+    allowed = per_head(blocks(run, node.among, node), run.call.check_heads(node, scores.shape[1]))
+    # A block that an input lacks is no block, and not one of mass 0.
     return torch.where(scores == NEVER, NEVER, softmax(torch.where(allowed, scores, NEVER)))
 
 
 def _regroup(run: Evaluation, node: Regroup) -> Tensor:
     joined = []
-    for part in run.value(node.scores).split(node.unit, dim=3):
+    for part in run.value(node.scores).split(node.block, dim=3):
         here = part != NEVER
         total, count = torch.where(here, part, 0.0).sum(3), here.sum(3)
         how = {"sum": total, "mean": total / count.clamp(min=1), "max": part.amax(3)}[node.how]
@@ -119,7 +119,7 @@ def _plus(run: Evaluation, node: Plus) -> Tensor:
 
 def _gumbel(run: Evaluation, node: Gumbel) -> Tensor:
     scores = run.value(node.scores)
-    first = run.call.q_offset // unit_of(node.axes[2])
+    first = run.call.q_offset // block_of(node.axes[2])
     return scores + gumbel_noise(tuple(scores.shape), run.value(node.seed), first, scores.device).to(scores.dtype)
 
 

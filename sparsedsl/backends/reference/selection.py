@@ -1,7 +1,7 @@
 """Orders, subsets and choices as they are meant: dense, in plain torch.
 
 Orders are positions ``(batch, heads, keys)``; subsets positions ``(heads, kept)`` for each batch entry; choices booleans
-``(batch, heads, units of queries, units of keys)``.
+``(batch, heads, blocks of queries, blocks of keys)``.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from sparsedsl.backends.reference.masks import units
-from sparsedsl.backends.reference.tensors import NEVER, per_head, softmax, spread
+from sparsedsl.backends.reference.masks import blocks
+from sparsedsl.backends.reference.tensor_rules import NEVER, per_head, repeat_kv, softmax
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.select import Threshold, TopK, TopP
@@ -49,7 +49,7 @@ def _tokens(run: Evaluation, node: Tokens) -> list[Tensor]:
     for one, mass in zip(scores, by, strict=True):
         count = max(before - _dropped(mass[:before], node), min(node.least, before))
         best = [torch.cat([head[:before].sort(descending=True, stable=True).indices[:count], always]) for head in one]
-        kept.append(spread(torch.stack([index.sort().values for index in best])[None], run.call.q.shape[1])[0])
+        kept.append(repeat_kv(torch.stack([index.sort().values for index in best])[None], run.call.q.shape[1])[0])
     return kept
 
 
@@ -76,15 +76,15 @@ def _candidates(run: Evaluation, node: Any) -> tuple[Tensor, Tensor, Tensor]:
     heads = run.call.check_heads(node, scores.shape[1])
     allowed = scores != NEVER
     if node.among is not None:
-        allowed = allowed & per_head(units(run, node.among, node), heads)
+        allowed = allowed & per_head(blocks(run, node.among, node), heads)
     forced = allowed & (node.forced is not None)
     if node.forced is not None:
-        forced = allowed & per_head(units(run, node.forced, node), heads)
+        forced = allowed & per_head(blocks(run, node.forced, node), heads)
     return torch.where(allowed, scores, NEVER), allowed, forced
 
 
 def _best_first(key: Tensor, forced: Tensor | None = None) -> Tensor:
-    """Units of every row by their key, equal ones by number, NaN as infinity; before all others the forced ones, by number."""
+    """Blocks of every row by their key, equal ones by number, NaN as infinity; before all others the forced ones, by number."""
     key = torch.where(key.isnan(), float("inf"), key)
     if forced is None:
         return key.sort(dim=3, descending=True, stable=True).indices
@@ -117,7 +117,7 @@ def _top_p(run: Evaluation, node: TopP) -> Tensor:
     upto = mass.gather(3, order).cumsum(3)
     reached = upto >= node.share
     before = upto.new_zeros(reached.shape, dtype=torch.bool)
-    before[..., 1:] = reached[..., :-1].cumsum(3) > 0  # one of the units before has reached the share
+    before[..., 1:] = reached[..., :-1].cumsum(3) > 0  # one of the blocks before has reached the share
     taken = ~before if node.inclusive else ~reached
     if node.unmet == "none":
         taken = taken & reached.any(3, keepdim=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from sparsedsl.analysis.lists import TileLists, TileRows
-from sparsedsl.backends.tiled.tile_jobs import Lane, Unit
+from sparsedsl.analysis.lists import BlockLists, TileRows
+from sparsedsl.backends.tiled.tile_jobs import ResiduePass, TileJob
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.tiling.cost import chunk_keys, strips_at_once
-from sparsedsl.tiling.schedule import Family, Segment
+from sparsedsl.tiling.schedule import KeyRange, StridedSeries
 
-__all__ = ["scattered_units"]
+__all__ = ["scattered_jobs"]
 
 Tensor = torch.Tensor
 # From this many logits on, a row of one head is computed alone: below, calling torch costs more than small products are slower.
@@ -26,32 +26,32 @@ ALONE = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered(Segment):
-    """A segment whose keys are listed: ``index`` (length,) int64, counted from the lane's first key."""
+class Gathered(KeyRange):
+    """A key range whose keys are listed: ``index`` (length,) int64, counted from the residue's first key."""
 
     index: Tensor
 
 
-def scattered_units(lane: Lane, lists: TileLists, heads: range, most_heads: int) -> Iterator[Unit]:
-    """The units of work of all rows of tiles, heads of a row after each other so that they share its masks."""
-    run = lane.run
+def scattered_jobs(residue: ResiduePass, lists: BlockLists, heads: range, most_heads: int) -> Iterator[TileJob]:
+    """The jobs of work of all rows of tiles, heads of a row after each other so that they share its masks."""
+    run = residue.run
     rows_of_tiles = lists.shape[2]
     bounds = [part.counts.reshape(-1).cumsum(0, dtype=torch.int64).tolist() for part in (lists.full, lists.partial)]
     for line in range(lists.shape[0] * lists.shape[1] * rows_of_tiles):
         group, row = divmod(line, rows_of_tiles)
         height = min(lists.block[0], lists.q_rows - row * lists.block[0])
         most = chunk_keys(height * run.group)
-        segments = _segments(
-            lane, lists, [_part(p, b, line) for p, b in zip((lists.full, lists.partial), bounds, strict=True)], most
+        key_ranges = _segments(
+            residue, lists, [_part(p, b, line) for p, b in zip((lists.full, lists.partial), bounds, strict=True)], most
         )
-        if not segments:
+        if not key_ranges:
             continue
-        family = Family(group, lane.first + row * lists.block[0], height, 1, 0, ())
-        longest = max(segment.length for segment in segments)
+        series = StridedSeries(group, residue.first + row * lists.block[0], height, 1, 0, ())
+        longest = max(key_range.length for key_range in key_ranges)
         at_once = min(most_heads, strips_at_once(height * run.group, longest, ALONE))
-        for low, high in lane.head_spans(group, heads):
+        for low, high in residue.head_spans(group, heads):
             for head in range(low, high, at_once):
-                yield ScatteredUnit(lane, line, family, segments, head, min(head + at_once, high), 0, 1)
+                yield ScatteredJob(residue, line, series, key_ranges, head, min(head + at_once, high), 0, 1)
 
 
 def _part(part: TileRows, bounds: list[int], line: int) -> Tensor:
@@ -59,11 +59,11 @@ def _part(part: TileRows, bounds: list[int], line: int) -> Tensor:
     return part.columns[bounds[line - 1] if line else 0 : bounds[line]].to(torch.int64)
 
 
-def _segments(lane: Lane, lists: TileLists, parts: list[Tensor], most: int) -> list[Segment]:
+def _segments(residue: ResiduePass, lists: BlockLists, parts: list[Tensor], most: int) -> list[KeyRange]:
     """The keys of the full and of the partial tiles of a row, at most ``most`` at a time, with the mask for the partial ones."""
-    width, residual = lists.block[1], lane.plan.lane.mask
+    width, residual = lists.block[1], residue.plan.residue.mask
     columns, whole = torch.cat(parts), parts[0].numel()
-    found: list[Segment] = []
+    found: list[KeyRange] = []
     step = max(1, most // width)
     for begin in range(0, columns.numel(), step):
         few = columns[begin : begin + step]
@@ -74,53 +74,53 @@ def _segments(lane: Lane, lists: TileLists, parts: list[Tensor], most: int) -> l
             full, index = int(inside[:full].sum()), index[inside]
         masks = () if full == index.numel() else ((full, index.numel(), residual),)
         first = int(few[0]) * width
-        found.append(Gathered(first, index.numel(), 0, masks, (index - lane.first_key).to(lane.k.device)))
+        found.append(Gathered(first, index.numel(), 0, masks, (index - residue.first_key).to(residue.k.device)))
     return found
 
 
-class ScatteredUnit(Unit):
+class ScatteredJob(TileJob):
     """One row of tiles for some heads, on keys that are copied."""
 
-    def key_rows(self, t: Tensor, segment: Segment) -> Tensor:
+    def key_rows(self, t: Tensor, key_range: KeyRange) -> Tensor:
         """The listed keys of one head: ``(length, D)``."""
-        return t[self.low // self.lane.ratio].index_select(0, self._index(segment))
+        return t[self.low // self.residue.ratio].index_select(0, self._index(key_range))
 
-    def keys(self, t: Tensor, segment: Segment) -> Tensor:
+    def keys(self, t: Tensor, key_range: KeyRange) -> Tensor:
         """The listed keys of every head: ``(X, length, D)``."""
-        ratio = self.lane.ratio
+        ratio = self.residue.ratio
         first, last = self.low // ratio, (self.high - 1) // ratio
-        part = t[first : last + 1].index_select(1, self._index(segment))
+        part = t[first : last + 1].index_select(1, self._index(key_range))
         if ratio == 1 or self.high - self.low == 1:
             return part
         return part.index_select(0, torch.arange(self.low, self.high, device=t.device) // ratio - first)
 
     @staticmethod
-    def _index(segment: Segment) -> Tensor:
-        listed: Any = segment  # units of this kind have no others
+    def _index(key_range: KeyRange) -> Tensor:
+        listed: Any = key_range  # jobs of this kind have no others
         return listed.index
 
-    def env(self, segment: Segment, low: int, high: int, transposed: bool) -> dict[str, Any]:
+    def env(self, key_range: KeyRange, low: int, high: int, transposed: bool) -> dict[str, Any]:
         """Positions of the listed keys."""
-        env = super().env(segment, low, high, transposed)
-        kv = self._index(segment)[low:high] + self.lane.first_key
+        env = super().env(key_range, low, high, transposed)
+        kv = self._index(key_range)[low:high] + self.residue.first_key
         env["kv_idx"] = kv.view(1, -1, 1, 1) if transposed else kv.view(1, 1, 1, -1)
         return env
 
-    def place(self, expr: Any, segment: Segment, low: int, high: int) -> tuple[bool, tuple[Any, ...]]:
+    def place(self, expr: Any, key_range: KeyRange, low: int, high: int) -> tuple[bool, tuple[Any, ...]]:
         """No two rows of tiles share a mask; the heads of a row do where they are alike."""
         heads = (self.low, self.high) if expr.free_symbols & {BATCH, HEAD} else None
         return False, (
             "scattered",
-            self.family.group,
-            self.family.q_start,
-            self._index(segment)[0].item(),
+            self.series.group,
+            self.series.q_start,
+            self._index(key_range)[0].item(),
             low,
             high,
             heads,
             expr,
         )
 
-    def add_keys(self, total: Tensor, segment: Segment, grad: Tensor, factor: float = 1.0) -> None:
+    def add_keys(self, total: Tensor, key_range: KeyRange, grad: Tensor, factor: float = 1.0) -> None:
         """Add to the listed keys, head by head."""
         for x in range(grad.shape[0]):
-            total[(self.low + x) // self.lane.ratio].index_add_(0, self._index(segment), grad[x], alpha=factor)
+            total[(self.low + x) // self.residue.ratio].index_add_(0, self._index(key_range), grad[x], alpha=factor)

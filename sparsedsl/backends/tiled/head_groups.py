@@ -1,7 +1,8 @@
-"""How the heads of a call fall into lanes, and its queries into blocks that fit a bounded scratch.
+"""How the heads of a call fall into head groups, and its queries into blocks that fit a bounded scratch.
 
-A *lane* is a run of query heads that share both a list of picks and a key/value head. A *block* is a box of batch entries, lanes and
-queries: many queries of one lane, or many lanes where queries are few (decoding). Within a block queries are numbered through.
+A *head group* is a run of query heads that share both a list of selected blocks and a key/value head. A *block* is a box of
+batch entries, head groups and
+queries: many queries of one head group, or many head groups where queries are few (decoding). Within a block queries are numbered through.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Block", "Lanes"]
+__all__ = ["Block", "HeadGroups"]
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
 class Block:
-    """Ranges of batch entries, lanes and queries (by number in the call, not by position)."""
+    """Ranges of batch entries, head groups and queries (by number in the call, not by position)."""
 
     batch: range
-    lanes: range
+    head_groups: range
     rows: range
 
     @functools.cached_property
     def sizes(self) -> tuple[int, int, int]:
-        """Batch entries, lanes, queries of each."""
-        return len(self.batch), len(self.lanes), len(self.rows)
+        """Batch entries, head groups, queries of each."""
+        return len(self.batch), len(self.head_groups), len(self.rows)
 
     @property
     def at_batch(self) -> slice:
@@ -43,13 +44,13 @@ class Block:
 
     @functools.cached_property
     def queries(self) -> int:
-        """Lists in the block: queries of all its lanes."""
+        """Lists in the block: queries of all its head groups."""
         return math.prod(self.sizes)
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """``count`` lanes of ``heads`` query heads each, for every one of ``batch`` entries and ``rows`` queries."""
+class HeadGroups:
+    """``count`` head groups of ``heads`` query heads each, for every one of ``batch`` entries and ``rows`` queries."""
 
     batch: int
     rows: int
@@ -59,19 +60,20 @@ class Lanes:
     list_heads: int
 
     @staticmethod
-    def of(q: Tensor, kv_heads: int, list_heads: int) -> Lanes:
+    def of(q: Tensor, kv_heads: int, list_heads: int) -> HeadGroups:
         """Those of ``q (B, Hq, Sq, D)``; both counts of heads divide Hq."""
         count = math.lcm(kv_heads, list_heads)
-        return Lanes(q.shape[0], q.shape[2], count, q.shape[1] // count, kv_heads, list_heads)
+        return HeadGroups(q.shape[0], q.shape[2], count, q.shape[1] // count, kv_heads, list_heads)
 
     @property
     def queries(self) -> int:
-        """Queries of all lanes and batch entries."""
+        """Queries of all head groups and batch entries."""
         return self.batch * self.count * self.rows
 
-    def blocks(self, most: int, *, one_lane: bool) -> Iterator[Block]:
-        """All queries of all lanes in blocks of about ``most``; with ``one_lane`` no block has two lanes or batch entries."""
-        if one_lane or most < 2 * self.rows:
+    def blocks(self, most: int, *, one_head_group: bool) -> Iterator[Block]:
+        """All queries of all head groups in blocks of about ``most``; with ``one_head_group`` no block has two head groups or
+        batch entries."""
+        if one_head_group or most < 2 * self.rows:
             step = math.ceil(self.rows / math.ceil(self.rows / max(most, 1))) if self.rows else 1
             sides = 1, 1, step
         elif most < 2 * self.rows * self.count:
@@ -79,18 +81,18 @@ class Lanes:
         else:
             sides = most // max(self.rows * self.count, 1), self.count, self.rows
         for batch in _cut(self.batch, sides[0]):
-            for lanes in _cut(self.count, sides[1]):
+            for head_groups in _cut(self.count, sides[1]):
                 for rows in _cut(self.rows, sides[2]):
-                    yield Block(batch, lanes, rows)
+                    yield Block(batch, head_groups, rows)
 
     def heads_of(self, block: Block) -> range:
         """The query heads of a block."""
-        return range(block.lanes.start * self.heads, block.lanes.stop * self.heads)
+        return range(block.head_groups.start * self.heads, block.head_groups.stop * self.heads)
 
     def view(self, x: Tensor, block: Block) -> Tensor:
-        """The part of ``x (B, Hq, Sq, ...)`` that a block has, as a view ``(batch, lanes, queries, heads, ...)``."""
+        """The part of ``x (B, Hq, Sq, ...)`` that a block has, as a view ``(batch, head_groups, queries, heads, ...)``."""
         part = x.unflatten(1, (self.count, self.heads))
-        part = part[block.at_batch, block.lanes.start : block.lanes.stop, :, block.at_rows]
+        part = part[block.at_batch, block.head_groups.start : block.head_groups.stop, :, block.at_rows]
         return part.transpose(2, 3)
 
     def take(self, x: Tensor, block: Block, dtype: torch.dtype, beyond: float = 0.0) -> Tensor:
@@ -104,15 +106,15 @@ class Lanes:
     def lists(self, indices: Tensor, block: Block) -> Tensor:
         """The lists ``(queries, W)`` of a block, from ``indices (B or 1, Hs, Sq, W)``."""
         batch = slice(0, 1) if indices.shape[0] == 1 else block.at_batch
-        heads = [lane * self.list_heads // self.count for lane in block.lanes]
+        heads = [head_group * self.list_heads // self.count for head_group in block.head_groups]
         part = indices[batch, heads, block.at_rows]
         return part.expand(*block.sizes, part.shape[-1]).reshape(block.queries, part.shape[-1])
 
     def kv_lines(self, block: Block, device: torch.device) -> Tensor:
         """For each query of a block the number ``b * Hkv + kv head`` of what it reads."""
-        lane = torch.arange(block.lanes.start, block.lanes.stop, device=device) * self.kv_heads // self.count
+        head_group = torch.arange(block.head_groups.start, block.head_groups.stop, device=device) * self.kv_heads // self.count
         batch = torch.arange(block.batch.start, block.batch.stop, device=device) * self.kv_heads
-        return (batch[:, None, None] + lane[None, :, None]).expand(block.sizes).reshape(-1)
+        return (batch[:, None, None] + head_group[None, :, None]).expand(block.sizes).reshape(-1)
 
 
 def _cut(size: int, step: int) -> Iterator[range]:

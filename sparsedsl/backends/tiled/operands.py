@@ -1,4 +1,4 @@
-"""The tensors of a ``tiled`` pass, as every lane of it sees them."""
+"""The tensors of a ``tiled`` pass, as every residue of it sees them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.tiling.schedule import Schedule
 
-__all__ = ["Gains", "Operands"]
+__all__ = ["GradientAccumulators", "Operands"]
 
 Tensor = torch.Tensor
 
@@ -54,7 +54,7 @@ class Operands:
         return t.unflatten(1, (self.shared, self.group)).transpose(2, 3)
 
 
-class Gains:
+class GradientAccumulators:
     """Gradients that one thread adds up: of keys and values ``(B, Hkv, Skv, ..)``, and of the learned tables in the order of ``leaves``."""
 
     def __init__(self, run: Operands) -> None:
@@ -63,11 +63,11 @@ class Gains:
         self.tables = {name: torch.zeros_like(leaf) for name, leaf in run.leaves.items()}
         self._places: dict[Any, tuple[Tensor, Tensor]] = {}
 
-    def of(self, lane: Any, keys: slice) -> tuple[Tensor, Tensor]:
-        """Gradients of the keys and values of a lane, ``(B x Hkv, keys, ..)``: views."""
-        if lane not in self._places:
-            self._places[lane] = (self.dk.flatten(0, 1)[:, keys], self.dv.flatten(0, 1)[:, keys])
-        return self._places[lane]
+    def of(self, residue: Any, keys: slice) -> tuple[Tensor, Tensor]:
+        """Gradients of the keys and values of a residue, ``(B x Hkv, keys, ..)``: views."""
+        if residue not in self._places:
+            self._places[residue] = (self.dk.flatten(0, 1)[:, keys], self.dv.flatten(0, 1)[:, keys])
+        return self._places[residue]
 
     def add_tables(self, found: tuple[Tensor | None, ...]) -> None:
         """Add gradients of the learned tables, in their order."""
@@ -75,14 +75,14 @@ class Gains:
             if grad is not None:
                 self.tables[name] += grad
 
-    def with_tables_of_its_own(self) -> Gains:
+    def with_tables_of_its_own(self) -> GradientAccumulators:
         """The same keys and values, for a thread that adds to other heads of them."""
-        other = object.__new__(Gains)
+        other = object.__new__(GradientAccumulators)
         other.dk, other.dv, other._places = self.dk, self.dv, {}
         other.tables = {name: torch.zeros_like(grad) for name, grad in self.tables.items()}
         return other
 
-    def add(self, other: Gains) -> None:
+    def add(self, other: GradientAccumulators) -> None:
         """Add what another thread found."""
         if other.dk is not self.dk:
             self.dk += other.dk

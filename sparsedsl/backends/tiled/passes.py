@@ -3,13 +3,14 @@
 Stages of a forward pass, in order:
 
 1. *prepare*: k and v contiguous, in float32 (float64 for float64): no copy if they are. Queries are read in place.
-2. *strips* (:mod:`backends.tiled.tile_jobs`): for each strip, its pieces of keys one after the other: product, score rule, mask where a
-   piece is masked, powers of two, sum, product with v; with the running maximum only where a row's total shows that it was needed. Strips
-   and heads too small for a product of their own go together. Strips share the cores, one thread each (:mod:`runtime.threads`).
+2. *strips* (:mod:`backends.tiled.tile_jobs`): for each strip, its key tiles one after the other: product, score rule, mask where a
+   key tile is masked, powers of two, sum, product with v; with the running maximum only where a row's total shows that it was
+   needed. Strips and heads too small for a product of their own go together. Strips share the cores, one thread each
+   (:mod:`runtime.threads`).
 3. *scattered tiles* (:mod:`backends.tiled.gathered`): the same on keys gathered for one row of tiles at a time.
-4. *merge*: where lanes share queries, their results meet by LSE. A sink joins last.
+4. *merge*: where residue classes share queries, their results meet by LSE. A sink joins last.
 
-The backward pass goes through the same strips with the global output and LSE; the pieces' gradients add up to the exact ones.
+The backward pass goes through the same strips with the global output and LSE; the key tiles' gradients add up to the exact ones.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from collections.abc import Iterator
 
 import torch
 
-from sparsedsl.backends.tiled.gathered import scattered_units
-from sparsedsl.backends.tiled.operands import Gains, Operands
+from sparsedsl.backends.tiled.gathered import scattered_jobs
+from sparsedsl.backends.tiled.operands import GradientAccumulators, Operands
 from sparsedsl.backends.tiled.score_rules import LN2, LOG2E
-from sparsedsl.backends.tiled.tile_jobs import NO_KEY, Lane, Unit
+from sparsedsl.backends.tiled.tile_jobs import NO_KEY, ResiduePass, TileJob
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.sinks import sink_gradients, sink_logit
@@ -45,7 +46,7 @@ MOST_COPIES = 4
 def forward(pattern: Pattern, call: Call, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """``out (B, Hq, Sq, Dv)`` in the dtype of q, ``lse (B, Hq, Sq)`` in float32 (float64 for float64 inputs)."""
     with plain_math(call.q.device.type):
-        return Pass(pattern, call, schedule).forward()
+        return TiledPass(pattern, call, schedule).forward()
 
 
 def backward(
@@ -54,18 +55,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
     """Gradients of q, k, v and of the tables named in ``learned``, from the results of :func:`forward` and the gradients by them."""
     with plain_math(call.q.device.type):
-        return Pass(pattern, call, schedule).backward(out, lse, grad_out, grad_lse, learned)
+        return TiledPass(pattern, call, schedule).backward(out, lse, grad_out, grad_lse, learned)
 
 
-class Pass(Operands):
+class TiledPass(Operands):
     """One forward or backward pass."""
 
-    def _units(self, lane: Lane, heads: range) -> Iterator[Unit]:
-        lists = lane.plan.lists
+    def _jobs(self, residue: ResiduePass, heads: range) -> Iterator[TileJob]:
+        lists = residue.plan.lists
         if lists is not None:  # rows of tiles are enough to share
-            return scattered_units(lane, lists, heads, len(heads))
+            return scattered_jobs(residue, lists, heads, len(heads))
         # A thread computes several heads at once, but leaves some to the others.
-        return lane.units(heads, max(1, len(heads) // self.workers))
+        return residue.jobs(heads, max(1, len(heads) // self.workers))
 
     @functools.cached_property
     def workers(self) -> int:
@@ -89,10 +90,12 @@ class Pass(Operands):
         lse = self.q.new_full(shape, float("-inf"), dtype=self.dtype)
         self.by_row = {"out": self.grouped(out), "lse": self.grouped(lse)}
         # Lanes that share queries wait for each other.
-        stages = [[plan] for plan in self.schedule.lanes] if self.schedule.overlap else [list(self.schedule.lanes)]
+        stages = (
+            [[plan] for plan in self.schedule.residue_classes] if self.schedule.overlap else [list(self.schedule.residue_classes)]
+        )
         for number, plans in enumerate(stages):
-            units = (unit for plan in plans for unit in self._units(Lane(self, plan), self.flat_heads))
-            work = (functools.partial(unit.forward, merge=number > 0) for unit in units)
+            jobs = (job for plan in plans for job in self._jobs(ResiduePass(self, plan), self.flat_heads))
+            work = (functools.partial(job.forward, merge=number > 0) for job in jobs)
             if self.workers > 1:
                 share(work, self.workers)
             else:
@@ -128,15 +131,15 @@ class Pass(Operands):
         self.by_row = {name: self.grouped(t) for name, t in by_row.items()}
         # In float64, where torch adds in a fixed order whatever the number of threads.
         self.leaves = {name: self.tables[name].detach().double().requires_grad_() for name in learned}
-        total = Gains(self)
-        lanes = [Lane(self, plan) for plan in self.schedule.lanes]
+        total = GradientAccumulators(self)
+        residue_classes = [ResiduePass(self, plan) for plan in self.schedule.residue_classes]
         kv_heads = self.call.k.shape[0] * self.call.k.shape[1]
         if self.workers == 1:
-            self._backward_heads(lanes, self.flat_heads, total)
+            self._backward_heads(residue_classes, self.flat_heads, total)
         elif kv_heads >= self.workers:
-            self._backward_by_heads(lanes, kv_heads, total)
+            self._backward_by_heads(residue_classes, kv_heads, total)
         else:
-            self._backward_by_rows(lanes, total)
+            self._backward_by_rows(residue_classes, total)
         for name, grad in sink_gradients(self.pattern, self.call, self.leaves, lse, delta).items():
             total.tables[name] += grad
         like = self.call
@@ -149,51 +152,51 @@ class Pass(Operands):
         most = self.q.new_full(shape, NO_KEY * torch.finfo(self.dtype).max, dtype=self.dtype)
         total = torch.zeros_like(most)
         self.by_row = {"most": self.grouped(most), "total": self.grouped(total)}
-        for plan in self.schedule.lanes:
-            for unit in self._units(Lane(self, plan), self.flat_heads):
-                unit.add_totals()
+        for plan in self.schedule.residue_classes:
+            for job in self._jobs(ResiduePass(self, plan), self.flat_heads):
+                job.add_totals()
         if self.pattern.sink is not None:
             logit = sink_logit(self.pattern, self.call, self.tables, self.dtype) * LOG2E
             larger = torch.maximum(most, logit)
             total, most = total * (most - larger).exp2_() + (logit - larger).exp2_(), larger
         return most, total
 
-    def _backward_heads(self, lanes: list[Lane], heads: range, gains: Gains) -> None:
-        for lane in lanes:
-            for unit in self._units(lane, heads):
-                unit.backward(gains)
+    def _backward_heads(self, residue_classes: list[ResiduePass], heads: range, accumulators: GradientAccumulators) -> None:
+        for residue in residue_classes:
+            for job in self._jobs(residue, heads):
+                job.backward(accumulators)
 
-    def _backward_by_heads(self, lanes: list[Lane], kv_heads: int, total: Gains) -> None:
+    def _backward_by_heads(self, residue_classes: list[ResiduePass], kv_heads: int, total: GradientAccumulators) -> None:
         """Each thread has key/value heads of its own: nobody else adds to their gradients."""
         ratio = len(self.flat_heads) // kv_heads
         edges = [kv_heads * number // self.workers * ratio for number in range(self.workers + 1)]
         own = [total.with_tables_of_its_own() for _ in range(self.workers)]
         run_all(
             [
-                functools.partial(self._backward_heads, lanes, range(low, high), gains)
-                for (low, high), gains in zip(itertools.pairwise(edges), own, strict=True)
+                functools.partial(self._backward_heads, residue_classes, range(low, high), accumulators)
+                for (low, high), accumulators in zip(itertools.pairwise(edges), own, strict=True)
             ]
         )
-        for gains in own:
-            total.add(gains)
+        for accumulators in own:
+            total.add(accumulators)
 
-    def _backward_by_rows(self, lanes: list[Lane], total: Gains) -> None:
+    def _backward_by_rows(self, residue_classes: list[ResiduePass], total: GradientAccumulators) -> None:
         """Few heads: each thread has queries of its own, and adds to gradients of its own that are joined in a fixed order."""
         count = min(self.workers, MOST_COPIES)
-        own = [total, *(Gains(self) for _ in range(count - 1))]
-        for lane in lanes:
-            units = list(self._units(lane, self.flat_heads))
-            edges = [len(units) * number // count for number in range(count + 1)]
+        own = [total, *(GradientAccumulators(self) for _ in range(count - 1))]
+        for residue in residue_classes:
+            jobs = list(self._jobs(residue, self.flat_heads))
+            edges = [len(jobs) * number // count for number in range(count + 1)]
 
-            def task(low: int, high: int, gains: Gains, units: list[Unit] = units) -> None:
-                for unit in units[low:high]:
-                    unit.backward(gains)
+            def task(low: int, high: int, accumulators: GradientAccumulators, jobs: list[TileJob] = jobs) -> None:
+                for job in jobs[low:high]:
+                    job.backward(accumulators)
 
             run_all(
                 [
-                    functools.partial(task, low, high, gains)
-                    for (low, high), gains in zip(itertools.pairwise(edges), own, strict=True)
+                    functools.partial(task, low, high, accumulators)
+                    for (low, high), accumulators in zip(itertools.pairwise(edges), own, strict=True)
                 ]
             )
-        for gains in own[1:]:
-            total.add(gains)
+        for accumulators in own[1:]:
+            total.add(accumulators)

@@ -1,9 +1,10 @@
-"""What every recurrent source is made of: tokens cut into spans, a state that goes from span to span, and a backward pass that
-computes one span again at a time.
+"""What every recurrent source is made of: tokens cut into row ranges, a state that goes from range to range, and a backward pass that
+computes one row range again at a time.
 
-A *span* is what is computed at once; inside it a step works on *chunks* of ``CHUNK`` rows: what happens between the rows of a chunk goes
-into products for all chunks of the span together, and only the states before the chunks are computed one after the other (`carry`).
-Memory: inputs, results and one state a span; backward holds the intermediate tensors of a single span.
+A *row range* is what is computed at once; inside it a step works on *chunks* of ``CHUNK`` rows: what happens between the rows
+of a chunk goes into products for all chunks of the row range together, and only the states before the chunks are computed one
+after the other (`carry`).
+Memory: inputs, results and one state a row range; backward holds the intermediate tensors of a single row range.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from sparsedsl.runtime.threads import on_one_core
 
-__all__ = ["CHUNK", "ROWS", "Plan", "Span", "carry", "cut", "scan"]
+__all__ = ["CHUNK", "ROWS", "RowRanges", "ScanPlan", "carry", "cut", "scan"]
 
 CHUNK = 64  # a power of two: slots halve it. Pairs within a chunk cost CHUNK products a row, states cost head_dim / CHUNK numbers a row.
 WORTH_CORES = 1 << 21  # numbers in all inputs, from which on cores gain more than they wait
-ROWS = 4096  # rows of a span over all heads and batch entries: enough to make calls to torch cheap, few enough for a cache
+ROWS = 4096  # rows of a step over all heads and batch entries: enough to make calls to torch cheap, few enough for a cache
 
 # Of tensors, or None for what a call does not have; tuples because autograd's functions take tensors one by one.
 Tensors = tuple[Any, ...]
@@ -29,10 +30,10 @@ Tensors = tuple[Any, ...]
 Step = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
 
 
-class Span(NamedTuple):
+class RowRanges(NamedTuple):
     """Query rows ``q[0]..q[1] - 1`` and key rows ``k[0]..k[1] - 1`` that are computed at once; either may be none.
 
-    Where there are both, they are as many, and a query sees the keys of the span up to that of its own row.
+    Where there are both, they are as many, and a query sees the keys of the row range up to that of its own row.
     """
 
     q: tuple[int, int]
@@ -40,16 +41,16 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class ScanPlan:
     """A step and where it goes. ``results``: shape and dtype of each result; their dimension 2 counts the rows of queries."""
 
     step: Step
-    spans: tuple[Span, ...]
+    steps_of_rows: tuple[RowRanges, ...]
     results: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
-def cut(q_len: int, kv_len: int, first: int, lines: int) -> tuple[Span, ...]:
-    """The spans of a call with ``q_len`` queries and ``kv_len`` keys where query row 0 sees the keys up to row ``first``.
+def cut(q_len: int, kv_len: int, first: int, lines: int) -> tuple[RowRanges, ...]:
+    """The row ranges of a call with ``q_len`` queries and ``kv_len`` keys where query row 0 sees the keys up to row ``first``.
 
     A negative ``first`` means that the first queries see the state the call began with. ``lines``: batch entries times heads.
     Spans of queries and keys hold whole chunks, but for the last of them, which may be shorter than one.
@@ -62,13 +63,13 @@ def cut(q_len: int, kv_len: int, first: int, lines: int) -> tuple[Span, ...]:
     end = begin + q_len - early
     whole = begin + (end - begin) // CHUNK * CHUNK
     return (
-        *(Span(piece, (0, 0)) for piece in _pieces(0, early, rows)),
-        *(Span((early, early), piece) for piece in _pieces(0, begin, rows)),
+        *(RowRanges(piece, (0, 0)) for piece in _pieces(0, early, rows)),
+        *(RowRanges((early, early), piece) for piece in _pieces(0, begin, rows)),
         *(
-            Span((a - begin + early, b - begin + early), (a, b))
+            RowRanges((a - begin + early, b - begin + early), (a, b))
             for a, b in (*_pieces(begin, whole, rows), *_pieces(whole, end, rows))
         ),
-        *(Span((q_len, q_len), piece) for piece in _pieces(end, kv_len, rows)),
+        *(RowRanges((q_len, q_len), piece) for piece in _pieces(end, kv_len, rows)),
     )
 
 
@@ -85,7 +86,7 @@ def carry(kept: torch.Tensor, added: torch.Tensor, state: torch.Tensor) -> tuple
     return torch.stack(states[:-1], dim=2), states[-1]
 
 
-def scan(plan: Plan, queries: Tensors, keys: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
+def scan(plan: ScanPlan, queries: Tensors, keys: Tensors, state: Tensors) -> tuple[Tensors, Tensors]:
     """Results for all rows and the state after all keys. ``queries`` and ``keys`` have their rows in dimension 2.
 
     Differentiable once, in everything that requires gradients; nothing is kept for a backward pass that cannot come.
@@ -96,26 +97,26 @@ def scan(plan: Plan, queries: Tensors, keys: Tensors, state: Tensors) -> tuple[T
     return outputs[: len(plan.results)], outputs[len(plan.results) :]
 
 
-def _rows(tensors: Tensors, span: tuple[int, int]) -> Tensors:
-    return tuple(None if t is None else t[:, :, span[0] : span[1]] for t in tensors)
+def _rows(tensors: Tensors, ranges: tuple[int, int]) -> Tensors:
+    return tuple(None if t is None else t[:, :, ranges[0] : ranges[1]] for t in tensors)
 
 
-def _forward(plan: Plan, queries: Tensors, keys: Tensors, state: Tensors, states: list[torch.Tensor]) -> Tensors:
-    """Results and state; the states before each span are added to ``states``."""
+def _forward(plan: ScanPlan, queries: Tensors, keys: Tensors, state: Tensors, states: list[torch.Tensor]) -> Tensors:
+    """Results and state; the states before each row range are added to ``states``."""
     results = tuple(torch.empty(shape, dtype=dtype, device=state[0].device) for shape, dtype in plan.results)
     begin = state
-    for span in plan.spans:
+    for ranges in plan.steps_of_rows:
         states.extend(state)
-        rows, state = plan.step(_rows(queries, span.q), _rows(keys, span.k), state)
-        for result, part in zip(results, rows, strict=True) if span.q[0] < span.q[1] else ():
-            result[:, :, span.q[0] : span.q[1]] = part
+        rows, state = plan.step(_rows(queries, ranges.q), _rows(keys, ranges.k), state)
+        for result, part in zip(results, rows, strict=True) if ranges.q[0] < ranges.q[1] else ():
+            result[:, :, ranges.q[0] : ranges.q[1]] = part
     # A state of the caller's own stays the caller's.
     return (*results, *(t.clone() if t is given else t for t, given in zip(state, begin, strict=True)))
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, n_queries: int, n_keys: int, *inputs: Any) -> Any:
+    def forward(ctx: Any, plan: ScanPlan, n_queries: int, n_keys: int, *inputs: Any) -> Any:
         states: list[torch.Tensor] = []
         after = n_queries + n_keys
         outputs = _where_it_is_quick(
@@ -143,13 +144,13 @@ class _Scan(torch.autograd.Function):
         # A state is a link to the keys before it: no keys that want gradients, no link.
         linked = any(wanted[n_queries:])
         with torch.autocast(inputs[-1].device.type, enabled=False):
-            for number, span in reversed(list(enumerate(plan.spans))):
-                pieces = (*_rows(inputs[:n_queries], span.q), *_rows(inputs[n_queries:after], span.k))
+            for number, ranges in reversed(list(enumerate(plan.steps_of_rows))):
+                pieces = (*_rows(inputs[:n_queries], ranges.q), *_rows(inputs[n_queries:after], ranges.k))
                 leaves = [_leaf(t, want) for t, want in zip(pieces, wanted[:after], strict=True)]
                 before = tuple(_leaf(t, linked) for t in states[number * n_state : (number + 1) * n_state])
                 with torch.enable_grad():
                     rows, state = plan.step(tuple(leaves[:n_queries]), tuple(leaves[n_queries:]), before)
-                parts = [None if g is None else g[:, :, span.q[0] : span.q[1]] for g in of_results] if rows else []
+                parts = [None if g is None else g[:, :, ranges.q[0] : ranges.q[1]] for g in of_results] if rows else []
                 together = zip((*rows, *state), (*parts, *of_state), strict=True)
                 outputs = [(t, g) for t, g in together if g is not None and t.requires_grad]
                 sources = [t for t in (*leaves, *before) if t is not None and t.requires_grad]
@@ -161,7 +162,7 @@ class _Scan(torch.autograd.Function):
                 for place, leaf in enumerate(leaves):
                     grad = next(got) if leaf is not None and leaf.requires_grad else None
                     if grad is not None:
-                        begin, end = span.q if place < n_queries else span.k
+                        begin, end = ranges.q if place < n_queries else ranges.k
                         found[place][:, :, begin:end] = grad  # type: ignore[index]
                 of_state = tuple(next(got) if t.requires_grad else None for t in before)
         return (None, None, None, *found, *(g if want else None for g, want in zip(of_state, wanted[after:], strict=True)))

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from sparsedsl.backends.tiled import scan_chunked
-from sparsedsl.backends.tiled.scan_chunked import Plan, carry, cut, scan
+from sparsedsl.backends.tiled.scan_chunked import ScanPlan, carry, cut, scan
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.scan_calls import check_linear
-from sparsedsl.runtime.seen_product import seen_product
+from sparsedsl.runtime.seen_products import seen_product
 
 __all__ = ["linear_scan"]
 
@@ -59,22 +59,22 @@ def linear_scan(
     if state is None:
         state = torch.zeros(batch, heads, width, v.shape[3], dtype=kind, device=q.device)
     by_group = (k.shape[1], heads // k.shape[1])
-    step = _Step(log_decay.to(kind).reshape(by_group), call.scale)
-    plan = Plan(step, cut(q_len, k.shape[2], call.q_offset, batch * heads), (((*q.shape[:3], v.shape[3]), q.dtype),))
+    step = _LinearStep(log_decay.to(kind).reshape(by_group), call.scale)
+    plan = ScanPlan(step, cut(q_len, k.shape[2], call.q_offset, batch * heads), (((*q.shape[:3], v.shape[3]), q.dtype),))
     (out,), (last,) = scan(plan, (q,), (k, v, begins), (state.to(kind).unflatten(1, by_group),))
     return out, last.flatten(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
-class _Step:
-    """One span. Shapes within: B batch, H kv heads, N chunks, g query heads of a group, C rows of a chunk."""
+class _LinearStep:
+    """One row range. Shapes within: B batch, H kv heads, N chunks, g query heads of a group, C rows of a chunk."""
 
     log_decay: torch.Tensor  # (H, g)
     scale: float
 
     def __call__(self, queries: Any, keys: Any, state: Any) -> Any:
         (q,), (k, v, begins), (state,) = queries, keys, state
-        # Without queries nobody asks for what happened in between: the whole span is one chunk.
+        # Without queries nobody asks for what happened in between: the whole row range is one chunk.
         chunks = (-1, min(scan_chunked.CHUNK, k.shape[2]) if q.shape[2] else k.shape[2])
         k, v = (t.to(state.dtype).unflatten(2, chunks) for t in (k, v))  # (B, H, N, C, D)
         size = k.shape[3]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from sparsedsl.backends.tiled import scan_chunked
-from sparsedsl.backends.tiled.scan_chunked import Plan, carry, cut, scan
+from sparsedsl.backends.tiled.scan_chunked import ScanPlan, carry, cut, scan
 from sparsedsl.backends.tiled.scan_decays import from_slots, halve, into_slots
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.scan_calls import SlotState, check_slots
@@ -71,8 +71,8 @@ def slot_scan(
     )  # fmt: skip
     kind, before = accumulated(q.dtype), call.before
     pieces = cut(q.shape[2], k.shape[2], call.q_offset - call.delay, q.shape[0] * q.shape[1])
-    step = _Step(call.scale, call.temperature, call.masked)
-    plan = Plan(step, pieces, (((*q.shape[:3], v.shape[3]), q.dtype), (tuple(q.shape[:3]), kind)))
+    step = _SlotStep(call.scale, call.temperature, call.masked)
+    plan = ScanPlan(step, pieces, (((*q.shape[:3], v.shape[3]), q.dtype), (tuple(q.shape[:3]), kind)))
     begins = None if call.begins is None else call.begins[:, None]
     slots = torch.cat([before.keys, before.values], dim=3).to(kind)
     (out, lse), (last,) = scan(plan, (q, call.seen), (k, v, gate, begins), (slots,))
@@ -81,8 +81,8 @@ def slot_scan(
 
 
 @dataclass(frozen=True, eq=False)
-class _Step:
-    """One span. Shapes within: B batch, H kv heads, N chunks, C rows of a chunk, g query heads of a group, M slots."""
+class _SlotStep:
+    """One row range. Shapes within: B batch, H kv heads, N chunks, C rows of a chunk, g query heads of a group, M slots."""
 
     scale: float
     temperature: float

@@ -1,9 +1,9 @@
 """Attention along lists of selected blocks in plain torch: what a choice for single queries runs on, beside any mask and score.
 
-Stages: heads -> lanes, queries -> blocks of queries (``head_groups.py``); the lists of such a block, by query -> by block of keys, cut
-into pieces (``selected_invert.py``); products, score, mask and softmax of each piece, then the parts of each query put together
-(``selected_passes.py``, ``selected_tiles.py``, ``selected_blocks.py``). Work and memory follow the lists: there is neither a queries x
-blocks table nor a copy of keys for each query; a few queries read only the blocks of their lists.
+Stages: heads -> head groups, queries -> blocks of queries (``head_groups.py``); the lists of such a block, by query -> by block
+of keys, cut into tiles (``selected_invert.py``); products, score, mask and softmax of each tile, then the parts of each query
+put together (``selected_passes.py``, ``selected_tiles.py``, ``selected_blocks.py``). Work and memory follow the lists: there is
+neither a queries x blocks table nor a copy of keys for each query; a few queries read only the blocks of their lists.
 """
 
 from __future__ import annotations
@@ -14,31 +14,29 @@ from typing import Any, NoReturn
 
 import torch
 
-from sparsedsl.backends.tiled.selected_blocks import backward, forward
+from sparsedsl.backends.tiled.selected_work import backward, forward
 from sparsedsl.errors import ShapeError
-from sparsedsl.lang.pattern import attend
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.runtime.autograd import no_second_derivatives
-from sparsedsl.runtime.call import check_call, wants_grad
+from sparsedsl.runtime.call import check_tensors, wants_grad
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.unseen import Sight, guarded_backward, guarded_forward
-from sparsedsl.selection.checks import check_one, check_picks, check_weights
-from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.checks import check_selected_blocks, check_softmax1, check_weights
+from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["selected_attention"]
 
 Tensor = torch.Tensor
-_ANY = attend(True)
 
 
 def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor]:
     """Attention of each query over the blocks of its list: ``out (B, Hq, Sq, Dv)`` in the dtype of q and ``lse (B, Hq, Sq)``.
 
-    Without weights there is one softmax over all pairs of the blocks that the mask allows, and ``lse`` is its own. With them each block
-    has a softmax of its own, ``out = sum_k weights_k * out_k`` and ``lse = log(sum_k weights_k)``. A query without pairs has out 0,
-    lse -inf (0 with ``one`` and without weights) and gradients 0. Gradients go to q, k, v, the weights and the learned tables, from out
-    and lse; blocks that nobody picked get exact zeros. Sums have a fixed order.
+    Without weights there is one softmax over all pairs of the blocks that the mask allows, and ``lse`` is its own. With them each
+    block has a softmax of its own, ``out = sum_k weights_k * out_k`` and ``lse = log(sum_k weights_k)``. A query without pairs has out
+    0, lse -inf (0 with ``softmax1`` and without weights) and gradients 0. Gradients go to q, k, v, the weights and the learned tables,
+    from out and lse; blocks that nobody selected get exact zeros. Sums have a fixed order.
 
     Args:
         q, k, v: ``(B, Hq, Sq, D)``, ``(B, Hkv, Skv, D)``, ``(B, Hkv, Skv, Dv)``, one float dtype, any strides.
@@ -50,10 +48,10 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) 
 
     >>> from sparsedsl import kv_idx, q_idx
     >>> from sparsedsl.analysis.domain import Domain
-    >>> from sparsedsl.selection.selected import Picks
+    >>> from sparsedsl.selection.selected_blocks import SelectedBlocks
     >>> q, k, v = torch.ones(1, 2, 3, 4), torch.ones(1, 1, 4, 4), torch.arange(4.0).view(1, 1, 4, 1)
     >>> lists = torch.tensor([[-1, -1], [0, -1], [0, 1]], dtype=torch.int32)[None, None]
-    >>> blocks = Picks(lists, (lists >= 0).sum(-1, dtype=torch.int32), q_unit=1, kv_unit=2, units=2)
+    >>> blocks = SelectedBlocks(lists, (lists >= 0).sum(-1, dtype=torch.int32), q_block=1, kv_block=2, blocks=2)
     >>> out, lse = selected_attention(q, k, v, SelectedCall(blocks, 0.5, Domain(3, 4, heads=2)))
     >>> (out[0, 0, :, 0] * 2).round().tolist(), lse[0, 0].exp().round().tolist()
     ([0.0, 1.0, 3.0], [0.0, 15.0, 30.0])
@@ -65,27 +63,27 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) 
     >>> (out[0, 0, :, 0] * 8).round().tolist()
     [0.0, 1.0, 16.0]
     """
-    call = check_call(_ANY, q, k, v, {}, q_offset=selected.domain.q_offset, scale=selected.scale)
-    check_picks(selected.blocks, call.q, call.k)
+    check_tensors(q, k, v)
+    check_selected_blocks(selected.blocks, q, k)
     _check_numbers(selected.blocks)
     if selected.weights is not None:
-        check_weights(selected.weights, selected.blocks, call.q)
-    check_one(selected.one)
+        check_weights(selected.weights, selected.blocks, q)
+    check_softmax1(selected.softmax1)
     # Autograd keeps the tensors that get gradients: the job is without them.
     learned = {name: selected.tables[name] for name in selected.learned}
     fixed = {name: table for name, table in selected.tables.items() if name not in learned}
-    job = _Job(replace(selected, tables=fixed, weights=None), tuple(learned))
+    job = _Along(replace(selected, tables=fixed, weights=None), tuple(learned))
     tensors = (q, k, v, selected.weights, *learned.values())
     known = [t for t in tensors if t is not None]
     if wants_grad(*known) or is_transformed(*known):
-        out, lse = _Attend.apply(job, *tensors)
+        out, lse = _AlongForward.apply(job, *tensors)
     else:  # torch looks at the signature of a function at every call
-        out, lse = _Attend.forward(job, *tensors)
+        out, lse = _AlongForward.forward(job, *tensors)
     return out, lse
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _Along:
     """A call without the tensors that autograd keeps, and the names of its learned tables."""
 
     selected: SelectedCall
@@ -97,15 +95,17 @@ class _Job:
         return replace(self.selected, tables={**self.selected.tables, **named}) if named else self.selected
 
 
-def _check_numbers(picks: Picks) -> None:
+def _check_numbers(selected: SelectedBlocks) -> None:
     """Whether the lists hold chunks that are there: read on the host."""
-    largest = int(picks.indices.max()) if picks.indices.numel() else -1
-    if largest >= picks.units:
-        raise ShapeError(f"picks hold chunk {largest}, and there are {picks.units}. Choose among the keys that are passed")
+    largest = int(selected.indices.max()) if selected.indices.numel() else -1
+    if largest >= selected.blocks:
+        raise ShapeError(
+            f"selected blocks hold chunk {largest}, and there are {selected.blocks}. Choose among the keys that are passed"
+        )
 
 
 def _sight(job: SelectedCall, q: Tensor, k: Tensor) -> Sight:
-    plain = replace(job, one=False, scale=1.0, score=SCORE)
+    plain = replace(job, softmax1=False, scale=1.0, score=SCORE)
     q, k = (t.new_zeros((*t.shape[:3], 1), dtype=torch.float32) for t in (q, k))
 
     def slopes(out: Tensor, lse: Tensor, grad_out: Tensor) -> Tensor:
@@ -116,11 +116,11 @@ def _sight(job: SelectedCall, q: Tensor, k: Tensor) -> Sight:
     return Sight(k.shape[:3], lambda v: forward(plain, q, k, v, None), slopes)
 
 
-class _Attend(torch.autograd.Function):
+class _AlongForward(torch.autograd.Function):
     """Forward; inputs: a job, q, k, v, the weights or None, and the learned tables."""
 
     @staticmethod
-    def forward(job: _Job, *tensors: Any) -> Any:
+    def forward(job: _Along, *tensors: Any) -> Any:
         q, k, v, weights, *tables = tensors
         call = job.with_tables(tables)
         return guarded_forward(
@@ -138,15 +138,15 @@ class _Attend(torch.autograd.Function):
         _, *wanted = ctx.needs_input_grad
         if grad_out is None and grad_lse is None:
             return None, *(None for _ in wanted)
-        grads = _AttendBackward.apply(ctx.job, any(wanted[1:3]), grad_out, grad_lse, *ctx.saved_tensors)
+        grads = _AlongBackward.apply(ctx.job, any(wanted[1:3]), grad_out, grad_lse, *ctx.saved_tensors)
         return None, *(grad if want else None for grad, want in zip(grads, wanted, strict=True))
 
 
-class _AttendBackward(torch.autograd.Function):
+class _AlongBackward(torch.autograd.Function):
     """Backward; inputs: a job, whether k or v want gradients, those of the results, the results, and the inputs of the forward pass."""
 
     @staticmethod
-    def forward(job: _Job, want_kv: bool, grad_out: Any, grad_lse: Any, out: Tensor, lse: Tensor, *tensors: Any) -> Any:
+    def forward(job: _Along, want_kv: bool, grad_out: Any, grad_lse: Any, out: Tensor, lse: Tensor, *tensors: Any) -> Any:
         q, k, v, weights, *tables = tensors
         call = job.with_tables(tables)
         grad_out = torch.zeros((), dtype=q.dtype, device=q.device).expand(out.shape) if grad_out is None else grad_out

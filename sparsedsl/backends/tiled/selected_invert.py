@@ -14,17 +14,17 @@ import torch
 
 from sparsedsl.tiling.cost import SINGLE
 
-__all__ = ["Inverted", "Piece", "Sizes", "invert"]
+__all__ = ["ChunkTile", "Inverted", "Sizes", "invert"]
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens of a chunk, chunks of a line of keys, whether the last is ragged, heads of a lane, head dims of q and v together."""
+    """Tokens of a chunk, chunks of a line of keys, whether the last is ragged, heads of a head group, head dims of q and v together."""
 
     tokens: int
-    units: int
+    blocks: int
     ragged: bool
     heads: int
     width: int
@@ -36,7 +36,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class ChunkTile:
     """``len(chunks)`` chunks with ``load`` places each, the first at ``start``; all are whole, or all the ragged last of their line."""
 
     start: int
@@ -57,7 +57,7 @@ class Inverted:
 
     pairs: Tensor
     place: Tensor
-    pieces: list[Piece]
+    tiles: list[ChunkTile]
 
     @functools.cached_property
     def queries(self) -> Tensor:
@@ -71,14 +71,14 @@ class Inverted:
 
 
 def invert(lists: Tensor, lines: Tensor, sizes: Sizes, most: int) -> Inverted:
-    """Invert ``lists (queries, W)``, -1 after their ends; query ``i`` reads line ``lines[i]``, chunk ``c`` of it is ``line * units + c``.
+    """Invert ``lists (queries, W)``, -1 after their ends; query ``i`` reads line ``lines[i]``, chunk ``c`` of it is ``line * blocks + c``.
 
-    A piece holds at most about ``most`` numbers of scratch. Equal lists give equal results: every sort is stable.
+    A tile holds at most about ``most`` numbers of scratch. Equal lists give equal results: every sort is stable.
     """
     total, device = lists.numel(), lists.device
-    keys = lists.long() + (lines * sizes.units)[:, None]
+    keys = lists.long() + (lines * sizes.blocks)[:, None]
     # torch sorts small integers several times faster.
-    small = torch.int32 if sizes.units * (int(lines[-1]) + 1) < 2**31 - 1 else torch.int64
+    small = torch.int32 if sizes.blocks * (int(lines[-1]) + 1) < 2**31 - 1 else torch.int64
     keys = keys.masked_fill_(lists < 0, torch.iinfo(small).max).to(small)
     keys, order = torch.sort(keys.flatten(), stable=True)
     count = int((lists >= 0).sum())
@@ -86,7 +86,7 @@ def invert(lists: Tensor, lines: Tensor, sizes: Sizes, most: int) -> Inverted:
 
     chunks, loads = torch.unique_consecutive(keys[:count], return_counts=True)
     room = _room(loads)
-    last = (chunks % sizes.units == sizes.units - 1) if sizes.ragged else torch.zeros_like(chunks, dtype=torch.bool)
+    last = (chunks % sizes.blocks == sizes.blocks - 1) if sizes.ragged else torch.zeros_like(chunks, dtype=torch.bool)
     kind, by_kind = torch.sort(room * 2 + last, descending=True, stable=True)
     begin = torch.empty_like(room)
     begin[by_kind] = (kind // 2).cumsum(0) - kind // 2
@@ -107,16 +107,16 @@ def _room(loads: Tensor) -> Tensor:
     return (loads + step - 1) // step * step
 
 
-def _cut(kind: Tensor, chunks: list[int], sizes: Sizes, most: int) -> list[Piece]:
+def _cut(kind: Tensor, chunks: list[int], sizes: Sizes, most: int) -> list[ChunkTile]:
     kinds, counts = torch.unique_consecutive(kind, return_counts=True)
-    pieces, start, first = [], 0, 0
+    tiles, start, first = [], 0, 0
     for value, number in zip(kinds.tolist(), counts.tolist(), strict=True):
         load, ragged = value // 2, bool(value % 2)
         each = load * sizes.heads * (sizes.tokens + sizes.width) + sizes.tokens * sizes.width
         step = 1 if kind.device.type == "cpu" and load >= sizes.alone else max(1, most // each)
         for low in range(first, first + number, step):
             part = chunks[low : min(low + step, first + number)]
-            pieces.append(Piece(start, load, ragged, part))
+            tiles.append(ChunkTile(start, load, ragged, part))
             start += load * len(part)
         first += number
-    return pieces
+    return tiles

@@ -12,15 +12,15 @@ from typing import Any
 import sympy
 import torch
 
+from sparsedsl.analysis.block_masks import constant_in_blocks
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists, TileRows
+from sparsedsl.analysis.lists import BlockLists, TileRows
 from sparsedsl.analysis.proofs import satisfiable
-from sparsedsl.analysis.units import constant_in_units
 from sparsedsl.backends.tiled.attention import HeadSizes, TiledKernel
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.selection.candidates import PairRule
-from sparsedsl.tiling.lanes import Lane
-from sparsedsl.tiling.schedule import LanePlan, Schedule
+from sparsedsl.tiling.residues import ResidueClass
+from sparsedsl.tiling.schedule import ResiduePlan, Schedule
 
 __all__ = ["WholeTiles", "split", "whole_tiles"]
 
@@ -30,13 +30,13 @@ PIECE = 1 << 22
 
 
 @functools.lru_cache(maxsize=256)
-def split(mask: Any, q_unit: int, kv_unit: int) -> tuple[Any, Any] | None:
+def split(mask: Any, q_block: int, kv_block: int) -> tuple[Any, Any] | None:
     """``(whole, rest)``: the arms of a union that are the same for all pairs of two blocks, and the others; they share no pair.
 
     None where there are no such arms, or where it is not known that the two parts are apart.
     """
     arms = sympy.Or.make_args(mask)
-    whole = [arm for arm in arms if constant_in_units(arm, q_unit, kv_unit)]
+    whole = [arm for arm in arms if constant_in_blocks(arm, q_block, kv_block)]
     rest = sympy.Or(*(arm for arm in arms if arm not in whole))
     if not whole:
         return None
@@ -46,33 +46,33 @@ def split(mask: Any, q_unit: int, kv_unit: int) -> tuple[Any, Any] | None:
     return (part, rest) if satisfiable(sympy.And(part, rest)).status == "REFUTED" else None
 
 
-def whole_tiles(rule: PairRule, domain: Domain, heads: int, q_unit: int, kv_unit: int) -> TileLists:
+def whole_tiles(rule: PairRule, domain: Domain, heads: int, q_block: int, kv_block: int) -> BlockLists:
     """The pairs of blocks that ``rule`` names, as full tiles."""
-    rows, columns = -(-domain.rows // q_unit), -(-domain.kv_len // kv_unit)
+    rows, columns = -(-domain.rows // q_block), -(-domain.kv_len // kv_block)
     device = domain.device
     step = max(1, PIECE // max(1, columns * heads * domain.batch))
-    unit = torch.arange(columns, device=device)
+    job = torch.arange(columns, device=device)
     tables = []
     for start in range(0, rows, step):
         some = torch.arange(start, min(start + step, rows), device=device)
-        tables.append(rule(some, unit).expand(domain.batch, heads, len(some), columns))
+        tables.append(rule(some, job).expand(domain.batch, heads, len(some), columns))
     table = torch.cat(tables, dim=2)
     counts = table.sum(3, dtype=torch.int32)
     found = table.nonzero()[:, 3].to(torch.int32)
     none = TileRows(torch.zeros_like(counts), found[:0])
-    return TileLists(TileRows(counts, found), none, (q_unit, kv_unit), domain.rows, domain.kv_len)
+    return BlockLists(TileRows(counts, found), none, (q_block, kv_block), domain.rows, domain.kv_len)
 
 
 class WholeTiles(TiledKernel):
     """The ``tiled`` lowering on lists of full tiles that are there already."""
 
-    def __init__(self, pattern: Pattern, lists: TileLists) -> None:
+    def __init__(self, pattern: Pattern, lists: BlockLists) -> None:
         super().__init__(pattern)
         self.lists = lists
 
     def schedule_of(self, domain: Domain, sizes: HeadSizes) -> Schedule:
         """The lists as they are."""
-        lane = Lane(self.pattern.mask.expr, scattered=True)
-        plan = LanePlan(lane, domain.q_offset, domain.rows, lists=self.lists)
+        residue = ResidueClass(self.pattern.mask.expr, scattered=True)
+        plan = ResiduePlan(residue, domain.q_offset, domain.rows, lists=self.lists)
         plans = (plan,) if self.lists.listed else ()
         return Schedule(plans, self.lists.shape[:2], False, False, self.lists.block[0], 0.0)

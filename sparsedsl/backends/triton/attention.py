@@ -18,8 +18,8 @@ from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.protocol import ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import sight_of
-from sparsedsl.backends.triton.configs import chosen, target_of
-from sparsedsl.backends.triton.launch import (
+from sparsedsl.backends.triton.config_choice import chosen, target_of
+from sparsedsl.backends.triton.launching import (
     described,
     has_descriptors,
     in_tiles,
@@ -31,7 +31,7 @@ from sparsedsl.backends.triton.launch import (
     tensor_arguments,
 )
 from sparsedsl.backends.triton.prepared import Prepared, prepare
-from sparsedsl.backends.triton.table_gradients import add_table_gradient, side_of, summed_on_the_way
+from sparsedsl.backends.triton.table_passes import add_table_gradient, side_of, summed_on_the_way
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.codegen.triton_backward import learned_reads
 from sparsedsl.errors import UnsupportedError
@@ -106,7 +106,7 @@ class TritonKernel(PatternRunner):
         shape = Shape(facts.dtype, facts.head_dim, facts.head_dim_v, facts.heads // facts.kv_heads)
         prepared = prepare(self.pattern, domain, where, (shape.head_dim, shape.head_dim_v), self._lists)
         variant = prepared.variant
-        ways = {"spans": "intervals worked out in the kernel", "lists": "compact lists of tiles"}
+        ways = {"intervals": "intervals worked out in the kernel", "lists": "compact lists of tiles"}
         few = domain.rows <= DECODE_ROWS
         lines = [f"tiles of keys: {ways[variant.decode_keys if few else variant.keys]}"]
         if variant.step > 1 and not few:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sparsedsl.analysis.spans import spans
+from sparsedsl.analysis.key_intervals import intervals
 from sparsedsl.backends.protocol import Backend, ListMaker
 from sparsedsl.backends.triton.attention import TritonKernel, missing, refusal_of
 from sparsedsl.backends.triton.scan_pass import MOST
@@ -101,7 +101,7 @@ class TritonBackend(Backend):
 
 def _printed(request: Request) -> str:
     """Whether mask and score are printed into the kernels: one interval of keys a query is not."""
-    if request.work != "selected" or (request.score == SCORE and spans(request.mask) is not None):
+    if request.work != "selected" or (request.score == SCORE and intervals(request.mask) is not None):
         return ""
     return ", mask and score printed into them"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.codegen.hoisting import Prepared
+from sparsedsl.codegen.hoisting import HoistedTable
 from sparsedsl.lang.steps import evaluate
 
 __all__ = ["fill"]
 
 
-def fill(prepared: Prepared, domain: Domain) -> torch.Tensor:
+def fill(prepared: HoistedTable, domain: Domain) -> torch.Tensor:
     """The entries of a prepared table for a call, shape ``(entries,)``, on the device of the call's tables.
 
     bool, float32 (float64 if ``double``), or integers: int32 if they all fit, else int64. ``domain.tables`` must hold the tables

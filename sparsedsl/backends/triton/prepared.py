@@ -12,11 +12,11 @@ import torch
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists
+from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.backends.protocol import ListMaker
 from sparsedsl.backends.triton.hoisted_tables import fill
-from sparsedsl.backends.triton.launch import tensor_arguments
-from sparsedsl.backends.triton.tile_lists import list_values, span_values
+from sparsedsl.backends.triton.launching import tensor_arguments
+from sparsedsl.backends.triton.tile_lists import interval_values, list_values
 from sparsedsl.codegen.to_triton import TritonSource, Variant, triton_source, variant_of
 from sparsedsl.codegen.triton_backward import learned_reads
 from sparsedsl.codegen.triton_expression import LONGEST
@@ -64,9 +64,9 @@ class Prepared:
             with torch.no_grad():
                 if how == "lists":
                     return list_values(self.lists(self.domain, block), of, self.device)
-                # the spans of residues all have a closed form
+                # the intervals of residues all have a closed form
                 return (
-                    span_values(self.pattern, self.domain, of, self.device)
+                    interval_values(self.pattern, self.domain, of, self.device)
                     if self.variant.step == 1 or kernel == "decode"
                     else {}
                 )
@@ -96,7 +96,7 @@ class Prepared:
         return replace(work_of(self._coarse), descriptors=self.described is not None)
 
     @property
-    def _coarse(self) -> TileLists:
+    def _coarse(self) -> BlockLists:
         side = max(128, 128 * (-(-max(self.domain.rows, self.domain.kv_len) // (128 * COUNTED_ROWS))))
         with torch.no_grad():
             return self.lists(self.domain, (side, side))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from sparsedsl.backends.triton.configs import target_of
-from sparsedsl.backends.triton.launch import in_tiles
-from sparsedsl.backends.triton.scan_pass import Tiles, carried, filled, launch, operands, plain, precision_of, refuse
+from sparsedsl.backends.triton.config_choice import target_of
+from sparsedsl.backends.triton.launching import in_tiles
+from sparsedsl.backends.triton.scan_pass import ScanTiles, carried, filled, launch, operands, plain, precision_of, refuse
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.gpu.targets import Target
 from sparsedsl.runtime.scan_calls import check_linear
@@ -30,7 +30,7 @@ def linear_scan_triton(
     q_offset: int = 0,
     state: Tensor | None = None,
     documents: Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: ScanTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``linear_scan`` on a GPU, or where Triton interprets kernels: the same arguments, results, refusals and gradients.
 
@@ -57,40 +57,40 @@ def linear_scan_triton(
     refuse("linear_scan_triton", q, widths, "linear_scan")
     tiles = tiles or linear_tiles(q.dtype, q.shape[3], v.shape[3], target_of(q.device))
     number = None if call.number is None else call.number.to(torch.int32)
-    job = _Job(log_decay.detach().float().contiguous(), call.scale, call.q_offset, number, tiles)
+    job = _LinearCall(log_decay.detach().float().contiguous(), call.scale, call.q_offset, number, tiles)
     out, last = _LinearScan.apply(job, q, k, v, state)
     return out, last
 
 
-def linear_tiles(dtype: torch.dtype, width: int, width_v: int, target: Target) -> Tiles:
+def linear_tiles(dtype: torch.dtype, width: int, width_v: int, target: Target) -> ScanTiles:
     """Tiles that spill nothing on the targets that kernels are built for; chosen by compiling, not by the clock."""
     if interpreted():
-        return Tiles(32, 16, 16, 4)
+        return ScanTiles(32, 16, 16, 4)
     widest, half = filled(max(width, width_v)), dtype != torch.float32
     # A thread of an AMD processor has twice the registers, and half as many if there are eight warps.
     most = 4 if target.backend == "hip" else 8
-    return Tiles(
+    return ScanTiles(
         chunk=256 if half else 128, block=32 if half and widest <= 64 else 16, columns=32 if widest <= 128 else 16,
         warps=4 if widest <= (128 if half else 64) else most,
     )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _LinearCall:
     """A call without the tensors that autograd keeps. ``documents``: the number of each position's document, int32."""
 
     log_decay: Tensor
     scale: float
     q_offset: int
     documents: Tensor | None
-    tiles: Tiles
+    tiles: ScanTiles
 
 
 @dataclass(frozen=True, eq=False)
-class _Pass:
+class _LinearPass:
     """One direction of a scan over ``length`` positions: rows of b and c begin at ``first``, each read by ``shared`` heads with decays."""
 
-    job: _Job
+    job: _LinearCall
     b: Tensor
     c: Tensor
     length: int
@@ -150,10 +150,10 @@ class _LinearScan(torch.autograd.Function):
     """Inputs: a job, q, k, v, and the state or None."""
 
     @staticmethod
-    def forward(job: _Job, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(job: _LinearCall, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v = plain(q, k, v)
         (batch, heads, q_len, width), width_v = q.shape, v.shape[3]
-        forward = _Pass(job, k, v, k.shape[2], 0, heads // k.shape[1], reverse=False)
+        forward = _LinearPass(job, k, v, k.shape[2], 0, heads // k.shape[1], reverse=False)
         states = forward.states(None if state is None else state.detach().float())
         out = q.new_empty((batch, heads, q_len, width_v))
         forward.read(q, out, states, a_first=job.q_offset, summed=1, transposed=False, scale=job.scale)
@@ -175,14 +175,14 @@ class _LinearScan(torch.autograd.Function):
         _, need_q, need_k, need_v, need_state = ctx.needs_input_grad
         grad_q = grad_k = grad_v = grad_state = None
         if need_q:
-            forward = _Pass(job, k, v, length, 0, group, reverse=False)
+            forward = _LinearPass(job, k, v, length, 0, group, reverse=False)
             states = forward.states(None if state is None else state.detach().float())
             by_value = replace(forward, b=v, c=k)
             grad_q = by_value.read(
                 grad_out, torch.empty_like(q), states, a_first=job.q_offset, summed=1, transposed=True, scale=job.scale
             )
         # The pass backward carries gradients of the state divided by the scale, so that everything read from it is multiplied once.
-        backward = _Pass(job, q, grad_out, length, job.q_offset, 1, reverse=True)
+        backward = _LinearPass(job, q, grad_out, length, job.q_offset, 1, reverse=True)
         states = backward.states(None if grad_last is None else grad_last.detach().float() / job.scale)
         kind = k.dtype if group == 1 else torch.float32  # sums over a group's heads are rounded once
         read: dict[str, Any] = {"states": states, "a_first": 0, "summed": group, "scale": job.scale}

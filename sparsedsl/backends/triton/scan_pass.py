@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from sparsedsl.backends.triton.attention import missing
-from sparsedsl.backends.triton.launch import ALIGN, in_tiles, is_aligned, strided, tiles_contiguous
+from sparsedsl.backends.triton.launching import ALIGN, in_tiles, is_aligned, strided, tiles_contiguous
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.loading import triton
 
-__all__ = ["Tiles", "carried", "filled", "launch", "operands", "plain", "precision_of", "refuse"]
+__all__ = ["ScanTiles", "carried", "filled", "launch", "operands", "plain", "precision_of", "refuse"]
 
 Tensor = torch.Tensor
 # Numbers of a state that a program takes from chunk to chunk.
@@ -23,7 +23,7 @@ MOST = {"head_dim": 256, "the head_dim of v": 256, "the number of slots": 128}
 
 
 @dataclass(frozen=True)
-class Tiles:
+class ScanTiles:
     """How a scan is cut and launched: ``chunk`` positions between two states that are kept in memory, a multiple of ``block``, the rows
     that a program has at a time; ``columns`` of a state that a program holds; ``warps``."""
 

@@ -10,9 +10,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
-from sparsedsl.backends.triton.configs import target_of
-from sparsedsl.backends.triton.launch import in_tiles
-from sparsedsl.backends.triton.scan_pass import Tiles, carried, filled, launch, operands, plain, precision_of, refuse
+from sparsedsl.backends.triton.config_choice import target_of
+from sparsedsl.backends.triton.launching import in_tiles
+from sparsedsl.backends.triton.scan_pass import ScanTiles, carried, filled, launch, operands, plain, precision_of, refuse
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.gpu.targets import Target
 from sparsedsl.runtime.scan_calls import SlotState, check_slots
@@ -35,7 +35,7 @@ def slot_scan_triton(
     q_offset: int = 0,
     state: SlotState | None = None,
     documents: Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: ScanTiles | None = None,
 ) -> tuple[Tensor, Tensor, SlotState]:
     """``slot_scan`` on a GPU, or where Triton interprets kernels: the same arguments, results, refusals and gradients.
 
@@ -74,7 +74,7 @@ def slot_scan_triton(
     refuse("slot_scan_triton", q, widths, "slot_scan")
     batch, kv_heads = k.shape[:2]
     seen = None if call.seen is None else call.seen.expand(batch, kv_heads, q.shape[2]).contiguous()
-    job = _Job(
+    job = _SlotCall(
         call.scale, call.temperature, max(1, call.delay - call.q_offset), call.q_offset - call.delay, seen,
         -math.inf if call.masked else math.log(gate.shape[3]), None if call.number is None else call.number.to(torch.int32),
         tiles or slot_tiles(q.dtype, q.shape[3], v.shape[3], gate.shape[3], target_of(q.device)),
@@ -85,19 +85,19 @@ def slot_scan_triton(
     return out, lse, SlotState(keys, values, written)
 
 
-def slot_tiles(dtype: torch.dtype, width: int, width_v: int, slots: int, target: Target) -> Tiles:
+def slot_tiles(dtype: torch.dtype, width: int, width_v: int, slots: int, target: Target) -> ScanTiles:
     """Tiles that spill nothing on the targets that kernels are built for, up to 64 slots and heads of 128; chosen by compiling, not by
     the clock. Beyond, some registers spill."""
     if interpreted():
-        return Tiles(32, 16, 16, 4)
+        return ScanTiles(32, 16, 16, 4)
     few = dtype != torch.float32 and max(width, width_v) <= 128 and slots <= 64
     # A thread of an AMD processor has twice the registers, and half as many if there are eight warps.
     columns = 16 if dtype == torch.float32 and max(width, width_v) > 64 else 32
-    return Tiles(chunk=128, block=16, columns=columns, warps=4 if few or target.backend == "hip" else 8)
+    return ScanTiles(chunk=128, block=16, columns=columns, warps=4 if few or target.backend == "hip" else 8)
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class _SlotCall:
     """A call without the tensors that autograd keeps. Key 0 stands at position ``first``; query row 0 sees keys up to row ``sees``.
 
     ``seen (B, Hkv, Sq)``: queries for which slots hold anything of theirs, None: all. ``lse_unseen``: the lse of the others.
@@ -111,23 +111,23 @@ class _Job:
     seen: Tensor | None
     lse_unseen: float
     documents: Tensor | None
-    tiles: Tiles
+    tiles: ScanTiles
 
 
 @dataclass(frozen=True, eq=False)
-class _Slots:
+class _SlotPass:
     """The gates of a call: log decays and writes, float32 ``(B, Hkv, Skv, M)``, and the arguments that all kernels have."""
 
-    job: _Job
+    job: _SlotCall
     decay: Tensor
     write: Tensor
     group: int
     precision: str
 
     @staticmethod
-    def of(job: _Job, q: Tensor, gate: Tensor) -> _Slots:
+    def of(job: _SlotCall, q: Tensor, gate: Tensor) -> _SlotPass:
         decay = (logsigmoid(gate.detach().float()) / job.temperature).contiguous()
-        return _Slots(job, decay, -torch.expm1(decay), q.shape[1] // gate.shape[1], precision_of(q))
+        return _SlotPass(job, decay, -torch.expm1(decay), q.shape[1] // gate.shape[1], precision_of(q))
 
     @property
     def query_first(self) -> int:
@@ -237,7 +237,7 @@ class _Slots:
         self, terms: Tensor, write_grads: tuple[Tensor, Tensor], states: dict[str, Tensor], width: int, width_v: int
     ) -> Tensor:
         """Gradient of the log decays, through what they keep and what they write. ``terms``: what rows of queries add to it."""
-        from sparsedsl.codegen.kernels import slot_weights
+        from sparsedsl.codegen.kernels import slot_gates
 
         grad, slots = torch.empty_like(self.decay), self.decay.shape[3]
         block_slots = min(filled(slots), self.job.tiles.columns)
@@ -247,7 +247,7 @@ class _Slots:
             "BLOCK_SLOTS": block_slots, "BLOCK_WIDTH": 32,
         }  # fmt: skip
         programs = in_tiles(slots, block_slots) * self.chunks * grad.shape[0] * grad.shape[1]
-        launch(slot_weights.decay_gradient, programs, values, warps=4)
+        launch(slot_gates.decay_gradient, programs, values, warps=4)
         return grad
 
 
@@ -256,18 +256,18 @@ class _SlotScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        job: _Job, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, keys: Tensor | None, values: Tensor | None
+        job: _SlotCall, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, keys: Tensor | None, values: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from sparsedsl.codegen.kernels import slot_weights
+        from sparsedsl.codegen.kernels import slot_gates
 
         q, k, v = plain(q, k, v)
-        slots = _Slots.of(job, q, gate)
+        slots = _SlotPass.of(job, q, gate)
         key_states, value_states = (
             slots.states(b, slots.write, _float32(before), reverse=False) for b, before in ((k, keys), (v, values))
         )
         scores = slots.read_slots(q, k, slots.write, key_states, job.scale)
         out, lse = q.new_empty((*q.shape[:3], v.shape[3])), scores.new_empty(q.shape[:3])
-        slots.between(slot_weights.slot_weights, scores, lse_ptr=lse, lse_unseen=job.lse_unseen)
+        slots.between(slot_gates.slot_weights, scores, lse_ptr=lse, lse_unseen=job.lse_unseen)
         slots.read_values(scores, v, slots.write, out, value_states)
         lead = k.shape[:2]
         return out, lse, *(states[:, -1].clone().unflatten(0, lead) for states in (key_states, value_states))
@@ -283,12 +283,12 @@ class _SlotScan(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_keys: Tensor | None, grad_values: Tensor | None
     ) -> Any:
-        from sparsedsl.codegen.kernels import slot_weights
+        from sparsedsl.codegen.kernels import slot_gates
 
         # States and scores again; the gradients of scores; the pass backward; the gates.
         job, (q, k, v, gate, keys, values) = ctx.job, ctx.saved_tensors
         q, k, v = plain(q, k, v)
-        slots = _Slots.of(job, q, gate)
+        slots = _SlotPass.of(job, q, gate)
         write = slots.write
         (grad_out,) = plain(q.new_zeros((*q.shape[:3], v.shape[3])) if grad_out is None else grad_out)
         key_states, value_states = (
@@ -302,7 +302,7 @@ class _SlotScan(torch.autograd.Function):
             "lse_grad_ptr": scores if grad_lse is None else grad_lse.float().contiguous(),
             "HAS_LSE_GRAD": grad_lse is not None,
         }
-        slots.between(slot_weights.weight_gradient, scores, **more)
+        slots.between(slot_gates.weight_gradient, scores, **more)
         grad_q = slots.read_values(score_grads, k, write, torch.empty_like(q), key_states)
         del scores
         key_grads = slots.states(q, score_grads, _float32(grad_keys), reverse=True)

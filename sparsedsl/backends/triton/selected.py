@@ -16,8 +16,8 @@ from sparsedsl.backends.triton.attention import missing
 from sparsedsl.backends.triton.hoisted_tables import fill
 from sparsedsl.backends.triton.selected_configs import block_of
 from sparsedsl.backends.triton.selected_interval import interval_of
-from sparsedsl.backends.triton.selected_passes import Job, Run
-from sparsedsl.codegen.selected_source import SelectedSource, member_symbols, selected_source
+from sparsedsl.backends.triton.selected_passes import SelectedJob, SelectedRun
+from sparsedsl.codegen.to_triton_selected import SelectedSource, member_symbols, selected_source
 from sparsedsl.codegen.triton_expression import LONGEST
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.loading import interpreted
@@ -27,7 +27,7 @@ from sparsedsl.lang.tables import table_reads
 from sparsedsl.runtime.autograd import no_second_derivatives
 from sparsedsl.runtime.call import check_call
 from sparsedsl.runtime.request import Request
-from sparsedsl.selection.checks import check_one, check_picks, check_weights
+from sparsedsl.selection.checks import check_selected_blocks, check_softmax1, check_weights
 from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["refusal", "refusal_of_selected", "selected_attention", "source_of_selected", "written"]
@@ -54,21 +54,21 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) 
             queries, or an operation that kernels cannot round as torch does; names the way out.
     """
     call = check_call(_ANY, q, k, v, {}, q_offset=selected.domain.q_offset, scale=selected.scale)
-    check_picks(selected.blocks, call.q, call.k)
+    check_selected_blocks(selected.blocks, call.q, call.k)
     widest, weighted = max(q.shape[3], v.shape[3]), selected.weights is not None
-    lacks = missing(q.device.type) or refusal(q.dtype, widest, selected.blocks.kv_unit, weighted=weighted)
+    lacks = missing(q.device.type) or refusal(q.dtype, widest, selected.blocks.kv_block, weighted=weighted)
     if lacks is not None:
         raise UnsupportedError(f"selected blocks on backend 'triton': {lacks}. Use backend='tiled'")
     selected = _in_short_blocks(selected, call.k, call.v)
     if selected.weights is not None:
         check_weights(selected.weights, selected.blocks, call.q)
-    check_one(selected.one)
+    check_softmax1(selected.softmax1)
     job = _job(selected, q.device)
     weights = None if selected.weights is None else selected.weights.float()
     dtype = q.dtype
     if dtype == torch.bfloat16 and interpreted():  # Triton's interpreter multiplies the bits of bfloat16
         q, k, v = q.float(), k.float(), v.float()
-    out, lse = _Attend.apply(job, q, k, v, weights, *(selected.tables[name] for name in job.learned))
+    out, lse = _AlongForward.apply(job, q, k, v, weights, *(selected.tables[name] for name in job.learned))
     return out.to(dtype), lse
 
 
@@ -91,7 +91,7 @@ def written(
     return selected_source(mask, score, wide=longest > LONGEST, wide_tables=large, learned=learned)
 
 
-def _job(selected: SelectedCall, device: torch.device) -> Job:
+def _job(selected: SelectedCall, device: torch.device) -> SelectedJob:
     """The call as the kernels take it: its mask as an interval of keys where that is all there is to say, else written into them."""
     domain, mask, inside = replace(selected.domain, tables=selected.tables), selected.mask, None
     joined = mask.free_symbols & {sympy.Symbol(name) for name in selected.choices}
@@ -106,8 +106,8 @@ def _job(selected: SelectedCall, device: torch.device) -> Job:
     reads = source.pattern.tables
     fixed = {name: table.detach() for name, table in selected.tables.items() if name in reads and name not in learned}
     members = None if selected.members is None or not joined else selected.members.int().contiguous()
-    return Job(
-        selected.blocks, selected.scale, inside, selected.one, source, members, domain, {**fixed, **prepared},
+    return SelectedJob(
+        selected.blocks, selected.scale, inside, selected.softmax1, source, members, domain, {**fixed, **prepared},
         tuple(sorted(learned & set(reads))),
     )  # fmt: skip
 
@@ -124,18 +124,18 @@ def _prepared(source: SelectedSource, domain: Domain, device: torch.device) -> d
     return _PREPARED.get(key, reads, lambda: {one.name: fill(one, domain).to(device) for one in source.prepared})
 
 
-def refusal(dtype: torch.dtype, widest: int, unit: int, *, weighted: bool) -> str | None:
-    """Why the kernels cannot follow lists of blocks of ``unit`` keys, or None. ``widest``: of the heads of q and v."""
+def refusal(dtype: torch.dtype, widest: int, block: int, *, weighted: bool) -> str | None:
+    """Why the kernels cannot follow lists of blocks of ``block`` keys, or None. ``widest``: of the heads of q and v."""
     if dtype == torch.float64:
         return "the kernels compute in float32, q is float64: results would lose digits"
     if widest > WIDEST_HEAD:
         return f"heads may be {WIDEST_HEAD} wide, as tiles of keys and sums for each row must fit an SM; got {widest}"
-    size = _cut(unit, widest, dtype.itemsize, weighted=weighted)
+    size = _cut(block, widest, dtype.itemsize, weighted=weighted)
     if not 1 <= size <= LONGEST_BLOCK:
         if weighted:
-            return f"a block may have {LONGEST_BLOCK} tokens, as its softmax is taken in one tile; got kv_unit {unit}"
+            return f"a block may have {LONGEST_BLOCK} tokens, as its softmax is taken in one tile; got kv_block {block}"
         return (
-            f"a block of more than {LONGEST_BLOCK} tokens is read in equal tiles of 16 to {LONGEST_BLOCK}, and {unit} has no such "
+            f"a block of more than {LONGEST_BLOCK} tokens is read in equal tiles of 16 to {LONGEST_BLOCK}, and {block} has no such "
             "divisor"
         )
     taken = _tile_bytes(size, widest, dtype.itemsize)
@@ -179,34 +179,34 @@ def _tile_bytes(size: int, widest: int, itemsize: int) -> int:
     return block_of(size) * block_of(widest) * itemsize
 
 
-def _cut(unit: int, widest: int, itemsize: int, *, weighted: bool) -> int:
+def _cut(block: int, widest: int, itemsize: int, *, weighted: bool) -> int:
     """Keys of the blocks that the kernels are given: under one softmax a long block may be so many short ones."""
     longest = min(LONGEST_BLOCK, LARGEST_TILE // (block_of(widest) * itemsize))
-    if weighted or unit <= longest:
-        return unit
-    return max((size for size in range(16, longest + 1) if unit % size == 0), default=unit)
+    if weighted or block <= longest:
+        return block
+    return max((size for size in range(16, longest + 1) if block % size == 0), default=block)
 
 
 def _in_short_blocks(selected: SelectedCall, k: Tensor, v: Tensor) -> SelectedCall:
     """The same call with blocks of which a tile fits."""
     blocks, members = selected.blocks, selected.members
     widest = max(k.shape[3], v.shape[3])
-    size = _cut(blocks.kv_unit, widest, k.dtype.itemsize, weighted=selected.weights is not None)
-    if size == blocks.kv_unit:
+    size = _cut(blocks.kv_block, widest, k.dtype.itemsize, weighted=selected.weights is not None)
+    if size == blocks.kv_block:
         return selected
     if members is not None:
-        members = members.repeat_interleave(blocks.kv_unit // size, -1)
+        members = members.repeat_interleave(blocks.kv_block // size, -1)
     return replace(selected, blocks=blocks.finer(size, k.shape[2]), members=members)
 
 
-class _Attend(torch.autograd.Function):
+class _AlongForward(torch.autograd.Function):
     """Forward; inputs: a job, q, k, v, the weights or None, and the learned tables of the job."""
 
     @staticmethod
     def forward(
-        ctx: Any, job: Job, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, *learned: Tensor
+        ctx: Any, job: SelectedJob, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, *learned: Tensor
     ) -> tuple[Tensor, Tensor]:
-        run = Run(job, q, k, v, weights, learned)
+        run = SelectedRun(job, q, k, v, weights, learned)
         out, lse, slot_lse = run.forward(save=any(ctx.needs_input_grad))
         ctx.job = job
         ctx.set_materialize_grads(False)
@@ -219,22 +219,22 @@ class _Attend(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return (None,) * len(ctx.needs_input_grad)
         _, want_q, want_k, want_v, *others = ctx.needs_input_grad
-        grads = _AttendBackward.apply(ctx.job, want_k or want_v, grad_out, grad_lse, *ctx.saved_tensors)
+        grads = _AlongBackward.apply(ctx.job, want_k or want_v, grad_out, grad_lse, *ctx.saved_tensors)
         return None, *(grad if want else None for grad, want in zip(grads, (want_q, want_k, want_v, *others), strict=True))
 
 
-class _AttendBackward(torch.autograd.Function):
+class _AlongBackward(torch.autograd.Function):
     """Backward; inputs: a job, whether k or v want gradients, those of the results, and what the forward pass saved."""
 
     @staticmethod
     def forward(
-        ctx: Any, job: Job, keys: bool, grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor,
+        ctx: Any, job: SelectedJob, keys: bool, grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor,
         slot_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, *rest: Tensor,
     ) -> Any:  # fmt: skip
         lists, learned = rest[:3], rest[3:]
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        run = Run(job, q, k, v, weights, learned, lists)
+        run = SelectedRun(job, q, k, v, weights, learned, lists)
         return run.backward(out, lse, slot_lse, grad_out, grad_lse, keys=keys)
 
     @staticmethod

@@ -6,29 +6,29 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sparsedsl.codegen.selected_source import SelectedSource, selected_source
-from sparsedsl.gpu.aot import TABLES, Job
+from sparsedsl.codegen.to_triton_selected import SelectedSource, selected_source
+from sparsedsl.gpu.aot import TABLES, BuildJob
 from sparsedsl.gpu.estimates import family
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.loading import load
 from sparsedsl.gpu.targets import Target
 
-__all__ = ["PickedShape", "block_of", "config_of", "constants_of", "function", "job_of", "most_rows", "pack_of", "rows_of"]
+__all__ = ["SelectedShape", "block_of", "config_of", "constants_of", "function", "job_of", "most_rows", "pack_of", "rows_of"]
 
 SMALLEST, MOST_ROWS = 16, 64
 
 
 @dataclass(frozen=True)
-class PickedShape:
+class SelectedShape:
     """What the kernels are specialised for, beside dtype and widths of heads: tokens of a ``chunk``; query heads side by side in
-    a tile (``pack``); ``weighted``, ``one``, ``interval`` as in the call; ``merged``: a tile has several queries; ``learned``: the
+    a tile (``pack``); ``weighted``, ``softmax1``, ``interval`` as in the call; ``merged``: a tile has several queries; ``learned``: the
     backward kernels write gradients of tables."""
 
     shape: Shape
     chunk: int
     pack: int
     weighted: bool = False
-    one: bool = False
+    softmax1: bool = False
     interval: bool = False
     merged: bool = True
     learned: bool = False
@@ -38,10 +38,10 @@ def most_rows(kernel: str, chunk: int, shape: Shape, target: Target) -> int:
     """Rows of a tile of queries at most: beside a tile of keys that is long and wide, more would not fit the registers.
 
     >>> from sparsedsl.gpu.targets import TARGETS
-    >>> [most_rows("picked_forward", 64, Shape("bfloat16", width, width), TARGETS["sm_90"]) for width in (64, 128, 256)]
+    >>> [most_rows("selected_forward", 64, Shape("bfloat16", width, width), TARGETS["sm_90"]) for width in (64, 128, 256)]
     [64, 64, 32]
     """
-    if kernel == "picked_grad_kv":  # what is summed there is as large as the keys, whatever the rows
+    if kernel == "selected_grad_kv":  # what is summed there is as large as the keys, whatever the rows
         return 16 if family(target) == "cdna" else 32
     width = max(block_of(shape.head_dim), block_of(shape.head_dim_v)) * shape.itemsize
     taken = block_of(chunk) * width
@@ -85,27 +85,27 @@ def block_of(width: int) -> int:
 
 
 def constants_of(
-    kernel: str, picked: PickedShape, config: Config, source: SelectedSource | None = None, **flags: bool
+    kernel: str, chosen: SelectedShape, config: Config, source: SelectedSource | None = None, **flags: bool
 ) -> dict[str, Any]:
     """Values of the constant arguments of ``kernel``. ``flags``: SAVE, SPLIT, HAS_GRAD_LSE, where they are not true."""
-    shape = picked.shape
+    shape = chosen.shape
     aligned = shape.aligned and shape.head_dim % 8 == 0 and shape.head_dim_v % 8 == 0
     values = {
-        "CHUNK": picked.chunk, "HEAD_DIM": shape.head_dim, "HEAD_DIM_V": shape.head_dim_v, "BLOCK_D": block_of(shape.head_dim),
-        "BLOCK_DV": block_of(shape.head_dim_v), "BLOCK_N": config.block_n, "ROWS": config.block_m, "WEIGHTED": picked.weighted,
-        "ONE": picked.one, "INTERVAL": picked.interval, "MERGED": picked.merged, "SAVE": True, "SPLIT": True,
+        "CHUNK": chosen.chunk, "HEAD_DIM": shape.head_dim, "HEAD_DIM_V": shape.head_dim_v, "BLOCK_D": block_of(shape.head_dim),
+        "BLOCK_DV": block_of(shape.head_dim_v), "BLOCK_N": config.block_n, "ROWS": config.block_m, "WEIGHTED": chosen.weighted,
+        "SOFTMAX1": chosen.softmax1, "INTERVAL": chosen.interval, "MERGED": chosen.merged, "SAVE": True, "SPLIT": True,
         "HAS_GRAD_LSE": True, "ALIGN": 8 if aligned else 1, "PRECISION": shape.precision,
     }  # fmt: skip
     return {name: (values | flags)[name] for name in function(kernel, source).arg_names if name in values}
 
 
 def job_of(
-    kernel: str, picked: PickedShape, config: Config, target: Target, source: SelectedSource | None = None, **flags: bool
-) -> Job:
+    kernel: str, chosen: SelectedShape, config: Config, target: Target, source: SelectedSource | None = None, **flags: bool
+) -> BuildJob:
     """What there is to compile for ``target`` ahead of time, as ``source`` writes it; None: without a mask or a score."""
     source = source or selected_source()
-    fixed = constants_of(kernel, picked, config, source, **flags)
-    data = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[picked.shape.dtype]
+    fixed = constants_of(kernel, chosen, config, source, **flags)
+    data = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}[chosen.shape.dtype]
     pointers = {f"{name}_ptr": data for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")}
     pointers |= {f"{name}_ptr": "*i32" for name in ("chunks", "owners", "counts", "first", "last", "starts", "places")}
     pointers |= {"scale": "fp32"} | dict.fromkeys(fixed, "constexpr")
@@ -114,33 +114,33 @@ def job_of(
         pointers[one.name] = TABLES[source.pattern.tables[table].dtype] if kind == "*table" else one.type
     names = function(kernel, source).arg_names
     signature = {name: pointers.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
-    return Job(source.texts[kernel], kernel, signature, fixed, config, source.fp_fusion, target)
+    return BuildJob(source.texts[kernel], kernel, signature, fixed, config, source.fp_fusion, target)
 
 
-def config_of(kernel: str, picked: PickedShape, target: Target) -> Config:
+def config_of(kernel: str, chosen: SelectedShape, target: Target) -> Config:
     """A config that fits on ``target`` and spills nothing in 16-bit types, chosen without a device.
 
     ``block_m``: rows of a tile of queries, or of a step over a chunk's queries; ``block_n``: keys of a tile, which in the passes
     by queries is a chunk.
     """
-    if kernel == "picked_merge":
+    if kernel == "selected_merge":
         return Config(SMALLEST, SMALLEST, 1, 1)
-    shape = picked.shape
+    shape = chosen.shape
     widths = block_of(shape.head_dim), block_of(shape.head_dim_v)
-    rows, keys = most_rows(kernel, picked.chunk, shape, target), block_of(picked.chunk)
-    if kernel == "picked_grad_kv":
+    rows, keys = most_rows(kernel, chosen.chunk, shape, target), block_of(chosen.chunk)
+    if kernel == "selected_grad_kv":
         keys = min(keys, 64 if max(widths) <= 128 else 32)
-        rows = SMALLEST if picked.learned else rows
+        rows = SMALLEST if chosen.learned else rows
     else:
-        rows = rows_of(picked.pack, rows) if picked.merged else block_of(picked.pack)
-    loaded = (rows if kernel == "picked_grad_kv" else keys) * sum(widths) * shape.itemsize
+        rows = rows_of(chosen.pack, rows) if chosen.merged else block_of(chosen.pack)
+    loaded = (rows if kernel == "selected_grad_kv" else keys) * sum(widths) * shape.itemsize
     if family(target) == "cdna":  # what is on its way is held in registers
-        return Config(rows, keys, 4, 2 if loaded <= 1 << 14 and kernel != "picked_grad_kv" else 1)
+        return Config(rows, keys, 4, 2 if loaded <= 1 << 14 and kernel != "selected_grad_kv" else 1)
     if not shape.matrix_units and loaded > target.shared_per_block // 2:
         return Config(rows, keys, 8, 1)
     # One tile on its way while another is computed with; two where that leaves room for a program beside this one. Where the
     # address of a loaded LSE follows from a counter, Triton gives up and waits for every tile if it is to have two on their way.
-    counted = kernel == "picked_grad_q" and picked.weighted
-    deep = kernel != "picked_grad_kv" and not counted and 2 * loaded <= target.shared_per_block // 3
-    few = max(keys, *widths) <= 64 and not (picked.learned and kernel == "picked_grad_q")
+    counted = kernel == "selected_grad_q" and chosen.weighted
+    deep = kernel != "selected_grad_kv" and not counted and 2 * loaded <= target.shared_per_block // 3
+    few = max(keys, *widths) <= 64 and not (chosen.learned and kernel == "selected_grad_q")
     return Config(rows, keys, 4 if few else 8, 3 if deep else 2)

@@ -9,7 +9,7 @@ import torch
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.spans import span_rows, spans
+from sparsedsl.analysis.key_intervals import interval_rows, intervals
 
 __all__ = ["Interval", "interval_of"]
 
@@ -38,10 +38,12 @@ def interval_of(mask: sympy.Basic, domain: Domain, device: torch.device) -> Inte
 
 def _interval(mask: sympy.Basic, domain: Domain, device: torch.device) -> Interval | None:
     """Of several intervals at most one may hold keys: conditions that exclude each other are two intervals, of which one is empty."""
-    found = spans(mask)
+    found = intervals(mask)
     if not found:
         return None
-    ends = [torch.broadcast_tensors(*parts) for parts in zip(*(span_rows(span, domain) for span in found), strict=True)]
+    ends = [
+        torch.broadcast_tensors(*parts) for parts in zip(*(interval_rows(interval, domain) for interval in found), strict=True)
+    ]
     first, last = (torch.stack(parts) for parts in ends)
     holds = last >= first
     if len(found) > 1 and bool((holds.sum(0) > 1).any()):

@@ -31,19 +31,19 @@ class Unions:
 @dataclass(frozen=True, eq=False)
 class ByChunk:
     """Queries of each chunk: those of chunk ``c`` of a line are ``places[line, starts[line, c] : starts[line, c + 1]]``, each as
-    ``query * W + slot``, ascending. ``starts (B, Hs, units + 1)``, ``places (B, Hs, Sq * W)``: int32 or, where needed, int64."""
+    ``query * W + slot``, ascending. ``starts (B, Hs, blocks + 1)``, ``places (B, Hs, Sq * W)``: int32 or, where needed, int64."""
 
     starts: Tensor
     places: Tensor
 
 
-def unions(indices: Tensor, queries: int, units: int) -> Unions:
+def unions(indices: Tensor, queries: int, blocks: int) -> Unions:
     """Merge the lists ``indices (B, Hs, Sq, W)`` of every ``queries`` adjacent queries; -1 stands for none.
 
-    ``units``: how many chunks there are. The width of the result is the most that a union may have.
+    ``blocks``: how many chunks there are. The width of the result is the most that a union may have.
 
     >>> lists = torch.tensor([[0, 2], [2, 3], [1, -1]], dtype=torch.int32)[None, None]
-    >>> found = unions(lists, queries=2, units=4)
+    >>> found = unions(lists, queries=2, blocks=4)
     >>> found.chunks.tolist(), found.owners.tolist(), found.counts.tolist()
     ([[[[0, 2, 3, -1], [1, -1, -1, -1]]]], [[[[1, 3, 2, 0], [1, 0, 0, 0]]]], [[[3, 1]]])
     """
@@ -53,14 +53,14 @@ def unions(indices: Tensor, queries: int, units: int) -> Unions:
     padded = padded.reshape(batch, heads, tiles, queries * width)
     member = torch.arange(queries, dtype=torch.int32, device=indices.device).repeat_interleave(width)
     # Chunk and query are sorted as one number: of one chunk the queries ascend, and each stands there once.
-    dtype = torch.int32 if (units + 1) * queries < 2**31 else torch.int64
-    picked = torch.where(padded < 0, units, padded).to(dtype)
-    order = (picked * queries + member).sort(dim=-1).values
+    dtype = torch.int32 if (blocks + 1) * queries < 2**31 else torch.int64
+    chosen = torch.where(padded < 0, blocks, padded).to(dtype)
+    order = (chosen * queries + member).sort(dim=-1).values
     chunk, member = order // queries, order % queries
     is_new = torch.ones_like(chunk, dtype=torch.bool)
     is_new[..., 1:] = chunk[..., 1:] != chunk[..., :-1]
-    most = min(queries * width, units)
-    is_none = chunk >= units
+    most = min(queries * width, blocks)
+    is_none = chunk >= blocks
     # What is no chunk goes to a place beyond the last, which is cut off.
     place = torch.where(is_none, most, is_new.cumsum(-1) - 1)
     shape = (batch, heads, tiles, most + 1)
@@ -71,17 +71,17 @@ def unions(indices: Tensor, queries: int, units: int) -> Unions:
     return Unions(chunks[..., :most].contiguous(), owners[..., :most].contiguous(), counts, queries)
 
 
-def by_chunk(indices: Tensor, units: int) -> ByChunk:
-    """Invert the lists ``indices (B, Hs, Sq, W)``, -1 for none, for ``units`` chunks. Equal lists give equal results.
+def by_chunk(indices: Tensor, blocks: int) -> ByChunk:
+    """Invert the lists ``indices (B, Hs, Sq, W)``, -1 for none, for ``blocks`` chunks. Equal lists give equal results.
 
     >>> lists = torch.tensor([[0, 2], [2, 3], [1, -1]], dtype=torch.int32)[None, None]
-    >>> found = by_chunk(lists, units=4)
+    >>> found = by_chunk(lists, blocks=4)
     >>> found.starts.tolist(), found.places[0, 0, :5].tolist()
     ([[[0, 1, 2, 4, 5]]], [0, 4, 1, 2, 3])
     """
-    picked = torch.where(indices < 0, units, indices).flatten(2).contiguous()
-    chunk, places = picked.sort(dim=-1, stable=True)
-    numbers = torch.arange(units + 1, dtype=chunk.dtype, device=chunk.device).expand(*chunk.shape[:2], -1)
+    chosen = torch.where(indices < 0, blocks, indices).flatten(2).contiguous()
+    chunk, places = chosen.sort(dim=-1, stable=True)
+    numbers = torch.arange(blocks + 1, dtype=chunk.dtype, device=chunk.device).expand(*chunk.shape[:2], -1)
     small = places.shape[-1] < 2**31
     starts = torch.searchsorted(chunk, numbers.contiguous(), out_int32=small)
     return ByChunk(starts, places.int() if small else places)

@@ -14,19 +14,27 @@ from typing import Any
 import torch
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.backends.triton.configs import target_of
-from sparsedsl.backends.triton.launch import in_tiles, is_aligned, like, strided, tensor_arguments, tiles_contiguous
-from sparsedsl.backends.triton.selected_configs import PickedShape, config_of, constants_of, function, most_rows, pack_of, rows_of
+from sparsedsl.backends.triton.config_choice import target_of
+from sparsedsl.backends.triton.launching import in_tiles, is_aligned, like, strided, tensor_arguments, tiles_contiguous
+from sparsedsl.backends.triton.selected_configs import (
+    SelectedShape,
+    config_of,
+    constants_of,
+    function,
+    most_rows,
+    pack_of,
+    rows_of,
+)
 from sparsedsl.backends.triton.selected_interval import Interval
 from sparsedsl.backends.triton.selected_lists import Unions, by_chunk, unions
-from sparsedsl.codegen.selected_source import SelectedSource
+from sparsedsl.codegen.to_triton_selected import SelectedSource
 from sparsedsl.codegen.triton_backward import LearnedRead
 from sparsedsl.gpu.configs import split_count
 from sparsedsl.gpu.kernel_config import Shape
 from sparsedsl.runtime.table_gradients import add_read_gradients
-from sparsedsl.selection.selected import Picks
+from sparsedsl.selection.selected_blocks import SelectedBlocks
 
-__all__ = ["Job", "Run"]
+__all__ = ["SelectedJob", "SelectedRun"]
 
 Tensor = torch.Tensor
 # Up to this many queries each has a tile of its own, and programs share its slots.
@@ -38,17 +46,17 @@ PAIR_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class SelectedJob:
     """A call without the tensors that autograd keeps.
 
     ``inside``: which keys of a block attend, where that is all that ``source`` does not say. ``members``: see
     :class:`~sparsedsl.selection.selected_call.SelectedCall`. ``tables``: all that the kernels read, but the ``learned`` ones.
     """
 
-    picks: Picks
+    selected: SelectedBlocks
     scale: float
     inside: Interval | None
-    one: bool
+    softmax1: bool
     source: SelectedSource
     members: Tensor | None
     domain: Domain
@@ -56,12 +64,12 @@ class Job:
     learned: tuple[str, ...]
 
 
-class Run:
+class SelectedRun:
     """One call on the device: shapes, lists, and launches."""
 
     def __init__(
         self,
-        job: Job,
+        job: SelectedJob,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -72,7 +80,7 @@ class Run:
         self.tables = {**job.tables, **{name: t.detach() for name, t in zip(job.learned, learned, strict=True)}}
         self.job, self.q, self.k, self.v = job, tiles_contiguous(q), tiles_contiguous(k), tiles_contiguous(v)
         self.weights = None if weights is None else weights.contiguous()
-        self.indices = job.picks.indices
+        self.indices = job.selected.indices
         self.batch, self.heads, self.rows, _ = q.shape
         self.kv_heads, self.kv_len = k.shape[1:3]
         self.width = self.indices.shape[3]
@@ -80,8 +88,8 @@ class Run:
         tf32 = q.dtype == torch.float32 and q.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         group, precision = self.heads // self.kv_heads, "tf32" if tf32 else "ieee"
         self.shape = Shape(str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], group, precision)
-        self.pack = self._pack("picked_forward")
-        self.queries = 1 if self.rows <= DECODE_ROWS else rows_of(self.pack, self._most("picked_forward")) // self.pack
+        self.pack = self._pack("selected_forward")
+        self.queries = 1 if self.rows <= DECODE_ROWS else rows_of(self.pack, self._most("selected_forward")) // self.pack
         self.merged = self.queries > 1
         self.lists = Unions(lists[0], lists[1], lists[2], self.queries) if lists else self._lists()
 
@@ -91,16 +99,16 @@ class Run:
         return 0 in (self.batch, self.rows, self.kv_len, self.width)
 
     def _most(self, kernel: str) -> int:
-        return most_rows(kernel, self.job.picks.kv_unit, self.shape, self.target)
+        return most_rows(kernel, self.job.selected.kv_block, self.shape, self.target)
 
     def _pack(self, kernel: str) -> int:
         return pack_of(self.heads, self.kv_heads, self.indices.shape[1], self._most(kernel))
 
     def _lists(self) -> Unions:
         if self.merged and not self.is_empty:
-            return unions(self.indices, self.queries, self.job.picks.units)
+            return unions(self.indices, self.queries, self.job.selected.blocks)
         chunks = self.indices.contiguous()
-        return Unions(chunks, chunks, self.job.picks.counts.contiguous(), 1)
+        return Unions(chunks, chunks, self.job.selected.counts.contiguous(), 1)
 
     @functools.cached_property
     def values(self) -> dict[str, Any]:
@@ -139,15 +147,15 @@ class Run:
 
     def launch(self, kernel: str, programs: int, values: Mapping[str, Any], *tensors: Tensor, **flags: bool) -> None:
         """Run one kernel. ``tensors``: those beside q, k and v whose rows it reads or writes in wide pieces."""
-        picked = PickedShape(
-            replace(self.shape, aligned=is_aligned(self.q, self.k, self.v, *tensors)), self.job.picks.kv_unit, self.pack,
-            self.weights is not None, self.job.one, self.job.inside is not None, self.merged, bool(self.job.learned),
+        chosen = SelectedShape(
+            replace(self.shape, aligned=is_aligned(self.q, self.k, self.v, *tensors)), self.job.selected.kv_block, self.pack,
+            self.weights is not None, self.job.softmax1, self.job.inside is not None, self.merged, bool(self.job.learned),
         )  # fmt: skip
-        config = config_of(kernel, picked, self.target)
-        if kernel == "picked_grad_kv":
-            programs *= in_tiles(picked.chunk, config.block_n)
+        config = config_of(kernel, chosen, self.target)
+        if kernel == "selected_grad_kv":
+            programs *= in_tiles(chosen.chunk, config.block_n)
         source = self.job.source
-        compiled, fixed = function(kernel, source), constants_of(kernel, picked, config, source, **flags)
+        compiled, fixed = function(kernel, source), constants_of(kernel, chosen, config, source, **flags)
         arguments = [values[name] for name in compiled.arg_names if name not in fixed]
         options = {} if source.fp_fusion else {"enable_fp_fusion": False}
         # Triton launches on the current device, whichever the tensors are on.
@@ -162,7 +170,7 @@ class Run:
         out, lse = like(self.q, self.v.shape[3]), self.empty(*dims)
         weighted = self.weights is not None
         if self.is_empty:
-            return out.zero_(), lse.fill_(0.0 if self.job.one and not weighted else float("-inf")), lse
+            return out.zero_(), lse.fill_(0.0 if self.job.softmax1 and not weighted else float("-inf")), lse
         save = save and weighted
         slot_lse = self.empty(*dims, self.width) if save else lse
         splits = 1 if self.merged else split_count(self.width, self.programs, self.target)
@@ -172,10 +180,10 @@ class Run:
         values = self.values | strided("out", share[0]) | {
             "out_ptr": share, "out_stride_s": share.stride(0), "lse_ptr": share_lse, "slot_lse_ptr": slot_lse, "splits": splits,
         }  # fmt: skip
-        self.launch("picked_forward", self.programs * splits, values, SAVE=save, SPLIT=splits > 1)
+        self.launch("selected_forward", self.programs * splits, values, SAVE=save, SPLIT=splits > 1)
         if splits > 1:
             values |= strided("out", out) | {"share_ptr": share, "share_lse_ptr": share_lse, "lse_ptr": lse, "lines": lse.numel()}
-            self.launch("picked_merge", lse.numel(), values)
+            self.launch("selected_merge", lse.numel(), values)
         return out, lse, slot_lse
 
     def backward(
@@ -204,19 +212,19 @@ class Run:
         }
         values |= {f"{one.name}_ptr": total for one, total in sums.items()}
         for values_here, gather in self._in_pieces(values, totals):
-            self.launch("picked_grad_q", values_here.pop("programs"), values_here, out, grad_out, **has)
+            self.launch("selected_grad_q", values_here.pop("programs"), values_here, out, grad_out, **has)
             gather()
         grad_k = grad_v = None
         if keys or any(one.axis == "columns" for one in reads):
             grad_k, grad_v = like(self.k), like(self.v)
-            units = in_tiles(self.kv_len, self.job.picks.kv_unit)
-            inverted = by_chunk(self.indices, units)
+            blocks = in_tiles(self.kv_len, self.job.selected.kv_block)
+            inverted = by_chunk(self.indices, blocks)
             values |= strided("grad_k", grad_k) | strided("grad_v", grad_v)
-            values |= {"starts_ptr": inverted.starts, "places_ptr": inverted.places, "units": units}
+            values |= {"starts_ptr": inverted.starts, "places_ptr": inverted.places, "blocks": blocks}
             # Sums along the queries belong to one head each.
             by_head = any(one.axis == "columns" for one in reads)
-            values["pack"] = 1 if by_head else self._pack("picked_grad_kv")
-            self.launch("picked_grad_kv", units * self.batch * self.kv_heads, values, grad_out)
+            values["pack"] = 1 if by_head else self._pack("selected_grad_kv")
+            self.launch("selected_grad_kv", blocks * self.batch * self.kv_heads, values, grad_out)
         domain = self._table_domain
         position = torch.arange(max(self.rows, self.kv_len), device=self.q.device)
         q_idx, kv_idx = position[: self.rows] + domain.q_offset, position[: self.kv_len]
@@ -242,7 +250,7 @@ class Run:
         if not reads:
             yield {**values, "programs": self.programs}, lambda: None
             return
-        chunk, domain = self.job.picks.kv_unit, self._table_domain
+        chunk, domain = self.job.selected.kv_block, self._table_domain
         each = 4 * len(reads) * self.batch * self.heads * self.queries * self.width * chunk
         step = max(1, PAIR_BYTES // each)
         repeats = self.heads // self.indices.shape[1]

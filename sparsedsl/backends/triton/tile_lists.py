@@ -1,4 +1,4 @@
-"""What the loops of a generated kernel read from memory: ends of spans that need a search, or compact lists of tiles."""
+"""What the loops of a generated kernel read from memory: ends of intervals that need a search, or compact lists of tiles."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Any
 import torch
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists, TileRows
-from sparsedsl.analysis.spans import span_rows, spans
+from sparsedsl.analysis.key_intervals import interval_rows, intervals
+from sparsedsl.analysis.lists import BlockLists, TileRows
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 
-__all__ = ["list_values", "span_values"]
+__all__ = ["interval_values", "list_values"]
 
 
-def span_values(pattern: Pattern, domain: Domain, of: str, device: torch.device) -> dict[str, Any]:
-    """Arguments of the spans that are searched, by name; empty where all ends have a closed form. No host synchronisation."""
+def interval_values(pattern: Pattern, domain: Domain, of: str, device: torch.device) -> dict[str, Any]:
+    """Arguments of the intervals that are searched, by name; empty where all ends have a closed form. No host synchronisation."""
     values: dict[str, Any] = {}
-    for i, span in enumerate(spans(pattern.mask.expr, of=of) or ()):
-        if not span.searched:
+    for i, interval in enumerate(intervals(pattern.mask.expr, of=of) or ()):
+        if not interval.searched:
             continue
-        first, last = (end.to(device) for end in span_rows(span, domain, of=of))
+        first, last = (end.to(device) for end in interval_rows(interval, domain, of=of))
         values |= {f"first_{of}_{i}_ptr": first, f"last_{of}_{i}_ptr": last}
         values |= _steps(f"{of}_{i}_step", first.shape[0], first.shape[1])
     return values
 
 
-def list_values(lists: TileLists, of: str, device: torch.device) -> dict[str, Any]:
+def list_values(lists: BlockLists, of: str, device: torch.device) -> dict[str, Any]:
     """Arguments of the tile lists, by name; ``of="queries"``: listed by tile of keys."""
     values: dict[str, Any] = {}
     lists = full_tiles_inside(lists, of)
@@ -38,7 +38,7 @@ def list_values(lists: TileLists, of: str, device: torch.device) -> dict[str, An
     return values | _steps(f"{of}_list", batch, heads)
 
 
-def full_tiles_inside(lists: TileLists, of: str) -> TileLists:
+def full_tiles_inside(lists: BlockLists, of: str) -> BlockLists:
     """The same tiles, with the ragged last columns listed as partial: a kernel reads full tiles without looking at the lengths.
 
     ``of``: what the loop runs over, "keys" or "queries".
@@ -53,10 +53,10 @@ def full_tiles_inside(lists: TileLists, of: str) -> TileLists:
     partial = _from_pairs(
         torch.cat([owner[cut], lists.partial.owners()]), torch.cat([lists.full.columns[cut], lists.partial.columns]), lists
     )
-    return TileLists(full, partial, lists.block, lists.q_rows, lists.kv_len)
+    return BlockLists(full, partial, lists.block, lists.q_rows, lists.kv_len)
 
 
-def _from_pairs(owner: torch.Tensor, columns: torch.Tensor, lists: TileLists) -> TileRows:
+def _from_pairs(owner: torch.Tensor, columns: torch.Tensor, lists: BlockLists) -> TileRows:
     shape = lists.full.counts.shape
     order = (owner * lists.shape[3] + columns).argsort()
     counts = torch.bincount(owner, minlength=shape.numel()).to(torch.int32).view(shape)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.testing import AttentionCase, patterns, shapes, tables_for, tensor
 
 causal = kv_idx <= q_idx

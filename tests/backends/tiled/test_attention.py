@@ -161,7 +161,7 @@ USUAL = {
     "chunks": sd.patterns.chunked(50),
     "prefix": causal | (kv_idx < 60),
     "window xor remainder": sd.patterns.sliding_window(33) ^ (kv_idx % 3 == 1),
-    "lanes that meet": ((kv_idx % 4 == 1) & causal & (q_idx > 50)) | ((q_idx * kv_idx) % 3 < 2),
+    "residue classes that meet": ((kv_idx % 4 == 1) & causal & (q_idx > 50)) | ((q_idx * kv_idx) % 3 < 2),
     "two remainders": ((q_idx - kv_idx) % 4 == 0) | ((q_idx + kv_idx) % 6 == 1),
     "picture": sd.patterns.neighbourhood_2d(10, 15, 5),
     "scattered": causal & ((q_idx // 4) * (kv_idx // 4) % 5 < 2),
@@ -188,9 +188,9 @@ USUAL = {
     "bias per batch entry": sd.attend(causal & (q_idx - kv_idx < 30), score=score - 0.1 * (q_idx - kv_idx) * b),
     "bias, scattered per batch entry": sd.attend((q_idx * kv_idx + b) % 3 < 2, score=score - 0.1 * (q_idx - kv_idx)),
     "scattered per head": (q_idx * kv_idx + h) % 3 < 2,
-    "lanes per batch entry": ((kv_idx % 4) == 1) | (causal & (q_idx - kv_idx < 5 * b)),
+    "residue classes per batch entry": ((kv_idx % 4) == 1) | (causal & (q_idx - kv_idx < 5 * b)),
     "sink": sd.attend(sd.patterns.sliding_window(40), sink=1.5),
-    "sink over lanes": sd.attend(sd.patterns.strided(8, local=20), sink=0.5 * h),
+    "sink over residue classes": sd.attend(sd.patterns.strided(8, local=20), sink=0.5 * h),
     "minus infinity as a score": sd.attend(causal, score=sd.where(kv_idx % 3 == 0, score, -math.inf)),
     "minus infinity as a bias": sd.attend(causal, score=score + sd.where(kv_idx % 3 == 0, 0.0, -math.inf)),
     "minus infinity for whole rows": sd.attend(True, score=sd.where(q_idx % 3 == 0, score, -math.inf)),
@@ -203,7 +203,9 @@ def test_usual_patterns(name, how):
     assert_right(USUAL[name], *qkv(110), CUTS[how])
 
 
-@pytest.mark.parametrize("name", ["window", "strided", "scattered", "general score", "ALiBi", "soft cap", "sink over lanes"])
+@pytest.mark.parametrize(
+    "name", ["window", "strided", "scattered", "general score", "ALiBi", "soft cap", "sink over residue classes"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_usual_patterns_in_lower_precision(name, dtype):
     for how in ("as it is", "single products", "few together, in chunks"):
@@ -262,7 +264,7 @@ LEARNED = {
     "bias per batch entry": (sd.attend(sd.patterns.strided(8, local=20), score=score + bias[b, kv_idx]), {"bias": (2, 130)}),
     "scattered bias": (sd.attend((q_idx * kv_idx) % 3 == 0, score=score + bias[h, kv_idx // 7]), {"bias": (4, 19)}),
     "sink": (sd.attend(sd.patterns.sliding_window(40), sink=sink[h]), {"sink": (4,)}),
-    "sink over lanes and bias": (
+    "sink over residue classes and bias": (
         sd.attend(sd.patterns.strided(8, local=20), score=score + bias[h], sink=sink[b, h]), {"bias": (4,), "sink": (2, 4)}
     ),
 }  # fmt: skip
@@ -376,7 +378,7 @@ WILD = {
     "score that is NaN where masked": sd.attend(causal, score=sd.log(1 + score * score + (q_idx - kv_idx))),
     "slope that is NaN where masked": sd.attend(causal, score=score * sd.sqrt(q_idx - kv_idx + 1)),
     "scattered": sd.attend(causal & ((q_idx * kv_idx) % 3 < 2), score=score - sd.log(q_idx - kv_idx + 1)),
-    "lanes": sd.attend(sd.patterns.strided(8, local=20), score=score - sd.log(q_idx - kv_idx + 1)),
+    "residue classes": sd.attend(sd.patterns.strided(8, local=20), score=score - sd.log(q_idx - kv_idx + 1)),
 }
 
 
@@ -449,7 +451,7 @@ def test_gradients_through_the_lse_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["relative bias", "factor", "scattered bias", "sink over lanes and bias"])
+@pytest.mark.parametrize("name", ["relative bias", "factor", "scattered bias", "sink over residue classes and bias"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_two_runs_give_the_same_bits(name, dtype, threads):
     pattern, sizes = LEARNED[name]
@@ -467,7 +469,7 @@ def test_two_runs_give_the_same_bits(name, dtype, threads):
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad], ids=["inference_mode", "no_grad"])
-@pytest.mark.parametrize("name", ["window", "strided", "scattered", "general score", "ALiBi", "sink over lanes"])
+@pytest.mark.parametrize("name", ["window", "strided", "scattered", "general score", "ALiBi", "sink over residue classes"])
 def test_inference_on_several_threads(name, mode):
     attn, (q, k, v) = sd.compile(USUAL[name], backend="tiled"), qkv(150, dtype=torch.float32)
     with cut(CUTS["three threads"]), mode():
@@ -528,16 +530,16 @@ def test_memory_grows_with_the_length_not_its_square(name):
 def test_every_kind_of_unit_is_run_by_these_tests():
     kinds = set()
     with pytest.MonkeyPatch.context() as patch:
-        real = tile_jobs.Unit.sums
+        real = tile_jobs.TileJob.sums
 
-        def noted(unit, q, shifted):
-            kind = "strips" if unit.t_high - unit.t_low > 1 else "heads" if unit.high - unit.low > 1 else "one"
-            kinds.add((kind, len(unit.segments) > 1, isinstance(unit, gathered.ScatteredUnit), shifted))
-            return real(unit, q, shifted)
+        def noted(job, q, shifted):
+            kind = "strips" if job.t_high - job.t_low > 1 else "heads" if job.high - job.low > 1 else "one"
+            kinds.add((kind, len(job.key_ranges) > 1, isinstance(job, gathered.ScatteredJob), shifted))
+            return real(job, q, shifted)
 
-        patch.setattr(tile_jobs.Unit, "sums", noted)
+        patch.setattr(tile_jobs.TileJob, "sums", noted)
         for how in CUTS.values():
-            for name in ("causal", "window and sinks", "strided", "scattered", "lanes that meet"):
+            for name in ("causal", "window and sinks", "strided", "scattered", "residue classes that meet"):
                 q, k, v = qkv(150, dtype=torch.float32)
                 with cut(how), torch.no_grad():
                     sd.compile(USUAL[name], backend="tiled")(q, k, v)

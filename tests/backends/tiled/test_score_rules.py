@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
 from sparsedsl.backends.tiled.score_rules import LN2, LOG2E, clamped, score_rule
-from sparsedsl.lang.evaluate import evaluate
+from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.testing import AttentionCase, scores, tables_for, tensor
 
 table = sd.table("table", learned=True)
@@ -65,7 +65,7 @@ def assert_rule_is_the_expression(expr, tables):
     wanted = evaluate(expr, {**env, **leaves, "score": product * SCALE}, dtype=torch.float64).double().expand(raw.shape)
     grad = tensor(*raw.shape, seed=2, dtype=torch.float64)
 
-    # heads as the first dimension of the unit's, one group: (batch x heads, m, 1, n)
+    # heads as the first dimension of the block's, one group: (batch x heads, m, 1, n)
     def tiles(t):
         return t.expand(2, 3, 5, 7).reshape(6, 5, 1, 7)
 

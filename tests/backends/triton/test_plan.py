@@ -14,7 +14,7 @@ from sparsedsl.analysis.tiles import classify
 from sparsedsl.backends.registry import choose
 from sparsedsl.backends.triton import backend as triton_backend
 from sparsedsl.backends.triton.attention import TritonKernel, missing
-from sparsedsl.backends.triton.launch import tiles_contiguous
+from sparsedsl.backends.triton.launching import tiles_contiguous
 from sparsedsl.backends.triton.prepared import prepare
 from sparsedsl.codegen.to_triton import triton_source, variant_of
 from sparsedsl.runtime.call import check_call
@@ -22,9 +22,9 @@ from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.testing import tensor
 
 causal = kv_idx <= q_idx
-doc, picked, bias = sd.table("doc", monotone=True), sd.table("picked", dtype=bool), sd.table("bias", learned=True)
+doc, chosen, bias = sd.table("doc", monotone=True), sd.table("chosen", dtype=bool), sd.table("bias", learned=True)
 packed = sd.attend(causal & (doc[q_idx] == doc[kv_idx]))
-blocks = sd.attend(picked[q_idx // 8, kv_idx // 8])
+blocks = sd.attend(chosen[q_idx // 8, kv_idx // 8])
 
 
 def facts(**changed):
@@ -108,8 +108,8 @@ def test_positions_and_tables_of_64_bits_only_where_they_are_needed():
     assert not prepared_for(packed, doc=torch.zeros(40, dtype=torch.int64)).variant.wide
     assert prepared_for(sd.attend(causal), offset=1 << 31).variant.wide
     huge = torch.zeros(1, dtype=torch.bool).expand(1 << 16, 1 << 15)
-    assert prepared_for(blocks, picked=huge).variant.wide_tables == {"picked"}
-    assert not prepared_for(blocks, picked=torch.zeros(5, 5, dtype=torch.bool)).variant.wide_tables
+    assert prepared_for(blocks, chosen=huge).variant.wide_tables == {"chosen"}
+    assert not prepared_for(blocks, chosen=torch.zeros(5, 5, dtype=torch.bool)).variant.wide_tables
 
 
 def test_offsets_of_64_bits_follow_the_strides_of_every_tensor_of_a_launch():
@@ -165,7 +165,7 @@ def test_lists_are_made_for_each_tile_size_and_each_side():
         made.append(block)
         return classify(blocks.mask.expr, domain, block)
 
-    domain = Domain(40, 40, 0, 1, 2, {"picked": torch.ones(5, 5, dtype=torch.bool)})
+    domain = Domain(40, 40, 0, 1, 2, {"chosen": torch.ones(5, 5, dtype=torch.bool)})
     prepared = prepare(blocks, domain, torch.device("cpu"), (16, 16), lists)
     assert prepared.variant.keys == prepared.variant.queries == "lists"
     some = prepared.loop("forward", (16, 16))

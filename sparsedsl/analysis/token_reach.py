@@ -1,0 +1,235 @@
+"""Whether an output of a program can depend on tokens after it: followed through the graph, node by node.
+
+Each node's result is known by what it may depend on. Tensors and scores of queries: tokens up to the query (`own`), or later ones. Tensors
+of keys: the tokens of a row (`own`), or any. Scores of (query, block): tokens up to the query (`past`), or up to the end of the
+block as well (`block`), or any. What masks say is proved for all lengths by :mod:`sparsedsl.analysis.proofs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+
+from sparsedsl.analysis.block_masks import constant_in_blocks
+from sparsedsl.analysis.proofs import Verdict, implies
+from sparsedsl.lang.expressions import Mask, as_mask, kv_idx, kv_len, q_idx
+from sparsedsl.lang.numeric import minimum
+from sparsedsl.program import select
+from sparsedsl.program.axes import base_of, block_of
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall, reads_scores
+from sparsedsl.program.decided import assume
+from sparsedsl.program.graph import Program
+from sparsedsl.program.node import Node
+from sparsedsl.program.orders import Inverse, Order, Take, Tokens
+from sparsedsl.program.rules import Rules
+from sparsedsl.program.scores import (
+    Antidiagonal,
+    Bound,
+    Dot,
+    Grouped,
+    GroupedKeys,
+    Gumbel,
+    Plus,
+    Probe,
+    Regroup,
+    Scores,
+    Smooth,
+    Softmax,
+)
+from sparsedsl.program.select import Select, choices_in
+from sparsedsl.program.sources import Slots
+from sparsedsl.program.tensors import Input, Summary
+
+__all__ = ["CAUSALITY_RULES", "program_causality"]
+
+PAST, OWN, BLOCK, ANY = "past", "own", "block", "any"
+PROVED = Verdict("PROVED", reason="through the graph, for all indices, lengths and tables")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a result may depend on, and why, if that is more than a query may know."""
+
+    reach: str
+    why: str = ""
+    verdict: Verdict | None = None
+
+
+def program_causality(program: Program) -> Verdict:
+    """PROVED, REFUTED with the node that reads the future (and a pair of positions where one is known), or UNKNOWN.
+
+    REFUTED says that the declaration lets later tokens in; whether they change a given call is what
+    :func:`sparsedsl.testing.assert_causal` finds out.
+
+    >>> import sparsedsl as sd
+    >>> program_causality(sd.Program(sd.patterns.hsa()))
+    PROVED (through the graph, for all indices, lengths and tables)
+    >>> print(program_causality(sd.Program(sd.patterns.token_sparse())).reason)
+    keep_tokens is decided by probe, which looks at the last 128 queries
+    """
+    known: dict[Node, _Known] = {}
+    for node in program.order:
+        known[node] = CAUSALITY_RULES[type(node)](node, known)
+    result = known[program.root]
+    if result.verdict is not None:
+        return replace(result.verdict, reason=program.worded(result.verdict.reason))
+    return PROVED if result.reach == PAST else Verdict("REFUTED", reason=program.worded(result.why))
+
+
+def _ends_before(block: int) -> Mask:
+    """The last key of a block lies at or before the query."""
+    return minimum((kv_idx // block + 1) * block, kv_len) <= q_idx + 1 if block > 1 else kv_idx <= q_idx
+
+
+def _worst(nodes: Iterable[Node], known: dict[Node, _Known]) -> _Known | None:
+    """What is known of the first of these results that may depend on anything, or of which that is not known."""
+    return next((known[node] for node in nodes if known[node].reach == ANY or known[node].verdict is not None), None)
+
+
+def _input(node: Input, known: dict[Node, _Known]) -> _Known:
+    return _Known(OWN) if node.default is None else known[node.default]
+
+
+def _summary(node: Summary, known: dict[Node, _Known]) -> _Known:
+    below = known[node.x]
+    if below.reach == OWN and base_of(node.axes[2]) == "queries" and node.block > 1:
+        return _Known(ANY, f"{node.label} joins {node.block} queries, of which all but the last read later ones")
+    return below
+
+
+def _products(node: Dot | Bound | Antidiagonal, known: dict[Node, _Known]) -> _Known:
+    """The key of a product may be any of its block."""
+    return _scored(node, node.inputs, known) or _Known(BLOCK)
+
+
+def _scores(node: Scores, known: dict[Node, _Known]) -> _Known:
+    return _combined_scores(node, node.inputs, known)
+
+
+def _gumbel(node: Gumbel, known: dict[Node, _Known]) -> _Known:
+    """The seed says nothing of tokens."""
+    return _combined_scores(node, (node.scores,), known)
+
+
+def _combined_scores(node: Scores | Select, parts: Sequence[Node], known: dict[Node, _Known]) -> _Known:
+    """What is made of scores knows what these know."""
+    own = _Known(PAST if all(known[part].reach == PAST for part in parts) else BLOCK)
+    return _scored(node, parts, known) or own
+
+
+def _scored(node: Scores | Select, parts: Sequence[Node], known: dict[Node, _Known]) -> _Known | None:
+    """Why scores may depend on anything, or None."""
+    worst = _worst(parts, known)
+    if worst is None and block_of(node.axes[2]) > 1:
+        return _Known(ANY, f"{node.label} scores {block_of(node.axes[2])} queries at a time, by what the last of them reads")
+    return worst
+
+
+def _within(node: Node, among: Mask, known: _Known, what: str) -> _Known:
+    """Scores of blocks, used for the candidates ``among``: known to the query if all of these have ended."""
+    if known.reach in (PAST, ANY) or known.verdict is not None:
+        return known
+    block = block_of(node.axes[3])
+    verdict = implies(among, _ends_before(block))
+    if verdict.status == "PROVED":
+        return _Known(PAST)
+    why = f"{what}, where a block of {block} keys may end after the query"
+    status = "REFUTED" if verdict.status == "REFUTED" else "UNKNOWN"
+    return _Known(ANY, why, Verdict(status, verdict.witness, reason=f"{why} ({verdict.reason})" if verdict.reason else why))
+
+
+def _softmax(node: Softmax, known: dict[Node, _Known]) -> _Known:
+    return _within(node, node.among, _scores(node, known), f"{node.label} sums over blocks among {node.among}")
+
+
+def _select(node: Select, known: dict[Node, _Known]) -> _Known:
+    among = Mask(sympy.true) if node.among is None else node.among
+    found = _within(node, among, _combined_scores(node, node.inputs, known), f"{node.label} compares blocks among {among}")
+    forced = next((known[source] for source in node.inputs if source is not node.scores and known[source].reach == ANY), None)
+    return forced or found
+
+
+def _probe(node: Probe, known: dict[Node, _Known]) -> _Known:
+    return _Known(ANY, f"{node.label}, which looks at the last {node.rows} queries")
+
+
+def _key_scores(node: Smooth | GroupedKeys, known: dict[Node, _Known]) -> _Known:
+    return known[node.x]
+
+
+def _decided(node: Order | Tokens, known: dict[Node, _Known]) -> _Known:
+    below = _worst(node.inputs, known) or known[node.scores]
+    return _Known(ANY, f"{node.label} is decided by {below.why}") if below.reach == ANY else below
+
+
+def _inverse(node: Inverse, known: dict[Node, _Known]) -> _Known:
+    return known[node.order]
+
+
+def _take(node: Take, known: dict[Node, _Known]) -> _Known:
+    return _worst((node.order, node.x), known) or known[node.order]
+
+
+def _attend(node: Attend, known: dict[Node, _Known]) -> _Known:
+    worst = _worst(node.inputs, known)
+    if worst is not None:
+        return worst
+    mask = _with_choices(node)
+    block = block_of(node.y.axes[2])
+    seen = implies(
+        mask, (kv_idx + 1) * block <= q_idx + block if block == 1 else minimum((kv_idx + 1) * block, kv_len) <= q_idx + 1
+    )
+    if seen.status != "PROVED":
+        what = f"{node.label}: a query sees a later {'key' if block == 1 else f'block of {block} keys'}"
+        return _Known(ANY, what, Verdict(seen.status, seen.witness, reason=what if seen.witness is None else ""))
+    for scores in reads_scores(node.pattern):
+        found = _within(scores, mask, known[scores], f"{node.label} reads {scores.label} in its score")
+        if found.reach != PAST:
+            return found
+    return _Known(PAST)
+
+
+def _with_choices(node: Attend) -> Mask:
+    """The mask, with what is known of its choices: what was chosen was a candidate."""
+    mask: Any = node.pattern.mask.expr
+    for name, choice in choices_in(node.pattern.mask).items():
+        if choice.among is not None and constant_in_blocks(choice.among.expr, *choice.blocks):
+            on, off = (assume(mask, {name: value}) for value in (True, False))
+            mask = sympy.Or(sympy.And(on, choice.among.expr), off)
+    return as_mask(Mask(mask))
+
+
+def _recurrent(node: Linear | Recall, known: dict[Node, _Known]) -> _Known:
+    """It runs along the tokens, and is read where it stands."""
+    return _worst(node.inputs, known) or _Known(PAST)
+
+
+def _combined(node: Branch | Slots, known: dict[Node, _Known]) -> _Known:
+    """As its parts."""
+    return _worst(node.inputs, known) or _Known(PAST)
+
+
+CAUSALITY_RULES: Rules[Callable[[Any, dict[Node, _Known]], _Known]] = Rules(
+    "the proof of causality",
+    {
+        Input: _input,
+        Summary: _summary,
+        **dict.fromkeys((Dot, Bound, Antidiagonal), _products),
+        **dict.fromkeys((Grouped, Plus, Regroup), _scores),
+        Softmax: _softmax,
+        Gumbel: _gumbel,
+        **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
+        Probe: _probe,
+        **dict.fromkeys((Smooth, GroupedKeys), _key_scores),
+        **dict.fromkeys((Order, Tokens), _decided),
+        Inverse: _inverse,
+        Take: _take,
+        Attend: _attend,
+        Slots: _combined,
+        **dict.fromkeys((Linear, Recall), _recurrent),
+        **dict.fromkeys((Joint, Mix, Compact), _combined),
+    },
+)

@@ -1,0 +1,136 @@
+"""From a mask to the blocks each row may choose: limits and a rule, without looking at every pair where intervals say it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+
+from sparsedsl.analysis.block_masks import constant_in_blocks
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.key_intervals import interval_rows, intervals, keys_of_one_query
+from sparsedsl.lang.steps import evaluate
+from sparsedsl.lang.symbols import BATCH, HEAD
+from sparsedsl.selection.candidates import Candidates, PairRule
+
+__all__ = ["block_rule", "candidates_of"]
+
+Tensor = torch.Tensor
+
+
+def candidates_of(mask: Any, domain: Domain, q_block: int, kv_block: int, heads: int, device: torch.device) -> Candidates:
+    """The blocks of ``kv_block`` keys with a pair that ``mask`` allows, for every block of ``q_block`` queries.
+
+    ``heads``: of the scores; where the mask tells more heads apart, a block is allowed if it is for one head of the group. ``device``: of
+    the scores. Limits are made where the tables are: on the host if there are none, so that a GPU is not asked how far to score.
+    """
+    if mask == sympy.true:
+        return Candidates()
+    if domain.rows == 1 and (ranges := keys_of_one_query(mask, domain)) is not None:
+        return _of_ranges([range(part.start // kv_block, (part.stop - 1) // kv_block + 1) for part in ranges], domain.device)
+    ends = _ends(mask, domain, q_block)
+    if ends is None:
+        return Candidates(allowed=_pair_rule(mask, domain, q_block, kv_block, heads, {}, device))
+    if not ends:
+        return Candidates(end=torch.zeros(-(-domain.rows // q_block), dtype=torch.int64, device=domain.device))
+    # (.., rows, q_unit): -1 and kv_len mark queries without keys
+    begin = torch.stack(torch.broadcast_tensors(*(first.amin(-1) for first, _ in ends))).amin(0) // kv_block
+    end = torch.stack(torch.broadcast_tensors(*(last.amax(-1) for _, last in ends))).amax(0) // kv_block + 1
+    begin, end = _joined(begin, heads, "amin"), _joined(end, heads, "amax")
+    exact = len(ends) == 1 and q_block == 1 and ends[0][0].shape[1] in (1, heads)
+    return Candidates(begin=begin, end=end, allowed=None if exact else _interval_rule(ends, kv_block, heads, device))
+
+
+def _of_ranges(blocks: list[range], device: torch.device) -> Candidates:
+    """The same for one row, whose blocks are ranges."""
+    if not blocks:
+        return Candidates(end=torch.zeros(1, dtype=torch.int64, device=device))
+    begin, end = torch.tensor([blocks[0].start], device=device), torch.tensor([blocks[-1].stop], device=device)
+    if len(blocks) == 1:
+        return Candidates(begin=begin, end=end)
+
+    def allowed(rows: Tensor, places: Tensor) -> Tensor:
+        inside = [(places >= part.start) & (places < part.stop) for part in blocks]
+        return functools.reduce(torch.bitwise_or, inside)[None, None, None]
+
+    return Candidates(begin=begin, end=end, allowed=allowed)
+
+
+def _ends(mask: Any, domain: Domain, q_block: int) -> list[Any] | None:
+    """First and last key of each interval of the mask, ``(B, H, blocks of queries, q_block)``; None: it is no union of intervals."""
+    found = intervals(mask)
+    if found is None:
+        return None
+    fills = (domain.kv_len, -1)
+    return [
+        tuple(_per_block(end, q_block, fill) for end, fill in zip(interval_rows(s, domain), fills, strict=True)) for s in found
+    ]
+
+
+def _interval_rule(ends: list[Any], kv_block: int, heads: int, device: torch.device) -> PairRule:
+    """A block is allowed where some interval of some query of the row reaches into it."""
+    here = [(first.to(device), last.to(device)) for first, last in ends]
+
+    def allowed(rows: Tensor, blocks: Tensor) -> Tensor:
+        verdict = None
+        for first, last in here:
+            low, high = (end.index_select(2, rows)[..., None] for end in (first, last))
+            inside = ((blocks >= low // kv_block) & (blocks <= high // kv_block) & (high >= 0)).any(3)
+            verdict = inside if verdict is None else verdict | inside
+        assert verdict is not None
+        return _joined_flags(verdict, heads)
+
+    return allowed
+
+
+def _per_block(end: Tensor, block: int, fill: int) -> Tensor:
+    """``(B, H, rows) -> (B, H, blocks, block)``."""
+    missing = -end.shape[2] % block
+    end = torch.cat([end, end.new_full((*end.shape[:2], missing), fill)], dim=2) if missing else end
+    return end.long().unflatten(2, (-1, block))
+
+
+def _joined(limit: Tensor, heads: int, how: str) -> Tensor:
+    if limit.shape[1] in (1, heads):
+        return limit
+    return getattr(limit.unflatten(1, (heads, -1)), how)(2)
+
+
+def _joined_flags(flags: Tensor, heads: int) -> Tensor:
+    return flags if flags.shape[1] in (1, heads) else flags.unflatten(1, (heads, -1)).any(2)
+
+
+def block_rule(
+    mask: Any, domain: Domain, q_block: int, kv_block: int, heads: int, tables: Mapping[str, Tensor], device: torch.device
+) -> PairRule:
+    """Whether a block of queries and a block of keys hold a pair that ``mask`` allows. ``tables``: those of the program's own nodes."""
+    # Of tables that nodes give nothing is declared that intervals could rely on.
+    ends = None if tables else _ends(mask, domain, q_block)
+    if not ends:
+        return _pair_rule(mask, domain, q_block, kv_block, heads, tables, device)
+    return _interval_rule(ends, kv_block, heads, device)
+
+
+def _pair_rule(
+    mask: Any, domain: Domain, q_block: int, kv_block: int, heads: int, tables: Mapping[str, Tensor], device: torch.device
+) -> PairRule:
+    """The same, looked up pair by pair, or at one pair where all of two blocks are alike."""
+    one = constant_in_blocks(mask, q_block, kv_block)
+    q_steps = torch.arange(1 if one else q_block, device=device)
+    kv_steps = torch.arange(1 if one else kv_block, device=device)
+    free = mask.free_symbols
+    env: dict[str, Any] = {**domain.lengths, **domain.tables, **tables}
+    env["b"] = torch.arange(domain.batch, device=device).view(-1, 1, 1, 1, 1, 1) if BATCH in free else 0
+    env["h"] = torch.arange(domain.heads, device=device).view(-1, 1, 1, 1, 1) if HEAD in free else 0
+
+    def rule(rows: Tensor, blocks: Tensor) -> Tensor:
+        q = (rows[:, None] * q_block + q_steps + domain.q_offset).view(1, 1, len(rows), len(q_steps), 1, 1)
+        kv = (blocks[:, None] * kv_block + kv_steps).view(1, 1, 1, 1, len(blocks), len(kv_steps))
+        allowed = evaluate(mask, {**env, "q_idx": q, "kv_idx": kv})
+        real = (q < domain.lengths["q_len"]) & (kv < domain.kv_len)
+        return _joined_flags((allowed & real).any(5).any(3), heads)
+
+    return rule
