@@ -31,7 +31,7 @@ def child(queries: int, chunks: int, k: int, every: bool) -> None:
     from sparsedsl.selection.candidates import Candidates
     from sparsedsl.selection.ranking import top_k
     from sparsedsl.selection.scores import DotScores
-    from sparsedsl.selection.selected_scores import selected_scores
+    from sparsedsl.selection.scores_at_blocks import selected_scores
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

@@ -38,8 +38,8 @@ from sparsedsl.runtime.call import check_call, inner_call
 from sparsedsl.runtime.heads import alike, lse_merge, repeat_kv
 from sparsedsl.runtime.sinks import sink_logit
 from sparsedsl.selection.chunking import cut
+from sparsedsl.selection.scores_at_blocks import selected_scores
 from sparsedsl.selection.selected_call import SelectedCall
-from sparsedsl.selection.selected_scores import selected_scores
 from sparsedsl.selection.union_lists import joined_lists
 from sparsedsl.selection.weights import weights_of
 

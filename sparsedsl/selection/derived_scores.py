@@ -10,7 +10,7 @@ import torch
 from sparsedsl.selection.candidates import Candidates
 from sparsedsl.selection.gather import repeat_kv
 from sparsedsl.selection.scores import Leaf, ScoreSource
-from sparsedsl.selection.selected_scores import lse_over_candidates
+from sparsedsl.selection.scores_at_blocks import lse_over_candidates
 
 __all__ = ["RegroupedScores", "SoftmaxScores", "softmax_scores"]
 

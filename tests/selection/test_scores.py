@@ -19,8 +19,8 @@ from sparsedsl.selection.noise import GumbelScores
 from sparsedsl.selection.proxies import bounds
 from sparsedsl.selection.ranking import top_k
 from sparsedsl.selection.scores import DotScores, TensorScores
+from sparsedsl.selection.scores_at_blocks import lse_over_candidates, selected_scores
 from sparsedsl.selection.selected_blocks import SelectedBlocks
-from sparsedsl.selection.selected_scores import lse_over_candidates, selected_scores
 from sparsedsl.testing import tensor
 
 DOUBLE = torch.float64

@@ -12,7 +12,7 @@ from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.protocol import PatternRunner
 from sparsedsl.backends.tiled import passes
-from sparsedsl.backends.tiled.decode import decode
+from sparsedsl.backends.tiled.decoding import decode
 from sparsedsl.backends.tiled.score_rules import score_rule
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, attend

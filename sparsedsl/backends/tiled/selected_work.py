@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from sparsedsl.backends.tiled.decode import decode_selected
+from sparsedsl.backends.tiled.decoding import decode_selected
 from sparsedsl.backends.tiled.head_groups import Block, HeadGroups
 from sparsedsl.backends.tiled.passes import FAR_LSE, MOST_COPIES
 from sparsedsl.backends.tiled.score_rules import LN2, LOG2E, ScoreRule, score_rule
