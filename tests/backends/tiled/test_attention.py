@@ -539,7 +539,7 @@ def test_every_kind_of_unit_is_run_by_these_tests():
 
         patch.setattr(tile_jobs.TileJob, "sums", noted)
         for how in CUTS.values():
-            for name in ("causal", "window and sinks", "strided", "scattered", "residue classes that meet"):
+            for name in ("causal", "window", "window and sinks", "strided", "scattered", "residue classes that meet"):
                 q, k, v = qkv(150, dtype=torch.float32)
                 with cut(how), torch.no_grad():
                     sd.compile(USUAL[name], backend="tiled")(q, k, v)
