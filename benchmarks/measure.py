@@ -261,9 +261,9 @@ def run_child(arguments: Sequence[str], env: Mapping[str, str] | None = None) ->
 
 def length_text(tokens: int) -> str:
     """4096 -> 4K."""
-    for block, size in (("M", 2**20), ("K", 2**10)):
+    for unit, size in (("M", 2**20), ("K", 2**10)):
         if tokens >= size and tokens % size == 0:
-            return f"{tokens // size}{block}"
+            return f"{tokens // size}{unit}"
     return f"{tokens:,}"
 
 

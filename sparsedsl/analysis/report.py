@@ -127,9 +127,9 @@ class Analysis:
 
 
 def _flops(value: int) -> str:
-    for block, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
+    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
         if value >= size:
-            return f"{value / size:,.2f} {block}"
+            return f"{value / size:,.2f} {unit}"
     return f"{value:,} FLOP"
 
 

@@ -36,7 +36,7 @@ def candidates_of(mask: Any, domain: Domain, q_block: int, kv_block: int, heads:
         return Candidates(allowed=_pair_rule(mask, domain, q_block, kv_block, heads, {}, device))
     if not ends:
         return Candidates(end=torch.zeros(-(-domain.rows // q_block), dtype=torch.int64, device=domain.device))
-    # (.., rows, q_unit): -1 and kv_len mark queries without keys
+    # (.., rows, q_block): -1 and kv_len mark queries without keys
     begin = torch.stack(torch.broadcast_tensors(*(first.amin(-1) for first, _ in ends))).amin(0) // kv_block
     end = torch.stack(torch.broadcast_tensors(*(last.amax(-1) for _, last in ends))).amax(0) // kv_block + 1
     begin, end = _joined(begin, heads, "amin"), _joined(end, heads, "amax")
