@@ -23,9 +23,9 @@ from sparsedsl.backends.registry import check_backend, check_runs, named
 from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
 from sparsedsl.execute import operators
 from sparsedsl.execute.dispatch import Dispatch
+from sparsedsl.execute.empty import run_empty
 from sparsedsl.execute.explanation import Explanation, explain
 from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
-from sparsedsl.execute.program_empty import run_empty
 from sparsedsl.execute.requests import facts_of, requests_of
 from sparsedsl.execute.state import ProgramState, advanced, continued
 from sparsedsl.execute.static import StaticAttention

@@ -1,26 +1,40 @@
-"""Calls in which nothing attends to anything: no batch entries, no queries, or no keys. The same for every lowering."""
+"""Calls in which nothing attends to anything: no batch entries, no queries, or no keys. Out is 0, the LSE that of what needs no keys."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
 
 import torch
 
 from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.rules import Rules
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.program_call import ProgramCall
 
-__all__ = ["attend_empty", "nothing_attended", "sink_lse"]
+__all__ = ["EMPTY_RULES", "attend_empty", "run_empty"]
 
 Tensor = torch.Tensor
 
 
 def attend_empty(pattern: Pattern, call: Call) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of a call with a batch size or length of 0: out 0; lse -inf, or the sink's logit. Gradients are zero."""
-    return nothing_attended(call, sink_lse(pattern, call), (call.q, call.k, call.v, *call.tables.values()))
+    return _nothing_attended(call, _sink_lse(pattern, call), (call.q, call.k, call.v, *call.tables.values()))
 
 
-def nothing_attended(call: Call | ProgramCall, lse: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def run_empty(call: ProgramCall) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``, with gradients of zero; an LSE of -inf where the program is no softmax."""
+    root = call.program.root
+    lse = EMPTY_RULES[type(root)](root, call)
+    return _nothing_attended(call, lse, (*call.inputs.values(), *call.tables.values()))
+
+
+def _nothing_attended(call: Call | ProgramCall, lse: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """An output of 0, and this LSE, ``(B, Hq, Sq)``; both with a gradient of zero for ``leaves``."""
     out = call.q.new_zeros((*call.q.shape[:3], call.v.shape[3]))
     if not call.needs_grad:
@@ -30,7 +44,7 @@ def nothing_attended(call: Call | ProgramCall, lse: Tensor, leaves: tuple[Tensor
     return out + nothing, lse + nothing
 
 
-def sink_lse(pattern: Pattern, call: Call | ProgramCall) -> Tensor:
+def _sink_lse(pattern: Pattern, call: Call | ProgramCall) -> Tensor:
     """The LSE of rows that see no key, ``(B, Hq, Sq)``: the logit of the sink, or -inf."""
     q = call.q
     shape, kind = q.shape[:3], accumulated(q.dtype)
@@ -40,3 +54,39 @@ def sink_lse(pattern: Pattern, call: Call | ProgramCall) -> Tensor:
     batch = torch.arange(shape[0], device=q.device)[:, None, None]
     heads = torch.arange(shape[1], device=q.device)[:, None]
     return evaluate(pattern.sink.expr, {"b": batch, "h": heads, **call.tables}, dtype=kind).to(kind).expand(shape).clone()
+
+
+# ---- rules: the LSE of a branch without keys, (B, Hq, Sq) ------------------------------------------------------------------------
+
+
+def _filled(call: ProgramCall, value: float) -> Tensor:
+    return call.q.new_full(call.q.shape[:3], value, dtype=call.dtype)
+
+
+def _nothing(node: Branch, call: ProgramCall) -> Tensor:
+    """There is nothing that a weight could go to."""
+    return _filled(call, -math.inf)
+
+
+def _attend(node: Attend, call: ProgramCall) -> Tensor:
+    """Its sink; of a softmax per chunk the logit of 0 that takes part in its weights, if one does."""
+    if node.normaliser is not None:
+        return _filled(call, 0.0 if node.normaliser.weights == "softmax1" else -math.inf)
+    return _sink_lse(node.pattern, call)
+
+
+def _recall(node: Recall, call: ProgramCall) -> Tensor:
+    """Slots that nothing was written to have a logit of 0 each, or take no part."""
+    slots = int(node.memory.gate.axes[3])
+    return _filled(call, math.log(slots) if node.memory.empty == "zero_sink" else -math.inf)
+
+
+def _joint(node: Joint, call: ProgramCall) -> Tensor:
+    return reduce(torch.logaddexp, [EMPTY_RULES[type(branch)](branch, call) for branch in node.branches])
+
+
+EMPTY_RULES: Rules[Callable[[Any, ProgramCall], Tensor]] = Rules(
+    "a call without keys",
+    {Attend: _attend, Recall: _recall, Joint: _joint, **dict.fromkeys((Linear, Mix, Compact), _nothing)},
+    base=Branch,
+)

@@ -19,8 +19,8 @@ from source_tree import ROOT, modules
 from sparsedsl.analysis.proofs import PROVED
 from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
+from sparsedsl.execute.empty import run_empty
 from sparsedsl.execute.node_rules import LOWERED_RULES
-from sparsedsl.execute.program_empty import run_empty
 from sparsedsl.execute.requests import REQUEST_RULES, facts_of, requests_of
 from sparsedsl.execute.state import horizon
 from sparsedsl.execute.ways import way_of
