@@ -1,4 +1,5 @@
-"""What every test can use: the ``golden`` and ``tiny_gemma`` fixtures, the ``gpu`` marker, and the random budget of the property tests.
+"""What every test can use: the ``golden``, ``options`` and ``tiny_gemma`` fixtures, the ``gpu`` marker, and the random budget of the
+property tests.
 
 - ``pytest --update-golden`` rewrites golden files instead of comparing with them.
 - ``SPARSEDSL_TEST_EXAMPLES=100000`` spreads about that many random cases over the property tests that are run, in proportion to
@@ -9,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import math
@@ -232,6 +234,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         seed = _seed(terminalreporter.config)
         more += "" if seed is None else f"; --hypothesis-seed={seed} draws them again"
         terminalreporter.write_line(f"random cases: {cases:,} run in {tests} property tests, {failed} of which failed ({more})")
+
+
+@pytest.fixture
+def options() -> Iterator[Callable[..., None]]:
+    """``options(LIMITS, scan_chunk=1)``: other values of an :class:`~sparsedsl.adjustable.Adjustable` until the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda adjustable, **changes: stack.enter_context(adjustable.using(**changes))
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.domain import Domain, Groups
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.intervals import Intervals, TableRanges
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN
 from sparsedsl.analysis.mask_clauses import literals, only_difference
@@ -23,12 +24,8 @@ from sparsedsl.lang.symbols import BATCH, HEAD
 __all__ = ["Boxes", "PointDecider", "box_classes", "check_points"]
 
 Boxes = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-# Points evaluated at once.
-POINTS = 1 << 20
 # Points looked at in one question at most: an hour and more.
 MOST_POINTS = 1 << 38
-# Tile kinds that may be told apart by number; more are told apart by sorting.
-SMALL_KEY = 1 << 22
 
 
 def _intervals(domain: Domain, groups: Groups, ranges: TableRanges, boxes: Boxes) -> Intervals:
@@ -108,7 +105,7 @@ class PointDecider:
             # Tiles with an open relation stand for themselves.
             key = torch.where(open_, int(key.max()) + 1 + number, key)
         size = int(key.max()) + 1
-        if size <= SMALL_KEY:
+        if size <= EFFORT.now.kinds:
             place = torch.zeros(size, dtype=torch.int64, device=key.device)
             place.scatter_(0, key, number)
             chosen = (place.index_select(0, key) == number).nonzero()[:, 0]
@@ -142,8 +139,8 @@ class PointDecider:
         """
         group, q_low, q_high, kv_low, kv_high = tiles
         some, all_ = [], []
-        for begin in range(0, q_low.numel(), POINTS // 8):
-            part = slice(begin, begin + POINTS // 8)
+        for begin in range(0, q_low.numel(), EFFORT.now.points // 8):
+            part = slice(begin, begin + EFFORT.now.points // 8)
             a, b, c, d = (t[part] for t in (q_low, q_high, kv_low, kv_high))
             near_low = torch.maximum(torch.minimum(a, d), c)
             near_high = torch.maximum(torch.minimum(b, d), c)
@@ -160,8 +157,8 @@ class PointDecider:
         q_size, kv_size = int((q_high - q_low).max()) + 1, int((kv_high - kv_low).max()) + 1
         check_points(tiles)
         # A strip of rows at a time when a single tile exceeds the budget.
-        strip = max(1, min(q_size, POINTS // kv_size))
-        step = max(1, POINTS // (strip * kv_size))
+        strip = max(1, min(q_size, EFFORT.now.points // kv_size))
+        step = max(1, EFFORT.now.points // (strip * kv_size))
         across = torch.arange(kv_size, device=group.device)
         kinds = []
         for begin in range(0, group.numel(), step):

@@ -17,6 +17,7 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.errors import PatternError
 from sparsedsl.lang import functions as fn
@@ -34,7 +35,6 @@ except ImportError:  # patterns run without it; what would be proved is then unk
 
 __all__ = ["PROVED", "REFUTED", "UNKNOWN", "Verdict", "Witness", "causality", "equivalent", "implies", "satisfiable"]
 
-TIMEOUT_MS = 3000
 # A witness is first sought among small indices, where a reader can check it by hand.
 SMALL = 32
 INT64 = 2**63 - 1
@@ -154,7 +154,7 @@ def satisfiable(mask: Boolean) -> Verdict:
     answer = None
     for bound in (SMALL, None):
         solver = z3.Solver(ctx=translation.ctx)
-        solver.set("timeout", TIMEOUT_MS)
+        solver.set("timeout", EFFORT.now.proof_ms)
         solver.set("random_seed", 1)
         solver.add(translation.formula, *translation.facts)
         if bound is not None:
@@ -173,7 +173,7 @@ def satisfiable(mask: Boolean) -> Verdict:
         return Verdict(
             "UNKNOWN", reason="a candidate point failed when evaluated: the mask uses float functions or bit operations"
         )
-    return Verdict("UNKNOWN", reason=f"the solver gave up after {TIMEOUT_MS / 1000:g} s: {solver.reason_unknown()}")
+    return Verdict("UNKNOWN", reason=f"the solver gave up after {EFFORT.now.proof_ms / 1000:g} s: {solver.reason_unknown()}")
 
 
 class _Translation:

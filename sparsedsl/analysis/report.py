@@ -14,6 +14,7 @@ import torch
 
 from sparsedsl.analysis.bounds import check_reads, index_ranges, value_ranges
 from sparsedsl.analysis.domain import Domain, check_size
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import BlockLists, size_text
@@ -37,8 +38,6 @@ __all__ = ["ITEM_BYTES", "Analysis", "analyse", "bind_for_analysis"]
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 INT32_MAX = 2**31 - 1
-# Tiles of the whole grid from which on they are counted without lists where the mask allows it.
-MOST_LISTED = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +256,7 @@ def analyse(
 def _count(mask: Any, domain: Domain, block: tuple[int, int]) -> tuple[Totals, BlockLists | None]:
     """The totals, and the lists where they were made for them."""
     tiles = domain.groups(mask).count * -(-domain.rows // block[0]) * -(-domain.kv_len // block[1])
-    totals = repeated_totals(mask, domain, block) if tiles > MOST_LISTED else None
+    totals = repeated_totals(mask, domain, block) if tiles > EFFORT.now.listed else None
     if totals is not None:
         return totals, None
     lists = classify(mask, domain, block)

@@ -10,6 +10,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.runs import solve_clause
@@ -17,10 +18,8 @@ from sparsedsl.lang.steps import evaluate
 
 __all__ = ["RowCounts", "count_rows", "row_counts"]
 
-# Rows solved at once, and the most points evaluated before rows are sampled.
+# Rows solved at once.
 ROWS = 1 << 16
-POINT_BUDGET = 1 << 27
-SAMPLED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def count_rows(mask: Boolean, domain: Domain, lists: BlockLists) -> RowCounts:
     groups = domain.groups(mask)
     total = groups.count * domain.rows
     closed = all(not clause.rest for clause in clauses(mask))
-    exact = closed or lists.partial.total * lists.block[0] * lists.block[1] <= POINT_BUDGET
+    exact = closed or lists.partial.total * lists.block[0] * lists.block[1] <= EFFORT.now.counted_points
     seen = allowed = empty = 0
     first = None
     for start, counts in _closed_rows(mask, domain) if closed else _rows_by_points(mask, domain, lists, exact):
@@ -66,7 +65,7 @@ def row_counts(mask: Boolean, domain: Domain, lists: BlockLists) -> torch.Tensor
     """Allowed keys of every row, int64 ``(groups * rows,)``; None where too many points would have to be looked at."""
     if all(not clause.rest for clause in clauses(mask)):
         return torch.cat([counts for _, counts in _closed_rows(mask, domain)])
-    if lists.partial.total * lists.block[0] * lists.block[1] > POINT_BUDGET:
+    if lists.partial.total * lists.block[0] * lists.block[1] > EFFORT.now.counted_points:
         return None
     return torch.cat([counts for _, counts in _rows_by_points(mask, domain, lists, True)])
 
@@ -106,7 +105,7 @@ def _rows_by_points(mask: Boolean, domain: Domain, lists: BlockLists, exact: boo
     chosen = torch.arange(lines.numel(), device=domain.device)
     if not exact:
         chosen = (
-            torch.linspace(0, lines.numel() - 1, min(SAMPLED_ROWS, lines.numel()), device=domain.device)
+            torch.linspace(0, lines.numel() - 1, min(EFFORT.now.sampled_rows, lines.numel()), device=domain.device)
             .round()
             .to(torch.int64)
             .unique()

@@ -21,6 +21,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.intervals import TableRanges
 from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL, UNKNOWN, BlockLists, TileRows, check_room, expand_runs
 from sparsedsl.analysis.mask_clauses import clauses
@@ -30,13 +31,8 @@ from sparsedsl.errors import ShapeError
 
 __all__ = ["Grid", "block_pair", "classify"]
 
-# Tiles listed at once by runs: memory stays below 4 MiB at a million tokens, and torch does not split work so small over threads,
-# which costs more than it gains. Boxes of the descent at once: they need more work each, and most of them fall.
-CHUNK, BOXES = 1 << 14, 1 << 17
 # The descent begins at boxes of this many tiles on a side and splits by BRANCH.
 ROOT, BRANCH = 64, 4
-# Undecided tiles longer than this are split before points are looked at.
-FINE = 128
 # Lists that may be longer than this are counted before they are made.
 LONG = 1 << 28
 
@@ -119,7 +115,7 @@ class _Classifier:
         self._refuse_beyond(8 * lines)
         if lines * self.grid.columns < LONG or self.descends or not self.clauses:
             return
-        listed, step = 0, max(1, CHUNK // len(self.clauses))
+        listed, step = 0, max(1, EFFORT.now.tiles // len(self.clauses))
         for first in range(0, lines, step):
             line = torch.arange(first, min(first + step, lines), device=self.device)
             _, lengths, kinds = self._line_pieces(self.grid, line)
@@ -197,11 +193,11 @@ class _Classifier:
     def _decide_boxes(self, boxes: Boxes) -> torch.Tensor:
         """Exact classes; large boxes from those of their parts, most of which intervals decide."""
         sizes = [int((high - low).max()) + 1 if low.numel() else 1 for low, high in (boxes[1:3], boxes[3:5])]
-        if not self.descends or max(sizes) <= FINE:
+        if not self.descends or max(sizes) <= EFFORT.now.fine:
             return self.decider.decide(boxes)
         kinds = self.decider.told(boxes)
-        parts = [BRANCH if size > FINE else 1 for size in sizes]
-        for open_ in (kinds == UNKNOWN).nonzero()[:, 0].split(max(1, BOXES // math.prod(parts))):
+        parts = [BRANCH if size > EFFORT.now.fine else 1 for size in sizes]
+        for open_ in (kinds == UNKNOWN).nonzero()[:, 0].split(max(1, EFFORT.now.boxes // math.prod(parts))):
             if open_.numel():
                 kinds[open_] = self._from_parts(tuple(t[open_] for t in boxes), parts)  # type: ignore[arg-type]
         return kinds
@@ -222,22 +218,22 @@ class _Classifier:
     def _pieces(self, grid: Grid) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Step 1. Chunks of lines with the pieces of each line: line, starts, lengths, kinds ``(lines, pieces)``.
 
-        A chunk lists about CHUNK boxes at most, unless a single line lists more.
+        A chunk lists about ``EFFORT.now.tiles`` boxes at most, unless a single line lists more.
         """
         if not self.clauses:
             return
         total = self.groups.count * grid.rows
-        step = max(1, CHUNK // (8 * len(self.clauses)))
+        step = max(1, EFFORT.now.tiles // (8 * len(self.clauses)))
         for first in range(0, total, step):
             line = torch.arange(first, min(first + step, total), device=self.device)
             starts, lengths, kinds = self._line_pieces(grid, line)
             done = lengths.sum(dim=1).cumsum(0)
-            if int(done[-1]) <= CHUNK:
+            if int(done[-1]) <= EFFORT.now.tiles:
                 yield line, starts, lengths, kinds
                 continue
             begin = 0
             while begin < line.numel():
-                limit = (int(done[begin - 1]) if begin else 0) + CHUNK
+                limit = (int(done[begin - 1]) if begin else 0) + EFFORT.now.tiles
                 stop = max(begin + 1, int(torch.searchsorted(done, limit, right=True)))
                 part = slice(begin, stop)
                 yield line[part], starts[part], lengths[part], kinds[part]
@@ -300,7 +296,7 @@ class _Classifier:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Step 2. Split undecided boxes until they are tiles; empty ones fall, full ones need no further question."""
         grid = self.grid.coarser(factor)
-        step = BOXES // BRANCH**2
+        step = EFFORT.now.boxes // BRANCH**2
         for begin in range(0, kind.numel(), step):
             g, r, c, k = (t[begin : begin + step] for t in (group, row, column, kind))
             open_ = (k == UNKNOWN).nonzero()[:, 0]

@@ -37,7 +37,7 @@ from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import check_call, inner_call
 from sparsedsl.runtime.heads import alike, lse_merge, repeat_kv
 from sparsedsl.runtime.sinks import sink_logit
-from sparsedsl.selection.chunking import cut
+from sparsedsl.selection.chunking import PIECES, cut
 from sparsedsl.selection.scores_at_blocks import selected_scores
 from sparsedsl.selection.selected_call import SelectedCall
 from sparsedsl.selection.union_lists import joined_lists
@@ -50,8 +50,6 @@ Tensor = torch.Tensor
 Result = tuple[Tensor, Tensor | None]
 # Tokens in the smallest tile that is worth a product of its own.
 SMALLEST_TILE = 16
-# What tables with a row for each query may take at a time: more queries are looked at in pieces.
-TABLE_BYTES = 64 << 20
 
 
 # Names of the nodes of an attention that are read as tables with rows.
@@ -92,7 +90,7 @@ class _AttendCall:
         """The queries, by number in the call, in pieces whose tables are small."""
         domain, nodes = self.run.domain, self._nodes()
         taken = sum(self._row_bytes(node) for node in nodes if block_of(node.axes[2]) == 1)
-        step = max(1, TABLE_BYTES // max(1, taken))
+        step = max(1, PIECES.now.table_bytes // max(1, taken))
         if step >= domain.rows:
             return [slice(0, domain.rows)]
         # Computed once, and not again with each piece in the backward pass.

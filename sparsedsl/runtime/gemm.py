@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsedsl.tiling.cost import SINGLE
+from sparsedsl.tiling.cutting import CUTTING
 from sparsedsl.torch_private import linear
 from sparsedsl.tuning.rates import has_linear
 
@@ -58,4 +58,4 @@ def _single(x: Tensor, results: int) -> bool:
 
 
 def _linear_is_best(x: Tensor, results: int) -> bool:
-    return results >= SINGLE and x.dtype == torch.float32 and x.device.type == "cpu" and has_linear()
+    return results >= CUTTING.now.single and x.dtype == torch.float32 and x.device.type == "cpu" and has_linear()

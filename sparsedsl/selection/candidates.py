@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsedsl.selection.chunking import PIECE_BYTES, cut, few_widths, is_small, rows_at_once
+from sparsedsl.selection.chunking import PIECES, cut, few_widths, is_small, rows_at_once
 from sparsedsl.selection.gather import repeat_kv
 from sparsedsl.selection.scores import ScoreSource
 
@@ -60,7 +60,7 @@ class Candidates:
             return self.mask_(source.block(rows, blocks), rows, blocks)
         parts = []
         # On a CPU in pieces that its caches hold: larger ones are new memory every time, a page fault for every 4 KiB.
-        most = CAST_BYTES if source.device.type == "cpu" else PIECE_BYTES
+        most = CAST_BYTES if source.device.type == "cpu" else PIECES.now.bytes
         for tile in cut(blocks.start, blocks.stop, max(1, most // max(1, source.block_bytes))):
             stop = min(source.shape[3], tile.start + few_widths(tile.stop - tile.start))
             parts.append(source.block(rows, slice(tile.start, stop))[..., : tile.stop - tile.start])

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-__all__ = ["PIECE_BYTES", "cut", "few_widths", "is_small", "rows_at_once", "tile_shape"]
+from sparsedsl.adjustable import Adjustable
 
-PIECE_BYTES = 32 * 2**20  # scratch memory of one piece
-BLOCKS_AT_ONCE = 8192  # wide enough for the products to be quick, narrow enough to leave rows for them
+__all__ = ["PIECES", "Pieces", "cut", "few_widths", "is_small", "rows_at_once", "tile_shape"]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What is worked on at once.
+
+    - ``bytes``: scratch memory of one piece.
+    - ``blocks``: wide enough for the products to be quick, narrow enough to leave rows for them.
+    - ``align``: tiles of a row are as wide as each other, in whole groups of so many.
+    - ``group``: in groups of so many a row is first looked at (`stable_topk`); torch's `amax` is slow below, the second look dear above.
+    - ``table_bytes``: what choices that are read as tables, with a row for each query, may take.
+    """
+
+    bytes: int = 32 << 20
+    blocks: int = 8192
+    align: int = 32
+    group: int = 32
+    table_bytes: int = 64 << 20
+
+
+PIECES = Adjustable(Pieces())
 SMALL_CELL = 1024  # more bytes than a score takes, its share of what it is made of included
-ALIGN = 32  # tiles of a row are as wide as each other, in whole groups of `ranking.GROUP`
 
 
 def cut(start: int, stop: int, step: int) -> Iterator[slice]:
@@ -24,7 +44,7 @@ def cut(start: int, stop: int, step: int) -> Iterator[slice]:
 
 def rows_at_once(row_bytes: int) -> int:
     """Rows (or anything) of ``row_bytes`` of scratch each that fit a piece; one at least."""
-    return max(1, PIECE_BYTES // max(1, row_bytes))
+    return max(1, PIECES.now.bytes // max(1, row_bytes))
 
 
 def is_small(rows: int, blocks: int, lists: int) -> bool:
@@ -33,7 +53,7 @@ def is_small(rows: int, blocks: int, lists: int) -> bool:
     >>> is_small(1, 256, lists=8), is_small(4096, 256, lists=8)
     (True, False)
     """
-    return rows * blocks * lists * SMALL_CELL <= PIECE_BYTES
+    return rows * blocks * lists * SMALL_CELL <= PIECES.now.bytes
 
 
 def tile_shape(cell_bytes: int, rows: int, blocks: int, row_bytes: int = 0, block_bytes: int = 0) -> tuple[int, int]:
@@ -45,9 +65,9 @@ def tile_shape(cell_bytes: int, rows: int, blocks: int, row_bytes: int = 0, bloc
     (1, 262144)
     """
     cells = rows_at_once(cell_bytes)
-    most = min(cells, rows_at_once(block_bytes), max(BLOCKS_AT_ONCE, cells // max(1, rows)))
+    most = min(cells, rows_at_once(block_bytes), max(PIECES.now.blocks, cells // max(1, rows)))
     width = -(-blocks // max(1, -(-blocks // most)))
-    width = max(1, min(most, -(-width // ALIGN) * ALIGN))
+    width = max(1, min(most, -(-width // PIECES.now.align) * PIECES.now.align))
     return max(1, min(rows, cells // width, rows_at_once(row_bytes))), width
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from sparsedsl.selection.chunking import PIECES
+
 __all__ = ["ascending", "best", "compacted"]
 
 Tensor = torch.Tensor
-
-GROUP = 32  # a row is first looked at in groups of so many; torch's `amax` is slow below, the second look dear above
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -21,14 +21,14 @@ def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     >>> best(torch.tensor([1.0, 3.0, 3.0, 2.0]), 2)
     (tensor([3., 3.]), tensor([1, 2]))
     """
-    size = scores.shape[-1]
-    groups = size // GROUP
-    if groups <= k or 2 * (k * GROUP + groups) > size:
+    size, group = scores.shape[-1], PIECES.now.group
+    groups = size // group
+    if groups <= k or 2 * (k * group + groups) > size:
         return _best_of_few(scores, min(k, size))
-    whole = groups * GROUP
-    tops = scores[..., :whole].unflatten(-1, (groups, GROUP)).amax(-1)
+    whole = groups * group
+    tops = scores[..., :whole].unflatten(-1, (groups, group)).amax(-1)
     chosen = _best_of_few(tops, k)[1].sort(dim=-1).values
-    members = (chosen[..., None] * GROUP + torch.arange(GROUP, device=scores.device)).flatten(-2)
+    members = (chosen[..., None] * group + torch.arange(group, device=scores.device)).flatten(-2)
     if whole < size:
         tail = torch.arange(whole, size, device=scores.device).expand(*members.shape[:-1], -1)
         members = torch.cat([members, tail], dim=-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from sparsedsl.tiling.cutting import CUTTING
 from sparsedsl.tiling.schedule import StridedSeries
 from sparsedsl.tuning.machine import ROWS, Machine
 
@@ -18,13 +19,11 @@ CALLS, STRIP_CALLS = 9, 6
 # Logits held at once: 4 MiB of float32, about what two cores keep in their second-level caches with what is read beside it.
 LOGITS = 1 << 20
 MOST_KEYS = 2048
-# From this many logits on, a strip is worth a product of its own.
-SINGLE = 40_000
 
 
 def chunk_keys(rows: int) -> int:
     """Keys taken at once for a strip of ``rows`` rows."""
-    return max(128, min(MOST_KEYS, LOGITS // max(rows, 1)) // 128 * 128)
+    return CUTTING.now.keys or max(128, min(MOST_KEYS, LOGITS // max(rows, 1)) // 128 * 128)
 
 
 def product_gflops(machine: Machine, rows: int, alone: bool) -> float:
@@ -39,9 +38,11 @@ def product_gflops(machine: Machine, rows: int, alone: bool) -> float:
     return rates[-1]
 
 
-def strips_at_once(rows: int, keys: int, alone: int = SINGLE) -> int:
+def strips_at_once(rows: int, keys: int, alone: int | None = None) -> int:
     """How many strips of ``rows`` rows with at most ``keys`` keys at a time are computed together: 1 from ``alone`` logits on."""
-    return 1 if rows * keys >= alone else max(1, LOGITS // (rows * keys))
+    if CUTTING.now.together is not None:
+        return CUTTING.now.together
+    return 1 if rows * keys >= (CUTTING.now.single if alone is None else alone) else max(1, LOGITS // (rows * keys))
 
 
 def series_seconds(
@@ -55,7 +56,7 @@ def series_seconds(
     chunks = sum(-(-length // most) for length in lengths)
     longest = min(most, max(lengths))
     together = strips_at_once(rows, longest)
-    alone = rows * longest >= SINGLE
+    alone = rows * longest >= CUTTING.now.single
     jobs = (
         series.count * strips_of if together == 1 else -(-max(series.count, strips_of) // together) * min(series.count, strips_of)
     )

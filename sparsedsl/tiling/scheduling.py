@@ -11,6 +11,7 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.tiling.cost import scattered_seconds, series_seconds
+from sparsedsl.tiling.cutting import CUTTING
 from sparsedsl.tiling.residues import ResidueClass, residue_classes
 from sparsedsl.tiling.schedule import ResiduePlan, Schedule, StridedSeries
 from sparsedsl.tiling.strips import ResidueSpace, jumps, strided_series, strip_edges
@@ -23,8 +24,6 @@ LONGEST = 1 << 27
 HEIGHTS = (64, 128, 256, 512, 1024)
 # Queries that heights are tried on.
 TRIAL = 1 << 14
-# Tiles of the scattered rest, in the order in which they are tried: the second where most tiles of the first are cut by the mask.
-BLOCKS = ((128, 128), (64, 64))
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ def make_schedule(
             f"backend='tiled' cuts queries into strips one by one, {LONGEST:,} queries at most; got {domain.rows:,}. Call it on parts of "
             "them, with q_offset"
         )
+    height = CUTTING.now.height if height is None else height
     groups = domain.groups(mask)
     plans, seconds, heights = [], 0.0, [0]
     for residue in residue_classes(mask):
@@ -113,7 +113,7 @@ def _scattered(
     residue: ResidueClass, domain: Domain, machine: Machine, shape: HeadShape, minimal: bool
 ) -> tuple[ResiduePlan, float]:
     with torch.no_grad():
-        for block in BLOCKS:
+        for block in CUTTING.now.blocks:
             lists = classify(residue.mask, domain, block, minimal=minimal)
             if not minimal or lists.partial.total * 2 <= lists.listed:
                 break

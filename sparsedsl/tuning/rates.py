@@ -11,24 +11,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
+from sparsedsl.adjustable import Adjustable
 from sparsedsl.settings import settings, stage, tune_mode
 from sparsedsl.torch_private import flash_for_cpu, linear, no_modes
 from sparsedsl.tuning.machine import BUILT_IN, HEAD_DIM, KEYS, ROWS, Machine
 from sparsedsl.tuning.store import Store
 
-__all__ = ["Disturbed", "has_linear", "machine", "machine_key", "measure"]
+__all__ = ["MEASURING", "Disturbed", "Measuring", "has_linear", "machine", "machine_key", "measure"]
 
 # Raised when what is measured changes: numbers that mean something else are then measured anew.
 _METHOD = 3
 _ROUNDS = 7
-# Median over least time, for the probe in the middle, of a machine that does nothing else.
-_CALM = 1.6
-_SECONDS = 0.35  # for the rounds; making the tensors and warming up comes before
 _TINY_CALLS = 100
 _SOFTMAX = (256, 1024)
 _BATCH, _BATCH_KEYS = 16, 256
@@ -47,6 +46,19 @@ def _renew_lock() -> None:
 
 # The thread that held the lock does not exist in a forked child.
 os.register_at_fork(after_in_child=_renew_lock)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """``seconds`` for the rounds; making the tensors and warming up comes before. ``calm``: median over least time, for the probe in the
+    middle, of a machine that does nothing else; ``turns``: whether products that all take as long as a turn of the scheduler spoil it."""
+
+    seconds: float = 0.35
+    calm: float = 1.6
+    turns: bool = True
+
+
+MEASURING = Adjustable(Measuring())
 
 
 class Disturbed(Exception):
@@ -249,7 +261,7 @@ def _best_seconds(probes: dict[tuple[str, int], Callable[[], object]]) -> tuple[
     for probe in probes.values():
         probe()
     samples: dict[tuple[str, int], list[float]] = {name: [] for name in probes}
-    deadline = time.perf_counter() + _SECONDS
+    deadline = time.perf_counter() + MEASURING.now.seconds
     for done in range(_ROUNDS):
         if done > 1 and time.perf_counter() > deadline:
             break
@@ -260,7 +272,7 @@ def _best_seconds(probes: dict[tuple[str, int], Callable[[], object]]) -> tuple[
             samples[name].append(max(time.perf_counter() - start, 1e-9))
     apart = statistics.median(statistics.median(times) / min(times) for times in samples.values())
     best = {name: min(times) for name, times in samples.items()}
-    return best, apart > _CALM or _waits(best)
+    return best, apart > MEASURING.now.calm or (MEASURING.now.turns and _waits(best))
 
 
 def _waits(best: dict[tuple[str, int], float]) -> bool:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.proofs import causality
 from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.testing import AttentionCase, masks, tables_for
@@ -86,7 +87,7 @@ def test_implies_wants_masks():
 
 @given(data=st.data())
 @settings(max_examples=60)
-def test_random_masks_agree_with_brute_force(data, monkeypatch_timeout):
+def test_random_masks_agree_with_brute_force(data, little_patience):
     first, second = data.draw(masks(depth=1)), data.draw(masks(depth=1))
     verdict = sd.implies(first, second)
     case = AttentionCase(batch=2, heads=2, kv_heads=2, q_len=20, kv_len=20)
@@ -103,10 +104,7 @@ def test_random_masks_agree_with_brute_force(data, monkeypatch_timeout):
 
 
 @pytest.fixture(scope="module")
-def monkeypatch_timeout():
+def little_patience():
     """Random masks need no patience."""
-    from sparsedsl.analysis import proofs
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proofs, "TIMEOUT_MS", 200)
+    with EFFORT.using(proof_ms=200):
         yield

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
-from sparsedsl.analysis import lists, report
+from sparsedsl.analysis import lists
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.analysis.totals import Totals, listed_totals, repeated_totals
 from sparsedsl.lang.evaluation import evaluate
@@ -130,9 +131,9 @@ def test_a_leak_far_from_the_first_tiles_is_found():
     assert sd.analyse(nowhere, 256, 2**41, q_offset=2**40).empty_rows == 0
 
 
-def test_reports_agree_with_and_without_lists(monkeypatch):
+def test_reports_agree_with_and_without_lists(options):
     listed = sd.analyse(FAMILIES["window and sinks"], 300, q_offset=40, block_size=(16, 32), heads=2)
-    monkeypatch.setattr(report, "MOST_LISTED", 0)
+    options(EFFORT, listed=0)
     counted = sd.analyse(FAMILIES["window and sinks"], 300, q_offset=40, block_size=(16, 32), heads=2)
     assert "lists" in vars(listed) and "lists" not in vars(counted)
     hidden = ("seconds", "_list", "lists", "totals", "causal")

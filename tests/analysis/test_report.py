@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
-from sparsedsl.analysis import rows as rows_module
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.testing import AttentionCase, masks, tables_for
 from sparsedsl.testing.list_checks import allowed_pairs
 
@@ -69,12 +69,11 @@ def test_a_million_tokens():
     assert "PROVED" in str(found) and "<pre>" in found._repr_html_()
 
 
-def test_sampled_density_says_about(monkeypatch):
+def test_sampled_density_says_about(options):
     mask = causal & ((q_idx * kv_idx) % 3 == 0) & (q_idx - kv_idx < 300)
     exact = sd.analyse(mask, 4096)
     assert exact.density_exact
-    monkeypatch.setattr(rows_module, "POINT_BUDGET", 0)
-    monkeypatch.setattr(rows_module, "SAMPLED_ROWS", 16)
+    options(EFFORT, counted_points=0, sampled_rows=16)
     sampled = sd.analyse(mask, 4096)
     assert not sampled.density_exact and "about" in str(sampled)
     assert sampled.density == pytest.approx(exact.density, rel=0.2)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.errors import ShapeError
@@ -102,17 +103,12 @@ def test_random_masks_where_boxes_descend(data):
     assert_lists_sound(mask, rows, kv_len, block, **tables)
 
 
-def test_chunks_do_not_change_the_lists(monkeypatch):
-    from sparsedsl.analysis import points, tiles
-
+def test_chunks_do_not_change_the_lists(options):
     wanted = {}
     for name, mask in FAMILIES.items():
         tables = family_tables(mask, 300, 300, 0)
         wanted[name] = classify(mask.expr, Domain(300, 300, 0, 2, 3, tables), (16, 16)).classes()
-    monkeypatch.setattr(tiles, "CHUNK", 64)
-    monkeypatch.setattr(tiles, "BOXES", 64)
-    monkeypatch.setattr(points, "POINTS", 512)
-    monkeypatch.setattr(points, "SMALL_KEY", 4)
+    options(EFFORT, tiles=64, boxes=64, points=512, kinds=4)
     for name, mask in FAMILIES.items():
         tables = family_tables(mask, 300, 300, 0)
         got = classify(mask.expr, Domain(300, 300, 0, 2, 3, tables), (16, 16)).classes()
@@ -122,19 +118,14 @@ def test_chunks_do_not_change_the_lists(monkeypatch):
 @given(data=st.data())
 @settings(max_examples=25)
 def test_large_tiles_are_decided_by_their_parts(data):
-    from sparsedsl.analysis import tiles
-
     mask = data.draw(masks(depth=2))
     case = AttentionCase(
         heads=2, kv_heads=2, q_len=data.draw(st.integers(1, 90)), kv_len=data.draw(st.integers(1, 90)), q_offset=7
     )
     tables = data.draw(tables_for(mask, case))
     block = data.draw(st.sampled_from(((32, 4), (4, 48), (33, 17))))
-    fine, tiles.FINE = tiles.FINE, 4
-    try:
+    with EFFORT.using(fine=4):
         assert_lists_sound(mask, case.q_len, case.kv_len, block, heads=2, q_offset=7, **tables)
-    finally:
-        tiles.FINE = fine
 
 
 def test_few_points_of_large_tiles_are_looked_at(monkeypatch):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, kv_len, q_idx, q_len, score, table
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.backends.triton import selected_passes
+from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.selected import selected_attention
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.selection.selected_call import SelectedCall
@@ -275,11 +275,11 @@ def test_long_blocks_are_so_many_short_ones_with_the_same_bits():
     assert_right(Case(mask="second if causal", score="bias", block=160, keys=400, rows=18))
 
 
-def test_gradients_pair_by_pair_in_pieces_are_those_in_one(monkeypatch):
+def test_gradients_pair_by_pair_in_pieces_are_those_in_one(options):
     case = Case(score="bias", rows=40, batch=2)
     x = inputs_of(case)
     whole = got_of(case, x)
-    monkeypatch.setattr(selected_passes, "PAIR_BYTES", 1 << 16)
+    options(LIMITS, listed_pair_bytes=1 << 16)
     for name, found in got_of(case, x).items():
         assert torch.equal(found, whole[name]), name
 

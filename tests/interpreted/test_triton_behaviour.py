@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score
-from sparsedsl.backends.triton import attention, table_passes
+from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.testing import (
     AttentionCase,
     assert_causal,
@@ -131,8 +131,8 @@ def test_nothing_depends_on_the_future_the_cut_or_the_order(pattern):
     assert "token by token" in assert_prefill_equals_decode(compiled(pattern), small, **tables)
 
 
-def test_two_runs_give_the_same_bits(monkeypatch):
-    monkeypatch.setattr(table_passes, "PAIR_BYTES", 1)
+def test_two_runs_give_the_same_bits(options):
+    options(LIMITS, pair_bytes=1)
     pattern = sd.attend(lists, score=score * (1 + pairs[q_idx // 5, kv_idx // 5]) + bias[h, abs(q_idx - kv_idx)], sink=sink[h])
     inputs = leaves(*qkv(20), tensor(4, 4, seed=3), tensor(2, 20, seed=4), tensor(2, seed=5))
     runs = []
@@ -143,11 +143,11 @@ def test_two_runs_give_the_same_bits(monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-def test_pairs_in_pieces_are_the_whole(monkeypatch):
+def test_pairs_in_pieces_are_the_whole(options):
     pattern = sd.attend(causal, score=score + pairs[q_idx, kv_idx])
     found = []
     for size in (1 << 28, 4 * 2 * 20 * 16, 4 * 2 * 20 * 3):
-        monkeypatch.setattr(table_passes, "PAIR_BYTES", size)
+        options(LIMITS, pair_bytes=size)
         q, k, v, table = leaves(*qkv(20), tensor(20, 20, seed=3))
         found.append(torch.autograd.grad(compiled(pattern)(q, k, v, pairs=table).square().sum(), table)[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
@@ -269,11 +269,11 @@ def test_what_it_refuses():
         compiled(window)(wide, wide, wide)
 
 
-def test_decode_of_many_splits_is_decode_of_one(monkeypatch):
+def test_decode_of_many_splits_is_decode_of_one(options):
     q, k, v = qkv(2, 70, heads=(4, 2))
     found = []
     for splits in (1, 2, 5, 9):
-        monkeypatch.setattr(attention, "split_count", lambda *words, splits=splits: splits)
+        options(LIMITS, splits=splits)
         found.append(compiled(learned)(q, k, v, q_offset=68, return_lse=True, bias=tensor(4, 9, seed=5), sink=tensor(4, seed=6)))
     for other in found[1:]:
         torch.testing.assert_close(found[0], other, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,8 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, kv_len, q_idx, q_len, score
-from sparsedsl.backends.triton import attention, config_choice
+from sparsedsl.backends.triton import attention
+from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.gpu.configs import Config
 from sparsedsl.testing import assert_matches_reference, tensor
 
@@ -149,8 +150,8 @@ def assert_right(pattern: Any, q: Any, k: Any, v: Any, **words: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "lengths", "block"), [(*pair, next(BLOCKS)) for pair in zip(PATTERNS, itertools.cycle(LENGTHS), strict=False)]
 )
-def test_patterns(name, lengths, block, monkeypatch):
-    monkeypatch.setattr(config_choice, "SMALL", Config(*block, 4, 1))
+def test_patterns(name, lengths, block, options):
+    options(LIMITS, interpreted=Config(*block, 4, 1))
     queries, keys, offset = lengths
     reads_both = sd.compile(PATTERNS[name]).pattern
     batch = 2 if any(str(s) == "b" for expr in reads_both.exprs for s in expr.free_symbols) else 1
@@ -172,9 +173,9 @@ CALLS = (
 
 
 @pytest.mark.parametrize(("name", "call"), list(zip(DECODED, itertools.cycle(CALLS), strict=False)))
-def test_decode(name, call, monkeypatch):
+def test_decode(name, call, options):
     queries, heads, splits = call
-    monkeypatch.setattr(attention, "split_count", lambda *words: splits)
+    options(LIMITS, splits=splits)
     assert_right(PATTERNS[name], *qkv(queries, 83, heads=heads, dims=(16, 24)), q_offset=83 - queries)
 
 
@@ -190,12 +191,11 @@ def test_short_calls(lengths):
         assert_right(PATTERNS[name], *qkv(queries, keys), q_offset=offset)
 
 
-def test_the_path_of_decode_and_that_of_prefill_agree(monkeypatch):
+def test_the_path_of_decode_and_that_of_prefill_agree(options):
     q, k, v = qkv(13, 50, heads=(4, 2), dims=(16, 8))
     found = []
     for limit_of_rows, splits in ((0, 1), (16, 1), (16, 4)):
-        monkeypatch.setattr(attention, "DECODE_ROWS", limit_of_rows)
-        monkeypatch.setattr(attention, "split_count", lambda *words, splits=splits: splits)
+        options(LIMITS, decode_rows=limit_of_rows, splits=splits)
         for name in ("window and sinks", "learned sink"):
             attn = sd.compile(PATTERNS[name], backend="triton")
             tables = tables_of(attn.pattern, q.shape[1])
@@ -212,8 +212,8 @@ def test_head_dims(dims):
     assert_right(PATTERNS["window and sinks"], *qkv(21, 21, dims=dims))
 
 
-def test_head_dims_of_decode(monkeypatch):
-    monkeypatch.setattr(attention, "split_count", lambda *words: 2)
+def test_head_dims_of_decode(options):
+    options(LIMITS, splits=2)
     assert_right(PATTERNS["window and sinks"], *qkv(2, 40, dims=(24, 96)), q_offset=30)
 
 
@@ -249,20 +249,20 @@ def test_lower_precision(name, dtype):
     assert_right(PATTERNS[name], *qkv(2, 30, dtype=dtype), q_offset=28)
 
 
-def test_longest_tiles_first(monkeypatch):
-    monkeypatch.setattr(config_choice, "SMALL", Config(16, 16, 4, 1, heavy_first=True))
+def test_longest_tiles_first(options):
+    options(LIMITS, interpreted=Config(16, 16, 4, 1, heavy_first=True))
     assert_right(PATTERNS["causal"], *qkv(37, 37))
     assert_right(PATTERNS["dilated"], *qkv(37, 37))
 
 
 @pytest.mark.parametrize("name", ["window and sinks", "documents", "blocks", "dilated", "learned, by query and by key"])
-def test_keys_through_tensor_descriptors(name, monkeypatch):
+def test_keys_through_tensor_descriptors(name, monkeypatch, options):
     launched = []
     launch = attention.launch
     monkeypatch.setattr(
         attention, "launch", lambda source, *words, **more: launched.append(source) or launch(source, *words, **more)
     )
-    monkeypatch.setattr(config_choice, "SMALL", Config(16, 16, 4, 1, descriptors=True))
+    options(LIMITS, interpreted=Config(16, 16, 4, 1, descriptors=True))
     for lengths, dims in (((37, 41, 4), (16, 32)), ((3, 41, 38), (16, 16)), ((20, 20, 0), (24, 16))):
         assert_right(PATTERNS[name], *qkv(*lengths[:2], dims=dims), q_offset=lengths[2])
     assert any("k_desc" in source.text for source in launched) == (name != "dilated")

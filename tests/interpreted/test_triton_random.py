@@ -5,56 +5,35 @@ from __future__ import annotations
 import ast
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparsedsl as sd
-from sparsedsl.backends.triton import attention, config_choice, prepared, table_passes
+from sparsedsl.backends.triton.limits import LIMITS, Limits
 from sparsedsl.gpu.configs import Config
 from sparsedsl.testing import inputs, patterns, shapes, tables_for, tensor
 from sparsedsl.testing.numerics import expect, gradients
 
-
-@dataclass(frozen=True)
-class Cut:
-    """How a call is cut: ``block`` (queries, keys) a tile, the longest tiles ``heavy_first`` or not, decode up to ``decode_rows`` queries
-    in ``splits`` shares of the keys, pairs kept in ``pair_bytes``; ``wide``: positions of 64 bits."""
-
-    block: tuple[int, int] = (16, 16)
-    heavy_first: bool = False
-    decode_rows: int = 16
-    splits: int = 1
-    pair_bytes: int = 1 << 28
-    wide: bool = False
-
-
+# Tiles, splits of decode, scratch memory; a longest length of 0 means positions of 64 bits.
 CUTS = (
-    Cut(),
-    Cut(splits=3),
-    Cut((16, 32), heavy_first=True, splits=2),
-    Cut((32, 16), decode_rows=0, pair_bytes=1),
-    Cut((32, 32), decode_rows=100, splits=5),
-    Cut((32, 16), wide=True, splits=2, pair_bytes=20_000),
+    Limits(splits=1),
+    Limits(splits=3),
+    Limits(Config(16, 32, 4, 1, heavy_first=True), splits=2),
+    Limits(Config(32, 16, 4, 1), decode_rows=0, splits=1, pair_bytes=1),
+    Limits(Config(32, 32, 4, 1), decode_rows=100, splits=5),
+    Limits(Config(32, 16, 4, 1), longest=0, splits=2, pair_bytes=20_000),
 )
 
 
 @contextlib.contextmanager
-def cut(how: Cut) -> Iterator[None]:
+def cut(how: Limits) -> Iterator[None]:
     """Calls inside are cut so, and memory that nobody has written to holds NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config_choice, "SMALL", Config(*how.block, 4, 1, heavy_first=how.heavy_first))
-        patch.setattr(attention, "split_count", lambda *words: how.splits)
-        patch.setattr(attention, "DECODE_ROWS", how.decode_rows)
-        patch.setattr(table_passes, "PAIR_BYTES", how.pair_bytes)
-        if how.wide:
-            patch.setattr(prepared, "LONGEST", 0)
+    with LIMITS.using(**vars(how)):
         try:
             yield
         finally:

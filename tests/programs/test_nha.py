@@ -10,6 +10,7 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl import testing as kit
+from sparsedsl.backends.tiled.limits import LIMITS
 
 Tensor = torch.Tensor
 B, HQ, H, T, D, M = 2, 4, 2, 29, 6, 5
@@ -109,10 +110,8 @@ def test_N1_the_recurrence(problem: Any, backend: str, assert_close: Any, window
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 16, 64])
-def test_N1_chunks_of_any_size(problem: Any, assert_close: Any, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    from sparsedsl.backends.tiled import scan_chunked
-
-    monkeypatch.setattr(scan_chunked, "CHUNK", chunk)
+def test_N1_chunks_of_any_size(problem: Any, assert_close: Any, options: Any, chunk: int) -> None:
+    options(LIMITS, scan_chunk=chunk)
     t = problem()
     assert_close(sd.compile(sd.patterns.nha(M, 4), backend="tiled")(**t), recurrence(t, 4)[0])
 

@@ -11,6 +11,7 @@ import torch
 import sparsedsl as sd
 from source_tree import ROOT
 from sparsedsl import testing as kit
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.program.decays import slopes
 
 Tensor = torch.Tensor
@@ -50,12 +51,8 @@ def test_golden_values(backend: str, assert_close: Any) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 32])
-def test_R1_chunks_recurrence_and_quadratic_form(
-    problem: Any, assert_close: Any, monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
-    from sparsedsl.backends.tiled import scan_chunked
-
-    monkeypatch.setattr(scan_chunked, "CHUNK", chunk)
+def test_R1_chunks_recurrence_and_quadratic_form(problem: Any, assert_close: Any, options: Any, chunk: int) -> None:
+    options(LIMITS, scan_chunk=chunk)
     t, attn = problem(), sd.compile(sd.patterns.ring_linear(DECAY), backend="tiled")
     assert_close(attn(**t), quadratic(t))
     first, rest = ({name: x[:, :, part] for name, x in t.items()} for part in (slice(0, 11), slice(11, None)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -11,10 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import sparsedsl as sd
-from sparsedsl.backends.tiled import selected_work
-from sparsedsl.execute import attend_rule
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.program.graph import as_program
+from sparsedsl.selection.chunking import PIECES
 from tests.programs.selected_cases import Case, dense, draw
 
 Tensor = torch.Tensor
@@ -92,11 +91,8 @@ def test_cut_into_pieces_they_mean_the_same(seed: int, room: int, piece: int, ta
     torch.set_num_threads(threads)
     try:
         with (
-            mock.patch.object(selected_work, "BLOCK_BYTES", room),
-            mock.patch.object(selected_work, "BLOCK_BYTES_LEAST", room),
-            mock.patch.object(selected_work, "PIECE_NUMBERS_CPU", piece),
-            mock.patch.object(selected_work, "FEW", 0),
-            mock.patch.object(attend_rule, "TABLE_BYTES", table),
+            LIMITS.using(output_bytes=room, output_bytes_each=room, numbers_cpu=piece, few=0),
+            PIECES.using(table_bytes=table),
         ):
             assert_means_what_it_says(draw(seed), "tiled")
     finally:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sparsedsl.runtime import gemm
 from sparsedsl.runtime.gemm import product, product_nt, product_tn
 from sparsedsl.testing import tensor
+from sparsedsl.tiling.cutting import CUTTING
 
 sizes = st.integers(1, 40)
 
@@ -25,8 +26,7 @@ def near(got: torch.Tensor, wanted: torch.Tensor, terms: int) -> bool:
 )  # fmt: skip
 @settings(max_examples=100)
 def test_products_are_those_of_float64(count, m, n, d, single, linear, dtype):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gemm, "SINGLE", single)
+    with CUTTING.using(single=single), pytest.MonkeyPatch.context() as patch:
         if not linear:
             patch.setattr(gemm, "has_linear", lambda: False)
         x, y = tensor(count, m, d, seed=0, dtype=dtype), tensor(count, n, d, seed=1, dtype=dtype)
@@ -38,9 +38,9 @@ def test_products_are_those_of_float64(count, m, n, d, single, linear, dtype):
 
 
 @pytest.mark.parametrize("single", [1, 1 << 30])
-def test_rows_that_lie_apart(single, monkeypatch):
+def test_rows_that_lie_apart(single, options):
     """Strips are views: of every other row, of a part of each row, of overlapping keys."""
-    monkeypatch.setattr(gemm, "SINGLE", single)
+    options(CUTTING, single=single)
     whole = tensor(1, 90, 32, seed=0)
     x, y = whole[:, ::2, 4:20], whole[:, 7:50, 8:24]
     assert near(product_nt(x, y), x.double() @ y.double().mT, 16)
@@ -53,8 +53,8 @@ def test_rows_that_lie_apart(single, monkeypatch):
 
 
 @pytest.mark.parametrize("single", [1, 1 << 30])
-def test_tanh_is_as_accurate_as_torchs(single, monkeypatch):
-    monkeypatch.setattr(gemm, "SINGLE", single)
+def test_tanh_is_as_accurate_as_torchs(single, options):
+    options(CUTTING, single=single)
     x = torch.cat([torch.linspace(-20, 20, 4001), torch.logspace(-20, 1, 500), torch.tensor([0.0, -0.0, 1e30, -1e30])])[
         None, :, None
     ]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsedsl.errors import PatternError, ShapeError
-from sparsedsl.selection import chunking
+from sparsedsl.selection.chunking import PIECES
 from sparsedsl.selection.counts import tail_count
 from sparsedsl.selection.permutations import inverse, keep_tokens, segment_sort
 from sparsedsl.selection.proxies import bounds, pooled, probe, smooth
@@ -39,8 +39,7 @@ def test_a_probe_is_softmax_over_all_keys(heads, q_len, keys, rows, causal, offs
     q, k = tensor(2, heads[0], q_len, 5, seed=0, dtype=DOUBLE), tensor(2, heads[1], keys, 5, seed=1, dtype=DOUBLE)
     normalised = data.draw(st.integers(0, keys))
     kept = data.draw(st.integers(0, normalised))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunking, "PIECE_BYTES", piece)
+    with PIECES.using(bytes=piece):
         got = probe(
             q, k, rows=rows, causal=causal, scale=0.8, keys_normalised=normalised, keys_kept=kept, q_offset=offset,
             reduce="sum" if summed else "mean",
@@ -83,8 +82,7 @@ def test_TSA_T11_a_lone_sink_keeps_a_seventh():
 @settings(max_examples=80)
 def test_pooled_units(tokens, block, how, pad, piece, half):
     x = tensor(2, 2, tokens, 3, seed=0, dtype=torch.bfloat16 if half else DOUBLE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunking, "PIECE_BYTES", piece)
+    with PIECES.using(bytes=piece):
         got = pooled(x, block, how, pad)
     assert got.dtype == (torch.float32 if half else DOUBLE) and got.shape == (2, 2, -(-tokens // block), 3)
     for n in range(got.shape[2]):
@@ -180,8 +178,7 @@ def test_P12_one_permutation_for_a_group():
 def test_TSA_T3_tokens_are_kept_ascending_with_the_last(size, always, dropped, counts, at_most, piece, seed):
     score = (tensor(2, 3, size, seed=seed) * 2).round()
     total = size + dropped + always
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunking, "PIECE_BYTES", piece)
+    with PIECES.using(bytes=piece):
         indices, kept = keep_tokens(score, torch.tensor(counts), always=always, total=total, at_most=at_most)
     most = [min(n, size, size if at_most is None else at_most) for n in counts]
     assert kept.tolist() == [n + always for n in most]

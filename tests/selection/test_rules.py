@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsedsl.errors import PatternError
-from sparsedsl.selection import chunking, stable_topk
 from sparsedsl.selection.candidates import Candidates
+from sparsedsl.selection.chunking import PIECES
 from sparsedsl.selection.composed_scores import GroupedScores
 from sparsedsl.selection.counts import cover_count, tail_count
 from sparsedsl.selection.mass import threshold, top_p
@@ -23,19 +25,15 @@ DTYPES = st.sampled_from((torch.float32, torch.float64))
 
 
 @pytest.fixture(params=["whole", "tiny"])
-def cutting(request, monkeypatch):
+def cutting(request):
     """Once in large pieces, once cell by cell."""
-    if request.param == "tiny":
-        make_tiny(monkeypatch, 1)
-    return request.param
+    with tiny(1) if request.param == "tiny" else contextlib.nullcontext():
+        yield request.param
 
 
-def make_tiny(patch, cells):
-    """Tiles of about so many cells, and groups of three blocks."""
-    patch.setattr(chunking, "PIECE_BYTES", 48 * cells)
-    patch.setattr(chunking, "BLOCKS_AT_ONCE", max(1, cells // 3))
-    patch.setattr(chunking, "ALIGN", 1)
-    patch.setattr(stable_topk, "GROUP", 3)
+def tiny(cells):
+    """Tiles of about so many cells, and groups of three."""
+    return PIECES.using(bytes=48 * cells, blocks=max(1, cells // 3), align=1, group=3)
 
 
 def few_values(batch, heads, rows, blocks, seed, dtype=torch.float32):
@@ -78,16 +76,15 @@ def places(x):
 def test_the_best_are_those_of_a_stable_sort(rows, size, k, group, dtype, seed):
     scores = few_values(1, 1, rows, size, seed, dtype)
     scores = torch.where(tensor(1, 1, rows, size, seed=seed + 7) > 1, -scores, scores)  # +inf and -0.0 too
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stable_topk, "GROUP", group)
+    with PIECES.using(group=group):
         values, found = best(scores, k)
     wanted = torch.sort(scores, dim=-1, descending=True, stable=True)
     assert torch.equal(values, wanted.values[..., :k]) and torch.equal(found, wanted.indices[..., :k])
 
 
-def test_equal_numbers_of_groups_stay_in_the_order_of_their_places(monkeypatch):
+def test_equal_numbers_of_groups_stay_in_the_order_of_their_places(options):
     """The group of the greatest number comes later than one that holds an equal second."""
-    monkeypatch.setattr(stable_topk, "GROUP", 3)
+    options(PIECES, group=3)
     x = torch.zeros(60)
     x[[4, 40, 41]] = torch.tensor([7.0, 9.0, 7.0])
     assert best(x, 2)[1].tolist() == [40, 4]
@@ -112,8 +109,7 @@ def test_top_k_is_that_of_sorted_rows(rows, blocks, k, cells, dtype, seed, force
     candidates = Candidates(begin, end, lambda r, u: (2 * r[:, None] + u) % 7 != 0) if limited else None
     forced = lambda r, u: (u == 1) | (u % 5 == r[:, None] % 5)  # noqa: E731
     extra = blocks if force == "extra" else None
-    with pytest.MonkeyPatch.context() as patch:
-        make_tiny(patch, cells)
+    with tiny(cells):
         selected = top_k(
             TensorScores(values), k, candidates, forced=None if force == "none" else forced, forced_extra=extra, kv_block=8
         )
@@ -236,8 +232,7 @@ def test_top_p_is_that_of_sorted_rows(rows, blocks, p, measure, inclusive, unmet
     end = torch.arange(rows) * 3
     candidates = Candidates(end=end, allowed=lambda r, u: (r[:, None] + u) % 4 != 0)
     forced = lambda r, u: u == r[:, None] % 3  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        make_tiny(patch, cells)
+    with tiny(cells):
         selected = top_p(
             TensorScores(values), p, candidates, measure=measure, inclusive=inclusive, unmet=unmet, at_most=at_most,
             forced=None if force == "none" else forced, forced_in_mass=force == "first",
@@ -274,8 +269,7 @@ def test_threshold(rows, blocks, least, cells, measure, forced, at_most, seed):
     values = few_values(2, 1, rows, blocks, seed, torch.float64)
     values = torch.where(values > -INF, values.abs(), values) if measure == "share" else values
     end = torch.arange(rows) * 2
-    with pytest.MonkeyPatch.context() as patch:
-        make_tiny(patch, cells)
+    with tiny(cells):
         selected = threshold(
             TensorScores(values), least, Candidates(end=end), measure=measure, at_most=at_most,
             forced=(lambda r, u: u == 1) if forced else None,

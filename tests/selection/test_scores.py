@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.runtime.dtypes import accumulated
-from sparsedsl.selection import chunking
 from sparsedsl.selection.antidiagonals import antidiagonal
 from sparsedsl.selection.candidates import Candidates
+from sparsedsl.selection.chunking import PIECES
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.selection.gather import take
 from sparsedsl.selection.noise import GumbelScores
@@ -97,8 +97,7 @@ def test_scores_at_picks_and_their_gradients(heads, lists, rows, blocks, k, kind
     source, tensors, plain = made(kind, heads, rows, blocks)
     scores = plain(*tensors)
     few = scores[:, : (1 if lists else scores.shape[1])]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunking, "PIECE_BYTES", piece)
+    with PIECES.using(bytes=piece):
         selected = top_k(TensorScores(few.detach()), k, Candidates(end=torch.arange(rows)))
         got = selected_scores(source, selected)
         index = repeated(selected.indices.long(), scores.shape[1])
@@ -129,10 +128,10 @@ def test_gradients_do_not_depend_on_chance():
     assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
-def test_gradients_of_half_precision_are_added_up_in_float32(monkeypatch):
+def test_gradients_of_half_precision_are_added_up_in_float32(options):
     a = torch.ones(1, 1, 4096, 1, dtype=torch.bfloat16)
     b = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    monkeypatch.setattr(chunking, "PIECE_BYTES", 4096)
+    options(PIECES, bytes=4096)
     selected = SelectedBlocks(torch.zeros(1, 1, 4096, 1, dtype=torch.int32), torch.ones(1, 1, 4096, dtype=torch.int32), 1, 1, 1)
     (grad,) = torch.autograd.grad(selected_scores(DotScores(a, b), selected).sum(), b)
     assert float(grad) == 4096.0, "4096 ones added in bfloat16 give 256"
@@ -148,10 +147,7 @@ def test_totals_over_candidates_and_their_gradients(rows, blocks, heads, kind, p
     allowed = (block >= begin[:, None]) & (block < end[:, None]) & ((row + block) % 5 != 0)
     scores = plain(*tensors).masked_fill(~allowed, float("-inf"))
     wanted = torch.logsumexp(scores, -1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunking, "PIECE_BYTES", piece)
-        patch.setattr(chunking, "BLOCKS_AT_ONCE", 3)
-        patch.setattr(chunking, "ALIGN", 1)
+    with PIECES.using(bytes=piece, blocks=3, align=1):
         got = lse_over_candidates(source, candidates)
         assert near(got, wanted)
         some = ~wanted.isinf()
@@ -222,8 +218,7 @@ def test_S2_antidiagonal_sums(stride, cells, rows, behind, piece, data):
     offset = behind * block
     q = tensor(1, 2, rows, 4, seed=0, dtype=DOUBLE)
     k = tensor(1, 1, offset + rows, 4, seed=1, dtype=DOUBLE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunking, "PIECE_BYTES", piece)
+    with PIECES.using(bytes=piece):
         source = antidiagonal(q, k, stride=stride, block=block, q_offset=offset)
     wanted = antidiagonal_mass(q, k, stride, block, offset)
     assert source.shape == wanted.shape

@@ -20,7 +20,7 @@ from source_tree import ROOT
 from sparsedsl.errors import SettingsError
 from sparsedsl.tuning import rates as measure_module
 from sparsedsl.tuning.machine import BUILT_IN, ROWS, Machine
-from sparsedsl.tuning.rates import has_linear, machine, machine_key, measure
+from sparsedsl.tuning.rates import MEASURING, has_linear, machine, machine_key, measure
 from sparsedsl.tuning.store import Store
 
 OURS = replace(BUILT_IN if has_linear() else BUILT_IN.without_linear(), name="ours", source="measured 2026-01-01")
@@ -223,14 +223,13 @@ def test_a_measurement_that_fails_costs_a_note_and_is_not_remembered(monkeypatch
 
 
 @pytest.fixture
-def calm(monkeypatch):
+def calm(options):
     """Measure even where other programs are at work, as they are while tests run."""
-    monkeypatch.setattr(measure_module, "_CALM", float("inf"))
-    monkeypatch.setattr(measure_module, "_waits", lambda best: False)
+    options(MEASURING, calm=float("inf"), turns=False)
 
 
-def test_a_busy_machine_is_not_remembered(folder, monkeypatch, notes):
-    monkeypatch.setattr(measure_module, "_CALM", 0.0)  # no machine is as calm as this
+def test_a_busy_machine_is_not_remembered(folder, options, notes):
+    options(MEASURING, calm=0.0)  # no machine is as calm as this
     assert machine().source == "built in"
     assert not list(folder.glob("*.json"))
 
@@ -313,19 +312,19 @@ SURROUNDINGS = {
 
 
 @pytest.mark.parametrize("surroundings", SURROUNDINGS.values(), ids=SURROUNDINGS)
-def test_the_surroundings_of_the_call_do_not_matter(surroundings, monkeypatch):
+def test_the_surroundings_of_the_call_do_not_matter(surroundings, options):
     here = has_linear()
     has_linear.cache_clear()
-    monkeypatch.setattr(measure_module, "_SECONDS", 0.0)
+    options(MEASURING, seconds=0.0)
     with surroundings():
         assert has_linear() is here
         has_linear.cache_clear()
         assert Machine.from_json(measure().to_json()).has_linear is here
 
 
-def test_transforms_around_the_call_do_not_matter(monkeypatch):
+def test_transforms_around_the_call_do_not_matter(options):
     here = has_linear()
-    monkeypatch.setattr(measure_module, "_SECONDS", 0.0)
+    options(MEASURING, seconds=0.0)
 
     def loss(x):
         has_linear.cache_clear()

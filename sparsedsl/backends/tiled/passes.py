@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import torch
 
 from sparsedsl.backends.tiled.gathered import scattered_jobs
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.operands import GradientAccumulators, Operands
 from sparsedsl.backends.tiled.score_rules import LN2, LOG2E
 from sparsedsl.backends.tiled.tile_jobs import NO_KEY, ResiduePass, TileJob
@@ -35,8 +36,6 @@ from sparsedsl.tiling.schedule import Schedule
 __all__ = ["backward", "forward"]
 
 Tensor = torch.Tensor
-# Pairs of queries and keys, of all heads, from which on it is worth to wake other threads.
-WORTH_THREADS = 1 << 20
 # An LSE further from 0 than this has lost digits of the logarithm that was added to the largest logit, at 1e9 all of them.
 FAR_LSE = 1024.0
 # Threads that hold gradients of all keys each, where there are fewer heads than threads.
@@ -71,7 +70,7 @@ class TiledPass(Operands):
     @functools.cached_property
     def workers(self) -> int:
         """How many threads compute side by side: 1 if the work is not worth more, or the device is none that threads help."""
-        worth = self.schedule.pairs * self.batch * self.shared * self.group >= WORTH_THREADS
+        worth = self.schedule.pairs * self.batch * self.shared * self.group >= LIMITS.now.threads_from
         return torch.get_num_threads() if worth and self.q.device.type == "cpu" else 1
 
     @property

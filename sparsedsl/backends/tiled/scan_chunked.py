@@ -1,9 +1,9 @@
 """What every recurrent source is made of: tokens cut into row ranges, a state that goes from range to range, and a backward pass that
 computes one row range again at a time.
 
-A *row range* is what is computed at once; inside it a step works on *chunks* of ``CHUNK`` rows: what happens between the rows
-of a chunk goes into products for all chunks of the row range together, and only the states before the chunks are computed one
-after the other (`carry`).
+A *row range* is what is computed at once; inside it a step works on *chunks* of ``LIMITS.now.scan_chunk`` rows: what happens
+between the rows of a chunk goes into products for all chunks of the row range together, and only the states before the chunks are
+computed one after the other (`carry`).
 Memory: inputs, results and one state a row range; backward holds the intermediate tensors of a single row range.
 """
 
@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.runtime.threads import on_one_core
 
-__all__ = ["CHUNK", "ROWS", "RowRanges", "ScanPlan", "carry", "cut", "scan"]
+__all__ = ["RowRanges", "ScanPlan", "carry", "cut", "scan"]
 
-CHUNK = 64  # a power of two: slots halve it. Pairs within a chunk cost CHUNK products a row, states cost head_dim / CHUNK numbers a row.
 WORTH_CORES = 1 << 21  # numbers in all inputs, from which on cores gain more than they wait
-ROWS = 4096  # rows of a step over all heads and batch entries: enough to make calls to torch cheap, few enough for a cache
 
 # Of tensors, or None for what a call does not have; tuples because autograd's functions take tensors one by one.
 Tensors = tuple[Any, ...]
@@ -57,11 +56,12 @@ def cut(q_len: int, kv_len: int, first: int, lines: int) -> tuple[RowRanges, ...
     """
     if not lines:
         return ()
-    rows = max(CHUNK, ROWS // lines // CHUNK * CHUNK)
+    chunk = LIMITS.now.scan_chunk
+    rows = max(chunk, LIMITS.now.scan_rows // lines // chunk * chunk)
     early = min(q_len, max(0, -first))
     begin = max(0, first) if early < q_len else kv_len
     end = begin + q_len - early
-    whole = begin + (end - begin) // CHUNK * CHUNK
+    whole = begin + (end - begin) // chunk * chunk
     return (
         *(RowRanges(piece, (0, 0)) for piece in _pieces(0, early, rows)),
         *(RowRanges((early, early), piece) for piece in _pieces(0, begin, rows)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from sparsedsl.backends.tiled import scan_chunked
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.scan_chunked import ScanPlan, carry, cut, scan
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.scan_calls import check_linear
@@ -75,7 +75,7 @@ class _LinearStep:
     def __call__(self, queries: Any, keys: Any, state: Any) -> Any:
         (q,), (k, v, begins), (state,) = queries, keys, state
         # Without queries nobody asks for what happened in between: the whole row range is one chunk.
-        chunks = (-1, min(scan_chunked.CHUNK, k.shape[2]) if q.shape[2] else k.shape[2])
+        chunks = (-1, min(LIMITS.now.scan_chunk, k.shape[2]) if q.shape[2] else k.shape[2])
         k, v = (t.to(state.dtype).unflatten(2, chunks) for t in (k, v))  # (B, H, N, C, D)
         size = k.shape[3]
         row = torch.arange(size, device=k.device)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from sparsedsl.backends.tiled import scan_chunked
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.scan_chunked import ScanPlan, carry, cut, scan
 from sparsedsl.backends.tiled.scan_decays import from_slots, halve, into_slots
 from sparsedsl.runtime.dtypes import accumulated
@@ -101,7 +101,7 @@ class _SlotStep:
             logits = q @ slots[:, :, None, :, :width].transpose(3, 4)
             weights, lse = self._softmax(logits, seen)
             return self._results(weights @ slots[:, :, None, :, width:], lse, seen), state
-        size = min(scan_chunked.CHUNK, 1 << (rows - 1).bit_length())
+        size = min(LIMITS.now.scan_chunk, 1 << (rows - 1).bit_length())
         q, log_keep, write, kv = (_in_chunks(t, size) for t in (q, log_keep, write, kv))
         lead = kv.shape[:3]
         decays = halve(log_keep.exp().flatten(0, 2), write.flatten(0, 2))

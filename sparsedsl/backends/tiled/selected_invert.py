@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsedsl.tiling.cost import SINGLE
+from sparsedsl.tiling.cutting import CUTTING
 
 __all__ = ["ChunkTile", "Inverted", "Sizes", "invert"]
 
@@ -32,7 +32,7 @@ class Sizes:
     @functools.cached_property
     def alone(self) -> int:
         """How often a chunk is picked that is better off, on CPU, with products of its own."""
-        return math.ceil(SINGLE / (self.heads * self.tokens))
+        return math.ceil(CUTTING.now.single / (self.heads * self.tokens))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import torch
 
 from sparsedsl.backends.tiled.decoding import decode_selected
 from sparsedsl.backends.tiled.head_groups import Block, HeadGroups
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.passes import FAR_LSE, MOST_COPIES
 from sparsedsl.backends.tiled.score_rules import LN2, LOG2E, ScoreRule, score_rule
 from sparsedsl.backends.tiled.selected_chunks import Chunks, ChunkSums
@@ -27,16 +28,6 @@ __all__ = ["backward", "forward"]
 
 Tensor = torch.Tensor
 INF = float("inf")
-
-BLOCK_BYTES, BLOCK_BYTES_LEAST = (
-    64 << 20,
-    16 << 20,
-)  # what the outputs of all blocks at work, one for each pair, may take, and one of many
-PIECE_NUMBERS, PIECE_NUMBERS_CPU = (
-    1 << 22,
-    1 << 18,
-)  # what a tile may hold; a core's cache is small, and products elsewhere should be few
-FEW = 1 << 22  # numbers in all tiles together that are not worth a second thread
 
 
 def forward(job: SelectedCall, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -191,7 +182,7 @@ class _SelectedRun:
         pairs = head_groups.queries * self.indices.shape[3]
         chunks = min(pairs, self.k.shape[0] * self.k.shape[1] * self.job.blocks.blocks)
         numbers = pairs * head_groups.heads * (tokens + width) + chunks * tokens * width
-        return 1 if numbers < FEW else torch.get_num_threads()
+        return 1 if numbers < LIMITS.now.few else torch.get_num_threads()
 
     def blocks(self, most: int, *, one_head_group: bool = False) -> Iterator[Block]:
         """All blocks, none if all lists are empty, each of at most about ``most`` queries and what its scratch may take."""
@@ -199,7 +190,9 @@ class _SelectedRun:
         if not slots:
             return
         numbers = slots * (max(head_dim, head_dim_v) + 4) + head_dim + head_dim_v
-        room = max(BLOCK_BYTES // self.workers, BLOCK_BYTES_LEAST) // (self.head_groups.heads * numbers * self.dtype.itemsize)
+        room = max(LIMITS.now.output_bytes // self.workers, LIMITS.now.output_bytes_each) // (
+            self.head_groups.heads * numbers * self.dtype.itemsize
+        )
         yield from self.head_groups.blocks(min(room, most), one_head_group=one_head_group)
 
     def parts(self) -> tuple[list[list[Block]], int]:
@@ -244,7 +237,7 @@ class _SelectedRun:
             heads=heads,
             width=self.q.shape[3] + self.v.shape[3],
         )
-        most = PIECE_NUMBERS_CPU if self.q.device.type == "cpu" else PIECE_NUMBERS
+        most = LIMITS.now.numbers_cpu if self.q.device.type == "cpu" else LIMITS.now.numbers
         inverted = invert(
             self.head_groups.lists(self.indices, block), self.head_groups.kv_lines(block, self.q.device), sizes, most
         )

@@ -10,6 +10,7 @@ import torch
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.mask_clauses import only_difference
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.operands import GradientAccumulators, Operands
 from sparsedsl.backends.tiled.score_rules import clamped
 from sparsedsl.lang.shapes import joined_shape
@@ -28,8 +29,6 @@ Tensor = torch.Tensor
 NO_KEY = -0.75
 # Less than any total that is not 0.
 TINY = 1e-30
-# Totals of 2**logit between these have all their digits, and so have the products with v unless v is below 1e-25.
-SAFE_TOTAL = (2.0**-40, 2.0**90)
 # Bytes of biases kept during one pass, where they are new with every pass.
 KEPT_BYTES = 64 << 20
 
@@ -116,7 +115,8 @@ def is_safe(value: Tensor, total: Tensor) -> bool:
     """Whether sums without the maximum have all their digits, in every row."""
     ends = torch.aminmax(total)
     low, high = float(ends[0]), float(ends[1])
-    return low >= SAFE_TOTAL[0] and high <= SAFE_TOTAL[1] and (high <= 2.0**50 or bool(value.sum().isfinite()))
+    least, most = LIMITS.now.safe_total
+    return low >= least and high <= most and (high <= 2.0**50 or bool(value.sum().isfinite()))
 
 
 class TileJob:
@@ -333,7 +333,8 @@ class TileJob:
             value, total, _ = self.sums(q, False)
             if not is_safe(value, total):
                 again, total_again, most = self.sums(q, True)
-                needed = ~((total >= SAFE_TOTAL[0]) & (total <= SAFE_TOTAL[1]) & value.isfinite().all(-1, keepdim=True))
+                low, high = LIMITS.now.safe_total
+                needed = ~((total >= low) & (total <= high) & value.isfinite().all(-1, keepdim=True))
                 value = torch.where(needed, again, value)
                 total = torch.where(needed, total_again, total)
                 most = torch.where(needed, most, 0.0) if most is not None else None

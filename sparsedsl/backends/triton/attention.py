@@ -30,6 +30,7 @@ from sparsedsl.backends.triton.launching import (
     strided,
     tensor_arguments,
 )
+from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.prepared import Prepared, prepare
 from sparsedsl.backends.triton.table_passes import add_table_gradient, side_of, summed_on_the_way
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
@@ -48,9 +49,6 @@ from sparsedsl.runtime.unseen import Sight
 __all__ = ["TritonKernel", "missing", "refusal_of"]
 
 Tensor = torch.Tensor
-# Up to this many queries a call is decode: heads that read the same keys lie side by side, and the keys are shared among programs.
-DECODE_ROWS = 16
-
 # Kernels that can read K and V through tensor descriptors.
 DESCRIBED = ("forward", "decode", "grad_q")
 
@@ -81,7 +79,7 @@ class TritonKernel(PatternRunner):
 
     def density(self, call: Call) -> str:
         """The class of densities that measured choices distinguish; few queries are not counted, they meet another length at every step."""
-        return "few queries" if call.domain.rows <= DECODE_ROWS else self.schedule(call).density
+        return "few queries" if call.domain.rows <= LIMITS.now.decode_rows else self.schedule(call).density
 
     def schedule(self, call: Call) -> Prepared:
         """Made once for lengths, widths and tables; learned tables may change their values."""
@@ -107,7 +105,7 @@ class TritonKernel(PatternRunner):
         prepared = prepare(self.pattern, domain, where, (shape.head_dim, shape.head_dim_v), self._lists)
         variant = prepared.variant
         ways = {"intervals": "intervals worked out in the kernel", "lists": "compact lists of tiles"}
-        few = domain.rows <= DECODE_ROWS
+        few = domain.rows <= LIMITS.now.decode_rows
         lines = [f"tiles of keys: {ways[variant.decode_keys if few else variant.keys]}"]
         if variant.step > 1 and not few:
             lines.append(f"positions of one residue modulo {variant.step} at a time")
@@ -132,7 +130,7 @@ class TritonKernel(PatternRunner):
         domain = call.domain
         lse = torch.empty((domain.batch, domain.heads, domain.rows), dtype=torch.float32, device=q.device)
         values = _values(call, schedule) | strided("q", q) | strided("k", k) | strided("v", v)
-        if domain.rows <= DECODE_ROWS:
+        if domain.rows <= LIMITS.now.decode_rows:
             return self._decode(call, schedule.reaching(q, k, v), values, lse, (q, k, v))
         out = like(q, v.shape[3])
         schedule = schedule.reaching(q, k, v, out)
@@ -154,6 +152,8 @@ class TritonKernel(PatternRunner):
 
         def splits(config: Config) -> int:
             """How many programs share the keys: from the lengths alone, nothing on the device is looked at."""
+            if LIMITS.now.splits is not None:
+                return LIMITS.now.splits
             programs = in_tiles(domain.rows * pack, config.block_m) * domain.batch * (domain.heads // pack)
             return split_count(in_tiles(domain.kv_len, config.block_n), programs, target_of(call.q.device))
 
@@ -171,7 +171,7 @@ class TritonKernel(PatternRunner):
                 "out_stride_s": share.stride(0),
                 "lse_ptr": share_lse,
             }
-            arguments |= {"pack": pack, "splits": count, **prepared.loop("decode", (DECODE_ROWS, config.block_n))}
+            arguments |= {"pack": pack, "splits": count, **prepared.loop("decode", (LIMITS.now.decode_rows, config.block_n))}
             tiles = in_tiles(domain.rows * pack, config.block_m)
             return tiles * domain.batch * (domain.heads // pack) * count, arguments
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.prepared import Prepared
 from sparsedsl.gpu.autotune import Chosen, Unusable, choose
 from sparsedsl.gpu.configs import Config, Shape, Work
@@ -19,10 +20,8 @@ from sparsedsl.gpu.settling import settled
 from sparsedsl.gpu.targets import Target, device_target, target_named
 from sparsedsl.gpu.tuning_records import TuningKey, tuning_key
 
-__all__ = ["SMALL", "chosen", "median_seconds", "target_of"]
+__all__ = ["chosen", "median_seconds", "target_of"]
 
-# Triton's interpreter runs one program after the other in numpy; tiles as small as its products allow show the loops at work.
-SMALL = Config(16, 16, 4, 1)
 # What a GPU without one at hand is taken to be.
 ASSUMED = "sm_90"
 SAMPLES = 5
@@ -33,7 +32,7 @@ FLUSHED_BYTES = 1 << 28
 def chosen(kernel: str, shape: Shape, prepared: Prepared, run: Callable[[Config, bool], Any] | None) -> Chosen:
     """The config of a kernel. ``run(config, dry)`` launches it, or with ``dry`` only compiles it and gives Triton's kernel."""
     if interpreted():
-        return Chosen(SMALL, "interpreted")
+        return Chosen(LIMITS.now.interpreted, "interpreted")
     device, variant = prepared.device, prepared.variant
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     measure = None

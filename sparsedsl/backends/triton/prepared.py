@@ -16,10 +16,10 @@ from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.backends.protocol import ListMaker
 from sparsedsl.backends.triton.hoisted_tables import fill
 from sparsedsl.backends.triton.launching import tensor_arguments
+from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.tile_lists import interval_values, list_values
 from sparsedsl.codegen.to_triton import TritonSource, Variant, triton_source, variant_of
 from sparsedsl.codegen.triton_backward import learned_reads
-from sparsedsl.codegen.triton_expression import LONGEST
 from sparsedsl.gpu.configs import Work
 from sparsedsl.gpu.costs import work_of
 from sparsedsl.gpu.tuning_records import density_class
@@ -126,7 +126,7 @@ def prepare(pattern: Pattern, domain: Domain, device: torch.device, widths: tupl
         pattern,
         head_dim=widths[0],
         head_dim_v=widths[1],
-        wide=max(domain.lengths.values()) > LONGEST,
+        wide=max(domain.lengths.values()) > LIMITS.now.longest,
         wide_tables=frozenset(name for name, table in domain.tables.items() if table.numel() >= 1 << 31),
         own_key=domain.lengths["q_len"] <= domain.kv_len,
     )

@@ -16,6 +16,7 @@ import torch
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.triton.config_choice import target_of
 from sparsedsl.backends.triton.launching import in_tiles, is_aligned, like, strided, tensor_arguments, tiles_contiguous
+from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.selected_configs import (
     SelectedShape,
     config_of,
@@ -39,10 +40,6 @@ __all__ = ["SelectedJob", "SelectedRun"]
 Tensor = torch.Tensor
 # Up to this many queries each has a tile of its own, and programs share its slots.
 DECODE_ROWS = 16
-
-
-# Memory for gradients of learned tables that are kept pair by pair before they are summed; sorting them takes several times as much.
-PAIR_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +249,7 @@ class SelectedRun:
             return
         chunk, domain = self.job.selected.kv_block, self._table_domain
         each = 4 * len(reads) * self.batch * self.heads * self.queries * self.width * chunk
-        step = max(1, PAIR_BYTES // each)
+        step = max(1, LIMITS.now.listed_pair_bytes // each)
         repeats = self.heads // self.indices.shape[1]
         for first in range(0, self.tiles, step):
             tiles = min(step, self.tiles - first)

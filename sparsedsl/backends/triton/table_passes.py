@@ -9,6 +9,7 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.triton.launching import in_tiles
+from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.prepared import Prepared
 from sparsedsl.codegen.triton_backward import LearnedRead
 from sparsedsl.gpu.configs import Config
@@ -18,8 +19,6 @@ from sparsedsl.runtime.table_gradients import add_read_gradients, joined_bands
 __all__ = ["add_table_gradient", "summed_on_the_way"]
 
 Tensor = torch.Tensor
-# Memory for gradients that are kept pair by pair before they are summed.
-PAIR_BYTES = 1 << 28
 
 # Launches a kernel for a tile size: name, number of programs, arguments beyond those of the pass.
 Launch = Callable[[str, Callable[[int], tuple[int, Mapping[str, Any]]]], int]
@@ -85,7 +84,7 @@ def _add_differences(prepared: Prepared, one: LearnedRead, total: Tensor, domain
 
 def _add_pairs(one: LearnedRead, total: Tensor, domain: Domain, q: Tensor, kv: Tensor, run: Launch) -> None:
     lines = domain.batch * domain.heads
-    step = max(1, PAIR_BYTES // (4 * lines * domain.kv_len))
+    step = max(1, LIMITS.now.pair_bytes // (4 * lines * domain.kv_len))
     for begin in range(0, domain.rows, step):
         end = min(begin + step, domain.rows)
         dims = (domain.batch, domain.heads, end - begin, domain.kv_len)

@@ -6,7 +6,6 @@ Problems of a hundred tokens are cut as long ones would be: low strips, small ti
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score
-from sparsedsl.backends.tiled import attention, gathered, passes, tile_jobs
-from sparsedsl.runtime import gemm
+from sparsedsl.backends.tiled import gathered, tile_jobs
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.testing import (
     AttentionCase,
     assert_causal,
@@ -34,8 +33,7 @@ from sparsedsl.testing import (
     tables_for,
     tensor,
 )
-from sparsedsl.tiling import scheduling
-from sparsedsl.tiling.scheduling import make_schedule
+from sparsedsl.tiling.cutting import CUTTING, Cutting
 
 causal = kv_idx <= q_idx
 doc = sd.table("doc", monotone=True)
@@ -44,17 +42,17 @@ bias, sink = sd.table("bias", learned=True), sd.table("sink", learned=True)
 
 @dataclass(frozen=True)
 class Cut:
-    """How a problem is cut; None: as it is. ``height`` of strips, ``keys`` taken at once, ``together``: strips or heads in one product,
-    ``single``: results from which a product stands alone, ``block``: scattered tiles. ``shifted``: the maximum is taken of every row.
-    ``threads`` that compute side by side."""
+    """How a problem is cut, and how it runs: ``shifted``: the maximum is taken of every row; ``threads`` that compute side by side
+    (None: as many as there are)."""
 
-    height: int | None = None
-    keys: int | None = None
-    together: int | None = None
-    single: int | None = None
-    block: int | None = None
+    cutting: Cutting
     shifted: bool = False
     threads: int | None = None
+
+
+def cut_in(block: int, *, shifted: bool = False, threads: int | None = None, **words: Any) -> Cut:
+    """Scattered tiles of ``block`` tokens, or of half as many; ``words``: fields of :class:`Cutting`."""
+    return Cut(Cutting(blocks=((block, block), (block // 2, block // 2)), **words), shifted, threads)
 
 
 @pytest.fixture(autouse=True)
@@ -63,16 +61,16 @@ def built_in_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSEDSL_TUNE", "off")
 
 
-AS_IT_IS = Cut()
+AS_IT_IS = Cut(Cutting())
 CUTS = {
     "as it is": AS_IT_IS,
-    "single products": Cut(height=16, together=1, single=1, block=16),
-    "strips together": Cut(height=16, together=1000, block=8),
-    "few together, in chunks": Cut(height=32, keys=24, together=3, block=16, shifted=True),
-    "chunks, single products": Cut(height=64, keys=40, together=1, single=1, block=32, shifted=True),
-    "few together, in long chunks": Cut(height=32, keys=50, together=3, block=16),
-    "three threads": Cut(height=16, keys=50, together=3, block=16, threads=3),
-    "seven threads": Cut(height=16, together=2, block=16, threads=7),
+    "single products": cut_in(16, height=16, together=1, single=1),
+    "strips together": cut_in(8, height=16, together=1000),
+    "few together, in chunks": cut_in(16, height=32, keys=24, together=3, shifted=True),
+    "chunks, single products": cut_in(32, height=64, keys=40, together=1, single=1, shifted=True),
+    "few together, in long chunks": cut_in(16, height=32, keys=50, together=3),
+    "three threads": cut_in(16, height=16, keys=50, together=3, threads=3),
+    "seven threads": cut_in(16, height=16, together=2, threads=7),
 }
 
 
@@ -85,26 +83,12 @@ def some_cuts(names: Any, count: int = 3) -> list[tuple[str, str]]:
 @contextlib.contextmanager
 def cut(how: Cut) -> Iterator[None]:
     """Calls inside are cut so, and memory that nobody has written to holds NaN."""
-    with pytest.MonkeyPatch.context() as patch:
-        if how.height is not None:
-            cut_so = functools.partial(make_schedule, height=how.height)
-            patch.setattr(attention, "make_schedule", cut_so)
-        if how.block is not None:
-            patch.setattr(scheduling, "BLOCKS", ((how.block, how.block), (how.block // 2, how.block // 2)))
-        if how.single is not None:
-            patch.setattr(gemm, "SINGLE", how.single)
-        if how.shifted:
-            patch.setattr(tile_jobs, "SAFE_TOTAL", (math.inf, -math.inf))
-        for module in (tile_jobs, gathered):
-            if how.keys is not None:
-                patch.setattr(module, "chunk_keys", lambda rows: how.keys)
-            if how.together is not None:
-                patch.setattr(module, "strips_at_once", lambda *sizes: how.together)
+    changes: dict[str, Any] = {"safe_total": (math.inf, -math.inf)} if how.shifted else {}
+    changes |= {} if how.threads is None else {"threads_from": 1}
+    with CUTTING.using(**vars(how.cutting)), LIMITS.using(**changes):
         before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
         torch.use_deterministic_algorithms(True)
-        if how.threads is not None:
-            patch.setattr(passes, "WORTH_THREADS", 1)
-            torch.set_num_threads(how.threads)
+        torch.set_num_threads(how.threads or threads)
         try:
             yield
         finally:
@@ -417,7 +401,7 @@ def test_gradients_by_finite_differences():
     def call(q, k, v, bias, sink):
         return attn(q, k, v, bias=bias, sink=sink, return_lse=True)
 
-    with cut(Cut(height=2, keys=3, together=2)):
+    with cut(Cut(Cutting(height=2, keys=3, together=2))):
         assert torch.autograd.gradcheck(call, leaves)
 
 
@@ -460,7 +444,7 @@ def test_two_runs_give_the_same_bits(name, dtype, threads):
         attn = sd.compile(pattern, backend="tiled")
         q, k, v = (t.requires_grad_() for t in qkv(100, dtype=dtype))
         tables = {table: tensor(*size, seed=7).requires_grad_() for table, size in sizes.items()}
-        with cut(Cut(height=16, together=2, block=16, threads=threads)):
+        with cut(cut_in(16, height=16, together=2, threads=threads)):
             out, lse = attn(q, k, v, return_lse=True, **tables)
             grads = torch.autograd.grad(out.float().square().sum() + lse[lse.isfinite()].sum(), [q, k, v, *tables.values()])
         runs.append([out, lse, *grads])
@@ -486,7 +470,7 @@ def test_threads_take_heads_or_rows(name, batch, kv_heads):
     tables = {table: tensor(*size, seed=7, dtype=torch.float64) for table, size in sizes.items()}
     for threads in (2, 3):
         assert_right(
-            pattern, *qkv(100, batch=batch, kv_heads=kv_heads), Cut(height=16, together=2, block=16, threads=threads), **tables
+            pattern, *qkv(100, batch=batch, kv_heads=kv_heads), cut_in(16, height=16, together=2, threads=threads), **tables
         )
 
 
@@ -522,7 +506,7 @@ def test_memory_grows_with_the_length_not_its_square(name):
     heads = getattr(pattern, "heads", None) or 1
     q, k, v = (t.requires_grad_() for t in qkv(length, batch=1, heads=heads, kv_heads=1, dtype=torch.float32))
     attn = sd.compile(pattern, backend="tiled")
-    with cut(Cut(height=1024, threads=1)), Largest() as largest:  # a mode sees the thread it is entered on
+    with cut(Cut(Cutting(height=1024), threads=1)), Largest() as largest:  # a mode sees the thread it is entered on
         attn(q, k, v).sum().backward()
     assert 0 < largest.elements <= 2 * max(at_once, q.numel()) < length * length // 4
 

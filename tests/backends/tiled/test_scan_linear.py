@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsedsl.backends.tiled import scan_chunked
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.scan_linear import linear_scan
 from sparsedsl.errors import ShapeError, UnsupportedError
 
@@ -71,9 +71,8 @@ def assert_close(got: Tensor, wanted: Tensor, tolerance: float = 1e-10) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 32, 64])
 @pytest.mark.parametrize("rows", [1, 4096])
-def test_R1_chunks_of_any_size_are_the_recurrence(monkeypatch: pytest.MonkeyPatch, chunk: int, rows: int) -> None:
-    monkeypatch.setattr(scan_chunked, "CHUNK", chunk)
-    monkeypatch.setattr(scan_chunked, "ROWS", rows)
+def test_R1_chunks_of_any_size_are_the_recurrence(options: Any, chunk: int, rows: int) -> None:
+    options(LIMITS, scan_chunk=chunk, scan_rows=rows)
     inputs, state = problem(), random(2, 4, 6, 5, seed=9)
     for got, wanted in zip(
         linear_scan(*inputs, scale=0.3, state=state), loop(*inputs, scale=0.3, state=state), strict=True
@@ -170,9 +169,8 @@ def test_R10_gradients_of_the_quadratic_form() -> None:
         assert_close(one, other)
 
 
-def test_R10_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_chunked, "CHUNK", 2)
-    monkeypatch.setattr(scan_chunked, "ROWS", 1)
+def test_R10_finite_differences(options: Any) -> None:
+    options(LIMITS, scan_chunk=2, scan_rows=1)
     q, k, v, log_decay = problem(1, 2, 1, 5, 2, 2)
     state = random(1, 2, 2, 2, seed=4)
     leaves = [t.requires_grad_() for t in (q, k, v, state)]
@@ -222,9 +220,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any], int, int]:
 def test_random_calls_are_the_loop_with_gradients(call: tuple[list[Tensor], dict[str, Any], int, int]) -> None:
     tensors, words, chunk, rows = call
     leaves = [t.requires_grad_() for t in (*tensors[:3], *([] if words["state"] is None else [words["state"]]))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_chunked, "CHUNK", chunk)
-        patch.setattr(scan_chunked, "ROWS", rows)
+    with LIMITS.using(scan_chunk=chunk, scan_rows=rows):
         got = linear_scan(*tensors, **words)
         wanted = loop(*tensors, **words)
         for one, two in zip(got, wanted, strict=True):
@@ -287,7 +283,7 @@ def test_decode_copies_no_cache_and_no_gradient_keeps_nothing() -> None:
             linear_scan(q, k.requires_grad_(), v, log_decay, scale=0.25, q_offset=19_999)
         assert not kept
         linear_scan(q, k, v, log_decay, scale=0.25, q_offset=19_999)
-    states = 4 * 16 * 16 * (20_000 * 4 // scan_chunked.ROWS + 3)
+    states = 4 * 16 * 16 * (20_000 * 4 // LIMITS.now.scan_rows + 3)
     assert 0 < sum(kept) <= q.numel() + k.numel() + v.numel() + states
 
 

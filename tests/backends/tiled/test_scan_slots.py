@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsedsl.backends.tiled import scan_chunked
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.scan_slots import SlotState, slot_scan
 from sparsedsl.errors import ShapeError, UnsupportedError
 
@@ -127,9 +127,8 @@ def assert_same(got: tuple[Tensor, Tensor, SlotState], wanted: tuple[Tensor, Ten
 
 @pytest.mark.parametrize("chunk", [1, 4, 16, 64])
 @pytest.mark.parametrize("delay", [0, 3, 64])
-def test_N1_chunks_recurrence_and_quadratic_form(monkeypatch: pytest.MonkeyPatch, chunk: int, delay: int) -> None:
-    monkeypatch.setattr(scan_chunked, "CHUNK", chunk)
-    monkeypatch.setattr(scan_chunked, "ROWS", 1)
+def test_N1_chunks_recurrence_and_quadratic_form(options: Any, chunk: int, delay: int) -> None:
+    options(LIMITS, scan_chunk=chunk, scan_rows=1)
     inputs = problem()
     got = slot_scan(*inputs, delay=delay, **WORDS)
     assert_same(got, recurrence(*inputs, delay=delay, **WORDS))
@@ -281,9 +280,8 @@ def test_N8_gradients_of_the_joint_softmax(window: int) -> None:
         assert_close(one, other)
 
 
-def test_N8_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan_chunked, "CHUNK", 2)
-    monkeypatch.setattr(scan_chunked, "ROWS", 1)
+def test_N8_finite_differences(options: Any) -> None:
+    options(LIMITS, scan_chunk=2, scan_rows=1)
     q, k, v, gate = problem(1, 2, 1, 6, 2, 2, 2)
     before = [random(1, 1, 2, 2, seed=seed) for seed in (4, 5)]
 
@@ -394,9 +392,7 @@ def test_random_calls_are_the_recurrence_with_gradients(call: tuple[list[Tensor]
     tensors, words, chunk, rows = call
     state = words["state"]
     leaves = [t.requires_grad_() for t in (*tensors, *(state[:2] if state else ()))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan_chunked, "CHUNK", chunk)
-        patch.setattr(scan_chunked, "ROWS", rows)
+    with LIMITS.using(scan_chunk=chunk, scan_rows=rows):
         got, wanted = slot_scan(*tensors, **words), recurrence(*tensors, **words)
         assert_same(got, wanted)
         for one, other in zip(gradients(got, leaves), gradients(wanted, leaves), strict=True):
@@ -440,7 +436,7 @@ def test_decode_copies_no_cache_and_no_gradient_keeps_nothing() -> None:
             slot_scan(q, k.requires_grad_(), v, gate, **words)
         assert not kept
         slot_scan(q, k, v, gate, **words)
-    states = 8 * 16 * (40_000 * 4 // scan_chunked.ROWS + 5)
+    states = 8 * 16 * (40_000 * 4 // LIMITS.now.scan_rows + 5)
     assert 0 < sum(kept) <= q.numel() + 3 * k.numel() + states
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,11 +22,12 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.backends.tiled import selected_invert, selected_work
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.selected import selected_attention
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.selection.selected_call import SelectedCall
+from sparsedsl.tiling.cutting import CUTTING
 
 Tensor = torch.Tensor
 INF = float("inf")
@@ -175,7 +175,7 @@ def on_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        with mock.patch.object(selected_work, "FEW", 0):
+        with LIMITS.using(few=0):
             yield
     finally:
         torch.set_num_threads(before)
@@ -193,10 +193,8 @@ def test_values_lse_and_gradients_are_those_of_dense_masks(call: Any, room: int,
     arguments, options = call
     wanted = gradients(dense, *arguments, **options)
     with (
-        mock.patch.object(selected_work, "BLOCK_BYTES", room),
-        mock.patch.object(selected_work, "BLOCK_BYTES_LEAST", room),
-        mock.patch.object(selected_work, "PIECE_NUMBERS_CPU", piece),
-        mock.patch.object(selected_invert, "SINGLE", single),
+        LIMITS.using(output_bytes=room, output_bytes_each=room, numbers_cpu=piece),
+        CUTTING.using(single=single),
         on_threads(threads),
     ):
         assert_same(gradients(along_lists, *arguments, **options), wanted)
@@ -230,11 +228,7 @@ def test_large_products_and_threads_give_the_same() -> None:
     blocks = random_picks(1, 1, 1500, 8, 1500, 64, seed=2)
     weights = torch.rand(1, 4, 1500, 8, generator=generator)
     for chosen in (None, weights):
-        with (
-            on_threads(2),
-            mock.patch.object(selected_work, "BLOCK_BYTES_LEAST", 1 << 20),
-            mock.patch.object(selected_work, "BLOCK_BYTES", 1),
-        ):
+        with on_threads(2), LIMITS.using(output_bytes=1, output_bytes_each=1 << 20):
             found = [gradients(along_lists, q, k, v, blocks, chosen, scale=0.2, inside=causal) for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # the same to the last bit, run after run
         wide = [x if x is None else x.double() for x in (q, k, v)]

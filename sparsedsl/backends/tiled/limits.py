@@ -1,0 +1,49 @@
+"""How much the `tiled` backend computes at once, and from where on another way is worth it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsedsl.adjustable import Adjustable
+
+__all__ = ["LIMITS", "Limits"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of strips, of attention along lists, of scans along the keys.
+
+    Strips:
+
+    - ``safe_total``: totals of 2**logit between these have all their digits, and so have the products with v unless v is below
+      1e-25; other rows are computed again with their maximum.
+    - ``threads_from``: pairs of queries and keys, of all heads, from which on it is worth to wake other threads.
+
+    Lists:
+
+    - ``output_bytes``: what the outputs of everything at work, one for each pair, may take in all; ``output_bytes_each``: what
+      one of many threads may take at least.
+    - ``numbers``: what is computed at once may hold so many; products on a GPU should be few. ``numbers_cpu``: a core's cache is
+      small.
+    - ``few``: numbers of the whole call that are not worth a second thread.
+
+    Scans:
+
+    - ``scan_chunk``: a power of two: slots halve it. Pairs within a chunk cost ``scan_chunk`` products a row, states cost
+      head_dim / ``scan_chunk`` numbers a row.
+    - ``scan_rows``: computed at once over all heads and batch entries: enough to make calls to torch cheap, few enough for a
+      cache.
+    """
+
+    safe_total: tuple[float, float] = (2.0**-40, 2.0**90)
+    threads_from: int = 1 << 20
+    output_bytes: int = 64 << 20
+    output_bytes_each: int = 16 << 20
+    numbers: int = 1 << 22
+    numbers_cpu: int = 1 << 18
+    few: int = 1 << 22
+    scan_chunk: int = 64
+    scan_rows: int = 4096
+
+
+LIMITS = Adjustable(Limits())
