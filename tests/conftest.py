@@ -4,6 +4,7 @@ property tests.
 - ``pytest --update-golden`` rewrites golden files instead of comparing with them.
 - ``SPARSEDSL_TEST_EXAMPLES=100000`` spreads about that many random cases over the property tests that are run, in proportion to
   the number each of them asks for; the summary says how many were run and how many tests failed.
+- Tests marked ``campaign`` (combinations beyond those that every run tries) run with such a budget, or with ``-m campaign``.
 - The cases are the same in every run, on every machine; ``--hypothesis-seed=N`` draws others, and the same ones for the same number. ``make
   fuzz`` draws a number.
 """
@@ -173,9 +174,13 @@ def _budget() -> int | None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Count the cases of every property test, and give each its share of the budget."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave campaigns to runs with a budget, count the cases of every property test, and give each its share of the budget."""
     budget = _budget()
+    if budget is None and "campaign" not in config.option.markexpr:
+        left = [item for item in items if item.get_closest_marker("campaign")]
+        items[:] = [item for item in items if not item.get_closest_marker("campaign")]
+        config.hook.pytest_deselected(items=left)
     tests = [item for item in items if isinstance(item, pytest.Function) and hypothesis.is_hypothesis_test(item.obj)]
     # The function keeps its settings and its inner test as attributes; its parametrised items share them.
     functions = [getattr(item.obj, "__func__", item.obj) for item in tests]

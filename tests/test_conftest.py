@@ -33,7 +33,7 @@ def run_pytest(folder: Path, source: str, *options: str, **variables: str) -> su
     """Run pytest on one test file beside a copy of our conftest.py."""
     (folder / "conftest.py").write_text(CONFTEST.read_text())
     (folder / "test_it.py").write_text(source)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n    campaign: more\n")
     ours = ("PYTEST", "SPARSEDSL", "CI")
     env = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
     command = [
@@ -150,6 +150,13 @@ def test_golden_is_written_compared_and_told_apart(tmp_path):
 def test_golden_compares_text_only(golden):
     with pytest.raises(pytest.fail.Exception, match="golden compares text, got int: 3"):
         _ = golden == 3
+
+
+def test_campaigns_are_for_runs_with_a_budget(tmp_path):
+    source = "import pytest\n@pytest.mark.parametrize('n', [1, pytest.param(2, marks=pytest.mark.campaign)])\ndef test_it(n):\n    pass\n"
+    assert "1 passed, 1 deselected" in run_pytest(tmp_path, source).stdout
+    assert "2 passed" in run_pytest(tmp_path, source, SPARSEDSL_TEST_EXAMPLES="10").stdout
+    assert "1 passed, 1 deselected" in run_pytest(tmp_path, source, "-m", "campaign").stdout
 
 
 def test_gpu_tests_are_skipped_with_the_reason(tmp_path):

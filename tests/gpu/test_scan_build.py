@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from pathlib import Path
 
 import pytest
@@ -110,11 +111,24 @@ def test_slots(launches, target):
     assert names == {"sum_chunks", "carry", "read_slots", "read_values", "slot_weights", "weight_gradient", "decay_gradient"}
 
 
+WIDTHS = {"half": (torch.float16, (64, 64)), "single": (torch.float32, (80, 48))}
+# Every scan, every precision and every target; the spills are those of sm_90 and sm_100.
+ALWAYS = {
+    (run_linear, "half", "gfx942"),
+    (run_linear, "single", "sm_100"),
+    (run_slots, "half", "sm_80"),
+    (run_slots, "single", "sm_90"),
+}
+EVERY = [
+    pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.campaign)
+    for case in itertools.product((run_linear, run_slots), WIDTHS, TARGETS)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("dtype", "widths"), [(torch.float16, (64, 64)), (torch.float32, (80, 48))], ids=["half", "single"])
-@pytest.mark.parametrize("run", [run_linear, run_slots])
-def test_other_widths(launches, run, dtype, widths, target):
+@pytest.mark.parametrize(("run", "precision", "target"), EVERY)
+def test_other_widths(launches, run, precision, target):
+    dtype, widths = WIDTHS[precision]
     # In float32 the sums of heads beyond 64 do not all stay in registers: 8 to 72 bytes a thread on sm_90 and sm_100 (docs/kernels.md).
     assert_fits(launches(target, run, dtype, *widths), target, 72 if dtype == torch.float32 else 0)
 

@@ -63,9 +63,19 @@ def test_usual_shapes_build_for_every_target(kernel, target, weighted):
     assert (found.async_copies > 0) == (target != "gfx942")
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("name", WRITTEN)
-@pytest.mark.parametrize("weighted", [False, True], ids=["joint", "weighted"])
+# Joint on one kind of target and weighted on the other, in turns; the others are a campaign.
+PRINTED = [
+    pytest.param(
+        name, weighted, target, id=f"{'weighted' if weighted else 'joint'}-{name}-{target}",
+        marks=() if (place + weighted + turn) % 2 else pytest.mark.campaign,
+    )
+    for place, name in enumerate(WRITTEN)
+    for weighted in (False, True)
+    for turn, target in enumerate(("sm_90", "gfx942"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "weighted", "target"), PRINTED)
 def test_masks_and_scores_build_without_spilling(name, weighted, target):
     mask, logit, learned = WRITTEN[name]
     source = selected_source(mask, logit, learned=frozenset(learned))
@@ -79,9 +89,18 @@ def test_masks_and_scores_build_without_spilling(name, weighted, target):
 SHAPES = [(128, 64, 8), (256, 64, 4), (128, 128, 4), (64, 128, 16), (96, 48, 1)]
 
 
+# Two targets for each shape; the others are a campaign.
+EVERY = [
+    pytest.param(
+        sizes, target, id=f"{'x'.join(map(str, sizes))}-{target}", marks=() if (place + turn) % 2 else pytest.mark.campaign
+    )
+    for place, sizes in enumerate(SHAPES)
+    for turn, target in enumerate(TARGETS)
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("sizes", SHAPES, ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.mark.parametrize(("sizes", "target"), EVERY)
 def test_other_shapes_build_for_every_target(sizes, target):
     width, chunk, pack = sizes
     for kernel in KERNELS:

@@ -210,7 +210,7 @@ def linear_cases(draw):
 
 
 @given(linear_cases())
-@settings(max_examples=8)
+@settings(max_examples=6)
 def test_random_linear_attention(case):
     assert_linear(case)
 
@@ -380,7 +380,7 @@ def slot_cases(draw):
 
 
 @given(slot_cases())
-@settings(max_examples=6)
+@settings(max_examples=3)
 def test_random_slots(case):
     assert_slots(case)
 

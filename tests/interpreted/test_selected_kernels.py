@@ -263,7 +263,7 @@ def test_any_score(scored):
 @pytest.mark.parametrize("mask", MASKS)
 def test_any_mask(mask):
     assert_right(Case(mask=mask, batch=2))
-    assert_right(Case(mask=mask, score="cap", weight_heads=4, same_lists=True, batch=2))
+    assert_right(Case(mask=mask, score="cap", weight_heads=4, same_lists=True))
 
 
 @pytest.mark.parametrize("mask", ["not the second", "documents"])
@@ -297,7 +297,7 @@ def cases(draw):
     )  # fmt: skip
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(cases())
 def test_random_calls(case):
     assert_right(case)

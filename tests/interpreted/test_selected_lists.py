@@ -287,7 +287,7 @@ def cases(draw):
     )  # fmt: skip
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(cases())
 def test_random_calls(case):
     assert_right(case)
