@@ -113,7 +113,7 @@ def test_nothing_is_compiled_for_another_length(kit, backend, name):
 
     run(kit.length(512), 2)
     with kit.compiles() as compiled:
-        for length, batch in ((640, 2), (1000, 1), (1001, 3), (130, 2), (33, 1)):
+        for length, batch in kit.some(((640, 2), (1000, 1), (1001, 3), (130, 2), (33, 1))):
             run(max(33, kit.length(length)), batch)
     assert compiled == []
 
@@ -128,7 +128,7 @@ def test_nothing_is_compiled_for_another_step_of_decoding(kit, triton_backend):
 
     step(kit.length(1600))
     with kit.compiles() as compiled:
-        for length in (1601, 1602, 1616, 1999):
+        for length in kit.some((1601, 1602, 1616, 1999)):
             step(kit.length(length))
     assert compiled == []
 
@@ -148,7 +148,7 @@ def test_the_same_call_gives_the_same_bits(kit, triton_backend, name):
     attn, tables = sd.compile(pattern, backend=triton_backend), kit.tables(pattern, length, (8, 2))
     call = training(attn, kit.inputs((8, 2), length), tables)
     first = call()
-    for _ in range(3):
+    for _ in range(1 if kit.rehearsing else 3):
         assert_same_bits(call(), first)
 
 
