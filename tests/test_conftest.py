@@ -172,3 +172,13 @@ def test_the_cache_of_a_test_run_is_its_own(cache_folder):
     from sparsedsl.settings import settings
 
     assert settings().cache == cache_folder
+
+
+def test_tests_import_no_tests_and_no_conftest():
+    """What they share is a fixture, or a module of their folder that is no test."""
+    wrong = re.compile(r"^\s*(?:from|import) (?:tests\.[\w.]*|)\b(?:test_\w+|conftest)\b", re.M)
+    files = sorted(CONFTEST.parent.rglob("*.py"))
+    assert len(files) > 100
+    assert [path.name for path in files if wrong.search(path.read_text(encoding="utf-8"))] == []
+    assert wrong.search("x = 1\nfrom tests.programs.test_hsa import problem") and wrong.search("import conftest")
+    assert not wrong.search("from tests.programs.selected_cases import draw")

@@ -12,8 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.programs.selected_cases import Case, dense, draw
-from tests.programs.test_selected_cases import results, run_on
+from tests.programs.selected_cases import Case, dense, draw, results, run_on
 
 # Queries of all heads: the interpreter takes a second for some tiles of them.
 MOST_ROWS = 48

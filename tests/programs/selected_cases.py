@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 import sparsedsl as sd
+from sparsedsl.program.effect_rules import LATER_QUERIES
+from sparsedsl.program.graph import as_program
 
 Tensor = torch.Tensor
 NEVER = float("-inf")
@@ -465,3 +467,27 @@ class _Drawing:
             return 0.3, lambda t: torch.full((self.sizes.heads,), 0.3, dtype=torch.float64)
         self._input("sinks", self.sizes.heads)
         return sd.table("sinks", learned=True)[sd.h], lambda t: t["sinks"]
+
+
+def results(case: Case, run: Any) -> dict[str, Tensor]:
+    """Out, LSE, and the gradients of a function of both to every float that is given."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in case.inputs.items()}
+    out, lse = run(leaves)
+    found = {"out": out, "lse": lse}
+    generator = torch.Generator().manual_seed(3)
+    by_out, by_lse = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (out, lse))
+    total = (out * by_out).sum() + torch.where(lse.isfinite(), lse * by_lse, 0.0).sum()
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True) if total.requires_grad else [None] * len(leaves)
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        found[f"d{name}"] = torch.zeros_like(leaf) if grad is None else grad
+    return {name: x.detach() for name, x in found.items()}
+
+
+def run_on(case: Case, backend: str, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Out and LSE of the declaration on a backend."""
+    # Choices that the mask turned out not to depend on are gone, and their inputs with them.
+    program = as_program(case.program)
+    read = set(case.program.tables) if program is None else set(program.inputs) | set(program.tables)
+    attn = sd.compile(case.program, backend=backend, **({} if program is None else {"allow": [LATER_QUERIES]}))
+    named = {name: x for name, x in (leaves | case.integers).items() if name in read and name not in "qkv"}
+    return attn(*(leaves[name] for name in "qkv"), q_offset=case.sizes.q_offset, return_lse=True, **named)  # type: ignore[no-any-return]
