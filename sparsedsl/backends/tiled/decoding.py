@@ -12,6 +12,7 @@ import torch
 
 from sparsedsl.analysis.key_intervals import keys_of_one_query
 from sparsedsl.backends.tiled.head_groups import HeadGroups
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.score_rules import LN2, ScoreRule, clamped, score_rule
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.steps import evaluate
@@ -24,8 +25,6 @@ __all__ = ["decode", "decode_selected"]
 
 Tensor = torch.Tensor
 INF = float("inf")
-# Numbers of k and v that are worked on at once. More are cut into tiles like any other call, by several threads.
-MOST_NUMBERS = 1 << 24
 
 
 def decode(pattern: Pattern, call: Call) -> tuple[Tensor, Tensor] | None:
@@ -33,7 +32,8 @@ def decode(pattern: Pattern, call: Call) -> tuple[Tensor, Tensor] | None:
     ranges = keys_of_one_query(pattern.mask.expr, call.domain)
     if (
         not ranges
-        or sum(map(len, ranges)) * call.k.shape[0] * call.k.shape[1] * (call.k.shape[3] + call.v.shape[3]) > MOST_NUMBERS
+        or sum(map(len, ranges)) * call.k.shape[0] * call.k.shape[1] * (call.k.shape[3] + call.v.shape[3])
+        > LIMITS.now.decode_numbers
     ):
         return None
     rule, dtype, domain = score_rule(pattern.score.expr), accumulated(call.q.dtype), call.domain
@@ -64,7 +64,7 @@ def decode_selected(job: SelectedCall, q: Tensor, k: Tensor, v: Tensor, weights:
     indices = blocks.indices[..., : blocks.blocks]
     groups, slots, tokens = HeadGroups.of(q, k.shape[1], indices.shape[1]), indices.shape[3], blocks.kv_block
     numbers = groups.queries * slots * tokens * (k.shape[3] + v.shape[3])
-    if not 0 < numbers <= MOST_NUMBERS:
+    if not 0 < numbers <= LIMITS.now.decode_numbers:
         return None
     device, rule, domain = q.device, score_rule(job.score), job.domain
     own = torch.arange(groups.count, device=device)

@@ -11,7 +11,7 @@ __all__ = ["LIMITS", "Limits"]
 
 @dataclass(frozen=True)
 class Limits:
-    """Of strips, of attention along lists, of scans along the keys.
+    """Of strips, of attention along lists, of decoding, of scans along the keys.
 
     Strips:
 
@@ -26,6 +26,10 @@ class Limits:
     - ``numbers``: what is computed at once may hold so many; products on a GPU should be few. ``numbers_cpu``: a core's cache is
       small.
     - ``few``: numbers of the whole call that are not worth a second thread.
+
+    Decoding:
+
+    - ``decode_numbers``: of k and v that are worked on at once; more are cut into tiles like any other call, by several threads.
 
     Scans:
 
@@ -42,6 +46,7 @@ class Limits:
     numbers: int = 1 << 22
     numbers_cpu: int = 1 << 18
     few: int = 1 << 22
+    decode_numbers: int = 1 << 24
     scan_chunk: int = 64
     scan_rows: int = 4096
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, q_len, score
 from sparsedsl.backends.tiled import attention, decoding
+from sparsedsl.backends.tiled.limits import LIMITS
 
 Tensor = torch.Tensor
 CAUSAL = kv_idx <= q_idx
@@ -91,7 +92,7 @@ def test_more_keys_than_are_worked_on_at_once_are_cut_into_tiles() -> None:
     q, k, v = inputs(1, 1, 2, 2, 300)
     attn = sd.compile(STATIC["sinks"], backend="tiled")
     want = attn(q, k, v, q_offset="end")
-    with mock.patch.object(decoding, "MOST_NUMBERS", 8), mock.patch.object(decoding, "_softmax", side_effect=AssertionError):
+    with LIMITS.using(decode_numbers=8), mock.patch.object(decoding, "_softmax", side_effect=AssertionError):
         torch.testing.assert_close(attn(q, k, v, q_offset="end"), want, atol=1e-13, rtol=1e-13)
 
 
