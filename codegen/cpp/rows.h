@@ -1,0 +1,84 @@
+// Rows of a tensor in the type of the computation, as they are or widened on the way, and rows written back.
+
+static inline i64 element_bytes(i64 kind) { return kind == 0 ? (i64)sizeof(real) : 2; }
+
+static inline void widen(const char *from, i64 kind, i64 n, real *to) {
+    if (kind == 0) {
+        __builtin_memcpy(to, from, n * sizeof(real));
+    } else if (kind == 1) {
+        const unsigned short *x = (const unsigned short *)from;
+        for (i64 i = 0; i < n; i++) {
+            unsigned bits = (unsigned)x[i] << 16;
+            float y;
+            __builtin_memcpy(&y, &bits, 4);
+            to[i] = y;
+        }
+    } else {
+        const _Float16 *x = (const _Float16 *)from;
+        for (i64 i = 0; i < n; i++) to[i] = (real)x[i];
+    }
+}
+
+static inline void narrow(const real *from, i64 kind, i64 n, char *to) {
+    if (kind == 0) {
+        __builtin_memcpy(to, from, n * sizeof(real));
+    } else if (kind == 1) {
+        unsigned short *y = (unsigned short *)to;
+        for (i64 i = 0; i < n; i++) {
+            float x = from[i];
+            unsigned bits;
+            __builtin_memcpy(&bits, &x, 4);
+            unsigned rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+            y[i] = x != x ? 0x7fc0 : rounded;
+        }
+    } else {
+        _Float16 *y = (_Float16 *)to;
+        for (i64 i = 0; i < n; i++) y[i] = (_Float16)from[i];
+    }
+}
+
+struct Rows {
+    const real *first;
+    i64 row;
+};
+
+// Rows of one head, every `step`-th from `first` on.
+struct Head {
+    const char *first;
+    i64 row_bytes, kind, width;
+
+    Head(const Tensor &t, i64 kind, i64 width, i64 b, i64 h, i64 residue, i64 step)
+        : first(t.first + (b * t.batch + h * t.head + residue * t.row) * element_bytes(kind)),
+          row_bytes(step * t.row * element_bytes(kind)), kind(kind), width(width) {}
+
+    const char *at_row(i64 row) const { return first + row * row_bytes; }
+
+    // `count` rows in the type of the computation: where they lie, or in `room` (count x whole vectors). `padded`: whole vectors
+    // are read of each.
+    Rows rows(i64 from, i64 count, bool padded, real *room) const {
+        if (kind == 0 && !(padded && width % WIDTH)) return {(const real *)at_row(from), row_bytes / (i64)sizeof(real)};
+        i64 broad = whole_vectors(width);
+        for (i64 i = 0; i < count; i++) {
+            widen(at_row(from + i), kind, width, room + i * broad);
+            for (i64 j = width; j < broad; j++) room[i * broad + j] = 0;
+        }
+        return {room, broad};
+    }
+};
+
+// Memory of a thread, kept from call to call.
+struct Room {
+    void *first = nullptr;
+    i64 bytes = 0;
+    ~Room() { __builtin_free(first); }
+
+    real *of(i64 wanted) {
+        if (wanted * (i64)sizeof(real) > bytes) {
+            __builtin_free(first);
+            bytes = wanted * sizeof(real) + 256;
+            first = __builtin_malloc(bytes);
+            if (!first) bytes = 0;
+        }
+        return (real *)(((unsigned long)first + 63) / 64 * 64);
+    }
+};

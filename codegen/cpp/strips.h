@@ -1,0 +1,205 @@
+// A strip: some queries of one key/value head, those of several heads of its group side by side, as lanes. Which keys a strip visits
+// (intervals, lists) is told apart from what happens there: `visit` calls a function for each block of keys.
+
+struct Cut {  // how the work is cut into strips
+    i64 head_groups, strips, strips_of_head;
+
+    explicit Cut(const Call *c) {
+        head_groups = c->heads / c->kv_heads / c->strip_heads;
+        i64 most_rows = (c->rows + c->step - 1) / c->step;
+        strips = (most_rows + c->strip_queries - 1) / c->strip_queries;
+        strips_of_head = head_groups * c->step * strips;
+    }
+};
+
+struct Strip {
+    Lanes lanes;
+    i64 q_idx[MOST_LANES], h[MOST_LANES], row[MOST_LANES];
+    i64 used;  // lanes that are queries; those beyond, up to whole vectors, repeat the last
+    i64 b, kv_head, number, keys;
+    i64 first[MOST_SPANS * MOST_LANES], last[MOST_SPANS * MOST_LANES];
+    i64 begin[MOST_SPANS], end[MOST_SPANS], inner_begin[MOST_SPANS], inner_end[MOST_SPANS];
+
+    // `which`: of all strips of a key/value head.
+    Strip(const Call *c, const Cut &cut, i64 b, i64 kv_head, i64 which) : b(b), kv_head(kv_head) {
+        number = which % cut.strips;
+        i64 residue = which / cut.strips % c->step;
+        i64 head = kv_head * (c->heads / c->kv_heads) + which / (cut.strips * c->step) * c->strip_heads;
+        // Positions residue, residue + step, .. within q_offset .. q_offset + rows are counted from `low` to `high`.
+        i64 low = most(c->q_offset - residue + c->step - 1, 0) / c->step;
+        i64 high = most(c->q_offset + c->rows - residue + c->step - 1, 0) / c->step;
+        low += number * c->strip_queries;
+        i64 queries = most(least(high - low, c->strip_queries), 0);
+        used = queries * c->strip_heads;
+        keys = most(c->keys - residue + c->step - 1, 0) / c->step;
+        lanes = {whole_vectors(used), b, residue, c->q_offset + c->rows, keys, q_idx, h};
+        for (i64 i = 0; i < lanes.count; i++) {
+            i64 lane = least(i, used - 1);
+            q_idx[i] = low + lane % queries;
+            h[i] = head + lane / queries;
+            row[i] = q_idx[i] * c->step + residue - c->q_offset;
+        }
+        if (used && c->spans > 0) find_intervals(c);
+    }
+
+    // The keys each query sees, and of each interval where any of them begins and ends, and where all of them have begun.
+    void find_intervals(const Call *c) {
+        c->ends(c, &lanes, first, last);
+        for (i64 s = 0; s < c->spans; s++) {
+            i64 low = keys, high = -1, inner_low = 0, inner_high = keys - 1;
+            for (i64 i = 0; i < lanes.count; i++) {
+                i64 f = most(first[s * MOST_LANES + i], 0), l = least(last[s * MOST_LANES + i], keys - 1);
+                bool empty = l < f;
+                low = least(low, empty ? keys : f);
+                high = most(high, empty ? -1 : l);
+                inner_low = most(inner_low, empty ? keys : f);
+                inner_high = least(inner_high, empty ? -1 : l);
+            }
+            begin[s] = low, end[s] = high + 1, inner_begin[s] = inner_low, inner_end[s] = inner_high + 1;
+        }
+    }
+
+    // Masks a block of keys by the intervals of its queries: what lies outside of all of them is -inf.
+    void hide(const Call *c, i64 key, i64 count, real *tile) const {
+        Integer low[MOST_SPANS][MOST_LANES], high[MOST_SPANS][MOST_LANES];
+        for (i64 s = 0; s < c->spans; s++)
+            for (i64 i = 0; i < lanes.count; i++) {
+                low[s][i] = least(most(first[s * MOST_LANES + i] - key, 0), count);
+                high[s][i] = least(most(last[s * MOST_LANES + i] - key, -1), count - 1);
+            }
+        for (i64 i = 0; i < lanes.count; i += WIDTH)
+            for (i64 j = 0; j < count; j++) {
+                Integers here = (Integer)j - Integers{}, seen = {};
+                for (i64 s = 0; s < c->spans; s++)
+                    seen |= (here >= *(Integers *)&low[s][i]) & (here <= *(Integers *)&high[s][i]);
+                real *p = tile + j * lanes.count + i;
+                put(p, seen ? at(p) : all(LOWEST));
+            }
+    }
+};
+
+enum Kind { EMPTY, PARTIAL, FULL };
+
+static Kind kind_of(const Call *c, const Strip &strip, i64 key, i64 count) {
+    for (i64 s = 0; s < c->spans; s++)
+        if (strip.inner_begin[s] <= key && key + count <= strip.inner_end[s]) return FULL;
+    for (i64 s = 0; s < c->spans; s++)
+        for (i64 i = 0; i < strip.used; i++) {
+            i64 f = most(strip.first[s * MOST_LANES + i], key), l = least(strip.last[s * MOST_LANES + i], key + count - 1);
+            if (f <= l) return PARTIAL;
+        }
+    return EMPTY;
+}
+
+// The blocks of keys between the ends of the intervals, those of one part of `parts`. An interval begins where those before it end.
+template <class F>
+static void visit_intervals(const Call *c, const Strip &strip, i64 part, i64 parts, F f) {
+    i64 begin[MOST_SPANS], end[MOST_SPANS], blocks = 0;
+    for (i64 s = 0; s < c->spans; s++) {
+        i64 at = s;
+        for (; at > 0 && begin[at - 1] > strip.begin[s]; at--) begin[at] = begin[at - 1], end[at] = end[at - 1];
+        begin[at] = strip.begin[s], end[at] = strip.end[s];
+    }
+    for (i64 s = 0, reached = 0; s < c->spans; s++) {
+        begin[s] = most(begin[s], reached);
+        reached = most(reached, end[s]);
+        blocks += most(end[s] - begin[s] + BLOCK_KEYS - 1, 0) / BLOCK_KEYS;
+    }
+    i64 low = blocks * part / parts, high = blocks * (part + 1) / parts, number = 0;
+    for (i64 s = 0; s < c->spans; s++)
+        for (i64 key = begin[s]; key < end[s]; key += BLOCK_KEYS, number++) {
+            i64 count = least(BLOCK_KEYS, end[s] - key);
+            Kind kind = number < low || number >= high ? EMPTY : kind_of(c, strip, key, count);
+            if (kind != EMPTY) f(key, count, kind == FULL);
+        }
+}
+
+// The blocks of keys that lists name for a strip: full ones, then partial ones.
+template <class F>
+static void visit_lists(const Call *c, const Strip &strip, i64 part, i64 parts, F f) {
+    i64 line = (strip.b * c->list_batch + strip.h[0] * c->list_head) * c->list_rows + strip.number;
+    const int *starts[] = {c->full_starts, c->partial_starts}, *columns[] = {c->full_columns, c->partial_columns};
+    i64 full = starts[0][line + 1] - starts[0][line], blocks = full + starts[1][line + 1] - starts[1][line];
+    for (i64 n = blocks * part / parts; n < blocks * (part + 1) / parts; n++) {
+        i64 key = BLOCK_KEYS * (n < full ? columns[0][starts[0][line] + n] : columns[1][starts[1][line] + n - full]);
+        f(key, least(BLOCK_KEYS, strip.keys - key), n < full);
+    }
+}
+
+// Calls f(key, count, full) for each block of keys that some query of the strip may see; in a full one every query sees all.
+template <class F>
+static void visit(const Call *c, const Strip &strip, i64 part, i64 parts, F f) {
+    if (c->spans < 0)
+        visit_lists(c, strip, part, parts, f);
+    else
+        visit_intervals(c, strip, part, parts, f);
+}
+
+static void hide(const Call *c, const Strip &strip, i64 key, i64 count, real *tile) {
+    if (c->spans < 0)
+        c->mask(c, &strip.lanes, key, count, tile);
+    else
+        strip.hide(c, key, count, tile);
+}
+
+// How many keys a query sees, about: of the first, the middle and the last one.
+static i64 usual_width(const Call *c) {
+    if (c->spans < 0) return c->keys;
+    i64 width = 0, counted = 0;
+    for (i64 n = 0; n < 3; n++) {
+        i64 row = n * (c->rows - 1) / 2, position = c->q_offset + row;
+        i64 residue = position % c->step, q_idx = position / c->step, h = 0;
+        i64 keys = most(c->keys - residue + c->step - 1, 0) / c->step, first[MOST_SPANS * MOST_LANES], last[MOST_SPANS * MOST_LANES];
+        Lanes lane = {1, 0, residue, c->q_offset + c->rows, keys, &q_idx, &h};
+        if (c->spans) c->ends(c, &lane, first, last);
+        for (i64 s = 0; s < c->spans; s++)
+            width += most(least(last[s * MOST_LANES], keys - 1) - most(first[s * MOST_LANES], 0) + 1, 0);
+        counted++;
+    }
+    return most(width / counted, 1);
+}
+
+// Chooses how strips are cut, where that is left open (strip_queries 0). Higher strips multiply faster, lower ones look at fewer
+// keys that only some of their queries see; the rates were measured, in hundredths, of strips of 16, 32, 48 and 64 lanes.
+static void cut_strips(Call *c) {
+    if (c->strip_queries) return;
+    static const i64 heights[] = {16, 32, 48, 64}, rates[] = {75, 89, 96, 100};
+    i64 group = c->heads / c->kv_heads, width = usual_width(c);
+    i64 rows = most((c->rows + c->step - 1) / c->step, 1);
+    double best = 0;
+    for (int n = 0; n < 4; n++) {
+        i64 heads = least(group, heights[n]);
+        while (group % heads) heads--;
+        i64 queries = least(heights[n] / heads, rows);
+        double rate = (double)rates[n] * width / (width + queries - 1);
+        if (rate > best || !n) best = rate, c->strip_heads = heads, c->strip_queries = queries;
+    }
+}
+
+// ---- sharing the work -----------------------------------------------------------------------------------------------------------
+
+template <class F>
+struct Job {
+    F run;
+    i64 count, next;
+
+    static void work(void *job_) {
+        Job *job = (Job *)job_;
+        for (;;) {
+            i64 number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+            if (number >= job->count) break;
+            job->run(number);
+        }
+    }
+};
+
+// Calls f(0) .. f(count - 1), each once, on as many threads as torch uses. Who does what is left to chance; no result depends on it.
+template <class F>
+static void share(const Call *c, i64 count, F f) {
+    Job<F> job{f, count, 0};
+    i64 threads = least(c->threads, count);
+    if (threads > 1)
+        c->parallel(Job<F>::work, &job, threads, 0);
+    else
+        Job<F>::work(&job);
+}
