@@ -2,7 +2,7 @@
 
 T5's buckets are ``floor(log(distance) * ...)`` in float32, rounding included. A kernel's logarithm is an approximation, but a bucket
 depends on ``q_idx - kv_idx`` alone: a table over all differences has ``q_len + kv_len - 1`` entries, and torch itself fills it
-(:mod:`sparsedsl.backends.triton.hoisted_tables`). Input: a pattern. Output: a pattern that reads *prepared tables* in these places,
+(:mod:`sparsedsl.runtime.hoisted_tables`). Input: a pattern. Output: a pattern that reads *prepared tables* in these places,
 and what these hold.
 """
 

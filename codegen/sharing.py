@@ -56,6 +56,14 @@ class SharingPrinter(Printer):
         """Whether the text of the integer ``expr`` has the type already."""
         return False
 
+    def cast(self, text: str, kind: str) -> str:
+        """The text of an atom, cast."""
+        return f"{text}.to({kind})"
+
+    def assignment(self, name: str, text: str) -> str:
+        """The line that gives a value its name."""
+        return f"{name} = {text}"
+
     def text(self, expr: sympy.Basic, level: int = 0) -> str:
         """The text of ``expr``, bracketed if it binds looser than ``level``."""
         wanted = self._operands_as
@@ -64,7 +72,7 @@ class SharingPrinter(Printer):
         self._operands_as = self.operand_type(expr)
         try:
             if wanted and getattr(expr, "is_integer", False) and not self.has_type(expr, wanted):
-                return f"{self.node(expr, ATOM)}.to({wanted})"
+                return self.cast(self.node(expr, ATOM), wanted)
             return self.node(expr, level)
         finally:
             self._operands_as = wanted
@@ -108,7 +116,7 @@ class SharingPrinter(Printer):
 
         def emit(stem: str, text: str) -> str:
             name = source.fresh(stem)
-            source.line(f"{name} = {text}")
+            source.line(self.assignment(name, text))
             return name
 
         self._repeats, self._known, self._emit = self.count(exprs), {}, emit

@@ -105,7 +105,7 @@ static void add_strip(const Call *c, const Strip &strip, real *room, Gains gains
         if (!full) hide(c, strip, key, count, desk.tile);
         product<false>(count, lanes, c->head_dim_v, some_v.first, some_v.row, 1, given.grad_turned, lanes, change, lanes);
         differentiate(strip, count, factor, given, desk.tile, change);
-        if (c->gains) c->gains(c, &strip.lanes, key, count, plain, change, &gains.tables);
+        if (c->gains) c->gains(c, &strip.lanes, key, count, plain, change, gains.tables);
         for (i64 i = 0; c->slope && i < count * lanes; i += WIDTH)
             put(change + i, at(change + i) == (real)0 ? Vector{} : at(change + i) * at(slope + i));
         i64 place = key * c->step + strip.lanes.residue - gains.first;
@@ -145,6 +145,8 @@ static void join(const Call *c, i64 head, Gains part, i64 length) {
     for (i64 i = 0; i < length * broad_v; i += WIDTH) put(v + i, at(v + i) + at(part.v + i));
 }
 
+extern "C" int vector_width() { return WIDTH; }
+
 // Adds gradients to grad_k and grad_v, which hold zeros, and writes the rest; -1: there is no memory.
 extern "C" int attend_backward(Call *c) {
     cut_strips(c);
@@ -152,7 +154,7 @@ extern "C" int attend_backward(Call *c) {
     i64 heads = c->batch * c->kv_heads, parts = c->parts, broad = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
     if (parts > cut.strips_of_head) parts = cut.strips_of_head;
     bool failed = false;
-    if (c->parts_alone) c->threads = 1;
+    if (c->parts_alone || is_little(c)) c->threads = 1;
     i64 *turn = (i64 *)__builtin_calloc(heads, sizeof(i64));
     Gains *done = (Gains *)__builtin_calloc(heads * parts, sizeof(Gains));
     i64 *length = (i64 *)__builtin_calloc(heads * parts, sizeof(i64));

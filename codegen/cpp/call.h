@@ -9,9 +9,9 @@ typedef float real;
 #endif
 
 // The queries of one strip, side by side: lane i is the query at position q_idx[i] of head h[i]. All belong to batch entry b.
-// `residue`: of a pattern that is taken apart by residues, which one; positions and lengths then count within it.
+// Lanes from `used` on repeat the last one, to fill whole vectors. `residue`: of a pattern that is taken apart by residues, which one; positions and lengths then count within it.
 struct Lanes {
-    i64 count, b, residue, q_len, kv_len;
+    i64 count, used, b, residue, q_len, kv_len;
     const i64 *q_idx, *h;
 };
 
@@ -50,7 +50,7 @@ struct Call {
     real *delta;  // (batch, heads, rows): sum of out * grad_out less grad_lse
     real *grad_q, *grad_k, *grad_v;  // contiguous; widths of grad_k and grad_v rounded up to whole vectors
     void (*slope)(const Call *, const Lanes *, i64 key, i64 keys, real *tile, real *slope);  // score, and its derivative
-    void (*gains)(const Call *, const Lanes *, i64 key, i64 keys, const real *tile, const real *change, double *const *sums);
+    void (*gains)(const Call *, const Lanes *, i64 key, i64 keys, const real *tile, const real *change, double *sums);
     double *sums;  // gradients of learned tables, one after the other, of each part of the work
     i64 sums_size, parts, parts_alone;  // entries of all; parts a key/value head is worked on in; whether one part after the other
 
@@ -59,3 +59,5 @@ struct Call {
 
 // Keys in one block of a list, and lanes at most.
 constexpr i64 BLOCK_KEYS = 64, MOST_LANES = 64, MOST_SPANS = 4;
+constexpr real LOWEST = -__builtin_huge_val();
+constexpr double LN2 = 0.69314718055994530942, LOG2E = 1.4426950408889634074;

@@ -161,7 +161,7 @@ extern "C" int attend(Call *c) {
     i64 strips = c->batch * c->kv_heads * cut.strips_of_head, parts = key_parts(c, cut), broad = whole_vectors(c->head_dim_v);
     i64 sums_size = MOST_LANES * (broad + 2);
     bool finite = true, failed = false;
-    if (c->rows * c->heads * c->batch * least(c->keys, usual_width(c)) < (1 << 15)) c->threads = 1;
+    if (is_little(c)) c->threads = 1;
     Room shared;
     if (parts > 1 && !shared.of(strips * parts * sums_size)) return -1;
     auto strip_of = [&](i64 n) {

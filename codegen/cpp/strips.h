@@ -15,7 +15,7 @@ struct Cut {  // how the work is cut into strips
 struct Strip {
     Lanes lanes;
     i64 q_idx[MOST_LANES], h[MOST_LANES], row[MOST_LANES];
-    i64 used;  // lanes that are queries; those beyond, up to whole vectors, repeat the last
+    i64 used;  // lanes that are queries
     i64 b, kv_head, number, keys;
     i64 first[MOST_SPANS * MOST_LANES], last[MOST_SPANS * MOST_LANES];
     i64 begin[MOST_SPANS], end[MOST_SPANS], inner_begin[MOST_SPANS], inner_end[MOST_SPANS];
@@ -32,7 +32,7 @@ struct Strip {
         i64 queries = most(least(high - low, c->strip_queries), 0);
         used = queries * c->strip_heads;
         keys = most(c->keys - residue + c->step - 1, 0) / c->step;
-        lanes = {whole_vectors(used), b, residue, c->q_offset + c->rows, keys, q_idx, h};
+        lanes = {whole_vectors(used), used, b, residue, c->q_offset + c->rows, keys, q_idx, h};
         for (i64 i = 0; i < lanes.count; i++) {
             i64 lane = least(i, used - 1);
             q_idx[i] = low + lane % queries;
@@ -150,7 +150,7 @@ static i64 usual_width(const Call *c) {
         i64 row = n * (c->rows - 1) / 2, position = c->q_offset + row;
         i64 residue = position % c->step, q_idx = position / c->step, h = 0;
         i64 keys = most(c->keys - residue + c->step - 1, 0) / c->step, first[MOST_SPANS * MOST_LANES], last[MOST_SPANS * MOST_LANES];
-        Lanes lane = {1, 0, residue, c->q_offset + c->rows, keys, &q_idx, &h};
+        Lanes lane = {1, 1, 0, residue, c->q_offset + c->rows, keys, &q_idx, &h};
         if (c->spans) c->ends(c, &lane, first, last);
         for (i64 s = 0; s < c->spans; s++)
             width += most(least(last[s * MOST_LANES], keys - 1) - most(first[s * MOST_LANES], 0) + 1, 0);
@@ -192,6 +192,11 @@ struct Job {
         }
     }
 };
+
+// Whether a call is too little work to wake other threads for: a fortieth of a millisecond.
+static bool is_little(const Call *c) {
+    return c->batch * c->heads * c->rows * least(c->keys, usual_width(c)) * (c->head_dim + c->head_dim_v) < (1 << 20);
+}
 
 // Calls f(0) .. f(count - 1), each once, on as many threads as torch uses. Who does what is left to chance; no result depends on it.
 template <class F>

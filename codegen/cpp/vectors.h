@@ -20,9 +20,6 @@ typedef int Integer;
 #endif
 typedef Integer Integers __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
-constexpr real LOWEST = -__builtin_huge_val();
-constexpr double LN2 = 0.69314718055994530942, LOG2E = 1.4426950408889634074;
-
 static inline Vector at(const real *p) { return *(const Vector *)p; }
 static inline void put(real *p, Vector x) { *(Vector *)p = x; }
 static inline Vector all(real x) { return x - Vector{}; }
@@ -30,18 +27,32 @@ static inline i64 whole_vectors(i64 n) { return (n + WIDTH - 1) / WIDTH * WIDTH;
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
 
-// 2**x, within one unit in the last place, for x below 127 (1023 in double); 0 below the smallest normal number, NaN for NaN.
-// The fraction, between -1/2 and 1/2, goes into a polynomial fitted there; the whole part becomes the exponent.
+// x * 2**n of whole numbers n, also where that has fewer digits (below the smallest normal number).
+static inline Vector scaled(Vector x, Vector n) {
+#if defined(__AVX512F__) && defined(DOUBLE)
+    typedef double Wide __attribute__((vector_size(64)));
+    return (Vector)__builtin_ia32_scalefpd512_mask((Wide)x, (Wide)n, Wide{}, -1, 4);
+#elif defined(__AVX512F__)
+    typedef float Wide __attribute__((vector_size(64)));
+    return (Vector)__builtin_ia32_scalefps512_mask((Wide)x, (Wide)n, Wide{}, -1, 4);
+#else
+    constexpr int shift = sizeof(real) == 8 ? 52 : 23, bias = sizeof(real) == 8 ? 1023 : 127;
+    Integers whole = __builtin_convertvector(n, Integers), half = whole >> 1;
+    return x * (Vector)((half + bias) << shift) * (Vector)((whole - half + bias) << shift);
+#endif
+}
+
+// 2**x, within one unit in the last place, for x below 127 (1023 in double); NaN for NaN. The fraction, between -1/2 and 1/2, goes into a
+// polynomial fitted there; the whole part becomes the exponent.
 static inline Vector power_of_two(Vector x) {
 #ifdef DOUBLE
-    constexpr double round = 6755399441055744.0, low = -1022;
-    constexpr int shift = 52, bias = 1023;
+    constexpr double round = 6755399441055744.0, low = -1100;
 #else
-    constexpr float round = 12582912.0f, low = -126;
-    constexpr int shift = 23, bias = 127;
+    constexpr float round = 12582912.0f, low = -200;
 #endif
-    Vector near = x + round;
-    Vector f = x - (near - round);
+    x = x < low ? all(low) : x;
+    Vector whole = (x + round) - round;
+    Vector f = x - whole;
 #ifdef DOUBLE
     Vector p = 4.4566753410492058782e-10 + f * 2.5733568308756891235e-11;
     p = 7.0548943863483480445e-09 + f * p;
@@ -61,8 +72,5 @@ static inline Vector power_of_two(Vector x) {
     p = 2.4022651e-1f + f * p;
     p = 6.9314721e-1f + f * p;
 #endif
-    p = (real)1 + f * p;
-    Integers exponent = ((Integers)near + bias) << shift;
-    Vector result = p * (Vector)exponent;
-    return x < low ? Vector{} : result;
+    return scaled((real)1 + f * p, whole);
 }

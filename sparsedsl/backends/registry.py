@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from sparsedsl.backends.cpp.backend import CPP
 from sparsedsl.backends.flex.backend import FLEX
 from sparsedsl.backends.protocol import Backend
 from sparsedsl.backends.reference.backend import REFERENCE
@@ -17,7 +18,7 @@ from sparsedsl.runtime.request import CallFacts, Plan, Request
 __all__ = ["AUTO", "BACKENDS", "check_backend", "check_runs", "choose", "named", "refusals"]
 
 AUTO = "auto"
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, TILED, FLEX, TRITON)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (REFERENCE, TILED, CPP, FLEX, TRITON)}
 """Name -> backend."""
 
 # Of the backends that can (most preferred first), which was measured to be the fastest, and how that is known; None: nobody knows.

@@ -21,7 +21,7 @@ from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.unseen import Sight, guarded_backward, guarded_forward
 from sparsedsl.runtime.vmap import map_call, reads_batch
 
-__all__ = ["Kernel", "differentiable", "known_results", "no_forward_mode", "no_second_derivatives", "transformed"]
+__all__ = ["Kernel", "differentiable", "is_plain", "known_results", "no_forward_mode", "no_second_derivatives", "transformed"]
 
 Tensor = torch.Tensor
 
@@ -71,6 +71,11 @@ def transformed(pattern: Pattern, run: Callable[[Call], Any], call: Call, return
     """``run(call)`` under the transforms of ``torch.func``, for a lowering whose gradients, if any, they cannot reach."""
     out, lse = differentiable(_ForwardOnly(pattern, run, return_lse), call)
     return (out, lse) if return_lse else out
+
+
+def is_plain(call: Call) -> bool:
+    """Whether a call is a forward pass and nothing else: no gradients, no transform of ``torch.func``, no results that are known."""
+    return not call.needs_grad and _known.get() is None and not is_transformed(call.q, call.k, call.v, *call.tables.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.backends.triton.hoisted_tables import fill
+from sparsedsl.runtime.hoisted_tables import fill
 from sparsedsl.codegen.hoisting import hoist
 from sparsedsl.lang.evaluation import evaluate
 

@@ -14,7 +14,6 @@ from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.backends.protocol import ListMaker
-from sparsedsl.backends.triton.hoisted_tables import fill
 from sparsedsl.backends.triton.launching import tensor_arguments
 from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.tile_lists import interval_values, list_values
@@ -24,6 +23,7 @@ from sparsedsl.gpu.configs import Work
 from sparsedsl.gpu.costs import work_of
 from sparsedsl.gpu.tuning_records import density_class
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.runtime.hoisted_tables import fill
 from sparsedsl.runtime.table_gradients import allowed_differences
 
 __all__ = ["Prepared", "prepare"]

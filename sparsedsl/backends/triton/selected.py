@@ -13,7 +13,7 @@ import torch
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.triton.attention import missing
-from sparsedsl.backends.triton.hoisted_tables import fill
+from sparsedsl.runtime.hoisted_tables import fill
 from sparsedsl.backends.triton.selected_configs import block_of
 from sparsedsl.backends.triton.selected_interval import interval_of
 from sparsedsl.backends.triton.selected_passes import SelectedJob, SelectedRun

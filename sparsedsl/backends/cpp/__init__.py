@@ -1,0 +1,1 @@
+"""The ``cpp`` backend: C++ generated for a pattern, compiled once, for attention on CPU."""

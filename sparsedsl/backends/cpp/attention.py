@@ -1,0 +1,172 @@
+"""The ``cpp`` lowering as a kernel: the two compiled passes, on tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.backends.cpp.call_block import KINDS, call_block, place_of
+from sparsedsl.backends.cpp.native import fixed_pass, parallel, vector_width
+from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer, as_stored
+from sparsedsl.backends.protocol import ListMaker, PatternRunner
+from sparsedsl.backends.tiled.attention import sight_of
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.runtime.autograd import differentiable, is_plain
+from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.request import CallFacts
+from sparsedsl.runtime.sinks import sink_gradients
+from sparsedsl.runtime.unseen import Sight
+
+__all__ = ["CppKernel"]
+
+Tensor = torch.Tensor
+# In how many parts the backward pass is worked on at least, however many threads there are; queries of a part, of all heads, at least.
+PARTS, PART_ROWS = 16, 1024
+# Gradients of learned tables that all parts may hold together; beyond it one part works after the other.
+SUMS_BYTES = 1 << 28
+
+
+class CppKernel(PatternRunner):
+    """One pattern as compiled C++, forward and backward. ``lists``: makes the tile lists of the mask."""
+
+    def __init__(self, pattern: Pattern, lists: ListMaker) -> None:
+        self.pattern = pattern
+        self._prepare = Preparer(pattern, lists)
+
+    def attend(self, call: Call, *, lse: bool) -> tuple[Tensor, Tensor]:
+        """Out and LSE, differentiable."""
+        if is_plain(call):
+            out, found, finite = self._forward(call, self.schedule(call))
+            if finite:
+                return out, found
+        return differentiable(self, call)
+
+    @property
+    def source(self) -> str:
+        """The C++ of the pattern."""
+        return self._prepare.source().text
+
+    def described(self, domain: Domain, facts: CallFacts) -> tuple[str, ...]:
+        """How keys are found."""
+        source = self._prepare.source(double=facts.dtype == "float64")
+        if source.spans is None:
+            lines = [f"keys: lists of blocks of {BLOCK_KEYS} keys, pairs looked at one by one in those that are not full"]
+        else:
+            searched = sum(span.searched for span in source.spans)
+            how = "worked out by the code" if not searched else f"{searched} of them looked up in monotone tables before"
+            lines = [f"keys: {len(source.spans)} interval{'s' * (len(source.spans) != 1)} a query, {how}"]
+        if source.step > 1:
+            lines.append(f"positions of one residue modulo {source.step} at a time")
+        if facts.dtype in ("bfloat16", "float16"):
+            lines.append(f"{facts.dtype} is widened to float32 as it is read")
+        return tuple(lines)
+
+    def schedule(self, call: Call) -> Prepared:
+        """Made once for lengths and tables."""
+        return self._prepare.of(call)
+
+    def sight(self, call: Call) -> Sight:
+        """Who sees whom in a call."""
+        return sight_of(self.pattern, call)
+
+    def forward(self, call: Call, schedule: Prepared) -> tuple[Tensor, Tensor]:
+        """``out (B, Hq, Sq, Dv)`` in the dtype of q, ``lse (B, Hq, Sq)`` in float32 (float64 for float64)."""
+        return self._forward(call, schedule)[:2]
+
+    def _forward(self, call: Call, schedule: Prepared) -> tuple[Tensor, Tensor, bool]:
+        """The same, and whether all of ``out`` is finite."""
+        q, k, v = (rows_without_gaps(t.detach()) for t in (call.q, call.k, call.v))
+        domain = call.domain
+        shape = (domain.batch, domain.heads, domain.rows)
+        real = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = q.new_empty((*shape, v.shape[3]))
+        lse = q.new_empty(shape, dtype=real)
+        done = _run("forward", call, schedule, (q, k, v, out), lse, [0] * 15)
+        return out, lse, bool(done)
+
+    def backward(
+        self, call: Call, schedule: Prepared, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
+        learned: tuple[str, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
+        """Gradients of q, k, v and the learned tables; the same inputs give the same bits, whatever the number of threads."""
+        q, k, v, out, grad_out = (rows_without_gaps(t.detach()) for t in (call.q, call.k, call.v, out, grad_out))
+        domain, real = call.domain, lse.dtype
+        lse = lse.detach().contiguous()
+        delta = torch.empty_like(lse)
+        grad_q = q.new_empty(q.shape, dtype=real)
+        width = vector_width(real == torch.float64)
+        grad_k, grad_v = (t.new_zeros((*t.shape[:3], -(-t.shape[3] // width) * width), dtype=real) for t in (k, v))
+        grads_lse = None if grad_lse is None else grad_lse.detach().to(real).contiguous()
+        units = domain.batch * k.shape[1]
+        parts = max(1, min(-(-PARTS // units), domain.rows * call.group // PART_ROWS))
+        read = [slot.name for slot in schedule.source.slots if slot.kind == "sums"]
+        size = sum(call.tables[name].numel() for name in read)
+        alone = size * units * parts * 8 > SUMS_BYTES
+        sums = torch.zeros((1 if alone else units * parts, size), dtype=torch.float64) if read and learned else None
+        names = schedule.native.functions
+        rest = [
+            *place_of(grad_out), 0 if grads_lse is None else grads_lse.data_ptr(), delta.data_ptr(),
+            grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(), names["slope"], names["gains"] if sums is not None else 0,
+            0 if sums is None else sums.data_ptr(), size, parts, int(alone),
+        ]  # fmt: skip
+        _run("backward", call, schedule, (q, k, v, out), lse, rest)
+        grads = self._table_gradients(call, read, sums, lse, delta, learned)
+        grad_k, grad_v = (g[..., : t.shape[3]].to(t.dtype).contiguous() for g, t in ((grad_k, k), (grad_v, v)))
+        return grad_q.to(q.dtype), grad_k, grad_v, grads
+
+    def _table_gradients(
+        self, call: Call, read: Sequence[str], sums: Tensor | None, lse: Tensor, delta: Tensor, learned: tuple[str, ...]
+    ) -> dict[str, Tensor]:
+        """Out of the sums of all parts, in float64 and in a fixed order; and through the sink."""
+        found = {name: torch.zeros(call.tables[name].shape, dtype=torch.float64) for name in learned}
+        if sums is not None:
+            total = sums[0].clone()
+            for part in sums[1:]:
+                total += part
+            sizes = [call.tables[name].numel() for name in read]
+            for name, grad in zip(read, total.split(sizes), strict=True):
+                if name in found:
+                    found[name] += grad.view(found[name].shape)
+        leaves = {name: call.tables[name].detach().double().requires_grad_() for name in learned}
+        for name, grad in sink_gradients(self.pattern, call, leaves, lse, delta).items():
+            found[name] += grad
+        return {name: grad.to(call.tables[name].dtype) for name, grad in found.items()}
+
+
+def _run(
+    name: str, call: Call, schedule: Prepared, tensors: tuple[Tensor, Tensor, Tensor, Tensor], lse: Tensor, rest: Sequence[int]
+) -> int:
+    """Run a pass; ``rest``: the fields of the backward pass."""
+    q, k, v, out = tensors
+    domain, source, names = call.domain, schedule.source, schedule.native.functions
+    learned = {}  # held until the pass is over
+    more = schedule.fields(call)
+    for slot in source.slots:
+        if slot.kind == "table" and slot.name not in schedule.own:
+            table = call.tables[slot.name].detach()
+            stored = as_stored(table, source.pattern.tables[slot.name].dtype)
+            learned[slot.name] = stored
+            more[slot.place] = stored.data_ptr()
+    block = call_block(
+        (
+            domain.batch, domain.heads, k.shape[1], domain.rows, domain.kv_len, q.shape[3], v.shape[3], domain.q_offset,
+        ),
+        call.scale,
+        [
+            KINDS[q.dtype], torch.get_num_threads(), parallel(), *place_of(q), *place_of(k), *place_of(v), *place_of(out), lse.data_ptr(),
+            *schedule.cut, source.step, -1 if source.spans is None else len(source.spans), names["ends"], names["mask"],
+            names["score"], names["sink"], *schedule.lists, *rest, *more,
+        ],
+    )  # fmt: skip
+    done = fixed_pass(name, lse.dtype == torch.float64)(block)
+    if done < 0:
+        raise MemoryError(f"the {name} pass found no memory for its sums")
+    return done
+
+
+def rows_without_gaps(t: Tensor) -> Tensor:
+    """The tensor with the entries of a row side by side; no copy if they are."""
+    return t if t.stride(3) == 1 or t.shape[3] == 1 and math.prod(t.stride()) else t.contiguous()

@@ -1,0 +1,86 @@
+"""What the ``cpp`` backend calls: libraries of the fixed part and of one pattern, and the threads of torch's OpenMP."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparsedsl.backends.cpp.build import library
+from sparsedsl.codegen.to_cpp import CppSource, fixed_part
+from sparsedsl.errors import UnsupportedError
+
+__all__ = ["Native", "address", "fixed_pass", "native", "parallel", "vector_width"]
+
+# A product and a sum may become one operation in products and softmax. What decides which pairs attend is rounded as torch rounds it.
+_FIXED, _EXACT = "-ffp-contract=fast", "-ffp-contract=off"
+
+Pass = Callable[[ctypes.Array[ctypes.c_char]], int]
+
+
+@dataclass(frozen=True)
+class Native:
+    """The compiled functions of a pattern, by name; 0 for those it does not need."""
+
+    functions: Mapping[str, int]
+
+
+def native(source: CppSource, *, double: bool) -> Native:
+    """The library of a pattern, built if need be; beside it, at the same time, the fixed part of the forward pass.
+
+    Raises:
+        UnsupportedError: no compiler, or it fails.
+    """
+    flags = ["-DDOUBLE"] if double else []
+    with ThreadPoolExecutor(1) as beside:
+        fixed = beside.submit(fixed_pass, "forward", double)
+        made = library(f"{fixed_part('pattern')}\n{source.text}", _EXACT, *flags)
+        fixed.result()
+    names = ("ends", "mask", "score", "slope", "gains", "sink")
+    return Native({name: address(getattr(made, name)) if name in source.functions else 0 for name in names})
+
+
+@functools.cache
+def fixed_pass(name: str, double: bool) -> Pass:
+    """The "forward" or the "backward" pass: a function of a call's bytes.
+
+    Raises:
+        UnsupportedError: no compiler, or it fails.
+    """
+    made = library(fixed_part(name), _FIXED, *(["-DDOUBLE"] if double else []))
+    function = made.attend if name == "forward" else made.attend_backward
+    function.restype = ctypes.c_int
+    return function  # type: ignore[no-any-return]
+
+
+@functools.cache
+def vector_width(double: bool) -> int:
+    """Entries of a vector of the processor: the gradients of keys and values are padded to it."""
+    made = library(fixed_part("backward"), _FIXED, *(["-DDOUBLE"] if double else []))
+    return int(made.vector_width())
+
+
+def address(function: object) -> int:
+    """Where a function of a library lies."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
+
+
+@functools.cache
+def parallel() -> int:
+    """``GOMP_parallel`` of the OpenMP that torch runs on, so that there is no second pool of threads.
+
+    Raises:
+        UnsupportedError: this torch has none.
+    """
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"))
+    for path in found:
+        try:
+            return address(ctypes.CDLL(str(path)).GOMP_parallel)
+        except (OSError, AttributeError):
+            continue
+    raise UnsupportedError("torch has no GNU OpenMP here, whose threads generated C++ runs on")

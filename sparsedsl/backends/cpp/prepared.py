@@ -1,0 +1,155 @@
+"""What calls of the same lengths and tables share in the ``cpp`` lowering: generated code, tables as it reads them, intervals, lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from sparsedsl.analysis.caches import Cache
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.lists import TileLists, TileRows
+from sparsedsl.analysis.spans import span_rows
+from sparsedsl.backends.cpp.native import Native, native
+from sparsedsl.backends.protocol import ListMaker
+from sparsedsl.codegen.to_cpp import CppSource, CppVariant, cpp_source
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.symbols import HEAD
+from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.hoisted_tables import fill
+
+__all__ = ["BLOCK_KEYS", "Prepared", "Preparer"]
+
+Tensor = torch.Tensor
+# Keys of a block, lanes of a strip at most: as in codegen/cpp/call.h.
+BLOCK_KEYS, MOST_LANES = 64, 64
+_STORED = {"int": torch.int64, "bool": torch.uint8}
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """``own``: tables that the call does not have as they are read, by name; ``more``: the fields of the pattern (0 where the call's own
+    tables go); ``lists``: pointers and steps; ``cut``: queries and heads of a strip, 0 where the compiled code chooses. ``held``: what
+    these point at."""
+
+    source: CppSource
+    native: Native
+    own: Mapping[str, Tensor]
+    more: tuple[int, ...]
+    lists: tuple[int, ...]
+    cut: tuple[int, int]
+    held: tuple[Tensor, ...]
+
+    def fields(self, call: Call) -> list[int]:
+        """The fields of the pattern for a call."""
+        more = list(self.more)
+        for slot in self.source.slots:
+            if slot.kind == "table":
+                table = self.own.get(slot.name)
+                table = call.tables[slot.name] if table is None else table
+                more[slot.place : slot.place + slot.size] = table.data_ptr(), *table.shape
+        return more
+
+
+class Preparer:
+    """Makes and remembers what calls of one pattern share."""
+
+    def __init__(self, pattern: Pattern, lists: ListMaker) -> None:
+        self.pattern, self._lists = pattern, lists
+        self._learned = frozenset(name for name, spec in pattern.tables.items() if spec.learned)
+        self._simple: dict[bool, Prepared] = {}
+        self._kept: Cache[Prepared] = Cache()
+
+    def source(self, *, double: bool = False, doubles: frozenset[str] = frozenset()) -> CppSource:
+        """The generated code."""
+        return cpp_source(self.pattern, CppVariant(double, doubles))
+
+    def of(self, call: Call) -> Prepared:
+        """That of a call; tables that are learned may change their values."""
+        double = call.q.dtype == torch.float64
+        found = self._simple.get(double)
+        if found is not None:
+            return found
+        domain = call.domain
+        fixed = [table for name, table in sorted(domain.tables.items()) if name not in self._learned]
+        key = (
+            double, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, call.group,
+            *((t.shape, t.dtype) for t in domain.tables.values()),
+        )  # fmt: skip
+        with torch.no_grad():
+            made = self._kept.get(key, fixed, lambda: self._make(call, double))
+        if made.source.spans is not None and not made.source.slots and not made.source.prepared:
+            self._simple[double] = made  # nothing in it depends on lengths
+        return made
+
+    def _make(self, call: Call, double: bool) -> Prepared:
+        domain, kinds = call.domain, self.pattern.tables
+        doubles = frozenset(name for name, t in domain.tables.items() if kinds[name].dtype == "float" and t.dtype == torch.float64)
+        source = self.source(double=double, doubles=doubles)
+        compiled = native(source, double=double)
+        own: dict[str, Tensor] = {}
+        for name, table in domain.tables.items():
+            if name not in self._learned:
+                stored = as_stored(table, kinds[name].dtype)
+                if stored is not table:
+                    own[name] = stored
+        for one in source.prepared:
+            table = fill(replace(one, double=one.double or double), domain)
+            own[one.name] = as_stored(table, one.dtype)
+        more, held = [0] * source.more, list(own.values())
+        for slot in source.slots:
+            if slot.kind == "span":
+                assert source.spans is not None
+                first, last = (end.long().contiguous() for end in span_rows(source.spans[slot.number], domain))
+                held += [first, last]
+                batch, heads, _ = first.shape
+                steps = (heads if batch > 1 else 0, 1 if heads > 1 else 0)
+                # the generated code has the steps of those indices that the interval reads, in order
+                more[slot.place : slot.place + slot.size] = first.data_ptr(), last.data_ptr(), *steps
+        place = 0
+        for slot in source.slots:
+            if slot.kind == "sums":
+                more[slot.place] = place
+                place += domain.tables[slot.name].numel()
+        lists, cut = (0,) * 7, (0, 0)
+        if source.spans is None:
+            cut = self._cut(call)
+            lists, arrays = list_fields(self._lists(domain, (cut[0], BLOCK_KEYS)))
+            held += arrays
+        return Prepared(source, compiled, own, tuple(more), lists, cut, tuple(held))
+
+    def _cut(self, call: Call) -> tuple[int, int]:
+        """Queries and heads of a strip where lists of blocks are read: those of one head serve no other if the mask reads the head."""
+        if HEAD in self.pattern.mask.expr.free_symbols:
+            heads = 1
+        else:
+            heads = max(n for n in range(1, 5) if call.group % n == 0)
+        queries = MOST_LANES // heads
+        return 1 << (queries.bit_length() - 1), heads
+
+
+def as_stored(table: Tensor, kind: str) -> Tensor:
+    """A table as generated code reads it: int64, bytes, float32 or float64; itself where it is so already."""
+    if kind != "float":
+        return table.to(_STORED[kind]).contiguous()
+    return (table if table.dtype == torch.float64 else table.float()).contiguous()
+
+
+def list_fields(lists: TileLists) -> tuple[tuple[int, ...], list[Tensor]]:
+    """Pointers to full and partial blocks and the steps between their lines, and the arrays pointed at."""
+    arrays = [array for part in (lists.full, lists.partial) for array in (_starts(part), _columns(part))]
+    batch, heads, rows, _ = lists.shape
+    steps = (heads if batch > 1 else 0, 1 if heads > 1 else 0, rows)
+    return (*(array.data_ptr() for array in arrays), *steps), arrays
+
+
+def _starts(rows: TileRows) -> Tensor:
+    if rows.total > torch.iinfo(torch.int32).max:
+        raise UnsupportedError(f"{rows.total:,} blocks are more than a list of backend 'cpp' holds (2**31). Use backend='tiled'")
+    return torch.nn.functional.pad(rows.counts.reshape(-1).cumsum(0), (1, 0)).to(torch.int32).contiguous()
+
+
+def _columns(rows: TileRows) -> Tensor:
+    return rows.columns.to(torch.int32).contiguous()
