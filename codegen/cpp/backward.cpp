@@ -30,7 +30,7 @@ static void prepare(const Call *c, const Strip &strip, const Desk &desk, Given &
     i64 broad = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
     bool far = false;
     for (i64 i = 0; i < strip.lanes.count; i++) {
-        real *out = desk.values, *grad = given.grad + i * broad_v;  // the room of values is free as yet
+        real *out = desk.values, *grad = given.grad + i * broad_v;
         i64 line = (strip.b * c->heads + strip.h[i]) * c->rows + strip.row[i];
         read_row(c->q, c->kind, c->head_dim, strip, i, given.q + i * broad);
         read_row(c->grad_out, c->kind, c->head_dim_v, strip, i, grad);
@@ -60,10 +60,10 @@ static void prepare(const Call *c, const Strip &strip, const Desk &desk, Given &
             for (i64 j = 0; j < broad_v; j++) given.grad[i * broad_v + j] /= sums.total[lane];
         }
     }
-    for (i64 i = 0; i < strip.lanes.count; i++) {
-        for (i64 j = 0; j < c->head_dim; j++) desk.turned[j * strip.lanes.count + i] = given.q[i * broad + j];
-        for (i64 j = 0; j < c->head_dim_v; j++) given.grad_turned[j * strip.lanes.count + i] = given.grad[i * broad_v + j];
-    }
+    const real *q[MOST_LANES], *grad[MOST_LANES];
+    for (i64 i = 0; i < strip.lanes.count; i++) q[i] = given.q + i * broad, grad[i] = given.grad + i * broad_v;
+    turn(q, strip.lanes.count, c->head_dim, desk.turned);
+    turn(grad, strip.lanes.count, c->head_dim_v, given.grad_turned);
     for (i64 i = 0; i < strip.used * broad; i++) given.grad_q[i] = 0;
 }
 

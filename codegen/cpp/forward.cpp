@@ -57,26 +57,35 @@ static void weigh(const Strip &strip, real *tile, i64 keys, real factor, Sums su
                 put(sums.values + n * sums.broad + j, at(sums.values + n * sums.broad + j) * shrink[n]);
 }
 
-// Rows of a tensor of queries, turned: (width, lanes).
-static void turn(const Tensor &t, i64 kind, i64 width, const Strip &strip, real *row, real *to) {
-    for (i64 i = 0; i < strip.lanes.count; i++) {
-        const real *from = row;
-        const char *place = t.first + (strip.b * t.batch + strip.h[i] * t.head + strip.row[i] * t.row) * element_bytes(kind);
-        if (kind)
-            widen(place, kind, width, row);
-        else
-            from = (const real *)place;
-        for (i64 j = 0; j < width; j++) to[j * strip.lanes.count + i] = from[j];
+// A matrix of lanes x width, turned: (width, lanes).
+static void turn(const real *const *rows, i64 lanes, i64 width, real *to) {
+    i64 broad = width / WIDTH * WIDTH;
+    for (i64 i = 0; i < lanes; i += WIDTH) {
+        for (i64 j = 0; j < broad; j += WIDTH) turn_square(rows + i, j, to + j * lanes + i, lanes);
+        for (i64 j = broad; j < width; j++)
+            for (i64 n = i; n < i + WIDTH; n++) to[j * lanes + n] = rows[n][j];
     }
+}
+
+// The queries of a strip, turned. `room`: where they are widened.
+static void turn_queries(const Call *c, const Strip &strip, real *room, real *to) {
+    const real *rows[MOST_LANES];
+    for (i64 i = 0; i < strip.lanes.count; i++) {
+        const char *place =
+            c->q.first + (strip.b * c->q.batch + strip.h[i] * c->q.head + strip.row[i] * c->q.row) * element_bytes(c->kind);
+        rows[i] = c->kind ? room + i * c->head_dim : (const real *)place;
+        if (c->kind) widen(place, c->kind, c->head_dim, room + i * c->head_dim);
+    }
+    turn(rows, strip.lanes.count, c->head_dim, to);
 }
 
 // Room that a strip needs, and its parts.
 struct Desk {
-    real *turned, *tile, *keys, *values, *row, *sums;
+    real *turned, *tile, *keys, *values, *rows, *sums;
 
     static i64 size(const Call *c) {
         i64 broad = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
-        return MOST_LANES * (c->head_dim + BLOCK_KEYS + broad_v + 2) + BLOCK_KEYS * (broad + broad_v) + most(broad, broad_v) + 64;
+        return MOST_LANES * (c->head_dim + BLOCK_KEYS + broad_v + 2) + BLOCK_KEYS * (broad + broad_v) + MOST_LANES * c->head_dim + 64;
     }
     Desk(const Call *c, real *room) {
         i64 broad = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
@@ -85,7 +94,7 @@ struct Desk {
         sums = tile + MOST_LANES * BLOCK_KEYS;
         keys = sums + MOST_LANES * (broad_v + 2);
         values = keys + BLOCK_KEYS * broad;
-        row = values + BLOCK_KEYS * broad_v;
+        rows = values + BLOCK_KEYS * broad_v;
     }
 };
 
@@ -96,7 +105,7 @@ static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const
     i64 lanes = strip.lanes.count;
     for (i64 i = 0; i < lanes; i++) sums.highest[i] = LOWEST, sums.total[i] = 0;
     for (i64 i = 0; sums.values && i < strip.used * sums.broad; i++) sums.values[i] = 0;
-    turn(c->q, c->kind, c->head_dim, strip, desk.row, desk.turned);
+    turn_queries(c, strip, desk.rows, desk.turned);
     Head k(c->k, c->kind, c->head_dim, strip.b, strip.kv_head, strip.lanes.residue, c->step);
     Head v(c->v, c->kind, c->head_dim_v, strip.b, strip.kv_head, strip.lanes.residue, c->step);
     real factor = c->score ? 1 : (real)(c->scale * LOG2E);

@@ -33,12 +33,10 @@ struct Strip {
         used = queries * c->strip_heads;
         keys = most(c->keys - residue + c->step - 1, 0) / c->step;
         lanes = {whole_vectors(used), used, b, residue, c->q_offset + c->rows, keys, q_idx, h};
-        for (i64 i = 0; i < lanes.count; i++) {
-            i64 lane = least(i, used - 1);
-            q_idx[i] = low + lane % queries;
-            h[i] = head + lane / queries;
-            row[i] = q_idx[i] * c->step + residue - c->q_offset;
-        }
+        for (i64 i = 0, n = 0; n < c->strip_heads; n++)
+            for (i64 at = low; at < low + queries; at++, i++) q_idx[i] = at, h[i] = head + n;
+        for (i64 i = used; used && i < lanes.count; i++) q_idx[i] = q_idx[used - 1], h[i] = h[used - 1];
+        for (i64 i = 0; i < lanes.count; i++) row[i] = q_idx[i] * c->step + residue - c->q_offset;
         if (used && c->spans > 0) find_intervals(c);
     }
 
@@ -67,14 +65,17 @@ struct Strip {
                 low[s][i] = least(most(first[s * MOST_LANES + i] - key, 0), count);
                 high[s][i] = least(most(last[s * MOST_LANES + i] - key, -1), count - 1);
             }
-        for (i64 i = 0; i < lanes.count; i += WIDTH)
-            for (i64 j = 0; j < count; j++) {
+        for (i64 j = 0; j < count; j++) {
+            bool by_all = false;
+            for (i64 s = 0; s < c->spans; s++) by_all |= inner_begin[s] <= key + j && key + j < inner_end[s];
+            for (i64 i = 0; !by_all && i < lanes.count; i += WIDTH) {
                 Integers here = (Integer)j - Integers{}, seen = {};
                 for (i64 s = 0; s < c->spans; s++)
                     seen |= (here >= *(Integers *)&low[s][i]) & (here <= *(Integers *)&high[s][i]);
                 real *p = tile + j * lanes.count + i;
                 put(p, seen ? at(p) : all(LOWEST));
             }
+        }
     }
 };
 

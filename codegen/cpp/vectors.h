@@ -27,50 +27,67 @@ static inline i64 whole_vectors(i64 n) { return (n + WIDTH - 1) / WIDTH * WIDTH;
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
 
-// x * 2**n of whole numbers n, also where that has fewer digits (below the smallest normal number).
-static inline Vector scaled(Vector x, Vector n) {
-#if defined(__AVX512F__) && defined(DOUBLE)
-    typedef double Wide __attribute__((vector_size(64)));
-    return (Vector)__builtin_ia32_scalefpd512_mask((Wide)x, (Wide)n, Wide{}, -1, 4);
-#elif defined(__AVX512F__)
-    typedef float Wide __attribute__((vector_size(64)));
-    return (Vector)__builtin_ia32_scalefps512_mask((Wide)x, (Wide)n, Wide{}, -1, 4);
+// 2**x, within one unit in the last place, for x below 127 (1023 in double), also where the result has fewer digits than others (below the
+// smallest normal number); NaN for NaN. The fraction, from 0 to 1, goes into a polynomial fitted there; the whole part becomes the exponent.
+static inline Vector power_of_two(Vector x) {
+#if defined(__AVX512DQ__) && !defined(DOUBLE)
+    Vector f, result;
+    __asm__("vreduceps $1, %1, %0" : "=v"(f) : "v"(x));  // x less the whole number below it
+#elif defined(__AVX512DQ__)
+    Vector f, result;
+    __asm__("vreducepd $1, %1, %0" : "=v"(f) : "v"(x));
+#else
+    constexpr real round = sizeof(real) == 8 ? (real)6755399441055744.0 : (real)12582912.0, low = sizeof(real) == 8 ? -1100 : -200;
+    x = x < low ? all(low) : x;
+    Vector whole = (x - (real)0.5 + round) - round;
+    Vector f = x - whole;
+#endif
+#ifdef DOUBLE
+    Vector p = 4.11912503177561781e-10 + f * 3.63927613104984659e-11;
+    p = 7.11112799318383314e-9 + f * p;
+    p = 1.01719142535476744e-7 + f * p;
+    p = 1.32159414109095564e-6 + f * p;
+    p = 0.0000152527108995361559 + f * p;
+    p = 0.000154035311812395517 + f * p;
+    p = 0.00133335581283015609 + f * p;
+    p = 0.00961812910789581856 + f * p;
+    p = 0.0555041086647981399 + f * p;
+    p = 0.240226506959101779 + f * p;
+    p = 0.69314718055994529 + f * p;
+    p = 1.0 + f * p;
+#else
+    Vector p = 0.0012391331834f + f * 0.00021865784787f;
+    p = 0.0096841863103f + f * p;
+    p = 0.055480630197f + f * p;
+    p = 0.24023045441f + f * p;
+    p = 0.69314693276f + f * p;
+    p = 1.0000000025f + f * p;
+#endif
+#if defined(__AVX512DQ__) && !defined(DOUBLE)
+    __asm__("vscalefps %2, %1, %0" : "=v"(result) : "v"(p), "v"(x));
+    return result;
+#elif defined(__AVX512DQ__)
+    __asm__("vscalefpd %2, %1, %0" : "=v"(result) : "v"(p), "v"(x));
+    return result;
 #else
     constexpr int shift = sizeof(real) == 8 ? 52 : 23, bias = sizeof(real) == 8 ? 1023 : 127;
-    Integers whole = __builtin_convertvector(n, Integers), half = whole >> 1;
-    return x * (Vector)((half + bias) << shift) * (Vector)((whole - half + bias) << shift);
+    Integers exponent = __builtin_convertvector(whole, Integers), half = exponent >> 1;  // in two steps: 2**-140 has no exponent
+    return p * (Vector)((half + bias) << shift) * (Vector)((exponent - half + bias) << shift);
 #endif
 }
 
-// 2**x, within one unit in the last place, for x below 127 (1023 in double); NaN for NaN. The fraction, between -1/2 and 1/2, goes into a
-// polynomial fitted there; the whole part becomes the exponent.
-static inline Vector power_of_two(Vector x) {
-#ifdef DOUBLE
-    constexpr double round = 6755399441055744.0, low = -1100;
-#else
-    constexpr float round = 12582912.0f, low = -200;
-#endif
-    x = x < low ? all(low) : x;
-    Vector whole = (x + round) - round;
-    Vector f = x - whole;
-#ifdef DOUBLE
-    Vector p = 4.4566753410492058782e-10 + f * 2.5733568308756891235e-11;
-    p = 7.0548943863483480445e-09 + f * p;
-    p = 1.017805119296064896e-07 + f * p;
-    p = 1.3215486815999976975e-06 + f * p;
-    p = 1.5252733856293466416e-05 + f * p;
-    p = 1.5403530393362755291e-04 + f * p;
-    p = 1.3333558146390352775e-03 + f * p;
-    p = 9.6181291076284830543e-03 + f * p;
-    p = 5.5504108664821698992e-02 + f * p;
-    p = 2.4022650695910071228e-01 + f * p;
-    p = 6.9314718055994530835e-01 + f * p;
-#else
-    Vector p = 1.3400428e-3f + f * 1.5461445e-4f;
-    p = 9.6180567e-3f + f * p;
-    p = 5.5503272e-2f + f * p;
-    p = 2.4022651e-1f + f * p;
-    p = 6.9314721e-1f + f * p;
-#endif
-    return scaled((real)1 + f * p, whole);
+// Turns a square of WIDTH rows of a matrix: rounds of shuffling two rows into each other, as one shuffles cards.
+static inline void turn_square(const real *const *from, i64 column, real *to, i64 to_row) {
+    Vector a[WIDTH], b[WIDTH];
+    Integers low, high;
+    for (int i = 0; i < WIDTH; i++) low[i] = i / 2 + i % 2 * WIDTH, high[i] = low[i] + WIDTH / 2;
+    for (int i = 0; i < WIDTH; i++) a[i] = at(from[i] + column);
+    for (int round = 1; round < WIDTH; round *= 2) {
+        for (int i = 0; i < WIDTH / 2; i++) {
+            b[2 * i] = __builtin_shuffle(a[i], a[i + WIDTH / 2], low);
+            b[2 * i + 1] = __builtin_shuffle(a[i], a[i + WIDTH / 2], high);
+        }
+        for (int i = 0; i < WIDTH; i++) a[i] = b[i];
+    }
+    for (int i = 0; i < WIDTH; i++) put(to + i * to_row, a[i]);
 }
