@@ -15,12 +15,12 @@ from typing import Any
 
 import sympy
 
-from sparsedsl.analysis.residues import LANE, residues
-from sparsedsl.analysis.spans import Span, spans
+from sparsedsl.analysis.key_intervals import KeyInterval, intervals
+from sparsedsl.analysis.residue_classes import RESIDUE, residues
 from sparsedsl.codegen.cpp_expression import CppNames, CppPrinter, TableNames
 from sparsedsl.codegen.cpp_loops import PairLoop, braces
-from sparsedsl.codegen.derivative import derivative
-from sparsedsl.codegen.hoisting import Prepared, hoist
+from sparsedsl.codegen.derivatives import derivative
+from sparsedsl.codegen.hoisting import HoistedTable, hoist
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_backward import LearnedRead, learned_reads
 from sparsedsl.errors import UnsupportedError
@@ -50,8 +50,8 @@ class CppVariant:
 class Slot:
     """Something that the generated code reads out of the call: fields of 8 bytes, from ``place`` on.
 
-    ``kind``: "table" (pointer, sizes), "span" (pointers to first and last keys, steps of batch entry and head in lines of rows), "sums"
-    (where the entries of a learned table begin among the sums of gradients). ``name``: of the table; ``number``: of the span.
+    ``kind``: "table" (pointer, sizes), "interval" (pointers to first and last keys, steps of batch entry and head in lines of rows), "sums"
+    (where the entries of a learned table begin among the sums of gradients). ``name``: of the table; ``number``: of the interval.
     """
 
     kind: str
@@ -63,16 +63,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class CppSource:
-    """Generated text. ``pattern``: what is written, with reads of ``prepared`` tables; ``spans``: how many intervals of keys it has, or -1
-    where it reads lists of blocks; ``functions``: those it defines; ``step``: residues; ``learned``: reads with gradients in ``gains``."""
+    """Generated text. ``pattern``: what is written, with reads of ``prepared`` tables; ``intervals``: those of its keys, None where it reads
+    lists of blocks; ``functions``: those it defines; ``step``: residues; ``learned``: reads with gradients in ``gains``; ``more``: how many
+    fields all slots take."""
 
     pattern: Pattern
     text: str
-    spans: tuple[Span, ...] | None
+    intervals: tuple[KeyInterval, ...] | None
     step: int
     functions: tuple[str, ...]
     slots: tuple[Slot, ...]
-    prepared: tuple[Prepared, ...]
+    prepared: tuple[HoistedTable, ...]
     learned: tuple[LearnedRead, ...]
     more: int
 
@@ -89,7 +90,7 @@ def fixed_part(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=512)
-def cpp_source(pattern: Pattern, variant: CppVariant = CppVariant()) -> CppSource:  # noqa: B008  (frozen)
+def cpp_source(pattern: Pattern, variant: CppVariant = CppVariant()) -> CppSource:
     """The C++ of ``pattern``.
 
     Raises:
@@ -120,23 +121,23 @@ def _check_mask(mask: sympy.Basic) -> None:
 class _Writer:
     """The text of one pattern."""
 
-    def __init__(self, given: Pattern, pattern: Pattern, prepared: tuple[Prepared, ...], step: int, variant: CppVariant) -> None:
+    def __init__(self, given: Pattern, pattern: Pattern, prepared: tuple[HoistedTable, ...], step: int, variant: CppVariant) -> None:
         self.given, self.pattern, self.prepared, self.step, self.variant = given, pattern, prepared, step, variant
-        found = spans(pattern.mask.expr)
-        self.spans = found
+        found = intervals(pattern.mask.expr)
+        self.intervals = found
         self.learned = learned_reads(pattern)
         self.slots: list[Slot] = []
         self.tables: dict[str, TableNames] = {}
         place = 0
-        for number, (name, spec) in enumerate(pattern.tables.items()):
+        for number, name in enumerate(pattern.tables):
             rank = pattern.table_ranks[name]
             self.slots.append(Slot("table", name, number, place, 1 + rank))
             stem = name if name.isascii() else f"table{number}"
             self.tables[name] = TableNames(f"{stem}_table", tuple(f"{stem}_size{dim}" for dim in range(rank)))
             place += 1 + rank
-        for number, span in enumerate(found or ()):
-            if span.searched:
-                self.slots.append(Slot("span", "", number, place, 4))
+        for number, interval in enumerate(found or ()):
+            if interval.searched:
+                self.slots.append(Slot("interval", "", number, place, 4))
                 place += 4
         for name in dict.fromkeys(one.read.spec.name for one in self.learned):
             self.slots.append(Slot("sums", name, 0, place, 1))
@@ -158,7 +159,7 @@ class _Writer:
             if write(body):
                 functions.append(name)
         return CppSource(
-            self.pattern, head.text + body.text, self.spans, self.step, tuple(functions), tuple(self.slots), self.prepared,
+            self.pattern, head.text + body.text, self.intervals, self.step, tuple(functions), tuple(self.slots), self.prepared,
             self.learned, self.more,
         )  # fmt: skip
 
@@ -166,41 +167,41 @@ class _Writer:
 
     def _ends(self, source: Source) -> bool:
         """First and last key of each interval of each lane."""
-        if self.spans is None:
+        if self.intervals is None:
             return False
         source.line()
         source.line("// The keys each query sees: first <= kv_idx <= last, in any of the intervals.")
         with self._function(source, "void ends(const Call *call, const Lanes *lanes, i64 *first, i64 *last)"):
-            exprs = [e for s in self.spans if not s.searched for e in (*s.ends, *s.conditions)]
-            lines = [sympy.Tuple(*(s.exprs.free_symbols & {BATCH})) for s in self.spans if s.searched]
+            exprs = [e for s in self.intervals if not s.searched for e in (*s.ends, *s.conditions)]
+            lines = [sympy.Tuple(*(s.exprs.free_symbols & {BATCH})) for s in self.intervals if s.searched]
             names = self._begin(source, *exprs, *lines)
             with braces(source, "for (i64 i = 0; i < lanes->count; i++)"):
-                free = set().union(*(span.exprs.free_symbols for span in self.spans))
-                searched = any(span.searched for span in self.spans)
+                free = set().union(*(interval.exprs.free_symbols for interval in self.intervals))
+                searched = any(interval.searched for interval in self.intervals)
                 if Q_IDX in free or searched:
                     source.line("const i64 q_idx = lanes->q_idx[i];")
                 if HEAD in free:
                     source.line("const i64 h = lanes->h[i];")
-                for number, span in enumerate(self.spans):
-                    self._span(source, names, number, span)
+                for number, interval in enumerate(self.intervals):
+                    self._interval(source, names, number, interval)
         return True
 
-    def _span(self, source: Source, names: CppNames, number: int, span: Span) -> None:
+    def _interval(self, source: Source, names: CppNames, number: int, interval: KeyInterval) -> None:
         at = f"[{number} * MOST_LANES + i]" if number else "[i]"
-        if span.searched:
-            place = next(slot.place for slot in self.slots if slot.kind == "span" and slot.number == number)
+        if interval.searched:
+            place = next(slot.place for slot in self.slots if slot.kind == "interval" and slot.number == number)
             line = source.fresh("line")
-            steps = [f"{name} * call->more[{place + 2 + n}]" for n, name in enumerate("bh") if _reads(span.exprs, name)]
+            steps = [f"{name} * call->more[{place + 2 + n}]" for n, name in enumerate("bh") if _reads(interval.exprs, name)]
             source.line(f"const i64 {line} = ({' + '.join(steps) or '0'}) * call->rows + q_idx - call->q_offset;")
             for n, end in enumerate(("first", "last")):
                 source.line(f"{end}{at} = ((const i64 *)call->more[{place + n}])[{line}];")
             return
-        texts = CppPrinter(names, "double").write(source, [*span.ends, sympy.And(*span.conditions)])
+        texts = CppPrinter(names, "double").write(source, [*interval.ends, sympy.And(*interval.conditions)])
         source.line(f"first{at} = {texts[0]};")
-        source.line(f"last{at} = {texts[1]};" if not span.conditions else f"last{at} = {texts[2]} ? {texts[1]} : -1;")
+        source.line(f"last{at} = {texts[1]};" if not interval.conditions else f"last{at} = {texts[2]} ? {texts[1]} : -1;")
 
     def _mask(self, source: Source) -> bool:
-        if self.spans is not None:
+        if self.intervals is not None:
             return False
         source.line()
         source.line("// Which pairs of a block attend: the others become -inf.")
@@ -277,7 +278,7 @@ class _Writer:
     def _begin(self, source: Source, *exprs: sympy.Basic, own: tuple[str, ...] = ()) -> CppNames:
         """Write what is the same for the whole block: batch entry, lengths, tables. The names of all that expressions read."""
         free = set().union(*(expr.free_symbols for expr in exprs))
-        texts = {BATCH: "lanes->b", Q_LEN: "lanes->q_len", KV_LEN: "lanes->kv_len", LANE: "lanes->residue"}
+        texts = {BATCH: "lanes->b", Q_LEN: "lanes->q_len", KV_LEN: "lanes->kv_len", RESIDUE: "lanes->residue"}
         if own:
             texts |= {Q_LEN: "call->q_offset + call->rows", KV_LEN: "call->keys"}
         for symbol, text in texts.items():
@@ -291,7 +292,7 @@ class _Writer:
             source.line(f"const {kind} *const {names.pointer} = (const {kind} *)call->more[{slot.place}];")
             for dim, size in enumerate(names.sizes):
                 source.line(f"const i64 {size} = call->more[{slot.place + 1 + dim}];")
-        symbols = {s.name: s.name for s in (BATCH, HEAD, Q_IDX, KV_IDX, Q_LEN, KV_LEN, LANE, SCORE)}
+        symbols = {s.name: s.name for s in (BATCH, HEAD, Q_IDX, KV_IDX, Q_LEN, KV_LEN, RESIDUE, SCORE)}
         return CppNames(symbols, self.tables)
 
     def _gained(self, exprs: tuple[sympy.Basic, ...]) -> list[TableRead]:

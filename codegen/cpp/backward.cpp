@@ -125,11 +125,11 @@ static void reach(const Call *c, const Cut &cut, i64 head, i64 from, i64 to, i64
     for (i64 n = from; n < to; n++) {
         Strip strip(c, cut, head / c->kv_heads, head % c->kv_heads, n);
         if (!strip.used) continue;
-        if (c->spans < 0) {
+        if (c->intervals < 0) {
             low = 0, high = c->keys;
             return;
         }
-        for (i64 s = 0; s < c->spans; s++)
+        for (i64 s = 0; s < c->intervals; s++)
             if (strip.begin[s] < strip.end[s]) {
                 low = least(low, strip.begin[s] * c->step + strip.lanes.residue);
                 high = most(high, (strip.end[s] - 1) * c->step + strip.lanes.residue + 1);

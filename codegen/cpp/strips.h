@@ -17,8 +17,8 @@ struct Strip {
     i64 q_idx[MOST_LANES], h[MOST_LANES], row[MOST_LANES];
     i64 used;  // lanes that are queries
     i64 b, kv_head, number, keys;
-    i64 first[MOST_SPANS * MOST_LANES], last[MOST_SPANS * MOST_LANES];
-    i64 begin[MOST_SPANS], end[MOST_SPANS], inner_begin[MOST_SPANS], inner_end[MOST_SPANS];
+    i64 first[MOST_INTERVALS * MOST_LANES], last[MOST_INTERVALS * MOST_LANES];
+    i64 begin[MOST_INTERVALS], end[MOST_INTERVALS], inner_begin[MOST_INTERVALS], inner_end[MOST_INTERVALS];
 
     // `which`: of all strips of a key/value head.
     Strip(const Call *c, const Cut &cut, i64 b, i64 kv_head, i64 which) : b(b), kv_head(kv_head) {
@@ -37,13 +37,13 @@ struct Strip {
             for (i64 at = low; at < low + queries; at++, i++) q_idx[i] = at, h[i] = head + n;
         for (i64 i = used; used && i < lanes.count; i++) q_idx[i] = q_idx[used - 1], h[i] = h[used - 1];
         for (i64 i = 0; i < lanes.count; i++) row[i] = q_idx[i] * c->step + residue - c->q_offset;
-        if (used && c->spans > 0) find_intervals(c);
+        if (used && c->intervals > 0) find_intervals(c);
     }
 
     // The keys each query sees, and of each interval where any of them begins and ends, and where all of them have begun.
     void find_intervals(const Call *c) {
         c->ends(c, &lanes, first, last);
-        for (i64 s = 0; s < c->spans; s++) {
+        for (i64 s = 0; s < c->intervals; s++) {
             i64 low = keys, high = -1, inner_low = 0, inner_high = keys - 1;
             for (i64 i = 0; i < lanes.count; i++) {
                 i64 f = most(first[s * MOST_LANES + i], 0), l = least(last[s * MOST_LANES + i], keys - 1);
@@ -59,18 +59,18 @@ struct Strip {
 
     // Masks a block of keys by the intervals of its queries: what lies outside of all of them is -inf.
     void hide(const Call *c, i64 key, i64 count, real *tile) const {
-        Integer low[MOST_SPANS][MOST_LANES], high[MOST_SPANS][MOST_LANES];
-        for (i64 s = 0; s < c->spans; s++)
+        Integer low[MOST_INTERVALS][MOST_LANES], high[MOST_INTERVALS][MOST_LANES];
+        for (i64 s = 0; s < c->intervals; s++)
             for (i64 i = 0; i < lanes.count; i++) {
                 low[s][i] = least(most(first[s * MOST_LANES + i] - key, 0), count);
                 high[s][i] = least(most(last[s * MOST_LANES + i] - key, -1), count - 1);
             }
         for (i64 j = 0; j < count; j++) {
             bool by_all = false;
-            for (i64 s = 0; s < c->spans; s++) by_all |= inner_begin[s] <= key + j && key + j < inner_end[s];
+            for (i64 s = 0; s < c->intervals; s++) by_all |= inner_begin[s] <= key + j && key + j < inner_end[s];
             for (i64 i = 0; !by_all && i < lanes.count; i += WIDTH) {
                 Integers here = (Integer)j - Integers{}, seen = {};
-                for (i64 s = 0; s < c->spans; s++)
+                for (i64 s = 0; s < c->intervals; s++)
                     seen |= (here >= *(Integers *)&low[s][i]) & (here <= *(Integers *)&high[s][i]);
                 real *p = tile + j * lanes.count + i;
                 put(p, seen ? at(p) : all(LOWEST));
@@ -82,9 +82,9 @@ struct Strip {
 enum Kind { EMPTY, PARTIAL, FULL };
 
 static Kind kind_of(const Call *c, const Strip &strip, i64 key, i64 count) {
-    for (i64 s = 0; s < c->spans; s++)
+    for (i64 s = 0; s < c->intervals; s++)
         if (strip.inner_begin[s] <= key && key + count <= strip.inner_end[s]) return FULL;
-    for (i64 s = 0; s < c->spans; s++)
+    for (i64 s = 0; s < c->intervals; s++)
         for (i64 i = 0; i < strip.used; i++) {
             i64 f = most(strip.first[s * MOST_LANES + i], key), l = least(strip.last[s * MOST_LANES + i], key + count - 1);
             if (f <= l) return PARTIAL;
@@ -95,19 +95,19 @@ static Kind kind_of(const Call *c, const Strip &strip, i64 key, i64 count) {
 // The blocks of keys between the ends of the intervals, those of one part of `parts`. An interval begins where those before it end.
 template <class F>
 static void visit_intervals(const Call *c, const Strip &strip, i64 part, i64 parts, F f) {
-    i64 begin[MOST_SPANS], end[MOST_SPANS], blocks = 0;
-    for (i64 s = 0; s < c->spans; s++) {
+    i64 begin[MOST_INTERVALS], end[MOST_INTERVALS], blocks = 0;
+    for (i64 s = 0; s < c->intervals; s++) {
         i64 at = s;
         for (; at > 0 && begin[at - 1] > strip.begin[s]; at--) begin[at] = begin[at - 1], end[at] = end[at - 1];
         begin[at] = strip.begin[s], end[at] = strip.end[s];
     }
-    for (i64 s = 0, reached = 0; s < c->spans; s++) {
+    for (i64 s = 0, reached = 0; s < c->intervals; s++) {
         begin[s] = most(begin[s], reached);
         reached = most(reached, end[s]);
         blocks += most(end[s] - begin[s] + BLOCK_KEYS - 1, 0) / BLOCK_KEYS;
     }
     i64 low = blocks * part / parts, high = blocks * (part + 1) / parts, number = 0;
-    for (i64 s = 0; s < c->spans; s++)
+    for (i64 s = 0; s < c->intervals; s++)
         for (i64 key = begin[s]; key < end[s]; key += BLOCK_KEYS, number++) {
             i64 count = least(BLOCK_KEYS, end[s] - key);
             Kind kind = number < low || number >= high ? EMPTY : kind_of(c, strip, key, count);
@@ -130,14 +130,14 @@ static void visit_lists(const Call *c, const Strip &strip, i64 part, i64 parts, 
 // Calls f(key, count, full) for each block of keys that some query of the strip may see; in a full one every query sees all.
 template <class F>
 static void visit(const Call *c, const Strip &strip, i64 part, i64 parts, F f) {
-    if (c->spans < 0)
+    if (c->intervals < 0)
         visit_lists(c, strip, part, parts, f);
     else
         visit_intervals(c, strip, part, parts, f);
 }
 
 static void hide(const Call *c, const Strip &strip, i64 key, i64 count, real *tile) {
-    if (c->spans < 0)
+    if (c->intervals < 0)
         c->mask(c, &strip.lanes, key, count, tile);
     else
         strip.hide(c, key, count, tile);
@@ -145,15 +145,15 @@ static void hide(const Call *c, const Strip &strip, i64 key, i64 count, real *ti
 
 // How many keys a query sees, about: of the first, the middle and the last one.
 static i64 usual_width(const Call *c) {
-    if (c->spans < 0) return c->keys;
+    if (c->intervals < 0) return c->keys;
     i64 width = 0, counted = 0;
     for (i64 n = 0; n < 3; n++) {
         i64 row = n * (c->rows - 1) / 2, position = c->q_offset + row;
         i64 residue = position % c->step, q_idx = position / c->step, h = 0;
-        i64 keys = most(c->keys - residue + c->step - 1, 0) / c->step, first[MOST_SPANS * MOST_LANES], last[MOST_SPANS * MOST_LANES];
+        i64 keys = most(c->keys - residue + c->step - 1, 0) / c->step, first[MOST_INTERVALS * MOST_LANES], last[MOST_INTERVALS * MOST_LANES];
         Lanes lane = {1, 1, 0, residue, c->q_offset + c->rows, keys, &q_idx, &h};
-        if (c->spans) c->ends(c, &lane, first, last);
-        for (i64 s = 0; s < c->spans; s++)
+        if (c->intervals) c->ends(c, &lane, first, last);
+        for (i64 s = 0; s < c->intervals; s++)
             width += most(least(last[s * MOST_LANES], keys - 1) - most(first[s * MOST_LANES], 0) + 1, 0);
         counted++;
     }

@@ -52,12 +52,12 @@ class CppKernel(PatternRunner):
     def described(self, domain: Domain, facts: CallFacts) -> tuple[str, ...]:
         """How keys are found."""
         source = self._prepare.source(double=facts.dtype == "float64")
-        if source.spans is None:
+        if source.intervals is None:
             lines = [f"keys: lists of blocks of {BLOCK_KEYS} keys, pairs looked at one by one in those that are not full"]
         else:
-            searched = sum(span.searched for span in source.spans)
+            searched = sum(interval.searched for interval in source.intervals)
             how = "worked out by the code" if not searched else f"{searched} of them looked up in monotone tables before"
-            lines = [f"keys: {len(source.spans)} interval{'s' * (len(source.spans) != 1)} a query, {how}"]
+            lines = [f"keys: {len(source.intervals)} interval{'s' * (len(source.intervals) != 1)} a query, {how}"]
         if source.step > 1:
             lines.append(f"positions of one residue modulo {source.step} at a time")
         if facts.dtype in ("bfloat16", "float16"):
@@ -157,7 +157,7 @@ def _run(
         call.scale,
         [
             KINDS[q.dtype], torch.get_num_threads(), parallel(), *place_of(q), *place_of(k), *place_of(v), *place_of(out), lse.data_ptr(),
-            *schedule.cut, source.step, -1 if source.spans is None else len(source.spans), names["ends"], names["mask"],
+            *schedule.cut, source.step, -1 if source.intervals is None else len(source.intervals), names["ends"], names["mask"],
             names["score"], names["sink"], *schedule.lists, *rest, *more,
         ],
     )  # fmt: skip
@@ -169,4 +169,4 @@ def _run(
 
 def rows_without_gaps(t: Tensor) -> Tensor:
     """The tensor with the entries of a row side by side; no copy if they are."""
-    return t if t.stride(3) == 1 or t.shape[3] == 1 and math.prod(t.stride()) else t.contiguous()
+    return t if t.stride(3) == 1 or (t.shape[3] == 1 and math.prod(t.stride())) else t.contiguous()

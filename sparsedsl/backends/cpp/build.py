@@ -118,7 +118,9 @@ def _built(key: str, text: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     try:
         _made(folder)
     except OSError as error:
-        log.warning("%s cannot be written (%s): C++ is built for this process only; set SPARSEDSL_CACHE to another folder", folder, error)
+        log.warning(
+            "%s cannot be written (%s): C++ is built for this process only; set SPARSEDSL_CACHE to another folder", folder, error
+        )
         folder = _own_folder()
     why = _unsafe(folder)
     if why is not None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparsedsl.analysis.caches import Cache
-from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.lists import TileLists, TileRows
-from sparsedsl.analysis.spans import span_rows
+from sparsedsl.analysis.key_intervals import interval_rows
+from sparsedsl.analysis.lists import BlockLists, TileRows
 from sparsedsl.backends.cpp.native import Native, native
 from sparsedsl.backends.protocol import ListMaker
 from sparsedsl.codegen.to_cpp import CppSource, CppVariant, cpp_source
@@ -80,13 +79,15 @@ class Preparer:
         )  # fmt: skip
         with torch.no_grad():
             made = self._kept.get(key, fixed, lambda: self._make(call, double))
-        if made.source.spans is not None and not made.source.slots and not made.source.prepared:
+        if made.source.intervals is not None and not made.source.slots and not made.source.prepared:
             self._simple[double] = made  # nothing in it depends on lengths
         return made
 
     def _make(self, call: Call, double: bool) -> Prepared:
         domain, kinds = call.domain, self.pattern.tables
-        doubles = frozenset(name for name, t in domain.tables.items() if kinds[name].dtype == "float" and t.dtype == torch.float64)
+        doubles = frozenset(
+            name for name, t in domain.tables.items() if kinds[name].dtype == "float" and t.dtype == torch.float64
+        )
         source = self.source(double=double, doubles=doubles)
         compiled = native(source, double=double)
         own: dict[str, Tensor] = {}
@@ -100,9 +101,9 @@ class Preparer:
             own[one.name] = as_stored(table, one.dtype)
         more, held = [0] * source.more, list(own.values())
         for slot in source.slots:
-            if slot.kind == "span":
-                assert source.spans is not None
-                first, last = (end.long().contiguous() for end in span_rows(source.spans[slot.number], domain))
+            if slot.kind == "interval":
+                assert source.intervals is not None
+                first, last = (end.long().contiguous() for end in interval_rows(source.intervals[slot.number], domain))
                 held += [first, last]
                 batch, heads, _ = first.shape
                 steps = (heads if batch > 1 else 0, 1 if heads > 1 else 0)
@@ -114,7 +115,7 @@ class Preparer:
                 more[slot.place] = place
                 place += domain.tables[slot.name].numel()
         lists, cut = (0,) * 7, (0, 0)
-        if source.spans is None:
+        if source.intervals is None:
             cut = self._cut(call)
             lists, arrays = list_fields(self._lists(domain, (cut[0], BLOCK_KEYS)))
             held += arrays
@@ -137,7 +138,7 @@ def as_stored(table: Tensor, kind: str) -> Tensor:
     return (table if table.dtype == torch.float64 else table.float()).contiguous()
 
 
-def list_fields(lists: TileLists) -> tuple[tuple[int, ...], list[Tensor]]:
+def list_fields(lists: BlockLists) -> tuple[tuple[int, ...], list[Tensor]]:
     """Pointers to full and partial blocks and the steps between their lines, and the arrays pointed at."""
     arrays = [array for part in (lists.full, lists.partial) for array in (_starts(part), _columns(part))]
     batch, heads, rows, _ = lists.shape

@@ -13,7 +13,6 @@ import torch
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.triton.attention import missing
-from sparsedsl.runtime.hoisted_tables import fill
 from sparsedsl.backends.triton.selected_configs import block_of
 from sparsedsl.backends.triton.selected_interval import interval_of
 from sparsedsl.backends.triton.selected_passes import SelectedJob, SelectedRun
@@ -26,6 +25,7 @@ from sparsedsl.lang.symbols import INDEX_SYMBOLS, SCORE
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.runtime.autograd import no_second_derivatives
 from sparsedsl.runtime.call import check_call
+from sparsedsl.runtime.hoisted_tables import fill
 from sparsedsl.runtime.request import Request
 from sparsedsl.selection.checks import check_selected_blocks, check_softmax1, check_weights
 from sparsedsl.selection.selected_call import SelectedCall
