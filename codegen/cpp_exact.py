@@ -73,12 +73,10 @@ def _operand(printer: _Prints, expr: sympy.Basic, prefix: str) -> str:
     if number is not None and not isinstance(number, bool):
         if not prefix:
             return repr(number)
-        kind = _TYPES[prefix]
+        kind = _TYPES[prefix]  # torch does not round a number to half precision first
         if number in (float("inf"), float("-inf")):
-            text = f"{'-' if number < 0 else ''}infinite<{kind}>()"
-        else:
-            text = f"({kind}){number!r}"
-    else:
-        text = printer.read(expr) if isinstance(expr, TableRead) else f"({printer.text(expr)})"
-        text = f"({_TYPES[prefix]}){text}" if prefix else text
+            return f"{'-' if number < 0 else ''}infinite<{kind}>()"
+        return f"({kind}){number!r}"
+    text = printer.read(expr) if isinstance(expr, TableRead) else f"({printer.text(expr)})"
+    text = f"({_TYPES[prefix]}){text}" if prefix else text
     return f"{_ROUNDED[prefix]}({text})" if prefix in _ROUNDED else text

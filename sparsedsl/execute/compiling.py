@@ -20,7 +20,8 @@ def compile(pattern: Any, *, backend: str = "auto", allow: Sequence[str] = ()) -
     Args:
         pattern: a :class:`~sparsedsl.Mask`, a :class:`~sparsedsl.Pattern` from :func:`sparsedsl.attend`, or a node of a program.
         backend: ``"reference"`` (dense torch; defines the meaning), ``"tiled"`` (torch's dense products on the rectangles of the
-            pattern; compiles nothing; any dtype; gradients), ``"flex"`` (torch FlexAttention on compact tile lists),
+            pattern; compiles nothing; any dtype; gradients), ``"cpp"`` (C++ generated for the pattern and compiled once, on CPU),
+            ``"flex"`` (torch FlexAttention on compact tile lists),
             ``"triton"`` (kernels generated for the pattern, on GPU) or ``"auto"``, which chooses per call and says why in
             :meth:`Attention.explain`.
 

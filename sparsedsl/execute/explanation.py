@@ -16,8 +16,6 @@ from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program
 from sparsedsl.analysis.report import ITEM_BYTES, Analysis, analyse
 from sparsedsl.backends.registry import AUTO, check_runs, choose, named, refusals
-from sparsedsl.backends.tiled.attention import HeadSizes
-from sparsedsl.backends.tiled.score_rules import score_rule
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.requests import requests_of
 from sparsedsl.execute.static import StaticAttention
@@ -30,23 +28,8 @@ from sparsedsl.program.node import Node
 from sparsedsl.runtime.call import bind_tables, exactly
 from sparsedsl.runtime.program_call import refused_positions
 from sparsedsl.runtime.request import CallFacts, Plan, Request
-from sparsedsl.tiling.cost import flex_seconds
-from sparsedsl.tuning.rates import machine
 
 __all__ = ["Explanation", "explain"]
-
-# How much quicker FlexAttention must be expected to be on CPU for an explanation to speak of it: as a ratio, and in seconds a call.
-FLEX_GAIN, FLEX_SAVES = 1.25, 0.01
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Expected seconds of a forward pass on CPU; ``source``: where the rates behind them come from."""
-
-    tiled: float
-    flex: float
-    source: str
-
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
@@ -157,8 +140,6 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
     try:
         plan = choose(request, backend)
         details = static.runner(plan.backend).described(domain, facts)
-        if backend == AUTO and facts.device == "cpu" and plan.backend == "tiled":
-            plan = _with_costs(plan, static, domain, request)
     except UnsupportedError as error:
         plan, refusal = None, str(error)
     analysis = analyse(
@@ -166,37 +147,6 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
         heads=facts.heads, head_dim=facts.head_dim, head_dim_v=facts.head_dim_v, dtype=facts.dtype, **tables,
     )  # fmt: skip
     return Explanation(plan, refusal, analysis, details, tuple(_clause_lines(pattern)), others=refusals([request]))
-
-
-def _with_costs(plan: Plan, static: StaticAttention, domain: Domain, request: Request) -> Plan:
-    """On CPU a call must not wait for a compiler that nobody asked for: where one would be worth it, an explanation says so."""
-    refused = named("flex").refusal(request)
-    if refused is not None:
-        return Plan(plan.backend, refused)
-    return Plan(plan.backend, advice(expected_costs(static, domain, request.facts)))
-
-
-def advice(costs: Costs) -> str:
-    """What is expected of both, and whether FlexAttention may be worth its compiler."""
-    why = f"expected {costs.tiled * 1e3:.3g} ms tiled, {costs.flex * 1e3:.3g} ms flex; rates {costs.source}"
-    if costs.flex * FLEX_GAIN < costs.tiled and costs.tiled - costs.flex > FLEX_SAVES:
-        why += "; backend='flex' may be worth its C++ compiler and a first call of 3 to 30 s"
-    return why
-
-
-def expected_costs(static: StaticAttention, domain: Domain, facts: CallFacts) -> Costs:
-    """What a forward pass on CPU is expected to take."""
-    rates, lists = machine(), static.lists(domain, (128, 128))
-    groups = lists.shape[0] * lists.shape[1]
-    pairs = lists.listed * 128 * 128 * (domain.batch * domain.heads / groups)
-    price = score_rule(static.pattern.score.expr).price_ns
-    sizes = HeadSizes(facts.kv_heads, facts.head_dim, facts.head_dim_v)
-    tiled: Any = static.runner("tiled")
-    return Costs(
-        tiled.schedule_of(domain, sizes).seconds,
-        flex_seconds(rates, pairs, sizes.head_dim, sizes.head_dim_v, price),
-        rates.source,
-    )
 
 
 def _clause_lines(pattern: Pattern) -> list[str]:

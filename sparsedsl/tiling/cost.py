@@ -12,7 +12,7 @@ from sparsedsl.tiling.cutting import CUTTING
 from sparsedsl.tiling.schedule import StridedSeries
 from sparsedsl.tuning.machine import ROWS, Machine
 
-__all__ = ["chunk_keys", "flex_seconds", "product_gflops", "scattered_seconds", "series_seconds", "strips_at_once"]
+__all__ = ["chunk_keys", "product_gflops", "scattered_seconds", "series_seconds", "strips_at_once"]
 
 # Small operations for one key tile of a strip, and for a strip itself.
 CALLS, STRIP_CALLS = 9, 6
@@ -77,9 +77,3 @@ def scattered_seconds(
     seconds += rows * keys * (machine.softmax_ns + mod_ns) * 1e-9
     seconds += lines * strips_of * (2 * CALLS + STRIP_CALLS) * machine.call_us * 1e-6
     return seconds + keys * (head_dim + head_dim_v) * 8 / (machine.gather_gbs * 1e9)
-
-
-def flex_seconds(machine: Machine, pairs: float, head_dim: int, head_dim_v: int, mod_ns: float) -> float:
-    """Expected seconds of compiled FlexAttention for ``pairs`` pairs in listed tiles of 128: torch's own products, one tile at a time."""
-    rate = machine.batched_gflops[ROWS.index(128)]
-    return 2 * pairs * (head_dim + head_dim_v) / (rate * 1e9) + pairs * mod_ns * 1e-9

@@ -37,11 +37,12 @@ class CppBackend(Backend):
         return _refusal_of(request.pattern, facts.dtype == "float64", facts.grad, compiler())
 
     def preference(self, request: Request) -> int:
-        """First on CPU where it is worth the compiler's second; choices of programs are tables that are new at every call."""
-        if request.facts.device != "cpu" or request.work != "attention" or request.new_tables or request.pattern is None:
+        """First on CPU where it is worth the compiler's second. Choices of programs are tables that are new at every call."""
+        facts = request.facts
+        if facts.device != "cpu" or request.work != "attention" or request.new_tables or request.pattern is None:
             return 0
-        ready = (request.pattern, request.facts.dtype == "float64") in _ready
-        return 20 if ready or request.facts.logits >= WORTH_COMPILING else 0
+        ready = not facts.grad and (request.pattern, facts.dtype == "float64") in _ready
+        return 30 if ready or facts.logits >= WORTH_COMPILING else 0
 
     def reason(self, request: Request) -> str:
         """In words."""

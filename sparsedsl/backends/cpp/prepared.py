@@ -114,15 +114,16 @@ class Preparer:
             if slot.kind == "sums":
                 more[slot.place] = place
                 place += domain.tables[slot.name].numel()
-        lists, cut = (0,) * 7, (0, 0)
+        lists, cut = (0,) * 7, self._cut(call)
         if source.intervals is None:
-            cut = self._cut(call)
             lists, arrays = list_fields(self._lists(domain, (cut[0], BLOCK_KEYS)))
             held += arrays
         return Prepared(source, compiled, own, tuple(more), lists, cut, tuple(held))
 
     def _cut(self, call: Call) -> tuple[int, int]:
-        """Queries and heads of a strip where lists of blocks are read: those of one head serve no other if the mask reads the head."""
+        """Queries and heads of a strip; 0 leaves them to the compiled code. Lists of one head serve no other if the mask reads the head."""
+        if self.source().intervals is not None:
+            return 0, 0
         if HEAD in self.pattern.mask.expr.free_symbols:
             heads = 1
         else:
