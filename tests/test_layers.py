@@ -28,7 +28,7 @@ ARROW = [
     # Each backend is a room of its own. Those after `tiled` ask it one thing: who sees whom, where keys hold NaN.
     ["backends", "backends.protocol"],
     ["backends.reference", "backends.tiled"],
-    ["backends.flex", "backends.triton"],
+    ["backends.cpp", "backends.flex", "backends.triton"],
     ["backends.registry"],
     ["execute"],
     ["tune_command"],

@@ -65,7 +65,7 @@ NEARLY: dict[str, Case] = {
     "table of a pattern to bind": (lambda: sd.attend(packed).bind(dox=ids), sd.TableError, "Did you mean 'doc'?"),
     "keyword of attend": (lambda: sd.attend(causal, scroe=score), sd.ArgumentError, "Did you mean 'score'?"),
     "keyword of a pattern": (lambda: P.sliding_window(4, two_side=True), sd.ArgumentError, "sliding_window(): unexpected argument two_side: it takes w, two_sided. Did you mean 'two_sided'?"),
-    "backend": (lambda: sd.compile(causal, backend="tild"), sd.PatternError, "backend must be one of 'auto', 'reference', 'tiled', 'flex', 'triton'; got 'tild'. Did you mean 'tiled'?"),
+    "backend": (lambda: sd.compile(causal, backend="tild"), sd.PatternError, "backend must be one of 'auto', 'reference', 'tiled', 'cpp', 'flex', 'triton'; got 'tild'. Did you mean 'tiled'?"),
     "word of a choice": (lambda: sd.summary(sd.k, 4, "maen"), sd.PatternError, "summary(): how must be one of 'mean', 'max', 'min', 'sum', 'first', 'last'; got 'maen'. Did you mean 'mean'?"),
     "weights": (lambda: sd.per_chunk(selected, "softmx"), sd.PatternError, "Did you mean 'softmax'?"),
     "dtype": (lambda: sd.analyse(causal, 8, dtype="bfloat"), sd.ShapeError, "Did you mean 'bfloat16'?"),

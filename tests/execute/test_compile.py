@@ -14,7 +14,6 @@ from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.registry import choose as choose_for
 from sparsedsl.backends.registry import named
-from sparsedsl.execute.explanation import Costs, advice
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.testing import tensor
 
@@ -32,16 +31,12 @@ def choose(pattern, facts, backend):
     return choose_for(Request("attention", facts, pattern), backend)
 
 
-def test_auto_waits_for_no_compiler_on_cpu_and_says_where_one_is_worth_it():
-    def chosen(tiled, flex):
-        return advice(Costs(tiled, flex, "built in"))
-
-    assert "expected 300 ms tiled, 100 ms flex; rates built in; backend='flex' may be worth its C++" in chosen(0.3, 0.1)
-    assert "backend='flex'" not in chosen(0.1, 0.099)
-    assert "backend='flex'" not in chosen(3e-4, 1e-4), "microseconds are not worth seconds of compiling"
+def test_auto_compiles_on_cpu_where_it_is_worth_it():
     plan = choose(sd.attend(window), facts(), "auto")
-    assert plan.backend == "tiled" and hash(plan) == hash(choose(sd.attend(window), facts(), "auto"))
-    assert "ms tiled" in sd.compile(window).explain(8192, heads=8).plan.reason
+    assert plan.backend == "cpp" and hash(plan) == hash(choose(sd.attend(window), facts(), "auto"))
+    few = facts(heads=1, kv_heads=1, q_len=300, kv_len=300, grad=True)
+    plan = choose(sd.attend(window), few, "auto")
+    assert plan.backend == "tiled" and plan.reason == "needs no compiler"
 
 
 def test_auto_takes_flex_on_cuda(monkeypatch):
@@ -60,11 +55,11 @@ def test_auto_takes_the_reference_for_few_logits():
     [({"grad": True}, "no backward pass on CPU"), ({"lse": True}, "the LSE on CPU"), ({"dtype": "float64"}, "no float64")],
 )
 @pytest.mark.parametrize("length", [2048, 32768, 1 << 20])
-def test_auto_takes_tiled_for_what_flex_cannot_do_at_any_length(words, reason, length):
-    assert choose(sd.attend(window), facts(q_len=length, kv_len=length, **words), "auto").backend == "tiled"
+def test_auto_does_what_flex_cannot_do_at_any_length(words, reason, length):
+    assert choose(sd.attend(window), facts(q_len=length, kv_len=length, **words), "auto").backend == "cpp"
     words = {"return_lse" if name == "lse" else name: value for name, value in words.items()}
     explained = sd.compile(window).explain(length, heads=8, **words)
-    assert explained.plan.backend == "tiled" and reason in explained.plan.reason and reason in explained.others["flex"]
+    assert explained.plan.backend == "cpp" and reason in explained.others["flex"]
 
 
 @pytest.mark.parametrize(
@@ -92,9 +87,8 @@ def test_explain_says_what_would_happen():
     refused = sd.compile(window, backend="flex").explain(32768, heads=8, grad=True)
     assert refused.plan is None and "backend: none" in str(refused)
     attn = sd.compile(window)
-    assert "backend: tiled" in str(attn.explain(32768, heads=8, grad=True)) and "strips of up to" in str(
-        attn.explain(8192, grad=True)
-    )
+    assert "backend: cpp" in str(attn.explain(32768, heads=8, grad=True))
+    assert "strips of up to" in str(sd.compile(window, backend="tiled").explain(8192, grad=True))
     assert "<pre>" in attn.explain(64)._repr_html_()
     text = str(sd.compile(causal & ((q_idx * kv_idx) % 3 == 0)).explain(256))
     assert "decided by boxes and points" in text
@@ -164,9 +158,7 @@ def test_plain_functions_give_the_patterns_values():
 
 
 def test_backend_names():
-    with pytest.raises(
-        sd.PatternError, match="backend must be one of 'auto', 'reference', 'tiled', 'flex', 'triton'; got 'fast'"
-    ):
+    with pytest.raises(sd.PatternError, match="one of 'auto', 'reference', 'tiled', 'cpp', 'flex', 'triton'; got 'fast'"):
         sd.compile(causal, backend="fast")
 
 

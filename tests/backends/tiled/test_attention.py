@@ -553,16 +553,10 @@ def test_explain_shows_the_schedule():
     assert any("scattered tiles" in line for line in explained.details)
 
 
-@pytest.mark.parametrize("words", [{"grad": True}, {"return_lse": True}, {"dtype": "float64"}], ids=str)
-def test_auto_takes_tiled_for_what_flex_cannot_do(words):
-    plan = sd.compile(causal).explain(4096, heads=8, **words).plan
-    assert plan.backend == "tiled" and "FlexAttention" in plan.reason
-
-
 def test_auto_trains_through_tiled():
-    q, k, v = (t.requires_grad_() for t in qkv(300, dtype=torch.float32))
+    q, k, v = (t.requires_grad_() for t in qkv(150, dtype=torch.float32))
     attn = sd.compile(USUAL["window"])
-    assert attn.explain(300, batch=2, heads=4, kv_heads=2, grad=True).plan.backend == "tiled"
+    assert attn.explain(150, batch=2, heads=4, kv_heads=2, grad=True).plan.backend == "tiled"
     grads = [
         torch.autograd.grad(one(q, k, v).square().sum(), [q, k, v])
         for one in (attn, sd.compile(USUAL["window"], backend="reference"))

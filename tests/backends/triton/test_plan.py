@@ -72,7 +72,7 @@ def test_calls_that_it_refuses(changed, words):
 def test_where_there_is_no_triton_auto_takes_another():
     assert planned(facts(), "auto").backend == "triton"
     assert planned(facts(), "auto", "it is not here").backend != "triton"
-    assert planned(facts(device="cpu"), "auto").backend == "tiled"
+    assert planned(facts(device="cpu"), "auto").backend == "cpp"
     with pytest.raises(sd.UnsupportedError, match="it is not here"):
         planned(facts(), "triton", "it is not here")
 
