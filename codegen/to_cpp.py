@@ -63,9 +63,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class CppSource:
-    """Generated text. ``pattern``: what is written, with reads of ``prepared`` tables; ``intervals``: those of its keys, None where it reads
-    lists of blocks; ``functions``: those it defines; ``step``: residues; ``learned``: reads with gradients in ``gains``; ``more``: how many
-    fields all slots take."""
+    """Generated text.
+
+    ``pattern``: what is written, with reads of ``prepared`` tables; ``intervals``: those of its keys, None where it reads lists of blocks;
+    ``functions``: those it defines; ``step``: residues; ``learned``: reads with gradients in ``gains``; ``more``: fields of all slots.
+    """
+
 
     pattern: Pattern
     text: str
@@ -121,7 +124,9 @@ def _check_mask(mask: sympy.Basic) -> None:
 class _Writer:
     """The text of one pattern."""
 
-    def __init__(self, given: Pattern, pattern: Pattern, prepared: tuple[HoistedTable, ...], step: int, variant: CppVariant) -> None:
+    def __init__(
+        self, given: Pattern, pattern: Pattern, prepared: tuple[HoistedTable, ...], step: int, variant: CppVariant
+    ) -> None:
         self.given, self.pattern, self.prepared, self.step, self.variant = given, pattern, prepared, step, variant
         found = intervals(pattern.mask.expr)
         self.intervals = found

@@ -67,9 +67,8 @@ static void turn(const real *const *rows, i64 lanes, i64 width, real *to) {
     }
 }
 
-// The queries of a strip, turned. `room`: where they are widened.
-static void turn_queries(const Call *c, const Strip &strip, real *room, real *to) {
-    const real *rows[MOST_LANES];
+// The queries of a strip, as rows and turned. `room`: where they are widened.
+static void turn_queries(const Call *c, const Strip &strip, real *room, const real **rows, real *to) {
     for (i64 i = 0; i < strip.lanes.count; i++) {
         const char *place =
             c->q.first + (strip.b * c->q.batch + strip.h[i] * c->q.head + strip.row[i] * c->q.row) * element_bytes(c->kind);
@@ -77,6 +76,29 @@ static void turn_queries(const Call *c, const Strip &strip, real *room, real *to
         if (c->kind) widen(place, c->kind, c->head_dim, room + i * c->head_dim);
     }
     turn(rows, strip.lanes.count, c->head_dim, to);
+}
+
+// Products of a few queries with keys, for when vectors of queries would be nearly empty: here vectors run along the head, and WIDTH keys
+// at a time are added up. Queries lie in rows of `width`, which is whole vectors.
+constexpr i64 FEW = 4;
+
+static void multiply_few(i64 lanes, i64 keys, i64 width, Rows k, const real *const *queries, real *tile, i64 tile_row) {
+    const real *rows[WIDTH];
+    real sums[WIDTH * WIDTH], turned[WIDTH * WIDTH];
+    for (int i = 0; i < WIDTH; i++) rows[i] = sums + i * WIDTH;
+    for (i64 key = 0; key < keys; key += WIDTH)
+        for (i64 lane = 0; lane < lanes; lane++) {
+            Vector sum[WIDTH] = {};
+            const real *from[WIDTH];
+            for (int i = 0; i < WIDTH; i++) from[i] = k.first + least(key + i, keys - 1) * k.row;
+            for (i64 j = 0; j < width; j += WIDTH)
+                for (int i = 0; i < WIDTH; i++) sum[i] += at(from[i] + j) * at(queries[lane] + j);
+            for (int i = 0; i < WIDTH; i++) put(sums + i * WIDTH, sum[i]);
+            turn_square(rows, 0, turned, WIDTH);
+            Vector total = {};
+            for (int i = 0; i < WIDTH; i++) total += at(turned + i * WIDTH);
+            for (int i = 0; i < WIDTH && key + i < keys; i++) tile[(key + i) * tile_row + lane] = total[i];
+        }
 }
 
 // Room that a strip needs, and its parts.
@@ -105,13 +127,19 @@ static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const
     i64 lanes = strip.lanes.count;
     for (i64 i = 0; i < lanes; i++) sums.highest[i] = LOWEST, sums.total[i] = 0;
     for (i64 i = 0; sums.values && i < strip.used * sums.broad; i++) sums.values[i] = 0;
-    turn_queries(c, strip, desk.rows, desk.turned);
+    const real *queries[MOST_LANES];
+    turn_queries(c, strip, desk.rows, queries, desk.turned);
+    bool few = strip.used <= FEW && c->head_dim % WIDTH == 0;
+    for (i64 i = 0; few && i < lanes * BLOCK_KEYS; i++) desk.tile[i] = 0;
     Head k(c->k, c->kind, c->head_dim, strip.b, strip.kv_head, strip.lanes.residue, c->step);
     Head v(c->v, c->kind, c->head_dim_v, strip.b, strip.kv_head, strip.lanes.residue, c->step);
     real factor = c->score ? 1 : (real)(c->scale * LOG2E);
     visit(c, strip, part, parts, [&](i64 key, i64 count, bool full) {
         Rows some_k = k.rows(key, count, false, desk.keys);
-        product<false>(count, lanes, c->head_dim, some_k.first, some_k.row, 1, desk.turned, lanes, desk.tile, lanes);
+        if (few)
+            multiply_few(strip.used, count, c->head_dim, some_k, queries, desk.tile, lanes);
+        else
+            product<false>(count, lanes, c->head_dim, some_k.first, some_k.row, 1, desk.turned, lanes, desk.tile, lanes);
         if (c->score) c->score(c, &strip.lanes, key, count, desk.tile);
         if (!full) hide(c, strip, key, count, desk.tile);
         weigh(strip, desk.tile, count, factor, sums);

@@ -296,8 +296,11 @@ class Attention:
 
     @property
     def source(self) -> str:
-        """The generated code of a static pattern, readable (of ``"triton"`` the kernels for heads 64 wide); where it is interpreted, the
-        pattern. Of a program its text form, and on ``"triton"`` the kernels along lists of selected blocks."""
+        """The generated code of a static pattern, readable; where it is interpreted, the pattern.
+
+        Of ``"auto"`` the C++ for CPU, of ``"triton"`` the kernels for heads 64 wide; of a program its text form, and on ``"triton"`` the
+        kernels along lists of selected blocks.
+        """
         if self._static is None:
             if self.backend == "auto":
                 return self.program.text
@@ -305,7 +308,7 @@ class Attention:
             asked = requests_of(self.program, facts, whole_tables=self.dispatch.whole_tables)
             written = (named(self.backend).source(request) for requests in asked.values() for request in requests)
             return "\n\n".join([self.program.text, *dict.fromkeys(filter(None, written))])
-        return self._static.runner("flex" if self.backend == "auto" else self.backend).source
+        return self._static.runner("cpp" if self.backend == "auto" else self.backend).source
 
     def lists(self, domain: Domain, block: tuple[int, int]) -> BlockLists:
         """The tile lists of a static mask over ``domain``, remembered while the tables live unchanged."""

@@ -31,6 +31,7 @@ from sparsedsl.runtime.request import CallFacts, Plan, Request
 
 __all__ = ["Explanation", "explain"]
 
+
 @dataclass(frozen=True, eq=False)
 class Explanation:
     """What a call would do.

@@ -46,7 +46,7 @@ def test_auto_takes_flex_on_cuda(monkeypatch):
 
 
 def test_auto_takes_the_reference_for_few_logits():
-    plan = choose(sd.attend(window), facts(q_len=1, kv_len=1024), "auto")
+    plan = choose(sd.attend(window & (kv_idx % 7 != 6)), facts(q_len=1, kv_len=1024), "auto")  # compiled by no other test
     assert plan.backend == "reference" and "8,192 logits are few" in plan.reason
 
 

@@ -75,8 +75,13 @@ def library(text: str, *flags: str) -> ctypes.CDLL:
 
 def compiler() -> str | None:
     """The C++ compiler: the one that ``CXX`` names, else g++, clang++ or c++; None if there is none."""
-    given = os.environ.get("CXX", "").strip()
-    return next((path for name in ([given] if given else ["g++", "clang++", "c++"]) if (path := shutil.which(name))), None)
+    return _found(os.environ.get("CXX", "").strip(), os.environ.get("PATH", ""))
+
+
+@lru_cache(maxsize=8)
+def _found(given: str, path: str) -> str | None:
+    names = [given] if given else ["g++", "clang++", "c++"]
+    return next((found for name in names if (found := shutil.which(name, path=path or None))), None)
 
 
 def _surroundings() -> tuple[str, ...]:

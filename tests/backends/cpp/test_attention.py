@@ -166,7 +166,9 @@ def test_many_keys_for_few_queries_are_shared():
     for mask in (causal, USUAL["window"], USUAL["scattered"]):
         for dtype in (torch.float32, torch.bfloat16):
             assert_right(mask, *qkv(2, 5000, batch=1, dtype=dtype), q_offset=4998)
-    assert_right(sd.attend(causal, sink=sink[h]), *qkv(1, 3000, batch=1), q_offset=2999, sink=tensor(4, seed=9, dtype=torch.float64))
+    assert_right(
+        sd.attend(causal, sink=sink[h]), *qkv(1, 3000, batch=1), q_offset=2999, sink=tensor(4, seed=9, dtype=torch.float64)
+    )
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------------------------
@@ -379,5 +381,3 @@ def test_exact_operations():
     assert_right(causal & near, *qkv(90))
     scores = sd.parse("score + f32_div(f32_add(q_idx, 0.5), 7.0) - f16_mul(kv_idx, 0.1)")
     assert_right(sd.attend(causal, score=scores), *qkv(90, dtype=torch.float32))
-
-
