@@ -69,7 +69,6 @@ class CppSource:
     ``functions``: those it defines; ``step``: residues; ``learned``: reads with gradients in ``gains``; ``more``: fields of all slots.
     """
 
-
     pattern: Pattern
     text: str
     intervals: tuple[KeyInterval, ...] | None

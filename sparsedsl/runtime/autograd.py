@@ -21,7 +21,7 @@ from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.unseen import Sight, guarded_backward, guarded_forward
 from sparsedsl.runtime.vmap import map_call, reads_batch
 
-__all__ = ["Kernel", "differentiable", "is_plain", "known_results", "no_forward_mode", "no_second_derivatives", "transformed"]
+__all__ = ["Kernel", "differentiable", "known_results", "no_forward_mode", "no_second_derivatives", "transformed"]
 
 Tensor = torch.Tensor
 
@@ -39,8 +39,9 @@ class Kernel(Protocol):
     def sight(self, call: Call) -> Sight | None:
         """Which queries see which keys, asked for where results are not finite; None where the forward pass has seen to it itself."""
 
-    def forward(self, call: Call, schedule: Any) -> tuple[Tensor, Tensor]:
-        """``out (B, Hq, Sq, Dv)`` in the dtype of q and ``lse (B, Hq, Sq)``, both new tensors."""
+    def forward(self, call: Call, schedule: Any) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, bool]:
+        """``out (B, Hq, Sq, Dv)`` in the dtype of q and ``lse (B, Hq, Sq)``, both new tensors; a kernel that has looked on the way also
+        says whether ``out`` is finite."""
 
     def backward(
         self,
@@ -71,11 +72,6 @@ def transformed(pattern: Pattern, run: Callable[[Call], Any], call: Call, return
     """``run(call)`` under the transforms of ``torch.func``, for a lowering whose gradients, if any, they cannot reach."""
     out, lse = differentiable(_ForwardOnly(pattern, run, return_lse), call)
     return (out, lse) if return_lse else out
-
-
-def is_plain(call: Call) -> bool:
-    """Whether a call is a forward pass and nothing else: no gradients, no transform of ``torch.func``, no results that are known."""
-    return not call.needs_grad and _known.get() is None and not is_transformed(call.q, call.k, call.v, *call.tables.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +113,7 @@ def known_results(out: Tensor, lse: Tensor | None) -> Iterator[None]:
 def _forward(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor]:
     schedule = kernel.schedule(call)
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Any:
         same = q is call.q and k is call.k and v is call.v
         return kernel.forward(call if same else replace(call, q=q, k=k, v=v), schedule)
 

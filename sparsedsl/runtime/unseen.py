@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,15 +47,16 @@ class Sight:
 
 
 def guarded_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, run: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    q: Tensor, k: Tensor, v: Tensor, scale: float, run: Callable[[Tensor, Tensor, Tensor], Any],
     sight: Callable[[], Sight | None],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``run(q, k, v)``, which gives ``(out, lse)``, where keys that a query may not see have no effect on it. An LSE may be empty.
+    """``run(q, k, v)``, which gives ``(out, lse)``, where keys that a query may not see have no effect on it. An LSE may be empty. ``run``
+    may give a third result, whether ``out`` is known to be finite.
 
     ``sight``: who sees whom, asked for only where something bad is found; None where ``run`` has seen to it already.
     """
-    out, lse = run(q, k, v)
-    if out.device.type != "cpu" or _all_finite(out):
+    out, lse, *known = run(q, k, v)
+    if any(known) or out.device.type != "cpu" or _all_finite(out):
         return out, lse
     seen: Sight | None = None
     for rows, keys in _bad(q, k, v, scale):
@@ -62,7 +64,7 @@ def guarded_forward(
         if seen is None:
             break
         clear = ~seen.rows(rows, keys)
-        own, own_lse = run(*_zeroed(q, k, v, rows, keys))
+        own, own_lse = run(*_zeroed(q, k, v, rows, keys))[:2]
         out = torch.where(clear[..., None], own, out)
         lse = torch.where(clear, own_lse, lse) if lse.numel() else lse
         if _all_finite(own):

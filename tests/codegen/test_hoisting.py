@@ -10,9 +10,9 @@ import torch
 import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.runtime.hoisted_tables import fill
 from sparsedsl.codegen.hoisting import hoist
 from sparsedsl.lang.evaluation import evaluate
+from sparsedsl.runtime.hoisted_tables import fill
 
 CASES = [
     kit.AttentionCase(q_len=9, kv_len=70, q_offset=61),

@@ -14,7 +14,7 @@ from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer, as_s
 from sparsedsl.backends.protocol import ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import sight_of
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.runtime.autograd import differentiable, is_plain
+from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.sinks import sink_gradients
@@ -38,10 +38,6 @@ class CppKernel(PatternRunner):
 
     def attend(self, call: Call, *, lse: bool) -> tuple[Tensor, Tensor]:
         """Out and LSE, differentiable."""
-        if is_plain(call):
-            out, found, finite = self._forward(call, self.schedule(call))
-            if finite:
-                return out, found
         return differentiable(self, call)
 
     @property
@@ -72,12 +68,8 @@ class CppKernel(PatternRunner):
         """Who sees whom in a call."""
         return sight_of(self.pattern, call)
 
-    def forward(self, call: Call, schedule: Prepared) -> tuple[Tensor, Tensor]:
-        """``out (B, Hq, Sq, Dv)`` in the dtype of q, ``lse (B, Hq, Sq)`` in float32 (float64 for float64)."""
-        return self._forward(call, schedule)[:2]
-
-    def _forward(self, call: Call, schedule: Prepared) -> tuple[Tensor, Tensor, bool]:
-        """The same, and whether all of ``out`` is finite."""
+    def forward(self, call: Call, schedule: Prepared) -> tuple[Tensor, Tensor, bool]:
+        """``out (B, Hq, Sq, Dv)`` in the dtype of q, ``lse (B, Hq, Sq)`` in float32 (float64 for float64), whether ``out`` is finite."""
         q, k, v = (rows_without_gaps(t.detach()) for t in (call.q, call.k, call.v))
         domain = call.domain
         shape = (domain.batch, domain.heads, domain.rows)
