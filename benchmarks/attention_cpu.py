@@ -1,12 +1,13 @@
 """Attention on the CPU, forward: sparsedsl against FlexAttention by hand, and against dense causal SDPA.
 
-    python benchmarks/attention_cpu.py                       # backend `tiled`, 8K and 16K: about 12 minutes on two cores
+    python benchmarks/attention_cpu.py --backend cpp         # generated C++, 8K and 16K: about 15 minutes on two cores
+    python benchmarks/attention_cpu.py                       # backend `tiled`, 8K and 16K: about 12 minutes
     python benchmarks/attention_cpu.py --lengths 32768       # the same at 32K: about 12 minutes
     python benchmarks/attention_cpu.py --quick               # two patterns, one length: about a minute
     python benchmarks/attention_cpu.py --backend flex        # our lists and kernels for FlexAttention: about 15 minutes
     python benchmarks/attention_cpu.py --million             # one call over a million tokens, rows checked against the reference
 
-What each column holds is said at the head of ``attention_tiled.py`` and ``attention_flex.py``, which hold the two parts.
+What each column holds is said at the head of ``attention_cpp.py``, ``attention_tiled.py`` and ``attention_flex.py``, which hold the parts.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import attention_cpp
 import attention_flex
 import attention_tiled
 import measure
 from measure import bytes_text, length_text, median, time_text
 from tqdm import tqdm
 
-PARTS: dict[str, ModuleType] = {"tiled": attention_tiled, "flex": attention_flex}
+PARTS: dict[str, ModuleType] = {"tiled": attention_tiled, "cpp": attention_cpp, "flex": attention_flex}
 MILLION, MILLION_DIM = 2**20, 64
 
 

@@ -158,6 +158,20 @@ def test_attention_tiled(tmp_path):
 
 
 @pytest.mark.slow
+def test_attention_cpp(tmp_path):
+    content, shown = run(
+        "attention_cpu.py", tmp_path / "attention.json", "--backend", "cpp",
+        "--patterns", "blocks10", "--lengths", "640", "--dims", "64", "--rounds", "1", "--keep-cache",
+    )  # fmt: skip
+    (record,) = content["records"]
+    assert content["benchmark"] == "attention_cpp_640" and record["largest_difference"] < 1e-5
+    assert record["seconds"].keys() == {"cpp", "tiled", "flex", "sdpa", "product"}
+    rate = record["useful_gflops"] / record["product_gflops"]
+    assert math.isclose(rate, record["rate_ratio"], rel_tol=1e-6)
+    assert len(content["targets"]) == 3 and all(target["what"] in shown for target in content["targets"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tiled", "flex"])
 def test_million(tmp_path, backend):
     content, shown = run(
