@@ -4,13 +4,15 @@ Batch 1, 4 heads, float32, no gradients; one process a pattern. For each head di
 included, the pattern compiled before), *flex* (as in ``attention_tiled.py``: one kernel by hand for each length and head dimension), *SDPA*
 (dense, whatever the pattern), and a *product*: 1,536 x 1,536 x 1,536 of torch, for the rate of this machine.
 
-Times are medians, ratios medians of the ratios within one round. *Useful* GFLOP/s count 4 operations for each pair that the pattern allows and
-each entry of a head; beside them stands the rate of the product, which is about the limit. ``OMP_NUM_THREADS=1`` measures one core.
+Times are medians, ratios medians of the ratios within one round. *Useful* GFLOP/s count 4 operations for each pair that the pattern
+allows and each entry of a head; beside them stands the rate of the product, which is about the limit. ``OMP_NUM_THREADS=1`` measures
+one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -68,17 +70,20 @@ def child(name: str, lengths: list[int], dims: list[int], rounds: int) -> None:
             flex = torch.compile(flex_attention, dynamic=False)
             ours = {backend: sd.compile(pattern, backend=backend) for backend in ("cpp", "tiled")}
             generator = torch.Generator().manual_seed(0)
-            qkv = tuple(torch.randn(BATCH, HEADS, length, dim, generator=generator) for _ in range(3))
+            qkv: Any = [torch.randn(BATCH, HEADS, length, dim, generator=generator) for _ in range(3)]
 
             def by_hand(flex: Any = flex, qkv: Any = qkv, mask: Any = mask) -> Any:
                 return flex(*qkv, score_mod=case.score_mod, block_mask=mask)
 
+            def dense(qkv: Any = qkv) -> Any:
+                return scaled_dot_product_attention(*qkv, is_causal=True)
+
             actions: dict[str, Callable[[], Any]] = {
-                "cpp": lambda attn=ours["cpp"], qkv=qkv: attn(*qkv, **tables),
-                "tiled": lambda attn=ours["tiled"], qkv=qkv: attn(*qkv, **tables),
+                "cpp": functools.partial(ours["cpp"], *qkv, **tables),
+                "tiled": functools.partial(ours["tiled"], *qkv, **tables),
                 "flex": by_hand,
-                "sdpa": lambda qkv=qkv: scaled_dot_product_attention(*qkv, is_causal=True),
-                "product": lambda: matrix @ matrix,
+                "sdpa": dense,
+                "product": functools.partial(torch.mm, matrix, matrix),
             }
             with torch.no_grad():
                 first = {key: measure.seconds(action) for key, action in actions.items()}
@@ -155,4 +160,4 @@ def text(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     pattern_name, given_lengths, given_dims, given_rounds = sys.argv[1:]
-    child(pattern_name, *([int(n) for n in part.split(",")] for part in (given_lengths, given_dims)), int(given_rounds))
+    child(pattern_name, [int(n) for n in given_lengths.split(",")], [int(n) for n in given_dims.split(",")], int(given_rounds))

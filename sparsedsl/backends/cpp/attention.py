@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -161,4 +160,4 @@ def _run(
 
 def rows_without_gaps(t: Tensor) -> Tensor:
     """The tensor with the entries of a row side by side; no copy if they are."""
-    return t if t.stride(3) == 1 or (t.shape[3] == 1 and math.prod(t.stride())) else t.contiguous()
+    return t if t.stride(3) == 1 else t.contiguous()

@@ -55,7 +55,7 @@ def fixed_pass(name: str, double: bool) -> Pass:
     made = library(fixed_part(name), _FIXED, *(["-DDOUBLE"] if double else []))
     function = made.attend if name == "forward" else made.attend_backward
     function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 @functools.cache

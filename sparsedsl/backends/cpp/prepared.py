@@ -114,7 +114,8 @@ class Preparer:
             if slot.kind == "sums":
                 more[slot.place] = place
                 place += domain.tables[slot.name].numel()
-        lists, cut = (0,) * 7, self._cut(call)
+        lists: tuple[int, ...] = (0,) * 7
+        cut = self._cut(call)
         if source.intervals is None:
             lists, arrays = list_fields(self._lists(domain, (cut[0], BLOCK_KEYS)))
             held += arrays
