@@ -53,6 +53,7 @@ examples:
   python -m sparsedsl build sparsedsl.patterns:causal --target sm_90 --head-dim 128
   python -m sparsedsl build my_patterns.py:packed --target gfx942 --dtype float16 --out kernels/packed
   python -m sparsedsl build my_patterns.py:local --source
+  python -m sparsedsl build my_patterns.py:local --target cpu
 
 Needs Triton, and no GPU; tables need no values. Compiles the forward, backward and decode kernels and prints what each
 takes of an SM; --out also writes the binaries.""",
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         (_explain, "what a pattern costs, whether it is causal, and how it would run"),
         (_plot, "draw a pattern: allowed pairs and tile classes"),
         (_check, "test a pattern with random shapes, tables and inputs"),
-        (_build, "compile the GPU kernels of a pattern, without a GPU, and report what they take"),
+        (_build, "compile the GPU kernels of a pattern, without a GPU, and report what they take; or its C++ for this CPU"),
         (_tune, "measure which tiles suit a pattern on this GPU; show, export and import what was measured"),
     ):
         name = run.__name__.strip("_")
@@ -158,7 +159,9 @@ def _add_shape(command: argparse.ArgumentParser, *, costs: bool) -> None:
 
 
 def _add_build(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--target", default="sm_90", help="sm_80, sm_90, sm_100 or gfx942 (default sm_90)")
+    command.add_argument(
+        "--target", default="sm_90", help="sm_80, sm_90, sm_100, gfx942, or cpu: C++ for this machine (default sm_90)"
+    )
     command.add_argument("--dtype", default="bfloat16", help="float16, bfloat16 or float32 (default bfloat16)")
     command.add_argument("--head-dim", type=_count, default=64, metavar="N", help="width of a head (default 64)")
     command.add_argument("--head-dim-v", type=_count, metavar="N", help="width of values (default: as --head-dim)")
@@ -236,6 +239,8 @@ def _build(arguments: argparse.Namespace) -> int:
     import sparsedsl as sd
 
     pattern = _static(arguments.spec, "build", "its kernels, in codegen/kernels, are compiled at the first call")
+    if arguments.target == "cpu":
+        return _build_for_cpu(arguments, pattern)
     names = ("target", "dtype", "head_dim", "head_dim_v", "group", "remarks")
     with _working("compiling"):
         built = sd.build(pattern, **{name: getattr(arguments, name) for name in names})
@@ -244,6 +249,23 @@ def _build(arguments: argparse.Namespace) -> int:
     print(built)
     if arguments.out:
         print(built.save(arguments.out))
+    return 0
+
+
+def _build_for_cpu(arguments: argparse.Namespace, pattern: Any) -> int:
+    from sparsedsl.backends.cpp.native import build_ahead
+    from sparsedsl.codegen.to_cpp import cpp_source
+
+    if arguments.out or arguments.remarks:
+        raise PatternError(
+            "--target cpu: libraries lie in the cache folder, for this machine alone; leave out --out and --remarks"
+        )
+    dtype = "float32" if arguments.dtype == "bfloat16" else arguments.dtype
+    with _working("compiling"):
+        done = build_ahead(pattern, dtype)
+    if arguments.source:
+        print(cpp_source(pattern).text)
+    print(done)
     return 0
 
 

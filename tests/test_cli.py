@@ -331,3 +331,10 @@ except SystemExit as stop:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env, check=True)
     assert done.stdout.endswith("exit 0 False\n")
     assert done.stderr == ""
+
+
+def test_build_for_the_cpu(run: Run) -> None:
+    code, out, err = run("build", "mine:window", "--target", "cpu", "--source")
+    assert (code, err) == (0, "") and "void ends(const Call *call" in out and "is ready after" in out
+    code, out, err = run("build", "mine:window", "--target", "cpu", "--out", "here")
+    assert code == 2 and "libraries lie in the cache folder" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from pathlib import Path
 import torch
 
 from sparsedsl.backends.cpp.build import library
-from sparsedsl.codegen.to_cpp import CppSource, fixed_part
+from sparsedsl.codegen.to_cpp import CppSource, CppVariant, cpp_source, fixed_part
 from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.advice import check_word
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.settings import settings
 
-__all__ = ["Native", "address", "fixed_pass", "native", "parallel", "vector_width"]
+__all__ = ["Native", "address", "build_ahead", "fixed_pass", "native", "parallel", "vector_width"]
 
 # A product and a sum may become one operation in products and softmax. What decides which pairs attend is rounded as torch rounds it.
 _FIXED, _EXACT = "-ffp-contract=fast", "-ffp-contract=off"
@@ -56,6 +60,24 @@ def fixed_pass(name: str, double: bool) -> Pass:
     function = made.attend if name == "forward" else made.attend_backward
     function.restype = ctypes.c_int
     return function
+
+
+def build_ahead(pattern: Pattern, dtype: str = "float32") -> str:
+    """Compile all that calls of a static pattern on CPU will want on this machine, forward and backward; what was done, in words.
+
+    ``dtype``: float64 has libraries of its own; the others share theirs.
+
+    Raises:
+        UnsupportedError: no compiler, or it fails; or the pattern has no C++.
+    """
+    double = check_word("dtype", dtype, ("float32", "bfloat16", "float16", "float64")) == "float64"
+    start = time.perf_counter()
+    native(cpp_source(pattern, CppVariant(double)), double=double)
+    fixed_pass("backward", double)
+    parallel()
+    what = "float64" if double else "float32, bfloat16 and float16"
+    took = time.perf_counter() - start
+    return f"C++ for {what}, forward and backward, is ready after {took:.1f} s: {settings().cache / 'cpp'}"
 
 
 @functools.cache
