@@ -79,6 +79,11 @@ class CppSource:
     learned: tuple[LearnedRead, ...]
     more: int
 
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether something is made for the lengths of a call: lists, ends of intervals, prepared tables."""
+        return self.intervals is None or bool(self.prepared) or any(interval.searched for interval in self.intervals)
+
 
 @functools.cache
 def fixed_part(name: str) -> str:

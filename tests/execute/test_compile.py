@@ -192,7 +192,8 @@ def test_in_a_module_under_autograd():
 
 def test_source():
     assert sd.compile(window, backend="reference").source == "attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 99))"
-    assert "def mask_mod(b, h, q_idx, kv_idx):" in sd.compile(window).source
+    assert "def mask_mod(b, h, q_idx, kv_idx):" in sd.compile(window, backend="flex").source
+    assert "void ends(const Call *call" in sd.compile(window).source
 
 
 def test_block_masks_with_sinks_at_any_length(monkeypatch):

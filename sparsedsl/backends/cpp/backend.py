@@ -7,6 +7,7 @@ import functools
 from sparsedsl.backends.cpp.attention import CppKernel
 from sparsedsl.backends.cpp.build import compiler
 from sparsedsl.backends.cpp.native import fixed_pass, native, parallel
+from sparsedsl.backends.cpp.prepared import READY
 from sparsedsl.backends.protocol import Backend, ListMaker
 from sparsedsl.codegen.to_cpp import CppVariant, cpp_source
 from sparsedsl.errors import UnsupportedError
@@ -34,14 +35,15 @@ class CppBackend(Backend):
             return f"generated C++ has attention over masks that read tables only, and no {request.work}"
         if facts.device != "cpu":
             return f"generated C++ runs on the CPU, and the tensors are on {facts.device}"
-        return _refusal_of(request.pattern, facts.dtype == "float64", facts.grad, compiler())
+        worth = facts.logits >= WORTH_COMPILING
+        return _refusal_of(request.pattern, facts.dtype == "float64", facts.grad, worth, compiler())
 
     def preference(self, request: Request) -> int:
         """First on CPU where it is worth the compiler's second. Choices of programs are tables that are new at every call."""
         facts = request.facts
         if facts.device != "cpu" or request.work != "attention" or request.new_tables or request.pattern is None:
             return 0
-        ready = not facts.grad and (request.pattern, facts.dtype == "float64") in _ready
+        ready = not facts.grad and (request.pattern, facts.dtype == "float64") in READY
         return 30 if ready or facts.logits >= WORTH_COMPILING else 0
 
     def reason(self, request: Request) -> str:
@@ -57,21 +59,23 @@ class CppBackend(Backend):
         return "C++ generated for the pattern"
 
 
-# Patterns that are compiled, each with whether for float64.
-_ready: set[tuple[Pattern, bool]] = set()
-
-
 @functools.lru_cache(maxsize=1024)
-def _refusal_of(pattern: Pattern, double: bool, grad: bool, path: str | None) -> str | None:
-    """Why a pattern cannot be compiled here, or None. ``path``: of the compiler, so that another one is asked again."""
+def _refusal_of(pattern: Pattern, double: bool, grad: bool, worth: bool, path: str | None) -> str | None:
+    """Why a pattern cannot be compiled here, or None.
+
+    ``worth``: it will be, so that it is tried; else nobody waits for more than what is the same for all patterns. ``path``: of the
+    compiler, so that another one is asked again.
+    """
     try:
-        native(cpp_source(pattern, CppVariant(double)), double=double)
+        source = cpp_source(pattern, CppVariant(double))
+        if worth:
+            native(source, double=double)
+        fixed_pass("forward", double)
         if grad:
             fixed_pass("backward", double)
         parallel()
     except UnsupportedError as error:
         return str(error)
-    _ready.add((pattern, double))
     return None
 
 

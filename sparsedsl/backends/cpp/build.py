@@ -200,12 +200,18 @@ def _alone(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@lru_cache(maxsize=8)
+def _tell(path: str) -> None:
+    """Say once a process why it takes so long."""
+    log.warning("compiling C++ with %s, once for this machine ..", path)
+
+
 def _compile(path: str, folder: Path, key: str, text: str, flags: tuple[str, ...]) -> None:
     """Put the library in its place, and its text beside it."""
     mark = f".tmp-{os.getpid()}-{secrets.token_hex(8)}"
     source, made = folder / f"{mark}.cpp", folder / f"{mark}.so"
     start = time.perf_counter()
-    teller = threading.Timer(SLOW_SECONDS, lambda: log.warning("compiling C++ with %s, once for this machine ..", path))
+    teller = threading.Timer(SLOW_SECONDS, _tell, [path])
     teller.daemon = True
     teller.start()
     try:

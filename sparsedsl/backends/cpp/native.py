@@ -40,13 +40,18 @@ def native(source: CppSource, *, double: bool) -> Native:
     Raises:
         UnsupportedError: no compiler, or it fails.
     """
+    return _native(source.text, source.functions, double)
+
+
+@functools.lru_cache(maxsize=512)
+def _native(text: str, written: tuple[str, ...], double: bool) -> Native:
     flags = ["-DDOUBLE"] if double else []
     with ThreadPoolExecutor(1) as beside:
         fixed = beside.submit(fixed_pass, "forward", double)
-        made = library(f"{fixed_part('pattern')}\n{source.text}", _EXACT, *flags)
+        made = library(f"{fixed_part('pattern')}\n{text}", _EXACT, *flags)
         fixed.result()
     names = ("ends", "mask", "score", "slope", "gains", "sink")
-    return Native({name: address(getattr(made, name)) if name in source.functions else 0 for name in names})
+    return Native({name: address(getattr(made, name)) if name in written else 0 for name in names})
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -19,11 +20,13 @@ from sparsedsl.lang.symbols import HEAD
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.hoisted_tables import fill
 
-__all__ = ["BLOCK_KEYS", "Prepared", "Preparer"]
+__all__ = ["BLOCK_KEYS", "READY", "Prepared", "Preparer"]
 
 Tensor = torch.Tensor
 # Keys of a block, lanes of a strip at most: as in codegen/cpp/call.h.
 BLOCK_KEYS, MOST_LANES = 64, 64
+# Patterns that this process has compiled and called, each with whether in float64.
+READY: set[tuple[Pattern, bool]] = set()
 _STORED = {"int": torch.int64, "bool": torch.uint8}
 
 
@@ -71,25 +74,25 @@ class Preparer:
         found = self._simple.get(double)
         if found is not None:
             return found
-        domain = call.domain
-        fixed = [table for name, table in sorted(domain.tables.items()) if name not in self._learned]
-        key = (
-            double, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, call.group,
-            *((t.shape, t.dtype) for t in domain.tables.values()),
-        )  # fmt: skip
-        with torch.no_grad():
-            made = self._kept.get(key, fixed, lambda: self._make(call, double))
-        if made.source.intervals is not None and not made.source.slots and not made.source.prepared:
-            self._simple[double] = made  # nothing in it depends on lengths
-        return made
-
-    def _make(self, call: Call, double: bool) -> Prepared:
         domain, kinds = call.domain, self.pattern.tables
         doubles = frozenset(
             name for name, t in domain.tables.items() if kinds[name].dtype == "float" and t.dtype == torch.float64
         )
         source = self.source(double=double, doubles=doubles)
+        fixed = [table for name, table in sorted(domain.tables.items()) if name not in self._learned]
+        key: tuple[Any, ...] = (double, *((t.shape, t.dtype) for t in domain.tables.values()))
+        if source.reads_lengths:
+            key = (*key, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, call.group)
+        with torch.no_grad():
+            made = self._kept.get(key, fixed, lambda: self._make(call, source, double))
+        if not source.slots and not source.reads_lengths:
+            self._simple[double] = made
+        return made
+
+    def _make(self, call: Call, source: CppSource, double: bool) -> Prepared:
+        domain, kinds = call.domain, self.pattern.tables
         compiled = native(source, double=double)
+        READY.add((self.pattern, double))
         own: dict[str, Tensor] = {}
         for name, table in domain.tables.items():
             if name not in self._learned:
@@ -107,7 +110,6 @@ class Preparer:
                 held += [first, last]
                 batch, heads, _ = first.shape
                 steps = (heads if batch > 1 else 0, 1 if heads > 1 else 0)
-                # the generated code has the steps of those indices that the interval reads, in order
                 more[slot.place : slot.place + slot.size] = first.data_ptr(), last.data_ptr(), *steps
         place = 0
         for slot in source.slots:
