@@ -76,7 +76,8 @@ def child(name: str, lengths: list[int], dims: list[int], rounds: int) -> None:
                 return flex(*qkv, score_mod=case.score_mod, block_mask=mask)
 
             def dense(qkv: Any = qkv) -> Any:
-                return scaled_dot_product_attention(*qkv, is_causal=True)
+                q, k, v = qkv
+                return scaled_dot_product_attention(q, k, v, is_causal=True)
 
             actions: dict[str, Callable[[], Any]] = {
                 "cpp": functools.partial(ours["cpp"], *qkv, **tables),
