@@ -38,12 +38,10 @@ _ROUNDED = (sympy.exp, sympy.log, sympy.sin, sympy.cos, sympy.tanh, fn.Erf, fn.S
 
 @dataclass(frozen=True)
 class CppVariant:
-    """What may differ for one pattern. ``double``: the computation is in float64. ``doubles``: float tables that hold float64;
-    ``whole``: positions are not taken apart by residues."""
+    """What may differ for one pattern. ``double``: the computation is in float64; ``doubles``: float tables that hold float64."""
 
     double: bool = False
     doubles: frozenset[str] = frozenset()
-    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def cpp_source(pattern: Pattern, variant: CppVariant = CppVariant()) -> CppSourc
     """
     hoisted = hoist(pattern)
     _check_mask(hoisted.pattern.mask.expr)
-    within = None if variant.whole else residues(pattern)
+    within = residues(pattern)
     written = hoisted.pattern if within is None else within.pattern
     return _Writer(pattern, written, hoisted.prepared, 1 if within is None else within.step, variant).result()
 

@@ -9,7 +9,7 @@ import torch
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.cpp.call_block import KINDS, call_block, place_of
 from sparsedsl.backends.cpp.native import fixed_pass, parallel, vector_width
-from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer, as_stored
+from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer
 from sparsedsl.backends.protocol import ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import sight_of
 from sparsedsl.lang.pattern import Pattern
@@ -133,14 +133,7 @@ def _run(
     """Run a pass; ``rest``: the fields of the backward pass."""
     q, k, v, out = tensors
     domain, source, names = call.domain, schedule.source, schedule.native.functions
-    learned = {}  # held until the pass is over
-    more = schedule.fields(call)
-    for slot in source.slots:
-        if slot.kind == "table" and slot.name not in schedule.own:
-            table = call.tables[slot.name].detach()
-            stored = as_stored(table, source.pattern.tables[slot.name].dtype)
-            learned[slot.name] = stored
-            more[slot.place] = stored.data_ptr()
+    more, held = schedule.fields(call)
     block = call_block(
         (
             domain.batch, domain.heads, k.shape[1], domain.rows, domain.kv_len, q.shape[3], v.shape[3], domain.q_offset,
@@ -153,6 +146,7 @@ def _run(
         ],
     )  # fmt: skip
     done = fixed_pass(name, lse.dtype == torch.float64)(block)
+    del held  # tables that were made for this call: the pass is over
     if done < 0:
         raise MemoryError(f"the {name} pass found no memory for its sums")
     return done

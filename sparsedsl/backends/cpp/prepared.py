@@ -44,15 +44,17 @@ class Prepared:
     cut: tuple[int, int]
     held: tuple[Tensor, ...]
 
-    def fields(self, call: Call) -> list[int]:
-        """The fields of the pattern for a call."""
-        more = list(self.more)
+    def fields(self, call: Call) -> tuple[list[int], list[Tensor]]:
+        """The fields of the pattern for a call, and the tables that they point at."""
+        more, held = list(self.more), []
         for slot in self.source.slots:
             if slot.kind == "table":
                 table = self.own.get(slot.name)
-                table = call.tables[slot.name] if table is None else table
+                if table is None:
+                    table = as_stored(call.tables[slot.name].detach(), self.source.pattern.tables[slot.name].dtype)
+                held.append(table)
                 more[slot.place : slot.place + slot.size] = table.data_ptr(), *table.shape
-        return more
+        return more, held
 
 
 class Preparer:
