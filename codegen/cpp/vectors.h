@@ -76,6 +76,17 @@ static inline Vector power_of_two(Vector x) {
 #endif
 }
 
+// Lanes of two vectors, by number.
+static inline Vector shuffled(Vector a, Vector b, Integers which) {
+#ifdef __clang__
+    Vector result;
+    for (int i = 0; i < WIDTH; i++) result[i] = which[i] < WIDTH ? a[which[i]] : b[which[i] - WIDTH];
+    return result;
+#else
+    return __builtin_shuffle(a, b, which);
+#endif
+}
+
 // Turns a square of WIDTH rows of a matrix: rounds of shuffling two rows into each other, as one shuffles cards.
 static inline void turn_square(const real *const *from, i64 column, real *to, i64 to_row) {
     Vector a[WIDTH], b[WIDTH];
@@ -84,8 +95,8 @@ static inline void turn_square(const real *const *from, i64 column, real *to, i6
     for (int i = 0; i < WIDTH; i++) a[i] = at(from[i] + column);
     for (int round = 1; round < WIDTH; round *= 2) {
         for (int i = 0; i < WIDTH / 2; i++) {
-            b[2 * i] = __builtin_shuffle(a[i], a[i + WIDTH / 2], low);
-            b[2 * i + 1] = __builtin_shuffle(a[i], a[i + WIDTH / 2], high);
+            b[2 * i] = shuffled(a[i], a[i + WIDTH / 2], low);
+            b[2 * i + 1] = shuffled(a[i], a[i + WIDTH / 2], high);
         }
         for (int i = 0; i < WIDTH; i++) a[i] = b[i];
     }
