@@ -36,11 +36,14 @@ def braces(source: Source, header: str) -> Iterator[None]:
 class PairLoop:
     """Writes the loops over keys ``j`` and lanes ``i`` of a block.
 
-    ``lanes``: how many of them, as text. ``plain``: the names within the loops without what was worked out before.
+    ``lanes``: how many of them, as text. ``members``: symbols that say of each lane which choices selected the block. ``plain``: the names
+    within the loops without what was worked out before.
     """
 
-    def __init__(self, source: Source, names: CppNames, real: str, *, lanes: str = "lanes->count") -> None:
-        self.source, self.plain, self.real, self.lanes = source, names, real, lanes
+    def __init__(
+        self, source: Source, names: CppNames, real: str, members: tuple[sympy.Symbol, ...] = (), *, lanes: str = "lanes->count"
+    ) -> None:
+        self.source, self.plain, self.real, self.lanes, self.members = source, names, real, lanes, members
 
     @contextmanager
     def over(self, *exprs: sympy.Basic) -> Iterator[list[str]]:
@@ -50,12 +53,12 @@ class PairLoop:
         if with_score:
             source.line("const real scale = call->scale;")
         known = dict(self.plain.replaced)
-        parts = list(dict.fromkeys(part for expr in exprs for part in _parts(expr)))
-        known |= self._named([p for p in parts if _kind(p) == "block"], known, "of_block")
-        known |= self._of_lanes([p for p in parts if _kind(p) == "lane"], known)
+        parts = list(dict.fromkeys(part for expr in exprs for part in self._parts(expr)))
+        known |= self._named([p for p in parts if self._kind(p) == "block"], known, "of_block")
+        known |= self._of_lanes([p for p in parts if self._kind(p) == "lane"], known)
         with braces(source, "for (i64 j = 0; j < keys; j++)"):
             source.line("const i64 kv_idx = key + j;")
-            known |= self._named([p for p in parts if _kind(p) == "key"], known, "of_key")
+            known |= self._named([p for p in parts if self._kind(p) == "key"], known, "of_key")
             with braces(source, f"for (i64 i = 0; i < {self.lanes}; i++)"):
                 self._lane()
                 if with_score:
@@ -64,6 +67,8 @@ class PairLoop:
 
     def _lane(self) -> None:
         self.source.line("[[maybe_unused]] const i64 q_idx = lanes->q_idx[i], h = lanes->h[i];")
+        for number, symbol in enumerate(self.members):
+            self.source.line(f"[[maybe_unused]] const bool {symbol.name} = lanes->bits[i] >> {number} & 1;")
 
     def _named(self, parts: list[sympy.Basic], known: Mapping[sympy.Basic, str], stem: str) -> dict[sympy.Basic, str]:
         found = {}
@@ -88,29 +93,28 @@ class PairLoop:
                 source.line(f"{found[part]} = {text};")
         return found
 
+    def _kind(self, expr: sympy.Basic) -> str:
+        free = expr.free_symbols
+        by_lane = bool(free & _LANE) or not free.isdisjoint(self.members)
+        if SCORE in free or (KV_IDX in free and by_lane):
+            return "pair"
+        return "key" if KV_IDX in free else "lane" if by_lane else "block"
+
+    def _parts(self, expr: sympy.Basic) -> Iterator[sympy.Basic]:
+        """The largest subexpressions that do not depend on the pair, and are work."""
+        if is_constant(expr) or expr.is_Symbol or expr in (sympy.true, sympy.false):
+            return
+        if self._kind(expr) != "pair":
+            expr = -expr if isinstance(expr, sympy.Mul) and expr.could_extract_minus_sign() else expr
+            if expr.has(*_WORK):
+                yield expr
+            return
+        whole = isinstance(expr, sympy.floor) and expr.args[0].is_rational
+        for argument in expr.args[0].as_numer_denom() if whole else expr.args:
+            yield from self._parts(argument)
+
 
 def _type(part: sympy.Basic, real: str) -> str:
     if not isinstance(part, sympy.Expr):
         return "bool"
     return "i64" if part.is_integer else real
-
-
-def _kind(expr: sympy.Basic) -> str:
-    free = expr.free_symbols
-    if SCORE in free or (KV_IDX in free and free & _LANE):
-        return "pair"
-    return "key" if KV_IDX in free else "lane" if free & _LANE else "block"
-
-
-def _parts(expr: sympy.Basic) -> Iterator[sympy.Basic]:
-    """The largest subexpressions that do not depend on the pair, and are work."""
-    if is_constant(expr) or expr.is_Symbol or expr in (sympy.true, sympy.false):
-        return
-    if _kind(expr) != "pair":
-        expr = -expr if isinstance(expr, sympy.Mul) and expr.could_extract_minus_sign() else expr
-        if expr.has(*_WORK):
-            yield expr
-        return
-    whole = isinstance(expr, sympy.floor) and expr.args[0].is_rational
-    for argument in expr.args[0].as_numer_denom() if whole else expr.args:
-        yield from _parts(argument)

@@ -22,6 +22,7 @@ from sparsedsl.codegen.cpp_loops import PairLoop, braces
 from sparsedsl.codegen.derivatives import derivative
 from sparsedsl.codegen.hoisting import HoistedTable, hoist
 from sparsedsl.codegen.source import Source
+from sparsedsl.codegen.to_triton_selected import member_symbols
 from sparsedsl.codegen.triton_backward import LearnedRead, learned_reads
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang import functions as fn
@@ -38,10 +39,14 @@ _ROUNDED = (sympy.exp, sympy.log, sympy.sin, sympy.cos, sympy.tanh, fn.Erf, fn.S
 
 @dataclass(frozen=True)
 class CppVariant:
-    """What may differ for one pattern. ``double``: the computation is in float64; ``doubles``: float tables that hold float64."""
+    """What may differ for one pattern. ``double``: the computation is in float64. ``doubles``: float tables that hold float64;
+    ``whole``: positions are not taken apart by residues. ``choices``: how many choices the mask asks about the block of a pair, as
+    :func:`~sparsedsl.codegen.to_triton_selected.member_symbols`."""
 
     double: bool = False
     doubles: frozenset[str] = frozenset()
+    whole: bool = False
+    choices: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,23 @@ class CppSource:
         return self.intervals is None or bool(self.prepared) or any(interval.searched for interval in self.intervals)
 
 
+_WORK = ("call.h", "vectors.h", "products.h", "rows.h", "share.h")
+_PARTS = {
+    "pattern": ("call.h", "functions.h"),
+    "forward": (*_WORK, "strips.h", "forward.cpp"),
+    "backward": (*_WORK, "strips.h", "forward.cpp", "backward.cpp"),
+    "selected": (*_WORK, "strips.h", "selected.cpp"),
+    "selected_backward": (*_WORK, "strips.h", "selected.cpp", "selected_backward.cpp"),
+    "ranking": (*_WORK, "ranking.cpp"),
+    "scan_linear": (*_WORK, "scan_linear.cpp"),
+    "scan_slots": (*_WORK, "scan_slots.cpp"),
+}
+
+
 @functools.cache
 def fixed_part(name: str) -> str:
-    """The text of a part that is the same for all patterns: "pattern" (what generated code begins with), "forward", "backward"."""
-    parts = {
-        "pattern": ["call.h", "functions.h"],
-        "forward": ["call.h", "vectors.h", "products.h", "rows.h", "strips.h", "forward.cpp"],
-        "backward": ["call.h", "vectors.h", "products.h", "rows.h", "strips.h", "forward.cpp", "backward.cpp"],
-    }[name]
-    return "\n".join((FOLDER / part).read_text() for part in parts)
+    """The text of a part that is the same for all patterns: "pattern" is what generated code begins with; the others are libraries."""
+    return "\n".join((FOLDER / part).read_text() for part in _PARTS[name])
 
 
 @functools.lru_cache(maxsize=512)
@@ -107,7 +120,7 @@ def cpp_source(pattern: Pattern, variant: CppVariant = CppVariant()) -> CppSourc
     """
     hoisted = hoist(pattern)
     _check_mask(hoisted.pattern.mask.expr)
-    within = residues(pattern)
+    within = None if variant.whole else residues(pattern)
     written = hoisted.pattern if within is None else within.pattern
     return _Writer(pattern, written, hoisted.prepared, 1 if within is None else within.step, variant).result()
 
@@ -130,7 +143,8 @@ class _Writer:
         self, given: Pattern, pattern: Pattern, prepared: tuple[HoistedTable, ...], step: int, variant: CppVariant
     ) -> None:
         self.given, self.pattern, self.prepared, self.step, self.variant = given, pattern, prepared, step, variant
-        found = intervals(pattern.mask.expr)
+        self.members = member_symbols(variant.choices)
+        found = None if pattern.mask.expr.free_symbols & set(self.members) else intervals(pattern.mask.expr)
         self.intervals = found
         self.learned = learned_reads(pattern)
         self.slots: list[Slot] = []
@@ -214,7 +228,7 @@ class _Writer:
         source.line("// Which pairs of a block attend: the others become -inf.")
         with self._function(source, f"void mask({_BLOCK}, real *tile)"):
             names = self._begin(source, self.pattern.mask.expr)
-            loop = PairLoop(source, names, "double")
+            loop = PairLoop(source, names, "double", self.members)
             with loop.over(self.pattern.mask.expr) as (text,):
                 source.line("real &pair = tile[j * lanes->count + i];")
                 source.line(f"pair = ({text}) ? pair : LOWEST;")
@@ -299,7 +313,7 @@ class _Writer:
             source.line(f"const {kind} *const {names.pointer} = (const {kind} *)call->more[{slot.place}];")
             for dim, size in enumerate(names.sizes):
                 source.line(f"const i64 {size} = call->more[{slot.place + 1 + dim}];")
-        symbols = {s.name: s.name for s in (BATCH, HEAD, Q_IDX, KV_IDX, Q_LEN, KV_LEN, RESIDUE, SCORE)}
+        symbols = {s.name: s.name for s in (BATCH, HEAD, Q_IDX, KV_IDX, Q_LEN, KV_LEN, RESIDUE, SCORE, *self.members)}
         return CppNames(symbols, self.tables)
 
     def _gained(self, exprs: tuple[sympy.Basic, ...]) -> list[TableRead]:

@@ -13,6 +13,7 @@ typedef float real;
 struct Lanes {
     i64 count, used, b, residue, q_len, kv_len;
     const i64 *q_idx, *h;
+    const i64 *bits;  // of a block that choices selected, for each lane: bit n says whether choice n did; or null
 };
 
 // A tensor (batch, heads, length, width) whose rows lie without gaps.

@@ -179,33 +179,12 @@ static void cut_strips(Call *c) {
 
 // ---- sharing the work -----------------------------------------------------------------------------------------------------------
 
-template <class F>
-struct Job {
-    F run;
-    i64 count, next;
-
-    static void work(void *job_) {
-        Job *job = (Job *)job_;
-        for (;;) {
-            i64 number = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-            if (number >= job->count) break;
-            job->run(number);
-        }
-    }
-};
-
 // Whether a call is too little work to wake other threads for: a fortieth of a millisecond.
 static bool is_little(const Call *c) {
     return c->batch * c->heads * c->rows * least(c->keys, usual_width(c)) * (c->head_dim + c->head_dim_v) < (1 << 20);
 }
 
-// Calls f(0) .. f(count - 1), each once, on as many threads as torch uses. Who does what is left to chance; no result depends on it.
 template <class F>
 static void share(const Call *c, i64 count, F f) {
-    Job<F> job{f, count, 0};
-    i64 threads = least(c->threads, count);
-    if (threads > 1)
-        c->parallel(Job<F>::work, &job, threads, 0);
-    else
-        Job<F>::work(&job);
+    share_among(c->parallel, c->threads, count, f);
 }

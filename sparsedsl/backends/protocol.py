@@ -14,6 +14,7 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.request import CallFacts, Request
+from sparsedsl.selection.ranking import Rank
 from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["Backend", "ListMaker", "PatternRunner"]
@@ -78,6 +79,11 @@ class Backend(ABC):
     def selected(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor | None]:
         """Attention along selected blocks: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""
         self._cannot("selected blocks")
+
+    def rank(self, device: torch.device) -> Rank | None:
+        """Its own way to find the best blocks of rows of scores on a device, which gives what
+        :func:`~sparsedsl.selection.stable_topk.lists_of_rows` gives; None: it has none."""
+        return None
 
     def slots(self, *tensors: Any, **words: Any) -> Any:
         """A scan of gated slots: see :func:`~sparsedsl.backends.tiled.scan_slots.slot_scan`."""

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from sparsedsl.backends.protocol import Backend
-from sparsedsl.backends.registry import AUTO, choose, named
+from sparsedsl.backends.registry import AUTO, BACKENDS, choose, named
 from sparsedsl.execute.static import static_attention
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import inner_call, wants_grad
 from sparsedsl.runtime.request import CallFacts, Request
+from sparsedsl.selection.ranking import Rank
 from sparsedsl.selection.selected_call import SelectedCall
+from sparsedsl.selection.stable_topk import lists_of_rows
 
 __all__ = ["Dispatch", "takes"]
 
@@ -41,6 +43,11 @@ class Dispatch:
     def whole_tables(self) -> bool:
         """Whether choices for single queries are handed over as tables."""
         return self.backend != AUTO and named(self.backend).reads_whole_tables
+
+    def rank(self, device: torch.device) -> Rank:
+        """What finds the best blocks of rows of scores."""
+        backends = BACKENDS.values() if self.backend == AUTO else [named(self.backend)]
+        return next((found for backend in backends if (found := backend.rank(device)) is not None), lists_of_rows)
 
     def full_tiles(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether lists of full tiles are run as they are."""

@@ -188,7 +188,7 @@ def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: An
 
 def _top_k(run: Lowering, node: TopK) -> SelectedBlocks:
     extra = run.value(node.scores).shape[3] if node.extra and node.forced is not None else None
-    return _choose(run, node, top_k, node.count, forced_extra=extra)
+    return _choose(run, node, top_k, node.count, forced_extra=extra, rank=run.dispatch.rank(run.call.q.device))
 
 
 def _top_p(run: Lowering, node: TopP) -> SelectedBlocks:

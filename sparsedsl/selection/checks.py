@@ -8,8 +8,9 @@ import torch
 
 from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
 from sparsedsl.selection.selected_blocks import SelectedBlocks
+from sparsedsl.selection.selected_call import SelectedCall
 
-__all__ = ["check_selected_blocks", "check_softmax1", "check_weights"]
+__all__ = ["check_selected_blocks", "check_selected_call", "check_softmax1", "check_weights"]
 
 Tensor = torch.Tensor
 
@@ -60,3 +61,20 @@ def check_softmax1(value: object) -> None:
     """That ``softmax1`` is True or False; PatternError otherwise."""
     if not isinstance(value, bool):
         raise PatternError(f"softmax1 must be True or False; got {value!r}")
+
+
+def check_selected_call(selected: SelectedCall, q: torch.Tensor, k: torch.Tensor) -> None:
+    """Whether lists, weights and flags fit ``q`` and ``k``, and lists hold blocks that are there, which is read on the host.
+
+    Raises:
+        ShapeError: they do not. UnsupportedError: lists are for more than one query each.
+    """
+    check_selected_blocks(selected.blocks, q, k)
+    largest = int(selected.blocks.indices.max()) if selected.blocks.indices.numel() else -1
+    if largest >= selected.blocks.blocks:
+        raise ShapeError(
+            f"selected blocks hold chunk {largest}, and there are {selected.blocks.blocks}. Choose among the keys that are passed"
+        )
+    if selected.weights is not None:
+        check_weights(selected.weights, selected.blocks, q)
+    check_softmax1(selected.softmax1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sparsedsl.errors import PatternError
@@ -9,11 +11,13 @@ from sparsedsl.selection.candidates import Candidates, PairRule
 from sparsedsl.selection.chunking import cut
 from sparsedsl.selection.scores import ScoreSource
 from sparsedsl.selection.selected_blocks import SelectedBlocks
-from sparsedsl.selection.stable_topk import ascending, best
+from sparsedsl.selection.stable_topk import ascending, best, lists_of_rows
 
-__all__ = ["top_k"]
+__all__ = ["Rank", "top_k"]
 
 Tensor = torch.Tensor
+# Scores, k, width of the lists, number of the first block, more than k -> lists, counts: see `lists_of_rows`.
+Rank = Callable[[Tensor, int, int, int, "Tensor | None"], "tuple[Tensor, Tensor]"]
 
 
 @torch.no_grad()
@@ -27,6 +31,7 @@ def top_k(
     kv_block: int = 1,
     q_block: int = 1,
     first: int = 0,
+    rank: Rank = lists_of_rows,
 ) -> SelectedBlocks:
     """The ``k`` blocks of the greatest scores of each row, ascending; all of them where there are fewer; nothing where there is none.
 
@@ -42,6 +47,8 @@ def top_k(
             k and come first; of more than k the lowest stay.
         forced_extra: forced blocks come on top of the k, and this is how many a row has at most; of more the lowest stay.
         kv_block, q_block, first: what the lists say of themselves (:class:`~sparsedsl.selection.selected_blocks.SelectedBlocks`).
+
+        rank: what finds the best of rows whose scores are all there at once; all of them find the same.
 
     Returns:
         Lists of width ``min(k, U)``, or ``min(k, U) + min(forced_extra, U)``.
@@ -68,8 +75,14 @@ def top_k(
     indices = torch.full((batch, heads, rows, width), -1, dtype=torch.int32, device=source.device)
     counts = torch.zeros((batch, heads, rows), dtype=torch.int32, device=source.device)
     for some in cut(0, rows, r):
+        low, high = candidates.span(some, blocks)
+        if high - low <= u:
+            found = _at_once(source, candidates, some, slice(low, high), k, forced, forced_extra, width, rank)
+            if found is not None:
+                indices[:, :, some], counts[:, :, some] = found
+                continue
         ranks = [_Ranking(k)] if forced_extra is None else [_Ranking(k), _Ranking(forced_extra)]
-        for tile in cut(*candidates.span(some, blocks), u):
+        for tile in cut(low, high, u):
             scores = candidates.scored(source, some, tile)
             if forced is not None:
                 named = candidates.within(forced, some, tile, scores)
@@ -85,6 +98,26 @@ def top_k(
             lists, counts[:, :, some] = ascending(chosen, values != float("-inf"))
             indices[:, :, some, : lists.shape[-1]] = lists
     return SelectedBlocks(indices, counts, q_block=q_block, kv_block=kv_block, blocks=blocks, first=first)
+
+
+def _at_once(
+    source: ScoreSource, candidates: Candidates, rows: slice, blocks: slice, k: int, forced: PairRule | None, forced_extra: int | None,
+    width: int, rank: Rank,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Lists and counts of some rows, all of whose candidates lie in ``blocks``; None where there is none, or too many are forced."""
+    if blocks.start >= blocks.stop:
+        return None
+    scores, extra = candidates.scored(source, rows, blocks), None
+    if forced is not None:
+        named = candidates.within(forced, rows, blocks, scores)
+        most = torch.finfo(scores.dtype).max
+        scores.nan_to_num_(nan=most, posinf=most, neginf=float("-inf"))  # nothing comes before what is forced
+        scores.masked_fill_(named, float("inf"))
+        if forced_extra is not None:
+            extra = named.sum(-1, dtype=torch.int32)
+            if int(extra.max()) > forced_extra:
+                return None
+    return rank(scores, k, width, blocks.start, extra)
 
 
 class _Ranking:

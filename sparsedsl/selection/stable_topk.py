@@ -6,7 +6,7 @@ import torch
 
 from sparsedsl.selection.chunking import PIECES
 
-__all__ = ["ascending", "best", "compacted"]
+__all__ = ["ascending", "best", "compacted", "lists_of_rows"]
 
 Tensor = torch.Tensor
 
@@ -49,6 +49,24 @@ def _best_of_few(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     keys = (bits.long() << 32) | backwards
     places = scores.shape[-1] - 1 - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
     return scores.gather(-1, places), places
+
+
+def lists_of_rows(scores: Tensor, k: int, width: int, start: int, extra: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The ``k`` best blocks of each row of ``scores (B, H, R, U)`` as ascending lists ``(B, H, R, width)`` int32, -1 after the end, and how
+    many each has, ``(B, H, R)`` int32. ``start``: number of the first block. ``extra (B|1, H|1, R)``: how many more than k a row may have.
+
+    >>> scores = torch.tensor([[[[1.0, 3.0, 3.0, 2.0], [-float("inf"), 5.0, -float("inf"), 0.0]]]])
+    >>> lists_of_rows(scores, 2, 3, 10)
+    (tensor([[[[11, 12, -1],
+              [11, 13, -1]]]], dtype=torch.int32), tensor([[[2, 2]]], dtype=torch.int32))
+    """
+    most = k if extra is None else k + int(extra.max() if extra.numel() else 0)
+    values, places = best(scores, most)
+    valid = values != float("-inf")
+    if extra is not None:
+        valid &= torch.arange(values.shape[-1], device=scores.device) < (k + extra)[..., None]
+    lists, counts = ascending(places + start, valid)
+    return torch.nn.functional.pad(lists, (0, width - lists.shape[-1]), value=-1), counts
 
 
 def ascending(blocks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

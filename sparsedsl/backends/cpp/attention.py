@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.cpp.call_block import KINDS, call_block, place_of
-from sparsedsl.backends.cpp.native import fixed_pass, parallel, vector_width
+from sparsedsl.backends.cpp.native import fixed_pass, fixed_width, parallel
 from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer
 from sparsedsl.backends.protocol import ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import sight_of
@@ -88,7 +89,7 @@ class CppKernel(PatternRunner):
         lse = lse.detach().contiguous()
         delta = torch.empty_like(lse)
         grad_q = q.new_empty(q.shape, dtype=real)
-        width = vector_width(real == torch.float64)
+        width = fixed_width("backward", real == torch.float64)
         grad_k, grad_v = (t.new_zeros((*t.shape[:3], -(-t.shape[3] // width) * width), dtype=real) for t in (k, v))
         grads_lse = None if grad_lse is None else grad_lse.detach().to(real).contiguous()
         units = domain.batch * k.shape[1]
@@ -131,10 +132,21 @@ def _run(
     name: str, call: Call, schedule: Prepared, tensors: tuple[Tensor, Tensor, Tensor, Tensor], lse: Tensor, rest: Sequence[int]
 ) -> int:
     """Run a pass; ``rest``: the fields of the backward pass."""
+    more, _held = schedule.fields(call)
+    block = block_of(call, schedule, tensors, lse, rest, more)
+    done = fixed_pass(name, lse.dtype == torch.float64)(block)
+    if done < 0:
+        raise MemoryError(f"the {name} pass found no memory for its sums")
+    return done
+
+
+def block_of(
+    call: Call, schedule: Prepared, tensors: tuple[Tensor, Tensor, Tensor, Tensor], lse: Tensor, rest: Sequence[int], more: Sequence[int]
+) -> Any:  # fmt: skip
+    """The bytes of a call: see ``codegen/cpp/call.h``."""
     q, k, v, out = tensors
     domain, source, names = call.domain, schedule.source, schedule.native.functions
-    more, held = schedule.fields(call)
-    block = call_block(
+    return call_block(
         (
             domain.batch, domain.heads, k.shape[1], domain.rows, domain.kv_len, q.shape[3], v.shape[3], domain.q_offset,
         ),
@@ -145,11 +157,6 @@ def _run(
             names["score"], names["sink"], *schedule.lists, *rest, *more,
         ],
     )  # fmt: skip
-    done = fixed_pass(name, lse.dtype == torch.float64)(block)
-    del held  # tables that were made for this call: the pass is over
-    if done < 0:
-        raise MemoryError(f"the {name} pass found no memory for its sums")
-    return done
 
 
 def rows_without_gaps(t: Tensor) -> Tensor:

@@ -1,20 +1,31 @@
-"""The ``cpp`` backend: C++ generated for a pattern. It runs attention over masks that read tables only, on CPU."""
+"""The ``cpp`` backend: C++ generated for a pattern. On CPU: attention over static masks and along selected blocks, scans."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
+
+import torch
 
 from sparsedsl.backends.cpp.attention import CppKernel
 from sparsedsl.backends.cpp.build import compiler
-from sparsedsl.backends.cpp.native import fixed_pass, native, parallel
+from sparsedsl.backends.cpp.native import fixed_library, fixed_pass, native, parallel
 from sparsedsl.backends.cpp.prepared import READY
+from sparsedsl.backends.cpp.ranking import can_rank, lists_of_rows
+from sparsedsl.backends.cpp.scan_linear import linear_scan
+from sparsedsl.backends.cpp.scan_slots import slot_scan
+from sparsedsl.backends.cpp.selected import along_lists, preparer_of, selected_attention
 from sparsedsl.backends.protocol import Backend, ListMaker
 from sparsedsl.codegen.to_cpp import CppVariant, cpp_source
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.request import Request
+from sparsedsl.selection.ranking import Rank
+from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["CPP"]
+
+Tensor = torch.Tensor
 
 # Logits of a call from which on its time is worth that of a compiler, unless the pattern is compiled already.
 WORTH_COMPILING = 1 << 18
@@ -26,24 +37,28 @@ class CppBackend(Backend):
     name = "cpp"
     summary = "C++ generated for the pattern, with gradients and the LSE"
     details = "code"
-    reads_whole_tables = True
 
     def refusal(self, request: Request) -> str | None:
         """What the generated code lacks, or this machine."""
         facts = request.facts
-        if request.work != "attention" or request.pattern is None:
-            return f"generated C++ has attention over masks that read tables only, and no {request.work}"
         if facts.device != "cpu":
             return f"generated C++ runs on the CPU, and the tensors are on {facts.device}"
-        worth = facts.logits >= WORTH_COMPILING
-        return _refusal_of(request.pattern, facts.dtype == "float64", facts.grad, worth, compiler())
+        double, worth = facts.dtype == "float64", facts.logits >= WORTH_COMPILING
+        if request.pattern is not None:
+            return _refusal_of(request.pattern, double, facts.grad, worth, compiler())
+        if request.work == "selected":
+            return _refusal_of_selected(request.mask, request.score, double, facts.grad, worth, compiler())
+        return _refusal_of_scan(request.work, double, compiler())
 
     def preference(self, request: Request) -> int:
         """First on CPU where it is worth the compiler's second. Choices of programs are tables that are new at every call."""
         facts = request.facts
-        if facts.device != "cpu" or request.work != "attention" or request.new_tables or request.pattern is None:
+        if facts.device != "cpu" or request.new_tables:
             return 0
-        ready = not facts.grad and (request.pattern, facts.dtype == "float64") in READY
+        if request.work in ("linear", "slots"):
+            return 30
+        code = request.pattern if request.work == "attention" else along_lists(request.mask, request.score)
+        ready = not facts.grad and (code, facts.dtype == "float64") in READY
         return 30 if ready or facts.logits >= WORTH_COMPILING else 0
 
     def reason(self, request: Request) -> str:
@@ -53,6 +68,26 @@ class CppBackend(Backend):
     def pattern(self, pattern: Pattern, lists: ListMaker, *, minimal: bool) -> CppKernel:
         """Compiled at the first call."""
         return CppKernel(pattern, lists)
+
+    def selected(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor]:
+        """Along lists of selected blocks."""
+        return selected_attention(q, k, v, selected)
+
+    def linear(self, *tensors: Any, **words: Any) -> Any:
+        """A scan of decayed linear attention."""
+        return linear_scan(*tensors, **words)
+
+    def slots(self, *tensors: Any, **words: Any) -> Any:
+        """A scan of gated slots."""
+        return slot_scan(*tensors, **words)
+
+    def rank(self, device: torch.device) -> Rank | None:
+        """Where there is a compiler."""
+        return lists_of_rows if device.type == "cpu" and can_rank(compiler()) else None
+
+    def source(self, request: Request) -> str:
+        """The masks and scores of attention along lists."""
+        return preparer_of(request.mask, request.score).source().text if request.work == "selected" else ""
 
     def way(self, request: Request) -> str:
         """In words."""
@@ -74,6 +109,31 @@ def _refusal_of(pattern: Pattern, double: bool, grad: bool, worth: bool, path: s
         if grad:
             fixed_pass("backward", double)
         parallel()
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _refusal_of_selected(mask: Any, score: Any, double: bool, grad: bool, worth: bool, path: str | None) -> str | None:
+    """The same of attention along lists."""
+    try:
+        source = preparer_of(mask, score).source(double=double)
+        if worth:
+            native(source, double=double, fixed="selected")
+        fixed_pass("selected", double)
+        if grad:
+            fixed_pass("selected_backward", double)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _refusal_of_scan(work: str, double: bool, path: str | None) -> str | None:
+    """The same of a scan."""
+    try:
+        fixed_library(f"scan_{work}", double)
     except UnsupportedError as error:
         return str(error)
     return None

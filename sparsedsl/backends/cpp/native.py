@@ -19,12 +19,12 @@ from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.settings import settings
 
-__all__ = ["Native", "address", "build_ahead", "fixed_pass", "native", "parallel", "vector_width"]
+__all__ = ["Native", "address", "build_ahead", "fixed_library", "fixed_pass", "fixed_width", "native", "parallel"]
 
 # A product and a sum may become one operation in products and softmax. What decides which pairs attend is rounded as torch rounds it.
 _FIXED, _EXACT = "-ffp-contract=fast", "-ffp-contract=off"
 
-Pass = Callable[[ctypes.Array[ctypes.c_char]], int]
+Pass = Callable[..., int]
 
 
 @dataclass(frozen=True)
@@ -34,35 +34,51 @@ class Native:
     functions: Mapping[str, int]
 
 
-def native(source: CppSource, *, double: bool) -> Native:
-    """The library of a pattern, built if need be; beside it, at the same time, the fixed part of the forward pass.
+def native(source: CppSource, *, double: bool, fixed: str = "forward") -> Native:
+    """The library of a pattern, built if need be; beside it, at the same time, the ``fixed`` part.
 
     Raises:
         UnsupportedError: no compiler, or it fails.
     """
-    return _native(source.text, source.functions, double)
+    return _native(source.text, source.functions, double, fixed)
 
 
 @functools.lru_cache(maxsize=512)
-def _native(text: str, written: tuple[str, ...], double: bool) -> Native:
+def _native(text: str, written: tuple[str, ...], double: bool, fixed: str) -> Native:
     flags = ["-DDOUBLE"] if double else []
     with ThreadPoolExecutor(1) as beside:
-        fixed = beside.submit(fixed_pass, "forward", double)
+        pending = beside.submit(fixed_pass, fixed, double)
         made = library(f"{fixed_part('pattern')}\n{text}", _EXACT, *flags)
-        fixed.result()
+        pending.result()
     names = ("ends", "mask", "score", "slope", "gains", "sink")
     return Native({name: address(getattr(made, name)) if name in written else 0 for name in names})
 
 
 @functools.cache
-def fixed_pass(name: str, double: bool) -> Pass:
-    """The "forward" or the "backward" pass: a function of a call's bytes.
+def fixed_library(name: str, double: bool) -> ctypes.CDLL:
+    """The library of a part that is the same for all patterns: see :func:`~sparsedsl.codegen.to_cpp.fixed_part`.
 
     Raises:
-        UnsupportedError: no compiler, or it fails.
+        UnsupportedError: no compiler, or it fails; or torch has no OpenMP whose threads it could run on.
     """
-    made = library(fixed_part(name), _FIXED, *(["-DDOUBLE"] if double else []))
-    function = made.attend if name == "forward" else made.attend_backward
+    parallel()
+    return library(fixed_part(name), _FIXED, *(["-DDOUBLE"] if double else []))
+
+
+_PASSES = {
+    "forward": "attend", "backward": "attend_backward", "selected": "attend_selected", "selected_backward": "attend_selected_backward",
+}  # fmt: skip
+
+
+@functools.cache
+def fixed_pass(name: str, double: bool) -> Pass:
+    """The "forward", "backward", "selected" or "selected_backward" pass: a function of a call's bytes (those along lists take those of the
+    lists too).
+
+    Raises:
+        UnsupportedError: see :func:`fixed_library`.
+    """
+    function = getattr(fixed_library(name, double), _PASSES[name])
     function.restype = ctypes.c_int
     return function
 
@@ -86,10 +102,9 @@ def build_ahead(pattern: Pattern, dtype: str = "float32") -> str:
 
 
 @functools.cache
-def vector_width(double: bool) -> int:
-    """Entries of a vector of the processor: the gradients of keys and values are padded to it."""
-    made = library(fixed_part("backward"), _FIXED, *(["-DDOUBLE"] if double else []))
-    return int(made.vector_width())
+def fixed_width(name: str, double: bool) -> int:
+    """Entries of a vector of the processor, to which gradients are padded."""
+    return int(fixed_library(name, double).vector_width())
 
 
 def address(function: object) -> int:

@@ -44,6 +44,10 @@ class Prepared:
     cut: tuple[int, int]
     held: tuple[Tensor, ...]
 
+    def without_mask(self) -> Prepared:
+        """The same where every query sees every key of a block."""
+        return replace(self, native=Native({**self.native.functions, "ends": 0, "mask": 0}))
+
     def fields(self, call: Call) -> tuple[list[int], list[Tensor]]:
         """The fields of the pattern for a call, and the tables that they point at."""
         more, held = list(self.more), []
@@ -58,17 +62,18 @@ class Prepared:
 
 
 class Preparer:
-    """Makes and remembers what calls of one pattern share."""
+    """Makes and remembers what calls of one pattern share. ``lists``: None where blocks are selected at the call; the mask may then ask
+    about ``choices`` of them."""
 
-    def __init__(self, pattern: Pattern, lists: ListMaker) -> None:
-        self.pattern, self._lists = pattern, lists
+    def __init__(self, pattern: Pattern, lists: ListMaker | None, choices: int = 0) -> None:
+        self.pattern, self._lists, self._choices = pattern, lists, choices
         self._learned = frozenset(name for name, spec in pattern.tables.items() if spec.learned)
         self._simple: dict[bool, Prepared] = {}
         self._kept: Cache[Prepared] = Cache()
 
     def source(self, *, double: bool = False, doubles: frozenset[str] = frozenset()) -> CppSource:
         """The generated code."""
-        return cpp_source(self.pattern, CppVariant(double, doubles))
+        return cpp_source(self.pattern, CppVariant(double, doubles, whole=self._lists is None, choices=self._choices))
 
     def of(self, call: Call) -> Prepared:
         """That of a call; tables that are learned may change their values."""
@@ -93,7 +98,7 @@ class Preparer:
 
     def _make(self, call: Call, source: CppSource, double: bool) -> Prepared:
         domain, kinds = call.domain, self.pattern.tables
-        compiled = native(source, double=double)
+        compiled = native(source, double=double, fixed="selected" if self._lists is None else "forward")
         READY.add((self.pattern, double))
         own: dict[str, Tensor] = {}
         for name, table in domain.tables.items():
@@ -120,14 +125,14 @@ class Preparer:
                 place += domain.tables[slot.name].numel()
         lists: tuple[int, ...] = (0,) * 7
         cut = self._cut(call)
-        if source.intervals is None:
+        if source.intervals is None and self._lists is not None:
             lists, arrays = list_fields(self._lists(domain, (cut[0], BLOCK_KEYS)))
             held += arrays
         return Prepared(source, compiled, own, tuple(more), lists, cut, tuple(held))
 
     def _cut(self, call: Call) -> tuple[int, int]:
         """Queries and heads of a strip; 0 leaves them to the compiled code. Lists of one head serve no other if the mask reads the head."""
-        if self.source().intervals is not None:
+        if self._lists is None or self.source().intervals is not None:
             return 0, 0
         if HEAD in self.pattern.mask.expr.free_symbols:
             heads = 1

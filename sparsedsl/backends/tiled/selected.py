@@ -8,24 +8,22 @@ neither a queries x blocks table nor a copy of keys for each query; a few querie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from sparsedsl.backends.tiled.selected_work import backward, forward
-from sparsedsl.errors import ShapeError
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.runtime.autograd import no_second_derivatives
 from sparsedsl.runtime.call import check_tensors, wants_grad
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.unseen import Sight, guarded_backward, guarded_forward
-from sparsedsl.selection.checks import check_selected_blocks, check_softmax1, check_weights
-from sparsedsl.selection.selected_blocks import SelectedBlocks
+from sparsedsl.selection.checks import check_selected_call
 from sparsedsl.selection.selected_call import SelectedCall
 
-__all__ = ["selected_attention"]
+__all__ = ["Passes", "differentiable_selected", "selected_attention", "sight_of_selected"]
 
 Tensor = torch.Tensor
 
@@ -63,16 +61,25 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) 
     >>> (out[0, 0, :, 0] * 8).round().tolist()
     [0.0, 1.0, 16.0]
     """
+    return differentiable_selected(q, k, v, selected, Passes(forward, backward))
+
+
+class Passes(NamedTuple):
+    """A forward and a backward pass along lists, with the arguments and results of
+    :func:`~sparsedsl.backends.tiled.selected_work.forward` and ``backward``."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor]]]
+
+
+def differentiable_selected(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, passes: Passes) -> tuple[Tensor, Tensor]:
+    """Results of a call, checked, with the gradients of its passes."""
     check_tensors(q, k, v)
-    check_selected_blocks(selected.blocks, q, k)
-    _check_numbers(selected.blocks)
-    if selected.weights is not None:
-        check_weights(selected.weights, selected.blocks, q)
-    check_softmax1(selected.softmax1)
+    check_selected_call(selected, q, k)
     # Autograd keeps the tensors that get gradients: the job is without them.
     learned = {name: selected.tables[name] for name in selected.learned}
     fixed = {name: table for name, table in selected.tables.items() if name not in learned}
-    job = _Along(replace(selected, tables=fixed, weights=None), tuple(learned))
+    job = _Along(replace(selected, tables=fixed, weights=None), tuple(learned), passes)
     tensors = (q, k, v, selected.weights, *learned.values())
     known = [t for t in tensors if t is not None]
     if wants_grad(*known) or is_transformed(*known):
@@ -88,6 +95,7 @@ class _Along:
 
     selected: SelectedCall
     learned: tuple[str, ...]
+    passes: Passes
 
     def with_tables(self, tables: Sequence[Tensor]) -> SelectedCall:
         """The call with its learned tables."""
@@ -95,16 +103,8 @@ class _Along:
         return replace(self.selected, tables={**self.selected.tables, **named}) if named else self.selected
 
 
-def _check_numbers(selected: SelectedBlocks) -> None:
-    """Whether the lists hold chunks that are there: read on the host."""
-    largest = int(selected.indices.max()) if selected.indices.numel() else -1
-    if largest >= selected.blocks:
-        raise ShapeError(
-            f"selected blocks hold chunk {largest}, and there are {selected.blocks}. Choose among the keys that are passed"
-        )
-
-
-def _sight(job: SelectedCall, q: Tensor, k: Tensor) -> Sight:
+def sight_of_selected(job: SelectedCall, q: Tensor, k: Tensor) -> Sight:
+    """Who sees whom along lists."""
     plain = replace(job, softmax1=False, scale=1.0, score=SCORE)
     q, k = (t.new_zeros((*t.shape[:3], 1), dtype=torch.float32) for t in (q, k))
 
@@ -124,7 +124,7 @@ class _AlongForward(torch.autograd.Function):
         q, k, v, weights, *tables = tensors
         call = job.with_tables(tables)
         return guarded_forward(
-            q, k, v, call.scale, lambda q, k, v: forward(call, q, k, v, weights), lambda: _sight(call, q, k)
+            q, k, v, call.scale, lambda q, k, v: job.passes.forward(call, q, k, v, weights), lambda: sight_of_selected(call, q, k)
         )  # fmt: skip
 
     @staticmethod
@@ -152,12 +152,14 @@ class _AlongBackward(torch.autograd.Function):
         grad_out = torch.zeros((), dtype=q.dtype, device=q.device).expand(out.shape) if grad_out is None else grad_out
 
         def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Any) -> list[Tensor]:
-            *grads, by_tables = backward(call, want_kv, grad_out, grad_lse, out, lse, q, k, v, weights, job.learned)
+            *grads, by_tables = job.passes.backward(call, want_kv, grad_out, grad_lse, out, lse, q, k, v, weights, job.learned)
             return [grad for grad in (*grads, *by_tables) if grad is not None]
 
         places = "q" + "kk" * want_kv + "q" * (weights is not None) + "*" * len(tables)
         found = iter(
-            guarded_backward(q, k, v, call.scale, (out, lse, grad_out, grad_lse), run, places, lambda: _sight(call, q, k))
+            guarded_backward(
+                q, k, v, call.scale, (out, lse, grad_out, grad_lse), run, places, lambda: sight_of_selected(call, q, k)
+            )
         )
         first = next(found), *(next(found) if want_kv else None for _ in "kv"), None if weights is None else next(found)
         return *first, *found

@@ -1,0 +1,209 @@
+"""Attention along lists of selected blocks in C++: each query against the blocks of its list, whatever mask and score are written."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch.nn import functional
+
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.backends.cpp.attention import PARTS, SUMS_BYTES, block_of, rows_without_gaps
+from sparsedsl.backends.cpp.call_block import place_of
+from sparsedsl.backends.cpp.native import fixed_pass, fixed_width
+from sparsedsl.backends.cpp.prepared import Prepared, Preparer
+from sparsedsl.backends.tiled import selected_work as tiled
+from sparsedsl.backends.tiled.passes import FAR_LSE
+from sparsedsl.backends.tiled.selected import Passes, differentiable_selected
+from sparsedsl.codegen.to_triton_selected import member_symbols
+from sparsedsl.lang.expressions import Mask, Score
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.runtime.call import Call, check_tensors, wants_grad
+from sparsedsl.runtime.dtypes import accumulated
+from sparsedsl.runtime.torch_modes import is_transformed
+from sparsedsl.selection.checks import check_selected_call
+from sparsedsl.selection.selected_blocks import SelectedBlocks
+from sparsedsl.selection.selected_call import SelectedCall
+
+__all__ = ["along_lists", "preparer_of", "selected_attention"]
+
+Tensor = torch.Tensor
+# Blocks that queries look at, for each block there is, from which on all keys are turned before: a few queries turn what they meet.
+WORTH_TURNING = 2
+
+
+def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor]:
+    """``out (B, Hq, Sq, Dv)`` and ``lse (B, Hq, Sq)``, differentiable: see
+    :func:`sparsedsl.backends.tiled.selected.selected_attention`, which gives the same.
+
+    Raises:
+        ShapeError: tensors, lists and weights do not fit each other.
+        UnsupportedError: no compiler, or lists are for more than one query each.
+    """
+    known = [q, k, v, *selected.tables.values(), *([] if selected.weights is None else [selected.weights])]
+    if not wants_grad(*known) and not is_transformed(*known):
+        check_tensors(q, k, v)
+        check_selected_call(selected, q, k)
+        out, lse, finite = _run(q, k, v, selected, selected.weights)
+        if finite:
+            return out, lse
+    return differentiable_selected(q, k, v, selected, Passes(_forward, _backward))
+
+
+@functools.lru_cache(maxsize=256)
+def along_lists(mask: sympy.Basic, score: sympy.Expr) -> Pattern:
+    """A mask and a score as a pattern, in which :func:`~sparsedsl.codegen.to_triton_selected.member_symbols` ask about a block."""
+    asked = {s: member_symbols(int(s.name.split()[1]) + 1)[-1] for s in mask.free_symbols if s.name.startswith("chosen ")}
+    return Pattern(Mask(mask.xreplace(asked)), Score(score))
+
+
+@functools.lru_cache(maxsize=256)
+def preparer_of(mask: sympy.Basic, score: sympy.Expr) -> Preparer:
+    """What makes the code for a mask and a score, whose symbols ``chosen i`` say whether choice i selected the block of a pair."""
+    numbers = [int(s.name.split()[1]) for s in mask.free_symbols if s.name.startswith("chosen ")]
+    return Preparer(along_lists(mask, score), None, max(numbers, default=-1) + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Lists:
+    """What a call's lists and weights are to the compiled code. ``held``: the tensors that ``fields`` point at."""
+
+    slots: int
+    fields: tuple[int, ...]
+    held: tuple[Tensor | None, ...]
+
+    @staticmethod
+    def of(selected: SelectedCall, weights: Tensor | None, real: torch.dtype) -> _Lists:
+        blocks = selected.blocks
+        indices = blocks.indices[..., : blocks.blocks].contiguous()
+        members = None
+        if selected.members is not None and selected.choices:
+            members = selected.members[..., : indices.shape[3]].expand(indices.shape).to(torch.int32).contiguous()
+        if weights is not None:
+            weights = weights.detach()[..., : indices.shape[3]].expand(-1, -1, indices.shape[2], -1).to(real).contiguous()
+        batch, heads, _, slots = indices.shape
+        fields = (
+            indices.data_ptr(), 0 if members is None else members.data_ptr(), 0 if weights is None else weights.data_ptr(), slots,
+            blocks.kv_block, blocks.blocks, heads, heads if batch > 1 else 0, 0 if weights is None else weights.shape[1],
+            int(selected.softmax1),
+        )  # fmt: skip
+        return _Lists(slots, fields, (indices, members, weights))
+
+
+def _checked_call(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Call, Prepared]:
+    """The call as the compiled code takes it."""
+    mask = selected.mask
+    named = {sympy.Symbol(name): sympy.Symbol(f"chosen {n}") for n, name in enumerate(selected.choices) if name != f"chosen {n}"}
+    preparer = preparer_of(mask.xreplace(named) if named else mask, selected.score)
+    tables = {name: selected.tables[name].detach() for name in preparer.pattern.tables}
+    domain = Domain(q.shape[2], k.shape[2], selected.domain.q_offset, q.shape[0], q.shape[1], tables)
+    call = Call(q, k, v, domain, selected.scale, tables)
+    prepared = preparer.of(call)
+    return call, prepared.without_mask() if selected.mask == sympy.true else prepared
+
+
+def _turned(q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch.dtype, *, rows: bool) -> list[Tensor | None]:
+    """Room for keys turned block by block, and for values as rows (``rows``) or turned; None where blocks are made ready as they are met,
+    and where values are read as they lie."""
+    batch, kv_heads, kv_len, width = v.shape
+    size, lists = 64 // real.itemsize, blocks.indices.shape
+    if lists[2] * lists[3] * q.shape[1] < WORTH_TURNING * kv_heads * blocks.blocks:
+        return [None, None]
+    entries = batch * kv_heads * blocks.blocks * _whole(blocks.kv_block, size)
+    found: list[Tensor | None] = [torch.empty(entries * q.shape[3], dtype=real)]
+    if not rows:
+        return [*found, torch.empty(entries * width, dtype=real)]
+    as_they_lie = q.dtype == real and width % size == 0
+    return [*found, None if as_they_lie else torch.empty(batch * kv_heads * kv_len * _whole(width, size), dtype=real)]
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, weights: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+    """Results, and whether all of ``out`` is finite."""
+    q, k, v = (rows_without_gaps(t.detach()) for t in (q, k, v))
+    real = accumulated(q.dtype)
+    out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=real)
+    lists = _Lists.of(selected, weights, real)
+    if not lists.slots or not out.numel():
+        return out.zero_(), lse.fill_(0.0 if selected.softmax1 and weights is None else -float("inf")), True
+    call, prepared = _checked_call(q, k, v, selected)
+    turned, values = _turned(q, k, v, selected.blocks, real, rows=True)
+    more, _held = prepared.fields(call)
+    own = struct.pack("=12q", *lists.fields, _place(turned), _place(values))
+    done = fixed_pass("selected", real == torch.float64)(block_of(call, prepared, (q, k, v, out), lse, [0] * 15, more), own)
+    if done < 0:
+        raise MemoryError("attention along selected blocks found no memory for its sums")
+    return out, lse, bool(done)
+
+
+def _forward(job: SelectedCall, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _run(q, k, v, job, weights)[:2]
+
+
+def _backward(
+    job: SelectedCall, want_kv: bool, grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor,
+    v: Tensor, weights: Tensor | None, learned: tuple[str, ...] = (),
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:  # fmt: skip
+    """Gradients of q, k, v, the weights and the tables named in ``learned``."""
+    real, double = accumulated(q.dtype), q.dtype == torch.float64
+    known = lse.isfinite()
+    lists = _Lists.of(job, weights, real)
+    far = not double and weights is None and bool(((lse.abs() > FAR_LSE) & known).any())
+    if far or not lists.slots or not out.numel():  # an LSE that has lost digits is taken apart again there
+        return tiled.backward(job, want_kv, grad_out, grad_lse, out, lse, q, k, v, weights, learned)
+    grad_out = torch.zeros((), dtype=q.dtype).expand(out.shape) if grad_out is None else grad_out
+    slopes = None if grad_lse is None else torch.where(known, grad_lse.to(real), 0.0)
+    q, k, v, out, grad_out = (rows_without_gaps(t.detach()) for t in (q, k, v, out, grad_out))
+    delta = (grad_out.to(real) * out.to(real)).sum(-1)
+    delta = (delta if slopes is None or weights is not None else delta - slopes).contiguous()
+    lse = lse.contiguous()
+    call, prepared = _checked_call(q, k, v, job)
+    names, width = prepared.native.functions, fixed_width("selected_backward", double)
+    grad_q, grad_k, grad_v = (t.new_zeros((*t.shape[:3], _whole(t.shape[3], width)), dtype=real) for t in (q, k, v))
+    by_head = None if weights is None else q.new_zeros((*q.shape[:3], lists.slots), dtype=real)
+    read = [slot.name for slot in prepared.source.slots if slot.kind == "sums"] if learned else []
+    size = sum(call.tables[name].numel() for name in read)
+    parts = max(1, min(PARTS, SUMS_BYTES // max(1, size * 8)))
+    sums = torch.zeros((parts, size), dtype=torch.float64) if read else None
+    turned, turned_v = _turned(q, k, v, job.blocks, real, rows=False)
+    more, _held = prepared.fields(call)
+    rest = [0] * 15
+    rest[9:11] = names["slope"], names["gains"] if sums is not None else 0
+    own = struct.pack("=12q", *lists.fields, _place(turned), 0)
+    grads = struct.pack(
+        "=13q", *place_of(grad_out), delta.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(), _place(by_head),
+        _place(turned_v), _place(sums), size, parts,
+    )  # fmt: skip
+    block = block_of(call, prepared, (q, k, v, out), lse, rest, more)
+    if fixed_pass("selected_backward", double)(block, own, grads) < 0:
+        raise MemoryError("gradients along selected blocks found no memory for their sums")
+    found = [g[..., : t.shape[3]].to(t.dtype) for g, t in ((grad_q, q), (grad_k, k), (grad_v, v))]
+    by_table = {name: torch.zeros(job.tables[name].shape, dtype=torch.float64) for name in learned}
+    if sums is not None:
+        for name, grad in zip(read, sums.sum(0).split([call.tables[name].numel() for name in read]), strict=True):
+            if name in by_table:
+                by_table[name] += grad.view(by_table[name].shape)
+    grad_weights = None if weights is None else _by_weight(by_head, weights, slopes, lse, job.blocks.indices)
+    return found[0], found[1], found[2], grad_weights, [by_table[name].to(job.tables[name].dtype) for name in learned]
+
+
+def _by_weight(by_head: Any, weights: Tensor, slopes: Tensor | None, lse: Tensor, indices: Tensor) -> Tensor:
+    """Gradients of the weights, from those of each query head; ``lse`` is the logarithm of their sum."""
+    slots = by_head.shape[3]
+    if slopes is not None:
+        listed = (indices[..., :slots] >= 0).repeat_interleave(by_head.shape[1] // indices.shape[1], 1)
+        by_head = by_head + torch.where(listed, (slopes * torch.where(lse.isfinite(), -lse, 0.0).exp())[..., None], 0.0)
+    grad = by_head.unflatten(1, (weights.shape[1], -1)).sum(2)
+    return functional.pad(grad, (0, weights.shape[3] - slots)).to(weights.dtype)
+
+
+def _place(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _whole(n: int, width: int) -> int:
+    """So many entries in whole vectors, of any processor."""
+    return -(-n // width) * width
