@@ -44,6 +44,14 @@ def test_choices_anywhere_mean_what_they_say(seed: int) -> None:
     assert_means_what_it_says(draw(seed), "tiled")
 
 
+@given(seed=st.integers(0, 2**31))
+@example(seed=1492)
+@settings(max_examples=10)
+def test_the_same_in_cpp(seed: int) -> None:
+    """Fewer: each mask and score is compiled."""
+    assert_means_what_it_says(draw(seed), "cpp")
+
+
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_a_mask_that_turns_out_false_leaves_no_candidates(backend: str) -> None:
     """So that the weights of chunks add up to nothing."""

@@ -91,7 +91,12 @@ class CppBackend(Backend):
 
     def way(self, request: Request) -> str:
         """In words."""
-        return "C++ generated for the pattern"
+        return {
+            "attention": "C++ generated for the pattern",
+            "selected": "C++ along the lists, neighbouring queries together",
+            "linear": "C++, chunk by chunk",
+            "slots": "C++, key by key",
+        }[request.work]
 
 
 @functools.lru_cache(maxsize=1024)
