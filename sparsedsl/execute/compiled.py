@@ -259,7 +259,7 @@ class Attention:
 
         >>> import sparsedsl as sd
         >>> print(str(sd.compile(sd.patterns.moba()).explain(8192, heads=4)).splitlines()[0])
-        backend: cpp, tiled (compiled for the pattern: nothing that it leaves empty is looked at; needs no compiler)
+        backend: cpp (compiled for the pattern: nothing that it leaves empty is looked at)
         """
         return explain(
             self, q_len, q_len if kv_len is None else kv_len, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,

@@ -76,7 +76,7 @@ def top_k(
     counts = torch.zeros((batch, heads, rows), dtype=torch.int32, device=source.device)
     for some in cut(0, rows, r):
         low, high = candidates.span(some, blocks)
-        if high - low <= u:
+        if high - low <= u and source.device.type == "cpu":  # elsewhere nothing is read back
             found = _at_once(source, candidates, some, slice(low, high), k, forced, forced_extra, width, rank)
             if found is not None:
                 indices[:, :, some], counts[:, :, some] = found
