@@ -17,7 +17,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup test fuzz lint format types wheel demo bench gpu golden clean distclean
+.PHONY: help setup test fuzz lint format types wheel sanitize demo bench gpu golden clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -55,6 +55,9 @@ types: $(READY)  ## mypy over every file of the package, the examples and the be
 
 wheel: $(READY)  ## build the wheel and test it in an environment of its own, from another folder
 	$(RUN) .ci/check_wheel.py
+
+sanitize: $(READY)  ## the small cases of generated C++ with AddressSanitizer and UndefinedBehaviorSanitizer
+	$(RUN) .ci/check_sanitizers.py
 
 demo: $(READY)  ## the main job: a hybrid pattern in a real language model (DEMO_ARGS=--help)
 	$(RUN) examples/gemma_hybrid.py $(DEMO_ARGS)

@@ -121,7 +121,7 @@ def test_a_pattern_of_the_library(run: Run) -> None:
 def test_a_program(run: Run, name: str) -> None:
     code, out, err = run("explain", name, "--q-len", "2048", "--heads", "2")
     assert (code, err) == (0, "")
-    assert "tiled" in out.split("\n")[0] and "top_k" in out and "causal           PROVED" in out
+    assert "cpp" in out.split("\n")[0] and "top_k" in out and "causal           PROVED" in out
     code, out, err = run("plot", name, "--q-len", "2048", "--out", "graph.svg")
     assert (code, out, err) == (0, "graph.svg\n", "")
     assert "<svg" in Path("graph.svg").read_text()

@@ -9,6 +9,7 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.cpp.call_block import KINDS, call_block, place_of
+from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.native import fixed_pass, fixed_width, parallel
 from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer
 from sparsedsl.backends.protocol import ListMaker, PatternRunner
@@ -23,10 +24,6 @@ from sparsedsl.runtime.unseen import Sight
 __all__ = ["CppKernel"]
 
 Tensor = torch.Tensor
-# In how many parts the backward pass is worked on at least, however many threads there are; queries of a part, of all heads, at least.
-PARTS, PART_ROWS = 16, 1024
-# Gradients of learned tables that all parts may hold together; beyond it one part works after the other.
-SUMS_BYTES = 1 << 28
 
 
 class CppKernel(PatternRunner):
@@ -93,10 +90,10 @@ class CppKernel(PatternRunner):
         grad_k, grad_v = (t.new_zeros((*t.shape[:3], -(-t.shape[3] // width) * width), dtype=real) for t in (k, v))
         grads_lse = None if grad_lse is None else grad_lse.detach().to(real).contiguous()
         units = domain.batch * k.shape[1]
-        parts = max(1, min(-(-PARTS // units), domain.rows * call.group // PART_ROWS))
+        parts = max(1, min(-(-LIMITS.now.parts // units), domain.rows * call.group // LIMITS.now.part_rows))
         read = [slot.name for slot in schedule.source.slots if slot.kind == "sums"]
         size = sum(call.tables[name].numel() for name in read)
-        alone = size * units * parts * 8 > SUMS_BYTES
+        alone = size * units * parts * 8 > LIMITS.now.sums_bytes
         sums = torch.zeros((1 if alone else units * parts, size), dtype=torch.float64) if read and learned else None
         names = schedule.native.functions
         rest = [

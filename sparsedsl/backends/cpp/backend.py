@@ -9,6 +9,7 @@ import torch
 
 from sparsedsl.backends.cpp.attention import CppKernel
 from sparsedsl.backends.cpp.build import compiler
+from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.native import fixed_library, fixed_pass, native, parallel
 from sparsedsl.backends.cpp.prepared import READY
 from sparsedsl.backends.cpp.ranking import can_rank, lists_of_rows
@@ -27,9 +28,6 @@ __all__ = ["CPP"]
 
 Tensor = torch.Tensor
 
-# Logits of a call from which on its time is worth that of a compiler, unless the pattern is compiled already.
-WORTH_COMPILING = 1 << 18
-
 
 class CppBackend(Backend):
     """Compiled by the C++ compiler of the machine, once for a pattern."""
@@ -43,7 +41,7 @@ class CppBackend(Backend):
         facts = request.facts
         if facts.device != "cpu":
             return f"generated C++ runs on the CPU, and the tensors are on {facts.device}"
-        double, worth = facts.dtype == "float64", facts.logits >= WORTH_COMPILING
+        double, worth = facts.dtype == "float64", facts.logits >= LIMITS.now.worth_compiling
         if request.pattern is not None:
             return _refusal_of(request.pattern, double, facts.grad, worth, compiler())
         if request.work == "selected":
@@ -59,7 +57,7 @@ class CppBackend(Backend):
             return 30
         code = request.pattern if request.work == "attention" else along_lists(request.mask, request.score)
         ready = not facts.grad and (code, facts.dtype == "float64") in READY
-        return 30 if ready or facts.logits >= WORTH_COMPILING else 0
+        return 30 if ready or facts.logits >= LIMITS.now.worth_compiling else 0
 
     def reason(self, request: Request) -> str:
         """In words."""

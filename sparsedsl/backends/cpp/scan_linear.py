@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsedsl.backends.cpp.attention import rows_without_gaps
 from sparsedsl.backends.cpp.call_block import KINDS, place_of
+from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.native import fixed_library, fixed_width, parallel
 from sparsedsl.backends.tiled import scan_linear as tiled
 from sparsedsl.runtime.call import wants_grad
@@ -21,8 +22,6 @@ __all__ = ["linear_scan"]
 
 Tensor = torch.Tensor
 CHUNK = 64
-# What the states before all chunks may take, for the backward pass; more are made again, in torch.
-STATES_BYTES = 1 << 29
 
 
 def linear_scan(
@@ -38,7 +37,7 @@ def linear_scan(
     chunks = -(-k.shape[2] // CHUNK)
     grad = wants_grad(*known)
     states = chunks * batch * heads * width * v.shape[3] * real.itemsize
-    if is_transformed(*known) or not k.shape[2] or not q.numel() or (grad and states > STATES_BYTES):
+    if is_transformed(*known) or not k.shape[2] or not q.numel() or (grad and states > LIMITS.now.states_bytes):
         return tiled.linear_scan(q, k, v, log_decay, **words)  # type: ignore[arg-type]
     first = torch.zeros(batch, heads, width, v.shape[3], dtype=real) if state is None else state
     out, after, finite = _Linear.apply(call, log_decay.to(real).contiguous(), q, k, v, first)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from sparsedsl.backends.cpp.attention import rows_without_gaps
 from sparsedsl.backends.cpp.call_block import KINDS, place_of
+from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.native import fixed_library, fixed_width, parallel
 from sparsedsl.backends.tiled import scan_slots as tiled
 from sparsedsl.runtime.call import wants_grad
@@ -21,8 +22,6 @@ __all__ = ["slot_scan"]
 
 Tensor = torch.Tensor
 CHUNK = 64
-# What the states before every chunk may take, for the backward pass; where it is more, torch makes them again.
-STATES_BYTES = 1 << 29
 
 
 def slot_scan(
@@ -41,7 +40,7 @@ def slot_scan(
     width = 64 // real.itemsize
     size = _up(q.shape[3], width) * _up(gate.shape[3], width) + gate.shape[3] * _up(v.shape[3], width)
     states = -(-k.shape[2] // CHUNK) * k.shape[0] * k.shape[1] * size * real.itemsize
-    if is_transformed(*known) or not k.shape[2] or not q.numel() or (wants_grad(*known) and states > STATES_BYTES):
+    if is_transformed(*known) or not k.shape[2] or not q.numel() or (wants_grad(*known) and states > LIMITS.now.states_bytes):
         return tiled.slot_scan(q, k, v, gate, **words)
     write = -torch.expm1(torch.nn.functional.logsigmoid(gate.to(real)) / call.temperature)
     out, lse, keys, values, finite = _Slots.apply(call, q, k, v, write, before.keys, before.values)

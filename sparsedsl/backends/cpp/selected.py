@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.backends.cpp.attention import PARTS, SUMS_BYTES, block_of, rows_without_gaps
+from sparsedsl.backends.cpp.attention import block_of, rows_without_gaps
 from sparsedsl.backends.cpp.call_block import place_of
+from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.native import fixed_pass, fixed_width
 from sparsedsl.backends.cpp.prepared import Prepared, Preparer
 from sparsedsl.backends.tiled import selected_work as tiled
@@ -32,8 +33,6 @@ from sparsedsl.selection.selected_call import SelectedCall
 __all__ = ["along_lists", "preparer_of", "selected_attention"]
 
 Tensor = torch.Tensor
-# Blocks that queries look at, for each block there is, from which on all keys are turned before: a few queries turn what they meet.
-WORTH_TURNING = 2
 
 
 def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor]:
@@ -111,7 +110,7 @@ def _turned(q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch
     and where values are read as they lie."""
     batch, kv_heads, kv_len, width = v.shape
     size, lists = 64 // real.itemsize, blocks.indices.shape
-    if lists[2] * lists[3] * q.shape[1] < WORTH_TURNING * kv_heads * blocks.blocks:
+    if lists[2] * lists[3] * q.shape[1] < LIMITS.now.worth_turning * kv_heads * blocks.blocks:
         return [None, None]
     entries = batch * kv_heads * blocks.blocks * _whole(blocks.kv_block, size)
     found: list[Tensor | None] = [torch.empty(entries * q.shape[3], dtype=real)]
@@ -166,7 +165,7 @@ def _backward(
     by_head = None if weights is None else q.new_zeros((*q.shape[:3], lists.slots), dtype=real)
     read = [slot.name for slot in prepared.source.slots if slot.kind == "sums"] if learned else []
     size = sum(call.tables[name].numel() for name in read)
-    parts = max(1, min(PARTS, SUMS_BYTES // max(1, size * 8)))
+    parts = max(1, min(LIMITS.now.parts, LIMITS.now.sums_bytes // max(1, size * 8)))
     sums = torch.zeros((parts, size), dtype=torch.float64) if read else None
     turned, turned_v = _turned(q, k, v, job.blocks, real, rows=False)
     more, _held = prepared.fields(call)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score
-from sparsedsl.backends.cpp import attention, prepared
+from sparsedsl.backends.cpp import prepared
+from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.testing import (
     AttentionCase,
     assert_causal,
@@ -284,9 +285,8 @@ def test_parts_of_a_head_add_up():
         q, k, v = qkv(2100, dtype=torch.float32, batch=1, heads=2, kv_heads=1)
         leaves = [t.requires_grad_() for t in (q, k, v)]
         grads = []
-        for parts in (attention.PARTS, 1):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(attention, "PARTS", parts)
+        for parts in (16, 1):
+            with LIMITS.using(parts=parts):
                 grads.append(torch.autograd.grad(sd.compile(mask, backend="cpp")(*leaves).square().sum(), leaves))
         for one, other in zip(*grads, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -368,9 +368,6 @@ def test_auto_takes_it_where_a_compiler_is_worth_it():
 
 def test_what_it_refuses_has_a_way_out():
     q, k, v = qkv(20)
-    linear = sd.compile(sd.linear([0.5, 0.9, 0.1, 0.3]), backend="cpp")
-    with pytest.raises(sd.UnsupportedError, match=r"masks that read tables only, and no linear.*backend='tiled'"):
-        linear(q, k, v)
     rounded = sd.compile(sd.log(q_idx + 1) * 3 > sd.log(kv_idx + 2), backend="cpp")
     with pytest.raises(sd.UnsupportedError, match=r"the mask compares log\(.*last digit.*Use backend='tiled'"):
         rounded(q, k, v)
