@@ -253,7 +253,7 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _build_for_cpu(arguments: argparse.Namespace, pattern: Any) -> int:
-    from sparsedsl.backends.cpp.native import build_ahead
+    from sparsedsl.backends.cpp.libraries import build_ahead
     from sparsedsl.codegen.to_cpp import cpp_source
 
     if arguments.out or arguments.remarks:

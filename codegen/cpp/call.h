@@ -1,5 +1,5 @@
 // What one call is told, and what the code that is generated for a pattern offers. Python fills a Call field by field, each 8 bytes
-// wide and in this order (sparsedsl/backends/cpp/call_block.py); lengths and strides count elements.
+// wide and in this order (sparsedsl/backends/cpp/call_bytes.py); lengths and strides count elements.
 
 typedef long long i64;
 #ifdef DOUBLE

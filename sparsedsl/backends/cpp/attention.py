@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.backends.cpp.call_block import KINDS, call_block, place_of
+from sparsedsl.backends.cpp.call_bytes import KINDS, call_block, place_of
+from sparsedsl.backends.cpp.libraries import fixed_pass, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
-from sparsedsl.backends.cpp.native import fixed_pass, fixed_width, parallel
 from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer
 from sparsedsl.backends.protocol import ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import sight_of

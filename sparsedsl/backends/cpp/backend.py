@@ -9,8 +9,8 @@ import torch
 
 from sparsedsl.backends.cpp.attention import CppKernel
 from sparsedsl.backends.cpp.build import compiler
+from sparsedsl.backends.cpp.libraries import fixed_library, fixed_pass, native, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
-from sparsedsl.backends.cpp.native import fixed_library, fixed_pass, native, parallel
 from sparsedsl.backends.cpp.prepared import READY
 from sparsedsl.backends.cpp.ranking import can_rank, lists_of_rows
 from sparsedsl.backends.cpp.scan_linear import linear_scan

@@ -11,7 +11,7 @@ import torch
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.key_intervals import interval_rows
 from sparsedsl.analysis.lists import BlockLists, TileRows
-from sparsedsl.backends.cpp.native import Native, native
+from sparsedsl.backends.cpp.libraries import Native, native
 from sparsedsl.backends.protocol import ListMaker
 from sparsedsl.codegen.to_cpp import CppSource, CppVariant, cpp_source
 from sparsedsl.errors import UnsupportedError

@@ -7,7 +7,7 @@ import struct
 
 import torch
 
-from sparsedsl.backends.cpp.native import fixed_library, parallel
+from sparsedsl.backends.cpp.libraries import fixed_library, parallel
 from sparsedsl.errors import UnsupportedError
 
 __all__ = ["can_rank", "lists_of_rows"]

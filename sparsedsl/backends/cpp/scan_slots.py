@@ -9,9 +9,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sparsedsl.backends.cpp.attention import rows_without_gaps
-from sparsedsl.backends.cpp.call_block import KINDS, place_of
+from sparsedsl.backends.cpp.call_bytes import KINDS, place_of
+from sparsedsl.backends.cpp.libraries import fixed_library, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
-from sparsedsl.backends.cpp.native import fixed_library, fixed_width, parallel
 from sparsedsl.backends.tiled import scan_slots as tiled
 from sparsedsl.runtime.call import wants_grad
 from sparsedsl.runtime.dtypes import accumulated

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.cpp.attention import block_of, rows_without_gaps
-from sparsedsl.backends.cpp.call_block import place_of
+from sparsedsl.backends.cpp.call_bytes import place_of
+from sparsedsl.backends.cpp.libraries import fixed_pass, fixed_width
 from sparsedsl.backends.cpp.limits import LIMITS
-from sparsedsl.backends.cpp.native import fixed_pass, fixed_width
 from sparsedsl.backends.cpp.prepared import Prepared, Preparer
 from sparsedsl.backends.tiled import selected_work as tiled
 from sparsedsl.backends.tiled.passes import FAR_LSE
