@@ -100,7 +100,7 @@ struct Room {
     ~Room() { __builtin_free(first); }
 
     real *of(i64 wanted) {
-        if (wanted * (i64)sizeof(real) > bytes) {
+        if (wanted * (i64)sizeof(real) + 64 > bytes) {  // where it begins is rounded up
             __builtin_free(first);
             bytes = wanted * sizeof(real) + 256;
             first = __builtin_malloc(bytes);
