@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from sparsedsl.backends.tiled.scan_slots import SlotState
 from sparsedsl.backends.triton.scan_linear import linear_scan_triton
-from sparsedsl.backends.triton.scan_pass import Tiles
+from sparsedsl.backends.triton.scan_pass import ScanTiles
 from sparsedsl.backends.triton.scan_slots import slot_scan_triton
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.testing import tensor
 
 HALVES = (torch.float16, torch.bfloat16)
-CUTS = (Tiles(32, 16, 16, 4), Tiles(16, 16, 32, 4), Tiles(64, 32, 16, 4))
+CUTS = (ScanTiles(32, 16, 16, 4), ScanTiles(16, 16, 32, 4), ScanTiles(64, 32, 16, 4))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -97,7 +97,7 @@ class Linear:
     strength: float = 0.3
     state: bool = False
     documents: tuple[int, ...] = ()
-    cut: Tiles = CUTS[0]
+    cut: ScanTiles = CUTS[0]
     layout: str = "contiguous"
 
     def make(self):
