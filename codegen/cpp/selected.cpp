@@ -78,6 +78,18 @@ static Entry *sorted(Entry *from, Entry *to, i64 *ends, i64 runs) {
     return from;
 }
 
+// What lies outside of all intervals of a line becomes -inf: logits of `count` keys of a block from `key` on.
+static void hide_line(const Call *c, const i64 *first, const i64 *last, i64 line, i64 key, i64 count, real *logits) {
+    for (i64 n = 0; n < c->intervals; n++)
+        if (first[n * MOST_LANES + line] <= key && last[n * MOST_LANES + line] >= key + count - 1) return;
+    for (i64 j = 0; j < count; j++) {
+        bool seen = false;
+        for (i64 n = 0; n < c->intervals; n++)
+            seen |= first[n * MOST_LANES + line] <= key + j && key + j <= last[n * MOST_LANES + line];
+        if (!seen) logits[j] = LOWEST;
+    }
+}
+
 // The work of one thread: room for some neighbouring queries of one group.
 struct Team {
     const Call *c;
@@ -130,19 +142,6 @@ struct Team {
             for (i64 j = 0; j < count; j++) logits[i * keys + j] = tile[j * row + i];
     }
 
-    // What lies outside of all intervals of a line becomes -inf.
-    void hide(const i64 *first, const i64 *last, i64 line, i64 key, i64 count) const {
-        real *from = logits + line * keys;
-        for (i64 n = 0; n < c->intervals; n++)
-            if (first[n * MOST_LANES + line] <= key && last[n * MOST_LANES + line] >= key + count - 1) return;
-        for (i64 j = 0; j < count; j++) {
-            bool seen = false;
-            for (i64 n = 0; n < c->intervals; n++)
-                seen |= first[n * MOST_LANES + line] <= key + j && key + j <= last[n * MOST_LANES + line];
-            if (!seen) from[j] = LOWEST;
-        }
-    }
-
     // Logits of a line -> weights; what the line has come to before is scaled.
     void join(i64 met, i64 line, i64 count) const {
         real *from = logits + met * keys, before = highest[line], now = highest_of(from, count);
@@ -188,7 +187,7 @@ struct Team {
             for (i64 i = 0; i < used; i++) {
                 const Entry &entry = some[i / heads];
                 i64 line = entry.query * heads + i % heads;
-                if (c->ends) hide(first, last, i, begin + low, n);
+                if (c->ends) hide_line(c, first, last, i, begin + low, n, logits + i * keys);
                 for (i64 j = n; j < (s->weights ? keys : whole); j++) logits[i * keys + j] = LOWEST;
                 if (s->weights) {
                     i64 of = (b * s->weight_heads + h[i] * s->weight_heads / c->heads) * c->rows + row + entry.query;

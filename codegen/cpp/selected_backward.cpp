@@ -95,7 +95,7 @@ struct Meeting {
         }
         for (i64 i = 0; i < used; i++) {
             real *p = weights + i * keys, *d = change + i * keys;
-            if (c->ends) hide(i, key + low, n);
+            if (c->ends) hide_line(c, first, last, i, key + low, n, p);
             i64 end = s->weights ? keys : whole;
             for (i64 j = n; j < end; j++) p[j] = LOWEST, d[j] = 0;
             if (s->weights) {
@@ -143,18 +143,6 @@ struct Meeting {
         }
     }
     bool gains_of_weights = false;
-
-    void hide(i64 line, i64 key, i64 count) const {
-        real *from = weights + line * keys;
-        for (i64 n = 0; n < c->intervals; n++)
-            if (first[n * MOST_LANES + line] <= key && last[n * MOST_LANES + line] >= key + count - 1) return;
-        for (i64 j = 0; j < count; j++) {
-            bool seen = false;
-            for (i64 n = 0; n < c->intervals; n++)
-                seen |= first[n * MOST_LANES + line] <= key + j && key + j <= last[n * MOST_LANES + line];
-            if (!seen) from[j] = LOWEST;
-        }
-    }
 };
 
 // Some neighbouring queries of one group: the gradients of q and of the weights.
