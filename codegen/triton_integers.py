@@ -44,7 +44,7 @@ class IntegerSizes:
                 return tables.get(read.spec.name) or super().range(read, indices)
 
         far = 2 * LONGEST
-        longest = dict.fromkeys(("q_idx", "kv_idx", "lane"), (0, far)) | dict.fromkeys(("q_len", "kv_len"), (1, far))
+        longest = dict.fromkeys(("q_idx", "kv_idx", "residue"), (0, far)) | dict.fromkeys(("q_len", "kv_len"), (1, far))
         groups = dict.fromkeys(("b", "h"), (0, 2**20))
         self._intervals = Intervals({**longest, **groups, "score": (-math.inf, math.inf)}, Declared({}))
 
