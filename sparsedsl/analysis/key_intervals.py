@@ -119,7 +119,8 @@ def intervals(mask: Boolean, *, of: str = "keys") -> tuple[KeyInterval, ...] | N
         return None
     # Those that begin at key 0 come first: they need not be put in order.
     kept = [interval for interval in found if interval is not None and sympy.false not in interval.conditions]
-    return tuple(sorted(kept, key=lambda interval: interval.searched or interval.ends[0] != 0))
+    # One that must hold something first begins elsewhere where it does not.
+    return tuple(sorted(kept, key=lambda interval: interval.searched or bool(interval.conditions) or interval.ends[0] != 0))
 
 
 def _interval(clause: Clause) -> KeyInterval | None:
