@@ -24,7 +24,7 @@ def check_selected_blocks(selected: SelectedBlocks, q: Tensor, k: Tensor) -> Non
     """
     if selected.q_block != 1:
         raise UnsupportedError(
-            f"attention along lists wants a list for each query, q_unit 1; got q_unit {selected.q_block}. "
+            f"attention along lists wants a list for each query, q_block 1; got q_block {selected.q_block}. "
             "Lists for blocks of queries are a block mask: run them on backend='tiled' or 'flex'"
         )
     shape, blocks = tuple(selected.indices.shape), math.ceil(k.shape[2] / selected.kv_block)

@@ -453,7 +453,7 @@ WEIGHTS = {"weights": torch.ones(1, 1, 3, 1)}
         ({"chunk": 131}, {}, "read in equal tiles of 16 to 128, and 131 has no such divisor"),
         ({"chunk": 129}, WEIGHTS, "a block may have 128 tokens, as its softmax is taken in one tile"),
         ({"chunk": 128, "width": 256}, WEIGHTS, "128 keys of 256 numbers in float32 take 131,072 bytes"),
-        ({"q_block": 64}, {}, "got q_unit 64"),
+        ({"q_block": 64}, {}, "got q_block 64"),
     ],
     ids=["float64", "width", "chunk", "weighed chunk", "tile", "q_block"],
 )

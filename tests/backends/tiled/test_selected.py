@@ -449,7 +449,7 @@ def test_autocast_and_second_derivatives() -> None:
 
 def test_refusals_name_what_was_got_and_wanted() -> None:
     q, k, v, blocks, scores = hsa(48)
-    with pytest.raises(UnsupportedError, match=r"q_unit 1; got q_unit 4.*backend='tiled'"):
+    with pytest.raises(UnsupportedError, match=r"q_block 1; got q_block 4.*backend='tiled'"):
         along_lists(q, k, v, replace(blocks, q_block=4), scale=1.0)
     with pytest.raises(
         ShapeError, match=r"selected.indices must be \(B or 1, Hs, Sq, W\).*got \(2, 2, 48, 3\) for q \(2, 8, 47, 16\)"
