@@ -8,24 +8,31 @@ struct Selected {
     const real *weights;  // (batch, weight_heads, rows, slots), or null
     i64 slots, block, blocks, list_heads, list_batch, weight_heads;
     i64 softmax1;  // one more logit of 0 in each softmax
-    // (batch, kv_heads, blocks, head_dim, whole vectors of a block): the keys of each block, turned; (batch, kv_heads, keys, whole
+    // (batch, kv_heads, blocks, head_dim, `columns_of` a block): the keys of each block, turned; (batch, kv_heads, keys, whole
     // vectors): values. Null: blocks are made ready as they are met, which a few queries do.
     real *turned, *values;
 };
 
-// Lines that meet a block at once, keys of a block that they meet at once, lines of all queries that are worked on together.
-constexpr i64 LINES = 32, KEYS = 128, LINES_TOGETHER = 256;
+// Lines that meet a block at once, lines of all queries that are worked on together, at most; keys of a line in one round; logits of all
+// lines in one round, about: what the second cache holds.
+constexpr i64 LINES = 32, LINES_TOGETHER = 256, ROUND = 2048, LOGITS = 1 << 16;
 
-// Rows of one block, turned: (width, broad); what lies beyond `count` repeats the last.
-static void turn_block(i64 width, const Head &k, i64 key, i64 count, i64 broad, real *room, real *to) {
+// Keys of a block lie turned in panels of as many columns as a product takes at a time, one panel after the other.
+static inline i64 panel_of(i64 block) { return least(BROAD, whole_vectors(block)); }
+static inline i64 columns_of(i64 block) { return (whole_vectors(block) + panel_of(block) - 1) / panel_of(block) * panel_of(block); }
+
+// Rows of one block, turned: (panels, width, columns of a panel); what lies beyond `count` repeats the last.
+static void turn_block(i64 width, const Head &k, i64 key, i64 count, i64 block, real *room, real *to) {
     Rows some = k.rows(key, count, false, room);
     const real *rows[WIDTH];
-    for (i64 j = 0; j < broad; j += WIDTH) {
+    i64 panel = panel_of(block);
+    for (i64 j = 0; j < whole_vectors(block); j += WIDTH) {
         for (i64 i = 0; i < WIDTH; i++) rows[i] = some.first + least(j + i, count - 1) * some.row;
         i64 whole = width / WIDTH * WIDTH;
-        for (i64 d = 0; d < whole; d += WIDTH) turn_square(rows, d, to + d * broad + j, broad);
+        real *here = to + j / panel * panel * width + j % panel;
+        for (i64 d = 0; d < whole; d += WIDTH) turn_square(rows, d, here + d * panel, panel);
         for (i64 d = whole; d < width; d++)
-            for (i64 i = 0; i < WIDTH; i++) to[d * broad + j + i] = rows[i][d];
+            for (i64 i = 0; i < WIDTH; i++) here[d * panel + i] = rows[i][d];
     }
 }
 
@@ -65,13 +72,14 @@ struct Entry {
     int block, query, slot;
 };
 
-// Lists of queries one after the other, each ascending -> all entries by block; of one block in the order of the queries.
-static Entry *sorted(Entry *from, Entry *to, i64 *ends, i64 runs) {
-    for (i64 width = 1; width < runs; width *= 2) {
-        for (i64 low = 0; low < runs; low += 2 * width) {
-            i64 a = low ? ends[low - 1] : 0, middle = ends[least(low + width, runs) - 1], end = ends[least(low + 2 * width, runs) - 1];
-            for (i64 b = middle, n = a; n < end; n++) to[n] = b >= end || (a < middle && from[a].block <= from[b].block) ? from[a++] : from[b++];
-        }
+// Entries of queries one after the other -> by block; of one block in the order of the queries. Either `from` or `to`.
+static Entry *sorted(Entry *from, Entry *to, i64 n, i64 blocks) {
+    constexpr i64 BITS = 11, BUCKETS = 1 << BITS;
+    for (i64 shift = 0; (blocks - 1) >> shift; shift += BITS) {
+        int ends[BUCKETS + 1] = {};
+        for (i64 i = 0; i < n; i++) ends[(from[i].block >> shift) % BUCKETS + 1]++;
+        for (i64 i = 0; i < BUCKETS; i++) ends[i + 1] += ends[i];
+        for (i64 i = 0; i < n; i++) to[ends[(from[i].block >> shift) % BUCKETS]++] = from[i];
         Entry *other = from;
         from = to, to = other;
     }
@@ -90,73 +98,84 @@ static void hide_line(const Call *c, const i64 *first, const i64 *last, i64 line
     }
 }
 
-// The work of one thread: room for some neighbouring queries of one group.
+// The work of one thread: room for some neighbouring queries of one group. In rounds of some of each line's blocks, all logits of a line
+// side by side: products with keys, one softmax of what a line has, products with values.
 struct Team {
     const Call *c;
     const Selected *s;
     i64 heads, queries;  // of a group; worked on together
-    i64 broad, broad_v, keys;  // whole vectors of a block and of a row of values; keys met at once, in whole vectors
+    i64 keys, slots;  // of a block, in whole vectors, and slots of a line, in one round
+    i64 broad_v, row;  // whole vectors of a row of values; logits of a line
     real *q, *values, *highest, *total;  // of all lines
-    real *some_q, *logits, *tile, *sums, *block_keys, *block_values, *room;  // of the lines that meet a block
+    real *logits, *tile, *block_keys, *block_values, *room;
     Entry *entries[2];
-    i64 *ends;
 
-    static i64 keys_at_once(const Selected *s) {
-        i64 broad = whole_vectors(s->block);
-        return s->weights || broad < KEYS ? broad : KEYS;  // a softmax of a block alone wants all of it
-    }
-    static i64 queries_together(const Call *c, i64 heads) { return most(least(LINES_TOGETHER / heads, c->rows), 1); }
-
-    static i64 size(const Call *c, const Selected *s, i64 heads) {
-        i64 broad = whole_vectors(s->block), broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
-        i64 queries = queries_together(c, heads), lines = queries * heads, met = lines_at_once(heads), keys = keys_at_once(s);
-        i64 entries = (2 * queries * s->slots * (i64)sizeof(Entry) + queries * (i64)sizeof(i64)) / (i64)sizeof(real);
-        return lines * (broad_d + broad_v + 2) + met * (broad_d + keys + broad_v) + keys * whole_vectors(met) + broad_d * broad +
-               s->block * (broad_v + broad_d) + entries + 32 * WIDTH;
+    // Keys of a block in one round: all, where it has a softmax of its own.
+    static i64 keys_at_once(const Selected *s) { return s->weights ? whole_vectors(s->block) : least(whole_vectors(s->block), ROUND); }
+    static i64 slots_at_once(const Selected *s) { return most(least(s->slots, ROUND / keys_at_once(s)), 1); }
+    static i64 queries_together(const Call *c, const Selected *s, i64 heads) {
+        i64 lines = least(LINES_TOGETHER, LOGITS / (keys_at_once(s) * slots_at_once(s)));
+        return most(least(lines / heads, c->rows), 1);
     }
     static i64 lines_at_once(i64 heads) { return most(LINES / heads, 1) * heads; }
+    static i64 entry_room(i64 entries) { return entries * (i64)sizeof(Entry) / (i64)sizeof(real) + 8; }
 
-    Team(const Call *c, const Selected *s, i64 heads, real *at) : c(c), s(s), heads(heads), queries(queries_together(c, heads)) {
-        broad = whole_vectors(s->block), broad_v = whole_vectors(c->head_dim_v), keys = keys_at_once(s);
-        i64 lines = queries * heads, met = lines_at_once(heads), broad_d = whole_vectors(c->head_dim);
+    static i64 size(const Call *c, const Selected *s, i64 heads) {
+        i64 broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v), keys = keys_at_once(s), slots = slots_at_once(s);
+        i64 queries = queries_together(c, s, heads), lines = queries * heads;
+        return lines * (broad_d + broad_v + 2 + keys * slots) + keys * whole_vectors(lines_at_once(heads)) + c->head_dim * columns_of(s->block) +
+               s->block * (broad_v + broad_d) + 2 * entry_room(queries * slots) + 32 * WIDTH;
+    }
+
+    Team(const Call *c, const Selected *s, i64 heads, real *at) : c(c), s(s), heads(heads), queries(queries_together(c, s, heads)) {
+        broad_v = whole_vectors(c->head_dim_v), keys = keys_at_once(s), slots = slots_at_once(s), row = keys * slots;
+        i64 lines = queries * heads;
         auto take = [&](i64 n) { real *here = at; at += whole_vectors(n); return here; };
         q = take(lines * c->head_dim), values = take(lines * broad_v), highest = take(lines), total = take(lines);
-        some_q = take(met * c->head_dim), logits = take(met * keys), sums = take(met * broad_v);
-        tile = take(keys * whole_vectors(met));
-        block_keys = take(c->head_dim * broad), block_values = take(s->block * broad_v);
-        i64 each = (queries * s->slots * (i64)sizeof(Entry) + 8) / (i64)sizeof(real) + 1;
-        entries[0] = (Entry *)take(each), entries[1] = (Entry *)take(each);
-        ends = (i64 *)take(queries * (i64)(sizeof(i64) / sizeof(real)));
-        room = take(s->block * broad_d);
+        logits = take(lines * row), tile = take(keys * whole_vectors(lines_at_once(heads)));
+        block_keys = take(c->head_dim * columns_of(s->block)), block_values = take(s->block * broad_v);
+        entries[0] = (Entry *)take(entry_room(queries * slots)), entries[1] = (Entry *)take(entry_room(queries * slots));
+        room = take(s->block * whole_vectors(c->head_dim));
     }
 
-    // Masks and scores of a block, by the pattern's own functions, which want lines side by side.
-    void modify(const Lanes *lanes, i64 key, i64 count) const {
-        if (!c->score && !c->mask) return;
-        i64 row = lanes->count;
-        for (i64 i = 0; i < row; i++)
-            for (i64 j = 0; j < count; j++) tile[j * row + i] = logits[least(i, lanes->used - 1) * keys + j];
-        if (c->score) c->score(c, lanes, key, count, tile);
-        if (c->mask) c->mask(c, lanes, key, count, tile);
-        for (i64 i = 0; i < lanes->used; i++)
-            for (i64 j = 0; j < count; j++) logits[i * keys + j] = tile[j * row + i];
+    // Masks and scores of a block, by the pattern's own functions, which want lines side by side; and intervals.
+    void modify(i64 b, i64 group, i64 first_row, i64 place, const Entry *some, i64 used, i64 key, i64 count, real *const *to) const {
+        i64 q_idx[MOST_LANES], h[MOST_LANES], bits[MOST_LANES], first[MOST_INTERVALS * MOST_LANES], last[MOST_INTERVALS * MOST_LANES];
+        Lanes lanes = {whole_vectors(used), used, b, 0, c->q_offset + c->rows, c->keys, q_idx, h, bits};
+        for (i64 i = 0; i < lanes.count; i++) {
+            i64 met = least(i, used - 1);
+            const Entry &entry = some[met / heads];
+            q_idx[i] = c->q_offset + first_row + entry.query, h[i] = group * heads + met % heads;
+            bits[i] = s->members ? s->members[place + entry.query * s->slots + entry.slot] : 0;
+        }
+        if (c->ends) c->ends(c, &lanes, first, last);
+        i64 side = lanes.count;
+        if (c->score || c->mask) {
+            for (i64 i = 0; i < side; i++)
+                for (i64 j = 0; j < count; j++) tile[j * side + i] = to[least(i, used - 1)][j];
+            if (c->score) c->score(c, &lanes, key, count, tile);
+            if (c->mask) c->mask(c, &lanes, key, count, tile);
+            for (i64 i = 0; i < used; i++)
+                for (i64 j = 0; j < count; j++) to[i][j] = tile[j * side + i];
+        }
+        for (i64 i = 0; c->ends && i < used; i++) hide_line(c, first, last, i, key, count, to[i]);
     }
 
-    // Logits of a line -> weights; what the line has come to before is scaled.
-    void join(i64 met, i64 line, i64 count) const {
-        real *from = logits + met * keys, before = highest[line], now = highest_of(from, count);
+    // The logits of a round -> weights; what a line has come to before is scaled.
+    void join(i64 line, i64 count) const {
+        real *from = logits + line * row, before = highest[line], now = highest_of(from, count);
         if (now > before) {
             real less = power_of_two(all(before - now))[0];
             highest[line] = now;
             total[line] *= less;
-            for (i64 j = 0; j < broad_v; j += WIDTH) put(values + line * broad_v + j, at(values + line * broad_v + j) * less);
+            for (i64 j = 0; j < broad_v && less != 1; j += WIDTH) put(values + line * broad_v + j, at(values + line * broad_v + j) * less);
         }
         total[line] += weigh_row(from, count, highest[line] == LOWEST ? 0 : highest[line]);
     }
 
-    // The same where the block has a softmax of its own.
-    void share_out(i64 met, i64 line, real weight) const {
-        real *from = logits + met * keys, peak = highest_of(from, keys), base = peak == LOWEST ? 0 : peak;
+    // The same where each block has a softmax of its own.
+    void share_out(i64 line, i64 slot, real weight) const {
+        real *from = logits + line * row + slot * keys, peak = highest_of(from, keys), base = peak == LOWEST ? 0 : peak;
         real sum = weigh_row(from, keys, base);
         if (s->softmax1) sum += power_of_two(all(-base))[0];
         real share = sum == 0 ? 0 : weight / sum;
@@ -164,83 +183,88 @@ struct Team {
         total[line] += weight;
     }
 
-    // Some lines, `entries` of one block, against it.
-    void meet(i64 b, i64 group, i64 kv_head, i64 row, const Entry *some, i64 count, i64 place) const {
-        i64 q_idx[MOST_LANES], h[MOST_LANES], bits[MOST_LANES], first[MOST_INTERVALS * MOST_LANES], last[MOST_INTERVALS * MOST_LANES];
-        i64 used = count * heads, line_kv = b * c->kv_heads + kv_head, block = some->block;
-        Lanes lanes = {whole_vectors(used), used, b, 0, c->q_offset + c->rows, c->keys, q_idx, h, bits};
-        for (i64 i = 0; i < lanes.count; i++) {
-            i64 met = least(i, used - 1);
-            const Entry &entry = some[met / heads];
-            q_idx[i] = c->q_offset + row + entry.query, h[i] = group * heads + met % heads;
-            bits[i] = s->members ? s->members[place + entry.query * s->slots + entry.slot] : 0;
-            const real *from = q + (entry.query * heads + met % heads) * c->head_dim;
-            if (i < used) __builtin_memcpy(some_q + i * c->head_dim, from, c->head_dim * sizeof(real));
-        }
-        if (c->ends) c->ends(c, &lanes, first, last);
-        i64 begin = block * s->block, size = least(s->block, c->keys - begin);
-        const real *turned = s->turned ? s->turned + (line_kv * s->blocks + block) * c->head_dim * broad : block_keys;
-        for (i64 low = 0; low < size; low += keys) {
-            i64 n = least(keys, size - low), whole = whole_vectors(n);
-            product<false>(used, whole, c->head_dim, some_q, c->head_dim, 1, turned + low, broad, logits, keys);
-            modify(&lanes, begin + low, n);
-            for (i64 i = 0; i < used; i++) {
-                const Entry &entry = some[i / heads];
-                i64 line = entry.query * heads + i % heads;
-                if (c->ends) hide_line(c, first, last, i, begin + low, n, logits + i * keys);
-                for (i64 j = n; j < (s->weights ? keys : whole); j++) logits[i * keys + j] = LOWEST;
-                if (s->weights) {
-                    i64 of = (b * s->weight_heads + h[i] * s->weight_heads / c->heads) * c->rows + row + entry.query;
-                    share_out(i, line, s->weights[of * s->slots + entry.slot]);
-                } else {
-                    join(i, line, whole);
-                }
-            }
-            i64 key = begin + low;
-            const real *rows = s->values ? s->values + (line_kv * c->keys + key) * broad_v : block_values + low * broad_v;
-            i64 step = broad_v;
-            if (!s->values && some_values.first) rows = some_values.first + low * some_values.row, step = some_values.row;
-            product<false>(used, broad_v, n, logits, keys, 1, rows, step, sums, broad_v);
-            for (i64 i = 0; i < used; i++) {
-                real *to = values + (some[i / heads].query * heads + i % heads) * broad_v;
-                for (i64 j = 0; j < broad_v; j += WIDTH) put(to + j, at(to + j) + at(sums + i * broad_v + j));
-            }
-        }
-    }
-    Rows some_values = {nullptr, 0};  // those of the block that is met
-
-    // The queries from `row` on. Whether all that was written is finite.
-    bool run(i64 b, i64 group, i64 groups, i64 row) {
-        i64 kv_head = group * c->kv_heads / groups, list = group * s->list_heads / groups, count = least(queries, c->rows - row);
-        i64 place = ((b * s->list_batch + list) * c->rows + row) * s->slots, known = 0;
+    // The queries from `first_row` on. Whether all that was written is finite.
+    bool run(i64 b, i64 group, i64 groups, i64 first_row) {
+        i64 kv_head = group * c->kv_heads / groups, list = group * s->list_heads / groups, count = least(queries, c->rows - first_row);
+        i64 place = ((b * s->list_batch + list) * c->rows + first_row) * s->slots, most_slots = 0;
         real factor = c->score ? 1 : (real)(c->scale * LOG2E);
-        for (i64 n = 0; n < count; n++) {
-            for (i64 i = 0; i < heads; i++) {
-                i64 line = n * heads + i, h = group * heads + i;
-                widen(c->q.first + (b * c->q.batch + h * c->q.head + (row + n) * c->q.row) * element_bytes(c->kind), c->kind, c->head_dim,
-                      q + line * c->head_dim);
-                for (i64 d = 0; d < c->head_dim; d++) q[line * c->head_dim + d] *= factor;
-                highest[line] = LOWEST, total[line] = 0;
-                for (i64 j = 0; j < broad_v; j += WIDTH) put(values + line * broad_v + j, Vector{});
-            }
-            for (i64 slot = 0; slot < s->slots && s->indices[place + n * s->slots + slot] >= 0; slot++)
-                entries[0][known++] = {s->indices[place + n * s->slots + slot], (int)n, (int)slot};
-            ends[n] = known;
+        for (i64 line = 0; line < count * heads; line++) {
+            i64 h = group * heads + line % heads, of = first_row + line / heads;
+            widen(c->q.first + (b * c->q.batch + h * c->q.head + of * c->q.row) * element_bytes(c->kind), c->kind, c->head_dim,
+                  q + line * c->head_dim);
+            for (i64 d = 0; d < c->head_dim; d++) q[line * c->head_dim + d] *= factor;
+            highest[line] = LOWEST, total[line] = 0;
+            for (i64 j = 0; j < broad_v; j += WIDTH) put(values + line * broad_v + j, Vector{});
         }
-        const Entry *all_entries = sorted(entries[0], entries[1], ends, count);
+        for (i64 n = 0; n < count; n++)
+            while (most_slots < s->slots && s->indices[place + n * s->slots + most_slots] >= 0) most_slots++;
+        for (i64 slot = 0; slot < most_slots; slot += slots)
+            for (i64 low = 0; low < s->block; low += keys) run_round(b, group, groups, kv_head, first_row, place, count, slot, low);
+        bool finite = true;
+        for (i64 line = 0; line < count * heads; line++) finite &= finish(b, first_row + line / heads, group * heads + line % heads, line);
+        return finite;
+    }
+
+    // Slots from `slot` on, keys of each block from `low` on.
+    void run_round(i64 b, i64 group, i64 groups, i64 kv_head, i64 first_row, i64 place, i64 count, i64 slot, i64 low) {
+        i64 known = 0, line_kv = b * c->kv_heads + kv_head, panel = panel_of(s->block);
+        for (i64 n = 0; n < count; n++)
+            for (i64 i = slot; i < least(slot + slots, s->slots) && s->indices[place + n * s->slots + i] >= 0; i++)
+                entries[0][known++] = {s->indices[place + n * s->slots + i], (int)n, (int)i};
+        const Entry *all_entries = sorted(entries[0], entries[1], known, s->blocks);
         Head k(c->k, c->kind, c->head_dim, b, kv_head, 0, 1), v(c->v, c->kind, c->head_dim_v, b, kv_head, 0, 1);
+        bool plain = !c->ends && !c->score && !c->mask;
+        const real *from[MOST_LANES];
+        real *to[MOST_LANES];
+        each_block(all_entries, known, [&](const Entry *some, i64 met, bool is_first) {
+            i64 block = some->block, key = block * s->block, size = least(s->block, c->keys - key), n = least(keys, size - low);
+            if (is_first && !s->turned) turn_block(c->head_dim, k, key, size, s->block, room, block_keys);
+            const real *turned = s->turned ? s->turned + (line_kv * s->blocks + block) * c->head_dim * columns_of(s->block) : block_keys;
+            i64 used = met * heads;
+            for (i64 i = 0; i < used; i++) {
+                i64 line = some[i / heads].query * heads + i % heads;
+                from[i] = q + line * c->head_dim, to[i] = logits + line * row + (some[i / heads].slot - slot) * keys;
+            }
+            if (n > 0)
+                product_of<false>(used, whole_vectors(n), c->head_dim, Listed<const real>{from}, 1, turned + low * c->head_dim, panel,
+                                  panel * c->head_dim, Listed<real>{to});
+            if (n > 0 && !plain) modify(b, group, first_row, place, some, used, key + low, n, to);
+            for (i64 i = 0; n < keys && i < used; i++)
+                for (i64 j = most(n, 0); j < keys; j++) to[i][j] = LOWEST;
+        });
+        for (i64 n = 0; n < count; n++) {
+            i64 of = 0;
+            while (of < slots && slot + of < s->slots && s->indices[place + n * s->slots + slot + of] >= 0) of++;
+            for (i64 i = 0; of && i < heads; i++) {
+                i64 weight_line = (b * s->weight_heads + (group * heads + i) * s->weight_heads / c->heads) * c->rows + first_row + n;
+                if (!s->weights) join(n * heads + i, of * keys);
+                for (i64 m = 0; s->weights && m < of; m++) share_out(n * heads + i, m, s->weights[weight_line * s->slots + slot + m]);
+            }
+        }
+        Rows rows = {nullptr, 0};
+        each_block(all_entries, known, [&](const Entry *some, i64 met, bool is_first) {
+            i64 block = some->block, key = block * s->block, n = least(keys, least(s->block, c->keys - key) - low);
+            if (n <= 0) return;
+            if (s->values)
+                rows = {s->values + (line_kv * c->keys + key + low) * broad_v, broad_v};
+            else if (is_first)
+                rows = v.rows(key + low, n, true, block_values);
+            for (i64 i = 0; i < met * heads; i++) {
+                i64 line = some[i / heads].query * heads + i % heads;
+                from[i] = logits + line * row + (some[i / heads].slot - slot) * keys, to[i] = values + line * broad_v;
+            }
+            product_of<true>(met * heads, broad_v, n, Listed<const real>{from}, 1, rows.first, rows.row, BROAD, Listed<real>{to});
+        });
+    }
+
+    // The entries of one block after the other, some lines at a time.
+    template <class F>
+    void each_block(const Entry *all_entries, i64 known, F f) const {
         i64 at_once = most(LINES / heads, 1);
         for (i64 low = 0, high; low < known; low = high) {
-            i64 block = all_entries[low].block, key = block * s->block, size = least(s->block, c->keys - key);
-            for (high = low; high < known && all_entries[high].block == block;) high++;
-            if (!s->turned) turn_block(c->head_dim, k, key, size, broad, room, block_keys);
-            if (!s->values) some_values = v.rows(key, size, true, block_values);
-            for (i64 n = low; n < high; n += at_once)
-                meet(b, group, kv_head, row, all_entries + n, least(at_once, high - n), place);
+            for (high = low; high < known && all_entries[high].block == all_entries[low].block;) high++;
+            for (i64 n = low; n < high; n += at_once) f(all_entries + n, least(at_once, high - n), n == low);
         }
-        bool finite = true;
-        for (i64 line = 0; line < count * heads; line++) finite &= finish(b, row + line / heads, group * heads + line % heads, line);
-        return finite;
     }
 
     bool finish(i64 b, i64 row, i64 h, i64 line) const {
@@ -287,7 +311,7 @@ static i64 groups_of(const Call *c, const Selected *s, i64 &heads) {
 }
 
 // Turns the keys of all blocks, and widens their values, where there is room for it; whether there was memory.
-static bool turn_all(const Call *c, const Selected *s, i64 lines, i64 broad) {
+static bool turn_all(const Call *c, const Selected *s, i64 lines) {
     bool done = true;
     i64 broad_v = whole_vectors(c->head_dim_v);
     share(c, s->turned ? lines * s->blocks : 0, [&](i64 n) {
@@ -298,7 +322,7 @@ static bool turn_all(const Call *c, const Selected *s, i64 lines, i64 broad) {
             return;
         }
         Head k(c->k, c->kind, c->head_dim, line / c->kv_heads, line % c->kv_heads, 0, 1);
-        turn_block(c->head_dim, k, key, count, broad, room, s->turned + n * c->head_dim * broad);
+        turn_block(c->head_dim, k, key, count, s->block, room, s->turned + n * c->head_dim * columns_of(s->block));
         if (!s->values) return;
         Head v(c->v, c->kind, c->head_dim_v, line / c->kv_heads, line % c->kv_heads, 0, 1);
         real *to = s->values + (line * c->keys + key) * broad_v;
@@ -310,12 +334,14 @@ static bool turn_all(const Call *c, const Selected *s, i64 lines, i64 broad) {
     return done;
 }
 
+// Columns of the keys of a block, turned.
+extern "C" int turned_columns(int block) { return (int)columns_of(block); }
 
 // Returns whether all results are finite; -1: there is no memory.
 extern "C" int attend_selected(Call *c, Selected *s) {
     i64 heads, groups = groups_of(c, s, heads);
-    bool finite = true, failed = !turn_all(c, s, c->batch * c->kv_heads, whole_vectors(s->block));
-    i64 together = Team::queries_together(c, heads), parts = (c->rows + together - 1) / together;
+    bool finite = true, failed = !turn_all(c, s, c->batch * c->kv_heads);
+    i64 together = Team::queries_together(c, s, heads), parts = (c->rows + together - 1) / together;
     share(c, failed ? 0 : c->batch * groups * parts, [&](i64 n) {
         real *room = own_room.of(Team::size(c, s, heads));
         if (!room) {
@@ -328,4 +354,3 @@ extern "C" int attend_selected(Call *c, Selected *s) {
     });
     return failed ? -1 : finite;
 }
-

@@ -12,6 +12,9 @@ struct SelectedGrads {
     i64 sums_size, parts;
 };
 
+// Keys of a block that lines meet at once.
+constexpr i64 KEYS = 128;
+
 // A query with a block in a slot of its list.
 struct Chooser {
     int row, slot;
@@ -22,22 +25,28 @@ struct Meeting {
     const Call *c;
     const Selected *s;
     const SelectedGrads *g;
-    i64 heads, broad, broad_d, broad_v, keys, met;
+    i64 heads, broad, broad_d, broad_v, keys, met;  // broad: columns of a block, turned
     real *q, *grad, *weights, *change, *tile, *slope, *plain, *turned_k, *turned_v, *key_rows, *room, *own;
     i64 q_idx[MOST_LANES], h[MOST_LANES], bits[MOST_LANES], first[MOST_INTERVALS * MOST_LANES], last[MOST_INTERVALS * MOST_LANES];
     real lse[MOST_LANES], delta[MOST_LANES];
     Lanes lanes;
     double *gains = nullptr;
 
+    // Keys that lines meet at once; a softmax of a block alone wants all of it.
+    static i64 keys_at_once(const Selected *s) {
+        i64 broad = whole_vectors(s->block);
+        return s->weights || broad < KEYS ? broad : KEYS;
+    }
+    static i64 queries_together(const Call *c, i64 heads) { return most(least(LINES_TOGETHER / heads, c->rows), 1); }
     static i64 size(const Call *c, const Selected *s, i64 heads) {
-        i64 broad = whole_vectors(s->block), broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
-        i64 met = Team::lines_at_once(heads), keys = Team::keys_at_once(s), wide = whole_vectors(met);
+        i64 broad = columns_of(s->block), broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
+        i64 met = Team::lines_at_once(heads), keys = keys_at_once(s), wide = whole_vectors(met);
         return met * (2 * broad_d + broad_v + 2 * keys) + 3 * keys * wide + (broad_d + broad_v) * broad +
                s->block * (2 * broad_d + broad_v) + 24 * WIDTH;
     }
     Meeting(const Call *c, const Selected *s, const SelectedGrads *g, i64 heads, real *at) : c(c), s(s), g(g), heads(heads) {
-        broad = whole_vectors(s->block), broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
-        met = Team::lines_at_once(heads), keys = Team::keys_at_once(s);
+        broad = columns_of(s->block), broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
+        met = Team::lines_at_once(heads), keys = keys_at_once(s);
         i64 wide = whole_vectors(met);
         auto take = [&](i64 n) { real *here = at; at += whole_vectors(n); return here; };
         q = take(met * broad_d), grad = take(met * broad_v), own = take(met * broad_d);
@@ -82,8 +91,13 @@ struct Meeting {
     // Weights and changes of logits (of the scaled products, where there is a score) of `n` keys of a block, from `low` on.
     void differentiate(i64 b, const real *of_k, const real *of_v, i64 key, i64 low, i64 n, const Chooser *some) {
         i64 used = lanes.used, whole = whole_vectors(n), row = lanes.count;
-        product<false>(used, whole, c->head_dim, q, broad_d, 1, of_k + low, broad, weights, keys);
-        product<false>(used, whole, c->head_dim_v, grad, broad_v, 1, of_v + low, broad, change, keys);
+        i64 panel = panel_of(s->block);
+        auto multiply = [&](const real *lines, i64 step, i64 width, const real *turned, real *to) {
+            product_of<false>(used, whole, width, Even<const real>{lines, step}, 1, turned + low * width, panel, panel * width,
+                              Even<real>{to, keys});
+        };
+        multiply(q, broad_d, c->head_dim, of_k, weights);
+        multiply(grad, broad_v, c->head_dim_v, of_v, change);
         if (c->slope || c->mask) {
             for (i64 i = 0; i < row; i++)
                 for (i64 j = 0; j < n; j++) tile[j * row + i] = weights[least(i, used - 1) * keys + j];
@@ -146,17 +160,15 @@ struct Meeting {
 };
 
 // Some neighbouring queries of one group: the gradients of q and of the weights.
-static void add_queries(Meeting &m, Entry *entries, Entry *other, i64 *ends, i64 b, i64 group, i64 groups, i64 row, i64 count) {
+static void add_queries(Meeting &m, Entry *entries, Entry *other, i64 b, i64 group, i64 groups, i64 row, i64 count) {
     const Call *c = m.c;
     const Selected *s = m.s;
     i64 kv_head = group * c->kv_heads / groups, list = group * s->list_heads / groups, known = 0, heads = m.heads;
     i64 place = ((b * s->list_batch + list) * c->rows + row) * s->slots, line = b * c->kv_heads + kv_head;
-    for (i64 n = 0; n < count; n++) {
+    for (i64 n = 0; n < count; n++)
         for (i64 slot = 0; slot < s->slots && s->indices[place + n * s->slots + slot] >= 0; slot++)
             entries[known++] = {s->indices[place + n * s->slots + slot], (int)n, (int)slot};
-        ends[n] = known;
-    }
-    const Entry *all_entries = sorted(entries, other, ends, count);
+    const Entry *all_entries = sorted(entries, other, known, s->blocks);
     Head k(c->k, c->kind, c->head_dim, b, kv_head, 0, 1), v(c->v, c->kind, c->head_dim_v, b, kv_head, 0, 1);
     i64 at_once = most(LINES / heads, 1);
     for (i64 low = 0, high; low < known; low = high) {
@@ -167,8 +179,8 @@ static void add_queries(Meeting &m, Entry *entries, Entry *other, i64 *ends, i64
             of_k = s->turned + (line * s->blocks + block) * c->head_dim * m.broad;
             of_v = m.g->turned_v + (line * s->blocks + block) * c->head_dim_v * m.broad;
         } else {
-            turn_block(c->head_dim, k, key, size, m.broad, m.room, m.turned_k);
-            turn_block(c->head_dim_v, v, key, size, m.broad, m.room, m.turned_v);
+            turn_block(c->head_dim, k, key, size, s->block, m.room, m.turned_k);
+            turn_block(c->head_dim_v, v, key, size, s->block, m.room, m.turned_v);
         }
         Rows rows = k.rows(key, size, true, m.key_rows);
         for (i64 n = low; n < high; n += at_once) {
@@ -219,8 +231,8 @@ static void add_keys(Meeting &m, i64 b, i64 kv_head, i64 block, i64 groups, cons
                 of_k = s->turned + (line * s->blocks + block) * c->head_dim * m.broad;
                 of_v = m.g->turned_v + (line * s->blocks + block) * c->head_dim_v * m.broad;
             } else if (!ready) {
-                turn_block(c->head_dim, Head(c->k, c->kind, c->head_dim, b, kv_head, 0, 1), key, size, m.broad, m.room, m.turned_k);
-                turn_block(c->head_dim_v, Head(c->v, c->kind, c->head_dim_v, b, kv_head, 0, 1), key, size, m.broad, m.room, m.turned_v);
+                turn_block(c->head_dim, Head(c->k, c->kind, c->head_dim, b, kv_head, 0, 1), key, size, s->block, m.room, m.turned_k);
+                turn_block(c->head_dim_v, Head(c->v, c->kind, c->head_dim_v, b, kv_head, 0, 1), key, size, s->block, m.room, m.turned_v);
             }
             ready = true;
             m.seat(b, group, list, those + n, least(at_once, ends[block + 1] - n));
@@ -245,35 +257,34 @@ extern "C" int vector_width() { return WIDTH; }
 
 // Gradients hold zeros before. Returns 0; -1: there is no memory.
 extern "C" int attend_selected_backward(Call *c, Selected *s, SelectedGrads *g) {
-    i64 heads, groups = groups_of(c, s, heads), lines = c->batch * c->kv_heads, broad = whole_vectors(s->block);
-    bool failed = !turn_all(c, s, lines, broad);
+    i64 heads, groups = groups_of(c, s, heads), lines = c->batch * c->kv_heads;
+    bool failed = !turn_all(c, s, lines);
     if (s->turned && !failed)
         share(c, lines * s->blocks, [&](i64 n) {
             i64 line = n / s->blocks, key = n % s->blocks * s->block, count = least(s->block, c->keys - key);
             real *room = own_room.of(s->block * whole_vectors(c->head_dim_v) + WIDTH);
             Head v(c->v, c->kind, c->head_dim_v, line / c->kv_heads, line % c->kv_heads, 0, 1);
             if (room)
-                turn_block(c->head_dim_v, v, key, count, broad, room, g->turned_v + n * c->head_dim_v * broad);
+                turn_block(c->head_dim_v, v, key, count, s->block, room, g->turned_v + n * c->head_dim_v * columns_of(s->block));
             else
                 failed = true;
         });
-    i64 together = Team::queries_together(c, heads), teams = (c->rows + together - 1) / together * c->batch * groups;
+    i64 together = Meeting::queries_together(c, heads), teams = (c->rows + together - 1) / together * c->batch * groups;
     i64 parts = g->sums ? g->parts : teams, per_head = (c->rows + together - 1) / together;
     share(c, failed ? 0 : parts, [&](i64 part) {
-        i64 entries = together * s->slots, extra = (2 * entries * (i64)sizeof(Entry) + together * 8) / (i64)sizeof(real) + 4 * WIDTH;
+        i64 entries = together * s->slots, extra = 2 * entries * (i64)sizeof(Entry) / (i64)sizeof(real) + 4 * WIDTH;
         real *room = own_room.of(Meeting::size(c, s, heads) + extra);
         if (!room) {
             failed = true;
             return;
         }
-        i64 *ends = (i64 *)room;
-        Entry *first = (Entry *)(ends + together), *second = first + entries;
+        Entry *first = (Entry *)room, *second = first + entries;
         Meeting m(c, s, g, heads, room + whole_vectors(extra));
         m.gains_of_weights = true;
         if (g->sums) m.gains = g->sums + part * g->sums_size;
         for (i64 n = teams * part / parts; n < teams * (part + 1) / parts; n++) {
             i64 line = n / per_head, row = n % per_head * together;
-            add_queries(m, first, second, ends, line / groups, line % groups, groups, row, least(together, c->rows - row));
+            add_queries(m, first, second, line / groups, line % groups, groups, row, least(together, c->rows - row));
         }
     });
     i64 lists = (s->list_batch ? c->batch : 1) * s->list_heads;

@@ -14,7 +14,7 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.request import CallFacts, Request
-from sparsedsl.selection.ranking import Rank
+from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["Backend", "ListMaker", "PatternRunner"]
@@ -80,9 +80,8 @@ class Backend(ABC):
         """Attention along selected blocks: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""
         self._cannot("selected blocks")
 
-    def rank(self, device: torch.device) -> Rank | None:
-        """Its own way to find the best blocks of rows of scores on a device, which gives what
-        :func:`~sparsedsl.selection.stable_topk.lists_of_rows` gives; None: it has none."""
+    def chooser(self, device: torch.device) -> Choose | None:
+        """Its own way to choose blocks on a device, in one pass from what scores are made of to lists; None: it has none."""
         return None
 
     def slots(self, *tensors: Any, **words: Any) -> Any:

@@ -14,7 +14,7 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.key_intervals import interval_rows, intervals, keys_of_one_query
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
-from sparsedsl.selection.candidates import Candidates, PairRule
+from sparsedsl.selection.candidates import Candidates, IntervalRule, PairRule, any_of_group
 
 __all__ = ["block_rule", "candidates_of"]
 
@@ -72,18 +72,7 @@ def _ends(mask: Any, domain: Domain, q_block: int) -> list[Any] | None:
 
 def _interval_rule(ends: list[Any], kv_block: int, heads: int, device: torch.device) -> PairRule:
     """A block is allowed where some interval of some query of the row reaches into it."""
-    here = [(first.to(device), last.to(device)) for first, last in ends]
-
-    def allowed(rows: Tensor, blocks: Tensor) -> Tensor:
-        verdict = None
-        for first, last in here:
-            low, high = (end.index_select(2, rows)[..., None] for end in (first, last))
-            inside = ((blocks >= low // kv_block) & (blocks <= high // kv_block) & (high >= 0)).any(3)
-            verdict = inside if verdict is None else verdict | inside
-        assert verdict is not None
-        return _joined_flags(verdict, heads)
-
-    return allowed
+    return IntervalRule(tuple((first.to(device), last.to(device)) for first, last in ends), kv_block, heads)
 
 
 def _per_block(end: Tensor, block: int, fill: int) -> Tensor:
@@ -97,10 +86,6 @@ def _joined(limit: Tensor, heads: int, how: str) -> Tensor:
     if limit.shape[1] in (1, heads):
         return limit
     return getattr(limit.unflatten(1, (heads, -1)), how)(2)
-
-
-def _joined_flags(flags: Tensor, heads: int) -> Tensor:
-    return flags if flags.shape[1] in (1, heads) else flags.unflatten(1, (heads, -1)).any(2)
 
 
 def block_rule(
@@ -131,6 +116,6 @@ def _pair_rule(
         kv = (blocks[:, None] * kv_block + kv_steps).view(1, 1, 1, 1, len(blocks), len(kv_steps))
         allowed = evaluate(mask, {**env, "q_idx": q, "kv_idx": kv})
         real = (q < domain.lengths["q_len"]) & (kv < domain.kv_len)
-        return _joined_flags((allowed & real).any(5).any(3), heads)
+        return any_of_group((allowed & real).any(5).any(3), heads)
 
     return rule

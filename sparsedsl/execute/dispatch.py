@@ -14,9 +14,8 @@ from sparsedsl.execute.static import static_attention
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import inner_call, wants_grad
 from sparsedsl.runtime.request import CallFacts, Request
-from sparsedsl.selection.ranking import Rank
+from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
-from sparsedsl.selection.stable_topk import lists_of_rows
 
 __all__ = ["Dispatch", "takes"]
 
@@ -44,10 +43,10 @@ class Dispatch:
         """Whether choices for single queries are handed over as tables."""
         return self.backend != AUTO and named(self.backend).reads_whole_tables
 
-    def rank(self, device: torch.device) -> Rank:
-        """What finds the best blocks of rows of scores."""
+    def chooser(self, device: torch.device) -> Choose | None:
+        """What makes scores and chooses by them in one pass, if some backend can."""
         backends = BACKENDS.values() if self.backend == AUTO else [named(self.backend)]
-        return next((found for backend in backends if (found := backend.rank(device)) is not None), lists_of_rows)
+        return next((found for backend in backends if (found := backend.chooser(device)) is not None), None)
 
     def full_tiles(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether lists of full tiles are run as they are."""

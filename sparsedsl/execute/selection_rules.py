@@ -33,7 +33,7 @@ from sparsedsl.runtime.heads import alike, reduced, repeat_kv
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.selection import counts, permutations, proxies
 from sparsedsl.selection.antidiagonals import antidiagonal
-from sparsedsl.selection.candidates import Candidates, PairRule
+from sparsedsl.selection.candidates import Candidates, PairRule, Within
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.selection.derived_scores import RegroupedScores, softmax_scores
 from sparsedsl.selection.mass import threshold, top_p
@@ -172,8 +172,7 @@ def _forced(run: Lowering, node: Select, candidates: Candidates, source: ScoreSo
     rule = block_rule(expr, run.domain, *node.blocks, source.shape[1], tables, run.call.q.device)
     if candidates.allowed is None:
         return rule
-    allowed = candidates.allowed
-    return lambda rows, blocks: rule(rows, blocks) & allowed(rows, blocks)
+    return Within(rule, candidates.allowed)
 
 
 def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: Any) -> SelectedBlocks:
@@ -181,6 +180,7 @@ def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: An
     run.call.check_heads(node, source.shape[1])
     candidates = Candidates() if node.among is None else _allowed(run, node.among, node, source)
     forced, first = _forced(run, node, candidates, source), run.domain.q_offset // q_block
+    words["choose"] = run.dispatch.chooser(run.call.q.device)
     selected = choose(source, *numbers, candidates, forced=forced, q_block=q_block, kv_block=kv_block, first=first, **words)
     blocks = -(-run.domain.kv_len // kv_block)
     return selected if selected.blocks == blocks else replace(selected, blocks=blocks)
@@ -188,7 +188,7 @@ def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: An
 
 def _top_k(run: Lowering, node: TopK) -> SelectedBlocks:
     extra = run.value(node.scores).shape[3] if node.extra and node.forced is not None else None
-    return _choose(run, node, top_k, node.count, forced_extra=extra, rank=run.dispatch.rank(run.call.q.device))
+    return _choose(run, node, top_k, node.count, forced_extra=extra)
 
 
 def _top_p(run: Lowering, node: TopP) -> SelectedBlocks:

@@ -11,12 +11,63 @@ from sparsedsl.selection.chunking import PIECES, cut, few_widths, is_small, rows
 from sparsedsl.selection.gather import repeat_kv
 from sparsedsl.selection.scores import ScoreSource
 
-__all__ = ["Candidates", "PairRule"]
+__all__ = ["Candidates", "IntervalRule", "PairRule", "TableRule", "Within", "any_of_group"]
 
 Tensor = torch.Tensor
 CAST_BYTES = 4 * 2**20  # scratch memory of blocks that are cast at a time
 PairRule = Callable[[Tensor, Tensor], Tensor]
 """Row numbers ``(r,)`` and block numbers ``(u,)``, int64 on the scores' device -> bool that broadcasts to ``(B, Hs, r, u)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class IntervalRule:
+    """A block of ``kv_block`` keys is allowed where some interval of some query of the row reaches into it.
+
+    ``ends``: first and last key of each interval, int64 ``(B|1, H|1, R, queries of a row)``; a last key of -1: there is none. ``heads``:
+    of the scores; where the ends have more, one head of a group is enough.
+    """
+
+    ends: tuple[tuple[Tensor, Tensor], ...]
+    kv_block: int
+    heads: int
+
+    def __call__(self, rows: Tensor, blocks: Tensor) -> Tensor:
+        """Whether each row may have each block."""
+        verdict = None
+        for first, last in self.ends:
+            low, high = (end.index_select(2, rows)[..., None] for end in (first, last))
+            inside = ((blocks >= low // self.kv_block) & (blocks <= high // self.kv_block) & (high >= 0)).any(3)
+            verdict = inside if verdict is None else verdict | inside
+        assert verdict is not None
+        return any_of_group(verdict, self.heads)
+
+
+@dataclass(frozen=True, eq=False)
+class TableRule:
+    """What a table ``(B, Hs, R, U)`` says."""
+
+    table: Tensor
+
+    def __call__(self, rows: Tensor, blocks: Tensor) -> Tensor:
+        """Whether each row may have each block."""
+        return self.table[:, :, rows][..., blocks]
+
+
+@dataclass(frozen=True, eq=False)
+class Within:
+    """What ``rule`` and ``allowed`` both say."""
+
+    rule: PairRule
+    allowed: PairRule
+
+    def __call__(self, rows: Tensor, blocks: Tensor) -> Tensor:
+        """Whether each row may have each block."""
+        return self.rule(rows, blocks) & self.allowed(rows, blocks)
+
+
+def any_of_group(flags: Tensor, heads: int) -> Tensor:
+    """Flags ``(B, H, ..)`` for ``heads`` groups of heads, or one: true where they are for some head of the group."""
+    return flags if flags.shape[1] in (1, heads) else flags.unflatten(1, (heads, -1)).any(2)
 
 
 @dataclass(frozen=True, eq=False)

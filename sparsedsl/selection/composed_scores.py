@@ -44,6 +44,10 @@ class GroupedScores(ScoreSource):
         return batch, self.heads_out, rows, blocks
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
     def cell_bytes(self) -> int:
         return self.source.cell_bytes + 8 * self.shape[0] * self.heads_out
 
@@ -109,6 +113,10 @@ class SumScores(ScoreSource):
     def shape(self) -> tuple[int, int, int, int]:
         batch, heads, rows, blocks = (max(sizes) for sizes in zip(*(source.shape for source in self.sources), strict=True))
         return batch, heads, rows, blocks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if any(source.dtype == torch.float64 for source in self.sources) else torch.float32
 
     @property
     def cell_bytes(self) -> int:

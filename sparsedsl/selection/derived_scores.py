@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -19,15 +20,26 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxScores(ScoreSource):
-    """``exp(score - total)`` at the candidates, 0 elsewhere. ``totals (B, H, R, 1)``: LSE of each row over its candidates.
+    """``exp(score - total)`` at the candidates, 0 elsewhere. ``totals (B, H, R, 1)``: LSE of each row over its candidates; None: worked
+    out when they are asked for, of all of them.
 
-    ``first``: the numbers of its first row and block in the whole, by which the candidates are asked.
+    ``first``: the numbers of its first row and block in the whole, by which the candidates are asked. ``learns``: whether gradients were
+    wanted where it was made, which may be elsewhere than where the totals are asked for.
     """
 
     source: ScoreSource
-    totals: Tensor
+    totals: Tensor | None
     candidates: Candidates
     first: tuple[int, int] = (0, 0)
+    learns: bool = field(default_factory=torch.is_grad_enabled)
+
+    @functools.cached_property
+    def known_totals(self) -> Tensor:
+        """The totals."""
+        if self.totals is not None:
+            return self.totals
+        with torch.set_grad_enabled(self.learns):
+            return lse_over_candidates(self.source, self.candidates)[..., None]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -37,23 +49,39 @@ class SoftmaxScores(ScoreSource):
     def cell_bytes(self) -> int:
         return 2 * self.source.cell_bytes
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
+    def row_bytes(self) -> int:
+        return self.source.row_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        return self.source.block_bytes
+
     def leaves(self) -> tuple[Leaf, ...]:
-        return (*self.source.leaves(), Leaf(self.totals, "cells"))
+        return (*self.source.leaves(), Leaf(self.known_totals, "cells"))
 
     def on(self, tensors: Sequence[Tensor]) -> SoftmaxScores:
         return replace(self, source=self.source.on(tensors[:-1]), totals=tensors[-1])
 
     def narrowed(self, rows: slice, blocks: slice) -> SoftmaxScores:
         first = self.first[0] + rows.start, self.first[1] + blocks.start
-        return SoftmaxScores(self.source.narrowed(rows, blocks), self.totals[:, :, rows], self.candidates, first)
+        return SoftmaxScores(self.source.narrowed(rows, blocks), self.known_totals[:, :, rows], self.candidates, first)
 
     def scores(self) -> Tensor:
         scores = self.source.scores()
         _, _, rows, blocks = self.shape
         some, tile = (slice(n, n + size) for n, size in zip(self.first, (rows, blocks), strict=True))
         scores = self.candidates.mask_(scores, some, tile)
-        totals = self.totals.masked_fill(self.totals == float("-inf"), 0.0)
-        return (scores - totals).exp_()
+        totals = self.known_totals
+        return (scores - totals.masked_fill(totals == float("-inf"), 0.0)).exp_()
 
     def at(self, indices: Tensor) -> Tensor:
         scores = self.source.at(indices)
@@ -61,7 +89,7 @@ class SoftmaxScores(ScoreSource):
         allowed = self.candidates.at(indices + self.first[1], rows, blocks, self.shape[1])
         if allowed is not None:  # before the exponential, whose gradient would be infinity times 0
             scores = torch.where(allowed, scores, float("-inf"))
-        totals = repeat_kv(self.totals, scores.shape[1])
+        totals = repeat_kv(self.known_totals, scores.shape[1])
         return (scores - totals.masked_fill(totals == float("-inf"), 0.0)).exp()
 
 
@@ -73,7 +101,7 @@ def softmax_scores(source: ScoreSource, candidates: Candidates) -> SoftmaxScores
     tensor([[[[1.0000, 0.0000],
               [0.5000, 0.5000]]]])
     """
-    return SoftmaxScores(source, lse_over_candidates(source, candidates)[..., None], candidates)
+    return SoftmaxScores(source, None, candidates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +116,10 @@ class RegroupedScores(ScoreSource):
     def shape(self) -> tuple[int, int, int, int]:
         batch, heads, rows, blocks = self.source.shape
         return batch, heads, rows, -(-blocks // self.size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
 
     @property
     def cell_bytes(self) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from sparsedsl.errors import PatternError
-from sparsedsl.selection.candidates import Candidates, PairRule
+from sparsedsl.selection.candidates import Candidates, PairRule, TableRule
+from sparsedsl.selection.choosing import Choose, Rule
 from sparsedsl.selection.chunking import cut, rows_at_once
-from sparsedsl.selection.scores import ScoreSource
+from sparsedsl.selection.scores import ScoreSource, TensorScores
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.selection.stable_topk import compacted
 
@@ -35,6 +37,7 @@ def top_p(
     kv_block: int = 1,
     q_block: int = 1,
     first: int = 0,
+    choose: Choose | None = None,
 ) -> SelectedBlocks:
     """The fewest blocks of each row whose mass reaches ``p``: in descending order (equal ones by number) until the sum is ``>= p``.
 
@@ -50,7 +53,7 @@ def top_p(
             with ``forced_in_mass``, counted first: others follow only until p is reached.
         at_most: a bound on the blocks of a row; of more the forced and then the greatest stay. On a GPU lists are as wide as
             this, or as the blocks within reach, since no count is read back; on CPU as wide as the longest. kv_block, q_block,
-            first: what the lists say of themselves.
+            first: what the lists say of themselves. choose: a backend's own way, which gives the same.
 
     Raises:
         PatternError: a measure or a behaviour that is not one of these, or ``at_most`` below 1.
@@ -82,7 +85,8 @@ def top_p(
         missed = ~(sums[..., -1:] >= p)  # NaN reaches nothing
         return torch.where(missed, chosen if unmet == "all" else torch.zeros_like(chosen), table)
 
-    return _by_rows(source, candidates, pick, forced, at_most, (q_block, kv_block, first))
+    rule = Rule("top_p", share=p, measure=measure, inclusive=inclusive, unmet=unmet, forced_in_mass=forced_in_mass)
+    return _by_rows(source, candidates, pick, forced, at_most, (q_block, kv_block, first), _own(choose, rule, at_most))
 
 
 @torch.no_grad()
@@ -97,6 +101,7 @@ def threshold(
     kv_block: int = 1,
     q_block: int = 1,
     first: int = 0,
+    choose: Choose | None = None,
 ) -> SelectedBlocks:
     """The blocks of each row whose score, or mass, is at least ``least``; the forced ones beside them. Arguments as of :func:`top_p`.
 
@@ -110,7 +115,13 @@ def threshold(
         mass = scores if measure == "score" else _mass(scores, measure)
         return (mass >= least) & (scores != float("-inf"))
 
-    return _by_rows(source, candidates, pick, forced, at_most, (q_block, kv_block, first))
+    rule = Rule("threshold", share=least, measure=measure)
+    return _by_rows(source, candidates, pick, forced, at_most, (q_block, kv_block, first), _own(choose, rule, at_most))
+
+
+def _own(choose: Choose | None, rule: Rule, at_most: int | None) -> Any:
+    """A backend's own way to follow a rule; none, where lists are bounded beside it."""
+    return None if choose is None or at_most is not None else functools.partial(choose, rule=rule)
 
 
 def _by_rows(
@@ -120,8 +131,9 @@ def _by_rows(
     forced: PairRule | None,
     at_most: int | None,
     says: tuple[int, int, int],
+    choose: Any,
 ) -> SelectedBlocks:
-    """``pick(scores, forced)`` of a few rows at a time, made into lists."""
+    """``pick(scores, forced)`` of a few rows at a time, made into lists; or what ``choose`` picks."""
     candidates = candidates or Candidates()
     batch, heads, rows, blocks = source.shape
     lists, counts = [], []
@@ -132,8 +144,18 @@ def _by_rows(
             counts.append(torch.zeros((batch, heads, some.stop - some.start), dtype=torch.int32, device=source.device))
             lists.append(counts[-1].new_empty((*counts[-1].shape, 0)))
             continue
-        scores = candidates.scored(source, some, tile)
-        named = None if forced is None else candidates.within(forced, some, tile, scores)
+        width = tile.stop - tile.start
+        found = None if choose is None else choose(source, candidates, forced, rows=some, start=0, width=width)
+        if found is None:
+            scores = candidates.scored(source, some, tile)
+            named = None if forced is None else candidates.within(forced, some, tile, scores)
+            if choose is not None:
+                rule, every = None if named is None else TableRule(named), slice(0, scores.shape[2])
+                found = choose(TensorScores(scores), Candidates(), rule, rows=every, start=tile.start, width=width)
+        if found is not None:
+            counts.append(found[1])
+            lists.append(found[0][..., : int(found[1].max()) if found[1].numel() else 0])
+            continue
         table = pick(scores, named)
         table = table if named is None else table | named
         if at_most is not None and at_most < table.shape[-1]:

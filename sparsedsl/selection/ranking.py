@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from typing import Any
 
 import torch
 
 from sparsedsl.errors import PatternError
-from sparsedsl.selection.candidates import Candidates, PairRule
+from sparsedsl.selection.candidates import Candidates, PairRule, TableRule
+from sparsedsl.selection.choosing import Choose, Rule
 from sparsedsl.selection.chunking import cut
-from sparsedsl.selection.scores import ScoreSource
+from sparsedsl.selection.scores import ScoreSource, TensorScores
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.selection.stable_topk import ascending, best, lists_of_rows
 
-__all__ = ["Rank", "top_k"]
+__all__ = ["top_k"]
 
 Tensor = torch.Tensor
-# Scores, k, width of the lists, number of the first block, more than k -> lists, counts: see `lists_of_rows`.
-Rank = Callable[[Tensor, int, int, int, "Tensor | None"], "tuple[Tensor, Tensor]"]
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def top_k(
     kv_block: int = 1,
     q_block: int = 1,
     first: int = 0,
-    rank: Rank = lists_of_rows,
+    choose: Choose | None = None,
 ) -> SelectedBlocks:
     """The ``k`` blocks of the greatest scores of each row, ascending; all of them where there are fewer; nothing where there is none.
 
@@ -48,7 +48,7 @@ def top_k(
         forced_extra: forced blocks come on top of the k, and this is how many a row has at most; of more the lowest stay.
         kv_block, q_block, first: what the lists say of themselves (:class:`~sparsedsl.selection.selected_blocks.SelectedBlocks`).
 
-        rank: what finds the best of rows whose scores are all there at once; all of them find the same.
+        choose: a backend's own way, which gives the same.
 
     Returns:
         Lists of width ``min(k, U)``, or ``min(k, U) + min(forced_extra, U)``.
@@ -70,14 +70,19 @@ def top_k(
         )
     candidates = candidates or Candidates()
     batch, heads, rows, blocks = source.shape
-    r, u = source.tile(3)
     width = min(k, blocks) + min(forced_extra or 0, blocks)
+    choose = None if choose is None else functools.partial(choose, rule=Rule("top_k", min(k, blocks), forced_extra is not None), width=width)
+    if choose is not None and (forced_extra is None or forced_extra >= blocks):
+        found = choose(source, candidates, forced, rows=slice(0, rows), start=0)
+        if found is not None:
+            return SelectedBlocks(*found, q_block=q_block, kv_block=kv_block, blocks=blocks, first=first)
+    r, u = source.tile(3)
     indices = torch.full((batch, heads, rows, width), -1, dtype=torch.int32, device=source.device)
     counts = torch.zeros((batch, heads, rows), dtype=torch.int32, device=source.device)
     for some in cut(0, rows, r):
         low, high = candidates.span(some, blocks)
         if high - low <= u and source.device.type == "cpu":  # elsewhere nothing is read back
-            found = _at_once(source, candidates, some, slice(low, high), k, forced, forced_extra, width, rank)
+            found = _at_once(source, candidates, some, slice(low, high), k, forced, forced_extra, width, choose)
             if found is not None:
                 indices[:, :, some], counts[:, :, some] = found
                 continue
@@ -102,7 +107,7 @@ def top_k(
 
 def _at_once(
     source: ScoreSource, candidates: Candidates, rows: slice, blocks: slice, k: int, forced: PairRule | None, forced_extra: int | None,
-    width: int, rank: Rank,
+    width: int, choose: Any,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """Lists and counts of some rows, all of whose candidates lie in ``blocks``; None where there is none, or too many are forced."""
     if blocks.start >= blocks.stop:
@@ -110,14 +115,18 @@ def _at_once(
     scores, extra = candidates.scored(source, rows, blocks), None
     if forced is not None:
         named = candidates.within(forced, rows, blocks, scores)
-        most = torch.finfo(scores.dtype).max
-        scores.nan_to_num_(nan=most, posinf=most, neginf=float("-inf"))  # nothing comes before what is forced
-        scores.masked_fill_(named, float("inf"))
         if forced_extra is not None:
             extra = named.sum(-1, dtype=torch.int32)
             if int(extra.max()) > forced_extra:
                 return None
-    return rank(scores, k, width, blocks.start, extra)
+        if choose is None:
+            most = torch.finfo(scores.dtype).max
+            scores.nan_to_num_(nan=most, posinf=most, neginf=float("-inf"))  # nothing comes before what is forced
+            scores.masked_fill_(named, float("inf"))
+    if choose is not None:
+        rule = None if forced is None else TableRule(named)
+        return choose(TensorScores(scores), Candidates(), rule, rows=slice(0, scores.shape[2]), start=blocks.start)
+    return lists_of_rows(scores, k, width, blocks.start, extra)
 
 
 class _Ranking:

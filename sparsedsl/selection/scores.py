@@ -62,12 +62,12 @@ class ScoreSource(ABC):
         """Scratch memory that one (row, picked block) takes in :meth:`at` and its backward pass, over all batch entries and heads."""
         return self.cell_bytes
 
-    @functools.cached_property
+    @property
     def row_bytes(self) -> int:
         """Scratch memory that a row takes where its tensors are cast, over all batch entries and heads."""
         return self._line_bytes("rows")
 
-    @functools.cached_property
+    @property
     def block_bytes(self) -> int:
         """The same of a block."""
         return self._line_bytes("blocks")
@@ -115,12 +115,12 @@ class ScoreSource(ABC):
         """The scores of some rows and blocks, ``(batch, heads, r, u)``."""
         return self.narrowed(rows, blocks).scores()
 
-    @functools.cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """float32 or float64."""
         return torch.float64 if any(leaf.tensor.dtype == torch.float64 for leaf in self.leaves()) else torch.float32
 
-    @functools.cached_property
+    @property
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.leaves()[0].tensor.device

@@ -9,10 +9,10 @@ import torch
 
 from sparsedsl.backends.cpp.attention import CppKernel
 from sparsedsl.backends.cpp.build import compiler
+from sparsedsl.backends.cpp.choosing import can_choose, choose_blocks
 from sparsedsl.backends.cpp.libraries import fixed_library, fixed_pass, native, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.prepared import READY
-from sparsedsl.backends.cpp.ranking import can_rank, lists_of_rows
 from sparsedsl.backends.cpp.scan_linear import linear_scan
 from sparsedsl.backends.cpp.scan_slots import slot_scan
 from sparsedsl.backends.cpp.selected import along_lists, preparer_of, selected_attention
@@ -21,7 +21,7 @@ from sparsedsl.codegen.to_cpp import CppVariant, cpp_source
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.request import Request
-from sparsedsl.selection.ranking import Rank
+from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["CPP"]
@@ -79,9 +79,9 @@ class CppBackend(Backend):
         """A scan of gated slots."""
         return slot_scan(*tensors, **words)
 
-    def rank(self, device: torch.device) -> Rank | None:
+    def chooser(self, device: torch.device) -> Choose | None:
         """Where there is a compiler."""
-        return lists_of_rows if device.type == "cpu" and can_rank(compiler()) else None
+        return choose_blocks if device.type == "cpu" and can_choose(compiler()) else None
 
     def source(self, request: Request) -> str:
         """The masks and scores of attention along lists."""

@@ -14,7 +14,7 @@ from torch.nn import functional
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.cpp.attention import block_of, rows_without_gaps
 from sparsedsl.backends.cpp.call_bytes import place_of
-from sparsedsl.backends.cpp.libraries import fixed_pass, fixed_width
+from sparsedsl.backends.cpp.libraries import fixed_library, fixed_pass, fixed_width
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.prepared import Prepared, Preparer
 from sparsedsl.backends.tiled import selected_work as tiled
@@ -112,7 +112,8 @@ def _turned(q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch
     size, lists = 64 // real.itemsize, blocks.indices.shape
     if lists[2] * lists[3] * q.shape[1] < LIMITS.now.worth_turning * kv_heads * blocks.blocks:
         return [None, None]
-    entries = batch * kv_heads * blocks.blocks * _whole(blocks.kv_block, size)
+    columns = fixed_library("selected", real == torch.float64).turned_columns(blocks.kv_block)
+    entries = batch * kv_heads * blocks.blocks * columns
     found: list[Tensor | None] = [torch.empty(entries * q.shape[3], dtype=real)]
     if not rows:
         return [*found, torch.empty(entries * width, dtype=real)]

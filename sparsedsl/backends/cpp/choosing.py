@@ -1,0 +1,192 @@
+"""Choosing blocks in C++: from what scores are made of to the lists of a row, a few rows at a time."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from dataclasses import dataclass, field
+
+import torch
+
+from sparsedsl.backends.cpp.call_bytes import KINDS, place_of
+from sparsedsl.backends.cpp.libraries import fixed_library, parallel
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.selection.candidates import Candidates, IntervalRule, PairRule, TableRule, Within
+from sparsedsl.selection.choosing import Rule
+from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
+from sparsedsl.selection.derived_scores import RegroupedScores, SoftmaxScores
+from sparsedsl.selection.scores import DotScores, ScoreSource, TensorScores
+
+__all__ = ["can_choose", "choose_blocks"]
+
+Tensor = torch.Tensor
+# As in codegen/cpp/choosing.cpp.
+_DOT, _CELLS, _ADD, _GROUP, _REGROUP, _SOFTMAX = range(6)
+_HOWS = {"sum": 0, "mean": 1, "max": 2}
+_RULES = {"top_k": 0, "top_p": 1, "threshold": 2}
+_MEASURES = {"score": 0, "softmax": 1, "share": 2}
+_NO_LIMITS = (0,) * 11
+
+
+@functools.lru_cache(maxsize=8)
+def can_choose(path: str | None) -> bool:
+    """Whether it can be built here. ``path``: of the compiler."""
+    try:
+        fixed_library("choosing", False)
+    except UnsupportedError:
+        return False
+    return True
+
+
+class _NotHere(Exception):
+    """Scores or a rule of another kind."""
+
+
+@dataclass
+class _Writer:
+    """What the compiled code is told of some rows. ``held``: the tensors that the numbers point at."""
+
+    real: torch.dtype
+    batch: int
+    steps: list[bytes] = field(default_factory=list)
+    held: list[Tensor] = field(default_factory=list)
+
+    def place(self, t: Tensor) -> int:
+        """Where a tensor lies, which is kept until the call is over."""
+        self.held.append(t)
+        return t.data_ptr()
+
+    # ---- limits --------------------------------------------------------------------------------------------------------------------
+
+    def limits(self, candidates: Candidates, rows: slice) -> tuple[int, ...]:
+        """The fields of ``Limits``."""
+        fields: list[int] = []
+        strides: list[int] = []
+        for limit in (candidates.begin, candidates.end):
+            if limit is None:
+                fields.append(0)
+                strides += [0, 0]
+                continue
+            part = limit[(None,) * (3 - limit.ndim)][..., rows].to(torch.int32).contiguous()
+            fields.append(self.place(part))
+            strides += _steps(part)
+        return (*fields, *strides, *self.spans(candidates.allowed, rows))
+
+    def spans(self, rule: PairRule | None, rows: slice) -> tuple[int, ...]:
+        """Its last fields: ranges of blocks, of each row as many."""
+        if rule is None:
+            return (0,) * 5
+        if not isinstance(rule, IntervalRule):
+            raise _NotHere
+        firsts, lasts = [], []
+        for first, last in rule.ends:
+            first, last = torch.broadcast_tensors(first[:, :, rows], last[:, :, rows])
+            there = last >= 0
+            firsts.append(_by_row(torch.div(first, rule.kv_block, rounding_mode="floor"), rule.heads))
+            lasts.append(_by_row(torch.div(last, rule.kv_block, rounding_mode="floor").masked_fill(~there, -1), rule.heads))
+        first, last = (torch.cat(torch.broadcast_tensors(*parts), dim=3).to(torch.int32).contiguous() for parts in (firsts, lasts))
+        return self.place(first), self.place(last), first.shape[3], *_steps(first)
+
+    # ---- scores --------------------------------------------------------------------------------------------------------------------
+
+    def step(
+        self, kind: int, heads: int, blocks: int, *, of: tuple[int, int] = (0, 0), how: str = "sum", size: int = 0,
+        scales: tuple[float, float] = (1.0, 1.0), rest: tuple[int, ...] = (0,) * 16, limits: tuple[int, ...] = _NO_LIMITS,
+    ) -> int:  # fmt: skip
+        """One more, and its number."""
+        self.steps.append(struct.pack("=7q2d27q", kind, *of, heads, blocks, _HOWS[how], size, *scales, *rest, *limits))
+        return len(self.steps) - 1
+
+    def scores(self, source: ScoreSource, rows: slice, blocks: int) -> int:
+        """The steps of some rows of a source; ``blocks``: how many are asked of it."""
+        heads = source.shape[1]
+        match source:
+            case DotScores(a, b, scale):
+                return self.dot(a, b, scale, rows, blocks, both=False)
+            case BoundScores(q, low, high, scale):
+                return self.dot(q, torch.cat([high, low], dim=3), scale, rows, blocks, both=True)
+            case TensorScores(values):
+                cells = values.to(self.real)
+                cells = cells if cells.shape[2] == 1 else cells[:, :, rows]
+                strides = [0 if size == 1 else stride for size, stride in zip(cells.shape, cells.stride(), strict=True)]
+                return self.step(_CELLS, heads, blocks, rest=(*(0,) * 10, 0, self.place(cells), *strides))
+            case SumScores(sources, factors):
+                factors = factors or (1.0,) * len(sources)
+                number, before, scale = self.scores(sources[0], rows, blocks), sources[0].shape[1], factors[0]
+                if len(sources) == 1:
+                    zero = self.scores(TensorScores(torch.zeros((1, 1, 1, 1), dtype=self.real)), rows, blocks)
+                    return self.step(_ADD, heads, blocks, of=(number, zero), scales=(scale, 1.0))
+                for other, factor in zip(sources[1:], factors[1:], strict=True):
+                    second, before = self.scores(other, rows, blocks), max(before, other.shape[1])
+                    number = self.step(_ADD, before, blocks, of=(number, second), scales=(scale, factor))
+                    scale = 1.0
+                return number
+            case GroupedScores(inner, _, how):
+                return self.step(_GROUP, heads, blocks, of=(self.scores(inner, rows, blocks), 0), how=how)
+            case RegroupedScores(inner, size, how):
+                fine = min(blocks * size, inner.shape[3])
+                return self.step(_REGROUP, heads, blocks, of=(self.scores(inner, rows, fine), 0), how=how, size=size)
+            case SoftmaxScores(inner, None, candidates, (0, 0)):
+                limits = self.limits(candidates, rows)
+                return self.step(_SOFTMAX, heads, blocks, of=(self.scores(inner, rows, blocks), 0), limits=limits)
+        raise _NotHere
+
+    def dot(self, a: Tensor, b: Tensor, scale: float, rows: slice, blocks: int, *, both: bool) -> int:
+        """Products of rows and columns."""
+        if a.shape[0] != self.batch or a.shape[2] < rows.stop or b.shape[2] < blocks:  # one serves all
+            raise _NotHere
+        if KINDS.get(a.dtype, 0) == 0 and a.dtype != self.real:
+            a = a.to(self.real)
+        a = a[:, :, rows]
+        a = a if a.stride(3) == 1 else a.contiguous()
+        batch, heads, blocks, width = b.shape
+        row = -(-blocks // 16) * 16
+        turned = torch.zeros((batch, heads, width, row), dtype=self.real)
+        turned[..., :blocks] = b.mT
+        self.held.append(a)
+        rest = (*place_of(a), KINDS[a.dtype], a.shape[1], a.shape[3], int(both), self.place(turned), heads, row, *(0,) * 5)
+        return self.step(_DOT, max(a.shape[1], heads), blocks, scales=(scale, 1.0), rest=rest)
+
+
+def _steps(t: Tensor) -> tuple[int, int]:
+    """From one batch entry and head to the next; 0 where one serves all."""
+    return 0 if t.shape[0] == 1 else t.stride(0), 0 if t.shape[1] == 1 else t.stride(1)
+
+
+def _by_row(ends: Tensor, heads: int) -> Tensor:
+    """``(B, H, R, Q)`` -> of each row those of all its queries and of all heads of a group, ``(B, 1 or heads, R, ..)``."""
+    if ends.shape[1] not in (1, heads):
+        ends = ends.unflatten(1, (heads, -1)).permute(0, 1, 3, 2, 4).flatten(3)
+    return ends
+
+
+def choose_blocks(
+    source: ScoreSource, candidates: Candidates, forced: PairRule | None, rule: Rule, rows: slice, start: int, width: int
+) -> tuple[Tensor, Tensor] | None:
+    """See :data:`sparsedsl.selection.choosing.Choose`."""
+    batch, heads, _, blocks = source.shape
+    size = (batch, heads, rows.stop - rows.start)
+    indices, counts = torch.empty((*size, width), dtype=torch.int32), torch.empty(size, dtype=torch.int32)
+    writer = _Writer(source.dtype, batch)
+    within = isinstance(forced, Within) and forced.allowed is candidates.allowed
+    named, spans = 0, (0,) * 5
+    try:
+        limits = writer.limits(candidates, rows)
+        if isinstance(forced, TableRule):
+            named = writer.place(forced.table.expand(*size, blocks).contiguous())
+        else:
+            spans = writer.spans(forced.rule if isinstance(forced, Within) and within else forced, rows)
+        writer.scores(source, rows, blocks)
+    except _NotHere:
+        return None
+    if not counts.numel():
+        return indices, counts
+    call = struct.pack(
+        "=34qd10q", writer.place(torch.frombuffer(bytearray(b"".join(writer.steps)), dtype=torch.uint8)), len(writer.steps),
+        batch, size[2], blocks, heads, *limits, int(forced is not None), *_NO_LIMITS[:6], *spans, named, int(within), _RULES[rule.name],
+        rule.k, int(rule.extra), rule.share, _MEASURES[rule.measure], int(rule.inclusive), int(rule.unmet == "all"),
+        int(rule.forced_in_mass), start, width, indices.data_ptr(), counts.data_ptr(), torch.get_num_threads(), parallel(),
+    )  # fmt: skip
+    if fixed_library("choosing", writer.real == torch.float64).choose_blocks(call) < 0:
+        raise MemoryError("choosing blocks found no memory for a row of scores")
+    return indices, counts

@@ -1,0 +1,39 @@
+"""How a row chooses among its blocks, as data; and what a backend may offer that does all of it in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sparsedsl.selection.candidates import Candidates, PairRule
+from sparsedsl.selection.scores import ScoreSource
+
+__all__ = ["Choose", "Rule"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``top_k``: the ``k`` best, and with ``extra`` what is forced beside them. ``top_p``: as many as hold ``share`` of the mass.
+    ``threshold``: those of ``share`` at least. What the rest means: :func:`~sparsedsl.selection.mass.top_p`."""
+
+    name: Literal["top_k", "top_p", "threshold"]
+    k: int = 0
+    extra: bool = False
+    share: float = 0.0
+    measure: Literal["score", "softmax", "share"] = "score"
+    inclusive: bool = True
+    unmet: Literal["all", "none"] = "all"
+    forced_in_mass: bool = False
+
+
+Choose = Callable[
+    [ScoreSource, Candidates, "PairRule | None", Rule, slice, int, int], "tuple[Tensor, Tensor] | None"
+]
+"""``(source, candidates, forced, rule, rows, start, width)`` -> the lists of some rows, ascending, ``(B, H, r, width)`` int32, -1 after the
+end, and how many each has, ``(B, H, r)`` int32. ``start``: what the first block is called. None: it cannot make scores or follow rules of
+this kind itself; then it is asked again with the scores as they are (``TensorScores``) and a table of what is forced."""
