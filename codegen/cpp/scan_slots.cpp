@@ -30,21 +30,23 @@ static inline real sum_of(Vector x) {
 
 struct Bank {
     const Slots *c;
-    i64 wide, broad, broad_v, size;  // slots, head_dim and head_dim_v in whole vectors; of a state
-    real *q, *grad, *k, *v, *share, *weights, *slopes, *out;
+    i64 group, wide, broad, broad_v, size;  // heads; slots, head_dim and head_dim_v in whole vectors; of a state
+    real *k, *v, *share, *q, *grad, *weights, *slopes, *out;  // from q on a row for each head of the group
 
     static i64 state_size(const Slots *c) {
         return whole_vectors(c->head_dim) * whole_vectors(c->slots) + c->slots * whole_vectors(c->head_dim_v);
     }
     static i64 size_of(const Slots *c) {
-        return 2 * whole_vectors(c->head_dim) + 3 * whole_vectors(c->head_dim_v) + 3 * whole_vectors(c->slots) + 16 * WIDTH;
+        i64 rows = whole_vectors(c->head_dim) + 2 * whole_vectors(c->head_dim_v) + 2 * whole_vectors(c->slots);
+        return whole_vectors(c->head_dim) + whole_vectors(c->head_dim_v) + whole_vectors(c->slots) + c->heads / c->kv_heads * rows + 16 * WIDTH;
     }
     Bank(const Slots *c, real *at_) : c(c) {
         real *here = at_;
         auto take = [&](i64 n) { real *to = here; here += whole_vectors(n); return to; };
         wide = whole_vectors(c->slots), broad = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v), size = state_size(c);
-        q = take(broad), k = take(broad), grad = take(broad_v), v = take(broad_v), out = take(broad_v);
-        share = take(wide), weights = take(wide), slopes = take(wide);
+        group = c->heads / c->kv_heads, k = take(broad), v = take(broad_v), share = take(wide);
+        q = take(group * broad), grad = take(group * broad_v), out = take(group * broad_v);
+        weights = take(group * wide), slopes = take(group * wide);
     }
     real *values(real *state) const { return state + broad * wide; }
     const real *values(const real *state) const { return state + broad * wide; }
@@ -98,67 +100,59 @@ struct Bank {
             }
     }
 
-    // The weights of the slots for the query in `q`; its LSE.
-    double weigh(const real *state) const {
-        for (i64 m = 0; m < wide; m += WIDTH) {
-            Vector sum = {};
-            for (i64 d = 0; d < c->head_dim; d++) sum += q[d] * at(state + d * wide + m);
-            put(weights + m, sum * (real)LOG2E);
+    // The weights of the slots for the queries of a group, and their LSE where it is wanted.
+    void weigh(i64 b, i64 kv_head, i64 at_row, const real *state, real *lse) const {
+        for (i64 g = 0; g < group; g++) row(c->q, c->head_dim, b, kv_head * group + g, at_row, (real)c->scale, q + g * broad);
+        product<false>(group, wide, c->head_dim, q, broad, 1, state, wide, weights, wide);
+        for (i64 g = 0; g < group; g++) {
+            real *of = weights + g * wide;
+            for (i64 m = c->slots; m < wide; m++) of[m] = LOWEST;
+            Vector peaks = at(of), total = {};
+            for (i64 m = WIDTH; m < wide; m += WIDTH) peaks = at(of + m) > peaks ? at(of + m) : peaks;
+            real peak = peaks[0];
+            for (int i = 1; i < WIDTH; i++) peak = peaks[i] > peak ? peaks[i] : peak;
+            for (i64 m = 0; m < wide; m += WIDTH) {
+                Vector p = power_of_two((at(of + m) - peak) * (real)LOG2E);
+                total += p;
+                put(of + m, p);
+            }
+            real sum = sum_of(total), part = 1 / sum;
+            for (i64 m = 0; m < wide; m += WIDTH) put(of + m, at(of + m) * part);
+            if (lse) lse[g * c->rows] = peak + (real)__builtin_log((double)sum);
         }
-        real peak = weights[0];
-        for (i64 m = 1; m < c->slots; m++) peak = weights[m] > peak ? weights[m] : peak;
-        for (i64 m = c->slots; m < wide; m++) weights[m] = LOWEST;
-        Vector total = {};
-        for (i64 m = 0; m < wide; m += WIDTH) {
-            Vector p = power_of_two(at(weights + m) - peak);
-            total += p;
-            put(weights + m, p);
-        }
-        real sum = sum_of(total);
-        for (i64 m = 0; m < wide; m += WIDTH) put(weights + m, at(weights + m) / sum);
-        return peak * LN2 + __builtin_log((double)sum);
     }
 
     // The results of one query for all heads of the group.
     bool ask(i64 b, i64 kv_head, i64 at_row, const real *state) const {
-        bool finite = true;
-        for (i64 g = 0, group = c->heads / c->kv_heads; g < group; g++) {
-            i64 head = kv_head * group + g;
-            real *lse = c->lse + (b * c->heads + head) * c->rows + at_row;
-            for (i64 j = 0; j < broad_v; j += WIDTH) put(out + j, Vector{});
-            if (sees(b, kv_head, at_row)) {
-                row(c->q, c->head_dim, b, head, at_row, (real)c->scale, q);
-                *lse = weigh(state);
-                for (i64 m = 0; m < c->slots; m++)
-                    for (i64 j = 0; j < broad_v; j += WIDTH) put(out + j, at(out + j) + weights[m] * at(values(state) + m * broad_v + j));
-                Vector wrong = {};
-                for (i64 j = 0; j < broad_v; j += WIDTH) wrong += at(out + j) * (real)0;
-                for (int i = 0; i < WIDTH; i++) finite &= wrong[i] == 0;
-            } else {
-                *lse = c->masked ? (double)LOWEST : __builtin_log((double)c->slots);
-            }
-            narrow(out, c->kind, c->head_dim_v,
-                   (char *)c->out.first + (b * c->out.batch + head * c->out.head + at_row * c->out.row) * element_bytes(c->kind));
+        real *lse = c->lse + (b * c->heads + kv_head * group) * c->rows + at_row;
+        if (sees(b, kv_head, at_row)) {
+            weigh(b, kv_head, at_row, state, lse);
+            product<false>(group, broad_v, c->slots, weights, wide, 1, values(state), broad_v, out, broad_v);
+        } else {
+            for (i64 j = 0; j < group * broad_v; j += WIDTH) put(out + j, Vector{});
+            for (i64 g = 0; g < group; g++) lse[g * c->rows] = c->masked ? (double)LOWEST : __builtin_log((double)c->slots);
         }
+        Vector wrong = {};
+        for (i64 j = 0; j < group * broad_v; j += WIDTH) wrong += at(out + j) * (real)0;
+        bool finite = true;
+        for (int i = 0; i < WIDTH; i++) finite &= wrong[i] == 0;
+        for (i64 g = 0; g < group; g++)
+            narrow(out + g * broad_v, c->kind, c->head_dim_v, (char *)c->out.first + (b * c->out.batch + (kv_head * group + g) * c->out.head +
+                                                                                       at_row * c->out.row) * element_bytes(c->kind));
         return finite;
     }
 
     // The gradients of one query: those of q written, those of the slots added to `change`.
     void answer(i64 b, i64 kv_head, i64 at_row, const real *state, real *change) const {
         if (!sees(b, kv_head, at_row)) return;
-        for (i64 g = 0, group = c->heads / c->kv_heads; g < group; g++) {
+        weigh(b, kv_head, at_row, state, nullptr);
+        for (i64 g = 0; g < group; g++) {
             i64 head = kv_head * group + g, line = (b * c->heads + head) * c->rows + at_row;
-            row(c->q, c->head_dim, b, head, at_row, (real)c->scale, q);
+            real *grad = this->grad + g * broad_v, *weights = this->weights + g * wide, *slopes = this->slopes + g * wide, mean = 0;
             row(c->grad_out, c->head_dim_v, b, head, at_row, 1, grad);
-            weigh(state);
-            real mean = 0;
             for (i64 m = 0; m < c->slots; m++) {
                 Vector sum = {};
-                real *to = values(change) + m * broad_v;
-                for (i64 j = 0; j < broad_v; j += WIDTH) {
-                    sum += at(values(state) + m * broad_v + j) * at(grad + j);
-                    put(to + j, at(to + j) + weights[m] * at(grad + j));
-                }
+                for (i64 j = 0; j < broad_v; j += WIDTH) sum += at(values(state) + m * broad_v + j) * at(grad + j);
                 slopes[m] = sum_of(sum);
                 mean += weights[m] * slopes[m];
             }
@@ -166,13 +160,12 @@ struct Bank {
             for (i64 m = 0; m < wide; m++) slopes[m] = m < c->slots ? weights[m] * (slopes[m] - mean + by_lse) : 0;
             for (i64 d = 0; d < c->head_dim; d++) {
                 Vector sum = {};
-                for (i64 m = 0; m < wide; m += WIDTH) {
-                    sum += at(slopes + m) * at(state + d * wide + m);
-                    put(change + d * wide + m, at(change + d * wide + m) + at(slopes + m) * q[d]);
-                }
+                for (i64 m = 0; m < wide; m += WIDTH) sum += at(slopes + m) * at(state + d * wide + m);
                 c->grad_q[line * broad + d] = sum_of(sum) * (real)c->scale;
             }
         }
+        product<true>(c->head_dim, wide, group, q, 1, broad, slopes, wide, change, wide);
+        product<true>(c->slots, broad_v, group, weights, 1, wide, grad, broad_v, values(change), broad_v);
     }
 
     // Back through the write of one key. `state`: before it (but for what a beginning forgets); `change`: of the slots after it, then before.
