@@ -20,7 +20,6 @@ from sparsedsl.lang.tables import TableRead
 
 __all__ = ["PairLoop", "braces"]
 
-_LANE = frozenset({Q_IDX, HEAD})
 # What is worth a place of its own; sums and products of indices are not.
 _WORK = (TableRead, sympy.floor, sympy.Mod, sympy.Function, sympy.Pow)
 
@@ -36,14 +35,16 @@ def braces(source: Source, header: str) -> Iterator[None]:
 class PairLoop:
     """Writes the loops over keys ``j`` and lanes ``i`` of a block.
 
-    ``lanes``: how many of them, as text. ``members``: symbols that say of each lane which choices selected the block. ``plain``: the names
+    ``lanes``: how many of them, as text. ``one_head``: whether all lanes are of one head, ``h``. ``members``: symbols that say of each lane which choices selected the block. ``plain``: the names
     within the loops without what was worked out before.
     """
 
     def __init__(
-        self, source: Source, names: CppNames, real: str, members: tuple[sympy.Symbol, ...] = (), *, lanes: str = "lanes->count"
-    ) -> None:
+        self, source: Source, names: CppNames, real: str, members: tuple[sympy.Symbol, ...] = (), *, lanes: str = "lanes->count",
+        one_head: bool = False,
+    ) -> None:  # fmt: skip
         self.source, self.plain, self.real, self.lanes, self.members = source, names, real, lanes, members
+        self.of_lane = {Q_IDX: "q_idx"} if one_head else {Q_IDX: "q_idx", HEAD: "h"}
 
     @contextmanager
     def over(self, *exprs: sympy.Basic) -> Iterator[list[str]]:
@@ -66,7 +67,8 @@ class PairLoop:
                 yield CppPrinter(replace(self.plain, replaced=known), self.real).write(source, list(exprs))
 
     def _lane(self) -> None:
-        self.source.line("[[maybe_unused]] const i64 q_idx = lanes->q_idx[i], h = lanes->h[i];")
+        own = ", ".join(f"{name} = lanes->{name}[i]" for name in self.of_lane.values())
+        self.source.line(f"[[maybe_unused]] const i64 {own};")
         for number, symbol in enumerate(self.members):
             self.source.line(f"[[maybe_unused]] const bool {symbol.name} = lanes->bits[i] >> {number} & 1;")
 
@@ -95,7 +97,7 @@ class PairLoop:
 
     def _kind(self, expr: sympy.Basic) -> str:
         free = expr.free_symbols
-        by_lane = bool(free & _LANE) or not free.isdisjoint(self.members)
+        by_lane = not free.isdisjoint(self.of_lane) or not free.isdisjoint(self.members)
         if SCORE in free or (KV_IDX in free and by_lane):
             return "pair"
         return "key" if KV_IDX in free else "lane" if by_lane else "block"

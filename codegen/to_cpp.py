@@ -146,6 +146,8 @@ class _Writer:
         self.members = member_symbols(variant.choices)
         found = None if pattern.mask.expr.free_symbols & set(self.members) else intervals(pattern.mask.expr)
         self.intervals = found
+        # Lists that heads do not share are those of strips of one head: see `Preparer`.
+        self.one_head = found is None and not variant.whole and HEAD in pattern.mask.expr.free_symbols
         self.learned = learned_reads(pattern)
         self.slots: list[Slot] = []
         self.tables: dict[str, TableNames] = {}
@@ -228,7 +230,7 @@ class _Writer:
         source.line("// Which pairs of a block attend: the others become -inf.")
         with self._function(source, f"void mask({_BLOCK}, real *tile)"):
             names = self._begin(source, self.pattern.mask.expr)
-            loop = PairLoop(source, names, "double", self.members)
+            loop = PairLoop(source, names, "double", self.members, one_head=self.one_head)
             with loop.over(self.pattern.mask.expr) as (text,):
                 source.line("real &pair = tile[j * lanes->count + i];")
                 source.line(f"pair = ({text}) ? pair : LOWEST;")
@@ -242,7 +244,7 @@ class _Writer:
         source.line("// The logits of a block, in units of log2, from its products.")
         with self._function(source, f"void score({_BLOCK}, real *tile)"):
             names = self._begin(source, expr)
-            loop = PairLoop(source, names, "real")
+            loop = PairLoop(source, names, "real", one_head=self.one_head)
             with loop.over(expr) as (text,):
                 source.line(f"tile[j * lanes->count + i] = ({text}) * (real)LOG2E;")
         return True
@@ -256,7 +258,7 @@ class _Writer:
         with self._function(source, f"void slope({_BLOCK}, real *tile, real *slope)"):
             change = derivative(expr)
             names = self._begin(source, expr, change)
-            loop = PairLoop(source, names, "real")
+            loop = PairLoop(source, names, "real", one_head=self.one_head)
             with loop.over(expr, change) as (text, slope):
                 source.line(f"tile[j * lanes->count + i] = ({text}) * (real)LOG2E;")
                 source.line(f"slope[j * lanes->count + i] = {slope};")
@@ -270,7 +272,7 @@ class _Writer:
         with self._function(source, f"void gains({_BLOCK}, const real *tile, const real *change, double *sums)"):
             slopes = [derivative(self.pattern.score.expr, one.read) for one in self.learned]
             names = self._begin(source, *slopes, *(sympy.Tuple(*one.read.args) for one in self.learned))
-            loop = PairLoop(source, names, "real", lanes="lanes->used")
+            loop = PairLoop(source, names, "real", lanes="lanes->used", one_head=self.one_head)
             with loop.over(*slopes) as texts:
                 source.line("const real here = change[j * lanes->count + i];")
                 source.line("if (here == 0) continue;")
@@ -305,6 +307,8 @@ class _Writer:
         for symbol, text in texts.items():
             if symbol in free and symbol.name not in own:
                 source.line(f"const i64 {symbol.name} = {text};")
+        if self.one_head and HEAD in free and not own:
+            source.line("const i64 h = lanes->h[0];")
         read = dict.fromkeys(r.spec.name for expr in exprs for r in table_reads(expr))
         for name in [name for name in self.pattern.tables if name in read or name in {r.spec.name for r in self._gained(exprs)}]:
             slot = next(slot for slot in self.slots if slot.kind == "table" and slot.name == name)

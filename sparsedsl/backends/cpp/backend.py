@@ -49,9 +49,9 @@ class CppBackend(Backend):
         return _refusal_of_scan(request.work, double, compiler())
 
     def preference(self, request: Request) -> int:
-        """First on CPU where it is worth the compiler's second. Choices of programs are tables that are new at every call."""
+        """First on CPU where it is worth the compiler's second."""
         facts = request.facts
-        if facts.device != "cpu" or request.new_tables:
+        if facts.device != "cpu":
             return 0
         if request.work in ("linear", "slots"):
             return 30

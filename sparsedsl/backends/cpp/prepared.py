@@ -134,7 +134,7 @@ class Preparer:
         """Queries and heads of a strip; 0 leaves them to the compiled code. Lists of one head serve no other if the mask reads the head."""
         if self._lists is None or self.source().intervals is not None:
             return 0, 0
-        if HEAD in self.pattern.mask.expr.free_symbols:
+        if HEAD in self.source().pattern.mask.expr.free_symbols:  # as the generated code takes it to be
             heads = 1
         else:
             heads = max(n for n in range(1, 5) if call.group % n == 0)
