@@ -35,23 +35,20 @@ CLAIMS = (
     Claim("NHA", "time by length", "near-linear", "GPU not said", ("nha", "growth")),
     Claim("HSA", "time by length, beside FlashAttention-3", "faster at long lengths only", "H800", ("hsa", "growth")),
     Claim("Ring", "prefill, speed-up over dense at 128K (model)", "about 8 x", "GPU not said", ("ring", "speed")),
-    Claim("Ring", "state a layer, 16 heads of 128 x 128", "1 MiB", "float32", ("ring", "state")),
 )
 
 
-def claims_text(records: Sequence[Mapping[str, Any]], state_bytes: int | None = None) -> str:
+def claims_text(records: Sequence[Mapping[str, Any]]) -> str:
     """What the papers say beside what was measured here, at the longest length. Other machines, other models: not the same question."""
     rows = []
     for claim in CLAIMS:
         system, kind = claim.of
         own = sorted((record for record in records if record["system"] == system), key=lambda record: record["length"])
-        rows.append([f"{claim.system}: {claim.what}", claim.figure, claim.hardware, _here(kind, own, state_bytes)])
+        rows.append([f"{claim.system}: {claim.what}", claim.figure, claim.hardware, _here(kind, own)])
     return measure.markdown(["paper", "figure", "hardware", "here, this machine"], rows)
 
 
-def _here(kind: str, own: Sequence[Mapping[str, Any]], state_bytes: int | None) -> str:
-    if kind == "state":
-        return "not measured" if state_bytes is None else measure.bytes_text(state_bytes)
+def _here(kind: str, own: Sequence[Mapping[str, Any]]) -> str:
     if not own:
         return "not measured"
     last = own[-1]

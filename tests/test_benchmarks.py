@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,80 +120,171 @@ def test_aot_resources_covers_the_library():
         as_pattern(declare())
 
 
-@pytest.mark.slow
-def test_attention_flex(tmp_path):
-    content, shown = run(
-        "attention_cpu.py", tmp_path / "attention.json", "--backend", "flex",
-        "--patterns", "causal_documents", "--lengths", "640", "--rounds", "1", "--keep-cache",
-    )  # fmt: skip
-    (record,) = content["records"]
-    assert content["benchmark"] == "attention_flex_640"
-    assert record["length"] == 640
-    assert record["largest_difference"] < 1e-5
-    assert record["seconds"].keys() == {"ours", "ours_total", "by_hand", "by_hand_total", "sdpa"}
-    assert record["first_seconds"].keys() == {"ours", "by_hand", "by_hand_mask"}
-    assert content["targets"][0]["what"] == "median kernel ratio"
-    assert shown.count("| documents, causal |") == 2
+# ---- cpu.py ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_attention_tiled(tmp_path):
+def test_cpu_patterns(tmp_path):
     content, shown = run(
-        "attention_cpu.py", tmp_path / "attention.json",
-        "--patterns", "chunked", "blocks25", "--lengths", "640", "--dims", "16", "--rounds", "1", "--keep-cache",
+        "cpu.py", tmp_path / "patterns.json", "patterns", "--works", "blocks10", "--lengths", "640", "--dims", "64", "--rounds", "1",
+        "--threads", "1",
     )  # fmt: skip
-    assert content["benchmark"] == "attention_tiled_640"
-    assert [record["pattern"] for record in content["records"]] == ["chunked", "blocks25"]
+    assert (content["benchmark"], content["lost"]) == ("cpu_patterns", [])
+    single, half = content["records"]
+    assert (single["dtype"], half["dtype"], single["length"], single["threads"]) == ("float32", "bfloat16", 640, 1)
+    assert single["largest_difference"] < 1e-5 < half["largest_difference"] < 0.1
+    assert single["median"].keys() == {"ours", "tiled", "flex", "sdpa", "product"}
+    assert half["median"].keys() == single["median"].keys() | {"own_float32"}
     for record in content["records"]:
-        assert (record["length"], record["head_dim"]) == (640, 16)
-        assert record["largest_difference"] < 1e-5
-        assert record["seconds"].keys() == record["first_seconds"].keys() == {"tiled", "flex", "sdpa"}
-        assert record["computed_over_allowed"] >= 1, "less computed than the pattern allows"
-        rate = 4 * 16 * record["pairs_computed"] / record["seconds"]["tiled"] / 1e9
-        assert math.isclose(rate, record["gflops"]["tiled"], rel_tol=1e-6)
-    first = content["first_calls"]
-    assert all(first[f"{method}_{state}_s"] > 0 for method in ("tiled", "flex") for state in ("empty", "filled"))
-    assert len(content["targets"]) == 4
-    assert all(target["what"] in shown for target in content["targets"])
-    assert content["rates"]["linear_gflops"]
+        assert math.isclose(record["rate_ratio"], record["useful_gflops"] / record["product_gflops"], rel_tol=1e-6)
+        assert record["over_ours"]["flex"] == record["median"]["flex"] / record["median"]["ours"]
+        assert record.keys() >= {"commit", "date", "load_average"}
+    pairs = single["useful_gflops"] * 1e9 * single["median"]["ours"] / (4 * 64 * 4)
+    triangles = 5 * 128 * 129 / 2  # blocks on the diagonal; of the 10 below, one is chosen
+    assert round(pairs) == triangles + 128 * 128
+    assert [goal["what"] for goal in single["goals"]] == ["flex / ours", "useful / product"]
+    assert [goal["what"] for goal in half["goals"]] == ["flex / ours", "own float32 / ours"]
+    assert len(content["targets"]) == 4 and all(target["what"] in shown for target in content["targets"])
+    assert shown.count("| block-sparse 10 %, causal | 640 | 64 |") == 2
 
 
 @pytest.mark.slow
-def test_attention_cpp(tmp_path):
-    content, shown = run(
-        "attention_cpu.py", tmp_path / "attention.json", "--backend", "cpp",
-        "--patterns", "blocks10", "--lengths", "640", "--dims", "64", "--rounds", "1", "--keep-cache",
-    )  # fmt: skip
+def test_cpu_training(tmp_path):
+    content, _ = run("cpu.py", tmp_path / "training.json", "training", "--works", "causal", "--lengths", "640", "--rounds", "1")
     (record,) = content["records"]
-    assert content["benchmark"] == "attention_cpp_640" and record["largest_difference"] < 1e-5
-    assert record["seconds"].keys() == {"cpp", "tiled", "flex", "sdpa", "product"}
-    rate = record["useful_gflops"] / record["product_gflops"]
-    assert math.isclose(rate, record["rate_ratio"], rel_tol=1e-6)
-    assert len(content["targets"]) == 3 and all(target["what"] in shown for target in content["targets"])
+    assert record["median"].keys() == {"ours", "tiled", "sdpa", "product"}
+    operations = record["useful_gflops"] * 1e9 * record["median"]["ours"]
+    assert math.isclose(operations, 14 * 64 * 4 * 640 * 641 / 2, rel_tol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["tiled", "flex"])
-def test_million(tmp_path, backend):
-    content, shown = run(
-        "attention_cpu.py", tmp_path / "million.json", "--backend", backend, "--million", "--lengths", "4500", "--rows", "4",
-    )  # fmt: skip
-    found = content["million"]
-    assert (found["length"], found["rows_checked"]) == (4500, 4)
-    assert found["largest_error_against_float64_reference"] < 1e-5
-    assert found["all_finite"]
-    assert "| lists or schedule, and kernel |" in shown
+def test_cpu_systems(tmp_path):
+    out, sizes = tmp_path / "systems.json", ("--lengths", "256", "--rounds", "1")
+    content, shown = run("cpu.py", out, "systems", "--works", "hsa", "ring", "tsa", *sizes)
+    assert [record["work"] for record in content["records"]] == ["hsa", "ring", "tsa"]
+    for record in content["records"]:
+        assert record["median"].keys() == {"ours", "tiled", "sdpa", "product"}
+        assert record["ideal"] > 0 and record["parts"]["attending"] > 0
+        assert (record["parts"]["moving"] > 0) == (record["work"] == "tsa")
+        assert (record["density"] is None) == (record["work"] == "ring")
+    assert "| HSA, 16 of 64 | 256 | 64 | float32 |" in shown
+    out.unlink()
+    content, shown = run("cpu.py", out, "systems", "--train", "--works", "ring", *sizes)
+    assert [record["train"] for record in content["records"]] == [True]
+    assert "| Ring-linear, forward and backward | 256 | 64 | float32 |" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "works", "length", "rows", "limits"),
+    [
+        ("decode", ("window", "hsa", "moba", "quest", "ring"), 2048, 5, []),
+        ("calls", ("pattern", "program_step"), 16, 2, [60.0, 150.0]),
+        ("first", ("moba",), 1024, 2, [2.5, 0.3]),
+        ("memory", ("causal", "quest"), 4096, 4, []),
+    ],
+)
+def test_cpu_parts(tmp_path, part, works, length, rows, limits):
+    content, shown = run("cpu.py", tmp_path / "part.json", part, "--works", *works, "--lengths", str(length), "--rounds", "1")
+    assert content["lost"] == []
+    records = content["records"]
+    assert len(records) == rows and {record["work"] for record in records} == set(works)
+    assert [goal["limit"] for record in records for goal in record["goals"]] == limits
+    assert all(record["median"]["ours"] > 0 and f"| {record['title']}" in shown for record in records)
+    if part == "calls":
+        assert all(0 < record["passes_s"] < record["median"]["ours"] for record in records)
+    if part == "first":
+        not_built, ready = (record["median"]["ours"] for record in records)
+        assert ready < not_built, "nothing was built, or nothing was kept"
+    if part == "memory":
+        assert [record["train"] for record in records] == [False, True] * 2
+        assert all(record["median"]["ours"] >= 0.9 * record["result"] for record in records), "less than the results take"
+        assert ["sdpa" in record["median"] for record in records] == [True, True, False, False]
+
+
+def test_dense_attention_of_long_texts_is_estimated_and_says_so(monkeypatch):
+    systems = load("cpu_systems")
+    monkeypatch.setattr(systems, "DENSE_TO", 128)
+    seen: list[int] = []
+    monkeypatch.setattr(sys.modules["measure"], "seconds", lambda action: (action(), 0.5)[1])
+    dense = systems.dense
+    monkeypatch.setattr(systems, "dense", lambda q, k, v: seen.append(q.shape[2]) or dense(q, k, v))
+    (record,) = systems.measure_system(systems.Job("systems", "hsa", 512, 16, "float32", 1))
+    assert set(seen) == {128}
+    assert record["estimated"].keys() == {"sdpa"} and "128" in record["estimated"]["sdpa"]
+    assert record["median"] == {"ours": 0.5, "tiled": 0.5, "sdpa": 8.0, "product": 0.5}, "not times the square of the ratio, 4"
+    assert record["over_ours"]["sdpa"] == 16.0
+    assert "| 500 ms | 500 ms |  | ~8 s | 1.00 |  | 16.00 |" in load("cpu_record").table([record])
+
+
+def test_goals_of_systems():
+    goal = load("cpu_systems").goal
+    assert (goal("hsa", 8192, 4.0), goal("nsa", 8192, 2.0)) == (2.8, 1.2)
+    assert (goal("quest", 8192, 2.0), goal("quest", 2048, 1.5)) == (1.0, 0.75), "half of the ideal"
+    assert (goal("quest", 4096, 2.1), goal("pbs", 8192, 2.1), goal("pbs", 8192, 1.9)) == (1.05, 1.0, 0.0)
+    assert (goal("nha", 8192, 36.0), goal("nha", 32768, 36.0), goal("ring", 8192, 64.0)) == (8.0, 1.0, 15.0)
+
+
+def test_slow_dense_attention_is_measured_once(monkeypatch):
+    record_of = load("cpu_record")
+    monkeypatch.setattr(record_of, "SLOW_S", 0.02)
+    calls: list[str] = []
+    actions = {"ours": lambda: calls.append("ours"), "sdpa": lambda: calls.append("sdpa") or time.sleep(0.03)}
+    record = record_of.measured({}, actions, 4, scale={"ours": 0.5})
+    assert (calls.count("ours"), calls.count("sdpa"), record["rounds"]) == (5, 1, {"ours": 4, "sdpa": 1})
+    assert record["over_ours"] == {"sdpa": record["median"]["sdpa"] / record["median"]["ours"]}
+    assert record["best"]["ours"] <= record["median"]["ours"]
+
+
+def test_records_of_the_same_commit_stay(tmp_path):
+    cpu, path = load("cpu"), tmp_path / "x.json"
+    facts = {"commit": "abc", "torch": "2.13", "torch_threads": 2}
+    records = [{"work": "a", "commit": "abc", "threads": 2}, {"work": "b", "commit": "abc", "threads": 1},
+               {"work": "c", "commit": "abd", "threads": 2}]  # fmt: skip
+    assert cpu.kept(path, facts) == []
+    path.write_text(json.dumps({"machine": facts, "records": records}))
+    assert cpu.kept(path, facts) == records[:1]
+    assert cpu.kept(path, facts | {"torch": "2.14"}) == cpu.kept(path, facts | {"commit": "abc-dirty"}) == []
+    one = {"work": "a", "title": "A", "length": 8, "head_dim": 64, "dtype": "float32", "train": False}
+    assert cpu.same(one, one | {"date": "today"}) and not cpu.same(one, one | {"train": True})
+
+
+def test_what_a_part_measures():
+    cpu = load("cpu")
+
+    def works(*arguments: str) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for job, *_ in cpu.jobs_of(arguments[0], cpu.options_from(list(arguments))):
+            found.setdefault(job.length, []).append(job.work)
+        return found
+
+    suite = set(works("patterns", "--lengths", "8192")[8192])
+    assert len(suite) == 14 and "causal" in suite
+    assert works("decode")[1048576] == ["window", "hsa", "ring"]
+    assert works("decode", "--works", "causal") == {8192: ["causal"], 32768: ["causal"], 1048576: ["causal"]}
+    assert "pbs" in works("systems")[131072] and "pbs" not in works("systems", "--train")[8192]
+    assert works("training", "--quick") == {2048: ["window512"]}
+    (group,) = cpu.jobs_of("patterns", cpu.options_from(["patterns", "--works", "window", "--lengths", "8192", "--rounds", "2"]))
+    assert [(job.dim, job.dtype, job.rounds) for job in group] == [
+        (64, "float32", 2), (64, "bfloat16", 2), (128, "float32", 2), (128, "bfloat16", 2),
+    ]  # fmt: skip
+    assert all(set(part.quick) <= set(part.works) for part in cpu.PARTS.values())
 
 
 def test_command_lines_that_contradict_themselves(capsys):
-    script = load("attention_cpu")
+    script = load("cpu")
     for arguments, words in (
-        (["--backend", "flex", "--dims", "128"], "head dimension 64 only; got --dims [128]"),
-        (["--million", "--lengths", "10", "20"], "--million takes one length; got [10, 20]"),
+        (["pattern"], "parts are patterns, training, systems, decode, calls, first, memory; got pattern"),
+        (["calls", "first", "--out", "x.json"], "--out is the file of one part; got calls first"),
+        (["decode", "--train"], "--train and --activations go with the part systems alone; got decode"),
+        (["first", "--works", "hsa"], "--works of first are moba, window; got hsa"),
     ):
         with pytest.raises(SystemExit):
             script.options_from(arguments)
         assert words in capsys.readouterr().err
+
+
+# ---- what the scripts share ------------------------------------------------------------------------------------------
 
 
 def test_block_tables_have_the_share_they_promise():
@@ -216,38 +308,6 @@ def test_both_forms_of_every_case_allow_the_same():
         env = {"b": 0, "h": head, "q_idx": positions[:, None], "kv_idx": positions, "q_len": length, "kv_len": length}
         mask = as_pattern(case.declare()).mask
         assert torch.equal(by_hand, evaluate(mask.expr, env | tables).expand(length, length)), name
-
-
-@pytest.mark.slow
-def test_training_cpu(tmp_path):
-    content, shown = run(
-        "training_cpu.py", tmp_path / "training.json",
-        "--patterns", "window512", "alibi", "--lengths", "640", "--memory-lengths", "4096", "8192", "--rounds", "1",
-    )  # fmt: skip
-    assert [record["pattern"] for record in content["records"]] == ["window512", "alibi"]
-    for record in content["records"]:
-        rate = 14 * 64 * record["pairs_computed"] / record["seconds"]["tiled"] / 1e9
-        assert math.isclose(rate, record["gflops"]["tiled"], rel_tol=1e-6)
-    (gradients,) = content["gradients"]
-    assert gradients["pattern"] == "window512"
-    assert gradients["tiled"].keys() == {"out", "dq", "dk", "dv"}
-    assert max(gradients["tiled"].values()) < 1e-5
-    less, more = content["memory"]
-    assert less["peak_bytes"] >= less["result_bytes"] == 4 * 4 * 4096 * 64 * 4 + 4 * 4 * 4096
-    assert more["peak_bytes"] < 3 * less["peak_bytes"], "memory does not grow with the length, but faster"
-    assert [target["limit"] for target in content["targets"]] == [0.7, 3.0, 2.2]
-    assert all(target["what"] in shown for target in content["targets"])
-
-
-@pytest.mark.slow
-def test_training_million(tmp_path):
-    content, shown = run("training_cpu.py", tmp_path / "million.json", "--million", "--lengths", "4500", "--rows", "4")
-    found = content["million"]
-    assert (found["length"], found["rows_checked"]) == (4500, 4)
-    assert all(error < 1e-5 for error in found["largest_error"].values())
-    assert found["largest_entry"]["dq"] > 1e-3
-    assert found["all_finite"]
-    assert "| forward and backward (median of 3) |" in shown
 
 
 def test_gemma_prefill(tmp_path, monkeypatch, capsys, tiny_gemma):
@@ -347,59 +407,6 @@ def test_targets_say_what_was_wanted():
 
 
 # ---- systems ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_systems(tmp_path):
-    content, shown = run(
-        "systems_cpu.py", tmp_path / "systems.json", "--systems", "hsa", "tsa", "ring", "--made-up", "--no-flex", "--lengths", "256", "512",
-        "--train-to", "256", "--rounds", "1",
-    )  # fmt: skip
-    assert content["lost"] == []
-    records = {(record["system"], record["length"]): record for record in content["records"]}
-    assert list(records) == [(name, length) for name in ("hsa", "tsa", "ring") for length in (256, 512)]
-    for (name, length), record in records.items():
-        assert ("training" in record) == (name != "tsa" and length == 256)
-        assert record["inputs"] == ("made up" if name == "tsa" else "random")
-        assert record["seconds"].keys() == record["processor_seconds"].keys() == {"ours", "sdpa"}
-        assert 0 < sum(record["parts"].values()) <= record["seconds"]["ours"] * 1.001
-        assert record["parts"]["choosing"] > 0 or name == "ring"
-        assert (record["parts"]["moving"] > 0) == (name == "tsa")
-    assert records["hsa", 256]["training"]["all_finite"]
-    assert records["ring", 512]["density"] is None
-    assert 0 < records["tsa", 512]["density"] <= 1
-    assert "| TSA: choosing and moving, of attention time, 128K | below 11 % |" in shown
-    assert "| Ring: state a layer, 16 heads of 128 x 128 | 1 MiB | float32 | 1 MiB |" in shown
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("question", "size", "words"),
-    [
-        ("decode-16m", 128, "| tokens (chunks of 64), heads of q : of k, D | 8,192 (128), 16:1, 64 |"),
-        ("selection-memory", 2048, "pass: memory over inputs and outputs, MiB"),
-        ("scaling", 2048, "HSA, 16 chunks of 64 a query"),
-        ("ring-decode", 512, "State of one layer, 16 heads of 128 x 128 in float32: 1 MiB at any length"),
-    ],
-)
-def test_questions_of_size(tmp_path, question, size, words):
-    content, shown = run("systems_cpu.py", tmp_path / "sizes.json", f"--{question}", "--size", str(size))
-    assert content["benchmark"] == f"systems_{question.replace('-', '_')}"
-    assert words in shown
-    if question == "decode-16m":
-        assert content["tokens"] == 8192
-        assert content["largest_error_against_float64"] < 2e-3, "wrong chunks: bf16 rounds at 2**-9 of what is at most about 0.5"
-
-
-def test_systems_command_lines_that_contradict_themselves(capsys):
-    script = load("systems_cpu")
-    for arguments, words in (
-        (["--scaling", "--ring-decode"], "one question at a time; got --scaling and --ring-decode"),
-        (["--size", "5"], "--size goes with --decode-16m, --selection-memory, --scaling, --ring-decode"),
-    ):
-        with pytest.raises(SystemExit):
-            script.options_from(arguments)
-        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["hsa", "nha", "pbs", "tsa", "tsa_pbs", "ring", "moba", "moba_cap", "nsa"])
