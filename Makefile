@@ -64,8 +64,7 @@ demo: $(READY)  ## the main job: a hybrid pattern in a real language model (DEMO
 
 bench: $(READY)  ## the benchmarks, one after the other
 	$(RUN) benchmarks/block_lists.py $(BENCH_ARGS)
-	$(RUN) benchmarks/attention_cpu.py $(BENCH_ARGS)
-	$(RUN) benchmarks/training_cpu.py $(BENCH_ARGS)
+	$(RUN) benchmarks/cpu.py $(BENCH_ARGS)
 	$(RUN) benchmarks/gemma_prefill.py $(BENCH_ARGS)
 
 # A GPU machine has its own torch, Triton and driver, and may have no network: nothing is set up, PYTHON runs it all. Failed tests do not
