@@ -240,7 +240,7 @@ def test_records_of_the_same_commit_stay(tmp_path):
     cpu, path = load("cpu"), tmp_path / "x.json"
     facts = {"commit": "abc", "torch": "2.13", "torch_threads": 2}
     records = [{"work": "a", "commit": "abc", "threads": 2}, {"work": "b", "commit": "abc", "threads": 1},
-               {"work": "c", "commit": "abd", "threads": 2}]  # fmt: skip
+               {"work": "c", "commit": "abd", "threads": 2}, {"work": "d", "commit": "abc-dirty", "threads": 2}]  # fmt: skip
     assert cpu.kept(path, facts) == []
     path.write_text(json.dumps({"machine": facts, "records": records}))
     assert cpu.kept(path, facts) == records[:1]
