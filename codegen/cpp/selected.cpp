@@ -13,9 +13,9 @@ struct Selected {
     real *turned, *values;
 };
 
-// Lines that meet a block at once, lines of all queries that are worked on together, at most; keys of a line in one round; logits of all
-// lines in one round, about: what the second cache holds.
-constexpr i64 LINES = 32, LINES_TOGETHER = 256, ROUND = 2048, LOGITS = 1 << 16;
+// Lines that meet a block at once. Lines of all queries that are worked on together: so many that about MEETING lines have each block in
+// their lists, as its keys come from far away. Keys of one round; keys of a block in one round, where it may be cut; logits of all lines.
+constexpr i64 LINES = 32, LINES_TOGETHER = 1024, MEETING = 16, ROUND = 4096, KEYS_AT_ONCE = 2048, LOGITS = 1 << 22;
 
 // Keys of a block lie turned in panels of as many columns as a product takes at a time, one panel after the other.
 static inline i64 panel_of(i64 block) { return least(BROAD, whole_vectors(block)); }
@@ -98,23 +98,26 @@ static void hide_line(const Call *c, const i64 *first, const i64 *last, i64 line
     }
 }
 
-// The work of one thread: room for some neighbouring queries of one group. In rounds of some of each line's blocks, all logits of a line
-// side by side: products with keys, one softmax of what a line has, products with values.
+// The work of one thread: room for some neighbouring queries of one group. Round by round, each of the same neighbouring blocks for all
+// lines: products with keys, whose logits lie line by line, one softmax of what a line has there, products with values.
 struct Team {
     const Call *c;
     const Selected *s;
     i64 heads, queries;  // of a group; worked on together
-    i64 keys, slots;  // of a block, in whole vectors, and slots of a line, in one round
-    i64 broad_v, row;  // whole vectors of a row of values; logits of a line
+    i64 keys, slots;  // of a block, in whole vectors, and slots of a line at most, in one round
+    i64 broad_v;  // whole vectors of a row of values
+    i64 *first, *count, *base;  // of each query: its slots in the round, and those of all queries before it
     real *q, *values, *highest, *total;  // of all lines
     real *logits, *tile, *block_keys, *block_values, *room;
     Entry *entries[2];
 
     // Keys of a block in one round: all, where it has a softmax of its own.
-    static i64 keys_at_once(const Selected *s) { return s->weights ? whole_vectors(s->block) : least(whole_vectors(s->block), ROUND); }
-    static i64 slots_at_once(const Selected *s) { return most(least(s->slots, ROUND / keys_at_once(s)), 1); }
+    static i64 keys_at_once(const Selected *s) { return s->weights ? whole_vectors(s->block) : least(whole_vectors(s->block), KEYS_AT_ONCE); }
+    static i64 blocks_at_once(const Selected *s) { return most(ROUND / s->block, 1); }
+    static i64 slots_at_once(const Selected *s) { return least(s->slots, blocks_at_once(s)); }
     static i64 queries_together(const Call *c, const Selected *s, i64 heads) {
-        i64 lines = least(LINES_TOGETHER, LOGITS / (keys_at_once(s) * slots_at_once(s)));
+        i64 wanted = most(MEETING * s->blocks / s->slots, 4 * LINES), room = LOGITS / (keys_at_once(s) * slots_at_once(s));
+        i64 lines = least(least(wanted, LINES_TOGETHER), room);
         return most(least(lines / heads, c->rows), 1);
     }
     static i64 lines_at_once(i64 heads) { return most(LINES / heads, 1) * heads; }
@@ -124,19 +127,24 @@ struct Team {
         i64 broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v), keys = keys_at_once(s), slots = slots_at_once(s);
         i64 queries = queries_together(c, s, heads), lines = queries * heads;
         return lines * (broad_d + broad_v + 2 + keys * slots) + keys * whole_vectors(lines_at_once(heads)) + c->head_dim * columns_of(s->block) +
-               s->block * (broad_v + broad_d) + 2 * entry_room(queries * slots) + 32 * WIDTH;
+               s->block * (broad_v + broad_d) + 2 * entry_room(queries * slots) + 3 * number_room(queries) + 32 * WIDTH;
     }
+    static i64 number_room(i64 n) { return n * (i64)(sizeof(i64) / sizeof(real)) + WIDTH; }
 
     Team(const Call *c, const Selected *s, i64 heads, real *at) : c(c), s(s), heads(heads), queries(queries_together(c, s, heads)) {
-        broad_v = whole_vectors(c->head_dim_v), keys = keys_at_once(s), slots = slots_at_once(s), row = keys * slots;
+        broad_v = whole_vectors(c->head_dim_v), keys = keys_at_once(s), slots = slots_at_once(s);
         i64 lines = queries * heads;
         auto take = [&](i64 n) { real *here = at; at += whole_vectors(n); return here; };
         q = take(lines * c->head_dim), values = take(lines * broad_v), highest = take(lines), total = take(lines);
-        logits = take(lines * row), tile = take(keys * whole_vectors(lines_at_once(heads)));
+        logits = take(lines * keys * slots), tile = take(keys * whole_vectors(lines_at_once(heads)));
         block_keys = take(c->head_dim * columns_of(s->block)), block_values = take(s->block * broad_v);
         entries[0] = (Entry *)take(entry_room(queries * slots)), entries[1] = (Entry *)take(entry_room(queries * slots));
+        first = (i64 *)take(number_room(queries)), count = (i64 *)take(number_room(queries)), base = (i64 *)take(number_room(queries));
         room = take(s->block * whole_vectors(c->head_dim));
     }
+
+    // The logits of head i of a query in the round.
+    real *logits_of(i64 query, i64 i) const { return logits + (base[query] * heads + i * count[query]) * keys; }
 
     // Masks and scores of a block, by the pattern's own functions, which want lines side by side; and intervals.
     void modify(i64 b, i64 group, i64 first_row, i64 place, const Entry *some, i64 used, i64 key, i64 count, real *const *to) const {
@@ -162,20 +170,20 @@ struct Team {
     }
 
     // The logits of a round -> weights; what a line has come to before is scaled.
-    void join(i64 line, i64 count) const {
-        real *from = logits + line * row, before = highest[line], now = highest_of(from, count);
+    void join(real *from, i64 n, i64 line) const {
+        real before = highest[line], now = highest_of(from, n);
         if (now > before) {
             real less = power_of_two(all(before - now))[0];
             highest[line] = now;
             total[line] *= less;
             for (i64 j = 0; j < broad_v && less != 1; j += WIDTH) put(values + line * broad_v + j, at(values + line * broad_v + j) * less);
         }
-        total[line] += weigh_row(from, count, highest[line] == LOWEST ? 0 : highest[line]);
+        total[line] += weigh_row(from, n, highest[line] == LOWEST ? 0 : highest[line]);
     }
 
-    // The same where each block has a softmax of its own.
-    void share_out(i64 line, i64 slot, real weight) const {
-        real *from = logits + line * row + slot * keys, peak = highest_of(from, keys), base = peak == LOWEST ? 0 : peak;
+    // The same where the block has a softmax of its own.
+    void share_out(real *from, i64 line, real weight) const {
+        real peak = highest_of(from, keys), base = peak == LOWEST ? 0 : peak;
         real sum = weigh_row(from, keys, base);
         if (s->softmax1) sum += power_of_two(all(-base))[0];
         real share = sum == 0 ? 0 : weight / sum;
@@ -183,36 +191,50 @@ struct Team {
         total[line] += weight;
     }
 
-    // The queries from `first_row` on. Whether all that was written is finite.
-    bool run(i64 b, i64 group, i64 groups, i64 first_row) {
-        i64 kv_head = group * c->kv_heads / groups, list = group * s->list_heads / groups, count = least(queries, c->rows - first_row);
-        i64 place = ((b * s->list_batch + list) * c->rows + first_row) * s->slots, most_slots = 0;
+    // The queries from `row` on. Whether all that was written is finite.
+    bool run(i64 b, i64 group, i64 groups, i64 row) {
+        Queries at = {b, group, group * c->kv_heads / groups, row, least(queries, c->rows - row), 0};
+        at.place = ((b * s->list_batch + group * s->list_heads / groups) * c->rows + row) * s->slots;
         real factor = c->score ? 1 : (real)(c->scale * LOG2E);
-        for (i64 line = 0; line < count * heads; line++) {
-            i64 h = group * heads + line % heads, of = first_row + line / heads;
+        for (i64 line = 0; line < at.size * heads; line++) {
+            i64 h = group * heads + line % heads, of = row + line / heads;
             widen(c->q.first + (b * c->q.batch + h * c->q.head + of * c->q.row) * element_bytes(c->kind), c->kind, c->head_dim,
                   q + line * c->head_dim);
             for (i64 d = 0; d < c->head_dim; d++) q[line * c->head_dim + d] *= factor;
             highest[line] = LOWEST, total[line] = 0;
             for (i64 j = 0; j < broad_v; j += WIDTH) put(values + line * broad_v + j, Vector{});
         }
-        for (i64 n = 0; n < count; n++)
-            while (most_slots < s->slots && s->indices[place + n * s->slots + most_slots] >= 0) most_slots++;
-        for (i64 slot = 0; slot < most_slots; slot += slots)
-            for (i64 low = 0; low < s->block; low += keys) run_round(b, group, groups, kv_head, first_row, place, count, slot, low);
+        for (i64 n = 0; n < at.size; n++) first[n] = count[n] = 0;
+        for (i64 block = 0; block < s->blocks; block += blocks_at_once(s)) {
+            i64 known = gather(at, block + blocks_at_once(s));
+            const Entry *some = sorted(entries[0], entries[1], known, s->blocks);
+            for (i64 low = 0; known && low < s->block; low += keys) run_round(at, some, known, low);
+        }
         bool finite = true;
-        for (i64 line = 0; line < count * heads; line++) finite &= finish(b, first_row + line / heads, group * heads + line % heads, line);
+        for (i64 line = 0; line < at.size * heads; line++) finite &= finish(b, row + line / heads, group * heads + line % heads, line);
         return finite;
     }
 
-    // Slots from `slot` on, keys of each block from `low` on.
-    void run_round(i64 b, i64 group, i64 groups, i64 kv_head, i64 first_row, i64 place, i64 count, i64 slot, i64 low) {
-        i64 known = 0, line_kv = b * c->kv_heads + kv_head, panel = panel_of(s->block);
-        for (i64 n = 0; n < count; n++)
-            for (i64 i = slot; i < least(slot + slots, s->slots) && s->indices[place + n * s->slots + i] >= 0; i++)
-                entries[0][known++] = {s->indices[place + n * s->slots + i], (int)n, (int)i};
-        const Entry *all_entries = sorted(entries[0], entries[1], known, s->blocks);
-        Head k(c->k, c->kind, c->head_dim, b, kv_head, 0, 1), v(c->v, c->kind, c->head_dim_v, b, kv_head, 0, 1);
+    struct Queries {  // those that are worked on
+        i64 b, group, kv_head, row, size, place;  // `place` of the first one's list
+    };
+
+    // The entries of a round: all that come next in the lists and are below `end`.
+    i64 gather(const Queries &at, i64 end) const {
+        i64 known = 0;
+        for (i64 n = 0; n < at.size; n++) {
+            const int *list = s->indices + at.place + n * s->slots;
+            first[n] += count[n], base[n] = known, count[n] = 0;
+            for (i64 slot = first[n]; slot < s->slots && list[slot] >= 0 && list[slot] < end; slot++, count[n]++)
+                entries[0][known++] = {list[slot], (int)n, (int)slot};
+        }
+        return known;
+    }
+
+    // Keys of each block from `low` on.
+    void run_round(const Queries &q_, const Entry *all_entries, i64 known, i64 low) {
+        i64 line_kv = q_.b * c->kv_heads + q_.kv_head, panel = panel_of(s->block);
+        Head k(c->k, c->kind, c->head_dim, q_.b, q_.kv_head, 0, 1), v(c->v, c->kind, c->head_dim_v, q_.b, q_.kv_head, 0, 1);
         bool plain = !c->ends && !c->score && !c->mask;
         const real *from[MOST_LANES];
         real *to[MOST_LANES];
@@ -222,25 +244,25 @@ struct Team {
             const real *turned = s->turned ? s->turned + (line_kv * s->blocks + block) * c->head_dim * columns_of(s->block) : block_keys;
             i64 used = met * heads;
             for (i64 i = 0; i < used; i++) {
-                i64 line = some[i / heads].query * heads + i % heads;
-                from[i] = q + line * c->head_dim, to[i] = logits + line * row + (some[i / heads].slot - slot) * keys;
+                const Entry &e = some[i / heads];
+                from[i] = q + (e.query * heads + i % heads) * c->head_dim;
+                to[i] = logits_of(e.query, i % heads) + (e.slot - first[e.query]) * keys;
             }
             if (n > 0)
                 product_of<false>(used, whole_vectors(n), c->head_dim, Listed<const real>{from}, 1, turned + low * c->head_dim, panel,
                                   panel * c->head_dim, Listed<real>{to});
-            if (n > 0 && !plain) modify(b, group, first_row, place, some, used, key + low, n, to);
+            if (n > 0 && !plain) modify(q_.b, q_.group, q_.row, q_.place, some, used, key + low, n, to);
             for (i64 i = 0; n < keys && i < used; i++)
                 for (i64 j = most(n, 0); j < keys; j++) to[i][j] = LOWEST;
         });
-        for (i64 n = 0; n < count; n++) {
-            i64 of = 0;
-            while (of < slots && slot + of < s->slots && s->indices[place + n * s->slots + slot + of] >= 0) of++;
-            for (i64 i = 0; of && i < heads; i++) {
-                i64 weight_line = (b * s->weight_heads + (group * heads + i) * s->weight_heads / c->heads) * c->rows + first_row + n;
-                if (!s->weights) join(n * heads + i, of * keys);
-                for (i64 m = 0; s->weights && m < of; m++) share_out(n * heads + i, m, s->weights[weight_line * s->slots + slot + m]);
+        for (i64 n = 0; n < q_.size; n++)
+            for (i64 i = 0; count[n] && i < heads; i++) {
+                i64 weight_line = (q_.b * s->weight_heads + (q_.group * heads + i) * s->weight_heads / c->heads) * c->rows + q_.row + n;
+                real *of = logits_of(n, i);
+                if (!s->weights) join(of, count[n] * keys, n * heads + i);
+                for (i64 m = 0; s->weights && m < count[n]; m++)
+                    share_out(of + m * keys, n * heads + i, s->weights[weight_line * s->slots + first[n] + m]);
             }
-        }
         Rows rows = {nullptr, 0};
         each_block(all_entries, known, [&](const Entry *some, i64 met, bool is_first) {
             i64 block = some->block, key = block * s->block, n = least(keys, least(s->block, c->keys - key) - low);
@@ -250,8 +272,9 @@ struct Team {
             else if (is_first)
                 rows = v.rows(key + low, n, true, block_values);
             for (i64 i = 0; i < met * heads; i++) {
-                i64 line = some[i / heads].query * heads + i % heads;
-                from[i] = logits + line * row + (some[i / heads].slot - slot) * keys, to[i] = values + line * broad_v;
+                const Entry &e = some[i / heads];
+                from[i] = logits_of(e.query, i % heads) + (e.slot - first[e.query]) * keys;
+                to[i] = values + (e.query * heads + i % heads) * broad_v;
             }
             product_of<true>(met * heads, broad_v, n, Listed<const real>{from}, 1, rows.first, rows.row, BROAD, Listed<real>{to});
         });
