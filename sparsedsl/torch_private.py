@@ -96,6 +96,10 @@ batch_dim = _private("torch._C._functorch.maybe_get_bdim", "a call under torch.v
 # Whether autocast is on for any device: cheaper than asking for the device of a tensor, and nearly always false.
 autocast_anywhere = _private("torch._C._is_any_autocast_enabled", "a call")
 
+# The innermost functions that pack what autograd saves, None without: activation checkpointing sets some while it runs what it will run
+# again.
+_saved_hooks = _private("torch._C._autograd._top_saved_tensors_default_hooks", "a call that waits for a compiler")
+
 _mode = _private("torch._C._get_dispatch_mode", "a call")
 _keys = _private("torch._C._TorchDispatchModeKey", "a call")
 _GRAPH_MODES = tuple(getattr(_keys, name) for name in ("PROXY", "FAKE", "FUNCTIONAL") if hasattr(_keys, name))
@@ -112,6 +116,11 @@ _NO_VALUES = tuple(
 def in_graph_mode() -> bool:
     """Whether ``make_fx``, ``torch.export`` or a fake mode watches every operation. (``torch.compile`` says so by a public name.)"""
     return any(_mode(mode) is not None for mode in _GRAPH_MODES)
+
+
+def saved_tensor_hooks() -> bool:
+    """Whether hooks for what autograd saves are set, as within activation checkpointing."""
+    return _saved_hooks(False) is not None
 
 
 def has_no_values(tensor: Tensor) -> bool:

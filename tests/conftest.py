@@ -86,6 +86,15 @@ def cache_folder() -> Iterator[Path]:
             os.environ["SPARSEDSL_CACHE"] = before
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilers_are_waited_for() -> Iterator[None]:
+    """Which backend a test runs on does not depend on how busy the machine is."""
+    from sparsedsl.backends.cpp.limits import LIMITS
+
+    with LIMITS.using(wait_s=600.0):
+        yield
+
+
 # ---- golden files ------------------------------------------------------------------------------------------
 
 

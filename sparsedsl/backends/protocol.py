@@ -13,6 +13,7 @@ from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
@@ -60,6 +61,10 @@ class Backend(ABC):
     def refusal(self, request: Request) -> str | None:
         """Why it cannot do a piece of work, or None."""
 
+    def refusal_by_now(self, request: Request, patience: Patience) -> str | None:
+        """The same for ``auto``, which waits for nothing longer than ``patience``: :class:`~sparsedsl.runtime.request.NotYet` where it would."""
+        return self.refusal(request)
+
     def preference(self, request: Request) -> int:
         """How much ``auto`` likes it for a piece of work that it can do; 0: it is taken only where it is asked for by name."""
         return 0
@@ -80,8 +85,9 @@ class Backend(ABC):
         """Attention along selected blocks: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""
         self._cannot("selected blocks")
 
-    def chooser(self, device: torch.device) -> Choose | None:
-        """Its own way to choose blocks on a device, in one pass from what scores are made of to lists; None: it has none."""
+    def chooser(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Choose | None:
+        """Its own way to choose blocks by scores of a dtype on a device, in one pass from what scores are made of to lists; None: it has none,
+        or none before ``patience`` ends."""
         return None
 
     def slots(self, *tensors: Any, **words: Any) -> Any:

@@ -13,7 +13,8 @@ from sparsedsl.backends.tiled.backend import TILED
 from sparsedsl.backends.triton.backend import TRITON
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.advice import check_word
-from sparsedsl.runtime.request import CallFacts, Plan, Request
+from sparsedsl.runtime.patience import Patience
+from sparsedsl.runtime.request import CallFacts, NotYet, Plan, Request
 
 __all__ = ["AUTO", "BACKENDS", "check_backend", "check_runs", "choose", "named", "refusals"]
 
@@ -38,18 +39,20 @@ def check_backend(name: object) -> str:
     return check_word("backend", name, (AUTO, *BACKENDS))
 
 
-def refusals(requests: Sequence[Request]) -> dict[str, str]:
-    """Name of each backend that cannot do all of the work -> why not."""
+def refusals(requests: Sequence[Request], patience: Patience) -> dict[str, str]:
+    """Name of each backend that cannot do all of the work, or not yet -> why not."""
     found = {}
     for name, backend in BACKENDS.items():
-        why = _refusal(backend, requests)
+        why = _joined(backend.refusal_by_now(request, patience) for request in requests)
         if why is not None:
             found[name] = why
     return found
 
 
-def choose(request: Request, backend: str = AUTO, *, fastest: Fastest | None = None) -> Plan:
-    """Who does a piece of work, and why.
+def choose(
+    request: Request, backend: str = AUTO, *, fastest: Fastest | None = None, patience: Patience | None = None
+) -> Plan:  # fmt: skip
+    """Who does a piece of work, and why. ``patience``: of the call that it is a piece of, where there are others.
 
     Raises:
         UnsupportedError: the backend that was asked for cannot. Nothing is ever replaced by something else without being asked for.
@@ -60,8 +63,9 @@ def choose(request: Request, backend: str = AUTO, *, fastest: Fastest | None = N
     liked = [(other.preference(request), other) for other in BACKENDS.values()]
     ranked = [other for liking, other in sorted(liked, key=lambda entry: -entry[0]) if liking > 0]
     refused: list[str] = []
+    patience = patience or Patience()
     for place, other in enumerate(ranked):
-        why = other.refusal(request)
+        why = other.refusal_by_now(request, patience)
         if why is not None:
             refused.append(why)
             continue
@@ -70,7 +74,8 @@ def choose(request: Request, backend: str = AUTO, *, fastest: Fastest | None = N
             known = fastest(can) if len(can) > 1 else None
             if known is not None:
                 return Plan(*known)
-        return Plan(other.name, "; ".join([*refused, other.reason(request)]))
+        lasting = not any(isinstance(reason, NotYet) for reason in refused)
+        return Plan(other.name, "; ".join([*refused, other.reason(request)]), lasting)
     raise UnsupportedError(f"no backend can run this call: {'; '.join(refused)}")
 
 
@@ -88,8 +93,11 @@ def check_runs(requests: Sequence[Request], backend: str) -> None:
 
 def _refusal(backend: Backend, requests: Iterable[Request]) -> str | None:
     """All that it refuses, each reason once."""
-    found = dict.fromkeys(why for request in requests if (why := backend.refusal(request)) is not None)
-    return "; ".join(found) or None
+    return _joined(backend.refusal(request) for request in requests)
+
+
+def _joined(reasons: Iterable[str | None]) -> str | None:
+    return "; ".join(dict.fromkeys(filter(None, reasons))) or None
 
 
 _CHANGES: tuple[tuple[str, Callable[[CallFacts], CallFacts]], ...] = (

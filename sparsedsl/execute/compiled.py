@@ -25,6 +25,7 @@ from sparsedsl.execute import operators
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.empty import run_empty
 from sparsedsl.execute.explanation import Explanation, explain
+from sparsedsl.execute.lowering import Lowering
 from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
 from sparsedsl.execute.requests import facts_of, requests_of
 from sparsedsl.execute.state import ProgramState, advanced, continued
@@ -157,9 +158,10 @@ class Attention:
         if state is not None:
             checked = continued(checked, state)
         with torch.autocast(checked.q.device.type, enabled=False):
-            out, lse = self._evaluation(checked, return_lse).value(self.program.root)
+            run = self._evaluation(checked, return_lse)
+            out, lse = run.value(self.program.root)
             # The reference has no scans of its own: what is carried over is made as `tiled` makes it.
-            carrier = Dispatch("tiled") if self.backend == "reference" else self.dispatch
+            carrier = run.dispatch if isinstance(run, Lowering) else Dispatch("tiled")
             after = advanced(checked, carrier) if return_state else None
         results = [out.to(checked.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]
         return results[0] if len(results) == 1 else tuple(results)
@@ -169,7 +171,7 @@ class Attention:
             return Reference(call)
         if self.backend != "auto":
             self._check_runs(facts_of(call, lse))
-        return lowered(call, self.dispatch, lse=lse)
+        return lowered(call, Dispatch(self.backend), lse=lse)
 
     def _check_runs(self, facts: CallFacts) -> None:
         """Whether the backend that was asked for does all the work, before it does any of it."""

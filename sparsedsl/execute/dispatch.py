@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from sparsedsl.backends.registry import AUTO, BACKENDS, choose, named
 from sparsedsl.execute.static import static_attention
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import inner_call, wants_grad
+from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
@@ -22,56 +22,70 @@ __all__ = ["Dispatch", "takes"]
 Tensor = torch.Tensor
 
 
-@functools.lru_cache(maxsize=4096)
-def takes(request: Request, backend: str) -> Backend:
-    """The backend that does a piece of work.
+# Backends that were chosen for good, so many at most.
+_TAKEN: dict[tuple[Request, str], Backend] = {}
+MOST_TAKEN = 4096
+
+
+def takes(request: Request, backend: str, patience: Patience) -> Backend:
+    """The backend that does a piece of work of a call.
 
     Raises:
         UnsupportedError: the one that was asked for cannot.
     """
-    return named(choose(request, backend).backend)
+    found = _TAKEN.get((request, backend))
+    if found is None:
+        plan = choose(request, backend, patience=patience)
+        found = named(plan.backend)
+        if plan.lasting:
+            if len(_TAKEN) >= MOST_TAKEN:
+                _TAKEN.clear()
+            _TAKEN[request, backend] = found
+    return found
 
 
 class Dispatch:
-    """The pieces of work of programs that were compiled for ``backend``, which may be ``"auto"``."""
+    """The pieces of work of one call of a program that was compiled for ``backend``, which may be ``"auto"``."""
 
     def __init__(self, backend: str):
         self.backend = backend
+        self.patience = Patience()
 
     @property
     def whole_tables(self) -> bool:
         """Whether choices for single queries are handed over as tables."""
         return self.backend != AUTO and named(self.backend).reads_whole_tables
 
-    def chooser(self, device: torch.device) -> Choose | None:
-        """What makes scores and chooses by them in one pass, if some backend can."""
-        backends = BACKENDS.values() if self.backend == AUTO else [named(self.backend)]
-        return next((found for backend in backends if (found := backend.chooser(device)) is not None), None)
+    def chooser(self, device: torch.device, dtype: torch.dtype) -> Choose | None:
+        """What makes scores of a dtype and chooses by them in one pass, if some backend can."""
+        backends, patience = (BACKENDS.values(), self.patience) if self.backend == AUTO else ([named(self.backend)], None)
+        return next((found for b in backends if (found := b.chooser(device, dtype, patience)) is not None), None)
 
     def full_tiles(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether lists of full tiles are run as they are."""
         facts = _facts(q, k, v, lse=False)
-        return takes(Request("attention", facts, pattern, new_tables=True), self.backend).runs_full_tiles
+        return takes(Request("attention", facts, pattern, new_tables=True), self.backend, self.patience).runs_full_tiles
 
     def attend(
         self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], *, q_offset: int, scale: Any, lse: bool
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Attention over a mask that reads tables only: ``out``, and the LSE where it is wanted."""
         call = inner_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale or pattern.scale or q.shape[3] ** -0.5)
-        return static_attention(pattern, new_tables=bool(tables)).attend(call, self.backend, lse=lse)
+        return static_attention(pattern, new_tables=bool(tables)).attend(call, self.backend, lse=lse, patience=self.patience)
 
     def selected(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor | None]:
         """Attention along lists: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""
         facts = _facts(q, k, v, lse=selected.weights is None)
-        return takes(request_of(selected, facts), self.backend).selected(q, k, v, selected)
+        return takes(request_of(selected, facts), self.backend, self.patience).selected(q, k, v, selected)
 
     def slots(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **words: Any) -> Any:
         """A scan of gated slots: see :func:`~sparsedsl.backends.tiled.scan_slots.slot_scan`."""
-        return takes(Request("slots", _facts(q, k, v), slots=gate.shape[3]), self.backend).slots(q, k, v, gate, **words)
+        request = Request("slots", _facts(q, k, v), slots=gate.shape[3])
+        return takes(request, self.backend, self.patience).slots(q, k, v, gate, **words)
 
     def linear(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, **words: Any) -> Any:
         """A scan of decayed linear attention: see :func:`~sparsedsl.backends.tiled.scan_linear.linear_scan`."""
-        return takes(Request("linear", _facts(q, k, v)), self.backend).linear(q, k, v, decay, **words)
+        return takes(Request("linear", _facts(q, k, v)), self.backend, self.patience).linear(q, k, v, decay, **words)
 
 
 def request_of(selected: SelectedCall, facts: CallFacts) -> Request:

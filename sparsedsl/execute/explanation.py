@@ -26,6 +26,7 @@ from sparsedsl.lang.printing import expression_text
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.runtime.call import bind_tables, exactly
+from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.program_call import refused_positions
 from sparsedsl.runtime.request import CallFacts, Plan, Request
 
@@ -108,13 +109,13 @@ def _of_program(
     whole = backend != AUTO and named(backend).reads_whole_tables
     asked = requests_of(program, facts, whole_tables=whole, sizes=sizes)
     everything = [request for requests in asked.values() for request in requests]
-    others = refusals(everything)
+    patience = Patience()
     try:
         if backend != AUTO:
             check_runs(everything, backend)
-        plans = {node: [choose(request, backend) for request in requests] for node, requests in asked.items()}
+        plans = {node: [choose(request, backend, patience=patience) for request in requests] for node, requests in asked.items()}
     except UnsupportedError as error:
-        return Explanation(None, str(error), analysis, others=others)
+        return Explanation(None, str(error), analysis, others=refusals(everything, patience))
     every = [plan for found in plans.values() for plan in found]
     names = dict.fromkeys(plan.backend for plan in every)
     plan = Plan(", ".join(names), "; ".join(dict.fromkeys(plan.reason for plan in every)))
@@ -124,7 +125,7 @@ def _of_program(
         way = way_of(node, list(zip(asked.get(node, []), done, strict=True)))
         if way is not None:
             ways[node] = named(backend).way(Request("attention", facts)) if backend == "reference" else way
-    return Explanation(plan, None, analysis, steps=ways, others=others)
+    return Explanation(plan, None, analysis, steps=ways, others=refusals(everything, patience))
 
 
 # ---- static patterns -------------------------------------------------------------------------------------------------------------
@@ -137,9 +138,9 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
     domain = exactly(pattern.exprs, Domain(facts.q_len, facts.kv_len, q_offset, facts.batch, facts.heads, bound))
     plan, refusal = None, None
     details: tuple[str, ...] = ()
-    request = static.request(facts)
+    request, patience = static.request(facts), Patience()
     try:
-        plan = choose(request, backend)
+        plan = choose(request, backend, patience=patience)
         details = static.runner(plan.backend).described(domain, facts)
     except UnsupportedError as error:
         plan, refusal = None, str(error)
@@ -147,7 +148,7 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
         pattern, facts.q_len, facts.kv_len, q_offset=q_offset, batch=facts.batch,
         heads=facts.heads, head_dim=facts.head_dim, head_dim_v=facts.head_dim_v, dtype=facts.dtype, **tables,
     )  # fmt: skip
-    return Explanation(plan, refusal, analysis, details, tuple(_clause_lines(pattern)), others=refusals([request]))
+    return Explanation(plan, refusal, analysis, details, tuple(_clause_lines(pattern)), others=refusals([request], patience))
 
 
 def _clause_lines(pattern: Pattern) -> list[str]:

@@ -23,6 +23,7 @@ from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.runtime.autograd import known_results, no_forward_mode, no_second_derivatives
 from sparsedsl.runtime.call import check_tensors
 from sparsedsl.runtime.dtypes import accumulated
+from sparsedsl.runtime.patience import until_built
 from sparsedsl.runtime.vmap import map_call
 from sparsedsl.torch_private import autograd_again, make_transformable
 
@@ -101,9 +102,10 @@ def _plain(device: torch.device, grad: bool) -> Iterator[None]:
     """The surroundings of an ordinary call, inside an operator.
 
     torch's dispatcher has passed autograd by already; here it takes part again, without ``grad`` too: what FlexAttention compiles
-    depends on it, and graphs and ordinary calls are to share that. Autocast has cast q, k, v before.
+    depends on it, and graphs and ordinary calls are to share that. Autocast has cast q, k, v before. What a graph does must not depend on
+    how long a compiler takes, nor may its backward pass, which is an operator of its own, take another backend: it waits for both.
     """
-    with autograd_again(), torch.set_grad_enabled(grad), torch.autocast(device.type, enabled=False):
+    with until_built(), autograd_again(), torch.set_grad_enabled(grad), torch.autocast(device.type, enabled=False):
         yield
 
 

@@ -180,7 +180,7 @@ def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: An
     run.call.check_heads(node, source.shape[1])
     candidates = Candidates() if node.among is None else _allowed(run, node.among, node, source)
     forced, first = _forced(run, node, candidates, source), run.domain.q_offset // q_block
-    words["choose"] = run.dispatch.chooser(run.call.q.device)
+    words["choose"] = run.dispatch.chooser(run.call.q.device, run.call.dtype)
     selected = choose(source, *numbers, candidates, forced=forced, q_block=q_block, kv_block=kv_block, first=first, **words)
     blocks = -(-run.domain.kv_len // kv_block)
     return selected if selected.blocks == blocks else replace(selected, blocks=blocks)

@@ -26,6 +26,7 @@ from sparsedsl.execute.measured_backend import fastest_backend
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.request import CallFacts, Plan, Request
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.settings import tune_mode
@@ -58,8 +59,8 @@ class StaticAttention:
         """What a call asks of a backend."""
         return Request("attention", facts, self.pattern, new_tables=not self.minimal)
 
-    def plan(self, call: Call, backend: str, *, lse: bool) -> Plan:
-        """Who runs a call.
+    def plan(self, call: Call, backend: str, *, lse: bool, patience: Patience | None = None) -> Plan:
+        """Who runs a call. ``patience``: of the call that it is a piece of.
 
         Raises:
             UnsupportedError: the backend that was asked for cannot.
@@ -70,12 +71,15 @@ class StaticAttention:
             def fastest(backends: tuple[str, ...]) -> tuple[str, str] | None:
                 return self._fastest(call, backends)
 
-        return choose(self.request(CallFacts.of(call.q, call.k, call.v, grad=call.needs_grad, lse=lse)), backend, fastest=fastest)
+        facts = CallFacts.of(call.q, call.k, call.v, grad=call.needs_grad, lse=lse)
+        return choose(self.request(facts), backend, fastest=fastest, patience=patience)
 
-    def attend(self, call: Call, backend: str, *, lse: bool) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, call: Call, backend: str, *, lse: bool, patience: Patience | None = None
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """``out``, and the LSE where it is wanted."""
         if backend == AUTO or named(backend).may_refuse:
-            backend = self.plan(call, backend, lse=lse).backend
+            backend = self.plan(call, backend, lse=lse, patience=patience).backend
         return attend_empty(self.pattern, call) if call.is_empty else self.runner(backend).attend(call, lse=lse)
 
     def _fastest(self, call: Call, backends: tuple[str, ...]) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ import torch
 
 from sparsedsl.lang.pattern import Pattern
 
-__all__ = ["CallFacts", "Plan", "Request", "Work"]
+__all__ = ["CallFacts", "NotYet", "Plan", "Request", "Work"]
 
 Work = Literal["attention", "selected", "slots", "linear"]
 """Attention over a mask that reads tables only; attention of each query over blocks that were selected for it; a scan of gated slots; a
@@ -69,9 +69,17 @@ class Request:
     slots: int = 0
 
 
+class NotYet(str):
+    """A refusal that ends by itself."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The decision: ``backend`` runs the work; ``reason`` says why, for ``explain``."""
+    """The decision: ``backend`` runs the work; ``reason`` says why, for ``explain``. ``lasting``: it is the same at the next call; not where
+    a better backend is being built."""
 
     backend: str
     reason: str
+    lasting: bool = True

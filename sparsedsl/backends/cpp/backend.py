@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from sparsedsl.backends.cpp.attention import CppKernel
+from sparsedsl.backends.cpp.background import Build
 from sparsedsl.backends.cpp.build import compiler
 from sparsedsl.backends.cpp.choosing import can_choose, choose_blocks
-from sparsedsl.backends.cpp.libraries import fixed_library, fixed_pass, native, parallel
+from sparsedsl.backends.cpp.libraries import begun, fixed_library, fixed_pass, native, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.prepared import READY
 from sparsedsl.backends.cpp.scan_linear import linear_scan
@@ -20,13 +21,19 @@ from sparsedsl.backends.protocol import Backend, ListMaker
 from sparsedsl.codegen.to_cpp import CppVariant, cpp_source
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.runtime.request import Request
+from sparsedsl.runtime.patience import Patience
+from sparsedsl.runtime.request import NotYet, Request
 from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["CPP"]
 
 Tensor = torch.Tensor
+# What is the same for all patterns, by work: for results, and for gradients.
+FIXED_PARTS = {
+    "attention": ("forward", "backward"), "selected": ("selected", "selected_backward"), "linear": ("scan_linear",),
+    "slots": ("scan_slots",), "choosing": ("choosing",),
+}  # fmt: skip
 
 
 class CppBackend(Backend):
@@ -47,6 +54,19 @@ class CppBackend(Backend):
         if request.work == "selected":
             return _refusal_of_selected(request.mask, request.score, double, facts.grad, worth, compiler())
         return _refusal_of_scan(request.work, double, compiler())
+
+    def refusal_by_now(self, request: Request, patience: Patience) -> str | None:
+        """What is not built yet is built in the background; a call waits for it, but not for long."""
+        facts = request.facts
+        if facts.device == "cpu":
+            double, worth = facts.dtype == "float64", facts.logits >= LIMITS.now.worth_compiling
+            code = request.pattern if request.work == "attention" else (request.mask, request.score)
+            if not _done(_begun(request.work, code, double, facts.grad, worth, compiler()), patience):
+                return NotYet(
+                    f"cpp is being compiled: more than the {LIMITS.now.wait_s:g} s that a call waits for; calls run on it once it is ready, "
+                    "this call does not"
+                )
+        return self.refusal(request)
 
     def preference(self, request: Request) -> int:
         """First on CPU where it is worth the compiler's second."""
@@ -79,9 +99,14 @@ class CppBackend(Backend):
         """A scan of gated slots."""
         return slot_scan(*tensors, **words)
 
-    def chooser(self, device: torch.device) -> Choose | None:
+    def chooser(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Choose | None:
         """Where there is a compiler."""
-        return choose_blocks if device.type == "cpu" and can_choose(compiler()) else None
+        path = compiler()
+        if device.type != "cpu":
+            return None
+        if patience is not None and not _done(_begun("choosing", None, dtype == torch.float64, False, False, path), patience):
+            return None
+        return choose_blocks if can_choose(path) else None
 
     def source(self, request: Request) -> str:
         """The masks and scores of attention along lists."""
@@ -95,6 +120,25 @@ class CppBackend(Backend):
             "linear": "C++, chunk by chunk",
             "slots": "C++, key by key",
         }[request.work]
+
+
+def _done(builds: tuple[Build, ...], patience: Patience) -> bool:
+    """Whether all are done before the patience of a call ends."""
+    return all(build.done or patience.ends_before(build.wait, LIMITS.now.wait_s) for build in builds)
+
+
+@functools.lru_cache(maxsize=4096)
+def _begun(work: str, code: Any, double: bool, grad: bool, worth: bool, path: str | None) -> tuple[Build, ...]:
+    """The builds that the refusals below wait for, all of them begun; empty where one of these says at once why there are none."""
+    try:
+        source, fixed = None, FIXED_PARTS[work][: 1 + grad]
+        if worth and work == "attention":
+            source = cpp_source(code, CppVariant(double))
+        elif worth and work == "selected":
+            source = preparer_of(*code).source(double=double)
+        return begun(source, fixed, double=double)
+    except UnsupportedError:
+        return ()
 
 
 @functools.lru_cache(maxsize=1024)

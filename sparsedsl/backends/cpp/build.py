@@ -1,8 +1,9 @@
 """C++ text -> a loaded library, built once for a machine and kept in the cache folder.
 
-A library is named by a hash of its text, the flags, the compiler, the processor and torch. It is written beside its place and renamed;
-processes that want the same one wait for the first to build it. A library is loaded only from a folder and a file that belong to the
-user, or to root, and that nobody else may write: whoever could write there could run code as the user.
+A library is named by a hash of its text, the flags, the compiler, the processor and torch. It is built by a thread
+(:mod:`backends.cpp.background`), written beside its place and renamed; processes that want the same one wait for the first to build it.
+A library is loaded only from a folder and a file that belong to the user, or to root, and that nobody else may write: whoever could
+write there could run code as the user.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 
+from sparsedsl.backends.cpp.background import Build, finished_at_exit, run_compiler
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.settings import settings
 
-__all__ = ["FLAGS", "compiler", "library"]
+__all__ = ["FLAGS", "compiler", "library", "start"]
 
 log = logging.getLogger("sparsedsl")
 
@@ -38,39 +40,71 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-er
 SLOW_SECONDS = 1.0
 _LINES = 8  # of what a compiler says
 
-_loaded: dict[str, ctypes.CDLL | UnsupportedError] = {}
-_lock = threading.RLock()
+# Files of a process that is no more are removed when they are as old as this.
+LEFT_SECONDS = 600.0
+
+# Text, flags and compiler.
+_Wanted = tuple[str, tuple[str, ...], str | None]
+
+_loaded: dict[_Wanted, ctypes.CDLL | UnsupportedError] = {}
+# Those that nobody has loaded yet.
+_builds: dict[_Wanted, Build] = {}
+_lock = threading.Lock()
+_locked: set[int] = set()
 
 
-def _renew_lock() -> None:
+def _after_fork() -> None:
+    """The thread that held the lock does not exist in the child, and a copy of a file that is locked would keep it locked."""
     global _lock
-    _lock = threading.RLock()
+    _lock = threading.Lock()
+    for descriptor in _locked:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _locked.clear()
 
 
-# The thread that held the lock does not exist in a forked child.
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def library(text: str, *flags: str) -> ctypes.CDLL:
-    """The library that the C++ ``text`` makes; a dictionary lookup from the second time on.
+    """The library that the C++ ``text`` makes, waited for; a dictionary lookup from the second time on.
 
     Raises:
         UnsupportedError: there is no compiler, or it fails; with its first lines. The same error again in the same process.
     """
-    key = hashlib.sha256("\n".join([text, *FLAGS, *flags, *_surroundings()]).encode()).hexdigest()[:32]
-    found = _loaded.get(key)
+    wanted = text, flags, compiler()
+    found = _loaded.get(wanted)
     if found is None:
-        with _lock:
-            found = _loaded.get(key)
-            if found is None:
-                try:
-                    found = _built(key, text, flags)
-                except UnsupportedError as error:
-                    found = error
-                _loaded[key] = found
+        try:
+            found = _load(_started(wanted).result())
+        except UnsupportedError as error:
+            found = error
+        finally:
+            _builds.pop(wanted, None)
+        _loaded[wanted] = found
     if isinstance(found, UnsupportedError):
         raise UnsupportedError(str(found))
     return found
+
+
+def start(text: str, *flags: str) -> Build | None:
+    """Begin to build a library, for :func:`library` to load; None if this process has loaded it.
+
+    Raises:
+        UnsupportedError: there is no compiler.
+    """
+    wanted = text, flags, compiler()
+    return None if wanted in _loaded else _started(wanted)
+
+
+def _started(wanted: _Wanted) -> Build:
+    text, flags, path = wanted
+    with _lock:
+        build = _builds.get(wanted)
+        if build is None:
+            build = _builds[wanted] = Build(partial(_built, _known(path), _folder(), text, flags))
+    build.begin()
+    return build
 
 
 def compiler() -> str | None:
@@ -84,15 +118,13 @@ def _found(given: str, path: str) -> str | None:
     return next((found for name in names if (found := shutil.which(name, path=path or None))), None)
 
 
-def _surroundings() -> tuple[str, ...]:
+def _surroundings(path: str) -> tuple[str, ...]:
     """What a binary depends on beside its text."""
-    return (*_compiler_version(compiler() or ""), *_processor(), torch.__version__)
+    return (*_compiler_version(path), *_processor(), torch.__version__)
 
 
 @lru_cache(maxsize=8)
 def _compiler_version(path: str) -> tuple[str, str]:
-    if not path:
-        return "", ""
     try:
         said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     except (OSError, subprocess.SubprocessError):
@@ -113,12 +145,16 @@ def _processor() -> tuple[str, ...]:
     return (os.uname().machine, *(f"{name}={value}" for name, value in sorted(found.items())))
 
 
-def _built(key: str, text: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    path = compiler()
+def _known(path: str | None) -> str:
     if path is None:
         given = os.environ.get("CXX", "").strip()
         what = f"CXX={given!r} names none" if given else "neither g++ nor clang++ nor c++ is installed"
         raise UnsupportedError(f"generated C++ needs a compiler, and {what}")
+    return path
+
+
+def _folder() -> Path:
+    """Where libraries lie: in the cache, or where this process alone looks."""
     folder = settings().cache / "cpp"
     try:
         _made(folder)
@@ -126,25 +162,35 @@ def _built(key: str, text: str, flags: tuple[str, ...]) -> ctypes.CDLL:
         log.warning(
             "%s cannot be written (%s): C++ is built for this process only; set SPARSEDSL_CACHE to another folder", folder, error
         )
-        folder = _own_folder()
+        return _own_folder()
     why = _unsafe(folder)
     if why is not None:
         log.warning("%s is not used for C++ libraries: %s. They are built for this process only", folder, why)
-        folder = _own_folder()
+        return _own_folder()
+    return folder
+
+
+def _built(path: str, folder: Path, text: str, flags: tuple[str, ...]) -> Path:
+    key = hashlib.sha256("\n".join([text, *FLAGS, *flags, *_surroundings(path)]).encode()).hexdigest()[:32]
     place = folder / f"{key}.so"
     if not _usable(place):
         try:
             with _alone(folder / f"{key}.lock"):
                 if not _usable(place):
-                    _compile(path, folder, key, text, flags)
+                    with finished_at_exit():
+                        _compile(path, folder, key, text, flags)
         except OSError as error:
             raise UnsupportedError(f"C++ cannot be built in {folder}: {error}") from error
+    return place
+
+
+def _load(place: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(place))
     except OSError as error:
         with contextlib.suppress(OSError):  # of an older system, perhaps: built anew next time
             place.unlink()
-        raise UnsupportedError(f"the library that {path} made cannot be loaded: {error}") from error
+        raise UnsupportedError(f"the library that {compiler()} made cannot be loaded: {error}") from error
 
 
 def _made(folder: Path) -> None:
@@ -193,10 +239,13 @@ def _usable(place: Path) -> bool:
 def _alone(path: Path) -> Iterator[None]:
     """One process at a time; the system gives the lock back when a process dies."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    _locked.add(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile may hold a copy
+        _locked.discard(descriptor)
         os.close(descriptor)
 
 
@@ -206,22 +255,42 @@ def _tell(path: str) -> None:
     log.warning("compiling C++ with %s, once for this machine ..", path)
 
 
+@lru_cache(maxsize=8)
+def _swept(folder: Path) -> None:
+    """Remove what a process left that was killed while it built; looked for once."""
+    for left in folder.glob(".tmp-*"):
+        with contextlib.suppress(OSError, ValueError):
+            if time.time() - left.stat().st_mtime > LEFT_SECONDS and not _lives(int(left.name.split("-")[1])):
+                left.unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _compile(path: str, folder: Path, key: str, text: str, flags: tuple[str, ...]) -> None:
     """Put the library in its place, and its text beside it."""
     mark = f".tmp-{os.getpid()}-{secrets.token_hex(8)}"
     source, made = folder / f"{mark}.cpp", folder / f"{mark}.so"
-    start = time.perf_counter()
+    begin = time.perf_counter()
     teller = threading.Timer(SLOW_SECONDS, _tell, [path])
     teller.daemon = True
     teller.start()
     try:
+        _swept(folder)
         descriptor = os.open(source, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w") as file:
             file.write(text)
         command = [path, *FLAGS, *flags, "-o", str(made), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
-        if done.returncode != 0 or not made.exists():
-            said = "\n".join((done.stderr or done.stdout or f"exit status {done.returncode}").strip().split("\n")[:_LINES])
+        status, said = run_compiler(command, folder)
+        if status != 0 or not made.exists():
+            said = "\n".join((said or f"exit status {status}").strip().split("\n")[:_LINES])
             raise UnsupportedError(f"{path} cannot compile the generated C++:\n{said}")
         made.chmod(0o700)
         os.replace(source, folder / f"{key}.cpp")
@@ -231,4 +300,4 @@ def _compile(path: str, folder: Path, key: str, text: str, flags: tuple[str, ...
         for left in (source, made):
             with contextlib.suppress(OSError):
                 left.unlink()
-    log.debug("compiled %d lines of C++: %.1f ms", text.count("\n"), (time.perf_counter() - start) * 1e3)
+    log.debug("compiled %d lines of C++: %.1f ms", text.count("\n"), (time.perf_counter() - begin) * 1e3)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sparsedsl.backends.cpp.build import library
+from sparsedsl.backends.cpp.background import Build
+from sparsedsl.backends.cpp.build import library, start
 from sparsedsl.codegen.to_cpp import CppSource, CppVariant, cpp_source, fixed_part
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.settings import settings
 
-__all__ = ["Native", "address", "build_ahead", "fixed_library", "fixed_pass", "fixed_width", "native", "parallel"]
+__all__ = ["Native", "address", "begun", "build_ahead", "fixed_library", "fixed_pass", "fixed_width", "native", "parallel"]
 
 # A product and a sum may become one operation in products and softmax. What decides which pairs attend is rounded as torch rounds it.
 _FIXED, _EXACT = "-ffp-contract=fast", "-ffp-contract=off"
@@ -35,7 +35,7 @@ class Native:
 
 
 def native(source: CppSource, *, double: bool, fixed: str = "forward") -> Native:
-    """The library of a pattern, built if need be; beside it, at the same time, the ``fixed`` part.
+    """The library of a pattern, built if need be; at the same time the ``fixed`` part.
 
     Raises:
         UnsupportedError: no compiler, or it fails.
@@ -45,13 +45,32 @@ def native(source: CppSource, *, double: bool, fixed: str = "forward") -> Native
 
 @functools.lru_cache(maxsize=512)
 def _native(text: str, written: tuple[str, ...], double: bool, fixed: str) -> Native:
-    flags = ["-DDOUBLE"] if double else []
-    with ThreadPoolExecutor(1) as beside:
-        pending = beside.submit(fixed_pass, fixed, double)
-        made = library(f"{fixed_part('pattern')}\n{text}", _EXACT, *flags)
-        pending.result()
+    start(*_of_fixed(fixed, double))
+    made = library(*_of_pattern(text, double))
+    fixed_pass(fixed, double)
     names = ("ends", "mask", "score", "slope", "gains", "sink")
     return Native({name: address(getattr(made, name)) if name in written else 0 for name in names})
+
+
+def _of_pattern(text: str, double: bool) -> tuple[str, ...]:
+    """What the library of a pattern is built of: text and flags."""
+    return f"{fixed_part('pattern')}\n{text}", _EXACT, *(["-DDOUBLE"] if double else [])
+
+
+def _of_fixed(name: str, double: bool) -> tuple[str, ...]:
+    return fixed_part(name), _FIXED, *(["-DDOUBLE"] if double else [])
+
+
+def begun(source: CppSource | None, fixed: Iterable[str], *, double: bool) -> tuple[Build, ...]:
+    """Begin to build the library of a pattern and ``fixed`` parts, all at once; those that are under way.
+
+    Raises:
+        UnsupportedError: no compiler.
+    """
+    wanted = [_of_fixed(name, double) for name in fixed]
+    if source is not None:
+        wanted.append(_of_pattern(source.text, double))
+    return tuple(build for texts in wanted if (build := start(*texts)) is not None)
 
 
 @functools.cache
@@ -62,7 +81,7 @@ def fixed_library(name: str, double: bool) -> ctypes.CDLL:
         UnsupportedError: no compiler, or it fails; or torch has no OpenMP whose threads it could run on.
     """
     parallel()
-    return library(fixed_part(name), _FIXED, *(["-DDOUBLE"] if double else []))
+    return library(*_of_fixed(name, double))
 
 
 _PASSES = {
@@ -92,12 +111,14 @@ def build_ahead(pattern: Pattern, dtype: str = "float32") -> str:
         UnsupportedError: no compiler, or it fails; or the pattern has no C++.
     """
     double = check_word("dtype", dtype, ("float32", "bfloat16", "float16", "float64")) == "float64"
-    start = time.perf_counter()
-    native(cpp_source(pattern, CppVariant(double)), double=double)
+    begin = time.perf_counter()
+    source = cpp_source(pattern, CppVariant(double))
+    begun(source, ("forward", "backward"), double=double)
+    native(source, double=double)
     fixed_pass("backward", double)
     parallel()
     what = "float64" if double else "float32, bfloat16 and float16"
-    took = time.perf_counter() - start
+    took = time.perf_counter() - begin
     return f"C++ for {what}, forward and backward, is ready after {took:.1f} s: {settings().cache / 'cpp'}"
 
 

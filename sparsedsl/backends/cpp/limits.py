@@ -13,6 +13,8 @@ __all__ = ["LIMITS", "Limits"]
 class Limits:
     """Of builds, of gradients, of attention along lists, of scans.
 
+    - ``wait_s``: seconds that a call with backend ``auto`` waits for compilers, all its pieces of work together, before it is answered by
+      something else.
     - ``worth_compiling``: logits of a call from which on its time is worth that of a compiler, unless the pattern is compiled already.
     - ``parts``: those that the gradients of keys and values of all heads, or of learned tables, are added up in, about; their number is
       no matter of threads, so that sums have one order. ``part_rows``: queries in each, of all heads, at least.
@@ -23,6 +25,7 @@ class Limits:
       again.
     """
 
+    wait_s: float = 2.0
     worth_compiling: int = 1 << 18
     parts: int = 16
     part_rows: int = 1024

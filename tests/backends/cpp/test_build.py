@@ -8,14 +8,20 @@ import stat
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import sparsedsl as sd
-from sparsedsl.backends.cpp import build
+from sparsedsl.backends.cpp import background, build
+from sparsedsl.backends.cpp.attention import CppKernel
 from sparsedsl.backends.cpp.backend import _refusal_of
+from sparsedsl.backends.cpp.limits import LIMITS
+from sparsedsl.execute import operators
 from sparsedsl.testing import tensor
 
 TEXT = 'extern "C" int answer() { return 42; }\n'
@@ -33,12 +39,32 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A compiler that writes a line for each library it makes; the file of the lines."""
     lines, script = tmp_path / "calls", tmp_path / "counted-c++"
-    real = build.compiler()
-    script.write_text(f'#!/bin/sh\ncase "$*" in *-shared*) echo . >> {lines};; esac\nexec {real} "$@"\n')
-    script.chmod(0o755)
+    _compiler_that(script, f"echo . >> {lines}")
     lines.write_text("")
     monkeypatch.setenv("CXX", str(script))
     return lines
+
+
+def _compiler_that(script: Path, first: str) -> None:
+    """A compiler that does something before it makes a library."""
+    script.write_text(f'#!/bin/sh\ncase "$*" in *-shared*) {first};; esac\nexec {build.compiler()} "$@"\n')
+    script.chmod(0o755)
+
+
+@pytest.fixture
+def held(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that makes no library before the file exists, and gives up after a minute."""
+    script, gate = tmp_path / "held-c++", tmp_path / "gate"
+    _compiler_that(script, f"n=0; while [ ! -e {gate} ]; do sleep 0.1; n=$((n+1)); [ $n -gt 600 ] && exit 1; done")
+    monkeypatch.setenv("CXX", str(script))
+    return gate
+
+
+def until(happens: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not happens():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,3 +175,197 @@ def test_no_length_is_compiled_into_a_library(folder, counted):
         attn(q, q, q)
         attn(q[:, :, -1:], q, q, q_offset=length - 1)
     assert len(counted.read_text().split()) <= 2  # the pattern, and what is the same for all
+
+
+# ---- while a compiler works ------------------------------------------------------------------------------------------------------
+
+CAUSAL = sd.kv_idx <= sd.q_idx
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_first_call_with_auto_waits_no_longer_than_it_may(grad, held):
+    q, k, v = (tensor(1, 2, 520, 8, seed=seed).requires_grad_(grad) for seed in range(3))
+    pattern = sd.patterns.sliding_window(126 + grad)
+    attn = sd.compile(pattern)
+    with LIMITS.using(wait_s=0.0):
+        attn.explain(8)  # imports
+    with LIMITS.using(wait_s=0.3):
+        start = time.monotonic()
+        out = attn(q, k, v)
+        assert 0.3 <= time.monotonic() - start < 20
+        torch.testing.assert_close(out, sd.compile(pattern, backend="reference")(q, k, v))
+        found = attn.explain(520, heads=2, head_dim=8, grad=grad)
+        assert found.plan.backend == "tiled" and "cpp is being compiled: more than the 0.3 s" in found.plan.reason
+        assert "is being compiled" in found.others["cpp"]
+        held.touch()
+        until(lambda: attn.explain(520, heads=2, head_dim=8, grad=grad).plan.backend == "cpp")
+    assert torch.equal(attn(q, k, v), sd.compile(pattern, backend="cpp")(q, k, v))
+
+
+def test_all_work_of_a_program_waits_for_one_time(held):
+    q = tensor(1, 2, 520, 8, seed=0)
+    program = CAUSAL & ((sd.q_idx - sd.kv_idx < 97) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 8)), 5))
+    attn = sd.compile(program)
+    with LIMITS.using(wait_s=0.0):
+        attn(q, q, q)  # imports, and what is remembered
+    waits = []
+
+    def wait(self, seconds):
+        waits.append(seconds)
+        time.sleep(min(seconds, 0.2))
+        return False
+
+    with pytest.MonkeyPatch.context() as patch, LIMITS.using(wait_s=0.5):
+        patch.setattr(background.Build, "wait", wait)
+        out = attn(q, q, q)
+        assert "being compiled" in attn.explain(520, heads=2, head_dim=8).plan.reason
+    assert len(waits) >= 3 and waits[0] == 0.5 and waits[1] <= 0.3 and waits[2] <= 0.1
+    torch.testing.assert_close(out, sd.compile(program, backend="tiled")(q, q, q))
+    held.touch()
+    until(lambda: attn.explain(520, heads=2, head_dim=8).plan.backend == "cpp")
+    assert torch.equal(attn(q, q, q), sd.compile(program, backend="cpp")(q, q, q))
+
+
+def test_the_backward_pass_of_a_call_runs_where_its_forward_pass_ran(held, monkeypatch):
+    q = tensor(1, 2, 520, 8, seed=0).requires_grad_()
+    attn = sd.compile(sd.patterns.sliding_window(129))
+    with LIMITS.using(wait_s=0.1):
+        out = attn(q, q, q)
+    held.touch()
+    until(lambda: attn.explain(520, heads=2, head_dim=8, grad=True).plan.backend == "cpp")
+    monkeypatch.delattr(CppKernel, "backward")
+    out.sum().backward()
+    with pytest.raises(AttributeError, match="backward"):
+        attn(q, q, q).sum().backward()
+
+
+def opened_later(gate: Path) -> None:
+    threading.Timer(1.0, gate.touch).start()
+
+
+def test_what_must_not_depend_on_a_clock_waits_until_it_is_built(held, monkeypatch):
+    q = tensor(1, 2, 520, 8, seed=0)
+    with LIMITS.using(wait_s=0.0):
+        named = sd.compile(sd.patterns.sliding_window(131), backend="cpp")
+        opened_later(held)
+        named(q, q, q)  # by name
+        assert held.exists()
+        held.unlink()
+        attn = sd.compile(sd.patterns.sliding_window(132))
+        opened_later(held)
+        out = operators.attend_traced(attn._handle, {}, q, q, q, {}, q_offset=0, return_lse=False, scale=None)  # in a graph
+        assert torch.equal(out, sd.compile(sd.patterns.sliding_window(132), backend="cpp")(q, q, q))
+        held.unlink()
+        attn = sd.compile(sd.patterns.sliding_window(133))
+        opened_later(held)
+        leaf = q.clone().requires_grad_()
+        out = torch.utils.checkpoint.checkpoint(attn, leaf, leaf, leaf, use_reentrant=False)  # made again by the backward pass
+        assert torch.equal(out, sd.compile(sd.patterns.sliding_window(133), backend="cpp")(q, q, q))
+        out.sum().backward()
+
+
+def test_libraries_are_built_side_by_side(tmp_path, folder, monkeypatch):
+    script, seen = tmp_path / "meeting-c++", tmp_path / "seen"
+    seen.mkdir()
+    _compiler_that(
+        script,
+        f"touch {seen}/$$; n=0; while [ $(ls {seen} | wc -l) -lt 2 ]; do sleep 0.1; n=$((n+1)); [ $n -gt 300 ] && exit 1; done",
+    )
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(background, "_cores", threading.BoundedSemaphore(2))
+    assert all(made is not None and made.wait(None) and made.result() for made in (build.start(TEXT), build.start(TEXT + "\n")))
+
+
+def run_alone(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(sd.__file__).parent.parent)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=root, env={**os.environ, "PYTHONPATH": root, **environment}, timeout=120,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_forked_child_waits_for_the_build_of_its_parent(folder, counted, tmp_path):
+    script, gate = tmp_path / "slow-c++", tmp_path / "gate"
+    _compiler_that(script, f"while [ ! -e {gate} ]; do sleep 0.1; done")
+    done = run_alone(
+        f"""
+        import os, pathlib, time
+        from sparsedsl.backends.cpp import build
+        started = build.start({TEXT!r})
+        folder = pathlib.Path({str(folder)!r})
+        while not list(folder.glob(".tmp-*")):
+            time.sleep(0.02)
+        child = os.fork()
+        if not child:
+            begun = build._builds[{TEXT!r}, (), {str(script)!r}]
+            assert begun is started and not begun.wait(0.5)  # the lock of the parent is still held
+            pathlib.Path({str(gate)!r}).touch()
+            assert begun.wait(60) and build.library({TEXT!r}).answer() == 42
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert build.library({TEXT!r}).answer() == 42
+        """,
+        CXX=str(script),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(counted.read_text().split()) == 1
+
+
+def test_a_child_forked_during_a_build_makes_calls(held):
+    done = run_alone(
+        f"""
+        import os, pathlib, torch, sparsedsl as sd
+        from sparsedsl.backends.cpp.limits import LIMITS
+        torch.set_num_threads(1)
+        attn, q = sd.compile(sd.patterns.sliding_window(134)), torch.randn(1, 2, 520, 8)
+        with LIMITS.using(wait_s=0.1):
+            first = attn(q, q, q)
+        child = os.fork()
+        if not child:
+            with LIMITS.using(wait_s=0.1):
+                torch.testing.assert_close(attn(q, q, q), first)
+                assert attn.explain(520, heads=2, head_dim=8).plan.backend == "tiled"
+            pathlib.Path({str(held)!r}).touch()
+            torch.testing.assert_close(sd.compile(sd.patterns.sliding_window(134), backend="cpp")(q, q, q), first)
+            assert attn.explain(520, heads=2, head_dim=8).plan.backend == "cpp"
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_ends_stops_its_compilers_and_leaves_no_files(folder, tmp_path, monkeypatch):
+    script, pids = tmp_path / "endless-c++", tmp_path / "pids"
+    _compiler_that(script, f"echo $$ >> {pids}; sleep 600")
+    start = time.monotonic()
+    done = run_alone(
+        f"""
+        import pathlib, time
+        from sparsedsl.backends.cpp import background, build
+        build.start({TEXT!r}), build.start({TEXT + " "!r})
+        while not pathlib.Path({str(pids)!r}).exists():
+            time.sleep(0.02)
+        """,
+        CXX=str(script),
+    )
+    assert done.returncode == 0 and not done.stderr
+    assert time.monotonic() - start < 60
+    assert not [path for path in folder.iterdir() if path.suffix != ".lock"]
+    for pid in pids.read_text().split():
+        until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+
+
+def test_what_a_killed_process_left_is_removed(folder, monkeypatch):
+    folder.mkdir(mode=0o700)
+    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    dead, own, new = (
+        folder / f".tmp-{number}-{name}" for number, name in ((int(child.stdout), "a.so"), (os.getpid(), "b.so"), (1, "c"))
+    )
+    for path in (dead, own, new):
+        path.write_text("")
+        if path != new:
+            os.utime(path, (0, 0))
+    build._swept.cache_clear()
+    build.library(TEXT)
+    assert [path.exists() for path in (dead, own, new)] == [False, True, True]
