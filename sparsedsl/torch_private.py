@@ -100,6 +100,9 @@ autocast_anywhere = _private("torch._C._is_any_autocast_enabled", "a call")
 # again.
 _saved_hooks = _private("torch._C._autograd._top_saved_tensors_default_hooks", "a call that waits for a compiler")
 
+# How many modes watch every operation below autograd, those of tracing among them.
+modes_active = _private("torch._C._len_torch_dispatch_stack", "a call")
+
 _mode = _private("torch._C._get_dispatch_mode", "a call")
 _keys = _private("torch._C._TorchDispatchModeKey", "a call")
 _GRAPH_MODES = tuple(getattr(_keys, name) for name in ("PROXY", "FAKE", "FUNCTIONAL") if hasattr(_keys, name))

@@ -14,6 +14,7 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.patience import Patience
+from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
@@ -31,6 +32,11 @@ class PatternRunner(ABC):
     @abstractmethod
     def attend(self, call: Call, *, lse: bool) -> tuple[Tensor, Tensor | None]:
         """``out (B, Hq, Sq, Dv)`` in the dtype of q, and ``lse (B, Hq, Sq)``; the LSE may be None where ``lse`` is False."""
+
+    def again(self, call: Call) -> Again | None:
+        """What runs calls without gradients or tables that differ from this one in the number of keys, the offset and values alone, at a
+        lower price; None: nothing does, or ``auto`` may want another backend for one of them."""
+        return None
 
     @property
     @abstractmethod

@@ -67,6 +67,7 @@ class Attention:
         self.allow = frozenset(allow)
         self.dispatch = Dispatch(self.backend)
         self._static = None if program.static is None else StaticAttention(program.static)
+        self._repeated = None if self._static is None else self._static.repeated(self.backend)
         # Kinds of calls that are known to run.
         self._runs: set[CallFacts] = set()
         # What a traced call needs, as plain values: torch.compile follows no sympy.
@@ -131,6 +132,10 @@ class Attention:
         """
         given = q_offset
         compiling = torch.compiler.is_compiling()
+        if not compiling and self._repeated is not None and not named and state is None and not return_state:
+            found = self._repeated.call(q, k, v, q_offset, scale)
+            if found is not None:
+                return found if return_lse else found[0]
         q, k, v, q_offset = arranged(q, k, v, q_offset, compiling=compiling)
         if compiling or is_watched(q, k, v) or (self._static is None and is_transformed(q, k, v)):
             return self._in_a_graph(q, k, v, named, q_offset, return_lse, scale, state is not None or return_state)

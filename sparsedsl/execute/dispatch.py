@@ -70,8 +70,13 @@ class Dispatch:
         self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], *, q_offset: int, scale: Any, lse: bool
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Attention over a mask that reads tables only: ``out``, and the LSE where it is wanted."""
-        call = inner_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale or pattern.scale or q.shape[3] ** -0.5)
-        return static_attention(pattern, new_tables=bool(tables)).attend(call, self.backend, lse=lse, patience=self.patience)
+        scale = scale or pattern.scale or q.shape[3] ** -0.5
+        static = static_attention(pattern, new_tables=bool(tables))
+        found = None if tables else static.repeated(self.backend).call(q, k, v, q_offset, scale)
+        if found is not None:
+            return found
+        call = inner_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
+        return static.attend(call, self.backend, lse=lse, patience=self.patience)
 
     def selected(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor | None]:
         """Attention along lists: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""

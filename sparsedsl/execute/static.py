@@ -27,6 +27,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.patience import Patience
+from sparsedsl.runtime.repeated import Repeated
 from sparsedsl.runtime.request import CallFacts, Plan, Request
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.settings import tune_mode
@@ -47,6 +48,11 @@ class StaticAttention:
         self.pattern, self.minimal = pattern, minimal
         self._lists: Cache[BlockLists] = Cache()
         self._runners: dict[str, PatternRunner] = {}
+        self._repeated: dict[str, Repeated] = {}
+
+    def repeated(self, backend: str) -> Repeated:
+        """Calls of known kinds, of which this backend was asked."""
+        return self._repeated.setdefault(backend, Repeated())
 
     def runner(self, backend: str) -> PatternRunner:
         """The pattern on a backend."""
@@ -78,9 +84,16 @@ class StaticAttention:
         self, call: Call, backend: str, *, lse: bool, patience: Patience | None = None
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """``out``, and the LSE where it is wanted."""
+        asked = backend
         if backend == AUTO or named(backend).may_refuse:
             backend = self.plan(call, backend, lse=lse, patience=patience).backend
-        return attend_empty(self.pattern, call) if call.is_empty else self.runner(backend).attend(call, lse=lse)
+        if call.is_empty:
+            return attend_empty(self.pattern, call)
+        runner = self.runner(backend)
+        found = runner.attend(call, lse=lse)
+        if not call.given and not call.needs_grad and (again := runner.again(call)) is not None:
+            self.repeated(asked).remember(call, self.pattern.scale or call.q.shape[3] ** -0.5, again)
+        return found
 
     def _fastest(self, call: Call, backends: tuple[str, ...]) -> tuple[str, str] | None:
         """The backend that was measured to be the fastest for calls like this one."""

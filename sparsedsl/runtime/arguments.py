@@ -13,7 +13,7 @@ import torch
 
 from sparsedsl.errors import CallWarning, ShapeError, UnsupportedError
 from sparsedsl.lang.pattern import relates_positions
-from sparsedsl.runtime.torch_modes import autocast_inputs
+from sparsedsl.runtime.torch_modes import autocast_inputs, in_context_parallel
 
 __all__ = ["arranged", "warn_of_slips"]
 
@@ -52,7 +52,7 @@ def _refuse_distributed(*tensors: Any) -> None:
             "batch: call it within torch.distributed.tensor.experimental.local_map, or on q.to_local(), k.to_local(), v.to_local(). "
             "Shards of anything else: q.full_tensor() and so on first"
         )
-    if "context_parallel" in getattr(torch.nn.functional.scaled_dot_product_attention, "__module__", ""):
+    if in_context_parallel():
         raise UnsupportedError(
             "this call is made inside of torch's context_parallel(), where every rank holds a shard of the tokens in another order: "
             "positions would be wrong. Call it outside of context_parallel(), on all tokens; shard the batch or the heads instead"

@@ -6,10 +6,11 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from sparsedsl.torch_private import autocast_anywhere, has_no_values, in_graph_mode, is_wrapped, transforms_active
 
-__all__ = ["autocast_inputs", "is_transformed", "is_watched", "plain_math"]
+__all__ = ["autocast_inputs", "in_context_parallel", "is_transformed", "is_watched", "plain_math"]
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -28,6 +29,11 @@ def is_watched(*tensors: Any) -> bool:
         return False  # as nearly every call
     known = [t for t in tensors if isinstance(t, torch.Tensor)]
     return any(map(has_no_values, known)) or (bool(known) and all(t.is_meta for t in known))
+
+
+def in_context_parallel() -> bool:
+    """Whether torch's ``context_parallel()`` shards tokens now."""
+    return "context_parallel" in getattr(functional.scaled_dot_product_attention, "__module__", "")
 
 
 def is_transformed(*tensors: torch.Tensor) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.backends.cpp.call_bytes import KINDS, call_block, place_of
+from sparsedsl.backends.cpp.call_bytes import HEAD, KINDS, OF_GRADIENTS, call_block, place_of
 from sparsedsl.backends.cpp.libraries import fixed_pass, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer
@@ -17,6 +17,7 @@ from sparsedsl.backends.tiled.attention import sight_of
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.sinks import sink_gradients
 from sparsedsl.runtime.unseen import Sight
@@ -36,6 +37,35 @@ class CppKernel(PatternRunner):
     def attend(self, call: Call, *, lse: bool) -> tuple[Tensor, Tensor]:
         """Out and LSE, differentiable."""
         return differentiable(self, call)
+
+    def again(self, call: Call) -> Again | None:
+        """Where nothing is made for lengths: the same fields but for a dozen."""
+        source, domain, q, v = self._prepare.source(double=call.q.dtype == torch.float64), call.domain, call.q, call.v
+        if source.slots or source.reads_lengths:
+            return None
+        schedule = self.schedule(call)
+        (batch, heads, rows, width), kv_heads, v_width = q.shape, call.k.shape[1], v.shape[3]
+        real = torch.float64 if q.dtype == torch.float64 else torch.float32
+        fields = (*_of_pattern(schedule), *[0] * OF_GRADIENTS)
+        tail = struct.pack(f"={len(fields)}q", *fields)
+        scale, kind, openmp, run = call.scale, KINDS[q.dtype], parallel(), fixed_pass("forward", real == torch.float64)
+        out_head = rows * v_width
+        out_batch = heads * out_head
+
+        def again(q: Tensor, k: Tensor, v: Tensor, q_offset: int) -> tuple[Tensor, Tensor] | None:
+            (q_batch, q_head, q_row, q_one), (k_batch, k_head, k_row, k_one) = q.stride(), k.stride()
+            v_batch, v_head, v_row, v_one = v.stride()
+            if not q_one == k_one == v_one == 1 or q.is_neg() or k.is_neg() or v.is_neg():
+                return None
+            out, lse = q.new_empty((batch, heads, rows, v_width)), q.new_empty((batch, heads, rows), dtype=real)
+            block = HEAD.pack(
+                batch, heads, kv_heads, rows, k.shape[2], width, v_width, q_offset, scale, kind, torch.get_num_threads(), openmp,
+                q.data_ptr(), q_batch, q_head, q_row, k.data_ptr(), k_batch, k_head, k_row, v.data_ptr(), v_batch, v_head, v_row,
+                out.data_ptr(), out_batch, out_head, v_width, lse.data_ptr(),
+            )  # fmt: skip
+            return (out, lse) if run(block + tail) > 0 else None
+
+        return again
 
     @property
     def source(self) -> str:
@@ -139,10 +169,10 @@ def _run(
 
 def block_of(
     call: Call, schedule: Prepared, tensors: tuple[Tensor, Tensor, Tensor, Tensor], lse: Tensor, rest: Sequence[int], more: Sequence[int]
-) -> Any:  # fmt: skip
+) -> bytes:  # fmt: skip
     """The bytes of a call: see ``codegen/cpp/call.h``."""
     q, k, v, out = tensors
-    domain, source, names = call.domain, schedule.source, schedule.native.functions
+    domain = call.domain
     return call_block(
         (
             domain.batch, domain.heads, k.shape[1], domain.rows, domain.kv_len, q.shape[3], v.shape[3], domain.q_offset,
@@ -150,12 +180,22 @@ def block_of(
         call.scale,
         [
             KINDS[q.dtype], torch.get_num_threads(), parallel(), *place_of(q), *place_of(k), *place_of(v), *place_of(out), lse.data_ptr(),
-            *schedule.cut, source.step, -1 if source.intervals is None else len(source.intervals), names["ends"], names["mask"],
-            names["score"], names["sink"], *schedule.lists, *rest, *more,
+            *_of_pattern(schedule), *rest, *more,
         ],
     )  # fmt: skip
 
 
+def _of_pattern(schedule: Prepared) -> tuple[int, ...]:
+    """The fields of strips, of the functions of a pattern and of its lists."""
+    source, names = schedule.source, schedule.native.functions
+    intervals = -1 if source.intervals is None else len(source.intervals)
+    return (
+        *schedule.cut, source.step, intervals, names["ends"], names["mask"], names["score"], names["sink"], *schedule.lists,
+    )  # fmt: skip
+
+
 def rows_without_gaps(t: Tensor) -> Tensor:
-    """The tensor with the entries of a row side by side; no copy if they are."""
+    """The tensor with the entries of a row side by side, as they lie in memory; no copy if they do."""
+    if t.is_neg():  # a view that says so alone
+        t = t.resolve_neg()
     return t if t.stride(3) == 1 else t.contiguous()

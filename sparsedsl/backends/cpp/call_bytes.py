@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from collections.abc import Sequence
 
 import torch
 
-__all__ = ["KINDS", "call_block", "place_of"]
+__all__ = ["HEAD", "KINDS", "OF_GRADIENTS", "call_block", "place_of"]
 
-# Fields between the scale and those of the pattern.
-FIXED = 50
+# Fields between the scale and those of the pattern, and, at the end of these, those of gradients.
+FIXED, OF_GRADIENTS = 50, 15
+# From the batch to the LSE.
+HEAD = struct.Struct("=8qd20q")
 # How elements of q, k, v and out are told of, where the computation is not in their own type.
 KINDS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -22,12 +23,9 @@ def _layout(more: int) -> struct.Struct:
     return struct.Struct(f"=8qd{FIXED + more}q")
 
 
-def call_block(sizes: Sequence[int], scale: float, rest: Sequence[int]) -> ctypes.Array[ctypes.c_char]:
+def call_block(sizes: Sequence[int], scale: float, rest: Sequence[int]) -> bytes:
     """``sizes``: batch .. q_offset; ``rest``: all that follows the scale, in order."""
-    layout = _layout(len(rest) - FIXED)
-    block = ctypes.create_string_buffer(layout.size)
-    layout.pack_into(block, 0, *sizes, scale, *rest)
-    return block
+    return _layout(len(rest) - FIXED).pack(*sizes, scale, *rest)
 
 
 def place_of(t: torch.Tensor) -> tuple[int, int, int, int]:
