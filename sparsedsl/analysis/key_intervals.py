@@ -24,14 +24,14 @@ from sparsedsl.analysis.runs import invert, limits, rising_form
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.evaluation import maximum, minimum
 from sparsedsl.lang.shapes import joined_shape
-from sparsedsl.lang.steps import evaluate, prepared
+from sparsedsl.lang.steps import evaluate, prepared_value
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, KV_LEN, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
 
 __all__ = ["KeyInterval", "exchanged", "interval_rows", "intervals", "keys_of_one_query", "never_empty"]
 
 # An expression made ready: the values of its symbols -> its own.
-_Value = Callable[[Mapping[str, Any]], torch.Tensor]
+_Value = Callable[[Mapping[str, Any]], Any]
 # More intervals than this a row cost more than they save: they are put in order by every program.
 MAX_INTERVALS = 4
 
@@ -177,7 +177,8 @@ def _closed(mask: Boolean) -> tuple[tuple[_Value, _Value, _Value | None], ...] |
     made = []
     for interval in found:
         first, last = interval.ends
-        made.append((prepared(first), prepared(last), prepared(sympy.And(*interval.conditions)) if interval.conditions else None))
+        holds = prepared_value(sympy.And(*interval.conditions)) if interval.conditions else None
+        made.append((prepared_value(first), prepared_value(last), holds))
     return tuple(made)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -68,7 +68,7 @@ class Backend(ABC):
         """Why it cannot do a piece of work, or None."""
 
     def refusal_by_now(self, request: Request, patience: Patience) -> str | None:
-        """The same for ``auto``, which waits for nothing longer than ``patience``: :class:`~sparsedsl.runtime.request.NotYet` where it would."""
+        """The same for ``auto``, which waits no longer than ``patience``: :class:`~sparsedsl.runtime.request.NotYet` where it would."""
         return self.refusal(request)
 
     def preference(self, request: Request) -> int:
@@ -92,8 +92,13 @@ class Backend(ABC):
         self._cannot("selected blocks")
 
     def chooser(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Choose | None:
-        """Its own way to choose blocks by scores of a dtype on a device, in one pass from what scores are made of to lists; None: it has none,
-        or none before ``patience`` ends."""
+        """Its own way to choose blocks by scores of a dtype on a device, in one pass from what scores are made of to lists; None: it has
+        none, or none before ``patience`` ends."""
+        return None
+
+    def merged(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+        """Its own way to make one softmax of results that it may write to, of which nobody wants gradients: out and LSE of each part, alike in
+        shape and device; None: it has none, or none that is ready."""
         return None
 
     def slots(self, *tensors: Any, **words: Any) -> Any:

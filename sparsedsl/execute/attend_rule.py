@@ -145,7 +145,7 @@ class _AttendCall:
             call = check_call(attend(True), q, k, v, {}, q_offset=domain.q_offset)
             logit = sink_logit(self._written(rows), call, self.run.call.tables, self.run.call.dtype)
             found.append((torch.zeros_like(found[0][0]), logit))
-        return found[0] if len(found) == 1 else lse_merge(found)
+        return self.run.dispatch.merged(found)
 
     def _written(self, rows: slice | None) -> Pattern:
         """The node's pattern; of a piece with the length of the whole, which is no longer that of the piece, as a number."""

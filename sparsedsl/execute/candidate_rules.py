@@ -10,10 +10,12 @@ import sympy
 import torch
 
 from sparsedsl.analysis.block_masks import constant_in_blocks
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.key_intervals import interval_rows, intervals, keys_of_one_query
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
+from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.selection.candidates import Candidates, IntervalRule, PairRule, any_of_group
 
 __all__ = ["block_rule", "candidates_of"]
@@ -30,7 +32,23 @@ def candidates_of(mask: Any, domain: Domain, q_block: int, kv_block: int, heads:
     if mask == sympy.true:
         return Candidates()
     if domain.rows == 1 and (ranges := keys_of_one_query(mask, domain)) is not None:
-        return _of_ranges([range(part.start // kv_block, (part.stop - 1) // kv_block + 1) for part in ranges], domain.device)
+        blocks = tuple(range(part.start // kv_block, (part.stop - 1) // kv_block + 1) for part in ranges)
+        return _of_ranges(blocks, domain.device)
+    if is_transformed(*domain.tables.values()):
+        return _of_rows(mask, domain, q_block, kv_block, heads, device)
+    names = sorted(domain.tables)
+    key = (
+        mask, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, q_block, kv_block, heads, device, *names,
+    )  # fmt: skip
+    tables = [domain.tables[name] for name in names]
+    return _KNOWN.get(key, tables, lambda: _of_rows(mask, domain, q_block, kv_block, heads, device))
+
+
+# Of calls with the same lengths and tables.
+_KNOWN: Cache[Candidates] = Cache()
+
+
+def _of_rows(mask: Any, domain: Domain, q_block: int, kv_block: int, heads: int, device: torch.device) -> Candidates:
     ends = _ends(mask, domain, q_block)
     if ends is None:
         return Candidates(allowed=_pair_rule(mask, domain, q_block, kv_block, heads, {}, device))
@@ -44,7 +62,8 @@ def candidates_of(mask: Any, domain: Domain, q_block: int, kv_block: int, heads:
     return Candidates(begin=begin, end=end, allowed=None if exact else _interval_rule(ends, kv_block, heads, device))
 
 
-def _of_ranges(blocks: list[range], device: torch.device) -> Candidates:
+@functools.lru_cache(maxsize=256)  # steps of decoding change them once a block
+def _of_ranges(blocks: tuple[range, ...], device: torch.device) -> Candidates:
     """The same for one row, whose blocks are ranges."""
     if not blocks:
         return Candidates(end=torch.zeros(1, dtype=torch.int64, device=device))

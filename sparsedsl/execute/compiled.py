@@ -38,7 +38,8 @@ from sparsedsl.program.rules import check_rules
 from sparsedsl.runtime.arguments import arranged, warn_of_slips
 from sparsedsl.runtime.call import bind_tables, check_call, exactly
 from sparsedsl.runtime.interpreter import Evaluation
-from sparsedsl.runtime.program_call import ProgramCall, check_program_call
+from sparsedsl.runtime.program_call import ProgramCall, check_program_call, plain_call, takes_any_position
+from sparsedsl.runtime.repeated import Repeated
 from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.torch_modes import is_transformed, is_watched
 from sparsedsl.selection.scores import ScoreSource
@@ -67,7 +68,8 @@ class Attention:
         self.allow = frozenset(allow)
         self.dispatch = Dispatch(self.backend)
         self._static = None if program.static is None else StaticAttention(program.static)
-        self._repeated = None if self._static is None else self._static.repeated(self.backend)
+        # Of programs, kinds of calls that were checked, and whether with the LSE.
+        self._repeated: Repeated[bool] = Repeated()
         # Kinds of calls that are known to run.
         self._runs: set[CallFacts] = set()
         # What a traced call needs, as plain values: torch.compile follows no sympy.
@@ -132,8 +134,8 @@ class Attention:
         """
         given = q_offset
         compiling = torch.compiler.is_compiling()
-        if not compiling and self._repeated is not None and not named and state is None and not return_state:
-            found = self._repeated.call(q, k, v, q_offset, scale)
+        if not compiling and not named and state is None and not return_state:
+            found = self._again(q, k, v, q_offset, return_lse, scale)
             if found is not None:
                 return found if return_lse else found[0]
         q, k, v, q_offset = arranged(q, k, v, q_offset, compiling=compiling)
@@ -143,6 +145,17 @@ class Attention:
         return self.attend_now(
             q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state
         )
+
+    def _again(self, q: Any, k: Any, v: Any, q_offset: Any, lse: bool, scale: Any) -> tuple[Tensor, Tensor | None] | None:
+        """``(out, lse)`` of a call of a kind that was checked before; None: make an ordinary call."""
+        if self._static is not None:
+            return self._static.again(q, k, v, self.backend, q_offset, scale)
+        found = self._repeated.find(q, k, v, q_offset, scale)
+        if found is None or (lse and not found[0]):
+            return None
+        call = plain_call(self.program, q, k, v, found[1], scale)
+        out, weight = lowered(call, Dispatch(self.backend), lse=lse).value(self.program.root)
+        return (out if out.dtype is q.dtype else out.to(q.dtype)), weight
 
     def attend_now(
         self, q: Any, k: Any, v: Any, named: Mapping[str, Any], *, q_offset: Any, return_lse: bool, scale: float | None,
@@ -168,6 +181,8 @@ class Attention:
             # The reference has no scans of its own: what is carried over is made as `tiled` makes it.
             carrier = run.dispatch if isinstance(run, Lowering) else Dispatch("tiled")
             after = advanced(checked, carrier) if return_state else None
+            if state is None and not checked.needs_grad and isinstance(run, Lowering) and takes_any_position(self.program):
+                self._repeated.remember(checked, (scale,), return_lse)
         results = [out.to(checked.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]
         return results[0] if len(results) == 1 else tuple(results)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,12 @@ from sparsedsl.backends.registry import AUTO, BACKENDS, choose, named
 from sparsedsl.execute.static import static_attention
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import inner_call, wants_grad
+from sparsedsl.runtime.heads import lse_merge
 from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
+from sparsedsl.torch_private import transforms_active
 
 __all__ = ["Dispatch", "takes"]
 
@@ -58,8 +60,8 @@ class Dispatch:
 
     def chooser(self, device: torch.device, dtype: torch.dtype) -> Choose | None:
         """What makes scores of a dtype and chooses by them in one pass, if some backend can."""
-        backends, patience = (BACKENDS.values(), self.patience) if self.backend == AUTO else ([named(self.backend)], None)
-        return next((found for b in backends if (found := b.chooser(device, dtype, patience)) is not None), None)
+        patience = self.patience if self.backend == AUTO else None
+        return next((found for b in self._asked() if (found := b.chooser(device, dtype, patience)) is not None), None)
 
     def full_tiles(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether lists of full tiles are run as they are."""
@@ -72,11 +74,25 @@ class Dispatch:
         """Attention over a mask that reads tables only: ``out``, and the LSE where it is wanted."""
         scale = scale or pattern.scale or q.shape[3] ** -0.5
         static = static_attention(pattern, new_tables=bool(tables))
-        found = None if tables else static.repeated(self.backend).call(q, k, v, q_offset, scale)
+        found = None if tables else static.again(q, k, v, self.backend, q_offset, scale)
         if found is not None:
             return found
         call = inner_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
         return static.attend(call, self.backend, lse=lse, patience=self.patience)
+
+    def merged(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """One softmax over results that nobody else reads."""
+        if len(parts) == 1:
+            return parts[0]
+        if not wants_grad(*(t for part in parts for t in part)) and not transforms_active():
+            for backend in self._asked():
+                found = backend.merged(parts)
+                if found is not None:
+                    return found
+        return lse_merge(parts)
+
+    def _asked(self) -> Iterable[Backend]:
+        return BACKENDS.values() if self.backend == AUTO else (named(self.backend),)
 
     def selected(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor | None]:
         """Attention along lists: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""

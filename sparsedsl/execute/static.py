@@ -27,7 +27,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.patience import Patience
-from sparsedsl.runtime.repeated import Repeated
+from sparsedsl.runtime.repeated import Again, Repeated
 from sparsedsl.runtime.request import CallFacts, Plan, Request
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.settings import tune_mode
@@ -48,11 +48,13 @@ class StaticAttention:
         self.pattern, self.minimal = pattern, minimal
         self._lists: Cache[BlockLists] = Cache()
         self._runners: dict[str, PatternRunner] = {}
-        self._repeated: dict[str, Repeated] = {}
+        self._repeated: dict[str, Repeated[Again]] = {}
 
-    def repeated(self, backend: str) -> Repeated:
-        """Calls of known kinds, of which this backend was asked."""
-        return self._repeated.setdefault(backend, Repeated())
+    def again(self, q: Any, k: Any, v: Any, backend: str, q_offset: Any, scale: Any) -> tuple[Tensor, Tensor] | None:
+        """``(out, lse)`` of a call of a kind that was checked and run before, on unchecked arguments; None: make an ordinary call."""
+        repeated = self._repeated.get(backend)
+        found = None if repeated is None else repeated.find(q, k, v, q_offset, scale)
+        return None if found is None else found[0](q, k, v, found[1])
 
     def runner(self, backend: str) -> PatternRunner:
         """The pattern on a backend."""
@@ -92,7 +94,9 @@ class StaticAttention:
         runner = self.runner(backend)
         found = runner.attend(call, lse=lse)
         if not call.given and not call.needs_grad and (again := runner.again(call)) is not None:
-            self.repeated(asked).remember(call, self.pattern.scale or call.q.shape[3] ** -0.5, again)
+            usual = self.pattern.scale or call.q.shape[3] ** -0.5
+            scales = (call.scale, None) if call.scale == usual else (call.scale,)
+            self._repeated.setdefault(asked, Repeated()).remember(call, scales, again)
         return found
 
     def _fastest(self, call: Call, backends: tuple[str, ...]) -> tuple[str, str] | None:

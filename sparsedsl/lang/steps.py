@@ -21,7 +21,7 @@ from sparsedsl.lang import strict
 from sparsedsl.lang.evaluation import bit_and, maximum, minimum, read_table
 from sparsedsl.lang.tables import TableRead
 
-__all__ = ["evaluate", "prepared"]
+__all__ = ["evaluate", "prepared", "prepared_value"]
 
 Value = Any  # a torch tensor, or a Python number where nothing depends on a tensor
 Step = tuple[Callable[..., Value], tuple[int, ...]]
@@ -43,19 +43,28 @@ def prepared(expr: sympy.Basic, *, dtype: torch.dtype = torch.float64) -> Callab
     return functools.partial(_run, _steps(expr, dtype))
 
 
+def prepared_value(expr: sympy.Basic, *, dtype: torch.dtype = torch.float64) -> Callable[[Mapping[str, Any]], Value]:
+    """The same; a Python number where the environment holds numbers alone."""
+    return functools.partial(_value, _steps(expr, dtype))
+
+
 def _run(found: _Steps, env: Mapping[str, Any]) -> torch.Tensor:
-    values = [env[name] for name in found.names]
-    values += found.constants
-    known = values.__getitem__
-    for op, places in found.steps:
-        values.append(op(*map(known, places)))
-    value = values[found.result]
+    value = _value(found, env)
     if isinstance(value, torch.Tensor):
         return value
     for given in env.values():
         if isinstance(given, torch.Tensor):
             return torch.as_tensor(value, device=given.device)
     return torch.as_tensor(value)
+
+
+def _value(found: _Steps, env: Mapping[str, Any]) -> Value:
+    values = [env[name] for name in found.names]
+    values += found.constants
+    known = values.__getitem__
+    for op, places in found.steps:
+        values.append(op(*map(known, places)))
+    return values[found.result]
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from sparsedsl.program.tensors import Input
 from sparsedsl.runtime.call import FLOATS, Call, check_call, check_table, exactly, wants_grad
 from sparsedsl.runtime.dtypes import accumulated
 
-__all__ = ["ProgramCall", "check_program_call", "refused_positions"]
+__all__ = ["ProgramCall", "check_program_call", "plain_call", "refused_positions", "takes_any_position"]
 
 Tensor = torch.Tensor
 
@@ -117,6 +117,23 @@ def refused_positions(program: Program, q_offset: int, q_len: int, kv_len: int) 
                 f"{q_len} queries at {q_offset} and {kv_len} keys. Use it for prefill, and another pattern to decode"
             )
     return None
+
+
+@functools.lru_cache(maxsize=256)
+def takes_any_position(program: Program) -> bool:
+    """Whether calls without tables and further inputs that differ in the number of keys and the position alone are all refused, or none."""
+    positions = any(node.whole_sequence or node.whole_queries > 1 for node in program.order)
+    recurrent = any(isinstance(node, (Recall, Linear)) for node in program.everything)
+    return not (positions or recurrent or program.tables or program.inputs)
+
+
+def plain_call(program: Program, q: Tensor, k: Tensor, v: Tensor, q_offset: int, scale: float | None) -> ProgramCall:
+    """A call that needs no check, of which nobody wants gradients, without tables and further inputs."""
+    call = ProgramCall(program, {tensors.q: q, tensors.k: k, tensors.v: v}, {}, q_offset, scale)
+    domain = Domain(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1], call.tables)
+    # What would be worked out when it is asked for.
+    vars(call).update(q=q, k=k, v=v, domain=domain, dtype=accumulated(q.dtype), is_empty=False, needs_grad=False)
+    return call
 
 
 def check_program_call(

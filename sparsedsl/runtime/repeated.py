@@ -3,42 +3,46 @@ again that depends on the rest. What is not plainly of a known kind is left to t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.runtime.torch_modes import in_context_parallel
 from sparsedsl.torch_private import autocast_anywhere, modes_active, transforms_active
 
 __all__ = ["Again", "Repeated"]
 
 Tensor = torch.Tensor
+What = TypeVar("What")
 Again = Callable[[Tensor, Tensor, Tensor, int], "tuple[Tensor, Tensor] | None"]
 """``(out, lse)`` of q, k, v and an offset; None: the ordinary call is to look at them."""
 # Kinds that are remembered.
 MOST = 64
 
 
-class Repeated:
-    """The kinds of calls of one pattern without tables, by what does not change from call to call."""
+class Repeated(Generic[What]):
+    """What is known of kinds of calls of one pattern or program without tables and further inputs, by all that does not change from call to
+    call."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, tuple[Again, int]] = {}
+        self._known: dict[Any, tuple[What, int]] = {}
 
-    def remember(self, call: Call, usual_scale: float, again: Again) -> None:
-        """Calls without gradients like one that was checked may run ``again``; ``usual_scale``: that of calls which give none."""
+    def remember(self, call: Call | ProgramCall, scales: Sequence[float | None], what: What) -> None:
+        """``what``: of calls without gradients like one that was checked, with one of these scales (None: they give none)."""
         if len(self._known) >= MOST:
             self._known.clear()
         q, k, v, domain = call.q, call.k, call.v, call.domain
         # Integers were checked for all lengths up to the next power of two (analysis.exactness).
         longest = 1 << (max(domain.q_offset + domain.rows, domain.kv_len) - 1).bit_length()
-        for scale in (call.scale, None) if call.scale == usual_scale else (call.scale,):
-            self._known[(*q.shape, k.shape[1], v.shape[3], q.dtype, scale)] = again, longest
+        for scale in scales:
+            self._known[(*q.shape, k.shape[1], v.shape[3], q.dtype, scale)] = what, longest
 
-    def call(self, q: Any, k: Any, v: Any, q_offset: Any, scale: Any) -> tuple[Tensor, Tensor] | None:
-        """``(out, lse)`` of a call of a known kind, else None. ``q_offset`` and ``scale`` as they are given to a call."""
+    def find(self, q: Any, k: Any, v: Any, q_offset: Any, scale: Any) -> tuple[What, int] | None:
+        """What is known of a call, and the position of its first query; None: the ordinary call is to look at it. ``q_offset`` and
+        ``scale`` as they are given to a call."""
         if not type(q) is type(k) is type(v) is Tensor or modes_active() or transforms_active() or autocast_anywhere():
             return None
         shapes = q.shape, k.shape, v.shape
@@ -56,13 +60,14 @@ class Repeated:
             return None
         if type(q_offset) is not int:
             # Without an offset before more keys the ordinary call warns.
-            q_offset = keys - rows if q_offset == "end" or (q_offset is None and rows == keys) else -1
-        again, longest = known
+            last = (q_offset is None and rows == keys) or (isinstance(q_offset, str) and q_offset == "end")
+            q_offset = keys - rows if last else -1
+        what, longest = known
         if not 0 <= q_offset <= keys - rows or keys > longest or (rows > 1 and heads > keys):
             return None
         if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
             return None
-        return None if in_context_parallel() else again(q, k, v, q_offset)
+        return None if in_context_parallel() else (what, q_offset)
 
 
 _FOUR = [4, 4, 4]

@@ -77,8 +77,8 @@ class NotYet(str):
 
 @dataclass(frozen=True)
 class Plan:
-    """The decision: ``backend`` runs the work; ``reason`` says why, for ``explain``. ``lasting``: it is the same at the next call; not where
-    a better backend is being built."""
+    """The decision: ``backend`` runs the work; ``reason`` says why, for ``explain``. ``lasting``: the next call gets the same; not
+    where a better backend is being built."""
 
     backend: str
     reason: str

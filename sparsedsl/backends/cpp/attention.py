@@ -40,7 +40,7 @@ class CppKernel(PatternRunner):
 
     def again(self, call: Call) -> Again | None:
         """Where nothing is made for lengths: the same fields but for a dozen."""
-        source, domain, q, v = self._prepare.source(double=call.q.dtype == torch.float64), call.domain, call.q, call.v
+        source, q, v = self._prepare.source(double=call.q.dtype == torch.float64), call.q, call.v
         if source.slots or source.reads_lengths:
             return None
         schedule = self.schedule(call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from sparsedsl.backends.cpp.build import compiler
 from sparsedsl.backends.cpp.choosing import can_choose, choose_blocks
 from sparsedsl.backends.cpp.libraries import begun, fixed_library, fixed_pass, native, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
-from sparsedsl.backends.cpp.prepared import READY
+from sparsedsl.backends.cpp.merging import merged
+from sparsedsl.backends.cpp.prepared import FORWARD, READY
 from sparsedsl.backends.cpp.scan_linear import linear_scan
 from sparsedsl.backends.cpp.scan_slots import slot_scan
 from sparsedsl.backends.cpp.selected import along_lists, preparer_of, selected_attention
@@ -34,6 +36,9 @@ FIXED_PARTS = {
     "attention": ("forward", "backward"), "selected": ("selected", "selected_backward"), "linear": ("scan_linear",),
     "slots": ("scan_slots",), "choosing": ("choosing",),
 }  # fmt: skip
+
+# Whether in float64: what chooses blocks is built and loaded.
+_CHOOSES: set[bool] = set()
 
 
 class CppBackend(Backend):
@@ -63,8 +68,8 @@ class CppBackend(Backend):
             code = request.pattern if request.work == "attention" else (request.mask, request.score)
             if not _done(_begun(request.work, code, double, facts.grad, worth, compiler()), patience):
                 return NotYet(
-                    f"cpp is being compiled: more than the {LIMITS.now.wait_s:g} s that a call waits for; calls run on it once it is ready, "
-                    "this call does not"
+                    f"cpp is being compiled: more than the {LIMITS.now.wait_s:g} s that a call waits for; calls run on it once it is "
+                    "ready, this call does not"
                 )
         return self.refusal(request)
 
@@ -101,12 +106,24 @@ class CppBackend(Backend):
 
     def chooser(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Choose | None:
         """Where there is a compiler."""
-        path = compiler()
+        double = dtype == torch.float64
         if device.type != "cpu":
             return None
-        if patience is not None and not _done(_begun("choosing", None, dtype == torch.float64, False, False, path), patience):
+        if double in _CHOOSES:
+            return choose_blocks
+        path = compiler()
+        if patience is not None and not _done(_begun("choosing", None, double, False, False, path), patience):
             return None
-        return choose_blocks if can_choose(path) else None
+        if not can_choose(path):
+            return None
+        if patience is None or all(build.done for build in _begun("choosing", None, double, False, False, path)):
+            _CHOOSES.add(double)
+        return choose_blocks
+
+    def merged(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+        """On the CPU, where the forward pass is loaded."""
+        out, lse = parts[0]
+        return merged(parts) if out.is_cpu and (lse.dtype == torch.float64) in FORWARD else None
 
     def source(self, request: Request) -> str:
         """The masks and scores of attention along lists."""

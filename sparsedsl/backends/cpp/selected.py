@@ -123,7 +123,7 @@ def _turned(q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch
 
 def _run(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, weights: Tensor | None) -> tuple[Tensor, Tensor, bool]:
     """Results, and whether all of ``out`` is finite."""
-    q, k, v = (rows_without_gaps(t.detach()) for t in (q, k, v))
+    q, k, v = (rows_without_gaps(t.detach() if t.requires_grad else t) for t in (q, k, v))
     real = accumulated(q.dtype)
     out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=real)
     lists = _Lists.of(selected, weights, real)
@@ -187,7 +187,8 @@ def _backward(
             if name in by_table:
                 by_table[name] += grad.view(by_table[name].shape)
     grad_weights = None if weights is None else _by_weight(by_head, weights, slopes, lse, job.blocks.indices)
-    return found[0], found[1], found[2], grad_weights, [by_table[name].to(job.tables[name].dtype) for name in learned]
+    kv = found[1:] if want_kv else (None, None)
+    return found[0], *kv, grad_weights, [by_table[name].to(job.tables[name].dtype) for name in learned]
 
 
 def _by_weight(by_head: Any, weights: Tensor, slopes: Tensor | None, lse: Tensor, indices: Tensor) -> Tensor:

@@ -1,0 +1,176 @@
+"""Calls of a kind that was checked before skip what that proves, and nothing else: they give and refuse what first calls do."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import sparsedsl as sd
+from sparsedsl.backends.cpp.attention import CppKernel
+from sparsedsl.backends.cpp.merging import merged
+from sparsedsl.execute import compiled
+from sparsedsl.execute.static import StaticAttention
+from sparsedsl.runtime.heads import lse_merge
+from sparsedsl.testing import tensor
+
+CAUSAL = sd.kv_idx <= sd.q_idx
+WINDOW = CAUSAL & (sd.q_idx - sd.kv_idx < 9)
+CHOICE = CAUSAL & ((sd.q_idx - sd.kv_idx < 12) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 8)), 3))
+
+
+def qkv(rows: int, keys: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [
+        tensor(1, heads, size, 8, seed=seed, dtype=dtype) for seed, (heads, size) in enumerate(((4, rows), (2, keys), (2, keys)))
+    ]
+
+
+@pytest.fixture(params=[WINDOW, CHOICE], ids=["pattern", "program"])
+def warm(request: pytest.FixtureRequest) -> sd.Attention:
+    attn = sd.compile(request.param, backend="cpp")
+    attn(*qkv(1, 60), q_offset="end", return_lse=True)
+    attn(*qkv(40, 40))
+    return attn
+
+
+def ordinary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call is a first call."""
+    monkeypatch.setattr(sd.Attention, "_again", lambda *_: None)
+    monkeypatch.setattr(StaticAttention, "again", lambda *_: None)
+
+
+def test_steps_of_a_known_kind_are_not_checked_again(warm, monkeypatch):
+    steps = [qkv(1, keys) for keys in range(50, 64)]
+    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv(1, 61)]
+    with monkeypatch.context() as patch:
+        for name in ("check_call", "check_program_call"):
+            patch.setattr(compiled, name, None)
+        found = [warm(*step, q_offset=step[1].shape[2] - 1, return_lse=True) for step in steps]
+        ends = [warm(*step, q_offset="end") for step in steps]
+        other = warm(*strided, q_offset=60)
+    ordinary(monkeypatch)
+    for step, (out, lse), end in zip(steps, found, ends, strict=True):
+        wanted, weight = warm(*step, q_offset=step[1].shape[2] - 1, return_lse=True)
+        assert torch.equal(out, wanted) and torch.equal(lse, weight) and torch.equal(end, wanted)
+    assert torch.equal(other, warm(*strided, q_offset=60))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_kinds_are_told_apart_by_dtype_scale_and_heads(dtype, warm, monkeypatch):
+    q, k, v = qkv(1, 60, dtype)
+    calls: list[Any] = [
+        lambda: warm(q, k, v, q_offset=59), lambda: warm(q.float(), k.float(), v.float(), q_offset=59, scale=0.3),
+        lambda: warm(q, k[:, :1], v[:, :1], q_offset=59), lambda: warm(q, k, v[..., :5], q_offset=59), lambda: warm(q, k, v, q_offset=40),
+    ]  # fmt: skip
+    found = [(call(), call()) for call in calls]
+    ordinary(monkeypatch)
+    for call, (first, second) in zip(calls, found, strict=True):
+        wanted = call()
+        assert torch.equal(first, wanted) and torch.equal(second, wanted) and second.dtype == wanted.dtype
+
+
+def test_what_does_not_fit_is_refused_as_at_the_first_call(warm):
+    q, k, v = qkv(1, 60)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"q": q.double()}, "one dtype"), ({"k": k[:, :, :59]}, "same length"), ({"v": v[:, :1]}, "number of heads"),
+        ({"k": k[..., :7]}, "head_dim"), ({"q": q[0]}, "4 dimensions"), ({"q_offset": -1}, "q_offset"), ({"q_offset": 1.5}, "q_offset"),
+        ({"scale": 0.0}, "scale"), ({"scale": [1]}, "scale"), ({"k": k[:, :, :0], "v": v[:, :, :0], "q_offset": "end"}, "no more queries"),
+    ]  # fmt: skip
+    for change, words in wrong:
+        with pytest.raises(sd.ShapeError, match=words):
+            warm(**{"q": q, "k": k, "v": v, "q_offset": 59} | change)
+    with pytest.raises(sd.TableError, match="bias"):
+        warm(q, k, v, q_offset=59, bias=q)
+
+
+def test_what_surrounds_a_call_is_heeded(warm):
+    q, k, v = qkv(1, 60)
+    plain = warm(q, k, v, q_offset=59)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert warm(q, k, v, q_offset=59).dtype == torch.bfloat16
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(warm(q, k, v, q_offset=59), torch._subclasses.fake_tensor.FakeTensor)
+    each = torch.vmap(lambda one: warm(one, k, v, q_offset=59))(torch.stack([q, q]))
+    torch.testing.assert_close(each[1], plain)
+    leaf = q.clone().requires_grad_()
+    warm(leaf, k, v, q_offset=59).sum().backward()
+    assert leaf.grad is not None and leaf.grad.any()
+    assert torch.equal(warm(leaf.detach(), k, v, q_offset=59), plain)
+    v = v.clone()
+    v[:, :, 59] = float("nan")
+    assert warm(q, k, v, q_offset=59).isnan().all()
+    assert torch.equal(warm(q, k, v, q_offset=58).isnan().any(), torch.tensor(False))  # nobody sees it
+
+
+def test_an_offset_that_is_left_out_is_warned_of_after_warm_calls():
+    attn = sd.compile(CAUSAL & (sd.q_idx - sd.kv_idx < 11), backend="cpp")
+    q, k, v = qkv(1, 60)
+    attn(q, k, v, q_offset=0)
+    with pytest.warns(sd.CallWarning, match="no q_offset was given"):
+        attn(q, k, v)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attn(q, k, v)  # once
+
+
+def test_integers_are_checked_again_for_longer_calls():
+    attn = sd.compile(sd.kv_idx <= sd.maximum(sd.q_idx * 2**52, sd.q_idx + 3), backend="cpp")
+    q, k, v = qkv(1, 200)
+    for keys in (100, 101, 128):
+        attn(q, k[:, :, :keys], v[:, :, :keys], q_offset="end")
+    q, k, v = qkv(1, 600)
+    with pytest.raises(sd.UnsupportedError, match=r"2\*\*60"):
+        attn(q, k, v, q_offset="end")
+
+
+def test_patterns_with_tables_and_those_that_read_lengths_are_ordinary_calls(monkeypatch):
+    doc = sd.table("doc", monotone=True)
+    attn = sd.compile(WINDOW & (doc[sd.q_idx] == doc[sd.kv_idx]), backend="cpp")
+    q, k, v = qkv(40, 40)
+    ids = torch.arange(40) // 7
+    first = attn(q, k, v, doc=ids)
+    assert not torch.equal(first, attn(q, k, v, doc=ids // 3))
+    with pytest.raises(sd.TableError, match="monotone"):
+        attn(q, k, v, doc=ids.flip(0).contiguous())
+    late = sd.compile(sd.kv_idx >= sd.kv_len - 5, backend="cpp")
+    one, few = late(q, k, v), late(q, k[:, :, :30], v[:, :, :30], q_offset=0)
+    ordinary(monkeypatch)
+    assert torch.equal(one, late(q, k, v)) and torch.equal(few, late(q, k[:, :, :30], v[:, :, :30], q_offset=0))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "tiled"])
+def test_a_view_that_negates_is_read_as_what_it_says(backend):
+    q, k, v = qkv(40, 40)
+    attn = sd.compile(WINDOW, backend=backend)
+    wanted = attn(-q, k, -v)
+    for _ in range(2):
+        assert torch.equal(attn(torch._neg_view(q), k, torch._neg_view(v)), wanted)
+
+
+def test_auto_repeats_what_it_chose(monkeypatch):
+    pattern = CAUSAL & (sd.q_idx - sd.kv_idx < 13)
+    q, k, v = qkv(16, 16)
+    few = sd.compile(pattern)
+    few(q, k, v)  # too little to compile
+    monkeypatch.setattr(CppKernel, "forward", None)
+    few(q, k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_branches_are_merged_alike_by_all_ways(dtype):
+    sd.compile(WINDOW, backend="cpp")(*qkv(8, 8, dtype))
+    outs, lses = torch.randn(2, 2, 3, 300, 5, dtype=dtype), 5 * torch.randn(2, 2, 3, 300, dtype=dtype)
+    lses[0, 0, 0, :9], lses[1, 0, 0, 5:12] = -float("inf"), -float("inf")
+    outs[:, 0, 0, 5:9] = 0
+    lses[0, 1, 1, 1], lses[1, 1, 1, 2] = float("nan"), float("inf")
+    with torch.enable_grad():
+        wanted = lse_merge(list(zip(outs, lses, strict=True)))
+    with torch.no_grad():
+        quick = lse_merge(list(zip(outs, lses, strict=True)))
+    for one, other in zip(wanted, quick, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    found = merged([(outs[0].clone(), lses[0].clone()), (outs[1], lses[1])])
+    for one, other in zip(wanted, found, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
