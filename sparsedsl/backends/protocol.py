@@ -97,8 +97,8 @@ class Backend(ABC):
         return None
 
     def merged(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
-        """Its own way to make one softmax of results that it may write to, of which nobody wants gradients: out and LSE of each part, alike in
-        shape and device; None: it has none, or none that is ready."""
+        """Its own way to make one softmax of results that it may write to, of which nobody wants gradients: out and LSE of each part,
+        alike in shape and device; None: it has none, or none that is ready."""
         return None
 
     def slots(self, *tensors: Any, **words: Any) -> Any:

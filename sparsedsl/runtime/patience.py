@@ -36,8 +36,8 @@ class Patience:
         self.waited = 0.0
 
     def ends_before(self, wait: Callable[[float | None], bool], most: float) -> bool:
-        """Whether ``wait(seconds)`` comes to its end before the call has waited for ``most`` seconds. One that its backward pass makes again
-        waits to the end: both must be computed in the same way."""
+        """Whether ``wait(seconds)`` comes to its end before the call has waited for ``most`` seconds. One that its backward pass makes
+        again waits to the end: both must be computed in the same way."""
         if _ENDLESS.get() or (torch.is_grad_enabled() and saved_tensor_hooks()):
             return wait(None)
         left = max(0.0, most - self.waited)
