@@ -13,7 +13,7 @@ from sparsedsl.tiling.cutting import CUTTING
 from sparsedsl.torch_private import linear
 from sparsedsl.tuning.rates import has_linear
 
-__all__ = ["product", "product_nt", "product_tn", "single", "single_nt"]
+__all__ = ["product", "product_nt", "product_tn"]
 
 Tensor = torch.Tensor
 
@@ -21,28 +21,17 @@ Tensor = torch.Tensor
 def product_nt(x: Tensor, y: Tensor, *, tanh: bool = False) -> Tensor:
     """``x @ y^T`` of ``(X, M, D)`` and ``(X, N, D)``, rows contiguous; with ``tanh`` of every element (oneDNN's own is seven times
     quicker than torch's, and as accurate)."""
-    if x.shape[0] == 1:
-        return single_nt(x[0], y[0], tanh=tanh)[None]
-    result = torch.bmm(x, y.mT)
+    if x.shape[0] == 1 and _linear_is_best(x, x.shape[1] * y.shape[1]):
+        return linear(x[0], y[0], "tanh" if tanh else "none")[None]
+    result = torch.bmm(x, y.mT) if x.shape[0] > 1 else torch.mm(x[0], y[0].T)[None]
     return result.tanh_() if tanh else result
-
-
-def single_nt(x: Tensor, y: Tensor, *, tanh: bool = False) -> Tensor:
-    """:func:`product_nt` of one product, ``(M, D)`` and ``(N, D)``."""
-    if _linear_is_best(x, x.shape[0] * y.shape[0]):
-        return linear(x, y, "tanh" if tanh else "none")
-    result = torch.mm(x, y.T)
-    return result.tanh_() if tanh else result
-
-
-def single(x: Tensor, y: Tensor) -> Tensor:
-    """:func:`product` of one product, ``(M, N)`` and ``(N, D)``."""
-    return linear(x, y.T) if _linear_is_best(x, x.shape[0] * x.shape[1]) else torch.mm(x, y)
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y`` of ``(X, M, N)`` and ``(X, N, D)``, rows contiguous."""
-    return torch.bmm(x, y) if x.shape[0] > 1 else single(x[0], y[0])[None]
+    if _single(x, x.shape[1] * x.shape[2]):
+        return linear(x[0], y[0].T)[None]
+    return torch.bmm(x, y) if x.shape[0] > 1 else torch.mm(x[0], y[0])[None]
 
 
 def product_tn(x: Tensor, y: Tensor) -> Tensor:

@@ -81,10 +81,6 @@ def _segments(residue: ResiduePass, lists: BlockLists, parts: list[Tensor], most
 class ScatteredJob(TileJob):
     """One row of tiles for some heads, on keys that are copied."""
 
-    def key_rows(self, t: Tensor, key_range: KeyRange) -> Tensor:
-        """The listed keys of one head: ``(length, D)``."""
-        return t[self.low // self.residue.ratio].index_select(0, self._index(key_range))
-
     def keys(self, t: Tensor, key_range: KeyRange) -> Tensor:
         """The listed keys of every head: ``(X, length, D)``."""
         ratio = self.residue.ratio

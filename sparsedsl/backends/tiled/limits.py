@@ -15,8 +15,6 @@ class Limits:
 
     Strips:
 
-    - ``safe_total``: totals of 2**logit between these have all their digits, and so have the products with v unless v is below
-      1e-25; other rows are computed again with their maximum.
     - ``threads_from``: pairs of queries and keys, of all heads, from which on it is worth to wake other threads.
 
     Lists:
@@ -39,7 +37,6 @@ class Limits:
       cache.
     """
 
-    safe_total: tuple[float, float] = (2.0**-40, 2.0**90)
     threads_from: int = 1 << 20
     output_bytes: int = 64 << 20
     output_bytes_each: int = 16 << 20

@@ -4,8 +4,7 @@ Stages of a forward pass, in order:
 
 1. *prepare*: k and v contiguous, in float32 (float64 for float64): no copy if they are. Queries are read in place.
 2. *strips* (:mod:`backends.tiled.tile_jobs`): for each strip, its key tiles one after the other: product, score rule, mask where a
-   key tile is masked, powers of two, sum, product with v; with the running maximum only where a row's total shows that it was
-   needed. Strips and heads too small for a product of their own go together. Strips share the cores, one thread each
+   key tile is masked, powers of two relative to the running maximum, sum, product with v. Strips and heads too small for a product of their own go together. Strips share the cores, one thread each
    (:mod:`runtime.threads`).
 3. *scattered tiles* (:mod:`backends.tiled.gathered`): the same on keys gathered for one row of tiles at a time.
 4. *merge*: where residue classes share queries, their results meet by LSE. A sink joins last.

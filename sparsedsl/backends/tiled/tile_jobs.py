@@ -10,14 +10,13 @@ import torch
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.mask_clauses import only_difference
-from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.operands import GradientAccumulators, Operands
 from sparsedsl.backends.tiled.score_rules import clamped
 from sparsedsl.lang.shapes import joined_shape
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.runtime.gemm import product, product_nt, product_tn, single, single_nt
+from sparsedsl.runtime.gemm import product, product_nt, product_tn
 from sparsedsl.tiling.cost import chunk_keys, strips_at_once
 from sparsedsl.tiling.schedule import KeyRange, ResiduePlan, StridedSeries
 
@@ -111,14 +110,6 @@ class ResiduePass:
                             yield TileJob(self, number, series, key_ranges, head, min(head + several, high), t, t + 1)
 
 
-def is_safe(value: Tensor, total: Tensor) -> bool:
-    """Whether sums without the maximum have all their digits, in every row."""
-    ends = torch.aminmax(total)
-    low, high = float(ends[0]), float(ends[1])
-    least, most = LIMITS.now.safe_total
-    return low >= least and high <= most and (high <= 2.0**50 or bool(value.sum().isfinite()))
-
-
 class TileJob:
     """Strips ``t_low .. t_high - 1`` of a series for flat heads ``low .. high - 1``: several strips of one head, or one strip of several.
 
@@ -165,11 +156,6 @@ class TileJob:
     def scaled_q(self) -> Tensor:
         """The queries times their factor."""
         return self.rows(self.residue.q) * self.run.factor
-
-    def key_rows(self, t: Tensor, key_range: KeyRange) -> Tensor:
-        """``(length, D)`` of a residue tensor ``(flat kv heads, keys, D)``, of a job that is a single strip of a single head."""
-        start = key_range.start + self.t_low * key_range.step - self.residue.first_key
-        return t[self.low // self.residue.ratio, start : start + key_range.length]
 
     def keys(self, t: Tensor, key_range: KeyRange) -> Tensor:
         """``(X, length, D)`` of a residue tensor ``(flat kv heads, keys, D)``."""
@@ -319,80 +305,34 @@ class TileJob:
     def forward(self, *, merge: bool) -> None:
         """Compute the strips into the residue's ``out (flat heads, rows, G, Dv)`` and ``lse (flat heads, rows, G)``, the latter in log2.
 
-        First without the maximum of each row, which saves two of four passes over the logits. Rows whose total shows that they needed it
-        are computed again with it; each row by itself, so that no row's digits depend on what other rows hold. ``merge``: with what
-        another residue has put there.
+        ``merge``: with what another residue has put there.
         """
-        if self.count == 1 and not merge and self.residue.q.device.type == "cpu" and self._forward_alone():
-            return
-        q = self.scaled_q()
-        most: Tensor | None = None
-        if q.device.type != "cpu":  # where looking at the totals would mean to wait for them
-            value, total, most = self.sums(q, True)
-        else:
-            value, total, _ = self.sums(q, False)
-            if not is_safe(value, total):
-                again, total_again, most = self.sums(q, True)
-                low, high = LIMITS.now.safe_total
-                needed = ~((total >= low) & (total <= high) & value.isfinite().all(-1, keepdim=True))
-                value = torch.where(needed, again, value)
-                total = torch.where(needed, total_again, total)
-                most = torch.where(needed, most, 0.0) if most is not None else None
-        self.store(value, total, most, merge)
+        self.store(*self.sums(self.scaled_q()), merge)
 
-    def _forward_alone(self) -> bool:
-        """:meth:`forward` of one strip of one head without the maximum, in as few operations as there can be: threads take turns at
-        calling torch. False, with nothing written, if some row needs its maximum."""
-        residue, run, rows = self.residue, self.run, slice(self.begin, self.begin + self.height)
-        q = residue.q[self.low, rows]
-        q = (q[:, 0] if run.group == 1 else q.flatten(0, 1)).to(run.dtype) * run.factor
-        total = value = q  # assigned by the first key range
-        plain = run.rule.bias is None and not run.rule.arbitrary and not run.rule.tanh  # the products are the logits
-        for number, key_range in enumerate(self.key_ranges):
-            s = single_nt(q, self.key_rows(residue.k, key_range), tanh=run.rule.tanh)
-            if key_range.masks or not plain:
-                tile, _ = self.modified(s.view(1, self.height, run.group, key_range.length), key_range, False)
-                s = tile.reshape(s.shape)
-            s.exp2_()
-            part, weighted = s.sum(1), single(s, self.key_rows(residue.v, key_range))
-            total, value = (total.add_(part), value.add_(weighted)) if number else (part, weighted)
-        if not is_safe(value, total):
-            return False
-        place, place_lse = residue.place["out"][self.low, rows], residue.place["lse"][self.low, rows]
-        total = total.view(place_lse.shape)
-        torch.div(value.view(place.shape), total[..., None], out=place)
-        torch.log2(total, out=place_lse)
-        return True
-
-    def sums(self, q: Tensor, shifted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``sum of 2**(logit - most) * v`` and ``sum of 2**(logit - most)`` of each row, and its largest logit ``most`` (None: 0)."""
-        most: Tensor | None = None
-        total = value = q  # assigned by the first key range
+    def sums(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``sum of 2**(logit - most) * v`` and ``sum of 2**(logit - most)`` of each row, and its largest logit ``most``."""
+        total = value = most = q  # assigned by the first key range
         for number, key_range in enumerate(self.key_ranges):
             s = self.logits(q, key_range)
-            if shifted:
-                highest = s.amax(-1, keepdim=True)
-                if most is None:
-                    most = highest.clamp_(min=NO_KEY * torch.finfo(s.dtype).max)
-                else:
-                    highest = torch.maximum(highest, most)
-                    shrink = (most - highest).exp2_()
-                    total.mul_(shrink)
-                    value.mul_(shrink)
-                    most = highest
-                s.sub_(most)
-            s.exp2_()
+            highest = s.amax(-1, keepdim=True)
+            if number == 0:
+                most = highest.clamp_(min=NO_KEY * torch.finfo(s.dtype).max)
+            else:
+                highest = torch.maximum(highest, most)
+                shrink = (most - highest).exp2_()
+                total.mul_(shrink)
+                value.mul_(shrink)
+                most = highest
+            s.sub_(most).exp2_()
             part, weighted = s.sum(-1, keepdim=True), product(s, self.keys(self.residue.v, key_range))
             total, value = (total.add_(part), value.add_(weighted)) if number else (part, weighted)
         return value, total, most
 
-    def store(self, value: Tensor, total: Tensor, most: Tensor | None, merge: bool) -> None:
+    def store(self, value: Tensor, total: Tensor, most: Tensor, merge: bool) -> None:
         """Divide by the totals, into place; an empty row, whose total is 0, becomes 0 with LSE -inf."""
         place, place_lse = self.strips(self.residue.place["out"]), self.strips(self.residue.place["lse"])
         value, total = value.view(place.shape), total.view(*place_lse.shape)
-        found = total.log2()
-        if most is not None:
-            found.add_(most.view(found.shape))
+        found = total.log2().add_(most.view(place_lse.shape))
         total = total.clamp_(min=TINY)[..., None]
         if not merge:
             torch.div(value, total, out=place)
@@ -407,8 +347,7 @@ class TileJob:
 
     def add_totals(self) -> None:
         """Join this job's largest logits and sums relative to them with those in the residue's ``most`` and ``total``."""
-        _, total, most = self.sums(self.scaled_q(), True)
-        assert most is not None
+        _, total, most = self.sums(self.scaled_q())
         place_most, place = self.strips(self.residue.place["most"]), self.strips(self.residue.place["total"])
         most, total = most.view(place.shape), total.view(place.shape)
         larger = torch.maximum(place_most, most)

@@ -42,17 +42,15 @@ bias, sink = sd.table("bias", learned=True), sd.table("sink", learned=True)
 
 @dataclass(frozen=True)
 class Cut:
-    """How a problem is cut, and how it runs: ``shifted``: the maximum is taken of every row; ``threads`` that compute side by side
-    (None: as many as there are)."""
+    """How a problem is cut, and how it runs: ``threads`` that compute side by side (None: as many as there are)."""
 
     cutting: Cutting
-    shifted: bool = False
     threads: int | None = None
 
 
-def cut_in(block: int, *, shifted: bool = False, threads: int | None = None, **words: Any) -> Cut:
+def cut_in(block: int, *, threads: int | None = None, **words: Any) -> Cut:
     """Scattered tiles of ``block`` tokens, or of half as many; ``words``: fields of :class:`Cutting`."""
-    return Cut(Cutting(blocks=((block, block), (block // 2, block // 2)), **words), shifted, threads)
+    return Cut(Cutting(blocks=((block, block), (block // 2, block // 2)), **words), threads)
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +64,8 @@ CUTS = {
     "as it is": AS_IT_IS,
     "single products": cut_in(16, height=16, together=1, single=1),
     "strips together": cut_in(8, height=16, together=1000),
-    "few together, in chunks": cut_in(16, height=32, keys=24, together=3, shifted=True),
-    "chunks, single products": cut_in(32, height=64, keys=40, together=1, single=1, shifted=True),
+    "few together, in chunks": cut_in(16, height=32, keys=24, together=3),
+    "chunks, single products": cut_in(32, height=64, keys=40, together=1, single=1),
     "few together, in long chunks": cut_in(16, height=32, keys=50, together=3),
     "three threads": cut_in(16, height=16, keys=50, together=3, threads=3),
     "seven threads": cut_in(16, height=16, together=2, threads=7),
@@ -83,8 +81,7 @@ def some_cuts(names: Any, count: int = 3) -> list[tuple[str, str]]:
 @contextlib.contextmanager
 def cut(how: Cut) -> Iterator[None]:
     """Calls inside are cut so, and memory that nobody has written to holds NaN."""
-    changes: dict[str, Any] = {"safe_total": (math.inf, -math.inf)} if how.shifted else {}
-    changes |= {} if how.threads is None else {"threads_from": 1}
+    changes: dict[str, Any] = {} if how.threads is None else {"threads_from": 1}
     with CUTTING.using(**vars(how.cutting)), LIMITS.using(**changes):
         before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
         torch.use_deterministic_algorithms(True)
@@ -326,7 +323,7 @@ def test_the_largest_logits_are_masked(how):
 @pytest.mark.parametrize("how", CUTS)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_all_logits_are_equal(sign, how):
-    """Also where all of them are as large as the maximum is not taken for, or just larger."""
+    """Also where 2**logit would leave the range of float32."""
     for logit in (0.0, 50.0, 55.0, 57.0, 300.0):
         q, k = torch.ones(1, 2, 80, 4), torch.full((1, 1, 80, 4), sign * logit / 4)
         assert_right(sd.attend(causal, scale=1.0), q, k, tensor(1, 1, 80, 3, seed=1), CUTS[how])
@@ -335,7 +332,7 @@ def test_all_logits_are_equal(sign, how):
 @pytest.mark.parametrize("size", [1e-25, 1e-16, 1e16, 1e25])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_values_of_every_size(sign, size):
-    """2**logit times a value stays within float32, whether or not a maximum is taken."""
+    """2**logit times a value stays within float32."""
     q, k = torch.ones(1, 2, 40, 4), torch.full((1, 1, 40, 4), sign * 55 / 4)
     attn, v = sd.compile(sd.attend(causal, scale=1.0), backend="tiled"), tensor(1, 1, 40, 3, seed=1)
     out, plain = attn(q, k, v * size), attn(q, k, v)
@@ -516,10 +513,10 @@ def test_every_kind_of_unit_is_run_by_these_tests():
     with pytest.MonkeyPatch.context() as patch:
         real = tile_jobs.TileJob.sums
 
-        def noted(job, q, shifted):
+        def noted(job, q):
             kind = "strips" if job.t_high - job.t_low > 1 else "heads" if job.high - job.low > 1 else "one"
-            kinds.add((kind, len(job.key_ranges) > 1, isinstance(job, gathered.ScatteredJob), shifted))
-            return real(job, q, shifted)
+            kinds.add((kind, len(job.key_ranges) > 1, isinstance(job, gathered.ScatteredJob)))
+            return real(job, q)
 
         patch.setattr(tile_jobs.TileJob, "sums", noted)
         for how in CUTS.values():
@@ -527,16 +524,8 @@ def test_every_kind_of_unit_is_run_by_these_tests():
                 q, k, v = qkv(150, dtype=torch.float32)
                 with cut(how), torch.no_grad():
                     sd.compile(USUAL[name], backend="tiled")(q, k, v)
-                    sd.compile(USUAL[name], backend="tiled")(100 * q, k, v)
-    wanted = {
-        (kind, chunks, False, shifted)
-        for kind in ("one", "strips", "heads")
-        for chunks in (True, False)
-        for shifted in (True, False)
-    }
-    wanted |= {
-        (kind, chunks, True, shifted) for kind in ("one", "heads") for chunks in (True, False) for shifted in (True, False)
-    }
+    wanted = {(kind, chunks, False) for kind in ("one", "strips", "heads") for chunks in (True, False)}
+    wanted |= {(kind, chunks, True) for kind in ("one", "heads") for chunks in (True, False)}
     assert wanted <= kinds, wanted - kinds
 
 
