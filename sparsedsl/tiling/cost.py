@@ -12,18 +12,12 @@ from sparsedsl.tiling.cutting import CUTTING
 from sparsedsl.tiling.schedule import StridedSeries
 from sparsedsl.tuning.machine import ROWS, Machine
 
-__all__ = ["chunk_keys", "product_gflops", "scattered_seconds", "series_seconds", "strips_at_once"]
+__all__ = ["heads_at_once", "product_gflops", "scattered_seconds", "series_seconds"]
 
 # Small operations for one key tile of a strip, and for a strip itself.
 CALLS, STRIP_CALLS = 9, 6
 # Logits held at once: 4 MiB of float32, about what two cores keep in their second-level caches with what is read beside it.
 LOGITS = 1 << 20
-MOST_KEYS = 2048
-
-
-def chunk_keys(rows: int) -> int:
-    """Keys taken at once for a strip of ``rows`` rows."""
-    return CUTTING.now.keys or max(128, min(MOST_KEYS, LOGITS // max(rows, 1)) // 128 * 128)
 
 
 def product_gflops(machine: Machine, rows: int, alone: bool) -> float:
@@ -38,11 +32,10 @@ def product_gflops(machine: Machine, rows: int, alone: bool) -> float:
     return rates[-1]
 
 
-def strips_at_once(rows: int, keys: int, alone: int | None = None) -> int:
-    """How many strips of ``rows`` rows with at most ``keys`` keys at a time are computed together: 1 from ``alone`` logits on."""
-    if CUTTING.now.together is not None:
-        return CUTTING.now.together
-    return 1 if rows * keys >= (CUTTING.now.single if alone is None else alone) else max(1, LOGITS // (rows * keys))
+def heads_at_once(rows: int, heads: int) -> int:
+    """For how many of ``heads`` heads a strip of ``rows`` rows is computed in one product. Only that depends on how many
+    heads there are, and not which keys are taken at once: the digits of a row should not depend on other batch entries."""
+    return min(heads, CUTTING.now.together or max(1, LOGITS // (max(rows, 1) * CUTTING.now.keys)))
 
 
 def series_seconds(
@@ -51,15 +44,9 @@ def series_seconds(
     """Expected seconds for a series on ``strips_of`` heads, of ``group`` query heads each that share keys; ``mod_ns``: the price of
     modifying one logit."""
     rows, keys = series.height * group, series.keys
-    most = chunk_keys(rows)
-    lengths = [sum(key_tile.length for key_tile in span) for span in series.adjacent()]
-    chunks = sum(-(-length // most) for length in lengths)
-    longest = min(most, max(lengths))
-    together = strips_at_once(rows, longest)
-    alone = rows * longest >= CUTTING.now.single
-    jobs = (
-        series.count * strips_of if together == 1 else -(-max(series.count, strips_of) // together) * min(series.count, strips_of)
-    )
+    together = heads_at_once(rows, strips_of)
+    chunks = sum(-(-sum(key_tile.length for key_tile in span) // CUTTING.now.keys) for span in series.adjacent())
+    jobs, alone = series.count * -(-strips_of // together), together == 1
     masked = sum(key_tile.length for key_tile in series.key_tiles if key_tile.residual is not None)
     seconds = 2 * rows * keys * (head_dim + head_dim_v) / (product_gflops(machine, rows, alone) * 1e9)
     seconds += rows * keys * (machine.softmax_ns + mod_ns) * 1e-9 + rows * masked * machine.pass_ns * 1e-9

@@ -13,7 +13,8 @@ import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.testing import masks, shapes, tables_for
-from sparsedsl.tiling.cost import chunk_keys
+from sparsedsl.tiling.cost import heads_at_once
+from sparsedsl.tiling.cutting import CUTTING
 from sparsedsl.tiling.residues import residue_classes
 from sparsedsl.tiling.schedule import KeyTile, ResiduePlan, Schedule, StridedSeries
 from sparsedsl.tiling.scheduling import HEIGHTS, HeadShape, make_schedule
@@ -175,6 +176,7 @@ def test_costs_grow_with_the_work(mask):
 
 
 @pytest.mark.parametrize("rows", [1, 16, 100, 1000, 10**6])
-def test_keys_at_once_are_whole_tiles(rows):
-    assert chunk_keys(rows) % 128 == 0 and 128 <= chunk_keys(rows) <= 2048
-    assert rows * chunk_keys(rows) <= max(1 << 20, 128 * rows)
+def test_logits_held_at_once_are_bounded(rows):
+    for heads in (1, 7, 1000):
+        several = heads_at_once(rows, heads)
+        assert 1 <= several <= heads and (several == 1 or rows * several * CUTTING.now.keys <= 1 << 20)

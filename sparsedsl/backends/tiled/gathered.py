@@ -15,14 +15,13 @@ import torch
 from sparsedsl.analysis.lists import BlockLists, TileRows
 from sparsedsl.backends.tiled.tile_jobs import ResiduePass, TileJob
 from sparsedsl.lang.symbols import BATCH, HEAD
-from sparsedsl.tiling.cost import chunk_keys, strips_at_once
+from sparsedsl.tiling.cost import heads_at_once
+from sparsedsl.tiling.cutting import CUTTING
 from sparsedsl.tiling.schedule import KeyRange, StridedSeries
 
 __all__ = ["scattered_jobs"]
 
 Tensor = torch.Tensor
-# From this many logits on, a row of one head is computed alone: below, calling torch costs more than small products are slower.
-ALONE = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,7 @@ class Gathered(KeyRange):
     index: Tensor
 
 
-def scattered_jobs(residue: ResiduePass, lists: BlockLists, heads: range, most_heads: int) -> Iterator[TileJob]:
+def scattered_jobs(residue: ResiduePass, lists: BlockLists) -> Iterator[TileJob]:
     """The jobs of work of all rows of tiles, heads of a row after each other so that they share its masks."""
     run = residue.run
     rows_of_tiles = lists.shape[2]
@@ -40,18 +39,19 @@ def scattered_jobs(residue: ResiduePass, lists: BlockLists, heads: range, most_h
     for line in range(lists.shape[0] * lists.shape[1] * rows_of_tiles):
         group, row = divmod(line, rows_of_tiles)
         height = min(lists.block[0], lists.q_rows - row * lists.block[0])
-        most = chunk_keys(height * run.group)
+        several = heads_at_once(height * run.group, run.batch * run.shared)
         key_ranges = _segments(
-            residue, lists, [_part(p, b, line) for p, b in zip((lists.full, lists.partial), bounds, strict=True)], most
+            residue,
+            lists,
+            [_part(p, b, line) for p, b in zip((lists.full, lists.partial), bounds, strict=True)],
+            CUTTING.now.keys,
         )
         if not key_ranges:
             continue
         series = StridedSeries(group, residue.first + row * lists.block[0], height, 1, 0, ())
-        longest = max(key_range.length for key_range in key_ranges)
-        at_once = min(most_heads, strips_at_once(height * run.group, longest, ALONE))
-        for low, high in residue.head_spans(group, heads):
-            for head in range(low, high, at_once):
-                yield ScatteredJob(residue, line, series, key_ranges, head, min(head + at_once, high), 0, 1)
+        for low, high in residue.head_spans(group):
+            for head in range(low, high, several):
+                yield ScatteredJob(residue, series, key_ranges, head, min(head + several, high))
 
 
 def _part(part: TileRows, bounds: list[int], line: int) -> Tensor:
@@ -85,10 +85,7 @@ class ScatteredJob(TileJob):
         """The listed keys of every head: ``(X, length, D)``."""
         ratio = self.residue.ratio
         first, last = self.low // ratio, (self.high - 1) // ratio
-        part = t[first : last + 1].index_select(1, self._index(key_range))
-        if ratio == 1 or self.high - self.low == 1:
-            return part
-        return part.index_select(0, torch.arange(self.low, self.high, device=t.device) // ratio - first)
+        return self.of_heads(t[first : last + 1].index_select(1, self._index(key_range)))
 
     @staticmethod
     def _index(key_range: KeyRange) -> Tensor:
@@ -102,19 +99,11 @@ class ScatteredJob(TileJob):
         env["kv_idx"] = kv.view(1, -1, 1, 1) if transposed else kv.view(1, 1, 1, -1)
         return env
 
-    def place(self, expr: Any, key_range: KeyRange, low: int, high: int) -> tuple[bool, tuple[Any, ...]]:
+    def place(self, expr: Any, key_range: KeyRange, low: int, high: int) -> tuple[Any, ...]:
         """No two rows of tiles share a mask; the heads of a row do where they are alike."""
         heads = (self.low, self.high) if expr.free_symbols & {BATCH, HEAD} else None
-        return False, (
-            "scattered",
-            self.series.group,
-            self.series.q_start,
-            self._index(key_range)[0].item(),
-            low,
-            high,
-            heads,
-            expr,
-        )
+        first = self._index(key_range)[0].item()
+        return ("scattered", self.series.group, self.q_start, first, low, high, heads, expr)
 
     def add_keys(self, total: Tensor, key_range: KeyRange, grad: Tensor, factor: float = 1.0) -> None:
         """Add to the listed keys, head by head."""

@@ -13,7 +13,7 @@ import torch
 from sparsedsl.backends.tiled.decoding import decode_selected
 from sparsedsl.backends.tiled.head_groups import Block, HeadGroups
 from sparsedsl.backends.tiled.limits import LIMITS
-from sparsedsl.backends.tiled.passes import FAR_LSE, MOST_COPIES
+from sparsedsl.backends.tiled.passes import FAR_LSE
 from sparsedsl.backends.tiled.score_rules import LN2, LOG2E, ScoreRule, score_rule
 from sparsedsl.backends.tiled.selected_chunks import Chunks, ChunkSums
 from sparsedsl.backends.tiled.selected_invert import Inverted, Sizes, invert
@@ -28,6 +28,8 @@ __all__ = ["backward", "forward"]
 
 Tensor = torch.Tensor
 INF = float("inf")
+# Threads that hold gradients of all keys each, where there are fewer heads than threads.
+MOST_COPIES = 4
 
 
 def forward(job: SelectedCall, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:

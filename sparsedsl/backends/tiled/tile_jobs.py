@@ -1,4 +1,4 @@
-"""Jobs of the ``tiled`` lowering: the strips of a residue, one product or a batch of small ones at a time, forward and backward."""
+"""Jobs of the ``tiled`` lowering: a strip of a residue for all heads that its logits have room for, forward and backward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.runtime.gemm import product, product_nt, product_tn
-from sparsedsl.tiling.cost import chunk_keys, strips_at_once
+from sparsedsl.tiling.cost import heads_at_once
+from sparsedsl.tiling.cutting import CUTTING
 from sparsedsl.tiling.schedule import KeyRange, ResiduePlan, StridedSeries
 
 __all__ = ["ResiduePass", "TileJob"]
@@ -36,13 +37,6 @@ KEPT_BYTES = 64 << 20
 def tells_heads_apart(expr: Any) -> bool:
     """Whether an expression reads ``b`` or ``h``."""
     return bool(expr.free_symbols & {BATCH, HEAD})
-
-
-@functools.lru_cache(maxsize=4096)
-def _cut(series: StridedSeries, rows: int) -> tuple[list[KeyRange], int]:
-    """The key ranges of a strip of so many rows, and how many strips are taken at once."""
-    key_ranges = series.key_ranges(chunk_keys(rows))
-    return key_ranges, strips_at_once(rows, max(key_range.length for key_range in key_ranges))
 
 
 class ResiduePass:
@@ -64,8 +58,6 @@ class ResiduePass:
         self.k, self.v = run.keys(self.keys)
         # Strips are made for so many heads a key/value head.
         self.ratio = run.shared * run.batch // self.k.shape[0]
-        # Masks that all strips of a series share, found again without asking what they depend on.
-        self.known: dict[tuple[Any, ...], Tensor] = {}
         # What jobs write to or read beside q, k and v, by name: (flat heads, residue rows, ..).
         self.place = {name: t.flatten(0, 1)[:, self.rows] for name, t in run.by_row.items()}
         self.bias = None if run.rule.bias is None else residue.inside(run.rule.bias)
@@ -74,14 +66,8 @@ class ResiduePass:
         new = self.bias is not None and bool(table_reads(self.bias))
         self.biases: Cache[Tensor] = Cache(tiles=True, most=KEPT_BYTES) if new else self.masks
 
-    def head_spans(self, group: int, heads: range) -> Iterator[tuple[int, int]]:
-        """First and last + 1 of the flat heads that a group of the mask covers, as far as they are in ``heads``, without gaps."""
-        for low, high in self._head_spans(group):
-            low, high = max(low, heads.start), min(high, heads.stop)
-            if low < high:
-                yield low, high
-
-    def _head_spans(self, group: int) -> Iterator[tuple[int, int]]:
+    def head_spans(self, group: int) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of the flat heads that a group of the mask covers, without gaps."""
         run = self.run
         # A scattered residue may tell fewer heads apart than the whole mask does.
         group_batch, group_heads = run.schedule.groups if self.plan.lists is None else self.plan.lists.shape[:2]
@@ -93,45 +79,29 @@ class ResiduePass:
         for batch in batches:
             yield batch * run.shared + h, batch * run.shared + h + 1
 
-    def jobs(self, heads: range, most_heads: int) -> Iterator[TileJob]:
-        """Everything to compute for some flat heads, head by head, in the order of the queries; at most ``most_heads`` at once."""
-        for number, series in enumerate(self.plan.strided_series):
-            rows = series.height * self.run.group
-            key_ranges, at_once = _cut(series, rows)
-            for low, high in self.head_spans(series.group, heads):
-                if at_once == 1 or (series.count > 1 and series.count >= high - low):
-                    for head in range(low, high):
-                        for t in range(0, series.count, at_once):
-                            yield TileJob(self, number, series, key_ranges, head, head + 1, t, min(t + at_once, series.count))
-                else:
-                    several = min(at_once, most_heads)
-                    for t in range(series.count):
-                        for head in range(low, high, several):
-                            yield TileJob(self, number, series, key_ranges, head, min(head + several, high), t, t + 1)
+    def jobs(self) -> Iterator[TileJob]:
+        """Everything to compute, in the order of the queries."""
+        for series in self.plan.strided_series:
+            key_ranges = series.key_ranges(CUTTING.now.keys)
+            for low, high in self.head_spans(series.group):
+                several = heads_at_once(series.height * self.run.group, high - low)
+                for turn in range(series.count):
+                    for head in range(low, high, several):
+                        yield TileJob(self, series, key_ranges, head, min(head + several, high), turn)
 
 
 class TileJob:
-    """Strips ``t_low .. t_high - 1`` of a series for flat heads ``low .. high - 1``: several strips of one head, or one strip of several.
-
-    ``X`` is their number. Rows of a strip are (query, head of the group).
-    """
+    """Strip ``turn`` of a series for the flat heads ``low .. high - 1``, whose number is ``X``. Its rows are (query, head of the
+    group)."""
 
     def __init__(
-        self,
-        residue: ResiduePass,
-        number: int,
-        series: StridedSeries,
-        key_ranges: list[KeyRange],
-        low: int,
-        high: int,
-        t_low: int,
-        t_high: int,
+        self, residue: ResiduePass, series: StridedSeries, key_ranges: list[KeyRange], low: int, high: int, turn: int = 0
     ) -> None:
-        self.residue, self.run, self.number, self.series, self.key_ranges = residue, residue.run, number, series, key_ranges
-        self.low, self.high, self.t_low, self.t_high = low, high, t_low, t_high
-        self.count = max(high - low, t_high - t_low)
+        self.residue, self.run, self.series, self.key_ranges = residue, residue.run, series, key_ranges
+        self.low, self.high, self.turn = low, high, turn
         self.height = series.height
-        self.begin = series.q_start + t_low * series.step - residue.first  # first row within the residue
+        self.q_start = series.q_start + turn * series.step
+        self.begin = self.q_start - residue.first  # first row within the residue
         self.b: Any
         self.h: Any
         self.b, self.h = divmod(low, self.run.shared)
@@ -141,102 +111,77 @@ class TileJob:
 
     # ---- views ------------------------------------------------------------------------------------------------
 
-    def strips(self, t: Tensor) -> Tensor:
-        """``(flat heads, residue rows, ..)`` -> the rows of this job ``(X, height, ..)``; strips must follow each other or be one."""
-        if self.t_high - self.t_low == 1:
-            return t[self.low : self.high, self.begin : self.begin + self.height]
-        row = t.stride(1)
-        base = t[self.low, self.begin :]
-        return base.as_strided((self.count, self.height, *t.shape[2:]), (self.series.step * row, row, *t.stride()[2:]))
+    def strip(self, t: Tensor) -> Tensor:
+        """``(flat heads, residue rows, ..)`` -> the rows of this job ``(X, height, ..)``."""
+        return t[self.low : self.high, self.begin : self.begin + self.height]
 
     def rows(self, t: Tensor) -> Tensor:
         """``(X, height x group, D)`` of a residue tensor ``(flat heads, residue rows, group, D)``, in the type of arithmetic."""
-        return self.strips(t).flatten(1, 2).to(self.run.dtype)
+        return self.strip(t).flatten(1, 2).to(self.run.dtype)
 
     def scaled_q(self) -> Tensor:
         """The queries times their factor."""
         return self.rows(self.residue.q) * self.run.factor
 
+    def first_key(self, key_range: KeyRange) -> int:
+        """Where a key range begins for this strip, residue coordinates."""
+        return key_range.start + self.turn * key_range.step
+
     def keys(self, t: Tensor, key_range: KeyRange) -> Tensor:
         """``(X, length, D)`` of a residue tensor ``(flat kv heads, keys, D)``."""
-        start = key_range.start + self.t_low * key_range.step - self.residue.first_key
+        start, ratio = self.first_key(key_range) - self.residue.first_key, self.residue.ratio
+        first, last = self.low // ratio, (self.high - 1) // ratio
+        return self.of_heads(t[first : last + 1, start : start + key_range.length])
+
+    def of_heads(self, part: Tensor) -> Tensor:
+        """Keys of the flat kv heads that this job reads, ``(kv heads, length, D)``, for each of its heads: ``(X, length, D)``."""
         ratio = self.residue.ratio
-        if self.t_high - self.t_low == 1:
-            first, last = self.low // ratio, (self.high - 1) // ratio
-            part = t[first : last + 1, start : start + key_range.length]
-            if ratio == 1 or self.high - self.low == 1:
-                return part
-            heads = torch.arange(self.low, self.high, device=t.device) // ratio - first
-            return part.index_select(0, heads)
-        base = t[self.low // ratio, start:]
-        return base.as_strided((self.count, key_range.length, t.shape[2]), (key_range.step * t.stride(1), t.stride(1), 1))
+        if ratio == 1 or self.high - self.low == 1:
+            return part
+        return part.index_select(0, torch.arange(self.low, self.high, device=part.device) // ratio - self.low // ratio)
 
     # ---- tiles of masks and biases ------------------------------------------------------------------------------
 
     def env(self, key_range: KeyRange, low: int, high: int, transposed: bool) -> dict[str, Any]:
-        """Indices of keys ``low .. high - 1`` of a key range, residue coordinates: shapes ``(X, m, 1, n)``, or ``(X, n, m, 1)``
-        transposed."""
+        """Indices of keys ``low .. high - 1`` of a key range, residue coordinates: shapes ``(1, m, 1, n)``, or ``(1, n, m, 1)``
+        transposed; heads ``(X, 1, 1, 1)`` where there are several."""
         device = self.residue.q.device
-        turn = torch.arange(self.t_low, self.t_high, device=device).view(-1, 1, 1, 1)
-        q = self.series.q_start + turn * self.series.step + torch.arange(self.height, device=device).view(1, -1, 1, 1)
-        kv = key_range.start + low + turn * key_range.step + torch.arange(high - low, device=device)
+        q = self.q_start + torch.arange(self.height, device=device).view(1, -1, 1, 1)
+        kv = self.first_key(key_range) + low + torch.arange(high - low, device=device).view(1, 1, 1, -1)
         if transposed:
             q, kv = q.transpose(1, 2), kv.transpose(1, 3)
         return {"b": self.b, "h": self.h, "q_idx": q, "kv_idx": kv, **self.run.call.domain.lengths, **self.run.tables}
 
-    def place(self, expr: Any, key_range: KeyRange, low: int, high: int) -> tuple[bool, tuple[Any, ...]]:
-        """Whether ``expr`` is the same for all strips of the job, and what its tile depends on: equal places share a tile."""
-        shared = self.t_high - self.t_low == 1 or key_range.step == self.series.step
+    def place(self, expr: Any, key_range: KeyRange, low: int, high: int) -> tuple[Any, ...]:
+        """What the tile of an expression depends on: equal places share a tile."""
         heads = (self.low, self.high) if tells_heads_apart(expr) else None
-        size = (self.height, high - low)
-        q = self.series.q_start + self.t_low * self.series.step
-        kv = key_range.start + self.t_low * key_range.step + low
-        if shared and only_difference(expr):
-            return True, (expr, heads, size, q - kv)
-        turns = None if self.t_high - self.t_low == 1 else (self.t_high - self.t_low, self.series.step, key_range.step)
-        return False, (expr, heads, size, q, kv, turns)
-
-    def tile_env(self, shared: bool, key_range: KeyRange, low: int, high: int, transposed: bool) -> dict[str, Any]:
-        """:meth:`env`, of the first strip only where the others are like it."""
-        env = self.env(key_range, low, high, transposed)
-        return {**env, "q_idx": env["q_idx"][:1], "kv_idx": env["kv_idx"][:1]} if shared else env
+        q, kv = self.q_start, self.first_key(key_range) + low
+        return (expr, heads, self.height, high - low, *((q - kv,) if only_difference(expr) else (q, kv)))
 
     def mask(self, key_range: KeyRange, low: int, high: int, residual: Any, transposed: bool) -> Tensor:
         """0 where a pair of keys ``low .. high - 1`` is allowed, -inf elsewhere, ``(X or 1, m, 1, n)`` or transposed."""
-        quick = (self.number, key_range.start, low, high, transposed)
-        known = self.residue.known.get(quick)
-        if known is not None:
-            return known
-        shared, place = self.place(residual, key_range, low, high)
 
         def make() -> Tensor:
-            env = self.tile_env(shared, key_range, low, high, transposed)
+            env = self.env(key_range, low, high, transposed)
             allowed = evaluate(residual, env)
             shape = joined_shape(allowed.shape, env["q_idx"].shape, env["kv_idx"].shape)
             tile = torch.zeros(shape, dtype=self.run.dtype, device=self.residue.q.device)
             return tile.masked_fill_(~allowed.expand(shape), float("-inf"))
 
-        tile = self.residue.masks.get(
-            (*place, self.residue.plan.residue, self.run.dtype, self.residue.q.device, transposed), (), make
-        )
-        if self.series.count > 1 and key_range.step == self.series.step and shared and not tells_heads_apart(residual):
-            self.residue.known[quick] = tile
-        return tile
+        place, residue = self.place(residual, key_range, low, high), self.residue.plan.residue
+        return self.residue.masks.get((*place, residue, self.run.dtype, self.residue.q.device, transposed), (), make)
 
     def bias(self, key_range: KeyRange, transposed: bool) -> Tensor:
         """The bias in units of log2 on a whole key range, -inf where a pair is masked."""
         expr: Any = self.residue.bias
-        shared, place = self.place(expr, key_range, 0, key_range.length)
-        masks = [(low, high, residual, self.place(residual, key_range, low, high)) for low, high, residual in key_range.masks]
-        shared = shared and all(m[3][0] for m in masks)
-        if not shared:
-            place = (place, self.t_low, self.t_high, self.number)
 
         def make() -> Tensor:
-            env = self.tile_env(shared, key_range, 0, key_range.length, transposed)
+            env = self.env(key_range, 0, key_range.length, transposed)
             value = clamped(evaluate(expr, env, dtype=self.run.dtype).to(self.run.dtype))
             value = value.view(*(1,) * (4 - value.ndim), *value.shape)
-            tiles = [(low, high, self.mask(key_range, low, high, residual, transposed)) for low, high, residual, _ in masks]
+            tiles = [
+                (low, high, self.mask(key_range, low, high, residual, transposed)) for low, high, residual in key_range.masks
+            ]
             if tiles:
                 shape = joined_shape(value.shape, env["q_idx"].shape, env["kv_idx"].shape)
                 several = max(shape[0], *(tile.shape[0] for _, _, tile in tiles))  # masks may differ where the bias does not
@@ -246,16 +191,10 @@ class TileJob:
                 part.masked_fill_(tile.isinf(), float("-inf"))
             return value.contiguous()
 
-        key = (
-            "bias",
-            place,
-            masks and tuple(m[3] for m in masks),
-            self.run.dtype,
-            self.residue.q.device,
-            self.residue.plan.residue,
-            transposed,
-        )
-        return self.residue.biases.get((*key[:2], tuple(key[2]), *key[3:]), (), make)
+        places = tuple(self.place(residual, key_range, low, high) for low, high, residual in key_range.masks)
+        place, residue = self.place(expr, key_range, 0, key_range.length), self.residue.plan.residue
+        key = ("bias", place, places, residue, self.run.dtype, self.residue.q.device, transposed)
+        return self.residue.biases.get(key, (), make)
 
     # ---- forward ----------------------------------------------------------------------------------------------
 
@@ -303,7 +242,7 @@ class TileJob:
         return env
 
     def forward(self, *, merge: bool) -> None:
-        """Compute the strips into the residue's ``out (flat heads, rows, G, Dv)`` and ``lse (flat heads, rows, G)``, the latter in log2.
+        """Compute the strip into the residue's ``out (flat heads, rows, G, Dv)`` and ``lse (flat heads, rows, G)``, the latter in log2.
 
         ``merge``: with what another residue has put there.
         """
@@ -330,7 +269,7 @@ class TileJob:
 
     def store(self, value: Tensor, total: Tensor, most: Tensor, merge: bool) -> None:
         """Divide by the totals, into place; an empty row, whose total is 0, becomes 0 with LSE -inf."""
-        place, place_lse = self.strips(self.residue.place["out"]), self.strips(self.residue.place["lse"])
+        place, place_lse = self.strip(self.residue.place["out"]), self.strip(self.residue.place["lse"])
         value, total = value.view(place.shape), total.view(*place_lse.shape)
         found = total.log2().add_(most.view(place_lse.shape))
         total = total.clamp_(min=TINY)[..., None]
@@ -348,7 +287,7 @@ class TileJob:
     def add_totals(self) -> None:
         """Join this job's largest logits and sums relative to them with those in the residue's ``most`` and ``total``."""
         _, total, most = self.sums(self.scaled_q())
-        place_most, place = self.strips(self.residue.place["most"]), self.strips(self.residue.place["total"])
+        place_most, place = self.strip(self.residue.place["most"]), self.strip(self.residue.place["total"])
         most, total = most.view(place.shape), total.view(place.shape)
         larger = torch.maximum(place_most, most)
         place.mul_((place_most - larger).exp2_()).add_(total.mul_((most - larger).exp2_()))
@@ -363,7 +302,7 @@ class TileJob:
         dk, dv = accumulators.of(residue, residue.keys)
         q = self.scaled_q()
         grad_out = self.rows(residue.place["grad_out"]).contiguous()
-        lse2, delta = (self.strips(residue.place[name]).flatten(1, 2)[:, None] for name in ("lse", "delta"))
+        lse2, delta = (self.strip(residue.place[name]).flatten(1, 2)[:, None] for name in ("lse", "delta"))
         dq = q  # assigned by the first key range
         for number, key_range in enumerate(self.key_ranges):
             k, v = self.keys(residue.k, key_range), self.keys(residue.v, key_range)
@@ -388,20 +327,17 @@ class TileJob:
             self.add_keys(dk, key_range, product(ds, q), run.call.scale / run.factor)
             part = product_tn(ds, k)
             dq = dq.add_(part) if number else part
-        place = self.strips(residue.place["dq"])
+        place = self.strip(residue.place["dq"])
         place.add_(dq.reshape(place.shape), alpha=run.call.scale)
 
     def add_keys(self, total: Tensor, key_range: KeyRange, grad: Tensor, factor: float = 1.0) -> None:
-        """Add ``factor`` times ``(X, length, D)`` to the keys of this job; strips may share keys, and heads may."""
-        start = key_range.start + self.t_low * key_range.step - self.residue.first_key
-        ratio = self.residue.ratio
-        if self.t_high - self.t_low == 1 and ratio == 1:
+        """Add ``factor`` times ``(X, length, D)`` to the keys of this job, which heads may share."""
+        start, ratio = self.first_key(key_range) - self.residue.first_key, self.residue.ratio
+        if ratio == 1:
             total[self.low : self.high, start : start + key_range.length].add_(grad, alpha=factor)
             return
         for x in range(grad.shape[0]):
-            head = (self.low + x if self.t_high - self.t_low == 1 else self.low) // ratio
-            at = start + (0 if self.t_high - self.t_low == 1 else x * key_range.step)
-            total[head, at : at + key_range.length].add_(grad[x], alpha=factor)
+            total[(self.low + x) // ratio, start : start + key_range.length].add_(grad[x], alpha=factor)
 
     def bias_backward(self, key_range: KeyRange, grad: Tensor, accumulators: GradientAccumulators) -> None:
         """Gradients of the tables that the bias reads, from those by the logits ``(X, n, m, G)``."""

@@ -6,6 +6,7 @@ Problems of a hundred tokens are cut as long ones would be: low strips, small ti
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score
 from sparsedsl.backends.tiled import gathered, tile_jobs
-from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.testing import (
     AttentionCase,
     assert_causal,
@@ -42,7 +42,7 @@ bias, sink = sd.table("bias", learned=True), sd.table("sink", learned=True)
 
 @dataclass(frozen=True)
 class Cut:
-    """How a problem is cut, and how it runs: ``threads`` that compute side by side (None: as many as there are)."""
+    """How a problem is cut, and on how many ``threads`` of torch (None: as many as there are)."""
 
     cutting: Cutting
     threads: int | None = None
@@ -63,12 +63,10 @@ AS_IT_IS = Cut(Cutting())
 CUTS = {
     "as it is": AS_IT_IS,
     "single products": cut_in(16, height=16, together=1, single=1),
-    "strips together": cut_in(8, height=16, together=1000),
+    "heads together": cut_in(8, height=16, together=1000),
     "few together, in chunks": cut_in(16, height=32, keys=24, together=3),
     "chunks, single products": cut_in(32, height=64, keys=40, together=1, single=1),
-    "few together, in long chunks": cut_in(16, height=32, keys=50, together=3),
     "three threads": cut_in(16, height=16, keys=50, together=3, threads=3),
-    "seven threads": cut_in(16, height=16, together=2, threads=7),
 }
 
 
@@ -81,8 +79,7 @@ def some_cuts(names: Any, count: int = 3) -> list[tuple[str, str]]:
 @contextlib.contextmanager
 def cut(how: Cut) -> Iterator[None]:
     """Calls inside are cut so, and memory that nobody has written to holds NaN."""
-    changes: dict[str, Any] = {} if how.threads is None else {"threads_from": 1}
-    with CUTTING.using(**vars(how.cutting)), LIMITS.using(**changes):
+    with CUTTING.using(**vars(how.cutting)):
         before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(how.threads or threads)
@@ -206,7 +203,7 @@ def test_lengths_and_offsets(name, lengths):
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (5, 1), (6, 3), (3, 3), (12, 2)])
 @pytest.mark.parametrize("name", ["window", "strided", "scattered", "window per head", "general score per head"])
-@pytest.mark.parametrize("how", ["strips together", "few together, in chunks"])
+@pytest.mark.parametrize("how", ["heads together", "few together, in chunks"])
 def test_heads(name, heads, kv_heads, how):
     assert_right(USUAL[name], *qkv(100, heads=heads, kv_heads=kv_heads), CUTS[how])
 
@@ -229,7 +226,7 @@ LAYOUTS = {
     [("window", torch.float32), ("window", torch.bfloat16), ("strided", torch.float32), ("scattered", torch.float64)],
 )
 def test_layouts(name, dtype, layout):
-    for how in ("single products", "few together, in long chunks"):
+    for how in ("single products", "chunks, single products"):
         assert_right(USUAL[name], *map(LAYOUTS[layout], qkv(90, dtype=dtype)), CUTS[how])
 
 
@@ -460,18 +457,7 @@ def test_inference_on_several_threads(name, mode):
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (2, 1), (2, 2), (1, 4)])
-@pytest.mark.parametrize("name", ["window", "strided", "scattered", "relative bias", "factor", "window per head"])
-def test_threads_take_heads_or_rows(name, batch, kv_heads):
-    pattern, sizes = LEARNED.get(name) or (USUAL[name], {})
-    tables = {table: tensor(*size, seed=7, dtype=torch.float64) for table, size in sizes.items()}
-    for threads in (2, 3):
-        assert_right(
-            pattern, *qkv(100, batch=batch, kv_heads=kv_heads), cut_in(16, height=16, together=2, threads=threads), **tables
-        )
-
-
-@pytest.mark.parametrize("how", ["as it is", "few together, in chunks", "strips together"])
+@pytest.mark.parametrize("how", ["as it is", "few together, in chunks", "heads together"])
 def test_a_row_does_not_depend_on_the_rest_of_the_call(how):
     case = AttentionCase(batch=2, heads=4, kv_heads=2, q_len=40, kv_len=40)
     with cut(CUTS[how]):
@@ -514,8 +500,7 @@ def test_every_kind_of_unit_is_run_by_these_tests():
         real = tile_jobs.TileJob.sums
 
         def noted(job, q):
-            kind = "strips" if job.t_high - job.t_low > 1 else "heads" if job.high - job.low > 1 else "one"
-            kinds.add((kind, len(job.key_ranges) > 1, isinstance(job, gathered.ScatteredJob)))
+            kinds.add((job.high - job.low > 1, len(job.key_ranges) > 1, isinstance(job, gathered.ScatteredJob)))
             return real(job, q)
 
         patch.setattr(tile_jobs.TileJob, "sums", noted)
@@ -524,9 +509,7 @@ def test_every_kind_of_unit_is_run_by_these_tests():
                 q, k, v = qkv(150, dtype=torch.float32)
                 with cut(how), torch.no_grad():
                     sd.compile(USUAL[name], backend="tiled")(q, k, v)
-    wanted = {(kind, chunks, False) for kind in ("one", "strips", "heads") for chunks in (True, False)}
-    wanted |= {(kind, chunks, True) for kind in ("one", "heads") for chunks in (True, False)}
-    assert wanted <= kinds, wanted - kinds
+    assert kinds == set(itertools.product((True, False), repeat=3))
 
 
 # ---- what people see -----------------------------------------------------------------------------------------------------------------
