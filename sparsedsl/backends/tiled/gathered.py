@@ -31,7 +31,7 @@ class Gathered(KeyRange):
     index: Tensor
 
 
-def scattered_jobs(residue: ResiduePass, lists: BlockLists) -> Iterator[TileJob]:
+def scattered_jobs(residue: ResiduePass, lists: BlockLists, heads: range) -> Iterator[TileJob]:
     """The jobs of work of all rows of tiles, heads of a row after each other so that they share its masks."""
     run = residue.run
     rows_of_tiles = lists.shape[2]
@@ -49,7 +49,7 @@ def scattered_jobs(residue: ResiduePass, lists: BlockLists) -> Iterator[TileJob]
         if not key_ranges:
             continue
         series = StridedSeries(group, residue.first + row * lists.block[0], height, 1, 0, ())
-        for low, high in residue.head_spans(group):
+        for low, high in residue.head_spans(group, heads):
             for head in range(low, high, several):
                 yield ScatteredJob(residue, series, key_ranges, head, min(head + several, high))
 

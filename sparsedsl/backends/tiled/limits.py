@@ -11,7 +11,11 @@ __all__ = ["LIMITS", "Limits"]
 
 @dataclass(frozen=True)
 class Limits:
-    """Of attention along lists, of decoding, of scans along the keys.
+    """Of strips, of attention along lists, of decoding, of scans along the keys.
+
+    Strips:
+
+    - ``threads_from``: pairs of queries and keys, of all heads, from which on it is worth to wake other threads.
 
     Lists:
 
@@ -33,6 +37,7 @@ class Limits:
       cache.
     """
 
+    threads_from: int = 1 << 20
     output_bytes: int = 64 << 20
     output_bytes_each: int = 16 << 20
     numbers: int = 1 << 22

@@ -55,7 +55,7 @@ class Operands:
 
 
 class GradientAccumulators:
-    """Gradients that are added up: of keys and values ``(B, Hkv, Skv, ..)``, and of the learned tables in the order of ``leaves``."""
+    """Gradients that one thread adds up: of keys and values ``(B, Hkv, Skv, ..)``, and of the learned tables in the order of ``leaves``."""
 
     def __init__(self, run: Operands) -> None:
         k, v = run.call.k, run.call.v
@@ -74,3 +74,10 @@ class GradientAccumulators:
         for name, grad in zip(self.tables, found, strict=True):
             if grad is not None:
                 self.tables[name] += grad
+
+    def with_tables_of_its_own(self) -> GradientAccumulators:
+        """The same keys and values, for a thread that adds to other heads of them."""
+        other = object.__new__(GradientAccumulators)
+        other.dk, other.dv, other._places = self.dk, self.dv, {}
+        other.tables = {name: torch.zeros_like(grad) for name, grad in self.tables.items()}
+        return other

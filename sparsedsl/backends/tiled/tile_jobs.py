@@ -66,8 +66,14 @@ class ResiduePass:
         new = self.bias is not None and bool(table_reads(self.bias))
         self.biases: Cache[Tensor] = Cache(tiles=True, most=KEPT_BYTES) if new else self.masks
 
-    def head_spans(self, group: int) -> Iterator[tuple[int, int]]:
-        """First and last + 1 of the flat heads that a group of the mask covers, without gaps."""
+    def head_spans(self, group: int, heads: range) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of the flat heads that a group of the mask covers, as far as they are in ``heads``, without gaps."""
+        for low, high in self._head_spans(group):
+            low, high = max(low, heads.start), min(high, heads.stop)
+            if low < high:
+                yield low, high
+
+    def _head_spans(self, group: int) -> Iterator[tuple[int, int]]:
         run = self.run
         # A scattered residue may tell fewer heads apart than the whole mask does.
         group_batch, group_heads = run.schedule.groups if self.plan.lists is None else self.plan.lists.shape[:2]
@@ -79,11 +85,11 @@ class ResiduePass:
         for batch in batches:
             yield batch * run.shared + h, batch * run.shared + h + 1
 
-    def jobs(self) -> Iterator[TileJob]:
-        """Everything to compute, in the order of the queries."""
+    def jobs(self, heads: range) -> Iterator[TileJob]:
+        """Everything to compute for some flat heads, in the order of the queries."""
         for series in self.plan.strided_series:
             key_ranges = series.key_ranges(CUTTING.now.keys)
-            for low, high in self.head_spans(series.group):
+            for low, high in self.head_spans(series.group, heads):
                 several = heads_at_once(series.height * self.run.group, high - low)
                 for turn in range(series.count):
                     for head in range(low, high, several):

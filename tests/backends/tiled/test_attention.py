@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score
 from sparsedsl.backends.tiled import gathered, tile_jobs
+from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.testing import (
     AttentionCase,
     assert_causal,
@@ -42,7 +43,7 @@ bias, sink = sd.table("bias", learned=True), sd.table("sink", learned=True)
 
 @dataclass(frozen=True)
 class Cut:
-    """How a problem is cut, and on how many ``threads`` of torch (None: as many as there are)."""
+    """How a problem is cut, and how many ``threads`` compute side by side (None: as many as there are)."""
 
     cutting: Cutting
     threads: int | None = None
@@ -79,7 +80,8 @@ def some_cuts(names: Any, count: int = 3) -> list[tuple[str, str]]:
 @contextlib.contextmanager
 def cut(how: Cut) -> Iterator[None]:
     """Calls inside are cut so, and memory that nobody has written to holds NaN."""
-    with CUTTING.using(**vars(how.cutting)):
+    changes: dict[str, Any] = {} if how.threads is None else {"threads_from": 1}
+    with CUTTING.using(**vars(how.cutting)), LIMITS.using(**changes):
         before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(how.threads or threads)
@@ -455,6 +457,17 @@ def test_inference_on_several_threads(name, mode):
     wanted, wanted_lse = sd.compile(USUAL[name], backend="reference")(q, k, v, return_lse=True)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (2, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("name", ["window", "strided", "scattered", "relative bias", "factor", "window per head"])
+def test_threads_take_heads(name, batch, kv_heads):
+    pattern, sizes = LEARNED.get(name) or (USUAL[name], {})
+    tables = {table: tensor(*size, seed=7, dtype=torch.float64) for table, size in sizes.items()}
+    for threads in (2, 3):
+        assert_right(
+            pattern, *qkv(100, batch=batch, kv_heads=kv_heads), cut_in(16, height=16, together=2, threads=threads), **tables
+        )
 
 
 @pytest.mark.parametrize("how", ["as it is", "few together, in chunks", "heads together"])
