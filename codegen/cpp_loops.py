@@ -35,8 +35,8 @@ def braces(source: Source, header: str) -> Iterator[None]:
 class PairLoop:
     """Writes the loops over keys ``j`` and lanes ``i`` of a block.
 
-    ``lanes``: how many of them, as text. ``one_head``: whether all lanes are of one head, ``h``. ``members``: symbols that say of each lane which choices selected the block. ``plain``: the names
-    within the loops without what was worked out before.
+    ``lanes``: how many of them, as text. ``one_head``: whether all lanes are of one head, ``h``. ``members``: symbols that say of each lane
+    which choices selected the block. ``plain``: the names within the loops without what was worked out before.
     """
 
     def __init__(

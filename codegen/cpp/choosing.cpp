@@ -21,13 +21,14 @@ struct Step {
     i64 kind, first, second;  // steps that it reads
     i64 heads, blocks;  // of its scores
     i64 how, size;
-    double scale, other;  // factors; of ADD that of each
-    // DOT: rows (batch, heads, rows, width), read as they are or `both`: the part above 0, then the part below. Columns (batch, heads,
-    // width or twice that, row), padded with zeros to whole vectors.
+    double scale, second_scale;  // factors; of ADD that of each
+    // DOT: rows (batch, a_heads, rows, width) times columns (batch, b_heads, blocks, width); or `both`: the part of a row above 0 times
+    // those, and the part below times `other`. Columns are turned first: (batch, b_heads, panels, width or twice that, BROAD).
     Tensor a;
     i64 a_kind, a_heads, width, both;
-    const real *b;
-    i64 b_heads, b_row;
+    Tensor b, other;
+    i64 b_kind, b_heads;
+    real *turned;
     // CELLS: strides of (batch, heads, rows, blocks); 0 serves all.
     const real *cells;
     i64 batch, head, row, column;
@@ -49,6 +50,7 @@ struct Choosing {
     i64 start;  // number of the first block
     i64 width;  // of a list
     int *indices, *counts;  // (batch, heads, rows, width), -1 after the end; (batch, heads, rows)
+    real *picked;  // their scores, -inf after the end; or null
     i64 threads;
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 };
@@ -59,7 +61,7 @@ struct Plane {
     i64 head, row, low;
 };
 
-static inline i64 down(i64 n) { return n / WIDTH * WIDTH; }
+static inline i64 panels_of(const Step &s) { return (s.blocks + BROAD - 1) / BROAD; }
 static inline bool is_nan(real x) { return x != x; }
 
 // The rows that one thread works on.
@@ -115,7 +117,7 @@ struct Some {
     }
 
     Plane dot(const Step &s, i64 head, i64 heads, i64 low, i64 high) {
-        i64 left = down(low), columns = whole_vectors(high - left), width = s.both ? 2 * s.width : s.width;
+        i64 left = low / BROAD * BROAD, columns = whole_vectors(high - left), width = s.both ? 2 * s.width : s.width;
         real *to = take(heads * rows * columns), *some = take(heads * rows * width), *before = free;
         real scale = s.scale;
         for (i64 h = head, n; h < head + heads; h += n) {
@@ -131,8 +133,9 @@ struct Some {
                         if (s.both) x[s.width + d] = y > 0 ? 0 : y;
                     }
                 }
-            const real *columns_of = s.b + (b * s.b_heads + of_b) * width * s.b_row + left;
-            product<false>(n * rows, columns, width, some, width, 1, columns_of, s.b_row, to + (h - head) * rows * columns, columns);
+            const real *turned = s.turned + ((b * s.b_heads + of_b) * panels_of(s) * BROAD + left) * width;
+            product_of<false>(n * rows, columns, width, Even<const real>{some, width}, 1, turned, BROAD, width * BROAD,
+                              Even<real>{to + (h - head) * rows * columns, columns});
         }
         free = before;
         return {to, rows * columns, columns, left};
@@ -164,7 +167,7 @@ struct Some {
                 for (int n = 0; n < 2; n++)
                     x[n] = part[n].first + ((head + h) * c->steps[of[n]].heads / s.heads - from[n]) * part[n].head + i * part[n].row +
                            low - part[n].low;
-                real *y = to + (h * rows + i) * columns, scale = s.scale, other = s.other;
+                real *y = to + (h * rows + i) * columns, scale = s.scale, other = s.second_scale;
                 for (i64 j = 0; j < high - low; j++) y[j] = x[0][j] * scale + x[1][j] * other;
             }
         free = before;
@@ -255,7 +258,7 @@ struct Some {
     // Room that the scores of a step take, for so many heads and rows.
     static i64 size(const Choosing *c, i64 number, i64 heads, i64 rows) {
         const Step &s = c->steps[number];
-        i64 own = heads * rows * (whole_vectors(s.blocks) + 2 * WIDTH) + WIDTH;
+        i64 own = heads * rows * (whole_vectors(s.blocks) + BROAD + 2 * WIDTH) + WIDTH;
         switch (s.kind) {
             case DOT: return own + heads * rows * 2 * s.width + WIDTH;
             case CELLS: return own;
@@ -436,6 +439,7 @@ static void mark_mass(const Choosing *c, const Row &row, const real *scores) {
 // One row of scores, of the blocks from `low` to `high`, into its list.
 static void list_of(const Choosing *c, i64 b, i64 head, i64 row_number, const real *scores, i64 low, i64 high, Row row) {
     i64 line = (b * c->heads + head) * c->rows + row_number, placed = 0;
+    real *picked = c->picked ? c->picked + line * c->width : nullptr;
     int *to = c->indices + line * c->width;
     i64 begin = most(Some::begin_of(c->limits, b, head, row_number), low);
     i64 end = least(Some::end_of(c->limits, b, head, row_number, c->blocks), high);
@@ -470,10 +474,31 @@ static void list_of(const Choosing *c, i64 b, i64 head, i64 row_number, const re
         }
     }
     c->counts[line] = (int)placed;
+    for (i64 n = 0; picked && n < c->width; n++) picked[n] = n < placed ? scores[to[n] - c->start - begin] : LOWEST;
     for (; placed < c->width; placed++) to[placed] = -1;
 }
 
 static thread_local Room own_room;
+
+// Turns the columns of all products; whether there was memory.
+static bool turn_columns(const Choosing *c) {
+    bool done = true;
+    for (i64 number = 0; number < c->count; number++) {
+        const Step &s = c->steps[number];
+        if (s.kind != DOT) continue;
+        i64 panels = panels_of(s), lines = c->batch * s.b_heads, width = s.both ? 2 * s.width : s.width;
+        share_among(c->parallel, lines * s.blocks * width < (1 << 15) ? 1 : c->threads, lines * panels, [&](i64 n) {
+            real *room = own_room.of(BROAD * whole_vectors(s.width)), *to = s.turned + n * width * BROAD;
+            i64 line = n / panels, from = n % panels * BROAD, count = least(BROAD, s.blocks - from);
+            if (!room) done = false;
+            for (int part = 0; room && part < 1 + s.both; part++) {
+                Head columns(part ? s.other : s.b, s.b_kind, s.width, line / s.b_heads, line % s.b_heads, 0, 1);
+                turn_block(s.width, columns, from, count, BROAD, room, to + part * s.width * BROAD);
+            }
+        });
+    }
+    return done;
+}
 
 // Returns 0; -1: there is no memory.
 extern "C" int choose_blocks(const Choosing *c) {
@@ -482,8 +507,8 @@ extern "C" int choose_blocks(const Choosing *c) {
     i64 heads = 1;  // that one result is made of, at most
     for (i64 n = 0; n < c->count; n++) heads = most(heads, c->steps[n].heads / last.heads);
     i64 rows = most(least(LINES / heads, PLANE / (heads * most(last.blocks, 1))), 4), parts = (c->rows + rows - 1) / rows;
-    bool failed = false, little = c->batch * c->heads * c->rows * c->blocks < (1 << 14);
-    share_among(c->parallel, little ? 1 : c->threads, c->batch * c->heads * parts, [&](i64 n) {
+    bool failed = !turn_columns(c), little = c->batch * c->heads * c->rows * c->blocks < (1 << 14);
+    share_among(c->parallel, little ? 1 : c->threads, failed ? 0 : c->batch * c->heads * parts, [&](i64 n) {
         i64 line = n / parts, b = line / c->heads, head = line % c->heads, row = (parts - 1 - n % parts) * rows;  // long ones first
         i64 planes = Some::size(c, c->count - 1, 1, rows);
         real *room = own_room.of(planes + Row::size(c->blocks));

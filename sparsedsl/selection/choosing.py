@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -31,9 +30,22 @@ class Rule:
     forced_in_mass: bool = False
 
 
-Choose = Callable[
-    [ScoreSource, Candidates, "PairRule | None", Rule, slice, int, int], "tuple[Tensor, Tensor] | None"
-]
-"""``(source, candidates, forced, rule, rows, start, width)`` -> the lists of some rows, ascending, ``(B, H, r, width)`` int32, -1 after the
-end, and how many each has, ``(B, H, r)`` int32. ``start``: what the first block is called. None: it cannot make scores or follow rules of
-this kind itself; then it is asked again with the scores as they are (``TensorScores``) and a table of what is forced."""
+class Choose(Protocol):
+    """A backend's own way to choose, in one pass."""
+
+    def __call__(
+        self,
+        source: ScoreSource,
+        candidates: Candidates,
+        forced: PairRule | None,
+        rule: Rule,
+        rows: slice,
+        start: int,
+        width: int,
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The lists of some rows, ascending, ``(B, H, r, width)`` int32, -1 after the end; how many each has, ``(B, H, r)`` int32; and, if
+        it kept them, the scores of what was chosen, like the lists, -inf after the end. ``start``: what the first block is called.
+
+        None: it cannot make scores or follow rules of this kind itself; then it is asked again with the scores as they are
+        (``TensorScores``) and a table of what is forced.
+        """

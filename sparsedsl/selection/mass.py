@@ -150,8 +150,8 @@ def _by_rows(
             scores = candidates.scored(source, some, tile)
             named = None if forced is None else candidates.within(forced, some, tile, scores)
             if choose is not None:
-                rule, every = None if named is None else TableRule(named), slice(0, scores.shape[2])
-                found = choose(TensorScores(scores), Candidates(), rule, rows=every, start=tile.start, width=width)
+                rule, here = None if named is None else TableRule(named), slice(0, scores.shape[2])
+                found = choose(TensorScores(scores), Candidates(), rule, rows=here, start=tile.start, width=width)
         if found is not None:
             counts.append(found[1])
             lists.append(found[0][..., : int(found[1].max()) if found[1].numel() else 0])
@@ -165,14 +165,14 @@ def _by_rows(
         counts.append(table.sum(-1, dtype=torch.int32))
         lists.append(_lists(table, counts[-1], tile.start, at_most))
     width = max((part.shape[-1] for part in lists), default=0)
-    q_block, kv_block, first = says
+    q_block, kv_block, number = says
     indices = torch.full((batch, heads, rows, width), -1, dtype=torch.int32, device=source.device)
     done = 0
     for part in lists:
         indices[:, :, done : done + part.shape[2], : part.shape[-1]] = part
         done += part.shape[2]
     every = torch.cat(counts, dim=2) if counts else indices.new_zeros((batch, heads, 0))
-    return SelectedBlocks(indices, every, q_block=q_block, kv_block=kv_block, blocks=blocks, first=first)
+    return SelectedBlocks(indices, every, q_block=q_block, kv_block=kv_block, blocks=blocks, first=number)
 
 
 def _lists(table: Tensor, counts: Tensor, start: int, at_most: int | None) -> Tensor:

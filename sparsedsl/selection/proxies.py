@@ -126,6 +126,8 @@ def pooled(
         rest = x[:, :, whole * block :]
         rest = rest if pad == "valid" else F.pad(rest, (0, 0, 0, block - tail))
         parts.append(_reduced(rest[:, :, None], how))
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat(parts, dim=2) if parts else x.new_zeros(x.shape, dtype=accumulated(x.dtype))
 
 

@@ -12,7 +12,7 @@ from sparsedsl.selection.candidates import Candidates, PairRule, TableRule
 from sparsedsl.selection.choosing import Choose, Rule
 from sparsedsl.selection.chunking import cut
 from sparsedsl.selection.scores import ScoreSource, TensorScores
-from sparsedsl.selection.selected_blocks import SelectedBlocks
+from sparsedsl.selection.selected_blocks import KnownScores, SelectedBlocks
 from sparsedsl.selection.stable_topk import ascending, best, lists_of_rows
 
 __all__ = ["top_k"]
@@ -71,20 +71,23 @@ def top_k(
     candidates = candidates or Candidates()
     batch, heads, rows, blocks = source.shape
     width = min(k, blocks) + min(forced_extra or 0, blocks)
-    choose = None if choose is None else functools.partial(choose, rule=Rule("top_k", min(k, blocks), forced_extra is not None), width=width)
-    if choose is not None and (forced_extra is None or forced_extra >= blocks):
-        found = choose(source, candidates, forced, rows=slice(0, rows), start=0)
-        if found is not None:
-            return SelectedBlocks(*found, q_block=q_block, kv_block=kv_block, blocks=blocks, first=first)
+    rule = Rule("top_k", min(k, blocks), extra=forced_extra is not None)
+    own = None if choose is None else functools.partial(choose, rule=rule, width=width)
+    if own is not None and (forced_extra is None or forced_extra >= blocks):
+        whole = own(source, candidates, forced, rows=slice(0, rows), start=0)
+        if whole is not None:
+            lists, found, values = whole
+            known = None if values is None else KnownScores(source, values)
+            return SelectedBlocks(lists, found, q_block=q_block, kv_block=kv_block, blocks=blocks, first=first, scores=known)
     r, u = source.tile(3)
     indices = torch.full((batch, heads, rows, width), -1, dtype=torch.int32, device=source.device)
     counts = torch.zeros((batch, heads, rows), dtype=torch.int32, device=source.device)
     for some in cut(0, rows, r):
         low, high = candidates.span(some, blocks)
         if high - low <= u and source.device.type == "cpu":  # elsewhere nothing is read back
-            found = _at_once(source, candidates, some, slice(low, high), k, forced, forced_extra, width, choose)
-            if found is not None:
-                indices[:, :, some], counts[:, :, some] = found
+            part = _at_once(source, candidates, some, slice(low, high), k, forced, forced_extra, width, own)
+            if part is not None:
+                indices[:, :, some], counts[:, :, some] = part
                 continue
         ranks = [_Ranking(k)] if forced_extra is None else [_Ranking(k), _Ranking(forced_extra)]
         for tile in cut(low, high, u):
@@ -125,7 +128,8 @@ def _at_once(
             scores.masked_fill_(named, float("inf"))
     if choose is not None:
         rule = None if forced is None else TableRule(named)
-        return choose(TensorScores(scores), Candidates(), rule, rows=slice(0, scores.shape[2]), start=blocks.start)
+        lists, counts, _ = choose(TensorScores(scores), Candidates(), rule, rows=slice(0, scores.shape[2]), start=blocks.start)
+        return lists, counts
     return lists_of_rows(scores, k, width, blocks.start, extra)
 
 

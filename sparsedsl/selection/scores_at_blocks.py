@@ -32,6 +32,13 @@ def selected_scores(source: ScoreSource, selected: SelectedBlocks) -> Tensor:
     >>> selected_scores(source, top_k(source, 1))
     tensor([[[[3.]]]], grad_fn=<_SelectedScoresBackward>)
     """
+    known = selected.scores
+    if (
+        known is not None
+        and known.source is source
+        and not (torch.is_grad_enabled() and any(leaf.tensor.requires_grad for leaf in source.leaves()))
+    ):
+        return known.values
     return _SelectedScores.apply(source, selected.indices, *(leaf.tensor for leaf in source.leaves()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -11,12 +12,20 @@ __all__ = ["SelectedBlocks"]
 Tensor = torch.Tensor
 
 
+class KnownScores(NamedTuple):
+    """Scores of what was chosen, ``(B, Hs, U, W)`` like the lists, -inf after the end, without gradients; and what they are scores of."""
+
+    source: object
+    values: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class SelectedBlocks:
     """Index lists ``(B, Hs, U, W)`` int32, ascending, -1 after the end; ``counts (B, Hs, U)`` int32.
 
     B may be 1 and Hs divides the query heads: head ``h`` of ``H`` reads row ``h * Hs // H``. List ``u`` belongs to the queries at positions
-    ``(first + u) * q_block ..``; ``kv_block`` tokens make a block of keys, of which there are ``blocks``, the last one possibly ragged.
+    ``(first + u) * q_block ..``; ``kv_block`` tokens make a block of keys, of which there are ``blocks``, the last one possibly
+    ragged. ``scores``: those of the blocks, if they were kept.
     """
 
     indices: Tensor
@@ -25,6 +34,7 @@ class SelectedBlocks:
     kv_block: int
     blocks: int
     first: int = 0
+    scores: KnownScores | None = None
 
     def table(self) -> Tensor:
         """The lists as booleans ``(B, Hs, U, blocks)``: for small problems only."""

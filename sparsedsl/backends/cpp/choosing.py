@@ -26,6 +26,7 @@ _HOWS = {"sum": 0, "mean": 1, "max": 2}
 _RULES = {"top_k": 0, "top_p": 1, "threshold": 2}
 _MEASURES = {"score": 0, "softmax": 1, "share": 2}
 _NO_LIMITS = (0,) * 11
+_COLUMNS = 64  # a multiple of those of a panel, on any processor
 
 
 @functools.lru_cache(maxsize=8)
@@ -84,17 +85,19 @@ class _Writer:
             there = last >= 0
             firsts.append(_by_row(torch.div(first, rule.kv_block, rounding_mode="floor"), rule.heads))
             lasts.append(_by_row(torch.div(last, rule.kv_block, rounding_mode="floor").masked_fill(~there, -1), rule.heads))
-        first, last = (torch.cat(torch.broadcast_tensors(*parts), dim=3).to(torch.int32).contiguous() for parts in (firsts, lasts))
+        first, last = (
+            torch.cat(torch.broadcast_tensors(*parts), dim=3).to(torch.int32).contiguous() for parts in (firsts, lasts)
+        )
         return self.place(first), self.place(last), first.shape[3], *_steps(first)
 
     # ---- scores --------------------------------------------------------------------------------------------------------------------
 
     def step(
         self, kind: int, heads: int, blocks: int, *, of: tuple[int, int] = (0, 0), how: str = "sum", size: int = 0,
-        scales: tuple[float, float] = (1.0, 1.0), rest: tuple[int, ...] = (0,) * 16, limits: tuple[int, ...] = _NO_LIMITS,
+        scales: tuple[float, float] = (1.0, 1.0), rest: tuple[int, ...] = (0,) * 24, limits: tuple[int, ...] = _NO_LIMITS,
     ) -> int:  # fmt: skip
         """One more, and its number."""
-        self.steps.append(struct.pack("=7q2d27q", kind, *of, heads, blocks, _HOWS[how], size, *scales, *rest, *limits))
+        self.steps.append(struct.pack("=7q2d35q", kind, *of, heads, blocks, _HOWS[how], size, *scales, *rest, *limits))
         return len(self.steps) - 1
 
     def scores(self, source: ScoreSource, rows: slice, blocks: int) -> int:
@@ -102,14 +105,14 @@ class _Writer:
         heads = source.shape[1]
         match source:
             case DotScores(a, b, scale):
-                return self.dot(a, b, scale, rows, blocks, both=False)
+                return self.dot(a, b, None, scale, rows, blocks)
             case BoundScores(q, low, high, scale):
-                return self.dot(q, torch.cat([high, low], dim=3), scale, rows, blocks, both=True)
+                return self.dot(q, high, low, scale, rows, blocks)
             case TensorScores(values):
                 cells = values.to(self.real)
                 cells = cells if cells.shape[2] == 1 else cells[:, :, rows]
                 strides = [0 if size == 1 else stride for size, stride in zip(cells.shape, cells.stride(), strict=True)]
-                return self.step(_CELLS, heads, blocks, rest=(*(0,) * 10, 0, self.place(cells), *strides))
+                return self.step(_CELLS, heads, blocks, rest=(*(0,) * 19, self.place(cells), *strides))
             case SumScores(sources, factors):
                 factors = factors or (1.0,) * len(sources)
                 number, before, scale = self.scores(sources[0], rows, blocks), sources[0].shape[1], factors[0]
@@ -131,21 +134,25 @@ class _Writer:
                 return self.step(_SOFTMAX, heads, blocks, of=(self.scores(inner, rows, blocks), 0), limits=limits)
         raise _NotHere
 
-    def dot(self, a: Tensor, b: Tensor, scale: float, rows: slice, blocks: int, *, both: bool) -> int:
-        """Products of rows and columns."""
+    def dot(self, a: Tensor, b: Tensor, other: Tensor | None, scale: float, rows: slice, blocks: int) -> int:
+        """Products of rows and columns. ``other``: the columns for what is below 0."""
         if a.shape[0] != self.batch or a.shape[2] < rows.stop or b.shape[2] < blocks:  # one serves all
             raise _NotHere
-        if KINDS.get(a.dtype, 0) == 0 and a.dtype != self.real:
-            a = a.to(self.real)
-        a = a[:, :, rows]
-        a = a if a.stride(3) == 1 else a.contiguous()
-        batch, heads, blocks, width = b.shape
-        row = -(-blocks // 16) * 16
-        turned = torch.zeros((batch, heads, width, row), dtype=self.real)
-        turned[..., :blocks] = b.mT
-        self.held.append(a)
-        rest = (*place_of(a), KINDS[a.dtype], a.shape[1], a.shape[3], int(both), self.place(turned), heads, row, *(0,) * 5)
+        (batch, heads, blocks, width), parts = b.shape, 1 if other is None else 2
+        turned = torch.empty(batch * heads * -(-blocks // _COLUMNS) * _COLUMNS * parts * width, dtype=self.real)
+        a, b, other = (self.rows(x) for x in (a[:, :, rows], b, b if other is None else other))
+        rest = (
+            *place_of(a), KINDS[a.dtype], a.shape[1], width, parts - 1, *place_of(b), *place_of(other), KINDS[b.dtype], heads,
+            self.place(turned), *(0,) * 5,
+        )  # fmt: skip
         return self.step(_DOT, max(a.shape[1], heads), blocks, scales=(scale, 1.0), rest=rest)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """As the compiled code reads it: 16 bits wide, or as wide as the scores; rows without gaps."""
+        x = x if KINDS.get(x.dtype, 0) and self.real == torch.float32 else x.to(self.real)
+        x = x if x.stride(3) == 1 else x.contiguous()
+        self.held.append(x)
+        return x
 
 
 def _steps(t: Tensor) -> tuple[int, int]:
@@ -162,14 +169,15 @@ def _by_row(ends: Tensor, heads: int) -> Tensor:
 
 def choose_blocks(
     source: ScoreSource, candidates: Candidates, forced: PairRule | None, rule: Rule, rows: slice, start: int, width: int
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """See :data:`sparsedsl.selection.choosing.Choose`."""
     batch, heads, _, blocks = source.shape
     size = (batch, heads, rows.stop - rows.start)
     indices, counts = torch.empty((*size, width), dtype=torch.int32), torch.empty(size, dtype=torch.int32)
     writer = _Writer(source.dtype, batch)
     within = isinstance(forced, Within) and forced.allowed is candidates.allowed
-    named, spans = 0, (0,) * 5
+    named = 0
+    spans: tuple[int, ...] = (0,) * 5
     try:
         limits = writer.limits(candidates, rows)
         if isinstance(forced, TableRule):
@@ -179,14 +187,16 @@ def choose_blocks(
         writer.scores(source, rows, blocks)
     except _NotHere:
         return None
+    picked = torch.empty(indices.shape, dtype=writer.real) if rule.name == "top_k" else None
     if not counts.numel():
-        return indices, counts
+        return indices, counts, picked
     call = struct.pack(
-        "=34qd10q", writer.place(torch.frombuffer(bytearray(b"".join(writer.steps)), dtype=torch.uint8)), len(writer.steps),
+        "=34qd11q", writer.place(torch.frombuffer(bytearray(b"".join(writer.steps)), dtype=torch.uint8)), len(writer.steps),
         batch, size[2], blocks, heads, *limits, int(forced is not None), *_NO_LIMITS[:6], *spans, named, int(within), _RULES[rule.name],
         rule.k, int(rule.extra), rule.share, _MEASURES[rule.measure], int(rule.inclusive), int(rule.unmet == "all"),
-        int(rule.forced_in_mass), start, width, indices.data_ptr(), counts.data_ptr(), torch.get_num_threads(), parallel(),
+        int(rule.forced_in_mass), start, width, indices.data_ptr(), counts.data_ptr(),
+        0 if picked is None else picked.data_ptr(), torch.get_num_threads(), parallel(),
     )  # fmt: skip
     if fixed_library("choosing", writer.real == torch.float64).choose_blocks(call) < 0:
         raise MemoryError("choosing blocks found no memory for a row of scores")
-    return indices, counts
+    return indices, counts, picked

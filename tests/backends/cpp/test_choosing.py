@@ -47,7 +47,9 @@ class Draw:
                 return DotScores(self.numbers(batch, heads, rows, width), self.numbers(batch, of, blocks, width))
             case "bound":
                 low = self.numbers(batch, heads, blocks, width)
-                return BoundScores(self.numbers(batch, of, rows, width), low, low + self.numbers(batch, heads, blocks, width).abs())
+                return BoundScores(
+                    self.numbers(batch, of, rows, width), low, low + self.numbers(batch, heads, blocks, width).abs()
+                )
             case "cells":
                 return TensorScores(self.numbers(batch, heads, rows, blocks))
             case "sum":
@@ -180,8 +182,10 @@ def test_half_precision_is_widened(dtype: torch.dtype) -> None:
 
 def test_scores_of_another_kind_are_made_by_torch_and_chosen_in_cpp() -> None:
     draw = Draw(0, torch.float32)
+
     class Other(TensorScores):
         """One that C++ does not know."""
+
     source = SumScores((Other(draw.numbers(2, 2, 9, 40)), TensorScores(draw.numbers(2, 2, 9, 40))))
     rule = draw.intervals(2, 9, 40)
     odd = lambda rows, blocks: ((rows[:, None] + blocks) % 3 > 0)[None, None]  # noqa: E731
