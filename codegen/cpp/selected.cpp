@@ -14,8 +14,9 @@ struct Selected {
 };
 
 // Lines that meet a block at once. Lines of all queries that are worked on together: so many that about MEETING lines have each block in
-// their lists, as its keys come from far away. Keys of one round; keys of a block in one round, where it may be cut; logits of all lines.
-constexpr i64 LINES = 32, LINES_TOGETHER = 1024, MEETING = 16, ROUND = 4096, KEYS_AT_ONCE = 2048, LOGITS = 1 << 22;
+// their lists, as its keys come from far away. Keys of one round; keys of a block in one round, where it may be cut; logits of all lines; entries of a
+// block that are asked for before it is met.
+constexpr i64 LINES = 32, LINES_TOGETHER = 1024, MEETING = 16, ROUND = 4096, KEYS_AT_ONCE = 2048, LOGITS = 1 << 22, FETCHED = 1 << 12;
 
 static inline real largest_of(Vector x) {
     real found = x[0];
@@ -219,10 +220,12 @@ struct Team {
         bool plain = !c->ends && !c->score && !c->mask;
         const real *from[MOST_LANES];
         real *to[MOST_LANES];
-        each_block(all_entries, known, [&](const Entry *some, i64 met, bool is_first) {
+        each_block(all_entries, known, [&](const Entry *some, i64 met, bool is_first, i64 next) {
             i64 block = some->block, key = block * s->block, size = least(s->block, c->keys - key), n = least(keys, size - low);
             if (is_first && !s->turned) turn_block(c->head_dim, k, key, size, s->block, room, block_keys);
             const real *turned = s->turned ? s->turned + (line_kv * s->blocks + block) * c->head_dim * columns_of(s->block) : block_keys;
+            if (is_first && s->turned && next >= 0)
+                fetch(s->turned + (line_kv * s->blocks + next) * c->head_dim * columns_of(s->block), c->head_dim * columns_of(s->block));
             i64 used = met * heads;
             for (i64 i = 0; i < used; i++) {
                 const Entry &e = some[i / heads];
@@ -245,13 +248,15 @@ struct Team {
                     share_out(of + m * keys, n * heads + i, s->weights[weight_line * s->slots + first[n] + m]);
             }
         Rows rows = {nullptr, 0};
-        each_block(all_entries, known, [&](const Entry *some, i64 met, bool is_first) {
+        each_block(all_entries, known, [&](const Entry *some, i64 met, bool is_first, i64 next) {
             i64 block = some->block, key = block * s->block, n = least(keys, least(s->block, c->keys - key) - low);
             if (n <= 0) return;
             if (s->values)
                 rows = {s->values + (line_kv * c->keys + key + low) * broad_v, broad_v};
             else if (is_first)
                 rows = v.rows(key + low, n, true, block_values);
+            if (is_first && rows.first != block_values && next >= 0)
+                fetch(rows.first + (next - block) * s->block * rows.row, n * rows.row);
             for (i64 i = 0; i < met * heads; i++) {
                 const Entry &e = some[i / heads];
                 from[i] = logits_of(e.query, i % heads) + (e.slot - first[e.query]) * keys;
@@ -261,13 +266,19 @@ struct Team {
         });
     }
 
-    // The entries of one block after the other, some lines at a time.
+    // Asks for what comes next, the beginning of it: where blocks lie apart, the processor does not foresee it.
+    static void fetch(const real *from, i64 n) {
+        for (const char *at = (const char *)from, *end = (const char *)(from + least(n, FETCHED)); at < end; at += 64) __builtin_prefetch(at, 0, 2);
+    }
+
+    // The entries of one block after the other, some lines at a time; and the block after it, or -1.
     template <class F>
     void each_block(const Entry *all_entries, i64 known, F f) const {
         i64 at_once = most(LINES / heads, 1);
         for (i64 low = 0, high; low < known; low = high) {
             for (high = low; high < known && all_entries[high].block == all_entries[low].block;) high++;
-            for (i64 n = low; n < high; n += at_once) f(all_entries + n, least(at_once, high - n), n == low);
+            i64 next = high < known ? all_entries[high].block : -1;
+            for (i64 n = low; n < high; n += at_once) f(all_entries + n, least(at_once, high - n), n == low, next);
         }
     }
 
