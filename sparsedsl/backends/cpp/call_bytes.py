@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["HEAD", "KINDS", "OF_GRADIENTS", "call_block", "place_of"]
+__all__ = ["HEAD", "KINDS", "OF_GRADIENTS", "call_block", "first_of", "place_of", "whole_vectors"]
 
 # Fields between the scale and those of the pattern, and, at the end of these, those of gradients.
 FIXED, OF_GRADIENTS = 50, 15
@@ -32,3 +32,17 @@ def place_of(t: torch.Tensor) -> tuple[int, int, int, int]:
     """Where a tensor ``(batch, heads, length, width)`` lies, whose rows have no gaps."""
     batch, head, row, _ = t.stride()
     return t.data_ptr(), batch, head, row
+
+
+def first_of(t: torch.Tensor | None) -> int:
+    """Where a tensor begins; 0: there is none."""
+    return 0 if t is None else t.data_ptr()
+
+
+def whole_vectors(n: int, width: int) -> int:
+    """The least multiple of ``width`` that has room for ``n`` entries.
+
+    >>> whole_vectors(20, 16)
+    32
+    """
+    return -(-n // width) * width

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sparsedsl.backends.cpp.attention import rows_without_gaps
-from sparsedsl.backends.cpp.call_bytes import KINDS, place_of
+from sparsedsl.backends.cpp.call_bytes import KINDS, place_of, whole_vectors
 from sparsedsl.backends.cpp.libraries import fixed_library, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.tiled import scan_linear as tiled
@@ -104,4 +104,4 @@ def _run(
 def _whole(n: int, real: torch.dtype) -> int:
     """``n`` entries in whole vectors of the processor."""
     width = fixed_width("scan_linear", real == torch.float64)
-    return -(-n // width) * width
+    return whole_vectors(n, width)

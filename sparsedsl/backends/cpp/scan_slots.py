@@ -9,7 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from sparsedsl.backends.cpp.attention import rows_without_gaps
-from sparsedsl.backends.cpp.call_bytes import KINDS, place_of
+from sparsedsl.backends.cpp.call_bytes import KINDS, first_of, place_of, whole_vectors
 from sparsedsl.backends.cpp.libraries import fixed_library, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.tiled import scan_slots as tiled
@@ -38,7 +38,7 @@ def slot_scan(
     before, real = call.before, accumulated(q.dtype)
     known = [q, k, v, gate, before.keys, before.values]
     width = 64 // real.itemsize
-    size = _up(q.shape[3], width) * _up(gate.shape[3], width) + gate.shape[3] * _up(v.shape[3], width)
+    size = whole_vectors(q.shape[3], width) * whole_vectors(gate.shape[3], width) + gate.shape[3] * whole_vectors(v.shape[3], width)
     states = -(-k.shape[2] // CHUNK) * k.shape[0] * k.shape[1] * size * real.itemsize
     if is_transformed(*known) or not k.shape[2] or not q.numel() or (wants_grad(*known) and states > LIMITS.now.states_bytes):
         return tiled.slot_scan(q, k, v, gate, **words)
@@ -60,7 +60,7 @@ class _Slots(torch.autograd.Function):
         states = None
         if any(ctx.needs_input_grad):
             chunks, width = -(-k.shape[2] // CHUNK), fixed_width("scan_slots", real == torch.float64)
-            size = _up(q.shape[3], width) * _up(write.shape[3], width) + write.shape[3] * _up(v.shape[3], width)
+            size = whole_vectors(q.shape[3], width) * whole_vectors(write.shape[3], width) + write.shape[3] * whole_vectors(v.shape[3], width)
             states = torch.empty(k.shape[0] * k.shape[1] * chunks * size, dtype=real)
         finite = _run("slots_forward", call, (q, k, v, out, None), write, (keys, values), after, lse, states, [None] * 9)
         ctx.call = call
@@ -81,7 +81,7 @@ class _Slots(torch.autograd.Function):
                 for g, t in ((grad_keys, keys), (grad_values, values))
             )
         width = fixed_width("scan_slots", real == torch.float64)
-        grads = [t.new_zeros((*t.shape[:3], _up(t.shape[3], width)), dtype=real) for t in (q, k, v)]
+        grads = [t.new_zeros((*t.shape[:3], whole_vectors(t.shape[3], width)), dtype=real) for t in (q, k, v)]
         by_write, by_keys, by_values = (torch.zeros(t.shape, dtype=real) for t in (write, keys, values))
         grad_lse = None if grad_lse is None else grad_lse.to(real).contiguous()
         rest = [grad_lse, grad_keys, grad_values, *grads, by_write, by_keys, by_values]
@@ -107,18 +107,10 @@ def _run(
     block = struct.pack(
         "=8qd47q", *q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], call.q_offset, call.scale,
         KINDS[q.dtype], torch.get_num_threads(), parallel(), *places, write.shape[3], call.delay, int(call.masked), write.data_ptr(),
-        _place(begins), _place(seen), int(begins is not None and begins.shape[0] > 1), *seen_steps, *map(_place, before),
-        *map(_place, after), lse.data_ptr(), _place(states), *map(_place, rest),
+        first_of(begins), first_of(seen), int(begins is not None and begins.shape[0] > 1), *seen_steps, *map(first_of, before),
+        *map(first_of, after), lse.data_ptr(), first_of(states), *map(first_of, rest),
     )  # fmt: skip
     done: int = getattr(fixed_library("scan_slots", real == torch.float64), name)(block)
     if done < 0:
         raise MemoryError("a scan of slots found no memory for its states")
     return done
-
-
-def _place(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _up(n: int, width: int) -> int:
-    return -(-n // width) * width

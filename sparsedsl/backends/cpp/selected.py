@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.cpp.attention import block_of, rows_without_gaps
-from sparsedsl.backends.cpp.call_bytes import place_of
+from sparsedsl.backends.cpp.call_bytes import first_of, place_of, whole_vectors
 from sparsedsl.backends.cpp.libraries import fixed_library, fixed_pass, fixed_width
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.prepared import Prepared, Preparer
@@ -118,7 +118,7 @@ def _turned(q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch
     if not rows:
         return [*found, torch.empty(entries * width, dtype=real)]
     as_they_lie = q.dtype == real and width % size == 0
-    return [*found, None if as_they_lie else torch.empty(batch * kv_heads * kv_len * _whole(width, size), dtype=real)]
+    return [*found, None if as_they_lie else torch.empty(batch * kv_heads * kv_len * whole_vectors(width, size), dtype=real)]
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, weights: Tensor | None) -> tuple[Tensor, Tensor, bool]:
@@ -132,7 +132,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, weights: Tenso
     call, prepared = _checked_call(q, k, v, selected)
     turned, values = _turned(q, k, v, selected.blocks, real, rows=True)
     more, _held = prepared.fields(call)
-    own = struct.pack("=12q", *lists.fields, _place(turned), _place(values))
+    own = struct.pack("=12q", *lists.fields, first_of(turned), first_of(values))
     done = fixed_pass("selected", real == torch.float64)(block_of(call, prepared, (q, k, v, out), lse, [0] * 15, more), own)
     if done < 0:
         raise MemoryError("attention along selected blocks found no memory for its sums")
@@ -162,7 +162,7 @@ def _backward(
     lse = lse.contiguous()
     call, prepared = _checked_call(q, k, v, job)
     names, width = prepared.native.functions, fixed_width("selected_backward", double)
-    grad_q, grad_k, grad_v = (t.new_zeros((*t.shape[:3], _whole(t.shape[3], width)), dtype=real) for t in (q, k, v))
+    grad_q, grad_k, grad_v = (t.new_zeros((*t.shape[:3], whole_vectors(t.shape[3], width)), dtype=real) for t in (q, k, v))
     by_head = None if weights is None else q.new_zeros((*q.shape[:3], lists.slots), dtype=real)
     read = [slot.name for slot in prepared.source.slots if slot.kind == "sums"] if learned else []
     size = sum(call.tables[name].numel() for name in read)
@@ -172,10 +172,10 @@ def _backward(
     more, _held = prepared.fields(call)
     rest = [0] * 15
     rest[9:11] = names["slope"], names["gains"] if sums is not None else 0
-    own = struct.pack("=12q", *lists.fields, _place(turned), 0)
+    own = struct.pack("=12q", *lists.fields, first_of(turned), 0)
     grads = struct.pack(
-        "=13q", *place_of(grad_out), delta.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(), _place(by_head),
-        _place(turned_v), _place(sums), size, parts,
+        "=13q", *place_of(grad_out), delta.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(), first_of(by_head),
+        first_of(turned_v), first_of(sums), size, parts,
     )  # fmt: skip
     block = block_of(call, prepared, (q, k, v, out), lse, rest, more)
     if fixed_pass("selected_backward", double)(block, own, grads) < 0:
@@ -199,12 +199,3 @@ def _by_weight(by_head: Any, weights: Tensor, slopes: Tensor | None, lse: Tensor
         by_head = by_head + torch.where(listed, (slopes * torch.where(lse.isfinite(), -lse, 0.0).exp())[..., None], 0.0)
     grad = by_head.unflatten(1, (weights.shape[1], -1)).sum(2)
     return functional.pad(grad, (0, weights.shape[3] - slots)).to(weights.dtype)
-
-
-def _place(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _whole(n: int, width: int) -> int:
-    """So many entries in whole vectors, of any processor."""
-    return -(-n // width) * width
