@@ -38,7 +38,9 @@ def slot_scan(
     before, real = call.before, accumulated(q.dtype)
     known = [q, k, v, gate, before.keys, before.values]
     width = 64 // real.itemsize
-    size = whole_vectors(q.shape[3], width) * whole_vectors(gate.shape[3], width) + gate.shape[3] * whole_vectors(v.shape[3], width)
+    size = whole_vectors(q.shape[3], width) * whole_vectors(gate.shape[3], width) + gate.shape[3] * whole_vectors(
+        v.shape[3], width
+    )
     states = -(-k.shape[2] // CHUNK) * k.shape[0] * k.shape[1] * size * real.itemsize
     if is_transformed(*known) or not k.shape[2] or not q.numel() or (wants_grad(*known) and states > LIMITS.now.states_bytes):
         return tiled.slot_scan(q, k, v, gate, **words)
@@ -60,7 +62,9 @@ class _Slots(torch.autograd.Function):
         states = None
         if any(ctx.needs_input_grad):
             chunks, width = -(-k.shape[2] // CHUNK), fixed_width("scan_slots", real == torch.float64)
-            size = whole_vectors(q.shape[3], width) * whole_vectors(write.shape[3], width) + write.shape[3] * whole_vectors(v.shape[3], width)
+            size = whole_vectors(q.shape[3], width) * whole_vectors(write.shape[3], width) + write.shape[3] * whole_vectors(
+                v.shape[3], width
+            )
             states = torch.empty(k.shape[0] * k.shape[1] * chunks * size, dtype=real)
         finite = _run("slots_forward", call, (q, k, v, out, None), write, (keys, values), after, lse, states, [None] * 9)
         ctx.call = call
