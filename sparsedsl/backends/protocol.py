@@ -60,8 +60,6 @@ class Backend(ABC):
     may_refuse: ClassVar[bool] = True
     # Whether choices for single queries are handed over as whole tables instead of lists.
     reads_whole_tables: ClassVar[bool] = False
-    # Whether lists of full tiles are run as they are.
-    runs_full_tiles: ClassVar[bool] = False
 
     @abstractmethod
     def refusal(self, request: Request) -> str | None:

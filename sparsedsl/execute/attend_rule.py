@@ -19,9 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.backends.tiled.whole_blocks import WholeTiles, split, whole_tiles
 from sparsedsl.errors import ShapeError
-from sparsedsl.execute.candidate_rules import block_rule
 from sparsedsl.execute.lowering import Lowering, has_own_rows
 from sparsedsl.execute.mask_split import EITHER, MaskSplit
 from sparsedsl.execute.requests import parts_of
@@ -33,9 +31,8 @@ from sparsedsl.program.axes import block_of
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select
-from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import check_call, inner_call
-from sparsedsl.runtime.heads import alike, lse_merge, repeat_kv
+from sparsedsl.runtime.heads import alike, repeat_kv
 from sparsedsl.runtime.sinks import sink_logit
 from sparsedsl.selection.chunking import PIECES, cut
 from sparsedsl.selection.scores_at_blocks import selected_scores
@@ -48,8 +45,6 @@ __all__ = ["attend_node"]
 Tensor = torch.Tensor
 # Output, and LSE where it is wanted.
 Result = tuple[Tensor, Tensor | None]
-# Tokens in the smallest tile that is worth a product of its own.
-SMALLEST_TILE = 16
 
 
 # Names of the nodes of an attention that are read as tables with rows.
@@ -163,12 +158,7 @@ class _AttendCall:
     def static(self, domain: Domain, rows: slice | None, q: Tensor, k: Tensor, v: Tensor, *, sink: bool, lse: bool) -> Result:
         """Attention over a mask that reads tables only."""
         pattern, tables = self._pattern(self.parts.static, rows, sink=sink)
-        run, names = self.run, {read.spec.name for read in table_reads(self.parts.static)}
-        blocks = {choice.blocks for choice in self.node.selections if choice.label in names}
-        if len(blocks) == 1 and run.dispatch.full_tiles(pattern, q, k, v):
-            found = self._by_blocks(domain, pattern, *blocks.pop(), q, k, v, tables)
-            if found is not None:
-                return found
+        run = self.run
         return run.dispatch.attend(pattern, q, k, v, tables, q_offset=domain.q_offset, scale=run.call.scale, lse=lse)
 
     def _pattern(
@@ -184,34 +174,6 @@ class _AttendCall:
         made = Pattern(Mask(mask), Score(score), written.sink if sink else None, own.scale)
         tables = {**self.run.call.tables, **masks, **scores, **more}
         return made, {name: tables[name] for name in made.tables}
-
-    def _by_blocks(
-        self,
-        domain: Domain,
-        pattern: Pattern,
-        q_block: int,
-        kv_block: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        tables: dict[str, Tensor],
-    ) -> Result | None:
-        """What is the same for all pairs of two blocks as full tiles, the rest as an ordinary mask, one softmax over both."""
-        parts = split(pattern.mask.expr, q_block, kv_block)
-        if parts is None or min(q_block, kv_block) < SMALLEST_TILE:
-            return None
-        run = self.run
-        whole = Pattern(Mask(parts[0]), pattern.score, None, pattern.scale)
-        domain = replace(domain, tables={name: tables[name] for name in whole.tables})
-        rule = block_rule(parts[0], domain, q_block, kv_block, domain.heads, {}, q.device)
-        lists = whole_tiles(rule, domain, domain.heads, q_block, kv_block)
-        call = check_call(whole, q, k, v, domain.tables, q_offset=domain.q_offset, scale=run.call.scale)
-        found: list[Any] = [differentiable(WholeTiles(whole, lists), call)]
-        if parts[1] != sympy.false or pattern.sink is not None:
-            rest = Pattern(Mask(parts[1]), pattern.score, pattern.sink, pattern.scale)
-            own = {name: tables[name] for name in rest.tables}
-            found.append(run.dispatch.attend(rest, q, k, v, own, q_offset=domain.q_offset, scale=run.call.scale, lse=True))
-        return found[0] if len(found) == 1 else lse_merge(found)
 
     # ---- what choices add ----------------------------------------------------------------------------------------------------
 

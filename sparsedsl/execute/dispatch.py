@@ -63,11 +63,6 @@ class Dispatch:
         patience = self.patience if self.backend == AUTO else None
         return next((found for b in self._asked() if (found := b.chooser(device, dtype, patience)) is not None), None)
 
-    def full_tiles(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether lists of full tiles are run as they are."""
-        facts = _facts(q, k, v, lse=False)
-        return takes(Request("attention", facts, pattern, new_tables=True), self.backend, self.patience).runs_full_tiles
-
     def attend(
         self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], *, q_offset: int, scale: Any, lse: bool
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip

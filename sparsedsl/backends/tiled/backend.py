@@ -25,7 +25,6 @@ class TiledBackend(Backend):
     summary = "torch's dense products on the tiles of the pattern, with gradients and the LSE"
     details = "schedule"
     may_refuse = False
-    runs_full_tiles = True
 
     def refusal(self, request: Request) -> str | None:
         """Nothing."""
