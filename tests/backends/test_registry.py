@@ -65,9 +65,8 @@ def watched() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "BACKENDS", {name: Watched(backend, ran) for name, backend in registry.BACKENDS.items()})
         patch.setattr(dispatch, "static_attention", lambda pattern, new_tables: StaticAttention(pattern, minimal=not new_tables))
-        dispatch.takes.cache_clear()
+        patch.setattr(dispatch, "_TAKEN", {})
         yield ran
-    dispatch.takes.cache_clear()
 
 
 def assert_one_decision(attn: sd.Attention, q: Any, k: Any, v: Any, case: Any, words: dict[str, Any], named: Any) -> str | None:
