@@ -11,13 +11,31 @@ import measure
 import torch
 from measure import bytes_text, length_text, median, time_text
 
-__all__ = ["Job", "Part", "judge", "measured", "new_record", "table"]
+from sparsedsl.adjustable import Adjustable
+
+__all__ = ["LIMITS", "Job", "Part", "judge", "measured", "new_record", "table"]
 
 Record = dict[str, Any]
 PRODUCT = 1536  # rows of the square matrices whose product says what the machine can do
-SLOW_S = 4.0  # dense attention that takes longer is measured once
-LIMIT_S = 12.0  # of the rounds, after three
 PEERS = {"tiled": "tiled", "flex": "flex", "sdpa": "SDPA"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a measurement, in seconds and tokens.
+
+    - ``slow_s``: dense attention that takes longer is measured once. ``rounds_s``: of the rounds, after three.
+    - ``dense_to``, ``tiled_to``, ``density_to``: tokens up to which dense attention and `tiled` are run, and choices counted.
+    """
+
+    slow_s: float = 4.0
+    rounds_s: float = 12.0
+    dense_to: int = 32768
+    tiled_to: int = 8192
+    density_to: int = 32768
+
+
+LIMITS = Adjustable(Limits())
 
 
 @dataclass(frozen=True)
@@ -76,8 +94,10 @@ def measured(
         matrix = torch.randn(PRODUCT, PRODUCT)
         actions = {**actions, "product": functools.partial(torch.mm, matrix, matrix)}
     first = {name: measure.seconds(action) for name, action in actions.items()}
-    once = [name for name, took in first.items() if name == "sdpa" and took > SLOW_S]
-    found = measure.alternate({name: action for name, action in actions.items() if name not in once}, rounds, limit_s=LIMIT_S)
+    once = [name for name, took in first.items() if name == "sdpa" and took > LIMITS.now.slow_s]
+    found = measure.alternate(
+        {name: action for name, action in actions.items() if name not in once}, rounds, limit_s=LIMITS.now.rounds_s
+    )
     found |= {name: [first[name]] for name in once}
     times = {name: [scale.get(name, 1.0) * s for s in values] for name, values in found.items()}
     record["median"] = {name: median(values) for name, values in times.items()}

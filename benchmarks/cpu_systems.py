@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from cpu_record import Job, Part, Record, judge, measured, new_record
+from cpu_record import LIMITS, Job, Part, Record, judge, measured, new_record
 from systems_cases import SYSTEMS, Shape, System, density, random_qkv
 from systems_split import split_call
 from torch.nn.functional import scaled_dot_product_attention
@@ -25,7 +25,6 @@ import sparsedsl as sd
 __all__ = ["PROGRAMS", "PROGRAM_SHAPE", "SYSTEMS_PART", "inputs_of"]
 
 PROGRAM_SHAPE = Shape(8, 2, 64)
-DENSE_TO, TILED_TO, DENSITY_TO = 32768, 8192, 32768
 
 
 def _quest(heads: int, part: int) -> Any:
@@ -66,9 +65,9 @@ def measure_system(job: Job) -> Iterator[Record]:
     program, named = system.program(q.shape[1], job.length), system.inputs(q, k)
     report = sd.analyse(program, job.length, heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[3])
     ours, tiled = (sd.compile(program, backend=backend) for backend in ("cpp", "tiled"))
-    short = min(job.length, DENSE_TO)
+    short = min(job.length, LIMITS.now.dense_to)
     actions = {"ours": _action(ours, [q, k, v], named, job.train)}
-    if job.length <= TILED_TO:
+    if job.length <= LIMITS.now.tiled_to:
         actions["tiled"] = _action(tiled, [q, k, v], named, job.train)
     actions["sdpa"] = _action(dense, [t[:, :, :short] for t in (q, k, v)], {}, job.train)
     record = new_record(job, system.title)
@@ -81,7 +80,7 @@ def measure_system(job: Job) -> Iterator[Record]:
     if not job.train:
         with torch.no_grad():
             record["parts"] = split_call(ours, q, k, v, named)[1]
-            if job.length <= DENSITY_TO:
+            if job.length <= LIMITS.now.density_to:
                 record["density"] = density(program, q, k, v, named)
     wanted = goal(job.work, job.length, record["ideal"]) * (TRAINING_SHARE if job.train else 1.0)
     if wanted:

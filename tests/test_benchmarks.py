@@ -204,12 +204,12 @@ def test_cpu_parts(tmp_path, part, works, length, rows, limits):
 
 def test_dense_attention_of_long_texts_is_estimated_and_says_so(monkeypatch):
     systems = load("cpu_systems")
-    monkeypatch.setattr(systems, "DENSE_TO", 128)
     seen: list[int] = []
     monkeypatch.setattr(sys.modules["measure"], "seconds", lambda action: (action(), 0.5)[1])
     dense = systems.dense
     monkeypatch.setattr(systems, "dense", lambda q, k, v: seen.append(q.shape[2]) or dense(q, k, v))
-    (record,) = systems.measure_system(systems.Job("systems", "hsa", 512, 16, "float32", 1))
+    with systems.LIMITS.using(dense_to=128):
+        (record,) = systems.measure_system(systems.Job("systems", "hsa", 512, 16, "float32", 1))
     assert set(seen) == {128}
     assert record["estimated"].keys() == {"sdpa"} and "128" in record["estimated"]["sdpa"]
     assert record["median"] == {"ours": 0.5, "tiled": 0.5, "sdpa": 8.0, "product": 0.5}, "not times the square of the ratio, 4"
@@ -225,12 +225,12 @@ def test_goals_of_systems():
     assert (goal("nha", 8192, 36.0), goal("nha", 32768, 36.0), goal("ring", 8192, 64.0)) == (8.0, 1.0, 15.0)
 
 
-def test_slow_dense_attention_is_measured_once(monkeypatch):
+def test_slow_dense_attention_is_measured_once():
     record_of = load("cpu_record")
-    monkeypatch.setattr(record_of, "SLOW_S", 0.02)
     calls: list[str] = []
     actions = {"ours": lambda: calls.append("ours"), "sdpa": lambda: calls.append("sdpa") or time.sleep(0.03)}
-    record = record_of.measured({}, actions, 4, scale={"ours": 0.5})
+    with record_of.LIMITS.using(slow_s=0.02):
+        record = record_of.measured({}, actions, 4, scale={"ours": 0.5})
     assert (calls.count("ours"), calls.count("sdpa"), record["rounds"]) == (5, 1, {"ours": 4, "sdpa": 1})
     assert record["over_ours"] == {"sdpa": record["median"]["sdpa"] / record["median"]["ours"]}
     assert record["best"]["ours"] <= record["median"]["ours"]

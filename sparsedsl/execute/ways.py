@@ -35,9 +35,13 @@ def _words(text: str | None) -> Callable[[Any, Work], str | None]:
     return lambda node, work: text
 
 
+# `Dispatch.chooser` is asked at the call, when the compiler may be through.
+_CHOOSING = "C++ on a CPU with a compiler (auto and cpp), else torch"
+
+
 def _select(node: Select, work: Work) -> str:
     rows, columns = node.blocks
-    return f"torch: lists for every {_few(rows, 'query', 'queries')}, of blocks of {_few(columns, 'key', 'keys')}"
+    return f"lists for every {_few(rows, 'query', 'queries')}, of blocks of {_few(columns, 'key', 'keys')}: {_CHOOSING}"
 
 
 def _few(count: int, one: str, many: str) -> str:
@@ -70,7 +74,7 @@ def _tables(node: Attend, mask: Any) -> str:
     return (", choices as tables" if read else "") + (", of some queries at a time" if few else "")
 
 
-_SCORES = _words("torch: in blocks, when a choice asks for them; never queries x blocks at once")
+_SCORES = _words(f"in blocks, when a choice asks for them; never queries x blocks at once: {_CHOOSING}")
 
 WAY_RULES: Rules[Callable[[Any, Work], str | None]] = Rules(
     "the explanation",

@@ -65,8 +65,9 @@ def watched() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "BACKENDS", {name: Watched(backend, ran) for name, backend in registry.BACKENDS.items()})
         patch.setattr(dispatch, "static_attention", lambda pattern, new_tables: StaticAttention(pattern, minimal=not new_tables))
-        patch.setattr(dispatch, "_TAKEN", {})
+        dispatch._TAKEN.clear()
         yield ran
+    dispatch._TAKEN.clear()
 
 
 def assert_one_decision(attn: sd.Attention, q: Any, k: Any, v: Any, case: Any, words: dict[str, Any], named: Any) -> str | None:

@@ -37,8 +37,8 @@ def python_calls(call: Callable[[], Any]) -> int:
 @pytest.mark.parametrize(
     ("backend", "pattern", "rows", "most"),
     [
-        ("tiled", WINDOW, 1024, 850), ("tiled", WINDOW, 1, 120), ("tiled", CHOICE, 1024, 2000), ("tiled", CHOICE, 1, 400),
-        ("cpp", WINDOW, 1024, 40), ("cpp", WINDOW, 1, 40), ("cpp", CHOICE, 1024, 450), ("cpp", CHOICE, 1, 450),
+        ("tiled", WINDOW, 1024, 850), ("tiled", WINDOW, 1, 120), ("tiled", CHOICE, 1024, 2600), ("tiled", CHOICE, 1, 400),
+        ("cpp", WINDOW, 1024, 15), ("cpp", WINDOW, 1, 15), ("cpp", CHOICE, 1024, 300), ("cpp", CHOICE, 1, 300),
     ],
 )  # fmt: skip
 def test_a_warm_call_makes_few_python_calls(backend: str, pattern: Any, rows: int, most: int) -> None:
