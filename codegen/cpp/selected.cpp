@@ -175,10 +175,10 @@ struct Team {
 
     // The queries from `row` on. Whether all that was written is finite.
     bool run(i64 b, i64 group, i64 groups, i64 row) {
-        Queries at = {b, group, group * c->kv_heads / groups, row, least(queries, c->rows - row), 0};
-        at.place = ((b * s->list_batch + group * s->list_heads / groups) * c->rows + row) * s->slots;
+        Queries those = {b, group, group * c->kv_heads / groups, row, least(queries, c->rows - row), 0};
+        those.place = ((b * s->list_batch + group * s->list_heads / groups) * c->rows + row) * s->slots;
         real factor = c->score ? 1 : (real)(c->scale * LOG2E);
-        for (i64 line = 0; line < at.size * heads; line++) {
+        for (i64 line = 0; line < those.size * heads; line++) {
             i64 h = group * heads + line % heads, of = row + line / heads;
             widen(c->q.first + (b * c->q.batch + h * c->q.head + of * c->q.row) * element_bytes(c->kind), c->kind, c->head_dim,
                   q + line * c->head_dim);
@@ -186,14 +186,14 @@ struct Team {
             highest[line] = LOWEST, total[line] = 0;
             for (i64 j = 0; j < broad_v; j += WIDTH) put(values + line * broad_v + j, Vector{});
         }
-        for (i64 n = 0; n < at.size; n++) first[n] = count[n] = 0;
+        for (i64 n = 0; n < those.size; n++) first[n] = count[n] = 0;
         for (i64 block = 0; block < s->blocks; block += blocks_at_once(s)) {
-            i64 known = gather(at, block + blocks_at_once(s));
+            i64 known = gather(those, block + blocks_at_once(s));
             const Entry *some = sorted(entries[0], entries[1], known, s->blocks);
-            for (i64 low = 0; known && low < s->block; low += keys) run_round(at, some, known, low);
+            for (i64 low = 0; known && low < s->block; low += keys) run_round(those, some, known, low);
         }
         bool finite = true;
-        for (i64 line = 0; line < at.size * heads; line++) finite &= finish(b, row + line / heads, group * heads + line % heads, line);
+        for (i64 line = 0; line < those.size * heads; line++) finite &= finish(b, row + line / heads, group * heads + line % heads, line);
         return finite;
     }
 
@@ -202,10 +202,10 @@ struct Team {
     };
 
     // The entries of a round: all that come next in the lists and are below `end`.
-    i64 gather(const Queries &at, i64 end) const {
+    i64 gather(const Queries &those, i64 end) const {
         i64 known = 0;
-        for (i64 n = 0; n < at.size; n++) {
-            const int *list = s->indices + at.place + n * s->slots;
+        for (i64 n = 0; n < those.size; n++) {
+            const int *list = s->indices + those.place + n * s->slots;
             first[n] += count[n], base[n] = known, count[n] = 0;
             for (i64 slot = first[n]; slot < s->slots && list[slot] >= 0 && list[slot] < end; slot++, count[n]++)
                 entries[0][known++] = {list[slot], (int)n, (int)slot};
@@ -214,9 +214,9 @@ struct Team {
     }
 
     // Keys of each block from `low` on.
-    void run_round(const Queries &q_, const Entry *all_entries, i64 known, i64 low) {
-        i64 line_kv = q_.b * c->kv_heads + q_.kv_head, panel = panel_of(s->block);
-        Head k(c->k, c->kind, c->head_dim, q_.b, q_.kv_head, 0, 1), v(c->v, c->kind, c->head_dim_v, q_.b, q_.kv_head, 0, 1);
+    void run_round(const Queries &those, const Entry *all_entries, i64 known, i64 low) {
+        i64 line_kv = those.b * c->kv_heads + those.kv_head, panel = panel_of(s->block);
+        Head k(c->k, c->kind, c->head_dim, those.b, those.kv_head, 0, 1), v(c->v, c->kind, c->head_dim_v, those.b, those.kv_head, 0, 1);
         bool plain = !c->ends && !c->score && !c->mask;
         const real *from[MOST_LANES];
         real *to[MOST_LANES];
@@ -235,13 +235,13 @@ struct Team {
             if (n > 0)
                 product_of<false>(used, whole_vectors(n), c->head_dim, Listed<const real>{from}, 1, turned + low * c->head_dim, panel,
                                   panel * c->head_dim, Listed<real>{to});
-            if (n > 0 && !plain) modify(q_.b, q_.group, q_.row, q_.place, some, used, key + low, n, to);
+            if (n > 0 && !plain) modify(those.b, those.group, those.row, those.place, some, used, key + low, n, to);
             for (i64 i = 0; n < keys && i < used; i++)
                 for (i64 j = most(n, 0); j < keys; j++) to[i][j] = LOWEST;
         });
-        for (i64 n = 0; n < q_.size; n++)
+        for (i64 n = 0; n < those.size; n++)
             for (i64 i = 0; count[n] && i < heads; i++) {
-                i64 weight_line = (q_.b * s->weight_heads + (q_.group * heads + i) * s->weight_heads / c->heads) * c->rows + q_.row + n;
+                i64 weight_line = (those.b * s->weight_heads + (those.group * heads + i) * s->weight_heads / c->heads) * c->rows + those.row + n;
                 real *of = logits_of(n, i);
                 if (!s->weights) join(of, count[n] * keys, n * heads + i);
                 for (i64 m = 0; s->weights && m < count[n]; m++)

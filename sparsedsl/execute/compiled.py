@@ -180,7 +180,7 @@ class Attention:
             out, lse = run.value(self.program.root)
             # The reference has no scans of its own: what is carried over is made as `tiled` makes it.
             carrier = run.dispatch if isinstance(run, Lowering) else Dispatch("tiled")
-            after = advanced(checked, carrier) if return_state else None
+            after = advanced(checked, carrier, run.after if isinstance(run, Lowering) else {}) if return_state else None
             if state is None and not checked.needs_grad and isinstance(run, Lowering) and takes_any_position(self.program):
                 self._repeated.remember(checked, (scale,), return_lse)
         results = [out.to(checked.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]

@@ -29,12 +29,13 @@ Tensor = torch.Tensor
 class Lowering(Evaluation):
     """Tensors keep their types, scores are sources that give blocks, choices are lists; a branch gives ``(out, lse or None)``.
 
-    ``dispatch``: who does the work. ``lse``: whether the root's is wanted.
+    ``dispatch``: who does the work. ``lse``: whether the root's is wanted. ``after``: of recurrences that ran, the state after the last key.
     """
 
     def __init__(self, rules: Mapping[type[Node], Rule], call: ProgramCall, dispatch: Dispatch, *, lse: bool):
         super().__init__(rules, call)
         self.dispatch = dispatch
+        self.after: dict[Node, Tensor] = {}
         root = call.program.root
         # Branches whose LSE somebody reads: FlexAttention has none on CPU, and the others save the work.
         self.weighed: set[Branch] = {branch for node in call.program.order if isinstance(node, Joint) for branch in node.branches}

@@ -74,7 +74,7 @@ def _linear(run: Lowering, node: Linear) -> Result:
     run.call.check_decays(node, q.shape[1])
     documents = None if node.documents is None else run.value(node.documents)
     decay = torch.tensor(node.decay, dtype=run.call.dtype, device=q.device)
-    out, _ = run.dispatch.linear(
+    out, run.after[node] = run.dispatch.linear(
         q, k, v, decay, scale=run.scale(node.scale, q), q_offset=run.domain.q_offset, state=run.call.state_of(node),
         documents=documents,
     )  # fmt: skip

@@ -102,8 +102,8 @@ def continued(call: ProgramCall, state: ProgramState) -> ProgramCall:
     return replace(call, inputs=inputs, q_offset=before, state={**state.recurrent, "": state.tokens - before})
 
 
-def advanced(call: ProgramCall, dispatch: Dispatch) -> ProgramState:
-    """The state after all keys of a call."""
+def advanced(call: ProgramCall, dispatch: Dispatch, known: Mapping[Node, Tensor]) -> ProgramState:
+    """The state after all keys of a call. ``known``: of recurrences that ran, the state after the last key."""
     program = call.program
     total = call.k.shape[2]
     kept = min(horizon(program), total)
@@ -112,7 +112,8 @@ def advanced(call: ProgramCall, dispatch: Dispatch) -> ProgramState:
     for node in program.order:
         after = STATE_RULES[type(node)].after
         if after is not None:
-            recurrent[program.labels[node]] = after(node, call, dispatch, read)
+            ran = read == total and node in known
+            recurrent[program.labels[node]] = known[node] if ran else after(node, call, dispatch, read)
     # Copies: views would keep all tokens alive.
     recent = {
         node.name: call.inputs[node].narrow(_key_axis(node), read, kept).clone()

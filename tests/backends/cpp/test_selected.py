@@ -112,6 +112,19 @@ def test_types_of_less_precision(kind: str, x: dict[str, Any]) -> None:
     assert_as_in_torch(kind, x)
 
 
+@pytest.mark.parametrize("kind", ["all", "causal", "soft cap"])
+@pytest.mark.parametrize(("block", "slots"), [(16, 40), (700, 5), (3000, 3), (5000, 2)])
+@pytest.mark.parametrize("weighted", [None, 4])
+def test_lists_over_several_rounds_and_blocks_that_are_cut(kind: str, block: int, slots: int, weighted: int | None) -> None:
+    """A round is of 4,096 keys, and of 2,048 of a block at most, unless the block has a softmax of its own."""
+    lists = random_lists(1, 4, 20, slots, 9001, block, 3)
+    x: dict[str, Any] = {
+        "batch": 1, "kv_heads": 2, "group": 2, "rows": 20, "kv_len": 9001, "lists": lists, "width": 16, "width_v": 24,
+        "dtype": torch.float64, "weighted": weighted, "softmax1": False, "seed": 0,
+    }  # fmt: skip
+    assert_as_in_torch(kind, x)
+
+
 def test_digits_do_not_depend_on_threads_or_on_other_queries() -> None:
     lists = random_lists(1, 2, 300, 6, 300, 16, 0)
     generator = torch.Generator().manual_seed(0)
