@@ -29,7 +29,8 @@ Tensor = torch.Tensor
 class Lowering(Evaluation):
     """Tensors keep their types, scores are sources that give blocks, choices are lists; a branch gives ``(out, lse or None)``.
 
-    ``dispatch``: who does the work. ``lse``: whether the root's is wanted. ``after``: of recurrences that ran, the state after the last key.
+    ``dispatch``: who does the work. ``lse``: whether the root's is wanted.
+    ``after``: of recurrences that ran, the state after the last key.
     """
 
     def __init__(self, rules: Mapping[type[Node], Rule], call: ProgramCall, dispatch: Dispatch, *, lse: bool):
