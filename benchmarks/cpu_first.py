@@ -40,7 +40,12 @@ def measure_first(job: Job) -> Iterator[Record]:
                 imports.append(found["imports"])
     for state, taken in times.items():
         record = new_record(job, f"{WORKS[job.work]}, {state}")
-        record |= {"state": state, "median": {"ours": measure.median(taken)}, "best": {"ours": min(taken)}, "imports_s": measure.median(imports)}
+        record |= {
+            "state": state,
+            "median": {"ours": measure.median(taken)},
+            "best": {"ours": min(taken)},
+            "imports_s": measure.median(imports),
+        }
         judge(record, "seconds", record["median"]["ours"], at_most=GOALS[state])
         yield record
 
