@@ -27,7 +27,7 @@ WORKS = {
     "pattern": "call: window 8", "pattern_step": "step: window 8", "program": "call: window 8 or top 2 of 4",
     "program_step": "step: window 8 or top 2 of 4",
 }  # fmt: skip
-# Goals of issue 12, in microseconds.
+# Goals, in microseconds.
 GOALS = {"pattern": 60.0, "pattern_step": 60.0, "program": 150.0, "program_step": 150.0}
 CALLBACKS = ("ends", "mask", "score", "slope", "gains", "sink")  # of a pattern: passes call them by address
 

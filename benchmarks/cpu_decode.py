@@ -25,7 +25,7 @@ PATTERNS = ("window", "causal")
 WORKS = {name: f"a step: {CASES[name].title}" for name in PATTERNS}
 WORKS |= {name: f"a step: {PROGRAMS[name].title}" for name in ("hsa", "moba", "quest", "ring")}
 FEW = 131072  # keys, beyond which only what reads few of them is measured
-# Goals of issue 12, at 32K: our step over the dense one.
+# Goals, at 32K: our step over the dense one.
 GOAL_AT, SHARES = 32768, {"window": 0.03, "causal": 0.7, "hsa": 0.1, "moba": 0.4, "quest": 0.4}
 
 

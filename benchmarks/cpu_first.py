@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cpu_record import Job, Record
 
 WORKS = {"window": "first call: window 1024", "moba": "first call: MoBA, 3 of 512"}
-# Goals of issue 12, in seconds.
+# Goals, in seconds.
 GOALS = {"not built": 2.5, "built before": 0.3}  # in the order of the processes
 
 

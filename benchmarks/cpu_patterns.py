@@ -28,7 +28,7 @@ SUITE = (
 )  # fmt: skip
 TRAINED = ("window512", "window", "causal", "causal_documents", "alibi", "blocks10")
 FORWARD, BOTH = 4, 14  # operations a pair and entry: q k and p v; again q k, and those for dv, dp, dq, dk
-# Goals of issue 12. FlexAttention's time over ours, by width, of the whole suite and of any pattern; useful rate over that of a product;
+# Goals. FlexAttention's time over ours, by width, of the whole suite and of any pattern; useful rate over that of a product;
 # our float32 over our bfloat16; dense attention's time over ours, forward and backward.
 SPEEDUPS, LEAST_SPEEDUP = {64: 2.0, 128: 1.8}, 1.3
 RATES = {"causal": 0.85, "window": 0.85, "window4096": 0.85, "window256": 0.6, "blocks10": 0.6}

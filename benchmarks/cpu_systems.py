@@ -36,7 +36,7 @@ PROGRAMS = {
     "quest": System("Quest, 32 pages of 16", _quest, PROGRAM_SHAPE, trains=True),
     "nha": SYSTEMS["nha"], "ring": SYSTEMS["ring"], "pbs": SYSTEMS["pbs"], "tsa": SYSTEMS["tsa"],
 }  # fmt: skip
-# Goals of issue 12: dense attention's time over ours, as a share of the ideal; or at 8K. Where much can be won, never slower than dense.
+# Goals: dense attention's time over ours, as a share of the ideal; or at 8K. Where much can be won, never slower than dense.
 SHARES = {"hsa": 0.7, "moba": 0.7, "nsa": 0.6, "quest": 0.5}
 SPEEDUPS = {("nha", 8192): 8.0, ("ring", 8192): 15.0}
 WORTH = 2.0  # an ideal beyond it
