@@ -12,8 +12,8 @@ struct SelectedGrads {
     i64 sums_size, parts;
 };
 
-// Keys of a block that lines meet at once.
-constexpr i64 KEYS = 128;
+// Keys of a block that lines meet at once; lines of all queries that are worked on together.
+constexpr i64 KEYS = 128, TOGETHER = 256;
 
 // A query with a block in a slot of its list.
 struct Chooser {
@@ -37,7 +37,7 @@ struct Meeting {
         i64 broad = whole_vectors(s->block);
         return s->weights || broad < KEYS ? broad : KEYS;
     }
-    static i64 queries_together(const Call *c, i64 heads) { return most(least(256 / heads, c->rows), 1); }
+    static i64 queries_together(const Call *c, i64 heads) { return most(least(TOGETHER / heads, c->rows), 1); }
     static i64 size(const Call *c, const Selected *s, i64 heads) {
         i64 broad = columns_of(s->block), broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
         i64 met = Team::lines_at_once(heads), keys = keys_at_once(s), wide = whole_vectors(met);

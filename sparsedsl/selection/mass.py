@@ -165,14 +165,14 @@ def _by_rows(
         counts.append(table.sum(-1, dtype=torch.int32))
         lists.append(_lists(table, counts[-1], tile.start, at_most))
     width = max((part.shape[-1] for part in lists), default=0)
-    q_block, kv_block, number = says
+    q_block, kv_block, first = says
     indices = torch.full((batch, heads, rows, width), -1, dtype=torch.int32, device=source.device)
     done = 0
     for part in lists:
         indices[:, :, done : done + part.shape[2], : part.shape[-1]] = part
         done += part.shape[2]
     every = torch.cat(counts, dim=2) if counts else indices.new_zeros((batch, heads, 0))
-    return SelectedBlocks(indices, every, q_block=q_block, kv_block=kv_block, blocks=blocks, first=number)
+    return SelectedBlocks(indices, every, q_block=q_block, kv_block=kv_block, blocks=blocks, first=first)
 
 
 def _lists(table: Tensor, counts: Tensor, start: int, at_most: int | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["SelectedBlocks"]
+__all__ = ["KnownScores", "SelectedBlocks"]
 
 Tensor = torch.Tensor
 
