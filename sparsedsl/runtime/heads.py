@@ -7,6 +7,7 @@ import functools
 import torch
 
 from sparsedsl.errors import ShapeError
+from sparsedsl.torch_private import transforms_active
 
 __all__ = ["NEVER", "alike", "lse_merge", "reduced", "repeat_kv", "together"]
 
@@ -44,8 +45,6 @@ def reduced(x: Tensor, heads: int, how: str) -> Tensor:
 
 def lse_merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """One softmax over branches that were normalised by themselves."""
-    if len(parts) == 2 and not torch.is_grad_enabled():
-        return _merged(*parts)
     lses = torch.stack([lse for _, lse in parts])
     peak = lses.amax(0).detach()
     peak = torch.where(peak == NEVER, 0.0, peak)
@@ -56,19 +55,8 @@ def lse_merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     shares = weights / torch.where(empty, 1.0, total)
     weighed = ((share[..., None], part.to(share.dtype)) for share, (part, _) in zip(shares, parts, strict=True))
     out = torch.mul(*next(weighed))
+    # In place where nobody looks back: fresh memory for each branch takes longer than the sum.
+    add = torch.addcmul if torch.is_grad_enabled() or transforms_active() else torch.Tensor.addcmul_
     for share, part in weighed:
-        # In place where nobody looks back: fresh memory for each branch takes longer than the sum.
-        out = torch.addcmul(out, share, part) if torch.is_grad_enabled() else out.addcmul_(share, part)
+        out = add(out, share, part)
     return out, lse
-
-
-def _merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same bits for two branches where nobody wants gradients, in fewer operations: a total is at least 1, or 0 without keys."""
-    (first, a), (second, b) = one, other
-    peak = torch.maximum(a, b).clamp_(min=torch.finfo(a.dtype).min)
-    a, b = (a - peak).exp_(), (b - peak).exp_()
-    total = a + b
-    lse = total.log().add_(peak)
-    total.clamp_(min=1.0)
-    out = first.to(a.dtype) * a.div_(total)[..., None]
-    return out.addcmul_(b.div_(total)[..., None], second.to(b.dtype)), lse
