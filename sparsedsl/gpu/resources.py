@@ -7,13 +7,11 @@ that Triton brings along (NVIDIA) and from the assembly (AMD).
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparsedsl.errors import UnsupportedError
+from sparsedsl.gpu.nvidia_tools import run_tool
 from sparsedsl.gpu.targets import Target
 
 __all__ = ["Occupancy", "Resources", "misfits", "occupancy", "resources_of"]
@@ -150,7 +148,7 @@ def _amd(compiled: Any, assembly: str, remarks: bool) -> Needs:
 
 def _nvidia(compiled: Any, assembly: str, remarks: bool) -> Needs:
     """Local memory is spills or arrays: only the assembler knows which, so it is asked if there is any."""
-    usage = _tool("cuobjdump", compiled.asm["cubin"], ".cubin", ["-res-usage"])
+    usage = run_tool("cuobjdump", compiled.asm["cubin"], ".cubin", ["-res-usage"])
     found = re.search(rf"Function {re.escape(compiled.metadata.name)}:\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise UnsupportedError(f"cuobjdump says nothing about the kernel {compiled.metadata.name!r}: {usage.strip()!r}")
@@ -176,25 +174,9 @@ def _assembler_log(compiled: Any, assembly: str, registers: int, local_bytes: in
     name = "ptxas_blackwell" if metadata.target.arch >= 100 else "ptxas"
     for more in (["--regAllocOptLevel=2"], []):  # releases of Triton differ in this option
         try:
-            log = _tool(name, assembly.encode(), ".ptx", common + more)
+            log = run_tool(name, assembly.encode(), ".ptx", common + more)
         except UnsupportedError:
             continue
         if f"Used {registers} registers" in log and f"{local_bytes} bytes stack frame" in log:
             return log
     return None
-
-
-def _tool(name: str, content: bytes, suffix: str, options: Iterable[str]) -> str:
-    """What one of the programs that Triton brings along prints about a file."""
-    from triton import knobs
-
-    try:
-        with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-            file.write(content)
-            file.flush()
-            done = subprocess.run([getattr(knobs.nvidia, name).path, *options, file.name], capture_output=True, text=True)
-    except (AttributeError, OSError, RuntimeError) as error:
-        raise UnsupportedError(f"Triton's {name} cannot be run ({error}): it is needed to read what a kernel takes") from error
-    if done.returncode:
-        raise UnsupportedError(f"Triton's {name} fails with exit status {done.returncode}: {done.stderr.strip()}")
-    return done.stdout + done.stderr
