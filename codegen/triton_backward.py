@@ -94,7 +94,7 @@ def write_delta(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
             source.line("delta -= tl.load(grad_lse_ptr + at, mask=inside, other=0.0)")
         source.line("lse = tl.load(lse_ptr + at, mask=inside, other=0.0)")
         source.line("# A row that saw nothing has only masked pairs: any finite number makes them 0.")
-        source.line(f'base = tl.where(lse == float("-inf"), 0.0, lse){" * LOG2E" if writer.plain else ""}')
+        source.line(f'base = tl.where(lse == float("-inf"), 0.0, lse){" * LOG2E" if writer.in_log2 else ""}')
         source.line("tl.store(delta_ptr + at, delta, mask=inside)")
         source.line("tl.store(base_ptr + at, base, mask=inside)")
     return writer.result
@@ -135,13 +135,14 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         source.line("delta = tl.load(delta_ptr + at, mask=inside, other=0.0)")
         source.line("base = tl.load(base_ptr + at, mask=inside, other=0.0)")
         loop.prepare(source, writer.names("queries"))
-        if writer.plain:
-            source.line("factor = scale * LOG2E")
+        writer.factor()
         for part in writer.d_parts:
             source.line(f"{suffixed('grad_q', part)} = tl.zeros([BLOCK_M, {part.width}], tl.float32)")
         for one in learned:
             source.line(f"{one.name} = tl.zeros([BLOCK_M], tl.float32)")
         writer.column_tiles()
+        if writer.ramp is not None:
+            writer.ramp_along("ramp", "column_0", writer.ramp.by_key)
         for kind in ("full", "partial"):
             with source.block(f"for i in range(0, {kind}_tiles):"):
                 loop.tile(source, kind, "i")
@@ -201,14 +202,17 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
             source.line(f"{suffixed('grad_k', part)} = tl.zeros([BLOCK_N, {part.width}], tl.float32)")
         for part in writer.v_parts:
             source.line(f"{suffixed('grad_v', part)} = tl.zeros([BLOCK_N, {part.width}], tl.float32)")
-        if writer.plain:
-            source.line("factor = scale * LOG2E")
+        writer.factor()
         source.line("row_0 = tl.arange(0, BLOCK_M)")
+        if writer.ramp is not None and HEAD not in pattern.score.expr.free_symbols:
+            _ramps(writer)
         per_head = variant.queries == "lists" or HEAD in pattern.mask.expr.free_symbols
         if not per_head:
             loop.prepare(source, writer.names("keys"))
         with source.block("for member in range(0, group):"):
             source.line("h = kv_head * group + member")
+            if writer.ramp is not None and HEAD in pattern.score.expr.free_symbols:
+                _ramps(writer)
             if per_head:
                 loop.prepare(source, writer.names("keys"))
             for name, parts in (("q", writer.d_parts), ("grad_out", writer.v_parts)):
@@ -249,6 +253,15 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
     return writer.result
 
 
+def _ramps(writer: Writer) -> None:
+    """Steps of the exponent along the keys of the program, and along the queries of a tile."""
+    ramp, source = writer.ramp, writer.source
+    assert ramp is not None
+    source.line(f"ref = {writer.number('BLOCK_N', 'tile')}")
+    writer.ramp_along("ramp", "(kv_idx - ref)", ramp.by_key)
+    writer.ramp_along("across", "row_0", ramp.by_query)
+
+
 def _query_tile(writer: Writer, kind: str) -> None:
     source = writer.source
     source.line(f"start = {writer.number('BLOCK_M', 'column')}")
@@ -284,6 +297,14 @@ def weights_and_gradients(writer: Writer, condition: str, place: str, row: str, 
         source.line(f"p = tl.exp2(s * factor - base{row})")
         source.line(f"ds = p * (dp - delta{row})")
         return
+    if writer.ramp is not None:
+        turned = place == "turned"
+        source.line(f"level = {writer.level('(q_offset + start)', 'ref') if turned else writer.level('q_idx', 'start')}")
+        writer.logits(place, condition)
+        source.line(f"p = tl.exp2(x - (base - {'across' if turned else 'level'}){row})")
+        gain = "" if writer.ramp.gain == 1 else f" * ({writer.number_of(writer.ramp.gain)})"
+        source.line(f"ds = p * (dp - delta{row}){gain}")
+        return
     if condition:
         source.line(f"allowed = {condition}")
     by = [derivative(expr, SCORE), *(derivative(expr, one.read) for one in learned)]
@@ -291,7 +312,7 @@ def weights_and_gradients(writer: Writer, condition: str, place: str, row: str, 
         source.line("score = s * scale")
     text, *slopes = write_expressions(source, (expr, *by), writer.names(place), real="tl.float32")
     writer.logit(text, "allowed" if condition else "")
-    source.line(f"p = tl.exp2((x - base{row}) * LOG2E)")
+    source.line(f"p = tl.exp2(x * LOG2E - base{row})" if writer.in_log2 else f"p = tl.exp2((x - base{row}) * LOG2E)")
     source.line(f"dx = p * (dp - delta{row})")
     for name, slope, found in zip(["ds", *(f"d_{one.name}" for one in learned)], slopes, by, strict=True):
         if found == 1:

@@ -113,15 +113,19 @@ def _begin(writer: Writer, loop: Loop) -> None:
     source = writer.source
     loop.prepare(source, writer.names("queries"))
     source.line("# The softmax so far: largest logit, sum and weighted values. `most` stays finite, so no row needs a check.")
+    writer.factor()
     if writer.plain:
-        source.line("factor = scale * LOG2E")
         source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32) / tl.maximum(factor, 1.0)")
     else:
-        source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32)")
+        source.line(f"most = tl.full([BLOCK_M], LOWEST{' / LOG2E' if writer.in_log2 else ''}, tl.float32)")
     source.line("total = tl.zeros([BLOCK_M], tl.float32)")
     for part in writer.v_parts:
         source.line(f"{suffixed('acc', part)} = tl.zeros([BLOCK_M, {part.width}], tl.float32)")
     writer.column_tiles()
+    if writer.ramp is not None:
+        source.line("# Logits rise evenly along keys: to each product a step by its place in the tile, and one number for all pairs.")
+        source.line(f"ref = q_offset + tl.minimum({writer.number('BLOCK_M', 'tile')} + BLOCK_M - 1, rows - 1)")
+        writer.ramp_along("ramp", "column_0", writer.ramp.by_key)
 
 
 def _loops(writer: Writer, loop: Loop, *, split: bool) -> None:
@@ -141,14 +145,19 @@ def _step(writer: Writer, loop: Loop, kind: str) -> None:
     writer.dot("s", "q", "k", writer.d_parts)
     condition = loop.condition(source, writer.names("tile")) if kind == "partial" else ""
     writer.logits("tile", condition)
-    logit = "s" if writer.plain else "x"
-    factor = "factor" if writer.plain else "LOG2E"
-    source.line(f"larger = tl.maximum(most, tl.max({logit}, 1))")
-    source.line(f"shrink = tl.exp2((most - larger) * {factor})")
-    if writer.plain:
-        source.line("p = tl.exp2(s * factor - (larger * factor)[:, None])")
+    if writer.ramp is not None:
+        source.line(f"level = {writer.level('ref', 'start')}")
+        source.line("larger = tl.maximum(most, tl.max(x, 1) + level)")
+        source.line("shrink = tl.exp2(most - larger)")
+        source.line("p = tl.exp2(x - (larger - level)[:, None])")
     else:
-        source.line("p = tl.exp2((x - larger[:, None]) * LOG2E)")
+        logit, factor = ("s", "factor") if writer.plain else ("x", "LOG2E")
+        source.line(f"larger = tl.maximum(most, tl.max({logit}, 1))")
+        source.line(f"shrink = tl.exp2((most - larger) * {factor})")
+        if writer.plain or writer.in_log2:
+            source.line(f"p = tl.exp2({logit} * {factor} - (larger * {factor})[:, None])")
+        else:
+            source.line("p = tl.exp2((x - larger[:, None]) * LOG2E)")
     source.line("total = total * shrink + tl.sum(p, 1)")
     writer.load_column_tile("v", kind)
     for part in writer.v_parts:
@@ -161,6 +170,9 @@ def _end(writer: Writer) -> None:
     source, sink = writer.source, writer.pattern.sink
     if writer.plain:
         source.line("most = most * scale")
+    if writer.ramp is not None:
+        source.line("# What all keys of a query have in common: its distance to the query that the tile counted from.")
+        source.line(f"most = most / LOG2E + (q_idx - ref).to(tl.float32) * ({writer.number_of(writer.ramp.by_query)})")
     if sink is not None:
         source.line("# The sink: one more logit, whose value is zero.")
         text = write_expression(source, sink.expr, writer.names("queries"), real="tl.float32")

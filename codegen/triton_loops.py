@@ -12,6 +12,7 @@ from typing import Protocol
 
 import sympy
 
+from sparsedsl.analysis.block_wise import block_sides
 from sparsedsl.analysis.key_intervals import KeyInterval, exchanged
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import TritonNames, write_expression
@@ -69,6 +70,10 @@ class IntervalLoop:
     @property
     def _column(self) -> str:
         return "kv_idx" if self.of == "keys" else "row"
+
+    @property
+    def _place(self) -> str:
+        return "column_0" if self.of == "keys" else "row_0"
 
     def prepare(self, source: Source, names: TritonNames) -> None:
         what = (
@@ -231,13 +236,14 @@ class IntervalLoop:
         parts = []
         for i in range(len(self.intervals)):
             s = self._suffix(i)
+            # Places within the tile are the same in every turn; the ends of a row are moved instead: one number for many pairs.
             first, last = (
-                f"{end}{s}{'[:, None]' * vector}" for end, vector in zip(("first", "last"), self._vector_ends(i), strict=True)
+                f"({end}{s} - start){'[:, None]' * vector}" for end, vector in zip(("first", "last"), self._vector_ends(i), strict=True)
             )
-            low = "" if self._starts_at_zero(i) else f"({self._column}[None, :] >= {first}) & "
-            parts.append(f"{low}({self._column}[None, :] <= {last})")
+            low = "" if self._starts_at_zero(i) else f"({self._place}[None, :] >= {first}) & "
+            parts.append(f"{low}({self._place}[None, :] <= {last})")
         joined = " | ".join(f"({p})" if " & " in p else p for p in parts) if len(parts) > 1 else "".join(parts)
-        return joined or f"{self._column}[None, :] < 0"
+        return joined or f"{self._place}[None, :] < 0"
 
 
 @dataclass(frozen=True)
@@ -245,17 +251,25 @@ class ListLoop:
     """Tiles read from compact lists: ``starts`` (one entry a line of tiles, and the end) and ``columns``, of full and of partial tiles.
 
     ``head``: the head whose lists these are; ``line``: from batch entry and head to the line of tiles, "" if there is one line each.
+    ``square``: the rows of a tile are those of its lists, so that a tile may lie in one block of the mask.
     """
 
     mask: sympy.Basic
     of: str
     head: str
     line: str
+    square: bool = True
+
+    @property
+    def block_wise(self) -> bool:
+        """Whether the mask has one value in each of its blocks, and tiles may be parts of blocks."""
+        return self.square and block_sides(self.mask) is not None
 
     def arguments(self) -> list[tuple[str, str]]:
         """Starts and columns of the two kinds of tiles, and how many lines of tiles one batch entry and one head have."""
         found = [(f"{kind}_{part}_{self.of}_ptr", "*i32") for kind in ("full", "partial") for part in ("starts", "columns")]
-        return [*found, (f"{self.of}_list_b", "i32"), (f"{self.of}_list_h", "i32")]
+        found += [(f"{self.of}_list_b", "i32"), (f"{self.of}_list_h", "i32")]
+        return [*found, ("BLOCK_WISE", "constexpr")] if self.block_wise else found
 
     def prepare(self, source: Source, names: TritonNames) -> None:
         source.line("# The tiles to visit: lists made by the analysis of the pattern.")
@@ -270,11 +284,17 @@ class ListLoop:
         source.line(f"column = tl.load({kind}_columns_{self.of}_ptr + {kind}_begin + {number})")
 
     def condition(self, source: Source, names: TritonNames) -> str:
-        inside = "kv_idx[None, :] < kv_len" if self.of == "keys" else "row[None, :] < rows"
+        inside = "column_0[None, :] < kv_len - start" if self.of == "keys" else "row_0[None, :] < rows - start"
         if self.mask in (sympy.true, sympy.false):
             return inside
-        text = write_expression(source, self.mask, names, real="tl.float64")
-        return f"({text}) & ({inside})"
+        if not self.block_wise:
+            return f"({write_expression(source, self.mask, names, real='tl.float64')}) & ({inside})"
+        # A listed tile of a block is allowed as a whole: its pairs need not be looked up.
+        with source.block("if BLOCK_WISE:"):
+            source.line(f"cut = {inside}")
+        with source.block("else:"), source.scope():
+            source.line(f"cut = ({write_expression(source, self.mask, names, real='tl.float64')}) & ({inside})")
+        return "cut"
 
 
 def reads(expr: sympy.Basic) -> dict[str, bool]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import sympy
 
+from sparsedsl.analysis.block_wise import block_sides
 from sparsedsl.analysis.key_intervals import intervals
+from sparsedsl.codegen.score_ramp import Ramp, ramp_of
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import TableNames, TritonNames, write_expression
 from sparsedsl.codegen.triton_loops import IntervalLoop, ListLoop, Loop
@@ -24,8 +27,11 @@ _LOCAL = {
     "residue", "larger", "last", "line", "listed", "lower", "lse", "m", "member", "most", "n", "out", "p", "packed_rows",
     "partial", "partial_begin", "partial_tiles", "place", "q", "q_idx", "q_len", "reached", "right", "row", "row_0", "s",
     "score", "seen", "share", "shrink", "sink", "start", "swap", "t", "tall", "tile", "tiles", "tl", "to", "total", "turned",
-    "upper", "v", "weight", "x",
+    "upper", "v", "weight", "x", "cut", "ramp", "ref", "level",
 }  # fmt: skip
+
+# In scores that are surely far from the largest float, also times a position or two.
+LARGEST_NUMBER = 10**6
 
 __all__ = ["Argument", "KernelSource", "Part", "Variant", "Writer", "parts_of", "table_names"]
 
@@ -41,11 +47,15 @@ class Argument:
 
 @dataclass(frozen=True)
 class KernelSource:
-    """One kernel of a generated module: its function's name, its parameters in order, and what it is for."""
+    """One kernel of a generated module: its function's name, its parameters in order, and what it is for.
+
+    ``blocks``: queries and keys of blocks within which the mask has one value, if it has such blocks.
+    """
 
     name: str
     arguments: tuple[Argument, ...]
     purpose: str
+    blocks: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,7 @@ class Writer:
     @property
     def result(self) -> KernelSource:
         """The kernel that was written."""
-        return KernelSource(self.name, tuple(self.arguments), self.purpose)
+        return KernelSource(self.name, tuple(self.arguments), self.purpose, block_sides(self.pattern.mask.expr))
 
     # ---- names ----
 
@@ -347,11 +357,60 @@ class Writer:
         """Whether logits are the scaled products themselves: then scale and base of the exponential are one factor."""
         return not self.pattern.has_score
 
+    @functools.cached_property
+    def ramp(self) -> Ramp | None:
+        """Scores that rise evenly along keys; not where rows are of several heads, each with a ramp of its own."""
+        return None if self.packed else ramp_of(self.pattern)
+
+    @property
+    def in_log2(self) -> bool:
+        """Whether the LSE comes to the backward pass in units of log2, so that exponents are one multiplication and sum.
+
+        A table, or a number, may be the lowest there is, in place of -inf: times LOG2E it would be -inf.
+        """
+        expr = self.pattern.score.expr
+        large = any(abs(number) > LARGEST_NUMBER for number in expr.atoms(sympy.Number))
+        return not large and not any(spec.dtype == "float" for spec in table_specs(expr).values())
+
+    def factor(self) -> None:
+        """From products to exponents, where that is one factor."""
+        if self.plain:
+            self.source.line("factor = scale * LOG2E")
+        elif self.ramp is not None:
+            gain = "" if self.ramp.gain == 1 else f" * ({self.number_of(self.ramp.gain)})"
+            self.source.line(f"factor = scale * LOG2E{gain}")
+
+    def ramp_along(self, name: str, places: str, by: sympy.Expr) -> None:
+        """``name``: what of the exponent changes along one axis of the tile, whose ``places`` count from its first."""
+        self.source.line(f"{name} = {places}.to(tl.float32) * (LOG2E * ({self.number_of(by)}))")
+
+    def level(self, q: str, kv: str) -> str:
+        """The exponent at a query ``q`` and a key ``kv``, without the product."""
+        assert self.ramp is not None
+        by_query, by_key, fixed = (self.number_of(part) for part in (self.ramp.by_query, self.ramp.by_key, self.ramp.fixed))
+        if self.ramp.by_query + self.ramp.by_key == 0:  # far from the first position the difference is what is exact
+            text = f"({by_key}) * ({kv} - {q}).to(tl.float32)"
+        else:
+            text = f"({by_key}) * {kv}.to(tl.float32) + ({by_query}) * {q}.to(tl.float32)"
+        return f"LOG2E * ({text}{'' if self.ramp.fixed == 0 else f' + ({fixed})'})"
+
+    def number_of(self, expr: sympy.Expr) -> str:
+        """The text of an expression that reads no position."""
+        return write_expression(self.source, expr, self.names("queries"), real="tl.float32")
+
     def logits(self, place: str, condition: str) -> None:
-        """From products ``s`` to logits: ``s`` itself where scores are plain, else ``x``; masked pairs are -inf."""
+        """From products ``s`` to logits: ``s`` itself where scores are plain, else ``x``; masked pairs are -inf.
+
+        Those of a ramp are in units of log2, and lack what does not change along the second axis of the tile.
+        """
         if self.plain:
             if condition:
                 self.source.line(f's = tl.where({condition}, s, float("-inf"))')
+            return
+        if self.ramp is not None:
+            self.source.line(f"x = s * factor + {'(ramp + level)[:, None]' if place == 'turned' else 'ramp[None, :]'}")
+            if condition:
+                self.source.line(f'x = tl.where({condition}, x, float("-inf"))')
             return
         expr = self.pattern.score.expr
         if SCORE in expr.free_symbols:
@@ -374,7 +433,7 @@ class Writer:
         """The loop over tiles of keys for the queries of a program."""
         if (self.variant.decode_keys if self.packed else self.variant.keys) == "lists":
             head, line = ("head", "") if self.packed else ("h", "listed * tiles + tile")
-            return ListLoop(self.pattern.mask.expr, "keys", head, line)
+            return ListLoop(self.pattern.mask.expr, "keys", head, line, square=not self.packed)
         found = intervals(self.pattern.mask.expr)
         assert found is not None
         return IntervalLoop(found, "keys", "BLOCK_N", frozenset({Q_IDX, HEAD} if self.packed else {Q_IDX}))

@@ -178,9 +178,11 @@ def split_count(tiles: int, programs: int, target: Target) -> int:
 def constants(kernel: KernelSource, shape: Shape, config: Config) -> dict[str, Any]:
     """Values of the ``constexpr`` arguments of ``kernel``: those that it has of the following.
 
-    BLOCK_M, BLOCK_N, BLOCK (a square tile), PRECISION, HEAVY_FIRST, HAS_GRAD_LSE (true: the larger kernel), and ALIGN: the number of
-    elements that all strides are a multiple of.
+    BLOCK_M, BLOCK_N, BLOCK (a square tile), PRECISION, HEAVY_FIRST, HAS_GRAD_LSE (true: the larger kernel), ALIGN: the number of
+    elements that all strides are a multiple of; and BLOCK_WISE: no tile is cut by the edge of a block of the mask, which holds for
+    tiles that divide the blocks if the first query of a call begins a block.
     """
+    divides = kernel.blocks is not None and not (kernel.blocks[0] % config.block_m or kernel.blocks[1] % config.block_n)
     values = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -189,5 +191,6 @@ def constants(kernel: KernelSource, shape: Shape, config: Config) -> dict[str, A
         "ALIGN": 8 if shape.aligned and shape.head_dim % 8 == 0 and shape.head_dim_v % 8 == 0 else 1,
         "HEAVY_FIRST": config.heavy_first,
         "HAS_GRAD_LSE": True,
+        "BLOCK_WISE": divides,
     }
     return {argument.name: values[argument.name] for argument in kernel.arguments if argument.name in values}

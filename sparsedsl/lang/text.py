@@ -105,6 +105,23 @@ class Reader:
         shown = ast.get_source_segment(self.source, node) or self.source
         return PatternError(f"cannot read {_short(shown)!r}: {_short(why, 300)}")
 
+    def check_extent(self, statement: ast.stmt) -> None:
+        """Refuse what would be refused once it is made, before the time is spent: sums and unions are made operand by operand."""
+        values = [getattr(statement, "value", statement)]
+        while values:
+            value = values.pop()
+            if isinstance(value, ast.Call):  # a node of a program holds several expressions
+                values += [*value.args, *(keyword.value for keyword in value.keywords)]
+                continue
+            nodes = [node for node in ast.walk(value) if isinstance(node, ast.expr)]
+            # Names of functions and of tables are no nodes of their own, nor are the operators between three and more operands.
+            written = len(nodes) - sum(isinstance(node, (ast.Call, ast.Subscript)) for node in nodes)
+            if written > 1.5 * LARGEST:
+                raise PatternError(
+                    f"cannot read {_short(self.source)!r}: it has {written:,} names, numbers and operations, and the limit is about "
+                    f"{LARGEST:,}: look repeated parts up in a table, t = table('t'), then t[kv_idx]"
+                )
+
     def program(self) -> list[Any]:
         """Run declarations, and return the values of the expression lines."""
         if len(self.source) > LONGEST:
@@ -117,6 +134,7 @@ class Reader:
             raise PatternError(f"cannot read {_short(self.source)!r}: {error.msg} at line {error.lineno}") from None
         values = []
         for statement in tree.body:
+            self.check_extent(statement)
             match statement:
                 case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Name(id=made)) as value) if self.declares(
                     made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -81,6 +82,17 @@ def outcome(read: Callable[[str], Any], text: str) -> Any:
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_soon_and_briefly(name: str, read: Callable[[str], Any]) -> None:
     assert isinstance(outcome(read, REFUSED[name]), sd.PatternError), name
+
+
+def test_refused_soon_however_deep_python_may_nest() -> None:
+    """Other code raises the limit of recursion, hypothesis and torch among it: what ends early without that must end early with it."""
+    limit = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(100_000)
+        for read in (sd.parse, read_program):
+            assert isinstance(outcome(read, REFUSED["wide or"]), sd.PatternError)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def test_long_texts_of_sense_are_read() -> None:

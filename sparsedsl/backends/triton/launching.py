@@ -48,6 +48,8 @@ def launch(
     """
     kernel = source.kernel(name)
     fixed = constants(kernel, shape, config) | more
+    if kernel.blocks is not None and values.get("q_offset", 0) % kernel.blocks[0] and "BLOCK_WISE" in fixed:
+        fixed["BLOCK_WISE"] = False
     arguments = [values[argument.name] for argument in kernel.arguments if argument.type != "constexpr"]
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages}
     if not source.fp_fusion:
