@@ -6,6 +6,7 @@ Nothing is added up by atomics: every sum belongs to one program, so the same in
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
@@ -150,8 +151,7 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
                 writer.load_column_tile("k", kind)
                 writer.load_column_tile("v", kind)
                 writer.dot("s", "q", "k", writer.d_parts)
-                writer.dot("dp", "grad", "v", writer.v_parts)
-                gradients_of(writer, loop, kind, "tile", learned)
+                gradients_of(writer, loop, kind, "tile", learned, lambda: writer.dot("dp", "grad", "v", writer.v_parts))
                 for one in learned:
                     source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
                 for part in writer.d_parts:
@@ -231,15 +231,11 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
             for kind in ("full", "partial"):
                 with source.block(f"for i in range(0, {kind}_tiles):"):
                     loop.tile(source, kind, "i")
-                    _query_tile(writer, kind)
+                    masked = _query_tile(writer, kind)
                     writer.dot("s", "k", "q", writer.d_parts)
-                    writer.dot("dp", "v", "grad", writer.v_parts)
-                    gradients_of(writer, loop, kind, "turned", learned)
+                    gradients_of(writer, loop, kind, "turned", learned, functools.partial(_value_gradients, writer, masked))
                     for one in learned:
                         source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
-                    for part in writer.v_parts:
-                        grad, do = suffixed("grad_v", part), suffixed("grad", part)
-                        source.line(f"{grad} = tl.dot(p.to({do}.dtype), {do}, {grad}, input_precision=PRECISION)")
                     for part in writer.d_parts:
                         grad, q = suffixed("grad_k", part), suffixed("q", part)
                         source.line(f"{grad} = tl.dot(ds.to({q}.dtype), {q}, {grad}, input_precision=PRECISION)")
@@ -262,7 +258,22 @@ def _ramps(writer: Writer) -> None:
     writer.ramp_along("across", "row_0", ramp.by_query)
 
 
-def _query_tile(writer: Writer, kind: str) -> None:
+def _value_gradients(writer: Writer, masked: str) -> None:
+    """What needs the weights alone goes before the second product: fewer numbers are held at a time."""
+    source = writer.source
+    for part in writer.v_parts:
+        grad, do = suffixed("grad_v", part), suffixed("grad", part)
+        source.line(f"{grad} = tl.dot(p.to({do}.dtype), {do}, {grad}, input_precision=PRECISION)")
+    writer.dot("dp", "v", "grad", writer.v_parts)
+    source.line(f"delta = tl.load(delta_tile + {_first_row(writer)}{masked})")
+
+
+def _first_row(writer: Writer) -> str:
+    return "start" if writer.variant.step == 1 else f"start * {writer.variant.step}"
+
+
+def _query_tile(writer: Writer, kind: str) -> str:
+    """Load a tile of queries; what its other loads say of rows that do not exist."""
     source = writer.source
     source.line(f"start = {writer.number('BLOCK_M', 'column')}")
     source.line("row = start + row_0")
@@ -276,25 +287,33 @@ def _query_tile(writer: Writer, kind: str) -> None:
             where = f"{suffixed(name + '_tile', part)} + start * {name}_stride_row"
             source.line(f"{suffixed(target, part)} = tl.load({where}{writer.mask(part, exists)})")
     masked = ", mask=exists, other=0.0" if exists else ""
-    start = "start" if writer.variant.step == 1 else f"start * {writer.variant.step}"
-    source.line(f"delta = tl.load(delta_tile + {start}{masked})")
-    source.line(f"base = tl.load(base_tile + {start}{masked})")
+    source.line(f"base = tl.load(base_tile + {_first_row(writer)}{masked})")
+    return masked
 
 
-def gradients_of(writer: Writer, loop: Loop, kind: str, place: str, learned: list[LearnedRead]) -> None:
-    """From products ``s`` and ``dp``: weights ``p``, gradients ``ds`` of the scaled products and ``d_...`` of learned reads."""
+Products = Callable[[], None]
+
+
+def gradients_of(writer: Writer, loop: Loop, kind: str, place: str, learned: list[LearnedRead], products: Products) -> None:
+    """From products ``s``: weights ``p``, gradients ``ds`` of the scaled products and ``d_...`` of learned reads.
+
+    ``products`` writes the products ``dp`` of values and gradients, and what needs the weights alone.
+    """
     source = writer.source
     row = "[None, :]" if place == "turned" else "[:, None]"
     condition = loop.condition(source, writer.names(place)) if kind == "partial" else ""
-    weights_and_gradients(writer, condition, place, row, learned)
+    weights_and_gradients(writer, condition, place, row, learned, products)
 
 
-def weights_and_gradients(writer: Writer, condition: str, place: str, row: str, learned: list[LearnedRead]) -> None:
+def weights_and_gradients(
+    writer: Writer, condition: str, place: str, row: str, learned: list[LearnedRead], products: Products
+) -> None:
     """The same for a condition at hand; ``row``: how a vector over queries is spread over the tile."""
     source, expr = writer.source, writer.pattern.score.expr
     if writer.plain:
         writer.logits(place, condition)
         source.line(f"p = tl.exp2(s * factor - base{row})")
+        products()
         source.line(f"ds = p * (dp - delta{row})")
         return
     if writer.ramp is not None:
@@ -302,6 +321,7 @@ def weights_and_gradients(writer: Writer, condition: str, place: str, row: str, 
         source.line(f"level = {writer.level('(q_offset + start)', 'ref') if turned else writer.level('q_idx', 'start')}")
         writer.logits(place, condition)
         source.line(f"p = tl.exp2(x - (base - {'across' if turned else 'level'}){row})")
+        products()
         gain = "" if writer.ramp.gain == 1 else f" * ({writer.number_of(writer.ramp.gain)})"
         source.line(f"ds = p * (dp - delta{row}){gain}")
         return
@@ -313,6 +333,7 @@ def weights_and_gradients(writer: Writer, condition: str, place: str, row: str, 
     text, *slopes = write_expressions(source, (expr, *by), writer.names(place), real="tl.float32")
     writer.logit(text, "allowed" if condition else "")
     source.line(f"p = tl.exp2(x * LOG2E - base{row})" if writer.in_log2 else f"p = tl.exp2((x - base{row}) * LOG2E)")
+    products()
     source.line(f"dx = p * (dp - delta{row})")
     for name, slope, found in zip(["ds", *(f"d_{one.name}" for one in learned)], slopes, by, strict=True):
         if found == 1:

@@ -364,10 +364,12 @@ class Writer:
 
     @property
     def in_log2(self) -> bool:
-        """Whether the LSE comes to the backward pass in units of log2, so that exponents are one multiplication and sum.
+        """Whether logits are taken to units of log2 before their maximum is subtracted: one multiplication and sum.
 
         A table, or a number, may be the lowest there is, in place of -inf: times LOG2E it would be -inf.
         """
+        if self.ramp is not None:
+            return True
         expr = self.pattern.score.expr
         large = any(abs(number) > LARGEST_NUMBER for number in expr.atoms(sympy.Number))
         return not large and not any(spec.dtype == "float" for spec in table_specs(expr).values())

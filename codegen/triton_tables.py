@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_backward import LearnedRead, predicate, weights_and_gradients
 from sparsedsl.codegen.triton_parts import KernelSource, Variant, Writer
@@ -103,5 +105,5 @@ def _tile(writer: Writer, one: LearnedRead) -> None:
     source.line("delta = tl.load(delta_ptr + line + row, mask=inside, other=0.0)")
     source.line("base = tl.load(base_ptr + line + row, mask=inside, other=0.0)")
     writer.dot("s", "q", "k", writer.d_parts)
-    writer.dot("dp", "grad", "v", writer.v_parts)
-    weights_and_gradients(writer, predicate(writer, "tile"), "tile", "[:, None]", [one])
+    products = functools.partial(writer.dot, "dp", "grad", "v", writer.v_parts)
+    weights_and_gradients(writer, predicate(writer, "tile"), "tile", "[:, None]", [one], products)
