@@ -19,6 +19,7 @@ import measure
 from aot_cases import HEADS, KV_HEADS, LENGTH, AotCase
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.residue_classes import residues
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.codegen.to_triton import triton_source, variant_of
@@ -27,13 +28,13 @@ from sparsedsl.gpu.configs import Config, Shape, default_config
 from sparsedsl.gpu.costs import TileCounts, listed_tiles
 from sparsedsl.gpu.loading import triton as load_triton
 from sparsedsl.gpu.loop_cycles import cycles
-from sparsedsl.gpu.resources import occupancy, resources_of
+from sparsedsl.gpu.resources import MOST_LOCAL, occupancy, resources_of
 from sparsedsl.gpu.sass import LoopCounts, MatrixCounts, loops_of
 from sparsedsl.gpu.targets import TARGETS
 from sparsedsl.lang.pattern import as_pattern
 from sparsedsl.settings import settings
 
-__all__ = ["KERNELS", "Counted", "Ours", "flex_kernels", "our_kernel", "problem"]
+__all__ = ["KERNELS", "Counted", "Ours", "flex_kernels", "our_kernel"]
 
 # Kernel -> products for a pair of query and key, in widths of a head.
 KERNELS = {"forward": 2, "grad_q": 3, "grad_kv": 4}
@@ -53,6 +54,21 @@ class Counted:
     registers: int
     spills: int
     blocks_per_sm: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be launched."""
+        return self.blocks_per_sm > 0
+
+    @property
+    def local_share(self) -> float:
+        """The largest part of a loop's instructions that reads or writes local memory."""
+        return max(loop.local_share for loop in self.loops.values())
+
+    @property
+    def slowed(self) -> bool:
+        """Whether spills are in the way of the work."""
+        return self.local_share > MOST_LOCAL
 
     def record(self, target: str, head_dim: int) -> dict[str, Any]:
         """Counts for each 128 x 128 pairs that are visited, all loops together; cycles of the whole case."""
@@ -85,18 +101,6 @@ class Counted:
             "issue_of_case": sum(self.tiles[kind] * loop.issued * self.warps for kind, loop in self.loops.items()),
             "loops": loops,
         }  # fmt: skip
-
-
-def problem(loops: Mapping[str, LoopCounts], kernel: str, head_dim: int, warps: int, block: tuple[int, int]) -> str | None:
-    """What makes a kernel one that should not be chosen, or None."""
-    useful = KERNELS[kernel] * head_dim * block[0] * block[1]
-    for kind, loop in loops.items():
-        executed = loop.products(warps) or useful
-        if executed > 1.02 * useful:
-            return f"{kind} tiles execute {executed / useful:.2f} times the products they are for"
-        if loop.local_share > 0.03:
-            return f"{loop.local_share:.1%} of the instructions of {kind} tiles are loads and stores of local memory"
-    return None
 
 
 # ---- compiled and counted ----------------------------------------------------------------------------------
@@ -147,12 +151,16 @@ class Ours:
         self.source = triton_source(self.pattern, variant_of(self.pattern, head_dim=head_dim))
         self.shape = Shape(DTYPE, head_dim, head_dim, HEADS // KV_HEADS)
         self.tiles_at = functools.cache(self._tiles_at)
+        within = residues(self.pattern)
+        self.mask, self.step = (self.pattern.mask.expr, 1) if within is None else (within.pattern.mask.expr, within.step)
+        self.lists = functools.cache(self._lists)
+
+    def _lists(self, block: tuple[int, int]) -> BlockLists:
+        length = LENGTH // self.step
+        return classify(self.mask, Domain(length, length, heads=HEADS, tables=self.tables), block)
 
     def _tiles_at(self, block: tuple[int, int], by_key: bool = False) -> TileCounts:
-        within = residues(self.pattern)
-        mask, step = (self.pattern.mask.expr, 1) if within is None else (within.pattern.mask.expr, within.step)
-        domain = Domain(LENGTH // step, LENGTH // step, heads=HEADS, tables=self.tables)
-        return listed_tiles(classify(mask, domain, block), batch=step, heads=HEADS, by_key=by_key)
+        return listed_tiles(self.lists(block), batch=self.step, heads=HEADS, by_key=by_key)
 
 
 def our_kernel(ours: Ours, kernel: str, target: str, config: Config | None = None) -> Counted:

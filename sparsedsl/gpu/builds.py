@@ -222,7 +222,7 @@ def build(
         head_dim, head_dim_v: width of queries and keys, and of values (default: the same); 1 to 256.
         group: query heads that share a key head; decoding computes them side by side.
         configs: kernel name -> :class:`~sparsedsl.gpu.kernel_config.Config` (tiles, warps, stages), taken as it is. The default is one
-            that neither spills nor is too large for the target, if there is one nearby.
+            that neither spills in a loop nor is too large for the target, if there is one nearby.
         precision: of fp32 products, "ieee" or "tf32".
         wide: positions beyond 32 bits.
         remarks: also report what NVIDIA's assembler says about speed; doubles its time.
@@ -293,9 +293,10 @@ def _shape(dtype: Any, head_dim: Any, head_dim_v: Any, group: Any, precision: An
 
 def _problems(resources: Resources, shape: Shape, job: BuildJob) -> list[str]:
     found = [f"cannot be launched: {reason}" for reason in misfits(resources, job.target)]
-    if resources.spills:
+    if resources.slowed:
         found.append(
-            f"{resources.spills} bytes of each thread's registers spill to memory: smaller tiles or more warps need fewer"
+            f"{resources.spills} bytes of each thread's registers spill to memory, {resources.local_share:.0%} of a loop's instructions: "
+            "smaller tiles or more warps need fewer"
         )
     if resources.products and shape.matrix_units:
         if not resources.instructions:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sparsedsl.gpu.estimates import family, has_descriptors, impossible
+from sparsedsl.gpu.estimates import family, has_descriptors, impossible, repeats
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import Target
 
@@ -36,7 +36,8 @@ class Work:
     descriptors: bool = False
 
 
-# (block_m, block_n, warps, stages) by the wider head dimension, for numbers of 16 bits. None spills at 64 and 128.
+# (block_m, block_n, warps, stages) by the wider head dimension, for numbers of 16 bits: at 64 and 128 the best by counts of
+# instructions (benchmarks/aot_vs_flex.py), of those that read what they need no more often than the memory gives it.
 _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "ampere": {
         "forward": {32: (64, 64, 4, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
@@ -45,10 +46,10 @@ _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
         "grad_kv": {32: (64, 64, 8, 3), 64: (32, 64, 8, 3), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
     },
     "hopper": {
-        "forward": {32: (128, 64, 8, 3), 64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        "forward": {32: (128, 64, 8, 3), 64: (128, 128, 4, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
         "decode": {32: (16, 64, 4, 3), 64: (16, 64, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2)},
         "grad_q": {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "grad_kv": {32: (64, 128, 8, 3), 64: (32, 128, 8, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "grad_kv": {32: (64, 128, 8, 3), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 2)},
     },
     "blackwell": {
         "forward": {32: (128, 64, 8, 3), 64: (128, 64, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
@@ -73,7 +74,7 @@ _SINGLE: dict[str, dict[int, tuple[int, int, int, int]]] = {
 
 
 def default_config(kernel: str, shape: Shape, target: Target) -> Config:
-    """A config that runs everywhere on ``target`` without spilling registers, chosen without a device.
+    """A config that runs everywhere on ``target`` without spilling registers in its loops, chosen without a device.
 
     ``kernel``: "forward", "decode", "merge", "delta", "grad_q", "grad_kv", or one that begins with "grad_" (a table's gradient, computed
     tile by tile as "grad_q" is).
@@ -146,8 +147,9 @@ def _tiles(kernel: str, shape: Shape, target: Target, work: Work) -> Iterator[Co
         # A tile wider than what a row attends to is mostly masked.
         columns = tuple(n for n in columns if n <= max(32, 2 * work.row_width)) or columns[:1]
     for m, n, warps, stages in itertools.product(rows, columns, (4, 8), STAGES if family(target) != "cdna" else (1, 2)):
-        if m * n >= 16 * 16 * warps:  # at least one fragment a warp
-            yield Config(m, n, warps, stages)
+        config = Config(m, n, warps, stages)
+        if m * n >= 16 * 16 * warps and repeats(kernel, shape, target, config) == 1.0:  # at least one fragment a warp, and one of its own
+            yield config
 
 
 def refusal(kernel: str, shape: Shape, target: Target, work: Work, config: Config) -> str | None:

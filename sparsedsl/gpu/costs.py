@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsedsl.gpu.configs import Work
-from sparsedsl.gpu.estimates import family, registers, shared_bytes
+from sparsedsl.gpu.estimates import family, registers, repeats, shared_bytes
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import Target
 
@@ -33,8 +33,8 @@ _START = 2500.0  # of a program: its own rows, first tiles, the result
 _HALF_PEAK = {"ampere": 20.0, "hopper": 32.0, "blackwell": 40.0, "cdna": 20.0}
 # The second-level cache gives this many times what the memory does.
 _CACHE_GAIN = 2.0
-# A number that spills is written and read again in every turn.
-_SPILL = 0.01
+# Loads and stores of local memory take their issue slots, and about as long again until what they bring is there.
+_LOCAL = 2.0
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ class TileCounts:
 
 @dataclass(frozen=True)
 class Held:
-    """What a compiled kernel takes: ``blocks`` that one SM holds at once, and ``spills``, numbers of a thread that lie in memory."""
+    """What a compiled kernel takes: ``blocks`` that one SM holds at once; ``local_share``: of a loop's instructions, how many read or
+    write spilled registers."""
 
     blocks: int
-    spills: int = 0
+    local_share: float = 0.0
 
 
 def listed_tiles(lists: BlockLists, *, batch: int, heads: int, by_key: bool = False) -> TileCounts:
@@ -115,7 +116,7 @@ def estimated_held(kernel: str, shape: Shape, target: Target, config: Config) ->
 
 
 def seconds(kernel: str, shape: Shape, target: Target, config: Config, tiles: TileCounts, held: Held) -> float:
-    """Expected seconds of one launch. More tiles, fewer SMs, slower units, spills: never less.
+    """Expected seconds of one launch. More tiles, fewer SMs, slower units, spills in loops: never less.
 
     A tile costs its products, at a part of the peak that grows with its sides, and one pass over its logits, longer where the mask
     is evaluated. What of a tile's loading is not hidden by stages and by the other programs of the SM is waited for. The launch
@@ -125,16 +126,19 @@ def seconds(kernel: str, shape: Shape, target: Target, config: Config, tiles: Ti
     products = _products(kernel, shape) * 2.0 * m * n
     intensity = 2.0 * m * n / (m + n)
     share = intensity / (intensity + _HALF_PEAK[family(target)])
-    cycles = products / (_flops_a_cycle(shape, target) * share)
-    passes = m * n / _EXP_A_CYCLE
-    full = cycles + passes + m * n * _FULL_OPERATIONS / _LANES
-    partial = full + m * n * (_PARTIAL_OPERATIONS - _FULL_OPERATIONS) / _LANES
+    # Products of warp groups that are few columns wide wait for shared memory.
+    narrow = max(1.0, 0.5 + 32.0 / (m if kernel == "grad_kv" else n)) if family(target) == "hopper" else 1.0
+    times = repeats(kernel, shape, target, config)
+    cycles = times * narrow * products / (_flops_a_cycle(shape, target) * share)
+    logits = times * m * n
+    full = cycles + logits / _EXP_A_CYCLE + logits * _FULL_OPERATIONS / _LANES
+    partial = full + logits * (_PARTIAL_OPERATIONS - _FULL_OPERATIONS) / _LANES
     loaded = _loaded(kernel, shape, config) / (_CACHE_GAIN * target.memory_gb_s * 1e9 / target.sms / CLOCK)
     waits = (_LATENCY / config.stages + _TURN) / held.blocks
     total = tiles.full + tiles.partial
     if total == 0:
         return tiles.programs * _START / (held.blocks * target.sms) / CLOCK
-    slower = 1.0 + _SPILL * held.spills
+    slower = 1.0 + _LOCAL * held.local_share
     shared = slower * ((tiles.full * max(full, loaded) + tiles.partial * max(partial, loaded)) / total + waits)
     # A program at the end has its SM and the memory to itself, and nothing to hide its waits behind.
     alone = slower * ((partial if tiles.partial else full) + waits * held.blocks)

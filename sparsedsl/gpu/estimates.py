@@ -9,7 +9,7 @@ from __future__ import annotations
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import Target
 
-__all__ = ["family", "has_descriptors", "impossible", "registers", "shared_bytes"]
+__all__ = ["family", "has_descriptors", "impossible", "registers", "repeats", "shared_bytes"]
 
 # Numbers of a thread beside its share of the tiles: pointers, bounds, row maxima and sums.
 _BESIDE_TILES = 40
@@ -46,6 +46,22 @@ def impossible(kernel: str, shape: Shape, target: Target, config: Config) -> str
     if threads * min(held, most) > target.registers_per_sm:
         return f"about {threads * held:,} registers a block, {target.name} has {target.registers_per_sm:,}"
     return None
+
+
+def repeats(kernel: str, shape: Shape, target: Target, config: Config) -> float:
+    """How often a program does each product and exponential: warps beyond one for 16 rows of a tile compute what others do.
+
+    Rows are queries, or keys where gradients of keys are made. Tensor memory is shared out by columns too, and decode tiles, which are
+    one row of warps high, are computed by columns.
+
+    >>> from sparsedsl.gpu.targets import target_named
+    >>> [repeats("grad_kv", Shape("float16", 128, 128), target_named("sm_90"), Config(64, n, 8, 2)) for n in (64, 128)]
+    [2.0, 1.0]
+    """
+    if kernel in ("delta", "merge", "decode") or not shape.matrix_units or family(target) == "blackwell":
+        return 1.0
+    rows = config.block_n if kernel == "grad_kv" else config.block_m
+    return max(1.0, 16.0 * config.warps / rows)
 
 
 def shared_bytes(kernel: str, shape: Shape, target: Target, config: Config) -> int:

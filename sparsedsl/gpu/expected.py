@@ -68,7 +68,7 @@ def expected_config(
         raise UnsupportedError(f"no config of kernel {kernel.name!r} can be launched on {target.name}: {refused[0][1]}")
 
     def held(config: Config) -> Held:
-        return Held(max(1, occupancy(found[config], target).blocks), found[config].spills)
+        return Held(max(1, occupancy(found[config], target).blocks), found[config].local_share)
 
     best = next(iter(ranked(kernel.name, shape, target, found, tiles_at, held)))
     took = seconds(kernel.name, shape, target, best, tiles_at((best.block_m, best.block_n)), held(best))

@@ -12,13 +12,16 @@ from typing import Any
 
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.nvidia_tools import run_tool
+from sparsedsl.gpu.sass import loops_of
 from sparsedsl.gpu.targets import Target
 
-__all__ = ["Occupancy", "Resources", "misfits", "occupancy", "resources_of"]
+__all__ = ["MOST_LOCAL", "Occupancy", "Resources", "misfits", "occupancy", "resources_of"]
 
 # As they begin in PTX and in AMD's assembly.
 MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
 MOST_THREADS = 1024
+# Of the instructions of a loop, loads and stores of spilled registers that other work hides.
+MOST_LOCAL = 0.03
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Resources:
 
     ``registers``       32-bit registers of a thread
     ``spills``          bytes of a thread's registers that are kept in memory because it has too few
+    ``local_share``     most of the instructions in a loop that reads or writes such memory; beside the loops it costs nothing. 1 if there
+                        are spills and nobody can tell where (AMD)
     ``local_bytes``     bytes of memory of a thread's own: spills, and arrays such as ``sin`` needs for large arguments
     ``shared_bytes``    of a block
     ``tensor_columns``  columns of tensor memory of a block (Blackwell)
@@ -47,6 +52,12 @@ class Resources:
     instructions: tuple[tuple[str, int], ...]
     async_copies: int = 0
     remarks: tuple[str, ...] = ()
+    local_share: float = 0.0
+
+    @property
+    def slowed(self) -> bool:
+        """Whether spills are in the way of the work: more than :data:`MOST_LOCAL` of the instructions of a loop."""
+        return self.local_share > MOST_LOCAL
 
     @property
     def tensor_core(self) -> dict[str, int]:
@@ -133,7 +144,14 @@ def resources_of(compiled: Any, *, remarks: bool = False) -> Resources:
         products=len(re.findall(r"\btt\.dot(?:_scaled)?\b", compiled.asm.get("ttir", ""))),
         instructions=tuple((name, count) for name, count in counts if count),
         async_copies=len(re.findall(r"\bcp\.async\.(?:ca|cg|bulk\.tensor)\b", assembly)), remarks=said,
+        local_share=_local_share(compiled, metadata.target.backend) if spills else 0.0,
     )  # fmt: skip
+
+
+def _local_share(compiled: Any, backend: str) -> float:
+    if backend == "hip":
+        return 1.0
+    return max((loop.local_share for loop in loops_of(compiled.asm["cubin"])), default=0.0)
 
 
 Needs = tuple[int, int, int, tuple[str, ...]]  # registers, spills, local_bytes, remarks

@@ -1,4 +1,4 @@
-"""A config that a kernel can live with: the one that was chosen or, where the compiled kernel does not fit or spills, one that needs less.
+"""A config that a kernel can live with: the one that was chosen or, where its kernel does not fit or spills in a loop, one that needs less.
 
 Estimates cannot know what a pattern adds: a table that is read tile by tile takes registers, and shared memory if its reads are pipelined.
 """
@@ -41,13 +41,13 @@ def lighter(kernel: str, config: Config) -> Iterator[Config]:
 def settled(
     kernel: str, config: Config, target: Target, compiled: Callable[[Config], Compiled], needs: Callable[[Compiled], Resources]
 ) -> tuple[Config, Compiled]:
-    """``config`` if its kernel fits and spills nothing; else the first lighter one that does; else of those that fit the one that spills
-    least; else ``config``. With what was compiled."""
+    """``config`` if its kernel fits and no loop is slowed by spills; else the first lighter one of which this is true; else of those that fit
+    the one whose loops spill least; else ``config``. With what was compiled."""
     found = []
     for one in (config, *lighter(kernel, config)):
         made = compiled(one)
-        problems = (bool(misfits(needs(made), target)), needs(made).spills)
-        if problems == (False, 0):
+        problems = (bool(misfits(needs(made), target)), needs(made).local_share)
+        if not problems[0] and not needs(made).slowed:
             return one, made
         found.append((problems, one, made))
     _, best, made = min(found, key=lambda entry: entry[0])

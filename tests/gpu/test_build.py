@@ -41,7 +41,7 @@ def test_every_target(target):
     built = sd.build(WINDOW, target, torch.bfloat16, 64)
     assert list(built.kernels) == KERNELS
     assert built.problems == []
-    assert set(built.spills.values()) == {0}, "a default config spills"
+    assert not any(kernel.resources.slowed for kernel in built.kernels.values()), "a loop of a default config spills"
     for name, kernel in built.kernels.items():
         assert kernel.binary.content.startswith(b"\x7fELF")
         assert kernel.binary.entry == name in kernel.binary.assembly

@@ -252,7 +252,7 @@ def test_the_cost_model_moves_the_right_way(case):
         tf32_tflops=2 * target.tf32_tflops, float_tflops=2 * target.float_tflops,
     )  # fmt: skip
     assert seconds(kernel, shape, twice, config, tiles, held) <= base * (1 + 1e-12)
-    assert seconds(kernel, shape, target, config, tiles, dataclasses.replace(held, spills=held.spills + 8)) >= base * (1 - 1e-12)
+    assert seconds(kernel, shape, target, config, tiles, dataclasses.replace(held, local_share=held.local_share + 0.08)) >= base * (1 - 1e-12)
     first = dataclasses.replace(config, heavy_first=True)
     assert seconds(kernel, shape, target, first, tiles, held) <= base * (1 + 1e-12)
     assert seconds(kernel, shape, target, config, tiles, dataclasses.replace(held, blocks=held.blocks + 1)) <= base * (1 + 1e-12)
@@ -260,7 +260,7 @@ def test_the_cost_model_moves_the_right_way(case):
 
 def test_spills_cost_time():
     tiles = TileCounts(1000, 100, 64, 20)
-    took = [seconds("forward", HALF, SM_90, Config(128, 64, 8, 2), tiles, Held(1, spills)) for spills in (0, 8, 64)]
+    took = [seconds("forward", HALF, SM_90, Config(128, 64, 8, 2), tiles, Held(1, share)) for share in (0.0, 0.08, 0.4)]
     assert took == sorted(set(took))
 
 
@@ -280,7 +280,7 @@ def test_ranking_leaves_out_what_does_not_run():
         asked.append(block)
         return banded_tiles(4096, 4096, 512, block, copies=1)
 
-    found = ranked("forward", HALF, SM_90, candidates, tiles_at, lambda config: None if config.stages == 3 else Held(2, 0))
+    found = ranked("forward", HALF, SM_90, candidates, tiles_at, lambda config: None if config.stages == 3 else Held(2))
     assert set(found) == set(candidates[:2]) and sorted(asked) == [(64, 64), (128, 64)]
 
 
@@ -310,12 +310,12 @@ def test_full_attention_has_no_partial_tile():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="compiling kernels needs Triton")
 @pytest.mark.parametrize("target", list(TARGETS))
-def test_the_defaults_do_not_spill_and_the_estimate_of_shared_memory_holds(target):
+def test_the_defaults_do_not_spill_in_loops_and_the_estimate_of_shared_memory_holds(target):
     """One pattern here, of head dims 64; the static library at 64 and 128 is built in the tests of `sd.build`."""
     pattern = as_pattern(sd.kv_idx <= sd.q_idx)
     source, found = triton_source(pattern, variant_of(pattern)), target_named(target)
     for kernel in ("forward", "grad_q", "grad_kv"):
         config = default_config(kernel, HALF, found)
         (binary,) = compile_kernels([job_of(source, source.kernel(kernel), HALF, config, found)])
-        assert binary.resources.spills == 0, (kernel, config)
+        assert not binary.resources.slowed, (kernel, config)
         assert binary.resources.shared_bytes <= 1.5 * shared_bytes(kernel, HALF, found, config), (kernel, config)

@@ -14,12 +14,14 @@ HALF_N, HALF_M, HALVES = Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(64
 
 
 def settle(spills, shared=None):
-    """What is taken if the configs spill these bytes, and need that much shared memory; and the configs that were compiled."""
+    """What is taken if the configs spill these bytes, in a loop of 100 bytes of code, and need that much shared memory; and what was
+    compiled."""
     asked = []
 
     def compiled(config):
         asked.append(config)
-        return Resources(128, spills.get(config, 0), 0, (shared or {}).get(config, 0), 0, 256, 2, ())
+        share = spills.get(config, 0) / 100
+        return Resources(128, spills.get(config, 0), 0, (shared or {}).get(config, 0), 0, 256, 2, (), local_share=share)
 
     config, made = settled("forward", FIRST, TARGETS["sm_90"], compiled, lambda made: made)
     assert made.spills == spills.get(config, 0)
@@ -34,6 +36,10 @@ def test_the_nearest_that_neither_spills_nor_is_too_large():
     fewer = Config(128, 128, 8, 2)
     assert settle({FIRST: 8, fewer: 8}) == (HALF_N, [FIRST, fewer, HALF_N])
     assert settle({}, {FIRST: 250_000}) == (fewer, [FIRST, fewer])
+
+
+def test_spills_that_no_loop_meets_are_no_reason():
+    assert settle({FIRST: 3}) == (FIRST, [FIRST])
 
 
 def test_if_all_spill_the_one_that_spills_least_and_fits():
