@@ -44,6 +44,8 @@ from tqdm import tqdm
 # A method that hangs must not take all of the time.
 LONGEST_JOB_S, LONGEST_REQUEST_S = 90.0, 180.0  # the first import of torch on a new machine takes a minute
 CRASHES_BORNE = 3
+# Measuring the choices for one kernel: so long, and so long more for what it must compile before, and for the candidate it is at.
+TUNE_KERNEL_S, TUNE_MORE_S = 15.0, 60.0
 KINDS = ("attention", "decode", "system")
 
 
@@ -62,7 +64,7 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     add("--limit-s", type=float, default=1.0, help="no more rounds of a pass after this, but three (default 1)")
     add("--prepare-minutes", type=float, default=2.0, help="at most so long for compiling ahead (default 2; 0: do not)")
     add("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile ahead (default: cores less two)")
-    add("--tune", action="store_true", help="SPARSEDSL_TUNE=full for ours, before anything is measured")
+    add("--tune", action="store_true", help="let ours measure its choices first; without it they come from the default table")
     add("--tune-minutes", type=float, default=2.0, help="at most so long for that (default 2)")
     add("--commit", help="what is measured, where this is no git checkout")
     add(
@@ -92,9 +94,11 @@ class Run:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "SPARSEDSL_CACHE": os.environ.get("SPARSEDSL_CACHE", f"{cache}/sparsedsl"),
         }
+        if options.dry_run:  # Triton looks when it is imported, in each process
+            self.env["TRITON_INTERPRET"] = "1"
         self.path: Path | None = options.out
         self.content: dict[str, Any] = {"benchmark": "gpu", "machine": {}, "settings": _settings(options)}
-        self.content |= {"ceilings": None, "prepared": {}, "tuned": {}, "records": [], "lost": [], "dropped": []}
+        self.content |= {"ceilings": None, "prepared": {}, "tuned": {}, "untuned": [], "records": [], "lost": [], "dropped": []}
         self.content |= {"waiting": [], "targets": []}
         self.process: Process | None = None
 
@@ -157,19 +161,24 @@ class Run:
         if process is not None:
             process.end()
 
-    def tune(self, jobs: list[dict[str, Any]]) -> None:
-        """Let ours measure its choices, job by job."""
+    def tune(self, pieces: list[tuple[dict[str, Any], str | None]]) -> None:
+        """Let ours measure its choices, kernel by kernel; written down after each, so that whatever ends this costs one kernel."""
         until = time.monotonic() + min(60 * self.options.tune_minutes, self.left_s / 2)
         process = None
-        for job in jobs:
-            if time.monotonic() > until:
-                break
-            process = process or self.start(SPARSEDSL_TUNE="full")
+        for job, kernel in pieces:
+            budget_s = min(TUNE_KERNEL_S, until - time.monotonic())
+            if budget_s <= 0:
+                self.content["untuned"].append(f"{_name(job)}: {kernel or 'all'}")
+                continue
+            process = process or self.start()
+            request = {"op": "tune", "job": job, "kernel": kernel, "budget_s": budget_s}
+            found = self.content["tuned"].setdefault(_name(job), {})
             try:
-                self.content["tuned"][_name(job)] = process.ask({"op": "tune", "job": job}, until - time.monotonic())
+                found |= process.ask(request, min(budget_s + TUNE_MORE_S, max(5.0, self.left_s)))
             except ProcessDied as death:
-                self.content["tuned"][_name(job)] = f"lost: {death}"
+                found[kernel or "all"] = f"lost: {death}"
                 process = None
+            self.write()
         if process is not None:
             process.end()
 
@@ -191,7 +200,7 @@ class Run:
     def all(self) -> None:
         """Stage after stage, written down after each."""
         self.process = self.start()  # it loads torch while this process does
-        from gpu_cases import chosen, jobs, rehearsal
+        from gpu_cases import chosen, jobs, rehearsal, tuned_first
 
         options = self.options
         among = rehearsal() if options.dry_run else jobs()
@@ -206,7 +215,7 @@ class Run:
         sizes = {"size": 64, "copy_bytes": 1 << 16} if options.dry_run else {"size": 8192, "copy_bytes": 4 << 30}
         self.content["ceilings"] = self.ask({"op": "ceilings"} | sizes)
         if options.tune:
-            self.tune([job.to_json() for job in wanted])
+            self.tune([(job.to_json(), kernel) for job, kernel in tuned_first(wanted)])
         waiting = self.content["waiting"] = [job.to_json() for job in wanted]
         self.write()
         for job in tqdm(wanted, desc="gpu", unit="job"):

@@ -13,7 +13,7 @@ from cases import BLOCK, CASES, Case, Tables
 import sparsedsl as sd
 from sparsedsl import patterns
 
-__all__ = ["HEADS", "PATTERNS", "SYSTEM_NAMES", "Job", "chosen", "job_of", "jobs", "rehearsal"]
+__all__ = ["HEADS", "PATTERNS", "SYSTEM_NAMES", "Job", "chosen", "job_of", "jobs", "rehearsal", "tuned_first"]
 
 HEADS = 16
 CAP = 50.0
@@ -201,3 +201,28 @@ def chosen(
         and (dims is None or job.head_dim in dims)
         and job.kind in kinds
     ]
+
+
+def tuned_first(wanted: Iterable[Job]) -> list[tuple[Job, str | None]]:
+    """What is worth measuring choices for, the most telling first: a job, and one of its kernels.
+
+    Pattern after pattern: the forward pass, dK and dV, dQ, and decoding, at the first shape that is wanted of it; then the other shapes in
+    the same order. A choice serves all lengths. Systems come last, with all of their kernels (None) at once.
+    """
+    wanted = list(wanted)
+    names = list(dict.fromkeys(job.pattern for job in wanted if job.kind != "system"))
+    rounds: dict[int, list[tuple[Job, str | None]]] = {}
+    for name in names:
+        for kind, kernels in (("attention", ("forward", "grad_kv", "grad_q")), ("decode", ("decode",))):
+            for turn, job in enumerate(_one_a_shape(job for job in wanted if (job.kind, job.pattern) == (kind, name))):
+                rounds.setdefault(turn, []).extend((job, kernel) for kernel in kernels)
+    systems = _one_a_shape(job for job in wanted if job.kind == "system")
+    return [piece for turn in sorted(rounds) for piece in rounds[turn]] + [(job, None) for job in systems]
+
+
+def _one_a_shape(among: Iterable[Job]) -> list[Job]:
+    """The first job of each pattern and shape of heads."""
+    found: dict[tuple[str, int, int], Job] = {}
+    for job in among:
+        found.setdefault((job.pattern, job.head_dim, job.group), job)
+    return list(found.values())

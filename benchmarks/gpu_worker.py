@@ -30,6 +30,7 @@ from gpu_reference import reference
 from gpu_systems import CHECKED, system_facts, system_problem, system_reference
 
 import sparsedsl as sd
+from sparsedsl.gpu.autotune import Chosen, Session, Tuned, session
 
 Forward = Callable[[], torch.Tensor]
 
@@ -79,10 +80,23 @@ class Worker:
         return found
 
     def tune(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Call ours once, on real tensors and structure; with ``SPARSEDSL_TUNE=full`` in the environment it measures its choices."""
-        _, found = self._ready(job_of(request["job"]), {}, ("ours",))
-        ready = found["ours"]
-        return {"first_s": ready.first_s} if isinstance(ready, Ready) else ready
+        """Call ours on real tensors and structure while it measures the choices for one kernel, or, where none is named, for all.
+
+        What is measured is in the store on disk before the answer: choice, seconds, and the seconds of the default, by kernel."""
+        found: dict[str, Any] = {}
+
+        def note(kernel: str, chosen: Chosen, tuned: Tuned | None) -> None:
+            if tuned is not None:
+                measured = sum(trial.seconds is not None for trial in tuned.trials)
+                found[kernel] = {
+                    "config": str(chosen.config), "s": chosen.seconds, "default_s": tuned.trials[0].seconds, "measured": measured,
+                    "candidates": len(tuned.trials), "took_s": tuned.took_s,
+                }  # fmt: skip
+
+        kernels = None if request["kernel"] is None else frozenset({request["kernel"]})
+        with session(Session(budget_s=request["budget_s"], kernels=kernels, chosen=note)):
+            ready = self._ready(job_of(request["job"]), {}, ("ours",))[1]["ours"]
+        return found if isinstance(ready, Ready) else found | {"ours": ready}
 
     def measure(self, request: dict[str, Any]) -> dict[str, Any]:
         """Everything about one job: check every method, then measure them in turns, forward and then backward."""

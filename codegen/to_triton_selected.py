@@ -241,7 +241,10 @@ class _Places:
             source.line(f"q_len = {offset} + rows")
         if self.written.choices:
             line = "list_place" if self.turned else "list_line(b, head, list_batch, heads, list_group).to(tl.int64)"
-            source.line(f"members_ptr_here = members_ptr + {line} * rows * width" + ("" if self.turned else " + query * width"))
+            source.line(
+                f"members_ptr_here = members_ptr + {line} * rows * width"
+                + ("" if self.turned else " + query.to(tl.int64) * width")
+            )
         for one in self.reads:
             if one.axis != "pairs":
                 source.line(f"{one.name} = tl.zeros([{'BLOCK_N' if self.turned else 'ROWS'}], tl.float32)")

@@ -160,8 +160,9 @@ def _add_shape(command: argparse.ArgumentParser, *, costs: bool) -> None:
 
 def _add_build(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--target", default="sm_90", help="sm_80, sm_90, sm_100, gfx942, or cpu: C++ for this machine (default sm_90)"
-    )
+        "--target", default="sm_90",
+        help="a GPU by name (A100, 'RTX 4090', MI300X) or architecture (sm_80, gfx942), or cpu: C++ for this machine (default sm_90)",
+    )  # fmt: skip
     command.add_argument("--dtype", default="bfloat16", help="float16, bfloat16 or float32 (default bfloat16)")
     command.add_argument("--head-dim", type=_count, default=64, metavar="N", help="width of a head (default 64)")
     command.add_argument("--head-dim-v", type=_count, metavar="N", help="width of values (default: as --head-dim)")

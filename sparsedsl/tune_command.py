@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backward", action="store_true", help="the kernels of the backward pass too")
     parser.add_argument("--budget", type=_seconds, default=60.0, metavar="SECONDS", help="most time a kernel (default 60)")
     parser.add_argument("--again", action="store_true", help="measure also what is remembered")
-    parser.add_argument("--target", metavar="NAME", help="choose for this GPU without one: sm_80, sm_90, sm_100 or gfx942")
+    parser.add_argument("--target", metavar="NAME", help="choose for this GPU without one: as for build, such as H100 or sm_90")
     parser.add_argument("--list", action="store_true", help="show what is remembered")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write what is remembered to a file")
     parser.add_argument("--import", type=Path, metavar="FILE", dest="import_", help="take over what an exported file holds")
@@ -107,7 +107,7 @@ def _on_device(arguments: argparse.Namespace) -> None:
 
     if not torch.cuda.is_available():
         raise UnsupportedError(
-            "there is no CUDA device to measure on: pass --target sm_90 (or sm_80, sm_100, gfx942) for the choice of the cost model, "
+            "there is no CUDA device to measure on: pass --target H100 (or another GPU, by name) for the choice of the cost model, "
             "or measure on a machine that has one, and carry the results over with --export FILE and --import FILE"
         )
     q, k, v = _tensors(arguments, torch)

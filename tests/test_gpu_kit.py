@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 TESTS = sorted((ROOT / "tests" / "gpu_device").glob("test_*.py"))
-INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+INTERPRETED = {"TRITON_INTERPRET": "1"}
 NO_TRITON = "generated Triton kernels are interpreted; pip install '.[triton]'"
 
 
@@ -27,12 +27,11 @@ def load(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def child(*command: str) -> subprocess.CompletedProcess[str]:
-    """A process in which Triton interprets."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
-    return subprocess.run(
-        [sys.executable, *command], env=env | INTERPRETED, cwd=ROOT, capture_output=True, text=True, timeout=1500
-    )
+def child(*command: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own; ``more``: of its environment, which says nothing of Triton's interpreter otherwise."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_", "TRITON_"))}
+    env |= {"OMP_NUM_THREADS": "1"} | more
+    return subprocess.run([sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=1500)
 
 
 # ---- from end to end -------------------------------------------------------------------------------------------------
@@ -42,7 +41,7 @@ def child(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("file", TESTS, ids=lambda file: file.stem)
 def test_the_gpu_tests_run(file):
     pytest.importorskip("triton", reason=NO_TRITON)
-    done = child("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rehearse", str(file))
+    done = child("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rehearse", str(file), **INTERPRETED)
     assert done.returncode == 0, f"{file.name} in a process of its own:\n{done.stdout[-20_000:]}\n{done.stderr[-5_000:]}"
     assert " passed" in done.stdout.splitlines()[-1]
 
@@ -113,6 +112,64 @@ def run_of(tmp_path, monkeypatch, ask, *words):
     monkeypatch.setattr(gpu, "Process", lambda *given: SimpleNamespace(ask=ask, end=lambda: None))
     options = gpu.options_from(["--dry-run", "--prepare-minutes", "0", "--out", str(tmp_path / "gpu.json"), *words])
     return gpu, gpu.Run(options, str(tmp_path))
+
+
+def toy_answer(request):
+    """What a process answers that measures nothing."""
+    return {"job": request["job"], "methods": {}} if request["op"] == "measure" else {"device": "toy"}
+
+
+TUNE = ("--tune", "--patterns", "causal", "blocks10", "sinks", "hsa", "pbs")
+
+
+def test_choices_are_measured_kernel_by_kernel_and_written_down_after_each(tmp_path, monkeypatch):
+    asked, written = [], []
+
+    def ask(request, limit_s):
+        if request["op"] != "tune":
+            return toy_answer(request)
+        job = request["job"]
+        asked.append((job["pattern"], job["head_dim"], request["kernel"]))
+        written.append(json.loads((tmp_path / "gpu.json").read_text())["tuned"])
+        assert 0 < request["budget_s"] <= 15 < limit_s
+        if len(asked) == 2:
+            raise gpu.ProcessDied("no answer after 60 s", "ours")
+        return {request["kernel"] or "all": {"s": 1e-3}}
+
+    gpu, run = run_of(tmp_path, monkeypatch, ask, *TUNE)
+    run.all()
+    kernels = ("forward", "grad_kv", "grad_q")
+    first = [("causal", 16, kernel) for kernel in (*kernels, "decode")] + [("blocks10", 16, kernel) for kernel in kernels]
+    first += [("sinks", 16, kernel) for kernel in (*kernels, "decode")]
+    second = [(name, 32, kernel) for name in ("causal", "blocks10") for kernel in kernels]
+    assert asked == first + second + [("pbs", 16, None), ("hsa", 16, None)]
+    assert [sum(map(len, found.values())) for found in written] == list(range(len(asked)))
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["tuned"]["attention causal 160 D16 2:2"] == {
+        "forward": {"s": 1e-3}, "grad_kv": "lost: no answer after 60 s at ours", "grad_q": {"s": 1e-3},
+    }  # fmt: skip
+    assert content["untuned"] == []
+
+
+def test_what_there_was_no_time_to_tune_is_named(tmp_path, monkeypatch):
+    def ask(request, limit_s):
+        assert request["op"] != "tune"
+        return toy_answer(request)
+
+    _, run = run_of(tmp_path, monkeypatch, ask, *TUNE, "--tune-minutes", "0")
+    run.all()
+    found = json.loads((tmp_path / "gpu.json").read_text())["untuned"]
+    assert found[:2] == ["attention causal 160 D16 2:2: forward", "attention causal 160 D16 2:2: grad_kv"]
+    assert found[-1] == "system hsa 160 D16 2:1: all"
+    assert len(found) == 19
+
+
+def test_without_tune_the_default_table_is_measured_and_a_dry_run_interprets(tmp_path, monkeypatch):
+    gpu, run = run_of(tmp_path, monkeypatch, lambda request, limit_s: {"device": "toy"})
+    assert run.env["SPARSEDSL_TUNE"] == "off"
+    assert run.env["TRITON_INTERPRET"] == "1"
+    assert "TRITON_INTERPRET" not in gpu.Run(gpu.options_from([]), str(tmp_path)).env
+    assert gpu.Run(gpu.options_from(["--tune"]), str(tmp_path)).env["SPARSEDSL_TUNE"] == "cached"
 
 
 def test_a_method_that_crashes_is_left_out_and_named(tmp_path, monkeypatch):

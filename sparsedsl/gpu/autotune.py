@@ -79,12 +79,19 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Session:
-    """How choices are made while :func:`session` is active: measured, even if something is remembered (``again``), watched."""
+    """How choices are made while :func:`session` is active: measured, even if something is remembered (``again``), watched.
+
+    ``kernels``: the names of those that are measured, None: all; the others take what is remembered, or the cost model's choice."""
 
     budget_s: float = BUDGET_S
     again: bool = False
     progress: Progress | None = None
     chosen: Callable[[str, Chosen, Tuned | None], None] | None = None
+    kernels: frozenset[str] | None = None
+
+    def measures(self, kernel: str) -> bool:
+        """Whether a kernel is among those that are measured."""
+        return self.kernels is None or kernel in self.kernels
 
 
 _chosen: dict[tuple[str, TuningKey], Chosen] = {}
@@ -161,6 +168,7 @@ def _find(
     if mode == "off":
         return Chosen(default, "default"), True
     now = _session or Session()
+    measure = measure if now.measures(kernel) else None
     record = None if now.again and measure is not None else recall(key, lambda one: refusal(kernel, shape, target, work, one))
     tuned = None
     if record is None and mode == "full" and measure is not None:
@@ -177,7 +185,7 @@ def _find(
         found = Chosen(default, "default")
     if now.chosen is not None:
         now.chosen(kernel, found, tuned)
-    return found, mode != "full" or measure is not None or record is not None
+    return found, mode != "full" or measure is not None or record is not None or not now.measures(kernel)
 
 
 def _expected(kernel: str, shape: Shape, target: Target, work: Work, tiles_at: Callable[..., TileCounts] | None) -> Config:

@@ -217,7 +217,9 @@ def build(
 
     Args:
         pattern: a Mask or a Pattern. Its tables need no values.
-        target: "sm_80", "sm_90", "sm_100" (NVIDIA A100, H100, B200) or "gfx942" (AMD MI300X).
+        target: an architecture, "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121" (NVIDIA) or "gfx942" (AMD); or a GPU
+            as it is sold, case and blanks ignored: "A100", "A10", "L4", "L40S", "RTX 4090", "H100", "H200", "B200", "RTX 5090", "GB10",
+            "MI300X" and others, which the error about an unknown one lists.
         dtype: of queries, keys and values: "float16", "bfloat16" or "float32", or torch's.
         head_dim, head_dim_v: width of queries and keys, and of values (default: the same); 1 to 256.
         group: query heads that share a key head; decoding computes them side by side.

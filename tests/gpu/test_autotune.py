@@ -436,6 +436,21 @@ def test_a_session_uses_what_is_remembered_unless_told():
     assert recall(KEY, lambda config: None).config == Config(128, 64, 4, 3)
 
 
+def test_a_session_measures_the_kernels_it_names_and_no_others():
+    measure = stopwatch({FAST: 1e-3})
+    with session(Session(kernels=frozenset({"grad_kv"}), again=True)):
+        expected = forward(measure=measure)
+        assert measure.asked == []
+        assert expected.seconds is None
+        assert forward(measure=measure) is expected
+    assert recall(KEY, lambda config: None) is None
+    with session(Session(kernels=frozenset({"forward"}))):
+        assert forward(measure=measure).config == FAST
+    assert recall(KEY, lambda config: None).config == FAST
+    with session(Session(kernels=frozenset({"grad_kv"}), again=True)):
+        assert forward(measure=stopwatch({})).config == FAST, "what is remembered serves the others"
+
+
 def test_a_session_reaches_other_threads():
     """The backward pass chooses on threads of autograd's own."""
     got = []

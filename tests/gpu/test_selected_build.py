@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import sympy
+import torch
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx, score, table
@@ -16,7 +17,16 @@ from sparsedsl.gpu.targets import TARGETS
 
 pytest.importorskip("triton")
 
-from sparsedsl.backends.triton.selected_configs import SelectedShape, config_of, function, job_of, most_rows, pack_of, rows_of
+from sparsedsl.backends.triton.selected_configs import (
+    SelectedShape,
+    config_of,
+    function,
+    job_of,
+    largest_tile,
+    most_rows,
+    pack_of,
+    rows_of,
+)
 from sparsedsl.gpu.aot import compile_kernel, is_interpreting
 
 pytestmark = pytest.mark.skipif(is_interpreting(), reason="kernels are interpreted in this process")
@@ -105,6 +115,38 @@ def test_other_shapes_build_for_every_target(sizes, target):
     width, chunk, pack = sizes
     for kernel in KERNELS:
         assert_fits(kernel, SelectedShape(Shape("float16", width, width), chunk, pack, weighted=True), TARGETS[target])
+
+
+# The largest tiles of keys that a card with 99 KiB of shared memory a block is given; more is cut into such, or refused.
+LARGEST = [("bfloat16", 256, 64), ("bfloat16", 128, 128), ("float32", 256, 32), ("float32", 128, 64), ("float32", 64, 128)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_86", "sm_121"])
+@pytest.mark.parametrize(("dtype", "width", "chunk"), LARGEST)
+def test_the_largest_tiles_fit_cards_with_little_shared_memory(target, dtype, width, chunk):
+    shape, found = Shape(dtype, width, width), TARGETS[target]
+    assert chunk * width * shape.itemsize == largest_tile(found)
+    for kernel in KERNELS:
+        for weighted in (False, True):
+            needs = resources_of(compiled(kernel, SelectedShape(shape, chunk, 4, weighted=weighted), found))
+            assert misfits(needs, found) == ()
+            assert needs.shared_bytes <= 98304
+            assert needs.spills == 0 or dtype == "float32"
+
+
+def test_what_is_refused_and_what_is_cut_depends_on_the_gpu():
+    from sparsedsl.backends.triton.selected import refusal
+
+    card, server = TARGETS["sm_89"], TARGETS["sm_90"]
+    assert refusal(torch.bfloat16, 256, 128, server, weighted=True) is None
+    said = (
+        "128 keys of 256 numbers in bfloat16 take 65,536 bytes, more than fits an SM beside as many of V: declare shorter blocks"
+    )
+    assert refusal(torch.bfloat16, 256, 128, card, weighted=True) == said
+    assert refusal(torch.bfloat16, 256, 128, card, weighted=False) is None
+    assert refusal(torch.bfloat16, 128, 128, card, weighted=True) is None
+    assert str(refusal(torch.float32, 256, 64, card, weighted=True)).endswith("beside as many of V: pass bfloat16 or float16")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -538,3 +538,28 @@ def test_only_what_is_asked_for():
             x.requires_grad_(any(x is y for y in needing))
         results.append(torch.autograd.grad(slot_scan_triton(q, k, v, gate, **words)[0].square().sum(), needing))
     assert torch.equal(results[0][1], results[1][0])
+
+
+# ---- rows that lie far apart ---------------------------------------------------------------------------------------------------------
+
+
+# As far apart as rows of a tile may lie, and further: those are copied.
+@pytest.mark.parametrize(("distance", "length"), [((1 << 23) - 8, 300), (1 << 26, 36)], ids=["far", "further"])
+@pytest.mark.parametrize("kind", [Linear, Slots])
+def test_rows_whose_offsets_take_64_bits(apart, kind, distance, length):
+    case = kind(q_len=length, kv_len=length, dtype=torch.float16, cut=CUTS[2])
+    given, *decay, words, cotangents = case.make()
+    given = given[:4] if kind is Slots else given[:3]
+    d_out = cotangents[0]
+
+    def run(given, d_out):
+        given = [t.detach().requires_grad_() for t in given]
+        if kind is Linear:
+            out, _ = linear_scan_triton(*given, *decay, tiles=case.cut, **words)
+        else:
+            out, *_ = slot_scan_triton(*given, delay=case.delay, temperature=case.temperature, tiles=case.cut, **words)
+        return out, *torch.autograd.grad(out, given, d_out)
+
+    near, far = run(given, d_out), run([apart(t, distance) for t in given], apart(d_out, distance))
+    for one, other in zip(near, far, strict=True):
+        assert torch.equal(one, other)

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import pytest
+import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -367,17 +368,49 @@ def test_layouts_of_tensors_do_not_matter_and_are_kept():
         assert torch.equal(grad, wanted[name]), name
 
 
-def test_offsets_beyond_int32():
+def test_heads_whose_offsets_take_64_bits(sparse):
     case = Case(heads=2, kv_heads=2, batch=1, keys=20, rows=2, slots=2, dtype=torch.float16)
     x = inputs_of(case)
     wanted, *_ = called(case, x)
     far = []
     for t in (x.q, x.k, x.v):
-        room = torch.empty(2**31 + t.numel(), dtype=t.dtype)  # of which only the pages that are touched take memory
-        view = room.as_strided(t.shape, (0, 2**31, t.shape[3], 1))
-        far.append(view.copy_(t))
+        room = sparse(2**31 + t.numel(), t.dtype)
+        far.append(room.as_strided(t.shape, (0, 2**31, t.shape[3], 1)).copy_(t))
     out, _ = attended(*far, x.selected, scale=scale_of(case))
     assert torch.equal(out, wanted)
+
+
+# As far apart as rows of a tile may lie, and further: those are copied.
+@pytest.mark.parametrize(("distance", "length"), [((1 << 23) - 8, 340), (1 << 26, 36)], ids=["far", "further"])
+def test_rows_whose_offsets_take_64_bits(apart, distance, length):
+    x = inputs_of(Case(heads=2, kv_heads=1, list_heads=1, keys=length, rows=length, chunk=64, slots=2, dtype=torch.float16))
+
+    def run(x):
+        given = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+        out, lse = attended(*given, x.selected, scale=0.25)
+        return out, lse, *torch.autograd.grad(out, given, x.grad_out)
+
+    far = {name: apart(getattr(x, name), distance) for name in ("q", "k", "v", "grad_out")}
+    near, far = run(x), run(dataclasses.replace(x, **far))
+    for one, other in zip(near, far, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_lists_whose_entries_take_64_bits(sparse):
+    """So long that ``query * width`` does; nobody looks at what lies after the end of a list, nor at the bits of who chose it."""
+    case = Case(heads=2, kv_heads=1, list_heads=1, rows=3, slots=2)
+    x = inputs_of(case)
+    chosen = x.selected.indices
+    bits = torch.tensor([[1, 2], [2, 3], [3, 1]], dtype=torch.int32).view(1, 1, 3, 2)
+    mask = sympy.Symbol("one") & (kv_idx <= q_idx + 37).expr | sympy.Symbol("two") & (kv_idx % 3 != 0).expr
+    words = {"mask": mask, "choices": ("one", "two"), "scale": scale_of(case)}
+    wanted, _ = attended(x.q, x.k, x.v, x.selected, members=bits, **words)
+    long = [sparse(3 << 30, torch.int32).view(1, 1, 3, 1 << 30) for _ in range(2)]
+    for room, t in zip(long, (chosen, bits), strict=True):
+        room[..., :2] = t
+    selected = dataclasses.replace(x.selected, indices=long[0])
+    out, _ = attended(x.q, x.k, x.v, selected, members=long[1], **words)
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"rows": 0}, {"keys": 0}, {"slots": 0}], ids=lambda sizes: next(iter(sizes)))

@@ -26,7 +26,7 @@ from sparsedsl.testing import (
 causal = kv_idx <= q_idx
 window = causal & (q_idx - kv_idx < 9)
 doc = sd.table("doc", monotone=True)
-bias, sink, pairs = (sd.table(name, learned=True) for name in ("bias", "sink", "pairs"))
+bias, sink, pairs, rows, columns = (sd.table(name, learned=True) for name in ("bias", "sink", "pairs", "rows", "columns"))
 learned = sd.attend(window, score=score + bias[h, sd.clamp(q_idx - kv_idx, 0, 8)], sink=sink[h])
 lists = causal & ((q_idx * kv_idx) % 3 < 2)
 
@@ -282,51 +282,39 @@ def test_decode_of_many_splits_is_decode_of_one(options):
 # ---- rows that lie far apart ---------------------------------------------------------------------------------------------------------
 
 
-class Apart:
-    """Tensors whose rows lie 2**26 numbers apart, in a file that has no room for what nobody writes."""
-
-    def __init__(self, folder):
-        self.folder, self.made = folder, []
-
-    def __call__(self, t):
-        size = t.shape[2] * (1 << 26)
-        path = self.folder / str(len(self.made))
-        with path.open("wb") as file:
-            file.truncate(2 * size)
-        storage = torch.from_file(str(path), shared=True, size=size, dtype=torch.float16)
-        self.made.append(path)
-        _, heads, _, width = t.shape
-        view = storage.as_strided(t.shape, (heads * width, width, 1 << 26, 1))
-        return view.copy_(t)
-
-
-@pytest.fixture
-def apart(tmp_path):
-    made = Apart(tmp_path)
-    yield made
-    for path in made.made:
-        path.unlink()
-
-
 residues = causal & ((q_idx - kv_idx) % 2 == 0) & (q_idx - kv_idx < 9)
-
-
-@pytest.mark.parametrize(
-    ("mask", "which"), [(window, "qkv"), (residues, "qkv"), (window, "grad_out"), (lists, "grad_out")], ids=str
+# Gradients by row, by column, along diagonals and pair by pair: each has a kernel that reads all tensors.
+sums = sd.attend(
+    window, score=score + rows[q_idx] + columns[kv_idx] + bias[h, sd.clamp(q_idx - kv_idx, 0, 8)] + pairs[q_idx * kv_idx % 7]
 )
-def test_rows_whose_offsets_take_64_bits(apart, mask, which):
-    """Also of the gradient of the output, which a call does not know of."""
-    given, grad_out = [t.half() for t in qkv(36)], tensor(1, 2, 36, 16, seed=9).half()
 
-    def run(given, grad_out):
-        given = [t.detach().requires_grad_() for t in given]
-        out = compiled(mask)(*given)
-        return out, *torch.autograd.grad(out, given, grad_out)
 
-    near = run(given, grad_out)
-    far = run([apart(t) for t in given], grad_out) if which == "qkv" else run(given, apart(grad_out))
+@pytest.mark.parametrize("which", ["q", "k", "v", "grad_out"])
+@pytest.mark.parametrize("pattern", [window, residues, lists, sums], ids=["window", "residues", "lists", "tables"])
+def test_rows_whose_offsets_take_64_bits(apart, pattern, which):
+    """Of one tensor alone, also of the gradient of the output, which a call does not know of."""
+    t = dict(zip("qkv", (t.half() for t in qkv(36)), strict=True)) | {"grad_out": tensor(1, 2, 36, 16, seed=9).half()}
+    tables = {"rows": 36, "columns": 36, "bias": (2, 9), "pairs": 7} if pattern is sums else {}
+    made = {name: tensor(*(size if isinstance(size, tuple) else (size,)), seed=5) for name, size in tables.items()}
+
+    def run(q, k, v, grad_out):
+        given = [t.detach().requires_grad_() for t in (q, k, v)]
+        learned = dict(zip(made, leaves(*made.values()), strict=True))
+        out = compiled(pattern)(*given, **learned)
+        return out, *torch.autograd.grad(out, [*given, *learned.values()], grad_out)
+
+    near, far = run(**t), run(**(t | {which: apart(t[which])}))
     for one, other in zip(near, far, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("pattern", [window, lists], ids=["window", "lists"])
+def test_few_queries_whose_offsets_take_64_bits(apart, pattern, which):
+    t = dict(zip("qkv", (t.half() for t in qkv(3, 36)), strict=True))
+    distance = 1 << 30 if which == "q" else 1 << 26
+    near, far = (compiled(pattern)(**x, q_offset=33) for x in (t, t | {which: apart(t[which], distance)}))
+    assert torch.equal(near, far)
 
 
 @pytest.mark.parametrize("seed", range(4))

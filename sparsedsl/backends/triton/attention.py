@@ -131,9 +131,8 @@ class TritonKernel(PatternRunner):
         lse = torch.empty((domain.batch, domain.heads, domain.rows), dtype=torch.float32, device=q.device)
         values = _values(call, schedule) | strided("q", q) | strided("k", k) | strided("v", v)
         if domain.rows <= LIMITS.now.decode_rows:
-            return self._decode(call, schedule.reaching(q, k, v), values, lse, (q, k, v))
+            return self._decode(call, schedule, values, lse, (q, k, v))
         out = like(q, v.shape[3])
-        schedule = schedule.reaching(q, k, v, out)
         values |= {**strided("out", out), "lse_ptr": lse}
         self._over_queries("forward", call, schedule, values, _shape(call, q, k, v, out))
         return out, lse
@@ -198,7 +197,6 @@ class TritonKernel(PatternRunner):
             return grad_q, grad_k, grad_v, tables
         q, k, v, out, grad_out = (rows_contiguous(t.detach()) for t in (call.q, call.k, call.v, out, grad_out))
         grad_q, grad_k, grad_v = like(q), like(k), like(v)
-        schedule = schedule.reaching(q, k, v, out, grad_out, grad_q, grad_k, grad_v)
         domain, device, source = call.domain, q.device, schedule.source
         shape = _shape(call, q, k, v, out, grad_out)
         lse = lse.detach().contiguous()
@@ -271,9 +269,10 @@ def _run(name: str, shape: Shape, prepared: Prepared, work: Work, **constants: A
 
     def run(config: Config, dry: bool) -> Any:
         programs, arguments = work(config)
-        more, source = dict(constants), prepared.source
+        reaching = prepared.reaching(arguments)
+        more, source = dict(constants), reaching.source
         if config.descriptors and name in DESCRIBED:
-            better = prepared.described
+            better = reaching.described
             if better is None or not (has_descriptors(arguments["k_ptr"]) and has_descriptors(arguments["v_ptr"])):
                 config = replace(config, descriptors=False)
             else:

@@ -19,6 +19,7 @@ __all__ = [
     "is_aligned",
     "launch",
     "like",
+    "row_offsets_end",
     "rows_contiguous",
     "strided",
     "tensor_arguments",
@@ -86,6 +87,17 @@ def strided(name: str, t: torch.Tensor) -> dict[str, Any]:
     return {
         f"{name}_ptr": t, f"{name}_stride_b": t.stride(0), f"{name}_stride_h": t.stride(1), f"{name}_stride_row": t.stride(2),
     }  # fmt: skip
+
+
+def row_offsets_end(arguments: Mapping[str, Any]) -> int:
+    """What no offset of a row reaches, in numbers from the row 0 of its head: the most over all tensors that :func:`strided` gave.
+
+    >>> row_offsets_end(strided("q", torch.zeros(1, 2, 40, 16)) | {"rows": 40})
+    640
+    """
+    of_rows = "_stride_row"
+    names = [name.removesuffix(of_rows) for name in arguments if name.endswith(of_rows)]
+    return max((arguments[f"{name}_ptr"].shape[-2] * arguments[name + of_rows] for name in names), default=0)
 
 
 def rows_contiguous(t: torch.Tensor) -> torch.Tensor:

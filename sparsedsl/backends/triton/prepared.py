@@ -14,7 +14,7 @@ from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.backends.protocol import ListMaker
-from sparsedsl.backends.triton.launching import tensor_arguments
+from sparsedsl.backends.triton.launching import row_offsets_end, tensor_arguments
 from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.tile_lists import interval_values, list_values
 from sparsedsl.codegen.to_triton import TritonSource, Variant, triton_source, variant_of
@@ -73,9 +73,9 @@ class Prepared:
 
         return self._arrays.get(key, (), make)
 
-    def reaching(self, *tensors: torch.Tensor) -> Prepared:
-        """The same, able to reach every row of these tensors ``(B, H, S, D)``: all that a kernel is launched with belong here."""
-        return self._wider if any(t.shape[2] * t.stride(2) >= 1 << 31 for t in tensors) else self
+    def reaching(self, arguments: Mapping[str, Any]) -> Prepared:
+        """The same, able to reach every row of every tensor among the arguments of a launch (:func:`~.launching.strided`)."""
+        return self._wider if row_offsets_end(arguments) >= 1 << 31 else self
 
     @functools.cached_property
     def _wider(self) -> Prepared:

@@ -90,7 +90,9 @@ def slot_tiles(dtype: torch.dtype, width: int, width_v: int, slots: int, target:
     the clock. Beyond, some registers spill."""
     if interpreted():
         return ScanTiles(32, 16, 16, 4)
-    few = dtype != torch.float32 and max(width, width_v) <= 128 and slots <= 64
+    # The assembler of the cards from sm_120 on keeps more of a tile in registers at a time.
+    widest = 64 if isinstance(target.arch, int) and target.arch >= 120 else 128
+    few = dtype != torch.float32 and max(width, width_v) <= widest and slots <= 64
     # A thread of an AMD processor has twice the registers, and half as many if there are eight warps.
     columns = 16 if dtype == torch.float32 and max(width, width_v) > 64 else 32
     return ScanTiles(chunk=128, block=16, columns=columns, warps=4 if few or target.backend == "hip" else 8)

@@ -13,13 +13,15 @@ import torch
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.triton.attention import missing
-from sparsedsl.backends.triton.selected_configs import block_of
+from sparsedsl.backends.triton.config_choice import target_of
+from sparsedsl.backends.triton.selected_configs import block_of, largest_tile
 from sparsedsl.backends.triton.selected_interval import interval_of
 from sparsedsl.backends.triton.selected_passes import SelectedJob, SelectedRun
 from sparsedsl.codegen.to_triton_selected import SelectedSource, member_symbols, selected_source
 from sparsedsl.codegen.triton_expression import LONGEST
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.loading import interpreted
+from sparsedsl.gpu.targets import Target
 from sparsedsl.lang.pattern import attend
 from sparsedsl.lang.symbols import INDEX_SYMBOLS, SCORE
 from sparsedsl.lang.tables import table_reads
@@ -33,8 +35,8 @@ from sparsedsl.selection.selected_call import SelectedCall
 __all__ = ["refusal", "refusal_of_selected", "selected_attention", "source_of_selected", "written"]
 
 Tensor = torch.Tensor
-# Keys of a block that the kernels hold at a time; widths of heads; bytes of a tile of keys.
-LONGEST_BLOCK, WIDEST_HEAD, LARGEST_TILE = 128, 256, 1 << 16
+# Keys of a block that the kernels hold at a time; widths of heads.
+LONGEST_BLOCK, WIDEST_HEAD = 128, 256
 
 
 def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor]:
@@ -56,10 +58,11 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) 
     call = check_call(_ANY, q, k, v, {}, q_offset=selected.domain.q_offset, scale=selected.scale)
     check_selected_blocks(selected.blocks, call.q, call.k)
     widest, weighted = max(q.shape[3], v.shape[3]), selected.weights is not None
-    lacks = missing(q.device.type) or refusal(q.dtype, widest, selected.blocks.kv_block, weighted=weighted)
+    target = target_of(q.device)
+    lacks = missing(q.device.type) or refusal(q.dtype, widest, selected.blocks.kv_block, target, weighted=weighted)
     if lacks is not None:
         raise UnsupportedError(f"selected blocks on backend 'triton': {lacks}. Use backend='tiled'")
-    selected = _in_short_blocks(selected, call.k, call.v)
+    selected = _in_short_blocks(selected, call.k, call.v, target)
     if selected.weights is not None:
         check_weights(selected.weights, selected.blocks, call.q)
     check_softmax1(selected.softmax1)
@@ -124,13 +127,13 @@ def _prepared(source: SelectedSource, domain: Domain, device: torch.device) -> d
     return _PREPARED.get(key, reads, lambda: {one.name: fill(one, domain).to(device) for one in source.prepared})
 
 
-def refusal(dtype: torch.dtype, widest: int, block: int, *, weighted: bool) -> str | None:
-    """Why the kernels cannot follow lists of blocks of ``block`` keys, or None. ``widest``: of the heads of q and v."""
+def refusal(dtype: torch.dtype, widest: int, block: int, target: Target, *, weighted: bool) -> str | None:
+    """Why the kernels cannot follow lists of blocks of ``block`` keys on a GPU, or None. ``widest``: of the heads of q and v."""
     if dtype == torch.float64:
         return "the kernels compute in float32, q is float64: results would lose digits"
     if widest > WIDEST_HEAD:
         return f"heads may be {WIDEST_HEAD} wide, as tiles of keys and sums for each row must fit an SM; got {widest}"
-    size = _cut(block, widest, dtype.itemsize, weighted=weighted)
+    size = _cut(block, widest, dtype.itemsize, target, weighted=weighted)
     if not 1 <= size <= LONGEST_BLOCK:
         if weighted:
             return f"a block may have {LONGEST_BLOCK} tokens, as its softmax is taken in one tile; got kv_block {block}"
@@ -139,10 +142,10 @@ def refusal(dtype: torch.dtype, widest: int, block: int, *, weighted: bool) -> s
             "divisor"
         )
     taken = _tile_bytes(size, widest, dtype.itemsize)
-    if taken > LARGEST_TILE:
+    if taken > largest_tile(target):
         return (
             f"{size} keys of {widest} numbers in {str(dtype).removeprefix('torch.')} take {taken:,} bytes, more than fits an SM "
-            "beside as many of V: pass bfloat16 or float16"
+            f"beside as many of V: {_smaller(dtype)}"
         )
     return None
 
@@ -151,7 +154,8 @@ def refusal_of_selected(request: Request) -> str | None:
     """Why the kernels along lists cannot do a piece of work, or None."""
     facts = request.facts
     widest = max(facts.head_dim, facts.head_dim_v)
-    lacks = refusal(getattr(torch, facts.dtype), widest, request.block, weighted=request.per_block)
+    target = target_of(torch.device(facts.device))
+    lacks = refusal(getattr(torch, facts.dtype), widest, request.block, target, weighted=request.per_block)
     return lacks or _unwritable(request.mask, request.score)
 
 
@@ -179,19 +183,23 @@ def _tile_bytes(size: int, widest: int, itemsize: int) -> int:
     return block_of(size) * block_of(widest) * itemsize
 
 
-def _cut(block: int, widest: int, itemsize: int, *, weighted: bool) -> int:
+def _smaller(dtype: torch.dtype) -> str:
+    return "pass bfloat16 or float16" if dtype == torch.float32 else "declare shorter blocks"
+
+
+def _cut(block: int, widest: int, itemsize: int, target: Target, *, weighted: bool) -> int:
     """Keys of the blocks that the kernels are given: under one softmax a long block may be so many short ones."""
-    longest = min(LONGEST_BLOCK, LARGEST_TILE // (block_of(widest) * itemsize))
+    longest = min(LONGEST_BLOCK, largest_tile(target) // (block_of(widest) * itemsize))
     if weighted or block <= longest:
         return block
     return max((size for size in range(16, longest + 1) if block % size == 0), default=block)
 
 
-def _in_short_blocks(selected: SelectedCall, k: Tensor, v: Tensor) -> SelectedCall:
+def _in_short_blocks(selected: SelectedCall, k: Tensor, v: Tensor, target: Target) -> SelectedCall:
     """The same call with blocks of which a tile fits."""
     blocks, members = selected.blocks, selected.members
     widest = max(k.shape[3], v.shape[3])
-    size = _cut(blocks.kv_block, widest, k.dtype.itemsize, weighted=selected.weights is not None)
+    size = _cut(blocks.kv_block, widest, k.dtype.itemsize, target, weighted=selected.weights is not None)
     if size == blocks.kv_block:
         return selected
     if members is not None:

@@ -13,9 +13,31 @@ from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.loading import load
 from sparsedsl.gpu.targets import Target
 
-__all__ = ["SelectedShape", "block_of", "config_of", "constants_of", "function", "job_of", "most_rows", "pack_of", "rows_of"]
+__all__ = [
+    "SelectedShape",
+    "block_of",
+    "config_of",
+    "constants_of",
+    "function",
+    "job_of",
+    "largest_tile",
+    "most_rows",
+    "pack_of",
+    "rows_of",
+]
 
 SMALLEST, MOST_ROWS = 16, 64
+KIB = 1024
+
+
+def largest_tile(target: Target) -> int:
+    """Bytes of a tile of keys that a kernel may have at most: beside it lies one of values, and in the backward pass the queries.
+
+    >>> from sparsedsl.gpu.targets import TARGETS
+    >>> [largest_tile(TARGETS[name]) // KIB for name in ("sm_80", "sm_89", "sm_90")]
+    [64, 32, 64]
+    """
+    return 32 * KIB if family(target) == "ampere" and target.shared_per_block < 128 * KIB else 64 * KIB
 
 
 @dataclass(frozen=True)
@@ -47,6 +69,8 @@ def most_rows(kernel: str, chunk: int, shape: Shape, target: Target) -> int:
     taken = block_of(chunk) * width
     if taken > 1 << 15 or (family(target) == "cdna" and width > 256):
         return 16
+    if family(target) == "ampere" and 2 * (32 + block_of(chunk)) * width > target.shared_per_block:
+        return 16  # keys, values, queries and gradients of out lie there at the same time
     return 32 if taken > 1 << 14 or chunk > 64 else MOST_ROWS
 
 
@@ -136,11 +160,24 @@ def config_of(kernel: str, chosen: SelectedShape, target: Target) -> Config:
     loaded = (rows if kernel == "selected_grad_kv" else keys) * sum(widths) * shape.itemsize
     if family(target) == "cdna":  # what is on its way is held in registers
         return Config(rows, keys, 4, 2 if loaded <= 1 << 14 and kernel != "selected_grad_kv" else 1)
+    if family(target) == "ampere" and kernel == "selected_grad_kv":
+        while keys > SMALLEST and _tiles_bytes(rows, keys, sum(widths), shape) > target.shared_per_block:
+            keys //= 2
+        while rows > SMALLEST and _tiles_bytes(rows, keys, sum(widths), shape) > target.shared_per_block:
+            rows //= 2
     if not shape.matrix_units and loaded > target.shared_per_block // 2:
         return Config(rows, keys, 8, 1)
+    if family(target) == "ampere" and _tiles_bytes(rows, keys, sum(widths), shape) > target.shared_per_block * 15 // 16:
+        return Config(rows, keys, 8, 1)  # no room for a tile that is on its way
     # One tile on its way while another is computed with; two where that leaves room for a program beside this one. Where the
     # address of a loaded LSE follows from a counter, Triton gives up and waits for every tile if it is to have two on their way.
     counted = kernel == "selected_grad_q" and chosen.weighted
     deep = kernel != "selected_grad_kv" and not counted and 2 * loaded <= target.shared_per_block // 3
     few = max(keys, *widths) <= 64 and not (chosen.learned and kernel == "selected_grad_q")
     return Config(rows, keys, 4 if few else 8, 3 if deep else 2)
+
+
+def _tiles_bytes(rows: int, keys: int, width: int, shape: Shape) -> int:
+    """Shared memory of a backward kernel that waits for every tile: queries, gradients of out, keys and values, and without matrix units
+    two tiles of pairs. Read from binaries for sm_86 and sm_121: exact in float32, at most that in 16 bits."""
+    return (rows + keys) * width * shape.itemsize + (0 if shape.matrix_units else 2 * rows * keys * shape.itemsize)

@@ -14,7 +14,7 @@ from sparsedsl.analysis.tiles import classify
 from sparsedsl.backends.registry import choose
 from sparsedsl.backends.triton import backend as triton_backend
 from sparsedsl.backends.triton.attention import TritonKernel, missing
-from sparsedsl.backends.triton.launching import tiles_contiguous
+from sparsedsl.backends.triton.launching import strided, tiles_contiguous
 from sparsedsl.backends.triton.prepared import prepare
 from sparsedsl.codegen.to_triton import triton_source, variant_of
 from sparsedsl.runtime.call import check_call
@@ -117,10 +117,17 @@ def test_offsets_of_64_bits_follow_the_strides_of_every_tensor_of_a_launch():
     # As far apart as rows of 2**26 numbers: nothing of it is touched.
     far = torch.empty(40 << 26, dtype=torch.float16, device="meta").as_strided((1, 1, 40, 16), (0, 0, 1 << 26, 1))
     prepared = prepared_for(sd.attend(causal))
-    assert prepared.reaching(near, near, repeated) is prepared
-    for place in range(3):
-        assert prepared.reaching(*(far if n == place else near for n in range(3))).variant.wide
-    assert prepared.reaching(near, far) is prepared.reaching(far)
+
+    def reaching(**tensors):
+        values = {"rows": 40, "scale": 1.0}
+        for name, t in tensors.items():
+            values |= strided(name, t)
+        return prepared.reaching(values)
+
+    assert reaching() is reaching(q=near, k=near, v=repeated) is prepared
+    for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v", "another"):
+        assert reaching(**{"q": near, "k": repeated, name: far}).variant.wide
+    assert reaching(q=near, k=far) is reaching(out=far)
     # Kernels that no pattern changes count the numbers of a tile in 32 bits, and get a copy of what lies further apart.
     assert tiles_contiguous(near) is near and tiles_contiguous(far).stride(2) == 16
 
