@@ -17,7 +17,7 @@ from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
-from sparsedsl.selection.selected_call import SelectedCall
+from sparsedsl.selection.selected_call import SelectedAgain, SelectedCall
 
 __all__ = ["Backend", "ListMaker", "PatternRunner"]
 
@@ -89,6 +89,11 @@ class Backend(ABC):
         """Attention along selected blocks: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""
         self._cannot("selected blocks")
 
+    def selected_again(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> SelectedAgain | None:
+        """What runs calls along lists without gradients that differ from this one in the number of keys, the offset, lists of blocks that
+        are there, weights and values alone, at a lower price; None: nothing does."""
+        return None
+
     def chooser(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Choose | None:
         """Its own way to choose blocks by scores of a dtype on a device, in one pass from what scores are made of to lists; None: it has
         none, or none before ``patience`` ends."""
@@ -97,6 +102,17 @@ class Backend(ABC):
     def merged(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
         """Its own way to make one softmax of results that it may write to, of which nobody wants gradients: out and LSE of each part,
         alike in shape and device; None: it has none, or none that is ready."""
+        return None
+
+    def pooled(self, x: Tensor, block: int, how: str, pad: str, patience: Patience | None) -> Tensor | None:
+        """Its own way to make one row of every ``block`` rows of a tensor of which nobody wants gradients, as
+        :func:`~sparsedsl.selection.proxies.pooled` does; for "bounds" ``(2, B, H, blocks, D)``, the least and the greatest. None: it has
+        none, or none before ``patience`` ends."""
+        return None
+
+    def weighed(self, scores: Tensor, rule: str) -> tuple[Tensor, Tensor] | None:
+        """Its own way to make weights of the scores of blocks that it chose, of which nobody wants gradients: see
+        :func:`~sparsedsl.selection.weights.weights_of`. None: it has none."""
         return None
 
     def slots(self, *tensors: Any, **words: Any) -> Any:

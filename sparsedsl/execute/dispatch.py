@@ -14,9 +14,12 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import inner_call, wants_grad
 from sparsedsl.runtime.heads import lse_merge
 from sparsedsl.runtime.patience import Patience
+from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.request import CallFacts, Request
+from sparsedsl.selection import proxies
 from sparsedsl.selection.choosing import Choose
-from sparsedsl.selection.selected_call import SelectedCall
+from sparsedsl.selection.selected_call import SelectedAgain, SelectedCall
+from sparsedsl.selection.weights import weights_of
 from sparsedsl.torch_private import transforms_active
 
 __all__ = ["Dispatch", "takes"]
@@ -75,16 +78,47 @@ class Dispatch:
         call = inner_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
         return static.attend(call, self.backend, lse=lse, patience=self.patience)
 
+    def attend_again(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int, scale: Any) -> Again | None:
+        """What runs calls over a mask without tables that are of the kind of this one."""
+        scale = scale or pattern.scale or q.shape[3] ** -0.5
+        call = inner_call(pattern, q, k, v, {}, q_offset=q_offset, scale=scale)
+        return static_attention(pattern, new_tables=False).again_of(call, self.backend, self.patience)
+
     def merged(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """One softmax over results that nobody else reads."""
         if len(parts) == 1:
             return parts[0]
-        if not wants_grad(*(t for part in parts for t in part)) and not transforms_active():
+        if not wants_grad(*[t for part in parts for t in part]) and not transforms_active():
             for backend in self._asked():
                 found = backend.merged(parts)
                 if found is not None:
                     return found
         return lse_merge(parts)
+
+    def pooled(self, x: Tensor, block: int, how: Any, pad: Any = "valid") -> Tensor:
+        """One row for every block of rows: see :func:`sparsedsl.selection.proxies.pooled`."""
+        found = self._pooled(x, block, how, pad)
+        return proxies.pooled(x, block, how, pad) if found is None else found
+
+    def bounds(self, x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """The least and the greatest of every block of rows: see :func:`sparsedsl.selection.proxies.bounds`."""
+        found = self._pooled(x, block, "bounds", "valid")
+        return proxies.bounds(x, block) if found is None else (found[0], found[1])
+
+    def _pooled(self, x: Tensor, block: int, how: str, pad: str) -> Tensor | None:
+        if wants_grad(x) or transforms_active():
+            return None
+        patience = self.patience if self.backend == AUTO else None
+        return next((found for b in self._asked() if (found := b.pooled(x, block, how, pad, patience)) is not None), None)
+
+    def weighed(self, scores: Tensor, rule: Any) -> tuple[Tensor, Tensor]:
+        """Weights of blocks, and the logarithm of their total: see :func:`sparsedsl.selection.weights.weights_of`."""
+        if not wants_grad(scores) and not transforms_active():
+            for backend in self._asked():
+                found = backend.weighed(scores, rule)
+                if found is not None:
+                    return found
+        return weights_of(scores, rule)
 
     def _asked(self) -> Iterable[Backend]:
         return BACKENDS.values() if self.backend == AUTO else (named(self.backend),)
@@ -93,6 +127,11 @@ class Dispatch:
         """Attention along lists: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""
         facts = _facts(q, k, v, lse=selected.weights is None)
         return takes(request_of(selected, facts), self.backend, self.patience).selected(q, k, v, selected)
+
+    def selected_again(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> SelectedAgain | None:
+        """What runs calls along lists that are of the kind of this one."""
+        request = request_of(selected, _facts(q, k, v, lse=selected.weights is None))
+        return takes(request, self.backend, self.patience).selected_again(q, k, v, selected) if (request, self.backend) in _TAKEN else None
 
     def slots(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **words: Any) -> Any:
         """A scan of gated slots: see :func:`~sparsedsl.backends.tiled.scan_slots.slot_scan`."""

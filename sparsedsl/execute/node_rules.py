@@ -6,9 +6,10 @@ import torch
 
 from sparsedsl.execute.attend_rule import attend_node
 from sparsedsl.execute.dispatch import Dispatch
-from sparsedsl.execute.lowering import Lowering
+from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.selection_rules import LISTED_RULES
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Take
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import Slots
@@ -16,7 +17,6 @@ from sparsedsl.program.tensors import Input, Summary
 from sparsedsl.runtime.heads import NEVER, lse_merge, repeat_kv, together
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.runtime.program_call import ProgramCall
-from sparsedsl.selection import proxies
 
 __all__ = ["LOWERED_RULES", "lowered"]
 
@@ -25,9 +25,11 @@ Tensor = torch.Tensor
 Result = tuple[Tensor, Tensor | None]
 
 
-def lowered(call: ProgramCall, dispatch: Dispatch, *, lse: bool) -> Lowering:
-    """One evaluation of a call by backends. ``lse``: whether the root's is wanted."""
-    return Lowering(LOWERED_RULES, call, dispatch, lse=lse)
+def lowered(
+    call: ProgramCall, dispatch: Dispatch, *, lse: bool, shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False
+) -> Lowering:  # fmt: skip
+    """One evaluation of a call by backends: see :class:`~sparsedsl.execute.lowering.Lowering`."""
+    return Lowering(LOWERED_RULES, call, dispatch, lse=lse, shortcuts=shortcuts, keeps=keeps)
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------------------
@@ -42,7 +44,7 @@ def _input(run: Lowering, node: Input) -> Tensor:
 
 
 def _summary(run: Lowering, node: Summary) -> Tensor:
-    return proxies.pooled(run.value(node.x), node.block, node.how, node.pad)  # type: ignore[arg-type]
+    return run.dispatch.pooled(run.value(node.x), node.block, node.how, node.pad)
 
 
 def _take(run: Lowering, node: Take) -> Tensor:

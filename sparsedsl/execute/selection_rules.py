@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.execute.candidate_rules import block_rule, candidates_of
-from sparsedsl.execute.lowering import Lowering
+from sparsedsl.execute.lowering import Lowering, reads_nodes
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.program.axes import block_of
 from sparsedsl.program.node import Node
@@ -34,13 +36,14 @@ from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.selection import counts, permutations, proxies
 from sparsedsl.selection.antidiagonals import antidiagonal
 from sparsedsl.selection.candidates import Candidates, PairRule, Within
+from sparsedsl.selection.choosing import Choose, Rule
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.selection.derived_scores import RegroupedScores, softmax_scores
 from sparsedsl.selection.mass import threshold, top_p
 from sparsedsl.selection.noise import GumbelScores
 from sparsedsl.selection.ranking import top_k
 from sparsedsl.selection.scores import DotScores, ScoreSource
-from sparsedsl.selection.selected_blocks import SelectedBlocks
+from sparsedsl.selection.selected_blocks import KnownScores, SelectedBlocks
 
 __all__ = ["LISTED_RULES"]
 
@@ -62,7 +65,7 @@ def _dot(run: Lowering, node: Dot) -> ScoreSource:
 
 def _bound(run: Lowering, node: Bound) -> ScoreSource:
     x, y = run.value(node.x), run.value(node.y)
-    return BoundScores(x, *proxies.bounds(y, node.block), _scale(node.scale, x))
+    return BoundScores(x, *run.dispatch.bounds(y, node.block), _scale(node.scale, x))
 
 
 def _antidiagonal(run: Lowering, node: Antidiagonal) -> ScoreSource:
@@ -188,7 +191,33 @@ def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: An
 
 def _top_k(run: Lowering, node: TopK) -> SelectedBlocks:
     extra = run.value(node.scores).shape[3] if node.extra and node.forced is not None else None
+    if run.keeps and (node.forced is None or not reads_nodes(node.forced)):
+        choose = run.dispatch.chooser(run.call.q.device, run.call.dtype)
+        if choose is not None:
+            run.shortcuts[node] = functools.partial(_top_k_again, node, choose, Cache())
     return _choose(run, node, top_k, node.count, forced_extra=extra)
+
+
+def _top_k_again(node: TopK, choose: Choose, known: Cache[Any], run: Lowering) -> SelectedBlocks | None:
+    """The pass alone. ``known``: candidates and what is forced, by lengths."""
+    source, domain = run.value(node.scores), run.domain
+    _, heads, rows, blocks = source.shape
+
+    def find() -> tuple[Candidates, PairRule | None]:
+        candidates = Candidates() if node.among is None else _allowed(run, node.among, node, source)
+        return candidates, _forced(run, node, candidates, source)
+
+    # One query's are found at once, and change with every step of decoding.
+    candidates, forced = find() if domain.rows == 1 else known.get((domain.kv_len, domain.q_offset), (), find)
+    extra = node.extra and node.forced is not None
+    count = min(node.count, blocks)
+    width, (q_block, kv_block) = count + blocks if extra else count, node.blocks
+    found = choose(source, candidates, forced, Rule("top_k", count, extra=extra), slice(0, rows), 0, width)
+    if found is None:
+        return None
+    lists, counts, values = found
+    scores = None if values is None else KnownScores(source, values)
+    return SelectedBlocks(lists, counts, q_block, kv_block, -(-domain.kv_len // kv_block), domain.q_offset // q_block, scores)
 
 
 def _top_p(run: Lowering, node: TopP) -> SelectedBlocks:

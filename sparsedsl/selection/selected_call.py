@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -13,9 +13,11 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 
-__all__ = ["SelectedCall"]
+__all__ = ["SelectedAgain", "SelectedCall"]
 
 Tensor = torch.Tensor
+SelectedAgain = Callable[[Tensor, Tensor, Tensor, int, SelectedBlocks, "Tensor | None"], "tuple[Tensor, Tensor] | None"]
+"""``(out, lse)`` of q, k, v, an offset, lists and weights; None: the ordinary call is to look at them."""
 
 
 @dataclass(frozen=True, eq=False)

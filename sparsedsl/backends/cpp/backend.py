@@ -15,10 +15,12 @@ from sparsedsl.backends.cpp.choosing import can_choose, choose_blocks
 from sparsedsl.backends.cpp.libraries import begun, fixed_library, fixed_pass, native, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.merging import merged
+from sparsedsl.backends.cpp.pooling import pooled_rows
 from sparsedsl.backends.cpp.prepared import FORWARD, READY
 from sparsedsl.backends.cpp.scan_linear import linear_scan
 from sparsedsl.backends.cpp.scan_slots import slot_scan
-from sparsedsl.backends.cpp.selected import along_lists, preparer_of, selected_attention
+from sparsedsl.backends.cpp.selected import along_lists, preparer_of, selected_again, selected_attention
+from sparsedsl.backends.cpp.weighing import weighed_blocks
 from sparsedsl.backends.protocol import Backend, ListMaker
 from sparsedsl.codegen.to_cpp import CppVariant, cpp_source
 from sparsedsl.errors import UnsupportedError
@@ -26,7 +28,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.request import NotYet, Request
 from sparsedsl.selection.choosing import Choose
-from sparsedsl.selection.selected_call import SelectedCall
+from sparsedsl.selection.selected_call import SelectedAgain, SelectedCall
 
 __all__ = ["CPP"]
 
@@ -96,6 +98,10 @@ class CppBackend(Backend):
         """Along lists of selected blocks."""
         return selected_attention(q, k, v, selected)
 
+    def selected_again(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> SelectedAgain | None:
+        """Where nothing is made for lengths or of tables."""
+        return selected_again(q, k, v, selected)
+
     def linear(self, *tensors: Any, **words: Any) -> Any:
         """A scan of decayed linear attention."""
         return linear_scan(*tensors, **words)
@@ -124,6 +130,17 @@ class CppBackend(Backend):
         """On the CPU, where the forward pass is loaded."""
         out, lse = parts[0]
         return merged(parts) if out.is_cpu and (lse.dtype == torch.float64) in FORWARD else None
+
+    def pooled(self, x: Tensor, block: int, how: str, pad: str, patience: Patience | None) -> Tensor | None:
+        """Where blocks are chosen: it lies in the same library."""
+        ready = x.is_cpu and (x.dtype == torch.float64) in _CHOOSES
+        if not ready and self.chooser(x.device, x.dtype, patience) is None:
+            return None
+        return pooled_rows(x, block, how, pad)
+
+    def weighed(self, scores: Tensor, rule: str) -> tuple[Tensor, Tensor] | None:
+        """Where blocks are chosen: it lies in the same library."""
+        return weighed_blocks(scores, rule) if scores.is_cpu and (scores.dtype == torch.float64) in _CHOOSES else None
 
     def source(self, request: Request) -> str:
         """The masks and scores of attention along lists."""

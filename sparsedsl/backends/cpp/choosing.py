@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from sparsedsl.backends.cpp.attention import rows_without_gaps
 from sparsedsl.backends.cpp.call_bytes import KINDS, place_of
 from sparsedsl.backends.cpp.libraries import fixed_library, parallel
 from sparsedsl.errors import UnsupportedError
@@ -25,7 +26,10 @@ _DOT, _CELLS, _ADD, _GROUP, _REGROUP, _SOFTMAX = range(6)
 _HOWS = {"sum": 0, "mean": 1, "max": 2}
 _RULES = {"top_k": 0, "top_p": 1, "threshold": 2}
 _MEASURES = {"score": 0, "softmax": 1, "share": 2}
+_NO_SPANS = (0,) * 5
 _NO_LIMITS = (0,) * 11
+# What the steps follow in memory, and one of them.
+_CALL, _STEP = struct.Struct("=33qd11q"), struct.Struct("=7q2d35q")
 _COLUMNS = 64  # a multiple of those of a panel, on any processor
 
 
@@ -61,34 +65,29 @@ class _Writer:
 
     def limits(self, candidates: Candidates, rows: slice) -> tuple[int, ...]:
         """The fields of ``Limits``."""
-        fields: list[int] = []
-        strides: list[int] = []
-        for limit in (candidates.begin, candidates.end):
-            if limit is None:
-                fields.append(0)
-                strides += [0, 0]
-                continue
-            part = limit[(None,) * (3 - limit.ndim)][..., rows].to(torch.int32).contiguous()
-            fields.append(self.place(part))
-            strides += _steps(part)
-        return (*fields, *strides, *self.spans(candidates.allowed, rows))
+        begin, end, allowed = candidates.begin, candidates.end, candidates.allowed
+        if begin is end is allowed is None:
+            return _NO_LIMITS
+        return (*self.limit(begin, rows), *self.limit(end, rows), *self.spans(allowed, rows))
 
-    def spans(self, rule: PairRule | None, rows: slice) -> tuple[int, ...]:
-        """Its last fields: ranges of blocks, of each row as many."""
+    def limit(self, limit: Tensor | None, rows: slice) -> tuple[int, int, int]:
+        """Where the limits of rows lie, and from one batch entry and head to the next."""
+        if limit is None:
+            return 0, 0, 0
+        if limit.ndim != 3 or limit.dtype is not torch.int32 or limit.stride(2) != 1:
+            limit = limit[(None,) * (3 - limit.ndim)].to(torch.int32).contiguous()
+        return (self.place(limit) + 4 * rows.start, *_steps(limit))
+
+    def spans(self, rule: PairRule | None, rows: slice) -> tuple[int, int, int, int, int]:
+        """The last fields of ``Limits``: ranges of blocks, of each row as many."""
         if rule is None:
-            return (0,) * 5
+            return _NO_SPANS
         if not isinstance(rule, IntervalRule):
             raise _NotHere
-        firsts, lasts = [], []
-        for first, last in rule.ends:
-            first, last = torch.broadcast_tensors(first[:, :, rows], last[:, :, rows])
-            there = last >= 0
-            firsts.append(_by_row(torch.div(first, rule.kv_block, rounding_mode="floor"), rule.heads))
-            lasts.append(_by_row(torch.div(last, rule.kv_block, rounding_mode="floor").masked_fill(~there, -1), rule.heads))
-        first, last = (
-            torch.cat(torch.broadcast_tensors(*parts), dim=3).to(torch.int32).contiguous() for parts in (firsts, lasts)
-        )
-        return self.place(first), self.place(last), first.shape[3], *_steps(first)
+        first, last = rule.blocks
+        count = first.shape[3]
+        skipped = 4 * rows.start * count
+        return (self.place(first) + skipped, self.place(last) + skipped, count, *_steps(first))
 
     # ---- scores --------------------------------------------------------------------------------------------------------------------
 
@@ -97,7 +96,7 @@ class _Writer:
         scales: tuple[float, float] = (1.0, 1.0), rest: tuple[int, ...] = (0,) * 24, limits: tuple[int, ...] = _NO_LIMITS,
     ) -> int:  # fmt: skip
         """One more, and its number."""
-        self.steps.append(struct.pack("=7q2d35q", kind, *of, heads, blocks, _HOWS[how], size, *scales, *rest, *limits))
+        self.steps.append(_STEP.pack(kind, *of, heads, blocks, _HOWS[how], size, *scales, *rest, *limits))
         return len(self.steps) - 1
 
     def scores(self, source: ScoreSource, rows: slice, blocks: int) -> int:
@@ -136,35 +135,35 @@ class _Writer:
 
     def dot(self, a: Tensor, b: Tensor, other: Tensor | None, scale: float, rows: slice, blocks: int) -> int:
         """Products of rows and columns. ``other``: the columns for what is below 0."""
-        if a.shape[0] != self.batch or a.shape[2] < rows.stop or b.shape[2] < blocks:  # one serves all
+        (batch, heads, known, width), (a_batch, a_heads, a_rows, _) = b.shape, a.shape
+        if a_batch != self.batch or a_rows < rows.stop or known < blocks:  # one serves all
             raise _NotHere
-        (batch, heads, blocks, width), parts = b.shape, 1 if other is None else 2
+        if rows.stop - rows.start < a_rows:
+            a = a[:, :, rows]
+        parts = 1 if other is None else 2
         turned = torch.empty(batch * heads * -(-blocks // _COLUMNS) * _COLUMNS * parts * width, dtype=self.real)
-        a, b, other = (self.rows(x) for x in (a[:, :, rows], b, b if other is None else other))
-        rest = (
-            *place_of(a), KINDS[a.dtype], a.shape[1], width, parts - 1, *place_of(b), *place_of(other), KINDS[b.dtype], heads,
-            self.place(turned), *(0,) * 5,
+        a, b = self.rows(a), self.rows(b)
+        other = b if other is None else self.rows(other)
+        step = _STEP.pack(
+            _DOT, 0, 0, max(a_heads, heads), blocks, 0, 0, scale, 1.0, *place_of(a), KINDS[a.dtype], a_heads, width, parts - 1,
+            *place_of(b), *place_of(other), KINDS[b.dtype], heads, self.place(turned), *(0,) * 16,
         )  # fmt: skip
-        return self.step(_DOT, max(a.shape[1], heads), blocks, scales=(scale, 1.0), rest=rest)
+        self.steps.append(step)
+        return len(self.steps) - 1
 
     def rows(self, x: Tensor) -> Tensor:
         """As the compiled code reads it: 16 bits wide, or as wide as the scores; rows without gaps."""
-        x = x if KINDS.get(x.dtype, 0) and self.real == torch.float32 else x.to(self.real)
-        x = x if x.stride(3) == 1 else x.contiguous()
+        if x.dtype is not self.real and not (KINDS.get(x.dtype, 0) and self.real is torch.float32):
+            x = x.to(self.real)
+        x = rows_without_gaps(x)
         self.held.append(x)
         return x
 
 
 def _steps(t: Tensor) -> tuple[int, int]:
     """From one batch entry and head to the next; 0 where one serves all."""
-    return 0 if t.shape[0] == 1 else t.stride(0), 0 if t.shape[1] == 1 else t.stride(1)
-
-
-def _by_row(ends: Tensor, heads: int) -> Tensor:
-    """``(B, H, R, Q)`` -> of each row those of all its queries and of all heads of a group, ``(B, 1 or heads, R, ..)``."""
-    if ends.shape[1] not in (1, heads):
-        ends = ends.unflatten(1, (heads, -1)).permute(0, 1, 3, 2, 4).flatten(3)
-    return ends
+    (batch, heads, *_), (by_batch, by_head, *_) = t.shape, t.stride()
+    return 0 if batch == 1 else by_batch, 0 if heads == 1 else by_head
 
 
 def choose_blocks(
@@ -172,31 +171,30 @@ def choose_blocks(
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """See :data:`sparsedsl.selection.choosing.Choose`."""
     batch, heads, _, blocks = source.shape
-    size = (batch, heads, rows.stop - rows.start)
-    indices, counts = torch.empty((*size, width), dtype=torch.int32), torch.empty(size, dtype=torch.int32)
-    writer = _Writer(source.dtype, batch)
-    within = isinstance(forced, Within) and forced.allowed is candidates.allowed
-    named = 0
-    spans: tuple[int, ...] = (0,) * 5
+    real, count = source.dtype, rows.stop - rows.start
+    size = (batch, heads, count)
+    writer = _Writer(real, batch)
+    named, within, spans = 0, False, _NO_SPANS
     try:
         limits = writer.limits(candidates, rows)
         if isinstance(forced, TableRule):
             named = writer.place(forced.table.expand(*size, blocks).contiguous())
-        else:
+        elif forced is not None:
+            within = isinstance(forced, Within) and forced.allowed is candidates.allowed
             spans = writer.spans(forced.rule if isinstance(forced, Within) and within else forced, rows)
         writer.scores(source, rows, blocks)
     except _NotHere:
         return None
-    picked = torch.empty(indices.shape, dtype=writer.real) if rule.name == "top_k" else None
+    indices, counts = torch.empty((*size, width), dtype=torch.int32), torch.empty(size, dtype=torch.int32)
+    picked = torch.empty((*size, width), dtype=real) if rule.name == "top_k" else None
     if not counts.numel():
         return indices, counts, picked
-    call = struct.pack(
-        "=34qd11q", writer.place(torch.frombuffer(bytearray(b"".join(writer.steps)), dtype=torch.uint8)), len(writer.steps),
-        batch, size[2], blocks, heads, *limits, int(forced is not None), *_NO_LIMITS[:6], *spans, named, int(within), _RULES[rule.name],
-        rule.k, int(rule.extra), rule.share, _MEASURES[rule.measure], int(rule.inclusive), int(rule.unmet == "all"),
-        int(rule.forced_in_mass), start, width, indices.data_ptr(), counts.data_ptr(),
-        0 if picked is None else picked.data_ptr(), torch.get_num_threads(), parallel(),
+    call = _CALL.pack(
+        len(writer.steps), batch, count, blocks, heads, *limits, int(forced is not None), *_NO_LIMITS[:6], *spans, named, int(within),
+        _RULES[rule.name], rule.k, int(rule.extra), rule.share, _MEASURES[rule.measure], int(rule.inclusive), int(rule.unmet == "all"),
+        int(rule.forced_in_mass), start, width, indices.data_ptr(), counts.data_ptr(), 0 if picked is None else picked.data_ptr(),
+        torch.get_num_threads(), parallel(),
     )  # fmt: skip
-    if fixed_library("choosing", writer.real == torch.float64).choose_blocks(call) < 0:
+    if fixed_library("choosing", real == torch.float64).choose_blocks(b"".join((call, *writer.steps))) < 0:
         raise MemoryError("choosing blocks found no memory for a row of scores")
     return indices, counts, picked
