@@ -91,7 +91,7 @@ class CppSource:
 _WORK = ("call.h", "vectors.h", "products.h", "rows.h", "share.h")
 _PARTS = {
     "pattern": ("call.h", "functions.h"),
-    "forward": (*_WORK, "strips.h", "forward.cpp", "merging.cpp"),
+    "forward": (*_WORK, "strips.h", "forward.cpp"),
     "backward": (*_WORK, "strips.h", "forward.cpp", "backward.cpp"),
     "selected": (*_WORK, "strips.h", "selected.cpp"),
     "selected_backward": (*_WORK, "strips.h", "selected.cpp", "selected_backward.cpp"),

@@ -30,7 +30,7 @@ struct Step {
     i64 a_kind, a_heads, width, both;
     Tensor b, other;
     i64 b_kind, b_heads;
-    real *turned;
+    i64 turned;  // where they begin, among those of all products
     // CELLS: strides of (batch, heads, rows, blocks); 0 serves all.
     const real *cells;
     i64 batch, head, row, column;
@@ -38,7 +38,7 @@ struct Step {
 };
 
 struct Choosing {  // the steps follow it in memory
-    i64 count, batch, rows, blocks, heads;  // the last step is what blocks are chosen by
+    i64 count, turned, batch, rows, blocks, heads;  // the last step is what blocks are chosen by
     Limits limits;
     i64 has_forced;
     Limits forced;  // blocks that are picked in any case: only spans
@@ -70,6 +70,7 @@ static inline bool is_nan(real x) { return x != x; }
 // The rows that one thread works on.
 struct Some {
     const Choosing *c;
+    const real *turned;  // columns of all products
     i64 b, row, rows;
     real *free;  // room for planes
 
@@ -136,8 +137,8 @@ struct Some {
                         if (s.both) x[s.width + d] = y > 0 ? 0 : y;
                     }
                 }
-            const real *turned = s.turned + ((b * s.b_heads + of_b) * panels_of(s) * BROAD + left) * width;
-            product_of<false>(n * rows, columns, width, Even<const real>{some, width}, 1, turned, BROAD, width * BROAD,
+            const real *columns_of_b = turned + s.turned + ((b * s.b_heads + of_b) * panels_of(s) * BROAD + left) * width;
+            product_of<false>(n * rows, columns, width, Even<const real>{some, width}, 1, columns_of_b, BROAD, width * BROAD,
                               Even<real>{to + (h - head) * rows * columns, columns});
         }
         free = before;
@@ -484,14 +485,14 @@ static void list_of(const Choosing *c, i64 b, i64 head, i64 row_number, const re
 static thread_local Room own_room;
 
 // Turns the columns of all products; whether there was memory.
-static bool turn_columns(const Choosing *c) {
+static bool turn_columns(const Choosing *c, real *turned) {
     bool done = true;
     for (i64 number = 0; number < c->count; number++) {
         const Step &s = c->step(number);
         if (s.kind != DOT) continue;
         i64 panels = panels_of(s), lines = c->batch * s.b_heads, width = s.both ? 2 * s.width : s.width;
         share_among(c->parallel, lines * s.blocks * width < (1 << 15) ? 1 : c->threads, lines * panels, [&](i64 n) {
-            real *room = own_room.of(BROAD * whole_vectors(s.width)), *to = s.turned + n * width * BROAD;
+            real *room = own_room.of(BROAD * whole_vectors(s.width)), *to = turned + s.turned + n * width * BROAD;
             i64 line = n / panels, from = n % panels * BROAD, count = least(BROAD, s.blocks - from);
             if (!room) done = false;
             for (int part = 0; room && part < 1 + s.both; part++) {
@@ -510,7 +511,8 @@ extern "C" int choose_blocks(const Choosing *c) {
     i64 heads = 1;  // that one result is made of, at most
     for (i64 n = 0; n < c->count; n++) heads = most(heads, c->step(n).heads / last.heads);
     i64 rows = most(least(LINES / heads, PLANE / (heads * most(last.blocks, 1))), 4), parts = (c->rows + rows - 1) / rows;
-    bool failed = !turn_columns(c), little = c->batch * c->heads * c->rows * c->blocks < (1 << 14);
+    real *turned = (real *)__builtin_malloc((c->turned + 1) * sizeof(real));
+    bool failed = !turned || !turn_columns(c, turned), little = c->batch * c->heads * c->rows * c->blocks < (1 << 14);
     share_among(c->parallel, little ? 1 : c->threads, failed ? 0 : c->batch * c->heads * parts, [&](i64 n) {
         i64 line = n / parts, b = line / c->heads, head = line % c->heads, row = (parts - 1 - n % parts) * rows;  // long ones first
         i64 planes = Some::size(c, c->count - 1, 1, rows);
@@ -519,7 +521,7 @@ extern "C" int choose_blocks(const Choosing *c) {
             failed = true;
             return;
         }
-        Some some = {c, b, row, least(rows, c->rows - row), room};
+        Some some = {c, turned, b, row, least(rows, c->rows - row), room};
         Row one(c->blocks, room + planes);
         i64 low, high;
         some.reach(c->limits, head, 1, c->blocks, low, high);
@@ -528,5 +530,6 @@ extern "C" int choose_blocks(const Choosing *c) {
         for (i64 i = 0; i < some.rows; i++)
             list_of(c, b, head, row + i, plane.first ? plane.first + i * plane.row + low - plane.low : nullptr, low, high, one);
     });
+    __builtin_free(turned);
     return failed ? -1 : 0;
 }

@@ -32,7 +32,7 @@ from sparsedsl.program.branches import Attend
 from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select
 from sparsedsl.runtime.call import check_call, inner_call
-from sparsedsl.runtime.heads import alike, repeat_kv
+from sparsedsl.runtime.heads import alike, lse_merge, repeat_kv
 from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.sinks import sink_logit
 from sparsedsl.selection.chunking import PIECES, cut
@@ -65,7 +65,7 @@ def attend_node(run: Lowering, node: Attend) -> Any:
     )
     if run.keeps and (shortcut := work.shortcut(q, k, v)) is not None:
         run.shortcuts[node] = shortcut
-    return out, lse if log_total is None else log_total
+    return out, lse if node.normaliser is None else log_total
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,14 +150,15 @@ class _AttendCall:
         node, parts, wanted = self.node, self.parts, self.node in self.run.weighed
         if parts.selected == sympy.false:
             return self.static(domain, rows, q, k, v, sink=True, lse=wanted)
-        found: list[Any] = [self.selected(domain, rows, q, k, v)]
+        made, near = self.selected_call(domain, rows, q, k, v), None
         if parts.static != sympy.false:
-            found.insert(0, self.static(domain, rows, q, k, v, sink=False, lse=True))
+            near = self.static(domain, rows, q, k, v, sink=False, lse=True)
+        found: Any = self.run.dispatch.selected(q, k, v, made, near)
         if node.pattern.sink is not None:
             call = check_call(attend(True), q, k, v, {}, q_offset=domain.q_offset)
             logit = sink_logit(self._written(rows), call, self.run.call.tables, self.run.call.dtype)
-            found.append((torch.zeros_like(found[0][0]), logit))
-        return self.run.dispatch.merged(found)
+            found = lse_merge([found, (torch.zeros_like(found[0]), logit)])
+        return found
 
     def _written(self, rows: slice | None) -> Pattern:
         """The node's pattern; of a piece with the length of the whole, which is no longer that of the piece, as a number."""
@@ -194,12 +195,8 @@ class _AttendCall:
 
     # ---- what choices add ----------------------------------------------------------------------------------------------------
 
-    def selected(self, domain: Domain, rows: slice | None, q: Tensor, k: Tensor, v: Tensor) -> Result:
-        """Attention along the lists of the choices."""
-        return self.run.dispatch.selected(q, k, v, self.selected_call(domain, rows, q, k, v))
-
     def selected_call(self, domain: Domain, rows: slice | None, q: Tensor, k: Tensor, v: Tensor) -> SelectedCall:
-        """What a backend is asked for."""
+        """Attention along the lists of the choices, as a backend is asked for it."""
         run, node, parts = self.run, self.node, self.parts
         lists = [run.value(choice) for choice in parts.choices]
         lists = lists if rows is None else [selected.rows(rows) for selected in lists]
@@ -227,22 +224,21 @@ def _again(node: Attend, choice: Select | None, near: Again | None, far: Selecte
     first = near(q, k, v, q_offset) if near is not None else None
     if far is None or choice is None:
         return first
-    weights, log_total = _weights(run, node)
-    second = far(q, k, v, q_offset, run.value(choice), weights)
-    if second is None or (near is not None and first is None):
+    weights, log_total = (None, None) if node.normaliser is None else _weights(run, node)
+    if near is not None and first is None:
         return None
-    if log_total is not None:
-        return second[0], log_total
-    return second if first is None else run.dispatch.merged([first, second])
+    found = far(q, k, v, q_offset, run.value(choice), weights, first)
+    return found if found is None or node.normaliser is None else (found[0], log_total)
 
 
 def _weights(run: Lowering, node: Attend) -> tuple[Tensor | None, Tensor | None]:
-    """Those of the chunks of its normaliser, along the lists, and the logarithm of their sum for each query head; None without one."""
+    """Those of the chunks of its normaliser, along the lists, and the logarithm of their sum for each query head, where somebody reads it;
+    None without a normaliser."""
     rule = node.normaliser
     if rule is None:
         return None, None
     weights, log_total = run.dispatch.weighed(selected_scores(run.value(rule.scores), run.value(rule.selected)), rule.weights)
-    return weights, repeat_kv(log_total, run.call.q.shape[1])
+    return weights, repeat_kv(log_total, run.call.q.shape[1]) if node in run.weighed else None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -29,7 +29,7 @@ def candidates_of(mask: Any, domain: Domain, q_block: int, kv_block: int, heads:
     ``heads``: of the scores; where the mask tells more heads apart, a block is allowed if it is for one head of the group. ``device``: of
     the scores. Limits are made where the tables are: on the host if there are none, so that a GPU is not asked how far to score.
     """
-    if mask == sympy.true:
+    if mask is sympy.true:
         return Candidates()
     blocks = _ranges(mask, domain, kv_block)
     if blocks is not None:
@@ -58,9 +58,7 @@ def _of_rows(mask: Any, domain: Domain, q_block: int, kv_block: int, heads: int,
     begin = torch.stack(torch.broadcast_tensors(*(first.amin(-1) for first, _ in ends))).amin(0) // kv_block
     end = torch.stack(torch.broadcast_tensors(*(last.amax(-1) for _, last in ends))).amax(0) // kv_block + 1
     # As compiled code reads them.
-    begin, end = (
-        _joined(limit, heads, how).to(torch.int32).contiguous() for limit, how in ((begin, "amin"), (end, "amax"))
-    )
+    begin, end = (_joined(limit, heads, how).to(torch.int32).contiguous() for limit, how in ((begin, "amin"), (end, "amax")))
     exact = len(ends) == 1 and q_block == 1 and ends[0][0].shape[1] in (1, heads)
     return Candidates(begin=begin, end=end, allowed=None if exact else _interval_rule(ends, kv_block, heads, device))
 
@@ -78,13 +76,20 @@ def _rule_of_ranges(blocks: tuple[range, ...], device: torch.device) -> Interval
     """Of one row, the blocks in one of several ranges."""
     ends = ((part.start, part.stop - 1) for part in blocks or (range(0),))
     return IntervalRule(
-        tuple(tuple(torch.tensor([[[[end]]]], device=device) for end in pair) for pair in ends), kv_block=1, heads=1  # type: ignore[misc]
+        tuple(tuple(torch.tensor([[[[end]]]], device=device) for end in pair) for pair in ends),
+        kv_block=1,
+        heads=1,  # type: ignore[misc]
     )
 
 
 def _ranges(mask: Any, domain: Domain, kv_block: int) -> tuple[range, ...] | None:
     """The blocks with a key that the only query of a call sees; None where no closed form says them."""
-    found = keys_of_one_query(mask, domain) if domain.rows == 1 else None
+    return _of_one_query(mask, domain.q_offset, domain.kv_len, kv_block) if domain.rows == 1 else None
+
+
+@functools.lru_cache(maxsize=256)  # layer after layer asks for the same
+def _of_one_query(mask: Any, q_offset: int, kv_len: int, kv_block: int) -> tuple[range, ...] | None:
+    found = keys_of_one_query(mask, Domain(1, kv_len, q_offset))
     return None if found is None else tuple(range(part.start // kv_block, (part.stop - 1) // kv_block + 1) for part in found)
 
 

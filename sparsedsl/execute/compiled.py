@@ -19,7 +19,7 @@ from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import block_pair
 from sparsedsl.backends.flex import attention as flex
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
-from sparsedsl.backends.registry import check_backend, check_runs, named
+from sparsedsl.backends.registry import AUTO, check_backend, check_runs, named
 from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
 from sparsedsl.execute import operators
 from sparsedsl.execute.dispatch import Dispatch
@@ -184,7 +184,9 @@ class Attention:
         if more is None:
             return None
         call = plain_call(self.program, q, k, v, more, position, scale)
-        out, weight = lowered(call, Dispatch(self.backend), lse=lse, shortcuts=kind.shortcuts).value(self.program.root)
+        # Its patience is that of one call; a backend that was asked for needs none.
+        dispatch = Dispatch(AUTO) if self.backend == AUTO else self.dispatch
+        out, weight = lowered(call, dispatch, lse=lse, shortcuts=kind.shortcuts).value(self.program.root)
         return (out if out.dtype is q.dtype else out.to(q.dtype)), weight
 
     def attend_now(
@@ -217,7 +219,7 @@ class Attention:
         results = [out.to(checked.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _evaluation(self, call: ProgramCall, lse: bool, keeps: bool) -> Evaluation:
+    def _evaluation(self, call: ProgramCall, lse: bool, keeps: bool = False) -> Evaluation:
         if self.backend == "reference":
             return Reference(call)
         if self.backend != "auto":

@@ -44,6 +44,7 @@ class Lowering(Evaluation):
         self.dispatch, self.keeps = dispatch, keeps
         self.shortcuts: dict[Node, Shortcut] = {} if shortcuts is None else shortcuts
         self.after: dict[Node, Tensor] = {}
+        self.values.update(call.inputs)
         # Branches whose LSE somebody reads: FlexAttention has none on CPU, and the others save the work.
         self.weighed: Set[Node] = call.program.joined | {call.program.root} if lse else call.program.joined
 
@@ -107,6 +108,4 @@ def has_own_rows(node: Node, reads: Iterable[TableRead]) -> bool:
 
 def reads_nodes(*parts: Expression) -> bool:
     """Whether masks or scores read what nodes of the program give."""
-    return any(
-        isinstance(part.bound.get(read.spec.name), Node) for part in parts for read in table_reads(part.expr)
-    )
+    return any(isinstance(part.bound.get(read.spec.name), Node) for part in parts for read in table_reads(part.expr))

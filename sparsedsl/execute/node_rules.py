@@ -14,9 +14,12 @@ from sparsedsl.program.orders import Take
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, Summary
+from sparsedsl.runtime.call import wants_grad
 from sparsedsl.runtime.heads import NEVER, lse_merge, repeat_kv, together
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.runtime.program_call import ProgramCall
+from sparsedsl.selection import proxies
+from sparsedsl.torch_private import transforms_active
 
 __all__ = ["LOWERED_RULES", "lowered"]
 
@@ -44,7 +47,14 @@ def _input(run: Lowering, node: Input) -> Tensor:
 
 
 def _summary(run: Lowering, node: Summary) -> Tensor:
-    return run.dispatch.pooled(run.value(node.x), node.block, node.how, node.pad)
+    x = run.value(node.x)
+    pool = run.dispatch.pooler(x)
+    found = None if pool is None else pool(x, node.block, node.how, node.pad)
+    if pool is None or found is None:
+        return proxies.pooled(x, node.block, node.how, node.pad)  # type: ignore[arg-type]
+    if run.keeps:
+        run.shortcuts[node] = lambda run: pool(run.value(node.x), node.block, node.how, node.pad)
+    return found
 
 
 def _take(run: Lowering, node: Take) -> Tensor:
@@ -91,9 +101,14 @@ def _joint(run: Lowering, node: Joint) -> Result:
 
 
 def _mix(run: Lowering, node: Mix) -> Result:
-    weights = run.value(node.weights)
-    parts = [weights[..., i, None] * run.value(branch)[0] for i, branch in enumerate(node.branches)]
-    return torch.stack(parts).sum(0), None
+    weights, parts = run.value(node.weights), [run.value(branch)[0] for branch in node.branches]
+    if wants_grad(weights, *parts) or transforms_active() or [part for part in parts if part.dtype is not weights.dtype]:
+        return torch.stack([weights[..., i, None] * part for i, part in enumerate(parts)]).sum(0), None
+    shares = weights[..., None].unbind(3)
+    out = shares[0] * parts[0]
+    for share, part in zip(shares[1:], parts[1:], strict=True):
+        out.addcmul_(share, part)
+    return out, None
 
 
 def _compact(run: Lowering, node: Compact) -> Result:

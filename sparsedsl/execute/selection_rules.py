@@ -14,6 +14,7 @@ from sparsedsl.execute.candidate_rules import block_rule, candidates_of
 from sparsedsl.execute.lowering import Lowering, reads_nodes
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.program.axes import block_of
+from sparsedsl.program.branches import Attend
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.scores import (
@@ -65,7 +66,19 @@ def _dot(run: Lowering, node: Dot) -> ScoreSource:
 
 def _bound(run: Lowering, node: Bound) -> ScoreSource:
     x, y = run.value(node.x), run.value(node.y)
-    return BoundScores(x, *run.dispatch.bounds(y, node.block), _scale(node.scale, x))
+    pool, scale = run.dispatch.pooler(y), _scale(node.scale, x)
+    found = None if pool is None else pool(y, node.block, "bounds", "valid")
+    if pool is None or found is None:
+        return BoundScores(x, *proxies.bounds(y, node.block), scale)
+    if run.keeps:
+        run.shortcuts[node] = lambda run: _bound_of(
+            run.value(node.x), pool(run.value(node.y), node.block, "bounds", "valid"), scale
+        )
+    return _bound_of(x, found, scale)
+
+
+def _bound_of(x: Tensor, bounds: Tensor | None, scale: float) -> ScoreSource | None:
+    return None if bounds is None else BoundScores(x, *bounds.unbind(0), scale)
 
 
 def _antidiagonal(run: Lowering, node: Antidiagonal) -> ScoreSource:
@@ -194,12 +207,18 @@ def _top_k(run: Lowering, node: TopK) -> SelectedBlocks:
     if run.keeps and (node.forced is None or not reads_nodes(node.forced)):
         choose = run.dispatch.chooser(run.call.q.device, run.call.dtype)
         if choose is not None:
-            run.shortcuts[node] = functools.partial(_top_k_again, node, choose, Cache())
+            weighed = any(isinstance(n, Attend) and n.normaliser is not None for n in run.call.program.order)
+            run.shortcuts[node] = functools.partial(_top_k_again, node, choose, weighed, Cache())
     return _choose(run, node, top_k, node.count, forced_extra=extra)
 
 
-def _top_k_again(node: TopK, choose: Choose, known: Cache[Any], run: Lowering) -> SelectedBlocks | None:
-    """The pass alone. ``known``: candidates and what is forced, by lengths."""
+@functools.lru_cache(maxsize=256)
+def _rule(count: int, extra: bool, scores: bool) -> Rule:
+    return Rule("top_k", count, extra=extra, scores=scores)
+
+
+def _top_k_again(node: TopK, choose: Choose, weighed: bool, known: Cache[Any], run: Lowering) -> SelectedBlocks | None:
+    """The pass alone. ``weighed``: somebody may read the scores; ``known``: candidates and what is forced, by lengths."""
     source, domain = run.value(node.scores), run.domain
     _, heads, rows, blocks = source.shape
 
@@ -212,7 +231,7 @@ def _top_k_again(node: TopK, choose: Choose, known: Cache[Any], run: Lowering) -
     extra = node.extra and node.forced is not None
     count = min(node.count, blocks)
     width, (q_block, kv_block) = count + blocks if extra else count, node.blocks
-    found = choose(source, candidates, forced, Rule("top_k", count, extra=extra), slice(0, rows), 0, width)
+    found = choose(source, candidates, forced, _rule(count, extra, weighed), slice(0, rows), 0, width)
     if found is None:
         return None
     lists, counts, values = found

@@ -25,7 +25,15 @@ from sparsedsl.program.tensors import Input
 from sparsedsl.runtime.call import FLOATS, Call, check_call, check_table, exactly, wants_grad
 from sparsedsl.runtime.dtypes import accumulated
 
-__all__ = ["KnownInput", "ProgramCall", "check_program_call", "known_inputs", "plain_call", "refused_positions", "takes_any_position"]
+__all__ = [
+    "KnownInput",
+    "ProgramCall",
+    "check_program_call",
+    "known_inputs",
+    "plain_call",
+    "refused_positions",
+    "takes_any_position",
+]
 
 Tensor = torch.Tensor
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -165,7 +173,10 @@ class KnownInput:
         if shape == self.sizes and not any(self.blocks):
             return True
         return len(shape) == len(self.sizes) and all(
-            [keys // block <= n <= -(-keys // block) if block else n == size for n, size, block in zip(shape, self.sizes, self.blocks, strict=True)]
+            [
+                keys // block <= n <= -(-keys // block) if block else n == size
+                for n, size, block in zip(shape, self.sizes, self.blocks, strict=True)
+            ]
         )
 
 

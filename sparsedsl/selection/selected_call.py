@@ -13,11 +13,13 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 
-__all__ = ["SelectedAgain", "SelectedCall"]
+__all__ = ["Results", "SelectedAgain", "SelectedCall"]
 
 Tensor = torch.Tensor
-SelectedAgain = Callable[[Tensor, Tensor, Tensor, int, SelectedBlocks, "Tensor | None"], "tuple[Tensor, Tensor] | None"]
-"""``(out, lse)`` of q, k, v, an offset, lists and weights; None: the ordinary call is to look at them."""
+Results = tuple[Tensor, Tensor]
+SelectedAgain = Callable[[Tensor, Tensor, Tensor, int, SelectedBlocks, "Tensor | None", "Results | None"], "Results | None"]
+"""``(out, lse)`` of q, k, v, an offset, lists and weights; where results over other keys are given, of one softmax over both, which may
+take their place. None: the ordinary call is to look at them."""
 
 
 @dataclass(frozen=True, eq=False)

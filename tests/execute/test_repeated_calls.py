@@ -10,7 +10,6 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl.backends.cpp.attention import CppKernel
-from sparsedsl.backends.cpp.merging import merged
 from sparsedsl.execute import compiled
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.runtime.heads import lse_merge
@@ -159,8 +158,7 @@ def test_auto_repeats_what_it_chose(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_two_branches_are_merged_alike_by_all_ways(dtype):
-    sd.compile(WINDOW, backend="cpp")(*qkv(8, 8, dtype))
+def test_two_branches_are_merged_alike_with_and_without_gradients(dtype):
     outs, lses = torch.randn(2, 2, 3, 300, 5, dtype=dtype), 5 * torch.randn(2, 2, 3, 300, dtype=dtype)
     lses[0, 0, 0, :9], lses[1, 0, 0, 5:12] = -float("inf"), -float("inf")
     outs[:, 0, 0, 5:9] = 0
@@ -171,6 +169,3 @@ def test_two_branches_are_merged_alike_by_all_ways(dtype):
         quick = lse_merge(list(zip(outs, lses, strict=True)))
     for one, other in zip(wanted, quick, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-    found = merged([(outs[0].clone(), lses[0].clone()), (outs[1], lses[1])])
-    for one, other in zip(wanted, found, strict=True):
-        torch.testing.assert_close(one, other, equal_nan=True)

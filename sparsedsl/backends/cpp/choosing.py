@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import struct
 from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -29,8 +31,11 @@ _MEASURES = {"score": 0, "softmax": 1, "share": 2}
 _NO_SPANS = (0,) * 5
 _NO_LIMITS = (0,) * 11
 # What the steps follow in memory, and one of them.
-_CALL, _STEP = struct.Struct("=33qd11q"), struct.Struct("=7q2d35q")
+_CALL, _STEP = struct.Struct("=34qd11q"), struct.Struct("=7q2d35q")
 _COLUMNS = 64  # a multiple of those of a panel, on any processor
+
+# Those of candidates that calls share, of the rows seen last: rows, fields, and what these point at.
+_LIMITS: WeakKeyDictionary[Candidates, tuple[slice, tuple[int, ...], list[Tensor]]] = WeakKeyDictionary()
 
 
 @functools.lru_cache(maxsize=8)
@@ -49,10 +54,12 @@ class _NotHere(Exception):
 
 @dataclass
 class _Writer:
-    """What the compiled code is told of some rows. ``held``: the tensors that the numbers point at."""
+    """What the compiled code is told of some rows. ``turned``: entries of the columns of products, for which it makes room. ``held``: the
+    tensors that the numbers point at."""
 
     real: torch.dtype
     batch: int
+    turned: int = 0
     steps: list[bytes] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
 
@@ -65,10 +72,14 @@ class _Writer:
 
     def limits(self, candidates: Candidates, rows: slice) -> tuple[int, ...]:
         """The fields of ``Limits``."""
-        begin, end, allowed = candidates.begin, candidates.end, candidates.allowed
-        if begin is end is allowed is None:
-            return _NO_LIMITS
-        return (*self.limit(begin, rows), *self.limit(end, rows), *self.spans(allowed, rows))
+        found = _LIMITS.get(candidates)
+        if found is not None and found[0] == rows:
+            self.held += found[2]
+            return found[1]
+        before = len(self.held)
+        fields = (*self.limit(candidates.begin, rows), *self.limit(candidates.end, rows), *self.spans(candidates.allowed, rows))
+        _LIMITS[candidates] = rows, fields, self.held[before:]
+        return fields
 
     def limit(self, limit: Tensor | None, rows: slice) -> tuple[int, int, int]:
         """Where the limits of rows lie, and from one batch entry and head to the next."""
@@ -100,38 +111,11 @@ class _Writer:
         return len(self.steps) - 1
 
     def scores(self, source: ScoreSource, rows: slice, blocks: int) -> int:
-        """The steps of some rows of a source; ``blocks``: how many are asked of it."""
-        heads = source.shape[1]
-        match source:
-            case DotScores(a, b, scale):
-                return self.dot(a, b, None, scale, rows, blocks)
-            case BoundScores(q, low, high, scale):
-                return self.dot(q, high, low, scale, rows, blocks)
-            case TensorScores(values):
-                cells = values.to(self.real)
-                cells = cells if cells.shape[2] == 1 else cells[:, :, rows]
-                strides = [0 if size == 1 else stride for size, stride in zip(cells.shape, cells.stride(), strict=True)]
-                return self.step(_CELLS, heads, blocks, rest=(*(0,) * 19, self.place(cells), *strides))
-            case SumScores(sources, factors):
-                factors = factors or (1.0,) * len(sources)
-                number, before, scale = self.scores(sources[0], rows, blocks), sources[0].shape[1], factors[0]
-                if len(sources) == 1:
-                    zero = self.scores(TensorScores(torch.zeros((1, 1, 1, 1), dtype=self.real)), rows, blocks)
-                    return self.step(_ADD, heads, blocks, of=(number, zero), scales=(scale, 1.0))
-                for other, factor in zip(sources[1:], factors[1:], strict=True):
-                    second, before = self.scores(other, rows, blocks), max(before, other.shape[1])
-                    number = self.step(_ADD, before, blocks, of=(number, second), scales=(scale, factor))
-                    scale = 1.0
-                return number
-            case GroupedScores(inner, _, how):
-                return self.step(_GROUP, heads, blocks, of=(self.scores(inner, rows, blocks), 0), how=how)
-            case RegroupedScores(inner, size, how):
-                fine = min(blocks * size, inner.shape[3])
-                return self.step(_REGROUP, heads, blocks, of=(self.scores(inner, rows, fine), 0), how=how, size=size)
-            case SoftmaxScores(inner, None, candidates, (0, 0)):
-                limits = self.limits(candidates, rows)
-                return self.step(_SOFTMAX, heads, blocks, of=(self.scores(inner, rows, blocks), 0), limits=limits)
-        raise _NotHere
+        """The steps of some rows of a source; ``blocks``: how many are asked of it. The number of the last step."""
+        write = _STEPS.get(type(source))
+        if write is None:
+            raise _NotHere
+        return write(self, source, rows, blocks)
 
     def dot(self, a: Tensor, b: Tensor, other: Tensor | None, scale: float, rows: slice, blocks: int) -> int:
         """Products of rows and columns. ``other``: the columns for what is below 0."""
@@ -141,12 +125,13 @@ class _Writer:
         if rows.stop - rows.start < a_rows:
             a = a[:, :, rows]
         parts = 1 if other is None else 2
-        turned = torch.empty(batch * heads * -(-blocks // _COLUMNS) * _COLUMNS * parts * width, dtype=self.real)
+        turned = self.turned
+        self.turned += batch * heads * -(-blocks // _COLUMNS) * _COLUMNS * parts * width
         a, b = self.rows(a), self.rows(b)
         other = b if other is None else self.rows(other)
         step = _STEP.pack(
             _DOT, 0, 0, max(a_heads, heads), blocks, 0, 0, scale, 1.0, *place_of(a), KINDS[a.dtype], a_heads, width, parts - 1,
-            *place_of(b), *place_of(other), KINDS[b.dtype], heads, self.place(turned), *(0,) * 16,
+            *place_of(b), *place_of(other), KINDS[b.dtype], heads, turned, *(0,) * 16,
         )  # fmt: skip
         self.steps.append(step)
         return len(self.steps) - 1
@@ -158,6 +143,58 @@ class _Writer:
         x = rows_without_gaps(x)
         self.held.append(x)
         return x
+
+
+def _dot(writer: _Writer, source: DotScores, rows: slice, blocks: int) -> int:
+    return writer.dot(source.a, source.b, None, source.scale, rows, blocks)
+
+
+def _bound(writer: _Writer, source: BoundScores, rows: slice, blocks: int) -> int:
+    return writer.dot(source.q, source.high, source.low, source.scale, rows, blocks)
+
+
+def _cells(writer: _Writer, source: TensorScores, rows: slice, blocks: int) -> int:
+    cells = source.values.to(writer.real)
+    cells = cells if cells.shape[2] == 1 else cells[:, :, rows]
+    strides = [0 if size == 1 else stride for size, stride in zip(cells.shape, cells.stride(), strict=True)]
+    return writer.step(_CELLS, cells.shape[1], blocks, rest=(*(0,) * 19, writer.place(cells), *strides))
+
+
+def _sum(writer: _Writer, source: SumScores, rows: slice, blocks: int) -> int:
+    sources, factors = source.sources, source.factors or (1.0,) * len(source.sources)
+    number, heads, scale = writer.scores(sources[0], rows, blocks), sources[0].shape[1], factors[0]
+    if len(sources) == 1:
+        zero = writer.scores(TensorScores(torch.zeros((1, 1, 1, 1), dtype=writer.real)), rows, blocks)
+        return writer.step(_ADD, heads, blocks, of=(number, zero), scales=(scale, 1.0))
+    for other, factor in zip(sources[1:], factors[1:], strict=True):
+        second, heads = writer.scores(other, rows, blocks), max(heads, other.shape[1])
+        number = writer.step(_ADD, heads, blocks, of=(number, second), scales=(scale, factor))
+        scale = 1.0
+    return number
+
+
+def _grouped(writer: _Writer, source: GroupedScores, rows: slice, blocks: int) -> int:
+    return writer.step(_GROUP, source.heads_out, blocks, of=(writer.scores(source.source, rows, blocks), 0), how=source.how)
+
+
+def _regrouped(writer: _Writer, source: RegroupedScores, rows: slice, blocks: int) -> int:
+    fine = min(blocks * source.size, source.source.shape[3])
+    number = writer.scores(source.source, rows, fine)
+    return writer.step(_REGROUP, source.shape[1], blocks, of=(number, 0), how=source.how, size=source.size)
+
+
+def _softmax(writer: _Writer, source: SoftmaxScores, rows: slice, blocks: int) -> int:
+    if source.totals is not None or source.first != (0, 0):
+        raise _NotHere
+    number = writer.scores(source.source, rows, blocks)
+    return writer.step(_SOFTMAX, source.shape[1], blocks, of=(number, 0), limits=writer.limits(source.candidates, rows))
+
+
+# How scores of each kind are told of.
+_STEPS: dict[type[ScoreSource], Any] = {
+    DotScores: _dot, BoundScores: _bound, TensorScores: _cells, SumScores: _sum, GroupedScores: _grouped, RegroupedScores: _regrouped,
+    SoftmaxScores: _softmax,
+}  # fmt: skip
 
 
 def _steps(t: Tensor) -> tuple[int, int]:
@@ -186,11 +223,11 @@ def choose_blocks(
     except _NotHere:
         return None
     indices, counts = torch.empty((*size, width), dtype=torch.int32), torch.empty(size, dtype=torch.int32)
-    picked = torch.empty((*size, width), dtype=real) if rule.name == "top_k" else None
+    picked = torch.empty((*size, width), dtype=real) if rule.scores else None
     if not counts.numel():
         return indices, counts, picked
     call = _CALL.pack(
-        len(writer.steps), batch, count, blocks, heads, *limits, int(forced is not None), *_NO_LIMITS[:6], *spans, named, int(within),
+        len(writer.steps), writer.turned, batch, count, blocks, heads, *limits, int(forced is not None), *_NO_LIMITS[:6], *spans, named, int(within),
         _RULES[rule.name], rule.k, int(rule.extra), rule.share, _MEASURES[rule.measure], int(rule.inclusive), int(rule.unmet == "all"),
         int(rule.forced_in_mass), start, width, indices.data_ptr(), counts.data_ptr(), 0 if picked is None else picked.data_ptr(),
         torch.get_num_threads(), parallel(),

@@ -19,9 +19,8 @@ _CALL = struct.Struct("=16q")
 _HOWS = {"mean": 0, "sum": 1, "max": 2, "min": 3, "bounds": 4}
 
 
-def pooled_rows(x: Tensor, block: int, how: str, pad: str = "valid") -> Tensor | None:
-    """See :func:`sparsedsl.selection.proxies.pooled`, which gives the same; ``(2, B, H, blocks, D)``, the least and the greatest, for
-    "bounds". None for what it does not take. Nobody wants gradients."""
+def pooled_rows(x: Tensor, block: int, how: str, pad: str) -> Tensor | None:
+    """See :class:`sparsedsl.selection.proxies.Pool`; of a tensor on the CPU of which nobody wants gradients."""
     number = _HOWS.get(how)
     if number is None or x.dtype not in KINDS or not x.numel():
         return None
