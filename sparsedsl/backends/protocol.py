@@ -91,7 +91,7 @@ class Backend(ABC):
         self._cannot("selected blocks")
 
     def joined(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, near: Results) -> Results | None:
-        """The same, of one softmax with results over other keys, of which and of the rest nobody wants gradients; None: it has no such way."""
+        """The same without gradients, in one softmax with results over other keys, which nobody else reads; None: it has no such way."""
         return None
 
     def selected_again(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> SelectedAgain | None:

@@ -150,7 +150,8 @@ class _AttendCall:
         node, parts, wanted = self.node, self.parts, self.node in self.run.weighed
         if parts.selected == sympy.false:
             return self.static(domain, rows, q, k, v, sink=True, lse=wanted)
-        made, near = self.selected_call(domain, rows, q, k, v), None
+        made = self.selected_call(domain, rows, q, k, v)
+        near: Any = None
         if parts.static != sympy.false:
             near = self.static(domain, rows, q, k, v, sink=False, lse=True)
         found: Any = self.run.dispatch.selected(q, k, v, made, near)

@@ -74,12 +74,12 @@ def _of_ranges(blocks: tuple[range, ...], device: torch.device) -> Candidates:
 @functools.lru_cache(maxsize=256)
 def _rule_of_ranges(blocks: tuple[range, ...], device: torch.device) -> IntervalRule:
     """Of one row, the blocks in one of several ranges."""
-    ends = ((part.start, part.stop - 1) for part in blocks or (range(0),))
-    return IntervalRule(
-        tuple(tuple(torch.tensor([[[[end]]]], device=device) for end in pair) for pair in ends),
-        kv_block=1,
-        heads=1,  # type: ignore[misc]
-    )
+
+    def key(number: int) -> Tensor:
+        return torch.tensor([[[[number]]]], device=device)
+
+    ends = tuple((key(part.start), key(part.stop - 1)) for part in blocks or (range(0),))
+    return IntervalRule(ends, kv_block=1, heads=1)
 
 
 def _ranges(mask: Any, domain: Domain, kv_block: int) -> tuple[range, ...] | None:

@@ -44,7 +44,8 @@ class Lowering(Evaluation):
         self.dispatch, self.keeps = dispatch, keeps
         self.shortcuts: dict[Node, Shortcut] = {} if shortcuts is None else shortcuts
         self.after: dict[Node, Tensor] = {}
-        self.values.update(call.inputs)
+        if shortcuts is not None:
+            self.values.update(call.inputs.items())
         # Branches whose LSE somebody reads: FlexAttention has none on CPU, and the others save the work.
         self.weighed: Set[Node] = call.program.joined | {call.program.root} if lse else call.program.joined
 

@@ -34,10 +34,9 @@ from sparsedsl.program.scores import (
 from sparsedsl.program.select import Select, Threshold, TopK, TopP
 from sparsedsl.runtime.heads import alike, reduced, repeat_kv
 from sparsedsl.runtime.interpreter import Rule
-from sparsedsl.selection import counts, permutations, proxies
+from sparsedsl.selection import choosing, counts, permutations, proxies
 from sparsedsl.selection.antidiagonals import antidiagonal
 from sparsedsl.selection.candidates import Candidates, PairRule, Within
-from sparsedsl.selection.choosing import Choose, Rule
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.selection.derived_scores import RegroupedScores, softmax_scores
 from sparsedsl.selection.mass import threshold, top_p
@@ -71,14 +70,13 @@ def _bound(run: Lowering, node: Bound) -> ScoreSource:
     if pool is None or found is None:
         return BoundScores(x, *proxies.bounds(y, node.block), scale)
     if run.keeps:
-        run.shortcuts[node] = lambda run: _bound_of(
-            run.value(node.x), pool(run.value(node.y), node.block, "bounds", "valid"), scale
-        )
-    return _bound_of(x, found, scale)
+        run.shortcuts[node] = functools.partial(_bound_again, node, pool, scale)
+    return BoundScores(x, found[0], found[1], scale)
 
 
-def _bound_of(x: Tensor, bounds: Tensor | None, scale: float) -> ScoreSource | None:
-    return None if bounds is None else BoundScores(x, *bounds.unbind(0), scale)
+def _bound_again(node: Bound, pool: proxies.Pool, scale: float, run: Lowering) -> ScoreSource | None:
+    found = pool(run.value(node.y), node.block, "bounds", "valid")
+    return None if found is None else BoundScores(run.value(node.x), found[0], found[1], scale)
 
 
 def _antidiagonal(run: Lowering, node: Antidiagonal) -> ScoreSource:
@@ -213,11 +211,11 @@ def _top_k(run: Lowering, node: TopK) -> SelectedBlocks:
 
 
 @functools.lru_cache(maxsize=256)
-def _rule(count: int, extra: bool, scores: bool) -> Rule:
-    return Rule("top_k", count, extra=extra, scores=scores)
+def _rule(count: int, extra: bool, scores: bool) -> choosing.Rule:
+    return choosing.Rule("top_k", count, extra=extra, scores=scores)
 
 
-def _top_k_again(node: TopK, choose: Choose, weighed: bool, known: Cache[Any], run: Lowering) -> SelectedBlocks | None:
+def _top_k_again(node: TopK, choose: choosing.Choose, weighed: bool, known: Cache[Any], run: Lowering) -> SelectedBlocks | None:
     """The pass alone. ``weighed``: somebody may read the scores; ``known``: candidates and what is forced, by lengths."""
     source, domain = run.value(node.scores), run.domain
     _, heads, rows, blocks = source.shape

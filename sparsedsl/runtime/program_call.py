@@ -184,10 +184,10 @@ def known_inputs(known: tuple[KnownInput, ...], named: Mapping[str, Any], keys: 
     """The inputs of a call beside q, k and v, if they are like those that are known."""
     if len(named) != len(known):
         return None
-    found = {}
+    found: dict[Input, Tensor] = {}
     for one in known:
         value = named.get(one.node.name)
-        if not one.fits(value, keys):
+        if value is None or not one.fits(value, keys):
             return None
         found[one.node] = value
     return found

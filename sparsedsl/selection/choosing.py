@@ -18,7 +18,8 @@ Tensor = torch.Tensor
 @dataclass(frozen=True)
 class Rule:
     """``top_k``: the ``k`` best, and with ``extra`` what is forced beside them. ``top_p``: as many as hold ``share`` of the mass.
-    ``threshold``: those of ``share`` at least. ``scores``: whether those of what is chosen are kept. What the rest means: :func:`~sparsedsl.selection.mass.top_p`."""
+    ``threshold``: those of ``share`` at least. What the rest means: :func:`~sparsedsl.selection.mass.top_p`; but ``scores``: whether those
+    of what is chosen are kept."""
 
     name: Literal["top_k", "top_p", "threshold"]
     k: int = 0

@@ -178,7 +178,7 @@ class BoundScores(ScoreSource):
             raise ShapeError(
                 f"bound scores: low is {tuple(self.low.shape)} and high is {tuple(self.high.shape)}; wanted the same shape"
             )
-        self.shape  # those of products, which fit
+        self.__dict__["shape"] = DotScores(self.q, self.low).shape  # which refuses what does not fit
 
     @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:

@@ -227,9 +227,9 @@ def choose_blocks(
     if not counts.numel():
         return indices, counts, picked
     call = _CALL.pack(
-        len(writer.steps), writer.turned, batch, count, blocks, heads, *limits, int(forced is not None), *_NO_LIMITS[:6], *spans, named, int(within),
-        _RULES[rule.name], rule.k, int(rule.extra), rule.share, _MEASURES[rule.measure], int(rule.inclusive), int(rule.unmet == "all"),
-        int(rule.forced_in_mass), start, width, indices.data_ptr(), counts.data_ptr(), 0 if picked is None else picked.data_ptr(),
+        len(writer.steps), writer.turned, batch, count, blocks, heads, *limits, forced is not None, *_NO_LIMITS[:6], *spans, named,
+        within, _RULES[rule.name], rule.k, rule.extra, rule.share, _MEASURES[rule.measure], rule.inclusive, rule.unmet == "all",
+        rule.forced_in_mass, start, width, indices.data_ptr(), counts.data_ptr(), 0 if picked is None else picked.data_ptr(),
         torch.get_num_threads(), parallel(),
     )  # fmt: skip
     if fixed_library("choosing", real == torch.float64).choose_blocks(b"".join((call, *writer.steps))) < 0:

@@ -53,11 +53,12 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) 
 
 def joined_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, near: Results | None) -> Results | None:
     """The same without gradients; with ``near`` of one softmax with these results over other keys. None where some of it is not finite, or
-    ``near`` is of another kind."""
+    ``near`` is of another kind, or there are no lists to join it with."""
     real = accumulated(q.dtype)
     if near is not None:
         out, lse = near
-        if out.dtype is not q.dtype or lse.dtype is not real or not out.is_contiguous() or not lse.is_contiguous():
+        alike = out.dtype is q.dtype and lse.dtype is real and out.is_contiguous() and lse.is_contiguous()
+        if not alike or not selected.blocks.indices.numel():
             return None
     check_tensors(q, k, v)
     check_selected_call(selected, q, k)
@@ -194,8 +195,6 @@ def _run(
     real = accumulated(q.dtype)
     out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=real)
     lists = _Lists.of(selected, weights, real)
-    if near is not None and not (lists.slots and out.numel()):
-        return *near, True
     if not lists.slots or not out.numel():
         return out.zero_(), lse.fill_(0.0 if selected.softmax1 and weights is None else -float("inf")), True
     call, prepared = _checked_call(q, k, v, selected)
