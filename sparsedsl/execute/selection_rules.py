@@ -218,7 +218,7 @@ def _rule(count: int, extra: bool, scores: bool) -> choosing.Rule:
 def _top_k_again(node: TopK, choose: choosing.Choose, weighed: bool, known: Cache[Any], run: Lowering) -> SelectedBlocks | None:
     """The pass alone. ``weighed``: somebody may read the scores; ``known``: candidates and what is forced, by lengths."""
     source, domain = run.value(node.scores), run.domain
-    _, heads, rows, blocks = source.shape
+    _, _, rows, blocks = source.shape
 
     def find() -> tuple[Candidates, PairRule | None]:
         candidates = Candidates() if node.among is None else _allowed(run, node.among, node, source)

@@ -154,7 +154,7 @@ def _bound(writer: _Writer, source: BoundScores, rows: slice, blocks: int) -> in
 
 
 def _cells(writer: _Writer, source: TensorScores, rows: slice, blocks: int) -> int:
-    cells = source.values.to(writer.real)
+    cells = source.values.to(writer.real).resolve_neg()
     cells = cells if cells.shape[2] == 1 else cells[:, :, rows]
     strides = [0 if size == 1 else stride for size, stride in zip(cells.shape, cells.stride(), strict=True)]
     return writer.step(_CELLS, cells.shape[1], blocks, rest=(*(0,) * 19, writer.place(cells), *strides))

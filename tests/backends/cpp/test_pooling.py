@@ -120,7 +120,8 @@ def test_summaries_of_calls_with_and_without_gradients_agree(how: Any) -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([1, 2, 7, 16]),
-    st.sampled_from(["softmax", "softmax1", "stick_breaking", "sigmoid", "raw"]), st.lists(st.sampled_from([INF, NAN, 90.0, -90.0]), max_size=2),
+    st.sampled_from(["softmax", "softmax1", "stick_breaking", "sigmoid", "raw"]),
+    st.lists(st.sampled_from([INF, NAN, 90.0, -90.0]), max_size=2),
 )  # fmt: skip
 def test_weights_of_the_blocks_of_a_list(seed: int, dtype: torch.dtype, slots: int, rule: Any, odd: list[float]) -> None:
     generator = torch.Generator().manual_seed(seed)
