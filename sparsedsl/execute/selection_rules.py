@@ -60,7 +60,17 @@ def _scale(scale: float | None, x: Tensor) -> float:
 
 def _dot(run: Lowering, node: Dot) -> ScoreSource:
     x, y = alike(run.value(node.x), run.value(node.y))
-    return DotScores(x, y, _scale(node.scale, x))
+    found = DotScores(x, y, _scale(node.scale, x))
+    if run.keeps:
+        run.shortcuts[node] = functools.partial(_dot_again, node, found.scale, found.dtype)
+    return found
+
+
+def _dot_again(node: Dot, scale: float, dtype: torch.dtype, run: Lowering) -> ScoreSource:
+    x, y = run.value(node.x), run.value(node.y)
+    if x.dtype is not y.dtype:
+        x, y = alike(x, y)
+    return DotScores.known(x, y, scale, dtype)
 
 
 def _bound(run: Lowering, node: Bound) -> ScoreSource:
@@ -69,14 +79,15 @@ def _bound(run: Lowering, node: Bound) -> ScoreSource:
     found = None if pool is None else pool(y, node.block, "bounds", "valid")
     if pool is None or found is None:
         return BoundScores(x, *proxies.bounds(y, node.block), scale)
+    made = BoundScores(x, found[0], found[1], scale)
     if run.keeps:
-        run.shortcuts[node] = functools.partial(_bound_again, node, pool, scale)
-    return BoundScores(x, found[0], found[1], scale)
+        run.shortcuts[node] = functools.partial(_bound_again, node, pool, scale, made.dtype)
+    return made
 
 
-def _bound_again(node: Bound, pool: proxies.Pool, scale: float, run: Lowering) -> ScoreSource | None:
+def _bound_again(node: Bound, pool: proxies.Pool, scale: float, dtype: torch.dtype, run: Lowering) -> ScoreSource | None:
     found = pool(run.value(node.y), node.block, "bounds", "valid")
-    return None if found is None else BoundScores(run.value(node.x), found[0], found[1], scale)
+    return None if found is None else BoundScores.known(run.value(node.x), found[0], found[1], scale, dtype)
 
 
 def _antidiagonal(run: Lowering, node: Antidiagonal) -> ScoreSource:

@@ -141,10 +141,14 @@ def plain_call(
     program: Program, q: Tensor, k: Tensor, v: Tensor, more: Mapping[Input, Tensor], q_offset: int, scale: float | None
 ) -> ProgramCall:  # fmt: skip
     """A call that needs no check, of which nobody wants gradients, without tables. ``more``: its further inputs."""
-    call = ProgramCall(program, {tensors.q: q, tensors.k: k, tensors.v: v, **more}, _NONE, q_offset, scale, _NONE)
-    domain = Domain(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1], _NONE)
-    # What would be worked out when it is asked for.
-    vars(call).update(q=q, k=k, v=v, domain=domain, dtype=accumulated(q.dtype), is_empty=False, needs_grad=False)
+    (batch, heads, rows, _), keys = q.shape, k.shape[2]
+    domain, call = object.__new__(Domain), object.__new__(ProgramCall)
+    vars(domain).update(rows=rows, kv_len=keys, q_offset=q_offset, batch=batch, heads=heads, tables=_NONE)
+    # With what would be worked out when it is asked for.
+    vars(call).update(
+        program=program, inputs={tensors.q: q, tensors.k: k, tensors.v: v, **more}, tables=_NONE, q_offset=q_offset, scale=scale,
+        state=_NONE, q=q, k=k, v=v, domain=domain, dtype=accumulated(q.dtype), is_empty=False, needs_grad=False,
+    )  # fmt: skip
     return call
 
 

@@ -178,7 +178,18 @@ class BoundScores(ScoreSource):
             raise ShapeError(
                 f"bound scores: low is {tuple(self.low.shape)} and high is {tuple(self.high.shape)}; wanted the same shape"
             )
-        self.__dict__["shape"] = DotScores(self.q, self.low).shape  # which refuses what does not fit
+        DotScores(self.q, self.low)
+
+    @classmethod
+    def known(cls, q: Tensor, low: Tensor, high: Tensor, scale: float, dtype: torch.dtype) -> BoundScores:
+        """Of tensors that are known to fit, and the type of the scores: nothing is looked at again."""
+        made = object.__new__(cls)
+        vars(made).update(q=q, low=low, high=high, scale=scale, dtype=dtype, shape=DotScores.known(q, low, scale, dtype).shape)
+        return made
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        return self._products().dtype
 
     @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
