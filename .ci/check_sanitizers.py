@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [
-    "tests/backends/cpp/test_scans.py", "tests/backends/cpp/test_choosing.py", "tests/backends/cpp/test_selected.py",
+    "tests/backends/cpp/test_scans.py", "tests/backends/cpp/test_choosing.py", "tests/backends/cpp/test_pooling.py",
+    "tests/backends/cpp/test_selected.py",
     "tests/backends/cpp/test_attention.py::test_parts_of_a_head_add_up", "tests/backends/cpp/test_attention.py::test_exact_operations",
     "tests/backends/cpp/test_attention.py::test_after_a_fork_with_one_thread",
 ]  # fmt: skip

@@ -91,11 +91,11 @@ class CppSource:
 _WORK = ("call.h", "vectors.h", "products.h", "rows.h", "share.h")
 _PARTS = {
     "pattern": ("call.h", "functions.h"),
-    "forward": (*_WORK, "strips.h", "forward.cpp", "merging.cpp"),
+    "forward": (*_WORK, "strips.h", "forward.cpp"),
     "backward": (*_WORK, "strips.h", "forward.cpp", "backward.cpp"),
     "selected": (*_WORK, "strips.h", "selected.cpp"),
     "selected_backward": (*_WORK, "strips.h", "selected.cpp", "selected_backward.cpp"),
-    "choosing": (*_WORK, "choosing.cpp"),
+    "choosing": (*_WORK, "choosing.cpp", "pooling.cpp", "weighing.cpp"),
     "scan_linear": (*_WORK, "scan_linear.cpp"),
     "scan_slots": (*_WORK, "scan_slots.cpp"),
 }

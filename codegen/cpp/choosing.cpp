@@ -11,8 +11,10 @@ enum { TOP_K, TOP_P, THRESHOLD };
 // Which blocks a row may choose: from `begin` up to `end`, and if there are `spans`, those in one of them, ends included. Numbers lie
 // (batch, head, row), spans (batch, head, row, count); a stride of 0 serves all.
 struct Limits {
-    const int *begin, *end;
-    i64 begin_batch, begin_head, end_batch, end_head;
+    const int *begin;
+    i64 begin_batch, begin_head;
+    const int *end;
+    i64 end_batch, end_head;
     const int *firsts, *lasts;
     i64 count, span_batch, span_head;
 };
@@ -28,16 +30,15 @@ struct Step {
     i64 a_kind, a_heads, width, both;
     Tensor b, other;
     i64 b_kind, b_heads;
-    real *turned;
+    i64 turned;  // where they begin, among those of all products
     // CELLS: strides of (batch, heads, rows, blocks); 0 serves all.
     const real *cells;
     i64 batch, head, row, column;
     Limits limits;
 };
 
-struct Choosing {
-    const Step *steps;
-    i64 count, batch, rows, blocks, heads;  // the last step is what blocks are chosen by
+struct Choosing {  // the steps follow it in memory
+    i64 count, turned, batch, rows, blocks, heads;  // the last step is what blocks are chosen by
     Limits limits;
     i64 has_forced;
     Limits forced;  // blocks that are picked in any case: only spans
@@ -53,6 +54,8 @@ struct Choosing {
     real *picked;  // their scores, -inf after the end; or null
     i64 threads;
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+    const Step &step(i64 number) const { return ((const Step *)(this + 1))[number]; }
 };
 
 // Scores of some heads and rows: those of block j lie at j - low of a row.
@@ -67,6 +70,7 @@ static inline bool is_nan(real x) { return x != x; }
 // The rows that one thread works on.
 struct Some {
     const Choosing *c;
+    const real *turned;  // columns of all products
     i64 b, row, rows;
     real *free;  // room for planes
 
@@ -105,7 +109,7 @@ struct Some {
     }
 
     Plane scores(i64 number, i64 head, i64 heads, i64 low, i64 high) {
-        const Step &s = c->steps[number];
+        const Step &s = c->step(number);
         switch (s.kind) {
             case DOT: return dot(s, head, heads, low, high);
             case CELLS: return cells(s, head, heads, low, high);
@@ -133,8 +137,8 @@ struct Some {
                         if (s.both) x[s.width + d] = y > 0 ? 0 : y;
                     }
                 }
-            const real *turned = s.turned + ((b * s.b_heads + of_b) * panels_of(s) * BROAD + left) * width;
-            product_of<false>(n * rows, columns, width, Even<const real>{some, width}, 1, turned, BROAD, width * BROAD,
+            const real *columns_of_b = turned + s.turned + ((b * s.b_heads + of_b) * panels_of(s) * BROAD + left) * width;
+            product_of<false>(n * rows, columns, width, Even<const real>{some, width}, 1, columns_of_b, BROAD, width * BROAD,
                               Even<real>{to + (h - head) * rows * columns, columns});
         }
         free = before;
@@ -157,7 +161,7 @@ struct Some {
         real *to = take(heads * rows * columns), *before = free;
         Plane part[2];
         for (int n = 0; n < 2; n++) {
-            i64 all_heads = c->steps[of[n]].heads;
+            i64 all_heads = c->step(of[n]).heads;
             from[n] = head * all_heads / s.heads;
             part[n] = scores(of[n], from[n], (head + heads - 1) * all_heads / s.heads + 1 - from[n], low, high);
         }
@@ -165,7 +169,7 @@ struct Some {
             for (i64 i = 0; i < rows; i++) {
                 const real *x[2];
                 for (int n = 0; n < 2; n++)
-                    x[n] = part[n].first + ((head + h) * c->steps[of[n]].heads / s.heads - from[n]) * part[n].head + i * part[n].row +
+                    x[n] = part[n].first + ((head + h) * c->step(of[n]).heads / s.heads - from[n]) * part[n].head + i * part[n].row +
                            low - part[n].low;
                 real *y = to + (h * rows + i) * columns, scale = s.scale, other = s.second_scale;
                 for (i64 j = 0; j < high - low; j++) y[j] = x[0][j] * scale + x[1][j] * other;
@@ -177,7 +181,7 @@ struct Some {
     static real reduce(i64 how, real a, real x) { return how != MAX ? a + x : x > a || is_nan(x) ? x : a; }
 
     Plane group(const Step &s, i64 head, i64 heads, i64 low, i64 high) {
-        i64 columns = whole_vectors(high - low), size = c->steps[s.first].heads / s.heads;
+        i64 columns = whole_vectors(high - low), size = c->step(s.first).heads / s.heads;
         real *to = take(heads * rows * columns), *before = free;
         Plane part = scores(s.first, head * size, heads * size, low, high);
         for (i64 h = 0; h < heads; h++)
@@ -194,7 +198,7 @@ struct Some {
     }
 
     Plane regroup(const Step &s, i64 head, i64 heads, i64 low, i64 high) {
-        i64 columns = whole_vectors(high - low), end = least(high * s.size, c->steps[s.first].blocks);
+        i64 columns = whole_vectors(high - low), end = least(high * s.size, c->step(s.first).blocks);
         real *to = take(heads * rows * columns), *before = free;
         Plane part = scores(s.first, head, heads, low * s.size, end);
         for (i64 h = 0; h < heads; h++)
@@ -257,15 +261,15 @@ struct Some {
 
     // Room that the scores of a step take, for so many heads and rows.
     static i64 size(const Choosing *c, i64 number, i64 heads, i64 rows) {
-        const Step &s = c->steps[number];
+        const Step &s = c->step(number);
         i64 own = heads * rows * (whole_vectors(s.blocks) + BROAD + 2 * WIDTH) + WIDTH;
         switch (s.kind) {
             case DOT: return own + heads * rows * 2 * s.width + WIDTH;
             case CELLS: return own;
             case ADD:
-                return own + size(c, s.first, least(heads, c->steps[s.first].heads), rows) +
-                       size(c, s.second, least(heads, c->steps[s.second].heads), rows);
-            case GROUP: return own + size(c, s.first, heads * (c->steps[s.first].heads / s.heads), rows);
+                return own + size(c, s.first, least(heads, c->step(s.first).heads), rows) +
+                       size(c, s.second, least(heads, c->step(s.second).heads), rows);
+            case GROUP: return own + size(c, s.first, heads * (c->step(s.first).heads / s.heads), rows);
             default: return own + whole_vectors(s.blocks) + 2 * WIDTH + size(c, s.first, heads, rows);
         }
     }
@@ -481,14 +485,14 @@ static void list_of(const Choosing *c, i64 b, i64 head, i64 row_number, const re
 static thread_local Room own_room;
 
 // Turns the columns of all products; whether there was memory.
-static bool turn_columns(const Choosing *c) {
+static bool turn_columns(const Choosing *c, real *turned) {
     bool done = true;
     for (i64 number = 0; number < c->count; number++) {
-        const Step &s = c->steps[number];
+        const Step &s = c->step(number);
         if (s.kind != DOT) continue;
         i64 panels = panels_of(s), lines = c->batch * s.b_heads, width = s.both ? 2 * s.width : s.width;
         share_among(c->parallel, lines * s.blocks * width < (1 << 15) ? 1 : c->threads, lines * panels, [&](i64 n) {
-            real *room = own_room.of(BROAD * whole_vectors(s.width)), *to = s.turned + n * width * BROAD;
+            real *room = own_room.of(BROAD * whole_vectors(s.width)), *to = turned + s.turned + n * width * BROAD;
             i64 line = n / panels, from = n % panels * BROAD, count = least(BROAD, s.blocks - from);
             if (!room) done = false;
             for (int part = 0; room && part < 1 + s.both; part++) {
@@ -503,11 +507,12 @@ static bool turn_columns(const Choosing *c) {
 // Returns 0; -1: there is no memory.
 extern "C" int choose_blocks(const Choosing *c) {
     constexpr i64 LINES = 64, PLANE = 1 << 16;  // rows of products at a time; scores of a plane, about
-    const Step &last = c->steps[c->count - 1];
+    const Step &last = c->step(c->count - 1);
     i64 heads = 1;  // that one result is made of, at most
-    for (i64 n = 0; n < c->count; n++) heads = most(heads, c->steps[n].heads / last.heads);
+    for (i64 n = 0; n < c->count; n++) heads = most(heads, c->step(n).heads / last.heads);
     i64 rows = most(least(LINES / heads, PLANE / (heads * most(last.blocks, 1))), 4), parts = (c->rows + rows - 1) / rows;
-    bool failed = !turn_columns(c), little = c->batch * c->heads * c->rows * c->blocks < (1 << 14);
+    real *turned = (real *)__builtin_malloc((c->turned + 1) * sizeof(real));
+    bool failed = !turned || !turn_columns(c, turned), little = c->batch * c->heads * c->rows * c->blocks < (1 << 14);
     share_among(c->parallel, little ? 1 : c->threads, failed ? 0 : c->batch * c->heads * parts, [&](i64 n) {
         i64 line = n / parts, b = line / c->heads, head = line % c->heads, row = (parts - 1 - n % parts) * rows;  // long ones first
         i64 planes = Some::size(c, c->count - 1, 1, rows);
@@ -516,7 +521,7 @@ extern "C" int choose_blocks(const Choosing *c) {
             failed = true;
             return;
         }
-        Some some = {c, b, row, least(rows, c->rows - row), room};
+        Some some = {c, turned, b, row, least(rows, c->rows - row), room};
         Row one(c->blocks, room + planes);
         i64 low, high;
         some.reach(c->limits, head, 1, c->blocks, low, high);
@@ -525,5 +530,6 @@ extern "C" int choose_blocks(const Choosing *c) {
         for (i64 i = 0; i < some.rows; i++)
             list_of(c, b, head, row + i, plane.first ? plane.first + i * plane.row + low - plane.low : nullptr, low, high, one);
     });
+    __builtin_free(turned);
     return failed ? -1 : 0;
 }

@@ -11,6 +11,10 @@ struct Selected {
     // (batch, kv_heads, blocks, head_dim, `columns_of` a block): the keys of each block, turned; (batch, kv_heads, keys, whole
     // vectors): values. Null: blocks are made ready as they are met, which a few queries do.
     real *turned, *values;
+    // (batch, heads, rows, head_dim_v), (batch, heads, rows): the results over other keys, which are part of the same softmax; or null. They
+    // may lie where out and LSE go.
+    const char *near_out;
+    const real *near_lse;
 };
 
 // Lines that meet a block at once. Lines of all queries that are worked on together: so many that about MEETING lines have each block in
@@ -47,6 +51,18 @@ static inline real highest_of(const real *logits, i64 n) {
         peak = s > peak ? s : peak;
     }
     return largest_of(peak);
+}
+
+// The logarithm of the sum of two softmaxes that were normalised by themselves, and the share of each.
+static inline real join_lse(real a, real b, real *shares) {
+    constexpr bool wide = sizeof(real) == 8;
+    real peak = a > b || a != a ? a : b;
+    real base = peak == LOWEST ? 0 : peak;  // neither has keys
+    real first = wide ? (real)__builtin_exp(a - base) : (real)__builtin_expf(a - base);
+    real second = wide ? (real)__builtin_exp(b - base) : (real)__builtin_expf(b - base);
+    real total = first + second, whole = total == 0 ? 1 : total;
+    shares[0] = first / whole, shares[1] = second / whole;
+    return base + (wide ? (real)__builtin_log(total) : (real)__builtin_logf(total));
 }
 
 // A query of those worked on together, that has a block in a slot of its list.
@@ -303,9 +319,17 @@ struct Team {
             wrong += x * (real)0;
             put(from + j, x);
         }
-        narrow(from, c->kind, c->head_dim_v,
-               (char *)c->out.first + (b * c->out.batch + h * c->out.head + row * c->out.row) * element_bytes(c->kind));
-        c->lse[(b * c->heads + h) * c->rows + row] = lse;
+        char *out = (char *)c->out.first + (b * c->out.batch + h * c->out.head + row * c->out.row) * element_bytes(c->kind);
+        real *known = c->lse + (b * c->heads + h) * c->rows + row;
+        if (s->near_out) {
+            i64 place = (b * c->heads + h) * c->rows + row;
+            widen(s->near_out + place * c->head_dim_v * element_bytes(c->kind), c->kind, c->head_dim_v, block_values);
+            real shares[2];
+            lse = join_lse(s->near_lse[place], lse, shares);
+            for (i64 j = 0; j < c->head_dim_v; j++) from[j] = block_values[j] * shares[0] + from[j] * shares[1];
+        }
+        narrow(from, c->kind, c->head_dim_v, out);
+        *known = lse;
         bool finite = true;
         for (int i = 0; i < WIDTH; i++) finite &= wrong[i] == 0;
         return finite;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -17,7 +17,8 @@ from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
-from sparsedsl.selection.selected_call import SelectedCall
+from sparsedsl.selection.proxies import Pool
+from sparsedsl.selection.selected_call import Results, SelectedAgain, SelectedCall
 
 __all__ = ["Backend", "ListMaker", "PatternRunner"]
 
@@ -89,14 +90,28 @@ class Backend(ABC):
         """Attention along selected blocks: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""
         self._cannot("selected blocks")
 
+    def joined(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, near: Results) -> Results | None:
+        """The same without gradients, in one softmax with results over other keys, which nobody else reads; None: it has no such way."""
+        return None
+
+    def selected_again(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> SelectedAgain | None:
+        """What runs calls along lists without gradients that differ from this one in the number of keys, the offset, lists of blocks that
+        are there, weights and values alone, at a lower price; None: nothing does."""
+        return None
+
     def chooser(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Choose | None:
         """Its own way to choose blocks by scores of a dtype on a device, in one pass from what scores are made of to lists; None: it has
         none, or none before ``patience`` ends."""
         return None
 
-    def merged(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
-        """Its own way to make one softmax of results that it may write to, of which nobody wants gradients: out and LSE of each part,
-        alike in shape and device; None: it has none, or none that is ready."""
+    def pooler(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Pool | None:
+        """Its own way to make one row of every block of rows of a tensor of which nobody wants gradients; None: it has none, or none before
+        ``patience`` ends."""
+        return None
+
+    def weighed(self, scores: Tensor, rule: str) -> tuple[Tensor, Tensor] | None:
+        """Its own way to make weights of the scores of blocks that it chose, of which nobody wants gradients: see
+        :func:`~sparsedsl.selection.weights.weights_of`. None: it has none."""
         return None
 
     def slots(self, *tensors: Any, **words: Any) -> Any:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.errors import ShapeError
-from sparsedsl.execute.lowering import Lowering, has_own_rows
+from sparsedsl.execute.lowering import Lowering, Shortcut, has_own_rows
 from sparsedsl.execute.mask_split import EITHER, MaskSplit
 from sparsedsl.execute.requests import parts_of
 from sparsedsl.lang.expressions import Mask, Score
@@ -32,13 +32,13 @@ from sparsedsl.program.branches import Attend
 from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select
 from sparsedsl.runtime.call import check_call, inner_call
-from sparsedsl.runtime.heads import alike, repeat_kv
+from sparsedsl.runtime.heads import alike, lse_merge, repeat_kv
+from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.sinks import sink_logit
 from sparsedsl.selection.chunking import PIECES, cut
 from sparsedsl.selection.scores_at_blocks import selected_scores
-from sparsedsl.selection.selected_call import SelectedCall
+from sparsedsl.selection.selected_call import SelectedAgain, SelectedCall
 from sparsedsl.selection.union_lists import joined_lists
-from sparsedsl.selection.weights import weights_of
 
 __all__ = ["attend_node"]
 
@@ -56,17 +56,16 @@ def attend_node(run: Lowering, node: Attend) -> Any:
     q, k, v = alike(*(run.value(x) for x in (node.x, node.y, node.z)))
     if q.shape[1] % k.shape[1]:
         raise ShapeError(f"attend(): {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
-    rule, log_total, weights = node.normaliser, None, None
-    if rule is not None:
-        weights, log_total = weights_of(selected_scores(run.value(rule.scores), run.value(rule.selected)), rule.weights)  # type: ignore[arg-type]
-        log_total = repeat_kv(log_total, q.shape[1])
+    weights, log_total = _weights(run, node)
     parts = parts_of(node, run.dispatch.whole_tables)
     work = _AttendCall(run, node, parts, weights)
     found = [work.of(rows, q, k, v) for rows in work.pieces()]
     out, lse = (
         None if part[0] is None else part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in zip(*found, strict=True)
     )
-    return out, lse if rule is None else log_total
+    if run.keeps and (shortcut := work.shortcut(q, k, v)) is not None:
+        run.shortcuts[node] = shortcut
+    return out, lse if node.normaliser is None else log_total
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +94,24 @@ class _AttendCall:
         # Blocks of queries are not cut.
         whole = math.lcm(*(block_of(node.axes[2]) for node in nodes))
         return cut(0, domain.rows, max(step // whole, 1) * whole)
+
+    def shortcut(self, q: Tensor, k: Tensor, v: Tensor) -> Shortcut | None:
+        """The passes alone, where one choice at most is followed, nothing is read as a table, and nothing is made for lengths."""
+        node, parts, run, domain = self.node, self.parts, self.run, self.run.domain
+        static, selected = parts.static != sympy.false, parts.selected != sympy.false
+        reads = any(_reads_nodes(node, mask) for mask in (parts.static, parts.selected))
+        if reads or run.call.tables or parts.symbols or len(parts.choices) > 1 or (selected and node.pattern.sink is not None):
+            return None
+        near = far = None
+        if static or not selected:
+            pattern = _fixed(node, parts.static, not selected)
+            near = run.dispatch.attend_again(pattern, q, k, v, q_offset=domain.q_offset, scale=run.call.scale)
+        if selected:
+            call = self.selected_call(replace(domain, kv_len=k.shape[2], heads=q.shape[1]), None, q, k, v)
+            far = run.dispatch.selected_again(q, k, v, call)
+        if (near is None and (static or not selected)) or (far is None and selected):
+            return None
+        return functools.partial(_again, node, parts.choices[0] if selected else None, near, far)
 
     def _nodes(self) -> list[Node]:
         """The nodes that are read as tables with a row for each query, or for each block of queries."""
@@ -133,14 +150,16 @@ class _AttendCall:
         node, parts, wanted = self.node, self.parts, self.node in self.run.weighed
         if parts.selected == sympy.false:
             return self.static(domain, rows, q, k, v, sink=True, lse=wanted)
-        found: list[Any] = [self.selected(domain, rows, q, k, v)]
+        made = self.selected_call(domain, rows, q, k, v)
+        near: Any = None
         if parts.static != sympy.false:
-            found.insert(0, self.static(domain, rows, q, k, v, sink=False, lse=True))
+            near = self.static(domain, rows, q, k, v, sink=False, lse=True)
+        found: Any = self.run.dispatch.selected(q, k, v, made, near)
         if node.pattern.sink is not None:
             call = check_call(attend(True), q, k, v, {}, q_offset=domain.q_offset)
             logit = sink_logit(self._written(rows), call, self.run.call.tables, self.run.call.dtype)
-            found.append((torch.zeros_like(found[0][0]), logit))
-        return self.run.dispatch.merged(found)
+            found = lse_merge([found, (torch.zeros_like(found[0]), logit)])
+        return found
 
     def _written(self, rows: slice | None) -> Pattern:
         """The node's pattern; of a piece with the length of the whole, which is no longer that of the piece, as a number."""
@@ -177,8 +196,8 @@ class _AttendCall:
 
     # ---- what choices add ----------------------------------------------------------------------------------------------------
 
-    def selected(self, domain: Domain, rows: slice | None, q: Tensor, k: Tensor, v: Tensor) -> Result:
-        """Attention along the lists of the choices."""
+    def selected_call(self, domain: Domain, rows: slice | None, q: Tensor, k: Tensor, v: Tensor) -> SelectedCall:
+        """Attention along the lists of the choices, as a backend is asked for it."""
         run, node, parts = self.run, self.node, self.parts
         lists = [run.value(choice) for choice in parts.choices]
         lists = lists if rows is None else [selected.rows(rows) for selected in lists]
@@ -191,12 +210,36 @@ class _AttendCall:
         call = inner_call(reach, q, k, v, tables, q_offset=domain.q_offset, scale=run.scale(node.pattern.scale, q))
         mask, _ = run.concrete(self._lengths(parts.selected, rows), node.pattern.mask.bound, rows)
         symbols = tuple(symbol.name for symbol in parts.symbols)
-        made = SelectedCall(
+        return SelectedCall(
             blocks, call.scale, replace(call.domain, tables={}) if call.tables else call.domain, mask, reach.score.expr,
             {name: table for name, table in call.tables.items() if name not in bits}, symbols,
             members if symbols else None, weights, node.normaliser is not None and node.normaliser.inner == "softmax1",
         )  # fmt: skip
-        return run.dispatch.selected(q, k, v, made)
+
+
+def _again(node: Attend, choice: Select | None, near: Again | None, far: SelectedAgain | None, run: Lowering) -> Result | None:
+    """``near``: over the keys that attend in any case; ``far``: along the lists of the choice."""
+    q, k, v, q_offset = run.value(node.x), run.value(node.y), run.value(node.z), run.domain.q_offset
+    if not q.dtype is k.dtype is v.dtype:
+        q, k, v = alike(q, k, v)
+    first = near(q, k, v, q_offset) if near is not None else None
+    if far is None or choice is None:
+        return first
+    weights, log_total = (None, None) if node.normaliser is None else _weights(run, node)
+    if near is not None and first is None:
+        return None
+    found = far(q, k, v, q_offset, run.value(choice), weights, first)
+    return found if found is None or node.normaliser is None else (found[0], log_total)
+
+
+def _weights(run: Lowering, node: Attend) -> tuple[Tensor | None, Tensor | None]:
+    """Those of the chunks of its normaliser, along the lists, and the logarithm of their sum for each query head, where somebody reads it;
+    None without a normaliser."""
+    rule = node.normaliser
+    if rule is None:
+        return None, None
+    weights, log_total = run.dispatch.weighed(selected_scores(run.value(rule.scores), run.value(rule.selected)), rule.weights)
+    return weights, repeat_kv(log_total, run.call.q.shape[1]) if node in run.weighed else None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -29,10 +29,10 @@ def candidates_of(mask: Any, domain: Domain, q_block: int, kv_block: int, heads:
     ``heads``: of the scores; where the mask tells more heads apart, a block is allowed if it is for one head of the group. ``device``: of
     the scores. Limits are made where the tables are: on the host if there are none, so that a GPU is not asked how far to score.
     """
-    if mask == sympy.true:
+    if mask is sympy.true:
         return Candidates()
-    if domain.rows == 1 and (ranges := keys_of_one_query(mask, domain)) is not None:
-        blocks = tuple(range(part.start // kv_block, (part.stop - 1) // kv_block + 1) for part in ranges)
+    blocks = _ranges(mask, domain, kv_block)
+    if blocks is not None:
         return _of_ranges(blocks, domain.device)
     if is_transformed(*domain.tables.values()):
         return _of_rows(mask, domain, q_block, kv_block, heads, device)
@@ -57,7 +57,8 @@ def _of_rows(mask: Any, domain: Domain, q_block: int, kv_block: int, heads: int,
     # (.., rows, q_block): -1 and kv_len mark queries without keys
     begin = torch.stack(torch.broadcast_tensors(*(first.amin(-1) for first, _ in ends))).amin(0) // kv_block
     end = torch.stack(torch.broadcast_tensors(*(last.amax(-1) for _, last in ends))).amax(0) // kv_block + 1
-    begin, end = _joined(begin, heads, "amin"), _joined(end, heads, "amax")
+    # As compiled code reads them.
+    begin, end = (_joined(limit, heads, how).to(torch.int32).contiguous() for limit, how in ((begin, "amin"), (end, "amax")))
     exact = len(ends) == 1 and q_block == 1 and ends[0][0].shape[1] in (1, heads)
     return Candidates(begin=begin, end=end, allowed=None if exact else _interval_rule(ends, kv_block, heads, device))
 
@@ -65,17 +66,31 @@ def _of_rows(mask: Any, domain: Domain, q_block: int, kv_block: int, heads: int,
 @functools.lru_cache(maxsize=256)  # steps of decoding change them once a block
 def _of_ranges(blocks: tuple[range, ...], device: torch.device) -> Candidates:
     """The same for one row, whose blocks are ranges."""
-    if not blocks:
-        return Candidates(end=torch.zeros(1, dtype=torch.int64, device=device))
-    begin, end = torch.tensor([blocks[0].start], device=device), torch.tensor([blocks[-1].stop], device=device)
-    if len(blocks) == 1:
-        return Candidates(begin=begin, end=end)
+    first, last = (blocks[0].start, blocks[-1].stop) if blocks else (0, 0)
+    begin, end = (torch.tensor([[[limit]]], dtype=torch.int32, device=device) for limit in (first, last))
+    return Candidates(begin=begin, end=end, allowed=_rule_of_ranges(blocks, device) if len(blocks) > 1 else None)
 
-    def allowed(rows: Tensor, places: Tensor) -> Tensor:
-        inside = [(places >= part.start) & (places < part.stop) for part in blocks]
-        return functools.reduce(torch.bitwise_or, inside)[None, None, None]
 
-    return Candidates(begin=begin, end=end, allowed=allowed)
+@functools.lru_cache(maxsize=256)
+def _rule_of_ranges(blocks: tuple[range, ...], device: torch.device) -> IntervalRule:
+    """Of one row, the blocks in one of several ranges."""
+
+    def key(number: int) -> Tensor:
+        return torch.tensor([[[[number]]]], device=device)
+
+    ends = tuple((key(part.start), key(part.stop - 1)) for part in blocks or (range(0),))
+    return IntervalRule(ends, kv_block=1, heads=1)
+
+
+def _ranges(mask: Any, domain: Domain, kv_block: int) -> tuple[range, ...] | None:
+    """The blocks with a key that the only query of a call sees; None where no closed form says them."""
+    return _of_one_query(mask, domain.q_offset, domain.kv_len, kv_block) if domain.rows == 1 else None
+
+
+@functools.lru_cache(maxsize=256)  # layer after layer asks for the same
+def _of_one_query(mask: Any, q_offset: int, kv_len: int, kv_block: int) -> tuple[range, ...] | None:
+    found = keys_of_one_query(mask, Domain(1, kv_len, q_offset))
+    return None if found is None else tuple(range(part.start // kv_block, (part.stop - 1) // kv_block + 1) for part in found)
 
 
 def _ends(mask: Any, domain: Domain, q_block: int) -> list[Any] | None:
@@ -111,6 +126,8 @@ def block_rule(
     mask: Any, domain: Domain, q_block: int, kv_block: int, heads: int, tables: Mapping[str, Tensor], device: torch.device
 ) -> PairRule:
     """Whether a block of queries and a block of keys hold a pair that ``mask`` allows. ``tables``: those of the program's own nodes."""
+    if not tables and (blocks := _ranges(mask, domain, kv_block)) is not None:
+        return _rule_of_ranges(blocks, device)
     # Of tables that nodes give nothing is declared that intervals could rely on.
     ends = None if tables else _ends(mask, domain, q_block)
     if not ends:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,13 +19,13 @@ from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import block_pair
 from sparsedsl.backends.flex import attention as flex
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
-from sparsedsl.backends.registry import check_backend, check_runs, named
+from sparsedsl.backends.registry import AUTO, check_backend, check_runs, named
 from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
 from sparsedsl.execute import operators
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.empty import run_empty
 from sparsedsl.execute.explanation import Explanation, explain
-from sparsedsl.execute.lowering import Lowering
+from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
 from sparsedsl.execute.requests import facts_of, requests_of
 from sparsedsl.execute.state import ProgramState, advanced, continued
@@ -33,22 +33,46 @@ from sparsedsl.execute.static import StaticAttention
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.effect_rules import KEEPS_STATE, LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
+from sparsedsl.program.node import Node
 from sparsedsl.program.program_text import read_program
 from sparsedsl.program.rules import check_rules
+from sparsedsl.program.tensors import OWN
 from sparsedsl.runtime.arguments import arranged, warn_of_slips
 from sparsedsl.runtime.call import bind_tables, check_call, exactly
 from sparsedsl.runtime.interpreter import Evaluation
-from sparsedsl.runtime.program_call import ProgramCall, check_program_call, plain_call, takes_any_position
+from sparsedsl.runtime.program_call import (
+    KnownInput,
+    ProgramCall,
+    check_program_call,
+    known_inputs,
+    plain_call,
+    takes_any_position,
+)
 from sparsedsl.runtime.repeated import Repeated
 from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.torch_modes import is_transformed, is_watched
 from sparsedsl.selection.scores import ScoreSource
+from sparsedsl.torch_private import transforms_active
 
 __all__ = ["Attention"]
 
 Tensor = torch.Tensor
 # Positions, batch entries and heads that functions for FlexAttention reckon with where nobody says how many there are.
 UNTOLD = 1 << 24
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is known of calls of a program that are alike. ``lse``: one gave it."""
+
+    lse: bool
+    inputs: tuple[KnownInput, ...]
+    shortcuts: dict[Node, Shortcut]
+
+
+def _kind(call: ProgramCall, run: Lowering, lse: bool) -> _Kind:
+    more = (KnownInput.of(node, value) for node, value in call.inputs.items() if node not in OWN)
+    return _Kind(lse, tuple(more), run.shortcuts)
 
 
 class Attention:
@@ -68,8 +92,8 @@ class Attention:
         self.allow = frozenset(allow)
         self.dispatch = Dispatch(self.backend)
         self._static = None if program.static is None else StaticAttention(program.static)
-        # Of programs, kinds of calls that were checked, and whether with the LSE.
-        self._repeated: Repeated[bool] = Repeated()
+        # Of programs, kinds of calls that were checked.
+        self._repeated: Repeated[_Kind] = Repeated()
         # Kinds of calls that are known to run.
         self._runs: set[CallFacts] = set()
         # What a traced call needs, as plain values: torch.compile follows no sympy.
@@ -134,8 +158,8 @@ class Attention:
         """
         given = q_offset
         compiling = torch.compiler.is_compiling()
-        if not compiling and not named and state is None and not return_state:
-            found = self._again(q, k, v, q_offset, return_lse, scale)
+        if not compiling and state is None and not return_state:
+            found = self._again(q, k, v, named, q_offset, return_lse, scale)
             if found is not None:
                 return found if return_lse else found[0]
         q, k, v, q_offset = arranged(q, k, v, q_offset, compiling=compiling)
@@ -146,15 +170,23 @@ class Attention:
             q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state
         )
 
-    def _again(self, q: Any, k: Any, v: Any, q_offset: Any, lse: bool, scale: Any) -> tuple[Tensor, Tensor | None] | None:
+    def _again(
+        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], q_offset: Any, lse: bool, scale: Any
+    ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
         """``(out, lse)`` of a call of a kind that was checked before; None: make an ordinary call."""
         if self._static is not None:
-            return self._static.again(q, k, v, self.backend, q_offset, scale)
+            return None if named else self._static.again(q, k, v, self.backend, q_offset, scale)
         found = self._repeated.find(q, k, v, q_offset, scale)
-        if found is None or (lse and not found[0]):
+        if found is None or (lse and not found[0].lse):
             return None
-        call = plain_call(self.program, q, k, v, found[1], scale)
-        out, weight = lowered(call, Dispatch(self.backend), lse=lse).value(self.program.root)
+        kind, position = found
+        more = known_inputs(kind.inputs, named, k.shape[2])
+        if more is None:
+            return None
+        call = plain_call(self.program, q, k, v, more, position, scale)
+        # Its patience is that of one call; a backend that was asked for needs none.
+        dispatch = Dispatch(AUTO) if self.backend == AUTO else self.dispatch
+        out, weight = lowered(call, dispatch, lse=lse, shortcuts=kind.shortcuts).value(self.program.root)
         return (out if out.dtype is q.dtype else out.to(q.dtype)), weight
 
     def attend_now(
@@ -176,22 +208,23 @@ class Attention:
         if state is not None:
             checked = continued(checked, state)
         with torch.autocast(checked.q.device.type, enabled=False):
-            run = self._evaluation(checked, return_lse)
+            keeps = state is None and not checked.needs_grad and takes_any_position(self.program) and not transforms_active()
+            run = self._evaluation(checked, return_lse, keeps and checked.q.is_cpu)
             out, lse = run.value(self.program.root)
             # The reference has no scans of its own: what is carried over is made as `tiled` makes it.
             carrier = run.dispatch if isinstance(run, Lowering) else Dispatch("tiled")
             after = advanced(checked, carrier, run.after if isinstance(run, Lowering) else {}) if return_state else None
-            if state is None and not checked.needs_grad and isinstance(run, Lowering) and takes_any_position(self.program):
-                self._repeated.remember(checked, (scale,), return_lse)
+            if keeps and isinstance(run, Lowering):
+                self._repeated.remember(checked, (scale,), _kind(checked, run, return_lse))
         results = [out.to(checked.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _evaluation(self, call: ProgramCall, lse: bool) -> Evaluation:
+    def _evaluation(self, call: ProgramCall, lse: bool, keeps: bool = False) -> Evaluation:
         if self.backend == "reference":
             return Reference(call)
         if self.backend != "auto":
             self._check_runs(facts_of(call, lse))
-        return lowered(call, Dispatch(self.backend), lse=lse)
+        return lowered(call, Dispatch(self.backend), lse=lse, keeps=keeps)
 
     def _check_runs(self, facts: CallFacts) -> None:
         """Whether the backend that was asked for does all the work, before it does any of it."""

@@ -14,9 +14,12 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import inner_call, wants_grad
 from sparsedsl.runtime.heads import lse_merge
 from sparsedsl.runtime.patience import Patience
+from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
-from sparsedsl.selection.selected_call import SelectedCall
+from sparsedsl.selection.proxies import Pool
+from sparsedsl.selection.selected_call import Results, SelectedAgain, SelectedCall
+from sparsedsl.selection.weights import weights_of
 from sparsedsl.torch_private import transforms_active
 
 __all__ = ["Dispatch", "takes"]
@@ -52,6 +55,8 @@ class Dispatch:
     def __init__(self, backend: str):
         self.backend = backend
         self.patience = Patience()
+        # Those that may have ways of their own.
+        self._asked: Iterable[Backend] = BACKENDS.values() if backend == AUTO else (named(backend),)
 
     @property
     def whole_tables(self) -> bool:
@@ -61,7 +66,7 @@ class Dispatch:
     def chooser(self, device: torch.device, dtype: torch.dtype) -> Choose | None:
         """What makes scores of a dtype and chooses by them in one pass, if some backend can."""
         patience = self.patience if self.backend == AUTO else None
-        return next((found for b in self._asked() if (found := b.chooser(device, dtype, patience)) is not None), None)
+        return next((found for b in self._asked if (found := b.chooser(device, dtype, patience)) is not None), None)
 
     def attend(
         self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], *, q_offset: int, scale: Any, lse: bool
@@ -75,24 +80,51 @@ class Dispatch:
         call = inner_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
         return static.attend(call, self.backend, lse=lse, patience=self.patience)
 
-    def merged(self, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """One softmax over results that nobody else reads."""
-        if len(parts) == 1:
-            return parts[0]
-        if not wants_grad(*(t for part in parts for t in part)) and not transforms_active():
-            for backend in self._asked():
-                found = backend.merged(parts)
+    def attend_again(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int, scale: Any) -> Again | None:
+        """What runs calls over a mask without tables that are of the kind of this one."""
+        scale = scale or pattern.scale or q.shape[3] ** -0.5
+        call = inner_call(pattern, q, k, v, {}, q_offset=q_offset, scale=scale)
+        return static_attention(pattern, new_tables=False).again_of(call, self.backend, self.patience)
+
+    def pooler(self, x: Tensor) -> Pool | None:
+        """What makes one row of every block of rows of a tensor, if some backend has a way of its own."""
+        if wants_grad(x) or transforms_active():
+            return None
+        patience = self.patience if self.backend == AUTO else None
+        return next((found for b in self._asked if (found := b.pooler(x.device, x.dtype, patience)) is not None), None)
+
+    def weighed(self, scores: Tensor, rule: Any) -> tuple[Tensor, Tensor]:
+        """Weights of blocks, and the logarithm of their total: see :func:`sparsedsl.selection.weights.weights_of`."""
+        if not wants_grad(scores) and not transforms_active():
+            for backend in self._asked:
+                found = backend.weighed(scores, rule)
                 if found is not None:
                     return found
-        return lse_merge(parts)
+        return weights_of(scores, rule)
 
-    def _asked(self) -> Iterable[Backend]:
-        return BACKENDS.values() if self.backend == AUTO else (named(self.backend),)
-
-    def selected(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor | None]:
-        """Attention along lists: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`."""
+    def selected(
+        self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, near: Results | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention along lists: see :func:`~sparsedsl.backends.tiled.selected.selected_attention`; with ``near``, results over other keys
+        that nobody else reads, of one softmax over both."""
         facts = _facts(q, k, v, lse=selected.weights is None)
-        return takes(request_of(selected, facts), self.backend, self.patience).selected(q, k, v, selected)
+        backend = takes(request_of(selected, facts), self.backend, self.patience)
+        if near is None:
+            return backend.selected(q, k, v, selected)
+        if not wants_grad(q, k, v, *near, *selected.tables.values()) and not transforms_active():
+            found = backend.joined(q, k, v, selected, near)
+            if found is not None:
+                return found
+        return lse_merge([near, backend.selected(q, k, v, selected)])  # type: ignore[list-item]
+
+    def selected_again(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> SelectedAgain | None:
+        """What runs calls along lists that are of the kind of this one."""
+        request = request_of(selected, _facts(q, k, v, lse=selected.weights is None))
+        return (
+            takes(request, self.backend, self.patience).selected_again(q, k, v, selected)
+            if (request, self.backend) in _TAKEN
+            else None
+        )
 
     def slots(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **words: Any) -> Any:
         """A scan of gated slots: see :func:`~sparsedsl.backends.tiled.scan_slots.slot_scan`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch.nn import functional
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.lang.symbols import Q_IDX
 from sparsedsl.lang.tables import TableRead, read_class, table_reads
+from sparsedsl.lang.wrapped import Expression
 from sparsedsl.program.axes import block_of
-from sparsedsl.program.branches import Branch, Joint
 from sparsedsl.program.node import Node
 from sparsedsl.runtime.heads import NEVER, repeat_kv
 from sparsedsl.runtime.interpreter import Evaluation, Rule
@@ -21,26 +21,44 @@ from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.selection.scores import ScoreSource
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 
-__all__ = ["Lowering", "has_own_rows"]
+__all__ = ["Lowering", "Shortcut", "has_own_rows", "reads_nodes"]
 
 Tensor = torch.Tensor
+Shortcut = Callable[[Any], Any]
+"""From an evaluation of a call of a known kind (:mod:`runtime.repeated`) to a node's value, without what only depends on the kind; None:
+the rule is to find it."""
 
 
 class Lowering(Evaluation):
     """Tensors keep their types, scores are sources that give blocks, choices are lists; a branch gives ``(out, lse or None)``.
 
-    ``dispatch``: who does the work. ``lse``: whether the root's is wanted.
-    ``after``: of recurrences that ran, the state after the last key.
+    ``dispatch``: who does the work. ``lse``: whether the root's is wanted. ``shortcuts``: those of the kind of call, if it is known.
+    ``keeps``: rules leave shortcuts for later calls of this kind. ``after``: of recurrences that ran, the state after the last key.
     """
 
-    def __init__(self, rules: Mapping[type[Node], Rule], call: ProgramCall, dispatch: Dispatch, *, lse: bool):
+    def __init__(
+        self, rules: Mapping[type[Node], Rule], call: ProgramCall, dispatch: Dispatch, *, lse: bool,
+        shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(rules, call)
-        self.dispatch = dispatch
+        self.dispatch, self.keeps = dispatch, keeps
+        self.shortcuts: dict[Node, Shortcut] = {} if shortcuts is None else shortcuts
         self.after: dict[Node, Tensor] = {}
-        root = call.program.root
+        if shortcuts is not None:
+            self.values.update(call.inputs.items())
         # Branches whose LSE somebody reads: FlexAttention has none on CPU, and the others save the work.
-        self.weighed: set[Branch] = {branch for node in call.program.order if isinstance(node, Joint) for branch in node.branches}
-        self.weighed |= {root} if lse else set()
+        self.weighed: Set[Node] = call.program.joined | {call.program.root} if lse else call.program.joined
+
+    def value(self, node: Node) -> Any:
+        """What a node gives."""
+        if node in self.values:
+            return self.values[node]
+        shortcut = self.shortcuts.get(node)
+        found = None if shortcut is None else shortcut(self)
+        if found is None:
+            found = self.rules[type(node)](self, node)
+        self.values[node] = found
+        return found
 
     def again(self, call: ProgramCall, *, lse: bool) -> Any:
         """The result of another call, whose program is part of this one."""
@@ -87,3 +105,8 @@ class Lowering(Evaluation):
 def has_own_rows(node: Node, reads: Iterable[TableRead]) -> bool:
     """Whether a node gives a row for each query, and these reads of it are of the row of the query that asks."""
     return len(node.axes) == 4 and node.axes[2] == "queries" and all(read.args[2] == Q_IDX for read in reads)
+
+
+def reads_nodes(*parts: Expression) -> bool:
+    """Whether masks or scores read what nodes of the program give."""
+    return any(isinstance(part.bound.get(read.spec.name), Node) for part in parts for read in table_reads(part.expr))

@@ -6,17 +6,20 @@ import torch
 
 from sparsedsl.execute.attend_rule import attend_node
 from sparsedsl.execute.dispatch import Dispatch
-from sparsedsl.execute.lowering import Lowering
+from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.selection_rules import LISTED_RULES
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Take
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, Summary
+from sparsedsl.runtime.call import wants_grad
 from sparsedsl.runtime.heads import NEVER, lse_merge, repeat_kv, together
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.selection import proxies
+from sparsedsl.torch_private import transforms_active
 
 __all__ = ["LOWERED_RULES", "lowered"]
 
@@ -25,9 +28,11 @@ Tensor = torch.Tensor
 Result = tuple[Tensor, Tensor | None]
 
 
-def lowered(call: ProgramCall, dispatch: Dispatch, *, lse: bool) -> Lowering:
-    """One evaluation of a call by backends. ``lse``: whether the root's is wanted."""
-    return Lowering(LOWERED_RULES, call, dispatch, lse=lse)
+def lowered(
+    call: ProgramCall, dispatch: Dispatch, *, lse: bool, shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False
+) -> Lowering:  # fmt: skip
+    """One evaluation of a call by backends: see :class:`~sparsedsl.execute.lowering.Lowering`."""
+    return Lowering(LOWERED_RULES, call, dispatch, lse=lse, shortcuts=shortcuts, keeps=keeps)
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------------------
@@ -42,7 +47,14 @@ def _input(run: Lowering, node: Input) -> Tensor:
 
 
 def _summary(run: Lowering, node: Summary) -> Tensor:
-    return proxies.pooled(run.value(node.x), node.block, node.how, node.pad)  # type: ignore[arg-type]
+    x = run.value(node.x)
+    pool = run.dispatch.pooler(x)
+    found = None if pool is None else pool(x, node.block, node.how, node.pad)
+    if pool is None or found is None:
+        return proxies.pooled(x, node.block, node.how, node.pad)  # type: ignore[arg-type]
+    if run.keeps:
+        run.shortcuts[node] = lambda run: pool(run.value(node.x), node.block, node.how, node.pad)
+    return found
 
 
 def _take(run: Lowering, node: Take) -> Tensor:
@@ -89,9 +101,14 @@ def _joint(run: Lowering, node: Joint) -> Result:
 
 
 def _mix(run: Lowering, node: Mix) -> Result:
-    weights = run.value(node.weights)
-    parts = [weights[..., i, None] * run.value(branch)[0] for i, branch in enumerate(node.branches)]
-    return torch.stack(parts).sum(0), None
+    weights, parts = run.value(node.weights), [run.value(branch)[0] for branch in node.branches]
+    if wants_grad(weights, *parts) or transforms_active() or [part for part in parts if part.dtype is not weights.dtype]:
+        return torch.stack([weights[..., i, None] * part for i, part in enumerate(parts)]).sum(0), None
+    shares = weights[..., None].unbind(3)
+    out = shares[0] * parts[0]
+    for share, part in zip(shares[1:], parts[1:], strict=True):
+        out.addcmul_(share, part)
+    return out, None
 
 
 def _compact(run: Lowering, node: Compact) -> Result:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.execute.candidate_rules import block_rule, candidates_of
-from sparsedsl.execute.lowering import Lowering
+from sparsedsl.execute.lowering import Lowering, reads_nodes
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.program.axes import block_of
+from sparsedsl.program.branches import Attend
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.scores import (
@@ -31,7 +34,7 @@ from sparsedsl.program.scores import (
 from sparsedsl.program.select import Select, Threshold, TopK, TopP
 from sparsedsl.runtime.heads import alike, reduced, repeat_kv
 from sparsedsl.runtime.interpreter import Rule
-from sparsedsl.selection import counts, permutations, proxies
+from sparsedsl.selection import choosing, counts, permutations, proxies
 from sparsedsl.selection.antidiagonals import antidiagonal
 from sparsedsl.selection.candidates import Candidates, PairRule, Within
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
@@ -40,7 +43,7 @@ from sparsedsl.selection.mass import threshold, top_p
 from sparsedsl.selection.noise import GumbelScores
 from sparsedsl.selection.ranking import top_k
 from sparsedsl.selection.scores import DotScores, ScoreSource
-from sparsedsl.selection.selected_blocks import SelectedBlocks
+from sparsedsl.selection.selected_blocks import KnownScores, SelectedBlocks
 
 __all__ = ["LISTED_RULES"]
 
@@ -57,12 +60,34 @@ def _scale(scale: float | None, x: Tensor) -> float:
 
 def _dot(run: Lowering, node: Dot) -> ScoreSource:
     x, y = alike(run.value(node.x), run.value(node.y))
-    return DotScores(x, y, _scale(node.scale, x))
+    found = DotScores(x, y, _scale(node.scale, x))
+    if run.keeps:
+        run.shortcuts[node] = functools.partial(_dot_again, node, found.scale, found.dtype)
+    return found
+
+
+def _dot_again(node: Dot, scale: float, dtype: torch.dtype, run: Lowering) -> ScoreSource:
+    x, y = run.value(node.x), run.value(node.y)
+    if x.dtype is not y.dtype:
+        x, y = alike(x, y)
+    return DotScores.known(x, y, scale, dtype)
 
 
 def _bound(run: Lowering, node: Bound) -> ScoreSource:
     x, y = run.value(node.x), run.value(node.y)
-    return BoundScores(x, *proxies.bounds(y, node.block), _scale(node.scale, x))
+    pool, scale = run.dispatch.pooler(y), _scale(node.scale, x)
+    found = None if pool is None else pool(y, node.block, "bounds", "valid")
+    if pool is None or found is None:
+        return BoundScores(x, *proxies.bounds(y, node.block), scale)
+    made = BoundScores(x, found[0], found[1], scale)
+    if run.keeps:
+        run.shortcuts[node] = functools.partial(_bound_again, node, pool, scale, made.dtype)
+    return made
+
+
+def _bound_again(node: Bound, pool: proxies.Pool, scale: float, dtype: torch.dtype, run: Lowering) -> ScoreSource | None:
+    found = pool(run.value(node.y), node.block, "bounds", "valid")
+    return None if found is None else BoundScores.known(run.value(node.x), found[0], found[1], scale, dtype)
 
 
 def _antidiagonal(run: Lowering, node: Antidiagonal) -> ScoreSource:
@@ -188,7 +213,39 @@ def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: An
 
 def _top_k(run: Lowering, node: TopK) -> SelectedBlocks:
     extra = run.value(node.scores).shape[3] if node.extra and node.forced is not None else None
+    if run.keeps and (node.forced is None or not reads_nodes(node.forced)):
+        choose = run.dispatch.chooser(run.call.q.device, run.call.dtype)
+        if choose is not None:
+            weighed = any(isinstance(n, Attend) and n.normaliser is not None for n in run.call.program.order)
+            run.shortcuts[node] = functools.partial(_top_k_again, node, choose, weighed, Cache())
     return _choose(run, node, top_k, node.count, forced_extra=extra)
+
+
+@functools.lru_cache(maxsize=256)
+def _rule(count: int, extra: bool, scores: bool) -> choosing.Rule:
+    return choosing.Rule("top_k", count, extra=extra, scores=scores)
+
+
+def _top_k_again(node: TopK, choose: choosing.Choose, weighed: bool, known: Cache[Any], run: Lowering) -> SelectedBlocks | None:
+    """The pass alone. ``weighed``: somebody may read the scores; ``known``: candidates and what is forced, by lengths."""
+    source, domain = run.value(node.scores), run.domain
+    _, _, rows, blocks = source.shape
+
+    def find() -> tuple[Candidates, PairRule | None]:
+        candidates = Candidates() if node.among is None else _allowed(run, node.among, node, source)
+        return candidates, _forced(run, node, candidates, source)
+
+    # One query's are found at once, and change with every step of decoding.
+    candidates, forced = find() if domain.rows == 1 else known.get((domain.kv_len, domain.q_offset), (), find)
+    extra = node.extra and node.forced is not None
+    count = min(node.count, blocks)
+    width, (q_block, kv_block) = count + blocks if extra else count, node.blocks
+    found = choose(source, candidates, forced, _rule(count, extra, weighed), slice(0, rows), 0, width)
+    if found is None:
+        return None
+    lists, counts, values = found
+    scores = None if values is None else KnownScores(source, values)
+    return SelectedBlocks(lists, counts, q_block, kv_block, -(-domain.kv_len // kv_block), domain.q_offset // q_block, scores)
 
 
 def _top_p(run: Lowering, node: TopP) -> SelectedBlocks:

@@ -99,6 +99,15 @@ class StaticAttention:
             self._repeated.setdefault(asked, Repeated()).remember(call, scales, again)
         return found
 
+    def again_of(self, call: Call, backend: str, patience: Patience | None = None) -> Again | None:
+        """What runs calls of the kind of this one, which is one without tables that was run; None: nothing does."""
+        if backend == AUTO or named(backend).may_refuse:
+            plan = self.plan(call, backend, lse=True, patience=patience)
+            if not plan.lasting:
+                return None
+            backend = plan.backend
+        return self.runner(backend).again(call)
+
     def _fastest(self, call: Call, backends: tuple[str, ...]) -> tuple[str, str] | None:
         """The backend that was measured to be the fastest for calls like this one."""
         if "triton" not in backends or tune_mode() == "off" or is_transformed(call.q, call.k, call.v, *call.tables.values()):

@@ -16,7 +16,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, INDEX_SYMBOLS
 from sparsedsl.lang.tables import TableSpec, table_reads
 from sparsedsl.lang.wrapped import Expression
-from sparsedsl.program.branches import Branch, as_branch
+from sparsedsl.program.branches import Branch, Joint, as_branch
 from sparsedsl.program.node import Node, reached
 from sparsedsl.program.select import Select
 from sparsedsl.program.tensors import OWN, Input
@@ -106,6 +106,11 @@ class Program:
                 found.update(dict.fromkeys(Program(inner).everything))
             found[node] = None
         return tuple(found)
+
+    @functools.cached_property
+    def joined(self) -> frozenset[Node]:
+        """Branches that are weighed against each other by their LSE."""
+        return frozenset(branch for node in self.order if isinstance(node, Joint) for branch in node.branches)
 
     def nodes(self, kind: type[N]) -> Iterator[N]:
         """Those of everything that are of a kind, or of a base of kinds."""

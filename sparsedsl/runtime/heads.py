@@ -23,7 +23,10 @@ def repeat_kv(x: Tensor, heads: int, dim: int = 1) -> Tensor:
 def alike(*tensors: Tensor) -> list[Tensor]:
     """All in the widest of their types: means of half-precision keys are float32."""
     first = tensors[0].dtype
-    if not [t for t in tensors if t.dtype is not first]:
+    for t in tensors:
+        if t.dtype is not first:
+            break
+    else:
         return list(tensors)
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
     return [t.to(dtype) for t in tensors]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,9 +25,18 @@ from sparsedsl.program.tensors import Input
 from sparsedsl.runtime.call import FLOATS, Call, check_call, check_table, exactly, wants_grad
 from sparsedsl.runtime.dtypes import accumulated
 
-__all__ = ["ProgramCall", "check_program_call", "plain_call", "refused_positions", "takes_any_position"]
+__all__ = [
+    "KnownInput",
+    "ProgramCall",
+    "check_program_call",
+    "known_inputs",
+    "plain_call",
+    "refused_positions",
+    "takes_any_position",
+]
 
 Tensor = torch.Tensor
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,19 +131,70 @@ def refused_positions(program: Program, q_offset: int, q_len: int, kv_len: int) 
 
 @functools.lru_cache(maxsize=256)
 def takes_any_position(program: Program) -> bool:
-    """Whether calls without tables and further inputs that differ in the number of keys and the position alone are all refused, or none."""
+    """Whether calls without tables that differ in the number of keys and the position alone are all refused, or none."""
     positions = any(node.whole_sequence or node.whole_queries > 1 for node in program.order)
     recurrent = any(isinstance(node, (Recall, Linear)) for node in program.everything)
-    return not (positions or recurrent or program.tables or program.inputs)
+    return not (positions or recurrent or program.tables)
 
 
-def plain_call(program: Program, q: Tensor, k: Tensor, v: Tensor, q_offset: int, scale: float | None) -> ProgramCall:
-    """A call that needs no check, of which nobody wants gradients, without tables and further inputs."""
-    call = ProgramCall(program, {tensors.q: q, tensors.k: k, tensors.v: v}, {}, q_offset, scale)
-    domain = Domain(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1], call.tables)
-    # What would be worked out when it is asked for.
-    vars(call).update(q=q, k=k, v=v, domain=domain, dtype=accumulated(q.dtype), is_empty=False, needs_grad=False)
+def plain_call(
+    program: Program, q: Tensor, k: Tensor, v: Tensor, more: Mapping[Input, Tensor], q_offset: int, scale: float | None
+) -> ProgramCall:  # fmt: skip
+    """A call that needs no check, of which nobody wants gradients, without tables. ``more``: its further inputs."""
+    (batch, heads, rows, _), keys = q.shape, k.shape[2]
+    domain, call = object.__new__(Domain), object.__new__(ProgramCall)
+    vars(domain).update(rows=rows, kv_len=keys, q_offset=q_offset, batch=batch, heads=heads, tables=_NONE)
+    # With what would be worked out when it is asked for.
+    vars(call).update(
+        program=program, inputs={tensors.q: q, tensors.k: k, tensors.v: v, **more}, tables=_NONE, q_offset=q_offset, scale=scale,
+        state=_NONE, q=q, k=k, v=v, domain=domain, dtype=accumulated(q.dtype), is_empty=False, needs_grad=False,
+    )  # fmt: skip
     return call
+
+
+@dataclass(frozen=True)
+class KnownInput:
+    """What an input of a call was, as far as it is that of the next: ``sizes`` of its axes; for those in ``blocks`` of keys the block."""
+
+    node: Input
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+    @staticmethod
+    def of(node: Input, value: Tensor) -> KnownInput:
+        """What is known of an input that was checked."""
+        blocks = tuple(block_of(axis) if base_of(axis) == "keys" else 0 for axis in node.axes)
+        return KnownInput(node, value.dtype, tuple(value.shape), blocks)
+
+    def fits(self, value: Any, keys: int) -> bool:
+        """Whether it fits a call with so many keys, and nobody wants its gradient."""
+        if type(value) is not Tensor or value.dtype is not self.dtype or not value.is_cpu:
+            return False
+        if value.requires_grad and torch.is_grad_enabled():
+            return False
+        shape = tuple(value.shape)
+        if shape == self.sizes and not any(self.blocks):
+            return True
+        return len(shape) == len(self.sizes) and all(
+            [
+                keys // block <= n <= -(-keys // block) if block else n == size
+                for n, size, block in zip(shape, self.sizes, self.blocks, strict=True)
+            ]
+        )
+
+
+def known_inputs(known: tuple[KnownInput, ...], named: Mapping[str, Any], keys: int) -> dict[Input, Tensor] | None:
+    """The inputs of a call beside q, k and v, if they are like those that are known."""
+    if len(named) != len(known):
+        return None
+    found: dict[Input, Tensor] = {}
+    for one in known:
+        value = named.get(one.node.name)
+        if value is None or not one.fits(value, keys):
+            return None
+        found[one.node] = value
+    return found
 
 
 def check_program_call(

@@ -24,8 +24,8 @@ MOST = 64
 
 
 class Repeated(Generic[What]):
-    """What is known of kinds of calls of one pattern or program without tables and further inputs, by all that does not change from call to
-    call."""
+    """What is known of kinds of calls of one pattern or program without tables, by all of q, k and v that does not change from call to
+    call. Whoever asks looks at further inputs."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[What, int]] = {}

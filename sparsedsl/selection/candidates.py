@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,26 @@ class IntervalRule:
     ends: tuple[tuple[Tensor, Tensor], ...]
     kv_block: int
     heads: int
+
+    @functools.cached_property
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """First and last block of each range of a row, int32 ``(B|1, 1 or heads, R, ranges)``, those of all its queries and of all heads of
+        a group; a last block of -1: there is none."""
+        firsts, lasts = [], []
+        for first, last in self.ends:
+            first, last = torch.broadcast_tensors(first, last)
+            there = last >= 0
+            firsts.append(self._by_row(torch.div(first, self.kv_block, rounding_mode="floor")))
+            lasts.append(self._by_row(torch.div(last, self.kv_block, rounding_mode="floor").masked_fill(~there, -1)))
+        both = (torch.cat(torch.broadcast_tensors(*parts), dim=3) for parts in (firsts, lasts))
+        first, last = (part.to(torch.int32).contiguous() for part in both)
+        return first, last
+
+    def _by_row(self, ends: Tensor) -> Tensor:
+        """``(B, H, R, Q)`` -> of each row those of all its queries and of all heads of a group, ``(B, 1 or heads, R, ..)``."""
+        if ends.shape[1] not in (1, self.heads):
+            ends = ends.unflatten(1, (self.heads, -1)).permute(0, 1, 3, 2, 4).flatten(3)
+        return ends
 
     def __call__(self, rows: Tensor, blocks: Tensor) -> Tensor:
         """Whether each row may have each block."""

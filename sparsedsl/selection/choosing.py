@@ -18,7 +18,8 @@ Tensor = torch.Tensor
 @dataclass(frozen=True)
 class Rule:
     """``top_k``: the ``k`` best, and with ``extra`` what is forced beside them. ``top_p``: as many as hold ``share`` of the mass.
-    ``threshold``: those of ``share`` at least. What the rest means: :func:`~sparsedsl.selection.mass.top_p`."""
+    ``threshold``: those of ``share`` at least. What the rest means: :func:`~sparsedsl.selection.mass.top_p`; but ``scores``: whether those
+    of what is chosen are kept."""
 
     name: Literal["top_k", "top_p", "threshold"]
     k: int = 0
@@ -28,6 +29,7 @@ class Rule:
     inclusive: bool = True
     unmet: Literal["all", "none"] = "all"
     forced_in_mass: bool = False
+    scores: bool = False
 
 
 class Choose(Protocol):
@@ -44,7 +46,7 @@ class Choose(Protocol):
         width: int,
     ) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """The lists of some rows, ascending, ``(B, H, r, width)`` int32, -1 after the end; how many each has, ``(B, H, r)`` int32; and, if
-        it kept them, the scores of what was chosen, like the lists, -inf after the end. ``start``: what the first block is called.
+        they are to be kept, the scores of what was chosen, like the lists, -inf after the end. ``start``: what the first block is called.
 
         None: it cannot make scores or follow rules of this kind itself; then it is asked again with the scores as they are
         (``TensorScores``) and a table of what is forced.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,12 +39,12 @@ class GroupedScores(ScoreSource):
         if self.how not in ("sum", "mean", "max"):
             raise ShapeError(f"grouped scores: how is {self.how!r}; wanted 'sum', 'mean' or 'max'")
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         batch, _, rows, blocks = self.source.shape
         return batch, self.heads_out, rows, blocks
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         return self.source.dtype
 
@@ -109,12 +110,12 @@ class SumScores(ScoreSource):
                     "(batch, heads, rows, blocks), or one in its place, or heads that divide the most"
                 )
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         batch, heads, rows, blocks = (max(sizes) for sizes in zip(*(source.shape for source in self.sources), strict=True))
         return batch, heads, rows, blocks
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         return torch.float64 if any(source.dtype == torch.float64 for source in self.sources) else torch.float32
 
@@ -179,9 +180,20 @@ class BoundScores(ScoreSource):
             )
         DotScores(self.q, self.low)
 
-    @property
+    @classmethod
+    def known(cls, q: Tensor, low: Tensor, high: Tensor, scale: float, dtype: torch.dtype) -> BoundScores:
+        """Of tensors that are known to fit, and the type of the scores: nothing is looked at again."""
+        made = object.__new__(cls)
+        vars(made).update(q=q, low=low, high=high, scale=scale, dtype=dtype, shape=DotScores.known(q, low, scale, dtype).shape)
+        return made
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        return self._products().dtype
+
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
-        return self._products().shape
+        return DotScores(self.q, self.low).shape
 
     @property
     def cell_bytes(self) -> int:

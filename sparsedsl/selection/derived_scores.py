@@ -41,7 +41,7 @@ class SoftmaxScores(ScoreSource):
         with torch.set_grad_enabled(self.learns):
             return lse_over_candidates(self.source, self.candidates)[..., None]
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         return self.source.shape
 
@@ -49,7 +49,7 @@ class SoftmaxScores(ScoreSource):
     def cell_bytes(self) -> int:
         return 2 * self.source.cell_bytes
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         return self.source.dtype
 
@@ -112,12 +112,12 @@ class RegroupedScores(ScoreSource):
     size: int
     how: str = "sum"
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         batch, heads, rows, blocks = self.source.shape
         return batch, heads, rows, -(-blocks // self.size)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         return self.source.dtype
 

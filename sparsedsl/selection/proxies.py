@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,16 @@ from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.selection.chunking import cut, rows_at_once
 from sparsedsl.selection.scores import DotScores
 
-__all__ = ["bounds", "pooled", "probe", "smooth"]
+__all__ = ["Pool", "bounds", "pooled", "probe", "smooth"]
 
 Tensor = torch.Tensor
+
+
+class Pool(Protocol):
+    """A backend's own way to make one row of every ``block`` rows of a tensor, as :func:`pooled` does."""
+
+    def __call__(self, x: Tensor, block: int, how: str, pad: str) -> Tensor | None:
+        """The result; for "bounds" ``(2, B, H, blocks, D)``, the least and the greatest. None for what it does not take."""
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def top_k(
     candidates = candidates or Candidates()
     batch, heads, rows, blocks = source.shape
     width = min(k, blocks) + min(forced_extra or 0, blocks)
-    rule = Rule("top_k", min(k, blocks), extra=forced_extra is not None)
+    rule = Rule("top_k", min(k, blocks), extra=forced_extra is not None, scores=True)
     own = None if choose is None else functools.partial(choose, rule=rule, width=width)
     if own is not None and (forced_extra is None or forced_extra >= blocks):
         whole = own(source, candidates, forced, rows=slice(0, rows), start=0)

@@ -188,6 +188,14 @@ class DotScores(ScoreSource):
                 "and D, and one number of heads a multiple of the other"
             )
 
+    @classmethod
+    def known(cls, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> DotScores:
+        """Of tensors that are known to fit, and the type of the scores: nothing is looked at again."""
+        made = object.__new__(cls)
+        (batch, heads, rows, _), (_, others, blocks, _) = a.shape, b.shape
+        vars(made).update(a=a, b=b, scale=scale, dtype=dtype, shape=(batch, max(heads, others), rows, blocks))
+        return made
+
     @functools.cached_property
     def dtype(self) -> torch.dtype:
         return torch.float64 if torch.float64 in (self.a.dtype, self.b.dtype) else torch.float32

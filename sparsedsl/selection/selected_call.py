@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -13,9 +13,13 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 
-__all__ = ["SelectedCall"]
+__all__ = ["Results", "SelectedAgain", "SelectedCall"]
 
 Tensor = torch.Tensor
+Results = tuple[Tensor, Tensor]
+SelectedAgain = Callable[[Tensor, Tensor, Tensor, int, SelectedBlocks, "Tensor | None", "Results | None"], "Results | None"]
+"""``(out, lse)`` of q, k, v, an offset, lists and weights; where results over other keys are given, of one softmax over both, which may
+take their place. None: the ordinary call is to look at them."""
 
 
 @dataclass(frozen=True, eq=False)

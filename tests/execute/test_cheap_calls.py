@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import sparsedsl as sd
 
@@ -38,7 +40,7 @@ def python_calls(call: Callable[[], Any]) -> int:
     ("backend", "pattern", "rows", "most"),
     [
         ("tiled", WINDOW, 1024, 850), ("tiled", WINDOW, 1, 120), ("tiled", CHOICE, 1024, 2600), ("tiled", CHOICE, 1, 400),
-        ("cpp", WINDOW, 1024, 15), ("cpp", WINDOW, 1, 15), ("cpp", CHOICE, 1024, 300), ("cpp", CHOICE, 1, 300),
+        ("cpp", WINDOW, 1024, 15), ("cpp", WINDOW, 1, 15), ("cpp", CHOICE, 1024, 60), ("cpp", CHOICE, 1, 68),
     ],
 )  # fmt: skip
 def test_a_warm_call_makes_few_python_calls(backend: str, pattern: Any, rows: int, most: int) -> None:
@@ -54,10 +56,40 @@ def test_a_warm_call_makes_few_python_calls(backend: str, pattern: Any, rows: in
         torch.set_num_threads(threads)
 
 
-def test_a_decode_step_of_another_length_is_as_cheap() -> None:
+@pytest.mark.parametrize(("backend", "most"), [("tiled", 420), ("cpp", 82)])
+def test_a_decode_step_of_another_length_is_as_cheap(backend: str, most: int) -> None:
     q, k = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 1100, 64)
-    attn = sd.compile(CHOICE, backend="tiled")
+    attn = sd.compile(CHOICE, backend=backend)
     for length in range(1024, 1028):
         attn(q, k[:, :, :length], k[:, :, :length], q_offset="end")
     counts = [python_calls(lambda n=n: attn(q, k[:, :, :n], k[:, :, :n], q_offset=n - 1)) for n in (1028, 1029, 1030)]
-    assert max(counts) <= 420
+    assert max(counts) <= most
+
+
+QUEST = sd.attend(CAUSAL & sd.top_k(sd.bound(sd.q, sd.k, 16), 4))
+
+
+# Operations of torch that are left are allocations, and what mixes branches.
+@pytest.mark.parametrize("rows", [256, 1])
+@pytest.mark.parametrize(
+    ("program", "inputs", "most", "operations"),
+    [
+        (sd.patterns.moba(32, 3), {}, 68, 10), (QUEST, {}, 72, 12),
+        (sd.patterns.hsa(32, 4), {"retrieval_q": (1, 2, None, 8), "landmarks": (1, 2, 8, 8)}, 78, 12),
+        (sd.patterns.nsa(8, 16, 6, 32), {"gate": (1, 4, None, 3)}, 160, 30),
+    ],
+    ids=["moba", "quest", "hsa", "nsa"],
+)  # fmt: skip
+def test_systems_of_one_choice_make_few_calls(
+    program: Any, inputs: dict[str, Any], most: int, operations: int, rows: int
+) -> None:
+    q, k = torch.randn(1, 4, rows, 16), torch.randn(1, 2, 256, 16)
+    named = {name: torch.randn([rows if size is None else size for size in shape]) for name, shape in inputs.items()}
+    attn = sd.compile(program, backend="cpp")
+    call = functools.partial(attn, q, k, k, q_offset=256 - rows, **named)
+    for _ in range(3):
+        call()
+    assert python_calls(call) <= most
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    assert sum(event.name.startswith("aten::") for event in seen.events()) <= operations

@@ -10,9 +10,13 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl.backends.cpp.attention import CppKernel
-from sparsedsl.backends.cpp.merging import merged
 from sparsedsl.execute import compiled
+from sparsedsl.execute.node_rules import LOWERED_RULES
 from sparsedsl.execute.static import StaticAttention
+from sparsedsl.program.branches import Attend
+from sparsedsl.program.scores import Bound
+from sparsedsl.program.select import TopK
+from sparsedsl.program.tensors import Summary
 from sparsedsl.runtime.heads import lse_merge
 from sparsedsl.testing import tensor
 
@@ -33,6 +37,83 @@ def warm(request: pytest.FixtureRequest) -> sd.Attention:
     attn(*qkv(1, 60), q_offset="end", return_lse=True)
     attn(*qkv(40, 40))
     return attn
+
+
+QUEST = sd.attend(CAUSAL & sd.top_k(sd.bound(sd.q, sd.k, 8), 3))
+SYSTEMS: dict[str, tuple[Any, dict[str, tuple[int, ...]]]] = {
+    "moba": (sd.patterns.moba(8, 3), {}),
+    "quest": (QUEST, {}),
+    "hsa": (sd.patterns.hsa(8, 3), {"retrieval_q": (2, 1, 8), "landmarks": (2, 0, 8)}),
+    "hsa, stick breaking": (sd.patterns.hsa(8, 3, "stick_breaking", inner="softmax1"), {"retrieval_q": (1, 1, 8), "landmarks": (1, 0, 8)}),
+    "nsa": (sd.patterns.nsa(4, 8, 4, 9), {"gate": (4, 1, 3)}),
+    "two widths": (CAUSAL & (sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 8)), 2) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 1)), {}),
+    "soft cap": (sd.attend(CHOICE, score=sd.patterns.softcap(3.0)), {}),
+    "sink": (sd.attend(CHOICE, sink=0.5), {}),
+    "top p": (CAUSAL & ((sd.q_idx - sd.kv_idx < 9) | sd.top_p(sd.dot(sd.q, sd.summary(sd.k, 8)), 0.7)), {}),
+}  # fmt: skip
+
+
+def system_call(
+    name: str, rows: int, keys: int, dtype: torch.dtype = torch.float32
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """q, k, v and the inputs, whose shapes are given as heads, whether for queries (1) or chunks of 8 keys (0), width."""
+    lengths = (-(-keys // 8), rows)
+    shapes = SYSTEMS[name][1]
+    named = {word: tensor(1, h, lengths[of], d, seed=9 + n, dtype=dtype) for n, (word, (h, of, d)) in enumerate(shapes.items())}
+    return qkv(rows, keys, dtype), named
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_warm_calls_of_systems_give_what_first_calls_do(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    attn = sd.compile(SYSTEMS[name][0], backend="cpp")
+    calls = [(rows, keys) for rows in (1, 16) for keys in (33, 40, 41, 57, 64)]
+    given = [system_call(name, *call, dtype) for call in calls]
+    with torch.no_grad():
+        for _ in range(2):
+            found = [attn(*qkv, q_offset="end", **named) for qkv, named in given]
+        ordinary(monkeypatch)
+        wanted = [attn(*qkv, q_offset="end", **named) for qkv, named in given]
+        dense = [sd.compile(attn.program, backend="reference")(*(t.double() for t in qkv), q_offset="end", **{
+            word: t.double() for word, t in named.items()}) for qkv, named in given]  # fmt: skip
+    assert all(map(torch.equal, found, wanted))
+    if dtype == torch.float64:
+        for one, other in zip(found, dense, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["moba", "quest", "hsa", "nsa"])
+def test_shortcuts_are_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attn = sd.compile(SYSTEMS[name][0], backend="cpp")
+    (q, k, v), named = system_call(name, 1, 57)
+    wanted = attn(q, k, v, q_offset="end", **named)
+    for kind in (Attend, TopK, Summary, Bound):
+        monkeypatch.setitem(LOWERED_RULES, kind, None)
+    assert torch.equal(attn(q, k, v, q_offset="end", **named), wanted)
+    with pytest.raises(TypeError):  # seen to be looked for
+        attn(q.repeat(2, 1, 1, 1), *(t.repeat(2, 1, 1, 1) for t in (k, v)), q_offset="end", **named)
+
+
+def test_inputs_of_warm_calls_are_looked_at() -> None:
+    attn = sd.compile(SYSTEMS["hsa"][0], backend="cpp")
+    qkv_, named = system_call("hsa", 1, 57)
+    for _ in range(2):
+        plain = attn(*qkv_, q_offset="end", **named)
+    marks, asked = named["landmarks"], named["retrieval_q"]
+    assert torch.equal(attn(*qkv_, q_offset="end", **named | {"landmarks": marks[:, :, :7]}), plain)  # whole chunks alone
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"landmarks": marks[:, :, :6]}, sd.ShapeError, "landmarks"), ({"retrieval_q": asked[..., :5]}, sd.ShapeError, "retrieval"),
+        ({"landmarks": None}, sd.TableError, "missing input"), ({"bias": marks}, sd.TableError, "bias"),
+        ({"landmarks": [1.0]}, sd.TableError, "torch tensor"), ({"retrieval_q": asked[:, :, :0]}, sd.ShapeError, "retrieval_q"),
+    ]  # fmt: skip
+    for change, error, words in wrong:
+        with pytest.raises(error, match=words):
+            attn(*qkv_, q_offset="end", **named | change)
+    leaf = asked.clone().requires_grad_()
+    attn(*qkv_, q_offset="end", **named | {"retrieval_q": leaf}).sum().backward()
+    assert leaf.grad is not None and leaf.grad.any()
+    other = attn(*qkv_, q_offset="end", **named | {"retrieval_q": torch._neg_view(asked)})
+    assert torch.equal(other, attn(*qkv_, q_offset="end", **named | {"retrieval_q": -asked})) and not torch.equal(other, plain)
 
 
 def ordinary(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +240,7 @@ def test_auto_repeats_what_it_chose(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_two_branches_are_merged_alike_by_all_ways(dtype):
-    sd.compile(WINDOW, backend="cpp")(*qkv(8, 8, dtype))
+def test_two_branches_are_merged_alike_with_and_without_gradients(dtype):
     outs, lses = torch.randn(2, 2, 3, 300, 5, dtype=dtype), 5 * torch.randn(2, 2, 3, 300, dtype=dtype)
     lses[0, 0, 0, :9], lses[1, 0, 0, 5:12] = -float("inf"), -float("inf")
     outs[:, 0, 0, 5:9] = 0
@@ -171,6 +251,3 @@ def test_two_branches_are_merged_alike_by_all_ways(dtype):
         quick = lse_merge(list(zip(outs, lses, strict=True)))
     for one, other in zip(wanted, quick, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
-    found = merged([(outs[0].clone(), lses[0].clone()), (outs[1], lses[1])])
-    for one, other in zip(wanted, found, strict=True):
-        torch.testing.assert_close(one, other, equal_nan=True)

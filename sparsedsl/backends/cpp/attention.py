@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.backends.cpp.call_bytes import HEAD, KINDS, OF_GRADIENTS, call_block, place_of
+from sparsedsl.backends.cpp.call_bytes import HEAD, KINDS, OF_GRADIENTS, OF_PATTERN, call_block, place_of
 from sparsedsl.backends.cpp.libraries import fixed_pass, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer
@@ -22,7 +21,7 @@ from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.sinks import sink_gradients
 from sparsedsl.runtime.unseen import Sight
 
-__all__ = ["CppKernel"]
+__all__ = ["CppKernel", "block_of", "of_pattern", "rows_without_gaps"]
 
 Tensor = torch.Tensor
 
@@ -46,8 +45,7 @@ class CppKernel(PatternRunner):
         schedule = self.schedule(call)
         (batch, heads, rows, width), kv_heads, v_width = q.shape, call.k.shape[1], v.shape[3]
         real = torch.float64 if q.dtype == torch.float64 else torch.float32
-        fields = (*_of_pattern(schedule), *[0] * OF_GRADIENTS)
-        tail = struct.pack(f"={len(fields)}q", *fields)
+        tail = OF_PATTERN.pack(*of_pattern(schedule), *[0] * OF_GRADIENTS)
         scale, kind, openmp, run = call.scale, KINDS[q.dtype], parallel(), fixed_pass("forward", real == torch.float64)
         out_head = rows * v_width
         out_batch = heads * out_head
@@ -180,12 +178,12 @@ def block_of(
         call.scale,
         [
             KINDS[q.dtype], torch.get_num_threads(), parallel(), *place_of(q), *place_of(k), *place_of(v), *place_of(out), lse.data_ptr(),
-            *_of_pattern(schedule), *rest, *more,
+            *of_pattern(schedule), *rest, *more,
         ],
     )  # fmt: skip
 
 
-def _of_pattern(schedule: Prepared) -> tuple[int, ...]:
+def of_pattern(schedule: Prepared) -> tuple[int, ...]:
     """The fields of strips, of the functions of a pattern and of its lists."""
     source, names = schedule.source, schedule.native.functions
     intervals = -1 if source.intervals is None else len(source.intervals)

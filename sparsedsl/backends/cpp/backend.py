@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +13,12 @@ from sparsedsl.backends.cpp.build import compiler
 from sparsedsl.backends.cpp.choosing import can_choose, choose_blocks
 from sparsedsl.backends.cpp.libraries import begun, fixed_library, fixed_pass, native, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
-from sparsedsl.backends.cpp.merging import merged
-from sparsedsl.backends.cpp.prepared import FORWARD, READY
+from sparsedsl.backends.cpp.pooling import pooled_rows
+from sparsedsl.backends.cpp.prepared import READY
 from sparsedsl.backends.cpp.scan_linear import linear_scan
 from sparsedsl.backends.cpp.scan_slots import slot_scan
-from sparsedsl.backends.cpp.selected import along_lists, preparer_of, selected_attention
+from sparsedsl.backends.cpp.selected import along_lists, joined_attention, preparer_of, selected_again, selected_attention
+from sparsedsl.backends.cpp.weighing import weighed_blocks
 from sparsedsl.backends.protocol import Backend, ListMaker
 from sparsedsl.codegen.to_cpp import CppVariant, cpp_source
 from sparsedsl.errors import UnsupportedError
@@ -26,7 +26,8 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.request import NotYet, Request
 from sparsedsl.selection.choosing import Choose
-from sparsedsl.selection.selected_call import SelectedCall
+from sparsedsl.selection.proxies import Pool
+from sparsedsl.selection.selected_call import Results, SelectedAgain, SelectedCall
 
 __all__ = ["CPP"]
 
@@ -96,6 +97,14 @@ class CppBackend(Backend):
         """Along lists of selected blocks."""
         return selected_attention(q, k, v, selected)
 
+    def joined(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, near: Results) -> Results | None:
+        """As the rows along the lists are done."""
+        return joined_attention(q, k, v, selected, near)
+
+    def selected_again(self, q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> SelectedAgain | None:
+        """Where nothing is made for lengths or of tables."""
+        return selected_again(q, k, v, selected)
+
     def linear(self, *tensors: Any, **words: Any) -> Any:
         """A scan of decayed linear attention."""
         return linear_scan(*tensors, **words)
@@ -120,10 +129,13 @@ class CppBackend(Backend):
             _CHOOSES.add(double)
         return choose_blocks
 
-    def merged(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
-        """On the CPU, where the forward pass is loaded."""
-        out, lse = parts[0]
-        return merged(parts) if out.is_cpu and (lse.dtype == torch.float64) in FORWARD else None
+    def pooler(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Pool | None:
+        """Where blocks are chosen: it lies in the same library."""
+        return None if self.chooser(device, dtype, patience) is None else pooled_rows
+
+    def weighed(self, scores: Tensor, rule: str) -> tuple[Tensor, Tensor] | None:
+        """Where blocks are chosen: it lies in the same library."""
+        return weighed_blocks(scores, rule) if scores.is_cpu and (scores.dtype == torch.float64) in _CHOOSES else None
 
     def source(self, request: Request) -> str:
         """The masks and scores of attention along lists."""

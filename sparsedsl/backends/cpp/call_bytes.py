@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["HEAD", "KINDS", "OF_GRADIENTS", "call_block", "first_of", "place_of", "whole_vectors"]
+__all__ = ["HEAD", "KINDS", "OF_GRADIENTS", "OF_PATTERN", "call_block", "first_of", "place_of", "whole_vectors"]
 
 # Fields between the scale and those of the pattern, and, at the end of these, those of gradients.
 FIXED, OF_GRADIENTS = 50, 15
 # From the batch to the LSE.
 HEAD = struct.Struct("=8qd20q")
+# From there to the end of the fields of gradients.
+OF_PATTERN = struct.Struct(f"={FIXED - 20}q")
 # How elements of q, k, v and out are told of, where the computation is not in their own type.
 KINDS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import struct
 from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from sparsedsl.backends.cpp.attention import rows_without_gaps
 from sparsedsl.backends.cpp.call_bytes import KINDS, place_of
 from sparsedsl.backends.cpp.libraries import fixed_library, parallel
 from sparsedsl.errors import UnsupportedError
@@ -25,8 +28,14 @@ _DOT, _CELLS, _ADD, _GROUP, _REGROUP, _SOFTMAX = range(6)
 _HOWS = {"sum": 0, "mean": 1, "max": 2}
 _RULES = {"top_k": 0, "top_p": 1, "threshold": 2}
 _MEASURES = {"score": 0, "softmax": 1, "share": 2}
+_NO_SPANS = (0,) * 5
 _NO_LIMITS = (0,) * 11
+# What the steps follow in memory, and one of them.
+_CALL, _STEP = struct.Struct("=34qd11q"), struct.Struct("=7q2d35q")
 _COLUMNS = 64  # a multiple of those of a panel, on any processor
+
+# Those of candidates that calls share, of the rows seen last: rows, fields, and what these point at.
+_LIMITS: WeakKeyDictionary[Candidates, tuple[slice, tuple[int, ...], list[Tensor]]] = WeakKeyDictionary()
 
 
 @functools.lru_cache(maxsize=8)
@@ -45,10 +54,12 @@ class _NotHere(Exception):
 
 @dataclass
 class _Writer:
-    """What the compiled code is told of some rows. ``held``: the tensors that the numbers point at."""
+    """What the compiled code is told of some rows. ``turned``: entries of the columns of products, for which it makes room. ``held``: the
+    tensors that the numbers point at."""
 
     real: torch.dtype
     batch: int
+    turned: int = 0
     steps: list[bytes] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
 
@@ -61,34 +72,33 @@ class _Writer:
 
     def limits(self, candidates: Candidates, rows: slice) -> tuple[int, ...]:
         """The fields of ``Limits``."""
-        fields: list[int] = []
-        strides: list[int] = []
-        for limit in (candidates.begin, candidates.end):
-            if limit is None:
-                fields.append(0)
-                strides += [0, 0]
-                continue
-            part = limit[(None,) * (3 - limit.ndim)][..., rows].to(torch.int32).contiguous()
-            fields.append(self.place(part))
-            strides += _steps(part)
-        return (*fields, *strides, *self.spans(candidates.allowed, rows))
+        found = _LIMITS.get(candidates)
+        if found is not None and found[0] == rows:
+            self.held += found[2]
+            return found[1]
+        before = len(self.held)
+        fields = (*self.limit(candidates.begin, rows), *self.limit(candidates.end, rows), *self.spans(candidates.allowed, rows))
+        _LIMITS[candidates] = rows, fields, self.held[before:]
+        return fields
 
-    def spans(self, rule: PairRule | None, rows: slice) -> tuple[int, ...]:
-        """Its last fields: ranges of blocks, of each row as many."""
+    def limit(self, limit: Tensor | None, rows: slice) -> tuple[int, int, int]:
+        """Where the limits of rows lie, and from one batch entry and head to the next."""
+        if limit is None:
+            return 0, 0, 0
+        if limit.ndim != 3 or limit.dtype is not torch.int32 or limit.stride(2) != 1:
+            limit = limit[(None,) * (3 - limit.ndim)].to(torch.int32).contiguous()
+        return (self.place(limit) + 4 * rows.start, *_steps(limit))
+
+    def spans(self, rule: PairRule | None, rows: slice) -> tuple[int, int, int, int, int]:
+        """The last fields of ``Limits``: ranges of blocks, of each row as many."""
         if rule is None:
-            return (0,) * 5
+            return _NO_SPANS
         if not isinstance(rule, IntervalRule):
             raise _NotHere
-        firsts, lasts = [], []
-        for first, last in rule.ends:
-            first, last = torch.broadcast_tensors(first[:, :, rows], last[:, :, rows])
-            there = last >= 0
-            firsts.append(_by_row(torch.div(first, rule.kv_block, rounding_mode="floor"), rule.heads))
-            lasts.append(_by_row(torch.div(last, rule.kv_block, rounding_mode="floor").masked_fill(~there, -1), rule.heads))
-        first, last = (
-            torch.cat(torch.broadcast_tensors(*parts), dim=3).to(torch.int32).contiguous() for parts in (firsts, lasts)
-        )
-        return self.place(first), self.place(last), first.shape[3], *_steps(first)
+        first, last = rule.blocks
+        count = first.shape[3]
+        skipped = 4 * rows.start * count
+        return (self.place(first) + skipped, self.place(last) + skipped, count, *_steps(first))
 
     # ---- scores --------------------------------------------------------------------------------------------------------------------
 
@@ -97,74 +107,100 @@ class _Writer:
         scales: tuple[float, float] = (1.0, 1.0), rest: tuple[int, ...] = (0,) * 24, limits: tuple[int, ...] = _NO_LIMITS,
     ) -> int:  # fmt: skip
         """One more, and its number."""
-        self.steps.append(struct.pack("=7q2d35q", kind, *of, heads, blocks, _HOWS[how], size, *scales, *rest, *limits))
+        self.steps.append(_STEP.pack(kind, *of, heads, blocks, _HOWS[how], size, *scales, *rest, *limits))
         return len(self.steps) - 1
 
     def scores(self, source: ScoreSource, rows: slice, blocks: int) -> int:
-        """The steps of some rows of a source; ``blocks``: how many are asked of it."""
-        heads = source.shape[1]
-        match source:
-            case DotScores(a, b, scale):
-                return self.dot(a, b, None, scale, rows, blocks)
-            case BoundScores(q, low, high, scale):
-                return self.dot(q, high, low, scale, rows, blocks)
-            case TensorScores(values):
-                cells = values.to(self.real)
-                cells = cells if cells.shape[2] == 1 else cells[:, :, rows]
-                strides = [0 if size == 1 else stride for size, stride in zip(cells.shape, cells.stride(), strict=True)]
-                return self.step(_CELLS, heads, blocks, rest=(*(0,) * 19, self.place(cells), *strides))
-            case SumScores(sources, factors):
-                factors = factors or (1.0,) * len(sources)
-                number, before, scale = self.scores(sources[0], rows, blocks), sources[0].shape[1], factors[0]
-                if len(sources) == 1:
-                    zero = self.scores(TensorScores(torch.zeros((1, 1, 1, 1), dtype=self.real)), rows, blocks)
-                    return self.step(_ADD, heads, blocks, of=(number, zero), scales=(scale, 1.0))
-                for other, factor in zip(sources[1:], factors[1:], strict=True):
-                    second, before = self.scores(other, rows, blocks), max(before, other.shape[1])
-                    number = self.step(_ADD, before, blocks, of=(number, second), scales=(scale, factor))
-                    scale = 1.0
-                return number
-            case GroupedScores(inner, _, how):
-                return self.step(_GROUP, heads, blocks, of=(self.scores(inner, rows, blocks), 0), how=how)
-            case RegroupedScores(inner, size, how):
-                fine = min(blocks * size, inner.shape[3])
-                return self.step(_REGROUP, heads, blocks, of=(self.scores(inner, rows, fine), 0), how=how, size=size)
-            case SoftmaxScores(inner, None, candidates, (0, 0)):
-                limits = self.limits(candidates, rows)
-                return self.step(_SOFTMAX, heads, blocks, of=(self.scores(inner, rows, blocks), 0), limits=limits)
-        raise _NotHere
+        """The steps of some rows of a source; ``blocks``: how many are asked of it. The number of the last step."""
+        write = _STEPS.get(type(source))
+        if write is None:
+            raise _NotHere
+        return write(self, source, rows, blocks)
 
     def dot(self, a: Tensor, b: Tensor, other: Tensor | None, scale: float, rows: slice, blocks: int) -> int:
         """Products of rows and columns. ``other``: the columns for what is below 0."""
-        if a.shape[0] != self.batch or a.shape[2] < rows.stop or b.shape[2] < blocks:  # one serves all
+        (batch, heads, known, width), (a_batch, a_heads, a_rows, _) = b.shape, a.shape
+        if a_batch != self.batch or a_rows < rows.stop or known < blocks:  # one serves all
             raise _NotHere
-        (batch, heads, blocks, width), parts = b.shape, 1 if other is None else 2
-        turned = torch.empty(batch * heads * -(-blocks // _COLUMNS) * _COLUMNS * parts * width, dtype=self.real)
-        a, b, other = (self.rows(x) for x in (a[:, :, rows], b, b if other is None else other))
-        rest = (
-            *place_of(a), KINDS[a.dtype], a.shape[1], width, parts - 1, *place_of(b), *place_of(other), KINDS[b.dtype], heads,
-            self.place(turned), *(0,) * 5,
+        if rows.stop - rows.start < a_rows:
+            a = a[:, :, rows]
+        parts = 1 if other is None else 2
+        turned = self.turned
+        self.turned += batch * heads * -(-blocks // _COLUMNS) * _COLUMNS * parts * width
+        a, b = self.rows(a), self.rows(b)
+        other = b if other is None else self.rows(other)
+        step = _STEP.pack(
+            _DOT, 0, 0, max(a_heads, heads), blocks, 0, 0, scale, 1.0, *place_of(a), KINDS[a.dtype], a_heads, width, parts - 1,
+            *place_of(b), *place_of(other), KINDS[b.dtype], heads, turned, *(0,) * 16,
         )  # fmt: skip
-        return self.step(_DOT, max(a.shape[1], heads), blocks, scales=(scale, 1.0), rest=rest)
+        self.steps.append(step)
+        return len(self.steps) - 1
 
     def rows(self, x: Tensor) -> Tensor:
         """As the compiled code reads it: 16 bits wide, or as wide as the scores; rows without gaps."""
-        x = x if KINDS.get(x.dtype, 0) and self.real == torch.float32 else x.to(self.real)
-        x = x if x.stride(3) == 1 else x.contiguous()
+        if x.dtype is not self.real and not (KINDS.get(x.dtype, 0) and self.real is torch.float32):
+            x = x.to(self.real)
+        x = rows_without_gaps(x)
         self.held.append(x)
         return x
 
 
+def _dot(writer: _Writer, source: DotScores, rows: slice, blocks: int) -> int:
+    return writer.dot(source.a, source.b, None, source.scale, rows, blocks)
+
+
+def _bound(writer: _Writer, source: BoundScores, rows: slice, blocks: int) -> int:
+    return writer.dot(source.q, source.high, source.low, source.scale, rows, blocks)
+
+
+def _cells(writer: _Writer, source: TensorScores, rows: slice, blocks: int) -> int:
+    cells = source.values.to(writer.real).resolve_neg()
+    cells = cells if cells.shape[2] == 1 else cells[:, :, rows]
+    strides = [0 if size == 1 else stride for size, stride in zip(cells.shape, cells.stride(), strict=True)]
+    return writer.step(_CELLS, cells.shape[1], blocks, rest=(*(0,) * 19, writer.place(cells), *strides))
+
+
+def _sum(writer: _Writer, source: SumScores, rows: slice, blocks: int) -> int:
+    sources, factors = source.sources, source.factors or (1.0,) * len(source.sources)
+    number, heads, scale = writer.scores(sources[0], rows, blocks), sources[0].shape[1], factors[0]
+    if len(sources) == 1:
+        zero = writer.scores(TensorScores(torch.zeros((1, 1, 1, 1), dtype=writer.real)), rows, blocks)
+        return writer.step(_ADD, heads, blocks, of=(number, zero), scales=(scale, 1.0))
+    for other, factor in zip(sources[1:], factors[1:], strict=True):
+        second, heads = writer.scores(other, rows, blocks), max(heads, other.shape[1])
+        number = writer.step(_ADD, heads, blocks, of=(number, second), scales=(scale, factor))
+        scale = 1.0
+    return number
+
+
+def _grouped(writer: _Writer, source: GroupedScores, rows: slice, blocks: int) -> int:
+    return writer.step(_GROUP, source.heads_out, blocks, of=(writer.scores(source.source, rows, blocks), 0), how=source.how)
+
+
+def _regrouped(writer: _Writer, source: RegroupedScores, rows: slice, blocks: int) -> int:
+    fine = min(blocks * source.size, source.source.shape[3])
+    number = writer.scores(source.source, rows, fine)
+    return writer.step(_REGROUP, source.shape[1], blocks, of=(number, 0), how=source.how, size=source.size)
+
+
+def _softmax(writer: _Writer, source: SoftmaxScores, rows: slice, blocks: int) -> int:
+    if source.totals is not None or source.first != (0, 0):
+        raise _NotHere
+    number = writer.scores(source.source, rows, blocks)
+    return writer.step(_SOFTMAX, source.shape[1], blocks, of=(number, 0), limits=writer.limits(source.candidates, rows))
+
+
+# How scores of each kind are told of.
+_STEPS: dict[type[ScoreSource], Any] = {
+    DotScores: _dot, BoundScores: _bound, TensorScores: _cells, SumScores: _sum, GroupedScores: _grouped, RegroupedScores: _regrouped,
+    SoftmaxScores: _softmax,
+}  # fmt: skip
+
+
 def _steps(t: Tensor) -> tuple[int, int]:
     """From one batch entry and head to the next; 0 where one serves all."""
-    return 0 if t.shape[0] == 1 else t.stride(0), 0 if t.shape[1] == 1 else t.stride(1)
-
-
-def _by_row(ends: Tensor, heads: int) -> Tensor:
-    """``(B, H, R, Q)`` -> of each row those of all its queries and of all heads of a group, ``(B, 1 or heads, R, ..)``."""
-    if ends.shape[1] not in (1, heads):
-        ends = ends.unflatten(1, (heads, -1)).permute(0, 1, 3, 2, 4).flatten(3)
-    return ends
+    (batch, heads, *_), (by_batch, by_head, *_) = t.shape, t.stride()
+    return 0 if batch == 1 else by_batch, 0 if heads == 1 else by_head
 
 
 def choose_blocks(
@@ -172,31 +208,30 @@ def choose_blocks(
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """See :data:`sparsedsl.selection.choosing.Choose`."""
     batch, heads, _, blocks = source.shape
-    size = (batch, heads, rows.stop - rows.start)
-    indices, counts = torch.empty((*size, width), dtype=torch.int32), torch.empty(size, dtype=torch.int32)
-    writer = _Writer(source.dtype, batch)
-    within = isinstance(forced, Within) and forced.allowed is candidates.allowed
-    named = 0
-    spans: tuple[int, ...] = (0,) * 5
+    real, count = source.dtype, rows.stop - rows.start
+    size = (batch, heads, count)
+    writer = _Writer(real, batch)
+    named, within, spans = 0, False, _NO_SPANS
     try:
         limits = writer.limits(candidates, rows)
         if isinstance(forced, TableRule):
             named = writer.place(forced.table.expand(*size, blocks).contiguous())
-        else:
+        elif forced is not None:
+            within = isinstance(forced, Within) and forced.allowed is candidates.allowed
             spans = writer.spans(forced.rule if isinstance(forced, Within) and within else forced, rows)
         writer.scores(source, rows, blocks)
     except _NotHere:
         return None
-    picked = torch.empty(indices.shape, dtype=writer.real) if rule.name == "top_k" else None
+    indices, counts = torch.empty((*size, width), dtype=torch.int32), torch.empty(size, dtype=torch.int32)
+    picked = torch.empty((*size, width), dtype=real) if rule.scores else None
     if not counts.numel():
         return indices, counts, picked
-    call = struct.pack(
-        "=34qd11q", writer.place(torch.frombuffer(bytearray(b"".join(writer.steps)), dtype=torch.uint8)), len(writer.steps),
-        batch, size[2], blocks, heads, *limits, int(forced is not None), *_NO_LIMITS[:6], *spans, named, int(within), _RULES[rule.name],
-        rule.k, int(rule.extra), rule.share, _MEASURES[rule.measure], int(rule.inclusive), int(rule.unmet == "all"),
-        int(rule.forced_in_mass), start, width, indices.data_ptr(), counts.data_ptr(),
-        0 if picked is None else picked.data_ptr(), torch.get_num_threads(), parallel(),
+    call = _CALL.pack(
+        len(writer.steps), writer.turned, batch, count, blocks, heads, *limits, forced is not None, *_NO_LIMITS[:6], *spans, named,
+        within, _RULES[rule.name], rule.k, rule.extra, rule.share, _MEASURES[rule.measure], rule.inclusive, rule.unmet == "all",
+        rule.forced_in_mass, start, width, indices.data_ptr(), counts.data_ptr(), 0 if picked is None else picked.data_ptr(),
+        torch.get_num_threads(), parallel(),
     )  # fmt: skip
-    if fixed_library("choosing", writer.real == torch.float64).choose_blocks(call) < 0:
+    if fixed_library("choosing", real == torch.float64).choose_blocks(b"".join((call, *writer.steps))) < 0:
         raise MemoryError("choosing blocks found no memory for a row of scores")
     return indices, counts, picked

@@ -20,15 +20,13 @@ from sparsedsl.lang.symbols import HEAD
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.hoisted_tables import fill
 
-__all__ = ["BLOCK_KEYS", "FORWARD", "READY", "Prepared", "Preparer"]
+__all__ = ["BLOCK_KEYS", "READY", "Prepared", "Preparer"]
 
 Tensor = torch.Tensor
 # Keys of a block, lanes of a strip at most: as in codegen/cpp/call.h.
 BLOCK_KEYS, MOST_LANES = 64, 64
 # Patterns that this process has compiled and called, each with whether in float64.
 READY: set[tuple[Pattern, bool]] = set()
-# Whether in float64: the forward pass is loaded.
-FORWARD: set[bool] = set()
 _STORED = {"int": torch.int64, "bool": torch.uint8}
 
 
@@ -102,8 +100,6 @@ class Preparer:
         domain, kinds = call.domain, self.pattern.tables
         compiled = native(source, double=double, fixed="selected" if self._lists is None else "forward")
         READY.add((self.pattern, double))
-        if self._lists is not None:
-            FORWARD.add(double)
         own: dict[str, Tensor] = {}
         for name, table in domain.tables.items():
             if name not in self._learned:

@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.backends.cpp.attention import block_of, rows_without_gaps
-from sparsedsl.backends.cpp.call_bytes import first_of, place_of, whole_vectors
-from sparsedsl.backends.cpp.libraries import fixed_library, fixed_pass, fixed_width
+from sparsedsl.backends.cpp.attention import block_of, of_pattern, rows_without_gaps
+from sparsedsl.backends.cpp.call_bytes import HEAD, KINDS, OF_GRADIENTS, OF_PATTERN, first_of, place_of, whole_vectors
+from sparsedsl.backends.cpp.libraries import fixed_library, fixed_pass, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.prepared import Prepared, Preparer
 from sparsedsl.backends.tiled import selected_work as tiled
@@ -28,11 +28,13 @@ from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.selection.checks import check_selected_call
 from sparsedsl.selection.selected_blocks import SelectedBlocks
-from sparsedsl.selection.selected_call import SelectedCall
+from sparsedsl.selection.selected_call import Results, SelectedAgain, SelectedCall
 
-__all__ = ["along_lists", "preparer_of", "selected_attention"]
+__all__ = ["along_lists", "joined_attention", "preparer_of", "selected_again", "selected_attention"]
 
 Tensor = torch.Tensor
+# What the passes are told of lists, as in codegen/cpp/selected.cpp.
+_OWN = struct.Struct("=14q")
 
 
 def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tuple[Tensor, Tensor]:
@@ -44,13 +46,71 @@ def selected_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) 
         UnsupportedError: no compiler, or lists are for more than one query each.
     """
     known = [q, k, v, *selected.tables.values(), *([] if selected.weights is None else [selected.weights])]
-    if not wants_grad(*known) and not is_transformed(*known):
-        check_tensors(q, k, v)
-        check_selected_call(selected, q, k)
-        out, lse, finite = _run(q, k, v, selected, selected.weights)
-        if finite:
-            return out, lse
+    if not wants_grad(*known) and not is_transformed(*known) and (found := joined_attention(q, k, v, selected, None)) is not None:
+        return found
     return differentiable_selected(q, k, v, selected, Passes(_forward, _backward))
+
+
+def joined_attention(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, near: Results | None) -> Results | None:
+    """The same without gradients; with ``near`` of one softmax with these results over other keys. None where some of it is not finite, or
+    ``near`` is of another kind, or there are no lists to join it with."""
+    real = accumulated(q.dtype)
+    if near is not None:
+        out, lse = near
+        alike = out.dtype is q.dtype and lse.dtype is real and out.is_contiguous() and lse.is_contiguous()
+        if not alike or not selected.blocks.indices.numel():
+            return None
+    check_tensors(q, k, v)
+    check_selected_call(selected, q, k)
+    *found, finite = _run(q, k, v, selected, selected.weights, near)
+    return (found[0], found[1]) if finite else None
+
+
+def selected_again(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> SelectedAgain | None:
+    """What runs calls of the kind of this one, which was checked: see :meth:`sparsedsl.backends.protocol.Backend.selected_again`."""
+    if selected.choices or selected.tables:
+        return None
+    call, prepared = _checked_call(q, k, v, selected)
+    if prepared.source.slots:  # made for lengths
+        return None
+    (batch, heads, rows, width), kv_heads, v_width = q.shape, k.shape[1], v.shape[3]
+    real, kind, softmax1 = accumulated(q.dtype), KINDS[q.dtype], int(selected.softmax1)
+    double = real == torch.float64
+    run, columns = fixed_pass("selected", double), fixed_library("selected", double).turned_columns(selected.blocks.kv_block)
+    tail = OF_PATTERN.pack(*of_pattern(prepared), *[0] * OF_GRADIENTS)
+    scale, openmp, out_head = call.scale, parallel(), rows * v_width
+
+    def again(
+        q: Tensor, k: Tensor, v: Tensor, q_offset: int, blocks: SelectedBlocks, weights: Tensor | None,
+        near: Results | None,
+    ) -> Results | None:  # fmt: skip
+        indices = blocks.indices
+        list_batch, list_heads, _, slots = indices.shape
+        (q_batch, q_head, q_row, q_one), (k_batch, k_head, k_row, k_one) = q.stride(), k.stride()
+        v_batch, v_head, v_row, v_one = v.stride()
+        if not (q_one == k_one == v_one == 1 and 0 < slots <= blocks.blocks) or q.is_neg() or k.is_neg() or v.is_neg():
+            return None
+        if weights is not None and not (weights.dtype is real and weights.is_contiguous()):
+            weights = weights.to(real).contiguous()
+        # In the place of what it is joined with.
+        out, lse = near or (
+            torch.empty((batch, heads, rows, v_width), dtype=q.dtype),
+            torch.empty((batch, heads, rows), dtype=real),
+        )
+        turned, values = _turned(q, k, v, blocks, real, rows=True, columns=columns)
+        block = HEAD.pack(
+            batch, heads, kv_heads, rows, k.shape[2], width, v_width, q_offset, scale, kind, torch.get_num_threads(), openmp,
+            q.data_ptr(), q_batch, q_head, q_row, k.data_ptr(), k_batch, k_head, k_row, v.data_ptr(), v_batch, v_head, v_row,
+            out.data_ptr(), heads * out_head, out_head, v_width, lse.data_ptr(),
+        )  # fmt: skip
+        own = _OWN.pack(
+            indices.data_ptr(), 0, 0 if weights is None else weights.data_ptr(), slots, blocks.kv_block, blocks.blocks, list_heads,
+            list_heads if list_batch > 1 else 0, 0 if weights is None else weights.shape[1], softmax1, first_of(turned), first_of(values),
+            *_places(near),
+        )  # fmt: skip
+        return (out, lse) if run(block + tail, own) > 0 else None
+
+    return again
 
 
 @functools.lru_cache(maxsize=256)
@@ -105,14 +165,16 @@ def _checked_call(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tu
     return call, prepared.without_mask() if selected.mask == sympy.true else prepared
 
 
-def _turned(q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch.dtype, *, rows: bool) -> list[Tensor | None]:
+def _turned(
+    q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch.dtype, *, rows: bool, columns: int = 0
+) -> list[Tensor | None]:
     """Room for keys turned block by block, and for values as rows (``rows``) or turned; None where blocks are made ready as they are met,
-    and where values are read as they lie."""
+    and where values are read as they lie. ``columns``: of a block of keys, turned, where they are known."""
     batch, kv_heads, kv_len, width = v.shape
     size, lists = 64 // real.itemsize, blocks.indices.shape
     if lists[2] * lists[3] * q.shape[1] < LIMITS.now.worth_turning * kv_heads * blocks.blocks:
         return [None, None]
-    columns = fixed_library("selected", real == torch.float64).turned_columns(blocks.kv_block)
+    columns = columns or fixed_library("selected", real == torch.float64).turned_columns(blocks.kv_block)
     entries = batch * kv_heads * blocks.blocks * columns
     found: list[Tensor | None] = [torch.empty(entries * q.shape[3], dtype=real)]
     if not rows:
@@ -121,7 +183,13 @@ def _turned(q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch
     return [*found, None if as_they_lie else torch.empty(batch * kv_heads * kv_len * whole_vectors(width, size), dtype=real)]
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, weights: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+def _places(near: Results | None) -> tuple[int, int]:
+    return (0, 0) if near is None else (near[0].data_ptr(), near[1].data_ptr())
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, weights: Tensor | None, near: Results | None = None
+) -> tuple[Tensor, Tensor, bool]:
     """Results, and whether all of ``out`` is finite."""
     q, k, v = (rows_without_gaps(t.detach() if t.requires_grad else t) for t in (q, k, v))
     real = accumulated(q.dtype)
@@ -132,7 +200,7 @@ def _run(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall, weights: Tenso
     call, prepared = _checked_call(q, k, v, selected)
     turned, values = _turned(q, k, v, selected.blocks, real, rows=True)
     more, _held = prepared.fields(call)
-    own = struct.pack("=12q", *lists.fields, first_of(turned), first_of(values))
+    own = _OWN.pack(*lists.fields, first_of(turned), first_of(values), *_places(near))
     done = fixed_pass("selected", real == torch.float64)(block_of(call, prepared, (q, k, v, out), lse, [0] * 15, more), own)
     if done < 0:
         raise MemoryError("attention along selected blocks found no memory for its sums")
@@ -172,7 +240,7 @@ def _backward(
     more, _held = prepared.fields(call)
     rest = [0] * 15
     rest[9:11] = names["slope"], names["gains"] if sums is not None else 0
-    own = struct.pack("=12q", *lists.fields, first_of(turned), 0)
+    own = _OWN.pack(*lists.fields, first_of(turned), 0, 0, 0)
     grads = struct.pack(
         "=13q", *place_of(grad_out), delta.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(), first_of(by_head),
         first_of(turned_v), first_of(sums), size, parts,

@@ -16,6 +16,7 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.cpp import selected as cpp
 from sparsedsl.backends.tiled import selected as tiled
 from sparsedsl.errors import ShapeError
+from sparsedsl.runtime.heads import lse_merge
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.selection.selected_call import SelectedCall
 
@@ -60,8 +61,8 @@ def calls(draw: Any, dtypes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(passes: Any, kind: str, x: dict[str, Any]) -> list[Tensor]:
-    """Out, LSE and the gradients of q, k, v, weights and table."""
+def made(kind: str, x: dict[str, Any]) -> tuple[list[Tensor], SelectedCall]:
+    """q, k, v and what else a call is of; all of them leaves."""
     mask, modified = KINDS[kind]
     generator = torch.Generator().manual_seed(x["seed"])
     heads, real = x["kv_heads"] * x["group"], torch.float64 if x["dtype"] == torch.float64 else torch.float32
@@ -81,6 +82,13 @@ def run(passes: Any, kind: str, x: dict[str, Any]) -> list[Tensor]:
         x["lists"], 0.3, Domain(x["rows"], x["kv_len"], offset, x["batch"], heads), sympy.true if mask is True else mask.expr,
         modified.expr, tables, weights=weights, softmax1=x["softmax1"],
     )  # fmt: skip
+    return leaves, call
+
+
+def run(passes: Any, kind: str, x: dict[str, Any]) -> list[Tensor]:
+    """Out, LSE and the gradients of q, k, v, weights and table."""
+    leaves, call = made(kind, x)
+    weights, tables = call.weights, call.tables
     out, lse = passes.selected_attention(*leaves, call)
     slopes = [torch.randn(t.shape, generator=torch.Generator().manual_seed(n)).to(t) for n, t in enumerate((out, lse))]
     total = (out * slopes[0]).sum() + torch.where(lse.isfinite(), lse * slopes[1], 0.0).sum()
@@ -110,6 +118,48 @@ def test_results_and_gradients_are_those_in_torch(kind: str, x: dict[str, Any]) 
 @settings(max_examples=12)
 def test_types_of_less_precision(kind: str, x: dict[str, Any]) -> None:
     assert_as_in_torch(kind, x)
+
+
+@pytest.mark.parametrize("kind", ["all", "causal", "pair by pair"])
+@given(x=calls(st.sampled_from([torch.float64, torch.float32, torch.bfloat16])), empty=st.booleans())
+@settings(max_examples=15)
+def test_results_are_joined_with_those_over_other_keys(kind: str, x: dict[str, Any], empty: bool) -> None:
+    leaves, call = made(kind, x | {"weighted": None})
+    q, k, v = (t.detach() for t in leaves)
+    with torch.no_grad():
+        far = tiled.selected_attention(q, k, v, call)
+        near = torch.randn(far[0].shape).to(far[0]), 3 * torch.randn(far[1].shape).to(far[1])
+        if empty:  # nothing there for the first row
+            near[0][:, :, 0], near[1][:, :, 0] = 0, -float("inf")
+        wanted = lse_merge([(near[0].double(), near[1].double()), (far[0].double(), far[1].double())])
+        before = [t.clone() for t in near]
+        found = cpp.joined_attention(q, k, v, call, near)
+        if not call.blocks.indices.numel():
+            assert found is None
+            return
+        assert found is not None and all(map(torch.equal, near, before))
+        again = cpp.selected_again(q, k, v, call)
+        assert again is not None
+        offset, lists = call.domain.q_offset, call.blocks
+        places = again(q, k, v, offset, lists, None, near)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, atol=4 * TOLERANCE[x["dtype"]], rtol=TOLERANCE[x["dtype"]])
+    if not 0 < lists.indices.shape[3] <= lists.blocks:
+        assert places is None
+    else:  # in the place of what they are joined with
+        assert places is not None and all(map(torch.equal, places, found)) and places[0] is near[0]
+
+
+def test_what_cannot_be_joined_is_said_before_anything_is_written() -> None:
+    lists = random_lists(1, 2, 20, 3, 40, 8, 1)
+    q, k, v = (torch.randn(1, heads, size, 16) for heads, size in ((4, 20), (2, 40), (2, 40)))
+    call = SelectedCall(lists, 0.25, Domain(20, 40, 20, 1, 4), CAUSAL.expr)
+    out, lse = torch.randn(1, 4, 20, 16), torch.randn(1, 4, 20)
+    assert cpp.joined_attention(q, k, v, call, (out.double(), lse)) is None
+    assert cpp.joined_attention(q, k, v, call, (out.transpose(2, 3).contiguous().transpose(2, 3), lse)) is None
+    again = cpp.selected_again(q, k, v, call)
+    assert again is not None and again(torch._neg_view(q), k, v, 20, lists, None, None) is None
+    assert again(q, k.transpose(2, 3).contiguous().transpose(2, 3), v, 20, lists, None, None) is None
 
 
 @pytest.mark.parametrize("kind", ["all", "causal", "soft cap"])
