@@ -110,10 +110,33 @@ PATTERNS = {
         causal, score=score + columns[q_idx] + columns[kv_idx] * columns[distance] - columns[(q_idx * kv_idx) % 50]
     ),
     "learned, dilated": sd.attend(causal & ((q_idx - kv_idx) % 3 == 0), score=score + near[h, distance // 3]),
+    "ALiBi by a formula": sd.attend(causal, score=score - 0.25 * sd.exp(-h) * abs(q_idx - kv_idx)),
+    "ALiBi in a window, with a sink": sd.attend(causal & (q_idx - kv_idx < 20), score=score - slope[h] * abs(kv_idx - q_idx), sink=0.5),
+    "a ramp that is no distance": sd.attend(causal & (q_idx - kv_idx < 30), score=2 * score + 0.125 * q_idx - 0.0625 * kv_idx + slope[h]),
+    "ALiBi, two-sided": sd.attend(abs(q_idx - kv_idx) < 25, score=score - slope[h] * abs(q_idx - kv_idx)),
+    "ALiBi over lists": sd.attend(causal & (kv_idx % 3 != 1) & keep[kv_idx], score=score - slope[h] * (q_idx - kv_idx)),
+    "ALiBi by batch entry": sd.attend(causal, score=score - slope[h] * (1 + b) * (q_idx - kv_idx)),
+    "large blocks": chosen[q_idx // 32, kv_idx // 32],
+    "large blocks with a soft cap": sd.attend(chosen[q_idx // 32, kv_idx // 16], score=sd.tanh(score / 2) * 2),
+    "blocks of one side": chosen[q_idx // 64, kv_idx // 8],
 }  # fmt: skip
 # (queries, keys, offset)
 LENGTHS = ((37, 37, 0), (20, 50, 30), (33, 18, 0), (40, 32, 3), (18, 64, 25))
 BLOCKS = itertools.cycle(((16, 16), (16, 32), (32, 16)))
+
+
+@pytest.mark.parametrize("offset", [0, 32, 64, 20, 33])
+@pytest.mark.parametrize("name", ["large blocks", "large blocks with a soft cap", "blocks of one side"])
+def test_blocks_wherever_the_first_query_lies(name, offset, options):
+    """Tiles that divide the blocks of a mask are not looked up, which holds where the first query begins a block and nowhere else."""
+    options(LIMITS, interpreted=Config(16, 16, 4, 1))
+    assert_right(PATTERNS[name], *qkv(40, 100), q_offset=offset)
+
+
+def test_slopes_far_from_the_first_position(options):
+    """Half a million tokens on, a logit is as exact as it is at the first."""
+    options(LIMITS, interpreted=Config(16, 16, 4, 1))
+    assert_right(sd.attend(causal & (q_idx - kv_idx < 40), score=score - slope[h] * (q_idx - kv_idx)), *qkv(24, 1 << 19), q_offset=(1 << 19) - 24)
 
 
 def qkv(
