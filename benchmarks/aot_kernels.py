@@ -34,7 +34,7 @@ from sparsedsl.gpu.targets import TARGETS
 from sparsedsl.lang.pattern import as_pattern
 from sparsedsl.settings import settings
 
-__all__ = ["KERNELS", "Counted", "Ours", "flex_kernels", "our_kernel"]
+__all__ = ["DTYPE", "KERNELS", "Counted", "Ours", "counted", "flex_kernels", "loops_from", "our_kernel"]
 
 # Kernel -> products for a pair of query and key, in widths of a head.
 KERNELS = {"forward": 2, "grad_q": 3, "grad_kv": 4}
@@ -134,8 +134,12 @@ def _counter() -> str:
     return hashlib.sha256(inspect.getsource(sass).encode()).hexdigest()
 
 
-def _loops(found: Mapping[str, Any]) -> list[LoopCounts]:
-    kinds = [[MatrixCounts(tuple(one["shape"]), one["warps"], one["from_shared"], one["count"]) for one in loop["matrix"]] for loop in found["loops"]]
+def loops_from(found: Mapping[str, Any]) -> list[LoopCounts]:
+    """The loops out of what :func:`counted` gives."""
+    kinds = [
+        [MatrixCounts(tuple(one["shape"]), one["warps"], one["from_shared"], one["count"]) for one in loop["matrix"]]
+        for loop in found["loops"]
+    ]
     return [LoopCounts(**loop | {"matrix": tuple(kind)}) for loop, kind in zip(found["loops"], kinds, strict=True)]
 
 
@@ -168,12 +172,14 @@ def our_kernel(ours: Ours, kernel: str, target: str, config: Config | None = Non
     config = config or default_config(kernel, ours.shape, TARGETS[target])
     found = counted(job_of(ours.source, ours.source.kernel(kernel), ours.shape, config, TARGETS[target]))
     tiles = ours.tiles_at((config.block_m, config.block_n))
-    loops = _loops(found)
+    loops = loops_from(found)
     names = ("full", "partial")
     if len(loops) == 1:  # the source of a mask without one kind has no loop for it
         names = ("partial",) if tiles.partial else ("full",)
     if len(loops) != len(names):
-        raise RuntimeError(f"{kernel}, {config}, {target}: {len(loops)} loops with products, where full and partial tiles have one each")
+        raise RuntimeError(
+            f"{kernel}, {config}, {target}: {len(loops)} loops with products, where full and partial tiles have one each"
+        )
     counts = {"full": tiles.full, "partial": tiles.partial}
     block = (config.block_m, config.block_n)
     return Counted(
@@ -194,18 +200,29 @@ def flex_kernels(case: AotCase, head_dim: int, target: str) -> dict[str, Counted
     domain = Domain(LENGTH, LENGTH, heads=HEADS, tables={**pattern.bound, **case.tables()})
     lists = listed_tiles(classify(pattern.mask.expr, domain, shape.block), batch=1, heads=HEADS)
     found = {}
-    for written in (flex_templates.forward(case.flex, shape, divmod(arch, 10)), flex_templates.backward(case.flex, shape, divmod(arch, 10))):
+    for written in (
+        flex_templates.forward(case.flex, shape, divmod(arch, 10)),
+        flex_templates.backward(case.flex, shape, divmod(arch, 10)),
+    ):
         job = BuildJob(
-            written.text, written.name, dict(written.signature), {}, Config(0, 0, written.warps, written.stages), True, TARGETS[target]
+            written.text,
+            written.name,
+            dict(written.signature),
+            {},
+            Config(0, 0, written.warps, written.stages),
+            True,
+            TARGETS[target],
         )
         got = counted(job)
-        options, loops = written.options, _loops(got)
+        options, loops = written.options, loops_from(got)
         if written.name == "flex_attention":
             blocks = {"forward": (options["BLOCK_M"], options["BLOCK_N"])}
         else:
             blocks = {"grad_q": (options["BLOCK_M2"], options["BLOCK_N2"]), "grad_kv": (options["BLOCK_M1"], options["BLOCK_N1"])}
         if len(loops) != 2 * len(blocks):
-            raise RuntimeError(f"FlexAttention's {written.name}, {target}: {len(loops)} loops with products, not {2 * len(blocks)}")
+            raise RuntimeError(
+                f"FlexAttention's {written.name}, {target}: {len(loops)} loops with products, not {2 * len(blocks)}"
+            )
         # Gradients of queries need fewer products than those of keys; which part of the kernel comes first is the compiler's choice.
         halves = sorted((loops[:2], loops[2:]), key=lambda half: half[0].matrix_issued) if len(blocks) == 2 else [loops]
         for (kernel, block), (partial, full) in zip(blocks.items(), halves, strict=True):

@@ -201,7 +201,11 @@ class _Hooks:
         """The store of the result, in place of the hook."""
         name = {"flex_attention": "Q", "flex_backwards": "K"}.get(self.name)
         shape = self.shape
-        sizes = (shape.batch, self.options.get("SPLIT_KV"), shape.heads, shape.queries, shape.head_dim) if name is None else self.sizes(name)
+        sizes = (
+            (shape.batch, self.options.get("SPLIT_KV"), shape.heads, shape.queries, shape.head_dim)
+            if name is None
+            else self.sizes(name)
+        )
         terms, step = [], 1
         for index, size in zip(reversed(indices), reversed(sizes), strict=True):
             terms.append(f"{step} * ({index})")

@@ -73,8 +73,8 @@ def _looks_back(mask: Boolean) -> bool:
 
     def says_so(clause_bounds: object) -> bool:
         return any(
-            (bound.q_part, bound.kv_part) == (Q_IDX, -KV_IDX) and bound.low is not None and bool(bound.low.is_nonnegative)
-            or (bound.q_part, bound.kv_part) == (-Q_IDX, KV_IDX) and bound.high is not None and bool(bound.high.is_nonpositive)
+            ((bound.q_part, bound.kv_part) == (Q_IDX, -KV_IDX) and bound.low is not None and bool(bound.low.is_nonnegative))
+            or ((bound.q_part, bound.kv_part) == (-Q_IDX, KV_IDX) and bound.high is not None and bool(bound.high.is_nonpositive))
             for bound in clause_bounds  # type: ignore[attr-defined]
         )
 

@@ -123,7 +123,9 @@ def _begin(writer: Writer, loop: Loop) -> None:
         source.line(f"{suffixed('acc', part)} = tl.zeros([BLOCK_M, {part.width}], tl.float32)")
     writer.column_tiles()
     if writer.ramp is not None:
-        source.line("# Logits rise evenly along keys: to each product a step by its place in the tile, and one number for all pairs.")
+        source.line(
+            "# Logits rise evenly along keys: to each product a step by its place in the tile, and one number for all pairs."
+        )
         source.line(f"ref = q_offset + tl.minimum({writer.number('BLOCK_M', 'tile')} + BLOCK_M - 1, rows - 1)")
         writer.ramp_along("ramp", "column_0", writer.ramp.by_key)
 

@@ -238,7 +238,8 @@ class IntervalLoop:
             s = self._suffix(i)
             # Places within the tile are the same in every turn; the ends of a row are moved instead: one number for many pairs.
             first, last = (
-                f"({end}{s} - start){'[:, None]' * vector}" for end, vector in zip(("first", "last"), self._vector_ends(i), strict=True)
+                f"({end}{s} - start){'[:, None]' * vector}"
+                for end, vector in zip(("first", "last"), self._vector_ends(i), strict=True)
             )
             low = "" if self._starts_at_zero(i) else f"({self._place}[None, :] >= {first}) & "
             parts.append(f"{low}({self._place}[None, :] <= {last})")

@@ -46,7 +46,7 @@ _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
         "grad_kv": {32: (64, 64, 8, 3), 64: (32, 64, 8, 3), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
     },
     "hopper": {
-        "forward": {32: (128, 64, 8, 3), 64: (128, 128, 4, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
+        "forward": {32: (128, 64, 8, 3), 64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
         "decode": {32: (16, 64, 4, 3), 64: (16, 64, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2)},
         "grad_q": {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "grad_kv": {32: (64, 128, 8, 3), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 2)},
@@ -148,7 +148,9 @@ def _tiles(kernel: str, shape: Shape, target: Target, work: Work) -> Iterator[Co
         columns = tuple(n for n in columns if n <= max(32, 2 * work.row_width)) or columns[:1]
     for m, n, warps, stages in itertools.product(rows, columns, (4, 8), STAGES if family(target) != "cdna" else (1, 2)):
         config = Config(m, n, warps, stages)
-        if m * n >= 16 * 16 * warps and repeats(kernel, shape, target, config) == 1.0:  # at least one fragment a warp, and one of its own
+        if (
+            m * n >= 16 * 16 * warps and repeats(kernel, shape, target, config) == 1.0
+        ):  # at least one fragment a warp, and one of its own
             yield config
 
 

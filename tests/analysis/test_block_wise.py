@@ -34,5 +34,7 @@ def test_sides(name):
 def test_no_block_is_cut(name):
     mask, sides = FOUND[name]
     tables = {"chosen": (torch.arange(40)[:, None] * 7 + torch.arange(40) * 3) % 5 < 2}
-    domain = Domain(rows=sides[0] * 5, kv_len=sides[1] * 6, heads=2, tables=tables if name in ("a table", "several sides") else {})
+    domain = Domain(
+        rows=sides[0] * 5, kv_len=sides[1] * 6, heads=2, tables=tables if name in ("a table", "several sides") else {}
+    )
     assert classify(mask.expr, domain, sides).partial.total == 0

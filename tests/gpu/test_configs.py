@@ -250,7 +250,9 @@ def test_the_cost_model_moves_the_right_way(case):
         tf32_tflops=2 * target.tf32_tflops, float_tflops=2 * target.float_tflops,
     )  # fmt: skip
     assert seconds(kernel, shape, twice, config, tiles, held) <= base * (1 + 1e-12)
-    assert seconds(kernel, shape, target, config, tiles, dataclasses.replace(held, local_share=held.local_share + 0.08)) >= base * (1 - 1e-12)
+    assert seconds(
+        kernel, shape, target, config, tiles, dataclasses.replace(held, local_share=held.local_share + 0.08)
+    ) >= base * (1 - 1e-12)
     first = dataclasses.replace(config, heavy_first=True)
     assert seconds(kernel, shape, target, first, tiles, held) <= base * (1 + 1e-12)
     assert seconds(kernel, shape, target, config, tiles, dataclasses.replace(held, blocks=held.blocks + 1)) <= base * (1 + 1e-12)

@@ -58,7 +58,10 @@ def test_no_work_is_done_twice(case, head_dim, kernel, counts):
 @pytest.mark.parametrize(("case", "head_dim"), COMPARED)
 def test_fewer_instructions_than_flex_attention(case, head_dim, counts):
     flex = counts["kernels"].flex_kernels(counts["cases"][case], head_dim, "sm_90")
-    records = {kernel: [side.record("sm_90", head_dim) for side in (ours(counts, case, head_dim, kernel), flex[kernel])] for kernel in flex}
+    records = {
+        kernel: [side.record("sm_90", head_dim) for side in (ours(counts, case, head_dim, kernel), flex[kernel])]
+        for kernel in flex
+    }
     issued = {kernel: [side["issue_of_case"] for side in sides] for kernel, sides in records.items()}
     assert issued["forward"][0] <= 0.85 * issued["forward"][1]
     backward = [issued["grad_q"][side] + issued["grad_kv"][side] for side in (0, 1)]

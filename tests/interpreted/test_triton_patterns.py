@@ -136,7 +136,11 @@ def test_blocks_wherever_the_first_query_lies(name, offset, options):
 def test_slopes_far_from_the_first_position(options):
     """Half a million tokens on, a logit is as exact as it is at the first."""
     options(LIMITS, interpreted=Config(16, 16, 4, 1))
-    assert_right(sd.attend(causal & (q_idx - kv_idx < 40), score=score - slope[h] * (q_idx - kv_idx)), *qkv(24, 1 << 19), q_offset=(1 << 19) - 24)
+    assert_right(
+        sd.attend(causal & (q_idx - kv_idx < 40), score=score - slope[h] * (q_idx - kv_idx)),
+        *qkv(24, 1 << 19),
+        q_offset=(1 << 19) - 24,
+    )
 
 
 def qkv(

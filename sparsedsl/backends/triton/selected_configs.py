@@ -142,7 +142,7 @@ def job_of(
 
 
 def config_of(kernel: str, chosen: SelectedShape, target: Target) -> Config:
-    """A config that fits on ``target`` and spills nothing in 16-bit types, chosen without a device.
+    """A config that fits on ``target`` and spills nothing in loops of 16-bit types, chosen without a device.
 
     ``block_m``: rows of a tile of queries, or of a step over a chunk's queries; ``block_n``: keys of a tile, which in the passes
     by queries is a chunk.
@@ -173,7 +173,9 @@ def config_of(kernel: str, chosen: SelectedShape, target: Target) -> Config:
     # address of a loaded LSE follows from a counter, Triton gives up and waits for every tile if it is to have two on their way.
     counted = kernel == "selected_grad_q" and chosen.weighted
     deep = kernel != "selected_grad_kv" and not counted and 2 * loaded <= target.shared_per_block // 3
-    few = max(keys, *widths) <= 64 and not (chosen.learned and kernel == "selected_grad_q")
+    # Tiles have at most 64 rows, which four warps share: of eight, half would repeat the products of the others.
+    widest = 128 if shape.itemsize == 2 else 64
+    few = keys <= 64 and max(widths) <= widest and not (chosen.learned and kernel == "selected_grad_q")
     return Config(rows, keys, 4 if few else 8, 3 if deep else 2)
 
 
