@@ -1,5 +1,5 @@
-"""What ``aot_vs_flex.py`` compares: patterns as sparsedsl has them, as Inductor writes them for FlexAttention, and the tables that say which
-tiles are visited. Sizes are those of ``gpu-static``: 32K tokens, 32 query heads, 8 key heads."""
+"""What ``aot_vs_flex.py`` compares: patterns as sparsedsl has them, and as Inductor writes them for FlexAttention; the tables that say
+which tiles are visited; 32K tokens, 32 query heads, 8 key heads."""
 
 from __future__ import annotations
 

@@ -91,7 +91,8 @@ class Counted:
         }  # fmt: skip
         return {
             "config": self.config, "registers": self.registers, "spills": self.spills, "blocks_per_sm": self.blocks_per_sm,
-            "issue": round(weighed(lambda loop: loop.issued * self.warps)), "special": round(weighed(lambda loop: loop.special * self.warps)),
+            "issue": round(weighed(lambda loop: loop.issued * self.warps)),
+            "special": round(weighed(lambda loop: loop.special * self.warps)),
             "multiply_add": round(weighed(lambda loop: loop.multiply_add * self.warps)),
             "integer": round(weighed(lambda loop: loop.integer * self.warps)),
             "local": round(weighed(lambda loop: loop.local * self.warps)),
@@ -173,7 +174,7 @@ def our_kernel(ours: Ours, kernel: str, target: str, config: Config | None = Non
     found = counted(job_of(ours.source, ours.source.kernel(kernel), ours.shape, config, TARGETS[target]))
     tiles = ours.tiles_at((config.block_m, config.block_n))
     loops = loops_from(found)
-    names = ("full", "partial")
+    names: tuple[str, ...] = ("full", "partial")
     if len(loops) == 1:  # the source of a mask without one kind has no loop for it
         names = ("partial",) if tiles.partial else ("full",)
     if len(loops) != len(names):

@@ -82,7 +82,7 @@ def selected_records(head_dim: int, target: str) -> list[dict[str, Any]]:
             for weighted in (False, True):
                 chosen = SelectedShape(ours.shape, CHUNK, pack, weighted=weighted)
                 config = config_of(kernel, chosen, TARGETS[target])
-                flags = {"SPLIT": False} if kernel == "selected_forward" else {}
+                flags: dict[str, Any] = {"SPLIT": False} if kernel == "selected_forward" else {}
                 found = counted(selected_job(kernel, chosen, config, TARGETS[target], **flags))
                 loop, pairs = loops_from(found)[0], config.block_m * config.block_n
                 useful = KERNELS[like] * head_dim * pairs
@@ -90,7 +90,8 @@ def selected_records(head_dim: int, target: str) -> list[dict[str, Any]]:
                 scale = 128**2 / pairs
                 records.append({
                     "kernel": kernel, "target": target, "head_dim": head_dim, "pack": pack, "weighted": weighted, "config": str(config),
-                    "issue": round(loop.issued * config.warps * scale), "executed_over_useful": round(loop.products(config.warps) / useful, 2),
+                    "issue": round(loop.issued * config.warps * scale),
+                    "executed_over_useful": round(loop.products(config.warps) / useful, 2),
                     "exponentials_per_pair": round(loop.exponentials * 32 * config.warps / pairs, 2),
                     "serial": round(took.serial * scale), "overlapped": round(took.overlapped * scale),
                     "dense_serial": dense["serial"], "dense_overlapped": dense["overlapped"], "spills": found["spills"],

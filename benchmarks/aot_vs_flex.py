@@ -6,9 +6,10 @@
 
 Both are compiled by the same Triton: FlexAttention's from the templates and default configs of the installed torch (``flex_templates.py``),
 ours with the tiles of ``sd.build``. bfloat16, 32K tokens, 32 query and 8 key heads. Instructions of the loops are weighed by the tiles
-that each kernel visits for the pattern. Beside that: a decode step, and kernels along selected blocks (``aot_others.py``). *serial* and *overlapped* are cycles of an SM where products and everything else wait for each
+that each kernel visits for the pattern. *serial* and *overlapped* are cycles of an SM where products and everything else wait for each
 other, and where the shorter hides behind the longer (:mod:`sparsedsl.gpu.loop_cycles`): a kernel lies between them. Memory, latency
 and launches are left out: these rank kernels, they predict no time. Ratios are FlexAttention's over ours: above 1, ours needs less.
+Beside that: a decode step, and kernels along selected blocks (``aot_others.py``).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def settled_kernel(ours: Ours, kernel: str, target: str) -> Counted:
 
 
 def picked_kernel(ours: Ours, kernel: str, target: str) -> Counted:
-    """Our kernel with the tiles that the cost model expects to be fastest for the tiles of this pattern, of those that loops do not spill."""
+    """Our kernel with the tiles that the cost model expects to be fastest for this pattern, of those whose loops do not spill."""
     by_key = kernel == "grad_kv"
     found = TARGETS[target]
     work = work_of(ours.lists((128, 128)))

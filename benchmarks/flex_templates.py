@@ -1,4 +1,4 @@
-"""FlexAttention's own Triton kernels as source text, written from the templates of the installed torch, as Inductor would for static shapes.
+"""FlexAttention's own Triton kernels as source text, from the templates of the installed torch, as Inductor writes them for static shapes.
 
 Inductor needs a GPU to get this far; the templates do not. They call hooks of Inductor; those that this module knows are filled in with
 constants (sizes, strides, options) and with a pattern's score and mask. A hook or variable that it does not know raises: another release
@@ -7,7 +7,6 @@ of torch must be looked at before it is compared with.
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,8 +30,8 @@ SINGLE = ("LSE", "MAX", "DELTA", "M", "L")
 class FlexPattern:
     """A pattern in Triton, as Inductor writes what a user gives FlexAttention.
 
-    ``mask`` and ``score``: of ``{s}`` (the score), ``{b}``, ``{h}``, ``{m}`` (query) and ``{n}`` (key); ``grad``: the gradient of the score before
-    ``score``, of ``{g}`` after it; ``scatter``: a statement that adds to gradients of tables; ``tables``: pointers, name -> type.
+    ``mask`` and ``score``: of ``{s}`` (the score), ``{b}``, ``{h}``, ``{m}`` (query) and ``{n}`` (key); ``grad``: the gradient of the
+    score before ``score``, of ``{g}`` after it; ``scatter``: a statement that adds to gradients of tables; ``tables``: name -> type.
     """
 
     mask: str
@@ -58,7 +57,7 @@ class FlexShape:
 
 @dataclass(frozen=True)
 class FlexKernel:
-    """One kernel: source text, the name of its function, Triton's types of its arguments, warps and stages; ``options`` as Inductor sets them."""
+    """One kernel: source, the name of its function, Triton's types of its arguments, warps, stages; ``options`` as Inductor sets them."""
 
     text: str
     name: str
@@ -217,10 +216,8 @@ class _Hooks:
 def _written(
     name: str, parts: tuple[str, ...], pattern: FlexPattern, shape: FlexShape, options: Mapping[str, Any], config: Any
 ) -> FlexKernel:
-    # The texts of a pattern are written with short names; those of the template may be anything.
-    named = dataclasses.replace(
-        pattern, **{part: _prefixed(getattr(pattern, part)) for part in ("mask", "score", "grad", "scatter")}
-    )
+    # The texts of a pattern have short names; those of the template may be anything.
+    named = FlexPattern(*map(_prefixed, (pattern.mask, pattern.score, pattern.grad, pattern.scatter)), pattern.tables)
     hooks = _Hooks(name, named, shape, options)
     found = jinja2.Environment(undefined=jinja2.StrictUndefined)
     found.filters["indent_except_first"] = lambda text, depth: text.replace("\n", "\n" + "    " * depth)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from sparsedsl.analysis.mask_clauses import clauses
+from sparsedsl.analysis.mask_clauses import KeyBound, clauses
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX, SCORE
@@ -70,12 +70,10 @@ def _signed(expr: sympy.Expr, mask: Boolean) -> sympy.Expr:
 def _looks_back(mask: Boolean) -> bool:
     """Whether a bound of every clause says that the key is not after the query."""
     found = clauses(mask)
+    return bool(found) and all(any(map(_says_so, clause.bounds)) for clause in found)
 
-    def says_so(clause_bounds: object) -> bool:
-        return any(
-            ((bound.q_part, bound.kv_part) == (Q_IDX, -KV_IDX) and bound.low is not None and bool(bound.low.is_nonnegative))
-            or ((bound.q_part, bound.kv_part) == (-Q_IDX, KV_IDX) and bound.high is not None and bool(bound.high.is_nonpositive))
-            for bound in clause_bounds  # type: ignore[attr-defined]
-        )
 
-    return bool(found) and all(says_so(clause.bounds) for clause in found)
+def _says_so(bound: KeyBound) -> bool:
+    if (bound.q_part, bound.kv_part) == (Q_IDX, -KV_IDX):
+        return bound.low is not None and bool(bound.low.is_nonnegative)
+    return (bound.q_part, bound.kv_part) == (-Q_IDX, KV_IDX) and bound.high is not None and bool(bound.high.is_nonpositive)

@@ -17,6 +17,7 @@ from sparsedsl.analysis.key_intervals import KeyInterval, exchanged
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import TritonNames, write_expression
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
+from sparsedsl.lang.tables import table_reads
 
 __all__ = ["IntervalLoop", "ListLoop", "Loop"]
 
@@ -42,13 +43,14 @@ class IntervalLoop:
     """Tiles between two ends that every program works out for its own rows: no list in memory.
 
     ``of``: "keys" (columns are keys, ends are key positions) or "queries" (columns are rows of the call: positions less ``q_offset``).
-    ``vectors``: the indices that are vectors over the program's rows, by symbol.
+    ``vectors``: the indices that are vectors over the program's rows, by symbol; ``wide``: positions need 64 bits.
     """
 
     intervals: tuple[KeyInterval, ...]
     of: str
     block: str
     vectors: frozenset[sympy.Symbol]
+    wide: bool = False
 
     def arguments(self) -> list[tuple[str, str]]:
         """Two arrays for every interval that needs a search: they are filled before the kernel runs."""
@@ -152,6 +154,11 @@ class IntervalLoop:
             source.line(f"{name} = {holds}")
             source.line(f"first{s} = tl.where({name}, first{s}, {self._length})")
             source.line(f"last{s} = tl.where({name}, last{s}, -1)")
+        if not self.wide and not interval.searched and table_reads(interval.exprs):
+            # What tables hold is computed with in 64 bits; the ends are positions, and pairs are compared with them.
+            if not self._starts_at_zero(i):
+                source.line(f"first{s} = tl.minimum(first{s}, {self._length}).to(tl.int32)")
+            source.line(f"last{s} = tl.maximum(last{s}, -1).to(tl.int32)")
 
     def _vector_ends(self, i: int) -> tuple[bool, bool]:
         """Whether ``first`` and ``last`` are vectors over the rows."""

@@ -438,7 +438,7 @@ class Writer:
             return ListLoop(self.pattern.mask.expr, "keys", head, line, square=not self.packed)
         found = intervals(self.pattern.mask.expr)
         assert found is not None
-        return IntervalLoop(found, "keys", "BLOCK_N", frozenset({Q_IDX, HEAD} if self.packed else {Q_IDX}))
+        return IntervalLoop(found, "keys", "BLOCK_N", frozenset({Q_IDX, HEAD} if self.packed else {Q_IDX}), self.variant.wide)
 
     def query_loop(self) -> Loop:
         """The loop over tiles of queries for the keys of a program."""
@@ -446,7 +446,7 @@ class Writer:
             return ListLoop(self.pattern.mask.expr, "queries", "h", "listed * tiles + tile")
         found = intervals(self.pattern.mask.expr, of="queries")
         assert found is not None
-        return IntervalLoop(found, "queries", "BLOCK_M", frozenset({KV_IDX}))
+        return IntervalLoop(found, "queries", "BLOCK_M", frozenset({KV_IDX}), self.variant.wide)
 
 
 def table_names(pattern: Pattern) -> dict[str, TableNames]:

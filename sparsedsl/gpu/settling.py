@@ -41,8 +41,8 @@ def lighter(kernel: str, config: Config) -> Iterator[Config]:
 def settled(
     kernel: str, config: Config, target: Target, compiled: Callable[[Config], Compiled], needs: Callable[[Compiled], Resources]
 ) -> tuple[Config, Compiled]:
-    """``config`` if its kernel fits and no loop is slowed by spills; else the first lighter one of which this is true; else of those that fit
-    the one whose loops spill least; else ``config``. With what was compiled."""
+    """``config`` if its kernel fits and no loop is slowed by spills; else the first lighter one of which this is true; else of those that
+    fit the one whose loops spill least; else ``config``. With what was compiled."""
     found = []
     for one in (config, *lighter(kernel, config)):
         made = compiled(one)
