@@ -37,8 +37,8 @@ def ramp_of(pattern: Pattern) -> Ramp | None:
     """The ramp that a pattern's scores are for all pairs that attend, or None.
 
     >>> import sparsedsl as sd
-    >>> ramp_of(sd.attend(sd.kv_idx <= sd.q_idx, score=sd.score - 0.5 * abs(sd.q_idx - sd.kv_idx))).by_key
-    0.5
+    >>> ramp_of(sd.attend(sd.kv_idx <= sd.q_idx, score=sd.score - 2 * abs(sd.q_idx - sd.kv_idx))).by_key
+    2
     >>> ramp_of(sd.attend(sd.q_idx >= 0, score=sd.score - 0.5 * abs(sd.q_idx - sd.kv_idx))) is None
     True
     """

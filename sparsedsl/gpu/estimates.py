@@ -81,9 +81,10 @@ def shared_bytes(kernel: str, shape: Shape, target: Target, config: Config) -> i
         staged, resident = m * (d + dv), keys
     else:
         staged, resident = keys, m * (d + dv)
-    # Matrix units of Hopper and later read from shared memory; before, resident tiles lie in registers.
+    # Matrix units of Hopper and later read from shared memory; before, resident tiles lie in registers, but gradients of logits are
+    # turned there where gradients of keys are made.
     if family(target) not in ("hopper", "blackwell") or not shape.matrix_units:
-        resident = 0
+        resident = m * n if kernel == "grad_kv" and family(target) == "ampere" and shape.matrix_units else 0
     # AMD's pipeline holds the tile in flight in registers.
     buffers = max(1, config.stages - 1) if family(target) == "cdna" else config.stages
     return (staged * buffers + resident) * shape.itemsize

@@ -62,7 +62,7 @@ def test_cards_with_little_shared_memory(target, head_dim):
     for pattern in (sd.patterns.causal(), sd.patterns.sliding_window(1024), blocks):
         built = sd.build(pattern, target, "bfloat16", head_dim, group=4)
         assert built.problems == []
-        assert set(built.spills.values()) == {0}
+        assert not any(kernel.resources.slowed for kernel in built.kernels.values())
         assert max(built.shared_bytes.values()) <= 98304
         assert f"({built.target.device})" in str(built)
 

@@ -132,7 +132,7 @@ def test_the_largest_tiles_fit_cards_with_little_shared_memory(target, dtype, wi
             needs = resources_of(compiled(kernel, SelectedShape(shape, chunk, 4, weighted=weighted), found))
             assert misfits(needs, found) == ()
             assert needs.shared_bytes <= 98304
-            assert needs.spills == 0 or dtype == "float32"
+            assert not needs.slowed or dtype == "float32"
 
 
 def test_what_is_refused_and_what_is_cut_depends_on_the_gpu():

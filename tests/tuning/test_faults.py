@@ -35,7 +35,7 @@ SHAPE = Shape("bfloat16", 64, 64)
 WORK = Work(row_width=1024.0)
 KEY = tuning_key("a pattern", "forward", SHAPE, "any", SM_90)
 OTHER = tuning_key("another pattern", "forward", SHAPE, "any", SM_90)
-KEPT = Record(Config(32, 128, 4, 2), 1e-3, 2e-3, "2026-01-02T03:04:05+00:00", 20, 3)
+KEPT = Record(Config(64, 128, 4, 2), 1e-3, 2e-3, "2026-01-02T03:04:05+00:00", 20, 3)
 FAST = Config(64, 64, 4, 2)
 
 # Line of the table -> what the call gets with a record in doubt, how many notes, and what the next process finds.

@@ -71,6 +71,8 @@ def most_rows(kernel: str, chunk: int, shape: Shape, target: Target) -> int:
         return 16
     if family(target) == "ampere" and 2 * (32 + block_of(chunk)) * width > target.shared_per_block:
         return 16  # keys, values, queries and gradients of out lie there at the same time
+    if kernel == "selected_grad_q" and width > 128 and largest_tile(target) < 64 * KIB:
+        return 32  # of the cards with little shared memory, the latest spill beside 64 rows
     return 32 if taken > 1 << 14 or chunk > 64 else MOST_ROWS
 
 
