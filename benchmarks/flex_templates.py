@@ -217,7 +217,8 @@ def _written(
     name: str, parts: tuple[str, ...], pattern: FlexPattern, shape: FlexShape, options: Mapping[str, Any], config: Any
 ) -> FlexKernel:
     # The texts of a pattern have short names; those of the template may be anything.
-    named = FlexPattern(*map(_prefixed, (pattern.mask, pattern.score, pattern.grad, pattern.scatter)), pattern.tables)
+    mask, score, grad, scatter = map(_prefixed, (pattern.mask, pattern.score, pattern.grad, pattern.scatter))
+    named = FlexPattern(mask, score, grad, scatter, pattern.tables)
     hooks = _Hooks(name, named, shape, options)
     found = jinja2.Environment(undefined=jinja2.StrictUndefined)
     found.filters["indent_except_first"] = lambda text, depth: text.replace("\n", "\n" + "    " * depth)

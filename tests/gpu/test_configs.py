@@ -189,11 +189,18 @@ def test_decode_tiles_hold_the_heads_of_a_group():
 
 
 def kernel_with(*names):
-    return SimpleNamespace(name="forward", arguments=[SimpleNamespace(name=name, type="constexpr") for name in names], blocks=None)
+    return SimpleNamespace(
+        name="forward", arguments=[SimpleNamespace(name=name, type="constexpr") for name in names], blocks=None
+    )
 
 
 def test_blocks_of_a_mask_are_not_cut_by_tiles_that_divide_them():
-    for blocks, sides, wanted in (((128, 64), (128, 64), True), ((128, 64), (64, 128), False), ((64, 64), (128, 64), False), (None, (64, 64), False)):
+    for blocks, sides, wanted in (
+        ((128, 64), (128, 64), True),
+        ((128, 64), (64, 128), False),
+        ((64, 64), (128, 64), False),
+        (None, (64, 64), False),
+    ):
         kernel = kernel_with("BLOCK_WISE")
         kernel.blocks = blocks
         assert constants(kernel, HALF, Config(*sides, 4, 2)) == {"BLOCK_WISE": wanted}
