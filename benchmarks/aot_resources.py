@@ -5,10 +5,10 @@
 
 Every pattern is built (``sd.build``) for every target and head dimension with the tiles that it chooses, in bf16. Nothing here is a time
 of a kernel: the numbers are read from the binaries, and do not depend on the machine. *kernels* counts all that are built; *spill* those
-whose registers go to memory; *without matrix* those that multiply matrices without an instruction for it; *not launchable* those that need
-more of something than a block can have; *best matrix* the share of forward and backward kernels with products that use the newest
-instruction of the target (warp groups on sm_90, tensor memory on sm_100). Decode tiles have as few rows as a group has heads, too few for
-a warp group.
+with a loop of whose instructions more than 3 % read or write spilled registers; *without matrix* those that multiply matrices without
+an instruction for it; *not launchable* those that need more of something than a block can have; *best matrix* the share of forward and
+backward kernels with products that use the newest instruction of the target (warp groups on sm_90, tensor memory on sm_100). Decode tiles
+have as few rows as a group has heads, too few for a warp group.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import sparsedsl as sd
 from sparsedsl.gpu.configs import default_config
 from sparsedsl.gpu.estimates import has_descriptors
 from sparsedsl.gpu.kernel_config import Shape
+from sparsedsl.gpu.resources import MOST_LOCAL
 from sparsedsl.gpu.targets import TARGETS
 
 P = sd.patterns
@@ -159,7 +160,7 @@ def counts(records: list[dict[str, Any]]) -> dict[str, Any]:
     wide = [(record, kernel) for record, name, kernel in kernels if kernel["products"] and name != "decode"]
     return {
         "builds": len(records), "failed": sum(record["error"] is not None for record in records), "kernels": len(kernels),
-        "spill": sum(kernel["spills"] > 0 for _, _, kernel in kernels),
+        "spill": sum(kernel["local_share"] > MOST_LOCAL for _, _, kernel in kernels),
         "most_spilled_bytes": max((kernel["spills"] for _, _, kernel in kernels), default=0),
         "without_matrix": sum(lacks_matrix(kernel) for _, _, kernel in kernels),
         "not_launchable": sum(kernel["blocks"] == 0 for _, _, kernel in kernels),
@@ -172,7 +173,7 @@ def checks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     everything = counts(records)
     found = [
         measure.target("patterns that cannot be built", everything["failed"], at_most=0),
-        measure.target("kernels that spill registers", everything["spill"], at_most=0),
+        measure.target("kernels that spill registers in a loop", everything["spill"], at_most=0),
         measure.target("kernels that cannot be launched", everything["not_launchable"], at_most=0),
         measure.target("kernels that multiply without matrix instructions", everything["without_matrix"], at_most=0),
     ]

@@ -85,11 +85,34 @@ def test_aot_resources(tmp_path):
     assert "Nothing to report." in shown
 
 
+def test_aot_vs_flex_compares_what_was_counted():
+    """Ratios are of cycles of the whole case, FlexAttention's over ours, of all kernels of a pass together."""
+    script = load("aot_vs_flex")
+
+    def record(side: str, kernel: str, serial: float) -> dict[str, Any]:
+        about = {"case": "causal", "target": "sm_90", "head_dim": 64, "kernel": kernel, "side": side}
+        return about | {
+            "serial": serial,
+            "overlapped": serial / 2,
+            "issue_of_case": 3 * serial,
+            "loops": {"full": {"serial": 2112}},
+        }
+
+    kernels = {"forward": (110.0, 100.0), "grad_q": (90.0, 100.0), "grad_kv": (310.0, 200.0)}
+    records = [record(side, kernel, both[n]) for kernel, both in kernels.items() for n, side in enumerate(("flex", "ours"))]
+    assert "1.10 ... 1.10 (1.10) | 0.90 ... 0.90 (0.90) | 1.55 ... 1.55 (1.55)" in script.table(records, "sm_90")
+    found = {target["what"]: (target["got"], target["pass"]) for target in script.checks(records)}
+    assert found["forward, serial: lowest ratio"] == (pytest.approx(1.1), True)
+    assert found["backward, serial: lowest ratio"] == (pytest.approx(400 / 300), True)
+    assert found["forward, overlapped: geometric mean"] == (pytest.approx(1.1), False)
+    assert found["causal forward D 64: serial over what is longest"] == (pytest.approx(2112 / 1024), False)
+
+
 def test_aot_resources_counts_what_goes_wrong():
     script = load("aot_resources")
-    good = {"products": 2, "instructions": {"wgmma.mma_async": 8}, "spills": 0, "blocks": 1}
+    good = {"products": 2, "instructions": {"wgmma.mma_async": 8}, "spills": 0, "local_share": 0.0, "blocks": 1}
     kernels = {
-        "forward": good | {"spills": 40}, "grad_q": good | {"instructions": {}}, "grad_kv": good | {"blocks": 0},
+        "forward": good | {"spills": 40, "local_share": 0.2}, "grad_q": good | {"instructions": {}}, "grad_kv": good | {"blocks": 0},
         "decode": good | {"instructions": {"mma.sync": 4}}, "delta": good | {"products": 0, "instructions": {}},
     }  # fmt: skip
     common = {"pattern": "causal", "target": "sm_90", "head_dim": 64}
