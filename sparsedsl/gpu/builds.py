@@ -231,7 +231,8 @@ def build(
 
     Returns:
         :class:`Build`: binaries, registers, spills, shared memory, occupancy, matrix instructions. ``print`` it for a report,
-        ``save`` it to a folder.
+        ``save`` it to a folder. Kernels whose tiles divide the blocks of a mask such as ``chosen[q_idx // 128, kv_idx // 128]`` are for
+        calls whose first query begins a block: ``BLOCK_WISE`` among the constants of the report says so.
 
     Raises:
         PatternError: not a pattern; or ``configs`` names a kernel that it does not have.
