@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.residue_classes import residues
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.codegen.to_triton import triton_source, variant_of
+from sparsedsl.gpu import sass
 from sparsedsl.gpu.aot import BuildJob, compile_kernel, job_of
 from sparsedsl.gpu.configs import Config, Shape, default_config
 from sparsedsl.gpu.costs import TileCounts, listed_tiles
@@ -34,7 +36,7 @@ from sparsedsl.gpu.targets import TARGETS
 from sparsedsl.lang.pattern import as_pattern
 from sparsedsl.settings import settings
 
-__all__ = ["DTYPE", "KERNELS", "Counted", "Ours", "counted", "flex_kernels", "loops_from", "our_kernel"]
+__all__ = ["DTYPE", "KERNELS", "Counted", "Ours", "counted", "flex_job", "flex_kernels", "loops_from", "our_kernel"]
 
 # Kernel -> products for a pair of query and key, in widths of a head.
 KERNELS = {"forward": 2, "grad_q": 3, "grad_kv": 4}
@@ -128,10 +130,6 @@ def counted(job: BuildJob) -> dict[str, Any]:
 @functools.cache
 def _counter() -> str:
     """What counts: another one counts anew."""
-    import inspect
-
-    import sparsedsl.gpu.sass as sass
-
     return hashlib.sha256(inspect.getsource(sass).encode()).hexdigest()
 
 
@@ -192,6 +190,12 @@ def our_kernel(ours: Ours, kernel: str, target: str, config: Config | None = Non
 # ---- FlexAttention's ---------------------------------------------------------------------------------------
 
 
+def flex_job(written: flex_templates.FlexKernel, target: str) -> BuildJob:
+    """What there is to compile of a kernel of FlexAttention's; its tiles are constants in its text."""
+    config = Config(0, 0, written.warps, written.stages)
+    return BuildJob(written.text, written.name, dict(written.signature), {}, config, True, TARGETS[target])
+
+
 def flex_kernels(case: AotCase, head_dim: int, target: str) -> dict[str, Counted]:
     """FlexAttention's kernels of a case, with torch's default configs: one of its kernels makes all gradients."""
     shape = flex_templates.FlexShape(DTYPE, HEADS, KV_HEADS, LENGTH, LENGTH, head_dim)
@@ -205,16 +209,7 @@ def flex_kernels(case: AotCase, head_dim: int, target: str) -> dict[str, Counted
         flex_templates.forward(case.flex, shape, divmod(arch, 10)),
         flex_templates.backward(case.flex, shape, divmod(arch, 10)),
     ):
-        job = BuildJob(
-            written.text,
-            written.name,
-            dict(written.signature),
-            {},
-            Config(0, 0, written.warps, written.stages),
-            True,
-            TARGETS[target],
-        )
-        got = counted(job)
+        got = counted(flex_job(written, target))
         options, loops = written.options, loops_from(got)
         if written.name == "flex_attention":
             blocks = {"forward": (options["BLOCK_M"], options["BLOCK_N"])}

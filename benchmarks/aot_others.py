@@ -7,14 +7,14 @@ from typing import Any
 
 import flex_templates
 from aot_cases import CASES, HEADS, KV_HEADS, LENGTH
-from aot_kernels import DTYPE, KERNELS, Ours, counted, loops_from, our_kernel
+from aot_kernels import DTYPE, KERNELS, Ours, counted, flex_job, loops_from, our_kernel
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.backends.triton.selected_configs import SelectedShape, config_of
 from sparsedsl.backends.triton.selected_configs import job_of as selected_job
-from sparsedsl.gpu.aot import BuildJob, job_of
-from sparsedsl.gpu.configs import Config, default_config
+from sparsedsl.gpu.aot import job_of
+from sparsedsl.gpu.configs import default_config
 from sparsedsl.gpu.loop_cycles import cycles
 from sparsedsl.gpu.targets import TARGETS
 
@@ -51,16 +51,7 @@ def decode_records(name: str, head_dim: int, target: str) -> list[dict[str, Any]
     ]  # fmt: skip
     shape = flex_templates.FlexShape(DTYPE, HEADS, KV_HEADS, 1, LENGTH, head_dim)
     written = flex_templates.decode(case.flex, shape, divmod(arch, 10), splits=8)
-    job = BuildJob(
-        written.text,
-        written.name,
-        dict(written.signature),
-        {},
-        Config(0, 0, written.warps, written.stages),
-        True,
-        TARGETS[target],
-    )
-    other = counted(job)
+    other = counted(flex_job(written, target))
     full, block_n = loops_from(other)[-1], written.options["BLOCK_N"]
     return [
         *records,

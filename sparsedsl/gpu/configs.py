@@ -148,9 +148,8 @@ def _tiles(kernel: str, shape: Shape, target: Target, work: Work) -> Iterator[Co
         columns = tuple(n for n in columns if n <= max(32, 2 * work.row_width)) or columns[:1]
     for m, n, warps, stages in itertools.product(rows, columns, (4, 8), STAGES if family(target) != "cdna" else (1, 2)):
         config = Config(m, n, warps, stages)
-        if (
-            m * n >= 16 * 16 * warps and repeats(kernel, shape, target, config) == 1.0
-        ):  # at least one fragment a warp, and one of its own
+        # At least one fragment a warp, and one of its own.
+        if m * n >= 16 * 16 * warps and repeats(kernel, shape, target, config) == 1.0:
             yield config
 
 

@@ -24,9 +24,9 @@ _MMA = re.compile(r"HMMA\.(16|8)(8|16|32)(\d+)\.")
 _MULTIPLY_ADD = ("FFMA", "FMUL", "FADD", "IMAD", "FFMA2", "FMUL2", "FADD2")
 _INTEGER_AND_COMPARE = (
     "FMNMX", "FMNMX3", "FSETP", "FSEL", "ISETP", "SEL", "LOP3", "IADD3", "VIADD", "SHF", "LEA", "PRMT", "IABS", "VIMNMX", "IMNMX", "FSET",
-    "F2FP", "PLOP3", "FCHK", "ISCADD", "MOV",
+    "F2FP", "I2FP", "PLOP3", "FCHK", "ISCADD", "MOV",
 )  # fmt: skip
-_CONVERSIONS = ("I2F", "I2FP", "F2I", "F2F", "POPC", "FLO")  # on the special function units, but for I2FP
+_CONVERSIONS = ("I2F", "F2I", "F2F", "POPC", "FLO")  # on the special function units
 _LOCAL = ("LDL", "STL")
 
 
@@ -127,9 +127,9 @@ def _counts(body: list[str]) -> LoopCounts:
     return LoopCounts(
         issued=len(body),
         exponentials=sum(name.startswith("MUFU.EX2") for name in names),
-        special=first["MUFU"] + sum(first[name] for name in _CONVERSIONS if name != "I2FP"),
+        special=first["MUFU"] + sum(first[name] for name in _CONVERSIONS),
         multiply_add=sum(first[name] for name in _MULTIPLY_ADD),
-        integer=sum(first[name] for name in _INTEGER_AND_COMPARE) + first["I2FP"],
+        integer=sum(first[name] for name in _INTEGER_AND_COMPARE),
         local=sum(first[name] for name in _LOCAL),
         matrix=tuple(MatrixCounts(shape, warps, shared, n) for (shape, warps, shared), n in sorted(kinds.items())),
         tensor_memory=first["UTCHMMA"] + first["UTCQMMA"],
