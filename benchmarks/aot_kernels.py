@@ -24,19 +24,19 @@ from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.residue_classes import residues
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.codegen.to_triton import triton_source, variant_of
-from sparsedsl.gpu import sass
+from sparsedsl.gpu import resources, sass
 from sparsedsl.gpu.aot import BuildJob, compile_kernel, job_of
 from sparsedsl.gpu.configs import Config, Shape, default_config
 from sparsedsl.gpu.costs import TileCounts, listed_tiles
 from sparsedsl.gpu.loading import triton as load_triton
 from sparsedsl.gpu.loop_cycles import cycles
-from sparsedsl.gpu.resources import MOST_LOCAL, occupancy, resources_of
+from sparsedsl.gpu.resources import Resources, occupancy, resources_of
 from sparsedsl.gpu.sass import LoopCounts, MatrixCounts, loops_of
 from sparsedsl.gpu.targets import TARGETS
 from sparsedsl.lang.pattern import as_pattern
 from sparsedsl.settings import settings
 
-__all__ = ["DTYPE", "KERNELS", "Counted", "Ours", "counted", "flex_job", "flex_kernels", "loops_from", "our_kernel"]
+__all__ = ["DTYPE", "KERNELS", "Counted", "Ours", "counted", "flex_job", "flex_kernels", "loops_from", "needs_from", "our_kernel"]
 
 # Kernel -> products for a pair of query and key, in widths of a head.
 KERNELS = {"forward": 2, "grad_q": 3, "grad_kv": 4}
@@ -53,24 +53,7 @@ class Counted:
     warps: int
     tiles: Mapping[str, int]
     loops: Mapping[str, LoopCounts]
-    registers: int
-    spills: int
-    blocks_per_sm: int
-
-    @property
-    def fits(self) -> bool:
-        """Whether it can be launched."""
-        return self.blocks_per_sm > 0
-
-    @property
-    def local_share(self) -> float:
-        """The largest part of a loop's instructions that reads or writes local memory."""
-        return max(loop.local_share for loop in self.loops.values())
-
-    @property
-    def slowed(self) -> bool:
-        """Whether spills are in the way of the work."""
-        return self.local_share > MOST_LOCAL
+    needs: Resources
 
     def record(self, target: str, head_dim: int) -> dict[str, Any]:
         """Counts for each 128 x 128 pairs that are visited, all loops together; cycles of the whole case."""
@@ -92,7 +75,8 @@ class Counted:
             for kind, loop in self.loops.items()
         }  # fmt: skip
         return {
-            "config": self.config, "registers": self.registers, "spills": self.spills, "blocks_per_sm": self.blocks_per_sm,
+            "config": self.config, "registers": self.needs.registers, "spills": self.needs.spills,
+            "blocks_per_sm": occupancy(self.needs, TARGETS[target]).blocks,
             "issue": round(weighed(lambda loop: loop.issued * self.warps)),
             "special": round(weighed(lambda loop: loop.special * self.warps)),
             "multiply_add": round(weighed(lambda loop: loop.multiply_add * self.warps)),
@@ -110,18 +94,15 @@ class Counted:
 
 
 def counted(job: BuildJob) -> dict[str, Any]:
-    """Loops, registers, spills and blocks an SM of a kernel, as JSON data."""
+    """Loops of a kernel, and what it takes of an SM (``needs``), as JSON data."""
     words = [job.text, job.kernel, sorted(job.signature.items()), sorted(job.constants.items()), dataclasses.astuple(job.config)]
     key = json.dumps([*words, job.fp_fusion, job.target.name, load_triton().__version__, _counter()])
     path = settings().cache / "aot_counts" / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if path.exists():
         return dict(json.loads(path.read_text()))
     compiled = compile_kernel(job)
-    needs = resources_of(compiled)
-    found = {
-        "loops": [dataclasses.asdict(loop) for loop in loops_of(compiled.asm["cubin"])], "registers": needs.registers,
-        "spills": needs.spills, "blocks": occupancy(needs, job.target).blocks,
-    }  # fmt: skip
+    loops = [dataclasses.asdict(loop) for loop in loops_of(compiled.asm["cubin"])]
+    found = {"loops": loops, "needs": dataclasses.asdict(resources_of(compiled))}
     path.parent.mkdir(parents=True, exist_ok=True)
     measure.write_json(path, found)
     return found
@@ -130,7 +111,7 @@ def counted(job: BuildJob) -> dict[str, Any]:
 @functools.cache
 def _counter() -> str:
     """What counts: another one counts anew."""
-    return hashlib.sha256(inspect.getsource(sass).encode()).hexdigest()
+    return hashlib.sha256((inspect.getsource(sass) + inspect.getsource(resources)).encode()).hexdigest()
 
 
 def loops_from(found: Mapping[str, Any]) -> list[LoopCounts]:
@@ -140,6 +121,12 @@ def loops_from(found: Mapping[str, Any]) -> list[LoopCounts]:
         for loop in found["loops"]
     ]
     return [LoopCounts(**loop | {"matrix": tuple(kind)}) for loop, kind in zip(found["loops"], kinds, strict=True)]
+
+
+def needs_from(found: Mapping[str, Any]) -> Resources:
+    """What the kernel takes of an SM, out of what :func:`counted` gives."""
+    needs = found["needs"]
+    return Resources(**needs | {"instructions": tuple(map(tuple, needs["instructions"])), "remarks": tuple(needs["remarks"])})
 
 
 # ---- ours --------------------------------------------------------------------------------------------------
@@ -182,8 +169,7 @@ def our_kernel(ours: Ours, kernel: str, target: str, config: Config | None = Non
     counts = {"full": tiles.full, "partial": tiles.partial}
     block = (config.block_m, config.block_n)
     return Counted(
-        kernel, str(config), block, config.warps, counts, dict(zip(names, loops, strict=True)), found["registers"], found["spills"],
-        found["blocks"],
+        kernel, str(config), block, config.warps, counts, dict(zip(names, loops, strict=True)), needs_from(found),
     )  # fmt: skip
 
 
@@ -225,7 +211,6 @@ def flex_kernels(case: AotCase, head_dim: int, target: str) -> dict[str, Counted
             parts = shape.block**2 // (block[0] * block[1])
             found[kernel] = Counted(
                 kernel, f"{block[0]}x{block[1]}, {written.warps} warps, {written.stages} stages", block, written.warps,
-                {"full": lists.full * parts, "partial": lists.partial * parts}, {"full": full, "partial": partial}, got["registers"],
-                got["spills"], got["blocks"],
+                {"full": lists.full * parts, "partial": lists.partial * parts}, {"full": full, "partial": partial}, needs_from(got),
             )  # fmt: skip
     return found

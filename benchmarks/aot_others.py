@@ -46,7 +46,7 @@ def decode_records(name: str, head_dim: int, target: str) -> list[dict[str, Any]
     records = [
         about | {
             "side": "ours", "config": str(config), "keys_read": keys_at(config.block_n), "launches": 2,
-            "issue": round(mine.issued * config.warps * 1024 / config.block_n), "registers": found["registers"],
+            "issue": round(mine.issued * config.warps * 1024 / config.block_n), "registers": found["needs"]["registers"],
         }
     ]  # fmt: skip
     shape = flex_templates.FlexShape(DTYPE, HEADS, KV_HEADS, 1, LENGTH, head_dim)
@@ -57,7 +57,7 @@ def decode_records(name: str, head_dim: int, target: str) -> list[dict[str, Any]
         *records,
         about | {
             "side": "flex", "config": f"16x{block_n}, {written.warps} warps, {written.stages} stages", "keys_read": keys_at(shape.block),
-            "launches": 2, "issue": round(full.issued * written.warps * 1024 / block_n), "registers": other["registers"],
+            "launches": 2, "issue": round(full.issued * written.warps * 1024 / block_n), "registers": other["needs"]["registers"],
         },
     ]  # fmt: skip
 
@@ -85,6 +85,6 @@ def selected_records(head_dim: int, target: str) -> list[dict[str, Any]]:
                     "executed_over_useful": round(loop.products(config.warps) / useful, 2),
                     "exponentials_per_pair": round(loop.exponentials * 32 * config.warps / pairs, 2),
                     "serial": round(took.serial * scale), "overlapped": round(took.overlapped * scale),
-                    "dense_serial": dense["serial"], "dense_overlapped": dense["overlapped"], "spills": found["spills"],
+                    "dense_serial": dense["serial"], "dense_overlapped": dense["overlapped"], "spills": found["needs"]["spills"],
                 })  # fmt: skip
     return records

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from sparsedsl.gpu.configs import default_config, space
 from sparsedsl.gpu.costs import ranked, work_of
 from sparsedsl.gpu.loop_cycles import products_a_cycle
-from sparsedsl.gpu.settling import lighter
+from sparsedsl.gpu.resources import misfits
+from sparsedsl.gpu.settling import settled
 from sparsedsl.gpu.targets import TARGETS
 
 __all__ = ["main", "settled_kernel"]
@@ -44,14 +45,9 @@ GROUPS = {"forward": ("forward",), "backward": ("grad_q", "grad_kv")}
 def settled_kernel(ours: Ours, kernel: str, target: str) -> Counted:
     """Our kernel as ``sd.build`` has it: lighter than the default where a loop of that would spill."""
     default = default_config(kernel, ours.shape, TARGETS[target])
-    tried = [our_kernel(ours, kernel, target, default)]
-    for config in lighter(kernel, default):
-        if tried[-1].fits and not tried[-1].slowed:
-            return tried[-1]
-        tried.append(our_kernel(ours, kernel, target, config))
-    if tried[-1].fits and not tried[-1].slowed:
-        return tried[-1]
-    return min(tried, key=lambda one: (not one.fits, one.local_share))
+    return settled(
+        kernel, default, TARGETS[target], lambda config: our_kernel(ours, kernel, target, config), lambda found: found.needs
+    )[1]
 
 
 def picked_kernel(ours: Ours, kernel: str, target: str) -> Counted:
@@ -64,7 +60,7 @@ def picked_kernel(ours: Ours, kernel: str, target: str) -> Counted:
     )
     for config in candidates[:4]:
         kernel_found = our_kernel(ours, kernel, target, config)
-        if kernel_found.fits and not kernel_found.slowed:
+        if not misfits(kernel_found.needs, found) and not kernel_found.needs.slowed:
             return kernel_found
     return settled_kernel(ours, kernel, target)
 
