@@ -28,7 +28,7 @@ CHUNK, PACKS = 64, (4, 8, 16)
 
 def decode_records(name: str, head_dim: int, target: str) -> list[dict[str, Any]]:
     """One query a head after ``LENGTH`` keys, ours and FlexAttention's: keys that each key head reads for it, instructions for each 1,024
-    of them (of one warp), launches. FlexAttention puts its shares together by operators that Inductor fuses: one launch at least."""
+    of them (of one warp)."""
     case, arch = CASES[name], TARGETS[target].arch
     assert isinstance(arch, int)
     ours = Ours(case, head_dim)
@@ -45,7 +45,7 @@ def decode_records(name: str, head_dim: int, target: str) -> list[dict[str, Any]
     about = {"case": name, "target": target, "head_dim": head_dim, "kernel": "decode", "keys_seen": keys_at(1)}
     records = [
         about | {
-            "side": "ours", "config": str(config), "keys_read": keys_at(config.block_n), "launches": 2,
+            "side": "ours", "config": str(config), "keys_read": keys_at(config.block_n),
             "issue": round(mine.issued * config.warps * 1024 / config.block_n), "registers": found["needs"]["registers"],
         }
     ]  # fmt: skip
@@ -57,7 +57,7 @@ def decode_records(name: str, head_dim: int, target: str) -> list[dict[str, Any]
         *records,
         about | {
             "side": "flex", "config": f"16x{block_n}, {written.warps} warps, {written.stages} stages", "keys_read": keys_at(shape.block),
-            "launches": 2, "issue": round(full.issued * written.warps * 1024 / block_n), "registers": other["needs"]["registers"],
+            "issue": round(full.issued * written.warps * 1024 / block_n), "registers": other["needs"]["registers"],
         },
     ]  # fmt: skip
 

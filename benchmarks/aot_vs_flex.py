@@ -167,8 +167,8 @@ def decode_table(records: list[dict[str, Any]]) -> str:
     for mine, other in zip(records[::2], records[1::2], strict=True):
         row = [f"{mine['target']} D {mine['head_dim']}", mine["case"], f"{mine['keys_seen']:.0f}"]
         row += [f"{side['keys_read'] / side['keys_seen']:.2f}, {side['issue']:,}" for side in (mine, other)]
-        rows.append([*row, str(mine["launches"])])
-    header = ["a decode step", "pattern", "keys seen", "ours: keys read / seen, instructions", "flex", "our launches"]
+        rows.append(row)
+    header = ["a decode step", "pattern", "keys seen", "ours: keys read / seen, instructions", "flex"]
     return measure.markdown(header, rows)
 
 
