@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
 
 from sparsedsl.lang.advice import answer_for
 from sparsedsl.models.applying import AppliedPatterns, apply
-from sparsedsl.models.converting import Conversion, convert
+from sparsedsl.models.converting import Conversion, conversion, convert
 from sparsedsl.models.donor import Donor
 from sparsedsl.models.hybrids.hsa import HSA
 from sparsedsl.models.hybrids.moba import MoBA
@@ -37,6 +37,7 @@ from sparsedsl.models.hybrids.nha import NHA
 from sparsedsl.models.hybrids.nsa import NSA
 from sparsedsl.models.hybrids.ring_linear import RingLinear
 from sparsedsl.models.layer import Layer
+from sparsedsl.models.layers_loading import from_pretrained
 from sparsedsl.models.lessons import Lesson
 from sparsedsl.models.native import left_padding, native_patterns, sinks
 from sparsedsl.models.program_cache import ProgramCacheLayer
@@ -55,7 +56,9 @@ __all__ = [
     "ProgramCacheLayer",
     "RingLinear",
     "apply",
+    "conversion",
     "convert",
+    "from_pretrained",
     "left_padding",
     "native_patterns",
     "register_layer",

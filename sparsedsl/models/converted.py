@@ -130,7 +130,7 @@ def _run(
         for group in groups:
             held = None if kept is None else kept.take(group.rows, group.before)
             part, after = step.run(group, held, keep=kept is not None)
-            out = part if group.is_all else group.put(part, out, 2)
+            out = group.put(part, out, 2)
             if kept is not None and after is not None:
                 kept.put(group.rows, after, x.shape[0])
     except (ShapeError, TableError, UnsupportedError) as error:

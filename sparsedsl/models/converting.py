@@ -29,15 +29,16 @@ from sparsedsl.models.lessons import Lesson, Teacher, lessons
 from sparsedsl.models.mask_arguments import MaskFunction
 from sparsedsl.models.native import masks_of, native_pattern
 from sparsedsl.models.programs import check_program, is_for_prefill
-from sparsedsl.models.registry import entry_of
+from sparsedsl.models.registry import NOTE, VERSION, entry_of
 from sparsedsl.program.graph import as_program
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["Conversion", "convert"]
+__all__ = ["Conversion", "conversion", "convert"]
 
 _NATIVE = ("sdpa", "eager", "flex_attention")
+_HANDLE = "_sparsedsl_conversion"  # (so that a copy of a model has a handle of its own)
 
 
 def convert(
@@ -123,6 +124,21 @@ def convert(
     if patterns:
         conversion.applied = apply(model, patterns, backend=backend, allow=allow)
     return conversion
+
+
+def conversion(model: PreTrainedModel) -> Conversion | None:
+    """The handle of a converted model, or None: of one that was loaded or copied, or whose handle was not kept.
+
+    >>> import copy, sparsedsl as sd
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(**tiny))
+    >>> handle = sd.models.convert(model, {1: sd.models.MoBA})
+    >>> sd.models.conversion(model) is handle, sd.models.conversion(copy.deepcopy(model)) is handle
+    (True, False)
+    """
+    found: Conversion | None = vars(model).get(_HANDLE)
+    return found
 
 
 class Conversion:
@@ -235,8 +251,8 @@ class Conversion:
             delattr(module, LAYER)
             delattr(module, CONVERTED)
         self._modules.clear()
-        if vars(self._config).get("sparsedsl") is not None:
-            del self._config.sparsedsl
+        vars(self.model).pop(_HANDLE, None)
+        vars(self._config).pop(NOTE, None)
         left = tuple(stack for stack in stacks_of(self._config) if stack is not self._stack)
         if left != stacks_of(self._config):
             put_stacks(self._config, self._config._attn_implementation, left)
@@ -282,7 +298,8 @@ class Conversion:
         rest = {index: module for index, module in self._found.items() if index not in self.layers}
         self._stack.native = masks_of(rest, self._config, is_told_causal(self.model, self._config))
         if entries:
-            self._config.sparsedsl = {"version": 1, "layers": entries}
+            setattr(self._config, NOTE, {"version": VERSION, "layers": entries})
+        vars(self.model)[_HANDLE] = self
         modules = self._modules
         for part in self.model.modules():
             if isinstance(part, PreTrainedModel) and (part is self.model.base_model or _holds(self.model.base_model, part, modules)):

@@ -33,6 +33,15 @@ class Donor:
     ``layer_idx`` of ``layers``. ``hidden_size``: of what goes in. ``heads``, ``kv_heads``: of queries, and of keys and values; ``head_dim``,
     ``value_dim``: their widths. ``scale``: on dot products. ``sinks``: the sink logits (heads,), or None. ``softcap``: of logits, or None.
     ``native``: its own pattern. ``module``: itself; its parameters stay where they are.
+
+    >>> import sparsedsl as sd
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> def layer(donor):  # what convert() is given may be a function of the donor
+    ...     print(donor.heads, donor.head_dim, donor.native)
+    ...     return sd.models.MoBA(donor, chunk=4 * donor.head_dim)
+    >>> handle = sd.models.convert(LlamaForCausalLM(LlamaConfig(**tiny)), {1: layer})
+    2 8 attend(q_idx >= kv_idx)
     """
 
     layer_idx: int

@@ -24,7 +24,17 @@ __all__ = ["Lesson", "Teacher", "lessons"]
 @dataclass(frozen=True, eq=False)
 class Lesson:
     """One forward of one attention module of the donor. ``inputs``: hidden states ``(B, T, hidden_size)`` that it got; ``output``: what it
-    gave, of the same shape; both without gradients. ``real``: ``(B, T)``, which of these are tokens, or None: all."""
+    gave, of the same shape; both without gradients. ``real``: ``(B, T)``, which of these are tokens, or None: all.
+
+    >>> import torch, sparsedsl as sd
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> handle = sd.models.convert(LlamaForCausalLM(LlamaConfig(**tiny)), {0: sd.models.NHA, 1: sd.models.NHA})
+    >>> for layer, lesson in handle.lessons(torch.arange(8)[None]).items():
+    ...     print(layer, lesson.student().shape == lesson.output.shape)
+    0 True
+    1 True
+    """
 
     inputs: torch.Tensor
     output: torch.Tensor

@@ -19,7 +19,10 @@ from sparsedsl.models.hybrids.nsa import NSA
 from sparsedsl.models.hybrids.ring_linear import RingLinear
 from sparsedsl.models.layer import Layer
 
-__all__ = ["entry_of", "layer_of", "register_layer"]
+__all__ = ["NOTE", "VERSION", "entry_of", "layer_of", "register_layer"]
+
+# The attribute of a configuration that says which layers were converted: ``{"version": 1, "layers": {index: entry}}``.
+NOTE, VERSION = "sparsedsl_layers", 1
 
 L = TypeVar("L", bound=type[Layer])
 

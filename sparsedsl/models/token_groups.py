@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsedsl.errors import UnsupportedError
 from sparsedsl.models.mask_arguments import MaskRequest
+from sparsedsl.models.sequences import Places, sequence_groups
 
 __all__ = ["TokenGroup", "token_groups"]
 
@@ -15,25 +15,27 @@ __all__ = ["TokenGroup", "token_groups"]
 @dataclass(frozen=True, eq=False)
 class TokenGroup:
     """Sequences with as many tokens ``before`` this forward, and in it. ``rows``: the row of the batch that each is in. ``places``: where
-    their tokens stand; None: everywhere."""
+    their tokens stand in this forward; None: everywhere."""
 
     rows: list[int]
     before: int
-    places: object = None
-
-    @property
-    def is_all(self) -> bool:
-        return self.places is None
+    places: Places | None = None
 
     def take(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        return tensor
+        """What belongs to these tokens."""
+        return tensor if self.places is None else self.places.gather(tensor, axis)
 
     def put(self, tokens: torch.Tensor, into: torch.Tensor, axis: int) -> torch.Tensor:
-        return tokens
+        """``into``, with this in the places of these tokens."""
+        if self.places is None:
+            return tokens
+        self.places.scatter(tokens, into, axis)
+        return into
 
 
 def token_groups(request: MaskRequest, batch: int, device: torch.device) -> list[TokenGroup]:
-    """The groups of a forward."""
-    if request.padding is not None or request.packing is not None:
-        raise UnsupportedError("padding and packed positions are not followed yet; give sequences of one length")
-    return [TokenGroup(list(range(batch)), request.q_offset)]
+    """The groups of a forward. Rows whose tokens are all padding are in none."""
+    if request.padding is None and request.packing is None:
+        return [TokenGroup(list(range(batch)), request.q_offset)]
+    groups = sequence_groups(request, 0, request.written, batch, device)
+    return [TokenGroup(group.rows.tolist(), group.q_offset, group.queries) for group in groups]
