@@ -101,7 +101,9 @@ def nha(
         return sd.attend(causal(), sink=sink, **near)
     window = check_whole("nha", "window", window, 0)
     if not window and (first or slot_bias is not None or sink is not None):
-        raise PatternError("nha(): window=0 leaves nothing beside the slots; first, slot_bias and sink want a window of 1 or more")
+        raise PatternError(
+            "nha(): window=0 leaves nothing beside the slots; first, slot_bias and sink want a window of 1 or more"
+        )
     if slot_bias is not None:
         near["score"], sink = score - slot_bias, None if sink is None else sink - slot_bias
     gate = sd.input("gate", f"batch kv_heads keys {slots}")

@@ -205,7 +205,9 @@ def _intervals(node: Attend) -> tuple[KeyInterval, ...]:
     pattern = node.pattern
     found = intervals(pattern.mask.expr) if not pattern.mask.tables and node.y.axes[2] == "keys" else None
     positions = facts(pattern.score.expr).symbols & {Q_IDX, KV_IDX, Q_LEN, KV_LEN}
-    by_distance = only_difference(pattern.score.expr) and not positions & {Q_LEN, KV_LEN} and not (positions and pattern.score.tables)
+    by_distance = (
+        only_difference(pattern.score.expr) and not positions & {Q_LEN, KV_LEN} and not (positions and pattern.score.tables)
+    )
     if found is None or not by_distance:
         raise _no_state(node, "sees keys by more than their distance")
     for interval in found:
@@ -228,7 +230,12 @@ def _distance_of_first(interval: KeyInterval) -> Any:
     for bound in interval.bounds:
         if bound.q_part == 0 and bound.kv_part == KV_IDX and bound.low in (None, 0):
             continue
-        if bound.q_part != Q_IDX or bound.kv_part != -KV_IDX or bound.high is not None or not getattr(bound.low, "is_Integer", False):
+        if (
+            bound.q_part != Q_IDX
+            or bound.kv_part != -KV_IDX
+            or bound.high is not None
+            or not getattr(bound.low, "is_Integer", False)
+        ):
             return None
         least = max(least, int(bound.low) - 1)
     return None if interval.conditions else least

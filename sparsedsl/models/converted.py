@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from sparsedsl.errors import PatternError, ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
+from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.attention_function import Compiled
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.donor import Donor, Heads, check_projections, project
@@ -23,10 +24,9 @@ from sparsedsl.models.mask_arguments import MaskRequest
 from sparsedsl.models.program_cache import Held, ProgramCacheLayer, keeps_state
 from sparsedsl.models.programs import fitted
 from sparsedsl.models.token_groups import TokenGroup, token_groups
-from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.graph import Program
 
-__all__ = ["CONVERTED", "Converted", "LAYER", "converted_class", "program_cache"]
+__all__ = ["CONVERTED", "LAYER", "Converted", "converted_class", "program_cache"]
 
 Tensor = torch.Tensor
 LAYER = "sd_layer"  # the module in a converted one that holds what is new
@@ -183,7 +183,9 @@ class _Step:
         by_keys = {name: x for name, x in (tensors | {"k": k, "v": v}).items() if name in axes and self._has_keys(name)}
         rows = by_keys if held is None else {n: torch.cat([held.rows[n], x], dim=axes[n]) for n, x in by_keys.items()}
         marks, hidden = self._landmarks(group, held)
-        more = {name: x for name, x in tensors.items() if name not in rows} | {n: x for n, x in rows.items() if n not in ("k", "v")}
+        more = {name: x for name, x in tensors.items() if name not in rows} | {
+            n: x for n, x in rows.items() if n not in ("k", "v")
+        }
         out = self.attention(q, rows["k"], rows["v"], q_offset=group.before, **more, **marks)
         return out, Held(tokens, None, rows, marks, hidden)
 
@@ -200,7 +202,9 @@ class _Step:
         over = x.shape[1] // chunk
         made = self.layer.landmarks(x[:, : over * chunk].unflatten(1, (over, chunk)))
         if set(made) != set(names):
-            raise PatternError(f"{type(self.layer).__name__}.landmarks must return {', '.join(names)}; got {', '.join(made) or 'nothing'}")
+            raise PatternError(
+                f"{type(self.layer).__name__}.landmarks must return {', '.join(names)}; got {', '.join(made) or 'nothing'}"
+            )
         if held is not None:
             made = {name: torch.cat([held.landmarks[name], marks], dim=2) for name, marks in made.items()}
         return made, x[:, over * chunk :]
@@ -212,7 +216,9 @@ class _Step:
 def program_cache(cache: Cache, index: int, program: Program) -> ProgramCacheLayer:
     """The layer of a cache that keeps what a converted layer needs; put there if the cache is still empty."""
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
-        raise UnsupportedError(f"layer {index}: a converted layer keeps its tokens in a transformers Cache; got {type(cache).__name__}")
+        raise UnsupportedError(
+            f"layer {index}: a converted layer keeps its tokens in a transformers Cache; got {type(cache).__name__}"
+        )
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
     found: Any = cache.layers[index]
@@ -266,4 +272,6 @@ def _refuse_what_would_be_lost(module: Any, index: int, words: dict[str, Any]) -
             "config.attention_dropout = 0 before the model is made"
         )
     if words.get("output_attentions"):
-        raise UnsupportedError(f"layer {index}: output_attentions=True asks for the S x S weights, which a converted layer never has")
+        raise UnsupportedError(
+            f"layer {index}: output_attentions=True asks for the S x S weights, which a converted layer never has"
+        )

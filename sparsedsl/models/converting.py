@@ -283,7 +283,9 @@ class Conversion:
         for index, (converted, layer) in made.items():
             module: Any = converted.donor.module
             weight = module.k_proj.weight
-            layer.to(device=weight.device, dtype=torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype)
+            layer.to(
+                device=weight.device, dtype=torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+            )
             if init is not None:
                 with torch.no_grad():
                     layer.init(converted.donor, init)
@@ -302,7 +304,9 @@ class Conversion:
         vars(self.model)[_HANDLE] = self
         modules = self._modules
         for part in self.model.modules():
-            if isinstance(part, PreTrainedModel) and (part is self.model.base_model or _holds(self.model.base_model, part, modules)):
+            if isinstance(part, PreTrainedModel) and (
+                part is self.model.base_model or _holds(self.model.base_model, part, modules)
+            ):
                 self._hooks += [
                     part.register_forward_pre_hook(functools.partial(_before_forward, self._stack), with_kwargs=True),
                     part.register_forward_hook(functools.partial(_after_forward, self._stack, modules), always_call=True),
@@ -316,7 +320,9 @@ class Conversion:
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self._modules:
-            raise PatternError(f"layer {layer!r} is not a converted one; these are: {', '.join(map(str, self._modules)) or 'none'}")
+            raise PatternError(
+                f"layer {layer!r} is not a converted one; these are: {', '.join(map(str, self._modules)) or 'none'}"
+            )
 
 
 def _holds(outer: Any, part: Any, modules: Mapping[int, Any]) -> bool:
@@ -339,7 +345,12 @@ def _after_forward(stack: Stack, modules: Mapping[int, Any], module: Any, args: 
     stack.inside = max(0, stack.inside - 1)
     converted = [getattr(one, CONVERTED) for one in modules.values()]
     missed = [one.donor.layer_idx for one in converted if not (one.reached or one.off)]
-    if output is not None and not stack.inside and missed and not (module.training and getattr(text_config(module), "layerdrop", 0)):
+    if (
+        output is not None
+        and not stack.inside
+        and missed
+        and not (module.training and getattr(text_config(module), "layerdrop", 0))
+    ):
         raise UnsupportedError(
             f"{_numbered(missed)}: the forward ended, and the converted layer did not run. Leave it out of what is converted"
         )
@@ -355,7 +366,9 @@ def _choose(layers: Any, known: list[int]) -> dict[int, Any]:
         if unknown := sorted(set(layers) - set(known), key=str):
             raise PatternError(f"no attention layer has the index {unknown}; the model's attention layers are {known}")
         given = {index: layers[index] for index in known if index in layers}
-    elif isinstance(layers, type) or _is_pattern(layers) or as_program(layers) is not None or isinstance(layers, functools.partial):
+    elif (
+        isinstance(layers, type) or _is_pattern(layers) or as_program(layers) is not None or isinstance(layers, functools.partial)
+    ):
         given = dict.fromkeys(known, layers)
     elif callable(layers):
         given = {index: layers(index) for index in known}
@@ -381,7 +394,9 @@ def _layer(given: Any, donor: Any) -> Layer:
         check_program(program, donor.layer_idx, donor.native)
         return Given.of(donor, program)
     if not callable(given):
-        raise PatternError(f"layer {donor.layer_idx} was given {shown(given)}; wanted a Layer class, a function that makes one, or a program")
+        raise PatternError(
+            f"layer {donor.layer_idx} was given {shown(given)}; wanted a Layer class, a function that makes one, or a program"
+        )
     made = given(donor)
     if not isinstance(made, Layer):
         raise PatternError(f"layer {donor.layer_idx}: {shown(given)} gave {shown(made)}; wanted an sd.models.Layer")

@@ -150,7 +150,9 @@ def check_projections(donor: Donor, forward: Callable[..., Any], x: torch.Tensor
         raise _refusal(module, donor.layer_idx, f"it calls its attention with scale, soft cap and sinks {said}, but has {facts}")
 
 
-def _own_heads(module: Any, forward: Callable[..., Any], x: torch.Tensor, places: Any) -> tuple[Heads, dict[str, Any], torch.Tensor]:
+def _own_heads(
+    module: Any, forward: Callable[..., Any], x: torch.Tensor, places: Any
+) -> tuple[Heads, dict[str, Any], torch.Tensor]:
     """What the module's forward hands to its attention, and what it makes of :func:`_stand_in`."""
     seen: dict[str, Any] = {}
 

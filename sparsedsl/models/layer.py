@@ -12,8 +12,8 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.models.donor import Donor, Heads
 from sparsedsl.program.axes import base_of, block_of
-from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.branches import as_branch
+from sparsedsl.program.graph import Program, as_program
 
 __all__ = ["Layer", "by_tokens", "chunk_inputs", "chunk_of"]
 
@@ -72,7 +72,9 @@ class Layer(nn.Module):
     def __init__(self, donor: Donor, program: Any) -> None:
         super().__init__()
         if not isinstance(donor, Donor):
-            raise PatternError(f"{type(self).__name__}: the first argument is the donor that sd.models.convert gives; got {shown(donor)}")
+            raise PatternError(
+                f"{type(self).__name__}: the first argument is the donor that sd.models.convert gives; got {shown(donor)}"
+            )
         self.layer_idx, self.hidden_size = donor.layer_idx, donor.hidden_size
         self.query_heads, self.kv_heads, self.head_dim = donor.heads, donor.kv_heads, donor.head_dim
         self.program = as_program(program) or Program(as_branch(type(self).__name__, program))
@@ -144,7 +146,9 @@ def chunk_of(program: Program) -> int | None:
     """How many keys those have a row for; None where there are none."""
     sizes = {block_of(axis) for node in program.inputs.values() for axis in node.axes if _is_chunked(axis)}
     if len(sizes) > 1:
-        raise PatternError(f"the inputs of a layer's program have rows for chunks of {sorted(sizes)} keys; give all of them one size")
+        raise PatternError(
+            f"the inputs of a layer's program have rows for chunks of {sorted(sizes)} keys; give all of them one size"
+        )
     return next(iter(sizes), None)
 
 

@@ -63,7 +63,9 @@ def from_pretrained(
         names = getattr(transformers.AutoConfig.from_pretrained(folder, **place), "architectures", None) or ["no class"]
         model_class = getattr(transformers, names[0], None)
         if model_class is None:
-            raise UnsupportedError(f"{os.fspath(folder)!r} was saved by {names[0]}, which is no class of transformers; pass model_class=")
+            raise UnsupportedError(
+                f"{os.fspath(folder)!r} was saved by {names[0]}, which is no class of transformers; pass model_class="
+            )
     if "output_loading_info" in arguments:
         raise UnsupportedError("output_loading_info=True returns a pair, and from_pretrained a model; leave it out")
     model, info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
@@ -98,7 +100,9 @@ def load_layers(
     conversion = convert(
         model, {int(index): _Saved(entry) for index, entry in note["layers"].items()}, init=None, backend=backend
     )
-    wanted = {name for name, _ in model.named_parameters() if is_new(name)} | {name for name, _ in model.named_buffers() if is_new(name)}
+    wanted = {name for name, _ in model.named_parameters() if is_new(name)} | {
+        name for name, _ in model.named_buffers() if is_new(name)
+    }
     found = {key for key in saved if is_new(key)}
     if wanted != found:
         raise PatternError(

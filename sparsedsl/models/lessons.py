@@ -77,7 +77,9 @@ def lessons(model: Any, modules: Mapping[int, Any], *inputs: Any, **more: Any) -
     """Layer index -> lesson, by one run of a model whose converted modules are switched to the donor's forward."""
     found: dict[int, Lesson] = {}
     hooks = [
-        module.register_forward_hook(lambda m, args, words, out, i=index: found.update({i: _lesson(m, args, words, out)}), with_kwargs=True)
+        module.register_forward_hook(
+            lambda m, args, words, out, i=index: found.update({i: _lesson(m, args, words, out)}), with_kwargs=True
+        )
         for index, module in modules.items()
     ]
     training = {part: part.training for part in model.modules()}

@@ -204,7 +204,9 @@ class ProgramCacheLayer(CacheLayerMixin):
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         if tokens_to_remove > 0:
-            raise UnsupportedError(f"layer {self.index}: crop() takes -n, the number of last tokens to take back; got {tokens_to_remove}")
+            raise UnsupportedError(
+                f"layer {self.index}: crop() takes -n, the number of last tokens to take back; got {tokens_to_remove}"
+            )
         if self.constant or self._padded:
             why = "its state holds what it has read for good" if self.constant else "the batch has padding"
             raise UnsupportedError(

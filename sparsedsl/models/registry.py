@@ -75,7 +75,9 @@ def entry_of(layer: Layer) -> dict[str, Any]:
 
 
 def _warned(layer: Layer, why: str) -> str:
-    warnings.warn(f"layer {layer.layer_idx} ({type(layer).__name__}) could not be loaded again if it were saved: {why}", stacklevel=5)
+    warnings.warn(
+        f"layer {layer.layer_idx} ({type(layer).__name__}) could not be loaded again if it were saved: {why}", stacklevel=5
+    )
     return why
 
 
@@ -83,7 +85,9 @@ def layer_of(entry: Mapping[str, Any], donor: Donor) -> Layer:
     """The layer that a configuration speaks of, new."""
     name, where = entry.get("class"), f"layer {donor.layer_idx}"
     if "cannot" in entry:
-        raise UnsupportedError(f"{where} ({name}) cannot be made again: {entry['cannot']}. Convert a donor, and load the weights by hand")
+        raise UnsupportedError(
+            f"{where} ({name}) cannot be made again: {entry['cannot']}. Convert a donor, and load the weights by hand"
+        )
     if name not in _KNOWN:
         raise UnsupportedError(
             f"{where} is a {name!r}, which is not registered here; import its class and call sd.models.register_layer(Class) first"
@@ -92,7 +96,9 @@ def layer_of(entry: Mapping[str, Any], donor: Donor) -> Layer:
     kind = _KNOWN[name]
     arguments, known = entry.get("arguments") or {}, inspect.signature(kind.__init__).parameters
     if surplus := set(arguments) - set(known):
-        raise PatternError(f"{where}: {name} takes no {', '.join(sorted(surplus))}; the configuration was written by another version of it")
+        raise PatternError(
+            f"{where}: {name} takes no {', '.join(sorted(surplus))}; the configuration was written by another version of it"
+        )
     made = kind(donor, **arguments)
     if made.program.text != entry.get("program"):
         raise UnsupportedError(

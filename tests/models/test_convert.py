@@ -196,7 +196,9 @@ def test_patterns_and_layers_in_one_call() -> None:
         with_pattern = logits(model, ids)
     handle = sd.models.convert(model, {0: local, 1: NHA})
     words = "layer 1 NHA(slots=3, window=4, first=1, slot_bias=-6.0, temperature=8.0)"
-    assert repr(handle) == f"<Conversion of Gemma3ForCausalLM: {words}; layer 0 attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 3))>"
+    assert (
+        repr(handle) == f"<Conversion of Gemma3ForCausalLM: {words}; layer 0 attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 3))>"
+    )
     changed = logits(model, ids)
     with handle.identity():
         torch.testing.assert_close(logits(model, ids), with_pattern, atol=1e-12, rtol=0)
@@ -320,7 +322,9 @@ def test_donors_that_are_refused_by_their_forward(name: str) -> None:
         model(tokens())
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "olmo2", "granite", "starcoder2", "exaone4", "cohere2", "mixtral", "llama_mqa", "smollm3"])
+@pytest.mark.parametrize(
+    "name", ["mistral", "qwen2", "olmo2", "granite", "starcoder2", "exaone4", "cohere2", "mixtral", "llama_mqa", "smollm3"]
+)
 def test_other_families_run_or_are_refused(name: str) -> None:
     """A layer that is the donor with all chunks picked: where it runs it is the donor."""
     model, ids = build(name), tokens()

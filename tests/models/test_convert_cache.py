@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 import sparsedsl as sd
 from tests.models.families import left_padded, tokens
-from tests.models.hybrid_models import DONORS, LAYERS, NHA, WITHOUT_SINKS, donor, spread
+from tests.models.hybrid_models import DONORS, LAYERS, WITHOUT_SINKS, donor, spread
 
 PAIRS = [("llama", kind) for kind in LAYERS] + [(name, "nha") for name in DONORS[1:]] + [("gemma3", "hsa"), ("gpt_oss", "moba")]
 ATOL = 1e-10
@@ -88,9 +88,7 @@ def test_rows_of_a_cache_move_with_all_they_have(kind: str) -> None:
     assert layer.nbytes > 0
     cache.reset()
     assert layer.nbytes == 0 and cache.get_seq_length() == 0
-    torch.testing.assert_close(
-        logits(model, ids, past_key_values=cache), logits(model, ids, use_cache=False), atol=ATOL, rtol=0
-    )
+    torch.testing.assert_close(logits(model, ids, past_key_values=cache), logits(model, ids, use_cache=False), atol=ATOL, rtol=0)
 
 
 def test_taking_tokens_back() -> None:

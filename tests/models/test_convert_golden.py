@@ -29,7 +29,9 @@ def heads(tokens: int = TOKENS) -> tuple[torch.Tensor, ...]:
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    angles = torch.arange(x.shape[2], dtype=torch.float64)[:, None] * 1e4 ** (-torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
+    angles = torch.arange(x.shape[2], dtype=torch.float64)[:, None] * 1e4 ** (
+        -torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH
+    )
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x * torch.cat([angles.cos()] * 2, -1) + turned * torch.cat([angles.sin()] * 2, -1)
@@ -231,7 +233,10 @@ def test_nsa_gates_and_exact_masses_of_chunks() -> None:
     # Chunks of one token have their logit for a mass: window and chunks in one softmax are then all there is.
     k, v = k[:, :1], v[:, :1]
     before = sd.kv_idx < sd.q_idx - 2
-    marks, asks = (sd.input(name, f"batch {heads} {rows} retrieval_dim") for name, heads, rows in (("marks", "kv_heads", "keys"), ("asks", "heads", "queries")))
+    marks, asks = (
+        sd.input(name, f"batch {heads} {rows} retrieval_dim")
+        for name, heads, rows in (("marks", "kv_heads", "keys"), ("asks", "heads", "queries"))
+    )
     chosen = sd.top_k(sd.dot(asks, marks), TOKENS, among=before)
     far = sd.attend(before & chosen, normaliser=sd.per_chunk(chosen, "softmax"))
     both = sd.compile(sd.joint(sd.patterns.sliding_window(3), far), backend="reference")

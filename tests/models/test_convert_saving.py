@@ -87,7 +87,11 @@ def test_plain_transformers_load_the_donor(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     plain, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert torch.equal(logits(plain.eval(), ids), expected)
-    assert sorted(key.rpartition("sd_layer.")[2] for key in info["unexpected_keys"]) == ["sd_gate.bias", "sd_gate.weight", "slot_bias"]
+    assert sorted(key.rpartition("sd_layer.")[2] for key in info["unexpected_keys"]) == [
+        "sd_gate.bias",
+        "sd_gate.weight",
+        "slot_bias",
+    ]
 
 
 class Custom(sd.models.NHA):
@@ -113,7 +117,9 @@ def test_layers_that_cannot_come_back_say_so(tmp_path: Path) -> None:
     bound = (sd.patterns.sliding_window(4) & keep[sd.kv_idx]).bind(keep=torch.ones(64, dtype=torch.bool))
     model = donor("llama", torch.float32)
     program = sd.joint(bound, sd.patterns.sinks(1) & (sd.q_idx - sd.kv_idx >= 4))
-    with pytest.warns(UserWarning, match="layer 1 .Given. could not be loaded again if it were saved: its program has tensors bound to keep"):
+    with pytest.warns(
+        UserWarning, match="layer 1 .Given. could not be loaded again if it were saved: its program has tensors bound to keep"
+    ):
         sd.models.convert(model, {1: program})
     model.save_pretrained(tmp_path)
     with pytest.raises(sd.UnsupportedError, match="cannot be made again: its program has tensors bound to keep"):

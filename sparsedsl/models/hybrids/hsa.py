@@ -50,7 +50,9 @@ class HSA(Layer):
 
     undecayed = ("bias",)
 
-    def __init__(self, donor: Donor, chunk: int = 64, top_k: int = 16, window: int = 512, retrieval_dim: int | None = None) -> None:
+    def __init__(
+        self, donor: Donor, chunk: int = 64, top_k: int = 16, window: int = 512, retrieval_dim: int | None = None
+    ) -> None:
         chunk, top_k = check_whole("HSA", "chunk", chunk, 2), check_whole("HSA", "top_k", top_k, 1)
         window = check_whole("HSA", "window", window, 1)
         begin = (q_idx - (window - 1)) // chunk

@@ -62,7 +62,13 @@ class NHA(Layer):
     undecayed = ("sd_gate",)
 
     def __init__(
-        self, donor: Donor, slots: int = 32, window: int = 32, first: int = 1, slot_bias: float | None = -6.0, temperature: float = 8.0
+        self,
+        donor: Donor,
+        slots: int = 32,
+        window: int = 32,
+        first: int = 1,
+        slot_bias: float | None = -6.0,
+        temperature: float = 8.0,
     ) -> None:
         if donor.softcap is not None:
             raise UnsupportedError(
