@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from sparsedsl.errors import PatternError, ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
-from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.pattern import attend
 from sparsedsl.models.attention_function import Compiled
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.donor import Donor, Heads, check_projections, project
@@ -52,8 +52,8 @@ class Converted:
         """The layer's, with what is the donor's own."""
         if layer.program not in self._fitted:
             own, donor = self.donor.native, self.donor
-            score = Pattern(own.mask).score if "softcap" in layer.drops else own.score
-            native = Pattern(own.mask, score, None if "sinks" in layer.drops else own.sink, own.scale)
+            score = None if "softcap" in layer.drops else own.score
+            native = attend(own.mask, score, sink=None if "sinks" in layer.drops else own.sink)
             try:
                 made = fitted(layer.program, donor.layer_idx, native, donor.scale, donor.head_dim)
             except UnsupportedError as error:
@@ -253,8 +253,8 @@ def _request(converted: Converted, mask: Any, x: Tensor, slots: int) -> MaskRequ
         )
     if request.overlays:
         raise UnsupportedError(
-            f"{where}: the model combines its mask with {', '.join(request.overlays)}, which a converted layer would drop; leave this layer "
-            "as it is for such inputs (handle.identity(), or a mapping without it)"
+            f"{where}: the model combines its mask with {', '.join(request.overlays)}, which a converted layer would drop; leave this "
+            "layer as it is for such inputs (handle.identity(), or a mapping without it)"
         )
     if request.q_offset != slots or request.q_length != x.shape[1]:
         raise ShapeError(

@@ -233,7 +233,7 @@ class Conversion:
             self._switch(before, native)
 
     def cache(self) -> DynamicCache:
-        """An empty cache for the model as it is now; pass it as ``past_key_values``. The one that ``generate()`` makes by itself does too."""
+        """An empty cache for the model as it is now; for ``past_key_values=``. The one that ``generate()`` makes by itself does too."""
         cache = DynamicCache(config=self.model.config) if self.applied is None else self.applied.cache()
         for index, module in self._modules.items():
             program_cache(cache, index, getattr(module, CONVERTED).program(self.layers[index]))

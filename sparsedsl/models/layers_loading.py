@@ -94,8 +94,8 @@ def load_layers(
         return None
     if not isinstance(note, dict) or note.get("version") != VERSION:
         raise PatternError(
-            f"config.{NOTE} is {str(note)[:80]!r}, and this sparsedsl reads version {VERSION}: it was written by another version, which can "
-            "read it"
+            f"config.{NOTE} is {str(note)[:80]!r}, and this sparsedsl reads version {VERSION}: it was written by another version, which "
+            "can read it"
         )
     conversion = convert(
         model, {int(index): _Saved(entry) for index, entry in note["layers"].items()}, init=None, backend=backend

@@ -14,7 +14,7 @@ from torch import nn
 import sparsedsl as sd
 from sparsedsl.models.converted import CONVERTED
 from tests.models.families import build, left_padded, tokens
-from tests.models.hybrid_models import DONORS, HSA, LAYERS, MOBA, NHA, NSA, RING, WITHOUT_SINKS, donor, spread
+from tests.models.hybrid_models import DONORS, HSA, LAYERS, MOBA, NHA, NSA, RING, WITHOUT_SINKS, convert, donor, spread
 
 EACH = pytest.mark.parametrize("name", DONORS)
 PAIRS = [(name, kind) for name in DONORS for kind in LAYERS if not (name == "gpt_oss" and kind in WITHOUT_SINKS)]
@@ -34,7 +34,7 @@ def test_the_switch_gives_the_donor(name: str) -> None:
     packed = {"position_ids": torch.tensor([[*range(9), *range(12)]] * 2)}
     calls: list[dict[str, Any]] = [{"input_ids": ids}, padded, {"input_ids": ids, **packed, "use_cache": False}]
     before = [logits(model, **call) for call in calls]
-    handle = sd.models.convert(model, {0: NHA, 1: NHA})
+    handle = convert(model, {0: NHA, 1: NHA})
     assert names < set(model.state_dict())
     assert not torch.allclose(logits(model, ids), before[0])
     with handle.identity():
@@ -54,7 +54,7 @@ def test_the_switch_gives_the_donor(name: str) -> None:
 def test_a_layer_is_its_program_on_the_donors_heads(name: str, kind: str) -> None:
     """The reference on heads that a hook on the donor's attention sees, raw ones from its projections, scale and sinks said by hand."""
     model, ids = donor(name), tokens(1, 19)
-    handle = sd.models.convert(model, {1: LAYERS[kind]}, backend="reference")
+    handle = convert(model, {1: LAYERS[kind]}, backend="reference")
     spread(handle)
     layer, module = handle.layers[1], model.model.layers[1].self_attn
     lesson = handle.teacher(1)(ids)
@@ -88,7 +88,7 @@ def test_a_layer_is_its_program_on_the_donors_heads(name: str, kind: str) -> Non
 def test_gradients_reach_the_new_parameters_alone(name: str) -> None:
     model, ids = donor(name), tokens()
     kinds = {0: NHA, 1: HSA if name == "gpt_oss" else NSA}
-    handle = sd.models.convert(model, kinds)
+    handle = convert(model, kinds)
     spread(handle)
     handle.freeze()
     model(ids, labels=ids).loss.backward()
@@ -107,12 +107,12 @@ def test_gradients_reach_the_new_parameters_alone(name: str) -> None:
 
 def test_groups_of_an_optimizer() -> None:
     model = donor("llama")
-    handle = sd.models.convert(model, {0: NHA, 1: RING})
+    handle = convert(model, {0: NHA, 1: RING})
     handle.freeze(also=("q_proj",))
     groups = {(group["lr"], group["weight_decay"]): group["params"] for group in handle.parameter_groups(1e-2, donor_lr=1e-4)}
     assert set(groups) == {(1e-2, 0.0), (1e-4, 0.1)}  # gates, biases, norms: none decays
     assert {id(p) for p in groups[1e-2, 0.0]} == {id(p) for p in handle.new_parameters()}
-    handle = sd.models.convert(donor("llama"), {1: HSA})
+    handle = convert(donor("llama"), {1: HSA})
     assert {group["weight_decay"] for group in handle.parameter_groups()} == {0.0, 0.1}
     assert sum(len(group["params"]) for group in handle.parameter_groups()) == len(list(handle.model.parameters()))
 
@@ -126,7 +126,7 @@ def test_lessons_are_what_the_donor_does(name: str) -> None:
     )
     logits(model, **padded)
     hook.remove()
-    handle = sd.models.convert(model.train(), {0: NHA, 1: NHA})
+    handle = convert(model.train(), {0: NHA, 1: NHA})
     lesson = handle.teacher(1)(**padded)
     assert model.training and model.model.layers[1].self_attn.training
     torch.testing.assert_close(lesson.inputs, seen["x"], atol=0, rtol=0)
@@ -149,7 +149,7 @@ def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     ids, grads = tokens(), []
     for checkpointed in (False, True):
         model = donor("qwen3").train()
-        handle = sd.models.convert(model, {0: NHA, 1: NSA})
+        handle = convert(model, {0: NHA, 1: NSA})
         spread(handle)
         handle.freeze(also=("q_proj",))
         if checkpointed:
@@ -165,13 +165,13 @@ def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
 def test_initialisation_comes_after_the_weights() -> None:
     model = donor("llama")
     module = model.model.layers[1].self_attn
-    published = sd.models.convert(model, {1: functools.partial(NHA, slot_bias=None)}, init="published").layers[1]
+    published = convert(model, {1: functools.partial(NHA, slot_bias=None)}, init="published").layers[1]
     rows = module.k_proj.weight.unflatten(0, (2, -1))
     assert published.slot_bias is None
     torch.testing.assert_close(published.sd_gate.weight[0], rows[0, :3].mean(0))  # 8 rows in 3 parts
     assert published.sd_gate.bias.abs().sum() == 0
     sd.models.conversion(model).restore()
-    calibrated = sd.models.convert(model, {1: NHA}).layers[1]
+    calibrated = convert(model, {1: NHA}).layers[1]
     assert calibrated.sd_gate.weight.abs().sum() == 0
     assert calibrated.slot_bias.tolist() == [-6.0] * 4
     lives = torch.sigmoid(calibrated.sd_gate.bias).log2().div(-8).reciprocal()
@@ -180,7 +180,7 @@ def test_initialisation_comes_after_the_weights() -> None:
 
 def test_half_precision_keeps_gates_in_float32() -> None:
     model, ids = donor("llama", torch.bfloat16), tokens()
-    handle = sd.models.convert(model, {1: NHA})
+    handle = convert(model, {1: NHA})
     assert {p.dtype for p in handle.new_parameters()} == {torch.float32}
     cache = handle.cache()
     assert logits(model, ids, past_key_values=cache).dtype is torch.bfloat16
@@ -194,7 +194,7 @@ def test_patterns_and_layers_in_one_call() -> None:
     local = sd.patterns.sliding_window(4)
     with sd.models.apply(model, {0: local}):
         with_pattern = logits(model, ids)
-    handle = sd.models.convert(model, {0: local, 1: NHA})
+    handle = convert(model, {0: local, 1: NHA})
     words = "layer 1 NHA(slots=3, window=4, first=1, slot_bias=-6.0, temperature=8.0)"
     assert (
         repr(handle) == f"<Conversion of Gemma3ForCausalLM: {words}; layer 0 attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 3))>"
@@ -208,7 +208,7 @@ def test_patterns_and_layers_in_one_call() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), changed, atol=1e-11, rtol=0)
     handle.restore()
     assert not sd.models.conversion(model)
-    everywhere = sd.models.convert(model, lambda index: MOBA if index else None)
+    everywhere = convert(model, lambda index: MOBA if index else None)
     assert list(everywhere.layers) == [1]
 
 
@@ -217,7 +217,7 @@ def test_programs_become_layers_with_a_state() -> None:
     ring = sd.patterns.ring_linear([0.5, 0.7, 0.9, 1.0])
     with sd.models.apply(model, {1: ring}, backend="reference"):
         expected = logits(model, ids)
-    handle = sd.models.convert(model, {1: ring}, backend="reference")
+    handle = convert(model, {1: ring}, backend="reference")
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-12, rtol=0)
     assert handle.new_parameters() == []
     sizes = []
@@ -230,7 +230,7 @@ def test_programs_become_layers_with_a_state() -> None:
 
 def test_copies_have_layers_of_their_own() -> None:
     model, ids = donor("llama"), tokens()
-    handle = sd.models.convert(model, {1: NHA})
+    handle = convert(model, {1: NHA})
     expected = logits(model, ids)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin, ids), expected)
@@ -267,7 +267,7 @@ class Own(sd.models.Layer):
 )
 def test_mistakes_in_a_layer(mistake: str, message: str) -> None:
     model = donor("llama")
-    sd.models.convert(model, {1: functools.partial(Own, mistake=mistake)})
+    convert(model, {1: functools.partial(Own, mistake=mistake)})
     with pytest.raises(sd.SparseDSLError, match=message):
         model(tokens())
 
@@ -287,7 +287,7 @@ def test_mistakes_in_a_layer(mistake: str, message: str) -> None:
 def test_what_convert_refuses(layers: Any, message: str) -> None:
     model = donor("llama")
     with pytest.raises(sd.SparseDSLError, match=message):
-        sd.models.convert(model, layers)
+        convert(model, layers)
     assert sd.models.conversion(model) is None
     assert logits(model, tokens()).isfinite().all()
 
@@ -306,7 +306,7 @@ def test_what_convert_refuses(layers: Any, message: str) -> None:
 )
 def test_donors_that_are_refused(name: str, kind: Any, message: str) -> None:
     with pytest.raises(sd.UnsupportedError, match=message):
-        sd.models.convert(build(name), {1: kind})
+        convert(build(name), {1: kind})
 
 
 @pytest.mark.parametrize("name", ["phi", "llama4"])
@@ -314,7 +314,7 @@ def test_donors_that_are_refused_by_their_forward(name: str) -> None:
     """Their modules have the right parts, and do other things with them."""
     model = build(name)
     try:
-        sd.models.convert(model, {0: MOBA})
+        convert(model, {0: MOBA})
     except sd.UnsupportedError as error:
         assert "cannot become a hybrid layer" in str(error)
         return
@@ -329,7 +329,7 @@ def test_other_families_run_or_are_refused(name: str) -> None:
     """A layer that is the donor with all chunks picked: where it runs it is the donor."""
     model, ids = build(name), tokens()
     expected = logits(model, ids)
-    handle = sd.models.convert(model, {0: functools.partial(sd.models.MoBA, chunk=2, top_k=11)})
+    handle = convert(model, {0: functools.partial(sd.models.MoBA, chunk=2, top_k=11)})
     full = sd.models.native_patterns(build(name))[0] == sd.attend(sd.kv_idx <= sd.q_idx)
     found = logits(model, ids)
     assert handle.layers
@@ -338,11 +338,11 @@ def test_other_families_run_or_are_refused(name: str) -> None:
 
 def test_calls_that_would_lose_something() -> None:
     model, ids = donor("llama"), tokens()
-    sd.models.convert(model, {1: NHA})
+    convert(model, {1: NHA})
     with pytest.raises(sd.UnsupportedError, match="a finished mask"):
         model(ids, attention_mask=torch.ones(2, 1, 21, 21).tril().bool())
     with pytest.raises(sd.PatternError, match="converted already"):
-        sd.models.convert(model, {0: NHA})
+        convert(model, {0: NHA})
     with pytest.raises(sd.UnsupportedError, match="layer 1 .*apply patterns|layers? 1"):
         sd.models.apply(model, {1: sd.kv_idx <= sd.q_idx})
     model.set_attn_implementation("eager")

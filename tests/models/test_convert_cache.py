@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 import sparsedsl as sd
 from tests.models.families import left_padded, tokens
-from tests.models.hybrid_models import DONORS, LAYERS, WITHOUT_SINKS, donor, spread
+from tests.models.hybrid_models import DONORS, LAYERS, WITHOUT_SINKS, convert, donor, spread
 
 PAIRS = [("llama", kind) for kind in LAYERS] + [(name, "nha") for name in DONORS[1:]] + [("gemma3", "hsa"), ("gpt_oss", "moba")]
 ATOL = 1e-10
@@ -18,7 +18,7 @@ ATOL = 1e-10
 
 def converted(name: str, kind: str, layers: tuple[int, ...] = (1,)) -> tuple[Any, Any]:
     model = donor(name)
-    handle = sd.models.convert(model, dict.fromkeys(layers, LAYERS[kind]))
+    handle = convert(model, dict.fromkeys(layers, LAYERS[kind]))
     spread(handle)
     return model, handle
 
@@ -129,7 +129,7 @@ def test_caches_that_cannot_go_on() -> None:
     with pytest.raises(sd.UnsupportedError, match="StaticLayer has room for"):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=16))
     handle.restore()
-    other = sd.models.convert(model, {1: sd.models.MoBA})
+    other = convert(model, {1: sd.models.MoBA})
     with pytest.raises(sd.UnsupportedError, match="begun by another layer's program"):
         model(ids[:, :1], past_key_values=ours)
     assert other.layers

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 import sparsedsl as sd
 from sparsedsl.models.registry import NOTE
 from tests.models.families import tokens
-from tests.models.hybrid_models import HSA, LAYERS, MOBA, NHA, donor, spread
+from tests.models.hybrid_models import HSA, LAYERS, MOBA, NHA, convert, donor, spread
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def test_another_process_computes_the_same_bits(tmp_path: Path) -> None:
     """Logits, and a step of training."""
     model, ids = donor("llama", torch.float32), tokens()
-    handle = sd.models.convert(model, {0: NHA, 1: HSA}, backend="tiled")
+    handle = convert(model, {0: NHA, 1: HSA}, backend="tiled")
     spread(handle)
     model.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
@@ -61,19 +61,19 @@ torch.save([before, model(tokens()).logits.detach()], sys.argv[2])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_every_layer_comes_back(kind: str, tmp_path: Path) -> None:
     model, ids = donor("llama", torch.float32), tokens()
-    spread(sd.models.convert(model, {1: LAYERS[kind]}))
+    spread(convert(model, {1: LAYERS[kind]}))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
-    again = sd.models.from_pretrained(tmp_path)
+    again = sd.models.from_pretrained(tmp_path, backend="tiled")
     assert repr(sd.models.conversion(again)) == repr(sd.models.conversion(model))
     assert torch.equal(logits(again, ids), logits(model, ids))
 
 
 def test_programs_and_half_precision_come_back(tmp_path: Path) -> None:
     model, ids = donor("llama", torch.bfloat16), tokens()
-    handle = sd.models.convert(model, {0: sd.patterns.ring_linear([0.5] * 4), 1: NHA})
+    handle = convert(model, {0: sd.patterns.ring_linear([0.5] * 4), 1: NHA})
     spread(handle)
     model.save_pretrained(tmp_path)
-    again = sd.models.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    again = sd.models.from_pretrained(tmp_path, backend="tiled", dtype=torch.bfloat16)
     own = sd.models.conversion(again)
     assert own is not None
     assert {p.dtype for p in own.new_parameters()} == {torch.float32}
@@ -83,7 +83,7 @@ def test_programs_and_half_precision_come_back(tmp_path: Path) -> None:
 def test_plain_transformers_load_the_donor(tmp_path: Path) -> None:
     model, ids = donor("llama", torch.float32), tokens()
     expected = logits(model, ids)
-    sd.models.convert(model, {1: NHA})
+    convert(model, {1: NHA})
     model.save_pretrained(tmp_path)
     plain, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert torch.equal(logits(plain.eval(), ids), expected)
@@ -100,12 +100,12 @@ class Custom(sd.models.NHA):
 
 def test_classes_of_users_are_registered(tmp_path: Path) -> None:
     model, ids = donor("llama", torch.float32), tokens()
-    sd.models.convert(model, {1: functools.partial(Custom, slots=3, window=4)})
+    convert(model, {1: functools.partial(Custom, slots=3, window=4)})
     model.save_pretrained(tmp_path)
     with pytest.raises(sd.UnsupportedError, match=r"layer 1 is a '.*\.Custom', which is not registered here"):
-        sd.models.from_pretrained(tmp_path)
+        sd.models.from_pretrained(tmp_path, backend="tiled")
     sd.models.register_layer(Custom)
-    assert torch.equal(logits(sd.models.from_pretrained(tmp_path), ids), logits(model, ids))
+    assert torch.equal(logits(sd.models.from_pretrained(tmp_path, backend="tiled"), ids), logits(model, ids))
     with pytest.raises(sd.PatternError, match="takes a subclass of sd.models.Layer; got 3"):
         sd.models.register_layer(3)  # type: ignore[type-var]
     with pytest.raises(sd.PatternError, match="'NHA' is the name of"):
@@ -120,10 +120,10 @@ def test_layers_that_cannot_come_back_say_so(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match="layer 1 .Given. could not be loaded again if it were saved: its program has tensors bound to keep"
     ):
-        sd.models.convert(model, {1: program})
+        convert(model, {1: program})
     model.save_pretrained(tmp_path)
     with pytest.raises(sd.UnsupportedError, match="cannot be made again: its program has tensors bound to keep"):
-        sd.models.from_pretrained(tmp_path)
+        sd.models.from_pretrained(tmp_path, backend="tiled")
 
 
 @pytest.mark.parametrize(
@@ -137,20 +137,20 @@ def test_layers_that_cannot_come_back_say_so(tmp_path: Path) -> None:
 )
 def test_folders_that_do_not_fit(change: Any, message: str, tmp_path: Path) -> None:
     model = donor("llama", torch.float32)
-    sd.models.convert(model, {1: NHA})
+    convert(model, {1: NHA})
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     change(config[NOTE])
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(sd.SparseDSLError, match=message):
-        sd.models.from_pretrained(tmp_path)
+        sd.models.from_pretrained(tmp_path, backend="tiled")
 
 
 def test_folders_without_layers(tmp_path: Path) -> None:
     model = donor("llama", torch.float32)
-    handle = sd.models.convert(model, {1: MOBA})
+    handle = convert(model, {1: MOBA})
     handle.restore()
     model.save_pretrained(tmp_path)
     assert NOTE not in (tmp_path / "config.json").read_text()
     with pytest.raises(sd.PatternError, match="without converted layers"):
-        sd.models.from_pretrained(tmp_path)
+        sd.models.from_pretrained(tmp_path, backend="tiled")

@@ -36,7 +36,9 @@ PROGRAMS: dict[str, Any] = {
     "nha": sd.patterns.nha(4, window=None),
     "pbs": sd.patterns.pbs(block=4, segment=8, mass=0.5),
     "token_sparse": sd.patterns.token_sparse(coverage=0.3, probe=4, pool=3, min_tokens=8),
-    "both": sd.joint(causal & (q_idx - kv_idx < 3), causal & (q_idx - kv_idx >= 3) & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 1)),
+    "both": sd.joint(
+        causal & (q_idx - kv_idx < 3), causal & (q_idx - kv_idx >= 3) & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 1)
+    ),
 }
 ALWAYS = [name for name in PROGRAMS if not is_for_prefill(sd.Program(PROGRAMS[name]))]
 LAYOUTS = ["left", "right", "both", "holes", "packed"]

@@ -31,8 +31,8 @@ class HSA(Layer):
         window: last keys seen as they are, the query's own included.
         retrieval_dim: width of retrieval queries and landmarks of a key/value head; default that of the donor's heads.
 
-    A landmark is ``W`` of the mean hidden state of a chunk, a retrieval query ``W'`` of the token's, both before rotation; a trained bias of
-    each key/value head is added to its scores.
+    A landmark is ``W`` of the mean hidden state of a chunk, a retrieval query ``W'`` of the token's, both without rotation; a trained bias
+    of each key/value head is added to its scores.
 
     Initialisation: ``"published"``: normal with a deviation of 0.02, no bias. ``"calibrated"``: the donor's own keys, and the mean of the
     queries that share one, so that a score is the logit of the mean key, and a bias of ``log(chunk)``, which a chunk of equal logits weighs

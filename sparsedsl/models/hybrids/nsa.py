@@ -28,7 +28,7 @@ class NSA(Layer):
         top_k: blocks picked, the first and the two latest included.
         window: last keys seen, the query included.
 
-    Initialisation: ``"published"``: ``W`` normal with a deviation of 0.02 and ``b`` 0, so that each branch has about half a weight and all
+    Initialisation: ``"published"``: ``W`` normal with a deviation of 0.02 and ``b`` 0, so that each branch has about half a weight, all
     three one and a half. ``"calibrated"``: ``W`` 0 and ``b`` such that the window alone speaks; with a window of all keys that is the donor.
 
     Source: native sparse attention (arXiv 2502.11089); no conversion of a donor is published.
@@ -46,8 +46,8 @@ class NSA(Layer):
     def __init__(self, donor: Donor, block: int = 32, select: int = 64, top_k: int = 16, window: int = 512) -> None:
         if donor.sinks is not None:
             raise UnsupportedError(
-                f"layer {donor.layer_idx} has sink logits, and NSA three softmaxes, none of which they belong to; leave it as it is, or give "
-                "it sd.models.MoBA or sd.models.NHA"
+                f"layer {donor.layer_idx} has sink logits, and NSA three softmaxes, none of which they belong to; leave it as it is, or "
+                "give it sd.models.MoBA or sd.models.NHA"
             )
         super().__init__(donor, nsa(block, select, top_k, window))
         self.sd_gate = nn.Linear(donor.hidden_size, donor.heads * 3)

@@ -26,8 +26,8 @@ class RingLinear(Layer):
         depth: how decays depend on the layer, see :func:`sparsedsl.decay_table`.
         eps: of the norm.
 
-    Initialisation: norm weights 1, the gate's weights normal with a deviation of 0.02 (``"published"``), or 0, with norm weights 2 that undo
-    the gate's one half (``"calibrated"``).
+    Initialisation: norm weights 1, the gate's weights normal with a deviation of 0.02 (``"published"``), or 0, with norm weights 2 that
+    undo the gate's one half (``"calibrated"``).
 
     Source: Ring-linear (arXiv 2510.19338).
 
