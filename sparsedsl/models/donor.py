@@ -31,8 +31,8 @@ class Donor:
     """An attention module that a hybrid layer takes the place of.
 
     ``layer_idx`` of ``layers``. ``hidden_size``: of what goes in. ``heads``, ``kv_heads``: of queries, and of keys and values;
-    ``head_dim``, ``value_dim``: their widths. ``scale``: on dot products. ``sinks``: the sink logits (heads,), or None. ``softcap``: of logits, or None.
-    ``native``: its own pattern. ``module``: itself; its parameters stay where they are.
+    ``head_dim``, ``value_dim``: their widths. ``scale``: on dot products. ``sinks``: the sink logits (heads,), or None. ``softcap``: of
+    logits, or None. ``native``: its own pattern. ``module``: itself; its parameters stay where they are.
 
     >>> import sparsedsl as sd
     >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -106,7 +106,7 @@ def test_classes_of_users_are_registered(tmp_path: Path) -> None:
         sd.models.from_pretrained(tmp_path, backend="tiled")
     sd.models.register_layer(Custom)
     assert torch.equal(logits(sd.models.from_pretrained(tmp_path, backend="tiled"), ids), logits(model, ids))
-    with pytest.raises(sd.PatternError, match="takes a subclass of sd.models.Layer; got 3"):
+    with pytest.raises(sd.PatternError, match="takes a subclass of .*; got 3"):
         sd.models.register_layer(3)  # type: ignore[type-var]
     with pytest.raises(sd.PatternError, match="'NHA' is the name of"):
         sd.models.register_layer(Custom, "NHA")

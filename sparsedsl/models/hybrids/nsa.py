@@ -28,8 +28,8 @@ class NSA(Layer):
         top_k: blocks picked, the first and the two latest included.
         window: last keys seen, the query included.
 
-    Initialisation: ``"published"``: ``W`` normal with a deviation of 0.02 and ``b`` 0, so that each branch has about half a weight, all
-    three one and a half. ``"calibrated"``: ``W`` 0 and ``b`` such that the window alone speaks; with a window of all keys that is the donor.
+    Initialisation: ``"published"``: ``W`` normal with a deviation of 0.02 and ``b`` 0: each branch has about half a weight, all three one
+    and a half. ``"calibrated"``: ``W`` 0 and ``b`` such that the window alone speaks; with a window of all keys that is the donor.
 
     Source: native sparse attention (arXiv 2502.11089); no conversion of a donor is published.
 
