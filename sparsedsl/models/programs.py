@@ -217,9 +217,7 @@ def _with_rows(expression: Any) -> Any:
 # ---- a program anew --------------------------------------------------------------------------------------------------------------
 
 
-def rebuilt(
-    program: Program, change: Callable[[Node], Node], rewrite: Callable[[Any], Any] = lambda expression: expression
-) -> Program:
+def rebuilt(program: Program, change: Callable[[Node], Node], rewrite: Callable[[Any], Any] = lambda expression: expression) -> Program:
     """The program with every node replaced by what ``change`` makes of it, each after those it reads, and every expression by ``rewrite``."""
     known: dict[Node, Node] = {}
 

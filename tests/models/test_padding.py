@@ -169,9 +169,7 @@ def test_a_window_over_a_hole_reaches_further_than_the_cache_keeps() -> None:
     parts = [12, *[1] * 8]
     with sd.models.apply(model, window, backend="reference") as applied:
         wanted = torch.cat([logits(model, input_ids=row)[0] for row in rows])
-        with pytest.raises(
-            sd.UnsupportedError, match=r"layer 0: its cache has dropped the keys .*DynamicCache\(\), without a conf"
-        ):
+        with pytest.raises(sd.UnsupportedError, match=r"layer 0: its cache has dropped the keys .*DynamicCache\(\), without a conf"):
             in_parts(model, inputs, parts, applied.cache())
         got = in_parts(model, inputs, parts, DynamicCache())[real]
     torch.testing.assert_close(got, wanted, atol=tolerance(model, rows), rtol=0)
@@ -253,9 +251,7 @@ def test_packed_positions_that_begin_elsewhere() -> None:
     mask = PATTERNS["blocks"]
     with sd.models.apply(model, mask, backend="reference"):
         by_token = logits(model, **inputs)
-        torch.testing.assert_close(
-            logits(model, **later), by_token, atol=tolerance(model, rows), rtol=0
-        )  # rotations are relative
+        torch.testing.assert_close(logits(model, **later), by_token, atol=tolerance(model, rows), rtol=0)  # rotations are relative
     with sd.models.apply(model, mask, backend="reference", indices="slots"):
         assert (logits(model, **later) - by_token).abs().max() > 0.01
 
@@ -280,3 +276,4 @@ def test_an_order_of_tokens_is_an_order_of_slots() -> None:
     assert "(q_idx >= kv_idx)" in derived.text and "hf_place[b, q_idx] - hf_place[b, kv_idx]" in derived.text.replace(
         "-hf_place[b, kv_idx] + hf_place[b, q_idx]", "hf_place[b, q_idx] - hf_place[b, kv_idx]"
     )
+
