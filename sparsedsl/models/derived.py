@@ -72,7 +72,7 @@ def derive(pattern: Pattern, form: DerivedForm) -> Pattern:
         mask = mask & (_sequence[b, q_idx] == _sequence[b, kv_idx])
     if form.padded:
         mask = mask & _is_real(kv_idx, form)
-        if not (form.slots or by_place or free):
+        if not (form.slots or by_place) and (_looks_up(mask) or _looks_up(score)):
             mask = mask & _is_real(q_idx, form)  # padding would look tables up where no token stands
     return Pattern(mask, score, pattern.sink, pattern.scale)
 
@@ -94,6 +94,11 @@ def _moves(form: DerivedForm) -> dict[Any, Any]:
 
 def _is_real(index: Any, form: DerivedForm) -> Mask:
     return _valid[b, index] if form.holes else (index >= _first[b]) & (index < _end[b])
+
+
+def _looks_up(expression: Any) -> bool:
+    """Whether it reads a table by where a token stands."""
+    return any(read.free_symbols & {Q_IDX, KV_IDX} for read in table_reads(expression.expr))
 
 
 def _orders(expr: Any) -> set[Any]:

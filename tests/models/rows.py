@@ -69,6 +69,18 @@ def assert_rows_as_if_alone(model: Any, inputs: dict[str, torch.Tensor], rows: l
     torch.testing.assert_close(got[real], wanted, atol=tolerance(model, rows), rtol=0)
 
 
+def in_parts(model: Any, inputs: dict[str, torch.Tensor], parts: list[int], cache: Any) -> torch.Tensor:
+    """Logits of the whole batch, so many slots at a time."""
+    found, start = [], 0
+    for length in parts:
+        stop = start + length
+        step = {name: inputs[name][:, start:stop] for name in ("input_ids", "position_ids")}
+        mask = inputs["attention_mask"][:, :stop]
+        found.append(logits(model, **step, attention_mask=mask, past_key_values=cache, use_cache=True))
+        start = stop
+    return torch.cat(found, dim=1)
+
+
 def generated(model: Any, inputs: dict[str, torch.Tensor], new: int, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The new tokens of each row, (rows, new), and the logits they were taken from, (rows, new, vocabulary)."""
     given = {name: value for name, value in inputs.items() if name != "position_ids"}

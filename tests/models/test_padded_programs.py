@@ -19,6 +19,7 @@ from tests.models.rows import (
     assert_generates_as_if_alone,
     assert_rows_as_if_alone,
     exact,
+    in_parts,
     logits,
     packed,
     padded,
@@ -102,15 +103,6 @@ def test_what_a_mask_says_of_rows_it_says_of_rows_of_the_batch() -> None:
 
 
 # ---- through caches ------------------------------------------------------------------------------------------------------------------
-
-
-def in_parts(model: Any, inputs: dict[str, torch.Tensor], parts: list[int], cache: Any) -> torch.Tensor:
-    found = []
-    for stop, length in zip(torch.tensor(parts).cumsum(0).tolist(), parts, strict=True):
-        step = {name: inputs[name][:, stop - length : stop] for name in ("input_ids", "position_ids")}
-        mask = inputs["attention_mask"][:, :stop]
-        found.append(logits(model, **step, attention_mask=mask, past_key_values=cache, use_cache=True))
-    return torch.cat(found, dim=1)
 
 
 @pytest.mark.parametrize("name", ALWAYS)

@@ -20,6 +20,7 @@ from tests.models.rows import (
     assert_generates_as_if_alone,
     assert_rows_as_if_alone,
     exact,
+    in_parts,
     logits,
     packed,
     padded,
@@ -83,8 +84,8 @@ def test_other_backends_too(backend: str, layout: str, name: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_encoders_see_both_ways(layout: str) -> None:
     """Queries of padding look at real keys, and tables have no entries for them."""
-    block = sd.table("block").bind(block=torch.arange(21) // 4)
-    both_ways = (block[q_idx] == block[kv_idx]) | (kv_idx == kv_len - 1) | (kv_idx < 1)
+    same_block = (by_key[q_idx] == by_key[kv_idx]).bind(by_key=torch.arange(21) // 4)
+    both_ways = same_block | (kv_idx == kv_len - 1) | (kv_idx < 1)
     model, rows = exact("bert"), alone()
     inputs = padded(rows, real_slots(layout))
     with sd.models.apply(model, both_ways, backend="reference"):
@@ -100,19 +101,6 @@ def test_families_with_windows_chunks_caps_and_sinks(family: str, layout: str) -
 
 
 # ---- through caches ------------------------------------------------------------------------------------------------------------------
-
-
-def in_parts(model: Any, inputs: dict[str, torch.Tensor], parts: list[int], cache: Any) -> torch.Tensor:
-    """Logits of the whole, a chunk at a time."""
-    found, start = [], 0
-    for length in parts:
-        stop = start + length
-        step = {name: inputs[name][:, start:stop] for name in ("input_ids", "position_ids")}
-        mask = inputs["attention_mask"][:, :stop]
-        found.append(logits(model, **step, attention_mask=mask, past_key_values=cache, use_cache=True))
-        start = stop
-    assert start == inputs["input_ids"].shape[1]
-    return torch.cat(found, dim=1)
 
 
 CACHES: dict[str, Any] = {
