@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +70,8 @@ def from_pretrained(
             )
     if "output_loading_info" in arguments:
         raise UnsupportedError("output_loading_info=True returns a pair, and from_pretrained a model; leave it out")
-    model, info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
+    with _without_report():
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
     lost = sorted({*info["missing_keys"], *(key for key in info["unexpected_keys"] if not is_new(key))})
     if lost:
         raise PatternError(f"{os.fspath(folder)!r}: weights that are missing or that nothing reads: {', '.join(lost[:8])}")
@@ -77,6 +80,21 @@ def from_pretrained(
             f"{os.fspath(folder)!r} was saved without converted layers; load it with {type(model).__name__}.from_pretrained(...)"
         )
     return model
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers reports weights that it found no place for, and ours are among them; what else there is raises an error here."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return f".{LAYER}." not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def is_new(key: str) -> bool:

@@ -343,7 +343,7 @@ def test_calls_that_would_lose_something() -> None:
         model(ids, attention_mask=torch.ones(2, 1, 21, 21).tril().bool())
     with pytest.raises(sd.PatternError, match="converted already"):
         convert(model, {0: NHA})
-    with pytest.raises(sd.UnsupportedError, match="layer 1 .ConvertedLlamaAttention.: the module"):
+    with pytest.raises(sd.UnsupportedError, match=r"layer 1 .ConvertedLlamaAttention.: the module"):
         sd.models.apply(model, {1: sd.kv_idx <= sd.q_idx})
     model.set_attn_implementation("eager")
     with pytest.raises(sd.UnsupportedError, match="since set to 'eager'"):
