@@ -8,6 +8,7 @@ every mask that is let through here says the same of both.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -66,6 +67,7 @@ class ProgramState:
         return replace(self, recent=recent, recurrent={label: changed(value) for label, value in self.recurrent.items()})
 
 
+@functools.lru_cache(maxsize=256)
 def horizon(program: Program) -> int:
     """How many tokens before a query the program looks at as they are.
 
@@ -81,6 +83,7 @@ def horizon(program: Program) -> int:
     return reach
 
 
+@functools.lru_cache(maxsize=256)
 def first_kept(program: Program) -> int:
     """How many tokens at the beginning stay in sight of every later query.
 

@@ -19,10 +19,6 @@ NSA = functools.partial(sd.models.NSA, block=2, select=4, top_k=3, window=5)
 HSA = functools.partial(sd.models.HSA, chunk=4, top_k=2, window=5)
 RING = functools.partial(sd.models.RingLinear, groups=2)
 LAYERS = {"nha": NHA, "published_nha": PUBLISHED_NHA, "moba": MOBA, "nsa": NSA, "hsa": HSA, "ring": RING}
-# NSA has three softmaxes, and a sink logit belongs to none of them.
-WITHOUT_SINKS = {"nsa"}
-
-
 # Compiles nothing: tests of C++ are elsewhere.
 convert = functools.partial(sd.models.convert, backend="tiled")
 

@@ -11,9 +11,9 @@ from transformers import DynamicCache, StaticCache
 
 import sparsedsl as sd
 from tests.models.families import left_padded, tokens
-from tests.models.hybrid_models import DONORS, LAYERS, WITHOUT_SINKS, convert, donor, spread
+from tests.models.hybrid_models import DONORS, LAYERS, convert, donor, spread
 
-PAIRS = [("llama", kind) for kind in LAYERS] + [(name, "nha") for name in DONORS[1:]] + [("gemma3", "hsa"), ("gpt_oss", "moba")]
+PAIRS = [("llama", kind) for kind in LAYERS] + [(name, "nha") for name in DONORS[1:]]
 ATOL = 1e-10
 
 
@@ -32,38 +32,38 @@ def logits(model: Any, ids: torch.Tensor, **words: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_cached_in_pieces_and_batched_are_one(name: str, kind: str) -> None:
-    assert not (name == "gpt_oss" and kind in WITHOUT_SINKS)
-    model, handle = converted(name, kind, (0, 1) if kind == "nha" else (1,))
-    ids = tokens(3, 21)
+    model, handle = converted(name, kind, (0, 1) if name == "gemma3" else (1,))
+    ids = tokens(2, 13)
     whole = logits(model, ids, use_cache=False)
     alone = torch.cat([logits(model, row[None], use_cache=False) for row in ids])
     torch.testing.assert_close(alone, whole, atol=ATOL, rtol=0)
-    for cache in (handle.cache(), DynamicCache(), DynamicCache(config=model.config)):
+    caches = (handle.cache(), DynamicCache(), DynamicCache(config=model.config))
+    for cache in caches if kind == "nha" else caches[:1]:
         parts, at = [], 0
-        for n in (7, 1, 1, 11, 1):
+        for n in (5, 1, 6, 1):
             parts.append(logits(model, ids[:, at : at + n], past_key_values=cache))
             at += n
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=ATOL, rtol=0)
-        assert cache.get_seq_length() == 21
+        assert cache.get_seq_length() == 13
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["nha", "hsa"])
 def test_generation_is_one_forward_a_token(kind: str) -> None:
     model, _ = converted("llama", kind)
     ids = tokens(2, 9)
-    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)
+    greedy = model.generate(ids, max_new_tokens=5, do_sample=False)
     slow = ids
-    for _ in range(8):
+    for _ in range(5):
         slow = torch.cat([slow, logits(model, slow, use_cache=False)[:, -1].argmax(-1)[:, None]], 1)
     assert torch.equal(greedy, slow)
-    pieces = model.generate(ids, max_new_tokens=8, do_sample=False, prefill_chunk_size=4)
+    pieces = model.generate(ids, max_new_tokens=5, do_sample=False, prefill_chunk_size=4)
     assert torch.equal(pieces, slow)
-    beams = model.generate(ids, max_new_tokens=6, num_beams=3, do_sample=False)
-    without = model.generate(ids, max_new_tokens=6, num_beams=3, do_sample=False, use_cache=False)
+    beams = model.generate(ids, max_new_tokens=5, num_beams=3, do_sample=False)
+    without = model.generate(ids, max_new_tokens=5, num_beams=3, do_sample=False, use_cache=False)
     assert torch.equal(beams, without)
 
 
-@pytest.mark.parametrize("kind", ["nha", "hsa", "moba"])
+@pytest.mark.parametrize("kind", ["nha", "hsa"])
 def test_rows_of_a_cache_move_with_all_they_have(kind: str) -> None:
     model, handle = converted("llama", kind)
     ids, more = tokens(3, 13), tokens(3, 16)[:, 13:]
@@ -144,10 +144,12 @@ def test_an_offloaded_cache() -> None:
     assert all(x.device.type == "cpu" for held in cache.layers[1].held for x in held.tensors)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("llama", kind) for kind in LAYERS] + [("gemma3", "nha"), ("gpt_oss", "nha")])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("name", "kind", "side"),
+    [*(("llama", kind, "left") for kind in LAYERS), ("llama", "nha", "right"), ("gemma3", "nha", "left"), ("gpt_oss", "nha", "left")],
+)
 def test_padding_leaves_no_trace(name: str, kind: str, side: str) -> None:
-    model, _ = converted(name, kind, (0, 1))
+    model, _ = converted(name, kind, (0, 1) if kind == "nha" else (1,))
     ids, lengths = tokens(3, 17), (17, 12, 3)
     batch, mask = torch.zeros_like(ids), torch.zeros_like(ids)
     for row, length in enumerate(lengths):
@@ -160,21 +162,21 @@ def test_padding_leaves_no_trace(name: str, kind: str, side: str) -> None:
         torch.testing.assert_close(found[row][mask[row].bool()], alone[0], atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["nha", "hsa", "moba"])
 def test_batched_generation_of_prompts_of_any_length(kind: str) -> None:
     model, _ = converted("llama", kind)
     padded = left_padded(2, 11, 4)
     ids = padded["input_ids"]
-    together = model.generate(**padded, max_new_tokens=7, do_sample=False)
+    together = model.generate(**padded, max_new_tokens=4, do_sample=False)
     for row, begin in enumerate((4, 0)):
-        alone = model.generate(ids[row : row + 1, begin:], max_new_tokens=7, do_sample=False)
+        alone = model.generate(ids[row : row + 1, begin:], max_new_tokens=4, do_sample=False)
         assert torch.equal(together[row, begin:], alone[0])
-    beams = model.generate(**padded, max_new_tokens=5, num_beams=2, do_sample=False)
-    alone = model.generate(ids[:1, 4:], max_new_tokens=5, num_beams=2, do_sample=False)
+    beams = model.generate(**padded, max_new_tokens=4, num_beams=2, do_sample=False)
+    alone = model.generate(ids[:1, 4:], max_new_tokens=4, num_beams=2, do_sample=False)
     assert torch.equal(beams[0, 4:], alone[0])
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["nha", "ring", "nsa"])
 def test_packed_rows_are_sequences_by_themselves(kind: str) -> None:
     model, _ = converted("llama", kind)
     ids = tokens(2, 21)
