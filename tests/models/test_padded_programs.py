@@ -68,6 +68,8 @@ def test_tiled_too(name: str, layout: str) -> None:
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "granite"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_scale_cap_and_sinks_of_the_layer_stay(family: str, layout: str) -> None:
+    if (family, layout) == ("gpt_oss", "packed"):
+        layout = "both"  # GPT-OSS makes its masks without position_ids: it has no packed rows
     model, rows = exact(family), alone()
     with sd.models.apply(model, PROGRAMS["moba"], backend="reference"):
         assert_rows_as_if_alone(model, inputs_of(layout, rows), rows)
@@ -90,8 +92,8 @@ def test_what_a_mask_says_of_rows_it_says_of_rows_of_the_batch() -> None:
     choice = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 2, among=causal)
     program = sd.attend(causal & (choice | (b == 2)) & (even[b, kv_idx - left_padding[b]] | (q_idx == kv_idx)).bind(even=table))
     assert reads_rows(sd.Program(program)) and not reads_rows(sd.Program(PROGRAMS["pbs"]))
-    model, rows = exact("llama"), alone((21, 14, 5, 14))
-    together = torch.cat([torch.nn.functional.pad(row, (0, 21 - row.shape[1]), value=4) for row in rows])
+    model, rows = exact("llama"), alone((20, 12, 8, 12))  # whole chunks, whose means what follows does not move
+    together = torch.cat([torch.nn.functional.pad(row, (0, 20 - row.shape[1]), value=4) for row in rows])
     inputs = inputs_of("left", rows)
     with sd.models.apply(model, program, backend="reference"):
         unpadded = logits(model, input_ids=together)  # causal: what follows a row is as good as padding
