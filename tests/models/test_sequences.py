@@ -56,7 +56,10 @@ def test_groups_hold_every_real_query_once_and_the_keys_of_its_row(case: tuple[t
 def test_rows_of_one_length_are_one_group() -> None:
     real = [[0, 0, 1, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 0, 1, 1]]
     groups = sequence_groups(request(real, 5, 5), 0, 5, 4, CPU)
-    assert [(group.rows.tolist(), group.keys.slots.shape[1], group.whole) for group in groups] == [([0, 1, 3], 3, True), ([2], 5, True)]
+    assert [(group.rows.tolist(), group.keys.slots.shape[1], group.whole) for group in groups] == [
+        ([0, 1, 3], 3, True),
+        ([2], 5, True),
+    ]
     step = sequence_groups(request(real, 1, 5), 0, 5, 4, CPU)
     assert [(group.rows.tolist(), group.q_offset, group.whole) for group in step] == [([0, 1, 3], 2, False), ([2], 4, False)]
     asked = request(real, 5, 5)
