@@ -172,6 +172,7 @@ def test_generate_in_other_ways(family: str, how: dict[str, Any]) -> None:
         assert_generates_as_if_alone(model, alone(), 8, **how)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("layout", [*LAYOUTS, "packed"])
 def test_gradients_are_those_of_the_rows_alone(layout: str) -> None:
     model, rows = exact("llama"), alone()
