@@ -233,14 +233,10 @@ def _distance_of_first(interval: KeyInterval) -> Any:
     for bound in interval.bounds:
         if bound.q_part == 0 and bound.kv_part == KV_IDX and bound.low in (None, 0):
             continue
-        if (
-            bound.q_part != Q_IDX
-            or bound.kv_part != -KV_IDX
-            or bound.high is not None
-            or not getattr(bound.low, "is_Integer", False)
-        ):
+        low, apart = bound.low, bound.q_part == Q_IDX and bound.kv_part == -KV_IDX
+        if not apart or bound.high is not None or low is None or not low.is_Integer:
             return None
-        least = max(least, int(bound.low) - 1)
+        least = max(least, int(low) - 1)
     return None if interval.conditions else least
 
 

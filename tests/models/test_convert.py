@@ -153,7 +153,7 @@ def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
         spread(handle)
         handle.freeze(also=("q_proj",))
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model(ids, labels=ids, use_cache=False).loss.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])

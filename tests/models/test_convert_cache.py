@@ -146,7 +146,12 @@ def test_an_offloaded_cache() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind", "side"),
-    [*(("llama", kind, "left") for kind in LAYERS), ("llama", "nha", "right"), ("gemma3", "nha", "left"), ("gpt_oss", "nha", "left")],
+    [
+        *(("llama", kind, "left") for kind in LAYERS),
+        ("llama", "nha", "right"),
+        ("gemma3", "nha", "left"),
+        ("gpt_oss", "nha", "left"),
+    ],
 )
 def test_padding_leaves_no_trace(name: str, kind: str, side: str) -> None:
     model, _ = converted(name, kind, (0, 1) if kind == "nha" else (1,))
