@@ -108,8 +108,10 @@ def nha(
         near["score"], sink = score - slot_bias, None if sink is None else sink - slot_bias
     gate = sd.input("gate", f"batch kv_heads keys {slots}")
     far = sd.recall(sd.slots(gate, delay=window, temperature=temperature, empty=empty, first=first))
+    if not window:
+        return far
     seen = sliding_window(window) | sinks(first) if first else sliding_window(window)
-    return sd.joint(far, sd.attend(seen, sink=sink, **near)) if window else far
+    return sd.joint(far, sd.attend(seen, sink=sink, **near))
 
 
 def pbs(block: int = 128, segment: int = 256, mass: float = 0.9, share: str = "head") -> Pattern | Attend:

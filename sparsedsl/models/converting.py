@@ -208,7 +208,7 @@ class Conversion:
         >>> lesson.loss().backward()  # relative squared error of what the converted layer gives
         """
         self._check_layer(layer)
-        return Teacher(self, layer)
+        return Teacher(self.lessons, layer)
 
     def lessons(self, *inputs: Any, **more: Any) -> dict[int, Lesson]:
         """Layer index -> lesson, of all converted layers, by one run of the donor on these inputs of the model."""
