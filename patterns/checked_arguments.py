@@ -8,12 +8,14 @@ from typing import Any
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.expressions import Index, Score, Table, as_score
+from sparsedsl.lang.symbols import BATCH, HEAD
 
 __all__ = [
     "check_choice",
     "check_count",
     "check_counts",
     "check_flag",
+    "check_head_logit",
     "check_logit",
     "check_positive",
     "check_whole",
@@ -76,6 +78,14 @@ def check_positive(function: str, name: str, value: object) -> int | float:
         raise PatternError(f"{function}(): {name} must be a positive number; got {value!r} ({type(value).__name__})")
     number = float(value)
     return int(number) if number.is_integer() else number
+
+
+def check_head_logit(function: str, name: str, value: object) -> Score:
+    """A logit that is the same for all pairs of a head: a number, or an expression over ``b`` and ``h``."""
+    found = as_score(value, where=f"{function}(): {name}")
+    if found.expr.free_symbols - {BATCH, HEAD}:
+        raise PatternError(f"{function}(): {name} must be a number or an expression over h (and b); got {found}")
+    return found
 
 
 def check_logit(function: str, value: object) -> Score:

@@ -8,9 +8,11 @@ from typing import Any
 
 from sparsedsl import program as sd
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import kv_idx, q_idx
+from sparsedsl.lang.expressions import kv_idx, q_idx, score
+from sparsedsl.lang.numeric import softplus
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.patterns.checked_arguments import check_choice, check_count, check_whole
+from sparsedsl.patterns.anchors import sinks
+from sparsedsl.patterns.checked_arguments import check_choice, check_count, check_head_logit, check_whole
 from sparsedsl.patterns.local import causal, sliding_window
 from sparsedsl.program.branches import Attend, Branch, Compact, Linear, Mix
 from sparsedsl.program.scores import Scores
@@ -51,7 +53,10 @@ def hsa(chunk: int = 64, top_k: int = 16, weights: str = "softmax", *, inner: st
     return sd.attend(ended & selected, normaliser=sd.per_chunk(selected, weights, inner=inner))
 
 
-def nha(slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, temperature: float = 8.0) -> Branch:
+def nha(
+    slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, temperature: float = 8.0, first: int = 0,
+    slot_bias: Any = None, sink: Any = None,
+) -> Branch:  # fmt: skip
     """Native hybrid attention: one softmax over the last ``window`` keys and ``slots`` rows that hold what left the window.
 
     Slot ``m`` fades by ``a = sigmoid(gate) ** (1 / temperature)`` and takes in ``1 - a`` of the key and value of the token
@@ -63,9 +68,13 @@ def nha(slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, t
             May be set anew after training.
         empty: slots that hold nothing have logit 0 and value 0 (``"zero_sink"``, as published), or are left out (``"masked"``).
         temperature: of the gate.
+        first: tokens at the beginning that stay in sight of the softmax, as they are, and never go into a slot.
+        slot_bias: is added to the logits of slots, a number or an expression over ``h``; towards -inf the slots have no say, and what is
+            left is the window. (It is taken from the window's logits: the softmax is the same, its LSE smaller by ``slot_bias``.)
+        sink: one more logit without a value, as in :func:`sparsedsl.attend`.
 
     Call-time inputs: ``gate (B, Hkv, Skv, M)`` logits; optional ``q_rope (B, Hq, Sq, D)``, ``k_rope (B, Hkv, Skv, D)`` for
-    the window, where slots see q and k as they are.
+    the window and the first tokens, where slots see q and k as they are.
 
     Source: native hybrid attention (arXiv 2510.07019); gated slot attention (arXiv 2409.07146).
 
@@ -76,18 +85,32 @@ def nha(slots: int = 64, window: int | None = 32, empty: str = "zero_sink", *, t
     >>> attn(q, k, v, gate=gate).shape
     torch.Size([1, 4, 24, 16])
     """
-    slots = check_whole("nha", "slots", slots, 1)
+    slots, first = check_whole("nha", "slots", slots, 1), check_whole("nha", "first", first, 0)
     check_choice("nha", "empty", empty, ("zero_sink", "masked"))
-    near: dict[str, Any] = {
-        "q": sd.input("q_rope", " ".join(sd.q.axes), default=sd.q),
-        "k": sd.input("k_rope", " ".join(sd.k.axes), default=sd.k),
-    }
+    slot_bias = None if slot_bias is None else check_head_logit("nha", "slot_bias", slot_bias)
+    sink = None if sink is None else check_head_logit("nha", "sink", sink)
+    near: dict[str, Any] = {name: sd.input(f"{name}_rope", " ".join(x.axes), default=x) for name, x in (("q", sd.q), ("k", sd.k))}
     if window is None:  # nothing leaves the window: the slots are so many keys of zeros, or nothing at all
-        return sd.attend(causal(), sink=math.log(slots) if empty == "zero_sink" else None, **near)
+        return sd.attend(causal(), sink=sink if empty == "masked" else _with_zeros(sink, slots, slot_bias), **near)
     window = check_whole("nha", "window", window, 0)
+    if not window and (first or slot_bias is not None or sink is not None):
+        raise PatternError(
+            "nha(): window=0 leaves nothing beside the slots; first, slot_bias and sink want a window of 1 or more"
+        )
     gate = sd.input("gate", f"batch kv_heads keys {slots}")
-    far = sd.recall(sd.slots(gate, delay=window, temperature=temperature, empty=empty))
-    return sd.joint(far, sd.attend(sliding_window(window), **near)) if window else far
+    far = sd.recall(sd.slots(gate, delay=window, temperature=temperature, empty=empty, first=first))
+    if not window:
+        return far
+    seen = sliding_window(window) | sinks(first) if first else sliding_window(window)
+    if slot_bias is not None:
+        near["score"], sink = score - slot_bias, None if sink is None else sink - slot_bias
+    return sd.joint(far, sd.attend(seen, sink=sink, **near))
+
+
+def _with_zeros(sink: Any, slots: int, bias: Any) -> Any:
+    """One logit for a sink and so many logits of 0, each with a bias: the logarithm of their sum."""
+    zeros = math.log(slots) if bias is None else bias + math.log(slots)
+    return zeros if sink is None else sink + softplus(zeros - sink)
 
 
 def pbs(block: int = 128, segment: int = 256, mass: float = 0.9, share: str = "head") -> Pattern | Attend:

@@ -89,7 +89,10 @@ def run(document: list[Block]) -> int:
     return len(ran)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/kernels.md", "docs/programs.md", "docs/tuning.md"])
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("conversion", "kernels", "programs", "tuning"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_python_blocks_run(document, scratch):
     found = blocks(document, (ROOT / document).read_text(encoding="utf-8"))
     ran = run(found)

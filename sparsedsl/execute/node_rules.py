@@ -18,6 +18,7 @@ from sparsedsl.runtime.call import wants_grad
 from sparsedsl.runtime.heads import NEVER, lse_merge, repeat_kv, together
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.runtime.program_call import ProgramCall
+from sparsedsl.runtime.scan_calls import sparing
 from sparsedsl.selection import proxies
 from sparsedsl.torch_private import transforms_active
 
@@ -68,7 +69,7 @@ def _take(run: Lowering, node: Take) -> Tensor:
 def _slots(run: Lowering, node: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What a scan makes slots of: keys, values, gates, document ids."""
     documents = None if node.documents is None else run.value(node.documents)
-    return run.value(node.y), run.value(node.z), run.value(node.gate), documents
+    return run.value(node.y), run.value(node.z), sparing(run.value(node.gate), node.first), documents
 
 
 def _recall(run: Lowering, node: Recall) -> Result:

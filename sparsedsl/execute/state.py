@@ -1,11 +1,14 @@
 """What a program must remember of the tokens it has read to go on with those that follow, without reading them again.
 
 A state holds what recurrent nodes made of all tokens but the last few, and these last few as they were given: as many as the program looks
-back at directly. A call that continues puts the new tokens behind them.
+back at directly. A call that continues puts the new tokens behind them. A program that keeps the first tokens in sight for ever (attention
+sinks) has their rows before the last few: what lies between is gone, so that positions in the call are smaller than those in the text, and
+every mask that is let through here says the same of both.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -13,10 +16,12 @@ from typing import Any, NoReturn
 import torch
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.key_intervals import interval_rows, intervals
+from sparsedsl.analysis.key_intervals import KeyInterval, interval_rows, intervals
 from sparsedsl.analysis.mask_clauses import only_difference
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.execute.dispatch import Dispatch
+from sparsedsl.lang.known_facts import facts
+from sparsedsl.lang.symbols import KV_IDX, KV_LEN, Q_IDX, Q_LEN
 from sparsedsl.program import orders, scores, select, tensors
 from sparsedsl.program.axes import base_of
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
@@ -26,8 +31,9 @@ from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, k, v
 from sparsedsl.runtime.program_call import ProgramCall
+from sparsedsl.runtime.scan_calls import sparing
 
-__all__ = ["STATE_RULES", "ProgramState", "advanced", "continued", "horizon"]
+__all__ = ["STATE_RULES", "ProgramState", "advanced", "continued", "first_kept", "horizon"]
 
 Tensor = torch.Tensor
 # A position far enough from the beginning for a window to be whole.
@@ -51,7 +57,17 @@ class ProgramState:
             tensors += [value] if isinstance(value, Tensor) else list(value)
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> ProgramState:
+        """The state with every tensor, whose first axis is the batch, replaced by what ``change`` makes of it."""
 
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else type(value)(*map(change, value))
+
+        recent = {name: change(rows) for name, rows in self.recent.items()}
+        return replace(self, recent=recent, recurrent={label: changed(value) for label, value in self.recurrent.items()})
+
+
+@functools.lru_cache(maxsize=256)
 def horizon(program: Program) -> int:
     """How many tokens before a query the program looks at as they are.
 
@@ -62,7 +78,28 @@ def horizon(program: Program) -> int:
     >>> horizon(sd.Program(sd.patterns.nha(slots=8, window=32)))
     32
     """
-    return max(STATE_RULES[type(node)].looks_back(node) for node in program.order)
+    reach = max(STATE_RULES[type(node)].looks_back(node) for node in program.order)
+    first_kept(program)
+    return reach
+
+
+@functools.lru_cache(maxsize=256)
+def first_kept(program: Program) -> int:
+    """How many tokens at the beginning stay in sight of every later query.
+
+    Raises:
+        UnsupportedError: a recurrence of the program would read them again with every call that continues.
+
+    >>> import sparsedsl as sd
+    >>> first_kept(sd.Program(sd.patterns.nha(slots=8, window=32, first=1)))
+    1
+    """
+    first = max(STATE_RULES[type(node)].keeps(node) for node in program.order)
+    for node in program.order:
+        spared = STATE_RULES[type(node)].spares(node)
+        if first and spared not in (None, first):
+            raise _no_state(node, f"reads the first {first} tokens, which other parts of the program keep in sight, as any other")
+    return first
 
 
 def _no_state(node: Node, why: str) -> UnsupportedError:
@@ -106,7 +143,9 @@ def advanced(call: ProgramCall, dispatch: Dispatch, known: Mapping[Node, Tensor]
     """The state after all keys of a call. ``known``: of recurrences that ran, the state after the last key."""
     program = call.program
     total = call.k.shape[2]
-    kept = min(horizon(program), total)
+    first, kept = first_kept(program), min(horizon(program), total)
+    # With nothing between the first tokens and the last few, all stay.
+    kept = total if first and total - kept <= first else kept
     read = total - kept
     recurrent: dict[str, Any] = {}
     for node in program.order:
@@ -116,11 +155,15 @@ def advanced(call: ProgramCall, dispatch: Dispatch, known: Mapping[Node, Tensor]
             recurrent[program.labels[node]] = known[node] if ran else after(node, call, dispatch, read)
     # Copies: views would keep all tokens alive.
     recent = {
-        node.name: call.inputs[node].narrow(_key_axis(node), read, kept).clone()
-        for node in _by_keys(program)
+        node.name: _rows(call.inputs[node], _key_axis(node), first if read else 0, read) for node in _by_keys(program)
         if node in call.inputs
-    }
+    }  # fmt: skip
     return ProgramState(program.key, int(call.state.get("", 0)) + total, recent, recurrent)
+
+
+def _rows(x: Tensor, axis: int, first: int, read: int) -> Tensor:
+    last = x.narrow(axis, read, x.shape[axis] - read)
+    return torch.cat([x.narrow(axis, 0, first), last], dim=axis) if first else last.clone()
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------------------
@@ -130,10 +173,14 @@ def advanced(call: ProgramCall, dispatch: Dispatch, known: Mapping[Node, Tensor]
 class StateRule:
     """What a kind of node needs of tokens that are over. ``looks_back(node)``: how many tokens before a query it reads as they are.
     ``after(node, call, dispatch, read)``: of a recurrence, what it has made of the first ``read`` keys; None: it makes nothing of them.
+    ``keeps(node)``: how many tokens at the beginning it tells from all others. ``spares(node)``: how many of these a recurrence leaves out;
+    None: it is none.
     """
 
     looks_back: Callable[[Any], int]
     after: Callable[[Any, ProgramCall, Any, int], Any] | None = None
+    keeps: Callable[[Any], int] = lambda node: 0
+    spares: Callable[[Any], int | None] = lambda node: None
 
 
 def _own_row(node: Node) -> int:
@@ -145,20 +192,64 @@ def _all_tokens(node: Node) -> NoReturn:
 
 
 def _window(node: Attend) -> int:
-    mask = node.pattern.mask.expr
-    found = intervals(mask) if only_difference(mask) and not node.pattern.tables else None
-    if node.y.axes[2] != "keys" or found is None or not only_difference(node.pattern.score.expr):
-        raise _no_state(node, "sees keys by more than their distance")
     domain = Domain(1, 2 * FAR, FAR)
-    reach = [FAR - int(interval_rows(interval, domain)[0].min()) for interval in found]
+    reach = [
+        _distance_of_first(interval) if _first_keys(interval) else FAR - int(interval_rows(interval, domain)[0].min())
+        for interval in _intervals(node)
+    ]
     if any(distance >= FAR for distance in reach):
         raise _no_state(node, "sees all earlier keys")
     return max(reach, default=0)
 
 
+def _first_of_window(node: Attend) -> int:
+    return max((_first_keys(interval) for interval in _intervals(node)), default=0)
+
+
+def _intervals(node: Attend) -> tuple[KeyInterval, ...]:
+    """The keys a query sees, all of them by their distance or as the first of all."""
+    pattern = node.pattern
+    found = intervals(pattern.mask.expr) if not pattern.mask.tables and node.y.axes[2] == "keys" else None
+    positions = facts(pattern.score.expr).symbols & {Q_IDX, KV_IDX, Q_LEN, KV_LEN}
+    by_distance = (
+        only_difference(pattern.score.expr) and not positions & {Q_LEN, KV_LEN} and not (positions and pattern.score.tables)
+    )
+    if found is None or not by_distance:
+        raise _no_state(node, "sees keys by more than their distance")
+    for interval in found:
+        first = _first_keys(interval)
+        near = not interval.conditions and all(only_difference(bound.q_part + bound.kv_part) for bound in interval.bounds)
+        if not (near if not first else not positions and _distance_of_first(interval) is not None):
+            raise _no_state(node, "sees keys by more than their distance")
+    return found
+
+
+def _first_keys(interval: KeyInterval) -> int:
+    """How many keys at the beginning an interval is limited to; 0 if it goes on with the queries."""
+    ends = [bound.high for bound in interval.bounds if bound.q_part == 0 and bound.kv_part == KV_IDX and bound.high is not None]
+    return min((int(end) + 1 for end in ends if end.is_Integer), default=0)
+
+
+def _distance_of_first(interval: KeyInterval) -> Any:
+    """The distance from which on a query sees the first keys, less one; None if more is said of them, which a state forgets."""
+    least = 0
+    for bound in interval.bounds:
+        if bound.q_part == 0 and bound.kv_part == KV_IDX and bound.low in (None, 0):
+            continue
+        low, apart = bound.low, bound.q_part == Q_IDX and bound.kv_part == -KV_IDX
+        if not apart or bound.high is not None or low is None or not low.is_Integer:
+            return None
+        least = max(least, int(low) - 1)
+    return None if interval.conditions else least
+
+
 def _delay(node: Slots) -> int:
     _check_one_document(node)
     return node.delay
+
+
+def _spared(node: Slots) -> int:
+    return node.first
 
 
 def _linear(node: Linear) -> int:
@@ -182,7 +273,7 @@ def _slots_after(node: Recall, call: ProgramCall, dispatch: Dispatch, read: int)
     y, z, gate = (_given(call, x)[:, :, :read] for x in (memory.y, memory.z, memory.gate))
     none = _given(call, node.x)[:, :, :0]
     return dispatch.slots(
-        none, y, z, gate, delay=memory.delay, temperature=memory.temperature, scale=1.0, empty=memory.empty,
+        none, y, z, sparing(gate, memory.first), delay=memory.delay, temperature=memory.temperature, scale=1.0, empty=memory.empty,
         state=call.state_of(node),
     )[2]  # fmt: skip
 
@@ -199,10 +290,10 @@ STATE_RULES: Rules[StateRule] = Rules(
     "the state",
     {
         **dict.fromkeys((Input, Joint, Mix), StateRule(_own_row)),
-        Attend: StateRule(_window),
-        Slots: StateRule(_delay),
+        Attend: StateRule(_window, keeps=_first_of_window),
+        Slots: StateRule(_delay, keeps=_spared, spares=_spared),
         Recall: StateRule(_own_row, _slots_after),
-        Linear: StateRule(_linear, _linear_after),
+        Linear: StateRule(_linear, _linear_after, spares=_own_row),
         **dict.fromkeys(
             (scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup, scores.Plus), _LOOKS_AT_ALL
         ),

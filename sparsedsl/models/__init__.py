@@ -9,6 +9,13 @@ The stages of one call, and the module of each:
 5. ``derived``: pattern + what the request holds -> the pattern that runs, and its tables.
 6. ``attention_function``: query, key, value of one layer + request -> output; for programs on the real tokens of each row: ``sequences``.
 7. ``applying``: puts 1-6 into a model, and takes them out again.
+
+Layers that become hybrid layers (:func:`convert`) take the place of stages 5 and 6:
+
+- ``donor``: an attention module -> its facts, its queries, keys and values before and after rotation.
+- ``layer``: what a hybrid layer is; ``hybrids``: those that are shipped; ``registry``: their names, and users' own, in saved models.
+- ``converted``: the forward of a converted module; ``program_cache``: what it keeps between calls.
+- ``converting``: puts them into a model; ``lessons``: what they learn from the donor.
 """
 
 from __future__ import annotations
@@ -22,8 +29,40 @@ except ModuleNotFoundError as error:
 
 from sparsedsl.lang.advice import answer_for
 from sparsedsl.models.applying import AppliedPatterns, apply
+from sparsedsl.models.converting import Conversion, conversion, convert
+from sparsedsl.models.donor import Donor
+from sparsedsl.models.hybrids.hsa import HSA
+from sparsedsl.models.hybrids.moba import MoBA
+from sparsedsl.models.hybrids.nha import NHA
+from sparsedsl.models.hybrids.nsa import NSA
+from sparsedsl.models.hybrids.ring_linear import RingLinear
+from sparsedsl.models.layer import Layer
+from sparsedsl.models.layers_loading import from_pretrained
+from sparsedsl.models.lessons import Lesson
 from sparsedsl.models.native import left_padding, native_patterns, sinks
+from sparsedsl.models.program_cache import ProgramCacheLayer
+from sparsedsl.models.registry import register_layer
 
-__all__ = ["AppliedPatterns", "apply", "left_padding", "native_patterns", "sinks"]
+__all__ = [
+    "HSA",
+    "NHA",
+    "NSA",
+    "AppliedPatterns",
+    "Conversion",
+    "Donor",
+    "Layer",
+    "Lesson",
+    "MoBA",
+    "ProgramCacheLayer",
+    "RingLinear",
+    "apply",
+    "conversion",
+    "convert",
+    "from_pretrained",
+    "left_padding",
+    "native_patterns",
+    "register_layer",
+    "sinks",
+]
 
 answer_for(globals(), __all__)

@@ -75,6 +75,7 @@ class Slots(Node):
     temperature: float = 1.0
     empty: str = "zero_sink"
     documents: Node | None = None
+    first: int = 0
     function: ClassVar[str] = "slots"
     gives: ClassVar[str] = "memory"
 
@@ -93,6 +94,7 @@ def slots(
     temperature: float = 1.0,
     empty: str = "zero_sink",
     documents: Node | None = None,
+    first: int = 0,
 ) -> Slots:
     """A memory of M slots a key/value head: token ``e`` fades slot ``m`` by ``a = sigmoid(gate_em) ** (1 / temperature)`` and writes
     ``1 - a`` of its key and value into it. A query at ``t`` sees what tokens up to ``t - delay`` have written.
@@ -106,6 +108,8 @@ def slots(
         empty: slots that nothing was written to: ``"zero_sink"``: they have logit 0 and value 0 and take part in the softmax;
             ``"masked"``: they take no part.
         documents: an input of document ids, ``(batch, keys)``, non-decreasing: a document starts with empty slots.
+        first: so many tokens at the beginning are never written and fade nothing: attend to them beside the slots. Not with ``documents``
+            or masked empty slots.
 
     Source: gated slot attention (arXiv 2409.07146); native hybrid attention (arXiv 2510.07019) with ``delay=window, temperature=8``.
 
@@ -122,8 +126,13 @@ def slots(
     if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real) or not 0 < temperature < float("inf"):
         raise PatternError(f"slots(): temperature must be a positive number; got {temperature!r}")
     check_word("slots(): empty", empty, ("zero_sink", "masked"))
-    documents = check_documents("slots", documents)
-    return one_of(Slots(y, z, gate, check_block("slots", "delay", delay, 0), float(temperature), empty, documents))
+    documents, first = check_documents("slots", documents), check_block("slots", "first", first, 0)
+    if first and (documents is not None or empty == "masked"):
+        raise PatternError(
+            f"slots(): first={first} leaves out tokens at the beginning of the call, and knows neither documents nor empty='masked'; "
+            "call it document by document, with empty='zero_sink'"
+        )
+    return one_of(Slots(y, z, gate, check_block("slots", "delay", delay, 0), float(temperature), empty, documents, first))
 
 
 def check_documents(function: str, documents: Any) -> Node | None:

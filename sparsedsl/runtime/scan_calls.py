@@ -11,7 +11,7 @@ from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.scan_checks import check_number, check_position, check_qkv, check_rows, check_tensor, count_documents
 
-__all__ = ["LinearCall", "SlotCall", "SlotState", "check_linear", "check_slots"]
+__all__ = ["LinearCall", "SlotCall", "SlotState", "check_linear", "check_slots", "sparing"]
 
 Tensor = torch.Tensor
 
@@ -50,6 +50,17 @@ class SlotCall:
     begins: Tensor | None
     number: Tensor | None
     seen: Tensor | None
+
+
+# The logit of a gate that keeps all and writes nothing: its sigmoid is 1 in every dtype, and the logarithm of that exactly 0.
+_SHUT = 1e4
+
+
+def sparing(gate: Tensor, first: int) -> Tensor:
+    """Gates ``(B, Hkv, Skv, M)`` by which the first tokens write nothing and fade nothing."""
+    if not first:
+        return gate
+    return torch.cat([torch.full_like(gate[:, :, :first], _SHUT), gate[:, :, first:]], dim=2)
 
 
 def check_linear(

@@ -119,6 +119,9 @@ def _recall(run: Reference, node: Recall) -> tuple[Tensor, Tensor]:
     memory, q = node.memory, run.value(node.x)
     k, v, gate = run.value(memory)
     log_keep = functional.logsigmoid(gate) / memory.temperature
+    if memory.first:
+        written = torch.arange(gate.shape[2], device=gate.device)[:, None] >= memory.first
+        log_keep = torch.where(written, log_keep, 0.0)
     keep, write = torch.exp(log_keep)[..., None], -torch.expm1(log_keep)[..., None]
     firsts, entries = _first_tokens(run, memory.documents), []
     # Entries that say the same of documents and states go through the recurrence together.

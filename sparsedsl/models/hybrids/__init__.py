@@ -1,0 +1,1 @@
+"""Hybrid layers that published systems consist of, for :func:`sparsedsl.models.convert`."""

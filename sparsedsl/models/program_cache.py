@@ -1,0 +1,258 @@
+"""What a layer that runs a program keeps while a model generates: a layer of transformers' caches.
+
+A program with a state keeps the state alone: as many bytes after a million tokens as after a thousand. Any other keeps keys, values, and
+all inputs that have rows for keys; of landmarks those of chunks that are over, and of the chunk that is not its hidden states. Rows of a
+batch that differ in how many real tokens they have had are held apart: padding leaves nothing here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from sparsedsl.errors import UnsupportedError
+from sparsedsl.execute.state import ProgramState, horizon
+from sparsedsl.models.layer import by_tokens, chunk_of
+from sparsedsl.program.graph import Program
+
+__all__ = ["Held", "ProgramCacheLayer", "keeps_state"]
+
+Tensor = torch.Tensor
+
+
+@functools.lru_cache(maxsize=256)
+def keeps_state(program: Program) -> bool:
+    """Whether a program goes on from a state of constant size."""
+    try:
+        horizon(program)
+    except UnsupportedError:
+        return False
+    return chunk_of(program) is None
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What is kept of rows that have had equally many ``tokens``. Each tensor's first axis counts these rows.
+
+    ``state``: of a program that has one. Else ``rows``: input name -> its rows for all keys; ``landmarks``: input name -> its rows for
+    finished chunks; ``hidden``: (n, fewer than a chunk, hidden size), of the chunk that is not over.
+    """
+
+    tokens: int
+    state: ProgramState | None = None
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    landmarks: Mapping[str, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Held:
+        """With every tensor replaced by what ``change`` makes of it."""
+        changed = [{name: change(x) for name, x in part.items()} for part in (self.rows, self.landmarks)]
+        return replace(
+            self, rows=changed[0], landmarks=changed[1], state=None if self.state is None else self.state.each(change),
+            hidden=None if self.hidden is None else change(self.hidden),
+        )  # fmt: skip
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        found: list[Tensor] = []
+        self.each(lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
+        return found
+
+
+def _picked(index: Tensor, x: Tensor) -> Tensor:
+    return x.index_select(0, index.to(x.device))
+
+
+def _joined(parts: list[Held]) -> Held:
+    """One of several, rows after rows."""
+    every = [part.tensors for part in parts]
+    columns = iter([torch.cat(column) for column in zip(*every, strict=True)])
+    return parts[0].each(lambda x: next(columns))
+
+
+class ProgramCacheLayer(CacheLayerMixin):
+    """A layer of a transformers cache, for a layer of a model that runs a program.
+
+    ``program``: what runs. ``constant``: whether that keeps a state, so that nothing here grows. Batch entries are reordered, repeated and
+    selected with all that is kept of them. Without a state the last tokens can be taken back (``crop``); a state cannot go back, and says
+    so.
+
+    >>> import torch, sparsedsl as sd
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(**tiny)).eval()
+    >>> handle = sd.models.convert(model, {0: sd.patterns.ring_linear([0.5, 0.9])})
+    >>> sizes = []
+    >>> for length in (8, 64):
+    ...     cache = handle.cache()
+    ...     _ = model(torch.arange(length)[None] % 8, past_key_values=cache)
+    ...     sizes.append(cache.layers[0].nbytes)
+    >>> sizes[0] == sizes[1]
+    True
+    """
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, index: int, program: Program) -> None:
+        super().__init__()
+        self.index, self.program, self.constant = index, program, keeps_state(program)
+        self.slots = 0
+        self.batch: int | None = None
+        self.device: Any = None
+        # Where a row's share lies: (number of the held, place in it), or None before its first real token.
+        self.held: list[Held] = []
+        self.where: list[tuple[int, int] | None] = []
+        self._padded = False
+
+    # ---- what the model's layer does with it ---------------------------------------------------------------------------------------
+
+    def take(self, rows: list[int], tokens: int) -> Held | None:
+        """What is kept of these rows, which have had so many tokens; None: nothing yet."""
+        places = [self.where[row] for row in rows] if self.where else [None] * len(rows)
+        have = {0 if place is None else self.held[place[0]].tokens for place in places}
+        if have != {tokens}:
+            raise UnsupportedError(
+                f"layer {self.index}: its cache has seen {sorted(have)} real tokens of rows {rows}, and the attention mask now speaks of "
+                f"{tokens}; give every call the mask of all tokens so far, 1 for the same tokens as before"
+            )
+        if tokens == 0:
+            return None
+        found = [place for place in places if place is not None]
+        first = found[0][0]
+        if found == [(first, place) for place in range(self._size(first))]:
+            return self.held[first]
+        parts = [self.held[number].each(functools.partial(_picked, torch.tensor([place]))) for number, place in found]
+        return _joined(parts)
+
+    def put(self, rows: list[int], held: Held, batch: int) -> None:
+        """Keep this of these rows, in place of what was kept."""
+        self.where = self.where or [None] * batch
+        self.held.append(held)
+        for place, row in enumerate(rows):
+            self.where[row] = (len(self.held) - 1, place)
+        used = sorted({place[0] for place in self.where if place is not None})
+        self.held = [self.held[number] for number in used]
+        self.where = [None if place is None else (used.index(place[0]), place[1]) for place in self.where]
+
+    def advance(self, slots: int, batch: int, device: Any, padded: bool) -> None:
+        """The model has read so many slots, padding included."""
+        self.slots, self.batch, self.device = self.slots + slots, batch, device
+        self._padded = self._padded or padded
+        self.is_initialized = True
+
+    def _size(self, number: int) -> int:
+        return 1 + max(place[1] for place in self.where if place is not None and place[0] == number)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return sum(x.numel() * x.element_size() for held in self.held for x in held.tensors)
+
+    # ---- what transformers asks of a layer of a cache ------------------------------------------------------------------------------
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether tokens can be taken back."""
+        return not self.constant and chunk_of(self.program) is None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: it holds what the first call brings."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: this is what the donor's own attention would call."""
+        raise UnsupportedError(
+            f"layer {self.index}: the cache was begun by the converted layer, and the donor's attention cannot go on with it; begin with a "
+            "new cache (past_key_values=None) where identity() is on"
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys and first one, as for a layer that keeps everything: native layers' masks are made by it."""
+        return self.slots + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Slots so far, padding included."""
+        return self.slots
+
+    def get_max_length(self) -> int:
+        """No bound."""
+        return -1
+
+    def reset(self) -> None:
+        """As new."""
+        self.held, self.where, self.slots, self.batch, self._padded, self.is_initialized = [], [], 0, None, False, False
+
+    def offload(self) -> None:
+        """To the CPU."""
+        self.held = [held.each(lambda x: x.to("cpu", non_blocking=True)) for held in self.held]
+
+    def prefetch(self) -> None:
+        """Back to where the model computes."""
+        if self.device is not None:
+            self.held = [held.each(lambda x: x.to(self.device, non_blocking=True)) for held in self.held]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens back, ``-n`` of them; 0 is always right.
+
+        Raises:
+            UnsupportedError: a state cannot go back, nor can rows with padding, of which it is not known which tokens were the last.
+        """
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        if tokens_to_remove > 0:
+            raise UnsupportedError(
+                f"layer {self.index}: crop() takes -n, the number of last tokens to take back; got {tokens_to_remove}"
+            )
+        if self.constant or self._padded:
+            why = "its state holds what it has read for good" if self.constant else "the batch has padding"
+            raise UnsupportedError(
+                f"layer {self.index}: {-tokens_to_remove} tokens cannot be taken back, since {why}. Assisted decoding and prompt lookup "
+                "need that: generate() without assistant_model and prompt_lookup_num_tokens"
+            )
+        self.held = [self._shortened(held, -tokens_to_remove) for held in self.held]
+        self.slots += tokens_to_remove
+        if self.slots <= 0:
+            self.reset()
+
+    def _shortened(self, held: Held, fewer: int) -> Held:
+        left = max(held.tokens - fewer, 0)
+        if chunk_of(self.program) is None:
+            axes = by_tokens(self.program)
+            return replace(held, tokens=left, rows={name: x.narrow(axes[name], 0, left) for name, x in held.rows.items()})
+        raise UnsupportedError(
+            f"layer {self.index}: {fewer} tokens cannot be taken back, since the hidden states of chunks that are over are gone. Assisted "
+            "decoding and prompt lookup need that: generate() without assistant_model and prompt_lookup_num_tokens"
+        )
+
+    def _select(self, rows: list[int]) -> None:
+        """The batch becomes these of its rows."""
+        if not self.is_initialized:
+            return
+        where = [self.where[row] for row in rows]
+        held, places = list[Held](), list[tuple[int, int] | None]([None] * len(rows))
+        for number in sorted({place[0] for place in where if place is not None}):
+            mine = [(row, place[1]) for row, place in enumerate(where) if place is not None and place[0] == number]
+            index = torch.tensor([old for _, old in mine])
+            for new, (row, _) in enumerate(mine):
+                places[row] = (len(held), new)
+            held.append(self.held[number].each(functools.partial(_picked, index)))
+        self.held, self.where, self.batch = held, places, len(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of beams."""
+        self._select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times."""
+        self._select([row for row in range(self.batch or 0) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These rows alone."""
+        chosen = torch.arange(self.batch or 0)[indices.cpu()]
+        self._select(chosen.tolist())
