@@ -18,7 +18,7 @@ from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.derived import DerivedForm, derive
-from sparsedsl.models.mask_arguments import MaskRequest
+from sparsedsl.models.mask_arguments import MaskRequest, unmasked_request
 from sparsedsl.models.native import Facts
 from sparsedsl.models.programs import fitted, is_for_prefill
 from sparsedsl.program.graph import Program
@@ -51,8 +51,8 @@ class Compiled:
 
 @dataclass(eq=False)
 class Binding:
-    """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for, and ``facts``
-    what its mask says. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the pattern, which then is
+    """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for. ``facts``: what the mask
+    says that the model makes for the layer. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the pattern, which then is
     the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one of. ``reached``: the
     module has called for it."""
 
@@ -60,7 +60,7 @@ class Binding:
     pattern: Pattern
     native: bool
     keeps_score: bool
-    facts: Facts | None
+    facts: Facts
     compiled: Compiled
     stack: Stack
     program: Program | None = None
@@ -112,6 +112,10 @@ def attend(
     request = request_of(attention_mask)
     if attention_mask is None:
         request = binding.stack.omitted_request(query.shape[2], key.shape[2], binding.facts)
+        told = arguments.get("is_causal")
+        causal = getattr(module, "is_causal", True) if told is None else told
+        if request is None and not causal and query.shape[2] == key.shape[2]:
+            request = unmasked_request(query.shape[2])
     _refuse_what_would_be_lost(binding, attention_mask, request, arguments)
     binding.reached = True
     return _run(binding, query, key, value, request, arguments), None

@@ -12,9 +12,19 @@ from sparsedsl.errors import PatternError, UnsupportedError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["attention_layers", "closed_layers", "is_told_causal", "key_owners", "passes_argument", "text_config"]
+__all__ = [
+    "attention_layers",
+    "closed_layers",
+    "has_cross_attention",
+    "is_told_causal",
+    "key_owners",
+    "passes_argument",
+    "text_config",
+]
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
+# How decoders name the attention to an encoder's output, within a layer. Its class is often that of the layer's self-attention.
+_CROSS = re.compile(r"cross_?att|encoder_att|enc(oder)?_?dec(oder)?_?att", re.IGNORECASE)
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -25,10 +35,10 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
             f"sd.models wants a transformers model (a PreTrainedModel); got {type(model).__name__}. For other modules "
             "compile the pattern and call it in your forward: attn = sd.compile(pattern); attn(q, k, v)"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and model.get_encoder() is not model and model.get_decoder() is not model:
         raise UnsupportedError(
-            f"{type(model).__name__} is an encoder-decoder model, whose layer indices name two layers each; "
-            "apply patterns to a model with one stack of layers (an encoder or a decoder)"
+            f"{type(model).__name__} is an encoder-decoder model, whose layer indices name two layers each; give patterns to one of its "
+            "stacks: sd.models.apply(model.get_encoder(), ...), sd.models.apply(model.get_decoder(), ...), or both one after the other"
         )
     return config.get_text_config()
 
@@ -48,9 +58,7 @@ def attention_layers(model: PreTrainedModel) -> dict[int, Any]:
     config = text_config(model)
     found: dict[int, Any] = {}
     for name, module in model.named_modules():
-        if not _reads(module, config) or "CrossAttention" in type(module).__name__:
-            continue
-        if not _mentions(module, _INTERFACE):
+        if not _reads(module, config) or _is_cross(name, module) or not _mentions(module, _INTERFACE):
             continue
         index = getattr(module, "layer_idx", None)
         index = len(found) if index is None else int(index)
@@ -66,6 +74,16 @@ def attention_layers(model: PreTrainedModel) -> dict[int, Any]:
             "cannot reach its attention; sd.compile(pattern) can be called in a forward of your own"
         )
     return dict(sorted(found.items()))
+
+
+def has_cross_attention(model: PreTrainedModel) -> bool:
+    """Whether layers attend to the output of an encoder, too."""
+    return any(_is_cross(name, module) for name, module in model.named_modules())
+
+
+def _is_cross(name: str, module: Any) -> bool:
+    within = re.split(r"(?:^|\.)\d+\.", name)[-1]  # the name within its layer
+    return getattr(module, "is_cross_attention", False) is True or bool(_CROSS.search(within) or _CROSS.search(type(module).__name__))
 
 
 def is_told_causal(model: PreTrainedModel, config: PreTrainedConfig) -> bool:

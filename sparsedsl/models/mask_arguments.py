@@ -21,7 +21,7 @@ from sparsedsl.models.native import Facts
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["MaskFunction", "MaskRequest", "Packing"]
+__all__ = ["MaskFunction", "MaskRequest", "Packing", "unmasked_request"]
 
 # transformers' own mask functions that a layer's pattern stands for -> what they say, and the name of their number.
 _REPLACED = {
@@ -114,6 +114,12 @@ class MaskRequest:
                 made["hf_position"] = self.packing.position.expand(batch, -1).to(device).contiguous()
             self._tables[key] = made
         return self._tables[key]
+
+
+def unmasked_request(length: int) -> MaskRequest:
+    """What a layer means that attends in both directions and is called without any mask, as those of images are: all see all."""
+    facts: Facts = frozenset({("bidirectional", None)})
+    return MaskRequest(length, length, 0, 0, None, None, facts, (), lambda: None)
 
 
 class MaskFunction:
