@@ -17,7 +17,7 @@ from sparsedsl.models.given import bind, choose
 from sparsedsl.models.installed import Installed, home_of, installed_at, installed_in
 from sparsedsl.models.layers import attention_layers, closed_layers, is_told_causal, text_config
 from sparsedsl.models.programs import is_for_prefill
-from sparsedsl.models.saving import save_pretrained
+from sparsedsl.models.saving import save
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 
@@ -172,7 +172,7 @@ class AppliedPatterns:
         self._installed, self._bindings = installed, bindings
         installed.add(self, bindings)
         installed.hook(model, _before_forward, _after_forward)
-        installed.save_by(model, save_pretrained)
+        installed.save_by(model, save)
 
     def restore(self) -> None:
         """Take these patterns out again. Layers then run what they ran without them: what an earlier :func:`apply` gave them that still

@@ -17,7 +17,7 @@ from sparsedsl.models.written import ATTRIBUTE, TABLES_FILE, Tables, given_of, p
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["MARK", "save_pretrained"]
+__all__ = ["MARK", "save", "save_pretrained"]
 
 # A weight that no model has: whoever loads the folder without patterns reads its name in transformers' report of unexpected keys.
 MARK = "sparsedsl.these_weights_ran_with_patterns.load_them_with_sd_models_from_pretrained"
@@ -50,6 +50,11 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
     ...     sd.models.applied(sd.models.from_pretrained(folder))[0].patterns
     {1: <Pattern attend(q_idx >= kv_idx)>}
     """
+    save(model, save_directory, *args, **arguments)
+
+
+def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: Any, **arguments: Any) -> None:
+    """What :func:`save_pretrained` does, under a name that pickles of models with patterns refer to."""
     native = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **arguments)
     found, tables = installed_in(model), Tables()
     if not found or getattr(model, "_hf_peft_config_loaded", False):  # of a model with adapters, transformers saves the adapters only

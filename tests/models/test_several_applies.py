@@ -60,26 +60,19 @@ def test_patterns_of_different_layers_all_stand() -> None:
 def test_the_latter_wins_until_it_is_restored_in_any_order() -> None:
     model = build("gemma3")
     given = [{0: window, 1: window}, {1: blocks}, {0: strided, 1: strided}]
+    right: dict[tuple[int, ...], torch.Tensor] = {}
     for order in itertools.permutations(range(3)):
         handles = [apply(model, patterns) for patterns in given]
-        standing = [0, 1, 2]
+        standing = (0, 1, 2)
         for gone in order:
-            effective: dict[int, Any] = {}
-            for index in standing:
-                effective |= given[index]
-            assert_same(logits(model, **left_padded()), alone(copy_of_native(), effective))
+            if standing not in right:
+                effective = {layer: pattern for index in standing for layer, pattern in given[index].items()}
+                right[standing] = alone(build("gemma3"), effective)
+            assert torch.equal(logits(model, **left_padded()), right[standing])
             handles[gone].restore()
             handles[gone].restore()
-            standing.remove(gone)
+            standing = tuple(index for index in standing if index != gone)
         assert_native(model)
-
-
-def copy_of_native() -> Any:
-    return build("gemma3")
-
-
-def assert_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert torch.equal(got, wanted)
 
 
 def assert_native(model: Any) -> None:
@@ -151,7 +144,7 @@ def test_a_copy_runs_the_patterns_and_is_a_model_of_its_own() -> None:
     model = build("gemma3")
     native = logits(model, **left_padded())
     handle = apply(model, {1: blocks})
-    wanted, both = logits(model, **left_padded()), alone(copy_of_native(), {0: window, 1: blocks})
+    wanted, both = logits(model, **left_padded()), alone(build("gemma3"), {0: window, 1: blocks})
     twin = copy.deepcopy(model)
     (its_own,) = sd.models.applied(twin)
     assert its_own is not handle and its_own.model is twin and list(its_own.patterns) == [1]
@@ -185,28 +178,26 @@ def test_a_copy_of_the_handle_is_that_of_a_copied_model() -> None:
 
 _LOADING = """
 import pickle, sys, torch
-file, kind, wanted = sys.argv[1:]
-if kind == "torch":
-    model = torch.load(file, weights_only=False)
-else:
-    with open(file, "rb") as opened:
-        model = pickle.load(opened)
+by_torch, by_pickle, wanted = sys.argv[1:]
+first = torch.load(by_torch, weights_only=False)
+with open(by_pickle, "rb") as opened:
+    second = pickle.load(opened)
 given, right = torch.load(wanted)
 import sparsedsl as sd
-with torch.no_grad():
-    assert torch.equal(model(**given).logits, right["patterns"]), "with patterns"
-    model.generate(given["input_ids"], max_new_tokens=3, do_sample=False)
-    for handle in sd.models.applied(model):
-        handle.restore()
-    assert torch.equal(model(**given).logits, right["native"]), "restored"
-    with sd.models.apply(model, {0: sd.kv_idx <= sd.q_idx}):
-        model(**given)
+for model in (first, second):
+    with torch.no_grad():
+        assert torch.equal(model(**given).logits, right["patterns"]), "with patterns"
+        model.generate(given["input_ids"], max_new_tokens=3, do_sample=False)
+        for handle in sd.models.applied(model):
+            handle.restore()
+        assert torch.equal(model(**given).logits, right["native"]), "restored"
+        with sd.models.apply(model, {0: sd.kv_idx <= sd.q_idx}):
+            model(**given)
 print("fine")
 """
 
 
-@pytest.mark.parametrize("kind", ["torch", "pickle"])
-def test_a_saved_model_runs_its_patterns_in_another_process(kind: str, tmp_path: Path) -> None:
+def test_a_saved_model_runs_its_patterns_in_another_process(tmp_path: Path) -> None:
     model = build("gemma3")
     slope = sd.table("slope", dtype=float)
     alibi = sd.attend(causal, score=sd.score - slope[sd.h] * (q_idx - kv_idx)).bind(slope=torch.tensor([0.1, 0.2, 0.3, 0.4]))
@@ -214,13 +205,11 @@ def test_a_saved_model_runs_its_patterns_in_another_process(kind: str, tmp_path:
     apply(model, {0: alibi})
     apply(model, {1: blocks})
     right["patterns"] = logits(model, **left_padded())
-    if kind == "torch":
-        torch.save(model, tmp_path / "model")
-    else:
-        (tmp_path / "model").write_bytes(pickle.dumps(model))
-    torch.save((left_padded(), right), tmp_path / "wanted")
-    command = [sys.executable, "-c", _LOADING, str(tmp_path / "model"), kind, str(tmp_path / "wanted")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    files = [tmp_path / name for name in ("torch", "pickle", "wanted")]
+    torch.save(model, files[0])
+    files[1].write_bytes(pickle.dumps(model))
+    torch.save((left_padded(), right), files[2])
+    done = subprocess.run([sys.executable, "-c", _LOADING, *map(str, files)], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["fine"]
 
