@@ -257,7 +257,7 @@ def _seen(cache: Cache, stack: Stack) -> int | None:
 def _widen(cache: Cache, stack: Stack, bindings: dict[int, Binding]) -> None:
     """Let layers that are to keep a window keep everything where a pattern asks for more, as long as they are empty."""
     for owner, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicSlidingWindowLayer or layer.cumulative_length or layer.record_past:
+        if type(layer) is not DynamicSlidingWindowLayer or layer.cumulative_length:
             continue
         readers = [index for index, owned in stack.owners.items() if owned == owner]
         wide = [i for i in readers if i in bindings and not bindings[i].fits_window(layer.sliding_window)]

@@ -156,6 +156,26 @@ def test_shared_keys_are_kept_for_all_who_read_them_or_refused() -> None:
             torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, input_ids=ids), atol=1e-4, rtol=0)
 
 
+def test_a_linear_first_layer_does_not_count_keys() -> None:
+    """MiniMax's cache tells transformers that no token was seen; with patterns in all its softmax layers that is noticed by none.
+
+    (transformers' own padded steps and chunks of a prompt come out wrong there: they are no measure.)
+    """
+    model, ids, greedy = minimax(), tokens(), {"max_new_tokens": 8, "do_sample": False}
+    for given in (causal, window):
+        with sd.models.apply(model, given, backend="reference"):
+            whole = logits(model, input_ids=ids, use_cache=False)
+            cache = transformers.models.minimax.modeling_minimax.MiniMaxCache()
+            parts, start = [], 0
+            for part in ids.split([12, 1, 1, 7], dim=1):
+                place = torch.arange(start, start + part.shape[1])[None].expand(2, -1)
+                parts.append(logits(model, input_ids=part, position_ids=place, past_key_values=cache))
+                start += part.shape[1]
+            torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
+            for inputs in ({"input_ids": ids}, left_padded()):
+                assert torch.equal(model.generate(**inputs, **greedy), model.generate(**inputs, **greedy, use_cache=False))
+
+
 # ---- what carries a request ------------------------------------------------------------
 
 
