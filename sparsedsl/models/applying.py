@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import find_first_full_attention_index
 
@@ -225,15 +226,31 @@ def _before_forward(installed: Installed, module: Any, args: Any, kwargs: dict[s
     installed.check_is_asked()
     cache = kwargs.get("past_key_values")
     cache = getattr(cache, "self_attention_cache", cache)  # of a decoder, beside what it has of the encoder's output
+    if torch.compiler.is_compiling():
+        _before_tracing(installed, args, kwargs, cache)
+        return
     if isinstance(cache, Cache):
         _widen(cache, stack, installed.bindings)
     stack.seen = _seen(cache, stack) if isinstance(cache, Cache) else None
+
+
+def _before_tracing(installed: Installed, args: Any, kwargs: dict[str, Any], cache: Any) -> None:
+    """The same while a graph is made, which cannot exchange layers of a cache: where one has dropped what a pattern asks for, the graph
+    raises when it runs."""
+    installed.stack.positions = kwargs.get("position_ids")
+    if len(args) > 2 or (isinstance(cache, Cache) and find_first_full_attention_index(cache) not in installed.stack.owners):
+        raise UnsupportedError(
+            "a graph does not show what this call means: pass all but input_ids and attention_mask by name; a cache whose first layer keeps "
+            "no keys is for calls without torch.compile or torch.export"
+        )
 
 
 def _after_forward(installed: Installed, module: Any, args: Any, output: Any) -> None:
     """Runs after every forward of the model, failed ones included: each layer with a pattern has called for it."""
     stack, bindings, config = installed.stack, installed.bindings, installed.config
     stack.inside = max(0, stack.inside - 1)  # another hook may have failed before ours
+    if stack.inside == 0:
+        stack.traced, stack.positions = (), None
     if stack.inside or output is None or all(binding.reached for binding in bindings.values()):
         return
     if module.training and any(getattr(config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")):

@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.models.attention_function import BINDING, Binding, attend
 from sparsedsl.models.carried import Stack, calling, put_stacks, stacks_of
-from sparsedsl.models.layers import has_cross_attention, key_owners
+from sparsedsl.models.layers import file_mentions, has_cross_attention, key_owners, mentions
 from sparsedsl.models.mask_arguments import MaskFunction
 from sparsedsl.models.native import masks_of
 from sparsedsl.models.written import ATTRIBUTE, Tables, entry_of, put_note
@@ -68,6 +68,8 @@ class Installed:
         layers' masks: those of the models from ``root``'s base model to the one that the layers lie in."""
         for module in _models_between(root.base_model, self.home):
             if all(module is not hooked for hooked, *_ in self._hooked):
+                blocks = mentions if module is self.home else file_mentions
+                self.stack.may_have_blocks |= blocks(module, "block_sequence_ids")
                 first = module.register_forward_pre_hook(functools.partial(before, self), with_kwargs=True)
                 last = module.register_forward_hook(functools.partial(after, self), always_call=True)
                 self._hooked.append((module, first, last))

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 __all__ = [
     "attention_layers",
     "closed_layers",
+    "file_mentions",
     "has_cross_attention",
     "is_told_causal",
     "key_owners",
+    "mentions",
     "passes_argument",
     "text_config",
 ]
@@ -48,7 +50,7 @@ def closed_layers(model: PreTrainedModel) -> dict[int, str]:
     config, found = text_config(model), {}
     for module in model.modules():
         inherits = any(_INTERFACE in _source(vars(base).get("forward")) for base in type(module).__mro__)
-        if _reads(module, config) and inherits and not _mentions(module, _INTERFACE) and hasattr(module, "layer_idx"):
+        if _reads(module, config) and inherits and not mentions(module, _INTERFACE) and hasattr(module, "layer_idx"):
             found[int(module.layer_idx)] = type(module).__name__
     return found
 
@@ -58,7 +60,7 @@ def attention_layers(model: PreTrainedModel) -> dict[int, Any]:
     config = text_config(model)
     found: dict[int, Any] = {}
     for name, module in model.named_modules():
-        if not _reads(module, config) or _is_cross(name, module) or not _mentions(module, _INTERFACE):
+        if not _reads(module, config) or _is_cross(name, module) or not mentions(module, _INTERFACE):
             continue
         index = getattr(module, "layer_idx", None)
         index = len(found) if index is None else int(index)
@@ -89,12 +91,12 @@ def _is_cross(name: str, module: Any) -> bool:
 def is_told_causal(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     """Whether a module of the text stack overrules its layers with ``is_causal=True`` at the call, as CLIP's text model does."""
     stack = (module for module in model.modules() if _reads(module, config))
-    return any(_mentions(module, "is_causal=True") for module in stack)
+    return any(mentions(module, "is_causal=True") for module in stack)
 
 
 def passes_argument(module: Any, name: str) -> bool:
     """Whether the module's forward hands ``name=`` to the attention function."""
-    return _mentions(module, f"{name}=")
+    return mentions(module, f"{name}=")
 
 
 def key_owners(layers: dict[int, Any]) -> dict[int, int]:
@@ -121,10 +123,17 @@ def _reads(module: Any, config: PreTrainedConfig) -> bool:
     return own is config or (hasattr(own, "__dict__") and vars(own) is vars(config))
 
 
-def _mentions(module: Any, text: str) -> bool:
+def mentions(module: Any, text: str) -> bool:
+    """Whether ``text`` stands in the source of the module's forward."""
     forward = inspect.unwrap(module.forward)
     kind: Any = type(module)
     return _forward_contains(kind, getattr(forward, "__func__", forward), text)
+
+
+def file_mentions(module: Any, text: str) -> bool:
+    """Whether ``text`` stands in the file that the module's class is written in, or that cannot be read."""
+    source = _source(inspect.getmodule(type(module)))
+    return not source or text in source
 
 
 @functools.cache
