@@ -56,6 +56,11 @@ def apply(
       ``sd.models.sinks[h]``, the layer's sink logits. Others must be bound before: ``pattern.bind(name=tensor)``.
     - In packed batches (``position_ids`` that start again; no attention mask, no cache) a query sees its own sequence only and
       the indices count within the sequence, again as in transformers.
+    - Calls add up, as context managers do that are stacked: patterns of different layers all stand, a layer runs what it was given last, and
+      ``restore()``, in any order, takes away what its own call gave.
+    - A copy of the model, and one that was pickled, run the patterns and have handles of their own: :func:`applied`. ``save_pretrained``
+      writes patterns as text, and :func:`from_pretrained` reads them.
+    - ``torch.compile`` and ``torch.export`` make one graph where they make one of the model itself, with an operator for each layer.
     - A layer whose native cache keeps a window only gets one that keeps everything, unless the pattern provably needs no more. Layers that
       share their keys (Gemma 3n, Gemma 4) get one together, or the call raises.
 
@@ -68,7 +73,9 @@ def apply(
     - takes no padding and no packed positions.
 
     Args:
-        model: a transformers model with one stack of layers, running ``sdpa``, ``eager`` or ``flex_attention``.
+        model: a transformers model with one stack of layers, running ``sdpa``, ``eager`` or ``flex_attention``. Of an encoder-decoder
+            model give one stack, ``model.get_encoder()`` or ``model.get_decoder()``, whose cross-attention stays native; of a model with a
+            tower for images that tower, ``model.vision_model``, or the whole for its text.
         patterns: one mask, pattern or program for all layers; or a mapping from layer index; or a function of the layer index, where a
             missing index and None mean native.
         backend, allow: as in :func:`sparsedsl.compile`.
@@ -198,7 +205,9 @@ class AppliedPatterns:
             groups.setdefault(_words(pattern), []).append(index)
         words = [f"{_layer_words(indices)} {text}" for text, indices in groups.items()]
         standing = self._installed.bindings
-        hidden = [index for index in self.patterns if self in self._installed.applied and standing[index] is not self._bindings[index]]
+        hidden = [
+            index for index in self.patterns if self in self._installed.applied and standing[index] is not self._bindings[index]
+        ]
         words += [f"given another by a later apply: {_layer_words(hidden)}"] if hidden else []
         left = [index for index in self.layers if index not in self.patterns]
         others = [index for index in left if index in standing]
@@ -240,8 +249,8 @@ def _before_tracing(installed: Installed, args: Any, kwargs: dict[str, Any], cac
     installed.stack.positions = kwargs.get("position_ids")
     if len(args) > 2 or (isinstance(cache, Cache) and find_first_full_attention_index(cache) not in installed.stack.owners):
         raise UnsupportedError(
-            "a graph does not show what this call means: pass all but input_ids and attention_mask by name; a cache whose first layer keeps "
-            "no keys is for calls without torch.compile or torch.export"
+            "a graph does not show what this call means: pass all but input_ids and attention_mask by name; a cache whose first layer "
+            "keeps no keys is for calls without torch.compile or torch.export"
         )
 
 

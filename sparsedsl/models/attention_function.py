@@ -54,9 +54,9 @@ class Compiled:
 @dataclass(eq=False)
 class Binding:
     """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for. ``facts``: what the mask
-    says that the model makes for the layer. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the pattern, which then is
-    the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one of. ``reached``: the
-    module has called for it."""
+    says that the model makes for the layer. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the
+    pattern, which then is the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one
+    of. ``reached``: the module has called for it."""
 
     index: int
     pattern: Pattern
@@ -173,7 +173,9 @@ def _run_in_graph(
 run_by(_run_in_graph, _made_again)
 
 
-def _refuse_what_would_be_lost(binding: Binding, mask: Any, request: MaskRequest | TracedRequest | None, arguments: dict[str, Any]) -> None:
+def _refuse_what_would_be_lost(
+    binding: Binding, mask: Any, request: MaskRequest | TracedRequest | None, arguments: dict[str, Any]
+) -> None:
     """Nothing that the model or its caller asks for is dropped in silence."""
     where = f"layer {binding.index}"
     if request is None:

@@ -50,10 +50,10 @@ class Stack:
     """One patched stack of layers, as its masks and its bound layers know it.
 
     ``owners``: index of each attention layer -> that of the layer whose keys it reads. ``native``: what the masks of its native layers say;
-    None where the configuration does not tell. ``inside``: how many forwards around it are running. ``seen``: tokens that its cache holds, where
-    transformers asks a layer without keys for that. ``omitted``: keys announced and facts -> the last request without a mask. ``notes``: what
-    a saved configuration says of its patterns. While a graph is made, see ``traced``: ``traced``, this forward's masks and requests;
-    ``positions``, the position_ids that it was given; ``may_have_blocks``, whether the model may join blocks of its own to a mask.
+    None where the configuration does not tell. ``inside``: how many forwards around it are running. ``seen``: tokens that its cache holds,
+    where transformers asks a layer without keys for that. ``omitted``: keys announced and facts -> the last request without a mask.
+    ``notes``: what a saved configuration says of its patterns. While a graph is made, see ``traced``: ``traced``, this forward's masks and
+    requests; ``positions``, the position_ids that it was given; ``may_have_blocks``, whether the model may join blocks of its own to a mask.
     """
 
     owners: dict[int, int]

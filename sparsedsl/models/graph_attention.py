@@ -123,7 +123,11 @@ def _(
     grad_out: Tensor, handle: str, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, positions: Tensor | None,
     sinks: Tensor | None, tables: list[Tensor], numbers: list[int], scale: float | None, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, want in zip((q, k, v, sinks, *tables), wanted, strict=True) if want and x is not None]
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x, want in zip((q, k, v, sinks, *tables), wanted, strict=True)
+        if want and x is not None
+    ]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

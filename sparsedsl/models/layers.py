@@ -85,7 +85,9 @@ def has_cross_attention(model: PreTrainedModel) -> bool:
 
 def _is_cross(name: str, module: Any) -> bool:
     within = re.split(r"(?:^|\.)\d+\.", name)[-1]  # the name within its layer
-    return getattr(module, "is_cross_attention", False) is True or bool(_CROSS.search(within) or _CROSS.search(type(module).__name__))
+    return getattr(module, "is_cross_attention", False) is True or bool(
+        _CROSS.search(within) or _CROSS.search(type(module).__name__)
+    )
 
 
 def is_told_causal(model: PreTrainedModel, config: PreTrainedConfig) -> bool:

@@ -97,7 +97,11 @@ def _loaded(kind: Any, folder: str | os.PathLike[str], arguments: dict[str, Any]
     finally:
         logger.removeFilter(hold)
     unexpected = sorted(set(info["unexpected_keys"]) - {MARK})
-    lost = {"not used": unexpected, "not found": sorted(info["missing_keys"]), "of another shape": sorted(info["mismatched_keys"])}
+    lost = {
+        "not used": unexpected,
+        "not found": sorted(info["missing_keys"]),
+        "of another shape": sorted(info["mismatched_keys"]),
+    }
     words = [f"{what}: {', '.join(map(str, keys[:8]))}" for what, keys in lost.items() if keys]
     if kept and words:
         warnings.warn(f"weights of {os.fspath(folder)!r} that were {'; '.join(words)}", stacklevel=3)

@@ -57,7 +57,9 @@ def save(model: PreTrainedModel, save_directory: str | os.PathLike[str], *args: 
     """What :func:`save_pretrained` does, under a name that pickles of models with patterns refer to."""
     native = inspect.signature(type(model).save_pretrained).bind(model, save_directory, *args, **arguments)
     found, tables = installed_in(model), Tables()
-    if not found or getattr(model, "_hf_peft_config_loaded", False):  # of a model with adapters, transformers saves the adapters only
+    if not found or getattr(
+        model, "_hf_peft_config_loaded", False
+    ):  # of a model with adapters, transformers saves the adapters only
         type(model).save_pretrained(*native.args, **native.kwargs)
         return
     entries = [(installed.config, installed.entries(tables)) for installed in found]

@@ -68,7 +68,6 @@ class _ProgramReader(Reader):
         """A table, or a node."""
         return function in _NODES or super().declares(function)
 
-
     @property
     def nodes(self) -> list[Any]:
         """The nodes that were declared."""

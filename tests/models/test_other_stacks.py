@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import DynamicCache
 import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx
 from sparsedsl.lang.evaluation import evaluate
-from tests.models.families import tokens
+from tests.models.families import made, tokens
 
 causal = kv_idx <= q_idx
 window = causal & (q_idx - kv_idx < 4)
@@ -24,16 +23,6 @@ _BART = {
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
     "forced_eos_token_id": None, "decoder_start_token_id": 2,
 }  # fmt: skip
-
-
-def made(kind: str, config: str, **sizes: Any) -> Any:
-    torch.manual_seed(0)
-    model = getattr(transformers, kind)(getattr(transformers, config)(**sizes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.5 / math.sqrt(parameter.shape[-1]))
-    return model
 
 
 def padded(side: str = "right") -> dict[str, torch.Tensor]:
@@ -118,7 +107,9 @@ def test_a_pattern_in_a_decoder_leaves_cross_attention_native(make: Any) -> None
         hidden = model.get_encoder()(**given).last_hidden_state
         outputs = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=hidden)
         while ids.shape[1] < 20:
-            out = model.get_decoder()(ids, attention_mask=dense(window, ids.shape[1]), encoder_hidden_states=hidden, use_cache=False)
+            out = model.get_decoder()(
+                ids, attention_mask=dense(window, ids.shape[1]), encoder_hidden_states=hidden, use_cache=False
+            )
             head = getattr(model, "lm_head", None) or model.proj_out
             best = head(out.last_hidden_state[:, -1]) + getattr(model, "final_logits_bias", 0.0)
             ids = torch.cat([ids, best.argmax(-1, keepdim=True)], dim=1)
@@ -168,7 +159,14 @@ def test_stacks_with_a_configuration_of_their_own() -> None:
 def falcon_h1() -> Any:
     sizes = {"vocab_size": 89, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
-    sizes |= {"mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    sizes |= {
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
     return made("FalconH1ForCausalLM", "FalconH1Config", **sizes)
 
 
@@ -199,7 +197,14 @@ def test_attention_inside_hybrid_layers_takes_masks_and_programs() -> None:
 
 @pytest.mark.parametrize("kind", ["Siglip", "CLIP"])
 def test_layers_that_are_called_without_any_mask(kind: str) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 4,
+    }
     model = made(f"{kind}VisionModel", f"{kind}VisionConfig", **sizes)
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

@@ -209,7 +209,9 @@ def test_a_saved_model_runs_its_patterns_in_another_process(tmp_path: Path) -> N
     torch.save(model, files[0])
     files[1].write_bytes(pickle.dumps(model))
     torch.save((left_padded(), right), files[2])
-    done = subprocess.run([sys.executable, "-c", _LOADING, *map(str, files)], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADING, *map(str, files)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["fine"]
 
