@@ -18,10 +18,12 @@ from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.derived import DerivedForm, derive
-from sparsedsl.models.mask_arguments import MaskRequest
+from sparsedsl.models.graph_attention import attend_in_graph, handle_of, run_by
+from sparsedsl.models.mask_arguments import MaskRequest, request_in_graph, unmasked_request
 from sparsedsl.models.native import Facts
 from sparsedsl.models.programs import ROW, fitted, is_for_prefill, reads_rows, told_rows
 from sparsedsl.models.sequences import SequenceGroup, sequence_groups
+from sparsedsl.models.traced import TracedRequest, traced_request
 from sparsedsl.program.graph import Program
 
 __all__ = ["BINDING", "Binding", "Compiled", "attend"]
@@ -52,16 +54,16 @@ class Compiled:
 
 @dataclass(eq=False)
 class Binding:
-    """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for, and ``facts``
-    what its mask says. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the pattern, which then is
-    the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one of. ``count_slots``:
-    the user's pattern counts slots, and not tokens. ``reached``: the module has called for it."""
+    """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for. ``facts``: what the mask
+    says that the model makes for the layer. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the
+    pattern, which then is the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one
+    of. ``count_slots``: the user's pattern counts slots, and not tokens. ``reached``: the module has called for it."""
 
     index: int
     pattern: Pattern
     native: bool
     keeps_score: bool
-    facts: Facts | None
+    facts: Facts
     compiled: Compiled
     stack: Stack
     program: Program | None = None
@@ -70,6 +72,25 @@ class Binding:
     _by_scale: dict[Any, Any] = field(default_factory=dict)
     _by_form: dict[DerivedForm, tuple[Any, frozenset[str]]] = field(default_factory=dict)
     _fits: dict[int, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Read while a graph is made: the tensors bound to tables, and the name of this binding in the graph.
+        self.bound: dict[str, torch.Tensor] = dict((self.program or self.pattern).bound)
+        self.handle = handle_of(
+            self,
+            {
+                "index": self.index,
+                "pattern": self.pattern.text,
+                "program": None if self.program is None else self.program.text,
+                "native": self.native,
+                "keeps_score": self.keeps_score,
+                "count_slots": self.count_slots,
+                "facts": sorted(self.facts, key=str),
+                "backend": self.compiled.backend,
+                "allow": self.compiled.allow,
+                "bound": list(self.bound),
+            },
+        )
 
     def attention(self, form: DerivedForm) -> tuple[Any, frozenset[str]]:
         """The compiled pattern for calls of this form, and the names of the tables it is to be given."""
@@ -109,6 +130,18 @@ class Binding:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_by_form": {}, "_by_scale": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()  # a copy is another binding, with tensors of its own
+
+
+def _made_again(words: dict[str, Any], pattern: Pattern, program: Program | None) -> Binding:
+    """The binding that a handle of another process speaks of."""
+    facts: Facts = frozenset((name, number) for name, number in words["facts"])
+    compiled = Compiled(words["backend"], tuple(words["allow"]))
+    native, keeps_score = words["native"], words["keeps_score"]
+    return Binding(words["index"], pattern, native, keeps_score, facts, compiled, Stack({}, None), program, words["count_slots"])
+
 
 def attend(
     module: Any,
@@ -120,15 +153,42 @@ def attend(
 ) -> tuple[torch.Tensor, Any]:
     """The attention function of bound modules, as transformers' ``AttentionInterface`` wants it."""
     binding: Binding = getattr(module, BINDING)
+    told, rows = arguments.get("is_causal"), query.shape[2]
+    both_ways = not (getattr(module, "is_causal", True) if told is None else told)
+    if torch.compiler.is_compiling():
+        traced = traced_request(binding.stack, attention_mask, binding.facts)
+        if traced is None and attention_mask is None and both_ways and rows == key.shape[2]:
+            traced = TracedRequest(rows, rows, 0, 0, None, None, binding.facts)
+        _refuse_what_would_be_lost(binding, attention_mask, traced, arguments)
+        binding.reached = True
+        return attend_in_graph(binding, query, key, value, traced, arguments), None
     request = request_of(attention_mask)
     if attention_mask is None:
-        request = binding.stack.omitted_request(query.shape[2], key.shape[2], binding.facts)
+        request = binding.stack.omitted_request(rows, key.shape[2], binding.facts)
+        if request is None and both_ways and rows == key.shape[2]:
+            request = unmasked_request(rows)
     _refuse_what_would_be_lost(binding, attention_mask, request, arguments)
     binding.reached = True
     return _run(binding, query, key, value, request, arguments), None
 
 
-def _refuse_what_would_be_lost(binding: Binding, mask: Any, request: MaskRequest | None, arguments: dict[str, Any]) -> None:
+def _run_in_graph(
+    binding: Binding,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    traced: TracedRequest,
+    arguments: dict[str, Any],
+) -> torch.Tensor:
+    return _run(binding, query, key, value, request_in_graph(traced, query.device), arguments)
+
+
+run_by(_run_in_graph, _made_again)
+
+
+def _refuse_what_would_be_lost(
+    binding: Binding, mask: Any, request: MaskRequest | TracedRequest | None, arguments: dict[str, Any]
+) -> None:
     """Nothing that the model or its caller asks for is dropped in silence."""
     where = f"layer {binding.index}"
     if request is None:
