@@ -56,7 +56,7 @@ def apply(
       ``sd.models.sinks[h]``, the layer's sink logits. Others must be bound before: ``pattern.bind(name=tensor)``.
     - In packed batches (``position_ids`` that start again; no attention mask, no cache) a query sees its own sequence only and
       the indices count within the sequence, again as in transformers.
-    - Calls add up, as context managers do that are stacked: patterns of different layers all stand, a layer runs what it was given last, and
+    - Calls add up, as stacked context managers do: patterns of different layers all stand, a layer runs what it was given last, and
       ``restore()``, in any order, takes away what its own call gave.
     - A copy of the model, and one that was pickled, run the patterns and have handles of their own: :func:`applied`. ``save_pretrained``
       writes patterns as text, and :func:`from_pretrained` reads them.

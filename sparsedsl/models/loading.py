@@ -47,7 +47,17 @@ def from_pretrained(
         TableError: tensors that the patterns read are missing.
         UnsupportedError: as :func:`apply`; or the saved class is none of transformers.
 
-    transformers' report of weights that were not used or not found is shown as ever. The example is that of :func:`save_pretrained`.
+    transformers' report of weights that were not used or not found is shown as ever.
+
+    >>> import tempfile, sparsedsl as sd
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(**tiny))
+    >>> with tempfile.TemporaryDirectory() as folder, sd.models.apply(model, {1: sd.kv_idx <= sd.q_idx}):
+    ...     model.save_pretrained(folder)
+    ...     again = sd.models.from_pretrained(folder)
+    >>> sd.models.applied(again)[0]
+    <AppliedPatterns on LlamaForCausalLM: layer 1 attend(q_idx >= kv_idx); native: layer 0>
     """
     kind = _saved_class(folder, arguments) if model_class is None else model_class
     model = _loaded(kind, folder, arguments)
