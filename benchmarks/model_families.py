@@ -153,12 +153,13 @@ def row_of(name: str, chosen: list[str]) -> dict[str, str]:
             right = wanted[column]
             got = NO_SUCH if isinstance(right, str) else attempt(call, model)
             row[column] = got if isinstance(got, str) else differs(got, right)  # type: ignore[arg-type]
-    if isinstance(wanted.get("forward"), torch.Tensor):
+    forward = wanted.get("forward")
+    if isinstance(forward, torch.Tensor):
         index = max(patterns)
         with sd.models.apply(model, {index: patterns[index]}, backend="reference"):
             one = attempt(COLUMNS["forward"], model)
-        row["one layer"] = one if isinstance(one, str) else differs(one, wanted["forward"])
-        row["restore"] = SAME if torch.equal(COLUMNS["forward"](model), wanted["forward"]) else "other bits"
+        row["one layer"] = one if isinstance(one, str) else differs(one, forward)
+        row["restore"] = SAME if torch.equal(COLUMNS["forward"](model), forward) else "other bits"
     return row
 
 
