@@ -1,6 +1,6 @@
 """What works with which family of transformers: native patterns in tiny random models against the models themselves.
 
-    python benchmarks/model_families.py [names ..] [--no-graphs]   # results/model_families.json; takes minutes
+    python benchmarks/model_families.py [names ..] [--columns greedy ..]   # results/model_families.json; takes minutes
     python benchmarks/model_families.py --page                     # the table of docs/models.md, from that file
 
 Each cell compares the same call without and with patterns: logits of real tokens, or the tokens of a generation.
@@ -9,6 +9,8 @@ Each cell compares the same call without and with patterns: logits of real token
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import re
 import signal
@@ -29,14 +31,15 @@ from measure import write_json  # noqa: E402
 import sparsedsl as sd  # noqa: E402
 from sparsedsl.models.layers import attention_layers, closed_layers, is_told_causal, text_config  # noqa: E402
 from sparsedsl.models.native import native_pattern  # noqa: E402
-from tests.models import families, more_families  # noqa: E402
 
+# The tiny models are those of the tests, which are no package that others import.
+families, more_families = (importlib.import_module(f"tests.models.{name}") for name in ("families", "more_families"))
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "model_families.json", ROOT / "docs" / "models.md"
 LENGTH, NEW, SECONDS = 13, 8, 150
 SAME, NO_SUCH = "same", "none"
 BUILDERS: dict[str, Callable[[], Any]] = {
-    **{name: (lambda name=name: more_families.build(name)) for name in more_families.NAMES},
-    **{name: (lambda name=name: families.build(name)) for name in families.FAMILIES},
+    **{name: functools.partial(more_families.build, name) for name in more_families.NAMES},
+    **{name: functools.partial(families.build, name) for name in families.FAMILIES},
 }
 ENCODERS = {*families.ENCODERS, *more_families.ENCODERS}
 
@@ -97,7 +100,7 @@ COLUMNS: dict[str, Callable[[Any], torch.Tensor]] = {
     "chunks": chunks,
     "graph": graph,
 }
-ENCODER_COLUMNS = ("forward", "left padding", "right padding", "one layer", "restore", "graph")
+ENCODER_COLUMNS = ("forward", "left padding", "right padding", "graph")
 SHOWN = (*list(COLUMNS)[:-1], "one layer", "restore", "graph")
 
 
@@ -132,7 +135,7 @@ def attempt(call: Callable[[Any], torch.Tensor], model: Any) -> torch.Tensor | s
         return f"{kind}: {' '.join(text.split())[:160]}"
 
 
-def row_of(name: str, graphs: bool) -> dict[str, str]:
+def row_of(name: str, chosen: list[str]) -> dict[str, str]:
     """One family: column -> SAME, NO_SUCH where transformers itself does not do it, a refusal or a difference."""
     model = BUILDERS[name]()
     try:
@@ -141,10 +144,8 @@ def row_of(name: str, graphs: bool) -> dict[str, str]:
         return {"layers": "none", "why": str(error)}
     if not patterns:
         return {"layers": "none", "why": why}
-    encoder = name in ENCODERS
-    columns = {
-        name: call for name, call in COLUMNS.items() if (not encoder or name in ENCODER_COLUMNS) and (graphs or name != "graph")
-    }
+    possible = ENCODER_COLUMNS if name in ENCODERS else tuple(COLUMNS)
+    columns = {column: call for column, call in COLUMNS.items() if column in possible and column in chosen}
     wanted = {name: attempt(call, model) for name, call in columns.items()}
     row = {"layers": "all" if not why else ", ".join(map(str, patterns)), **({"why": why} if why else {})}
     with sd.models.apply(model, patterns, backend="reference"):
@@ -152,18 +153,19 @@ def row_of(name: str, graphs: bool) -> dict[str, str]:
             right = wanted[column]
             got = NO_SUCH if isinstance(right, str) else attempt(call, model)
             row[column] = got if isinstance(got, str) else differs(got, right)  # type: ignore[arg-type]
-    if isinstance(wanted["forward"], torch.Tensor):
+    forward = wanted.get("forward")
+    if isinstance(forward, torch.Tensor):
         index = max(patterns)
         with sd.models.apply(model, {index: patterns[index]}, backend="reference"):
             one = attempt(COLUMNS["forward"], model)
-        row["one layer"] = one if isinstance(one, str) else differs(one, wanted["forward"])
-        row["restore"] = SAME if torch.equal(COLUMNS["forward"](model), wanted["forward"]) else "other bits"
+        row["one layer"] = one if isinstance(one, str) else differs(one, forward)
+        row["restore"] = SAME if torch.equal(COLUMNS["forward"](model), forward) else "other bits"
     return row
 
 
-def measure(names: list[str], graphs: bool) -> None:
+def measure(names: list[str], columns: list[str], results: Path = RESULTS) -> None:
     """Add rows to the file; a family that this transformers or these sizes do not make is left out."""
-    rows = {row["family"]: row for row in read()["records"]} if RESULTS.exists() else {}
+    rows = {row["family"]: row for row in read(results)["records"]} if results.exists() else {}
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"more than {SECONDS} s")
@@ -172,7 +174,7 @@ def measure(names: list[str], graphs: bool) -> None:
     for name in names:
         signal.alarm(SECONDS)
         try:
-            row = row_of(name, graphs)
+            row = row_of(name, columns)
         except Exception as error:
             print(f"{name}: left out, {type(error).__name__}: {str(error)[:100]}", flush=True)
             continue
@@ -181,12 +183,12 @@ def measure(names: list[str], graphs: bool) -> None:
         rows[name] = {"family": name, **rows.get(name, {}), **row}
         print(name, {column: value for column, value in row.items() if value != SAME}, flush=True)
         records = [rows[family] for family in sorted(rows)]
-        write_json(RESULTS, {"transformers": transformers.__version__, "torch": torch.__version__, "records": records})
+        write_json(results, {"transformers": transformers.__version__, "torch": torch.__version__, "records": records})
 
 
-def read() -> dict[str, Any]:
+def read(results: Path) -> dict[str, Any]:
     """What was measured."""
-    known: dict[str, Any] = json.loads(RESULTS.read_text())
+    known: dict[str, Any] = json.loads(results.read_text())
     return known
 
 
@@ -220,24 +222,26 @@ def table(rows: list[dict[str, str]]) -> str:
     )
 
 
-def write_page() -> None:
+def write_page(results: Path = RESULTS, page: Path = PAGE) -> None:
     """Put the table between the two marks of the page."""
-    known, text = read(), PAGE.read_text()
+    known, text = read(results), page.read_text()
     before, _, rest = text.partition("<!-- families -->\n")
     after = rest.partition("<!-- /families -->")[2]
     count = sum(row["layers"] != "none" for row in known["records"])
     head = f"{count} families of transformers {known['transformers']}, torch {known['torch']} (`model_families.json`).\n\n"
-    PAGE.write_text(f"{before}<!-- families -->\n{head}{table(known['records'])}\n<!-- /families -->{after}")
+    page.write_text(f"{before}<!-- families -->\n{head}{table(known['records'])}\n<!-- /families -->{after}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="families; all where none is named")
-    parser.add_argument("--no-graphs", action="store_true", help="leave out torch.compile")
+    parser.add_argument(
+        "--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS), help="only these; others are kept as they are"
+    )
     parser.add_argument("--page", action="store_true", help="write the table of docs/models.md")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if given.page:
         write_page()
     else:
-        measure(given.names or sorted(BUILDERS), not given.no_graphs)
+        measure(given.names or sorted(BUILDERS), given.columns)

@@ -160,6 +160,7 @@ def attend(
         if traced is None and attention_mask is None and both_ways and rows == key.shape[2]:
             traced = TracedRequest(rows, rows, 0, 0, None, None, binding.facts)
         _refuse_what_would_be_lost(binding, attention_mask, traced, arguments)
+        assert traced is not None
         binding.reached = True
         return attend_in_graph(binding, query, key, value, traced, arguments), None
     request = request_of(attention_mask)

@@ -53,8 +53,7 @@ class Stack:
     None where the configuration does not tell. ``inside``: how many forwards around it are running. ``seen``: tokens that its cache holds,
     where transformers asks a layer without keys for that. ``omitted``: keys announced and facts -> the last request without a mask.
     ``notes``: what a saved configuration says of its patterns. While a graph is made, see ``traced``: ``traced``, this forward's masks and
-    requests; ``positions``, the position_ids that it was given; ``may_have_blocks``, whether the model may join blocks of its own to a
-    mask.
+    requests; ``positions``, the position_ids that it was given; ``may_have_blocks``, whether the model may join blocks to a mask.
     """
 
     owners: dict[int, int]

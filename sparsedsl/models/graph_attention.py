@@ -79,7 +79,8 @@ def _call(
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """The ordinary call, and the tensors that it reads tables from."""
     binding = _binding(handle, tables)
-    request = TracedRequest(*numbers, padding, positions, binding.facts)
+    q_length, kv_length, q_offset, kv_offset = numbers
+    request = TracedRequest(q_length, kv_length, q_offset, kv_offset, padding, positions, binding.facts)
     with until_built(), autograd_again(), torch.set_grad_enabled(grad):
         out = _makers[0](binding, q, k, v, request, {"scaling": scale, "s_aux": sinks})
     return out, list(binding.bound.values())
@@ -110,11 +111,12 @@ def _model_attention_backward(
     sinks: Tensor | None, tables: list[Tensor], numbers: list[int], scale: float | None, wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of those of ``q, k, v, sinks, *tables`` that are wanted: the call made again under autograd."""
-    leaves = [None if x is None else x.detach().requires_grad_(want) for x, want in zip((q, k, v, sinks), wanted, strict=False)]
+    q, k, v = (x.detach().requires_grad_(want) for x, want in zip((q, k, v), wanted, strict=False))
+    sinks = None if sinks is None else sinks.detach().requires_grad_(wanted[3])
     with autograd_again(), torch.enable_grad():
-        out, own = _call(handle, *leaves[:3], padding, positions, leaves[3], tables, numbers, scale, True)  # type: ignore[arg-type]
-        sources = [x for x, want in zip([*leaves, *own], wanted, strict=True) if want]
-        grads = torch.autograd.grad(out, sources, grad_out, allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+        out, own = _call(handle, q, k, v, padding, positions, sinks, tables, numbers, scale, True)
+        sources = [x for x, want in zip((q, k, v, sinks, *own), wanted, strict=True) if want and x is not None]
+        grads = torch.autograd.grad(out, sources, grad_out, allow_unused=True, materialize_grads=True)
     return [grad.contiguous() for grad in grads]
 
 

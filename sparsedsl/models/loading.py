@@ -68,6 +68,12 @@ def from_pretrained(
     >>> ids = torch.arange(8)[None]
     >>> torch.equal(model(ids).logits, again(ids).logits)
     True
+    >>> handle.restore()
+    >>> with tempfile.TemporaryDirectory() as folder, sd.models.apply(model, {1: sd.kv_idx <= sd.q_idx}):
+    ...     model.save_pretrained(folder)
+    ...     again = sd.models.from_pretrained(folder)
+    >>> sd.models.applied(again)[0]
+    <AppliedPatterns on LlamaForCausalLM: layer 1 attend(q_idx >= kv_idx); native: layer 0>
     """
     place = {name: arguments[name] for name in _PLACE if name in arguments}
     kind = _saved_class(folder, place) if model_class is None else model_class
