@@ -59,7 +59,7 @@ def apply(
     - Padding means nothing: ``q_idx`` and ``kv_idx`` count the real tokens of a row, ``q_len`` and ``kv_len`` are how many there are, and
       tables are read by them. So a row alone, padded left, right or in between, and packed gives the same. Padded keys never attend.
     - In packed batches (``position_ids`` that start again; no attention mask, no cache) a query sees its own sequence only, and indices
-      and lengths are those of the sequence.
+      and lengths are those of the sequence; in models that make their masks by ``position_ids`` (GPT-OSS does not, and sees one sequence).
     - With ``indices="slots"`` they are slots of the KV cache, as in transformers' mask functions: with left padding, slot 0 is padding;
       in packed batches the positions that were given. The layer's own native pattern stands for the mask of transformers and counts as that
       does, whatever ``indices`` says: a window over padding in the middle of a row counts the padding too.
