@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
 
 import sparsedsl as sd
 from sparsedsl.models.converted import CONVERTED
@@ -68,6 +69,13 @@ def test_a_layer_is_its_program_on_the_donors_heads(name: str, kind: str) -> Non
     q, k = rotate(heads["q"], heads["k"], *words["position_embeddings"])
     raw, rope = sd.models.donor.Heads(**heads), sd.models.donor.Heads(q, k, heads["v"])
     named = {"q": rope.q, "k": rope.k, "v": rope.v} | layer.inputs(x, raw, rope)
+    said: dict[str, torch.Tensor] = {"q": rope.q, "k": rope.k, "v": rope.v}
+    if "nha" in kind:
+        said |= {"q": raw.q, "k": raw.k, "q_rope": rope.q, "k_rope": rope.k}
+    if kind == "ring":  # heads, not rows of heads
+        said |= {word: repeat_kv(said[word], 2) for word in "kv"}
+    for word, expected in said.items():
+        assert torch.equal(named[word], expected)
     chunk = getattr(layer, "chunk", None)
     if chunk:
         named |= layer.landmarks(x[:, : 19 // chunk * chunk].unflatten(1, (-1, chunk)))
@@ -307,6 +315,30 @@ def test_what_convert_refuses(layers: Any, message: str) -> None:
 def test_donors_that_are_refused(name: str, kind: Any, message: str) -> None:
     with pytest.raises(sd.UnsupportedError, match=message):
         convert(build(name), {1: kind})
+
+
+class OtherQueries(LlamaAttention):
+    """With the parts of a Llama's, and other queries, keys and values."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **words: Any) -> Any:
+        return super().forward(hidden_states * 1.01, *args, **words)
+
+
+class OtherOutput(LlamaAttention):
+    """The same with another output."""
+
+    def forward(self, *args: Any, **words: Any) -> Any:
+        out, weights = super().forward(*args, **words)
+        return out * 1.01, weights
+
+
+@pytest.mark.parametrize(("kind", "message"), [(OtherQueries, "makes other queries"), (OtherOutput, "makes other output")])
+def test_a_forward_that_does_more_is_noticed(kind: Any, message: str) -> None:
+    model = donor("llama")
+    model.model.layers[1].self_attn.__class__ = kind
+    convert(model, {1: MOBA})
+    with pytest.raises(sd.UnsupportedError, match=f"layer 1 .* cannot become a hybrid layer: its own forward {message}"):
+        model(tokens())
 
 
 @pytest.mark.parametrize("name", ["phi", "llama4"])
