@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, find_first_full_attention_index
 
+from sparsedsl.analysis.domain import check_size
 from sparsedsl.errors import PatternError, TableError, UnsupportedError
 from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.models.attention_function import BINDING, Binding, Compiled, attend
+from sparsedsl.models.caches import arrange, layer_words, release
 from sparsedsl.models.carried import Stack, calling, put_stacks, stacks_of
 from sparsedsl.models.derived import PROVIDED
 from sparsedsl.models.layers import attention_layers, closed_layers, is_told_causal, key_owners, text_config
@@ -61,8 +63,9 @@ def apply(
       ``sd.models.sinks[h]``, the layer's sink logits. Others must be bound before: ``pattern.bind(name=tensor)``.
     - In packed batches (``position_ids`` that start again; no attention mask, no cache) a query sees its own sequence only and
       the indices count within the sequence, again as in transformers.
-    - A layer whose native cache keeps a window only gets one that keeps everything, unless the pattern provably needs no more. Layers that
-      share their keys (Gemma 3n, Gemma 4) get one together, or the call raises.
+    - Caches that are still empty are fitted: a layer with a pattern holds the keys that :func:`sparsedsl.cache_bound` says later queries
+      may ask for, and no more; all of them where no bound is proved. Layers that share their keys (Gemma 3n, Gemma 4) get one together,
+      or the call raises.
 
     A *program*, such as ``sd.patterns.pbs()`` or ``sd.patterns.moba()``, over q, k and v:
 
@@ -107,7 +110,7 @@ def apply(
     chosen = _choose(patterns, sorted({*layers, *closed}))
     if missed := sorted(set(chosen) & set(closed)):
         raise UnsupportedError(
-            f"{_layer_words(missed)} ({', '.join(sorted({closed[index] for index in missed}))}): the module's own forward does not call "
+            f"{layer_words(missed)} ({', '.join(sorted({closed[index] for index in missed}))}): the module's own forward does not call "
             "transformers' attention interface (AttentionInterface), so patterns cannot reach it. Give a mapping without it, or call "
             "sd.compile(pattern) in that forward"
         )
@@ -183,10 +186,17 @@ class AppliedPatterns:
         if left != stacks_of(self._config):  # another model may share the configuration, or the name was set anew
             put_stacks(self._config, self._config._attn_implementation, left)
 
-    def cache(self) -> DynamicCache:
-        """An empty KV cache that keeps the keys these patterns ask for; pass it as ``past_key_values``."""
-        cache = DynamicCache(config=self.model.config)
-        _widen(cache, self._stack, self._bindings)
+    def cache(self, max_length: int | None = None) -> Cache:
+        """An empty KV cache that holds the keys these patterns may ask for, and no more; pass it as ``past_key_values``.
+
+        ``max_length``: take memory for so many tokens at once, as transformers' static cache does; None: as tokens come.
+        """
+        if max_length is None:
+            cache: Cache = DynamicCache(config=self.model.config)
+        else:
+            cache = StaticCache(config=self.model.config, max_cache_len=check_size("max_length", max_length, 1))
+        arrange(cache, self._stack.owners, self._bindings, getattr(self._config, "num_attention_heads", None))
+        release(self._bindings)
         return cache
 
     def __enter__(self) -> AppliedPatterns:
@@ -199,9 +209,9 @@ class AppliedPatterns:
         groups: dict[str, list[int]] = {}
         for index, pattern in self.patterns.items():
             groups.setdefault(_words(pattern), []).append(index)
-        words = [f"{_layer_words(indices)} {text}" for text, indices in groups.items()]
+        words = [f"{layer_words(indices)} {text}" for text, indices in groups.items()]
         left = [index for index in self.layers if index not in self.patterns]
-        words += [f"native: {_layer_words(left)}"] if left else []
+        words += [f"native: {layer_words(left)}"] if left else []
         state = "" if self._active else ", restored"
         return f"<AppliedPatterns on {type(self.model).__name__}{state}: {'; '.join(words)}>"
 
@@ -210,10 +220,6 @@ def _words(pattern: Pattern | Program) -> str:
     if isinstance(pattern, Program):
         return f"{pattern.labels[pattern.root]}{', prompts only' if is_for_prefill(pattern) else ''}"
     return pattern.text.splitlines()[-1]
-
-
-def _layer_words(indices: list[int]) -> str:
-    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
 
 
 def _choose(patterns: Any, layers: list[int]) -> dict[int, Any]:
@@ -286,15 +292,16 @@ def _before_forward(stack: Stack, bindings: dict[int, Binding], module: Any, arg
             f"the model has patterns, but its attn_implementation was since set to {config._attn_implementation!r}, which would ignore "
             "them; call restore() on what models.apply returned"
         )
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, Cache):
-        _widen(cache, stack, bindings)
-    stack.inside, stack.seen = True, _seen(cache, stack) if isinstance(cache, Cache) else None
+    given = kwargs.get("past_key_values")
+    cache = given if isinstance(given, Cache) else None
+    arrange(cache, stack.owners, bindings, getattr(config, "num_attention_heads", None))
+    stack.inside, stack.seen = True, None if cache is None else _seen(cache, stack)
 
 
 def _after_forward(stack: Stack, bindings: dict[int, Binding], module: Any, args: Any, output: Any) -> None:
     """Runs after every forward of the model, failed ones included: each layer with a pattern has called for it."""
     stack.inside = False
+    release(bindings)
     config = text_config(module)
     if output is None or all(binding.reached for binding in bindings.values()):
         return
@@ -303,7 +310,7 @@ def _after_forward(stack: Stack, bindings: dict[int, Binding], module: Any, args
     missed = [i for i, binding in bindings.items() if not binding.reached and i < getattr(config, "num_hidden_layers", i + 1)]
     if missed:
         raise UnsupportedError(
-            f"{_layer_words(missed)}: the forward ended, and the layer did not call transformers' attention interface, so its pattern "
+            f"{layer_words(missed)}: the forward ended, and the layer did not call transformers' attention interface, so its pattern "
             "did not run. Leave it native (patterns={...} without it), or call sd.compile(pattern) in its own forward"
         )
 
@@ -314,21 +321,3 @@ def _seen(cache: Cache, stack: Stack) -> int | None:
     if asked in stack.owners:
         return None
     return int(cache.layers[own].get_seq_length()) if own < len(cache.layers) else 0
-
-
-def _widen(cache: Cache, stack: Stack, bindings: dict[int, Binding]) -> None:
-    """Let layers that are to keep a window keep everything where a pattern asks for more, as long as they are empty."""
-    for owner, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicSlidingWindowLayer or layer.cumulative_length or layer.record_past:
-            continue
-        readers = [index for index, owned in stack.owners.items() if owned == owner]
-        wide = [i for i in readers if i in bindings and not bindings[i].fits_window(layer.sliding_window)]
-        native = [i for i in readers if i not in bindings]
-        if wide and native:
-            raise UnsupportedError(
-                f"{_layer_words(wide)}: the pattern may ask for more than the last {layer.sliding_window} keys, and shares its keys with "
-                f"native {_layer_words(native)}, which cannot do with more. Give all of {readers} patterns (for what stays as it is: "
-                "sd.models.native_patterns(model)), or one that looks back no further than the window"
-            )
-        if wide:
-            cache.layers[owner] = DynamicLayer()

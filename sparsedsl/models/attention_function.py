@@ -16,6 +16,7 @@ from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.models.caches import KeptKeys
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.derived import DerivedForm, derive
 from sparsedsl.models.mask_arguments import MaskRequest
@@ -54,7 +55,7 @@ class Binding:
     """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for, and ``facts``
     what its mask says. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the pattern, which then is
     the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one of. ``reached``: the
-    module has called for it."""
+    module has called for it. ``held``: in a forward with a cache fitted to the pattern, the layer that holds its keys."""
 
     index: int
     pattern: Pattern
@@ -65,6 +66,7 @@ class Binding:
     stack: Stack
     program: Program | None = None
     reached: bool = False
+    held: KeptKeys | None = None
     _by_scale: dict[Any, Any] = field(default_factory=dict)
     _by_form: dict[DerivedForm, tuple[Any, frozenset[str]]] = field(default_factory=dict)
     _fits: dict[int, bool] = field(default_factory=dict)
@@ -96,7 +98,7 @@ class Binding:
         return self._fits[window]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_by_form": {}, "_by_scale": {}}
+        return {**vars(self), "_by_form": {}, "_by_scale": {}, "held": None}
 
 
 def attend(
@@ -169,11 +171,24 @@ def _run(
     request: MaskRequest,
     arguments: dict[str, Any],
 ) -> torch.Tensor:
-    start, stop = request.key_range(key.shape[2])
+    held = binding.held
+    if held is not None:
+        slots = held.handed
+        if slots.numel() != key.shape[2]:
+            raise ShapeError(
+                f"layer {binding.index}: its cache handed out {slots.numel()} keys, and the layer attends to {key.shape[2]}; which of them "
+                "are which is not known. Leave this layer native, or give it a cache that holds every key: DynamicCache()"
+            )
+        held.settle(request.padding)
+        if int(slots[-1]) + 1 - int(slots[0]) > slots.numel():
+            return _run_with_gaps(binding, query, key, value, request, arguments, slots)
+        start, stop = int(slots[0]), int(slots[-1]) + 1
+    else:
+        start, stop = request.key_range(key.shape[2])
     key, value = key[:, :, : stop - start], value[:, :, : stop - start]
     if binding.runs_program(whole=request.q_offset == 0 and query.shape[2] == key.shape[2]) and start == 0:
         return _run_program(binding, query, key, value, request, arguments)
-    if start > 0 and not binding.fits_window(request.q_offset - start + 1):
+    if start > 0 and held is None and not binding.fits_window(request.q_offset - start + 1):
         raise UnsupportedError(
             f"layer {binding.index}: its cache has dropped the keys before position {start} (a sliding-window cache), and "
             "the pattern may ask for them. Use one that keeps them: past_key_values=handle.cache(), with the handle that "
@@ -184,6 +199,28 @@ def _run(
     tables = _tables(binding, wanted, request.tables(start, stop, query.shape[0], query.device), arguments)
     scale = arguments.get("scaling") if binding.pattern.scale is None else None
     out = attention(query, key, value, q_offset=request.q_offset - start, scale=scale, **tables)
+    return out.transpose(1, 2).contiguous()
+
+
+def _run_with_gaps(
+    binding: Binding,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    request: MaskRequest,
+    arguments: dict[str, Any],
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """The same over keys that stand at these cache slots, ascending; those between them no query of the pattern sees."""
+    attention, wanted = binding.attention(DerivedForm(padded=request.padding is not None, gaps=True))
+    stop, slots = int(slots[-1]) + 1, slots.to(query.device)
+    known = request.tables(0, stop, query.shape[0], query.device)
+    known = {**known, "hf_slot": slots, "hf_stop": slots[-1:] + 1}
+    if "hf_valid" in known:
+        known["hf_valid"] = known["hf_valid"][:, slots]
+    tables = _tables(binding, wanted, known, arguments)
+    scale = arguments.get("scaling") if binding.pattern.scale is None else None
+    out = attention(query, key, value, q_offset=key.shape[2] - query.shape[2], scale=scale, **tables)
     return out.transpose(1, 2).contiguous()
 
 

@@ -1,7 +1,7 @@
 """The pattern that runs in a call: the layer's pattern, moved to the keys the cache hands out, without padding, within sequences.
 
 Input: a pattern whose indices are cache slots, and the :class:`DerivedForm` of the call. Output: a pattern over local key indices, with
-tables for what is data: ``hf_valid[b, kv]``, ``hf_sequence[b, i]``, ``hf_position[b, i]``, ``hf_start[0]``.
+tables for what is data: ``hf_valid[b, kv]``, ``hf_sequence[b, i]``, ``hf_position[b, i]``, ``hf_start[0]``, ``hf_slot[kv]``, ``hf_stop[0]``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,21 @@ _valid = table("hf_valid", dtype=bool)
 _sequence = table("hf_sequence")
 _position = table("hf_position", values_in=(0, 2**31 - 1))
 _start = table("hf_start", values_in=(0, 2**31 - 1))
+_slot = table("hf_slot", monotone=True, values_in=(0, 2**31 - 1))
+_stop = table("hf_stop", values_in=(1, 2**31 - 1))
 
 PROVIDED = frozenset({"sinks", "left_padding"})  # tables of a pattern that models.apply binds at every call
 
 
 @dataclass(frozen=True)
 class DerivedForm:
-    """What a call has besides queries, keys and values. ``cropped``: the first key is not slot 0."""
+    """What a call has besides queries, keys and values. ``cropped``: the first key is not slot 0. ``gaps``: keys between others are missing,
+    and the last ones are those of the queries."""
 
     padded: bool = False
     packed: bool = False
     cropped: bool = False
+    gaps: bool = False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -54,6 +58,9 @@ def derive(pattern: Pattern, form: DerivedForm) -> Pattern:
         start = _start[0].expr
         move = {symbol: symbol + start for symbol in (Q_IDX, KV_IDX, Q_LEN, KV_LEN)}
         mask, score = _replace(mask, move), _replace(score, move)
+    if form.gaps:
+        place = {Q_IDX: _slot[q_idx].expr, KV_IDX: _slot[kv_idx].expr, Q_LEN: _stop[0].expr, KV_LEN: _stop[0].expr}
+        mask, score = _replace(mask, place), _replace(score, place)
     if form.packed:
         if not moves_freely(pattern):
             place = {Q_IDX: _position[b, q_idx].expr, KV_IDX: _position[b, kv_idx].expr}
