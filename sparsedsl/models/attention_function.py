@@ -14,15 +14,17 @@ import torch
 from sparsedsl.analysis.proofs import PROVED, implies
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.compiling import compile as compile_pattern
+from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.models.caches import KeptKeys
+from sparsedsl.models.caches import KeptKeys, SummarisedKeys
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.derived import DerivedForm, derive
 from sparsedsl.models.mask_arguments import MaskRequest
 from sparsedsl.models.native import Facts
 from sparsedsl.models.programs import fitted, is_for_prefill
 from sparsedsl.program.graph import Program
+from sparsedsl.runtime.call import wants_grad
 
 __all__ = ["BINDING", "Binding", "Compiled", "attend"]
 
@@ -66,7 +68,7 @@ class Binding:
     stack: Stack
     program: Program | None = None
     reached: bool = False
-    held: KeptKeys | None = None
+    held: KeptKeys | SummarisedKeys | None = None
     _by_scale: dict[Any, Any] = field(default_factory=dict)
     _by_form: dict[DerivedForm, tuple[Any, frozenset[str]]] = field(default_factory=dict)
     _fits: dict[int, bool] = field(default_factory=dict)
@@ -88,6 +90,11 @@ class Binding:
         if scale not in self._by_scale:
             self._by_scale[scale] = self.compiled(fitted(self.program, self.index, self.pattern, scale, head_dim))
         return self._by_scale[scale]
+
+    @property
+    def sums_up_keys(self) -> bool:
+        """Whether steps of decoding run a program that chooses by summaries of keys."""
+        return self.program is not None and self.runs_program(whole=False) and bool(summarised(self.program))
 
     def fits_window(self, window: int) -> bool:
         """Whether what runs after a prompt provably asks for none but the last ``window`` keys, the query's own included."""
@@ -172,7 +179,7 @@ def _run(
     arguments: dict[str, Any],
 ) -> torch.Tensor:
     held = binding.held
-    if held is not None:
+    if isinstance(held, KeptKeys):
         slots = held.handed
         if slots.numel() != key.shape[2]:
             raise ShapeError(
@@ -188,7 +195,7 @@ def _run(
     key, value = key[:, :, : stop - start], value[:, :, : stop - start]
     if binding.runs_program(whole=request.q_offset == 0 and query.shape[2] == key.shape[2]) and start == 0:
         return _run_program(binding, query, key, value, request, arguments)
-    if start > 0 and held is None and not binding.fits_window(request.q_offset - start + 1):
+    if start > 0 and not isinstance(held, KeptKeys) and not binding.fits_window(request.q_offset - start + 1):
         raise UnsupportedError(
             f"layer {binding.index}: its cache has dropped the keys before position {start} (a sliding-window cache), and "
             "the pattern may ask for them. Use one that keeps them: past_key_values=handle.cache(), with the handle that "
@@ -257,7 +264,14 @@ def _run_program(
     wanted = frozenset(attention.program.tables) - frozenset(attention.program.bound)
     tables = _tables(binding, wanted, request.tables(0, key.shape[2], query.shape[0], query.device), arguments)
     try:
-        out = attention(query, key, value, q_offset=request.q_offset, **tables)
+        out = attention(query, key, value, q_offset=request.q_offset, **tables, **_summaries(binding, attention, query, key))
     except (ShapeError, TableError, UnsupportedError) as error:
         raise type(error)(f"layer {binding.index}: {error}") from error
     return out.transpose(1, 2).contiguous()
+
+
+def _summaries(binding: Binding, attention: Any, query: torch.Tensor, key: torch.Tensor) -> dict[str, KeptSummaries]:
+    """The summaries that the layer's cache keeps, where none of them wants a gradient or a graph."""
+    if not isinstance(binding.held, SummarisedKeys) or torch.compiler.is_compiling() or wants_grad(query, key):
+        return {}
+    return {"summaries": binding.held.summaries(attention)}

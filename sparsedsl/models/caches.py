@@ -2,7 +2,7 @@
 
 Input: a cache that is still empty, and the patterns that its layers serve. Output: the same cache, with a :class:`KeptKeys` wherever a bound
 is proved (:func:`sparsedsl.cache_bound`). A layer hands out the keys it held and the new ones, with their slots, and is then told to let go
-of those that no later query needs.
+of those that no later query needs. Layers of programs that choose among all keys keep the summaries they choose by.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from transformers.cache_utils import (
 from sparsedsl.analysis.cached_keys import CacheBound
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
+from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.lang.pattern import attend
 
 if TYPE_CHECKING:
+    from sparsedsl.execute.compiled import Attention
     from sparsedsl.models.attention_function import Binding
 
-__all__ = ["FixedKeys", "KeptKeys", "arrange", "layer_words", "release"]
+__all__ = ["FixedKeys", "KeptKeys", "SummarisedKeys", "arrange", "layer_words", "release"]
 
 Tensor = torch.Tensor
 
@@ -172,6 +174,51 @@ class FixedKeys(KeptKeys):
         return self.max_cache_len
 
 
+class SummarisedKeys(DynamicLayer):
+    """A layer that grows, with the summaries that programs make of its keys: what a step of decoding reads in place of most of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, KeptSummaries] = {}
+
+    def summaries(self, attention: Attention) -> KeptSummaries:
+        """Those of a compiled program."""
+        key = attention.program.key
+        if key not in self.kept:
+            self.kept[key] = attention.keep_summaries()
+        return self.kept[key]
+
+    def reset(self) -> None:
+        """Empty, as when it was new."""
+        super().reset()
+        self.kept.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, given as a negative number."""
+        super().crop(tokens_to_remove)
+        for kept in self.kept.values():
+            kept.crop(self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As beams go on."""
+        super().reorder_cache(beam_idx)
+        self._follow(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times."""
+        self._follow(torch.arange(0 if self.keys is None else self.keys.shape[0]).repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """These rows alone."""
+        super().batch_select_indices(indices)
+        self._follow(indices)
+
+    def _follow(self, rows: Tensor) -> None:
+        for kept in self.kept.values():
+            kept.reorder(rows)
+
+
 def arrange(cache: Cache | None, owners: Mapping[int, int], bindings: Mapping[int, Binding], heads: int | None) -> None:
     """Let empty layers hold what the patterns that read them may ask for, and tell each pattern of its layer; before a forward.
 
@@ -202,6 +249,7 @@ def arrange(cache: Cache | None, owners: Mapping[int, int], bindings: Mapping[in
             _check_made_for(layer, given, heads)
         if isinstance(layer, KeptKeys):
             layer.claimed = True
+        if isinstance(layer, (KeptKeys, SummarisedKeys)):
             for binding in given:
                 binding.held = layer
 
@@ -209,7 +257,7 @@ def arrange(cache: Cache | None, owners: Mapping[int, int], bindings: Mapping[in
 def release(bindings: Mapping[int, Binding]) -> None:
     """The forward is over, and with it what its layers hand out."""
     for binding in bindings.values():
-        if binding.held is not None:
+        if isinstance(binding.held, KeptKeys):
             binding.held.claimed = False
         binding.held = None
 
@@ -248,6 +296,8 @@ def _layer_for(layer: Any, given: list[Binding], native: list[int], heads: int |
         return layer
     found = _sizes(given, heads)
     if found is None:
+        if longest is None and any(binding.sums_up_keys for binding in given):
+            return SummarisedKeys()
         return DynamicLayer() if wide and longest is None else layer
     bound, recent, first = found
     if not wide and window is not None and bound.kind == "ring" and recent >= window:
