@@ -11,11 +11,10 @@ import sympy
 import torch
 
 from sparsedsl.analysis.domain import check_size
-from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.analysis.key_intervals import exchanged, intervals
+from sparsedsl.analysis.key_intervals import intervals
 from sparsedsl.analysis.past_keys import past_keys
 from sparsedsl.analysis.proofs import PROVED, Verdict, Witness, causality
-from sparsedsl.analysis.report import ITEM_BYTES, bind_for_analysis
+from sparsedsl.analysis.report import ITEM_BYTES
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.expressions import Index
@@ -125,7 +124,10 @@ class CacheBound:
         check_size("length", length, 0)
         if not self.is_bounded:
             return length if self.kind == GROWS else min(length, self._number(self.recent))
-        recent, first = self.sizes(batch=batch, heads=heads, **tables)
+        return self.held(length, *self.sizes(batch=batch, heads=heads, **tables))
+
+    def held(self, length: int, recent: int, first: int) -> int:
+        """The same of sizes that are known."""
         strided = 0
         if self.every is not None:
             whole, left = divmod(length, self.every)
@@ -202,7 +204,8 @@ class CacheBound:
             lengths = [known[r.spec.name].shape[d] for r in table_reads(value.expr) for d, i in enumerate(r.args) if i == symbol]
             number = lengths[0] if lengths else count or (self.pattern.heads if symbol == HEAD else None)
             if number is None:
-                raise ShapeError(f"how many keys stay is {value}: pass {word}=, the number of {'query heads' if name == 'h' else 'sequences'}")
+                what = "query heads" if name == "h" else "sequences"
+                raise ShapeError(f"how many keys stay is {value}: pass {word}=, the number of {what}")
             env[name] = torch.arange(number, device=next((t.device for t in known.values()), None))
         if len(env.keys() & {"h", "b"}) == 2:
             env["b"] = env["b"][:, None]

@@ -31,8 +31,8 @@ class Share:
     """Keys that cover a clause: the last ``recent`` of a query, its own included, or the ``first`` ones, or those whose remainder
     modulo ``every`` is among ``residues``. ``recent`` and ``first`` may read ``h`` and ``b``."""
 
-    recent: sympy.Expr = sympy.Integer(0)
-    first: sympy.Expr = sympy.Integer(0)
+    recent: sympy.Expr = sympy.S.Zero
+    first: sympy.Expr = sympy.S.Zero
     every: int | None = None
     residues: tuple[int, ...] = ()
 
@@ -88,7 +88,7 @@ def _inequalities(bound: KeyBound) -> Iterator[tuple[sympy.Rational, sympy.Ratio
 
 
 def line(expr: sympy.Expr, symbol: sympy.Symbol) -> tuple[Any, Any, Any] | None:
-    """``(slope, least, most)``: ``expr`` lies between ``slope * symbol + least`` and ``slope * symbol + most``; None: no such line is known.
+    """``(slope, least, most)``: ``expr`` lies between ``slope * symbol + least`` and the same with ``most``; None: no line is known.
 
     >>> import sparsedsl as sd
     >>> line((sd.q_idx // 64 + 3).expr, Q_IDX)

@@ -107,7 +107,8 @@ def _least(past: Boolean, share: Share) -> tuple[Share, tuple[tuple[str, Witness
         if number == 0:
             continue
         if number.is_Integer:
-            least, witness = _lowered(lambda n, name=name: _covers(past, share, name, sympy.Integer(n)), int(number), needed)
+            claim = functools.partial(_covers, past, share, name)
+            least, witness = _lowered(claim, int(number), needed)
             share = replace(share, **{name: sympy.Integer(least)})
         else:
             witness = _covers(past, share, name, number - 1).witness
@@ -127,7 +128,7 @@ def _least(past: Boolean, share: Share) -> tuple[Share, tuple[tuple[str, Witness
 
 
 def _covers(past: Boolean, share: Share, name: str, number: Any) -> Verdict:
-    return implies(Mask(past), _cover(replace(share, **{name: number})))
+    return implies(Mask(past), _cover(replace(share, **{name: sympy.sympify(number)})))
 
 
 def _lowered(claim: Callable[[int], Verdict], proved: int, needed: Callable[[Witness], int]) -> tuple[int, Witness | None]:

@@ -119,7 +119,8 @@ class KeptSummaries:
             )
         if known.blocks and known.last is not None:
             now = x[:, :, known.blocks * block - 1]
-            if now.dtype != known.last.dtype or not (torch.equal(now, known.last) or torch.equal(now.nan_to_num(), known.last.nan_to_num())):
+            same = now.dtype == known.last.dtype and torch.equal(now, known.last)
+            if not same and not torch.equal(now.nan_to_num(), known.last.nan_to_num()):  # NaN is not equal to itself
                 raise ShapeError(
                     f"summaries= was filled by other keys: token {known.blocks * block - 1} of {name!r} is not what it was. Begin each "
                     "sequence with attn.keep_summaries(), or reset() these; reorder(index) follows batch entries"

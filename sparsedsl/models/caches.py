@@ -1,6 +1,6 @@
 """Layers of transformers caches that hold what a pattern's later queries may ask for, and no more.
 
-Input: a cache that is still empty, and the patterns that its layers serve. Output: the same cache, with a :class:`KeptKeys` wherever a bound
+Input: a cache that is still empty, and the patterns that its layers serve. Output: the same cache, with :class:`KeptKeys` wherever a bound
 is proved (:func:`sparsedsl.cache_bound`). A layer hands out the keys it held and the new ones, with their slots, and is then told to let go
 of those that no later query needs. Layers of programs that choose among all keys keep the summaries they choose by.
 """
@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from sparsedsl.analysis.cached_keys import CacheBound
+from sparsedsl.analysis.lists import size_text
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.execute.kept_summaries import KeptSummaries
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from sparsedsl.execute.compiled import Attention
     from sparsedsl.models.attention_function import Binding
 
-__all__ = ["FixedKeys", "KeptKeys", "SummarisedKeys", "arrange", "layer_words", "release"]
+__all__ = ["FixedKeys", "KeptKeys", "SummarisedKeys", "arrange", "layer_words", "release", "report"]
 
 Tensor = torch.Tensor
 
@@ -262,6 +263,31 @@ def release(bindings: Mapping[int, Binding]) -> None:
         binding.held = None
 
 
+def report(cache: Cache, length: int, batch: int) -> str:
+    """What the layers of a cache that has seen a token hold while ``length`` tokens go by, in words and bytes."""
+    groups: dict[tuple[str, int, int], list[int]] = {}
+    for index, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or not keys.numel():
+            continue  # no keys of its own
+        each = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (keys, values))
+        window = _window(layer)
+        words, most = "every key", length
+        if isinstance(layer, KeptKeys):
+            bound = layer.bound
+            words, most = str(bound), bound.held(length, layer.recent, layer.first)
+        elif window is not None:
+            words, most = f"the last {window - 1} keys", min(length, window - 1)
+        groups.setdefault((words, each, most), []).append(index)
+    lines = [
+        f"{layer_words(layers)}: {words}; {each:,} bytes a token, {size_text(batch * each * most)} for {length:,} tokens"
+        for (words, each, most), layers in groups.items()
+    ]
+    took = sum(batch * each * most * len(layers) for (_, each, most), layers in groups.items())
+    whole = sum(batch * each * length * len(layers) for (_, each, _), layers in groups.items())
+    return "\n".join([*lines, f"all layers: {size_text(took)}, where {size_text(whole)} hold every key"])
+
+
 def layer_words(indices: list[int]) -> str:
     """``layer 1``, ``layers 1, 2``."""
     return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
@@ -305,7 +331,7 @@ def _layer_for(layer: Any, given: list[Binding], native: list[int], heads: int |
     if longest is None:
         made = KeptKeys(bound, recent=recent, first=first, stands_for=layer)
     else:
-        most = bound.most(longest, heads=heads)
+        most = bound.held(longest, recent, first)
         made = FixedKeys(bound, recent=recent, first=first, stands_for=layer, capacity=most, max_cache_len=longest)
     made.record_past = getattr(layer, "record_past", False)
     return made

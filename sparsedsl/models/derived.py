@@ -1,7 +1,7 @@
 """The pattern that runs in a call: the layer's pattern, moved to the keys the cache hands out, without padding, within sequences.
 
 Input: a pattern whose indices are cache slots, and the :class:`DerivedForm` of the call. Output: a pattern over local key indices, with
-tables for what is data: ``hf_valid[b, kv]``, ``hf_sequence[b, i]``, ``hf_position[b, i]``, ``hf_start[0]``, ``hf_slot[kv]``, ``hf_stop[0]``.
+tables for what is data: ``hf_valid[b, kv]``, ``hf_sequence[b, i]``, ``hf_position[b, i]``, ``hf_start[0]``; ``hf_slot[kv]``, ``hf_stop[0]``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PROVIDED = frozenset({"sinks", "left_padding"})  # tables of a pattern that mode
 
 @dataclass(frozen=True)
 class DerivedForm:
-    """What a call has besides queries, keys and values. ``cropped``: the first key is not slot 0. ``gaps``: keys between others are missing,
-    and the last ones are those of the queries."""
+    """What a call has besides queries, keys and values. ``cropped``: the first key is not slot 0. ``gaps``: keys between others are
+    missing, and the last ones are those of the queries."""
 
     padded: bool = False
     packed: bool = False
