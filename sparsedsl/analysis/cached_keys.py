@@ -114,9 +114,10 @@ class CacheBound:
 
     def needs(self, keys: torch.Tensor, seen: Any, recent: int, first: int) -> torch.Tensor:
         """Which of these keys a query from ``seen`` on may ask for. ``recent``, ``first``: see :meth:`sizes`."""
-        if not self.is_bounded:
-            return torch.ones_like(keys, dtype=torch.bool)
-        found = (seen - keys < recent) | self._stays(keys, first)
+        if self.is_bounded:
+            found = (seen - keys < recent) | self._stays(keys, first)
+        else:
+            found = torch.ones_like(keys, dtype=torch.bool)
         return found if self._readers is None else found & (self._last(keys) >= seen)
 
     def most(self, length: int, *, batch: int | None = None, heads: int | None = None, **tables: Any) -> int:

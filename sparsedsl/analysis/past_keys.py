@@ -7,6 +7,7 @@ then each number is lowered until a pair refutes it. That pair is the witness th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,7 +61,7 @@ def past_keys(mask: Boolean) -> PastKeys:
         if asked != REFUTED:
             why = "a query may ask for any earlier key" if asked == PROVED else f"no limit was found: {asked.reason}"
             return PastKeys(None, Verdict("REFUTED" if asked == PROVED else "UNKNOWN", asked.witness, why), past)
-        share = replace(share, **{name: fn.Max(getattr(share, name), sympy.Integer(FAR)) for name in (RECENT, FIRST)})
+        share = _far_enough(past, share)
     if share.every is not None and len(share.residues) == share.every:
         return PastKeys(None, Verdict("UNKNOWN", reason="keys of every remainder may be asked for"), past)
     verdict = implies(Mask(past), _cover(share))
@@ -70,11 +71,20 @@ def past_keys(mask: Boolean) -> PastKeys:
     return PastKeys(share, verdict, past, witnesses)
 
 
+def _far_enough(past: Boolean, share: Share) -> Share:
+    """A share that covers what is known to be near or among the first keys: by one number if that will do."""
+    raised = {name: fn.Max(getattr(share, name), sympy.Integer(FAR)) for name in (RECENT, FIRST)}
+    for name, number in raised.items():
+        if _covers(past, share, name, number) == PROVED:
+            return replace(share, **{name: number})
+    return replace(share, **raised)
+
+
 def _joined(shares: Iterable[Share]) -> Share:
     """The keys in any of several shares."""
     parts = list(shares)
     strided = [part for part in parts if part.every is not None]
-    every = int(sympy.ilcm(1, *(part.every for part in strided)))
+    every = math.lcm(1, *(part.every or 1 for part in strided))
     residues = {r for part in strided for r in range(every) if r % part.every in part.residues}  # type: ignore[operator]
     recent, first = (_largest([number for part in parts if (number := getattr(part, name)) != 0]) for name in (RECENT, FIRST))
     return Share(recent, first, every if strided else None, tuple(sorted(residues)))
@@ -143,7 +153,7 @@ def _lowered(claim: Callable[[int], Verdict], proved: int, needed: Callable[[Wit
             low = max(number + 1, min(needed(asked.witness), high))
         else:
             low = number + 1
-        number = (low + high) // 2
+        number = min((low + high) // 2, 2 * low + 1)
     if witness is not None and needed(witness) < high:
         witness = claim(high - 1).witness
     return high, witness

@@ -65,7 +65,7 @@ class Lowering(Evaluation):
         return found
 
     def pooled(self, node: Any, of: Node, pool: Pooling) -> Tensor:
-        """One row for every block of what the node ``of`` gives, by ``pool``; of keys, rows of blocks that are over are kept, if any are."""
+        """One row for every block of what the node ``of`` gives, by ``pool``; of keys, those of blocks that are over are kept, if any."""
         x = self.value(of)
         if self.summaries is None or not isinstance(of, Input):
             return pool(x)

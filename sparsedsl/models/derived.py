@@ -1,7 +1,8 @@
 """The pattern that runs in a call: the layer's pattern, moved to the keys the cache hands out, without padding, within sequences.
 
 Input: a pattern whose indices are cache slots, and the :class:`DerivedForm` of the call. Output: a pattern over local key indices, with
-tables for what is data: ``hf_valid[b, kv]``, ``hf_sequence[b, i]``, ``hf_position[b, i]``, ``hf_start[0]``; ``hf_slot[kv]``, ``hf_stop[0]``.
+tables for what is data: ``hf_valid[b, kv]``, ``hf_sequence[b, i]``, ``hf_position[b, i]``, ``hf_start[0]``,
+``hf_slot[kv]``, ``hf_stop[0]``.
 """
 
 from __future__ import annotations

@@ -78,7 +78,11 @@ def test_known_masks(name: str) -> None:
 def test_masks_that_no_number_is_enough_for(name: str) -> None:
     found = sd.cache_bound(GROWING[name])
     assert found.kind == "grows" and not found.is_bounded and not found.tight
-    assert found.keep(5).tolist() == [0, 1, 2, 3, 4] and found.most(7) == 7 and found.death(3) is None
+    assert found.most(7) == 7
+    if name == "half of the past":
+        assert found.keep(5).tolist() == [3, 4] and found.death(3) == 6
+    else:
+        assert found.keep(5).tolist() == [0, 1, 2, 3, 4] and found.death(3) is None
     assert found.verdict != sd.PROVED and found.verdict.reason
 
 
@@ -162,7 +166,7 @@ def needed(mask: sd.Mask, case: AttentionCase, tables: dict[str, torch.Tensor], 
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=70)
 def test_no_key_is_let_go_of_that_a_later_query_reads(data: st.DataObject) -> None:
     mask = data.draw(masks(depth=data.draw(st.integers(0, 2))))
     case = AttentionCase(batch=2, heads=2, kv_heads=2, q_len=24, kv_len=24)
@@ -180,7 +184,7 @@ def _sizes(found: sd.CacheBound) -> set[str]:
 
 
 @given(recent=st.integers(1, 20), first=st.integers(0, 9), block=st.sampled_from((1, 2, 4, 8)), every=st.sampled_from((0, 5, 8)))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_keys_are_let_go_of_as_soon_as_may_be(recent: int, first: int, block: int, every: int) -> None:
     """Without tables the keys held are those that brute force finds, on a grid long enough to show every reader."""
     mask = causal & ((kv_idx < first) | (q_idx // block - kv_idx // block < recent))
