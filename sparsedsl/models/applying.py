@@ -196,7 +196,7 @@ class AppliedPatterns:
             cache: Cache = DynamicCache(config=self.model.config)
         else:
             cache = StaticCache(config=self.model.config, max_cache_len=check_size("max_length", max_length, 1))
-        arrange(cache, self._stack.owners, self._bindings, getattr(self._config, "num_attention_heads", None))
+        arrange(cache, self._stack.owners, self._bindings, getattr(self._config, "num_attention_heads", None), late=False)
         release(self._bindings)
         return cache
 

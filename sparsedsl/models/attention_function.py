@@ -57,7 +57,8 @@ class Binding:
     """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for, and ``facts``
     what its mask says. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the pattern, which then is
     the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one of. ``reached``: the
-    module has called for it. ``held``: in a forward with a cache fitted to the pattern, the layer that holds its keys."""
+    module has called for it. ``held``: in a forward with a cache fitted to the pattern, the layer that holds its keys.
+    ``bounds``: what is known of the caches of the layers it shares keys with."""
 
     index: int
     pattern: Pattern
@@ -72,6 +73,7 @@ class Binding:
     _by_scale: dict[Any, Any] = field(default_factory=dict)
     _by_form: dict[DerivedForm, tuple[Any, frozenset[str]]] = field(default_factory=dict)
     _fits: dict[int, bool] = field(default_factory=dict)
+    bounds: dict[Any, Any] = field(default_factory=dict)
 
     def attention(self, form: DerivedForm) -> tuple[Any, frozenset[str]]:
         """The compiled pattern for calls of this form, and the names of the tables it is to be given."""
@@ -120,7 +122,8 @@ def attend(
     binding: Binding = getattr(module, BINDING)
     request = request_of(attention_mask)
     if attention_mask is None:
-        request = binding.stack.omitted_request(query.shape[2], key.shape[2], binding.facts)
+        announced = binding.held.seen if isinstance(binding.held, KeptKeys) else key.shape[2]
+        request = binding.stack.omitted_request(query.shape[2], announced, binding.facts)
     _refuse_what_would_be_lost(binding, attention_mask, request, arguments)
     binding.reached = True
     return _run(binding, query, key, value, request, arguments), None

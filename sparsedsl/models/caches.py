@@ -53,6 +53,9 @@ class KeptKeys(DynamicLayer):
         # Whether a forward of the model with the patterns runs: another one would not know which keys are missing.
         self.claimed = False
         self.record_past = False
+        # In place of a layer that anybody may take tokens back from: nothing goes before it is known that nobody does, which is when the
+        # second forward begins. Who takes some back after the first one (prompt lookup, assistants) does so after each.
+        self.is_late = False
         self._lacks = False
         self._waiting: tuple[Tensor | None] | None = None
 
@@ -66,6 +69,7 @@ class KeptKeys(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._waiting is not None:
+            self.is_late = False
             self.settle(*self._waiting)
         new = key_states.shape[-2]
         self.slots = self.handed = torch.cat([self.slots, torch.arange(self.seen, self.seen + new)])
@@ -78,7 +82,7 @@ class KeptKeys(DynamicLayer):
         """Let go of the keys that no later query needs. ``padding``: (B, slots), False = padding, or None where nothing is padded."""
         if self.record_past:
             return
-        if self.keys.device != self.device:  # on its way to the host: when it is back
+        if self.is_late or self.keys.device != self.device:  # on its way to the host: when it is back
             self._waiting = (padding,)
             return
         self._waiting = None
@@ -127,6 +131,9 @@ class KeptKeys(DynamicLayer):
             raise ShapeError(f"crop() takes back tokens by a negative number, as transformers' layers do; got {tokens_to_remove}")
         if not self.is_initialized:
             return
+        if self.is_late:
+            self.is_late, self._waiting = False, None
+            self.activate_past_recording()
         target = max(self.seen + tokens_to_remove, 0)
         every = torch.arange(target)
         needed = every[self._needed(every, target, None)]
@@ -220,11 +227,13 @@ class SummarisedKeys(DynamicLayer):
             kept.reorder(rows)
 
 
-def arrange(cache: Cache | None, owners: Mapping[int, int], bindings: Mapping[int, Binding], heads: int | None) -> None:
+def arrange(
+    cache: Cache | None, owners: Mapping[int, int], bindings: Mapping[int, Binding], heads: int | None, *, late: bool = True
+) -> None:  # fmt: skip
     """Let empty layers hold what the patterns that read them may ask for, and tell each pattern of its layer; before a forward.
 
-    ``owners``: index of each attention layer -> that of the layer whose keys it reads. ``heads``: of the queries.
-    Layers that all of their readers' native patterns are made for stay as they are.
+    ``owners``: index of each attention layer -> that of the layer whose keys it reads. ``heads``: of the queries. ``late``: others have
+    seen the cache as it is. Layers that all of their readers' native patterns are made for stay as they are.
 
     Raises :class:`~sparsedsl.UnsupportedError` where a native layer shares its keys with a pattern that needs others, or where the cache
     was filled for another pattern.
@@ -241,11 +250,16 @@ def arrange(cache: Cache | None, owners: Mapping[int, int], bindings: Mapping[in
         if not given:
             continue
         layer = cache.layers[owner]
-        if isinstance(layer, KeptKeys) and layer.seen == 0:
-            layer = cache.layers[owner] = layer.stands_for
+        before = layer
+        if isinstance(before, KeptKeys) and before.seen == 0:
+            layer = cache.layers[owner] = before.stands_for
         if _is_empty(layer):
             native = [index for index in readers if index not in bindings]
-            layer = cache.layers[owner] = _layer_for(layer, given, native, heads, longest)
+            made = cache.layers[owner] = _layer_for(layer, given, native, heads, longest)
+            if made is not layer and isinstance(made, KeptKeys):
+                made.is_late = late and type(before) is DynamicLayer
+                made.record_past = getattr(before, "record_past", False)
+            layer = made
         elif isinstance(layer, KeptKeys):
             _check_made_for(layer, given, heads)
         if isinstance(layer, KeptKeys):
@@ -333,13 +347,14 @@ def _layer_for(layer: Any, given: list[Binding], native: list[int], heads: int |
     else:
         most = bound.held(longest, recent, first)
         made = FixedKeys(bound, recent=recent, first=first, stands_for=layer, capacity=most, max_cache_len=longest)
-    made.record_past = getattr(layer, "record_past", False)
     return made
 
 
 def _check_made_for(layer: KeptKeys, given: list[Binding], heads: int | None) -> None:
     """What a layer let go of was let go of by these patterns."""
     found = _sizes(given, heads)
+    if found is not None and found[0] is layer.bound:
+        return
     if found is None or (found[0].pattern, *found[1:]) != (layer.bound.pattern, layer.recent, layer.first):
         raise UnsupportedError(
             f"{layer_words([binding.index for binding in given])}: the cache was filled for another pattern ({layer.bound}). Give each "
@@ -349,6 +364,13 @@ def _check_made_for(layer: KeptKeys, given: list[Binding], heads: int | None) ->
 
 def _sizes(given: list[Binding], heads: int | None) -> tuple[CacheBound, int, int] | None:
     """The bound of all these patterns together, with its numbers; None: there is none."""
+    known, key = given[0].bounds, (heads, *(binding.index for binding in given))
+    if key not in known:
+        known[key] = _found_sizes(given, heads)
+    return known[key]
+
+
+def _found_sizes(given: list[Binding], heads: int | None) -> tuple[CacheBound, int, int] | None:
     if any(binding.runs_program(whole=False) for binding in given):
         return None
     mask = given[0].pattern.mask

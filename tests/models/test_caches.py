@@ -28,10 +28,13 @@ PATTERNS = {
 FAMILIES = ("llama", "gemma3", "mistral", "llama4", "gpt_oss")
 HEADS = 4
 ATOL = 1e-9
+# Llama 4 turns queries and keys in float32, whatever the weights are.
+ATOLS = {"llama4": 1e-5, "gpt_oss": 3e-5}
 
 
 def double(family: str) -> Any:
-    return build(family).double()
+    """In float64; GPT-OSS multiplies by its experts in float32 at most."""
+    return build(family) if family == "gpt_oss" else build(family).double()
 
 
 def logits(model: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
@@ -61,7 +64,7 @@ def test_pieces_with_a_fitted_cache_give_the_logits_of_the_whole(family: str, na
     with sd.models.apply(model, PATTERNS[name], backend="reference") as applied:
         wanted = logits(model, ids, use_cache=False)
         cache = applied.cache()
-        torch.testing.assert_close(in_pieces(model, ids, cache), wanted, atol=ATOL, rtol=0)
+        torch.testing.assert_close(in_pieces(model, ids, cache), wanted, atol=ATOLS.get(family, ATOL), rtol=0)
         assert_holds_what_is_needed(cache, PATTERNS[name], 40)
 
 
