@@ -2,7 +2,8 @@
 
 *ours*: backend ``cpp``; what chooses does so from the keys alone, in every step (HSA has its landmarks). *kept summaries*: the same with
 what earlier steps made of blocks that are over; half a block is not. *SDPA*: the dense step over all keys, ``enable_gqa``. Ring-linear
-remembers a state in place of keys. At a million keys: the window, HSA and Ring, or what ``--works`` names; ``--lengths 16777216 --dtypes bfloat16 --works hsa`` takes 9 GiB.
+remembers a state in place of keys. At a million keys: the window, HSA and Ring, or what ``--works`` names; ``--lengths 16777216 --dtypes
+bfloat16 --works hsa`` takes 9 GiB.
 """
 
 from __future__ import annotations

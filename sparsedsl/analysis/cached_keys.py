@@ -66,12 +66,16 @@ class CacheBound:
     def tight(self) -> bool:
         """Whether each number is known to be the least."""
         parts = {"first": self.first, "recent": self.recent, "every": self.every}
-        return self.is_bounded and all(name in self.witnesses for name, part in parts.items() if part is not None and str(part) != "0")
+        return self.is_bounded and all(
+            name in self.witnesses for name, part in parts.items() if part is not None and str(part) != "0"
+        )
 
     @property
     def witness(self) -> Witness | None:
         """A pair of query and key for which a smaller ring, or else another smaller part, is not enough; of what grows, one far apart."""
-        return next((self.witnesses[name] for name in ("recent", "first", "every") if name in self.witnesses), self.verdict.witness)
+        return next(
+            (self.witnesses[name] for name in ("recent", "first", "every") if name in self.witnesses), self.verdict.witness
+        )
 
     def death(self, key: int) -> int | None:
         """The last query that may read a key; None: there is none, it may be asked for at any time. A key that no query from its own on

@@ -73,9 +73,7 @@ def _program_bound(program: Program) -> CacheBound:
     except UnsupportedError as error:
         why = str(error).removeprefix("the program keeps no state: ").split(". Pass all")[0]
         return CacheBound(GROWS, None, Verdict("UNKNOWN", reason=program.worded(why)), causal=causal, step=_step(program))
-    return CacheBound(
-        STATE, None, PROVED, recent=back, causal=causal, state_bytes=functools.partial(_state_bytes, program, back)
-    )
+    return CacheBound(STATE, None, PROVED, recent=back, causal=causal, state_bytes=functools.partial(_state_bytes, program, back))
 
 
 def _union(program: Program) -> Pattern | None:

@@ -87,7 +87,9 @@ class KeptSummaries:
         if known is not None:
             self._check(known, name, x)
         before = 0 if known is None else known.blocks
-        parts = [pool(x[:, :, start:end]) for start, end in ((before * block, done * block), (done * block, tokens)) if start < end]
+        parts = [
+            pool(x[:, :, start:end]) for start, end in ((before * block, done * block), (done * block, tokens)) if start < end
+        ]
         if not parts:
             assert known is not None
             return known.buffer[..., :done, :]

@@ -174,7 +174,8 @@ class FixedKeys(KeptKeys):
             rows = max(self.capacity, self.slots.numel())  # rows whose padding differs may need more between them
             self._room = tuple(x.new_zeros((*x.shape[:2], rows, x.shape[3])) for x in held)  # type: ignore[assignment]
         self.keys, self.values = (
-            room[:, :, : x.shape[2]].copy_(x) for room, x in zip(self._room, held, strict=True)  # type: ignore[arg-type]
+            room[:, :, : x.shape[2]].copy_(x)
+            for room, x in zip(self._room, held, strict=True)  # type: ignore[arg-type]
         )
 
     def get_max_length(self) -> int:

@@ -28,7 +28,10 @@ def test_the_bytes_of_a_state_are_those_that_calls_return(dtype: str) -> None:
     q, k, gate = torch.randn(2, 4, 50, 16), torch.randn(2, 2, 50, 16), torch.randn(2, 2, 50, 8)
     v = torch.randn(2, 2, 50, 12)
     q, k, v, gate = (x.to(getattr(torch, dtype)) for x in (q, k, v, gate))
-    for program, more in ((sd.patterns.ring_linear([0.9, 0.8, 0.7, 0.6]), {}), (sd.patterns.nha(slots=8, window=16), {"gate": gate})):
+    for program, more in (
+        (sd.patterns.ring_linear([0.9, 0.8, 0.7, 0.6]), {}),
+        (sd.patterns.nha(slots=8, window=16), {"gate": gate}),
+    ):
         found = sd.cache_bound(program)
         assert found.kind == "state"
         for tokens in (7, 50):
@@ -49,6 +52,21 @@ def test_programs_that_choose_grow_and_say_what_a_step_reads() -> None:
 
 def test_programs_for_whole_prompts_grow() -> None:
     assert sd.cache_bound(sd.patterns.token_sparse()).kind == "grows"
+
+
+def test_explain_says_what_must_be_kept() -> None:
+    window = sd.compile(causal & (q_idx - kv_idx < 512)).explain(
+        1, 32768, q_offset=32767, heads=8, kv_heads=2, head_dim=64, dtype="float32"
+    )
+    wanted = (
+        "ring: a ring of 512 keys; PROVED (for all indices, lengths and tables); 0.499 MiB for 32,768 tokens, 1,024 bytes a token"
+    )
+    assert window.cache.startswith(wanted) and f"  cache            {wanted}" in str(window)
+    by_head = sd.compile(causal & (q_idx - kv_idx < sd.table("win")[sd.h])).explain(64, heads=2, win=torch.tensor([4, 8]))
+    assert "a ring of win[h] keys" in by_head.cache
+    state = sd.compile(sd.patterns.nha(slots=8, window=16)).explain(64, heads=4, kv_heads=2, head_dim=16)
+    assert state.cache.startswith("state: a state, and the last 16 tokens; ")
+    assert "a step reads" in sd.compile(sd.patterns.moba(16, 3)).explain(64, heads=4).cache
 
 
 def test_what_is_no_pattern_is_refused() -> None:

@@ -17,7 +17,8 @@ PROGRAMS = {
     "window and choice": causal & ((q_idx - kv_idx < 12) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 2)),
     "zeros at the end": causal & ((q_idx - kv_idx < 12) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16, pad="zero")), 2)),
     "first tokens": causal & ((q_idx - kv_idx < 12) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16, "first")), 2)),
-    "summaries of summaries": causal & ((q_idx - kv_idx < 12) | sd.top_k(sd.dot(sd.q, sd.summary(sd.summary(sd.k, 4, "max"), 4)), 2)),
+    "summaries of summaries": causal
+    & ((q_idx - kv_idx < 12) | sd.top_k(sd.dot(sd.q, sd.summary(sd.summary(sd.k, 4, "max"), 4)), 2)),
 }
 
 
@@ -73,7 +74,9 @@ def test_sequences_are_told_apart_and_batches_followed() -> None:
             step(attn, q, k.flip(0), v, 100, 101, summaries=kept)
         kept.reorder(torch.tensor([1, 0]))
         flipped = [x.flip(0) for x in (q, k, v)]
-        torch.testing.assert_close(step(attn, *flipped, 100, 101, summaries=kept), step(attn, *flipped, 100, 101), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            step(attn, *flipped, 100, 101, summaries=kept), step(attn, *flipped, 100, 101), atol=1e-5, rtol=0
+        )
         with pytest.raises(sd.ShapeError, match=r"holds 6 blocks of 16 tokens, and 'k' has 90 tokens.*crop\(90\)"):
             step(attn, *flipped, 89, 90, summaries=kept)
         kept.crop(89)

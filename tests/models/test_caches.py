@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
-from sparsedsl.models.caches import FixedKeys, KeptKeys
+from sparsedsl.models.caches import FixedKeys, KeptKeys, SummarisedKeys
 from tests.models.families import WINDOW, build, left_padded, tokens
 
 causal = kv_idx <= q_idx
@@ -170,7 +170,9 @@ def test_tokens_are_taken_back_where_they_were_recorded_and_refused_where_keys_a
 
         cache = applied.cache()
         logits(model, ids[:, :20], past_key_values=cache)
-        with pytest.raises(sd.UnsupportedError, match=r"crop\(-2\) wants the cache as it was after 18 tokens.*activate_past_recording"):
+        with pytest.raises(
+            sd.UnsupportedError, match=r"crop\(-2\) wants the cache as it was after 18 tokens.*activate_past_recording"
+        ):
             cache.crop(-2)
         with pytest.raises(sd.ShapeError, match="by a negative number"):
             cache.crop(2)
@@ -229,7 +231,9 @@ def test_a_model_without_the_pattern_does_not_take_its_cache() -> None:
     with sd.models.apply(model, PATTERNS["window"], backend="reference") as applied:
         cache = applied.cache()
         logits(model, ids[:, :20], past_key_values=cache)
-    with pytest.raises(sd.UnsupportedError, match="holds 3 of 20 keys; the model that was called with it runs without the pattern"):
+    with pytest.raises(
+        sd.UnsupportedError, match="holds 3 of 20 keys; the model that was called with it runs without the pattern"
+    ):
         logits(model, ids[:, 20:], past_key_values=cache)
     other = pytest.raises(sd.UnsupportedError, match="the cache was filled for another pattern")
     with sd.models.apply(model, PATTERNS["first ones"], backend="reference"), other:
@@ -249,5 +253,64 @@ def test_an_empty_cache_of_other_patterns_is_fitted_anew() -> None:
 
 def test_lengths_of_caches_are_checked() -> None:
     model = double("llama")
-    with sd.models.apply(model, PATTERNS["window"]) as applied, pytest.raises(sd.ShapeError, match="max_length must be a whole number"):
+    with (
+        sd.models.apply(model, PATTERNS["window"]) as applied,
+        pytest.raises(sd.ShapeError, match="max_length must be a whole number"),
+    ):
         applied.cache(0)
+
+
+# ---- programs ------------------------------------------------------------------------------------------------------------------
+
+MOBA = sd.patterns.moba(8, 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_programs_that_choose_keep_their_summaries(family: str) -> None:
+    model, ids = double(family), tokens(length=40)
+    with sd.models.apply(model, MOBA, backend="tiled") as applied:
+        wanted = logits(model, ids, use_cache=False)
+        cache = applied.cache()
+        assert all(type(layer) is SummarisedKeys for layer in cache.layers)
+        torch.testing.assert_close(in_pieces(model, ids, cache), wanted, atol=ATOL, rtol=0)
+        (kept,) = cache.layers[0].kept.values()
+        assert kept.tokens == 40 and kept.nbytes > 0
+
+
+def test_kept_summaries_follow_what_transformers_does_to_caches() -> None:
+    model, ids = double("llama"), tokens(length=40)
+    with sd.models.apply(model, MOBA, backend="tiled") as applied:
+        wanted = logits(model, ids, use_cache=False)
+        cache = applied.cache()
+        logits(model, ids[:, :20], past_key_values=cache)
+        logits(model, torch.full((2, 9), 7), past_key_values=cache)
+        cache.crop(-9)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([0, 3]))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        found = in_pieces(model, ids.flip(0)[:, 20:], cache, sizes=(1, 1))
+        torch.testing.assert_close(found, wanted.flip(0)[:, 20:], atol=ATOL, rtol=0)
+        cache.reset()
+        torch.testing.assert_close(in_pieces(model, ids, cache), wanted, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("words", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
+def test_generate_with_a_program_gives_the_tokens_that_it_gives_without_a_cache(words: dict[str, int]) -> None:
+    model, ids = double("llama"), tokens(1, 20)
+    with sd.models.apply(model, MOBA, backend="tiled"):
+        found = model.generate(ids, max_new_tokens=15, do_sample=False, **words)
+        plain = {name: number for name, number in words.items() if name == "num_beams"}
+        assert found.tolist() == model.generate(ids, max_new_tokens=15, do_sample=False, use_cache=False, **plain).tolist()
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_counts_what_layers_hold() -> None:
+    model = build("gemma3")  # 2 heads of 8 for keys, float32: 128 bytes a token
+    with sd.models.apply(model, {1: PATTERNS["first ones"]}) as applied:
+        lines = applied.cache_report(4096, batch=2).splitlines()
+    assert lines[0] == "layer 0: the last 7 keys; 128 bytes a token, 0.00171 MiB for 4,096 tokens"
+    assert lines[1].startswith("layer 1: first + ring: the first 2 keys, a ring of 4 keys; PROVED")
+    assert lines[1].endswith("128 bytes a token, 0.00122 MiB for 4,096 tokens")
+    assert lines[2] == "all layers: 0.00293 MiB, where 2 MiB hold every key"
