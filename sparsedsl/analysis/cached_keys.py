@@ -194,7 +194,7 @@ class CacheBound:
         self, value: int | Index, batch: int | None = None, heads: int | None = None, tables: Mapping[str, Any] | None = None
     ) -> int:  # fmt: skip
         if isinstance(value, int) or self.pattern is None:
-            return int(value)  # type: ignore[call-overload, no-any-return]
+            return int(value)
         given = {**self.pattern.bound, **(tables or {})}
         read = table_specs(value.expr)
         missing = [name for name in read if name not in given]
@@ -243,14 +243,16 @@ def pattern_bound(pattern: Pattern) -> CacheBound:
     causal = causality(pattern.mask)
     if found.share is None:
         return CacheBound(GROWS, pattern, found.verdict, causal=causal)
-    share, numbers = found.share, {}
-    for name in ("first", "recent"):
-        number = getattr(share, name)
-        read = table_specs(number)
-        numbers[name] = int(number) if number.is_Integer else Index(number, {n: t for n, t in pattern.bound.items() if n in read})
-    words = {"first": numbers["first"], "ring": numbers["recent"], "strided": share.every}
+    share = found.share
+    first, recent = (_as_users_write(number, pattern) for number in (share.first, share.recent))
+    words = {"first": first, "ring": recent, "strided": share.every}
     kind = " + ".join(word for word, part in words.items() if part is not None and str(part) != "0")
     return CacheBound(
-        kind or NOTHING, pattern, found.verdict, **numbers, every=share.every, residues=share.residues,
-        witnesses=dict(found.witnesses), causal=causal,
+        kind or NOTHING, pattern, found.verdict, first, recent, share.every, share.residues, dict(found.witnesses), causal
     )  # fmt: skip
+
+
+def _as_users_write(number: sympy.Expr, pattern: Pattern) -> int | Index:
+    """A number, or an expression with the tables that the pattern binds."""
+    read = table_specs(number)
+    return int(number) if number.is_Integer else Index(number, {n: t for n, t in pattern.bound.items() if n in read})

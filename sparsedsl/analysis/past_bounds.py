@@ -101,7 +101,7 @@ def line(expr: sympy.Expr, symbol: sympy.Symbol) -> tuple[Any, Any, Any] | None:
         return zero, expr, expr
     if isinstance(expr, sympy.Add):
         parts = [line(term, symbol) for term in expr.args]
-        return None if None in parts else tuple(sum(ends) for ends in zip(*parts, strict=True))  # type: ignore[arg-type, return-value]
+        return None if None in parts else tuple(sum(ends) for ends in zip(*parts, strict=True))
     if isinstance(expr, sympy.Mul):
         number, rest = expr.as_coeff_Mul()
         inner = line(rest, symbol) if number.is_Rational and rest != expr else None

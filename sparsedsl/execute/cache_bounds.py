@@ -58,8 +58,9 @@ def cache_bound(pattern: Any) -> CacheBound:
     'state'
     """
     program = as_program(pattern)
-    static = as_pattern(pattern) if program is None else program.static
-    return pattern_bound(static) if static is not None else _program_bound(program)  # type: ignore[arg-type]
+    if program is None:
+        return pattern_bound(as_pattern(pattern))
+    return _program_bound(program) if program.static is None else pattern_bound(program.static)
 
 
 @functools.lru_cache(maxsize=64)

@@ -115,9 +115,11 @@ def explain(
 def cache_words(program: Program, facts: CallFacts, sizes: Mapping[str, int] | None, tables: Mapping[str, Any]) -> str:
     """What a cache must hold, in words; and its bytes a token, and while ``facts.kv_len`` tokens go by."""
     bound = cache_bound(program)
-    shape = {"dtype": facts.dtype, "head_dim_v": facts.head_dim_v, "batch": facts.batch, "heads": facts.heads}
     try:
-        took = bound.bytes(facts.kv_len, facts.kv_heads, facts.head_dim, sizes=sizes, **shape, **_of_sizes(bound, tables))
+        took = bound.bytes(
+            facts.kv_len, facts.kv_heads, facts.head_dim, facts.dtype, head_dim_v=facts.head_dim_v, batch=facts.batch,
+            heads=facts.heads, sizes=sizes, **_of_sizes(bound, tables),
+        )  # fmt: skip
     except (ShapeError, TableError) as error:
         return f"{bound}; its bytes are not known: {error}"
     each = facts.batch * facts.kv_heads * (facts.head_dim + facts.head_dim_v) * ITEM_BYTES[facts.dtype]

@@ -17,9 +17,9 @@ from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.models.caches import KeptKeys, SummarisedKeys
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.derived import DerivedForm, derive
+from sparsedsl.models.kept_keys import KeptKeys, SummarisedKeys
 from sparsedsl.models.mask_arguments import MaskRequest
 from sparsedsl.models.native import Facts
 from sparsedsl.models.programs import fitted, is_for_prefill

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
-from sparsedsl.models.caches import FixedKeys, KeptKeys, SummarisedKeys
+from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
 from tests.models.families import WINDOW, build, left_padded, tokens
 
 causal = kv_idx <= q_idx
