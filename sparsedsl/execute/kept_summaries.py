@@ -62,7 +62,7 @@ class KeptSummaries:
     >>> _ = attn(q[:, :, :63], k[:, :, :63], v[:, :, :63], summaries=kept)
     >>> step = attn(q[:, :, 63:], k, v, q_offset=63, summaries=kept)
     >>> torch.allclose(step, attn(q, k, v)[:, :, 63:], atol=1e-5), kept.tokens, kept.nbytes
-    (True, 64, 512)
+    (True, 64, 1024)
     """
 
     def __init__(self, program: Program) -> None:
