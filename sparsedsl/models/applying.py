@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -48,6 +48,7 @@ def apply(
     *,
     backend: str = "auto",
     allow: Sequence[str] = (),
+    indices: Literal["tokens", "slots"] = "tokens",
 ) -> AppliedPatterns:
     """Run patterns, or programs, in the attention layers of a transformers model.
 
@@ -58,12 +59,16 @@ def apply(
       scale, if it has none, is the layer's).
     - Layers that are given nothing stay native, bit for bit: they see transformers' own masks, and the implementation keeps its name.
       Layers that are given something run it, or the call raises. Where a layer chooses keys by an indexer, a pattern takes that place.
-    - ``q_idx`` and ``kv_idx`` are slots of the KV cache, as in transformers' mask functions: with left padding, slot 0 is
-      padding. Padded keys never attend.
-    - Two tables are bound at every call: ``sd.models.left_padding[b]``, the number of padding slots before a sequence, and
-      ``sd.models.sinks[h]``, the layer's sink logits. Others must be bound before: ``pattern.bind(name=tensor)``.
-    - In packed batches (``position_ids`` that start again; no attention mask, no cache) a query sees its own sequence only and
-      the indices count within the sequence, again as in transformers.
+    - Padding means nothing: ``q_idx`` and ``kv_idx`` count the real tokens of a row, ``q_len`` and ``kv_len`` are how many there are, and
+      tables are read by them. So a row alone, padded left, right or in between, and packed gives the same. Padded keys never attend.
+    - In packed batches (``position_ids`` that start again; no attention mask, no cache) a query sees its own sequence only, and indices
+      and lengths are those of the sequence; in models that make their masks by ``position_ids`` (GPT-OSS does not, and sees one sequence).
+    - With ``indices="slots"`` they are slots of the KV cache, as in transformers' mask functions: with left padding, slot 0 is padding;
+      in packed batches the positions that were given. The layer's own native pattern stands for the mask of transformers and counts as that
+      does, whatever ``indices`` says: a window over padding in the middle of a row counts the padding too.
+    - Two tables are bound at every call: ``sd.models.sinks[h]``, the layer's sink logits, and ``sd.models.left_padding[b]``, the number of
+      slots before the first one that the indices count: padding slots before a row in slots, 0 in tokens. Others must be bound before:
+      ``pattern.bind(name=tensor)``.
     - Caches that are still empty are fitted: a layer with a pattern holds the keys that :func:`sparsedsl.cache_bound` says later queries
       may ask for, and no more; all of them where no bound is proved. Layers that share their keys (Gemma 3n, Gemma 4) get one together,
       or the call raises.
@@ -74,23 +79,25 @@ def apply(
       cap for attentions that leave logits as they are; the layer's sink logits if it has none;
     - with the effect ``"selection reads later queries"`` (``pbs``, ``token_sparse``) runs where the queries are those of a whole prompt.
       Decoding, and a chunk that continues a prompt, run the layer's native pattern over the whole cache. Other programs run there too;
-    - takes no padding and no packed positions.
+    - runs on the real tokens of each row, or of each packed sequence, alone; rows that have as many run as one batch. What a padding query
+      gives is zero.
 
     Args:
         model: a transformers model with one stack of layers, running ``sdpa``, ``eager`` or ``flex_attention``.
         patterns: one mask, pattern or program for all layers; or a mapping from layer index; or a function of the layer index, where a
             missing index and None mean native.
         backend, allow: as in :func:`sparsedsl.compile`.
+        indices: what indices and lengths count: ``"tokens"`` or ``"slots"``.
 
     Returns:
         :class:`AppliedPatterns`, whose ``restore()`` (or leaving its ``with`` block) gives the model back as it was.
 
     Raises:
-        PatternError: no layer has such an index, or what was given is no pattern.
+        PatternError: no layer has such an index, what was given is no pattern, or ``indices`` is another word.
         TableError: a pattern reads a table that nothing binds.
         UnsupportedError: the model's attention cannot be reached or would lose something, or a program reads inputs beside q, k and v.
             Calls that ask for what patterns cannot give raise it too: 4-D masks, attention dropout, attention weights, position biases,
-            paged caches; padding and packed positions in a layer with a program; gradients of a program that reads later queries.
+            paged caches; padding in a layer with a program by ``indices="slots"``; gradients of a program that reads later queries.
 
     >>> import sparsedsl as sd
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -105,6 +112,8 @@ def apply(
     ...     applied.patterns[1].root is sparse
     True
     """
+    if indices not in ("tokens", "slots"):
+        raise PatternError(f'indices must be "tokens" or "slots", what q_idx and kv_idx count; got {shown(indices)}')
     config = text_config(model)
     layers = attention_layers(model)
     closed = closed_layers(model)
@@ -126,6 +135,8 @@ def apply(
     told, compiled = is_told_causal(model, config), Compiled(backend, tuple(allow))
     stack = Stack(key_owners(layers), masks_of({i: m for i, m in layers.items() if i not in chosen}, config, told))
     bindings = {index: _bind(layers[index], index, given, config, told, compiled, stack) for index, given in chosen.items()}
+    for binding in bindings.values():
+        binding.count_slots = indices == "slots"
     return AppliedPatterns(model, config, native, layers, stack, bindings)
 
 

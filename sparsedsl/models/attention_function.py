@@ -22,7 +22,8 @@ from sparsedsl.models.derived import DerivedForm, derive
 from sparsedsl.models.kept_keys import KeptKeys, SummarisedKeys
 from sparsedsl.models.mask_arguments import MaskRequest
 from sparsedsl.models.native import Facts
-from sparsedsl.models.programs import fitted, is_for_prefill
+from sparsedsl.models.programs import ROW, fitted, is_for_prefill, reads_rows, told_rows
+from sparsedsl.models.sequences import SequenceGroup, sequence_groups
 from sparsedsl.program.graph import Program
 from sparsedsl.runtime.call import wants_grad
 
@@ -56,9 +57,9 @@ class Compiled:
 class Binding:
     """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for, and ``facts``
     what its mask says. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the pattern, which then is
-    the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one of. ``reached``: the
-    module has called for it. ``held``: in a forward with a cache fitted to the pattern, the layer that holds its keys.
-    ``bounds``: what is known of the caches of the layers it shares keys with."""
+    the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one of. ``count_slots``:
+    the user's pattern counts slots, and not tokens. ``reached``: the module has called for it. ``held``: in a forward with a cache fitted
+    to the pattern, the layer that holds its keys. ``bounds``: what is known of the caches of the layers it shares keys with."""
 
     index: int
     pattern: Pattern
@@ -68,6 +69,7 @@ class Binding:
     compiled: Compiled
     stack: Stack
     program: Program | None = None
+    count_slots: bool = False
     reached: bool = False
     held: KeptKeys | SummarisedKeys | None = None
     _by_scale: dict[Any, Any] = field(default_factory=dict)
@@ -82,16 +84,23 @@ class Binding:
             self._by_form[form] = self.compiled(pattern), frozenset(pattern.tables) - frozenset(pattern.bound)
         return self._by_form[form]
 
+    @property
+    def in_slots(self) -> bool:
+        """Whether the indices of the pattern are slots: those of the model's own are, as in transformers' masks."""
+        return self.native or self.count_slots
+
     def runs_program(self, whole: bool) -> bool:
         """Whether a call runs the program. ``whole``: queries and keys are those of all tokens so far."""
         return self.program is not None and (whole or not is_for_prefill(self.program))
 
-    def program_attention(self, scale: float | None, head_dim: int) -> Any:
-        """The compiled program, with what is the layer's own."""
+    def program_attention(self, scale: float | None, head_dim: int, by_row: bool) -> Any:
+        """The compiled program, with what is the layer's own. ``by_row``: for some rows of a batch, whose numbers the call gives."""
         assert self.program is not None
-        if scale not in self._by_scale:
-            self._by_scale[scale] = self.compiled(fitted(self.program, self.index, self.pattern, scale, head_dim))
-        return self._by_scale[scale]
+        by_row = by_row and reads_rows(self.program)
+        if (scale, by_row) not in self._by_scale:
+            program = fitted(self.program, self.index, self.pattern, scale, head_dim)
+            self._by_scale[scale, by_row] = self.compiled(told_rows(program) if by_row else program)
+        return self._by_scale[scale, by_row]
 
     @property
     def sums_up_keys(self) -> bool:
@@ -102,6 +111,8 @@ class Binding:
         """Whether what runs after a prompt provably asks for none but the last ``window`` keys, the query's own included."""
         if self.runs_program(whole=False):
             return False
+        if any(fits and known <= window for known, fits in self._fits.items()):
+            return True
         if window not in self._fits:
             self._fits[window] = self.native or implies(self.pattern.mask, q_idx - kv_idx < window) == PROVED
         return self._fits[window]
@@ -181,35 +192,61 @@ def _run(
     request: MaskRequest,
     arguments: dict[str, Any],
 ) -> torch.Tensor:
+    """(B, Sq, Hq, Dv): by the pattern or the program, whichever this call is for."""
     held = binding.held
     if isinstance(held, KeptKeys):
-        slots = held.handed
-        if slots.numel() != key.shape[2]:
-            raise ShapeError(
-                f"layer {binding.index}: its cache handed out {slots.numel()} keys, and the layer attends to {key.shape[2]}; which of them "
-                "are which is not known. Leave this layer native, or give it a cache that holds every key: DynamicCache()"
-            )
+        handed = _handed(binding, held, key)
         held.settle(request.padding)
-        if int(slots[-1]) + 1 - int(slots[0]) > slots.numel():
-            return _run_with_gaps(binding, query, key, value, request, arguments, slots)
-        start, stop = int(slots[0]), int(slots[-1]) + 1
+        start, stop = slots = int(handed[0]), int(handed[-1]) + 1
+        if stop - start > handed.numel():
+            return _run_with_gaps(binding, query, key, value, request, handed, arguments)
     else:
-        start, stop = request.key_range(key.shape[2])
+        start, stop = slots = request.key_range(key.shape[2])
     key, value = key[:, :, : stop - start], value[:, :, : stop - start]
-    if binding.runs_program(whole=request.q_offset == 0 and query.shape[2] == key.shape[2]) and start == 0:
-        return _run_program(binding, query, key, value, request, arguments)
-    if start > 0 and not isinstance(held, KeptKeys) and not binding.fits_window(request.q_offset - start + 1):
-        raise UnsupportedError(
-            f"layer {binding.index}: its cache has dropped the keys before position {start} (a sliding-window cache), and "
-            "the pattern may ask for them. Use one that keeps them: past_key_values=handle.cache(), with the handle that "
-            "models.apply returned"
-        )
-    form = DerivedForm(padded=request.padding is not None, packed=request.packing is not None, cropped=start > 0)
+    if binding.program is not None and (request.padding is not None or request.packing is not None):
+        return _run_on_sequences(binding, query, key, value, request, slots, arguments)
+    if start == 0 and binding.runs_program(whole=request.q_offset == 0 and query.shape[2] == key.shape[2]):
+        return _run_program(binding, query, key, value, request.q_offset, arguments).transpose(1, 2).contiguous()
+    return _run_pattern(binding, query, key, value, request, slots, arguments)
+
+
+def _run_pattern(
+    binding: Binding,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    request: MaskRequest,
+    slots: tuple[int, int],
+    arguments: dict[str, Any],
+) -> torch.Tensor:
+    """The pattern over the keys in these cache slots."""
+    start, stop = slots
+    # What a fitted cache has let go of no query asks for.
+    kept = None if isinstance(binding.held, KeptKeys) else request.keys_kept(start, binding.in_slots)
+    if kept is not None and not binding.fits_window(kept):
+        raise _dropped(binding, start, request.has_holes and not binding.in_slots)
+    form = DerivedForm(
+        padded=request.padding is not None,
+        holes=request.has_holes,
+        packed=request.packing is not None,
+        cropped=start > 0,
+        slots=binding.in_slots,
+    )
     attention, wanted = binding.attention(form)
     tables = _tables(binding, wanted, request.tables(start, stop, query.shape[0], query.device), arguments)
     scale = arguments.get("scaling") if binding.pattern.scale is None else None
     out = attention(query, key, value, q_offset=request.q_offset - start, scale=scale, **tables)
     return out.transpose(1, 2).contiguous()
+
+
+def _handed(binding: Binding, held: KeptKeys, key: torch.Tensor) -> torch.Tensor:
+    """The cache slots of a layer's keys."""
+    if held.handed.numel() != key.shape[2]:
+        raise ShapeError(
+            f"layer {binding.index}: its cache handed out {held.handed.numel()} keys, and the layer attends to {key.shape[2]}; which of "
+            "them are which is not known. Leave this layer native, or give it a cache that holds every key: DynamicCache()"
+        )
+    return held.handed
 
 
 def _run_with_gaps(
@@ -218,20 +255,26 @@ def _run_with_gaps(
     key: torch.Tensor,
     value: torch.Tensor,
     request: MaskRequest,
-    arguments: dict[str, Any],
     slots: torch.Tensor,
+    arguments: dict[str, Any],
 ) -> torch.Tensor:
-    """The same over keys that stand at these cache slots, ascending; those between them no query of the pattern sees."""
-    attention, wanted = binding.attention(DerivedForm(padded=request.padding is not None, gaps=True))
-    stop, slots = int(slots[-1]) + 1, slots.to(query.device)
-    known = request.tables(0, stop, query.shape[0], query.device)
-    known = {**known, "hf_slot": slots, "hf_stop": slots[-1:] + 1}
-    if "hf_valid" in known:
-        known["hf_valid"] = known["hf_valid"][:, slots]
-    tables = _tables(binding, wanted, known, arguments)
+    """The pattern over keys in these cache slots, ascending; those between them no query of the pattern sees."""
+    padded = request.padding is not None
+    attention, wanted = binding.attention(DerivedForm(padded=padded, holes=padded, gaps=True, slots=binding.in_slots))
+    tables = _tables(binding, wanted, request.tables_at(slots, query.shape[0], query.device), arguments)
     scale = arguments.get("scaling") if binding.pattern.scale is None else None
     out = attention(query, key, value, q_offset=key.shape[2] - query.shape[2], scale=scale, **tables)
     return out.transpose(1, 2).contiguous()
+
+
+def _dropped(binding: Binding, start: int, has_holes: bool) -> UnsupportedError:
+    way_out = "past_key_values=handle.cache(), with the handle that models.apply returned"
+    if has_holes:  # a window of so many tokens reaches over padding to earlier slots than the cache was made for
+        way_out = "past_key_values=transformers.DynamicCache(), without a configuration"
+    return UnsupportedError(
+        f"layer {binding.index}: its cache has dropped the keys before position {start} (a sliding-window cache), and "
+        f"the pattern may ask for them. Use one that keeps them: {way_out}"
+    )
 
 
 def _tables(
@@ -248,29 +291,63 @@ def _tables(
     return tables
 
 
-def _run_program(
+def _run_on_sequences(
     binding: Binding,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     request: MaskRequest,
+    slots: tuple[int, int],
     arguments: dict[str, Any],
 ) -> torch.Tensor:
-    if request.padding is not None or request.packing is not None:
-        what = "padding" if request.padding is not None else "several sequences in a row (position_ids)"
-        way_out = "sequences of one length, or one at a time" if request.padding is not None else "each sequence by itself"
+    """The program on the real tokens of each sequence, of those together that have as many; where it runs for a whole prompt only, the
+    pattern on the other rows. Padding gives zeros."""
+    if binding.count_slots and request.padding is not None:
         raise UnsupportedError(
-            f"layer {binding.index}: the batch has {what}, and a program chooses among all tokens of a row. Give {way_out}, or leave "
-            "this layer native, or give it a pattern"
+            f"layer {binding.index}: the batch has padding, and a program chooses among tokens, not among slots. Call "
+            "sd.models.apply(..., indices='tokens'), which is the default, or give sequences of one length"
         )
-    attention = binding.program_attention(arguments.get("scaling"), query.shape[3])
+    groups = sequence_groups(request, *slots, query.shape[0], query.device)
+    chosen = [group for group in groups if binding.runs_program(group.whole)]
+    if not all(group.complete for group in chosen):
+        raise _dropped(binding, slots[0], has_holes=False)
+    out = None
+    if len(chosen) < len(groups):
+        out = _run_pattern(binding, query, key, value, request, slots, arguments).clone()
+    for group in chosen:
+        tensors = group.queries.gather(query, 2), group.keys.gather(key, 2), group.keys.gather(value, 2)
+        result = _run_program(binding, *tensors, group.q_offset, arguments, group).transpose(1, 2)
+        if group.queries.are_all:
+            return result.contiguous()
+        if out is None:
+            out = result.new_zeros(query.shape[0], query.shape[2], *result.shape[2:])
+        group.queries.scatter(result, out, 1)
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]) if out is None else out
+
+
+def _run_program(
+    binding: Binding,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_offset: int,
+    arguments: dict[str, Any],
+    group: SequenceGroup | None = None,
+) -> torch.Tensor:
+    """(B, Hq, Sq, Dv). ``group``: which sequences of the batch these are, where not the rows as they stand."""
+    attention = binding.program_attention(arguments.get("scaling"), query.shape[3], by_row=group is not None)
     wanted = frozenset(attention.program.tables) - frozenset(attention.program.bound)
-    tables = _tables(binding, wanted, request.tables(0, key.shape[2], query.shape[0], query.device), arguments)
+    known = {} if group is None else {ROW.name: group.rows}
+    if "left_padding" in wanted:
+        batch = query.shape[0] if group is None else group.queries.batch
+        known["left_padding"] = torch.zeros(batch, dtype=torch.int32, device=query.device)
+    tables = _tables(binding, wanted, known, arguments)
     try:
-        out = attention(query, key, value, q_offset=request.q_offset, **tables, **_summaries(binding, attention, query, key))
+        kept = {} if group is not None else _summaries(binding, attention, query, key)
+        out: torch.Tensor = attention(query, key, value, q_offset=q_offset, **tables, **kept)
     except (ShapeError, TableError, UnsupportedError) as error:
         raise type(error)(f"layer {binding.index}: {error}") from error
-    return out.transpose(1, 2).contiguous()
+    return out
 
 
 def _summaries(binding: Binding, attention: Any, query: torch.Tensor, key: torch.Tensor) -> dict[str, KeptSummaries]:

@@ -47,6 +47,7 @@ class KeptKeys(DynamicLayer):
         # second forward begins. Who takes some back after the first one (prompt lookup, assistants) does so after each.
         self.is_late = False
         self._lacks = False
+        self._padding: Tensor | None = None
         self._waiting: tuple[Tensor | None] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -70,6 +71,7 @@ class KeptKeys(DynamicLayer):
 
     def settle(self, padding: Tensor | None) -> None:
         """Let go of the keys that no later query needs. ``padding``: (B, slots), False = padding, or None where nothing is padded."""
+        self._padding = padding
         if self.record_past:
             return
         if self.is_late or self.keys.device != self.device:  # on its way to the host: when it is back
@@ -126,7 +128,7 @@ class KeptKeys(DynamicLayer):
             self.activate_past_recording()
         target = max(self.seen + tokens_to_remove, 0)
         every = torch.arange(target)
-        needed = every[self._needed(every, target, None)]
+        needed = every[self._needed(every, target, self._padding)]
         gone = needed[~torch.isin(needed, self.slots)]
         if gone.numel():
             raise UnsupportedError(
@@ -140,7 +142,7 @@ class KeptKeys(DynamicLayer):
     def reset(self) -> None:
         """Empty, as when it was new."""
         super().reset()
-        self.seen, self._lacks, self._waiting = 0, False, None
+        self.seen, self._lacks, self._padding, self._waiting = 0, False, None, None
         self.slots = self.handed = torch.empty(0, dtype=torch.int64)
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ import torch
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.models.carried import carrying, stacks_of, without_data
 from sparsedsl.models.native import Facts
+from sparsedsl.models.real_tokens import count_in_sequence, has_holes, leading_padding, place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,7 +49,8 @@ class MaskRequest:
     ``q_offset``: cache slot of the first query. ``kv_offset``: cache slot of the first key that the layer hands out (a cropped
     sliding-window cache starts later than 0). ``padding``: (B, slots) bool, False = padding, or None when nothing is padded.
     ``packing``: see :class:`Packing`. ``facts``: the mask that transformers wants, see ``native.Facts``; None if its own words do
-    not say it. ``overlays``: mask functions a pattern knows nothing of (image blocks, a caller's own).
+    not say it. ``overlays``: mask functions a pattern knows nothing of (image blocks, a caller's own). ``written``: how many slots are
+    filled once the keys of this forward are in the cache.
     """
 
     q_length: int
@@ -60,8 +62,9 @@ class MaskRequest:
     facts: Facts | None
     overlays: tuple[str, ...]
     make_native: Callable[[], Any]
+    written: int
+    known: dict[Any, Any] = field(default_factory=dict)  # what was worked out from this request, by whatever names it
     _native: list[Any] = field(default_factory=list)
-    _tables: dict[Any, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def native_mask(self) -> Any:
         """The mask that transformers would have made: a tensor, a BlockMask or None. Made once."""
@@ -77,43 +80,88 @@ class MaskRequest:
             return None if mask is None else mask[:, :, first:end, :keys]
 
         rows, offset = end - first, self.q_offset + first
-        return replace(self, q_length=rows, kv_length=keys, q_offset=offset, make_native=native, _native=[], _tables={})
+        return replace(self, q_length=rows, kv_length=keys, q_offset=offset, make_native=native, known={}, _native=[])
 
     def key_range(self, keys: int) -> tuple[int, int]:
         """The cache slots ``[start, stop)`` of a layer's ``keys`` keys; those a static cache has not written yet are left out."""
-        written = self.q_offset + self.q_length
         if keys == self.kv_length:
             stop = self.kv_offset + keys
             spoken_for = self.padding is not None and self.padding.shape[1] >= stop
-            return self.kv_offset, stop if spoken_for else min(stop, written)
-        if keys <= written:  # this layer's cache keeps another length than the one the mask was sized by
-            return written - keys, written
+            return self.kv_offset, stop if spoken_for else min(stop, self.written)
+        if keys <= self.written:  # this layer's cache keeps another length than the one the mask was sized by
+            return self.written - keys, self.written
         raise ShapeError(
             f"the layer has {keys} keys, but transformers announced {self.kv_length} (slots {self.kv_offset} on) and "
-            f"{written} tokens were seen; use a cache made by transformers, such as DynamicCache()"
+            f"{self.written} tokens were seen; use a cache made by transformers, such as DynamicCache()"
         )
+
+    def real(self, batch: int, stop: int) -> torch.Tensor:
+        """(B, stop) bool: the slots that hold real tokens. Of a padded batch only."""
+        assert self.padding is not None
+        missing = stop - self.padding.shape[1]
+        padding = torch.nn.functional.pad(self.padding, (0, missing)) if missing > 0 else self.padding
+        return padding[:, :stop].expand(batch, -1)
+
+    @functools.cached_property
+    def has_holes(self) -> bool:
+        """Whether there is padding between the real tokens of a row."""
+        return self.padding is not None and has_holes(self.padding[:, : self.written])
+
+    def keys_kept(self, start: int, count_slots: bool) -> int | None:
+        """So many of the last keys, its own included, every query has at least, where those before slot ``start`` are gone; None: all."""
+        if start == 0:
+            return None
+        if count_slots or not self.has_holes:
+            return self.q_offset - start + 1
+        key = ("kept", start)
+        if key not in self.known:
+            assert self.padding is not None
+            real = self.real(self.padding.shape[0], self.written)
+            asks = real[:, self.q_offset : self.q_offset + self.q_length].any(-1)
+            kept = real[asks & real[:, :start].any(-1), start : self.q_offset].sum(-1)
+            self.known[key] = int(kept.min()) + 1 if len(kept) else None
+        known: int | None = self.known[key]
+        return known
 
     def tables(self, start: int, stop: int, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
         """All that is data in this call, over the cache slots ``[start, stop)``; the same tensors for every layer that asks.
 
-        ``hf_valid`` (B, stop - start) bool: real tokens, if any slot is padding. ``hf_sequence``, ``hf_position`` (B, S): see
-        :class:`Packing`. ``hf_start`` (1,): the first slot. ``left_padding`` (B,): padding tokens before each sequence.
+        - ``hf_start`` (1,): the first slot.
+        - Where a slot is padding: ``hf_valid`` (B, stop - start) bool, real tokens; ``left_padding`` (B,), padding before each row;
+          ``hf_first``, ``hf_end`` (B,): from where to where a row without holes lies among these slots, also where its start is no
+          more; ``hf_place`` (B, stop - start), where there are holes: how many real tokens of its row stand before one.
+        - In packed rows, (B, S): ``hf_sequence`` and ``hf_position``, see :class:`Packing`; ``hf_index``, how many tokens of its
+          sequence stand before a token, and ``hf_length``, how many the sequence has.
         """
-        key = (start, stop, batch, device)
-        if key not in self._tables:
+        key = ("tables", start, stop, batch, device)
+        if key not in self.known:
             made = {"hf_start": torch.tensor([start], dtype=torch.int32, device=device)}
             made["left_padding"] = torch.zeros(batch, dtype=torch.int32, device=device)
             if self.padding is not None:
-                missing = stop - self.padding.shape[1]
-                padding = torch.nn.functional.pad(self.padding, (0, missing)) if missing > 0 else self.padding
-                padding = padding.expand(batch, -1).to(device)
-                made["hf_valid"] = padding[:, start:stop].contiguous()
-                made["left_padding"] = (padding.cumsum(-1) == 0).sum(-1, dtype=torch.int32)
+                real = self.real(batch, max(stop, self.padding.shape[1])).to(device)
+                made["hf_valid"] = real[:, start:stop].contiguous()
+                made["left_padding"] = leading_padding(real)
+                made["hf_first"] = made["left_padding"] - start
+                made["hf_end"] = made["hf_first"] + real[:, : self.written].sum(-1, dtype=torch.int32)
+                if self.has_holes:
+                    made["hf_place"] = place_of(real)[:, start:stop].contiguous()
             if self.packing is not None:
                 made["hf_sequence"] = self.packing.sequence.expand(batch, -1).to(device).contiguous()
                 made["hf_position"] = self.packing.position.expand(batch, -1).to(device).contiguous()
-            self._tables[key] = made
-        return self._tables[key]
+                made["hf_index"], made["hf_length"] = count_in_sequence(made["hf_sequence"])
+            self.known[key] = made
+        tables: dict[str, torch.Tensor] = self.known[key]
+        return tables
+
+    def tables_at(self, slots: torch.Tensor, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """The same over these cache slots, ascending, between which others are missing. ``hf_slot``: the slots, ``hf_stop``: how many there
+        are in all; ``hf_place`` wherever a slot is padding."""
+        stop, slots = int(slots[-1]) + 1, slots.to(device)
+        made = {**self.tables(0, stop, batch, device), "hf_slot": slots, "hf_stop": slots[-1:] + 1}
+        if self.padding is not None:
+            made["hf_valid"] = made["hf_valid"][:, slots]
+            made["hf_place"] = place_of(self.real(batch, stop).to(device))[:, slots]
+        return made
 
 
 class MaskFunction:
@@ -170,6 +218,7 @@ class MaskFunction:
             frozenset(read.facts) if read.plain else None,
             tuple(read.overlays),
             native,
+            q_offset + arguments["q_length"],
         )
 
 

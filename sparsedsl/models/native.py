@@ -20,7 +20,8 @@ Facts = frozenset[tuple[str, int | None]]
 
 # Tables that models.apply binds at every call, for native patterns and the user's own alike.
 sinks = table("sinks", dtype=float, learned=True)  # sinks[h]: the layer's sink logits (GPT-OSS)
-left_padding = table("left_padding", values_in=(0, 2**31 - 1))  # left_padding[b]: padding tokens before the sequence
+# left_padding[b]: slots before the one where a pattern's indices are 0: with indices="slots" the padding before a row, else 0.
+left_padding = table("left_padding", values_in=(0, 2**31 - 1))
 
 
 def native_patterns(model: PreTrainedModel) -> dict[int, Pattern]:

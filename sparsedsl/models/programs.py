@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from sparsedsl.errors import TableError, UnsupportedError
 from sparsedsl.lang.expressions import Score
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.tables import read_class, table_reads
+from sparsedsl.lang.symbols import BATCH
+from sparsedsl.lang.tables import TableRead, TableSpec, read_class, table_reads
 from sparsedsl.lang.wrapped import Expression
 from sparsedsl.models.derived import PROVIDED
 from sparsedsl.program import orders, scores, select, sources, tensors
@@ -25,7 +26,9 @@ from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node, one_of, reached
 from sparsedsl.program.rules import Rules
 
-__all__ = ["FIT_RULES", "SINK_RULES", "check_program", "fitted", "is_for_prefill"]
+__all__ = ["FIT_RULES", "ROW", "SINK_RULES", "check_program", "fitted", "is_for_prefill", "reads_rows", "told_rows"]
+
+ROW = TableSpec("hf_row", values_in=(0, 2**31 - 1))  # hf_row[b]: which row of the batch a sequence is from
 
 
 @functools.lru_cache(maxsize=256)
@@ -177,11 +180,47 @@ SINK_RULES: Rules[Callable[[Any, Score, int], Branch]] = Rules(
 )
 
 
+# ---- a program on some rows of a batch ------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def reads_rows(program: Program) -> bool:
+    """Whether a mask or score says something about ``b`` itself, beside looking up what the program has chosen."""
+    return any(_with_rows(part).expr != part.expr for node in program.everything for part in _expressions(node))
+
+
+def told_rows(program: Program) -> Program:
+    """The program with ``hf_row[b]``, which calls give, for ``b``: sequences from some rows of a batch are told apart as these rows are."""
+    return rebuilt(program, lambda node: node, _with_rows)
+
+
+def _expressions(node: Node) -> Iterator[Any]:
+    for part in node.expressions:
+        yield from (part.mask, part.score, *([] if part.sink is None else [part.sink])) if isinstance(part, Pattern) else (part,)
+
+
+def _with_rows(expression: Any) -> Any:
+    chosen = {name for name, value in expression.bound.items() if isinstance(value, Node)}
+
+    def moved(expr: Any) -> Any:
+        if expr == BATCH:
+            return read_class(ROW)(BATCH)
+        if BATCH not in expr.free_symbols:
+            return expr
+        if isinstance(expr, TableRead) and expr.spec.name in chosen:  # made by the same call: its first index is that of the call
+            return expr.func(expr.args[0], *map(moved, expr.args[1:]))
+        return expr.func(*map(moved, expr.args))
+
+    return type(expression)(moved(expression.expr), expression.bound)
+
+
 # ---- a program anew --------------------------------------------------------------------------------------------------------------
 
 
-def rebuilt(program: Program, change: Callable[[Node], Node]) -> Program:
-    """The program with every node replaced by what ``change`` makes of it, each after those it reads."""
+def rebuilt(
+    program: Program, change: Callable[[Node], Node], rewrite: Callable[[Any], Any] = lambda expression: expression
+) -> Program:
+    """The program with every node replaced by what ``change`` makes of it, each after those it reads; every expression by ``rewrite``."""
     known: dict[Node, Node] = {}
 
     def again(value: Any) -> Any:
@@ -193,7 +232,7 @@ def rebuilt(program: Program, change: Callable[[Node], Node]) -> Program:
             sink = None if value.sink is None else again(value.sink)
             return Pattern(again(value.mask), again(value.score), sink, value.scale)
         if isinstance(value, Expression):
-            return _reading(value, again)
+            return rewrite(_reading(value, again))
         if isinstance(value, tuple):
             return tuple(map(again, value))
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

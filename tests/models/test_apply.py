@@ -67,7 +67,7 @@ def test_a_mask_means_what_the_dense_mask_means_to_transformers(family: str, nam
     wanted = forward(model, input_ids=given["input_ids"], attention_mask=mapping)
     seen = given["attention_mask"][:, None, :].bool() & dense(mask, 21, 21)[:, 0]
     real &= seen.any(-1)
-    with sd.models.apply(model, mask, backend="reference"):
+    with sd.models.apply(model, mask, backend="reference", indices="slots"):
         torch.testing.assert_close(forward(model, **given)[real], wanted[real], atol=ATOL, rtol=0)
 
 
@@ -132,13 +132,13 @@ def test_bound_tables_scores_and_scale() -> None:
         sd.models.apply(model, alibi)
 
 
-def test_left_padding_is_there_for_patterns_that_count_from_the_first_token() -> None:
+def test_left_padding_is_there_for_patterns_of_slots_that_count_from_the_first_token() -> None:
     """Blocks counted from the first real token make padding invisible."""
     model, given = build("llama"), left_padded(padding=5)
     place = {i: i - left_padding[b] for i in (q_idx, kv_idx)}
     own = causal & (place[q_idx] // 5 == place[kv_idx] // 5)
     position = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    with sd.models.apply(model, own, backend="reference"):
+    with sd.models.apply(model, own, backend="reference", indices="slots"):
         padded = forward(model, **given, position_ids=position)[0, 5:]
         alone = forward(model, input_ids=given["input_ids"][:1, 5:])[0]
     torch.testing.assert_close(padded, alone, atol=ATOL, rtol=0)

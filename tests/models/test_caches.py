@@ -105,7 +105,15 @@ def test_left_padding_keeps_what_any_row_needs(name: str) -> None:
             part = ids[:, start : start + 6]
             found.append(logits(model, part, attention_mask=mask[:, : start + 6], past_key_values=cache))
         real = mask.bool()
-        torch.testing.assert_close(torch.cat(found, 1)[real], logits(model, ids, attention_mask=mask)[real], atol=ATOL, rtol=0)
+        wanted = logits(model, ids, attention_mask=mask)
+        torch.testing.assert_close(torch.cat(found, 1)[real], wanted[real], atol=ATOL, rtol=0)
+        cache = applied.cache()
+        logits(model, ids[:, :12], attention_mask=mask[:, :12], past_key_values=cache)
+        cache.activate_past_recording()
+        logits(model, ids[:, :3], attention_mask=mask[:, :15], past_key_values=cache)
+        cache.crop(-3)
+        again = logits(model, ids[:, 12:], attention_mask=mask, past_key_values=cache)
+        torch.testing.assert_close(again, wanted[:, 12:], atol=ATOL, rtol=0)
 
 
 def test_a_static_cache_takes_its_memory_once() -> None:

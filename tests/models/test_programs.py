@@ -18,7 +18,7 @@ import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
 from sparsedsl.models import sinks
 from sparsedsl.models.programs import rebuilt
-from tests.models.families import build, left_padded, tokens
+from tests.models.families import build, tokens
 
 ATOL = 3e-5
 causal = kv_idx <= q_idx
@@ -298,17 +298,7 @@ def test_programs_that_no_call_could_run_are_refused_at_once(name: str) -> None:
         sd.models.apply(build(family), patterns)
 
 
-def _packed(model: Any) -> None:
-    forward(model, tokens(1, 21), position_ids=torch.tensor([[*range(13), *range(8)]]), use_cache=False)
-
-
 CALLS = {
-    "padding": (
-        PBS,
-        lambda m: forward(m, left_padded()["input_ids"], attention_mask=left_padded()["attention_mask"]),
-        r"layer 1: the batch has padding, and a program chooses among all tokens of a row\. Give sequences of one length",
-    ),
-    "packing": (MOBA, _packed, r"layer 1: the batch has several sequences in a row \(position_ids\).* Give each sequence by itself"),
     "gradients": (TSA, lambda m: m(tokens()), r"layer 1: selection reads later queries .* For inference call it under torch.no_grad\(\)"),
     "decays": (sd.patterns.ring_linear([0.9] * 3), lambda m: forward(m, tokens()), "layer 1: .* 3 decays; q has 4 heads"),
 }  # fmt: skip
