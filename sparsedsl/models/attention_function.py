@@ -133,11 +133,19 @@ def attend(
     binding: Binding = getattr(module, BINDING)
     request = request_of(attention_mask)
     if attention_mask is None:
-        announced = binding.held.seen if isinstance(binding.held, KeptKeys) else key.shape[2]
-        request = binding.stack.omitted_request(query.shape[2], announced, binding.facts)
+        request = _omitted_request(binding, query.shape[2], key.shape[2])
     _refuse_what_would_be_lost(binding, attention_mask, request, arguments)
     binding.reached = True
     return _run(binding, query, key, value, request, arguments), None
+
+
+def _omitted_request(binding: Binding, rows: int, keys: int) -> MaskRequest | None:
+    """The request behind a missing mask. Of a fitted cache all tokens were announced; before it was fitted, what the layer then was for."""
+    held, announced = binding.held, [keys]
+    if isinstance(held, KeptKeys):
+        announced = [held.seen, *([held.stands_for.get_mask_sizes(rows)[0]] if held.seen == rows else [])]
+    found = (binding.stack.omitted_request(rows, length, binding.facts) for length in announced)
+    return next((request for request in found if request is not None), None)
 
 
 def _refuse_what_would_be_lost(binding: Binding, mask: Any, request: MaskRequest | None, arguments: dict[str, Any]) -> None:
