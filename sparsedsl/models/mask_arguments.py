@@ -127,9 +127,9 @@ class MaskRequest:
         """All that is data in this call, over the cache slots ``[start, stop)``; the same tensors for every layer that asks.
 
         - ``hf_start`` (1,): the first slot.
-        - Where a slot is padding: ``hf_valid`` (B, stop - start) bool, real tokens; ``left_padding`` (B,), padding before each row;
-          ``hf_first``, ``hf_end`` (B,): from where to where a row without holes lies among these slots, also where its start is no
-          more; ``hf_place`` (B, stop - start), where there are holes: how many real tokens of its row stand before one.
+        - Where a slot is padding: ``left_padding`` (B,), padding before each row; ``hf_first``, ``hf_end`` (B,): from where to where a row
+          without holes lies among these slots, also where its start is no more.
+        - Where there are holes, (B, stop - start): ``hf_valid`` bool, real tokens; ``hf_place``, how many of its row stand before one.
         - In packed rows, (B, S): ``hf_sequence`` and ``hf_position``, see :class:`Packing`; ``hf_index``, how many tokens of its
           sequence stand before a token, and ``hf_length``, how many the sequence has.
         """
@@ -139,11 +139,11 @@ class MaskRequest:
             made["left_padding"] = torch.zeros(batch, dtype=torch.int32, device=device)
             if self.padding is not None:
                 real = self.real(batch, max(stop, self.padding.shape[1])).to(device)
-                made["hf_valid"] = real[:, start:stop].contiguous()
                 made["left_padding"] = leading_padding(real)
                 made["hf_first"] = made["left_padding"] - start
                 made["hf_end"] = made["hf_first"] + real[:, : self.written].sum(-1, dtype=torch.int32)
                 if self.has_holes:
+                    made["hf_valid"] = real[:, start:stop].contiguous()
                     made["hf_place"] = place_of(real)[:, start:stop].contiguous()
             if self.packing is not None:
                 made["hf_sequence"] = self.packing.sequence.expand(batch, -1).to(device).contiguous()

@@ -48,7 +48,7 @@ PATTERNS: dict[str, Any] = {
     "old left padding": causal & ((q_idx - left_padding[b]) // 5 == (kv_idx - left_padding[b]) // 5),
 }
 BY_LENGTH = {
-    "last": causal & ((kv_idx >= kv_len - 3) | (q_idx - kv_idx < 3)),
+    "last": causal & ((kv_idx >= kv_len - 9) | (q_idx - kv_idx < 3)),
     "first half": causal & ((2 * kv_idx < q_len) | near),
     "a table as long as a row": causal & ((by_query[q_idx] != by_query[kv_idx]) | near).bind(by_query=numbers[: max(LENGTHS)]),
 }
