@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import find_first_full_attention_index
 
+from sparsedsl.analysis.domain import check_size
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.attention_function import Binding, Compiled
+from sparsedsl.models.caches import arrange, layer_words, release, report
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.given import bind, choose
 from sparsedsl.models.installed import Installed, home_of, installed_at, installed_in
@@ -67,8 +69,9 @@ def apply(
     - A copy of the model, and one that was pickled, run the patterns and have handles of their own: :func:`applied`. ``save_pretrained``
       writes patterns as text, and :func:`from_pretrained` reads them.
     - ``torch.compile`` and ``torch.export`` make one graph where they make one of the model itself, with an operator for each layer.
-    - A layer whose native cache keeps a window only gets one that keeps everything, unless the pattern provably needs no more. Layers that
-      share their keys (Gemma 3n, Gemma 4) get one together, or the call raises.
+    - Caches that are still empty are fitted: a layer with a pattern holds the keys that :func:`sparsedsl.cache_bound` says later queries
+      may ask for, and no more; all of them where no bound is proved. Layers that share their keys (Gemma 3n, Gemma 4) get one together,
+      or the call raises.
 
     A *program*, such as ``sd.patterns.pbs()`` or ``sd.patterns.moba()``, over q, k and v:
 
@@ -119,7 +122,7 @@ def apply(
     chosen = choose(patterns, sorted({*layers, *closed}))
     if missed := sorted(set(chosen) & set(closed)):
         raise UnsupportedError(
-            f"{_layer_words(missed)} ({', '.join(sorted({closed[index] for index in missed}))}): the module's own forward does not call "
+            f"{layer_words(missed)} ({', '.join(sorted({closed[index] for index in missed}))}): the module's own forward does not call "
             "transformers' attention interface (AttentionInterface), so patterns cannot reach it. Give a mapping without it, or call "
             "sd.compile(pattern) in that forward"
         )
@@ -199,11 +202,40 @@ class AppliedPatterns:
         stands, else the model's own attention. Handles are restored in any order; doing so twice is no error."""
         self._installed.remove(self)
 
-    def cache(self) -> DynamicCache:
-        """An empty KV cache that keeps the keys these patterns ask for; pass it as ``past_key_values``."""
-        cache = DynamicCache(config=self.model.config)
-        _widen(cache, self._installed.stack, self._installed.bindings)
+    def cache(self, max_length: int | None = None) -> Cache:
+        """An empty KV cache that holds the keys these patterns may ask for, and no more; pass it as ``past_key_values``.
+
+        ``max_length``: take memory for so many tokens at once, as transformers' static cache does; None: as tokens come.
+        """
+        if max_length is None:
+            cache: Cache = DynamicCache(config=self.model.config)
+        else:
+            cache = StaticCache(config=self.model.config, max_cache_len=check_size("max_length", max_length, 1))
+        installed = self._installed
+        arrange(cache, installed.stack.owners, installed.bindings, installed.heads, late=False)
+        release(installed.bindings)
         return cache
+
+    def cache_report(self, length: int, *, batch: int = 1) -> str:
+        """What the layers' caches hold while ``length`` tokens go by, in words and bytes: what is bounded, and what grows.
+
+        The model runs on one token, to see what its layers' keys and values are.
+
+        >>> import sparsedsl as sd
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> with sd.models.apply(LlamaForCausalLM(LlamaConfig(**tiny)).eval(), {1: sd.patterns.sliding_window(512)}) as applied:
+        ...     print(applied.cache_report(32768))
+        layer 0: every key; 128 bytes a token, 4 MiB for 32,768 tokens
+        layer 1: ring: a ring of 512 keys; PROVED (for all indices, lengths and tables); 128 bytes a token, 0.0624 MiB for 32,768 tokens
+        all layers: 4.06 MiB, where 8 MiB hold every key
+        """
+        check_size("length", length, 1)
+        check_size("batch", batch, 1)
+        cache = self.cache()
+        with torch.no_grad():
+            self.model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.model.device), past_key_values=cache)
+        return report(cache, length, batch)
 
     def __enter__(self) -> AppliedPatterns:
         return self
@@ -215,17 +247,17 @@ class AppliedPatterns:
         groups: dict[str, list[int]] = {}
         for index, pattern in self.patterns.items():
             groups.setdefault(_words(pattern), []).append(index)
-        words = [f"{_layer_words(indices)} {text}" for text, indices in groups.items()]
+        words = [f"{layer_words(indices)} {text}" for text, indices in groups.items()]
         standing = self._installed.bindings
         hidden = [
             index for index in self.patterns if self in self._installed.applied and standing[index] is not self._bindings[index]
         ]
-        words += [f"given another by a later apply: {_layer_words(hidden)}"] if hidden else []
+        words += [f"given another by a later apply: {layer_words(hidden)}"] if hidden else []
         left = [index for index in self.layers if index not in self.patterns]
         others = [index for index in left if index in standing]
-        words += [f"given one by another apply: {_layer_words(others)}"] if others else []
+        words += [f"given one by another apply: {layer_words(others)}"] if others else []
         native = [index for index in left if index not in standing]
-        words += [f"native: {_layer_words(native)}"] if native else []
+        words += [f"native: {layer_words(native)}"] if native else []
         state = "" if self in self._installed.applied else ", restored"
         return f"<AppliedPatterns on {type(self.model).__name__}{state}: {'; '.join(words)}>"
 
@@ -234,10 +266,6 @@ def _words(pattern: Pattern | Program) -> str:
     if isinstance(pattern, Program):
         return f"{pattern.labels[pattern.root]}{', prompts only' if is_for_prefill(pattern) else ''}"
     return pattern.text.splitlines()[-1]
-
-
-def _layer_words(indices: list[int]) -> str:
-    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
 
 
 def _before_forward(installed: Installed, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -250,8 +278,7 @@ def _before_forward(installed: Installed, module: Any, args: Any, kwargs: dict[s
     if torch.compiler.is_compiling():
         _before_tracing(installed, args, kwargs, cache)
         return
-    if isinstance(cache, Cache):
-        _widen(cache, stack, installed.bindings)
+    arrange(cache if isinstance(cache, Cache) else None, stack.owners, installed.bindings, installed.heads)
     stack.seen = _seen(cache, stack) if isinstance(cache, Cache) else None
 
 
@@ -270,6 +297,7 @@ def _after_forward(installed: Installed, module: Any, args: Any, output: Any) ->
     """Runs after every forward of the model, failed ones included: each layer with a pattern has called for it."""
     stack, bindings, config = installed.stack, installed.bindings, installed.config
     stack.inside = max(0, stack.inside - 1)  # another hook may have failed before ours
+    release(bindings)
     if stack.inside == 0:
         stack.traced, stack.positions = (), None
     if stack.inside or output is None or all(binding.reached for binding in bindings.values()):
@@ -279,7 +307,7 @@ def _after_forward(installed: Installed, module: Any, args: Any, output: Any) ->
     missed = [i for i, binding in bindings.items() if not binding.reached and i < getattr(config, "num_hidden_layers", i + 1)]
     if missed:
         raise UnsupportedError(
-            f"{_layer_words(missed)}: the forward ended, and the layer did not call transformers' attention interface, so its pattern "
+            f"{layer_words(missed)}: the forward ended, and the layer did not call transformers' attention interface, so its pattern "
             "did not run. Leave it native (patterns={...} without it), or call sd.compile(pattern) in its own forward"
         )
 
@@ -290,21 +318,3 @@ def _seen(cache: Cache, stack: Stack) -> int | None:
     if asked in stack.owners:
         return None
     return int(cache.layers[own].get_seq_length()) if own < len(cache.layers) else 0
-
-
-def _widen(cache: Cache, stack: Stack, bindings: dict[int, Binding]) -> None:
-    """Let layers that are to keep a window keep everything where a pattern asks for more, as long as they are empty."""
-    for owner, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicSlidingWindowLayer or layer.cumulative_length:
-            continue
-        readers = [index for index, owned in stack.owners.items() if owned == owner]
-        wide = [i for i in readers if i in bindings and not bindings[i].fits_window(layer.sliding_window)]
-        native = [i for i in readers if i not in bindings]
-        if wide and native:
-            raise UnsupportedError(
-                f"{_layer_words(wide)}: the pattern may ask for more than the last {layer.sliding_window} keys, and shares its keys with "
-                f"native {_layer_words(native)}, which cannot do with more. Give all of {readers} patterns (for what stays as it is: "
-                "sd.models.native_patterns(model)), or one that looks back no further than the window"
-            )
-        if wide:
-            cache.layers[owner] = DynamicLayer()

@@ -52,6 +52,11 @@ class Installed:
         self.applied[handle] = bindings
         self._bind()
 
+    @property
+    def heads(self) -> int | None:
+        """Of queries, in every layer."""
+        return getattr(self.config, "num_attention_heads", None)
+
     def entries(self, tables: Tables) -> list[dict[str, Any]]:
         """What is written of all that was applied; the tensors it needs are added to ``tables``."""
         return [entry_of(type(self.home).__name__, handle, tables) for handle in self.applied]

@@ -155,6 +155,16 @@ class MaskRequest:
         tables: dict[str, torch.Tensor] = self.known[key]
         return tables
 
+    def tables_at(self, slots: torch.Tensor, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """The same over these cache slots, ascending, between which others are missing. ``hf_slot``: the slots, ``hf_stop``: how many there
+        are in all; ``hf_place`` wherever a slot is padding."""
+        stop, slots = int(slots[-1]) + 1, slots.to(device)
+        made = {**self.tables(0, stop, batch, device), "hf_slot": slots, "hf_stop": slots[-1:] + 1}
+        if self.padding is not None:
+            made["hf_valid"] = made["hf_valid"][:, slots]
+            made["hf_place"] = place_of(self.real(batch, stop).to(device))[:, slots]
+        return made
+
 
 def _padding(given: torch.Tensor | None, written: int, device: Any) -> torch.Tensor | None:
     """(B, slots) bool, or None where none of the slots that are written is padding."""
