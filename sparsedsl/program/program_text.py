@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.text import Reader, reading
+from sparsedsl.lang.wrapped import Expression
 from sparsedsl.program import branches, orders, scores, select, sources, tensors
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import one_of
@@ -53,17 +55,28 @@ _NODES = {kind.function: make for kind, make in TEXT_RULES.items()}
 class _ProgramReader(Reader):
     functions = Reader.functions | _NODES | {"per_chunk": sources.per_chunk}  # type: ignore[operator]
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, bound: Mapping[str, Any]):
         super().__init__(source)
+        self.bound = bound
         self.names |= {"q": tensors.q, "k": tensors.k, "v": tensors.v}
 
     def declares(self, function: str) -> bool:
         """A table, or a node."""
         return function in _NODES or super().declares(function)
 
+    def value(self, node: ast.AST) -> Any:
+        """The value of one syntax node; reads of tables that are bound carry them."""
+        found = super().value(node)
+        match node:
+            case ast.Subscript(value=ast.Name(id=name)) if (
+                name in self.bound and name in self.tables and isinstance(found, Expression)
+            ):
+                return found.bind(**{name: self.bound[name]})
+        return found
 
-def read_program(text: str) -> Program:
-    """The program of a text form: ``read_program(program.text) == program``.
+
+def read_program(text: str, bound: Mapping[str, Any] | None = None) -> Program:
+    """The program of a text form: ``read_program(program.text, program.bound) == program``. ``bound``: tensors of its tables, by name.
 
     Raises :class:`~sparsedsl.PatternError` for what is not part of the language.
 
@@ -75,7 +88,7 @@ def read_program(text: str) -> Program:
     if not isinstance(text, str):
         raise PatternError(f"a program is read from text; got {type(text).__name__}")
     with reading(text):
-        reader = _ProgramReader(text)
+        reader = _ProgramReader(text, bound or {})
         before = set(reader.names)
         reader.program()
         made = [value for name, value in reader.names.items() if name not in before]
