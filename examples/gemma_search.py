@@ -4,8 +4,8 @@
     python examples/gemma_search.py --quick     a minute, once the weights are cached
 
 Gemma 3 270M has 15 layers that see 512 tokens and 3 that see everything. The search puts each candidate into each of the three alone and
-measures how far the model's predictions move (KL), solves a knapsack for the assignment of least FLOPs, and checks it by true runs until the
-perplexity of the calibration text is within the bound and no single change is cheaper. Text and code of the standard library; then the
+measures how far the model's predictions move (KL), solves a knapsack for the assignment of least FLOPs, and checks it by true runs until
+the perplexity of the calibration text is within the bound and no single change is cheaper. Text and code of the standard library; then the
 result is judged on text that the search has not seen. ``--resume`` keeps what was measured in a file and goes on from it.
 """
 

@@ -217,7 +217,7 @@ def test_a_file_of_another_search_is_refused_by_what_is_other(tmp_path: Path) ->
 
     def refused(*words: str, **changes: Any) -> None:
         arguments = {"model": model, "candidates": WINDOWS, "rows": ROWS} | changes
-        with pytest.raises(sd.PatternError, match="search.json") as caught:
+        with pytest.raises(sd.PatternError, match=r"search\.json") as caught:
             searched(**arguments, resume=file)
         assert all(word in str(caught.value) for word in words), caught.value
 

@@ -21,8 +21,8 @@ class Perplexity:
     """The perplexity of the calibration text may grow to ``ratio`` times that of the model as it is.
 
     What is compared are the losses of the same positions (paired), whose mean difference has a standard error: with ``sigmas`` so
-    many of them are added to the difference before it is compared, so that noise does not pass for quality. Text of a pretrained model that
-    finds it hard varies less in KL: :class:`Kl` needs less text.
+    many of them are added to the difference before it is compared, so that noise does not pass for quality. KL varies less from token to
+    token: :class:`Kl` needs less text.
 
     Raises :class:`~sparsedsl.PatternError` unless ``ratio`` is a number above 1 and ``sigmas`` one of at least 0.
 

@@ -34,7 +34,10 @@ Assignment = tuple[tuple[int, str], ...]
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """Something that may stand in a layer. ``kind``: ``"mask"`` (soft cap, sinks and scale stay the layer's), ``"pattern"`` or ``"program"``."""
+    """Something that may stand in a layer.
+
+    ``kind``: ``"mask"`` (soft cap, sinks and scale stay the layer's), ``"pattern"`` or ``"program"``.
+    """
 
     name: str
     kind: str

@@ -61,8 +61,8 @@ class Sums:
 class Measured:
     """Means over the judged positions, in nats a token, and their standard errors (as if positions were independent).
 
-    ``kl``: from the donor to the assignment. ``loss``: negative log-likelihood of the next token; ``change``: how much larger it is than the
-    donor's. ``right``: share of positions whose most likely token is the next one.
+    ``kl``: from the donor to the assignment. ``loss``: negative log-likelihood of the next token; ``change``: how much larger it is than
+    the donor's. ``right``: share of positions whose most likely token is the next one.
     """
 
     positions: int
@@ -149,7 +149,6 @@ class Judge:
     def _compared(self, number: int, several: Sequence[Tensor]) -> list[Sums]:
         """The sums of several hidden states of a row's judged positions."""
         donor, at = self._donors[number], self.positions[number]
-        following = self.rows[number, at + 1]
         totals = [Sums()] * len(several)
         count = max(1, JUDGING.now.logits // self.head.words)
         for first in range(0, len(at), count):

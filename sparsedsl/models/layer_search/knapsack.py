@@ -72,8 +72,8 @@ class Frontier:
 def frontier(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) -> Frontier:
     """The frontier of ``costs[layer][option]``, whole numbers of at least 0, against ``losses[layer][option]``, which add up.
 
-    Time and memory follow layers x the largest total. Of two assignments that cost the same the one that loses less counts; of two that lose
-    the same the cheaper one.
+    Time and memory follow layers x the largest total. Of two assignments that cost the same the one that loses less counts; of two that
+    lose the same the cheaper one.
 
     >>> front = frontier([[0, 3], [0, 2]], [[0.5, 0.0], [0.4, 0.1]])
     >>> list(zip(front.totals, front.losses, (front.options(i) for i in range(len(front)))))

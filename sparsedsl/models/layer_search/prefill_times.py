@@ -29,7 +29,7 @@ def prefill_times(
     model: PreTrainedModel, body: Body, ids: torch.Tensor, layers: Mapping[int, Any], candidates: Mapping[str, Candidate],
     backend: str, progress: Progress,
 ) -> Costs:  # fmt: skip
-    """Seconds of the attention module of each layer over token ids ``(1, S)``: projections, which are the same for all, choosing, attention.
+    """Seconds of the attention module of each layer over token ids ``(1, S)``: projections (the same for all), choosing, attention.
 
     Options take turns, ``ROUNDS`` times.
     """

@@ -61,8 +61,8 @@ def search(
 
     1. Every candidate is put into every layer alone, where it costs less than the layer's own attention, and judged by the mean KL
        divergence from the model as it is. Layers below the replaced one are not computed again.
-    2. A multiple-choice knapsack, exact for whole costs (others are rounded to 100,000 steps), gives for each cost the assignment that loses
-       least, as far as divergences add up.
+    2. A multiple-choice knapsack, exact for whole costs (others are rounded to 100,000 steps), gives for each cost the assignment that
+       loses least, as far as divergences add up.
     3. They do not, so assignments are run: along the knapsack's frontier until one holds and the next one does not, then with one layer
        changed, until no such swap is cheaper and holds. (A swap that is expected to lose more than twice the limit is not run.)
     4. The result is asked for tokens that it read long ago, since perplexity does not see retrieval.
@@ -94,7 +94,7 @@ def search(
     Raises:
         PatternError: an argument that is not as said; a model with patterns, or in training mode; a file that something else was kept in.
         ShapeError: tokens that are no ``(N, S)`` token ids of the model's vocabulary.
-        UnsupportedError: a candidate that sees later tokens, by which it would know what it is asked for; a layer that patterns cannot reach.
+        UnsupportedError: a candidate that sees later tokens, and so what it is asked for; a layer that patterns cannot reach.
 
     >>> import sparsedsl as sd
     >>> import torch
@@ -253,8 +253,8 @@ def _native(model: PreTrainedModel, modules: Mapping[int, Any]) -> dict[int, Pat
     for layer, pattern in found.items():
         if causality(pattern.mask) == REFUTED:
             raise UnsupportedError(
-                f"search(): layer {layer} of {type(model).__name__} sees later tokens by itself; what is judged is how a model goes on, token "
-                "by token, so give one that does not"
+                f"search(): layer {layer} of {type(model).__name__} sees later tokens by itself; what is judged is how a model goes on, "
+                "token by token, so give one that does not"
             )
     return found
 
