@@ -72,20 +72,8 @@ def test_costs_in_units_are_exact_where_they_can_be_and_near_where_not() -> None
 
 # ---- judging --------------------------------------------------------------------------------------------------------------------------
 
-FAMILIES_JUDGED = [
-    "llama",
-    "gemma2",
-    "gemma3",
-    "gpt_oss",
-    "granite",
-    "gpt2",
-    "opt",
-    "mixtral",
-    "phi",
-    "cohere2",
-    "llama4",
-    "gemma4",
-]
+# A plain one, a soft cap after the head, outputs with fields of their own (experts, cross attention), a decoder inside, no base of its own.
+FAMILIES_JUDGED = ["llama", "gemma2", "gpt_oss", "gpt2", "opt", "llama4"]
 
 
 def judge_of(model: Any, rows: torch.Tensor, positions: list[torch.Tensor]) -> Judge:
@@ -141,11 +129,11 @@ def test_a_forward_that_begins_later_gives_the_same(family: str) -> None:
 
 
 def test_a_model_that_hands_on_more_than_hidden_states_runs_whole() -> None:
-    """The second layer reads what the first has left in the module: a shortcut would give it the last text's."""
+    """The second layer reads what the first has left behind while it ran."""
     model, ids = build("llama"), tokens(1, 23)
     first, second = model.model.layers
     own = second.forward
-    first.register_forward_hook(lambda module, args, output: setattr(module, "left", output.mean()))
+    first.mlp.register_forward_hook(lambda module, args, output: setattr(first, "left", output.mean()))
 
     def forward(hidden: torch.Tensor, *args: Any, **words: Any) -> Any:
         return own(hidden + vars(first).pop("left"), *args, **words)
@@ -162,7 +150,8 @@ def test_a_model_that_hands_on_more_than_hidden_states_runs_whole() -> None:
 def test_the_head_is_the_models_own() -> None:
     model, ids = build("gemma2"), tokens(1, 11)
     with torch.no_grad():
-        head, hidden = Head(model, ids), model.model(ids).last_hidden_state[0]
+        head = Head(model, Body(model, attention_layers(model), ids), ids)
+        hidden = model.model(ids).last_hidden_state[0]
         torch.testing.assert_close(head(hidden[3:7]), model(ids).logits[0, 3:7])
     assert head.words == model.config.vocab_size
 
@@ -213,7 +202,7 @@ SLOPE = sd.table("slope", dtype=float)[sd.h].bind(slope=torch.tensor([0.5, 0.25,
         NEAR | (KEEP & causal),
         sd.attend(NEAR, sd.score - SLOPE * (q_idx - kv_idx), sink=0.5, scale=0.3, heads=4),
         sd.patterns.moba(chunk=4, top_k=2),
-        sd.patterns.ring_linear(),
+        sd.patterns.ring_linear([0.9, 0.5, 0.8, 0.99]),
         sd.attend(causal & (sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 2) | KEEP)),
     ],
     ids=["all", "table in a mask", "pattern", "moba", "ring", "table in a program"],
@@ -223,8 +212,6 @@ def test_candidates_come_back_from_json(value: Any) -> None:
     again = Candidate.from_json("one", candidate.as_json())
     assert (again.kind, again.text, again.fingerprint) == (candidate.kind, candidate.text, candidate.fingerprint)
     assert again.as_json() == candidate.as_json()
-    if candidate.kind == "program":
-        assert again.value == candidate.value
     for name, tensor in again.value.bound.items():
         assert torch.equal(tensor, candidate.value.bound[name]) and tensor.dtype == candidate.value.bound[name].dtype
 
@@ -253,7 +240,10 @@ def test_kept_keys_lose_none_that_a_later_query_sees(mask: Any, keys: int) -> No
     assert kept_keys(mask, 200) == keys
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES_JUDGED) | {"deepseek_v3", "llama_mqa"}))
+WIDTHS = {"deepseek_v3": (12, 8)}
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_mqa", "gpt_oss", "gpt2", "deepseek_v3"])
 def test_shapes_are_those_that_attention_gets(family: str) -> None:
     model, ids = FAMILIES[family]().eval(), tokens(1, 4)
     config = model.config.get_text_config()
@@ -266,4 +256,4 @@ def test_shapes_are_those_that_attention_gets(family: str) -> None:
     for shape in shapes.values():
         assert shape.heads == config.num_attention_heads and shape.item == 4
         assert shape.kv_heads == getattr(config, "num_key_value_heads", None) or shape.kv_heads == shape.heads
-        assert (shape.head_dim, shape.value_dim) == ((12, 8) if family == "deepseek_v3" else (8, 8))
+        assert (shape.head_dim, shape.value_dim) == WIDTHS.get(family, (8, 8))

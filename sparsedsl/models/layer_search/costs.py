@@ -136,7 +136,7 @@ def kept_keys(mask: Mask, length: int) -> int:
     >>> kept_keys(sd.kv_idx <= sd.q_idx, 4096)
     4096
     """
-    written = {abs(int(number)) for number in mask.expr.atoms(sympy.Integer)}
+    written = {abs(part) for number in mask.expr.atoms(sympy.Rational) for part in (int(number.p), int(number.q))}
     near = {number + more for number in written for more in (0, 1)} - {0}
     pairs = {(first, last) for first in {0, *near} for last in near if first + last < length}
     for first, last in sorted(pairs, key=sum):

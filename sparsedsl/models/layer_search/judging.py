@@ -119,7 +119,8 @@ class Judge:
     ) -> None:  # fmt: skip
         self.model, self.candidates, self.backend = model, candidates, backend
         self.rows, self.positions = rows, positions
-        self.body, self.head = Body(model, layers, rows[:1]), Head(model, rows[:1])
+        self.body = Body(model, layers, rows[:1])
+        self.head = Head(model, self.body, rows[:1])
         self._donors: dict[int, Tensor] = {}  # row -> hidden states of the judged positions
 
     @torch.no_grad()

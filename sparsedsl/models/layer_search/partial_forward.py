@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sparsedsl.errors import UnsupportedError
 
@@ -28,18 +27,27 @@ TRIED = 16  # tokens that shortcuts are tried on
 class Body:
     """The model without its head. ``layers``: layer index -> attention module.
 
-    ``resumes``: a forward may begin behind the first layers. Where layers hand on more than hidden states it may not, and all of them run.
+    ``stack``: the module whose output holds the last hidden states, the one that owns the blocks. ``resumes``: a forward may begin behind
+    the first layers; where layers hand on more than hidden states it may not, and all of them run.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Mapping[int, Any], ids: Tensor) -> None:
         self.base: Any = model.base_model
-        self.blocks, self.places = _blocks(model, layers)
+        # A model may be its own base; then its head runs too, on as little as possible.
+        self._words: dict[str, Any] = {"use_cache": False, **({"logits_to_keep": 1} if self.base is model else {})}
+        self.stack, self.blocks, self.places = _blocks(model, layers)
+        self.output: Any = None  # what the stack gave last
         self.resumes = bool(self.places)
         self.resumes = self.resumes and self._is_right(ids[:, :TRIED])
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Last hidden states ``(1, S, d)`` of token ids ``(1, S)``."""
-        return self.base(input_ids=ids, use_cache=False).last_hidden_state
+        hook = self.stack.register_forward_hook(lambda module, args, output: setattr(self, "output", output))
+        try:
+            self.base(input_ids=ids, **self._words)
+        finally:
+            hook.remove()
+        return self.output.last_hidden_state
 
     def recorded(self, ids: Tensor, layers: Collection[int]) -> tuple[Tensor, dict[int, Any]]:
         """The same, and for each layer what the one before it gave, to be handed to :meth:`hidden_from`."""
@@ -65,10 +73,6 @@ class Body:
                 changes.enter_context(_answering(block, recorded[layer]))
             yield
 
-    def block(self, layer: int) -> Any:
-        """The module whose attention is that of ``layer``; None where it could not be told."""
-        return self.blocks[self.places[layer]] if self.places else None
-
     def _is_right(self, ids: Tensor) -> bool:
         """Whether a forward that begins with any of the layers gives what a whole one gives, to the last bit."""
         with torch.no_grad():
@@ -85,16 +89,14 @@ class Head:
     Raises :class:`~sparsedsl.UnsupportedError` for a model whose forward does not end with a head over last hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, body: Body, ids: Tensor) -> None:
         self.model: Any = model
-        base: Any = model.base_model
-        few = ids[:, :TRIED]
+        self.stack, few = body.stack, ids[:, :TRIED]
         with torch.no_grad():
-            hidden = base(input_ids=few, use_cache=False).last_hidden_state[0]
+            hidden = body.hidden(few)[0]
+            self.answer = type(body.output)  # of the model's own kind: its forward may read fields that others have not
             wanted = getattr(self.model(input_ids=few, use_cache=False), "logits", None)
-            for self.body in (base, getattr(base, "decoder", None)):
-                if self.body is None or self.body is model or wanted is None or wanted.ndim != 3:
-                    continue
+            if self.stack is not model and wanted is not None and wanted.ndim == 3:
                 self.words, found = wanted.shape[-1], self(hidden)
                 if found.shape == wanted.shape[1:] and torch.allclose(found.float(), wanted[0].float(), rtol=1e-3, atol=1e-3):
                     return
@@ -106,25 +108,28 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits of some positions."""
         ids = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
-        with _answering(self.body, BaseModelOutputWithPast(last_hidden_state=hidden[None])):
+        with _answering(self.stack, self.answer(last_hidden_state=hidden[None])):
             return self.model(input_ids=ids, use_cache=False).logits[0]
 
 
-def _blocks(model: Any, layers: Mapping[int, Any]) -> tuple[list[Any], dict[int, int]]:
-    """The list of blocks that the attention modules stand in, one after the other, and layer index -> place; nothing if there is none."""
+def _blocks(model: Any, layers: Mapping[int, Any]) -> tuple[Any, list[Any], dict[int, int]]:
+    """The module that owns the list of blocks, these one after the other, and layer index -> place of the block that its attention is in.
+
+    Where the attention modules do not stand in one list: the model without its head, and no blocks.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     holders, places = set(), {}
     for layer, module in layers.items():
         parts = names[id(module)].split(".")
         for depth in range(len(parts) - 1, 0, -1):
-            holder = model.get_submodule(".".join(parts[:depth]))
-            if isinstance(holder, torch.nn.ModuleList):
-                holders.add(holder)
+            if isinstance(model.get_submodule(".".join(parts[:depth])), torch.nn.ModuleList):
+                holders.add(".".join(parts[:depth]))
                 places[layer] = int(parts[depth])
                 break
     if len(holders) != 1 or len(set(places.values())) != len(layers):
-        return [], {}
-    return list(holders.pop()), places
+        return model.base_model, [], {}
+    (holder,) = holders
+    return model.get_submodule(holder.rpartition(".")[0]), list(model.get_submodule(holder)), places
 
 
 def _keeping(found: dict[int, Any], layer: int) -> Any:
