@@ -106,7 +106,7 @@ def cost_table(
 
 def analysis_of(value: Mask | Pattern | Program, length: int, shape: LayerShape) -> Any:
     """:func:`sparsedsl.analyse` of what a layer of that shape runs over ``length`` tokens."""
-    thing = value if isinstance(value, Program) else as_pattern(value)
+    thing: Any = value if isinstance(value, Program) else as_pattern(value)
     free = PROVIDED & set(thing.tables) - set(thing.bound)  # given by the layer at every call; no pair depends on sinks
     tables = {name: torch.zeros(shape.heads if name == "sinks" else 1, dtype=torch.int32) for name in free}
     if "sinks" in tables:

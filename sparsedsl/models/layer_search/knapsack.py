@@ -77,7 +77,7 @@ def frontier(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]) 
 
     >>> front = frontier([[0, 3], [0, 2]], [[0.5, 0.0], [0.4, 0.1]])
     >>> list(zip(front.totals, front.losses, (front.options(i) for i in range(len(front)))))
-    [(5, 0.1, (1, 1)), (3, 0.4, (1, 0)), (0, 0.9, (0, 0))]
+    [(5, 0.1, (1, 1)), (3, 0.4, (1, 0)), (2, 0.6, (0, 1)), (0, 0.9, (0, 0))]
     """
     size = sum(max(row) for row in costs) + 1
     best = np.full(size, math.inf)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsedsl.figures import axes_of
-
-if TYPE_CHECKING:
-    from sparsedsl.models.layer_search.search_report import SearchReport
 
 __all__ = ["draw"]
 
 
-def draw(report: SearchReport) -> Any:
-    """A figure: the expected frontier as a line, true runs as points, the chosen one marked, and the bound where KL is bounded."""
+def draw(report: Any) -> Any:
+    """A figure of a ``SearchReport``: the expected frontier as a line, true runs as points, the chosen one marked, and the bound where KL is bounded."""
     figure, (axis,), _ = axes_of(None, 1, (7.0, 4.5))
     native = report.native_cost or 1.0
     share, expected = zip(*((100 * cost / native, loss) for cost, loss in report.frontier), strict=True)
