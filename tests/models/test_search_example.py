@@ -50,7 +50,7 @@ def test_rows_are_prose_and_code_in_turn_and_do_not_overlap(example: SimpleNames
 
 def test_it_runs_as_a_whole(example: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture, out = tmp_path / "a" / "pareto.png", tmp_path / "b" / "numbers.json"
-    arguments = "--tokens 120 --rows 2 --positions 40 --held-out 1 --resume".split() + [str(tmp_path / "resume.json")]
+    arguments = ["--tokens=120", "--rows=2", "--positions=40", "--held-out=1", f"--resume={tmp_path}/resume.json"]
     assert example.gemma_search.main([*arguments, "--picture", str(picture), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "Layers [5] of 6" in shown and "held-out text: perplexity" in shown and "retrieval" in shown

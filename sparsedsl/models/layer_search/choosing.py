@@ -18,7 +18,7 @@ from sparsedsl.models.layer_search.knapsack import Frontier
 __all__ = ["Choice", "Chooser", "options_of"]
 
 Choice = dict[int, str]  # every searched layer -> candidate, or "native"
-HOPELESS = 2.0  # a swap that is expected to lose more than so many times the limit is not run
+HOPELESS = 1.5  # a swap that is expected to lose more than so many times the limit is not run
 LEAST = 0.25  # what is expected is never corrected to less than so much of itself: perplexity may fall by luck
 
 

@@ -10,7 +10,10 @@ __all__ = ["draw"]
 
 
 def draw(report: Any) -> Any:
-    """A figure of a ``SearchReport``: the expected frontier as a line, true runs as points, the chosen one marked, and the bound where KL is bounded."""
+    """A figure of a ``SearchReport``.
+
+    The expected frontier as a line, true runs as points, the chosen one marked, and the bound where KL is bounded.
+    """
     figure, (axis,), _ = axes_of(None, 1, (7.0, 4.5))
     native = report.native_cost or 1.0
     share, expected = zip(*((100 * cost / native, loss) for cost, loss in report.frontier), strict=True)

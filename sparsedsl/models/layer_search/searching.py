@@ -64,7 +64,7 @@ def search(
     2. A multiple-choice knapsack, exact for whole costs (others are rounded to 100,000 steps), gives for each cost the assignment that
        loses least, as far as divergences add up.
     3. They do not, so assignments are run: along the knapsack's frontier until one holds and the next one does not, then with one layer
-       changed, until no such swap is cheaper and holds. (A swap that is expected to lose more than twice the limit is not run.)
+       changed, until no such swap is cheaper and holds. (A swap that is expected to lose more than 1.5 times the limit is not run.)
     4. The result is asked for tokens that it read long ago, since perplexity does not see retrieval.
 
     No sampler such as Optuna's follows: the frontier and swaps end after some tens of runs, each of which such a sampler would need too.
