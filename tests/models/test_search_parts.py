@@ -11,7 +11,8 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx
-from sparsedsl.models.layer_search.candidates import Candidate, candidates_from
+from sparsedsl.models.layer_search.candidates import Assignment, Candidate, assignment_of, candidates_from
+from sparsedsl.models.layer_search.choosing import Chooser, options_of
 from sparsedsl.models.layer_search.costs import kept_keys, layer_shapes
 from sparsedsl.models.layer_search.judging import JUDGING, Judge, Measured, positions_of
 from sparsedsl.models.layer_search.knapsack import frontier, in_units
@@ -68,6 +69,56 @@ def test_costs_in_units_are_exact_where_they_can_be_and_near_where_not() -> None
         assert all(abs(unit * step - (cost - min(row))) <= step / 2 + 1e-12 for cost, unit in zip(row, units, strict=True))
     with pytest.raises(sd.PatternError, match="at least 0"):
         in_units([[1.0, -1.0]])
+
+
+# ---- choosing -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_choosing_ends_where_no_swap_is_cheaper_and_holds() -> None:
+    won = [_won_by_swaps(seed) for seed in range(12)]
+    assert any(won), "else this says nothing of swaps"
+
+
+def _won_by_swaps(seed: int) -> bool:
+    """Losses that do not add up: every pair of replaced layers loses more, or less, than the two alone."""
+    chance = random.Random(seed)
+    names = ["native", "a", "b", "c"]
+    costs = {layer: {"native": 10.0, **{name: float(chance.randint(1, 9)) for name in names[1:]}} for layer in range(5)}
+    losses = {layer: {"native": 0.0, **{name: chance.random() for name in names[1:]}} for layer in range(5)}
+    pairs = {pair: chance.uniform(-0.3, 0.6) for pair in itertools.combinations(range(5), 2)}
+
+    def lost(choice: dict[int, str]) -> float:
+        alone = sum(losses[layer][name] for layer, name in choice.items())
+        replaced = [layer for layer, name in choice.items() if name != "native"]
+        return max(alone + sum(pairs[pair] for pair in itertools.combinations(replaced, 2)), 0.0)
+
+    def run(assignment: Assignment) -> Measured:
+        return Measured(1, lost({**dict.fromkeys(range(5), "native"), **dict(assignment)}), 0.0, 0.0, 0.0, 0.0, 0.0)
+
+    limit = 1.0
+    chooser, options = Chooser(sd.models.Kl(limit), costs, losses, run, most=500), options_of(costs)
+    table = [[costs[layer][name] for name in some] for layer, some in enumerate(options)]
+    front = frontier(in_units(table), [[losses[layer][name] for name in some] for layer, some in enumerate(options)])
+    choice = chooser.chosen(front, options)
+    assert lost(choice) <= limit and chooser.complete
+    expected = {layer: [name for name in names if costs[layer][name] < costs[layer][choice[layer]]] for layer in choice}
+    for layer, cheaper in expected.items():
+        for name in cheaper:
+            other = {**choice, layer: name}
+            hopeless = assignment_of(other) not in chooser.tried
+            assert hopeless or lost(other) > limit, other
+    return chooser.cost(choice) < min(chooser.cost(one) for one in _along(front, options, chooser))
+
+
+def _along(front: Any, options: Any, chooser: Chooser) -> list[dict[int, str]]:
+    """The assignments of the frontier that were run and hold, and the model itself."""
+    found = [dict.fromkeys(range(5), "native")]
+    for place in range(len(front)):
+        choice = {layer: names[option] for layer, (names, option) in enumerate(zip(options, front.options(place), strict=True))}
+        measured = chooser.tried.get(assignment_of(choice))
+        if measured is not None and chooser.holds(measured):
+            found.append(choice)
+    return found
 
 
 # ---- judging --------------------------------------------------------------------------------------------------------------------------
@@ -211,7 +262,7 @@ def test_candidates_come_back_from_json(value: Any) -> None:
     (candidate,) = candidates_from({"one": value}).values()
     again = Candidate.from_json("one", candidate.as_json())
     assert (again.kind, again.text, again.fingerprint) == (candidate.kind, candidate.text, candidate.fingerprint)
-    assert again.as_json() == candidate.as_json()
+    assert again.as_json() == candidate.as_json() and type(again.value) is type(candidate.value)
     for name, tensor in again.value.bound.items():
         assert torch.equal(tensor, candidate.value.bound[name]) and tensor.dtype == candidate.value.bound[name].dtype
 
