@@ -1,6 +1,6 @@
 """Which full-attention layers of a real model can do with less, and with what, within one percent of its perplexity?
 
-    python examples/gemma_search.py             ten minutes on two free cores
+    python examples/gemma_search.py             some minutes on two free cores
     python examples/gemma_search.py --quick     a minute, once the weights are cached
 
 Gemma 3 270M has 15 layers that see 512 tokens and 3 that see everything. The search puts each candidate into each of the three alone and
@@ -41,12 +41,12 @@ def near(window: int) -> Any:
 CANDIDATES: dict[str, Any] = {
     "window 256": causal & (near(256) | first),
     "window 512": causal & (near(512) | first),
-    "stripes": causal & (near(256) | first | ((q_idx // 64 - kv_idx // 64) % 4 == 0)),
-    "moba": sd.patterns.moba(64, 6),
-    "quest": sd.attend(causal & (near(128) | first | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 24))),
+    "stripes": causal & (near(128) | first | ((q_idx // 32 - kv_idx // 32) % 4 == 0)),
+    "moba": sd.patterns.moba(64, 4),
+    "pages": sd.attend(causal & (near(64) | first | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 12))),
 }
 BOUND = sd.models.Perplexity(1.01)
-LENGTH = 4096  # tokens that costs are counted for
+WARM_UP = 0.5  # of each text: what comes before is not judged, since the candidates see most of it
 
 # ---------------------------------------------------------------------------------------------------------
 
@@ -78,18 +78,18 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="one text of 1,024 tokens, two candidates, no held-out text")
-    add("--tokens", type=int, help="tokens of a text (default 2048)")
-    add("--rows", type=int, help="texts (default 4)")
-    add("--positions", type=int, help="judged positions of each (default 192)")
+    add("--quick", action="store_true", help="one text of 512 tokens, two candidates, no held-out text")
+    add("--tokens", type=int, help="tokens of a text (default 1024)")
+    add("--rows", type=int, help="texts (default 2)")
+    add("--positions", type=int, help="judged positions of each (default 128)")
     add("--held-out", type=int, help="texts the result is judged on (default 2)")
     add("--layers", type=int, nargs="*", help="default: those with full attention")
     add("--resume", type=Path, help="JSON file to keep evaluations in and go on from")
     add("--picture", type=Path, default=Path("out/gemma_search.png"), help="default %(default)s")
     add("--out", type=Path, help="JSON file for the numbers")
     options = parser.parse_args(arguments)
-    usual = {"tokens": 2048, "rows": 4, "positions": 192, "held_out": 2}
-    quick = {"tokens": 1024, "rows": 1, "positions": 64, "held_out": 0}
+    usual = {"tokens": 1024, "rows": 2, "positions": 128, "held_out": 2}
+    quick = {"tokens": 512, "rows": 1, "positions": 64, "held_out": 0}
     for name in usual:
         if getattr(options, name) is None:
             setattr(options, name, (quick if options.quick else usual)[name])
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         bound=BOUND,
         cost="flops",
         layers=layers,
-        length=LENGTH,
+        warm_up=int(WARM_UP * options.tokens),
         positions=options.positions,
         resume=options.resume,
     )
@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"picture: {options.picture}")
     unseen: list[float] = []
     if options.held_out:
-        rows, start = real_rows(tokenizer, options.held_out, options.tokens, skip=options.rows), options.tokens // 4
+        rows, start = real_rows(tokenizer, options.held_out, options.tokens, skip=options.rows), int(WARM_UP * options.tokens)
         unseen.append(perplexity(model, rows, start, "held-out text, native"))
         with report.apply(model):
             unseen.append(perplexity(model, rows, start, "held-out text, assignment"))
