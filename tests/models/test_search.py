@@ -234,7 +234,8 @@ def test_a_file_of_another_search_is_refused_by_what_is_other(tmp_path: Path) ->
         changed.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     refused("another weights", model=changed)
     kept = file.read_text()
-    for text in ("{", "[]", '{"format": "something else"}'):
+    damaged = json.dumps({name: value for name, value in json.loads(kept).items() if name != "made_with"})
+    for text in ("{", "[]", '{"format": "something else"}', damaged):
         file.write_text(text)
         refused("does not exist yet")
     file.write_text(kept)
@@ -295,6 +296,10 @@ def test_a_report_reloads_in_another_process_and_applies(tmp_path: Path) -> None
     assert again.bound == report.bound and again.probe == report.probe and again.costs == report.costs
     with pytest.raises(sd.PatternError, match="4 attention layers; got a LlamaForCausalLM with 2"):
         report.apply(llama(2))
+    damaged = {name: value for name, value in json.loads(paths[0].read_text()).items() if name != "costs"}
+    (tmp_path / "damaged.json").write_text(json.dumps(damaged))
+    with pytest.raises(sd.PatternError, match="damaged: KeyError: 'costs'"):
+        sd.models.SearchReport.load(tmp_path / "damaged.json")
     with pytest.raises(sd.PatternError, match="no search report"):
         sd.models.SearchReport.load(paths[1] / "config.json")
 

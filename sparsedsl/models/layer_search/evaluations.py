@@ -77,13 +77,22 @@ class Evaluations:
             raise PatternError(
                 f"search(): resume={str(path)!r} is no file of search evaluations; name one that does not exist yet"
             )
+        try:
+            self._take(data, str(path))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise PatternError(
+                f"search(): resume={str(path)!r} is damaged ({type(error).__name__}: {error}); name a file that does not exist yet"
+            ) from None
+
+    def _take(self, data: Mapping[str, Any], path: str) -> None:
+        """What a file holds, unless it stands for something else."""
         theirs, other = data["made_with"], []
         other += [what for what in ("model", "weights", "text") if theirs[what] != self._stamp[what]]
         known = self._stamp["candidates"]
         other += [f"candidate {name!r}" for name, key in theirs["candidates"].items() if known.get(name, key) != key]
         if other:
             raise PatternError(
-                f"search(): resume={str(path)!r} was made with another {', another '.join(other)}; name a file that does not exist yet, or "
+                f"search(): resume={path!r} was made with another {', another '.join(other)}; name a file that does not exist yet, or "
                 "search with what it was made with"
             )
         self._stamp["candidates"] = theirs["candidates"] | known

@@ -216,6 +216,16 @@ class SearchReport:
             raise PatternError(
                 f"SearchReport.load({str(path)!r}): this is no search report; wanted a file that report.save() wrote"
             )
+        try:
+            return cls._of(data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PatternError(
+                f"SearchReport.load({str(path)!r}): the report is damaged: {type(error).__name__}: {error}"
+            ) from None
+
+    @classmethod
+    def _of(cls, data: Mapping[str, Any]) -> SearchReport:
+        """The report that JSON holds."""
         kind, words = data["bound"]
         probe = data["probe"]
         return cls(
