@@ -1,4 +1,4 @@
-"""Patterns in the attention layers of transformers models: :func:`native_patterns`, :func:`apply`.
+"""Patterns in the attention layers of transformers models: :func:`native_patterns`, :func:`apply`, :func:`search`.
 
 The stages of one call, and the module of each:
 
@@ -17,6 +17,8 @@ Layers that become hybrid layers (:func:`convert`) take the place of stages 5 an
 - ``layer``: what a hybrid layer is; ``hybrids``: those that are shipped; ``registry``: their names, and users' own, in saved models.
 - ``converted``: the forward of a converted module; ``program_cache``: what it keeps between calls.
 - ``converting``: puts them into a model; ``lessons``: what they learn from the donor; ``layers_loading``: their weights from a folder.
+
+``layer_search`` finds which layer gets which of them.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ from sparsedsl.models.hybrids.nha import NHA
 from sparsedsl.models.hybrids.nsa import NSA
 from sparsedsl.models.hybrids.ring_linear import RingLinear
 from sparsedsl.models.layer import Layer
+from sparsedsl.models.layer_search.bounds import Kl, Perplexity
+from sparsedsl.models.layer_search.search_report import SearchReport
+from sparsedsl.models.layer_search.searching import search
 from sparsedsl.models.lessons import Lesson
 from sparsedsl.models.loading import from_pretrained
 from sparsedsl.models.native import left_padding, native_patterns, sinks
@@ -52,11 +57,14 @@ __all__ = [
     "AppliedPatterns",
     "Conversion",
     "Donor",
+    "Kl",
     "Layer",
     "Lesson",
     "MoBA",
+    "Perplexity",
     "ProgramCacheLayer",
     "RingLinear",
+    "SearchReport",
     "applied",
     "apply",
     "conversion",
@@ -66,6 +74,7 @@ __all__ = [
     "native_patterns",
     "register_layer",
     "save_pretrained",
+    "search",
     "sinks",
 ]
 
