@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.cache_utils import (
     Cache,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -42,7 +43,7 @@ def arrange(
     release(bindings)
     if cache is None:
         return
-    if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
+    if not cache.layers and type(cache) is DynamicCache and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.extend(DynamicLayer() for _ in range(max(owners.values()) + 1))
     longest = max((layer.max_cache_len for layer in cache.layers if isinstance(layer, (StaticLayer, FixedKeys))), default=None)
     for owner in range(len(cache.layers)):

@@ -157,12 +157,12 @@ class MaskRequest:
 
     def tables_at(self, slots: torch.Tensor, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
         """The same over these cache slots, ascending, between which others are missing. ``hf_slot``: the slots, ``hf_stop``: how many there
-        are in all; ``hf_place`` wherever a slot is padding."""
+        are in all; ``hf_valid`` and ``hf_place`` wherever a slot is padding."""
         stop, slots = int(slots[-1]) + 1, slots.to(device)
         made = {**self.tables(0, stop, batch, device), "hf_slot": slots, "hf_stop": slots[-1:] + 1}
         if self.padding is not None:
-            made["hf_valid"] = made["hf_valid"][:, slots]
-            made["hf_place"] = place_of(self.real(batch, stop).to(device))[:, slots]
+            real = self.real(batch, stop).to(device)
+            made["hf_valid"], made["hf_place"] = real[:, slots], place_of(real)[:, slots]
         return made
 
 

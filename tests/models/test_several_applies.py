@@ -129,12 +129,20 @@ def test_caches_and_generation_follow_what_stands() -> None:
     with apply(model, {0: strided, 1: window}):
         wanted = model.generate(tokens(), **greedy)
     first = apply(model, window)
-    assert first.cache().layers[0].is_sliding
+    assert [layer.is_sliding for layer in DynamicCache(config=model.config).layers] == [True, True]
+    assert [kind_of(layer) for layer in first.cache().layers] == ["ring", "ring"]
     second = apply(model, {0: strided})
-    assert not first.cache().layers[0].is_sliding and first.cache().layers[1].is_sliding
+    assert [kind_of(layer) for layer in first.cache().layers] == ["grows", "ring"]
     assert torch.equal(model.generate(tokens(), **greedy), wanted)
     second.restore()
-    assert first.cache().layers[0].is_sliding
+    assert [kind_of(layer) for layer in first.cache().layers] == ["ring", "ring"]
+
+
+def kind_of(layer: Any) -> str:
+    """Of what a layer of a cache holds."""
+    if isinstance(layer, KeptKeys):
+        return layer.bound.kind
+    return "ring" if layer.is_sliding else "grows"
 
 
 # ---- copies ------------------------------------------------------------
