@@ -52,7 +52,7 @@ class MaskRequest:
     sliding-window cache starts later than 0). ``padding``: (B, slots) bool, False = padding, or None when nothing is padded.
     ``packing``: see :class:`Packing`. ``facts``: the mask that transformers wants, see ``native.Facts``; None if its own words do
     not say it. ``overlays``: mask functions a pattern knows nothing of (image blocks, a caller's own). ``written``: how many slots are
-    filled once the keys of this forward are in the cache.
+    filled once the keys of this forward are in the cache; those up to the last query, where nothing else is said.
     """
 
     q_length: int
@@ -64,9 +64,13 @@ class MaskRequest:
     facts: Facts | None
     overlays: tuple[str, ...]
     make_native: Callable[[], Any]
-    written: int
+    written: int = -1
     known: dict[Any, Any] = field(default_factory=dict)  # what was worked out from this request, by whatever names it
     _native: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.written < 0:
+            self.written = self.q_offset + self.q_length
 
     def native_mask(self) -> Any:
         """The mask that transformers would have made: a tensor, a BlockMask or None. Made once."""
@@ -239,7 +243,6 @@ class MaskFunction:
             frozenset(read.facts) if read.plain else None,
             tuple(read.overlays),
             native,
-            q_offset + arguments["q_length"],
         )
 
 

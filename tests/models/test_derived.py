@@ -85,7 +85,7 @@ def requests(draw: st.DrawFn) -> MaskRequest:
         starts[:, 0] = False
         packing, q_length = Packing(starts.long().cumsum(-1), torch.full((ROWS, SLOTS), 5)), SLOTS
     offset = SLOTS - q_length
-    return MaskRequest(q_length, SLOTS, offset, 0, padding, packing, None, (), lambda: None, SLOTS)
+    return MaskRequest(q_length, SLOTS, offset, 0, padding, packing, None, (), lambda: None)
 
 
 @settings(max_examples=250, deadline=None)
