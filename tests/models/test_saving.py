@@ -157,7 +157,9 @@ def test_models_that_share_a_configuration_are_saved_each_with_its_own(tmp_path:
 def test_what_cannot_be_loaded_is_refused_by_name(tmp_path: Path) -> None:
     model = build("llama")
     model.save_pretrained(tmp_path / "plain")
-    with pytest.raises(sd.PatternError, match=r"was saved without patterns and without converted layers: .* LlamaForCausalLM.from_pretrained"):
+    with pytest.raises(
+        sd.PatternError, match=r"without patterns and without converted layers: .* LlamaForCausalLM.from_pretrained"
+    ):
         sd.models.from_pretrained(tmp_path / "plain")
     sd.models.apply(model.model, alibi.bind(slope=SLOPES))
     model.save_pretrained(tmp_path / "part")

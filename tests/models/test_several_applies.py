@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx
+from sparsedsl.models.kept_keys import KeptKeys
 from tests.models.families import build, left_padded, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
