@@ -111,8 +111,8 @@ def analysis_of(value: Mask | Pattern | Program, length: int, shape: LayerShape)
     tables = {name: torch.zeros(shape.heads if name == "sinks" else 1, dtype=torch.int32) for name in free}
     if "sinks" in tables:
         tables["sinks"] = tables["sinks"].float()
-    widths: dict[str, Any] = {"head_dim": shape.head_dim, "head_dim_v": shape.value_dim}
-    return analyse(thing, length, heads=shape.heads, kv_heads=shape.kv_heads, **widths, **tables)
+    words: dict[str, Any] = {"head_dim": shape.head_dim, "head_dim_v": shape.value_dim, **tables}
+    return analyse(thing, length, heads=shape.heads, kv_heads=shape.kv_heads, **words)
 
 
 def _flops(value: Any, length: int, shape: LayerShape) -> float:
