@@ -111,6 +111,9 @@ def test_a_bound_on_perplexity_is_one_on_the_paired_loss() -> None:
         changed = loss()
     assert report.native.loss == pytest.approx(own, rel=1e-5) and report.measured.change == pytest.approx(changed - own, abs=1e-5)
     assert report.measured.ratio <= 1.02 and report.cost < report.native_cost
+    assert report.kl <= report.bound.limit
+    lucky = searched(model, bound=sd.models.Perplexity(1.02, with_kl=False))
+    assert lucky.measured.ratio <= 1.02 and lucky.kl > lucky.bound.limit and lucky.cost < report.cost
     careful = searched(model, bound=sd.models.Perplexity(1.02, sigmas=2))
     assert careful.measured.change + 2 * careful.measured.change_error <= torch.tensor(1.02).log().item() + 1e-12
     assert careful.cost >= report.cost

@@ -20,19 +20,21 @@ __all__ = ["Bound", "Kl", "Perplexity", "bound_from"]
 class Perplexity:
     """The perplexity of the calibration text may grow to ``ratio`` times that of the model as it is.
 
-    What is compared are the losses of the same positions (paired), whose mean difference has a standard error: with ``sigmas`` so
-    many of them are added to the difference before it is compared, so that noise does not pass for quality. KL varies less from token to
-    token: :class:`Kl` needs less text.
+    What is compared are the losses of the same positions (paired). Their mean difference is noisy (some hundred positions of a small model:
+    1 to 2 percent), and luck may hide what was lost. So the mean KL divergence, which is what the loss is expected to grow by and
+    much less noisy, may be no larger than the logarithm of ``ratio`` either, unless ``with_kl`` is False. ``sigmas``: so many standard
+    errors are added to the difference before it is compared.
 
     Raises :class:`~sparsedsl.PatternError` unless ``ratio`` is a number above 1 and ``sigmas`` one of at least 0.
 
     >>> import sparsedsl as sd
     >>> sd.models.Perplexity(1.01)
-    Perplexity(ratio=1.01, sigmas=0.0)
+    Perplexity(ratio=1.01, sigmas=0.0, with_kl=True)
     """
 
     ratio: float
     sigmas: float = 0.0
+    with_kl: bool = True
 
     def __post_init__(self) -> None:
         _check("Perplexity()", "ratio", self.ratio, above=1)
@@ -43,16 +45,14 @@ class Perplexity:
         """The most that :meth:`worst` may be, in nats a token."""
         return math.log(self.ratio)
 
-    def value(self, found: Measured) -> float:
-        """What is bounded, in nats a token."""
-        return found.change
-
     def worst(self, found: Measured) -> float:
-        """The same with the standard errors that ``sigmas`` asks for."""
-        return found.change + self.sigmas * found.change_error
+        """What is bounded, in nats a token, with the standard errors that ``sigmas`` asks for."""
+        grown = found.change + self.sigmas * found.change_error
+        return max(grown, found.kl) if self.with_kl else grown
 
     def __str__(self) -> str:
-        return f"perplexity at most {self.ratio:g} times the model's own{_sigma_words(self.sigmas)}"
+        also = f", and KL at most {self.limit:.4f}" if self.with_kl else ""
+        return f"perplexity at most {self.ratio:g} times the model's own{_sigma_words(self.sigmas)}{also}"
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,8 @@ class Kl:
         """The most that :meth:`worst` may be, in nats a token."""
         return float(self.nats)
 
-    def value(self, found: Measured) -> float:
-        """What is bounded, in nats a token."""
-        return found.kl
-
     def worst(self, found: Measured) -> float:
-        """The same with the standard errors that ``sigmas`` asks for."""
+        """What is bounded, in nats a token, with the standard errors that ``sigmas`` asks for."""
         return found.kl + self.sigmas * found.kl_error
 
     def __str__(self) -> str:
@@ -94,7 +90,7 @@ Bound = Perplexity | Kl
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Perplexity, Kl)}
 
 
-def bound_from(kind: str, words: dict[str, float]) -> Bound:
+def bound_from(kind: str, words: dict[str, Any]) -> Bound:
     """The bound of a report: the name of its class and its fields."""
     return _KINDS[kind](**words)
 
