@@ -135,6 +135,19 @@ def test_aot_resources_counts_what_goes_wrong():
     assert script.flags(records[:0]) == "Nothing to report."
 
 
+def test_aot_resources_keeps_what_it_does_not_build(tmp_path):
+    script, path = load("aot_resources"), tmp_path / "x.json"
+    about = {"kernels": {}, "error": None, "problems": []}
+
+    def record(pattern: str, target: str, dim: int, commit: str) -> dict[str, Any]:
+        return about | {"pattern": pattern, "target": target, "head_dim": dim, "commit": commit}
+
+    new = [record("causal", "sm_90", 64, "new"), record("alibi", "sm_90", 64, "new")]
+    assert script.kept(path, new) == new[::-1], "in the order of the script"
+    path.write_text(json.dumps({"records": [record("causal", "sm_80", 64, "old"), record("causal", "sm_90", 64, "old")]}))
+    assert script.kept(path, new) == [new[1], record("causal", "sm_80", 64, "old"), new[0]]
+
+
 def test_aot_resources_covers_the_library():
     script = load("aot_resources")
     names = {name.split(" ")[0].rstrip(",") for name in script.PATTERNS}
