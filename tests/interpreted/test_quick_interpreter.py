@@ -25,13 +25,13 @@ def squared(x):
 def kernel(out_ptr, x_ptr, factor, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     place = at[:, None] * BLOCK + at[None, :]
-    x = tl.load(x_ptr + place)
-    tl.store(out_ptr + at, squared(x.to(tl.float32)) + tl.exp2(tl.sum(x, 0)) + tl.cdiv(at * factor, 3))
+    x = tl.load(x_ptr + place).to(tl.float16).to(tl.float32)
+    tl.store(out_ptr + at, squared(x) + tl.exp2(tl.sum(x, 0)) + tl.cdiv(at * factor, 3))
 """
 
 
 def run(factor=5):
-    out, x = torch.zeros(16), torch.linspace(-1, 1, 256).half()
+    out, x = torch.zeros(16), torch.linspace(-1, 1, 256)
     load(TEXT)["kernel"][(1,)](out, x, factor, 16)
     return out
 
