@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -17,11 +18,15 @@ import sparsedsl as sd
 from source_tree import ROOT
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
+from sparsedsl.codegen.to_triton import triton_source, variant_of
+from sparsedsl.gpu.aot import compile_kernels, job_of
 from sparsedsl.gpu.configs import Work, constants, default_config, refusal, space, split_count
 from sparsedsl.gpu.costs import Held, TileCounts, banded_tiles, listed_tiles, ranked, seconds
 from sparsedsl.gpu.estimates import has_descriptors, impossible, registers, shared_bytes
 from sparsedsl.gpu.kernel_config import BLOCKS, WARPS, Config, Shape
 from sparsedsl.gpu.targets import TARGETS, target_named
+from sparsedsl.lang.pattern import as_pattern
+from tests.gpu.built_for import BUILT_FOR
 
 KERNELS = ("forward", "decode", "merge", "delta", "grad_q", "grad_kv", "grad_difference_0", "grad_table_0")
 SM_90 = target_named("sm_90")
@@ -314,3 +319,19 @@ def test_counts_without_lists_are_near_those_of_lists(q_len, window, block, by_k
 
 def test_full_attention_has_no_partial_tile():
     assert banded_tiles(256, 512, 512, (64, 64), copies=2) == TileCounts(full=64, partial=0, programs=8, longest=8)
+
+
+# ---- what the compiler says ---------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="compiling kernels needs Triton")
+@pytest.mark.parametrize("target", BUILT_FOR)
+def test_the_defaults_do_not_spill_in_loops_and_the_estimate_of_shared_memory_holds(target):
+    """One pattern here, of head dims 64; the static library at 64 and 128 is built in the tests of `sd.build`."""
+    pattern = as_pattern(sd.kv_idx <= sd.q_idx)
+    source, found = triton_source(pattern, variant_of(pattern)), target_named(target)
+    for kernel in ("forward", "grad_q", "grad_kv"):
+        config = default_config(kernel, HALF, found)
+        (binary,) = compile_kernels([job_of(source, source.kernel(kernel), HALF, config, found)])
+        assert not binary.resources.slowed, (kernel, config)
+        assert binary.resources.shared_bytes <= 1.5 * shared_bytes(kernel, HALF, found, config), (kernel, config)
