@@ -131,8 +131,7 @@ static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const
     turn_queries(c, strip, desk.rows, queries, desk.turned);
     bool few = strip.used <= FEW && c->head_dim % WIDTH == 0;
     for (i64 i = 0; few && i < lanes * BLOCK_KEYS; i++) desk.tile[i] = 0;
-    Head k(c->k, c->kind, c->head_dim, strip.b, strip.kv_head, strip.lanes.residue, c->step);
-    Head v(c->v, c->kind, c->head_dim_v, strip.b, strip.kv_head, strip.lanes.residue, c->step);
+    Head k = keys_of(c, strip, c->k, c->head_dim), v = keys_of(c, strip, c->v, c->head_dim_v);
     real factor = c->score ? 1 : (real)(c->scale * LOG2E);
     visit(c, strip, part, parts, [&](i64 key, i64 count, bool full) {
         Rows some_k = k.rows(key, count, false, desk.keys);
@@ -176,7 +175,7 @@ static bool finish(const Call *c, const Strip &strip, Sums sums) {
                    (strip.b * c->out.batch + strip.h[i] * c->out.head + strip.row[i] * c->out.row) * element_bytes(c->kind);
         narrow(values, c->kind, c->head_dim_v, to);
         double lse = sums.highest[i] * LN2 + __builtin_log((double)total);
-        c->lse[(strip.b * c->heads + strip.h[i]) * c->rows + strip.row[i]] = total == 0 ? LOWEST : lse;
+        c->lse[line_of(c, strip, i)] = total == 0 ? LOWEST : lse;
     }
     bool finite = true;
     for (int i = 0; i < WIDTH; i++) finite &= wrong[i] == 0;
