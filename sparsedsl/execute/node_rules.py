@@ -145,8 +145,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _mask_alone(inside: Branch) -> Pattern | None:
     """The pattern of attention of q to k and v over a mask that reads tables alone; None of anything else."""
-    plain = isinstance(inside, Attend) and inside.normaliser is None
-    if not plain or (inside.x, inside.y, inside.z) != (tensors.q, tensors.k, tensors.v):
+    if not isinstance(inside, Attend) or inside.normaliser is not None:
+        return None
+    if not (inside.x is tensors.q and inside.y is tensors.k and inside.z is tensors.v):
         return None
     return None if any(isinstance(value, Node) for value in inside.pattern.bound.values()) else inside.pattern
 
