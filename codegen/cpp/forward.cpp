@@ -82,7 +82,7 @@ static void turn_queries(const Call *c, const Strip &strip, real *room, const re
 // at a time are added up. Queries lie in rows of `width`, which is whole vectors.
 constexpr i64 FEW = 4;
 
-static void multiply_few(i64 lanes, i64 keys, i64 width, Rows k, const real *const *queries, real *tile, i64 tile_row) {
+static void multiply_few(i64 lanes, i64 keys, i64 width, const real *const *k, const real *const *queries, real *tile, i64 tile_row) {
     const real *rows[WIDTH];
     real sums[WIDTH * WIDTH], turned[WIDTH * WIDTH];
     for (int i = 0; i < WIDTH; i++) rows[i] = sums + i * WIDTH;
@@ -90,7 +90,7 @@ static void multiply_few(i64 lanes, i64 keys, i64 width, Rows k, const real *con
         for (i64 lane = 0; lane < lanes; lane++) {
             Vector sum[WIDTH] = {};
             const real *from[WIDTH];
-            for (int i = 0; i < WIDTH; i++) from[i] = k.first + least(key + i, keys - 1) * k.row;
+            for (int i = 0; i < WIDTH; i++) from[i] = k[least(key + i, keys - 1)];
             for (i64 j = 0; j < width; j += WIDTH)
                 for (int i = 0; i < WIDTH; i++) sum[i] += at(from[i] + j) * at(queries[lane] + j);
             for (int i = 0; i < WIDTH; i++) put(sums + i * WIDTH, sum[i]);
@@ -134,11 +134,14 @@ static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const
     Head k = keys_of(c, strip, c->k, c->head_dim), v = keys_of(c, strip, c->v, c->head_dim_v);
     real factor = c->score ? 1 : (real)(c->scale * LOG2E);
     visit(c, strip, part, parts, [&](i64 key, i64 count, bool full) {
-        Rows some_k = k.rows(key, count, false, desk.keys);
+        const real *some_k[BLOCK_KEYS];
+        k.list(key, count, desk.keys, some_k);
+        v.fetch(key, count);
+        k.fetch(key + count, most(least(BLOCK_KEYS, strip.keys - key - count), 0));  // as if blocks followed each other
         if (few)
             multiply_few(strip.used, count, c->head_dim, some_k, queries, desk.tile, lanes);
         else
-            product<false>(count, lanes, c->head_dim, some_k.first, some_k.row, 1, desk.turned, lanes, desk.tile, lanes);
+            product_of<false>(count, lanes, c->head_dim, Listed<const real>{some_k}, 1, desk.turned, lanes, BROAD, Even<real>{desk.tile, lanes});
         if (c->score) c->score(c, &strip.lanes, key, count, desk.tile);
         if (!full) hide(c, strip, key, count, desk.tile);
         weigh(strip, desk.tile, count, factor, sums);

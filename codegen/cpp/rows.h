@@ -82,6 +82,22 @@ struct Head {
 
     const char *at_row(i64 row) const { return first + (places ? places[row * step] : row) * row_bytes; }
 
+    // Where `count` rows begin, in the type of the computation: as they lie, or in `room`, where they are widened.
+    void list(i64 from, i64 count, real *room, const real **to) const {
+        if (kind == 0) {
+            for (i64 i = 0; i < count; i++) to[i] = (const real *)at_row(from + i);
+            return;
+        }
+        Rows some = rows(from, count, false, room);
+        for (i64 i = 0; i < count; i++) to[i] = some.first + i * some.row;
+    }
+
+    // Asks for rows that lie in no order, of which the processor does not foresee the next.
+    void fetch(i64 from, i64 count) const {
+        for (i64 i = 0; places && i < count; i++)
+            for (i64 n = 0; n < width * element_bytes(kind); n += 64) __builtin_prefetch(at_row(from + i) + n, 0, 3);
+    }
+
     // `count` rows in the type of the computation: where they lie, or in `room` (count x whole vectors). `padded`: whole vectors
     // are read of each.
     Rows rows(i64 from, i64 count, bool padded, real *room) const {
