@@ -53,7 +53,11 @@ class Places:
     @functools.cached_property
     def narrow(self) -> tuple[Tensor | None, Tensor | None]:
         """Of keys and queries, as int32 without gaps."""
-        return tuple(None if p is None else p.to(torch.int32).contiguous() for p in (self.keys, self.queries))  # type: ignore[return-value]
+        return _narrow(self.keys), _narrow(self.queries)
+
+
+def _narrow(places: Tensor | None) -> Tensor | None:
+    return None if places is None else places.to(torch.int32).contiguous()
 
 
 def _length(name: str, x: Tensor, places: Tensor | None, heads: int) -> int:

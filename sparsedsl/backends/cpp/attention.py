@@ -121,8 +121,10 @@ class CppKernel(PatternRunner):
         q, k, v, out, grad_out = (rows_without_gaps(t.detach()) for t in (call.q, call.k, call.v, out, grad_out))
         domain, real = call.domain, lse.dtype
         lse = lse.detach().contiguous()
-        fresh = torch.zeros if _has_rows_without_query(call) else torch.empty
-        delta, grad_q = fresh(lse.shape, dtype=real), fresh(q.shape, dtype=real)
+        delta, grad_q = torch.empty_like(lse), q.new_empty(q.shape, dtype=real)
+        if _has_rows_without_query(call):
+            delta.zero_()
+            grad_q.zero_()
         width = fixed_width("backward", real == torch.float64)
         grad_k, grad_v = (t.new_zeros((*t.shape[:3], -(-t.shape[3] // width) * width), dtype=real) for t in (k, v))
         grads_lse = None if grad_lse is None else grad_lse.detach().to(real).contiguous()
