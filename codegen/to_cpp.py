@@ -95,7 +95,7 @@ _PARTS = {
     "backward": (*_WORK, "strips.h", "forward.cpp", "backward.cpp"),
     "selected": (*_WORK, "strips.h", "selected.cpp"),
     "selected_backward": (*_WORK, "strips.h", "selected.cpp", "selected_backward.cpp"),
-    "choosing": (*_WORK, "choosing.cpp", "pooling.cpp", "weighing.cpp"),
+    "choosing": (*_WORK, "choosing.cpp", "pooling.cpp", "weighing.cpp", "probing.cpp"),
     "scan_linear": (*_WORK, "scan_linear.cpp"),
     "scan_slots": (*_WORK, "scan_slots.cpp"),
 }

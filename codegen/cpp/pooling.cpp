@@ -4,9 +4,10 @@ enum { OF_MEAN, OF_SUM, OF_GREATEST, OF_LEAST, OF_BOUNDS };
 
 struct Pooling {
     Tensor x;
-    i64 kind, batch, heads, length, width, block, how;
+    i64 kind, own_heads, batch, heads, length, width, block, how;  // `own_heads` of x, of which several heads may be made
     i64 zeros;  // whether what a ragged last block lacks counts as zeros
     real *to, *greatest;  // (batch, heads, blocks, width) without gaps; `greatest` of OF_BOUNDS alone
+    Places places;  // of the rows
     i64 threads;
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 };
@@ -86,7 +87,8 @@ extern "C" int pool_blocks(const Pooling *p) {
             failed = true;
             return;
         }
-        Head x(p->x, p->kind, p->width, line / p->heads, line % p->heads, 0, 1);
+        i64 b = line / p->heads, head = line % p->heads;
+        Head x(p->x, p->kind, p->width, b, head * p->own_heads / p->heads, 0, 1, p->places.of(b, head, p->heads, p->length));
         for (i64 block = first; block < least(first + some, blocks); block++) {
             i64 count = least(p->block, p->length - block * p->block), place = (line * blocks + block) * p->width;
             Rows rows = x.rows(block * p->block, count, true, room + 2 * broad);

@@ -16,6 +16,7 @@ from sparsedsl.lang.tables import TableRead, read_class, table_reads
 from sparsedsl.lang.wrapped import Expression
 from sparsedsl.program.axes import block_of
 from sparsedsl.program.node import Node
+from sparsedsl.program.orders import Take
 from sparsedsl.program.tensors import Input
 from sparsedsl.runtime.heads import NEVER, repeat_kv
 from sparsedsl.runtime.interpreter import Evaluation, Rule
@@ -70,6 +71,12 @@ class Lowering(Evaluation):
         if self.summaries is None or not isinstance(of, Input):
             return pool(x)
         return self.summaries.rows(node, of.name, x, pool)
+
+    def placed(self, node: Node) -> tuple[Tensor, Tensor | None]:
+        """The rows that a node gives: of rows taken in an order those they are taken from, and the order, where somebody may follow it."""
+        if isinstance(node, Take) and node not in self.values and self.dispatch.follows_places(self.call.q):
+            return self.value(node.x), self.value(node.order)
+        return self.value(node), None
 
     def again(self, call: ProgramCall, *, lse: bool) -> Any:
         """The result of another call, whose program is part of this one."""

@@ -143,11 +143,13 @@ def _probe(run: Lowering, node: Probe) -> Tensor:
     keys, rows = y.shape[2], min(node.rows, x.shape[2])
     normalised = keys // node.complete * node.complete
     kept = min(run.domain.q_offset + x.shape[2] - rows, normalised) if node.keep == "before" else normalised
-    mass = proxies.probe(
-        x, y, rows=rows, causal=node.causal, scale=_scale(node.scale, x), keys_normalised=normalised, keys_kept=kept,
-        q_offset=run.domain.q_offset,
-    )  # fmt: skip
-    return functional.pad(mass, (0, keys - kept))
+    words: dict[str, Any] = {
+        "rows": rows, "causal": node.causal, "scale": _scale(node.scale, x), "keys_normalised": normalised, "keys_kept": kept,
+        "q_offset": run.domain.q_offset,
+    }  # fmt: skip
+    prober = run.dispatch.prober(x, y)
+    found = None if prober is None else prober(x, y, **words, length=keys)
+    return functional.pad(proxies.probe(x, y, **words), (0, keys - kept)) if found is None else found
 
 
 def _smooth(run: Lowering, node: Smooth) -> Tensor:
