@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.errors import CallWarning, SparseDSLError, TableError
+from sparsedsl.errors import ArgumentError, CallWarning, SparseDSLError, TableError
 from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import Pattern, as_pattern
@@ -28,6 +28,8 @@ from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, asser
 from sparsedsl.testing.call_shapes import AttentionCase, inputs, shapes
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable, pattern_code, showing
 from sparsedsl.testing.expression_checks import assert_text_round_trip
+from sparsedsl.testing.kernels.declaration import Kernel
+from sparsedsl.testing.kernels.kernel_check import check_kernel
 from sparsedsl.testing.leaks import ask_about_pattern
 from sparsedsl.testing.list_checks import assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
@@ -242,33 +244,39 @@ PROOFS: dict[str, Callable[[_Subject], str]] = {
 def check(
     pattern: Any,
     *,
-    examples: int = 50,
+    examples: int | None = None,
     progress: bool = False,
     backend: str = "reference",
     causal: bool | None = None,
     seed: int | None = None,
     **tables: Any,
-) -> Report:
-    """Run every property of the kit on one pattern or program, with random shapes, tables and inputs.
+) -> Any:
+    """Run every property of the kit on one pattern, program or kernel, with random shapes, tables and inputs.
 
     Args:
-        pattern: a Mask, a Pattern, or a node of a program.
-        examples: random cases for each property.
+        pattern: a Mask, a Pattern, a node of a program, or a :class:`Kernel`.
+        examples: random cases for each property; None: 50, of a kernel 100.
         progress: show a progress bar for each property on stderr.
         backend: the lowering that is run; see :func:`sparsedsl.compile`.
         causal: True if the pattern must not see later positions; None to test for leaks only where the mask itself looks causal. The prover
             is asked first: what it refutes fails at its witness, however far away, and what it proves is said.
         seed: None draws new cases each time; a number draws the same ones.
         tables: values for tables; the others are drawn, as their declarations allow. All of a program's are drawn, and its inputs.
+            Of a kernel these words are ``budget="quick" | "default" | "deep"``, ``seconds``, ``only`` (names of properties), ``stop_at_first``
+            and ``locate``; see docs/testing.md.
 
     Returns:
-        A :class:`Report`: ``print`` it, ask ``.ok``, run ``.snippet``.
+        A :class:`Report`, of a kernel a :class:`KernelReport`: ``print`` it, ask ``.ok``, run ``.snippet``.
 
     >>> import sparsedsl as sd
     >>> report = check((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5), examples=3)
     >>> report.ok
     True
     """
+    if isinstance(pattern, Kernel):
+        _refuse_for_kernels(backend=backend != "reference", causal=causal is not None)
+        return check_kernel(pattern, examples=examples, seed=seed, progress=progress, **tables)
+    examples = 50 if examples is None else examples
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise SparseDSLError(f"seed must be a whole number or None; got {shown(seed)}")
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
@@ -284,6 +292,12 @@ def check(
     subject = _Subject(pattern, backend, dict(tables), causal)
     subject.attention()  # refuses unknown tables and backends before anything is drawn
     return Report(pattern, tuple(_run(PROPERTIES, PROOFS, subject, examples, progress, seed)))
+
+
+def _refuse_for_kernels(**given: bool) -> None:
+    for name, wrong in given.items():
+        if wrong:
+            raise ArgumentError(f"check: {name}= is for patterns and programs; a kernel says what it implements, and runs as it is")
 
 
 def _run(
