@@ -1,4 +1,5 @@
-"""The test kit, for this project's patterns and for yours, and for attention kernels that are yours. Needs hypothesis, which the extra ``testing`` brings.
+"""The test kit, for this project's patterns, for yours, and for attention kernels of your own. Needs hypothesis, which the extra
+``testing`` brings.
 
 *Strategies* draw what the language can say (:func:`indices`, :func:`masks`, :func:`scores`, :func:`patterns`, :func:`programs`),
 tables that keep their declarations (:func:`tables_for`), inputs of programs (:func:`program_inputs`), and shapes and inputs of

@@ -262,8 +262,8 @@ def check(
             is asked first: what it refutes fails at its witness, however far away, and what it proves is said.
         seed: None draws new cases each time; a number draws the same ones.
         tables: values for tables; the others are drawn, as their declarations allow. All of a program's are drawn, and its inputs.
-            Of a kernel these words are ``budget="quick" | "default" | "deep"``, ``seconds``, ``only`` (names of properties), ``stop_at_first``
-            and ``locate``; see docs/testing.md.
+            Of a kernel these words are ``budget="quick" | "default" | "deep"``, ``seconds``, ``only`` (names of properties),
+            ``stop_at_first`` and ``locate``; see docs/testing.md.
 
     Returns:
         A :class:`Report`, of a kernel a :class:`KernelReport`: ``print`` it, ask ``.ok``, run ``.snippet``.
@@ -297,7 +297,9 @@ def check(
 def _refuse_for_kernels(**given: bool) -> None:
     for name, wrong in given.items():
         if wrong:
-            raise ArgumentError(f"check: {name}= is for patterns and programs; a kernel says what it implements, and runs as it is")
+            raise ArgumentError(
+                f"check: {name}= is for patterns and programs; a kernel says what it implements, and runs as it is"
+            )
 
 
 def _run(

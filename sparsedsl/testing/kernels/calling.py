@@ -32,6 +32,8 @@ __all__ = [
     "cotangents",
     "made",
     "moved",
+    "reads",
+    "reads_lengths",
     "results",
     "with_gradients",
 ]
@@ -91,9 +93,7 @@ def made(kernel: Kernel, case: KernelCase, *, guard: int | None = None, tables: 
     margin = 2 * max(kernel.tiles or (64,)) * max(case.head_dim, case.head_dim_v) * case.heads
     turned = kernel.layout == "bshd"
     where: dict[str, Any] = {"guard": guard, "device": case.device}
-    placed = {
-        name: place(x, case.memory, margin=margin, turned=turned, **where) for name, x in (("q", q), ("k", k), ("v", v))
-    }
+    placed = {name: place(x, case.memory, margin=margin, turned=turned, **where) for name, x in (("q", q), ("k", k), ("v", v))}
     placed |= {name: place(words[name], **where) for name in kernel.passed if isinstance(words[name], Tensor)}  # type: ignore[attr-defined]
     found = {name: placed[name].tensor if name in placed else value for name, value in words.items()}
     q, k, v = (placed[name].tensor for name in "qkv")
@@ -194,9 +194,7 @@ class Backward:
     asked: Cotangents
 
 
-def with_gradients(
-    kernel: Kernel, problem: Problem, asked: Cotangents, names: Sequence[str], *, twice: bool = False
-) -> Backward:
+def with_gradients(kernel: Kernel, problem: Problem, asked: Cotangents, names: Sequence[str], *, twice: bool = False) -> Backward:
     """One call and its gradients to ``names``.
 
     An LSE through which no gradient goes (it does not require one) is not asked for any. ``twice``: backward runs again, and its second
@@ -218,7 +216,11 @@ def with_gradients(
     try:
         for _ in range(2 if twice else 1):
             found = torch.autograd.grad(
-                [parts[name] for name in slopes], list(leaves.values()), list(slopes.values()), allow_unused=True, retain_graph=twice
+                [parts[name] for name in slopes],
+                list(leaves.values()),
+                list(slopes.values()),
+                allow_unused=True,
+                retain_graph=twice,
             )
     except kernel.refuses as error:
         raise Refused(f"{type(error).__name__}: {error}") from error
@@ -234,4 +236,9 @@ def with_gradients(
 
 def reads_lengths(kernel: Kernel) -> bool:
     """Whether what it implements depends on how many queries or keys a call has."""
-    return any(symbol in expr.free_symbols for expr in kernel.implements.exprs for symbol in (Q_LEN, KV_LEN))
+    return reads(kernel, Q_LEN, KV_LEN)
+
+
+def reads(kernel: Kernel, *symbols: Any) -> bool:
+    """Whether what a kernel implements depends on any of these indices or lengths."""
+    return any(symbol in expr.free_symbols for expr in kernel.implements.exprs for symbol in symbols)

@@ -33,21 +33,22 @@ class Kernel:
     """A function on q, k and v, and what it claims. Declared limits restrict what it is tested with; inside them nothing is excused.
 
     Args:
-        fn: ``fn(q, k, v, **tables)`` gives ``out``, or ``(out, lse)``; q is ``(B, H, M, D)``, k ``(B, Hk, N, D)``, v ``(B, Hk, N, Dv)``, out
-            ``(B, H, M, Dv)`` in the dtype of q, lse ``(B, H, M)`` in float32 or float64. ``q_offset=`` and ``scale=`` are given where its
-            signature names them. Tables of the pattern that are bound are given where the signature names them; others always.
+        fn: ``fn(q, k, v, **tables)`` gives ``out``, or ``(out, lse)``; q is ``(B, H, M, D)``, k ``(B, Hk, N, D)``, v ``(B, Hk, N, Dv)``,
+            out ``(B, H, M, Dv)`` in the dtype of q, lse ``(B, H, M)`` in float32 or float64. ``q_offset=`` and ``scale=`` are given where
+            its signature names them. Tables of the pattern that are bound are given where the signature names them; others always.
         implements: a mask, a pattern or a program.
         lse: whether it gives the LSE, the log of the sum of exp of the scores (sink included), minus infinity for rows without keys.
         grad: ``"qkv"``: gradients reach q, k and v; ``"all"``: learned tables (and inputs of a program) too; ``"none"``.
         group: query heads a key head: ``"any"``, a number or several.
-        offset: None: whether the signature names ``q_offset``. Without it rows stand at 0, 1, ...; ``"last"``: they are the last of the keys.
+        offset: None: whether the signature names ``q_offset``. Without it rows stand at 0, 1, ...; ``"last"``: they are the last of the
+            positions of the keys.
         scale: None: whether the signature names ``scale``.
         dtypes: of q, k and v; None: float32 and bfloat16.
         layout: ``"bshd"``: heads stand behind the rows, in out too.
         head_dims: widths, or pairs (of q and k, of v); None: any.
         lengths: numbers that M and N may be, or pairs (M, N), or ``"square"`` (M = N); None: any.
         tiles: how many queries, keys and, if it tiles them, channels the kernel takes at once: so the edges are tried.
-        poison: whether keys that nobody sees may hold NaN.
+        poison: whether a row bears NaN and infinity in keys and values that it does not see.
         empty: what a row without keys gives: 0 and an LSE of minus infinity, NaN, or an error.
         deterministic: whether the same call gives the same bits.
         batch_invariant: whether an entry gives the same bits whatever stands beside it.
@@ -110,7 +111,12 @@ class Kernel:
         self._set(implements=found, name=self.name or getattr(self.fn, "__name__", type(self.fn).__name__))
         self._set(group=_numbers("group", self.group, 1) if self.group != "any" else None)
         self._set(tiles=_tiles(self.tiles), head_dims=_widths(self.head_dims), lengths=_lengths(self.lengths))
-        self._set(dtypes=_dtypes(self.dtypes), rounds=_rounds(self.rounds), refuses=_refusals(self.refuses), devices=_devices(self.devices))
+        self._set(
+            dtypes=_dtypes(self.dtypes),
+            rounds=_rounds(self.rounds),
+            refuses=_refusals(self.refuses),
+            devices=_devices(self.devices),
+        )
         self._check_signature()
 
     def _set(self, **values: Any) -> None:

@@ -20,9 +20,9 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 class KernelCase:
     """A call that a kernel is tested with. The same values give the same tensors, bit by bit, in any process.
 
-    ``q_offset``: position of the first query row. ``scale``: None for what the pattern says. ``dtype``: by name. ``values``: what q, k and v
-    hold, see :mod:`sparsedsl.testing.kernels.values`. ``memory``: how they lie, see :mod:`sparsedsl.testing.kernels.arena`. ``seed``: of all
-    that is drawn, tables too. ``device``: where the kernel is called.
+    ``q_offset``: position of the first query row. ``scale``: None for what the pattern says. ``dtype``: by name. ``values``: what q, k
+    and v hold, see :mod:`sparsedsl.testing.kernels.values`. ``memory``: how they lie, see :mod:`sparsedsl.testing.kernels.arena`.
+    ``seed``: of all that is drawn, tables too. ``device``: where the kernel is called.
 
     >>> KernelCase(heads=4, kv_heads=2, kv_len=5, dtype="bfloat16")
     KernelCase(heads=4, kv_heads=2, kv_len=5, dtype='bfloat16')

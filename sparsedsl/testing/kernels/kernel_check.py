@@ -27,6 +27,7 @@ from sparsedsl.testing.kernels.limits import outside_positions
 from sparsedsl.testing.kernels.locating import guess
 from sparsedsl.testing.kernels.memory_properties import MEMORY_PROPERTIES
 from sparsedsl.testing.kernels.number_properties import NUMBER_PROPERTIES
+from sparsedsl.testing.kernels.order_properties import ORDER_PROPERTIES
 from sparsedsl.testing.kernels.outside import outside
 from sparsedsl.testing.kernels.relation_properties import RELATION_PROPERTIES
 from sparsedsl.testing.kernels.shrinking import shrunk
@@ -34,9 +35,25 @@ from sparsedsl.testing.kernels.shrinking import shrunk
 __all__ = ["BUDGETS", "KERNEL_PROPERTIES", "assert_kernel", "check_kernel"]
 
 # A kernel that remembers calls or gives other numbers each time would fail anywhere: that is asked first. Then from cheap to dear.
-_ORDER = ("REPEAT", "STATE", "PURE", "NUM", "LSE", "EMPTY", "MASS", "POIS", "CAUS", "GRAD", "STRIDE", "CUT", "MERGE", "BATCH", "PERM")
+_ORDER = (
+    "PURE",
+    "REPEAT",
+    "STATE",
+    "NUM",
+    "LSE",
+    "EMPTY",
+    "MASS",
+    "POIS",
+    "CAUS",
+    "GRAD",
+    "STRIDE",
+    "CUT",
+    "MERGE",
+    "BATCH",
+    "PERM",
+)
 _ORDER += ("SHIFT", "GUARD", "FULL")
-_ALL = {**NUMBER_PROPERTIES, **RELATION_PROPERTIES, **MEMORY_PROPERTIES}
+_ALL = {**NUMBER_PROPERTIES, **RELATION_PROPERTIES, **ORDER_PROPERTIES, **MEMORY_PROPERTIES}
 KERNEL_PROPERTIES: Mapping[str, KernelProperty] = {name: _ALL[name] for name in _ORDER}
 
 
@@ -117,7 +134,9 @@ def _check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
-        raise UnsupportedError(f"Kernel(devices=...): {device!r} cannot be used here ({first}); leave it out, or run on a machine that has it") from None
+        raise UnsupportedError(
+            f"Kernel(devices=...): {device!r} cannot be used here ({first}); leave it out, or run on a machine that has it"
+        ) from None
 
 
 def _finding(kernel: Kernel, of: KernelProperty, examples: int, seed: int, seconds: float, locate: bool) -> KernelFinding:
@@ -167,7 +186,10 @@ def run_case(kernel: Kernel, of: KernelProperty, case: KernelCase, tables: Mappi
             if of.name == "EMPTY":
                 return None
             raise Skip("the kernel refuses rows without keys, as declared") from None
-        return Failure("refused", f"{kernel.name} refuses a call inside its declared limits: {refusal}. If it is right to, declare that: {_limit(case)}")
+        what = (
+            f"{kernel.name} refuses a call inside its declared limits: {refusal}. If it is right to, declare that: {_limit(case)}"
+        )
+        return Failure("refused", what)
 
 
 def _has_empty_rows(call: Call) -> bool:
@@ -239,7 +261,9 @@ def assert_kernel(kernel: Kernel, case: KernelCase | None = None, *, only: Any =
     return tuple(looked)
 
 
-def kernel_counterexample(kernel: Kernel, name: str, case: KernelCase, found: Failure, tables: Mapping[str, Any]) -> Counterexample:
+def kernel_counterexample(
+    kernel: Kernel, name: str, case: KernelCase, found: Failure, tables: Mapping[str, Any]
+) -> Counterexample:
     """The error that a failed assertion raises."""
     error = Counterexample(f"{kernel.name}: {name} fails on {case!r}: {found.what}")
     error.snippet = kernel_snippet(kernel, name, case, dict(tables))

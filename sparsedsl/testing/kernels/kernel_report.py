@@ -124,11 +124,16 @@ class KernelReport:
             count = p.examples if p.status in (HOLDS, FAILS) else ""
             lines.append(f"  {p.name:{width}}  {p.status:14}  {count:>5}  {p.meaning}")
             if p.status in (SKIPPED, NOT_RUN):
-                lines += textwrap.wrap(f"because {p.detail}", _WIDTH - 6, initial_indent=" " * (width + 6), subsequent_indent=" " * (width + 6))
+                lines += textwrap.wrap(
+                    f"because {p.detail}", _WIDTH - 6, initial_indent=" " * (width + 6), subsequent_indent=" " * (width + 6)
+                )
         lines += [line for text in self.warnings for line in ("", *textwrap.wrap(f"warning: {text}", _WIDTH))]
         for p in self.failures:
             lines += ["", *_told(p)]
-        lines += ["", f"{'right, as far as tried' if self.ok else 'wrong' if self.failures else 'nothing could be run'}; seed {self.seed}"]
+        lines += [
+            "",
+            f"{'right, as far as tried' if self.ok else 'wrong' if self.failures else 'nothing could be run'}; seed {self.seed}",
+        ]
         return "\n".join(lines)
 
 
@@ -151,5 +156,3 @@ def _failure(p: KernelFinding) -> dict[str, Any]:
     case = None if p.case is None else asdict(p.case)
     found = {"kind": p.kind, "guess": p.guess, "element": fault, "case": case, "found_after": p.found_after, "program": p.snippet}
     return found
-
-

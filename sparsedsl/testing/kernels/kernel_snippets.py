@@ -16,12 +16,21 @@ from sparsedsl.testing.counterexamples import pattern_code
 from sparsedsl.testing.kernels.declaration import Kernel
 from sparsedsl.testing.kernels.kernel_case import KernelCase
 
-__all__ = ["kernel_snippet"]
+__all__ = ["declaring", "kernel_snippet"]
 
 
 def kernel_snippet(kernel: Kernel, name: str, case: KernelCase, tables: dict[str, Any] | None = None) -> str:
     """Code that runs one property of a kernel on one case; where the kernel cannot be imported, a line to fill in says so."""
-    lines = ["import torch", "", "import sparsedsl as sd", *_function(kernel.fn), ""]
+    lines = ["import torch", "", "import sparsedsl as sd", *declaring(kernel)]
+    drawn = "".join(f", {word}={tensor_code(value)}" for word, value in (tables or {}).items())
+    lines.append(f"case = sd.testing.{case!r}")
+    lines.append(f"sd.testing.assert_kernel(kernel, case, only={name!r}{drawn})")
+    return "\n".join(lines) + "\n"
+
+
+def declaring(kernel: Kernel) -> list[str]:
+    """Lines that bind ``kernel``."""
+    lines = [*_function(kernel.fn), ""]
     if kernel.is_program:
         text = f'"""\n{kernel.implements.text}\n"""'
         lines += ["from sparsedsl.program.program_text import read_program", f"pattern = read_program({text})"]
@@ -29,11 +38,7 @@ def kernel_snippet(kernel: Kernel, name: str, case: KernelCase, tables: dict[str
         lines.append(f"pattern = {pattern_code(kernel.implements)}")
     given = kernel.given.items()  # type: ignore[attr-defined]
     words = "".join(f", {word}={_code(value)}" for word, value in given if word != "refuses" or _plain(value))
-    lines.append(f"kernel = sd.testing.Kernel(fn, implements=pattern{words})")
-    drawn = "".join(f", {word}={tensor_code(value)}" for word, value in (tables or {}).items())
-    lines.append(f"case = sd.testing.{case!r}")
-    lines.append(f"sd.testing.assert_kernel(kernel, case, only={name!r}{drawn})")
-    return "\n".join(lines) + "\n"
+    return [*lines, f"kernel = sd.testing.Kernel(fn, implements=pattern{words})"]
 
 
 def _code(value: Any) -> str:

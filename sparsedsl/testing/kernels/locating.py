@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from sparsedsl.testing.call_shapes import AttentionCase
 from sparsedsl.testing.kernels.calling import Broken, Refused, changed, cotangents, made, moved, results, with_gradients
 from sparsedsl.testing.kernels.declaration import Kernel
 from sparsedsl.testing.kernels.expectation import expectation
 from sparsedsl.testing.kernels.findings import Failure
 from sparsedsl.testing.kernels.kernel_case import KernelCase
-from sparsedsl.testing.kernels.oracle import Bent, Exact, Problem
+from sparsedsl.testing.kernels.oracle import Bent, Exact, Gradients, Problem
 
 __all__ = ["guess"]
 
 Tensor = torch.Tensor
-_OUT = ("NUM", "MASS", "STRIDE", "CUT", "EMPTY", "STATE", "FULL", "SHIFT", "PERM", "BATCH", "MERGE")
+_OUT = ("NUM", "MASS", "STRIDE", "CUT", "EMPTY", "FULL", "SHIFT", "PERM", "BATCH", "MERGE")
 
 
 def guess(kernel: Kernel, name: str, cases: tuple[KernelCase, ...], failed: Failure) -> str:
@@ -36,7 +37,9 @@ def guess(kernel: Kernel, name: str, cases: tuple[KernelCase, ...], failed: Fail
     return _first(kernel, tuple(dict.fromkeys(cases)), _out_faults, "out") if name in _OUT else ""
 
 
-def _first(kernel: Kernel, cases: tuple[KernelCase, ...], faults: Callable[[Kernel, Problem], Iterator[tuple[str, Tensor]]], name: str) -> str:
+def _first(
+    kernel: Kernel, cases: tuple[KernelCase, ...], faults: Callable[[Kernel, Problem], Iterator[tuple[str, Tensor]]], name: str
+) -> str:
     """The first hypothesis that explains every case; else the first that explains the smallest."""
     explained: list[list[str]] = []
     for case in cases:
@@ -51,10 +54,13 @@ def _first(kernel: Kernel, cases: tuple[KernelCase, ...], faults: Callable[[Kern
         if wanted.fault(name, got) is None:
             continue
         explained.append([words for words, other in faults(kernel, problem) if _same(wanted.allowed(name), got, other)])
-    if not explained:
-        return ""
-    common = [words for words in explained[0] if all(words in other for other in explained)]
-    return common[0] if common else ""
+    return _common(explained)
+
+
+def _common(explained: list[list[str]]) -> str:
+    """The first words that stand in every list."""
+    found = explained[0] if explained else []
+    return next((words for words in found if all(words in other for other in explained)), "")
 
 
 def _same(allowed: Tensor, got: Tensor, other: Tensor) -> bool:
@@ -99,10 +105,15 @@ def _bent(kernel: Kernel, problem: Problem) -> Iterator[tuple[str, Bent, Problem
     for size in dict.fromkeys((tiles[1], 16, 32, 64, 128)):
         last = (case.kv_len - 1) // size * size
         if case.kv_len % size and last:
-            yield f"keys {last}..{case.kv_len - 1}, the last partial tile of {size}, are missing", Bent(keep=_without(last, case.kv_len)), problem
+            words = f"keys {last}..{case.kv_len - 1}, the last partial tile of {size}, are missing"
+            yield words, Bent(keep=_without(last, case.kv_len)), problem
         for start in range(0, case.kv_len, size) if size == tiles[1] and case.kv_len <= 40 * size else ():
             end = min(start + size, case.kv_len)
-            yield f"keys {start}..{end - 1} are missing (tile {start // size} of {size})", Bent(keep=_without(start, end)), problem
+            yield (
+                f"keys {start}..{end - 1} are missing (tile {start // size} of {size})",
+                Bent(keep=_without(start, end)),
+                problem,
+            )
     yield from _masks(problem)
     pad = -case.kv_len % tiles[1]
     if pad:
@@ -153,13 +164,14 @@ def _masks(problem: Problem) -> Iterator[tuple[str, Bent, Problem]]:
             other = changed(problem, q_offset=offset).allowed
             yield f"rows stand at {words} in the mask", Bent(keep=lambda allowed, other=other: other), problem
     for step, words in ((1, "later"), (-1, "earlier")):
-        moved = _moved(problem, step)
+        moved = _shifted(problem, step)
         yield f"the mask is shifted by one key to {words} ones", Bent(keep=lambda allowed, m=moved: m), problem
         yield f"the mask allows one key more at its {words} end", Bent(keep=lambda allowed, m=moved: allowed | m), problem
-        yield f"the mask allows one key less at its {'earlier' if step > 0 else 'later'} end", Bent(keep=lambda allowed, m=moved: allowed & m), problem
+        end = "earlier" if step > 0 else "later"
+        yield f"the mask allows one key less at its {end} end", Bent(keep=lambda allowed, m=moved: allowed & m), problem
 
 
-def _moved(problem: Problem, step: int) -> Tensor:
+def _shifted(problem: Problem, step: int) -> Tensor:
     """The mask with the row's position moved against the keys': what (q, k - step) may see."""
     wide = problem.allowed
     found = torch.zeros_like(wide)
@@ -179,9 +191,8 @@ def _without(start: int, end: int) -> Callable[[Tensor], Tensor]:
     return keep
 
 
-def _own(case: object) -> Tensor:
-    rows = torch.arange(case.q_len)[:, None] + case.q_offset  # type: ignore[attr-defined]
-    return torch.arange(case.kv_len) == rows  # type: ignore[attr-defined]
+def _own(case: AttentionCase) -> Tensor:
+    return torch.arange(case.kv_len) == torch.arange(case.q_len)[:, None] + case.q_offset
 
 
 def _unscaled_sums(kernel: Kernel, exact: Exact) -> Iterator[tuple[str, Tensor]]:
@@ -233,10 +244,7 @@ def _gradient_guess(kernel: Kernel, cases: tuple[KernelCase, ...], what: str) ->
             continue
         wrong = _gradient_faults(problem, found.asked, what)
         explained.append([words for words, other in wrong if _same(wanted.allowed(what), got, other)])
-    if not explained:
-        return ""
-    common = [words for words in explained[0] if all(words in other for other in explained)]
-    return common[0] if common else ""
+    return _common(explained)
 
 
 def _gradient_faults(problem: Problem, asked: tuple[Tensor, Tensor | None], what: str) -> Iterator[tuple[str, Tensor]]:
@@ -267,13 +275,12 @@ def _gradient_faults(problem: Problem, asked: tuple[Tensor, Tensor | None], what
         yield words, Exact(other, bent).gradients(*asked).values[what]
 
 
-def _one_head(exact: Exact, right: object, what: str, offset: int) -> Tensor:
+def _one_head(exact: Exact, right: Gradients, what: str, offset: int) -> Tensor:
     group = exact.problem.q.shape[1] // exact.problem.k.shape[1]
-    grads = right
     if what == "dk":
-        whole = grads.d_logits.transpose(-1, -2) @ exact.q * exact.scale  # type: ignore[attr-defined]
+        whole = right.d_logits.transpose(-1, -2) @ exact.q * exact.scale
     else:
-        whole = (exact.weights.transpose(-1, -2) @ grads.d_out)[:, :, : exact.keys]  # type: ignore[attr-defined]
+        whole = (exact.weights.transpose(-1, -2) @ right.d_out)[:, :, : exact.keys]
     return whole[:, offset::group]
 
 

@@ -78,7 +78,9 @@ def _gradients(call: Call) -> Failure | None:
         other = again[name]
         place = None if value is None or other is None else differ(value, other)
         if place is not None:
-            return Failure("bits", f"{name}{place.tolist()} is another number when backward runs a second time (retain_graph=True)")
+            return Failure(
+                "bits", f"{name}{place.tolist()} is another number when backward runs a second time (retain_graph=True)"
+            )
     return None
 
 
@@ -143,7 +145,9 @@ def _stray(problem: Problem, got: Tensor) -> Failure | None:
     place = tuple(wrong[0].tolist())
     value = float(got[place])
     fault = Fault("number", "out", place, value, 0.0, float("inf"), len(wrong), got.numel())
-    return Failure("number", f"a masked key has a weight: with v one-hot, out{list(place)} is {value:.9g}, wanted exactly 0", fault)
+    return Failure(
+        "number", f"a masked key has a weight: with v one-hot, out{list(place)} is {value:.9g}, wanted exactly 0", fault
+    )
 
 
 # ---- rows without keys -------------------------------------------------------------------------------------
@@ -160,7 +164,10 @@ def _empty(call: Call) -> Failure | None:
     wanted = 0.0 if kernel.empty == "zero" else float("nan")
     place = differ(got["out"].cpu(), torch.full_like(got["out"].cpu(), wanted), empty[..., None])
     if place is not None:
-        return Failure("number", f"out{place.tolist()} of a row without keys is {float(got['out'][tuple(place.tolist())]):.9g}, wanted {wanted}")
+        return Failure(
+            "number",
+            f"out{place.tolist()} of a row without keys is {float(got['out'][tuple(place.tolist())]):.9g}, wanted {wanted}",
+        )
     if kernel.empty == "nan":
         return None
     if kernel.lse:
@@ -192,7 +199,9 @@ def _emptied(kernel: Kernel, drawn: Random) -> dict[str, Any]:
 NUMBER_PROPERTIES = {
     "NUM": KernelProperty("NUM", "out is that of attention in float64, element by element", _numbers),
     "LSE": KernelProperty("LSE", "so is the LSE, over (batch, heads, rows), in float32 or wider", _lse, needs_lse, share=0.6),
-    "EMPTY": KernelProperty("EMPTY", "rows without keys give what is declared, and no NaN anywhere", _empty, needs_pattern, _emptied, 0.4),
+    "EMPTY": KernelProperty(
+        "EMPTY", "rows without keys give what is declared, and no NaN anywhere", _empty, needs_pattern, _emptied, 0.4
+    ),
     "MASS": KernelProperty("MASS", "weights add up to 1, and are exactly 0 where masked", _mass, needs_pattern, share=0.4),
     "GRAD": KernelProperty(
         "GRAD", "gradients of out and LSE, also where one tensor alone wants them", _gradients, needs_gradients, share=0.6

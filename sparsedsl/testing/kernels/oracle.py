@@ -102,11 +102,15 @@ class Exact:
             graph = self._scores(allowed)
         self.graph, scores = graph, graph.detach()
         self.keys = self.logits.shape[-1]
-        self.seen = torch.cat([allowed, allowed.new_ones(*scores.shape[:3], scores.shape[3] - self.keys)], dim=3) & (scores != _NONE)
+        self.seen = torch.cat([allowed, allowed.new_ones(*scores.shape[:3], scores.shape[3] - self.keys)], dim=3) & (
+            scores != _NONE
+        )
         self.scores = scores.masked_fill(~self.seen, _NONE)
         self.v = torch.cat([self.v, self.v.new_zeros(*self.v.shape[:2], scores.shape[3] - self.keys, self.v.shape[3])], dim=2)
         self.empty = ~self.seen.any(dim=3)
-        self.peak = self.scores.amax(dim=3).masked_fill(self.empty, 0.0) if scores.shape[3] else scores.new_zeros(scores.shape[:3])
+        self.peak = (
+            self.scores.amax(dim=3).masked_fill(self.empty, 0.0) if scores.shape[3] else scores.new_zeros(scores.shape[:3])
+        )
         total = torch.exp(self.scores - self.peak[..., None]).sum(dim=3)
         self.lse = (self.peak + torch.log(total)).masked_fill(self.empty, _NONE)
         self.level = self.lse.masked_fill(self.empty, 0.0)
@@ -150,7 +154,11 @@ class Exact:
         first = torch.autograd.grad(kept, self.logits, create_graph=True, allow_unused=True)[0]
         if first is None:
             return none, none
-        second = torch.autograd.grad(first.sum(), self.logits, retain_graph=True, allow_unused=True)[0] if first.requires_grad else None
+        second = (
+            torch.autograd.grad(first.sum(), self.logits, retain_graph=True, allow_unused=True)[0]
+            if first.requires_grad
+            else None
+        )
         pad = (0, self.scores.shape[3] - self.keys)
         widen = functools.partial(torch.nn.functional.pad, pad=pad)
         return widen(first.detach()), torch.zeros_like(none) if second is None else widen(second)

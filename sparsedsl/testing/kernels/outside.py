@@ -35,7 +35,12 @@ def _cases(kernel: Kernel, inside: KernelCase) -> list[tuple[str, KernelCase]]:
         ("dtypes", replace(inside, dtype="float16")),
     ]
     heads = getattr(kernel.implements, "heads", None)
-    declared = {"lengths": kernel.lengths, "head_dims": kernel.head_dims, "group": kernel.group, "dtypes": "dtypes" in kernel.given}  # type: ignore[attr-defined]
+    declared = {
+        "lengths": kernel.lengths,
+        "head_dims": kernel.head_dims,
+        "group": kernel.group,
+        "dtypes": "dtypes" in kernel.given,
+    }  # type: ignore[attr-defined]
     tried = [(what, case) for what, case in tried if declared[what] and not (what == "group" and heads is not None)]
     if kernel.offset == "last":
         tried = [(what, replace(case, q_offset=case.kv_len - case.q_len)) for what, case in tried]
@@ -63,4 +68,5 @@ def _uneven(kernel: Kernel, inside: KernelCase) -> str:
         results(kernel, changed(problem, q=q))
     except (Refused, Broken):
         return ""
-    return f"silently wrong outside its limits: {q.shape[1]} query heads on {problem.k.shape[1]} key heads give numbers (an error would be safe)"
+    heads = f"{q.shape[1]} query heads on {problem.k.shape[1]} key heads"
+    return f"silently wrong outside its limits: {heads} give numbers (an error would be safe)"

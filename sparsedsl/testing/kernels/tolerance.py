@@ -1,8 +1,8 @@
 """How far off each element of a kernel's results may be: one rule, derived from what attention has to round.
 
-Roundings are independent, each of at most ``u`` (half the eps of the inputs' dtype) or ``a`` (of the dtype of accumulation); the square root
-of the sum of their squares is *sigma*, and a result may be off by 4 sigma and two roundings of its own. With ``c`` the scale, ``s`` a score,
-``p`` a weight, ``o`` an output:
+Roundings are independent, each of at most ``u`` (half the eps of the inputs' dtype) or ``a`` (of the dtype of accumulation); the root
+of the sum of their squares is *sigma*, and a result may be off by 4 sigma and two roundings of its own. With ``c`` the scale, ``s`` a
+score, ``p`` a weight, ``o`` an output:
 
 - a score is off by ``a ((sqrt(D) + 3) c sum|q k| + 2 (|s| + max|s| + |lse|) + 4)``, times its slope where it is modified;
 - an output by what its scores are off, one rounding ``u`` of every weight, the sum over keys in the accumulator, and its normalisation;
