@@ -119,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         command.set_defaults(run=run)
-        command.add_argument("spec", metavar="SPEC", nargs="?" if run in (_tune, _check) else None, help="module:name or file.py:name")
+        command.add_argument(
+            "spec", metavar="SPEC", nargs="?" if run in (_tune, _check) else None, help="module:name or file.py:name"
+        )
         if run is _build:
             _add_build(command)
             continue
@@ -130,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
             tune_command.add_arguments(command)
             continue
         if run is _check:
-            command.add_argument("--examples", type=_count, metavar="N", help="random cases a property (default 50; of a kernel 100)")
+            command.add_argument(
+                "--examples", type=_count, metavar="N", help="random cases a property (default 50; of a kernel 100)"
+            )
             command.add_argument("--causal", action="store_true", default=None, help="fail if any query sees a later position")
             command.add_argument("--seed", type=int, metavar="N", help="draw the same cases each time")
             kernel_command.add_arguments(command)

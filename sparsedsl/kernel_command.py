@@ -21,11 +21,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument("--implements", metavar="SPEC", help="the pattern or program that it implements, if it is a function")
     group.add_argument("--lse", action="store_true", default=None, help="it gives (out, lse)")
     group.add_argument("--grad", choices=("none", "qkv", "all"), help="what gradients reach (default none)")
-    group.add_argument("--tiles", type=_tiles, metavar="QxK", help="queries and keys that it takes at once, so that edges are tried")
+    group.add_argument(
+        "--tiles", type=_tiles, metavar="QxK", help="queries and keys that it takes at once, so that edges are tried"
+    )
     group.add_argument("--poison", action="store_true", default=None, help="rows bear NaN in keys that they do not see")
     group.add_argument("--quick", action="store_true", default=None, help="25 cases, 20 seconds")
     group.add_argument("--deep", action="store_true", default=None, help="1,000 cases, up to an hour")
-    group.add_argument("--only", action="append", metavar="NAME", help="one property (NUM, GRAD, ..); may be given more than once")
+    group.add_argument(
+        "--only", action="append", metavar="NAME", help="one property (NUM, GRAD, ..); may be given more than once"
+    )
     group.add_argument("--json", action="store_true", default=None, help="print the report as JSON")
 
 
@@ -68,14 +72,20 @@ def _kernel(arguments: argparse.Namespace) -> Any:
     if arguments.deep and arguments.quick:
         raise PatternError("--quick and --deep: give one of them")
     found = load_object(arguments.kernel)
-    claims = {name: getattr(arguments, name) for name in ("lse", "grad", "tiles", "poison") if getattr(arguments, name) is not None}
+    claims = {
+        name: getattr(arguments, name) for name in ("lse", "grad", "tiles", "poison") if getattr(arguments, name) is not None
+    }
     if isinstance(found, sd.testing.Kernel):
         if claims or arguments.implements or arguments.table:
             given = ", ".join(f"--{name}" for name in (*claims, *(["implements"] if arguments.implements else ())))
-            raise PatternError(f"{arguments.kernel} is a Kernel, which says itself what it claims: leave out {given or '--table'}")
+            raise PatternError(
+                f"{arguments.kernel} is a Kernel, which says itself what it claims: leave out {given or '--table'}"
+            )
         return found
     if not callable(found):
-        raise CannotLoad(f"{arguments.kernel} is a {type(found).__name__}; wanted a function on q, k and v, or a sd.testing.Kernel")
+        raise CannotLoad(
+            f"{arguments.kernel} is a {type(found).__name__}; wanted a function on q, k and v, or a sd.testing.Kernel"
+        )
     if not arguments.implements:
         raise PatternError(f"--kernel {arguments.kernel} is a function: say by --implements file.py:pattern what it computes")
     pattern = load_pattern(arguments.implements)

@@ -89,7 +89,9 @@ def run(document: list[Block]) -> int:
     return len(ran)
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/kernels.md", "docs/programs.md", "docs/tuning.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/kernels.md", "docs/programs.md", "docs/testing.md", "docs/tuning.md"]
+)
 def test_python_blocks_run(document, scratch):
     found = blocks(document, (ROOT / document).read_text(encoding="utf-8"))
     ran = run(found)

@@ -79,7 +79,7 @@ def test_a_claim_without_meaning_is_refused(claims, error, words):
 
 
 def test_a_claim_that_the_signature_denies_is_refused():
-    with pytest.raises(ArgumentError, match="offset=True, but unscaled.q, k, v. has no argument q_offset"):
+    with pytest.raises(ArgumentError, match=r"offset=True, but unscaled\(q, k, v\) has no argument q_offset"):
         kit.Kernel(unscaled, implements=FULL, offset=True)
     with pytest.raises(ArgumentError, match="fn must be a function"):
         kit.Kernel(3, implements=FULL)
@@ -95,7 +95,7 @@ def test_packed_sequences_are_refused_with_a_way_out():
 
 def test_arguments_of_a_check_are_refused_by_name():
     kernel = kit.Kernel(unscaled, implements=FULL)
-    with pytest.raises(ArgumentError, match="only must name properties of .*; got 'NUN'. Did you mean 'NUM'"):
+    with pytest.raises(ArgumentError, match=r"only must name properties of .*; got 'NUN'\. Did you mean 'NUM'"):
         kit.check(kernel, only="NUN")
     with pytest.raises(ArgumentError, match="budget must be one of quick, default, deep; got 'long'"):
         kit.check(kernel, budget="long")
@@ -192,7 +192,11 @@ def test_the_program_of_a_report_fails_by_itself(tmp_path):
     report = kit.check(kit.Kernel(attend, implements=FULL, group=1), examples=5, seed=0, only="NUM")
     assert len(report.snippet.splitlines()) <= 15
     done = subprocess.run(
-        [sys.executable, "-c", report.snippet], cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": ""}
+        [sys.executable, "-c", report.snippet],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
     )
     assert done.returncode == 1 and "NUM fails" in done.stderr, done.stderr
 

@@ -25,7 +25,9 @@ __all__ = ["kernel_holds", "kernel_matches"]
 Tensor = torch.Tensor
 
 
-def kernel_holds(kernel: Kernel, name: str, case: AttentionCase, default: AttentionCase, seed: int, tables: Mapping[str, Any]) -> tuple[str, ...]:
+def kernel_holds(
+    kernel: Kernel, name: str, case: AttentionCase, default: AttentionCase, seed: int, tables: Mapping[str, Any]
+) -> tuple[str, ...]:
     """One property on one case of the kit for patterns; the kit's own case is moved into the limits of the kernel.
 
     Raises:
@@ -70,11 +72,15 @@ def kernel_matches(
     if lacking:
         raise ShapeError(f"{kernel.name} needs values for {', '.join(lacking)}: pass {lacking[0]}=tensor")
     if scale is not None and not kernel.scale:
-        raise ShapeError(f"{kernel.name} takes no scale=; leave it out, or put it into the pattern: sd.attend(mask, scale={scale!r})")
+        raise ShapeError(
+            f"{kernel.name} takes no scale=; leave it out, or put it into the pattern: sd.attend(mask, scale={scale!r})"
+        )
     problem = Problem(kernel.implements, q, k, v, known, q_offset, scale)
 
     def failed(what: str) -> Counterexample:
-        words = "".join(f", {name}={tensor_code(value)}" for name, value in {"q_offset": q_offset, "scale": scale, **tables}.items())
+        words = "".join(
+            f", {name}={tensor_code(value)}" for name, value in {"q_offset": q_offset, "scale": scale, **tables}.items()
+        )
         return Counterexample(
             f"{kernel.name} differs from attention in float64: {what}", *declaring(kernel),
             *(f"{name} = {tensor_code(x)}" for name, x in (("q", q), ("k", k), ("v", v))),
