@@ -19,7 +19,7 @@ from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.errors import ArgumentError, CallWarning, SparseDSLError, TableError
 from sparsedsl.execute.compiling import compile as compile_pattern
-from sparsedsl.lang.advice import shown
+from sparsedsl.lang.advice import meant, shown
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
@@ -30,6 +30,7 @@ from sparsedsl.testing.counterexamples import Counterexample, NotApplicable, pat
 from sparsedsl.testing.expression_checks import assert_text_round_trip
 from sparsedsl.testing.kernels.declaration import Kernel
 from sparsedsl.testing.kernels.kernel_check import check_kernel
+from sparsedsl.testing.kernels.kernel_report import KernelReport
 from sparsedsl.testing.leaks import ask_about_pattern
 from sparsedsl.testing.list_checks import assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
@@ -44,6 +45,8 @@ HOLDS, FAILS, SKIPPED = "holds", "FAILS", "not applicable"
 # Whole sequences that are tried reach past the constants of the pattern (a window of 128), but no further than this; beyond, a few queries
 # are tried next to each constant.
 _LONGEST = 600
+# What `check` takes for kernels alone.
+_OF_KERNELS = frozenset(("budget", "locate", "only", "seconds", "stop_at_first"))
 _BLOCKS = (1, 2, 3, 8, 16, 32, 64)
 
 
@@ -250,7 +253,7 @@ def check(
     causal: bool | None = None,
     seed: int | None = None,
     **tables: Any,
-) -> Any:
+) -> Report | KernelReport:
     """Run every property of the kit on one pattern, program or kernel, with random shapes, tables and inputs.
 
     Args:
@@ -274,7 +277,9 @@ def check(
     True
     """
     if isinstance(pattern, Kernel):
-        _refuse_for_kernels(backend=backend != "reference", causal=causal is not None)
+        _refuse_for_kernels(
+            backend != "reference" and "backend", causal is not None and "causal", *sorted(set(tables) - _OF_KERNELS)
+        )
         return check_kernel(pattern, examples=examples, seed=seed, progress=progress, **tables)
     examples = 50 if examples is None else examples
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -294,12 +299,16 @@ def check(
     return Report(pattern, tuple(_run(PROPERTIES, PROOFS, subject, examples, progress, seed)))
 
 
-def _refuse_for_kernels(**given: bool) -> None:
-    for name, wrong in given.items():
-        if wrong:
+def _refuse_for_kernels(*names: str | bool) -> None:
+    for name in names:
+        if name in ("backend", "causal"):
             raise ArgumentError(
                 f"check: {name}= is for patterns and programs; a kernel says what it implements, and runs as it is"
             )
+        if name:
+            known = ", ".join(sorted(_OF_KERNELS))
+            near = meant(name, _OF_KERNELS)
+            raise ArgumentError(f"check: of a kernel there are examples, seed, progress, {known}; got {name}{near}")
 
 
 def _run(

@@ -50,12 +50,8 @@ def _tiled(
     **claims: Any,
 ) -> Planted:
     of = MASKS[mask] if implements is None else implements
-    kernel = Kernel(_taking(Tiled(mask, fault, lse), of), implements=of, lse=lse, offset=True, scale=True, **TILES, **claims)
+    kernel = Kernel(Tiled(mask, fault, lse), implements=of, lse=lse, offset=True, scale=True, **TILES, **claims)
     return Planted(name, kernel, _size(**(size or {})), found_by)
-
-
-def _taking(fn: Any, of: Any) -> Any:
-    return fn
 
 
 def _split(name: str, fault: str, found_by: str = "", mask: str = "causal", size: Any = None, **claims: Any) -> Planted:
@@ -137,7 +133,7 @@ def right() -> dict[str, Kernel]:
         "tiled slopes": Kernel(Tiled("causal", "", True), implements=SLOPED, offset=True, scale=True, **LSE),
         "tiled factors": Kernel(Tiled("causal", "", True), implements=FACTORED, offset=True, scale=True, **LSE),
         "tiled sinks": Kernel(Tiled("causal", "", True), implements=SINK, offset=True, scale=True, **LSE),
-        "split": Kernel(Split(), implements=CAUSAL, batch_invariant=True, **LSE),
+        "split": Kernel(Split(), implements=CAUSAL, **LSE),
         "remembering": Kernel(Remembering(""), implements=CAUSAL, **TILES),
         "backward": Kernel(Backward(), implements=CAUSAL, grad="all", **LSE),
         **{f"backward {kind}": Kernel(Backward("", kind), implements=of, grad="all", **LSE) for kind, of in kinds.items()},

@@ -45,6 +45,8 @@ class Tiled:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, q_offset: int = 0, scale: float | None = None, **tables: Tensor) -> Any:
         self.calls += 1
+        if q.shape[1] % k.shape[1]:
+            raise ValueError("query heads must be a multiple of key heads")
         scale = self.scale(q, v, scale)
         if self.fault == "q scaled in place":
             q *= scale

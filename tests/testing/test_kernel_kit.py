@@ -101,6 +101,10 @@ def test_arguments_of_a_check_are_refused_by_name():
         kit.check(kernel, budget="long")
     with pytest.raises(ArgumentError, match="causal= is for patterns and programs"):
         kit.check(kernel, causal=True)
+    with pytest.raises(
+        ArgumentError, match=r"of a kernel there are examples, seed, progress, .*; got onyl\. Did you mean 'only'"
+    ):
+        kit.check(kernel, onyl="NUM")
     with pytest.raises(UnsupportedError, match="'cuda:77' cannot be used here"):
         kit.check(kit.Kernel(unscaled, implements=FULL, devices="cuda:77"))
 
@@ -216,7 +220,7 @@ def test_a_refusal_inside_the_limits_fails_and_names_what_to_declare():
             raise ValueError("odd width")
         return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
 
-    report = kit.check(kit.Kernel(even, implements=FULL, group=1), examples=10, seed=0, only="NUM")
+    report = kit.check(kit.Kernel(even, implements=FULL, group=1, dtypes="float32"), examples=10, seed=0, only="NUM")
     assert "refuses a call inside its declared limits: ValueError: odd width" in report.failures[0].detail
     assert "head_dims=" in report.failures[0].detail
     declared = kit.Kernel(even, implements=FULL, group=1, head_dims=(2, 4, 8), dtypes="float32")
@@ -234,7 +238,7 @@ def test_another_error_is_no_refusal():
 @pytest.mark.parametrize(
     ("fn", "words"),
     [
-        (lambda q, k, v: v, "out has shape"),
+        (lambda q, k, v: v[..., None], "out has shape"),
         (lambda q, k, v: None, "out is a NoneType, wanted a tensor"),
         (lambda q, k, v: plain(q, k, v)[0].double(), "out has dtype torch.float64, wanted torch."),
     ],
@@ -369,7 +373,7 @@ def test_the_assertions_fail_on_wrong_kernels():
 
 
 def test_a_decorated_kernel_is_a_test():
-    @kit.kernel_test(implements=FULL, group=1, examples=4)
+    @kit.kernel_test(implements=FULL, group=1, dtypes="float32", examples=4)
     def test_mine(q, k, v):
         return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
 

@@ -94,7 +94,7 @@ def made(kernel: Kernel, case: KernelCase, *, guard: int | None = None, tables: 
     turned = kernel.layout == "bshd"
     where: dict[str, Any] = {"guard": guard, "device": case.device}
     placed = {name: place(x, case.memory, margin=margin, turned=turned, **where) for name, x in (("q", q), ("k", k), ("v", v))}
-    placed |= {name: place(words[name], **where) for name in kernel.passed if isinstance(words[name], Tensor)}  # type: ignore[attr-defined]
+    placed |= {name: place(words[name], **where) for name in kernel.passed if isinstance(words[name], Tensor)}
     found = {name: placed[name].tensor if name in placed else value for name, value in words.items()}
     q, k, v = (placed[name].tensor for name in "qkv")
     problem = Problem(implements, q, k, v, found, case.q_offset, case.scale)
@@ -130,7 +130,7 @@ def _called(kernel: Kernel, problem: Problem, leaves: Mapping[str, Tensor]) -> R
     q, k, v = (leaves.get(name, getattr(problem, name)) for name in "qkv")
     if kernel.layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    words = {name: leaves.get(name, problem.tables[name]) for name in kernel.passed}  # type: ignore[attr-defined]
+    words = {name: leaves.get(name, problem.tables[name]) for name in kernel.passed}
     if kernel.offset is True:
         words["q_offset"] = problem.q_offset
     if kernel.scale:

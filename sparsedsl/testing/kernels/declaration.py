@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -90,10 +90,15 @@ class Kernel:
     devices: Any = ("cpu",)
     refuses: Any = REFUSALS
     name: str | None = None
+    # what was written down, what implements was, and the tables that calls are given
+    given: dict[str, Any] = field(init=False)
+    given_implements: Any = field(init=False)
+    passed: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        given = {f.name: getattr(self, f.name) for f in fields(self)[2:] if _differs(getattr(self, f.name), f.default)}
-        self._set(given=given, given_implements=self.implements)
+        claims = [f for f in fields(self)[2:] if f.init]
+        given = {f.name: getattr(self, f.name) for f in claims if _differs(getattr(self, f.name), f.default)}
+        self._set(given=given, given_implements=self.implements, passed=())
         if not callable(self.fn):
             raise ArgumentError(f"Kernel: fn must be a function fn(q, k, v); got {shown(self.fn)}")
         for word, known in _WORDS.items():
@@ -172,8 +177,8 @@ class Kernel:
         return self.implements
 
     def __repr__(self) -> str:
-        words = "".join(f", {name}={shown(value)}" for name, value in self.given.items() if name != "name")  # type: ignore[attr-defined]
-        return f"Kernel({self.name}, implements={self.given_implements!r}{words})"  # type: ignore[attr-defined]
+        words = "".join(f", {name}={shown(value)}" for name, value in self.given.items() if name != "name")
+        return f"Kernel({self.name}, implements={self.given_implements!r}{words})"
 
 
 def _differs(value: Any, default: Any) -> bool:

@@ -46,7 +46,8 @@ class _Deck:
     """Values dealt in random order, all of them before any comes again."""
 
     def __init__(self, values: Sequence[Any], drawn: random.Random):
-        self.values, self.drawn, self.left = list(dict.fromkeys(values)), drawn, []  # type: ignore[var-annotated]
+        self.values, self.drawn = list(values), drawn
+        self.left: list[Any] = []
 
     def deal(self) -> Any:
         if not self.left:
@@ -97,9 +98,7 @@ def _axes(kernel: Kernel, drawn: random.Random) -> dict[str, _Deck]:
     scales = (None, None, None, 1.0, 0.3) if kernel.scale else (None,)
 
     def deck(values: Sequence[Any]) -> _Deck:
-        found = _Deck(values, drawn)
-        found.values = list(values)
-        return found
+        return _Deck(values, drawn)
 
     return {
         "q_len": deck([n for n in (1, 2, 3, *_edges(rows), *_uniform(drawn, 2)) if n > 0]),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from random import SystemRandom
 from typing import Any
@@ -65,6 +66,7 @@ class _Budget:
 
 BUDGETS = {"quick": _Budget(25, 20.0), "default": _Budget(100, 120.0), "deep": _Budget(1000, 3600.0)}
 _LEAST = 4
+_WITNESSES = 3
 
 
 def check_kernel(
@@ -180,12 +182,12 @@ def run_case(kernel: Kernel, of: KernelProperty, case: KernelCase, tables: Mappi
     except Broken as broken:
         return Failure(broken.kind, f"{kernel.name} {broken.what}" if broken.kind == "raised" else broken.what)
     except Refused as refusal:
-        if outside_positions(case):
-            raise Skip("the kernel refuses rows before the first key") from None
         if kernel.empty == "refuse" and _has_empty_rows(call):
             if of.name == "EMPTY":
                 return None
             raise Skip("the kernel refuses rows without keys, as declared") from None
+        if outside_positions(case):
+            raise Skip("the kernel refuses rows before the first key") from None
         what = (
             f"{kernel.name} refuses a call inside its declared limits: {refusal}. If it is right to, declare that: {_limit(case)}"
         )
@@ -213,11 +215,21 @@ def _failed(
             return None
 
     small, failed = shrunk(kernel, case, found, again)
-    idea = guess(kernel, of.name, (small, case), failed) if locate else ""
+    idea = guess(kernel, of.name, (small, case, *_others(kernel, of, failed, again)), failed) if locate else ""
     snippet = kernel_snippet(kernel, of.name, small)
     return KernelFinding(
         of.name, of.meaning, FAILS, held, failed.what, failed.kind, small, idea, failed.fault, tried, snippet
     )  # fmt: skip
+
+
+def _others(
+    kernel: Kernel, of: KernelProperty, failed: Failure, run: Callable[[KernelCase], Failure | None]
+) -> Iterator[KernelCase]:
+    """A few more cases that fail in the same way: a guess must explain them too."""
+    fail = (
+        case for case in cases(kernel, of, 6 * _WITNESSES, 1) if (found := run(case)) is not None and found.kind == failed.kind
+    )
+    yield from itertools.islice(fail, _WITNESSES)
 
 
 def assert_kernel(kernel: Kernel, case: KernelCase | None = None, *, only: Any = None, **tables: Any) -> tuple[str, ...]:

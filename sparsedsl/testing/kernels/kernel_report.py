@@ -51,7 +51,7 @@ class KernelReport:
     >>> import torch, sparsedsl as sd
     >>> def mine(q, k, v):
     ...     return torch.softmax(q @ k.mT, -1) @ v
-    >>> report = sd.testing.check(sd.testing.Kernel(mine, implements=sd.kv_idx >= 0, group=1), examples=5, seed=0)
+    >>> report = sd.testing.check(sd.testing.Kernel(mine, implements=sd.kv_idx >= 0, group=1, dtypes="float32"), examples=5, seed=0)
     >>> report.ok, report.exit_code
     (False, 1)
     >>> print(report.failures[0].guess)
@@ -101,7 +101,7 @@ class KernelReport:
         return {
             "kernel": self.kernel.name,
             "implements": _text(self.kernel),
-            "declared": {name: str(value) for name, value in self.kernel.given.items()},  # type: ignore[attr-defined]
+            "declared": {name: str(value) for name, value in self.kernel.given.items()},
             "ok": self.ok,
             "exit_code": self.exit_code,
             "seed": self.seed,
@@ -117,7 +117,7 @@ class KernelReport:
     def __str__(self) -> str:
         kernel, width = self.kernel, max((len(p.name) for p in self.findings), default=0)
         lines = [f"{kernel.name} implements", *textwrap.indent(_text(kernel), "  ").splitlines()]
-        given = kernel.given.items()  # type: ignore[attr-defined]
+        given = kernel.given.items()
         words = ", ".join(f"{name}={value!r}" for name, value in given if name not in ("name", "refuses"))
         lines += textwrap.wrap(f"declared: {words or 'no limits'}", _WIDTH, subsequent_indent="  ") + [""]
         for p in self.findings:

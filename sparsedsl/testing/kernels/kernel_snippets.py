@@ -36,7 +36,7 @@ def declaring(kernel: Kernel) -> list[str]:
         lines += ["from sparsedsl.program.program_text import read_program", f"pattern = read_program({text})"]
     else:
         lines.append(f"pattern = {pattern_code(kernel.implements)}")
-    given = kernel.given.items()  # type: ignore[attr-defined]
+    given = kernel.given.items()
     words = "".join(f", {word}={_code(value)}" for word, value in given if word != "refuses" or _plain(value))
     return [*lines, f"kernel = sd.testing.Kernel(fn, implements=pattern{words})"]
 

@@ -27,7 +27,7 @@ def kernel_test(
     The test raises AssertionError with the whole report where a property fails, or where none could be run.
 
     >>> import torch, sparsedsl as sd
-    >>> @kernel_test(implements=sd.kv_idx >= 0, group=1, examples=3)
+    >>> @kernel_test(implements=sd.kv_idx >= 0, group=1, dtypes="float32", examples=3)
     ... def test_mine(q, k, v):
     ...     return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
     >>> test_mine()

@@ -7,6 +7,7 @@ where they differ: in the smallest many faults look alike.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -58,9 +59,14 @@ def _first(
 
 
 def _common(explained: list[list[str]]) -> str:
-    """The first words that stand in every list."""
-    found = explained[0] if explained else []
-    return next((words for words in found if all(words in other for other in explained)), "")
+    """The first words of the first list that stand in every list, whatever numbers are in them."""
+    known = [{_without_numbers(words) for words in found} for found in explained]
+    first = explained[0] if explained else []
+    return next((words for words in first if all(_without_numbers(words) in other for other in known)), "")
+
+
+def _without_numbers(words: str) -> str:
+    return re.sub(r"\d+", "#", words)
 
 
 def _same(allowed: Tensor, got: Tensor, other: Tensor) -> bool:

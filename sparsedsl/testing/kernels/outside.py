@@ -40,7 +40,7 @@ def _cases(kernel: Kernel, inside: KernelCase) -> list[tuple[str, KernelCase]]:
         "head_dims": kernel.head_dims,
         "group": kernel.group,
         "dtypes": "dtypes" in kernel.given,
-    }  # type: ignore[attr-defined]
+    }
     tried = [(what, case) for what, case in tried if declared[what] and not (what == "group" and heads is not None)]
     if kernel.offset == "last":
         tried = [(what, replace(case, q_offset=case.kv_len - case.q_len)) for what, case in tried]
