@@ -130,7 +130,7 @@ def _called(kernel: Kernel, problem: Problem, leaves: Mapping[str, Tensor]) -> R
     q, k, v = (leaves.get(name, getattr(problem, name)) for name in "qkv")
     if kernel.layout == "bshd":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    words = {name: leaves.get(name, problem.tables[name]) for name in kernel.passed}
+    words: dict[str, Any] = {name: leaves.get(name, problem.tables[name]) for name in kernel.passed}
     if kernel.offset is True:
         words["q_offset"] = problem.q_offset
     if kernel.scale:
@@ -156,9 +156,9 @@ def _checked(kernel: Kernel, problem: Problem, given: Any) -> Results:
             raise Broken("shape", f"{name} is {_kind(x)}, wanted a tensor")
     if kernel.layout == "bshd" and parts["out"].ndim == 4:
         parts["out"] = parts["out"].transpose(1, 2)
-    shapes = {"out": (batch, heads, q_len, head_dim_v), "lse": (batch, heads, q_len)}
+    shapes: dict[str, tuple[int, ...]] = {"out": (batch, heads, q_len, head_dim_v), "lse": (batch, heads, q_len)}
     kept = (problem.q.dtype,) if "out" in kernel.rounds else (problem.q.dtype, torch.float32)
-    dtypes = {"out": kept, "lse": (torch.float32, torch.float64)}
+    dtypes: dict[str, tuple[torch.dtype, ...]] = {"out": kept, "lse": (torch.float32, torch.float64)}
     for name, x in parts.items():
         if tuple(x.shape) != shapes[name]:
             raise Broken("shape", f"{name} has shape {tuple(x.shape)}, wanted {shapes[name]}")

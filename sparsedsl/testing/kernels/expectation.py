@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,6 @@ from sparsedsl.testing.kernels.calling import Cotangents, moved
 from sparsedsl.testing.kernels.declaration import Kernel
 from sparsedsl.testing.kernels.oracle import Bent, Exact, Problem
 from sparsedsl.testing.kernels.tolerance import Allowance
-from sparsedsl.testing.numerics import ExpectedResult
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program
 
 __all__ = ["Ambiguous", "Expectation", "Fault", "expectation"]
@@ -130,7 +130,7 @@ def expectation(kernel: Kernel, problem: Problem, asked: Cotangents | None = Non
         kept = {f"d{name}": _dtype_of(problem, name) for name in moved(problem, "all")}
         values |= found.values
         grads = allowance.gradients(found, kept)
-        rules |= {name: (lambda name=name: grads[name]) for name in grads}
+        rules |= {name: functools.partial(grads.__getitem__, name) for name in grads}
     return Expectation(values, lambda name, run: rules[name](), exact=exact)
 
 
@@ -156,8 +156,8 @@ def _of_program(kernel: Kernel, problem: Problem, asked: Cotangents | None) -> E
         if not _same(value, chosen[1][label]):
             raise Ambiguous(f"{label}: scores are too close to be told apart")
     run = ProgramRun(problem.q_offset, problem.scale)
-    slopes = None if asked is None else tuple(None if x is None else x.cpu() for x in asked)
-    wanted: ExpectedResult = expect_program(kernel.implements, tensors, run, choices=chosen[0], cotangents=slopes)  # type: ignore[arg-type]
+    slopes: Any = None if asked is None else tuple(None if x is None else x.cpu() for x in asked)
+    wanted = expect_program(kernel.implements, tensors, run, choices=chosen[0], cotangents=slopes)
     return Expectation(wanted.values, lambda name, run: wanted.tolerance(name, _RUNS[run]), runs=len(_RUNS))
 
 

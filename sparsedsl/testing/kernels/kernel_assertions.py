@@ -67,7 +67,7 @@ def kernel_matches(
     kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int, scale: float | None, tables: Mapping[str, Any]
 ) -> tuple[str, ...]:
     """Results and gradients of one call are those of the oracle; the names of what was compared."""
-    known = {**kernel.implements.bound, **tables}
+    known = {name: torch.as_tensor(value) for name, value in {**kernel.implements.bound, **tables}.items()}
     lacking = [name for name in kernel.tables if name not in known]
     if lacking:
         raise ShapeError(f"{kernel.name} needs values for {', '.join(lacking)}: pass {lacking[0]}=tensor")

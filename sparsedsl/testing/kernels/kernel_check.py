@@ -146,7 +146,8 @@ def _finding(kernel: Kernel, of: KernelProperty, examples: int, seed: int, secon
     if unfit:
         return KernelFinding(of.name, of.meaning, SKIPPED, detail=unfit)
     until, held, tried = time.monotonic() + seconds, 0, 0
-    why, refused = "no case fits the declared limits", None
+    why = "no case fits the declared limits"
+    refused: tuple[KernelCase, Failure, int] | None = None
     for case in cases(kernel, of, max(_LEAST, round(of.share * examples)), seed):
         if tried and time.monotonic() > until:
             break
@@ -163,7 +164,7 @@ def _finding(kernel: Kernel, of: KernelProperty, examples: int, seed: int, secon
         else:
             return _failed(kernel, of, case, found, held, tried, locate)
     if refused is not None and held:
-        return _failed(kernel, of, *refused[:2], held, refused[2], locate)
+        return _failed(kernel, of, refused[0], refused[1], held, refused[2], locate)
     if held:
         return KernelFinding(of.name, of.meaning, HOLDS, held)
     if refused is not None:
