@@ -69,14 +69,11 @@ def place(
     edge = (edge * values.element_size() + 255) // 256 * 256 // values.element_size()
     buffer = torch.empty(2 * edge + span + shift, dtype=values.dtype)
     _fill(buffer, guard)
-    source = values[:1].expand(values.shape) if memory == "expanded" and four else values
-    if values.numel():
-        places = torch.arange(len(buffer)).as_strided(values.shape, strides, edge + shift).reshape(-1)
-        buffer[places] = source.reshape(-1)
-    else:
-        places = torch.zeros(0, dtype=torch.int64)
     inside = torch.zeros(len(buffer), dtype=torch.bool)
-    inside[places] = True
+    if values.numel():
+        once = (values[:1] if memory == "expanded" and four else values).detach()
+        for target, content in ((buffer, once), (inside, torch.ones_like(once, dtype=torch.bool))):
+            target.as_strided(once.shape, strides, edge + shift).copy_(content)
     before = _bytes(buffer).clone()
     buffer = buffer.to(device)
     view = buffer.as_strided(values.shape, strides, edge + shift)

@@ -90,8 +90,9 @@ def made(kernel: Kernel, case: KernelCase, *, guard: int | None = None, tables: 
     scale = case.scale or _scale(kernel, case)
     q, k, v = fill((sizes.q_shape, sizes.k_shape, sizes.v_shape), scale, case.values, case.seed, case.torch_dtype)
     guard = case.seed if guard is None else guard
-    margin = 2 * max(kernel.tiles or (64,)) * max(case.head_dim, case.head_dim_v) * case.heads
     turned = kernel.layout == "bshd"
+    row = max(case.head_dim, case.head_dim_v) * (case.heads if turned or case.memory == "turned" else 1)
+    margin = 2 * max(kernel.tiles or (64,)) * row
     where: dict[str, Any] = {"guard": guard, "device": case.device}
     placed = {name: place(x, case.memory, margin=margin, turned=turned, **where) for name, x in (("q", q), ("k", k), ("v", v))}
     placed |= {name: place(words[name], **where) for name in kernel.passed if isinstance(words[name], Tensor)}

@@ -84,7 +84,10 @@ def _wishes(kernel: Kernel, of: KernelProperty, drawn: random.Random) -> Iterato
         wish["seed"] = drawn.randrange(1000)
         if wish["kv_len"] * wish["q_len"] > 1500:
             wish["batch"], wish["heads"], wish["kv_heads"] = 1, min(wish["heads"], 2), 1
-        yield wish | dict(of.wish(kernel, drawn))
+        asked = dict(of.wish(kernel, drawn))
+        if "q_offset" in asked:
+            wish.pop("offset_from_end", None)
+        yield wish | asked
 
 
 def _axes(kernel: Kernel, drawn: random.Random) -> dict[str, _Deck]:
