@@ -109,7 +109,7 @@ def planted() -> list[Planted]:
         _split("T41", "unweighted", size={"kv_len": 2}),
         _split("T42", "NaN where all parts are empty", size={"q_len": 2}),
         _split("T43", "old LSE"),
-        _split("T44", "part start rounded down", mask="window", size={"kv_len": 2}),
+        _split("T44", "part start rounded down", "LSE", mask="window", size={"kv_len": 2}),
         _split("T45", "parts from the batch", found_by="BATCH", batch_invariant=True, size={"batch": 2, "q_len": 2, "kv_len": 3}),
         _backward("T46", "softcap slope missing", SOFTCAP, "softcap", size={"kv_len": 2}),
         _backward("T47", "sink gradient missing", SINK, "sink"),

@@ -104,10 +104,6 @@ def _bent(kernel: Kernel, problem: Problem) -> Iterator[tuple[str, Bent, Problem
         yield "the modification of the score is left out", Bent(score=False), problem
         yield "positions of rows in the score count from the first row, without q_offset", Bent(shift=-problem.q_offset), problem
     yield from _tables(problem)
-    ends = {"the last key is missing": case.kv_len - 1, "the first key is missing": 0}
-    for words, key in ends.items():
-        yield words, Bent(keep=_without(key, key + 1)), problem
-    yield "the key at a row's own position is missing", Bent(keep=lambda allowed: allowed & ~_own(case)), problem
     for size in dict.fromkeys((tiles[1], 16, 32, 64, 128)):
         last = (case.kv_len - 1) // size * size
         if case.kv_len % size and last:
@@ -120,6 +116,10 @@ def _bent(kernel: Kernel, problem: Problem) -> Iterator[tuple[str, Bent, Problem
                 Bent(keep=_without(start, end)),
                 problem,
             )
+    ends = {"the last key is missing": case.kv_len - 1, "the first key is missing": 0}
+    for words, key in ends.items():
+        yield words, Bent(keep=_without(key, key + 1)), problem
+    yield "the key at a row's own position is missing", Bent(keep=lambda allowed: allowed & ~_own(case)), problem
     yield from _masks(problem)
     pad = -case.kv_len % tiles[1]
     if pad:
