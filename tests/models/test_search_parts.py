@@ -13,7 +13,7 @@ import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx
 from sparsedsl.models.layer_search.candidates import Assignment, Candidate, assignment_of, candidates_from
 from sparsedsl.models.layer_search.choosing import Chooser, options_of
-from sparsedsl.models.layer_search.costs import kept_keys, layer_shapes
+from sparsedsl.models.layer_search.costs import layer_shapes
 from sparsedsl.models.layer_search.judging import JUDGING, Judge, Measured, positions_of
 from sparsedsl.models.layer_search.knapsack import frontier, in_units
 from sparsedsl.models.layer_search.partial_forward import Body, Head
@@ -273,22 +273,6 @@ def test_a_candidate_is_another_one_with_other_tables() -> None:
         {"a": table.bind(keep=torch.ones(9, dtype=bool)), "b": table.bind(keep=torch.zeros(9, dtype=bool))}
     ).values()
     assert one.fingerprint != two.fingerprint
-
-
-@pytest.mark.parametrize(
-    ("mask", "keys"),
-    [
-        (causal & (q_idx - kv_idx < 16), 16),
-        (causal & ((q_idx - kv_idx < 16) | (kv_idx < 4)), 20),
-        (causal & (q_idx // 16 == kv_idx // 16), 16),
-        (causal & (q_idx - kv_idx < 16) & (kv_idx % 2 == 0), 16),
-        (causal, 200),
-        (causal & (kv_idx % 8 == 0), 200),
-    ],
-    ids=["window", "first and window", "chunks", "every second of a window", "causal", "every eighth"],
-)
-def test_kept_keys_lose_none_that_a_later_query_sees(mask: Any, keys: int) -> None:
-    assert kept_keys(mask, 200) == keys
 
 
 WIDTHS = {"deepseek_v3": (12, 8)}

@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from transformers import AttentionInterface
 
-from sparsedsl.analysis.proofs import PROVED, implies
 from sparsedsl.analysis.report import analyse
-from sparsedsl.errors import PatternError
+from sparsedsl.errors import PatternError, ShapeError, TableError
+from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.lang.advice import shown
-from sparsedsl.lang.expressions import Mask, kv_idx, q_idx
+from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.models.carried import calling
 from sparsedsl.models.derived import PROVIDED
@@ -28,7 +27,7 @@ from sparsedsl.program.graph import Program
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["COSTS", "Costs", "LayerShape", "analysis_of", "cost_table", "kept_keys", "layer_shapes"]
+__all__ = ["COSTS", "Costs", "LayerShape", "analysis_of", "cost_table", "layer_shapes"]
 
 Costs = dict[int, dict[str, float]]  # layer -> candidate, or "native" -> cost
 COSTS = ("flops", "cache_bytes", "prefill_time")
@@ -120,26 +119,9 @@ def _flops(value: Any, length: int, shape: LayerShape) -> float:
 
 
 def _cache_bytes(value: Any, length: int, shape: LayerShape) -> float:
-    keys = length if isinstance(value, Program) else kept_keys(as_pattern(value).mask, length)
+    """What the layer's cache holds at most: of a program every key, else what is proved to do."""
+    try:
+        keys = length if isinstance(value, Program) else cache_bound(value).most(length, heads=shape.heads)
+    except (ShapeError, TableError):  # how many depends on what only a call knows
+        keys = length
     return float(keys * shape.kv_heads * (shape.head_dim + shape.value_dim) * shape.item)
-
-
-def kept_keys(mask: Mask, length: int) -> int:
-    """How many keys a layer must keep after ``length`` tokens: the first ``n`` and the last ``w``, the least that is proved to do.
-
-    Looked for among the numbers that stand in the mask; all keys where none of them does.
-
-    >>> import sparsedsl as sd
-    >>> window = (sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 128)
-    >>> kept_keys(window, 4096), kept_keys(window | ((sd.kv_idx < 4) & (sd.kv_idx <= sd.q_idx)), 4096)
-    (128, 132)
-    >>> kept_keys(sd.kv_idx <= sd.q_idx, 4096)
-    4096
-    """
-    written = {abs(part) for number in mask.expr.atoms(sympy.Rational) for part in (int(number.p), int(number.q))}
-    near = {number + more for number in written for more in (0, 1)} - {0}
-    pairs = {(first, last) for first in {0, *near} for last in near if first + last < length}
-    for first, last in sorted(pairs, key=sum):
-        if implies(mask, (q_idx - kv_idx < last) | (kv_idx < first)) == PROVED:
-            return first + last
-    return length

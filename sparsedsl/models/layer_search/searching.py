@@ -75,9 +75,9 @@ def search(
         tokens: token ids ``(N, S)``, N texts of S tokens. What a pattern does not see within S tokens is not judged: rows should be several
             windows long, and of the kinds of text that matter.
         bound: :class:`~sparsedsl.models.Perplexity` or :class:`~sparsedsl.models.Kl`.
-        cost: ``"flops"`` (:func:`sparsedsl.analyse`; of a program an upper bound), ``"cache_bytes"`` (keys and values that the layer must
-            keep, by proof; ``apply``'s own caches may keep more), ``"prefill_time"`` (seconds, measured here on the given text), or a
-            function of layer index and pattern. Costs of the searched layers are added up.
+        cost: ``"flops"`` (:func:`sparsedsl.analyse`; of a program an upper bound), ``"cache_bytes"`` (keys and values that the layer's
+            cache holds at most, by :func:`sparsedsl.cache_bound`; of a program all), ``"prefill_time"`` (seconds, measured here on the
+            given text), or a function of layer index and pattern. Costs of the searched layers are added up.
         layers: indices of the layers that are searched; default all with attention.
         length: tokens that costs are counted for; default S.
         warm_up: the first so many positions of each row are not judged, as short texts tell windows from nothing; default ``S // 4``.
