@@ -293,6 +293,8 @@ def test_mistakes_in_a_layer(mistake: str, message: str) -> None:
         ({7: NHA}, r"no attention layer has the index \[7\]"),
         (3, "layers must be a mapping"),
         ({1: 3}, "layer 1 was given 3"),
+        ({1: nn.Linear(1, 1)}, "layer 1 was given Linear.*wanted a Layer class"),
+        (nn.Linear(1, 1), "layers must be a mapping from layer index.*got Linear"),
         ({1: lambda donor: 3}, "gave 3"),
         ({1: functools.partial(NHA, slotz=3)}, "slotz"),
         ({1: functools.partial(RING, groups=3)}, "groups must divide the 4 query heads; got 3"),
