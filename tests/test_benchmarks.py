@@ -476,3 +476,29 @@ def test_activations_are_those_of_the_layer_and_kept(tmp_path, monkeypatch, tiny
     monkeypatch.setattr(module, "capture", lambda length: pytest.fail("a shorter text is a prefix of what is kept"))
     for short, whole in zip(module.captured(25), (q, k, v), strict=True):
         assert torch.equal(short, whole[:, :, :25])
+
+
+def test_model_families(tmp_path):
+    """Two families, one of which has no layers for patterns; what is measured later is added to what is there."""
+    pytest.importorskip("transformers")
+    script = load("model_families")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- families -->\nold\n<!-- /families -->\nafter\n")
+    results = tmp_path / "families.json"
+    script.measure(["olmo", "mpt"], ["forward", "left padding"], results)
+    script.measure(["olmo"], ["chunks"], results)
+    script.write_page(results, page)
+    olmo = {record["family"]: record for record in json.loads(results.read_text())["records"]}["olmo"]
+    assert {olmo[column] for column in ("forward", "left padding", "one layer", "restore", "chunks")} == {"same"}
+    text = page.read_text()
+    assert text.startswith("before\n<!-- families -->\n1 families of") and text.endswith("<!-- /families -->\nafter\n")
+    assert "| olmo | all | yes | yes | - | - | - | - | - | - | yes | yes | yes | - |" in text
+    assert "- [1]: mpt" in text and "1. it has no layer that calls transformers' attention interface" in text
+
+
+def test_a_difference_of_a_family_is_seen():
+    script = load("model_families")
+    assert script.differs(torch.ones(3), torch.ones(3) + 1e-5) == "same"
+    assert script.differs(torch.ones(3), torch.ones(3) + 1e-2) == "off by 0.01"
+    assert script.differs(torch.tensor([1, 2]), torch.tensor([1, 3])) == "other tokens"
+    assert script.table([{"family": "x", "layers": "all", "forward": "off by 0.01"}]).count("**1**") == 1

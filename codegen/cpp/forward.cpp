@@ -78,29 +78,6 @@ static void turn_queries(const Call *c, const Strip &strip, real *room, const re
     turn(rows, strip.lanes.count, c->head_dim, to);
 }
 
-// Products of a few queries with keys, for when vectors of queries would be nearly empty: here vectors run along the head, and WIDTH keys
-// at a time are added up. Queries lie in rows of `width`, which is whole vectors.
-constexpr i64 FEW = 4;
-
-static void multiply_few(i64 lanes, i64 keys, i64 width, Rows k, const real *const *queries, real *tile, i64 tile_row) {
-    const real *rows[WIDTH];
-    real sums[WIDTH * WIDTH], turned[WIDTH * WIDTH];
-    for (int i = 0; i < WIDTH; i++) rows[i] = sums + i * WIDTH;
-    for (i64 key = 0; key < keys; key += WIDTH)
-        for (i64 lane = 0; lane < lanes; lane++) {
-            Vector sum[WIDTH] = {};
-            const real *from[WIDTH];
-            for (int i = 0; i < WIDTH; i++) from[i] = k.first + least(key + i, keys - 1) * k.row;
-            for (i64 j = 0; j < width; j += WIDTH)
-                for (int i = 0; i < WIDTH; i++) sum[i] += at(from[i] + j) * at(queries[lane] + j);
-            for (int i = 0; i < WIDTH; i++) put(sums + i * WIDTH, sum[i]);
-            turn_square(rows, 0, turned, WIDTH);
-            Vector total = {};
-            for (int i = 0; i < WIDTH; i++) total += at(turned + i * WIDTH);
-            for (int i = 0; i < WIDTH && key + i < keys; i++) tile[(key + i) * tile_row + lane] = total[i];
-        }
-}
-
 // Room that a strip needs, and its parts.
 struct Desk {
     real *turned, *tile, *keys, *values, *rows, *sums;
@@ -137,7 +114,7 @@ static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const
     visit(c, strip, part, parts, [&](i64 key, i64 count, bool full) {
         Rows some_k = k.rows(key, count, false, desk.keys);
         if (few)
-            multiply_few(strip.used, count, c->head_dim, some_k, queries, desk.tile, lanes);
+            multiply_few<false>(strip.used, count, c->head_dim, some_k, queries, desk.tile, lanes, 1);
         else
             product<false>(count, lanes, c->head_dim, some_k.first, some_k.row, 1, desk.turned, lanes, desk.tile, lanes);
         if (c->score) c->score(c, &strip.lanes, key, count, desk.tile);

@@ -112,6 +112,32 @@ static void turn_block(i64 width, const Head &k, i64 key, i64 count, i64 block, 
     }
 }
 
+// Products of a few queries with keys, for when vectors of queries would be nearly empty: here vectors run along the head, and WIDTH keys
+// at a time are added up. Queries and keys lie in rows of `width`, which is whole vectors; the product of a key and a lane goes to
+// key * key_step + lane * lane_step of `tile`, or is added to what lies there.
+constexpr i64 FEW = 4;
+
+template <bool ADD>
+static void multiply_few(i64 lanes, i64 keys, i64 width, Rows k, const real *const *queries, real *tile, i64 key_step, i64 lane_step) {
+    const real *rows[WIDTH];
+    real sums[WIDTH * WIDTH], turned[WIDTH * WIDTH];
+    for (int i = 0; i < WIDTH; i++) rows[i] = sums + i * WIDTH;
+    for (i64 key = 0; key < keys; key += WIDTH)
+        for (i64 lane = 0; lane < lanes; lane++) {
+            Vector sum[WIDTH] = {};
+            const real *from[WIDTH];
+            for (int i = 0; i < WIDTH; i++) from[i] = k.first + least(key + i, keys - 1) * k.row;
+            for (i64 j = 0; j < width; j += WIDTH)
+                for (int i = 0; i < WIDTH; i++) sum[i] += at(from[i] + j) * at(queries[lane] + j);
+            for (int i = 0; i < WIDTH; i++) put(sums + i * WIDTH, sum[i]);
+            turn_square(rows, 0, turned, WIDTH);
+            Vector total = {};
+            for (int i = 0; i < WIDTH; i++) total += at(turned + i * WIDTH);
+            real *to = tile + key * key_step + lane * lane_step;
+            for (int i = 0; i < WIDTH && key + i < keys; i++) to[i * key_step] = ADD ? to[i * key_step] + total[i] : total[i];
+        }
+}
+
 // Memory of a thread, kept from call to call.
 struct Room {
     void *first = nullptr;

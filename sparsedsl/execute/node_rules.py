@@ -6,6 +6,7 @@ import torch
 
 from sparsedsl.execute.attend_rule import attend_node
 from sparsedsl.execute.dispatch import Dispatch
+from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.selection_rules import LISTED_RULES
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
@@ -30,10 +31,11 @@ Result = tuple[Tensor, Tensor | None]
 
 
 def lowered(
-    call: ProgramCall, dispatch: Dispatch, *, lse: bool, shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False
+    call: ProgramCall, dispatch: Dispatch, *, lse: bool, shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False,
+    summaries: KeptSummaries | None = None,
 ) -> Lowering:  # fmt: skip
     """One evaluation of a call by backends: see :class:`~sparsedsl.execute.lowering.Lowering`."""
-    return Lowering(LOWERED_RULES, call, dispatch, lse=lse, shortcuts=shortcuts, keeps=keeps)
+    return Lowering(LOWERED_RULES, call, dispatch, lse=lse, shortcuts=shortcuts, keeps=keeps, summaries=summaries)
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------------------
@@ -48,14 +50,15 @@ def _input(run: Lowering, node: Input) -> Tensor:
 
 
 def _summary(run: Lowering, node: Summary) -> Tensor:
-    x = run.value(node.x)
-    pool = run.dispatch.pooler(x)
-    found = None if pool is None else pool(x, node.block, node.how, node.pad)
-    if pool is None or found is None:
-        return proxies.pooled(x, node.block, node.how, node.pad)  # type: ignore[arg-type]
-    if run.keeps:
-        run.shortcuts[node] = lambda run: pool(run.value(node.x), node.block, node.how, node.pad)
-    return found
+    pool = run.dispatch.pooler(run.value(node.x))
+
+    def make(x: Tensor) -> Tensor:
+        found = None if pool is None else pool(x, node.block, node.how, node.pad)
+        return proxies.pooled(x, node.block, node.how, node.pad) if found is None else found  # type: ignore[arg-type]
+
+    if run.keeps and pool is not None:
+        run.shortcuts[node] = lambda run: run.pooled(node, node.x, make)
+    return run.pooled(node, node.x, make)
 
 
 def _take(run: Lowering, node: Take) -> Tensor:

@@ -332,17 +332,15 @@ def _holds(outer: Any, part: Any, modules: Mapping[int, Any]) -> bool:
 
 @dataclass(eq=False)
 class _Running:
-    """Hooks around every forward that may make the masks of converted layers. ``depth``: how many of these are running."""
+    """Hooks around every forward that may make the masks of converted layers."""
 
     stack: Stack
     modules: dict[int, Any]
-    depth: int = 0
 
     def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Nothing has switched off what tells the layers of padding."""
         config = text_config(module)
-        self.depth += 1
-        self.stack.inside = True
+        self.stack.inside += 1
         if self.stack not in stacks_of(config):
             raise UnsupportedError(
                 f"layers of this model are converted, but its attn_implementation was since set to {config._attn_implementation!r}, which "
@@ -351,9 +349,8 @@ class _Running:
 
     def after(self, module: Any, args: Any, output: Any) -> None:
         """Every converted layer has run, unless the forward failed before."""
-        self.depth = max(0, self.depth - 1)
-        self.stack.inside = self.depth > 0
-        if output is None or self.depth or (module.training and getattr(text_config(module), "layerdrop", 0)):
+        self.stack.inside = max(0, self.stack.inside - 1)
+        if output is None or self.stack.inside or (module.training and getattr(text_config(module), "layerdrop", 0)):
             return
         converted = [getattr(one, CONVERTED) for one in self.modules.values()]
         if missed := [one.donor.layer_idx for one in converted if not (one.reached or one.off)]:

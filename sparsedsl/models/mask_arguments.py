@@ -13,16 +13,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.masking_utils import find_packed_sequence_indices
 
-from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.errors import ShapeError
 from sparsedsl.models.carried import carrying, stacks_of, without_data
 from sparsedsl.models.native import Facts
 from sparsedsl.models.real_tokens import count_in_sequence, has_holes, leading_padding, place_of
+from sparsedsl.models.traced import TracedRequest, note_traced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["MaskFunction", "MaskRequest", "Packing"]
+__all__ = ["MaskFunction", "MaskRequest", "Packing", "request_in_graph", "unmasked_request"]
 
 # transformers' own mask functions that a layer's pattern stands for -> what they say, and the name of their number.
 _REPLACED = {
@@ -153,6 +155,42 @@ class MaskRequest:
         tables: dict[str, torch.Tensor] = self.known[key]
         return tables
 
+    def tables_at(self, slots: torch.Tensor, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """The same over these cache slots, ascending, between which others are missing. ``hf_slot``: the slots, ``hf_stop``: how many there
+        are in all; ``hf_place`` wherever a slot is padding."""
+        stop, slots = int(slots[-1]) + 1, slots.to(device)
+        made = {**self.tables(0, stop, batch, device), "hf_slot": slots, "hf_stop": slots[-1:] + 1}
+        if self.padding is not None:
+            made["hf_valid"] = made["hf_valid"][:, slots]
+            made["hf_place"] = place_of(self.real(batch, stop).to(device))[:, slots]
+        return made
+
+
+def _padding(given: torch.Tensor | None, written: int, device: Any) -> torch.Tensor | None:
+    """(B, slots) bool, or None where none of the slots that are written is padding."""
+    if given is None:
+        return None
+    padding = given.to(device=device, dtype=torch.bool)
+    # A mask that ends before the last query says that the slots behind it are padding.
+    return None if bool(padding.all()) and padding.shape[1] >= written else padding
+
+
+def request_in_graph(traced: TracedRequest, device: Any) -> MaskRequest:
+    """The request that a graph stands for, once it runs."""
+    packing, written = None, traced.q_offset + traced.q_length
+    if traced.positions is not None:
+        sequence = find_packed_sequence_indices(traced.positions)
+        packing = None if sequence is None else Packing(sequence, traced.positions)
+    padding = _padding(traced.padding, written, device)
+    numbers = traced.q_length, traced.kv_length, traced.q_offset, traced.kv_offset
+    return MaskRequest(*numbers, padding, packing, traced.facts, (), lambda: None, written)
+
+
+def unmasked_request(length: int) -> MaskRequest:
+    """What a layer means that attends in both directions and is called without any mask, as those of images are: all see all."""
+    facts: Facts = frozenset({("bidirectional", None)})
+    return MaskRequest(length, length, 0, 0, None, None, facts, (), lambda: None, length)
+
 
 class MaskFunction:
     """A mask function for transformers' ``AttentionMaskInterface``, over the one that was registered there: ``native``.
@@ -167,8 +205,10 @@ class MaskFunction:
         stacks = stacks_of(arguments["config"]) if arguments.get("config") is not None else ()
         if not stacks:
             return self.native(**arguments)
+        if torch.compiler.is_compiling():
+            return note_traced(self.native, stacks, arguments)
         inside = [stack for stack in stacks if stack.inside]
-        request = self._request(arguments, inside[0].seen if inside else None)
+        request = self._request(arguments, next((stack.seen for stack in inside if stack.seen is not None), None))
         if len(inside) == 1 and not inside[0].asks_for(request.facts):
             dtype = arguments["dtype"] if arguments["config"]._attn_implementation == "eager" else torch.bool
             return without_data(request, arguments["batch_size"], dtype, arguments["device"])
@@ -182,20 +222,11 @@ class MaskFunction:
     def _request(self, arguments: dict[str, Any], seen: int | None) -> MaskRequest:
         q_offset, kv_length = arguments["q_offset"], arguments["kv_length"]
         if isinstance(q_offset, torch.Tensor):  # a static cache's own counter, which it moves on before the layer attends
-            if torch.compiler.is_compiling():
-                raise UnsupportedError(
-                    "a static cache under torch.compile keeps its offset in a tensor, which block lists cannot follow; use"
-                    "  the default (dynamic) cache, or do not compile the model"
-                )
             q_offset = int(q_offset)
         native = functools.partial(self.native, **{**arguments, "q_offset": q_offset})
         if seen is not None and q_offset != seen:
             q_offset, kv_length = seen, seen + arguments["q_length"]
-        padding = arguments["attention_mask"]
-        if padding is not None:
-            padding = padding.to(device=arguments["device"], dtype=torch.bool)
-            if bool(padding.all()) and padding.shape[1] >= q_offset + arguments["q_length"]:
-                padding = None  # (a mask that ends before the last query says that the slots behind it are padding)
+        padding = _padding(arguments["attention_mask"], q_offset + arguments["q_length"], arguments["device"])
         read = _Reading(arguments["config"])
         read.take(arguments["mask_function"])
         return MaskRequest(
