@@ -6,6 +6,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Mask
@@ -29,7 +31,7 @@ def choose_layers(layers: Any, known: list[int]) -> dict[int, Any]:
         isinstance(layers, type) or is_pattern(layers) or as_program(layers) is not None or isinstance(layers, functools.partial)
     ):
         given = dict.fromkeys(known, layers)
-    elif callable(layers):
+    elif callable(layers) and not isinstance(layers, nn.Module):
         given = {index: layers(index) for index in known}
     else:
         raise PatternError(
@@ -53,7 +55,7 @@ def layer_for(given: Any, donor: Donor) -> Layer:
     if program is not None:
         check_program(program, donor.layer_idx, donor.native)
         return Given.of(donor, program)
-    if not callable(given):
+    if not callable(given) or isinstance(given, nn.Module):
         raise PatternError(
             f"layer {donor.layer_idx} was given {shown(given)}; wanted a Layer class, a function that makes one, or a program"
         )

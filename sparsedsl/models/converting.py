@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.advice import check_word
 from sparsedsl.models.applying import AppliedPatterns, apply
-from sparsedsl.models.attention_function import Compiled
+from sparsedsl.models.attention_function import BINDING, Compiled
 from sparsedsl.models.carried import Stack, put_stacks, stacks_of
 from sparsedsl.models.chosen_layers import choose_layers, is_pattern, layer_for
 from sparsedsl.models.converted import CONVERTED, LAYER, Converted, converted_class, program_cache
@@ -102,6 +102,8 @@ def convert(
             patterns[index] = given
             continue
         module = found[index]
+        if hasattr(module, BINDING):
+            raise PatternError(f"layer {index} runs a pattern; call restore() on what models.apply returned, then convert")
         if any((owner == index) != (reader == index) for reader, owner in owners.items()):
             raise UnsupportedError(
                 f"layer {index} ({type(module).__name__}) shares its keys with other layers, which a converted layer would not keep for "
@@ -268,7 +270,10 @@ class Conversion:
         given = {} if self.applied is None else self.applied.patterns
         if self.applied is not None:
             words += [repr(self.applied).partition(": ")[2].partition("; native: ")[0].removesuffix(">")]
-        native = [index for index in self._found if index not in self.layers and index not in given]
+        left = [index for index in self._found if index not in self.layers and index not in given]
+        others = [index for index in left if hasattr(self._found[index], BINDING)]
+        words += [f"given patterns by an apply: {_numbered(others)}"] if others else []
+        native = [index for index in left if index not in others]
         words += [f"native: {_numbered(native)}"] if native else []
         state = "" if self._modules or not self.layers else ", restored"
         return f"<Conversion of {type(self.model).__name__}{state}: {'; '.join(words)}>"

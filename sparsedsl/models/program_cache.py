@@ -232,7 +232,7 @@ class ProgramCacheLayer(CacheLayerMixin):
 
     def _select(self, rows: list[int]) -> None:
         """The batch becomes these of its rows."""
-        if not self.is_initialized:
+        if not self.where:
             return
         where = [self.where[row] for row in rows]
         held, places = list[Held](), list[tuple[int, int] | None]([None] * len(rows))

@@ -216,6 +216,13 @@ def test_patterns_and_layers_in_one_call() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), changed, atol=1e-11, rtol=0)
     handle.restore()
     assert not sd.models.conversion(model)
+    applied = sd.models.apply(model, {0: local})
+    handle = convert(model, {1: NHA})
+    assert repr(handle).endswith("; given patterns by an apply: layer 0>")
+    torch.testing.assert_close(logits(model, ids), changed, atol=1e-12, rtol=0)
+    applied.restore()
+    assert not torch.allclose(logits(model, ids), changed)
+    handle.restore()
     everywhere = convert(model, lambda index: MOBA if index else None)
     assert list(everywhere.layers) == [1]
 
@@ -286,6 +293,8 @@ def test_mistakes_in_a_layer(mistake: str, message: str) -> None:
         ({7: NHA}, r"no attention layer has the index \[7\]"),
         (3, "layers must be a mapping"),
         ({1: 3}, "layer 1 was given 3"),
+        ({1: nn.Linear(1, 1)}, "layer 1 was given Linear.*wanted a Layer class"),
+        (nn.Linear(1, 1), "layers must be a mapping from layer index.*got Linear"),
         ({1: lambda donor: 3}, "gave 3"),
         ({1: functools.partial(NHA, slotz=3)}, "slotz"),
         ({1: functools.partial(RING, groups=3)}, "groups must divide the 4 query heads; got 3"),
@@ -370,6 +379,8 @@ def test_other_families_run_or_are_refused(name: str) -> None:
 
 def test_calls_that_would_lose_something() -> None:
     model, ids = donor("llama"), tokens()
+    with sd.models.apply(model, {1: sd.kv_idx <= sd.q_idx}), pytest.raises(sd.PatternError, match="layer 1 runs a pattern"):
+        convert(model, {1: NHA})
     convert(model, {1: NHA})
     with pytest.raises(sd.UnsupportedError, match="a finished mask"):
         model(ids, attention_mask=torch.ones(2, 1, 21, 21).tril().bool())

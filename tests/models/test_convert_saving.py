@@ -98,6 +98,18 @@ def test_the_trainer_of_transformers(tmp_path: Path) -> None:
     assert torch.equal(logits(again, ids), logits(model.eval(), ids))
 
 
+def test_patterns_and_layers_come_back_together(tmp_path: Path) -> None:
+    model, ids = donor("gemma3", torch.float32), tokens()
+    handle = convert(model, {0: sd.patterns.sliding_window(4), 1: NHA})
+    spread(handle)
+    model.save_pretrained(tmp_path)
+    again = sd.models.from_pretrained(tmp_path, backend="tiled")
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert [sorted(applied.patterns) for applied in sd.models.applied(again)] == [[0]]
+    handle.restore()
+    assert NOTE not in vars(model.config) and "sparsedsl" not in vars(model.config)
+
+
 def test_plain_transformers_load_the_donor(tmp_path: Path) -> None:
     model, ids = donor("llama", torch.float32), tokens()
     expected = logits(model, ids)
