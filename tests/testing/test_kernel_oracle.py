@@ -88,7 +88,7 @@ def test_what_a_kernel_declares_to_round_is_allowed_and_no_more():
         Allowance(exact, torch.bfloat16, rounds).out() for rounds in (("out",), ("p", "out"), ("p", "out", "q", "s"))
     )
     assert bool((least < usual).all()) and bool((usual <= most).all())
-    assert float((most / usual).mean()) < 3
+    assert 1 < float((most / usual).mean()) < 10
 
 
 def test_nan_and_infinity_are_compared_as_classes():

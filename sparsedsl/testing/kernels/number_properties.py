@@ -160,7 +160,7 @@ def _empty(call: Call) -> Failure | None:
         raise Skip("every row sees a key in all cases that were tried")
     got = results(kernel, problem)
     if kernel.empty == "refuse":
-        return Failure("refused", "a call with rows without keys is answered, though empty='refuse' says that it raises")
+        return Failure("number", "a call with rows without keys is answered, though empty='refuse' says that it raises")
     wanted = 0.0 if kernel.empty == "zero" else float("nan")
     place = differ(got["out"].cpu(), torch.full_like(got["out"].cpu(), wanted), empty[..., None])
     if place is not None:
