@@ -121,7 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print(f"\n{report}\n")
     report.plot_pareto(options.picture)
-    print(f"picture: {options.picture}")
+    report.save(options.picture.with_suffix(".json"))
+    print(f"picture: {options.picture}; report, to be loaded and applied: {options.picture.with_suffix('.json')}")
     unseen: list[float] = []
     if options.held_out:
         rows, start = real_rows(tokenizer, options.held_out, options.tokens, skip=options.rows), int(WARM_UP * options.tokens)

@@ -17,7 +17,7 @@ def draw(report: Any) -> Any:
     figure, (axis,), _ = axes_of(None, 1, (7.0, 4.5))
     native = report.native_cost or 1.0
     share, expected = zip(*((100 * cost / native, loss) for cost, loss in report.frontier), strict=True)
-    axis.step(share, expected, where="post", color="#999999", linewidth=1, label="expected: single layers added up")
+    axis.step(share, expected, where="pre", color="#999999", linewidth=1, label="expected: single layers added up")
     for holds, colour, words in ((True, "tab:blue", "run, within the bound"), (False, "tab:red", "run, beyond it")):
         some = [one for one in report.tried if one.holds == holds]
         if some:
@@ -38,7 +38,7 @@ def draw(report: Any) -> Any:
         axis.axhline(report.bound.limit, color="black", linewidth=0.8, linestyle=":", label="bound")
     axis.set_xlabel(f"{report.cost_name} of the searched layers, % of native, {report.length:,} tokens", fontsize=9)
     axis.set_ylabel("KL to the model itself, nats a token", fontsize=9)
-    axis.set_title(f"{report.model}: {report.bound}", fontsize=10)
+    axis.set_title(f"{report.model}\n{report.bound}", fontsize=9)
     axis.grid(color="#eeeeee")
     axis.legend(fontsize=8, frameon=False)
     return figure
