@@ -198,7 +198,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
     def cell(value: str | None) -> str:
         if value in (None, NO_SUCH):
-            return "-"
+            return "" if value is None else "-"
         if value == SAME:
             return "yes"
         text = re.sub(r"^refused: ", "", str(value))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
@@ -231,6 +232,23 @@ def test_a_finished_mask_is_refused() -> None:
     given = {"input_ids": tokens(), "attention_mask": torch.ones(2, 1, 21, 21, dtype=torch.bool)}
     with sd.models.apply(model, window), pytest.raises(Exception, match="layer 0 got a finished mask"):
         logits(torch.compile(model, backend="eager", fullgraph=True), given)
+
+
+class Changing(LlamaAttention):
+    """Takes a key away from the mask on its way."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        changed = attention_mask & (torch.arange(attention_mask.shape[-1]) != 5)
+        return super().forward(hidden_states, attention_mask=changed, **kwargs)
+
+
+def test_a_mask_that_the_model_changes_is_refused_as_without_a_graph() -> None:
+    model = build("llama")
+    model.model.layers[1].self_attn.__class__ = Changing
+    with sd.models.apply(model, {1: window}):
+        for called in (model, torch.compile(model, backend="eager", fullgraph=True)):
+            with pytest.raises(Exception, match="layer 1 got a finished mask"):
+                logits(called, left_padded())
 
 
 def test_masks_joined_with_others_are_refused() -> None:
