@@ -391,3 +391,11 @@ def test_calls_that_would_lose_something() -> None:
     model.set_attn_implementation("eager")
     with pytest.raises(sd.UnsupportedError, match="since set to 'eager'"):
         model(ids)
+
+
+def test_a_graph_of_a_converted_model_is_refused_by_name() -> None:
+    model = donor("llama")
+    convert(model, {1: NHA})
+    torch._dynamo.reset()
+    with pytest.raises(sd.UnsupportedError, match=r"layer 1 is a converted layer, which has no form in a graph"):
+        logits(torch.compile(model, backend="eager"), tokens(), use_cache=False)
