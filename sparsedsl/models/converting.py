@@ -350,6 +350,8 @@ class _Running:
     def after(self, module: Any, args: Any, output: Any) -> None:
         """Every converted layer has run, unless the forward failed before."""
         self.stack.inside = max(0, self.stack.inside - 1)
+        if self.stack.inside == 0:
+            self.stack.traced = ()
         if output is None or self.stack.inside or (module.training and getattr(text_config(module), "layerdrop", 0)):
             return
         converted = [getattr(one, CONVERTED) for one in self.modules.values()]
