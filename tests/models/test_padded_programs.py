@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,6 +140,34 @@ def test_generate_in_layers_with_windows(family: str, name: str) -> None:
     model = exact(family)
     with sd.models.apply(model, PROGRAMS[name], backend="reference"):
         assert_generates_as_if_alone(model, alone(), 12)
+
+
+# ---- graphs and folders --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indices", ["tokens", "slots", "program"])
+def test_one_graph_counts_as_the_model_does(indices: str) -> None:
+    model, rows = build("llama"), alone()
+    inputs, real = batch(rows, "left")
+    given, how = (PROGRAMS["moba"], {}) if indices == "program" else (causal & (near | (kv_idx < 2)), {"indices": indices})
+    with sd.models.apply(model, given, backend="reference", **how):
+        wanted = logits(model, **inputs)
+        torch._dynamo.reset()
+        got = logits(torch.compile(model, backend="eager", fullgraph=True), **inputs)
+        torch._dynamo.reset()
+    torch.testing.assert_close(got[real], wanted[real], atol=3e-5, rtol=0)
+
+
+def test_a_saved_model_knows_what_its_indices_count(tmp_path: Path) -> None:
+    model, (inputs, real) = build("llama"), batch(alone(), "left")
+    found = {}
+    for indices in ("tokens", "slots"):
+        with sd.models.apply(model, causal & (near | (kv_idx < 2)), backend="reference", indices=indices):
+            found[indices] = logits(model, **inputs)[real]
+            model.save_pretrained(tmp_path / indices)
+        loaded = sd.models.from_pretrained(tmp_path / indices)
+        assert torch.equal(logits(loaded, **inputs)[real], found[indices])
+    assert (found["tokens"] - found["slots"]).abs().max() > 0.01
 
 
 # ---- training ------------------------------------------------------------------------------------------------------------------------
