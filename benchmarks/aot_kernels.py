@@ -24,14 +24,14 @@ from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.residue_classes import residues
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.codegen.to_triton import triton_source, variant_of
-from sparsedsl.gpu import resources, sass
+from sparsedsl.gpu import amdgcn, machine_loops, resources, sass
 from sparsedsl.gpu.aot import BuildJob, compile_kernel, job_of
 from sparsedsl.gpu.configs import Config, Shape, default_config
 from sparsedsl.gpu.costs import TileCounts, listed_tiles
 from sparsedsl.gpu.loading import triton as load_triton
 from sparsedsl.gpu.loop_cycles import cycles
-from sparsedsl.gpu.resources import Resources, occupancy, resources_of
-from sparsedsl.gpu.sass import LoopCounts, MatrixCounts, loops_of
+from sparsedsl.gpu.machine_loops import LoopCounts, MatrixCounts
+from sparsedsl.gpu.resources import Resources, loops_of, occupancy, resources_of
 from sparsedsl.gpu.targets import TARGETS
 from sparsedsl.lang.pattern import as_pattern
 from sparsedsl.settings import settings
@@ -60,12 +60,12 @@ class Counted:
         pairs = self.block[0] * self.block[1]
         visited = sum(self.tiles.values()) * pairs / 128**2
         useful = KERNELS[self.kernel] * head_dim * pairs
-        found = {kind: cycles(loop, self.warps, TARGETS[target], useful=useful) for kind, loop in self.loops.items()}
+        found = {kind: cycles(loop, self.warps, TARGETS[target]) for kind, loop in self.loops.items()}
 
         def weighed(of: Callable[[LoopCounts], float]) -> float:
             return sum(self.tiles[kind] * of(loop) for kind, loop in self.loops.items()) / visited
 
-        executed = weighed(lambda loop: loop.products(self.warps) or useful)
+        executed = weighed(lambda loop: loop.products(self.warps))
         loops = {
             kind: {
                 "tiles": self.tiles[kind], "issued": loop.issued, "local_share": round(loop.local_share, 4),
@@ -101,7 +101,7 @@ def counted(job: BuildJob) -> dict[str, Any]:
     if path.exists():
         return dict(json.loads(path.read_text()))
     compiled = compile_kernel(job)
-    loops = [dataclasses.asdict(loop) for loop in loops_of(compiled.asm["cubin"])]
+    loops = [dataclasses.asdict(loop) for loop in loops_of(compiled)]
     found = {"loops": loops, "needs": dataclasses.asdict(resources_of(compiled))}
     path.parent.mkdir(parents=True, exist_ok=True)
     measure.write_json(path, found)
@@ -111,7 +111,7 @@ def counted(job: BuildJob) -> dict[str, Any]:
 @functools.cache
 def _counter() -> str:
     """What counts: another one counts anew."""
-    return hashlib.sha256((inspect.getsource(sass) + inspect.getsource(resources)).encode()).hexdigest()
+    return hashlib.sha256("".join(map(inspect.getsource, (amdgcn, machine_loops, resources, sass))).encode()).hexdigest()
 
 
 def loops_from(found: Mapping[str, Any]) -> list[LoopCounts]:
@@ -206,7 +206,7 @@ def flex_kernels(case: AotCase, head_dim: int, target: str) -> dict[str, Counted
                 f"FlexAttention's {written.name}, {target}: {len(loops)} loops with products, not {2 * len(blocks)}"
             )
         # Gradients of queries need fewer products than those of keys; which part of the kernel comes first is the compiler's choice.
-        halves = sorted((loops[:2], loops[2:]), key=lambda half: half[0].matrix_issued) if len(blocks) == 2 else [loops]
+        halves = sorted((loops[:2], loops[2:]), key=lambda half: half[0].products(written.warps)) if len(blocks) == 2 else [loops]
         for (kernel, block), (partial, full) in zip(blocks.items(), halves, strict=True):
             parts = shape.block**2 // (block[0] * block[1])
             found[kernel] = Counted(

@@ -77,7 +77,7 @@ def selected_records(head_dim: int, target: str) -> list[dict[str, Any]]:
                 found = counted(selected_job(kernel, chosen, config, TARGETS[target], **flags))
                 loop, pairs = loops_from(found)[0], config.block_m * config.block_n
                 useful = KERNELS[like] * head_dim * pairs
-                took = cycles(loop, config.warps, TARGETS[target], useful=useful)
+                took = cycles(loop, config.warps, TARGETS[target])
                 scale = 128**2 / pairs
                 records.append({
                     "kernel": kernel, "target": target, "head_dim": head_dim, "pack": pack, "weighted": weighted, "config": str(config),

@@ -1,6 +1,7 @@
 """Ahead-of-time builds of every pattern of the library: do the kernels fit, do they spill, do they use matrix instructions? No GPU needed.
 
-    python benchmarks/aot_resources.py               # everything, half an hour on two cores
+    python benchmarks/aot_resources.py               # everything, an hour and a half on two cores
+    python benchmarks/aot_resources.py --targets sm_90 --dims 128 --keep      # a part of it, ten minutes; the rest of the file stays
     python benchmarks/aot_resources.py --quick       # six cases, sm_90 and gfx942, D 64: two minutes
 
 Every pattern is built (``sd.build``) for every target and head dimension with the tiles that it chooses, in bf16. Nothing here is a time
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 import tempfile
@@ -169,7 +171,7 @@ def counts(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def checks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The targets of issue 4, point 2."""
+    """The goals: all is built, fits, spills in no loop, and multiplies on matrix instructions."""
     everything = counts(records)
     found = [
         measure.target("patterns that cannot be built", everything["failed"], at_most=0),
@@ -256,6 +258,7 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     add("--patterns", nargs="+", choices=PATTERNS, metavar="NAME", help=f"default: all; {', '.join(PATTERNS)}")
     add("--targets", nargs="+", choices=TARGETS, help="default: all")
     add("--dims", nargs="+", type=int, metavar="D", help=f"head dimensions (default {', '.join(map(str, HEAD_DIMS))})")
+    add("--keep", action="store_true", help="what the file has of other patterns, targets and widths stays, with its commit")
     add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
     add("--out", type=Path, help="JSON file (default: benchmarks/results/aot_resources.json)")
     options = parser.parse_args(arguments)
@@ -265,18 +268,35 @@ def options_from(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def kept(path: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a file that these do not replace, and these; by target and head dimension, in the order of the script."""
+    old = json.loads(path.read_text())["records"] if path.exists() else []
+    found = {(one["target"], one["head_dim"], one["pattern"]): one for one in (*old, *records)}
+    targets, patterns = list(TARGETS), list(PATTERNS)
+    places = sorted(
+        (patterns.index(name), targets.index(target), dim)
+        for target, dim, name in found
+        if name in patterns and target in targets
+    )
+    return [found[targets[target], dim, patterns[name]] for name, target, dim in places]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Build, write the results, print the tables and how the targets were met; 0 however they were met."""
     options = options_from(arguments)
     facts = measure.machine()
-    records = build_all(options)
-    targets = checks(records)
+    records = [record | {"commit": facts["commit"]} for record in build_all(options)]
     import triton
 
     facts |= {"triton": triton.__version__, "load_average_end": measure.load()}
     # The numbers are those of the compiler, so the file is not named by the machine.
     path = options.out or measure.RESULTS / "aot_resources.json"
-    settings = {key: list(getattr(options, key)) for key in ("patterns", "targets", "dims")} | {"quick": options.quick}
+    if options.keep:
+        records = kept(path, records)
+    targets = checks(records)
+    settings: dict[str, Any] = {"quick": options.quick}
+    for key, of in (("patterns", "pattern"), ("targets", "target"), ("dims", "head_dim")):
+        settings[key] = list(dict.fromkeys(record[of] for record in records))
     content = {"benchmark": "aot_resources", "machine": facts, "settings": settings}
     measure.write_json(path, content | {"records": records, "targets": targets})
     print(f"Ahead-of-time builds, bf16, Triton {facts['triton']}. {measure.describe(facts)}\n")

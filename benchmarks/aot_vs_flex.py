@@ -8,7 +8,8 @@ Both are compiled by the same Triton: FlexAttention's from the templates and def
 ours with the tiles of ``sd.build``. bfloat16, 32K tokens, 32 query and 8 key heads. Instructions of the loops are weighed by the tiles
 that each kernel visits for the pattern. *serial* and *overlapped* are cycles of an SM where products and everything else wait for each
 other, and where the shorter hides behind the longer (:mod:`sparsedsl.gpu.loop_cycles`): a kernel lies between them. Memory, latency
-and launches are left out: these rank kernels, they predict no time. Ratios are FlexAttention's over ours: above 1, ours needs less.
+and launches are left out: these rank kernels, they predict no time. On sm_100 products are those of tensor memory, by the shapes that
+their descriptors say (:mod:`sparsedsl.gpu.sass`). Ratios are FlexAttention's over ours: above 1, ours needs less.
 Beside that: a decode step, and kernels along selected blocks (``aot_others.py``).
 """
 

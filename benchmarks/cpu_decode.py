@@ -1,8 +1,9 @@
 """Part ``decode`` of ``cpu.py``: one new token with a cache of keys and values, 8 heads of queries on 2 of keys, 64 wide.
 
-*ours*: backend ``cpp``; what chooses does so from the keys alone, in every step (HSA has its landmarks). *SDPA*: the dense step over all
-keys, ``enable_gqa``. Ring-linear remembers a state in place of keys. At a million keys: the window, HSA and Ring, or what ``--works``
-names; ``--lengths 16777216 --dtypes bfloat16 --works hsa`` takes 9 GiB.
+*ours*: backend ``cpp``; what chooses does so from the keys alone, in every step (HSA has its landmarks). *kept summaries*: the same with
+what earlier steps made of blocks that are over; half a block is not. *SDPA*: the dense step over all keys, ``enable_gqa``. Ring-linear
+remembers a state in place of keys. At a million keys: the window, HSA and Ring, or what ``--works`` names; ``--lengths 16777216 --dtypes
+bfloat16 --works hsa`` takes 9 GiB.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ WORKS |= {name: f"a step: {PROGRAMS[name].title}" for name in ("hsa", "moba", "q
 FEW = 131072  # keys, beyond which only what reads few of them is measured
 # Goals, at 32K: our step over the dense one.
 GOAL_AT, SHARES = 32768, {"window": 0.03, "causal": 0.7, "hsa": 0.1, "moba": 0.4, "quest": 0.4}
+KEPT_SHARE = 0.1
+# Tokens in a block that is summed up.
+BLOCKS = {"moba": 512, "quest": 16}
 
 
 def measure_steps(job: Job) -> Iterator[Record]:
@@ -41,9 +45,14 @@ def measure_steps(job: Job) -> Iterator[Record]:
             "ours": _step(job.work, q, k, v),
             "sdpa": functools.partial(scaled_dot_product_attention, q, k, v, enable_gqa=True),
         }
+        if job.work in BLOCKS:
+            actions["kept"] = _kept_step(job.work, q, k, v)
         record = measured(new_record(job, WORKS[job.work]), actions, job.rounds)
     if job.length == GOAL_AT and job.work in SHARES:
         judge(record, "ours / SDPA", record["median"]["ours"] / record["median"]["sdpa"], at_most=SHARES[job.work])
+        if "kept" in record["median"]:
+            share = record["median"]["kept"] / record["median"]["sdpa"]
+            judge(record, "kept summaries / SDPA", share, at_most=KEPT_SHARE)
     yield record
 
 
@@ -62,6 +71,15 @@ def _step(work: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Calla
         return lambda: attn(q, *last, state=state, return_state=True)
     named = system.inputs(q, k)
     return lambda: attn(q, k, v, q_offset=length - 1, **named)
+
+
+def _kept_step(work: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], Any]:
+    """The step in the middle of a block, with the summaries of those before it."""
+    attn = sd.compile(PROGRAMS[work].program(q.shape[1], k.shape[2]), backend="cpp")
+    length = k.shape[2] - BLOCKS[work] // 2
+    k, v = (x[:, :, :length].contiguous() for x in (k, v))
+    kept = attn.keep_summaries()
+    return lambda: attn(q, k, v, q_offset=length - 1, summaries=kept)
 
 
 DECODE = Part(

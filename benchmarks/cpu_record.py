@@ -17,7 +17,7 @@ __all__ = ["LIMITS", "Job", "Part", "judge", "measured", "new_record", "table"]
 
 Record = dict[str, Any]
 PRODUCT = 1536  # rows of the square matrices whose product says what the machine can do
-PEERS = {"tiled": "tiled", "flex": "flex", "sdpa": "SDPA"}
+PEERS = {"tiled": "tiled", "flex": "flex", "sdpa": "SDPA", "kept": "kept summaries"}
 
 
 @dataclass(frozen=True)

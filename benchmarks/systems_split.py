@@ -1,7 +1,8 @@
 """Where the time of a program goes: one call with a clock around each node, without what the nodes before it took.
 
 *Choosing*: summaries, scores, sorting, subsets and selections. *Moving*: rows gathered in an order, or kept and put back. *Attending*: all
-that gives an output; the weights of HSA's chunks and block lists made from choices are part of it, as its kernels do that work.
+that gives an output; the weights of HSA's chunks and block lists made from choices are part of it, as its kernels do that work, and so is
+what it takes to read rows where they lie instead of moving them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.lowering import Lowering
 from sparsedsl.execute.node_rules import LOWERED_RULES
 from sparsedsl.program.branches import Compact
@@ -52,6 +54,19 @@ def split_call(
             inner[-1] += took
             return result
 
+    class TimedDispatch(Dispatch):
+        """Attention is attending whichever node asks for it."""
+
+        def attend(self, *arguments: Any, **words: Any) -> Any:
+            wait()
+            start = time.perf_counter()
+            result = super().attend(*arguments, **words)
+            wait()
+            took = time.perf_counter() - start
+            seconds["attending"] += took
+            inner[-1] += took
+            return result
+
     call = check_program_call(attn.program, q, k, v, named)
-    out, _ = Timed(LOWERED_RULES, call, attn.dispatch, lse=False).value(attn.program.root)
+    out, _ = Timed(LOWERED_RULES, call, TimedDispatch(attn.backend), lse=False).value(attn.program.root)
     return out.to(q.dtype), seconds

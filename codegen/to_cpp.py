@@ -20,10 +20,10 @@ from sparsedsl.analysis.residue_classes import RESIDUE, residues
 from sparsedsl.codegen.cpp_expression import CppNames, CppPrinter, TableNames
 from sparsedsl.codegen.cpp_loops import PairLoop, braces
 from sparsedsl.codegen.derivatives import derivative
+from sparsedsl.codegen.gradient_axes import LearnedRead, learned_reads
 from sparsedsl.codegen.hoisting import HoistedTable, hoist
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.to_triton_selected import member_symbols
-from sparsedsl.codegen.triton_backward import LearnedRead, learned_reads
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.pattern import Pattern
@@ -95,7 +95,7 @@ _PARTS = {
     "backward": (*_WORK, "strips.h", "forward.cpp", "backward.cpp"),
     "selected": (*_WORK, "strips.h", "selected.cpp"),
     "selected_backward": (*_WORK, "strips.h", "selected.cpp", "selected_backward.cpp"),
-    "choosing": (*_WORK, "choosing.cpp", "pooling.cpp", "weighing.cpp"),
+    "choosing": (*_WORK, "choosing.cpp", "pooling.cpp", "weighing.cpp", "probing.cpp"),
     "scan_linear": (*_WORK, "scan_linear.cpp"),
     "scan_slots": (*_WORK, "scan_slots.cpp"),
 }

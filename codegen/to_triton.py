@@ -13,9 +13,10 @@ from types import MappingProxyType
 
 from sparsedsl.analysis.key_intervals import intervals, never_empty
 from sparsedsl.analysis.residue_classes import residues
+from sparsedsl.codegen.gradient_axes import learned_reads
 from sparsedsl.codegen.hoisting import HoistedTable, hoist
 from sparsedsl.codegen.source import Source
-from sparsedsl.codegen.triton_backward import learned_reads, write_delta, write_grad_kv, write_grad_q
+from sparsedsl.codegen.triton_backward import write_delta, write_grad_kv, write_grad_q
 from sparsedsl.codegen.triton_expression import needs_exact
 from sparsedsl.codegen.triton_forward import write_decode, write_forward, write_merge
 from sparsedsl.codegen.triton_functions import functions_for

@@ -16,12 +16,13 @@ from pathlib import Path
 import sympy
 
 from sparsedsl.codegen.derivatives import derivative
+from sparsedsl.codegen.gradient_axes import LearnedRead, axis_of
 from sparsedsl.codegen.hoisting import HoistedTable, hoist
 from sparsedsl.codegen.source import Source
-from sparsedsl.codegen.triton_backward import LearnedRead, axis_of
 from sparsedsl.codegen.triton_expression import TritonNames, needs_exact, write_expression, write_expressions
 from sparsedsl.codegen.triton_functions import functions_for
-from sparsedsl.codegen.triton_parts import Argument, table_names
+from sparsedsl.codegen.triton_parts import Argument
+from sparsedsl.codegen.triton_writer import table_names
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import Q_LEN, SCORE

@@ -6,57 +6,17 @@ Nothing is added up by atomics: every sum belongs to one program, so the same in
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 
-import sympy
-
-from sparsedsl.analysis.mask_clauses import only_difference
-from sparsedsl.codegen.derivatives import derivative
+from sparsedsl.codegen.gradient_axes import LearnedRead, learned_reads
 from sparsedsl.codegen.source import Source
-from sparsedsl.codegen.triton_expression import write_expression, write_expressions
+from sparsedsl.codegen.triton_logits import gradients_of, write_factor, write_ramp
 from sparsedsl.codegen.triton_loops import Loop
-from sparsedsl.codegen.triton_parts import KernelSource, Variant, Writer, suffixed
+from sparsedsl.codegen.triton_parts import KernelSource, Variant, suffixed
+from sparsedsl.codegen.triton_writer import Writer
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.symbols import HEAD, KV_IDX, Q_IDX, SCORE
-from sparsedsl.lang.tables import TableRead, table_reads
+from sparsedsl.lang.symbols import HEAD
 
-__all__ = ["LearnedRead", "axis_of", "gradients_of", "learned_reads", "write_delta", "write_grad_kv", "write_grad_q"]
-
-
-@dataclass(frozen=True)
-class LearnedRead:
-    """One read of a learned table in the score, and along which axis its gradients are summed.
-
-    ``axis``: "rows" (the index reads no key: summed over keys in the pass over queries), "columns" (it reads no query: summed over queries
-    in the pass over keys), "difference" (it reads ``q_idx - kv_idx``: summed along diagonals), "pairs" (any other: not summed at all).
-    """
-
-    number: int
-    read: TableRead
-    axis: str
-
-    @property
-    def name(self) -> str:
-        """What its gradients are called in the code."""
-        return f"grad_{self.read.spec.name}_{self.number}"
-
-
-@functools.lru_cache(maxsize=1024)
-def learned_reads(pattern: Pattern) -> tuple[LearnedRead, ...]:
-    """The reads of learned tables in the score, each once."""
-    reads = [read for read in table_reads(pattern.score.expr) if read.spec.learned]
-    return tuple(LearnedRead(n, read, axis_of(read)) for n, read in enumerate(dict.fromkeys(reads)))
-
-
-def axis_of(read: TableRead) -> str:
-    """Along which axis the gradients of a read are summed; see :class:`LearnedRead`."""
-    free = read.free_symbols
-    if KV_IDX not in free:
-        return "rows"
-    if Q_IDX not in free:
-        return "columns"
-    return "difference" if all(only_difference(index) for index in read.args) else "pairs"
+__all__ = ["write_delta", "write_grad_kv", "write_grad_q"]
 
 
 def write_delta(source: Source, pattern: Pattern, variant: Variant) -> KernelSource:
@@ -136,14 +96,14 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         source.line("delta = tl.load(delta_ptr + at, mask=inside, other=0.0)")
         source.line("base = tl.load(base_ptr + at, mask=inside, other=0.0)")
         loop.prepare(source, writer.names("queries"))
-        writer.factor()
+        write_factor(writer)
         for part in writer.d_parts:
             source.line(f"{suffixed('grad_q', part)} = tl.zeros([BLOCK_M, {part.width}], tl.float32)")
         for one in learned:
             source.line(f"{one.name} = tl.zeros([BLOCK_M], tl.float32)")
         writer.column_tiles()
         if writer.ramp is not None:
-            writer.ramp_along("ramp", "column_0", writer.ramp.by_key)
+            write_ramp(writer, "ramp", "column_0", writer.ramp.by_key)
         for kind in ("full", "partial"):
             with source.block(f"for i in range(0, {kind}_tiles):"):
                 loop.tile(source, kind, "i")
@@ -170,75 +130,36 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
     writer = Writer(
         source, pattern, variant, "grad_kv", "Gradients of one tile of keys and values, over all heads that read them."
     )
+    learned = [one for one in learned_reads(pattern) if one.axis == "columns"]
+    loop = writer.query_loop()
     for name in ("q", "k", "v", "grad_out", "grad_k", "grad_v"):
         writer.tensor(name)
     writer.add(("delta_ptr", "*fp32"), ("base_ptr", "*fp32"))
-    learned = [one for one in learned_reads(pattern) if one.axis == "columns"]
     writer.add(*((f"{one.name}_ptr", "*fp32") for one in learned))
     writer.add(("heads", "i32"), ("group", "i32"), ("rows", "i32"), ("kv_len", "i32"), ("q_offset", "i32"), ("scale", "fp32"))
     writer.add_tables(*pattern.exprs)
-    loop = writer.query_loop()
     writer.add(*loop.arguments())
     writer.constants("BLOCK_M", "BLOCK_N", "ALIGN", "PRECISION", "HEAVY_FIRST")
     with writer.define():
-        writer.programs("kv_len", "BLOCK_N")
-        source.line("b = bh // (heads // group)")
-        source.line("kv_head = bh % (heads // group)")
-        if variant.step > 1:
-            source.line("all_rows = rows")
-        for name in ("k", "v", "grad_k", "grad_v"):
-            writer.head(name, "kv_head")
-        writer.aligned("q")
-        writer.aligned("grad_out")
-        writer.residue(("q", "grad_out"), ("k", "v", "grad_k", "grad_v"))
-        source.line(f"key = {writer.number('BLOCK_N', 'tile')} + tl.arange(0, BLOCK_N)")
-        source.line("inside = key < kv_len")
-        source.line("kv_idx = tl.minimum(key, kv_len - 1)")
-        writer.positions(*pattern.exprs, ends=variant.queries == "intervals")
-        writer.dims()
-        writer.load("k", "k", writer.d_parts, "key", "inside")
-        writer.load("v", "v", writer.v_parts, "key", "inside")
-        for part in writer.d_parts:
-            source.line(f"{suffixed('grad_k', part)} = tl.zeros([BLOCK_N, {part.width}], tl.float32)")
-        for part in writer.v_parts:
-            source.line(f"{suffixed('grad_v', part)} = tl.zeros([BLOCK_N, {part.width}], tl.float32)")
-        writer.factor()
-        source.line("row_0 = tl.arange(0, BLOCK_M)")
-        if writer.ramp is not None and HEAD not in pattern.score.expr.free_symbols:
+        _keys_of_program(writer)
+        by_head = HEAD in pattern.score.expr.free_symbols  # of a ramp
+        if writer.ramp is not None and not by_head:
             _ramps(writer)
         per_head = variant.queries == "lists" or HEAD in pattern.mask.expr.free_symbols
         if not per_head:
             loop.prepare(source, writer.names("keys"))
         with source.block("for member in range(0, group):"):
             source.line("h = kv_head * group + member")
-            if writer.ramp is not None and HEAD in pattern.score.expr.free_symbols:
+            if writer.ramp is not None and by_head:
                 _ramps(writer)
             if per_head:
                 loop.prepare(source, writer.names("keys"))
-            for name, parts in (("q", writer.d_parts), ("grad_out", writer.v_parts)):
-                source.line(
-                    f"{name}_head = {name}_ptr + tl.multiple_of("
-                    f"b.to(tl.int64) * {name}_stride_b + h.to(tl.int64) * {name}_stride_h, ALIGN)"
-                )
-                for part in parts:
-                    where = f"{name}_head + row_0[:, None] * {name}_stride_row + {part.name}[None, :]"
-                    source.line(f"{suffixed(name + '_tile', part)} = {where}")
-            source.line(f"line = (b * heads + h).to(tl.int64) * {'rows' if variant.step == 1 else 'all_rows'}")
-            for name in ("delta", "base"):
-                source.line(f"{name}_tile = {name}_ptr + line + {writer.place('row_0')}")
+            _queries_of_head(writer)
             for one in learned:
                 source.line(f"{one.name} = tl.zeros([BLOCK_N], tl.float32)")
             for kind in ("full", "partial"):
                 with source.block(f"for i in range(0, {kind}_tiles):"):
-                    loop.tile(source, kind, "i")
-                    masked = _query_tile(writer, kind)
-                    writer.dot("s", "k", "q", writer.d_parts)
-                    gradients_of(writer, loop, kind, "turned", learned, functools.partial(_value_gradients, writer, masked))
-                    for one in learned:
-                        source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
-                    for part in writer.d_parts:
-                        grad, q = suffixed("grad_k", part), suffixed("q", part)
-                        source.line(f"{grad} = tl.dot(ds.to({q}.dtype), {q}, {grad}, input_precision=PRECISION)")
+                    _key_gradients(writer, loop, kind, learned)
             for one in learned:
                 at = "(b * heads + h).to(tl.int64) * kv_len + key"
                 source.line(f"tl.store({one.name}_ptr + {at}, {one.name}, mask=inside)")
@@ -249,13 +170,70 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
     return writer.result
 
 
+def _keys_of_program(writer: Writer) -> None:
+    """Which keys of which head a program has, their tiles of k and v, and sums that begin at 0."""
+    source, variant = writer.source, writer.variant
+    writer.programs("kv_len", "BLOCK_N")
+    source.line("b = bh // (heads // group)")
+    source.line("kv_head = bh % (heads // group)")
+    if variant.step > 1:
+        source.line("all_rows = rows")
+    for name in ("k", "v", "grad_k", "grad_v"):
+        writer.head(name, "kv_head")
+    writer.aligned("q")
+    writer.aligned("grad_out")
+    writer.residue(("q", "grad_out"), ("k", "v", "grad_k", "grad_v"))
+    source.line(f"key = {writer.number('BLOCK_N', 'tile')} + tl.arange(0, BLOCK_N)")
+    source.line("inside = key < kv_len")
+    source.line("kv_idx = tl.minimum(key, kv_len - 1)")
+    writer.positions(*writer.pattern.exprs, ends=variant.queries == "intervals")
+    writer.dims()
+    for name, parts in (("k", writer.d_parts), ("v", writer.v_parts)):
+        writer.load(name, name, parts, "key", "inside")
+    for name, parts in (("grad_k", writer.d_parts), ("grad_v", writer.v_parts)):
+        for part in parts:
+            source.line(f"{suffixed(name, part)} = tl.zeros([BLOCK_N, {part.width}], tl.float32)")
+    write_factor(writer)
+    source.line("row_0 = tl.arange(0, BLOCK_M)")
+
+
+def _queries_of_head(writer: Writer) -> None:
+    """Pointers to the first tile of the queries of one head, and to what else is read of them."""
+    source = writer.source
+    for name, parts in (("q", writer.d_parts), ("grad_out", writer.v_parts)):
+        source.line(
+            f"{name}_head = {name}_ptr + tl.multiple_of("
+            f"b.to(tl.int64) * {name}_stride_b + h.to(tl.int64) * {name}_stride_h, ALIGN)"
+        )
+        for part in parts:
+            where = f"{name}_head + row_0[:, None] * {name}_stride_row + {part.name}[None, :]"
+            source.line(f"{suffixed(name + '_tile', part)} = {where}")
+    source.line(f"line = (b * heads + h).to(tl.int64) * {'rows' if writer.variant.step == 1 else 'all_rows'}")
+    for name in ("delta", "base"):
+        source.line(f"{name}_tile = {name}_ptr + line + {writer.place('row_0')}")
+
+
+def _key_gradients(writer: Writer, loop: Loop, kind: str, learned: list[LearnedRead]) -> None:
+    """What one tile of queries adds to the gradients of the keys."""
+    source = writer.source
+    loop.tile(source, kind, "i")
+    masked = _query_tile(writer, kind)
+    writer.dot("s", "k", "q", writer.d_parts)
+    gradients_of(writer, loop, kind, "turned", learned, functools.partial(_value_gradients, writer, masked))
+    for one in learned:
+        source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
+    for part in writer.d_parts:
+        grad, q = suffixed("grad_k", part), suffixed("q", part)
+        source.line(f"{grad} = tl.dot(ds.to({q}.dtype), {q}, {grad}, input_precision=PRECISION)")
+
+
 def _ramps(writer: Writer) -> None:
     """Steps of the exponent along the keys of the program, and along the queries of a tile."""
     ramp, source = writer.ramp, writer.source
     assert ramp is not None
     source.line(f"ref = {writer.number('BLOCK_N', 'tile')}")
-    writer.ramp_along("ramp", "(kv_idx - ref)", ramp.by_key)
-    writer.ramp_along("across", "row_0", ramp.by_query)
+    write_ramp(writer, "ramp", "(kv_idx - ref)", ramp.by_key)
+    write_ramp(writer, "across", "row_0", ramp.by_query)
 
 
 def _value_gradients(writer: Writer, masked: str) -> None:
@@ -289,68 +267,3 @@ def _query_tile(writer: Writer, kind: str) -> str:
     masked = ", mask=exists, other=0.0" if exists else ""
     source.line(f"base = tl.load(base_tile + {_first_row(writer)}{masked})")
     return masked
-
-
-Products = Callable[[], None]
-
-
-def gradients_of(writer: Writer, loop: Loop, kind: str, place: str, learned: list[LearnedRead], products: Products) -> None:
-    """From products ``s``: weights ``p``, gradients ``ds`` of the scaled products and ``d_...`` of learned reads.
-
-    ``products`` writes the products ``dp`` of values and gradients, and what needs the weights alone.
-    """
-    source = writer.source
-    row = "[None, :]" if place == "turned" else "[:, None]"
-    condition = loop.condition(source, writer.names(place)) if kind == "partial" else ""
-    weights_and_gradients(writer, condition, place, row, learned, products)
-
-
-def weights_and_gradients(
-    writer: Writer, condition: str, place: str, row: str, learned: list[LearnedRead], products: Products
-) -> None:
-    """The same for a condition at hand; ``row``: how a vector over queries is spread over the tile."""
-    source, expr = writer.source, writer.pattern.score.expr
-    if writer.plain:
-        writer.logits(place, condition)
-        source.line(f"p = tl.exp2(s * factor - base{row})")
-        products()
-        source.line(f"ds = p * (dp - delta{row})")
-        return
-    if writer.ramp is not None:
-        turned = place == "turned"
-        source.line(f"level = {writer.level('(q_offset + start)', 'ref') if turned else writer.level('q_idx', 'start')}")
-        writer.logits(place, condition)
-        source.line(f"p = tl.exp2(x - (base - {'across' if turned else 'level'}){row})")
-        products()
-        gain = "" if writer.ramp.gain == 1 else f" * ({writer.number_of(writer.ramp.gain)})"
-        source.line(f"ds = p * (dp - delta{row}){gain}")
-        return
-    if condition:
-        source.line(f"allowed = {condition}")
-    by = [derivative(expr, SCORE), *(derivative(expr, one.read) for one in learned)]
-    if SCORE in sympy.Tuple(expr, *by).free_symbols:
-        source.line("score = s * scale")
-    text, *slopes = write_expressions(source, (expr, *by), writer.names(place), real="tl.float32")
-    writer.logit(text, "allowed" if condition else "")
-    source.line(f"p = tl.exp2(x * LOG2E - base{row})" if writer.in_log2 else f"p = tl.exp2((x - base{row}) * LOG2E)")
-    products()
-    source.line(f"dx = p * (dp - delta{row})")
-    for name, slope, found in zip(["ds", *(f"d_{one.name}" for one in learned)], slopes, by, strict=True):
-        if found == 1:
-            source.line(f"{name} = dx")
-        elif condition:  # the slope may be anything where a pair is masked
-            source.line(f"{name} = tl.where(allowed, dx * ({slope}), 0.0)")
-        else:
-            source.line(f"{name} = dx * ({slope})")
-
-
-def predicate(writer: Writer, place: str) -> str:
-    """The whole condition of a pair, the lengths included, for kernels that visit tiles in an order of their own."""
-    q, kv = ("[:, None]", "[None, :]") if place == "tile" else ("[None, :]", "[:, None]")
-    inside = f"(row{q} < rows) & (kv_idx{kv} < kv_len)"
-    mask = writer.pattern.mask.expr
-    if mask == sympy.true:
-        return inside
-    if mask == sympy.false:
-        return f"{inside} & (row{q} < 0)"
-    return f"({write_expression(writer.source, mask, writer.names(place), real='tl.float64')}) & {inside}"

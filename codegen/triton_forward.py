@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import write_expression
+from sparsedsl.codegen.triton_logits import level_of, number_of, write_factor, write_logits, write_ramp
 from sparsedsl.codegen.triton_loops import Loop
-from sparsedsl.codegen.triton_parts import KernelSource, Variant, Writer, suffixed
+from sparsedsl.codegen.triton_parts import KernelSource, Variant, suffixed
+from sparsedsl.codegen.triton_writer import Writer
 from sparsedsl.lang.pattern import Pattern
 
 __all__ = ["write_decode", "write_forward", "write_merge"]
@@ -113,7 +115,7 @@ def _begin(writer: Writer, loop: Loop) -> None:
     source = writer.source
     loop.prepare(source, writer.names("queries"))
     source.line("# The softmax so far: largest logit, sum and weighted values. `most` stays finite, so no row needs a check.")
-    writer.factor()
+    write_factor(writer)
     if writer.plain:
         source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32) / tl.maximum(factor, 1.0)")
     else:
@@ -127,7 +129,7 @@ def _begin(writer: Writer, loop: Loop) -> None:
             "# Logits rise evenly along keys: to each product a step by its place in the tile, and one number for all pairs."
         )
         source.line(f"ref = q_offset + tl.minimum({writer.number('BLOCK_M', 'tile')} + BLOCK_M - 1, rows - 1)")
-        writer.ramp_along("ramp", "column_0", writer.ramp.by_key)
+        write_ramp(writer, "ramp", "column_0", writer.ramp.by_key)
 
 
 def _loops(writer: Writer, loop: Loop, *, split: bool) -> None:
@@ -146,9 +148,9 @@ def _step(writer: Writer, loop: Loop, kind: str) -> None:
     writer.load_column_tile("k", kind)
     writer.dot("s", "q", "k", writer.d_parts)
     condition = loop.condition(source, writer.names("tile")) if kind == "partial" else ""
-    writer.logits("tile", condition)
+    write_logits(writer, "tile", condition)
     if writer.ramp is not None:
-        source.line(f"level = {writer.level('ref', 'start')}")
+        source.line(f"level = {level_of(writer, 'ref', 'start')}")
         source.line("larger = tl.maximum(most, tl.max(x, 1) + level)")
         source.line("shrink = tl.exp2(most - larger)")
         source.line("p = tl.exp2(x - (larger - level)[:, None])")
@@ -174,7 +176,7 @@ def _end(writer: Writer) -> None:
         source.line("most = most * scale")
     if writer.ramp is not None:
         source.line("# What all keys of a query have in common: its distance to the query that the tile counted from.")
-        source.line(f"most = most / LOG2E + (q_idx - ref).to(tl.float32) * ({writer.number_of(writer.ramp.by_query)})")
+        source.line(f"most = most / LOG2E + (q_idx - ref).to(tl.float32) * ({number_of(writer, writer.ramp.by_query)})")
     if sink is not None:
         source.line("# The sink: one more logit, whose value is zero.")
         text = write_expression(source, sink.expr, writer.names("queries"), real="tl.float32")

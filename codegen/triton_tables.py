@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 
+from sparsedsl.codegen.gradient_axes import LearnedRead
 from sparsedsl.codegen.source import Source
-from sparsedsl.codegen.triton_backward import LearnedRead, predicate, weights_and_gradients
-from sparsedsl.codegen.triton_parts import KernelSource, Variant, Writer
+from sparsedsl.codegen.triton_logits import predicate, weights_and_gradients
+from sparsedsl.codegen.triton_parts import KernelSource, Variant
+from sparsedsl.codegen.triton_writer import Writer
 from sparsedsl.lang.pattern import Pattern
 
 __all__ = ["write_grad_difference", "write_grad_pairs"]

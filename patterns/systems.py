@@ -85,31 +85,32 @@ def nha(
     >>> attn(q, k, v, gate=gate).shape
     torch.Size([1, 4, 24, 16])
     """
-    slots = check_whole("nha", "slots", slots, 1)
+    slots, first = check_whole("nha", "slots", slots, 1), check_whole("nha", "first", first, 0)
     check_choice("nha", "empty", empty, ("zero_sink", "masked"))
-    near: dict[str, Any] = {
-        "q": sd.input("q_rope", " ".join(sd.q.axes), default=sd.q),
-        "k": sd.input("k_rope", " ".join(sd.k.axes), default=sd.k),
-    }
-    first = check_whole("nha", "first", first, 0)
     slot_bias = None if slot_bias is None else check_head_logit("nha", "slot_bias", slot_bias)
     sink = None if sink is None else check_head_logit("nha", "sink", sink)
+    near: dict[str, Any] = {name: sd.input(f"{name}_rope", " ".join(x.axes), default=x) for name, x in (("q", sd.q), ("k", sd.k))}
     if window is None:  # nothing leaves the window: the slots are so many keys of zeros, or nothing at all
-        if empty == "zero_sink":
-            zeros = math.log(slots) if slot_bias is None else slot_bias + math.log(slots)
-            sink = zeros if sink is None else sink + softplus(zeros - sink)  # the log of the sum of both
-        return sd.attend(causal(), sink=sink, **near)
+        return sd.attend(causal(), sink=sink if empty == "masked" else _with_zeros(sink, slots, slot_bias), **near)
     window = check_whole("nha", "window", window, 0)
     if not window and (first or slot_bias is not None or sink is not None):
         raise PatternError(
             "nha(): window=0 leaves nothing beside the slots; first, slot_bias and sink want a window of 1 or more"
         )
-    if slot_bias is not None:
-        near["score"], sink = score - slot_bias, None if sink is None else sink - slot_bias
     gate = sd.input("gate", f"batch kv_heads keys {slots}")
     far = sd.recall(sd.slots(gate, delay=window, temperature=temperature, empty=empty, first=first))
+    if not window:
+        return far
     seen = sliding_window(window) | sinks(first) if first else sliding_window(window)
-    return sd.joint(far, sd.attend(seen, sink=sink, **near)) if window else far
+    if slot_bias is not None:
+        near["score"], sink = score - slot_bias, None if sink is None else sink - slot_bias
+    return sd.joint(far, sd.attend(seen, sink=sink, **near))
+
+
+def _with_zeros(sink: Any, slots: int, bias: Any) -> Any:
+    """One logit for a sink and so many logits of 0, each with a bias: the logarithm of their sum."""
+    zeros = math.log(slots) if bias is None else bias + math.log(slots)
+    return zeros if sink is None else sink + softplus(zeros - sink)
 
 
 def pbs(block: int = 128, segment: int = 256, mass: float = 0.9, share: str = "head") -> Pattern | Attend:

@@ -28,10 +28,12 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     # isort: off
     # fmt: off
     from sparsedsl import models as models, patterns as patterns, testing as testing
+    from sparsedsl.analysis.cached_keys import CacheBound as CacheBound
     from sparsedsl.analysis.caches import cache_bytes as cache_bytes, clear_caches as clear_caches
     from sparsedsl.analysis.proofs import PROVED as PROVED, REFUTED as REFUTED, UNKNOWN as UNKNOWN, Verdict as Verdict
     from sparsedsl.analysis.proofs import equivalent as equivalent, implies as implies
     from sparsedsl.analysis.report import Analysis as Analysis, analyse as analyse
+    from sparsedsl.execute.cache_bounds import cache_bound as cache_bound
     from sparsedsl.execute.compiling import compile as compile
     from sparsedsl.execute.compiled import Attention as Attention
     from sparsedsl.gpu.builds import Build as Build, build as build
@@ -75,6 +77,8 @@ _PUBLIC = {
         "sparsedsl.analysis.report": "Analysis analyse",
         "sparsedsl.analysis.caches": "cache_bytes clear_caches",
         "sparsedsl.gpu.builds": "Build build",
+        "sparsedsl.analysis.cached_keys": "CacheBound",
+        "sparsedsl.execute.cache_bounds": "cache_bound",
         "sparsedsl.execute.compiled": "Attention",
         "sparsedsl.execute.compiling": "compile",
         "sparsedsl.plotting": "plot",

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsedsl import tune_command
+from sparsedsl import kernel_command, tune_command
 from sparsedsl.errors import PatternError, SparseDSLError
 from sparsedsl.lang.advice import meant
 from sparsedsl.settings import settings
@@ -45,9 +45,12 @@ examples:
   python -m sparsedsl check my_patterns.py:mine
   python -m sparsedsl check my_patterns.py:mine --causal --examples 500
   python -m sparsedsl check my_package.masks:prefix_lm --backend flex --examples 10 --seed 0
+  python -m sparsedsl check --kernel my_kernels.py:attend --implements my_patterns.py:mine --lse --tiles 64x32
+  python -m sparsedsl check --kernel my_kernels.py:kernel --deep --json    # what sd.testing.Kernel made, claims and all
 
 Tables that are not given are drawn at random, as their declarations allow. Exit code 1 if a property does not hold; then
-a program that shows it is printed.""",
+a program that shows it is printed. With --kernel a kernel of your own is tested (docs/testing.md); exit code 2 if it refuses
+every call.""",
     "build": """\
 examples:
   python -m sparsedsl build sparsedsl.patterns:causal --target sm_90 --head-dim 128
@@ -116,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         command.set_defaults(run=run)
-        command.add_argument("spec", metavar="SPEC", nargs="?" if run is _tune else None, help="module:name or file.py:name")
+        command.add_argument(
+            "spec", metavar="SPEC", nargs="?" if run in (_tune, _check) else None, help="module:name or file.py:name"
+        )
         if run is _build:
             _add_build(command)
             continue
@@ -127,9 +132,12 @@ def _parser() -> argparse.ArgumentParser:
             tune_command.add_arguments(command)
             continue
         if run is _check:
-            command.add_argument("--examples", type=_count, default=50, metavar="N", help="random cases a property (default 50)")
+            command.add_argument(
+                "--examples", type=_count, metavar="N", help="random cases a property (default 50; of a kernel 100)"
+            )
             command.add_argument("--causal", action="store_true", default=None, help="fail if any query sees a later position")
             command.add_argument("--seed", type=int, metavar="N", help="draw the same cases each time")
+            kernel_command.add_arguments(command)
         else:
             _add_shape(command, costs=run is _explain)
         if run is _plot:
@@ -227,6 +235,9 @@ def _plot(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     import sparsedsl as sd
 
+    if arguments.kernel is not None or arguments.spec is None:
+        return kernel_command.run(arguments)
+    kernel_command.refuse_without_kernel(arguments)
     pattern = load_pattern(arguments.spec)
     report = sd.testing.check(
         pattern, examples=arguments.examples, progress=sys.stderr.isatty(), backend=arguments.backend, causal=arguments.causal,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sparsedsl.lang.pattern import Pattern
     from sparsedsl.program.graph import Program
 
-__all__ = ["CannotLoad", "load_pattern", "load_tables"]
+__all__ = ["CannotLoad", "load_object", "load_pattern", "load_tables"]
 
 
 class CannotLoad(Exception):
@@ -33,15 +33,7 @@ def load_pattern(spec: str) -> Pattern | Program:
     from sparsedsl.program.graph import as_program
     from sparsedsl.tracing import trace_mask, trace_score
 
-    place, colon, name = spec.rpartition(":")
-    if not colon or not place or not name:
-        raise CannotLoad(f"SPEC must be module:name or file.py:name; got {spec!r}")
-    value: Any = _load_module(place)
-    for part in name.split("."):
-        if not hasattr(value, part):
-            public = sorted(n for n in vars(value) if not n.startswith("_") and not inspect.ismodule(getattr(value, n)))
-            raise CannotLoad(f"{place} has no {name!r}; it has {', '.join(public) or 'no public names'}{meant(part, public)}")
-        value = getattr(value, part)
+    value = load_object(spec)
     compiled = hasattr(value, "program") or hasattr(value, "pattern")
     if callable(value) and not isinstance(value, (Expression, Pattern)) and not compiled:
         wanted = _required(value, spec)
@@ -61,6 +53,20 @@ def load_pattern(spec: str) -> Pattern | Program:
         return as_pattern(getattr(value, "pattern", value), where=spec)
     except PatternError as error:
         raise CannotLoad(str(error)) from None
+
+
+def load_object(spec: str) -> Any:
+    """What ``module:name`` or ``file.py:name`` names, as it is."""
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        raise CannotLoad(f"SPEC must be module:name or file.py:name; got {spec!r}")
+    value: Any = _load_module(place)
+    for part in name.split("."):
+        if not hasattr(value, part):
+            public = sorted(n for n in vars(value) if not n.startswith("_") and not inspect.ismodule(getattr(value, n)))
+            raise CannotLoad(f"{place} has no {name!r}; it has {', '.join(public) or 'no public names'}{meant(part, public)}")
+        value = getattr(value, part)
+    return value
 
 
 def _required(value: Callable[..., Any], spec: str) -> int:

@@ -108,6 +108,19 @@ def test_aot_vs_flex_compares_what_was_counted():
     assert found["causal forward D 64: serial over what is longest"] == (pytest.approx(2112 / 1024), False)
 
 
+def test_aot_tiles_ranks_what_may_run():
+    script = load("aot_tiles")
+    found = [
+        script.Candidate("32x64", 9.0, 3.0, "", 128, 2, True),
+        script.Candidate("128x128", 4.0, 2.0, "9% of a loop reads or writes spills", 255, 1, False),
+        script.Candidate("64x64", 7.0, 3.0, "", 168, 1, False),
+        script.Candidate("64x32", 8.0, 3.0, "", 128, 2, False),
+    ]
+    assert [one.config for one in script.best_first(found)] == ["64x64", "64x32", "32x64", "128x128"]
+    shown = script.table("forward, sm_90 D 64", found, most=1).splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in shown] == [["| 64x64", "1.000"], ["| 32x64 (default)", "1.200"]]
+
+
 def test_aot_resources_counts_what_goes_wrong():
     script = load("aot_resources")
     good = {"products": 2, "instructions": {"wgmma.mma_async": 8}, "spills": 0, "local_share": 0.0, "blocks": 1}
@@ -133,6 +146,19 @@ def test_aot_resources_counts_what_goes_wrong():
         "- causal, sm_90, D 64: cannot be built: no such thing",
     ]
     assert script.flags(records[:0]) == "Nothing to report."
+
+
+def test_aot_resources_keeps_what_it_does_not_build(tmp_path):
+    script, path = load("aot_resources"), tmp_path / "x.json"
+    about = {"kernels": {}, "error": None, "problems": []}
+
+    def record(pattern: str, target: str, dim: int, commit: str) -> dict[str, Any]:
+        return about | {"pattern": pattern, "target": target, "head_dim": dim, "commit": commit}
+
+    new = [record("causal", "sm_90", 64, "new"), record("alibi", "sm_90", 64, "new")]
+    assert script.kept(path, new) == new[::-1], "in the order of the script"
+    path.write_text(json.dumps({"records": [record("causal", "sm_80", 64, "old"), record("causal", "sm_90", 64, "old")]}))
+    assert script.kept(path, new) == [new[1], record("causal", "sm_80", 64, "old"), new[0]]
 
 
 def test_aot_resources_covers_the_library():
@@ -476,3 +502,29 @@ def test_activations_are_those_of_the_layer_and_kept(tmp_path, monkeypatch, tiny
     monkeypatch.setattr(module, "capture", lambda length: pytest.fail("a shorter text is a prefix of what is kept"))
     for short, whole in zip(module.captured(25), (q, k, v), strict=True):
         assert torch.equal(short, whole[:, :, :25])
+
+
+def test_model_families(tmp_path):
+    """Two families, one of which has no layers for patterns; what is measured later is added to what is there."""
+    pytest.importorskip("transformers")
+    script = load("model_families")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- families -->\nold\n<!-- /families -->\nafter\n")
+    results = tmp_path / "families.json"
+    script.measure(["olmo", "mpt"], ["forward", "left padding"], results)
+    script.measure(["olmo"], ["chunks"], results)
+    script.write_page(results, page)
+    olmo = {record["family"]: record for record in json.loads(results.read_text())["records"]}["olmo"]
+    assert {olmo[column] for column in ("forward", "left padding", "one layer", "restore", "chunks")} == {"same"}
+    text = page.read_text()
+    assert text.startswith("before\n<!-- families -->\n1 families of") and text.endswith("<!-- /families -->\nafter\n")
+    assert "| olmo | all | yes | yes |  |  |  |  |  |  | yes | yes | yes |  |" in text
+    assert "- [1]: mpt" in text and "1. it has no layer that calls transformers' attention interface" in text
+
+
+def test_a_difference_of_a_family_is_seen():
+    script = load("model_families")
+    assert script.differs(torch.ones(3), torch.ones(3) + 1e-5) == "same"
+    assert script.differs(torch.ones(3), torch.ones(3) + 1e-2) == "off by 0.01"
+    assert script.differs(torch.tensor([1, 2]), torch.tensor([1, 3])) == "other tokens"
+    assert script.table([{"family": "x", "layers": "all", "forward": "off by 0.01"}]).count("**1**") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -338,3 +339,61 @@ def test_build_for_the_cpu(run: Run) -> None:
     assert (code, err) == (0, "") and "void ends(const Call *call" in out and "is ready after" in out
     code, out, err = run("build", "mine:window", "--target", "cpu", "--out", "here")
     assert code == 2 and "libraries lie in the cache folder" in err
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------
+
+KERNELS = """
+import torch
+import sparsedsl as sd
+
+full = sd.kv_idx >= 0
+keep = sd.kv_idx < sd.table("end")[sd.b]
+
+def right(q, k, v):
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+def wrong(q, k, v):
+    return torch.softmax(q @ k.mT, -1) @ v
+
+kernel = sd.testing.Kernel(right, implements=full, group=1, dtypes="float32")
+wrong_kernel = sd.testing.Kernel(wrong, implements=full, group=1, dtypes="float32")
+number = 3
+"""
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kernels.py").write_text(KERNELS)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_kernel_is_checked_and_reported_as_text_and_json(run: Run) -> None:
+    words = ("--examples", "3", "--seed", "0", "--only", "NUM")
+    code, out, err = run("check", "--kernel", "kernels.py:kernel", *words)
+    assert (code, err) == (0, "") and "right, as far as tried; seed 0" in out
+    code, out, _ = run("check", "--kernel", "kernels.py:wrong_kernel", *words, "--json")
+    assert code == 1 and json.loads(out)["properties"][0]["failure"]["guess"] == "the scale is left out"
+    code, out, _ = run("check", "--kernel", "kernels.py:wrong", "--implements", "kernels.py:full", *words)
+    assert code == 1 and "NUM" in out
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "check wants a SPEC of a pattern, or --kernel"),
+        (("kernels.py:full", "--lse"), "--lse is about a kernel of your own"),
+        (("kernels.py:full", "--kernel", "kernels.py:right"), "say --implements kernels.py:full"),
+        (("--kernel", "kernels.py:right"), "say by --implements file.py:pattern what it computes"),
+        (("--kernel", "kernels.py:number"), "is a int; wanted a function on q, k and v"),
+        (("--kernel", "kernels.py:kernel", "--lse"), "leave out --lse"),
+        (("--kernel", "kernels.py:kernel", "--deep", "--quick"), "give one of them"),
+        (("--kernel", "kernels.py:right", "--implements", "kernels.py:keep"), "has no argument 'end'"),
+        (("--kernel", "kernels.py:nothing"), "has no 'nothing'"),
+    ],
+)
+def test_mistakes_with_kernels_give_one_message(run: Run, arguments: tuple[str, ...], words: str) -> None:
+    code, _, err = run("check", *arguments)
+    assert code == 2 and words in err

@@ -89,7 +89,11 @@ def run(document: list[Block]) -> int:
     return len(ran)
 
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("conversion", "kernels", "programs", "tuning"))]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("conversion", "kernels", "models", "programs", "search", "testing", "tuning")),
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

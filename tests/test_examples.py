@@ -19,6 +19,7 @@ ELSEWHERE = {
     "gemma.py": "the parts of gemma_hybrid.py",
     "gemma_finetune.py": "needs the same weights: below with a model of random ones",
     "gemma_sparse_prefill.py": "needs the same weights: tests/models/test_sparse_prefill.py with a model of random ones",
+    "gemma_search.py": "needs the same weights: tests/models/test_search_example.py with a model of random ones",
     "after_prompt.py": "the parts of gemma_sparse_prefill.py",
     "sparse_prefill_picture.py": "the picture of gemma_sparse_prefill.py",
     "needle_task.py": "the task of hsa_needle.py",

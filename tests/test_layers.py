@@ -36,6 +36,7 @@ ARROW = [
     ["strip_picture", "program_picture"],
     ["plotting", "testing", "models", "specs"],
     ["__init__"],
+    ["kernel_command"],
     ["cli"],
     ["__main__"],
 ]

@@ -31,7 +31,7 @@ static void prepare(const Call *c, const Strip &strip, const Desk &desk, Given &
     bool far = false;
     for (i64 i = 0; i < strip.lanes.count; i++) {
         real *out = desk.values, *grad = given.grad + i * broad_v;
-        i64 line = (strip.b * c->heads + strip.h[i]) * c->rows + strip.row[i];
+        i64 line = line_of(c, strip, i);
         read_row(c->q, c->kind, c->head_dim, strip, i, given.q + i * broad);
         read_row(c->grad_out, c->kind, c->head_dim_v, strip, i, grad);
         read_row(c->out, c->kind, c->head_dim_v, strip, i, out);
@@ -53,7 +53,7 @@ static void prepare(const Call *c, const Strip &strip, const Desk &desk, Given &
         add_sink(c, strip, sums);
         for (i64 i = 0; i < strip.lanes.count; i++) {
             i64 lane = least(i, strip.used - 1);
-            real size = __builtin_fabs(c->lse[(strip.b * c->heads + strip.h[i]) * c->rows + strip.row[i]]);
+            real size = __builtin_fabs(c->lse[line_of(c, strip, i)]);
             if (!(size > FAR && size < -LOWEST)) continue;
             given.lse[i] = sums.highest[lane];
             given.delta[i] /= sums.total[lane];
@@ -94,8 +94,8 @@ static void add_strip(const Call *c, const Strip &strip, real *room, Gains gains
     real *change = room + Desk::size(c), *slope = change + MOST_LANES * BLOCK_KEYS, *plain = slope + MOST_LANES * BLOCK_KEYS;
     Given given(c, plain + MOST_LANES * BLOCK_KEYS);
     prepare(c, strip, desk, given);
-    Head k(c->k, c->kind, c->head_dim, strip.b, strip.kv_head, strip.lanes.residue, c->step);
-    Head v(c->v, c->kind, c->head_dim_v, strip.b, strip.kv_head, strip.lanes.residue, c->step);
+    Head k = keys_of(c, strip, c->k, c->head_dim), v = keys_of(c, strip, c->v, c->head_dim_v);
+    const int *places = c->key_places.of(strip.b, strip.h[0], c->heads, c->keys);
     real factor = c->slope ? 1 : (real)(c->scale * LOG2E);
     visit(c, strip, 0, 1, [&](i64 key, i64 count, bool full) {
         Rows some_k = k.rows(key, count, true, desk.keys), some_v = v.rows(key, count, false, desk.values);
@@ -108,27 +108,32 @@ static void add_strip(const Call *c, const Strip &strip, real *room, Gains gains
         if (c->gains) c->gains(c, &strip.lanes, key, count, plain, change, gains.tables);
         for (i64 i = 0; c->slope && i < count * lanes; i += WIDTH)
             put(change + i, at(change + i) == (real)0 ? Vector{} : at(change + i) * at(slope + i));
-        i64 place = key * c->step + strip.lanes.residue - gains.first;
-        product<true>(count, broad_v, strip.used, desk.tile, lanes, 1, given.grad, broad_v, gains.v + place * broad_v, c->step * broad_v);
-        product<true>(count, broad, strip.used, change, lanes, 1, given.q, broad, gains.k + place * broad, c->step * broad);
+        real *to_k[BLOCK_KEYS], *to_v[BLOCK_KEYS];
+        for (i64 j = 0; j < count; j++) {
+            i64 position = (key + j) * c->step + strip.lanes.residue, place = (places ? places[position] : position) - gains.first;
+            to_k[j] = gains.k + place * broad, to_v[j] = gains.v + place * broad_v;
+        }
+        Even<const real> weights{desk.tile, lanes}, changes{change, lanes};
+        product_of<true>(count, broad_v, strip.used, weights, 1, given.grad, broad_v, BROAD, Listed<real>{to_v});
+        product_of<true>(count, broad, strip.used, changes, 1, given.q, broad, BROAD, Listed<real>{to_k});
         product<true>(strip.used, broad, count, change, 1, lanes, some_k.first, some_k.row, given.grad_q, broad);
     });
     for (i64 i = 0; i < strip.used; i++) {
-        real *to = c->grad_q + ((strip.b * c->heads + strip.h[i]) * c->rows + strip.row[i]) * c->head_dim;
+        real *to = c->grad_q + line_of(c, strip, i) * c->head_dim;
         for (i64 j = 0; j < c->head_dim; j++) to[j] = given.grad_q[i * broad + j] * (real)c->scale;
     }
 }
 
-// The keys that some of a head's strips see: from `low` to `high`.
+// The rows of keys that some of a head's strips see: from `low` to `high`.
 static void reach(const Call *c, const Cut &cut, i64 head, i64 from, i64 to, i64 &low, i64 &high) {
     low = c->keys, high = 0;
+    if (c->intervals < 0 || c->key_places.first) {
+        low = 0, high = c->key_places.rows(c->keys);
+        return;
+    }
     for (i64 n = from; n < to; n++) {
         Strip strip(c, cut, head / c->kv_heads, head % c->kv_heads, n);
         if (!strip.used) continue;
-        if (c->intervals < 0) {
-            low = 0, high = c->keys;
-            return;
-        }
         for (i64 s = 0; s < c->intervals; s++)
             if (strip.begin[s] < strip.end[s]) {
                 low = least(low, strip.begin[s] * c->step + strip.lanes.residue);
@@ -140,7 +145,8 @@ static void reach(const Call *c, const Cut &cut, i64 head, i64 from, i64 to, i64
 // Adds what a part has come to, keys `part.first` and on, to the gradients of its head.
 static void join(const Call *c, i64 head, Gains part, i64 length) {
     i64 broad = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
-    real *k = c->grad_k + (head * c->keys + part.first) * broad, *v = c->grad_v + (head * c->keys + part.first) * broad_v;
+    i64 row = head * c->key_places.rows(c->keys) + part.first;
+    real *k = c->grad_k + row * broad, *v = c->grad_v + row * broad_v;
     for (i64 i = 0; i < length * broad; i += WIDTH) put(k + i, at(k + i) + at(part.k + i));
     for (i64 i = 0; i < length * broad_v; i += WIDTH) put(v + i, at(v + i) + at(part.v + i));
 }
@@ -152,6 +158,7 @@ extern "C" int attend_backward(Call *c) {
     cut_strips(c);
     Cut cut(c);
     i64 heads = c->batch * c->kv_heads, parts = c->parts, broad = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
+    i64 keys = c->key_places.rows(c->keys);
     if (parts > cut.strips_of_head) parts = cut.strips_of_head;
     bool failed = false;
     if (c->parts_alone || is_little(c)) c->threads = 1;
@@ -164,7 +171,7 @@ extern "C" int attend_backward(Call *c) {
         i64 head = n / parts, part = n % parts;
         i64 from = cut.strips_of_head * part / parts, to = cut.strips_of_head * (part + 1) / parts;
         real *room = own_room.of(Desk::size(c) + Given::size(c) + 3 * MOST_LANES * BLOCK_KEYS);
-        Gains gains = {c->grad_k + head * c->keys * broad, c->grad_v + head * c->keys * broad_v, 0, nullptr};
+        Gains gains = {c->grad_k + head * keys * broad, c->grad_v + head * keys * broad_v, 0, nullptr};
         i64 low = 0, high = 0;
         real *own = nullptr;
         if (parts > 1 && room) {
@@ -200,8 +207,8 @@ extern "C" int attend_backward(Call *c) {
     __builtin_free(ready);
     real scale = c->scale;
     share(c, failed ? 0 : heads, [&](i64 head) {
-        real *k = c->grad_k + head * c->keys * broad;
-        for (i64 i = 0; i < c->keys * broad; i += WIDTH) put(k + i, at(k + i) * scale);
+        real *k = c->grad_k + head * keys * broad;
+        for (i64 i = 0; i < keys * broad; i += WIDTH) put(k + i, at(k + i) * scale);
     });
     return failed ? -1 : 0;
 }

@@ -22,6 +22,18 @@ struct Tensor {
     i64 batch, head, row;
 };
 
+// Which row of a tensor each position of a head has, (batch or 1, some heads, positions); or null: that of its own number.
+struct Places {
+    const int *first;
+    i64 batch, heads;  // `batch`: heads from one entry to the next, or 0
+    i64 length;  // rows of the tensor
+
+    const int *of(i64 b, i64 head, i64 of_heads, i64 positions) const {
+        return first ? first + (b * batch + head * heads / of_heads) * positions : nullptr;
+    }
+    i64 rows(i64 positions) const { return first ? length : positions; }
+};
+
 struct Call {
     i64 batch, heads, kv_heads, rows, keys, head_dim, head_dim_v, q_offset;
     double scale;
@@ -29,7 +41,7 @@ struct Call {
     i64 threads;
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel, of the OpenMP that torch uses
     Tensor q, k, v, out;
-    real *lse;  // (batch, heads, rows)
+    real *lse;  // (batch, heads, rows of q)
 
     // How strips are cut: queries of each of so many heads of a group. `step`: residues modulo it, one after the other.
     i64 strip_queries, strip_heads, step;
@@ -45,10 +57,13 @@ struct Call {
     const int *full_starts, *full_columns, *partial_starts, *partial_columns;
     i64 list_batch, list_head, list_rows;
 
+    // Where rows of k and v lie, and those of q, out and LSE; each has one for each position of `keys` and `rows`.
+    Places key_places, query_places;
+
     // The backward pass: gradients of the results; sums over the key/value head, as wide as whole vectors.
     Tensor grad_out;
     const real *grad_lse;  // or null
-    real *delta;  // (batch, heads, rows): sum of out * grad_out less grad_lse
+    real *delta;  // like the LSE: sum of out * grad_out less grad_lse
     real *grad_q, *grad_k, *grad_v;  // contiguous; widths of grad_k and grad_v rounded up to whole vectors
     void (*slope)(const Call *, const Lanes *, i64 key, i64 keys, real *tile, real *slope);  // score, and its derivative
     void (*gains)(const Call *, const Lanes *, i64 key, i64 keys, const real *tile, const real *change, double *sums);

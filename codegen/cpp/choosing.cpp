@@ -30,7 +30,7 @@ struct Step {
     i64 a_kind, a_heads, width, both;
     Tensor b, other;
     i64 b_kind, b_heads;
-    i64 turned;  // where they begin, among those of all products
+    i64 turned;  // where they begin, among those of all products; -1: for the few rows of this call they stay as they are
     // CELLS: strides of (batch, heads, rows, blocks); 0 serves all.
     const real *cells;
     i64 batch, head, row, column;
@@ -120,29 +120,71 @@ struct Some {
         }
     }
 
+    // Rows of `a` by themselves: those of `n` heads from h on, times the scale, `width` from one to the next; of `both` the part above 0 and,
+    // `second` after it, the part below.
+    void scaled_rows(const Step &s, i64 h, i64 n, i64 width, i64 second, real *to) const {
+        real scale = s.scale;
+        for (i64 m = 0; m < n; m++)
+            for (i64 i = 0; i < rows; i++) {
+                real *x = to + (m * rows + i) * width;
+                i64 of_a = (h + m) * s.a_heads / s.heads;
+                widen(s.a.first + (b * s.a.batch + of_a * s.a.head + (row + i) * s.a.row) * element_bytes(s.a_kind), s.a_kind, s.width, x);
+                for (i64 d = 0; d < s.width; d++) {
+                    real y = x[d] * scale;
+                    x[d] = s.both && y < 0 ? 0 : y;
+                    if (s.both) x[second + d] = y > 0 ? 0 : y;
+                }
+            }
+    }
+
+    // How many heads from `head` on, before `end`, have the columns of the same head of `b`.
+    static i64 sharing(const Step &s, i64 head, i64 end) {
+        i64 n = 1;
+        while (head + n < end && (head + n) * s.b_heads / s.heads == head * s.b_heads / s.heads) n++;
+        return n;
+    }
+
     Plane dot(const Step &s, i64 head, i64 heads, i64 low, i64 high) {
+        if (s.turned < 0) return dot_few(s, head, heads, low, high);
         i64 left = low / BROAD * BROAD, columns = whole_vectors(high - left), width = s.both ? 2 * s.width : s.width;
         real *to = take(heads * rows * columns), *some = take(heads * rows * width), *before = free;
-        real scale = s.scale;
         for (i64 h = head, n; h < head + heads; h += n) {
             i64 of_b = h * s.b_heads / s.heads;
-            for (n = 0; h + n < head + heads && (h + n) * s.b_heads / s.heads == of_b; n++)
-                for (i64 i = 0; i < rows; i++) {
-                    real *x = some + (n * rows + i) * width;
-                    i64 of_a = (h + n) * s.a_heads / s.heads;
-                    widen(s.a.first + (b * s.a.batch + of_a * s.a.head + (row + i) * s.a.row) * element_bytes(s.a_kind), s.a_kind, s.width, x);
-                    for (i64 d = 0; d < s.width; d++) {
-                        real y = x[d] * scale;
-                        x[d] = s.both && y < 0 ? 0 : y;
-                        if (s.both) x[s.width + d] = y > 0 ? 0 : y;
-                    }
-                }
+            n = sharing(s, h, head + heads);
+            scaled_rows(s, h, n, width, s.width, some);
             const real *columns_of_b = turned + s.turned + ((b * s.b_heads + of_b) * panels_of(s) * BROAD + left) * width;
             product_of<false>(n * rows, columns, width, Even<const real>{some, width}, 1, columns_of_b, BROAD, width * BROAD,
                               Even<real>{to + (h - head) * rows * columns, columns});
         }
         free = before;
         return {to, rows * columns, columns, left};
+    }
+
+    // The same where turning the columns would take longer than reading them once for each row.
+    Plane dot_few(const Step &s, i64 head, i64 heads, i64 low, i64 high) {
+        i64 columns = whole_vectors(high - low), broad = whole_vectors(s.width), width = (1 + s.both) * broad;
+        real *to = take(heads * rows * columns), *before = free, *some = take(heads * rows * width), *room = take(BROAD * broad);
+        for (i64 n = 0; n < heads * rows * width; n++) some[n] = 0;
+        for (i64 h = head, n; h < head + heads; h += n) {
+            n = sharing(s, h, head + heads);
+            scaled_rows(s, h, n, width, broad, some);
+            i64 of_b = h * s.b_heads / s.heads;
+            for (i64 j = low; j < high; j += BROAD)
+                for (i64 first = 0; first < n * rows; first += FEW) {
+                    const real *few[FEW];
+                    i64 lanes = least(FEW, n * rows - first), count = least(BROAD, high - j);
+                    real *here = to + ((h - head) * rows + first) * columns + j - low;
+                    for (i64 lane = 0; lane < lanes; lane++) few[lane] = some + (first + lane) * width;
+                    Head of(s.b, s.b_kind, s.width, b, of_b, 0, 1);
+                    multiply_few<false>(lanes, count, broad, of.rows(j, count, true, room), few, here, 1, columns);
+                    if (!s.both) continue;
+                    for (i64 lane = 0; lane < lanes; lane++) few[lane] += broad;
+                    Head less(s.other, s.b_kind, s.width, b, of_b, 0, 1);
+                    multiply_few<true>(lanes, count, broad, less.rows(j, count, true, room), few, here, 1, columns);
+                }
+        }
+        free = before;
+        return {to, rows * columns, columns, low};
     }
 
     Plane cells(const Step &s, i64 head, i64 heads, i64 low, i64 high) {
@@ -264,7 +306,7 @@ struct Some {
         const Step &s = c->step(number);
         i64 own = heads * rows * (whole_vectors(s.blocks) + BROAD + 2 * WIDTH) + WIDTH;
         switch (s.kind) {
-            case DOT: return own + heads * rows * 2 * s.width + WIDTH;
+            case DOT: return own + (heads * rows * 2 + BROAD) * whole_vectors(s.width) + 2 * WIDTH;
             case CELLS: return own;
             case ADD:
                 return own + size(c, s.first, least(heads, c->step(s.first).heads), rows) +
@@ -489,7 +531,7 @@ static bool turn_columns(const Choosing *c, real *turned) {
     bool done = true;
     for (i64 number = 0; number < c->count; number++) {
         const Step &s = c->step(number);
-        if (s.kind != DOT) continue;
+        if (s.kind != DOT || s.turned < 0) continue;
         i64 panels = panels_of(s), lines = c->batch * s.b_heads, width = s.both ? 2 * s.width : s.width;
         share_among(c->parallel, lines * s.blocks * width < (1 << 15) ? 1 : c->threads, lines * panels, [&](i64 n) {
             real *room = own_room.of(BROAD * whole_vectors(s.width)), *to = turned + s.turned + n * width * BROAD;

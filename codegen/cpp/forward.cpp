@@ -78,29 +78,6 @@ static void turn_queries(const Call *c, const Strip &strip, real *room, const re
     turn(rows, strip.lanes.count, c->head_dim, to);
 }
 
-// Products of a few queries with keys, for when vectors of queries would be nearly empty: here vectors run along the head, and WIDTH keys
-// at a time are added up. Queries lie in rows of `width`, which is whole vectors.
-constexpr i64 FEW = 4;
-
-static void multiply_few(i64 lanes, i64 keys, i64 width, Rows k, const real *const *queries, real *tile, i64 tile_row) {
-    const real *rows[WIDTH];
-    real sums[WIDTH * WIDTH], turned[WIDTH * WIDTH];
-    for (int i = 0; i < WIDTH; i++) rows[i] = sums + i * WIDTH;
-    for (i64 key = 0; key < keys; key += WIDTH)
-        for (i64 lane = 0; lane < lanes; lane++) {
-            Vector sum[WIDTH] = {};
-            const real *from[WIDTH];
-            for (int i = 0; i < WIDTH; i++) from[i] = k.first + least(key + i, keys - 1) * k.row;
-            for (i64 j = 0; j < width; j += WIDTH)
-                for (int i = 0; i < WIDTH; i++) sum[i] += at(from[i] + j) * at(queries[lane] + j);
-            for (int i = 0; i < WIDTH; i++) put(sums + i * WIDTH, sum[i]);
-            turn_square(rows, 0, turned, WIDTH);
-            Vector total = {};
-            for (int i = 0; i < WIDTH; i++) total += at(turned + i * WIDTH);
-            for (int i = 0; i < WIDTH && key + i < keys; i++) tile[(key + i) * tile_row + lane] = total[i];
-        }
-}
-
 // Room that a strip needs, and its parts.
 struct Desk {
     real *turned, *tile, *keys, *values, *rows, *sums;
@@ -131,15 +108,17 @@ static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const
     turn_queries(c, strip, desk.rows, queries, desk.turned);
     bool few = strip.used <= FEW && c->head_dim % WIDTH == 0;
     for (i64 i = 0; few && i < lanes * BLOCK_KEYS; i++) desk.tile[i] = 0;
-    Head k(c->k, c->kind, c->head_dim, strip.b, strip.kv_head, strip.lanes.residue, c->step);
-    Head v(c->v, c->kind, c->head_dim_v, strip.b, strip.kv_head, strip.lanes.residue, c->step);
+    Head k = keys_of(c, strip, c->k, c->head_dim), v = keys_of(c, strip, c->v, c->head_dim_v);
     real factor = c->score ? 1 : (real)(c->scale * LOG2E);
     visit(c, strip, part, parts, [&](i64 key, i64 count, bool full) {
-        Rows some_k = k.rows(key, count, false, desk.keys);
+        const real *some_k[BLOCK_KEYS];
+        v.fetch(key, count);
+        k.fetch(key + count, most(least(BLOCK_KEYS, strip.keys - key - count), 0));  // as if blocks followed each other
+        if (!few) k.list(key, count, desk.keys, some_k);
         if (few)
-            multiply_few(strip.used, count, c->head_dim, some_k, queries, desk.tile, lanes);
+            multiply_few<false>(strip.used, count, c->head_dim, k.rows(key, count, false, desk.keys), queries, desk.tile, lanes, 1);
         else
-            product<false>(count, lanes, c->head_dim, some_k.first, some_k.row, 1, desk.turned, lanes, desk.tile, lanes);
+            product_of<false>(count, lanes, c->head_dim, Listed<const real>{some_k}, 1, desk.turned, lanes, BROAD, Even<real>{desk.tile, lanes});
         if (c->score) c->score(c, &strip.lanes, key, count, desk.tile);
         if (!full) hide(c, strip, key, count, desk.tile);
         weigh(strip, desk.tile, count, factor, sums);
@@ -176,7 +155,7 @@ static bool finish(const Call *c, const Strip &strip, Sums sums) {
                    (strip.b * c->out.batch + strip.h[i] * c->out.head + strip.row[i] * c->out.row) * element_bytes(c->kind);
         narrow(values, c->kind, c->head_dim_v, to);
         double lse = sums.highest[i] * LN2 + __builtin_log((double)total);
-        c->lse[(strip.b * c->heads + strip.h[i]) * c->rows + strip.row[i]] = total == 0 ? LOWEST : lse;
+        c->lse[line_of(c, strip, i)] = total == 0 ? LOWEST : lse;
     }
     bool finite = true;
     for (int i = 0; i < WIDTH; i++) finite &= wrong[i] == 0;

@@ -4,15 +4,20 @@ enum { OF_MEAN, OF_SUM, OF_GREATEST, OF_LEAST, OF_BOUNDS };
 
 struct Pooling {
     Tensor x;
-    i64 kind, batch, heads, length, width, block, how;
+    i64 kind, own_heads, batch, heads, length, width, block, how;  // `own_heads` of x, of which several heads may be made
     i64 zeros;  // whether what a ragged last block lacks counts as zeros
     real *to, *greatest;  // (batch, heads, blocks, width) without gaps; `greatest` of OF_BOUNDS alone
+    Places places;  // of the rows
     i64 threads;
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 };
 
 // Rows that are added up by themselves, so that a long sum loses few digits; vectors of a row that are worked on at once.
 constexpr i64 ROWS_TOGETHER = 32, POOLED_AT_ONCE = REGISTERS / 3;
+
+// Rows that are asked for ahead, as a narrow part of a row follows the other with a gap, which processors do not foresee; vectors of a line
+// of their caches.
+constexpr i64 AHEAD = 16, LINE = most(64 / VECTOR_BYTES, 1);
 
 // Of numbers; NaN is looked for beside them.
 static inline Vector greater_of(Vector a, Vector x) { return x > a ? x : a; }
@@ -41,6 +46,7 @@ static inline void pool_vectors(const Pooling *p, const real *from, i64 row, i64
     auto each = [&](auto take) {
         for (i64 j = 0; j < count; j++)
             for (i64 n = 0; n < N; n++) {
+                if (n % LINE == 0) __builtin_prefetch(from + (j + AHEAD) * row + n * WIDTH);
                 Vector x = at(from + j * row + n * WIDTH);
                 wrong[n] |= x != x;
                 take(n, x);
@@ -81,7 +87,8 @@ extern "C" int pool_blocks(const Pooling *p) {
             failed = true;
             return;
         }
-        Head x(p->x, p->kind, p->width, line / p->heads, line % p->heads, 0, 1);
+        i64 b = line / p->heads, head = line % p->heads;
+        Head x(p->x, p->kind, p->width, b, head * p->own_heads / p->heads, 0, 1, p->places.of(b, head, p->heads, p->length));
         for (i64 block = first; block < least(first + some, blocks); block++) {
             i64 count = least(p->block, p->length - block * p->block), place = (line * blocks + block) * p->width;
             Rows rows = x.rows(block * p->block, count, true, room + 2 * broad);

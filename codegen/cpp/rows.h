@@ -69,22 +69,47 @@ struct Rows {
     i64 row;
 };
 
-// Rows of one head, every `step`-th from `first` on.
+// Rows of one head, every `step`-th from number `residue` on; with `places` row i is that of number places[i].
 struct Head {
     const char *first;
-    i64 row_bytes, kind, width;
+    i64 row_bytes, kind, width, step;
+    const int *places;
 
-    Head(const Tensor &t, i64 kind, i64 width, i64 b, i64 h, i64 residue, i64 step)
-        : first(t.first + (b * t.batch + h * t.head + residue * t.row) * element_bytes(kind)),
-          row_bytes(step * t.row * element_bytes(kind)), kind(kind), width(width) {}
+    Head(const Tensor &t, i64 kind, i64 width, i64 b, i64 h, i64 residue, i64 step, const int *places = nullptr)
+        : first(t.first + (b * t.batch + h * t.head + (places ? 0 : residue * t.row)) * element_bytes(kind)),
+          row_bytes((places ? 1 : step) * t.row * element_bytes(kind)), kind(kind), width(width), step(step),
+          places(places ? places + residue : nullptr) {}
 
-    const char *at_row(i64 row) const { return first + row * row_bytes; }
+    const char *at_row(i64 row) const { return first + (places ? places[row * step] : row) * row_bytes; }
+
+    // Where `count` rows begin, in the type of the computation: as they lie, or in `room`, where they are widened.
+    void list(i64 from, i64 count, real *room, const real **to) const {
+        if (kind == 0) {
+            for (i64 i = 0; i < count; i++) to[i] = (const real *)at_row(from + i);
+            return;
+        }
+        Rows some = rows(from, count, false, room);
+        for (i64 i = 0; i < count; i++) to[i] = some.first + i * some.row;
+    }
+
+    // Asks for rows that lie in no order, of which the processor does not foresee the next.
+    void fetch(i64 from, i64 count) const {
+        for (i64 i = 0; places && i < count; i++)
+            for (i64 n = 0; n < width * element_bytes(kind); n += 64) __builtin_prefetch(at_row(from + i) + n, 0, 3);
+    }
 
     // `count` rows in the type of the computation: where they lie, or in `room` (count x whole vectors). `padded`: whole vectors
     // are read of each.
     Rows rows(i64 from, i64 count, bool padded, real *room) const {
-        if (kind == 0 && !(padded && width % WIDTH)) return {(const real *)at_row(from), row_bytes / (i64)sizeof(real)};
+        if (kind == 0 && !places && !(padded && width % WIDTH)) return {(const real *)at_row(from), row_bytes / (i64)sizeof(real)};
         i64 broad = whole_vectors(width);
+        if (kind == 0 && width == broad) {
+            for (i64 i = 0; i < count; i++) {
+                const real *row = (const real *)at_row(from + i);
+                for (i64 j = 0; j < width; j += WIDTH) put(room + i * broad + j, at(row + j));
+            }
+            return {room, broad};
+        }
         for (i64 i = 0; i < count; i++) {
             widen(at_row(from + i), kind, width, room + i * broad);
             for (i64 j = width; j < broad; j++) room[i * broad + j] = 0;
@@ -110,6 +135,32 @@ static void turn_block(i64 width, const Head &k, i64 key, i64 count, i64 block, 
         for (i64 d = whole; d < width; d++)
             for (i64 i = 0; i < WIDTH; i++) here[d * panel + i] = rows[i][d];
     }
+}
+
+// Products of a few queries with keys, for when vectors of queries would be nearly empty: here vectors run along the head, and WIDTH keys
+// at a time are added up. Queries and keys lie in rows of `width`, which is whole vectors; the product of a key and a lane goes to
+// key * key_step + lane * lane_step of `tile`, or is added to what lies there.
+constexpr i64 FEW = 4;
+
+template <bool ADD>
+static void multiply_few(i64 lanes, i64 keys, i64 width, Rows k, const real *const *queries, real *tile, i64 key_step, i64 lane_step) {
+    const real *rows[WIDTH];
+    real sums[WIDTH * WIDTH], turned[WIDTH * WIDTH];
+    for (int i = 0; i < WIDTH; i++) rows[i] = sums + i * WIDTH;
+    for (i64 key = 0; key < keys; key += WIDTH)
+        for (i64 lane = 0; lane < lanes; lane++) {
+            Vector sum[WIDTH] = {};
+            const real *from[WIDTH];
+            for (int i = 0; i < WIDTH; i++) from[i] = k.first + least(key + i, keys - 1) * k.row;
+            for (i64 j = 0; j < width; j += WIDTH)
+                for (int i = 0; i < WIDTH; i++) sum[i] += at(from[i] + j) * at(queries[lane] + j);
+            for (int i = 0; i < WIDTH; i++) put(sums + i * WIDTH, sum[i]);
+            turn_square(rows, 0, turned, WIDTH);
+            Vector total = {};
+            for (int i = 0; i < WIDTH; i++) total += at(turned + i * WIDTH);
+            real *to = tile + key * key_step + lane * lane_step;
+            for (int i = 0; i < WIDTH && key + i < keys; i++) to[i * key_step] = ADD ? to[i * key_step] + total[i] : total[i];
+        }
 }
 
 // Memory of a thread, kept from call to call.

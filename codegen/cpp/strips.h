@@ -14,7 +14,7 @@ struct Cut {  // how the work is cut into strips
 
 struct Strip {
     Lanes lanes;
-    i64 q_idx[MOST_LANES], h[MOST_LANES], row[MOST_LANES];
+    i64 q_idx[MOST_LANES], h[MOST_LANES], row[MOST_LANES];  // `row` of q, out and LSE
     i64 used;  // lanes that are queries
     i64 b, kv_head, number, keys;
     i64 first[MOST_INTERVALS * MOST_LANES], last[MOST_INTERVALS * MOST_LANES];
@@ -36,7 +36,11 @@ struct Strip {
         for (i64 i = 0, n = 0; n < c->strip_heads; n++)
             for (i64 at = low; at < low + queries; at++, i++) q_idx[i] = at, h[i] = head + n;
         for (i64 i = used; used && i < lanes.count; i++) q_idx[i] = q_idx[used - 1], h[i] = h[used - 1];
-        for (i64 i = 0; i < lanes.count; i++) row[i] = q_idx[i] * c->step + residue - c->q_offset;
+        for (i64 i = 0; i < lanes.count; i++) {
+            i64 position = q_idx[i] * c->step + residue - c->q_offset;
+            const int *places = c->query_places.of(b, h[i], c->heads, c->rows);
+            row[i] = places ? places[position] : position;
+        }
         if (used && c->intervals > 0) find_intervals(c);
     }
 
@@ -78,6 +82,17 @@ struct Strip {
         }
     }
 };
+
+// Rows of one head of keys or values, as a strip counts them.
+static Head keys_of(const Call *c, const Strip &strip, const Tensor &t, i64 width) {
+    const int *places = c->key_places.of(strip.b, strip.h[0], c->heads, c->keys);
+    return Head(t, c->kind, width, strip.b, strip.kv_head, strip.lanes.residue, c->step, places);
+}
+
+// Which of all lines of results a lane has.
+static i64 line_of(const Call *c, const Strip &strip, i64 lane) {
+    return (strip.b * c->heads + strip.h[lane]) * c->query_places.rows(c->rows) + strip.row[lane];
+}
 
 enum Kind { EMPTY, PARTIAL, FULL };
 
@@ -165,7 +180,8 @@ static i64 usual_width(const Call *c) {
 static void cut_strips(Call *c) {
     if (c->strip_queries) return;
     static const i64 heights[] = {16, 32, 48, 64}, rates[] = {75, 89, 96, 100};
-    i64 group = c->heads / c->kv_heads, width = usual_width(c);
+    // Heads of a strip share a key/value head and its places.
+    i64 group = c->heads / most(c->kv_heads, most(c->key_places.heads, c->query_places.heads)), width = usual_width(c);
     i64 rows = most((c->rows + c->step - 1) / c->step, 1);
     double best = 0;
     for (int n = 0; n < 4; n++) {

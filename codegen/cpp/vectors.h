@@ -24,8 +24,8 @@ static inline Vector at(const real *p) { return *(const Vector *)p; }
 static inline void put(real *p, Vector x) { *(Vector *)p = x; }
 static inline Vector all(real x) { return x - Vector{}; }
 static inline i64 whole_vectors(i64 n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
-static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
-static inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
+static inline constexpr i64 least(i64 a, i64 b) { return a < b ? a : b; }
+static inline constexpr i64 most(i64 a, i64 b) { return a > b ? a : b; }
 
 // 2**x, within one unit in the last place, for x below 127 (1023 in double), also where the result has fewer digits than others (below the
 // smallest normal number); NaN for NaN. The fraction, from 0 to 1, goes into a polynomial fitted there; the whole part becomes the exponent.

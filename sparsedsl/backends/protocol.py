@@ -17,7 +17,7 @@ from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
-from sparsedsl.selection.proxies import Pool
+from sparsedsl.selection.proxies import Pool, Prober
 from sparsedsl.selection.selected_call import Results, SelectedAgain, SelectedCall
 
 __all__ = ["Backend", "ListMaker", "PatternRunner"]
@@ -59,6 +59,8 @@ class Backend(ABC):
     details: ClassVar[str] = "how"
     # Whether there is anything that it refuses.
     may_refuse: ClassVar[bool] = True
+    # Whether it follows numbers of rows (`Call.places`) in attention over a mask; for others rows are gathered.
+    follows_places: ClassVar[bool] = False
     # Whether choices for single queries are handed over as whole tables instead of lists.
     reads_whole_tables: ClassVar[bool] = False
 
@@ -107,6 +109,10 @@ class Backend(ABC):
     def pooler(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Pool | None:
         """Its own way to make one row of every block of rows of a tensor of which nobody wants gradients; None: it has none, or none before
         ``patience`` ends."""
+        return None
+
+    def prober(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Prober | None:
+        """Its own way to say how much the last queries attend to each key; None: it has none, or none before ``patience`` ends."""
         return None
 
     def weighed(self, scores: Tensor, rule: str) -> tuple[Tensor, Tensor] | None:

@@ -30,9 +30,11 @@ from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.axes import block_of
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.node import Node
+from sparsedsl.program.orders import Take
 from sparsedsl.program.select import Select
 from sparsedsl.runtime.call import check_call, inner_call
 from sparsedsl.runtime.heads import alike, lse_merge, repeat_kv
+from sparsedsl.runtime.places import Places
 from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.sinks import sink_logit
 from sparsedsl.selection.chunking import PIECES, cut
@@ -53,12 +55,14 @@ _TABLES: Cache[tuple[str, ...]] = Cache()
 
 def attend_node(run: Lowering, node: Attend) -> Any:
     """``(out, lse)`` of an attend node; the LSE is None where nobody reads it."""
-    q, k, v = alike(*(run.value(x) for x in (node.x, node.y, node.z)))
-    if q.shape[1] % k.shape[1]:
-        raise ShapeError(f"attend(): {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
-    weights, log_total = _weights(run, node)
     parts = parts_of(node, run.dispatch.whole_tables)
-    work = _AttendCall(run, node, parts, weights)
+    k, v, places = _keys(run, node, parts)
+    q, k, v = alike(run.value(node.x), k, v)
+    kv_heads = k.shape[1] if places is None else places.kv_heads(k)
+    if q.shape[1] % kv_heads:
+        raise ShapeError(f"attend(): {q.shape[1]} query heads are no multiple of {kv_heads} key heads")
+    weights, log_total = _weights(run, node)
+    work = _AttendCall(run, node, parts, weights, places)
     found = [work.of(rows, q, k, v) for rows in work.pieces()]
     out, lse = (
         None if part[0] is None else part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in zip(*found, strict=True)
@@ -68,15 +72,25 @@ def attend_node(run: Lowering, node: Attend) -> Any:
     return out, lse if node.normaliser is None else log_total
 
 
+def _keys(run: Lowering, node: Attend, parts: MaskSplit) -> tuple[Tensor, Tensor, Places | None]:
+    """Keys and values, and where they lie: those in one order are read in it, if no lists are followed."""
+    if parts.selected == sympy.false and isinstance(node.y, Take) and isinstance(node.z, Take) and node.y.order is node.z.order:
+        (k, of_k), (v, of_v) = run.placed(node.y), run.placed(node.z)
+        if of_k is of_v:
+            return k, v, None if of_k is None else Places(of_k)
+    return run.value(node.y), run.value(node.z), None
+
+
 @dataclass(frozen=True, eq=False)
 class _AttendCall:
     """An attend node of a call. ``weights``: of the chunks of its normaliser, along the selected blocks of its normaliser; None
-    without one."""
+    without one. ``places``: of rows of keys that are not gathered."""
 
     run: Lowering
     node: Attend
     parts: MaskSplit
     weights: Tensor | None
+    places: Places | None = None
 
     # ---- pieces of queries -------------------------------------------------------------------------------------------------
 
@@ -100,7 +114,9 @@ class _AttendCall:
         node, parts, run, domain = self.node, self.parts, self.run, self.run.domain
         static, selected = parts.static != sympy.false, parts.selected != sympy.false
         reads = any(_reads_nodes(node, mask) for mask in (parts.static, parts.selected))
-        if reads or run.call.tables or parts.symbols or len(parts.choices) > 1 or (selected and node.pattern.sink is not None):
+        if reads or self.places is not None or run.call.tables or parts.symbols or len(parts.choices) > 1:
+            return None
+        if selected and node.pattern.sink is not None:
             return None
         near = far = None
         if static or not selected:
@@ -178,7 +194,9 @@ class _AttendCall:
         """Attention over a mask that reads tables only."""
         pattern, tables = self._pattern(self.parts.static, rows, sink=sink)
         run = self.run
-        return run.dispatch.attend(pattern, q, k, v, tables, q_offset=domain.q_offset, scale=run.call.scale, lse=lse)
+        return run.dispatch.attend(
+            pattern, q, k, v, tables, q_offset=domain.q_offset, scale=run.call.scale, lse=lse, places=self.places
+        )
 
     def _pattern(
         self, mask: Any, rows: slice | None, *, sink: bool, more: Mapping[str, Tensor] = MappingProxyType({})

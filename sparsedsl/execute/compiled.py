@@ -25,11 +25,13 @@ from sparsedsl.execute import operators
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.empty import run_empty
 from sparsedsl.execute.explanation import Explanation, explain
+from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
 from sparsedsl.execute.requests import facts_of, requests_of
 from sparsedsl.execute.state import ProgramState, advanced, continued
 from sparsedsl.execute.static import StaticAttention
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.effect_rules import KEEPS_STATE, LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
@@ -134,6 +136,7 @@ class Attention:
         scale: float | None = None,
         state: ProgramState | None = None,
         return_state: bool = False,
+        summaries: KeptSummaries | None = None,
         **named: Any,
     ) -> Any:
         """Attention of ``q (B, Hq, Sq, D)`` over ``k (B, Hkv, Skv, D)``, ``v (B, Hkv, Skv, Dv)``; ``Hq % Hkv == 0``.
@@ -145,6 +148,8 @@ class Attention:
             scale: factor on the dot products of attention; default the program's, else ``D ** -0.5``.
             state: what an earlier call returned: q, k, v and inputs then are those of the tokens after it.
             return_state: also return the state after the last key, for programs that keep one.
+            summaries: what :meth:`keep_summaries` made, for calls that each are given all keys so far: blocks that were over in an earlier
+                call are not summed up again. The call adds to it.
             named: one tensor for each input, and for each table that is not bound to the pattern.
 
         Returns:
@@ -159,23 +164,25 @@ class Attention:
         given = q_offset
         compiling = torch.compiler.is_compiling()
         if not compiling and state is None and not return_state:
-            found = self._again(q, k, v, named, q_offset, return_lse, scale)
+            found = self._again(q, k, v, named, q_offset, return_lse, scale, summaries)
             if found is not None:
                 return found if return_lse else found[0]
         q, k, v, q_offset = arranged(q, k, v, q_offset, compiling=compiling)
         if compiling or is_watched(q, k, v) or (self._static is None and is_transformed(q, k, v)):
-            return self._in_a_graph(q, k, v, named, q_offset, return_lse, scale, state is not None or return_state)
+            return self._in_a_graph(q, k, v, named, q_offset, return_lse, scale, state is not None or return_state, summaries)
         warn_of_slips(self.program.expressions, q, k, given if state is None else 0)
         return self.attend_now(
-            q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state
-        )
+            q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state,
+            summaries=summaries,
+        )  # fmt: skip
 
     def _again(
-        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], q_offset: Any, lse: bool, scale: Any
+        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], q_offset: Any, lse: bool, scale: Any,
+        summaries: KeptSummaries | None,
     ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
         """``(out, lse)`` of a call of a kind that was checked before; None: make an ordinary call."""
         if self._static is not None:
-            return None if named else self._static.again(q, k, v, self.backend, q_offset, scale)
+            return None if named or summaries is not None else self._static.again(q, k, v, self.backend, q_offset, scale)
         found = self._repeated.find(q, k, v, q_offset, scale)
         if found is None or (lse and not found[0].lse):
             return None
@@ -186,14 +193,18 @@ class Attention:
         call = plain_call(self.program, q, k, v, more, position, scale)
         # Its patience is that of one call; a backend that was asked for needs none.
         dispatch = Dispatch(AUTO) if self.backend == AUTO else self.dispatch
-        out, weight = lowered(call, dispatch, lse=lse, shortcuts=kind.shortcuts).value(self.program.root)
+        self._check_kept(summaries)
+        out, weight = lowered(call, dispatch, lse=lse, shortcuts=kind.shortcuts, summaries=summaries).value(self.program.root)
+        if summaries is not None:
+            summaries.tokens = k.shape[2]
         return (out if out.dtype is q.dtype else out.to(q.dtype)), weight
 
     def attend_now(
         self, q: Any, k: Any, v: Any, named: Mapping[str, Any], *, q_offset: Any, return_lse: bool, scale: float | None,
-        state: ProgramState | None = None, return_state: bool = False,
+        state: ProgramState | None = None, return_state: bool = False, summaries: KeptSummaries | None = None,
     ) -> Any:  # fmt: skip
         """The call on tensors that hold values; :meth:`__call__` says what it takes and gives."""
+        self._check_kept(summaries)
         if self._static is not None and state is None and not return_state:
             # One attention, of which nothing is kept: its rule, without a walk over nodes.
             call = check_call(self._static.pattern, q, k, v, named, q_offset=q_offset, scale=scale)
@@ -209,8 +220,10 @@ class Attention:
             checked = continued(checked, state)
         with torch.autocast(checked.q.device.type, enabled=False):
             keeps = state is None and not checked.needs_grad and takes_any_position(self.program) and not transforms_active()
-            run = self._evaluation(checked, return_lse, keeps and checked.q.is_cpu)
+            run = self._evaluation(checked, return_lse, keeps and checked.q.is_cpu, summaries)
             out, lse = run.value(self.program.root)
+            if summaries is not None:
+                summaries.tokens = k.shape[2]
             # The reference has no scans of its own: what is carried over is made as `tiled` makes it.
             carrier = run.dispatch if isinstance(run, Lowering) else Dispatch("tiled")
             after = advanced(checked, carrier, run.after if isinstance(run, Lowering) else {}) if return_state else None
@@ -219,12 +232,33 @@ class Attention:
         results = [out.to(checked.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]
         return results[0] if len(results) == 1 else tuple(results)
 
-    def _evaluation(self, call: ProgramCall, lse: bool, keeps: bool = False) -> Evaluation:
+    def _evaluation(
+        self, call: ProgramCall, lse: bool, keeps: bool = False, summaries: KeptSummaries | None = None
+    ) -> Evaluation:  # fmt: skip
         if self.backend == "reference":
             return Reference(call)
         if self.backend != "auto":
             self._check_runs(facts_of(call, lse))
-        return lowered(call, Dispatch(self.backend), lse=lse, keeps=keeps)
+        return lowered(call, Dispatch(self.backend), lse=lse, keeps=keeps, summaries=summaries)
+
+    def keep_summaries(self) -> KeptSummaries:
+        """An empty place for summaries of blocks of keys; pass it to all calls of one sequence as ``summaries=``.
+
+        A step of decoding then reads the keys that it attends to, one row for each block, and the keys of the block that is not over:
+        see :class:`~sparsedsl.execute.kept_summaries.KeptSummaries`.
+
+        Raises:
+            UnsupportedError: the program sums up no keys.
+        """
+        if not summarised(self.program):
+            raise UnsupportedError(
+                f"{self.program!r} makes no summaries or bounds of keys that could be kept; call it without summaries="
+            )
+        return KeptSummaries(self.program)
+
+    def _check_kept(self, summaries: Any) -> None:
+        if summaries is not None and not (isinstance(summaries, KeptSummaries) and summaries.program == self.program.key):
+            raise ShapeError(f"summaries must be what keep_summaries() of this program made; got {shown(summaries)}")
 
     def _check_runs(self, facts: CallFacts) -> None:
         """Whether the backend that was asked for does all the work, before it does any of it."""
@@ -236,9 +270,15 @@ class Attention:
             self._runs.add(kind)
 
     def _in_a_graph(
-        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], q_offset: Any, return_lse: bool, scale: float | None, keeps: bool
-    ) -> Any:
+        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], q_offset: Any, return_lse: bool, scale: float | None, keeps: bool,
+        summaries: KeptSummaries | None,
+    ) -> Any:  # fmt: skip
         """The call as one operator: lists and choices depend on values, which a graph does not have."""
+        if summaries is not None:
+            raise UnsupportedError(
+                "summaries= is not part of a graph (torch.compile, torch.export, torch.func): call the program outside of it, or leave "
+                "summaries= out: all blocks are then summed up in every call"
+            )
         if keeps:
             raise UnsupportedError(
                 "state= and return_state= are not part of a graph (torch.compile, torch.export, torch.func): call the program outside of "

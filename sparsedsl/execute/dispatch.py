@@ -14,10 +14,11 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import inner_call, wants_grad
 from sparsedsl.runtime.heads import lse_merge
 from sparsedsl.runtime.patience import Patience
+from sparsedsl.runtime.places import Places
 from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
-from sparsedsl.selection.proxies import Pool
+from sparsedsl.selection.proxies import Pool, Prober
 from sparsedsl.selection.selected_call import Results, SelectedAgain, SelectedCall
 from sparsedsl.selection.weights import weights_of
 from sparsedsl.torch_private import transforms_active
@@ -63,21 +64,26 @@ class Dispatch:
         """Whether choices for single queries are handed over as tables."""
         return self.backend != AUTO and named(self.backend).reads_whole_tables
 
+    def follows_places(self, x: Tensor) -> bool:
+        """Whether rows in another order are better not gathered: some backend reads them where they lie."""
+        return x.is_cpu and not transforms_active() and any(backend.follows_places for backend in self._asked)
+
     def chooser(self, device: torch.device, dtype: torch.dtype) -> Choose | None:
         """What makes scores of a dtype and chooses by them in one pass, if some backend can."""
         patience = self.patience if self.backend == AUTO else None
         return next((found for b in self._asked if (found := b.chooser(device, dtype, patience)) is not None), None)
 
     def attend(
-        self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], *, q_offset: int, scale: Any, lse: bool
+        self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, tables: Mapping[str, Tensor], *, q_offset: int, scale: Any, lse: bool,
+        places: Places | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Attention over a mask that reads tables only: ``out``, and the LSE where it is wanted."""
+        """Attention over a mask that reads tables only: ``out``, and the LSE where it is wanted. ``places``: of rows, if not in order."""
         scale = scale or pattern.scale or q.shape[3] ** -0.5
         static = static_attention(pattern, new_tables=bool(tables))
-        found = None if tables else static.again(q, k, v, self.backend, q_offset, scale)
+        found = None if tables or places is not None else static.again(q, k, v, self.backend, q_offset, scale)
         if found is not None:
             return found
-        call = inner_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
+        call = inner_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale, places=places)
         return static.attend(call, self.backend, lse=lse, patience=self.patience)
 
     def attend_again(self, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int, scale: Any) -> Again | None:
@@ -92,6 +98,14 @@ class Dispatch:
             return None
         patience = self.patience if self.backend == AUTO else None
         return next((found for b in self._asked if (found := b.pooler(x.device, x.dtype, patience)) is not None), None)
+
+    def prober(self, x: Tensor, y: Tensor) -> Prober | None:
+        """What says how much rows of x attend to rows of y, if some backend has a way of its own."""
+        if transforms_active():
+            return None
+        patience = self.patience if self.backend == AUTO else None
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        return next((found for b in self._asked if (found := b.prober(x.device, dtype, patience)) is not None), None)
 
     def weighed(self, scores: Tensor, rule: Any) -> tuple[Tensor, Tensor]:
         """Weights of blocks, and the logarithm of their total: see :func:`sparsedsl.selection.weights.weights_of`."""

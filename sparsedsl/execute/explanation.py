@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import html
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 
+from sparsedsl.analysis.cached_keys import CacheBound
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
+from sparsedsl.analysis.lists import size_text
 from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program
 from sparsedsl.analysis.report import ITEM_BYTES, Analysis, analyse
 from sparsedsl.backends.registry import AUTO, check_runs, choose, named, refusals
-from sparsedsl.errors import UnsupportedError
+from sparsedsl.errors import ShapeError, TableError, UnsupportedError
+from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.execute.requests import requests_of
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.execute.ways import way_of
@@ -53,6 +57,13 @@ class Explanation:
     structure: tuple[str, ...] = ()
     steps: Mapping[Node, str] | None = None
     others: Mapping[str, str] | None = None
+    _cache: Callable[[], str] | None = None
+
+    @functools.cached_property
+    def cache(self) -> str:
+        """What must be kept of the tokens so far to go on with later ones, in words and bytes (:func:`sparsedsl.cache_bound`); proved when
+        it is asked for."""
+        return "" if self._cache is None else self._cache()
 
     def __str__(self) -> str:
         if self.plan is None:
@@ -69,7 +80,7 @@ class Explanation:
             program = self.analysis.program
             width = max((len(program.labels[node]) for node in self.steps), default=0)
             lines += [f"  {program.labels[node]:{width}}  {program.worded(way)}" for node, way in self.steps.items()]
-        return "\n".join([*lines, str(self.analysis)])
+        return "\n".join([*lines, str(self.analysis), *([f"  cache            {self.cache}"] if self.cache else [])])
 
     __repr__ = __str__
 
@@ -88,16 +99,37 @@ def explain(
     facts = CallFacts(
         torch.device(device).type, name, batch, heads, kv_heads or heads, q_len, kv_len, head_dim, head_dim_v, grad, lse
     )
+    cache = functools.partial(cache_words, program, facts, sizes, tables)
     if program.static is not None:
-        return _of_pattern(attention.static, attention.backend, facts, q_offset, tables)
+        return replace(_of_pattern(attention.static, attention.backend, facts, q_offset, tables), _cache=cache)
     analysis = analyse_program(
         program, q_len, kv_len, q_offset=q_offset, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         head_dim_v=head_dim_v, item=ITEM_BYTES[name], sizes=sizes, **tables,
     )  # fmt: skip
     why = refused_positions(program, q_offset, q_len, kv_len) or attention.refused_use(grad=grad, lse=lse)
     if why is not None:
-        return Explanation(None, why, analysis)
-    return _of_program(program, attention.backend, facts, sizes, analysis)
+        return Explanation(None, why, analysis, _cache=cache)
+    return replace(_of_program(program, attention.backend, facts, sizes, analysis), _cache=cache)
+
+
+def cache_words(program: Program, facts: CallFacts, sizes: Mapping[str, int] | None, tables: Mapping[str, Any]) -> str:
+    """What a cache must hold, in words; and its bytes a token, and while ``facts.kv_len`` tokens go by."""
+    bound = cache_bound(program)
+    try:
+        took = bound.bytes(
+            facts.kv_len, facts.kv_heads, facts.head_dim, facts.dtype, head_dim_v=facts.head_dim_v, batch=facts.batch,
+            heads=facts.heads, sizes=sizes, **_of_sizes(bound, tables),
+        )  # fmt: skip
+    except (ShapeError, TableError) as error:
+        return f"{bound}; its bytes are not known: {error}"
+    each = facts.batch * facts.kv_heads * (facts.head_dim + facts.head_dim_v) * ITEM_BYTES[facts.dtype]
+    return f"{bound}; {size_text(took)} for {facts.kv_len:,} tokens, {each:,} bytes a token that is held"
+
+
+def _of_sizes(bound: CacheBound, tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables that say how many keys stay."""
+    read = {name for number in (bound.first, bound.recent) if not isinstance(number, int) for name in number.tables}
+    return {name: table for name, table in tables.items() if name in read}
 
 
 # ---- programs --------------------------------------------------------------------------------------------------------------------

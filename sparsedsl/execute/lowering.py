@@ -10,11 +10,14 @@ import torch
 from torch.nn import functional
 
 from sparsedsl.execute.dispatch import Dispatch
+from sparsedsl.execute.kept_summaries import KeptSummaries, Pooling
 from sparsedsl.lang.symbols import Q_IDX
 from sparsedsl.lang.tables import TableRead, read_class, table_reads
 from sparsedsl.lang.wrapped import Expression
 from sparsedsl.program.axes import block_of
 from sparsedsl.program.node import Node
+from sparsedsl.program.orders import Take
+from sparsedsl.program.tensors import Input
 from sparsedsl.runtime.heads import NEVER, repeat_kv
 from sparsedsl.runtime.interpreter import Evaluation, Rule
 from sparsedsl.runtime.program_call import ProgramCall
@@ -34,13 +37,15 @@ class Lowering(Evaluation):
 
     ``dispatch``: who does the work. ``lse``: whether the root's is wanted. ``shortcuts``: those of the kind of call, if it is known.
     ``keeps``: rules leave shortcuts for later calls of this kind. ``after``: of recurrences that ran, the state after the last key.
+    ``summaries``: what earlier calls made of blocks of keys, if it is kept.
     """
 
     def __init__(
         self, rules: Mapping[type[Node], Rule], call: ProgramCall, dispatch: Dispatch, *, lse: bool,
-        shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False,
+        shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False, summaries: KeptSummaries | None = None,
     ) -> None:  # fmt: skip
         super().__init__(rules, call)
+        self.summaries = summaries
         self.dispatch, self.keeps = dispatch, keeps
         self.shortcuts: dict[Node, Shortcut] = {} if shortcuts is None else shortcuts
         self.after: dict[Node, Tensor] = {}
@@ -59,6 +64,19 @@ class Lowering(Evaluation):
             found = self.rules[type(node)](self, node)
         self.values[node] = found
         return found
+
+    def pooled(self, node: Any, of: Node, pool: Pooling) -> Tensor:
+        """One row for every block of what the node ``of`` gives, by ``pool``; of keys, those of blocks that are over are kept, if any."""
+        x = self.value(of)
+        if self.summaries is None or not isinstance(of, Input):
+            return pool(x)
+        return self.summaries.rows(node, of.name, x, pool)
+
+    def placed(self, node: Node) -> tuple[Tensor, Tensor | None]:
+        """The rows that a node gives: of rows taken in an order those they are taken from, and the order, where somebody may follow it."""
+        if isinstance(node, Take) and node not in self.values and self.dispatch.follows_places(self.call.q):
+            return self.value(node.x), self.value(node.order)
+        return self.value(node), None
 
     def again(self, call: ProgramCall, *, lse: bool) -> Any:
         """The result of another call, whose program is part of this one."""

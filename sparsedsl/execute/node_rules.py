@@ -6,17 +6,21 @@ import torch
 
 from sparsedsl.execute.attend_rule import attend_node
 from sparsedsl.execute.dispatch import Dispatch
+from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.selection_rules import LISTED_RULES
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.program import tensors
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Take
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, Summary
 from sparsedsl.runtime.call import wants_grad
-from sparsedsl.runtime.heads import NEVER, lse_merge, repeat_kv, together
+from sparsedsl.runtime.heads import NEVER, lse_merge
 from sparsedsl.runtime.interpreter import Rule
+from sparsedsl.runtime.places import Places, gather_rows, scatter_rows
 from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.runtime.scan_calls import sparing
 from sparsedsl.selection import proxies
@@ -30,10 +34,11 @@ Result = tuple[Tensor, Tensor | None]
 
 
 def lowered(
-    call: ProgramCall, dispatch: Dispatch, *, lse: bool, shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False
+    call: ProgramCall, dispatch: Dispatch, *, lse: bool, shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False,
+    summaries: KeptSummaries | None = None,
 ) -> Lowering:  # fmt: skip
     """One evaluation of a call by backends: see :class:`~sparsedsl.execute.lowering.Lowering`."""
-    return Lowering(LOWERED_RULES, call, dispatch, lse=lse, shortcuts=shortcuts, keeps=keeps)
+    return Lowering(LOWERED_RULES, call, dispatch, lse=lse, shortcuts=shortcuts, keeps=keeps, summaries=summaries)
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------------------
@@ -48,19 +53,24 @@ def _input(run: Lowering, node: Input) -> Tensor:
 
 
 def _summary(run: Lowering, node: Summary) -> Tensor:
-    x = run.value(node.x)
+    x, places = run.placed(node.x)
     pool = run.dispatch.pooler(x)
-    found = None if pool is None else pool(x, node.block, node.how, node.pad)
-    if pool is None or found is None:
-        return proxies.pooled(x, node.block, node.how, node.pad)  # type: ignore[arg-type]
-    if run.keeps:
-        run.shortcuts[node] = lambda run: pool(run.value(node.x), node.block, node.how, node.pad)
-    return found
+    if pool is not None and places is not None:
+        found = pool(x, node.block, node.how, node.pad, places)
+        if found is not None:
+            return found
+
+    def make(x: Tensor) -> Tensor:
+        found = None if pool is None else pool(x, node.block, node.how, node.pad)
+        return proxies.pooled(x, node.block, node.how, node.pad) if found is None else found  # type: ignore[arg-type]
+
+    if run.keeps and pool is not None:
+        run.shortcuts[node] = lambda run: run.pooled(node, node.x, make)
+    return run.pooled(node, node.x, make)
 
 
 def _take(run: Lowering, node: Take) -> Tensor:
-    x, order = together(run.value(node.x), run.value(node.order))
-    return x.gather(2, order[..., None].expand(*order.shape, x.shape[3]))
+    return gather_rows(run.value(node.x), run.value(node.order))
 
 
 # ---- recurrences ---------------------------------------------------------------------------------------------------------------
@@ -113,22 +123,42 @@ def _mix(run: Lowering, node: Mix) -> Result:
 
 
 def _compact(run: Lowering, node: Compact) -> Result:
-    q, k, v = (repeat_kv(run.value(x), run.call.q.shape[1]) for x in node.inputs[1:])
+    given, wanted, length = [run.value(x) for x in node.inputs[1:]], node in run.weighed, run.call.q.shape[2]
+    pattern = _mask_alone(node.inside) if run.dispatch.follows_places(run.call.q) else None
     outs: list[Tensor] = []
     lses: list[Tensor | None] = []
     for entry, index in enumerate(run.value(node.tokens)):
+        q, k, v = (x[entry : entry + 1] for x in given)
+        lse: Tensor | None = None
         if not index.numel():  # nothing was kept
-            outs.append(q.new_zeros((1, *q.shape[1:3], v.shape[3])))
-            lses.append(q.new_full((1, *q.shape[1:3]), NEVER, dtype=run.call.dtype))
-            continue
-        rows = index[None, :, :, None]
-        inner = (x[entry : entry + 1].gather(2, rows.expand(-1, -1, -1, x.shape[3])) for x in (q, k, v))
-        out, lse = run.again(run.call.inside(node.inside, *inner), lse=node in run.weighed)
-        full = out.new_zeros((1, *q.shape[1:3], v.shape[3]))
-        outs.append(full.scatter(2, rows.expand(-1, -1, -1, v.shape[3]), out))
-        lses.append(None if lse is None else lse.new_full((1, *q.shape[1:3]), NEVER).scatter(2, index[None], lse))
+            out = q.new_zeros((*q.shape[:3], v.shape[3]))
+            lse = q.new_full(q.shape[:3], NEVER, dtype=run.call.dtype)
+        elif pattern is not None:
+            tables = {name: run.call.tables[name] for name in pattern.tables}
+            places = Places(index[None], index[None])
+            out, lse = run.dispatch.attend(pattern, q, k, v, tables, q_offset=0, scale=run.call.scale, lse=wanted, places=places)
+        else:
+            inner = (gather_rows(x, index[None]) for x in (q, k, v))
+            out, lse = run.again(run.call.inside(node.inside, *inner), lse=wanted)
+            out = scatter_rows(out, index[None], length)
+            lse = None if lse is None else scatter_rows(lse, index[None], length, NEVER)
+        outs.append(out)
+        lses.append(lse)
     known = [lse for lse in lses if lse is not None]
-    return torch.cat(outs), torch.cat(known) if len(known) == len(lses) else None
+    return _joined(outs), _joined(known) if len(known) == len(lses) else None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _mask_alone(inside: Branch) -> Pattern | None:
+    """The pattern of attention of q to k and v over a mask that reads tables alone; None of anything else."""
+    if not isinstance(inside, Attend) or inside.normaliser is not None:
+        return None
+    if not (inside.x is tensors.q and inside.y is tensors.k and inside.z is tensors.v):
+        return None
+    return None if any(isinstance(value, Node) for value in inside.pattern.bound.values()) else inside.pattern
 
 
 LOWERED_RULES: Rules[Rule] = Rules(

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.execute.candidate_rules import block_rule, candidates_of
+from sparsedsl.execute.kept_summaries import Pooling
 from sparsedsl.execute.lowering import Lowering, reads_nodes
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.program.axes import block_of
@@ -76,18 +77,21 @@ def _dot_again(node: Dot, scale: float, dtype: torch.dtype, run: Lowering) -> Sc
 def _bound(run: Lowering, node: Bound) -> ScoreSource:
     x, y = run.value(node.x), run.value(node.y)
     pool, scale = run.dispatch.pooler(y), _scale(node.scale, x)
-    found = None if pool is None else pool(y, node.block, "bounds", "valid")
-    if pool is None or found is None:
-        return BoundScores(x, *proxies.bounds(y, node.block), scale)
-    made = BoundScores(x, found[0], found[1], scale)
-    if run.keeps:
-        run.shortcuts[node] = functools.partial(_bound_again, node, pool, scale, made.dtype)
+
+    def make(y: Tensor) -> Tensor:
+        found = None if pool is None else pool(y, node.block, "bounds", "valid")
+        return torch.stack(proxies.bounds(y, node.block)) if found is None else found
+
+    low, high = run.pooled(node, node.y, make)
+    made = BoundScores(x, low, high, scale)
+    if run.keeps and pool is not None:
+        run.shortcuts[node] = functools.partial(_bound_again, node, make, scale, made.dtype)
     return made
 
 
-def _bound_again(node: Bound, pool: proxies.Pool, scale: float, dtype: torch.dtype, run: Lowering) -> ScoreSource | None:
-    found = pool(run.value(node.y), node.block, "bounds", "valid")
-    return None if found is None else BoundScores.known(run.value(node.x), found[0], found[1], scale, dtype)
+def _bound_again(node: Bound, make: Pooling, scale: float, dtype: torch.dtype, run: Lowering) -> ScoreSource:
+    low, high = run.pooled(node, node.y, make)
+    return BoundScores.known(run.value(node.x), low, high, scale, dtype)
 
 
 def _antidiagonal(run: Lowering, node: Antidiagonal) -> ScoreSource:
@@ -139,11 +143,13 @@ def _probe(run: Lowering, node: Probe) -> Tensor:
     keys, rows = y.shape[2], min(node.rows, x.shape[2])
     normalised = keys // node.complete * node.complete
     kept = min(run.domain.q_offset + x.shape[2] - rows, normalised) if node.keep == "before" else normalised
-    mass = proxies.probe(
-        x, y, rows=rows, causal=node.causal, scale=_scale(node.scale, x), keys_normalised=normalised, keys_kept=kept,
-        q_offset=run.domain.q_offset,
-    )  # fmt: skip
-    return functional.pad(mass, (0, keys - kept))
+    words: dict[str, Any] = {
+        "rows": rows, "causal": node.causal, "scale": _scale(node.scale, x), "keys_normalised": normalised, "keys_kept": kept,
+        "q_offset": run.domain.q_offset,
+    }  # fmt: skip
+    prober = run.dispatch.prober(x, y)
+    found = None if prober is None else prober(x, y, **words, length=keys)
+    return functional.pad(proxies.probe(x, y, **words), (0, keys - kept)) if found is None else found
 
 
 def _smooth(run: Lowering, node: Smooth) -> Tensor:

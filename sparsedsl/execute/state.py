@@ -96,7 +96,8 @@ def first_kept(program: Program) -> int:
     """
     first = max(STATE_RULES[type(node)].keeps(node) for node in program.order)
     for node in program.order:
-        if first and (isinstance(node, Linear) or (isinstance(node, Slots) and node.first != first)):
+        spared = STATE_RULES[type(node)].spares(node)
+        if first and spared not in (None, first):
             raise _no_state(node, f"reads the first {first} tokens, which other parts of the program keep in sight, as any other")
     return first
 
@@ -172,12 +173,14 @@ def _rows(x: Tensor, axis: int, first: int, read: int) -> Tensor:
 class StateRule:
     """What a kind of node needs of tokens that are over. ``looks_back(node)``: how many tokens before a query it reads as they are.
     ``after(node, call, dispatch, read)``: of a recurrence, what it has made of the first ``read`` keys; None: it makes nothing of them.
-    ``keeps(node)``: how many tokens at the beginning it tells from all others.
+    ``keeps(node)``: how many tokens at the beginning it tells from all others. ``spares(node)``: how many of these a recurrence leaves out;
+    None: it is none.
     """
 
     looks_back: Callable[[Any], int]
     after: Callable[[Any, ProgramCall, Any, int], Any] | None = None
     keeps: Callable[[Any], int] = lambda node: 0
+    spares: Callable[[Any], int | None] = lambda node: None
 
 
 def _own_row(node: Node) -> int:
@@ -233,20 +236,20 @@ def _distance_of_first(interval: KeyInterval) -> Any:
     for bound in interval.bounds:
         if bound.q_part == 0 and bound.kv_part == KV_IDX and bound.low in (None, 0):
             continue
-        if (
-            bound.q_part != Q_IDX
-            or bound.kv_part != -KV_IDX
-            or bound.high is not None
-            or not getattr(bound.low, "is_Integer", False)
-        ):
+        low, apart = bound.low, bound.q_part == Q_IDX and bound.kv_part == -KV_IDX
+        if not apart or bound.high is not None or low is None or not low.is_Integer:
             return None
-        least = max(least, int(bound.low) - 1)
+        least = max(least, int(low) - 1)
     return None if interval.conditions else least
 
 
 def _delay(node: Slots) -> int:
     _check_one_document(node)
     return node.delay
+
+
+def _spared(node: Slots) -> int:
+    return node.first
 
 
 def _linear(node: Linear) -> int:
@@ -288,9 +291,9 @@ STATE_RULES: Rules[StateRule] = Rules(
     {
         **dict.fromkeys((Input, Joint, Mix), StateRule(_own_row)),
         Attend: StateRule(_window, keeps=_first_of_window),
-        Slots: StateRule(_delay, keeps=lambda node: node.first),
+        Slots: StateRule(_delay, keeps=_spared, spares=_spared),
         Recall: StateRule(_own_row, _slots_after),
-        Linear: StateRule(_linear, _linear_after),
+        Linear: StateRule(_linear, _linear_after, spares=_own_row),
         **dict.fromkeys(
             (scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup, scores.Plus), _LOOKS_AT_ALL
         ),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from sparsedsl.execute.measured_backend import fastest_backend
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.heads import NEVER
 from sparsedsl.runtime.patience import Patience
+from sparsedsl.runtime.places import Places, gather_rows, scatter_rows
 from sparsedsl.runtime.repeated import Again, Repeated
 from sparsedsl.runtime.request import CallFacts, Plan, Request
 from sparsedsl.runtime.torch_modes import is_transformed
@@ -80,6 +83,9 @@ class StaticAttention:
                 return self._fastest(call, backends)
 
         facts = CallFacts.of(call.q, call.k, call.v, grad=call.needs_grad, lse=lse)
+        if call.places is not None:
+            heads = call.places.kv_heads(call.k)
+            facts = replace(facts, kv_heads=heads, q_len=call.domain.rows, kv_len=call.domain.kv_len)
         return choose(self.request(facts), backend, fastest=fastest, patience=patience)
 
     def attend(
@@ -91,13 +97,28 @@ class StaticAttention:
             backend = self.plan(call, backend, lse=lse, patience=patience).backend
         if call.is_empty:
             return attend_empty(self.pattern, call)
+        if call.places is not None and (
+            not named(backend).follows_places or is_transformed(call.q, call.k, call.v, *call.given.values())
+        ):
+            return self._gathered(call, call.places, backend, lse)
         runner = self.runner(backend)
         found = runner.attend(call, lse=lse)
-        if not call.given and not call.needs_grad and (again := runner.again(call)) is not None:
+        if call.places is None and not call.given and not call.needs_grad and (again := runner.again(call)) is not None:
             usual = self.pattern.scale or call.q.shape[3] ** -0.5
             scales = (call.scale, None) if call.scale == usual else (call.scale,)
             self._repeated.setdefault(asked, Repeated()).remember(call, scales, again)
         return found
+
+    def _gathered(self, call: Call, places: Places, backend: str, lse: bool) -> tuple[Tensor, Tensor | None]:
+        """The same on copies of the rows, in the order of the call."""
+        q = call.q if places.queries is None else gather_rows(call.q, places.queries)
+        k, v = (t if places.keys is None else gather_rows(t, places.keys) for t in (call.k, call.v))
+        out, found = self.runner(backend).attend(replace(call, q=q, k=k, v=v, places=None), lse=lse)
+        if places.queries is None:
+            return out, found
+        rows = call.q.shape[2]
+        found = None if found is None else scatter_rows(found, places.queries, rows, NEVER)
+        return scatter_rows(out, places.queries, rows), found
 
     def again_of(self, call: Call, backend: str, patience: Patience | None = None) -> Again | None:
         """What runs calls of the kind of this one, which is one without tables that was run; None: nothing does."""

@@ -82,15 +82,20 @@ WAY_RULES: Rules[Callable[[Any, Work], str | None]] = Rules(
         **dict.fromkeys((tensors.Input, tensors.Summary, sources.Slots), _words(None)),
         **dict.fromkeys((scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup), _SCORES),
         **dict.fromkeys((scores.Plus, scores.Gumbel, scores.Grouped), _SCORES),
-        scores.Probe: _words("torch: two passes over tiles of keys"),
+        scores.Probe: _words(f"two passes over tiles of keys: {_CHOOSING}"),
         scores.Smooth: _words("torch: means of neighbours"),
         scores.GroupedKeys: _words("torch: heads joined"),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
         **dict.fromkeys((orders.Order, orders.Tokens), _words("torch: a stable sort")),
         orders.Inverse: _words("torch: a scatter of the places"),
-        orders.Take: _words("torch: a copy in the new order"),
+        orders.Take: _words(
+            "read in the new order where that is pooled or attended to in C++ (auto and cpp on a CPU); else a copy"
+        ),
         Attend: _attend,
-        Compact: _words("torch: rows gathered, rows scattered; inside it the program runs on the same backends"),
+        Compact: _words(
+            "a mask inside: rows are read and written where they lie in C++ (auto and cpp on a CPU); else gathered and scattered by torch, "
+            "and the program inside runs on the same backends"
+        ),
         **dict.fromkeys((Linear, Recall), _recurrent),
         **dict.fromkeys((Joint, Mix), _words("torch: the results of its branches, weighed")),
     },

@@ -19,7 +19,18 @@ from sparsedsl.gpu.targets import Target
 if TYPE_CHECKING:
     from sparsedsl.analysis.lists import BlockLists
 
-__all__ = ["Held", "TileCounts", "banded_tiles", "estimated_held", "listed_tiles", "ranked", "seconds", "work_of"]
+__all__ = [
+    "Held",
+    "TileCounts",
+    "banded_tiles",
+    "cache_bytes_a_cycle",
+    "estimated_held",
+    "listed_tiles",
+    "loaded_bytes",
+    "ranked",
+    "seconds",
+    "work_of",
+]
 
 # Cycles of one SM, at CLOCK, for what is not a product of matrices. Order of magnitude is what counts: these rank, they do not predict.
 CLOCK = 1.7e9
@@ -133,7 +144,7 @@ def seconds(kernel: str, shape: Shape, target: Target, config: Config, tiles: Ti
     logits = times * m * n
     full = cycles + logits / _EXP_A_CYCLE + logits * _FULL_OPERATIONS / _LANES
     partial = full + logits * (_PARTIAL_OPERATIONS - _FULL_OPERATIONS) / _LANES
-    loaded = _loaded(kernel, shape, config) / (_CACHE_GAIN * target.memory_gb_s * 1e9 / target.sms / CLOCK)
+    loaded = loaded_bytes(kernel, shape, config) / cache_bytes_a_cycle(target)
     waits = (_LATENCY / config.stages + _TURN) / held.blocks
     total = tiles.full + tiles.partial
     if total == 0:
@@ -181,7 +192,13 @@ def _products(kernel: str, shape: Shape) -> int:
     return (d + dv) + (d + dv if kernel == "grad_kv" else d)
 
 
-def _loaded(kernel: str, shape: Shape, config: Config) -> int:
+def cache_bytes_a_cycle(target: Target) -> float:
+    """What the second-level cache gives one SM."""
+    return _CACHE_GAIN * target.memory_gb_s * 1e9 / target.sms / CLOCK
+
+
+def loaded_bytes(kernel: str, shape: Shape, config: Config) -> int:
+    """What one turn of a loop loads: a tile of keys and values, or of queries and gradients."""
     rows = config.block_m if kernel == "grad_kv" else config.block_n
     return rows * (shape.columns + shape.columns_v) * shape.itemsize
 

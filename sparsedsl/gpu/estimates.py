@@ -9,10 +9,12 @@ from __future__ import annotations
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import Target
 
-__all__ = ["family", "has_descriptors", "impossible", "registers", "repeats", "shared_bytes"]
+__all__ = ["family", "has_descriptors", "impossible", "registers", "repeats", "shared_bytes", "warps_of"]
 
 # Numbers of a thread beside its share of the tiles: pointers, bounds, row maxima and sums.
 _BESIDE_TILES = 40
+# Of a tile, for each warp: matrix instructions of a warp, or its part of one of a warp group, are so many rows high.
+_ROWS_OF_A_WARP = 16
 
 
 def family(target: Target) -> str:
@@ -61,7 +63,16 @@ def repeats(kernel: str, shape: Shape, target: Target, config: Config) -> float:
     if kernel in ("delta", "merge", "decode") or not shape.matrix_units or family(target) == "blackwell":
         return 1.0
     rows = config.block_n if kernel == "grad_kv" else config.block_m
-    return max(1.0, 16.0 * config.warps / rows)
+    return max(1.0, config.warps / (rows / _ROWS_OF_A_WARP))
+
+
+def warps_of(rows: int) -> int:
+    """The most warps, four at least, of which none repeats what others do on a tile of so many rows.
+
+    >>> [warps_of(rows) for rows in (32, 64, 128)]
+    [4, 4, 8]
+    """
+    return max(4, rows // _ROWS_OF_A_WARP)
 
 
 def shared_bytes(kernel: str, shape: Shape, target: Target, config: Config) -> int:

@@ -1,8 +1,9 @@
 """Cycles that an SM needs for one turn of a kernel's loop, from the instructions in it: good for comparing kernels, not for predicting.
 
 The units of an SM work side by side; each part is what its busiest unit needs. *Matrix* is the tensor core, or shared memory where the
-operands come from there too slowly. *Rest* is everything else: issue slots, exponentials, arithmetic. Memory, latency and launches
-are left out. A kernel lies between :attr:`Cycles.serial`, where the two parts wait for each other, and :attr:`Cycles.overlapped`.
+operands come from there too slowly. *Rest* is everything else: issue slots, exponentials, arithmetic; on AMD the vector unit, which does
+these one after the other. Memory, latency and launches are left out. A kernel lies between :attr:`Cycles.serial`, where the two parts
+wait for each other, and :attr:`Cycles.overlapped`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sparsedsl.gpu.sass import LoopCounts, MatrixCounts
+from sparsedsl.gpu.machine_loops import LoopCounts, MatrixCounts
 from sparsedsl.gpu.targets import Target
 
 __all__ = ["Cycles", "cycles", "products_a_cycle"]
 
-_LANES = 32
 # Of one of an SM's parts, lanes a cycle. A100 has half the fp32 units of what came after.
 _SPECIAL, _INTEGER = 4, 16
 _MULTIPLY_ADD = {80: 16}
+_VECTOR = 16  # of AMD's, for all but special functions
+_FULL_ROWS = 128  # of an instruction of tensor memory: one of 64 rows takes as long
 _SHARED_BYTES = 128.0  # a cycle of an SM, from shared memory
 _OPERAND_BYTES = 2  # fp16 and bf16
 _CLOCK = 1.7e9  # what rates are peaks of, nearly; products a cycle are a power of two
@@ -52,30 +54,30 @@ def products_a_cycle(target: Target) -> int:
     return 1 << round(math.log2(target.half_tflops * 1e12 / 2 / target.sms / _CLOCK))
 
 
-def cycles(counts: LoopCounts, warps: int, target: Target, *, useful: float = 0.0) -> Cycles:
-    """Cycles of a turn of a block of ``warps`` warps on an NVIDIA ``target``.
+def cycles(counts: LoopCounts, warps: int, target: Target) -> Cycles:
+    """Cycles of a turn of a block of ``warps`` warps.
 
-    ``useful``: multiplications that the turn is for; taken for those executed where the code does not say the shapes of its
-    instructions (tensor memory).
+    Raises:
+        UnsupportedError: the machine code does not say the shape of its matrix instructions.
     """
-    parts = target.schedulers
-    a_part = max(1.0, warps / parts)  # warps that share a part's units
-    multiply_add = _MULTIPLY_ADD.get(target.arch if isinstance(target.arch, int) else 0, 32)
-    rest = a_part * max(
-        counts.issued - counts.matrix_issued,
-        counts.special * _LANES / _SPECIAL,
-        counts.integer * _LANES / _INTEGER,
-        counts.multiply_add * _LANES / multiply_add,
-    )
-    matrix = useful / products_a_cycle(target) if counts.tensor_memory else 0.0
-    return Cycles(matrix + sum(_matrix(kind, warps, target) for kind in counts.matrix), rest)
+    a_part = max(1.0, warps / target.schedulers)  # warps that share a part's units
+    lanes = target.warp_size
+    special = counts.special * lanes / _SPECIAL
+    if target.backend == "hip":
+        rest = special + (counts.integer + counts.multiply_add) * lanes / _VECTOR
+    else:
+        multiply_add = _MULTIPLY_ADD.get(target.arch if isinstance(target.arch, int) else 0, 32)
+        slots = counts.issued - counts.matrix_issued
+        rest = max(slots, special, counts.integer * lanes / _INTEGER, counts.multiply_add * lanes / multiply_add)
+    return Cycles(sum(_matrix(kind, warps, target) for kind in counts.matrix), a_part * rest)
 
 
 def _matrix(kind: MatrixCounts, warps: int, target: Target) -> float:
-    rows, columns, inner = kind.shape
-    times = kind.count * warps / kind.warps
-    units = rows * columns * inner / products_a_cycle(target)
+    units = kind.products(warps) / products_a_cycle(target)
     if kind.warps == 1:  # operands in registers
-        return times * units
+        return units
+    rows, columns, inner = kind.shape
+    if kind.warps == 0:
+        units *= max(1.0, _FULL_ROWS / rows)
     read = (columns + rows * kind.from_shared) * inner * _OPERAND_BYTES
-    return times * max(units, read / _SHARED_BYTES)
+    return max(units, kind.times(warps) * read / _SHARED_BYTES)

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparsedsl.errors import UnsupportedError
+from sparsedsl.gpu import amdgcn, sass
+from sparsedsl.gpu.machine_loops import LoopCounts
 from sparsedsl.gpu.nvidia_tools import run_tool
-from sparsedsl.gpu.sass import loops_of
 from sparsedsl.gpu.targets import Target
 
-__all__ = ["MOST_LOCAL", "Occupancy", "Resources", "misfits", "occupancy", "resources_of"]
+__all__ = ["MOST_LOCAL", "Occupancy", "Resources", "loops_of", "misfits", "occupancy", "resources_of"]
 
 # As they begin in PTX and in AMD's assembly.
 MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
@@ -30,8 +31,7 @@ class Resources:
 
     ``registers``       32-bit registers of a thread
     ``spills``          bytes of a thread's registers that are kept in memory because it has too few
-    ``local_share``     most of the instructions in a loop that reads or writes such memory; beside the loops it costs nothing. 1 if there
-                        are spills and nobody can tell where (AMD)
+    ``local_share``     most of the instructions in a loop that reads or writes such memory; beside the loops it costs nothing
     ``local_bytes``     bytes of memory of a thread's own: spills, and arrays such as ``sin`` needs for large arguments
     ``shared_bytes``    of a block
     ``tensor_columns``  columns of tensor memory of a block (Blackwell)
@@ -144,14 +144,19 @@ def resources_of(compiled: Any, *, remarks: bool = False) -> Resources:
         products=len(re.findall(r"\btt\.dot(?:_scaled)?\b", compiled.asm.get("ttir", ""))),
         instructions=tuple((name, count) for name, count in counts if count),
         async_copies=len(re.findall(r"\bcp\.async\.(?:ca|cg|bulk\.tensor)\b", assembly)), remarks=said,
-        local_share=_local_share(compiled, metadata.target.backend) if spills else 0.0,
+        local_share=max((loop.local_share for loop in loops_of(compiled)), default=0.0) if spills else 0.0,
     )  # fmt: skip
 
 
-def _local_share(compiled: Any, backend: str) -> float:
-    if backend == "hip":
-        return 1.0
-    return max((loop.local_share for loop in loops_of(compiled.asm["cubin"])), default=0.0)
+def loops_of(compiled: Any) -> tuple[LoopCounts, ...]:
+    """What the innermost loops of a compiled kernel that multiply matrices do in one turn, in the order of the machine code.
+
+    Raises:
+        UnsupportedError: Triton's copy of ``cuobjdump`` cannot be run, or does not know the binary's processor.
+    """
+    if compiled.metadata.target.backend == "hip":
+        return amdgcn.loops_in(compiled.asm["amdgcn"])
+    return sass.loops_of(compiled.asm["cubin"])
 
 
 Needs = tuple[int, int, int, tuple[str, ...]]  # registers, spills, local_bytes, remarks

@@ -1,4 +1,4 @@
-"""Patterns in the attention layers of transformers models: :func:`native_patterns`, :func:`apply`.
+"""Patterns in the attention layers of transformers models: :func:`native_patterns`, :func:`apply`, :func:`search`.
 
 The stages of one call, and the module of each:
 
@@ -8,14 +8,17 @@ The stages of one call, and the module of each:
 4. ``carried``: the request beside the mask, on its way to the layers; everything else sees transformers' own masks.
 5. ``derived``: pattern + what the request holds -> the pattern that runs, and its tables.
 6. ``attention_function``: query, key, value of one layer + request -> output; for programs on the real tokens of each row: ``sequences``.
-7. ``applying``: puts 1-6 into a model, and takes them out again.
+7. ``given``, ``installed``, ``applying``: what each layer is given, and 1-6 put into a model and taken out again.
+8. ``written``, ``saving``, ``loading``: patterns as text in a saved model's configuration, and a model with its patterns from there.
 
 Layers that become hybrid layers (:func:`convert`) take the place of stages 5 and 6:
 
 - ``donor``: an attention module -> its facts, its queries, keys and values before and after rotation.
 - ``layer``: what a hybrid layer is; ``hybrids``: those that are shipped; ``registry``: their names, and users' own, in saved models.
 - ``converted``: the forward of a converted module; ``program_cache``: what it keeps between calls.
-- ``converting``: puts them into a model; ``lessons``: what they learn from the donor.
+- ``converting``: puts them into a model; ``lessons``: what they learn from the donor; ``layers_loading``: their weights from a folder.
+
+``layer_search`` finds which layer gets which of them.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ except ModuleNotFoundError as error:
     raise MissingPackageError("sparsedsl.models", "transformers", "models") from error
 
 from sparsedsl.lang.advice import answer_for
-from sparsedsl.models.applying import AppliedPatterns, apply
+from sparsedsl.models.applying import AppliedPatterns, applied, apply
 from sparsedsl.models.converting import Conversion, conversion, convert
 from sparsedsl.models.donor import Donor
 from sparsedsl.models.hybrids.hsa import HSA
@@ -37,11 +40,15 @@ from sparsedsl.models.hybrids.nha import NHA
 from sparsedsl.models.hybrids.nsa import NSA
 from sparsedsl.models.hybrids.ring_linear import RingLinear
 from sparsedsl.models.layer import Layer
-from sparsedsl.models.layers_loading import from_pretrained
+from sparsedsl.models.layer_search.bounds import Kl, Perplexity
+from sparsedsl.models.layer_search.search_report import SearchReport
+from sparsedsl.models.layer_search.searching import search
 from sparsedsl.models.lessons import Lesson
+from sparsedsl.models.loading import from_pretrained
 from sparsedsl.models.native import left_padding, native_patterns, sinks
 from sparsedsl.models.program_cache import ProgramCacheLayer
 from sparsedsl.models.registry import register_layer
+from sparsedsl.models.saving import save_pretrained
 
 __all__ = [
     "HSA",
@@ -50,11 +57,15 @@ __all__ = [
     "AppliedPatterns",
     "Conversion",
     "Donor",
+    "Kl",
     "Layer",
     "Lesson",
     "MoBA",
+    "Perplexity",
     "ProgramCacheLayer",
     "RingLinear",
+    "SearchReport",
+    "applied",
     "apply",
     "conversion",
     "convert",
@@ -62,6 +73,8 @@ __all__ = [
     "left_padding",
     "native_patterns",
     "register_layer",
+    "save_pretrained",
+    "search",
     "sinks",
 ]
 

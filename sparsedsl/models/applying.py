@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, find_first_full_attention_index
+import torch
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.masking_utils import find_first_full_attention_index
 
-from sparsedsl.errors import PatternError, TableError, UnsupportedError
-from sparsedsl.lang.advice import shown, way_in
+from sparsedsl.analysis.domain import check_size
+from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Mask
-from sparsedsl.lang.pattern import Pattern, as_pattern
-from sparsedsl.models.attention_function import BINDING, Binding, Compiled, attend
-from sparsedsl.models.carried import Stack, calling, put_stacks, stacks_of
-from sparsedsl.models.derived import PROVIDED
-from sparsedsl.models.layers import attention_layers, closed_layers, is_told_causal, key_owners, text_config
-from sparsedsl.models.mask_arguments import MaskFunction
-from sparsedsl.models.native import masks_of, native_facts, native_pattern
-from sparsedsl.models.programs import check_program, is_for_prefill
-from sparsedsl.program.graph import Program, as_program
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.models.attention_function import Binding, Compiled
+from sparsedsl.models.caches import arrange, layer_words, release, report
+from sparsedsl.models.carried import Stack
+from sparsedsl.models.given import bind, choose
+from sparsedsl.models.installed import Installed, home_of, installed_at, installed_in
+from sparsedsl.models.layers import attention_layers, closed_layers, is_told_causal, text_config
+from sparsedsl.models.programs import is_for_prefill
+from sparsedsl.models.saving import save
+from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-__all__ = ["AppliedPatterns", "apply"]
+__all__ = ["AppliedPatterns", "applied", "apply"]
 
-_NAME = "sparsedsl"  # what bound modules call; for all else the model keeps the name it had
 _NATIVE = ("sdpa", "eager", "flex_attention")
 
 
@@ -59,15 +57,21 @@ def apply(
     - Padding means nothing: ``q_idx`` and ``kv_idx`` count the real tokens of a row, ``q_len`` and ``kv_len`` are how many there are, and
       tables are read by them. So a row alone, padded left, right or in between, and packed gives the same. Padded keys never attend.
     - In packed batches (``position_ids`` that start again; no attention mask, no cache) a query sees its own sequence only, and indices
-      and lengths are those of the sequence.
+      and lengths are those of the sequence; in models that make their masks by ``position_ids`` (GPT-OSS does not, and sees one sequence).
     - With ``indices="slots"`` they are slots of the KV cache, as in transformers' mask functions: with left padding, slot 0 is padding;
       in packed batches the positions that were given. The layer's own native pattern stands for the mask of transformers and counts as that
       does, whatever ``indices`` says: a window over padding in the middle of a row counts the padding too.
     - Two tables are bound at every call: ``sd.models.sinks[h]``, the layer's sink logits, and ``sd.models.left_padding[b]``, the number of
       slots before the first one that the indices count: padding slots before a row in slots, 0 in tokens. Others must be bound before:
       ``pattern.bind(name=tensor)``.
-    - A layer whose native cache keeps a window only gets one that keeps everything, unless the pattern provably needs no more. Layers that
-      share their keys (Gemma 3n, Gemma 4) get one together, or the call raises.
+    - Calls add up, as context managers do that are stacked: patterns of different layers all stand, a layer runs what it was given last,
+      and ``restore()``, in any order, takes away what its own call gave.
+    - A copy of the model, and one that was pickled, run the patterns and have handles of their own: :func:`applied`. ``save_pretrained``
+      writes patterns as text, and :func:`from_pretrained` reads them.
+    - ``torch.compile`` and ``torch.export`` make one graph where they make one of the model itself, with an operator for each layer.
+    - Caches that are still empty are fitted: a layer with a pattern holds the keys that :func:`sparsedsl.cache_bound` says later queries
+      may ask for, and no more; all of them where no bound is proved. Layers that share their keys (Gemma 3n, Gemma 4) get one together,
+      or the call raises.
 
     A *program*, such as ``sd.patterns.pbs()`` or ``sd.patterns.moba()``, over q, k and v:
 
@@ -79,7 +83,9 @@ def apply(
       gives is zero.
 
     Args:
-        model: a transformers model with one stack of layers, running ``sdpa``, ``eager`` or ``flex_attention``.
+        model: a transformers model with one stack of layers, running ``sdpa``, ``eager`` or ``flex_attention``. Of an encoder-decoder
+            model give one stack, ``model.get_encoder()`` or ``model.get_decoder()``, whose cross-attention stays native; of a model with a
+            tower for images that tower, ``model.vision_model``, or the whole for its text.
         patterns: one mask, pattern or program for all layers; or a mapping from layer index; or a function of the layer index, where a
             missing index and None mean native.
         backend, allow: as in :func:`sparsedsl.compile`.
@@ -113,33 +119,57 @@ def apply(
     config = text_config(model)
     layers = attention_layers(model)
     closed = closed_layers(model)
-    chosen = _choose(patterns, sorted({*layers, *closed}))
+    chosen = choose(patterns, sorted({*layers, *closed}))
     if missed := sorted(set(chosen) & set(closed)):
         raise UnsupportedError(
-            f"{_layer_words(missed)} ({', '.join(sorted({closed[index] for index in missed}))}): the module's own forward does not call "
+            f"{layer_words(missed)} ({', '.join(sorted({closed[index] for index in missed}))}): the module's own forward does not call "
             "transformers' attention interface (AttentionInterface), so patterns cannot reach it. Give a mapping without it, or call "
             "sd.compile(pattern) in that forward"
         )
-    native = str(config._attn_implementation or "sdpa")
-    if native not in _NATIVE:
-        raise UnsupportedError(
-            f"the model runs attn_implementation={native!r}; patterns are put over {', '.join(_NATIVE)}: "
-            "call model.set_attn_implementation('sdpa') first"
-        )
-    if any(hasattr(module, BINDING) for module in layers.values()):
-        raise PatternError("this model has patterns already; call restore() on what the first models.apply returned")
-    told, compiled = is_told_causal(model, config), Compiled(backend, tuple(allow))
-    stack = Stack(key_owners(layers), masks_of({i: m for i, m in layers.items() if i not in chosen}, config, told))
-    bindings = {index: _bind(layers[index], index, given, config, told, compiled, stack) for index, given in chosen.items()}
-    for binding in bindings.values():
-        binding.count_slots = indices == "slots"
-    return AppliedPatterns(model, config, native, layers, stack, bindings)
+    home = home_of(model, layers)
+    installed = installed_at(home)
+    if installed is None:
+        native = str(config._attn_implementation or "sdpa")
+        if native not in _NATIVE:
+            raise UnsupportedError(
+                f"the model runs attn_implementation={native!r}; patterns are put over {', '.join(_NATIVE)}: "
+                "call model.set_attn_implementation('sdpa') first"
+            )
+        installed = Installed(home, config, native, layers, is_told_causal(model, config))
+    else:
+        installed.check_is_asked()
+    compiled, told, stack = Compiled(backend, tuple(allow)), installed.told, installed.stack
+    in_slots = indices == "slots"
+    bindings = {i: bind(layers[i], i, given, config, told, compiled, stack, in_slots) for i, given in chosen.items()}
+    return AppliedPatterns(model, installed, chosen, bindings, compiled, indices)
+
+
+def applied(model: PreTrainedModel) -> tuple[AppliedPatterns, ...]:
+    """What is applied to a model, or to parts of it: the handles that :func:`apply` returned and that were not restored, oldest first.
+
+    A copy of a model with patterns, and one that was pickled, have handles of their own:
+
+    >>> import copy, sparsedsl as sd
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    >>> model = LlamaForCausalLM(LlamaConfig(**tiny))
+    >>> handle = sd.models.apply(model, {1: sd.kv_idx <= sd.q_idx})
+    >>> twin = copy.deepcopy(model)
+    >>> sd.models.applied(model) == (handle,)
+    True
+    >>> for its_own in sd.models.applied(twin):
+    ...     its_own.restore()
+    >>> len(sd.models.applied(twin)), len(sd.models.applied(model))
+    (0, 1)
+    """
+    return tuple(handle for installed in installed_in(model) for handle in installed.applied)
 
 
 class AppliedPatterns:
     """Patterns at work in a model; made by :func:`apply`, ended by :meth:`restore` or by leaving its ``with`` block.
 
-    ``patterns``: layer index -> the pattern or :class:`~sparsedsl.Program` the layer runs. ``layers``: the indices of all attention layers.
+    ``patterns``: layer index -> the pattern or :class:`~sparsedsl.Program` the layer runs. ``given``: layer index -> what it was given.
+    ``layers``: the indices of all attention layers.
 
     >>> import sparsedsl as sd
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -153,52 +183,59 @@ class AppliedPatterns:
     def __init__(
         self,
         model: PreTrainedModel,
-        config: PreTrainedConfig,
-        native: str,
-        layers: dict[int, Any],
-        stack: Stack,
+        installed: Installed,
+        given: dict[int, Any],
         bindings: dict[int, Binding],
+        compiled: Compiled,
+        indices: str,
     ) -> None:
-        self.model, self.layers = model, tuple(layers)
+        self.model, self.layers, self.given = model, tuple(installed.layers), given
         self.patterns = {index: binding.program or binding.pattern for index, binding in bindings.items()}
-        self._config, self._stack = config, stack
-        self._modules = [layers[index] for index in bindings]
-        self._bindings = bindings
-        self._active = True
-        AttentionInterface.register(_NAME, attend)
-        if not isinstance(ALL_MASK_ATTENTION_FUNCTIONS[native], MaskFunction):
-            AttentionMaskInterface.register(native, MaskFunction(ALL_MASK_ATTENTION_FUNCTIONS[native]))
-        view = calling(config, _NAME)
-        for index, binding in bindings.items():
-            setattr(layers[index], BINDING, binding)
-            layers[index].config = view
-        put_stacks(config, native, (*stacks_of(config), stack))
-        before = functools.partial(_before_forward, stack, bindings)
-        after = functools.partial(_after_forward, stack, bindings)
-        self._hooks = (
-            model.base_model.register_forward_pre_hook(before, with_kwargs=True),
-            model.base_model.register_forward_hook(after, always_call=True),
-        )
+        self.backend, self.allow, self.indices = compiled.backend, compiled.allow, indices
+        self._installed, self._bindings = installed, bindings
+        installed.add(self, bindings)
+        installed.hook(model, _before_forward, _after_forward)
+        installed.save_by(model, save)
 
     def restore(self) -> None:
-        """Give the model back its own attention. Doing so twice is no error."""
-        if not self._active:
-            return
-        self._active = False
-        for hook in self._hooks:
-            hook.remove()
-        for module in self._modules:
-            delattr(module, BINDING)
-            module.config = self._config
-        left = tuple(stack for stack in stacks_of(self._config) if stack is not self._stack)
-        if left != stacks_of(self._config):  # another model may share the configuration, or the name was set anew
-            put_stacks(self._config, self._config._attn_implementation, left)
+        """Take these patterns out again. Layers then run what they ran without them: what an earlier :func:`apply` gave them that still
+        stands, else the model's own attention. Handles are restored in any order; doing so twice is no error."""
+        self._installed.remove(self)
 
-    def cache(self) -> DynamicCache:
-        """An empty KV cache that keeps the keys these patterns ask for; pass it as ``past_key_values``."""
-        cache = DynamicCache(config=self.model.config)
-        _widen(cache, self._stack, self._bindings)
+    def cache(self, max_length: int | None = None) -> Cache:
+        """An empty KV cache that holds the keys these patterns may ask for, and no more; pass it as ``past_key_values``.
+
+        ``max_length``: take memory for so many tokens at once, as transformers' static cache does; None: as tokens come.
+        """
+        if max_length is None:
+            cache: Cache = DynamicCache(config=self.model.config)
+        else:
+            cache = StaticCache(config=self.model.config, max_cache_len=check_size("max_length", max_length, 1))
+        installed = self._installed
+        arrange(cache, installed.stack.owners, installed.bindings, installed.heads, late=False)
+        release(installed.bindings)
         return cache
+
+    def cache_report(self, length: int, *, batch: int = 1) -> str:
+        """What the layers' caches hold while ``length`` tokens go by, in words and bytes: what is bounded, and what grows.
+
+        The model runs on one token, to see what its layers' keys and values are.
+
+        >>> import sparsedsl as sd
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> with sd.models.apply(LlamaForCausalLM(LlamaConfig(**tiny)).eval(), {1: sd.patterns.sliding_window(512)}) as applied:
+        ...     print(applied.cache_report(32768))
+        layer 0: every key; 128 bytes a token, 4 MiB for 32,768 tokens
+        layer 1: ring: a ring of 512 keys; PROVED (for all indices, lengths and tables); 128 bytes a token, 0.0624 MiB for 32,768 tokens
+        all layers: 4.06 MiB, where 8 MiB hold every key
+        """
+        check_size("length", length, 1)
+        check_size("batch", batch, 1)
+        cache = self.cache()
+        with torch.no_grad():
+            self.model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.model.device), past_key_values=cache)
+        return report(cache, length, batch)
 
     def __enter__(self) -> AppliedPatterns:
         return self
@@ -210,10 +247,18 @@ class AppliedPatterns:
         groups: dict[str, list[int]] = {}
         for index, pattern in self.patterns.items():
             groups.setdefault(_words(pattern), []).append(index)
-        words = [f"{_layer_words(indices)} {text}" for text, indices in groups.items()]
+        words = [f"{layer_words(indices)} {text}" for text, indices in groups.items()]
+        standing = self._installed.bindings
+        hidden = [
+            index for index in self.patterns if self in self._installed.applied and standing[index] is not self._bindings[index]
+        ]
+        words += [f"given another by a later apply: {layer_words(hidden)}"] if hidden else []
         left = [index for index in self.layers if index not in self.patterns]
-        words += [f"native: {_layer_words(left)}"] if left else []
-        state = "" if self._active else ", restored"
+        others = [index for index in left if index in standing]
+        words += [f"given one by another apply: {layer_words(others)}"] if others else []
+        native = [index for index in left if index not in standing]
+        words += [f"native: {layer_words(native)}"] if native else []
+        state = "" if self in self._installed.applied else ", restored"
         return f"<AppliedPatterns on {type(self.model).__name__}{state}: {'; '.join(words)}>"
 
 
@@ -223,98 +268,46 @@ def _words(pattern: Pattern | Program) -> str:
     return pattern.text.splitlines()[-1]
 
 
-def _layer_words(indices: list[int]) -> str:
-    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
-
-
-def _choose(patterns: Any, layers: list[int]) -> dict[int, Any]:
-    """Layer index -> what the user gave for it."""
-    if isinstance(patterns, Mapping):
-        unknown = sorted(set(patterns) - set(layers), key=str)
-        if unknown:
-            raise PatternError(f"no attention layer has the index {unknown}; the model's attention layers are {layers}")
-        given = {index: patterns[index] for index in layers if index in patterns}
-    elif isinstance(patterns, (Mask, Pattern, bool)) or as_program(patterns) is not None:
-        given = dict.fromkeys(layers, patterns)
-    elif callable(patterns) and not isinstance(patterns, type):
-        try:
-            inspect.signature(patterns).bind(0)
-        except TypeError:
-            raise PatternError(
-                f"patterns must be a pattern, a dict of them by layer, or a function of the layer's number; got {shown(patterns)}"
-                f"{way_in(patterns)}"
-            ) from None
-        given = {index: patterns(index) for index in layers}
-    else:
-        given = {index: as_pattern(patterns, where="patterns") for index in layers}
-    return {index: value for index, value in given.items() if value is not None}
-
-
-def _bind(
-    module: Any, index: int, given: object, config: PreTrainedConfig, told: bool, compiled: Compiled, stack: Stack
-) -> Binding:
-    program = as_program(given)
-    if program is not None:
-        own = native_pattern(module, index, config, told)
-        check_program(program, index, own)
-        facts = native_facts(module, index, config, told) if is_for_prefill(program) else None
-        return Binding(index, own, facts is not None, True, facts, compiled, stack, program)
-    keeps_score = isinstance(given, (Mask, bool))
-    pattern = as_pattern(given, where=f"the pattern of layer {index}")
-    try:
-        native = native_pattern(module, index, config, told)
-    except UnsupportedError:
-        if keeps_score:
-            raise
-        native = None
-    if native is not None and keeps_score:
-        pattern = Pattern(pattern.mask, native.score, native.sink, native.scale)
-    elif native is not None:
-        lost = ["soft cap"] if native.has_score and not pattern.has_score else []
-        lost += ["sink logits"] if native.sink is not None and pattern.sink is None else []
-        if lost:
-            warnings.warn(
-                f"layer {index}: the model's own {' and '.join(lost)} are not part of the pattern and are left out; "
-                "give a mask instead of a pattern to keep them, or add them as in sd.models.native_patterns(model)",
-                stacklevel=4,
-            )
-    free = sorted(set(pattern.tables) - set(pattern.bound) - PROVIDED)
-    if free:
-        raise TableError(
-            f"layer {index}: nothing binds the table{'s' if len(free) > 1 else ''} {', '.join(free)} of the pattern; "
-            f"bind before applying: pattern.bind({free[0]}=tensor)"
-        )
-    is_native = pattern == native
-    facts = native_facts(module, index, config, told) if is_native else None
-    return Binding(index, pattern, is_native, keeps_score or is_native, facts, compiled, stack)
-
-
-def _before_forward(stack: Stack, bindings: dict[int, Binding], module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _before_forward(installed: Installed, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Runs before every forward of the model: nothing has switched the patterns off, and the cache keeps what they ask for."""
-    config = text_config(module)
-    if stack not in stacks_of(config):
-        raise UnsupportedError(
-            f"the model has patterns, but its attn_implementation was since set to {config._attn_implementation!r}, which would ignore "
-            "them; call restore() on what models.apply returned"
-        )
+    stack = installed.stack
+    stack.inside += 1
+    installed.check_is_asked()
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, Cache):
-        _widen(cache, stack, bindings)
-    stack.inside, stack.seen = True, _seen(cache, stack) if isinstance(cache, Cache) else None
-
-
-def _after_forward(stack: Stack, bindings: dict[int, Binding], module: Any, args: Any, output: Any) -> None:
-    """Runs after every forward of the model, failed ones included: each layer with a pattern has called for it."""
-    stack.inside = False
-    config = text_config(module)
-    if output is None or all(binding.reached for binding in bindings.values()):
+    cache = getattr(cache, "self_attention_cache", cache)  # of a decoder, beside what it has of the encoder's output
+    if torch.compiler.is_compiling():
+        _before_tracing(installed, args, kwargs, cache)
         return
-    if module.training and getattr(config, "layerdrop", 0):
+    arrange(cache if isinstance(cache, Cache) else None, stack.owners, installed.bindings, installed.heads)
+    stack.seen = _seen(cache, stack) if isinstance(cache, Cache) else None
+
+
+def _before_tracing(installed: Installed, args: Any, kwargs: dict[str, Any], cache: Any) -> None:
+    """The same while a graph is made, which cannot exchange layers of a cache: where one has dropped what a pattern asks for, the graph
+    raises when it runs."""
+    installed.stack.positions = kwargs.get("position_ids")
+    if len(args) > 2 or (isinstance(cache, Cache) and find_first_full_attention_index(cache) not in installed.stack.owners):
+        raise UnsupportedError(
+            "a graph does not show what this call means: pass all but input_ids and attention_mask by name; a cache whose first layer "
+            "keeps no keys is for calls without torch.compile or torch.export"
+        )
+
+
+def _after_forward(installed: Installed, module: Any, args: Any, output: Any) -> None:
+    """Runs after every forward of the model, failed ones included: each layer with a pattern has called for it."""
+    stack, bindings, config = installed.stack, installed.bindings, installed.config
+    stack.inside = max(0, stack.inside - 1)  # another hook may have failed before ours
+    release(bindings)
+    if stack.inside == 0:
+        stack.traced, stack.positions = (), None
+    if stack.inside or output is None or all(binding.reached for binding in bindings.values()):
+        return
+    if module.training and any(getattr(config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")):
         return
     missed = [i for i, binding in bindings.items() if not binding.reached and i < getattr(config, "num_hidden_layers", i + 1)]
     if missed:
         raise UnsupportedError(
-            f"{_layer_words(missed)}: the forward ended, and the layer did not call transformers' attention interface, so its pattern "
+            f"{layer_words(missed)}: the forward ended, and the layer did not call transformers' attention interface, so its pattern "
             "did not run. Leave it native (patterns={...} without it), or call sd.compile(pattern) in its own forward"
         )
 
@@ -325,21 +318,3 @@ def _seen(cache: Cache, stack: Stack) -> int | None:
     if asked in stack.owners:
         return None
     return int(cache.layers[own].get_seq_length()) if own < len(cache.layers) else 0
-
-
-def _widen(cache: Cache, stack: Stack, bindings: dict[int, Binding]) -> None:
-    """Let layers that are to keep a window keep everything where a pattern asks for more, as long as they are empty."""
-    for owner, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicSlidingWindowLayer or layer.cumulative_length or layer.record_past:
-            continue
-        readers = [index for index, owned in stack.owners.items() if owned == owner]
-        wide = [i for i in readers if i in bindings and not bindings[i].fits_window(layer.sliding_window)]
-        native = [i for i in readers if i not in bindings]
-        if wide and native:
-            raise UnsupportedError(
-                f"{_layer_words(wide)}: the pattern may ask for more than the last {layer.sliding_window} keys, and shares its keys with "
-                f"native {_layer_words(native)}, which cannot do with more. Give all of {readers} patterns (for what stays as it is: "
-                "sd.models.native_patterns(model)), or one that looks back no further than the window"
-            )
-        if wide:
-            cache.layers[owner] = DynamicLayer()

@@ -14,15 +14,20 @@ import torch
 from sparsedsl.analysis.proofs import PROVED, implies
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.compiling import compile as compile_pattern
+from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.derived import DerivedForm, derive
-from sparsedsl.models.mask_arguments import MaskRequest
+from sparsedsl.models.graph_attention import attend_in_graph, handle_of, run_by
+from sparsedsl.models.kept_keys import KeptKeys, SummarisedKeys
+from sparsedsl.models.mask_arguments import MaskRequest, request_in_graph, unmasked_request
 from sparsedsl.models.native import Facts
 from sparsedsl.models.programs import ROW, fitted, is_for_prefill, reads_rows, told_rows
 from sparsedsl.models.sequences import SequenceGroup, sequence_groups
+from sparsedsl.models.traced import TracedRequest, traced_request
 from sparsedsl.program.graph import Program
+from sparsedsl.runtime.call import wants_grad
 
 __all__ = ["BINDING", "Binding", "Compiled", "attend"]
 
@@ -52,24 +57,47 @@ class Compiled:
 
 @dataclass(eq=False)
 class Binding:
-    """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for, and ``facts``
-    what its mask says. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the pattern, which then is
-    the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one of. ``count_slots``:
-    the user's pattern counts slots, and not tokens. ``reached``: the module has called for it."""
+    """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for. ``facts``: what the mask
+    says that the model makes for the layer. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the
+    pattern, which then is the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one
+    of. ``count_slots``: the user's pattern counts slots, and not tokens. ``reached``: the module has called for it. ``held``: in a forward
+    with a cache fitted to the pattern, the layer that holds its keys. ``bounds``: what is known of the caches of the layers it shares keys
+    with."""
 
     index: int
     pattern: Pattern
     native: bool
     keeps_score: bool
-    facts: Facts | None
+    facts: Facts
     compiled: Compiled
     stack: Stack
     program: Program | None = None
     count_slots: bool = False
     reached: bool = False
+    held: KeptKeys | SummarisedKeys | None = None
     _by_scale: dict[Any, Any] = field(default_factory=dict)
     _by_form: dict[DerivedForm, tuple[Any, frozenset[str]]] = field(default_factory=dict)
     _fits: dict[int, bool] = field(default_factory=dict)
+    bounds: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Read while a graph is made: the tensors bound to tables, and the name of this binding in the graph.
+        self.bound: dict[str, torch.Tensor] = dict((self.program or self.pattern).bound)
+        self.handle = handle_of(
+            self,
+            {
+                "index": self.index,
+                "pattern": self.pattern.text,
+                "program": None if self.program is None else self.program.text,
+                "native": self.native,
+                "keeps_score": self.keeps_score,
+                "count_slots": self.count_slots,
+                "facts": sorted(self.facts, key=str),
+                "backend": self.compiled.backend,
+                "allow": self.compiled.allow,
+                "bound": list(self.bound),
+            },
+        )
 
     def attention(self, form: DerivedForm) -> tuple[Any, frozenset[str]]:
         """The compiled pattern for calls of this form, and the names of the tables it is to be given."""
@@ -96,6 +124,11 @@ class Binding:
             self._by_scale[scale, by_row] = self.compiled(told_rows(program) if by_row else program)
         return self._by_scale[scale, by_row]
 
+    @property
+    def sums_up_keys(self) -> bool:
+        """Whether steps of decoding run a program that chooses by summaries of keys."""
+        return self.program is not None and self.runs_program(whole=False) and bool(summarised(self.program))
+
     def fits_window(self, window: int) -> bool:
         """Whether what runs after a prompt provably asks for none but the last ``window`` keys, the query's own included."""
         if self.runs_program(whole=False):
@@ -107,7 +140,19 @@ class Binding:
         return self._fits[window]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_by_form": {}, "_by_scale": {}}
+        return {**vars(self), "_by_form": {}, "_by_scale": {}, "held": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()  # a copy is another binding, with tensors of its own
+
+
+def _made_again(words: dict[str, Any], pattern: Pattern, program: Program | None) -> Binding:
+    """The binding that a handle of another process speaks of."""
+    facts: Facts = frozenset((name, number) for name, number in words["facts"])
+    compiled = Compiled(words["backend"], tuple(words["allow"]))
+    native, keeps_score = words["native"], words["keeps_score"]
+    return Binding(words["index"], pattern, native, keeps_score, facts, compiled, Stack({}, None), program, words["count_slots"])
 
 
 def attend(
@@ -120,15 +165,52 @@ def attend(
 ) -> tuple[torch.Tensor, Any]:
     """The attention function of bound modules, as transformers' ``AttentionInterface`` wants it."""
     binding: Binding = getattr(module, BINDING)
+    told, rows = arguments.get("is_causal"), query.shape[2]
+    both_ways = not (getattr(module, "is_causal", True) if told is None else told)
+    if torch.compiler.is_compiling():
+        traced = traced_request(binding.stack, attention_mask, binding.facts)
+        if traced is None and attention_mask is None and both_ways and rows == key.shape[2]:
+            traced = TracedRequest(rows, rows, 0, 0, None, None, binding.facts)
+        _refuse_what_would_be_lost(binding, attention_mask, traced, arguments)
+        assert traced is not None
+        binding.reached = True
+        return attend_in_graph(binding, query, key, value, traced, arguments), None
     request = request_of(attention_mask)
     if attention_mask is None:
-        request = binding.stack.omitted_request(query.shape[2], key.shape[2], binding.facts)
+        request = _omitted_request(binding, rows, key.shape[2])
+        if request is None and both_ways and rows == key.shape[2]:
+            request = unmasked_request(rows)
     _refuse_what_would_be_lost(binding, attention_mask, request, arguments)
     binding.reached = True
     return _run(binding, query, key, value, request, arguments), None
 
 
-def _refuse_what_would_be_lost(binding: Binding, mask: Any, request: MaskRequest | None, arguments: dict[str, Any]) -> None:
+def _run_in_graph(
+    binding: Binding,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    traced: TracedRequest,
+    arguments: dict[str, Any],
+) -> torch.Tensor:
+    return _run(binding, query, key, value, request_in_graph(traced, query.device), arguments)
+
+
+run_by(_run_in_graph, _made_again)
+
+
+def _omitted_request(binding: Binding, rows: int, keys: int) -> MaskRequest | None:
+    """The request behind a missing mask. Of a fitted cache all tokens were announced; before it was fitted, what the layer then was for."""
+    held, announced = binding.held, [keys]
+    if isinstance(held, KeptKeys):
+        announced = [held.seen, *([held.stands_for.get_mask_sizes(rows)[0]] if held.seen == rows else [])]
+    found = (binding.stack.omitted_request(rows, length, binding.facts) for length in announced)
+    return next((request for request in found if request is not None), None)
+
+
+def _refuse_what_would_be_lost(
+    binding: Binding, mask: Any, request: MaskRequest | TracedRequest | None, arguments: dict[str, Any]
+) -> None:
     """Nothing that the model or its caller asks for is dropped in silence."""
     where = f"layer {binding.index}"
     if request is None:
@@ -181,7 +263,15 @@ def _run(
     arguments: dict[str, Any],
 ) -> torch.Tensor:
     """(B, Sq, Hq, Dv): by the pattern or the program, whichever this call is for."""
-    slots = start, stop = request.key_range(key.shape[2])
+    held = binding.held
+    if isinstance(held, KeptKeys):
+        handed = _handed(binding, held, key)
+        held.settle(request.padding)
+        start, stop = slots = int(handed[0]), int(handed[-1]) + 1
+        if stop - start > handed.numel():
+            return _run_with_gaps(binding, query, key, value, request, handed, arguments)
+    else:
+        start, stop = slots = request.key_range(key.shape[2])
     key, value = key[:, :, : stop - start], value[:, :, : stop - start]
     if binding.program is not None and (request.padding is not None or request.packing is not None):
         return _run_on_sequences(binding, query, key, value, request, slots, arguments)
@@ -201,7 +291,8 @@ def _run_pattern(
 ) -> torch.Tensor:
     """The pattern over the keys in these cache slots."""
     start, stop = slots
-    kept = request.keys_kept(start, binding.in_slots)
+    # What a fitted cache has let go of no query asks for.
+    kept = None if isinstance(binding.held, KeptKeys) else request.keys_kept(start, binding.in_slots)
     if kept is not None and not binding.fits_window(kept):
         raise _dropped(binding, start, request.has_holes and not binding.in_slots)
     form = DerivedForm(
@@ -215,6 +306,34 @@ def _run_pattern(
     tables = _tables(binding, wanted, request.tables(start, stop, query.shape[0], query.device), arguments)
     scale = arguments.get("scaling") if binding.pattern.scale is None else None
     out = attention(query, key, value, q_offset=request.q_offset - start, scale=scale, **tables)
+    return out.transpose(1, 2).contiguous()
+
+
+def _handed(binding: Binding, held: KeptKeys, key: torch.Tensor) -> torch.Tensor:
+    """The cache slots of a layer's keys."""
+    if held.handed.numel() != key.shape[2]:
+        raise ShapeError(
+            f"layer {binding.index}: its cache handed out {held.handed.numel()} keys, and the layer attends to {key.shape[2]}; which of "
+            "them are which is not known. Leave this layer native, or give it a cache that holds every key: DynamicCache()"
+        )
+    return held.handed
+
+
+def _run_with_gaps(
+    binding: Binding,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    request: MaskRequest,
+    slots: torch.Tensor,
+    arguments: dict[str, Any],
+) -> torch.Tensor:
+    """The pattern over keys in these cache slots, ascending; those between them no query of the pattern sees."""
+    padded = request.padding is not None
+    attention, wanted = binding.attention(DerivedForm(padded=padded, holes=padded, gaps=True, slots=binding.in_slots))
+    tables = _tables(binding, wanted, request.tables_at(slots, query.shape[0], query.device), arguments)
+    scale = arguments.get("scaling") if binding.pattern.scale is None else None
+    out = attention(query, key, value, q_offset=key.shape[2] - query.shape[2], scale=scale, **tables)
     return out.transpose(1, 2).contiguous()
 
 
@@ -294,7 +413,15 @@ def _run_program(
         known["left_padding"] = torch.zeros(batch, dtype=torch.int32, device=query.device)
     tables = _tables(binding, wanted, known, arguments)
     try:
-        out: torch.Tensor = attention(query, key, value, q_offset=q_offset, **tables)
+        kept = {} if group is not None else _summaries(binding, attention, query, key)
+        out: torch.Tensor = attention(query, key, value, q_offset=q_offset, **tables, **kept)
     except (ShapeError, TableError, UnsupportedError) as error:
         raise type(error)(f"layer {binding.index}: {error}") from error
     return out
+
+
+def _summaries(binding: Binding, attention: Any, query: torch.Tensor, key: torch.Tensor) -> dict[str, KeptSummaries]:
+    """The summaries that the layer's cache keeps, where none of them wants a gradient or a graph."""
+    if not isinstance(binding.held, SummarisedKeys) or torch.compiler.is_compiling() or wants_grad(query, key):
+        return {}
+    return {"summaries": binding.held.summaries(attention)}

@@ -50,15 +50,21 @@ class Stack:
     """One patched stack of layers, as its masks and its bound layers know it.
 
     ``owners``: index of each attention layer -> that of the layer whose keys it reads. ``native``: what the masks of its native layers say;
-    None where the configuration does not tell. ``inside``: its forward is running. ``seen``: tokens that its cache holds, where
-    transformers asks a layer without keys for that. ``omitted``: keys announced and facts -> the last request without a mask.
+    None where the configuration does not tell. ``inside``: how many forwards around it are running. ``seen``: tokens that its cache holds,
+    where transformers asks a layer without keys for that. ``omitted``: keys announced and facts -> the last request without a mask.
+    ``notes``: what a saved configuration says of its patterns. While a graph is made, see ``traced``: ``traced``, this forward's masks and
+    requests; ``positions``, the position_ids that it was given; ``may_have_blocks``, whether the model may join blocks to a mask.
     """
 
     owners: dict[int, int]
     native: frozenset[Facts] | None
-    inside: bool = False
+    inside: int = 0
     seen: int | None = None
     omitted: OrderedDict[tuple[int, Facts | None], Any] = field(default_factory=OrderedDict)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    traced: tuple[Any, ...] = ()
+    positions: torch.Tensor | None = None
+    may_have_blocks: bool = False
 
     def asks_for(self, facts: Facts | None) -> bool:
         """Whether a native layer may read a mask that says this."""
@@ -85,7 +91,7 @@ class Stack:
         return request.part(request.q_length - 1, request.q_length, keys) if rows == 1 else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "inside": False, "omitted": OrderedDict()}
+        return {**vars(self), "inside": 0, "omitted": OrderedDict(), "traced": (), "positions": None}
 
 
 class Patched(str):

@@ -246,6 +246,11 @@ def _request(converted: Converted, mask: Any, x: Tensor, slots: int) -> MaskRequ
     if request is None and mask is None:
         omitted = (r for r in reversed(converted.stack.omitted.values()) if r.q_offset == slots and r.q_length == x.shape[1])
         request = next(omitted, None)
+    if request is None and (torch.compiler.is_compiling() or converted.stack.traced):
+        raise UnsupportedError(
+            f"{where} is a converted layer, which has no form in a graph: call the model without torch.compile or torch.export (its "
+            "attention runs compiled kernels as it is), or compile parts of it, such as each layer's mlp"
+        )
     if request is None:
         got = "no mask at all" if mask is None else f"a finished mask {tuple(getattr(mask, 'shape', ()))}"
         raise UnsupportedError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,23 +14,19 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from sparsedsl.errors import PatternError, UnsupportedError
-from sparsedsl.lang.advice import check_word, shown
-from sparsedsl.lang.expressions import Mask
-from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.advice import check_word
 from sparsedsl.models.applying import AppliedPatterns, apply
-from sparsedsl.models.attention_function import Compiled
+from sparsedsl.models.attention_function import BINDING, Compiled
 from sparsedsl.models.carried import Stack, put_stacks, stacks_of
+from sparsedsl.models.chosen_layers import choose_layers, is_pattern, layer_for
 from sparsedsl.models.converted import CONVERTED, LAYER, Converted, converted_class, program_cache
-from sparsedsl.models.donor import donor_of
-from sparsedsl.models.hybrids.given_program import Given
+from sparsedsl.models.donor import Donor, donor_of
 from sparsedsl.models.layer import Layer
 from sparsedsl.models.layers import attention_layers, is_told_causal, key_owners, text_config
 from sparsedsl.models.lessons import Lesson, Teacher, lessons
 from sparsedsl.models.mask_arguments import MaskFunction
 from sparsedsl.models.native import masks_of, native_pattern
-from sparsedsl.models.programs import check_program, is_for_prefill
 from sparsedsl.models.registry import NOTE, VERSION, entry_of
-from sparsedsl.program.graph import as_program
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -99,24 +95,27 @@ def convert(
             f"the model runs attn_implementation={native!r}; layers are converted over {', '.join(_NATIVE)}: "
             "call model.set_attn_implementation('sdpa') first"
         )
-    made, patterns = {}, {}
+    layers_of, patterns = dict[int, tuple[Donor, Layer]](), dict[int, Any]()
     told, owners = is_told_causal(model, config), key_owners(found)
-    for index, given in _choose(layers, sorted(found)).items():
-        if _is_pattern(given):
+    for index, given in choose_layers(layers, sorted(found)).items():
+        if is_pattern(given):
             patterns[index] = given
             continue
         module = found[index]
+        if hasattr(module, BINDING):
+            raise PatternError(f"layer {index} runs a pattern; call restore() on what models.apply returned, then convert")
         if any((owner == index) != (reader == index) for reader, owner in owners.items()):
             raise UnsupportedError(
                 f"layer {index} ({type(module).__name__}) shares its keys with other layers, which a converted layer would not keep for "
                 "them; leave these layers as they are"
             )
         donor = donor_of(module, index, len(found), native_pattern(module, index, config, told))
-        made[index] = (donor, _layer(given, donor))
+        layers_of[index] = (donor, layer_for(given, donor))
     stack = Stack(owners, None)
     conversion = Conversion(model, config, stack, dict(found))
     compiled = Compiled(backend, tuple(allow))
-    for index, (donor, layer) in made.items():
+    made = dict[int, tuple[Converted, Layer]]()
+    for index, (donor, layer) in layers_of.items():
         converted = Converted(donor, compiled, stack)
         converted.program(layer)  # refuses what has no place in the program, before anything is changed
         made[index] = (converted, layer)
@@ -148,8 +147,8 @@ class Conversion:
     """
 
     def __init__(self, model: PreTrainedModel, config: PreTrainedConfig, stack: Stack, found: dict[int, Any]) -> None:
-        self.model, self.layers, self.applied = model, dict[int, Layer](), None
-        self.applied: AppliedPatterns | None
+        self.model, self.layers = model, dict[int, Layer]()
+        self.applied: AppliedPatterns | None = None
         self._config, self._stack, self._found = config, stack, found
         self._modules: dict[int, Any] = {}
         self._hooks: list[Any] = []
@@ -187,7 +186,7 @@ class Conversion:
         [(0.01, 0.0, 3)]
         """
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        new = {}
+        new = dict[int, bool]()
         for layer in self.layers.values():
             new |= {id(parameter): layer.decays(name) for name, parameter in layer.named_parameters()}
         for parameter in self.model.parameters():
@@ -211,7 +210,7 @@ class Conversion:
         >>> lesson.loss().backward()  # relative squared error of what the converted layer gives
         """
         self._check_layer(layer)
-        return Teacher(self, layer)
+        return Teacher(self.lessons, layer)
 
     def lessons(self, *inputs: Any, **more: Any) -> dict[int, Lesson]:
         """Layer index -> lesson, of all converted layers, by one run of the donor on these inputs of the model."""
@@ -271,7 +270,10 @@ class Conversion:
         given = {} if self.applied is None else self.applied.patterns
         if self.applied is not None:
             words += [repr(self.applied).partition(": ")[2].partition("; native: ")[0].removesuffix(">")]
-        native = [index for index in self._found if index not in self.layers and index not in given]
+        left = [index for index in self._found if index not in self.layers and index not in given]
+        others = [index for index in left if hasattr(self._found[index], BINDING)]
+        words += [f"given patterns by an apply: {_numbered(others)}"] if others else []
+        native = [index for index in left if index not in others]
         words += [f"native: {_numbered(native)}"] if native else []
         state = "" if self._modules or not self.layers else ", restored"
         return f"<Conversion of {type(self.model).__name__}{state}: {'; '.join(words)}>"
@@ -290,7 +292,8 @@ class Conversion:
                 with torch.no_grad():
                     layer.init(converted.donor, init)
             layer.train(module.training)
-            module.__class__ = converted_class(type(module))
+            kind: Any = type(module)
+            module.__class__ = converted_class(kind)
             setattr(module, LAYER, layer)
             setattr(module, CONVERTED, converted)
             self.layers[index], self._modules[index] = layer, module
@@ -302,15 +305,11 @@ class Conversion:
         if entries:
             setattr(self._config, NOTE, {"version": VERSION, "layers": entries})
         vars(self.model)[_HANDLE] = self
-        modules = self._modules
+        base, running = self.model.base_model, _Running(self._stack, self._modules)
         for part in self.model.modules():
-            if isinstance(part, PreTrainedModel) and (
-                part is self.model.base_model or _holds(self.model.base_model, part, modules)
-            ):
-                self._hooks += [
-                    part.register_forward_pre_hook(functools.partial(_before_forward, self._stack), with_kwargs=True),
-                    part.register_forward_hook(functools.partial(_after_forward, self._stack, modules), always_call=True),
-                ]
+            if isinstance(part, PreTrainedModel) and (part is base or _holds(base, part, self._modules)):
+                self._hooks.append(part.register_forward_pre_hook(running.before, with_kwargs=True))
+                self._hooks.append(part.register_forward_hook(running.after, always_call=True))
 
     def _switch(self, off: Mapping[int, bool], native: Any) -> None:
         for index, value in off.items():
@@ -331,73 +330,36 @@ def _holds(outer: Any, part: Any, modules: Mapping[int, Any]) -> bool:
     return any(part is own for own in outer.modules()) and all(id(module) in inside for module in modules.values())
 
 
-def _before_forward(stack: Stack, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    if stack not in stacks_of(text_config(module)):
-        raise UnsupportedError(
-            "layers of this model are converted, but its attn_implementation was since set to "
-            f"{text_config(module)._attn_implementation!r}, which would not tell them of padding; call restore() on what models.convert "
-            "returned, set it, and convert again"
-        )
-    stack.inside += 1
+@dataclass(eq=False)
+class _Running:
+    """Hooks around every forward that may make the masks of converted layers."""
 
+    stack: Stack
+    modules: dict[int, Any]
 
-def _after_forward(stack: Stack, modules: Mapping[int, Any], module: Any, args: Any, output: Any) -> None:
-    stack.inside = max(0, stack.inside - 1)
-    converted = [getattr(one, CONVERTED) for one in modules.values()]
-    missed = [one.donor.layer_idx for one in converted if not (one.reached or one.off)]
-    if (
-        output is not None
-        and not stack.inside
-        and missed
-        and not (module.training and getattr(text_config(module), "layerdrop", 0))
-    ):
-        raise UnsupportedError(
-            f"{_numbered(missed)}: the forward ended, and the converted layer did not run. Leave it out of what is converted"
-        )
+    def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Nothing has switched off what tells the layers of padding."""
+        config = text_config(module)
+        self.stack.inside += 1
+        if self.stack not in stacks_of(config):
+            raise UnsupportedError(
+                f"layers of this model are converted, but its attn_implementation was since set to {config._attn_implementation!r}, which "
+                "would not tell them of padding; call restore() on what models.convert returned, set it, and convert again"
+            )
+
+    def after(self, module: Any, args: Any, output: Any) -> None:
+        """Every converted layer has run, unless the forward failed before."""
+        self.stack.inside = max(0, self.stack.inside - 1)
+        if self.stack.inside == 0:
+            self.stack.traced = ()
+        if output is None or self.stack.inside or (module.training and getattr(text_config(module), "layerdrop", 0)):
+            return
+        converted = [getattr(one, CONVERTED) for one in self.modules.values()]
+        if missed := [one.donor.layer_idx for one in converted if not (one.reached or one.off)]:
+            raise UnsupportedError(
+                f"{_numbered(missed)}: the forward ended, and the converted layer did not run. Leave it out of what is converted"
+            )
 
 
 def _numbered(indices: list[int]) -> str:
     return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
-
-
-def _choose(layers: Any, known: list[int]) -> dict[int, Any]:
-    """Layer index -> what was given for it."""
-    if isinstance(layers, Mapping):
-        if unknown := sorted(set(layers) - set(known), key=str):
-            raise PatternError(f"no attention layer has the index {unknown}; the model's attention layers are {known}")
-        given = {index: layers[index] for index in known if index in layers}
-    elif (
-        isinstance(layers, type) or _is_pattern(layers) or as_program(layers) is not None or isinstance(layers, functools.partial)
-    ):
-        given = dict.fromkeys(known, layers)
-    elif callable(layers):
-        given = {index: layers(index) for index in known}
-    else:
-        raise PatternError(
-            "convert(): layers must be a mapping from layer index, a function of it, a Layer class, a pattern or a program; got "
-            f"{shown(layers)}"
-        )
-    return {index: value for index, value in given.items() if value is not None}
-
-
-def _is_pattern(given: Any) -> bool:
-    """Whether it runs as :func:`apply` runs it."""
-    program = as_program(given)
-    if program is not None:
-        return program.static is not None or is_for_prefill(program)
-    return isinstance(given, (Mask, Pattern, bool))
-
-
-def _layer(given: Any, donor: Any) -> Layer:
-    program = as_program(given)
-    if program is not None:
-        check_program(program, donor.layer_idx, donor.native)
-        return Given.of(donor, program)
-    if not callable(given):
-        raise PatternError(
-            f"layer {donor.layer_idx} was given {shown(given)}; wanted a Layer class, a function that makes one, or a program"
-        )
-    made = given(donor)
-    if not isinstance(made, Layer):
-        raise PatternError(f"layer {donor.layer_idx}: {shown(given)} gave {shown(made)}; wanted an sd.models.Layer")
-    return made

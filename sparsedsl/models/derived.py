@@ -34,6 +34,8 @@ _position = table("hf_position", values_in=_COUNT)
 _index = table("hf_index", values_in=_COUNT)
 _length = table("hf_length", values_in=_COUNT)
 _start = table("hf_start", values_in=_COUNT)
+_slot = table("hf_slot", monotone=True, values_in=_COUNT)
+_stop = table("hf_stop", values_in=_COUNT)
 
 PROVIDED = frozenset({"sinks", "left_padding"})  # tables of a pattern that models.apply binds at every call
 
@@ -41,12 +43,14 @@ PROVIDED = frozenset({"sinks", "left_padding"})  # tables of a pattern that mode
 @dataclass(frozen=True)
 class DerivedForm:
     """What a call has besides queries, keys and values. ``padded``: some slots hold no token; ``holes``: also between tokens of a row.
-    ``cropped``: the first key is not slot 0. ``slots``: the pattern's indices are cache slots, in packed rows the positions given."""
+    ``cropped``: the first key is not slot 0. ``gaps``: keys between others are missing, and the last ones are those of the queries.
+    ``slots``: the pattern's indices are cache slots, in packed rows the positions given."""
 
     padded: bool = False
     holes: bool = False
     packed: bool = False
     cropped: bool = False
+    gaps: bool = False
     slots: bool = False
 
 
@@ -65,7 +69,7 @@ def derive(pattern: Pattern, form: DerivedForm) -> Pattern:
         mask, score = _replace(mask, _no_left_padding(mask)), _replace(score, _no_left_padding(score))
     free = moves_freely(Pattern(mask, score, pattern.sink, pattern.scale))
     by_place = form.holes and not form.slots
-    if by_place or not free:
+    if form.gaps or by_place or not free:
         move = _moves(form)
         mask, score = _replace(mask, move, keep=_orders(mask.expr)), _replace(score, move)
     if form.packed:
@@ -88,6 +92,8 @@ def _moves(form: DerivedForm) -> dict[Any, Any]:
         if form.holes:
             return {Q_IDX: _place[b, q_idx].expr, KV_IDX: _place[b, kv_idx].expr, Q_LEN: tokens, KV_LEN: tokens}
         return {Q_IDX: Q_IDX - first, KV_IDX: KV_IDX - first, Q_LEN: tokens, KV_LEN: tokens}
+    if form.gaps:
+        return {Q_IDX: _slot[q_idx].expr, KV_IDX: _slot[kv_idx].expr, Q_LEN: _stop[0].expr, KV_LEN: _stop[0].expr}
     start = _start[0].expr
     return {symbol: symbol + start for symbol in (Q_IDX, KV_IDX, Q_LEN, KV_LEN)} if form.cropped else {}
 

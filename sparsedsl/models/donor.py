@@ -99,7 +99,8 @@ def project(module: Any, x: torch.Tensor, position_embeddings: Any) -> tuple[Hea
     rotate = _rotation(module)
     assert rotate is not None
     cos, sin = position_embeddings
-    return Heads(q, k, v), Heads(*rotate(q, k, cos, sin), v)
+    turned_q, turned_k = rotate(q, k, cos, sin)
+    return Heads(q, k, v), Heads(turned_q, turned_k, v)
 
 
 def _headed(module: Any, word: str, x: torch.Tensor) -> torch.Tensor:
@@ -113,7 +114,7 @@ def _headed(module: Any, word: str, x: torch.Tensor) -> torch.Tensor:
 def _rotation(module: Any) -> Callable[..., Any] | None:
     """The family's own: what the file of the class has by this name, whose forward is the first to speak of it."""
     for kind in type(module).__mro__:
-        forward = vars(kind).get("forward")
+        forward: Any = vars(kind).get("forward")
         if "apply_rotary_pos_emb" in getattr(forward, "__globals__", {}):
             found: Callable[..., Any] = forward.__globals__["apply_rotary_pos_emb"]
             return found

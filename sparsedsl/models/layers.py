@@ -12,9 +12,21 @@ from sparsedsl.errors import PatternError, UnsupportedError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["attention_layers", "closed_layers", "is_told_causal", "key_owners", "passes_argument", "text_config"]
+__all__ = [
+    "attention_layers",
+    "closed_layers",
+    "file_mentions",
+    "has_cross_attention",
+    "is_told_causal",
+    "key_owners",
+    "mentions",
+    "passes_argument",
+    "text_config",
+]
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
+# How decoders name the attention to an encoder's output, within a layer. Its class is often that of the layer's self-attention.
+_CROSS = re.compile(r"cross_?att|encoder_att|enc(oder)?_?dec(oder)?_?att", re.IGNORECASE)
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -25,10 +37,10 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
             f"sd.models wants a transformers model (a PreTrainedModel); got {type(model).__name__}. For other modules "
             "compile the pattern and call it in your forward: attn = sd.compile(pattern); attn(q, k, v)"
         )
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and model.get_encoder() is not model and model.get_decoder() is not model:
         raise UnsupportedError(
-            f"{type(model).__name__} is an encoder-decoder model, whose layer indices name two layers each; "
-            "apply patterns to a model with one stack of layers (an encoder or a decoder)"
+            f"{type(model).__name__} is an encoder-decoder model, whose layer indices name two layers each; give patterns to one of its "
+            "stacks: sd.models.apply(model.get_encoder(), ...), sd.models.apply(model.get_decoder(), ...), or both one after the other"
         )
     return config.get_text_config()
 
@@ -38,7 +50,7 @@ def closed_layers(model: PreTrainedModel) -> dict[int, str]:
     config, found = text_config(model), {}
     for module in model.modules():
         inherits = any(_INTERFACE in _source(vars(base).get("forward")) for base in type(module).__mro__)
-        if _reads(module, config) and inherits and not _mentions(module, _INTERFACE) and hasattr(module, "layer_idx"):
+        if _reads(module, config) and inherits and not mentions(module, _INTERFACE) and hasattr(module, "layer_idx"):
             found[int(module.layer_idx)] = type(module).__name__
     return found
 
@@ -48,9 +60,7 @@ def attention_layers(model: PreTrainedModel) -> dict[int, Any]:
     config = text_config(model)
     found: dict[int, Any] = {}
     for name, module in model.named_modules():
-        if not _reads(module, config) or "CrossAttention" in type(module).__name__:
-            continue
-        if not _mentions(module, _INTERFACE):
+        if not _reads(module, config) or _is_cross(name, module) or not mentions(module, _INTERFACE):
             continue
         index = getattr(module, "layer_idx", None)
         index = len(found) if index is None else int(index)
@@ -68,15 +78,27 @@ def attention_layers(model: PreTrainedModel) -> dict[int, Any]:
     return dict(sorted(found.items()))
 
 
+def has_cross_attention(model: PreTrainedModel) -> bool:
+    """Whether layers attend to the output of an encoder, too."""
+    return any(_is_cross(name, module) for name, module in model.named_modules())
+
+
+def _is_cross(name: str, module: Any) -> bool:
+    within = re.split(r"(?:^|\.)\d+\.", name)[-1]  # the name within its layer
+    return getattr(module, "is_cross_attention", False) is True or bool(
+        _CROSS.search(within) or _CROSS.search(type(module).__name__)
+    )
+
+
 def is_told_causal(model: PreTrainedModel, config: PreTrainedConfig) -> bool:
     """Whether a module of the text stack overrules its layers with ``is_causal=True`` at the call, as CLIP's text model does."""
     stack = (module for module in model.modules() if _reads(module, config))
-    return any(_mentions(module, "is_causal=True") for module in stack)
+    return any(mentions(module, "is_causal=True") for module in stack)
 
 
 def passes_argument(module: Any, name: str) -> bool:
     """Whether the module's forward hands ``name=`` to the attention function."""
-    return _mentions(module, f"{name}=")
+    return mentions(module, f"{name}=")
 
 
 def key_owners(layers: dict[int, Any]) -> dict[int, int]:
@@ -103,10 +125,17 @@ def _reads(module: Any, config: PreTrainedConfig) -> bool:
     return own is config or (hasattr(own, "__dict__") and vars(own) is vars(config))
 
 
-def _mentions(module: Any, text: str) -> bool:
+def mentions(module: Any, text: str) -> bool:
+    """Whether ``text`` stands in the source of the module's forward."""
     forward = inspect.unwrap(module.forward)
     kind: Any = type(module)
     return _forward_contains(kind, getattr(forward, "__func__", forward), text)
+
+
+def file_mentions(module: Any, text: str) -> bool:
+    """Whether ``text`` stands in the file that the module's class is written in, or that cannot be read."""
+    source = _source(inspect.getmodule(type(module)))
+    return not source or text in source
 
 
 @functools.cache

@@ -1,20 +1,17 @@
-"""A converted model from a folder: its donor by transformers, its layers by name, their weights from the same files."""
+"""The layers of a converted model from a folder: by name, and their weights from the files that the donor was loaded from."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.errors import PatternError
 from sparsedsl.models.converted import LAYER
 from sparsedsl.models.converting import Conversion, convert
 from sparsedsl.models.layers import text_config
@@ -23,78 +20,7 @@ from sparsedsl.models.registry import NOTE, VERSION, layer_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["from_pretrained", "is_new", "load_layers"]
-
-# What says where a folder or repository lies, to transformers' loader of models and to that of single files alike.
-_PLACE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-
-def from_pretrained(
-    folder: str | os.PathLike[str], model_class: Any = None, *, backend: str = "auto", **arguments: Any
-) -> PreTrainedModel:
-    """Load a model that was saved with converted layers: the model, its layers and their weights.
-
-    The handle is ``sd.models.conversion(model)``. Plain transformers would load the donor, and report the new weights as unexpected.
-
-    Args:
-        folder: where ``model.save_pretrained(folder)`` has put it, or the name of a repository.
-        model_class: a class of transformers; default that of the saved model.
-        backend: as in :func:`convert`.
-        arguments: as in transformers' ``from_pretrained``. New weights keep the dtype they were saved in.
-
-    Raises:
-        PatternError: the folder has no converted layers, or lacks weights of theirs, or has weights that nothing reads.
-        UnsupportedError: a layer's class is not registered, or makes another program than the one that was saved.
-
-    >>> import tempfile, torch, sparsedsl as sd
-    >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-    >>> model = LlamaForCausalLM(LlamaConfig(**tiny)).eval()
-    >>> handle = sd.models.convert(model, {1: sd.models.NHA})
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     model.save_pretrained(folder)
-    ...     again = sd.models.from_pretrained(folder)
-    >>> sd.models.conversion(again)
-    <Conversion of LlamaForCausalLM: layer 1 NHA(slots=32, window=32, first=1, slot_bias=-6.0, temperature=8.0); native: layer 0>
-    >>> ids = torch.arange(8)[None]
-    >>> torch.equal(model(ids).logits, again(ids).logits)
-    True
-    """
-    place = {name: arguments[name] for name in _PLACE if name in arguments}
-    if model_class is None:
-        names = getattr(transformers.AutoConfig.from_pretrained(folder, **place), "architectures", None) or ["no class"]
-        model_class = getattr(transformers, names[0], None)
-        if model_class is None:
-            raise UnsupportedError(
-                f"{os.fspath(folder)!r} was saved by {names[0]}, which is no class of transformers; pass model_class="
-            )
-    if "output_loading_info" in arguments:
-        raise UnsupportedError("output_loading_info=True returns a pair, and from_pretrained a model; leave it out")
-    with _without_report():
-        model, info = model_class.from_pretrained(folder, output_loading_info=True, **arguments)
-    lost = sorted({*info["missing_keys"], *(key for key in info["unexpected_keys"] if not is_new(key))})
-    if lost:
-        raise PatternError(f"{os.fspath(folder)!r}: weights that are missing or that nothing reads: {', '.join(lost[:8])}")
-    if load_layers(model, folder, info["unexpected_keys"], place, backend=backend) is None:
-        raise PatternError(
-            f"{os.fspath(folder)!r} was saved without converted layers; load it with {type(model).__name__}.from_pretrained(...)"
-        )
-    return model
-
-
-@contextlib.contextmanager
-def _without_report() -> Iterator[None]:
-    """transformers reports weights that it found no place for, and ours are among them; what else there is raises an error here."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return f".{LAYER}." not in record.getMessage()
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
+__all__ = ["is_new", "load_layers"]
 
 
 def is_new(key: str) -> bool:

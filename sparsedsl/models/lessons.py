@@ -5,7 +5,7 @@ A lesson's inputs do not depend on any student: they are made once, and then onl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ from sparsedsl.models.carried import request_of
 from sparsedsl.models.converted import CONVERTED
 
 if TYPE_CHECKING:
-    from sparsedsl.models.converting import Conversion
     from sparsedsl.models.mask_arguments import MaskRequest
 
 __all__ = ["Lesson", "Teacher", "lessons"]
@@ -63,14 +62,14 @@ class Lesson:
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """The donor's layer of a conversion: called with what the model is called with, it gives a :class:`Lesson`."""
+    """One layer of a donor: called with what the model is called with, it gives a :class:`Lesson`. ``run``: gives those of all layers."""
 
-    conversion: Conversion
+    run: Callable[..., dict[int, Lesson]]
     layer: int
 
     def __call__(self, *inputs: Any, **more: Any) -> Lesson:
         """Run the donor on inputs of the model."""
-        return self.conversion.lessons(*inputs, **more)[self.layer]
+        return self.run(*inputs, **more)[self.layer]
 
 
 def lessons(model: Any, modules: Mapping[int, Any], *inputs: Any, **more: Any) -> dict[int, Lesson]:

@@ -13,16 +13,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.masking_utils import find_packed_sequence_indices
 
-from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.errors import ShapeError
 from sparsedsl.models.carried import carrying, stacks_of, without_data
 from sparsedsl.models.native import Facts
 from sparsedsl.models.real_tokens import count_in_sequence, has_holes, leading_padding, place_of
+from sparsedsl.models.traced import TracedRequest, note_traced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["MaskFunction", "MaskRequest", "Packing"]
+__all__ = ["MaskFunction", "MaskRequest", "Packing", "request_in_graph", "unmasked_request"]
 
 # transformers' own mask functions that a layer's pattern stands for -> what they say, and the name of their number.
 _REPLACED = {
@@ -50,7 +52,7 @@ class MaskRequest:
     sliding-window cache starts later than 0). ``padding``: (B, slots) bool, False = padding, or None when nothing is padded.
     ``packing``: see :class:`Packing`. ``facts``: the mask that transformers wants, see ``native.Facts``; None if its own words do
     not say it. ``overlays``: mask functions a pattern knows nothing of (image blocks, a caller's own). ``written``: how many slots are
-    filled once the keys of this forward are in the cache.
+    filled once the keys of this forward are in the cache; those up to the last query, where nothing else is said.
     """
 
     q_length: int
@@ -62,9 +64,13 @@ class MaskRequest:
     facts: Facts | None
     overlays: tuple[str, ...]
     make_native: Callable[[], Any]
-    written: int
+    written: int = -1
     known: dict[Any, Any] = field(default_factory=dict)  # what was worked out from this request, by whatever names it
     _native: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.written < 0:
+            self.written = self.q_offset + self.q_length
 
     def native_mask(self) -> Any:
         """The mask that transformers would have made: a tensor, a BlockMask or None. Made once."""
@@ -127,9 +133,9 @@ class MaskRequest:
         """All that is data in this call, over the cache slots ``[start, stop)``; the same tensors for every layer that asks.
 
         - ``hf_start`` (1,): the first slot.
-        - Where a slot is padding: ``hf_valid`` (B, stop - start) bool, real tokens; ``left_padding`` (B,), padding before each row;
-          ``hf_first``, ``hf_end`` (B,): from where to where a row without holes lies among these slots, also where its start is no
-          more; ``hf_place`` (B, stop - start), where there are holes: how many real tokens of its row stand before one.
+        - Where a slot is padding: ``left_padding`` (B,), padding before each row; ``hf_first``, ``hf_end`` (B,): from where to where a row
+          without holes lies among these slots, also where its start is no more.
+        - Where there are holes, (B, stop - start): ``hf_valid`` bool, real tokens; ``hf_place``, how many of its row stand before one.
         - In packed rows, (B, S): ``hf_sequence`` and ``hf_position``, see :class:`Packing`; ``hf_index``, how many tokens of its
           sequence stand before a token, and ``hf_length``, how many the sequence has.
         """
@@ -139,11 +145,11 @@ class MaskRequest:
             made["left_padding"] = torch.zeros(batch, dtype=torch.int32, device=device)
             if self.padding is not None:
                 real = self.real(batch, max(stop, self.padding.shape[1])).to(device)
-                made["hf_valid"] = real[:, start:stop].contiguous()
                 made["left_padding"] = leading_padding(real)
                 made["hf_first"] = made["left_padding"] - start
                 made["hf_end"] = made["hf_first"] + real[:, : self.written].sum(-1, dtype=torch.int32)
                 if self.has_holes:
+                    made["hf_valid"] = real[:, start:stop].contiguous()
                     made["hf_place"] = place_of(real)[:, start:stop].contiguous()
             if self.packing is not None:
                 made["hf_sequence"] = self.packing.sequence.expand(batch, -1).to(device).contiguous()
@@ -152,6 +158,42 @@ class MaskRequest:
             self.known[key] = made
         tables: dict[str, torch.Tensor] = self.known[key]
         return tables
+
+    def tables_at(self, slots: torch.Tensor, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
+        """The same over these cache slots, ascending, between which others are missing. ``hf_slot``: the slots, ``hf_stop``: how many there
+        are in all; ``hf_valid`` and ``hf_place`` wherever a slot is padding."""
+        stop, slots = int(slots[-1]) + 1, slots.to(device)
+        made = {**self.tables(0, stop, batch, device), "hf_slot": slots, "hf_stop": slots[-1:] + 1}
+        if self.padding is not None:
+            real = self.real(batch, stop).to(device)
+            made["hf_valid"], made["hf_place"] = real[:, slots], place_of(real)[:, slots]
+        return made
+
+
+def _padding(given: torch.Tensor | None, written: int, device: Any) -> torch.Tensor | None:
+    """(B, slots) bool, or None where none of the slots that are written is padding."""
+    if given is None:
+        return None
+    padding = given.to(device=device, dtype=torch.bool)
+    # A mask that ends before the last query says that the slots behind it are padding.
+    return None if bool(padding.all()) and padding.shape[1] >= written else padding
+
+
+def request_in_graph(traced: TracedRequest, device: Any) -> MaskRequest:
+    """The request that a graph stands for, once it runs."""
+    packing, written = None, traced.q_offset + traced.q_length
+    if traced.positions is not None:
+        sequence = find_packed_sequence_indices(traced.positions)
+        packing = None if sequence is None else Packing(sequence, traced.positions)
+    padding = _padding(traced.padding, written, device)
+    numbers = traced.q_length, traced.kv_length, traced.q_offset, traced.kv_offset
+    return MaskRequest(*numbers, padding, packing, traced.facts, (), lambda: None, written)
+
+
+def unmasked_request(length: int) -> MaskRequest:
+    """What a layer means that attends in both directions and is called without any mask, as those of images are: all see all."""
+    facts: Facts = frozenset({("bidirectional", None)})
+    return MaskRequest(length, length, 0, 0, None, None, facts, (), lambda: None, length)
 
 
 class MaskFunction:
@@ -167,8 +209,10 @@ class MaskFunction:
         stacks = stacks_of(arguments["config"]) if arguments.get("config") is not None else ()
         if not stacks:
             return self.native(**arguments)
+        if torch.compiler.is_compiling():
+            return note_traced(self.native, stacks, arguments)
         inside = [stack for stack in stacks if stack.inside]
-        request = self._request(arguments, inside[0].seen if inside else None)
+        request = self._request(arguments, next((stack.seen for stack in inside if stack.seen is not None), None))
         if len(inside) == 1 and not inside[0].asks_for(request.facts):
             dtype = arguments["dtype"] if arguments["config"]._attn_implementation == "eager" else torch.bool
             return without_data(request, arguments["batch_size"], dtype, arguments["device"])
@@ -182,20 +226,11 @@ class MaskFunction:
     def _request(self, arguments: dict[str, Any], seen: int | None) -> MaskRequest:
         q_offset, kv_length = arguments["q_offset"], arguments["kv_length"]
         if isinstance(q_offset, torch.Tensor):  # a static cache's own counter, which it moves on before the layer attends
-            if torch.compiler.is_compiling():
-                raise UnsupportedError(
-                    "a static cache under torch.compile keeps its offset in a tensor, which block lists cannot follow; use"
-                    "  the default (dynamic) cache, or do not compile the model"
-                )
             q_offset = int(q_offset)
         native = functools.partial(self.native, **{**arguments, "q_offset": q_offset})
         if seen is not None and q_offset != seen:
             q_offset, kv_length = seen, seen + arguments["q_length"]
-        padding = arguments["attention_mask"]
-        if padding is not None:
-            padding = padding.to(device=arguments["device"], dtype=torch.bool)
-            if bool(padding.all()) and padding.shape[1] >= q_offset + arguments["q_length"]:
-                padding = None  # (a mask that ends before the last query says that the slots behind it are padding)
+        padding = _padding(arguments["attention_mask"], q_offset + arguments["q_length"], arguments["device"])
         read = _Reading(arguments["config"])
         read.take(arguments["mask_function"])
         return MaskRequest(
@@ -208,7 +243,6 @@ class MaskFunction:
             frozenset(read.facts) if read.plain else None,
             tuple(read.overlays),
             native,
-            q_offset + arguments["q_length"],
         )
 
 

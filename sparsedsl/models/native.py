@@ -18,6 +18,9 @@ __all__ = ["Facts", "left_padding", "masks_of", "native_facts", "native_pattern"
 # A mask in transformers' words: causal, bidirectional, (window, w), (distance, w), (chunk, c)
 Facts = frozenset[tuple[str, int | None]]
 
+# Layers with a recurrence beside their attention (FalconH1, Zamba): what the attention is.
+_ATTENTION_OF_HYBRID = {"hybrid": "full_attention", "hybrid_sliding": "sliding_attention"}
+
 # Tables that models.apply binds at every call, for native patterns and the user's own alike.
 sinks = table("sinks", dtype=float, learned=True)  # sinks[h]: the layer's sink logits (GPT-OSS)
 # left_padding[b]: slots before the one where a pattern's indices are 0: with indices="slots" the padding before a row, else 0.
@@ -115,7 +118,7 @@ def _layer_type(config: PreTrainedConfig, index: int) -> str:
     """The layer's type, by the same rules as transformers' caches."""
     types = getattr(config, "layer_types", None)
     if types is not None:
-        return str(types[index])
+        return _ATTENTION_OF_HYBRID.get(str(types[index]), str(types[index]))
     if getattr(config, "sliding_window", None) is not None:
         return "sliding_attention"
     if getattr(config, "attention_chunk_size", None) is not None:

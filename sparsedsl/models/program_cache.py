@@ -65,6 +65,10 @@ class Held:
         return found
 
 
+def _picked(index: Tensor, x: Tensor) -> Tensor:
+    return x.index_select(0, index.to(x.device))
+
+
 def _joined(parts: list[Held]) -> Held:
     """One of several, rows after rows."""
     every = [part.tensors for part in parts]
@@ -124,9 +128,7 @@ class ProgramCacheLayer(CacheLayerMixin):
         first = found[0][0]
         if found == [(first, place) for place in range(self._size(first))]:
             return self.held[first]
-        parts: list[Held] = []
-        for number, place in found:
-            parts.append(self.held[number].each(lambda x, at=place: x[at : at + 1]))  # type: ignore[misc]
+        parts = [self.held[number].each(functools.partial(_picked, torch.tensor([place]))) for number, place in found]
         return _joined(parts)
 
     def put(self, rows: list[int], held: Held, batch: int) -> None:
@@ -156,7 +158,7 @@ class ProgramCacheLayer(CacheLayerMixin):
     # ---- what transformers asks of a layer of a cache ------------------------------------------------------------------------------
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         """Whether tokens can be taken back."""
         return not self.constant and chunk_of(self.program) is None
 
@@ -230,16 +232,16 @@ class ProgramCacheLayer(CacheLayerMixin):
 
     def _select(self, rows: list[int]) -> None:
         """The batch becomes these of its rows."""
-        if not self.is_initialized:
+        if not self.where:
             return
         where = [self.where[row] for row in rows]
-        held, places = [], [None] * len(rows)  # type: ignore[var-annotated]
+        held, places = list[Held](), list[tuple[int, int] | None]([None] * len(rows))
         for number in sorted({place[0] for place in where if place is not None}):
-            mine = [row for row, place in enumerate(where) if place is not None and place[0] == number]
-            index = torch.tensor([where[row][1] for row in mine])  # type: ignore[index]
-            for place, row in enumerate(mine):
-                places[row] = (len(held), place)
-            held.append(self.held[number].each(lambda x, index=index: x.index_select(0, index.to(x.device))))  # type: ignore[misc]
+            mine = [(row, place[1]) for row, place in enumerate(where) if place is not None and place[0] == number]
+            index = torch.tensor([old for _, old in mine])
+            for new, (row, _) in enumerate(mine):
+                places[row] = (len(held), new)
+            held.append(self.held[number].each(functools.partial(_picked, index)))
         self.held, self.where, self.batch = held, places, len(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

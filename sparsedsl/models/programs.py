@@ -217,8 +217,10 @@ def _with_rows(expression: Any) -> Any:
 # ---- a program anew --------------------------------------------------------------------------------------------------------------
 
 
-def rebuilt(program: Program, change: Callable[[Node], Node], rewrite: Callable[[Any], Any] = lambda expression: expression) -> Program:
-    """The program with every node replaced by what ``change`` makes of it, each after those it reads, and every expression by ``rewrite``."""
+def rebuilt(
+    program: Program, change: Callable[[Node], Node], rewrite: Callable[[Any], Any] = lambda expression: expression
+) -> Program:
+    """The program with every node replaced by what ``change`` makes of it, each after those it reads; every expression by ``rewrite``."""
     known: dict[Node, Node] = {}
 
     def again(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,12 +83,13 @@ def schedule(
     Args:
         layers: of the model.
         group: layers in a group; 1: all are full.
-        full: the pattern of the full layers, or a function of the layer's number that gives it.
+        full: the pattern of the full layers, or a function of the layer's number that gives it. A class (or a ``functools.partial`` of one)
+            is no such function: it is what the layer becomes, as for :func:`sparsedsl.models.convert`.
         other: the pattern of the others, or such a function.
         last: place of the full layer within its group, from 0; default the last.
 
     Returns:
-        Layer -> pattern, as :func:`sparsedsl.models.apply` takes it.
+        Layer -> pattern, as :func:`sparsedsl.models.apply` and :func:`sparsedsl.models.convert` take it.
 
     Source: Ring-linear (arXiv 2510.19338); native hybrid attention with ``last`` (arXiv 2510.07019).
 
@@ -109,4 +111,6 @@ def schedule(
 
 
 def _makes_patterns(chosen: Any) -> bool:
+    if isinstance(chosen.func if isinstance(chosen, functools.partial) else chosen, type):
+        return False
     return isinstance(chosen, Callable) and not hasattr(chosen, "axes")  # type: ignore[arg-type]

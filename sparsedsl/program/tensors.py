@@ -16,7 +16,7 @@ from sparsedsl.program.node import Node, one_of
 __all__ = ["OWN", "Input", "Summary", "check_block", "check_tensor", "input", "k", "q", "summary", "v"]
 
 # Call-time keywords of compiled programs, beside those that no table may be called by.
-_TAKEN = RESERVED_NAMES | {"state", "return_state", "allow"}
+_TAKEN = RESERVED_NAMES | {"state", "return_state", "summaries", "allow"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -17,6 +17,7 @@ import torch
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call, check_call
+from sparsedsl.runtime.places import Places
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.unseen import Sight, guarded_backward, guarded_forward
 from sparsedsl.runtime.vmap import map_call, reads_batch
@@ -65,7 +66,7 @@ def differentiable(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor]:
     tensors = (call.q, call.k, call.v, *call.tables.values())
     if not call.needs_grad and not is_transformed(*tensors):
         return _known.get() or _forward(kernel, call)
-    return _Forward.apply(_KernelCall(kernel, tuple(call.tables), call.domain.q_offset, call.scale), *tensors)
+    return _Forward.apply(_KernelCall(kernel, tuple(call.tables), call.domain.q_offset, call.scale, call.places), *tensors)
 
 
 def transformed(pattern: Pattern, run: Callable[[Call], Any], call: Call, return_lse: bool) -> Any:
@@ -143,11 +144,17 @@ class _KernelCall:
     names: tuple[str, ...]
     q_offset: int
     scale: float
+    places: Places | None = None
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> Call:
         """The call on these tensors, checked again: under vmap the tables are others."""
         named = dict(zip(self.names, tables, strict=True))
-        return check_call(self.kernel.pattern, q, k, v, named, q_offset=self.q_offset, scale=self.scale)
+        return check_call(self.kernel.pattern, q, k, v, named, q_offset=self.q_offset, scale=self.scale, places=self.places)
+
+    @property
+    def tells_batch_entries_apart(self) -> bool:
+        """Whether it is another attention for other batch entries."""
+        return reads_batch(self.kernel.pattern) or (self.places is not None and self.places.batch > 1)
 
 
 class _Forward(torch.autograd.Function):
@@ -179,7 +186,7 @@ class _Forward(torch.autograd.Function):
         def call(batched: list[Any], tables: list[Any]) -> Sequence[Tensor]:
             return _Forward.apply(job, *batched, *tables)
 
-        fold = not reads_batch(job.kernel.pattern)
+        fold = not job.tells_batch_entries_apart
         dims = in_dims[1:]
         results, where = map_call(call, info.batch_size, list(tensors[:3]), dims[:3], list(tensors[3:]), dims[3:], fold=fold)
         return tuple(results), tuple(where)
@@ -222,7 +229,7 @@ class _Backward(torch.autograd.Function):
             return _Backward.apply(job, wanted, *batched, *tables)
 
         dims, first = in_dims[2:], 7  # grad_out, grad_lse, out, lse, q, k, v, then tables
-        fold = not reads_batch(job.kernel.pattern) and not any(wanted[3:])
+        fold = not job.tells_batch_entries_apart and not any(wanted[3:])
         results, where = map_call(
             call, info.batch_size, list(tensors[:first]), dims[:first], list(tensors[first:]), dims[first:], fold=fold
         )

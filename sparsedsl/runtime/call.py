@@ -19,6 +19,7 @@ from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.tables import TableSpec
+from sparsedsl.runtime.places import Places
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.vmap import samples, stacked
 
@@ -41,7 +42,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 @dataclass(frozen=True, eq=False)
 class Call:
     """One checked call. ``given`` holds every table of the pattern as it was passed; ``domain`` the index ranges, and the tables for
-    computing in int64 (:func:`~sparsedsl.analysis.exactness.exact_domain`); ``scale`` is a number.
+    computing in int64 (:func:`~sparsedsl.analysis.exactness.exact_domain`); ``scale`` is a number; ``places``: where rows lie, if not in
+    their order, which only those backends follow that say so.
 
     A domain has no empty ranges: that of an empty call says 1 where the tensors have 0.
     """
@@ -52,6 +54,7 @@ class Call:
     domain: Domain
     scale: float
     given: Mapping[str, torch.Tensor]
+    places: Places | None = None
 
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:
@@ -84,8 +87,9 @@ def wants_grad(*tensors: torch.Tensor) -> bool:
 
 
 def check_call(
-    pattern: Pattern, q: Any, k: Any, v: Any, tables: Mapping[str, Any], *, q_offset: Any = 0, scale: Any = None
-) -> Call:
+    pattern: Pattern, q: Any, k: Any, v: Any, tables: Mapping[str, Any], *, q_offset: Any = 0, scale: Any = None,
+    places: Places | None = None,
+) -> Call:  # fmt: skip
     """Check everything once and bind the tables.
 
     Raises:
@@ -108,23 +112,24 @@ def check_call(
         raise ShapeError(f"scale must be a positive number or None; got {scale!r}")
     empty = _is_empty(q, k)
     bound = bind_tables(pattern, tables, device=q.device, may_be_empty=empty)
-    batch, rows, kv_len = max(q.shape[0], 1), max(q.shape[2], 1), max(k.shape[2], 1)
-    domain = Domain(rows, kv_len, int(q_offset), batch, q.shape[1], bound)
+    rows, kv_len = (q.shape[2], k.shape[2]) if places is None else places.lengths(q, k)
+    domain = Domain(max(rows, 1), max(kv_len, 1), int(q_offset), max(q.shape[0], 1), q.shape[1], bound)
     if not empty:
         domain = _admitted(pattern, domain)
     else:
         count_heads((pattern,), bound, q.shape[1])
         if pattern.sink is not None and q.shape[0] and q.shape[2]:  # there are no keys, but rows whose sinks are read
             domain = _admitted(attend(False, sink=pattern.sink), domain)
-    return Call(q, k, v, domain, float(scale), bound)
+    return Call(q, k, v, domain, float(scale), bound, places)
 
 
 def inner_call(
-    pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Mapping[str, Any], *, q_offset: int, scale: float
+    pattern: Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: Mapping[str, Any], *, q_offset: int, scale: float,
+    places: Places | None = None,
 ) -> Call:  # fmt: skip
     """A call that is part of a checked one: only tables are looked at again."""
-    if pattern.tables or _is_empty(q, k):
-        return check_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale)
+    if pattern.tables or places is not None or _is_empty(q, k):
+        return check_call(pattern, q, k, v, tables, q_offset=q_offset, scale=scale, places=places)
     return Call(q, k, v, Domain(q.shape[2], k.shape[2], q_offset, q.shape[0], q.shape[1]), scale, {})
 
 

@@ -212,7 +212,7 @@ def check_program_call(
     if unknown:
         own = [*known[0], *known[1]]
         words = f"beside q, k, v the program takes {', '.join(own) or 'nothing'}"
-        raise TableError(surplus(unknown, [*own, "q_offset", "return_lse", "scale", "state", "return_state"], words))
+        raise TableError(surplus(unknown, [*own, "q_offset", "return_lse", "scale", "state", "return_state", "summaries"], words))
     sizes = {
         "batch": q.shape[0], "heads": q.shape[1], "kv_heads": k.shape[1], "queries": q.shape[2], "keys": k.shape[2],
         "head_dim": q.shape[3], "value_dim": v.shape[3],

@@ -12,7 +12,7 @@ from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.selection.chunking import cut, rows_at_once
 from sparsedsl.selection.scores import DotScores
 
-__all__ = ["Pool", "bounds", "pooled", "probe", "smooth"]
+__all__ = ["Pool", "Prober", "bounds", "pooled", "probe", "smooth"]
 
 Tensor = torch.Tensor
 
@@ -20,8 +20,20 @@ Tensor = torch.Tensor
 class Pool(Protocol):
     """A backend's own way to make one row of every ``block`` rows of a tensor, as :func:`pooled` does."""
 
-    def __call__(self, x: Tensor, block: int, how: str, pad: str) -> Tensor | None:
-        """The result; for "bounds" ``(2, B, H, blocks, D)``, the least and the greatest. None for what it does not take."""
+    def __call__(self, x: Tensor, block: int, how: str, pad: str, places: Tensor | None = None) -> Tensor | None:
+        """The result; for "bounds" ``(2, B, H, blocks, D)``, the least and the greatest. With ``places`` of
+        :func:`~sparsedsl.runtime.places.gather_rows`, whose copy is spared. None for what it does not take."""
+
+
+class Prober(Protocol):
+    """A backend's own way to :func:`probe`."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, *, rows: int, causal: bool, scale: float, keys_normalised: int, keys_kept: int, q_offset: int,
+        length: int,
+    ) -> Tensor | None:  # fmt: skip
+        """The mean over the last ``rows`` queries, of which there are so many at least: ``(B, H, length)``, 0 after the keys that are kept.
+        None for what it does not take."""
 
 
 @torch.no_grad()

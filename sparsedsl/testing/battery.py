@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.errors import CallWarning, SparseDSLError, TableError
+from sparsedsl.errors import ArgumentError, CallWarning, SparseDSLError, TableError
 from sparsedsl.execute.compiling import compile as compile_pattern
-from sparsedsl.lang.advice import shown
+from sparsedsl.lang.advice import meant, shown
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
@@ -28,6 +28,9 @@ from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, asser
 from sparsedsl.testing.call_shapes import AttentionCase, inputs, shapes
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable, pattern_code, showing
 from sparsedsl.testing.expression_checks import assert_text_round_trip
+from sparsedsl.testing.kernels.declaration import Kernel
+from sparsedsl.testing.kernels.kernel_check import check_kernel
+from sparsedsl.testing.kernels.kernel_report import KernelReport
 from sparsedsl.testing.leaks import ask_about_pattern
 from sparsedsl.testing.list_checks import assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
@@ -42,6 +45,8 @@ HOLDS, FAILS, SKIPPED = "holds", "FAILS", "not applicable"
 # Whole sequences that are tried reach past the constants of the pattern (a window of 128), but no further than this; beyond, a few queries
 # are tried next to each constant.
 _LONGEST = 600
+# What `check` takes for kernels alone.
+_OF_KERNELS = frozenset(("budget", "locate", "only", "seconds", "stop_at_first"))
 _BLOCKS = (1, 2, 3, 8, 16, 32, 64)
 
 
@@ -242,33 +247,41 @@ PROOFS: dict[str, Callable[[_Subject], str]] = {
 def check(
     pattern: Any,
     *,
-    examples: int = 50,
+    examples: int | None = None,
     progress: bool = False,
     backend: str = "reference",
     causal: bool | None = None,
     seed: int | None = None,
     **tables: Any,
-) -> Report:
-    """Run every property of the kit on one pattern or program, with random shapes, tables and inputs.
+) -> Report | KernelReport:
+    """Run every property of the kit on one pattern, program or kernel, with random shapes, tables and inputs.
 
     Args:
-        pattern: a Mask, a Pattern, or a node of a program.
-        examples: random cases for each property.
+        pattern: a Mask, a Pattern, a node of a program, or a :class:`Kernel`.
+        examples: random cases for each property; None: 50, of a kernel 100.
         progress: show a progress bar for each property on stderr.
         backend: the lowering that is run; see :func:`sparsedsl.compile`.
         causal: True if the pattern must not see later positions; None to test for leaks only where the mask itself looks causal. The prover
             is asked first: what it refutes fails at its witness, however far away, and what it proves is said.
         seed: None draws new cases each time; a number draws the same ones.
         tables: values for tables; the others are drawn, as their declarations allow. All of a program's are drawn, and its inputs.
+            Of a kernel these words are ``budget="quick" | "default" | "deep"``, ``seconds``, ``only`` (names of properties),
+            ``stop_at_first`` and ``locate``; see docs/testing.md.
 
     Returns:
-        A :class:`Report`: ``print`` it, ask ``.ok``, run ``.snippet``.
+        A :class:`Report`, of a kernel a :class:`KernelReport`: ``print`` it, ask ``.ok``, run ``.snippet``.
 
     >>> import sparsedsl as sd
     >>> report = check((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5), examples=3)
     >>> report.ok
     True
     """
+    if isinstance(pattern, Kernel):
+        _refuse_for_kernels(
+            backend != "reference" and "backend", causal is not None and "causal", *sorted(set(tables) - _OF_KERNELS)
+        )
+        return check_kernel(pattern, examples=examples, seed=seed, progress=progress, **tables)
+    examples = 50 if examples is None else examples
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise SparseDSLError(f"seed must be a whole number or None; got {shown(seed)}")
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
@@ -284,6 +297,18 @@ def check(
     subject = _Subject(pattern, backend, dict(tables), causal)
     subject.attention()  # refuses unknown tables and backends before anything is drawn
     return Report(pattern, tuple(_run(PROPERTIES, PROOFS, subject, examples, progress, seed)))
+
+
+def _refuse_for_kernels(*names: str | bool) -> None:
+    for name in names:
+        if name in ("backend", "causal"):
+            raise ArgumentError(
+                f"check: {name}= is for patterns and programs; a kernel says what it implements, and runs as it is"
+            )
+        if name:
+            known = ", ".join(sorted(_OF_KERNELS))
+            near = meant(name, _OF_KERNELS)
+            raise ArgumentError(f"check: of a kernel there are examples, seed, progress, {known}; got {name}{near}")
 
 
 def _run(

@@ -14,6 +14,8 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_LEN, Q_LEN
 from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
+from sparsedsl.testing.kernels.declaration import Kernel
+from sparsedsl.testing.kernels.kernel_assertions import kernel_holds
 from sparsedsl.testing.list_checks import allowed_pairs
 from sparsedsl.testing.matching import as_attention, attention_code
 from sparsedsl.testing.numerics import expect
@@ -58,7 +60,7 @@ def assert_causal(attn: Any, case: AttentionCase = _CASE, *, seed: int = 0, **ta
     on from it.
 
     Args:
-        attn: a pattern or a node (run by the reference), or what :func:`sparsedsl.compile` made of it.
+        attn: a pattern or a node (run by the reference), what :func:`sparsedsl.compile` made of it, or a :class:`Kernel`.
         case: shape of the problem; a query row stands at ``q_offset`` plus its number.
         seed: of the inputs.
         tables: values of the pattern's tables, and of a program's inputs (others are drawn). They are held still: a table that was
@@ -68,6 +70,9 @@ def assert_causal(attn: Any, case: AttentionCase = _CASE, *, seed: int = 0, **ta
     >>> assert_causal((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5))
     >>> assert_causal(sd.patterns.hsa(chunk=4, top_k=2))
     """
+    if isinstance(attn, Kernel):
+        kernel_holds(attn, "CAUS", case, _CASE, seed, tables)
+        return
     if is_program(attn):
         return program_is_causal(compiled_program(attn), case, seed, tables)
     attn = as_attention(attn)
@@ -150,7 +155,7 @@ def assert_prefill_equals_decode(
     """A whole sequence in one call, in chunks, and token by token gives the same results.
 
     Args:
-        attn: a pattern or a node (run by the reference), or what :func:`sparsedsl.compile` made of it.
+        attn: a pattern or a node (run by the reference), what :func:`sparsedsl.compile` made of it, or a :class:`Kernel`.
         case: the whole problem; ``q_len`` rows are cut.
         chunks: chunk lengths to try besides single tokens.
         seed: of the inputs.
@@ -159,7 +164,8 @@ def assert_prefill_equals_decode(
     Returns:
         How it was cut: ``"one call"``, ``"chunks of 7"``, ..., ``"token by token"``, and ``"growing cache"`` if the pattern never
         looks ahead: then also with keys and values only up to the last query of each call, as a KV cache holds them. Of a program that
-        keeps a state also ``"state, ..."``: each call is given its own tokens alone, and the state of the call before.
+        keeps a state also ``"state, ..."``: each call is given its own tokens alone, and the state of the call before. Of a kernel
+        ``("CUT",)``, the name of the property, whatever ``chunks``.
 
     Raises:
         PatternError: the pattern reads ``q_len``, which is the end of each call, so that calls are not meant to agree; or a program's
@@ -169,6 +175,8 @@ def assert_prefill_equals_decode(
     >>> assert_prefill_equals_decode((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5))
     ('one call', 'chunks of 7', 'token by token', 'growing cache')
     """
+    if isinstance(attn, Kernel):
+        return kernel_holds(attn, "CUT", case, _CASE, seed, tables)
     if is_program(attn):
         return program_prefill_equals_decode(compiled_program(attn), case, chunks, seed, tables)
     attn = as_attention(attn)
@@ -216,12 +224,15 @@ def assert_equivariant(attn: Any, case: AttentionCase = _CASE, *, seed: int = 0,
 
     Returns:
         What was permuted: ``"batch"`` if the pattern does not read ``b``, ``"heads"`` if it does not read ``h`` (key heads with
-        their query heads, and query heads within one key head). Of a program, only the batch.
+        their query heads, and query heads within one key head). Of a program, only the batch. Of a kernel ``("PERM",)``, the name of
+        the property: keys are put in another order too where nobody tells them apart.
 
     >>> import sparsedsl as sd
     >>> assert_equivariant((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 4 + sd.h))
     ('batch',)
     """
+    if isinstance(attn, Kernel):
+        return kernel_holds(attn, "PERM", case, _CASE, seed, tables)
     if is_program(attn):
         return program_is_equivariant(compiled_program(attn), case, seed, tables)
     attn = as_attention(attn)

@@ -11,6 +11,8 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.compiled import Attention
 from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code, pattern_code
+from sparsedsl.testing.kernels.declaration import Kernel
+from sparsedsl.testing.kernels.kernel_assertions import kernel_matches
 from sparsedsl.testing.numerics import Results, expect, gradients
 from sparsedsl.testing.program_matching import assert_program_matches, compiled_program, is_program
 
@@ -40,7 +42,7 @@ def assert_matches_reference(
     """A compiled pattern gives what plain attention gives, a compiled program what its nodes mean, as closely as its precision allows.
 
     Args:
-        attn: from :func:`sparsedsl.compile`; a bare pattern or node is compiled with ``backend="reference"``.
+        attn: from :func:`sparsedsl.compile`; a bare pattern or node is compiled with ``backend="reference"``; or a :class:`Kernel`.
         q: ``(B, Hq, Sq, D)``; any float dtype, strides and device the lowering takes.
         k: ``(B, Hkv, Skv, D)``.
         v: ``(B, Hkv, Skv, Dv)``.
@@ -61,6 +63,8 @@ def assert_matches_reference(
     >>> assert_matches_reference(sd.compile(sd.kv_idx <= sd.q_idx, backend="reference"), q, k, v)
     ('out', 'lse', 'dq', 'dk', 'dv')
     """
+    if isinstance(attn, Kernel):
+        return kernel_matches(attn, q, k, v, q_offset=q_offset, scale=scale, tables=tables)
     if is_program(attn):
         tensors = {"q": q, "k": k, "v": v, **tables}
         return assert_program_matches(compiled_program(attn), tensors, q_offset=q_offset, scale=scale)

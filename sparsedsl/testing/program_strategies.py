@@ -316,13 +316,15 @@ def _compact(draw: st.DrawFn, heads: int, causal: bool) -> Any:
 @st.composite
 def _remembering(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     """Slots, alone or in one softmax with what has not left the window."""
-    window = draw(st.integers(0, 9))
+    window, empty = draw(st.integers(0, 9)), draw(st.sampled_from(("zero_sink", "masked")))
+    documents = draw(st.none() | st.just(tensors.input("ids", "batch keys")))
+    first = draw(st.integers(0, 3)) if empty == "zero_sink" and documents is None else 0
     memory = sources.slots(
         tensors.input("slot_gate", "batch kv_heads keys 3"), delay=window, temperature=draw(st.sampled_from((1.0, 8.0))),
-        empty=draw(st.sampled_from(("zero_sink", "masked"))), documents=draw(st.none() | st.just(tensors.input("ids", "batch keys"))),
+        empty=empty, documents=documents, first=first,
     )  # fmt: skip
     far = branches.recall(memory)
-    near = CAUSAL & (q_idx - kv_idx < max(window, 1))
+    near = CAUSAL & ((q_idx - kv_idx < max(window, 1)) | (kv_idx < first))
     return branches.joint(far, near) if draw(st.booleans()) else far
 
 

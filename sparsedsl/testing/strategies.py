@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -21,7 +22,7 @@ from sparsedsl.lang.wrapped import Expression
 from sparsedsl.testing import grammar
 from sparsedsl.testing.call_shapes import AttentionCase, tensor
 
-__all__ = ["indices", "masks", "patterns", "scores", "table_tensors", "tables_for"]
+__all__ = ["indices", "masks", "patterns", "scores", "seeded_tables", "table_tensors", "tables_for"]
 
 
 def _read(text: str) -> Any:
@@ -118,13 +119,32 @@ def table_tensors(
     draw: st.DrawFn, exprs: tuple[sympy.Basic, ...], case: AttentionCase, bound: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     """:func:`tables_for`, for sympy expressions."""
+    # One number decides all values of a table, so that a failing case can shrink in length; small numbers give plain tables.
+    return _filled(exprs, case, bound, lambda: draw(st.integers(0, 99)), lambda kinds: draw(st.sampled_from(kinds)))
+
+
+def seeded_tables(
+    exprs: tuple[sympy.Basic, ...], case: AttentionCase, bound: Mapping[str, Any], seed: int
+) -> dict[str, torch.Tensor]:
+    """:func:`table_tensors`, by a number in place of a draw; seldom plain ones."""
+    drawn = random.Random(seed)
+    return _filled(exprs, case, bound, lambda: drawn.randint(1, 99), drawn.choice)
+
+
+def _filled(
+    exprs: tuple[sympy.Basic, ...],
+    case: AttentionCase,
+    bound: Mapping[str, Any],
+    seed: Callable[[], int],
+    choose: Callable[[tuple[torch.dtype, ...]], torch.dtype],
+) -> dict[str, torch.Tensor]:
     reads = {read for expr in exprs for read in table_reads(expr)}
     values: dict[str, Any] = dict(bound)
     drawn: dict[str, torch.Tensor] = {}
     for spec in _inner_first(reads):
         if spec.name not in values:
             sizes = _sizes([read for read in reads if read.spec == spec], case, values)
-            values[spec.name] = drawn[spec.name] = _draw_table(draw, spec, sizes)
+            values[spec.name] = drawn[spec.name] = _table(spec, sizes, seed(), choose)
     return drawn
 
 
@@ -158,9 +178,9 @@ def _sizes(reads: list[TableRead], case: AttentionCase, tables: Mapping[str, Any
     return tuple(sizes)
 
 
-def _draw_table(draw: st.DrawFn, spec: TableSpec, sizes: tuple[int, ...]) -> torch.Tensor:
-    # One number decides all values, so that a failing case can shrink in length; small numbers give plain tables.
-    seed = draw(st.integers(0, 99))
+def _table(
+    spec: TableSpec, sizes: tuple[int, ...], seed: int, choose: Callable[[tuple[torch.dtype, ...]], torch.dtype]
+) -> torch.Tensor:
     if spec.dtype == "float":
         return tensor(*sizes, seed=seed)
     if spec.bijective:
@@ -173,7 +193,7 @@ def _draw_table(draw: st.DrawFn, spec: TableSpec, sizes: tuple[int, ...]) -> tor
     if spec.dtype == "bool":
         return values.bool()
     wide = int(values.abs().max()) > torch.iinfo(torch.int32).max
-    return values if wide else values.to(draw(st.sampled_from((torch.int64, torch.int32))))
+    return values if wide else values.to(choose((torch.int64, torch.int32)))
 
 
 def _ranks(sizes: tuple[int, ...], seed: int, count: int | None = None) -> torch.Tensor:

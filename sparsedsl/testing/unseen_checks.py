@@ -10,6 +10,8 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.compiled import Attention
 from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
+from sparsedsl.testing.kernels.declaration import Kernel
+from sparsedsl.testing.kernels.kernel_assertions import kernel_holds
 from sparsedsl.testing.list_checks import allowed_pairs
 from sparsedsl.testing.matching import as_attention, attention_code
 
@@ -28,7 +30,8 @@ def assert_unseen_keys_have_no_effect(attn: Any, case: AttentionCase = _CASE, *,
     that they had before, and so must keys that no other query sees; the gradient of a key that nobody sees is exactly 0.
 
     Args:
-        attn: a pattern (run by the reference), or what :func:`sparsedsl.compile` made of it.
+        attn: a pattern (run by the reference), what :func:`sparsedsl.compile` made of it, or a :class:`Kernel` (which is given NaN and
+            infinities where it declares ``poison=True``, else large finite numbers).
         case: shape of the problem.
         seed: of the inputs, and of what is replaced by what.
         tables: values of the pattern's tables.
@@ -39,6 +42,9 @@ def assert_unseen_keys_have_no_effect(attn: Any, case: AttentionCase = _CASE, *,
     >>> import sparsedsl as sd
     >>> assert_unseen_keys_have_no_effect((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5), seed=3)
     """
+    if isinstance(attn, Kernel):
+        kernel_holds(attn, "POIS", case, _CASE, seed, tables)
+        return
     attn = as_attention(attn)
     group, drawn = case.heads // case.kv_heads, torch.Generator().manual_seed(seed)
     clean = [tensor(*shape, seed=seed + i) for i, shape in enumerate((case.q_shape, case.k_shape, case.v_shape))]

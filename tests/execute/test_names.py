@@ -17,7 +17,7 @@ import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx
 from sparsedsl.codegen.expression import _TORCH
 from sparsedsl.codegen.to_flex import _TAKEN, flex_functions
-from sparsedsl.codegen.triton_parts import _LOCAL
+from sparsedsl.codegen.triton_writer import _LOCAL
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import numeric
 from sparsedsl.lang.evaluation import evaluate

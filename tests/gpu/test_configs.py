@@ -26,6 +26,7 @@ from sparsedsl.gpu.estimates import has_descriptors, impossible, registers, shar
 from sparsedsl.gpu.kernel_config import BLOCKS, WARPS, Config, Shape
 from sparsedsl.gpu.targets import TARGETS, target_named
 from sparsedsl.lang.pattern import as_pattern
+from tests.gpu.built_for import BUILT_FOR
 
 KERNELS = ("forward", "decode", "merge", "delta", "grad_q", "grad_kv", "grad_difference_0", "grad_table_0")
 SM_90 = target_named("sm_90")
@@ -324,7 +325,7 @@ def test_full_attention_has_no_partial_tile():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="compiling kernels needs Triton")
-@pytest.mark.parametrize("target", list(TARGETS))
+@pytest.mark.parametrize("target", BUILT_FOR)
 def test_the_defaults_do_not_spill_in_loops_and_the_estimate_of_shared_memory_holds(target):
     """One pattern here, of head dims 64; the static library at 64 and 128 is built in the tests of `sd.build`."""
     pattern = as_pattern(sd.kv_idx <= sd.q_idx)

@@ -17,6 +17,7 @@ from sparsedsl.gpu.aot import BuildJob, compile_kernels
 from sparsedsl.gpu.kernel_config import Config
 from sparsedsl.gpu.resources import misfits
 from sparsedsl.gpu.targets import TARGETS
+from tests.gpu.built_for import BUILT_FOR
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
 LENGTH, HEADS, GROUP = 300, 2, 2
@@ -99,13 +100,13 @@ def assert_fits(found, target, most_spills=0):
     return {name for name, _ in jobs}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", BUILT_FOR)
 def test_linear_attention(launches, target):
     names = assert_fits(launches(target, run_linear, torch.bfloat16, 128, 128), target)
     assert names == {"sum_chunks", "carry", "read_chunks"}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", BUILT_FOR)
 def test_slots(launches, target):
     names = assert_fits(launches(target, run_slots, torch.bfloat16, 128, 128), target)
     assert names == {"sum_chunks", "carry", "read_slots", "read_values", "slot_weights", "weight_gradient", "decay_gradient"}

@@ -14,6 +14,7 @@ from sparsedsl.codegen.to_triton_selected import member_symbols, selected_source
 from sparsedsl.gpu.kernel_config import Shape
 from sparsedsl.gpu.resources import misfits, resources_of
 from sparsedsl.gpu.targets import TARGETS
+from tests.gpu.built_for import BUILT_FOR, KINDS
 
 pytest.importorskip("triton")
 
@@ -64,7 +65,7 @@ def assert_fits(kernel, chosen, target, source=None, **flags):
     return found
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", BUILT_FOR)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("weighted", [False, True], ids=["joint", "weighted"])
 def test_usual_shapes_build_for_every_target(kernel, target, weighted):
@@ -99,14 +100,15 @@ def test_masks_and_scores_build_without_spilling(name, weighted, target):
 SHAPES = [(128, 64, 8), (256, 64, 4), (128, 128, 4), (64, 128, 16), (96, 48, 1)]
 
 
-# Two targets for each shape; the others are a campaign.
+# Two kinds of target for each shape, in turns; the others are a campaign.
 EVERY = [
     pytest.param(
-        sizes, target, id=f"{'x'.join(map(str, sizes))}-{target}", marks=() if (place + turn) % 2 else pytest.mark.campaign
+        sizes, target, id=f"{'x'.join(map(str, sizes))}-{target}",
+        marks=() if target in KINDS and (place + KINDS.index(target)) % 3 == 0 else pytest.mark.campaign,
     )
     for place, sizes in enumerate(SHAPES)
-    for turn, target in enumerate(TARGETS)
-]
+    for target in TARGETS
+]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -119,20 +121,28 @@ def test_other_shapes_build_for_every_target(sizes, target):
 
 # The largest tiles of keys that a card with 99 KiB of shared memory a block is given; more is cut into such, or refused.
 LARGEST = [("bfloat16", 256, 64), ("bfloat16", 128, 128), ("float32", 256, 32), ("float32", 128, 64), ("float32", 64, 128)]
+# Weighted on the one and joint on the other, in turns; the others are a campaign.
+ON_SMALL_CARDS = [
+    pytest.param(
+        *tile, weighted, target, id=f"{'x'.join(map(str, tile))}-{'weighted' if weighted else 'joint'}-{target}",
+        marks=() if (place + weighted + turn) % 2 else pytest.mark.campaign,
+    )
+    for place, tile in enumerate(LARGEST)
+    for weighted in (False, True)
+    for turn, target in enumerate(("sm_86", "sm_121"))
+]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_86", "sm_121"])
-@pytest.mark.parametrize(("dtype", "width", "chunk"), LARGEST)
-def test_the_largest_tiles_fit_cards_with_little_shared_memory(target, dtype, width, chunk):
+@pytest.mark.parametrize(("dtype", "width", "chunk", "weighted", "target"), ON_SMALL_CARDS)
+def test_the_largest_tiles_fit_cards_with_little_shared_memory(dtype, width, chunk, weighted, target):
     shape, found = Shape(dtype, width, width), TARGETS[target]
     assert chunk * width * shape.itemsize == largest_tile(found)
     for kernel in KERNELS:
-        for weighted in (False, True):
-            needs = resources_of(compiled(kernel, SelectedShape(shape, chunk, 4, weighted=weighted), found))
-            assert misfits(needs, found) == ()
-            assert needs.shared_bytes <= 98304
-            assert not needs.slowed or dtype == "float32"
+        needs = resources_of(compiled(kernel, SelectedShape(shape, chunk, 4, weighted=weighted), found))
+        assert misfits(needs, found) == ()
+        assert needs.shared_bytes <= 98304
+        assert not needs.slowed or dtype == "float32"
 
 
 def test_what_is_refused_and_what_is_cut_depends_on_the_gpu():
@@ -149,7 +159,7 @@ def test_what_is_refused_and_what_is_cut_depends_on_the_gpu():
     assert str(refusal(torch.float32, 256, 64, card, weighted=True)).endswith("beside as many of V: pass bfloat16 or float16")
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", BUILT_FOR)
 def test_decode_and_merge(target):
     few = dataclasses.replace(USUAL, weighted=True, merged=False)
     assert config_of("selected_forward", few, TARGETS[target]).block_m == 16
@@ -190,7 +200,7 @@ def test_no_atomics(kernel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", BUILT_FOR)
 def test_single_precision_fits(target):
     chosen = SelectedShape(Shape("float32", 64, 64), chunk=64, pack=1, weighted=True)
     for kernel in KERNELS:

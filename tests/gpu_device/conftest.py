@@ -41,6 +41,8 @@ PATTERNS = {
     "empty rows": sd.attend(causal & (q_idx - kv_idx > 100)),
 }
 BACKENDS = ("triton", "flex", "tiled")
+# Tests whose parameters are declarations of their own, each of which is rehearsed; and one that says itself what it rehearses.
+WHOLE = ("test_patterns", "test_systems", "test_head_dims")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,10 +56,19 @@ def _rehearsing(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A rehearsal needs no GPU."""
-    if _rehearsing(config):
-        for node in {node for item in items for node in item.listchain()}:
-            node.own_markers[:] = [mark for mark in node.own_markers if mark.name != "gpu"]
+    """A rehearsal needs no GPU, and of tests that differ in a parameter alone the first and the last; the others are a campaign."""
+    if not _rehearsing(config):
+        return
+    for node in {node for item in items for node in item.listchain()}:
+        node.own_markers[:] = [mark for mark in node.own_markers if mark.name != "gpu"]
+    alike: dict[tuple[str, str], list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.originalname not in WHOLE:
+            backend = item.callspec.params.get("backend", "") if hasattr(item, "callspec") else ""
+            alike.setdefault((item.originalname, backend), []).append(item)
+    for found in alike.values():
+        for item in found[1:-1]:
+            item.add_marker(pytest.mark.campaign)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,17 @@ FAMILIES = {**DECODERS, **ENCODERS}
 NO_SDPA = {"gemma2", "gpt_oss", "granite_swa"}  # transformers has these in eager only
 
 
+def made(kind: str, config: str, **sizes: Any) -> Any:
+    """A model of these classes in eval mode, whose weights are large enough that every mask shows."""
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.5 / math.sqrt(parameter.shape[-1]))
+    return model
+
+
 def build(name: str, implementation: str | None = None) -> Any:
     """A model in eval mode whose weights are large enough that every mask shows in the logits."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ WIDTH = 27
 
 def exact(family: str) -> Any:
     """A model in float64: what is left of differences is what its layers round in float32 by themselves."""
-    return build(family).double()
+    model = build(family)
+    if getattr(model.config, "num_local_experts", 0):
+        model.set_experts_implementation("eager")  # others know no float64
+    return model.double()
 
 
 def alone(lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:
@@ -50,9 +54,24 @@ def packed(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.cat(rows, dim=1), "position_ids": position[None]}
 
 
+def batch(rows: list[torch.Tensor], layout: str, width: int = WIDTH) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Model inputs of all rows, and (rows, width) bool: where their tokens are."""
+    if layout == "packed":
+        inputs = packed(rows)
+        return inputs, torch.ones_like(inputs["input_ids"]).bool()
+    real = real_slots(layout, tuple(row.shape[1] for row in rows), width)
+    return padded(rows, real), real
+
+
 def logits(model: Any, **inputs: Any) -> torch.Tensor:
+    cache = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     with torch.no_grad():
-        return model(**{"use_cache": False, **inputs}).logits
+        return model(**{**cache, **inputs}).logits
+
+
+def named(layout: str) -> Callable[[str], str]:
+    """What a failure says: in which of the layouts."""
+    return lambda text: f"{layout}: {text}"
 
 
 def tolerance(model: Any, rows: list[torch.Tensor]) -> float:
@@ -61,12 +80,31 @@ def tolerance(model: Any, rows: list[torch.Tensor]) -> float:
     return max(2 * float((logits(model, input_ids=row) - logits(plain, input_ids=row)).abs().max()) for row in rows)
 
 
-def assert_rows_as_if_alone(model: Any, inputs: dict[str, torch.Tensor], rows: list[torch.Tensor], **more: Any) -> None:
+def assert_rows_as_if_alone(model: Any, rows: list[torch.Tensor], layouts: Sequence[str]) -> None:
     """Every row of the padded or packed batch gives the logits that it gives alone."""
-    got = logits(model, **inputs, **more)
-    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"]).bool()
-    wanted = torch.cat([logits(model, input_ids=row, **more)[0] for row in rows])
-    torch.testing.assert_close(got[real], wanted, atol=tolerance(model, rows), rtol=0)
+    wanted, size = torch.cat([logits(model, input_ids=row)[0] for row in rows]), tolerance(model, rows)
+    for layout in layouts:
+        inputs, real = batch(rows, layout)
+        torch.testing.assert_close(logits(model, **inputs)[real], wanted, atol=size, rtol=0, msg=named(layout))
+
+
+def assert_gradients_as_if_alone(model: Any, rows: list[torch.Tensor], layout: str) -> None:
+    """The loss of a batch has the gradients that those of its rows have together, also where activations are computed again."""
+    inputs, real = batch(rows, layout)
+
+    def gradients(calls: list[tuple[dict[str, torch.Tensor], Any]]) -> list[torch.Tensor]:
+        model.zero_grad()
+        sum(model(**given, use_cache=False).logits[which].square().sum() for given, which in calls).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    wanted = gradients([({"input_ids": row}, ...) for row in rows])
+    got = gradients([(inputs, real)])
+    model.train().gradient_checkpointing_enable()
+    again = gradients([(inputs, real)])
+    for one, two, right in zip(got, again, wanted, strict=True):
+        atol = 2**-20 * float(right.abs().max())  # norms are computed in float32: 16 of its roundings
+        torch.testing.assert_close(one, right, atol=atol, rtol=0)
+        torch.testing.assert_close(two, right, atol=atol, rtol=0)
 
 
 def in_parts(model: Any, inputs: dict[str, torch.Tensor], parts: list[int], cache: Any) -> torch.Tensor:

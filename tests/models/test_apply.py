@@ -238,16 +238,31 @@ def test_a_cropped_cache_is_refused_where_keys_are_missing() -> None:
             out = model(ids, use_cache=True)
         with pytest.raises(sd.UnsupportedError, match=r"dropped the keys before position 14 .*handle.cache\(\)"):
             forward(model, input_ids=ids[:, :1], past_key_values=out.past_key_values)
-        with pytest.raises(sd.UnsupportedError, match="dropped the keys"):
-            model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
         cache = applied.cache()
         parts = [forward(model, input_ids=part, past_key_values=cache) for part in ids.split(7, dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), out.logits, atol=ATOL, rtol=0)
-    with sd.models.apply(model, window, backend="reference") as applied:  # needs 4 keys of the 8
-        assert applied.cache().layers[0].is_sliding
+    everything = pytest.raises(sd.UnsupportedError, match="dropped the keys")
+    with sd.models.apply(model, causal, backend="reference"), everything:
+        model.generate(ids, max_new_tokens=4, do_sample=False, cache_implementation="static")
+    with sd.models.apply(model, window, backend="reference"):  # needs 4 keys of the 8
         cache = DynamicCache(config=model.config)
         parts = [forward(model, input_ids=part, past_key_values=cache) for part in ids.split(7, dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), forward(model, input_ids=ids), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("given", [anchored, {0: strided}, sd.patterns.moba(4, 2)], ids=["anchored", "one layer", "program"])
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+def test_guessed_tokens_beyond_the_window_are_taken_back(given: Any, how: str) -> None:
+    """Mistral's caches keep 8 keys, and record more where tokens may be taken back; patterns get caches that keep all."""
+    model, ids = build("mistral"), tokens(1, 12).repeat(1, 2)
+    greedy: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
+    assistant = build("mistral")
+    for parameter in assistant.parameters():
+        parameter.data.mul_(1.02)
+    guesses = {"prompt lookup": {"prompt_lookup_num_tokens": 3}, "assistant": {"assistant_model": assistant}}[how]
+    with sd.models.apply(model, given, backend="reference"):
+        wanted = model.generate(ids, **greedy)
+        assert torch.equal(model.generate(ids, **greedy, **guesses), wanted)
 
 
 REFUSED_CALLS = {
@@ -399,13 +414,6 @@ def test_models_and_patterns_that_do_not_fit_are_refused(name: str) -> None:
     model, patterns = make()
     with pytest.raises(error, match=message):
         sd.models.apply(model, patterns)
-
-
-def test_applying_twice_is_refused() -> None:
-    model = build("llama")
-    with sd.models.apply(model, window), pytest.raises(sd.PatternError, match="has patterns already"):
-        sd.models.apply(model, window)
-    sd.models.apply(model, window).restore()
 
 
 def test_native_patterns_read_what_the_model_says() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
 
 import sparsedsl as sd
 from sparsedsl.models.converted import CONVERTED
@@ -68,6 +69,13 @@ def test_a_layer_is_its_program_on_the_donors_heads(name: str, kind: str) -> Non
     q, k = rotate(heads["q"], heads["k"], *words["position_embeddings"])
     raw, rope = sd.models.donor.Heads(**heads), sd.models.donor.Heads(q, k, heads["v"])
     named = {"q": rope.q, "k": rope.k, "v": rope.v} | layer.inputs(x, raw, rope)
+    said: dict[str, torch.Tensor] = {"q": rope.q, "k": rope.k, "v": rope.v}
+    if "nha" in kind:
+        said |= {"q": raw.q, "k": raw.k, "q_rope": rope.q, "k_rope": rope.k}
+    if kind == "ring":  # heads, not rows of heads
+        said |= {word: repeat_kv(said[word], 2) for word in "kv"}
+    for word, expected in said.items():
+        assert torch.equal(named[word], expected)
     chunk = getattr(layer, "chunk", None)
     if chunk:
         named |= layer.landmarks(x[:, : 19 // chunk * chunk].unflatten(1, (-1, chunk)))
@@ -153,7 +161,7 @@ def test_checkpointing_changes_no_gradient(reentrant: bool) -> None:
         spread(handle)
         handle.freeze(also=("q_proj",))
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model(ids, labels=ids, use_cache=False).loss.backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
@@ -208,6 +216,13 @@ def test_patterns_and_layers_in_one_call() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), changed, atol=1e-11, rtol=0)
     handle.restore()
     assert not sd.models.conversion(model)
+    applied = sd.models.apply(model, {0: local})
+    handle = convert(model, {1: NHA})
+    assert repr(handle).endswith("; given patterns by an apply: layer 0>")
+    torch.testing.assert_close(logits(model, ids), changed, atol=1e-12, rtol=0)
+    applied.restore()
+    assert not torch.allclose(logits(model, ids), changed)
+    handle.restore()
     everywhere = convert(model, lambda index: MOBA if index else None)
     assert list(everywhere.layers) == [1]
 
@@ -278,6 +293,8 @@ def test_mistakes_in_a_layer(mistake: str, message: str) -> None:
         ({7: NHA}, r"no attention layer has the index \[7\]"),
         (3, "layers must be a mapping"),
         ({1: 3}, "layer 1 was given 3"),
+        ({1: nn.Linear(1, 1)}, "layer 1 was given Linear.*wanted a Layer class"),
+        (nn.Linear(1, 1), "layers must be a mapping from layer index.*got Linear"),
         ({1: lambda donor: 3}, "gave 3"),
         ({1: functools.partial(NHA, slotz=3)}, "slotz"),
         ({1: functools.partial(RING, groups=3)}, "groups must divide the 4 query heads; got 3"),
@@ -309,6 +326,30 @@ def test_donors_that_are_refused(name: str, kind: Any, message: str) -> None:
         convert(build(name), {1: kind})
 
 
+class OtherQueries(LlamaAttention):
+    """With the parts of a Llama's, and other queries, keys and values."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **words: Any) -> Any:
+        return super().forward(hidden_states * 1.01, *args, **words)
+
+
+class OtherOutput(LlamaAttention):
+    """The same with another output."""
+
+    def forward(self, *args: Any, **words: Any) -> Any:
+        out, weights = super().forward(*args, **words)
+        return out * 1.01, weights
+
+
+@pytest.mark.parametrize(("kind", "message"), [(OtherQueries, "makes other queries"), (OtherOutput, "makes other output")])
+def test_a_forward_that_does_more_is_noticed(kind: Any, message: str) -> None:
+    model = donor("llama")
+    model.model.layers[1].self_attn.__class__ = kind
+    convert(model, {1: MOBA})
+    with pytest.raises(sd.UnsupportedError, match=f"layer 1 .* cannot become a hybrid layer: its own forward {message}"):
+        model(tokens())
+
+
 @pytest.mark.parametrize("name", ["phi", "llama4"])
 def test_donors_that_are_refused_by_their_forward(name: str) -> None:
     """Their modules have the right parts, and do other things with them."""
@@ -338,6 +379,8 @@ def test_other_families_run_or_are_refused(name: str) -> None:
 
 def test_calls_that_would_lose_something() -> None:
     model, ids = donor("llama"), tokens()
+    with sd.models.apply(model, {1: sd.kv_idx <= sd.q_idx}), pytest.raises(sd.PatternError, match="layer 1 runs a pattern"):
+        convert(model, {1: NHA})
     convert(model, {1: NHA})
     with pytest.raises(sd.UnsupportedError, match="a finished mask"):
         model(ids, attention_mask=torch.ones(2, 1, 21, 21).tril().bool())
@@ -348,3 +391,11 @@ def test_calls_that_would_lose_something() -> None:
     model.set_attn_implementation("eager")
     with pytest.raises(sd.UnsupportedError, match="since set to 'eager'"):
         model(ids)
+
+
+def test_a_graph_of_a_converted_model_is_refused_by_name() -> None:
+    model = donor("llama")
+    convert(model, {1: NHA})
+    torch._dynamo.reset()
+    with pytest.raises(sd.UnsupportedError, match=r"layer 1 is a converted layer, which has no form in a graph"):
+        logits(torch.compile(model, backend="eager"), tokens(), use_cache=False)

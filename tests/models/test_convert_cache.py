@@ -146,7 +146,12 @@ def test_an_offloaded_cache() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind", "side"),
-    [*(("llama", kind, "left") for kind in LAYERS), ("llama", "nha", "right"), ("gemma3", "nha", "left"), ("gpt_oss", "nha", "left")],
+    [
+        *(("llama", kind, "left") for kind in LAYERS),
+        ("llama", "nha", "right"),
+        ("gemma3", "nha", "left"),
+        ("gpt_oss", "nha", "left"),
+    ],
 )
 def test_padding_leaves_no_trace(name: str, kind: str, side: str) -> None:
     model, _ = converted(name, kind, (0, 1) if kind == "nha" else (1,))
@@ -171,6 +176,8 @@ def test_batched_generation_of_prompts_of_any_length(kind: str) -> None:
     for row, begin in enumerate((4, 0)):
         alone = model.generate(ids[row : row + 1, begin:], max_new_tokens=4, do_sample=False)
         assert torch.equal(together[row, begin:], alone[0])
+    pieces = model.generate(**padded, max_new_tokens=4, do_sample=False, prefill_chunk_size=3)  # the first holds padding alone
+    assert torch.equal(pieces, together)
     beams = model.generate(**padded, max_new_tokens=4, num_beams=2, do_sample=False)
     alone = model.generate(ids[:1, 4:], max_new_tokens=4, num_beams=2, do_sample=False)
     assert torch.equal(beams[0, 4:], alone[0])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import sparsedsl as sd
 from sparsedsl.models.registry import NOTE
@@ -80,6 +80,34 @@ def test_programs_and_half_precision_come_back(tmp_path: Path) -> None:
     assert own is not None
     assert {p.dtype for p in own.new_parameters()} == {torch.float32}
     assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_the_trainer_of_transformers(tmp_path: Path) -> None:
+    """New parameters move, the donor's do not, and its checkpoint is a folder like any other."""
+    model, ids = donor("llama", torch.float32), tokens(4, 12)
+    handle = convert(model, {1: NHA})
+    spread(handle)
+    handle.freeze()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    sizes: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 2, "learning_rate": 1e-2}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **sizes)
+    Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids]).train()  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (".sd_layer." not in name)
+    again = sd.models.from_pretrained(tmp_path / "checkpoint-2", backend="tiled")
+    assert torch.equal(logits(again, ids), logits(model.eval(), ids))
+
+
+def test_patterns_and_layers_come_back_together(tmp_path: Path) -> None:
+    model, ids = donor("gemma3", torch.float32), tokens()
+    handle = convert(model, {0: sd.patterns.sliding_window(4), 1: NHA})
+    spread(handle)
+    model.save_pretrained(tmp_path)
+    again = sd.models.from_pretrained(tmp_path, backend="tiled")
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert [sorted(applied.patterns) for applied in sd.models.applied(again)] == [[0]]
+    handle.restore()
+    assert NOTE not in vars(model.config) and "sparsedsl" not in vars(model.config)
 
 
 def test_plain_transformers_load_the_donor(tmp_path: Path) -> None:

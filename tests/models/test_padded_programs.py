@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,17 +18,19 @@ from tests.models.families import build, tokens
 from tests.models.rows import (
     alone,
     assert_generates_as_if_alone,
+    assert_gradients_as_if_alone,
     assert_rows_as_if_alone,
+    batch,
     exact,
     in_parts,
     logits,
-    packed,
+    named,
     padded,
-    real_slots,
     tolerance,
 )
 
 causal = kv_idx <= q_idx
+near = q_idx - kv_idx < 3
 own_page = q_idx // 4 == kv_idx // 4
 even = sd.table("even", dtype=bool)
 PROGRAMS: dict[str, Any] = {
@@ -37,52 +40,41 @@ PROGRAMS: dict[str, Any] = {
     "nha": sd.patterns.nha(4, window=None),
     "pbs": sd.patterns.pbs(block=4, segment=8, mass=0.5),
     "token_sparse": sd.patterns.token_sparse(coverage=0.3, probe=4, pool=3, min_tokens=8),
-    "both": sd.joint(
-        causal & (q_idx - kv_idx < 3), causal & (q_idx - kv_idx >= 3) & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 1)
-    ),
+    "both": sd.joint(causal & near, causal & ~near & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 1)),
 }
 ALWAYS = [name for name in PROGRAMS if not is_for_prefill(sd.Program(PROGRAMS[name]))]
 LAYOUTS = ["left", "right", "both", "holes", "packed"]
-LATER = {"allow": ["selection reads later queries"]}
-
-
-def inputs_of(layout: str, rows: list[torch.Tensor], **more: Any) -> dict[str, torch.Tensor]:
-    lengths = tuple(row.shape[1] for row in rows)
-    return packed(rows) if layout == "packed" else padded(rows, real_slots(layout, lengths, **more))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_row_gives_what_it_gives_alone(name: str, layout: str) -> None:
+def test_a_row_gives_what_it_gives_alone(name: str) -> None:
     model, rows = exact("llama"), alone()
     with sd.models.apply(model, PROGRAMS[name], backend="reference"):
-        assert_rows_as_if_alone(model, inputs_of(layout, rows), rows)
+        assert_rows_as_if_alone(model, rows, LAYOUTS)
 
 
 @pytest.mark.parametrize("name", ["moba", "ring", "pbs"])
-@pytest.mark.parametrize("layout", ["left", "holes", "packed"])
-def test_tiled_too(name: str, layout: str) -> None:
+def test_tiled_too(name: str) -> None:
     model, rows = exact("llama"), alone()
     with sd.models.apply(model, PROGRAMS[name], backend="tiled"):
-        assert_rows_as_if_alone(model, inputs_of(layout, rows), rows)
+        assert_rows_as_if_alone(model, rows, ["left", "holes", "packed"])
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "granite"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_scale_cap_and_sinks_of_the_layer_stay(family: str, layout: str) -> None:
+def test_scale_cap_and_sinks_of_the_layer_stay(family: str) -> None:
+    """GPT-OSS makes its masks without ``position_ids``: to it, a packed row is one sequence."""
     model, rows = exact(family), alone()
     with sd.models.apply(model, PROGRAMS["moba"], backend="reference"):
-        assert_rows_as_if_alone(model, inputs_of(layout, rows), rows)
+        assert_rows_as_if_alone(model, rows, [layout for layout in LAYOUTS if (family, layout) != ("gpt_oss", "packed")])
 
 
 def test_what_a_padding_query_gives_is_zero() -> None:
     model, rows, seen = build("llama"), alone(), []
-    inputs = inputs_of("left", rows)
+    inputs, real = batch(rows, "left")
     hook = model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     with sd.models.apply(model, PROGRAMS["moba"], backend="reference"):
         logits(model, **inputs)
     hook.remove()
-    real = inputs["attention_mask"].bool()
     assert seen[0][~real].eq(0).all() and seen[0][real].ne(0).any(-1).all()
 
 
@@ -92,12 +84,12 @@ def test_what_a_mask_says_of_rows_it_says_of_rows_of_the_batch() -> None:
     choice = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 2, among=causal)
     program = sd.attend(causal & (choice | (b == 2)) & (even[b, kv_idx - left_padding[b]] | (q_idx == kv_idx)).bind(even=table))
     assert reads_rows(sd.Program(program)) and not reads_rows(sd.Program(PROGRAMS["pbs"]))
-    model, rows = exact("llama"), alone((21, 14, 5, 14))
-    together = torch.cat([torch.nn.functional.pad(row, (0, 21 - row.shape[1]), value=4) for row in rows])
-    inputs = inputs_of("left", rows)
+    model, rows = exact("llama"), alone((20, 12, 8, 12))  # whole chunks, whose means what follows does not move
+    together = torch.cat([torch.nn.functional.pad(row, (0, 20 - row.shape[1]), value=4) for row in rows])
+    inputs, real = batch(rows, "left")
     with sd.models.apply(model, program, backend="reference"):
         unpadded = logits(model, input_ids=together)  # causal: what follows a row is as good as padding
-        got = logits(model, **inputs)[inputs["attention_mask"].bool()]
+        got = logits(model, **inputs)[real]
     wanted = torch.cat([one[: row.shape[1]] for one, row in zip(unpadded, rows, strict=True)])
     torch.testing.assert_close(got, wanted, atol=tolerance(model, rows), rtol=0)
 
@@ -106,17 +98,16 @@ def test_what_a_mask_says_of_rows_it_says_of_rows_of_the_batch() -> None:
 
 
 @pytest.mark.parametrize("name", ALWAYS)
-@pytest.mark.parametrize("layout", ["left", "right", "holes"])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_chunks_and_single_tokens(name: str, layout: str, static: bool) -> None:
+def test_chunks_and_single_tokens(name: str, static: bool) -> None:
     model, rows = exact("llama"), alone()
-    inputs = inputs_of(layout, rows)
-    real = inputs["attention_mask"].bool()
     with sd.models.apply(model, PROGRAMS[name], backend="reference") as applied:
-        cache = StaticCache(config=model.config, max_cache_len=40) if static else applied.cache()
-        got = in_parts(model, inputs, [5, 1, 12, 1, 1, 7], cache)[real]
         wanted = torch.cat([logits(model, input_ids=row)[0] for row in rows])
-    torch.testing.assert_close(got, wanted, atol=tolerance(model, rows), rtol=0)
+        for layout in ["left", "right", "holes"]:
+            inputs, real = batch(rows, layout)
+            cache = StaticCache(config=model.config, max_cache_len=40) if static else applied.cache()
+            got = in_parts(model, inputs, [5, 1, 12, 1, 1, 7], cache)[real]
+            torch.testing.assert_close(got, wanted, atol=tolerance(model, rows), rtol=0, msg=named(layout))
 
 
 @pytest.mark.parametrize("name", ["pbs", "token_sparse"])
@@ -151,6 +142,34 @@ def test_generate_in_layers_with_windows(family: str, name: str) -> None:
         assert_generates_as_if_alone(model, alone(), 12)
 
 
+# ---- graphs and folders --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indices", ["tokens", "slots", "program"])
+def test_one_graph_counts_as_the_model_does(indices: str) -> None:
+    model, rows = build("llama"), alone()
+    inputs, real = batch(rows, "left")
+    given, how = (PROGRAMS["moba"], {}) if indices == "program" else (causal & (near | (kv_idx < 2)), {"indices": indices})
+    with sd.models.apply(model, given, backend="reference", **how):
+        wanted = logits(model, **inputs)
+        torch._dynamo.reset()
+        got = logits(torch.compile(model, backend="eager", fullgraph=True), **inputs)
+        torch._dynamo.reset()
+    torch.testing.assert_close(got[real], wanted[real], atol=3e-5, rtol=0)
+
+
+def test_a_saved_model_knows_what_its_indices_count(tmp_path: Path) -> None:
+    model, (inputs, real) = build("llama"), batch(alone(), "left")
+    found = {}
+    for indices in ("tokens", "slots"):
+        with sd.models.apply(model, causal & (near | (kv_idx < 2)), backend="reference", indices=indices):
+            found[indices] = logits(model, **inputs)[real]
+            model.save_pretrained(tmp_path / indices)
+        loaded = sd.models.from_pretrained(tmp_path / indices)
+        assert torch.equal(logits(loaded, **inputs)[real], found[indices])
+    assert (found["tokens"] - found["slots"]).abs().max() > 0.01
+
+
 # ---- training ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -159,34 +178,19 @@ def test_generate_in_layers_with_windows(family: str, name: str) -> None:
 @pytest.mark.parametrize("layout", ["left", "holes", "packed"])
 def test_gradients_are_those_of_the_rows_alone(layout: str, name: str) -> None:
     model, rows = exact("llama"), alone()
-    inputs = inputs_of(layout, rows)
-    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"]).bool()
-
-    def gradients(batches: list[tuple[dict[str, torch.Tensor], Any]]) -> list[torch.Tensor]:
-        model.zero_grad()
-        sum(model(**given, use_cache=False).logits[which].square().sum() for given, which in batches).backward()
-        return [parameter.grad.clone() for parameter in model.parameters()]
-
-    with sd.models.apply(model, PROGRAMS[name], backend="reference", **LATER):
-        wanted = gradients([({"input_ids": row}, ...) for row in rows])
-        got = gradients([(inputs, real)])
-        model.train().gradient_checkpointing_enable()
-        again = gradients([(inputs, real)])
-    for one, two, right in zip(got, again, wanted, strict=True):
-        atol = 2**-20 * float(right.abs().max())
-        torch.testing.assert_close(one, right, atol=atol, rtol=0)
-        torch.testing.assert_close(two, right, atol=atol, rtol=0)
+    with sd.models.apply(model, PROGRAMS[name], backend="reference", allow=["selection reads later queries"]):
+        assert_gradients_as_if_alone(model, rows, layout)
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------------------------
 
 
 def test_slots_mean_nothing_to_a_program() -> None:
-    model, rows = build("llama"), alone()
+    model, rows = exact("llama"), alone()
     with sd.models.apply(model, {1: PROGRAMS["moba"]}, backend="reference", indices="slots"):
-        assert_rows_as_if_alone(model.double(), packed(rows), rows)
+        assert_rows_as_if_alone(model, rows, ["packed"])
         with pytest.raises(sd.UnsupportedError, match=r"layer 1: the batch has padding, and a program .*indices='tokens'"):
-            logits(model, **inputs_of("left", rows))
+            logits(model, **batch(rows, "left")[0])
 
 
 def test_a_mask_of_tokens_that_the_model_has_not_seen_is_refused() -> None:

@@ -10,18 +10,19 @@ from transformers import DynamicCache, StaticCache
 
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, kv_len, q_idx, q_len, score
-from sparsedsl.lang.pattern import as_pattern
-from sparsedsl.models.derived import DerivedForm, derive
 from sparsedsl.models.native import left_padding
 from tests.models.families import WINDOW, build, tokens
 from tests.models.rows import (
     LENGTHS,
     alone,
     assert_generates_as_if_alone,
+    assert_gradients_as_if_alone,
     assert_rows_as_if_alone,
+    batch,
     exact,
     in_parts,
     logits,
+    named,
     packed,
     padded,
     real_slots,
@@ -33,20 +34,21 @@ near = causal & (q_idx - kv_idx < 4)
 numbers = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3, 3, 8, 3, 2, 7, 9])
 by_key, by_query = sd.table("by_key"), sd.table("by_query")
 gain = sd.table("gain", dtype=float)
+few = (by_key[kv_idx] < 5) | (q_idx == kv_idx)
 PATTERNS: dict[str, Any] = {
     "window": near,
     "anchored": causal & ((q_idx - kv_idx < 4) | (kv_idx < 2)),
     "strided": causal & ((q_idx - kv_idx) % 3 == 0),
     "blocks": causal & (q_idx // 5 == kv_idx // 5),
     "per_head": causal & (q_idx - kv_idx < 2 + 3 * h),
-    "by key": causal & ((by_key[kv_idx] < 5) | (q_idx == kv_idx)).bind(by_key=numbers),
+    "by key": causal & few.bind(by_key=numbers),
     "by query": causal & (q_idx - kv_idx < by_query[q_idx]).bind(by_query=numbers),
     "score by place": sd.attend(causal, score=score - 0.1 * (kv_idx % 7) + gain[h, kv_idx % 9]).bind(gain=torch.randn(4, 9)),
     "score by distance": sd.attend(near, score=score - 0.2 * (q_idx - kv_idx)),
     "old left padding": causal & ((q_idx - left_padding[b]) // 5 == (kv_idx - left_padding[b]) // 5),
 }
 BY_LENGTH = {
-    "last": causal & ((kv_idx >= kv_len - 3) | (q_idx - kv_idx < 3)),
+    "last": causal & ((kv_idx >= kv_len - 9) | (q_idx - kv_idx < 3)),
     "first half": causal & ((2 * kv_idx < q_len) | near),
     "a table as long as a row": causal & ((by_query[q_idx] != by_query[kv_idx]) | near).bind(by_query=numbers[: max(LENGTHS)]),
 }
@@ -54,50 +56,41 @@ LAYOUTS = ["left", "right", "both", "holes"]
 
 
 @pytest.mark.parametrize("name", [*PATTERNS, *BY_LENGTH])
-@pytest.mark.parametrize("layout", [*LAYOUTS, "packed"])
-def test_a_row_gives_what_it_gives_alone(name: str, layout: str) -> None:
+def test_a_row_gives_what_it_gives_alone(name: str) -> None:
     model, rows = exact("llama"), alone()
-    inputs = packed(rows) if layout == "packed" else padded(rows, real_slots(layout))
     with sd.models.apply(model, {**PATTERNS, **BY_LENGTH}[name], backend="reference"):
-        assert_rows_as_if_alone(model, inputs, rows)
+        assert_rows_as_if_alone(model, rows, [*LAYOUTS, "packed"])
 
 
 @pytest.mark.parametrize("name", ["anchored", "blocks", "by key", "score by place", "last"])
-@pytest.mark.parametrize("layout", [*LAYOUTS, "packed"])
 @pytest.mark.parametrize("backend", ["tiled", "cpp"])
-def test_other_backends_too(backend: str, layout: str, name: str) -> None:
-    model, rows = exact("llama"), alone((130, 70, 9))
-    if backend == "cpp":
-        model = model.float()
-    model.config.max_position_embeddings = 512
-    inputs = packed(rows) if layout == "packed" else padded(rows, real_slots(layout, (130, 70, 9), 140))
+def test_other_backends_too(backend: str, name: str) -> None:
+    model, rows = build("llama"), alone((70, 35, 9))
     pattern = {**PATTERNS, **BY_LENGTH}[name]
     if name == "by key":
-        pattern = causal & ((by_key[kv_idx] < 5) | (q_idx == kv_idx)).bind(by_key=numbers.repeat(5))
-    with sd.models.apply(model, pattern, backend="reference"):
-        wanted = logits(model, **inputs)
-    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"]).bool()
-    with sd.models.apply(model, pattern, backend=backend):
-        torch.testing.assert_close(logits(model, **inputs)[real], wanted[real], atol=3e-5, rtol=0)
+        pattern = causal & few.bind(by_key=numbers.repeat(3))
+    for layout in [*LAYOUTS, "packed"]:
+        inputs, real = batch(rows, layout, 75)
+        with sd.models.apply(model, pattern, backend="reference"):
+            wanted = logits(model, **inputs)
+        with sd.models.apply(model, pattern, backend=backend):
+            torch.testing.assert_close(logits(model, **inputs)[real], wanted[real], atol=3e-5, rtol=0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_encoders_see_both_ways(layout: str) -> None:
+def test_encoders_see_both_ways() -> None:
     """Queries of padding look at real keys, and tables have no entries for them."""
     same_block = (by_key[q_idx] == by_key[kv_idx]).bind(by_key=torch.arange(21) // 4)
     both_ways = same_block | (kv_idx == kv_len - 1) | (kv_idx < 1)
     model, rows = exact("bert"), alone()
-    inputs = padded(rows, real_slots(layout))
     with sd.models.apply(model, both_ways, backend="reference"):
-        assert_rows_as_if_alone(model, inputs, rows)
+        assert_rows_as_if_alone(model, rows, LAYOUTS)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss", "mistral", "llama4", "gpt2"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_families_with_windows_chunks_caps_and_sinks(family: str, layout: str) -> None:
+def test_families_with_windows_chunks_caps_and_sinks(family: str) -> None:
     model, rows = exact(family), alone()
     with sd.models.apply(model, PATTERNS["anchored"], backend="reference"):
-        assert_rows_as_if_alone(model, padded(rows, real_slots(layout)), rows)
+        assert_rows_as_if_alone(model, rows, LAYOUTS)
 
 
 # ---- through caches ------------------------------------------------------------------------------------------------------------------
@@ -110,17 +103,16 @@ CACHES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cache", CACHES)
-def test_chunks_and_single_tokens(cache: str, layout: str, name: str) -> None:
+def test_chunks_and_single_tokens(cache: str, name: str) -> None:
     """Chunk by chunk, some rows have no token yet, or none any more; padding on the right becomes a hole as soon as a token follows."""
     model, rows = exact("llama"), alone()
-    real = real_slots(layout)
-    inputs = padded(rows, real)
     with sd.models.apply(model, PATTERNS[name], backend="reference") as applied:
-        got = in_parts(model, inputs, [5, 1, 12, 1, 1, 7], CACHES[cache](applied))[real]
         wanted = torch.cat([logits(model, input_ids=row)[0] for row in rows])
-    torch.testing.assert_close(got, wanted, atol=tolerance(model, rows), rtol=0)
+        for layout in LAYOUTS:
+            inputs, real = batch(rows, layout)
+            got = in_parts(model, inputs, [5, 1, 12, 1, 1, 7], CACHES[cache](applied))[real]
+            torch.testing.assert_close(got, wanted, atol=tolerance(model, rows), rtol=0, msg=named(layout))
 
 
 @pytest.mark.parametrize("name", ["anchored", "blocks", "by key"])
@@ -138,14 +130,14 @@ def test_rows_padded_on_the_right_go_on(name: str) -> None:
 @pytest.mark.parametrize("layout", ["left", "right"])
 def test_a_sliding_window_cache_that_has_dropped_keys(layout: str) -> None:
     """A window within the cache's own, cut by a table over keys: places are counted from the first token, though it is gone."""
-    few = causal & (q_idx - kv_idx < 4) & ((by_key[kv_idx] < 5) | (q_idx == kv_idx)).bind(by_key=numbers)
     model, rows = exact("mistral"), alone()
     real = real_slots(layout)
-    with sd.models.apply(model, few, backend="reference") as applied:
+    with sd.models.apply(model, near & few.bind(by_key=numbers), backend="reference") as applied:
         cache = applied.cache()
-        assert cache.layers[0].is_sliding
         got = in_parts(model, padded(rows, real), [9, *[1] * 9, 5, *[1] * 4], cache)[real]
         wanted = torch.cat([logits(model, input_ids=row)[0] for row in rows])
+        # A row that ended earlier may go on from there.
+        assert cache.layers[0].keys.shape[2] < (WINDOW if layout == "left" else 2 * WINDOW)
     torch.testing.assert_close(got, wanted, atol=tolerance(model, rows), rtol=0)
 
 
@@ -157,10 +149,18 @@ def test_a_window_over_a_hole_reaches_further_than_the_cache_keeps() -> None:
     parts = [12, *[1] * 8]
     with sd.models.apply(model, window, backend="reference") as applied:
         wanted = torch.cat([logits(model, input_ids=row)[0] for row in rows])
-        with pytest.raises(sd.UnsupportedError, match=r"layer 0: its cache has dropped the keys .*DynamicCache\(\), without a conf"):
-            in_parts(model, inputs, parts, applied.cache())
-        got = in_parts(model, inputs, parts, DynamicCache())[real]
-    torch.testing.assert_close(got, wanted, atol=tolerance(model, rows), rtol=0)
+        for cache in (applied.cache(), DynamicCache()):
+            got = in_parts(model, inputs, parts, cache)[real]
+            torch.testing.assert_close(got, wanted, atol=tolerance(model, rows), rtol=0)
+        with torch.no_grad():  # a cache that the forward makes keeps the layer's own window
+            made = model(
+                inputs["input_ids"][:, :12], attention_mask=inputs["attention_mask"][:, :12], use_cache=True
+            ).past_key_values
+        left = {name: x if name == "attention_mask" else x[:, 12:13] for name, x in inputs.items()}
+        left["attention_mask"] = left["attention_mask"][:, :13]
+        dropped = r"layer 0: its cache has dropped the keys .*DynamicCache\(\), without a conf"
+        with pytest.raises(sd.UnsupportedError, match=dropped):
+            logits(model, **left, past_key_values=made)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -179,18 +179,12 @@ def test_generate_in_other_ways(family: str, how: dict[str, Any]) -> None:
         assert_generates_as_if_alone(model, alone(), 8, **how)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("layout", [*LAYOUTS, "packed"])
 def test_gradients_are_those_of_the_rows_alone(layout: str) -> None:
     model, rows = exact("llama"), alone()
-    inputs = packed(rows) if layout == "packed" else padded(rows, real_slots(layout))
-    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(inputs["input_ids"]).bool()
     with sd.models.apply(model, PATTERNS["anchored"], backend="reference"):
-        sum(model(input_ids=row, use_cache=False).logits.square().sum() for row in rows).backward()
-        wanted = [parameter.grad.clone() for parameter in model.parameters()]
-        model.zero_grad()
-        model(**inputs, use_cache=False).logits[real].square().sum().backward()
-    for parameter, right in zip(model.parameters(), wanted, strict=True):
-        torch.testing.assert_close(parameter.grad, right, atol=2**-20 * float(right.abs().max()), rtol=0)
+        assert_gradients_as_if_alone(model, rows, layout)
 
 
 # ---- what transformers counts --------------------------------------------------------------------------------------------------------
@@ -198,27 +192,18 @@ def test_gradients_are_those_of_the_rows_alone(layout: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "llama4", "modernbert"])
 def test_native_patterns_count_as_transformers_does_holes_too(family: str) -> None:
-    model, real = build(family), real_slots("holes")
-    inputs = padded(alone(), real)
+    model, (inputs, real) = build(family), batch(alone(), "holes")
+    inputs["input_ids"] = tokens(*real.shape)
     if family == "modernbert":
         del inputs["position_ids"]
-    del inputs["input_ids"]
-    inputs["input_ids"] = tokens(4, real.shape[1])
-    wanted = logits(model, **inputs) if family != "modernbert" else _encoded(model, inputs)
+    wanted = logits(model, **inputs)
     with sd.models.apply(model, sd.models.native_patterns(model), backend="reference"):
-        got = logits(model, **inputs) if family != "modernbert" else _encoded(model, inputs)
-    torch.testing.assert_close(got[real], wanted[real], atol=3e-5, rtol=0)
-
-
-def _encoded(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
+        torch.testing.assert_close(logits(model, **inputs)[real], wanted[real], atol=3e-5, rtol=0)
 
 
 def test_indices_of_slots_are_there_by_name() -> None:
     model, rows = exact("llama"), alone()
-    inputs = padded(rows, real_slots("left"))
-    real = inputs["attention_mask"].bool()
+    inputs, real = batch(rows, "left")
     shift = left_padding[b]
     own = causal & ((q_idx - kv_idx < 4) | ((kv_idx >= shift) & (kv_idx < shift + 2)))
     with sd.models.apply(model, PATTERNS["anchored"], backend="reference"):
@@ -239,29 +224,7 @@ def test_packed_positions_that_begin_elsewhere() -> None:
     mask = PATTERNS["blocks"]
     with sd.models.apply(model, mask, backend="reference"):
         by_token = logits(model, **inputs)
-        torch.testing.assert_close(logits(model, **later), by_token, atol=tolerance(model, rows), rtol=0)  # rotations are relative
+        # (rotations are relative)
+        torch.testing.assert_close(logits(model, **later), by_token, atol=tolerance(model, rows), rtol=0)
     with sd.models.apply(model, mask, backend="reference", indices="slots"):
         assert (logits(model, **later) - by_token).abs().max() > 0.01
-
-
-# ---- what runs --------------------------------------------------------------------------------------------------------------------
-
-
-def test_only_padding_between_tokens_asks_for_a_table_of_places() -> None:
-    def tables(mask: Any, **form: bool) -> set[str]:
-        return set(derive(as_pattern(mask), DerivedForm(padded=True, **form)).tables)
-
-    for mask in PATTERNS["window"], PATTERNS["anchored"], PATTERNS["blocks"], causal:
-        assert tables(mask) == tables(mask, cropped=True) == {"hf_first", "hf_end"}
-    assert tables(PATTERNS["anchored"], holes=True) == {"hf_place", "hf_valid"}
-    assert tables(causal, holes=True) == tables(causal, holes=True, slots=True) == {"hf_valid"}
-    assert tables(PATTERNS["window"], holes=True, slots=True) == {"hf_valid"}
-    assert not derive(as_pattern(PATTERNS["anchored"]), DerivedForm()).tables
-
-
-def test_an_order_of_tokens_is_an_order_of_slots() -> None:
-    derived = derive(as_pattern(near), DerivedForm(padded=True, holes=True))
-    assert "(q_idx >= kv_idx)" in derived.text and "hf_place[b, q_idx] - hf_place[b, kv_idx]" in derived.text.replace(
-        "-hf_place[b, kv_idx] + hf_place[b, q_idx]", "hf_place[b, q_idx] - hf_place[b, kv_idx]"
-    )
-

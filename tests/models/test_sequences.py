@@ -20,7 +20,7 @@ def request(real: Any, q_length: int, kv_length: int, packing: Packing | None = 
     """Of a forward whose queries are the last ``q_length`` of so many slots; ``real`` has 1 for a token."""
     padding = None if real is None else torch.tensor(real).bool()
     offset = (kv_length if packing is None else packing.sequence.shape[1]) - q_length
-    return MaskRequest(q_length, kv_length, offset, 0, padding, packing, None, (), lambda: None, offset + q_length)
+    return MaskRequest(q_length, kv_length, offset, 0, padding, packing, None, (), lambda: None)
 
 
 @st.composite

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.backends.cpp.call_bytes import HEAD, KINDS, OF_GRADIENTS, OF_PATTERN, call_block, place_of
+from sparsedsl.backends.cpp.call_bytes import HEAD, KINDS, OF_PATTERN, OF_REST, call_block, place_fields, place_of
 from sparsedsl.backends.cpp.libraries import fixed_pass, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer
@@ -16,6 +17,7 @@ from sparsedsl.backends.tiled.attention import sight_of
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.places import gather_rows, placed_sight
 from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.sinks import sink_gradients
@@ -45,7 +47,7 @@ class CppKernel(PatternRunner):
         schedule = self.schedule(call)
         (batch, heads, rows, width), kv_heads, v_width = q.shape, call.k.shape[1], v.shape[3]
         real = torch.float64 if q.dtype == torch.float64 else torch.float32
-        tail = OF_PATTERN.pack(*of_pattern(schedule), *[0] * OF_GRADIENTS)
+        tail = OF_PATTERN.pack(*of_pattern(schedule), *[0] * OF_REST)
         scale, kind, openmp, run = call.scale, KINDS[q.dtype], parallel(), fixed_pass("forward", real == torch.float64)
         out_head = rows * v_width
         out_batch = heads * out_head
@@ -91,16 +93,23 @@ class CppKernel(PatternRunner):
 
     def sight(self, call: Call) -> Sight:
         """Who sees whom in a call."""
-        return sight_of(self.pattern, call)
+        places = call.places
+        if places is None:
+            return sight_of(self.pattern, call)
+        domain, heads = call.domain, places.kv_heads(call.k)
+        q = call.q[:, :, :1].expand(-1, -1, domain.rows, -1)
+        k, v = (t[:, :1, :1].expand(-1, heads, domain.kv_len, -1) for t in (call.k, call.v))
+        return placed_sight(places, call.q, call.k, lambda: sight_of(self.pattern, replace(call, q=q, k=k, v=v, places=None)))
 
     def forward(self, call: Call, schedule: Prepared) -> tuple[Tensor, Tensor, bool]:
         """``out (B, Hq, Sq, Dv)`` in the dtype of q, ``lse (B, Hq, Sq)`` in float32 (float64 for float64), whether ``out`` is finite."""
         q, k, v = (rows_without_gaps(t.detach()) for t in (call.q, call.k, call.v))
-        domain = call.domain
-        shape = (domain.batch, domain.heads, domain.rows)
+        shape = q.shape[:3]
         real = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out = q.new_empty((*shape, v.shape[3]))
-        lse = q.new_empty(shape, dtype=real)
+        out, lse = q.new_empty((*shape, v.shape[3])), q.new_empty(shape, dtype=real)
+        if _has_rows_without_query(call):
+            out.zero_()
+            lse.fill_(-float("inf"))
         done = _run("forward", call, schedule, (q, k, v, out), lse, [0] * 15)
         return out, lse, bool(done)
 
@@ -112,8 +121,10 @@ class CppKernel(PatternRunner):
         q, k, v, out, grad_out = (rows_without_gaps(t.detach()) for t in (call.q, call.k, call.v, out, grad_out))
         domain, real = call.domain, lse.dtype
         lse = lse.detach().contiguous()
-        delta = torch.empty_like(lse)
-        grad_q = q.new_empty(q.shape, dtype=real)
+        delta, grad_q = torch.empty_like(lse), q.new_empty(q.shape, dtype=real)
+        if _has_rows_without_query(call):
+            delta.zero_()
+            grad_q.zero_()
         width = fixed_width("backward", real == torch.float64)
         grad_k, grad_v = (t.new_zeros((*t.shape[:3], -(-t.shape[3] // width) * width), dtype=real) for t in (k, v))
         grads_lse = None if grad_lse is None else grad_lse.detach().to(real).contiguous()
@@ -148,9 +159,15 @@ class CppKernel(PatternRunner):
                 if name in found:
                     found[name] += grad.view(found[name].shape)
         leaves = {name: call.tables[name].detach().double().requires_grad_() for name in learned}
+        if call.places is not None and call.places.queries is not None:
+            lse, delta = (gather_rows(t[..., None], call.places.queries)[..., 0] for t in (lse, delta))
         for name, grad in sink_gradients(self.pattern, call, leaves, lse, delta).items():
             found[name] += grad
         return {name: grad.to(call.tables[name].dtype) for name, grad in found.items()}
+
+
+def _has_rows_without_query(call: Call) -> bool:
+    return call.places is not None and call.places.queries is not None
 
 
 def _run(
@@ -158,7 +175,10 @@ def _run(
 ) -> int:
     """Run a pass; ``rest``: the fields of the backward pass."""
     more, _held = schedule.fields(call)
-    block = block_of(call, schedule, tensors, lse, rest, more)
+    (q, k, *_), places = tensors, call.places
+    keys, queries = (None, None) if places is None else places.narrow
+    where = *place_fields(keys, k.shape[2]), *place_fields(queries, q.shape[2])
+    block = block_of(call, schedule, tensors, lse, [*where, *rest], more)
     done = fixed_pass(name, lse.dtype == torch.float64)(block)
     if done < 0:
         raise MemoryError(f"the {name} pass found no memory for its sums")
@@ -168,7 +188,7 @@ def _run(
 def block_of(
     call: Call, schedule: Prepared, tensors: tuple[Tensor, Tensor, Tensor, Tensor], lse: Tensor, rest: Sequence[int], more: Sequence[int]
 ) -> bytes:  # fmt: skip
-    """The bytes of a call: see ``codegen/cpp/call.h``."""
+    """The bytes of a call: see ``codegen/cpp/call.h``. ``rest``: the fields of places and gradients."""
     q, k, v, out = tensors
     domain = call.domain
     return call_block(

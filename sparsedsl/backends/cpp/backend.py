@@ -15,6 +15,7 @@ from sparsedsl.backends.cpp.libraries import begun, fixed_library, fixed_pass, n
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.pooling import pooled_rows
 from sparsedsl.backends.cpp.prepared import READY
+from sparsedsl.backends.cpp.probing import probed_keys
 from sparsedsl.backends.cpp.scan_linear import linear_scan
 from sparsedsl.backends.cpp.scan_slots import slot_scan
 from sparsedsl.backends.cpp.selected import along_lists, joined_attention, preparer_of, selected_again, selected_attention
@@ -26,7 +27,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.request import NotYet, Request
 from sparsedsl.selection.choosing import Choose
-from sparsedsl.selection.proxies import Pool
+from sparsedsl.selection.proxies import Pool, Prober
 from sparsedsl.selection.selected_call import Results, SelectedAgain, SelectedCall
 
 __all__ = ["CPP"]
@@ -48,6 +49,7 @@ class CppBackend(Backend):
     name = "cpp"
     summary = "C++ generated for the pattern, with gradients and the LSE"
     details = "code"
+    follows_places = True
 
     def refusal(self, request: Request) -> str | None:
         """What the generated code lacks, or this machine."""
@@ -132,6 +134,10 @@ class CppBackend(Backend):
     def pooler(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Pool | None:
         """Where blocks are chosen: it lies in the same library."""
         return None if self.chooser(device, dtype, patience) is None else pooled_rows
+
+    def prober(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Prober | None:
+        """Where blocks are chosen: it lies in the same library."""
+        return None if self.chooser(device, dtype, patience) is None else probed_keys
 
     def weighed(self, scores: Tensor, rule: str) -> tuple[Tensor, Tensor] | None:
         """Where blocks are chosen: it lies in the same library."""

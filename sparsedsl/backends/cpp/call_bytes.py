@@ -8,10 +8,21 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["HEAD", "KINDS", "OF_GRADIENTS", "OF_PATTERN", "call_block", "first_of", "place_of", "whole_vectors"]
+__all__ = [
+    "HEAD",
+    "KINDS",
+    "OF_PATTERN",
+    "OF_PLACES",
+    "OF_REST",
+    "call_block",
+    "first_of",
+    "place_fields",
+    "place_of",
+    "whole_vectors",
+]
 
-# Fields between the scale and those of the pattern, and, at the end of these, those of gradients.
-FIXED, OF_GRADIENTS = 50, 15
+# Fields between the scale and those of the pattern; at the end of these those of places and, after them, of gradients.
+FIXED, OF_PLACES, OF_REST = 58, 8, 23
 # From the batch to the LSE.
 HEAD = struct.Struct("=8qd20q")
 # From there to the end of the fields of gradients.
@@ -34,6 +45,14 @@ def place_of(t: torch.Tensor) -> tuple[int, int, int, int]:
     """Where a tensor ``(batch, heads, length, width)`` lies, whose rows have no gaps."""
     batch, head, row, _ = t.stride()
     return t.data_ptr(), batch, head, row
+
+
+def place_fields(places: torch.Tensor | None, length: int) -> tuple[int, int, int, int]:
+    """The fields of a ``Places``: int32 without gaps, ``(batch or 1, heads, positions)``; of a tensor of so many rows."""
+    if places is None:
+        return 0, 0, 0, 0
+    batch, heads, _ = places.shape
+    return places.data_ptr(), heads if batch > 1 else 0, heads, length
 
 
 def first_of(t: torch.Tensor | None) -> int:

@@ -32,6 +32,7 @@ _NO_SPANS = (0,) * 5
 _NO_LIMITS = (0,) * 11
 # What the steps follow in memory, and one of them.
 _CALL, _STEP = struct.Struct("=34qd11q"), struct.Struct("=7q2d35q")
+_FEW = 8  # rows that read the columns of a product, up to which these are not turned first
 _COLUMNS = 64  # a multiple of those of a panel, on any processor
 
 # Those of candidates that calls share, of the rows seen last: rows, fields, and what these point at.
@@ -125,8 +126,10 @@ class _Writer:
         if rows.stop - rows.start < a_rows:
             a = a[:, :, rows]
         parts = 1 if other is None else 2
-        turned = self.turned
-        self.turned += batch * heads * -(-blocks // _COLUMNS) * _COLUMNS * parts * width
+        turned = -1
+        if (rows.stop - rows.start) * max(a_heads, heads) > _FEW * heads:
+            turned = self.turned
+            self.turned += batch * heads * -(-blocks // _COLUMNS) * _COLUMNS * parts * width
         a, b = self.rows(a), self.rows(b)
         other = b if other is None else self.rows(other)
         step = _STEP.pack(

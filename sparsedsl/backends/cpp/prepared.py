@@ -89,7 +89,7 @@ class Preparer:
         fixed = [table for name, table in sorted(domain.tables.items()) if name not in self._learned]
         key: tuple[Any, ...] = (double, *((t.shape, t.dtype) for t in domain.tables.values()))
         if source.reads_lengths:
-            key = (*key, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, call.group)
+            key = (*key, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, _alike(call))
         with torch.no_grad():
             made = self._kept.get(key, fixed, lambda: self._make(call, source, double))
         if not source.slots and not source.reads_lengths:
@@ -137,9 +137,14 @@ class Preparer:
         if HEAD in self.source().pattern.mask.expr.free_symbols:  # as the generated code takes it to be
             heads = 1
         else:
-            heads = max(n for n in range(1, 5) if call.group % n == 0)
+            heads = max(n for n in range(1, 5) if _alike(call) % n == 0)
         queries = MOST_LANES // heads
         return 1 << (queries.bit_length() - 1), heads
+
+
+def _alike(call: Call) -> int:
+    """Query heads that share a key/value head and its places."""
+    return call.group if call.places is None else call.q.shape[1] // max(call.k.shape[1], call.places.heads)
 
 
 def as_stored(table: Tensor, kind: str) -> Tensor:

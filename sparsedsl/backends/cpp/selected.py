@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.cpp.attention import block_of, of_pattern, rows_without_gaps
-from sparsedsl.backends.cpp.call_bytes import HEAD, KINDS, OF_GRADIENTS, OF_PATTERN, first_of, place_of, whole_vectors
+from sparsedsl.backends.cpp.call_bytes import HEAD, KINDS, OF_PATTERN, OF_PLACES, OF_REST, first_of, place_of, whole_vectors
 from sparsedsl.backends.cpp.libraries import fixed_library, fixed_pass, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.prepared import Prepared, Preparer
@@ -77,7 +77,7 @@ def selected_again(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> S
     real, kind, softmax1 = accumulated(q.dtype), KINDS[q.dtype], int(selected.softmax1)
     double = real == torch.float64
     run, columns = fixed_pass("selected", double), fixed_library("selected", double).turned_columns(selected.blocks.kv_block)
-    tail = OF_PATTERN.pack(*of_pattern(prepared), *[0] * OF_GRADIENTS)
+    tail = OF_PATTERN.pack(*of_pattern(prepared), *[0] * OF_REST)
     scale, openmp, out_head = call.scale, parallel(), rows * v_width
 
     def again(
@@ -201,7 +201,7 @@ def _run(
     turned, values = _turned(q, k, v, selected.blocks, real, rows=True)
     more, _held = prepared.fields(call)
     own = _OWN.pack(*lists.fields, first_of(turned), first_of(values), *_places(near))
-    done = fixed_pass("selected", real == torch.float64)(block_of(call, prepared, (q, k, v, out), lse, [0] * 15, more), own)
+    done = fixed_pass("selected", real == torch.float64)(block_of(call, prepared, (q, k, v, out), lse, [0] * OF_REST, more), own)
     if done < 0:
         raise MemoryError("attention along selected blocks found no memory for its sums")
     return out, lse, bool(done)
@@ -238,8 +238,8 @@ def _backward(
     sums = torch.zeros((parts, size), dtype=torch.float64) if read else None
     turned, turned_v = _turned(q, k, v, job.blocks, real, rows=False)
     more, _held = prepared.fields(call)
-    rest = [0] * 15
-    rest[9:11] = names["slope"], names["gains"] if sums is not None else 0
+    rest = [0] * OF_REST
+    rest[OF_PLACES + 9 : OF_PLACES + 11] = names["slope"], names["gains"] if sums is not None else 0
     own = _OWN.pack(*lists.fields, first_of(turned), 0, 0, 0)
     grads = struct.pack(
         "=13q", *place_of(grad_out), delta.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(), first_of(by_head),

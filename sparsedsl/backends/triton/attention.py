@@ -33,8 +33,8 @@ from sparsedsl.backends.triton.launching import (
 from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.prepared import Prepared, prepare
 from sparsedsl.backends.triton.table_passes import add_table_gradient, side_of, summed_on_the_way
+from sparsedsl.codegen.gradient_axes import learned_reads
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
-from sparsedsl.codegen.triton_backward import learned_reads
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.configs import Config, Shape, split_count
 from sparsedsl.gpu.loading import interpreted

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from sparsedsl.codegen.to_triton import TritonSource
 from sparsedsl.gpu.configs import Config, Shape, constants
+from sparsedsl.gpu.interpreter import quick_interpreter
 from sparsedsl.gpu.loading import interpreted, load
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "is_aligned",
     "launch",
     "like",
+    "on",
     "row_offsets_end",
     "rows_contiguous",
     "strided",
@@ -56,12 +58,16 @@ def launch(
     if not source.fp_fusion:
         options["enable_fp_fusion"] = False
     device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
-    # Triton launches on the current device, whichever the tensors are on.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on(device):
         kernel_function = load(source.text)[name]
         if dry:
             return kernel_function.warmup(*arguments, **fixed, **options, grid=(programs,))
         return kernel_function[(programs,)](*arguments, **fixed, **options)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Where a kernel is launched: Triton takes the current device, whichever the tensors are on. Those on CPU are for its interpreter."""
+    return torch.cuda.device(device) if device.type == "cuda" else quick_interpreter()
 
 
 def has_descriptors(t: torch.Tensor) -> bool:

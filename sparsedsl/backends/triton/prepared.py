@@ -17,8 +17,8 @@ from sparsedsl.backends.protocol import ListMaker
 from sparsedsl.backends.triton.launching import row_offsets_end, tensor_arguments
 from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.tile_lists import interval_values, list_values
+from sparsedsl.codegen.gradient_axes import learned_reads
 from sparsedsl.codegen.to_triton import TritonSource, Variant, triton_source, variant_of
-from sparsedsl.codegen.triton_backward import learned_reads
 from sparsedsl.gpu.configs import Work
 from sparsedsl.gpu.costs import work_of
 from sparsedsl.gpu.tuning_records import density_class

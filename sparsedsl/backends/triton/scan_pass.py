@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sparsedsl.backends.triton.attention import missing
-from sparsedsl.backends.triton.launching import ALIGN, in_tiles, is_aligned, strided, tiles_contiguous
+from sparsedsl.backends.triton.launching import ALIGN, in_tiles, is_aligned, on, strided, tiles_contiguous
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.loading import triton
 
@@ -79,8 +78,7 @@ def launch(kernel: Any, programs: int, values: Mapping[str, Any], *, warps: int)
         return
     taken = {name: values[name] for name in kernel.arg_names}
     device = next(value.device for value in taken.values() if isinstance(value, Tensor))
-    # Triton launches on the current device, whichever the tensors are on.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on(device):
         kernel[(programs,)](**taken, num_warps=warps, num_stages=1)
 
 

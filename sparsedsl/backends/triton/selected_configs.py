@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsedsl.codegen.to_triton_selected import SelectedSource, selected_source
 from sparsedsl.gpu.aot import TABLES, BuildJob
-from sparsedsl.gpu.estimates import family
+from sparsedsl.gpu.estimates import family, warps_of
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.loading import load
 from sparsedsl.gpu.targets import Target
@@ -175,10 +175,10 @@ def config_of(kernel: str, chosen: SelectedShape, target: Target) -> Config:
     # address of a loaded LSE follows from a counter, Triton gives up and waits for every tile if it is to have two on their way.
     counted = kernel == "selected_grad_q" and chosen.weighted
     deep = kernel != "selected_grad_kv" and not counted and 2 * loaded <= target.shared_per_block // 3
-    # Tiles have at most 64 rows, which four warps share: of eight, half would repeat the products of the others.
+    # Warps beyond those that share the rows repeat products of the others; where a thread would hold too much, they do.
     widest = 128 if shape.itemsize == 2 else 64
     few = keys <= 64 and max(widths) <= widest and not (chosen.learned and kernel == "selected_grad_q")
-    return Config(rows, keys, 4 if few else 8, 3 if deep else 2)
+    return Config(rows, keys, warps_of(MOST_ROWS) if few else 8, 3 if deep else 2)
 
 
 def _tiles_bytes(rows: int, keys: int, width: int, shape: Shape) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.triton.config_choice import target_of
-from sparsedsl.backends.triton.launching import in_tiles, is_aligned, like, strided, tensor_arguments, tiles_contiguous
+from sparsedsl.backends.triton.launching import in_tiles, is_aligned, like, on, strided, tensor_arguments, tiles_contiguous
 from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.selected_configs import (
     SelectedShape,
@@ -28,8 +27,8 @@ from sparsedsl.backends.triton.selected_configs import (
 )
 from sparsedsl.backends.triton.selected_interval import Interval
 from sparsedsl.backends.triton.selected_lists import Unions, by_chunk, unions
+from sparsedsl.codegen.gradient_axes import LearnedRead
 from sparsedsl.codegen.to_triton_selected import SelectedSource
-from sparsedsl.codegen.triton_backward import LearnedRead
 from sparsedsl.gpu.configs import split_count
 from sparsedsl.gpu.kernel_config import Shape
 from sparsedsl.runtime.table_gradients import add_read_gradients
@@ -155,8 +154,7 @@ class SelectedRun:
         compiled, fixed = function(kernel, source), constants_of(kernel, chosen, config, source, **flags)
         arguments = [values[name] for name in compiled.arg_names if name not in fixed]
         options = {} if source.fp_fusion else {"enable_fp_fusion": False}
-        # Triton launches on the current device, whichever the tensors are on.
-        with torch.cuda.device(self.q.device) if self.q.device.type == "cuda" else nullcontext():
+        with on(self.q.device):
             compiled[(programs,)](*arguments, **fixed, num_warps=config.warps, num_stages=config.stages, **options)
 
     # ---- passes ----

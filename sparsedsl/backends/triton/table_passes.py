@@ -11,7 +11,7 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.triton.launching import in_tiles
 from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.prepared import Prepared
-from sparsedsl.codegen.triton_backward import LearnedRead
+from sparsedsl.codegen.gradient_axes import LearnedRead
 from sparsedsl.gpu.configs import Config
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.table_gradients import add_read_gradients, joined_bands

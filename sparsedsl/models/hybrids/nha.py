@@ -91,7 +91,7 @@ class NHA(Layer):
     def init(self, donor: Donor, how: str) -> None:
         """Gates by the donor's keys, or by half-lives; see the class."""
         super().init(donor, how)
-        if self.slot_bias is not None:
+        if self.slot_bias is not None and self.begins is not None:
             self.slot_bias.fill_(self.begins)
         if how == "published":
             module: Any = donor.module

@@ -1,0 +1,149 @@
+"""Summaries of blocks that are over, kept from call to call: a step of decoding then reads no key for them but those of the last block.
+
+A summary, or the bounds, of a block whose last token has come are what they are for ever. They stand in a buffer that grows; each call adds
+the blocks that were finished since, and what the unfinished one makes of its tokens so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.program.axes import base_of
+from sparsedsl.program.graph import Program
+from sparsedsl.program.node import Node
+from sparsedsl.program.scores import Bound
+from sparsedsl.program.tensors import Input, Summary
+from sparsedsl.runtime.call import wants_grad
+from sparsedsl.torch_private import transforms_active
+
+__all__ = ["KeptSummaries", "summarised"]
+
+Tensor = torch.Tensor
+# Rows of which the unfinished block is none -> one row for every block of them; of bounds both stacked, the least first.
+Pooling = Callable[[Tensor], Tensor]
+
+
+def summarised(program: Program) -> dict[Node, Input]:
+    """The nodes whose blocks can be kept -> the input of keys whose rows they sum up."""
+    found: dict[Node, Input] = {}
+    for kind, rows in ((Summary, "x"), (Bound, "y")):
+        for node in program.nodes(kind):
+            of = getattr(node, rows)
+            if isinstance(of, Input) and base_of(of.axes[2]) == "keys":
+                found[node] = of
+    return found
+
+
+@dataclass
+class _Rows:
+    """Finished blocks of one node, of ``block`` tokens. ``buffer``: ``(.., B, H, room, D)``; ``blocks``: how many are finished; ``last``:
+    the last token of the last one, by which another sequence is told; None: not known."""
+
+    block: int
+    buffer: Tensor
+    blocks: int
+    last: Tensor | None
+
+
+class KeptSummaries:
+    """What calls of one program have made of blocks of keys; made by :meth:`sparsedsl.Attention.keep_summaries`.
+
+    Each call is given all keys so far: those of the call before, and what came since. ``tokens``: keys of the last call.
+
+    >>> import torch, sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.moba(chunk=16, top_k=2))
+    >>> q, k, v = torch.randn(3, 1, 2, 64, 8).unbind(0)
+    >>> kept = attn.keep_summaries()
+    >>> _ = attn(q[:, :, :63], k[:, :, :63], v[:, :, :63], summaries=kept)
+    >>> step = attn(q[:, :, 63:], k, v, q_offset=63, summaries=kept)
+    >>> torch.allclose(step, attn(q, k, v)[:, :, 63:], atol=1e-5), kept.tokens, kept.nbytes
+    (True, 64, 1024)
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program.key
+        self.tokens = 0
+        self._rows: dict[str, _Rows] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return sum(rows.buffer.numel() * rows.buffer.element_size() for rows in self._rows.values())
+
+    def rows(self, node: Any, name: str, x: Tensor, pool: Pooling) -> Tensor:
+        """One row for every block of ``x (B, H, N, D)``, the unfinished one included."""
+        if wants_grad(x) or transforms_active():
+            raise UnsupportedError(
+                "summaries= keeps numbers, through which no gradient and no torch.func transform goes; call under torch.no_grad(), or "
+                "without summaries="
+            )
+        block, tokens = node.block, x.shape[2]
+        known, done = self._rows.get(node.key), tokens // block
+        if known is not None:
+            self._check(known, name, x)
+        before = 0 if known is None else known.blocks
+        parts = [
+            pool(x[:, :, start:end]) for start, end in ((before * block, done * block), (done * block, tokens)) if start < end
+        ]
+        if not parts:
+            assert known is not None
+            return known.buffer[..., :done, :]
+        made = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+        if known is None or known.buffer.shape[-2] < before + made.shape[-2]:
+            room = made.new_empty((*made.shape[:-2], max(16, 2 * (before + made.shape[-2])), made.shape[-1]))
+            if known is not None:
+                room[..., :before, :] = known.buffer[..., :before, :]
+            known = self._rows[node.key] = _Rows(block, room, before, None if known is None else known.last)
+        known.buffer[..., before : before + made.shape[-2], :] = made
+        if done > before:
+            known.blocks, known.last = done, x[:, :, done * block - 1].clone()
+        return known.buffer[..., : -(-tokens // block), :]
+
+    def _check(self, known: _Rows, name: str, x: Tensor) -> None:
+        """The keys go on where those before ended."""
+        block = known.block
+        sizes = (*x.shape[:2], x.shape[3])
+        kept = (*known.buffer.shape[-4:-2], known.buffer.shape[-1])
+        if sizes != kept or x.device != known.buffer.device:
+            raise ShapeError(
+                f"summaries= was filled by calls whose {name!r} had (batch, heads, dim) {kept} on {known.buffer.device}; got {sizes} on "
+                f"{x.device}. Begin with attn.keep_summaries()"
+            )
+        if x.shape[2] < known.blocks * block:
+            raise ShapeError(
+                f"summaries= holds {known.blocks} blocks of {block} tokens, and {name!r} has {x.shape[2]} tokens: give all keys so far, or "
+                f"take back what is not to count: crop({x.shape[2]})"
+            )
+        if known.blocks and known.last is not None:
+            now = x[:, :, known.blocks * block - 1]
+            same = now.dtype == known.last.dtype and torch.equal(now, known.last)
+            if not same and not torch.equal(now.nan_to_num(), known.last.nan_to_num()):  # NaN is not equal to itself
+                raise ShapeError(
+                    f"summaries= was filled by other keys: token {known.blocks * block - 1} of {name!r} is not what it was. Begin each "
+                    "sequence with attn.keep_summaries(), or reset() these; reorder(index) follows batch entries"
+                )
+
+    def reset(self) -> None:
+        """Forget everything, for another sequence."""
+        self._rows.clear()
+        self.tokens = 0
+
+    def crop(self, tokens: int) -> None:
+        """Forget all but the first ``tokens``."""
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+            raise ShapeError(f"tokens must be a whole number of at least 0; got {tokens!r}")
+        self.tokens = min(tokens, self.tokens)
+        for rows in self._rows.values():
+            rows.blocks, rows.last = min(rows.blocks, tokens // rows.block), None
+
+    def reorder(self, index: Tensor) -> None:
+        """Take the batch entries ``index``, as beams do; an entry may stand there more than once, or not at all."""
+        for rows in self._rows.values():
+            at = index.to(rows.buffer.device)
+            rows.buffer = rows.buffer.index_select(rows.buffer.ndim - 4, at)
+            rows.last = None if rows.last is None else rows.last.index_select(0, at)

@@ -1,0 +1,185 @@
+"""Caches fitted to patterns: their layers hold what later queries may ask for, and no more.
+
+Input: a cache that is still empty, and the patterns its layers serve. Output: the same cache, with :class:`~kept_keys.KeptKeys` wherever
+a bound is proved (:func:`sparsedsl.cache_bound`), and summaries beside the keys where a program chooses by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from sparsedsl.analysis.cached_keys import CacheBound
+from sparsedsl.analysis.lists import size_text
+from sparsedsl.errors import ShapeError, TableError, UnsupportedError
+from sparsedsl.execute.cache_bounds import cache_bound
+from sparsedsl.lang.pattern import attend
+from sparsedsl.models.attention_function import Binding
+from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
+
+__all__ = ["arrange", "layer_words", "release", "report"]
+
+
+def arrange(
+    cache: Cache | None, owners: Mapping[int, int], bindings: Mapping[int, Binding], heads: int | None, *, late: bool = True
+) -> None:  # fmt: skip
+    """Let empty layers hold what the patterns that read them may ask for, and tell each pattern of its layer; before a forward.
+
+    ``owners``: index of each attention layer -> that of the layer whose keys it reads. ``heads``: of the queries. ``late``: others have
+    seen the cache as it is. Layers that all of their readers' native patterns are made for stay as they are.
+
+    Raises :class:`~sparsedsl.UnsupportedError` where a native layer shares its keys with a pattern that needs others, or where the cache
+    was filled for another pattern.
+    """
+    release(bindings)
+    if cache is None:
+        return
+    if not cache.layers and type(cache) is DynamicCache and cache.layer_class_to_replicate is DynamicLayer:
+        cache.layers.extend(DynamicLayer() for _ in range(max(owners.values()) + 1))
+    longest = max((layer.max_cache_len for layer in cache.layers if isinstance(layer, (StaticLayer, FixedKeys))), default=None)
+    for owner in range(len(cache.layers)):
+        readers = [index for index, owned in owners.items() if owned == owner]
+        given = [bindings[index] for index in readers if index in bindings]
+        if not given:
+            continue
+        layer = cache.layers[owner]
+        before = layer
+        if isinstance(before, KeptKeys) and before.seen == 0:
+            layer = cache.layers[owner] = before.stands_for
+        if _is_empty(layer):
+            native = [index for index in readers if index not in bindings]
+            made = cache.layers[owner] = _layer_for(layer, given, native, heads, longest)
+            if made is not layer and isinstance(made, KeptKeys):
+                made.is_late = late and type(before) is DynamicLayer
+                made.record_past = getattr(before, "record_past", False)
+            layer = made
+        elif isinstance(layer, KeptKeys):
+            _check_made_for(layer, given, heads)
+        if isinstance(layer, KeptKeys):
+            layer.claimed = True
+        if isinstance(layer, (KeptKeys, SummarisedKeys)):
+            for binding in given:
+                binding.held = layer
+
+
+def release(bindings: Mapping[int, Binding]) -> None:
+    """The forward is over, and with it what its layers hand out."""
+    for binding in bindings.values():
+        if isinstance(binding.held, KeptKeys):
+            binding.held.claimed = False
+        binding.held = None
+
+
+def report(cache: Cache, length: int, batch: int) -> str:
+    """What the layers of a cache that has seen a token hold while ``length`` tokens go by, in words and bytes."""
+    groups: dict[tuple[str, int, int], list[int]] = {}
+    for index, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or not keys.numel():
+            continue  # no keys of its own
+        each = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (keys, values))
+        window = _window(layer)
+        words, most = "every key", length
+        if isinstance(layer, KeptKeys):
+            bound = layer.bound
+            words, most = str(bound), bound.held(length, layer.recent, layer.first)
+        elif window is not None:
+            words, most = f"the last {window - 1} keys", min(length, window - 1)
+        groups.setdefault((words, each, most), []).append(index)
+    lines = [
+        f"{layer_words(layers)}: {words}; {each:,} bytes a token, {size_text(batch * each * most)} for {length:,} tokens"
+        for (words, each, most), layers in groups.items()
+    ]
+    took = sum(batch * each * most * len(layers) for (_, each, most), layers in groups.items())
+    whole = sum(batch * each * length * len(layers) for (_, each, _), layers in groups.items())
+    return "\n".join([*lines, f"all layers: {size_text(took)}, where {size_text(whole)} hold every key"])
+
+
+def layer_words(indices: list[int]) -> str:
+    """``layer 1``, ``layers 1, 2``."""
+    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
+
+
+def _is_empty(layer: Any) -> bool:
+    if type(layer) is DynamicLayer:
+        return not layer.is_initialized
+    if type(layer) is DynamicSlidingWindowLayer:
+        return layer.cumulative_length == 0
+    return type(layer) in (StaticLayer, StaticSlidingWindowLayer) and int(layer.cumulative_length) == 0
+
+
+def _window(layer: Any) -> int | None:
+    """The last keys, the query's own included, that a layer of transformers keeps; None: all."""
+    if type(layer) is DynamicSlidingWindowLayer:
+        return layer.sliding_window
+    return layer.max_cache_len if type(layer) is StaticSlidingWindowLayer else None
+
+
+def _layer_for(layer: Any, given: list[Binding], native: list[int], heads: int | None, longest: int | None) -> Any:
+    """What is to stand in the place of an empty layer of transformers; itself, where it is good as it is."""
+    window = _window(layer)
+    wide = [] if window is None else [binding.index for binding in given if not binding.fits_window(window)]
+    if wide and native:
+        raise UnsupportedError(
+            f"{layer_words(wide)}: the pattern may ask for more than the last {window} keys, and shares its keys with "
+            f"native {layer_words(native)}, which cannot do with more. Give all of {sorted([*native, *(b.index for b in given)])} patterns "
+            "(for what stays as it is: sd.models.native_patterns(model)), or one that looks back no further than the window"
+        )
+    if native or (not wide and all(binding.native for binding in given)):
+        return layer
+    found = _sizes(given, heads)
+    if found is None:
+        if longest is None and any(binding.sums_up_keys for binding in given):
+            return SummarisedKeys()
+        return DynamicLayer() if wide and longest is None else layer
+    bound, recent, first = found
+    if not wide and window is not None and bound.kind == "ring" and recent >= window:
+        return layer
+    if longest is None:
+        made = KeptKeys(bound, recent=recent, first=first, stands_for=layer)
+    else:
+        most = bound.held(longest, recent, first)
+        made = FixedKeys(bound, recent=recent, first=first, stands_for=layer, capacity=most, max_cache_len=longest)
+    return made
+
+
+def _check_made_for(layer: KeptKeys, given: list[Binding], heads: int | None) -> None:
+    """What a layer let go of was let go of by these patterns."""
+    found = _sizes(given, heads)
+    if found is not None and found[0] is layer.bound:
+        return
+    if found is None or (found[0].pattern, *found[1:]) != (layer.bound.pattern, layer.recent, layer.first):
+        raise UnsupportedError(
+            f"{layer_words([binding.index for binding in given])}: the cache was filled for another pattern ({layer.bound}). Give each "
+            "pattern a cache of its own: handle.cache()"
+        )
+
+
+def _sizes(given: list[Binding], heads: int | None) -> tuple[CacheBound, int, int] | None:
+    """The bound of all these patterns together, with its numbers; None: there is none."""
+    known, key = given[0].bounds, (heads, *(binding.index for binding in given))
+    if key not in known:
+        known[key] = _found_sizes(given, heads)
+    return known[key]
+
+
+def _found_sizes(given: list[Binding], heads: int | None) -> tuple[CacheBound, int, int] | None:
+    if any(binding.runs_program(whole=False) for binding in given):
+        return None
+    mask = given[0].pattern.mask
+    for binding in given[1:]:
+        mask = mask | binding.pattern.mask
+    bound = cache_bound(attend(mask))
+    try:
+        return (bound, *bound.sizes(heads=heads)) if bound.is_bounded else None
+    except (ShapeError, TableError):  # how many depends on what only a call knows
+        return None
