@@ -1,6 +1,6 @@
 """Which hybrid layers can stand in for a real model's full attention, after minutes of training?
 
-    python examples/gemma_conversion.py             half an hour on two free cores; prints tables, writes gemma_conversion.json
+    python examples/gemma_conversion.py             a quarter of an hour on two free cores; prints tables, writes gemma_conversion.json
     python examples/gemma_conversion.py --quick     few steps, short rows: shows that it works
 
 Gemma 3 270M has 15 layers that see 512 tokens and 3 that see everything; those three become something else: a window, with and without the
@@ -49,14 +49,14 @@ LATE = 512  # predictions count from here on: the other layers' window is full
 class Sizes:
     """Of a run. ``judged``: positions of each held-out row; ``taught``: of each row in a step of stage 2."""
 
-    tokens: int = 2048
+    tokens: int = 1024
     training: int = 16
     held_out: int = 4
     first: int = 96
     second: int = 24
-    judged: int = 256
+    judged: int = 192
     taught: int = 96
-    contexts: tuple[int, ...] = (2048, 8192, 32768)
+    contexts: tuple[int, ...] = (2048, 8192)
 
 
 QUICK = Sizes(tokens=640, training=2, held_out=1, first=2, second=1, judged=32, taught=16, contexts=(640,))
@@ -233,7 +233,7 @@ class Study:
         """Trained NHA with other windows."""
         states = {index: layer.state_dict() for index, layer in handle.layers.items()}
         handle.restore()
-        for window in (32, 64, 128, WINDOW, 512, 1024, self.sizes.tokens):
+        for window in (64, 128, WINDOW, 512, self.sizes.tokens):
             begin = time.perf_counter()
             with sd.models.convert(self.model, dict.fromkeys(self.full, nha(window=window))) as again:
                 for index, layer in again.layers.items():
