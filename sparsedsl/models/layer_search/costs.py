@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import sympy
 import torch
@@ -111,8 +111,10 @@ def analysis_of(value: Mask | Pattern | Program, length: int, shape: LayerShape)
     tables = {name: torch.zeros(shape.heads if name == "sinks" else 1, dtype=torch.int32) for name in free}
     if "sinks" in tables:
         tables["sinks"] = tables["sinks"].float()
-    widths = {"head_dim": shape.head_dim, "head_dim_v": shape.value_dim}
-    return analyse(thing, length, heads=shape.heads, kv_heads=shape.kv_heads, **widths, **tables)
+    return analyse(
+        thing, length, heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, head_dim_v=shape.value_dim,
+        sizes=None, **cast(dict[str, Any], tables),
+    )  # fmt: skip
 
 
 def _flops(value: Any, length: int, shape: LayerShape) -> float:
