@@ -160,6 +160,12 @@ def _widths(kernel: Kernel, case: KernelCase) -> Iterator[KernelCase]:
             yield replace(case, head_dim=head_dim, head_dim_v=head_dim_v)
 
 
+def _narrower(kernel: Kernel, case: KernelCase) -> Iterator[KernelCase]:
+    """One channel, for a few more keys."""
+    for more in (1, 2, 3):
+        yield replace(case, head_dim=1, head_dim_v=1, kv_len=case.kv_len + more)
+
+
 def _smaller(length: int, kernel: Kernel) -> list[int]:
     tiles = {n for t in kernel.tiles or (16, 32, 64, 128) for n in (t, t + 1, 2 * t, 2 * t + 1)}
     few = {n for n in (*range(1, 13), length // 2, length * 3 // 4, length - 1, *tiles) if 0 < n < length}
@@ -182,4 +188,4 @@ _AXES: tuple[Axis, ...] = (
     _width("head_dim"),
     _widths,
 )
-_SIZES: tuple[Axis, ...] = (_batch, _heads, _rows, _keys, _width("head_dim_v"), _width("head_dim"))
+_SIZES: tuple[Axis, ...] = (_batch, _heads, _rows, _keys, _width("head_dim_v"), _width("head_dim"), _narrower)
