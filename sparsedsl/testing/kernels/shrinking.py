@@ -147,7 +147,8 @@ def _width(name: str) -> Axis:
         for size in (1, 2, 3, 4, 5, 8, 16, 32, 64):
             if size >= getattr(case, name):
                 return
-            yield replace(case, **{name: size})
+            words: dict[str, Any] = {name: size}
+            yield replace(case, **words)
 
     return axis
 
