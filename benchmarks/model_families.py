@@ -201,8 +201,8 @@ def table(rows: list[dict[str, str]]) -> str:
             return "" if value is None else "-"
         if value == SAME:
             return "yes"
-        text = re.sub(r"^refused: ", "", str(value))
-        text = re.sub(r"\blayers? [\d, ]+( \(\w+\))?", "a layer", re.split(r"(?<=[a-z])[.;:] ", text)[0])
+        text = re.sub(r" \(\d+(, \d+)+\)", "", re.sub(r"^refused: ", "", str(value)))
+        text = re.sub(r"\blayers? \d[\d, ]*(?<=\d)( \(\w+\))?", "a layer", re.split(r"(?<=[a-z])[.;:] ", text)[0])
         number = reasons.setdefault(text, len(reasons) + 1)
         return f"[{number}]" if str(value).startswith("refused") else f"**{number}**"
 
@@ -218,7 +218,15 @@ def table(rows: list[dict[str, str]]) -> str:
     refused = [f"- {number}: {', '.join(names)}" for number, names in none.items()]
     notes = [f"{number}. {text}" for text, number in reasons.items()]
     return "\n".join(
-        [*lines, "", "No native pattern in any layer, so that only patterns of your own can be tried:", "", *refused, "", *notes]
+        [
+            *lines,
+            "",
+            "No layer has a native pattern (a pattern of your own may run, where the layer calls the interface):",
+            "",
+            *refused,
+            "",
+            *notes,
+        ]
     )
 
 

@@ -87,8 +87,8 @@ class Linear(Layer):
 
 
 SCHEDULES: dict[str, Callable[[], dict[int, Full | Linear]]] = {
-    "all full": lambda: sd.schedule(LAYERS, 1, full=Full, other=Linear),
-    "4 linear : 1 full": lambda: sd.schedule(LAYERS, 5, full=Full, other=Linear),
+    "all full": lambda: sd.schedule(LAYERS, 1, full=lambda layer: Full(layer), other=lambda layer: Linear(layer)),
+    "4 linear : 1 full": lambda: sd.schedule(LAYERS, 5, full=lambda layer: Full(layer), other=lambda layer: Linear(layer)),
     "all linear": lambda: {layer: Linear(layer) for layer in range(LAYERS)},
 }
 

@@ -8,6 +8,8 @@ case, a guess at the fault and a program that shows it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import sparsedsl as sd
@@ -26,7 +28,7 @@ def attend(
     for start in range(0, rows, TILE):
         row = torch.arange(start, min(start + TILE, rows))[:, None] + q_offset
         tile = q[:, :, start : start + TILE].float()
-        peak, total, acc = torch.full(tile.shape[:3], -1e38), torch.zeros(tile.shape[:3]), 0.0
+        peak, total, acc = torch.full(tile.shape[:3], -1e38), torch.zeros(tile.shape[:3]), torch.zeros(())
         begin = max((int(row[0]) - 23 + first_tile) // TILE, 0) * TILE
         for first in range(begin, min(int(row[-1]) + 1, keys), TILE):
             key = torch.arange(first, min(first + TILE, keys))
@@ -50,7 +52,7 @@ def rounded_up(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_offset: int 
 
 def main() -> None:
     """Check the right kernel, then the wrong one."""
-    claims = {"implements": WINDOW, "lse": True, "tiles": (TILE, TILE)}
+    claims: dict[str, Any] = {"implements": WINDOW, "lse": True, "tiles": (TILE, TILE)}
     right = sd.testing.check(sd.testing.Kernel(attend, **claims), examples=12, seed=0)
     print(right)
     assert right.ok

@@ -46,11 +46,11 @@ examples:
   python -m sparsedsl check my_patterns.py:mine --causal --examples 500
   python -m sparsedsl check my_package.masks:prefix_lm --backend flex --examples 10 --seed 0
   python -m sparsedsl check --kernel my_kernels.py:attend --implements my_patterns.py:mine --lse --tiles 64x32
-  python -m sparsedsl check --kernel my_kernels.py:kernel --deep --json    # what sd.testing.Kernel made, claims and all
+  python -m sparsedsl check --kernel my_kernels.py:kernel --deep --json
 
 Tables that are not given are drawn at random, as their declarations allow. Exit code 1 if a property does not hold; then
-a program that shows it is printed. With --kernel a kernel of your own is tested (docs/testing.md); exit code 2 if it refuses
-every call.""",
+a program that shows it is printed. With --kernel a kernel of your own is tested, a function or
+what sd.testing.Kernel made of it (docs/testing.md); exit code 2 if it refuses every call.""",
     "build": """\
 examples:
   python -m sparsedsl build sparsedsl.patterns:causal --target sm_90 --head-dim 128

@@ -88,7 +88,7 @@ def _kernel(arguments: argparse.Namespace) -> Any:
         )
     if not arguments.implements:
         raise PatternError(f"--kernel {arguments.kernel} is a function: say by --implements file.py:pattern what it computes")
-    pattern = load_pattern(arguments.implements)
+    pattern: Any = load_pattern(arguments.implements)
     tables = load_tables(pattern, arguments.table, all_of_them=False)
     if tables and isinstance(pattern, sd.Program):
         raise PatternError("--table: inputs and tables of a program are drawn; bind what is fixed to it")

@@ -263,7 +263,7 @@ def test_dense_attention_of_long_texts_is_estimated_and_says_so(monkeypatch):
     assert record["estimated"].keys() == {"sdpa"} and "128" in record["estimated"]["sdpa"]
     assert record["median"] == {"ours": 0.5, "tiled": 0.5, "sdpa": 8.0, "product": 0.5}, "not times the square of the ratio, 4"
     assert record["over_ours"]["sdpa"] == 16.0
-    assert "| 500 ms | 500 ms |  | ~8 s | 1.00 |  | 16.00 |" in load("cpu_record").table([record])
+    assert "| 500 ms | 500 ms |  | ~8 s |  | 1.00 |  | 16.00 |" in load("cpu_record").table([record])
 
 
 def test_goals_of_systems():

@@ -20,7 +20,8 @@ from sparsedsl.program.tensors import Input, Summary
 from sparsedsl.runtime.call import wants_grad
 from sparsedsl.runtime.heads import NEVER, lse_merge
 from sparsedsl.runtime.interpreter import Rule
-from sparsedsl.runtime.places import Places, gather_rows, scatter_rows
+from sparsedsl.runtime.placed_rows import gather_rows, scatter_rows
+from sparsedsl.runtime.places import Places
 from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.runtime.scan_calls import sparing
 from sparsedsl.selection import proxies

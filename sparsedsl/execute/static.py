@@ -29,7 +29,8 @@ from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.heads import NEVER
 from sparsedsl.runtime.patience import Patience
-from sparsedsl.runtime.places import Places, gather_rows, scatter_rows
+from sparsedsl.runtime.placed_rows import gather_rows, scatter_rows
+from sparsedsl.runtime.places import Places
 from sparsedsl.runtime.repeated import Again, Repeated
 from sparsedsl.runtime.request import CallFacts, Plan, Request
 from sparsedsl.runtime.torch_modes import is_transformed

@@ -36,10 +36,10 @@ class Work:
     descriptors: bool = False
 
 
-# (block_m, block_n, warps, stages) by the wider head dimension, for numbers of 16 bits. Of ampere and hopper, at 64 and 128, the best by
-# counts of instructions (benchmarks/aot_vs_flex.py), of those that read what they need no more often than the memory gives it. Of
-# blackwell, forward at 64 (128 keys a tile are 13 % fewer cycles than 64) and the pass over keys, with 128 of them a tile: products of 64
-# rows take as long. The others were chosen to fit.
+# (block_m, block_n, warps, stages) by the wider head dimension, for numbers of 16 bits: at 64 and 128 the best by counts of instructions,
+# of ampere and hopper among all (benchmarks/aot_vs_flex.py), of those that read what they need no more often than the memory gives it;
+# of blackwell and cdna among a few (benchmarks/aot_tiles.py). Blackwell's products of 64 rows take as long as those of 128, and on cdna
+# four warps on 64 rows do each product twice.
 _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "ampere": {
         "forward": {32: (64, 64, 4, 3), 64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
@@ -54,7 +54,7 @@ _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
         "grad_kv": {32: (64, 128, 8, 3), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 2)},
     },
     "blackwell": {
-        "forward": {32: (128, 64, 8, 3), 64: (128, 128, 8, 2), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        "forward": {32: (128, 64, 8, 3), 64: (128, 128, 8, 2), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},
         "decode": {32: (16, 64, 4, 3), 64: (16, 64, 4, 3), 128: (16, 64, 4, 3), 256: (16, 32, 4, 2)},
         "grad_q": {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
         "grad_kv": {32: (64, 64, 8, 3), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 2)},
@@ -62,8 +62,8 @@ _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "cdna": {
         "forward": {32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
         "decode": {32: (16, 64, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 1), 256: (16, 32, 4, 1)},
-        "grad_q": {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
-        "grad_kv": {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 32, 8, 1)},
+        "grad_q": {32: (64, 64, 4, 1), 64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (32, 32, 4, 1)},
+        "grad_kv": {32: (64, 64, 4, 1), 64: (64, 128, 4, 1), 128: (32, 128, 4, 1), 256: (32, 32, 8, 1)},
     },
 }
 # fp32 without matrix units: each thread holds whole rows of its operands.

@@ -22,7 +22,7 @@ class Pool(Protocol):
 
     def __call__(self, x: Tensor, block: int, how: str, pad: str, places: Tensor | None = None) -> Tensor | None:
         """The result; for "bounds" ``(2, B, H, blocks, D)``, the least and the greatest. With ``places`` of
-        :func:`~sparsedsl.runtime.places.gather_rows`, whose copy is spared. None for what it does not take."""
+        :func:`~sparsedsl.runtime.placed_rows.gather_rows`, whose copy is spared. None for what it does not take."""
 
 
 class Prober(Protocol):

@@ -17,7 +17,7 @@ from sparsedsl.backends.tiled.attention import sight_of
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import Call
-from sparsedsl.runtime.places import gather_rows, placed_sight
+from sparsedsl.runtime.placed_rows import gather_rows, placed_sight
 from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.sinks import sink_gradients

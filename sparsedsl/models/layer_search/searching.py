@@ -106,7 +106,7 @@ def search(
     >>> report.assignment
     {0: 'near', 1: 'near', 2: 'near'}
     >>> int(report.native_cost), int(report.cost)
-    (36864, 3072)
+    (36864, 2688)
     """
     began = time.perf_counter()
     _check_arguments(bound, evaluations, model)

@@ -66,7 +66,7 @@ class Kernel:
     >>> def mine(q, k, v):
     ...     return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
     >>> Kernel(mine, implements=sd.kv_idx >= 0, group=1)
-    Kernel(mine, implements=Mask(kv_idx >= 0), group=1)
+    Kernel(mine, implements=Mask(True), group=1)
     """
 
     fn: Callable[..., Any]
@@ -177,7 +177,7 @@ class Kernel:
         return self.implements
 
     def __repr__(self) -> str:
-        words = "".join(f", {name}={shown(value)}" for name, value in self.given.items() if name != "name")
+        words = "".join(f", {name}={value!r}" for name, value in self.given.items() if name != "name")
         return f"Kernel({self.name}, implements={self.given_implements!r}{words})"
 
 

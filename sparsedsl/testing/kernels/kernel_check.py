@@ -37,23 +37,9 @@ __all__ = ["BUDGETS", "KERNEL_PROPERTIES", "assert_kernel", "check_kernel"]
 
 # A kernel that remembers calls or gives other numbers each time would fail anywhere: that is asked first. Then from cheap to dear.
 _ORDER = (
-    "PURE",
-    "REPEAT",
-    "STATE",
-    "NUM",
-    "LSE",
-    "EMPTY",
-    "MASS",
-    "POIS",
-    "CAUS",
-    "GRAD",
-    "STRIDE",
-    "CUT",
-    "MERGE",
-    "BATCH",
-    "PERM",
-)
-_ORDER += ("SHIFT", "GUARD", "FULL")
+    "PURE", "REPEAT", "STATE", "NUM", "LSE", "EMPTY", "MASS", "POIS", "CAUS", "GRAD", "STRIDE", "CUT", "MERGE", "BATCH", "PERM",
+    "SHIFT", "GUARD", "FULL",
+)  # fmt: skip
 _ALL = {**NUMBER_PROPERTIES, **RELATION_PROPERTIES, **ORDER_PROPERTIES, **MEMORY_PROPERTIES}
 KERNEL_PROPERTIES: Mapping[str, KernelProperty] = {name: _ALL[name] for name in _ORDER}
 

@@ -43,7 +43,7 @@ def kernel_test(
                 raise AssertionError(f"{report}")
 
         # No functools.wraps: pytest would look through it and take q, k and v for fixtures.
-        test.__name__ = test.__qualname__ = kernel.name
+        test.__name__ = test.__qualname__ = kernel.name or "test"
         test.__module__, test.__doc__ = getattr(fn, "__module__", __name__), fn.__doc__
         test.kernel = kernel  # type: ignore[attr-defined]
         return test

@@ -6,6 +6,7 @@ where they differ: in the smallest many faults look alike.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -168,13 +169,17 @@ def _masks(problem: Problem) -> Iterator[tuple[str, Bent, Problem]]:
     for words, offset in positions.items():
         if offset != case.q_offset:
             other = changed(problem, q_offset=offset).allowed
-            yield f"rows stand at {words} in the mask", Bent(keep=lambda allowed, other=other: other), problem
+            yield f"rows stand at {words} in the mask", Bent(keep=functools.partial(_instead, other)), problem
     for step, words in ((1, "later"), (-1, "earlier")):
         moved = _shifted(problem, step)
-        yield f"the mask is shifted by one key to {words} ones", Bent(keep=lambda allowed, m=moved: m), problem
-        yield f"the mask allows one key more at its {words} end", Bent(keep=lambda allowed, m=moved: allowed | m), problem
+        yield f"the mask is shifted by one key to {words} ones", Bent(keep=functools.partial(_instead, moved)), problem
+        yield f"the mask allows one key more at its {words} end", Bent(keep=functools.partial(torch.logical_or, moved)), problem
         end = "earlier" if step > 0 else "later"
-        yield f"the mask allows one key less at its {end} end", Bent(keep=lambda allowed, m=moved: allowed & m), problem
+        yield f"the mask allows one key less at its {end} end", Bent(keep=functools.partial(torch.logical_and, moved)), problem
+
+
+def _instead(mask: Tensor, allowed: Tensor) -> Tensor:
+    return mask
 
 
 def _shifted(problem: Problem, step: int) -> Tensor:

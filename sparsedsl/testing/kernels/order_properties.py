@@ -102,12 +102,12 @@ def _shift(call: Call) -> Failure | None:
     k = problem.k.mul(4).round().div(4).clamp(-8, 8)  # sums of these are exact in every dtype
     q = problem.q.mul(4).round().div(4).clamp(-8, 8)
     one, two = call.changed(q=q, k=k), call.changed(q=q, k=k + w)
-    got = [results(kernel, x) for x in (one, two)]
+    given = [results(kernel, x) for x in (one, two)]
     wanted, other = expectation(kernel, one), expectation(kernel, two)
     moves = problem.factor * (q.double().cpu() @ w.double().cpu())
-    for name in got[0]:
+    for name in given[0]:
         added = moves if name == "lse" else 0.0
-        off = (got[1][name].double().cpu() - got[0][name].double().cpu() - added).abs()
+        off = (given[1][name].double().cpu() - given[0][name].double().cpu() - added).abs()
         off = torch.where(torch.isfinite(wanted.values[name]), off, 0.0)
         if rows is not None:
             off = torch.where(rows[..., None] if name == "out" else rows, off, 0.0)

@@ -147,7 +147,8 @@ def _width(name: str) -> Axis:
         for size in (1, 2, 3, 4, 5, 8, 16, 32, 64):
             if size >= getattr(case, name):
                 return
-            yield replace(case, **{name: size})
+            words: dict[str, Any] = {name: size}
+            yield replace(case, **words)
 
     return axis
 
@@ -158,6 +159,12 @@ def _widths(kernel: Kernel, case: KernelCase) -> Iterator[KernelCase]:
     for head_dim, head_dim_v in pairs:
         if head_dim + head_dim_v < case.head_dim + case.head_dim_v:
             yield replace(case, head_dim=head_dim, head_dim_v=head_dim_v)
+
+
+def _narrower(kernel: Kernel, case: KernelCase) -> Iterator[KernelCase]:
+    """One channel, for a few more keys."""
+    for more in (1, 2, 3):
+        yield replace(case, head_dim=1, head_dim_v=1, kv_len=case.kv_len + more)
 
 
 def _smaller(length: int, kernel: Kernel) -> list[int]:
@@ -182,4 +189,4 @@ _AXES: tuple[Axis, ...] = (
     _width("head_dim"),
     _widths,
 )
-_SIZES: tuple[Axis, ...] = (_batch, _heads, _rows, _keys, _width("head_dim_v"), _width("head_dim"))
+_SIZES: tuple[Axis, ...] = (_batch, _heads, _rows, _keys, _width("head_dim_v"), _width("head_dim"), _narrower)

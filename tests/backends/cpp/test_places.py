@@ -16,7 +16,8 @@ from sparsedsl.errors import ShapeError
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import check_call
-from sparsedsl.runtime.places import Places, gather_rows, scatter_rows
+from sparsedsl.runtime.placed_rows import gather_rows, scatter_rows
+from sparsedsl.runtime.places import Places
 
 Tensor = torch.Tensor
 CAUSAL = kv_idx <= q_idx
