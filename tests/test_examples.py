@@ -18,6 +18,7 @@ ELSEWHERE = {
     "gemma_hybrid.py": "needs 240 MB of weights: make demo runs it",
     "gemma.py": "the parts of gemma_hybrid.py",
     "gemma_finetune.py": "needs the same weights: below with a model of random ones",
+    "gemma_conversion.py": "needs the same weights: tests/models/test_conversion_example.py with a model of random ones",
     "gemma_sparse_prefill.py": "needs the same weights: tests/models/test_sparse_prefill.py with a model of random ones",
     "gemma_search.py": "needs the same weights: tests/models/test_search_example.py with a model of random ones",
     "after_prompt.py": "the parts of gemma_sparse_prefill.py",
