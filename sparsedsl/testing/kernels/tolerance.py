@@ -95,7 +95,8 @@ class Allowance:
         # of scaled products: also the slope is off
         alone = (epsilon * slope).square() + (d * exact.bend * self.raw).square()
         if exact.problem.pattern.has_score:
-            alone = alone + (4 * self.fine * d * slope).square()
+            # A small slope is often what is left of two numbers near 1, as of tanh: off by their roundings, however small it is.
+            alone = alone + (4 * self.fine * d * slope.abs().clamp(min=1.0)).square()
         alone, shared = alone[..., :keys], (p * slope)[..., :keys]
         terms, p_keys = grads.d_logits.abs(), p[..., :keys]
         n, m = keys, q.shape[2] * max(exact.problem.q.shape[1] // exact.problem.k.shape[1], 1)
