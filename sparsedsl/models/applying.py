@@ -15,11 +15,18 @@ from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.attention_function import Binding, Compiled
-from sparsedsl.models.caches import arrange, layer_words, release, report
+from sparsedsl.models.caches import arrange, release, report
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.given import bind, choose
 from sparsedsl.models.installed import Installed, home_of, installed_at, installed_in
-from sparsedsl.models.layers import attention_layers, closed_layers, is_told_causal, text_config
+from sparsedsl.models.layers import (
+    attention_layers,
+    closed_layers,
+    is_told_causal,
+    layer_words,
+    native_implementation,
+    text_config,
+)
 from sparsedsl.models.programs import is_for_prefill
 from sparsedsl.models.saving import save
 from sparsedsl.program.graph import Program
@@ -29,8 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["AppliedPatterns", "applied", "apply"]
-
-_NATIVE = ("sdpa", "eager", "flex_attention")
 
 
 # What a layer may be given; None: it stays native.
@@ -129,12 +134,7 @@ def apply(
     home = home_of(model, layers)
     installed = installed_at(home)
     if installed is None:
-        native = str(config._attn_implementation or "sdpa")
-        if native not in _NATIVE:
-            raise UnsupportedError(
-                f"the model runs attn_implementation={native!r}; patterns are put over {', '.join(_NATIVE)}: "
-                "call model.set_attn_implementation('sdpa') first"
-            )
+        native = native_implementation(config, "patterns are put")
         installed = Installed(home, config, native, layers, is_told_causal(model, config))
     else:
         installed.check_is_asked()

@@ -25,8 +25,9 @@ from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.lang.pattern import attend
 from sparsedsl.models.attention_function import Binding
 from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
+from sparsedsl.models.layers import layer_words
 
-__all__ = ["arrange", "layer_words", "release", "report"]
+__all__ = ["arrange", "release", "report"]
 
 
 def arrange(
@@ -102,11 +103,6 @@ def report(cache: Cache, length: int, batch: int) -> str:
     took = sum(batch * each * most * len(layers) for (_, each, most), layers in groups.items())
     whole = sum(batch * each * length * len(layers) for (_, each, _), layers in groups.items())
     return "\n".join([*lines, f"all layers: {size_text(took)}, where {size_text(whole)} hold every key"])
-
-
-def layer_words(indices: list[int]) -> str:
-    """``layer 1``, ``layers 1, 2``."""
-    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
 
 
 def _is_empty(layer: Any) -> bool:

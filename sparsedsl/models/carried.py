@@ -24,7 +24,7 @@ from sparsedsl.torch_private import untorched
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["Patched", "Stack", "calling", "carrying", "put_stacks", "request_of", "stacks_of", "without_data"]
+__all__ = ["Patched", "Stack", "calling", "carrying", "put_stacks", "request_of", "stacks_of", "take_stack", "without_data"]
 
 _REQUEST = "_sparsedsl_request"
 
@@ -111,6 +111,15 @@ def put_stacks(config: PreTrainedConfig, name: str, stacks: tuple[Stack, ...]) -
     patched = Patched(name)
     patched.stacks = stacks
     config._attn_implementation_internal = patched if stacks else str(name)
+
+
+def take_stack(config: PreTrainedConfig, stack: Stack) -> tuple[Stack, ...]:
+    """Note that a stack of layers is no longer patched; those that are left. (Others may share the configuration, or its name was set
+    anew.)"""
+    left = tuple(one for one in stacks_of(config) if one is not stack)
+    if left != stacks_of(config):
+        put_stacks(config, config._attn_implementation, left)
+    return left
 
 
 def carrying(request: Any, mask: Any) -> Any:

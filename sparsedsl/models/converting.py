@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.advice import check_word
 from sparsedsl.models.applying import AppliedPatterns, apply
 from sparsedsl.models.attention_function import BINDING, Compiled
-from sparsedsl.models.carried import Stack, put_stacks, stacks_of
+from sparsedsl.models.carried import Stack, put_stacks, stacks_of, take_stack
 from sparsedsl.models.chosen_layers import choose_layers, is_pattern, layer_for
 from sparsedsl.models.converted import CONVERTED, LAYER, Converted, converted_class, program_cache
 from sparsedsl.models.donor import Donor, donor_of
 from sparsedsl.models.layer import Layer
-from sparsedsl.models.layers import attention_layers, is_told_causal, key_owners, text_config
+from sparsedsl.models.layers import attention_layers, is_told_causal, key_owners, layer_words, native_implementation, text_config
 from sparsedsl.models.lessons import Lesson, Teacher, lessons
-from sparsedsl.models.mask_arguments import MaskFunction
+from sparsedsl.models.mask_arguments import register_masks
 from sparsedsl.models.native import masks_of, native_pattern
 from sparsedsl.models.registry import NOTE, VERSION, entry_of
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversion", "conversion", "convert"]
 
-_NATIVE = ("sdpa", "eager", "flex_attention")
 _HANDLE = "_sparsedsl_conversion"  # (so that a copy of a model has a handle of its own)
 
 
@@ -89,12 +87,7 @@ def convert(
         raise PatternError("this model is converted already; call restore() on what the first models.convert returned")
     if init is not None:
         check_word("convert(): init", init, ("published", "calibrated"))
-    native = str(config._attn_implementation or "sdpa")
-    if native not in _NATIVE:
-        raise UnsupportedError(
-            f"the model runs attn_implementation={native!r}; layers are converted over {', '.join(_NATIVE)}: "
-            "call model.set_attn_implementation('sdpa') first"
-        )
+    native = native_implementation(config, "layers are converted")
     layers_of, patterns = dict[int, tuple[Donor, Layer]](), dict[int, Any]()
     told, owners = is_told_causal(model, config), key_owners(found)
     for index, given in choose_layers(layers, sorted(found)).items():
@@ -252,9 +245,7 @@ class Conversion:
         self._modules.clear()
         vars(self.model).pop(_HANDLE, None)
         vars(self._config).pop(NOTE, None)
-        left = tuple(stack for stack in stacks_of(self._config) if stack is not self._stack)
-        if left != stacks_of(self._config):
-            put_stacks(self._config, self._config._attn_implementation, left)
+        take_stack(self._config, self._stack)
 
     def __enter__(self) -> Conversion:
         return self
@@ -266,15 +257,15 @@ class Conversion:
         groups: dict[str, list[int]] = {}
         for index, layer in self.layers.items():
             groups.setdefault(layer.words, []).append(index)
-        words = [f"{_numbered(indices)} {text}" for text, indices in groups.items()]
+        words = [f"{layer_words(indices)} {text}" for text, indices in groups.items()]
         given = {} if self.applied is None else self.applied.patterns
         if self.applied is not None:
             words += [repr(self.applied).partition(": ")[2].partition("; native: ")[0].removesuffix(">")]
         left = [index for index in self._found if index not in self.layers and index not in given]
         others = [index for index in left if hasattr(self._found[index], BINDING)]
-        words += [f"given patterns by an apply: {_numbered(others)}"] if others else []
+        words += [f"given patterns by an apply: {layer_words(others)}"] if others else []
         native = [index for index in left if index not in others]
-        words += [f"native: {_numbered(native)}"] if native else []
+        words += [f"native: {layer_words(native)}"] if native else []
         state = "" if self._modules or not self.layers else ", restored"
         return f"<Conversion of {type(self.model).__name__}{state}: {'; '.join(words)}>"
 
@@ -297,8 +288,7 @@ class Conversion:
             setattr(module, LAYER, layer)
             setattr(module, CONVERTED, converted)
             self.layers[index], self._modules[index] = layer, module
-        if not isinstance(ALL_MASK_ATTENTION_FUNCTIONS[native], MaskFunction):
-            AttentionMaskInterface.register(native, MaskFunction(ALL_MASK_ATTENTION_FUNCTIONS[native]))
+        register_masks(native)
         put_stacks(self._config, native, (*stacks_of(self._config), self._stack))
         rest = {index: module for index, module in self._found.items() if index not in self.layers}
         self._stack.native = masks_of(rest, self._config, is_told_causal(self.model, self._config))
@@ -357,9 +347,5 @@ class _Running:
         converted = [getattr(one, CONVERTED) for one in self.modules.values()]
         if missed := [one.donor.layer_idx for one in converted if not (one.reached or one.off)]:
             raise UnsupportedError(
-                f"{_numbered(missed)}: the forward ended, and the converted layer did not run. Leave it out of what is converted"
+                f"{layer_words(missed)}: the forward ended, and the converted layer did not run. Leave it out of what is converted"
             )
-
-
-def _numbered(indices: list[int]) -> str:
-    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"

@@ -10,14 +10,13 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, PreTrainedModel
 
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.models.attention_function import BINDING, Binding, attend
-from sparsedsl.models.carried import Stack, calling, put_stacks, stacks_of
+from sparsedsl.models.carried import Stack, calling, put_stacks, stacks_of, take_stack
 from sparsedsl.models.layers import file_mentions, has_cross_attention, key_owners, mentions
-from sparsedsl.models.mask_arguments import MaskFunction
+from sparsedsl.models.mask_arguments import register_masks
 from sparsedsl.models.native import masks_of
 from sparsedsl.models.written import ATTRIBUTE, Tables, entry_of, put_note
 
@@ -95,9 +94,7 @@ class Installed:
         self._hooked.clear()
         self._saved.clear()
         delattr(self.home, _INSTALLED)
-        left = tuple(stack for stack in stacks_of(self.config) if stack is not self.stack)
-        if left != stacks_of(self.config):  # another model may share the configuration, or the name was set anew
-            put_stacks(self.config, self.config._attn_implementation, left)
+        left = take_stack(self.config, self.stack)
         put_note(self.config, [stack.notes for stack in left])
         if self._noted_before is not None and not left:
             setattr(self.config, ATTRIBUTE, self._noted_before)
@@ -135,8 +132,7 @@ class Installed:
 
 def _register(native: str) -> None:
     AttentionInterface.register(_NAME, attend)
-    if not isinstance(ALL_MASK_ATTENTION_FUNCTIONS[native], MaskFunction):
-        AttentionMaskInterface.register(native, MaskFunction(ALL_MASK_ATTENTION_FUNCTIONS[native]))
+    register_masks(native)
 
 
 def installed_at(home: PreTrainedModel) -> Installed | None:

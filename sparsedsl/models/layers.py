@@ -19,7 +19,9 @@ __all__ = [
     "has_cross_attention",
     "is_told_causal",
     "key_owners",
+    "layer_words",
     "mentions",
+    "native_implementation",
     "passes_argument",
     "text_config",
 ]
@@ -27,6 +29,25 @@ __all__ = [
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS.get_interface("
 # How decoders name the attention to an encoder's output, within a layer. Its class is often that of the layer's self-attention.
 _CROSS = re.compile(r"cross_?att|encoder_att|enc(oder)?_?dec(oder)?_?att", re.IGNORECASE)
+
+
+_NATIVE = ("sdpa", "eager", "flex_attention")
+
+
+def native_implementation(config: PreTrainedConfig, what: str) -> str:
+    """The implementation that a model runs by itself, over which ``what`` ("patterns are put") happens; refuses others."""
+    native = str(config._attn_implementation or "sdpa")
+    if native not in _NATIVE:
+        raise UnsupportedError(
+            f"the model runs attn_implementation={native!r}; {what} over {', '.join(_NATIVE)}: "
+            "call model.set_attn_implementation('sdpa') first"
+        )
+    return native
+
+
+def layer_words(indices: list[int]) -> str:
+    """``layer 1``, ``layers 1, 2``."""
+    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.masking_utils import find_packed_sequence_indices
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, find_packed_sequence_indices
 
 from sparsedsl.errors import ShapeError
 from sparsedsl.models.carried import carrying, stacks_of, without_data
@@ -24,7 +25,7 @@ from sparsedsl.models.traced import TracedRequest, note_traced
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["MaskFunction", "MaskRequest", "Packing", "request_in_graph", "unmasked_request"]
+__all__ = ["MaskFunction", "MaskRequest", "Packing", "register_masks", "request_in_graph", "unmasked_request"]
 
 # transformers' own mask functions that a layer's pattern stands for -> what they say, and the name of their number.
 _REPLACED = {
@@ -244,6 +245,12 @@ class MaskFunction:
             tuple(read.overlays),
             native,
         )
+
+
+def register_masks(native: str) -> None:
+    """Let masks of the implementation ``native`` come with requests, for models that have patterns or converted layers."""
+    if not isinstance(ALL_MASK_ATTENTION_FUNCTIONS[native], MaskFunction):
+        AttentionMaskInterface.register(native, MaskFunction(ALL_MASK_ATTENTION_FUNCTIONS[native]))
 
 
 class _Reading:
