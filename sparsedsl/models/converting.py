@@ -295,7 +295,7 @@ class Conversion:
         if entries:
             setattr(self._config, NOTE, {"version": VERSION, "layers": entries})
         vars(self.model)[_HANDLE] = self
-        base, running = self.model.base_model, _Running(self._stack, self._modules)
+        base, running = self.model.base_model, _Running(self._stack, self._modules, native)
         for part in self.model.modules():
             if isinstance(part, PreTrainedModel) and (part is base or _holds(base, part, self._modules)):
                 self._hooks.append(part.register_forward_pre_hook(running.before, with_kwargs=True))
@@ -322,10 +322,15 @@ def _holds(outer: Any, part: Any, modules: Mapping[int, Any]) -> bool:
 
 @dataclass(eq=False)
 class _Running:
-    """Hooks around every forward that may make the masks of converted layers."""
+    """Hooks around every forward that may make the masks of converted layers. ``native``: the implementation that makes them."""
 
     stack: Stack
     modules: dict[int, Any]
+    native: str
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        register_masks(self.native)  # a pickle may be read by a process that has converted nothing
 
     def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Nothing has switched off what tells the layers of padding."""

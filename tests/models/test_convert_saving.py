@@ -15,15 +15,15 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import sparsedsl as sd
 from sparsedsl.models.registry import NOTE
-from tests.models.families import tokens
+from tests.models.families import left_padded, tokens
 from tests.models.hybrid_models import HSA, LAYERS, MOBA, NHA, convert, donor, spread
 
 ROOT = Path(__file__).parents[2]
 
 
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def logits(model: Any, *ids: torch.Tensor, **words: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(ids).logits
+        found: torch.Tensor = model(*ids, **words).logits
     return found
 
 
@@ -56,6 +56,22 @@ torch.save([before, model(tokens()).logits.detach()], sys.argv[2])
     model(ids, labels=ids).loss.backward()
     optimizer.step()
     assert torch.equal(found[1], logits(model, ids))
+
+
+def test_a_pickled_model_runs_in_a_process_that_has_converted_nothing(tmp_path: Path) -> None:
+    """With padding, which only a mask with a request says."""
+    model, padded = donor("llama", torch.float32), left_padded()
+    convert(model, {1: NHA}, backend="tiled")
+    torch.save((model, padded), tmp_path / "model.pt")
+    step = """
+import sys, torch
+model, padded = torch.load(sys.argv[1], weights_only=False)
+with torch.no_grad():
+    torch.save(model(**padded).logits, sys.argv[2])
+"""
+    subprocess.run([sys.executable, "-c", step, str(tmp_path / "model.pt"), str(tmp_path / "out.pt")], check=True, cwd=ROOT)
+    real = padded["attention_mask"].bool()
+    assert torch.equal(torch.load(tmp_path / "out.pt")[real], logits(model, **padded)[real])
 
 
 @pytest.mark.parametrize("kind", LAYERS)
