@@ -14,7 +14,7 @@ from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.models.attention_function import Binding, Compiled
+from sparsedsl.models.binding import Binding, Compiled
 from sparsedsl.models.caches import arrange, release, report
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.given import bind, choose

@@ -23,7 +23,7 @@ from sparsedsl.analysis.lists import size_text
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.lang.pattern import attend
-from sparsedsl.models.attention_function import Binding
+from sparsedsl.models.binding import Binding
 from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
 from sparsedsl.models.layers import layer_words
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from sparsedsl.errors import PatternError, ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
-from sparsedsl.models.attention_function import Compiled
+from sparsedsl.models.binding import Compiled
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.donor import Donor, Heads, check_projections, project
 from sparsedsl.models.layer import Layer, by_tokens, chunk_inputs, chunk_of

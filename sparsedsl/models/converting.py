@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.advice import check_word
 from sparsedsl.models.applying import AppliedPatterns, apply
-from sparsedsl.models.attention_function import BINDING, Compiled
+from sparsedsl.models.binding import BINDING, Compiled
 from sparsedsl.models.carried import Stack, put_stacks, stacks_of, take_stack
 from sparsedsl.models.chosen_layers import choose_layers, is_pattern, layer_for
 from sparsedsl.models.converted import CONVERTED, LAYER, Converted, converted_class, program_cache

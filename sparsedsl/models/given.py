@@ -11,7 +11,7 @@ from sparsedsl.errors import PatternError, TableError, UnsupportedError
 from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
-from sparsedsl.models.attention_function import Binding, Compiled
+from sparsedsl.models.binding import Binding, Compiled
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.derived import PROVIDED
 from sparsedsl.models.native import native_facts, native_pattern

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import AttentionInterface, PreTrainedModel
 
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.models.attention_function import BINDING, Binding, attend
+from sparsedsl.models.attention_function import attend
+from sparsedsl.models.binding import BINDING, Binding
 from sparsedsl.models.carried import Stack, calling, put_stacks, stacks_of, take_stack
 from sparsedsl.models.layers import file_mentions, has_cross_attention, key_owners, mentions
 from sparsedsl.models.mask_arguments import register_masks

@@ -85,8 +85,8 @@ class _BoundTable:
         return self.table[indices].bind(**self.tensors)
 
 
-def read_program(text: str, bound: Mapping[str, Any] | None = None) -> Program:
-    """The program of a text form: ``read_program(program.text, program.bound) == program``. ``bound``: tensors of its tables, by name.
+def read_program(text: str) -> Program:
+    """The program of a text form: ``read_program(program.text) == program``.
 
     Raises :class:`~sparsedsl.PatternError` for what is not part of the language.
 
@@ -98,7 +98,7 @@ def read_program(text: str, bound: Mapping[str, Any] | None = None) -> Program:
     if not isinstance(text, str):
         raise PatternError(f"a program is read from text; got {type(text).__name__}")
     with reading(text):
-        reader = _ProgramReader(text, bound)
+        reader = _ProgramReader(text)
         reader.program()
         if not reader.nodes:
             raise PatternError("this is not the text form of a program, which ends with an attention")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,21 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-MODULES = ("gemma", "gemma_finetune", "gemma_conversion")
-
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch, tiny_gemma: Any) -> Iterator[SimpleNamespace]:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    modules = {name: importlib.import_module(name) for name in MODULES}
+def example(example_modules: Any, tiny_gemma: Any) -> SimpleNamespace:
     kept = tiny_gemma()
-    monkeypatch.setattr(modules["gemma"], "load", lambda: kept)
-    yield SimpleNamespace(**modules, model=kept[0])
-    for name in MODULES:
-        del sys.modules[name]
+    found: SimpleNamespace = example_modules("gemma", "gemma_finetune", "gemma_conversion", load=lambda: kept)
+    found.model = kept[0]
+    return found
 
 
 def test_it_runs_as_a_whole(example: SimpleNamespace, tmp_path: Path) -> None:

@@ -51,17 +51,17 @@ def plain() -> tuple[torch.Tensor, torch.Tensor]:
     return logits.softmax(-1) @ v.repeat_interleave(2, 1), logits.logsumexp(-1)
 
 
-def close(found: torch.Tensor, *numbers: float) -> None:
+def assert_numbers(found: torch.Tensor, *numbers: float) -> None:
     torch.testing.assert_close(found, torch.tensor(numbers, dtype=torch.float64), atol=6e-7, rtol=0)
 
 
 @BACKENDS
 def test_nha_numbers(backend: str) -> None:
     out = nha(sd.patterns.nha(SLOTS, WINDOW), backend)[0]
-    close(out[0, 8], -0.134531, 0.399346, 0.348180, -0.213071)
-    close(out[3, 8], 0.311619, 0.115791, -0.249671, -0.249364)
+    assert_numbers(out[0, 8], -0.134531, 0.399346, 0.348180, -0.213071)
+    assert_numbers(out[3, 8], 0.311619, 0.115791, -0.249671, -0.249364)
     out = nha(sd.patterns.nha(SLOTS, WINDOW, first=1), backend)[0]
-    close(out[0, 8], -0.013403, 0.449136, 0.253689, -0.313413)
+    assert_numbers(out[0, 8], -0.013403, 0.449136, 0.253689, -0.313413)
 
 
 def test_slots_and_a_window_of_everything() -> None:
@@ -208,14 +208,16 @@ def test_ring_numbers() -> None:
     out = sd.compile(sd.patterns.ring_linear(decay), backend="reference")(q, k, v)
     flat = out[0].transpose(0, 1).flatten(1).unflatten(1, (2, -1))
     normed = 0.5 * (flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + 1e-6)).flatten(1)
-    close(normed[10, :4], 0.645970, 0.332749, -0.467950, -0.583101)
+    assert_numbers(normed[10, :4], 0.645970, 0.332749, -0.467950, -0.583101)
     still = sd.compile(sd.patterns.ring_linear([1.0] * 4), backend="reference")(q, k, v)
     torch.testing.assert_close(still, (q @ k.transpose(-1, -2)).tril() @ v / math.sqrt(WIDTH), atol=1e-14, rtol=0)
 
 
 def test_moba_numbers() -> None:
     q, k, v = heads()
-    close(sd.compile(sd.patterns.moba(2, 2), backend="reference")(q, k, v)[0, 0, 7], -0.751537, -0.013194, 0.744478, 0.411488)
+    assert_numbers(
+        sd.compile(sd.patterns.moba(2, 2), backend="reference")(q, k, v)[0, 0, 7], -0.751537, -0.013194, 0.744478, 0.411488
+    )
     causal = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(sd.compile(sd.patterns.moba(2, 5), backend="tiled")(q, k, v), causal, atol=1e-14, rtol=0)
     blocks = torch.arange(TOKENS) // 4

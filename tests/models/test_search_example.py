@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,26 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-MODULES = ("gemma", "gemma_search")
-
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch, tiny_gemma: Any) -> Iterator[SimpleNamespace]:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    modules = {name: importlib.import_module(name) for name in MODULES}
+def example(example_modules: Any, tiny_gemma: Any) -> SimpleNamespace:
     model, tokenizer = tiny_gemma()
 
     def with_begin(text: str, return_tensors: str) -> Any:
         return tokenizer(text, return_tensors)
 
     with_begin.bos_token_id = 2  # type: ignore[attr-defined]
-    monkeypatch.setattr(modules["gemma"], "load", lambda: (model, with_begin))
-    yield SimpleNamespace(**modules, model=model, tokenizer=with_begin)
-    for name in MODULES:
-        del sys.modules[name]
+    found: SimpleNamespace = example_modules("gemma", "gemma_search", load=lambda: (model, with_begin))
+    found.model, found.tokenizer = model, with_begin
+    return found
 
 
 def test_rows_are_prose_and_code_in_turn_and_do_not_overlap(example: SimpleNamespace) -> None:

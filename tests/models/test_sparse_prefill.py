@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,21 +12,14 @@ import torch
 
 import sparsedsl as sd
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-MODULES = ("gemma", "after_prompt", "sparse_prefill_picture", "gemma_sparse_prefill")
-
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch, tiny_gemma: Any) -> Iterator[SimpleNamespace]:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    modules = {name: importlib.import_module(name) for name in MODULES}
+def example(example_modules: Any, tiny_gemma: Any) -> SimpleNamespace:
     kept = tiny_gemma()
-    monkeypatch.setattr(modules["gemma"], "load", lambda: kept)
-    yield SimpleNamespace(**modules, model=kept[0], tokenizer=kept[1])
-    for name in MODULES:
-        del sys.modules[name]
+    names = ("gemma", "after_prompt", "sparse_prefill_picture", "gemma_sparse_prefill")
+    found: SimpleNamespace = example_modules(*names, load=lambda: kept)
+    found.model, found.tokenizer = kept
+    return found
 
 
 def test_density_counts_the_pairs_that_choices_leave(example: SimpleNamespace) -> None:

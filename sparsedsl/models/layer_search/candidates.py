@@ -19,7 +19,7 @@ from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.models.applying import AppliedPatterns, apply
 from sparsedsl.program.graph import Program, as_program
-from sparsedsl.program.program_text import read_program
+from sparsedsl.program.program_text import read_given
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,18 +34,15 @@ Assignment = tuple[tuple[int, str], ...]
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """Something that may stand in a layer.
-
-    ``kind``: ``"mask"`` (soft cap, sinks and scale stay the layer's), ``"pattern"`` or ``"program"``.
-    """
+    """Something that may stand in a layer: a mask (soft cap, sinks and scale stay the layer's), a pattern or a program."""
 
     name: str
-    kind: str
     value: Mask | Pattern | Program
 
-    @functools.cached_property
-    def _program(self) -> Program:
-        return self.value if isinstance(self.value, Program) else Program(as_pattern(self.value))
+    @property
+    def kind(self) -> str:
+        """``"mask"``, ``"pattern"`` or ``"program"``."""
+        return "program" if isinstance(self.value, Program) else "mask" if isinstance(self.value, Mask) else "pattern"
 
     @property
     def text(self) -> str:
@@ -56,21 +53,13 @@ class Candidate:
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain data; bound tables by their values."""
-        program = self._program
-        tables = {name: _table_as_json(program.bound[name]) for name in sorted(program.bound)}
-        return {"kind": self.kind, "text": program.text, "tables": tables}
+        bound = self.value.bound
+        return {"text": self.value.text, "tables": {name: _table_as_json(bound[name]) for name in sorted(bound)}}
 
     @classmethod
     def from_json(cls, name: str, data: Mapping[str, Any]) -> Candidate:
         """What :meth:`as_json` was made of. Text is read, nothing is executed."""
-        bound = {table: _table_from_json(value) for table, value in data["tables"].items()}
-        program = read_program(data["text"], bound)
-        if data["kind"] == "program":
-            return cls(name, "program", program)
-        pattern = program.static
-        if pattern is None or data["kind"] not in ("mask", "pattern"):
-            raise PatternError(f"candidate {name!r} is said to be a {data['kind']}, and its text is none: {data['text']!r}")
-        return cls(name, data["kind"], pattern.mask if data["kind"] == "mask" else pattern)
+        return cls(name, read_given(data["text"], {table: _table_from_json(value) for table, value in data["tables"].items()}))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -93,11 +82,11 @@ def candidates_from(given: Any) -> dict[str, Candidate]:
             )
         program = as_program(value)
         if program is not None:
-            found[name] = Candidate(name, "program", program)
+            found[name] = Candidate(name, program)
         elif isinstance(value, (Mask, bool)):
-            found[name] = Candidate(name, "mask", as_pattern(value).mask)
+            found[name] = Candidate(name, as_pattern(value).mask)
         else:
-            found[name] = Candidate(name, "pattern", as_pattern(value, where=f"search(): candidate {name!r}"))
+            found[name] = Candidate(name, as_pattern(value, where=f"search(): candidate {name!r}"))
     return found
 
 

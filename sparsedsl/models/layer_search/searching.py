@@ -14,7 +14,7 @@ from sparsedsl.analysis.proofs import REFUTED, causality
 from sparsedsl.errors import CallWarning, PatternError, ShapeError, UnsupportedError
 from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.models.attention_function import BINDING
+from sparsedsl.models.binding import BINDING
 from sparsedsl.models.layer_search.bounds import Bound, Kl, Perplexity
 from sparsedsl.models.layer_search.candidates import NATIVE, Assignment, Candidate, assignment_of, candidates_from, put_in
 from sparsedsl.models.layer_search.choosing import Choice, Chooser, options_of

@@ -1,0 +1,149 @@
+"""What a layer runs that was given something: its pattern or program, compiled for the forms of call that come.
+
+:class:`Binding` lies in the bound attention module, under the attribute :data:`BINDING`; ``attention_function`` calls it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparsedsl.analysis.proofs import PROVED, implies
+from sparsedsl.execute.compiling import compile as compile_pattern
+from sparsedsl.execute.kept_summaries import summarised
+from sparsedsl.lang.expressions import kv_idx, q_idx
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.models.carried import Stack
+from sparsedsl.models.derived import DerivedForm, derive
+from sparsedsl.models.graph_attention import handle_of
+from sparsedsl.models.kept_keys import KeptKeys, SummarisedKeys
+from sparsedsl.models.native import Facts
+from sparsedsl.models.programs import fitted, is_for_prefill, reads_rows, told_rows
+from sparsedsl.program.graph import Program
+
+__all__ = ["BINDING", "Binding", "Compiled", "made_again"]
+
+BINDING = "_sparsedsl_binding"  # the attribute of a bound attention module
+
+
+class Compiled:
+    """Compiled patterns and programs, shared by all layers of a model: the same one is compiled once."""
+
+    def __init__(self, backend: str, allow: tuple[str, ...] = ()) -> None:
+        self.backend, self.allow = backend, allow
+        self.made: dict[Any, Any] = {}
+
+    def __call__(self, pattern: Pattern | Program) -> Any:
+        key = (pattern.key, tuple(sorted((name, id(tensor)) for name, tensor in pattern.bound.items())))
+        if key not in self.made:
+            allow = self.allow if isinstance(pattern, Program) else ()
+            self.made[key] = compile_pattern(pattern, backend=self.backend, allow=allow)
+        return self.made[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "made": {}}  # a model saved whole compiles again
+
+    def __deepcopy__(self, memo: Any) -> Compiled:
+        return self
+
+
+@dataclass(eq=False)
+class Binding:
+    """What one attention module runs. ``native``: the pattern is the model's own, which its caches are made for. ``facts``: what the mask
+    says that the model makes for the layer. ``keeps_score``: soft cap and sinks are the layer's own. ``program``: runs in place of the
+    pattern, which then is the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one
+    of. ``count_slots``: the user's pattern counts slots, and not tokens. ``reached``: the module has called for it. ``held``: in a forward
+    with a cache fitted to the pattern, the layer that holds its keys. ``bounds``: what is known of the caches of the layers it shares keys
+    with."""
+
+    index: int
+    pattern: Pattern
+    native: bool
+    keeps_score: bool
+    facts: Facts
+    compiled: Compiled
+    stack: Stack
+    program: Program | None = None
+    count_slots: bool = False
+    reached: bool = False
+    held: KeptKeys | SummarisedKeys | None = None
+    _by_scale: dict[Any, Any] = field(default_factory=dict)
+    _by_form: dict[DerivedForm, tuple[Any, frozenset[str]]] = field(default_factory=dict)
+    _fits: dict[int, bool] = field(default_factory=dict)
+    bounds: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Read while a graph is made: the tensors bound to tables, and the name of this binding in the graph.
+        self.bound: dict[str, torch.Tensor] = dict((self.program or self.pattern).bound)
+        self.handle = handle_of(
+            self,
+            {
+                "index": self.index,
+                "pattern": self.pattern.text,
+                "program": None if self.program is None else self.program.text,
+                "native": self.native,
+                "keeps_score": self.keeps_score,
+                "count_slots": self.count_slots,
+                "facts": sorted(self.facts, key=str),
+                "backend": self.compiled.backend,
+                "allow": self.compiled.allow,
+                "bound": list(self.bound),
+            },
+        )
+
+    def attention(self, form: DerivedForm) -> tuple[Any, frozenset[str]]:
+        """The compiled pattern for calls of this form, and the names of the tables it is to be given."""
+        if form not in self._by_form:
+            pattern = derive(self.pattern, form)
+            self._by_form[form] = self.compiled(pattern), frozenset(pattern.tables) - frozenset(pattern.bound)
+        return self._by_form[form]
+
+    @property
+    def in_slots(self) -> bool:
+        """Whether the indices of the pattern are slots: those of the model's own are, as in transformers' masks."""
+        return self.native or self.count_slots
+
+    def runs_program(self, whole: bool) -> bool:
+        """Whether a call runs the program. ``whole``: queries and keys are those of all tokens so far."""
+        return self.program is not None and (whole or not is_for_prefill(self.program))
+
+    def program_attention(self, scale: float | None, head_dim: int, by_row: bool) -> Any:
+        """The compiled program, with what is the layer's own. ``by_row``: for some rows of a batch, whose numbers the call gives."""
+        assert self.program is not None
+        by_row = by_row and reads_rows(self.program)
+        if (scale, by_row) not in self._by_scale:
+            program = fitted(self.program, self.index, self.pattern, scale, head_dim)
+            self._by_scale[scale, by_row] = self.compiled(told_rows(program) if by_row else program)
+        return self._by_scale[scale, by_row]
+
+    @property
+    def sums_up_keys(self) -> bool:
+        """Whether steps of decoding run a program that chooses by summaries of keys."""
+        return self.program is not None and self.runs_program(whole=False) and bool(summarised(self.program))
+
+    def fits_window(self, window: int) -> bool:
+        """Whether what runs after a prompt provably asks for none but the last ``window`` keys, the query's own included."""
+        if self.runs_program(whole=False):
+            return False
+        if any(fits and known <= window for known, fits in self._fits.items()):
+            return True
+        if window not in self._fits:
+            self._fits[window] = self.native or implies(self.pattern.mask, q_idx - kv_idx < window) == PROVED
+        return self._fits[window]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_by_form": {}, "_by_scale": {}, "held": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()  # a copy is another binding, with tensors of its own
+
+
+def made_again(words: dict[str, Any], pattern: Pattern, program: Program | None) -> Binding:
+    """The binding that a handle of another process speaks of."""
+    facts: Facts = frozenset((name, number) for name, number in words["facts"])
+    compiled = Compiled(words["backend"], tuple(words["allow"]))
+    native, keeps_score = words["native"], words["keeps_score"]
+    return Binding(words["index"], pattern, native, keeps_score, facts, compiled, Stack({}, None), program, words["count_slots"])
