@@ -12,7 +12,7 @@ import torch
 
 from sparsedsl.analysis.domain import check_size
 from sparsedsl.analysis.key_intervals import intervals
-from sparsedsl.analysis.past_keys import past_keys
+from sparsedsl.analysis.past_reach import past_keys
 from sparsedsl.analysis.proofs import PROVED, Verdict, Witness, causality
 from sparsedsl.analysis.report import ITEM_BYTES
 from sparsedsl.errors import ShapeError, TableError

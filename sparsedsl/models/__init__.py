@@ -17,7 +17,7 @@ Layers that become hybrid layers (:func:`convert`) take the place of stages 5 an
 - ``donor``: an attention module -> its facts, its queries, keys and values before and after rotation.
 - ``layer``: what a hybrid layer is; ``hybrids``: those that are shipped; ``registry``: their names, and users' own, in saved models.
 - ``converted``: the forward of a converted module; ``program_cache``: what it keeps between calls.
-- ``converting``: puts them into a model; ``lessons``: what they learn from the donor; ``layers_loading``: their weights from a folder.
+- ``converting``: puts them into a model; ``teaching``: what they learn from the donor; ``layers_loading``: their weights from a folder.
 
 ``layer_search`` finds which layer gets which of them.
 """
@@ -44,12 +44,12 @@ from sparsedsl.models.layer import Layer
 from sparsedsl.models.layer_search.bounds import Kl, Perplexity
 from sparsedsl.models.layer_search.search_report import SearchReport
 from sparsedsl.models.layer_search.searching import search
-from sparsedsl.models.lessons import Lesson
 from sparsedsl.models.loading import from_pretrained
 from sparsedsl.models.native import left_padding, native_patterns, sinks
 from sparsedsl.models.program_cache import ProgramCacheLayer
 from sparsedsl.models.registry import register_layer
 from sparsedsl.models.saving import save_pretrained
+from sparsedsl.models.teaching import Lesson
 
 __all__ = [
     "HSA",

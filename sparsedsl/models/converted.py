@@ -19,11 +19,11 @@ from sparsedsl.lang.pattern import attend
 from sparsedsl.models.binding import Compiled
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.donor import Donor, Heads, check_projections, project
+from sparsedsl.models.grouped_rows import TokenGroup, token_groups
 from sparsedsl.models.layer import Layer, by_tokens, chunk_inputs, chunk_of
 from sparsedsl.models.mask_arguments import MaskRequest
 from sparsedsl.models.program_cache import Held, ProgramCacheLayer, keeps_state
 from sparsedsl.models.programs import fitted
-from sparsedsl.models.token_groups import TokenGroup, token_groups
 from sparsedsl.program.graph import Program
 
 __all__ = ["CONVERTED", "LAYER", "Converted", "converted_class", "program_cache"]

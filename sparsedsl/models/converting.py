@@ -22,10 +22,10 @@ from sparsedsl.models.converted import CONVERTED, LAYER, Converted, converted_cl
 from sparsedsl.models.donor import Donor, donor_of
 from sparsedsl.models.layer import Layer
 from sparsedsl.models.layers import attention_layers, is_told_causal, key_owners, layer_words, native_implementation, text_config
-from sparsedsl.models.lessons import Lesson, Teacher, lessons
 from sparsedsl.models.mask_arguments import register_masks
 from sparsedsl.models.native import masks_of, native_pattern
 from sparsedsl.models.registry import NOTE, VERSION, entry_of
+from sparsedsl.models.teaching import Lesson, Teacher, lessons
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.testing.call_shapes import inputs, shapes
-from sparsedsl.testing.kernels.expectation import expectation
+from sparsedsl.testing.kernels.expected_results import expectation
 from sparsedsl.testing.kernels.oracle import Exact, Problem
 from sparsedsl.testing.kernels.tolerance import Allowance
 from sparsedsl.testing.numerics import gradients, plain_attention

@@ -3,7 +3,7 @@
 The stages, and the module of each:
 
 1. ``candidates``: what may stand in a layer, as text that can be kept; how it is put in, one function.
-2. ``costs``, ``prefill_times``: layer and candidate -> what it costs.
+2. ``costs``, ``prefill_timing``: layer and candidate -> what it costs.
 3. ``partial_forward``: hidden states of the model from any layer on, and its head by itself.
 4. ``judging``: assignments -> KL to the model itself and loss, position by position, never all logits at once.
 5. ``evaluations``: what was judged, kept in a file that a search goes on from.

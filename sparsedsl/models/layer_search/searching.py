@@ -22,7 +22,7 @@ from sparsedsl.models.layer_search.costs import COSTS, Costs, LayerShape, analys
 from sparsedsl.models.layer_search.evaluations import Evaluations, fingerprint
 from sparsedsl.models.layer_search.judging import Judge, Measured, positions_of
 from sparsedsl.models.layer_search.knapsack import Frontier, frontier, in_units
-from sparsedsl.models.layer_search.prefill_times import prefill_times
+from sparsedsl.models.layer_search.prefill_timing import prefill_times
 from sparsedsl.models.layer_search.progress import Progress
 from sparsedsl.models.layer_search.search_report import Probe, SearchReport, Tried
 from sparsedsl.models.layers import attention_layers, is_told_causal, text_config

@@ -11,7 +11,7 @@ import torch
 
 from sparsedsl.testing.kernels.calling import Call
 from sparsedsl.testing.kernels.declaration import Kernel
-from sparsedsl.testing.kernels.expectation import Fault
+from sparsedsl.testing.kernels.expected_results import Fault
 
 __all__ = ["Failure", "KernelProperty", "Skip", "differ", "failure"]
 

@@ -12,7 +12,7 @@ from sparsedsl.testing.call_shapes import AttentionCase, tensor_code
 from sparsedsl.testing.counterexamples import Counterexample
 from sparsedsl.testing.kernels.calling import Broken, Refused, cotangents, moved, results, with_gradients
 from sparsedsl.testing.kernels.declaration import Kernel
-from sparsedsl.testing.kernels.expectation import Ambiguous, expectation
+from sparsedsl.testing.kernels.expected_results import Ambiguous, expectation
 from sparsedsl.testing.kernels.findings import Skip
 from sparsedsl.testing.kernels.kernel_case import KernelCase
 from sparsedsl.testing.kernels.kernel_check import KERNEL_PROPERTIES, kernel_counterexample, run_case

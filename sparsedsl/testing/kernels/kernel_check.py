@@ -16,10 +16,11 @@ from tqdm import tqdm
 from sparsedsl.errors import ArgumentError, CallWarning, SparseDSLError, UnsupportedError
 from sparsedsl.lang.advice import meant, shown
 from sparsedsl.testing.counterexamples import Counterexample
+from sparsedsl.testing.kernels.beyond_limits import outside
 from sparsedsl.testing.kernels.calling import Broken, Call, Refused, made
 from sparsedsl.testing.kernels.declaration import Kernel
 from sparsedsl.testing.kernels.drawing import cases
-from sparsedsl.testing.kernels.expectation import Ambiguous
+from sparsedsl.testing.kernels.expected_results import Ambiguous
 from sparsedsl.testing.kernels.findings import Failure, KernelProperty, Skip
 from sparsedsl.testing.kernels.kernel_case import KernelCase
 from sparsedsl.testing.kernels.kernel_report import FAILS, HOLDS, NOT_RUN, SKIPPED, KernelFinding, KernelReport
@@ -29,7 +30,6 @@ from sparsedsl.testing.kernels.locating import guess
 from sparsedsl.testing.kernels.memory_properties import MEMORY_PROPERTIES
 from sparsedsl.testing.kernels.number_properties import NUMBER_PROPERTIES
 from sparsedsl.testing.kernels.order_properties import ORDER_PROPERTIES
-from sparsedsl.testing.kernels.outside import outside
 from sparsedsl.testing.kernels.relation_properties import RELATION_PROPERTIES
 from sparsedsl.testing.kernels.shrinking import shrunk
 

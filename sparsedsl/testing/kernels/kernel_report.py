@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sparsedsl.testing.kernels.declaration import Kernel
-from sparsedsl.testing.kernels.expectation import Fault
+from sparsedsl.testing.kernels.expected_results import Fault
 from sparsedsl.testing.kernels.kernel_case import KernelCase
 
 __all__ = ["FAILS", "HOLDS", "NOT_RUN", "SKIPPED", "KernelFinding", "KernelReport"]

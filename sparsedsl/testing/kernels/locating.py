@@ -16,7 +16,7 @@ import torch
 from sparsedsl.testing.call_shapes import AttentionCase
 from sparsedsl.testing.kernels.calling import Broken, Refused, changed, cotangents, made, moved, results, with_gradients
 from sparsedsl.testing.kernels.declaration import Kernel
-from sparsedsl.testing.kernels.expectation import expectation
+from sparsedsl.testing.kernels.expected_results import expectation
 from sparsedsl.testing.kernels.findings import Failure
 from sparsedsl.testing.kernels.kernel_case import KernelCase
 from sparsedsl.testing.kernels.oracle import Bent, Exact, Gradients, Problem

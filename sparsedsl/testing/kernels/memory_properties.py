@@ -11,7 +11,7 @@ import torch
 from sparsedsl.testing.kernels.arena import GUARDS, LAYOUTS, place
 from sparsedsl.testing.kernels.calling import Broken, Call, Refused, Results, cotangents, made, moved, results, with_gradients
 from sparsedsl.testing.kernels.declaration import Kernel
-from sparsedsl.testing.kernels.expectation import expectation
+from sparsedsl.testing.kernels.expected_results import expectation
 from sparsedsl.testing.kernels.findings import Failure, KernelProperty, Skip, differ, failure
 from sparsedsl.testing.kernels.kernel_case import KernelCase
 from sparsedsl.testing.kernels.limits import fits

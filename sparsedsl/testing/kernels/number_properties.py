@@ -9,7 +9,7 @@ import torch
 
 from sparsedsl.testing.kernels.calling import Call, cotangents, moved, results, with_gradients
 from sparsedsl.testing.kernels.declaration import Kernel
-from sparsedsl.testing.kernels.expectation import Fault, expectation
+from sparsedsl.testing.kernels.expected_results import Fault, expectation
 from sparsedsl.testing.kernels.findings import Failure, KernelProperty, Skip, differ, failure
 from sparsedsl.testing.kernels.oracle import Problem
 from sparsedsl.testing.kernels.values import fill

@@ -12,7 +12,7 @@ from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX
 from sparsedsl.testing.call_shapes import tensor
 from sparsedsl.testing.kernels.calling import Call, changed, reads, results
 from sparsedsl.testing.kernels.declaration import Kernel
-from sparsedsl.testing.kernels.expectation import expectation
+from sparsedsl.testing.kernels.expected_results import expectation
 from sparsedsl.testing.kernels.findings import Failure, KernelProperty, Skip, differ, failure
 from sparsedsl.testing.kernels.number_properties import needs_pattern, seen_rows
 from sparsedsl.testing.kernels.oracle import Problem

@@ -15,7 +15,7 @@ from sparsedsl.lang.symbols import KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.testing.call_shapes import tensor
 from sparsedsl.testing.kernels.calling import Call, Refused, cotangents, moved, reads, reads_lengths, results, with_gradients
 from sparsedsl.testing.kernels.declaration import Kernel
-from sparsedsl.testing.kernels.expectation import expectation
+from sparsedsl.testing.kernels.expected_results import expectation
 from sparsedsl.testing.kernels.findings import Failure, KernelProperty, Skip, differ, failure
 from sparsedsl.testing.kernels.number_properties import needs_lse, needs_pattern, seen_rows
 from sparsedsl.testing.kernels.oracle import Exact, Problem

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from sparsedsl.testing.kernels.calling import Broken, Refused, changed, made, results
 from sparsedsl.testing.kernels.declaration import Kernel
-from sparsedsl.testing.kernels.expectation import expectation
+from sparsedsl.testing.kernels.expected_results import expectation
 from sparsedsl.testing.kernels.kernel_case import KernelCase
 from sparsedsl.testing.kernels.limits import fits, near
 
