@@ -14,7 +14,9 @@ from sparsedsl.backends.triton.scan_pass import MOST
 from sparsedsl.codegen.to_triton import DTYPES, WIDEST
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import SCORE
+from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.request import Request
+from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["TRITON"]
@@ -71,6 +73,14 @@ class TritonBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adjacent queries share the union of their blocks."""
         return self._modules["selected"](q, k, v, selected)
+
+    def chooser(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Choose | None:
+        """One kernel, on a GPU; where kernels are interpreted, for those who ask by name."""
+        if missing(device.type) is not None or (device.type == "cpu" and patience is not None):
+            return None
+        from sparsedsl.backends.triton.choosing import choose_blocks
+
+        return choose_blocks
 
     def slots(self, *tensors: Any, **words: Any) -> Any:
         """Chunks in parallel."""
