@@ -244,7 +244,7 @@ def choose_best(
                 place = b * span_batch + head * span_head + row * SPANS
                 named = named & in_spans(firsts_ptr, lasts_ptr, place, inside, column, SPANS)
             # Nothing comes before what is forced; NaN counts as infinity.
-            found = tl.where(named, float("-inf") if EXTRA else float("inf"), tl.minimum(found, LARGEST))
+            found = tl.where(named, float("-inf") if EXTRA else float("inf"), tl.where(found < LARGEST, found, LARGEST))
         places = picked_places(found, bound, COLUMNS)
         columns = tl.arange(0, COLUMNS)
         while tl.max((places != 0).to(tl.int32), 0) != 0:

@@ -15,7 +15,8 @@ from sparsedsl.codegen.to_triton import DTYPES, WIDEST
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.runtime.patience import Patience
-from sparsedsl.runtime.request import Request
+from sparsedsl.program.select import Select
+from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
 
@@ -81,6 +82,15 @@ class TritonBackend(Backend):
         from sparsedsl.backends.triton.choosing import choose_blocks
 
         return choose_blocks
+
+    def choice(self, node: Select, facts: CallFacts, *, by_name: bool) -> str | None:
+        """One kernel; or torch, and why."""
+        if missing(facts.device) is not None or (facts.device == "cpu" and not by_name):
+            return None
+        from sparsedsl.backends.triton.choosing import why_torch
+
+        why = why_torch(node, facts)
+        return "one kernel from landmarks to lists" if why is None else f"torch, since {why}"
 
     def slots(self, *tensors: Any, **words: Any) -> Any:
         """Chunks in parallel."""

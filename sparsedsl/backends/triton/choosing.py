@@ -27,6 +27,7 @@ from sparsedsl.lang.tables import table_reads
 from sparsedsl.program import scores as nodes
 from sparsedsl.program.node import Node
 from sparsedsl.program.select import Select, TopK
+from sparsedsl.runtime.request import CallFacts
 from sparsedsl.selection.candidates import Candidates, IntervalRule, PairRule, Within
 from sparsedsl.selection.choosing import Rule
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores
@@ -123,16 +124,16 @@ def _steps_of_node(node: Node) -> list[_Step]:
     return [_Step({"Plus": "sums", "Gumbel": "noise"}.get(type(node).__name__, type(node).__name__.lower()))]
 
 
-def why_torch(node: Select, dtype: str, head_dim: int) -> str | None:
+def why_torch(node: Select, facts: CallFacts) -> str | None:
     """Why the choice of a node is not made by the kernel, as far as this is known before a call; None: it is."""
     try:
         if not isinstance(node, TopK):
             raise _NotHere("the kernel knows top_k alone")
-        _check_sizes(dtype, head_dim, node.count)
+        _check_sizes(facts.dtype, facts.head_dim, min(node.count, in_tiles(facts.kv_len, node.blocks[1])))
         form = _form(_steps_of_node(node.scores))
         below: Any = node.scores
         while not isinstance(below, nodes.Softmax) and form.softmax:
-            below = getattr(below, "scores", None) or below.x
+            below = below.x if isinstance(below, nodes.Grouped) else below.scores
         for what, mask in (("candidates", node.among), ("forced blocks", node.forced), ("candidates", getattr(below, "among", None))):
             reads = set() if mask is None else {read.spec.name for read in table_reads(mask.expr)}
             if mask is not None and (intervals(mask.expr) is None or any(isinstance(mask.bound.get(name), Node) for name in reads)):
@@ -253,6 +254,8 @@ def _chosen(
     lacks = missing(q.device.type)
     if lacks is not None or q.dtype != high.dtype or not below.scale > 0:
         raise _NotHere(lacks or "rows and landmarks of two types, or a scale that is not positive")
+    if interpreted() and q.dtype == torch.bfloat16:  # Triton's interpreter multiplies its bits
+        q, high, low = q.float(), high.float(), low.float()
     counted = torch.empty((batch, heads, every), dtype=torch.int32, device=q.device)
     if not counted.numel() or not blocks or not rule.k:
         lists = torch.full((*counted.shape, width), -1, dtype=torch.int32, device=q.device)
