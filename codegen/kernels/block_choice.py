@@ -21,7 +21,7 @@ BELOW_ALL: tl.constexpr = tl.constexpr(-2139095041)
 LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 LEAST_NORMAL: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 NOBODY: tl.constexpr = tl.constexpr(2147483647)  # instead of a block
-# Halvings of the range of scores in which the first pass looks for its bound, and what makes them about as many for all signs.
+# Halvings of the range of scores, by their bits, in which the first pass looks for its bound.
 HALVINGS: tl.constexpr = tl.constexpr(20)
 
 
@@ -69,7 +69,9 @@ def in_spans(firsts_ptr, lasts_ptr, place, exists, column, SPANS: tl.constexpr):
 
 
 @triton.jit
-def rows_of(ptr, b, by_batch, head, by_head, row, by_row, exists, ALIGN: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+def rows_of(
+    ptr, b, by_batch, head, by_head, row, by_row, exists, ALIGN: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Rows of a head, 0 where there are none."""
     d = tl.arange(0, BLOCK_D)
     rows = aligned_rows(ptr, b, by_batch, head, by_head, row, by_row, ALIGN)
@@ -181,7 +183,7 @@ def choose_best(
     FORCED: tl.constexpr, FORCED_WITHIN: tl.constexpr, EXTRA: tl.constexpr, PICKED: tl.constexpr, BOUND: tl.constexpr, ALIGN: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Lists ``(shares, lines, width)`` of a tile of rows, how many each has and, if ``PICKED``, their scores; of one share of the blocks."""
+    """Lists ``(shares, lines, width)`` of a tile of rows, how many blocks each has and, if ``PICKED``, their scores: of a share of all blocks."""
     share = tl.program_id(0) % shares
     bundle = tl.program_id(0) // shares
     tile = tiles - 1 - bundle % tiles  # under a causal mask the last rows have the most to do
@@ -296,7 +298,8 @@ def choose_best(
 @triton.jit(
     do_not_specialize=[
         "q_stride_b", "q_stride_h", "q_stride_row", "high_stride_b", "high_stride_h", "high_stride_row", "score_begin_batch",
-        "score_begin_head", "score_end_batch", "score_end_head", "q_share", "high_share", "score_heads", "landmarks", "rows", "scale", "tiles",
+        "score_begin_head", "score_end_batch", "score_end_head", "q_share", "high_share", "score_heads", "landmarks", "rows", "scale",
+        "tiles",
     ]
 )  # fmt: skip
 def score_totals(

@@ -106,7 +106,7 @@ def _ends(mask: Any, domain: Domain, q_block: int, kv_block: int) -> list[Any] |
 
 
 def _together(first: Tensor, last: Tensor, kv_len: int, kv_block: int) -> tuple[Tensor, Tensor]:
-    """The intervals of the queries of a block as one, ``(.., 1)``, where no block of keys lies between two of them; read on the host alone."""
+    """The intervals of the queries of a block as one, ``(.., 1)``, where no block of keys lies between two; looked at on the host alone."""
     if first.shape[-1] == 1 or first.device.type != "cpu" or first.shape != last.shape:
         return first, last
     nowhere = -(-kv_len // kv_block) + 1

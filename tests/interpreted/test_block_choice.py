@@ -61,6 +61,7 @@ BY_HEAD = Candidates(end=torch.stack([END, END + 9])[None].to(torch.int32))
 RANGES = Candidates(end=END + 40, allowed=IntervalRule(((ROW * 0, ROW + 3), (ROW * 3, ROW * 3 + 30)), 1, 2))
 OWN = IntervalRule(((ROW * 4, ROW * 4 + 3),), 1, 2)
 TWO = IntervalRule(((ROW * 0, ROW * 0 + 1), (ROW * 3, ROW * 3 + 1)), 1, 2)
+FAR = IntervalRule(((ROW[:, :, :3] * 300, ROW[:, :, :3] * 300 + 1),), 1, 2)
 WIDE = Candidates(end=END + 9)
 
 # Scores, k, candidates, and what is forced.
@@ -91,7 +92,7 @@ CASES: dict[str, tuple[Any, int, Candidates | None, dict[str, Any]]] = {
     "forced within ranges": (dot(), 5, RANGES, {"forced": Within(TWO, RANGES.allowed)}),
     "forced on top": (dot(), 5, WIDE, {"forced": OWN, "forced_extra": BLOCKS}),
     "shared by programs": (dot(2, 1, 1100), 5, Candidates(end=torch.tensor([1090])), {}),
-    "shared by programs, forced": (dot(2, 3, 1100), 4, None, {"forced": IntervalRule(((ROW[:, :, :3] * 300, ROW[:, :, :3] * 300 + 1),), 1, 2)}),
+    "shared by programs, forced": (dot(2, 3, 1100), 4, None, {"forced": FAR}),
 }  # fmt: skip
 
 
@@ -200,7 +201,9 @@ def test_what_waits_for_the_device_is_seen():
             wait(torch.ones(1))
 
 
-@pytest.mark.parametrize("name", ["causal, rows without blocks", "ranges", "forced", "forced on top", "shared by programs", "neighbours"])
+@pytest.mark.parametrize(
+    "name", ["causal, rows without blocks", "ranges", "forced", "forced on top", "shared by programs", "neighbours"]
+)
 def test_nothing_waits_for_the_device(name, monkeypatch):
     """All that torch does between rows and lists; kernels are launched and not waited for."""
     launched = []

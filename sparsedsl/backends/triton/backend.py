@@ -14,8 +14,8 @@ from sparsedsl.backends.triton.scan_pass import MOST
 from sparsedsl.codegen.to_triton import DTYPES, WIDEST
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import SCORE
-from sparsedsl.runtime.patience import Patience
 from sparsedsl.program.select import Select
+from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall

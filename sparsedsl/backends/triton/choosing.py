@@ -8,7 +8,7 @@ All else is chosen by torch; :func:`why_torch` says why. Nothing here waits for 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -134,9 +134,15 @@ def why_torch(node: Select, facts: CallFacts) -> str | None:
         below: Any = node.scores
         while not isinstance(below, nodes.Softmax) and form.softmax:
             below = below.x if isinstance(below, nodes.Grouped) else below.scores
-        for what, mask in (("candidates", node.among), ("forced blocks", node.forced), ("candidates", getattr(below, "among", None))):
+        for what, mask in (
+            ("candidates", node.among),
+            ("forced blocks", node.forced),
+            ("candidates", getattr(below, "among", None)),
+        ):
             reads = set() if mask is None else {read.spec.name for read in table_reads(mask.expr)}
-            if mask is not None and (intervals(mask.expr) is None or any(isinstance(mask.bound.get(name), Node) for name in reads)):
+            if mask is not None and (
+                intervals(mask.expr) is None or any(isinstance(mask.bound.get(name), Node) for name in reads)
+            ):
                 raise _NotHere(f"{what} are no ranges of keys")
     except _NotHere as reason:
         return str(reason)
@@ -260,7 +266,9 @@ def _chosen(
     if not counted.numel() or not blocks or not rule.k:
         lists = torch.full((*counted.shape, width), -1, dtype=torch.int32, device=q.device)
         return lists, counted.zero_(), None if not rule.scores else lists.new_full(lists.shape, -torch.inf, dtype=torch.float32)
-    job = _Job(form, rule, tiles_contiguous(q.detach()), high.detach(), low.detach(), below.scale, (heads, every, blocks), width, start)
+    job = _Job(
+        form, rule, tiles_contiguous(q.detach()), high.detach(), low.detach(), below.scale, (heads, every, blocks), width, start
+    )
     return job.run(candidates, forced, softmax, counted)
 
 
@@ -330,7 +338,9 @@ class _Job:
         high, low = self.landmarks()
         several = form.group * heads
         names = ("begin", "end", "score_begin", "score_end")
-        values: dict[str, Any] = {f"{name}_ptr": none for name in (*names, "firsts", "lasts", "forced_firsts", "forced_lasts", "totals")}
+        values: dict[str, Any] = {
+            f"{name}_ptr": none for name in (*names, "firsts", "lasts", "forced_firsts", "forced_lasts", "totals")
+        }
         values |= {f"{name}_{by}": 0 for name in (*names, "span", "forced") for by in ("batch", "head")}
         values |= {name.upper(): False for name in names} | ranges | forced_ranges | _limits(candidates, device)
         values |= {**strided("q", self.q), **strided("high", high), "low_ptr": low} | {
