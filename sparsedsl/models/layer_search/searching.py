@@ -203,7 +203,8 @@ def _probed(judge: Judge, layers: Mapping[int, Any], choice: Choice, progress: P
 
 def _costs(
     cost: Any, length: int, shapes: Mapping[int, LayerShape], native: Mapping[int, Pattern], given: Mapping[str, Candidate],
-    donors: Mapping[int, Donor], model: PreTrainedModel, judge: Judge, ids: Tensor, modules: Mapping[int, Any], backend: str, progress: Progress,
+    donors: Mapping[int, Donor], model: PreTrainedModel, judge: Judge, ids: Tensor, modules: Mapping[int, Any], backend: str,
+    progress: Progress,
 ) -> Costs:  # fmt: skip
     if not callable(cost):
         check_word("search(): cost (if it is no function)", cost, COSTS)
