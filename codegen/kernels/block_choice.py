@@ -183,7 +183,7 @@ def choose_best(
     FORCED: tl.constexpr, FORCED_WITHIN: tl.constexpr, EXTRA: tl.constexpr, PICKED: tl.constexpr, BOUND: tl.constexpr, ALIGN: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Lists ``(shares, lines, width)`` of a tile of rows, how many blocks each has and, if ``PICKED``, their scores: of a share of all blocks."""
+    """Lists ``(shares, lines, width)`` of a tile of rows, how many blocks each has and, if ``PICKED``, the scores of these."""
     share = tl.program_id(0) % shares
     bundle = tl.program_id(0) // shares
     tile = tiles - 1 - bundle % tiles  # under a causal mask the last rows have the most to do
