@@ -101,7 +101,7 @@ class ChoiceTiles:
 
 
 def choice_tiles(dtype: torch.dtype, width: int, k: int, rows: int, bound: bool, target: Target) -> ChoiceTiles:
-    """Tiles that spill nothing in loops of 16-bit types on the targets that kernels are built for; chosen by compiling, not by the clock."""
+    """Tiles that spill nothing in loops of 16-bit types on the targets that are built for; chosen by compiling, not by the clock."""
     kept = max(2, 1 << (k - 1).bit_length())
     if interpreted():
         return ChoiceTiles(32, 64, kept, 4, 1)
