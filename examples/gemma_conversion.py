@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gemma
+from parts import gemma
 import torch
 from gemma_finetune import batches
 from tqdm import tqdm

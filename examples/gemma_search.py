@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gemma
+from parts import gemma
 import torch
 from tqdm import tqdm
 

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from needle_task import QUESTION, SYMBOLS, VOCABULARY, needles
-from small_model import Attention, Transformer, parameters, split_heads, train
+from parts.needle_task import QUESTION, SYMBOLS, VOCABULARY, needles
+from parts.small_model import Attention, Transformer, parameters, split_heads, train
 from torch import nn
 from tqdm import tqdm
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_model import (
+from parts.small_model import (
     Attention,
     Transformer,
     held_out_loss,

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from small_model import (
+from parts.small_model import (
     Attention,
     Transformer,
     held_out_loss,

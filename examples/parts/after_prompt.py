@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gemma
+from parts import gemma
 import torch
 from tqdm import tqdm
 
