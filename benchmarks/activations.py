@@ -17,7 +17,6 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 from parts import gemma
-
 from sparsedsl.settings import settings
 
 __all__ = ["LAYER", "captured"]

@@ -32,8 +32,9 @@ from tqdm import tqdm
 import sparsedsl as sd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from parts import gemma
 from gemma_hybrid import HYBRID
+
+from parts import gemma
 
 METHODS = ("sdpa", "native", "hybrid")
 TITLES = {"sdpa": "transformers sdpa", "native": "sparsedsl, native patterns", "hybrid": "sparsedsl, hybrid in full layers"}

@@ -15,7 +15,6 @@ author = "the sparsedsl authors"
 version = release = sparsedsl.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["README.md"]
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
 

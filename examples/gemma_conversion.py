@@ -30,12 +30,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from parts import gemma
 import torch
 from gemma_finetune import batches
 from tqdm import tqdm
 
 import sparsedsl as sd
+from parts import gemma
 
 # ---- edit here ------------------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parts import gemma
 import torch
 from gemma_hybrid import HYBRID
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sparsedsl as sd
+from parts import gemma
 
 # ---- edit here ------------------------------------------------------------------------------------------
 

@@ -41,8 +41,9 @@ def main() -> None:
     if not JUDGED < length <= 32768:
         parser.error(f"--tokens must be between {JUDGED + 1} and 32768; got {length}")
 
-    from parts import gemma
     import torch
+
+    from parts import gemma
 
     begin = time.perf_counter()
     print(f"The hybrid for the full layers, {length:,} tokens, before anything runs:\n")

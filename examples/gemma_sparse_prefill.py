@@ -33,13 +33,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from parts import gemma
 import torch
-from parts.after_prompt import DIGITS, PLACES, Text, density, judged, read, texts, watching
-from parts.sparse_prefill_picture import draw
 from tqdm import tqdm
 
 import sparsedsl as sd
+from parts import gemma
+from parts.after_prompt import DIGITS, PLACES, Text, density, judged, read, texts, watching
+from parts.sparse_prefill_picture import draw
 
 # ---- edit here ------------------------------------------------------------------------------------------
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from parts import gemma
 import torch
 from tqdm import tqdm
 
 import sparsedsl as sd
+from parts import gemma
 
 __all__ = ["DIGITS", "PLACES", "Text", "density", "judged", "read", "texts", "watching"]
 
