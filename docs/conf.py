@@ -27,5 +27,7 @@ copybutton_exclude = ".linenos, .gp, .go"  # prompts and results of docstrings' 
 
 html_theme = "furo"
 html_title = f"sparsedsl {version}"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
 html_show_copyright = False
