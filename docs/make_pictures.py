@@ -1,16 +1,19 @@
 """Draws the gallery: docs/pictures/*.png and docs/patterns.md, from the library's own docstrings; and the tables of docs/programs.md.
 
-python docs/make_pictures.py              everything
+python docs/make_pictures.py              the gallery, all of it
 python docs/make_pictures.py causal ...   these pictures, and the pages
 python docs/make_pictures.py --page       the pages only
+python docs/make_pictures.py --figures    what README.md and the tutorial draw, into docs/figures
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
 
 import torch  # noqa: E402
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import pages  # noqa: E402
 import sparsedsl as sd  # noqa: E402
 from sparsedsl.lang.evaluation import evaluate  # noqa: E402
 from sparsedsl.plotting import NOTHING, PAIR  # noqa: E402
@@ -34,6 +38,8 @@ PICTURES = ROOT / "docs" / "pictures"
 PAGE = ROOT / "docs" / "patterns.md"
 MANUAL = ROOT / "docs" / "programs.md"
 KINDS_FROM, KINDS_TO = "<!-- kinds: made by docs/make_pictures.py -->\n", "<!-- end of kinds -->"
+FIGURES = ROOT / "docs" / "figures"
+DRAWN_BY_PAGES = {"first_pattern": ("README.md", "pattern.png"), "window_and_sinks": ("docs/tutorial.md", "window_and_sinks.png")}
 P = sd.patterns
 
 
@@ -261,7 +267,7 @@ def _section(name: str) -> list[str]:
     signature = str(inspect.signature(function, eval_str=False)).replace("'", "")
     text = inspect.getdoc(function) or ""
     about = text.split("\n\nArgs:")[0].split("\n\nRaises:")[0].split("\n\nSource:")[0].split("\n\n>>>")[0]
-    parts = [f"### {name}", "", "```python", f"{name}{signature}", "```", "", *_markdown(about)]
+    parts = [f"### {name}", "", "```py", f"{name}{signature}", "```", "", *_markdown(about)]
     if "\n\nSource: " in text:
         reference = text.split("\n\nSource: ")[1].split("\n\n")[0]
         parts += ["", "Source: " + " ".join(reference.split()).replace("``", "`").rstrip(".") + "."]
@@ -286,10 +292,24 @@ def write(name: str) -> Path:
     """Draw one picture, in few colours so that the file stays small."""
     path = PICTURES / f"{name}.png"
     GALLERY[name].picture().savefig(path, dpi=80)
+    return _shrunk(path, path)
+
+
+def write_figure(name: str) -> Path:
+    """What a page's own blocks draw, for the page to show: they are run up to the one that does."""
+    page, drawn = DRAWN_BY_PAGES[name]
+    found = pages.blocks(page, (ROOT / page).read_text(encoding="utf-8"))
+    (last,) = (number for number, block in enumerate(found) if f'savefig("{drawn}")' in block.source)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        pages.run(found[: last + 1])
+        return _shrunk(Path(drawn), FIGURES / f"{name}.png")
+
+
+def _shrunk(path: Path, to: Path) -> Path:
     with Image.open(path) as image:
         small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
-    return path
+    small.save(to, optimize=True)
+    return to
 
 
 def main() -> None:
@@ -297,7 +317,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="name", help="pictures to draw; default all")
     parser.add_argument("--page", action="store_true", help="write docs/patterns.md and the tables of docs/programs.md only")
+    parser.add_argument("--figures", action="store_true", help="write what README.md and the tutorial draw, and nothing else")
     options = parser.parse_args()
+    if options.figures:
+        for name in DRAWN_BY_PAGES:
+            print(write_figure(name).relative_to(ROOT))
+        return
     unknown = sorted(set(options.names) - set(GALLERY))
     if unknown:
         parser.error(f"no picture is called {', '.join(unknown)}; there are {', '.join(GALLERY)}")

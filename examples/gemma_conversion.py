@@ -30,12 +30,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gemma
 import torch
 from gemma_finetune import batches
 from tqdm import tqdm
 
 import sparsedsl as sd
+from parts import gemma
 
 # ---- edit here ------------------------------------------------------------------------------------------
 

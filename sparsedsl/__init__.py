@@ -58,7 +58,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     # fmt: on
     # isort: on
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 # Module -> the public names that it defines; "" stands for the names that are modules themselves.
 _PUBLIC = {
