@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
+from sparsedsl.quantities import bytes_text, factor_text, seconds_text
 
 if TYPE_CHECKING:
     from sparsedsl.gpu.autotune import Chosen, Tuned
@@ -139,13 +140,13 @@ def _tensors(arguments: argparse.Namespace, torch: Any) -> Iterator[Any]:
 def _line(kernel: str, chosen: Chosen, tuned: Tuned | None) -> str:
     words = [f"{kernel}: {chosen.config}", chosen.source]
     if chosen.seconds is not None:
-        words.append(f"{chosen.seconds * 1e6:,.0f} us")
+        words.append(seconds_text(chosen.seconds))
     if tuned is not None:
         usable = [trial for trial in tuned.trials if trial.seconds is not None]
         default = tuned.trials[0].seconds
         if default is not None and chosen.seconds is not None:
-            words.append(f"{default / chosen.seconds:.2f}x the default")
-        words.append(f"{len(usable)} of {len(tuned.trials)} candidates measured in {tuned.took_s:.0f} s")
+            words.append(f"{factor_text(default / chosen.seconds)} as fast as the default")
+        words.append(f"{len(usable)} of {len(tuned.trials)} candidates measured in {seconds_text(tuned.took_s)}")
     return ", ".join(words)
 
 
@@ -209,8 +210,8 @@ def _without_device(arguments: argparse.Namespace) -> None:
             found = expected_config(source, source.kernel(name), shape, target, work_of(lists((128, 128))), tiles_at)
             needs = found.resources
             lines.append(
-                f"{name}: {found.config}, expected {found.seconds * 1e6:,.0f} us ({found.source}); {needs.registers} registers, "
-                f"{needs.spills} bytes spilled, {needs.shared_bytes:,} bytes shared"
+                f"{name}: {found.config}, expected {seconds_text(found.seconds)} ({found.source}); {needs.registers} registers, "
+                f"{bytes_text(needs.spills)} spilled, {bytes_text(needs.shared_bytes)} shared"
             )
             lines += [f"  refused {config}: {reason}" for config, reason in found.refused]
     print("\n".join(lines))
@@ -232,7 +233,7 @@ def _listed(records: list[tuple[dict[str, Any], Any]]) -> str:
         shape = key["shape"]
         lines.append(
             f"{key['device']}: {key['kernel']} of {key['pattern'][:12]}, {shape['dtype']}, head_dim {shape['head_dim']}, group "
-            f"{shape['group']}, {key['density']}: {record.config}, {record.seconds * 1e6:,.0f} us, measured {record.measured[:10]}"
+            f"{shape['group']}, {key['density']}: {record.config}, {seconds_text(record.seconds)}, measured {record.measured[:10]}"
         )
     return "\n".join(lines) or "nothing is remembered"
 

@@ -92,7 +92,7 @@ def run(document: list[Block]) -> int:
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("conversion", "kernels", "models", "programs", "search", "testing", "tuning")),
+    *(f"docs/{name}.md" for name in ("conversion", "kernels", "models", "programs", "reports", "search", "testing", "tuning")),
 ]
 
 

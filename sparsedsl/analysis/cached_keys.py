@@ -22,6 +22,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_LEN, Q_LEN
 from sparsedsl.lang.tables import table_reads, table_specs
+from sparsedsl.plain_values import Reported
 
 __all__ = ["GROWS", "CacheBound", "pattern_bound"]
 
@@ -31,7 +32,7 @@ ENDLESS = 1 << 48
 
 
 @dataclass(frozen=True, eq=False)
-class CacheBound:
+class CacheBound(Reported):
     """What later queries may ask for of the keys seen so far; made by :func:`sparsedsl.cache_bound`.
 
     - ``kind``: the parts of it, joined by `` + ``: ``"first"``, ``"ring"``, ``"strided"``; or ``"grows"`` (any key may be asked for
@@ -44,6 +45,9 @@ class CacheBound:
     - ``causal``: whether no query sees a later key. Where one does, keys must come in the same call as the queries that see them.
     - ``step``: of what chooses, what a step of decoding reads, in words.
     """
+
+    _adds = ("is_bounded", "tight")
+    _leaves_out = ("state_bytes",)
 
     kind: str
     pattern: Pattern | None

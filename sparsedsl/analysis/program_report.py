@@ -16,14 +16,16 @@ from sparsedsl.analysis.proofs import Verdict
 from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.advice import shown, surplus
+from sparsedsl.plain_values import Reported, plain
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
+from sparsedsl.quantities import bytes_text, factor_text, flops_text, share_text
 
 __all__ = ["ProgramAnalysis", "analyse_program"]
 
 
 @dataclass(frozen=True, eq=False)
-class ProgramAnalysis:
+class ProgramAnalysis(Reported):
     """What :func:`sparsedsl.analyse` found about a program. Where a choice decides, numbers are upper bounds.
 
     ``density``: pairs attended to at most / all pairs, of the branch with the most. ``flops``: forward pass, all nodes; ``flops_dense``:
@@ -45,6 +47,10 @@ class ProgramAnalysis:
     warnings: tuple[str, ...]
     seconds: float = field(repr=False)
 
+    def _said(self) -> dict[str, Any]:
+        steps = [{**plain(step), "node": self.program.labels[step.node]} for step in self.steps]
+        return {**super()._said(), "steps": steps}
+
     def share(self, kind: str) -> float:
         """Part of the FLOPs that goes into ``"choosing"``, ``"moving"`` or ``"attending"``."""
         return sum(step.flops for step in self.steps if step.kind == kind) / max(self.flops, 1)
@@ -53,15 +59,15 @@ class ProgramAnalysis:
         labels = self.program.labels
         width = max((len(labels[step.node]) for step in self.steps), default=0)
         lines = [
-            *self.program.text.splitlines(),
+            *str(self.program).splitlines(),
             f"  queries x keys   {self.q_len:,} x {self.kv_len:,}"
             + (f", first query at {self.q_offset:,}" if self.q_offset else ""),
-            f"  pairs            at most {self.density:.4%} of all",
-            f"  forward          at most {self.flops / 1e9:,.3f} GFLOP, {self.flops_dense / max(self.flops, 1):.1f} x less than dense: "
-            + ", ".join(f"{kind} {self.share(kind):.1%}" for kind in (CHOOSING, ATTENDING)),
-            f"  traffic          about {self.bytes / 2**20:,.1f} MiB",
+            f"  pairs            at most {share_text(self.density)} of all",
+            f"  forward          at most {flops_text(self.flops)}, {factor_text(self.flops_dense / max(self.flops, 1))} less than dense: "
+            + ", ".join(f"{kind} {share_text(self.share(kind))}" for kind in (CHOOSING, ATTENDING)),
+            f"  traffic          about {bytes_text(self.bytes)}",
             *(
-                f"    {labels[step.node]:{width}}  {step.kind:9}  {step.flops / 1e9:10,.3f} GFLOP  {step.bytes / 2**20:9,.1f} MiB"
+                f"    {labels[step.node]:{width}}  {step.kind:9}  {flops_text(step.flops):>10}  {bytes_text(step.bytes):>10}"
                 for step in self.steps
             ),
             f"  causal           {self.causal}",

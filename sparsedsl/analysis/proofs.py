@@ -26,6 +26,7 @@ from sparsedsl.lang.expressions import as_mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, KV_LEN, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import TableRead, TableSpec, table_reads
+from sparsedsl.plain_values import Reported
 
 try:
     import z3
@@ -41,7 +42,7 @@ INT64 = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Witness:
+class Witness(Reported):
     """One point at which a claim fails: indices, lengths, and the table values it needs."""
 
     b: int
@@ -67,7 +68,7 @@ def _short(table: torch.Tensor) -> str:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Reported):
     """``status`` is "PROVED", "REFUTED" or "UNKNOWN"; compare with ``sd.PROVED`` and so on. ``witness`` refutes.
 
     >>> import sparsedsl as sd

@@ -17,7 +17,7 @@ from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.analysis.lists import BlockLists, size_text
+from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program
 from sparsedsl.analysis.proofs import Verdict, Witness, causality
@@ -31,8 +31,10 @@ from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
 from sparsedsl.lang.tables import table_reads
+from sparsedsl.plain_values import Reported
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
+from sparsedsl.quantities import bytes_text, factor_text, flops_text, seconds_text, share_text
 
 __all__ = ["ITEM_BYTES", "Analysis", "analyse", "bind_for_analysis"]
 
@@ -41,7 +43,7 @@ INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
+class Analysis(Reported):
     """What :func:`analyse` found. Counts are over ``batch x heads``; FLOPs count a multiply-add as two.
 
     ``totals``: tiles counted by class. ``lists``: tile lists, one per (batch, head) the mask can tell apart.
@@ -100,15 +102,15 @@ class Analysis:
         approx = "" if self.density_exact else "about "
         listed, total = totals.listed, batch * heads * rows * columns
         lines = [
-            *self.pattern.text.splitlines(),
+            *str(self.pattern).splitlines(),
             f"  queries x keys   {self.q_len:,} x {self.kv_len:,}" + (f", first query at {self.q_offset:,}" if self.q_offset else ""),
-            f"  allowed pairs    {approx}{self.density:.4%} of all",
-            f"  tiles            {listed:,} of {total:,} listed ({listed / total:.3%}), {block_q} x {block_kv} tokens{groups}",
-            f"                   {totals.full:,} full, {totals.partial:,} partial ({self.partial_share:.1%})",
-            f"  lists            {size_text(totals.nbytes)}, {self._made()}",
-            f"  row imbalance    {self.imbalance:.2f} (most / mean tiles in a row)",
-            f"  forward          {_flops(self.flops)}, {saving:.1f} x less than dense; backward {_flops(self.flops_backward)}",
-            f"  traffic          {self.bytes / 2**20:,.1f} MiB forward ({self.dtype}, batch {self.batch}, heads {self.heads}, "
+            f"  allowed pairs    {approx}{share_text(self.density)} of all",
+            f"  tiles            {listed:,} of {total:,} listed ({share_text(listed / total)}), {block_q} x {block_kv} tokens{groups}",
+            f"                   {totals.full:,} full, {totals.partial:,} partial ({share_text(self.partial_share)})",
+            f"  lists            {bytes_text(totals.nbytes)}, {self._made()}",
+            f"  row imbalance    {factor_text(self.imbalance)} (most / mean tiles in a row)",
+            f"  forward          {flops_text(self.flops)}, {factor_text(saving)} less than dense; backward {flops_text(self.flops_backward)}",
+            f"  traffic          {bytes_text(self.bytes)} forward ({self.dtype}, batch {self.batch}, heads {self.heads}, "
             f"head_dim {self.head_dim}{'' if self.head_dim == self.head_dim_v else f'/{self.head_dim_v}'})",
             f"  causal           {self.causal}",
             f"  empty rows       {approx}{self.empty_rows:,}{example}",
@@ -117,19 +119,12 @@ class Analysis:
 
     def _made(self) -> str:
         made = "made and counted" if "lists" in self.__dict__ else "not made; counted from what repeats"
-        return f"{made} in {self.seconds * 1e3:.1f} ms"
+        return f"{made} in {seconds_text(self.seconds)}"
 
     def _repr_html_(self) -> str:
         import html
 
         return f"<pre>{html.escape(str(self))}</pre>"
-
-
-def _flops(value: int) -> str:
-    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
-        if value >= size:
-            return f"{value / size:,.2f} {unit}"
-    return f"{value:,} FLOP"
 
 
 def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -267,10 +262,10 @@ def _cost(totals: Totals, domain: Domain, head_dim: int, head_dim_v: int, item: 
     """FLOPs and bytes over batch x heads; groups that share a list each do its work."""
     share = domain.batch * domain.heads // (totals.shape[0] * totals.shape[1])
     dense = domain.batch * domain.heads * domain.rows * domain.kv_len
-    width = head_dim + head_dim_v
+    width, pairs = head_dim + head_dim_v, totals.pairs_of(domain.batch, domain.heads)
     return {
-        "flops": 2 * width * totals.pairs * share,
-        "flops_backward": 2 * (3 * head_dim + 2 * head_dim_v) * totals.pairs * share,
+        "flops": 2 * width * pairs,
+        "flops_backward": 2 * (3 * head_dim + 2 * head_dim_v) * pairs,
         "flops_dense": 2 * width * dense,
         "bytes": item * width * (totals.loaded * share + domain.batch * domain.heads * domain.rows),
     }

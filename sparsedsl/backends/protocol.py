@@ -10,6 +10,7 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import BlockLists
+from sparsedsl.analysis.totals import Totals
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
@@ -47,6 +48,11 @@ class PatternRunner(ABC):
     def described(self, domain: Domain, facts: CallFacts) -> tuple[str, ...]:
         """How a call would run, line by line, for ``explain``; empty where there is nothing to tell."""
         return ()
+
+    def expected_seconds(self, domain: Domain, facts: CallFacts, totals: Totals) -> float | None:
+        """What the cost model expects a forward pass to take, once all is compiled; None where it does not know. ``totals``: of the mask,
+        in tiles of 128 x 128 tokens."""
+        return None
 
 
 class Backend(ABC):

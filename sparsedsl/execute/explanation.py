@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import html
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -14,11 +14,10 @@ import torch
 from sparsedsl.analysis.cached_keys import CacheBound
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.analysis.lists import size_text
 from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program
 from sparsedsl.analysis.report import ITEM_BYTES, Analysis, analyse
-from sparsedsl.backends.registry import AUTO, check_runs, choose, named, refusals
+from sparsedsl.backends.registry import AUTO, BACKENDS, check_runs, choose, named, refusals
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.execute.requests import requests_of
@@ -27,18 +26,39 @@ from sparsedsl.execute.ways import way_of
 from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
+from sparsedsl.plain_values import Reported
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
+from sparsedsl.quantities import bytes_text, seconds_text
 from sparsedsl.runtime.call import bind_tables, exactly
 from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.program_call import refused_positions
 from sparsedsl.runtime.request import CallFacts, Plan, Request
+from sparsedsl.tuning.rates import machine
 
 __all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation:
+class CacheNeed(Reported):
+    """What must be kept of the tokens so far to go on with later ones: ``bound``; ``bytes`` while ``length`` tokens go by, None where
+    ``unknown`` says why they are not known; ``token_bytes``: of the keys and values of one token, all key heads and batch entries."""
+
+    bound: CacheBound
+    length: int
+    token_bytes: int
+    bytes: int | None
+    unknown: str = ""
+
+    def __str__(self) -> str:
+        if self.bytes is None:
+            return f"{self.bound}; its bytes are not known: {self.unknown}"
+        took = f"{bytes_text(self.bytes)} for {self.length:,} tokens"
+        return f"{self.bound}; {took}, {bytes_text(self.token_bytes)} a token that is held"
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation(Reported):
     """What a call would do.
 
     Attributes:
@@ -48,7 +68,12 @@ class Explanation:
         structure: of a static pattern, the solved clauses of its mask.
         steps: of a program, node -> how it runs, in words.
         others: name of each backend that cannot run the call -> why not.
+        expected: name of each backend that can, of a static pattern -> seconds that the cost model expects of a forward pass, once all is
+            compiled: an estimate, from ``expected_from``. Those of which it knows nothing are not in it.
+        cache_need: what must be kept to go on with later tokens, and its bytes; proved when it is asked for.
     """
+
+    _adds = ("cache_need",)
 
     plan: Plan | None
     refusal: str | None
@@ -57,13 +82,26 @@ class Explanation:
     structure: tuple[str, ...] = ()
     steps: Mapping[Node, str] | None = None
     others: Mapping[str, str] | None = None
-    _cache: Callable[[], str] | None = None
+    expected: Mapping[str, float] = field(default_factory=dict)
+    expected_from: str = ""
+    _cache: Callable[[], CacheNeed] | None = None
 
     @functools.cached_property
+    def cache_need(self) -> CacheNeed | None:
+        """What must be kept of the tokens so far to go on with later ones, and its bytes (:func:`sparsedsl.cache_bound`)."""
+        return None if self._cache is None else self._cache()
+
+    @property
     def cache(self) -> str:
-        """What must be kept of the tokens so far to go on with later ones, in words and bytes (:func:`sparsedsl.cache_bound`); proved when
-        it is asked for."""
-        return "" if self._cache is None else self._cache()
+        """:attr:`cache_need` in words."""
+        return "" if self.cache_need is None else str(self.cache_need)
+
+    def _said(self) -> dict[str, Any]:
+        found = super()._said()
+        if self.steps is not None and isinstance(self.analysis, ProgramAnalysis):
+            program = self.analysis.program
+            found["steps"] = {program.labels[node]: program.worded(way) for node, way in self.steps.items()}
+        return found
 
     def __str__(self) -> str:
         if self.plan is None:
@@ -72,10 +110,13 @@ class Explanation:
             lines = [f"backend: {self.plan.backend} ({self.plan.reason})"]
             if self.details:
                 lines += [f"{named(self.plan.backend).details}:", *(f"  {line}" for line in self.details)]
-            elif isinstance(self.analysis, Analysis):
-                lines.append(f"tiles: {self.analysis.block[0]} x {self.analysis.block[1]} tokens (q, kv)")
+        lines += self._times()
+        if self.others:
+            width = max(map(len, self.others))
+            lines += ["cannot run it, or not yet:", *(f"  {name:{width}}  {why}" for name, why in self.others.items())]
         if self.structure:
-            lines += ["structure (a union of):", *(f"  {line}" for line in self.structure)]
+            many = "keys that a query sees, as intervals" + (" (any of):" if len(self.structure) > 1 else ":")
+            lines += [many, *(f"  {line}" for line in self.structure)]
         if self.steps is not None and isinstance(self.analysis, ProgramAnalysis):
             program = self.analysis.program
             width = max((len(program.labels[node]) for node in self.steps), default=0)
@@ -83,6 +124,16 @@ class Explanation:
         return "\n".join([*lines, str(self.analysis), *([f"  cache            {self.cache}"] if self.cache else [])])
 
     __repr__ = __str__
+
+    def _times(self) -> list[str]:
+        """What a forward pass is expected to take, for the backend that was chosen and the others."""
+        if not self.expected:
+            return []
+        chosen = None if self.plan is None else self.plan.backend
+        times = [
+            f"{name} {seconds_text(seconds)}{' (chosen)' if name == chosen else ''}" for name, seconds in self.expected.items()
+        ]
+        return [f"expected of a forward pass, an estimate: {', '.join(times)}", f"  (once compiled; by {self.expected_from})"]
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
@@ -99,7 +150,7 @@ def explain(
     facts = CallFacts(
         torch.device(device).type, name, batch, heads, kv_heads or heads, q_len, kv_len, head_dim, head_dim_v, grad, lse
     )
-    cache = functools.partial(cache_words, program, facts, sizes, tables)
+    cache = functools.partial(_cache_need, program, facts, sizes, tables)
     if program.static is not None:
         return replace(_of_pattern(attention.static, attention.backend, facts, q_offset, tables), _cache=cache)
     analysis = analyse_program(
@@ -112,18 +163,20 @@ def explain(
     return replace(_of_program(program, attention.backend, facts, sizes, analysis), _cache=cache)
 
 
-def cache_words(program: Program, facts: CallFacts, sizes: Mapping[str, int] | None, tables: Mapping[str, Any]) -> str:
-    """What a cache must hold, in words; and its bytes a token, and while ``facts.kv_len`` tokens go by."""
+def _cache_need(
+    program: Program, facts: CallFacts, sizes: Mapping[str, int] | None, tables: Mapping[str, Any]
+) -> CacheNeed:  # fmt: skip
+    """What a cache must hold, and its bytes a token, and while ``facts.kv_len`` tokens go by."""
     bound = cache_bound(program)
+    each = facts.batch * facts.kv_heads * (facts.head_dim + facts.head_dim_v) * ITEM_BYTES[facts.dtype]
     try:
         took = bound.bytes(
             facts.kv_len, facts.kv_heads, facts.head_dim, facts.dtype, head_dim_v=facts.head_dim_v, batch=facts.batch,
             heads=facts.heads, sizes=sizes, **_of_sizes(bound, tables),
         )  # fmt: skip
     except (ShapeError, TableError) as error:
-        return f"{bound}; its bytes are not known: {error}"
-    each = facts.batch * facts.kv_heads * (facts.head_dim + facts.head_dim_v) * ITEM_BYTES[facts.dtype]
-    return f"{bound}; {size_text(took)} for {facts.kv_len:,} tokens, {each:,} bytes a token that is held"
+        return CacheNeed(bound, facts.kv_len, each, None, str(error))
+    return CacheNeed(bound, facts.kv_len, each, took)
 
 
 def _of_sizes(bound: CacheBound, tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,7 +233,27 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
         pattern, facts.q_len, facts.kv_len, q_offset=q_offset, batch=facts.batch,
         heads=facts.heads, head_dim=facts.head_dim, head_dim_v=facts.head_dim_v, dtype=facts.dtype, **tables,
     )  # fmt: skip
-    return Explanation(plan, refusal, analysis, details, tuple(_clause_lines(pattern)), others=refusals([request], patience))
+    others = refusals([request], patience)
+    expected = _expected_seconds(static, domain, facts, analysis, [name for name in BACKENDS if name not in others])
+    source = ("the GPU's data" if facts.device == "cuda" else f"rates of this machine, {machine().source}") if expected else ""
+    return Explanation(
+        plan, refusal, analysis, details, tuple(_clause_lines(pattern)), others=others, expected=expected, expected_from=source
+    )  # fmt: skip
+
+
+def _expected_seconds(
+    static: StaticAttention, domain: Domain, facts: CallFacts, analysis: Analysis, names: Iterable[str]
+) -> dict[str, float]:  # fmt: skip
+    """Backend -> seconds that a forward pass is expected to take, the quickest first."""
+    found = {}
+    for name in names:
+        try:
+            seconds = static.runner(name).expected_seconds(domain, facts, analysis.totals)
+        except UnsupportedError:  # more queries than it cuts: the call says so
+            continue
+        if seconds is not None:
+            found[name] = seconds
+    return dict(sorted(found.items(), key=lambda entry: entry[1]))
 
 
 def _clause_lines(pattern: Pattern) -> list[str]:

@@ -26,6 +26,8 @@ from sparsedsl.gpu.resources import Occupancy, Resources, misfits, occupancy
 from sparsedsl.gpu.settling import settled
 from sparsedsl.gpu.targets import Target, target_named
 from sparsedsl.lang.pattern import Pattern, as_pattern
+from sparsedsl.plain_values import Reported
+from sparsedsl.quantities import bytes_text, share_text
 
 __all__ = ["Build", "BuiltKernel", "build"]
 
@@ -57,7 +59,7 @@ class BuiltKernel:
 
 
 @dataclass(frozen=True, repr=False)
-class Build:
+class Build(Reported):
     """The kernels of one pattern for one target; made by :func:`build`. ``print`` it for a table.
 
     ``kernels``: name -> :class:`BuiltKernel`; ``sources``: file name -> text of the module they are compiled from; there is a second one
@@ -72,6 +74,9 @@ class Build:
     ...     sorted(path.name for path in built.save(folder).glob("forward.*"))
     ['forward.cubin', 'forward.ptx']
     """
+
+    _adds = ("problems",)
+    _leaves_out = ("sources",)
 
     pattern: Pattern
     target: Target
@@ -123,7 +128,7 @@ class Build:
         )  # fmt: skip
         rows = [header, *(_row(kernel) for kernel in self.kernels.values())]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = [*self.pattern.text.splitlines(), f"{about}Triton {self.triton_version}"]
+        lines = [*str(self.pattern).splitlines(), f"{about}Triton {self.triton_version}"]
         lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(lines + [f"  ! {problem}" for problem in self.problems])
 
@@ -131,6 +136,11 @@ class Build:
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
+
+    def _said(self) -> dict[str, Any]:
+        told = self.to_json()
+        words = {"pattern": self.pattern.text, "target": told["target"], "shape": told["shape"]}
+        return {**words, "triton_version": self.triton_version, "kernels": told["kernels"], "problems": self.problems}
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON data; binaries are named by the file that :meth:`save` writes them to."""
@@ -195,8 +205,8 @@ def _row(kernel: BuiltKernel) -> tuple[str, ...]:
     matrix = ", ".join(f"{count} {name}" for name, count in needs.instructions) or ("none" if needs.products else "-")
     return (
         kernel.job.kernel, f"{kernel.config.block_m}x{kernel.config.block_n}", str(kernel.config.warps), str(kernel.config.stages),
-        str(needs.registers), f"{needs.spills} B" if needs.spills else "-", f"{needs.shared_bytes:,} B", str(found.blocks),
-        f"{found.share:.0%}", found.limit, matrix, str(needs.async_copies or "-"),
+        str(needs.registers), bytes_text(needs.spills) if needs.spills else "-", bytes_text(needs.shared_bytes), str(found.blocks),
+        share_text(found.share), found.limit, matrix, str(needs.async_copies or "-"),
     )  # fmt: skip
 
 
@@ -298,7 +308,7 @@ def _problems(resources: Resources, shape: Shape, job: BuildJob) -> list[str]:
     found = [f"cannot be launched: {reason}" for reason in misfits(resources, job.target)]
     if resources.slowed:
         found.append(
-            f"{resources.spills} bytes of each thread's registers spill to memory, {resources.local_share:.0%} of a loop's instructions: "
+            f"{resources.spills} bytes of each thread's registers spill to memory, {share_text(resources.local_share)} of a loop's instructions: "
             "smaller tiles or more warps need fewer"
         )
     if resources.products and shape.matrix_units:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import numbers
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,7 +15,7 @@ import sympy
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.advice import meant, shown, way_in
 from sparsedsl.lang.expressions import Mask, Score, _written, as_mask, as_score
-from sparsedsl.lang.printing import to_text
+from sparsedsl.lang.printing import expression_text, reading_text, to_text
 from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
 from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
@@ -35,7 +35,7 @@ class Pattern(Unread):
     >>> import sparsedsl as sd
     >>> pattern = sd.attend(sd.kv_idx <= sd.q_idx, sink=0.0)
     >>> pattern.mask, pattern.has_score, pattern.sink
-    (Mask(q_idx >= kv_idx), False, Score(0.0))
+    (Mask(kv_idx <= q_idx), False, Score(0.0))
     """
 
     mask: Mask
@@ -101,13 +101,17 @@ class Pattern(Unread):
 
     @functools.cached_property
     def text(self) -> str:
-        """The pattern as Python code with ``attend(...)``; also what its hash is taken of."""
-        *declarations, mask = to_text(*self.exprs).split("\n")[: len(self.tables) + 1]
+        """The pattern as Python code with ``attend(...)``; also what its hash is taken of. ``str`` says the same as one writes it."""
+        return self.written(expression_text)
+
+    def written(self, write: Callable[[sympy.Basic], str]) -> str:
+        """:attr:`text` with its expressions as ``write`` writes them."""
+        *declarations, mask = to_text(*self.exprs, write=write).split("\n")[: len(self.tables) + 1]
         words = [mask]
         if self.has_score:
-            words.append(f"score={self.score}")
+            words.append(f"score={write(self.score.expr)}")
         if self.sink is not None:
-            words.append(f"sink={self.sink}")
+            words.append(f"sink={write(self.sink.expr)}")
         if self.scale is not None:
             words.append(f"scale={self.scale!r}")
         if self.heads is not None:
@@ -152,11 +156,14 @@ class Pattern(Unread):
     def __hash__(self) -> int:
         return hash((self.exprs, self.scale))
 
-    def __str__(self) -> str:
+    def _plain_(self) -> str:
         return self.text
 
+    def __str__(self) -> str:
+        return self.written(reading_text)
+
     def __repr__(self) -> str:
-        return f"<Pattern {self.text.splitlines()[-1]}>"
+        return f"<Pattern {str(self).splitlines()[-1]}>"
 
 
 def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None) -> Pattern:

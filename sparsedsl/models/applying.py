@@ -15,7 +15,7 @@ from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.binding import Binding, Compiled
-from sparsedsl.models.caches import arrange, release, report
+from sparsedsl.models.caches import CacheReport, arrange, release, report
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.given import bind, choose
 from sparsedsl.models.installed import Installed, home_of, installed_at, installed_in
@@ -216,8 +216,8 @@ class AppliedPatterns:
         release(installed.bindings)
         return cache
 
-    def cache_report(self, length: int, *, batch: int = 1) -> str:
-        """What the layers' caches hold while ``length`` tokens go by, in words and bytes: what is bounded, and what grows.
+    def cache_report(self, length: int, *, batch: int = 1) -> CacheReport:
+        """What the layers' caches hold while ``length`` tokens go by, in words and bytes: what is bounded, and what grows; ``print`` it.
 
         The model runs on one token, to see what its layers' keys and values are.
 
@@ -226,8 +226,8 @@ class AppliedPatterns:
         >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> with sd.models.apply(LlamaForCausalLM(LlamaConfig(**tiny)).eval(), {1: sd.patterns.sliding_window(512)}) as applied:
         ...     print(applied.cache_report(32768))
-        layer 0: every key; 128 bytes a token, 4 MiB for 32,768 tokens
-        layer 1: ring: a ring of 512 keys; PROVED (for all indices, lengths and tables); 128 bytes a token, 0.0624 MiB for 32,768 tokens
+        layer 0: every key; 128 B a token, 4 MiB for 32,768 tokens
+        layer 1: ring: a ring of 512 keys; PROVED (for all indices, lengths and tables); 128 B a token, 63.9 KiB for 32,768 tokens
         all layers: 4.06 MiB, where 8 MiB hold every key
         """
         check_size("length", length, 1)
@@ -265,7 +265,7 @@ class AppliedPatterns:
 def _words(pattern: Pattern | Program) -> str:
     if isinstance(pattern, Program):
         return f"{pattern.labels[pattern.root]}{', prompts only' if is_for_prefill(pattern) else ''}"
-    return pattern.text.splitlines()[-1]
+    return str(pattern).splitlines()[-1]
 
 
 def _before_forward(installed: Installed, module: Any, args: Any, kwargs: dict[str, Any]) -> None:

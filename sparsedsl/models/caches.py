@@ -7,6 +7,7 @@ a bound is proved (:func:`sparsedsl.cache_bound`), and summaries beside the keys
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.cache_utils import (
@@ -19,15 +20,48 @@ from transformers.cache_utils import (
 )
 
 from sparsedsl.analysis.cached_keys import CacheBound
-from sparsedsl.analysis.lists import size_text
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.lang.pattern import attend
 from sparsedsl.models.binding import Binding
 from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
 from sparsedsl.models.layers import layer_words
+from sparsedsl.plain_values import Reported
+from sparsedsl.quantities import bytes_text
 
-__all__ = ["arrange", "release", "report"]
+__all__ = ["CacheReport", "LayerCache", "arrange", "release", "report"]
+
+
+@dataclass(frozen=True)
+class LayerCache(Reported):
+    """``layers`` whose caches hold alike. ``holds``: which keys, in words; ``most_tokens``: so many at most; ``token_bytes``: of the keys
+    and values of one token in one layer; ``bytes``: of one layer, the whole batch."""
+
+    layers: tuple[int, ...]
+    holds: str
+    most_tokens: int
+    token_bytes: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class CacheReport(Reported):
+    """What the caches of a model hold while ``length`` tokens go by; ``print`` it. ``bytes``: of all layers and the whole ``batch``;
+    ``whole_bytes``: if every layer held every key."""
+
+    length: int
+    batch: int
+    layers: tuple[LayerCache, ...]
+    bytes: int
+    whole_bytes: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{layer_words(list(one.layers))}: {one.holds}; {bytes_text(one.token_bytes)} a token, {bytes_text(one.bytes)} for "
+            f"{self.length:,} tokens"
+            for one in self.layers
+        ]
+        return "\n".join([*lines, f"all layers: {bytes_text(self.bytes)}, where {bytes_text(self.whole_bytes)} hold every key"])
 
 
 def arrange(
@@ -80,7 +114,7 @@ def release(bindings: Mapping[int, Binding]) -> None:
         binding.held = None
 
 
-def report(cache: Cache, length: int, batch: int) -> str:
+def report(cache: Cache, length: int, batch: int) -> CacheReport:
     """What the layers of a cache that has seen a token hold while ``length`` tokens go by, in words and bytes."""
     groups: dict[tuple[str, int, int], list[int]] = {}
     for index, layer in enumerate(cache.layers):
@@ -96,13 +130,11 @@ def report(cache: Cache, length: int, batch: int) -> str:
         elif window is not None:
             words, most = f"the last {window - 1} keys", min(length, window - 1)
         groups.setdefault((words, each, most), []).append(index)
-    lines = [
-        f"{layer_words(layers)}: {words}; {each:,} bytes a token, {size_text(batch * each * most)} for {length:,} tokens"
-        for (words, each, most), layers in groups.items()
-    ]
-    took = sum(batch * each * most * len(layers) for (_, each, most), layers in groups.items())
-    whole = sum(batch * each * length * len(layers) for (_, each, _), layers in groups.items())
-    return "\n".join([*lines, f"all layers: {size_text(took)}, where {size_text(whole)} hold every key"])
+    found = tuple(
+        LayerCache(tuple(layers), words, most, each, batch * each * most) for (words, each, most), layers in groups.items()
+    )
+    took = sum(one.bytes * len(one.layers) for one in found)
+    return CacheReport(length, batch, found, took, sum(batch * one.token_bytes * length * len(one.layers) for one in found))
 
 
 def _is_empty(layer: Any) -> bool:

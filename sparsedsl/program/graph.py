@@ -6,13 +6,14 @@ import functools
 import itertools
 import re
 import types
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import networkx as nx
 import sympy
 
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.printing import expression_text, reading_text
 from sparsedsl.lang.symbols import BATCH, INDEX_SYMBOLS
 from sparsedsl.lang.tables import TableSpec, table_reads
 from sparsedsl.lang.wrapped import Expression
@@ -147,9 +148,12 @@ class Program:
     @functools.cached_property
     def text(self) -> str:
         """The program as Python code, a line a node: what makes it again."""
+        return self._written(expression_text)
+
+    def _written(self, write: Callable[[sympy.Basic], str]) -> str:
         specs = [f"{name} = {spec.declaration()}" for name, spec in self.tables.items()]
         nodes = [node for node in self.everything if node not in OWN]
-        return "\n".join([*specs, *(f"{self.labels[node]} = {self.worded(node.code(), node.read)}" for node in nodes)])
+        return "\n".join([*specs, *(f"{self.labels[node]} = {self.worded(node.code(write), node.read)}" for node in nodes)])
 
     @property
     def key(self) -> str:
@@ -178,8 +182,11 @@ class Program:
     def __reduce__(self) -> Any:
         return Program, (self.root,)
 
-    def __str__(self) -> str:
+    def _plain_(self) -> str:
         return self.text
+
+    def __str__(self) -> str:
+        return self._written(reading_text)
 
     def __repr__(self) -> str:
         return f"<Program {self.labels[self.root]}: {len(self.order)} nodes>"

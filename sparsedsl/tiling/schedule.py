@@ -10,25 +10,33 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.lists import BlockLists
+from sparsedsl.lang.printing import expression_text
+from sparsedsl.plain_values import Reported
+from sparsedsl.quantities import seconds_text
 from sparsedsl.tiling.residues import ResidueClass
 
 __all__ = ["KeyRange", "KeyTile", "ResiduePlan", "Schedule", "StridedSeries"]
 
 
 @dataclass(frozen=True)
-class KeyTile:
+class KeyTile(Reported):
     """Keys ``start .. start + length - 1`` of the first strip, ``step`` further in each following strip (residue coordinates)."""
 
     start: int
     length: int
     step: int
     residual: Boolean | None
+
+    def _said(self) -> dict[str, Any]:
+        residual = None if self.residual is None else expression_text(self.residual)
+        return {"start": self.start, "length": self.length, "step": self.step, "residual": residual}
 
     def __str__(self) -> str:
         kind = "all" if self.residual is None else "masked"
@@ -132,13 +140,16 @@ class ResiduePlan:
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class Schedule(Reported):
     """The residue classes of one call.
 
     ``groups``: (batch, heads) that the mask tells apart. ``overlap``: some query is in several residue classes. ``covers``:
     every query is in some strip, of the first residue if residue classes overlap. ``seconds``: what the cost model expects of
     the forward pass, all heads, on the machine it was made for. ``masks``: tiles of the mask, made when they are first wanted.
     """
+
+    _adds = ("pairs",)
+    _leaves_out = ("masks",)
 
     residue_classes: tuple[ResiduePlan, ...]
     groups: tuple[int, int]
@@ -154,7 +165,7 @@ class Schedule:
         return sum(residue.pairs for residue in self.residue_classes)
 
     def __str__(self) -> str:
-        lines = [f"strips of up to {self.height} queries, {self.pairs:,} pairs computed, {self.seconds * 1e3:.3g} ms expected"]
+        lines = [f"strips of up to {self.height} queries, {self.pairs:,} pairs computed, {seconds_text(self.seconds)} expected"]
         for plan in self.residue_classes:
             if plan.lists is not None:
                 lines.append(f"{plan.residue}: scattered tiles, {plan.lists!r}")

@@ -17,6 +17,7 @@ from sparsedsl.codegen.to_cpp import CppSource, CppVariant, cpp_source, fixed_pa
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.quantities import seconds_text
 from sparsedsl.settings import settings
 
 __all__ = ["Native", "address", "begun", "build_ahead", "fixed_library", "fixed_pass", "fixed_width", "native", "parallel"]
@@ -119,7 +120,7 @@ def build_ahead(pattern: Pattern, dtype: str = "float32") -> str:
     parallel()
     what = "float64" if double else "float32, bfloat16 and float16"
     took = time.perf_counter() - begin
-    return f"C++ for {what}, forward and backward, is ready after {took:.1f} s: {settings().cache / 'cpp'}"
+    return f"C++ for {what}, forward and backward, is ready after {seconds_text(took)}: {settings().cache / 'cpp'}"
 
 
 @functools.cache

@@ -48,8 +48,11 @@ class Candidate:
     def text(self) -> str:
         """A line for people: the pattern, or what the program ends with."""
         if isinstance(self.value, Program):
-            return self.value.text.splitlines()[-1].partition(" = ")[2]
-        return as_pattern(self.value).text.splitlines()[-1]
+            return str(self.value).splitlines()[-1].partition(" = ")[2]
+        return str(as_pattern(self.value)).splitlines()[-1]
+
+    def _plain_(self) -> str:
+        return self.value.text
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain data; bound tables by their values."""
