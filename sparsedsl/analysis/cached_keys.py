@@ -231,9 +231,17 @@ class CacheBound(Reported):
                 parts.append(f"keys with kv_idx % {self.every} in {', '.join(map(str, self.residues))}")
             text = f"{self.kind}: {', '.join(parts) or 'no key of the past'}; {self.verdict}{'' if self.tight else '; perhaps fewer'}"
         else:
-            text = f"{self.kind}: {', '.join(parts) or self.verdict}"
+            text = f"{self.kind}: {', '.join(parts) or self._why()}"
         text += f"; a step reads {self.step}" if self.step else ""
         return text if self.causal == PROVED else f"{text}; a query may see a later key, which must come in the same call"
+
+    def _why(self) -> str:
+        """Why no key may go."""
+        pair = self.verdict.witness
+        if pair is None:
+            return f"{self.verdict.reason or 'any key may be asked for again'}, so that no bound is known"
+        shown = f"query {pair.q_idx:,} asks for key {pair.kv_idx:,}" + (f" (head {pair.h}, batch entry {pair.b})" if pair.h or pair.b else "")
+        return f"{self.verdict.reason or 'any key may be asked for again'}; as {shown}"
 
     __repr__ = __str__
 

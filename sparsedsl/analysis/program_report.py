@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
@@ -16,6 +18,7 @@ from sparsedsl.analysis.proofs import Verdict
 from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.advice import shown, surplus
+from sparsedsl.lang.tables import declared
 from sparsedsl.plain_values import Reported, plain
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
@@ -46,6 +49,7 @@ class ProgramAnalysis(Reported):
     effects: frozenset[str]
     warnings: tuple[str, ...]
     seconds: float = field(repr=False)
+    tables: Mapping[str, torch.Tensor] = field(repr=False)
 
     def _said(self) -> dict[str, Any]:
         steps = [{**plain(step), "node": self.program.labels[step.node]} for step in self.steps]
@@ -59,7 +63,7 @@ class ProgramAnalysis(Reported):
         labels = self.program.labels
         width = max((len(labels[step.node]) for step in self.steps), default=0)
         lines = [
-            *str(self.program).splitlines(),
+            *declared(str(self.program), self.tables),
             f"  queries x keys   {self.q_len:,} x {self.kv_len:,}"
             + (f", first query at {self.q_offset:,}" if self.q_offset else ""),
             f"  pairs            at most {share_text(self.density)} of all",
@@ -120,4 +124,5 @@ def analyse_program(
     return ProgramAnalysis(
         program, q_len, keys, q_offset, heads, steps, pairs / (batch * heads * q_len * keys), sum(s.flops for s in steps), dense,
         sum(s.bytes for s in steps), causal, frozenset(effects), tuple(warnings), time.perf_counter() - start,
+        {name: given[name] for name in program.tables},
     )  # fmt: skip

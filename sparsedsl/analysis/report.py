@@ -30,7 +30,7 @@ from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
-from sparsedsl.lang.tables import table_reads
+from sparsedsl.lang.tables import declared, table_reads
 from sparsedsl.plain_values import Reported
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
@@ -51,6 +51,8 @@ class Analysis(Reported):
     listed tiles; ``flops_backward`` likewise, ``flops_dense``: forward with every tile listed. ``bytes``: forward traffic if every listed
     tile loads its keys and values once and queries and outputs move once. ``partial_share``: partial / listed tiles. ``imbalance``: most /
     mean listed tiles of a tile row. ``empty_rows``: rows that may attend to nothing, ``empty_row`` one of them as (b, h, q_idx).
+
+    ``tables``: the values that were read, by name.
 
     >>> import sparsedsl as sd
     >>> found = sd.analyse(sd.kv_idx <= sd.q_idx, 256)
@@ -82,6 +84,7 @@ class Analysis(Reported):
     warnings: tuple[str, ...]
     seconds: float = field(repr=False)
     block: tuple[int, int]
+    tables: Mapping[str, torch.Tensor] = field(repr=False)
     _list: Callable[[], BlockLists] = field(repr=False)
 
     @functools.cached_property
@@ -96,20 +99,20 @@ class Analysis(Reported):
         totals = self.totals
         batch, heads, rows, columns = totals.shape
         block_q, block_kv = self.block
-        saving = self.flops_dense / max(self.flops, 1)
+        saving = f"{factor_text(self.flops_dense / self.flops)} less than dense" if self.flops else "nothing to compute"
         example = f", e.g. (b, h, q_idx) = {self.empty_row}" if self.empty_row else ""
-        groups = f", {batch} x {heads} lists" if batch * heads > 1 else ""
+        groups = f", lists for {batch} x {heads} (batch, heads)" if batch * heads > 1 else ""
         approx = "" if self.density_exact else "about "
         listed, total = totals.listed, batch * heads * rows * columns
         lines = [
-            *str(self.pattern).splitlines(),
+            *declared(str(self.pattern), self.tables),
             f"  queries x keys   {self.q_len:,} x {self.kv_len:,}" + (f", first query at {self.q_offset:,}" if self.q_offset else ""),
             f"  allowed pairs    {approx}{share_text(self.density)} of all",
             f"  tiles            {listed:,} of {total:,} listed ({share_text(listed / total)}), {block_q} x {block_kv} tokens{groups}",
             f"                   {totals.full:,} full, {totals.partial:,} partial ({share_text(self.partial_share)})",
-            f"  lists            {bytes_text(totals.nbytes)}, {self._made()}",
+            f"  tile lists       {bytes_text(totals.nbytes)}, {self._made()}",
             f"  row imbalance    {factor_text(self.imbalance)} (most / mean tiles in a row)",
-            f"  forward          {flops_text(self.flops)}, {factor_text(saving)} less than dense; backward {flops_text(self.flops_backward)}",
+            f"  forward          {flops_text(self.flops)}, {saving}; backward {flops_text(self.flops_backward)}",
             f"  traffic          {bytes_text(self.bytes)} forward ({self.dtype}, batch {self.batch}, heads {self.heads}, "
             f"head_dim {self.head_dim}{'' if self.head_dim == self.head_dim_v else f'/{self.head_dim_v}'})",
             f"  causal           {self.causal}",
@@ -240,7 +243,7 @@ def analyse(
         pattern, domain.rows, domain.kv_len, q_offset, batch, heads, head_dim, head_dim_v or head_dim, name, totals,
         density=rows.allowed / (rows.rows * domain.kv_len), density_exact=rows.exact, **cost,
         partial_share=totals.partial / max(totals.listed, 1), imbalance=totals.imbalance, causal=causal,
-        empty_rows=rows.empty, empty_row=empty_row, warnings=tuple(_warnings(pattern, domain, rows, causal)), seconds=seconds, block=pair,
+        empty_rows=rows.empty, empty_row=empty_row, warnings=tuple(_warnings(pattern, domain, rows, causal)), seconds=seconds, block=pair, tables=bound,
         _list=functools.partial(classify, mask, exact, pair),
     )  # fmt: skip
     if lists is not None:

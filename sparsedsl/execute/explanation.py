@@ -25,7 +25,8 @@ from sparsedsl.execute.static import StaticAttention
 from sparsedsl.execute.ways import way_of
 from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.printing import expression_text
+from sparsedsl.lang.printing import expression_text, reading_text
+from sparsedsl.lang.symbols import KV_IDX
 from sparsedsl.plain_values import Reported
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
@@ -42,19 +43,26 @@ __all__ = ["Explanation", "explain"]
 @dataclass(frozen=True, eq=False)
 class CacheNeed(Reported):
     """What must be kept of the tokens so far to go on with later ones: ``bound``; ``bytes`` while ``length`` tokens go by, None where
-    ``unknown`` says why they are not known; ``token_bytes``: of the keys and values of one token, all key heads and batch entries."""
+    ``unknown`` says why they are not known; ``token_bytes``: of the keys and values of one token, all key heads and batch entries.
+    ``recent``, ``first``: of a bound, its numbers for these heads and tables; None where there are none."""
 
     bound: CacheBound
     length: int
     token_bytes: int
     bytes: int | None
     unknown: str = ""
+    recent: int | None = None
+    first: int | None = None
 
     def __str__(self) -> str:
         if self.bytes is None:
             return f"{self.bound}; its bytes are not known: {self.unknown}"
+        here = "".join(
+            f"; {bound} is {value:,} here" if value is not None and not isinstance(bound, int) else ""
+            for bound, value in ((self.bound.recent, self.recent), (self.bound.first, self.first))
+        )
         took = f"{bytes_text(self.bytes)} for {self.length:,} tokens"
-        return f"{self.bound}; {took}, {bytes_text(self.token_bytes)} a token that is held"
+        return f"{self.bound}{here}; {took}, {bytes_text(self.token_bytes)} a token that is held"
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +121,7 @@ class Explanation(Reported):
         lines += self._times()
         if self.others:
             width = max(map(len, self.others))
-            lines += ["cannot run it, or not yet:", *(f"  {name:{width}}  {why}" for name, why in self.others.items())]
+            lines += ["backends that do not run this call:", *(f"  {name:{width}}  {why}" for name, why in self.others.items())]
         if self.structure:
             many = "keys that a query sees, as intervals" + (" (any of):" if len(self.structure) > 1 else ":")
             lines += [many, *(f"  {line}" for line in self.structure)]
@@ -130,10 +138,11 @@ class Explanation(Reported):
         if not self.expected:
             return []
         chosen = None if self.plan is None else self.plan.backend
-        times = [
-            f"{name} {seconds_text(seconds)}{' (chosen)' if name == chosen else ''}" for name, seconds in self.expected.items()
-        ]
-        return [f"expected of a forward pass, an estimate: {', '.join(times)}", f"  (once compiled; by {self.expected_from})"]
+        lines = [f"expected time of a forward pass, once compiled (an estimate from {self.expected_from}):"]
+        width = max(map(len, self.expected))
+        for name, seconds in self.expected.items():
+            lines.append(f"  {name:{width}}  {seconds_text(seconds)}{', chosen' if name == chosen else ''}")
+        return lines
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
@@ -169,14 +178,16 @@ def _cache_need(
     """What a cache must hold, and its bytes a token, and while ``facts.kv_len`` tokens go by."""
     bound = cache_bound(program)
     each = facts.batch * facts.kv_heads * (facts.head_dim + facts.head_dim_v) * ITEM_BYTES[facts.dtype]
+    read = _of_sizes(bound, tables)
     try:
         took = bound.bytes(
             facts.kv_len, facts.kv_heads, facts.head_dim, facts.dtype, head_dim_v=facts.head_dim_v, batch=facts.batch,
-            heads=facts.heads, sizes=sizes, **_of_sizes(bound, tables),
+            heads=facts.heads, sizes=sizes, **read,
         )  # fmt: skip
+        recent, first = bound.sizes(batch=facts.batch, heads=facts.heads, **read) if bound.is_bounded else (None, None)
     except (ShapeError, TableError) as error:
         return CacheNeed(bound, facts.kv_len, each, None, str(error))
-    return CacheNeed(bound, facts.kv_len, each, took)
+    return CacheNeed(bound, facts.kv_len, each, took, "", recent, first)
 
 
 def _of_sizes(bound: CacheBound, tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,7 +246,7 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
     )  # fmt: skip
     others = refusals([request], patience)
     expected = _expected_seconds(static, domain, facts, analysis, [name for name in BACKENDS if name not in others])
-    source = ("the GPU's data" if facts.device == "cuda" else f"rates of this machine, {machine().source}") if expected else ""
+    source = ("the rates of this GPU" if facts.device == "cuda" else f"the rates of this machine, {machine().source}") if expected else ""
     return Explanation(
         plan, refusal, analysis, details, tuple(_clause_lines(pattern)), others=others, expected=expected, expected_from=source
     )  # fmt: skip
@@ -251,7 +262,7 @@ def _expected_seconds(
             seconds = static.runner(name).expected_seconds(domain, facts, analysis.totals)
         except UnsupportedError:  # more queries than it cuts: the call says so
             continue
-        if seconds is not None:
+        if seconds:
             found[name] = seconds
     return dict(sorted(found.items(), key=lambda entry: entry[1]))
 
@@ -261,11 +272,13 @@ def _clause_lines(pattern: Pattern) -> list[str]:
     for clause in clauses(pattern.mask.expr):
         parts = []
         for bound in clause.bounds:
-            form = expression_text(sympy.Add(bound.q_part, bound.kv_part))
-            low = "" if bound.low is None else f"{expression_text(bound.low)} <= "
-            high = "" if bound.high is None else f" <= {expression_text(bound.high)}"
-            parts.append(f"{low}{form}{high}")
+            low, form, high = bound.low, sympy.Add(bound.q_part, bound.kv_part), bound.high
+            if side := {KV_IDX: 1, -KV_IDX: -1}.get(bound.kv_part):  # solved for the key
+                low, high = (None if end is None else side * (end - bound.q_part) for end in (low, high)[::side])
+                form = KV_IDX
+            before, after = ("" if low is None else f"{expression_text(low)} <= "), ("" if high is None else f" <= {expression_text(high)}")
+            parts.append(f"{before}{expression_text(form)}{after}")
         solved = " and ".join(parts) or "every pair"
-        rest = " and ".join(expression_text(r) for r in clause.rest)
-        lines.append(solved + (f"; decided by boxes and points: {rest}" if rest else ""))
+        rest = " and ".join(reading_text(r) for r in clause.rest)
+        lines.append(solved + (f"; where also {rest}, looked at tile by tile" if rest else ""))
     return lines or ["nothing"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ from sparsedsl.quantities import seconds_text
 from sparsedsl.tiling.residues import ResidueClass
 
 __all__ = ["KeyRange", "KeyTile", "ResiduePlan", "Schedule", "StridedSeries"]
+
+
+# Runs of strips that are printed for each head.
+MOST_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,9 @@ class KeyTile(Reported):
         return {"start": self.start, "length": self.length, "step": self.step, "residual": residual}
 
     def __str__(self) -> str:
-        kind = "all" if self.residual is None else "masked"
-        return f"{self.length} keys from {self.start} {kind}" + (f", {self.step:+} each" if self.step else "")
+        kind = "" if self.residual is None else ", masked"
+        moves = f", {self.step:,} further in each strip" if self.step else ""
+        return f"{'1 key' if self.length == 1 else f'{self.length:,} keys'} from key {self.start:,}{moves}{kind}"
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,9 @@ class StridedSeries:
         return found
 
     def __str__(self) -> str:
-        strips = f"{self.count} strips" if self.count > 1 else "1 strip"
-        return f"{strips} of {self.height} queries from {self.q_start}: " + "; ".join(map(str, self.key_tiles))
+        strips = f"{self.count:,} strips" if self.count > 1 else "1 strip"
+        queries = "1 query" if self.height == 1 else f"{self.height:,} queries"
+        return f"{strips} of {queries} from query {self.q_start:,}: " + "; ".join(map(str, self.key_tiles))
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,14 +171,47 @@ class Schedule(Reported):
         return sum(residue.pairs for residue in self.residue_classes)
 
     def __str__(self) -> str:
-        lines = [f"strips of up to {self.height} queries, {self.pairs:,} pairs computed, {seconds_text(self.seconds)} expected"]
+        if not self.residue_classes:
+            return "nothing to compute: no query sees a key"
+        cut = f"strips of up to {self.height:,} queries" if self.height else "tiles, each for itself"
+        each = " for one head of each kind" if self.groups != (1, 1) else ""
+        lines = [f"{cut}, {self.pairs:,} pairs computed{each}, {seconds_text(self.seconds)} expected"]
         for plan in self.residue_classes:
             if plan.lists is not None:
                 lines.append(f"{plan.residue}: scattered tiles, {plan.lists!r}")
                 continue
-            lines.append(f"{plan.residue}:")
-            shown = [f"  {series}" for series in plan.strided_series[:6]]
-            if len(plan.strided_series) > len(shown):
-                shown.append(f"  .. {len(plan.strided_series) - len(shown)} more series")
-            lines += shown
+            lines += [] if plan.residue.plain and len(self.residue_classes) == 1 else [f"{plan.residue}:"]
+            for groups, series in _alike(plan.strided_series).items():
+                who = self._named(groups)
+                lines += [f"  {who}:"] if who else []
+                shown = [f"  {'  ' if who else ''}{one}" for one in series[:MOST_SHOWN]]
+                shown += [f"  .. {len(series) - len(shown):,} more of such runs"] if len(series) > len(shown) else []
+                lines += shown
         return "\n".join(lines)
+
+    def _named(self, groups: tuple[int, ...]) -> str:
+        """The batch entries and heads that a strip is of; nothing where the mask tells none apart."""
+        batch, heads = self.groups
+        entries, of = ([*dict.fromkeys(part)] for part in zip(*(divmod(group, heads) for group in groups), strict=True))
+        whole = len(groups) == len(entries) * len(of)
+        if not whole:
+            return "; ".join(self._named((group,)) for group in groups)
+        words = [_numbers("batch entry", "batch entries", entries)] if batch > 1 else []
+        return ", ".join(words + ([_numbers("head", "heads", of)] if heads > 1 else []))
+
+
+def _numbers(one: str, many: str, numbers: list[int]) -> str:
+    if len(numbers) > 2 and numbers == [*range(numbers[0], numbers[-1] + 1)]:
+        return f"{many} {numbers[0]} to {numbers[-1]}"
+    return f"{one if len(numbers) == 1 else many} {', '.join(map(str, numbers))}"
+
+
+def _alike(series: tuple[StridedSeries, ...]) -> dict[tuple[int, ...], list[StridedSeries]]:
+    """Groups whose strips are the same -> these strips."""
+    by_group: dict[int, list[StridedSeries]] = {}
+    for one in series:
+        by_group.setdefault(one.group, []).append(one)
+    alike: dict[tuple[StridedSeries, ...], list[int]] = {}
+    for group, found in by_group.items():
+        alike.setdefault(tuple(replace(one, group=0) for one in found), []).append(group)
+    return {tuple(groups): list(found) for found, groups in alike.items()}
