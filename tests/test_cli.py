@@ -84,7 +84,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     sys.modules.pop("mine", None)
 
 
-WINDOW_TEXT = "attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 4))"
+WINDOW_TEXT = "attend((kv_idx <= q_idx) & (q_idx - kv_idx <= 4))"
 
 
 @pytest.mark.parametrize("name", ["window", "factory", "mask_mod", "compiled", "Holder.inner"])

@@ -184,7 +184,7 @@ def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | Non
 
     >>> import sparsedsl as sd
     >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.tanh(sd.score / 30) * 30)
-    <Pattern attend(q_idx >= kv_idx, score=30*tanh(score / 30))>
+    <Pattern attend(kv_idx <= q_idx, score=30*tanh(score / 30))>
     """
     mask = as_mask(mask, where="the mask of attend()")
     if heads is not None:

@@ -197,19 +197,19 @@ class Printer:
 
 
 class ReadingPrinter(Printer):
-    """The same expressions as one writes them: keys left of what bounds them, windows by their size. :func:`sparsedsl.parse` reads it too."""
+    """The same expressions as one writes them: keys left of what bounds them, windows by their size."""
 
     def sides(self, expr: Relational) -> tuple[sympy.Basic, str, sympy.Basic]:
         """``kv_idx <= q_idx`` for ``q_idx >= kv_idx``, ``q_idx - kv_idx < 512`` for ``<= 511``."""
         left, sign, right = super().sides(expr)
         if sign not in _TURNED:
             return left, sign, right
-        if KV_IDX in right.free_symbols and KV_IDX not in left.free_symbols:
+        if KV_IDX in right.free_symbols and KV_IDX not in left.free_symbols and not right.has(TableRead):
             left, sign, right = right, _TURNED[sign], left
         elif sign == ">=" and right.is_Integer and isinstance(left, sympy.Add) and -KV_IDX in left.args and right < 0:
             left, sign, right = KV_IDX, "<=", left + KV_IDX - right
-        if sign == "<=" and right.is_Integer and right > 0 and left.is_integer:
-            sign, right = "<", right + 1
+        if sign == "<=" and right.is_Integer and right > 0 and right % 2 and left.is_integer:
+            sign, right = "<", right + 1  # a size: most are even
         return left, sign, right
 
 

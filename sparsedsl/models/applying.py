@@ -113,7 +113,7 @@ def apply(
     >>> local = (sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 4)
     >>> with sd.models.apply(model, {1: local}, backend="reference") as applied:
     ...     print(applied)
-    <AppliedPatterns on LlamaForCausalLM: layer 1 attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 3)); native: layer 0>
+    <AppliedPatterns on LlamaForCausalLM: layer 1 attend((kv_idx <= q_idx) & (q_idx - kv_idx < 4)); native: layer 0>
     >>> sparse = sd.patterns.token_sparse(coverage=0.1, probe=8, min_tokens=16)
     >>> with sd.models.apply(model, {1: sparse}) as applied:
     ...     applied.patterns[1].root is sparse

@@ -149,11 +149,11 @@ def attend(
 
     >>> import sparsedsl as sd
     >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.tanh(sd.score / 30) * 30)
-    <Pattern attend(q_idx >= kv_idx, score=30*tanh(score / 30))>
+    <Pattern attend(kv_idx <= q_idx, score=30*tanh(score / 30))>
     >>> causal, own = sd.kv_idx <= sd.q_idx, sd.q_idx // 512 == sd.kv_idx // 512
     >>> moba = sd.attend(causal & (own | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 512)), 2)))
     >>> print(moba.selections[0].among)  # blocks that are over: the own one attends in any case
-    (q_idx >= kv_idx) & (q_idx // 512 != kv_idx // 512)
+    (kv_idx <= q_idx) & (q_idx // 512 != kv_idx // 512)
     """
     pattern = static.attend(mask, score, sink=sink, scale=scale, heads=heads)
     own = Attend.x, Attend.y, Attend.z

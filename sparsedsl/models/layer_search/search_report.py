@@ -72,7 +72,7 @@ class SearchReport(Reported):
     ({0: 'window', 1: 'window'}, True)
     >>> with again.apply(model) as applied:
     ...     print(applied)
-    <AppliedPatterns on LlamaForCausalLM: layers 0, 1 attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 7))>
+    <AppliedPatterns on LlamaForCausalLM: layers 0, 1 attend((kv_idx <= q_idx) & (q_idx - kv_idx < 8))>
     """
 
     _adds = ("cost", "native_cost")
