@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import sparsedsl as sd
+from sparsedsl.backend_option import NAMES, backends_here
+from sparsedsl.backends.registry import BACKENDS
 from sparsedsl.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,10 +231,16 @@ PLOT = ("plot", "--q-len", "8")
 # fmt: off
 # ruff: noqa: E501 (a mistake and its message stand on one line)
 MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
+    "a file meant": ((*EXPLAIN, "mien.py:window"), "there is no file mien.py. Did you mean 'mine.py'?"),
+    "a module meant": ((*EXPLAIN, "sparsedsl.pattern:causal"), "there is no module sparsedsl.pattern. Did you mean 'sparsedsl.patterns'?"),
+    "a module here": ((*EXPLAIN, "mind:window"), "there is no module mind. Did you mean 'mine'?"),
+    "a library pattern meant": ((*EXPLAIN, "sparsedsl.patterns:casual"), ". Did you mean 'causal'?"),
+    "a file without a name": ((*EXPLAIN, "mine.py"), "Did you mean 'mine.py:NAME', for a name in that file?"),
+    "no folder": ((*EXPLAIN, "there/mine.py:x"), "there is no file there/mine.py; there is no folder there either"),
     "no colon": ((*EXPLAIN, "mine"), "SPEC must be module:name or file.py:name; got 'mine'"),
     "no name": ((*EXPLAIN, "mine:"), "SPEC must be module:name or file.py:name; got 'mine:'"),
     "no file": ((*EXPLAIN, "yours.py:x"), "there is no file yours.py"),
-    "no module": ((*EXPLAIN, "yours:x"), "importing yours raises ModuleNotFoundError: No module named 'yours'"),
+    "no module": ((*EXPLAIN, "yours:x"), "there is no module yours\n"),
     "unknown name": ((*EXPLAIN, "mine:windw"), "mine has no 'windw'; it has Holder, bound, broken, capped"),
     "no pattern": ((*EXPLAIN, "mine:number"), "mine:number must be a Mask or a Pattern; got 3 (int)"),
     "three arguments": ((*EXPLAIN, "mine:three"), "mine:three takes 3 arguments; wanted a mask_mod(b, h, q_idx, kv_idx)"),
@@ -397,3 +405,100 @@ def test_a_kernel_is_checked_and_reported_as_text_and_json(run: Run) -> None:
 def test_mistakes_with_kernels_give_one_message(run: Run, arguments: tuple[str, ...], words: str) -> None:
     code, _, err = run("check", *arguments)
     assert code == 2 and words in err
+
+
+# ---- for programs, and for shells ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["mine:window", "mine:node"])
+def test_explain_prints_its_report_as_json(run: Run, spec: str) -> None:
+    code, out, err = run("explain", spec, "--q-len", "2048", "--heads", "2", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["report"] == "Explanation" and found["plan"]["backend"] == "cpp"
+    assert found["analysis"]["causal"]["status"] == "PROVED"
+    assert (found["steps"] is None) == (spec == "mine:window")
+    assert found["cache_need"]["bytes"] > 0
+
+
+def test_json_has_the_tiles_that_were_asked_for(run: Run) -> None:
+    code, out, _ = run("explain", "mine:window", "--q-len", "64", "--block-size", "16x32", "--json")
+    assert code == 0 and json.loads(out)["block_size"]["block"] == [16, 32]
+
+
+def test_build_prints_its_report_as_json(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("build", "mine:window", "--target", "cpu", "--json", "--source")
+    assert (code, err) == (0, "") or "compiling C++" in err
+    found = json.loads(out)
+    assert found["report"] == "CppBuild" and "float32" in found["dtypes"] and "#include" in found["source"]
+
+
+def test_tune_prints_what_it_did_as_json(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPARSEDSL_CACHE", str(tmp_path / "cache"))
+    code, out, _ = run("tune", "--list", "--clear", "--json")
+    assert code == 0 and json.loads(out) == {"report": "Tune", "deleted": 0, "records": []}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"sparsedsl {sd.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["explain", "check"])
+def test_backend_without_a_name_lists_what_runs_here(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--backend"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["auto", *BACKENDS] == list(NAMES)
+    assert all("runs here" in line or "does not run here" in line for line in lines)
+    assert torch.cuda.is_available() or ("does not run here" in lines[-1] and "need a GPU" in lines[-1])
+
+
+def test_a_backend_that_lacks_something_says_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (line,) = [line for line in backends_here().splitlines() if line.startswith("cpp")]
+    assert "does not run here" in line and "CXX='no-such-compiler' names none" in line
+    assert "on cuda" in str(BACKENDS["cpp"].lacking("cuda"))
+
+
+def asked_by_a_shell(line: str, folder: Path) -> list[str]:
+    """What argcomplete answers to a shell that completes ``line``."""
+    answers = folder / "answers"
+    shell = {
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_SHELL": "bash",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answers),
+    }
+    words = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE_COMP_WORDBREAKS": " \n"}
+    code = "import sys; sys.argv[0] = 'sparsedsl'; from sparsedsl.cli import main; main()"
+    environment = {**os.environ, **shell, **words, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return [answer.strip() for answer in answers.read_text().split("\n") if answer.strip()]
+
+
+@pytest.mark.parametrize(
+    ("line", "answers"),
+    [
+        ("sparsedsl ex", ["explain"]),
+        ("sparsedsl explain mine.py:win", ["mine.py:window"]),
+        ("sparsedsl explain sparsedsl.patterns:mob", ["sparsedsl.patterns:moba"]),
+        ("sparsedsl explain min", ["mine.py:"]),
+        ("sparsedsl explain mine.py:window --backend ti", ["tiled"]),
+        ("sparsedsl build mine.py:window --rem", ["--remarks"]),
+    ],
+)
+def test_shells_complete(line: str, answers: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    assert asked_by_a_shell(line, tmp_path) == answers
+
+
+def test_completion_loads_nothing_unless_a_shell_asks() -> None:
+    code = (
+        "import sys; from sparsedsl.cli import main\n"
+        "try: main(['--version'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('argcomplete', 'torch', 'matplotlib', 'transformers', 'triton') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"

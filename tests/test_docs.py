@@ -92,7 +92,10 @@ def run(document: list[Block]) -> int:
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("conversion", "kernels", "models", "programs", "reports", "search", "testing", "tuning")),
+    *(
+        f"docs/{name}.md"
+        for name in ("command_line", "conversion", "kernels", "models", "programs", "reports", "search", "testing", "tuning")
+    ),
 ]
 
 

@@ -72,6 +72,7 @@ def test_public_functions_give_back_reports_that_are_plain_data():
 
 def every_kind() -> list[type]:
     """All reports of the library, those inside of others too."""
+    from sparsedsl.backends.cpp import libraries  # noqa: F401
     from sparsedsl.gpu import autotune, builds, expected, tuning_records  # noqa: F401
     from sparsedsl.models.layer_search import search_report  # noqa: F401
     from sparsedsl.tiling import schedule  # noqa: F401

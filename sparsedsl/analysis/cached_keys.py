@@ -240,8 +240,9 @@ class CacheBound(Reported):
         pair = self.verdict.witness
         if pair is None:
             return f"{self.verdict.reason or 'any key may be asked for again'}, so that no bound is known"
-        shown = f"query {pair.q_idx:,} asks for key {pair.kv_idx:,}" + (f" (head {pair.h}, batch entry {pair.b})" if pair.h or pair.b else "")
-        return f"{self.verdict.reason or 'any key may be asked for again'}; as {shown}"
+        who = f" (head {pair.h}, batch entry {pair.b})" if pair.h or pair.b else ""
+        reason = self.verdict.reason or "any key may be asked for again"
+        return f"{reason}; as query {pair.q_idx:,} asks for key {pair.kv_idx:,}{who}"
 
     __repr__ = __str__
 

@@ -243,7 +243,8 @@ def analyse(
         pattern, domain.rows, domain.kv_len, q_offset, batch, heads, head_dim, head_dim_v or head_dim, name, totals,
         density=rows.allowed / (rows.rows * domain.kv_len), density_exact=rows.exact, **cost,
         partial_share=totals.partial / max(totals.listed, 1), imbalance=totals.imbalance, causal=causal,
-        empty_rows=rows.empty, empty_row=empty_row, warnings=tuple(_warnings(pattern, domain, rows, causal)), seconds=seconds, block=pair, tables=bound,
+        empty_rows=rows.empty, empty_row=empty_row, warnings=tuple(_warnings(pattern, domain, rows, causal)), seconds=seconds, block=pair,
+        tables=bound,
         _list=functools.partial(classify, mask, exact, pair),
     )  # fmt: skip
     if lists is not None:

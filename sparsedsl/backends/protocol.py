@@ -74,6 +74,10 @@ class Backend(ABC):
     def refusal(self, request: Request) -> str | None:
         """Why it cannot do a piece of work, or None."""
 
+    def lacking(self, device: str) -> str | None:
+        """What this machine lacks for it to run anything on a kind of device, ``"cpu"`` or ``"cuda"``; or None. Asks for no build."""
+        return None
+
     def refusal_by_now(self, request: Request, patience: Patience) -> str | None:
         """The same for ``auto``, which waits no longer than ``patience``: :class:`~sparsedsl.runtime.request.NotYet` where it would."""
         return self.refusal(request)

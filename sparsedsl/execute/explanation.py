@@ -246,7 +246,11 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
     )  # fmt: skip
     others = refusals([request], patience)
     expected = _expected_seconds(static, domain, facts, analysis, [name for name in BACKENDS if name not in others])
-    source = ("the rates of this GPU" if facts.device == "cuda" else f"the rates of this machine, {machine().source}") if expected else ""
+    source = (
+        ("the rates of this GPU" if facts.device == "cuda" else f"the rates of this machine, {machine().source}")
+        if expected
+        else ""
+    )
     return Explanation(
         plan, refusal, analysis, details, tuple(_clause_lines(pattern)), others=others, expected=expected, expected_from=source
     )  # fmt: skip
@@ -276,7 +280,10 @@ def _clause_lines(pattern: Pattern) -> list[str]:
             if side := {KV_IDX: 1, -KV_IDX: -1}.get(bound.kv_part):  # solved for the key
                 low, high = (None if end is None else side * (end - bound.q_part) for end in (low, high)[::side])
                 form = KV_IDX
-            before, after = ("" if low is None else f"{expression_text(low)} <= "), ("" if high is None else f" <= {expression_text(high)}")
+            before, after = (
+                ("" if low is None else f"{expression_text(low)} <= "),
+                ("" if high is None else f" <= {expression_text(high)}"),
+            )
             parts.append(f"{before}{expression_text(form)}{after}")
         solved = " and ".join(parts) or "every pair"
         rest = " and ".join(reading_text(r) for r in clause.rest)

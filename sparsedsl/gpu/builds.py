@@ -308,7 +308,8 @@ def _problems(resources: Resources, shape: Shape, job: BuildJob) -> list[str]:
     found = [f"cannot be launched: {reason}" for reason in misfits(resources, job.target)]
     if resources.slowed:
         found.append(
-            f"{resources.spills} bytes of each thread's registers spill to memory, {share_text(resources.local_share)} of a loop's instructions: "
+            f"{resources.spills} bytes of each thread's registers spill to memory, {share_text(resources.local_share)} of a loop's "
+            "instructions: "
             "smaller tiles or more warps need fewer"
         )
     if resources.products and shape.matrix_units:

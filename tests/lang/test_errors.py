@@ -23,7 +23,7 @@ slope = sd.table("slope", learned=True)
 NO_TRUTH = "has no truth value while it is being declared. `and`, `or`, `not`, `if`, `in` and chained comparisons (`0 <= x < 5`) ask for one and would drop a side. Write `a & b`, `a | b`, `~a`, `(0 <= x) & (x < 5)`"
 UNKNOWN = "its value is not known while it is being declared"
 UNREAD = "a table must be read with indices before it is used: t[q_idx]; got the bare table 't'"
-NOT_A_NUMBER = "a mask is not a number: q_idx >= kv_idx. Join masks with & | ^ ~, or make a number with sd.where(mask, 1, 0)"
+NOT_A_NUMBER = "a mask is not a number: kv_idx <= q_idx. Join masks with & | ^ ~, or make a number with sd.where(mask, 1, 0)"
 DIVISOR = "must be known not to be zero; got {}. Use a constant, a length, or a table declared with values_in=(1, ...)"
 
 # fmt: off

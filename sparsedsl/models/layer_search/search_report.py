@@ -167,7 +167,8 @@ class SearchReport(Reported):
             *(f"  {name:14} {candidate.text}" for name, candidate in self.candidates.items()),
             self.table(),
             f"  bound            {self.bound}: {'holds' if self.holds else 'DOES NOT HOLD'}",
-            f"  {self.cost_name:16} {cost(self.cost)} of {cost(self.native_cost)} ({share_text(share)}), {self.length:,} tokens, searched layers",
+            f"  {self.cost_name:16} {cost(self.cost)} of {cost(self.native_cost)} ({share_text(share)}), {self.length:,} tokens, "
+            "searched layers",
             f"  perplexity       {found.perplexity:.3f}, native {self.native_perplexity:.3f}: {found.ratio - 1:+.2%} "
             f"(standard error {found.change_error:.2%})",
             f"  KL               {found.kl:.5f} nats (standard error {found.kl_error:.5f})",
@@ -175,7 +176,8 @@ class SearchReport(Reported):
         if self.probe is not None:
             near, far = self.probe.chosen, self.probe.native
             lines.append(
-                f"  retrieval        {share_text(near.right)} right, native {share_text(far.right)}; loss {near.loss:.3f}, native {far.loss:.3f} "
+                f"  retrieval        {share_text(near.right)} right, native {share_text(far.right)}; loss {near.loss:.3f}, "
+                f"native {far.loss:.3f} "
                 f"(random tokens repeated {self.probe.distance} later)"
             )
         lines.append(
