@@ -14,7 +14,7 @@ from source_tree import PACKAGES, ROOT, modules
 # A module imports from its own layer and from those above it in this list, never from those beside or below it.
 ARROW = [
     ["_layout", "errors"],
-    ["adjustable", "plain_values", "quantities", "settings", "torch_private"],
+    ["adjustable", "html_card", "plain_values", "quantities", "settings", "torch_private"],
     ["lang"],
     ["program"],
     ["tracing"],

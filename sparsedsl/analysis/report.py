@@ -19,7 +19,7 @@ from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.mask_clauses import clauses
-from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program
+from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program, lengths_text
 from sparsedsl.analysis.proofs import Verdict, Witness, causality
 from sparsedsl.analysis.rows import RowCounts
 from sparsedsl.analysis.tiles import block_pair, classify
@@ -95,7 +95,8 @@ class Analysis(Reported):
         """
         return self._list()
 
-    def __str__(self) -> str:
+    def facts(self) -> list[tuple[str, str]]:
+        """What it says beside the pattern: names and words; those without a name go on."""
         totals = self.totals
         batch, heads, rows, columns = totals.shape
         block_q, block_kv = self.block
@@ -104,30 +105,37 @@ class Analysis(Reported):
         groups = f", lists for {batch} x {heads} (batch, heads)" if batch * heads > 1 else ""
         approx = "" if self.density_exact else "about "
         listed, total = totals.listed, batch * heads * rows * columns
-        lines = [
-            *declared(str(self.pattern), self.tables),
-            f"  queries x keys   {self.q_len:,} x {self.kv_len:,}" + (f", first query at {self.q_offset:,}" if self.q_offset else ""),
-            f"  allowed pairs    {approx}{share_text(self.density)} of all",
-            f"  tiles            {listed:,} of {total:,} listed ({share_text(listed / total)}), {block_q} x {block_kv} tokens{groups}",
-            f"                   {totals.full:,} full, {totals.partial:,} partial ({share_text(self.partial_share)})",
-            f"  tile lists       {bytes_text(totals.nbytes)}, {self._made()}",
-            f"  row imbalance    {factor_text(self.imbalance)} (most / mean tiles in a row)",
-            f"  forward          {flops_text(self.flops)}, {saving}; backward {flops_text(self.flops_backward)}",
-            f"  traffic          {bytes_text(self.bytes)} forward ({self.dtype}, batch {self.batch}, heads {self.heads}, "
-            f"head_dim {self.head_dim}{'' if self.head_dim == self.head_dim_v else f'/{self.head_dim_v}'})",
-            f"  causal           {self.causal}",
-            f"  empty rows       {approx}{self.empty_rows:,}{example}",
-        ]  # fmt: skip
-        return "\n".join(lines + [f"  ! {warning}" for warning in self.warnings])
+        widths = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
+        kind = f"{self.dtype}, batch {self.batch}, heads {self.heads}, head_dim {widths}"
+        return [
+            ("queries x keys", lengths_text(self.q_len, self.kv_len, self.q_offset)),
+            ("allowed pairs", f"{approx}{share_text(self.density)} of all"),
+            ("tiles", f"{listed:,} of {total:,} listed ({share_text(listed / total)}), {block_q} x {block_kv} tokens{groups}"),
+            ("", f"{totals.full:,} full, {totals.partial:,} partial ({share_text(self.partial_share)})"),
+            ("tile lists", f"{bytes_text(totals.nbytes)}, {self._made()}"),
+            ("row imbalance", f"{factor_text(self.imbalance)} (most / mean tiles in a row)"),
+            ("forward", f"{flops_text(self.flops)}, {saving}; backward {flops_text(self.flops_backward)}"),
+            ("traffic", f"{bytes_text(self.bytes)} forward ({kind})"),
+            ("causal", str(self.causal)),
+            ("empty rows", f"{approx}{self.empty_rows:,}{example}"),
+        ]
+
+    def __str__(self) -> str:
+        facts = [f"  {name:16} {words}" for name, words in self.facts()]
+        return "\n".join([*declared(str(self.pattern), self.tables), *facts, *(f"  ! {warning}" for warning in self.warnings)])
 
     def _made(self) -> str:
         made = "made and counted" if "lists" in self.__dict__ else "not made; counted from what repeats"
         return f"{made} in {seconds_text(self.seconds)}"
 
     def _repr_html_(self) -> str:
-        import html
+        from sparsedsl.html_card import card
+        from sparsedsl.lang.thumbnail import thumbnail
 
-        return f"<pre>{html.escape(str(self))}</pre>"
+        lengths = {"q_len": self.q_len, "kv_len": self.kv_len, "q_offset": self.q_offset}
+        picture = thumbnail(self.pattern.mask.expr, self.tables, **lengths)
+        code = "\n".join(declared(str(self.pattern), self.tables))
+        return card("Analysis", code, self.facts(), picture, self.warnings)
 
 
 def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, torch.Tensor]:

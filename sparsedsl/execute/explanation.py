@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import html
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,11 +22,15 @@ from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.execute.requests import requests_of
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.execute.ways import way_of
+from sparsedsl.html_card import card, grid
 from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text, reading_text
 from sparsedsl.lang.symbols import KV_IDX
+from sparsedsl.lang.tables import declared
+from sparsedsl.lang.thumbnail import thumbnail
 from sparsedsl.plain_values import Reported
+from sparsedsl.program.glance import picture_of
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.quantities import bytes_text, seconds_text
@@ -145,7 +148,24 @@ class Explanation(Reported):
         return lines
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        found = self.analysis
+        plan = "none" if self.plan is None else f"{self.plan.backend} ({self.plan.reason})"
+        facts = [("backend", plan if self.refusal is None else f"{plan}. {self.refusal}")]
+        facts += [(named(self.plan.backend).details, line.strip()) for line in self.details[:4] if self.plan is not None]
+        facts += [(f"expected of {name}", seconds_text(seconds)) for name, seconds in self.expected.items()]
+        facts += [(f"not on {name}", why) for name, why in (self.others or {}).items()]
+        facts += [*found.facts(), *([("cache", self.cache)] if self.cache else [])]
+        code, lengths = str(found.program if isinstance(found, ProgramAnalysis) else found.pattern), _lengths(found)
+        if isinstance(found, ProgramAnalysis):
+            steps = {found.program.labels[node]: found.program.worded(way) for node, way in (self.steps or {}).items()}
+            picture, more = picture_of(found.program, **lengths), grid(("node", "how it runs"), steps.items())
+        else:
+            picture, more = thumbnail(found.pattern.mask.expr, found.tables, **lengths), ""
+        return card("Explanation", "\n".join(declared(code, found.tables)), facts, picture, found.warnings, more)
+
+
+def _lengths(found: Analysis | ProgramAnalysis) -> dict[str, int]:
+    return {"q_len": found.q_len, "kv_len": found.kv_len, "q_offset": found.q_offset}
 
 
 def explain(

@@ -6,7 +6,6 @@ pattern  --codegen.to_triton-->  source  --configs-->  tiles, warps, stages  --a
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import os
 import secrets
@@ -25,7 +24,9 @@ from sparsedsl.gpu.loading import triton as load_triton
 from sparsedsl.gpu.resources import Occupancy, Resources, misfits, occupancy
 from sparsedsl.gpu.settling import settled
 from sparsedsl.gpu.targets import Target, target_named
+from sparsedsl.html_card import card, grid
 from sparsedsl.lang.pattern import Pattern, as_pattern
+from sparsedsl.lang.thumbnail import thumbnail
 from sparsedsl.plain_values import Reported
 from sparsedsl.quantities import bytes_text, share_text
 
@@ -120,22 +121,24 @@ class Build(Reported):
         """What a user should know: kernels that do not fit, spill, or multiply without matrix instructions."""
         return [f"{name}: {problem}" for name, kernel in self.kernels.items() for problem in kernel.problems]
 
-    def __str__(self) -> str:
+    def _about(self) -> str:
         dims = f"{self.shape.head_dim}" + ("" if self.shape.head_dim == self.shape.head_dim_v else f"/{self.shape.head_dim_v}")
-        about = f"  {self.target.name} ({self.target.device}), {self.shape.dtype}, head_dim {dims}, group {self.shape.group}, "
-        header = (
-            "kernel", "tile", "warps", "stages", "registers", "spills", "shared", "blocks/SM", "warps/SM", "limit", "matrix", "copies",
-        )  # fmt: skip
-        rows = [header, *(_row(kernel) for kernel in self.kernels.values())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = [*str(self.pattern).splitlines(), f"{about}Triton {self.triton_version}"]
+        group = "one query head a key head" if self.shape.group == 1 else f"{self.shape.group} query heads a key head"
+        return f"{self.target.name} ({self.target.device}), {self.shape.dtype}, head_dim {dims}, {group}, Triton {self.triton_version}"
+
+    def __str__(self) -> str:
+        rows = [_HEADER, *(_row(kernel) for kernel in self.kernels.values())]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+        lines = [*str(self.pattern).splitlines(), f"  {self._about()}"]
         lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(lines + [f"  ! {problem}" for problem in self.problems])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        kernels = grid(_HEADER, [_row(kernel) for kernel in self.kernels.values()])
+        picture = thumbnail(self.pattern.mask.expr, self.pattern.bound)
+        return card("Build", str(self.pattern), [("for", self._about())], picture, self.problems, kernels)
 
     def _said(self) -> dict[str, Any]:
         told = self.to_json()
@@ -198,6 +201,22 @@ def _exchange(made: Path, place: Path, old: Path) -> None:
     except OSError:
         old.rename(place)
         raise
+
+
+_HEADER = (
+    "kernel",
+    "tile",
+    "warps",
+    "stages",
+    "registers",
+    "spills",
+    "shared",
+    "blocks/SM",
+    "warps/SM",
+    "limit",
+    "matrix",
+    "copies",
+)
 
 
 def _row(kernel: BuiltKernel) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from sparsedsl.lang.expressions import Mask, Score, _written, as_mask, as_score
 from sparsedsl.lang.printing import expression_text, reading_text, to_text
 from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
-from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
+from sparsedsl.lang.tables import TableSpec, table_reads, table_specs, values_text
 from sparsedsl.lang.wrapped import Carried, merge_carried
 
 __all__ = ["Pattern", "as_pattern", "attend", "relates_positions"]
@@ -158,6 +158,22 @@ class Pattern(Unread):
 
     def _plain_(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        from sparsedsl.html_card import card
+        from sparsedsl.lang.thumbnail import thumbnail
+
+        return card("Pattern", str(self), self.html_facts(), thumbnail(self.mask.expr, self.bound), self.warnings)
+
+    def html_facts(self) -> list[tuple[str, str]]:
+        """What a notebook says of it beside its text: names and words."""
+        missing = [name for name in self.tables if name not in self.bound]
+        facts = [("tables to pass", ", ".join(missing))] if missing else []
+        facts += [
+            ("tables bound", ", ".join(f"{name} {values_text(self.bound[name])}" for name in self.tables if name in self.bound))
+        ]
+        facts += [("query heads", "any number" if self.heads is None else str(self.heads))]
+        return [(name, words) for name, words in facts if words]
 
     def __str__(self) -> str:
         return self.written(reading_text)

@@ -185,6 +185,24 @@ class Program:
     def _plain_(self) -> str:
         return self.text
 
+    def _repr_html_(self) -> str:
+        from sparsedsl.html_card import card
+        from sparsedsl.program.glance import picture_of
+
+        return card("Program", str(self), self.html_facts(), picture_of(self))
+
+    def html_facts(self) -> list[tuple[str, str]]:
+        """What a notebook says of it beside its text: names and words."""
+        given = [f"{name} ({' x '.join(node.axes)})" for name, node in self.inputs.items()]
+        chosen = [self.labels[node] for node in self.order if node.chooses]
+        missing = [name for name in self.tables if name not in self.bound]
+        facts = [
+            ("inputs beside q, k, v", ", ".join(given)),
+            ("chooses", ", ".join(chosen)),
+            ("tables to pass", ", ".join(missing)),
+        ]
+        return [(name, words) for name, words in facts if words]
+
     def __str__(self) -> str:
         return self._written(reading_text)
 
