@@ -12,8 +12,8 @@ __all__ = ["picture_of"]
 
 
 def picture_of(program: Any, **lengths: int) -> str:
-    """SVG of a :class:`~sparsedsl.Program`, see :func:`~sparsedsl.lang.thumbnail.thumbnail`; empty where there is no attention, or its mask reads
-    tables without values.
+    """SVG of a :class:`~sparsedsl.Program`; see :func:`~sparsedsl.lang.thumbnail.thumbnail`. Empty where there is no attention, or its
+    mask reads tables without values.
 
     >>> import sparsedsl as sd
     >>> picture_of(sd.Program(sd.patterns.moba(chunk=16, top_k=2)))[:4], picture_of(sd.Program(sd.patterns.ring_linear()))
