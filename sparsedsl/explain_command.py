@@ -15,8 +15,7 @@ examples:
   python -m sparsedsl explain sparsedsl.patterns:causal --q-len 4096
   python -m sparsedsl explain sparsedsl.patterns:moba --q-len 32768 --heads 16 --json
   python -m sparsedsl explain my_patterns.py:packed --q-len 32768 --heads 16 --kv-heads 4 --table doc=doc.pt
-  python -m sparsedsl explain my_patterns.py:local --q-len 1 --kv-len 8192 --q-offset 8191 --dtype bfloat16
-  python -m sparsedsl explain --backend"""
+  python -m sparsedsl explain my_patterns.py:local --q-len 1 --kv-len 8192 --q-offset 8191 --dtype bfloat16"""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

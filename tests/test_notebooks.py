@@ -65,7 +65,7 @@ SHOWN: dict[str, Callable[[], Any]] = {
     "attention": lambda: sd.compile(CAUSAL),
     "attention of a program": lambda: sd.compile(sd.patterns.moba(chunk=16, top_k=2)),
     "program": lambda: sd.Program(sd.patterns.hsa(chunk=16, top_k=2)),
-    "program without a mask": lambda: sd.Program(sd.patterns.ring_linear()),
+    "program without a mask": lambda: sd.Program(sd.patterns.ring_linear([0.9, 0.99])),
     "analysis": lambda: sd.analyse(sd.patterns.documents() & CAUSAL, 256, doc=DOC),
     "analysis of a program": lambda: sd.analyse(sd.patterns.moba(chunk=16, top_k=2), 256),
     "explanation": lambda: sd.compile(CAUSAL, backend="tiled").explain(256),

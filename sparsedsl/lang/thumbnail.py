@@ -68,13 +68,14 @@ def _places(length: int) -> torch.Tensor:
 
 
 def _length(masks: list[sympy.Basic], tables: Mapping[str, Any]) -> int:
-    """So many tokens that windows, chunks and strides of the masks can be seen, as far as tables reach."""
+    """As many tokens as tables have values for; else so many that windows, chunks and strides of the masks can be seen."""
+    reach = [
+        operator.index(size)
+        for mask in masks
+        for read in table_reads(mask)
+        for argument, size in zip(read.args, getattr(tables[read.spec.name], "shape", ()), strict=False)
+        if argument in (Q_IDX, KV_IDX)
+    ]
     constants = [abs(int(number)) for mask in masks for number in mask.atoms(sympy.Integer)]
-    wanted = 1 << (max(SHORTEST // 4, *constants, 1) * 4 - 1).bit_length()
-    length = min(max(SHORTEST, wanted), LONGEST)
-    for mask in masks:
-        for read in table_reads(mask):
-            sizes = zip(read.args, getattr(tables[read.spec.name], "shape", ()), strict=False)
-            reach = [operator.index(size) for argument, size in sizes if argument in (Q_IDX, KV_IDX)]
-            length = min([length, *reach])
-    return max(length, 1)
+    suggested = max(SHORTEST, 1 << (max([1, *constants]) * 4 - 1).bit_length())
+    return max(1, min(LONGEST, *(reach or [suggested])))

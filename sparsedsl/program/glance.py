@@ -16,7 +16,7 @@ def picture_of(program: Any, **lengths: int) -> str:
     mask reads tables without values.
 
     >>> import sparsedsl as sd
-    >>> picture_of(sd.Program(sd.patterns.moba(chunk=16, top_k=2)))[:4], picture_of(sd.Program(sd.patterns.ring_linear()))
+    >>> picture_of(sd.Program(sd.patterns.moba(chunk=16, top_k=2)))[:4], picture_of(sd.Program(sd.patterns.ring_linear([0.9])))
     ('<svg', '')
     """
     for node in program.nodes(Attend):
