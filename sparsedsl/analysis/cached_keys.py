@@ -225,8 +225,12 @@ class CacheBound(Reported):
         if self.kind == STATE:
             parts.append(f"a state, and the last {self.recent} tokens" if self.recent else "a state")
         if self.is_bounded:
-            parts += [f"the first {self.first} keys"] if str(self.first) != "0" else []
-            parts += [f"a ring of {self.recent} keys"] if str(self.recent) != "0" else []
+            parts += (
+                ["the first key" if self.first == 1 else f"the first {_said(self.first)} keys"] if str(self.first) != "0" else []
+            )
+            parts += (
+                [f"a ring of {'1 key' if self.recent == 1 else f'{_said(self.recent)} keys'}"] if str(self.recent) != "0" else []
+            )
             if self.every is not None:
                 parts.append(f"keys with kv_idx % {self.every} in {', '.join(map(str, self.residues))}")
             text = f"{self.kind}: {', '.join(parts) or 'no key of the past'}; {self.verdict}{'' if self.tight else '; perhaps fewer'}"
@@ -248,6 +252,10 @@ class CacheBound(Reported):
 
     def __deepcopy__(self, memo: Any) -> CacheBound:
         return self
+
+
+def _said(number: int | Index) -> str:
+    return f"{number:,}" if isinstance(number, int) else str(number)
 
 
 def pattern_bound(pattern: Pattern) -> CacheBound:

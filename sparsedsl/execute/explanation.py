@@ -13,7 +13,7 @@ import torch
 from sparsedsl.analysis.cached_keys import CacheBound
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.analysis.mask_clauses import clauses
+from sparsedsl.analysis.mask_clauses import KeyBound, clauses
 from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program
 from sparsedsl.analysis.report import ITEM_BYTES, Analysis, analyse
 from sparsedsl.backends.registry import AUTO, BACKENDS, check_runs, choose, named, refusals
@@ -294,18 +294,23 @@ def _expected_seconds(
 def _clause_lines(pattern: Pattern) -> list[str]:
     lines = []
     for clause in clauses(pattern.mask.expr):
-        parts = []
-        for bound in clause.bounds:
-            low, form, high = bound.low, sympy.Add(bound.q_part, bound.kv_part), bound.high
-            if side := {KV_IDX: 1, -KV_IDX: -1}.get(bound.kv_part):  # solved for the key
-                low, high = (None if end is None else side * (end - bound.q_part) for end in (low, high)[::side])
-                form = KV_IDX
-            before, after = (
-                ("" if low is None else f"{expression_text(low)} <= "),
-                ("" if high is None else f" <= {expression_text(high)}"),
-            )
-            parts.append(f"{before}{expression_text(form)}{after}")
-        solved = " and ".join(parts) or "every pair"
+        solved = " and ".join(_bound_text(bound) for bound in clause.bounds)
         rest = " and ".join(reading_text(r) for r in clause.rest)
-        lines.append(solved + (f"; where also {rest}, looked at tile by tile" if rest else ""))
+        where = f"{solved}; where also {rest}" if solved and rest else solved or rest or "every pair"
+        lines.append(f"{where}, looked at tile by tile" if rest else where)
     return lines or ["nothing"]
+
+
+def _bound_text(bound: KeyBound) -> str:
+    """Of one bound, the keys between its ends: solved for ``kv_idx`` where that is a term of its own."""
+    low, form, high = bound.low, sympy.Add(bound.q_part, bound.kv_part), bound.high
+    if low is not None and low == high:
+        return f"{expression_text(bound.q_part)} == {expression_text(low - bound.kv_part)}" if bound.q_part != 0 else (
+            f"{expression_text(form)} == {expression_text(low)}"
+        )  # fmt: skip
+    sign = {KV_IDX: 1, -KV_IDX: -1}.get(bound.kv_part)
+    if sign is not None:
+        low, high = (None if end is None else sign * (end - bound.q_part) for end in (low, high)[::sign])
+        form = KV_IDX
+    before = "" if low is None else f"{expression_text(low)} <= "
+    return f"{before}{expression_text(form)}" + ("" if high is None else f" <= {expression_text(high)}")

@@ -16,7 +16,7 @@ from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
-from sparsedsl.lang.symbols import KV_IDX
+from sparsedsl.lang.symbols import KV_IDX, Q_IDX
 from sparsedsl.lang.tables import TableRead, table_specs
 
 __all__ = ["Printer", "expression_text", "reading_text", "to_text"]
@@ -208,8 +208,9 @@ class ReadingPrinter(Printer):
             left, sign, right = right, _TURNED[sign], left
         elif sign == ">=" and right.is_Integer and isinstance(left, sympy.Add) and -KV_IDX in left.args and right < 0:
             left, sign, right = KV_IDX, "<=", left + KV_IDX - right
-        if sign == "<=" and right.is_Integer and right > 0 and right % 2 and left.is_integer:
-            sign, right = "<", right + 1  # a size: most are even
+        whole = sign == "<=" and right.is_Integer and left.is_integer
+        if whole and ((right > 0 and right % 2) or (right == 0 and left in (Q_IDX, KV_IDX))):
+            sign, right = "<", right + 1  # a size: most are even, or 1
         return left, sign, right
 
 

@@ -176,11 +176,16 @@ class Schedule(Reported):
         cut = f"strips of up to {self.height:,} queries" if self.height else "tiles, each for itself"
         each = " for one head of each kind" if self.groups != (1, 1) else ""
         lines = [f"{cut}, {self.pairs:,} pairs computed{each}, {seconds_text(self.seconds)} expected"]
+        alike: dict[tuple[Any, ...], list[ResiduePlan]] = {}
         for plan in self.residue_classes:
+            key = (plan.residue.q_step, plan.residue.kv_step, plan.strided_series) if plan.lists is None else (id(plan),)
+            alike.setdefault(key, []).append(plan)
+        for plan, *others in alike.values():
+            more = f", and {len(others)} more such classes" if others else ""
             if plan.lists is not None:
                 lines.append(f"{plan.residue}: scattered tiles, {plan.lists!r}")
                 continue
-            lines += [] if plan.residue.plain and len(self.residue_classes) == 1 else [f"{plan.residue}:"]
+            lines += [] if plan.residue.plain and len(self.residue_classes) == 1 else [f"{plan.residue}{more}:"]
             for groups, series in _alike(plan.strided_series).items():
                 who = self._named(groups)
                 lines += [f"  {who}:"] if who else []
