@@ -24,7 +24,7 @@ from sparsedsl.lang.symbols import BATCH, HEAD, KV_LEN, Q_LEN
 from sparsedsl.lang.tables import table_reads, table_specs
 from sparsedsl.plain_values import Reported
 
-__all__ = ["GROWS", "CacheBound", "pattern_bound"]
+__all__ = ["GROWS", "STATE", "CacheBound", "pattern_bound"]
 
 GROWS, STATE, NOTHING = "grows", "state", "nothing"
 # More queries than any sequence has: a key that is read up to here is never done with.
@@ -223,7 +223,7 @@ class CacheBound(Reported):
     def __str__(self) -> str:
         parts = []
         if self.kind == STATE:
-            parts.append(f"a state, and the last {self.recent} tokens" if self.recent else "a state")
+            parts.append(f"of constant size, the last {self.recent} tokens in it" if self.recent else "of constant size")
         if self.is_bounded:
             parts += (
                 ["the first key" if self.first == 1 else f"the first {_said(self.first)} keys"] if str(self.first) != "0" else []

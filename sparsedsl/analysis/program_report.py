@@ -60,11 +60,12 @@ class ProgramAnalysis(Reported):
 
     def facts(self) -> list[tuple[str, str]]:
         """What it says beside the program: names and words."""
-        shares = ", ".join(f"{kind} {share_text(self.share(kind))}" for kind in (CHOOSING, ATTENDING))
+        shares = ", ".join(f"{kind} {share_text(self.share(kind))}" for kind in (CHOOSING, ATTENDING) if self.share(kind))
+        attends = any(step.pairs is not None for step in self.steps)
         saving = factor_text(self.flops_dense / max(self.flops, 1))
         return [
             ("queries x keys", lengths_text(self.q_len, self.kv_len, self.q_offset)),
-            ("pairs", f"at most {share_text(self.density)} of all"),
+            ("pairs", f"at most {share_text(self.density)} of all" if attends else "none: keys are seen through a state"),
             ("forward", f"at most {flops_text(self.flops)}, {saving} less than dense: {shares}"),
             ("traffic", f"about {bytes_text(self.bytes)}"),
             ("causal", str(self.causal)),

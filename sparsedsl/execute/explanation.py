@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 
-from sparsedsl.analysis.cached_keys import CacheBound
+from sparsedsl.analysis.cached_keys import STATE, CacheBound
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.mask_clauses import KeyBound, clauses
@@ -43,6 +43,10 @@ from sparsedsl.tuning.rates import machine
 __all__ = ["Explanation", "explain"]
 
 
+# Beyond so many queries the backend that is taken alone is asked for its expected time: to cut strips takes a while.
+LONGEST_COMPARED = 1 << 20
+
+
 @dataclass(frozen=True, eq=False)
 class CacheNeed(Reported):
     """What must be kept of the tokens so far to go on with later ones: ``bound``; ``bytes`` while ``length`` tokens go by, None where
@@ -65,6 +69,8 @@ class CacheNeed(Reported):
             for bound, value in ((self.bound.recent, self.recent), (self.bound.first, self.first))
         )
         took = f"{bytes_text(self.bytes)} for {self.length:,} tokens"
+        if self.bound.kind == STATE and self.bound.recent == 0:
+            return f"{self.bound}; {bytes_text(self.bytes)}, however many tokens went by"
         return f"{self.bound}{here}; {took}, {bytes_text(self.token_bytes)} a token that is held"
 
 
@@ -79,12 +85,12 @@ class Explanation(Reported):
         structure: of a static pattern, the solved clauses of its mask.
         steps: of a program, node -> how it runs, in words.
         others: name of each backend that cannot run the call -> why not.
-        expected: name of each backend that can, of a static pattern -> seconds that the cost model expects of a forward pass, once all is
+        expected: of a static pattern, name of each backend that can -> seconds that the cost model expects of a forward pass, once all is
             compiled: an estimate, from ``expected_from``. Those of which it knows nothing are not in it.
         cache_need: what must be kept to go on with later tokens, and its bytes; proved when it is asked for.
     """
 
-    _adds = ("cache_need",)
+    _adds = ("expected", "expected_from", "cache_need")
 
     plan: Plan | None
     refusal: str | None
@@ -93,9 +99,21 @@ class Explanation(Reported):
     structure: tuple[str, ...] = ()
     steps: Mapping[Node, str] | None = None
     others: Mapping[str, str] | None = None
-    expected: Mapping[str, float] = field(default_factory=dict)
-    expected_from: str = ""
+    _expect: Callable[[], dict[str, float]] | None = None
+    _device: str = "cpu"
     _cache: Callable[[], CacheNeed] | None = None
+
+    @functools.cached_property
+    def expected(self) -> Mapping[str, float]:
+        """Name of each backend that can -> expected seconds of a forward pass, the quickest first; worked out when it is asked for."""
+        return {} if self._expect is None else self._expect()
+
+    @property
+    def expected_from(self) -> str:
+        """Where the rates are from that :attr:`expected` is made of."""
+        if not self.expected:
+            return ""
+        return "the rates of this GPU" if self._device == "cuda" else f"the rates of this machine, {machine().source}"
 
     @functools.cached_property
     def cache_need(self) -> CacheNeed | None:
@@ -129,12 +147,19 @@ class Explanation(Reported):
             many = "keys that a query sees, as intervals" + (" (any of):" if len(self.structure) > 1 else ":")
             lines += [many, *(f"  {line}" for line in self.structure)]
         if self.steps is not None and isinstance(self.analysis, ProgramAnalysis):
-            program = self.analysis.program
-            width = max((len(program.labels[node]) for node in self.steps), default=0)
-            lines += [f"  {program.labels[node]:{width}}  {program.worded(way)}" for node, way in self.steps.items()]
+            lines += ["how each node runs:", *(f"  {names}: {way}" for names, way in self._ways())]
         return "\n".join([*lines, str(self.analysis), *([f"  cache            {self.cache}"] if self.cache else [])])
 
     __repr__ = __str__
+
+    def _ways(self) -> list[tuple[str, str]]:
+        """Nodes of a program, and how they run; those that run alike together."""
+        found: dict[str, list[str]] = {}
+        if self.steps is not None and isinstance(self.analysis, ProgramAnalysis):
+            program = self.analysis.program
+            for node, way in self.steps.items():
+                found.setdefault(program.worded(way), []).append(program.labels[node])
+        return [(", ".join(labels), way) for way, labels in found.items()]
 
     def _times(self) -> list[str]:
         """What a forward pass is expected to take, for the backend that was chosen and the others."""
@@ -157,8 +182,7 @@ class Explanation(Reported):
         facts += [*found.facts(), *([("cache", self.cache)] if self.cache else [])]
         code, lengths = str(found.program if isinstance(found, ProgramAnalysis) else found.pattern), _lengths(found)
         if isinstance(found, ProgramAnalysis):
-            steps = {found.program.labels[node]: found.program.worded(way) for node, way in (self.steps or {}).items()}
-            picture, more = picture_of(found.program, **lengths), grid(("node", "how it runs"), steps.items())
+            picture, more = picture_of(found.program, **lengths), grid(("node", "how it runs"), self._ways())
         else:
             picture, more = thumbnail(found.pattern.mask.expr, found.tables, **lengths), ""
         return card("Explanation", "\n".join(declared(code, found.tables)), facts, picture, found.warnings, more)
@@ -265,14 +289,12 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
         heads=facts.heads, head_dim=facts.head_dim, head_dim_v=facts.head_dim_v, dtype=facts.dtype, **tables,
     )  # fmt: skip
     others = refusals([request], patience)
-    expected = _expected_seconds(static, domain, facts, analysis, [name for name in BACKENDS if name not in others])
-    source = (
-        ("the rates of this GPU" if facts.device == "cuda" else f"the rates of this machine, {machine().source}")
-        if expected
-        else ""
-    )
+    able = [name for name in BACKENDS if name not in others]
+    if facts.q_len > LONGEST_COMPARED:
+        able = [name for name in able if plan is not None and name == plan.backend]
     return Explanation(
-        plan, refusal, analysis, details, tuple(_clause_lines(pattern)), others=others, expected=expected, expected_from=source
+        plan, refusal, analysis, details, tuple(_clause_lines(pattern)), others=others, _device=facts.device,
+        _expect=functools.partial(_expected_seconds, static, domain, facts, analysis, able),
     )  # fmt: skip
 
 

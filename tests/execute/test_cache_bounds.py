@@ -63,7 +63,7 @@ def test_explain_says_what_must_be_kept() -> None:
     by_head = sd.compile(causal & (q_idx - kv_idx < sd.table("win")[sd.h])).explain(64, heads=2, win=torch.tensor([4, 8]))
     assert "a ring of win[h] keys" in by_head.cache
     state = sd.compile(sd.patterns.nha(slots=8, window=16)).explain(64, heads=4, kv_heads=2, head_dim=16)
-    assert state.cache.startswith("state: a state, and the last 16 tokens; ")
+    assert state.cache.startswith("state: of constant size, the last 16 tokens in it; ")
     assert "a step reads" in sd.compile(sd.patterns.moba(16, 3)).explain(64, heads=4).cache
 
 
