@@ -6,62 +6,52 @@ a bound is proved (:func:`sparsedsl.cache_bound`), and summaries beside the keys
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
 from sparsedsl.analysis.cached_keys import CacheBound
+from sparsedsl.analysis.domain import check_size
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.lang.pattern import attend
 from sparsedsl.models.binding import Binding
 from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
+from sparsedsl.models.layer_caches import CacheReport, LayerCache
 from sparsedsl.models.layers import layer_words
-from sparsedsl.plain_values import Reported
-from sparsedsl.quantities import bytes_text
 
-__all__ = ["CacheReport", "LayerCache", "arrange", "release", "report"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-
-@dataclass(frozen=True)
-class LayerCache(Reported):
-    """``layers`` whose caches hold alike. ``holds``: which keys, in words; ``most_tokens``: so many at most; ``token_bytes``: of the keys
-    and values of one token in one layer; ``bytes``: of one layer, the whole batch."""
-
-    layers: tuple[int, ...]
-    holds: str
-    most_tokens: int
-    token_bytes: int
-    bytes: int
+__all__ = ["arrange", "empty_cache", "release", "report"]
 
 
-@dataclass(frozen=True)
-class CacheReport(Reported):
-    """What the caches of a model hold while ``length`` tokens go by; ``print`` it. ``bytes``: of all layers and the whole ``batch``;
-    ``whole_bytes``: if every layer held every key."""
+def empty_cache(model: PreTrainedModel, max_length: int | None = None) -> Cache:
+    """A cache of the kind that a model makes for itself, with nothing in it. ``max_length``: with memory for so many tokens.
 
-    length: int
-    batch: int
-    layers: tuple[LayerCache, ...]
-    bytes: int
-    whole_bytes: int
-
-    def __str__(self) -> str:
-        lines = [
-            f"{layer_words(list(one.layers))}: {one.holds}; {bytes_text(one.token_bytes)} a token, {bytes_text(one.bytes)} for "
-            f"{self.length:,} tokens"
-            for one in self.layers
-        ]
-        return "\n".join([*lines, f"all layers: {bytes_text(self.bytes)}, where {bytes_text(self.whole_bytes)} hold every key"])
+    Raises :class:`~sparsedsl.UnsupportedError` for ``max_length`` where the model's file has a cache of its own (MiniMax).
+    """
+    file = type(model).__module__
+    own = [kind for kind in vars(sys.modules[file]).values() if isinstance(kind, type) and issubclass(kind, Cache)]
+    own = [kind for kind in own if kind.__module__ == file]
+    if max_length is None:
+        made: Cache = own[0]() if own else DynamicCache(config=model.config)
+        return made
+    if own:
+        raise UnsupportedError(
+            f"cache(): {type(model).__name__} keeps a {own[0].__name__}, which takes memory as tokens come; leave max_length out"
+        )
+    return StaticCache(config=model.config, max_cache_len=check_size("max_length", max_length, 1))
 
 
 def arrange(
