@@ -14,7 +14,7 @@ from source_tree import PACKAGES, ROOT, modules
 # A module imports from its own layer and from those above it in this list, never from those beside or below it.
 ARROW = [
     ["_layout", "errors"],
-    ["adjustable", "settings", "torch_private"],
+    ["adjustable", "html_card", "plain_values", "quantities", "settings", "torch_private"],
     ["lang"],
     ["program"],
     ["tracing"],
@@ -31,18 +31,19 @@ ARROW = [
     ["backends.cpp", "backends.flex", "backends.triton"],
     ["backends.registry"],
     ["execute"],
+    ["working"],
     ["tune_command"],
     ["figures"],
     ["strip_picture", "program_picture"],
     ["plotting", "testing", "models", "specs"],
     ["__init__"],
-    ["kernel_command"],
+    ["backend_option", "build_command", "completion", "explain_command", "kernel_command"],
     ["cli"],
     ["__main__"],
 ]
 RANK = {layer: rank for rank, layers in enumerate(ARROW) for layer in layers}
 PATTERNS_MAY_IMPORT = {"patterns", "errors", "lang", "program"}
-MAY_IMPORT_PATTERNS = {"patterns", "models", "testing", "cli", "__init__"}
+MAY_IMPORT_PATTERNS = {"patterns", "models", "testing", "completion", "cli", "__init__"}
 
 
 def layer(module: str) -> str:

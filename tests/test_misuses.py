@@ -87,7 +87,7 @@ INSTEAD: dict[str, Case] = {
     "pattern & mask": (lambda: P.alibi_window(4, 2) & P.documents(), sd.PatternError, "operators join masks. Write sd.attend(pattern.mask & other, score=pattern.score)"),
     "pattern == mask": (lambda: causal & (sd.attend(causal) == causal), sd.PatternError, "is a whole attention, a mask with a score: operators join masks"),
     "branch & mask": (lambda: sd.attend(causal & selected) & causal, sd.PatternError, "join branches with sd.joint() or sd.mix()"),
-    "mask as a score": (lambda: sd.attend(causal, score=causal), sd.PatternError, "the score of attend() must be a logit, not a condition; got Mask(q_idx >= kv_idx) (Mask). Pairs are dropped by the mask"),
+    "mask as a score": (lambda: sd.attend(causal, score=causal), sd.PatternError, "the score of attend() must be a logit, not a condition; got Mask(kv_idx <= q_idx) (Mask). Pairs are dropped by the mask"),
     "choice as a score": (lambda: sd.attend(causal, score=selected), sd.PatternError, "the score of attend() must be a logit, not a condition"),
     "mask as a sink": (lambda: sd.attend(causal, sink=h < 2), sd.PatternError, "the sink of attend() must be a logit, not a condition"),
     "bool as a score": (lambda: sd.attend(causal, True), sd.PatternError, "the score of attend() must be a logit, not a condition; got True (bool)"),

@@ -14,6 +14,7 @@ from sparsedsl.analysis.rows import count_rows
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.symbols import BATCH, HEAD
+from sparsedsl.plain_values import Reported
 from sparsedsl.program import orders, scores, select, sources
 from sparsedsl.program.axes import block_of
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
@@ -33,7 +34,7 @@ FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
-class CostStep:
+class CostStep(Reported):
     """What one node costs: FLOPs (a multiply-add counts as two) and bytes it reads and writes.
 
     ``kind``: choosing, moving or attending. ``pairs``: of an attention, pairs of query and key that it attends to at most, all batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -73,7 +74,8 @@ def _program_bound(program: Program) -> CacheBound:
         back, first = horizon(program), first_kept(program)
     except UnsupportedError as error:
         why = str(error).removeprefix("the program keeps no state: ").split(". Pass all")[0]
-        return CacheBound(GROWS, None, Verdict("UNKNOWN", reason=program.worded(why)), causal=causal, step=_step(program))
+        why = program.worded(re.sub(r"<\w+ (\w+)>", r"\1", why))
+        return CacheBound(GROWS, None, Verdict("UNKNOWN", reason=why), causal=causal, step=_step(program))
     size = functools.partial(_state_bytes, program, first + back)
     return CacheBound(STATE, None, PROVED, first=first, recent=back, causal=causal, state_bytes=size)
 

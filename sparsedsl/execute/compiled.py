@@ -31,9 +31,12 @@ from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
 from sparsedsl.execute.requests import facts_of, requests_of
 from sparsedsl.execute.state import ProgramState, advanced, continued
 from sparsedsl.execute.static import StaticAttention
+from sparsedsl.html_card import card
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.thumbnail import thumbnail
 from sparsedsl.program.effect_rules import KEEPS_STATE, LATER_QUERIES, reasons
+from sparsedsl.program.glance import picture_of
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.program_text import read_program
@@ -463,6 +466,12 @@ class Attention:
         """The score as a FlexAttention ``score_mod(score, b, h, q_idx, kv_idx)``; None if the pattern does not modify scores."""
         bound = self._bound_exactly(self.pattern.score.expr, tables, q_offset, q_len, kv_len)
         return flex.score_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
+
+    def _repr_html_(self) -> str:
+        told = self.program if self._static is None else self._static.pattern
+        picture = picture_of(self.program) if self._static is None else thumbnail(self._static.pattern.mask.expr, told.bound)
+        facts = [("backend", self.backend), *told.html_facts()]
+        return card("Attention", str(told), facts, picture, () if self._static is None else self._static.pattern.warnings)
 
     def __repr__(self) -> str:
         what = self.program if self._static is None else self._static.pattern

@@ -62,7 +62,7 @@ def _attend(node: Attend, work: Work) -> str:
             found.append(f"{way}, a softmax in every block, weights outside" if request.per_block else way)
         elif request.pattern is not None:
             mask = request.pattern.mask.expr
-            found.append(way if len(work) == 1 and mask == sympy.true else f"{way} for {Mask(mask)}{_tables(node, mask)}")
+            found.append(way if len(work) == 1 and mask == sympy.true else f"{way}: {Mask(mask)}{_tables(node, mask)}")
     return "; one softmax over both: ".join(found)
 
 

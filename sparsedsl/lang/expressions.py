@@ -87,7 +87,7 @@ class Mask(Expression):
     >>> causal = sd.kv_idx <= sd.q_idx
     >>> local = causal & (sd.q_idx - sd.kv_idx < 512)
     >>> print(local)
-    (q_idx >= kv_idx) & (q_idx - kv_idx <= 511)
+    (kv_idx <= q_idx) & (q_idx - kv_idx < 512)
     """
 
     __slots__ = ()

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import numbers
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,10 +15,10 @@ import sympy
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.advice import meant, shown, way_in
 from sparsedsl.lang.expressions import Mask, Score, _written, as_mask, as_score
-from sparsedsl.lang.printing import to_text
+from sparsedsl.lang.printing import expression_text, reading_text, to_text
 from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
-from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
+from sparsedsl.lang.tables import TableSpec, table_reads, table_specs, values_text
 from sparsedsl.lang.wrapped import Carried, merge_carried
 
 __all__ = ["Pattern", "as_pattern", "attend", "relates_positions"]
@@ -35,7 +35,7 @@ class Pattern(Unread):
     >>> import sparsedsl as sd
     >>> pattern = sd.attend(sd.kv_idx <= sd.q_idx, sink=0.0)
     >>> pattern.mask, pattern.has_score, pattern.sink
-    (Mask(q_idx >= kv_idx), False, Score(0.0))
+    (Mask(kv_idx <= q_idx), False, Score(0.0))
     """
 
     mask: Mask
@@ -101,13 +101,17 @@ class Pattern(Unread):
 
     @functools.cached_property
     def text(self) -> str:
-        """The pattern as Python code with ``attend(...)``; also what its hash is taken of."""
-        *declarations, mask = to_text(*self.exprs).split("\n")[: len(self.tables) + 1]
+        """The pattern as Python code with ``attend(...)``; also what its hash is taken of. ``str`` says the same as one writes it."""
+        return self.written(expression_text)
+
+    def written(self, write: Callable[[sympy.Basic], str]) -> str:
+        """:attr:`text` with its expressions as ``write`` writes them."""
+        *declarations, mask = to_text(*self.exprs, write=write).split("\n")[: len(self.tables) + 1]
         words = [mask]
         if self.has_score:
-            words.append(f"score={self.score}")
+            words.append(f"score={write(self.score.expr)}")
         if self.sink is not None:
-            words.append(f"sink={self.sink}")
+            words.append(f"sink={write(self.sink.expr)}")
         if self.scale is not None:
             words.append(f"scale={self.scale!r}")
         if self.heads is not None:
@@ -152,11 +156,30 @@ class Pattern(Unread):
     def __hash__(self) -> int:
         return hash((self.exprs, self.scale))
 
-    def __str__(self) -> str:
+    def _plain_(self) -> str:
         return self.text
 
+    def _repr_html_(self) -> str:
+        from sparsedsl.html_card import card
+        from sparsedsl.lang.thumbnail import thumbnail
+
+        return card("Pattern", str(self), self.html_facts(), thumbnail(self.mask.expr, self.bound), self.warnings)
+
+    def html_facts(self) -> list[tuple[str, str]]:
+        """What a notebook says of it beside its text: names and words."""
+        missing = [name for name in self.tables if name not in self.bound]
+        facts = [("tables to pass", ", ".join(missing))] if missing else []
+        facts += [
+            ("tables bound", ", ".join(f"{name} {values_text(self.bound[name])}" for name in self.tables if name in self.bound))
+        ]
+        facts += [("query heads", "any number" if self.heads is None else str(self.heads))]
+        return [(name, words) for name, words in facts if words]
+
+    def __str__(self) -> str:
+        return self.written(reading_text)
+
     def __repr__(self) -> str:
-        return f"<Pattern {self.text.splitlines()[-1]}>"
+        return f"<Pattern {str(self).splitlines()[-1]}>"
 
 
 def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None) -> Pattern:
@@ -177,7 +200,7 @@ def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | Non
 
     >>> import sparsedsl as sd
     >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.tanh(sd.score / 30) * 30)
-    <Pattern attend(q_idx >= kv_idx, score=30*tanh(score / 30))>
+    <Pattern attend(kv_idx <= q_idx, score=30*tanh(score / 30))>
     """
     mask = as_mask(mask, where="the mask of attend()")
     if heads is not None:

@@ -11,6 +11,7 @@ import functools
 import keyword
 import operator
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from sparsedsl.lang.advice import shown
 from sparsedsl.lang.known_facts import facts
 from sparsedsl.lang.symbols import RESERVED_NAMES
 
-__all__ = ["TableRead", "TableSpec", "table_reads", "table_specs"]
+__all__ = ["TableRead", "TableSpec", "declared", "table_reads", "table_specs", "values_text"]
 
 _DTYPES = {
     **dict.fromkeys((int, "int", "int8", "int16", "int32", "int64", "long", "uint8"), "int"),
@@ -173,3 +174,28 @@ def table_specs(*exprs: sympy.Basic) -> dict[str, TableSpec]:
             elif known[1] != len(read.args):
                 raise PatternError(f"table {spec.name!r} is read with {known[1]} and with {len(read.args)} indices; use one form")
     return {name: found[name][0] for name in sorted(found)}
+
+
+def values_text(table: Any) -> str:
+    """The values of a tensor where they are few, else what it is.
+
+    >>> import torch
+    >>> values_text(torch.tensor([1, 5])), values_text(torch.zeros(4, 8))
+    ('[1, 5]', '<torch.float32 of shape (4, 8)>')
+    """
+    return str(table.tolist()) if table.numel() <= 16 else f"<{table.dtype} of shape {tuple(table.shape)}>"
+
+
+def declared(text: str, tables: Mapping[str, Any]) -> list[str]:
+    """The lines of a text form, with the values of tables that are known behind their declarations.
+
+    >>> import torch
+    >>> declared("w = table('w')\\nq_idx - kv_idx < w[h]", {"w": torch.tensor([8, 64])})
+    ["w = table('w')  # [8, 64]", 'q_idx - kv_idx < w[h]']
+    """
+    lines = []
+    for line in text.splitlines():
+        name, sign, rest = line.partition(" = ")
+        known = bool(sign) and rest.startswith("table(") and name in tables
+        lines.append(f"{line}  # {values_text(tables[name])}" if known else line)
+    return lines

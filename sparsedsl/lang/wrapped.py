@@ -13,7 +13,7 @@ from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.advice import meant
 from sparsedsl.lang.known_facts import check_extent
-from sparsedsl.lang.printing import expression_text, to_text
+from sparsedsl.lang.printing import expression_text, reading_text, to_text
 from sparsedsl.lang.refusals import Unvalued
 from sparsedsl.lang.tables import TableSpec, table_specs
 
@@ -140,13 +140,13 @@ class Expression(Unvalued):
         return hash((type(self).__name__, self._expr))
 
     def __str__(self) -> str:
+        return reading_text(self._expr)
+
+    def _plain_(self) -> str:
         return expression_text(self._expr)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
-
-    def _repr_latex_(self) -> str:
-        return f"$\\displaystyle {sympy.latex(self._expr)}$"
 
     def __reduce__(self) -> Any:
         return type(self), (self._expr, self._bound)

@@ -6,7 +6,7 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, overload
 
@@ -17,6 +17,7 @@ from sparsedsl.lang import pattern as static
 from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.printing import expression_text
 from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.decided import assume, with_candidates
 from sparsedsl.program.node import Node, nodes_in, one_of, reached
@@ -92,9 +93,9 @@ class Attend(Branch):
         own = self.x is q and self.y is k and self.z is v and self.normaliser is None
         return self.pattern if own and not nodes_in(self.pattern) else None
 
-    def code(self) -> str:
+    def code(self, write: Callable[[sympy.Basic], str] = expression_text) -> str:
         """As :func:`attend` takes it."""
-        words = self.pattern.text.splitlines()[-1].removeprefix("attend(").removesuffix(")")
+        words = self.pattern.written(write).splitlines()[-1].removeprefix("attend(").removesuffix(")")
         named = {"q": (self.x, q), "k": (self.y, k), "v": (self.z, v)}
         more = [f"{name}={node.label}" for name, (node, usual) in named.items() if node is not usual]
         if self.normaliser is not None:
@@ -148,11 +149,11 @@ def attend(
 
     >>> import sparsedsl as sd
     >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.tanh(sd.score / 30) * 30)
-    <Pattern attend(q_idx >= kv_idx, score=30*tanh(score / 30))>
+    <Pattern attend(kv_idx <= q_idx, score=30*tanh(score / 30))>
     >>> causal, own = sd.kv_idx <= sd.q_idx, sd.q_idx // 512 == sd.kv_idx // 512
     >>> moba = sd.attend(causal & (own | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 512)), 2)))
     >>> print(moba.selections[0].among)  # blocks that are over: the own one attends in any case
-    (q_idx >= kv_idx) & (q_idx // 512 != kv_idx // 512)
+    (kv_idx <= q_idx) & (q_idx // 512 != kv_idx // 512)
     """
     pattern = static.attend(mask, score, sink=sink, scale=scale, heads=heads)
     own = Attend.x, Attend.y, Attend.z
@@ -325,7 +326,7 @@ class Joint(Branch):
     branches: tuple[Branch, ...]
     function: ClassVar[str] = "joint"
 
-    def code(self) -> str:
+    def code(self, write: Callable[[sympy.Basic], str] = expression_text) -> str:
         """As :func:`joint` takes it."""
         return f"joint({', '.join(branch.label for branch in self.branches)})"
 
@@ -361,7 +362,7 @@ class Mix(Branch):
     function: ClassVar[str] = "mix"
     has_lse: ClassVar[bool] = False
 
-    def code(self) -> str:
+    def code(self, write: Callable[[sympy.Basic], str] = expression_text) -> str:
         """As :func:`mix` takes it."""
         return f"mix({', '.join(branch.label for branch in self.branches)}, weights={self.weights.label})"
 

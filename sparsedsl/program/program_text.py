@@ -113,7 +113,7 @@ def read_given(text: str, bound: Mapping[str, Any] | None = None) -> Mask | Patt
 
     >>> import sparsedsl as sd
     >>> read_given("kv_idx <= q_idx"), read_given(sd.attend(sd.kv_idx <= sd.q_idx, scale=0.5).text)
-    (Mask(q_idx >= kv_idx), <Pattern attend(q_idx >= kv_idx, scale=0.5)>)
+    (Mask(kv_idx <= q_idx), <Pattern attend(kv_idx <= q_idx, scale=0.5)>)
     >>> program = sd.Program(sd.patterns.moba())
     >>> read_given(program.text) == program
     True

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import keyword
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import sympy
+
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word, shown
+from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import RESERVED_NAMES
 from sparsedsl.program.axes import base_of, check_axes, in_blocks
 from sparsedsl.program.node import Node, one_of
@@ -34,7 +38,7 @@ class Input(Node):
         """As declared."""
         return self.dims
 
-    def code(self) -> str:
+    def code(self, write: Callable[[sympy.Basic], str] = expression_text) -> str:
         """As :func:`input` takes it."""
         if self in OWN:
             return self.name

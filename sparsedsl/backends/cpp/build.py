@@ -31,7 +31,7 @@ from sparsedsl.backends.cpp.background import Build, finished_at_exit, run_compi
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.settings import settings
 
-__all__ = ["FLAGS", "compiler", "library", "start"]
+__all__ = ["FLAGS", "compiler", "library", "no_compiler", "start"]
 
 log = logging.getLogger("sparsedsl")
 
@@ -112,6 +112,13 @@ def compiler() -> str | None:
     return _found(os.environ.get("CXX", "").strip(), os.environ.get("PATH", ""))
 
 
+def no_compiler() -> str:
+    """Why :func:`compiler` found none."""
+    given = os.environ.get("CXX", "").strip()
+    what = f"CXX={given!r} names none" if given else "neither g++ nor clang++ nor c++ is installed"
+    return f"generated C++ needs a compiler, and {what}"
+
+
 @lru_cache(maxsize=8)
 def _found(given: str, path: str) -> str | None:
     names = [given] if given else ["g++", "clang++", "c++"]
@@ -147,9 +154,7 @@ def _processor() -> tuple[str, ...]:
 
 def _known(path: str | None) -> str:
     if path is None:
-        given = os.environ.get("CXX", "").strip()
-        what = f"CXX={given!r} names none" if given else "neither g++ nor clang++ nor c++ is installed"
-        raise UnsupportedError(f"generated C++ needs a compiler, and {what}")
+        raise UnsupportedError(no_compiler())
     return path
 
 

@@ -37,7 +37,7 @@ class TritonBackend(Backend):
             return f"the generated kernels have heads up to {WIDEST} wide; this one is {widest}"
         if request.slots > MOST["the number of slots"]:
             return f"the kernels hold at most {MOST['the number of slots']} slots; these are {request.slots}"
-        lacking = missing(facts.device)
+        lacking = self.lacking(facts.device)
         if lacking is not None:
             return lacking
         if request.work == "selected":
@@ -45,6 +45,10 @@ class TritonBackend(Backend):
 
             return refusal_of_selected(request)
         return None if request.pattern is None else refusal_of(request.pattern)
+
+    def lacking(self, device: str) -> str | None:
+        """Triton, or a GPU."""
+        return missing(device)
 
     def preference(self, request: Request) -> int:
         """First on a GPU; an interpreter is only for tests."""
