@@ -36,20 +36,20 @@ from sparsedsl.lang.symbols import KV_IDX, Q_IDX
 
 __all__ = ["LOOKING", "Cells", "Looking", "Window", "window_cells"]
 
+
 @dataclass(frozen=True)
 class Looking:
     """How closely a window is looked at.
 
     - ``few``: a window of no more pairs than this is looked at pair by pair.
     - ``points`` looked at to decide cells of others; ``sample``: pairs tried in a cell that is told by a sample.
-    - ``parts``: pieces that open cells are split into at once, at most; ``depth``: how often they are split.
+    - ``depth``: how often open cells are split; into a piece for each 32 of the points at once, at most.
     - ``along``: tokens at which conditions of one index are evaluated, at most; so many ``conditions`` give telling points.
     """
 
     few: int = 1 << 19
     points: int = 1 << 21
     sample: int = 64
-    parts: int = 1 << 16
     depth: int = 4
     along: int = 1 << 22
     conditions: int = 4
@@ -128,7 +128,12 @@ def window_cells(mask: Boolean, domain: Domain, window: Window, *, points: int |
     [[1, 0, 0, 0], [2, 1, 0, 0], [2, 2, 1, 0], [2, 2, 2, 1]]
     """
     last = domain.q_offset + domain.rows
-    if window.queries.start < domain.q_offset or window.queries.stop > last or window.keys.start < 0 or window.keys.stop > domain.kv_len:
+    if (
+        window.queries.start < domain.q_offset
+        or window.queries.stop > last
+        or window.keys.start < 0
+        or window.keys.stop > domain.kv_len
+    ):
         raise ShapeError(
             f"the window of queries {window.queries} and keys {window.keys} reaches beyond queries "
             f"{range(domain.q_offset, last)} and keys {range(domain.kv_len)}"
@@ -139,7 +144,7 @@ def window_cells(mask: Boolean, domain: Domain, window: Window, *, points: int |
 
 class _Looker:
     def __init__(self, mask: Boolean, domain: Domain, points: int, seed: int):
-        self.mask, self.domain, self.points = mask, domain, points
+        self.mask, self.domain, self.points, self.pieces = mask, domain, points, points // 32
         self.groups = domain.groups(mask)
         self.ranges = TableRanges(domain.tables)
         self.decider = PointDecider(mask, domain, self.groups, self.ranges)
@@ -205,7 +210,13 @@ class _Looker:
     def _by_boxes(self, window: Window, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """What interval arithmetic says: parts of the mask that read one index are worked out once a row or a column."""
         q_first, q_last, kv_first, kv_last = window.edges()
-        boxes: Any = (rows.new_zeros(()), q_first[rows, None], q_last[rows, None], kv_first[None, columns], kv_last[None, columns])
+        boxes: Any = (
+            rows.new_zeros(()),
+            q_first[rows, None],
+            q_last[rows, None],
+            kv_first[None, columns],
+            kv_last[None, columns],
+        )
         return box_classes(self.mask, self.domain, self.groups, self.ranges, boxes).expand(rows.numel(), columns.numel())
 
     def _by_witnesses(self, window: Window, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -286,9 +297,9 @@ class _Looker:
             return self.decider.decide(boxes)
         parts = [BRANCH if size >= BRANCH else 1 for size in sizes]
         kinds = torch.full_like(boxes[1], UNKNOWN)
-        if not depth or math.prod(parts) == 1:
+        some = slice(0, self.pieces // math.prod(parts))  # the first cells are decided, rather than none
+        if not depth or math.prod(parts) == 1 or not some.stop:
             return kinds
-        some = slice(0, LOOKING.now.parts // math.prod(parts))  # the first cells are decided, rather than none
         owner, pieces = split(tuple(t[some] for t in boxes), parts)  # type: ignore[arg-type]
         found = self._decide(pieces, depth - 1)
         allowed, holes = in_owner(owner, found, kinds[some].numel())

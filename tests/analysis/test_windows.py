@@ -94,7 +94,10 @@ def test_cells_that_no_points_are_left_for_say_so():
 )
 def test_a_million_tokens_are_quick_and_nothing_thin_is_lost(mask, places):
     domain = Domain(1 << 20, 1 << 20, tables=dict(mask.bound))
-    whole, close = Window(range(1 << 20), range(1 << 20), (2048, 2048)), Window(range(900_000, 900_512), range(899_700, 900_212), (1, 1))
+    whole, close = (
+        Window(range(1 << 20), range(1 << 20), (2048, 2048)),
+        Window(range(900_000, 900_512), range(899_700, 900_212), (1, 1)),
+    )
     window_cells(mask.expr, domain, close)
     times = []
     for window in (whole, close):
