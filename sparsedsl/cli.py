@@ -1,4 +1,4 @@
-"""The command line: ``python -m sparsedsl explain | plot | check | build | tune SPEC``.
+"""The command line: ``python -m sparsedsl explain | plot | view | check | build | tune SPEC``.
 
 Exit codes: 0; 1 if ``check`` found a property that does not hold; 2 for anything that could not be done (one message, no
 traceback; ``SPARSEDSL_DEBUG=1`` shows the traceback).
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsedsl import kernel_command, tune_command
+from sparsedsl import kernel_command, tune_command, view_command
 from sparsedsl.errors import PatternError, SparseDSLError
 from sparsedsl.lang.advice import meant
 from sparsedsl.settings import settings
@@ -61,6 +61,7 @@ examples:
 Needs Triton, and no GPU; tables need no values. Compiles the forward, backward and decode kernels and prints what each
 takes of an SM; --out also writes the binaries.""",
     "tune": tune_command.EXAMPLES,
+    "view": view_command.EXAMPLES,
 }
 
 
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     for run, summary in (
         (_explain, "what a pattern costs, whether it is causal, and how it would run"),
         (_plot, "draw a pattern: allowed pairs and tile classes"),
+        (_view, "a page on this machine that shows a pattern, with sliders; or one file that needs no server"),
         (_check, "test a pattern with random shapes, tables and inputs"),
         (_build, "compile the GPU kernels of a pattern, without a GPU, and report what they take; or its C++ for this CPU"),
         (_tune, "measure which tiles suit a pattern on this GPU; show, export and import what was measured"),
@@ -128,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--table", action="append", default=[], metavar="NAME=FILE", help="values of a table; may be given more than once"
         )
-        if run is _tune:
-            tune_command.add_arguments(command)
+        if run in (_tune, _view):
+            (tune_command if run is _tune else view_command).add_arguments(command)
             continue
         if run is _check:
             command.add_argument(
@@ -230,6 +232,10 @@ def _plot(arguments: argparse.Namespace) -> int:
             raise SparseDSLError(f"cannot write {out}: {error}") from None
     print(out)
     return 0
+
+
+def _view(arguments: argparse.Namespace) -> int:
+    return view_command.run(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:

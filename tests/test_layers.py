@@ -36,7 +36,8 @@ ARROW = [
     ["strip_picture", "program_picture", "score_picture", "grid_picture"],
     ["plotting", "testing", "models", "specs"],
     ["__init__"],
-    ["kernel_command"],
+    ["kernel_command", "view"],
+    ["view_command"],
     ["cli"],
     ["__main__"],
 ]
