@@ -25,13 +25,13 @@ COUNTED = 1 << 16
 def _cost(subject: Pattern | Program, setting: Setting, tables: Mapping[str, Any]) -> dict[str, Any]:
     words: dict[str, Any] = {"q_offset": setting.q_offset, **tables}
     if isinstance(subject, Program):
-        return {"text": str(analyse(subject, setting.q_len, setting.kv_len, heads=2, kv_heads=2, **words))}
+        return {"text": str(analyse(subject, setting.q_len, setting.kv_len, **words))}
     mask = subject.mask.expr
     tiles = -(-setting.q_len // setting.q_block) * -(-setting.keys // setting.kv_block)
     if tiles > COUNTED and not all(only_difference(literal) for clause in clauses(mask) for literal in clause.rest):
         return {
-            "text": f"not counted here: the mask has conditions that no interval solves, and there are {tiles:,} tiles, which may have to be "
-            f"looked at one by one. python -m sparsedsl explain SPEC --q-len {setting.q_len} counts them"
+            "text": f"not counted here: the mask has conditions that no interval solves, and {tiles:,} tiles may have to be looked at one "
+            f"by one. python -m sparsedsl explain SPEC --q-len {setting.q_len} counts them"
         }
     return {"text": str(analyse(subject, setting.q_len, setting.kv_len, (setting.q_block, setting.kv_block), **words))}
 

@@ -137,7 +137,7 @@ function draw() {
   g.save();
   g.beginPath(); g.rect(f.x, f.y, f.width, f.height); g.clip();
   for (const [layer, fine] of state.layers) {
-    g.globalAlpha = !fine && state.layers.length > 1 ? 0.35 : 1;
+    g.globalAlpha = !fine && state.layers.length > 1 ? 0.18 : 1;
     const x = xOf(layer.kv, v, f), y = yOf(layer.q, v, f);
     const right = xOf(layer.kv + layer.columns * layer.cell[1], v, f), bottom = yOf(layer.q + layer.rows * layer.cell[0], v, f);
     g.drawImage(image(layer, fine), x, y, right - x, bottom - y);
@@ -224,7 +224,10 @@ function legend() {
     const close = state.layers.find(([, fine]) => fine)?.[0], tiles = state.layers.find(([, fine]) => !fine)?.[0];
     const [a, b] = tiles?.cell ?? [1, 1], s = state.setting, times = (a / s.q_block) * (b / s.kv_block);
     square(t.full, "full tile"); square(t.partial, "partial tile"); square(t.nothing, "empty");
-    if (close) square(t.pair, close.cell[0] === 1 ? "allowed pair" : `allowed, in cells of ${close.cell[0]} tokens`);
+    if (close) {
+      square(t.pair, close.cell[0] === 1 ? "allowed pair" : `allowed, in cells of ${close.cell[0]} tokens`);
+      entries.push(make("span", {}, "tint: the class of the tile"));
+    }
     if (times > 1) entries.push(make("span", {}, `a cell is ${times.toLocaleString("en")} tiles: partial where they differ`));
     const guessed = (close?.guessed ?? 0) + (tiles?.guessed ?? 0);
     if (guessed) entries.push(make("span", { className: "part" }, `${guessed.toLocaleString("en")} cells told by a sample (pale)`));
@@ -327,6 +330,7 @@ const graph = newest(async () => {
   const answer = await ask("graph", { setting: state.setting, theme: state.theme });
   const place = $("graph");
   if (answer.refused) place.textContent = answer.refused; else place.innerHTML = answer.svg;
+  document.body.dataset.graph = "yes";
 });
 
 // ---- facts --------------------------------------------------------------------------------------------------------------

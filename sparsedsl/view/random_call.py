@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import MissingPackageError, UnsupportedError
 from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.plotting import plot
+from sparsedsl.program.branches import Attend, Linear
 from sparsedsl.program.graph import Program
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.view.setting import Setting
@@ -35,17 +37,17 @@ def random_call(program: Program, setting: Setting, tables: Mapping[str, Any]) -
     >>> [(part["name"], part["rows"], part["columns"]) for part in found["layers"]]
     [('weights', 64, 64), ('top_k', 64, 4)]
     """
-    length = min(setting.q_len, LONGEST)
-    tensors, named = _tensors(program, length, setting.seed, tables)
-    notes = [f"one call on random rows (seed {setting.seed}), {length} tokens, {HEADS} heads"]
+    length, heads = min(setting.q_len, LONGEST), _heads(program, tables)
+    tensors, named = _tensors(program, length, heads, setting.seed, tables)
+    notes = [f"one call on random rows (seed {setting.seed}), {length} tokens, {heads} heads"]
     if setting.q_len > length or setting.q_offset or setting.keys != setting.q_len:
         notes.append(f"the call has queries and keys 0 .. {length - 1}: dense results of longer ones have no room here")
     attn = compile_pattern(program, backend="reference")
-    head = setting.head % HEADS
+    head = setting.head % heads
     layers = []
     with torch.no_grad():
         try:
-            weights = attn(tensors["q"], tensors["k"], torch.eye(length).expand(1, HEADS, length, length), **named)[0, head].abs()
+            weights = attn(tensors["q"], tensors["k"], torch.eye(length).expand(1, heads, length, length), **named)[0, head].abs()
             layers.append(_shades("weights", weights / (float(weights.max()) or 1.0), length))
         except UnsupportedError as error:
             notes.append(f"weights are not shown: {error}")
@@ -63,8 +65,15 @@ def random_call(program: Program, setting: Setting, tables: Mapping[str, Any]) -
     return {"layers": layers, "notes": notes, "length": length, "head": head}
 
 
+def _heads(program: Program, tables: Mapping[str, Any]) -> int:
+    """As many as the program is written for, else :data:`HEADS`."""
+    decays = [len(node.decay) for node in program.nodes(Linear)]
+    counted = count_heads((node.pattern for node in program.nodes(Attend)), tables, None)
+    return next(iter(decays), counted if counted > 1 else HEADS)
+
+
 def _tensors(
-    program: Program, length: int, seed: int, tables: Mapping[str, Any]
+    program: Program, length: int, heads: int, seed: int, tables: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """q, k and v, and what the program wants beside them."""
     try:
@@ -72,10 +81,10 @@ def _tensors(
         from sparsedsl.testing.program_strategies import named_inputs
     except ImportError:
         raise MissingPackageError("a random call of a program", "hypothesis", "view") from None
-    case = AttentionCase(heads=HEADS, kv_heads=HEADS, q_len=length, kv_len=length, head_dim=WIDTH, head_dim_v=WIDTH)
+    case = AttentionCase(heads=heads, kv_heads=heads, q_len=length, kv_len=length, head_dim=WIDTH, head_dim_v=WIDTH)
     named = named_inputs(program, case, seed=seed, dtype=torch.float32, ragged=True) | dict(tables)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(1, HEADS, length + ALIKE - 1, WIDTH, generator=generator)
+    rows = torch.randn(1, heads, length + ALIKE - 1, WIDTH, generator=generator)
     alike = rows.unfold(2, ALIKE, 1).mean(-1) * 3
     return {"q": alike, "k": alike, "v": alike}, named
 

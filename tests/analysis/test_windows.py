@@ -101,14 +101,14 @@ def test_a_million_tokens_are_quick_and_nothing_thin_is_lost(mask, places):
     window_cells(mask.expr, domain, close)
     times = []
     for window in (whole, close):
-        start = time.perf_counter()
+        start = time.process_time()
         found = window_cells(mask.expr, domain, window)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
         if window is whole:
             assert {place: int(found.classes[place]) for place in places} == places
         else:
             assert found.certain.all() and torch.equal(found.classes == FULL, pairs_of(mask, domain, close))
-    assert max(times) < 4, times  # 0.2 s where nobody else computes
+    assert max(times) < 4, times  # of a processor: others may compute beside
 
 
 @pytest.mark.parametrize(
