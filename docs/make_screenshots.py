@@ -36,7 +36,11 @@ PAGES: dict[str, tuple[dict[str, Any], str, str]] = {
         "tell(state.pinned = { q_idx: 900000, kv_idx: 840000 }); draw();",
     ),
     "refused": ({"spec": "sparsedsl.patterns:sliding_window", "q_len": 4096, "values": {"w": 0}}, "light", ""),
-    "program": ({"spec": "sparsedsl.patterns:nsa", "q_len": 192, "values": {"block": 8, "select": 16, "top_k": 4, "window": 16}}, "light", ""),
+    "program": (
+        {"spec": "sparsedsl.patterns:nsa", "q_len": 192, "values": {"block": 8, "select": 16, "top_k": 4, "window": 16}},
+        "light",
+        "",
+    ),
 }
 
 

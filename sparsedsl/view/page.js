@@ -193,14 +193,18 @@ function axes(g, f, v, t) {
   g.save(); g.translate(9, f.y + f.height / 2); g.rotate(-Math.PI / 2); g.textAlign = "center"; g.fillText("q_idx (query)", 0, 0); g.restore();
 }
 
+function seen() {
+  // what the map is asked for: the part that is seen, in cells of two points of the screen
+  const v = state.view, f = frame(), most = Math.round(Math.min(512, Math.max(f.width, f.height) / 2));
+  return { setting: state.setting, q0: Math.floor(v.q0), q1: Math.ceil(v.q1), kv0: Math.floor(v.kv0), kv1: Math.ceil(v.kv1), most };
+}
+
 const look = newest(async () => {
   // the cells of what is seen
   if (state.start.program) return;
-  const v = state.view, f = frame(), setting = state.setting;
-  const most = Math.round(Math.min(512, Math.max(f.width, f.height) / 2));
-  const question = { setting, q0: Math.floor(v.q0), q1: Math.ceil(v.q1), kv0: Math.floor(v.kv0), kv1: Math.ceil(v.kv1), most };
-  const began = performance.now(), answer = await ask("view", question);
+  const question = seen(), began = performance.now(), answer = await ask("view", question);
   refuse(answer.refused);
+  document.body.dataset.shown = JSON.stringify(question);
   if (answer.refused) { state.layers = []; draw(); return; }
   const found = [[answer.tiles, false], [answer.fine, true]].filter(([layer]) => layer);
   for (const [layer] of found) await codes(layer);
@@ -210,7 +214,6 @@ const look = newest(async () => {
   const took = performance.now() - began;
   $("time").textContent = `map in ${took.toFixed(0)} ms`;
   document.body.dataset.ms = took.toFixed(1);
-  document.body.dataset.looks = Number(document.body.dataset.looks ?? 0) + 1;
   document.body.dataset.cells = JSON.stringify(answer.tiles?.counts ?? {});
 });
 
@@ -317,7 +320,6 @@ const call = newest(async () => {
   show();
   $("pair").replaceChildren(...answer.notes.map((note) => make("div", {}, note)));
   $("time").textContent = `call in ${(performance.now() - began).toFixed(0)} ms`;
-  document.body.dataset.looks = Number(document.body.dataset.looks ?? 0) + 1;
 });
 
 function show() {

@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from sparsedsl.errors import SparseDSLError
+from sparsedsl.errors import PatternError, SparseDSLError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.graph import Program
+from sparsedsl.settings import settings
 from sparsedsl.specs import CannotLoad
 from sparsedsl.view.facts import FACTS, fact
 from sparsedsl.view.page import page
@@ -66,6 +67,10 @@ class Playground:
                 found = self.answers[name](question)
         except (SparseDSLError, CannotLoad) as error:
             found = {"refused": str(error)}
+        except Exception as error:  # the page says it: nobody looks at the terminal
+            if settings().debug:
+                raise
+            found = {"refused": f"a fault of sparsedsl: {type(error).__name__}: {error}. SPARSEDSL_DEBUG=1 shows where"}
         return found | {"seconds": time.perf_counter() - start}
 
     def _start(self, question: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,15 +115,13 @@ class Playground:
 
     def _view(self, question: Mapping[str, Any]) -> dict[str, Any]:
         scene = self._scene(question)
-        ends = [question.get(name) for name in ("q0", "q1", "kv0", "kv1")]
-        if not all(isinstance(end, int) for end in ends):
-            queries, keys = scene.place.queries, range(scene.place.kv_len)
-        else:
-            queries, keys = range(ends[0], ends[1]), range(ends[2], ends[3])  # type: ignore[arg-type]
-        return scene.view(queries, keys, int(question.get("most", 400)))
+        all_q, all_kv = scene.place.queries, range(scene.place.kv_len)
+        queries = range(_whole(question, "q0", all_q.start), _whole(question, "q1", all_q.stop))
+        keys = range(_whole(question, "kv0", 0), _whole(question, "kv1", all_kv.stop))
+        return scene.view(queries, keys, _whole(question, "most", 400))
 
     def _pair(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        return self._scene(question).pair(int(question.get("q_idx", 0)), int(question.get("kv_idx", 0)))
+        return self._scene(question).pair(_whole(question, "q_idx", 0), _whole(question, "kv_idx", 0))
 
     def _program(self, question: Mapping[str, Any]) -> dict[str, Any]:
         program, setting = self._pattern(question)
@@ -139,6 +142,13 @@ class Playground:
             return fact(name, pattern, setting, tables)
 
         return answer
+
+
+def _whole(question: Mapping[str, Any], name: str, default: int) -> int:
+    value = question.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PatternError(f"{name} must be a whole number; got {value!r}")
+    return value
 
 
 class _Handler(BaseHTTPRequestHandler):

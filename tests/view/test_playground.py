@@ -199,6 +199,7 @@ def test_answers_and_refusals(mine):
     )
     assert "must be at least 1" in playground.answer("view", {"setting": {"q_len": 64, "values": {"window": 0}}})["refused"]
     assert "lies outside" in playground.answer("pair", {**asked, "q_idx": 64})["refused"]
+    assert "q_idx must be a whole number; got 'x'" in playground.answer("pair", {**asked, "q_idx": "x"})["refused"]
     assert "chooses nothing" in playground.answer("program", asked)["refused"]
     for name in FACTS:
         assert playground.answer(name, asked)["text"]
