@@ -51,7 +51,9 @@ def head_windows() -> Any:
 
 DRAWN: dict[str, Callable[[], Any]] = {
     "64k": lambda: sd.plot(
-        P.streaming_llm(1024, 1), 65_536, title="streaming_llm(window=1024, sink_count=1): one global token at 64K stays visible"
+        P.causal() & (P.sliding_window(1024) | (sd.kv_idx == 20_000)),
+        65_536,
+        title="causal() & (sliding_window(1024) | (kv_idx == 20_000)): one global token at 64K",
     ),
     "heads": head_windows,
     "dark_plot": lambda: sd.plot(P.bigbird(block=8, random_count=2), 128, block_size=8, theme="dark", title="theme='dark'"),
@@ -59,9 +61,9 @@ DRAWN: dict[str, Callable[[], Any]] = {
 
 
 def save(image: Image.Image, name: str) -> None:
-    """In few colours, so that the file stays small."""
+    """In few colours, so that the file stays small, but the rarest among them: a square of a legend says what is what."""
     path = PICTURES / f"view_{name}.png"
-    image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path.relative_to(ROOT)}  {path.stat().st_size / 1024:.0f} KiB", flush=True)
 
 
@@ -77,6 +79,8 @@ def shoot(driver: Any, name: str) -> None:
             driver.execute_script(then)
             wait(driver, "document.getElementById('pair').textContent.includes('tile')")
             time.sleep(1)
+        # how long the last answer took says something of the machine, and changes with every picture
+        driver.execute_script("document.getElementById('time').hidden = true")
         save(Image.open(io.BytesIO(driver.get_screenshot_as_png())), name)
 
 

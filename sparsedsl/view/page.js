@@ -68,7 +68,7 @@ function newest(work) {
 
 // ---- the map ------------------------------------------------------------------------------------------------------------
 
-const EDGE = { left: 64, right: 10, top: 10, bottom: 34 };
+const EDGE = { left: 68, right: 10, top: 10, bottom: 34 };
 
 function whole() {
   const s = state.setting, keys = s.kv_len ?? s.q_offset + s.q_len;
@@ -182,14 +182,18 @@ function ticks(low, high, room) {
   return found;
 }
 
+function told(n) {
+  return n >= 10000 && n % 100 === 0 ? `${n / 1000}K` : n.toLocaleString("en");
+}
+
 function axes(g, f, v, t) {
   g.strokeStyle = t.line; g.lineWidth = 1; g.strokeRect(f.x - 0.5, f.y - 0.5, f.width + 1, f.height + 1);
   g.fillStyle = t.dim; g.font = "11px system-ui, sans-serif";
   g.textAlign = "center"; g.textBaseline = "top";
-  for (const n of ticks(v.kv0, v.kv1, f.width)) g.fillText(n.toLocaleString("en"), xOf(n, v, f), f.y + f.height + 4);
+  for (const n of ticks(v.kv0, v.kv1, f.width)) g.fillText(told(n), xOf(n, v, f), f.y + f.height + 4);
   g.fillText("kv_idx (key)", f.x + f.width / 2, f.y + f.height + 19);
   g.textAlign = "right"; g.textBaseline = "middle";
-  for (const n of ticks(v.q0, v.q1, f.height)) g.fillText(n.toLocaleString("en"), f.x - 5, yOf(n, v, f));
+  for (const n of ticks(v.q0, v.q1, f.height)) g.fillText(told(n), f.x - 5, yOf(n, v, f));
   g.save(); g.translate(9, f.y + f.height / 2); g.rotate(-Math.PI / 2); g.textAlign = "center"; g.fillText("q_idx (query)", 0, 0); g.restore();
 }
 
@@ -355,7 +359,7 @@ const prove = newest(async () => {
     const place = $("fact-" + name);
     if (!place.parentElement.open) continue;
     const setting = state.setting, answer = await ask(name, { setting });
-    const inside = [make("pre", { className: name === "source" || name === "cost" ? "" : "wrap" }, answer.refused ?? answer.text)];
+    const inside = [make("pre", { className: name === "source" || name === "cost" ? "" : "wrap" }, typeof answer.refused === "string" ? "–" : answer.text)];
     if (answer.status) inside.unshift(make("div", { className: "verdict " + ({ PROVED: "yes", REFUTED: "no" }[answer.status] ?? "part") }, { PROVED: "proved for all lengths", REFUTED: "no: there is a pair", UNKNOWN: "not known" }[answer.status]));
     if (answer.witness && !state.start.program) inside.push(make("button", { textContent: `show (${answer.witness.q_idx}, ${answer.witness.kv_idx})`, onclick: () => goTo(answer.witness) }));
     place.replaceChildren(...inside);
@@ -410,8 +414,8 @@ function tick(words) {
 function placeControls() {
   const s = state.setting, start = state.start, found = [];
   if (DATA.kept) {
-    const told = { ...s, ...s.values, values: undefined, kv_len: s.kv_len ?? "to the last query" };
-    const rows = Object.entries(told).filter(([, value]) => value !== undefined).map(([name, value]) => make("div", { className: "control" }, make("label", {}, name, make("b", {}, String(value)))));
+    const shown = { ...s, ...s.values, values: undefined, kv_len: s.kv_len ?? "to the last query" };
+    const rows = Object.entries(shown).filter(([, value]) => value !== undefined).map(([name, value]) => make("div", { className: "control" }, make("label", {}, name, make("b", {}, String(value)))));
     $("controls").replaceChildren(make("h2", {}, "Setting"), ...rows, make("p", { id: "hint" }, "This file shows one setting. With sliders: python -m sparsedsl view " + start.name));
     return;
   }
