@@ -112,7 +112,7 @@ def plot(
         unused |= {"grid": grid, "query": query, "coordinates": coordinates, **tables}
         return _plot_program(program, q_len, kv_len, q_offset, ax, figsize, title, look, unused)
     pattern = as_pattern(pattern, where="the pattern of plot()")
-    words = {"block_size": block_size, "batch": batch, "q_offset": q_offset, "function": plot}
+    words: dict[str, Any] = {"block_size": block_size, "batch": batch, "q_offset": q_offset, "function": plot}
     sheet = _Sheet(look, ax, figsize, title)
     if grid is not None:
         given = {"panels": panels, "q_len": q_len, "kv_len": kv_len, "q_offset": q_offset or None, "block_size": block_size}
@@ -121,7 +121,7 @@ def plot(
         raise PatternError("plot(): query and coordinates say where on a grid; give grid=(rows, columns) too")
     if q_len is None:
         raise ShapeError("plot(): q_len, the number of queries to draw, is missing")
-    if isinstance(head, (range, list, tuple)):
+    if isinstance(head, Sequence):
         places = [PatternPlace(pattern, q_len, kv_len, tables, head=one, **words) for one in head]
         return _plot_heads(pattern, places, list(head), panels, sheet)
     place = PatternPlace(pattern, q_len, kv_len, tables, head=head, **words)

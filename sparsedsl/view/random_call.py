@@ -74,7 +74,7 @@ def _heads(program: Program, tables: Mapping[str, Any]) -> int:
 
 def _tensors(
     program: Program, length: int, heads: int, seed: int, tables: Mapping[str, Any]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """q, k and v, and what the program wants beside them."""
     try:
         from sparsedsl.testing.call_shapes import AttentionCase
@@ -82,7 +82,7 @@ def _tensors(
     except ImportError:
         raise MissingPackageError("a random call of a program", "hypothesis", "view") from None
     case = AttentionCase(heads=heads, kv_heads=heads, q_len=length, kv_len=length, head_dim=WIDTH, head_dim_v=WIDTH)
-    named = named_inputs(program, case, seed=seed, dtype=torch.float32, ragged=True) | dict(tables)
+    named: dict[str, Any] = named_inputs(program, case, seed=seed, dtype=torch.float32, ragged=True) | dict(tables)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(1, heads, length + ALIKE - 1, WIDTH, generator=generator)
     alike = rows.unfold(2, ALIKE, 1).mean(-1) * 3

@@ -40,12 +40,12 @@ class Playground:
 
     >>> playground = Playground("sparsedsl.patterns:sliding_window", {}, Setting(q_len=64))
     >>> playground.answer("start", {})["parameters"][0]["name"]
-    'window'
-    >>> asked = {"setting": {"q_len": 64, "values": {"window": 4}}, "q_idx": 9, "kv_idx": 3}
+    'w'
+    >>> asked = {"setting": {"q_len": 64, "values": {"w": 4}}, "q_idx": 9, "kv_idx": 3}
     >>> playground.answer("pair", asked)["allowed"]
     False
     >>> playground.answer("view", {"setting": {"q_len": 0}})["refused"]
-    'q_len must be a whole number of at least 1; got 0'
+    'q_len must be a whole number of at least 1; got 0 (int)'
     """
 
     def __init__(self, spec: str, tables: Mapping[str, Any], setting: Setting):
