@@ -1,4 +1,4 @@
-"""The command line: ``python -m sparsedsl explain | plot | check | build | tune SPEC``. ``*_command`` are the larger commands.
+"""The command line: ``python -m sparsedsl explain | plot | view | check | build | tune SPEC``. ``*_command`` are the larger commands.
 
 Exit codes: 0; 1 if ``check`` found a property that does not hold; 2 for anything that could not be done (one message, no
 traceback; ``SPARSEDSL_DEBUG=1`` shows the traceback).
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsedsl import __version__, build_command, explain_command, kernel_command, tune_command
+from sparsedsl import __version__, build_command, explain_command, kernel_command, tune_command, view_command
 from sparsedsl.backend_option import add_backend
 from sparsedsl.completion import complete, complete_spec
 from sparsedsl.errors import PatternError, SparseDSLError
@@ -50,6 +50,7 @@ a program that shows it is printed. With --kernel a kernel of your own is tested
 what sd.testing.Kernel made of it (docs/testing.md); exit code 2 if it refuses every call.""",
     "build": build_command.EXAMPLES,
     "tune": tune_command.EXAMPLES,
+    "view": view_command.EXAMPLES,
 }
 
 
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     for run, summary in (
         (_explain, "what a pattern costs, whether it is causal, and how it would run"),
         (_plot, "draw a pattern: allowed pairs and tile classes"),
+        (_view, "a page on this machine that shows a pattern, with sliders; or one file that needs no server"),
         (_check, "test a pattern with random shapes, tables and inputs"),
         (_build, "compile the GPU kernels of a pattern, without a GPU, and report what they take; or its C++ for this CPU"),
         (_tune, "measure which tiles suit a pattern on this GPU; show, export and import what was measured"),
@@ -122,8 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--table", action="append", default=[], metavar="NAME=FILE", help="values of a table; may be given more than once"
         )
-        if run is _tune:
-            tune_command.add_arguments(command)
+        if run in (_tune, _view):
+            (tune_command if run is _tune else view_command).add_arguments(command)
             continue
         if run is _check:
             command.add_argument(
@@ -185,6 +187,10 @@ def _plot(arguments: argparse.Namespace) -> int:
             raise SparseDSLError(f"cannot write {out}: {error}") from None
     print(out)
     return 0
+
+
+def _view(arguments: argparse.Namespace) -> int:
+    return view_command.run(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:

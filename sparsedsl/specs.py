@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sparsedsl.lang.pattern import Pattern
     from sparsedsl.program.graph import Program
 
-__all__ = ["CannotLoad", "load_object", "load_pattern", "load_tables"]
+__all__ = ["CannotLoad", "called", "given_tables", "load_object", "load_pattern", "load_tables", "pattern_of"]
 
 
 class CannotLoad(Exception):
@@ -29,17 +29,21 @@ class CannotLoad(Exception):
 
 def load_pattern(spec: str) -> Pattern | Program:
     """The pattern, or program, that ``module:name`` or ``file.py:name`` stands for."""
+    return pattern_of(load_object(spec), spec)
+
+
+def pattern_of(value: Any, spec: str) -> Pattern | Program:
+    """The pattern, or program, that a value stands for; ``spec`` is what messages call it."""
     from sparsedsl.lang.pattern import Pattern, as_pattern
     from sparsedsl.lang.wrapped import Expression
     from sparsedsl.program.graph import as_program
     from sparsedsl.tracing import trace_mask, trace_score
 
-    value = load_object(spec)
     compiled = hasattr(value, "program") or hasattr(value, "pattern")
     if callable(value) and not isinstance(value, (Expression, Pattern)) and not compiled:
         wanted = _required(value, spec)
         if wanted == 0:
-            value = _called(value, spec)
+            value = called(value, spec)
         elif wanted in (4, 5):
             value = (trace_mask if wanted == 4 else trace_score)(value)
         else:
@@ -80,7 +84,8 @@ def _required(value: Callable[..., Any], spec: str) -> int:
     return sum(p.default is p.empty and p.kind in kinds for p in signature.parameters.values())
 
 
-def _called(value: Callable[[], Any], spec: str) -> Any:
+def called(value: Callable[[], Any], spec: str) -> Any:
+    """What a function of the user's gives; what it raises that is not ours becomes :class:`CannotLoad`."""
     try:
         return value()
     except SparseDSLError:
@@ -134,7 +139,7 @@ def _meant_module(name: str) -> str:
 
 def load_tables(pattern: Any, given: list[str], *, all_of_them: bool = True) -> dict[str, Any]:
     """The tensors of ``--table``; complains about those that are missing, if all are needed."""
-    tables = dict(_table(word) for word in given)
+    tables = given_tables(given)
     needed = {name: spec for name, spec in pattern.tables.items() if name not in pattern.bound}
     missing = [name for name in needed if name not in tables]
     if missing and all_of_them:
@@ -144,6 +149,11 @@ def load_tables(pattern: Any, given: list[str], *, all_of_them: bool = True) -> 
         lines.append(f"Save each as a tensor, torch.save(tensor, 'NAME.pt'), and pass {words}")
         raise TableError("\n".join(lines))
     return tables
+
+
+def given_tables(words: list[str]) -> dict[str, Any]:
+    """The tensors of ``--table NAME=FILE`` words, whatever they are for."""
+    return dict(_table(word) for word in words)
 
 
 def _table(word: str) -> tuple[str, Any]:
