@@ -34,7 +34,7 @@ ARROW = [
     ["tune_command"],
     ["figures"],
     ["strip_picture", "program_picture"],
-    ["plotting", "testing", "models", "specs"],
+    ["plotting", "testing", "models", "nn", "specs"],
     ["__init__"],
     ["kernel_command"],
     ["cli"],

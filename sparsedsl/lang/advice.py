@@ -8,11 +8,11 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sparsedsl.errors import ArgumentError, PatternError
 
-__all__ = ["answer_for", "answering", "check_word", "meant", "shown", "surplus", "way_in"]
+__all__ = ["answer_for", "answering", "check_word", "meant", "public_only", "shown", "surplus", "way_in"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,6 +60,29 @@ def meant(word: object, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(str(word).strip("'"), list(known), n=1, cutoff=0.6)
     return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def public_only(module: str, names: Collection[str], what: str = "attribute") -> tuple[Callable[[str], NoReturn], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a module that shows ``names`` and says which of them was meant by another.
+
+    >>> getter, lister = public_only("shop", ["apples", "pears"])
+    >>> lister()
+    ['apples', 'pears']
+    >>> getter("aples")
+    Traceback (most recent call last):
+        ...
+    AttributeError: module 'shop' has no attribute 'aples'; public names are apples, pears. Did you mean 'apples'?
+    """
+
+    def missing(name: str) -> NoReturn:
+        raise AttributeError(no_attribute(module, name, names, what))
+
+    return missing, lambda: sorted(names)
+
+
+def no_attribute(module: str, name: str, names: Collection[str], what: str = "attribute") -> str:
+    """What is said of a name that a module does not have."""
+    return f"module {module!r} has no {what} {name!r}; public names are {', '.join(sorted(names))}{meant(name, names)}"
 
 
 def check_word(where: str, value: object, words: Collection[str]) -> str:

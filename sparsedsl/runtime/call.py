@@ -146,7 +146,7 @@ def check_tensors(q: Any, k: Any, v: Any) -> None:
         if tensor.ndim != 4:
             raise ShapeError(
                 f"{name} must have 4 dimensions (batch, heads, length, head_dim); got shape {tuple(tensor.shape)}. "
-                f"Unbatched or packed tensors: {name}.unsqueeze(0); (B, S, H, D) layouts: {name}.transpose(1, 2)"
+                f"Unbatched or packed tensors: {name}.unsqueeze(0); (B, S, H, D) layouts: layout='bshd', or {name}.transpose(1, 2)"
             )
         if tensor.dtype not in FLOATS:
             raise ShapeError(f"{name} must be float16, bfloat16, float32 or float64; got {tensor.dtype}")

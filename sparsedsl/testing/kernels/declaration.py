@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import ArgumentError, PatternError, UnsupportedError
+from sparsedsl.execute.layouts import LAYOUTS
 from sparsedsl.lang.advice import meant, shown
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.program.graph import Program, as_program
@@ -21,7 +22,7 @@ REFUSALS: tuple[type[BaseException], ...] = (NotImplementedError, ValueError, As
 _ROUNDS = ("p", "out", "q", "s", "tf32")
 _WORDS = {
     "grad": ("none", "qkv", "all"),
-    "layout": ("bhsd", "bshd"),
+    "layout": LAYOUTS,
     "empty": ("zero", "nan", "refuse"),
     "lse_base": ("e", "2"),
 }
