@@ -30,7 +30,7 @@ from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
-from sparsedsl.lang.tables import table_reads
+from sparsedsl.lang.tables import by_kept_name, table_reads
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
 
@@ -134,6 +134,7 @@ def _flops(value: int) -> str:
 
 def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Tables by name, those given before those bound at declaration."""
+    tables = dict(by_kept_name(tables, pattern.tables))
     unknown = set(tables) - set(pattern.tables)
     if unknown:
         known = [*pattern.tables, *inspect.signature(analyse).parameters]
@@ -141,8 +142,10 @@ def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, tor
     given = pattern.bound | tables
     missing = [name for name in pattern.tables if name not in given]
     if missing:
+        own = [name for name in missing if name in inspect.signature(analyse).parameters]
+        more = f". {own[0]} is a word of analyse() too: bind it, pattern.bind({own[0]}=tensor)" if own else ""
         raise TableError(
-            f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}"
+            f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}{more}"
         )
     return {name: given[name] for name in pattern.tables}
 

@@ -34,6 +34,7 @@ from sparsedsl.execute.state import ProgramState, advanced, continued
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.program.effect_rules import KEEPS_STATE, LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
@@ -102,6 +103,7 @@ class Attention:
         self._runs: set[CallFacts] = set()
         # What a traced call needs, as plain values: torch.compile follows no sympy.
         self._handle, self._bound = f"{backend} {'; '.join(sorted(allow))}\n{program.text}", program.bound
+        self._table_names = tuple(program.tables)
         operators.remember(self._handle, self)
 
     @property
@@ -310,6 +312,7 @@ class Attention:
                 "it, or pass all keys and values with q_offset="
             )
         given = {name: x for name, x in named.items() if x is not None} if self._static is None else named
+        given = by_kept_name(given, self._table_names)
         return operators.attend_traced(
             self._handle, self._bound, q, k, v, given, q_offset=q_offset, return_lse=return_lse, scale=scale, has_lse=self.has_lse
         )

@@ -16,6 +16,7 @@ from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.execute.state import ProgramState
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.lang.wrapped import Carried
 from sparsedsl.program.program_text import read_program
 from sparsedsl.runtime.arguments import joined_tables
@@ -88,7 +89,7 @@ def attention(
         )  # fmt: skip
     attn, bound = _compiled(pattern, backend, allow, layout)
     if bound:
-        given = joined_tables(named, tables)
+        given = by_kept_name(joined_tables(named, tables), bound)
         named, tables = {}, {**bound, **given}
     return attn(
         q, k, v, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state, summaries=summaries,

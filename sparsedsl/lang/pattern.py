@@ -18,7 +18,7 @@ from sparsedsl.lang.expressions import Mask, Score, _written, as_mask, as_score
 from sparsedsl.lang.printing import to_text
 from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
-from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
+from sparsedsl.lang.tables import TableSpec, by_kept_name, table_reads, table_specs
 from sparsedsl.lang.wrapped import Carried, merge_carried
 
 __all__ = ["Pattern", "as_pattern", "attend", "relates_positions"]
@@ -119,8 +119,9 @@ class Pattern(Unread):
         """A hash of the text form (32 hex digits), the same in every process."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
 
-    def bind(self, **tables: Any) -> Pattern:
+    def bind(self, /, **tables: Any) -> Pattern:
         """The same pattern with tensors bound to some of its tables."""
+        tables = dict(by_kept_name(tables, self.tables))
         unknown = sorted(set(tables) - set(self.tables))
         if unknown:
             near = "".join(meant(name, self.tables) for name in unknown)

@@ -17,7 +17,7 @@ from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.execute.state import ProgramState
 from sparsedsl.lang.advice import shown, surplus
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.tables import TableSpec, table_reads
+from sparsedsl.lang.tables import TableSpec, by_kept_name, table_reads
 from sparsedsl.program.graph import Program
 from sparsedsl.program.program_text import read_program
 from sparsedsl.runtime.arguments import joined_tables
@@ -72,7 +72,7 @@ class Attention(torch.nn.Module):
             pattern = pattern.program if pattern.program.static is None else pattern.pattern
         options = {"backend": backend, "allow": allow, "layout": layout}
         declared = as_declared(pattern, "nn.Attention()")
-        given = {**declared.bound, **joined_tables(values, tables)}
+        given = {**declared.bound, **by_kept_name(joined_tables(values, tables), declared.tables)}
         _refuse_unknown(declared, given)
         bare = without_values(declared) if isinstance(declared, Pattern) else declared
         if isinstance(bare, Program) and bare.bound:
@@ -126,7 +126,7 @@ class Attention(torch.nn.Module):
         own = {name: getattr(self, attribute) for name, attribute in self._held.items()}
         return self.compiled(
             q, k, v, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state, summaries=summaries,
-            tables={**own, **joined_tables(named, tables)},
+            tables={**own, **by_kept_name(joined_tables(named, tables), own)},
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
-from sparsedsl.lang.tables import table_reads
+from sparsedsl.lang.tables import by_kept_name, table_reads, to_pass
 from sparsedsl.program import tensors
 from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.branches import Attend, Branch, Linear, Recall
@@ -208,6 +208,7 @@ def check_program_call(
     """
     plain: Call = check_call(_ANY, q, k, v, {}, q_offset=q_offset, scale=1.0 if scale is None else scale)
     known = program.inputs, program.tables
+    named = by_kept_name(named, known[1])
     unknown = set(named) - set(known[0]) - set(known[1])
     if unknown:
         own = [*known[0], *known[1]]
@@ -235,7 +236,7 @@ def check_program_call(
     ranks = _ranks(program) if known[1] else {}
     for name, spec in known[1].items():
         if name not in given:
-            raise TableError(f"missing table {name}: pass {name}=tensor with the call")
+            raise TableError(f"missing table {name}: {to_pass(name)}")
         tables[name] = check_table(spec, given[name], ranks[name], q.device)
     count_heads((node.pattern for node in program.everything if isinstance(node, Attend)), tables, q.shape[1])
     exact = exactly(program.exprs, replace(plain.domain, tables=tables))
