@@ -6,6 +6,7 @@ Names load on first use, so that ``import sparsedsl`` loads neither torch nor Tr
 from __future__ import annotations
 
 import importlib
+import sys
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     from sparsedsl.analysis.caches import cache_bytes as cache_bytes, clear_caches as clear_caches
     from sparsedsl.analysis.proofs import PROVED as PROVED, REFUTED as REFUTED, UNKNOWN as UNKNOWN, Verdict as Verdict
     from sparsedsl.analysis.proofs import equivalent as equivalent, implies as implies
-    from sparsedsl.analysis.report import Analysis as Analysis, analyse as analyse
+    from sparsedsl.analysis.report import Analysis as Analysis, analyse as analyse, analyze as analyze
     from sparsedsl.execute.cache_bounds import cache_bound as cache_bound
     from sparsedsl.execute.compiling import compile as compile
     from sparsedsl.execute.compiled import Attention as Attention
@@ -54,6 +55,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     from sparsedsl.program import recall as recall, schedule as schedule, segment_sort as segment_sort, slots as slots
     from sparsedsl.program import smooth as smooth, summary as summary, take as take, threshold as threshold
     from sparsedsl.program import top_k as top_k, top_p as top_p, v as v
+    from sparsedsl.versions import show_versions as show_versions
     from sparsedsl.tracing import mask as mask, trace_mask as trace_mask, trace_score as trace_score
     # fmt: on
     # isort: on
@@ -74,7 +76,7 @@ _PUBLIC = {
         ),
         "sparsedsl.tracing": "mask trace_mask trace_score",
         "sparsedsl.analysis.proofs": "PROVED REFUTED UNKNOWN Verdict equivalent implies",
-        "sparsedsl.analysis.report": "Analysis analyse",
+        "sparsedsl.analysis.report": "Analysis analyse analyze",
         "sparsedsl.analysis.caches": "cache_bytes clear_caches",
         "sparsedsl.gpu.builds": "Build build",
         "sparsedsl.analysis.cached_keys": "CacheBound",
@@ -83,15 +85,20 @@ _PUBLIC = {
         "sparsedsl.execute.compiling": "compile",
         "sparsedsl.execute.functional": "attention",
         "sparsedsl.plotting": "plot",
+        "sparsedsl.versions": "show_versions",
         "": "models nn patterns testing",
     }.items()
     for name in names.split()
 }
 
-__all__ = [
+_ERRORS = (
     "ArgumentError", "CallWarning", "MissingPackageError", "PatternError", "SettingsError", "ShapeError", "SparseDSLError",
-    "TableError", "TraceError", "UnsupportedError", *_PUBLIC,
-]  # fmt: skip
+    "TableError", "TraceError", "UnsupportedError",
+)  # fmt: skip
+# Public names that `from sparsedsl import *` leaves alone: they would hide functions of Python, and the variables everyone has.
+_NOT_BY_STAR = frozenset(("b", "h", "k", "q", "v", "compile", "input"))
+
+__all__ = [*_ERRORS, *(name for name in _PUBLIC if name not in _NOT_BY_STAR)]
 
 
 def __getattr__(name: str) -> Any:
@@ -99,7 +106,7 @@ def __getattr__(name: str) -> Any:
     if module is None:
         from sparsedsl.lang.advice import no_attribute
 
-        raise AttributeError(no_attribute("sparsedsl", name, __all__))
+        raise AttributeError(no_attribute("sparsedsl", name, __dir__()))
     value = getattr(importlib.import_module(module), name) if module else importlib.import_module(f"sparsedsl.{name}")
     if isinstance(value, types.FunctionType):
         from sparsedsl.lang.advice import answering
@@ -110,6 +117,10 @@ def __getattr__(name: str) -> Any:
 
         decorate_by(_score_decorator)
     globals()[name] = value
+    if "hypothesis" in sys.modules:
+        from sparsedsl.type_strategies import register
+
+        register()
     return value
 
 
@@ -121,4 +132,4 @@ def _score_decorator(*function: Any, **words: Any) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted((*_ERRORS, *_PUBLIC))

@@ -15,6 +15,7 @@ from source_tree import PACKAGES, ROOT, modules
 ARROW = [
     ["_layout", "errors"],
     ["adjustable", "settings", "torch_private"],
+    ["check_defaults"],
     ["lang"],
     ["program"],
     ["tracing"],
@@ -34,9 +35,10 @@ ARROW = [
     ["tune_command"],
     ["figures"],
     ["strip_picture", "program_picture"],
-    ["plotting", "testing", "models", "nn", "specs"],
+    ["plotting", "testing", "models", "nn", "specs", "versions"],
+    ["type_strategies"],
     ["__init__"],
-    ["kernel_command"],
+    ["kernel_command", "pytest_plugin"],
     ["cli"],
     ["__main__"],
 ]

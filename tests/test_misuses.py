@@ -71,7 +71,15 @@ NEARLY: dict[str, Case] = {
     "dtype": (lambda: sd.analyse(causal, 8, dtype="bfloat"), sd.ShapeError, "Did you mean 'bfloat16'?"),
     "share": (lambda: P.pbs(share="heads"), sd.PatternError, "pbs(): share must be one of 'head', 'group'; got 'heads'. Did you mean 'head'?"),
     "public name": (lambda: sd.patern, AttributeError, "Did you mean 'patterns'?"),
-    "pattern": (lambda: P.slidng_window(4), AttributeError, "sparsedsl.patterns has no pattern 'slidng_window'. Did you mean 'sliding_window'?"),
+    "name of the kit": (lambda: sd.testing.chek, AttributeError, "Did you mean 'check'?"),
+    "name of modules": (lambda: sd.nn.Atention, AttributeError, "Did you mean 'Attention'?"),
+    "name of models": (lambda: sd.models.aply, AttributeError, "Did you mean 'apply'?"),
+    "name of a pattern": (lambda: P.slidng_window, AttributeError, "Did you mean 'sliding_window'?"),
+    "option of a module": (lambda: sd.nn.Attention(causal, bakend="tiled"), sd.TableError, "Did you mean 'backend'?"),
+    "word of explain": (lambda: sd.compile(causal).explain(8, hedas=2), sd.TableError, "Did you mean 'heads'?"),
+    "claim of a kernel": (lambda: sd.testing.Kernel(print, implements=causal, layuot="bshd"), sd.ArgumentError, "Kernel(): unexpected argument layuot"),
+    "word of a call": (lambda: sd.attention(*[torch.zeros(1, 1, 2, 2)] * 3, causal, return_sle=True), sd.TableError, "Did you mean 'return_lse'?"),
+    "pattern": (lambda: P.slidng_window(4), AttributeError, "has no pattern 'slidng_window'; public names are"),
 }
 
 INSTEAD: dict[str, Case] = {

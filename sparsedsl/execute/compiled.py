@@ -147,9 +147,9 @@ class Attention:
     ) -> Any:
         """Attention of ``q (B, Hq, Sq, D)`` over ``k (B, Hkv, Skv, D)``, ``v (B, Hkv, Skv, Dv)``; ``Hq % Hkv == 0``.
 
-        With ``layout="bshd"`` they are ``(B, Sq, Hq, D)``, ``(B, Skv, Hkv, D)`` and ``(B, Skv, Hkv, Dv)``, and out is ``(B, Sq, Hq, Dv)``; the
-        LSE is ``(B, Hq, Sq)`` as ever, and inputs of programs and tables are as they were declared. Nothing is copied for it: the same
-        memory is read by other strides, and out is a view too.
+        With ``layout="bshd"`` they are ``(B, Sq, Hq, D)``, ``(B, Skv, Hkv, D)`` and ``(B, Skv, Hkv, Dv)``, and out ``(B, Sq, Hq, Dv)``;
+        the LSE is ``(B, Hq, Sq)`` as ever, and inputs of programs and tables are as they were declared. Nothing is copied for it: the
+        same memory is read by other strides, and out is a view too.
 
         Args:
             q_offset: position of the first query (decode and chunked prefill); a number or a 0-d integer tensor. ``"end"``: the last

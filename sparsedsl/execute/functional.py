@@ -117,7 +117,9 @@ def _compiled(pattern: Any, backend: Any, allow: Any, layout: Any) -> tuple[Atte
     if not declared.root.tensors:
         return _COMPILED.get((declared.root, *told), [], lambda: compile_pattern(declared, **options)), {}
     # Nodes with tensors bound in them are told apart by these, which nothing here is to keep.
-    return _COMPILED.get((declared.text, *told), [], lambda: compile_pattern(read_program(declared.text), **options)), declared.bound
+    return _COMPILED.get(
+        (declared.text, *told), [], lambda: compile_pattern(read_program(declared.text), **options)
+    ), declared.bound
 
 
 def without_values(pattern: Pattern) -> Pattern:
@@ -132,7 +134,7 @@ def without_values(pattern: Pattern) -> Pattern:
     def bare(part: Any) -> Any:
         return None if part is None else type(part)(part.expr, Carried(heads=part.heads))
 
-    return Pattern(bare(pattern.mask), bare(pattern.score), bare(pattern.sink), pattern.scale)
+    return Pattern(bare(pattern.mask), bare(pattern.score), bare(pattern.sink), pattern.scale, pattern.causal)
 
 
 def _refuse_options(attn: Attention, backend: Any, allow: Any, layout: Any) -> None:
@@ -162,8 +164,8 @@ def _name_in_graphs(pattern: Any, backend: str | None, allow: tuple[str, ...] | 
     """Compile ``pattern`` while a graph is made, which is for this very object; the attribute that holds the result."""
     if is_traceable(pattern):
         raise UnsupportedError(
-            f"attention(): a function within torch.compile could change unseen; got {shown(pattern)}. Trace it outside, by @sd.mask or @sd.score "
-            "above it, and give what that makes"
+            f"attention(): a function within torch.compile could change unseen; got {shown(pattern)}. Trace it outside, by @sd.mask or "
+            "@sd.score above it, and give what that makes"
         )
     if isinstance(pattern, Attention):
         _refuse_options(pattern, backend, allow, layout)

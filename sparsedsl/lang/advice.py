@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -62,7 +63,9 @@ def meant(word: object, known: Iterable[str]) -> str:
     return f". Did you mean {near[0]!r}?" if near else ""
 
 
-def public_only(module: str, names: Collection[str], what: str = "attribute") -> tuple[Callable[[str], NoReturn], Callable[[], list[str]]]:
+def public_only(
+    module: str, names: Collection[str], what: str = "attribute"
+) -> tuple[Callable[[str], NoReturn], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` of a module that shows ``names`` and says which of them was meant by another.
 
     >>> getter, lister = public_only("shop", ["apples", "pears"])
@@ -141,14 +144,18 @@ def way_in(value: object) -> str:
     return ". To use a FlexAttention mask function write sd.trace_mask(function)"
 
 
-def answering(function: F) -> F:
-    """``function``, but a call whose arguments do not fit its signature gets an :class:`ArgumentError`.
+def answering(function: F, name: str = "") -> F:
+    """``function``, but a call whose arguments do not fit its signature gets an :class:`ArgumentError`. ``name``: what messages call it.
 
     Nothing is done before a call has failed. It takes the place of ``function`` in the module that defines it, by whose name it is pickled.
     """
 
     if getattr(function, "answers", False):
         return function
+    home = vars(sys.modules[function.__module__])
+    known = home.get(function.__name__)
+    if getattr(known, "__wrapped__", None) is function:
+        return known  # by another of its names
 
     @functools.wraps(function)
     def called(*values: object, **words: Any) -> Any:
@@ -161,29 +168,32 @@ def answering(function: F) -> F:
             try:
                 signature.bind(*values, **words)
             except TypeError as wrong:
-                raise ArgumentError(_misfit(function.__name__, signature, words, wrong)) from None
+                raise ArgumentError(_misfit(name or function.__name__, signature, words, wrong)) from None
             raise
 
     vars(called)["answers"] = True
-    home = vars(sys.modules[function.__module__])
     if home.get(function.__name__) is function:
         home[function.__name__] = called
     return called  # type: ignore[return-value]
 
 
 def answer_for(names: dict[str, Any], public: Iterable[str]) -> None:
-    """:func:`answering` in place of every public function of a module, whose globals ``names`` are."""
+    """:func:`answering` in place of every public function of a module, whose globals ``names`` are, and of what makes its dataclasses."""
     for name in public:
-        if isinstance(names[name], types.FunctionType):
-            names[name] = answering(names[name])
+        value = names[name]
+        if isinstance(value, types.FunctionType):
+            names[name] = answering(value)
+        elif dataclasses.is_dataclass(value) and "__init__" in vars(value):
+            value.__init__ = answering(value.__init__, name)  # type: ignore[misc]
 
 
 def _misfit(name: str, signature: inspect.Signature, words: Iterable[str], wrong: TypeError) -> str:
-    known = signature.parameters
+    known = [word for word in signature.parameters if word != "self"]
     unknown = [word for word in words if word not in known]
     if unknown:
         return f"{name}(): " + surplus(unknown, known, "it takes " + ", ".join(known))
-    return f"{name}(): {wrong}. It is called as {name}{signature}"
+    own = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "self"])
+    return f"{name}(): {wrong}. It is called as {name}{own}"
 
 
 def _arguments(function: Any) -> list[str]:

@@ -507,8 +507,8 @@ class Score(_Arithmetic):
         bare = self._expr == SCORE and _score_decorators
         if not bare or len(function) > 1 or not all(callable(f) and not isinstance(f, Expression) for f in function):
             raise PatternError(
-                f"{self!r} is an expression, not a function of {', '.join(map(shown, function)) or 'nothing'}. Called is sd.score alone, on a "
-                "score_mod(score, b, h, q_idx, kv_idx): @sd.score above it. To use the scaled logit write sd.score without brackets"
+                f"{self!r} is an expression, not a function of {', '.join(map(shown, function)) or 'nothing'}. Called is sd.score alone, "
+                "on a score_mod(score, b, h, q_idx, kv_idx): @sd.score above it. To use the scaled logit write sd.score without brackets"
             )
         return _score_decorators[0](*function, rename=rename)
 

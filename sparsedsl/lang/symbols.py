@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import sympy
 
-__all__ = ["BATCH", "CALL_WORDS", "HEAD", "INDEX_SYMBOLS", "KV_IDX", "KV_LEN", "Q_IDX", "Q_LEN", "RESERVED_NAMES", "SCORE", "SYMBOL_NAMES"]
+__all__ = [
+    "BATCH",
+    "CALL_WORDS",
+    "HEAD",
+    "INDEX_SYMBOLS",
+    "KV_IDX",
+    "KV_LEN",
+    "Q_IDX",
+    "Q_LEN",
+    "RESERVED_NAMES",
+    "SCORE",
+    "SYMBOL_NAMES",
+]
 
 BATCH = sympy.Symbol("b", integer=True, nonnegative=True)
 HEAD = sympy.Symbol("h", integer=True, nonnegative=True)

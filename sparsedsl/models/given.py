@@ -66,7 +66,7 @@ def bind(
             raise
         native = None
     if native is not None and keeps_score:
-        pattern = Pattern(pattern.mask, native.score, native.sink, native.scale)
+        pattern = Pattern(pattern.mask, native.score, native.sink, native.scale, pattern.causal)
     elif native is not None:
         lost = ["soft cap"] if native.has_score and not pattern.has_score else []
         lost += ["sink logits"] if native.sink is not None and pattern.sink is None else []

@@ -77,9 +77,7 @@ class Attention(torch.nn.Module):
         bare = without_values(declared) if isinstance(declared, Pattern) else declared
         if isinstance(bare, Program) and bare.bound:
             bare = read_program(bare.text)
-        self.compiled: Compiled = compile_pattern(
-            bare, **{name: own[name] if x is None else x for name, x in options.items()}
-        )
+        self.compiled: Compiled = compile_pattern(bare, **{name: own[name] if x is None else x for name, x in options.items()})
         # Table -> the attribute that holds its values.
         self._held: dict[str, str] = {}
         ranks = {read.spec.name: len(read.args) for expr in declared.exprs for read in table_reads(expr)}
@@ -150,7 +148,9 @@ def _shape(spec: TableSpec, value: Any) -> tuple[int, ...]:
     sizes = (value,) if isinstance(value, int) else value
     whole = isinstance(sizes, (tuple, list)) and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
     if not whole or not math.prod(sizes):
-        raise TableError(f"table {spec.name!r} is learned: give its first values as a tensor, or its shape as whole numbers; got {shown(value)}")
+        raise TableError(
+            f"table {spec.name!r} is learned: give its first values as a tensor, or its shape as whole numbers; got {shown(value)}"
+        )
     return tuple(sizes)
 
 

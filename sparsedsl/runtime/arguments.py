@@ -52,7 +52,9 @@ def joined_tables(named: dict[str, Any], tables: Any) -> dict[str, Any]:
     if isinstance(tables, Tensor):  # of a table that is called so
         return {**named, "tables": tables}
     if not isinstance(tables, Mapping):
-        raise TableError(f"tables must be a mapping, name -> tensor, of tables whose names are words of the call; got {shown(tables)}")
+        raise TableError(
+            f"tables must be a mapping, name -> tensor, of tables whose names are words of the call; got {shown(tables)}"
+        )
     twice = [name for name in tables if name in named]
     if twice:
         raise TableError(f"table {twice[0]!r} is given twice, by keyword and in tables=")
@@ -120,7 +122,10 @@ def _slip_of_layout(q: Tensor, k: Tensor, layout: str) -> str:
     heads, rows = q.shape[1:3]
     if layout == "bshd":
         shapes = (tuple(x.transpose(1, 2).shape) for x in (q, k))
-        read, instead = "(batch, tokens, heads, head_dim), as layout='bshd' has it", "heads stand before the tokens, leave layout= out"
+        read, instead = (
+            "(batch, tokens, heads, head_dim), as layout='bshd' has it",
+            "heads stand before the tokens, leave layout= out",
+        )
     else:
         shapes, read = (tuple(x.shape) for x in (q, k)), "(batch, heads, tokens, head_dim)"
         instead = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import shown, surplus
 from sparsedsl.lang.pattern import Pattern, attend
+from sparsedsl.lang.symbols import CALL_WORDS
 from sparsedsl.lang.tables import TableSpec, by_kept_name, to_pass
 from sparsedsl.runtime.places import Places
 from sparsedsl.runtime.torch_modes import is_transformed
@@ -212,9 +213,12 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def bind_tables(
-    pattern: Pattern, tables: Mapping[str, Any], *, device: torch.device | None = None, may_be_empty: bool = False
-) -> dict[str, torch.Tensor]:
+    pattern: Pattern, tables: Mapping[str, Any], *, device: torch.device | None = None, may_be_empty: bool = False,
+    words: Iterable[str] = CALL_WORDS,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """All tables of ``pattern`` by name: those given, else those bound at declaration; checked against their declarations.
+
+    ``words``: what else the caller takes by keyword, of which one may have been meant.
 
     ``device`` None takes the device of the first table. ``may_be_empty``: nothing will be read, so tables may have no entries.
     """
@@ -225,13 +229,11 @@ def bind_tables(
     unknown = set(tables) - set(wanted)
     if unknown:
         reads = "the tables " + ", ".join(wanted) if wanted else "no table"
-        raise TableError(surplus(unknown, [*wanted, "q_offset", "return_lse", "scale"], f"the pattern reads {reads}"))
+        raise TableError(surplus(unknown, [*wanted, *words], f"the pattern reads {reads}"))
     given = pattern.bound | dict(tables)
     missing = [name for name in wanted if name not in given]
     if missing:
-        raise TableError(
-            f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: {to_pass(*missing)}"
-        )
+        raise TableError(f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: {to_pass(*missing)}")
     bound = {}
     for name, spec in wanted.items():
         bound[name] = check_table(spec, given[name], pattern.table_ranks[name], device, may_be_empty)

@@ -15,6 +15,7 @@ from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
+from sparsedsl.lang.symbols import CALL_WORDS
 from sparsedsl.lang.tables import by_kept_name, table_reads, to_pass
 from sparsedsl.program import tensors
 from sparsedsl.program.axes import base_of, block_of
@@ -213,7 +214,7 @@ def check_program_call(
     if unknown:
         own = [*known[0], *known[1]]
         words = f"beside q, k, v the program takes {', '.join(own) or 'nothing'}"
-        raise TableError(surplus(unknown, [*own, "q_offset", "return_lse", "scale", "state", "return_state", "summaries"], words))
+        raise TableError(surplus(unknown, [*own, *CALL_WORDS], words))
     sizes = {
         "batch": q.shape[0], "heads": q.shape[1], "kv_heads": k.shape[1], "queries": q.shape[2], "keys": k.shape[2],
         "head_dim": q.shape[3], "value_dim": v.shape[3],

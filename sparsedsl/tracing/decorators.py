@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
@@ -23,7 +24,7 @@ def mask(function: Callable[..., Any], /) -> Mask: ...
 @overload
 def mask(*, rename: Mapping[str, str]) -> Callable[[Callable[..., Any]], Mask]: ...
 def mask(function: Any = None, /, *, rename: Mapping[str, str] | None = None) -> Any:
-    """Decorator: the :class:`~sparsedsl.Mask` of a FlexAttention ``mask_mod(b, h, q_idx, kv_idx)``, as :func:`sparsedsl.trace_mask` makes it.
+    """Decorator: the :class:`~sparsedsl.Mask` of a FlexAttention ``mask_mod(b, h, q_idx, kv_idx)``; see :func:`sparsedsl.trace_mask`.
 
     Args:
         function: takes four arguments, by any names, and gives a boolean. It is run once, on stand-ins for int64 scalars.
@@ -65,9 +66,10 @@ def is_traceable(value: object) -> bool:
     """
     if isinstance(value, (type, Expression, Pattern)) or hasattr(value, "program") or hasattr(value, "pattern"):
         return False
-    if not callable(value) or str(getattr(value, "__module__", "")).startswith("sparsedsl.patterns"):
-        return False
-    return _arguments(value) != []  # a function without arguments makes one, and wants to be called
+    module, name = str(getattr(value, "__module__", "")), str(getattr(value, "__name__", ""))
+    ours = module.partition(".")[0] == "sparsedsl" and getattr(sys.modules.get(module), name, None) is value
+    # A function of ours, or one without arguments, makes a pattern, and wants to be called.
+    return callable(value) and not ours and _arguments(value) != []
 
 
 def traced(function: Callable[..., Any], where: str) -> Mask | Score:

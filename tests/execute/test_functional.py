@@ -137,7 +137,9 @@ def test_a_compiled_pattern_has_its_own_options():
     q, k, v = qkv()
     attn = sd.compile(CAUSAL, backend="reference")
     assert torch.equal(sd.attention(q, k, v, attn, backend="reference"), attn(q, k, v))
-    with pytest.raises(sd.ArgumentError, match="backend='tiled' is for a pattern; got a compiled one, whose backend is 'reference'"):
+    with pytest.raises(
+        sd.ArgumentError, match="backend='tiled' is for a pattern; got a compiled one, whose backend is 'reference'"
+    ):
         sd.attention(q, k, v, attn, backend="tiled")
     with pytest.raises(sd.ArgumentError, match="layout='bshd' is for a pattern"):
         sd.attention(q, k, v, attn, layout="bshd")
@@ -150,7 +152,7 @@ def test_functions_are_traced_at_each_call():
     def local(b, h, q_idx, kv_idx):
         return (q_idx >= kv_idx) & (q_idx - kv_idx < width)
 
-    for width in (3, 5):  # noqa: B007  # the function reads it
+    for width in (3, 5):  # the function reads it
         assert torch.equal(sd.attention(q, k, v, local), sd.compile(CAUSAL & (sd.q_idx - sd.kv_idx < width))(q, k, v))
 
 
@@ -204,7 +206,8 @@ def test_names_that_are_words_of_the_call_go_into_tables():
         sd.attention(q, k, v, PACKED, tables=[ids])
     named_so = sd.table("tables")
     assert torch.equal(
-        sd.attention(q, k, v, (named_so[sd.q_idx] == named_so[sd.kv_idx]) & CAUSAL, tables=ids), sd.attention(q, k, v, PACKED, doc=ids)
+        sd.attention(q, k, v, (named_so[sd.q_idx] == named_so[sd.kv_idx]) & CAUSAL, tables=ids),
+        sd.attention(q, k, v, PACKED, doc=ids),
     )
 
 

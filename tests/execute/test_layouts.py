@@ -59,9 +59,7 @@ def test_states_offsets_and_choices():
     attn = sd.compile(CAUSAL, layout="bshd")
     torch.testing.assert_close(attn(q[:, -1:], k, v, q_offset="end"), attn(q, k, v)[:, -1:])
     moba = sd.compile(PATTERNS["moba"], layout="bshd", backend="tiled")
-    (chosen,), (wanted,) = (
-        list(a.choices(*x).values()) for a, x in ((moba, (q, k, v)), (moba.heads_first, flat(q, k, v)))
-    )
+    (chosen,), (wanted,) = (list(a.choices(*x).values()) for a, x in ((moba, (q, k, v)), (moba.heads_first, flat(q, k, v))))
     assert torch.equal(chosen.indices, wanted.indices)
 
 
@@ -92,7 +90,7 @@ def test_errors_speak_of_it():
         attn(q, k, v[:, :5])
     with pytest.raises(sd.ShapeError, match=r"must have 4 dimensions.*layout='bshd'"):
         attn(q[0], k, v)
-    with pytest.raises(sd.PatternError, match="layout must be one of 'bhsd', 'bshd'; got 'sbhd'. Did you mean 'bshd'"):
+    with pytest.raises(sd.PatternError, match=r"layout must be one of 'bhsd', 'bshd'; got 'sbhd'\. Did you mean 'bshd'"):
         sd.compile(CAUSAL, layout="sbhd")
 
 

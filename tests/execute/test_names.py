@@ -47,7 +47,8 @@ UNICODE = [
 ]
 NAMES = sorted(
     name
-    for name in {*SYMPY, *dir(builtins), *keyword.softkwlist, *GENERATED, *UNICODE, *RESERVED_NAMES, *CALL_WORDS, "inf", "nan", "table", "_", "__", "__class__",
+    for name in {*SYMPY, *dir(builtins), *keyword.softkwlist, *GENERATED, *UNICODE, *RESERVED_NAMES, *CALL_WORDS,
+                 "inf", "nan", "table", "_", "__", "__class__",
                  "doc_table", "doc_size_0", "doc_here", "exact_difference", "tl", "triton", "args", "kwargs", "cls", "values", "lane"}
     if name.isidentifier() and not keyword.iskeyword(name)
 )  # fmt: skip
@@ -186,16 +187,18 @@ def test_a_table_called_as_an_index_is_passed_by_either_name():
     assert torch.equal(attn(q, q, q, h=ids), attn(q, q, q, h_table=ids))
     compiled = torch.compile(attn, backend="eager", fullgraph=True)
     assert torch.equal(compiled(q, q, q, h=ids), attn(q, q, q, h=ids))
-    with pytest.raises(sd.TableError, match="table 'h_table' is given twice|table 'h' is given twice"):
+    with pytest.raises(sd.TableError, match="is given twice: it is kept as 'h_table'"):
         attn(q, q, q, h=ids, h_table=ids)
 
 
 def test_a_word_of_the_call_that_is_a_table_is_pointed_out():
     ids, q = torch.arange(4), torch.randn(1, 1, 4, 8)
     attn = sd.compile(sd.table("scale")[q_idx] >= kv_idx)
-    with pytest.raises(sd.ShapeError, match=r"scale must be a positive number.*a Tensor of shape.*pass tables=\{'scale': tensor\}"):
+    with pytest.raises(
+        sd.ShapeError, match=r"scale must be a positive number.*a Tensor of shape.*pass tables=\{'scale': tensor\}"
+    ):
         attn(q, q, q, scale=ids)
-    with pytest.raises(sd.TableError, match="dtype is a word of analyse.. too: bind it, pattern.bind.dtype=tensor."):
+    with pytest.raises(sd.TableError, match=r"dtype is a word of analyse\(\) too: bind it, pattern.bind\(dtype=tensor\)"):
         sd.analyse(sd.table("dtype")[q_idx] >= kv_idx, 4)
 
 

@@ -63,7 +63,9 @@ def test_tables_given_with_the_call():
     for words in ({"doc": IDS}, {"tables": {"doc": IDS}}):
         torch.testing.assert_close(attn(q, k, v, **words), sd.compile(PATTERN)(q, k, v, doc=IDS, bias=torch.zeros(4, 12)))
     other = torch.zeros(12, dtype=torch.long)
-    torch.testing.assert_close(module(backend="tiled")(q, k, v, doc=other, bias=torch.zeros(4, 12)), sd.attention(q, k, v, CAUSAL))
+    torch.testing.assert_close(
+        module(backend="tiled")(q, k, v, doc=other, bias=torch.zeros(4, 12)), sd.attention(q, k, v, CAUSAL)
+    )
 
 
 def test_state_dict_round_trip_is_strict():
