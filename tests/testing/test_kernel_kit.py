@@ -85,14 +85,6 @@ def test_a_claim_that_the_signature_denies_is_refused():
         kit.Kernel(3, implements=FULL)
 
 
-def test_packed_sequences_are_refused_with_a_way_out():
-    def packed(q, k, v, cu_seqlens):
-        return v
-
-    with pytest.raises(UnsupportedError, match=r"takes cu_seqlens: .* Wrap it in a function on q, k and v"):
-        kit.Kernel(packed, implements=FULL)
-
-
 def test_arguments_of_a_check_are_refused_by_name():
     kernel = kit.Kernel(unscaled, implements=FULL)
     with pytest.raises(ArgumentError, match=r"only must name properties of .*; got 'NUN'\. Did you mean 'NUM'"):
