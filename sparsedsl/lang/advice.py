@@ -134,7 +134,7 @@ def way_in(value: object) -> str:
         return ". The text form of a pattern is read by sd.parse(text)"
     if hasattr(value, "pattern") or hasattr(value, "program"):
         return ". It is compiled already; what it was made of is its .pattern or .program"
-    if isinstance(value, type) or not callable(value):
+    if isinstance(value, type) or not callable(value) or kind == "Score":  # which is called as a decorator
         return ""
     name, wanted = getattr(value, "__name__", "function"), _arguments(value)
     if str(getattr(value, "__module__", "")).startswith("sparsedsl") or not wanted:

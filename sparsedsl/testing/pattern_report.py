@@ -91,10 +91,11 @@ class Report:
             lines.append(f"  {p.name:{width}}  {verdict:22}  {p.meaning}")
             if p.detail:
                 lines += textwrap.wrap(p.detail, 110, initial_indent=" " * (width + 6), subsequent_indent=" " * (width + 6))
+        lines += ["", f"{'right, as far as tried' if self.ok else 'wrong'}; seed {self.seed}"]
         failed = [p for p in self.properties if p.status == FAILS]
         for p in failed:
             lines += ["", f"{p.name} fails; this program shows it:", "", textwrap.indent(p.snippet, "    ").rstrip()]
-        return "\n".join([*lines, "", f"{'right, as far as tried' if self.ok else 'wrong'}; seed {self.seed}"])
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
