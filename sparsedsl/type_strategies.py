@@ -31,18 +31,13 @@ def register() -> None:
     for name, (module, strategy) in TYPES.items():
         if module in sys.modules and name not in _registered and hasattr(sys.modules[module], name):
             _registered.add(name)
-            strategies.register_type_strategy(getattr(sys.modules[module], name), _drawn_by(name, strategy))
+            strategies.register_type_strategy(getattr(sys.modules[module], name), _drawn_by(strategy))
 
 
-def _drawn_by(name: str, strategy: str) -> Any:
+def _drawn_by(strategy: str) -> Any:
     def draw(_: type) -> Any:
         import sparsedsl.testing as testing
 
-        found = getattr(testing, strategy)()
-        if name == "Program":
-            from sparsedsl.program.graph import Program
-
-            return found.map(Program)
-        return found
+        return getattr(testing, strategy)()
 
     return draw

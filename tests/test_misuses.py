@@ -49,7 +49,7 @@ ELSEWHERE: dict[str, Case] = {
     "softmax_scale": (lambda: attn(q, k, v, softmax_scale=1.0), sd.TableError, "softmax_scale: here it is scale="),
     "window_size": (lambda: attn(q, k, v, window_size=(3, 0)), sd.TableError, "window_size: the window is part of the pattern: sd.patterns.sliding_window(n)"),
     "of a program": (lambda: program(q, k, v, is_causal=True), sd.TableError, "unexpected argument is_causal: beside q, k, v the program takes nothing. is_causal: the pattern says so"),
-    "of attend": (lambda: sd.attend(causal, dropout_p=0.1), sd.ArgumentError, "attend(): unexpected argument dropout_p: it takes mask, score, sink, scale, heads, q, k, v, normaliser. dropout_p: dropout of attention"),
+    "of attend": (lambda: sd.attend(causal, dropout_p=0.1), sd.ArgumentError, "attend(): unexpected argument dropout_p: it takes mask, score, sink, scale, heads, causal, q, k, v, normaliser. dropout_p: dropout of attention"),
     "of compile": (lambda: sd.compile(causal, is_causal=True), sd.ArgumentError, "compile(): unexpected argument is_causal: it takes pattern, backend, allow"),
     "of linear": (lambda: sd.linear([0.5], beta=1), sd.ArgumentError, "beta: the delta rule is not in the language"),
     "of summary": (lambda: sd.summary(sd.k, 32, stride=16), sd.ArgumentError, "stride: blocks lie side by side; overlapping ones are not in the language"),

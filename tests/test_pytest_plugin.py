@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from source_tree import ROOT
+from sparsedsl.pytest_plugin import _whole
 
 HEAVY = ("torch", "sympy", "hypothesis", "triton", "z3", "numpy")
 PLUGIN = ("-p", "sparsedsl.pytest_plugin", "-p", "no:cacheprovider")
@@ -65,22 +66,33 @@ def test_the_options_have_the_last_word(tmp_path):
     assert "drawn 7 [1, 2, 2, 2, 2, 2, 2]" in done.stdout
 
 
-@pytest.mark.parametrize("word", ["--sparsedsl-examples=0", "--sparsedsl-examples=many", "--sparsedsl-seed=-1"])
-def test_words_that_are_no_numbers(tmp_path, word):
-    done = run_pytest(tmp_path, word)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR and "is not a whole number" in done.stdout + done.stderr
+def test_words_that_are_no_numbers(tmp_path):
+    done = run_pytest(tmp_path, "--sparsedsl-examples=0")
+    assert (
+        done.returncode == pytest.ExitCode.USAGE_ERROR and "'0' is not a whole number of at least 1" in done.stdout + done.stderr
+    )
+    assert (_whole(0)("0"), _whole(1)("12")) == (0, 12)
+    for text in ("many", "-1", "1.5", ""):
+        with pytest.raises(pytest.UsageError, match="is not a whole number of at least 0"):
+            _whole(0)(text)
 
 
-DRAWS = "from hypothesis import strategies as st; print(type(st.from_type({type}).example()).__name__)"
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "first", ["import hypothesis; import sparsedsl as sd", "import sparsedsl as sd; sd.Mask; import hypothesis; register()"]
-)
-def test_hypothesis_draws_our_types_whichever_is_loaded_first(first):
-    """The second way is the entry point's, which Hypothesis calls when it is imported."""
-    code = "import warnings; warnings.simplefilter('ignore')\nfrom sparsedsl.type_strategies import register\n"
-    code += f"{first}\nimport sys\nassert 'torch' not in sys.modules\n"
-    code += "\n".join(DRAWS.format(type=f"sd.{name}") for name in ("Mask", "Pattern", "Program"))
+def test_hypothesis_draws_our_types():
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "import sys, hypothesis, sparsedsl as sd\n"
+        "kinds = [sd.Mask, sd.Pattern, sd.Program]\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(*[type(hypothesis.strategies.from_type(kind).example()).__name__ for kind in kinds])"
+    )
     assert python(code).split() == ["Mask", "Pattern", "Program"]
+
+
+def test_hypothesis_that_is_loaded_later_asks_by_its_entry_point():
+    code = (
+        "import sys, sparsedsl as sd; sd.Mask; import hypothesis\n"
+        "from sparsedsl import type_strategies\n"
+        "type_strategies.register(); type_strategies.register()\n"
+        "assert 'torch' not in sys.modules; print(*sorted(type_strategies._registered))"
+    )
+    assert python(code).split() == ["Index", "Mask", "Score"]
