@@ -41,6 +41,7 @@ def test_docstring_examples(name, scratch, capsys):
 def test_public_functions_and_classes_are_explained_by_example(package):
     module = importlib.import_module(package)
     assert set(module.__all__) <= set(dir(module))
+    assert [name for name in dir(module) if name.startswith("_") or name in ("annotations", "answer_for")] == []
     things = {name: getattr(module, name) for name in dir(module)}
     lacking = [name for name, thing in things.items() if not _is_explained(thing)]
     assert lacking == [], "public, but the docstring is missing or shows no runnable example"

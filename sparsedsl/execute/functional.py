@@ -173,6 +173,6 @@ def _name_in_graphs(pattern: Any, backend: str | None, allow: tuple[str, ...] | 
     if not hasattr(_IN_GRAPHS, name):
         _KEPT.append(pattern)
         compiled = isinstance(pattern, Attention)
-        words = {"backend": backend or "auto", "allow": allow or (), "layout": layout or "bhsd"}
+        words: dict[str, Any] = {"backend": backend or "auto", "allow": allow or (), "layout": layout or "bhsd"}
         setattr(_IN_GRAPHS, name, pattern if compiled else compile_pattern(pattern, **words))
     return name

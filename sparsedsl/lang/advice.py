@@ -9,7 +9,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from sparsedsl.errors import ArgumentError, PatternError
 
@@ -155,7 +155,7 @@ def answering(function: F, name: str = "") -> F:
     home = vars(sys.modules[function.__module__])
     known = home.get(function.__name__)
     if getattr(known, "__wrapped__", None) is function:
-        return known  # by another of its names
+        return cast(F, known)  # by another of its names
 
     @functools.wraps(function)
     def called(*values: object, **words: Any) -> Any:
@@ -184,7 +184,7 @@ def answer_for(names: dict[str, Any], public: Iterable[str]) -> None:
         if isinstance(value, types.FunctionType):
             names[name] = answering(value)
         elif dataclasses.is_dataclass(value) and "__init__" in vars(value):
-            value.__init__ = answering(value.__init__, name)  # type: ignore[misc]
+            value.__init__ = answering(value.__init__, name)  # type: ignore[method-assign]
 
 
 def _misfit(name: str, signature: inspect.Signature, words: Iterable[str], wrong: TypeError) -> str:

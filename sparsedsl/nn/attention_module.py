@@ -70,7 +70,7 @@ class Attention(torch.nn.Module):
         if isinstance(pattern, Compiled):
             own = {"backend": pattern.backend, "allow": sorted(pattern.allow), "layout": pattern.layout}
             pattern = pattern.program if pattern.program.static is None else pattern.pattern
-        options = {"backend": backend, "allow": allow, "layout": layout}
+        options: dict[str, Any] = {"backend": backend, "allow": allow, "layout": layout}
         declared = as_declared(pattern, "nn.Attention()")
         given = {**declared.bound, **by_kept_name(joined_tables(values, tables), declared.tables)}
         _refuse_unknown(declared, given)

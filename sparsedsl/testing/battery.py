@@ -243,9 +243,11 @@ def check(
     words: dict[str, Any] = {"examples": examples, "progress": progress, "backend": backend, "seed": seed}
     layers = getattr(pattern, "by_layers", None)
     if layers is not None:
-        return LayerReports(
-            {key: check(one, causal=decodes if causal is None else causal, **words, **tables) for key, one, decodes in layers()}
-        )  # type: ignore[misc]
+        reports: dict[Any, Any] = {
+            key: check(one, causal=True if causal is None and decodes else causal, **words, **tables)
+            for key, one, decodes in layers()
+        }
+        return LayerReports(reports)
     declared = as_declared(getattr(pattern, "program", pattern), "check()")
     if isinstance(declared, Program) and declared.static is not None:
         declared = declared.static

@@ -174,8 +174,8 @@ def _in_one(kernel: Kernel, problem: Problem, q: Tensor, k: Tensor, v: Tensor, w
         found = _packed(kernel, parts, words, None)
     else:
         size = kernel.page_sizes[q.shape[2] % len(kernel.page_sizes)]
-        stale = {"stale": float("nan")} if kernel.poison else {}
-        found = _on_pages(kernel, parts, cut_pages(parts, size, seed=k.shape[2] + q.shape[2], **stale), words)
+        pages = cut_pages(parts, size, seed=k.shape[2] + q.shape[2], poison=kernel.poison)
+        found = _on_pages(kernel, parts, pages, words)
     out = torch.stack([one for one, _ in found])
     out = out.transpose(1, 2) if kernel.layout == "bshd" else out
     return (out, torch.stack([lse for _, lse in found if lse is not None])) if kernel.lse else out

@@ -102,7 +102,7 @@ def check_kernel(
     findings: list[KernelFinding] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CallWarning)
-        with Progress(len(names), kernel.name, unit="properties", shown=progress) as told:
+        with Progress(len(names), str(kernel.name), unit="properties", shown=progress) as told:
             for place, name in enumerate(names):
                 left = (until - time.monotonic()) / (len(names) - place)
                 search = _Search(

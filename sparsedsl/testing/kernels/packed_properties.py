@@ -118,7 +118,7 @@ def _paged(call: Call) -> Failure | None:
     for size in kernel.page_sizes:
         both = shared and min(lengths[:2]) >= size
         for seed in (case.seed, case.seed + 1):
-            pages = cut_pages(parts, size, seed=seed, shared=both, **({"stale": float("nan")} if kernel.poison else {}))
+            pages = cut_pages(parts, size, seed=seed, poison=kernel.poison, shared=both)
             before = f"in pages of {size}, with {lengths} keys and the table {pages.table.tolist()}, "
             found = call_paged(kernel, problem, parts, pages)
             for number, (part, (out, lse)) in enumerate(zip(parts, found, strict=True)):

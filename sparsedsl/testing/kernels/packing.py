@@ -81,11 +81,12 @@ class Pages:
     lengths: Tensor
 
 
-def cut_pages(parts: Sequence[Part], size: int, *, seed: int, stale: float = _STALE, shared: bool = False) -> Pages:
+def cut_pages(parts: Sequence[Part], size: int, *, seed: int, poison: bool = False, shared: bool = False) -> Pages:
     """The keys and values of entries in pages of ``size`` rows, in an order drawn by ``seed``.
 
-    ``stale``: what rows hold that are nobody's. ``shared``: the first two entries begin with the same page, and so must their keys.
+    ``poison``: rows that are nobody's hold NaN, and not large numbers. ``shared``: the first two entries begin with the same page, and so must their keys.
     """
+    stale = float("nan") if poison else _STALE
     drawn, (heads, _, width), width_v = Random(seed), parts[0].k.shape, parts[0].v.shape[2]
     counts = [-(-part.k.shape[1] // size) for part in parts]
     numbers = list(range(sum(counts) + 2))
