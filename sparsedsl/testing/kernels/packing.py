@@ -84,7 +84,8 @@ class Pages:
 def cut_pages(parts: Sequence[Part], size: int, *, seed: int, poison: bool = False, shared: bool = False) -> Pages:
     """The keys and values of entries in pages of ``size`` rows, in an order drawn by ``seed``.
 
-    ``poison``: rows that are nobody's hold NaN, and not large numbers. ``shared``: the first two entries begin with the same page, and so must their keys.
+    ``poison``: rows that are nobody's hold NaN, and not large numbers. ``shared``: the first two entries begin with the same page, and so
+    must their keys.
     """
     stale = float("nan") if poison else _STALE
     drawn, (heads, _, width), width_v = Random(seed), parts[0].k.shape, parts[0].v.shape[2]
