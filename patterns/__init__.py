@@ -7,9 +7,7 @@ expression: ``sliding_window(sd.table("window")[sd.h])``.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
-from sparsedsl.lang.advice import answer_for, meant
+from sparsedsl.lang.advice import answer_for, public_only
 from sparsedsl.patterns.anchors import global_tokens, prefix, sinks
 from sparsedsl.patterns.blockwise import block_causal, block_diffusion, blocks, random_blocks
 from sparsedsl.patterns.grids import grid_position, neighbourhood_2d, neighbourhood_3d, sliding_tile
@@ -80,10 +78,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> NoReturn:
-    raise AttributeError(
-        f"sparsedsl.patterns has no pattern {name!r}{meant(name, __all__)}. The patterns are {', '.join(__all__)}"
-    )
-
-
+__getattr__, __dir__ = public_only(__name__, __all__, "pattern")
 answer_for(globals(), __all__)

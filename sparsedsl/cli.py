@@ -46,8 +46,9 @@ examples:
   python -m sparsedsl check --kernel my_kernels.py:kernel --deep --json
 
 Tables that are not given are drawn at random, as their declarations allow. Exit code 1 if a property does not hold; then
-a program that shows it is printed. With --kernel a kernel of your own is tested, a function or
-what sd.testing.Kernel made of it (docs/testing.md); exit code 2 if it refuses every call.""",
+a program that shows it is printed; 0 if all hold, 2 if nothing could be run. A pattern that declares
+itself causal, sd.attend(..., causal=True), is held to it. With --kernel a kernel of your own is tested, a function or
+what sd.testing.Kernel made of it (docs/testing.md), by the same exit codes.""",
     "build": build_command.EXAMPLES,
     "tune": tune_command.EXAMPLES,
     "view": view_command.EXAMPLES,
@@ -131,7 +132,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--examples", type=count, metavar="N", help="random cases a property (default 50; of a kernel 100)"
             )
-            command.add_argument("--causal", action="store_true", default=None, help="fail if any query sees a later position")
+            command.add_argument(
+                "--causal", action=argparse.BooleanOptionalAction, default=None,
+                help="fail if any query sees a later position (default: as the pattern declares)",
+            )  # fmt: skip
+            command.add_argument("--json", action="store_true", help="print the report as JSON")
             command.add_argument("--seed", type=int, metavar="N", help="draw the same cases each time")
             kernel_command.add_arguments(command)
         else:
@@ -200,12 +205,13 @@ def _check(arguments: argparse.Namespace) -> int:
         return kernel_command.run(arguments)
     kernel_command.refuse_without_kernel(arguments)
     pattern = load_pattern(arguments.spec)
-    report = sd.testing.check(
-        pattern, examples=arguments.examples, progress=sys.stderr.isatty(), backend=arguments.backend, causal=arguments.causal,
-        seed=arguments.seed, **load_tables(pattern, arguments.table, all_of_them=False),
-    )  # fmt: skip
-    print(report)
-    return 0 if report.ok else 1
+    with kernel_command.faults_are_no_verdict():
+        report = sd.testing.check(
+            pattern, examples=arguments.examples, progress=True, backend=arguments.backend, causal=arguments.causal,
+            seed=arguments.seed, **load_tables(pattern, arguments.table, all_of_them=False),
+        )  # fmt: skip
+    print(report.to_json() if arguments.json else report)
+    return report.exit_code
 
 
 def _build(arguments: argparse.Namespace) -> int:

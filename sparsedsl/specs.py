@@ -37,7 +37,7 @@ def pattern_of(value: Any, spec: str) -> Pattern | Program:
     from sparsedsl.lang.pattern import Pattern, as_pattern
     from sparsedsl.lang.wrapped import Expression
     from sparsedsl.program.graph import as_program
-    from sparsedsl.tracing import trace_mask, trace_score
+    from sparsedsl.tracing.decorators import traced
 
     compiled = hasattr(value, "program") or hasattr(value, "pattern")
     if callable(value) and not isinstance(value, (Expression, Pattern)) and not compiled:
@@ -45,7 +45,7 @@ def pattern_of(value: Any, spec: str) -> Pattern | Program:
         if wanted == 0:
             value = called(value, spec)
         elif wanted in (4, 5):
-            value = (trace_mask if wanted == 4 else trace_score)(value)
+            value = traced(value, spec)
         else:
             raise CannotLoad(
                 f"{spec} takes {wanted} arguments; wanted a mask_mod(b, h, q_idx, kv_idx), "

@@ -49,7 +49,7 @@ ELSEWHERE: dict[str, Case] = {
     "softmax_scale": (lambda: attn(q, k, v, softmax_scale=1.0), sd.TableError, "softmax_scale: here it is scale="),
     "window_size": (lambda: attn(q, k, v, window_size=(3, 0)), sd.TableError, "window_size: the window is part of the pattern: sd.patterns.sliding_window(n)"),
     "of a program": (lambda: program(q, k, v, is_causal=True), sd.TableError, "unexpected argument is_causal: beside q, k, v the program takes nothing. is_causal: the pattern says so"),
-    "of attend": (lambda: sd.attend(causal, dropout_p=0.1), sd.ArgumentError, "attend(): unexpected argument dropout_p: it takes mask, score, sink, scale, heads, q, k, v, normaliser. dropout_p: dropout of attention"),
+    "of attend": (lambda: sd.attend(causal, dropout_p=0.1), sd.ArgumentError, "attend(): unexpected argument dropout_p: it takes mask, score, sink, scale, heads, causal, q, k, v, normaliser. dropout_p: dropout of attention"),
     "of compile": (lambda: sd.compile(causal, is_causal=True), sd.ArgumentError, "compile(): unexpected argument is_causal: it takes pattern, backend, allow"),
     "of linear": (lambda: sd.linear([0.5], beta=1), sd.ArgumentError, "beta: the delta rule is not in the language"),
     "of summary": (lambda: sd.summary(sd.k, 32, stride=16), sd.ArgumentError, "stride: blocks lie side by side; overlapping ones are not in the language"),
@@ -71,7 +71,15 @@ NEARLY: dict[str, Case] = {
     "dtype": (lambda: sd.analyse(causal, 8, dtype="bfloat"), sd.ShapeError, "Did you mean 'bfloat16'?"),
     "share": (lambda: P.pbs(share="heads"), sd.PatternError, "pbs(): share must be one of 'head', 'group'; got 'heads'. Did you mean 'head'?"),
     "public name": (lambda: sd.patern, AttributeError, "Did you mean 'patterns'?"),
-    "pattern": (lambda: P.slidng_window(4), AttributeError, "sparsedsl.patterns has no pattern 'slidng_window'. Did you mean 'sliding_window'?"),
+    "name of the kit": (lambda: sd.testing.chek, AttributeError, "Did you mean 'check'?"),
+    "name of modules": (lambda: sd.nn.Atention, AttributeError, "Did you mean 'Attention'?"),
+    "name of models": (lambda: sd.models.aply, AttributeError, "Did you mean 'apply'?"),
+    "name of a pattern": (lambda: P.slidng_window, AttributeError, "Did you mean 'sliding_window'?"),
+    "option of a module": (lambda: sd.nn.Attention(causal, bakend="tiled"), sd.TableError, "Did you mean 'backend'?"),
+    "word of explain": (lambda: sd.compile(causal).explain(8, hedas=2), sd.TableError, "Did you mean 'heads'?"),
+    "claim of a kernel": (lambda: sd.testing.Kernel(print, implements=causal, layuot="bshd"), sd.ArgumentError, "Kernel(): unexpected argument layuot"),
+    "word of a call": (lambda: sd.attention(*[torch.zeros(1, 1, 2, 2)] * 3, causal, return_sle=True), sd.TableError, "Did you mean 'return_lse'?"),
+    "pattern": (lambda: P.slidng_window(4), AttributeError, "has no pattern 'slidng_window'; public names are"),
 }
 
 INSTEAD: dict[str, Case] = {

@@ -20,7 +20,7 @@ from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program, lengths_text
-from sparsedsl.analysis.proofs import Verdict, Witness, causality
+from sparsedsl.analysis.proofs import REFUTED, Verdict, Witness, causality
 from sparsedsl.analysis.rows import RowCounts
 from sparsedsl.analysis.tiles import block_pair, classify
 from sparsedsl.analysis.totals import Totals, listed_totals, numbers_alone, repeated_totals
@@ -30,13 +30,13 @@ from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
-from sparsedsl.lang.tables import declared, table_reads
+from sparsedsl.lang.tables import by_kept_name, declared, table_reads
 from sparsedsl.plain_values import Reported
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
 from sparsedsl.quantities import bytes_text, factor_text, flops_text, seconds_text, share_text
 
-__all__ = ["ITEM_BYTES", "Analysis", "analyse", "bind_for_analysis"]
+__all__ = ["ITEM_BYTES", "Analysis", "analyse", "analyze", "bind_for_analysis"]
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 INT32_MAX = 2**31 - 1
@@ -140,6 +140,7 @@ class Analysis(Reported):
 
 def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Tables by name, those given before those bound at declaration."""
+    tables = dict(by_kept_name(tables, pattern.tables))
     unknown = set(tables) - set(pattern.tables)
     if unknown:
         known = [*pattern.tables, *inspect.signature(analyse).parameters]
@@ -147,8 +148,10 @@ def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, tor
     given = pattern.bound | tables
     missing = [name for name in pattern.tables if name not in given]
     if missing:
+        own = [name for name in missing if name in inspect.signature(analyse).parameters]
+        more = f". {own[0]} is a word of analyse() too: bind it, pattern.bind({own[0]}=tensor)" if own else ""
         raise TableError(
-            f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}"
+            f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}{more}"
         )
     return {name: given[name] for name in pattern.tables}
 
@@ -191,7 +194,8 @@ def analyse(
 
     Args:
         pattern: a Mask, a Pattern, or a node of a program.
-        q_len, kv_len: number of queries and keys in tokens; ``kv_len`` defaults to ``q_offset + q_len``.
+        q_len, kv_len: number of queries and keys in tokens; ``kv_len`` defaults to ``q_offset + q_len``. (In a formula ``sd.q_len`` is the
+            position after the last query, ``q_offset + q_len``.)
         block_size: tokens per tile, one number or a pair (q, kv).
         q_offset: position of the first query.
         batch, heads, head_dim, head_dim_v, dtype: what the costs are counted for; ``heads`` are query heads, by default as many as
@@ -258,6 +262,10 @@ def analyse(
     if lists is not None:
         found.__dict__["lists"] = lists
     return found
+
+
+# As it is spelt on the other side of the Atlantic.
+analyze = analyse
 
 
 def _count(mask: Any, domain: Domain, block: tuple[int, int]) -> tuple[Totals, BlockLists | None]:
@@ -331,6 +339,8 @@ def _first_tile(lists: BlockLists) -> tuple[int, int]:
 
 def _warnings(pattern: Pattern, domain: Domain, rows: RowCounts, causal: Verdict) -> list[str]:
     found = list(pattern.warnings)
+    if pattern.causal and causal == REFUTED:
+        found.append(f"it declares causal=True, and is not: {causal.witness}")
     mask = pattern.mask.expr
     free = mask.free_symbols
     for symbol, size, word in ((BATCH, domain.batch, "batch"), (HEAD, domain.heads, "heads")):

@@ -268,13 +268,18 @@ def _of_program(
     return Explanation(plan, None, analysis, steps=ways, others=refusals(everything, patience))
 
 
+# What `explain` takes by keyword beside tables.
+_WORDS = (
+    "kv_len", "batch", "heads", "kv_heads", "head_dim", "head_dim_v", "dtype", "device", "q_offset", "grad", "return_lse", "sizes",
+)  # fmt: skip
+
 # ---- static patterns -------------------------------------------------------------------------------------------------------------
 
 
 def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offset: int, tables: Mapping[str, Any]) -> Explanation:
     """The plan of a call with these facts, the analysis behind it, and how the mask was solved and cut."""
     pattern = static.pattern
-    bound = bind_tables(pattern, tables)
+    bound = bind_tables(pattern, tables, words=_WORDS)
     domain = exactly(pattern.exprs, Domain(facts.q_len, facts.kv_len, q_offset, facts.batch, facts.heads, bound))
     plan, refusal = None, None
     details: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from sparsedsl.lang.expressions import Mask, Score, _written, as_mask, as_score
 from sparsedsl.lang.printing import expression_text, reading_text, to_text
 from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
-from sparsedsl.lang.tables import TableSpec, table_reads, table_specs, values_text
+from sparsedsl.lang.tables import TableSpec, by_kept_name, table_reads, table_specs, values_text
 from sparsedsl.lang.wrapped import Carried, merge_carried
 
 __all__ = ["Pattern", "as_pattern", "attend", "relates_positions"]
@@ -30,7 +30,8 @@ class Pattern(Unread):
 
     ``mask``: pairs that attend. ``score``: the modified logit, an expression in ``score`` (the scaled dot product); its plain
     form is ``score`` itself. ``sink``: a logit over ``b, h`` that enters the softmax denominator with value zero, or None.
-    ``scale``: factor on the dot product; None means ``head_dim ** -0.5``.
+    ``scale``: factor on the dot product; None means ``head_dim ** -0.5``. ``causal``: whether it is claimed that no query sees a later
+    position; a claim changes nothing that is computed, and :func:`sparsedsl.testing.check` holds the pattern to it.
 
     >>> import sparsedsl as sd
     >>> pattern = sd.attend(sd.kv_idx <= sd.q_idx, sink=0.0)
@@ -42,6 +43,7 @@ class Pattern(Unread):
     score: Score
     sink: Score | None = None
     scale: float | None = None
+    causal: bool = False
 
     @functools.cached_property
     def tables(self) -> Mapping[str, TableSpec]:
@@ -101,11 +103,15 @@ class Pattern(Unread):
 
     @functools.cached_property
     def text(self) -> str:
-        """The pattern as Python code with ``attend(...)``; also what its hash is taken of. ``str`` says the same as one writes it."""
+        """The pattern as Python code with ``attend(...)``. ``str`` says the same as one writes it."""
         return self.written(expression_text)
 
     def written(self, write: Callable[[sympy.Basic], str]) -> str:
         """:attr:`text` with its expressions as ``write`` writes them."""
+        return self._meaning(write)[:-1] + (", causal=True)" if self.causal else ")")
+
+    def _meaning(self, write: Callable[[sympy.Basic], str]) -> str:
+        """The text without what is only claimed."""
         *declarations, mask = to_text(*self.exprs, write=write).split("\n")[: len(self.tables) + 1]
         words = [mask]
         if self.has_score:
@@ -120,11 +126,12 @@ class Pattern(Unread):
 
     @functools.cached_property
     def key(self) -> str:
-        """A hash of the text form (32 hex digits), the same in every process."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+        """A hash of the text form without claims (32 hex digits), the same in every process."""
+        return hashlib.sha256(self._meaning(expression_text).encode()).hexdigest()[:32]
 
-    def bind(self, **tables: Any) -> Pattern:
+    def bind(self, /, **tables: Any) -> Pattern:
         """The same pattern with tensors bound to some of its tables."""
+        tables = dict(by_kept_name(tables, self.tables))
         unknown = sorted(set(tables) - set(self.tables))
         if unknown:
             near = "".join(meant(name, self.tables) for name in unknown)
@@ -134,10 +141,10 @@ class Pattern(Unread):
             names = expression.tables
             return expression.bind(**{n: t for n, t in tables.items() if n in names})
 
-        return Pattern(part(self.mask), part(self.score), None if self.sink is None else part(self.sink), self.scale)
+        return Pattern(part(self.mask), part(self.score), None if self.sink is None else part(self.sink), self.scale, self.causal)
 
     def __reduce__(self) -> Any:
-        return Pattern, (self.mask, self.score, self.sink, self.scale)
+        return Pattern, (self.mask, self.score, self.sink, self.scale, self.causal)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Unvalued) and not isinstance(other, Pattern):
@@ -182,7 +189,9 @@ class Pattern(Unread):
         return f"<Pattern {str(self).splitlines()[-1]}>"
 
 
-def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None) -> Pattern:
+def attend(
+    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None, causal: bool = False
+) -> Pattern:  # fmt: skip
     """Softmax attention over the pairs that ``mask`` allows.
 
     Args:
@@ -193,6 +202,7 @@ def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | Non
         scale: factor on ``q @ k``; default ``head_dim ** -0.5``.
         heads: the number of query heads it is written for: a call with another number, as a shard of the heads has, raises. None
             takes what its parts say, as ``alibi(8)`` does, else any number will do.
+        causal: claims that no query sees a later position; nothing is computed otherwise for it. The test kit holds the pattern to it.
 
     Raises:
         PatternError: when the mask depends on ``score``, the sink on a position, the scale is not a positive number, or parts are
@@ -227,7 +237,9 @@ def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | Non
         if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
             raise PatternError(f"scale must be a positive number or None for head_dim ** -0.5; got {scale!r}")
         scale = float(scale)
-    pattern = Pattern(mask, logit, sink, scale)
+    if not isinstance(causal, bool):
+        raise PatternError(f"causal must be True or False, what is claimed of the pattern; got {shown(causal)}")
+    pattern = Pattern(mask, logit, sink, scale, causal)
     for name, spec in pattern.tables.items():
         if spec.learned and name in mask.tables:
             raise PatternError(

@@ -15,7 +15,7 @@ from sparsedsl.lang.advice import meant
 from sparsedsl.lang.known_facts import check_extent
 from sparsedsl.lang.printing import expression_text, reading_text, to_text
 from sparsedsl.lang.refusals import Unvalued
-from sparsedsl.lang.tables import TableSpec, table_specs
+from sparsedsl.lang.tables import TableSpec, by_kept_name, table_specs
 
 __all__ = ["Carried", "Expression", "merge_carried"]
 
@@ -104,9 +104,10 @@ class Expression(Unvalued):
             object.__setattr__(self, "_key", hashlib.sha256(f"{kind}\n{self.text}".encode()).hexdigest()[:32])
         return self._key  # type: ignore[return-value]
 
-    def bind(self, **tables: Any) -> Self:
+    def bind(self, /, **tables: Any) -> Self:
         """The same expression with tensors bound to tables, so that calls need not pass them."""
         known = self.tables
+        tables = dict(by_kept_name(tables, known))
         for name in tables:
             if name not in known:
                 raise TableError(

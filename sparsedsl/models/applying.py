@@ -203,6 +203,26 @@ class AppliedPatterns:
         stands, else the model's own attention. Handles are restored in any order; doing so twice is no error."""
         self._installed.remove(self)
 
+    def by_layers(self) -> list[tuple[tuple[int, ...], Pattern | Program, bool]]:
+        """What :func:`sparsedsl.testing.check` looks at: indices of layers that run the same, what they run, and whether they decode.
+
+        Where a layer is causal by its own word a pattern must be: one that sees later tokens trains a model on what it is to say. A
+        program that runs on prompts alone may.
+
+        >>> import sparsedsl as sd
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> with sd.models.apply(LlamaForCausalLM(LlamaConfig(**tiny)), sd.kv_idx <= sd.q_idx + 1) as applied:
+        ...     applied.by_layers()
+        [((0, 1), <Pattern attend(q_idx >= kv_idx - 1)>, True)]
+        """
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for index, pattern in self.patterns.items():
+            decodes = bool(getattr(self._installed.layers[index], "is_causal", False))
+            meant = decodes and not (isinstance(pattern, Program) and is_for_prefill(pattern))
+            groups.setdefault((pattern.key, meant), []).append(index)
+        return [(tuple(indices), self.patterns[indices[0]], decodes) for (_, decodes), indices in groups.items()]
+
     def cache(self, max_length: int | None = None) -> Cache:
         """An empty KV cache that holds the keys these patterns may ask for, and no more; pass it as ``past_key_values``.
 

@@ -106,12 +106,12 @@ class Attend(Branch):
 
 @overload
 def attend(
-    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None,
+    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None, causal: bool = False,
     q: Node = q, k: Node = k, v: Node = v, normaliser: PerChunk,
 ) -> Attend: ...  # fmt: skip
 @overload
 def attend(
-    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None,
+    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None, causal: bool = False,
     q: Node = q, k: Node = k, v: Node = v, normaliser: None = None,
 ) -> Pattern | Attend: ...  # fmt: skip
 def attend(
@@ -121,6 +121,7 @@ def attend(
     sink: Any = None,
     scale: float | None = None,
     heads: int | None = None,
+    causal: bool = False,
     q: Node = q,
     k: Node = k,
     v: Node = v,
@@ -135,6 +136,7 @@ def attend(
             value of zero, as in GPT-OSS; ``0.0`` gives softmax-plus-one.
         scale: factor on ``q @ k``; default ``head_dim ** -0.5``.
         heads: the number of query heads it is written for; None takes what its parts say, as ``alibi(8)`` does, else any number.
+        causal: claims that no query sees a later position, to which :func:`sparsedsl.testing.check` holds it; nothing else changes.
         q, k, v: nodes to attend with in place of the call's own: reordered keys, summaries (``kv_idx`` then counts blocks), inputs.
         normaliser: :func:`per_chunk`, or None for one softmax over all.
 
@@ -155,7 +157,7 @@ def attend(
     >>> print(moba.selections[0].among)  # blocks that are over: the own one attends in any case
     (kv_idx <= q_idx) & (q_idx // 512 != kv_idx // 512)
     """
-    pattern = static.attend(mask, score, sink=sink, scale=scale, heads=heads)
+    pattern = static.attend(mask, score, sink=sink, scale=scale, heads=heads, causal=causal)
     own = Attend.x, Attend.y, Attend.z
     if not nodes_in(pattern) and all(map(operator.is_, (q, k, v), own)) and normaliser is None:
         return pattern

@@ -138,7 +138,7 @@ def with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Patt
         mask = _renamed(mask, label, known)
         if normaliser is not None and normaliser.selected is node:
             normaliser = replace(normaliser, selected=known)
-    return Pattern(mask, pattern.score, pattern.sink, pattern.scale), normaliser
+    return Pattern(mask, pattern.score, pattern.sink, pattern.scale, pattern.causal), normaliser
 
 
 def _renamed(mask: Mask, label: str, node: Select) -> Mask:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import networkx as nx
 import sympy
 
+from sparsedsl.errors import TableError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text, reading_text
 from sparsedsl.lang.symbols import BATCH, INDEX_SYMBOLS
@@ -72,10 +73,18 @@ class Program:
 
     @functools.cached_property
     def bound(self) -> dict[str, Any]:
-        """Tables bound at declaration."""
+        """Tables bound at declaration.
+
+        Raises:
+            TableError: two parts have different tensors under one name, of which a call would take one.
+        """
         found: dict[str, Any] = {}
         for part in self.expressions:
-            found |= {name: value for name, value in part.bound.items() if not isinstance(value, Node)}
+            for name, value in part.bound.items():
+                if not isinstance(value, Node) and found.setdefault(name, value) is not value:
+                    raise TableError(
+                        f"two different tensors are bound to tables called {name!r} in parts of one program; rename one of them"
+                    )
         return found
 
     @functools.cached_property

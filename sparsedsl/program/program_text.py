@@ -59,7 +59,7 @@ class _ProgramReader(Reader):
     def __init__(self, source: str, bound: Mapping[str, Any] | None = None):
         super().__init__(source)
         self.names |= {"q": tensors.q, "k": tensors.k, "v": tensors.v}
-        self.own_names = set(self.names)
+        self.own_names = frozenset(self.names)
         if bound:
             declare = self.functions["table"]
             self.functions = {**self.functions, "table": lambda *a, **words: _BoundTable(declare(*a, **words), bound)}

@@ -15,7 +15,8 @@ from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
-from sparsedsl.lang.tables import table_reads
+from sparsedsl.lang.symbols import CALL_WORDS
+from sparsedsl.lang.tables import by_kept_name, table_reads, to_pass
 from sparsedsl.program import tensors
 from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.branches import Attend, Branch, Linear, Recall
@@ -208,11 +209,12 @@ def check_program_call(
     """
     plain: Call = check_call(_ANY, q, k, v, {}, q_offset=q_offset, scale=1.0 if scale is None else scale)
     known = program.inputs, program.tables
+    named = by_kept_name(named, known[1])
     unknown = set(named) - set(known[0]) - set(known[1])
     if unknown:
         own = [*known[0], *known[1]]
         words = f"beside q, k, v the program takes {', '.join(own) or 'nothing'}"
-        raise TableError(surplus(unknown, [*own, "q_offset", "return_lse", "scale", "state", "return_state", "summaries"], words))
+        raise TableError(surplus(unknown, [*own, *CALL_WORDS], words))
     sizes = {
         "batch": q.shape[0], "heads": q.shape[1], "kv_heads": k.shape[1], "queries": q.shape[2], "keys": k.shape[2],
         "head_dim": q.shape[3], "value_dim": v.shape[3],
@@ -235,7 +237,7 @@ def check_program_call(
     ranks = _ranks(program) if known[1] else {}
     for name, spec in known[1].items():
         if name not in given:
-            raise TableError(f"missing table {name}: pass {name}=tensor with the call")
+            raise TableError(f"missing table {name}: {to_pass(name)}")
         tables[name] = check_table(spec, given[name], ranks[name], q.device)
     count_heads((node.pattern for node in program.everything if isinstance(node, Attend)), tables, q.shape[1])
     exact = exactly(program.exprs, replace(plain.domain, tables=tables))

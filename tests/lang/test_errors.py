@@ -109,7 +109,6 @@ TABLES: dict[str, tuple[Callable[[], Any], str]] = {
 DECLARATIONS: dict[str, tuple[Callable[[], Any], str]] = {
     "no identifier": (lambda: sd.table("1x"), "table name must be a Python identifier, since it is passed as attn(..., name=tensor); got '1x'"),
     "keyword": (lambda: sd.table("lambda"), "table name must be a Python identifier"),
-    "reserved": (lambda: sd.table("q_offset"), "table name 'q_offset' is reserved; choose another, e.g. q_offset_table"),
     "dtype": (lambda: sd.table("x", dtype="complex64"), "table 'x': dtype must be int, bool, float or a torch dtype of these kinds; got 'complex64'"),
     "learned int": (lambda: sd.table("x", dtype=int, learned=True), "table 'x': only float tables can be learned; got dtype int. Write dtype=float"),
     "monotone float": (lambda: sd.table("x", dtype=float, monotone=True), "table 'x': monotone, bijective and values_in are facts about int tables; got dtype float"),

@@ -127,11 +127,12 @@ def _found(given: str, path: str) -> str | None:
 
 def _surroundings(path: str) -> tuple[str, ...]:
     """What a binary depends on beside its text."""
-    return (*_compiler_version(path), *_processor(), torch.__version__)
+    return (*compiler_version(path), *processor(), torch.__version__)
 
 
 @lru_cache(maxsize=8)
-def _compiler_version(path: str) -> tuple[str, str]:
+def compiler_version(path: str) -> tuple[str, str]:
+    """Where a compiler is, and the first line of what it says of itself; "" where it says nothing."""
     try:
         said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     except (OSError, subprocess.SubprocessError):
@@ -140,7 +141,7 @@ def _compiler_version(path: str) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _processor() -> tuple[str, ...]:
+def processor() -> tuple[str, ...]:
     """What the processor is and can do: code made for one may not run on another."""
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     found: dict[str, str] = {}
