@@ -13,6 +13,7 @@ from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.totals import Totals
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.program.select import Select
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.repeated import Again
@@ -114,6 +115,10 @@ class Backend(ABC):
     def chooser(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Choose | None:
         """Its own way to choose blocks by scores of a dtype on a device, in one pass from what scores are made of to lists; None: it has
         none, or none before ``patience`` ends."""
+        return None
+
+    def choice(self, node: Select, facts: CallFacts, *, by_name: bool) -> str | None:
+        """In words, how it makes the choice of a node in a program; None: it leaves it to others. ``by_name``: it was asked for."""
         return None
 
     def pooler(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Pool | None:

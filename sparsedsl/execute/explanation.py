@@ -262,7 +262,7 @@ def _of_program(
     ways = {}
     for node in program.everything:
         done = [found.backend for found in plans.get(node, [])]
-        way = way_of(node, list(zip(asked.get(node, []), done, strict=True)))
+        way = way_of(node, list(zip(asked.get(node, []), done, strict=True)), backend, facts)
         if way is not None:
             ways[node] = named(backend).way(Request("attention", facts)) if backend == "reference" else way
     return Explanation(plan, None, analysis, steps=ways, others=refusals(everything, patience))

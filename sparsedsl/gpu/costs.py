@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsedsl.gpu.configs import Work
-from sparsedsl.gpu.estimates import family, registers, repeats, shared_bytes
+from sparsedsl.gpu.estimates import family, idle_rows, registers, repeats, shared_bytes
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import Target
 
@@ -159,7 +159,8 @@ def seconds(kernel: str, shape: Shape, target: Target, config: Config, tiles: Ti
     # Products of warp groups that are few columns wide wait for shared memory.
     narrow = max(1.0, 0.5 + 32.0 / (m if kernel == "grad_kv" else n)) if family(target) == "hopper" else 1.0
     times = repeats(kernel, shape, target, config)
-    cycles = times * narrow * products / (_flops_a_cycle(shape, target) * share)
+    idle = idle_rows(kernel, shape, target, config)
+    cycles = times * idle * narrow * products / (_flops_a_cycle(shape, target) * share)
     logits = times * m * n
     full = cycles + logits / _EXP_A_CYCLE + logits * _FULL_OPERATIONS / _LANES
     partial = full + logits * (_PARTIAL_OPERATIONS - _FULL_OPERATIONS) / _LANES
