@@ -33,7 +33,9 @@ def run_pytest(folder: Path, source: str, *options: str, **variables: str) -> su
     """Run pytest on one test file beside a copy of our conftest.py."""
     (folder / "conftest.py").write_text(CONFTEST.read_text())
     (folder / "test_it.py").write_text(source)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n    campaign: more\n    slow: tens of seconds\n")
+    (folder / "pytest.ini").write_text(
+        "[pytest]\nmarkers =\n    gpu: needs a GPU\n    campaign: more\n    slow: tens of seconds\n"
+    )
     ours = ("PYTEST", "SPARSEDSL", "CI")
     env = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
     command = [

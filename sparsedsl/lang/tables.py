@@ -22,7 +22,17 @@ from sparsedsl.lang.advice import shown
 from sparsedsl.lang.known_facts import facts
 from sparsedsl.lang.symbols import CALL_WORDS, SYMBOL_NAMES
 
-__all__ = ["TableRead", "TableSpec", "by_kept_name", "declared", "kept_name", "table_reads", "table_specs", "to_pass", "values_text"]
+__all__ = [
+    "TableRead",
+    "TableSpec",
+    "by_kept_name",
+    "declared",
+    "kept_name",
+    "table_reads",
+    "table_specs",
+    "to_pass",
+    "values_text",
+]
 
 T = TypeVar("T")
 _DTYPES = {
