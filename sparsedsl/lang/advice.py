@@ -184,7 +184,7 @@ def answer_for(names: dict[str, Any], public: Iterable[str]) -> None:
         if isinstance(value, types.FunctionType):
             names[name] = answering(value)
         elif dataclasses.is_dataclass(value) and "__init__" in vars(value):
-            value.__init__ = answering(value.__init__, name)  # type: ignore[method-assign]
+            value.__init__ = answering(value.__init__, name)  # type: ignore[method-assign, misc]
 
 
 def _misfit(name: str, signature: inspect.Signature, words: Iterable[str], wrong: TypeError) -> str:
