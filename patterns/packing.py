@@ -38,7 +38,7 @@ def documents(doc: str = "doc", *, offsets: str | None = None, batched: bool = F
         batched: the tables have a row for each batch entry: shapes ``(B, S)`` and ``(B, documents + 1)``.
 
     Raises:
-        PatternError: a name that is no identifier or is reserved, or twice the same.
+        PatternError: a name that is no identifier, or twice the same.
 
     Source: Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027).
 

@@ -610,6 +610,9 @@ def table(
 ) -> Table[Any]:
     """Declare a table: a tensor that a pattern reads, passed at call time as ``attn(q, k, v, name=tensor)``.
 
+    ``name`` is a Python identifier. A table called as an index, ``h``, is kept as ``h_table`` and passed by either name; one called as a
+    word of the call, ``scale``, is passed as ``tables={"scale": tensor}``.
+
     ``dtype`` is int (default), bool or float, or a torch dtype of these kinds (``learned=True`` makes it float). The other words
     are facts that analysis relies on and calls check: ``monotone`` (never falls along its last index, as document ids),
     ``bijective`` (a permutation along its last index), ``values_in=(low, high)`` (inclusive). A learned table gets gradients.

@@ -64,6 +64,12 @@ def test_planted_faults_are_found(kernel, own, words):
         kit.assert_kernel(kernel, failure.case, only=own)
 
 
+def test_gradients_reach_packed_tensors():
+    report = kit.check(varlen(causal=True, grad="qkv"), examples=5, seed=0, only=("NUM", "GRAD"))
+    assert report.ok, str(report)
+    assert [p.status for p in report.findings] == ["holds", "holds"]
+
+
 def test_pages_hold_the_keys_and_nothing_else():
     parts = [Part(torch.zeros(1, 1, 2), torch.randn(2, n, 2), torch.randn(2, n, 3)) for n in (5, 3)]
     pages = cut_pages(parts, 2, seed=1)
