@@ -285,7 +285,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     arguments = ["build", "mine.py:packed", "--target", "gfx942", "--dtype", "float16", "--head-dim", "96", "--head-dim-v", "64"]
     assert main([*arguments, "--group", "4", "--out", "kernels", "--source"]) == 0
     shown = capsys.readouterr().out
-    assert "gfx942 (MI300X), float16, head_dim 96/64, group 4" in shown
+    assert "gfx942 (MI300X), float16, head_dim 96/64, 4 query heads a key head" in shown
     assert "@triton.jit" in shown
     report = json.loads((tmp_path / "kernels" / "report.json").read_text())
     assert report["shape"] == {"dtype": "float16", "head_dim": 96, "head_dim_v": 64, "group": 4, "precision": "ieee"}
