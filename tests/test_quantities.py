@@ -27,7 +27,8 @@ def by_hand(source: str) -> Iterator[int]:
         for part, after in zip(node.values, [*node.values[1:], None], strict=True):
             if not isinstance(part, ast.FormattedValue) or part.format_spec is None:
                 continue
-            spec = ast.unparse(part.format_spec).strip("f'\"")
+            written = part.format_spec.values if isinstance(part.format_spec, ast.JoinedStr) else []
+            spec = "".join(str(one.value) for one in written if isinstance(one, ast.Constant))
             unit = isinstance(after, ast.Constant) and UNIT.match(str(after.value))
             if spec.endswith("%") or (unit and re.search(r"\.\d*[fge]$", spec)):
                 yield part.lineno

@@ -101,6 +101,10 @@ def reports() -> dict[str, Any]:
     """One of each kind, as a user gets it."""
     from sparsedsl.analysis.domain import Domain
     from sparsedsl.backends.tiled.attention import HeadSizes
+    from sparsedsl.gpu.autotune import Chosen, Trial, Tuned
+    from sparsedsl.gpu.kernel_config import Config
+    from sparsedsl.gpu.tuning_records import Imported
+    from sparsedsl.models.layer_caches import CacheReport, LayerCache
 
     later, programmed = sd.kv_idx <= sd.q_idx + 1, sd.patterns.moba(chunk=16, top_k=2)
     documents = sd.patterns.documents() & sd.patterns.causal()
@@ -114,6 +118,10 @@ def reports() -> dict[str, Any]:
         "verdict with a table": sd.implies(sd.patterns.documents(), sd.kv_idx <= sd.q_idx),
         "cache": sd.cache_bound(sd.patterns.sliding_window(sd.table("w", values_in=(1, 9))[sd.h]) & sd.patterns.causal()),
         "lists": sd.analyse(later, 256).lists,
+        "tuned": Tuned(Config(128, 64, 4, 3), (Trial(Config(64, 64, 4, 2), None, 0, "does not fit"),), 1.5),
+        "chosen": Chosen(Config(128, 64, 4, 3), "cost model"),
+        "imported": Imported(1, 0, ("record 1: no record",)),
+        "caches": CacheReport(64, 1, (LayerCache((0, 2), "every key", 64, 128, 8192),), 16384, 16384),
         "schedule": sd.compile(documents, backend="tiled")
         .static.runner("tiled")
         .schedule_of(  # type: ignore[attr-defined]

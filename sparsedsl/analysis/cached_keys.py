@@ -227,12 +227,8 @@ class CacheBound(Reported):
             ends = [f"the {name} {number:,} tokens" for name, number in (("first", self.first), ("last", self.recent)) if number]
             parts.append(", with ".join(filter(None, ["of constant size", " and ".join(ends)])))
         if self.is_bounded:
-            parts += (
-                ["the first key" if self.first == 1 else f"the first {_said(self.first)} keys"] if str(self.first) != "0" else []
-            )
-            parts += (
-                [f"a ring of {'1 key' if self.recent == 1 else f'{_said(self.recent)} keys'}"] if str(self.recent) != "0" else []
-            )
+            parts += [f"the first {_keys_text(self.first).removeprefix('1 ')}"] if str(self.first) != "0" else []
+            parts += [f"a ring of {_keys_text(self.recent)}"] if str(self.recent) != "0" else []
             if self.every is not None:
                 parts.append(f"keys with kv_idx % {self.every} in {', '.join(map(str, self.residues))}")
             text = f"{self.kind}: {', '.join(parts) or 'no key of the past'}; {self.verdict}{'' if self.tight else '; perhaps fewer'}"
@@ -256,8 +252,10 @@ class CacheBound(Reported):
         return self
 
 
-def _said(number: int | Index) -> str:
-    return f"{number:,}" if isinstance(number, int) else str(number)
+def _keys_text(number: int | Index) -> str:
+    if isinstance(number, int):
+        return "1 key" if number == 1 else f"{number:,} keys"
+    return f"{number} keys"
 
 
 def pattern_bound(pattern: Pattern) -> CacheBound:

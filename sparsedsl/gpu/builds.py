@@ -27,7 +27,7 @@ from sparsedsl.gpu.targets import Target, target_named
 from sparsedsl.html_card import card, grid
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.thumbnail import thumbnail
-from sparsedsl.plain_values import Reported
+from sparsedsl.plain_values import Reported, plain
 from sparsedsl.quantities import bytes_text, share_text
 
 __all__ = ["Build", "BuiltKernel", "build"]
@@ -153,7 +153,7 @@ class Build(Reported):
                 "purpose": kernel.purpose, "entry": kernel.binary.entry, "binary": f"{name}.{kernel.binary.extension}",
                 "signature": dict(kernel.job.signature), "constants": dict(kernel.job.constants), "config": kernel.config.to_json(),
                 "resources": kernel.resources.to_json(), "problems": list(kernel.problems),
-                "occupancy": {"blocks": kernel.occupancy.blocks, "warps": kernel.occupancy.warps, "limit": kernel.occupancy.limit},
+                "occupancy": plain(kernel.occupancy),
             }  # fmt: skip
         shape = {"dtype": self.shape.dtype, "head_dim": self.shape.head_dim, "head_dim_v": self.shape.head_dim_v}
         shape |= {"group": self.shape.group, "precision": self.shape.precision}

@@ -205,7 +205,8 @@ class Program:
         given = [f"{name} ({' x '.join(node.axes)})" for name, node in self.inputs.items()]
         chosen = [self.labels[node] for node in self.order if node.chooses]
         missing = [name for name in self.tables if name not in self.bound]
-        facts = [
+        facts = [("nodes", f"{len(self.everything):,}")]
+        facts += [
             ("inputs beside q, k, v", ", ".join(given)),
             ("chooses", ", ".join(chosen)),
             ("tables to pass", ", ".join(missing)),

@@ -127,7 +127,7 @@ def test_a_schedule_is_the_same_each_time(monkeypatch):
 def test_what_a_schedule_prints():
     schedule = make_schedule((causal & (q_idx - kv_idx < 64)).expr, Domain(256, 256), BUILT_IN, shape, 64)
     head, *body = str(schedule).splitlines()
-    assert head.startswith("strips of up to 64 queries, ") and head.endswith(" ms expected")
+    assert head.startswith("strips of up to 64 queries, ") and head.endswith(" us expected")
     assert body[0].startswith("  1 strip of 64 queries from query 0: ")
     many = Schedule(
         (

@@ -71,6 +71,8 @@ class SearchReport(Reported):
     >>> again = sd.models.SearchReport.load("found.json")
     >>> again.assignment, again.cost < again.native_cost
     ({0: 'window', 1: 'window'}, True)
+    >>> again.to_dict()["assignment"], again.to_dict()["bound"]
+    ({'0': 'window', '1': 'window'}, {'kind': 'Kl', 'nats': 1.0, 'sigmas': 0.0})
     >>> with again.apply(model) as applied:
     ...     print(applied)
     <AppliedPatterns on LlamaForCausalLM: layers 0, 1 attend((kv_idx <= q_idx) & (q_idx - kv_idx < 8))>
