@@ -29,7 +29,7 @@ __all__ = ["PatternPlace", "Survey"]
 # Up to so many pairs the tiles of any pattern are counted; beyond, only where none need trying.
 ALWAYS_COUNTED = 1 << 24
 # Pairs evaluated to decide cells, and to find the shares of cells that are neither empty nor full; of each such cell at least LEAST.
-DECIDED, POINTS, LEAST = 1 << 24, 1 << 21, 64
+DECIDED, POINTS, LEAST = 1 << 26, 1 << 21, 64
 # Tiles are counted if there are no more than this many to list; points are evaluated this many at a time.
 LISTED, CHUNK = 1 << 21, 1 << 19
 

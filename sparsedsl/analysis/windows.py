@@ -42,7 +42,7 @@ class Looking:
     """How closely a window is looked at.
 
     - ``few``: a window of no more pairs than this is looked at pair by pair.
-    - ``points`` looked at to decide cells of others; ``sample``: pairs tried in a cell that is told by a sample.
+    - ``points`` looked at to decide cells of others; ``sample``: pairs tried in a cell that is told by a sample, or less.
     - ``depth``: how often open cells are split; into a piece for each 32 of the points at once, at most.
     - ``along``: tokens at which conditions of one index are evaluated, at most; so many ``conditions`` give telling points.
     """
@@ -56,6 +56,8 @@ class Looking:
 
 
 LOOKING = Adjustable(Looking())
+# Nodes of an expression whose points count once; pieces at once at most; pairs tried in a cell at least, where there are too many cells.
+PLAIN, MOST_PIECES, LEAST = 16, 1 << 19, 8
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,10 @@ def window_cells(mask: Boolean, domain: Domain, window: Window, *, points: int |
 
 class _Looker:
     def __init__(self, mask: Boolean, domain: Domain, points: int, seed: int):
-        self.mask, self.domain, self.points, self.pieces = mask, domain, points, points // 32
+        self.mask, self.domain = mask, domain
+        # A point of a long expression counts for several.
+        self.points = points // max(1, sum(1 for _ in sympy.preorder_traversal(mask)) // PLAIN)
+        self.pieces = min(self.points // 32, MOST_PIECES)
         self.groups = domain.groups(mask)
         self.ranges = TableRanges(domain.tables)
         self.decider = PointDecider(mask, domain, self.groups, self.ranges)
@@ -311,7 +316,8 @@ class _Looker:
     def _sampled(self, boxes: Boxes) -> torch.Tensor:
         """What some pairs of each box say."""
         group, q_low, q_high, kv_low, kv_high = boxes
-        kinds, sample = [], LOOKING.now.sample
+        kinds = []
+        sample = max(LEAST, min(LOOKING.now.sample, self.points // group.numel()))
         step = max(1, EFFORT.now.points // sample)
         for begin in range(0, group.numel(), step):
             part = slice(begin, begin + step)

@@ -116,7 +116,7 @@ function image(layer, fine) {
       colour = code ? ends[0].map((low, n) => low + (ends[1][n] - low) * much) : null;
     } else if (kind === FULL) colour = whole_;
     else if (kind === PARTIAL) { colour = fine ? whole_ : part; alpha = fine ? 120 : 255; }
-    if (code >= GUESSED && kind !== EMPTY) alpha = 150;
+    if (!shades && code >= GUESSED) { colour = kind === EMPTY ? part : colour; alpha = kind === EMPTY ? 45 : 150; }
     if (colour) data.data.set([...colour, alpha], 4 * i);
   }
   canvas.getContext("2d").putImageData(data, 0, 0);
@@ -237,7 +237,7 @@ function legend() {
     }
     if (times > 1) entries.push(make("span", {}, `a cell is ${times.toLocaleString("en")} tiles: partial where they differ`));
     const guessed = (close?.guessed ?? 0) + (tiles?.guessed ?? 0);
-    if (guessed) entries.push(make("span", { className: "part" }, `${guessed.toLocaleString("en")} cells told by a sample (pale)`));
+    if (guessed) entries.push(make("span", { className: "part" }, `${guessed.toLocaleString("en")} cells told by a sample: pale, palest where it found no allowed pair`));
   }
   $("legend").replaceChildren(...entries);
 }

@@ -28,6 +28,8 @@ __all__ = ["MOST", "Scene", "layer"]
 
 # Cells along a side of a window at most; conditions told about a pair at most.
 MOST, CONDITIONS = 512, 64
+# Cells within tiles along a side, where the classes of tiles follow from them.
+POOLED = MOST + 128
 # Added to the class of a cell that a sample told.
 GUESSED = 4
 # A page without a server holds cells down to FINEST along a side, and for which cells which condition holds down to TOLD.
@@ -67,19 +69,25 @@ class Scene:
         spans, block = (len(queries), len(keys)), self.place.block
         times = max(1 << max(0, -(-span // (size * most)) - 1).bit_length() for span, size in zip(spans, block, strict=True))
         fine = 1 << max(0, -(-max(spans) // most) - 1).bit_length()
-        closer = fine < min(block)
-        return {
-            "tiles": layer(self._cells(queries, keys, (block[0] * times, block[1] * times))),
-            "fine": layer(self._cells(queries, keys, (fine, fine))) if closer else None,
-        }
+        tile = (block[0] * times, block[1] * times)
+        if fine >= min(block):
+            return {"tiles": layer(self._cells(queries, keys, tile)), "fine": None}
+        whole = self._window(queries, keys, tile)
+        if all(size % fine == 0 for size in tile) and max(len(whole.queries), len(whole.keys)) <= POOLED * fine:
+            close = self.place.cells(Window(whole.queries, whole.keys, (fine, fine)))
+            return {"tiles": layer(pooled(close, whole)), "fine": layer(close)}
+        return {"tiles": layer(self._cells(queries, keys, tile)), "fine": layer(self._cells(queries, keys, (fine, fine)))}
 
     def _cells(self, queries: range, keys: range, cell: tuple[int, int]) -> Cells:
+        return self.place.cells(self._window(queries, keys, cell))
+
+    def _window(self, queries: range, keys: range, cell: tuple[int, int]) -> Window:
         """Whole cells that cover a part, counted from the first query and key."""
         first = self.place.q_offset
         top = first + (queries.start - first) // cell[0] * cell[0]
         bottom = min(first - (first - queries.stop) // cell[0] * cell[0], self.place.queries.stop)
         left, right = keys.start // cell[1] * cell[1], min(-(-keys.stop // cell[1]) * cell[1], self.place.kv_len)
-        return self.place.cells(Window(range(top, bottom), range(left, right), cell))
+        return Window(range(top, bottom), range(left, right), cell)
 
     # ---- one pair ------------------------------------------------------------------------------------------------------------
 
@@ -133,6 +141,23 @@ class Scene:
         layers = [layer(window_cells(leaf, self.place.domain, window), packed=True) for leaf in told]
         number = {leaf: i for i, leaf in enumerate(told)}
         return {"tree": _tree(self.mask, number), "layers": layers}
+
+
+def pooled(cells: Cells, window: Window) -> Cells:
+    """The larger cells of ``window``, over the same positions, from the classes of those they are made of.
+
+    A sample that found all pairs allowed (masked) has seen one, so that a cell of both kinds is partial for certain.
+    """
+    times = [large // small for large, small in zip(window.cell, cells.window.cell, strict=True)]
+    beyond = (0, window.columns * times[1] - cells.window.columns, 0, window.rows * times[0] - cells.window.rows)
+    shape = (window.rows, times[0], window.columns, times[1])
+
+    def any_of(part: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(part, beyond).view(shape).any(dim=3).any(dim=1)
+
+    some, holes = any_of(cells.classes != EMPTY), any_of(cells.classes != FULL)
+    classes = torch.where(some, torch.where(holes, PARTIAL, FULL), EMPTY)
+    return Cells(window, classes, (classes == PARTIAL) | ~any_of(~cells.certain))
 
 
 def layer(cells: Cells, *, packed: bool = False) -> dict[str, Any]:
