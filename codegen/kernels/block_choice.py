@@ -252,14 +252,14 @@ def choose_best(
         while tl.max((places != 0).to(tl.int32), 0) != 0:
             lowest = places & -places
             places = places ^ lowest
-            column = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127  # of no place none
-            value = tl.max(tl.where(columns[None, :] == column[:, None], found, float("-inf")), 1)
+            spot = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127  # of no place none
+            value = tl.max(tl.where(columns[None, :] == spot[:, None], found, float("-inf")), 1)
             value = tl.where((lowest != 0) & (value == float("-inf")), float("inf"), value)  # it is NaN, which counts as infinity
             least = tl.min(values, 1)
             # Of equal ones the last block goes; it takes a greater score to take a place.
             last = tl.max(tl.where(values == least[:, None], ids, -1), 1)
             here = (ids == last[:, None]) & (value > least)[:, None]
-            ids = tl.where(here, (at + column)[:, None], ids)
+            ids = tl.where(here, (at + spot)[:, None], ids)
             values = tl.where(here, value[:, None], values)
         bound = tl.maximum(bound, tl.min(values, 1))
 

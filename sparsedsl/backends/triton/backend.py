@@ -91,7 +91,7 @@ class TritonBackend(Backend):
         """One kernel; or torch, and why."""
         if missing(facts.device) is not None or (facts.device == "cpu" and not by_name):
             return None
-        from sparsedsl.backends.triton.choosing import why_torch
+        from sparsedsl.backends.triton.choice_forms import why_torch
 
         why = why_torch(node, facts)
         return "one kernel from landmarks to lists" if why is None else f"torch, since {why}"

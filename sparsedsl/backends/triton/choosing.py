@@ -2,7 +2,7 @@
 
 What it makes: the ``k`` best by dot products or bounds of pages, as they are or as shares of a softmax over the row, summed, averaged or
 the greatest of a group of heads and of neighbouring landmarks; among candidates, and with forced blocks, that a few ranges a row say.
-All else is chosen by torch; :func:`why_torch` says why. Nothing here waits for the device.
+All else is chosen by torch; :mod:`sparsedsl.backends.triton.choice_forms` says why. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -14,148 +14,29 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from sparsedsl.analysis.key_intervals import intervals
 from sparsedsl.backends.triton.attention import missing
+from sparsedsl.backends.triton.choice_forms import Form, LeftToTorch, check_sizes, form_of
 from sparsedsl.backends.triton.config_choice import target_of
 from sparsedsl.backends.triton.launching import ALIGN, in_tiles, is_aligned, on, strided, tiles_contiguous
 from sparsedsl.backends.triton.scan_pass import filled, precision_of
-from sparsedsl.codegen.to_triton import DTYPES, WIDEST
 from sparsedsl.gpu.estimates import family
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.gpu.targets import Target
-from sparsedsl.lang.tables import table_reads
-from sparsedsl.program import scores as nodes
-from sparsedsl.program.node import Node
-from sparsedsl.program.select import Select, TopK
-from sparsedsl.runtime.request import CallFacts
 from sparsedsl.selection.candidates import Candidates, IntervalRule, PairRule, Within
 from sparsedsl.selection.choosing import Rule
-from sparsedsl.selection.composed_scores import BoundScores, GroupedScores
-from sparsedsl.selection.derived_scores import RegroupedScores, SoftmaxScores
+from sparsedsl.selection.composed_scores import BoundScores
+from sparsedsl.selection.derived_scores import SoftmaxScores
 from sparsedsl.selection.scores import DotScores, ScoreSource
 from sparsedsl.selection.stable_topk import best
 from sparsedsl.torch_private import transforms_active
 
-__all__ = ["ChoiceTiles", "choice_tiles", "choose_blocks", "why_torch"]
+__all__ = ["ChoiceTiles", "choice_tiles", "choose_blocks"]
 
 Tensor = torch.Tensor
-# Of a list that is kept in registers; ranges of a row, which are looked at one by one.
-LONGEST, MOST_RANGES = 256, 4
+# Of a row; they are looked at one by one.
+MOST_RANGES = 4
 # Rows up to which programs share the blocks of a row, and blocks that a share is worth.
 FEW_ROWS, SHARE = 16, 512
-
-
-class _NotHere(Exception):
-    """Why torch makes a choice."""
-
-
-# ---- what scores are made of ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One step from products to scores, the last one first: "regroup" and "group" take ``size`` of them together."""
-
-    kind: str
-    size: int = 1
-    how: str = "sum"
-
-
-@dataclass(frozen=True)
-class _Form:
-    """``group`` heads and ``size`` landmarks make a score: their sum, or the greatest; ``means`` of which steps it is."""
-
-    group: int = 1
-    size: int = 1
-    greatest: bool = False
-    means: frozenset[str] = frozenset()
-    softmax: bool = False
-    bound: bool = False
-
-
-def _form(steps: list[_Step]) -> _Form:
-    """The form that steps have; raises ``_NotHere``."""
-    *made, products = steps
-    if products.kind not in ("dot", "bound"):
-        raise _NotHere(f"scores are made of {products.kind}")
-    softmax = bool(made) and made[-1].kind == "softmax"
-    made = made[:-1] if softmax else made
-    kinds = [step.kind for step in made]
-    if "softmax" in kinds:
-        raise _NotHere("a softmax is taken over scores that are reduced before")
-    if len(set(kinds)) < len(kinds):
-        raise _NotHere("scores are reduced several times in the same way")
-    several = [step for step in made if step.size > 1]
-    if len({step.how == "max" for step in several}) > 1:
-        raise _NotHere("a maximum and a sum are taken, one of the other")
-    sizes = {step.kind: step.size for step in made}
-    means = frozenset(step.kind for step in several if step.how == "mean")
-    greatest = any(step.how == "max" for step in several)
-    return _Form(sizes.get("group", 1), sizes.get("regroup", 1), greatest, means, softmax, products.kind == "bound")
-
-
-def _steps_of(source: ScoreSource) -> list[_Step]:
-    match source:
-        case RegroupedScores():
-            return [_Step("regroup", source.size, source.how), *_steps_of(source.source)]
-        case GroupedScores():
-            return [_Step("group", source.source.shape[1] // source.heads_out, source.how), *_steps_of(source.source)]
-        case SoftmaxScores():
-            return [_Step("softmax"), *_steps_of(source.source)]
-        case DotScores():
-            return [_Step("dot")]
-        case BoundScores():
-            return [_Step("bound")]
-    return [_Step(type(source).__name__)]
-
-
-def _steps_of_node(node: Node) -> list[_Step]:
-    match node:
-        case nodes.Regroup():
-            return [_Step("regroup", node.block, node.how), *_steps_of_node(node.scores)]
-        case nodes.Grouped():
-            return [_Step("group", 2, node.how), *_steps_of_node(node.x)]
-        case nodes.Softmax():
-            return [_Step("softmax"), *_steps_of_node(node.scores)]
-        case nodes.Dot():
-            return [_Step("dot")]
-        case nodes.Bound():
-            return [_Step("bound")]
-    return [_Step({"Plus": "sums", "Gumbel": "noise"}.get(type(node).__name__, type(node).__name__.lower()))]
-
-
-def why_torch(node: Select, facts: CallFacts) -> str | None:
-    """Why the choice of a node is not made by the kernel, as far as this is known before a call; None: it is."""
-    try:
-        if not isinstance(node, TopK):
-            raise _NotHere("the kernel knows top_k alone")
-        _check_sizes(facts.dtype, facts.head_dim, min(node.count, in_tiles(facts.kv_len, node.blocks[1])))
-        form = _form(_steps_of_node(node.scores))
-        below: Any = node.scores
-        while not isinstance(below, nodes.Softmax) and form.softmax:
-            below = below.x if isinstance(below, nodes.Grouped) else below.scores
-        for what, mask in (
-            ("candidates", node.among),
-            ("forced blocks", node.forced),
-            ("candidates", getattr(below, "among", None)),
-        ):
-            reads = set() if mask is None else {read.spec.name for read in table_reads(mask.expr)}
-            if mask is not None and (
-                intervals(mask.expr) is None or any(isinstance(mask.bound.get(name), Node) for name in reads)
-            ):
-                raise _NotHere(f"{what} are no ranges of keys")
-    except _NotHere as reason:
-        return str(reason)
-    return None
-
-
-def _check_sizes(dtype: str, width: int, k: int) -> None:
-    if dtype not in DTYPES:
-        raise _NotHere(f"the kernel has no {dtype}")
-    if width > WIDEST:
-        raise _NotHere(f"rows are {width} wide; the kernel has {WIDEST}")
-    if k > LONGEST:
-        raise _NotHere(f"lists are {k} blocks long; the kernel holds {LONGEST}")
 
 
 # ---- limits and ranges ---------------------------------------------------------------------------------------------------------------
@@ -191,17 +72,17 @@ def _limits(candidates: Candidates, device: torch.device, of: str = "") -> dict[
 
 
 def _ranges(rule: PairRule | None, device: torch.device, names: tuple[str, str, str]) -> tuple[int, dict[str, Any]]:
-    """How many ranges of blocks a row has, and the arguments ``names`` that say which; raises ``_NotHere``."""
+    """How many ranges of blocks a row has, and the arguments ``names`` that say which; raises ``LeftToTorch``."""
     if rule is None:
         return 0, {}
     if not isinstance(rule, IntervalRule):
-        raise _NotHere("candidates or forced blocks are no ranges of blocks")
+        raise LeftToTorch("candidates or forced blocks are no ranges of blocks")
     known = _LIMITS.setdefault(rule, {})
     if device not in known:
         known[device] = [_placed(t, device) for t in rule.blocks]
     first, last = known[device]
     if first.shape[3] > MOST_RANGES:
-        raise _NotHere(f"a row has {first.shape[3]} ranges of blocks; the kernel looks at {MOST_RANGES}")
+        raise LeftToTorch(f"a row has {first.shape[3]} ranges of blocks; the kernel looks at {MOST_RANGES}")
     return first.shape[3], {f"{names[0]}_ptr": first, f"{names[1]}_ptr": last, **_steps(names[2], first)}
 
 
@@ -219,14 +100,15 @@ class ChoiceTiles:
     stages: int
 
 
-def choice_tiles(dtype: torch.dtype, width: int, k: int, rows: int, target: Target) -> ChoiceTiles:
-    """Tiles that spill nothing in 16-bit types on the targets that kernels are built for; chosen by compiling, not by the clock."""
+def choice_tiles(dtype: torch.dtype, width: int, k: int, rows: int, bound: bool, target: Target) -> ChoiceTiles:
+    """Tiles that spill nothing in loops of 16-bit types on the targets that are built for; chosen by compiling, not by the clock."""
     kept = max(2, 1 << (k - 1).bit_length())
     if interpreted():
         return ChoiceTiles(32, 64, kept, 4, 1)
     wide = filled(width) * dtype.itemsize > 256
-    most = 16 if rows <= FEW_ROWS else 32 if wide else 64
-    most = max(16, min(most, 4096 // kept))
+    # The list, and of a bound both parts of the rows, are held in registers.
+    most = 16 if rows <= FEW_ROWS else 32 if wide or bound else 64
+    most = max(16, min(most, 2048 // kept))
     deep = 2 if family(target) == "cdna" or wide else 3
     return ChoiceTiles(most, 64, kept, 4, deep)
 
@@ -237,29 +119,29 @@ def choose_blocks(
     """See :data:`sparsedsl.selection.choosing.Choose`."""
     try:
         return _chosen(source, candidates, forced, rule, rows, start, width)
-    except _NotHere:
+    except LeftToTorch:
         return None
 
 
 def _chosen(
     source: ScoreSource, candidates: Candidates, forced: PairRule | None, rule: Rule, rows: slice, start: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    form, (batch, heads, every, blocks) = _form(_steps_of(source)), source.shape
+    form, (batch, heads, every, blocks) = form_of(source), source.shape
     if rule.name != "top_k" or transforms_active() or rows != slice(0, every):
-        raise _NotHere("another rule, some of the rows, or a call under torch.func")
+        raise LeftToTorch("another rule, some of the rows, or a call under torch.func")
     below: Any = source
     softmax: Candidates | None = None
     while not isinstance(below, DotScores | BoundScores):
         if isinstance(below, SoftmaxScores):
             if below.totals is not None or below.first != (0, 0) or below.candidates.allowed is not None:
-                raise _NotHere("a softmax over candidates that are no range")
+                raise LeftToTorch("a softmax over candidates that are no range")
             softmax = below.candidates
         below = below.source
     q, high, low = (below.a, below.b, below.b) if isinstance(below, DotScores) else (below.q, below.high, below.low)
-    _check_sizes(str(q.dtype).removeprefix("torch."), q.shape[3], rule.k)
+    check_sizes(str(q.dtype).removeprefix("torch."), q.shape[3], rule.k)
     lacks = missing(q.device.type)
     if lacks is not None or q.dtype != high.dtype or not below.scale > 0:
-        raise _NotHere(lacks or "rows and landmarks of two types, or a scale that is not positive")
+        raise LeftToTorch(lacks or "rows and landmarks of two types, or a scale that is not positive")
     if interpreted() and q.dtype == torch.bfloat16:  # Triton's interpreter multiplies its bits
         q, high, low = q.float(), high.float(), low.float()
     counted = torch.empty((batch, heads, every), dtype=torch.int32, device=q.device)
@@ -276,7 +158,7 @@ def _chosen(
 class _Job:
     """One choice on the device. ``size``: heads, rows and blocks of what is chosen."""
 
-    form: _Form
+    form: Form
     rule: Rule
     q: Tensor
     high: Tensor
@@ -289,7 +171,7 @@ class _Job:
     @functools.cached_property
     def tiles(self) -> ChoiceTiles:
         """How it is cut."""
-        return choice_tiles(self.q.dtype, self.q.shape[3], self.rule.k, self.size[1], target_of(self.q.device))
+        return choice_tiles(self.q.dtype, self.q.shape[3], self.rule.k, self.size[1], self.form.bound, target_of(self.q.device))
 
     def landmarks(self) -> tuple[Tensor, Tensor]:
         """Landmarks as the kernel reads them: places of a tile in 32 bits, both parts of a bound alike."""
@@ -325,7 +207,7 @@ class _Job:
     def values(
         self, candidates: Candidates, forced: PairRule | None, softmax: Candidates | None, none: Tensor
     ) -> dict[str, Any]:  # fmt: skip
-        """Arguments of the kernel by name, but for results; raises ``_NotHere``. ``none``: for a pointer that is not read."""
+        """Arguments of the kernel by name, but for results; raises ``LeftToTorch``. ``none``: for a pointer that is not read."""
         form, tiles, (heads, rows, blocks), device = self.form, self.tiles, self.size, self.q.device
         extra = self.rule.extra and forced is not None
         within = isinstance(forced, Within) and forced.allowed is candidates.allowed
@@ -334,7 +216,7 @@ class _Job:
             forced.rule if isinstance(forced, Within) and within else forced, device, ("forced_firsts", "forced_lasts", "forced")
         )
         if extra and (named > 1 or (within and spans)):
-            raise _NotHere("forced blocks on top of the others, of several ranges")
+            raise LeftToTorch("forced blocks on top of the others, of several ranges")
         high, low = self.landmarks()
         several = form.group * heads
         names = ("begin", "end", "score_begin", "score_end")
