@@ -27,7 +27,7 @@ from sparsedsl.errors import (
 if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they load on first use
     # isort: off
     # fmt: off
-    from sparsedsl import models as models, patterns as patterns, testing as testing
+    from sparsedsl import export as export, models as models, patterns as patterns, testing as testing
     from sparsedsl.analysis.cached_keys import CacheBound as CacheBound
     from sparsedsl.analysis.caches import cache_bytes as cache_bytes, clear_caches as clear_caches
     from sparsedsl.analysis.proofs import PROVED as PROVED, REFUTED as REFUTED, UNKNOWN as UNKNOWN, Verdict as Verdict
@@ -82,7 +82,7 @@ _PUBLIC = {
         "sparsedsl.execute.compiled": "Attention",
         "sparsedsl.execute.compiling": "compile",
         "sparsedsl.plotting": "plot",
-        "": "models patterns testing",
+        "": "export models patterns testing",
     }.items()
     for name in names.split()
 }

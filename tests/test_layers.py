@@ -34,7 +34,7 @@ ARROW = [
     ["tune_command"],
     ["figures"],
     ["strip_picture", "program_picture"],
-    ["plotting", "testing", "models", "specs"],
+    ["plotting", "testing", "models", "specs", "export"],
     ["__init__"],
     ["kernel_command"],
     ["cli"],
