@@ -17,10 +17,42 @@ from __future__ import annotations
 
 from sparsedsl.export.cudnn_rows import CudnnRows, cudnn
 from sparsedsl.export.exported import Exported
+from sparsedsl.export.fitting import Fits, fits
+from sparsedsl.export.flash_lists import FlashLists
+from sparsedsl.export.flash_windows import FlashWindow, flash_attention
+from sparsedsl.export.flashinfer_blocks import FlashInferBlocks, flashinfer
 from sparsedsl.export.flashmask_columns import FlashMaskColumns, flashmask
 from sparsedsl.export.magi_slices import MagiSlices, magi
+from sparsedsl.export.natten_grid import Axis, NattenGrid, natten
+from sparsedsl.export.paged_requests import PagedRequests, flashinfer_paged
+from sparsedsl.export.splash_blocks import SplashMask, splash
+from sparsedsl.export.xformers_bias import XformersBias, xformers
 from sparsedsl.lang.advice import answer_for
 
-__all__ = ["CudnnRows", "Exported", "FlashMaskColumns", "MagiSlices", "cudnn", "flashmask", "magi"]
+__all__ = [
+    "Axis",
+    "CudnnRows",
+    "Exported",
+    "Fits",
+    "FlashInferBlocks",
+    "FlashLists",
+    "FlashMaskColumns",
+    "FlashWindow",
+    "MagiSlices",
+    "NattenGrid",
+    "PagedRequests",
+    "SplashMask",
+    "XformersBias",
+    "cudnn",
+    "fits",
+    "flash_attention",
+    "flashinfer",
+    "flashinfer_paged",
+    "flashmask",
+    "magi",
+    "natten",
+    "splash",
+    "xformers",
+]
 
 answer_for(globals(), __all__)

@@ -190,6 +190,7 @@ def prepare(
     kv_heads: int | None = None,
     q_lens: Sequence[int] | None = None,
     kv_lens: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
     head: int | None = None,
     device: Any = None,
     max_bytes: int = MAX_BYTES,
@@ -197,7 +198,7 @@ def prepare(
 ) -> Case:
     """The checked question; raises ShapeError, TableError, PatternError for what does not fit, UnsupportedError for programs.
 
-    ``what_holds``: what the engine's form is called where it has no heads.
+    ``what_holds``: what the engine's form is called where it has no heads. ``numbers``: the batch entry that each sequence is, default 0, 1, ..
     """
     static = _static(engine, pattern)
     bound = bind_for_analysis(static, dict(tables))
@@ -221,10 +222,11 @@ def prepare(
         raise ShapeError(f"{engine}: head must be below heads={heads}; got {head}")
     parts = []
     for number, (queries, keys) in enumerate(pairs):
-        fixed = {BATCH: sympy.Integer(number)} if packed else {}
+        entry = number if numbers is None else numbers[number]
+        fixed = {BATCH: sympy.Integer(entry)} if packed else {}
         fixed |= {} if head is None else {HEAD: sympy.Integer(head)}
         domain = Domain(
-            queries, keys, _offset(case, queries, keys), len(pairs) if packed else batch, heads, bound
+            queries, keys, _offset(case, queries, keys), max(numbers or [len(pairs) - 1]) + 1 if packed else batch, heads, bound
         )
         domain = exact_domain(static.exprs, domain)
         check_reads(static, domain)

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.lang.advice import shown
 
 __all__ = ["Exported", "check_dense", "ends_of", "packed_mask"]
 
@@ -54,7 +53,7 @@ class Exported(ABC):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in ("args", "q_lens", "kv_lens", "packed") and value is not None:
-                words.append(f"{field.name}={f'{value.dtype} {tuple(value.shape)}' if isinstance(value, torch.Tensor) else shown(value)}")
+                words.append(f"{field.name}={f'{value.dtype} {tuple(value.shape)}' if isinstance(value, torch.Tensor) else repr(value)}")
         return f"{type(self).__name__}({', '.join([*words, f'{self.bytes:,} bytes'])})"
 
 
