@@ -13,7 +13,7 @@ import torch
 
 from sparsedsl.export.spans import Spans
 
-__all__ = ["Band", "Lines", "band_mask", "find_band", "find_chunk", "lines_of", "split_sequences"]
+__all__ = ["Band", "Lines", "Misfit", "band_mask", "find_band", "find_chunk", "find_documents", "lines_of"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,35 @@ class Band:
         """Whether it ends at the query's own key."""
         return self.right == 0
 
+    @property
+    def holds_own_key(self) -> bool:
+        """Whether every query sees the key where it stands: no number is negative, which engines take for other things."""
+        return (self.left is None or self.left >= 0) and (self.right is None or self.right >= 0)
+
+    def __str__(self) -> str:
+        left, right = ("all" if end is None else str(end) for end in (self.left, self.right))
+        return f"{left} keys to the left and {right} to the right"
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A query of a sequence whose keys are not those of the band that others say: ``sees`` a key that it does not hold, or the reverse."""
+
+    sequence: int
+    query: int
+    key: int
+    sees: bool
+    band: Band
+
+    def __str__(self) -> str:
+        return f"{'sees' if self.sees else 'does not see'} key {self.key}, no band of {self.band} as other queries have"
+
 
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """The first key and the last + 1 of every query that sees one run, in numbers of its sequence; ``low`` and ``high`` limit a query's keys.
+    """The first key and the last + 1 of every query that sees one run, in numbers of its sequence.
 
+    ``low`` and ``high`` limit a query's keys.
     ``place`` is where the query stands among the keys; ``seen`` is False for those that see none.
     """
 
@@ -57,24 +81,28 @@ def lines_of(rows: Spans, off: int) -> Lines | int:
     return Lines(start, stop, place, torch.zeros_like(start), torch.full_like(start, rows.length), rows.counts > 0)
 
 
-def find_band(parts: list[Lines]) -> Band | tuple[int, int]:
-    """The band that all sequences are, or the sequence and query that no band agrees with.
+def find_band(parts: list[Lines]) -> Band | Misfit:
+    """The band that all sequences are, or the first query that no band agrees with.
 
     A query whose run begins where its keys begin says only that the band reaches so far; one whose run begins later says where it ends.
     """
-    start, stop, place, low, high, seen = (torch.cat([getattr(part, name) for part in parts]) for name in Lines.__dataclass_fields__)
+    start, stop, place, low, high, seen = (
+        torch.cat([getattr(part, name) for part in parts]) for name in Lines.__dataclass_fields__
+    )
     band = Band(_reach(place - start, start > low, seen), _reach(stop - 1 - place, stop < high, seen))
     begin = low if band.left is None else torch.maximum(low, place - band.left)
     end = high if band.right is None else torch.minimum(high, place + band.right + 1)
-    wrong = ((begin != start) | (end != stop)) & (seen | (begin < end))
-    if not bool(wrong.any()):
+    wrong = (((begin != start) | (end != stop)) & (seen | (begin < end))).nonzero()[:, 0]
+    if not wrong.numel():
         return band
-    at = int(wrong.nonzero()[0])
-    for number, part in enumerate(parts):
-        if at < part.start.numel():
-            return number, at
-        at -= part.start.numel()
-    raise AssertionError("a query of no sequence")
+    at = int(wrong[0])
+    ends = [(int(a[at]), int(z[at])) for a, z in ((start, stop), (begin, end))]
+    mine, other = (set(pair) if pair[0] < pair[1] else set() for pair in ends)
+    key = min(mine ^ other)  # up to the first end that differs both are the same
+    sees = bool(seen[at]) and int(start[at]) <= key < int(stop[at])
+    sizes = torch.tensor([part.start.numel() for part in parts]).cumsum(0)
+    number = int(torch.searchsorted(sizes, at, right=True))
+    return Misfit(number, at - (int(sizes[number - 1]) if number else 0), key, sees, band)
 
 
 def _reach(distance: torch.Tensor, cut: torch.Tensor, seen: torch.Tensor) -> int | None:
@@ -93,7 +121,11 @@ def find_chunk(lines: Lines) -> tuple[int, Band] | None:
     if not places:
         return None
     candidates = {math.gcd(*places)}
-    candidates |= {place - start for place, start in zip(places, lines.start[:-1][broken].tolist(), strict=True)} if len(places) == 1 else set()
+    candidates |= (
+        {place - start for place, start in zip(places, lines.start[:-1][broken].tolist(), strict=True)}
+        if len(places) == 1
+        else set()
+    )
     for size in sorted(candidates - {0}):
         low = lines.place.div(size, rounding_mode="floor") * size
         inside = Lines(
@@ -105,17 +137,28 @@ def find_chunk(lines: Lines) -> tuple[int, Band] | None:
     return None
 
 
-def split_sequences(lines: Lines) -> list[int]:
-    """Where sequences that see only themselves begin, with the end: the most of them; of as many queries as keys, in the same order."""
-    count = lines.start.numel()
-    place = torch.arange(count, device=lines.start.device)
-    stop = torch.where(lines.seen, lines.stop, place + 1)
-    start = torch.where(lines.seen, lines.start, place)
-    before = stop.cummax(0).values
-    after = start.flip(0).cummin(0).values.flip(0)
-    cut = torch.ones(count, dtype=torch.bool, device=place.device)
-    cut[1:] = (before[:-1] <= place[1:]) & (after[1:] >= place[1:])
-    return [*cut.nonzero()[:, 0].tolist(), count]
+def find_documents(lines: Lines, off: int) -> tuple[Band, list[int]] | None:
+    """Band and lengths of documents that lie one behind the other and see only themselves; only of as many queries as keys."""
+    if off:
+        return None
+    ends = _split(lines)
+    if len(ends) < 3:
+        return None
+    begins = torch.tensor(ends, device=lines.start.device)
+    number = torch.searchsorted(begins[:-1], lines.place, right=True) - 1
+    band = find_band([Lines(lines.start, lines.stop, lines.place, begins[number], begins[number + 1], lines.seen)])
+    return (band, begins.diff().tolist()) if isinstance(band, Band) and band.holds_own_key else None
+
+
+def _split(lines: Lines) -> list[int]:
+    """Where sequences that see only themselves begin, with the end: as many of them as there are."""
+    stop = torch.where(lines.seen, lines.stop, lines.place + 1)
+    start = torch.where(lines.seen, lines.start, lines.place)
+    before = torch.maximum(stop, lines.place + 1).cummax(0).values
+    after = torch.minimum(start, lines.place).flip(0).cummin(0).values.flip(0)
+    cut = torch.ones_like(lines.seen)
+    cut[1:] = (before[:-1] <= lines.place[1:]) & (after[1:] >= lines.place[1:])
+    return [*cut.nonzero()[:, 0].tolist(), cut.numel()]
 
 
 def band_mask(q_len: int, kv_len: int, band: Band, chunk: int = 0) -> torch.Tensor:

@@ -29,7 +29,7 @@ class CudnnRows(Exported):
     cu_seqlens_k: torch.Tensor | None = None
 
     def to_mask(self) -> torch.Tensor:
-        """As :meth:`Exported.to_mask`. Raises ShapeError for endpoints that fall, are negative or lie behind the keys, as the engine does."""
+        """As :meth:`Exported.to_mask`. Raises ShapeError for endpoints that fall, are negative or lie behind the keys."""
         check_dense(self.mask_func.shape[0] * sum(q * kv for q, kv in zip(self.q_lens, self.kv_lens, strict=True)))
         ends = ends_of(self.q_lens) if self.cu_seqlens_q is None else self.cu_seqlens_q.tolist()
         parts = [self.mask_func[..., ends[n] : ends[n + 1]] for n in range(len(ends) - 1)]

@@ -164,9 +164,7 @@ def _static(engine: str, value: Any) -> Pattern:
     if program is None:
         return as_pattern(value)
     if program.static is None:
-        raise UnsupportedError(
-            f"{engine}: choices depend on q and k: run attn.choices(q, k, v), export the bound pattern"
-        )
+        raise UnsupportedError(f"{engine}: choices depend on q and k: run attn.choices(q, k, v), export the bound pattern")
     return program.static
 
 
@@ -198,7 +196,8 @@ def prepare(
 ) -> Case:
     """The checked question; raises ShapeError, TableError, PatternError for what does not fit, UnsupportedError for programs.
 
-    ``what_holds``: what the engine's form is called where it has no heads. ``numbers``: the batch entry that each sequence is, default 0, 1, ..
+    ``what_holds``: what the engine's form is called where it has no heads. ``numbers``: the batch entry that each
+    sequence is, default 0, 1, ..
     """
     static = _static(engine, pattern)
     bound = bind_for_analysis(static, dict(tables))
@@ -213,10 +212,22 @@ def prepare(
         pairs = _pairs(engine, q_len, kv_len, q_lens, kv_lens, batch)
     else:
         if q_len is None:
-            raise ShapeError(f"{engine}: the number of queries is missing: pass q_len, kv_len, or q_lens=, kv_lens= for packed sequences")
+            raise ShapeError(
+                f"{engine}: the number of queries is missing: pass q_len, kv_len, or q_lens=, kv_lens= for packed sequences"
+            )
         pairs = [(check_size("q_len", q_len, 1), check_size("kv_len", q_len if kv_len is None else kv_len, 1))]
     case = Case(
-        engine, what_holds, static, (), packed, batch, heads, kv_heads, q_offset, None if device is None else torch.device(device), max_bytes
+        engine,
+        what_holds,
+        static,
+        (),
+        packed,
+        batch,
+        heads,
+        kv_heads,
+        q_offset,
+        None if device is None else torch.device(device),
+        max_bytes,
     )
     if head is not None and not 0 <= check_size("head", head, 0) < heads:
         raise ShapeError(f"{engine}: head must be below heads={heads}; got {head}")
@@ -239,7 +250,9 @@ def _pairs(
     engine: str, q_len: Any, kv_len: Any, q_lens: Sequence[int] | None, kv_lens: Sequence[int] | None, batch: int
 ) -> list[tuple[int, int]]:
     if q_len is not None or kv_len is not None or batch != 1:
-        raise ShapeError(f"{engine}: sequences of lengths of their own are q_lens= and kv_lens= alone, without q_len, kv_len and batch")
+        raise ShapeError(
+            f"{engine}: sequences of lengths of their own are q_lens= and kv_lens= alone, without q_len, kv_len and batch"
+        )
     queries = _lengths(engine, "q_lens", q_lens if q_lens is not None else kv_lens or ())
     keys = _lengths(engine, "kv_lens", kv_lens if kv_lens is not None else queries)
     if len(queries) != len(keys):

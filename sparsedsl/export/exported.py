@@ -53,14 +53,18 @@ class Exported(ABC):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in ("args", "q_lens", "kv_lens", "packed") and value is not None:
-                words.append(f"{field.name}={f'{value.dtype} {tuple(value.shape)}' if isinstance(value, torch.Tensor) else repr(value)}")
+                words.append(
+                    f"{field.name}={f'{value.dtype} {tuple(value.shape)}' if isinstance(value, torch.Tensor) else repr(value)}"
+                )
         return f"{type(self).__name__}({', '.join([*words, f'{self.bytes:,} bytes'])})"
 
 
 def check_dense(pairs: int) -> None:
     """Raise :class:`~sparsedsl.UnsupportedError` before a dense mask of more than 4 GiB is made."""
     if pairs > MOST_DENSE:
-        raise UnsupportedError(f"to_mask() would make {pairs:,} pairs, one byte each; it is for looking at small masks: take short lengths")
+        raise UnsupportedError(
+            f"to_mask() would make {pairs:,} pairs, one byte each; it is for looking at small masks: take short lengths"
+        )
 
 
 def ends_of(lens: tuple[int, ...]) -> list[int]:

@@ -38,7 +38,8 @@ class Fits(Mapping[str, "int | str"]):
     def __str__(self) -> str:
         width = max(map(len, self.found))
         return "\n".join(
-            f"{engine:{width}}  {f'{value:>14,} bytes' if isinstance(value, int) else value}" for engine, value in self.found.items()
+            f"{engine:{width}}  {f'{value:>14,} bytes' if isinstance(value, int) else value}"
+            for engine, value in self.found.items()
         )
 
 

@@ -20,10 +20,11 @@ __all__ = ["FlashLists", "export_lists"]
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class FlashLists(Exported):
-    """``mask_block_*`` list partial blocks, ``full_block_*`` full ones: counts ``(batch | 1, heads | 1, rows)``, indices with one axis more.
+    """``mask_block_*`` list partial blocks, ``full_block_*`` full ones: counts ``(batch | 1, heads | 1, rows)``, indices an axis more.
 
-    ``endpoints`` int32 ``(batch | 1, heads | 1, nfunc, queries)`` goes into ``aux_tensors``. The engine wants a ``mask_mod`` of the caller's,
-    in its own language, for partial blocks: ``kv < e[0]``, or ``e[n] <= kv < e[n + 1]`` for an odd ``n``, with ``e = endpoints[b, h, :, q]``.
+    ``endpoints`` int32 ``(batch | 1, heads | 1, nfunc, queries)`` goes into ``aux_tensors``. The engine wants a ``mask_mod`` of the
+    caller's, in its own language, for partial blocks: ``kv < e[0]``, or ``e[n] <= kv < e[n + 1]`` for an odd ``n``, with
+    ``e = endpoints[b, h, :, q]``.
     """
 
     engine: ClassVar[str] = "flash_attention"
@@ -104,7 +105,11 @@ def _ragged_as_partial(lists: BlockLists) -> BlockLists:
     order = (owners * columns + every).argsort()
     shape = lists.full.counts.shape
     return BlockLists(
-        _tile_rows(owner[~tail], column[~tail], shape), _tile_rows(owners[order], every[order], shape), lists.block, lists.q_rows, lists.kv_len
+        _tile_rows(owner[~tail], column[~tail], shape),
+        _tile_rows(owners[order], every[order], shape),
+        lists.block,
+        lists.q_rows,
+        lists.kv_len,
     )
 
 

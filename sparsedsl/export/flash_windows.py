@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 
 from sparsedsl.errors import ShapeError
-from sparsedsl.export.bands import Band, Lines, band_mask, find_band, find_chunk, lines_of, split_sequences
+from sparsedsl.export.bands import Band, Lines, band_mask, find_band, find_chunk, find_documents, lines_of
 from sparsedsl.export.export_case import MAX_BYTES, Case, Part, prepare
 from sparsedsl.export.exported import Exported, ends_of, packed_mask
 from sparsedsl.export.flash_lists import FlashLists, export_lists
@@ -20,7 +20,7 @@ __all__ = ["FlashWindow", "flash_attention", "flash_visible"]
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class FlashWindow(Exported):
-    """``args`` hold all: ``causal``, ``window_size``, perhaps ``attention_chunk``; ``cu_seqlens_q``, ``cu_seqlens_k`` of packed sequences."""
+    """``args`` hold all: ``causal``, ``window_size``, perhaps ``attention_chunk``, and ``cu_seqlens_*`` of packed sequences."""
 
     engine: ClassVar[str] = "flash_attention"
     read_at: ClassVar[str] = "flash-attention 0251105"
@@ -36,7 +36,8 @@ class FlashWindow(Exported):
         """As :meth:`Exported.to_mask`, by the rules of the version."""
         cu = [self.cu_seqlens_q, self.cu_seqlens_k]
         q_lens, kv_lens = (
-            list(lens) if ends is None else ends.diff().tolist() for lens, ends in zip((self.q_lens, self.kv_lens), cu, strict=True)
+            list(lens) if ends is None else ends.diff().tolist()
+            for lens, ends in zip((self.q_lens, self.kv_lens), cu, strict=True)
         )
         blocks = [
             flash_visible(q, kv, self.window_size, self.causal, self.version, self.attention_chunk)[None]
@@ -50,7 +51,7 @@ class FlashWindow(Exported):
 def flash_visible(
     q_len: int, kv_len: int, window: tuple[int | None, int | None], causal: bool, version: int, chunk: int = 0
 ) -> torch.Tensor:
-    """What a call shows, bool ``(q_len, kv_len)``. Negative numbers are no limit in versions 2 and 3, numbers in version 4, where None is none.
+    """What a call shows, bool ``(q_len, kv_len)``. Negative numbers are no limit in versions 2 and 3; in version 4 None is.
 
     >>> flash_visible(3, 3, (-1, 0), False, 2).sum().item(), flash_visible(3, 3, (-1, 0), False, 4).sum().item()
     (6, 9)
@@ -111,22 +112,18 @@ def flash_attention(
     parts = [part.alone() for part in case.parts]
     lines = [_lines(case, part, number, entry) for number, part in enumerate(parts) for entry in range(part.rows.shape[0])]
     band = find_band(lines)
-    if isinstance(band, Band) and _fits(band):
-        return _window(case, version, band, args, list(case.q_lens), list(case.kv_lens))
+    if isinstance(band, Band) and band.holds_own_key:
+        return _window(case, version, band, args, case.q_lens, case.kv_lens)
     if not case.packed and case.batch == 1:
-        if version == 3 and (found := find_chunk(lines[0])) and _fits(found[1]):
-            return _window(case, version, found[1], args | {"attention_chunk": found[0]}, [case.part.q_len], [case.part.kv_len])
-        if found := _documents(lines[0], case.part):
-            return _window(case, version, found[0], args, found[1], found[1], cut=True)
+        if version == 3 and (chunk := find_chunk(lines[0])) and chunk[1].holds_own_key:
+            return _window(case, version, chunk[1], args | {"attention_chunk": chunk[0]}, case.q_lens, case.kv_lens)
+        if documents := find_documents(lines[0], case.part.off):
+            lens = tuple(documents[1])
+            return _window(case, version, documents[0], args, lens, lens, cut=True)
     if isinstance(band, Band):
         _refuse_own_key(case, band, parts)
-    number, row = band
-    entries = [(n, entry) for n, part in enumerate(parts) for entry in range(part.rows.shape[0])]
-    n, entry = entries[number]
-    runs = parts[n].rows.group(entry, 0).at(row)
-    case.refuse(
-        f"{case.query(n, row)} sees {_keys(runs)}, which is no band that the other queries share; {_lists_or(case)}"
-    )
+    owners = [number for number, part in enumerate(parts) for _ in range(part.rows.shape[0])]
+    case.refuse(f"{case.query(owners[band.sequence], band.query)} {band}; {_lists_or(case)}")
 
 
 def _lists_or(case: Case) -> str:
@@ -146,12 +143,7 @@ def _lines(case: Case, part: Part, number: int, entry: int) -> Lines:
     return found
 
 
-def _fits(band: Band) -> bool:
-    """No version is given a negative number: 2 and 3 take it for no limit, 4 drops windows whose sum is negative."""
-    return (band.left is None or band.left >= 0) and (band.right is None or band.right >= 0)
-
-
-def _refuse_own_key(case: Case, band: Band, parts: list[Part]) -> None:
+def _refuse_own_key(case: Case, band: Band, parts: list[Part]) -> NoReturn:
     side, reach = ("left", band.left) if band.left is not None and band.left < 0 else ("right", band.right)
     for n, part in enumerate(parts):
         rows = part.rows.group(0, 0)
@@ -165,30 +157,25 @@ def _refuse_own_key(case: Case, band: Band, parts: list[Part]) -> None:
     case.refuse(f"no query sees a key; {_lists_or(case)}")
 
 
-def _documents(lines: Lines, part: Part) -> tuple[Band, list[int]] | None:
-    """Band and lengths of the documents that a mask of as many queries as keys splits into."""
-    if part.off:
-        return None
-    ends = split_sequences(lines)
-    if len(ends) < 3:
-        return None
-    begins = torch.tensor(ends[:-1], device=lines.start.device)
-    number = torch.searchsorted(begins, lines.place, right=True) - 1
-    low = begins[number]
-    high = torch.tensor(ends[1:], device=lines.start.device)[number]
-    band = find_band([Lines(lines.start, lines.stop, lines.place, low, high, lines.seen)])
-    return (band, torch.tensor(ends).diff().tolist()) if isinstance(band, Band) and _fits(band) else None
-
-
 def _window(
-    case: Case, version: int, band: Band, args: dict[str, Any], q_lens: list[int], kv_lens: list[int], *, cut: bool = False
+    case: Case,
+    version: int,
+    band: Band,
+    args: dict[str, Any],
+    q_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    *,
+    cut: bool = False,
 ) -> FlashWindow:
     none = None if version == 4 else -1
     left, right = (none if end is None else end for end in (band.left, band.right))
     words: dict[str, Any] = {"causal": band.causal, "window_size": (left, right)}
     cu: dict[str, Any] = {}
     if case.packed or cut:
-        cu = {"cu_seqlens_q": case.place(torch.tensor(ends_of(tuple(q_lens)))), "cu_seqlens_k": case.place(torch.tensor(ends_of(tuple(kv_lens))))}
+        cu = {
+            "cu_seqlens_q": case.place(torch.tensor(ends_of(q_lens))),
+            "cu_seqlens_k": case.place(torch.tensor(ends_of(kv_lens))),
+        }
         args = args | cu | {"max_seqlen_q": max(q_lens), "max_seqlen_k": max(kv_lens)}
     return FlashWindow(
         version=version, **words, attention_chunk=args.get("attention_chunk", 0), **cu, args=args | words, **case.lens

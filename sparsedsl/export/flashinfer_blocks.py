@@ -12,6 +12,7 @@ from sparsedsl.export.export_case import MAX_BYTES, prepare
 from sparsedsl.export.exported import Exported, check_dense
 from sparsedsl.export.logits import logit_args
 from sparsedsl.export.tiles import listed_tiles, partial_pairs
+import itertools
 
 __all__ = ["FlashInferBlocks", "flashinfer", "gathered_causal", "packed_bits", "unpacked_bits"]
 
@@ -60,7 +61,7 @@ class FlashInferBlocks(Exported):
         if self.mask is None:
             return []
         ends = self.indptr.tolist()
-        rows = [self.mask[a:z].transpose(0, 1).reshape(-1) for a, z in zip(ends, ends[1:], strict=False)]
+        rows = [self.mask[a:z].transpose(0, 1).reshape(-1) for a, z in itertools.pairwise(ends)]
         return [packed_bits(row) for row in rows]
 
 
@@ -90,7 +91,7 @@ def gathered_causal(indptr: list[int], indices: list[int], rows: int, keys: int,
     [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
     """
     out = torch.zeros(rows, keys, dtype=torch.bool)
-    for row, (begin, end) in enumerate(zip(indptr, indptr[1:], strict=False)):
+    for row, (begin, end) in enumerate(itertools.pairwise(indptr)):
         queries = range(row * block[0], min((row + 1) * block[0], rows))
         key = [column * block[1] + n for column in indices[begin:end] for n in range(block[1])]
         for r, query in enumerate(queries):
@@ -142,7 +143,9 @@ def flashinfer(
     if not lists.listed:
         case.refuse(f"no query sees a key, and it takes no empty list (query 0 sees no key); {case.holder()}")
     if lists.partial.total:
-        case.check_bytes(lists.listed * rows * columns, f"mask ({lists.listed}, {rows}, {columns}), one for every pair of a listed block,")
+        case.check_bytes(
+            lists.listed * rows * columns, f"mask ({lists.listed}, {rows}, {columns}), one for every pair of a listed block,"
+        )
     size = -(-part.kv_len // columns)
     place = torch.cat([tiles.owners() * size + tiles.columns for tiles in (lists.full, lists.partial)])
     order = place.argsort()
@@ -161,4 +164,3 @@ def flashinfer(
     return FlashInferBlocks(
         **tensors, mask=mask, **words, args=args | tensors | words | {"mask": mask, "causal": False}, **case.lens
     )
-

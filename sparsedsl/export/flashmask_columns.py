@@ -166,7 +166,9 @@ def flashmask(
         case.refuse(f"key {misfit.column % columns.shape[2]}{where} {misfit.why}; {case.holder()}")
     form, found = min(held, key=lambda item: item[1].shape[1])
     batches, groups, keys = columns.shape
-    case.check_bytes(4 * batch * groups * keys * found.shape[1], f"startend_row_indices ({batch}, {groups}, {keys}, {found.shape[1]})")
+    case.check_bytes(
+        4 * batch * groups * keys * found.shape[1], f"startend_row_indices ({batch}, {groups}, {keys}, {found.shape[1]})"
+    )
     indices = case.place(found.view(batches, groups, keys, found.shape[1]).expand(batch, groups, keys, found.shape[1]))
     args |= {"startend_row_indices": indices, "causal": form}
     return FlashMaskColumns(

@@ -177,6 +177,8 @@ def magi(
         found.append(slices + slices.new_tensor([q[number], q[number], kv[number], kv[number], 0]))
     slices = torch.cat(found)
     case.check_bytes(20 * slices.shape[0], f"{slices.shape[0]:,} slices")
-    tensors = {name: case.place(part) for name, part in zip(("q_ranges", "k_ranges"), (slices[:, :2], slices[:, 2:4]), strict=True)}
+    tensors = {
+        name: case.place(part) for name, part in zip(("q_ranges", "k_ranges"), (slices[:, :2], slices[:, 2:4]), strict=True)
+    }
     tensors["attn_type_map"] = case.place(slices[:, 4])
     return MagiSlices(**tensors, args=args | tensors, **case.lens)

@@ -112,7 +112,9 @@ def natten(
         kv_heads=kv_heads, head=head, device=device, max_bytes=max_bytes, tables=tables,
     )  # fmt: skip
     if (case.part.q_len, case.part.kv_len) != (tokens, tokens):
-        raise ShapeError(f"natten: {case.part.q_len} queries and {case.part.kv_len} keys; the grid {grid} has {tokens} tokens, and no decode")
+        raise ShapeError(
+            f"natten: {case.part.q_len} queries and {case.part.kv_len} keys; the grid {grid} has {tokens} tokens, and no decode"
+        )
     args = logit_args(case, scale="scale")
     part = case.part.alone()
     rows = part.rows.group(0, 0)
@@ -123,9 +125,10 @@ def natten(
     if found := first_difference(_predicted(case, axes), rows):
         query, key, shown = found
         size = " x ".join(str(axis.kernel_size) for axis in axes)
+        does, holds = ("does not see", "holds") if shown else ("sees", "does not hold")
         case.refuse(
-            f"query {query} {'does not see' if shown else 'sees'} key {key}, which a neighbourhood of {size} {'holds' if shown else 'does not hold'}: "
-            f"NATTEN moves it inwards at the edges; {case.holder()}"
+            f"query {query} {does} key {key}, which a neighbourhood of {size} {holds} "
+            f"(NATTEN moves it inwards at the edges); {case.holder()}"
         )
     words = {name: tuple(getattr(axis, name) for axis in axes) for name in ("kernel_size", "stride", "dilation", "is_causal")}
     lens = {**case.lens, "q_lens": case.q_lens[:1], "kv_lens": case.kv_lens[:1]}

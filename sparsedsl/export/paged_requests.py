@@ -120,24 +120,29 @@ def flashinfer_paged(
     words: dict[str, Any] = {"causal": False, "window_left": -1}
     if band is not None:
         words = {"causal": band.causal, "window_left": -1 if band.left is None else band.left}
-    names = {"qo_indptr": "qo_indptr", "kv_indptr": "paged_kv_indptr", "kv_indices": "paged_kv_indices", "last_page_len": "paged_kv_last_page_len"}
+    names = {
+        "qo_indptr": "qo_indptr",
+        "kv_indptr": "paged_kv_indptr",
+        "kv_indices": "paged_kv_indices",
+        "last_page_len": "paged_kv_last_page_len",
+    }
     args |= {names[name]: value for name, value in tensors.items()} | {"page_size": page_size, "custom_mask": mask} | words
-    return PagedRequests(
-        **tensors, custom_mask=mask, page_size=page_size, **words, requests=tuple(kept), args=args, **case.lens
-    )
+    return PagedRequests(**tensors, custom_mask=mask, page_size=page_size, **words, requests=tuple(kept), args=args, **case.lens)
 
 
 def _pages(block_table: torch.Tensor, keys: list[int], page_size: int) -> list[torch.Tensor]:
     if block_table.ndim != 2 or block_table.shape[0] != len(keys) or block_table.is_floating_point():
         raise ShapeError(
-            f"flashinfer: block_table must be whole numbers ({len(keys)} requests, pages); got {block_table.dtype} {tuple(block_table.shape)}"
+            f"flashinfer: block_table must be whole numbers ({len(keys)} requests, pages); got {block_table.dtype} "
+            f"{tuple(block_table.shape)}"
         )
     found = []
     for n, count in enumerate(keys):
         needed = -(-count // page_size)
         if needed > block_table.shape[1]:
             raise ShapeError(
-                f"flashinfer: request {n} has {count} keys in {needed} pages of {page_size}; block_table has {block_table.shape[1]} a request"
+                f"flashinfer: request {n} has {count} keys in {needed} pages of {page_size}; block_table has room for "
+                f"{block_table.shape[1]}"
             )
         found.append(block_table[n, :needed])
         if needed and int(found[-1].min()) < 0:
@@ -158,7 +163,7 @@ def _band(parts: list[Part]) -> Band | None:
             return None
         lines.append(found)
     band = find_band(lines)
-    held = isinstance(band, Band) and band.right in (0, None) and (band.left is None or band.left >= 0)
+    held = isinstance(band, Band) and band.right in (0, None) and band.holds_own_key
     return band if held else None  # type: ignore[return-value]
 
 

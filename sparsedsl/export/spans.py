@@ -120,9 +120,7 @@ class Spans:
         return (edges.cumsum(1)[:, :-1] > 0).view(*self.shape, self.length)
 
 
-def merged(
-    shape: tuple[int, int, int], length: int, line: torch.Tensor, start: torch.Tensor, stop: torch.Tensor
-) -> Spans:
+def merged(shape: tuple[int, int, int], length: int, line: torch.Tensor, start: torch.Tensor, stop: torch.Tensor) -> Spans:
     """Runs from pieces in any order, which may overlap, touch or be empty; ``line`` is the flat line of each."""
     kept = start < stop
     if not bool(kept.all()):
@@ -176,7 +174,9 @@ def spans_of(mask: Boolean, domain: Domain, room: Room, *, of: str = "keys") -> 
     return merged(shape, length, line.reshape(-1), starts.reshape(-1), stops.reshape(-1))
 
 
-def _solved(interval: Any, domain: Domain, shape: tuple[int, int, int], length: int, of: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _solved(
+    interval: Any, domain: Domain, shape: tuple[int, int, int], length: int, of: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     first, last = (end.to(torch.int64).expand(shape).reshape(-1) for end in interval_rows(interval, domain, of=of))
     if of == "queries":  # positions -> rows
         first, last = first - domain.q_offset, last - domain.q_offset
@@ -220,10 +220,8 @@ def _full_pieces(
     return (group[:, None] * shape[2] + line)[inside], start, stop
 
 
-def tile_pairs(
-    mask: Boolean, domain: Domain, lists: BlockLists, owner: torch.Tensor, column: torch.Tensor
-) -> torch.Tensor:
-    """Which pairs of listed tiles attend, ``(tiles, block_q, block_kv)`` bool; False beyond the lengths. ``owner`` is the flat row of tiles."""
+def tile_pairs(mask: Boolean, domain: Domain, lists: BlockLists, owner: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """Which pairs of listed tiles attend, ``(tiles, block_q, block_kv)`` bool, False beyond the lengths. ``owner``: the flat row of tiles."""
     groups, rows = domain.groups(mask), lists.shape[2]
     group, row = owner // rows, owner % rows
     q = row[:, None, None] * lists.block[0] + torch.arange(lists.block[0], device=owner.device)[:, None]
@@ -235,7 +233,13 @@ def tile_pairs(
 
 
 def _partial_pieces(
-    mask: Boolean, domain: Domain, lists: BlockLists, owner: torch.Tensor, across: torch.Tensor, shape: tuple[int, int, int], of: str
+    mask: Boolean,
+    domain: Domain,
+    lists: BlockLists,
+    owner: torch.Tensor,
+    across: torch.Tensor,
+    shape: tuple[int, int, int],
+    of: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pieces inside of some tiles; ``owner`` and ``across`` say where they lie, rows and columns exchanged for ``of="queries"``."""
     rows, columns = lists.shape[2:]

@@ -126,7 +126,9 @@ def splash(
             mask_class=name, mask_args=mask_args, block_mask=None, mask_next=None, partial_mask_blocks=None, q_scale=scale,
             args=args | {"block_sizes": words}, **lens,
         )  # fmt: skip
-    return SplashMask(mask_class=None, mask_args={}, q_scale=scale, args=args | {"block_sizes": words}, **_blocks(case, pair), **lens)
+    return SplashMask(
+        mask_class=None, mask_args={}, q_scale=scale, args=args | {"block_sizes": words}, **_blocks(case, pair), **lens
+    )
 
 
 def _check_blocks(case: Case, pair: tuple[int, int]) -> None:
@@ -156,7 +158,7 @@ def _computed(case: Case) -> tuple[str, dict[str, Any]] | None:
     if isinstance(lines, int):
         return None
     band = find_band([lines])
-    if isinstance(band, Band) and (band.left or 0) >= 0 and (band.right or 0) >= 0:
+    if isinstance(band, Band) and band.holds_own_key:
         if band == Band(None, None):
             return "FullMask", {}
         if band == Band(None, 0):
@@ -173,7 +175,9 @@ def _blocks(case: Case, pair: tuple[int, int]) -> dict[str, torch.Tensor]:
     size = 5 * groups * (part.q_len // pair[0]) * (part.kv_len // pair[1])
     case.check_bytes(size, "states of all blocks")
     lists = listed_tiles(part, pair)
-    case.check_bytes(size + lists.partial.total * pair[0] * pair[1], f"{lists.partial.total} partial blocks of {pair[0]} x {pair[1]}")
+    case.check_bytes(
+        size + lists.partial.total * pair[0] * pair[1], f"{lists.partial.total} partial blocks of {pair[0]} x {pair[1]}"
+    )
     states = lists.classes()[0]
     blocks, which = partial_pairs(part, lists).unique(dim=0, return_inverse=True) if lists.partial.total else (
         torch.zeros(0, *pair, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)

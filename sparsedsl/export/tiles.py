@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from sparsedsl.analysis.lists import BlockLists
-from sparsedsl.analysis.totals import repeated_totals
 from sparsedsl.analysis.tiles import classify
+from sparsedsl.analysis.totals import repeated_totals
 from sparsedsl.export.export_case import Part
 from sparsedsl.export.spans import tile_pairs
 

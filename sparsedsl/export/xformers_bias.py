@@ -10,7 +10,7 @@ import torch
 
 from sparsedsl.analysis.domain import check_size
 from sparsedsl.errors import ShapeError
-from sparsedsl.export.bands import Band, find_band, lines_of
+from sparsedsl.export.bands import Band, Lines, find_band, find_documents, lines_of
 from sparsedsl.export.export_case import MAX_BYTES, Case, prepare
 from sparsedsl.export.exported import Exported, check_dense, ends_of
 from sparsedsl.export.logits import logit_args
@@ -67,8 +67,10 @@ _CAUSAL = {
 def bias_block(bias: str | None, args: Mapping[str, Any], q_len: int, kv_len: int) -> torch.Tensor:
     """What one block of a class shows, bool ``(q_len, kv_len)``.
 
-    >>> bias_block("LowerTriangularMask", {}, 2, 4).int().tolist(), bias_block("LowerTriangularFromBottomRightMask", {}, 2, 4).int().tolist()
-    ([[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 1]])
+    >>> bias_block("LowerTriangularMask", {}, 2, 4).int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0]]
+    >>> bias_block("LowerTriangularFromBottomRightMask", {}, 2, 4).int().tolist()
+    [[1, 1, 1, 0], [1, 1, 1, 1]]
     """
     place = torch.arange(q_len)[:, None] + (0 if bias in _TOP_LEFT else kv_len - q_len)
     key = torch.arange(kv_len)
@@ -115,7 +117,9 @@ def xformers(
     if kv_padding is not None:
         check_size("kv_padding", kv_padding, 1)
         if pairs is None or any(keys > kv_padding for _, keys in pairs):
-            raise ShapeError(f"xformers: kv_padding={kv_padding} pads the keys of lens=, none of which may have more; got lens={lens!r}")
+            raise ShapeError(
+                f"xformers: kv_padding={kv_padding} pads the keys of lens=, none of which may have more; got lens={lens!r}"
+            )
     case = prepare(
         "xformers", "biases", pattern, q_len, kv_len, q_offset=q_offset, batch=batch, heads=heads, kv_heads=kv_heads,
         q_lens=None if pairs is None else [q for q, _ in pairs], kv_lens=None if pairs is None else [kv for _, kv in pairs], head=head,
@@ -123,15 +127,17 @@ def xformers(
     )  # fmt: skip
     args = logit_args(case, scale="scale")
     case.ends_at_the_last_key()
-    band = _band(case)
+    band, q_lens, kv_lens = _band(case)
+    blocks = case.packed or len(q_lens) > 1
     tensors: dict[str, Any] = {}
-    if case.packed:
-        begins = [n * kv_padding for n in range(len(case.kv_lens) + 1)] if kv_padding else ends_of(case.kv_lens)
-        tensors = {"q_seqstart": case.place(torch.tensor(ends_of(case.q_lens))), "k_seqstart": case.place(torch.tensor(begins))}
+    if blocks:
+        begins = [n * kv_padding for n in range(len(kv_lens) + 1)] if kv_padding else ends_of(kv_lens)
+        tensors = {"q_seqstart": case.place(torch.tensor(ends_of(q_lens))), "k_seqstart": case.place(torch.tensor(begins))}
         if kv_padding:
-            tensors |= {"k_seqlen": case.place(torch.tensor(case.kv_lens)), "kv_padding": kv_padding}
-    bias, bias_args = _class(case, band, kv_padding is not None)
-    seqlens = {"q_seqlen": list(case.q_lens), "kv_seqlen": list(case.kv_lens)} if case.packed else {}
+            tensors |= {"k_seqlen": case.place(torch.tensor(kv_lens)), "kv_padding": kv_padding}
+    square = all(part.off == 0 for part in case.parts)
+    bias, bias_args = _class(case, band, blocks, square, kv_padding is not None)
+    seqlens = {"q_seqlen": list(q_lens), "kv_seqlen": list(kv_lens)} if blocks else {}
     made = {"class": bias, **bias_args, **seqlens, **({"kv_padding": kv_padding} if kv_padding else {})}
     lens_held = case.lens if case.packed else {**case.lens, "q_lens": case.q_lens[:1], "kv_lens": case.kv_lens[:1]}
     return XformersBias(bias=bias, bias_args=bias_args, **tensors, args=args | {"attn_bias": made}, **lens_held)
@@ -144,42 +150,51 @@ def _pair(number: int, value: Any) -> tuple[int, int]:
     return check_size(f"lens[{number}]", pair[0], 1), check_size(f"lens[{number}]", pair[1], 1)
 
 
-def _band(case: Case) -> Band:
+def _band(case: Case) -> tuple[Band, tuple[int, ...], tuple[int, ...]]:
+    """The band, and lengths of the blocks: sequences as given, or documents of the only one."""
     parts = [part.alone() for part in case.parts]
-    lines = []
+    lines: list[Lines] = []
+    owners: list[int] = []
     for number, part in enumerate(parts):
         for entry in range(part.rows.shape[0]):
             rows = part.rows.group(entry, 0)
             found = lines_of(rows, part.off)
             if isinstance(found, int):
-                runs = rows.at(found)
-                case.refuse(f"{case.query(number, found)} sees keys {runs[0].start} and {runs[1].start}, not {runs[0].stop}: no band; {case.holder()}")
+                keys = rows.at(found)
+                case.refuse(
+                    f"{case.query(number, found)} sees key {keys[0].stop - 1} and key {keys[1].start}, none between: no band; "
+                    f"{case.holder()}"
+                )
             lines.append(found)
+            owners.append(number)
     band = find_band(lines)
-    if not isinstance(band, Band):
-        case.refuse(f"{case.query(*band)} does not see the keys of the band that other queries see; {case.holder()}")
-    if (band.left or 0) < 0 or (band.right or 0) < 0:
-        case.refuse(f"queries do not see the key where they stand (left {band.left}, right {band.right}); {case.holder()}")
-    return band
+    if isinstance(band, Band) and band.holds_own_key:
+        return band, case.q_lens if case.packed else case.q_lens[:1], case.kv_lens if case.packed else case.kv_lens[:1]
+    if not case.packed and case.batch == 1 and (documents := find_documents(lines[0], case.part.off)):
+        return documents[0], tuple(documents[1]), tuple(documents[1])
+    if isinstance(band, Band):
+        case.refuse(f"queries do not see the key where they stand ({band}); {case.holder()}")
+    case.refuse(f"{case.query(owners[band.sequence], band.query)} {band}; {case.holder()}")
 
 
-def _class(case: Case, band: Band, padded: bool) -> tuple[str | None, dict[str, int]]:
+def _class(case: Case, band: Band, blocks: bool, square: bool, padded: bool) -> tuple[str | None, dict[str, int]]:
     """The class that is this band for one sequence, for blocks or for padded ones, and its own arguments."""
-    square = all(part.off == 0 for part in case.parts)
     if band == Band(None, None):
-        return ("BlockDiagonalPaddedKeysMask" if padded else "BlockDiagonalMask" if case.packed else None), {}
+        return ("BlockDiagonalPaddedKeysMask" if padded else "BlockDiagonalMask" if blocks else None), {}
     if band == Band(None, 0):
         if padded:
             return "BlockDiagonalCausalWithOffsetPaddedKeysMask", {}
-        name = "BlockDiagonalCausal" if case.packed else "LowerTriangular"
+        name = "BlockDiagonalCausal" if blocks else "LowerTriangular"
         return f"{name}{'' if square else 'FromBottomRight'}Mask", {}
     if band.right == 0 and band.left is not None:
         name = "LowerTriangularFromBottomRightLocalAttentionMask"
-        if case.packed:
+        if blocks:
             name = f"BlockDiagonalCausalLocalAttention{'PaddedKeys' if padded else '' if square else 'FromBottomRight'}Mask"
         return name, {"window_size": band.left + 1}
-    if case.packed and not padded:
-        case.refuse(f"blocks have no window with keys behind the query (right {band.right}); with kv_padding= they have; {case.holder()}")
+    if blocks and not padded:
+        case.refuse(
+            f"blocks have no window with keys behind the query (right {band.right}); with kv_padding= they have; {case.holder()}"
+        )
     far = max(case.kv_lens)
     sides = {name: far if end is None else end for name, end in (("window_left", band.left), ("window_right", band.right))}
     return ("BlockDiagonalLocalAttentionPaddedKeysMask" if padded else "LocalAttentionFromBottomRightMask"), sides
