@@ -37,7 +37,7 @@ def test_docstring_examples(name, scratch, capsys):
     assert not failed, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("package", ["sparsedsl", "sparsedsl.patterns", "sparsedsl.testing", "sparsedsl.models"])
+@pytest.mark.parametrize("package", ["sparsedsl", "sparsedsl.patterns", "sparsedsl.testing", "sparsedsl.models", "sparsedsl.export"])
 def test_public_functions_and_classes_are_explained_by_example(package):
     module = importlib.import_module(package)
     assert module.__all__
@@ -92,7 +92,7 @@ def run(document: list[Block]) -> int:
 DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("conversion", "kernels", "models", "programs", "search", "testing", "tuning")),
+    *(f"docs/{name}.md" for name in ("conversion", "export", "kernels", "models", "programs", "search", "testing", "tuning")),
 ]
 
 

@@ -19,7 +19,13 @@ __all__ = ["CudnnRows", "cudnn", "decode_endpoints", "encode_endpoints"]
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class CudnnRows(Exported):
-    """``mask_func`` int32 ``(1 | heads, nfunc, rows)``, rows batch-major: a row sees keys ``[0, F0), [F1, F2), [F3, F4), ..``."""
+    """``mask_func`` int32 ``(1 | heads, nfunc, rows)``, rows batch-major: a row sees keys ``[0, F0), [F1, F2), [F3, F4), ..``.
+
+    >>> import sparsedsl as sd
+    >>> e = sd.export.cudnn(sd.kv_idx % 2 == 0, 1, 4)
+    >>> e.mask_func.flatten().tolist(), e.to_mask().flatten().tolist()
+    ([1, 2, 3], [True, False, True, False])
+    """
 
     engine: ClassVar[str] = "cudnn"
     read_at: ClassVar[str] = "cudnn-frontend 0b648e4 (docs), 1ddab8d (validation), 817e565 (classification)"
@@ -110,7 +116,7 @@ def cudnn(
     )  # fmt: skip
     args = logit_args(case, scale="softmax_scale")
     mask_func = _rows(case)
-    cu: dict[str, torch.Tensor] = {}
+    cu: dict[str, Any] = {}
     if case.packed:
         cu = {
             "cu_seqlens_q": case.place(torch.tensor(ends_of(case.q_lens))),

@@ -25,6 +25,11 @@ class Exported(ABC):
     ``q_lens`` and ``kv_lens``: lengths of the sequences that it holds; ``packed``: whether they lie one behind the other, else they are
     ``batch`` entries of one length. ``args``: keywords of the engine's call, the tensors among them. ``read_at``: the version whose
     semantics it follows. ``bytes`` counts the tensors.
+
+    >>> import sparsedsl as sd
+    >>> e = sd.export.cudnn(sd.patterns.causal(), 4)
+    >>> isinstance(e, sd.export.Exported), e.engine, e.bytes, e
+    (True, 'cudnn', 16, CudnnRows(mask_func=torch.int32 (1, 1, 4), 16 bytes))
     """
 
     engine: ClassVar[str]

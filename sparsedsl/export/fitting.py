@@ -22,7 +22,12 @@ __all__ = ["Fits", "fits"]
 
 @dataclass(frozen=True)
 class Fits(Mapping[str, "int | str"]):
-    """Engine -> bytes of the tensors, or why it does not hold the pattern. ``print`` shows a table."""
+    """Engine -> bytes of the tensors, or why it does not hold the pattern. ``print`` shows a table.
+
+    >>> print(Fits({"cudnn": 49152, "natten": "natten: query 0 sees no key"}))
+    cudnn           49,152 bytes
+    natten  natten: query 0 sees no key
+    """
 
     found: Mapping[str, int | str]
 

@@ -25,6 +25,11 @@ class FlashLists(Exported):
     ``endpoints`` int32 ``(batch | 1, heads | 1, nfunc, queries)`` goes into ``aux_tensors``. The engine wants a ``mask_mod`` of the
     caller's, in its own language, for partial blocks: ``kv < e[0]``, or ``e[n] <= kv < e[n + 1]`` for an odd ``n``, with
     ``e = endpoints[b, h, :, q]``.
+
+    >>> import sparsedsl as sd
+    >>> e = sd.export.flash_attention(sd.patterns.causal(), 8, version=4, blocks=True, block=(4, 4))
+    >>> e.mask_block_idx.flatten().tolist(), e.full_block_cnt.flatten().tolist()
+    ([0, 1], [0, 1])
     """
 
     engine: ClassVar[str] = "flash_attention"
@@ -81,7 +86,7 @@ def export_lists(case: Case, block: Any, args: dict[str, Any]) -> FlashLists:
     if lists.partial.total:
         endpoints = encode_endpoints(part.rows, nfunc).view(nfunc, batch, heads, part.q_len).permute(1, 2, 0, 3)
         endpoints = case.place(endpoints)
-    tensors = {
+    tensors: dict[str, Any] = {
         "mask_block_cnt": case.place(lists.partial.counts), "mask_block_idx": case.place(lists.partial.padded()),
         "full_block_cnt": case.place(lists.full.counts), "full_block_idx": case.place(lists.full.padded()),
     }  # fmt: skip

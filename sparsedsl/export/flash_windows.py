@@ -20,7 +20,12 @@ __all__ = ["FlashWindow", "flash_attention", "flash_visible"]
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class FlashWindow(Exported):
-    """``args`` hold all: ``causal``, ``window_size``, perhaps ``attention_chunk``, and ``cu_seqlens_*`` of packed sequences."""
+    """``args`` hold all: ``causal``, ``window_size``, perhaps ``attention_chunk``, and ``cu_seqlens_*`` of packed sequences.
+
+    >>> import sparsedsl as sd
+    >>> sd.export.flash_attention(sd.patterns.chunked(256), 1024, version=3).args
+    {'attention_chunk': 256, 'causal': True, 'window_size': (-1, 0)}
+    """
 
     engine: ClassVar[str] = "flash_attention"
     read_at: ClassVar[str] = "flash-attention 0251105"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,6 @@ from sparsedsl.export.export_case import MAX_BYTES, prepare
 from sparsedsl.export.exported import Exported, check_dense
 from sparsedsl.export.logits import logit_args
 from sparsedsl.export.tiles import listed_tiles, partial_pairs
-import itertools
 
 __all__ = ["FlashInferBlocks", "flashinfer", "gathered_causal", "packed_bits", "unpacked_bits"]
 
@@ -22,6 +22,11 @@ class FlashInferBlocks(Exported):
     """``indptr`` int32 ``(rows + 1,)``, ``indices`` int32: the block columns of each block row; ``mask`` bool ``(listed, R, C)`` or None.
 
     One list for all heads of one sequence. A block row is treated as a request whose keys are its blocks in the order of the list.
+
+    >>> import sparsedsl as sd
+    >>> e = sd.export.flashinfer(sd.patterns.causal(), 4, block=2)
+    >>> e.indices.tolist(), [bits.tolist() for bits in e.segments()]
+    ([0, 0, 1], [[13], [127, 13]])
     """
 
     engine: ClassVar[str] = "flashinfer"
@@ -159,8 +164,11 @@ def flashinfer(
             mask[last.nonzero()[:, 0], short:] = False
         mask = case.place(mask, torch.bool)
     counts = (lists.full.counts + lists.partial.counts).flatten().to(torch.int64)
-    tensors = {"indptr": case.place(torch.nn.functional.pad(counts.cumsum(0), (1, 0))), "indices": case.place(listed % size)}
-    words = {"M": part.q_len, "N": part.kv_len, "R": rows, "C": columns}
+    tensors: dict[str, Any] = {
+        "indptr": case.place(torch.nn.functional.pad(counts.cumsum(0), (1, 0))),
+        "indices": case.place(listed % size),
+    }
+    words: dict[str, Any] = {"M": part.q_len, "N": part.kv_len, "R": rows, "C": columns}
     return FlashInferBlocks(
         **tensors, mask=mask, **words, args=args | tensors | words | {"mask": mask, "causal": False}, **case.lens
     )

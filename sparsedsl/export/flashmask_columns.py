@@ -18,7 +18,12 @@ __all__ = ["FlashMaskColumns", "decode_columns", "encode_columns", "flashmask"]
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class FlashMaskColumns(Exported):
-    """``startend_row_indices`` int32 ``(batch, 1 | kv_heads, keys, C)``: what is *hidden*; what C numbers mean depends on ``causal``."""
+    """``startend_row_indices`` int32 ``(batch, 1 | kv_heads, keys, C)``: what is *hidden*; what C numbers mean depends on ``causal``.
+
+    >>> import sparsedsl as sd
+    >>> sd.export.flashmask(sd.patterns.causal(), 4, causal=False).startend_row_indices[0, 0].tolist()
+    [[4, 0], [4, 1], [4, 2], [4, 3]]
+    """
 
     engine: ClassVar[str] = "flashmask"
     read_at: ClassVar[str] = "PaddlePaddle/flash-attention 9985af5"

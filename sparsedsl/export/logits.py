@@ -35,7 +35,8 @@ def logit_args(case: Case, *, scale: str | None, cap: str | None = None, sink: s
 
     ``sink`` is float32 ``(heads,)``. No scale is said where the pattern has the usual one, which is every engine's own.
     """
-    pattern, found = case.pattern, {}
+    pattern = case.pattern
+    found: dict[str, Any] = {}
     value = cap_of(pattern) if pattern.has_score else None
     if pattern.has_score and (cap is None or value is None):
         text = " ".join(str(pattern.score).split())

@@ -21,7 +21,12 @@ FULL, CAUSAL, INVCAUSAL, BICAUSAL = 0, 1, 2, 3
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class MagiSlices(Exported):
-    """``q_ranges``, ``k_ranges`` int32 ``(N, 2)`` half-open over packed tokens, ``attn_type_map`` int32 ``(N,)``."""
+    """``q_ranges``, ``k_ranges`` int32 ``(N, 2)`` half-open over packed tokens, ``attn_type_map`` int32 ``(N,)``.
+
+    >>> import sparsedsl as sd
+    >>> sd.export.magi(sd.patterns.causal(), 4).attn_type_map.tolist()
+    [1]
+    """
 
     engine: ClassVar[str] = "magi"
     read_at: ClassVar[str] = "MagiAttention 2c64135"
@@ -177,7 +182,7 @@ def magi(
         found.append(slices + slices.new_tensor([q[number], q[number], kv[number], kv[number], 0]))
     slices = torch.cat(found)
     case.check_bytes(20 * slices.shape[0], f"{slices.shape[0]:,} slices")
-    tensors = {
+    tensors: dict[str, Any] = {
         name: case.place(part) for name, part in zip(("q_ranges", "k_ranges"), (slices[:, :2], slices[:, 2:4]), strict=True)
     }
     tensors["attn_type_map"] = case.place(slices[:, 4])

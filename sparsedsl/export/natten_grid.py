@@ -58,7 +58,12 @@ class Axis:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class NattenGrid(Exported):
-    """``axes`` say all; there are no tensors. ``args``: ``kernel_size``, ``stride``, ``dilation``, ``is_causal``, one an axis."""
+    """``axes`` say all; there are no tensors. ``args``: ``kernel_size``, ``stride``, ``dilation``, ``is_causal``, one an axis.
+
+    >>> import sparsedsl as sd
+    >>> sd.export.natten(sd.patterns.dilated(4, 3), shape=(64,)).axes
+    (Axis(length=64, kernel_size=4, stride=1, dilation=3, is_causal=True),)
+    """
 
     engine: ClassVar[str] = "natten"
     read_at: ClassVar[str] = "NATTEN 8c8729f"
@@ -153,7 +158,7 @@ def _guess(case: Case, rows: Spans, grid: tuple[int, ...], number: int) -> Axis:
     dilation = 1 if bool((along.stops - along.starts > 1).any()) or not apart.numel() else int(apart.min())
     if kernel < 2 or kernel * dilation > length:
         case.refuse(
-            f"along axis {number} a query sees {kernel} of {length} places, {dilation} apart; NATTEN takes a kernel of 2 or more whose "
+            f"along axis {number} query {int(line[sizes.argmax()])} sees {kernel} of {length} places, {dilation} apart; NATTEN takes a kernel of 2 or more whose "
             f"dilation times it fits; {case.holder()}"
         )
     for causal, stride in itertools.product((False, True), range(1, kernel + 1)):

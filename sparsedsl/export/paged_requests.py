@@ -24,6 +24,11 @@ class PagedRequests(Exported):
 
     ``requests``: which of those that were given are listed; one without keys is left out, as its length would count as negative. The
     mask of a request is ``(queries, keys)``, row-major, one behind the other. Keys of :meth:`to_mask` are in the order of their pages.
+
+    >>> import sparsedsl as sd
+    >>> e = sd.export.flashinfer_paged(sd.patterns.causal(), block_table=torch.tensor([[3, 0], [1, 2]]), kv_lens=[5, 20])
+    >>> e.lengths(), e.kv_indices.tolist()
+    (([1, 1], [5, 20]), [3, 1, 2])
     """
 
     engine: ClassVar[str] = "flashinfer"
@@ -112,7 +117,7 @@ def flashinfer_paged(
     band = _band(parts)
     mask = None if band is not None else _bits(case, parts)
     counts = torch.tensor([pages[n].numel() for n in kept])
-    tensors = {
+    tensors: dict[str, Any] = {
         "qo_indptr": case.place(_ends([queries[n] for n in kept])), "kv_indptr": case.place(_ends(counts.tolist())),
         "kv_indices": case.place(torch.cat([pages[n] for n in kept])),
         "last_page_len": case.place(torch.tensor([(keys[n] - 1) % page_size + 1 for n in kept])),

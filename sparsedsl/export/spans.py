@@ -221,7 +221,7 @@ def _full_pieces(
 
 
 def tile_pairs(mask: Boolean, domain: Domain, lists: BlockLists, owner: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-    """Which pairs of listed tiles attend, ``(tiles, block_q, block_kv)`` bool, False beyond the lengths. ``owner``: the flat row of tiles."""
+    """Which pairs of listed tiles attend, ``(tiles, block_q, block_kv)`` bool, False beyond the lengths; ``owner`` is a flat row."""
     groups, rows = domain.groups(mask), lists.shape[2]
     group, row = owner // rows, owner % rows
     q = row[:, None, None] * lists.block[0] + torch.arange(lists.block[0], device=owner.device)[:, None]

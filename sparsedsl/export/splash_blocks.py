@@ -29,6 +29,11 @@ class SplashMask(Exported):
     ``block_mask`` int8 ``(heads | 1, rows, columns)``: 0 empty, 1 partial, 2 full. ``mask_next`` int32, the same shape: which of
     ``partial_mask_blocks`` bool ``(unique, block_q, block_kv)`` a partial block is. ``q_scale``: what q is multiplied by before the call,
     which has no scale; None is ``head_dim ** -0.5``.
+
+    >>> import sparsedsl as sd
+    >>> e = sd.export.splash(sd.patterns.block_causal(128), 256)
+    >>> e.mask_class, e.block_mask[0].tolist()
+    (None, [[2, 0], [2, 2]])
     """
 
     engine: ClassVar[str] = "splash"
@@ -169,7 +174,7 @@ def _computed(case: Case) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def _blocks(case: Case, pair: tuple[int, int]) -> dict[str, torch.Tensor]:
+def _blocks(case: Case, pair: tuple[int, int]) -> dict[str, Any]:
     part = case.part
     groups = case.part.rows.shape[1]
     size = 5 * groups * (part.q_len // pair[0]) * (part.kv_len // pair[1])

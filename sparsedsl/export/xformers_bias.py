@@ -24,6 +24,10 @@ class XformersBias(Exported):
 
     Blocks have ``q_seqstart`` and ``k_seqstart`` int32 ``(blocks + 1,)``; with ``kv_padding`` every block's keys begin at a multiple of it
     and ``k_seqlen`` says how many there are. Keys of :meth:`to_mask` are then those of the padded tensor.
+
+    >>> import sparsedsl as sd
+    >>> sd.export.xformers(sd.patterns.causal(), lens=[(2, 3)], kv_padding=4).to_mask().int()[0, 0].tolist()
+    [[1, 1, 0, 0], [1, 1, 1, 0]]
     """
 
     engine: ClassVar[str] = "xformers"
