@@ -26,7 +26,7 @@ class FlashInferBlocks(Exported):
     >>> import sparsedsl as sd
     >>> e = sd.export.flashinfer(sd.patterns.causal(), 4, block=2)
     >>> e.indices.tolist(), [bits.tolist() for bits in e.segments()]
-    ([0, 0, 1], [[13], [127, 13]])
+    ([0, 0, 1], [[13], [247]])
     """
 
     engine: ClassVar[str] = "flashinfer"

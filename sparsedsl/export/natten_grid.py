@@ -158,8 +158,8 @@ def _guess(case: Case, rows: Spans, grid: tuple[int, ...], number: int) -> Axis:
     dilation = 1 if bool((along.stops - along.starts > 1).any()) or not apart.numel() else int(apart.min())
     if kernel < 2 or kernel * dilation > length:
         case.refuse(
-            f"along axis {number} query {int(line[sizes.argmax()])} sees {kernel} of {length} places, {dilation} apart; NATTEN takes a kernel of 2 or more whose "
-            f"dilation times it fits; {case.holder()}"
+            f"along axis {number} query {int(line[sizes.argmax()])} sees {kernel} of {length} places, {dilation} apart; NATTEN "
+            f"takes a kernel of 2 or more whose dilation times it fits; {case.holder()}"
         )
     for causal, stride in itertools.product((False, True), range(1, kernel + 1)):
         axis = Axis(length, kernel, stride, dilation, causal)

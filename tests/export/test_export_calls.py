@@ -28,7 +28,8 @@ CALLS = {
 }
 SCALE = {"cudnn": "softmax_scale", "flashmask": "softmax_scale", "flashmask 4": "softmax_scale", "magi": "softmax_scale",
          "flashinfer": "sm_scale", "flashinfer paged": "sm_scale", "flash_attention 2": "softmax_scale",
-         "flash_attention 4": "softmax_scale", "flash_attention 4, blocks": "softmax_scale", "natten": "scale", "xformers": "scale"}  # fmt: skip
+         "flash_attention 4": "softmax_scale", "flash_attention 4, blocks": "softmax_scale", "natten": "scale",
+         "xformers": "scale"}  # fmt: skip
 CAP = {"magi": "softcap", "flashinfer": "logits_soft_cap", "flashinfer paged": "logits_soft_cap", "flash_attention 2": "softcap",
        "flash_attention 4": "softcap", "flash_attention 4, blocks": "softcap", "splash": "attn_logits_soft_cap"}  # fmt: skip
 SINK = {"flashmask 4": "learnable_sink", "magi": "sink", "flash_attention 4": "learnable_sink",
