@@ -83,12 +83,18 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A checked question to an engine. ``parts``: one, whose batch is ``batch``, or with ``packed`` one for each sequence."""
+    """A checked question to an engine. ``lengths``: queries and keys, once for all of ``batch`` or with ``packed`` of each sequence.
+
+    ``numbers``: the batch entry that each packed sequence is. ``head``: the only head that is asked about, or None.
+    """
 
     engine: str
     what_holds: str
     pattern: Pattern
-    parts: tuple[Part, ...]
+    tables: Mapping[str, torch.Tensor]
+    lengths: tuple[tuple[int, int], ...]
+    numbers: tuple[int, ...]
+    head: int | None
     packed: bool
     batch: int
     heads: int
@@ -96,6 +102,20 @@ class Case:
     q_offset: int | None
     device: torch.device | None
     max_bytes: int
+
+    @functools.cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """One, or with ``packed`` one for each sequence. The first time it raises what is wrong with tables and offsets."""
+        fixed = {} if self.head is None else {HEAD: sympy.Integer(self.head)}
+        batch = max(self.numbers) + 1 if self.packed else self.batch
+        parts = []
+        for number, (q_len, kv_len) in zip(self.numbers, self.lengths, strict=True):
+            domain = Domain(q_len, kv_len, _offset(self, q_len, kv_len), batch, self.heads, self.tables)
+            domain = exact_domain(self.pattern.exprs, domain)
+            check_reads(self.pattern, domain)
+            entry = {BATCH: sympy.Integer(number)} if self.packed else {}
+            parts.append(Part(self, self.pattern.mask.expr.xreplace(fixed | entry), domain))
+        return tuple(parts)
 
     @property
     def part(self) -> Part:
@@ -216,33 +236,13 @@ def prepare(
                 f"{engine}: the number of queries is missing: pass q_len, kv_len, or q_lens=, kv_lens= for packed sequences"
             )
         pairs = [(check_size("q_len", q_len, 1), check_size("kv_len", q_len if kv_len is None else kv_len, 1))]
-    case = Case(
-        engine,
-        what_holds,
-        static,
-        (),
-        packed,
-        batch,
-        heads,
-        kv_heads,
-        q_offset,
-        None if device is None else torch.device(device),
-        max_bytes,
-    )
     if head is not None and not 0 <= check_size("head", head, 0) < heads:
         raise ShapeError(f"{engine}: head must be below heads={heads}; got {head}")
-    parts = []
-    for number, (queries, keys) in enumerate(pairs):
-        entry = number if numbers is None else numbers[number]
-        fixed = {BATCH: sympy.Integer(entry)} if packed else {}
-        fixed |= {} if head is None else {HEAD: sympy.Integer(head)}
-        domain = Domain(
-            queries, keys, _offset(case, queries, keys), max(numbers or [len(pairs) - 1]) + 1 if packed else batch, heads, bound
-        )
-        domain = exact_domain(static.exprs, domain)
-        check_reads(static, domain)
-        parts.append(Part(case, static.mask.expr.xreplace(fixed), domain))
-    object.__setattr__(case, "parts", tuple(parts))
+    case = Case(
+        engine, what_holds, static, bound, tuple(pairs), tuple(range(len(pairs)) if numbers is None else numbers), head, packed, batch,
+        heads, kv_heads, q_offset, None if device is None else torch.device(device), max_bytes,
+    )  # fmt: skip
+    _ = case.parts
     return case
 
 

@@ -110,7 +110,8 @@ def flash_attention(
         raise ShapeError(f"flash_attention: version must be 2, 3 or 4; got {version!r}")
     if blocks and version != 4:
         raise ShapeError(f"flash_attention: blocks=True is of version 4; got version={version}")
-    args = logit_args(case, scale="softmax_scale", cap="softcap", sink="learnable_sink" if version == 4 else None)
+    sink = "learnable_sink" if version == 4 else None
+    args = logit_args(case, scale="softmax_scale", cap="softcap", sink=sink, sink_dtype=torch.bfloat16)
     if blocks:
         return export_lists(case, block, args)
     case.ends_at_the_last_key()

@@ -160,7 +160,7 @@ def flashmask(
     )  # fmt: skip
     if version not in (3, 4):
         raise ShapeError(f"flashmask: version must be 3 or 4; got {version!r}")
-    args = logit_args(case, scale="softmax_scale", sink="learnable_sink" if version == 4 else None)
+    args = logit_args(case, scale="softmax_scale", sink="learnable_sink" if version == 4 else None, sink_dtype=torch.bfloat16)
     columns = _by_key_head(case)
     forms = [(form, encode_columns(columns, case.part.q_len, form)) for form in ((True, False) if causal is None else (causal,))]
     held = [(form, found) for form, found in forms if isinstance(found, torch.Tensor)]

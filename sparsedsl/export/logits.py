@@ -30,17 +30,21 @@ def cap_of(pattern: Pattern) -> float | None:
     return float(cap) if core == SCORE and abs(float(cap) * float(share) - 1) <= 2**-51 else None
 
 
-def logit_args(case: Case, *, scale: str | None, cap: str | None = None, sink: str | None = None) -> dict[str, Any]:
+def logit_args(
+    case: Case, *, scale: str | None, cap: str | None = None, sink: str | None = None, sink_dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """Keywords of the engine's call by the engine's names, None for what it has not; refuses what would be lost.
 
-    ``sink`` is float32 ``(heads,)``. No scale is said where the pattern has the usual one, which is every engine's own.
+    ``sink`` is ``(heads,)`` of ``sink_dtype``, which must hold it exactly: a copy, without gradients. No scale is
+    said where the pattern has the usual one, which is every engine's own.
     """
     pattern = case.pattern
     found: dict[str, Any] = {}
     value = cap_of(pattern) if pattern.has_score else None
     if pattern.has_score and (cap is None or value is None):
         text = " ".join(str(pattern.score).split())
-        case.refuse(f"score={text if len(text) <= 120 else text[:117] + '...'} would be lost; sd.compile(pattern) runs it")
+        shown = text if len(text) <= 120 else f"{text[:117]}..."
+        case.refuse(f"score={shown} would be lost; sd.compile(pattern) runs it")
     if value is not None and cap is not None:
         found[cap] = value
     if pattern.scale is not None and scale is not None:
@@ -48,16 +52,24 @@ def logit_args(case: Case, *, scale: str | None, cap: str | None = None, sink: s
     if pattern.sink is not None:
         if sink is None:
             case.refuse(f"sink={pattern.sink} would be lost; sd.compile(pattern) runs it")
-        found[sink] = _sink(case)
+        found[sink] = _sink(case, sink_dtype)
     return found
 
 
-def _sink(case: Case) -> torch.Tensor:
+def _sink(case: Case, dtype: torch.dtype) -> torch.Tensor:
     pattern = case.pattern
     assert pattern.sink is not None
     if BATCH in pattern.sink.expr.free_symbols and (case.batch > 1 or case.packed):
         case.refuse(f"sink={pattern.sink} differs by batch entry, the engine has one a head; export one entry at a time")
     domain = case.parts[0].domain
     heads = torch.arange(case.heads, device=domain.device)
-    value = torch.as_tensor(evaluate(pattern.sink.expr, {"b": 0, "h": heads} | dict(domain.tables)))
-    return value.detach().to(device=case.device, dtype=torch.float32).expand(case.heads).contiguous()
+    value = torch.as_tensor(evaluate(pattern.sink.expr, {"b": 0, "h": heads} | dict(domain.tables))).detach().expand(case.heads)
+    held = value.to(dtype)
+    lost = (held.to(torch.float64) != value.to(torch.float64)).nonzero()[:, 0]
+    if lost.numel():
+        head = int(lost[0])
+        case.refuse(
+            f"the sink of head {head} is {float(value[head])!r}, which this engine would round to {float(held[head])!r}: it takes sinks as "
+            f"{str(dtype).removeprefix('torch.')}; round them before, or sd.compile(pattern) runs it"
+        )
+    return case.place(held, dtype)

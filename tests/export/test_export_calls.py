@@ -54,10 +54,22 @@ def test_scale_cap_and_sink_by_the_engines_names(engine):
     sinks = torch.tensor([0.5, -1.0])
     if engine in SINK:
         got = call(sunk, heads=2, sinks_of_heads=sinks).args[SINK[engine]]
-        assert got.dtype == torch.float32 and got.flatten().tolist() == [0.5, -1.0] and got.shape[-1] == 2
+        assert (
+            got.dtype == (torch.bfloat16 if SINK[engine] == "learnable_sink" else torch.float32)
+            and got.flatten().tolist() == [0.5, -1.0]
+            and got.shape[-1] == 2
+        )
     else:
         with pytest.raises(sd.UnsupportedError, match=r"sink=sinks_of_heads\[h\] would be lost"):
             call(sunk, heads=2, sinks_of_heads=sinks)
+
+
+def test_a_sink_is_not_rounded():
+    with pytest.raises(
+        sd.UnsupportedError, match=r"the sink of head 0 is 0\.1\d*, which this engine would round to 0\.100\d+: it takes"
+    ):
+        sd.export.flash_attention(sd.attend(P.causal(), sink=0.1), 8, version=4)
+    assert sd.export.flash_attention(sd.attend(P.causal(), sink=0.0), 8, version=4).args["learnable_sink"].tolist() == [0.0]
 
 
 @pytest.mark.parametrize("engine", CALLS)

@@ -134,6 +134,14 @@ def test_columns_of_key_heads():
         sd.export.flashmask(ANY_OF_HEADS, 6, heads=4, kv_heads=2, bits=pairs.repeat(2, 1, 1))
 
 
+def test_columns_of_batch_entries():
+    doc = torch.tensor([[0] * 4 + [1] * 6, [0] * 7 + [1] * 3])
+    e = sd.export.flashmask(P.packed(batched=True), 10, batch=2, doc=doc)
+    assert tuple(e.startend_row_indices.shape) == (2, 1, 10, 1)
+    assert_is(e, dense(P.packed(batched=True), 10, 10, batch=2, doc=doc))
+    assert_is(sd.export.flashmask(P.causal(), 10, batch=2), dense(P.causal(), 10, 10, batch=2))
+
+
 def test_refusal_of_a_crowded_column_names_the_gaps():
     bits = torch.ones(64, 64, dtype=torch.int64).tril()
     for low, high in ((20, 24), (31, 41), (52, 61)):
