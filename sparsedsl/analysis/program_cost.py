@@ -16,10 +16,11 @@ from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.program import orders, scores, select, sources
 from sparsedsl.program.axes import block_of
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.decided import assume, possible
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.scores import Antidiagonal, Bound, Dot, Probe
 from sparsedsl.program.select import Select, choices_in
