@@ -28,7 +28,7 @@ def started(attn: Any, state: Tensor | None, given: dict[str, Tensor]) -> Progra
     if state is None:
         return None
     (label,) = (name for node, name in attn.program.labels.items() if node.function == "linear")
-    recent = {name: x[:, :, :0] for name, x in given.items() if name != "q"}
+    recent = {name: x[:, :, :0] for name, x in given.items() if name not in "qu"}
     return ProgramState(attn.program.key, 0, recent, {label: state})
 
 
@@ -105,7 +105,7 @@ CASES: dict[str, Case] = {
     ),
     "T19 RWKV-6": (
         lambda: sd.linear(log_decay=VECTOR, reads="before", bonus=sd.input("u", "heads head_dim"), scale=1.0),
-        {**QKV, "g": R.gv, "u": torch.cos(torch.arange(4.0, dtype=torch.float64) + 0.3 * torch.arange(2.0)[:, None])}, R.state,
+        {**QKV, "g": R.gv, "u": torch.cos(torch.arange(4.0, dtype=torch.float64) + 0.3 * torch.arange(2).double()[:, None])}, R.state,
         {"o": 13.4658573085, "p": 1.6032488433, "S": -0.3157335830},
     ),
     "T22 l2": (lambda: sd.linear(log_decay=G, beta=BETA, features="l2"), {**QKV, "g": R.gs, "beta": R.beta}, None, {

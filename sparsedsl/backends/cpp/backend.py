@@ -59,6 +59,8 @@ class CppBackend(Backend):
         double, worth = facts.dtype == "float64", facts.logits >= LIMITS.now.worth_compiling
         if request.pattern is not None:
             return _refusal_of(request.pattern, double, facts.grad, worth, compiler())
+        if request.form:
+            return "its code for linear() has a constant decay a head and adds every value as it is"
         if request.work == "selected":
             return _refusal_of_selected(request.mask, request.score, double, facts.grad, worth, compiler())
         return _refusal_of_scan(request.work, double, compiler())
@@ -66,7 +68,7 @@ class CppBackend(Backend):
     def refusal_by_now(self, request: Request, patience: Patience) -> str | None:
         """What is not built yet is built in the background; a call waits for it, but not for long."""
         facts = request.facts
-        if facts.device == "cpu":
+        if facts.device == "cpu" and not request.form:
             double, worth = facts.dtype == "float64", facts.logits >= LIMITS.now.worth_compiling
             code = request.pattern if request.work == "attention" else (request.mask, request.score)
             if not _done(_begun(request.work, code, double, facts.grad, worth, compiler()), patience):

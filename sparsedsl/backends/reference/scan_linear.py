@@ -34,7 +34,7 @@ def run_recurrence(run: Any, node: Linear) -> tuple[Tensor, Tensor | None]:
     gates = {word: repeat_kv(x, heads.states).expand(k.shape[0], *[-1] * (x.ndim - 1)) for word, x in gates.items()}
     if node.write is not None:
         k = k * gates["write"].exp()[..., None]
-    bonus = None if node.bonus is None else repeat_kv(run.value(node.bonus), heads.states, 0)
+    bonus = None if node.bonus is None else repeat_kv(run.value(node.bonus)[None], heads.states)
     rows = _rows(run, node, q.unflatten(1, (heads.states, -1)), k, v, _kept(node, gates, k), gates.get("beta"), bonus)
     return _normalised(node, rows.flatten(1, 2))
 
