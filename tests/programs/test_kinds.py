@@ -116,8 +116,8 @@ def assert_axes(template: str, axes: tuple[str, ...], known: dict[str, str]) -> 
 
 
 def taken(node: Node) -> list[Node]:
-    """What the words about axes speak of, in their order: an attention's choices stand in its mask, and come last."""
-    return [node.x, node.y, node.z] if isinstance(node, branches.Attend) else list(node.inputs)
+    """What the words about axes speak of, in their order: an attention's choices and gates come last."""
+    return [node.x, node.y, node.z] if isinstance(node, (branches.Attend, recurrences.Linear)) else list(node.inputs)
 
 
 def assert_shapes(shapes: str, node: Node) -> None:
