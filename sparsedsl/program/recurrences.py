@@ -144,8 +144,8 @@ def linear(
     """
     if (decay is None) == (log_decay is None):
         raise PatternError(
-            f"linear(): give one of decay and log_decay; got decay={shown(decay)}, log_decay={shown(log_decay)}. A state that fades not at "
-            "all has decay=1.0"
+            f"linear(): give one of decay and log_decay; got {'neither' if decay is None else 'both'}. A state that fades not at all has "
+            "decay=1.0"
         )
     queries, k, v = _rows("q", q, "queries"), _rows("k", k, "keys"), _rows("v", v, "keys")
     if queries.axes[3] != k.axes[3]:

@@ -345,7 +345,14 @@ def _remembering(draw: st.DrawFn, heads: int, causal: bool) -> Any:
 
 @st.composite
 def _fading(draw: st.DrawFn, heads: int, causal: bool) -> Any:
-    """Linear attention."""
-    decay = [math.exp(-draw(st.sampled_from((0.0, 0.1, 2.0)))) for _ in range(heads)]
+    """Linear attention, with constant decays or those of the data."""
     documents = draw(st.none() | st.just(tensors.input("ids", "batch keys")))
+    if draw(st.booleans()):
+        more = " head_dim" if draw(st.booleans()) else ""
+        rule: dict[str, Any] = draw(st.sampled_from(({}, {"reads": "before"}, {"features": "elu1", "normalised": "sum", "eps": 0.5})))
+        if draw(st.booleans()):
+            rule = {"beta": tensors.input("share_written", "batch kv_heads keys"), "features": "l2"}
+        fading = tensors.input(f"fading{len(more)}", f"batch heads keys{more}")
+        return recurrences.linear(log_decay=fading, documents=documents, **rule)
+    decay = [math.exp(-draw(st.sampled_from((0.0, 0.1, 2.0)))) for _ in range(heads)]
     return recurrences.linear(decay, scale=draw(st.none() | st.just(0.3)), documents=documents)

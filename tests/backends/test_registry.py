@@ -34,7 +34,7 @@ class Watched:
         if name in ("inner", "ran", "name", "__class__", "__dict__"):
             return object.__getattribute__(self, name)
         inner, found = self.inner, getattr(self.inner, name)
-        if name in ("selected", "slots", "linear"):
+        if name in ("selected", "slots", "linear", "gated"):
             self.ran.add(inner.name)
         if name == "pattern":
             return lambda *args, **words: WatchedRunner(found(*args, **words), inner.name, self.ran)
@@ -126,6 +126,7 @@ PROGRAMS = {
     "window": causal & (sd.q_idx - sd.kv_idx < 5),
     "choice": causal & ((sd.q_idx - sd.kv_idx < 5) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 2)),
     "linear": sd.linear([0.5, 0.9]),
+    "delta": sd.linear(0.9, beta=sd.input("beta", "batch kv_heads keys"), features="l2"),
 }
 
 

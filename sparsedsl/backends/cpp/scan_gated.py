@@ -6,7 +6,6 @@ import struct
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from sparsedsl.backends.cpp.attention import rows_without_gaps
 from sparsedsl.backends.cpp.call_bytes import KINDS, first_of, place_of, whole_vectors
@@ -14,12 +13,13 @@ from sparsedsl.backends.cpp.libraries import fixed_library, fixed_width, paralle
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.tiled import scan_gated as tiled
 from sparsedsl.backends.tiled.limits import LIMITS as TILED_LIMITS
+from sparsedsl.runtime.autograd import only_first_derivatives
 from sparsedsl.runtime.call import wants_grad
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.scan_calls import GatedCall, check_gated
 from sparsedsl.runtime.torch_modes import is_transformed
 
-__all__ = ["WIDEST", "gated_scan"]
+__all__ = ["MOST_SHARING", "WIDEST", "gated_scan"]
 
 Tensor = torch.Tensor
 CHUNK = 64
@@ -31,7 +31,8 @@ def gated_scan(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, *, scale: float, before: bool = False,
     q_offset: int = 0, state: Tensor | None = None, documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Results and state: see :func:`sparsedsl.backends.tiled.scan_gated.gated_scan`, which gives the same."""
+    """Results and state: see :func:`sparsedsl.backends.tiled.scan_gated.gated_scan`, which gives the same. ``before`` is refused before
+    anybody comes here, as are heads wider than ``WIDEST``."""
     words: dict[str, Any] = {"scale": scale, "before": before, "q_offset": q_offset, "state": state, "documents": documents}
     call = check_gated(q, k, v, log_decay, beta, scale=scale, q_offset=q_offset, state=state, documents=documents)
     known = [t for t in (q, k, v, log_decay, beta, state) if t is not None]
@@ -40,8 +41,6 @@ def gated_scan(
     kept = (-(-k.shape[2] // CHUNK) + 1) * lines * width * v.shape[3] * real.itemsize
     step = not grad and k.shape[2] <= TILED_LIMITS.now.scan_tokens
     if is_transformed(*known) or step or not k.shape[2] or not q.numel() or (grad and kept > LIMITS.now.states_bytes):
-        return tiled.gated_scan(q, k, v, log_decay, beta, **words)
-    if before or max(width, v.shape[3]) > WIDEST or q.shape[1] > MOST_SHARING * call.states:
         return tiled.gated_scan(q, k, v, log_decay, beta, **words)
     first = torch.zeros(q.shape[0], call.states, width, v.shape[3], dtype=real) if state is None else state
     kind = q.dtype if q.dtype == k.dtype == v.dtype else real
@@ -69,7 +68,7 @@ class _Gated(torch.autograd.Function):
         return out, after, bool(finite)
 
     @staticmethod
-    @once_differentiable
+    @only_first_derivatives
     def backward(ctx: Any, grad_out: Tensor | None, grad_after: Tensor | None, _: None) -> Any:
         q, k, v, g, beta, state, entered = ctx.saved_tensors
         if grad_out is None and grad_after is None:

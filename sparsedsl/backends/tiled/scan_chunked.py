@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from sparsedsl.backends.tiled.limits import LIMITS
+from sparsedsl.runtime.autograd import only_first_derivatives
 from sparsedsl.runtime.threads import on_one_core
 
 __all__ = ["RowRanges", "ScanPlan", "carry", "cut", "scan"]
@@ -133,7 +133,7 @@ class _Scan(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @only_first_derivatives
     def backward(ctx: Any, *gradients: Any) -> Any:
         saved = ctx.saved_tensors
         return _where_it_is_quick(lambda: _Scan.gradients(ctx, saved, gradients), saved[: ctx.n_inputs])
