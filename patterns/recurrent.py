@@ -89,8 +89,8 @@ def gla() -> Linear:
 def ssd() -> Linear:
     """State space duality: the core of Mamba-2, ``S_t = e^g_t S_(t-1) + B_t^T (dt_t x_t)``, ``y_t = C_t S_t``.
 
-    Called with ``q = C`` and ``k = B`` (their groups are heads), and ``v = dt x`` (its heads are those of the model). The convolution, ``D x`` and
-    the gated norm are the model's.
+    Called with ``q = C`` and ``k = B`` (their groups are heads), and ``v = dt x`` (its heads are the model's). The convolution, ``D x``
+    and the gated norm are the model's.
 
     Call-time input: ``g (B, Hv, Skv)``, ``-exp(A_log) dt``.
 
@@ -109,8 +109,8 @@ def ssd() -> Linear:
 def based() -> Linear:
     """Linear attention by a second-order Taylor series of softmax: a pair weighs ``1 + s + s^2 / 2``, ``s = q k / sqrt(D)``; nothing fades.
 
-    Rows of q and k are short (16 channels as published): the state has ``1 + D + D (D + 1) / 2`` rows. The sum of the weights is known, so that
-    :func:`sparsedsl.joint` puts it under one softmax with a window.
+    Rows of q and k are short (16 channels as published): the state has ``1 + D + D (D + 1) / 2`` rows. The sum of the weights is known, so
+    that :func:`sparsedsl.joint` puts it under one softmax with a window.
 
     Source: BASED (arXiv 2402.18668).
 

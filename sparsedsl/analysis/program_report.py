@@ -101,8 +101,8 @@ def analyse_program(
     domain = Domain(q_len, keys, q_offset, batch, heads, {name: given[name] for name in program.tables})
     domain = exact_domain(program.exprs, domain)
     known = {
-        "batch": batch, "heads": heads, "kv_heads": kv_heads or heads, "value_heads": kv_heads or heads, "queries": q_len, "keys": keys, "head_dim": head_dim,
-        "value_dim": head_dim_v or head_dim, "one": 1, **(sizes or {}),
+        "batch": batch, "heads": heads, "kv_heads": kv_heads or heads, "value_heads": kv_heads or heads, "queries": q_len, "keys": keys,
+        "head_dim": head_dim, "value_dim": head_dim_v or head_dim, "one": 1, **(sizes or {}),
     }  # fmt: skip
     steps = steps_of(program, Lengths(known, domain, item))
     dense = 2 * batch * heads * q_len * keys * (known["head_dim"] + known["value_dim"])

@@ -120,8 +120,8 @@ def _state_bytes(
     """What the state of a call takes: that of one token is made, and its rows counted for as many as are held."""
     decays = [len(node.log_decays) for node in program.nodes(Linear) if isinstance(node.decay, tuple)]
     known = {
-        "batch": batch, "heads": heads or (decays[0] if decays else kv_heads), "kv_heads": kv_heads, "value_heads": kv_heads, "head_dim": head_dim,
-        "value_dim": head_dim_v, "queries": 1, "keys": 1, **sizes,
+        "batch": batch, "heads": heads or (decays[0] if decays else kv_heads), "kv_heads": kv_heads, "value_heads": kv_heads,
+        "head_dim": head_dim, "value_dim": head_dim_v, "queries": 1, "keys": 1, **sizes,
     }  # fmt: skip
 
     def size(axis: str) -> int:

@@ -31,7 +31,9 @@ class Scanned:
     state: Tensor
 
 
-def run_linear(node: Linear, call: ProgramCall, dispatch: Dispatch, value: Callable[[Node], Tensor], *, rows: int | None = None) -> Scanned:
+def run_linear(
+    node: Linear, call: ProgramCall, dispatch: Dispatch, value: Callable[[Node], Tensor], *, rows: int | None = None
+) -> Scanned:
     """``value``: what a node gives. ``rows``: only the state after so many keys is wanted; None: all."""
     q, k, v = (value(x) for x in (node.x, node.y, node.z))
     gate, beta, write = (None if x is None else value(x) for x in (node.gate, node.beta, node.write))

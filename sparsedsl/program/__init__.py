@@ -2,8 +2,8 @@
 
 What the nodes are for, one after the other in the modules: ``tensors`` (inputs, summaries), ``scores`` (cheap scores), ``select``
 (choices), ``orders`` (sorts, subsets), ``sources`` (slots, weights of chunks), ``branches`` (attention and its combinations),
-``recurrences`` (linear attention), ``decided`` (candidates), ``graph`` (the whole), ``rules`` (tables with a rule for every kind of node), ``text``, ``effects`` (what a
-program does beside computing), ``kinds`` (every kind described), ``decays`` (data of Ring models).
+``recurrences`` (linear attention), ``decided`` (candidates), ``graph`` (the whole), ``rules`` (tables with a rule for every kind of
+node), ``text``, ``effects`` (what a program does beside computing), ``kinds`` (every kind described), ``decays`` (data of Ring models).
 """
 
 from __future__ import annotations

@@ -249,10 +249,12 @@ def _check_together(node: Linear) -> None:
             "leave out beta"
         )
     if node.beta is not None and node.features == "taylor":
-        raise PatternError("linear(): features='taylor' has keys that grow, and the delta rule with them; use features='l2' with beta")
+        raise PatternError(
+            "linear(): features='taylor' has keys that grow, and the delta rule with them; use features='l2' with beta"
+        )
     if node.vector and node.features == "taylor":
         raise PatternError(
-            f"linear(): features='taylor' makes keys wider than {node.y.axes[3]}, so that no channel has a decay; use a decay with the axes "
+            f"linear(): features='taylor' makes keys wider than {node.y.axes[3]}, so that channels have no decay; use one with the axes "
             "'batch heads keys', or a constant"
         )
     if node.reads == "before" and node.beta is not None:
@@ -263,5 +265,5 @@ def _check_together(node: Linear) -> None:
         raise PatternError("linear(): features='taylor' makes keys wider than bonus; leave bonus out")
     if node.write is not None and node.normalised != "max1":
         raise PatternError(
-            "linear(): write= strengthens keys and the sum they are divided by: add normalised='max1'; without it multiply v by the strength"
+            "linear(): write= strengthens keys and the sum they are divided by: add normalised='max1'; else multiply v by the strength"
         )

@@ -23,7 +23,15 @@ from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.unseen import Sight, guarded_backward, guarded_forward
 from sparsedsl.runtime.vmap import map_call, reads_batch
 
-__all__ = ["Kernel", "differentiable", "known_results", "no_forward_mode", "no_second_derivatives", "only_first_derivatives", "transformed"]
+__all__ = [
+    "Kernel",
+    "differentiable",
+    "known_results",
+    "no_forward_mode",
+    "no_second_derivatives",
+    "only_first_derivatives",
+    "transformed",
+]
 
 Tensor = torch.Tensor
 
@@ -259,7 +267,9 @@ def only_first_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return found
-        slopes = iter(_Last.apply(sum(x is not None for x in found), *(x for x in found if x is not None), *grads, *ctx.saved_tensors))
+        slopes = iter(
+            _Last.apply(sum(x is not None for x in found), *(x for x in found if x is not None), *grads, *ctx.saved_tensors)
+        )
         return tuple(None if x is None else next(slopes) for x in found)
 
     return run

@@ -37,7 +37,7 @@ def linear_heads(node: Linear, q: int, k: int, v: int, gates: Mapping[str, int])
     for name, heads in served.items():
         if states % heads:
             raise ShapeError(
-                f"linear(): {name} has {heads} heads, which do not divide the {states} heads with a state; give it {states} heads, or a number "
+                f"linear(): {name} has {heads} heads, which do not divide the {states} heads with a state; give it {states}, or a number "
                 "that divides them"
             )
     if out % q or out % states:
@@ -46,7 +46,7 @@ def linear_heads(node: Linear, q: int, k: int, v: int, gates: Mapping[str, int])
             "gates and values"
         )
     decays = len(node.log_decays)
-    if decays > 1 and decays != out or (decays == 1 and isinstance(node.decay, tuple) and out != 1):
+    if (decays > 1 and decays != out) or (decays == 1 and isinstance(node.decay, tuple) and out != 1):
         raise ShapeError(f"linear() was declared with {decays} decays; q has {out} heads: one for each is wanted")
     return LinearHeads(states, out)
 
@@ -64,11 +64,13 @@ def check_decays(node: Linear, gate: Tensor | None, write: Tensor | None, real: 
     if gate is not None and gate.device.type == "cpu" and gate.numel():
         low, high = (float(x) for x in gate.detach().aminmax())
         if node.factor is not None and not (low >= 0 and high <= 1):
-            raise ShapeError(f"linear(): decay must hold factors from 0 to 1; got values from {low:g} to {high:g}. Logarithms go by log_decay=")
+            raise ShapeError(
+                f"linear(): decay must hold factors from 0 to 1; got values from {low:g} to {high:g}. Logarithms go by log_decay="
+            )
         if node.factor is None and not high <= 0:
             raise ShapeError(
-                f"linear(): log_decay must be at most 0, the logarithm of a decay of at most 1; got values up to {high:g}. Pass its logarithm, "
-                "as logsigmoid(gate)"
+                f"linear(): log_decay must be at most 0, the logarithm of a decay of at most 1; got values up to {high:g}. Pass its "
+                "logarithm, as logsigmoid(gate)"
             )
     if write is not None and write.device.type == "cpu" and write.numel():
         high = float(write.detach().max())

@@ -109,7 +109,9 @@ def check_gated(
     scale, q_offset = check_number("scale", scale), check_position("q_offset", q_offset)
     check_rows(q, k, q_offset)
     vector = isinstance(log_decay, Tensor) and log_decay.ndim == 4
-    shape, words = ((None, None, k.shape[2], q.shape[3]), "(B, Hg, Skv, D)") if vector else ((None, None, k.shape[2]), "(B, Hg, Skv)")
+    shape, words = (
+        ((None, None, k.shape[2], q.shape[3]), "(B, Hg, Skv, D)") if vector else ((None, None, k.shape[2]), "(B, Hg, Skv)")
+    )
     check_tensor("log_decay", log_decay, shape, words, like=q)
     heads = [k.shape[1], v.shape[1], log_decay.shape[1]]
     if beta is not None:
@@ -117,7 +119,9 @@ def check_gated(
         heads.append(beta.shape[1])
     states = max(heads)
     if any(states % one for one in heads) or (q.shape[1] % states and states % q.shape[1]):
-        raise ShapeError(f"k, v, log_decay and beta have {heads} heads and q {q.shape[1]}: each must divide the most, or be divided by it")
+        raise ShapeError(
+            f"k, v, log_decay and beta have {heads} heads and q {q.shape[1]}: each must divide the most, or be divided by it"
+        )
     if state is not None:
         check_tensor("state", state, (q.shape[0], states, q.shape[3], v.shape[3]), "(B, H, D, Dv)", like=q)
     begins, number = (None, None) if documents is None else count_documents(documents, q, k, q_offset)

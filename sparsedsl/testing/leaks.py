@@ -98,7 +98,9 @@ def ask_about_program(attn: Attention, causal: bool | None) -> str:
         raise NotApplicable(f"the program lets a query see later tokens: {verdict}. {_STRICT}")
     witness = verdict.witness
     if witness is not None and witness.kv_idx < _TOKENS:
-        heads = next((len(node.log_decays) for node in attn.program.nodes(Linear) if isinstance(node.decay, tuple)), witness.h + 1)
+        heads = next(
+            (len(node.log_decays) for node in attn.program.nodes(Linear) if isinstance(node.decay, tuple)), witness.h + 1
+        )
         case = AttentionCase(witness.b + 1, heads, heads, witness.q_idx + 1, witness.kv_idx + 1)
         given: dict[str, Any] = {name: t for name, t in witness.tables.items() if name in attn.program.tables}
         with contextlib.suppress(SparseDSLError):  # a call that is refused: the random ones are of shapes that fit

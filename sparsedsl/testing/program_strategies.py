@@ -44,7 +44,8 @@ def _size(axis: str, case: AttentionCase, free: Mapping[str, int], ragged: bool)
     if axis.isdecimal():
         return int(axis)
     known = {
-        "batch": case.batch, "heads": case.heads, "kv_heads": case.kv_heads, "value_heads": case.kv_heads, "queries": case.q_len, "keys": case.kv_len,
+        "batch": case.batch, "heads": case.heads, "kv_heads": case.kv_heads, "value_heads": case.kv_heads, "queries": case.q_len,
+        "keys": case.kv_len,
         "head_dim": case.head_dim, "value_dim": case.head_dim_v, "one": 1,
     }  # fmt: skip
     tokens = known.get(base_of(axis))
@@ -349,7 +350,9 @@ def _fading(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     documents = draw(st.none() | st.just(tensors.input("ids", "batch keys")))
     if draw(st.booleans()):
         more = " head_dim" if draw(st.booleans()) else ""
-        rule: dict[str, Any] = draw(st.sampled_from(({}, {"reads": "before"}, {"features": "elu1", "normalised": "sum", "eps": 0.5})))
+        rule: dict[str, Any] = draw(
+            st.sampled_from(({}, {"reads": "before"}, {"features": "elu1", "normalised": "sum", "eps": 0.5}))
+        )
         if draw(st.booleans()):
             rule = {"beta": tensors.input("share_written", "batch kv_heads keys"), "features": "l2"}
         fading = tensors.input(f"fading{len(more)}", f"batch heads keys{more}")

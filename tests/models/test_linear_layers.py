@@ -102,7 +102,15 @@ def test_mamba_2_on_our_core() -> None:
 
     torch.manual_seed(0)
     config = Mamba2Config(
-        num_heads=4, head_dim=8, vocab_size=64, hidden_size=16, state_size=6, num_hidden_layers=1, expand=2, n_groups=2, chunk_size=16,
+        num_heads=4,
+        head_dim=8,
+        vocab_size=64,
+        hidden_size=16,
+        state_size=6,
+        num_hidden_layers=1,
+        expand=2,
+        n_groups=2,
+        chunk_size=16,
         time_step_limit=(0.0, float("inf")),
     )
     mixer = module.Mamba2Mixer(config, layer_idx=0).eval()
@@ -112,7 +120,7 @@ def test_mamba_2_on_our_core() -> None:
     x = torch.randn(2, 37, 16)
     with torch.no_grad():
         mixer(x)
-        _, _, _, gate, projected, dt = mixer.in_proj(x).split([0, 0, 0, 32, 32 + 2 * 2 * 6, 4], dim=-1)
+        _, _, _, _, projected, dt = mixer.in_proj(x).split([0, 0, 0, 32, 32 + 2 * 2 * 6, 4], dim=-1)
         mixed = mixer.act(mixer.conv1d(projected.mT)[..., :37].mT)
         u, b, c = mixed.split([32, 12, 12], dim=-1)
         dt = torch.nn.functional.softplus(dt + mixer.dt_bias).mT

@@ -25,29 +25,56 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "no decay": (lambda: sd.linear(), "give one of decay and log_decay; got neither. A state that fades not at all has decay=1.0"),
+    "no decay": (
+        lambda: sd.linear(),
+        "give one of decay and log_decay; got neither. A state that fades not at all has decay=1.0",
+    ),
     "both": (lambda: sd.linear(0.5, log_decay=G), "give one of decay and log_decay; got both"),
-    "a mask": (lambda: sd.linear(sd.kv_idx <= sd.q_idx), "a mask has no place in it. Attend to a window beside it: sd.mix(window"),
+    "a mask": (
+        lambda: sd.linear(sd.kv_idx <= sd.q_idx),
+        "a mask has no place in it. Attend to a window beside it: sd.mix(window",
+    ),
     "words": (lambda: sd.linear("half"), "decay must be a number, one number for each query head, or an input with the axes"),
     "above 1": (lambda: sd.linear(1.5), "decay must be one factor in (0, 1]"),
     "a positive logarithm": (lambda: sd.linear(log_decay=0.5), "log_decay must be at most 0"),
     "by queries": (lambda: sd.linear(log_decay=sd.input("g", "batch heads queries")), "Gates are counted by keys"),
     "in blocks": (lambda: sd.linear(log_decay=sd.input("g", "batch heads keys/64")), "repeat them for the keys of a block"),
-    "own heads": (lambda: sd.linear(log_decay=sd.input("g", "batch gates keys")), "H one of one, kv_heads, heads, value_heads; got"),
-    "another width": (lambda: sd.linear(log_decay=sd.input("g", "batch heads keys 4")), "has the last axis of the keys, 'head_dim'"),
+    "own heads": (
+        lambda: sd.linear(log_decay=sd.input("g", "batch gates keys")),
+        "H one of one, kv_heads, heads, value_heads; got",
+    ),
+    "another width": (
+        lambda: sd.linear(log_decay=sd.input("g", "batch heads keys 4")),
+        "has the last axis of the keys, 'head_dim'",
+    ),
     "a vector beta": (lambda: sd.linear(1.0, beta=VECTOR), "beta must be an input with the axes 'batch H keys'"),
-    "beta and a sum": (lambda: sd.linear(1.0, beta=BETA, normalised="sum"), "leave out normalised, and normalise the output by itself"),
+    "beta and a sum": (
+        lambda: sd.linear(1.0, beta=BETA, normalised="sum"),
+        "leave out normalised, and normalise the output by itself",
+    ),
     "beta and taylor": (lambda: sd.linear(1.0, beta=BETA, features="taylor"), "use features='l2' with beta"),
-    "taylor and channels": (lambda: sd.linear(log_decay=VECTOR, features="taylor"), "use a decay with the axes 'batch heads keys'"),
+    "taylor and channels": (
+        lambda: sd.linear(log_decay=VECTOR, features="taylor"),
+        "use a decay with the axes 'batch heads keys'",
+    ),
     "before and beta": (lambda: sd.linear(1.0, beta=BETA, reads="before"), "leave one of them out"),
     "bonus after": (lambda: sd.linear(1.0, bonus=sd.input("u", "heads head_dim")), "add reads='before'"),
-    "another bonus": (lambda: sd.linear(1.0, reads="before", bonus=BETA), "bonus must be an input with the axes 'heads head_dim'"),
+    "another bonus": (
+        lambda: sd.linear(1.0, reads="before", bonus=BETA),
+        "bonus must be an input with the axes 'heads head_dim'",
+    ),
     "write alone": (lambda: sd.linear(1.0, write=WRITE), "add normalised='max1'"),
     "reads": (lambda: sd.linear(1.0, reads="during"), "reads must be one of 'after', 'before'"),
     "features": (lambda: sd.linear(1.0, features="elu"), "features must be one of 'l2', 'elu1', 'relu', 'taylor'"),
     "eps": (lambda: sd.linear(1.0, eps=-1.0), "eps must be a number of at least 0"),
-    "joint": (lambda: sd.joint(sd.linear(log_decay=G), sd.kv_idx <= sd.q_idx), "has no softmax and so no weight in one; add it with mix()"),
-    "joint relu": (lambda: sd.joint(sd.linear(1.0, features="relu", normalised="sum"), sd.kv_idx <= sd.q_idx), "add it with mix()"),
+    "joint": (
+        lambda: sd.joint(sd.linear(log_decay=G), sd.kv_idx <= sd.q_idx),
+        "has no softmax and so no weight in one; add it with mix()",
+    ),
+    "joint relu": (
+        lambda: sd.joint(sd.linear(1.0, features="relu", normalised="sum"), sd.kv_idx <= sd.q_idx),
+        "add it with mix()",
+    ),
 }
 
 
@@ -60,7 +87,11 @@ def test_what_has_no_meaning_is_refused_by_name(case: str) -> None:
 
 
 def qkv(heads: int = 2, kv_heads: int = 2, value_heads: int = 2, length: int = 6) -> dict[str, Tensor]:
-    return {"q": random(1, heads, length, 4), "k": random(1, kv_heads, length, 4, seed=1), "v": random(1, value_heads, length, 4, seed=2)}
+    return {
+        "q": random(1, heads, length, 4),
+        "k": random(1, kv_heads, length, 4, seed=1),
+        "v": random(1, value_heads, length, 4, seed=2),
+    }
 
 
 CALLS: dict[str, tuple[Any, dict[str, Tensor], str]] = {
@@ -68,7 +99,7 @@ CALLS: dict[str, tuple[Any, dict[str, Tensor], str]] = {
     "NaN": (sd.linear(log_decay=G), {**qkv(), "g": torch.full((1, 2, 6), torch.nan)}, "log_decay must be at most 0"),
     "a factor above 1": (sd.linear(decay=G), {**qkv(), "g": torch.full((1, 2, 6), 1.5)}, "factors from 0 to 1; got values from 1.5"),
     "strength": (
-        sd.linear(1.0, normalised="max1", write=WRITE), {**qkv(), "i": torch.full((1, 2, 6), 700.0)}, "write is a logarithm, of at most 600",
+        sd.linear(1.0, normalised="max1", write=WRITE), {**qkv(), "i": torch.full((1, 2, 6), 700.0)}, "a logarithm, of at most 600",
     ),
     "decays": (sd.linear([0.5] * 3), qkv(), "declared with 3 decays; q has 2 heads"),
     "one decay in a list": (sd.linear([0.5]), qkv(), "declared with 1 decays; q has 2 heads"),

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.programs.linear_recipe import checksum, l2, recipe
 
 import sparsedsl as sd
 from sparsedsl.execute.state import ProgramState
+from tests.programs.linear_recipe import checksum, l2, recipe
 
 Tensor = torch.Tensor
 R = recipe()
@@ -170,7 +170,12 @@ def test_T14_growth_is_foretold(backend: str) -> None:
     e0 = torch.eye(4, dtype=torch.float64)[0].expand(1, 1, 20, 4)
     program = sd.linear(1.0, beta=BETA, scale=1.0)
     attn = sd.compile(program, backend=backend)
-    given = {"q": e0, "k": 2 * e0, "v": torch.zeros(1, 1, 20, 1).double(), "beta": torch.full((1, 1, 20), 0.8, dtype=torch.float64)}
+    given = {
+        "q": e0,
+        "k": 2 * e0,
+        "v": torch.zeros(1, 1, 20, 1).double(),
+        "beta": torch.full((1, 1, 20), 0.8, dtype=torch.float64),
+    }
     out = attn(**given, state=started(attn, torch.ones(1, 1, 4, 1).double(), given))
     assert float(out[0, 0, -1, 0]) == pytest.approx(7054294.98686405, rel=1e-12)
     (warning,) = sd.analyse(sd.Program(program), 64, heads=1).warnings

@@ -145,7 +145,17 @@ def test_the_reference_shares_nothing_with_the_lowering_but_the_call() -> None:
     shared = {name.removeprefix("sparsedsl.runtime.") for name in seen - own}
     # `backend` is how the registry sees the reference; nothing of what it means lies there.
     assert own - {"sparsedsl.backends.reference.backend"} <= seen
-    assert shared == {"call", "places", "program_call", "interpreter", "dtypes", "linear_calls", "seen_products", "torch_modes", "vmap"}
+    assert shared == {
+        "call",
+        "places",
+        "program_call",
+        "interpreter",
+        "dtypes",
+        "linear_calls",
+        "seen_products",
+        "torch_modes",
+        "vmap",
+    }
     assert not issubclass(Lowering, Reference) and not issubclass(Reference, Lowering)
 
 

@@ -60,7 +60,9 @@ class _Gated(torch.autograd.Function):
         after, entered = torch.empty(state.shape, dtype=state.dtype), None
         if any(ctx.needs_input_grad):
             chunks = -(-k.shape[2] // CHUNK) + 1
-            entered = torch.empty(state.shape[0] * call.states * chunks * q.shape[3] * _whole(v.shape[3], state.dtype), dtype=state.dtype)
+            entered = torch.empty(
+                state.shape[0] * call.states * chunks * q.shape[3] * _whole(v.shape[3], state.dtype), dtype=state.dtype
+            )
         finite = _run("gated_forward", call, (q, k, v, out, None), g, beta, state, after, entered, [None] * 7)
         ctx.call = call
         ctx.save_for_backward(q, k, v, g, beta, state, entered)

@@ -19,7 +19,9 @@ Tensor = torch.Tensor
 def run_recurrence(run: Any, node: Linear) -> tuple[Tensor, Tensor | None]:
     """``(out, LSE or None)`` of a linear attention; ``run``: the evaluation by meaning that it is part of."""
     q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
-    gates = {word: run.value(x) for word, x in (("decay", node.gate), ("beta", node.beta), ("write", node.write)) if x is not None}
+    gates = {
+        word: run.value(x) for word, x in (("decay", node.gate), ("beta", node.beta), ("write", node.write)) if x is not None
+    }
     heads = linear_heads(node, q.shape[1], k.shape[1], v.shape[1], {word: x.shape[1] for word, x in gates.items()})
     check_decays(node, gates.get("decay"), gates.get("write"), q.dtype)
     scale = run.call.scale or node.scale or q.shape[3] ** -0.5
@@ -48,7 +50,9 @@ def _kept(node: Linear, gates: dict[str, Tensor], k: Tensor) -> Tensor:
     return kept if node.vector else kept[..., None]
 
 
-def _rows(run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None) -> Tensor:
+def _rows(
+    run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None
+) -> Tensor:
     """The sums of all queries, ``q (B, H, G, Sq, D)``: ``(B, H, G, Sq, Dv)``. A token is seen by the queries from its own on."""
     state = run.call.state_of(node)
     state = k.new_zeros((*k.shape[:2], k.shape[3], v.shape[3])) if state is None else state.to(k.dtype)

@@ -152,7 +152,9 @@ class _Scan(torch.autograd.Function):
             for number, ranges in reversed(list(enumerate(plan.steps_of_rows))):
                 pieces = (*_rows(inputs[:n_queries], ranges.q), *_rows(inputs[n_queries:after], ranges.k))
                 if plan.slopes is not None:
-                    of_state = _by_hand(plan, ranges, pieces, n_queries, states[number * n_state :][:n_state], of_results, of_state, found)
+                    of_state = _by_hand(
+                        plan, ranges, pieces, n_queries, states[number * n_state :][:n_state], of_results, of_state, found
+                    )
                     continue
                 leaves = [_leaf(t, want) for t, want in zip(pieces, wanted[:after], strict=True)]
                 before = tuple(_leaf(t, linked) for t in states[number * n_state : (number + 1) * n_state])

@@ -1,7 +1,7 @@
 """Linear attention whose decays and write rule come with the data, in chunks, forward and backward.
 
-With ``a_t = e^(g_t)``: ``Sd = diag(a_t) S_(t-1)``, ``u_t = v_t`` or, by the delta rule, ``beta_t (v_t - k_t Sd)``, ``S_t = Sd + k_t^T u_t``,
-``out_t = scale q_t S_t`` (or, read before the write, ``scale q_t S_(t-1)``).
+With ``a_t = e^(g_t)``: ``Sd = diag(a_t) S_(t-1)``, ``u_t = v_t`` or, by the delta rule, ``beta_t (v_t - k_t Sd)``,
+``S_t = Sd + k_t^T u_t``, ``out_t = scale q_t S_t`` (or, read before the write, ``scale q_t S_(t-1)``).
 """
 
 from __future__ import annotations

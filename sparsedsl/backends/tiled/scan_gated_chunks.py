@@ -1,7 +1,7 @@
 """A gated scan in chunks: what happens within them all at once, states from chunk to chunk, and the gradients of all of it.
 
-Per chunk, with ``Qh = q e^c``, ``Kh = k e^c``, ``Kt_i = k_i e^(c_C - c_i)``, ``M_ij = q_i . k_j e^(c_i - c_j)`` (j <= i) and ``N`` the same of
-``beta_i k_i`` with ``k_j`` (j < i)::
+Per chunk, with ``Qh = q e^c``, ``Kh = k e^c``, ``Kt_i = k_i e^(c_C - c_i)``, ``M_ij = q_i . k_j e^(c_i - c_j)`` (j <= i) and ``N`` the
+same of ``beta_i k_i`` with ``k_j`` (j < i)::
 
     U = V, or (I + N)^-1 diag(beta) (V - Kh S)        O = scale (Qh S + M U)        S' = diag(e^(c_C)) S + Kt^T U
 

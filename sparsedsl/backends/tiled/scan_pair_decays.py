@@ -44,7 +44,7 @@ def suffix_sums(x: Tensor, number: Tensor | None) -> Tensor:
 
 
 def _within(number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows before the first document of a chunk begins, rows of its last document, and whether none begins: (X, N, C, 1), .., (X, N, 1, 1)."""
+    """Rows before the first document of a chunk begins, rows of its last one, (X, N, C, 1); whether none begins, (X, N, 1, 1)."""
     last = number[..., -1:]
     return (number == 0)[..., None], (number == last)[..., None], (last == 0)[..., None]
 

@@ -38,9 +38,7 @@ class TritonBackend(Backend):
         if request.slots > MOST["the number of slots"]:
             return f"the kernels hold at most {MOST['the number of slots']} slots; these are {request.slots}"
         if request.form:
-            return (
-                f"its kernels for linear() have a constant decay a head and add every value as it is; this one has {_worded(request.form)}"
-            )
+            return f"its kernels for linear() have a constant decay a head and write every value as it is; this has {_worded(request.form)}"
         lacking = missing(facts.device)
         if lacking is not None:
             return lacking

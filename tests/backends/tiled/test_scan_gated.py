@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -67,7 +68,15 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: fl
 def calls(draw: Any) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     """Inputs, words and the size of a chunk."""
     batch, keys = draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 5, 16, 33]))
-    shapes = [(1, 1, 1, 1, 1), (2, 2, 2, 2, 2), (4, 2, 2, 2, 1), (2, 2, 4, 4, 2), (1, 1, 2, 2, 2), (4, 2, 2, 1, 2), (2, 1, 1, 2, 1)]
+    shapes = [
+        (1, 1, 1, 1, 1),
+        (2, 2, 2, 2, 2),
+        (4, 2, 2, 2, 1),
+        (2, 2, 4, 4, 2),
+        (1, 1, 2, 2, 2),
+        (4, 2, 2, 1, 2),
+        (2, 1, 1, 2, 1),
+    ]
     hq, hk, hv, hg, hb = draw(st.sampled_from(shapes))
     vector, rule = draw(st.booleans()), draw(st.sampled_from(["plain", "delta", "before"]))
     offset = draw(st.integers(0, keys - 1))
@@ -117,7 +126,16 @@ def test_T17_documents_and_a_state(options: Any) -> None:
         out, last = gated_scan(*leaves[:5], scale=0.5, state=leaves[5], documents=documents)
         grads = torch.autograd.grad((r.w * out).sum() + (r.state.cos() * last).sum(), leaves)
         found = [checksum(out), float(out[1, -1, 7, 1].detach()), checksum(last), *map(checksum, grads)]
-        wanted = [2.1959037593, 0.2597792123, -0.1168525547, 2.0824027692, 0.4305915616, -0.3604831061, 0.8268677508, 0.6666908203]
+        wanted = [
+            2.1959037593,
+            0.2597792123,
+            -0.1168525547,
+            2.0824027692,
+            0.4305915616,
+            -0.3604831061,
+            0.8268677508,
+            0.6666908203,
+        ]
         assert found == pytest.approx([*wanted, -0.1709186415], abs=6e-11)
         assert not grads[3][0, :, [3, 8, 9]].any() and not grads[3][1, :, 7].any()
 
@@ -149,7 +167,7 @@ def test_T25_splits_are_one_call(gate: str) -> None:
     whole, last = gated_scan(*inputs, scale=0.3)
     for cuts in ([0, 5, 130], [0, 1, 2, 12, 130], list(range(131))):
         state, parts = None, []
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             out, state = gated_scan(*(t[:, :, begin:end] for t in inputs), scale=0.3, state=state)
             parts.append(out)
         assert state is not None
@@ -189,7 +207,9 @@ def test_T30_linear_in_values_and_a_memory_of_one_token() -> None:
     def out(v: Tensor, g: Tensor = x["gv"]) -> Tensor:
         return gated_scan(x["q"], x["k"], v, g, x["beta"], scale=0.3)[0]
 
-    torch.testing.assert_close(out(2 * x["v"] - 3 * x["v"].flip(2)), 2 * out(x["v"]) - 3 * out(x["v"].flip(2)), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        out(2 * x["v"] - 3 * x["v"].flip(2)), 2 * out(x["v"]) - 3 * out(x["v"].flip(2)), rtol=1e-11, atol=1e-11
+    )
     gone = out(x["v"], torch.full_like(x["gv"], -torch.inf))
     alone = 0.3 * (x["q"] * x["k"]).sum(-1, keepdim=True) * x["beta"][..., None] * x["v"]
     torch.testing.assert_close(gone, alone, rtol=1e-11, atol=1e-11)
