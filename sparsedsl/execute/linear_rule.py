@@ -40,7 +40,8 @@ def run_linear(
     documents = None if node.documents is None else value(node.documents)
     offset = call.q_offset
     if rows is not None:
-        k, v, gate, beta, write = (None if t is None else t[:, :, :rows] for t in (k, v, gate, beta, write))
+        k, v = k[:, :, :rows], v[:, :, :rows]
+        gate, beta, write = (None if t is None else t[:, :, :rows] for t in (gate, beta, write))
         documents, q, offset = None if documents is None else documents[:, :rows], q[:, :, :0], 0
     given = {word: t.shape[1] for word, t in (("decay", gate), ("beta", beta), ("write", write)) if t is not None}
     heads = linear_heads(node, q.shape[1], k.shape[1], v.shape[1], given)

@@ -143,7 +143,7 @@ def _(
     scale: float | None, lse: bool, grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Shapes that make no sense are not refused here, where torch would wrap the error, but when the graph runs.
-    rows = q.shape[:-1]
+    rows = tuple(q.shape[:-1])
     if (
         q.ndim == k.ndim == v.ndim == 4 and v.shape[1] > k.shape[1] and v.shape[1] > q.shape[1]
     ):  # values with more heads than keys

@@ -18,7 +18,7 @@ from sparsedsl.program.node import Node
 from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.strategies import patterns
 
-__all__ = ["draw_inputs", "named_inputs", "program_inputs", "program_of", "programs"]
+__all__ = ["draw_inputs", "gates_of", "named_inputs", "program_inputs", "program_of", "programs"]
 
 CAUSAL: Mask = kv_idx <= q_idx
 _BLOCKS = (1, 4, 8)
@@ -76,7 +76,7 @@ def _seeds(program: Program) -> set[str]:
     return {node.seed.name for node in program.nodes(scores.Gumbel) if isinstance(node.seed, tensors.Input)}
 
 
-def _gates(program: Program) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def gates_of(program: Program) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """Names of the inputs that hold decays or shares of a linear attention -> what makes such of any numbers."""
     found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     for node in program.nodes(recurrences.Linear):
@@ -101,7 +101,7 @@ def named_inputs(
 ) -> dict[str, torch.Tensor]:
     """The inputs of a program beside q, k and v. ``free``: sizes of its own axes; ``ragged``: whether incomplete blocks are given too."""
     sizes = {axis: case.kv_heads if heads else 5 for axis, heads in _free_axes(program).items()} | dict(free or {})
-    ids, seeds, gates = _documents(program), _seeds(program), _gates(program)
+    ids, seeds, gates = _documents(program), _seeds(program), gates_of(program)
     found = {}
     for number, (name, node) in enumerate(program.inputs.items()):
         shape = [_size(axis, case, sizes, ragged) for axis in node.axes]
