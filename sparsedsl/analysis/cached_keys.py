@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,7 +128,7 @@ class CacheBound:
         """How many keys are held at most while ``length`` tokens go by."""
         check_size("length", length, 0)
         if not self.is_bounded:
-            return length if self.kind == GROWS else min(length, self._number(self.recent))
+            return length if self.kind == GROWS else min(length, self._number(self.first) + self._number(self.recent))
         return self.held(length, *self.sizes(batch=batch, heads=heads, **tables))
 
     def held(self, length: int, recent: int, first: int) -> int:
@@ -141,12 +141,12 @@ class CacheBound:
 
     def bytes(
         self, length: int, kv_heads: int, head_dim: int, dtype: Any = "bfloat16", *, head_dim_v: int | None = None, batch: int = 1,
-        heads: int | None = None, sizes: Mapping[str, int] | None = None, **tables: Any,
+        heads: int | None = None, sizes: Mapping[str, int] | None = None, given: Collection[str] = (), **tables: Any,
     ) -> int:  # fmt: skip
         """Memory for keys and values while ``length`` tokens go by, at most; of a state, what it takes.
 
         ``heads``: of the queries, where windows differ by head; all of a layer's heads hold as many keys as the one that needs most.
-        ``sizes``: of axes with names of their own, for programs.
+        Of programs, ``sizes``: of axes with names of their own; ``given``: inputs with a default that calls give nevertheless.
 
         >>> import sparsedsl as sd
         >>> window = sd.cache_bound(sd.patterns.causal() & sd.patterns.sliding_window(512))
@@ -159,8 +159,9 @@ class CacheBound:
         width = head_dim + (head_dim if head_dim_v is None else check_size("head_dim_v", head_dim_v, 1))
         if self.state_bytes is not None:
             return self.state_bytes(
-                length, kv_heads, head_dim, name, head_dim_v=width - head_dim, batch=batch, heads=heads, sizes=sizes or {}
-            )
+                length, kv_heads, head_dim, name, head_dim_v=width - head_dim, batch=batch, heads=heads, sizes=sizes or {},
+                given=given, tables=tables,
+            )  # fmt: skip
         return batch * kv_heads * width * ITEM_BYTES[name] * self.most(length, batch=batch, heads=heads, **tables)
 
     @functools.cached_property
@@ -219,7 +220,8 @@ class CacheBound:
     def __str__(self) -> str:
         parts = []
         if self.kind == STATE:
-            parts.append(f"a state, and the last {self.recent} tokens" if self.recent else "a state")
+            ends = [f"the {name} {number} tokens" for name, number in (("first", self.first), ("last", self.recent)) if number]
+            parts.append(", and ".join(["a state", *ends]))
         if self.is_bounded:
             parts += [f"the first {self.first} keys"] if str(self.first) != "0" else []
             parts += [f"a ring of {self.recent} keys"] if str(self.recent) != "0" else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.node_rules import lowered
-from sparsedsl.execute.state import STATE_RULES, advanced, horizon
+from sparsedsl.execute.state import STATE_RULES, advanced, first_kept, horizon
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
 from sparsedsl.program.axes import base_of, block_of
@@ -71,11 +71,12 @@ def _program_bound(program: Program) -> CacheBound:
         return pattern_bound(union)
     causal = program_causality(program)
     try:
-        back = horizon(program)
+        back, first = horizon(program), first_kept(program)
     except UnsupportedError as error:
         why = str(error).removeprefix("the program keeps no state: ").split(". Pass all")[0]
         return CacheBound(GROWS, None, Verdict("UNKNOWN", reason=program.worded(why)), causal=causal, step=_step(program))
-    return CacheBound(STATE, None, PROVED, recent=back, causal=causal, state_bytes=functools.partial(_state_bytes, program, back))
+    size = functools.partial(_state_bytes, program, first + back)
+    return CacheBound(STATE, None, PROVED, first=first, recent=back, causal=causal, state_bytes=size)
 
 
 def _union(program: Program) -> Pattern | None:
@@ -114,8 +115,9 @@ def _step(program: Program) -> str:
 
 
 def _state_bytes(
-    program: Program, back: int, length: int, kv_heads: int, head_dim: int, dtype: str, *, head_dim_v: int, batch: int,
-    heads: int | None, sizes: Mapping[str, int],
+    program: Program, kept: int, length: int, kv_heads: int, head_dim: int, dtype: str, *, head_dim_v: int, batch: int,
+    heads: int | None, sizes: Mapping[str, int], given: Collection[str],
+    tables: Mapping[str, torch.Tensor],
 ) -> int:  # fmt: skip
     """What the state of a call takes: that of one token is made, and its rows counted for as many as are held."""
     decays = [len(node.log_decays) for node in program.nodes(Linear) if isinstance(node.decay, tuple)]
@@ -134,11 +136,12 @@ def _state_bytes(
         axes = (node.axes[0], "value_heads", *node.axes[2:]) if node is v else node.axes
         return torch.zeros([size(axis) for axis in axes], dtype=getattr(torch, dtype))
 
-    made = {node.name: zeros(node) for node in (*OWN, *(node for node in program.inputs.values() if node.default is None))}
+    asked = [node for node in program.inputs.values() if node.default is None or node.name in given]
+    made = {node.name: zeros(node) for node in (*OWN, *asked)}
     with torch.no_grad():
-        call = check_program_call(program, made.pop("q"), made.pop("k"), made.pop("v"), made)
+        call = check_program_call(program, made.pop("q"), made.pop("k"), made.pop("v"), {**made, **tables})
         run = lowered(call, Dispatch("tiled"), lse=False)
         run.value(program.root)
         state = advanced(call, run.dispatch, run.after)
     rows = sum(tensor.numel() * tensor.element_size() for tensor in state.recent.values())
-    return state.nbytes - rows + (rows * min(back, length) if back else 0)
+    return state.nbytes - rows + rows * min(kept, length)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache
 from transformers.masking_utils import find_first_full_attention_index
 
 from sparsedsl.analysis.domain import check_size
@@ -15,7 +15,7 @@ from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.binding import Binding, Compiled
-from sparsedsl.models.caches import arrange, release, report
+from sparsedsl.models.caches import arrange, empty_cache, release, report
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.given import bind, choose
 from sparsedsl.models.installed import Installed, home_of, installed_at, installed_in
@@ -207,10 +207,7 @@ class AppliedPatterns:
 
         ``max_length``: take memory for so many tokens at once, as transformers' static cache does; None: as tokens come.
         """
-        if max_length is None:
-            cache: Cache = DynamicCache(config=self.model.config)
-        else:
-            cache = StaticCache(config=self.model.config, max_cache_len=check_size("max_length", max_length, 1))
+        cache = empty_cache(self.model, max_length)
         installed = self._installed
         arrange(cache, installed.stack.owners, installed.bindings, installed.heads, late=False)
         release(installed.bindings)

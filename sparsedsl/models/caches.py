@@ -6,19 +6,22 @@ a bound is proved (:func:`sparsedsl.cache_bound`), and summaries beside the keys
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
 from sparsedsl.analysis.cached_keys import CacheBound
+from sparsedsl.analysis.domain import check_size
 from sparsedsl.analysis.lists import size_text
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
@@ -27,7 +30,28 @@ from sparsedsl.models.binding import Binding
 from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
 from sparsedsl.models.layers import layer_words
 
-__all__ = ["arrange", "release", "report"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["arrange", "empty_cache", "release", "report"]
+
+
+def empty_cache(model: PreTrainedModel, max_length: int | None = None) -> Cache:
+    """A cache of the kind that a model makes for itself, with nothing in it. ``max_length``: with memory for so many tokens.
+
+    Raises :class:`~sparsedsl.UnsupportedError` for ``max_length`` where the model's file has a cache of its own (MiniMax).
+    """
+    file = type(model).__module__
+    own = [kind for kind in vars(sys.modules[file]).values() if isinstance(kind, type) and issubclass(kind, Cache)]
+    own = [kind for kind in own if kind.__module__ == file]
+    if max_length is None:
+        made: Cache = own[0]() if own else DynamicCache(config=model.config)
+        return made
+    if own:
+        raise UnsupportedError(
+            f"cache(): {type(model).__name__} keeps a {own[0].__name__}, which takes memory as tokens come; leave max_length out"
+        )
+    return StaticCache(config=model.config, max_cache_len=check_size("max_length", max_length, 1))
 
 
 def arrange(

@@ -7,7 +7,7 @@ import re
 
 from sparsedsl.errors import PatternError
 
-__all__ = ["GATED_HEADS", "HEADS", "base_of", "block_of", "check_axes", "in_blocks", "join_heads"]
+__all__ = ["GATED_HEADS", "HEADS", "KNOWN", "base_of", "block_of", "check_axes", "in_blocks", "join_heads"]
 
 # Axes whose sizes a call knows from q, k and v. Any other word is a size of its own, the same wherever the word stands.
 KNOWN = ("batch", "heads", "kv_heads", "value_heads", "queries", "keys", "head_dim", "value_dim")

@@ -31,13 +31,15 @@ def test_the_bytes_of_a_state_are_those_that_calls_return(dtype: str) -> None:
     for program, more in (
         (sd.patterns.ring_linear([0.9, 0.8, 0.7, 0.6]), {}),
         (sd.patterns.nha(slots=8, window=16), {"gate": gate}),
+        (sd.patterns.nha(slots=8, window=16, first=3), {"gate": gate}),
+        (sd.patterns.nha(slots=8, window=16, first=3), {"gate": gate, "k_rope": k, "q_rope": q}),
     ):
         found = sd.cache_bound(program)
         assert found.kind == "state"
         for tokens in (7, 50):
             given = {name: x[:, :, :tokens] for name, x in more.items()}
             _, state = sd.compile(program)(q[:, :, :tokens], k[:, :, :tokens], v[:, :, :tokens], return_state=True, **given)
-            wanted = found.bytes(tokens, 2, 16, dtype, head_dim_v=12, batch=2, heads=4)
+            wanted = found.bytes(tokens, 2, 16, dtype, head_dim_v=12, batch=2, heads=4, given=tuple(more))
             assert state.nbytes == wanted, (found, tokens)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsedsl.errors import PatternError
 from sparsedsl.models.applying import AppliedPatterns
+from sparsedsl.models.converting import Conversion
 from sparsedsl.models.layer_search.bounds import Bound, bound_from
 from sparsedsl.models.layer_search.candidates import NATIVE, Candidate, put_in
 from sparsedsl.models.layer_search.evaluations import write_atomically
@@ -121,8 +122,9 @@ class SearchReport:
         """Of the searched layers as they are."""
         return sum(row[NATIVE] for row in self.costs.values())
 
-    def apply(self, model: PreTrainedModel, *, backend: str = "auto") -> AppliedPatterns:
-        """Put the assignment into a model of the kind that was searched; see :func:`sparsedsl.models.apply`.
+    def apply(self, model: PreTrainedModel, *, backend: str = "auto") -> AppliedPatterns | Conversion:
+        """Put the assignment into a model of the kind that was searched, as :func:`sparsedsl.models.apply` does; with hybrid layers in
+        it as :func:`sparsedsl.models.convert` does, ready to be trained.
 
         Raises :class:`~sparsedsl.PatternError` for a model of another class or with another number of attention layers.
         """
