@@ -255,6 +255,12 @@ GALLERY = {
     "pbs": Entry("pbs(block=8, segment=16, mass=0.5)", inputs=dict),
     "token_sparse": Entry("token_sparse(coverage=0.3, probe=8, pool=3, min_tokens=8)", inputs=dict),
     "ring_linear": Entry("ring_linear([0.8, 0.98])", inputs=dict),
+    "gated_delta": Entry("gated_delta()", inputs=lambda: {"g": -random(1, 2, 64).abs() / 8, "beta": random(1, 2, 64).sigmoid()}),
+    "kda": Entry("kda()", inputs=lambda: {"g": -random(1, 2, 64, 16).abs() / 8, "beta": random(1, 2, 64).sigmoid()}),
+    "delta_net": Entry("delta_net()", inputs=lambda: {"beta": random(1, 2, 64).sigmoid()}),
+    "gla": Entry("gla()", inputs=lambda: {"g": -random(1, 2, 64, 16).abs() / 8}),
+    "ssd": Entry("ssd()", inputs=lambda: {"g": -random(1, 2, 64).abs() / 8}),
+    "based": Entry("based()", inputs=dict),
     "moba": Entry("moba(chunk=8, top_k=3)", inputs=dict),
     "nsa": Entry("nsa(block=4, select=8, top_k=3, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 3).sigmoid()}),
 }
@@ -268,6 +274,7 @@ CHAPTERS = {
     "scores": "Score functions",
     "models": "Published systems",
     "systems": "Programs",
+    "recurrent": "Recurrences",
 }
 
 

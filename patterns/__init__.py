@@ -25,6 +25,7 @@ from sparsedsl.patterns.models import (
     t5,
 )
 from sparsedsl.patterns.packing import document_prefix, documents, packed, shared_prefix, tree
+from sparsedsl.patterns.recurrent import based, delta_net, gated_delta, gla, kda, ssd
 from sparsedsl.patterns.scores import alibi, alibi_slope, relative_bias, softcap, t5_bias, t5_bucket
 from sparsedsl.patterns.systems import hsa, moba, nha, nsa, pbs, ring_linear, token_sparse
 
@@ -32,22 +33,27 @@ __all__ = [
     "alibi",
     "alibi_slope",
     "alibi_window",
+    "based",
     "bigbird",
     "block_causal",
     "block_diffusion",
     "blocks",
     "causal",
     "chunked",
+    "delta_net",
     "dilated",
     "document_prefix",
     "documents",
     "full",
+    "gated_delta",
     "gemma2",
     "gemma3",
+    "gla",
     "global_tokens",
     "gpt_oss",
     "grid_position",
     "hsa",
+    "kda",
     "llama4",
     "longformer",
     "mistral",
@@ -67,6 +73,7 @@ __all__ = [
     "sliding_tile",
     "sliding_window",
     "softcap",
+    "ssd",
     "streaming_llm",
     "strided",
     "strided_fixed",

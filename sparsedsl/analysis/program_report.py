@@ -21,6 +21,7 @@ from sparsedsl.lang.tables import declared
 from sparsedsl.plain_values import Reported, plain
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.quantities import bytes_text, factor_text, flops_text, share_text
 
 __all__ = ["ProgramAnalysis", "analyse_program", "lengths_text"]
@@ -134,8 +135,8 @@ def analyse_program(
     domain = Domain(q_len, keys, q_offset, batch, heads, {name: given[name] for name in program.tables})
     domain = exact_domain(program.exprs, domain)
     known = {
-        "batch": batch, "heads": heads, "kv_heads": kv_heads or heads, "queries": q_len, "keys": keys, "head_dim": head_dim,
-        "value_dim": head_dim_v or head_dim, "one": 1, **(sizes or {}),
+        "batch": batch, "heads": heads, "kv_heads": kv_heads or heads, "value_heads": kv_heads or heads, "queries": q_len, "keys": keys,
+        "head_dim": head_dim, "value_dim": head_dim_v or head_dim, "one": 1, **(sizes or {}),
     }  # fmt: skip
     steps = steps_of(program, Lengths(known, domain, item))
     dense = 2 * batch * heads * q_len * keys * (known["head_dim"] + known["value_dim"])
@@ -144,6 +145,7 @@ def analyse_program(
     warnings = [f"a later token reaches a query: {causal.reason or causal.witness}"] if causal.status == "REFUTED" else []
     warnings += [f"{LATER_QUERIES}: not for training or teacher-forced likelihood"] if LATER_QUERIES in effects else []
     warnings += [text for pattern in program.patterns for text in pattern.warnings]
+    warnings += [f"{program.labels[node]}: {text}" for node in program.nodes(Linear) for text in node.warnings]
     warnings += [f"{program.labels[step.node]} allows no pair at these lengths" for step in steps if step.pairs == 0]
     return ProgramAnalysis(
         program, q_len, keys, q_offset, heads, steps, pairs / (batch * heads * q_len * keys), sum(s.flops for s in steps), dense,

@@ -143,6 +143,10 @@ class Backend(ABC):
         """A scan of decayed linear attention: see :func:`~sparsedsl.backends.tiled.scan_linear.linear_scan`."""
         self._cannot("linear()")
 
+    def gated(self, *tensors: Any, **words: Any) -> Any:
+        """A scan of linear attention whose decays come with the data: see :func:`~sparsedsl.backends.tiled.scan_gated.gated_scan`."""
+        self._cannot("linear() with decays that come with the data")
+
     @abstractmethod
     def way(self, request: Request) -> str:
         """How it does a piece of work, in words, for ``explain``."""

@@ -20,10 +20,11 @@ from sparsedsl.execute.state import STATE_RULES, advanced, first_kept, horizon
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
 from sparsedsl.program.axes import base_of, block_of
-from sparsedsl.program.branches import Attend, Linear
+from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import assume, possible
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.select import choices_in
 from sparsedsl.program.tensors import OWN, Input, k, v
 from sparsedsl.runtime.program_call import check_program_call
@@ -121,10 +122,10 @@ def _state_bytes(
     tables: Mapping[str, torch.Tensor],
 ) -> int:  # fmt: skip
     """What the state of a call takes: that of one token is made, and its rows counted for as many as are held."""
-    decays = [len(node.decay) for node in program.nodes(Linear)]
+    decays = [len(node.log_decays) for node in program.nodes(Linear) if isinstance(node.decay, tuple)]
     known = {
-        "batch": batch, "heads": heads or (decays[0] if decays else kv_heads), "kv_heads": kv_heads, "head_dim": head_dim,
-        "value_dim": head_dim_v, "queries": 1, "keys": 1, **sizes,
+        "batch": batch, "heads": heads or (decays[0] if decays else kv_heads), "kv_heads": kv_heads, "value_heads": kv_heads,
+        "head_dim": head_dim, "value_dim": head_dim_v, "queries": 1, "keys": 1, **sizes,
     }  # fmt: skip
 
     def size(axis: str) -> int:
@@ -134,7 +135,8 @@ def _state_bytes(
         return -(-known.get(base, head_dim if base.endswith("dim") else kv_heads) // block_of(axis))
 
     def zeros(node: Input) -> torch.Tensor:
-        return torch.zeros([size(axis) for axis in node.axes], dtype=getattr(torch, dtype))
+        axes = (node.axes[0], "value_heads", *node.axes[2:]) if node is v else node.axes
+        return torch.zeros([size(axis) for axis in axes], dtype=getattr(torch, dtype))
 
     asked = [node for node in program.inputs.values() if node.default is None or node.name in given]
     made = {node.name: zeros(node) for node in (*OWN, *asked)}

@@ -11,8 +11,9 @@ from sparsedsl.backends.registry import AUTO, BACKENDS, named
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program import orders, scores, select, sources, tensors
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.select import Select
 from sparsedsl.runtime.request import CallFacts, Request

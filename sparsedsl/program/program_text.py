@@ -10,7 +10,7 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Mask, Table, as_mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.text import Reader, reading
-from sparsedsl.program import branches, orders, scores, select, sources, tensors
+from sparsedsl.program import branches, orders, recurrences, scores, select, sources, tensors
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import one_of
 from sparsedsl.program.rules import Rules
@@ -44,7 +44,7 @@ TEXT_RULES: Rules[Callable[..., Any]] = Rules(
         sources.Slots: sources.slots,
         branches.Attend: branches.attend,
         branches.Recall: branches.recall,
-        branches.Linear: branches.linear,
+        recurrences.Linear: recurrences.linear,
         branches.Joint: branches.joint,
         branches.Mix: branches.mix,
         branches.Compact: branches.compact,

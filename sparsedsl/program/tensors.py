@@ -62,7 +62,7 @@ def input(name: str, axes: str, *, default: Node | None = None) -> Input:
 
     Args:
         name: the keyword.
-        axes: its axes, in words: ``batch, heads, kv_heads, queries, keys, head_dim, value_dim`` have the sizes of q, k and v;
+        axes: its axes, in words: ``batch, heads, kv_heads, value_heads, queries, keys, head_dim, value_dim`` have the sizes of q, k, v;
             ``keys/64`` has one row for 64 keys (a call may leave an incomplete last one out); a number is that size; any other word is a
             size of its own, the same wherever it stands.
         default: the node that stands in where the call gives nothing, with the same axes.

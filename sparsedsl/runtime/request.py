@@ -57,6 +57,8 @@ class Request:
         mask, score: of attention along selected blocks, which pairs of a block attend and the logit (see
             :class:`~sparsedsl.selection.selected_call.SelectedCall`); ``block`` keys in each; ``per_block``: each has a softmax of its own.
         slots: how many a scan has.
+        form: of linear attention: ``""``, a constant decay a head and a plain sum; else ``scalar`` or ``vector`` decays that come with the
+            data, followed by ``delta`` for the delta rule or ``before`` where queries read before their token writes.
     """
 
     work: Work
@@ -68,6 +70,7 @@ class Request:
     block: int = 0
     per_block: bool = False
     slots: int = 0
+    form: str = ""
 
 
 class NotYet(str):
