@@ -187,6 +187,7 @@ def test_tests_import_no_tests_and_no_conftest():
 
 
 def test_what_is_slow_begins(tmp_path):
-    source = "import pytest\n\ndef test_first():\n    pass\n\n@pytest.mark.slow\ndef test_last():\n    pass\n\ndef test_middle():\n    pass\n"
+    plain = "def test_{}():\n    pass\n"
+    source = "import pytest\n" + plain.format("first") + "@pytest.mark.slow\n" + plain.format("last") + plain.format("middle")
     done = run_pytest(tmp_path, source, "-v")
     assert re.findall(r"::test_(\w+) PASSED", done.stdout) == ["last", "first", "middle"], done.stdout
