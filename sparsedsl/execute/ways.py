@@ -11,8 +11,9 @@ from sparsedsl.backends.registry import AUTO, BACKENDS, named
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program import orders, scores, select, sources, tensors
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.select import Select
 from sparsedsl.runtime.request import CallFacts, Request
@@ -70,7 +71,7 @@ def _attend(node: Attend, work: Work) -> str:
             found.append(f"{way}, a softmax in every block, weights outside" if request.per_block else way)
         elif request.pattern is not None:
             mask = request.pattern.mask.expr
-            found.append(way if len(work) == 1 and mask == sympy.true else f"{way} for {Mask(mask)}{_tables(node, mask)}")
+            found.append(way if len(work) == 1 and mask == sympy.true else f"{way}: {Mask(mask)}{_tables(node, mask)}")
     return "; one softmax over both: ".join(found)
 
 

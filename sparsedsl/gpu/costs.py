@@ -18,6 +18,7 @@ from sparsedsl.gpu.targets import Target
 
 if TYPE_CHECKING:
     from sparsedsl.analysis.lists import BlockLists
+    from sparsedsl.analysis.totals import Totals
 
 __all__ = [
     "Held",
@@ -28,6 +29,7 @@ __all__ = [
     "listed_tiles",
     "loaded_bytes",
     "ranked",
+    "retiled",
     "seconds",
     "work_of",
 ]
@@ -116,6 +118,23 @@ def banded_tiles(
     listed, whole = round(touched * rows), round(full * rows)
     programs, longest = (columns, by_column) if by_key else (rows, by_row)
     return TileCounts(whole * copies, (listed - whole) * copies, programs * copies, longest)
+
+
+def retiled(totals: Totals, block: tuple[int, int], copies: int, step: int = 1) -> TileCounts:
+    """Counts for tiles of ``block`` from those of tiles of 128 x 128, by their areas; ``copies``: batch entries times heads; ``step``:
+    residues that a kernel takes one at a time, each dense.
+
+    >>> from sparsedsl.analysis.report import analyse
+    >>> import sparsedsl as sd
+    >>> retiled(analyse(sd.kv_idx <= sd.q_idx, 4096).totals, (128, 64), copies=8)
+    TileCounts(full=7936, partial=512, programs=256, longest=64)
+    """
+    batch, heads, rows, _ = totals.shape
+    copies //= batch * heads
+    smaller = 128 * 128 / (block[0] * block[1] * step)
+    programs = max(1, round(rows * batch * heads * 128 / block[0]))
+    longest = max(1, round(totals.most * 128 / (block[1] * step)))
+    return TileCounts(round(totals.full * smaller) * copies, round(totals.partial * smaller) * copies, programs * copies, longest)
 
 
 def estimated_held(kernel: str, shape: Shape, target: Target, config: Config) -> Held:

@@ -40,7 +40,9 @@ class TritonBackend(Backend):
             return f"the generated kernels have heads up to {WIDEST} wide; this one is {widest}"
         if request.slots > MOST["the number of slots"]:
             return f"the kernels hold at most {MOST['the number of slots']} slots; these are {request.slots}"
-        lacking = missing(facts.device)
+        if request.form:
+            return f"its kernels for linear() have a constant decay a head and write every value as it is; this has {_worded(request.form)}"
+        lacking = self.lacking(facts.device)
         if lacking is not None:
             return lacking
         if request.work == "selected":
@@ -48,6 +50,10 @@ class TritonBackend(Backend):
 
             return refusal_of_selected(request)
         return None if request.pattern is None else refusal_of(request.pattern)
+
+    def lacking(self, device: str) -> str | None:
+        """Triton, or a GPU."""
+        return missing(device)
 
     def preference(self, request: Request) -> int:
         """First on a GPU; an interpreter is only for tests."""
@@ -117,6 +123,13 @@ class TritonBackend(Backend):
         from sparsedsl.backends.triton.selected import selected_attention
 
         return {"selected": selected_attention, "slots": slot_scan_triton, "linear": linear_scan_triton}
+
+
+def _worded(form: str) -> str:
+    """The form of a linear attention, in words."""
+    kind, _, rule = form.partition(" ")
+    what = "a decay for every key" if kind == "scalar" else "a decay for every channel of a key"
+    return what + {"delta": " and the delta rule", "before": ", read before it is written"}.get(rule, "")
 
 
 def _printed(request: Request) -> str:
