@@ -1,4 +1,4 @@
-"""The kernel that chooses blocks, compiled as it is launched: it fits, no loop is slowed by spills, it multiplies once and knows no length."""
+"""The kernel that chooses blocks, compiled as it is launched: it fits, no loop is slowed by spills, nothing is multiplied twice."""
 
 from __future__ import annotations
 
