@@ -22,7 +22,7 @@ MODULES = [name for name in modules() if not name.endswith("__main__")]
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 # Whole names of the public modules, and the folder of pages that describe them one by one.
-PUBLIC = ["sparsedsl", "sparsedsl.patterns", "sparsedsl.testing", "sparsedsl.models"]
+PUBLIC = ["sparsedsl", "sparsedsl.patterns", "sparsedsl.testing", "sparsedsl.models", "sparsedsl.nn", "sparsedsl.export"]
 REFERENCE = ROOT / "docs" / "api"
 
 
@@ -44,8 +44,9 @@ def test_docstring_examples(name, scratch, capsys):
 @pytest.mark.parametrize("package", PUBLIC)
 def test_public_functions_and_classes_are_explained_by_example(package):
     module = importlib.import_module(package)
-    assert module.__all__
-    things = {name: getattr(module, name) for name in module.__all__}
+    assert set(module.__all__) <= set(dir(module))
+    assert [name for name in dir(module) if name.startswith("_") or name in ("annotations", "answer_for")] == []
+    things = {name: getattr(module, name) for name in dir(module)}
     lacking = [name for name, thing in things.items() if not _is_explained(thing)]
     assert lacking == [], "public, but the docstring is missing or shows no runnable example"
 

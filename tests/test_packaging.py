@@ -48,8 +48,12 @@ def test_files_that_are_not_python_are_declared():
     found = {
         f"{folder}/{path.relative_to(ROOT / folder)}" for folder in PACKAGES for path in files(folder) if path.suffix != ".py"
     }
-    assert SETUPTOOLS["package-data"] == {"sparsedsl": ["py.typed"], "sparsedsl.codegen.cpp": ["*.cpp", "*.h"]}
-    assert {name for name in found if not re.fullmatch(r"codegen/cpp/\w+\.(cpp|h)", name)} == {"sparsedsl/py.typed"}
+    assert SETUPTOOLS["package-data"] == {
+        "sparsedsl": ["py.typed"], "sparsedsl.codegen.cpp": ["*.cpp", "*.h"], "sparsedsl.view": ["page.*"],
+    }  # fmt: skip
+    assert {name for name in found if not re.fullmatch(r"codegen/cpp/\w+\.(cpp|h)", name)} == {
+        "sparsedsl/py.typed", *(f"sparsedsl/view/page.{kind}" for kind in ("css", "html", "js")),
+    }  # fmt: skip
 
 
 def test_the_console_script_exists():

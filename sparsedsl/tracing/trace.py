@@ -54,7 +54,7 @@ def trace_mask(mask_mod: Callable[..., Any], *, rename: Mapping[str, str] | None
     ...     return (q_idx >= kv_idx) & (document[q_idx] == document[kv_idx])
     >>> mask = trace_mask(packed)
     >>> print(mask)
-    (document[q_idx] == document[kv_idx]) & (q_idx >= kv_idx)
+    (document[q_idx] == document[kv_idx]) & (kv_idx <= q_idx)
     >>> mask.tables["document"].declaration(), mask.bound["document"] is document
     ("table('document', monotone=True)", True)
     """
