@@ -90,7 +90,7 @@ def test_what_the_picture_says():
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("kv_idx (key)", "q_idx (query)")
         assert axes.yaxis_inverted() and not axes.xaxis_inverted()
         assert [text.get_text() for text in axes.get_legend().get_texts()]
-    assert figure.get_suptitle() == "q_idx >= kv_idx"
+    assert figure.get_suptitle() == "kv_idx <= q_idx"
     assert caption(figure).splitlines() == [
         "64 queries x 64 keys",
         "2,080 of 4,096 pairs allowed (50.8 %)",

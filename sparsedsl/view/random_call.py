@@ -13,8 +13,9 @@ from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import MissingPackageError, UnsupportedError
 from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.plotting import plot
-from sparsedsl.program.branches import Attend, Linear
+from sparsedsl.program.branches import Attend
 from sparsedsl.program.graph import Program
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.view.setting import Setting
 
@@ -67,7 +68,7 @@ def random_call(program: Program, setting: Setting, tables: Mapping[str, Any]) -
 
 def _heads(program: Program, tables: Mapping[str, Any]) -> int:
     """As many as the program is written for, else :data:`HEADS`."""
-    decays = [len(node.decay) for node in program.nodes(Linear)]
+    decays = [len(node.log_decays) for node in program.nodes(Linear) if isinstance(node.decay, tuple)]
     counted = count_heads((node.pattern for node in program.nodes(Attend)), tables, None)
     return next(iter(decays), counted if counted > 1 else HEADS)
 
