@@ -19,7 +19,7 @@ from sparsedsl.backends.triton.choice_forms import Form, LeftToTorch, check_size
 from sparsedsl.backends.triton.config_choice import target_of
 from sparsedsl.backends.triton.launching import ALIGN, in_tiles, is_aligned, on, strided, tiles_contiguous
 from sparsedsl.backends.triton.scan_pass import filled, precision_of
-from sparsedsl.gpu.estimates import family
+from sparsedsl.gpu.estimates import family, warps_of
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.gpu.targets import Target
 from sparsedsl.selection.candidates import Candidates, IntervalRule, PairRule, Within
@@ -109,8 +109,9 @@ def choice_tiles(dtype: torch.dtype, width: int, k: int, rows: int, bound: bool,
     # The list, and of a bound both parts of the rows, are held in registers.
     most = 16 if rows <= FEW_ROWS else 32 if wide or bound else 64
     most = max(16, min(most, 2048 // kept))
-    deep = 2 if family(target) == "cdna" or wide else 3
-    return ChoiceTiles(most, 64, kept, 4, deep)
+    if family(target) == "cdna":  # two products that are added up are shared out by rows alone
+        return ChoiceTiles(most, 64, kept, warps_of(most, target) if bound else 4, 2)
+    return ChoiceTiles(most, 64, kept, 4, 2 if wide else 3)
 
 
 def choose_blocks(
