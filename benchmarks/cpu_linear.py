@@ -1,8 +1,8 @@
 """Part ``linear`` of ``cpu.py``: linear attention whose decays and write rules come with the data, batch 1, 4 heads.
 
 *ours*: backend ``cpp``. *tiled*: the same in torch. *recurrence*: token by token in torch, of the first tokens, its time multiplied (the
-table shows it as a goal). *SDPA*: dense and causal, as many heads, as wide as keys. Every work is measured forward, and forward and backward with
-gradients of q, k, v and the gates. *useful* counts what states and chunks of 64 tokens cost.
+table shows it as a goal). *SDPA*: dense and causal, as many heads, as wide as keys. Every work is measured forward, and forward and
+backward with gradients of q, k, v and the gates. *useful* counts what states and chunks of 64 tokens cost.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ class AppliedPatterns:
         >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> with sd.models.apply(LlamaForCausalLM(LlamaConfig(**tiny)), sd.kv_idx <= sd.q_idx + 1) as applied:
         ...     applied.by_layers()
-        [((0, 1), <Pattern attend(q_idx >= kv_idx - 1)>, True)]
+        [((0, 1), <Pattern attend(kv_idx <= q_idx + 1)>, True)]
         """
         groups: dict[tuple[str, bool], list[int]] = {}
         for index, pattern in self.patterns.items():

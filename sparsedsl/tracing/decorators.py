@@ -38,13 +38,13 @@ def mask(function: Any = None, /, *, rename: Mapping[str, str] | None = None) ->
     ... def local(b, h, q_idx, kv_idx):
     ...     return (q_idx >= kv_idx) & (q_idx - kv_idx < 4)
     >>> local
-    Mask((q_idx >= kv_idx) & (q_idx - kv_idx <= 3))
+    Mask((kv_idx <= q_idx) & (q_idx - kv_idx < 4))
     >>> ids = torch.tensor([0, 0, 1])
     >>> @sd.mask(rename={"ids": "doc"})
     ... def packed(b, h, q_idx, kv_idx):
     ...     return ids[q_idx] == ids[kv_idx]
     >>> print(local & packed)
-    (doc[q_idx] == doc[kv_idx]) & (q_idx >= kv_idx) & (q_idx - kv_idx <= 3)
+    (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx) & (q_idx - kv_idx < 4)
     """
     if function is None:
         return lambda given: trace_mask(given, rename=rename)
@@ -79,7 +79,7 @@ def traced(function: Callable[..., Any], where: str) -> Mask | Score:
         TraceError: its arguments do not tell which it is. ``where`` names what it was given to.
 
     >>> traced(lambda b, h, q, k: q >= k, "compile()"), traced(lambda s, b, h, q, k: s + (k - q), "compile()")
-    (Mask(q_idx >= kv_idx), Score(score + kv_idx - q_idx))
+    (Mask(kv_idx <= q_idx), Score(score + kv_idx - q_idx))
     """
     name = getattr(function, "__name__", type(function).__name__)
     names = _arguments(function)

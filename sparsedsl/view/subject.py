@@ -51,7 +51,7 @@ class Subject:
     >>> [parameter.name for parameter in subject.parameters]
     ['window', 'sink_count']
     >>> print(subject.make({"window": 16, "sink_count": 2}).mask)
-    ((q_idx >= kv_idx) & (q_idx - kv_idx <= 15)) | ((q_idx >= kv_idx) & (kv_idx <= 1))
+    ((kv_idx <= q_idx) & (q_idx - kv_idx < 16)) | ((kv_idx <= q_idx) & (kv_idx < 2))
     """
 
     def __init__(self, spec: str):

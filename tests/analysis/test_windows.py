@@ -30,6 +30,8 @@ MASKS = {
     "documents, not in order": sd.table("doc")[sd.q_idx] == sd.table("doc")[sd.kv_idx],
     "2-D": P.neighbourhood_2d(15, 20, kernel=5),
     "of lengths": (sd.kv_idx > sd.kv_len // 3) ^ (sd.q_idx > sd.q_len // 2),
+    "two windows that touch": ((sd.q_idx - sd.kv_idx >= 0) & (sd.q_idx - sd.kv_idx <= 9))
+    | ((sd.q_idx - sd.kv_idx >= 10) & (sd.q_idx - sd.kv_idx <= 40)),
     "nothing": P.causal() & (sd.kv_idx > sd.q_idx),
 }
 

@@ -107,8 +107,8 @@ def test_any_name_means_the_same(pattern: Any, case: Any, data: Any) -> None:
     source = flex_functions(hostile)
     made: dict[str, Any] = {}
     exec(source.text, made)
-    end = {"q_offset": case.q_offset, "q_len": case.q_offset + case.q_len, "kv_len": case.kv_len}
-    mask_mod, score_mod = made["mods"](*({**end, **passed}[name] for name in source.values))
+    ends = case.q_offset, case.q_offset + case.q_len, case.kv_len
+    mask_mod, score_mod = made["mods"](*ends, *(passed[name] for name in source.values[len(ends) :]))
     grid = torch.meshgrid(*map(torch.arange, (case.batch, case.heads, case.q_len, case.kv_len)), indexing="ij")
     assert torch.equal(mask_mod(*grid).expand(grid[0].shape), wanted["m"].expand(grid[0].shape)), source.text
     if score_mod is not None:

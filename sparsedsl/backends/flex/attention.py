@@ -126,7 +126,7 @@ class FlexKernel(PatternRunner):
         source, domain = self._source, call.domain
         q, k, v = call.q.detach(), call.k.detach(), call.v.detach()
         sink_at = None
-        if "sink_at" in source.values:  # alone in a tile of its own, which ends with it
+        if self.pattern.sink is not None and "sink_at" in source.values:  # alone in a tile of its own, which ends with it
             sink_at = -(-domain.kv_len // lists.block[1]) * lists.block[1]
             k, v = (F.pad(t, (0, 0, 0, sink_at + 1 - domain.kv_len)) for t in (k, v))
         packed = self._pack(lists, q.device, sink=sink_at is not None, backward=False)
