@@ -19,11 +19,12 @@ from sparsedsl.lang.expressions import Mask, as_mask, kv_idx, kv_len, q_idx
 from sparsedsl.lang.numeric import minimum
 from sparsedsl.program import select
 from sparsedsl.program.axes import base_of, block_of
-from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall, reads_scores
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Mix, Recall, reads_scores
 from sparsedsl.program.decided import assume
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Take, Tokens
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.scores import (
     Antidiagonal,

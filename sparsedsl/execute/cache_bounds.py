@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -19,10 +20,11 @@ from sparsedsl.execute.state import STATE_RULES, advanced, first_kept, horizon
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
 from sparsedsl.program.axes import base_of, block_of
-from sparsedsl.program.branches import Attend, Linear
+from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import assume, possible
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.select import choices_in
 from sparsedsl.program.tensors import OWN, Input, k, v
 from sparsedsl.runtime.program_call import check_program_call
@@ -73,7 +75,8 @@ def _program_bound(program: Program) -> CacheBound:
         back, first = horizon(program), first_kept(program)
     except UnsupportedError as error:
         why = str(error).removeprefix("the program keeps no state: ").split(". Pass all")[0]
-        return CacheBound(GROWS, None, Verdict("UNKNOWN", reason=program.worded(why)), causal=causal, step=_step(program))
+        why = program.worded(re.sub(r"<\w+ (\w+)>", r"\1", why))
+        return CacheBound(GROWS, None, Verdict("UNKNOWN", reason=why), causal=causal, step=_step(program))
     size = functools.partial(_state_bytes, program, first + back)
     return CacheBound(STATE, None, PROVED, first=first, recent=back, causal=causal, state_bytes=size)
 
@@ -119,10 +122,10 @@ def _state_bytes(
     tables: Mapping[str, torch.Tensor],
 ) -> int:  # fmt: skip
     """What the state of a call takes: that of one token is made, and its rows counted for as many as are held."""
-    decays = [len(node.decay) for node in program.nodes(Linear)]
+    decays = [len(node.log_decays) for node in program.nodes(Linear) if isinstance(node.decay, tuple)]
     known = {
-        "batch": batch, "heads": heads or (decays[0] if decays else kv_heads), "kv_heads": kv_heads, "head_dim": head_dim,
-        "value_dim": head_dim_v, "queries": 1, "keys": 1, **sizes,
+        "batch": batch, "heads": heads or (decays[0] if decays else kv_heads), "kv_heads": kv_heads, "value_heads": kv_heads,
+        "head_dim": head_dim, "value_dim": head_dim_v, "queries": 1, "keys": 1, **sizes,
     }  # fmt: skip
 
     def size(axis: str) -> int:
@@ -132,7 +135,8 @@ def _state_bytes(
         return -(-known.get(base, head_dim if base.endswith("dim") else kv_heads) // block_of(axis))
 
     def zeros(node: Input) -> torch.Tensor:
-        return torch.zeros([size(axis) for axis in node.axes], dtype=getattr(torch, dtype))
+        axes = (node.axes[0], "value_heads", *node.axes[2:]) if node is v else node.axes
+        return torch.zeros([size(axis) for axis in axes], dtype=getattr(torch, dtype))
 
     asked = [node for node in program.inputs.values() if node.default is None or node.name in given]
     made = {node.name: zeros(node) for node in (*OWN, *asked)}

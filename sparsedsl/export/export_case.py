@@ -16,7 +16,6 @@ from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.analysis.lists import size_text
 from sparsedsl.analysis.report import bind_for_analysis
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.export.spans import Room, Spans, first_difference, spans_of
@@ -24,6 +23,7 @@ from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import Pattern, as_pattern, relates_positions
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.program.graph import as_program
+from sparsedsl.quantities import bytes_text
 
 __all__ = ["MAX_BYTES", "Case", "Part", "prepare"]
 
@@ -144,7 +144,7 @@ class Case:
     def too_large(self, what: str, count: int) -> NoReturn:
         """Refuse for the size."""
         self.refuse(
-            f"{what} would take at least {size_text(count)}, over max_bytes={self.max_bytes} ({size_text(self.max_bytes)}); give more "
+            f"{what} would take at least {bytes_text(count)}, over max_bytes={self.max_bytes} ({bytes_text(self.max_bytes)}); give more "
             "room by max_bytes=, or sd.compile(pattern) runs it without"
         )
 

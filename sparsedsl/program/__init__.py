@@ -2,16 +2,17 @@
 
 What the nodes are for, one after the other in the modules: ``tensors`` (inputs, summaries), ``scores`` (cheap scores), ``select``
 (choices), ``orders`` (sorts, subsets), ``sources`` (slots, weights of chunks), ``branches`` (attention and its combinations),
-``decided`` (candidates), ``graph`` (the whole), ``rules`` (tables with a rule for every kind of node), ``text``, ``effects`` (what a
-program does beside computing), ``kinds`` (every kind described), ``decays`` (data of Ring models).
+``recurrences`` (linear attention), ``decided`` (candidates), ``graph`` (the whole), ``rules`` (tables with a rule for every kind of
+node), ``text``, ``effects`` (what a program does beside computing), ``kinds`` (every kind described), ``decays`` (data of Ring models).
 """
 
 from __future__ import annotations
 
-from sparsedsl.program.branches import attend, compact, joint, linear, mix, recall
+from sparsedsl.program.branches import attend, compact, joint, mix, recall
 from sparsedsl.program.decays import decay_table, schedule
 from sparsedsl.program.graph import Program
 from sparsedsl.program.orders import keep_tokens, segment_sort, take
+from sparsedsl.program.recurrences import linear
 from sparsedsl.program.scores import antidiagonal, bound, dot, probe, smooth
 from sparsedsl.program.select import threshold, top_k, top_p
 from sparsedsl.program.sources import per_chunk, slots

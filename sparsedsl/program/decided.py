@@ -57,7 +57,7 @@ def possible(mask: Mask) -> Mask:
     >>> import sparsedsl as sd
     >>> selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 4)
     >>> possible((sd.kv_idx <= sd.q_idx) & ~selected)
-    Mask(q_idx >= kv_idx)
+    Mask(kv_idx <= q_idx)
     """
     nodes, bound = _split(mask)
     return Mask(_possible(mask.expr, nodes), bound)
@@ -138,7 +138,7 @@ def with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Patt
         mask = _renamed(mask, label, known)
         if normaliser is not None and normaliser.selected is node:
             normaliser = replace(normaliser, selected=known)
-    return Pattern(mask, pattern.score, pattern.sink, pattern.scale), normaliser
+    return Pattern(mask, pattern.score, pattern.sink, pattern.scale, pattern.causal), normaliser
 
 
 def _renamed(mask: Mask, label: str, node: Select) -> Mask:

@@ -130,7 +130,7 @@ def top_k(scores: Scores, count: int, *, among: Any = None, forced: Any = None, 
     >>> import sparsedsl as sd
     >>> selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 16, name="selected")
     >>> (sd.kv_idx <= sd.q_idx) & selected
-    Mask((q_idx >= kv_idx) & selected[b, h, q_idx, kv_idx // 64])
+    Mask((kv_idx <= q_idx) & selected[b, h, q_idx, kv_idx // 64])
     """
     scores, among, forced, name = _check("top_k", scores, among, forced, name)
     count, extra = check_block("top_k", "count", count), _flag("top_k", "extra", extra)

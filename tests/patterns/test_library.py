@@ -79,7 +79,12 @@ EXAMPLES = {
     "tree": lambda: P.tree(),
 }
 PROGRAMS = {
+    "based": lambda: P.based(),
+    "delta_net": lambda: P.delta_net(),
+    "gated_delta": lambda: P.gated_delta(),
+    "gla": lambda: P.gla(),
     "hsa": lambda: P.hsa(),
+    "kda": lambda: P.kda(),
     "hsa.stick_breaking": lambda: P.hsa(32, 8, "stick_breaking", inner="softmax1"),
     "moba": lambda: P.moba(),
     "nha": lambda: P.nha(),
@@ -89,6 +94,7 @@ PROGRAMS = {
     "pbs": lambda: P.pbs(),
     "pbs.group": lambda: P.pbs(64, 512, 0.95, share="group"),
     "ring_linear": lambda: P.ring_linear(sd.decay_table(4, layer=3, layers=20)),
+    "ssd": lambda: P.ssd(),
     "token_sparse": lambda: P.token_sparse(),
     "token_sparse.pbs": lambda: P.token_sparse(0.01, inside=P.pbs()),
 }
