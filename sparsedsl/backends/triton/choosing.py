@@ -109,8 +109,9 @@ def choice_tiles(dtype: torch.dtype, width: int, k: int, rows: int, bound: bool,
     # The list, and of a bound both parts of the rows, are held in registers.
     most = 16 if rows <= FEW_ROWS else 32 if wide or bound else 64
     most = max(16, min(most, 2048 // kept))
-    if family(target) == "cdna":  # two products that are added up are shared out by rows alone
-        return ChoiceTiles(most, 64, kept, warps_of(most, target) if bound else 4, 2)
+    # On AMD two products that are added up are shared out by rows alone, and what is on its way is held in registers.
+    if family(target) == "cdna":
+        return ChoiceTiles(most, 64, kept, warps_of(most, target) if bound else 4, 1 if bound else 2)
     return ChoiceTiles(most, 64, kept, 4, 2 if wide else 3)
 
 
