@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
-from sparsedsl.program.axes import base_of, block_of
+from sparsedsl.program.axes import base_of, rows_on
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 
@@ -55,7 +55,7 @@ def words(program: Program, node: Node, sizes: Mapping[str, int]) -> tuple[str, 
 
 def _axis(axis: str, sizes: Mapping[str, int]) -> str:
     size = sizes.get(base_of(axis))
-    return axis if size is None else f"{axis}={-(-size // block_of(axis)):,}"
+    return axis if size is None else f"{axis}={rows_on(axis, size):,}"
 
 
 def places(graph: nx.DiGraph) -> tuple[dict[Any, tuple[float, float]], list[list[Any]]]:

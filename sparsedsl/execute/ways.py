@@ -10,11 +10,11 @@ import sympy
 from sparsedsl.backends.registry import named
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program import orders, scores, select, sources, tensors
+from sparsedsl.program import given_blocks, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
 from sparsedsl.program.node import Node
 from sparsedsl.program.rules import Rules
-from sparsedsl.program.select import Select
+from sparsedsl.program.select import Choice, Select
 from sparsedsl.runtime.request import Request
 
 __all__ = ["WAY_RULES", "way_of"]
@@ -42,6 +42,11 @@ _CHOOSING = "C++ on a CPU with a compiler (auto and cpp), else torch"
 def _select(node: Select, work: Work) -> str:
     rows, columns = node.blocks
     return f"lists for every {_few(rows, 'query', 'queries')}, of blocks of {_few(columns, 'key', 'keys')}: {_CHOOSING}"
+
+
+def _given(node: given_blocks.Given, work: Work) -> str:
+    what = "a bitmap as lists" if node.is_bitmap else "lists, checked and put in order"
+    return f"torch: {what} of blocks of {_few(node.blocks[1], 'key', 'keys')} for every {_few(node.blocks[0], 'query', 'queries')}"
 
 
 def _few(count: int, one: str, many: str) -> str:
@@ -82,6 +87,9 @@ WAY_RULES: Rules[Callable[[Any, Work], str | None]] = Rules(
         **dict.fromkeys((tensors.Input, tensors.Summary, sources.Slots), _words(None)),
         **dict.fromkeys((scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup), _SCORES),
         **dict.fromkeys((scores.Plus, scores.Gumbel, scores.Grouped), _SCORES),
+        **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap), _SCORES),
+        **dict.fromkeys((scores.GivenScores, scores.GivenKeyScores), _words(None)),
+        given_blocks.Given: _given,
         scores.Probe: _words(f"two passes over tiles of keys: {_CHOOSING}"),
         scores.Smooth: _words("torch: means of neighbours"),
         scores.GroupedKeys: _words("torch: heads joined"),

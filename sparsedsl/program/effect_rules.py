@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sparsedsl.program import orders, scores, select, sources, tensors
+from sparsedsl.program import given_blocks, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node, reached
@@ -72,6 +72,8 @@ EFFECT_RULES: Rules[Callable[[Any], Effects]] = Rules(
         **dict.fromkeys((tensors.Input, tensors.Summary, orders.Take, orders.Inverse, sources.Slots), _none),
         **dict.fromkeys((scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup, scores.Plus), _none),
         **dict.fromkeys((scores.Gumbel, scores.Grouped, scores.Probe, scores.Smooth, scores.GroupedKeys), _none),
+        **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _none),
+        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given), _none),
         **dict.fromkeys((Order, Tokens), _by_probes),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _for_blocks),
         **dict.fromkeys((Linear, Recall), _state),

@@ -136,6 +136,10 @@ class Node(Unread):
             for name, value in said.items()
         )
 
+    def __mul__(self, other: Any) -> Any:
+        # Scores know what a factor of rows makes of them.
+        return NotImplemented if self.gives == "tensor" and getattr(other, "gives", None) == "scores" else self._unread()
+
     def same_as(self, other: object) -> bool:
         """Whether ``other`` is this node, told by its text form and the tensors bound in it."""
         return self is other

@@ -5,32 +5,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
-from sparsedsl.lang.expressions import Index, Mask, as_mask, b, h, kv_idx, q_idx, table
-from sparsedsl.lang.symbols import SCORE
+from sparsedsl.lang.expressions import Index, Mask, as_mask, b, h, kv_idx, kv_len, q_idx, table
+from sparsedsl.lang.symbols import KV_IDX, KV_LEN, SCORE
+from sparsedsl.lang.tables import read_class, table_reads
 from sparsedsl.program.axes import block_of
+from sparsedsl.program.decided import pairs_decided_by
 from sparsedsl.program.node import Operand, nodes_in, one_of
 from sparsedsl.program.scores import Scores, check_scores
 from sparsedsl.program.tensors import check_block
 
-__all__ = ["Select", "Threshold", "TopK", "TopP", "choices_in", "threshold", "top_k", "top_p"]
+__all__ = ["Choice", "Select", "Threshold", "TopK", "TopP", "choices_in", "told_candidates", "threshold", "top_k", "top_p"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Select(Operand):
-    """Base of the choices. ``among``: the pairs that make a block a candidate; None: not known before the mask is.
+class Choice(Operand):
+    """Base of what says which blocks of keys belong to which blocks of queries: chosen by scores, or given."""
 
-    ``forced``: pairs that make a block chosen in any case (if it is a candidate).
-    """
-
-    scores: Scores
-    among: Mask | None = field(default=None, kw_only=True)
-    forced: Mask | None = field(default=None, kw_only=True)
-    name: str = field(default="", kw_only=True)
     gives: ClassVar[str] = "selected"
     if TYPE_CHECKING:  # operators read it as a mask
 
@@ -40,11 +36,6 @@ class Select(Operand):
         def __ror__(self, other: Any) -> Mask: ...
         def __xor__(self, other: Any) -> Mask: ...
         def __rxor__(self, other: Any) -> Mask: ...
-
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """Those of the scores."""
-        return self.scores.axes
 
     @functools.cached_property
     def blocks(self) -> tuple[int, int]:
@@ -57,13 +48,14 @@ class Select(Operand):
         return self.blocks[0]
 
     @property
+    def candidates(self) -> Mask | None:
+        """The pairs that make a block a candidate, where they are known."""
+        return None
+
+    @property
     def most(self) -> int | None:
         """How many blocks it chooses at most for a block of queries; None: as many as there are candidates."""
         return None
-
-    def within(self, among: Mask) -> Select:
-        """The same choice among these candidates."""
-        return one_of(dataclasses.replace(self, among=among))
 
     def __getitem__(self, indices: tuple[Index, Index, Index, Index]) -> Mask:
         """Read as a boolean table at (batch entry, query head, block of queries, block of keys)."""
@@ -71,24 +63,95 @@ class Select(Operand):
 
     def as_expression(self) -> Mask:
         """Whether the block of the key was chosen for the block of the query."""
+        return self.of_row(1)
+
+    def of_row(self, tokens: int) -> Mask:
+        """The same in an attention whose rows of keys stand for so many tokens each, of which blocks are made."""
         rows, columns = self.blocks
-        return self[b, h, q_idx // rows, kv_idx // columns]
+        return self[b, h, q_idx // rows, kv_idx // (columns // tokens)]
 
 
-def choices_in(mask: Mask) -> dict[str, Select]:
+@dataclass(frozen=True, eq=False, repr=False)
+class Select(Choice):
+    """Base of the choices by scores. ``among``: the pairs that make a block a candidate; None: not known before the mask is.
+
+    ``forced``: pairs that make a block chosen in any case (if it is a candidate).
+    """
+
+    scores: Scores
+    among: Mask | None = field(default=None, kw_only=True)
+    forced: Mask | None = field(default=None, kw_only=True)
+    name: str = field(default="", kw_only=True)
+
+    @functools.cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Those of the scores."""
+        return self.scores.axes
+
+    @property
+    def candidates(self) -> Mask | None:
+        """As declared, or derived from the mask it stands in."""
+        return self.among
+
+    def within(self, among: Mask) -> Select:
+        """The same choice among these candidates."""
+        return one_of(dataclasses.replace(self, among=among))
+
+
+def choices_in(mask: Mask) -> dict[str, Choice]:
     """Table name -> choice, of all choices that a mask reads."""
     read = mask.tables
-    return {name: node for name, node in sorted(mask.bound.items()) if isinstance(node, Select) and name in read}
+    return {name: node for name, node in sorted(mask.bound.items()) if isinstance(node, Choice) and name in read}
+
+
+def told_candidates(mask: Mask, tokens: int = 1, beside: Iterable[Choice] = ()) -> tuple[Mask, dict[Choice, Select]]:
+    """The mask with every choice told its candidates, where it was declared without: the blocks with a pair for which it decides; and
+    which choice became which.
+
+    ``tokens``: those that ``kv_idx`` in the mask counts by; choices count single ones. ``beside``: choices that the mask was declared
+    with and no longer reads, as it is false without them: they have no candidates.
+    """
+    told: dict[Choice, Select] = {}
+    choices = choices_in(mask)
+    choices |= {label: node for label, node in mask.bound.items() if any(node is one for one in beside) and label not in choices}
+    for label, node in choices.items():
+        if isinstance(node, Select) and node.among is None:
+            added, removed = pairs_decided_by(mask, label)
+            told[node] = node.within(_of_tokens(added | removed, tokens))
+            mask = _renamed(mask, label, told[node])
+    return mask, told
+
+
+def _of_tokens(mask: Mask, tokens: int) -> Mask:
+    """A mask over rows that stand for so many tokens each, over tokens."""
+    if tokens == 1:
+        return mask
+    meant = {KV_IDX: (kv_idx // tokens).expr, KV_LEN: ((kv_len + (tokens - 1)) // tokens).expr}
+    return Mask(mask.expr.xreplace(meant), mask.bound)
+
+
+def _renamed(mask: Mask, label: str, node: Choice) -> Mask:
+    """``mask`` reading ``node`` where it read the table ``label``."""
+    reads = [read for read in table_reads(mask.expr) if read.spec.name == label]
+    specs = {read: read_class(dataclasses.replace(read.spec, name=node.label))(*read.args) for read in reads}
+    bound = mask.bound
+    del bound[label]
+    bound[node.label] = node
+    return Mask(mask.expr.xreplace(specs), bound)
 
 
 def _check(function: str, scores: Any, among: Any, forced: Any, name: Any) -> tuple[Scores, Mask | None, Mask | None, str]:
     scores = check_scores(function, scores)
+    block_of(scores.axes[3])  # of windows nothing is chosen: which of them a token lies in is not one
     if among is not None:
         among = as_mask(among, where=f"{function}(): among")
-        if nodes_in(among):
+        others = [node for node in nodes_in(among) if not isinstance(node, Choice)]
+        if others:
             raise PatternError(
-                f"{function}(): among must not depend on choices of the program, since candidates are known before them; got {among}"
+                f"{function}(): among may read tables and choices of blocks, and of what else a program computes nothing; it reads "
+                f"{others[0]!r}. Make a choice of it, or put it into the mask that the choice stands in"
             )
+        among, _ = told_candidates(among)
     if forced is not None:
         forced = as_mask(forced, where=f"{function}(): forced")
     for word, mask in (("among", among), ("forced", forced)):
@@ -121,8 +184,9 @@ def top_k(scores: Scores, count: int, *, among: Any = None, forced: Any = None, 
     Args:
         scores: from :func:`dot`, :func:`bound`, ...: ``(batch, heads, blocks of queries, blocks of keys)``.
         count: how many.
-        among: a static mask: a block is a candidate if it has a pair that the mask allows. Default: the pairs for which the choice decides
-            in the mask it stands in, so that what the rest of that mask excludes or allows anyway is never scored.
+        among: a mask: a block is a candidate if it has a pair that the mask allows. It may read other choices: blocks within blocks that
+            were chosen before. Default: the pairs for which the choice decides in the mask it stands in, so that what the rest of that
+            mask excludes or allows anyway is never scored.
         forced: a mask: candidates with such a pair are taken first.
         extra: forced blocks do not count.
         name: what reports, choices and text forms call it; default its function, numbered from the second on.

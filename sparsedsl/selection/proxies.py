@@ -12,7 +12,7 @@ from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.selection.chunking import cut, rows_at_once
 from sparsedsl.selection.scores import DotScores
 
-__all__ = ["Pool", "Prober", "bounds", "pooled", "probe", "smooth"]
+__all__ = ["Pool", "Prober", "bounds", "pooled", "probe", "smooth", "windowed"]
 
 Tensor = torch.Tensor
 
@@ -148,6 +148,25 @@ def pooled(
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts, dim=2) if parts else x.new_zeros(x.shape, dtype=accumulated(x.dtype))
+
+
+def windowed(
+    x: Tensor, block: int, stride: int, how: Literal["mean", "sum", "max", "min", "first", "last"] = "mean"
+) -> Tensor:
+    """One row for every complete window of ``block`` tokens of ``x (B, H, N, D)``, one every ``stride``: ``(B, H, windows, D)``,
+    differentiable. Half precision comes out as float32.
+
+    >>> windowed(torch.tensor([1.0, 3.0, 5.0, 9.0]).view(1, 1, 4, 1), 2, 1).flatten()
+    tensor([2., 4., 7.])
+    """
+    count = max(0, (x.shape[2] - block) // stride + 1)
+    if not count:
+        return x.new_zeros((*x.shape[:2], 0, x.shape[3]), dtype=accumulated(x.dtype))
+    parts = []
+    for some in cut(0, count, rows_at_once(4 * x.shape[0] * x.shape[1] * block * x.shape[3])):
+        tokens = x[:, :, some.start * stride : (some.stop - 1) * stride + block]
+        parts.append(_reduced(tokens.unfold(2, block, stride).transpose(3, 4), how))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def bounds(k: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Mask, kv_idx, q_idx, score
 from sparsedsl.program import branches, orders, scores, select, sources, tensors
-from sparsedsl.program.axes import base_of, block_of
+from sparsedsl.program.axes import base_of, block_of, complete_on, rows_on
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
 from sparsedsl.testing.call_shapes import AttentionCase, tensor
@@ -50,7 +50,7 @@ def _size(axis: str, case: AttentionCase, free: Mapping[str, int], ragged: bool)
     tokens = known.get(base_of(axis))
     if tokens is None:
         return free[axis]
-    return -(-tokens // block_of(axis)) if ragged else tokens // block_of(axis)
+    return rows_on(axis, tokens) if ragged else complete_on(axis, tokens)
 
 
 def _free_axes(program: Program) -> dict[str, bool]:

@@ -12,6 +12,8 @@ import torch
 
 from sparsedsl.backends.reference.masks import blocks
 from sparsedsl.backends.reference.tensor_rules import NEVER, per_head, repeat_kv, softmax
+from sparsedsl.program.axes import rows_on
+from sparsedsl.program.given_blocks import Given
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.select import Threshold, TopK, TopP
@@ -130,6 +132,19 @@ def _threshold(run: Evaluation, node: Threshold) -> Tensor:
     return allowed & ((height >= node.least) | forced)
 
 
+def _given(run: Evaluation, node: Given) -> Tensor:
+    given, blocks = run.value(node.x), rows_on(node.axes[3], run.call.k.shape[2])
+    lead = (run.call.q.shape[0], *given.shape[1:3])
+    if node.is_bitmap:
+        run.call.check_bitmap(node, given)
+        known = given.bool().expand(*lead, -1)
+        missing = known.new_zeros(*lead, blocks - known.shape[3])
+        return torch.cat([known, missing], dim=3)
+    run.call.check_lists(node, given)
+    number = torch.arange(blocks, device=given.device)
+    return (given[..., None] == number).any(3).expand(*lead, -1)
+
+
 CHOICE_RULES: dict[type[Node], Rule] = {
     Order: _order,
     Inverse: _inverse,
@@ -137,4 +152,5 @@ CHOICE_RULES: dict[type[Node], Rule] = {
     TopK: _top_k,
     TopP: _top_p,
     Threshold: _threshold,
+    Given: _given,
 }
