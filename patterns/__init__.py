@@ -13,6 +13,7 @@ from sparsedsl.lang.advice import answer_for, meant
 from sparsedsl.patterns.anchors import global_tokens, prefix, sinks
 from sparsedsl.patterns.blockwise import block_causal, block_diffusion, blocks, random_blocks
 from sparsedsl.patterns.grids import grid_position, neighbourhood_2d, neighbourhood_3d, sliding_tile
+from sparsedsl.patterns.indexed import csa, dsa, hca, hisa, infllm_v2, nsa_published, qsa
 from sparsedsl.patterns.local import causal, chunked, dilated, full, sliding_window, strided, strided_fixed
 from sparsedsl.patterns.models import (
     alibi_window,
@@ -40,16 +41,21 @@ __all__ = [
     "blocks",
     "causal",
     "chunked",
+    "csa",
     "dilated",
     "document_prefix",
     "documents",
+    "dsa",
     "full",
     "gemma2",
     "gemma3",
     "global_tokens",
     "gpt_oss",
     "grid_position",
+    "hca",
+    "hisa",
     "hsa",
+    "infllm_v2",
     "llama4",
     "longformer",
     "mistral",
@@ -58,9 +64,11 @@ __all__ = [
     "neighbourhood_3d",
     "nha",
     "nsa",
+    "nsa_published",
     "packed",
     "pbs",
     "prefix",
+    "qsa",
     "random_blocks",
     "relative_bias",
     "ring_linear",

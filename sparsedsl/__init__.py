@@ -70,7 +70,8 @@ _PUBLIC = {
         "sparsedsl.lang.text": "parse",
         "sparsedsl.lang.pattern": "Pattern",
         "sparsedsl.program": (
-            "Program antidiagonal attend bound compact decay_table dot given given_key_scores given_scores input joint k keep_tokens linear mix "
+            "Program antidiagonal attend bound compact decay_table dot given given_key_scores given_scores input joint k "
+            "keep_tokens linear mix "
             "per_chunk probe q recall schedule segment_sort slots smooth summary take threshold top_k top_p v"
         ),
         "sparsedsl.tracing": "trace_mask trace_score",

@@ -46,7 +46,7 @@ from sparsedsl.program.scores import (
     Softmax,
     Weighted,
 )
-from sparsedsl.program.select import Choice, Select, choices_in
+from sparsedsl.program.select import Select, choices_in
 from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, Summary
 
@@ -158,7 +158,8 @@ def _given_blocks(node: given_blocks.Given, known: dict[Node, _Known]) -> _Known
 
 def _given_keys(node: GivenKeyScores, known: dict[Node, _Known]) -> _Known:
     """One number a key for all queries: which of them it was made from is not known."""
-    return _Known(ANY, f"{node.label}, of which the call says no more than the numbers")
+    why = f"{node.label} is one number a key for all queries, and what it was made from is not known"
+    return _Known(ANY, why, Verdict("UNKNOWN", reason=why))
 
 
 def _within(node: Node, among: Mask, known: _Known, what: str, tokens: int = 1) -> _Known:
@@ -197,7 +198,7 @@ def _key_scores(node: Smooth | GroupedKeys, known: dict[Node, _Known]) -> _Known
 
 def _decided(node: Order | Tokens, known: dict[Node, _Known]) -> _Known:
     below = _worst(node.inputs, known) or known[node.scores]
-    return _Known(ANY, f"{node.label} is decided by {below.why}") if below.reach == ANY else below
+    return _Known(ANY, f"{node.label} is decided by {below.why}") if below.reach == ANY and below.verdict is None else below
 
 
 def _inverse(node: Inverse, known: dict[Node, _Known]) -> _Known:

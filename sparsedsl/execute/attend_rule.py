@@ -125,7 +125,14 @@ class _AttendCall:
         node, parts, run, domain = self.node, self.parts, self.run, self.run.domain
         static, selected = parts.static != sympy.false, parts.selected != sympy.false
         reads = any(_reads_nodes(node, mask) for mask in (parts.static, parts.selected))
-        if reads or blocks_of_keys(node) > 1 or self.places is not None or run.call.tables or parts.symbols or len(parts.choices) > 1:
+        if (
+            reads
+            or blocks_of_keys(node) > 1
+            or self.places is not None
+            or run.call.tables
+            or parts.symbols
+            or len(parts.choices) > 1
+        ):
             return None
         if selected and node.pattern.sink is not None:
             return None

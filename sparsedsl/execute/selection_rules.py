@@ -6,6 +6,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch.nn import functional
 
@@ -40,7 +41,7 @@ from sparsedsl.program.scores import (
     Softmax,
     Weighted,
 )
-from sparsedsl.program.select import Select, Threshold, TopK, TopP
+from sparsedsl.program.select import Choice, Select, Threshold, TopK, TopP, choices_in
 from sparsedsl.runtime.heads import alike, reduced, repeat_kv
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.selection import choosing, counts, permutations, proxies
@@ -48,13 +49,14 @@ from sparsedsl.selection.antidiagonals import antidiagonal
 from sparsedsl.selection.candidates import Candidates, PairRule, Within
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.selection.derived_scores import OverlapScores, RegroupedScores, softmax_scores
+from sparsedsl.selection.listed_candidates import top_k_listed
 from sparsedsl.selection.mass import threshold, top_p
 from sparsedsl.selection.noise import GumbelScores
 from sparsedsl.selection.ranking import top_k
 from sparsedsl.selection.score_arithmetic import ReluScores, WeightedScores
 from sparsedsl.selection.scores import DotScores, ScoreSource, TensorScores
-from sparsedsl.selection.stable_topk import ascending, compacted
 from sparsedsl.selection.selected_blocks import KnownScores, SelectedBlocks
+from sparsedsl.selection.stable_topk import ascending, compacted
 
 __all__ = ["LISTED_RULES"]
 
@@ -271,7 +273,36 @@ def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: An
     return selected if selected.blocks == blocks else replace(selected, blocks=blocks)
 
 
+def _inner(node: TopK) -> tuple[Choice, Mask] | None:
+    """The choice within whose blocks another one chooses, for single queries, and what its mask of candidates says beside; None where it
+    says anything else of choices."""
+    if node.among is None or node.blocks[0] != 1 or any(isinstance(part, Antidiagonal) for part in reached(node.scores)):
+        return None
+    inner = list(choices_in(node.among).values())
+    if len(inner) != 1 or inner[0].blocks[0] != 1 or inner[0].blocks[1] % node.blocks[1]:
+        return None
+    own, parts = inner[0].as_expression().expr, sympy.And.make_args(node.among.expr)
+    rest = Mask(sympy.And(*(part for part in parts if part != own)), node.among.bound)
+    return None if own not in parts or reads_nodes(rest) else (inner[0], rest)
+
+
+def _top_k_within(run: Lowering, node: TopK, inner: Choice, beside: Mask) -> SelectedBlocks | None:
+    """Scores of the blocks that lie in those of another choice alone; None where heads that share a choice follow different ones."""
+    source, lists, kv_len = run.value(node.scores), run.value(inner), run.domain.kv_len
+    if source.shape[1] % lists.indices.shape[1]:
+        return None
+    candidates = _allowed(run, beside, node, source)
+    forced = _forced(run, node, candidates, source)
+    fine = lists if inner.blocks[1] == node.blocks[1] else lists.finer(node.blocks[1], kv_len)
+    found = top_k_listed(source, node.count, fine, candidates, forced=forced, extra=node.extra and forced is not None)
+    return replace(found, blocks=rows_on(node.axes[3], kv_len))
+
+
 def _top_k(run: Lowering, node: TopK) -> SelectedBlocks:
+    inner = _inner(node)
+    within = None if inner is None else _top_k_within(run, node, *inner)
+    if within is not None:
+        return within
     extra = run.value(node.scores).shape[3] if node.extra and node.forced is not None else None
     if run.keeps and not any(mask is not None and reads_nodes(mask) for mask in (node.among, node.forced)):
         choose = run.dispatch.chooser(run.call.q.device, run.call.dtype)

@@ -14,7 +14,7 @@ from sparsedsl.program import given_blocks, orders, scores, select, sources, ten
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
 from sparsedsl.program.node import Node
 from sparsedsl.program.rules import Rules
-from sparsedsl.program.select import Choice, Select
+from sparsedsl.program.select import Select
 from sparsedsl.runtime.request import Request
 
 __all__ = ["WAY_RULES", "way_of"]
@@ -46,7 +46,9 @@ def _select(node: Select, work: Work) -> str:
 
 def _given(node: given_blocks.Given, work: Work) -> str:
     what = "a bitmap as lists" if node.is_bitmap else "lists, checked and put in order"
-    return f"torch: {what} of blocks of {_few(node.blocks[1], 'key', 'keys')} for every {_few(node.blocks[0], 'query', 'queries')}"
+    return (
+        f"torch: {what} of blocks of {_few(node.blocks[1], 'key', 'keys')} for every {_few(node.blocks[0], 'query', 'queries')}"
+    )
 
 
 def _few(count: int, one: str, many: str) -> str:

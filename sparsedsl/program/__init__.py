@@ -1,9 +1,10 @@
 """Programs: attention that chooses, reorders, remembers and combines, as a graph of frozen nodes.
 
-What the nodes are for, one after the other in the modules: ``tensors`` (inputs, summaries), ``scores`` (cheap scores), ``score_values`` (what is made of
-scores), ``select`` (choices), ``given_blocks`` (choices made elsewhere), ``orders`` (sorts, subsets), ``sources`` (slots, weights of chunks), ``branches`` (attention and its combinations),
-``decided`` (candidates), ``graph`` (the whole), ``rules`` (tables with a rule for every kind of node), ``text``, ``effects`` (what a
-program does beside computing), ``kinds`` (every kind described), ``decays`` (data of Ring models).
+What the nodes are for, one after the other in the modules: ``tensors`` (inputs, summaries), ``score_values`` and ``scores`` (cheap scores,
+and what is made of them), ``select`` (choices), ``given_blocks`` (choices made elsewhere), ``orders`` (sorts, subsets), ``sources`` (slots,
+weights of chunks), ``branches`` (attention and its combinations), ``decided`` (candidates), ``graph`` (the whole), ``rules`` (tables
+with a rule for every kind of node), ``text``, ``effects`` (what a program does beside computing), ``kinds`` (every kind described),
+``decays`` (data of Ring models).
 """
 
 from __future__ import annotations

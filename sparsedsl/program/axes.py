@@ -29,7 +29,9 @@ def check_axes(function: str, axes: object) -> tuple[str, ...]:
         if "/" in word and base_of(word) not in ("queries", "keys"):
             raise PatternError(f"{function}: only queries and keys come in blocks; got {word!r}")
         if "+" in word and (base_of(word) != "keys" or operator.gt(*reversed(windows_of(word) or (1, 1)))):
-            raise PatternError(f"{function}: windows are of keys, and begin at least once in their length, keys/32+16; got {word!r}")
+            raise PatternError(
+                f"{function}: windows are of keys, and begin at least once in their length, keys/32+16; got {word!r}"
+            )
         if word.isdecimal() and int(word) < 1:
             raise PatternError(f"{function}: an axis must have at least size 1; got {word!r}")
     named = [word for word in words if not word.isdecimal()]

@@ -138,8 +138,8 @@ def attend(
             value of zero, as in GPT-OSS; ``0.0`` gives softmax-plus-one.
         scale: factor on ``q @ k``; default ``head_dim ** -0.5``.
         heads: the number of query heads it is written for; None takes what its parts say, as ``alibi(8)`` does, else any number.
-        q, k, v: nodes to attend with in place of the call's own: reordered keys, summaries (``kv_idx`` then counts blocks), inputs. A choice
-            in the mask is then that of the block which the tokens of a row lie in.
+        q, k, v: nodes to attend with in place of the call's own: reordered keys, summaries (``kv_idx`` then counts blocks), inputs. A
+            choice in the mask is then that of the block which the tokens of a row lie in.
         normaliser: :func:`per_chunk`, or None for one softmax over all.
 
     Returns:
@@ -194,7 +194,7 @@ def _tokens_of(axis: str) -> int:
 
 
 def of_rows(pattern: Pattern, axis: str) -> Pattern:
-    """The pattern of an attention over rows of ``axis``, with choices and scores of the pair read at the block that a row's tokens lie in."""
+    """The pattern of an attention over rows of ``axis``: choices and scores of the pair are read at the block that its tokens lie in."""
     if axis == "keys":
         return pattern
     return Pattern(_read_at(pattern.mask, axis), _read_at(pattern.score, axis), pattern.sink, pattern.scale)

@@ -46,8 +46,8 @@ def given(x: Node, unit: int | None = None, *, name: str = "") -> Given:
 
     Args:
         x: an input ``(batch, heads, queries or blocks of them, width)`` of whole numbers: of each row the numbers of its blocks, in any
-            order, each once; -1 is no block. Or one of booleans ``(batch, heads, queries or blocks of them, keys/unit)``: whether a block is
-            chosen; a call may leave an incomplete last block out.
+            order, each once; -1 is no block. Or one of booleans ``(batch, heads, queries or blocks of them, keys/unit)``: whether a block
+            is chosen; a call may leave an incomplete last block out.
         unit: keys in a block; of a bitmap its axis says so.
         name: what reports, choices and text forms call it.
 

@@ -83,8 +83,9 @@ class Scores(_Reducible["Grouped"], Operand):
         return self[b, h, q_idx // block_of(self.axes[2]), kv_idx // (block_of(self.axes[3]) // tokens)]
 
     def softmax(self, among: Any = True) -> Softmax:
-        """Over the blocks of keys for each row: mass among the blocks with a pair that ``among``, a mask, allows; 0 elsewhere. Of windows that
-        overlap ``kv_idx`` in ``among`` counts windows, since no token has a window of its own."""
+        """Over the blocks of keys for each row: mass among the blocks with a pair that ``among``, a mask, allows; 0 elsewhere.
+
+        Of windows that overlap, ``kv_idx`` in ``among`` counts windows, since no token has one of its own."""
         return one_of(Softmax(self, as_mask(among, where="softmax(): among")))
 
     def regroup(self, block: int, how: str = "sum") -> Regroup:

@@ -69,11 +69,12 @@ def check_scores(function: str, value: object) -> Scores:
         hint = ""
         if any(isinstance(node, Scores) for node in nodes_in(value)):
             hint = (
-                ". This is the logit of a pair, for sd.attend(..., score=). Scores stay scores under + and - with scores and numbers, * and / "
-                "with numbers, * with an input of factors 'batch heads queries', and .relu() .softmax() .regroup() .over_heads()"
+                ". This is the logit of a pair, for sd.attend(..., score=). Scores stay scores under + and - with scores and numbers, * "
+                "and / with numbers, * with an input of factors 'batch heads queries', and .relu() .softmax() .regroup() .over_heads()"
             )
         raise PatternError(
-            f"{function}(): scores must come from dot(), bound(), antidiagonal(), given_scores() or what is made of them; got {shown(value)}"
+            f"{function}(): scores must come from dot(), bound(), antidiagonal(), given_scores() or what is made of them; "
+            f"got {shown(value)}"
             f"{hint or way_in(value)}"
         )
     return value
@@ -82,7 +83,9 @@ def check_scores(function: str, value: object) -> Scores:
 def check_key_scores(function: str, word: str, value: object) -> KeyScores:
     """A node that gives one score a key."""
     if not isinstance(value, KeyScores):
-        raise PatternError(f"{function}(): {word} must be one score a key, as from probe(), smooth() or given_key_scores(); got {shown(value)}")
+        raise PatternError(
+            f"{function}(): {word} must be one score a key, as from probe(), smooth() or given_key_scores(); got {shown(value)}"
+        )
     return value
 
 

@@ -20,7 +20,7 @@ from sparsedsl.program.node import Operand, nodes_in, one_of
 from sparsedsl.program.scores import Scores, check_scores
 from sparsedsl.program.tensors import check_block
 
-__all__ = ["Choice", "Select", "Threshold", "TopK", "TopP", "choices_in", "told_candidates", "threshold", "top_k", "top_p"]
+__all__ = ["Choice", "Select", "Threshold", "TopK", "TopP", "choices_in", "threshold", "told_candidates", "top_k", "top_p"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

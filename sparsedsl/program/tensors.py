@@ -151,7 +151,7 @@ def summary(x: Node, block: int, how: str = "mean", *, pad: str = "valid", strid
         block_of(x.axes[2])  # of windows nothing is summed up
     elif check_block("summary", "stride", stride) > block or x.axes[2] != "keys" or pad != "valid":
         raise PatternError(
-            f"summary(): stride makes windows of keys that are complete and leave no key out: at most block, which is {block}, of x with one "
-            f"row a key, with pad='valid'; got stride={stride} of {x.axes[2]!r} with pad={pad!r}"
+            f"summary(): stride makes windows of keys that are complete and leave no key out: at most block, which is {block}, of x with "
+            f"one row a key, with pad='valid'; got stride={stride} of {x.axes[2]!r} with pad={pad!r}"
         )
     return one_of(Summary(x, block, how, pad, stride))

@@ -114,7 +114,9 @@ class ProgramCall:
         if scores.shape[2] != rows:
             raise ShapeError(f"input {name!r} has scores of {scores.shape[2]} rows for {self.q.shape[2]} queries; wanted {rows}")
         if bool((scores == float("-inf")).any()):
-            raise TableError(f"input {name!r} holds -inf; which blocks are candidates is said by masks: sd.top_k(scores, n, among=mask)")
+            raise TableError(
+                f"input {name!r} holds -inf; which blocks are candidates is said by masks: sd.top_k(scores, n, among=mask)"
+            )
 
     def check_lists(self, node: Given, lists: Tensor) -> None:
         """Every number is that of a block, or -1, and stands once in its row. On a GPU this waits for the numbers."""

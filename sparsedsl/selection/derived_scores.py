@@ -126,6 +126,10 @@ class RegroupedScores(ScoreSource):
         return self.source.cell_bytes * (self.size + 1)
 
     @property
+    def pair_bytes(self) -> int:
+        return self.source.pair_bytes * (self.size + 1)
+
+    @property
     def block_bytes(self) -> int:
         return self.source.block_bytes * self.size
 
@@ -145,6 +149,20 @@ class RegroupedScores(ScoreSource):
 
     def scores(self) -> Tensor:
         scores = self.source.scores()
+        return self._joined(scores)
+
+    def at(self, indices: Tensor) -> Tensor:
+        fine = self.source.shape[3]
+        steps = torch.arange(self.size, device=indices.device)
+        places = indices.long()[..., None] * self.size + steps
+        there = repeat_kv(places < fine, max(self.shape[1], indices.shape[1]))
+        parts = self.source.at(places.clamp(max=max(fine - 1, 0)).flatten(3)).unflatten(3, (-1, self.size))
+        if self.how == "max":
+            return torch.where(there, parts, float("-inf")).amax(4)
+        total = torch.where(there, parts, 0.0).sum(4)
+        return total / there.sum(4).clamp(min=1) if self.how == "mean" else total
+
+    def _joined(self, scores: Tensor) -> Tensor:
         missing = -scores.shape[3] % self.size
         if missing and self.how == "mean":
             whole = scores.shape[3] // self.size * self.size
@@ -158,9 +176,11 @@ class RegroupedScores(ScoreSource):
 
 @dataclass(frozen=True, eq=False)
 class OverlapScores(ScoreSource):
-    """Mass of blocks from mass of windows that overlap. Both are counted in strips, the tokens from one window's first to the next one's: a
-    window covers ``length`` strips, a block ``size``. ``how``: ``"strips"``, the sum over windows, each as often as it shares a strip with the
-    block; ``"max"``, the greatest that shares one. There are ``blocks`` of them; those that no window touches have mass 0.
+    """Mass of blocks from mass of windows that overlap.
+
+    Both are counted in strips, the tokens from one window's first to the next one's: a window covers ``length`` strips, a block ``size``.
+    ``how``: ``"strips"``, the sum over windows, each as often as it shares a strip with the block; ``"max"``, the greatest that shares
+    one. There are ``blocks`` of them; those that no window touches have mass 0.
 
     ``first``: the strip where the first block begins, less the first window of ``source``.
 

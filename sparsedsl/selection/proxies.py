@@ -150,9 +150,7 @@ def pooled(
     return torch.cat(parts, dim=2) if parts else x.new_zeros(x.shape, dtype=accumulated(x.dtype))
 
 
-def windowed(
-    x: Tensor, block: int, stride: int, how: Literal["mean", "sum", "max", "min", "first", "last"] = "mean"
-) -> Tensor:
+def windowed(x: Tensor, block: int, stride: int, how: Literal["mean", "sum", "max", "min", "first", "last"] = "mean") -> Tensor:
     """One row for every complete window of ``block`` tokens of ``x (B, H, N, D)``, one every ``stride``: ``(B, H, windows, D)``,
     differentiable. Half precision comes out as float32.
 

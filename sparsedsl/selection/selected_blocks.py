@@ -58,7 +58,7 @@ class SelectedBlocks:
         return SelectedBlocks(fine, (fine >= 0).sum(-1, dtype=torch.int32), self.q_block, size, blocks, self.first)
 
     def of_rows(self, tokens: int, rows: int) -> SelectedBlocks:
-        """The same choice among so many rows of ``tokens`` keys each, of which whole ones make a block; what there is no row for is left out.
+        """The same choice among so many rows of ``tokens`` keys each, whole ones in a block; what there is no row for is left out.
 
         >>> lists = torch.tensor([[[[0, 2]]]], dtype=torch.int32)
         >>> SelectedBlocks(lists, lists.new_tensor([[[2]]]), q_block=1, kv_block=4, blocks=3).of_rows(4, rows=2).indices

@@ -10,7 +10,7 @@ import torch
 from sparsedsl.backends.reference.nodes import Reference
 from sparsedsl.errors import PatternError
 from sparsedsl.execute.compiled import Attention
-from sparsedsl.program.axes import base_of
+from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.branches import Attend, Branch, Joint, Mix
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.node import reached

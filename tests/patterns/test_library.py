@@ -79,6 +79,13 @@ EXAMPLES = {
     "tree": lambda: P.tree(),
 }
 PROGRAMS = {
+    "csa": lambda: P.csa(),
+    "dsa": lambda: P.dsa(),
+    "hca": lambda: P.hca(sink=0.5),
+    "hisa": lambda: P.hisa(),
+    "infllm_v2": lambda: P.infllm_v2(),
+    "nsa_published": lambda: P.nsa_published(),
+    "qsa": lambda: P.qsa(),
     "hsa": lambda: P.hsa(),
     "hsa.stick_breaking": lambda: P.hsa(32, 8, "stick_breaking", inner="softmax1"),
     "moba": lambda: P.moba(),

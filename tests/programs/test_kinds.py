@@ -10,8 +10,8 @@ import pytest
 
 import sparsedsl as sd
 from source_tree import ROOT
-from sparsedsl.program import branches, orders, scores, select, sources, tensors
-from sparsedsl.program.axes import base_of, block_of, join_heads
+from sparsedsl.program import branches, given_blocks, orders, scores, select, sources, tensors
+from sparsedsl.program.axes import base_of, block_of, join_heads, windows_of
 from sparsedsl.program.effect_rules import reasons
 from sparsedsl.program.kinds import KINDS, kinds_table
 from sparsedsl.program.node import Node
@@ -28,6 +28,8 @@ RETRIEVAL = sd.input("rq", "batch retrieval_heads queries rdim"), sd.input("mark
 WINDOW = sd.attend(sd.patterns.sliding_window(4), k=sd.input("k_rope", "batch kv_heads keys head_dim", default=sd.k))
 TOKENS = sd.keep_tokens(SEEN, tail=0.1, always=8)
 
+GIVEN_AXES = "batch heads queries keys/4", "batch kv_heads queries/8 keys/8"
+
 # More than one where what is said of the kind depends on how it is used.
 EXAMPLES: dict[str, list[Node]] = {
     "input": [sd.q, sd.k, sd.v, GATE],
@@ -40,6 +42,19 @@ EXAMPLES: dict[str, list[Node]] = {
     "regroup": [DOT.regroup(4), BLOCKS.regroup(2, "max")],
     "gumbel": [DOT.gumbel(sd.input("seed", "1"))],
     "plus": [DOT + DOT.over_group().softmax(), BLOCKS + BLOCKS.over_heads()],
+    "rectified": [DOT.relu(), BLOCKS.softmax().relu()],
+    "scaled": [2 * DOT, BLOCKS - 1, -DOT],
+    "weighted": [sd.input("w", "batch heads queries") * DOT, BLOCKS * sd.input("factor", "batch one queries/8")],
+    "overlap": [
+        sd.dot(sd.q, sd.summary(sd.k, 8, stride=4)).softmax().overlap(16),
+        sd.dot(sd.summary(sd.q, 8), sd.summary(sd.k, 4, stride=4)).softmax().over_heads().overlap(8, "max"),
+    ],
+    "given_scores": [sd.given_scores(sd.input(f"made_{n}", axes)) for n, axes in enumerate(GIVEN_AXES)],
+    "given_key_scores": [sd.given_key_scores(sd.input("votes", "batch heads keys"))],
+    "given": [
+        sd.given(sd.input("lists", "batch one queries width"), 4),
+        sd.given(sd.input("bits", "batch heads queries keys/8")),
+    ],
     "grouped": [DOT.over_group("max"), BLOCKS.over_heads(), SEEN.over_group("mean"), SEEN.over_heads()],
     "probe": [SEEN, sd.probe(sd.q, sd.take(sd.k, ORDER), rows=4, causal=True)],
     "smooth": [sd.smooth(SEEN, 7)],
@@ -68,7 +83,7 @@ RULES = {"per_chunk": sources.PerChunk}
 
 def classes() -> set[type]:
     """Every class of nodes that is not a base of others."""
-    modules = (branches, orders, scores, select, sources, tensors)
+    modules = (branches, given_blocks, orders, scores, select, sources, tensors)
     found = {thing for module in modules for thing in vars(module).values() if inspect.isclass(thing) and issubclass(thing, Node)}
     return {thing for thing in found if "function" in vars(thing)}
 
@@ -101,7 +116,9 @@ def assert_axes(template: str, axes: tuple[str, ...], known: dict[str, str]) -> 
         else:
             wanted = base
         assert base_of(axis) == wanted, f"{template!r}: {word} is {axis}"
-        if blocks and not base.isdecimal():
+        if "+" in blocks:
+            assert windows_of(axis) is not None, f"{template!r}: {word} is {axis}"
+        elif blocks and not base.isdecimal():
             letters = [known.setdefault(letter, str(block_of(axis))) for letter in blocks]
             size = 1
             for letter in letters:

@@ -133,7 +133,9 @@ def test_pieces_of_blocks_are_those_of_the_whole(windows: int, length: int, size
         for c in range(windows):
             shared = len(set(range(u * size, (u + 1) * size)) & set(range(c, c + length)))
             part = mass[..., c]
-            wanted[..., u] = wanted[..., u] + shared * part if how == "strips" else torch.maximum(wanted[..., u], part * (shared > 0))
+            wanted[..., u] = (
+                wanted[..., u] + shared * part if how == "strips" else torch.maximum(wanted[..., u], part * (shared > 0))
+            )
     source = OverlapScores(TensorScores(mass), length, size, how, blocks)
     torch.testing.assert_close(source.scores(), wanted)
     for start in range(0, blocks, 2):
