@@ -1,4 +1,4 @@
-"""Published systems that choose by an index of their own, within compressed keys, or from lists: DSA, HISA, CSA, HCA, QSA, NSA, InfLLM v2."""
+"""Published systems that choose by an index of their own, within compressed keys, or from lists: DSA, CSA, QSA, NSA and their kin."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def hisa(block: int = 128, blocks: int = 64, top_k: int = 2048) -> Pattern | Att
 def csa(block: int = 4, top_k: int = 512, window: int = 128, *, sink: Any = None) -> Joint:
     """Compressed sparse attention: one softmax over the last ``window`` keys and the ``top_k`` best entries, each of ``block`` keys.
 
-    An entry is a candidate once its block is over, ``(w + 1) block <= t + 1``; it is picked by the lightning indexer on index entries of its
-    own. Keys of the window whose entry is picked count twice, as published.
+    An entry is a candidate once its block is over, ``(w + 1) block <= t + 1``; it is picked by the lightning indexer on index entries of
+    its own. Keys of the window whose entry is picked count twice, as published.
 
     Args:
         block: keys in an entry.
@@ -175,8 +175,8 @@ def _windows(function: str, length: int, stride: int, select: int) -> tuple[Any,
 def nsa_published(length: int = 32, stride: int = 16, select: int = 64, top_k: int = 16, window: int = 512) -> Mix:
     """Native sparse attention as published: windows that overlap, picked blocks and a sliding window, weighed by gates.
 
-    A row stands for ``length`` keys, one every ``stride``. Blocks of ``select`` keys are picked by the attention that the group of a key/value
-    head pays those rows: each counts as often as it shares ``stride`` keys with the block. The first block and the two latest are
+    A row stands for ``length`` keys, one every ``stride``. Blocks of ``select`` keys are picked by the attention that the group of a
+    key/value head pays those rows: each counts as often as it shares ``stride`` keys with the block. The first block and the two latest are
     always among the ``top_k``.
 
     Args:
@@ -212,8 +212,8 @@ def nsa_published(length: int = 32, stride: int = 16, select: int = 64, top_k: i
 def infllm_v2(length: int = 32, stride: int = 16, select: int = 64, top_k: int = 64, local: int = 32) -> Pattern | Attend:
     """InfLLM v2: causal attention to ``top_k`` blocks, picked by the greatest attention that a window in them is paid.
 
-    As :func:`nsa_published` picks, but by the greatest of the windows that touch a block, summed over the heads of a group. The first block,
-    the query's own and the ``local`` before it are always among them.
+    As :func:`nsa_published` picks, but by the greatest of the windows that touch a block, summed over the heads of a group. The first
+    block, the query's own and the ``local`` before it are always among them.
 
     Args:
         length: keys in a window.

@@ -25,6 +25,7 @@ COLOURS = {
     "scores": "#fbe3c0",
     "key scores": "#f6eda8",
     "selected": "#f0a23b",
+    "keys": "#e8c77d",
     "order": "#d9b3d6",
     "tokens": "#f0b9b0",
     "memory": "#b5d9c4",

@@ -14,7 +14,7 @@ from sparsedsl.analysis.rows import count_rows
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.symbols import BATCH, HEAD
-from sparsedsl.program import given_blocks, orders, scores, select, sources
+from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources
 from sparsedsl.program.axes import base_of, rows_on
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall, blocks_of_keys
 from sparsedsl.program.decided import assume, possible
@@ -116,6 +116,12 @@ def _probe(node: Probe, lengths: Lengths) -> CostStep:
     return CostStep(node, CHOOSING, 4 * pairs * lengths.of(node.x.axes[3]), 2 * lengths.bytes(node.y))
 
 
+def _diagonals(node: key_choices.Diagonals, lengths: Lengths) -> CostStep:
+    """One pass over the keys, and a sum of every pair."""
+    pairs = lengths.count("batch", node.axes[1], "keys") * min(node.rows, lengths.of("queries"))
+    return CostStep(node, CHOOSING, pairs * (2 * lengths.of(node.x.axes[3]) + 1), lengths.bytes(node.y))
+
+
 def _select(node: Select, lengths: Lengths) -> CostStep:
     """One comparison a block; out come lists."""
     rows = lengths.count(*node.axes[:3])
@@ -168,13 +174,14 @@ COST_RULES: Rules[Callable[[Any, Lengths], CostStep | None]] = Rules(
         **dict.fromkeys((scores.Softmax, scores.Regroup, scores.Plus, scores.Gumbel, scores.Grouped), _nothing),
         **dict.fromkeys((scores.GroupedKeys, scores.Smooth), _nothing),
         **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _nothing),
-        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given), _nothing),
+        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given, key_choices.ChosenKeys), _nothing),
         sources.Slots: _nothing,  # part of what recall() costs
         Summary: _summary,
         Dot: _products,
         Bound: _bound,
         Antidiagonal: _antidiagonal,
         Probe: _probe,
+        key_choices.Diagonals: _diagonals,
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
         orders.Take: _take,
         Compact: _compact,

@@ -18,7 +18,7 @@ from sparsedsl.analysis.proofs import Verdict, implies
 from sparsedsl.lang.expressions import Mask, as_mask, kv_idx, kv_len, q_idx
 from sparsedsl.lang.numeric import minimum
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN
-from sparsedsl.program import given_blocks, select
+from sparsedsl.program import given_blocks, key_choices, select
 from sparsedsl.program.axes import base_of, block_of, windows_of
 from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall, blocks_of_keys, reads_scores
 from sparsedsl.program.decided import assume
@@ -188,7 +188,7 @@ def _select(node: Select, known: dict[Node, _Known]) -> _Known:
     return forced or found
 
 
-def _probe(node: Probe, known: dict[Node, _Known]) -> _Known:
+def _probe(node: Probe | key_choices.Diagonals, known: dict[Node, _Known]) -> _Known:
     return _Known(ANY, f"{node.label}, which looks at the last {node.rows} queries")
 
 
@@ -196,7 +196,7 @@ def _key_scores(node: Smooth | GroupedKeys, known: dict[Node, _Known]) -> _Known
     return known[node.x]
 
 
-def _decided(node: Order | Tokens, known: dict[Node, _Known]) -> _Known:
+def _decided(node: Order | Tokens | key_choices.ChosenKeys, known: dict[Node, _Known]) -> _Known:
     below = _worst(node.inputs, known) or known[node.scores]
     return _Known(ANY, f"{node.label} is decided by {below.why}") if below.reach == ANY and below.verdict is None else below
 
@@ -271,9 +271,9 @@ CAUSALITY_RULES: Rules[Callable[[Any, dict[Node, _Known]], _Known]] = Rules(
         Softmax: _softmax,
         Gumbel: _gumbel,
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
-        Probe: _probe,
+        **dict.fromkeys((Probe, key_choices.Diagonals), _probe),
         **dict.fromkeys((Smooth, GroupedKeys), _key_scores),
-        **dict.fromkeys((Order, Tokens), _decided),
+        **dict.fromkeys((Order, Tokens, key_choices.ChosenKeys), _decided),
         Inverse: _inverse,
         Take: _take,
         Attend: _attend,

@@ -13,7 +13,7 @@ import sympy
 from sparsedsl.execute.mask_split import MaskSplit, split_node
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.program import given_blocks, orders, scores, select, sources, tensors
+from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.axes import base_of, rows_on
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall, blocks_of_keys
 from sparsedsl.program.graph import Program
@@ -130,7 +130,7 @@ REQUEST_RULES: Rules[Callable[[Any, _Asked], list[Request]]] = Rules(
         **dict.fromkeys((scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup), _nothing),
         **dict.fromkeys((scores.Plus, scores.Gumbel, scores.Grouped, scores.GroupedKeys, scores.Probe, scores.Smooth), _nothing),
         **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _nothing),
-        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given), _nothing),
+        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given, key_choices.Diagonals, key_choices.ChosenKeys), _nothing),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _nothing),
         **dict.fromkeys((orders.Order, orders.Inverse, orders.Take, orders.Tokens), _nothing),
         **dict.fromkeys((Joint, Mix, Compact), _nothing),

@@ -15,10 +15,12 @@ from sparsedsl.execute.candidate_rules import block_rule, candidates_of
 from sparsedsl.execute.kept_summaries import Pooling
 from sparsedsl.execute.lowering import Lowering, reads_nodes
 from sparsedsl.lang.expressions import Mask
+from sparsedsl.lang.steps import evaluate
 from sparsedsl.program.axes import block_of, rows_on, windows_of
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import possible
 from sparsedsl.program.given_blocks import Given
+from sparsedsl.program.key_choices import ChosenKeys, Diagonals
 from sparsedsl.program.node import Node, reached
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.scores import (
@@ -46,9 +48,10 @@ from sparsedsl.runtime.heads import alike, reduced, repeat_kv
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.selection import choosing, counts, permutations, proxies
 from sparsedsl.selection.antidiagonals import antidiagonal
-from sparsedsl.selection.candidates import Candidates, PairRule, Within
+from sparsedsl.selection.candidates import Candidates, PairRule, Within, any_of_group
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.selection.derived_scores import OverlapScores, RegroupedScores, softmax_scores
+from sparsedsl.selection.key_flags import flags_of_best, flags_of_share
 from sparsedsl.selection.listed_candidates import top_k_listed
 from sparsedsl.selection.mass import threshold, top_p
 from sparsedsl.selection.noise import GumbelScores
@@ -200,7 +203,7 @@ def _probe(run: Lowering, node: Probe) -> Tensor:
 def _smooth(run: Lowering, node: Smooth) -> Tensor:
     x = run.value(node.x)
     kept = x.shape[2] - _probing(run, node)
-    return functional.pad(proxies.smooth(x[:, :, :kept], node.pool), (0, x.shape[2] - kept))
+    return functional.pad(proxies.smooth(x[:, :, :kept], node.pool, node.how), (0, x.shape[2] - kept))
 
 
 def _probing(run: Lowering, node: KeyScores) -> int:
@@ -210,6 +213,36 @@ def _probing(run: Lowering, node: KeyScores) -> int:
         return 0
     first = run.domain.q_offset + run.domain.rows - min(probe.rows, run.domain.rows)
     return max(run.domain.kv_len - first, 0)
+
+
+def _diagonals(run: Lowering, node: Diagonals) -> Tensor:
+    x, y = run.value(node.x), run.value(node.y)
+    return proxies.by_distance(x, y, rows=node.rows, scale=_scale(node.scale, x), q_offset=run.domain.q_offset)
+
+
+def _keys(run: Lowering, node: ChosenKeys) -> Tensor:
+    scores = run.value(node.scores)
+    among, forced = (_of_keys(run, node, mask, scores.shape[1], scores.shape[2]) for mask in (node.among, node.forced))
+    if node.count is not None:
+        return flags_of_best(scores, node.count, among, forced)
+    assert node.share is not None
+    return flags_of_share(scores, node.share, among, forced, inclusive=node.inclusive)
+
+
+def _of_keys(run: Lowering, node: ChosenKeys, mask: Mask | None, heads: int, keys: int) -> Tensor | None:
+    """What a mask says of every key, or distance, for so many heads."""
+    run.call.check_heads(node, heads)
+    if mask is None:
+        return None
+    domain, device = run.domain, run.call.q.device
+    number, zero = torch.arange(keys, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    indices = {"q_idx": number, "kv_idx": zero} if node.of_distances else {"q_idx": zero, "kv_idx": number}
+    indices |= {
+        "b": torch.arange(domain.batch, device=device).view(-1, 1, 1),
+        "h": torch.arange(domain.heads, device=device).view(-1, 1),
+    }
+    flags = evaluate(mask.expr, {**domain.lengths, **domain.tables, **indices})
+    return any_of_group(flags.expand(domain.batch, domain.heads, keys), heads)
 
 
 def _order(run: Lowering, node: Order) -> Tensor:
@@ -382,6 +415,8 @@ LISTED_RULES: dict[type[Node], Rule] = {
     GroupedKeys: _grouped_keys,
     Probe: _probe,
     Smooth: _smooth,
+    Diagonals: _diagonals,
+    ChosenKeys: _keys,
     Order: _order,
     Inverse: _inverse,
     Tokens: _tokens,

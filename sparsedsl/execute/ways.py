@@ -10,7 +10,7 @@ import sympy
 from sparsedsl.backends.registry import named
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program import given_blocks, orders, scores, select, sources, tensors
+from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
 from sparsedsl.program.node import Node
 from sparsedsl.program.rules import Rules
@@ -93,7 +93,9 @@ WAY_RULES: Rules[Callable[[Any, Work], str | None]] = Rules(
         **dict.fromkeys((scores.GivenScores, scores.GivenKeyScores), _words(None)),
         given_blocks.Given: _given,
         scores.Probe: _words(f"two passes over tiles of keys: {_CHOOSING}"),
-        scores.Smooth: _words("torch: means of neighbours"),
+        key_choices.Diagonals: _words("torch: the softmax of a few probing rows at a time, summed along diagonals"),
+        key_choices.ChosenKeys: _words("torch: a stable sort of each head; a table of flags in the mask"),
+        scores.Smooth: _words("torch: neighbours joined"),
         scores.GroupedKeys: _words("torch: heads joined"),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
         **dict.fromkeys((orders.Order, orders.Tokens), _words("torch: a stable sort")),

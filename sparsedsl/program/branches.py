@@ -20,6 +20,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.axes import base_of, block_of, windows_of
 from sparsedsl.program.decided import assume
+from sparsedsl.program.key_choices import ChosenKeys
 from sparsedsl.program.node import Node, nodes_in, one_of, reached
 from sparsedsl.program.orders import Tokens
 from sparsedsl.program.scores import Scores
@@ -203,6 +204,8 @@ def of_rows(pattern: Pattern, axis: str) -> Pattern:
 def _read_at(part: M, axis: str) -> M:
     known: dict[Any, Any] = {}
     for node in nodes_in(part):
+        if isinstance(node, ChosenKeys):
+            raise PatternError(f"attend(): {node!r} says of keys whether they are chosen, and the rows of k are {axis!r}")
         if not isinstance(node, (Choice, Scores)):
             continue
         own, tokens = node.as_expression(), _tokens_of(axis)
@@ -360,7 +363,7 @@ def as_branch(function: str, value: Any) -> Branch:
     if isinstance(value, Pattern):
         pattern, _ = with_candidates(value, None, k.axes[2])
         return one_of(Attend(pattern))
-    if isinstance(value, (Mask, Choice, bool, Score)):
+    if isinstance(value, (Mask, Choice, ChosenKeys, bool, Score)):
         made = attend(True, score=value) if isinstance(value, Score) else attend(value)
         return as_branch(function, made)
     raise PatternError(

@@ -30,6 +30,11 @@ class Diagonals(KeyScores):
     scale: float | None = None
     function: ClassVar[str] = "diagonals"
 
+    @property
+    def probing(self) -> int:
+        """Those that probe."""
+        return self.rows
+
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """One number a distance, of which there are as many as keys."""
@@ -98,7 +103,9 @@ class ChosenKeys(Operand):
         """Read as a boolean table at (batch entry, query head, key or distance)."""
         parts = indices if isinstance(indices, tuple) else (indices,)
         if len(parts) != 3:
-            raise PatternError(f"{self!r} is read with three indices, (batch entry, query head, {self.axes[2]}); got {len(parts)}")
+            raise PatternError(
+                f"{self!r} is read with three indices, (batch entry, query head, {self.axes[2]}); got {len(parts)}"
+            )
         return table(self.label, dtype=bool)[parts].bind(**{self.label: self})
 
     def as_expression(self) -> Mask:

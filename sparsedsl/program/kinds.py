@@ -171,11 +171,19 @@ _ALL = (
         source="arXiv 2510.21270, 2602.03216",
     ),
     Kind(
+        "diagonals",
+        "the mean attention that the last queries pay keys at each distance",
+        "batch H queries D, batch G keys D -> batch H+G X",
+        "one softmax of rows x keys",
+        "a few rows at a time, gathered by distance",
+        source="arXiv 2407.02490, 2502.20766",
+    ),
+    Kind(
         "smooth",
-        "scores of keys averaged with their neighbours",
+        "scores of keys averaged with their neighbours, or the greatest of them",
         "batch H keys -> batch H keys",
-        "average pooling",
-        "average pooling",
+        "pooling",
+        "pooling",
     ),
     Kind(
         "top_k",
@@ -211,6 +219,14 @@ _ALL = (
         "compared with every number",
         "checked, put in order: lists as of choices made here",
         _AS_TABLE,
+    ),
+    Kind(
+        "keys_chosen",
+        "the keys of the highest scores of a head, or the distances: so many, or those that hold a share (`top_k`, `top_p` of key scores)",
+        "batch H X -> batch H X",
+        "a sort of each head",
+        "a sort of each head; a table of flags, read by the mask",
+        effects=(_BY_PROBE[0][:1] + ("if the scores come from the last queries",),),
     ),
     Kind(
         "segment_sort",

@@ -69,8 +69,8 @@ class Node(Unread):
 
     @property
     def chooses(self) -> bool:
-        """Whether its result is a choice: blocks, an order of the keys, or tokens that are kept."""
-        return self.gives in ("selected", "order", "tokens")
+        """Whether its result is a choice: blocks, keys, an order of the keys, or tokens that are kept."""
+        return self.gives in ("selected", "keys", "order", "tokens")
 
     @functools.cached_property
     def whole_queries(self) -> int:

@@ -10,7 +10,7 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Mask, Table, as_mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.text import Reader, reading
-from sparsedsl.program import branches, given_blocks, orders, scores, select, sources, tensors
+from sparsedsl.program import branches, given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import one_of
 from sparsedsl.program.rules import Rules
@@ -32,6 +32,8 @@ TEXT_RULES: Rules[Callable[..., Any]] = Rules(
         scores.Antidiagonal: scores.antidiagonal,
         scores.Probe: scores.probe,
         scores.Smooth: scores.smooth,
+        key_choices.Diagonals: key_choices.diagonals,
+        key_choices.ChosenKeys: key_choices.keys_chosen,
         scores.Softmax: lambda scores, among: scores.softmax(among),
         scores.Regroup: lambda scores, block, how="sum": scores.regroup(block, how),
         scores.Gumbel: lambda scores, seed: scores.gumbel(seed),

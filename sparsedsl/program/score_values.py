@@ -220,6 +220,11 @@ class KeyScores(_Reducible["GroupedKeys"]):
 
     gives: ClassVar[str] = "key scores"
 
+    @property
+    def probing(self) -> int:
+        """The last queries of a call that it is made from itself; 0: none."""
+        return 0
+
 
 REDUCTIONS = ("sum", "mean", "max")
 

@@ -82,7 +82,7 @@ def check_scores(function: str, value: object) -> Scores:
 
 def check_key_scores(function: str, word: str, value: object) -> KeyScores:
     """A node that gives one score a key."""
-    if not isinstance(value, KeyScores):
+    if not isinstance(value, KeyScores) or value.axes[2] != "keys":
         raise PatternError(
             f"{function}(): {word} must be one score a key, as from probe(), smooth() or given_key_scores(); got {shown(value)}"
         )
@@ -228,6 +228,11 @@ class Probe(KeyScores):
     scale: float | None = None
     function: ClassVar[str] = "probe"
 
+    @property
+    def probing(self) -> int:
+        """Those that probe."""
+        return self.rows
+
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """One number a key."""
@@ -271,10 +276,11 @@ def probe(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Smooth(KeyScores):
-    """Key scores averaged with their neighbours."""
+    """Key scores joined with their neighbours."""
 
     x: KeyScores
     pool: int
+    how: str = "mean"
     function: ClassVar[str] = "smooth"
 
     @functools.cached_property
@@ -283,8 +289,8 @@ class Smooth(KeyScores):
         return self.x.axes
 
 
-def smooth(x: KeyScores, pool: int) -> Smooth:
-    """Each key's score as the mean of ``pool`` neighbours; beyond the ends there are zeros, which count.
+def smooth(x: KeyScores, pool: int, how: str = "mean") -> Smooth:
+    """Each key's score as the ``"mean"`` of ``pool`` neighbours, or their ``"max"``; beyond the ends there are zeros, which count.
 
     >>> import sparsedsl as sd
     >>> sd.smooth(sd.probe(sd.q, sd.k, rows=128), 7).pool
@@ -293,7 +299,7 @@ def smooth(x: KeyScores, pool: int) -> Smooth:
     x = check_key_scores("smooth", "x", x)
     if check_block("smooth", "pool", pool) % 2 == 0:
         raise PatternError(f"smooth(): pool must be odd, so that the key itself is in the middle; got {pool}")
-    return one_of(Smooth(x, pool))
+    return one_of(Smooth(x, pool, check_word("smooth(): how", how, ("mean", "max"))))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

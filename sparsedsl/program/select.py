@@ -7,7 +7,7 @@ import functools
 import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
@@ -16,7 +16,9 @@ from sparsedsl.lang.symbols import KV_IDX, KV_LEN, SCORE
 from sparsedsl.lang.tables import read_class, table_reads
 from sparsedsl.program.axes import block_of
 from sparsedsl.program.decided import pairs_decided_by
+from sparsedsl.program.key_choices import ChosenKeys, keys_chosen
 from sparsedsl.program.node import Operand, nodes_in, one_of
+from sparsedsl.program.score_values import KeyScores
 from sparsedsl.program.scores import Scores, check_scores
 from sparsedsl.program.tensors import check_block
 
@@ -140,11 +142,22 @@ def _renamed(mask: Mask, label: str, node: Choice) -> Mask:
     return Mask(mask.expr.xreplace(specs), bound)
 
 
+def _check_words(function: str, among: Any, forced: Any, name: Any) -> tuple[Mask | None, Mask | None, str]:
+    """Masks as masks, and a name that can be one."""
+    if among is not None:
+        among = as_mask(among, where=f"{function}(): among")
+    if forced is not None:
+        forced = as_mask(forced, where=f"{function}(): forced")
+    if not isinstance(name, str) or (name and not name.isidentifier()):
+        raise PatternError(f"{function}(): name must be a Python identifier; got {name!r}")
+    return among, forced, name
+
+
 def _check(function: str, scores: Any, among: Any, forced: Any, name: Any) -> tuple[Scores, Mask | None, Mask | None, str]:
     scores = check_scores(function, scores)
     block_of(scores.axes[3])  # of windows nothing is chosen: which of them a token lies in is not one
+    among, forced, name = _check_words(function, among, forced, name)
     if among is not None:
-        among = as_mask(among, where=f"{function}(): among")
         others = [node for node in nodes_in(among) if not isinstance(node, Choice)]
         if others:
             raise PatternError(
@@ -152,13 +165,9 @@ def _check(function: str, scores: Any, among: Any, forced: Any, name: Any) -> tu
                 f"{others[0]!r}. Make a choice of it, or put it into the mask that the choice stands in"
             )
         among, _ = told_candidates(among)
-    if forced is not None:
-        forced = as_mask(forced, where=f"{function}(): forced")
     for word, mask in (("among", among), ("forced", forced)):
         if mask is not None and SCORE in mask.expr.free_symbols:
             raise PatternError(f"{function}(): {word} must not depend on sd.score; got {mask}")
-    if not isinstance(name, str) or (name and not name.isidentifier()):
-        raise PatternError(f"{function}(): name must be a Python identifier; got {name!r}")
     return scores, among, forced, name
 
 
@@ -176,8 +185,21 @@ class TopK(Select):
         return None if self.extra and self.forced is not None else self.count
 
 
-def top_k(scores: Scores, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = "") -> TopK:
+@overload
+def top_k(
+    scores: Scores, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = ""
+) -> TopK: ...  # fmt: skip
+@overload
+def top_k(
+    scores: KeyScores, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = ""
+) -> ChosenKeys: ...  # fmt: skip
+def top_k(
+    scores: Any, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = ""
+) -> TopK | ChosenKeys:
     """The ``count`` blocks of keys with the highest scores, for every block of queries; fewer where there are fewer candidates.
+
+    Of key scores, as :func:`~sparsedsl.probe` and :func:`~sparsedsl.diagonals` give them, the keys or distances that all queries of a head
+    see; ``among`` and ``forced`` then speak of ``kv_idx``, or of ``q_idx - kv_idx``, alone, and without ``among`` all keys are candidates.
 
     Of equal scores the earlier block is taken. No gradient flows through the choice; it flows through weights made of the scores.
 
@@ -196,6 +218,11 @@ def top_k(scores: Scores, count: int, *, among: Any = None, forced: Any = None, 
     >>> (sd.kv_idx <= sd.q_idx) & selected
     Mask((q_idx >= kv_idx) & selected[b, h, q_idx, kv_idx // 64])
     """
+    if isinstance(scores, KeyScores):
+        among, forced, name = _check_words("top_k", among, forced, name)
+        if _flag("top_k", "extra", extra):
+            raise PatternError("top_k(): forced keys count among those chosen; leave extra out, and raise count by as many")
+        return keys_chosen(scores, count=check_block("top_k", "count", count), among=among, forced=forced, name=name)
     scores, among, forced, name = _check("top_k", scores, among, forced, name)
     count, extra = check_block("top_k", "count", count), _flag("top_k", "extra", extra)
     return one_of(TopK(scores, count, extra, among=among, forced=forced, name=name))
@@ -218,18 +245,23 @@ class TopP(Select):
     function: ClassVar[str] = "top_p"
 
 
+@overload
 def top_p(
-    scores: Scores,
-    share: float,
-    *,
-    inclusive: bool = True,
-    unmet: str = "all",
-    among: Any = None,
-    forced: Any = None,
-    forced_in_mass: bool = False,
-    name: str = "",
-) -> TopP:
+    scores: Scores, share: float, *, inclusive: bool = True, unmet: str = "all", among: Any = None, forced: Any = None,
+    forced_in_mass: bool = False, name: str = "",
+) -> TopP: ...  # fmt: skip
+@overload
+def top_p(
+    scores: KeyScores, share: float, *, inclusive: bool = True, unmet: str = "all", among: Any = None, forced: Any = None,
+    forced_in_mass: bool = False, name: str = "",
+) -> ChosenKeys: ...  # fmt: skip
+def top_p(
+    scores: Any, share: float, *, inclusive: bool = True, unmet: str = "all", among: Any = None, forced: Any = None,
+    forced_in_mass: bool = False, name: str = "",
+) -> TopP | ChosenKeys:  # fmt: skip
     """The fewest best candidates that hold ``share`` of the mass of a row. Logits become mass by a softmax over the candidates.
+
+    Of key scores the fewest keys, or distances, that hold it of a head, with ``among`` and ``forced`` as of :func:`top_k`.
 
     Args:
         scores: logits or mass.
@@ -245,11 +277,21 @@ def top_p(
     >>> sd.top_p(sd.dot(sd.summary(sd.q, 128), sd.summary(sd.k, 128)), 0.9).blocks
     (128, 128)
     """
-    scores, among, forced, name = _check("top_p", scores, among, forced, name)
+    of_keys = isinstance(scores, KeyScores)
+    if of_keys:
+        among, forced, name = _check_words("top_p", among, forced, name)
+    else:
+        scores, among, forced, name = _check("top_p", scores, among, forced, name)
     if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
         raise PatternError(f"top_p(): share must be above 0 and at most 1; got {share!r}")
     check_word("top_p(): unmet", unmet, ("all", "none"))
     flags = _flag("top_p", "inclusive", inclusive), _flag("top_p", "forced_in_mass", forced_in_mass)
+    if of_keys:
+        if flags[1] or unmet != "all":
+            raise PatternError(
+                "top_p(): of keys, forced ones come on top of the share, and an unmet share takes all; leave both out"
+            )
+        return keys_chosen(scores, share=float(share), inclusive=flags[0], among=among, forced=forced, name=name)
     return one_of(TopP(scores, float(share), flags[0], unmet, flags[1], among=among, forced=forced, name=name))
 
 

@@ -26,8 +26,8 @@ def top_k_listed(
     forced: PairRule | None = None,
     extra: bool = False,
 ) -> SelectedBlocks:
-    """The ``k`` best of the blocks that ``lists`` names for each row and ``candidates`` allows, as :func:`~sparsedsl.selection.ranking.top_k`
-    chooses among all.
+    """The ``k`` best of the blocks that ``lists`` names for each row and ``candidates`` allows; ties and order are as of
+    :func:`~sparsedsl.selection.ranking.top_k`.
 
     Args:
         source: scores ``(B, Hs, R, U)`` that can be asked for at places.

@@ -10,7 +10,7 @@ import pytest
 
 import sparsedsl as sd
 from source_tree import ROOT
-from sparsedsl.program import branches, given_blocks, orders, scores, select, sources, tensors
+from sparsedsl.program import branches, given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.axes import base_of, block_of, join_heads, windows_of
 from sparsedsl.program.effect_rules import reasons
 from sparsedsl.program.kinds import KINDS, kinds_table
@@ -57,7 +57,13 @@ EXAMPLES: dict[str, list[Node]] = {
     ],
     "grouped": [DOT.over_group("max"), BLOCKS.over_heads(), SEEN.over_group("mean"), SEEN.over_heads()],
     "probe": [SEEN, sd.probe(sd.q, sd.take(sd.k, ORDER), rows=4, causal=True)],
-    "smooth": [sd.smooth(SEEN, 7)],
+    "smooth": [sd.smooth(SEEN, 7), sd.smooth(SEEN, 3, "max")],
+    "diagonals": [sd.diagonals(sd.q, sd.k, rows=8)],
+    "keys_chosen": [
+        sd.top_k(SEEN, 8),
+        sd.top_p(sd.diagonals(sd.q, sd.k, rows=8), 0.9),
+        sd.top_k(sd.given_key_scores(sd.input("votes", "batch heads keys")), 8),
+    ],
     "top_k": [PICKS, sd.top_k(BLOCKS, 2)],
     "top_p": [sd.top_p(DOT, 0.5), sd.top_p(BLOCKS, 0.5)],
     "threshold": [sd.threshold(DOT, 0.5), sd.threshold(BLOCKS, 0.5)],
@@ -83,7 +89,7 @@ RULES = {"per_chunk": sources.PerChunk}
 
 def classes() -> set[type]:
     """Every class of nodes that is not a base of others."""
-    modules = (branches, given_blocks, orders, scores, select, sources, tensors)
+    modules = (branches, given_blocks, key_choices, orders, scores, select, sources, tensors)
     found = {thing for module in modules for thing in vars(module).values() if inspect.isclass(thing) and issubclass(thing, Node)}
     return {thing for thing in found if "function" in vars(thing)}
 
@@ -180,13 +186,14 @@ def effects_of(node: Node) -> set[str]:
     """The effects that this very node has, wherever it stands."""
     root = {
         "selected": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & node),
+        "keys": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & node),
         "order": lambda: sd.attend(node[sd.b, sd.h, sd.kv_idx] <= sd.q_idx),
         "tokens": lambda: sd.compact(node, sd.kv_idx <= sd.q_idx),
         "memory": lambda: sd.recall(node),
         "branch": lambda: node,
         "tensor": lambda: sd.attend(sd.top_k(sd.dot(sd.q, sd.k), 1)),
         "scores": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & sd.top_k(node, 1)),
-        "key scores": lambda: sd.attend(sd.segment_sort(node, 8).origin() <= sd.q_idx),
+        "key scores": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & sd.top_k(node, 8)),
     }[node.gives]()
     labels = {label for part, label in sd.Program(root).labels.items() if type(part) is type(node)}
     return {effect for effect, found in reasons(sd.Program(root)).items() for why in found if why.partition(":")[0] in labels}

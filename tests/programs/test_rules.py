@@ -18,7 +18,7 @@ from sparsedsl import testing as kit
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
 from sparsedsl.execute.lowering import Lowering
 from sparsedsl.execute.node_rules import LOWERED_RULES
-from sparsedsl.program import branches, given_blocks, orders, scores, select, sources, tensors
+from sparsedsl.program import branches, given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Branch
 from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.program.node import one_of
@@ -59,6 +59,8 @@ PROGRAMS: dict[type, Any] = {
     scores.GivenKeyScores: sd.compact(
         sd.keep_tokens(VOTES, tail=0.4, always=2), CAUSAL
     ),
+    key_choices.Diagonals: sd.attend(CAUSAL & sd.top_k(sd.diagonals(sd.q, sd.k, rows=4), 6)),
+    key_choices.ChosenKeys: sd.attend(CAUSAL & sd.top_k(SEEN, 6)),
     given_blocks.Given: sd.attend(CAUSAL & sd.given(sd.input("lists", "batch one queries width"), 4)),
     scores.Grouped: sd.attend(CAUSAL & sd.top_k(BY.over_group("sum"), 2)),
     scores.GroupedKeys: sd.patterns.pbs(4, 8, share="group"),

@@ -11,6 +11,7 @@ from torch.nn import functional
 from sparsedsl.backends.reference.masks import blocks
 from sparsedsl.backends.reference.tensor_rules import NEVER, gumbel_noise, joined_heads, of_one_size, per_head, pooled, softmax
 from sparsedsl.program.axes import block_of, rows_on, windows_of
+from sparsedsl.program.key_choices import Diagonals
 from sparsedsl.program.node import Node, reached
 from sparsedsl.program.orders import Take
 from sparsedsl.program.scores import (
@@ -205,8 +206,23 @@ def _smooth(run: Evaluation, node: Smooth) -> Tensor:
     ends = _scored_keys(run, node)
     kept, rest = x[:, :, :ends], x[:, :, ends:]
     padded = functional.pad(kept, (reach, reach))
-    mean = torch.stack([padded[:, :, i : i + kept.shape[2]] for i in range(node.pool)]).sum(0) / node.pool
-    return torch.cat([mean, rest], dim=2)
+    neighbours = torch.stack([padded[:, :, i : i + kept.shape[2]] for i in range(node.pool)])
+    joined = neighbours.sum(0) / node.pool if node.how == "mean" else neighbours.amax(0)
+    return torch.cat([joined, rest], dim=2)
+
+
+def _diagonals(run: Evaluation, node: Diagonals) -> Tensor:
+    x, y = of_one_size(run.value(node.x), run.value(node.y))
+    first = run.call.q_offset + max(0, x.shape[2] - node.rows)
+    keys, found = y.shape[2], torch.zeros_like(x[:, :, :1, 0]).expand(-1, -1, y.shape[2]).clone()
+    for number, row in enumerate(x[:, :, -node.rows :].unbind(2)):
+        seen = min(first + number + 1, keys)
+        mass = softmax((y[:, :, :seen] @ row[..., None])[..., 0] * _scale(node.scale, x))
+        apart = first + number - torch.arange(seen, device=x.device)
+        for key in range(seen):
+            if int(apart[key]) < keys:
+                found[:, :, int(apart[key])] += mass[:, :, key]
+    return found / min(node.rows, x.shape[2])
 
 
 def _scored_keys(run: Evaluation, node: KeyScores) -> int:
@@ -238,5 +254,6 @@ SCORE_RULES: dict[type[Node], Rule] = {
     Grouped: _grouped,
     GroupedKeys: _grouped,
     Probe: _probe,
+    Diagonals: _diagonals,
     Smooth: _smooth,
 }
