@@ -160,7 +160,9 @@ def _given_scores(run: Lowering, node: GivenScores) -> ScoreSource:
 
 
 def _given_key_scores(run: Lowering, node: GivenKeyScores) -> Tensor:
-    return run.value(node.x).to(run.call.dtype).expand(run.domain.batch, -1, -1)
+    scores = run.value(node.x)
+    run.call.check_key_scores(node, scores)
+    return scores.to(run.call.dtype).expand(run.domain.batch, -1, -1)
 
 
 def _gumbel(run: Lowering, node: Gumbel) -> ScoreSource:
@@ -203,7 +205,7 @@ def _probe(run: Lowering, node: Probe) -> Tensor:
 def _smooth(run: Lowering, node: Smooth) -> Tensor:
     x = run.value(node.x)
     kept = x.shape[2] - _probing(run, node)
-    return functional.pad(proxies.smooth(x[:, :, :kept], node.pool, node.how), (0, x.shape[2] - kept))
+    return functional.pad(proxies.smooth(x[:, :, :kept], node.pool, node.how), (0, x.shape[2] - kept))  # type: ignore[arg-type]
 
 
 def _probing(run: Lowering, node: KeyScores) -> int:

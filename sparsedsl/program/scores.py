@@ -356,7 +356,9 @@ def given_key_scores(x: Node) -> GivenKeyScores:
     """One score for every key that was made elsewhere: votes of an earlier call, a router.
 
     Args:
-        x: an input ``(batch, heads, keys)``.
+        x: an input ``(batch, heads, keys)`` of numbers of at least 0, which is checked at the call.
+
+    What they were made from is not known: the report says UNKNOWN of causality.
 
     >>> import sparsedsl as sd
     >>> votes = sd.given_key_scores(sd.input("votes", "batch heads keys"))

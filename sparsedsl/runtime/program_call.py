@@ -22,7 +22,7 @@ from sparsedsl.program.branches import Attend, Branch, Linear, Recall
 from sparsedsl.program.given_blocks import Given
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
-from sparsedsl.program.scores import GivenScores
+from sparsedsl.program.scores import GivenKeyScores, GivenScores
 from sparsedsl.program.tensors import Input
 from sparsedsl.runtime.call import FLOATS, Call, check_call, check_table, exactly, wants_grad
 from sparsedsl.runtime.dtypes import accumulated
@@ -116,6 +116,14 @@ class ProgramCall:
         if bool((scores == float("-inf")).any()):
             raise TableError(
                 f"input {name!r} holds -inf; which blocks are candidates is said by masks: sd.top_k(scores, n, among=mask)"
+            )
+
+    def check_key_scores(self, node: GivenKeyScores, scores: Tensor) -> None:
+        """No score is below 0. On a GPU this waits for the numbers."""
+        if bool((scores < 0).any()):
+            name = node.x.given_name or self.program.labels[node.x]
+            raise TableError(
+                f"input {name!r} holds scores below 0; scores of keys are at least 0: pass their softmax, sigmoid or exp"
             )
 
     def check_lists(self, node: Given, lists: Tensor) -> None:

@@ -102,12 +102,14 @@ def named_inputs(
     """The inputs of a program beside q, k and v. ``free``: sizes of its own axes; ``ragged``: whether incomplete blocks are given too."""
     sizes = {axis: case.kv_heads if heads else 5 for axis, heads in _free_axes(program).items()} | dict(free or {})
     ids, seeds, listed = _documents(program), _seeds(program), _listed(program)
+    votes = {node.x.given_name for node in program.nodes(scores.GivenKeyScores)}
     found = {}
     for number, (name, node) in enumerate(program.inputs.items()):
         shape = [_size(axis, case, sizes, ragged) for axis in node.axes]
         drawn = tensor(*shape, seed=seed + 7 + number, dtype=dtype)
         if name in seeds:
             drawn = torch.full(shape, seed)
+        drawn = drawn.abs() if name in votes else drawn
         if name in listed:
             drawn = _blocks(drawn, listed[name], case)
         found[name] = (drawn > 1).long().cumsum(-1) if name in ids else drawn

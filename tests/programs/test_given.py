@@ -194,6 +194,8 @@ def test_given_scores_of_keys(backend: str, draw: Any) -> None:
         old, new = (sd.compile(make(s), backend=backend, allow=allow) for s in (probe, votes))
         given = scores_of(old, probe, **t)
         torch.testing.assert_close(new(**t, votes=given), old(**t))
+        with pytest.raises(sd.TableError, match="'votes' holds scores below 0"):
+            new(**t, votes=-given)
         assert sd.analyse(new.program, 32).causal.status == "UNKNOWN"
 
 

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx
 from sparsedsl import testing as kit
+from sparsedsl.program.program_text import read_program
 from tests.programs.choices_recipe import chosen, dig, numbers, scores_of
 
 Tensor = torch.Tensor
@@ -103,6 +106,56 @@ def test_T04_the_own_block_is_compared_by_a_mean_that_reads_ahead(tokens: Any) -
     within = sd.attend(ENDED & sd.top_k(index(sd.dot(IQ, IK)), 5, among=ENDED & ended))
     assert sd.analyse(sd.Program(within), 24).causal == sd.PROVED
     kit.assert_causal(sd.compile(within, backend="tiled"), kit.AttentionCase(heads=2, kv_heads=2, q_len=24, kv_len=24))
+
+
+INNER = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)).over_group("max"), 2, among=(kv_idx // 4 + 1) * 4 <= q_idx)
+# Masks of candidates that read a choice, and the same as a function of the blocks chosen; the first two are followed along lists.
+WITHIN: dict[str, tuple[Any, Any]] = {
+    "in its blocks": (CAUSAL & INNER, lambda chosen, t, j: j <= t and j // 4 in chosen),
+    "in its blocks alone": (INNER.as_expression(), lambda chosen, t, j: j // 4 in chosen),
+    "or near": (INNER | (abs(q_idx - kv_idx) < 3), lambda chosen, t, j: j // 4 in chosen or abs(t - j) < 3),
+    "elsewhere": (CAUSAL & ~INNER, lambda chosen, t, j: j <= t and j // 4 not in chosen),
+}
+
+
+@pytest.mark.parametrize("name", WITHIN)
+@given(st.data())
+@settings(max_examples=6)
+def test_choices_within_choices_beside_loops(name: str, data: st.DataObject) -> None:
+    case = data.draw(kit.shapes(max_len=22, max_heads=4).filter(lambda c: c.q_offset + c.q_len <= c.kv_len))
+    block, heads = data.draw(st.sampled_from((1, 2))), data.draw(st.sampled_from(("heads", "kv_heads")))
+    by = sd.dot(sd.q, sd.k if block == 1 else sd.summary(sd.k, block))
+    by = by if heads == "heads" else by.over_group("sum")
+    count, extra = data.draw(st.sampled_from((1, 3, 40))), data.draw(st.booleans())
+    forced, is_forced = data.draw(
+        st.sampled_from(((None, lambda t, j: False), (kv_idx < 3, lambda t, j: j < 3), (q_idx == kv_idx, lambda t, j: j == t)))
+    )
+    mask, holds = WITHIN[name]
+    picked = sd.top_k(by, count, among=mask, forced=forced, extra=extra, name="picked")
+    program = sd.Program(sd.attend(CAUSAL & (picked | (q_idx == kv_idx))))
+    assert read_program(program.text) == program
+    q, k, v = data.draw(kit.inputs(case, dtype=torch.float64))
+    attn = sd.compile(program, backend="tiled")
+    kit.assert_matches_reference(attn, q, k, v, q_offset=case.q_offset)
+    found = attn.choices(q, k, v, q_offset=case.q_offset)
+    lists, inner = found.pop("picked").table(), next(iter(found.values())).table()
+    size, group = lists.shape[1], case.heads // case.kv_heads
+    for b, h, row in torch.cartesian_prod(*map(torch.arange, lists.shape[:3])).tolist():
+        t, mine = case.q_offset + row, range(h * case.heads // size, (h + 1) * case.heads // size)
+        keys = [k[b, g // group] for g in mine]
+        heights, there, first = [], [], []
+        for start in range(0, case.kv_len, block):
+            some = range(start, min(start + block, case.kv_len))
+            heights.append(
+                sum(float(q[b, g, row] @ rows[start : start + block].mean(0)) for g, rows in zip(mine, keys, strict=True))
+            )
+            chosen = [inner[b, g // group, row].nonzero()[:, 0].tolist() for g in mine]
+            there.append(any(holds(one, t, j) for one in chosen for j in some))
+            first.append(there[-1] and any(is_forced(t, j) for j in some))
+        order = sorted((u for u, ok in enumerate(there) if ok and not first[u]), key=lambda u: (-heights[u], u))
+        forced_ones = [u for u, ok in enumerate(first) if ok]
+        wanted = [*forced_ones, *order[:count]] if extra and forced is not None else [*forced_ones, *order][:count]
+        assert lists[b, h, row].nonzero()[:, 0].tolist() == sorted(wanted)
 
 
 # ---- entries -------------------------------------------------------------------------------------------------------------------------

@@ -174,6 +174,7 @@ def _given_scores(run: Evaluation, node: GivenScores) -> Tensor:
 
 def _given_key_scores(run: Evaluation, node: GivenKeyScores) -> Tensor:
     scores = run.value(node.x).to(run.call.dtype)
+    run.call.check_key_scores(node, scores)
     return scores + torch.zeros(run.call.q.shape[0], 1, 1, dtype=scores.dtype, device=scores.device)
 
 
