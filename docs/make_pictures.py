@@ -246,6 +246,7 @@ GALLERY = {
     "nha": Entry("nha(slots=4, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 4)}),
     "pbs": Entry("pbs(block=8, segment=16, mass=0.5)", inputs=dict),
     "token_sparse": Entry("token_sparse(coverage=0.3, probe=8, pool=3, min_tokens=8)", inputs=dict),
+    "minference": Entry("minference(vertical=6, slash=10, probe=8, columns=2, diagonals=4)", inputs=dict),
     "ring_linear": Entry("ring_linear([0.8, 0.98])", inputs=dict),
     "moba": Entry("moba(chunk=8, top_k=3)", inputs=dict),
     "nsa": Entry("nsa(block=4, select=8, top_k=3, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 3).sigmoid()}),

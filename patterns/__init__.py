@@ -29,7 +29,7 @@ from sparsedsl.patterns.models import (
 )
 from sparsedsl.patterns.packing import document_prefix, documents, packed, shared_prefix, tree
 from sparsedsl.patterns.scores import alibi, alibi_slope, relative_bias, softcap, t5_bias, t5_bucket
-from sparsedsl.patterns.systems import hsa, moba, nha, nsa, pbs, ring_linear, token_sparse
+from sparsedsl.patterns.systems import hsa, minference, moba, nha, nsa, pbs, ring_linear, token_sparse
 
 __all__ = [
     "alibi",
@@ -58,6 +58,7 @@ __all__ = [
     "infllm_v2",
     "llama4",
     "longformer",
+    "minference",
     "mistral",
     "moba",
     "neighbourhood_2d",

@@ -84,6 +84,7 @@ PROGRAMS = {
     "hca": lambda: P.hca(sink=0.5),
     "hisa": lambda: P.hisa(),
     "infllm_v2": lambda: P.infllm_v2(),
+    "minference": lambda: P.minference(),
     "nsa_published": lambda: P.nsa_published(),
     "qsa": lambda: P.qsa(),
     "hsa": lambda: P.hsa(),

@@ -71,6 +71,8 @@ def test_T16_vertical_lines_and_slashes(backend: str, prompt: Any) -> None:
     assert int(pairs.sum()) == 705
     logits = (prompt["q"][0, 1] @ prompt["k"][0, 1].T * 8**-0.5).masked_fill(~pairs, -torch.inf)
     torch.testing.assert_close(out, logits.softmax(-1) @ prompt["v"][0, 1])
+    named = sd.patterns.minference(6, 10, 8, columns=2, diagonals=4)
+    torch.testing.assert_close(sd.compile(named, backend=backend, allow=ALLOW)(**prompt)[0, 1], out)
     # Fewer than are forced: the earlier of equal ones.
     assert flags(sd.compile(minference(6, 3), backend=backend, allow=ALLOW), "slashes", **prompt)[1] == [0, 1, 2]
 
