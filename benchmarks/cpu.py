@@ -10,6 +10,7 @@
 | `patterns` | forward, against `tiled`, FlexAttention by hand, dense SDPA and a product | 8K: 8 a width and dtype; 32K: 20 |
 | `training` | forward and backward, against `tiled` and dense SDPA | 3 |
 | `systems` | what chooses, reorders, remembers, against dense SDPA (`--train`, `--activations`) | 8K: 4; 32K: 10; 128K: 20 |
+| `linear` | decays and write rules from the data, against token by token and dense SDPA | 4 |
 | `decode` | a step with 8K, 32K and a million keys, against the dense step | 3 |
 | `calls` | what a call takes beside its compiled passes | 1 |
 | `first` | the first call of a process, C++ built before and not | 1 |
@@ -41,6 +42,7 @@ from typing import Any
 import cpu_calls
 import cpu_decode
 import cpu_first
+import cpu_linear
 import cpu_memory
 import cpu_patterns
 import cpu_record
@@ -53,6 +55,7 @@ PARTS: dict[str, Part] = {
     "patterns": cpu_patterns.PATTERNS,
     "training": cpu_patterns.TRAINING,
     "systems": cpu_systems.SYSTEMS_PART,
+    "linear": cpu_linear.LINEAR,
     "decode": cpu_decode.DECODE,
     "calls": cpu_calls.CALLS,
     "first": Part(cpu_first.WORKS, cpu_first.measure_first, lengths=(2048,), quick_lengths=(2048,), quick=("window",), rounds=3),

@@ -10,7 +10,8 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl import patterns
-from sparsedsl.program.branches import Attend, Joint, Linear, Mix, Recall
+from sparsedsl.program.branches import Attend, Joint, Mix, Recall
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 
 __all__ = ["SYSTEMS", "Shape", "System", "attended_pairs", "density", "random_qkv", "topics"]

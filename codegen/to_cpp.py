@@ -96,6 +96,7 @@ _PARTS = {
     "selected": (*_WORK, "strips.h", "selected.cpp"),
     "selected_backward": (*_WORK, "strips.h", "selected.cpp", "selected_backward.cpp"),
     "choosing": (*_WORK, "choosing.cpp", "pooling.cpp", "weighing.cpp", "probing.cpp"),
+    "scan_gated": (*_WORK, "scan_gated.h", "scan_gated.cpp"),
     "scan_linear": (*_WORK, "scan_linear.cpp"),
     "scan_slots": (*_WORK, "scan_slots.cpp"),
 }

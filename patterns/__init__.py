@@ -7,9 +7,7 @@ expression: ``sliding_window(sd.table("window")[sd.h])``.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
-from sparsedsl.lang.advice import answer_for, meant
+from sparsedsl.lang.advice import answer_for, public_only
 from sparsedsl.patterns.anchors import global_tokens, prefix, sinks
 from sparsedsl.patterns.blockwise import block_causal, block_diffusion, blocks, random_blocks
 from sparsedsl.patterns.grids import grid_position, neighbourhood_2d, neighbourhood_3d, sliding_tile
@@ -28,6 +26,7 @@ from sparsedsl.patterns.models import (
     t5,
 )
 from sparsedsl.patterns.packing import document_prefix, documents, packed, shared_prefix, tree
+from sparsedsl.patterns.recurrent import based, delta_net, gated_delta, gla, kda, ssd
 from sparsedsl.patterns.scores import alibi, alibi_slope, relative_bias, softcap, t5_bias, t5_bucket
 from sparsedsl.patterns.systems import hsa, minference, moba, nha, nsa, pbs, ring_linear, token_sparse
 
@@ -35,6 +34,7 @@ __all__ = [
     "alibi",
     "alibi_slope",
     "alibi_window",
+    "based",
     "bigbird",
     "block_causal",
     "block_diffusion",
@@ -42,13 +42,16 @@ __all__ = [
     "causal",
     "chunked",
     "csa",
+    "delta_net",
     "dilated",
     "document_prefix",
     "documents",
     "dsa",
     "full",
+    "gated_delta",
     "gemma2",
     "gemma3",
+    "gla",
     "global_tokens",
     "gpt_oss",
     "grid_position",
@@ -56,6 +59,7 @@ __all__ = [
     "hisa",
     "hsa",
     "infllm_v2",
+    "kda",
     "llama4",
     "longformer",
     "minference",
@@ -78,6 +82,7 @@ __all__ = [
     "sliding_tile",
     "sliding_window",
     "softcap",
+    "ssd",
     "streaming_llm",
     "strided",
     "strided_fixed",
@@ -89,10 +94,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> NoReturn:
-    raise AttributeError(
-        f"sparsedsl.patterns has no pattern {name!r}{meant(name, __all__)}. The patterns are {', '.join(__all__)}"
-    )
-
-
+__getattr__, __dir__ = public_only(__name__, __all__, "pattern")
 answer_for(globals(), __all__)

@@ -14,7 +14,8 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.patterns.anchors import sinks
 from sparsedsl.patterns.checked_arguments import check_choice, check_count, check_head_logit, check_whole
 from sparsedsl.patterns.local import causal, sliding_window
-from sparsedsl.program.branches import Attend, Branch, Compact, Linear, Mix
+from sparsedsl.program.branches import Attend, Branch, Compact, Mix
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.scores import Scores
 
 __all__ = ["hsa", "minference", "moba", "nha", "nsa", "pbs", "ring_linear", "token_sparse"]

@@ -229,6 +229,7 @@ def test_cpu_systems(tmp_path):
     [
         ("decode", ("window", "hsa", "moba", "quest", "ring"), 2048, 5, []),
         ("calls", ("pattern", "program_step"), 16, 2, [60.0, 150.0]),
+        ("linear", ("gdn", "mamba2"), 256, 4, [1.0] * 4),
         ("first", ("moba",), 1024, 2, [2.5, 0.3]),
         ("memory", ("causal", "quest"), 4096, 4, []),
     ],
@@ -323,7 +324,7 @@ def test_what_a_part_measures():
 def test_command_lines_that_contradict_themselves(capsys):
     script = load("cpu")
     for arguments, words in (
-        (["pattern"], "parts are patterns, training, systems, decode, calls, first, memory; got pattern"),
+        (["pattern"], "parts are patterns, training, systems, linear, decode, calls, first, memory; got pattern"),
         (["calls", "first", "--out", "x.json"], "--out is the file of one part; got calls first"),
         (["decode", "--train"], "--train and --activations go with the part systems alone; got decode"),
         (["first", "--works", "hsa"], "--works of first are moba, window; got hsa"),

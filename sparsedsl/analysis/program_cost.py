@@ -14,12 +14,14 @@ from sparsedsl.analysis.rows import count_rows
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.symbols import BATCH, HEAD
+from sparsedsl.plain_values import Reported
 from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources
 from sparsedsl.program.axes import base_of, rows_on
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall, blocks_of_keys
+from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall, blocks_of_keys
 from sparsedsl.program.decided import assume, possible
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.scores import Antidiagonal, Bound, Dot, Probe
 from sparsedsl.program.select import Select, choices_in
@@ -30,10 +32,11 @@ __all__ = ["ATTENDING", "CHOOSING", "COST_RULES", "MOVING", "CostStep", "Lengths
 BLOCK = (128, 128)
 CHOOSING, MOVING, ATTENDING = "choosing", "moving", "attending"
 FLOAT32 = 4  # bytes
+CHUNK = 64  # tokens whose keys meet each other, where decays or write rules are those of the data
 
 
 @dataclass(frozen=True)
-class CostStep:
+class CostStep(Reported):
     """What one node costs: FLOPs (a multiply-add counts as two) and bytes it reads and writes.
 
     ``kind``: choosing, moving or attending. ``pairs``: of an attention, pairs of query and key that it attends to at most, all batch
@@ -151,8 +154,18 @@ def _attend(node: Attend, lengths: Lengths) -> CostStep:
 
 
 def _linear(node: Linear, lengths: Lengths) -> CostStep:
-    flops = 4 * lengths.count("batch", "heads", "queries", "head_dim", "value_dim")
-    return CostStep(node, ATTENDING, flops, 3 * lengths.count("batch", "heads", "keys", "head_dim") * lengths.item)
+    """A state is read and written once a token; by the delta rule read for its keys too, and keys meet within chunks of ``CHUNK``."""
+    gates = [gate for gate in (node.gate, node.beta, node.write) if gate is not None]
+    heads = max(lengths.of(axis) for axis in ("heads", "value_heads", *(gate.axes[1] for gate in gates)))
+    width, width_v = lengths.of(node.y.axes[3]), lengths.of(node.z.axes[3]) + (node.normalised is not None)
+    width = 1 + width + width * (width + 1) // 2 if node.features == "taylor" else width
+    each = 4 * width * width_v
+    if node.form:
+        each += 2 * CHUNK * (width + width_v)
+    if node.beta is not None:
+        each += 2 * width * width_v + CHUNK * (4 * width + 2 * width_v) + CHUNK * CHUNK // 3
+    read = lengths.bytes(*gates) + 3 * lengths.count("batch", "keys") * heads * width * lengths.item
+    return CostStep(node, ATTENDING, lengths.count("batch", "queries") * heads * each, read)
 
 
 def _recall(node: Recall, lengths: Lengths) -> CostStep:

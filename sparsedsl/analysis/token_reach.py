@@ -20,11 +20,12 @@ from sparsedsl.lang.numeric import minimum
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN
 from sparsedsl.program import given_blocks, key_choices, select
 from sparsedsl.program.axes import base_of, block_of, windows_of
-from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall, blocks_of_keys, reads_scores
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Mix, Recall, blocks_of_keys, reads_scores
 from sparsedsl.program.decided import assume
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Take, Tokens
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.scores import (
     Antidiagonal,

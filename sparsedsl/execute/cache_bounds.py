@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.node_rules import lowered
-from sparsedsl.execute.state import STATE_RULES, advanced, horizon
+from sparsedsl.execute.state import STATE_RULES, advanced, first_kept, horizon
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
 from sparsedsl.program.axes import base_of, rows_on
-from sparsedsl.program.branches import Attend, Linear
+from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import assume, possible
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.select import choices_in
 from sparsedsl.program.tensors import OWN, Input, k, v
 from sparsedsl.runtime.program_call import check_program_call
@@ -70,11 +72,13 @@ def _program_bound(program: Program) -> CacheBound:
         return pattern_bound(union)
     causal = program_causality(program)
     try:
-        back = horizon(program)
+        back, first = horizon(program), first_kept(program)
     except UnsupportedError as error:
         why = str(error).removeprefix("the program keeps no state: ").split(". Pass all")[0]
-        return CacheBound(GROWS, None, Verdict("UNKNOWN", reason=program.worded(why)), causal=causal, step=_step(program))
-    return CacheBound(STATE, None, PROVED, recent=back, causal=causal, state_bytes=functools.partial(_state_bytes, program, back))
+        why = program.worded(re.sub(r"<\w+ (\w+)>", r"\1", why))
+        return CacheBound(GROWS, None, Verdict("UNKNOWN", reason=why), causal=causal, step=_step(program))
+    size = functools.partial(_state_bytes, program, first + back)
+    return CacheBound(STATE, None, PROVED, first=first, recent=back, causal=causal, state_bytes=size)
 
 
 def _union(program: Program) -> Pattern | None:
@@ -113,14 +117,15 @@ def _step(program: Program) -> str:
 
 
 def _state_bytes(
-    program: Program, back: int, length: int, kv_heads: int, head_dim: int, dtype: str, *, head_dim_v: int, batch: int,
-    heads: int | None, sizes: Mapping[str, int],
+    program: Program, kept: int, length: int, kv_heads: int, head_dim: int, dtype: str, *, head_dim_v: int, batch: int,
+    heads: int | None, sizes: Mapping[str, int], given: Collection[str],
+    tables: Mapping[str, torch.Tensor],
 ) -> int:  # fmt: skip
     """What the state of a call takes: that of one token is made, and its rows counted for as many as are held."""
-    decays = [len(node.decay) for node in program.nodes(Linear)]
+    decays = [len(node.log_decays) for node in program.nodes(Linear) if isinstance(node.decay, tuple)]
     known = {
-        "batch": batch, "heads": heads or (decays[0] if decays else kv_heads), "kv_heads": kv_heads, "head_dim": head_dim,
-        "value_dim": head_dim_v, "queries": 1, "keys": 1, **sizes,
+        "batch": batch, "heads": heads or (decays[0] if decays else kv_heads), "kv_heads": kv_heads, "value_heads": kv_heads,
+        "head_dim": head_dim, "value_dim": head_dim_v, "queries": 1, "keys": 1, **sizes,
     }  # fmt: skip
 
     def size(axis: str) -> int:
@@ -130,13 +135,15 @@ def _state_bytes(
         return rows_on(axis, known.get(base, head_dim if base.endswith("dim") else kv_heads))
 
     def zeros(node: Input) -> torch.Tensor:
-        return torch.zeros([size(axis) for axis in node.axes], dtype=getattr(torch, dtype))
+        axes = (node.axes[0], "value_heads", *node.axes[2:]) if node is v else node.axes
+        return torch.zeros([size(axis) for axis in axes], dtype=getattr(torch, dtype))
 
-    made = {node.name: zeros(node) for node in (*OWN, *(node for node in program.inputs.values() if node.default is None))}
+    asked = [node for node in program.inputs.values() if node.default is None or node.name in given]
+    made = {node.name: zeros(node) for node in (*OWN, *asked)}
     with torch.no_grad():
-        call = check_program_call(program, made.pop("q"), made.pop("k"), made.pop("v"), made)
+        call = check_program_call(program, made.pop("q"), made.pop("k"), made.pop("v"), {**made, **tables})
         run = lowered(call, Dispatch("tiled"), lse=False)
         run.value(program.root)
         state = advanced(call, run.dispatch, run.after)
     rows = sum(tensor.numel() * tensor.element_size() for tensor in state.recent.values())
-    return state.nbytes - rows + (rows * min(back, length) if back else 0)
+    return state.nbytes - rows + rows * min(kept, length)

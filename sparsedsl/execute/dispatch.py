@@ -149,6 +149,12 @@ class Dispatch:
         """A scan of decayed linear attention: see :func:`~sparsedsl.backends.tiled.scan_linear.linear_scan`."""
         return takes(Request("linear", _facts(q, k, v)), self.backend, self.patience).linear(q, k, v, decay, **words)
 
+    def gated(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, form: str, **words: Any) -> Any:
+        """A scan whose decays come with the data: see :func:`~sparsedsl.backends.tiled.scan_gated.gated_scan`."""
+        grad = wants_grad(q, k, v, log_decay, *([] if beta is None else [beta]))
+        request = Request("linear", CallFacts.of(q, k, v, grad=grad, lse=True), form=form)
+        return takes(request, self.backend, self.patience).gated(q, k, v, log_decay, beta, **words)
+
 
 def request_of(selected: SelectedCall, facts: CallFacts) -> Request:
     """What attention along lists asks of a backend."""

@@ -11,7 +11,8 @@ import torch
 
 from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Mix, Recall
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.dtypes import accumulated
@@ -36,7 +37,8 @@ def run_empty(call: ProgramCall) -> tuple[Tensor, Tensor]:
 
 def _nothing_attended(call: Call | ProgramCall, lse: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """An output of 0, and this LSE, ``(B, Hq, Sq)``; both with a gradient of zero for ``leaves``."""
-    out = call.q.new_zeros((*call.q.shape[:3], call.v.shape[3]))
+    heads = call.out_heads if isinstance(call, ProgramCall) else call.q.shape[1]
+    out = call.q.new_zeros((call.q.shape[0], heads, call.q.shape[2], call.v.shape[3]))
     if not call.needs_grad:
         return out, lse
     # A sum of no elements is 0 whatever the tensor holds, and autograd gives it a gradient of the right shape.
@@ -60,7 +62,7 @@ def _sink_lse(pattern: Pattern, call: Call | ProgramCall) -> Tensor:
 
 
 def _filled(call: ProgramCall, value: float) -> Tensor:
-    return call.q.new_full(call.q.shape[:3], value, dtype=call.dtype)
+    return call.q.new_full((call.q.shape[0], call.out_heads, call.q.shape[2]), value, dtype=call.dtype)
 
 
 def _nothing(node: Branch, call: ProgramCall) -> Tensor:

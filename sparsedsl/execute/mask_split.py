@@ -90,7 +90,7 @@ def split_mask(mask: Mask, choices: tuple[Choice, ...], tokens: int = 1) -> Mask
     >>> node = sd.attend((sd.kv_idx <= sd.q_idx) & ((sd.q_idx - sd.kv_idx < 8) | selected))
     >>> found = split_node(node)
     >>> print(Mask(found.static), Mask(found.selected), sep="; ")
-    (q_idx >= kv_idx) & (q_idx - kv_idx <= 7); (q_idx >= kv_idx) & (q_idx - kv_idx >= 8)
+    (kv_idx <= q_idx) & (q_idx - kv_idx < 8); (kv_idx <= q_idx) & (q_idx - kv_idx >= 8)
     """
     known = {choice.label: choice for choice in choices if choice.blocks[0] == 1 and choice.blocks[1] % tokens == 0}
     own = {label: known[label].of_row(tokens).expr for label in sorted(known)}

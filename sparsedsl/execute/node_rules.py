@@ -7,13 +7,15 @@ import torch
 from sparsedsl.execute.attend_rule import attend_node
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.kept_summaries import KeptSummaries
+from sparsedsl.execute.linear_rule import run_linear
 from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.selection_rules import LISTED_RULES
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program import tensors
-from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Mix, Recall
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Take
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, Summary
@@ -96,15 +98,9 @@ def _recall(run: Lowering, node: Recall) -> Result:
 
 
 def _linear(run: Lowering, node: Linear) -> Result:
-    q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
-    run.call.check_decays(node, q.shape[1])
-    documents = None if node.documents is None else run.value(node.documents)
-    decay = torch.tensor(node.decay, dtype=run.call.dtype, device=q.device)
-    out, run.after[node] = run.dispatch.linear(
-        q, k, v, decay, scale=run.scale(node.scale, q), q_offset=run.domain.q_offset, state=run.call.state_of(node),
-        documents=documents,
-    )  # fmt: skip
-    return out, None
+    found = run_linear(node, run.call, run.dispatch, run.value)
+    run.after[node] = found.state
+    return found.out, found.lse
 
 
 # ---- combinations --------------------------------------------------------------------------------------------------------------

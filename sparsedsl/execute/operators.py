@@ -143,9 +143,12 @@ def _(
     scale: float | None, lse: bool, grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Shapes that make no sense are not refused here, where torch would wrap the error, but when the graph runs.
-    return q.new_empty((*q.shape[:-1], *v.shape[-1:])), q.new_empty(q.shape[:-1], dtype=accumulated(q.dtype)) if lse else _no_lse(
-        q
-    )
+    rows = tuple(q.shape[:-1])
+    if (
+        q.ndim == k.ndim == v.ndim == 4 and v.shape[1] > k.shape[1] and v.shape[1] > q.shape[1]
+    ):  # values with more heads than keys
+        rows = (q.shape[0], v.shape[1], q.shape[2])
+    return q.new_empty((*rows, *v.shape[-1:])), q.new_empty(rows, dtype=accumulated(q.dtype)) if lse else _no_lse(q)
 
 
 @torch.library.custom_op("sparsedsl::attend_backward", mutates_args=())

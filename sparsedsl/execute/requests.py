@@ -15,9 +15,10 @@ from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.axes import base_of, rows_on
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall, blocks_of_keys
+from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall, blocks_of_keys
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.runtime.request import CallFacts, Request
@@ -78,7 +79,16 @@ def _slots(node: Recall, asked: _Asked) -> list[Request]:
 
 
 def _linear(node: Linear, asked: _Asked) -> list[Request]:
-    return [Request("linear", replace(asked.facts, lse=True))]
+    """Features and the sum of weights change the widths, and the type, of what is scanned."""
+    facts = replace(asked.facts, lse=True)
+    width = facts.head_dim
+    if node.features == "taylor":
+        facts = replace(facts, head_dim=1 + width + width * (width + 1) // 2)
+    if node.normalised is not None:
+        facts = replace(facts, head_dim_v=facts.head_dim_v + 1)
+    if (node.features or node.normalised) and facts.dtype != "float64":
+        facts = replace(facts, dtype="float32")
+    return [Request("linear", facts, form=node.form)]
 
 
 def _attention(node: Attend, asked: _Asked) -> list[Request]:

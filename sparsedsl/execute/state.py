@@ -20,13 +20,15 @@ from sparsedsl.analysis.key_intervals import KeyInterval, interval_rows, interva
 from sparsedsl.analysis.mask_clauses import only_difference
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.execute.dispatch import Dispatch
+from sparsedsl.execute.linear_rule import run_linear
 from sparsedsl.lang.known_facts import facts
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN, Q_IDX, Q_LEN
 from sparsedsl.program import given_blocks, key_choices, orders, scores, select, tensors
 from sparsedsl.program.axes import base_of
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, k, v
@@ -279,10 +281,7 @@ def _slots_after(node: Recall, call: ProgramCall, dispatch: Dispatch, read: int)
 
 
 def _linear_after(node: Linear, call: ProgramCall, dispatch: Dispatch, read: int) -> Any:
-    y, z = (_given(call, x)[:, :, :read] for x in (node.y, node.z))
-    none = _given(call, node.x)[:, :, :0]
-    decay = torch.tensor(node.decay, dtype=call.dtype, device=y.device)
-    return dispatch.linear(none, y, z, decay, scale=1.0, state=call.state_of(node))[1]
+    return run_linear(node, call, dispatch, functools.partial(_given, call), rows=read).state
 
 
 _LOOKS_AT_ALL = StateRule(_all_tokens)

@@ -31,7 +31,7 @@ def where(condition: Any, a: Any, b: Any) -> Index | Score:
 
     >>> import sparsedsl as sd
     >>> print(sd.where(sd.kv_idx < 4, sd.score, float("-inf")))
-    where(kv_idx <= 3, score, -inf)
+    where(kv_idx < 4, score, -inf)
     """
     condition = as_mask(condition, where="condition of where()")
     a, b = _widest(a, b, of="where")

@@ -6,28 +6,52 @@ a bound is proved (:func:`sparsedsl.cache_bound`), and summaries beside the keys
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
 from sparsedsl.analysis.cached_keys import CacheBound
-from sparsedsl.analysis.lists import size_text
+from sparsedsl.analysis.domain import check_size
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.lang.pattern import attend
 from sparsedsl.models.binding import Binding
 from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
+from sparsedsl.models.layer_caches import CacheReport, LayerCache
 from sparsedsl.models.layers import layer_words
 
-__all__ = ["arrange", "release", "report"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["arrange", "empty_cache", "release", "report"]
+
+
+def empty_cache(model: PreTrainedModel, max_length: int | None = None) -> Cache:
+    """A cache of the kind that a model makes for itself, with nothing in it. ``max_length``: with memory for so many tokens.
+
+    Raises :class:`~sparsedsl.UnsupportedError` for ``max_length`` where the model's file has a cache of its own (MiniMax).
+    """
+    file = type(model).__module__
+    own = [kind for kind in vars(sys.modules[file]).values() if isinstance(kind, type) and issubclass(kind, Cache)]
+    own = [kind for kind in own if kind.__module__ == file]
+    if max_length is None:
+        made: Cache = own[0]() if own else DynamicCache(config=model.config)
+        return made
+    if own:
+        raise UnsupportedError(
+            f"cache(): {type(model).__name__} keeps a {own[0].__name__}, which takes memory as tokens come; leave max_length out"
+        )
+    return StaticCache(config=model.config, max_cache_len=check_size("max_length", max_length, 1))
 
 
 def arrange(
@@ -80,7 +104,7 @@ def release(bindings: Mapping[int, Binding]) -> None:
         binding.held = None
 
 
-def report(cache: Cache, length: int, batch: int) -> str:
+def report(cache: Cache, length: int, batch: int) -> CacheReport:
     """What the layers of a cache that has seen a token hold while ``length`` tokens go by, in words and bytes."""
     groups: dict[tuple[str, int, int], list[int]] = {}
     for index, layer in enumerate(cache.layers):
@@ -96,13 +120,11 @@ def report(cache: Cache, length: int, batch: int) -> str:
         elif window is not None:
             words, most = f"the last {window - 1} keys", min(length, window - 1)
         groups.setdefault((words, each, most), []).append(index)
-    lines = [
-        f"{layer_words(layers)}: {words}; {each:,} bytes a token, {size_text(batch * each * most)} for {length:,} tokens"
-        for (words, each, most), layers in groups.items()
-    ]
-    took = sum(batch * each * most * len(layers) for (_, each, most), layers in groups.items())
-    whole = sum(batch * each * length * len(layers) for (_, each, _), layers in groups.items())
-    return "\n".join([*lines, f"all layers: {size_text(took)}, where {size_text(whole)} hold every key"])
+    found = tuple(
+        LayerCache(tuple(layers), words, most, each, batch * each * most) for (words, each, most), layers in groups.items()
+    )
+    took = sum(one.bytes * len(one.layers) for one in found)
+    return CacheReport(length, batch, found, took, sum(batch * one.token_bytes * length * len(one.layers) for one in found))
 
 
 def _is_empty(layer: Any) -> bool:

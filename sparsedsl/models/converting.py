@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache
 
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.advice import check_word
 from sparsedsl.models.applying import AppliedPatterns, apply
 from sparsedsl.models.binding import BINDING, Compiled
+from sparsedsl.models.caches import empty_cache
 from sparsedsl.models.carried import Stack, put_stacks, stacks_of, take_stack
 from sparsedsl.models.chosen_layers import choose_layers, is_pattern, layer_for
 from sparsedsl.models.converted import CONVERTED, LAYER, Converted, converted_class, program_cache
@@ -224,9 +225,9 @@ class Conversion:
         finally:
             self._switch(before, native)
 
-    def cache(self) -> DynamicCache:
+    def cache(self) -> Cache:
         """An empty cache for the model as it is now; for ``past_key_values=``. The one that ``generate()`` makes by itself does too."""
-        cache = DynamicCache(config=self.model.config) if self.applied is None else self.applied.cache()
+        cache = empty_cache(self.model) if self.applied is None else self.applied.cache()
         for index, module in self._modules.items():
             program_cache(cache, index, getattr(module, CONVERTED).program(self.layers[index]))
         return cache

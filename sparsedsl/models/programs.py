@@ -20,10 +20,11 @@ from sparsedsl.lang.tables import TableRead, TableSpec, read_class, table_reads
 from sparsedsl.lang.wrapped import Expression
 from sparsedsl.models.derived import PROVIDED
 from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
-from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Mix, Recall
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node, one_of, reached
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 
 __all__ = ["FIT_RULES", "ROW", "SINK_RULES", "check_program", "fitted", "is_for_prefill", "reads_rows", "told_rows"]

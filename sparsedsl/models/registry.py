@@ -19,7 +19,7 @@ from sparsedsl.models.hybrids.nsa import NSA
 from sparsedsl.models.hybrids.ring_linear import RingLinear
 from sparsedsl.models.layer import Layer
 
-__all__ = ["NOTE", "VERSION", "entry_of", "layer_of", "register_layer"]
+__all__ = ["NOTE", "VERSION", "class_named", "entry_of", "layer_of", "name_of", "register_layer"]
 
 # The attribute of a configuration that says which layers were converted: ``{"version": 1, "layers": {index: entry}}``.
 NOTE, VERSION = "sparsedsl_layers", 1
@@ -60,6 +60,34 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def name_of(kind: type[Layer]) -> str:
+    """The name that a class is registered with.
+
+    Raises:
+        PatternError: it is not.
+    """
+    for name, known in _KNOWN.items():
+        if known is kind:
+            return name
+    raise PatternError(
+        f"{kind.__name__} is not registered, so that no file can name it; decorate it with @sd.models.register_layer"
+    )
+
+
+def class_named(name: Any, where: str) -> type[Layer]:
+    """The class that was registered with a name.
+
+    Raises:
+        UnsupportedError: none was; ``where`` says what is looked for.
+    """
+    if name not in _KNOWN:
+        raise UnsupportedError(
+            f"{where} is a {name!r}, which is not registered here; import its class and call sd.models.register_layer(Class) first"
+            f"{meant(str(name), list(_KNOWN))}"
+        )
+    return _KNOWN[name]
+
+
 def entry_of(layer: Layer) -> dict[str, Any]:
     """What a configuration says of a layer; of one that cannot be made again, why."""
     names = [name for name, kind in _KNOWN.items() if kind is type(layer)]
@@ -88,12 +116,7 @@ def layer_of(entry: Mapping[str, Any], donor: Donor) -> Layer:
         raise UnsupportedError(
             f"{where} ({name}) cannot be made again: {entry['cannot']}. Convert a donor, and load the weights by hand"
         )
-    if name not in _KNOWN:
-        raise UnsupportedError(
-            f"{where} is a {name!r}, which is not registered here; import its class and call sd.models.register_layer(Class) first"
-            f"{meant(str(name), list(_KNOWN))}"
-        )
-    kind = _KNOWN[name]
+    kind = class_named(name, where)
     arguments, known = entry.get("arguments") or {}, inspect.signature(kind.__init__).parameters
     if surplus := set(arguments) - set(known):
         raise PatternError(

@@ -9,11 +9,25 @@ import re
 
 from sparsedsl.errors import PatternError
 
-__all__ = ["HEADS", "base_of", "block_of", "check_axes", "complete_on", "in_blocks", "join_heads", "rows_on", "windows_of"]
+__all__ = [
+    "GATED_HEADS",
+    "HEADS",
+    "KNOWN",
+    "base_of",
+    "block_of",
+    "check_axes",
+    "complete_on",
+    "in_blocks",
+    "join_heads",
+    "rows_on",
+    "windows_of",
+]
 
 # Axes whose sizes a call knows from q, k and v. Any other word is a size of its own, the same wherever the word stands.
-KNOWN = ("batch", "heads", "kv_heads", "queries", "keys", "head_dim", "value_dim")
+KNOWN = ("batch", "heads", "kv_heads", "value_heads", "queries", "keys", "head_dim", "value_dim")
 HEADS = ("heads", "kv_heads", "one")
+# Those that decays and write rules may have: values may have heads of their own number.
+GATED_HEADS = ("one", "kv_heads", "heads", "value_heads")
 _AXIS = re.compile(r"[a-z][a-z0-9_]*(/[1-9][0-9]*(\+[1-9][0-9]*)?)?")
 
 

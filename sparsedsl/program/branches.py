@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar, overload
 
@@ -17,6 +16,7 @@ from sparsedsl.lang import pattern as static
 from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.axes import base_of, block_of, windows_of
 from sparsedsl.program.decided import assume
@@ -25,7 +25,7 @@ from sparsedsl.program.node import Node, nodes_in, one_of, reached
 from sparsedsl.program.orders import Tokens
 from sparsedsl.program.scores import Scores
 from sparsedsl.program.select import Choice, choices_in, told_candidates
-from sparsedsl.program.sources import PerChunk, Slots, check_documents
+from sparsedsl.program.sources import PerChunk, Slots
 from sparsedsl.program.tensors import OWN, Input, check_tensor, k, q, v
 
 __all__ = [
@@ -33,14 +33,13 @@ __all__ = [
     "Branch",
     "Compact",
     "Joint",
-    "Linear",
     "Mix",
     "Recall",
     "as_branch",
     "attend",
+    "check_scale",
     "compact",
     "joint",
-    "linear",
     "mix",
     "recall",
 ]
@@ -53,12 +52,16 @@ class Branch(Node):
     """A node with an output of ``(batch, heads, queries, value_dim)``: what :func:`sparsedsl.compile` takes."""
 
     gives: ClassVar[str] = "branch"
-    has_lse: ClassVar[bool] = True
 
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """Of the output."""
         return "batch", "heads", "queries", "value_dim"
+
+    @property
+    def has_lse(self) -> bool:
+        """Whether it is normalised, by a sum whose logarithm it has."""
+        return True
 
     @property
     def weighable(self) -> bool:
@@ -97,9 +100,9 @@ class Attend(Branch):
         own = self.x is q and self.y is k and self.z is v and self.normaliser is None
         return self.pattern if own and not nodes_in(self.pattern) else None
 
-    def code(self) -> str:
+    def code(self, write: Callable[[sympy.Basic], str] = expression_text) -> str:
         """As :func:`attend` takes it."""
-        words = self.pattern.text.splitlines()[-1].removeprefix("attend(").removesuffix(")")
+        words = self.pattern.written(write).splitlines()[-1].removeprefix("attend(").removesuffix(")")
         named = {"q": (self.x, q), "k": (self.y, k), "v": (self.z, v)}
         more = [f"{name}={node.label}" for name, (node, usual) in named.items() if node is not usual]
         if self.normaliser is not None:
@@ -110,12 +113,12 @@ class Attend(Branch):
 
 @overload
 def attend(
-    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None,
+    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None, causal: bool = False,
     q: Node = q, k: Node = k, v: Node = v, normaliser: PerChunk,
 ) -> Attend: ...  # fmt: skip
 @overload
 def attend(
-    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None,
+    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None, causal: bool = False,
     q: Node = q, k: Node = k, v: Node = v, normaliser: None = None,
 ) -> Pattern | Attend: ...  # fmt: skip
 def attend(
@@ -125,6 +128,7 @@ def attend(
     sink: Any = None,
     scale: float | None = None,
     heads: int | None = None,
+    causal: bool = False,
     q: Node = q,
     k: Node = k,
     v: Node = v,
@@ -139,6 +143,7 @@ def attend(
             value of zero, as in GPT-OSS; ``0.0`` gives softmax-plus-one.
         scale: factor on ``q @ k``; default ``head_dim ** -0.5``.
         heads: the number of query heads it is written for; None takes what its parts say, as ``alibi(8)`` does, else any number.
+        causal: claims that no query sees a later position, to which :func:`sparsedsl.testing.check` holds it; nothing else changes.
         q, k, v: nodes to attend with in place of the call's own: reordered keys, summaries (``kv_idx`` then counts blocks), inputs. A
             choice in the mask is then that of the block which the tokens of a row lie in.
         normaliser: :func:`per_chunk`, or None for one softmax over all.
@@ -154,13 +159,13 @@ def attend(
 
     >>> import sparsedsl as sd
     >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.tanh(sd.score / 30) * 30)
-    <Pattern attend(q_idx >= kv_idx, score=30*tanh(score / 30))>
+    <Pattern attend(kv_idx <= q_idx, score=30*tanh(score / 30))>
     >>> causal, own = sd.kv_idx <= sd.q_idx, sd.q_idx // 512 == sd.kv_idx // 512
     >>> moba = sd.attend(causal & (own | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 512)), 2)))
     >>> print(moba.selections[0].among)  # blocks that are over: the own one attends in any case
-    (q_idx >= kv_idx) & (q_idx // 512 != kv_idx // 512)
+    (kv_idx <= q_idx) & (q_idx // 512 != kv_idx // 512)
     """
-    pattern = static.attend(mask, score, sink=sink, scale=scale, heads=heads)
+    pattern = static.attend(mask, score, sink=sink, scale=scale, heads=heads, causal=causal)
     own = Attend.x, Attend.y, Attend.z
     if not nodes_in(pattern) and all(map(operator.is_, (q, k, v), own)) and normaliser is None:
         return pattern
@@ -198,7 +203,7 @@ def of_rows(pattern: Pattern, axis: str) -> Pattern:
     """The pattern of an attention over rows of ``axis``: choices and scores of the pair are read at the block that its tokens lie in."""
     if axis == "keys":
         return pattern
-    return Pattern(_read_at(pattern.mask, axis), _read_at(pattern.score, axis), pattern.sink, pattern.scale)
+    return Pattern(_read_at(pattern.mask, axis), _read_at(pattern.score, axis), pattern.sink, pattern.scale, pattern.causal)
 
 
 def _read_at(part: M, axis: str) -> M:
@@ -228,7 +233,7 @@ def with_candidates(pattern: Pattern, normaliser: PerChunk | None, axis: str) ->
     mask, told = told_candidates(pattern.mask, _tokens_of(axis), beside)
     if normaliser is not None and normaliser.selected in told:
         normaliser = replace(normaliser, selected=told[normaliser.selected])
-    return Pattern(mask, pattern.score, pattern.sink, pattern.scale), normaliser
+    return Pattern(mask, pattern.score, pattern.sink, pattern.scale, pattern.causal), normaliser
 
 
 def _check_normaliser(pattern: Pattern, normaliser: PerChunk) -> None:
@@ -261,7 +266,8 @@ class Recall(Branch):
     words: ClassVar[Mapping[str, str]] = {"x": "q"}
 
 
-def _check_scale(function: str, scale: Any) -> float | None:
+def check_scale(function: str, scale: Any) -> float | None:
+    """A positive number, or None."""
     if scale is None:
         return None
     if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
@@ -286,71 +292,7 @@ def recall(memory: Slots, *, q: Node = q, scale: float | None = None) -> Recall:
     """
     if not isinstance(memory, Slots):
         raise PatternError(f"recall(): memory must come from slots(); got {memory!r}")
-    return one_of(Recall(memory, _check_queries("recall", q), _check_scale("recall", scale)))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Linear(Branch):
-    """Decayed linear attention: a sum without a softmax."""
-
-    decay: tuple[float, ...]
-    x: Node = q
-    y: Node = k
-    z: Node = v
-    scale: float | None = None
-    documents: Node | None = None
-    function: ClassVar[str] = "linear"
-    words: ClassVar[Mapping[str, str]] = {"decay": "log_decay", "x": "q", "y": "k", "z": "v"}
-    has_lse: ClassVar[bool] = False
-
-
-def linear(
-    decay: Sequence[float] | None = None,
-    *,
-    log_decay: Sequence[float] | None = None,
-    q: Node = q,
-    k: Node = k,
-    v: Node = v,
-    scale: float | None = None,
-    documents: Node | None = None,
-) -> Linear:
-    """``out_t = scale q_t S_t`` with ``S_t = decay S_(t-1) + k_t^T v_t``: causal, no denominator, state in float32.
-
-    Args:
-        decay: one factor in (0, 1] for every query head.
-        log_decay: their logarithms, in place of ``decay``; a table of :func:`sparsedsl.decay_table` brings its own.
-        q, k, v: nodes in place of the call's own.
-        scale: default ``head_dim ** -0.5``.
-        documents: an input of document ids, ``(batch, keys)``, non-decreasing: a document starts with an empty state.
-
-    Source: Ring-linear (arXiv 2510.19338), Lightning Attention (arXiv 2405.17381).
-
-    >>> import sparsedsl as sd
-    >>> sd.linear([0.5, 0.9]).decay
-    (-0.6931471805599453, -0.10536051565782628)
-    """
-    if (decay is None) == (log_decay is None):
-        raise PatternError(f"linear(): give one of decay and log_decay; got decay={decay!r}, log_decay={log_decay!r}")
-    logs = getattr(decay, "log_decay", log_decay)
-    if logs is None:
-        values = _numbers("decay", decay)
-        if not all(0 < x <= 1 for x in values):
-            raise PatternError(f"linear(): decay must be one factor in (0, 1] for each query head; got {decay!r}")
-        logs = tuple(map(math.log, values))
-    elif not all(x <= 0 for x in _numbers("log_decay", logs)):
-        raise PatternError(f"linear(): log_decay must be at most 0 for each query head; got {logs!r}")
-    k, v = check_tensor("linear", "k", k, "keys"), check_tensor("linear", "v", v, "keys")
-    if k.axes[1:3] != v.axes[1:3] or block_of(k.axes[2]) != 1 or k.axes[1] not in ("heads", "kv_heads"):
-        raise PatternError(f"linear(): k and v must have one row a key, in heads or kv_heads; got {k.axes} and {v.axes}")
-    documents = check_documents("linear", documents)
-    return one_of(Linear(tuple(logs), _check_queries("linear", q), k, v, _check_scale("linear", scale), documents))
-
-
-def _numbers(name: str, values: Any) -> tuple[float, ...]:
-    found = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else ()
-    if not found or not all(isinstance(x, numbers.Real) and not isinstance(x, bool) for x in found):
-        raise PatternError(f"linear(): {name} must be one number for each query head; got {values!r}")
-    return tuple(map(float, found))
+    return one_of(Recall(memory, _check_queries("recall", q), check_scale("recall", scale)))
 
 
 # ---- combinations -----------------------------------------------------------------------------------------------------------
@@ -378,7 +320,7 @@ class Joint(Branch):
     branches: tuple[Branch, ...]
     function: ClassVar[str] = "joint"
 
-    def code(self) -> str:
+    def code(self, write: Callable[[sympy.Basic], str] = expression_text) -> str:
         """As :func:`joint` takes it."""
         return f"joint({', '.join(branch.label for branch in self.branches)})"
 
@@ -412,9 +354,13 @@ class Mix(Branch):
     branches: tuple[Branch, ...]
     weights: Node
     function: ClassVar[str] = "mix"
-    has_lse: ClassVar[bool] = False
 
-    def code(self) -> str:
+    @property
+    def has_lse(self) -> bool:
+        """Each branch is normalised by itself."""
+        return False
+
+    def code(self, write: Callable[[sympy.Basic], str] = expression_text) -> str:
         """As :func:`mix` takes it."""
         return f"mix({', '.join(branch.label for branch in self.branches)}, weights={self.weights.label})"
 

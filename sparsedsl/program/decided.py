@@ -53,7 +53,7 @@ def possible(mask: Mask) -> Mask:
     >>> import sparsedsl as sd
     >>> selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 4)
     >>> possible((sd.kv_idx <= sd.q_idx) & ~selected)
-    Mask(q_idx >= kv_idx)
+    Mask(kv_idx <= q_idx)
     """
     nodes, bound = _split(mask)
     return Mask(_possible(mask.expr, nodes), bound)

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node, reached
 from sparsedsl.program.orders import Order, Tokens
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.select import Select
 

@@ -290,14 +290,15 @@ _ALL = (
     ),
     Kind(
         "linear",
-        "decayed linear attention: a sum without a softmax",
-        f"batch heads queries D, batch H keys D, batch H keys E -> {_OUT}",
-        "queries x keys, with the decay as a factor",
+        "decayed linear attention: a sum without a softmax; decays and write rules may come with the data",
+        f"batch heads queries D, batch H keys D, batch H keys E, .. -> {_OUT}",
+        "token by token",
         "chunks of the keys, state in float32",
         _NO_RECURRENCE,
-        "kernels over chunks",
+        "kernels over chunks, of constant decays; refuses decays that come with the data",
         effects=_STATE,
-        source="arXiv 2510.19338, 2405.17381",
+        source="arXiv 2510.19338, 2405.17381, 2312.06635, 2405.21060, 2406.06484, 2412.06464, 2510.26692, 2404.05892, "
+        "2402.18668, 2405.04517",
     ),
     Kind(
         "joint",

@@ -10,7 +10,7 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Mask, Table, as_mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.text import Reader, reading
-from sparsedsl.program import branches, given_blocks, key_choices, orders, scores, select, sources, tensors
+from sparsedsl.program import branches, given_blocks, key_choices, orders, recurrences, scores, select, sources, tensors
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import one_of
 from sparsedsl.program.rules import Rules
@@ -53,7 +53,7 @@ TEXT_RULES: Rules[Callable[..., Any]] = Rules(
         sources.Slots: sources.slots,
         branches.Attend: branches.attend,
         branches.Recall: branches.recall,
-        branches.Linear: branches.linear,
+        recurrences.Linear: recurrences.linear,
         branches.Joint: branches.joint,
         branches.Mix: branches.mix,
         branches.Compact: branches.compact,
@@ -68,7 +68,7 @@ class _ProgramReader(Reader):
     def __init__(self, source: str, bound: Mapping[str, Any] | None = None):
         super().__init__(source)
         self.names |= {"q": tensors.q, "k": tensors.k, "v": tensors.v}
-        self.own_names = set(self.names)
+        self.own_names = frozenset(self.names)
         if bound:
             declare = self.functions["table"]
             self.functions = {**self.functions, "table": lambda *a, **words: _BoundTable(declare(*a, **words), bound)}
@@ -122,7 +122,7 @@ def read_given(text: str, bound: Mapping[str, Any] | None = None) -> Mask | Patt
 
     >>> import sparsedsl as sd
     >>> read_given("kv_idx <= q_idx"), read_given(sd.attend(sd.kv_idx <= sd.q_idx, scale=0.5).text)
-    (Mask(q_idx >= kv_idx), <Pattern attend(q_idx >= kv_idx, scale=0.5)>)
+    (Mask(kv_idx <= q_idx), <Pattern attend(kv_idx <= q_idx, scale=0.5)>)
     >>> program = sd.Program(sd.patterns.moba())
     >>> read_given(program.text) == program
     True

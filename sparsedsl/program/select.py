@@ -216,7 +216,7 @@ def top_k(
     >>> import sparsedsl as sd
     >>> selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 16, name="selected")
     >>> (sd.kv_idx <= sd.q_idx) & selected
-    Mask((q_idx >= kv_idx) & selected[b, h, q_idx, kv_idx // 64])
+    Mask((kv_idx <= q_idx) & selected[b, h, q_idx, kv_idx // 64])
     """
     if isinstance(scores, KeyScores):
         among, forced, name = _check_words("top_k", among, forced, name)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import keyword
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import sympy
+
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word, shown
+from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import RESERVED_NAMES
 from sparsedsl.program.axes import base_of, block_of, check_axes, in_blocks
 from sparsedsl.program.node import Node, one_of
@@ -34,7 +38,7 @@ class Input(Node):
         """As declared."""
         return self.dims
 
-    def code(self) -> str:
+    def code(self, write: Callable[[sympy.Basic], str] = expression_text) -> str:
         """As :func:`input` takes it."""
         if self in OWN:
             return self.name
@@ -58,7 +62,7 @@ def input(name: str, axes: str, *, default: Node | None = None) -> Input:
 
     Args:
         name: the keyword.
-        axes: its axes, in words: ``batch, heads, kv_heads, queries, keys, head_dim, value_dim`` have the sizes of q, k and v;
+        axes: its axes, in words: ``batch, heads, kv_heads, value_heads, queries, keys, head_dim, value_dim`` have the sizes of q, k, v;
             ``keys/64`` has one row for 64 keys (a call may leave an incomplete last one out), ``keys/32+16`` one for every complete window
             of 32 keys, one every 16; a number is that size; any other word is a size of its own, the same wherever it stands.
         default: the node that stands in where the call gives nothing, with the same axes.

@@ -6,6 +6,7 @@ Such a lowering is a :class:`Kernel`: a forward pass that gives ``out`` and ``ls
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,15 @@ from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.unseen import Sight, guarded_backward, guarded_forward
 from sparsedsl.runtime.vmap import map_call, reads_batch
 
-__all__ = ["Kernel", "differentiable", "known_results", "no_forward_mode", "no_second_derivatives", "transformed"]
+__all__ = [
+    "Kernel",
+    "differentiable",
+    "known_results",
+    "no_forward_mode",
+    "no_second_derivatives",
+    "only_first_derivatives",
+    "transformed",
+]
 
 Tensor = torch.Tensor
 
@@ -246,6 +255,40 @@ def no_second_derivatives(*_: Any) -> NoReturn:
         "this lowering has no second derivatives: its backward pass cannot be differentiated again. "
         "Use sd.compile(pattern, backend='reference') outside of torch.compile and torch.export, which has derivatives of every order"
     )
+
+
+def only_first_derivatives(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``backward`` of a :class:`torch.autograd.Function` whose gradients cannot be differentiated: to try is refused, also where what
+    came before it could be differentiated twice and the result would be a part of the truth."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        slopes = iter(
+            _Last.apply(sum(x is not None for x in found), *(x for x in found if x is not None), *grads, *ctx.saved_tensors)
+        )
+        return tuple(None if x is None else next(slopes) for x in found)
+
+    return run
+
+
+class _Last(torch.autograd.Function):
+    """The first so many of some tensors, which depend on all others."""
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        return None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        no_second_derivatives()
 
 
 def no_forward_mode(*_: Any) -> NoReturn:

@@ -15,13 +15,15 @@ from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
-from sparsedsl.lang.tables import table_reads
+from sparsedsl.lang.symbols import CALL_WORDS
+from sparsedsl.lang.tables import by_kept_name, table_reads, to_pass
 from sparsedsl.program import tensors
 from sparsedsl.program.axes import base_of, complete_on, rows_on
-from sparsedsl.program.branches import Attend, Branch, Linear, Recall
+from sparsedsl.program.branches import Attend, Branch, Recall
 from sparsedsl.program.given_blocks import Given
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.scores import GivenKeyScores, GivenScores
 from sparsedsl.program.tensors import Input
 from sparsedsl.runtime.call import FLOATS, Call, check_call, check_table, exactly, wants_grad
@@ -159,10 +161,11 @@ class ProgramCall:
         if bits.dtype != torch.bool or bits.shape[2] != rows:
             raise TableError(f"input {name!r} must be a bitmap of {rows} rows, torch.bool; got {bits.dtype} {tuple(bits.shape)}")
 
-    def check_decays(self, node: Linear, heads: int) -> None:
-        """A decay was declared for every head of the queries."""
-        if len(node.decay) != heads:
-            raise ShapeError(f"linear() was declared with {len(node.decay)} decays; q has {heads} heads: one for each is wanted")
+    @property
+    def out_heads(self) -> int:
+        """Heads of the output: those of q, but for values with more heads than keys."""
+        heads: int = self.v.shape[1]
+        return max(self.q.shape[1], heads)
 
 
 # What of a call has nothing to do with a program.
@@ -260,16 +263,18 @@ def check_program_call(
         ShapeError: q, k, v or an input do not fit each other.
         TableError: an input or a table is missing, surplus, of the wrong type or device, or a table's values leave 2**60 by arithmetic.
     """
-    plain: Call = check_call(_ANY, q, k, v, {}, q_offset=q_offset, scale=1.0 if scale is None else scale)
+    values = _own_value_heads(program, q, k, v)
+    plain: Call = check_call(_ANY, q, k, values, {}, q_offset=q_offset, scale=1.0 if scale is None else scale)
     known = program.inputs, program.tables
+    named = by_kept_name(named, known[1])
     unknown = set(named) - set(known[0]) - set(known[1])
     if unknown:
         own = [*known[0], *known[1]]
         words = f"beside q, k, v the program takes {', '.join(own) or 'nothing'}"
-        raise TableError(surplus(unknown, [*own, "q_offset", "return_lse", "scale", "state", "return_state", "summaries"], words))
+        raise TableError(surplus(unknown, [*own, *CALL_WORDS], words))
     sizes = {
         "batch": q.shape[0], "heads": q.shape[1], "kv_heads": k.shape[1], "queries": q.shape[2], "keys": k.shape[2],
-        "head_dim": q.shape[3], "value_dim": v.shape[3],
+        "value_heads": v.shape[1], "head_dim": q.shape[3], "value_dim": v.shape[3],
     }  # fmt: skip
     _check_recurrent(program, plain)
     if not plain.is_empty:
@@ -289,11 +294,23 @@ def check_program_call(
     ranks = _ranks(program) if known[1] else {}
     for name, spec in known[1].items():
         if name not in given:
-            raise TableError(f"missing table {name}: pass {name}=tensor with the call")
+            raise TableError(f"missing table {name}: {to_pass(name)}")
         tables[name] = check_table(spec, given[name], ranks[name], q.device)
     count_heads((node.pattern for node in program.everything if isinstance(node, Attend)), tables, q.shape[1])
     exact = exactly(program.exprs, replace(plain.domain, tables=tables))
     return ProgramCall(program, inputs, exact.tables, plain.domain.q_offset, None if scale is None else plain.scale, state or {})
+
+
+def _own_value_heads(program: Program, q: Any, k: Any, v: Any) -> Any:
+    """The values as far as all calls are checked alike: where a linear attention alone reads them they may have more heads than keys."""
+    if not all(isinstance(t, Tensor) and t.ndim == 4 for t in (q, k, v)) or v.shape[1] <= k.shape[1] or v.is_nested:
+        return v
+    if not isinstance(program.root, Linear):
+        raise ShapeError(
+            f"v has {v.shape[1]} heads and k {k.shape[1]}: only a program that is one linear() may have more values than keys. Repeat k: "
+            f"k.repeat_interleave({v.shape[1]} // {k.shape[1]}, 1), and q alike"
+        )
+    return v[:, : k.shape[1]]
 
 
 def _check_recurrent(program: Program, plain: Call) -> None:

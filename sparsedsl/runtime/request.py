@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.plain_values import Reported
 
 __all__ = ["CallFacts", "NotYet", "Plan", "Request", "Work"]
 
@@ -56,6 +57,8 @@ class Request:
         mask, score: of attention along selected blocks, which pairs of a block attend and the logit (see
             :class:`~sparsedsl.selection.selected_call.SelectedCall`); ``block`` keys in each; ``per_block``: each has a softmax of its own.
         slots: how many a scan has.
+        form: of linear attention: ``""``, a constant decay a head and a plain sum; else ``scalar`` or ``vector`` decays that come with the
+            data, followed by ``delta`` for the delta rule or ``before`` where queries read before their token writes.
     """
 
     work: Work
@@ -67,6 +70,7 @@ class Request:
     block: int = 0
     per_block: bool = False
     slots: int = 0
+    form: str = ""
 
 
 class NotYet(str):
@@ -76,7 +80,7 @@ class NotYet(str):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Reported):
     """The decision: ``backend`` runs the work; ``reason`` says why, for ``explain``. ``lasting``: the next call gets the same; not
     where a better backend is being built."""
 

@@ -11,7 +11,7 @@ from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.scan_checks import check_number, check_position, check_qkv, check_rows, check_tensor, count_documents
 
-__all__ = ["LinearCall", "SlotCall", "SlotState", "check_linear", "check_slots", "sparing"]
+__all__ = ["GatedCall", "LinearCall", "SlotCall", "SlotState", "check_gated", "check_linear", "check_slots", "sparing"]
 
 Tensor = torch.Tensor
 
@@ -35,6 +35,13 @@ class LinearCall:
     q_offset: int
     begins: Tensor | None
     number: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class GatedCall(LinearCall):
+    """The same where decays come with the data. ``states``: heads with a state of their own."""
+
+    states: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +92,40 @@ def check_linear(
         check_tensor("state", state, (*q.shape[:2], q.shape[3], v.shape[3]), "(B, Hq, D, Dv)", like=q)
     begins, number = (None, None) if documents is None else count_documents(documents, q, k, q_offset)
     return LinearCall(scale, q_offset, begins, number)
+
+
+def check_gated(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Any, beta: Any, *, scale: Any, q_offset: Any, state: Any, documents: Any
+) -> GatedCall:
+    """What ``gated_scan`` is given.
+
+    Raises:
+        ShapeError: arguments that do not fit each other, a query after the last key.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor, (None, None, None, None), "(batch, heads, length, head_dim)")
+    check_tensor("k", k, (q.shape[0], None, None, q.shape[3]), "(B, Hk, Skv, D)", like=q)
+    check_tensor("v", v, (q.shape[0], None, k.shape[2], None), "(B, Hv, Skv, Dv)", like=q)
+    scale, q_offset = check_number("scale", scale), check_position("q_offset", q_offset)
+    check_rows(q, k, q_offset)
+    vector = isinstance(log_decay, Tensor) and log_decay.ndim == 4
+    shape, words = (
+        ((None, None, k.shape[2], q.shape[3]), "(B, Hg, Skv, D)") if vector else ((None, None, k.shape[2]), "(B, Hg, Skv)")
+    )
+    check_tensor("log_decay", log_decay, shape, words, like=q)
+    heads = [k.shape[1], v.shape[1], log_decay.shape[1]]
+    if beta is not None:
+        check_tensor("beta", beta, (None, None, k.shape[2]), "(B, Hb, Skv)", like=q)
+        heads.append(beta.shape[1])
+    states = max(heads)
+    if any(states % one for one in heads) or (q.shape[1] % states and states % q.shape[1]):
+        raise ShapeError(
+            f"k, v, log_decay and beta have {heads} heads and q {q.shape[1]}: each must divide the most, or be divided by it"
+        )
+    if state is not None:
+        check_tensor("state", state, (q.shape[0], states, q.shape[3], v.shape[3]), "(B, H, D, Dv)", like=q)
+    begins, number = (None, None) if documents is None else count_documents(documents, q, k, q_offset)
+    return GatedCall(scale, q_offset, begins, number, states)
 
 
 def check_slots(

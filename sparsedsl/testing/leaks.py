@@ -10,8 +10,8 @@ from sparsedsl.analysis.proofs import PROVED, REFUTED, Verdict, Witness, causali
 from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.errors import SparseDSLError, TableError
 from sparsedsl.execute.compiled import Attention
-from sparsedsl.program.branches import Linear
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.testing.behaviour import assert_causal
 from sparsedsl.testing.call_shapes import AttentionCase
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable, pattern_code
@@ -25,7 +25,7 @@ _KEYS, _PAIRS = 1 << 18, 1 << 21
 _SEARCHED, _ROWS = 4096, 256
 # A program is run on whole sequences.
 _TOKENS = 400
-_STRICT = "To have that fail: causal=True (--causal)"
+_STRICT = "To have that fail: sd.attend(..., causal=True), or check(..., causal=True) (--causal)"
 
 
 def ask_about_pattern(attn: Attention, causal: bool | None, within: AttentionCase | None = None) -> str:
@@ -98,7 +98,9 @@ def ask_about_program(attn: Attention, causal: bool | None) -> str:
         raise NotApplicable(f"the program lets a query see later tokens: {verdict}. {_STRICT}")
     witness = verdict.witness
     if witness is not None and witness.kv_idx < _TOKENS:
-        heads = next((len(node.decay) for node in attn.program.nodes(Linear)), witness.h + 1)
+        heads = next(
+            (len(node.log_decays) for node in attn.program.nodes(Linear) if isinstance(node.decay, tuple)), witness.h + 1
+        )
         case = AttentionCase(witness.b + 1, heads, heads, witness.q_idx + 1, witness.kv_idx + 1)
         given: dict[str, Any] = {name: t for name, t in witness.tables.items() if name in attn.program.tables}
         with contextlib.suppress(SparseDSLError):  # a call that is refused: the random ones are of shapes that fit

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.execute.compiling import compile as compile_pattern
-from sparsedsl.program.branches import Linear
 from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.program.graph import Program
 from sparsedsl.program.program_text import read_program
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
 from sparsedsl.testing.call_shapes import AttentionCase, shapes, tensor
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable
@@ -53,7 +53,9 @@ class ProgramSubject:
         edges = edges_of(exprs, self.program.bound, numbers)
         reach = min(3 * max([5, *numbers, *constants_of(exprs)]) + 5, max(longest, min(max(edges, default=0) + 3, _BESIDE)))
         case = data.draw(shapes(max_len=reach, max_heads=4, square=True, near=edges, **words))
-        for count in {len(node.decay) for node in self.program.nodes(Linear)}:  # linear attention was declared for so many heads
+        for count in {
+            len(node.log_decays) for node in self.program.nodes(Linear) if isinstance(node.decay, tuple)
+        }:  # linear attention was declared for so many heads
             case = replace(
                 case, heads=count, kv_heads=data.draw(st.sampled_from([n for n in range(1, count + 1) if count % n == 0]))
             )

@@ -29,7 +29,7 @@ from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.numerics import ExpectedResult, Results
 from sparsedsl.testing.program_matching import program_lines
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, moving
-from sparsedsl.testing.program_strategies import draw_inputs
+from sparsedsl.testing.program_strategies import draw_inputs, gates_of
 
 __all__ = ["failing", "program_is_causal", "program_is_equivariant", "program_prefill_equals_decode", "rows_of", "split_call"]
 
@@ -94,7 +94,7 @@ def program_is_causal(attn: Attention, case: AttentionCase, seed: int, given: Te
 
 def _changed_later(program: Program, tensors: Tensors, given: Tensors, t: int, q_offset: int, seed: int) -> dict[str, Tensor]:
     """The tensors with other, larger numbers in all rows that hold a token after ``t``; those given, and ids, stay as they are."""
-    found = dict(tensors)
+    found, gates = dict(tensors), gates_of(program)
     for kind, passed in (("queries", q_offset), ("keys", 0)):
         for number, (name, (axis, word)) in enumerate(sorted(rows_of(program, kind).items())):
             if name not in tensors or name in given or not tensors[name].is_floating_point():
@@ -102,6 +102,7 @@ def _changed_later(program: Program, tensors: Tensors, given: Tensors, t: int, q
             x = tensors[name]
             kept = min(complete_on(word, max(t + 1 - passed, 0)), x.shape[axis])
             other = x + 4 * tensor(*x.shape, seed=seed + 50 + number, dtype=x.dtype)
+            other = gates[name](other) if name in gates else other
             found[name] = torch.cat([x.narrow(axis, 0, kept), other.narrow(axis, kept, x.shape[axis] - kept)], dim=axis)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Mask, kv_idx, q_idx, score
-from sparsedsl.program import branches, given_blocks, orders, scores, select, sources, tensors
+from sparsedsl.program import branches, given_blocks, orders, recurrences, scores, select, sources, tensors
 from sparsedsl.program.axes import base_of, block_of, complete_on, in_blocks, rows_on
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
 from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.strategies import patterns
 
-__all__ = ["draw_inputs", "named_inputs", "program_inputs", "program_of", "programs"]
+__all__ = ["draw_inputs", "gates_of", "named_inputs", "program_inputs", "program_of", "programs"]
 
 CAUSAL: Mask = kv_idx <= q_idx
 _BLOCKS = (1, 4, 8)
@@ -44,7 +44,8 @@ def _size(axis: str, case: AttentionCase, free: Mapping[str, int], ragged: bool)
     if axis.isdecimal():
         return int(axis)
     known = {
-        "batch": case.batch, "heads": case.heads, "kv_heads": case.kv_heads, "queries": case.q_len, "keys": case.kv_len,
+        "batch": case.batch, "heads": case.heads, "kv_heads": case.kv_heads, "value_heads": case.kv_heads, "queries": case.q_len,
+        "keys": case.kv_len,
         "head_dim": case.head_dim, "value_dim": case.head_dim_v, "one": 1,
     }  # fmt: skip
     tokens = known.get(base_of(axis))
@@ -55,7 +56,7 @@ def _size(axis: str, case: AttentionCase, free: Mapping[str, int], ragged: bool)
 
 def _free_axes(program: Program) -> dict[str, bool]:
     """The axes whose sizes a call is free to choose -> whether they count heads."""
-    usual = {"batch", "heads", "kv_heads", "queries", "keys", "head_dim", "value_dim", "one"}
+    usual = {"batch", "heads", "kv_heads", "value_heads", "queries", "keys", "head_dim", "value_dim", "one"}
     found: dict[str, bool] = {}
     for node in program.inputs.values():
         for place, axis in enumerate(node.axes):
@@ -90,6 +91,20 @@ def _blocks(drawn: torch.Tensor, node: given_blocks.Given, case: AttentionCase) 
     return torch.where((mixed < blocks) & (drawn > -1), mixed, -1)
 
 
+def gates_of(program: Program) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Names of the inputs that hold decays or shares of a linear attention -> what makes such of any numbers."""
+    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    for node in program.nodes(recurrences.Linear):
+        for gate, make in ((node.gate, torch.sigmoid if node.factor is not None else _logarithms), (node.beta, torch.sigmoid)):
+            if isinstance(gate, tensors.Input):
+                found[gate.name] = make
+    return found
+
+
+def _logarithms(x: torch.Tensor) -> torch.Tensor:
+    return -0.5 * x.abs()
+
+
 def named_inputs(
     program: Program,
     case: AttentionCase,
@@ -101,7 +116,7 @@ def named_inputs(
 ) -> dict[str, torch.Tensor]:
     """The inputs of a program beside q, k and v. ``free``: sizes of its own axes; ``ragged``: whether incomplete blocks are given too."""
     sizes = {axis: case.kv_heads if heads else 5 for axis, heads in _free_axes(program).items()} | dict(free or {})
-    ids, seeds, listed = _documents(program), _seeds(program), _listed(program)
+    ids, seeds, gates, listed = _documents(program), _seeds(program), gates_of(program), _listed(program)
     votes = {node.x.given_name for node in program.nodes(scores.GivenKeyScores)}
     found = {}
     for number, (name, node) in enumerate(program.inputs.items()):
@@ -109,7 +124,7 @@ def named_inputs(
         drawn = tensor(*shape, seed=seed + 7 + number, dtype=dtype)
         if name in seeds:
             drawn = torch.full(shape, seed)
-        drawn = drawn.abs() if name in votes else drawn
+        drawn = gates[name](drawn) if name in gates else drawn.abs() if name in votes else drawn
         if name in listed:
             drawn = _blocks(drawn, listed[name], case)
         found[name] = (drawn > 1).long().cumsum(-1) if name in ids else drawn
@@ -365,7 +380,16 @@ def _remembering(draw: st.DrawFn, heads: int, causal: bool) -> Any:
 
 @st.composite
 def _fading(draw: st.DrawFn, heads: int, causal: bool) -> Any:
-    """Linear attention."""
-    decay = [math.exp(-draw(st.sampled_from((0.0, 0.1, 2.0)))) for _ in range(heads)]
+    """Linear attention, with constant decays or those of the data."""
     documents = draw(st.none() | st.just(tensors.input("ids", "batch keys")))
-    return branches.linear(decay, scale=draw(st.none() | st.just(0.3)), documents=documents)
+    if draw(st.booleans()):
+        more = " head_dim" if draw(st.booleans()) else ""
+        rule: dict[str, Any] = draw(
+            st.sampled_from(({}, {"reads": "before"}, {"features": "elu1", "normalised": "sum", "eps": 0.5}))
+        )
+        if draw(st.booleans()):
+            rule = {"beta": tensors.input("share_written", "batch kv_heads keys"), "features": "l2"}
+        fading = tensors.input(f"fading{len(more)}", f"batch heads keys{more}")
+        return recurrences.linear(log_decay=fading, documents=documents, **rule)
+    decay = [math.exp(-draw(st.sampled_from((0.0, 0.1, 2.0)))) for _ in range(heads)]
+    return recurrences.linear(decay, scale=draw(st.none() | st.just(0.3)), documents=documents)

@@ -18,6 +18,7 @@ from sparsedsl.backends.protocol import Backend, PatternRunner
 from sparsedsl.execute import dispatch
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.program.effect_rules import LATER_QUERIES
+from sparsedsl.testing.program_strategies import named_inputs
 from sparsedsl.testing.strategies import tables_for
 
 causal = sd.kv_idx <= sd.q_idx
@@ -34,7 +35,7 @@ class Watched:
         if name in ("inner", "ran", "name", "__class__", "__dict__"):
             return object.__getattribute__(self, name)
         inner, found = self.inner, getattr(self.inner, name)
-        if name in ("selected", "slots", "linear"):
+        if name in ("selected", "slots", "linear", "gated"):
             self.ran.add(inner.name)
         if name == "pattern":
             return lambda *args, **words: WatchedRunner(found(*args, **words), inner.name, self.ran)
@@ -126,6 +127,7 @@ PROGRAMS = {
     "window": causal & (sd.q_idx - sd.kv_idx < 5),
     "choice": causal & ((sd.q_idx - sd.kv_idx < 5) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4)), 2)),
     "linear": sd.linear([0.5, 0.9]),
+    "delta": sd.linear(0.9, beta=sd.input("beta", "batch kv_heads keys"), features="l2"),
 }
 
 
@@ -134,15 +136,16 @@ PROGRAMS = {
 @pytest.mark.parametrize("backend", ["flex", "triton"])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_way_out_that_is_named_works(name: str, backend: str, dtype: torch.dtype, words: dict[str, bool]) -> None:
-    if name == "linear" and words["return_lse"]:
+    if name in ("linear", "delta") and words["return_lse"]:
         return  # no softmax, no LSE: refused for every backend
     q, k, v = (kit.tensor(*shape, seed=i, dtype=dtype) for i, shape in enumerate((CASE.q_shape, CASE.k_shape, CASE.v_shape)))
-    refusal = assert_one_decision(sd.compile(PROGRAMS[name], backend=backend), q, k, v, CASE, words, {})
+    given = named_inputs(sd.Program(PROGRAMS[name]), CASE, seed=5, dtype=dtype)
+    refusal = assert_one_decision(sd.compile(PROGRAMS[name], backend=backend), q, k, v, CASE, words, given)
     assert refusal is not None, "on CPU neither has gradients or the LSE"
     others = re.findall(r"backend='(\w+)'", refusal)
     assert "tiled" in others
     for other in others:
-        assert assert_one_decision(sd.compile(PROGRAMS[name], backend=other), q, k, v, CASE, words, {}) is None
+        assert assert_one_decision(sd.compile(PROGRAMS[name], backend=other), q, k, v, CASE, words, given) is None
     for text, change in (
         ("cast to float32", lambda t, w: ([x.float() for x in t], w)),
         ("torch.no_grad()", lambda t, w: (t, {**w, "grad": False})),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import sparsedsl as sd
@@ -156,9 +155,11 @@ def test_a_linear_first_layer_does_not_count_keys() -> None:
     """
     model, ids, greedy = minimax(), tokens(), {"max_new_tokens": 8, "do_sample": False}
     for given in (causal, window):
-        with sd.models.apply(model, given, backend="reference"):
+        with sd.models.apply(model, given, backend="reference") as applied:
             whole = logits(model, input_ids=ids, use_cache=False)
-            cache = transformers.models.minimax.modeling_minimax.MiniMaxCache()
+            cache = applied.cache()
+            with pytest.raises(sd.UnsupportedError, match="leave max_length out"):
+                applied.cache(64)
             parts, start = [], 0
             for part in ids.split([12, 1, 1, 7], dim=1):
                 place = torch.arange(start, start + part.shape[1])[None].expand(2, -1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import subprocess
@@ -376,3 +378,65 @@ def test_models_it_refuses() -> None:
 def test_bounds_are_numbers_that_bound(make: Any) -> None:
     with pytest.raises(sd.PatternError, match="must be a number"):
         make()
+
+
+# ---- hybrid layers as candidates -----------------------------------------------------------------------------------------------------
+
+HYBRIDS = {
+    "near": WINDOWS["near"],
+    "nha": functools.partial(sd.models.NHA, slots=4, window=8),
+    "hsa": functools.partial(sd.models.HSA, chunk=8, top_k=2),
+    "moba": functools.partial(sd.models.MoBA, chunk=8, top_k=2),
+}
+
+
+def converted_kl(model: Any, assignment: dict[int, Any], rows: torch.Tensor, first: int) -> float:
+    """As :func:`true_kl`, of layers that are converted: without the search's own way to make and keep them."""
+    with torch.no_grad():
+        own = model(rows).logits.double().log_softmax(-1)
+        torch.manual_seed(11)
+        with sd.models.convert(model, assignment, backend="reference"):
+            other = model(rows).logits.double().log_softmax(-1)
+    return float((own.exp() * (own - other)).sum(-1)[:, first:-1].mean())
+
+
+def test_hybrid_layers_are_judged_as_convert_makes_them_and_applied_as_such(tmp_path: Path) -> None:
+    model = llama()
+    report = searched(model, HYBRIDS, bound=sd.models.Kl(10.0), cost="flops", length=512)
+    for name in ("nha", "hsa", "moba"):
+        wanted = converted_kl(model, {1: HYBRIDS[name]}, ROWS, 12)
+        assert report.singles[1][name].kl == pytest.approx(wanted, rel=1e-4), name
+    report.save(tmp_path / "found.json")
+    again = sd.models.SearchReport.load(tmp_path / "found.json")
+    assert {name: one.text for name, one in again.candidates.items()} == {
+        name: one.text for name, one in report.candidates.items()
+    }
+    forced = dataclasses.replace(again, assignment={0: "nha", 1: "native", 2: "near"})
+    with forced.apply(model) as handle:
+        assert isinstance(handle, sd.models.Conversion)
+        assert handle.new_parameters() and list(handle.layers) == [0] and list(handle.applied.patterns) == [2]
+    assert not hasattr(model.model.layers[0].self_attn, "sd_layer")
+
+
+def test_the_cache_of_a_hybrid_layer_costs_what_its_cache_holds() -> None:
+    model = llama(1)
+    report = searched(model, HYBRIDS, bound=sd.models.Kl(10.0), length=48)
+    for name in ("nha", "hsa", "moba"):
+        with sd.models.convert(model, {0: HYBRIDS[name]}) as handle, torch.no_grad():
+            cache = handle.cache()
+            model(ROWS[:1], past_key_values=cache)
+        assert report.costs[0][name] == cache.layers[0].nbytes, name
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (functools.partial(sd.models.NHA, 16), "arguments by name"),
+        (functools.partial(sd.models.NHA, slots=torch.ones(1)), "plain values"),
+        (type("Mine", (sd.models.NHA,), {}), "register_layer"),
+        (torch.nn.Linear, "class of layers"),
+    ],
+)
+def test_layers_that_a_report_could_not_keep_are_refused(given: Any, says: str) -> None:
+    with pytest.raises(sd.PatternError, match=says):
+        searched(llama(1), {"mine": given})

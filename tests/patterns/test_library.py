@@ -79,6 +79,10 @@ EXAMPLES = {
     "tree": lambda: P.tree(),
 }
 PROGRAMS = {
+    "based": lambda: P.based(),
+    "delta_net": lambda: P.delta_net(),
+    "gated_delta": lambda: P.gated_delta(),
+    "gla": lambda: P.gla(),
     "csa": lambda: P.csa(),
     "dsa": lambda: P.dsa(),
     "hca": lambda: P.hca(sink=0.5),
@@ -88,6 +92,7 @@ PROGRAMS = {
     "nsa_published": lambda: P.nsa_published(),
     "qsa": lambda: P.qsa(),
     "hsa": lambda: P.hsa(),
+    "kda": lambda: P.kda(),
     "hsa.stick_breaking": lambda: P.hsa(32, 8, "stick_breaking", inner="softmax1"),
     "moba": lambda: P.moba(),
     "nha": lambda: P.nha(),
@@ -97,6 +102,7 @@ PROGRAMS = {
     "pbs": lambda: P.pbs(),
     "pbs.group": lambda: P.pbs(64, 512, 0.95, share="group"),
     "ring_linear": lambda: P.ring_linear(sd.decay_table(4, layer=3, layers=20)),
+    "ssd": lambda: P.ssd(),
     "token_sparse": lambda: P.token_sparse(),
     "token_sparse.pbs": lambda: P.token_sparse(0.01, inside=P.pbs()),
 }

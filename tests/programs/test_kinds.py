@@ -10,7 +10,7 @@ import pytest
 
 import sparsedsl as sd
 from source_tree import ROOT
-from sparsedsl.program import branches, given_blocks, key_choices, orders, scores, select, sources, tensors
+from sparsedsl.program import branches, given_blocks, key_choices, orders, recurrences, scores, select, sources, tensors
 from sparsedsl.program.axes import base_of, block_of, join_heads, windows_of
 from sparsedsl.program.effect_rules import reasons
 from sparsedsl.program.kinds import KINDS, kinds_table
@@ -78,7 +78,11 @@ EXAMPLES: dict[str, list[Node]] = {
         sd.attend(sd.kv_idx <= sd.q_idx, k=sd.take(sd.k, ORDER), v=sd.take(sd.v, ORDER)),
     ],
     "recall": [sd.recall(MEMORY)],
-    "linear": [sd.linear([0.5, 0.9])],
+    "linear": [
+        sd.linear([0.5, 0.9]),
+        sd.linear(log_decay=sd.input("g", "batch value_heads keys head_dim"), beta=sd.input("beta", "batch value_heads keys")),
+        sd.linear(1.0, features="elu1", normalised="sum"),
+    ],
     "joint": [sd.joint(WINDOW, sd.recall(MEMORY))],
     "mix": [sd.mix(WINDOW, sd.linear([0.5]), weights=sd.input("w", "batch heads queries 2"))],
     "compact": [sd.compact(TOKENS, sd.kv_idx <= sd.q_idx)],
@@ -89,7 +93,7 @@ RULES = {"per_chunk": sources.PerChunk}
 
 def classes() -> set[type]:
     """Every class of nodes that is not a base of others."""
-    modules = (branches, given_blocks, key_choices, orders, scores, select, sources, tensors)
+    modules = (branches, given_blocks, key_choices, orders, recurrences, scores, select, sources, tensors)
     found = {thing for module in modules for thing in vars(module).values() if inspect.isclass(thing) and issubclass(thing, Node)}
     return {thing for thing in found if "function" in vars(thing)}
 
@@ -135,8 +139,8 @@ def assert_axes(template: str, axes: tuple[str, ...], known: dict[str, str]) -> 
 
 
 def taken(node: Node) -> list[Node]:
-    """What the words about axes speak of, in their order: an attention's choices stand in its mask, and come last."""
-    return [node.x, node.y, node.z] if isinstance(node, branches.Attend) else list(node.inputs)
+    """What the words about axes speak of, in their order: an attention's choices and gates come last."""
+    return [node.x, node.y, node.z] if isinstance(node, (branches.Attend, recurrences.Linear)) else list(node.inputs)
 
 
 def assert_shapes(shapes: str, node: Node) -> None:

@@ -18,7 +18,7 @@ from sparsedsl import testing as kit
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
 from sparsedsl.execute.lowering import Lowering
 from sparsedsl.execute.node_rules import LOWERED_RULES
-from sparsedsl.program import branches, given_blocks, key_choices, orders, scores, select, sources, tensors
+from sparsedsl.program import branches, given_blocks, key_choices, orders, recurrences, scores, select, sources, tensors
 from sparsedsl.program.branches import Branch
 from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.program.node import one_of
@@ -75,7 +75,7 @@ PROGRAMS: dict[type, Any] = {
     sources.Slots: sd.patterns.nha(3, 4),
     branches.Attend: sd.joint(CAUSAL, ENDED),
     branches.Recall: sd.patterns.nha(3, 4),
-    branches.Linear: sd.linear([0.5, 0.6, 0.7, 0.8]),
+    recurrences.Linear: sd.linear([0.5, 0.6, 0.7, 0.8]),
     branches.Joint: sd.joint(CAUSAL, ENDED),
     branches.Mix: sd.mix(CAUSAL, ENDED, weights=GATE),
     branches.Compact: sd.patterns.token_sparse(0.4, 4, 3, 2),
@@ -159,7 +159,17 @@ def test_the_reference_shares_nothing_with_the_lowering_but_the_call() -> None:
     shared = {name.removeprefix("sparsedsl.runtime.") for name in seen - own}
     # `backend` is how the registry sees the reference; nothing of what it means lies there.
     assert own - {"sparsedsl.backends.reference.backend"} <= seen
-    assert shared == {"call", "places", "program_call", "interpreter", "dtypes", "seen_products", "torch_modes", "vmap"}
+    assert shared == {
+        "call",
+        "places",
+        "program_call",
+        "interpreter",
+        "dtypes",
+        "linear_calls",
+        "seen_products",
+        "torch_modes",
+        "vmap",
+    }
     assert not issubclass(Lowering, Reference) and not issubclass(Reference, Lowering)
 
 

@@ -9,13 +9,14 @@ import torch
 
 from sparsedsl.backends.cpp.attention import CppKernel
 from sparsedsl.backends.cpp.background import Build
-from sparsedsl.backends.cpp.build import compiler
+from sparsedsl.backends.cpp.build import compiler, no_compiler
 from sparsedsl.backends.cpp.choosing import can_choose, choose_blocks
 from sparsedsl.backends.cpp.libraries import begun, fixed_library, fixed_pass, native, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.pooling import pooled_rows
 from sparsedsl.backends.cpp.prepared import READY
 from sparsedsl.backends.cpp.probing import probed_keys
+from sparsedsl.backends.cpp.scan_gated import MOST_SHARING, WIDEST, gated_scan
 from sparsedsl.backends.cpp.scan_linear import linear_scan
 from sparsedsl.backends.cpp.scan_slots import slot_scan
 from sparsedsl.backends.cpp.selected import along_lists, joined_attention, preparer_of, selected_again, selected_attention
@@ -36,7 +37,7 @@ Tensor = torch.Tensor
 # What is the same for all patterns, by work: for results, and for gradients.
 FIXED_PARTS = {
     "attention": ("forward", "backward"), "selected": ("selected", "selected_backward"), "linear": ("scan_linear",),
-    "slots": ("scan_slots",), "choosing": ("choosing",),
+    "gated": ("scan_gated",), "slots": ("scan_slots",), "choosing": ("choosing",),
 }  # fmt: skip
 
 # Whether in float64: what chooses blocks is built and loaded.
@@ -55,21 +56,30 @@ class CppBackend(Backend):
         """What the generated code lacks, or this machine."""
         facts = request.facts
         if facts.device != "cpu":
-            return f"generated C++ runs on the CPU, and the tensors are on {facts.device}"
+            return self.lacking(facts.device)
         double, worth = facts.dtype == "float64", facts.logits >= LIMITS.now.worth_compiling
         if request.pattern is not None:
             return _refusal_of(request.pattern, double, facts.grad, worth, compiler())
+        if request.form:
+            return _refusal_of_gated(request) or _refusal_of_scan("gated", double, compiler())
         if request.work == "selected":
             return _refusal_of_selected(request.mask, request.score, double, facts.grad, worth, compiler())
         return _refusal_of_scan(request.work, double, compiler())
 
+    def lacking(self, device: str) -> str | None:
+        """A compiler, which libraries that are built already do without."""
+        if device != "cpu":
+            return f"generated C++ runs on the CPU, and the tensors are on {device}"
+        return None if compiler() else no_compiler()
+
     def refusal_by_now(self, request: Request, patience: Patience) -> str | None:
         """What is not built yet is built in the background; a call waits for it, but not for long."""
         facts = request.facts
-        if facts.device == "cpu":
+        if facts.device == "cpu" and not (request.form and _refusal_of_gated(request)):
             double, worth = facts.dtype == "float64", facts.logits >= LIMITS.now.worth_compiling
             code = request.pattern if request.work == "attention" else (request.mask, request.score)
-            if not _done(_begun(request.work, code, double, facts.grad, worth, compiler()), patience):
+            work = "gated" if request.form else request.work
+            if not _done(_begun(work, code, double, facts.grad, worth, compiler()), patience):
                 return NotYet(
                     f"cpp is being compiled: more than the {LIMITS.now.wait_s:g} s that a call waits for; calls run on it once it is "
                     "ready, this call does not"
@@ -110,6 +120,10 @@ class CppBackend(Backend):
     def linear(self, *tensors: Any, **words: Any) -> Any:
         """A scan of decayed linear attention."""
         return linear_scan(*tensors, **words)
+
+    def gated(self, *tensors: Any, **words: Any) -> Any:
+        """A scan of linear attention whose decays come with the data."""
+        return gated_scan(*tensors, **words)
 
     def slots(self, *tensors: Any, **words: Any) -> Any:
         """A scan of gated slots."""
@@ -208,6 +222,19 @@ def _refusal_of_selected(mask: Any, score: Any, double: bool, grad: bool, worth:
             fixed_pass("selected_backward", double)
     except UnsupportedError as error:
         return str(error)
+    return None
+
+
+def _refusal_of_gated(request: Request) -> str | None:
+    """What the code for decays that come with the data lacks."""
+    facts = request.facts
+    if request.form.endswith("before"):
+        return "its code for linear() with decays from the data reads the state after a token is written, and this one before"
+    widest = max(facts.head_dim, facts.head_dim_v)
+    if widest > WIDEST:
+        return f"its code for linear() with decays from the data has heads up to {WIDEST} wide; this one is {widest}"
+    if facts.heads > MOST_SHARING * facts.kv_heads:
+        return f"its code for linear() with decays from the data has up to {MOST_SHARING} query heads a key head"
     return None
 
 

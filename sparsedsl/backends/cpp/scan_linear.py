@@ -6,13 +6,13 @@ import struct
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from sparsedsl.backends.cpp.attention import rows_without_gaps
 from sparsedsl.backends.cpp.call_bytes import KINDS, place_of, whole_vectors
 from sparsedsl.backends.cpp.libraries import fixed_library, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.tiled import scan_linear as tiled
+from sparsedsl.runtime.autograd import only_first_derivatives
 from sparsedsl.runtime.call import wants_grad
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.scan_calls import LinearCall, check_linear
@@ -64,7 +64,7 @@ class _Linear(torch.autograd.Function):
         return out, after, bool(finite)
 
     @staticmethod
-    @once_differentiable
+    @only_first_derivatives
     def backward(ctx: Any, grad_out: Tensor | None, grad_after: Tensor | None, _: None) -> Any:
         decay, q, k, v, state, states = ctx.saved_tensors
         real = decay.dtype

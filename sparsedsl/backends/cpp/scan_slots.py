@@ -6,13 +6,13 @@ import struct
 from typing import Any, Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from sparsedsl.backends.cpp.attention import rows_without_gaps
 from sparsedsl.backends.cpp.call_bytes import KINDS, first_of, place_of, whole_vectors
 from sparsedsl.backends.cpp.libraries import fixed_library, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.tiled import scan_slots as tiled
+from sparsedsl.runtime.autograd import only_first_derivatives
 from sparsedsl.runtime.call import wants_grad
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.scan_calls import SlotCall, SlotState, check_slots
@@ -73,7 +73,7 @@ class _Slots(torch.autograd.Function):
         return out, lse, *after, bool(finite)
 
     @staticmethod
-    @once_differentiable
+    @only_first_derivatives
     def backward(ctx: Any, grad_out: Any, grad_lse: Any, grad_keys: Any, grad_values: Any, _: None) -> Any:
         q, k, v, write, keys, values, states = ctx.saved_tensors
         real = write.dtype

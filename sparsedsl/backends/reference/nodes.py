@@ -13,13 +13,15 @@ from torch.nn import functional
 
 from sparsedsl.backends.reference import masks
 from sparsedsl.backends.reference.attention import attend_reference
+from sparsedsl.backends.reference.scan_linear import run_recurrence
 from sparsedsl.backends.reference.scores import SCORE_RULES
 from sparsedsl.backends.reference.selection import CHOICE_RULES
 from sparsedsl.backends.reference.tensor_rules import NEVER, log_sum, repeat_kv, softmax
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, attend
-from sparsedsl.program.branches import Attend, Compact, Joint, Linear, Mix, Recall
+from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import PerChunk, Slots
 from sparsedsl.runtime.call import check_call
@@ -200,27 +202,6 @@ def _first_tokens(run: Reference, node: Node | None) -> list[list[int]]:
     return (ids[:, :, None] > ids[:, None, :]).sum(2).tolist()
 
 
-def _linear(run: Reference, node: Linear) -> tuple[Tensor, None]:
-    q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
-    run.call.check_decays(node, q.shape[1])
-    k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
-    position = torch.arange(q.shape[2], device=q.device)[:, None] + run.call.q_offset
-    distance = position - torch.arange(k.shape[2], device=q.device)
-    rate = torch.tensor(node.decay, dtype=q.dtype, device=q.device)[:, None, None]
-    fade = torch.where(distance >= 0, torch.exp(rate * distance.clamp(min=0)), 0.0)
-    if node.documents is not None:
-        ids = run.value(node.documents)
-        own = ids[:, position[:, 0].clamp(max=k.shape[2] - 1)]
-        fade = torch.where((own[:, :, None] == ids[:, None, :])[:, None], fade, 0.0)
-    scale = run.call.scale or node.scale or q.shape[3] ** -0.5
-    pairs = torch.where(fade > 0, seen_product(q, k.transpose(-1, -2)) * scale, 0.0)
-    out = seen_product(pairs * fade, v)
-    before = run.call.state_of(node)
-    if before is not None:
-        out = out + scale * torch.exp(rate * (position + 1)) * (q @ before.to(q.dtype))
-    return out, None
-
-
 # ---- combinations --------------------------------------------------------------------------------------------------------------
 
 
@@ -265,7 +246,7 @@ REFERENCE_RULES: Rules[Rule] = Rules(
         Attend: _attend,
         Slots: _slots,
         Recall: _recall,
-        Linear: _linear,
+        Linear: run_recurrence,
         Joint: _joint,
         Mix: _mix,
         Compact: _compact,

@@ -8,6 +8,7 @@ import torch
 
 from sparsedsl.backends.protocol import Backend, ListMaker
 from sparsedsl.backends.tiled.attention import TiledKernel
+from sparsedsl.backends.tiled.scan_gated import gated_scan
 from sparsedsl.backends.tiled.scan_linear import linear_scan
 from sparsedsl.backends.tiled.scan_slots import slot_scan
 from sparsedsl.backends.tiled.selected import selected_attention
@@ -51,6 +52,10 @@ class TiledBackend(Backend):
     def linear(self, *tensors: Any, **words: Any) -> Any:
         """Chunks in parallel."""
         return linear_scan(*tensors, **words)
+
+    def gated(self, *tensors: Any, **words: Any) -> Any:
+        """Chunks in parallel."""
+        return gated_scan(*tensors, **words)
 
     def way(self, request: Request) -> str:
         """In words."""

@@ -34,7 +34,8 @@ class Limits:
     - ``scan_chunk``: a power of two: slots halve it. Pairs within a chunk cost ``scan_chunk`` products a row, states cost
       head_dim / ``scan_chunk`` numbers a row.
     - ``scan_rows``: computed at once over all heads and batch entries: enough to make calls to torch cheap, few enough for a
-      cache.
+      cache. ``gated_rows``: the same where decays come with the data, which takes more calls.
+    - ``scan_tokens``: of a call without gradients, up to which these go one by one.
     """
 
     threads_from: int = 1 << 20
@@ -46,6 +47,8 @@ class Limits:
     decode_numbers: int = 1 << 24
     scan_chunk: int = 64
     scan_rows: int = 4096
+    gated_rows: int = 16384
+    scan_tokens: int = 4
 
 
 LIMITS = Adjustable(Limits())

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from sparsedsl.backends.tiled.limits import LIMITS
+from sparsedsl.runtime.autograd import only_first_derivatives
 from sparsedsl.runtime.threads import on_one_core
 
 __all__ = ["RowRanges", "ScanPlan", "carry", "cut", "scan"]
@@ -27,6 +27,8 @@ WORTH_CORES = 1 << 21  # numbers in all inputs, from which on cores gain more th
 Tensors = tuple[Any, ...]
 # Rows of queries, rows of keys, state -> rows of results, state.
 Step = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
+# The same and gradients of rows of results and of the state after (None: none) -> gradients of what a step is given.
+Slopes = Callable[[Tensors, Tensors, Tensors, Tensors, Tensors], tuple[Tensors, Tensors, Tensors]]
 
 
 class RowRanges(NamedTuple):
@@ -41,23 +43,26 @@ class RowRanges(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ScanPlan:
-    """A step and where it goes. ``results``: shape and dtype of each result; their dimension 2 counts the rows of queries."""
+    """A step and where it goes. ``results``: shape and dtype of each result; their dimension 2 counts the rows of queries. ``slopes``:
+    the step backward, where it is written by hand; else autograd makes it."""
 
     step: Step
     steps_of_rows: tuple[RowRanges, ...]
     results: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    slopes: Slopes | None = None
 
 
-def cut(q_len: int, kv_len: int, first: int, lines: int) -> tuple[RowRanges, ...]:
+def cut(q_len: int, kv_len: int, first: int, lines: int, at_once: int | None = None) -> tuple[RowRanges, ...]:
     """The row ranges of a call with ``q_len`` queries and ``kv_len`` keys where query row 0 sees the keys up to row ``first``.
 
-    A negative ``first`` means that the first queries see the state the call began with. ``lines``: batch entries times heads.
+    A negative ``first`` means that the first queries see the state the call began with. ``lines``: batch entries times heads;
+    ``at_once``: rows of all of them in a range, by default ``LIMITS.scan_rows``.
     Spans of queries and keys hold whole chunks, but for the last of them, which may be shorter than one.
     """
     if not lines:
         return ()
     chunk = LIMITS.now.scan_chunk
-    rows = max(chunk, LIMITS.now.scan_rows // lines // chunk * chunk)
+    rows = max(chunk, (at_once or LIMITS.now.scan_rows) // lines // chunk * chunk)
     early = min(q_len, max(0, -first))
     begin = max(0, first) if early < q_len else kv_len
     end = begin + q_len - early
@@ -128,7 +133,7 @@ class _Scan(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @only_first_derivatives
     def backward(ctx: Any, *gradients: Any) -> Any:
         saved = ctx.saved_tensors
         return _where_it_is_quick(lambda: _Scan.gradients(ctx, saved, gradients), saved[: ctx.n_inputs])
@@ -146,6 +151,11 @@ class _Scan(torch.autograd.Function):
         with torch.autocast(inputs[-1].device.type, enabled=False):
             for number, ranges in reversed(list(enumerate(plan.steps_of_rows))):
                 pieces = (*_rows(inputs[:n_queries], ranges.q), *_rows(inputs[n_queries:after], ranges.k))
+                if plan.slopes is not None:
+                    of_state = _by_hand(
+                        plan, ranges, pieces, n_queries, states[number * n_state :][:n_state], of_results, of_state, found
+                    )
+                    continue
                 leaves = [_leaf(t, want) for t, want in zip(pieces, wanted[:after], strict=True)]
                 before = tuple(_leaf(t, linked) for t in states[number * n_state : (number + 1) * n_state])
                 with torch.enable_grad():
@@ -166,6 +176,24 @@ class _Scan(torch.autograd.Function):
                         found[place][:, :, begin:end] = grad  # type: ignore[index]
                 of_state = tuple(next(got) if t.requires_grad else None for t in before)
         return (None, None, None, *found, *(g if want else None for g, want in zip(of_state, wanted[after:], strict=True)))
+
+
+def _by_hand(
+    plan: ScanPlan, ranges: RowRanges, pieces: Tensors, n_queries: int, before: Tensors, of_results: Tensors, of_state: Tensors,
+    found: list[Any],
+) -> Tensors:  # fmt: skip
+    """One row range backward by the plan's own step: ``found`` is filled in; the gradient of the state before."""
+    assert plan.slopes is not None
+    parts = tuple(None if g is None else g[:, :, ranges.q[0] : ranges.q[1]] for g in of_results)
+    seen = parts if ranges.q[0] < ranges.q[1] else ()
+    if all(g is None for g in (*seen, *of_state)):
+        return of_state
+    by_queries, by_keys, by_state = plan.slopes(pieces[:n_queries], pieces[n_queries:], before, seen, of_state)
+    for place, slope in enumerate((*by_queries, *by_keys)):
+        begin, end = ranges.q if place < n_queries else ranges.k
+        if found[place] is not None and slope is not None:
+            found[place][:, :, begin:end] = slope
+    return by_state
 
 
 def _where_it_is_quick(work: Callable[[], Any], inputs: Tensors) -> Any:

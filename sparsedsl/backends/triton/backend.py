@@ -14,7 +14,10 @@ from sparsedsl.backends.triton.scan_pass import MOST
 from sparsedsl.codegen.to_triton import DTYPES, WIDEST
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import SCORE
-from sparsedsl.runtime.request import Request
+from sparsedsl.program.select import Select
+from sparsedsl.runtime.patience import Patience
+from sparsedsl.runtime.request import CallFacts, Request
+from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["TRITON"]
@@ -37,7 +40,9 @@ class TritonBackend(Backend):
             return f"the generated kernels have heads up to {WIDEST} wide; this one is {widest}"
         if request.slots > MOST["the number of slots"]:
             return f"the kernels hold at most {MOST['the number of slots']} slots; these are {request.slots}"
-        lacking = missing(facts.device)
+        if request.form:
+            return f"its kernels for linear() have a constant decay a head and write every value as it is; this has {_worded(request.form)}"
+        lacking = self.lacking(facts.device)
         if lacking is not None:
             return lacking
         if request.work == "selected":
@@ -45,6 +50,10 @@ class TritonBackend(Backend):
 
             return refusal_of_selected(request)
         return None if request.pattern is None else refusal_of(request.pattern)
+
+    def lacking(self, device: str) -> str | None:
+        """Triton, or a GPU."""
+        return missing(device)
 
     def preference(self, request: Request) -> int:
         """First on a GPU; an interpreter is only for tests."""
@@ -72,6 +81,23 @@ class TritonBackend(Backend):
         """Adjacent queries share the union of their blocks."""
         return self._modules["selected"](q, k, v, selected)
 
+    def chooser(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Choose | None:
+        """One kernel, on a GPU; where kernels are interpreted, for those who ask by name."""
+        if missing(device.type) is not None or (device.type == "cpu" and patience is not None):
+            return None
+        from sparsedsl.backends.triton.choosing import choose_blocks
+
+        return choose_blocks
+
+    def choice(self, node: Select, facts: CallFacts, *, by_name: bool) -> str | None:
+        """One kernel; or torch, and why."""
+        if missing(facts.device) is not None or (facts.device == "cpu" and not by_name):
+            return None
+        from sparsedsl.backends.triton.choice_forms import why_torch
+
+        why = why_torch(node, facts)
+        return "one kernel from landmarks to lists" if why is None else f"torch, since {why}"
+
     def slots(self, *tensors: Any, **words: Any) -> Any:
         """Chunks in parallel."""
         return self._modules["slots"](*tensors, **words)
@@ -97,6 +123,13 @@ class TritonBackend(Backend):
         from sparsedsl.backends.triton.selected import selected_attention
 
         return {"selected": selected_attention, "slots": slot_scan_triton, "linear": linear_scan_triton}
+
+
+def _worded(form: str) -> str:
+    """The form of a linear attention, in words."""
+    kind, _, rule = form.partition(" ")
+    what = "a decay for every key" if kind == "scalar" else "a decay for every channel of a key"
+    return what + {"delta": " and the delta rule", "before": ", read before it is written"}.get(rule, "")
 
 
 def _printed(request: Request) -> str:

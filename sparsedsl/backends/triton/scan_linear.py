@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from sparsedsl.backends.triton.config_choice import target_of
 from sparsedsl.backends.triton.launching import in_tiles
 from sparsedsl.backends.triton.scan_pass import ScanTiles, carried, filled, launch, operands, plain, precision_of, refuse
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.gpu.targets import Target
+from sparsedsl.runtime.autograd import only_first_derivatives
 from sparsedsl.runtime.scan_calls import check_linear
 
 __all__ = ["linear_scan_triton", "linear_tiles"]
@@ -166,7 +166,7 @@ class _LinearScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @only_first_derivatives
     def backward(ctx: Any, grad_out: Tensor | None, grad_last: Tensor | None) -> Any:
         job, (q, k, v, state) = ctx.job, ctx.saved_tensors
         q, k, v = plain(q, k, v)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from sparsedsl.backends.triton.config_choice import target_of
@@ -15,6 +14,7 @@ from sparsedsl.backends.triton.launching import in_tiles
 from sparsedsl.backends.triton.scan_pass import ScanTiles, carried, filled, launch, operands, plain, precision_of, refuse
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.gpu.targets import Target
+from sparsedsl.runtime.autograd import only_first_derivatives
 from sparsedsl.runtime.scan_calls import SlotState, check_slots
 
 __all__ = ["slot_scan_triton", "slot_tiles"]
@@ -281,7 +281,7 @@ class _SlotScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @only_first_derivatives
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_keys: Tensor | None, grad_values: Tensor | None
     ) -> Any:

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AttentionInterface
 
+from sparsedsl.analysis.cached_keys import STATE
 from sparsedsl.analysis.report import analyse
 from sparsedsl.errors import PatternError, ShapeError, TableError
 from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.lang.advice import shown
-from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.models.carried import calling
 from sparsedsl.models.derived import PROVIDED
-from sparsedsl.models.layer_search.candidates import NATIVE, Candidate
+from sparsedsl.models.donor import Donor
+from sparsedsl.models.layer_search.candidates import NATIVE, Candidate, Runs
 from sparsedsl.models.layers import text_config
+from sparsedsl.program.axes import KNOWN, base_of, block_of
 from sparsedsl.program.graph import Program
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ __all__ = ["COSTS", "Costs", "LayerShape", "analysis_of", "cost_table", "layer_s
 
 Costs = dict[int, dict[str, float]]  # layer -> candidate, or "native" -> cost
 COSTS = ("flops", "cache_bytes", "prefill_time")
+_DTYPES = {2: "bfloat16", 4: "float32", 8: "float64"}  # by bytes of a number
 _RECORDER = "sparsedsl_shapes"
 _SHAPE = "_sparsedsl_shape"
 
@@ -74,54 +77,87 @@ def _calling(layers: Mapping[int, Any], config: Any) -> Iterator[None]:
 
 def cost_table(
     cost: str | Callable[[int, Any], float], length: int, shapes: Mapping[int, LayerShape], native: Mapping[int, Pattern],
-    candidates: Mapping[str, Candidate],
+    candidates: Mapping[str, Candidate], donors: Mapping[int, Donor],
 ) -> Costs:  # fmt: skip
     """What each layer costs by itself and with each candidate; ``cost``: ``"flops"``, ``"cache_bytes"`` or a function of layer and pattern.
+
+    ``donors``: of the layers, where hybrid layers are among the candidates.
 
     Raises :class:`~sparsedsl.PatternError` where a function gives anything but a number of at least 0.
     """
     known: dict[Any, float] = {}
 
-    def once(layer: int, value: Any) -> float:
-        thing = value if isinstance(value, Program) else as_pattern(value)
-        key = shapes[layer], thing, tuple(sorted((name, id(tensor)) for name, tensor in thing.bound.items()))
+    def once(layer: int, runs: Runs) -> float:
+        thing = runs.value if isinstance(runs.value, Program) else as_pattern(runs.value)
+        key = shapes[layer], runs.in_layer, thing, tuple(sorted((name, id(tensor)) for name, tensor in thing.bound.items()))
         if key not in known:
-            known[key] = _flops(value, length, key[0]) if cost == "flops" else _cache_bytes(value, length, key[0])
+            count = _flops if cost == "flops" else _layer_bytes if runs.in_layer else _cache_bytes
+            known[key] = count(runs, length, key[0])
         return known[key]
 
-    def asked(layer: int, value: Any) -> float:
+    def asked(layer: int, runs: Runs) -> float:
         assert callable(cost)
-        found = cost(layer, value)
+        found = cost(layer, runs.value)
         if isinstance(found, bool) or not isinstance(found, numbers.Real) or not 0 <= float(found) < math.inf:
-            raise PatternError(f"search(): cost({layer}, {shown(value)}) must be a number of at least 0; got {shown(found)}")
+            raise PatternError(f"search(): cost({layer}, {shown(runs.value)}) must be a number of at least 0; got {shown(found)}")
         return float(found)
 
     ask = asked if callable(cost) else once
     return {
-        layer: {NATIVE: ask(layer, native[layer]), **{name: ask(layer, one.value) for name, one in candidates.items()}}
-        for layer in native
+        layer: {
+            NATIVE: ask(layer, Runs(own)),
+            **{name: ask(layer, one.runs(donors.get(layer))) for name, one in candidates.items()},
+        }
+        for layer, own in native.items()
     }
 
 
-def analysis_of(value: Mask | Pattern | Program, length: int, shape: LayerShape) -> Any:
+def analysis_of(runs: Runs, length: int, shape: LayerShape) -> Any:
     """:func:`sparsedsl.analyse` of what a layer of that shape runs over ``length`` tokens."""
-    thing: Any = value if isinstance(value, Program) else as_pattern(value)
-    free = PROVIDED & set(thing.tables) - set(thing.bound)  # given by the layer at every call; no pair depends on sinks
+    thing: Any = runs.value if isinstance(runs.value, Program) else as_pattern(runs.value)
+    free = PROVIDED & set(thing.tables) - set(thing.bound) - set(
+        runs.tables
+    )  # given by the layer at every call; no pair depends on sinks
     tables = {name: torch.zeros(shape.heads if name == "sinks" else 1, dtype=torch.int32) for name in free}
     if "sinks" in tables:
         tables["sinks"] = tables["sinks"].float()
-    words: dict[str, Any] = {"head_dim": shape.head_dim, "head_dim_v": shape.value_dim, **tables}
+    words: dict[str, Any] = {"head_dim": shape.head_dim, "head_dim_v": shape.value_dim, **tables, **runs.tables}
     return analyse(thing, length, heads=shape.heads, kv_heads=shape.kv_heads, **words)
 
 
-def _flops(value: Any, length: int, shape: LayerShape) -> float:
-    return float(analysis_of(value, length, shape).flops)
+def _flops(runs: Runs, length: int, shape: LayerShape) -> float:
+    return float(analysis_of(runs, length, shape).flops)
 
 
-def _cache_bytes(value: Any, length: int, shape: LayerShape) -> float:
+def _cache_bytes(runs: Runs, length: int, shape: LayerShape) -> float:
     """What the layer's cache holds at most: of a program every key, else what is proved to do."""
+    value = runs.value
     try:
         keys = length if isinstance(value, Program) else cache_bound(value).most(length, heads=shape.heads)
     except (ShapeError, TableError):  # how many depends on what only a call knows
         keys = length
     return float(keys * shape.kv_heads * (shape.head_dim + shape.value_dim) * shape.item)
+
+
+def _layer_bytes(runs: Runs, length: int, shape: LayerShape) -> float:
+    """What the cache of a hybrid layer holds at most: its state, or a row of each of its inputs for every key or every block of keys."""
+    program = runs.value
+    assert isinstance(program, Program)
+    bound = cache_bound(program)
+    if bound.kind == STATE:
+        own = {name: size for name, size in runs.sizes.items() if name not in KNOWN}
+        words: dict[str, Any] = {
+            "head_dim_v": shape.value_dim,
+            "heads": shape.heads,
+            "sizes": own,
+            "given": runs.given,
+            **runs.tables,
+        }
+        return float(bound.bytes(length, shape.kv_heads, shape.head_dim, _DTYPES[shape.item], **words))
+    numbers = length * shape.kv_heads * (shape.head_dim + shape.value_dim)
+    for node in program.inputs.values():
+        if any(base_of(axis) == "keys" for axis in node.axes):
+            numbers += math.prod(
+                -(-length // block_of(axis)) if base_of(axis) == "keys" else runs.sizes[axis] for axis in node.axes
+            )
+    return float(numbers * shape.item)

@@ -15,6 +15,8 @@ from sparsedsl.errors import CallWarning, PatternError, ShapeError, UnsupportedE
 from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.binding import BINDING
+from sparsedsl.models.converted import CONVERTED
+from sparsedsl.models.donor import Donor, donor_of
 from sparsedsl.models.layer_search.bounds import Bound, Kl, Perplexity
 from sparsedsl.models.layer_search.candidates import NATIVE, Assignment, Candidate, assignment_of, candidates_from, put_in
 from sparsedsl.models.layer_search.choosing import Choice, Chooser, options_of
@@ -71,7 +73,8 @@ def search(
 
     Args:
         model: a transformers model for causal language modelling, in eval mode, without patterns; see :func:`sparsedsl.models.apply`.
-        candidates: name -> mask, pattern or program, as ``apply`` takes them.
+        candidates: name -> mask, pattern or program, as ``apply`` takes them; or a class of hybrid layers, alone or in
+            ``functools.partial``, as ``convert`` takes them, judged with new parameters as they begin (``init="calibrated"``).
         tokens: token ids ``(N, S)``, N texts of S tokens. What a pattern does not see within S tokens is not judged: rows should be several
             windows long, and of the kinds of text that matter.
         bound: :class:`~sparsedsl.models.Perplexity` or :class:`~sparsedsl.models.Kl`.
@@ -117,7 +120,8 @@ def search(
     warm_up = ids.shape[1] // 4 if warm_up is None else _whole("warm_up", warm_up, 0, ids.shape[1] - 2)
     most = None if positions is None else _whole("positions", positions, 1)
     shapes = layer_shapes(model, modules, ids[:1, :2])
-    _check_causal(given, ids.shape[1], shapes)
+    donors = _donors(model, modules, native, given)
+    _check_causal(given, ids.shape[1], shapes, donors)
     for layer in modules:
         for candidate in given.values():
             put_in(
@@ -126,7 +130,7 @@ def search(
 
     shown_progress, at = Progress(bool(progress)), positions_of(ids, warm_up, most, seed=0)
     judge = Judge(model, modules, given, ids, at, backend)
-    costs = _costs(cost, length, shapes, native, given, model, judge, ids, modules, backend, shown_progress)
+    costs = _costs(cost, length, shapes, native, given, donors, model, judge, ids, modules, backend, shown_progress)
     options = options_of(costs)
     kept = Evaluations(judge, fingerprint(model, ids, at, given), resume)
 
@@ -199,12 +203,13 @@ def _probed(judge: Judge, layers: Mapping[int, Any], choice: Choice, progress: P
 
 def _costs(
     cost: Any, length: int, shapes: Mapping[int, LayerShape], native: Mapping[int, Pattern], given: Mapping[str, Candidate],
-    model: PreTrainedModel, judge: Judge, ids: Tensor, modules: Mapping[int, Any], backend: str, progress: Progress,
+    donors: Mapping[int, Donor], model: PreTrainedModel, judge: Judge, ids: Tensor, modules: Mapping[int, Any], backend: str,
+    progress: Progress,
 ) -> Costs:  # fmt: skip
     if not callable(cost):
         check_word("search(): cost (if it is no function)", cost, COSTS)
     if cost != "prefill_time":
-        return cost_table(cost, length, shapes, native, given)
+        return cost_table(cost, length, shapes, native, given, donors)
     text = ids.reshape(1, -1)
     text = text.repeat(1, -(-length // text.shape[1]))[:, :length]
     return prefill_times(model, judge.body, text, modules, given, backend, progress)
@@ -232,9 +237,10 @@ def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
 def _searched(model: PreTrainedModel, layers: Sequence[int] | None) -> dict[int, Any]:
     """Layer index -> attention module, of the layers that are searched."""
     found = attention_layers(model)
-    if any(hasattr(module, BINDING) for module in found.values()):
+    if any(hasattr(module, BINDING) or hasattr(module, CONVERTED) for module in found.values()):
         raise PatternError(
-            "search(): the model has patterns; call restore() on what models.apply returned, and search the model itself"
+            "search(): the model has patterns or converted layers; call restore() on what models.apply or models.convert returned, and "
+            "search the model itself"
         )
     if layers is None:
         return found
@@ -275,15 +281,29 @@ def _token_ids(model: PreTrainedModel, tokens: Any) -> Tensor:
     return tokens.long().to(model.get_input_embeddings().weight.device)
 
 
-def _check_causal(given: Mapping[str, Candidate], length: int, shapes: Mapping[int, LayerShape]) -> None:
+def _donors(
+    model: PreTrainedModel, modules: Mapping[int, Any], native: Mapping[int, Pattern], given: Mapping[str, Candidate]
+) -> dict[int, Donor]:
+    """Layer index -> the facts that hybrid layers are made by, where there are any among the candidates."""
+    if not any(candidate.kind == "layer" for candidate in given.values()):
+        return {}
+    count = len(attention_layers(model))
+    return {layer: donor_of(module, layer, count, native[layer]) for layer, module in modules.items()}
+
+
+def _check_causal(
+    given: Mapping[str, Candidate], length: int, shapes: Mapping[int, LayerShape], donors: Mapping[int, Donor]
+) -> None:
     """Refuse candidates that see later tokens: they would know what they are asked for."""
+    first = next(iter(shapes))
     for name, candidate in given.items():
-        if isinstance(candidate.value, Program) and is_for_prefill(candidate.value):
+        runs = candidate.runs(donors.get(first))
+        if isinstance(runs.value, Program) and is_for_prefill(runs.value):
             raise UnsupportedError(
                 f"search(): candidate {name!r} chooses by later queries, so that the loss within a text is that of a model which has seen "
                 "the answers; judge it by what follows a prompt (examples/gemma_sparse_prefill.py), or leave it out"
             )
-        causal = analysis_of(candidate.value, length, next(iter(shapes.values()))).causal
+        causal = analysis_of(runs, length, shapes[first]).causal
         if causal.status == "REFUTED":
             raise UnsupportedError(
                 f"search(): candidate {name!r} sees later tokens ({causal.witness or causal.reason}), and so what it is asked for; "

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsedsl.backends.cpp import scan_gated as gated_cpp
 from sparsedsl.backends.cpp import scan_linear as linear_cpp
 from sparsedsl.backends.cpp import scan_slots as slots_cpp
+from sparsedsl.backends.tiled import scan_gated as gated_torch
 from sparsedsl.backends.tiled import scan_linear as linear_torch
 from sparsedsl.backends.tiled import scan_slots as slots_torch
 from sparsedsl.runtime.scan_calls import SlotState
@@ -84,6 +86,52 @@ def test_linear_attention(x: dict[str, Any], decays: list[float]) -> None:
         )  # fmt: skip
 
     assert_alike(by(linear_cpp), by(linear_torch), TOLERANCE[x["dtype"]])
+
+
+@given(
+    x=sizes(), vector=st.booleans(), delta=st.booleans(), strength=st.sampled_from([0.0, 0.1, 1.0, 20.0, math.inf]),
+    values=st.sampled_from([1, 2]), gates=st.sampled_from(["kv", "values", "one"]),
+)  # fmt: skip
+@settings(max_examples=60)
+def test_decays_that_come_with_the_data(
+    x: dict[str, Any], vector: bool, delta: bool, strength: float, values: int, gates: str
+) -> None:
+    generator = torch.Generator().manual_seed(x["seed"])
+    real = torch.float64 if x["dtype"] == torch.float64 else torch.float32
+    q, k, v = qkv(x, generator)
+    if x["group"] == 1 and values > 1:  # values with more heads than keys
+        v = torch.randn(x["batch"], values * x["kv_heads"], *v.shape[2:], generator=generator).to(v)
+    heads = {"kv": x["kv_heads"], "values": v.shape[1], "one": 1}[gates]
+    shape = (x["batch"] if x["seed"] % 2 else 1, heads, x["kv_len"])
+    g = torch.randn(*shape, *([x["width"]] if vector else []), generator=generator).abs().mul(-min(strength, 1e3))
+    if strength == math.inf:  # some forget all, the others nothing
+        g = torch.where(g < -1e3, -math.inf, 0.0)
+    inputs = [q, torch.nn.functional.normalize(k.double(), dim=-1).to(k), v, g.to(real)]
+    if delta:
+        inputs.append(2 * torch.rand(shape, generator=generator).to(real))
+    if x["state"]:
+        inputs.append(torch.randn(x["batch"], max(v.shape[1], heads), x["width"], x["width_v"], generator=generator).to(real))
+    words = {"scale": 0.3, "q_offset": x["offset"], "documents": documents(x, generator)}
+
+    def by(module: Any) -> list[Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *more: Tensor) -> list[Tensor]:
+            beta, state = more[0] if delta else None, more[-1] if x["state"] else None
+            return list(module.gated_scan(q, k, v, g, beta, state=state, **words))
+
+        return with_gradients(run, inputs)
+
+    assert_alike(by(gated_cpp), by(gated_torch), TOLERANCE[x["dtype"]])
+
+
+def test_decays_that_come_with_the_data_run_in_C() -> None:
+    """And not in torch, which takes over where numbers are not finite: what is later then stays unseen."""
+    x = [torch.randn(1, 2, 70, 8, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    g = torch.full((1, 2, 70), -0.1)
+    with gated_torch.LIMITS.using(scan_chunk=0):  # torch could not
+        out, _ = gated_cpp.gated_scan(*x, g, scale=0.3)
+    x[1][:, :, 40:], x[2][:, :, 50:] = math.nan, math.inf
+    bad, _ = gated_cpp.gated_scan(*x, g, scale=0.3)
+    torch.testing.assert_close(bad[:, :, :40], out[:, :, :40], rtol=1e-4, atol=1e-5)
 
 
 @given(

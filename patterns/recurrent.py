@@ -1,0 +1,124 @@
+"""Linear attention whose decays and write rules come from the data: layers of recent hybrid models, each as one recurrence."""
+
+from __future__ import annotations
+
+from sparsedsl import program as sd
+from sparsedsl.program.recurrences import Linear
+
+__all__ = ["based", "delta_net", "gated_delta", "gla", "kda", "ssd"]
+
+
+def gated_delta() -> Linear:
+    """Gated delta rule: a state that decays, then takes in what it got wrong about a key: the linear layers of Qwen3-Next.
+
+    ``S = e^g_t S_(t-1)``, ``S_t = S + beta_t k_t^T (v_t - k_t S)``, ``o_t = q_t S_t / sqrt(D)``; q and k of length 1.
+
+    Call-time inputs: ``g (B, Hv, Skv)``, at most 0, as ``-exp(A) softplus(a + dt)``; ``beta (B, Hv, Skv)``, as a sigmoid, or twice that for
+    negative eigenvalues. ``Hv`` are the heads of v, a multiple of those of q and k. The short convolution before and the gated norm after
+    are the model's.
+
+    Source: Gated DeltaNet (arXiv 2412.06464).
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.gated_delta())
+    >>> q, k, v = torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16), torch.randn(1, 4, 100, 16)
+    >>> g, beta = -torch.rand(1, 4, 100), torch.rand(1, 4, 100)
+    >>> out, state = attn(q, k, v, g=g, beta=beta, return_state=True)
+    >>> out.shape, state.nbytes  # 4 heads of 16 x 16, float32
+    (torch.Size([1, 4, 100, 16]), 4096)
+    """
+    g, beta = (sd.input(name, "batch value_heads keys") for name in ("g", "beta"))
+    return sd.linear(log_decay=g, beta=beta, features="l2")
+
+
+def kda() -> Linear:
+    """Kimi delta attention: the gated delta rule with a decay for every channel of a key.
+
+    ``S = diag(e^g_t) S_(t-1)``, ``S_t = S + beta_t k_t^T (v_t - k_t S)``, ``o_t = q_t S_t / sqrt(D)``; q and k of length 1.
+
+    Call-time inputs: ``g (B, Hv, Skv, D)``, at most 0; ``beta (B, Hv, Skv)``.
+
+    Source: Kimi Linear (arXiv 2510.26692).
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.kda())
+    >>> q = k = v = torch.randn(1, 2, 100, 16)
+    >>> attn(q, k, v, g=-torch.rand(1, 2, 100, 16), beta=torch.rand(1, 2, 100)).shape
+    torch.Size([1, 2, 100, 16])
+    """
+    g, beta = sd.input("g", "batch value_heads keys head_dim"), sd.input("beta", "batch value_heads keys")
+    return sd.linear(log_decay=g, beta=beta, features="l2")
+
+
+def delta_net() -> Linear:
+    """The delta rule without a decay: ``S_t = S_(t-1) + beta_t k_t^T (v_t - k_t S_(t-1))``, q and k of length 1.
+
+    Call-time input: ``beta (B, H, Skv)``, from 0 to 1, or to 2 for negative eigenvalues.
+
+    Source: DeltaNet (arXiv 2406.06484).
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.delta_net())
+    >>> q = k = v = torch.randn(1, 2, 100, 16)
+    >>> attn(q, k, v, beta=torch.rand(1, 2, 100)).shape
+    torch.Size([1, 2, 100, 16])
+    """
+    return sd.linear(1.0, beta=sd.input("beta", "batch value_heads keys"), features="l2")
+
+
+def gla() -> Linear:
+    """Gated linear attention: every channel of a key decays by itself, ``S_t = diag(e^g_t) S_(t-1) + k_t^T v_t``.
+
+    Call-time input: ``g (B, H, Skv, D)``, at most 0, as ``logsigmoid(x) / 16``.
+
+    Source: GLA (arXiv 2312.06635).
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.gla())
+    >>> q = k = v = torch.randn(1, 2, 100, 16)
+    >>> attn(q, k, v, g=torch.nn.functional.logsigmoid(torch.randn(1, 2, 100, 16)) / 16).shape
+    torch.Size([1, 2, 100, 16])
+    """
+    return sd.linear(log_decay=sd.input("g", "batch value_heads keys head_dim"))
+
+
+def ssd() -> Linear:
+    """State space duality: the core of Mamba-2, ``S_t = e^g_t S_(t-1) + B_t^T (dt_t x_t)``, ``y_t = C_t S_t``.
+
+    Called with ``q = C`` and ``k = B`` (their groups are heads), and ``v = dt x`` (its heads are the model's). The convolution, ``D x``
+    and the gated norm are the model's.
+
+    Call-time input: ``g (B, Hv, Skv)``, ``-exp(A_log) dt``.
+
+    Source: Mamba-2 (arXiv 2405.21060).
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.ssd())
+    >>> c, b, x, dt = torch.randn(1, 1, 100, 16), torch.randn(1, 1, 100, 16), torch.randn(1, 4, 100, 8), torch.rand(1, 4, 100)
+    >>> attn(c, b, x * dt[..., None], g=-0.5 * dt).shape
+    torch.Size([1, 4, 100, 8])
+    """
+    return sd.linear(log_decay=sd.input("g", "batch value_heads keys"), scale=1.0)
+
+
+def based() -> Linear:
+    """Linear attention by a second-order Taylor series of softmax: a pair weighs ``1 + s + s^2 / 2``, ``s = q k / sqrt(D)``; nothing fades.
+
+    Rows of q and k are short (16 channels as published): the state has ``1 + D + D (D + 1) / 2`` rows. The sum of the weights is known, so
+    that :func:`sparsedsl.joint` puts it under one softmax with a window.
+
+    Source: BASED (arXiv 2402.18668).
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.joint(sd.patterns.based(), sd.patterns.sliding_window(16)))
+    >>> q = k = v = torch.randn(1, 2, 100, 16)
+    >>> attn(q, k, v).shape
+    torch.Size([1, 2, 100, 16])
+    """
+    return sd.linear(1.0, features="taylor", normalised="sum")

@@ -1,0 +1,126 @@
+"""How a linear attention runs: features, strengths and sums that weigh are made here, and a backend scans what is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from sparsedsl.execute.dispatch import Dispatch
+from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
+from sparsedsl.runtime.heads import NEVER, repeat_kv
+from sparsedsl.runtime.linear_calls import LinearHeads, check_decays, linear_heads
+from sparsedsl.runtime.program_call import ProgramCall
+
+__all__ = ["Scanned", "run_linear"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Scanned:
+    """What a linear attention gives: rows of all queries, the LSE if it has one, and the state after the last key."""
+
+    out: Tensor
+    lse: Tensor | None
+    state: Tensor
+
+
+def run_linear(
+    node: Linear, call: ProgramCall, dispatch: Dispatch, value: Callable[[Node], Tensor], *, rows: int | None = None
+) -> Scanned:
+    """``value``: what a node gives. ``rows``: only the state after so many keys is wanted; None: all."""
+    q, k, v = (value(x) for x in (node.x, node.y, node.z))
+    gate, beta, write = (None if x is None else value(x) for x in (node.gate, node.beta, node.write))
+    documents = None if node.documents is None else value(node.documents)
+    offset = call.q_offset
+    if rows is not None:
+        k, v = k[:, :, :rows], v[:, :, :rows]
+        gate, beta, write = (None if t is None else t[:, :, :rows] for t in (gate, beta, write))
+        documents, q, offset = None if documents is None else documents[:, :rows], q[:, :, :0], 0
+    given = {word: t.shape[1] for word, t in (("decay", gate), ("beta", beta), ("write", write)) if t is not None}
+    heads = linear_heads(node, q.shape[1], k.shape[1], v.shape[1], given)
+    check_decays(node, gate, write, call.dtype)
+    scale = call.scale or node.scale or q.shape[3] ** -0.5
+    q, k, v, scale = _made(node, q, k, v, write, scale, call.dtype)
+    words: dict[str, Any] = {"scale": scale, "q_offset": offset, "state": call.state_of(node), "documents": documents}
+    if node.form:
+        log_decay = _logarithms(node, gate, heads, k, call.dtype)
+        beta = None if beta is None else beta.to(call.dtype)
+        out, state = dispatch.gated(q, k, v, log_decay, beta, node.form, before=node.reads == "before", **words)
+    else:
+        logs = torch.tensor(node.log_decays, dtype=call.dtype, device=q.device).expand(heads.out)
+        most = max(k.shape[1], v.shape[1])
+        out, state = dispatch.linear(repeat_kv(q, heads.out), repeat_kv(k, most), repeat_kv(v, most), logs, **words)
+    if node.bonus is not None:
+        out = out + _own(value(node.bonus), q, k, v, offset, heads) * scale
+    return Scanned(*_normalised(node, out), state)
+
+
+def _made(
+    node: Linear, q: Tensor, k: Tensor, v: Tensor, write: Tensor | None, scale: float, real: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """q, k and v as they are scanned, and the scale: with their features, strengths, and a value of 1 whose sum is that of the weights."""
+    if node.features is None and node.normalised is None:
+        return q, k, v, scale
+    q, k, v = (t.to(real) for t in (q, k, v))
+    if node.features == "taylor":
+        q, k, scale = _taylor(q * math.sqrt(scale)), _taylor(k * math.sqrt(scale)), 1.0
+    elif node.features is not None:
+        q, k = _FEATURES[node.features](q), _FEATURES[node.features](k)
+    if write is not None:
+        most = max(k.shape[1], write.shape[1])
+        k = repeat_kv(k, most) * repeat_kv(write.to(real), most).exp()[..., None]
+    if node.normalised is not None:
+        v = functional.pad(v, (0, 1), value=1.0)
+    return q, k, v, scale
+
+
+def _taylor(x: Tensor) -> Tensor:
+    """Rows whose products are ``1 + s + s^2 / 2``, s that of rows of x: 1, x, and products of two entries."""
+    first, second = torch.triu_indices(x.shape[3], x.shape[3], device=x.device)
+    share = x.new_ones(first.shape).masked_fill_(first == second, math.sqrt(0.5))
+    return torch.cat([torch.ones_like(x[..., :1]), x, x[..., first] * x[..., second] * share], dim=3)
+
+
+_FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "l2": lambda x: x * torch.rsqrt((x * x).sum(3, keepdim=True) + 1e-6),
+    "elu1": lambda x: functional.elu(x) + 1,
+    "relu": torch.relu,
+}
+
+
+def _logarithms(node: Linear, gate: Tensor | None, heads: LinearHeads, k: Tensor, real: torch.dtype) -> Tensor:
+    """The logarithms of decays: ``(1 or B, H, Skv)`` or ``(1 or B, H, Skv, D)``."""
+    if gate is None:
+        logs = torch.tensor(node.log_decays, dtype=real, device=k.device).expand(heads.states)
+        return logs[None, :, None].expand(1, -1, k.shape[2])
+    gate = gate.to(real)
+    if node.factor is None:
+        return gate
+    return torch.where(gate > 0, torch.where(gate > 0, gate, 1.0).log(), NEVER)
+
+
+def _own(bonus: Tensor, q: Tensor, k: Tensor, v: Tensor, offset: int, heads: LinearHeads) -> Tensor:
+    """What queries read of their own token's key and value, which is not written yet: ``(B, H, Sq, Dv)``."""
+    k, v = (repeat_kv(t[:, :, offset : offset + q.shape[2]], heads.out) for t in (k, v))
+    return (repeat_kv(q, heads.out) * repeat_kv(bonus, heads.out, 0)[:, None] * k).sum(3, keepdim=True) * v
+
+
+def _normalised(node: Linear, sums: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Out and LSE, of sums whose last column is that of the weights."""
+    if node.normalised is None:
+        return sums, None
+    out, total = sums[..., :-1], sums[..., -1:]
+    if node.normalised == "max1":
+        return out / total.abs().clamp(min=1.0), None
+    total = total + node.eps
+    divisor = total.masked_fill(total == 0, 1.0)
+    out = (out / divisor).masked_fill(total == 0, 0.0)
+    lse = torch.where(total > 0, total.clamp(min=torch.finfo(total.dtype).tiny).log(), NEVER)[..., 0] if node.has_lse else None
+    return out, lse
