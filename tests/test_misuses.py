@@ -51,7 +51,7 @@ ELSEWHERE: dict[str, Case] = {
     "of a program": (lambda: program(q, k, v, is_causal=True), sd.TableError, "unexpected argument is_causal: beside q, k, v the program takes nothing. is_causal: the pattern says so"),
     "of attend": (lambda: sd.attend(causal, dropout_p=0.1), sd.ArgumentError, "attend(): unexpected argument dropout_p: it takes mask, score, sink, scale, heads, causal, q, k, v, normaliser. dropout_p: dropout of attention"),
     "of compile": (lambda: sd.compile(causal, is_causal=True), sd.ArgumentError, "compile(): unexpected argument is_causal: it takes pattern, backend, allow"),
-    "of linear": (lambda: sd.linear([0.5], beta=1), sd.ArgumentError, "beta: the delta rule is not in the language"),
+    "of linear": (lambda: sd.linear([0.5], beta=1), sd.PatternError, "linear(): beta must be an input with the axes 'batch H keys', H one of"),
     "of bound": (lambda: sd.bound(sd.q, sd.k, 32, stride=16), sd.ArgumentError, "stride: windows that overlap are made by sd.summary(k, 32, stride=16)"),
 }
 
