@@ -17,7 +17,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup test fuzz lint format types wheel sanitize demo bench gpu golden clean distclean
+.PHONY: help setup test fuzz lint format types wheel docs changelog sanitize demo bench gpu golden clean distclean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -27,7 +27,7 @@ setup: $(READY)  ## make .venv with everything the other targets need (once; aga
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("sparsedsl needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; say which one to use: make setup PYTHON=python3.11")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,demo,dev]'
+	$(RUN) -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,demo,dev,docs]'
 	@touch $@
 
 test: $(READY)  ## run the tests on two processes (WORKERS=n; PYTEST_ARGS='-k tiles'); the same random cases every time
@@ -55,6 +55,14 @@ types: $(READY)  ## mypy over every file of the package, the examples and the be
 
 wheel: $(READY)  ## build the wheel and test it in an environment of its own, from another folder
 	$(RUN) .ci/check_wheel.py
+
+docs: $(READY)  ## build the site of the documentation in out/site; a warning is an error
+	rm -rf out/site
+	$(RUN) -m sphinx --builder html --quiet --fail-on-warning --keep-going --doctree-dir out/site/.doctrees docs out/site
+	@echo "docs: out/site/index.html"
+
+changelog: $(READY)  ## move the lines of changelog.d/ into CHANGELOG.md, under the version of the package
+	$(RUN) .ci/collect_changelog.py
 
 sanitize: $(READY)  ## the small cases of generated C++ with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(RUN) .ci/check_sanitizers.py

@@ -9,7 +9,7 @@ from pathlib import Path
 from source_tree import PACKAGES, ROOT
 
 RUFF = [sys.executable, "-m", "ruff"]
-FOLDERS = (".ci", *PACKAGES, "tests", "examples", "benchmarks")
+FOLDERS = (".ci", *PACKAGES, "tests", "examples", "benchmarks", "docs")
 
 
 def main() -> int:

@@ -27,6 +27,9 @@ assert_type(sd.minimum(sd.q_idx, 3), sd.Index)
 assert_type(sd.where(causal, sd.score, float("-inf")), sd.Score)
 assert_type(causal.bind(doc=[1, 2]), sd.Mask)
 
+assert_type(sd.mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx), sd.Mask)
+assert_type(sd.attend(causal, causal=True), sd.Pattern | Attend)
+
 assert_type(causal & selected, sd.Mask)
 assert_type(selected | causal, sd.Mask)
 assert_type(sd.dot(sd.q, means).over_group(), Grouped)

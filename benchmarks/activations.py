@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
-import gemma
-
+from parts import gemma
 from sparsedsl.settings import settings
 
 __all__ = ["LAYER", "captured"]

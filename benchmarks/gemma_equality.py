@@ -17,7 +17,7 @@ import torch
 import sparsedsl as sd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import gemma
+from parts import gemma
 
 
 def main(length: int = 4096, new: int = 64) -> int:

@@ -11,7 +11,7 @@ Three models that share their weights (float32, batch 1):
 
 They take turns; times are medians, ratios medians within a round. *Prefill* is a forward pass without cache and without the
 vocabulary head; the first one of each, which cuts the patterns into strips, stands apart. *Decode* is the mean time of a token
-of greedy generation after the prompt's prefill. The weights come with the extra ``demo``; see ``examples/gemma.py``.
+of greedy generation after the prompt's prefill. The weights come with the extra ``demo``; see ``examples/parts/gemma.py``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from tqdm import tqdm
 import sparsedsl as sd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import gemma
 from gemma_hybrid import HYBRID
+
+from parts import gemma
 
 METHODS = ("sdpa", "native", "hybrid")
 TITLES = {"sdpa": "transformers sdpa", "native": "sparsedsl, native patterns", "hybrid": "sparsedsl, hybrid in full layers"}

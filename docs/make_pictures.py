@@ -1,16 +1,20 @@
 """Draws the gallery: docs/pictures/*.png and docs/patterns.md, from the library's own docstrings; and the tables of docs/programs.md.
 
-python docs/make_pictures.py              everything
+python docs/make_pictures.py              the gallery, all of it
 python docs/make_pictures.py causal ...   these pictures, and the pages
 python docs/make_pictures.py --page       the pages only
+python docs/make_pictures.py --figures    what README.md and the tutorial draw, into docs/figures
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
+import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,23 +22,27 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
 
 import torch  # noqa: E402
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import pages  # noqa: E402
 import sparsedsl as sd  # noqa: E402
 from sparsedsl.lang.evaluation import evaluate  # noqa: E402
-from sparsedsl.plotting import NOTHING, PAIR  # noqa: E402
+from sparsedsl.picture_style import LIGHT  # noqa: E402
 from sparsedsl.program.kinds import kinds_table  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
 PAGE = ROOT / "docs" / "patterns.md"
 MANUAL = ROOT / "docs" / "programs.md"
 KINDS_FROM, KINDS_TO = "<!-- kinds: made by docs/make_pictures.py -->\n", "<!-- end of kinds -->"
+FIGURES = ROOT / "docs" / "figures"
+DRAWN_BY_PAGES = {"first_pattern": ("README.md", "pattern.png"), "window_and_sinks": ("docs/tutorial.md", "window_and_sinks.png")}
 P = sd.patterns
+PAIR, NOTHING = LIGHT.pair, LIGHT.nothing
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,22 @@ def starts_of(*lengths: int) -> torch.Tensor:
 def random(*shape: int) -> torch.Tensor:
     """Numbers for tables whose values are learned or chosen."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def draw_neighbours(call: str, shape: tuple[int, ...], query: Any, block: int, coordinates: Any = None) -> Figure:
+    """A pattern of an image: pairs and tiles, and below what one patch, or some, attend to on the image."""
+    pattern = eval(call, {"sd": sd} | vars(P))
+    frames = shape[0] if len(shape) == 3 else len(query)
+    figure = Figure(figsize=(8.6, 6.6 if frames < 4 else 6.2), dpi=110, layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(5, 3.2))
+    length = math.prod(shape)
+    sd.plot(pattern, length, block_size=block, ax=above.subplots(1, 2), panels=("pairs", "tiles"))
+    sd.plot(pattern, grid=shape, query=query, coordinates=coordinates, ax=below.subplots(1, frames))
+    below.suptitle(
+        "which patches the framed one attends to, on the image" + (", frame by frame" if len(shape) == 3 else ""), fontsize=9
+    )
+    figure.suptitle(call, fontsize=9, family="monospace")
+    return figure
 
 
 def draw_slopes() -> Figure:
@@ -168,6 +192,38 @@ def subtree_ends() -> torch.Tensor:
     return end
 
 
+def index() -> dict[str, torch.Tensor]:
+    """What an indexer gives."""
+    return {"index_q": random(1, 4, 64, 8), "index_k": random(1, 1, 64, 8), "index_weights": random(1, 4, 64)}
+
+
+def draw_entries(call: str, block: int) -> Figure:
+    """The keys of a window, and those that the entries which are attended to stand for."""
+    given = {name: x for name, x in index().items() if name != "index_k"} if call.startswith("csa") else {}
+    given |= {"index_entries": random(1, 1, 64 // block, 8)} if given else {}
+    rows = random(1, 2, 64, 16)
+    attn = sd.compile(eval(call, vars(P)), backend="reference")
+    picked = list(attn.choices(rows, rows, rows, entries=rows[:, :, ::block], **given).values())
+    t = torch.arange(64)
+    over = (t // block + 1) * block <= t[:, None] + 1
+    far = over & picked[0][0, 0].repeat_interleave(block, 1) if picked else over
+    near = (t <= t[:, None]) & (t > t[:, None] - 8)
+    figure = Figure(figsize=(4.4, 4), dpi=110, layout="constrained")
+    axis = figure.add_subplot()
+    shades = LinearSegmentedColormap.from_list("seen", [(0, NOTHING), (0.5, "#f0a23b"), (1, PAIR)])
+    axis.imshow(torch.maximum(far * 1, near * 2).numpy(), cmap=shades, interpolation="nearest")
+    axis.set_title("window, and keys of entries", fontsize=10)
+    axis.set_xlabel("kv_idx (key)", fontsize=9)
+    axis.set_ylabel("q_idx (query)", fontsize=9)
+    axis.tick_params(labelsize=8)
+    return figure
+
+
+def on_image(call: str, shape: tuple[int, ...], query: Any, block: int, coordinates: Callable[[], Any] = lambda: None) -> Entry:
+    """The entry of a pattern of images or videos."""
+    return Entry(call, draw=lambda: draw_neighbours(call, shape, query, block, coordinates()))
+
+
 GALLERY = {
     "full": Entry("full()"),
     "causal": Entry("causal()"),
@@ -195,12 +251,18 @@ GALLERY = {
     "block_causal": Entry("block_causal(16)"),
     "random_blocks": Entry("random_blocks(8, 2, seed=0)", length=128),
     "block_diffusion": Entry("block_diffusion(8)"),
-    "neighbourhood_2d": Entry("neighbourhood_2d(12, 12, kernel=5)", length=144, block=12),
-    "neighbourhood_3d": Entry("neighbourhood_3d(4, 6, 6, kernel=3, causal=(True, False, False))", length=144, block=12),
-    "sliding_tile": Entry("sliding_tile((12, 12), kernel=(9, 9), tile=(3, 3))", length=144, block=9),
+    "neighbourhood_2d": on_image("neighbourhood_2d(12, 12, kernel=5)", (12, 12), [(0, 0), (5, 0), (5, 5)], 12),
+    "neighbourhood_3d": on_image("neighbourhood_3d(4, 6, 6, kernel=3, causal=(True, False, False))", (4, 6, 6), (2, 2, 3), 12),
+    "sliding_tile": on_image(
+        "sliding_tile((12, 12), kernel=(9, 9), tile=(3, 3))",
+        (12, 12),
+        [(0, 0), (7, 5), (11, 11)],
+        9,
+        lambda: P.grid_position(sd.q_idx, (12, 12), order="tiled", tile=(3, 3)),
+    ),
     "grid_position": Entry('grid_position(sd.q_idx, (8, 8), order="morton")', draw=draw_orders),
     "softcap": Entry("softcap(50)"),
-    "alibi": Entry("sd.attend(causal(), score=alibi(8))", options={"head": 1}),
+    "alibi": Entry("sd.attend(causal(), score=alibi(8))", options={"head": range(8)}),
     "alibi_slope": Entry("alibi_slope(8)", draw=draw_slopes),
     "relative_bias": Entry("relative_bias(12)", options={"relative_bias": lambda: random(25, 1).cumsum(0)}),
     "t5_bias": Entry("t5_bias(buckets=16, max_distance=48)", options={"t5_bias": lambda: random(16, 1)}),
@@ -219,6 +281,7 @@ GALLERY = {
     "nha": Entry("nha(slots=4, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 4)}),
     "pbs": Entry("pbs(block=8, segment=16, mass=0.5)", inputs=dict),
     "token_sparse": Entry("token_sparse(coverage=0.3, probe=8, pool=3, min_tokens=8)", inputs=dict),
+    "minference": Entry("minference(vertical=6, slash=10, probe=8, columns=2, diagonals=4)", inputs=dict),
     "ring_linear": Entry("ring_linear([0.8, 0.98])", inputs=dict),
     "gated_delta": Entry("gated_delta()", inputs=lambda: {"g": -random(1, 2, 64).abs() / 8, "beta": random(1, 2, 64).sigmoid()}),
     "kda": Entry("kda()", inputs=lambda: {"g": -random(1, 2, 64, 16).abs() / 8, "beta": random(1, 2, 64).sigmoid()}),
@@ -228,6 +291,15 @@ GALLERY = {
     "based": Entry("based()", inputs=dict),
     "moba": Entry("moba(chunk=8, top_k=3)", inputs=dict),
     "nsa": Entry("nsa(block=4, select=8, top_k=3, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 3).sigmoid()}),
+    "dsa": Entry("dsa(top_k=8)", inputs=index),
+    "hisa": Entry("hisa(block=8, blocks=3, top_k=8)", inputs=index),
+    "csa": Entry("csa(block=4, top_k=3, window=8)", draw=lambda: draw_entries("csa(block=4, top_k=3, window=8)", 4)),
+    "hca": Entry("hca(block=8, window=8)", draw=lambda: draw_entries("hca(block=8, window=8)", 8)),
+    "qsa": Entry("qsa(unit=4)", inputs=lambda: {"blocks": random(1, 1, 64, 16).argsort(-1)[..., :3]}),
+    "nsa_published": Entry(
+        "nsa_published(length=8, stride=4, select=8, top_k=3, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 3).sigmoid()}
+    ),
+    "infllm_v2": Entry("infllm_v2(length=8, stride=4, select=8, top_k=3, local=0)", inputs=dict),
 }
 
 CHAPTERS = {
@@ -239,6 +311,7 @@ CHAPTERS = {
     "scores": "Score functions",
     "models": "Published systems",
     "systems": "Programs",
+    "indexed": "Programs that follow an index, or lists",
     "recurrent": "Recurrences",
 }
 
@@ -268,7 +341,7 @@ def _section(name: str) -> list[str]:
     signature = str(inspect.signature(function, eval_str=False)).replace("'", "")
     text = inspect.getdoc(function) or ""
     about = text.split("\n\nArgs:")[0].split("\n\nRaises:")[0].split("\n\nSource:")[0].split("\n\n>>>")[0]
-    parts = [f"### {name}", "", "```python", f"{name}{signature}", "```", "", *_markdown(about)]
+    parts = [f"### {name}", "", "```py", f"{name}{signature}", "```", "", *_markdown(about)]
     if "\n\nSource: " in text:
         reference = text.split("\n\nSource: ")[1].split("\n\n")[0]
         parts += ["", "Source: " + " ".join(reference.split()).replace("``", "`").rstrip(".") + "."]
@@ -293,10 +366,24 @@ def write(name: str) -> Path:
     """Draw one picture, in few colours so that the file stays small."""
     path = PICTURES / f"{name}.png"
     GALLERY[name].picture().savefig(path, dpi=80)
+    return _shrunk(path, path)
+
+
+def write_figure(name: str) -> Path:
+    """What a page's own blocks draw, for the page to show: they are run up to the one that does."""
+    page, drawn = DRAWN_BY_PAGES[name]
+    found = pages.blocks(page, (ROOT / page).read_text(encoding="utf-8"))
+    (last,) = (number for number, block in enumerate(found) if f'savefig("{drawn}")' in block.source)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        pages.run(found[: last + 1])
+        return _shrunk(Path(drawn), FIGURES / f"{name}.png")
+
+
+def _shrunk(path: Path, to: Path) -> Path:
     with Image.open(path) as image:
         small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
-    return path
+    small.save(to, optimize=True)
+    return to
 
 
 def main() -> None:
@@ -304,7 +391,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="name", help="pictures to draw; default all")
     parser.add_argument("--page", action="store_true", help="write docs/patterns.md and the tables of docs/programs.md only")
+    parser.add_argument("--figures", action="store_true", help="write what README.md and the tutorial draw, and nothing else")
     options = parser.parse_args()
+    if options.figures:
+        for name in DRAWN_BY_PAGES:
+            print(write_figure(name).relative_to(ROOT))
+        return
     unknown = sorted(set(options.names) - set(GALLERY))
     if unknown:
         parser.error(f"no picture is called {', '.join(unknown)}; there are {', '.join(GALLERY)}")

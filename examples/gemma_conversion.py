@@ -26,16 +26,16 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gemma
 import torch
 from gemma_finetune import batches
 from tqdm import tqdm
 
 import sparsedsl as sd
+from parts import gemma
 
 # ---- edit here ------------------------------------------------------------------------------------------
 
@@ -298,10 +298,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few steps, short rows")
     parser.add_argument("--parts", nargs="+", default=["masks", "nha", "ring", "chunks", "caches"], help="which (default: all)")
+    parser.add_argument(
+        "--contexts", nargs="+", type=int, metavar="TOKENS", help="lengths that caches are counted at (default: 2048 8192)"
+    )
     parser.add_argument("--out", type=Path, default=Path("gemma_conversion.json"), metavar="FILE")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    study = Study(*gemma.load(), QUICK if options.quick else Sizes())
+    sizes = QUICK if options.quick else Sizes()
+    study = Study(*gemma.load(), replace(sizes, contexts=tuple(options.contexts or sizes.contexts)))
     full, first, middle = study.full, study.full[0], study.full[1:-1]
     print("| full layers become | | perplexity | KL to the donor | error of each layer | time |\n|---|---|---|---|---|---|")
     study.note("(the donor)", "", time.perf_counter())

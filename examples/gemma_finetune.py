@@ -1,4 +1,4 @@
-"""Fine-tuning a real model through a sparse pattern: a few steps of Gemma 3 270M on the CPU.
+"""How do I fine-tune a real model through a sparse pattern, on a CPU?
 
     python examples/gemma_finetune.py               (about three minutes on two cores; --quick: one)
 
@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gemma
 import torch
 from gemma_hybrid import HYBRID
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import sparsedsl as sd
+from parts import gemma
 
 # ---- edit here ------------------------------------------------------------------------------------------
 

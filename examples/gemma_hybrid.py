@@ -1,4 +1,4 @@
-"""A hybrid of your own in Gemma 3 270M: what it costs before it runs, and what it does to a real model on real text.
+"""What does a hybrid of my own save in a real model, and what does it cost in quality?
 
     python examples/gemma_hybrid.py             (`make demo` sets everything up and runs this)
 
@@ -41,8 +41,9 @@ def main() -> None:
     if not JUDGED < length <= 32768:
         parser.error(f"--tokens must be between {JUDGED + 1} and 32768; got {length}")
 
-    import gemma
     import torch
+
+    from parts import gemma
 
     begin = time.perf_counter()
     print(f"The hybrid for the full layers, {length:,} tokens, before anything runs:\n")

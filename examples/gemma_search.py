@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gemma
 import torch
 from tqdm import tqdm
 
 import sparsedsl as sd
+from parts import gemma
 from sparsedsl import kv_idx, q_idx
 
 # ---- edit here ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Sparse attention for the prompt of a real model, without training: what it computes, what it saves, what it costs in quality.
+"""What does a real model lose, and save, if it reads its prompt sparsely without training?
 
     python examples/gemma_sparse_prefill.py             a quarter of an hour on two free cores
     python examples/gemma_sparse_prefill.py --quick     half a minute, once the weights are cached
@@ -33,13 +33,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gemma
 import torch
-from after_prompt import DIGITS, PLACES, Text, density, judged, read, texts, watching
-from sparse_prefill_picture import draw
 from tqdm import tqdm
 
 import sparsedsl as sd
+from parts import gemma
+from parts.after_prompt import DIGITS, PLACES, Text, density, judged, read, texts, watching
+from parts.sparse_prefill_picture import draw
 
 # ---- edit here ------------------------------------------------------------------------------------------
 

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from needle_task import QUESTION, SYMBOLS, VOCABULARY, needles
-from small_model import Attention, Transformer, parameters, split_heads, train
 from torch import nn
 from tqdm import tqdm
 
 import sparsedsl as sd
+from parts.needle_task import QUESTION, SYMBOLS, VOCABULARY, needles
+from parts.small_model import Attention, Transformer, parameters, split_heads, train
 
 WIDTH, HEADS = 64, 4
 NEAR = 8  # window of the layer below

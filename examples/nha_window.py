@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_model import (
+from torch import nn
+
+import sparsedsl as sd
+from parts.small_model import (
     Attention,
     Transformer,
     held_out_loss,
@@ -27,9 +30,6 @@ from small_model import (
     train,
     windows_of,
 )
-from torch import nn
-
-import sparsedsl as sd
 
 WIDTH, HEADS, LAYERS = 128, 4, 2
 SLOTS, WINDOW = 32, 32

@@ -16,7 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from small_model import (
+from torch import nn
+
+import sparsedsl as sd
+from parts.small_model import (
     Attention,
     Transformer,
     held_out_loss,
@@ -27,9 +30,6 @@ from small_model import (
     train,
     windows_of,
 )
-from torch import nn
-
-import sparsedsl as sd
 
 WIDTH, HEADS, LAYERS = 128, 4, 5
 SHARE = 0.5  # of each head gets rotary positions, in layers of both kinds

@@ -7,12 +7,11 @@ expression: ``sliding_window(sd.table("window")[sd.h])``.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
-from sparsedsl.lang.advice import answer_for, meant
+from sparsedsl.lang.advice import answer_for, public_only
 from sparsedsl.patterns.anchors import global_tokens, prefix, sinks
 from sparsedsl.patterns.blockwise import block_causal, block_diffusion, blocks, random_blocks
 from sparsedsl.patterns.grids import grid_position, neighbourhood_2d, neighbourhood_3d, sliding_tile
+from sparsedsl.patterns.indexed import csa, dsa, hca, hisa, infllm_v2, nsa_published, qsa
 from sparsedsl.patterns.local import causal, chunked, dilated, full, sliding_window, strided, strided_fixed
 from sparsedsl.patterns.models import (
     alibi_window,
@@ -29,7 +28,7 @@ from sparsedsl.patterns.models import (
 from sparsedsl.patterns.packing import document_prefix, documents, packed, shared_prefix, tree
 from sparsedsl.patterns.recurrent import based, delta_net, gated_delta, gla, kda, ssd
 from sparsedsl.patterns.scores import alibi, alibi_slope, relative_bias, softcap, t5_bias, t5_bucket
-from sparsedsl.patterns.systems import hsa, moba, nha, nsa, pbs, ring_linear, token_sparse
+from sparsedsl.patterns.systems import hsa, minference, moba, nha, nsa, pbs, ring_linear, token_sparse
 
 __all__ = [
     "alibi",
@@ -42,10 +41,12 @@ __all__ = [
     "blocks",
     "causal",
     "chunked",
+    "csa",
     "delta_net",
     "dilated",
     "document_prefix",
     "documents",
+    "dsa",
     "full",
     "gated_delta",
     "gemma2",
@@ -54,19 +55,25 @@ __all__ = [
     "global_tokens",
     "gpt_oss",
     "grid_position",
+    "hca",
+    "hisa",
     "hsa",
+    "infllm_v2",
     "kda",
     "llama4",
     "longformer",
+    "minference",
     "mistral",
     "moba",
     "neighbourhood_2d",
     "neighbourhood_3d",
     "nha",
     "nsa",
+    "nsa_published",
     "packed",
     "pbs",
     "prefix",
+    "qsa",
     "random_blocks",
     "relative_bias",
     "ring_linear",
@@ -87,10 +94,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> NoReturn:
-    raise AttributeError(
-        f"sparsedsl.patterns has no pattern {name!r}{meant(name, __all__)}. The patterns are {', '.join(__all__)}"
-    )
-
-
+__getattr__, __dir__ = public_only(__name__, __all__, "pattern")
 answer_for(globals(), __all__)

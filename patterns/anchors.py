@@ -24,7 +24,7 @@ def sinks(n: int | Index) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.sinks(4))
-    (q_idx >= kv_idx) & (kv_idx <= 3)
+    (kv_idx <= q_idx) & (kv_idx < 4)
     >>> local = sd.patterns.sliding_window(512) | sd.patterns.sinks(4)
     """
     n = check_count("sinks", "n", n, 0)
@@ -46,13 +46,13 @@ def prefix(n: int | Index) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.prefix(16))
-    (q_idx >= kv_idx) | (kv_idx <= 15)
+    (kv_idx <= q_idx) | (kv_idx < 16)
     >>> print(sd.patterns.prefix(sd.table("prefix")[sd.b]).text)
     prefix = table('prefix')
     (q_idx >= kv_idx) | (kv_idx < prefix[b])
 
     prefix = table('prefix')
-    (q_idx >= kv_idx) | (kv_idx < prefix[b])
+    (kv_idx <= q_idx) | (kv_idx < prefix[b])
     """
     n = check_count("prefix", "n", n, 0)
     return (kv_idx < n) | causal()
@@ -74,7 +74,7 @@ def global_tokens(n: int | Index) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.global_tokens(2))
-    (kv_idx <= 1) | (q_idx <= 1)
+    (kv_idx < 2) | (q_idx < 2)
     """
     n = check_count("global_tokens", "n", n, 0)
     return (q_idx < n) | (kv_idx < n)

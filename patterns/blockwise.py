@@ -64,7 +64,7 @@ def block_causal(block: int | Index) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.block_causal(16))
-    q_idx // 16 >= kv_idx // 16
+    kv_idx // 16 <= q_idx // 16
     """
     block = check_count("block_causal", "block", block, 1)
     return kv_idx // block <= q_idx // block
@@ -129,9 +129,9 @@ def block_diffusion(block: int, *, length: int | None = None) -> Mask:
     >>> import sparsedsl as sd
     >>> for part in str(sd.patterns.block_diffusion(16, length=64)).split(" | "):
     ...     print(part)
-    ((kv_idx >= 64) & (q_idx >= 64) & (q_idx // 16 >= kv_idx // 16))
-    ((kv_idx >= 64) & (q_idx // 16 - kv_idx // 16 >= -3) & (q_idx <= 63))
-    ((q_idx // 16 == kv_idx // 16) & (kv_idx <= 63) & (q_idx <= 63))
+    ((kv_idx >= 64) & (q_idx >= 64) & (kv_idx // 16 <= q_idx // 16))
+    ((kv_idx >= 64) & (q_idx // 16 - kv_idx // 16 >= -3) & (q_idx < 64))
+    ((q_idx // 16 == kv_idx // 16) & (kv_idx < 64) & (q_idx < 64))
     """
     block = check_whole("block_diffusion", "block", block, 1)
     half: Any = kv_len // 2

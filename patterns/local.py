@@ -30,7 +30,7 @@ def causal() -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.causal())
-    q_idx >= kv_idx
+    kv_idx <= q_idx
     """
     return kv_idx <= q_idx
 
@@ -50,7 +50,7 @@ def sliding_window(w: int | Index, *, two_sided: bool = False) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.sliding_window(512))
-    (q_idx >= kv_idx) & (q_idx - kv_idx <= 511)
+    (kv_idx <= q_idx) & (q_idx - kv_idx < 512)
     >>> print(sd.patterns.sliding_window(sd.table("window")[sd.h]).text)
     window = table('window')
     (q_idx >= kv_idx) & (q_idx - kv_idx < window[h])
@@ -78,7 +78,7 @@ def dilated(w: int | Index, step: int, *, two_sided: bool = False) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.dilated(4, step=3))
-    ((q_idx - kv_idx) % 3 == 0) & (q_idx >= kv_idx) & (q_idx - kv_idx <= 11)
+    ((q_idx - kv_idx) % 3 == 0) & (kv_idx <= q_idx) & (q_idx - kv_idx < 12)
     """
     w = check_count("dilated", "w", w, 1, _ITSELF)
     step = check_whole("dilated", "step", step, 1)
@@ -104,7 +104,7 @@ def strided(step: int, *, local: int | None = None) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.strided(8))
-    (q_idx >= kv_idx) & (((q_idx - kv_idx) % 8 == 0) | (q_idx - kv_idx <= 7))
+    (kv_idx <= q_idx) & (((q_idx - kv_idx) % 8 == 0) | (q_idx - kv_idx < 8))
     """
     step = check_whole("strided", "step", step, 1)
     local = step if local is None else check_whole("strided", "local", local, 1, _ITSELF)
@@ -129,7 +129,7 @@ def strided_fixed(step: int, *, summary: int = 1) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.strided_fixed(8, summary=2))
-    (q_idx >= kv_idx) & ((q_idx // 8 == kv_idx // 8) | (kv_idx % 8 >= 6))
+    (kv_idx <= q_idx) & ((q_idx // 8 == kv_idx // 8) | (kv_idx % 8 >= 6))
     """
     step = check_whole("strided_fixed", "step", step, 1)
     summary = check_whole("strided_fixed", "summary", summary, 1)
@@ -152,7 +152,7 @@ def chunked(size: int | Index) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.chunked(8192))
-    (q_idx // 8192 == kv_idx // 8192) & (q_idx >= kv_idx)
+    (q_idx // 8192 == kv_idx // 8192) & (kv_idx <= q_idx)
     """
     size = check_count("chunked", "size", size, 1)
     return causal() & (q_idx // size == kv_idx // size)

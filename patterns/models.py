@@ -35,7 +35,7 @@ def longformer(window: int = 512, global_count: int = 1, *, dilation: int = 1) -
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.longformer(window=256, global_count=2))
-    ((q_idx - kv_idx >= -128) & (q_idx - kv_idx <= 128)) | (kv_idx <= 1) | (q_idx <= 1)
+    ((kv_idx <= q_idx + 128) & (q_idx - kv_idx <= 128)) | (kv_idx < 2) | (q_idx < 2)
     """
     window = check_whole("longformer", "window", window, 0)
     if window % 2:
@@ -102,7 +102,7 @@ def streaming_llm(window: int | Index = 1024, sink_count: int = 4) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.streaming_llm(512))
-    ((q_idx >= kv_idx) & (q_idx - kv_idx <= 511)) | ((q_idx >= kv_idx) & (kv_idx <= 3))
+    ((kv_idx <= q_idx) & (q_idx - kv_idx < 512)) | ((kv_idx <= q_idx) & (kv_idx < 4))
     """
     return sliding_window(window) | sinks(sink_count)
 
@@ -121,7 +121,7 @@ def alibi_window(heads: int, window: int) -> Pattern:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.alibi_window(heads=8, window=256))
-    attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 255), score=score - 2**(-h - 1)*abs(kv_idx - q_idx), heads=8)
+    attend((kv_idx <= q_idx) & (q_idx - kv_idx < 256), score=score - 2**(-h - 1)*abs(kv_idx - q_idx), heads=8)
     """
     return attend(sliding_window(window), score=alibi(heads))
 
@@ -164,7 +164,7 @@ def mistral(layer: int = 0, *, window: int = 4096) -> Pattern:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.mistral())
-    attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 4095))
+    attend((kv_idx <= q_idx) & (q_idx - kv_idx < 4096))
     """
     check_whole("mistral", "layer", layer, 0)
     return attend(sliding_window(window))
@@ -186,7 +186,7 @@ def gemma2(layer: int, *, window: int = 4096, cap: float = 50.0, query_scalar: f
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.gemma2(layer=0))
-    attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 4095), score=50*tanh(score / 50), scale=0.0625)
+    attend((kv_idx <= q_idx) & (q_idx - kv_idx < 4096), score=50*tanh(score / 50), scale=0.0625)
     """
     layer = check_whole("gemma2", "layer", layer, 0)
     mask = causal() if layer % 2 else sliding_window(window)
@@ -210,8 +210,8 @@ def gemma3(layer: int, *, window: int = 512, period: int = 6, query_scalar: floa
     >>> import sparsedsl as sd
     >>> for layer in (0, 5):
     ...     print(sd.patterns.gemma3(layer))
-    attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 511), scale=0.0625)
-    attend(q_idx >= kv_idx, scale=0.0625)
+    attend((kv_idx <= q_idx) & (q_idx - kv_idx < 512), scale=0.0625)
+    attend(kv_idx <= q_idx, scale=0.0625)
     """
     scale = check_positive("gemma3", "query_scalar", query_scalar) ** -0.5
     local = _is_local("gemma3", layer, period)
@@ -234,7 +234,7 @@ def gpt_oss(layer: int, *, window: int = 128, sink: str = "sinks") -> Pattern:
     >>> import sparsedsl as sd
     >>> print(sd.patterns.gpt_oss(layer=0))
     sinks = table('sinks', learned=True)
-    attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 127), sink=sinks[h])
+    attend((kv_idx <= q_idx) & (q_idx - kv_idx < 128), sink=sinks[h])
     """
     layer = check_whole("gpt_oss", "layer", layer, 0)
     mask = causal() if layer % 2 else sliding_window(window)
@@ -256,7 +256,7 @@ def llama4(layer: int, *, chunk: int = 8192, period: int = 4) -> Pattern:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.llama4(layer=0))
-    attend((q_idx // 8192 == kv_idx // 8192) & (q_idx >= kv_idx))
+    attend((q_idx // 8192 == kv_idx // 8192) & (kv_idx <= q_idx))
     """
     return attend(chunked(chunk) if _is_local("llama4", layer, period) else causal())
 

@@ -38,7 +38,7 @@ def documents(doc: str = "doc", *, offsets: str | None = None, batched: bool = F
         batched: the tables have a row for each batch entry: shapes ``(B, S)`` and ``(B, documents + 1)``.
 
     Raises:
-        PatternError: a name that is no identifier or is reserved, or twice the same.
+        PatternError: a name that is no identifier, or twice the same.
 
     Source: Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination" (arXiv 2107.02027).
 
@@ -47,7 +47,7 @@ def documents(doc: str = "doc", *, offsets: str | None = None, batched: bool = F
     doc = table('doc', monotone=True)
     doc[q_idx] == doc[kv_idx]
     >>> print(sd.patterns.documents(offsets="start"))
-    (start[doc[q_idx] + 1] > kv_idx) & (start[doc[q_idx]] <= kv_idx)
+    (kv_idx < start[doc[q_idx] + 1]) & (kv_idx >= start[doc[q_idx]])
 
     (start[doc[q_idx] + 1] > kv_idx) & (start[doc[q_idx]] <= kv_idx)
     """
@@ -72,7 +72,7 @@ def packed(window: int | Index | None = None, doc: str = "doc", *, batched: bool
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.packed(window=128))
-    (doc[q_idx] == doc[kv_idx]) & (q_idx >= kv_idx) & (q_idx - kv_idx <= 127)
+    (doc[q_idx] == doc[kv_idx]) & (kv_idx <= q_idx) & (q_idx - kv_idx < 128)
     """
     return documents(doc, batched=batched) & (causal() if window is None else sliding_window(window))
 
@@ -120,7 +120,7 @@ def shared_prefix(branch: str = "branch", *, batched: bool = False) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.shared_prefix())
-    (q_idx >= kv_idx) & ((branch[q_idx] == branch[kv_idx]) | (branch[kv_idx] == 0))
+    (kv_idx <= q_idx) & ((branch[q_idx] == branch[kv_idx]) | (branch[kv_idx] == 0))
     """
     batched = check_flag("shared_prefix", "batched", batched)
     numbers = table(branch, monotone=True)
@@ -140,7 +140,7 @@ def tree(end: str = "subtree_end", *, batched: bool = False) -> Mask:
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.tree())
-    (q_idx >= kv_idx) & (q_idx < subtree_end[kv_idx])
+    (kv_idx <= q_idx) & (q_idx < subtree_end[kv_idx])
     """
     batched = check_flag("tree", "batched", batched)
     return causal() & (q_idx < _at(table(end), kv_idx, batched))

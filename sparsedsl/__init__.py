@@ -5,8 +5,8 @@ Names load on first use, so that ``import sparsedsl`` loads neither torch nor Tr
 
 from __future__ import annotations
 
-import difflib
 import importlib
+import sys
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +27,16 @@ from sparsedsl.errors import (
 if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they load on first use
     # isort: off
     # fmt: off
-    from sparsedsl import models as models, patterns as patterns, testing as testing
+    from sparsedsl import export as export, models as models, nn as nn, patterns as patterns, testing as testing
     from sparsedsl.analysis.cached_keys import CacheBound as CacheBound
     from sparsedsl.analysis.caches import cache_bytes as cache_bytes, clear_caches as clear_caches
     from sparsedsl.analysis.proofs import PROVED as PROVED, REFUTED as REFUTED, UNKNOWN as UNKNOWN, Verdict as Verdict
     from sparsedsl.analysis.proofs import equivalent as equivalent, implies as implies
-    from sparsedsl.analysis.report import Analysis as Analysis, analyse as analyse
+    from sparsedsl.analysis.report import Analysis as Analysis, analyse as analyse, analyze as analyze
     from sparsedsl.execute.cache_bounds import cache_bound as cache_bound
     from sparsedsl.execute.compiling import compile as compile
     from sparsedsl.execute.compiled import Attention as Attention
+    from sparsedsl.execute.functional import attention as attention
     from sparsedsl.gpu.builds import Build as Build, build as build
     from sparsedsl.lang.expressions import Index as Index, Mask as Mask, Score as Score, b as b
     from sparsedsl.lang.expressions import h as h, kv_idx as kv_idx, kv_len as kv_len, q_idx as q_idx
@@ -49,16 +50,19 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     from sparsedsl.plotting import plot as plot
     from sparsedsl.program import Program as Program, antidiagonal as antidiagonal, attend as attend, bound as bound
     from sparsedsl.program import compact as compact, decay_table as decay_table, dot as dot, input as input
+    from sparsedsl.program import diagonals as diagonals
+    from sparsedsl.program import given as given, given_key_scores as given_key_scores, given_scores as given_scores
     from sparsedsl.program import joint as joint, k as k, keep_tokens as keep_tokens, linear as linear
     from sparsedsl.program import mix as mix, per_chunk as per_chunk, probe as probe, q as q
     from sparsedsl.program import recall as recall, schedule as schedule, segment_sort as segment_sort, slots as slots
     from sparsedsl.program import smooth as smooth, summary as summary, take as take, threshold as threshold
     from sparsedsl.program import top_k as top_k, top_p as top_p, v as v
-    from sparsedsl.tracing import trace_mask as trace_mask, trace_score as trace_score
+    from sparsedsl.versions import show_versions as show_versions
+    from sparsedsl.tracing import mask as mask, trace_mask as trace_mask, trace_score as trace_score
     # fmt: on
     # isort: on
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 # Module -> the public names that it defines; "" stands for the names that are modules themselves.
 _PUBLIC = {
@@ -69,46 +73,66 @@ _PUBLIC = {
         "sparsedsl.lang.text": "parse",
         "sparsedsl.lang.pattern": "Pattern",
         "sparsedsl.program": (
-            "Program antidiagonal attend bound compact decay_table dot input joint k keep_tokens linear mix "
+            "Program antidiagonal attend bound compact decay_table diagonals dot given given_key_scores given_scores input joint k "
+            "keep_tokens linear mix "
             "per_chunk probe q recall schedule segment_sort slots smooth summary take threshold top_k top_p v"
         ),
-        "sparsedsl.tracing": "trace_mask trace_score",
+        "sparsedsl.tracing": "mask trace_mask trace_score",
         "sparsedsl.analysis.proofs": "PROVED REFUTED UNKNOWN Verdict equivalent implies",
-        "sparsedsl.analysis.report": "Analysis analyse",
+        "sparsedsl.analysis.report": "Analysis analyse analyze",
         "sparsedsl.analysis.caches": "cache_bytes clear_caches",
         "sparsedsl.gpu.builds": "Build build",
         "sparsedsl.analysis.cached_keys": "CacheBound",
         "sparsedsl.execute.cache_bounds": "cache_bound",
         "sparsedsl.execute.compiled": "Attention",
         "sparsedsl.execute.compiling": "compile",
+        "sparsedsl.execute.functional": "attention",
         "sparsedsl.plotting": "plot",
-        "": "models patterns testing",
+        "sparsedsl.versions": "show_versions",
+        "": "export models nn patterns testing",
     }.items()
     for name in names.split()
 }
 
-__all__ = [
+_ERRORS = (
     "ArgumentError", "CallWarning", "MissingPackageError", "PatternError", "SettingsError", "ShapeError", "SparseDSLError",
-    "TableError", "TraceError", "UnsupportedError", *_PUBLIC,
-]  # fmt: skip
+    "TableError", "TraceError", "UnsupportedError",
+)  # fmt: skip
+# Public names that `from sparsedsl import *` leaves alone: they would hide functions of Python, and the variables everyone has.
+_NOT_BY_STAR = frozenset(("b", "h", "k", "q", "v", "compile", "input"))
+
+__all__ = [*_ERRORS, *(name for name in _PUBLIC if name not in _NOT_BY_STAR)]
 
 
 def __getattr__(name: str) -> Any:
     module = _PUBLIC.get(name)
     if module is None:
-        near = difflib.get_close_matches(name, __all__, n=1)
-        raise AttributeError(
-            f"module 'sparsedsl' has no attribute {name!r}; public names are {', '.join(sorted(__all__))}"
-            + (f". Did you mean {near[0]!r}?" if near else "")
-        )
+        from sparsedsl.lang.advice import no_attribute
+
+        raise AttributeError(no_attribute("sparsedsl", name, __dir__()))
     value = getattr(importlib.import_module(module), name) if module else importlib.import_module(f"sparsedsl.{name}")
     if isinstance(value, types.FunctionType):
         from sparsedsl.lang.advice import answering
 
         value = answering(value)
+    if name == "score":
+        from sparsedsl.lang.expressions import decorate_by
+
+        decorate_by(_score_decorator)
     globals()[name] = value
+    if "hypothesis" in sys.modules:
+        from sparsedsl.type_strategies import register
+
+        register()
     return value
 
 
+def _score_decorator(*function: Any, **words: Any) -> Any:
+    """``@sd.score``. The language cannot reach up to tracing, nor need everyone who reads the score load torch."""
+    from sparsedsl.tracing.decorators import score_by
+
+    return score_by(*function, **words)
+
+
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted((*_ERRORS, *_PUBLIC))

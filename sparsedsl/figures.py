@@ -19,11 +19,12 @@ __all__ = ["axes_of"]
 
 
 def axes_of(
-    ax: Any, count: int, size: tuple[float, float], shares: Sequence[float] | None = None
+    ax: Any, count: int, size: tuple[float, float], shares: Sequence[float] | None = None, columns: int | None = None
 ) -> tuple[Figure, list[Axes], bool]:
-    """The figure, the axes to draw in, and whether the figure is ours: ``count`` axes side by side, or those of the user, ``ax``.
+    """The figure, the axes to draw in, and whether the figure is ours: ``count`` axes, or those of the user, ``ax``.
 
-    ``size``: of a new figure, in inches. Raises :class:`~sparsedsl.UnsupportedError` without matplotlib, and
+    ``size``: of a new figure, in inches; ``columns``: axes side by side in it, default all.
+    Raises :class:`~sparsedsl.UnsupportedError` without matplotlib, and
     :class:`~sparsedsl.PatternError` where ``ax`` is not ``count`` axes.
     """
     try:
@@ -36,10 +37,14 @@ def axes_of(
         figure = NewFigure(figsize=size, dpi=110, layout="constrained")
         # what notebooks ask for, since pyplot, which would answer, is not involved
         setattr(figure, "_repr_png_", functools.partial(_png, figure))  # noqa: B010  (unknown to mypy)
-        return figure, list(figure.subplots(1, count, squeeze=False, width_ratios=shares)[0]), True
+        columns = columns or count
+        made = list(figure.subplots(-(-count // columns), columns, squeeze=False, width_ratios=shares).flat)
+        for surplus in made[count:]:
+            surplus.remove()
+        return figure, made[:count], True
     axes = list(ax.flat) if hasattr(ax, "flat") else list(ax) if isinstance(ax, (tuple, list)) else [ax]
     if len(axes) != count or not all(hasattr(axis, "imshow") for axis in axes):
-        raise PatternError(f"plot(): ax must be {count} matplotlib axes, one for each panel; got {ax!r}")
+        raise PatternError(f"plot(): ax must be {count} matplotlib axes, one for each panel; got {shown(ax)}")
     return axes[0].figure, axes, False
 
 

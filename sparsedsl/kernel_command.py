@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import contextlib
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
-from sparsedsl.errors import PatternError
+from sparsedsl.errors import PatternError, SparseDSLError
 from sparsedsl.specs import CannotLoad, load_object, load_pattern, load_tables
 
-__all__ = ["add_arguments", "refuse_without_kernel", "run"]
+__all__ = ["add_arguments", "faults_are_no_verdict", "refuse_without_kernel", "run"]
 
-_ONLY = ("implements", "lse", "grad", "tiles", "poison", "json", "deep", "quick", "only")
+_ONLY = ("implements", "lse", "grad", "tiles", "poison", "deep", "quick", "only")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -30,7 +32,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--only", action="append", metavar="NAME", help="one property (NUM, GRAD, ..); may be given more than once"
     )
-    group.add_argument("--json", action="store_true", default=None, help="print the report as JSON")
 
 
 def _tiles(text: str) -> tuple[int, ...]:
@@ -47,17 +48,30 @@ def refuse_without_kernel(arguments: argparse.Namespace) -> None:
             raise PatternError(f"--{name} is about a kernel of your own: give it by --kernel file.py:name")
 
 
+@contextlib.contextmanager
+def faults_are_no_verdict() -> Iterator[None]:
+    """A check that ends by an error nobody raised on purpose has found no property that fails: it is told, and the exit code is 2."""
+    try:
+        yield
+    except (SparseDSLError, CannotLoad, OSError):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise CannotLoad(f"the check could not be run to its end: {type(error).__name__}: {error}") from error
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Test a kernel; 0 if it is right, 1 if a property fails, 2 if it could not be run."""
     from sparsedsl.testing.kernels.kernel_check import check_kernel
 
     kernel = _kernel(arguments)
-    if arguments.causal:
+    if arguments.causal is not None:
         raise PatternError("--causal is about patterns; a kernel is held to what it implements")
     budget = "deep" if arguments.deep else "quick" if arguments.quick else "default"
-    report = check_kernel(
-        kernel, examples=arguments.examples, seed=arguments.seed, progress=sys.stderr.isatty(), budget=budget, only=arguments.only
-    )
+    with faults_are_no_verdict():
+        report = check_kernel(
+            kernel, examples=arguments.examples, seed=arguments.seed, progress=True, budget=budget, only=arguments.only
+        )
     print(report.to_json() if arguments.json else report)
     return report.exit_code
 

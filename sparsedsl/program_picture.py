@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
-from sparsedsl.program.axes import base_of, block_of
+from sparsedsl.picture_style import LIGHT, Theme
+from sparsedsl.program.axes import base_of, rows_on
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 
@@ -25,6 +26,7 @@ COLOURS = {
     "scores": "#fbe3c0",
     "key scores": "#f6eda8",
     "selected": "#f0a23b",
+    "keys": "#e8c77d",
     "order": "#d9b3d6",
     "tokens": "#f0b9b0",
     "memory": "#b5d9c4",
@@ -33,7 +35,6 @@ COLOURS = {
 WIDTH, LINES, FONT = 34, 4, 6.5  # characters in a line of a box, lines of its arguments, points
 COLUMN, ROW = 2.2, 1.0  # inches between boxes
 BEND, SWEEPS = 0.2, 24  # width of a bend, in boxes; sweeps of the layout
-EDGE = "#888888"
 
 
 def parts(program: Program) -> dict[str, Program]:
@@ -55,7 +56,7 @@ def words(program: Program, node: Node, sizes: Mapping[str, int]) -> tuple[str, 
 
 def _axis(axis: str, sizes: Mapping[str, int]) -> str:
     size = sizes.get(base_of(axis))
-    return axis if size is None else f"{axis}={-(-size // block_of(axis)):,}"
+    return axis if size is None else f"{axis}={rows_on(axis, size):,}"
 
 
 def places(graph: nx.DiGraph) -> tuple[dict[Any, tuple[float, float]], list[list[Any]]]:
@@ -107,7 +108,7 @@ def size_of(program: Program) -> tuple[float, float]:
     return COLUMN * (max(columns) - min(columns) + 1), ROW * (max(rows) + 1) + 0.5
 
 
-def draw_program(axis: Axes, program: Program, sizes: Mapping[str, int], title: str) -> None:
+def draw_program(axis: Axes, program: Program, sizes: Mapping[str, int], title: str, theme: Theme = LIGHT) -> None:
     """Draw one graph into matplotlib axes: inputs above, the output below."""
     from matplotlib.patches import Patch
 
@@ -121,14 +122,24 @@ def draw_program(axis: Axes, program: Program, sizes: Mapping[str, int], title: 
         boxes[node] = drawn.get_bbox_patch()
     for path in paths:
         across, up = zip(*(placed[thing] for thing in path[:-1]), strict=True)
-        axis.plot(across, up, color=EDGE, linewidth=0.8, zorder=1)
-        arrow = {"arrowstyle": "-|>", "color": EDGE, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 1, "patchB": boxes[path[-1]]}
+        axis.plot(across, up, color=theme.line, linewidth=0.8, zorder=1)
+        arrow = {
+            "arrowstyle": "-|>",
+            "color": theme.line,
+            "linewidth": 0.8,
+            "shrinkA": 0,
+            "shrinkB": 1,
+            "patchB": boxes[path[-1]],
+        }
         axis.annotate("", xy=placed[path[-1]], xytext=placed[path[-2]], arrowprops=arrow, zorder=1)
     columns, rows = ([place[axis_] for place in placed.values()] for axis_ in (0, 1))
     axis.set_xlim(min(columns) - 0.6, max(columns) + 0.6)
     axis.set_ylim(-0.6, max(rows) + 0.6)
     axis.set_axis_off()
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title, fontsize=9, color=theme.text)
     given = {node.gives for node in program.graph}
     handles = [Patch(facecolor=colour, edgecolor="#777777", label=gives) for gives, colour in COLOURS.items() if gives in given]
-    axis.legend(handles=handles, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(handles), frameon=False)
+    axis.legend(
+        handles=handles, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(handles), frameon=False,
+        labelcolor=theme.text,
+    )  # fmt: skip

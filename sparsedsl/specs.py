@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from sparsedsl.lang.pattern import Pattern
     from sparsedsl.program.graph import Program
 
-__all__ = ["CannotLoad", "load_object", "load_pattern", "load_tables"]
+__all__ = ["CannotLoad", "called", "given_tables", "load_object", "load_pattern", "load_tables", "pattern_of"]
 
 
 class CannotLoad(Exception):
@@ -28,19 +29,23 @@ class CannotLoad(Exception):
 
 def load_pattern(spec: str) -> Pattern | Program:
     """The pattern, or program, that ``module:name`` or ``file.py:name`` stands for."""
+    return pattern_of(load_object(spec), spec)
+
+
+def pattern_of(value: Any, spec: str) -> Pattern | Program:
+    """The pattern, or program, that a value stands for; ``spec`` is what messages call it."""
     from sparsedsl.lang.pattern import Pattern, as_pattern
     from sparsedsl.lang.wrapped import Expression
     from sparsedsl.program.graph import as_program
-    from sparsedsl.tracing import trace_mask, trace_score
+    from sparsedsl.tracing.decorators import traced
 
-    value = load_object(spec)
     compiled = hasattr(value, "program") or hasattr(value, "pattern")
     if callable(value) and not isinstance(value, (Expression, Pattern)) and not compiled:
         wanted = _required(value, spec)
         if wanted == 0:
-            value = _called(value, spec)
+            value = called(value, spec)
         elif wanted in (4, 5):
-            value = (trace_mask if wanted == 4 else trace_score)(value)
+            value = traced(value, spec)
         else:
             raise CannotLoad(
                 f"{spec} takes {wanted} arguments; wanted a mask_mod(b, h, q_idx, kv_idx), "
@@ -59,7 +64,8 @@ def load_object(spec: str) -> Any:
     """What ``module:name`` or ``file.py:name`` names, as it is."""
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
-        raise CannotLoad(f"SPEC must be module:name or file.py:name; got {spec!r}")
+        near = f". Did you mean '{spec}:NAME', for a name in that file?" if Path(spec).is_file() else ""
+        raise CannotLoad(f"SPEC must be module:name or file.py:name; got {spec!r}{near}")
     value: Any = _load_module(place)
     for part in name.split("."):
         if not hasattr(value, part):
@@ -78,7 +84,8 @@ def _required(value: Callable[..., Any], spec: str) -> int:
     return sum(p.default is p.empty and p.kind in kinds for p in signature.parameters.values())
 
 
-def _called(value: Callable[[], Any], spec: str) -> Any:
+def called(value: Callable[[], Any], spec: str) -> Any:
+    """What a function of the user's gives; what it raises that is not ours becomes :class:`CannotLoad`."""
     try:
         return value()
     except SparseDSLError:
@@ -95,7 +102,7 @@ def _load_module(place: str) -> ModuleType:
         if not place.endswith(".py"):
             return importlib.import_module(place)
         if not Path(place).is_file():
-            raise CannotLoad(f"there is no file {place}")
+            raise CannotLoad(f"there is no file {place}{_meant_file(place)}")
         found = importlib.util.spec_from_file_location(Path(place).stem, place)
         if found is None or found.loader is None:
             raise CannotLoad(f"{place} cannot be imported")
@@ -105,15 +112,34 @@ def _load_module(place: str) -> ModuleType:
         return module
     except CannotLoad:
         raise
+    except ModuleNotFoundError as error:
+        if error.name is None or not (place == error.name or place.startswith(f"{error.name}.")):
+            raise CannotLoad(f"importing {place} raises ModuleNotFoundError: {error}") from error
+        raise CannotLoad(f"there is no module {error.name}{_meant_module(error.name)}") from None
     except SparseDSLError as error:
         raise type(error)(f"while importing {place}: {error}") from error
     except Exception as error:
         raise CannotLoad(f"importing {place} raises {type(error).__name__}: {error}") from error
 
 
+def _meant_file(place: str) -> str:
+    """The file beside it whose name is nearest."""
+    folder = Path(place).parent
+    known = [str(path) for path in folder.glob("*.py")] if folder.is_dir() else []
+    return meant(place, known) or (f"; there is no folder {folder} either" if not folder.is_dir() else "")
+
+
+def _meant_module(name: str) -> str:
+    """The module beside it whose name is nearest; of those at the top, the files here and what is loaded or comes with this package."""
+    above, _, _ = name.rpartition(".")
+    path = importlib.import_module(above).__path__ if above else [str(Path.cwd())]
+    known = [f"{above}.{module.name}".lstrip(".") for module in pkgutil.iter_modules(path)]
+    return meant(name, known if above else [*known, "sparsedsl.patterns", "sparsedsl"])
+
+
 def load_tables(pattern: Any, given: list[str], *, all_of_them: bool = True) -> dict[str, Any]:
     """The tensors of ``--table``; complains about those that are missing, if all are needed."""
-    tables = dict(_table(word) for word in given)
+    tables = given_tables(given)
     needed = {name: spec for name, spec in pattern.tables.items() if name not in pattern.bound}
     missing = [name for name in needed if name not in tables]
     if missing and all_of_them:
@@ -123,6 +149,11 @@ def load_tables(pattern: Any, given: list[str], *, all_of_them: bool = True) -> 
         lines.append(f"Save each as a tensor, torch.save(tensor, 'NAME.pt'), and pass {words}")
         raise TableError("\n".join(lines))
     return tables
+
+
+def given_tables(words: list[str]) -> dict[str, Any]:
+    """The tensors of ``--table NAME=FILE`` words, whatever they are for."""
+    return dict(_table(word) for word in words)
 
 
 def _table(word: str) -> tuple[str, Any]:

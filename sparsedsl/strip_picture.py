@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.tiled.attention import HeadSizes, TiledKernel
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.picture_style import Theme
 from sparsedsl.tiling.schedule import ResiduePlan, Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["MASKED", "WHOLE", "draw_strips", "rectangles"]
+__all__ = ["draw_strips", "rectangles"]
 
-WHOLE, MASKED = "#2a7f8f", "#f0a23b"
 # More rectangles than this are not told apart on paper; the rest is left out, and the note says so.
 DRAWN = 4000
 
@@ -42,7 +42,7 @@ def rectangles(plan: ResiduePlan) -> Iterator[Rectangle]:
                 yield kv, q, width, height, key_tile.residual is not None
 
 
-def draw_strips(axis: Axes, pattern: Pattern, domain: Domain) -> str:
+def draw_strips(axis: Axes, pattern: Pattern, domain: Domain, theme: Theme) -> str:
     """Draw what one head of the pattern computes; returns a note about it."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle as Patch
@@ -58,8 +58,8 @@ def draw_strips(axis: Axes, pattern: Pattern, domain: Domain) -> str:
     # Lanes in steps lie over each other: see-through.
     alpha = 0.9 if all(plan.residue.plain for plan in schedule.residue_classes) else 0.25
     for masked, patches in drawn.items():
-        colour = MASKED if masked else WHOLE
-        axis.add_collection(PatchCollection(patches, facecolor=colour, edgecolor="white", linewidth=0.4, alpha=alpha))
+        colour = theme.partial if masked else theme.full
+        axis.add_collection(PatchCollection(patches, facecolor=colour, edgecolor=theme.page, linewidth=0.4, alpha=alpha))
     residue_classes = f" in {len(schedule.residue_classes)} residue classes" if len(schedule.residue_classes) > 1 else ""
     note = f"{schedule.pairs:,} pairs computed{residue_classes}, strips of up to {schedule.height} queries"
     return note if total <= DRAWN else f"{note}; the first {DRAWN:,} of {total:,} rectangles drawn"

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
+from sparsedsl.plain_values import plain
+from sparsedsl.quantities import bytes_text, factor_text, seconds_text
+from sparsedsl.working import count, print_json
 
 if TYPE_CHECKING:
     from sparsedsl.gpu.autotune import Chosen, Tuned
@@ -33,12 +36,12 @@ SPARSEDSL_TUNE=cached (the default) uses what was measured; full measures in a p
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command; SPEC, which may be left out, and ``--table`` are its caller's."""
-    parser.add_argument("--q-len", type=_count, metavar="N", help="number of queries")
-    parser.add_argument("--kv-len", type=_count, metavar="N", help="number of keys (default: as many as queries)")
-    parser.add_argument("--batch", type=_count, default=1, metavar="N", help="batch size (default 1)")
-    parser.add_argument("--heads", type=_count, default=16, metavar="N", help="query heads (default 16)")
-    parser.add_argument("--kv-heads", type=_count, metavar="N", help="key heads (default: as many as query heads)")
-    parser.add_argument("--head-dim", type=_count, default=64, metavar="N", help="width of a head (default 64)")
+    parser.add_argument("--q-len", type=count, metavar="N", help="number of queries")
+    parser.add_argument("--kv-len", type=count, metavar="N", help="number of keys (default: as many as queries)")
+    parser.add_argument("--batch", type=count, default=1, metavar="N", help="batch size (default 1)")
+    parser.add_argument("--heads", type=count, default=16, metavar="N", help="query heads (default 16)")
+    parser.add_argument("--kv-heads", type=count, metavar="N", help="key heads (default: as many as query heads)")
+    parser.add_argument("--head-dim", type=count, default=64, metavar="N", help="width of a head (default 64)")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=("float16", "bfloat16", "float32"), help="of q, k and v (default bfloat16)"
     )
@@ -51,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--import", type=Path, metavar="FILE", dest="import_", help="take over what an exported file holds")
     parser.add_argument("--replace", action="store_true", help="with --import: also where ours is newer")
     parser.add_argument("--clear", action="store_true", help="delete what is remembered of kernels")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON (docs/reports.md has its keys)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,26 +66,32 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from sparsedsl.gpu import tuning_records
 
-    asked = False
+    done: dict[str, Any] = {}
+    said: list[str] = []
     if arguments.clear:
-        print(f"{tuning_records.clear()} records deleted")
-        asked = True
+        done["deleted"] = tuning_records.clear()
+        said.append(f"{done['deleted']:,} records deleted")
     if arguments.import_ is not None:
-        done = tuning_records.import_(arguments.import_, replace=arguments.replace)
-        print(f"{arguments.import_}: {done}")
-        asked = True
+        taken = tuning_records.import_(arguments.import_, replace=arguments.replace)
+        done["imported"] = plain(taken)
+        said.append(f"{arguments.import_}: {taken}")
     if arguments.pattern is not None:
         _check(arguments)
-        (_without_device if arguments.target else _on_device)(arguments)
-        asked = True
+        text, done["tuned"] = (_without_device if arguments.target else _on_device)(arguments)
+        said.append(text)
     if arguments.list:
-        print(_listed(tuning_records.records()))
-        asked = True
+        found = tuning_records.records()
+        done["records"] = [{"key": key, **plain(record)} for key, record in found]
+        said.append(_listed(found))
     if arguments.export is not None:
-        print(f"{tuning_records.export(arguments.export)} records written to {arguments.export}")
-        asked = True
-    if not asked:
+        done["exported"] = tuning_records.export(arguments.export)
+        said.append(f"{done['exported']:,} records written to {arguments.export}")
+    if not done:
         raise ShapeError("nothing to do: name a pattern (SPEC --q-len N), or one of --list, --export, --import, --clear")
+    if arguments.json:
+        print_json({"report": "Tune", **done})
+    else:
+        print("\n".join(said))
     return 0
 
 
@@ -99,7 +109,11 @@ def _check(arguments: argparse.Namespace) -> None:
 # ---- on a device --------------------------------------------------------------------------------------------
 
 
-def _on_device(arguments: argparse.Namespace) -> None:
+Done = tuple[str, dict[str, Any]]
+"""What was done, for people and as plain data."""
+
+
+def _on_device(arguments: argparse.Namespace) -> Done:
     import torch
 
     from sparsedsl.execute.compiling import compile
@@ -113,19 +127,23 @@ def _on_device(arguments: argparse.Namespace) -> None:
     q, k, v = _tensors(arguments, torch)
     tables = {name: table.to("cuda") for name, table in arguments.tables.items()}
     attn = compile(arguments.pattern, backend="triton")
-    print(f"{torch.cuda.get_device_name()}, {_sizes(arguments)}")
     lines: list[str] = []
+    kernels: list[dict[str, Any]] = []
+
+    def note(kernel: str, chosen: Chosen, tuned: Tuned | None) -> None:
+        lines.append(_line(kernel, chosen, tuned))
+        kernels.append({"kernel": kernel, **plain(chosen), "tuned": plain(tuned)})
+
     with _bar() as show, session(
-        Session(
-            budget_s=arguments.budget, again=arguments.again, progress=show,
-            chosen=lambda kernel, chosen, tuned: lines.append(_line(kernel, chosen, tuned)),
-        )
+        Session(budget_s=arguments.budget, again=arguments.again, progress=show, chosen=note)
     ):  # fmt: skip
         out = attn(q, k, v, q_offset=arguments.kv_len - arguments.q_len, **tables)
         if arguments.backward:
             out.backward(torch.randn_like(out))
         torch.cuda.synchronize()
-    print("\n".join(lines) or "no kernel had a choice")
+    device = torch.cuda.get_device_name()
+    text = "\n".join([f"{device}, {_sizes(arguments)}", *(lines or ["no kernel had a choice"])])
+    return text, {"device": device, "measured": True, "call": _call(arguments), "kernels": kernels}
 
 
 def _tensors(arguments: argparse.Namespace, torch: Any) -> Iterator[Any]:
@@ -139,13 +157,13 @@ def _tensors(arguments: argparse.Namespace, torch: Any) -> Iterator[Any]:
 def _line(kernel: str, chosen: Chosen, tuned: Tuned | None) -> str:
     words = [f"{kernel}: {chosen.config}", chosen.source]
     if chosen.seconds is not None:
-        words.append(f"{chosen.seconds * 1e6:,.0f} us")
+        words.append(seconds_text(chosen.seconds))
     if tuned is not None:
         usable = [trial for trial in tuned.trials if trial.seconds is not None]
         default = tuned.trials[0].seconds
         if default is not None and chosen.seconds is not None:
-            words.append(f"{default / chosen.seconds:.2f}x the default")
-        words.append(f"{len(usable)} of {len(tuned.trials)} candidates measured in {tuned.took_s:.0f} s")
+            words.append(f"{factor_text(default / chosen.seconds)} as fast as the default")
+        words.append(f"{len(usable)} of {len(tuned.trials)} candidates measured in {seconds_text(tuned.took_s)}")
     return ", ".join(words)
 
 
@@ -174,7 +192,7 @@ def _bar() -> Iterator[Callable[[int, int, str], None]]:
 # ---- without one --------------------------------------------------------------------------------------------
 
 
-def _without_device(arguments: argparse.Namespace) -> None:
+def _without_device(arguments: argparse.Namespace) -> Done:
     import functools
 
     from sparsedsl.analysis.domain import Domain
@@ -197,9 +215,9 @@ def _without_device(arguments: argparse.Namespace) -> None:
     source = triton_source(pattern, variant_of(pattern, head_dim=arguments.head_dim))
     lists = functools.cache(lambda block: classify(pattern.mask.expr, domain, block))
     names = ("forward", "delta", "grad_q", "grad_kv") if arguments.backward else ("forward",)
-    print(f"{target.name} ({target.device}), not at hand: nothing is measured or remembered. {_sizes(arguments)}")
+    lines = [f"{target.name} ({target.device}), not at hand: nothing is measured or remembered. {_sizes(arguments)}"]
+    kernels = []
     with _bar() as show:
-        lines = []
         for done, name in enumerate(names):
             show(done, len(names), name)
 
@@ -208,21 +226,27 @@ def _without_device(arguments: argparse.Namespace) -> None:
 
             found = expected_config(source, source.kernel(name), shape, target, work_of(lists((128, 128))), tiles_at)
             needs = found.resources
+            kernels.append(plain(found))
             lines.append(
-                f"{name}: {found.config}, expected {found.seconds * 1e6:,.0f} us ({found.source}); {needs.registers} registers, "
-                f"{needs.spills} bytes spilled, {needs.shared_bytes:,} bytes shared"
+                f"{name}: {found.config}, expected {seconds_text(found.seconds)} ({found.source}); {needs.registers} registers, "
+                f"{bytes_text(needs.spills)} spilled, {bytes_text(needs.shared_bytes)} shared"
             )
             lines += [f"  refused {config}: {reason}" for config, reason in found.refused]
-    print("\n".join(lines))
+    return "\n".join(lines), {"device": target.device, "measured": False, "call": _call(arguments), "kernels": kernels}
 
 
 # ---- words --------------------------------------------------------------------------------------------------
 
 
+def _call(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("dtype", "batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim")
+    return {name: getattr(arguments, name) for name in names}
+
+
 def _sizes(arguments: argparse.Namespace) -> str:
     return (
-        f"{arguments.dtype}, batch {arguments.batch}, heads {arguments.heads}/{arguments.kv_heads}, {arguments.q_len} queries, "
-        f"{arguments.kv_len} keys, head_dim {arguments.head_dim}"
+        f"{arguments.dtype}, batch {arguments.batch}, heads {arguments.heads}/{arguments.kv_heads}, {arguments.q_len:,} queries, "
+        f"{arguments.kv_len:,} keys, head_dim {arguments.head_dim}"
     )
 
 
@@ -232,15 +256,9 @@ def _listed(records: list[tuple[dict[str, Any], Any]]) -> str:
         shape = key["shape"]
         lines.append(
             f"{key['device']}: {key['kernel']} of {key['pattern'][:12]}, {shape['dtype']}, head_dim {shape['head_dim']}, group "
-            f"{shape['group']}, {key['density']}: {record.config}, {record.seconds * 1e6:,.0f} us, measured {record.measured[:10]}"
+            f"{shape['group']}, {key['density']}: {record.config}, {seconds_text(record.seconds)}, measured {record.measured[:10]}"
         )
     return "\n".join(lines) or "nothing is remembered"
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -184,12 +184,13 @@ def _budget() -> int | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave campaigns to runs with a budget, count the cases of every property test, and give each its share of the budget."""
+    """Leave campaigns to runs with a budget, begin with what is slow, count the cases of every property test, and give each its share."""
     budget = _budget()
     if budget is None and "campaign" not in config.option.markexpr:
         left = [item for item in items if item.get_closest_marker("campaign")]
         items[:] = [item for item in items if not item.get_closest_marker("campaign")]
         config.hook.pytest_deselected(items=left)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # or one process is left alone with it at the end
     tests = [item for item in items if isinstance(item, pytest.Function) and hypothesis.is_hypothesis_test(item.obj)]
     # The function keeps its settings and its inner test as attributes; its parametrised items share them.
     functions = [getattr(item.obj, "__func__", item.obj) for item in tests]

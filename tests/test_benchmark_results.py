@@ -14,8 +14,9 @@ CITED = re.compile(r"`(?:benchmarks/)?(?:results/)?(\w[\w-]*?(?:_\*)?)\.json`")
 
 
 def prose() -> list[Path]:
-    """The files whose sentences may name results."""
-    return [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+    """The files whose sentences may name results; the changelog may name what is there no more."""
+    pages = (path for path in ROOT.glob("*.md") if path.name != "CHANGELOG.md")
+    return [*pages, *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
 
 
 def cited(texts: Iterable[str]) -> set[str]:
@@ -37,7 +38,7 @@ def astray(paths: Iterable[Path], names: set[str]) -> tuple[list[str], list[str]
 
 def test_every_result_is_cited_and_every_cited_one_exists():
     uncited, missing = astray(RESULTS.iterdir(), cited(path.read_text(encoding="utf-8") for path in prose()))
-    assert not uncited, f"no sentence of README, CONTRIBUTING, CHANGELOG or docs names {uncited}: cite or delete them"
+    assert not uncited, f"no sentence of README, CONTRIBUTING or docs names {uncited}: cite or delete them"
     assert not missing, f"benchmarks/results has no {missing}"
 
 

@@ -33,7 +33,9 @@ def run_pytest(folder: Path, source: str, *options: str, **variables: str) -> su
     """Run pytest on one test file beside a copy of our conftest.py."""
     (folder / "conftest.py").write_text(CONFTEST.read_text())
     (folder / "test_it.py").write_text(source)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: needs a GPU\n    campaign: more\n")
+    (folder / "pytest.ini").write_text(
+        "[pytest]\nmarkers =\n    gpu: needs a GPU\n    campaign: more\n    slow: tens of seconds\n"
+    )
     ours = ("PYTEST", "SPARSEDSL", "CI")
     env = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | variables
     command = [
@@ -182,3 +184,10 @@ def test_tests_import_no_tests_and_no_conftest():
     assert [path.name for path in files if wrong.search(path.read_text(encoding="utf-8"))] == []
     assert wrong.search("x = 1\nfrom tests.programs.test_hsa import problem") and wrong.search("import conftest")
     assert not wrong.search("from tests.programs.selected_cases import draw")
+
+
+def test_what_is_slow_begins(tmp_path):
+    plain = "def test_{}():\n    pass\n"
+    source = "import pytest\n" + plain.format("first") + "@pytest.mark.slow\n" + plain.format("last") + plain.format("middle")
+    done = run_pytest(tmp_path, source, "-v")
+    assert re.findall(r"::test_(\w+) PASSED", done.stdout) == ["last", "first", "middle"], done.stdout

@@ -1,9 +1,10 @@
-"""Every example runs on CPU, from another folder, and ends well."""
+"""Every example tells one story, has its line on the page of examples, runs on CPU from another folder, and ends well."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 
@@ -13,29 +14,29 @@ import torch
 from source_tree import ROOT
 
 EXAMPLES = ROOT / "examples"
-# What cannot run here, and what tests it instead.
+# What needs 240 MB of weights, and what tests it here with a model of random ones.
 ELSEWHERE = {
-    "gemma_hybrid.py": "needs 240 MB of weights: make demo runs it",
-    "gemma.py": "the parts of gemma_hybrid.py",
-    "gemma_finetune.py": "needs the same weights: below with a model of random ones",
-    "gemma_conversion.py": "needs the same weights: tests/models/test_conversion_example.py with a model of random ones",
-    "gemma_sparse_prefill.py": "needs the same weights: tests/models/test_sparse_prefill.py with a model of random ones",
-    "gemma_search.py": "needs the same weights: tests/models/test_search_example.py with a model of random ones",
-    "after_prompt.py": "the parts of gemma_sparse_prefill.py",
-    "sparse_prefill_picture.py": "the picture of gemma_sparse_prefill.py",
-    "needle_task.py": "the task of hsa_needle.py",
-    "small_model.py": "the parts of those that train",
+    "gemma_hybrid.py": "tests/models/test_example.py; make demo runs it",
+    "gemma_finetune.py": "below",
+    "gemma_conversion.py": "tests/models/test_conversion_example.py",
+    "gemma_sparse_prefill.py": "tests/models/test_sparse_prefill.py",
+    "gemma_search.py": "tests/models/test_search_example.py",
 }
 # What trains for minutes; a few steps here.
 QUICK = {"hsa_needle.py", "nha_window.py", "ring_schedule.py"}
-NAMES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in ELSEWHERE)
+STORIES = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
 def test_examples_are_found():
-    assert "declare_and_inspect.py" in NAMES
+    assert "declare_and_inspect.py" in STORIES and set(ELSEWHERE) | QUICK < set(STORIES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_every_example_has_its_line_on_the_page_and_no_other_has_one():
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| \[(\w+\.py)\]\(\.\./examples/\1\) \|", page, re.MULTILINE)) == STORIES
+
+
+@pytest.mark.parametrize("name", [name for name in STORIES if name not in ELSEWHERE])
 def test_example_runs(name, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(EXAMPLES / name), *(["--quick"] if name in QUICK else [])]
@@ -44,7 +45,7 @@ def test_example_runs(name, tmp_path):
     assert done.stdout.strip(), f"{name} says nothing"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STORIES)
 def test_example_asks_one_question_and_says_how_to_run_it(name):
     first, *_ = source = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()
     assert first.startswith('"""') and first.endswith("?")

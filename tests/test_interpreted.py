@@ -21,6 +21,7 @@ def run(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, cwd=FOLDER.parent.parent, capture_output=True, text=True, timeout=SECONDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("test_*.py")), ids=lambda file: file.stem)
 def test_interpreted(file, request):
     pytest.importorskip("triton", reason="generated Triton kernels are interpreted; pip install '.[triton]'")

@@ -14,7 +14,8 @@ from source_tree import PACKAGES, ROOT, modules
 # A module imports from its own layer and from those above it in this list, never from those beside or below it.
 ARROW = [
     ["_layout", "errors"],
-    ["adjustable", "settings", "torch_private"],
+    ["adjustable", "html_card", "plain_values", "quantities", "settings", "torch_private"],
+    ["check_defaults"],
     ["lang"],
     ["program"],
     ["tracing"],
@@ -31,18 +32,21 @@ ARROW = [
     ["backends.cpp", "backends.flex", "backends.triton"],
     ["backends.registry"],
     ["execute"],
+    ["working"],
     ["tune_command"],
-    ["figures"],
-    ["strip_picture", "program_picture"],
-    ["plotting", "testing", "models", "specs"],
+    ["figures", "picture_style", "pattern_place"],
+    ["strip_picture", "program_picture", "score_picture", "grid_picture"],
+    ["plotting", "testing", "models", "nn", "export", "specs", "versions"],
+    ["type_strategies"],
     ["__init__"],
-    ["kernel_command"],
+    ["backend_option", "build_command", "completion", "explain_command", "kernel_command", "pytest_plugin", "view"],
+    ["view_command"],
     ["cli"],
     ["__main__"],
 ]
 RANK = {layer: rank for rank, layers in enumerate(ARROW) for layer in layers}
 PATTERNS_MAY_IMPORT = {"patterns", "errors", "lang", "program"}
-MAY_IMPORT_PATTERNS = {"patterns", "models", "testing", "cli", "__init__"}
+MAY_IMPORT_PATTERNS = {"patterns", "models", "testing", "completion", "cli", "__init__"}
 
 
 def layer(module: str) -> str:

@@ -12,7 +12,7 @@ from source_tree import ROOT
 
 @pytest.fixture(scope="module")
 def task():
-    spec = importlib.util.spec_from_file_location("examples_needle_task", ROOT / "examples" / "needle_task.py")
+    spec = importlib.util.spec_from_file_location("examples_needle_task", ROOT / "examples" / "parts" / "needle_task.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import collect_changelog
+import sparsedsl
 from source_tree import PACKAGES, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -45,8 +48,12 @@ def test_files_that_are_not_python_are_declared():
     found = {
         f"{folder}/{path.relative_to(ROOT / folder)}" for folder in PACKAGES for path in files(folder) if path.suffix != ".py"
     }
-    assert SETUPTOOLS["package-data"] == {"sparsedsl": ["py.typed"], "sparsedsl.codegen.cpp": ["*.cpp", "*.h"]}
-    assert {name for name in found if not re.fullmatch(r"codegen/cpp/\w+\.(cpp|h)", name)} == {"sparsedsl/py.typed"}
+    assert SETUPTOOLS["package-data"] == {
+        "sparsedsl": ["py.typed"], "sparsedsl.codegen.cpp": ["*.cpp", "*.h"], "sparsedsl.view": ["page.*"],
+    }  # fmt: skip
+    assert {name for name in found if not re.fullmatch(r"codegen/cpp/\w+\.(cpp|h)", name)} == {
+        "sparsedsl/py.typed", *(f"sparsedsl/view/page.{kind}" for kind in ("css", "html", "js")),
+    }  # fmt: skip
 
 
 def test_the_console_script_exists():
@@ -105,11 +112,41 @@ def test_changelog_fragments_are_one_line_each_and_of_a_known_kind():
         for path in (ROOT / "changelog.d").iterdir()
         if path.name != "README.md"
         and not (
-            re.fullmatch(r"\d+(-[a-z-]+)?\.(added|changed|fixed|removed)\.md", path.name)
-            and re.fullmatch(r"\S[^\n]*\S\n", path.read_text(encoding="utf-8"))
+            collect_changelog.FRAGMENT.fullmatch(path.name) and re.fullmatch(r"\S[^\n]*\S\n", path.read_text(encoding="utf-8"))
         )
     ]
     assert wrong == [], "name: <issue>[-<topic>].<added|changed|fixed|removed>.md; content: one line"
+
+
+def test_fragments_move_into_the_section_of_the_version(tmp_path, capsys):
+    assert doctest.testmod(collect_changelog).failed == 0
+    (tmp_path / "sparsedsl").mkdir()
+    (tmp_path / "sparsedsl" / "__init__.py").write_text('"""What it is."""\n\n__version__ = "1.1"\n')
+    (tmp_path / "changelog.d").mkdir()
+    changelog = tmp_path / "CHANGELOG.md"
+    changelog.write_text("# Changelog\n\nHow.\n\n## 1.0 (2020-01-01)\n\n### Added\n\n- Old.\n")
+
+    def collect(**fragments):
+        for name, line in fragments.items():
+            (tmp_path / "changelog.d" / f"{name.replace('_', '.')}.md").write_text(line + "\n")
+        (tmp_path / "changelog.d" / "README.md").write_text("Stays.\n")
+        collect_changelog.main(tmp_path)
+        assert [path.name for path in (tmp_path / "changelog.d").iterdir()] == ["README.md"]
+        return re.sub(r"\d{4}-\d\d-\d\d", "DATE", changelog.read_text())
+
+    first = collect(**{"12_fixed": "Late.", "2_fixed": "Early.", "3_added": "New."})
+    head, old = "# Changelog\n\nHow.\n\n## 1.1 (DATE)\n\n", "\n## 1.0 (DATE)\n\n### Added\n\n- Old.\n"
+    assert first == f"{head}### Added\n\n- New.\n\n### Fixed\n\n- Early.\n- Late.\n{old}"
+    again = collect(**{"13_changed": "Other.", "14_added": "More."})
+    assert again == f"{head}### Added\n\n- New.\n- More.\n\n### Changed\n\n- Other.\n\n### Fixed\n\n- Early.\n- Late.\n{old}"
+    assert collect() == again
+
+
+def test_versions_agree():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    (found,) = re.findall(r"^version: (.+)$", citation, re.MULTILINE)
+    assert found == sparsedsl.__version__
+    assert f"\n## {found} (" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_every_target_of_the_makefile_is_listed_by_help():
@@ -124,4 +161,4 @@ def test_ci_run_can_be_executed_and_calls_the_targets_people_use():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     called = re.findall(r"\bmake (\w+)", script.read_text(encoding="utf-8"))
-    assert {"setup", "lint", "types", "wheel", "test"} <= set(called)
+    assert {"setup", "lint", "types", "wheel", "docs", "test"} <= set(called)

@@ -48,7 +48,7 @@ def test_what_is_remembered_is_listed_carried_and_deleted(tmp_path, capsys):
     assert tune("--list") == 0
     assert capsys.readouterr().out == (
         "H100 SXM, sm_90, 132 SMs: forward of 0123456789ab, bfloat16, head_dim 64, group 1, share 1/4, width 1024: "
-        "64x64, 4 warps, 2 stages, 1,500 us, measured 2026-01-02\n"
+        "64x64, 4 warps, 2 stages, 1.5 ms, measured 2026-01-02\n"
     )
     file = str(tmp_path / "results.json")
     assert tune("--export", file) == 0 and tune("--clear") == 0 and records() == []
@@ -116,7 +116,7 @@ def test_a_target_without_a_device_is_compiled_for_and_nothing_is_remembered(cap
     assert tune(*words, pattern=(sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 256)) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith(
-        "sm_90 (H100 SXM), not at hand: nothing is measured or remembered. bfloat16, batch 1, heads 4/4, 2048"
+        "sm_90 (H100 SXM), not at hand: nothing is measured or remembered. bfloat16, batch 1, heads 4/4, 2,048"
     )
     assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == ["forward", "delta", "grad_q", "grad_kv"]
     assert all("compiled candidates, not measured); " in line for line in lines if not line.startswith(" "))
@@ -141,7 +141,7 @@ def test_a_line_says_what_was_gained():
     )
     line = _line("forward", Chosen(RECORD.config, "measured 2026-01-02", 1.5e-3), Tuned(RECORD.config, trials, 12.3))
     assert line == (
-        "forward: 64x64, 4 warps, 2 stages, measured 2026-01-02, 1,500 us, 1.33x the default, 2 of 3 candidates measured in 12 s"
+        "forward: 64x64, 4 warps, 2 stages, measured 2026-01-02, 1.5 ms, 1.33x as fast as the default, 2 of 3 candidates measured in 12.3 s"
     )
 
 

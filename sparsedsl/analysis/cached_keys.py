@@ -22,8 +22,9 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_LEN, Q_LEN
 from sparsedsl.lang.tables import table_reads, table_specs
+from sparsedsl.plain_values import Reported
 
-__all__ = ["GROWS", "CacheBound", "pattern_bound"]
+__all__ = ["GROWS", "STATE", "CacheBound", "pattern_bound"]
 
 GROWS, STATE, NOTHING = "grows", "state", "nothing"
 # More queries than any sequence has: a key that is read up to here is never done with.
@@ -31,7 +32,7 @@ ENDLESS = 1 << 48
 
 
 @dataclass(frozen=True, eq=False)
-class CacheBound:
+class CacheBound(Reported):
     """What later queries may ask for of the keys seen so far; made by :func:`sparsedsl.cache_bound`.
 
     - ``kind``: the parts of it, joined by `` + ``: ``"first"``, ``"ring"``, ``"strided"``; or ``"grows"`` (any key may be asked for
@@ -44,6 +45,9 @@ class CacheBound:
     - ``causal``: whether no query sees a later key. Where one does, keys must come in the same call as the queries that see them.
     - ``step``: of what chooses, what a step of decoding reads, in words.
     """
+
+    _adds = ("is_bounded", "tight")
+    _leaves_out = ("state_bytes",)
 
     kind: str
     pattern: Pattern | None
@@ -220,23 +224,38 @@ class CacheBound:
     def __str__(self) -> str:
         parts = []
         if self.kind == STATE:
-            ends = [f"the {name} {number} tokens" for name, number in (("first", self.first), ("last", self.recent)) if number]
-            parts.append(", and ".join(["a state", *ends]))
+            ends = [f"the {name} {number:,} tokens" for name, number in (("first", self.first), ("last", self.recent)) if number]
+            parts.append(", with ".join(filter(None, ["of constant size", " and ".join(ends)])))
         if self.is_bounded:
-            parts += [f"the first {self.first} keys"] if str(self.first) != "0" else []
-            parts += [f"a ring of {self.recent} keys"] if str(self.recent) != "0" else []
+            parts += [f"the first {_keys_text(self.first).removeprefix('1 ')}"] if str(self.first) != "0" else []
+            parts += [f"a ring of {_keys_text(self.recent)}"] if str(self.recent) != "0" else []
             if self.every is not None:
                 parts.append(f"keys with kv_idx % {self.every} in {', '.join(map(str, self.residues))}")
             text = f"{self.kind}: {', '.join(parts) or 'no key of the past'}; {self.verdict}{'' if self.tight else '; perhaps fewer'}"
         else:
-            text = f"{self.kind}: {', '.join(parts) or self.verdict}"
+            text = f"{self.kind}: {', '.join(parts) or self._why()}"
         text += f"; a step reads {self.step}" if self.step else ""
         return text if self.causal == PROVED else f"{text}; a query may see a later key, which must come in the same call"
+
+    def _why(self) -> str:
+        """Why no key may go."""
+        pair = self.verdict.witness
+        if pair is None:
+            return f"{self.verdict.reason or 'any key may be asked for again'}, so that no bound is known"
+        who = f" (head {pair.h}, batch entry {pair.b})" if pair.h or pair.b else ""
+        reason = self.verdict.reason or "any key may be asked for again"
+        return f"{reason}; as query {pair.q_idx:,} asks for key {pair.kv_idx:,}{who}"
 
     __repr__ = __str__
 
     def __deepcopy__(self, memo: Any) -> CacheBound:
         return self
+
+
+def _keys_text(number: int | Index) -> str:
+    if isinstance(number, int):
+        return "1 key" if number == 1 else f"{number:,} keys"
+    return f"{number} keys"
 
 
 def pattern_bound(pattern: Pattern) -> CacheBound:

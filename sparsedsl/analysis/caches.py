@@ -143,7 +143,9 @@ class Cache(Generic[T]):
         size = ENTRY_BYTES + held_bytes(full) + held_bytes(result) + sum(t.nbytes for t in tables if t.is_inference())
         largest = bound if self._order is _RESULTS else bound // 4
         place = _Place(self._order, weakref.ref(self), full, size)
-        seen = [as_seen(table, lambda _: _let_go(place)) for table in tables]
+        # Tables may outlive this module when Python ends: its names are gone then, what is bound here is not.
+        closing = sys.is_finalizing
+        seen = [as_seen(table, lambda _: None if closing() else _let_go(place)) for table in tables]
         dropped: list[Any] = []  # they die after the lock is released
         with _lock:
             known = self._entries.get(full)

@@ -107,15 +107,15 @@ def exchanged(expr: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def intervals(mask: Boolean, *, of: str = "keys") -> tuple[KeyInterval, ...] | None:
-    """The mask as a union of intervals: of the keys for each query, or of the queries for each key. None: it is no such union.
+def intervals(mask: Boolean, *, of: str = "keys", most: int = MAX_INTERVALS) -> tuple[KeyInterval, ...] | None:
+    """The mask as a union of intervals: of the keys for each query, or of the queries for each key. None: it is no such union of ``most``.
 
     >>> import sparsedsl as sd
     >>> intervals(((sd.q_idx - sd.kv_idx) % 3 == 0).expr) is None
     True
     """
     found = [_interval(clause) for clause in clauses(exchanged(mask) if of == "queries" else mask)]
-    if len(found) > MAX_INTERVALS or any(interval is None for interval in found):
+    if len(found) > most or any(interval is None for interval in found):
         return None
     # Those that begin at key 0 come first: they need not be put in order.
     kept = [interval for interval in found if interval is not None and sympy.false not in interval.conditions]

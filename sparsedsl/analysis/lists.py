@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from sparsedsl.errors import UnsupportedError
+from sparsedsl.plain_values import Reported
+from sparsedsl.quantities import bytes_text
 
 __all__ = [
     "EMPTY",
@@ -20,7 +22,6 @@ __all__ = [
     "expand_runs",
     "memory",
     "run_numbers",
-    "size_text",
 ]
 
 # Classes of tiles; UNKNOWN stands only while a tile is being decided.
@@ -43,15 +44,6 @@ def run_numbers(lengths: torch.Tensor) -> torch.Tensor:
     return torch.bincount(lengths.cumsum(0), minlength=1)[:-1].cumsum(0)
 
 
-def size_text(count: int) -> str:
-    """A number of bytes as people write it.
-
-    >>> size_text(3 << 29), size_text(1 << 44)
-    ('1.5 GiB', '1.64e+04 GiB')
-    """
-    return f"{count / 2**30:.3g} GiB" if count >= 1 << 30 else f"{count / 2**20:.3g} MiB"
-
-
 def memory(device: torch.device) -> int:
     """Bytes of memory that a device has, used or not."""
     if device.type == "cuda":
@@ -65,7 +57,7 @@ def check_room(count: int, device: torch.device, what: str, way: str) -> None:
     """Raise :class:`UnsupportedError` before over half of a device's memory is asked for: at least ``count`` bytes, for ``what``."""
     if count >= 1 << 28 and 2 * count > (whole := memory(device)):
         raise UnsupportedError(
-            f"{what} would take at least {size_text(count)}, over half of the {size_text(whole)} of {device.type}. {way}"
+            f"{what} would take at least {bytes_text(count)}, over half of the {bytes_text(whole)} of {device.type}. {way}"
         )
 
 
@@ -117,12 +109,14 @@ class TileRows:
 
 
 @dataclass(frozen=True)
-class BlockLists:
+class BlockLists(Reported):
     """The tiles of ``rows x kv_len`` pairs in blocks of ``block = (q, kv)`` tokens.
 
     Sound: every allowed pair lies in a listed tile, and a full tile has no masked pair inside the lengths. Minimal: every listed
     tile has an allowed pair. Batch and head dimensions have size 1 where the pattern does not depend on them.
     """
+
+    _adds = ("shape", "listed", "nbytes")
 
     full: TileRows
     partial: TileRows
@@ -158,5 +152,5 @@ class BlockLists:
         batch, heads, rows, columns = self.shape
         return (
             f"BlockLists({rows} x {columns} tiles of {self.block[0]} x {self.block[1]}, groups {batch} x {heads}: "
-            f"{self.full.total} full, {self.partial.total} partial, {self.nbytes / 2**20:.2f} MiB)"
+            f"{self.full.total} full, {self.partial.total} partial, {bytes_text(self.nbytes)})"
         )

@@ -68,13 +68,13 @@ class PointDecider:
 
     def decide(self, tiles: Boxes) -> torch.Tensor:
         """EMPTY, PARTIAL or FULL for each tile."""
-        chosen, inverse = self._representatives(tiles)
+        chosen, inverse = self.representatives(tiles)
         if chosen is None or inverse is None:
             return self._decide_all(tiles)
         kinds = self._decide_all(tuple(t[chosen] for t in tiles))  # type: ignore[arg-type]
         return kinds.index_select(0, inverse)
 
-    def _representatives(self, tiles: Boxes) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def representatives(self, tiles: Boxes) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Indices of tiles that stand for all others, and for each tile the place of its representative.
 
         Two tiles are alike if they have the same sizes and the same ``q - kv`` offset, and every relation of the mask that reads more
@@ -128,7 +128,8 @@ class PointDecider:
             kinds[open_] = self._every_point(tuple(t[open_] for t in tiles))  # type: ignore[arg-type]
         return kinds
 
-    def _evaluate(self, group: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    def allowed(self, group: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """The mask at pairs of some groups, all broadcast."""
         env = self.groups.env(group) | self.domain.lengths | dict(self.domain.tables) | {"q_idx": q, "kv_idx": kv}
         return evaluate(self.mask, env).expand(joined_shape(q.shape, kv.shape))
 
@@ -146,7 +147,7 @@ class PointDecider:
             near_high = torch.maximum(torch.minimum(b, d), c)
             q = torch.stack([a, a, b, b, a, b, (a + b) // 2, b], dim=-1)
             kv = torch.stack([c, d, c, d, near_low, near_high, (c + d) // 2, (near_high - 1).clamp(min=0).maximum(c)], dim=-1)
-            allowed = self._evaluate(group[part][:, None], q, kv)
+            allowed = self.allowed(group[part][:, None], q, kv)
             some.append(allowed.any(dim=-1))
             all_.append(allowed.all(dim=-1))
         return torch.cat(some), torch.cat(all_)
@@ -169,7 +170,7 @@ class PointDecider:
             for top in range(0, q_size, strip):
                 q = a + torch.arange(top, min(top + strip, q_size), device=group.device)[:, None]
                 inside = (q <= b) & (kv <= d)
-                allowed = self._evaluate(g, q.minimum(b), kv.minimum(d))
+                allowed = self.allowed(g, q.minimum(b), kv.minimum(d))
                 some |= (allowed & inside).flatten(1).any(dim=1)
                 all_ &= (allowed | ~inside).flatten(1).all(dim=1)
             kinds.append(torch.where(all_, FULL, torch.where(some, PARTIAL, EMPTY)))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.exactness import exact_domain
@@ -16,15 +17,18 @@ from sparsedsl.analysis.proofs import Verdict
 from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.advice import shown, surplus
+from sparsedsl.lang.tables import declared
+from sparsedsl.plain_values import Reported, plain
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.recurrences import Linear
+from sparsedsl.quantities import bytes_text, factor_text, flops_text, share_text
 
-__all__ = ["ProgramAnalysis", "analyse_program"]
+__all__ = ["ProgramAnalysis", "analyse_program", "lengths_text"]
 
 
 @dataclass(frozen=True, eq=False)
-class ProgramAnalysis:
+class ProgramAnalysis(Reported):
     """What :func:`sparsedsl.analyse` found about a program. Where a choice decides, numbers are upper bounds.
 
     ``density``: pairs attended to at most / all pairs, of the branch with the most. ``flops``: forward pass, all nodes; ``flops_dense``:
@@ -45,33 +49,63 @@ class ProgramAnalysis:
     effects: frozenset[str]
     warnings: tuple[str, ...]
     seconds: float = field(repr=False)
+    tables: Mapping[str, torch.Tensor] = field(repr=False)
+
+    def _said(self) -> dict[str, Any]:
+        steps = [{**plain(step), "node": self.program.labels[step.node]} for step in self.steps]
+        return {**super()._said(), "steps": steps}
 
     def share(self, kind: str) -> float:
         """Part of the FLOPs that goes into ``"choosing"``, ``"moving"`` or ``"attending"``."""
         return sum(step.flops for step in self.steps if step.kind == kind) / max(self.flops, 1)
 
-    def __str__(self) -> str:
-        labels = self.program.labels
-        width = max((len(labels[step.node]) for step in self.steps), default=0)
-        lines = [
-            *self.program.text.splitlines(),
-            f"  queries x keys   {self.q_len:,} x {self.kv_len:,}"
-            + (f", first query at {self.q_offset:,}" if self.q_offset else ""),
-            f"  pairs            at most {self.density:.4%} of all",
-            f"  forward          at most {self.flops / 1e9:,.3f} GFLOP, {self.flops_dense / max(self.flops, 1):.1f} x less than dense: "
-            + ", ".join(f"{kind} {self.share(kind):.1%}" for kind in (CHOOSING, ATTENDING)),
-            f"  traffic          about {self.bytes / 2**20:,.1f} MiB",
-            *(
-                f"    {labels[step.node]:{width}}  {step.kind:9}  {step.flops / 1e9:10,.3f} GFLOP  {step.bytes / 2**20:9,.1f} MiB"
-                for step in self.steps
-            ),
-            f"  causal           {self.causal}",
-            f"  effects          {', '.join(sorted(self.effects)) or 'none'}",
+    def facts(self) -> list[tuple[str, str]]:
+        """What it says beside the program: names and words."""
+        shares = ", ".join(f"{kind} {share_text(self.share(kind))}" for kind in (CHOOSING, ATTENDING) if self.share(kind))
+        attends = any(step.pairs is not None for step in self.steps)
+        saving = factor_text(self.flops_dense / max(self.flops, 1))
+        return [
+            ("queries x keys", lengths_text(self.q_len, self.kv_len, self.q_offset)),
+            ("pairs", f"at most {share_text(self.density)} of all" if attends else "none: keys are seen through a state"),
+            ("forward", f"at most {flops_text(self.flops)}, {saving} less than dense: {shares}"),
+            ("traffic", f"about {bytes_text(self.bytes)}"),
+            ("causal", str(self.causal)),
+            ("effects", ", ".join(sorted(self.effects)) or "none"),
         ]
-        return "\n".join(lines + [f"  ! {warning}" for warning in self.warnings])
+
+    def __str__(self) -> str:
+        rows = self._costs()
+        width = max((len(row[0]) for row in rows), default=0)
+        steps = [f"    {label:{width}}  {kind:9}  {flops:>10}  {moved:>10}" for label, kind, flops, moved in rows]
+        facts = [f"  {name:16} {words}" for name, words in self.facts()]
+        return "\n".join(
+            [
+                *declared(str(self.program), self.tables),
+                *facts[:4],
+                *steps,
+                *facts[4:],
+                *(f"  ! {text}" for text in self.warnings),
+            ]
+        )
+
+    def _costs(self) -> list[tuple[str, str, str, str]]:
+        """Label, kind, FLOPs and bytes of every step."""
+        labels = self.program.labels
+        return [(labels[step.node], step.kind, flops_text(step.flops), bytes_text(step.bytes)) for step in self.steps]
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        from sparsedsl.html_card import card, grid
+        from sparsedsl.program.glance import picture_of
+
+        lengths = {"q_len": self.q_len, "kv_len": self.kv_len, "q_offset": self.q_offset}
+        code = "\n".join(declared(str(self.program), self.tables))
+        steps = grid(("node", "for", "FLOP", "bytes moved"), self._costs())
+        return card("Analysis", code, self.facts(), picture_of(self.program, **lengths), self.warnings, steps)
+
+
+def lengths_text(q_len: int, kv_len: int, q_offset: int) -> str:
+    """Queries x keys, and where the queries begin."""
+    return f"{q_len:,} x {kv_len:,}" + (f", first query at {q_offset:,}" if q_offset else "")
 
 
 def analyse_program(
@@ -116,4 +150,5 @@ def analyse_program(
     return ProgramAnalysis(
         program, q_len, keys, q_offset, heads, steps, pairs / (batch * heads * q_len * keys), sum(s.flops for s in steps), dense,
         sum(s.bytes for s in steps), causal, frozenset(effects), tuple(warnings), time.perf_counter() - start,
+        {name: given[name] for name in program.tables},
     )  # fmt: skip

@@ -25,7 +25,8 @@ from sparsedsl.lang.exact import evaluate_exactly
 from sparsedsl.lang.expressions import as_mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, KV_LEN, Q_IDX, Q_LEN
-from sparsedsl.lang.tables import TableRead, TableSpec, table_reads
+from sparsedsl.lang.tables import TableRead, TableSpec, table_reads, values_text
+from sparsedsl.plain_values import Reported
 
 try:
     import z3
@@ -41,7 +42,7 @@ INT64 = 2**63 - 1
 
 
 @dataclass(frozen=True)
-class Witness:
+class Witness(Reported):
     """One point at which a claim fails: indices, lengths, and the table values it needs."""
 
     b: int
@@ -58,16 +59,12 @@ class Witness:
         return self.b, self.h, self.q_idx, self.kv_idx
 
     def __str__(self) -> str:
-        tables = "".join(f", {name}={_short(table)}" for name, table in self.tables.items())
+        tables = "".join(f", {name}={values_text(table)}" for name, table in self.tables.items())
         return f"b={self.b}, h={self.h}, q_idx={self.q_idx}, kv_idx={self.kv_idx}{tables}"
 
 
-def _short(table: torch.Tensor) -> str:
-    return str(table.tolist()) if table.numel() <= 16 else f"<{table.dtype} of shape {tuple(table.shape)}>"
-
-
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(Reported):
     """``status`` is "PROVED", "REFUTED" or "UNKNOWN"; compare with ``sd.PROVED`` and so on. ``witness`` refutes.
 
     >>> import sparsedsl as sd

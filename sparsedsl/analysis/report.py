@@ -17,10 +17,10 @@ from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.analysis.lists import BlockLists, size_text
+from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.mask_clauses import clauses
-from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program
-from sparsedsl.analysis.proofs import Verdict, Witness, causality
+from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program, lengths_text
+from sparsedsl.analysis.proofs import REFUTED, Verdict, Witness, causality
 from sparsedsl.analysis.rows import RowCounts
 from sparsedsl.analysis.tiles import block_pair, classify
 from sparsedsl.analysis.totals import Totals, listed_totals, numbers_alone, repeated_totals
@@ -30,18 +30,20 @@ from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
-from sparsedsl.lang.tables import table_reads
+from sparsedsl.lang.tables import by_kept_name, declared, table_reads
+from sparsedsl.plain_values import Reported
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
+from sparsedsl.quantities import bytes_text, factor_text, flops_text, seconds_text, share_text
 
-__all__ = ["ITEM_BYTES", "Analysis", "analyse", "bind_for_analysis"]
+__all__ = ["ITEM_BYTES", "Analysis", "analyse", "analyze", "bind_for_analysis"]
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
+class Analysis(Reported):
     """What :func:`analyse` found. Counts are over ``batch x heads``; FLOPs count a multiply-add as two.
 
     ``totals``: tiles counted by class. ``lists``: tile lists, one per (batch, head) the mask can tell apart.
@@ -49,6 +51,8 @@ class Analysis:
     listed tiles; ``flops_backward`` likewise, ``flops_dense``: forward with every tile listed. ``bytes``: forward traffic if every listed
     tile loads its keys and values once and queries and outputs move once. ``partial_share``: partial / listed tiles. ``imbalance``: most /
     mean listed tiles of a tile row. ``empty_rows``: rows that may attend to nothing, ``empty_row`` one of them as (b, h, q_idx).
+
+    ``tables``: the values that were read, by name.
 
     >>> import sparsedsl as sd
     >>> found = sd.analyse(sd.kv_idx <= sd.q_idx, 256)
@@ -80,6 +84,7 @@ class Analysis:
     warnings: tuple[str, ...]
     seconds: float = field(repr=False)
     block: tuple[int, int]
+    tables: Mapping[str, torch.Tensor] = field(repr=False)
     _list: Callable[[], BlockLists] = field(repr=False)
 
     @functools.cached_property
@@ -90,50 +95,52 @@ class Analysis:
         """
         return self._list()
 
-    def __str__(self) -> str:
+    def facts(self) -> list[tuple[str, str]]:
+        """What it says beside the pattern: names and words; those without a name go on."""
         totals = self.totals
         batch, heads, rows, columns = totals.shape
         block_q, block_kv = self.block
-        saving = self.flops_dense / max(self.flops, 1)
+        saving = f"{factor_text(self.flops_dense / self.flops)} less than dense" if self.flops else "nothing to compute"
         example = f", e.g. (b, h, q_idx) = {self.empty_row}" if self.empty_row else ""
-        groups = f", {batch} x {heads} lists" if batch * heads > 1 else ""
+        groups = f", lists for {batch} x {heads} (batch, heads)" if batch * heads > 1 else ""
         approx = "" if self.density_exact else "about "
         listed, total = totals.listed, batch * heads * rows * columns
-        lines = [
-            *self.pattern.text.splitlines(),
-            f"  queries x keys   {self.q_len:,} x {self.kv_len:,}" + (f", first query at {self.q_offset:,}" if self.q_offset else ""),
-            f"  allowed pairs    {approx}{self.density:.4%} of all",
-            f"  tiles            {listed:,} of {total:,} listed ({listed / total:.3%}), {block_q} x {block_kv} tokens{groups}",
-            f"                   {totals.full:,} full, {totals.partial:,} partial ({self.partial_share:.1%})",
-            f"  lists            {size_text(totals.nbytes)}, {self._made()}",
-            f"  row imbalance    {self.imbalance:.2f} (most / mean tiles in a row)",
-            f"  forward          {_flops(self.flops)}, {saving:.1f} x less than dense; backward {_flops(self.flops_backward)}",
-            f"  traffic          {self.bytes / 2**20:,.1f} MiB forward ({self.dtype}, batch {self.batch}, heads {self.heads}, "
-            f"head_dim {self.head_dim}{'' if self.head_dim == self.head_dim_v else f'/{self.head_dim_v}'})",
-            f"  causal           {self.causal}",
-            f"  empty rows       {approx}{self.empty_rows:,}{example}",
-        ]  # fmt: skip
-        return "\n".join(lines + [f"  ! {warning}" for warning in self.warnings])
+        widths = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
+        kind = f"{self.dtype}, batch {self.batch}, heads {self.heads}, head_dim {widths}"
+        return [
+            ("queries x keys", lengths_text(self.q_len, self.kv_len, self.q_offset)),
+            ("allowed pairs", f"{approx}{share_text(self.density)} of all"),
+            ("tiles", f"{listed:,} of {total:,} listed ({share_text(listed / total)}), {block_q} x {block_kv} tokens{groups}"),
+            ("", f"{totals.full:,} full, {totals.partial:,} partial ({share_text(self.partial_share)})"),
+            ("tile lists", f"{bytes_text(totals.nbytes)}, {self._made()}"),
+            ("row imbalance", f"{factor_text(self.imbalance)} (most / mean tiles in a row)"),
+            ("forward", f"{flops_text(self.flops)}, {saving}; backward {flops_text(self.flops_backward)}"),
+            ("traffic", f"{bytes_text(self.bytes)} forward ({kind})"),
+            ("causal", str(self.causal)),
+            ("empty rows", f"{approx}{self.empty_rows:,}{example}"),
+        ]
+
+    def __str__(self) -> str:
+        facts = [f"  {name:16} {words}" for name, words in self.facts()]
+        return "\n".join([*declared(str(self.pattern), self.tables), *facts, *(f"  ! {warning}" for warning in self.warnings)])
 
     def _made(self) -> str:
         made = "made and counted" if "lists" in self.__dict__ else "not made; counted from what repeats"
-        return f"{made} in {self.seconds * 1e3:.1f} ms"
+        return f"{made} in {seconds_text(self.seconds)}"
 
     def _repr_html_(self) -> str:
-        import html
+        from sparsedsl.html_card import card
+        from sparsedsl.lang.thumbnail import thumbnail
 
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-
-def _flops(value: int) -> str:
-    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
-        if value >= size:
-            return f"{value / size:,.2f} {unit}"
-    return f"{value:,} FLOP"
+        lengths = {"q_len": self.q_len, "kv_len": self.kv_len, "q_offset": self.q_offset}
+        picture = thumbnail(self.pattern.mask.expr, self.tables, **lengths)
+        code = "\n".join(declared(str(self.pattern), self.tables))
+        return card("Analysis", code, self.facts(), picture, self.warnings)
 
 
 def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Tables by name, those given before those bound at declaration."""
+    tables = dict(by_kept_name(tables, pattern.tables))
     unknown = set(tables) - set(pattern.tables)
     if unknown:
         known = [*pattern.tables, *inspect.signature(analyse).parameters]
@@ -141,8 +148,10 @@ def bind_for_analysis(pattern: Pattern, tables: dict[str, Any]) -> dict[str, tor
     given = pattern.bound | tables
     missing = [name for name in pattern.tables if name not in given]
     if missing:
+        own = [name for name in missing if name in inspect.signature(analyse).parameters]
+        more = f". {own[0]} is a word of analyse() too: bind it, pattern.bind({own[0]}=tensor)" if own else ""
         raise TableError(
-            f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}"
+            f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)}{more}"
         )
     return {name: given[name] for name in pattern.tables}
 
@@ -185,7 +194,8 @@ def analyse(
 
     Args:
         pattern: a Mask, a Pattern, or a node of a program.
-        q_len, kv_len: number of queries and keys in tokens; ``kv_len`` defaults to ``q_offset + q_len``.
+        q_len, kv_len: number of queries and keys in tokens; ``kv_len`` defaults to ``q_offset + q_len``. (In a formula ``sd.q_len`` is the
+            position after the last query, ``q_offset + q_len``.)
         block_size: tokens per tile, one number or a pair (q, kv).
         q_offset: position of the first query.
         batch, heads, head_dim, head_dim_v, dtype: what the costs are counted for; ``heads`` are query heads, by default as many as
@@ -246,11 +256,16 @@ def analyse(
         density=rows.allowed / (rows.rows * domain.kv_len), density_exact=rows.exact, **cost,
         partial_share=totals.partial / max(totals.listed, 1), imbalance=totals.imbalance, causal=causal,
         empty_rows=rows.empty, empty_row=empty_row, warnings=tuple(_warnings(pattern, domain, rows, causal)), seconds=seconds, block=pair,
+        tables=bound,
         _list=functools.partial(classify, mask, exact, pair),
     )  # fmt: skip
     if lists is not None:
         found.__dict__["lists"] = lists
     return found
+
+
+# As it is spelt on the other side of the Atlantic.
+analyze = analyse
 
 
 def _count(mask: Any, domain: Domain, block: tuple[int, int]) -> tuple[Totals, BlockLists | None]:
@@ -267,10 +282,10 @@ def _cost(totals: Totals, domain: Domain, head_dim: int, head_dim_v: int, item: 
     """FLOPs and bytes over batch x heads; groups that share a list each do its work."""
     share = domain.batch * domain.heads // (totals.shape[0] * totals.shape[1])
     dense = domain.batch * domain.heads * domain.rows * domain.kv_len
-    width = head_dim + head_dim_v
+    width, pairs = head_dim + head_dim_v, totals.pairs_of(domain.batch, domain.heads)
     return {
-        "flops": 2 * width * totals.pairs * share,
-        "flops_backward": 2 * (3 * head_dim + 2 * head_dim_v) * totals.pairs * share,
+        "flops": 2 * width * pairs,
+        "flops_backward": 2 * (3 * head_dim + 2 * head_dim_v) * pairs,
         "flops_dense": 2 * width * dense,
         "bytes": item * width * (totals.loaded * share + domain.batch * domain.heads * domain.rows),
     }
@@ -324,6 +339,8 @@ def _first_tile(lists: BlockLists) -> tuple[int, int]:
 
 def _warnings(pattern: Pattern, domain: Domain, rows: RowCounts, causal: Verdict) -> list[str]:
     found = list(pattern.warnings)
+    if pattern.causal and causal == REFUTED:
+        found.append(f"it declares causal=True, and is not: {causal.witness}")
     mask = pattern.mask.expr
     free = mask.free_symbols
     for symbol, size, word in ((BATCH, domain.batch, "batch"), (HEAD, domain.heads, "heads")):

@@ -40,7 +40,7 @@ def residues(pattern: Pattern) -> Residues | None:
     >>> import sparsedsl as sd
     >>> causal = sd.kv_idx <= sd.q_idx
     >>> residues(sd.attend(causal & ((sd.q_idx - sd.kv_idx) % 4 == 0) & (sd.q_idx - sd.kv_idx < 100)))
-    Residues(pattern=<Pattern attend((4*q_idx >= 4*kv_idx) & (4*q_idx - 4*kv_idx <= 99))>, step=4)
+    Residues(pattern=<Pattern attend((4*kv_idx <= 4*q_idx) & (4*q_idx - 4*kv_idx < 100))>, step=4)
     >>> residues(sd.attend(causal)) is None
     True
     """

@@ -29,7 +29,7 @@ from sparsedsl.analysis.points import Boxes, PointDecider, box_classes, check_po
 from sparsedsl.analysis.runs import solve_clause
 from sparsedsl.errors import ShapeError
 
-__all__ = ["Grid", "block_pair", "classify"]
+__all__ = ["BRANCH", "Grid", "block_pair", "classify", "in_owner", "split"]
 
 # The descent begins at boxes of this many tiles on a side and splits by BRANCH.
 ROOT, BRANCH = 64, 4
@@ -203,16 +203,16 @@ class _Classifier:
         return kinds
 
     def _from_parts(self, boxes: Boxes, parts: list[int]) -> torch.Tensor:
-        owner, pieces = _split(boxes, parts)
+        owner, pieces = split(boxes, parts)
         kinds = box_classes(self.mask, self.domain, self.groups, self.ranges, pieces)
         if bool((kinds == UNKNOWN).all()):  # intervals say nothing here: down to the points, if these are not too many
             check_points(boxes)
-        some, holes = _in_owner(owner, kinds, boxes[0].numel())
+        some, holes = in_owner(owner, kinds, boxes[0].numel())
         # A box with an allowed and a masked pair is partial, whatever its open parts are.
         open_ = ((kinds == UNKNOWN) & ~(some & holes)[owner]).nonzero()[:, 0]
         if open_.numel():
             kinds[open_] = self._decide_boxes(tuple(t[open_] for t in pieces))  # type: ignore[arg-type]
-            some, holes = _in_owner(owner, kinds, boxes[0].numel())
+            some, holes = in_owner(owner, kinds, boxes[0].numel())
         return torch.where(some, torch.where(holes, PARTIAL, FULL), EMPTY)
 
     def _pieces(self, grid: Grid) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -326,7 +326,7 @@ class _Classifier:
         return groups, rows[inside], columns[inside], kinds
 
 
-def _split(boxes: Boxes, parts: list[int]) -> tuple[torch.Tensor, Boxes]:
+def split(boxes: Boxes, parts: list[int]) -> tuple[torch.Tensor, Boxes]:
     """Boxes cut into ``parts`` (of the queries, of the keys) of about one size: the box of each piece, and the pieces."""
     group, q_low, q_high, kv_low, kv_high = boxes
     ends = []
@@ -344,7 +344,7 @@ def _split(boxes: Boxes, parts: list[int]) -> tuple[torch.Tensor, Boxes]:
     return owner, (group[owner], *(t[inside] for t in pieces))  # type: ignore[return-value]
 
 
-def _in_owner(owner: torch.Tensor, kinds: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def in_owner(owner: torch.Tensor, kinds: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Whether a box is known to have an allowed pair, and whether it is known to have a masked one, from the classes of its pieces."""
     partial = kinds == PARTIAL
     some, holes = (

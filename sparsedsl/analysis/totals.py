@@ -18,16 +18,20 @@ from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.strict import StrictFunction
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
 from sparsedsl.lang.tables import table_reads
+from sparsedsl.plain_values import Reported
 
 __all__ = ["Totals", "listed_totals", "numbers_alone", "repeated_totals"]
 
 
 @dataclass(frozen=True)
-class Totals:
+class Totals(Reported):
     """Counts over all groups of a mask. ``shape``: as :attr:`BlockLists.shape`; ``most``: tiles listed in the row that lists the most;
     ``pairs``: pairs of listed tiles inside the lengths; ``loaded``: keys of all listed tiles. ``example``: a group, and rows and keys
     among which some pair is allowed, None if there is none or nobody looked.
     """
+
+    _adds = ("listed", "nbytes", "imbalance")
+    _leaves_out = ("example",)
 
     shape: tuple[int, int, int, int]
     full: int
@@ -48,6 +52,10 @@ class Totals:
         """Bytes that the lists hold, or would."""
         batch, heads, rows, _ = self.shape
         return 4 * (self.listed + 2 * batch * heads * rows)
+
+    def pairs_of(self, batch: int, heads: int) -> int:
+        """Pairs of listed tiles over batch x heads: each of those that share a list has its pairs."""
+        return self.pairs * (batch * heads // (self.shape[0] * self.shape[1]))
 
     @property
     def imbalance(self) -> float:

@@ -10,8 +10,10 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import BlockLists
+from sparsedsl.analysis.totals import Totals
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.program.select import Select
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.repeated import Again
@@ -48,6 +50,11 @@ class PatternRunner(ABC):
         """How a call would run, line by line, for ``explain``; empty where there is nothing to tell."""
         return ()
 
+    def expected_seconds(self, domain: Domain, facts: CallFacts, totals: Totals) -> float | None:
+        """What the cost model expects a forward pass to take, once all is compiled; None where it does not know. ``totals``: of the mask,
+        in tiles of 128 x 128 tokens."""
+        return None
+
 
 class Backend(ABC):
     """One way to compute. ``choose``, ``explain`` and the call ask :meth:`refusal`, so they cannot differ."""
@@ -67,6 +74,10 @@ class Backend(ABC):
     @abstractmethod
     def refusal(self, request: Request) -> str | None:
         """Why it cannot do a piece of work, or None."""
+
+    def lacking(self, device: str) -> str | None:
+        """What this machine lacks for it to run anything on a kind of device, ``"cpu"`` or ``"cuda"``; or None. Asks for no build."""
+        return None
 
     def refusal_by_now(self, request: Request, patience: Patience) -> str | None:
         """The same for ``auto``, which waits no longer than ``patience``: :class:`~sparsedsl.runtime.request.NotYet` where it would."""
@@ -104,6 +115,10 @@ class Backend(ABC):
     def chooser(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Choose | None:
         """Its own way to choose blocks by scores of a dtype on a device, in one pass from what scores are made of to lists; None: it has
         none, or none before ``patience`` ends."""
+        return None
+
+    def choice(self, node: Select, facts: CallFacts, *, by_name: bool) -> str | None:
+        """In words, how it makes the choice of a node in a program; None: it leaves it to others. ``by_name``: it was asked for."""
         return None
 
     def pooler(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Pool | None:

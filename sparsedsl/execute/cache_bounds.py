@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from sparsedsl.execute.node_rules import lowered
 from sparsedsl.execute.state import STATE_RULES, advanced, first_kept, horizon
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
-from sparsedsl.program.axes import base_of, block_of
+from sparsedsl.program.axes import base_of, rows_on
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import assume, possible
 from sparsedsl.program.graph import Program, as_program
@@ -74,7 +75,8 @@ def _program_bound(program: Program) -> CacheBound:
         back, first = horizon(program), first_kept(program)
     except UnsupportedError as error:
         why = str(error).removeprefix("the program keeps no state: ").split(". Pass all")[0]
-        return CacheBound(GROWS, None, Verdict("UNKNOWN", reason=program.worded(why)), causal=causal, step=_step(program))
+        why = program.worded(re.sub(r"<\w+ (\w+)>", r"\1", why))
+        return CacheBound(GROWS, None, Verdict("UNKNOWN", reason=why), causal=causal, step=_step(program))
     size = functools.partial(_state_bytes, program, first + back)
     return CacheBound(STATE, None, PROVED, first=first, recent=back, causal=causal, state_bytes=size)
 
@@ -130,7 +132,7 @@ def _state_bytes(
         if axis.isdecimal():
             return int(axis)
         base = base_of(axis)
-        return -(-known.get(base, head_dim if base.endswith("dim") else kv_heads) // block_of(axis))
+        return rows_on(axis, known.get(base, head_dim if base.endswith("dim") else kv_heads))
 
     def zeros(node: Input) -> torch.Tensor:
         axes = (node.axes[0], "value_heads", *node.axes[2:]) if node is v else node.axes

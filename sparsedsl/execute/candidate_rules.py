@@ -49,7 +49,7 @@ _KNOWN: Cache[Candidates] = Cache()
 
 
 def _of_rows(mask: Any, domain: Domain, q_block: int, kv_block: int, heads: int, device: torch.device) -> Candidates:
-    ends = _ends(mask, domain, q_block)
+    ends = _ends(mask, domain, q_block, kv_block)
     if ends is None:
         return Candidates(allowed=_pair_rule(mask, domain, q_block, kv_block, heads, {}, device))
     if not ends:
@@ -59,7 +59,7 @@ def _of_rows(mask: Any, domain: Domain, q_block: int, kv_block: int, heads: int,
     end = torch.stack(torch.broadcast_tensors(*(last.amax(-1) for _, last in ends))).amax(0) // kv_block + 1
     # As compiled code reads them.
     begin, end = (_joined(limit, heads, how).to(torch.int32).contiguous() for limit, how in ((begin, "amin"), (end, "amax")))
-    exact = len(ends) == 1 and q_block == 1 and ends[0][0].shape[1] in (1, heads)
+    exact = len(ends) == 1 and ends[0][0].shape[3] == 1 and ends[0][0].shape[1] in (1, heads)
     return Candidates(begin=begin, end=end, allowed=None if exact else _interval_rule(ends, kv_block, heads, device))
 
 
@@ -93,15 +93,30 @@ def _of_one_query(mask: Any, q_offset: int, kv_len: int, kv_block: int) -> tuple
     return None if found is None else tuple(range(part.start // kv_block, (part.stop - 1) // kv_block + 1) for part in found)
 
 
-def _ends(mask: Any, domain: Domain, q_block: int) -> list[Any] | None:
-    """First and last key of each interval of the mask, ``(B, H, blocks of queries, q_block)``; None: it is no union of intervals."""
+def _ends(mask: Any, domain: Domain, q_block: int, kv_block: int) -> list[Any] | None:
+    """First and last key of each interval of the mask, ``(B, H, blocks of queries, q_block or 1)``; None: it is no union of intervals."""
     found = intervals(mask)
     if found is None:
         return None
     fills = (domain.kv_len, -1)
-    return [
+    ends = [
         tuple(_per_block(end, q_block, fill) for end, fill in zip(interval_rows(s, domain), fills, strict=True)) for s in found
     ]
+    return [_together(first, last, domain.kv_len, kv_block) for first, last in ends]
+
+
+def _together(first: Tensor, last: Tensor, kv_len: int, kv_block: int) -> tuple[Tensor, Tensor]:
+    """The intervals of the queries of a block as one, ``(.., 1)``, where no block of keys lies between two; looked at on the host alone."""
+    if first.shape[-1] == 1 or first.device.type != "cpu" or first.shape != last.shape:
+        return first, last
+    nowhere = -(-kv_len // kv_block) + 1
+    there = last >= 0
+    begin, order = torch.where(there, first // kv_block, nowhere).sort(dim=-1)
+    reached = torch.where(there, last // kv_block, -1).gather(-1, order).cummax(-1).values
+    if bool(((begin[..., 1:] > reached[..., :-1] + 1) & (begin[..., 1:] < nowhere)).any()):
+        return first, last
+    first = torch.where(there, first, kv_len).amin(-1, keepdim=True)
+    return first, last.amax(-1, keepdim=True)
 
 
 def _interval_rule(ends: list[Any], kv_block: int, heads: int, device: torch.device) -> PairRule:
@@ -129,7 +144,7 @@ def block_rule(
     if not tables and (blocks := _ranges(mask, domain, kv_block)) is not None:
         return _rule_of_ranges(blocks, device)
     # Of tables that nodes give nothing is declared that intervals could rely on.
-    ends = None if tables else _ends(mask, domain, q_block)
+    ends = None if tables else _ends(mask, domain, q_block, kv_block)
     if not ends:
         return _pair_rule(mask, domain, q_block, kv_block, heads, tables, device)
     return _interval_rule(ends, kv_block, heads, device)

@@ -26,20 +26,25 @@ from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.empty import run_empty
 from sparsedsl.execute.explanation import Explanation, explain
 from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
+from sparsedsl.execute.layouts import LAYOUTS, in_bshd, swapped
 from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
 from sparsedsl.execute.requests import facts_of, requests_of
 from sparsedsl.execute.state import ProgramState, advanced, continued
 from sparsedsl.execute.static import StaticAttention
-from sparsedsl.lang.advice import shown
+from sparsedsl.html_card import card
+from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.tables import by_kept_name
+from sparsedsl.lang.thumbnail import thumbnail
 from sparsedsl.program.effect_rules import KEEPS_STATE, LATER_QUERIES, reasons
+from sparsedsl.program.glance import picture_of
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.program_text import read_program
 from sparsedsl.program.rules import check_rules
 from sparsedsl.program.tensors import OWN
-from sparsedsl.runtime.arguments import arranged, warn_of_slips
+from sparsedsl.runtime.arguments import arranged, joined_tables, warn_of_slips
 from sparsedsl.runtime.call import bind_tables, check_call, exactly
 from sparsedsl.runtime.interpreter import Evaluation
 from sparsedsl.runtime.program_call import (
@@ -84,7 +89,7 @@ class Attention:
     last, as many as ``SPARSEDSL_MEMORY_BYTES`` holds; :func:`sparsedsl.clear_caches` lets go of them.
     """
 
-    def __init__(self, program: Program | Pattern, backend: str, allow: Sequence[str] = ()):
+    def __init__(self, program: Program | Pattern, backend: str, allow: Sequence[str] = (), layout: str = "bhsd"):
         program = program if isinstance(program, Program) else Program(program)
         check_rules(program, REFERENCE_RULES, LOWERED_RULES)
         self.program, self.backend = program, check_backend(backend)
@@ -92,6 +97,7 @@ class Attention:
         if not isinstance(allow, (tuple, list, frozenset)) or not all(effect in known for effect in allow):
             raise PatternError(f"allow must be a list of effects, of {', '.join(map(repr, known))}; got {allow!r}")
         self.allow = frozenset(allow)
+        self.layout = check_word("layout", layout, LAYOUTS)
         self.dispatch = Dispatch(self.backend)
         self._static = None if program.static is None else StaticAttention(program.static)
         # Of programs, kinds of calls that were checked.
@@ -100,6 +106,7 @@ class Attention:
         self._runs: set[CallFacts] = set()
         # What a traced call needs, as plain values: torch.compile follows no sympy.
         self._handle, self._bound = f"{backend} {'; '.join(sorted(allow))}\n{program.text}", program.bound
+        self._table_names = tuple(program.tables)
         operators.remember(self._handle, self)
 
     @property
@@ -127,6 +134,7 @@ class Attention:
 
     def __call__(
         self,
+        /,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -137,9 +145,14 @@ class Attention:
         state: ProgramState | None = None,
         return_state: bool = False,
         summaries: KeptSummaries | None = None,
+        tables: Mapping[str, Tensor] | None = None,
         **named: Any,
     ) -> Any:
         """Attention of ``q (B, Hq, Sq, D)`` over ``k (B, Hkv, Skv, D)``, ``v (B, Hkv, Skv, Dv)``; ``Hq % Hkv == 0``.
+
+        With ``layout="bshd"`` they are ``(B, Sq, Hq, D)``, ``(B, Skv, Hkv, D)`` and ``(B, Skv, Hkv, Dv)``, and out ``(B, Sq, Hq, Dv)``;
+        the LSE is ``(B, Hq, Sq)`` as ever, and inputs of programs and tables are as they were declared. Nothing is copied for it: the
+        same memory is read by other strides, and out is a view too.
 
         Args:
             q_offset: position of the first query (decode and chunked prefill); a number or a 0-d integer tensor. ``"end"``: the last
@@ -150,7 +163,8 @@ class Attention:
             return_state: also return the state after the last key, for programs that keep one.
             summaries: what :meth:`keep_summaries` made, for calls that each are given all keys so far: blocks that were over in an earlier
                 call are not summed up again. The call adds to it.
-            named: one tensor for each input, and for each table that is not bound to the pattern.
+            tables: tables and inputs by name, for names that are also words of this call: ``tables={"scale": tensor}``.
+            named: one tensor for each other input, and for each table that is not bound to the pattern.
 
         Returns:
             ``out (B, Hq, Sq, Dv)``; then the LSE and the state, if asked for. A row that may attend to nothing has out 0 and lse -inf.
@@ -161,6 +175,22 @@ class Attention:
             UnsupportedError: the backend cannot run this call, or it is a training step of a program whose choices read later queries;
                 the message names the way out.
         """
+        if tables is not None:
+            named = joined_tables(named, tables)
+        if self.layout == "bhsd":
+            return self._called(q, k, v, q_offset, return_lse, scale, state, return_state, summaries, named)
+        q, k, v = swapped(q), swapped(k), swapped(v)
+        try:
+            result = self._called(q, k, v, q_offset, return_lse, scale, state, return_state, summaries, named)
+        except ShapeError as error:
+            raise in_bshd(error) from None
+        return (swapped(result[0]), *result[1:]) if isinstance(result, tuple) else swapped(result)
+
+    def _called(
+        self, q: Any, k: Any, v: Any, q_offset: Any, return_lse: bool, scale: float | None, state: ProgramState | None,
+        return_state: bool, summaries: KeptSummaries | None, named: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        """The call with heads first."""
         given = q_offset
         compiling = torch.compiler.is_compiling()
         if not compiling and state is None and not return_state:
@@ -170,7 +200,7 @@ class Attention:
         q, k, v, q_offset = arranged(q, k, v, q_offset, compiling=compiling)
         if compiling or is_watched(q, k, v) or (self._static is None and is_transformed(q, k, v)):
             return self._in_a_graph(q, k, v, named, q_offset, return_lse, scale, state is not None or return_state, summaries)
-        warn_of_slips(self.program.expressions, q, k, given if state is None else 0)
+        warn_of_slips(self.program.expressions, q, k, given if state is None else 0, self.layout)
         return self.attend_now(
             q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state,
             summaries=summaries,
@@ -285,6 +315,7 @@ class Attention:
                 "it, or pass all keys and values with q_offset="
             )
         given = {name: x for name, x in named.items() if x is not None} if self._static is None else named
+        given = by_kept_name(given, self._table_names)
         return operators.attend_traced(
             self._handle, self._bound, q, k, v, given, q_offset=q_offset, return_lse=return_lse, scale=scale, has_lse=self.has_lse
         )
@@ -376,8 +407,10 @@ class Attention:
         [torch.Size([1, 2, 64, 1])]
         """
         given = q_offset
+        if self.layout == "bshd":
+            q, k, v = swapped(q), swapped(k), swapped(v)
         q, k, v, q_offset = arranged(q, k, v, q_offset)
-        warn_of_slips(self.program.expressions, q, k, given)
+        warn_of_slips(self.program.expressions, q, k, given, self.layout)
         call = check_program_call(self.program, q, k, v, named, q_offset=q_offset)
         with torch.no_grad():
             run = self._evaluation(call, False)
@@ -464,12 +497,24 @@ class Attention:
         bound = self._bound_exactly(self.pattern.score.expr, tables, q_offset, q_len, kv_len)
         return flex.score_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
 
+    def _repr_html_(self) -> str:
+        told = self.program if self._static is None else self._static.pattern
+        picture = picture_of(self.program) if self._static is None else thumbnail(self._static.pattern.mask.expr, told.bound)
+        facts = [("backend", self.backend), *told.html_facts()]
+        return card("Attention", str(told), facts, picture, () if self._static is None else self._static.pattern.warnings)
+
     def __repr__(self) -> str:
         what = self.program if self._static is None else self._static.pattern
-        return f"<Attention backend={self.backend!r} {what!r}>"
+        layout = "" if self.layout == "bhsd" else f" layout={self.layout!r}"
+        return f"<Attention backend={self.backend!r}{layout} {what!r}>"
 
     def __reduce__(self) -> Any:
-        return Attention, (self.program, self.backend, tuple(sorted(self.allow)))
+        return Attention, (self.program, self.backend, tuple(sorted(self.allow)), self.layout)
+
+    @property
+    def heads_first(self) -> Attention:
+        """The same on tensors ``(B, H, S, D)``: itself, if that is its layout."""
+        return self if self.layout == "bhsd" else Attention(self.program, self.backend, tuple(sorted(self.allow)))
 
 
 def _again(first: str, text: str) -> Attention:

@@ -15,6 +15,7 @@ import torch
 from sparsedsl.backends.triton.config_choice import median_seconds, target_of
 from sparsedsl.gpu.configs import Shape
 from sparsedsl.gpu.tuning_records import tuning_key
+from sparsedsl.quantities import seconds_text
 from sparsedsl.runtime.call import Call
 from sparsedsl.settings import settings, tune_mode
 from sparsedsl.tuning.store import Store
@@ -78,4 +79,4 @@ def _measured(
     best = min(took, key=took.__getitem__)
     date = datetime.now(UTC).isoformat(timespec="seconds")[:10]
     _store().put(key, {"fastest": best, "date": date, "seconds": took})
-    return best, "measured just now: " + ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in took.items())
+    return best, "measured just now: " + ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in took.items())

@@ -7,16 +7,16 @@ from typing import Any
 
 import sympy
 
-from sparsedsl.backends.registry import named
+from sparsedsl.backends.registry import AUTO, BACKENDS, named
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program import orders, scores, select, sources, tensors
+from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.node import Node
 from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.select import Select
-from sparsedsl.runtime.request import Request
+from sparsedsl.runtime.request import CallFacts, Request
 
 __all__ = ["WAY_RULES", "way_of"]
 
@@ -24,9 +24,10 @@ Work = list[tuple[Request, str]]
 """What a node asks of backends, and the name of the backend that does each piece."""
 
 
-def way_of(node: Node, work: Work) -> str | None:
-    """How a node runs; None for nodes that run as part of others, or not at all."""
-    return WAY_RULES[type(node)](node, work)
+def way_of(node: Node, work: Work, backend: str, facts: CallFacts) -> str | None:
+    """How a node runs in a call of these facts for ``backend``; None for nodes that run as part of others, or not at all."""
+    way = WAY_RULES[type(node)](node, work)
+    return f"{way}: {_made_by(node, backend, facts)}" if isinstance(node, Select) else way
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------------------
@@ -42,7 +43,21 @@ _CHOOSING = "C++ on a CPU with a compiler (auto and cpp), else torch"
 
 def _select(node: Select, work: Work) -> str:
     rows, columns = node.blocks
-    return f"lists for every {_few(rows, 'query', 'queries')}, of blocks of {_few(columns, 'key', 'keys')}: {_CHOOSING}"
+    return f"lists for every {_few(rows, 'query', 'queries')}, of blocks of {_few(columns, 'key', 'keys')}"
+
+
+def _made_by(node: Select, backend: str, facts: CallFacts) -> str:
+    """Who makes a choice, of those that a call asks in this order."""
+    asked = BACKENDS.values() if backend == AUTO else (named(backend),)
+    found = (one.choice(node, facts, by_name=backend != AUTO) for one in asked)
+    return next(filter(None, found), _CHOOSING)
+
+
+def _given(node: given_blocks.Given, work: Work) -> str:
+    what = "a bitmap as lists" if node.is_bitmap else "lists, checked and put in order"
+    return (
+        f"torch: {what} of blocks of {_few(node.blocks[1], 'key', 'keys')} for every {_few(node.blocks[0], 'query', 'queries')}"
+    )
 
 
 def _few(count: int, one: str, many: str) -> str:
@@ -63,7 +78,7 @@ def _attend(node: Attend, work: Work) -> str:
             found.append(f"{way}, a softmax in every block, weights outside" if request.per_block else way)
         elif request.pattern is not None:
             mask = request.pattern.mask.expr
-            found.append(way if len(work) == 1 and mask == sympy.true else f"{way} for {Mask(mask)}{_tables(node, mask)}")
+            found.append(way if len(work) == 1 and mask == sympy.true else f"{way}: {Mask(mask)}{_tables(node, mask)}")
     return "; one softmax over both: ".join(found)
 
 
@@ -75,7 +90,7 @@ def _tables(node: Attend, mask: Any) -> str:
     return (", choices as tables" if read else "") + (", of some queries at a time" if few else "")
 
 
-_SCORES = _words(f"in blocks, when a choice asks for them; never queries x blocks at once: {_CHOOSING}")
+_SCORES = _words("in blocks, when a choice asks for them, by what makes the choice; never queries x blocks at once")
 
 WAY_RULES: Rules[Callable[[Any, Work], str | None]] = Rules(
     "the explanation",
@@ -83,8 +98,13 @@ WAY_RULES: Rules[Callable[[Any, Work], str | None]] = Rules(
         **dict.fromkeys((tensors.Input, tensors.Summary, sources.Slots), _words(None)),
         **dict.fromkeys((scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup), _SCORES),
         **dict.fromkeys((scores.Plus, scores.Gumbel, scores.Grouped), _SCORES),
+        **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap), _SCORES),
+        **dict.fromkeys((scores.GivenScores, scores.GivenKeyScores), _words(None)),
+        given_blocks.Given: _given,
         scores.Probe: _words(f"two passes over tiles of keys: {_CHOOSING}"),
-        scores.Smooth: _words("torch: means of neighbours"),
+        key_choices.Diagonals: _words("torch: the softmax of a few probing rows at a time, summed along diagonals"),
+        key_choices.ChosenKeys: _words("torch: a stable sort of each head; a table of flags in the mask"),
+        scores.Smooth: _words("torch: neighbours joined"),
         scores.GroupedKeys: _words("torch: heads joined"),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
         **dict.fromkeys((orders.Order, orders.Tokens), _words("torch: a stable sort")),

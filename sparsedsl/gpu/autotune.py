@@ -21,6 +21,7 @@ from sparsedsl.gpu.costs import TileCounts, banded_tiles, estimated_held, ranked
 from sparsedsl.gpu.estimates import registers
 from sparsedsl.gpu.targets import Target
 from sparsedsl.gpu.tuning_records import Record, TuningKey, recall, remember
+from sparsedsl.plain_values import Reported
 from sparsedsl.settings import tune_mode
 
 __all__ = ["Chosen", "Session", "Trial", "Tuned", "Unusable", "choose", "session", "tune"]
@@ -50,7 +51,7 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Reported):
     """One candidate: the median of its ``samples``, or the reason why it has none."""
 
     config: Config
@@ -60,7 +61,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Tuned(Reported):
     """``config``: the fastest, None if no candidate could be used; ``trials`` in the order of the candidates."""
 
     config: Config | None
@@ -69,7 +70,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Chosen(Reported):
     """``source``: "measured <date>", "cost model", or "default"; ``seconds`` a launch, if measured."""
 
     config: Config

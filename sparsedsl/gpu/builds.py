@@ -6,7 +6,6 @@ pattern  --codegen.to_triton-->  source  --configs-->  tiles, warps, stages  --a
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import os
 import secrets
@@ -25,7 +24,11 @@ from sparsedsl.gpu.loading import triton as load_triton
 from sparsedsl.gpu.resources import Occupancy, Resources, misfits, occupancy
 from sparsedsl.gpu.settling import settled
 from sparsedsl.gpu.targets import Target, target_named
+from sparsedsl.html_card import card, grid
 from sparsedsl.lang.pattern import Pattern, as_pattern
+from sparsedsl.lang.thumbnail import thumbnail
+from sparsedsl.plain_values import Reported, plain
+from sparsedsl.quantities import bytes_text, share_text
 
 __all__ = ["Build", "BuiltKernel", "build"]
 
@@ -57,7 +60,7 @@ class BuiltKernel:
 
 
 @dataclass(frozen=True, repr=False)
-class Build:
+class Build(Reported):
     """The kernels of one pattern for one target; made by :func:`build`. ``print`` it for a table.
 
     ``kernels``: name -> :class:`BuiltKernel`; ``sources``: file name -> text of the module they are compiled from; there is a second one
@@ -72,6 +75,9 @@ class Build:
     ...     sorted(path.name for path in built.save(folder).glob("forward.*"))
     ['forward.cubin', 'forward.ptx']
     """
+
+    _adds = ("problems",)
+    _leaves_out = ("sources",)
 
     pattern: Pattern
     target: Target
@@ -115,22 +121,29 @@ class Build:
         """What a user should know: kernels that do not fit, spill, or multiply without matrix instructions."""
         return [f"{name}: {problem}" for name, kernel in self.kernels.items() for problem in kernel.problems]
 
-    def __str__(self) -> str:
+    def _about(self) -> str:
         dims = f"{self.shape.head_dim}" + ("" if self.shape.head_dim == self.shape.head_dim_v else f"/{self.shape.head_dim_v}")
-        about = f"  {self.target.name} ({self.target.device}), {self.shape.dtype}, head_dim {dims}, group {self.shape.group}, "
-        header = (
-            "kernel", "tile", "warps", "stages", "registers", "spills", "shared", "blocks/SM", "warps/SM", "limit", "matrix", "copies",
-        )  # fmt: skip
-        rows = [header, *(_row(kernel) for kernel in self.kernels.values())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = [*self.pattern.text.splitlines(), f"{about}Triton {self.triton_version}"]
+        group = "one query head a key head" if self.shape.group == 1 else f"{self.shape.group} query heads a key head"
+        return f"{self.target.name} ({self.target.device}), {self.shape.dtype}, head_dim {dims}, {group}, Triton {self.triton_version}"
+
+    def __str__(self) -> str:
+        rows = [_HEADER, *(_row(kernel) for kernel in self.kernels.values())]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+        lines = [*str(self.pattern).splitlines(), f"  {self._about()}"]
         lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join(lines + [f"  ! {problem}" for problem in self.problems])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        kernels = grid(_HEADER, [_row(kernel) for kernel in self.kernels.values()])
+        picture = thumbnail(self.pattern.mask.expr, self.pattern.bound)
+        return card("Build", str(self.pattern), [("for", self._about())], picture, self.problems, kernels)
+
+    def _said(self) -> dict[str, Any]:
+        told = self.to_json()
+        words = {"pattern": self.pattern.text, "target": told["target"], "shape": told["shape"]}
+        return {**words, "triton_version": self.triton_version, "kernels": told["kernels"], "problems": self.problems}
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON data; binaries are named by the file that :meth:`save` writes them to."""
@@ -140,7 +153,7 @@ class Build:
                 "purpose": kernel.purpose, "entry": kernel.binary.entry, "binary": f"{name}.{kernel.binary.extension}",
                 "signature": dict(kernel.job.signature), "constants": dict(kernel.job.constants), "config": kernel.config.to_json(),
                 "resources": kernel.resources.to_json(), "problems": list(kernel.problems),
-                "occupancy": {"blocks": kernel.occupancy.blocks, "warps": kernel.occupancy.warps, "limit": kernel.occupancy.limit},
+                "occupancy": plain(kernel.occupancy),
             }  # fmt: skip
         shape = {"dtype": self.shape.dtype, "head_dim": self.shape.head_dim, "head_dim_v": self.shape.head_dim_v}
         shape |= {"group": self.shape.group, "precision": self.shape.precision}
@@ -190,13 +203,29 @@ def _exchange(made: Path, place: Path, old: Path) -> None:
         raise
 
 
+_HEADER = (
+    "kernel",
+    "tile",
+    "warps",
+    "stages",
+    "registers",
+    "spills",
+    "shared",
+    "blocks/SM",
+    "warps/SM",
+    "limit",
+    "matrix",
+    "copies",
+)
+
+
 def _row(kernel: BuiltKernel) -> tuple[str, ...]:
     needs, found = kernel.resources, kernel.occupancy
     matrix = ", ".join(f"{count} {name}" for name, count in needs.instructions) or ("none" if needs.products else "-")
     return (
         kernel.job.kernel, f"{kernel.config.block_m}x{kernel.config.block_n}", str(kernel.config.warps), str(kernel.config.stages),
-        str(needs.registers), f"{needs.spills} B" if needs.spills else "-", f"{needs.shared_bytes:,} B", str(found.blocks),
-        f"{found.share:.0%}", found.limit, matrix, str(needs.async_copies or "-"),
+        str(needs.registers), bytes_text(needs.spills) if needs.spills else "-", bytes_text(needs.shared_bytes), str(found.blocks),
+        share_text(found.share), found.limit, matrix, str(needs.async_copies or "-"),
     )  # fmt: skip
 
 
@@ -298,7 +327,8 @@ def _problems(resources: Resources, shape: Shape, job: BuildJob) -> list[str]:
     found = [f"cannot be launched: {reason}" for reason in misfits(resources, job.target)]
     if resources.slowed:
         found.append(
-            f"{resources.spills} bytes of each thread's registers spill to memory, {resources.local_share:.0%} of a loop's instructions: "
+            f"{resources.spills} bytes of each thread's registers spill to memory, {share_text(resources.local_share)} of a loop's "
+            "instructions: "
             "smaller tiles or more warps need fewer"
         )
     if resources.products and shape.matrix_units:

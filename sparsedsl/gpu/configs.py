@@ -39,7 +39,7 @@ class Work:
 # (block_m, block_n, warps, stages) by the wider head dimension, for numbers of 16 bits: at 64 and 128 the best by counts of instructions,
 # of ampere and hopper among all (benchmarks/aot_vs_flex.py), of those that read what they need no more often than the memory gives it;
 # of blackwell and cdna among a few (benchmarks/aot_tiles.py). Blackwell's products of 64 rows take as long as those of 128, and on cdna
-# four warps on 64 rows do each product twice.
+# four warps on 64 rows do what two do, twice.
 _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
     "ampere": {
         "forward": {32: (64, 64, 4, 3), 64: (128, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
@@ -60,10 +60,10 @@ _HALF: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
         "grad_kv": {32: (64, 64, 8, 3), 64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 32, 8, 2)},
     },
     "cdna": {
-        "forward": {32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 4, 1), 256: (64, 32, 4, 1)},
+        "forward": {32: (128, 64, 4, 2), 64: (128, 64, 4, 2), 128: (128, 64, 4, 1), 256: (64, 32, 2, 1)},
         "decode": {32: (16, 64, 4, 2), 64: (16, 64, 4, 2), 128: (16, 64, 4, 1), 256: (16, 32, 4, 1)},
-        "grad_q": {32: (64, 64, 4, 1), 64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (32, 32, 4, 1)},
-        "grad_kv": {32: (64, 64, 4, 1), 64: (64, 128, 4, 1), 128: (32, 128, 4, 1), 256: (32, 32, 8, 1)},
+        "grad_q": {32: (64, 64, 2, 1), 64: (128, 64, 4, 1), 128: (128, 32, 4, 1), 256: (64, 16, 2, 1)},
+        "grad_kv": {32: (64, 64, 2, 1), 64: (64, 128, 4, 1), 128: (32, 128, 4, 1), 256: (32, 64, 2, 1)},
     },
 }
 # fp32 without matrix units: each thread holds whole rows of its operands.
@@ -148,7 +148,8 @@ def _tiles(kernel: str, shape: Shape, target: Target, work: Work) -> Iterator[Co
     if work.row_width is not None:
         # A tile wider than what a row attends to is mostly masked.
         columns = tuple(n for n in columns if n <= max(32, 2 * work.row_width)) or columns[:1]
-    for m, n, warps, stages in itertools.product(rows, columns, (4, 8), STAGES if family(target) != "cdna" else (1, 2)):
+    amd = family(target) == "cdna"
+    for m, n, warps, stages in itertools.product(rows, columns, (2, 4, 8) if amd else (4, 8), (1, 2) if amd else STAGES):
         config = Config(m, n, warps, stages)
         # At least one fragment a warp, and one of its own.
         if m * n >= 16 * 16 * warps and repeats(kernel, shape, target, config) == 1.0:

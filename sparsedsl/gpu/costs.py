@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparsedsl.gpu.configs import Work
-from sparsedsl.gpu.estimates import family, registers, repeats, shared_bytes
+from sparsedsl.gpu.estimates import family, idle_rows, registers, repeats, shared_bytes
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import Target
 
 if TYPE_CHECKING:
     from sparsedsl.analysis.lists import BlockLists
+    from sparsedsl.analysis.totals import Totals
 
 __all__ = [
     "Held",
@@ -28,6 +29,7 @@ __all__ = [
     "listed_tiles",
     "loaded_bytes",
     "ranked",
+    "retiled",
     "seconds",
     "work_of",
 ]
@@ -118,6 +120,23 @@ def banded_tiles(
     return TileCounts(whole * copies, (listed - whole) * copies, programs * copies, longest)
 
 
+def retiled(totals: Totals, block: tuple[int, int], copies: int, step: int = 1) -> TileCounts:
+    """Counts for tiles of ``block`` from those of tiles of 128 x 128, by their areas; ``copies``: batch entries times heads; ``step``:
+    residues that a kernel takes one at a time, each dense.
+
+    >>> from sparsedsl.analysis.report import analyse
+    >>> import sparsedsl as sd
+    >>> retiled(analyse(sd.kv_idx <= sd.q_idx, 4096).totals, (128, 64), copies=8)
+    TileCounts(full=7936, partial=512, programs=256, longest=64)
+    """
+    batch, heads, rows, _ = totals.shape
+    copies //= batch * heads
+    smaller = 128 * 128 / (block[0] * block[1] * step)
+    programs = max(1, round(rows * batch * heads * 128 / block[0]))
+    longest = max(1, round(totals.most * 128 / (block[1] * step)))
+    return TileCounts(round(totals.full * smaller) * copies, round(totals.partial * smaller) * copies, programs * copies, longest)
+
+
 def estimated_held(kernel: str, shape: Shape, target: Target, config: Config) -> Held:
     """What an SM holds by the estimates of shared memory and registers, for a kernel that is not compiled."""
     threads = config.warps * target.warp_size
@@ -140,7 +159,8 @@ def seconds(kernel: str, shape: Shape, target: Target, config: Config, tiles: Ti
     # Products of warp groups that are few columns wide wait for shared memory.
     narrow = max(1.0, 0.5 + 32.0 / (m if kernel == "grad_kv" else n)) if family(target) == "hopper" else 1.0
     times = repeats(kernel, shape, target, config)
-    cycles = times * narrow * products / (_flops_a_cycle(shape, target) * share)
+    idle = idle_rows(kernel, shape, target, config)
+    cycles = times * idle * narrow * products / (_flops_a_cycle(shape, target) * share)
     logits = times * m * n
     full = cycles + logits / _EXP_A_CYCLE + logits * _FULL_OPERATIONS / _LANES
     partial = full + logits * (_PARTIAL_OPERATIONS - _FULL_OPERATIONS) / _LANES

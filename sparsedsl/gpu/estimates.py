@@ -9,12 +9,26 @@ from __future__ import annotations
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import Target
 
-__all__ = ["family", "has_descriptors", "impossible", "registers", "repeats", "shared_bytes", "warps_of"]
+__all__ = [
+    "TENSOR_MEMORY_ROWS",
+    "family",
+    "has_descriptors",
+    "idle_rows",
+    "impossible",
+    "registers",
+    "repeats",
+    "rows_of_a_warp",
+    "shared_bytes",
+    "warps_of",
+]
+
+# Of a product in tensor memory: one of 64 rows takes as long, and shorter ones are left to units that are slower yet.
+TENSOR_MEMORY_ROWS = 128
 
 # Numbers of a thread beside its share of the tiles: pointers, bounds, row maxima and sums.
 _BESIDE_TILES = 40
-# Of a tile, for each warp: matrix instructions of a warp, or its part of one of a warp group, are so many rows high.
-_ROWS_OF_A_WARP = 16
+# Of a tile, for each warp: matrix instructions of a warp, or its part of one of a warp group, are so many rows high; AMD's have 64 lanes.
+_ROWS_OF_A_WARP, _ROWS_OF_64_LANES = 16, 32
 
 
 def family(target: Target) -> str:
@@ -51,7 +65,7 @@ def impossible(kernel: str, shape: Shape, target: Target, config: Config) -> str
 
 
 def repeats(kernel: str, shape: Shape, target: Target, config: Config) -> float:
-    """How often a program does each product and exponential: warps beyond one for 16 rows of a tile compute what others do.
+    """How often a program does each product and exponential: warps beyond one for 16 rows of a tile (32 on AMD) compute what others do.
 
     Rows are queries, or keys where gradients of keys are made. Tensor memory is shared out by columns too, and decode tiles, which are
     one row of warps high, are computed by columns.
@@ -59,20 +73,46 @@ def repeats(kernel: str, shape: Shape, target: Target, config: Config) -> float:
     >>> from sparsedsl.gpu.targets import target_named
     >>> [repeats("grad_kv", Shape("float16", 128, 128), target_named("sm_90"), Config(64, n, 8, 2)) for n in (64, 128)]
     [2.0, 1.0]
+    >>> [repeats("forward", Shape("float16", 64, 64), target_named("gfx942"), Config(n, 64, 4, 1)) for n in (64, 128)]
+    [2.0, 1.0]
     """
     if kernel in ("delta", "merge", "decode") or not shape.matrix_units or family(target) == "blackwell":
         return 1.0
     rows = config.block_n if kernel == "grad_kv" else config.block_m
-    return max(1.0, config.warps / (rows / _ROWS_OF_A_WARP))
+    return max(1.0, config.warps / (rows / rows_of_a_warp(target)))
 
 
-def warps_of(rows: int) -> int:
-    """The most warps, four at least, of which none repeats what others do on a tile of so many rows.
+def idle_rows(kernel: str, shape: Shape, target: Target, config: Config) -> float:
+    """How much longer than its numbers a product takes, as rows of the unit lie idle: in tensor memory 64 rows take as long as 128.
 
-    >>> [warps_of(rows) for rows in (32, 64, 128)]
-    [4, 4, 8]
+    >>> from sparsedsl.gpu.targets import target_named
+    >>> [idle_rows("forward", Shape("float16", 64, 64), target_named("sm_100"), Config(n, 64, 4, 2)) for n in (64, 128)]
+    [2.0, 1.0]
     """
-    return max(4, rows // _ROWS_OF_A_WARP)
+    if kernel in ("delta", "merge", "decode") or not shape.matrix_units or family(target) != "blackwell":
+        return 1.0
+    rows = config.block_n if kernel == "grad_kv" else config.block_m
+    return max(1.0, TENSOR_MEMORY_ROWS / rows)
+
+
+def rows_of_a_warp(target: Target) -> int:
+    """Rows of a tile that a warp has to itself: more warps than tile rows over this repeat each other's work.
+
+    >>> from sparsedsl.gpu.targets import target_named
+    >>> [rows_of_a_warp(target_named(name)) for name in ("sm_80", "sm_90", "gfx942")]
+    [16, 16, 32]
+    """
+    return _ROWS_OF_64_LANES if family(target) == "cdna" else _ROWS_OF_A_WARP
+
+
+def warps_of(rows: int, target: Target) -> int:
+    """The most warps of which none repeats what others do on a tile of so many rows; on NVIDIA four at least, which is a warp group.
+
+    >>> from sparsedsl.gpu.targets import target_named
+    >>> [[warps_of(rows, target_named(name)) for rows in (32, 64, 128)] for name in ("sm_90", "gfx942")]
+    [[4, 4, 8], [1, 2, 4]]
+    """
+    return max(1 if family(target) == "cdna" else 4, rows // rows_of_a_warp(target))
 
 
 def shared_bytes(kernel: str, shape: Shape, target: Target, config: Config) -> int:

@@ -15,6 +15,7 @@ from sparsedsl.gpu.configs import Config, Shape, Work, default_config, space
 from sparsedsl.gpu.costs import Held, TileCounts, ranked, seconds
 from sparsedsl.gpu.resources import Resources, misfits, occupancy
 from sparsedsl.gpu.targets import Target
+from sparsedsl.plain_values import Reported
 
 __all__ = ["HANDFUL", "Expected", "expected_config"]
 
@@ -23,7 +24,7 @@ HANDFUL = 4
 
 
 @dataclass(frozen=True)
-class Expected:
+class Expected(Reported):
     """``config``: the choice; ``seconds``: expected of a launch; ``resources``: of the compiled kernel; ``source``: how it was chosen, and
     ``refused``: candidates that cannot run, with the reason."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from sparsedsl.gpu.estimates import TENSOR_MEMORY_ROWS
 from sparsedsl.gpu.machine_loops import LoopCounts, MatrixCounts
 from sparsedsl.gpu.targets import Target
 
@@ -20,7 +21,6 @@ __all__ = ["Cycles", "cycles", "products_a_cycle"]
 _SPECIAL, _INTEGER = 4, 16
 _MULTIPLY_ADD = {80: 16}
 _VECTOR = 16  # of AMD's, for all but special functions
-_FULL_ROWS = 128  # of an instruction of tensor memory: one of 64 rows takes as long
 _SHARED_BYTES = 128.0  # a cycle of an SM, from shared memory
 _OPERAND_BYTES = 2  # fp16 and bf16
 _CLOCK = 1.7e9  # what rates are peaks of, nearly; products a cycle are a power of two
@@ -78,6 +78,6 @@ def _matrix(kind: MatrixCounts, warps: int, target: Target) -> float:
         return units
     rows, columns, inner = kind.shape
     if kind.warps == 0:
-        units *= max(1.0, _FULL_ROWS / rows)
+        units *= max(1.0, TENSOR_MEMORY_ROWS / rows)
     read = (columns + rows * kind.from_shared) * inner * _OPERAND_BYTES
     return max(units, kind.times(warps) * read / _SHARED_BYTES)

@@ -15,6 +15,8 @@ from sparsedsl.gpu import amdgcn, sass
 from sparsedsl.gpu.machine_loops import LoopCounts
 from sparsedsl.gpu.nvidia_tools import run_tool
 from sparsedsl.gpu.targets import Target
+from sparsedsl.plain_values import Reported
+from sparsedsl.quantities import share_text
 
 __all__ = ["MOST_LOCAL", "Occupancy", "Resources", "loops_of", "misfits", "occupancy", "resources_of"]
 
@@ -26,7 +28,7 @@ MOST_LOCAL = 0.03
 
 
 @dataclass(frozen=True)
-class Resources:
+class Resources(Reported):
     """What one compiled kernel takes.
 
     ``registers``       32-bit registers of a thread
@@ -64,13 +66,16 @@ class Resources:
         """Matrix instruction -> how often it is written; empty if the kernel has none."""
         return dict(self.instructions)
 
+    def _said(self) -> dict[str, Any]:
+        return self.to_json()
+
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON data."""
         return asdict(self) | {"instructions": self.tensor_core, "remarks": list(self.remarks)}
 
 
 @dataclass(frozen=True)
-class Occupancy:
+class Occupancy(Reported):
     """``blocks`` and ``warps`` resident on an SM at a time, the ``share`` of the warps it can hold, and what ``limit`` s them."""
 
     blocks: int
@@ -79,7 +84,7 @@ class Occupancy:
     limit: str
 
     def __str__(self) -> str:
-        return f"{self.blocks} blocks, {self.share:.0%} of warps ({self.limit})"
+        return f"{self.blocks} blocks, {share_text(self.share)} of warps ({self.limit})"
 
 
 def occupancy(resources: Resources, target: Target) -> Occupancy:

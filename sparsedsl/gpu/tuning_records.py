@@ -23,6 +23,7 @@ from typing import Any
 from sparsedsl.errors import SparseDSLError
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import Target
+from sparsedsl.plain_values import Reported
 from sparsedsl.settings import settings
 from sparsedsl.tuning.store import Store
 
@@ -94,7 +95,7 @@ def density_class(share: float, row_width: float) -> str:
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(Reported):
     """The result of one tuning: the fastest config and its seconds, those of the default (None if it did not run), when (UTC), how many
     candidates were tried, and how many of those could not be used."""
 
@@ -201,7 +202,7 @@ def export(path: Path | str) -> int:
 
 
 @dataclass(frozen=True)
-class Imported:
+class Imported(Reported):
     """``taken`` records are now in the store; ``older``: ours were measured later and stay; ``refused``: why, one line a record."""
 
     taken: int

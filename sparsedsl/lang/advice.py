@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from sparsedsl.errors import ArgumentError, PatternError
 
-__all__ = ["answer_for", "answering", "check_word", "meant", "shown", "surplus", "way_in"]
+__all__ = ["answer_for", "answering", "check_word", "meant", "public_only", "shown", "surplus", "way_in"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,7 +48,7 @@ ELSEWHERE = {
     "alibi_slopes": "ALiBi is part of the pattern: sd.attend(mask, score=sd.patterns.alibi(heads))",
     "cu_seqlens": "documents are part of the pattern: sd.patterns.documents()",
     "offset": "here it is q_offset=",
-    "stride": "blocks lie side by side; overlapping ones are not in the language",
+    "stride": "windows that overlap are made by sd.summary(k, 32, stride=16); blocks lie side by side",
     "beta": "the delta rule is not in the language: sd.linear() only adds to its state, faded by decay",
 }
 
@@ -60,6 +61,31 @@ def meant(word: object, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(str(word).strip("'"), list(known), n=1, cutoff=0.6)
     return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def public_only(
+    module: str, names: Collection[str], what: str = "attribute"
+) -> tuple[Callable[[str], NoReturn], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a module that shows ``names`` and says which of them was meant by another.
+
+    >>> getter, lister = public_only("shop", ["apples", "pears"])
+    >>> lister()
+    ['apples', 'pears']
+    >>> getter("aples")
+    Traceback (most recent call last):
+        ...
+    AttributeError: module 'shop' has no attribute 'aples'; public names are apples, pears. Did you mean 'apples'?
+    """
+
+    def missing(name: str) -> NoReturn:
+        raise AttributeError(no_attribute(module, name, names, what))
+
+    return missing, lambda: sorted(names)
+
+
+def no_attribute(module: str, name: str, names: Collection[str], what: str = "attribute") -> str:
+    """What is said of a name that a module does not have."""
+    return f"module {module!r} has no {what} {name!r}; public names are {', '.join(sorted(names))}{meant(name, names)}"
 
 
 def check_word(where: str, value: object, words: Collection[str]) -> str:
@@ -108,7 +134,7 @@ def way_in(value: object) -> str:
         return ". The text form of a pattern is read by sd.parse(text)"
     if hasattr(value, "pattern") or hasattr(value, "program"):
         return ". It is compiled already; what it was made of is its .pattern or .program"
-    if isinstance(value, type) or not callable(value):
+    if isinstance(value, type) or not callable(value) or kind == "Score":  # which is called as a decorator
         return ""
     name, wanted = getattr(value, "__name__", "function"), _arguments(value)
     if str(getattr(value, "__module__", "")).startswith("sparsedsl") or not wanted:
@@ -118,14 +144,18 @@ def way_in(value: object) -> str:
     return ". To use a FlexAttention mask function write sd.trace_mask(function)"
 
 
-def answering(function: F) -> F:
-    """``function``, but a call whose arguments do not fit its signature gets an :class:`ArgumentError`.
+def answering(function: F, name: str = "") -> F:
+    """``function``, but a call whose arguments do not fit its signature gets an :class:`ArgumentError`. ``name``: what messages call it.
 
     Nothing is done before a call has failed. It takes the place of ``function`` in the module that defines it, by whose name it is pickled.
     """
 
     if getattr(function, "answers", False):
         return function
+    home = vars(sys.modules[function.__module__])
+    known = home.get(function.__name__)
+    if getattr(known, "__wrapped__", None) is function:
+        return cast(F, known)  # by another of its names
 
     @functools.wraps(function)
     def called(*values: object, **words: Any) -> Any:
@@ -138,29 +168,32 @@ def answering(function: F) -> F:
             try:
                 signature.bind(*values, **words)
             except TypeError as wrong:
-                raise ArgumentError(_misfit(function.__name__, signature, words, wrong)) from None
+                raise ArgumentError(_misfit(name or function.__name__, signature, words, wrong)) from None
             raise
 
     vars(called)["answers"] = True
-    home = vars(sys.modules[function.__module__])
     if home.get(function.__name__) is function:
         home[function.__name__] = called
     return called  # type: ignore[return-value]
 
 
 def answer_for(names: dict[str, Any], public: Iterable[str]) -> None:
-    """:func:`answering` in place of every public function of a module, whose globals ``names`` are."""
+    """:func:`answering` in place of every public function of a module, whose globals ``names`` are, and of what makes its dataclasses."""
     for name in public:
-        if isinstance(names[name], types.FunctionType):
-            names[name] = answering(names[name])
+        value = names[name]
+        if isinstance(value, types.FunctionType):
+            names[name] = answering(value)
+        elif dataclasses.is_dataclass(value) and "__init__" in vars(value):
+            value.__init__ = answering(value.__init__, name)  # type: ignore[misc, method-assign]
 
 
 def _misfit(name: str, signature: inspect.Signature, words: Iterable[str], wrong: TypeError) -> str:
-    known = signature.parameters
+    known = [word for word in signature.parameters if word != "self"]
     unknown = [word for word in words if word not in known]
     if unknown:
         return f"{name}(): " + surplus(unknown, known, "it takes " + ", ".join(known))
-    return f"{name}(): {wrong}. It is called as {name}{signature}"
+    own = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "self"])
+    return f"{name}(): {wrong}. It is called as {name}{own}"
 
 
 def _arguments(function: Any) -> list[str]:

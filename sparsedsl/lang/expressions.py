@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Protocol, Self, TypeVar, cast, overload
 from weakref import WeakValueDictionary
 
@@ -87,7 +88,7 @@ class Mask(Expression):
     >>> causal = sd.kv_idx <= sd.q_idx
     >>> local = causal & (sd.q_idx - sd.kv_idx < 512)
     >>> print(local)
-    (q_idx >= kv_idx) & (q_idx - kv_idx <= 511)
+    (kv_idx <= q_idx) & (q_idx - kv_idx < 512)
     """
 
     __slots__ = ()
@@ -448,6 +449,15 @@ def _power_of_two(value: object) -> Any:
     return value
 
 
+# What `@sd.score` does; tracing stands above the language, which cannot import it.
+_score_decorators: list[Callable[..., Any]] = []
+
+
+def decorate_by(decorator: Callable[..., Any]) -> None:
+    """Name what the bare score does as a decorator."""
+    _score_decorators[:] = [decorator]
+
+
 class Score(_Arithmetic):
     """A float expression: the scaled logit ``score`` modified with indices, tables and float functions.
 
@@ -481,6 +491,26 @@ class Score(_Arithmetic):
 
     def __lshift__(self, other: Any) -> NoReturn:
         raise PatternError(f"`<<` and `>>` want whole numbers; {self} is a score. Use * and /")
+
+    def __call__(self, /, *function: Callable[..., Any], rename: Mapping[str, str] | None = None) -> Any:
+        """The bare score is a decorator too: the Score of a FlexAttention ``score_mod(score, b, h, q_idx, kv_idx)``.
+
+        The same as :func:`sparsedsl.trace_score`; ``@sd.score(rename={"slopes": "alibi"})`` calls tables otherwise.
+
+        >>> import sparsedsl as sd
+        >>> @sd.score
+        ... def capped(score, b, h, q_idx, kv_idx):
+        ...     return score - (q_idx - kv_idx) * 0.5
+        >>> capped
+        Score(score + 0.5*kv_idx - 0.5*q_idx)
+        """
+        bare = self._expr == SCORE and _score_decorators
+        if not bare or len(function) > 1 or not all(callable(f) and not isinstance(f, Expression) for f in function):
+            raise PatternError(
+                f"{self!r} is an expression, not a function of {', '.join(map(shown, function)) or 'nothing'}. Called is sd.score alone, "
+                "on a score_mod(score, b, h, q_idx, kv_idx): @sd.score above it. To use the scaled logit write sd.score without brackets"
+            )
+        return _score_decorators[0](*function, rename=rename)
 
     __rfloordiv__, __rmod__ = __floordiv__, __mod__
     __rlshift__ = __rshift__ = __rrshift__ = __lshift__
@@ -579,6 +609,9 @@ def table(
     values_in: tuple[int, int] | None = None,
 ) -> Table[Any]:
     """Declare a table: a tensor that a pattern reads, passed at call time as ``attn(q, k, v, name=tensor)``.
+
+    ``name`` is a Python identifier. A table called as an index, ``h``, is kept as ``h_table`` and passed by either name; one called as a
+    word of the call, ``scale``, is passed as ``tables={"scale": tensor}``.
 
     ``dtype`` is int (default), bool or float, or a torch dtype of these kinds (``learned=True`` makes it float). The other words
     are facts that analysis relies on and calls check: ``monotone`` (never falls along its last index, as document ids),

@@ -31,7 +31,7 @@ def where(condition: Any, a: Any, b: Any) -> Index | Score:
 
     >>> import sparsedsl as sd
     >>> print(sd.where(sd.kv_idx < 4, sd.score, float("-inf")))
-    where(kv_idx <= 3, score, -inf)
+    where(kv_idx < 4, score, -inf)
     """
     condition = as_mask(condition, where="condition of where()")
     a, b = _widest(a, b, of="where")
@@ -103,4 +103,15 @@ def _real(name: str) -> Callable[[Any], Score]:
 
 
 tanh, exp, log, sqrt, sin, cos = (_real(name) for name in ("tanh", "exp", "log", "sqrt", "sin", "cos"))
-sigmoid, softplus, relu, erf = (_real(name) for name in ("sigmoid", "softplus", "relu", "erf"))
+sigmoid, softplus, erf = (_real(name) for name in ("sigmoid", "softplus", "erf"))
+_relu = _real("relu")
+
+
+def relu(x: Any) -> Any:
+    """``max(x, 0)``. Of the scores of a program, ``x.relu()``: scores, which a choice can be made by.
+
+    >>> import sparsedsl as sd
+    >>> print(sd.relu(sd.score))
+    relu(score)
+    """
+    return x.relu() if getattr(x, "gives", None) == "scores" else _relu(x)

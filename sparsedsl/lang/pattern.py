@@ -6,7 +6,7 @@ import functools
 import hashlib
 import numbers
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,10 +15,10 @@ import sympy
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.advice import meant, shown, way_in
 from sparsedsl.lang.expressions import Mask, Score, _written, as_mask, as_score
-from sparsedsl.lang.printing import to_text
+from sparsedsl.lang.printing import expression_text, reading_text, to_text
 from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
-from sparsedsl.lang.tables import TableSpec, table_reads, table_specs
+from sparsedsl.lang.tables import TableSpec, by_kept_name, table_reads, table_specs, values_text
 from sparsedsl.lang.wrapped import Carried, merge_carried
 
 __all__ = ["Pattern", "as_pattern", "attend", "relates_positions"]
@@ -30,18 +30,20 @@ class Pattern(Unread):
 
     ``mask``: pairs that attend. ``score``: the modified logit, an expression in ``score`` (the scaled dot product); its plain
     form is ``score`` itself. ``sink``: a logit over ``b, h`` that enters the softmax denominator with value zero, or None.
-    ``scale``: factor on the dot product; None means ``head_dim ** -0.5``.
+    ``scale``: factor on the dot product; None means ``head_dim ** -0.5``. ``causal``: whether it is claimed that no query sees a later
+    position; a claim changes nothing that is computed, and :func:`sparsedsl.testing.check` holds the pattern to it.
 
     >>> import sparsedsl as sd
     >>> pattern = sd.attend(sd.kv_idx <= sd.q_idx, sink=0.0)
     >>> pattern.mask, pattern.has_score, pattern.sink
-    (Mask(q_idx >= kv_idx), False, Score(0.0))
+    (Mask(kv_idx <= q_idx), False, Score(0.0))
     """
 
     mask: Mask
     score: Score
     sink: Score | None = None
     scale: float | None = None
+    causal: bool = False
 
     @functools.cached_property
     def tables(self) -> Mapping[str, TableSpec]:
@@ -101,13 +103,21 @@ class Pattern(Unread):
 
     @functools.cached_property
     def text(self) -> str:
-        """The pattern as Python code with ``attend(...)``; also what its hash is taken of."""
-        *declarations, mask = to_text(*self.exprs).split("\n")[: len(self.tables) + 1]
+        """The pattern as Python code with ``attend(...)``. ``str`` says the same as one writes it."""
+        return self.written(expression_text)
+
+    def written(self, write: Callable[[sympy.Basic], str]) -> str:
+        """:attr:`text` with its expressions as ``write`` writes them."""
+        return self._meaning(write)[:-1] + (", causal=True)" if self.causal else ")")
+
+    def _meaning(self, write: Callable[[sympy.Basic], str]) -> str:
+        """The text without what is only claimed."""
+        *declarations, mask = to_text(*self.exprs, write=write).split("\n")[: len(self.tables) + 1]
         words = [mask]
         if self.has_score:
-            words.append(f"score={self.score}")
+            words.append(f"score={write(self.score.expr)}")
         if self.sink is not None:
-            words.append(f"sink={self.sink}")
+            words.append(f"sink={write(self.sink.expr)}")
         if self.scale is not None:
             words.append(f"scale={self.scale!r}")
         if self.heads is not None:
@@ -116,11 +126,12 @@ class Pattern(Unread):
 
     @functools.cached_property
     def key(self) -> str:
-        """A hash of the text form (32 hex digits), the same in every process."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+        """A hash of the text form without claims (32 hex digits), the same in every process."""
+        return hashlib.sha256(self._meaning(expression_text).encode()).hexdigest()[:32]
 
-    def bind(self, **tables: Any) -> Pattern:
+    def bind(self, /, **tables: Any) -> Pattern:
         """The same pattern with tensors bound to some of its tables."""
+        tables = dict(by_kept_name(tables, self.tables))
         unknown = sorted(set(tables) - set(self.tables))
         if unknown:
             near = "".join(meant(name, self.tables) for name in unknown)
@@ -130,10 +141,10 @@ class Pattern(Unread):
             names = expression.tables
             return expression.bind(**{n: t for n, t in tables.items() if n in names})
 
-        return Pattern(part(self.mask), part(self.score), None if self.sink is None else part(self.sink), self.scale)
+        return Pattern(part(self.mask), part(self.score), None if self.sink is None else part(self.sink), self.scale, self.causal)
 
     def __reduce__(self) -> Any:
-        return Pattern, (self.mask, self.score, self.sink, self.scale)
+        return Pattern, (self.mask, self.score, self.sink, self.scale, self.causal)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Unvalued) and not isinstance(other, Pattern):
@@ -152,14 +163,35 @@ class Pattern(Unread):
     def __hash__(self) -> int:
         return hash((self.exprs, self.scale))
 
-    def __str__(self) -> str:
+    def _plain_(self) -> str:
         return self.text
 
+    def _repr_html_(self) -> str:
+        from sparsedsl.html_card import card
+        from sparsedsl.lang.thumbnail import thumbnail
+
+        return card("Pattern", str(self), self.html_facts(), thumbnail(self.mask.expr, self.bound), self.warnings)
+
+    def html_facts(self) -> list[tuple[str, str]]:
+        """What a notebook says of it beside its text: names and words."""
+        missing = [name for name in self.tables if name not in self.bound]
+        facts = [("tables to pass", ", ".join(missing))] if missing else []
+        facts += [
+            ("tables bound", ", ".join(f"{name} {values_text(self.bound[name])}" for name in self.tables if name in self.bound))
+        ]
+        facts += [("query heads", "any number" if self.heads is None else str(self.heads))]
+        return [(name, words) for name, words in facts if words]
+
+    def __str__(self) -> str:
+        return self.written(reading_text)
+
     def __repr__(self) -> str:
-        return f"<Pattern {self.text.splitlines()[-1]}>"
+        return f"<Pattern {str(self).splitlines()[-1]}>"
 
 
-def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None) -> Pattern:
+def attend(
+    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None, causal: bool = False
+) -> Pattern:  # fmt: skip
     """Softmax attention over the pairs that ``mask`` allows.
 
     Args:
@@ -170,6 +202,7 @@ def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | Non
         scale: factor on ``q @ k``; default ``head_dim ** -0.5``.
         heads: the number of query heads it is written for: a call with another number, as a shard of the heads has, raises. None
             takes what its parts say, as ``alibi(8)`` does, else any number will do.
+        causal: claims that no query sees a later position; nothing is computed otherwise for it. The test kit holds the pattern to it.
 
     Raises:
         PatternError: when the mask depends on ``score``, the sink on a position, the scale is not a positive number, or parts are
@@ -177,7 +210,7 @@ def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | Non
 
     >>> import sparsedsl as sd
     >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.tanh(sd.score / 30) * 30)
-    <Pattern attend(q_idx >= kv_idx, score=30*tanh(score / 30))>
+    <Pattern attend(kv_idx <= q_idx, score=30*tanh(score / 30))>
     """
     mask = as_mask(mask, where="the mask of attend()")
     if heads is not None:
@@ -204,7 +237,9 @@ def attend(mask: Any, score: Any = None, *, sink: Any = None, scale: float | Non
         if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not 0 < float(scale) < float("inf"):
             raise PatternError(f"scale must be a positive number or None for head_dim ** -0.5; got {scale!r}")
         scale = float(scale)
-    pattern = Pattern(mask, logit, sink, scale)
+    if not isinstance(causal, bool):
+        raise PatternError(f"causal must be True or False, what is claimed of the pattern; got {shown(causal)}")
+    pattern = Pattern(mask, logit, sink, scale, causal)
     for name, spec in pattern.tables.items():
         if spec.learned and name in mask.tables:
             raise PatternError(

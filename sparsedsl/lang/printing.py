@@ -1,6 +1,7 @@
 """Expressions as text: Python in the language itself. What ``str`` shows, :func:`sparsedsl.parse` reads.
 
-One short method a node with explicit precedence; an unknown node raises. Printers of generated code subclass :class:`Printer`.
+Two forms: the canonical one, which keys and files are made of, and one for reading. One short method a node with explicit precedence; an
+unknown node raises. Printers of generated code subclass :class:`Printer`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
-from sparsedsl.lang.symbols import KV_IDX
+from sparsedsl.lang.symbols import KV_IDX, Q_IDX
 from sparsedsl.lang.tables import TableRead, table_specs
 
-__all__ = ["Printer", "expression_text", "to_text"]
+__all__ = ["Printer", "expression_text", "reading_text", "to_text"]
 
 # Python's precedences, loosest first.
 OR, XOR, AND, COMPARE, ADD, MULTIPLY, UNARY, POWER, ATOM = 1, 2, 3, 4, 6, 7, 8, 9, 10
@@ -153,7 +154,12 @@ class Printer:
         if isinstance(left, TableRead) and left.spec.dtype == "bool" and right == 0:
             body, precedence = self._print_TableRead(left)
             return (body, precedence) if isinstance(expr, sympy.Ne) else (f"~{body}", UNARY)
-        sign = expr.rel_op
+        left, sign, right = self.sides(expr)
+        return f"{self.text(left, ADD)} {sign} {self.text(right, ADD)}", COMPARE
+
+    def sides(self, expr: Relational) -> tuple[sympy.Basic, str, sympy.Basic]:
+        """What a comparison is written as: left, sign, right."""
+        left, sign, right = expr.lhs, expr.rel_op, expr.rhs
         # x - y <= -1 is x < y between integers
         strict = {("<=", -1): "<", (">=", 1): ">"}.get((sign, right)) if left.is_integer else None
         if (right == 0 or strict) and isinstance(left, sympy.Add) and left.is_integer:
@@ -164,7 +170,7 @@ class Printer:
             if negative and len(negative) < len(left.args):
                 left, right = sympy.Add(*(t for t in left.args if t not in negative)), sympy.Add(*(-t for t in negative))
                 sign = strict or sign
-        return f"{self.text(left, ADD)} {sign} {self.text(right, ADD)}", COMPARE
+        return left, sign, right
 
     def _print_Equality(self, expr: Relational) -> tuple[str, int]:
         body, precedence = self._print_Relational(expr)
@@ -190,6 +196,27 @@ class Printer:
         return "False", ATOM
 
 
+class ReadingPrinter(Printer):
+    """The same expressions as one writes them: keys left of what bounds them, windows by their size."""
+
+    def sides(self, expr: Relational) -> tuple[sympy.Basic, str, sympy.Basic]:
+        """``kv_idx <= q_idx`` for ``q_idx >= kv_idx``, ``q_idx - kv_idx < 512`` for ``<= 511``."""
+        left, sign, right = super().sides(expr)
+        if sign not in _TURNED:
+            return left, sign, right
+        if KV_IDX in right.free_symbols and KV_IDX not in left.free_symbols and not right.has(TableRead):
+            left, sign, right = right, _TURNED[sign], left
+        elif sign == ">=" and right.is_Integer and isinstance(left, sympy.Add) and -KV_IDX in left.args and right < 0:
+            left, sign, right = KV_IDX, "<=", left + KV_IDX - right
+        whole = sign == "<=" and right.is_Integer and left.is_integer
+        if whole and ((right > 0 and right % 2) or (right == 0 and left in (Q_IDX, KV_IDX))):
+            sign, right = "<", right + 1  # a size: most are even, or 1
+        return left, sign, right
+
+
+_TURNED = {"<=": ">=", ">=": "<=", "<": ">", ">": "<"}
+
+
 def _ordered(arguments: tuple[sympy.Basic, ...]) -> list[sympy.Basic]:
     return sorted(arguments, key=sympy.default_sort_key)
 
@@ -199,7 +226,21 @@ def expression_text(expr: sympy.Basic) -> str:
     return Printer().text(expr)
 
 
-def to_text(*exprs: sympy.Basic) -> str:
-    """Table declarations, one a line, then the expression."""
+def reading_text(expr: sympy.Basic) -> str:
+    """The bare expression as one writes it, for people: reports and ``repr``. It says the same as :func:`expression_text`, which is what
+    keys and files are made of and stays as it is.
+
+    >>> import sparsedsl as sd
+    >>> mask = (sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 512) | (sd.kv_idx < 4)
+    >>> reading_text(mask.expr)
+    '((kv_idx <= q_idx) & (q_idx - kv_idx < 512)) | (kv_idx < 4)'
+    >>> sd.parse(reading_text(mask.expr)).same_as(mask)
+    True
+    """
+    return ReadingPrinter().text(expr)
+
+
+def to_text(*exprs: sympy.Basic, write: Callable[[sympy.Basic], str] = expression_text) -> str:
+    """Table declarations, one a line, then the expressions, each as ``write`` writes it."""
     lines = [f"{name} = {spec.declaration()}" for name, spec in table_specs(*exprs).items()]
-    return "\n".join(lines + [expression_text(e) for e in exprs])
+    return "\n".join(lines + [write(e) for e in exprs])

@@ -11,23 +11,73 @@ import functools
 import keyword
 import operator
 import unicodedata
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import sympy
 
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.known_facts import facts
-from sparsedsl.lang.symbols import RESERVED_NAMES
+from sparsedsl.lang.symbols import CALL_WORDS, SYMBOL_NAMES
 
-__all__ = ["TableRead", "TableSpec", "table_reads", "table_specs"]
+__all__ = [
+    "TableRead",
+    "TableSpec",
+    "by_kept_name",
+    "declared",
+    "kept_name",
+    "table_reads",
+    "table_specs",
+    "to_pass",
+    "values_text",
+]
 
+T = TypeVar("T")
 _DTYPES = {
     **dict.fromkeys((int, "int", "int8", "int16", "int32", "int64", "long", "uint8"), "int"),
     **dict.fromkeys((bool, "bool"), "bool"),
     **dict.fromkeys((float, "float", "float16", "bfloat16", "float32", "float64", "half", "double"), "float"),
 }
+
+
+def kept_name(name: str) -> str:
+    """What a table called ``name`` is called in formulas: ``h_table`` for ``h``, which is the head there.
+
+    >>> kept_name("h"), kept_name("doc")
+    ('h_table', 'doc')
+    """
+    return f"{name}_table" if name in SYMBOL_NAMES else name
+
+
+def by_kept_name(given: Mapping[str, T], known: Container[str]) -> Mapping[str, T]:
+    """Values that were given by names of tables, by the names that tables are kept by. ``known``: those of the pattern.
+
+    >>> by_kept_name({"h": 1, "doc": 2}, ["h_table", "doc"])
+    {'h_table': 1, 'doc': 2}
+    """
+    if SYMBOL_NAMES.isdisjoint(given):
+        return given
+    found: dict[str, T] = {}
+    for name, value in given.items():
+        kept = name if name in known or kept_name(name) not in known else kept_name(name)
+        if kept in found:
+            raise TableError(f"table {name!r} is given twice: it is kept as {kept!r}")
+        found[kept] = value
+    return found
+
+
+def to_pass(*names: str) -> str:
+    """How a call is given tables, in words.
+
+    >>> print(to_pass("doc"), "|", to_pass("doc", "scale"))
+    pass doc=tensor with the call | pass doc=tensor, tables={'scale': tensor} with the call
+    """
+    words = [f"{name}=tensor" for name in names if name not in CALL_WORDS]
+    taken = [f"{name!r}: tensor" for name in names if name in CALL_WORDS]
+    words += [f"tables={{{', '.join(taken)}}}"] if taken else []
+    return f"pass {', '.join(words)} with the call"
 
 
 @dataclass(frozen=True)
@@ -57,15 +107,17 @@ class TableSpec:
         learned: bool = False,
         values_in: tuple[int, int] | None = None,
     ) -> TableSpec:
-        """Check the user's words and build the spec. Names are kept as Python keeps identifiers: in the normal form NFKC."""
+        """Check the user's words and build the spec.
+
+        Names are kept as Python keeps identifiers, in the normal form NFKC, and those of indices by :func:`kept_name`.
+        """
         given = name
         name = unicodedata.normalize("NFKC", name) if isinstance(name, str) else ""
         if not name.isidentifier() or keyword.iskeyword(name):
             raise TableError(
                 f"table name must be a Python identifier, since it is passed as attn(..., name=tensor); got {given!r}"
             )
-        if name in RESERVED_NAMES:
-            raise TableError(f"table name {name!r} is reserved; choose another, e.g. {name}_table")
+        name = kept_name(name)
         for word, value in (("monotone", monotone), ("bijective", bijective), ("learned", learned)):
             if not isinstance(value, bool):
                 raise TableError(f"table {name!r}: {word} must be True or False; got {shown(value)}")
@@ -173,3 +225,28 @@ def table_specs(*exprs: sympy.Basic) -> dict[str, TableSpec]:
             elif known[1] != len(read.args):
                 raise PatternError(f"table {spec.name!r} is read with {known[1]} and with {len(read.args)} indices; use one form")
     return {name: found[name][0] for name in sorted(found)}
+
+
+def values_text(table: Any) -> str:
+    """The values of a tensor where they are few, else what it is.
+
+    >>> import torch
+    >>> values_text(torch.tensor([1, 5])), values_text(torch.zeros(4, 8))
+    ('[1, 5]', '<torch.float32 of shape (4, 8)>')
+    """
+    return str(table.tolist()) if table.numel() <= 16 else f"<{table.dtype} of shape {tuple(table.shape)}>"
+
+
+def declared(text: str, tables: Mapping[str, Any]) -> list[str]:
+    """The lines of a text form, with the values of tables that are known behind their declarations.
+
+    >>> import torch
+    >>> declared("w = table('w')\\nq_idx - kv_idx < w[h]", {"w": torch.tensor([8, 64])})
+    ["w = table('w')  # [8, 64]", 'q_idx - kv_idx < w[h]']
+    """
+    lines = []
+    for line in text.splitlines():
+        name, sign, rest = line.partition(" = ")
+        known = bool(sign) and rest.startswith("table(") and name in tables
+        lines.append(f"{line}  # {values_text(tables[name])}" if known else line)
+    return lines

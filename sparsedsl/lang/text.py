@@ -97,6 +97,8 @@ class Reader:
         self.source = source
         self.names: dict[str, Any] = {name: Index(symbol) for name, symbol in INDEX_SYMBOLS.items()}
         self.names |= {"score": Score(SCORE), "inf": float("inf")}
+        # What has a meaning before anything is declared. A table may have such a name: it is read with indices, which these are not.
+        self.own_names = frozenset(self.names)
         self.tables: dict[str, Any] = {}
         self.level = 0
 
@@ -152,7 +154,7 @@ class Reader:
 
     def is_free(self, name: str, function: str) -> bool:
         """Whether ``name`` may be declared, as what ``function`` makes."""
-        return name not in self.tables and (name not in self.names or (function == "table" and name == "inf"))
+        return name not in self.tables and (name not in self.names or (function == "table" and name in self.own_names))
 
     def value(self, node: ast.AST) -> Any:
         """The value of one syntax node."""

@@ -13,9 +13,9 @@ from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang.advice import meant
 from sparsedsl.lang.known_facts import check_extent
-from sparsedsl.lang.printing import expression_text, to_text
+from sparsedsl.lang.printing import expression_text, reading_text, to_text
 from sparsedsl.lang.refusals import Unvalued
-from sparsedsl.lang.tables import TableSpec, table_specs
+from sparsedsl.lang.tables import TableSpec, by_kept_name, table_specs
 
 __all__ = ["Carried", "Expression", "merge_carried"]
 
@@ -104,9 +104,10 @@ class Expression(Unvalued):
             object.__setattr__(self, "_key", hashlib.sha256(f"{kind}\n{self.text}".encode()).hexdigest()[:32])
         return self._key  # type: ignore[return-value]
 
-    def bind(self, **tables: Any) -> Self:
+    def bind(self, /, **tables: Any) -> Self:
         """The same expression with tensors bound to tables, so that calls need not pass them."""
         known = self.tables
+        tables = dict(by_kept_name(tables, known))
         for name in tables:
             if name not in known:
                 raise TableError(
@@ -140,13 +141,13 @@ class Expression(Unvalued):
         return hash((type(self).__name__, self._expr))
 
     def __str__(self) -> str:
+        return reading_text(self._expr)
+
+    def _plain_(self) -> str:
         return expression_text(self._expr)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self})"
-
-    def _repr_latex_(self) -> str:
-        return f"$\\displaystyle {sympy.latex(self._expr)}$"
 
     def __reduce__(self) -> Any:
         return type(self), (self._expr, self._bound)

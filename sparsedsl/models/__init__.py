@@ -31,7 +31,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingPackageError("sparsedsl.models", "transformers", "models") from error
 
-from sparsedsl.lang.advice import answer_for
+from sparsedsl.lang.advice import answer_for, public_only
 from sparsedsl.models.applying import AppliedPatterns, applied, apply
 from sparsedsl.models.converting import Conversion, conversion, convert
 from sparsedsl.models.donor import Donor
@@ -80,3 +80,4 @@ __all__ = [
 ]
 
 answer_for(globals(), __all__)
+__getattr__, __dir__ = public_only(__name__, __all__)

@@ -19,6 +19,7 @@ from sparsedsl.models.caches import arrange, empty_cache, release, report
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.given import bind, choose
 from sparsedsl.models.installed import Installed, home_of, installed_at, installed_in
+from sparsedsl.models.layer_caches import CacheReport
 from sparsedsl.models.layers import (
     attention_layers,
     closed_layers,
@@ -113,7 +114,7 @@ def apply(
     >>> local = (sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 4)
     >>> with sd.models.apply(model, {1: local}, backend="reference") as applied:
     ...     print(applied)
-    <AppliedPatterns on LlamaForCausalLM: layer 1 attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 3)); native: layer 0>
+    <AppliedPatterns on LlamaForCausalLM: layer 1 attend((kv_idx <= q_idx) & (q_idx - kv_idx < 4)); native: layer 0>
     >>> sparse = sd.patterns.token_sparse(coverage=0.1, probe=8, min_tokens=16)
     >>> with sd.models.apply(model, {1: sparse}) as applied:
     ...     applied.patterns[1].root is sparse
@@ -202,6 +203,26 @@ class AppliedPatterns:
         stands, else the model's own attention. Handles are restored in any order; doing so twice is no error."""
         self._installed.remove(self)
 
+    def by_layers(self) -> list[tuple[tuple[int, ...], Pattern | Program, bool]]:
+        """What :func:`sparsedsl.testing.check` looks at: indices of layers that run the same, what they run, and whether they decode.
+
+        Where a layer is causal by its own word a pattern must be: one that sees later tokens trains a model on what it is to say. A
+        program that runs on prompts alone may.
+
+        >>> import sparsedsl as sd
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> with sd.models.apply(LlamaForCausalLM(LlamaConfig(**tiny)), sd.kv_idx <= sd.q_idx + 1) as applied:
+        ...     applied.by_layers()
+        [((0, 1), <Pattern attend(kv_idx <= q_idx + 1)>, True)]
+        """
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for index, pattern in self.patterns.items():
+            decodes = bool(getattr(self._installed.layers[index], "is_causal", False))
+            meant = decodes and not (isinstance(pattern, Program) and is_for_prefill(pattern))
+            groups.setdefault((pattern.key, meant), []).append(index)
+        return [(tuple(indices), self.patterns[indices[0]], decodes) for (_, decodes), indices in groups.items()]
+
     def cache(self, max_length: int | None = None) -> Cache:
         """An empty KV cache that holds the keys these patterns may ask for, and no more; pass it as ``past_key_values``.
 
@@ -213,8 +234,8 @@ class AppliedPatterns:
         release(installed.bindings)
         return cache
 
-    def cache_report(self, length: int, *, batch: int = 1) -> str:
-        """What the layers' caches hold while ``length`` tokens go by, in words and bytes: what is bounded, and what grows.
+    def cache_report(self, length: int, *, batch: int = 1) -> CacheReport:
+        """What the layers' caches hold while ``length`` tokens go by, in words and bytes: what is bounded, and what grows; ``print`` it.
 
         The model runs on one token, to see what its layers' keys and values are.
 
@@ -223,8 +244,8 @@ class AppliedPatterns:
         >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> with sd.models.apply(LlamaForCausalLM(LlamaConfig(**tiny)).eval(), {1: sd.patterns.sliding_window(512)}) as applied:
         ...     print(applied.cache_report(32768))
-        layer 0: every key; 128 bytes a token, 4 MiB for 32,768 tokens
-        layer 1: ring: a ring of 512 keys; PROVED (for all indices, lengths and tables); 128 bytes a token, 0.0624 MiB for 32,768 tokens
+        layer 0: every key; 128 B a token, 4 MiB for 32,768 tokens
+        layer 1: ring: a ring of 512 keys; PROVED (for all indices, lengths and tables); 128 B a token, 63.9 KiB for 32,768 tokens
         all layers: 4.06 MiB, where 8 MiB hold every key
         """
         check_size("length", length, 1)
@@ -262,7 +283,7 @@ class AppliedPatterns:
 def _words(pattern: Pattern | Program) -> str:
     if isinstance(pattern, Program):
         return f"{pattern.labels[pattern.root]}{', prompts only' if is_for_prefill(pattern) else ''}"
-    return pattern.text.splitlines()[-1]
+    return str(pattern).splitlines()[-1]
 
 
 def _before_forward(installed: Installed, module: Any, args: Any, kwargs: dict[str, Any]) -> None:

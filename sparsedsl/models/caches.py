@@ -22,12 +22,12 @@ from transformers.cache_utils import (
 
 from sparsedsl.analysis.cached_keys import CacheBound
 from sparsedsl.analysis.domain import check_size
-from sparsedsl.analysis.lists import size_text
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.lang.pattern import attend
 from sparsedsl.models.binding import Binding
 from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
+from sparsedsl.models.layer_caches import CacheReport, LayerCache
 from sparsedsl.models.layers import layer_words
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def release(bindings: Mapping[int, Binding]) -> None:
         binding.held = None
 
 
-def report(cache: Cache, length: int, batch: int) -> str:
+def report(cache: Cache, length: int, batch: int) -> CacheReport:
     """What the layers of a cache that has seen a token hold while ``length`` tokens go by, in words and bytes."""
     groups: dict[tuple[str, int, int], list[int]] = {}
     for index, layer in enumerate(cache.layers):
@@ -120,13 +120,11 @@ def report(cache: Cache, length: int, batch: int) -> str:
         elif window is not None:
             words, most = f"the last {window - 1} keys", min(length, window - 1)
         groups.setdefault((words, each, most), []).append(index)
-    lines = [
-        f"{layer_words(layers)}: {words}; {each:,} bytes a token, {size_text(batch * each * most)} for {length:,} tokens"
-        for (words, each, most), layers in groups.items()
-    ]
-    took = sum(batch * each * most * len(layers) for (_, each, most), layers in groups.items())
-    whole = sum(batch * each * length * len(layers) for (_, each, _), layers in groups.items())
-    return "\n".join([*lines, f"all layers: {size_text(took)}, where {size_text(whole)} hold every key"])
+    found = tuple(
+        LayerCache(tuple(layers), words, most, each, batch * each * most) for (words, each, most), layers in groups.items()
+    )
+    took = sum(one.bytes * len(one.layers) for one in found)
+    return CacheReport(length, batch, found, took, sum(batch * one.token_bytes * length * len(one.layers) for one in found))
 
 
 def _is_empty(layer: Any) -> bool:

@@ -41,7 +41,7 @@ class Donor:
     ...     print(donor.heads, donor.head_dim, donor.native)
     ...     return sd.models.MoBA(donor, chunk=4 * donor.head_dim)
     >>> handle = sd.models.convert(LlamaForCausalLM(LlamaConfig(**tiny)), {1: layer})
-    2 8 attend(q_idx >= kv_idx)
+    2 8 attend(kv_idx <= q_idx)
     """
 
     layer_idx: int

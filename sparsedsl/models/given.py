@@ -11,6 +11,7 @@ from sparsedsl.errors import PatternError, TableError, UnsupportedError
 from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
+from sparsedsl.lang.wrapped import Expression
 from sparsedsl.models.binding import Binding, Compiled
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.derived import PROVIDED
@@ -31,7 +32,7 @@ def choose(patterns: Any, layers: list[int]) -> dict[int, Any]:
         if unknown:
             raise PatternError(f"no attention layer has the index {unknown}; the model's attention layers are {layers}")
         given = {index: patterns[index] for index in layers if index in patterns}
-    elif isinstance(patterns, (Mask, Pattern, bool)) or as_program(patterns) is not None:
+    elif isinstance(patterns, (Expression, Pattern, bool)) or as_program(patterns) is not None:
         given = dict.fromkeys(layers, patterns)
     elif callable(patterns) and not isinstance(patterns, type):
         try:
@@ -66,7 +67,7 @@ def bind(
             raise
         native = None
     if native is not None and keeps_score:
-        pattern = Pattern(pattern.mask, native.score, native.sink, native.scale)
+        pattern = Pattern(pattern.mask, native.score, native.sink, native.scale, pattern.causal)
     elif native is not None:
         lost = ["soft cap"] if native.has_score and not pattern.has_score else []
         lost += ["sink logits"] if native.sink is not None and pattern.sink is None else []

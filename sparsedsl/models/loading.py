@@ -73,7 +73,7 @@ def from_pretrained(
     ...     model.save_pretrained(folder)
     ...     again = sd.models.from_pretrained(folder)
     >>> sd.models.applied(again)[0]
-    <AppliedPatterns on LlamaForCausalLM: layer 1 attend(q_idx >= kv_idx); native: layer 0>
+    <AppliedPatterns on LlamaForCausalLM: layer 1 attend(kv_idx <= q_idx); native: layer 0>
     """
     place = {name: arguments[name] for name in _PLACE if name in arguments}
     kind = _saved_class(folder, place) if model_class is None else model_class

@@ -49,7 +49,7 @@ def native_patterns(model: PreTrainedModel) -> dict[int, Pattern]:
     >>> tiny = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     >>> model = MistralForCausalLM(MistralConfig(**tiny, num_key_value_heads=1, sliding_window=4))
     >>> sd.models.native_patterns(model)
-    {0: <Pattern attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 3))>}
+    {0: <Pattern attend((kv_idx <= q_idx) & (q_idx - kv_idx < 4))>}
     """
     config, told = text_config(model), is_told_causal(model, text_config(model))
     return {i: native_pattern(module, i, config, told) for i, module in attention_layers(model).items()}

@@ -48,7 +48,7 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     sd.models.save_pretrained(model, folder)
     ...     sd.models.applied(sd.models.from_pretrained(folder))[0].patterns
-    {1: <Pattern attend(q_idx >= kv_idx)>}
+    {1: <Pattern attend(kv_idx <= q_idx)>}
     """
     save(model, save_directory, *args, **arguments)
 

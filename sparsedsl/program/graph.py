@@ -6,19 +6,22 @@ import functools
 import itertools
 import re
 import types
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import networkx as nx
 import sympy
 
+from sparsedsl.errors import TableError
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.printing import expression_text, reading_text
 from sparsedsl.lang.symbols import BATCH, INDEX_SYMBOLS
 from sparsedsl.lang.tables import TableSpec, table_reads
 from sparsedsl.lang.wrapped import Expression
 from sparsedsl.program.branches import Branch, Joint, as_branch
+from sparsedsl.program.key_choices import ChosenKeys
 from sparsedsl.program.node import Node, reached
-from sparsedsl.program.select import Select
+from sparsedsl.program.select import Choice
 from sparsedsl.program.tensors import OWN, Input
 
 __all__ = ["Program", "as_program"]
@@ -71,10 +74,18 @@ class Program:
 
     @functools.cached_property
     def bound(self) -> dict[str, Any]:
-        """Tables bound at declaration."""
+        """Tables bound at declaration.
+
+        Raises:
+            TableError: two parts have different tensors under one name, of which a call would take one.
+        """
         found: dict[str, Any] = {}
         for part in self.expressions:
-            found |= {name: value for name, value in part.bound.items() if not isinstance(value, Node)}
+            for name, value in part.bound.items():
+                if not isinstance(value, Node) and found.setdefault(name, value) is not value:
+                    raise TableError(
+                        f"two different tensors are bound to tables called {name!r} in parts of one program; rename one of them"
+                    )
         return found
 
     @functools.cached_property
@@ -147,9 +158,12 @@ class Program:
     @functools.cached_property
     def text(self) -> str:
         """The program as Python code, a line a node: what makes it again."""
+        return self._written(expression_text)
+
+    def _written(self, write: Callable[[sympy.Basic], str]) -> str:
         specs = [f"{name} = {spec.declaration()}" for name, spec in self.tables.items()]
         nodes = [node for node in self.everything if node not in OWN]
-        return "\n".join([*specs, *(f"{self.labels[node]} = {self.worded(node.code(), node.read)}" for node in nodes)])
+        return "\n".join([*specs, *(f"{self.labels[node]} = {self.worded(node.code(write), node.read)}" for node in nodes)])
 
     @property
     def key(self) -> str:
@@ -178,8 +192,30 @@ class Program:
     def __reduce__(self) -> Any:
         return Program, (self.root,)
 
-    def __str__(self) -> str:
+    def _plain_(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        from sparsedsl.html_card import card
+        from sparsedsl.program.glance import picture_of
+
+        return card("Program", str(self), self.html_facts(), picture_of(self))
+
+    def html_facts(self) -> list[tuple[str, str]]:
+        """What a notebook says of it beside its text: names and words."""
+        given = [f"{name} ({' x '.join(node.axes)})" for name, node in self.inputs.items()]
+        chosen = [self.labels[node] for node in self.order if node.chooses]
+        missing = [name for name in self.tables if name not in self.bound]
+        facts = [("nodes", f"{len(self.everything):,}")]
+        facts += [
+            ("inputs beside q, k, v", ", ".join(given)),
+            ("chooses", ", ".join(chosen)),
+            ("tables to pass", ", ".join(missing)),
+        ]
+        return [(name, words) for name, words in facts if words]
+
+    def __str__(self) -> str:
+        return self._written(reading_text)
 
     def __repr__(self) -> str:
         return f"<Program {self.labels[self.root]}: {len(self.order)} nodes>"
@@ -197,7 +233,7 @@ def as_program(value: Any) -> Program | None:
     """The program that a value is, or None where it is a static pattern (or nothing of ours)."""
     if isinstance(value, Program):
         return value
-    if isinstance(value, (Branch, Select)):
+    if isinstance(value, (Branch, Choice, ChosenKeys)):
         return Program(value)
     dynamic = isinstance(value, Pattern) or hasattr(value, "bound")
     if dynamic and any(isinstance(bound, Node) for bound in value.bound.values()):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
+import sympy
+
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
@@ -69,8 +71,8 @@ class Node(Unread):
 
     @property
     def chooses(self) -> bool:
-        """Whether its result is a choice: blocks, an order of the keys, or tokens that are kept."""
-        return self.gives in ("selected", "order", "tokens")
+        """Whether its result is a choice: blocks, keys, an order of the keys, or tokens that are kept."""
+        return self.gives in ("selected", "keys", "order", "tokens")
 
     @functools.cached_property
     def whole_queries(self) -> int:
@@ -121,10 +123,11 @@ class Node(Unread):
         no program. What users read calls it by :attr:`sparsedsl.Program.labels`."""
         return self.given_name or f"{self.function}_{self.key[:6]}"
 
-    def code(self) -> str:
-        """The call that makes this node, with its inputs by their labels."""
+    def code(self, write: Callable[[sympy.Basic], str] = expression_text) -> str:
+        """The call that makes this node, with its inputs by their labels, and expressions as ``write`` writes them."""
         words = [
-            f"{self.words.get(name, name)}={_text(value, lambda node: node.label)}" for name, value in self.arguments.items()
+            f"{self.words.get(name, name)}={_text(value, lambda node: node.label, write)}"
+            for name, value in self.arguments.items()
         ]
         return f"{self.function}({', '.join(words)})"
 
@@ -135,6 +138,10 @@ class Node(Unread):
             f"{self.words.get(name, name)}={expression_text(value.expr) if isinstance(value, Expression) else value}"
             for name, value in said.items()
         )
+
+    def __mul__(self, other: Any) -> Any:
+        # Scores know what a factor of rows makes of them.
+        return NotImplemented if self.gives == "tensor" and getattr(other, "gives", None) == "scores" else self._unread()
 
     def same_as(self, other: object) -> bool:
         """Whether ``other`` is this node, told by its text form and the tensors bound in it."""
@@ -155,6 +162,9 @@ class Node(Unread):
 
     def __bool__(self) -> NoReturn:
         raise PatternError(f"{self!r} has no truth value: it is computed at the call. Join masks with & | ~")
+
+    def _plain_(self) -> str:
+        return self.label
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.label}>"
@@ -268,20 +278,20 @@ def _bound_in(value: Any) -> list[Any]:
     return [x for part in value for x in _bound_in(part)] if isinstance(value, tuple) else []
 
 
-def _text(value: Any, name: Any) -> str:
+def _text(value: Any, name: Any, write: Callable[[sympy.Basic], str] = expression_text) -> str:
     """An argument as Python code."""
     if isinstance(value, Node):
         return name(value)
     if isinstance(value, Pattern):
-        return _expression(value, value.text.splitlines()[-1], name)
+        return _expression(value, value.written(write).splitlines()[-1], name)
     if isinstance(value, Expression):
-        return _expression(value, expression_text(value.expr), name)
+        return _expression(value, write(value.expr), name)
     if isinstance(value, tuple):
-        return f"({', '.join(_text(part, name) for part in value)}{',' * (len(value) == 1)})"
+        return f"({', '.join(_text(part, name, write) for part in value)}{',' * (len(value) == 1)})"
     if isinstance(value, float) and math.isinf(value):
         return f"float('{value}')"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        words = [f"{field.name}={_text(getattr(value, field.name), name)}" for field in dataclasses.fields(value)]
+        words = [f"{field.name}={_text(getattr(value, field.name), name, write)}" for field in dataclasses.fields(value)]
         return f"{getattr(value, 'function', type(value).__name__)}({', '.join(words)})"
     return repr(value)
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from sparsedsl.errors import CallWarning, ShapeError, UnsupportedError
+from sparsedsl.errors import CallWarning, ShapeError, TableError, UnsupportedError
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import relates_positions
 from sparsedsl.runtime.torch_modes import autocast_inputs, in_context_parallel
 
-__all__ = ["arranged", "warn_of_slips"]
+__all__ = ["arranged", "joined_tables", "warn_of_slips"]
 
 Tensor = torch.Tensor
 
@@ -43,6 +45,22 @@ def arranged(q: Any, k: Any, v: Any, q_offset: Any, *, compiling: bool = False) 
     return q, k, v, 0 if q_offset is None else q_offset
 
 
+def joined_tables(named: dict[str, Any], tables: Any) -> dict[str, Any]:
+    """Tables that a call was given by keyword, and those of its ``tables=``, whose names may be words of the call too."""
+    if tables is None:
+        return named
+    if isinstance(tables, Tensor):  # of a table that is called so
+        return {**named, "tables": tables}
+    if not isinstance(tables, Mapping):
+        raise TableError(
+            f"tables must be a mapping, name -> tensor, of tables whose names are words of the call; got {shown(tables)}"
+        )
+    twice = [name for name in tables if name in named]
+    if twice:
+        raise TableError(f"table {twice[0]!r} is given twice, by keyword and in tables=")
+    return {**named, **tables}
+
+
 def _refuse_distributed(*tensors: Any) -> None:
     """Indices of a shard count from 0, so that a pattern would mean something else on it."""
     distributed: Any = sys.modules.get("torch.distributed.tensor")
@@ -68,20 +86,16 @@ def _warn_once(key: Any, text: str) -> None:
         warnings.warn(text, CallWarning, stacklevel=4)
 
 
-def warn_of_slips(parts: tuple[Any, ...], q: Any, k: Any, q_offset: Any) -> None:
+def warn_of_slips(parts: tuple[Any, ...], q: Any, k: Any, q_offset: Any, layout: str = "bhsd") -> None:
     """Warn, once a program, of calls that have a meaning, but rarely the one that is wanted. ``q_offset`` is as it was given.
 
-    ``parts``: the patterns and masks of what is called.
+    ``parts``: the patterns and masks of what is called. ``layout``: of the call; ``q`` and ``k`` are given heads first.
     """
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and q.ndim == k.ndim == 4):
         return
     (_, heads, rows, _), (_, kv_heads, keys, _) = q.shape, k.shape
     if heads == kv_heads and rows > 1 and keys > 1 and heads > max(rows, keys):
-        _warn_once(
-            "layout",
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} are read as (batch, heads, tokens, head_dim): {heads} heads of {rows} tokens. If "
-            "the layout is (batch, tokens, heads, head_dim), pass q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)",
-        )
+        _warn_once(("layout", layout), _slip_of_layout(q, k, layout))
     if q_offset is None and rows < keys:
         if _relates(parts):
             _warn_once(
@@ -102,6 +116,23 @@ def warn_of_slips(parts: tuple[Any, ...], q: Any, k: Any, q_offset: Any) -> None
             f"q_offset={q_offset} puts the last of {rows} queries at position {q_offset + rows - 1}, beyond the last of {keys} keys, at "
             f"{keys - 1}. With k and v up to and including the new tokens, pass q_offset='end' (or {max(keys - rows, 0)})",
         )
+
+
+def _slip_of_layout(q: Tensor, k: Tensor, layout: str) -> str:
+    heads, rows = q.shape[1:3]
+    if layout == "bshd":
+        shapes = (tuple(x.transpose(1, 2).shape) for x in (q, k))
+        read, instead = (
+            "(batch, tokens, heads, head_dim), as layout='bshd' has it",
+            "heads stand before the tokens, leave layout= out",
+        )
+    else:
+        shapes, read = (tuple(x.shape) for x in (q, k)), "(batch, heads, tokens, head_dim)"
+        instead = (
+            "the layout is (batch, tokens, heads, head_dim), say so: sd.compile(..., layout='bshd'), or pass q.transpose(1, 2), "
+            "k.transpose(1, 2), v.transpose(1, 2)"
+        )
+    return f"q {next(shapes)} and k {next(shapes)} are read as {read}: {heads} heads of {rows} tokens. If {instead}"
 
 
 def _relates(parts: tuple[Any, ...]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,10 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
-from sparsedsl.lang.advice import surplus
+from sparsedsl.lang.advice import shown, surplus
 from sparsedsl.lang.pattern import Pattern, attend
-from sparsedsl.lang.tables import TableSpec
+from sparsedsl.lang.symbols import CALL_WORDS
+from sparsedsl.lang.tables import TableSpec, by_kept_name, to_pass
 from sparsedsl.runtime.places import Places
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.vmap import samples, stacked
@@ -103,13 +104,14 @@ def check_call(
     whole = type(q_offset) is int or (isinstance(q_offset, numbers.Integral) and not isinstance(q_offset, bool))
     if not whole or q_offset < 0:
         raise ShapeError(
-            f"q_offset must be a whole number of at least 0, the position of the first query, or 'end'; got {q_offset!r}"
+            f"q_offset must be a whole number of at least 0, the position of the first query, or 'end'; got {shown(q_offset)}"
+            + _of_this_name("q_offset", pattern)
         )
     if scale is None:
         scale = pattern.scale if pattern.scale is not None else q.shape[-1] ** -0.5
     real = type(scale) is float or (isinstance(scale, numbers.Real) and not isinstance(scale, bool))
     if not real or not 0 < float(scale) < float("inf"):
-        raise ShapeError(f"scale must be a positive number or None; got {scale!r}")
+        raise ShapeError(f"scale must be a positive number or None; got {shown(scale)}" + _of_this_name("scale", pattern))
     empty = _is_empty(q, k)
     bound = bind_tables(pattern, tables, device=q.device, may_be_empty=empty)
     rows, kv_len = (q.shape[2], k.shape[2]) if places is None else places.lengths(q, k)
@@ -121,6 +123,11 @@ def check_call(
         if pattern.sink is not None and q.shape[0] and q.shape[2]:  # there are no keys, but rows whose sinks are read
             domain = _admitted(attend(False, sink=pattern.sink), domain)
     return Call(q, k, v, domain, float(scale), bound, places)
+
+
+def _of_this_name(word: str, pattern: Pattern) -> str:
+    """What to do with a table that has the name of a word of the call."""
+    return f". The pattern has a table of this name: {to_pass(word)}" if word in pattern.tables else ""
 
 
 def inner_call(
@@ -146,7 +153,7 @@ def check_tensors(q: Any, k: Any, v: Any) -> None:
         if tensor.ndim != 4:
             raise ShapeError(
                 f"{name} must have 4 dimensions (batch, heads, length, head_dim); got shape {tuple(tensor.shape)}. "
-                f"Unbatched or packed tensors: {name}.unsqueeze(0); (B, S, H, D) layouts: {name}.transpose(1, 2)"
+                f"Unbatched or packed tensors: {name}.unsqueeze(0); (B, S, H, D) layouts: layout='bshd', or {name}.transpose(1, 2)"
             )
         if tensor.dtype not in FLOATS:
             raise ShapeError(f"{name} must be float16, bfloat16, float32 or float64; got {tensor.dtype}")
@@ -206,25 +213,27 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 
 def bind_tables(
-    pattern: Pattern, tables: Mapping[str, Any], *, device: torch.device | None = None, may_be_empty: bool = False
-) -> dict[str, torch.Tensor]:
+    pattern: Pattern, tables: Mapping[str, Any], *, device: torch.device | None = None, may_be_empty: bool = False,
+    words: Iterable[str] = CALL_WORDS,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """All tables of ``pattern`` by name: those given, else those bound at declaration; checked against their declarations.
+
+    ``words``: what else the caller takes by keyword, of which one may have been meant.
 
     ``device`` None takes the device of the first table. ``may_be_empty``: nothing will be read, so tables may have no entries.
     """
     wanted = pattern.tables
     if not wanted and not tables:
         return {}
+    tables = by_kept_name(tables, wanted)
     unknown = set(tables) - set(wanted)
     if unknown:
         reads = "the tables " + ", ".join(wanted) if wanted else "no table"
-        raise TableError(surplus(unknown, [*wanted, "q_offset", "return_lse", "scale"], f"the pattern reads {reads}"))
+        raise TableError(surplus(unknown, [*wanted, *words], f"the pattern reads {reads}"))
     given = pattern.bound | dict(tables)
     missing = [name for name in wanted if name not in given]
     if missing:
-        raise TableError(
-            f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: pass {', '.join(f'{n}=tensor' for n in missing)} with the call"
-        )
+        raise TableError(f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: {to_pass(*missing)}")
     bound = {}
     for name, spec in wanted.items():
         bound[name] = check_table(spec, given[name], pattern.table_ranks[name], device, may_be_empty)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.plain_values import Reported
 
 __all__ = ["CallFacts", "NotYet", "Plan", "Request", "Work"]
 
@@ -79,7 +80,7 @@ class NotYet(str):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Reported):
     """The decision: ``backend`` runs the work; ``reason`` says why, for ``explain``. ``lasting``: the next call gets the same; not
     where a better backend is being built."""
 

@@ -49,5 +49,5 @@ class Choose(Protocol):
         they are to be kept, the scores of what was chosen, like the lists, -inf after the end. ``start``: what the first block is called.
 
         None: it cannot make scores or follow rules of this kind itself; then it is asked again with the scores as they are
-        (``TensorScores``) and a table of what is forced.
+        (``TensorScores``) and a table of what is forced, and may say None again.
         """

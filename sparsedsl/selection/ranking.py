@@ -122,14 +122,15 @@ def _at_once(
             extra = named.sum(-1, dtype=torch.int32)
             if int(extra.max()) > forced_extra:
                 return None
-        if choose is None:
-            most = torch.finfo(scores.dtype).max
-            scores.nan_to_num_(nan=most, posinf=most, neginf=float("-inf"))  # nothing comes before what is forced
-            scores.masked_fill_(named, float("inf"))
     if choose is not None:
         rule = None if forced is None else TableRule(named)
-        lists, counts, _ = choose(TensorScores(scores), Candidates(), rule, rows=slice(0, scores.shape[2]), start=blocks.start)
-        return lists, counts
+        found = choose(TensorScores(scores), Candidates(), rule, rows=slice(0, scores.shape[2]), start=blocks.start)
+        if found is not None:
+            return found[0], found[1]
+    if forced is not None:
+        most = torch.finfo(scores.dtype).max
+        scores.nan_to_num_(nan=most, posinf=most, neginf=float("-inf"))  # nothing comes before what is forced
+        scores.masked_fill_(named, float("inf"))
     return lists_of_rows(scores, k, width, blocks.start, extra)
 
 

@@ -24,8 +24,8 @@ try:
 except ModuleNotFoundError as error:
     raise MissingPackageError("sparsedsl.testing", "hypothesis", "testing") from error
 
-from sparsedsl.lang.advice import answer_for
-from sparsedsl.testing.battery import Property, Report, check
+from sparsedsl.lang.advice import answer_for, public_only
+from sparsedsl.testing.battery import check
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
 from sparsedsl.testing.call_shapes import AttentionCase, dtypes, inputs, shapes, tensor
 from sparsedsl.testing.counterexamples import Counterexample
@@ -37,6 +37,7 @@ from sparsedsl.testing.kernels.kernel_report import KernelFinding, KernelReport
 from sparsedsl.testing.kernels.kernel_tests import kernel_test
 from sparsedsl.testing.list_checks import allowed_pairs, assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
+from sparsedsl.testing.pattern_report import LayerReports, Property, Report
 from sparsedsl.testing.program_properties import (
     assert_permutation_invariant,
     assert_unselected_gradients_zero,
@@ -53,6 +54,7 @@ __all__ = [
     "KernelCase",
     "KernelFinding",
     "KernelReport",
+    "LayerReports",
     "Property",
     "Report",
     "allowed_pairs",
@@ -84,3 +86,4 @@ __all__ = [
 ]
 
 answer_for(globals(), __all__)
+__getattr__, __dir__ = public_only(__name__, __all__)

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from random import SystemRandom
 from typing import Any
 
 import hypothesis
 import torch
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
-from tqdm import tqdm
 
 from sparsedsl.analysis.bounds import check_reads
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.check_defaults import ASKED
 from sparsedsl.errors import ArgumentError, CallWarning, SparseDSLError, TableError
+from sparsedsl.execute.compiling import as_declared
 from sparsedsl.execute.compiling import compile as compile_pattern
-from sparsedsl.lang.advice import meant, shown
-from sparsedsl.lang.pattern import Pattern, as_pattern
+from sparsedsl.lang.advice import meant, shown, surplus
+from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program.graph import Program, as_program
+from sparsedsl.program.graph import Program
 from sparsedsl.testing.behaviour import assert_causal, assert_equivariant, assert_prefill_equals_decode
 from sparsedsl.testing.call_shapes import AttentionCase, inputs, shapes
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable, pattern_code, showing
@@ -34,77 +36,21 @@ from sparsedsl.testing.kernels.kernel_report import KernelReport
 from sparsedsl.testing.leaks import ask_about_pattern
 from sparsedsl.testing.list_checks import assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
+from sparsedsl.testing.pattern_report import FAILS, HOLDS, SKIPPED, LayerReports, Property, Report
 from sparsedsl.testing.program_battery import PROGRAM_PROOFS, PROGRAM_PROPERTIES, ProgramSubject
+from sparsedsl.testing.progress import Progress
 from sparsedsl.testing.reach_checks import constants_of, edges_of
 from sparsedsl.testing.strategies import tables_for
 from sparsedsl.testing.unseen_checks import assert_unseen_keys_have_no_effect
 
-__all__ = ["Property", "Report", "check"]
+__all__ = ["check"]
 
-HOLDS, FAILS, SKIPPED = "holds", "FAILS", "not applicable"
 # Whole sequences that are tried reach past the constants of the pattern (a window of 128), but no further than this; beyond, a few queries
 # are tried next to each constant.
 _LONGEST = 600
 # What `check` takes for kernels alone.
 _OF_KERNELS = frozenset(("budget", "locate", "only", "seconds", "stop_at_first"))
 _BLOCKS = (1, 2, 3, 8, 16, 32, 64)
-
-
-@dataclass(frozen=True)
-class Property:
-    """One property of one pattern.
-
-    ``status``: ``"holds"``, ``"FAILS"`` or ``"not applicable"``; for the latter two ``detail`` says why, and beside the first what the
-    prover says.
-
-    >>> import sparsedsl as sd
-    >>> [(p.name, p.examples) for p in check(sd.kv_idx <= sd.q_idx, examples=2).properties][:2]
-    [('text', 1), ('tile lists', 2)]
-    """
-
-    name: str
-    meaning: str
-    status: str
-    examples: int
-    detail: str = ""
-    snippet: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`check` found; ``print`` it for a table.
-
-    >>> import sparsedsl as sd
-    >>> check(sd.kv_idx <= sd.q_idx + 1, examples=9, causal=True, seed=0).ok
-    False
-    """
-
-    pattern: Pattern | Program
-    properties: tuple[Property, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether no property failed."""
-        return all(p.status != FAILS for p in self.properties)
-
-    @property
-    def snippet(self) -> str:
-        """A program that shows the first failure again; empty if there is none."""
-        return next((p.snippet for p in self.properties if p.status == FAILS), "")
-
-    def __str__(self) -> str:
-        lines = [*self.pattern.text.splitlines(), ""]
-        lines += [f"  ! {text}" for text in getattr(self.pattern, "warnings", ())]
-        width = max(len(p.name) for p in self.properties)
-        for p in self.properties:
-            verdict = p.status if p.status == SKIPPED else f"{p.status:6}{p.examples:6,} examples"
-            lines.append(f"  {p.name:{width}}  {verdict:22}  {p.meaning}")
-            if p.detail:
-                lines += textwrap.wrap(p.detail, 110, initial_indent=" " * (width + 6), subsequent_indent=" " * (width + 6))
-        failed = [p for p in self.properties if p.status == FAILS]
-        for p in failed:
-            lines += ["", f"{p.name} fails; this program shows it:", "", textwrap.indent(p.snippet, "    ").rstrip()]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -253,50 +199,77 @@ def check(
     causal: bool | None = None,
     seed: int | None = None,
     **tables: Any,
-) -> Report | KernelReport:
+) -> Report | KernelReport | LayerReports:
     """Run every property of the kit on one pattern, program or kernel, with random shapes, tables and inputs.
 
     Args:
-        pattern: a Mask, a Pattern, a node of a program, or a :class:`Kernel`.
+        pattern: a Mask, a Pattern, a node of a program, or a FlexAttention function; a :class:`Kernel`; or what
+            ``sd.models.apply`` returned: then the pattern of each layer, of decoders as a causal one.
         examples: random cases for each property; None: 50, of a kernel 100.
-        progress: show a progress bar for each property on stderr.
+        progress: show how far it is on stderr: a bar in a terminal, else a line every few seconds.
         backend: the lowering that is run; see :func:`sparsedsl.compile`.
-        causal: True if the pattern must not see later positions; None to test for leaks only where the mask itself looks causal. The prover
-            is asked first: what it refutes fails at its witness, however far away, and what it proves is said.
-        seed: None draws new cases each time; a number draws the same ones.
+        causal: True if the pattern must not see later positions, False if it may. None: as ``sd.attend(causal=True)`` declares; where it
+            does not, leaks are tested for only if the mask itself looks causal. The prover is asked first: what it refutes fails at its
+            witness, however far away, and what it proves is said.
+        seed: None draws new cases each time, by a seed that the report names; a number draws the same ones.
         tables: values for tables; the others are drawn, as their declarations allow. All of a program's are drawn, and its inputs.
             Of a kernel these words are ``budget="quick" | "default" | "deep"``, ``seconds``, ``only`` (names of properties),
             ``stop_at_first`` and ``locate``; see docs/testing.md.
 
     Returns:
-        A :class:`Report`, of a kernel a :class:`KernelReport`: ``print`` it, ask ``.ok``, run ``.snippet``.
+        A :class:`Report`, of a kernel a :class:`KernelReport`, of the layers of a model :class:`LayerReports`: ``print`` it, ask ``.ok``,
+        run ``.snippet``.
 
     >>> import sparsedsl as sd
     >>> report = check((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5), examples=3)
     >>> report.ok
     True
+    >>> leaky = sd.attend(sd.kv_idx <= sd.q_idx + 1, causal=True)
+    >>> [p.name for p in check(leaky, examples=1, seed=0).properties if p.status == "FAILS"]
+    ['causality']
     """
     if isinstance(pattern, Kernel):
         _refuse_for_kernels(
             backend != "reference" and "backend", causal is not None and "causal", *sorted(set(tables) - _OF_KERNELS)
         )
         return check_kernel(pattern, examples=examples, seed=seed, progress=progress, **tables)
+    examples, seed = ASKED.now.examples or examples, seed if ASKED.now.seed is None else ASKED.now.seed
     examples = 50 if examples is None else examples
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise SparseDSLError(f"seed must be a whole number or None; got {shown(seed)}")
     if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
         raise SparseDSLError(f"examples must be a whole number of at least 1; got {examples!r}")
-    program = as_program(pattern)
-    if program is not None:
-        if tables:
-            raise SparseDSLError(f"tables and inputs of a program are drawn; bind what is fixed to it: got {', '.join(tables)}")
-        programs = ProgramSubject(program, backend, causal)
+    seed = SystemRandom().randrange(10**6) if seed is None else seed
+    words: dict[str, Any] = {"examples": examples, "progress": progress, "backend": backend, "seed": seed}
+    layers = getattr(pattern, "by_layers", None)
+    if layers is not None:
+        reports: dict[Any, Any] = {
+            key: check(one, causal=True if causal is None and decodes else causal, **words, **tables)
+            for key, one, decodes in layers()
+        }
+        return LayerReports(reports)
+    declared = as_declared(getattr(pattern, "program", pattern), "check()")
+    if isinstance(declared, Program) and declared.static is not None:
+        declared = declared.static
+    _refuse_unknown(declared, tables)
+    if isinstance(declared, Program):
+        claimed = causal is None and any(part.causal for part in declared.patterns)
+        programs = ProgramSubject(declared, backend, True if claimed else causal)
         programs.attention()
-        return Report(program, tuple(_run(PROGRAM_PROPERTIES, PROGRAM_PROOFS, programs, examples, progress, seed)))
-    pattern = as_pattern(pattern)
-    subject = _Subject(pattern, backend, dict(tables), causal)
-    subject.attention()  # refuses unknown tables and backends before anything is drawn
-    return Report(pattern, tuple(_run(PROPERTIES, PROOFS, subject, examples, progress, seed)))
+        return Report(declared, tuple(_run(PROGRAM_PROPERTIES, PROGRAM_PROOFS, programs, examples, progress, seed)), seed)
+    subject = _Subject(declared, backend, dict(tables), True if causal is None and declared.causal else causal)
+    subject.attention()  # refuses unknown backends before anything is drawn
+    return Report(declared, tuple(_run(PROPERTIES, PROOFS, subject, examples, progress, seed)), seed)
+
+
+def _refuse_unknown(declared: Pattern | Program, tables: Mapping[str, Any]) -> None:
+    """What is no table may be one of our own words, misspelt."""
+    unknown = [name for name in tables if name not in declared.tables]
+    if unknown:
+        known = [*declared.tables, *inspect.signature(check).parameters]
+        raise TableError("check(): " + surplus(unknown, known, f"the pattern reads {', '.join(declared.tables) or 'no table'}"))
+    if tables and isinstance(declared, Program):
+        raise SparseDSLError(f"tables and inputs of a program are drawn; bind what is fixed to it: got {', '.join(tables)}")
 
 
 def _refuse_for_kernels(*names: str | bool) -> None:
@@ -317,12 +290,12 @@ def _run(
     subject: Any,
     examples: int,
     progress: bool,
-    seed: int | None,
+    seed: int,
 ) -> Iterator[Property]:
     for name, (meaning, body) in properties.items():
         wanted = 1 if name == "text" else examples
-        with tqdm(total=wanted, desc=f"{name:10}", unit="case", disable=not progress, leave=False) as bar:
-            yield _verdict(name, meaning, body, proofs.get(name), subject, wanted, bar, seed)
+        with Progress(wanted, name, shown=progress) as shown_so_far:
+            yield _verdict(name, meaning, body, proofs.get(name), subject, wanted, shown_so_far, seed)
 
 
 def _verdict(
@@ -332,8 +305,8 @@ def _verdict(
     proof: Callable[[Any], str] | None,
     subject: Any,
     examples: int,
-    bar: Any,
-    seed: int | None,
+    progress: Progress,
+    seed: int,
 ) -> Property:
     count = 0
 
@@ -347,17 +320,17 @@ def _verdict(
         try:
             body(subject, data)
         except Counterexample:
-            bar.set_postfix_str("failed; looking for a smaller case")
+            progress.say("failed; looking for a smaller case")
             raise
         count += 1
-        bar.update(1)
+        progress.update()
 
     try:
         with warnings.catch_warnings():
             # what is rarely meant, as an offset beyond the keys, is drawn on purpose
             warnings.simplefilter("ignore", CallWarning)
             detail = "" if proof is None else proof(subject)
-            (cases if seed is None else hypothesis.seed(seed)(cases))()
+            hypothesis.seed(seed)(cases)()
     except NotApplicable as reason:
         return Property(name, meaning, SKIPPED, 0, str(reason))
     except Unsatisfiable:

@@ -25,7 +25,7 @@ _KEYS, _PAIRS = 1 << 18, 1 << 21
 _SEARCHED, _ROWS = 4096, 256
 # A program is run on whole sequences.
 _TOKENS = 400
-_STRICT = "To have that fail: causal=True (--causal)"
+_STRICT = "To have that fail: sd.attend(..., causal=True), or check(..., causal=True) (--causal)"
 
 
 def ask_about_pattern(attn: Attention, causal: bool | None, within: AttentionCase | None = None) -> str:

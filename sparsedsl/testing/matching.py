@@ -20,8 +20,8 @@ __all__ = ["assert_matches_reference", "attention_code"]
 
 
 def as_attention(pattern: Any, backend: str = "reference") -> Attention:
-    """A compiled pattern as it is; anything else compiled."""
-    return pattern if isinstance(pattern, Attention) else compile_pattern(pattern, backend=backend)
+    """A compiled pattern, on tensors with heads first; anything else compiled."""
+    return pattern.heads_first if isinstance(pattern, Attention) else compile_pattern(pattern, backend=backend)
 
 
 def attention_code(attn: Attention) -> str:

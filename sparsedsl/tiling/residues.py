@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.mask_clauses import Clause, clauses
 from sparsedsl.lang import functions as fn
+from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX
+from sparsedsl.plain_values import Reported
 
 __all__ = ["ResidueClass", "residue_classes", "union"]
 
@@ -24,7 +27,7 @@ MAX_RESIDUES = 64
 
 
 @dataclass(frozen=True)
-class ResidueClass:
+class ResidueClass(Reported):
     """Queries at positions ``q_start + q_step * i`` and keys at ``kv_start + kv_step * j``; ``mask`` reads ``i`` as ``q_idx``, ``j`` as
     ``kv_idx``. ``scattered``: the mask has conditions that no row solves to intervals."""
 
@@ -34,6 +37,10 @@ class ResidueClass:
     kv_start: int = 0
     kv_step: int = 1
     scattered: bool = False
+
+    def _said(self) -> dict[str, Any]:
+        places = {"q_start": self.q_start, "q_step": self.q_step, "kv_start": self.kv_start, "kv_step": self.kv_step}
+        return {"mask": expression_text(self.mask), **places, "scattered": self.scattered}
 
     @property
     def plain(self) -> bool:

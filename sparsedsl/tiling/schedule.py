@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.lists import BlockLists
+from sparsedsl.lang.printing import expression_text
+from sparsedsl.plain_values import Reported
+from sparsedsl.quantities import seconds_text
 from sparsedsl.tiling.residues import ResidueClass
 
 __all__ = ["KeyRange", "KeyTile", "ResiduePlan", "Schedule", "StridedSeries"]
 
 
+# Runs of strips that are printed for each head.
+MOST_SHOWN = 6
+
+
 @dataclass(frozen=True)
-class KeyTile:
+class KeyTile(Reported):
     """Keys ``start .. start + length - 1`` of the first strip, ``step`` further in each following strip (residue coordinates)."""
 
     start: int
@@ -30,9 +38,14 @@ class KeyTile:
     step: int
     residual: Boolean | None
 
+    def _said(self) -> dict[str, Any]:
+        residual = None if self.residual is None else expression_text(self.residual)
+        return {"start": self.start, "length": self.length, "step": self.step, "residual": residual}
+
     def __str__(self) -> str:
-        kind = "all" if self.residual is None else "masked"
-        return f"{self.length} keys from {self.start} {kind}" + (f", {self.step:+} each" if self.step else "")
+        kind = "" if self.residual is None else ", masked"
+        moves = f", {self.step:,} further in each strip" if self.step else ""
+        return f"{'1 key' if self.length == 1 else f'{self.length:,} keys'} from key {self.start:,}{moves}{kind}"
 
 
 @dataclass(frozen=True)
@@ -94,8 +107,9 @@ class StridedSeries:
         return found
 
     def __str__(self) -> str:
-        strips = f"{self.count} strips" if self.count > 1 else "1 strip"
-        return f"{strips} of {self.height} queries from {self.q_start}: " + "; ".join(map(str, self.key_tiles))
+        strips = f"{self.count:,} strips" if self.count > 1 else "1 strip"
+        queries = "1 query" if self.height == 1 else f"{self.height:,} queries"
+        return f"{strips} of {queries} from query {self.q_start:,}: " + "; ".join(map(str, self.key_tiles))
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,13 +146,16 @@ class ResiduePlan:
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class Schedule(Reported):
     """The residue classes of one call.
 
     ``groups``: (batch, heads) that the mask tells apart. ``overlap``: some query is in several residue classes. ``covers``:
     every query is in some strip, of the first residue if residue classes overlap. ``seconds``: what the cost model expects of
     the forward pass, all heads, on the machine it was made for. ``masks``: tiles of the mask, made when they are first wanted.
     """
+
+    _adds = ("pairs",)
+    _leaves_out = ("masks",)
 
     residue_classes: tuple[ResiduePlan, ...]
     groups: tuple[int, int]
@@ -154,14 +171,52 @@ class Schedule:
         return sum(residue.pairs for residue in self.residue_classes)
 
     def __str__(self) -> str:
-        lines = [f"strips of up to {self.height} queries, {self.pairs:,} pairs computed, {self.seconds * 1e3:.3g} ms expected"]
+        if not self.residue_classes:
+            return "nothing to compute: no query sees a key"
+        cut = f"strips of up to {self.height:,} queries" if self.height else "tiles, each for itself"
+        each = " for one head of each kind" if self.groups != (1, 1) else ""
+        lines = [f"{cut}, {self.pairs:,} pairs computed{each}, {seconds_text(self.seconds)} expected"]
+        alike: dict[tuple[Any, ...], list[ResiduePlan]] = {}
         for plan in self.residue_classes:
+            key = (plan.residue.q_step, plan.residue.kv_step, plan.strided_series) if plan.lists is None else (id(plan),)
+            alike.setdefault(key, []).append(plan)
+        for plan, *others in alike.values():
+            more = f", and {len(others)} more such classes" if others else ""
             if plan.lists is not None:
                 lines.append(f"{plan.residue}: scattered tiles, {plan.lists!r}")
                 continue
-            lines.append(f"{plan.residue}:")
-            shown = [f"  {series}" for series in plan.strided_series[:6]]
-            if len(plan.strided_series) > len(shown):
-                shown.append(f"  .. {len(plan.strided_series) - len(shown)} more series")
-            lines += shown
+            lines += [] if plan.residue.plain and len(self.residue_classes) == 1 else [f"{plan.residue}{more}:"]
+            for groups, series in _alike(plan.strided_series).items():
+                who = self._named(groups)
+                lines += [f"  {who}:"] if who else []
+                shown = [f"  {'  ' if who else ''}{one}" for one in series[:MOST_SHOWN]]
+                shown += [f"  .. {len(series) - len(shown):,} more of such runs"] if len(series) > len(shown) else []
+                lines += shown
         return "\n".join(lines)
+
+    def _named(self, groups: tuple[int, ...]) -> str:
+        """The batch entries and heads that a strip is of; nothing where the mask tells none apart."""
+        batch, heads = self.groups
+        entries, of = ([*dict.fromkeys(part)] for part in zip(*(divmod(group, heads) for group in groups), strict=True))
+        whole = len(groups) == len(entries) * len(of)
+        if not whole:
+            return "; ".join(self._named((group,)) for group in groups)
+        words = [_numbers("batch entry", "batch entries", entries)] if batch > 1 else []
+        return ", ".join(words + ([_numbers("head", "heads", of)] if heads > 1 else []))
+
+
+def _numbers(one: str, many: str, numbers: list[int]) -> str:
+    if len(numbers) > 2 and numbers == [*range(numbers[0], numbers[-1] + 1)]:
+        return f"{many} {numbers[0]} to {numbers[-1]}"
+    return f"{one if len(numbers) == 1 else many} {', '.join(map(str, numbers))}"
+
+
+def _alike(series: tuple[StridedSeries, ...]) -> dict[tuple[int, ...], list[StridedSeries]]:
+    """Groups whose strips are the same -> these strips."""
+    by_group: dict[int, list[StridedSeries]] = {}
+    for one in series:
+        by_group.setdefault(one.group, []).append(one)
+    alike: dict[tuple[StridedSeries, ...], list[int]] = {}
+    for group, found in by_group.items():
+        alike.setdefault(tuple(replace(one, group=0) for one in found), []).append(group)
+    return {tuple(groups): list(found) for found, groups in alike.items()}

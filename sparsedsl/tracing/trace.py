@@ -28,9 +28,8 @@ def trace_mask(mask_mod: Callable[..., Any], *, rename: Mapping[str, str] | None
 
     Args:
         mask_mod: any callable of four arguments, run once with stand-ins for four scalar int64 tensors: a function, lambda,
-        closure,
-            ``functools.partial``, bound method, callable object or ``nn.Module``. It must return a boolean tensor or a Python
-            bool.
+            closure, ``functools.partial``, bound method, callable object or ``nn.Module``. It must return a boolean tensor or a
+            Python bool.
         rename: table name -> new name, for two callables that capture different tensors under one name.
 
     Captured Python numbers become constants. Captured tensors become tables named after the variable that holds them, kept in
@@ -46,9 +45,8 @@ def trace_mask(mask_mod: Callable[..., Any], *, rename: Mapping[str, str] | None
 
     Raises:
         TraceError: for what depends on a value that is not known yet (``if``, ``and``, ``int()``, ``.item()``), and for
-        operations that
-            a mask cannot hold (reductions, matrix products, writes, random numbers); names the operation, the line and the
-            way out.
+            operations that a mask cannot hold (reductions, matrix products, writes, random numbers); names the operation, the
+            line and the way out.
 
     >>> import torch
     >>> document = torch.tensor([0, 0, 0, 1, 1, 2])
@@ -56,7 +54,7 @@ def trace_mask(mask_mod: Callable[..., Any], *, rename: Mapping[str, str] | None
     ...     return (q_idx >= kv_idx) & (document[q_idx] == document[kv_idx])
     >>> mask = trace_mask(packed)
     >>> print(mask)
-    (document[q_idx] == document[kv_idx]) & (q_idx >= kv_idx)
+    (document[q_idx] == document[kv_idx]) & (kv_idx <= q_idx)
     >>> mask.tables["document"].declaration(), mask.bound["document"] is document
     ("table('document', monotone=True)", True)
     """

@@ -60,14 +60,12 @@ def test_explain_says_what_must_be_kept() -> None:
     window = sd.compile(causal & (q_idx - kv_idx < 512)).explain(
         1, 32768, q_offset=32767, heads=8, kv_heads=2, head_dim=64, dtype="float32"
     )
-    wanted = (
-        "ring: a ring of 512 keys; PROVED (for all indices, lengths and tables); 0.499 MiB for 32,768 tokens, 1,024 bytes a token"
-    )
+    wanted = "ring: a ring of 512 keys; PROVED (for all indices, lengths and tables); 511 KiB for 32,768 tokens, 1 KiB a token"
     assert window.cache.startswith(wanted) and f"  cache            {wanted}" in str(window)
     by_head = sd.compile(causal & (q_idx - kv_idx < sd.table("win")[sd.h])).explain(64, heads=2, win=torch.tensor([4, 8]))
     assert "a ring of win[h] keys" in by_head.cache
     state = sd.compile(sd.patterns.nha(slots=8, window=16)).explain(64, heads=4, kv_heads=2, head_dim=16)
-    assert state.cache.startswith("state: a state, and the last 16 tokens; ")
+    assert state.cache.startswith("state: of constant size, with the last 16 tokens; ")
     assert "a step reads" in sd.compile(sd.patterns.moba(16, 3)).explain(64, heads=4).cache
 
 

@@ -14,6 +14,7 @@ from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.backends.registry import choose as choose_for
 from sparsedsl.backends.registry import named
+from sparsedsl.backends.tiled.attention import HeadSizes
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.testing import tensor
 
@@ -83,15 +84,43 @@ def test_flex_trains_on_cuda():
 
 def test_explain_says_what_would_happen():
     text = str(sd.compile(window, backend="flex").explain(8192, heads=8))
-    assert "backend: flex" in text and "0 <= q_idx - kv_idx <= 99" in text and "causal           PROVED" in text
+    assert "backend: flex" in text and "q_idx - 99 <= kv_idx <= q_idx" in text and "causal           PROVED" in text
     refused = sd.compile(window, backend="flex").explain(32768, heads=8, grad=True)
     assert refused.plan is None and "backend: none" in str(refused)
     attn = sd.compile(window)
     assert "backend: cpp" in str(attn.explain(32768, heads=8, grad=True))
     assert "strips of up to" in str(sd.compile(window, backend="tiled").explain(8192, grad=True))
-    assert "<pre>" in attn.explain(64)._repr_html_()
+    assert "<pre" in attn.explain(64)._repr_html_()
     text = str(sd.compile(causal & ((q_idx * kv_idx) % 3 == 0)).explain(256))
-    assert "decided by boxes and points" in text
+    assert "kv_idx <= q_idx; where also kv_idx*q_idx % 3 == 0, looked at tile by tile" in text
+
+
+def test_explain_expects_times_of_the_backend_taken_and_of_the_others():
+    attn = sd.compile(window, backend="tiled")
+    found = attn.explain(8192, heads=8)
+    assert {"tiled", "reference", "flex"} <= {*found.expected} and [*found.expected.values()] == sorted(found.expected.values())
+    assert (
+        found.expected["tiled"]
+        == attn.static.runner("tiled").schedule_of(Domain(8192, 8192, 0, 1, 8), HeadSizes(8, 64, 64)).seconds
+    )
+    assert found.expected["reference"] > 10 * found.expected["tiled"]
+    text = str(found)
+    assert "(an estimate from the rates of this machine, " in text and ", chosen\n" in text
+    wider = sd.compile(causal, backend="tiled").explain(8192, heads=8).expected
+    assert all(wider[name] > seconds for name, seconds in found.expected.items() if name != "reference")
+    assert set(found.expected).isdisjoint(found.others) and "triton" in found.others and "need a GPU" in text
+    assert sd.compile(window).explain(8192, device="cuda").expected == {} or torch.cuda.is_available()
+
+
+def test_explain_prints_values_where_they_are_known():
+    widths = torch.tensor([16, 64, 1024, 64])
+    mask = causal & (q_idx - kv_idx < sd.table("w", values_in=(1, 5000))[sd.h])
+    found = sd.compile(mask, backend="tiled").explain(4096, heads=4, w=widths)
+    text = str(found)
+    assert "w = table('w', values_in=(1, 5000))  # [16, 64, 1024, 64]" in text
+    assert "heads 1, 3:" in text and "w[h] is 1,024 here" in text
+    assert (found.cache_need.recent, found.cache_need.first) == (1024, 0)
+    assert "any earlier key; as query" in str(sd.compile(causal, backend="tiled").explain(64))
 
 
 def test_lists_are_remembered_while_tables_live_unchanged(monkeypatch):

@@ -21,7 +21,8 @@ from sparsedsl.codegen.triton_writer import _LOCAL
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import numeric
 from sparsedsl.lang.evaluation import evaluate
-from sparsedsl.lang.symbols import RESERVED_NAMES
+from sparsedsl.lang.symbols import CALL_WORDS, RESERVED_NAMES, SYMBOL_NAMES
+from sparsedsl.program.program_text import read_given, read_program
 from sparsedsl.testing import inputs, patterns, shapes, tables_for
 from sparsedsl.testing.numerics import expect
 
@@ -46,9 +47,10 @@ UNICODE = [
 ]
 NAMES = sorted(
     name
-    for name in {*SYMPY, *dir(builtins), *keyword.softkwlist, *GENERATED, *UNICODE, "inf", "nan", "table", "_", "__", "__class__",
+    for name in {*SYMPY, *dir(builtins), *keyword.softkwlist, *GENERATED, *UNICODE, *RESERVED_NAMES, *CALL_WORDS,
+                 "inf", "nan", "table", "_", "__", "__class__",
                  "doc_table", "doc_size_0", "doc_here", "exact_difference", "tl", "triton", "args", "kwargs", "cls", "values", "lane"}
-    if name.isidentifier() and not keyword.iskeyword(name) and name not in RESERVED_NAMES
+    if name.isidentifier() and not keyword.iskeyword(name)
 )  # fmt: skip
 
 
@@ -66,7 +68,8 @@ def renamed(pattern: sd.Pattern, names: dict[str, str]) -> sd.Pattern:
 def named(draw: st.DrawFn, pattern: sd.Pattern) -> dict[str, str]:
     """A hostile name for each table."""
     count = len(pattern.tables)
-    chosen = draw(st.lists(st.sampled_from(NAMES), min_size=count, max_size=count, unique_by=lambda n: sd.table(n).spec.name))
+    hostile = st.sampled_from(NAMES) | st.sampled_from(sorted(SYMBOL_NAMES | CALL_WORDS))
+    chosen = draw(st.lists(hostile, min_size=count, max_size=count, unique_by=lambda n: sd.table(n).spec.name))
     return dict(zip(pattern.tables, chosen, strict=True))
 
 
@@ -104,8 +107,8 @@ def test_any_name_means_the_same(pattern: Any, case: Any, data: Any) -> None:
     source = flex_functions(hostile)
     made: dict[str, Any] = {}
     exec(source.text, made)
-    end = {"q_offset": case.q_offset, "q_len": case.q_offset + case.q_len, "kv_len": case.kv_len}
-    mask_mod, score_mod = made["mods"](*({**end, **passed}[name] for name in source.values))
+    ends = case.q_offset, case.q_offset + case.q_len, case.kv_len
+    mask_mod, score_mod = made["mods"](*ends, *(passed[name] for name in source.values[len(ends) :]))
     grid = torch.meshgrid(*map(torch.arange, (case.batch, case.heads, case.q_len, case.kv_len)), indexing="ij")
     assert torch.equal(mask_mod(*grid).expand(grid[0].shape), wanted["m"].expand(grid[0].shape)), source.text
     if score_mod is not None:
@@ -117,7 +120,7 @@ def test_any_name_means_the_same(pattern: Any, case: Any, data: Any) -> None:
     q, k, v = data.draw(inputs(case, dtype=torch.float64))
     correct = expect(pattern, q, k, v, tables, q_offset=case.q_offset)
     for backend in ("reference", "tiled"):
-        out, lse = sd.compile(hostile, backend=backend)(q, k, v, q_offset=case.q_offset, return_lse=True, **passed)
+        out, lse = sd.compile(hostile, backend=backend)(q, k, v, q_offset=case.q_offset, return_lse=True, tables=passed)
         assert not correct.fault("out", out) and not correct.fault("lse", lse), f"{backend}: {hostile.text}"
 
 
@@ -147,10 +150,56 @@ def test_infinity_and_a_table_called_so() -> None:
 def test_names_that_python_takes_for_one_are_one() -> None:
     assert sd.table("ﬁ") is sd.table("fi")
     assert sd.table("ﬁ").spec.name == "fi"
-    with pytest.raises(sd.TableError, match="'q_idx' is reserved"):
-        sd.table("ｑ_idx")
+    assert sd.table("ｑ_idx") is sd.table("q_idx_table")
     with pytest.raises(sd.TableError, match="must be a Python identifier"):
         sd.table("𝐢𝐟")
+
+
+@pytest.mark.parametrize("name", ["b", "q_idx", "score", "q", "k", "scale", "tables", "self", "pattern"])
+def test_names_of_indices_and_of_words_of_calls(name, backend="tiled"):
+    """A table may be called as an index or a keyword is, and both mean in one formula what they are."""
+    one, doc = sd.table(name, monotone=True), sd.table("doc", monotone=True)
+    ids, q = torch.arange(9) // 2, torch.randn(2, 2, 9, 8, dtype=torch.float64)
+    score = sd.score + sd.where(sd.h > 0, sd.b, sd.kv_len - sd.q_len + sd.kv_idx)
+    hostile, plain = (sd.attend((kv_idx <= q_idx) & (t[q_idx] == t[kv_idx]), score=score) for t in (one, doc))
+    wanted = sd.compile(plain, backend=backend)(q, q, q, doc=ids)
+    attn = sd.compile(hostile, backend=backend)
+    assert torch.equal(attn(q, q, q, tables={name: ids}), wanted)
+    assert torch.equal(sd.compile(hostile.bind(**{name: ids}), backend=backend)(q, q, q), wanted)
+    assert torch.equal(sd.attention(q, q, q, hostile, backend=backend, tables={name: ids}), wanted)
+    assert torch.equal(sd.attention(q, q, q, hostile.bind(**{name: ids}), backend=backend), wanted)
+    assert torch.equal(sd.nn.Attention(hostile, backend=backend, tables={name: ids})(q, q, q), wanted)
+    program = sd.joint(hostile, sd.attend(sd.kv_idx < 0))
+    assert read_program(sd.Program(program).text) == sd.Program(program)
+    assert torch.allclose(sd.compile(program, backend=backend)(q, q, q, tables={name: ids}), wanted)
+    assert read_given(hostile.text) == hostile
+    assert sd.analyse(hostile.bind(**{name: ids}), 9).density == sd.analyse(plain, 9, doc=ids).density
+    assert (sd.implies(hostile.mask, kv_idx <= q_idx), sd.implies(hostile.mask, kv_idx < q_idx)) == (sd.PROVED, sd.REFUTED)
+    with pytest.raises(sd.TableError, match="missing table"):
+        attn(q, q, q)
+
+
+def test_a_table_called_as_an_index_is_passed_by_either_name():
+    head = sd.table("h")
+    q, ids = torch.randn(1, 2, 4, 8), torch.tensor([3, 1])
+    attn = sd.compile(kv_idx < head[sd.h], backend="reference")
+    assert repr(head) == "table('h_table')" and list(attn.pattern.tables) == ["h_table"]
+    assert torch.equal(attn(q, q, q, h=ids), attn(q, q, q, h_table=ids))
+    compiled = torch.compile(attn, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(q, q, q, h=ids), attn(q, q, q, h=ids))
+    with pytest.raises(sd.TableError, match="is given twice: it is kept as 'h_table'"):
+        attn(q, q, q, h=ids, h_table=ids)
+
+
+def test_a_word_of_the_call_that_is_a_table_is_pointed_out():
+    ids, q = torch.arange(4), torch.randn(1, 1, 4, 8)
+    attn = sd.compile(sd.table("scale")[q_idx] >= kv_idx)
+    with pytest.raises(
+        sd.ShapeError, match=r"scale must be a positive number.*a Tensor of shape.*pass tables=\{'scale': tensor\}"
+    ):
+        attn(q, q, q, scale=ids)
+    with pytest.raises(sd.TableError, match=r"dtype is a word of analyse\(\) too: bind it, pattern.bind\(dtype=tensor\)"):
+        sd.analyse(sd.table("dtype")[q_idx] >= kv_idx, 4)
 
 
 def test_reads_before_a_table_are_found_for_patterns_that_hash_alike() -> None:

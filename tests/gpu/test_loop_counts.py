@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from sparsedsl.gpu.estimates import idle_rows, repeats
+from sparsedsl.gpu.kernel_config import Config
+from sparsedsl.gpu.targets import TARGETS
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="compiling kernels needs Triton")
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -53,6 +57,30 @@ def test_no_work_is_done_twice(case, head_dim, kernel, counts):
         assert kind == "partial" or loop.local_share <= 0.03
         if recorded is not None and recorded["config"] == found.config:
             assert loop.issued <= 1.03 * recorded["loops"][kind]["issued"], f"{kind}: longer than what aot_vs_flex.py recorded"
+
+
+def test_warps_of_64_lanes_have_32_rows_each(counts):
+    """As the search for tiles has it: of two warps on 64 rows none repeats what the other does, of four each does half for nothing."""
+    made = counts["kernels"].Ours(counts["cases"]["causal"], 64)
+    for warps in (2, 4):
+        config, target = Config(64, 64, warps, 1), TARGETS["gfx942"]
+        loop = counts["kernels"].our_kernel(made, "forward", "gfx942", config).loops["full"]
+        executed = loop.exponentials * target.warp_size * warps / 64**2
+        assert executed == pytest.approx(repeats("forward", made.shape, target, config), rel=0.05)
+
+
+def test_rows_of_tensor_memory_that_lie_idle_are_paid_for(counts):
+    """By the cost model as by the counts: a product of 64 rows takes as long as one of 128."""
+    made, target = counts["kernels"].Ours(counts["cases"]["causal"], 64), TARGETS["sm_100"]
+    per_pair, expected = [], []
+    for rows in (64, 128):
+        config = Config(rows, 64, 4, 2)
+        found = counts["kernels"].our_kernel(made, "forward", "sm_100", config)
+        assert {kind.shape[0] for kind in found.loops["full"].matrix} == {rows}
+        # One instruction takes as long as another, whatever its rows.
+        per_pair.append(sum(kind.count * kind.shape[1] * kind.shape[2] for kind in found.loops["full"].matrix) / (rows * 64))
+        expected.append(idle_rows("forward", made.shape, target, config))
+    assert per_pair[0] / per_pair[1] == expected[0] / expected[1] == 2
 
 
 @pytest.mark.parametrize(("case", "head_dim"), COMPARED)

@@ -23,7 +23,7 @@ slope = sd.table("slope", learned=True)
 NO_TRUTH = "has no truth value while it is being declared. `and`, `or`, `not`, `if`, `in` and chained comparisons (`0 <= x < 5`) ask for one and would drop a side. Write `a & b`, `a | b`, `~a`, `(0 <= x) & (x < 5)`"
 UNKNOWN = "its value is not known while it is being declared"
 UNREAD = "a table must be read with indices before it is used: t[q_idx]; got the bare table 't'"
-NOT_A_NUMBER = "a mask is not a number: q_idx >= kv_idx. Join masks with & | ^ ~, or make a number with sd.where(mask, 1, 0)"
+NOT_A_NUMBER = "a mask is not a number: kv_idx <= q_idx. Join masks with & | ^ ~, or make a number with sd.where(mask, 1, 0)"
 DIVISOR = "must be known not to be zero; got {}. Use a constant, a length, or a table declared with values_in=(1, ...)"
 
 # fmt: off
@@ -44,7 +44,7 @@ PYTHON: dict[str, tuple[Callable[[], Any], str]] = {
     "range": (lambda: range(q_idx), "To look a value up by position declare a table: t = sd.table('t'); t[expression]"),
     "list index": (lambda: [1, 2][q_idx], "use as a Python index is not possible on Index(q_idx)"),
     "len": (lambda: len(q_idx), "len() is not possible on Index(q_idx): its value is not known while it is being declared. Use sd.q_len or sd.kv_len"),
-    "iteration": (lambda: list(causal), "iteration is not possible on Mask(q_idx >= kv_idx)"),
+    "iteration": (lambda: list(causal), "iteration is not possible on Mask(kv_idx <= q_idx)"),
     "min": (lambda: min(q_idx, kv_idx), NO_TRUTH),
     "precedence of &": (lambda: q_idx >= kv_idx & h < 1, NO_TRUTH),
 }
@@ -98,7 +98,7 @@ TABLES: dict[str, tuple[Callable[[], Any], str]] = {
     "iterated": (lambda: list(t), "table 't' cannot be iterated; read it: t[q_idx]"),
     "slice": (lambda: t[1:2], "table 't' is read one element at a time; got slice(1, 2, None) as an index"),
     "no index": (lambda: t[()], "table 't' must be read with at least one index"),
-    "mask as index": (lambda: t[causal], "table 't': an index must be an integer expression; got the mask Mask(q_idx >= kv_idx)"),
+    "mask as index": (lambda: t[causal], "table 't': an index must be an integer expression; got the mask Mask(kv_idx <= q_idx)"),
     "score as index": (lambda: t[score], "index of table 't' must be an index expression or a whole number; got Score(score) (Score)"),
     "float as index": (lambda: t[1.5], "index of table 't' must be an index expression or a whole number; got 1.5 (float)"),
     "float table as index": (lambda: t[slope[h]], "index of table 't' must be an index expression or a whole number; got Score(slope[h])"),
@@ -109,7 +109,6 @@ TABLES: dict[str, tuple[Callable[[], Any], str]] = {
 DECLARATIONS: dict[str, tuple[Callable[[], Any], str]] = {
     "no identifier": (lambda: sd.table("1x"), "table name must be a Python identifier, since it is passed as attn(..., name=tensor); got '1x'"),
     "keyword": (lambda: sd.table("lambda"), "table name must be a Python identifier"),
-    "reserved": (lambda: sd.table("q_offset"), "table name 'q_offset' is reserved; choose another, e.g. q_offset_table"),
     "dtype": (lambda: sd.table("x", dtype="complex64"), "table 'x': dtype must be int, bool, float or a torch dtype of these kinds; got 'complex64'"),
     "learned int": (lambda: sd.table("x", dtype=int, learned=True), "table 'x': only float tables can be learned; got dtype int. Write dtype=float"),
     "monotone float": (lambda: sd.table("x", dtype=float, monotone=True), "table 'x': monotone, bijective and values_in are facts about int tables; got dtype float"),

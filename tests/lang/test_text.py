@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, kv_len, q_idx, score
 from sparsedsl.lang import numeric
-from sparsedsl.lang.printing import Printer
+from sparsedsl.lang.printing import Printer, reading_text, to_text
 from sparsedsl.testing import indices, masks, patterns, scores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,8 +58,46 @@ WRITTEN = {
 @pytest.mark.parametrize("name", WRITTEN)
 def test_the_text_of_what_people_write(name: str) -> None:
     expression, text = WRITTEN[name]
-    assert str(expression) == text
+    assert expression.text.splitlines()[-1] == text
     assert sd.parse(expression.text).same_as(expression)
+
+
+# What ``str`` and reports show, where it is not the canonical text: what one would write.
+READ = {
+    "causal": "kv_idx <= q_idx",
+    "strict": "kv_idx < q_idx",
+    "window": "(kv_idx <= q_idx) & (q_idx - kv_idx < 512)",
+    "symmetric window": "abs(kv_idx - q_idx) < 8",
+    "nested tables": "kv_idx >= start[doc[q_idx]]",
+    "common factor": "q_idx - kv_idx < 2",
+    "where": "where(kv_idx < 4, score, -inf)",
+    "three-way xor": "(b <= 0) ^ (h <= 0) ^ (kv_idx <= 2)",
+    "documents": "doc[q_idx] == doc[kv_idx]",
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_people_read(name: str) -> None:
+    expression = WRITTEN[name][0]
+    assert str(expression) == READ[name]
+    assert repr(expression) == f"{type(expression).__name__}({READ[name]})"
+
+
+@pytest.mark.parametrize(
+    ("mask", "read"),
+    [
+        (kv_idx <= q_idx + 3, "kv_idx <= q_idx + 3"),
+        (q_idx - kv_idx >= 2, "q_idx - kv_idx >= 2"),
+        (kv_idx > q_idx, "kv_idx > q_idx"),
+        (kv_idx // 64 <= q_idx // 64, "kv_idx // 64 <= q_idx // 64"),
+        (q_idx < sd.table("end")[kv_idx], "q_idx < end[kv_idx]"),
+        (abs(q_idx - kv_idx) <= 128, "abs(kv_idx - q_idx) <= 128"),
+        (kv_idx == 0, "kv_idx == 0"),
+    ],
+)
+def test_signs_are_not_turned(mask: Any, read: str) -> None:
+    assert str(mask) == read
+    assert sd.parse(to_text(mask.expr, write=reading_text)).same_as(mask)
 
 
 @given(expressions)
@@ -67,6 +105,8 @@ def test_the_text_of_what_people_write(name: str) -> None:
 def test_printing_and_parsing_keep_the_expression(expression: Any) -> None:
     read = sd.parse(expression.text)
     assert read.expr == expression.expr, expression.text
+    shown = to_text(expression.expr, write=reading_text)
+    assert sd.parse(shown).expr == expression.expr, shown
     # A score of whole numbers alone has no kind of its own in text: it reads back as the index it is.
     assert type(read) is type(expression) or (isinstance(expression, sd.Score) and expression.expr.is_integer)
     assert read.text == expression.text

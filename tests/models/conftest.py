@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.fixture
 def example_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleNamespace]]:
-    """``example_modules("gemma", "gemma_search", load=...)``: modules by name, where ``gemma.load()`` gives what ``load()`` does."""
+    """``example_modules("parts.gemma", "gemma_search", load=...)``: modules by their last names, ``gemma.load()`` gives ``load()``."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     made: list[str] = []
 
@@ -24,7 +24,7 @@ def example_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., S
         for name in names:
             sys.modules.pop(name, None)
         made.extend(names)
-        modules = {name: importlib.import_module(name) for name in names}
+        modules = {name.rpartition(".")[2]: importlib.import_module(name) for name in names}
         monkeypatch.setattr(modules["gemma"], "load", load)
         return SimpleNamespace(**modules)
 

@@ -212,7 +212,7 @@ def test_repr_names_what_runs_where() -> None:
     model = build("gemma3")
     with sd.models.apply(model, {1: window}) as applied:
         assert repr(applied) == (
-            "<AppliedPatterns on Gemma3ForCausalLM: layer 1 attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 3)); native: layer 0>"
+            "<AppliedPatterns on Gemma3ForCausalLM: layer 1 attend((kv_idx <= q_idx) & (q_idx - kv_idx < 4)); native: layer 0>"
         )
         assert list(applied.patterns) == [1]
     assert ", restored" in repr(applied)
@@ -420,12 +420,12 @@ def test_native_patterns_read_what_the_model_says() -> None:
     def text(family: str) -> list[str]:
         return [str(pattern).splitlines()[-1] for pattern in sd.models.native_patterns(build(family)).values()]
 
-    assert text("llama") == ["attend(q_idx >= kv_idx)"] * 2
+    assert text("llama") == ["attend(kv_idx <= q_idx)"] * 2
     assert text("bert") == ["attend(True)"] * 2
-    sliding = f"(q_idx >= kv_idx) & (q_idx - kv_idx <= {WINDOW - 1})"
+    sliding = f"(kv_idx <= q_idx) & (q_idx - kv_idx < {WINDOW})"
     assert text("gemma2") == [
         f"attend({sliding}, score=2*tanh(score / 2))",
-        "attend(q_idx >= kv_idx, score=2*tanh(score / 2))",
+        "attend(kv_idx <= q_idx, score=2*tanh(score / 2))",
     ]
-    assert text("gpt_oss") == [f"attend({sliding}, sink=sinks[h])", "attend(q_idx >= kv_idx, sink=sinks[h])"]
+    assert text("gpt_oss") == [f"attend({sliding}, sink=sinks[h])", "attend(kv_idx <= q_idx, sink=sinks[h])"]
     assert "left_padding[b]" in text("llama4")[0]

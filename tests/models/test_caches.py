@@ -317,8 +317,10 @@ def test_generate_with_a_program_gives_the_tokens_that_it_gives_without_a_cache(
 def test_the_report_counts_what_layers_hold() -> None:
     model = build("gemma3")  # 2 heads of 8 for keys, float32: 128 bytes a token
     with sd.models.apply(model, {1: PATTERNS["first ones"]}) as applied:
-        lines = applied.cache_report(4096, batch=2).splitlines()
-    assert lines[0] == "layer 0: the last 7 keys; 128 bytes a token, 0.00171 MiB for 4,096 tokens"
+        found = applied.cache_report(4096, batch=2)
+    lines = str(found).splitlines()
+    assert lines[0] == "layer 0: the last 7 keys; 128 B a token, 1.75 KiB for 4,096 tokens"
     assert lines[1].startswith("layer 1: first + ring: the first 2 keys, a ring of 4 keys; PROVED")
-    assert lines[1].endswith("128 bytes a token, 0.00122 MiB for 4,096 tokens")
-    assert lines[2] == "all layers: 0.00293 MiB, where 2 MiB hold every key"
+    assert lines[1].endswith("128 B a token, 1.25 KiB for 4,096 tokens")
+    assert lines[2] == "all layers: 3 KiB, where 2 MiB hold every key"
+    assert found.to_dict()["layers"][0]["most_tokens"] == 7 and found.bytes == 3072

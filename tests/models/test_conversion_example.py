@@ -14,7 +14,7 @@ import torch
 @pytest.fixture
 def example(example_modules: Any, tiny_gemma: Any) -> SimpleNamespace:
     kept = tiny_gemma()
-    found: SimpleNamespace = example_modules("gemma", "gemma_finetune", "gemma_conversion", load=lambda: kept)
+    found: SimpleNamespace = example_modules("parts.gemma", "gemma_finetune", "gemma_conversion", load=lambda: kept)
     found.model = kept[0]
     return found
 

@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"example_{Path(name).name}", EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -34,7 +34,7 @@ def test_the_hybrid_as_shipped_is_causal_and_sparse() -> None:
 
 
 def test_what_the_demo_measures_with() -> None:
-    gemma = load("gemma")
+    gemma = load("parts/gemma")
     model, ids = build("gemma3"), tokens(1, 21)
     hidden, seconds = gemma.prefill(model, ids, "prefill")
     with torch.no_grad():

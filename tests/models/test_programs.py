@@ -231,7 +231,7 @@ def test_programs_for_all_layers_or_some_and_what_the_handle_says() -> None:
     with sd.models.apply(model, lambda index: sd.Program(PBS), backend="reference"):
         assert torch.equal(forward(model, ids), both)
     with sd.models.apply(model, {0: causal, 1: MOBA}) as applied:
-        assert repr(applied) == ("<AppliedPatterns on LlamaForCausalLM: layer 0 attend(q_idx >= kv_idx); layer 1 attend>")
+        assert repr(applied) == ("<AppliedPatterns on LlamaForCausalLM: layer 0 attend(kv_idx <= q_idx); layer 1 attend>")
     with sd.models.apply(model, {1: TSA}) as applied:
         assert "layer 1 compact, prompts only; native: layer 0" in repr(applied)
 

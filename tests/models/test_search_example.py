@@ -21,7 +21,7 @@ def example(example_modules: Any, tiny_gemma: Any) -> SimpleNamespace:
         return tokenizer(text, return_tensors)
 
     with_begin.bos_token_id = 2  # type: ignore[attr-defined]
-    found: SimpleNamespace = example_modules("gemma", "gemma_search", load=lambda: (model, with_begin))
+    found: SimpleNamespace = example_modules("parts.gemma", "gemma_search", load=lambda: (model, with_begin))
     found.model, found.tokenizer = model, with_begin
     return found
 

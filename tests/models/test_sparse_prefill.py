@@ -16,7 +16,7 @@ import sparsedsl as sd
 @pytest.fixture
 def example(example_modules: Any, tiny_gemma: Any) -> SimpleNamespace:
     kept = tiny_gemma()
-    names = ("gemma", "after_prompt", "sparse_prefill_picture", "gemma_sparse_prefill")
+    names = ("parts.gemma", "parts.after_prompt", "parts.sparse_prefill_picture", "gemma_sparse_prefill")
     found: SimpleNamespace = example_modules(*names, load=lambda: kept)
     found.model, found.tokenizer = kept
     return found

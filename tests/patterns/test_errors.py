@@ -63,7 +63,6 @@ WRONG = [
         "prefix(): n must be a whole number or an index expression such as table[sd.h]; got 'prefix' (str)",
     ),
     (lambda: P.global_tokens(-1), "global_tokens(): n must be at least 0; got -1"),
-    (lambda: P.documents("q_idx"), "table name 'q_idx' is reserved"),
     (lambda: P.documents("my doc"), "table name must be a Python identifier"),
     (
         lambda: P.documents("x", offsets="x"),

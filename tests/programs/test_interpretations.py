@@ -62,7 +62,7 @@ QUESTIONS: dict[str, Callable[[], Any]] = {
     "the proof of causality": lambda: program_causality(NEW),
     "the reference": lambda: Reference(call(3)).value(NEW.root),
     "the lowering": lambda: check_rules(NEW, LOWERED_RULES),
-    "the explanation": lambda: way_of(NEW.root, []),
+    "the explanation": lambda: way_of(NEW.root, [], "auto", facts_of(call(3), False)),
     "the requests to backends": lambda: requests_of(NEW, facts_of(call(3), False)),
     "the state": lambda: horizon(NEW),
     "a call without keys": lambda: run_empty(call(0)),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
+import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -9,7 +13,9 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl import testing as kit
+from sparsedsl.program.program_text import read_given
 from sparsedsl.testing import battery
+from sparsedsl.testing.progress import Progress
 
 CAUSAL = sd.kv_idx <= sd.q_idx
 NAMES = ["text", "tile lists", "numbers", "causality", "calls", "order", "unseen"]
@@ -52,6 +58,66 @@ def test_a_pattern_that_must_be_causal_and_is_not() -> None:
         exec(report.snippet, {})
     assert "AttentionCase(kv_len=2)" in report.snippet, "the smallest case that shows it"
     assert report.snippet.splitlines()[-1].strip() in str(report)
+
+
+LEAKY = sd.kv_idx <= sd.q_idx + 1
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        sd.attend(LEAKY, causal=True),
+        sd.attend(LEAKY & (sd.table("t")[sd.kv_idx] > 0), causal=True).bind(t=torch.ones(99, dtype=torch.long)),
+        sd.compile(sd.attend(LEAKY, causal=True)),
+        sd.attend(LEAKY & (sd.top_k(sd.dot(sd.q, sd.k), 2) | (sd.q_idx == sd.kv_idx)), causal=True),
+    ],
+    ids=["pattern", "bound", "compiled", "program"],
+)
+def test_what_declares_itself_causal_is_held_to_it(pattern: Any) -> None:
+    report = kit.check(pattern, examples=1, seed=1)
+    (found,) = (p for p in report.properties if p.name == "causality")
+    assert found.status == "FAILS" and report.exit_code == 1
+    assert "later position" in found.detail or "after it" in found.detail
+    assert kit.check(pattern, examples=1, seed=1, causal=False).ok
+
+
+def test_the_claim_is_in_the_text_and_not_in_the_meaning() -> None:
+    claimed, plain = sd.attend(CAUSAL, scale=0.5, causal=True), sd.attend(CAUSAL, scale=0.5)
+    assert claimed.text == "attend(q_idx >= kv_idx, scale=0.5, causal=True)"
+    assert read_given(claimed.text).causal and not read_given(plain.text).causal
+    assert claimed == plain and claimed.key == plain.key and hash(claimed) == hash(plain)
+    assert pickle.loads(pickle.dumps(claimed)).causal
+    assert kit.check(claimed, examples=1, seed=1).ok
+    with pytest.raises(sd.PatternError, match="causal must be True or False"):
+        sd.attend(CAUSAL, causal=1)
+
+
+def test_a_report_names_its_seed_and_is_json() -> None:
+    report = kit.check(CAUSAL, examples=1)
+    assert f"right, as far as tried; seed {report.seed}" in str(report)
+    found = json.loads(report.to_json())
+    assert found["ok"] and found["exit_code"] == 0 and [p["name"] for p in found["properties"]] == NAMES
+
+
+def test_words_that_are_misspelt() -> None:
+    with pytest.raises(
+        sd.TableError, match=r"check\(\): unexpected argument exmaples: the pattern reads no table. Did you mean 'examples'"
+    ):
+        kit.check(CAUSAL, exmaples=1)
+
+
+def test_progress_where_nobody_watches() -> None:
+    out, times = io.StringIO(), iter([0.0, 1.0, 6.0, 7.0, 30.0])
+    with Progress(9, "numbers", stream=out, clock=lambda: next(times)) as progress:
+        progress.update()
+        progress.update()
+        progress.say("failed; looking for a smaller case")
+        progress.say("failed; looking for a smaller case")
+    assert out.getvalue().splitlines() == [
+        "numbers: 2 of 9 cases, 6 s", "numbers: 2 of 9 cases, 30 s; failed; looking for a smaller case",
+    ]  # fmt: skip
+    with Progress(9, "numbers", shown=False, stream=out, clock=lambda: next(times)) as silent:
+        silent.update()
 
 
 def test_a_pattern_that_is_not_meant_to_be_causal() -> None:
@@ -112,7 +178,7 @@ def test_lengths_reach_past_the_constants_of_the_pattern() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(sd.SparseDSLError, match="examples must be a whole number of at least 1; got 0"):
         kit.check(CAUSAL, examples=0)
-    with pytest.raises(sd.TableError, match="cannot bind doc: the pattern reads no table"):
+    with pytest.raises(sd.TableError, match=r"check\(\): unexpected argument doc: the pattern reads no table"):
         kit.check(CAUSAL, doc=torch.arange(3))
     with pytest.raises(sd.PatternError, match="backend must be one of"):
         kit.check(CAUSAL, backend="nope")
@@ -134,7 +200,8 @@ def test_a_seed_draws_the_same_cases() -> None:
     assert run() == run()
 
 
-def test_progress_is_shown_if_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_if_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     kit.check(CAUSAL, examples=2, seed=1)
     assert capsys.readouterr().err == ""
     kit.check(CAUSAL, examples=2, seed=1, progress=True)

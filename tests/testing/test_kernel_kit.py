@@ -85,14 +85,6 @@ def test_a_claim_that_the_signature_denies_is_refused():
         kit.Kernel(3, implements=FULL)
 
 
-def test_packed_sequences_are_refused_with_a_way_out():
-    def packed(q, k, v, cu_seqlens):
-        return v
-
-    with pytest.raises(UnsupportedError, match=r"takes cu_seqlens: .* Wrap it in a function on q, k and v"):
-        kit.Kernel(packed, implements=FULL)
-
-
 def test_arguments_of_a_check_are_refused_by_name():
     kernel = kit.Kernel(unscaled, implements=FULL)
     with pytest.raises(ArgumentError, match=r"only must name properties of .*; got 'NUN'\. Did you mean 'NUM'"):
@@ -181,6 +173,31 @@ def test_a_wrong_kernel_is_told_with_place_case_and_guess():
     told = next(p for p in given["properties"] if p["name"] == "NUM")["failure"]
     assert told["element"]["ratio"] > 1 and told["case"]["q_len"] >= 1
     assert "assert_kernel" in told["program"]
+
+
+def test_wrong_numbers_are_told_once():
+    """GUARD and FULL compare with the same numbers on the way to something else."""
+    report = kit.check(
+        kit.Kernel(unscaled, implements=FULL, group=1, dtypes="float32"), examples=5, seed=0, only=("NUM", "GUARD", "FULL")
+    )
+    assert [(p.name, p.same_as) for p in report.failures] == [("NUM", ""), ("GUARD", "NUM"), ("FULL", "NUM")]
+    assert [p.name for p in report.causes] == ["NUM"] and report.exit_code == 1
+    text = str(report)
+    assert text.count("this program shows it") == text.count("the scale is left out") == 1
+    assert text.count("as NUM does on the same case: see there") == 2
+    told = {p["name"]: p["failure"] for p in json.loads(report.to_json())["properties"]}
+    assert told["GUARD"]["same_as"] == "NUM" and "same_as" not in told["NUM"]
+
+
+def test_a_cause_of_its_own_is_told_beside_wrong_numbers():
+    def writing(q, k, v):
+        torch.as_strided(q, (1,), (1,), q.storage_offset() + q.numel()).fill_(1.0)
+        return torch.softmax(q @ k.mT, -1) @ v
+
+    kernel = kit.Kernel(writing, implements=FULL, group=1, dtypes="float32")
+    report = kit.check(kernel, examples=5, seed=0, only=("NUM", "GUARD"))
+    assert [p.name for p in report.causes] == ["NUM", "GUARD"]
+    assert "writes outside q" in report.causes[1].detail
 
 
 def test_the_program_of_a_report_fails_by_itself(tmp_path):

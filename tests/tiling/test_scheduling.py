@@ -127,8 +127,8 @@ def test_a_schedule_is_the_same_each_time(monkeypatch):
 def test_what_a_schedule_prints():
     schedule = make_schedule((causal & (q_idx - kv_idx < 64)).expr, Domain(256, 256), BUILT_IN, shape, 64)
     head, *body = str(schedule).splitlines()
-    assert head.startswith("strips of up to 64 queries, ") and head.endswith(" ms expected")
-    assert body[0] == "every query, every key:" and body[1].startswith("  1 strip of 64 queries from 0: ")
+    assert head.startswith("strips of up to 64 queries, ") and head.endswith(" us expected")
+    assert body[0].startswith("  1 strip of 64 queries from query 0: ")
     many = Schedule(
         (
             ResiduePlan(
@@ -144,7 +144,23 @@ def test_what_a_schedule_prints():
         1,
         0.0,
     )
-    assert str(many).splitlines()[-1] == "  .. 3 more series"
+    assert str(many).splitlines()[-1] == "  .. 3 more of such runs"
+
+
+def test_a_schedule_names_heads_and_prints_nothing_of_no_size():
+    windows = torch.tensor([8, 32, 8, 8])
+    mask = causal & (q_idx - kv_idx < sd.table("w", values_in=(1, 64))[sd.h])
+    told = str(make_schedule(mask.expr, Domain(256, 256, 0, 1, 4, {"w": windows}), BUILT_IN, shape, 64)).splitlines()
+    assert told[0].split(", ")[1].endswith("pairs computed for one head of each kind")
+    assert [line.strip() for line in told if line.strip().endswith(":")] == ["heads 0, 2, 3:", "head 1:"]
+    two = mask & (kv_idx % 2 == sd.b % 2)
+    told = str(make_schedule(two.expr, Domain(256, 256, 0, 2, 2, {"w": windows[:2]}), BUILT_IN, shape, 64))
+    assert "batch entry 1, head 1" in told or "scattered" in told
+    nothing = make_schedule((causal & (kv_idx > q_idx)).expr, Domain(256, 256), BUILT_IN, shape)
+    assert str(nothing) == "nothing to compute: no query sees a key"
+    scattered = make_schedule(((q_idx * kv_idx) % 3 == 0).expr, Domain(256, 256), BUILT_IN, shape)
+    assert str(scattered).startswith("tiles, each for itself, ")
+    assert not any(word in str(made) for made in (nothing, scattered) for word in ("0 queries", "0 keys"))
 
 
 # ---- the cost model ------------------------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def test_steps_of_a_window():
     *_, last = cut(space, 64)
     assert (last.height, last.step, last.q_start + last.count * last.step) == (64, 64, 640)
     assert {key_tile.step for key_tile in last.key_tiles} == {64}
-    assert str(last).startswith(f"{last.count} strips of 64 queries from {last.q_start}: ")
+    assert str(last).startswith(f"{last.count} strips of 64 queries from query {last.q_start}: ")
 
 
 @given(
@@ -229,4 +229,4 @@ def test_neighbours_that_move_together_are_one_segment():
         (0, 15, 16),
         (15, 5, 0),
     ]
-    assert str(together[0]) == "10 keys from 0 masked, +16 each" and str(together[2]) == "5 keys from 15 all"
+    assert str(together[0]) == "10 keys from key 0, 16 further in each strip, masked" and str(together[2]) == "5 keys from key 15"

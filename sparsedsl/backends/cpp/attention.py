@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.totals import Totals
 from sparsedsl.backends.cpp.call_bytes import HEAD, KINDS, OF_PATTERN, OF_REST, call_block, place_fields, place_of
 from sparsedsl.backends.cpp.libraries import fixed_pass, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
@@ -22,10 +23,14 @@ from sparsedsl.runtime.repeated import Again
 from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.sinks import sink_gradients
 from sparsedsl.runtime.unseen import Sight
+from sparsedsl.tuning.rates import machine
 
 __all__ = ["CppKernel", "block_of", "of_pattern", "rows_without_gaps"]
 
 Tensor = torch.Tensor
+# Of the rate of one large product, what the passes reach on tiles that are not empty (`benchmarks/cpu.py patterns`); and small operations
+# of a call.
+SHARE_OF_PRODUCTS, CALLS = 0.85, 4
 
 
 class CppKernel(PatternRunner):
@@ -86,6 +91,13 @@ class CppKernel(PatternRunner):
         if facts.dtype in ("bfloat16", "float16"):
             lines.append(f"{facts.dtype} is widened to float32 as it is read")
         return tuple(lines)
+
+    def expected_seconds(self, domain: Domain, facts: CallFacts, totals: Totals) -> float | None:
+        """Products of the tiles that are not empty, at the rate of large products; residues are dense to it, and cost no more than that."""
+        double = facts.dtype == "float64"
+        pairs = totals.pairs_of(facts.batch, facts.heads) // self._prepare.source(double=double).step
+        rate = max(machine().matmul_gflops) * 1e9 * SHARE_OF_PRODUCTS / (2 if double else 1)
+        return 2 * pairs * (facts.head_dim + facts.head_dim_v) / rate + CALLS * machine().call_us * 1e-6
 
     def schedule(self, call: Call) -> Prepared:
         """Made once for lengths and tables."""

@@ -9,7 +9,7 @@ import torch
 
 from sparsedsl.backends.cpp.attention import CppKernel
 from sparsedsl.backends.cpp.background import Build
-from sparsedsl.backends.cpp.build import compiler
+from sparsedsl.backends.cpp.build import compiler, no_compiler
 from sparsedsl.backends.cpp.choosing import can_choose, choose_blocks
 from sparsedsl.backends.cpp.libraries import begun, fixed_library, fixed_pass, native, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
@@ -56,7 +56,7 @@ class CppBackend(Backend):
         """What the generated code lacks, or this machine."""
         facts = request.facts
         if facts.device != "cpu":
-            return f"generated C++ runs on the CPU, and the tensors are on {facts.device}"
+            return self.lacking(facts.device)
         double, worth = facts.dtype == "float64", facts.logits >= LIMITS.now.worth_compiling
         if request.pattern is not None:
             return _refusal_of(request.pattern, double, facts.grad, worth, compiler())
@@ -65,6 +65,12 @@ class CppBackend(Backend):
         if request.work == "selected":
             return _refusal_of_selected(request.mask, request.score, double, facts.grad, worth, compiler())
         return _refusal_of_scan(request.work, double, compiler())
+
+    def lacking(self, device: str) -> str | None:
+        """A compiler, which libraries that are built already do without."""
+        if device != "cpu":
+            return f"generated C++ runs on the CPU, and the tensors are on {device}"
+        return None if compiler() else no_compiler()
 
     def refusal_by_now(self, request: Request, patience: Patience) -> str | None:
         """What is not built yet is built in the background; a call waits for it, but not for long."""

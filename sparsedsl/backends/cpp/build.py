@@ -31,7 +31,7 @@ from sparsedsl.backends.cpp.background import Build, finished_at_exit, run_compi
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.settings import settings
 
-__all__ = ["FLAGS", "compiler", "library", "start"]
+__all__ = ["FLAGS", "compiler", "library", "no_compiler", "start"]
 
 log = logging.getLogger("sparsedsl")
 
@@ -112,6 +112,13 @@ def compiler() -> str | None:
     return _found(os.environ.get("CXX", "").strip(), os.environ.get("PATH", ""))
 
 
+def no_compiler() -> str:
+    """Why :func:`compiler` found none."""
+    given = os.environ.get("CXX", "").strip()
+    what = f"CXX={given!r} names none" if given else "neither g++ nor clang++ nor c++ is installed"
+    return f"generated C++ needs a compiler, and {what}"
+
+
 @lru_cache(maxsize=8)
 def _found(given: str, path: str) -> str | None:
     names = [given] if given else ["g++", "clang++", "c++"]
@@ -120,11 +127,12 @@ def _found(given: str, path: str) -> str | None:
 
 def _surroundings(path: str) -> tuple[str, ...]:
     """What a binary depends on beside its text."""
-    return (*_compiler_version(path), *_processor(), torch.__version__)
+    return (*compiler_version(path), *processor(), torch.__version__)
 
 
 @lru_cache(maxsize=8)
-def _compiler_version(path: str) -> tuple[str, str]:
+def compiler_version(path: str) -> tuple[str, str]:
+    """Where a compiler is, and the first line of what it says of itself; "" where it says nothing."""
     try:
         said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     except (OSError, subprocess.SubprocessError):
@@ -133,7 +141,7 @@ def _compiler_version(path: str) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _processor() -> tuple[str, ...]:
+def processor() -> tuple[str, ...]:
     """What the processor is and can do: code made for one may not run on another."""
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     found: dict[str, str] = {}
@@ -147,9 +155,7 @@ def _processor() -> tuple[str, ...]:
 
 def _known(path: str | None) -> str:
     if path is None:
-        given = os.environ.get("CXX", "").strip()
-        what = f"CXX={given!r} names none" if given else "neither g++ nor clang++ nor c++ is installed"
-        raise UnsupportedError(f"generated C++ needs a compiler, and {what}")
+        raise UnsupportedError(no_compiler())
     return path
 
 

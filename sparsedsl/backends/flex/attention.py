@@ -29,6 +29,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import BlockLists
+from sparsedsl.analysis.totals import Totals
 from sparsedsl.backends.flex.flex_lists import block_mask, mask_mod, pack, score_mod, tall_enough, widened
 from sparsedsl.backends.protocol import ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import sight_of
@@ -39,9 +40,11 @@ from sparsedsl.lang.expressions import Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.autograd import transformed
 from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.runtime.unseen import guarded_forward
 from sparsedsl.torch_private import compile_failure, tile_sizes_named, varying_sizes
+from sparsedsl.tuning.rates import machine
 
 __all__ = ["FlexKernel", "block_mask", "mask_mod", "score_mod"]
 
@@ -82,6 +85,14 @@ class FlexKernel(PatternRunner):
             result = self._run(lse, call)
         return result if lse else (result, None)
 
+    def expected_seconds(self, domain: Domain, facts: CallFacts, totals: Totals) -> float | None:
+        """On a CPU: products of the tiles that are not empty, at the rate of torch's own flash attention, of which it is a variant."""
+        if facts.device != "cpu":
+            return None
+        return (
+            2 * totals.pairs_of(facts.batch, facts.heads) * (facts.head_dim + facts.head_dim_v) / (machine().flash_gflops * 1e9)
+        )
+
     def _run(self, return_lse: bool, call: Call) -> Any:
         kernel = self._padded if reads_unwritten(call.q.device.type, call.k.shape[2]) else self
         return kernel.run(call, self._lists(call.domain, BLOCK), return_lse=return_lse)
@@ -115,7 +126,7 @@ class FlexKernel(PatternRunner):
         source, domain = self._source, call.domain
         q, k, v = call.q.detach(), call.k.detach(), call.v.detach()
         sink_at = None
-        if "sink_at" in source.values:  # alone in a tile of its own, which ends with it
+        if self.pattern.sink is not None and "sink_at" in source.values:  # alone in a tile of its own, which ends with it
             sink_at = -(-domain.kv_len // lists.block[1]) * lists.block[1]
             k, v = (F.pad(t, (0, 0, 0, sink_at + 1 - domain.kv_len)) for t in (k, v))
         packed = self._pack(lists, q.device, sink=sink_at is not None, backward=False)

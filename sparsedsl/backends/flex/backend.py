@@ -33,15 +33,19 @@ class FlexBackend(Backend):
             return "FlexAttention follows no lists of blocks: choices are tables to it"
         if facts.dtype == "float64":
             return "FlexAttention has no float64"
-        if facts.device == "cuda" and importlib.util.find_spec("triton") is None:
-            return "FlexAttention on a GPU is compiled by Triton, which is not installed"
         if facts.device == "cpu":
             if facts.grad:
                 return "FlexAttention has no backward pass on CPU"
             if facts.lse:
                 return "FlexAttention does not return the LSE on CPU"
-            if not has_avx2():
-                return "FlexAttention on CPU needs AVX2, which this machine lacks"
+        return self.lacking(facts.device)
+
+    def lacking(self, device: str) -> str | None:
+        """What torch compiles it with."""
+        if device == "cuda" and importlib.util.find_spec("triton") is None:
+            return "FlexAttention on a GPU is compiled by Triton, which is not installed"
+        if device == "cpu" and not has_avx2():
+            return "FlexAttention on CPU needs AVX2, which this machine lacks"
         return None
 
     def preference(self, request: Request) -> int:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.totals import Totals
 from sparsedsl.backends.protocol import Backend, ListMaker, PatternRunner
 from sparsedsl.backends.reference.attention import attend_reference
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
-from sparsedsl.runtime.request import Request
+from sparsedsl.runtime.request import CallFacts, Request
+from sparsedsl.tiling.cost import dense_seconds
+from sparsedsl.tuning.rates import machine
 
 __all__ = ["REFERENCE", "SMALL_LOGITS"]
 
@@ -25,6 +29,10 @@ class ReferencePattern(PatternRunner):
     def attend(self, call: Call, *, lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Differentiable by torch itself, as often as wanted."""
         return attend_reference(self.pattern, call)
+
+    def expected_seconds(self, domain: Domain, facts: CallFacts, totals: Totals) -> float | None:
+        """Of all logits, on a CPU."""
+        return dense_seconds(machine(), facts.logits, facts.head_dim, facts.head_dim_v) if facts.device == "cpu" else None
 
     @property
     def source(self) -> str:

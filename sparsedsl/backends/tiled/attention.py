@@ -10,6 +10,7 @@ import torch
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.totals import Totals
 from sparsedsl.backends.protocol import PatternRunner
 from sparsedsl.backends.tiled import passes
 from sparsedsl.backends.tiled.decoding import decode
@@ -69,6 +70,12 @@ class TiledKernel(PatternRunner):
     def described(self, domain: Domain, facts: CallFacts) -> tuple[str, ...]:
         """How the mask is cut."""
         return tuple(str(self.schedule_of(domain, HeadSizes(facts.kv_heads, facts.head_dim, facts.head_dim_v))).splitlines())
+
+    def expected_seconds(self, domain: Domain, facts: CallFacts, totals: Totals) -> float | None:
+        """Of the schedule, on a CPU."""
+        if facts.device != "cpu":
+            return None
+        return self.schedule_of(domain, HeadSizes(facts.kv_heads, facts.head_dim, facts.head_dim_v)).seconds
 
     def schedule(self, call: Call) -> Schedule:
         """How the mask of this call is cut: made once for lengths and tables."""

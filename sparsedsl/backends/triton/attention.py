@@ -16,6 +16,7 @@ import torch
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.totals import Totals
 from sparsedsl.backends.protocol import ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import sight_of
 from sparsedsl.backends.triton.config_choice import chosen, target_of
@@ -37,6 +38,7 @@ from sparsedsl.codegen.gradient_axes import learned_reads
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.configs import Config, Shape, split_count
+from sparsedsl.gpu.costs import estimated_held, retiled, seconds
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import HEAD
@@ -118,6 +120,20 @@ class TritonKernel(PatternRunner):
             found = chosen(name, shape, prepared, None)
             lines.append(f"  {name}: {found.config} ({found.source})")
         return tuple(lines)
+
+    def expected_seconds(self, domain: Domain, facts: CallFacts, totals: Totals) -> float | None:
+        """Of the forward kernel as it would be launched, on the GPU at hand; measured where it was."""
+        where = torch.device(facts.device)
+        if where.type != "cuda" or not torch.cuda.is_available() or domain.rows <= LIMITS.now.decode_rows:
+            return None
+        shape = Shape(facts.dtype, facts.head_dim, facts.head_dim_v, facts.heads // facts.kv_heads)
+        prepared = prepare(self.pattern, domain, where, (shape.head_dim, shape.head_dim_v), self._lists)
+        found = chosen("forward", shape, prepared, None)
+        if found.seconds is not None:
+            return found.seconds
+        target, block = target_of(where), (found.config.block_m, found.config.block_n)
+        tiles = retiled(totals, block, facts.batch * facts.heads, prepared.variant.step)
+        return seconds("forward", shape, target, found.config, tiles, estimated_held("forward", shape, target, found.config))
 
     # ---- forward ----
 

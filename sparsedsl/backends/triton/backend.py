@@ -14,7 +14,10 @@ from sparsedsl.backends.triton.scan_pass import MOST
 from sparsedsl.codegen.to_triton import DTYPES, WIDEST
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import SCORE
-from sparsedsl.runtime.request import Request
+from sparsedsl.program.select import Select
+from sparsedsl.runtime.patience import Patience
+from sparsedsl.runtime.request import CallFacts, Request
+from sparsedsl.selection.choosing import Choose
 from sparsedsl.selection.selected_call import SelectedCall
 
 __all__ = ["TRITON"]
@@ -39,7 +42,7 @@ class TritonBackend(Backend):
             return f"the kernels hold at most {MOST['the number of slots']} slots; these are {request.slots}"
         if request.form:
             return f"its kernels for linear() have a constant decay a head and write every value as it is; this has {_worded(request.form)}"
-        lacking = missing(facts.device)
+        lacking = self.lacking(facts.device)
         if lacking is not None:
             return lacking
         if request.work == "selected":
@@ -47,6 +50,10 @@ class TritonBackend(Backend):
 
             return refusal_of_selected(request)
         return None if request.pattern is None else refusal_of(request.pattern)
+
+    def lacking(self, device: str) -> str | None:
+        """Triton, or a GPU."""
+        return missing(device)
 
     def preference(self, request: Request) -> int:
         """First on a GPU; an interpreter is only for tests."""
@@ -73,6 +80,23 @@ class TritonBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adjacent queries share the union of their blocks."""
         return self._modules["selected"](q, k, v, selected)
+
+    def chooser(self, device: torch.device, dtype: torch.dtype, patience: Patience | None) -> Choose | None:
+        """One kernel, on a GPU; where kernels are interpreted, for those who ask by name."""
+        if missing(device.type) is not None or (device.type == "cpu" and patience is not None):
+            return None
+        from sparsedsl.backends.triton.choosing import choose_blocks
+
+        return choose_blocks
+
+    def choice(self, node: Select, facts: CallFacts, *, by_name: bool) -> str | None:
+        """One kernel; or torch, and why."""
+        if missing(facts.device) is not None or (facts.device == "cpu" and not by_name):
+            return None
+        from sparsedsl.backends.triton.choice_forms import why_torch
+
+        why = why_torch(node, facts)
+        return "one kernel from landmarks to lists" if why is None else f"torch, since {why}"
 
     def slots(self, *tensors: Any, **words: Any) -> Any:
         """Chunks in parallel."""

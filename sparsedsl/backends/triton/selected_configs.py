@@ -161,7 +161,8 @@ def config_of(kernel: str, chosen: SelectedShape, target: Target) -> Config:
         rows = rows_of(chosen.pack, rows) if chosen.merged else block_of(chosen.pack)
     loaded = (rows if kernel == "selected_grad_kv" else keys) * sum(widths) * shape.itemsize
     if family(target) == "cdna":  # what is on its way is held in registers
-        return Config(rows, keys, 4, 2 if loaded <= 1 << 14 and kernel != "selected_grad_kv" else 1)
+        warps = max(2, warps_of(keys if kernel == "selected_grad_kv" else rows, target)) if shape.itemsize == 2 else 4
+        return Config(rows, keys, warps, 2 if loaded <= 1 << 14 and kernel != "selected_grad_kv" else 1)
     if family(target) == "ampere" and kernel == "selected_grad_kv":
         while keys > SMALLEST and _tiles_bytes(rows, keys, sum(widths), shape) > target.shared_per_block:
             keys //= 2
@@ -178,7 +179,7 @@ def config_of(kernel: str, chosen: SelectedShape, target: Target) -> Config:
     # Warps beyond those that share the rows repeat products of the others; where a thread would hold too much, they do.
     widest = 128 if shape.itemsize == 2 else 64
     few = keys <= 64 and max(widths) <= widest and not (chosen.learned and kernel == "selected_grad_q")
-    return Config(rows, keys, warps_of(MOST_ROWS) if few else 8, 3 if deep else 2)
+    return Config(rows, keys, warps_of(MOST_ROWS, target) if few else 8, 3 if deep else 2)
 
 
 def _tiles_bytes(rows: int, keys: int, width: int, shape: Shape) -> int:

@@ -108,8 +108,11 @@ class Candidate:
         if isinstance(self.value, Hybrid):
             return repr(self.value)
         if isinstance(self.value, Program):
-            return self.value.text.splitlines()[-1].partition(" = ")[2]
-        return as_pattern(self.value).text.splitlines()[-1]
+            return str(self.value).splitlines()[-1].partition(" = ")[2]
+        return str(as_pattern(self.value)).splitlines()[-1]
+
+    def _plain_(self) -> str:
+        return repr(self.value) if isinstance(self.value, Hybrid) else self.value.text
 
     def as_json(self) -> dict[str, Any]:
         """All of it as plain data; bound tables by their values, the class of a layer by the name it is registered with."""

@@ -16,6 +16,7 @@ import torch
 from sparsedsl.adjustable import Adjustable
 from sparsedsl.models.layer_search.candidates import Assignment, Candidate, put_in
 from sparsedsl.models.layer_search.partial_forward import Body, Head
+from sparsedsl.plain_values import Reported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +59,7 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Reported):
     """Means over the judged positions, in nats a token, and their standard errors (as if positions were independent).
 
     ``kl``: from the donor to the assignment. ``loss``: negative log-likelihood of the next token; ``change``: how much larger it is than
@@ -72,6 +73,8 @@ class Measured:
     change: float
     change_error: float
     right: float
+
+    _adds = ("perplexity", "ratio")
 
     @classmethod
     def of(cls, sums: Iterable[Sums]) -> Measured:

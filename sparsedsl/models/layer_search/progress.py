@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sparsedsl.quantities import seconds_text
+
 __all__ = ["Progress"]
 
 SECONDS = 5.0  # between two lines
@@ -51,4 +53,4 @@ class Progress:
         self._said = time.monotonic()
         if self.shown:
             seconds = self._said - self._began
-            print(f"search: {self._what}, {self._done} of {self._total}, {seconds:.0f} s", file=sys.stderr, flush=True)
+            print(f"search: {self._what}, {self._done} of {self._total}, {seconds_text(seconds)}", file=sys.stderr, flush=True)

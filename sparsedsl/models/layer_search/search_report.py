@@ -17,6 +17,8 @@ from sparsedsl.models.layer_search.candidates import NATIVE, Candidate, put_in
 from sparsedsl.models.layer_search.evaluations import write_atomically
 from sparsedsl.models.layer_search.judging import Measured
 from sparsedsl.models.layers import attention_layers
+from sparsedsl.plain_values import Reported, plain
+from sparsedsl.quantities import bytes_text, flops_text, number_text, seconds_text, share_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,10 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["Probe", "SearchReport", "Tried"]
 
 FORMAT = "sparsedsl search report 1"
+_COST_TEXT = {"flops": flops_text, "cache_bytes": bytes_text, "prefill_time": seconds_text}
 
 
 @dataclass(frozen=True)
-class Tried:
+class Tried(Reported):
     """One true run of a whole assignment: layer -> candidate for all searched layers."""
 
     assignment: Mapping[int, str]
@@ -37,7 +40,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Reported):
     """Random tokens that come twice, ``distance`` apart: loss and share of right tokens in the second copy, before and with the assignment.
 
     Perplexity does not see whether a model still finds what it read long ago; this does.
@@ -49,7 +52,7 @@ class Probe:
 
 
 @dataclass(frozen=True, eq=False)
-class SearchReport:
+class SearchReport(Reported):
     """What :func:`sparsedsl.models.search` found. It prints as a table, is kept as JSON (patterns as text, no code), and can be applied.
 
     ``assignment``: searched layer -> name of a candidate, or ``"native"``. ``measured``: a true run of it. ``singles``: layer -> candidate
@@ -68,10 +71,14 @@ class SearchReport:
     >>> again = sd.models.SearchReport.load("found.json")
     >>> again.assignment, again.cost < again.native_cost
     ({0: 'window', 1: 'window'}, True)
+    >>> again.to_dict()["assignment"], again.to_dict()["bound"]
+    ({'0': 'window', '1': 'window'}, {'kind': 'Kl', 'nats': 1.0, 'sigmas': 0.0})
     >>> with again.apply(model) as applied:
     ...     print(applied)
-    <AppliedPatterns on LlamaForCausalLM: layers 0, 1 attend((q_idx >= kv_idx) & (q_idx - kv_idx <= 7))>
+    <AppliedPatterns on LlamaForCausalLM: layers 0, 1 attend((kv_idx <= q_idx) & (q_idx - kv_idx < 8))>
     """
+
+    _adds = ("cost", "native_cost")
 
     model: str
     attention_layers: int
@@ -91,6 +98,9 @@ class SearchReport:
     probe: Probe | None
     text: Mapping[str, int]
     seconds: float
+
+    def _said(self) -> dict[str, Any]:
+        return {**super()._said(), "bound": {"kind": type(self.bound).__name__, **plain(self.bound)}}
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -154,13 +164,15 @@ class SearchReport:
         return "\n".join(lines + ["(KL of one replaced layer, in nats; -: costs no less than native; *: chosen)"])
 
     def __str__(self) -> str:
+        cost = _COST_TEXT.get(self.cost_name, number_text)
         found, share = self.measured, self.cost / self.native_cost if self.native_cost else 1.0
         lines = [
             f"{self.model}: {len(self.layers)} of {self.attention_layers} attention layers searched, {len(self.candidates)} candidates",
             *(f"  {name:14} {candidate.text}" for name, candidate in self.candidates.items()),
             self.table(),
             f"  bound            {self.bound}: {'holds' if self.holds else 'DOES NOT HOLD'}",
-            f"  {self.cost_name:16} {self.cost:.4g} of {self.native_cost:.4g} ({share:.1%}), {self.length:,} tokens, searched layers",
+            f"  {self.cost_name:16} {cost(self.cost)} of {cost(self.native_cost)} ({share_text(share)}), {self.length:,} tokens, "
+            "searched layers",
             f"  perplexity       {found.perplexity:.3f}, native {self.native_perplexity:.3f}: {found.ratio - 1:+.2%} "
             f"(standard error {found.change_error:.2%})",
             f"  KL               {found.kl:.5f} nats (standard error {found.kl_error:.5f})",
@@ -168,12 +180,13 @@ class SearchReport:
         if self.probe is not None:
             near, far = self.probe.chosen, self.probe.native
             lines.append(
-                f"  retrieval        {near.right:.1%} right, native {far.right:.1%}; loss {near.loss:.3f}, native {far.loss:.3f} "
+                f"  retrieval        {share_text(near.right)} right, native {share_text(far.right)}; loss {near.loss:.3f}, "
+                f"native {far.loss:.3f} "
                 f"(random tokens repeated {self.probe.distance} later)"
             )
         lines.append(
             f"  {found.positions:,} positions of {self.text['rows']} texts of {self.text['tokens']:,} tokens; {len(self.tried)} whole "
-            f"assignments run; {self.seconds:.0f} s"
+            f"assignments run; {seconds_text(self.seconds)}"
         )
         if not self.complete:
             lines.append("  ! evaluations= ended the search before all swaps were run")

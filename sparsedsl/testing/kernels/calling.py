@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,15 @@ from sparsedsl.testing.kernels.arena import Placed, place
 from sparsedsl.testing.kernels.declaration import Kernel
 from sparsedsl.testing.kernels.kernel_case import KernelCase
 from sparsedsl.testing.kernels.oracle import Problem
+from sparsedsl.testing.kernels.packing import (
+    VARLEN,
+    Misshapen,
+    Pages,
+    Part,
+    cut_pages,
+    packed_arguments,
+    unpacked,
+)
 from sparsedsl.testing.kernels.values import fill
 from sparsedsl.testing.program_numbers import moving
 from sparsedsl.testing.program_strategies import named_inputs
@@ -28,6 +37,8 @@ __all__ = [
     "Cotangents",
     "Refused",
     "Results",
+    "call_packed",
+    "call_paged",
     "changed",
     "cotangents",
     "made",
@@ -136,13 +147,90 @@ def _called(kernel: Kernel, problem: Problem, leaves: Mapping[str, Tensor]) -> R
         words["q_offset"] = problem.q_offset
     if kernel.scale:
         words["scale"] = problem.factor
+    given = _run(kernel, lambda: _in_one(kernel, problem, q, k, v, words) if kernel.packing else kernel.fn(q, k, v, **words))
+    return _checked(kernel, problem, given)
+
+
+def _run(kernel: Kernel, call: Callable[[], Any]) -> Any:
     try:
-        given = kernel.fn(q, k, v, **words)
+        return call()
     except kernel.refuses as error:
         raise Refused(f"{type(error).__name__}: {error}") from error
+    except Misshapen as error:
+        raise Broken("shape", str(error)) from error
     except Exception as error:
         raise Broken("raised", f"raises {type(error).__name__}: {str(error)[:300]}") from error
-    return _checked(kernel, problem, given)
+
+
+# ---- packed sequences and pages ------------------------------------------------------------------------------------------------
+
+
+def _in_one(kernel: Kernel, problem: Problem, q: Tensor, k: Tensor, v: Tensor, words: dict[str, Any]) -> Any:
+    """A call of a packed kernel with entries that are all as long, as an ordinary one; q, k and v as the kernel's layout has them."""
+    if kernel.layout == "bshd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    parts = [Part(*entry) for entry in zip(q, k, v, strict=True)]
+    if kernel.packing == VARLEN:
+        found = _packed(kernel, parts, words, None)
+    else:
+        size = kernel.page_sizes[q.shape[2] % len(kernel.page_sizes)]
+        pages = cut_pages(parts, size, seed=k.shape[2] + q.shape[2], poison=kernel.poison)
+        found = _on_pages(kernel, parts, pages, words)
+    out = torch.stack([one for one, _ in found])
+    out = out.transpose(1, 2) if kernel.layout == "bshd" else out
+    return (out, torch.stack([lse for _, lse in found if lse is not None])) if kernel.lse else out
+
+
+def call_packed(kernel: Kernel, problem: Problem, parts: Sequence[Part], guard: int) -> list[tuple[Tensor, Tensor | None]]:
+    """One call with all sequences, packed among guards; the results of each.
+
+    Raises:
+        Refused, Broken: as :func:`results`; also where a byte around the inputs is changed.
+    """
+    return _run(kernel, lambda: _packed(kernel, parts, _words(kernel, problem), guard))
+
+
+def call_paged(kernel: Kernel, problem: Problem, parts: Sequence[Part], pages: Pages) -> list[tuple[Tensor, Tensor | None]]:
+    """One call with keys and values in pages; the results of each entry."""
+    return _run(kernel, lambda: _on_pages(kernel, parts, pages, _words(kernel, problem)))
+
+
+def _words(kernel: Kernel, problem: Problem) -> dict[str, Any]:
+    words: dict[str, Any] = {"q_offset": problem.q_offset} if kernel.offset is True else {}
+    return words | ({"scale": problem.factor} if kernel.scale else {})
+
+
+def _packed(
+    kernel: Kernel, parts: Sequence[Part], words: dict[str, Any], guard: int | None
+) -> list[tuple[Tensor, Tensor | None]]:
+    joined = [torch.cat([getattr(part, name).transpose(0, 1) for part in parts]) for name in "qkv"]
+    placed = [] if guard is None else [place(x, guard=guard, device=str(x.device)) for x in joined]
+    q, k, v = (one.tensor for one in placed) if placed else joined
+    given = kernel.fn(q, k, v, **packed_arguments(kernel.takes, parts), **words)
+    if not all(one.guards_hold and one.unchanged for one in placed):
+        raise Misshapen("the call changes its packed inputs, or the bytes around them")
+    return unpacked(*_both(kernel, given), parts)
+
+
+def _on_pages(kernel: Kernel, parts: Sequence[Part], pages: Pages, words: dict[str, Any]) -> list[tuple[Tensor, Tensor | None]]:
+    q = torch.stack([part.q for part in parts])
+    q = q.transpose(1, 2) if kernel.layout == "bshd" else q
+    given = kernel.fn(q, pages.k_cache, pages.v_cache, block_table=pages.table, seq_lens=pages.lengths, **words)
+    out, lse = _both(kernel, given)
+    wanted = (*q.shape[:3], parts[0].v.shape[2])
+    if tuple(getattr(out, "shape", ())) != wanted:
+        raise Misshapen(f"out has shape {tuple(getattr(out, 'shape', ()))}, wanted {wanted}")
+    out = out.transpose(1, 2) if kernel.layout == "bshd" else out
+    return [(one, None if lse is None else lse[number]) for number, one in enumerate(out)]
+
+
+def _both(kernel: Kernel, given: Any) -> tuple[Any, Any]:
+    if not kernel.lse:
+        return given, None
+    if not (isinstance(given, (tuple, list)) and len(given) >= 2):
+        raise Misshapen(f"gives {_kind(given)}, wanted (out, lse), as lse=True says")
+    out, lse = given[:2]
+    return out, lse * math.log(2) if kernel.lse_base == "2" and isinstance(lse, Tensor) else lse
 
 
 def _checked(kernel: Kernel, problem: Problem, given: Any) -> Results:
@@ -167,7 +255,7 @@ def _checked(kernel: Kernel, problem: Problem, given: Any) -> Results:
             raise Broken("shape", f"{name} has dtype {x.dtype}, wanted {' or '.join(map(str, dtypes[name]))}")
         if x.device.type != problem.q.device.type:
             raise Broken("shape", f"{name} lies on {x.device}, the inputs on {problem.q.device}")
-    if "lse" in parts and kernel.lse_base == "2":
+    if "lse" in parts and kernel.lse_base == "2" and not kernel.packing:
         parts["lse"] = parts["lse"] * math.log(2)
     return parts
 

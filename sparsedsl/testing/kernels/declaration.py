@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import ArgumentError, PatternError, UnsupportedError
+from sparsedsl.execute.layouts import LAYOUTS
 from sparsedsl.lang.advice import meant, shown
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.testing.kernels.kernel_case import DTYPES
+from sparsedsl.testing.kernels.packing import PAGED, VARLEN, packing_of
 
 __all__ = ["REFUSALS", "Kernel"]
 
@@ -21,11 +23,10 @@ REFUSALS: tuple[type[BaseException], ...] = (NotImplementedError, ValueError, As
 _ROUNDS = ("p", "out", "q", "s", "tf32")
 _WORDS = {
     "grad": ("none", "qkv", "all"),
-    "layout": ("bhsd", "bshd"),
+    "layout": LAYOUTS,
     "empty": ("zero", "nan", "refuse"),
     "lse_base": ("e", "2"),
 }
-_PACKED = ("cu_seqlens", "block_table", "seq_lens")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,11 +57,14 @@ class Kernel:
         lse_base: ``"2"`` if it gives the LSE in base 2.
         devices: where it runs.
         refuses: types of errors by which it refuses what it cannot do.
+        page_size: rows of a page, a number or several, of a kernel on pages; None: 4 and 16.
         name: for reports; None: that of ``fn``.
+
+    A kernel that names ``cu_seqlens`` is given packed sequences, one that names ``block_table`` pages: see
+    :mod:`sparsedsl.testing.kernels.packing` for what they are called with.
 
     Raises:
         ArgumentError, PatternError: a claim that has no meaning, by name.
-        UnsupportedError: ``fn`` takes packed sequences or pages.
 
     >>> import torch, sparsedsl as sd
     >>> def mine(q, k, v):
@@ -89,16 +93,21 @@ class Kernel:
     lse_base: str = "e"
     devices: Any = ("cpu",)
     refuses: Any = REFUSALS
+    page_size: Any = None
     name: str | None = None
     # what was written down, what implements was, and the tables that calls are given
     given: dict[str, Any] = field(init=False)
     given_implements: Any = field(init=False)
     passed: tuple[str, ...] = field(init=False)
+    # how it wants its tensors, the arguments it names, and the sizes of pages
+    packing: str = field(init=False)
+    takes: tuple[str, ...] = field(init=False)
+    page_sizes: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         claims = [f for f in fields(self)[2:] if f.init]
         given = {f.name: getattr(self, f.name) for f in claims if _differs(getattr(self, f.name), f.default)}
-        self._set(given=given, given_implements=self.implements, passed=())
+        self._set(given=given, given_implements=self.implements, passed=(), packing="", takes=(), page_sizes=())
         if not callable(self.fn):
             raise ArgumentError(f"Kernel: fn must be a function fn(q, k, v); got {shown(self.fn)}")
         for word, known in _WORDS.items():
@@ -130,12 +139,7 @@ class Kernel:
 
     def _check_signature(self) -> None:
         names, anything = _names(self.fn)
-        for word in _PACKED:
-            if word in names:
-                raise UnsupportedError(
-                    f"Kernel: {self.name} takes {word}: packed sequences and pages are not tested yet. Wrap it in a function on q, k and v "
-                    "of shape (batch, heads, length, width) that packs them, or cuts them into pages, and test that"
-                )
+        self._check_packing(names)
         for word, values in (("offset", (True, False, "last")), ("scale", (True, False))):
             value, argument = getattr(self, word), "q_offset" if word == "offset" else word
             if value is None:
@@ -153,6 +157,31 @@ class Kernel:
             )
         taken = [name for name in self.tables if name not in known and name in names]
         self._set(passed=(*known, *taken))
+
+    def _check_packing(self, names: list[str]) -> None:
+        packing = packing_of(names)
+        if self.page_size is not None and packing != PAGED:
+            raise ArgumentError(
+                f"Kernel: page_size={self.page_size!r} is for kernels on pages, and {self.name} takes no block_table"
+            )
+        self._set(packing=packing, takes=tuple(names))
+        if packing == PAGED:
+            if self.grad != "none":
+                raise ArgumentError(
+                    f"Kernel: grad={self.grad!r}: no gradients reach pages; leave it out, or test a function on k and v"
+                )
+            if "seq_lens" not in names:
+                raise ArgumentError(
+                    f"Kernel: {self.name} takes block_table, and no seq_lens, which says how many keys an entry has"
+                )
+            self._set(page_sizes=(4, 16) if self.page_size is None else _numbers("page_size", self.page_size, 1))
+        if packing == VARLEN:
+            if self.layout != "bhsd":
+                raise ArgumentError(
+                    f"Kernel: layout={self.layout!r}: packed tensors are (rows, heads, width) in any case; leave it out"
+                )
+            if "cu_seqlens" in names and self.lengths is None:
+                self._set(lengths="square")
 
     @property
     def tables(self) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ class KernelFinding:
 
     ``status``: "holds", "FAILS", "not applicable" or "not run". ``examples``: cases that it held on. ``detail``: why, or the failure as a
     sentence. Of a failure also its ``kind``, the smallest ``case``, ``guess`` at the fault, the ``fault`` (place, numbers), the cases that
-    were tried until it was found (``found_after``), and ``snippet``, a program that shows it.
+    were tried until it was found (``found_after``), and ``snippet``, a program that shows it. ``same_as``: a property before it that fails
+    on the very case, in the numbers of a plain call: what is said of that one says it all.
 
     >>> KernelFinding("LSE", "so is the LSE", "not applicable", detail="it gives no LSE").status
     'not applicable'
@@ -40,6 +41,7 @@ class KernelFinding:
     fault: Fault | None = None
     found_after: int = 0
     snippet: str = ""
+    same_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class KernelReport:
         return tuple(p for p in self.findings if p.status == FAILS)
 
     @property
+    def causes(self) -> tuple[KernelFinding, ...]:
+        """The failures that say something of their own: not those that compare with numbers which are wrong in a plain call too."""
+        return tuple(p for p in self.failures if not p.same_as)
+
+    @property
     def exit_code(self) -> int:
         """0: right; 1: a property failed; 2: nothing could be run."""
         return 1 if self.failures else 0 if self.ok else 2
@@ -82,7 +89,7 @@ class KernelReport:
     @property
     def snippet(self) -> str:
         """A program that shows the first failure again; empty if there is none."""
-        return next((p.snippet for p in self.failures), "")
+        return next((p.snippet for p in self.causes), "")
 
     @property
     def report(self) -> str:
@@ -123,12 +130,14 @@ class KernelReport:
         for p in self.findings:
             count = p.examples if p.status in (HOLDS, FAILS) else ""
             lines.append(f"  {p.name:{width}}  {p.status:14}  {count:>5}  {p.meaning}")
+            if p.same_as:
+                lines.append(" " * (width + 6) + f"as {p.same_as} does on the same case: see there")
             if p.status in (SKIPPED, NOT_RUN):
                 lines += textwrap.wrap(
                     f"because {p.detail}", _WIDTH - 6, initial_indent=" " * (width + 6), subsequent_indent=" " * (width + 6)
                 )
         lines += [line for text in self.warnings for line in ("", *textwrap.wrap(f"warning: {text}", _WIDTH))]
-        for p in self.failures:
+        for p in self.causes:
             lines += ["", *_told(p)]
         lines += [
             "",
@@ -155,4 +164,6 @@ def _failure(p: KernelFinding) -> dict[str, Any]:
         fault = {name: str(x) if isinstance(x, float) and not abs(x) < float("inf") else x for name, x in fault.items()}
     case = None if p.case is None else asdict(p.case)
     found = {"kind": p.kind, "guess": p.guess, "element": fault, "case": case, "found_after": p.found_after, "program": p.snippet}
+    if p.same_as:
+        found["same_as"] = p.same_as
     return found

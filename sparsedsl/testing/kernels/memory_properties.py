@@ -16,6 +16,7 @@ from sparsedsl.testing.kernels.findings import Failure, KernelProperty, Skip, di
 from sparsedsl.testing.kernels.kernel_case import KernelCase
 from sparsedsl.testing.kernels.limits import fits
 from sparsedsl.testing.kernels.number_properties import seen_rows
+from sparsedsl.testing.kernels.packing import PAGED
 from sparsedsl.torch_private import DispatchMode
 
 __all__ = ["MEMORY_PROPERTIES"]
@@ -259,16 +260,35 @@ def _full_on_cpu(call: Call) -> Failure | None:
     return _full(call)
 
 
+def _own_tensors(kernel: Kernel) -> str:
+    """Why a kernel says nothing about where its inputs lie."""
+    return f"its inputs are packed anew for every call: {'PAGE' if kernel.packing == PAGED else 'VARLEN'} looks at these" * bool(
+        kernel.packing
+    )
+
+
 _SMALL = ({"kv_len": 2}, {"q_len": 2, "kv_len": 6, "offset_at_end": True})
 MEMORY_PROPERTIES = {
     "PURE": KernelProperty(
-        "PURE", "inputs are left as they are, results lie elsewhere", _pure, share=0.2, first=({}, {"head_dim": 2})
+        "PURE",
+        "inputs are left as they are, results lie elsewhere",
+        _pure,
+        unfit=_own_tensors,
+        share=0.2,
+        first=({}, {"head_dim": 2}),
     ),
     "REPEAT": KernelProperty("REPEAT", "the same call gives the same bits, five times", _repeat, share=0.2, first=_SMALL),
     "STATE": KernelProperty("STATE", "calls in between change nothing", _state, wish=_several, share=0.2, first=_SMALL),
     "STRIDE": KernelProperty(
-        "STRIDE", "every layout of q, k, v and cotangents gives the same", _strides, wish=_several, share=0.2
+        "STRIDE",
+        "every layout of q, k, v and cotangents gives the same",
+        _strides,
+        unfit=_own_tensors,
+        wish=_several,
+        share=0.2,
     ),
-    "GUARD": KernelProperty("GUARD", "nothing outside the inputs is read or written", _guards, wish=_several, share=0.2),
+    "GUARD": KernelProperty(
+        "GUARD", "nothing outside the inputs is read or written", _guards, unfit=_own_tensors, wish=_several, share=0.2
+    ),
     "FULL": KernelProperty("FULL", "every element of the results is written", _full_on_cpu, wish=_several, share=0.2),
 }

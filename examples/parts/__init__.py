@@ -1,0 +1,1 @@
+"""What several examples share. Each file beside this folder is a story of its own; none of these is."""
