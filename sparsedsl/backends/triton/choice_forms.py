@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from sparsedsl.analysis.key_intervals import intervals
 from sparsedsl.backends.triton.launching import in_tiles
 from sparsedsl.codegen.to_triton import DTYPES, WIDEST
+from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program import scores as nodes
 from sparsedsl.program.node import Node
@@ -29,11 +31,12 @@ class LeftToTorch(Exception):
 
 @dataclass(frozen=True)
 class _Step:
-    """One step from products to scores, the last one first: "regroup" and "group" take ``size`` of them together."""
+    """One step from products to scores, the last one first: "regroup" and "group" take ``size`` together, a softmax those ``among``."""
 
     kind: str
     size: int = 1
     how: str = "sum"
+    among: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -93,19 +96,28 @@ def _steps_of(source: ScoreSource) -> list[_Step]:
     return [_Step(type(source).__name__)]
 
 
+def _other(node: Node) -> tuple[_Step, Node | None]:
+    kind = type(node).__name__
+    return _Step({"Plus": "sums", "Gumbel": "noise"}.get(kind, kind.lower())), None
+
+
+# Kinds of scores that the kernel makes -> a step, and what it is taken of. How many heads a group has is not known before a call.
+_STEPS: dict[type[Node], Callable[[Any], tuple[_Step, Node | None]]] = {
+    nodes.Regroup: lambda node: (_Step("regroup", node.block, node.how), node.scores),
+    nodes.Grouped: lambda node: (_Step("group", 2, node.how), node.x),
+    nodes.Softmax: lambda node: (_Step("softmax", among=node.among), node.scores),
+    nodes.Dot: lambda node: (_Step("dot"), None),
+    nodes.Bound: lambda node: (_Step("bound"), None),
+}
+
+
 def _steps_of_node(node: Node) -> list[_Step]:
-    match node:
-        case nodes.Regroup():
-            return [_Step("regroup", node.block, node.how), *_steps_of_node(node.scores)]
-        case nodes.Grouped():
-            return [_Step("group", 2, node.how), *_steps_of_node(node.x)]
-        case nodes.Softmax():
-            return [_Step("softmax"), *_steps_of_node(node.scores)]
-        case nodes.Dot():
-            return [_Step("dot")]
-        case nodes.Bound():
-            return [_Step("bound")]
-    return [_Step({"Plus": "sums", "Gumbel": "noise"}.get(type(node).__name__, type(node).__name__.lower()))]
+    steps: list[_Step] = []
+    below: Node | None = node
+    while below is not None:
+        step, below = _STEPS.get(type(below), _other)(below)
+        steps.append(step)
+    return steps
 
 
 def why_torch(node: Select, facts: CallFacts) -> str | None:
@@ -114,15 +126,10 @@ def why_torch(node: Select, facts: CallFacts) -> str | None:
         if not isinstance(node, TopK):
             raise LeftToTorch("the kernel knows top_k alone")
         check_sizes(facts.dtype, facts.head_dim, min(node.count, in_tiles(facts.kv_len, node.blocks[1])))
-        form = _of_steps(_steps_of_node(node.scores))
-        below: Any = node.scores
-        while not isinstance(below, nodes.Softmax) and form.softmax:
-            below = below.x if isinstance(below, nodes.Grouped) else below.scores
-        for what, mask in (
-            ("candidates", node.among),
-            ("forced blocks", node.forced),
-            ("candidates", getattr(below, "among", None)),
-        ):
+        steps = _steps_of_node(node.scores)
+        _of_steps(steps)
+        masks = [("candidates", node.among), ("forced blocks", node.forced), *(("candidates", step.among) for step in steps)]
+        for what, mask in masks:
             reads = set() if mask is None else {read.spec.name for read in table_reads(mask.expr)}
             if mask is not None and (
                 intervals(mask.expr) is None or any(isinstance(mask.bound.get(name), Node) for name in reads)
