@@ -192,6 +192,33 @@ def subtree_ends() -> torch.Tensor:
     return end
 
 
+def index() -> dict[str, torch.Tensor]:
+    """What an indexer gives."""
+    return {"index_q": random(1, 4, 64, 8), "index_k": random(1, 1, 64, 8), "index_weights": random(1, 4, 64)}
+
+
+def draw_entries(call: str, block: int) -> Figure:
+    """The keys of a window, and those that the entries which are attended to stand for."""
+    given = {name: x for name, x in index().items() if name != "index_k"} if call.startswith("csa") else {}
+    given |= {"index_entries": random(1, 1, 64 // block, 8)} if given else {}
+    rows = random(1, 2, 64, 16)
+    attn = sd.compile(eval(call, vars(P)), backend="reference")
+    picked = list(attn.choices(rows, rows, rows, entries=rows[:, :, ::block], **given).values())
+    t = torch.arange(64)
+    over = (t // block + 1) * block <= t[:, None] + 1
+    far = over & picked[0][0, 0].repeat_interleave(block, 1) if picked else over
+    near = (t <= t[:, None]) & (t > t[:, None] - 8)
+    figure = Figure(figsize=(4.4, 4), dpi=110, layout="constrained")
+    axis = figure.add_subplot()
+    shades = LinearSegmentedColormap.from_list("seen", [(0, NOTHING), (0.5, "#f0a23b"), (1, PAIR)])
+    axis.imshow(torch.maximum(far * 1, near * 2).numpy(), cmap=shades, interpolation="nearest")
+    axis.set_title("window, and keys of entries", fontsize=10)
+    axis.set_xlabel("kv_idx (key)", fontsize=9)
+    axis.set_ylabel("q_idx (query)", fontsize=9)
+    axis.tick_params(labelsize=8)
+    return figure
+
+
 def on_image(call: str, shape: tuple[int, ...], query: Any, block: int, coordinates: Callable[[], Any] = lambda: None) -> Entry:
     """The entry of a pattern of images or videos."""
     return Entry(call, draw=lambda: draw_neighbours(call, shape, query, block, coordinates()))
@@ -254,6 +281,7 @@ GALLERY = {
     "nha": Entry("nha(slots=4, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 4)}),
     "pbs": Entry("pbs(block=8, segment=16, mass=0.5)", inputs=dict),
     "token_sparse": Entry("token_sparse(coverage=0.3, probe=8, pool=3, min_tokens=8)", inputs=dict),
+    "minference": Entry("minference(vertical=6, slash=10, probe=8, columns=2, diagonals=4)", inputs=dict),
     "ring_linear": Entry("ring_linear([0.8, 0.98])", inputs=dict),
     "gated_delta": Entry("gated_delta()", inputs=lambda: {"g": -random(1, 2, 64).abs() / 8, "beta": random(1, 2, 64).sigmoid()}),
     "kda": Entry("kda()", inputs=lambda: {"g": -random(1, 2, 64, 16).abs() / 8, "beta": random(1, 2, 64).sigmoid()}),
@@ -263,6 +291,15 @@ GALLERY = {
     "based": Entry("based()", inputs=dict),
     "moba": Entry("moba(chunk=8, top_k=3)", inputs=dict),
     "nsa": Entry("nsa(block=4, select=8, top_k=3, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 3).sigmoid()}),
+    "dsa": Entry("dsa(top_k=8)", inputs=index),
+    "hisa": Entry("hisa(block=8, blocks=3, top_k=8)", inputs=index),
+    "csa": Entry("csa(block=4, top_k=3, window=8)", draw=lambda: draw_entries("csa(block=4, top_k=3, window=8)", 4)),
+    "hca": Entry("hca(block=8, window=8)", draw=lambda: draw_entries("hca(block=8, window=8)", 8)),
+    "qsa": Entry("qsa(unit=4)", inputs=lambda: {"blocks": random(1, 1, 64, 16).argsort(-1)[..., :3]}),
+    "nsa_published": Entry(
+        "nsa_published(length=8, stride=4, select=8, top_k=3, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 3).sigmoid()}
+    ),
+    "infllm_v2": Entry("infllm_v2(length=8, stride=4, select=8, top_k=3, local=0)", inputs=dict),
 }
 
 CHAPTERS = {
@@ -274,6 +311,7 @@ CHAPTERS = {
     "scores": "Score functions",
     "models": "Published systems",
     "systems": "Programs",
+    "indexed": "Programs that follow an index, or lists",
     "recurrent": "Recurrences",
 }
 

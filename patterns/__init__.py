@@ -11,6 +11,7 @@ from sparsedsl.lang.advice import answer_for, public_only
 from sparsedsl.patterns.anchors import global_tokens, prefix, sinks
 from sparsedsl.patterns.blockwise import block_causal, block_diffusion, blocks, random_blocks
 from sparsedsl.patterns.grids import grid_position, neighbourhood_2d, neighbourhood_3d, sliding_tile
+from sparsedsl.patterns.indexed import csa, dsa, hca, hisa, infllm_v2, nsa_published, qsa
 from sparsedsl.patterns.local import causal, chunked, dilated, full, sliding_window, strided, strided_fixed
 from sparsedsl.patterns.models import (
     alibi_window,
@@ -27,7 +28,7 @@ from sparsedsl.patterns.models import (
 from sparsedsl.patterns.packing import document_prefix, documents, packed, shared_prefix, tree
 from sparsedsl.patterns.recurrent import based, delta_net, gated_delta, gla, kda, ssd
 from sparsedsl.patterns.scores import alibi, alibi_slope, relative_bias, softcap, t5_bias, t5_bucket
-from sparsedsl.patterns.systems import hsa, moba, nha, nsa, pbs, ring_linear, token_sparse
+from sparsedsl.patterns.systems import hsa, minference, moba, nha, nsa, pbs, ring_linear, token_sparse
 
 __all__ = [
     "alibi",
@@ -40,10 +41,12 @@ __all__ = [
     "blocks",
     "causal",
     "chunked",
+    "csa",
     "delta_net",
     "dilated",
     "document_prefix",
     "documents",
+    "dsa",
     "full",
     "gated_delta",
     "gemma2",
@@ -52,19 +55,25 @@ __all__ = [
     "global_tokens",
     "gpt_oss",
     "grid_position",
+    "hca",
+    "hisa",
     "hsa",
+    "infllm_v2",
     "kda",
     "llama4",
     "longformer",
+    "minference",
     "mistral",
     "moba",
     "neighbourhood_2d",
     "neighbourhood_3d",
     "nha",
     "nsa",
+    "nsa_published",
     "packed",
     "pbs",
     "prefix",
+    "qsa",
     "random_blocks",
     "relative_bias",
     "ring_linear",

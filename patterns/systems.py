@@ -18,7 +18,7 @@ from sparsedsl.program.branches import Attend, Branch, Compact, Mix
 from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.scores import Scores
 
-__all__ = ["hsa", "moba", "nha", "nsa", "pbs", "ring_linear", "token_sparse"]
+__all__ = ["hsa", "minference", "moba", "nha", "nsa", "pbs", "ring_linear", "token_sparse"]
 
 
 def hsa(chunk: int = 64, top_k: int = 16, weights: str = "softmax", *, inner: str = "softmax") -> Attend:
@@ -179,6 +179,39 @@ def token_sparse(
     least = check_whole("token_sparse", "min_tokens", min_tokens, 0)
     tokens = sd.keep_tokens(score, tail=coverage, least=least, always=probe)
     return sd.compact(tokens, causal() if inside is None else inside)
+
+
+def minference(
+    vertical: int = 1000, slash: int = 6096, probe: int = 64, *, columns: int = 30, diagonals: int = 100
+) -> Pattern | Attend:
+    """Vertical lines and slashes: the keys, and the distances, that the last queries of a prompt look at most, for all its queries.
+
+    A head attends to the ``vertical`` keys with the greatest mean attention of the last ``probe`` queries, and to keys at the ``slash``
+    distances with the greatest; what is forced counts. These pairs exactly: published kernels cover them with blocks, and more with
+    these. Chooses by the last queries: for prefill, not for training.
+
+    Args:
+        vertical: keys, the forced ones included.
+        slash: distances, the forced ones included.
+        probe: last queries, whose causal attention decides.
+        columns: first keys that are always among them.
+        diagonals: least distances that are always among them, 0 first.
+
+    Source: MInference (arXiv 2407.02490).
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.minference(vertical=8, slash=16, probe=8, columns=2, diagonals=4))
+    >>> q = k = v = torch.randn(1, 2, 128, 16)
+    >>> attn(q, k, v).shape
+    torch.Size([1, 2, 128, 16])
+    """
+    vertical, slash = check_whole("minference", "vertical", vertical, 1), check_whole("minference", "slash", slash, 1)
+    columns, near = check_whole("minference", "columns", columns, 0), check_whole("minference", "diagonals", diagonals, 0)
+    rows = check_whole("minference", "probe", probe, 1)
+    lines = sd.top_k(sd.probe(sd.q, sd.k, rows=rows, causal=True), vertical, forced=kv_idx < columns)
+    slashes = sd.top_k(sd.diagonals(sd.q, sd.k, rows=rows), slash, forced=q_idx - kv_idx < near)
+    return sd.attend(causal() & (lines | slashes))
 
 
 def ring_linear(decay: Sequence[float]) -> Linear:

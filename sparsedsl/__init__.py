@@ -50,6 +50,8 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     from sparsedsl.plotting import plot as plot
     from sparsedsl.program import Program as Program, antidiagonal as antidiagonal, attend as attend, bound as bound
     from sparsedsl.program import compact as compact, decay_table as decay_table, dot as dot, input as input
+    from sparsedsl.program import diagonals as diagonals
+    from sparsedsl.program import given as given, given_key_scores as given_key_scores, given_scores as given_scores
     from sparsedsl.program import joint as joint, k as k, keep_tokens as keep_tokens, linear as linear
     from sparsedsl.program import mix as mix, per_chunk as per_chunk, probe as probe, q as q
     from sparsedsl.program import recall as recall, schedule as schedule, segment_sort as segment_sort, slots as slots
@@ -71,7 +73,8 @@ _PUBLIC = {
         "sparsedsl.lang.text": "parse",
         "sparsedsl.lang.pattern": "Pattern",
         "sparsedsl.program": (
-            "Program antidiagonal attend bound compact decay_table dot input joint k keep_tokens linear mix "
+            "Program antidiagonal attend bound compact decay_table diagonals dot given given_key_scores given_scores input joint k "
+            "keep_tokens linear mix "
             "per_chunk probe q recall schedule segment_sort slots smooth summary take threshold top_k top_p v"
         ),
         "sparsedsl.tracing": "mask trace_mask trace_score",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 
 from sparsedsl.picture_style import LIGHT, Theme
-from sparsedsl.program.axes import base_of, block_of
+from sparsedsl.program.axes import base_of, rows_on
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 
@@ -26,6 +26,7 @@ COLOURS = {
     "scores": "#fbe3c0",
     "key scores": "#f6eda8",
     "selected": "#f0a23b",
+    "keys": "#e8c77d",
     "order": "#d9b3d6",
     "tokens": "#f0b9b0",
     "memory": "#b5d9c4",
@@ -55,7 +56,7 @@ def words(program: Program, node: Node, sizes: Mapping[str, int]) -> tuple[str, 
 
 def _axis(axis: str, sizes: Mapping[str, int]) -> str:
     size = sizes.get(base_of(axis))
-    return axis if size is None else f"{axis}={-(-size // block_of(axis)):,}"
+    return axis if size is None else f"{axis}={rows_on(axis, size):,}"
 
 
 def places(graph: nx.DiGraph) -> tuple[dict[Any, tuple[float, float]], list[list[Any]]]:

@@ -51,8 +51,8 @@ ELSEWHERE: dict[str, Case] = {
     "of a program": (lambda: program(q, k, v, is_causal=True), sd.TableError, "unexpected argument is_causal: beside q, k, v the program takes nothing. is_causal: the pattern says so"),
     "of attend": (lambda: sd.attend(causal, dropout_p=0.1), sd.ArgumentError, "attend(): unexpected argument dropout_p: it takes mask, score, sink, scale, heads, causal, q, k, v, normaliser. dropout_p: dropout of attention"),
     "of compile": (lambda: sd.compile(causal, is_causal=True), sd.ArgumentError, "compile(): unexpected argument is_causal: it takes pattern, backend, allow"),
-    "of linear": (lambda: sd.linear([0.5], beta=1), sd.ArgumentError, "beta: the delta rule is not in the language"),
-    "of summary": (lambda: sd.summary(sd.k, 32, stride=16), sd.ArgumentError, "stride: blocks lie side by side; overlapping ones are not in the language"),
+    "of linear": (lambda: sd.linear([0.5], beta=1), sd.PatternError, "linear(): beta must be an input with the axes 'batch H keys', H one of"),
+    "of bound": (lambda: sd.bound(sd.q, sd.k, 32, stride=16), sd.ArgumentError, "stride: windows that overlap are made by sd.summary(k, 32, stride=16)"),
 }
 
 NEARLY: dict[str, Case] = {
@@ -109,10 +109,13 @@ INSTEAD: dict[str, Case] = {
     "q before positions": (lambda: sd.q <= sd.k, sd.PatternError, "<Input q> is a node of a program that gives a tensor; operators have no meaning on it: it is computed at the call. For positions of queries and keys write sd.q_idx and sd.kv_idx"),
     "positions for rows": (lambda: sd.dot(q_idx, kv_idx), sd.PatternError, "dot(): x must be sd.q, sd.k, sd.v, an input, a summary or reordered rows; got Index(q_idx) (Index)"),
     "tensors for rows": (lambda: sd.dot(q, k), sd.PatternError, "got a Tensor of shape (1, 2, 8, 16) and torch.float32. Nodes stand for the tensors of a call; other tensors come in by name: sd.input(name, axes)"),
-    "wrong order": (lambda: sd.top_k(4, dot), sd.PatternError, "top_k(): scores must come from dot(), bound(), antidiagonal() or what is made of them; got 4 (int)"),
+    "wrong order": (lambda: sd.top_k(4, dot), sd.PatternError, "top_k(): scores must come from dot(), bound(), antidiagonal(), given_scores() or what is made of them; got 4 (int)"),
     "mask for scores": (lambda: sd.top_k(causal, 4), sd.PatternError, "top_k(): scores must come from dot()"),
-    "scaled scores": (lambda: sd.top_k(2 * dot, 4), sd.PatternError, "Arithmetic on scores gives the logit of a pair, for sd.attend(..., score=)"),
-    "difference of scores": (lambda: dot - dot, sd.PatternError, "scores of blocks are joined by + alone, which gives scores again"),
+    "power of scores": (lambda: sd.top_k(dot ** 2, 4), sd.PatternError, "This is the logit of a pair, for sd.attend(..., score=). Scores stay scores under + and -"),
+    "product of scores": (lambda: dot * dot, sd.PatternError, "scores of blocks are joined by + and - alone, which give scores again"),
+    "factors of other rows": (lambda: dot * sd.input("w", "batch heads keys"), sd.PatternError, "scores are multiplied by a factor for each row, an input with the axes 'batch', heads and 'queries'"),
+    "scores over zero": (lambda: dot / 0, sd.PatternError, "cannot be divided by 0"),
+    "scores and infinity": (lambda: dot + float("inf"), sd.PatternError, "scores are scaled and moved by finite numbers; got inf"),
     "mask by scores": (lambda: sd.attend(causal & (dot > 0)), sd.PatternError, "is learned but read in the mask"),
     "a number joined": (lambda: sd.joint(causal, 3), sd.PatternError, "joint() joins attentions: patterns, masks, or what attend(), recall(), ... give; got 3 (int)"),
     "a pattern function joined": (lambda: sd.joint(causal, P.sinks), sd.PatternError, "call it, sinks(n)"),

@@ -36,5 +36,5 @@ def test_the_notebook_runs(maker, tmp_path, monkeypatch):
     book = nbformat.read(maker.NOTEBOOK, as_version=4)
     nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = ["".join(output.get("text", "") for output in cell.outputs) for cell in book.cells if cell.cell_type == "code"]
-    assert shown[0] == "(q_idx >= kv_idx) & ((kv_idx <= 1) | (q_idx - kv_idx <= 15))\n"
+    assert shown[0] == "(kv_idx <= q_idx) & ((kv_idx < 2) | (q_idx - kv_idx < 16))\n"
     assert (tmp_path / "window_and_sinks.png").is_file()

@@ -154,7 +154,7 @@ static thread_local Room own_room;
 template <class F>
 static void share_lines(const Gated *c, F f) {
     i64 count = c->batch * c->states;
-    bool little = count * c->keys * (c->head_dim + c->head_dim_v) < (1 << 16);
+    bool little = count * (c->keys * (c->head_dim + c->head_dim_v) + c->head_dim * c->head_dim_v) < (1 << 16);
     share_among(c->parallel, little ? 1 : c->threads, count, f);
 }
 
@@ -198,6 +198,57 @@ extern "C" int gated_forward(const Gated *c) {
             if (!(wrong[i] == 0)) finite = false;
     });
     return failed ? -1 : finite;
+}
+
+// Of one chunk at most, token by token: a step of decoding. Nothing is made for other tokens, and what is forgotten may have been anything.
+extern "C" int gated_steps(const Gated *c) {
+    bool failed = false;
+    share_lines(c, [&](i64 n) {
+        real *room = own_room.of(Chunk::room(c));
+        if (!room) {
+            failed = true;
+            return;
+        }
+        Chunk m(c, room);
+        i64 wide = m.wide, full = m.size();
+        read_state(c->state + n * c->head_dim * c->head_dim_v, c->head_dim, c->head_dim_v, m.state);
+        m.load(n, 0);
+        for (i64 i = 0; i < m.count; i++) {
+            const real *key = m.k + i * m.broad, *kept = m.kept + i * full;
+            real *written = m.u;
+            for (i64 e = 0; e < wide; e += WIDTH) put(m.error + e, Vector{});
+            for (i64 d = 0; d < c->head_dim; d++) {
+                real keep = kept[c->vector ? d : 0];
+                for (i64 e = 0; e < wide; e += WIDTH) {
+                    Vector x = keep == 0 ? Vector{} : at(m.state + d * wide + e) * keep;
+                    put(m.state + d * wide + e, x);
+                    if (c->beta) put(m.error + e, at(m.error + e) + x * key[d]);
+                }
+            }
+            for (i64 e = 0; e < wide; e += WIDTH) {
+                Vector value = at(m.v + i * wide + e);
+                put(written + e, c->beta ? (value - at(m.error + e)) * m.beta[i] : value);
+            }
+            bool seen = i >= m.first && i < m.first + m.asked;
+            for (i64 r = 0; r < m.group; r++) {
+                real *out = m.grad;
+                for (i64 e = 0; e < wide; e += WIDTH) put(out + e, Vector{});
+                for (i64 d = 0; d < c->head_dim && (seen || !r); d++)
+                    for (i64 e = 0; e < wide; e += WIDTH) {
+                        Vector x = at(m.state + d * wide + e);
+                        if (!r) put(m.state + d * wide + e, x += at(written + e) * key[d]);
+                        if (seen) put(out + e, at(out + e) + x * (m.q[(r * CHUNK + i) * m.broad + d] * (real)c->scale));
+                    }
+                if (seen)
+                    narrow(out, c->kind, c->head_dim_v,
+                           (char *)c->out.first + (m.b * c->out.batch + m.out_head(r) * c->out.head + (m.row + i - m.first) * c->out.row) *
+                                                      element_bytes(c->kind));
+            }
+        }
+        for (i64 d = 0; d < c->head_dim; d++)
+            for (i64 j = 0; j < c->head_dim_v; j++) c->after[(n * c->head_dim + d) * c->head_dim_v + j] = m.state[d * wide + j];
+    });
+    return failed ? -1 : 1;
 }
 
 // 0; -1: there is no memory. The chunks go backwards; `entered` was left by the forward pass.

@@ -15,9 +15,9 @@ from sparsedsl.analysis.tiles import classify
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.plain_values import Reported
-from sparsedsl.program import orders, scores, select, sources
-from sparsedsl.program.axes import block_of
-from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
+from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources
+from sparsedsl.program.axes import base_of, rows_on
+from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall, blocks_of_keys
 from sparsedsl.program.decided import assume, possible
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
@@ -65,9 +65,9 @@ class Lengths:
         """Rows of one axis."""
         if axis.isdecimal():
             return int(axis)
-        base, _, block = axis.partition("/")
+        base = base_of(axis)
         size = self.known.get(base, self.known["head_dim"] if base.endswith("dim") else self.known["kv_heads"])
-        return -(-size // int(block or 1))
+        return rows_on(axis, size)
 
     def count(self, *axes: str) -> int:
         """Elements of a tensor with these axes."""
@@ -117,6 +117,12 @@ def _probe(node: Probe, lengths: Lengths) -> CostStep:
     """Two passes over the keys."""
     pairs = lengths.count("batch", node.axes[1], "keys") * min(node.rows, lengths.of("queries"))
     return CostStep(node, CHOOSING, 4 * pairs * lengths.of(node.x.axes[3]), 2 * lengths.bytes(node.y))
+
+
+def _diagonals(node: key_choices.Diagonals, lengths: Lengths) -> CostStep:
+    """One pass over the keys, and a sum of every pair."""
+    pairs = lengths.count("batch", node.axes[1], "keys") * min(node.rows, lengths.of("queries"))
+    return CostStep(node, CHOOSING, pairs * (2 * lengths.of(node.x.axes[3]) + 1), lengths.bytes(node.y))
 
 
 def _select(node: Select, lengths: Lengths) -> CostStep:
@@ -180,12 +186,15 @@ COST_RULES: Rules[Callable[[Any, Lengths], CostStep | None]] = Rules(
         **dict.fromkeys((Input, orders.Order, orders.Inverse, orders.Tokens), _nothing),
         **dict.fromkeys((scores.Softmax, scores.Regroup, scores.Plus, scores.Gumbel, scores.Grouped), _nothing),
         **dict.fromkeys((scores.GroupedKeys, scores.Smooth), _nothing),
+        **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _nothing),
+        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given, key_choices.ChosenKeys), _nothing),
         sources.Slots: _nothing,  # part of what recall() costs
         Summary: _summary,
         Dot: _products,
         Bound: _bound,
         Antidiagonal: _antidiagonal,
         Probe: _probe,
+        key_choices.Diagonals: _diagonals,
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
         orders.Take: _take,
         Compact: _compact,
@@ -203,7 +212,7 @@ COST_RULES: Rules[Callable[[Any, Lengths], CostStep | None]] = Rules(
 def _pairs(node: Attend, lengths: Lengths) -> int:
     """Pairs that attend at most: all that any choice could allow; or those that attend where nothing is chosen, and the chosen ones."""
     domain = lengths.domain
-    if block_of(node.y.axes[2]) > 1:
+    if node.y.axes[2] != "keys":
         domain = Domain(domain.rows, lengths.of(node.y.axes[2]), domain.q_offset, domain.batch, domain.heads, domain.tables)
     mask = node.pattern.mask
     choices = choices_in(mask)
@@ -212,7 +221,7 @@ def _pairs(node: Attend, lengths: Lengths) -> int:
         return most
     without = Mask(assume(mask.expr, dict.fromkeys(choices, False)), mask.bound)
     rows = domain.batch * domain.heads * domain.rows
-    chosen = sum((choice.most or 0) * choice.blocks[1] * rows for choice in choices.values())
+    chosen = sum((choice.most or 0) * (choice.blocks[1] // blocks_of_keys(node)) * rows for choice in choices.values())
     return min(most, _count(possible(without), domain) + chosen)
 
 

@@ -17,9 +17,10 @@ from sparsedsl.analysis.block_masks import constant_in_blocks
 from sparsedsl.analysis.proofs import Verdict, implies
 from sparsedsl.lang.expressions import Mask, as_mask, kv_idx, kv_len, q_idx
 from sparsedsl.lang.numeric import minimum
-from sparsedsl.program import select
-from sparsedsl.program.axes import base_of, block_of
-from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Mix, Recall, reads_scores
+from sparsedsl.lang.symbols import KV_IDX, KV_LEN
+from sparsedsl.program import given_blocks, key_choices, select
+from sparsedsl.program.axes import base_of, block_of, windows_of
+from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Mix, Recall, blocks_of_keys, reads_scores
 from sparsedsl.program.decided import assume
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
@@ -30,15 +31,21 @@ from sparsedsl.program.scores import (
     Antidiagonal,
     Bound,
     Dot,
+    GivenKeyScores,
+    GivenScores,
     Grouped,
     GroupedKeys,
     Gumbel,
+    Overlap,
     Plus,
     Probe,
     Regroup,
+    Relu,
+    Scaled,
     Scores,
     Smooth,
     Softmax,
+    Weighted,
 )
 from sparsedsl.program.select import Select, choices_in
 from sparsedsl.program.sources import Slots
@@ -80,8 +87,15 @@ def program_causality(program: Program) -> Verdict:
     return PROVED if result.reach == PAST else Verdict("REFUTED", reason=program.worded(result.why))
 
 
-def _ends_before(block: int) -> Mask:
-    """The last key of a block lies at or before the query."""
+def _ends_before(axis: str, tokens: int = 1) -> Mask:
+    """The last key of a block, or of a window, lies at or before the query. ``tokens``: those that ``kv_idx`` counts by."""
+    windows = windows_of(axis)
+    if windows is not None:
+        length, stride = windows
+        return kv_idx * stride + length <= q_idx + 1
+    block = block_of(axis)
+    if tokens > 1:
+        return (kv_idx * tokens // block + 1) * block <= q_idx + 1
     return minimum((kv_idx // block + 1) * block, kv_len) <= q_idx + 1 if block > 1 else kv_idx <= q_idx
 
 
@@ -129,31 +143,53 @@ def _scored(node: Scores | Select, parts: Sequence[Node], known: dict[Node, _Kno
     return worst
 
 
-def _within(node: Node, among: Mask, known: _Known, what: str) -> _Known:
+def _weighted(node: Weighted, known: dict[Node, _Known]) -> _Known:
+    """Factors of queries may depend on later ones."""
+    return _worst((node.by,), known) or _combined_scores(node, (node.x,), known)
+
+
+def _given_scores(node: GivenScores, known: dict[Node, _Known]) -> _Known:
+    """What a call is given is known to its queries."""
+    return _worst((node.x,), known) or _Known(PAST)
+
+
+def _given_blocks(node: given_blocks.Given, known: dict[Node, _Known]) -> _Known:
+    return _worst((node.x,), known) or _Known(PAST)
+
+
+def _given_keys(node: GivenKeyScores, known: dict[Node, _Known]) -> _Known:
+    """One number a key for all queries: which of them it was made from is not known."""
+    why = f"{node.label} is one number a key for all queries, and what it was made from is not known"
+    return _Known(ANY, why, Verdict("UNKNOWN", reason=why))
+
+
+def _within(node: Node, among: Mask, known: _Known, what: str, tokens: int = 1) -> _Known:
     """Scores of blocks, used for the candidates ``among``: known to the query if all of these have ended."""
     if known.reach in (PAST, ANY) or known.verdict is not None:
         return known
-    block = block_of(node.axes[3])
-    verdict = implies(among, _ends_before(block))
+    axis = node.axes[3]
+    verdict = implies(among, _ends_before(axis, tokens))
     if verdict.status == "PROVED":
         return _Known(PAST)
-    why = f"{what}, where a block of {block} keys may end after the query"
+    kind = "window" if windows_of(axis) else "block"
+    size = (windows_of(axis) or (0,))[0] or block_of(axis)
+    why = f"{what}, where a {kind} of {size} keys may end after the query"
     status = "REFUTED" if verdict.status == "REFUTED" else "UNKNOWN"
     return _Known(ANY, why, Verdict(status, verdict.witness, reason=f"{why} ({verdict.reason})" if verdict.reason else why))
 
 
 def _softmax(node: Softmax, known: dict[Node, _Known]) -> _Known:
-    return _within(node, node.among, _scores(node, known), f"{node.label} sums over blocks among {node.among}")
+    return _within(node, _told(node.among), _scores(node, known), f"{node.label} sums over blocks among {node.among}")
 
 
 def _select(node: Select, known: dict[Node, _Known]) -> _Known:
-    among = Mask(sympy.true) if node.among is None else node.among
+    among = Mask(sympy.true) if node.among is None else _told(node.among)
     found = _within(node, among, _combined_scores(node, node.inputs, known), f"{node.label} compares blocks among {among}")
     forced = next((known[source] for source in node.inputs if source is not node.scores and known[source].reach == ANY), None)
     return forced or found
 
 
-def _probe(node: Probe, known: dict[Node, _Known]) -> _Known:
+def _probe(node: Probe | key_choices.Diagonals, known: dict[Node, _Known]) -> _Known:
     return _Known(ANY, f"{node.label}, which looks at the last {node.rows} queries")
 
 
@@ -161,9 +197,9 @@ def _key_scores(node: Smooth | GroupedKeys, known: dict[Node, _Known]) -> _Known
     return known[node.x]
 
 
-def _decided(node: Order | Tokens, known: dict[Node, _Known]) -> _Known:
+def _decided(node: Order | Tokens | key_choices.ChosenKeys, known: dict[Node, _Known]) -> _Known:
     below = _worst(node.inputs, known) or known[node.scores]
-    return _Known(ANY, f"{node.label} is decided by {below.why}") if below.reach == ANY else below
+    return _Known(ANY, f"{node.label} is decided by {below.why}") if below.reach == ANY and below.verdict is None else below
 
 
 def _inverse(node: Inverse, known: dict[Node, _Known]) -> _Known:
@@ -179,15 +215,15 @@ def _attend(node: Attend, known: dict[Node, _Known]) -> _Known:
     if worst is not None:
         return worst
     mask = _with_choices(node)
-    block = block_of(node.y.axes[2])
-    seen = implies(
-        mask, (kv_idx + 1) * block <= q_idx + block if block == 1 else minimum((kv_idx + 1) * block, kv_len) <= q_idx + 1
-    )
+    axis, block, windows = node.y.axes[2], blocks_of_keys(node), windows_of(node.y.axes[2])
+    ended = _ends_before(axis) if windows or block == 1 else minimum((kv_idx + 1) * block, kv_len) <= q_idx + 1
+    seen = implies(mask, ended)
     if seen.status != "PROVED":
-        what = f"{node.label}: a query sees a later {'key' if block == 1 else f'block of {block} keys'}"
+        row = f"window of {windows[0]} keys" if windows else f"block of {block} keys"
+        what = f"{node.label}: a query sees a later {'key' if axis == 'keys' else row}"
         return _Known(ANY, what, Verdict(seen.status, seen.witness, reason=what if seen.witness is None else ""))
     for scores in reads_scores(node.pattern):
-        found = _within(scores, mask, known[scores], f"{node.label} reads {scores.label} in its score")
+        found = _within(scores, mask, known[scores], f"{node.label} reads {scores.label} in its score", block)
         if found.reach != PAST:
             return found
     return _Known(PAST)
@@ -195,11 +231,20 @@ def _attend(node: Attend, known: dict[Node, _Known]) -> _Known:
 
 def _with_choices(node: Attend) -> Mask:
     """The mask, with what is known of its choices: what was chosen was a candidate."""
-    mask: Any = node.pattern.mask.expr
-    for name, choice in choices_in(node.pattern.mask).items():
-        if choice.among is not None and constant_in_blocks(choice.among.expr, *choice.blocks):
+    return _told(node.pattern.mask, blocks_of_keys(node))
+
+
+def _told(among: Mask, tokens: int = 1) -> Mask:
+    """A mask with what is known of the choices that it reads. ``tokens``: those that ``kv_idx`` counts by."""
+    mask: Any = among.expr
+    for name, choice in choices_in(among).items():
+        candidates = choice.candidates
+        if candidates is not None and constant_in_blocks(candidates.expr, *choice.blocks):
+            if tokens > 1 and KV_LEN in candidates.expr.free_symbols:
+                continue
+            own = _told(candidates).expr.xreplace({KV_IDX: (kv_idx * tokens).expr})
             on, off = (assume(mask, {name: value}) for value in (True, False))
-            mask = sympy.Or(sympy.And(on, choice.among.expr), off)
+            mask = sympy.Or(sympy.And(on, own), off)
     return as_mask(Mask(mask))
 
 
@@ -219,13 +264,17 @@ CAUSALITY_RULES: Rules[Callable[[Any, dict[Node, _Known]], _Known]] = Rules(
         Input: _input,
         Summary: _summary,
         **dict.fromkeys((Dot, Bound, Antidiagonal), _products),
-        **dict.fromkeys((Grouped, Plus, Regroup), _scores),
+        **dict.fromkeys((Grouped, Plus, Regroup, Relu, Scaled, Overlap), _scores),
+        Weighted: _weighted,
+        GivenScores: _given_scores,
+        GivenKeyScores: _given_keys,
+        given_blocks.Given: _given_blocks,
         Softmax: _softmax,
         Gumbel: _gumbel,
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
-        Probe: _probe,
+        **dict.fromkeys((Probe, key_choices.Diagonals), _probe),
         **dict.fromkeys((Smooth, GroupedKeys), _key_scores),
-        **dict.fromkeys((Order, Tokens), _decided),
+        **dict.fromkeys((Order, Tokens, key_choices.ChosenKeys), _decided),
         Inverse: _inverse,
         Take: _take,
         Attend: _attend,

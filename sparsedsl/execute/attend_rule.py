@@ -15,6 +15,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from sparsedsl.analysis.caches import Cache
@@ -27,11 +28,11 @@ from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.symbols import Q_LEN
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program.axes import block_of
-from sparsedsl.program.branches import Attend
+from sparsedsl.program.axes import block_of, rows_on
+from sparsedsl.program.branches import Attend, blocks_of_keys
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Take
-from sparsedsl.program.select import Select
+from sparsedsl.program.select import Choice
 from sparsedsl.runtime.call import check_call, inner_call
 from sparsedsl.runtime.heads import alike, lse_merge, repeat_kv
 from sparsedsl.runtime.places import Places
@@ -61,6 +62,8 @@ def attend_node(run: Lowering, node: Attend) -> Any:
     kv_heads = k.shape[1] if places is None else places.kv_heads(k)
     if q.shape[1] % kv_heads:
         raise ShapeError(f"attend(): {q.shape[1]} query heads are no multiple of {kv_heads} key heads")
+    if not k.shape[2]:
+        return _no_rows(run, node, q, k, v)
     weights, log_total = _weights(run, node)
     work = _AttendCall(run, node, parts, weights, places)
     found = [work.of(rows, q, k, v) for rows in work.pieces()]
@@ -70,6 +73,14 @@ def attend_node(run: Lowering, node: Attend) -> Any:
     if run.keeps and (shortcut := work.shortcut(q, k, v)) is not None:
         run.shortcuts[node] = shortcut
     return out, lse if node.normaliser is None else log_total
+
+
+def _no_rows(run: Lowering, node: Attend, q: Tensor, k: Tensor, v: Tensor) -> Result:
+    """No window is complete yet, or no block: one row of zeros that nobody may see."""
+    pattern = attend(False, sink=node.pattern.sink, scale=node.pattern.scale)
+    k, v = (functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+    tables, wanted = {name: run.call.tables[name] for name in pattern.tables}, node in run.weighed
+    return run.dispatch.attend(pattern, q, k, v, tables, q_offset=run.domain.q_offset, scale=run.call.scale, lse=wanted)
 
 
 def _keys(run: Lowering, node: Attend, parts: MaskSplit) -> tuple[Tensor, Tensor, Places | None]:
@@ -114,7 +125,14 @@ class _AttendCall:
         node, parts, run, domain = self.node, self.parts, self.run, self.run.domain
         static, selected = parts.static != sympy.false, parts.selected != sympy.false
         reads = any(_reads_nodes(node, mask) for mask in (parts.static, parts.selected))
-        if reads or self.places is not None or run.call.tables or parts.symbols or len(parts.choices) > 1:
+        if (
+            reads
+            or blocks_of_keys(node) > 1
+            or self.places is not None
+            or run.call.tables
+            or parts.symbols
+            or len(parts.choices) > 1
+        ):
             return None
         if selected and node.pattern.sink is not None:
             return None
@@ -146,8 +164,8 @@ class _AttendCall:
 
     def _row_bytes(self, node: Node) -> int:
         domain = self.run.domain
-        each = 1 if isinstance(node, Select) else self.run.call.dtype.itemsize
-        return domain.batch * domain.heads * -(-domain.kv_len // block_of(node.axes[3])) * each
+        each = 1 if isinstance(node, Choice) else self.run.call.dtype.itemsize
+        return domain.batch * domain.heads * rows_on(node.axes[3], domain.kv_len) * each
 
     def of(self, rows: slice, q: Tensor, k: Tensor, v: Tensor) -> Result:
         """The results of some queries."""
@@ -217,7 +235,9 @@ class _AttendCall:
     def selected_call(self, domain: Domain, rows: slice | None, q: Tensor, k: Tensor, v: Tensor) -> SelectedCall:
         """Attention along the lists of the choices, as a backend is asked for it."""
         run, node, parts = self.run, self.node, self.parts
+        tokens = blocks_of_keys(node)
         lists = [run.value(choice) for choice in parts.choices]
+        lists = lists if tokens == 1 else [selected.of_rows(tokens, k.shape[2]) for selected in lists]
         lists = lists if rows is None else [selected.rows(rows) for selected in lists]
         weights = self.weights if rows is None or self.weights is None else self.weights[:, :, rows]
         blocks, members = lists[0], None
@@ -235,7 +255,7 @@ class _AttendCall:
         )  # fmt: skip
 
 
-def _again(node: Attend, choice: Select | None, near: Again | None, far: SelectedAgain | None, run: Lowering) -> Result | None:
+def _again(node: Attend, choice: Choice | None, near: Again | None, far: SelectedAgain | None, run: Lowering) -> Result | None:
     """``near``: over the keys that attend in any case; ``far``: along the lists of the choice."""
     q, k, v, q_offset = run.value(node.x), run.value(node.y), run.value(node.z), run.domain.q_offset
     if not q.dtype is k.dtype is v.dtype:

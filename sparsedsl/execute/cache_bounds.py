@@ -19,7 +19,7 @@ from sparsedsl.execute.node_rules import lowered
 from sparsedsl.execute.state import STATE_RULES, advanced, first_kept, horizon
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
-from sparsedsl.program.axes import base_of, block_of
+from sparsedsl.program.axes import base_of, rows_on
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import assume, possible
 from sparsedsl.program.graph import Program, as_program
@@ -132,7 +132,7 @@ def _state_bytes(
         if axis.isdecimal():
             return int(axis)
         base = base_of(axis)
-        return -(-known.get(base, head_dim if base.endswith("dim") else kv_heads) // block_of(axis))
+        return rows_on(axis, known.get(base, head_dim if base.endswith("dim") else kv_heads))
 
     def zeros(node: Input) -> torch.Tensor:
         axes = (node.axes[0], "value_heads", *node.axes[2:]) if node is v else node.axes

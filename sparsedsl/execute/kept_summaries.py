@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsedsl.errors import ShapeError, UnsupportedError
-from sparsedsl.program.axes import base_of
+from sparsedsl.program.axes import base_of, windows_of
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.scores import Bound
@@ -34,6 +34,8 @@ def summarised(program: Program) -> dict[Node, Input]:
     for kind, rows in ((Summary, "x"), (Bound, "y")):
         for node in program.nodes(kind):
             of = getattr(node, rows)
+            if any(map(windows_of, node.axes)):  # windows begin before the blocks that are over end
+                continue
             if isinstance(of, Input) and base_of(of.axes[2]) == "keys":
                 found[node] = of
     return found

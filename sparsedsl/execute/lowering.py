@@ -14,7 +14,7 @@ from sparsedsl.execute.kept_summaries import KeptSummaries, Pooling
 from sparsedsl.lang.symbols import Q_IDX
 from sparsedsl.lang.tables import TableRead, read_class, table_reads
 from sparsedsl.lang.wrapped import Expression
-from sparsedsl.program.axes import block_of
+from sparsedsl.program.axes import block_of, rows_on
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Take
 from sparsedsl.program.tensors import Input
@@ -116,7 +116,7 @@ class Lowering(Evaluation):
         elif isinstance(value, ScoreSource):
             blocks = value.shape[3]
             value = (value if rows is None else value.narrowed(rows, slice(0, blocks))).scores()
-            value = functional.pad(value, (0, -(-self.domain.kv_len // block_of(node.axes[3])) - blocks), value=NEVER)
+            value = functional.pad(value, (0, rows_on(node.axes[3], self.domain.kv_len) - blocks), value=NEVER)
         return repeat_kv(value, self.domain.heads)
 
 

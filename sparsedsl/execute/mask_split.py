@@ -22,7 +22,7 @@ from sparsedsl.lang.symbols import HEAD
 from sparsedsl.lang.tables import TableSpec, read_class
 from sparsedsl.program.branches import Attend, blocks_of_keys
 from sparsedsl.program.decided import simplified
-from sparsedsl.program.select import Select
+from sparsedsl.program.select import Choice
 
 __all__ = ["EITHER", "MaskSplit", "split_mask", "split_node", "symbol_of"]
 
@@ -55,7 +55,7 @@ class MaskSplit:
     selected: Any = sympy.false
     reach: Any = sympy.false
     wanted: tuple[bool, ...] = ()
-    choices: tuple[Select, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
 
 _SPLITS: Cache[MaskSplit] = Cache()
@@ -64,8 +64,7 @@ _SPLITS: Cache[MaskSplit] = Cache()
 def split_node(node: Attend) -> MaskSplit:
     """The split of the mask of an attention; with a softmax for each chunk of a choice, by that choice alone.
 
-    Choices for blocks of queries, those read at another place than the pair's own, and those of an attention whose keys are summaries
-    stay reads of boolean tables.
+    Choices for blocks of queries, and those read at another place than the pair's own, stay reads of boolean tables.
     """
     # What is remembered holds no nodes, and so no tensors that are bound in them.
     found = _SPLITS.get(node.key, [], lambda: _split_node(node))
@@ -80,11 +79,11 @@ def _split_node(node: Attend) -> MaskSplit:
         inside = simplified(mask.expr.xreplace({own: sympy.true, sympy.Not(own): sympy.false}))
         parts = MaskSplit(sympy.false, (rule.selected.label,), (), inside, inside, (False, True))
         return _without_what_is_known(parts, {rule.selected.label: rule.selected})
-    return split_mask(mask, () if blocks_of_keys(node) > 1 else node.selections)
+    return split_mask(mask, node.selections, blocks_of_keys(node))
 
 
-def split_mask(mask: Mask, choices: tuple[Select, ...]) -> MaskSplit:
-    """The split of a mask by some of the choices it reads.
+def split_mask(mask: Mask, choices: tuple[Choice, ...], tokens: int = 1) -> MaskSplit:
+    """The split of a mask by some of the choices it reads. ``tokens``: those that ``kv_idx`` counts by.
 
     >>> import sparsedsl as sd
     >>> selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 4, name="selected")
@@ -93,15 +92,18 @@ def split_mask(mask: Mask, choices: tuple[Select, ...]) -> MaskSplit:
     >>> print(Mask(found.static), Mask(found.selected), sep="; ")
     (kv_idx <= q_idx) & (q_idx - kv_idx < 8); (kv_idx <= q_idx) & (q_idx - kv_idx >= 8)
     """
-    known = {choice.label: choice for choice in choices if choice.blocks[0] == 1}
-    own = {label: known[label].as_expression().expr for label in sorted(known)}
+    known = {choice.label: choice for choice in choices if choice.blocks[0] == 1 and choice.blocks[1] % tokens == 0}
+    own = {label: known[label].of_row(tokens).expr for label in sorted(known)}
     listed = [(label, read) for label, read in own.items() if mask.expr.has(read, sympy.Not(read))]
     if len(listed) > MOST_CHOICES:
         raise UnsupportedError(
             f"a mask that reads {len(listed)} choices for single queries; lists join up to {MOST_CHOICES}. Use backend='reference' or "
             "'flex', which read choices as tables, or choose once, by the sum of the scores"
         )
-    return _without_what_is_known(_split(mask.expr, listed), known) if listed else MaskSplit(mask.expr)
+    if not listed:
+        return MaskSplit(mask.expr)
+    parts = _split(mask.expr, listed)
+    return parts if tokens > 1 else _without_what_is_known(parts, known)  # candidates are said of tokens
 
 
 def _split(expr: Any, listed: list[tuple[str, Any]]) -> MaskSplit:
@@ -132,7 +134,7 @@ def _split(expr: Any, listed: list[tuple[str, Any]]) -> MaskSplit:
     return MaskSplit(static, chosen, names, selected, selected.xreplace({name: _unknown(name) for name in names}), wanted)
 
 
-def _without_what_is_known(parts: MaskSplit, choices: Mapping[str, Select]) -> MaskSplit:
+def _without_what_is_known(parts: MaskSplit, choices: Mapping[str, Choice]) -> MaskSplit:
     """Nothing is asked of pairs of which all in a listed block attend.
 
     They do where the mask is what made the blocks candidates of the choices that picked them, says the same of all keys of a block, and
@@ -151,13 +153,13 @@ def _conditions(mask: Any) -> set[Any]:
     return set() if mask == sympy.true else set(sympy.And.make_args(mask))
 
 
-def _known(choices: Sequence[Select], bits: int) -> set[Any]:
+def _known(choices: Sequence[Choice], bits: int) -> set[Any]:
     """Conditions that hold for all pairs of a block that these choices picked."""
     found: set[Any] = set()
     for number, choice in enumerate(choices):
-        if not bits >> number & 1 or choice.among is None:
+        if not bits >> number & 1 or choice.candidates is None:
             continue
-        mask = choice.among.expr
+        mask = choice.candidates.expr
         by_head = HEAD in mask.free_symbols and choice.axes[1] != "heads"
         if constant_in_blocks(mask, 1, choice.blocks[1]) and not by_head:
             found |= _conditions(mask)

@@ -13,9 +13,9 @@ import sympy
 from sparsedsl.execute.mask_split import MaskSplit, split_node
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.program import orders, scores, select, sources, tensors
-from sparsedsl.program.axes import base_of, block_of
-from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
+from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
+from sparsedsl.program.axes import base_of, rows_on
+from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall, blocks_of_keys
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.recurrences import Linear
@@ -107,7 +107,7 @@ def _of_attention(node: Attend, parts: MaskSplit, facts: CallFacts) -> list[Requ
     if both:
         per_block = node.normaliser is not None
         own = replace(facts, lse=not per_block)
-        block = math.gcd(*(choice.blocks[1] for choice in parts.choices))
+        block = math.gcd(*(choice.blocks[1] // blocks_of_keys(node) for choice in parts.choices))
         found.append(
             Request("selected", own, mask=parts.selected, score=node.pattern.score.expr, block=block, per_block=per_block)
         )
@@ -123,7 +123,7 @@ def _own_facts(node: Attend, facts: CallFacts, lse: bool, sizes: Mapping[str, in
         facts,
         lse=lse,
         kv_heads=_size(node.y.axes[1], facts.kv_heads, known),
-        kv_len=-(-keys // block_of(node.y.axes[2])),
+        kv_len=rows_on(node.y.axes[2], keys),
         head_dim=_size(node.x.axes[3], facts.head_dim, known),
         head_dim_v=_size(node.z.axes[3], facts.head_dim_v, known),
     )
@@ -139,6 +139,8 @@ REQUEST_RULES: Rules[Callable[[Any, _Asked], list[Request]]] = Rules(
         **dict.fromkeys((tensors.Input, tensors.Summary, sources.Slots), _nothing),
         **dict.fromkeys((scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup), _nothing),
         **dict.fromkeys((scores.Plus, scores.Gumbel, scores.Grouped, scores.GroupedKeys, scores.Probe, scores.Smooth), _nothing),
+        **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _nothing),
+        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given, key_choices.Diagonals, key_choices.ChosenKeys), _nothing),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _nothing),
         **dict.fromkeys((orders.Order, orders.Inverse, orders.Take, orders.Tokens), _nothing),
         **dict.fromkeys((Joint, Mix, Compact), _nothing),

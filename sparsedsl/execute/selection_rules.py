@@ -6,6 +6,7 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 from torch.nn import functional
 
@@ -14,37 +15,51 @@ from sparsedsl.execute.candidate_rules import block_rule, candidates_of
 from sparsedsl.execute.kept_summaries import Pooling
 from sparsedsl.execute.lowering import Lowering, reads_nodes
 from sparsedsl.lang.expressions import Mask
-from sparsedsl.program.axes import block_of
+from sparsedsl.lang.steps import evaluate
+from sparsedsl.program.axes import block_of, rows_on, windows_of
 from sparsedsl.program.branches import Attend
-from sparsedsl.program.node import Node
+from sparsedsl.program.decided import possible
+from sparsedsl.program.given_blocks import Given
+from sparsedsl.program.key_choices import ChosenKeys, Diagonals
+from sparsedsl.program.node import Node, reached
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.scores import (
     Antidiagonal,
     Bound,
     Dot,
+    GivenKeyScores,
+    GivenScores,
     Grouped,
     GroupedKeys,
     Gumbel,
     KeyScores,
+    Overlap,
     Plus,
     Probe,
     Regroup,
+    Relu,
+    Scaled,
     Smooth,
     Softmax,
+    Weighted,
 )
-from sparsedsl.program.select import Select, Threshold, TopK, TopP
+from sparsedsl.program.select import Choice, Select, Threshold, TopK, TopP, choices_in
 from sparsedsl.runtime.heads import alike, reduced, repeat_kv
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.selection import choosing, counts, permutations, proxies
 from sparsedsl.selection.antidiagonals import antidiagonal
-from sparsedsl.selection.candidates import Candidates, PairRule, Within
+from sparsedsl.selection.candidates import Candidates, PairRule, Within, any_of_group
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
-from sparsedsl.selection.derived_scores import RegroupedScores, softmax_scores
+from sparsedsl.selection.derived_scores import OverlapScores, RegroupedScores, softmax_scores
+from sparsedsl.selection.key_flags import flags_of_best, flags_of_share
+from sparsedsl.selection.listed_candidates import top_k_listed
 from sparsedsl.selection.mass import threshold, top_p
 from sparsedsl.selection.noise import GumbelScores
 from sparsedsl.selection.ranking import top_k
-from sparsedsl.selection.scores import DotScores, ScoreSource
+from sparsedsl.selection.score_arithmetic import ReluScores, WeightedScores
+from sparsedsl.selection.scores import DotScores, ScoreSource, TensorScores
 from sparsedsl.selection.selected_blocks import KnownScores, SelectedBlocks
+from sparsedsl.selection.stable_topk import ascending, compacted
 
 __all__ = ["LISTED_RULES"]
 
@@ -115,6 +130,41 @@ def _plus(run: Lowering, node: Plus) -> ScoreSource:
     return SumScores(tuple(s if s.shape[3] == blocks else s.narrowed(rows, slice(0, blocks)) for s in sources))
 
 
+def _relu(run: Lowering, node: Relu) -> ScoreSource:
+    return ReluScores(run.value(node.x))
+
+
+def _scaled(run: Lowering, node: Scaled) -> ScoreSource:
+    source = run.value(node.x)
+    if not node.offset:
+        return SumScores((source,), (node.factor,))
+    offset = torch.full((1, 1, 1, 1), node.offset, dtype=source.dtype, device=source.device)
+    return SumScores((source, TensorScores(offset)), (node.factor, 1.0))
+
+
+def _weighted(run: Lowering, node: Weighted) -> ScoreSource:
+    source, by = run.value(node.x), run.value(node.by)
+    return WeightedScores(source, by.expand(source.shape[0], -1, -1)[..., None])
+
+
+def _overlap(run: Lowering, node: Overlap) -> ScoreSource:
+    length, stride = windows_of(node.x.axes[3]) or (1, 1)
+    blocks = rows_on(node.axes[3], run.domain.kv_len)
+    return OverlapScores(run.value(node.x), length // stride, node.block // stride, node.how, blocks)
+
+
+def _given_scores(run: Lowering, node: GivenScores) -> ScoreSource:
+    scores = run.value(node.x)
+    run.call.check_scores(node, scores)
+    return TensorScores(scores.expand(run.domain.batch, -1, -1, -1))
+
+
+def _given_key_scores(run: Lowering, node: GivenKeyScores) -> Tensor:
+    scores = run.value(node.x)
+    run.call.check_key_scores(node, scores)
+    return scores.to(run.call.dtype).expand(run.domain.batch, -1, -1)
+
+
 def _gumbel(run: Lowering, node: Gumbel) -> ScoreSource:
     """Noise depends on the seed and its place alone: it is the same wherever a call begins."""
     source = run.value(node.scores)
@@ -155,15 +205,46 @@ def _probe(run: Lowering, node: Probe) -> Tensor:
 def _smooth(run: Lowering, node: Smooth) -> Tensor:
     x = run.value(node.x)
     kept = x.shape[2] - _probing(run, node)
-    return functional.pad(proxies.smooth(x[:, :, :kept], node.pool), (0, x.shape[2] - kept))
+    return functional.pad(proxies.smooth(x[:, :, :kept], node.pool, node.how), (0, x.shape[2] - kept))  # type: ignore[arg-type]
 
 
 def _probing(run: Lowering, node: KeyScores) -> int:
     """Keys from the first probing row on, if scores end before it."""
-    if not isinstance(node, Probe):
-        return _probing(run, node.x)  # type: ignore[attr-defined]
-    first = run.domain.q_offset + run.domain.rows - min(node.rows, run.domain.rows)
-    return max(run.domain.kv_len - first, 0) if node.keep == "before" else 0
+    probe = next((part for part in reached(node) if isinstance(part, Probe)), None)
+    if probe is None or probe.keep != "before":
+        return 0
+    first = run.domain.q_offset + run.domain.rows - min(probe.rows, run.domain.rows)
+    return max(run.domain.kv_len - first, 0)
+
+
+def _diagonals(run: Lowering, node: Diagonals) -> Tensor:
+    x, y = run.value(node.x), run.value(node.y)
+    return proxies.by_distance(x, y, rows=node.rows, scale=_scale(node.scale, x), q_offset=run.domain.q_offset)
+
+
+def _keys(run: Lowering, node: ChosenKeys) -> Tensor:
+    scores = run.value(node.scores)
+    among, forced = (_of_keys(run, node, mask, scores.shape[1], scores.shape[2]) for mask in (node.among, node.forced))
+    if node.count is not None:
+        return flags_of_best(scores, node.count, among, forced)
+    assert node.share is not None
+    return flags_of_share(scores, node.share, among, forced, inclusive=node.inclusive)
+
+
+def _of_keys(run: Lowering, node: ChosenKeys, mask: Mask | None, heads: int, keys: int) -> Tensor | None:
+    """What a mask says of every key, or distance, for so many heads."""
+    run.call.check_heads(node, heads)
+    if mask is None:
+        return None
+    domain, device = run.domain, run.call.q.device
+    number, zero = torch.arange(keys, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    indices = {"q_idx": number, "kv_idx": zero} if node.of_distances else {"q_idx": zero, "kv_idx": number}
+    indices |= {
+        "b": torch.arange(domain.batch, device=device).view(-1, 1, 1),
+        "h": torch.arange(domain.heads, device=device).view(-1, 1),
+    }
+    flags = evaluate(mask.expr, {**domain.lengths, **domain.tables, **indices})
+    return any_of_group(flags.expand(domain.batch, domain.heads, keys), heads)
 
 
 def _order(run: Lowering, node: Order) -> Tensor:
@@ -191,9 +272,19 @@ def _tokens(run: Lowering, node: Tokens) -> list[Tensor]:
 
 
 def _allowed(run: Lowering, mask: Mask, node: Select | Softmax, source: ScoreSource) -> Candidates:
-    rows, columns = block_of(node.axes[2]), block_of(node.axes[3])
+    """The blocks with a pair that a mask allows; of windows those it allows by their number."""
+    rows, axis = block_of(node.axes[2]), node.axes[3]
     heads = run.call.check_heads(node, source.shape[1])
-    return candidates_of(mask.expr, run.domain, rows, columns, heads, run.call.q.device)
+    windows = windows_of(axis) is not None
+    domain = replace(run.domain, kv_len=max(1, source.shape[3])) if windows else run.domain
+    columns, device = 1 if windows else block_of(axis), run.call.q.device
+    if not reads_nodes(mask):
+        return candidates_of(mask.expr, domain, rows, columns, heads, device)
+    # What choices leave open bounds what is looked at; they themselves are read as tables.
+    bounds = candidates_of(possible(mask).expr, domain, rows, columns, heads, device)
+    expr, tables = run.concrete(mask.expr, mask.bound)
+    own = block_rule(expr, domain, rows, columns, heads, tables, device)
+    return replace(bounds, allowed=own)  # the limits of what is possible, and the pairs that are
 
 
 def _forced(run: Lowering, node: Select, candidates: Candidates, source: ScoreSource) -> PairRule | None:
@@ -217,9 +308,38 @@ def _choose(run: Lowering, node: Select, choose: Any, *numbers: Any, **words: An
     return selected if selected.blocks == blocks else replace(selected, blocks=blocks)
 
 
+def _inner(node: TopK) -> tuple[Choice, Mask] | None:
+    """The choice within whose blocks another one chooses, for single queries, and what its mask of candidates says beside; None where it
+    says anything else of choices."""
+    if node.among is None or node.blocks[0] != 1 or any(isinstance(part, Antidiagonal) for part in reached(node.scores)):
+        return None
+    inner = list(choices_in(node.among).values())
+    if len(inner) != 1 or inner[0].blocks[0] != 1 or inner[0].blocks[1] % node.blocks[1]:
+        return None
+    own, parts = inner[0].as_expression().expr, sympy.And.make_args(node.among.expr)
+    rest = Mask(sympy.And(*(part for part in parts if part != own)), node.among.bound)
+    return None if own not in parts or reads_nodes(rest) else (inner[0], rest)
+
+
+def _top_k_within(run: Lowering, node: TopK, inner: Choice, beside: Mask) -> SelectedBlocks | None:
+    """Scores of the blocks that lie in those of another choice alone; None where heads that share a choice follow different ones."""
+    source, lists, kv_len = run.value(node.scores), run.value(inner), run.domain.kv_len
+    if source.shape[1] % lists.indices.shape[1]:
+        return None
+    candidates = _allowed(run, beside, node, source)
+    forced = _forced(run, node, candidates, source)
+    fine = lists if inner.blocks[1] == node.blocks[1] else lists.finer(node.blocks[1], kv_len)
+    found = top_k_listed(source, node.count, fine, candidates, forced=forced, extra=node.extra and forced is not None)
+    return replace(found, blocks=rows_on(node.axes[3], kv_len))
+
+
 def _top_k(run: Lowering, node: TopK) -> SelectedBlocks:
+    inner = _inner(node)
+    within = None if inner is None else _top_k_within(run, node, *inner)
+    if within is not None:
+        return within
     extra = run.value(node.scores).shape[3] if node.extra and node.forced is not None else None
-    if run.keeps and (node.forced is None or not reads_nodes(node.forced)):
+    if run.keeps and not any(mask is not None and reads_nodes(mask) for mask in (node.among, node.forced)):
         choose = run.dispatch.chooser(run.call.q.device, run.call.dtype)
         if choose is not None:
             weighed = any(isinstance(n, Attend) and n.normaliser is not None for n in run.call.program.order)
@@ -264,6 +384,21 @@ def _threshold(run: Lowering, node: Threshold) -> SelectedBlocks:
     return _choose(run, node, threshold, node.least, measure="share" if node.scores.is_mass else "score")
 
 
+def _given(run: Lowering, node: Given) -> SelectedBlocks:
+    given, domain, (q_block, kv_block) = run.value(node.x), run.domain, node.blocks
+    blocks, first = rows_on(node.axes[3], domain.kv_len), domain.q_offset // q_block
+    run.call.check_heads(node, given.shape[1])
+    if node.is_bitmap:
+        run.call.check_bitmap(node, given)
+        counts = given.sum(-1, dtype=torch.int32)
+        # On a GPU, where to read a length is to wait, lists are as wide as there are blocks.
+        width = int(counts.max()) if counts.numel() and not counts.is_cuda else given.shape[3]
+        return SelectedBlocks(compacted(given, width), counts, q_block, kv_block, blocks, first)
+    run.call.check_lists(node, given)
+    lists, counts = ascending(given, given >= 0)
+    return SelectedBlocks(lists, counts, q_block, kv_block, blocks, first)
+
+
 LISTED_RULES: dict[type[Node], Rule] = {
     Dot: _dot,
     Bound: _bound,
@@ -271,15 +406,24 @@ LISTED_RULES: dict[type[Node], Rule] = {
     Softmax: _softmax,
     Regroup: _regroup,
     Plus: _plus,
+    Relu: _relu,
+    Scaled: _scaled,
+    Weighted: _weighted,
+    Overlap: _overlap,
+    GivenScores: _given_scores,
+    GivenKeyScores: _given_key_scores,
     Gumbel: _gumbel,
     Grouped: _grouped,
     GroupedKeys: _grouped_keys,
     Probe: _probe,
     Smooth: _smooth,
+    Diagonals: _diagonals,
+    ChosenKeys: _keys,
     Order: _order,
     Inverse: _inverse,
     Tokens: _tokens,
     TopK: _top_k,
     TopP: _top_p,
     Threshold: _threshold,
+    Given: _given,
 }

@@ -23,7 +23,7 @@ from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.linear_rule import run_linear
 from sparsedsl.lang.known_facts import facts
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN, Q_IDX, Q_LEN
-from sparsedsl.program import orders, scores, select, tensors
+from sparsedsl.program import given_blocks, key_choices, orders, scores, select, tensors
 from sparsedsl.program.axes import base_of
 from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.graph import Program
@@ -297,6 +297,10 @@ STATE_RULES: Rules[StateRule] = Rules(
             (scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup, scores.Plus), _LOOKS_AT_ALL
         ),
         **dict.fromkeys((scores.Gumbel, scores.Grouped, scores.Probe, scores.Smooth, scores.GroupedKeys), _LOOKS_AT_ALL),
+        **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _LOOKS_AT_ALL),
+        **dict.fromkeys(
+            (scores.GivenKeyScores, given_blocks.Given, key_choices.Diagonals, key_choices.ChosenKeys), _LOOKS_AT_ALL
+        ),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold, tensors.Summary, Compact), _LOOKS_AT_ALL),
         **dict.fromkeys((orders.Take, orders.Order, orders.Inverse, orders.Tokens), _LOOKS_AT_ALL),
     },

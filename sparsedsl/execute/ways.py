@@ -10,7 +10,7 @@ import sympy
 from sparsedsl.backends.registry import AUTO, BACKENDS, named
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program import orders, scores, select, sources, tensors
+from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.node import Node
 from sparsedsl.program.recurrences import Linear
@@ -53,6 +53,13 @@ def _made_by(node: Select, backend: str, facts: CallFacts) -> str:
     return next(filter(None, found), _CHOOSING)
 
 
+def _given(node: given_blocks.Given, work: Work) -> str:
+    what = "a bitmap as lists" if node.is_bitmap else "lists, checked and put in order"
+    return (
+        f"torch: {what} of blocks of {_few(node.blocks[1], 'key', 'keys')} for every {_few(node.blocks[0], 'query', 'queries')}"
+    )
+
+
 def _few(count: int, one: str, many: str) -> str:
     return one if count == 1 else f"{count} {many}"
 
@@ -91,8 +98,13 @@ WAY_RULES: Rules[Callable[[Any, Work], str | None]] = Rules(
         **dict.fromkeys((tensors.Input, tensors.Summary, sources.Slots), _words(None)),
         **dict.fromkeys((scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup), _SCORES),
         **dict.fromkeys((scores.Plus, scores.Gumbel, scores.Grouped), _SCORES),
+        **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap), _SCORES),
+        **dict.fromkeys((scores.GivenScores, scores.GivenKeyScores), _words(None)),
+        given_blocks.Given: _given,
         scores.Probe: _words(f"two passes over tiles of keys: {_CHOOSING}"),
-        scores.Smooth: _words("torch: means of neighbours"),
+        key_choices.Diagonals: _words("torch: the softmax of a few probing rows at a time, summed along diagonals"),
+        key_choices.ChosenKeys: _words("torch: a stable sort of each head; a table of flags in the mask"),
+        scores.Smooth: _words("torch: neighbours joined"),
         scores.GroupedKeys: _words("torch: heads joined"),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
         **dict.fromkeys((orders.Order, orders.Tokens), _words("torch: a stable sort")),

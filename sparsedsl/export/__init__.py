@@ -27,7 +27,7 @@ from sparsedsl.export.natten_grid import Axis, NattenGrid, natten
 from sparsedsl.export.paged_requests import PagedRequests, flashinfer_paged
 from sparsedsl.export.splash_blocks import SplashMask, splash
 from sparsedsl.export.xformers_bias import XformersBias, xformers
-from sparsedsl.lang.advice import answer_for
+from sparsedsl.lang.advice import answer_for, public_only
 
 __all__ = [
     "Axis",
@@ -56,3 +56,4 @@ __all__ = [
 ]
 
 answer_for(globals(), __all__)
+__getattr__, __dir__ = public_only(__name__, __all__)

@@ -184,7 +184,11 @@ def _static(engine: str, value: Any) -> Pattern:
     if program is None:
         return as_pattern(value)
     if program.static is None:
-        raise UnsupportedError(f"{engine}: choices depend on q and k: run attn.choices(q, k, v), export the bound pattern")
+        if any(node.chooses for node in program.order):
+            raise UnsupportedError(f"{engine}: choices depend on q and k: run attn.choices(q, k, v), export the bound pattern")
+        raise UnsupportedError(
+            f"{engine}: a program is no single softmax over a mask, which is all that this engine holds; sd.compile(program) runs it"
+        )
     return program.static
 
 

@@ -35,8 +35,8 @@ def logit_args(
 ) -> dict[str, Any]:
     """Keywords of the engine's call by the engine's names, None for what it has not; refuses what would be lost.
 
-    ``sink`` is ``(heads,)`` of ``sink_dtype``, which must hold it exactly: a copy, without gradients. No scale is
-    said where the pattern has the usual one, which is every engine's own.
+    ``sink`` is ``(heads,)``, of a head that is exported alone ``(1,)``: a copy without gradients in ``sink_dtype``, which must hold it
+    exactly. No scale is said where the pattern has the usual one, which is every engine's own.
     """
     pattern = case.pattern
     found: dict[str, Any] = {}
@@ -62,14 +62,15 @@ def _sink(case: Case, dtype: torch.dtype) -> torch.Tensor:
     if BATCH in pattern.sink.expr.free_symbols and (case.batch > 1 or case.packed):
         case.refuse(f"sink={pattern.sink} differs by batch entry, the engine has one a head; export one entry at a time")
     domain = case.parts[0].domain
-    heads = torch.arange(case.heads, device=domain.device)
-    value = torch.as_tensor(evaluate(pattern.sink.expr, {"b": 0, "h": heads} | dict(domain.tables))).detach().expand(case.heads)
+    heads = torch.tensor(range(case.heads) if case.head is None else [case.head], device=domain.device)
+    env = {"b": 0, "h": heads} | dict(domain.tables)
+    value = torch.as_tensor(evaluate(pattern.sink.expr, env)).detach().expand(heads.numel())
     held = value.to(dtype)
     lost = (held.to(torch.float64) != value.to(torch.float64)).nonzero()[:, 0]
     if lost.numel():
-        head = int(lost[0])
+        head, value, held = int(heads[lost[0]]), value[lost[0]], held[lost[0]]
         case.refuse(
-            f"the sink of head {head} is {float(value[head])!r}, which this engine would round to {float(held[head])!r}: it takes sinks as "
+            f"the sink of head {head} is {float(value)!r}, which this engine would round to {float(held)!r}: it takes sinks as "
             f"{str(dtype).removeprefix('torch.')}; round them before, or sd.compile(pattern) runs it"
         )
     return case.place(held, dtype)

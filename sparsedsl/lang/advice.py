@@ -48,7 +48,7 @@ ELSEWHERE = {
     "alibi_slopes": "ALiBi is part of the pattern: sd.attend(mask, score=sd.patterns.alibi(heads))",
     "cu_seqlens": "documents are part of the pattern: sd.patterns.documents()",
     "offset": "here it is q_offset=",
-    "stride": "blocks lie side by side; overlapping ones are not in the language",
+    "stride": "windows that overlap are made by sd.summary(k, 32, stride=16); blocks lie side by side",
     "beta": "the delta rule is not in the language: sd.linear() only adds to its state, faded by decay",
 }
 

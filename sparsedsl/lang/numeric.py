@@ -103,4 +103,15 @@ def _real(name: str) -> Callable[[Any], Score]:
 
 
 tanh, exp, log, sqrt, sin, cos = (_real(name) for name in ("tanh", "exp", "log", "sqrt", "sin", "cos"))
-sigmoid, softplus, relu, erf = (_real(name) for name in ("sigmoid", "softplus", "relu", "erf"))
+sigmoid, softplus, erf = (_real(name) for name in ("sigmoid", "softplus", "erf"))
+_relu = _real("relu")
+
+
+def relu(x: Any) -> Any:
+    """``max(x, 0)``. Of the scores of a program, ``x.relu()``: scores, which a choice can be made by.
+
+    >>> import sparsedsl as sd
+    >>> print(sd.relu(sd.score))
+    relu(score)
+    """
+    return x.relu() if getattr(x, "gives", None) == "scores" else _relu(x)

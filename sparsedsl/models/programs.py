@@ -19,7 +19,7 @@ from sparsedsl.lang.symbols import BATCH
 from sparsedsl.lang.tables import TableRead, TableSpec, read_class, table_reads
 from sparsedsl.lang.wrapped import Expression
 from sparsedsl.models.derived import PROVIDED
-from sparsedsl.program import orders, scores, select, sources, tensors
+from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Mix, Recall
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
@@ -128,11 +128,13 @@ FIT_RULES: Rules[Callable[[Any, _Layer], Node]] = Rules(
     "what a layer adds to a program",
     {
         Attend: _attend,
-        **dict.fromkeys((scores.Dot, scores.Bound, scores.Probe, Recall, Linear), _products),
+        **dict.fromkeys((scores.Dot, scores.Bound, scores.Probe, key_choices.Diagonals, Recall, Linear), _products),
         scores.Antidiagonal: _antidiagonal,
         **dict.fromkeys((tensors.Input, tensors.Summary, sources.Slots, Joint, Mix, Compact), _as_it_is),
         **dict.fromkeys((scores.Softmax, scores.Regroup, scores.Plus, scores.Gumbel, scores.Grouped), _as_it_is),
         **dict.fromkeys((scores.GroupedKeys, scores.Smooth), _as_it_is),
+        **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _as_it_is),
+        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given, key_choices.ChosenKeys), _as_it_is),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _as_it_is),
         **dict.fromkeys((orders.Take, orders.Order, orders.Inverse, orders.Tokens), _as_it_is),
     },

@@ -6,8 +6,8 @@ import functools
 import numbers
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar, overload
 
 import sympy
 
@@ -17,12 +17,14 @@ from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
-from sparsedsl.program.axes import base_of, block_of
-from sparsedsl.program.decided import assume, with_candidates
+from sparsedsl.lang.tables import table_reads
+from sparsedsl.program.axes import base_of, block_of, windows_of
+from sparsedsl.program.decided import assume
+from sparsedsl.program.key_choices import ChosenKeys
 from sparsedsl.program.node import Node, nodes_in, one_of, reached
 from sparsedsl.program.orders import Tokens
 from sparsedsl.program.scores import Scores
-from sparsedsl.program.select import Select, choices_in
+from sparsedsl.program.select import Choice, choices_in, told_candidates
 from sparsedsl.program.sources import PerChunk, Slots
 from sparsedsl.program.tensors import OWN, Input, check_tensor, k, q, v
 
@@ -41,6 +43,9 @@ __all__ = [
     "mix",
     "recall",
 ]
+
+
+M = TypeVar("M", Mask, Score)
 
 
 class Branch(Node):
@@ -81,7 +86,7 @@ class Attend(Branch):
     function: ClassVar[str] = "attend"
 
     @functools.cached_property
-    def selections(self) -> tuple[Select, ...]:
+    def selections(self) -> tuple[Choice, ...]:
         """The choices its mask reads."""
         return tuple(choices_in(self.pattern.mask).values())
 
@@ -139,7 +144,8 @@ def attend(
         scale: factor on ``q @ k``; default ``head_dim ** -0.5``.
         heads: the number of query heads it is written for; None takes what its parts say, as ``alibi(8)`` does, else any number.
         causal: claims that no query sees a later position, to which :func:`sparsedsl.testing.check` holds it; nothing else changes.
-        q, k, v: nodes to attend with in place of the call's own: reordered keys, summaries (``kv_idx`` then counts blocks), inputs.
+        q, k, v: nodes to attend with in place of the call's own: reordered keys, summaries (``kv_idx`` then counts blocks), inputs. A
+            choice in the mask is then that of the block which the tokens of a row lie in.
         normaliser: :func:`per_chunk`, or None for one softmax over all.
 
     Returns:
@@ -177,10 +183,57 @@ def attend(
         raise PatternError(f"attend(): q and k must have the same last axis; got {q.axes[3]!r} and {k.axes[3]!r}")
     if normaliser is not None and not isinstance(normaliser, PerChunk):
         raise PatternError(f"attend(): normaliser must come from per_chunk(); got {normaliser!r}")
-    pattern, normaliser = with_candidates(pattern, normaliser)
+    if normaliser is not None and k.axes[2] != "keys":
+        raise PatternError(
+            f"attend(): per_chunk looks into chunks of keys one by one; the rows of k are {k.axes[2]!r}. Attend to them in one softmax, "
+            "without a normaliser"
+        )
+    pattern = of_rows(pattern, k.axes[2])
+    pattern, normaliser = with_candidates(pattern, normaliser, k.axes[2])
     if normaliser is not None:
         _check_normaliser(pattern, normaliser)
     return one_of(Attend(pattern, q, k, v, normaliser))
+
+
+def _tokens_of(axis: str) -> int:
+    return 1 if windows_of(axis) or base_of(axis) != "keys" else block_of(axis)
+
+
+def of_rows(pattern: Pattern, axis: str) -> Pattern:
+    """The pattern of an attention over rows of ``axis``: choices and scores of the pair are read at the block that its tokens lie in."""
+    if axis == "keys":
+        return pattern
+    return Pattern(_read_at(pattern.mask, axis), _read_at(pattern.score, axis), pattern.sink, pattern.scale, pattern.causal)
+
+
+def _read_at(part: M, axis: str) -> M:
+    known: dict[Any, Any] = {}
+    for node in nodes_in(part):
+        if isinstance(node, ChosenKeys):
+            raise PatternError(f"attend(): {node!r} says of keys whether they are chosen, and the rows of k are {axis!r}")
+        if not isinstance(node, (Choice, Scores)):
+            continue
+        own, tokens = node.as_expression(), _tokens_of(axis)
+        reads = table_reads(own.expr)
+        if not part.expr.has(*reads):
+            continue
+        size = block_of(node.axes[3])
+        if windows_of(axis) or size % tokens:
+            raise PatternError(
+                f"attend(): its keys have a row for {axis!r}, and {node!r} says blocks of {size} keys: a row must lie in one of them. Use "
+                f"blocks of a multiple of a row's tokens, or read it by hand, with four indices"
+            )
+        known |= dict(zip(reads, table_reads(node.of_row(tokens).expr), strict=True))
+    return type(part)(part.expr.xreplace(known), part.bound) if known else part
+
+
+def with_candidates(pattern: Pattern, normaliser: PerChunk | None, axis: str) -> tuple[Pattern, PerChunk | None]:
+    """The pattern with every choice told its candidates, where it was declared without. ``axis``: that ``kv_idx`` counts."""
+    beside = () if normaliser is None else (normaliser.selected,)
+    mask, told = told_candidates(pattern.mask, _tokens_of(axis), beside)
+    if normaliser is not None and normaliser.selected in told:
+        normaliser = replace(normaliser, selected=told[normaliser.selected])
+    return Pattern(mask, pattern.score, pattern.sink, pattern.scale, pattern.causal), normaliser
 
 
 def _check_normaliser(pattern: Pattern, normaliser: PerChunk) -> None:
@@ -250,9 +303,9 @@ def as_branch(function: str, value: Any) -> Branch:
     if isinstance(value, Branch):
         return value
     if isinstance(value, Pattern):
-        pattern, _ = with_candidates(value, None)
+        pattern, _ = with_candidates(value, None, k.axes[2])
         return one_of(Attend(pattern))
-    if isinstance(value, (Mask, Select, bool, Score)):
+    if isinstance(value, (Mask, Choice, ChosenKeys, bool, Score)):
         made = attend(True, score=value) if isinstance(value, Score) else attend(value)
         return as_branch(function, made)
     raise PatternError(
@@ -385,8 +438,8 @@ def compact(tokens: Tokens, inside: Any) -> Compact:
 
 
 def blocks_of_keys(branch: Attend) -> int:
-    """Tokens in a row of the keys it attends to."""
-    return block_of(branch.y.axes[2]) if base_of(branch.y.axes[2]) == "keys" else 1
+    """Tokens in a row of the keys it attends to, of which choices say blocks; of windows, of which they say none, 1."""
+    return _tokens_of(branch.y.axes[2])
 
 
 def reads_scores(pattern: Pattern) -> list[Scores]:

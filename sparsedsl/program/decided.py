@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import sympy
 
 from sparsedsl.lang.expressions import Mask, one_form
-from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.tables import read_class, table_reads
+from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.node import Node
-from sparsedsl.program.select import Select, choices_in
-from sparsedsl.program.sources import PerChunk
 
-__all__ = ["assume", "pairs_decided_by", "possible", "simplified", "with_candidates"]
+__all__ = ["assume", "pairs_decided_by", "possible", "simplified"]
 
 
 def _dynamic_atoms(expr: sympy.Basic, nodes: frozenset[str]) -> list[sympy.Basic]:
@@ -123,29 +119,3 @@ def _conditions(expr: sympy.Basic) -> set[Any]:
     if isinstance(expr, (sympy.And, sympy.Or, sympy.Not, sympy.Xor)):
         return set().union(*map(_conditions, expr.args))
     return {expr}
-
-
-def with_candidates(pattern: Pattern, normaliser: PerChunk | None) -> tuple[Pattern, PerChunk | None]:
-    """The pattern with every choice told its candidates, where it was declared without."""
-    mask, choices = pattern.mask, choices_in(pattern.mask)
-    if normaliser is not None:  # where the mask is false and reads no choice, this one has no candidates
-        choices |= {label: node for label, node in mask.bound.items() if node is normaliser.selected}
-    for label, node in choices.items():
-        if node.among is not None:
-            continue
-        added, removed = pairs_decided_by(pattern.mask, label)
-        known = node.within(added | removed)
-        mask = _renamed(mask, label, known)
-        if normaliser is not None and normaliser.selected is node:
-            normaliser = replace(normaliser, selected=known)
-    return Pattern(mask, pattern.score, pattern.sink, pattern.scale, pattern.causal), normaliser
-
-
-def _renamed(mask: Mask, label: str, node: Select) -> Mask:
-    """``mask`` reading ``node`` where it read the table ``label``."""
-    reads = [read for read in table_reads(mask.expr) if read.spec.name == label]
-    specs = {read: read_class(replace(read.spec, name=node.label))(*read.args) for read in reads}
-    bound = mask.bound
-    del bound[label]
-    bound[node.label] = node
-    return Mask(mask.expr.xreplace(specs), bound)

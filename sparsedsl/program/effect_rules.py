@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sparsedsl.program import orders, scores, select, sources, tensors
+from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node, reached
@@ -48,11 +48,11 @@ def _none(node: Node) -> Effects:
     return iter(())
 
 
-def _by_probes(node: Order | Tokens) -> Effects:
+def _by_probes(node: Order | Tokens | key_choices.ChosenKeys) -> Effects:
     """What is decided by scores of keys is decided by the queries that probed them."""
     for probe in reached(node):
-        if isinstance(probe, scores.Probe):
-            yield LATER_QUERIES, f"decided by the last {probe.rows} queries of the call"
+        if isinstance(probe, scores.KeyScores) and probe.probing:
+            yield LATER_QUERIES, f"decided by the last {probe.probing} queries of the call"
 
 
 def _for_blocks(node: Select) -> Effects:
@@ -73,7 +73,10 @@ EFFECT_RULES: Rules[Callable[[Any], Effects]] = Rules(
         **dict.fromkeys((tensors.Input, tensors.Summary, orders.Take, orders.Inverse, sources.Slots), _none),
         **dict.fromkeys((scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup, scores.Plus), _none),
         **dict.fromkeys((scores.Gumbel, scores.Grouped, scores.Probe, scores.Smooth, scores.GroupedKeys), _none),
-        **dict.fromkeys((Order, Tokens), _by_probes),
+        **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _none),
+        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given), _none),
+        key_choices.Diagonals: _none,
+        **dict.fromkeys((Order, Tokens, key_choices.ChosenKeys), _by_probes),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _for_blocks),
         **dict.fromkeys((Linear, Recall), _state),
         **dict.fromkeys((Attend, Joint, Mix, Compact), _none),

@@ -19,8 +19,9 @@ from sparsedsl.lang.symbols import BATCH, INDEX_SYMBOLS
 from sparsedsl.lang.tables import TableSpec, table_reads
 from sparsedsl.lang.wrapped import Expression
 from sparsedsl.program.branches import Branch, Joint, as_branch
+from sparsedsl.program.key_choices import ChosenKeys
 from sparsedsl.program.node import Node, reached
-from sparsedsl.program.select import Select
+from sparsedsl.program.select import Choice
 from sparsedsl.program.tensors import OWN, Input
 
 __all__ = ["Program", "as_program"]
@@ -232,7 +233,7 @@ def as_program(value: Any) -> Program | None:
     """The program that a value is, or None where it is a static pattern (or nothing of ours)."""
     if isinstance(value, Program):
         return value
-    if isinstance(value, (Branch, Select)):
+    if isinstance(value, (Branch, Choice, ChosenKeys)):
         return Program(value)
     dynamic = isinstance(value, Pattern) or hasattr(value, "bound")
     if dynamic and any(isinstance(bound, Node) for bound in value.bound.values()):

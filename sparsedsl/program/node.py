@@ -71,8 +71,8 @@ class Node(Unread):
 
     @property
     def chooses(self) -> bool:
-        """Whether its result is a choice: blocks, an order of the keys, or tokens that are kept."""
-        return self.gives in ("selected", "order", "tokens")
+        """Whether its result is a choice: blocks, keys, an order of the keys, or tokens that are kept."""
+        return self.gives in ("selected", "keys", "order", "tokens")
 
     @functools.cached_property
     def whole_queries(self) -> int:
@@ -138,6 +138,10 @@ class Node(Unread):
             f"{self.words.get(name, name)}={expression_text(value.expr) if isinstance(value, Expression) else value}"
             for name, value in said.items()
         )
+
+    def __mul__(self, other: Any) -> Any:
+        # Scores know what a factor of rows makes of them.
+        return NotImplemented if self.gives == "tensor" and getattr(other, "gives", None) == "scores" else self._unread()
 
     def same_as(self, other: object) -> bool:
         """Whether ``other`` is this node, told by its text form and the tensors bound in it."""

@@ -10,7 +10,7 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Mask, Table, as_mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.text import Reader, reading
-from sparsedsl.program import branches, orders, recurrences, scores, select, sources, tensors
+from sparsedsl.program import branches, given_blocks, key_choices, orders, recurrences, scores, select, sources, tensors
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import one_of
 from sparsedsl.program.rules import Rules
@@ -32,15 +32,24 @@ TEXT_RULES: Rules[Callable[..., Any]] = Rules(
         scores.Antidiagonal: scores.antidiagonal,
         scores.Probe: scores.probe,
         scores.Smooth: scores.smooth,
+        key_choices.Diagonals: key_choices.diagonals,
+        key_choices.ChosenKeys: key_choices.keys_chosen,
         scores.Softmax: lambda scores, among: scores.softmax(among),
         scores.Regroup: lambda scores, block, how="sum": scores.regroup(block, how),
         scores.Gumbel: lambda scores, seed: scores.gumbel(seed),
         scores.Plus: lambda first, second: first + second,
+        scores.Relu: lambda x: x.relu(),
+        scores.Scaled: lambda x, factor=1.0, offset=0.0: one_of(scores.Scaled(x, factor, offset)),
+        scores.Weighted: lambda x, by: by * x,
+        scores.Overlap: lambda x, block, how="strips": x.overlap(block, how),
+        scores.GivenScores: scores.given_scores,
+        scores.GivenKeyScores: scores.given_key_scores,
         scores.Grouped: scores.grouped,
         scores.GroupedKeys: scores.grouped,
         select.TopK: select.top_k,
         select.TopP: select.top_p,
         select.Threshold: select.threshold,
+        given_blocks.Given: given_blocks.given,
         sources.Slots: sources.slots,
         branches.Attend: branches.attend,
         branches.Recall: branches.recall,

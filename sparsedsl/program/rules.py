@@ -11,7 +11,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.program import branches, orders, recurrences, scores, select, sources, tensors
+from sparsedsl.program import (
+    branches,
+    given_blocks,
+    key_choices,
+    orders,
+    recurrences,
+    score_values,
+    scores,
+    select,
+    sources,
+    tensors,
+)
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 
@@ -20,7 +31,8 @@ __all__ = ["Rules", "check_rules", "kinds_of_nodes"]
 R = TypeVar("R")
 
 # A kind of node is known once its module is imported: these are all that there are.
-_MODULES = {module.__name__ for module in (branches, orders, recurrences, scores, select, sources, tensors)}
+_WHERE = (branches, given_blocks, key_choices, orders, recurrences, score_values, scores, select, sources, tensors)
+_MODULES = {module.__name__ for module in _WHERE}
 
 
 def kinds_of_nodes(base: type[Node] = Node) -> set[type[Node]]:

@@ -1,143 +1,66 @@
-"""Nodes that give scores, the cheap numbers a choice is made by.
-
-*Scores* are counted by (batch, heads, blocks of queries, blocks of keys), *key scores* by (batch, heads, keys). Scores are either *logits*
-(any number; higher is better) or *mass* (at least 0; parts of a whole).
+"""Nodes that give scores, the cheap numbers a choice is made by: products, bounds, sums along antidiagonals, probes, and scores made
+elsewhere. What is made of them stands in :mod:`~sparsedsl.program.score_values`.
 """
 
 from __future__ import annotations
 
 import functools
 import numbers
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import ClassVar
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word, shown, way_in
-from sparsedsl.lang.expressions import Index, Mask, Score, as_mask, b, h, kv_idx, q_idx, table
-from sparsedsl.program.axes import block_of, in_blocks, join_heads
-from sparsedsl.program.node import Node, Operand, nodes_in, one_of
+from sparsedsl.program.axes import base_of, block_of, in_blocks, join_heads
+from sparsedsl.program.node import Node, nodes_in, one_of
+from sparsedsl.program.score_values import (
+    Grouped,
+    GroupedKeys,
+    Gumbel,
+    KeyScores,
+    Overlap,
+    Plus,
+    Regroup,
+    Relu,
+    Scaled,
+    Scores,
+    Softmax,
+    Weighted,
+    grouped,
+)
 from sparsedsl.program.tensors import check_block, check_tensor
 
 __all__ = [
     "Antidiagonal",
     "Bound",
     "Dot",
+    "GivenKeyScores",
+    "GivenScores",
     "Grouped",
+    "GroupedKeys",
     "Gumbel",
     "KeyScores",
+    "Overlap",
     "Plus",
     "Probe",
     "Regroup",
+    "Relu",
+    "Scaled",
     "Scores",
     "Smooth",
     "Softmax",
+    "Weighted",
     "antidiagonal",
     "bound",
+    "check_key_scores",
+    "check_scores",
     "dot",
+    "given_key_scores",
+    "given_scores",
+    "grouped",
     "probe",
     "smooth",
 ]
-
-
-G = TypeVar("G")
-
-
-class _Reducible(Node, Generic[G]):
-    """What scores and key scores have in common: their heads can be joined, which gives a ``G``."""
-
-    def over_group(self, how: str = "sum") -> G:
-        """Query heads of a key/value group as one: ``"sum"``, ``"mean"`` or ``"max"``; heads becomes kv_heads.
-
-        >>> import sparsedsl as sd
-        >>> sd.dot(sd.q, sd.summary(sd.k, 64)).over_group("sum").axes
-        ('batch', 'kv_heads', 'queries', 'keys/64')
-        """
-        if self.axes[1] != "heads":
-            raise PatternError(f"over_group(): {self!r} has no query heads to join; its axes are {' '.join(self.axes)!r}")
-        return cast(G, grouped(self, "kv_heads", how))
-
-    def over_heads(self, how: str = "mean") -> G:
-        """All heads as one: ``"sum"``, ``"mean"`` or ``"max"``."""
-        return cast(G, grouped(self, "one", how))
-
-
-class Scores(_Reducible["Grouped"], Operand):
-    """Scores of blocks of keys for blocks of queries. Usable in the score of an attention: ``sd.score + scores``."""
-
-    gives: ClassVar[str] = "scores"
-    mass: ClassVar[bool] = False
-
-    @property
-    def is_mass(self) -> bool:
-        """Whether the numbers are parts of a whole, and not logits."""
-        return self.mass
-
-    def __getitem__(self, indices: tuple[Index, Index, Index, Index]) -> Score:
-        """Read as a float table at (batch entry, query head, block of queries, block of keys)."""
-        return table(self.label, dtype=float, learned=True)[self._read(indices)].bind(**{self.label: self})
-
-    def as_expression(self) -> Score:
-        """The score of the pair that an attention looks at."""
-        return self[b, h, q_idx // block_of(self.axes[2]), kv_idx // block_of(self.axes[3])]
-
-    def softmax(self, among: Any = True) -> Softmax:
-        """Over the blocks of keys for each row: mass among the blocks with a pair that ``among``, a mask, allows; 0 elsewhere."""
-        return one_of(Softmax(self, as_mask(among, where="softmax(): among")))
-
-    def regroup(self, block: int, how: str = "sum") -> Regroup:
-        """Scores of larger blocks: each joins ``block`` neighbouring ones by ``"sum"``, ``"mean"`` or ``"max"``."""
-        _check_how("regroup", how)
-        return one_of(Regroup(self, check_block("regroup", "block", block, 2), how))
-
-    def gumbel(self, seed: Node) -> Gumbel:
-        """With Gumbel noise: the ``k`` greatest are a sample, without replacement, from the softmax of the logits.
-
-        For choices in training: choose by ``scores.gumbel(seed)`` and weigh by ``scores``. The same seed draws the same noise, however
-        a call is cut.
-
-        Args:
-            seed: an input of one whole number: ``sd.input("seed", "1")``.
-
-        >>> import sparsedsl as sd
-        >>> scores = sd.dot(sd.q, sd.summary(sd.k, 64))
-        >>> selected = sd.top_k(scores.gumbel(sd.input("seed", "1")), 16)
-        >>> sd.per_chunk(selected, scores=scores).weights
-        'softmax'
-        """
-        if not isinstance(seed, Node) or seed.axes != ("1",):
-            raise PatternError(f"gumbel(): seed must be an input of one number, with the axes '1'; got {seed!r}")
-        if self.is_mass:
-            raise PatternError(f"gumbel(): noise is added to logits; {self!r} is mass")
-        return one_of(Gumbel(self, seed))
-
-    def _operate(self, operation: Callable[[Any, Any], Any], other: Any, *, swapped: bool) -> Any:
-        """``+`` joins scores to scores; everything else reads the score of the pair that an attention looks at, a logit."""
-        if not isinstance(other, Scores):
-            return super()._operate(operation, other, swapped=swapped)
-        if operation is not operator.add:
-            raise PatternError(
-                f"scores of blocks are joined by + alone, which gives scores again; got {self!r} and {other!r}. For logits of pairs "
-                "read one of them first: first.as_expression() - second"
-            )
-        if other.axes[2:] != self.axes[2:]:
-            raise PatternError(f"scores of {' '.join(self.axes)!r} and {' '.join(other.axes)!r} cannot be added: blocks differ")
-        join_heads("the sum of scores", self.axes[1], other.axes[1])
-        return one_of(Plus(other, self) if swapped else Plus(self, other))
-
-
-class KeyScores(_Reducible["GroupedKeys"]):
-    """One score for every key, at least 0."""
-
-    gives: ClassVar[str] = "key scores"
-
-
-REDUCTIONS = ("sum", "mean", "max")
-
-
-def _check_how(function: str, how: str) -> str:
-    return check_word(f"{function}(): how", how, REDUCTIONS)
 
 
 def check_scores(function: str, value: object) -> Scores:
@@ -146,11 +69,12 @@ def check_scores(function: str, value: object) -> Scores:
         hint = ""
         if any(isinstance(node, Scores) for node in nodes_in(value)):
             hint = (
-                ". Arithmetic on scores gives the logit of a pair, for sd.attend(..., score=); scores that are chosen by take a factor as "
-                "dot(..., scale=), and + joins two of them"
+                ". This is the logit of a pair, for sd.attend(..., score=). Scores stay scores under + and - with scores and numbers, * "
+                "and / with numbers, * with an input of factors 'batch heads queries', and .relu() .softmax() .regroup() .over_heads()"
             )
         raise PatternError(
-            f"{function}(): scores must come from dot(), bound(), antidiagonal() or what is made of them; got {shown(value)}"
+            f"{function}(): scores must come from dot(), bound(), antidiagonal(), given_scores() or what is made of them; "
+            f"got {shown(value)}"
             f"{hint or way_in(value)}"
         )
     return value
@@ -158,8 +82,10 @@ def check_scores(function: str, value: object) -> Scores:
 
 def check_key_scores(function: str, word: str, value: object) -> KeyScores:
     """A node that gives one score a key."""
-    if not isinstance(value, KeyScores):
-        raise PatternError(f"{function}(): {word} must be one score a key, as from probe() or smooth(); got {shown(value)}")
+    if not isinstance(value, KeyScores) or value.axes[2] != "keys":
+        raise PatternError(
+            f"{function}(): {word} must be one score a key, as from probe(), smooth() or given_key_scores(); got {shown(value)}"
+        )
     return value
 
 
@@ -236,6 +162,7 @@ def bound(x: Node, y: Node, block: int, *, scale: float | None = None) -> Bound:
     x, y = check_tensor("bound", "x", x, "queries"), check_tensor("bound", "y", y, "keys")
     if x.axes[3] != y.axes[3]:
         raise PatternError(f"bound(): x and y must have the same last axis; got {x.axes[3]!r} and {y.axes[3]!r}")
+    block_of(y.axes[2])
     join_heads("bound()", x.axes[1], y.axes[1])
     scale = None if scale is None else _positive("bound", scale)
     return one_of(Bound(x, y, check_block("bound", "block", block), scale))
@@ -289,116 +216,6 @@ def antidiagonal(x: Node, y: Node, stride: int, block: int) -> Antidiagonal:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Softmax(Scores):
-    """Softmax over the blocks of keys."""
-
-    scores: Scores
-    among: Mask
-    function: ClassVar[str] = "softmax"
-    mass: ClassVar[bool] = True
-
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """Unchanged."""
-        return self.scores.axes
-
-    @functools.cached_property
-    def whole_queries(self) -> int:
-        """Those of a block."""
-        return block_of(self.axes[2])
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Regroup(Scores):
-    """Scores of larger blocks of keys."""
-
-    scores: Scores
-    block: int
-    how: str = "sum"
-    function: ClassVar[str] = "regroup"
-
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """``keys/16`` becomes ``keys/64`` for 4."""
-        *lead, blocks = self.scores.axes
-        return *lead, in_blocks(blocks, self.block)
-
-    @property
-    def is_mass(self) -> bool:
-        """As before, unless it is no sum."""
-        return self.scores.is_mass and self.how == "sum"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Plus(Scores):
-    """The sum of two scores: a bias, or noise for the choice alone."""
-
-    first: Scores
-    second: Scores
-    function: ClassVar[str] = "plus"
-
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """Heads join."""
-        return "batch", join_heads("plus()", self.first.axes[1], self.second.axes[1]), *self.first.axes[2:]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Gumbel(Scores):
-    """Logits with Gumbel noise."""
-
-    scores: Scores
-    seed: Node
-    function: ClassVar[str] = "gumbel"
-
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """Unchanged."""
-        return self.scores.axes
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Grouped(Scores):
-    """Scores with heads joined."""
-
-    x: Scores
-    heads: str
-    how: str
-    function: ClassVar[str] = "grouped"
-
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """With other heads."""
-        return "batch", self.heads, *self.x.axes[2:]
-
-    @property
-    def is_mass(self) -> bool:
-        """As before: of a maximum too, whose parts are compared with their own total."""
-        return self.x.is_mass
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class GroupedKeys(KeyScores):
-    """Key scores with heads joined."""
-
-    x: KeyScores
-    heads: str
-    how: str
-    function: ClassVar[str] = "grouped"
-
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """With other heads."""
-        return "batch", self.heads, *self.x.axes[2:]
-
-
-def grouped(x: Any, heads: str, how: str) -> Grouped | GroupedKeys:
-    """Scores or key scores with their heads joined to ``kv_heads`` or ``one``: see ``over_group`` and ``over_heads``."""
-    _check_how("over_group" if heads == "kv_heads" else "over_heads", how)
-    return one_of(Grouped(x, heads, how)) if isinstance(x, Scores) else one_of(GroupedKeys(x, heads, how))
-
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Probe(KeyScores):
     """The attention that the last queries pay each key, averaged over them."""
 
@@ -410,6 +227,11 @@ class Probe(KeyScores):
     keep: str = "all"
     scale: float | None = None
     function: ClassVar[str] = "probe"
+
+    @property
+    def probing(self) -> int:
+        """Those that probe."""
+        return self.rows
 
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:
@@ -454,10 +276,11 @@ def probe(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Smooth(KeyScores):
-    """Key scores averaged with their neighbours."""
+    """Key scores joined with their neighbours."""
 
     x: KeyScores
     pool: int
+    how: str = "mean"
     function: ClassVar[str] = "smooth"
 
     @functools.cached_property
@@ -466,8 +289,8 @@ class Smooth(KeyScores):
         return self.x.axes
 
 
-def smooth(x: KeyScores, pool: int) -> Smooth:
-    """Each key's score as the mean of ``pool`` neighbours; beyond the ends there are zeros, which count.
+def smooth(x: KeyScores, pool: int, how: str = "mean") -> Smooth:
+    """Each key's score as the ``"mean"`` of ``pool`` neighbours, or their ``"max"``; beyond the ends there are zeros, which count.
 
     >>> import sparsedsl as sd
     >>> sd.smooth(sd.probe(sd.q, sd.k, rows=128), 7).pool
@@ -476,4 +299,76 @@ def smooth(x: KeyScores, pool: int) -> Smooth:
     x = check_key_scores("smooth", "x", x)
     if check_block("smooth", "pool", pool) % 2 == 0:
         raise PatternError(f"smooth(): pool must be odd, so that the key itself is in the middle; got {pool}")
-    return one_of(Smooth(x, pool))
+    return one_of(Smooth(x, pool, check_word("smooth(): how", how, ("mean", "max"))))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GivenScores(Scores):
+    """Scores that a call is given."""
+
+    x: Node
+    function: ClassVar[str] = "given_scores"
+
+    @functools.cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Of the input."""
+        return self.x.axes
+
+
+def given_scores(x: Node) -> GivenScores:
+    """Scores that were made elsewhere, logits: a gate that was trained for them, another kernel.
+
+    Args:
+        x: an input ``(batch, heads, queries or blocks of them, keys or blocks of them)``. -inf is no candidate; a call may leave an
+            incomplete last block of keys out.
+
+    Scores given for blocks of queries are known to all of these.
+
+    >>> import sparsedsl as sd
+    >>> gate = sd.given_scores(sd.input("gate", "batch kv_heads queries keys/64"))
+    >>> sd.threshold(gate.softmax(sd.kv_idx <= sd.q_idx), 2e-3).blocks  # as SeerAttention chooses
+    (1, 64)
+    """
+    axes = x.axes if isinstance(x, Node) and x.gives == "tensor" else ()
+    if len(axes) != 4 or axes[0] != "batch" or [base_of(axis) for axis in axes[2:]] != ["queries", "keys"]:
+        raise PatternError(
+            f"given_scores(): x must be an input with the axes 'batch', heads, queries, keys, or blocks of these; got {shown(x)}"
+            + (f" with {' '.join(axes)!r}" if axes else "")
+        )
+    block_of(axes[3])
+    return one_of(GivenScores(x))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GivenKeyScores(KeyScores):
+    """One score a key that a call is given."""
+
+    x: Node
+    function: ClassVar[str] = "given_key_scores"
+
+    @functools.cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Of the input."""
+        return self.x.axes
+
+
+def given_key_scores(x: Node) -> GivenKeyScores:
+    """One score for every key that was made elsewhere: votes of an earlier call, a router.
+
+    Args:
+        x: an input ``(batch, heads, keys)`` of numbers of at least 0, which is checked at the call.
+
+    What they were made from is not known: the report says UNKNOWN of causality.
+
+    >>> import sparsedsl as sd
+    >>> votes = sd.given_key_scores(sd.input("votes", "batch heads keys"))
+    >>> sd.compact(sd.keep_tokens(votes, tail=0.1), sd.kv_idx <= sd.q_idx).tokens.tail
+    0.1
+    """
+    axes = x.axes if isinstance(x, Node) and x.gives == "tensor" else ()
+    if len(axes) != 3 or axes[0] != "batch" or axes[2] != "keys":
+        raise PatternError(
+            f"given_key_scores(): x must be an input with the axes 'batch', heads, keys; got {shown(x)}"
+            + (f" with {' '.join(axes)!r}" if axes else "")
+        )
+    return one_of(GivenKeyScores(x))

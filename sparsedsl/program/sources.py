@@ -12,7 +12,7 @@ from sparsedsl.lang.advice import check_word
 from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.node import Node, one_of
 from sparsedsl.program.scores import Scores, check_scores
-from sparsedsl.program.select import Select
+from sparsedsl.program.select import Choice, Select
 from sparsedsl.program.tensors import check_block, check_tensor, k, v
 
 __all__ = ["PerChunk", "Slots", "check_documents", "per_chunk", "slots"]
@@ -24,14 +24,14 @@ RULES = ("softmax", "softmax1", "stick_breaking", "sigmoid")
 class PerChunk:
     """A softmax of its own in every picked chunk, and weights for the chunks."""
 
-    selected: Select
+    selected: Choice
     weights: str
     scores: Scores
     inner: str
     function: ClassVar[str] = "per_chunk"
 
 
-def per_chunk(selected: Select, weights: str = "softmax", *, scores: Scores | None = None, inner: str = "softmax") -> PerChunk:
+def per_chunk(selected: Choice, weights: str = "softmax", *, scores: Scores | None = None, inner: str = "softmax") -> PerChunk:
     """The normaliser of hierarchical attention: ``out = sum_c w_c softmax_c(logits) V``, softmax and sum over one picked chunk each.
 
     Gradients reach the scores through the weights; chunks that were not picked get exactly none.
@@ -52,13 +52,15 @@ def per_chunk(selected: Select, weights: str = "softmax", *, scores: Scores | No
     >>> sd.per_chunk(selected, "stick_breaking").weights
     'stick_breaking'
     """
-    if not isinstance(selected, Select):
-        raise PatternError(f"per_chunk(): selected must come from top_k(), top_p() or threshold(); got {selected!r}")
+    if not isinstance(selected, Choice):
+        raise PatternError(f"per_chunk(): selected must come from top_k(), top_p(), threshold() or given(); got {selected!r}")
     if selected.blocks[0] != 1:
         raise PatternError(f"per_chunk(): selected must be made for single queries; these are for {selected.blocks[0]} at a time")
     check_word("per_chunk(): weights", weights, RULES)
     check_word("per_chunk(): inner", inner, ("softmax", "softmax1"))
-    scores = selected.scores if scores is None else check_scores("per_chunk", scores)
+    if scores is None and not isinstance(selected, Select):
+        raise PatternError(f"per_chunk(): {selected!r} was chosen by nothing that is known here; say what weighs it, scores=")
+    scores = selected.scores if scores is None else check_scores("per_chunk", scores)  # type: ignore[attr-defined]
     if scores.axes[2:] != selected.axes[2:]:
         raise PatternError(f"per_chunk(): scores must be of the blocks selected, {' '.join(selected.axes[2:])!r}; got {scores!r}")
     return PerChunk(selected, weights, scores, inner)

@@ -14,7 +14,7 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.symbols import RESERVED_NAMES
-from sparsedsl.program.axes import base_of, check_axes, in_blocks
+from sparsedsl.program.axes import base_of, block_of, check_axes, in_blocks
 from sparsedsl.program.node import Node, one_of
 
 __all__ = ["OWN", "Input", "Summary", "check_block", "check_tensor", "input", "k", "q", "summary", "v"]
@@ -63,8 +63,8 @@ def input(name: str, axes: str, *, default: Node | None = None) -> Input:
     Args:
         name: the keyword.
         axes: its axes, in words: ``batch, heads, kv_heads, value_heads, queries, keys, head_dim, value_dim`` have the sizes of q, k, v;
-            ``keys/64`` has one row for 64 keys (a call may leave an incomplete last one out); a number is that size; any other word is a
-            size of its own, the same wherever it stands.
+            ``keys/64`` has one row for 64 keys (a call may leave an incomplete last one out), ``keys/32+16`` one for every complete window
+            of 32 keys, one every 16; a number is that size; any other word is a size of its own, the same wherever it stands.
         default: the node that stands in where the call gives nothing, with the same axes.
 
     Raises:
@@ -118,17 +118,20 @@ class Summary(Node):
     block: int
     how: str = "mean"
     pad: str = "valid"
+    stride: int | None = None
     function: ClassVar[str] = "summary"
     gives: ClassVar[str] = "tensor"
 
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:
-        """``keys`` becomes ``keys/block``."""
+        """``keys`` becomes ``keys/block``, or ``keys/block+stride``."""
         batch, heads, rows, dim = self.x.axes
+        if self.stride is not None:
+            return batch, heads, f"{rows}/{self.block}+{self.stride}", dim
         return batch, heads, in_blocks(rows, self.block), dim
 
 
-def summary(x: Node, block: int, how: str = "mean", *, pad: str = "valid") -> Summary:
+def summary(x: Node, block: int, how: str = "mean", *, pad: str = "valid", stride: int | None = None) -> Summary:
     """One row for each ``block`` rows of ``x``: ``(B, H, N, D)`` -> ``(B, H, ceil(N / block), D)``.
 
     Args:
@@ -137,12 +140,22 @@ def summary(x: Node, block: int, how: str = "mean", *, pad: str = "valid") -> Su
         how: ``"mean"``, ``"max"``, ``"min"``, ``"sum"``, ``"first"`` or ``"last"`` row.
         pad: what a ragged last block is divided by in a mean: the rows it has (``"valid"``), or ``block``, as if zeros followed
             (``"zero"``).
+        stride: tokens from one row's first to the next one's: windows of ``block`` keys that overlap, of which all are complete,
+            ``max(0, (N - block) // stride + 1)`` of them. None: blocks side by side.
 
     >>> import sparsedsl as sd
-    >>> sd.summary(sd.k, 64).axes
-    ('batch', 'kv_heads', 'keys/64', 'head_dim')
+    >>> sd.summary(sd.k, 64).axes, sd.summary(sd.k, 32, stride=16).axes
+    (('batch', 'kv_heads', 'keys/64', 'head_dim'), ('batch', 'kv_heads', 'keys/32+16', 'head_dim'))
     """
     x = check_tensor("summary", "x", x)
     check_word("summary(): how", how, HOW)
     check_word("summary(): pad", pad, ("valid", "zero"))
-    return one_of(Summary(x, check_block("summary", "block", block), how, pad))
+    block = check_block("summary", "block", block)
+    if stride is None:
+        block_of(x.axes[2])  # of windows nothing is summed up
+    elif check_block("summary", "stride", stride) > block or x.axes[2] != "keys" or pad != "valid":
+        raise PatternError(
+            f"summary(): stride makes windows of keys that are complete and leave no key out: at most block, which is {block}, of x with "
+            f"one row a key, with pad='valid'; got stride={stride} of {x.axes[2]!r} with pad={pad!r}"
+        )
+    return one_of(Summary(x, block, how, pad, stride))

@@ -18,11 +18,13 @@ from sparsedsl.lang.pattern import attend
 from sparsedsl.lang.symbols import CALL_WORDS
 from sparsedsl.lang.tables import by_kept_name, table_reads, to_pass
 from sparsedsl.program import tensors
-from sparsedsl.program.axes import base_of, block_of
+from sparsedsl.program.axes import base_of, complete_on, rows_on
 from sparsedsl.program.branches import Attend, Branch, Recall
+from sparsedsl.program.given_blocks import Given
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.recurrences import Linear
+from sparsedsl.program.scores import GivenKeyScores, GivenScores
 from sparsedsl.program.tensors import Input
 from sparsedsl.runtime.call import FLOATS, Call, check_call, check_table, exactly, wants_grad
 from sparsedsl.runtime.dtypes import accumulated
@@ -107,6 +109,58 @@ class ProgramCall:
             )
         return heads
 
+    def check_scores(self, node: GivenScores, scores: Tensor) -> None:
+        """No score is -inf, and there is a row for all queries. On a GPU this waits for the numbers."""
+        rows = rows_on(node.axes[2], self.q.shape[2])
+        name = node.x.given_name or self.program.labels[node.x]
+        if scores.shape[2] != rows:
+            raise ShapeError(f"input {name!r} has scores of {scores.shape[2]} rows for {self.q.shape[2]} queries; wanted {rows}")
+        if bool((scores == float("-inf")).any()):
+            raise TableError(
+                f"input {name!r} holds -inf; which blocks are candidates is said by masks: sd.top_k(scores, n, among=mask)"
+            )
+
+    def check_key_scores(self, node: GivenKeyScores, scores: Tensor) -> None:
+        """No score is below 0. On a GPU this waits for the numbers."""
+        if bool((scores < 0).any()):
+            name = node.x.given_name or self.program.labels[node.x]
+            raise TableError(
+                f"input {name!r} holds scores below 0; scores of keys are at least 0: pass their softmax, sigmoid or exp"
+            )
+
+    def check_lists(self, node: Given, lists: Tensor) -> None:
+        """Every number is that of a block, or -1, and stands once in its row. On a GPU this waits for the numbers."""
+        rows, name = rows_on(node.axes[2], self.q.shape[2]), node.x.given_name or self.program.labels[node.x]
+        if lists.shape[2] != rows or lists.dtype not in (torch.int16, torch.int32, torch.int64):
+            raise TableError(
+                f"input {name!r} must list blocks for {rows} rows as int32 or int64; got {lists.dtype} {tuple(lists.shape)}. A bitmap is "
+                f"declared with the axis keys/{node.unit} in place of {node.x.axes[3]!r}"
+            )
+        if not lists.numel():
+            return
+        blocks = rows_on(node.axes[3], self.k.shape[2])
+        low, high = lists.min(), lists.max()
+        ordered = lists.sort(dim=-1).values
+        again = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()
+        least, most, twice = torch.stack([low.long(), high.long(), again.long()]).tolist()
+        if least < -1 or most >= blocks:
+            raise TableError(
+                f"input {name!r} lists blocks of {node.unit} keys by number, 0 to {blocks - 1} here, and -1 for none; got "
+                f"{least if least < -1 else most}"
+            )
+        if twice:
+            row = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1).nonzero()[0].tolist()
+            raise TableError(
+                f"input {name!r} names a block twice in the list of (batch entry, head, row) {tuple(row)}: a block is chosen or not. Leave "
+                "the second out, as -1"
+            )
+
+    def check_bitmap(self, node: Given, bits: Tensor) -> None:
+        """There is a row for all queries, of booleans."""
+        rows, name = rows_on(node.axes[2], self.q.shape[2]), node.x.given_name or self.program.labels[node.x]
+        if bits.dtype != torch.bool or bits.shape[2] != rows:
+            raise TableError(f"input {name!r} must be a bitmap of {rows} rows, torch.bool; got {bits.dtype} {tuple(bits.shape)}")
+
     @property
     def out_heads(self) -> int:
         """Heads of the output: those of q, but for values with more heads than keys."""
@@ -157,18 +211,18 @@ def plain_call(
 
 @dataclass(frozen=True)
 class KnownInput:
-    """What an input of a call was, as far as it is that of the next: ``sizes`` of its axes; for those in ``blocks`` of keys the block."""
+    """What an input of a call was, as far as it is that of the next: ``sizes`` of its axes; ``by_keys``: those that count keys."""
 
     node: Input
     dtype: torch.dtype
     sizes: tuple[int, ...]
-    blocks: tuple[int, ...]
+    by_keys: tuple[str, ...]
 
     @staticmethod
     def of(node: Input, value: Tensor) -> KnownInput:
         """What is known of an input that was checked."""
-        blocks = tuple(block_of(axis) if base_of(axis) == "keys" else 0 for axis in node.axes)
-        return KnownInput(node, value.dtype, tuple(value.shape), blocks)
+        by_keys = tuple(axis if base_of(axis) == "keys" else "" for axis in node.axes)
+        return KnownInput(node, value.dtype, tuple(value.shape), by_keys)
 
     def fits(self, value: Any, keys: int) -> bool:
         """Whether it fits a call with so many keys, and nobody wants its gradient."""
@@ -177,12 +231,12 @@ class KnownInput:
         if value.requires_grad and torch.is_grad_enabled():
             return False
         shape = tuple(value.shape)
-        if shape == self.sizes and not any(self.blocks):
+        if shape == self.sizes and not any(self.by_keys):
             return True
         return len(shape) == len(self.sizes) and all(
             [
-                keys // block <= n <= -(-keys // block) if block else n == size
-                for n, size, block in zip(shape, self.sizes, self.blocks, strict=True)
+                n in _rows_wanted(axis, keys) if axis else n == size
+                for n, size, axis in zip(shape, self.sizes, self.by_keys, strict=True)
             ]
         )
 
@@ -308,5 +362,11 @@ def _wanted(axis: str, sizes: Mapping[str, int]) -> tuple[int | None, int]:
     tokens = sizes.get(base_of(axis))
     if tokens is None:
         return None, 0
-    block = block_of(axis)
-    return tokens // block, -(-tokens // block)
+    wanted = _rows_wanted(axis, tokens)
+    return wanted.start, wanted.stop - 1
+
+
+@functools.lru_cache(maxsize=1024)
+def _rows_wanted(axis: str, tokens: int) -> range:
+    """How many rows an axis may have: an incomplete last block may be left out, windows are all complete."""
+    return range(complete_on(axis, tokens), rows_on(axis, tokens) + 1)

@@ -13,7 +13,7 @@ from sparsedsl.selection.gather import repeat_kv
 from sparsedsl.selection.scores import Leaf, ScoreSource
 from sparsedsl.selection.scores_at_blocks import lse_over_candidates
 
-__all__ = ["RegroupedScores", "SoftmaxScores", "softmax_scores"]
+__all__ = ["OverlapScores", "RegroupedScores", "SoftmaxScores", "softmax_scores"]
 
 Tensor = torch.Tensor
 
@@ -126,6 +126,10 @@ class RegroupedScores(ScoreSource):
         return self.source.cell_bytes * (self.size + 1)
 
     @property
+    def pair_bytes(self) -> int:
+        return self.source.pair_bytes * (self.size + 1)
+
+    @property
     def block_bytes(self) -> int:
         return self.source.block_bytes * self.size
 
@@ -145,6 +149,20 @@ class RegroupedScores(ScoreSource):
 
     def scores(self) -> Tensor:
         scores = self.source.scores()
+        return self._joined(scores)
+
+    def at(self, indices: Tensor) -> Tensor:
+        fine = self.source.shape[3]
+        steps = torch.arange(self.size, device=indices.device)
+        places = indices.long()[..., None] * self.size + steps
+        there = repeat_kv(places < fine, max(self.shape[1], indices.shape[1]))
+        parts = self.source.at(places.clamp(max=max(fine - 1, 0)).flatten(3)).unflatten(3, (-1, self.size))
+        if self.how == "max":
+            return torch.where(there, parts, float("-inf")).amax(4)
+        total = torch.where(there, parts, 0.0).sum(4)
+        return total / there.sum(4).clamp(min=1) if self.how == "mean" else total
+
+    def _joined(self, scores: Tensor) -> Tensor:
         missing = -scores.shape[3] % self.size
         if missing and self.how == "mean":
             whole = scores.shape[3] // self.size * self.size
@@ -154,3 +172,89 @@ class RegroupedScores(ScoreSource):
             scores = torch.nn.functional.pad(scores, (0, missing), value=0.0 if self.how == "sum" else float("-inf"))
         groups = scores.unflatten(3, (-1, self.size))
         return groups.amax(4) if self.how == "max" else getattr(groups, self.how)(4)
+
+
+@dataclass(frozen=True, eq=False)
+class OverlapScores(ScoreSource):
+    """Mass of blocks from mass of windows that overlap.
+
+    Both are counted in strips, the tokens from one window's first to the next one's: a window covers ``length`` strips, a block ``size``.
+    ``how``: ``"strips"``, the sum over windows, each as often as it shares a strip with the block; ``"max"``, the greatest that shares
+    one. There are ``blocks`` of them; those that no window touches have mass 0.
+
+    ``first``: the strip where the first block begins, less the first window of ``source``.
+
+    >>> from sparsedsl.selection.scores import TensorScores
+    >>> windows = TensorScores(torch.tensor([[[[1.0, 2.0, 4.0]]]]))
+    >>> OverlapScores(windows, length=2, size=2, how="strips", blocks=3).scores()
+    tensor([[[[ 4., 10.,  0.]]]])
+    """
+
+    source: ScoreSource
+    length: int
+    size: int
+    how: str
+    blocks: int
+    first: int = 0
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int, int]:
+        return *self.source.shape[:3], self.blocks
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
+    def cell_bytes(self) -> int:
+        return 3 * self.source.cell_bytes * self.size
+
+    @property
+    def pair_bytes(self) -> int:
+        return self.cell_bytes * max(1, self.blocks)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.source.block_bytes * self.size
+
+    @property
+    def row_bytes(self) -> int:
+        return self.source.row_bytes
+
+    def leaves(self) -> tuple[Leaf, ...]:
+        return self.source.leaves()
+
+    def on(self, tensors: Sequence[Tensor]) -> OverlapScores:
+        return replace(self, source=self.source.on(tensors))
+
+    def narrowed(self, rows: slice, blocks: slice) -> OverlapScores:
+        """Windows that touch any of the blocks."""
+        windows = self.source.shape[3]
+        start, stop = (self.first + part * self.size for part in (blocks.start, blocks.stop))
+        low = min(max(0, start - self.length + 1), windows)
+        high = max(low, min(stop, windows))
+        count = blocks.stop - blocks.start
+        return replace(self, source=self.source.narrowed(rows, slice(low, high)), blocks=count, first=start - low)
+
+    def scores(self) -> Tensor:
+        mass = self.source.scores()
+        strips = self.blocks * self.size
+        # Strips before the first block and behind the last are of windows that touch others.
+        padded = torch.nn.functional.pad(mass, (self.length - 1, max(0, self.first + strips - mass.shape[3])))
+        found = None
+        for step in range(self.length):  # the windows that begin so many strips before a strip
+            begin = self.first + self.length - 1 - step
+            part = padded[..., begin : begin + strips]
+            found = part if found is None else found + part if self.how == "strips" else torch.maximum(found, part)
+        assert found is not None
+        groups = found.unflatten(3, (self.blocks, self.size))
+        return groups.sum(4) if self.how == "strips" else groups.amax(4)
+
+    def at(self, indices: Tensor) -> Tensor:
+        heads = max(self.shape[1], indices.shape[1])
+        size = (max(self.shape[0], indices.shape[0]), heads, indices.shape[2], self.blocks)
+        return repeat_kv(self.scores(), heads).expand(size).gather(3, repeat_kv(indices.long(), heads).expand(*size[:3], -1))

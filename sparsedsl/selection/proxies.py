@@ -12,7 +12,7 @@ from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.selection.chunking import cut, rows_at_once
 from sparsedsl.selection.scores import DotScores
 
-__all__ = ["Pool", "Prober", "bounds", "pooled", "probe", "smooth"]
+__all__ = ["Pool", "Prober", "bounds", "by_distance", "pooled", "probe", "smooth", "windowed"]
 
 Tensor = torch.Tensor
 
@@ -103,14 +103,41 @@ def probe(
     return sums / rows if reduce == "mean" and rows else sums
 
 
-def smooth(score: Tensor, pool: int) -> Tensor:
-    """The mean of ``pool`` (odd) neighbours along the last dimension of ``score (B, H, N)``; beyond the ends are zeros, and count.
+@torch.no_grad()
+def by_distance(q: Tensor, k: Tensor, *, rows: int, scale: float, q_offset: int = 0) -> Tensor:
+    """The causal softmax of the last ``rows`` queries, averaged over them by distance from the query: ``(B, H, Skv)``.
+
+    A few rows at a time are held with all their keys.
+
+    >>> by_distance(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), rows=2, scale=1.0)
+    tensor([[[0.7500, 0.2500]]])
+    """
+    rows, keys = min(rows, q.shape[2]), k.shape[2]
+    start = q.shape[2] - rows
+    source = DotScores(q[:, :, start:], k, scale)
+    batch, heads, _, _ = source.shape
+    sums = torch.zeros((batch, heads, keys), dtype=source.dtype, device=q.device)
+    number = torch.arange(keys, device=q.device)
+    for some in cut(0, rows, rows_at_once(4 * source.cell_bytes * keys + source.row_bytes)):
+        position = q_offset + start + torch.arange(some.start, some.stop, device=q.device)[:, None]
+        mass = source.block(some, slice(0, keys)).masked_fill_(number > position, float("-inf")).softmax(-1)
+        key = position - number  # at each distance
+        there = (key >= 0) & (key < keys)
+        sums += mass.gather(3, key.clamp(0, keys - 1).expand(mass.shape)).masked_fill_(~there, 0.0).sum(2)
+    return sums / max(rows, 1)
+
+
+def smooth(score: Tensor, pool: int, how: Literal["mean", "max"] = "mean") -> Tensor:
+    """The mean or the greatest of ``pool`` (odd) neighbours along the last dimension of ``score (B, H, N)``, which are at least 0; beyond
+    the ends are zeros, and count.
 
     >>> smooth(torch.tensor([[[7.0, 0.0, 0.0, 0.0]]]), 7)
     tensor([[[1., 1., 1., 1.]]])
     """
     if pool < 1 or pool % 2 == 0:
         raise PatternError(f"smooth: pool is {pool}; wanted an odd number of neighbours")
+    if how == "max" and score.shape[-1]:
+        return F.max_pool1d(score, pool, stride=1, padding=pool // 2)
     return F.avg_pool1d(score, pool, stride=1, padding=pool // 2, count_include_pad=True) if score.shape[-1] else score
 
 
@@ -148,6 +175,23 @@ def pooled(
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts, dim=2) if parts else x.new_zeros(x.shape, dtype=accumulated(x.dtype))
+
+
+def windowed(x: Tensor, block: int, stride: int, how: Literal["mean", "sum", "max", "min", "first", "last"] = "mean") -> Tensor:
+    """One row for every complete window of ``block`` tokens of ``x (B, H, N, D)``, one every ``stride``: ``(B, H, windows, D)``,
+    differentiable. Half precision comes out as float32.
+
+    >>> windowed(torch.tensor([1.0, 3.0, 5.0, 9.0]).view(1, 1, 4, 1), 2, 1).flatten()
+    tensor([2., 4., 7.])
+    """
+    count = max(0, (x.shape[2] - block) // stride + 1)
+    if not count:
+        return x.new_zeros((*x.shape[:2], 0, x.shape[3]), dtype=accumulated(x.dtype))
+    parts = []
+    for some in cut(0, count, rows_at_once(4 * x.shape[0] * x.shape[1] * block * x.shape[3])):
+        tokens = x[:, :, some.start * stride : (some.stop - 1) * stride + block]
+        parts.append(_reduced(tokens.unfold(2, block, stride).transpose(3, 4), how))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def bounds(k: Tensor, block: int) -> tuple[Tensor, Tensor]:

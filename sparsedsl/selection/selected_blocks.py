@@ -57,6 +57,20 @@ class SelectedBlocks:
         fine = fine.masked_fill(fine >= blocks, -1)
         return SelectedBlocks(fine, (fine >= 0).sum(-1, dtype=torch.int32), self.q_block, size, blocks, self.first)
 
+    def of_rows(self, tokens: int, rows: int) -> SelectedBlocks:
+        """The same choice among so many rows of ``tokens`` keys each, whole ones in a block; what there is no row for is left out.
+
+        >>> lists = torch.tensor([[[[0, 2]]]], dtype=torch.int32)
+        >>> SelectedBlocks(lists, lists.new_tensor([[[2]]]), q_block=1, kv_block=4, blocks=3).of_rows(4, rows=2).indices
+        tensor([[[[ 0, -1]]]], dtype=torch.int32)
+        """
+        size = self.kv_block // tokens
+        blocks = -(-rows // size)
+        if blocks >= self.blocks:
+            return SelectedBlocks(self.indices, self.counts, self.q_block, size, blocks, self.first, self.scores)
+        there = self.indices.masked_fill(self.indices >= blocks, -1)  # the last ones of a list
+        return SelectedBlocks(there, (there >= 0).sum(-1, dtype=torch.int32), self.q_block, size, blocks, self.first)
+
     def rows(self, part: slice) -> SelectedBlocks:
         """The lists of some blocks of queries, numbered from the first of the call."""
         return SelectedBlocks(

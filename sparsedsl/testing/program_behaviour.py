@@ -16,7 +16,7 @@ from sparsedsl.execute.compiled import Attention
 from sparsedsl.execute.state import ProgramState, horizon
 from sparsedsl.lang.symbols import BATCH, Q_LEN
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program.axes import base_of, block_of
+from sparsedsl.program.axes import base_of, block_of, complete_on
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import possible
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
@@ -51,10 +51,10 @@ def split_call(tensors: Tensors) -> tuple[tuple[Tensor, Tensor, Tensor], dict[st
     return (tensors["q"], tensors["k"], tensors["v"]), {n: x for n, x in tensors.items() if n not in ("q", "k", "v")}
 
 
-def rows_of(program: Program, kind: str) -> dict[str, tuple[int, int]]:
-    """Name of a tensor -> which of its axes counts ``"queries"`` or ``"keys"``, and how many tokens are a row of it."""
+def rows_of(program: Program, kind: str) -> dict[str, tuple[int, str]]:
+    """Name of a tensor -> which of its axes counts ``"queries"`` or ``"keys"``, and that axis."""
     return {
-        node.name: (place, block_of(axis))
+        node.name: (place, axis)
         for node in (*program.nodes(Input), q, k, v)
         for place, axis in enumerate(node.axes) if base_of(axis) == kind
     }  # fmt: skip
@@ -63,9 +63,10 @@ def rows_of(program: Program, kind: str) -> dict[str, tuple[int, int]]:
 def _cut(program: Program, tensors: Tensors, kind: str, start: int, end: int) -> dict[str, Tensor]:
     """The tensors with rows of queries or of keys ``start .. end`` alone; blocks as far as they are complete."""
     found = dict(tensors)
-    for name, (axis, block) in rows_of(program, kind).items():
+    for name, (axis, word) in rows_of(program, kind).items():
         if name in tensors:
-            found[name] = tensors[name].narrow(axis, start // block, end // block - start // block)
+            before = complete_on(word, start)
+            found[name] = tensors[name].narrow(axis, before, complete_on(word, end) - before)
     return found
 
 
@@ -95,11 +96,11 @@ def _changed_later(program: Program, tensors: Tensors, given: Tensors, t: int, q
     """The tensors with other, larger numbers in all rows that hold a token after ``t``; those given, and ids, stay as they are."""
     found, gates = dict(tensors), gates_of(program)
     for kind, passed in (("queries", q_offset), ("keys", 0)):
-        for number, (name, (axis, block)) in enumerate(sorted(rows_of(program, kind).items())):
+        for number, (name, (axis, word)) in enumerate(sorted(rows_of(program, kind).items())):
             if name not in tensors or name in given or not tensors[name].is_floating_point():
                 continue
             x = tensors[name]
-            kept = min(max((t + 1 - passed) // block, 0), x.shape[axis])
+            kept = min(complete_on(word, max(t + 1 - passed, 0)), x.shape[axis])
             other = x + 4 * tensor(*x.shape, seed=seed + 50 + number, dtype=x.dtype)
             other = gates[name](other) if name in gates else other
             found[name] = torch.cat([x.narrow(axis, 0, kept), other.narrow(axis, kept, x.shape[axis] - kept)], dim=axis)
@@ -122,11 +123,11 @@ def _moved_before(attn: Attention, before: Tensors, after: Tensors, t: int, q_of
         if name in ("out", "lse"):
             moved += [name] if differ(name, lambda x: x[:, :, :rows], value, new[name]) else []
             continue
-        axis, block = counted.get(name[1:], (0, 1))
+        axis, word = counted.get(name[1:], (0, ""))
         if name[1:] not in counted:
             continue
         passed = q_offset if name[1:] in rows_of(attn.program, "queries") else 0
-        kept = min(max((t + 1 - passed) // block, 0), value.shape[axis])
+        kept = min(complete_on(word, max(t + 1 - passed, 0)), value.shape[axis])
 
         def first_part(x: Tensor, axis: int = axis, kept: int = kept) -> Tensor:
             return x.narrow(axis, 0, kept)

@@ -10,11 +10,11 @@ import torch
 from sparsedsl.backends.reference.nodes import Reference
 from sparsedsl.errors import PatternError
 from sparsedsl.execute.compiled import Attention
-from sparsedsl.program.axes import base_of
+from sparsedsl.program.axes import base_of, block_of
 from sparsedsl.program.branches import Attend, Branch, Joint, Mix
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.node import reached
-from sparsedsl.program.select import Select
+from sparsedsl.program.select import Choice
 from sparsedsl.runtime.program_call import check_program_call
 from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.program_behaviour import failing, rows_of, split_call
@@ -72,8 +72,8 @@ def assert_permutation_invariant(
         else:
             order = torch.stack([row[_moved_order(chunk, generator)] for row in order])
         changed = dict(tensors)
-        for name, (axis, block) in rows_of(attn.program, "keys").items():
-            x = tensors[name]
+        for name, (axis, word) in rows_of(attn.program, "keys").items():
+            x, block = tensors[name], block_of(word)
             moved = order.flatten()[::block] // block if block <= chunk and chunk % block == 0 else None
             if moved is None:
                 raise PatternError(f"{name!r} has a row for {block} keys, which chunks of {chunk} do not consist of")
@@ -216,7 +216,7 @@ def _unused_rows(attn: Attention, tensors: dict[str, Tensor], case: AttentionCas
     used = seen.any(2).unflatten(1, (case.kv_heads, -1)).any(2)
     found = {"k": ~used, "v": ~used}
     for name, node in program.inputs.items():
-        selected = [choice for choice in program.nodes(Select) if any(part is node for part in reached(choice))]
+        selected = [choice for choice in program.nodes(Choice) if any(part is node for part in reached(choice))]
         if (
             selected
             and len(node.axes) == 4

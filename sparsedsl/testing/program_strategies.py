@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Mask, kv_idx, q_idx, score
-from sparsedsl.program import branches, orders, recurrences, scores, select, sources, tensors
-from sparsedsl.program.axes import base_of, block_of
+from sparsedsl.program import branches, given_blocks, orders, recurrences, scores, select, sources, tensors
+from sparsedsl.program.axes import base_of, block_of, complete_on, in_blocks, rows_on
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
 from sparsedsl.testing.call_shapes import AttentionCase, tensor
@@ -51,7 +51,7 @@ def _size(axis: str, case: AttentionCase, free: Mapping[str, int], ragged: bool)
     tokens = known.get(base_of(axis))
     if tokens is None:
         return free[axis]
-    return -(-tokens // block_of(axis)) if ragged else tokens // block_of(axis)
+    return rows_on(axis, tokens) if ragged else complete_on(axis, tokens)
 
 
 def _free_axes(program: Program) -> dict[str, bool]:
@@ -74,6 +74,21 @@ def _documents(program: Program) -> set[str]:
 def _seeds(program: Program) -> set[str]:
     """Names of the inputs that hold seeds of noise."""
     return {node.seed.name for node in program.nodes(scores.Gumbel) if isinstance(node.seed, tensors.Input)}
+
+
+def _listed(program: Program) -> dict[str, given_blocks.Given]:
+    """Names of the inputs that hold choices."""
+    return {node.x.name: node for node in program.nodes(given_blocks.Given) if isinstance(node.x, tensors.Input)}
+
+
+def _blocks(drawn: torch.Tensor, node: given_blocks.Given, case: AttentionCase) -> torch.Tensor:
+    """A bitmap, or lists of different blocks in any order, of which some places are empty."""
+    if node.is_bitmap:
+        return drawn > 0
+    blocks = rows_on(node.axes[3], case.kv_len)
+    room = torch.arange(max(blocks, drawn.shape[3])).expand(*drawn.shape[:3], -1)
+    mixed = (room * 7919 + (drawn[..., :1] * 1000).long()).remainder(7907).argsort(-1)[..., : drawn.shape[3]]
+    return torch.where((mixed < blocks) & (drawn > -1), mixed, -1)
 
 
 def gates_of(program: Program) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
@@ -101,14 +116,17 @@ def named_inputs(
 ) -> dict[str, torch.Tensor]:
     """The inputs of a program beside q, k and v. ``free``: sizes of its own axes; ``ragged``: whether incomplete blocks are given too."""
     sizes = {axis: case.kv_heads if heads else 5 for axis, heads in _free_axes(program).items()} | dict(free or {})
-    ids, seeds, gates = _documents(program), _seeds(program), gates_of(program)
+    ids, seeds, gates, listed = _documents(program), _seeds(program), gates_of(program), _listed(program)
+    votes = {node.x.given_name for node in program.nodes(scores.GivenKeyScores)}
     found = {}
     for number, (name, node) in enumerate(program.inputs.items()):
         shape = [_size(axis, case, sizes, ragged) for axis in node.axes]
         drawn = tensor(*shape, seed=seed + 7 + number, dtype=dtype)
         if name in seeds:
             drawn = torch.full(shape, seed)
-        drawn = gates[name](drawn) if name in gates else drawn
+        drawn = gates[name](drawn) if name in gates else drawn.abs() if name in votes else drawn
+        if name in listed:
+            drawn = _blocks(drawn, listed[name], case)
         found[name] = (drawn > 1).long().cumsum(-1) if name in ids else drawn
     return found
 
@@ -201,7 +219,7 @@ def _rows(draw: st.DrawFn, block: int, q_block: int) -> tuple[Node, Node]:
 
 @st.composite
 def _scores(draw: st.DrawFn, block: int, q_block: int) -> scores.Scores:
-    kind = draw(st.sampled_from(("dot", "dot", "sum", "noisy", "bound", "mass", "regrouped")))
+    kind = draw(st.sampled_from(("dot", "dot", "sum", "noisy", "bound", "mass", "regrouped", "weighed", "windows", "given")))
     rows, keys = draw(_rows(block, q_block))
     found: Any
     if q_block == block > 1 and draw(st.integers(0, 2)) == 0:
@@ -209,6 +227,15 @@ def _scores(draw: st.DrawFn, block: int, q_block: int) -> scores.Scores:
     if kind == "bound":
         own = tensors.q if q_block == 1 else tensors.summary(tensors.q, q_block)
         found = scores.bound(own, tensors.k, block)
+    elif kind == "given":
+        by = draw(st.sampled_from(("heads", "kv_heads", "one")))
+        axes = f"batch {by} {in_blocks('queries', q_block)} {in_blocks('keys', block)}"
+        found = scores.given_scores(tensors.input(f"scores_{by}_{q_block}_{block}", axes))
+    elif kind == "windows" and block > 1:
+        own = tensors.q if q_block == 1 else tensors.summary(tensors.q, q_block)
+        windows, step = tensors.summary(tensors.k, block, stride=block // 2), block // 2
+        mass = scores.dot(own, windows).softmax(kv_idx * step + block <= q_idx + 1)
+        found = mass.overlap(block, draw(st.sampled_from(("strips", "max"))))
     elif kind == "regrouped" and block > 1:
         rows, keys = draw(_rows(block // 2, q_block))
         found = scores.dot(rows, keys).softmax(CAUSAL).regroup(2, draw(st.sampled_from(_HOW)))
@@ -218,6 +245,9 @@ def _scores(draw: st.DrawFn, block: int, q_block: int) -> scores.Scores:
             found = found.gumbel(tensors.input("seed", "1"))
         elif kind == "sum":
             found = found + scores.dot(*draw(_rows(block, q_block).filter(lambda pair: _joins(found, pair))))
+        elif kind == "weighed":
+            factor = tensors.input(f"factor_{found.axes[1]}_{q_block}", f"batch {' '.join(found.axes[1:3])}")
+            found = factor * found.relu() - found / 3 + 0.1
         elif kind == "mass":
             found = found.softmax(draw(st.sampled_from((CAUSAL, True))) if q_block > 1 else CAUSAL)
     if found.axes[1] == "heads" and draw(st.booleans()):
@@ -239,6 +269,10 @@ def _choice(draw: st.DrawFn, by: scores.Scores, among: Any) -> select.Select:
     columns = block_of(block)
     own = q_idx // columns - kv_idx // columns
     forced = draw(st.sampled_from((None, kv_idx < columns, abs(own) <= 1)))
+    if among is not None and by.axes[2] == "queries" and draw(st.integers(0, 3)) == 0:
+        coarse = scores.dot(tensors.q, tensors.summary(tensors.k, 8)).over_heads("max")
+        inner = select.top_k(coarse, 2, among=(kv_idx // 8 + 1) * 8 <= q_idx)
+        among = among & draw(st.sampled_from((inner.as_expression(), ~inner, inner | (kv_idx < 4))))
     words: dict[str, Any] = {"forced": forced, "among": among}
     rule = draw(st.sampled_from(("top_k", "top_k", "top_p", "threshold")))
     if rule == "top_k":

@@ -208,7 +208,6 @@ const look = newest(async () => {
   if (state.start.program) return;
   const question = seen(), began = performance.now(), answer = await ask("view", question);
   refuse(answer.refused);
-  document.body.dataset.shown = JSON.stringify(question);
   if (answer.refused) { state.layers = []; draw(); return; }
   const found = [[answer.tiles, false], [answer.fine, true]].filter(([layer]) => layer);
   for (const [layer] of found) await codes(layer);
@@ -219,6 +218,7 @@ const look = newest(async () => {
   $("time").textContent = `map in ${took.toFixed(0)} ms`;
   document.body.dataset.ms = took.toFixed(1);
   document.body.dataset.cells = JSON.stringify(answer.tiles?.counts ?? {});
+  document.body.dataset.shown = JSON.stringify(question);
 });
 
 function legend() {

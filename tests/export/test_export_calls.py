@@ -69,6 +69,9 @@ def test_a_sink_is_not_rounded():
         sd.UnsupportedError, match=r"the sink of head 0 is 0\.1\d*, which this engine would round to 0\.100\d+: it takes"
     ):
         sd.export.flash_attention(sd.attend(P.causal(), sink=0.1), 8, version=4)
+    sunk = sd.attend(P.causal(), sink=sd.table("sinks_of_heads", learned=True)[sd.h])
+    e = sd.export.magi(sunk, 8, heads=2, head=1, sinks_of_heads=torch.tensor([0.5, -1.0]))
+    assert e.args["sink"].tolist() == [[-1.0]]
     assert sd.export.flash_attention(sd.attend(P.causal(), sink=0.0), 8, version=4).args["learnable_sink"].tolist() == [0.0]
 
 

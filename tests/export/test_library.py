@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,9 +52,9 @@ LIBRARY = {
     "t5": (lambda: P.t5(decoder=True), {}, 4),
     "tree": (P.tree, {"subtree_end": torch.tensor([min(64, n + 1 + (n % 7) * (n % 3)) for n in range(S)])}, 1),
 }  # fmt: skip
-# Logits and indices, and programs, which are refused as a whole.
-NO_MASKS = {"alibi", "alibi_slope", "grid_position", "relative_bias", "softcap", "t5_bias", "t5_bucket"}
-PROGRAMS = {"hsa", "moba", "nha", "nsa", "pbs", "ring_linear", "token_sparse"}
+# Programs, which are refused as a whole: some that choose, and some that are no softmax over a mask.
+CHOOSING = {"hsa", "moba", "nsa", "pbs", "token_sparse"}
+NO_SOFTMAX = {"based", "delta_net", "gated_delta", "gla", "kda", "nha", "ring_linear", "ssd"}
 ENGINES = {
     "cudnn": (sd.export.cudnn, {}),
     "flashmask": (sd.export.flashmask, {"version": 4}),
@@ -67,8 +69,9 @@ ENGINES = {
 }
 
 
-def test_every_pattern_of_the_library_is_here():
-    assert {*LIBRARY} | NO_MASKS | PROGRAMS == {*P.__all__}
+def test_every_mask_of_the_library_is_here():
+    given = {name: inspect.signature(getattr(P, name)).return_annotation for name in P.__all__}
+    assert {*LIBRARY} == {name for name, kind in given.items() if kind in ("Mask", "Pattern")}
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -95,10 +98,16 @@ def test_t18_the_mask_or_a_refusal_that_is_real(name):
     assert "cudnn" in held and "flash_attention 4, blocks" in held
 
 
-def test_programs_are_refused_with_the_way_out():
-    for name in sorted(PROGRAMS - {"ring_linear"}):
-        with pytest.raises(sd.UnsupportedError, match=r"choices depend on q and k: run attn.choices\(q, k, v\)"):
-            sd.export.magi(getattr(P, name)(), 64)
+@pytest.mark.parametrize("name", sorted(CHOOSING | NO_SOFTMAX))
+def test_programs_are_refused_with_the_way_out(name):
+    program = P.ring_linear(sd.decay_table(4, layer=3, layers=20)) if name == "ring_linear" else getattr(P, name)()
+    way = (
+        r"choices depend on q and k: run attn.choices\(q, k, v\)"
+        if name in CHOOSING
+        else r"no single softmax over a mask.*sd\.compile"
+    )
+    with pytest.raises(sd.UnsupportedError, match=f"^magi: .*{way}"):
+        sd.export.magi(program, 64)
 
 
 class Largest(TorchDispatchMode):

@@ -209,6 +209,14 @@ def test_slices_follow_runs_as_long_as_they_move_by_one_step(mask, count):
     assert_is(e, dense(mask, 64, 64))
 
 
+def test_a_row_behind_a_cut_begins_a_slice_of_any_step():
+    """Rows that grow by a key, stand still once and grow on: the row behind the cut is the first of those that grow on."""
+    bits = torch.tensor([[int(key < length) for key in range(5)] for length in (1, 2, 3, 3, 4, 5)])
+    e = sd.export.magi(ANY, 6, 5, q_offset=0, bits=bits)
+    assert (e.q_ranges.tolist(), e.attn_type_map.tolist()) == ([[0, 3], [3, 6]], [CAUSAL, CAUSAL])
+    assert_is(e, bits.bool()[None, None])
+
+
 def test_slices_have_no_heads():
     bits = torch.stack([random_mask(14, 9, seed=1)] * 4)
     bits[3, 12, 4] ^= 1

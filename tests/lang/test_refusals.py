@@ -16,6 +16,7 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx, score
+from sparsedsl.program.score_values import Scores
 
 causal = kv_idx <= q_idx
 t, other = sd.table("t"), sd.table("other")
@@ -94,7 +95,7 @@ def test_operators_give_expressions_or_an_error_of_ours(name: str) -> None:
                     found = None if is_number_format(operation, pair[0]) else operation(*pair)
                 except sd.SparseDSLError:
                     continue
-                assert found is None or isinstance(found, (sd.Index, sd.Mask, sd.Score, type(dot + dot))), (pair, operation)
+                assert found is None or isinstance(found, (sd.Index, sd.Mask, sd.Score, Scores)), (pair, operation)
 
 
 @pytest.mark.parametrize("conversion", UNARY)
@@ -129,14 +130,20 @@ def test_numpy_numbers_are_numbers_on_either_side() -> None:
     assert (np.int64(3) <= q_idx).same_as(q_idx >= 3)
 
 
-def test_scores_join_by_plus_alone_and_say_so() -> None:
-    assert (dot + dot).axes == dot.axes
-    with pytest.raises(sd.PatternError, match="scores of blocks are joined by \\+ alone"):
-        dot - dot
-    with pytest.raises(sd.PatternError, match="Arithmetic on scores gives the logit of a pair"):
-        sd.top_k(2 * dot, 4)
-    with pytest.raises(sd.PatternError, match="Arithmetic on scores gives the logit of a pair"):
-        sd.per_chunk(selected, scores=sd.relu(dot))
+def test_scores_stay_scores_under_sums_and_factors_and_say_where_they_do_not() -> None:
+    factor = sd.input("factor", "batch heads queries")
+    for made in (dot + dot, dot - dot, 2 * dot, dot / 2, -dot, 1 - dot, dot + 1, factor * dot, dot * factor, sd.relu(dot)):
+        assert made.axes == dot.axes and sd.top_k(made, 4).scores is made
+    assert (dot * factor) is (factor * dot) and sd.relu(dot) is dot.relu()
+    with pytest.raises(sd.PatternError, match="scores of blocks are joined by \\+ and - alone"):
+        dot * dot
+    for logit in (dot**2, dot + q_idx, abs(dot), dot * sd.score):
+        with pytest.raises(sd.PatternError, match="This is the logit of a pair"):
+            sd.top_k(logit, 4)
+    with pytest.raises(sd.PatternError, match="This is the logit of a pair"):
+        sd.per_chunk(selected, scores=sd.exp(dot))
+    with pytest.raises(sd.PatternError, match="operators have no meaning on it"):
+        factor * 2
     assert isinstance(dot > 0, sd.Mask)
     with pytest.raises(sd.PatternError, match="is read with four indices"):
         selected[q_idx, kv_idx]

@@ -10,7 +10,7 @@ import pytest
 import sparsedsl as sd
 from sparsedsl.patterns import systems
 
-NAMES = ("hsa", "nha", "pbs", "token_sparse", "ring_linear", "moba", "nsa")
+NAMES = ("hsa", "nha", "pbs", "token_sparse", "ring_linear", "moba", "nsa", "minference")
 
 
 def code_lines(function) -> int:
@@ -47,6 +47,8 @@ def test_lines_are_counted():
         (lambda: sd.patterns.pbs(share="all"), "share must be one of 'head', 'group'; got 'all'"),
         (lambda: sd.patterns.token_sparse(coverage=2), "tail must be a share between 0 and 1; got 2"),
         (lambda: sd.patterns.token_sparse(pool=4), "pool must be odd"),
+        (lambda: sd.patterns.minference(slash=0), "minference(): slash must be at least 1; got 0"),
+        (lambda: sd.patterns.minference(columns=-1), "minference(): columns must be at least 0; got -1"),
         (lambda: sd.patterns.ring_linear([1.5]), "decay must be one factor in (0, 1]"),
         (lambda: sd.patterns.moba(top_k=0), "moba(): top_k must be at least 1; got 0"),
         (lambda: sd.patterns.nsa(block=48), "select must be a multiple of block, which is 48; got 64"),

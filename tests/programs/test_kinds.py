@@ -10,8 +10,8 @@ import pytest
 
 import sparsedsl as sd
 from source_tree import ROOT
-from sparsedsl.program import branches, orders, recurrences, scores, select, sources, tensors
-from sparsedsl.program.axes import base_of, block_of, join_heads
+from sparsedsl.program import branches, given_blocks, key_choices, orders, recurrences, scores, select, sources, tensors
+from sparsedsl.program.axes import base_of, block_of, join_heads, windows_of
 from sparsedsl.program.effect_rules import reasons
 from sparsedsl.program.kinds import KINDS, kinds_table
 from sparsedsl.program.node import Node
@@ -28,6 +28,8 @@ RETRIEVAL = sd.input("rq", "batch retrieval_heads queries rdim"), sd.input("mark
 WINDOW = sd.attend(sd.patterns.sliding_window(4), k=sd.input("k_rope", "batch kv_heads keys head_dim", default=sd.k))
 TOKENS = sd.keep_tokens(SEEN, tail=0.1, always=8)
 
+GIVEN_AXES = "batch heads queries keys/4", "batch kv_heads queries/8 keys/8"
+
 # More than one where what is said of the kind depends on how it is used.
 EXAMPLES: dict[str, list[Node]] = {
     "input": [sd.q, sd.k, sd.v, GATE],
@@ -40,9 +42,28 @@ EXAMPLES: dict[str, list[Node]] = {
     "regroup": [DOT.regroup(4), BLOCKS.regroup(2, "max")],
     "gumbel": [DOT.gumbel(sd.input("seed", "1"))],
     "plus": [DOT + DOT.over_group().softmax(), BLOCKS + BLOCKS.over_heads()],
+    "rectified": [DOT.relu(), BLOCKS.softmax().relu()],
+    "scaled": [2 * DOT, BLOCKS - 1, -DOT],
+    "weighted": [sd.input("w", "batch heads queries") * DOT, BLOCKS * sd.input("factor", "batch one queries/8")],
+    "overlap": [
+        sd.dot(sd.q, sd.summary(sd.k, 8, stride=4)).softmax().overlap(16),
+        sd.dot(sd.summary(sd.q, 8), sd.summary(sd.k, 4, stride=4)).softmax().over_heads().overlap(8, "max"),
+    ],
+    "given_scores": [sd.given_scores(sd.input(f"made_{n}", axes)) for n, axes in enumerate(GIVEN_AXES)],
+    "given_key_scores": [sd.given_key_scores(sd.input("votes", "batch heads keys"))],
+    "given": [
+        sd.given(sd.input("lists", "batch one queries width"), 4),
+        sd.given(sd.input("bits", "batch heads queries keys/8")),
+    ],
     "grouped": [DOT.over_group("max"), BLOCKS.over_heads(), SEEN.over_group("mean"), SEEN.over_heads()],
     "probe": [SEEN, sd.probe(sd.q, sd.take(sd.k, ORDER), rows=4, causal=True)],
-    "smooth": [sd.smooth(SEEN, 7)],
+    "smooth": [sd.smooth(SEEN, 7), sd.smooth(SEEN, 3, "max")],
+    "diagonals": [sd.diagonals(sd.q, sd.k, rows=8)],
+    "keys_chosen": [
+        sd.top_k(SEEN, 8),
+        sd.top_p(sd.diagonals(sd.q, sd.k, rows=8), 0.9),
+        sd.top_k(sd.given_key_scores(sd.input("votes", "batch heads keys")), 8),
+    ],
     "top_k": [PICKS, sd.top_k(BLOCKS, 2)],
     "top_p": [sd.top_p(DOT, 0.5), sd.top_p(BLOCKS, 0.5)],
     "threshold": [sd.threshold(DOT, 0.5), sd.threshold(BLOCKS, 0.5)],
@@ -72,7 +93,7 @@ RULES = {"per_chunk": sources.PerChunk}
 
 def classes() -> set[type]:
     """Every class of nodes that is not a base of others."""
-    modules = (branches, orders, recurrences, scores, select, sources, tensors)
+    modules = (branches, given_blocks, key_choices, orders, recurrences, scores, select, sources, tensors)
     found = {thing for module in modules for thing in vars(module).values() if inspect.isclass(thing) and issubclass(thing, Node)}
     return {thing for thing in found if "function" in vars(thing)}
 
@@ -105,7 +126,9 @@ def assert_axes(template: str, axes: tuple[str, ...], known: dict[str, str]) -> 
         else:
             wanted = base
         assert base_of(axis) == wanted, f"{template!r}: {word} is {axis}"
-        if blocks and not base.isdecimal():
+        if "+" in blocks:
+            assert windows_of(axis) is not None, f"{template!r}: {word} is {axis}"
+        elif blocks and not base.isdecimal():
             letters = [known.setdefault(letter, str(block_of(axis))) for letter in blocks]
             size = 1
             for letter in letters:
@@ -167,13 +190,14 @@ def effects_of(node: Node) -> set[str]:
     """The effects that this very node has, wherever it stands."""
     root = {
         "selected": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & node),
+        "keys": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & node),
         "order": lambda: sd.attend(node[sd.b, sd.h, sd.kv_idx] <= sd.q_idx),
         "tokens": lambda: sd.compact(node, sd.kv_idx <= sd.q_idx),
         "memory": lambda: sd.recall(node),
         "branch": lambda: node,
         "tensor": lambda: sd.attend(sd.top_k(sd.dot(sd.q, sd.k), 1)),
         "scores": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & sd.top_k(node, 1)),
-        "key scores": lambda: sd.attend(sd.segment_sort(node, 8).origin() <= sd.q_idx),
+        "key scores": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & sd.top_k(node, 8)),
     }[node.gives]()
     labels = {label for part, label in sd.Program(root).labels.items() if type(part) is type(node)}
     return {effect for effect, found in reasons(sd.Program(root)).items() for why in found if why.partition(":")[0] in labels}

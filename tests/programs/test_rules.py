@@ -18,7 +18,7 @@ from sparsedsl import testing as kit
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
 from sparsedsl.execute.lowering import Lowering
 from sparsedsl.execute.node_rules import LOWERED_RULES
-from sparsedsl.program import branches, orders, recurrences, scores, select, sources, tensors
+from sparsedsl.program import branches, given_blocks, key_choices, orders, recurrences, scores, select, sources, tensors
 from sparsedsl.program.branches import Branch
 from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.program.node import one_of
@@ -36,6 +36,7 @@ MEANS = sd.summary(sd.k, 4)
 BY = sd.dot(sd.q, MEANS)
 SEEN = sd.probe(sd.q, sd.k, rows=4, causal=True, keep="before")
 GATE = sd.input("gate", "batch heads queries 2")
+VOTES = sd.given_key_scores(sd.input("votes", "batch heads keys"))
 
 PROGRAMS: dict[type, Any] = {
     tensors.Input: sd.attend(CAUSAL, k=sd.input("keys", "batch kv_heads keys head_dim")),
@@ -48,6 +49,19 @@ PROGRAMS: dict[type, Any] = {
     scores.Regroup: sd.attend(CAUSAL & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 2)).regroup(2), 2)),
     scores.Plus: sd.attend(CAUSAL & sd.top_k(BY + sd.dot(sd.q, sd.summary(sd.k, 4, "max")), 2)),
     scores.Gumbel: sd.attend(CAUSAL & sd.top_k(BY.gumbel(sd.input("seed", "1")), 2)),
+    scores.Relu: sd.attend(CAUSAL & sd.top_k(BY.relu() - 0.1 * BY, 2)),
+    scores.Scaled: sd.attend(CAUSAL & sd.threshold(2 * BY - 0.3, 0.1)),
+    scores.Weighted: sd.attend(CAUSAL & sd.top_k((sd.input("w", "batch heads queries") * BY).over_heads("sum"), 2)),
+    scores.Overlap: sd.attend(
+        CAUSAL & sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 4, stride=2)).softmax(sd.kv_idx * 2 + 4 <= sd.q_idx + 1).overlap(4), 2)
+    ),
+    scores.GivenScores: sd.attend(CAUSAL & sd.top_k(sd.given_scores(sd.input("gate", "batch heads queries keys/4")), 2)),
+    scores.GivenKeyScores: sd.compact(
+        sd.keep_tokens(VOTES, tail=0.4, always=2), CAUSAL
+    ),
+    key_choices.Diagonals: sd.attend(CAUSAL & sd.top_k(sd.diagonals(sd.q, sd.k, rows=4), 6)),
+    key_choices.ChosenKeys: sd.attend(CAUSAL & sd.top_k(SEEN, 6)),
+    given_blocks.Given: sd.attend(CAUSAL & sd.given(sd.input("lists", "batch one queries width"), 4)),
     scores.Grouped: sd.attend(CAUSAL & sd.top_k(BY.over_group("sum"), 2)),
     scores.GroupedKeys: sd.patterns.pbs(4, 8, share="group"),
     scores.Probe: sd.patterns.pbs(4, 8),

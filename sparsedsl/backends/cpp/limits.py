@@ -21,6 +21,7 @@ class Limits:
     - ``sums_bytes``: gradients of learned tables that all parts may hold together; beyond it one part works after the other.
     - ``worth_turning``: blocks that queries look at, for each block there is, from which on all keys are turned before; a few queries
       turn what they meet.
+    - ``scan_steps``: tokens of a call without gradients, up to which a scan with decays from the data takes them one by one; 64 at most.
     - ``states_bytes``: what the states before all chunks of a scan may take, for the backward pass; where it is more, torch makes them
       again.
     """
@@ -31,6 +32,7 @@ class Limits:
     part_rows: int = 1024
     sums_bytes: int = 1 << 28
     worth_turning: int = 2
+    scan_steps: int = 8
     states_bytes: int = 1 << 29
 
 

@@ -12,7 +12,6 @@ from sparsedsl.backends.cpp.call_bytes import KINDS, first_of, place_of, whole_v
 from sparsedsl.backends.cpp.libraries import fixed_library, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.tiled import scan_gated as tiled
-from sparsedsl.backends.tiled.limits import LIMITS as TILED_LIMITS
 from sparsedsl.runtime.autograd import only_first_derivatives
 from sparsedsl.runtime.call import wants_grad
 from sparsedsl.runtime.dtypes import accumulated
@@ -39,16 +38,26 @@ def gated_scan(
     real, grad = accumulated(q.dtype), wants_grad(*known)
     lines, width = q.shape[0] * call.states, q.shape[3]
     kept = (-(-k.shape[2] // CHUNK) + 1) * lines * width * v.shape[3] * real.itemsize
-    step = not grad and k.shape[2] <= TILED_LIMITS.now.scan_tokens
-    if is_transformed(*known) or step or not k.shape[2] or not q.numel() or (grad and kept > LIMITS.now.states_bytes):
+    if is_transformed(*known) or not k.shape[2] or not q.numel() or (grad and kept > LIMITS.now.states_bytes):
         return tiled.gated_scan(q, k, v, log_decay, beta, **words)
     first = torch.zeros(q.shape[0], call.states, width, v.shape[3], dtype=real) if state is None else state
     kind = q.dtype if q.dtype == k.dtype == v.dtype else real
     given = (q.to(kind), k.to(kind), v.to(kind), log_decay.to(real), None if beta is None else beta.to(real), first.to(real))
+    if not grad and k.shape[2] <= LIMITS.now.scan_steps:
+        out, after = _steps(call, *given)
+        return out.to(q.dtype), after
     out, after, finite = _Gated.apply(call, *given)
     if not finite:  # what is not seen may hold anything: token by token it stays where it is
         return tiled.gated_scan(q, k, v, log_decay, beta, **words)
     return out.to(q.dtype), after
+
+
+def _steps(call: GatedCall, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Token by token."""
+    out = q.new_empty((q.shape[0], max(q.shape[1], call.states), q.shape[2], v.shape[3]))
+    after = torch.empty(state.shape, dtype=state.dtype)
+    _run("gated_steps", call, (q, k, v, out, None), g, beta, state, after, None, [None] * 7)
+    return out, after
 
 
 class _Gated(torch.autograd.Function):

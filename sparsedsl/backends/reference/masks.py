@@ -12,7 +12,7 @@ from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.tables import read_class, table_reads
-from sparsedsl.program.axes import block_of
+from sparsedsl.program.axes import block_of, rows_on, windows_of
 from sparsedsl.program.node import Node
 from sparsedsl.runtime.interpreter import Evaluation
 
@@ -49,6 +49,13 @@ def pairs(run: Evaluation, mask: Mask) -> Tensor:
     return evaluate(expr, env).expand(*run.call.q.shape[:3], run.call.k.shape[2])
 
 
+def _at_rows(run: Evaluation, mask: Mask, rows: int) -> Tensor:
+    """The mask where ``kv_idx`` counts so many rows: ``(batch, heads, queries, rows)``."""
+    expr, env = _at_pairs(run, mask)
+    env |= {"kv_idx": torch.arange(rows, device=run.call.q.device), "kv_len": rows}
+    return evaluate(expr, env).expand(*run.call.q.shape[:3], rows)
+
+
 def modified(run: Evaluation, score: Score, logits: Tensor) -> Tensor:
     """What a score makes of logits ``(batch, heads, queries, keys)``."""
     expr, env = _at_pairs(run, score)
@@ -69,7 +76,8 @@ def _at_pairs(run: Evaluation, part: Mask | Score) -> tuple[Any, dict[str, Any]]
 
 def blocks(run: Evaluation, mask: Mask, node: Any) -> Tensor:
     """Which (block of queries, block of keys) of a node hold a pair that the mask allows: ``(batch, heads, blocks, blocks)``."""
-    rows, columns = block_of(node.axes[2]), block_of(node.axes[3])
-    allowed = pairs(run, mask)
+    windows = windows_of(node.axes[3])
+    rows, columns = block_of(node.axes[2]), 1 if windows else block_of(node.axes[3])
+    allowed = _at_rows(run, mask, rows_on(node.axes[3], run.call.k.shape[2])) if windows else pairs(run, mask)
     allowed = functional.pad(allowed, (0, -allowed.shape[3] % columns, 0, -allowed.shape[2] % rows))
-    return allowed.unflatten(3, (-1, columns)).any(4).unflatten(2, (-1, rows)).any(3)
+    return allowed.unflatten(3, (allowed.shape[3] // columns, columns)).any(4).unflatten(2, (-1, rows)).any(3)

@@ -18,7 +18,7 @@ from sparsedsl.backends.reference.scores import SCORE_RULES
 from sparsedsl.backends.reference.selection import CHOICE_RULES
 from sparsedsl.backends.reference.tensor_rules import NEVER, log_sum, repeat_kv, softmax
 from sparsedsl.lang.expressions import Mask
-from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.node import Node
 from sparsedsl.program.recurrences import Linear
@@ -61,7 +61,12 @@ def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor]:
     q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
     if node.normaliser is not None:
         return _per_chunk(run, node, node.normaliser, q, k, v)
-    pattern, tables = run.concrete_pattern(node.pattern)
+    if k.shape[2]:
+        pattern, tables = run.concrete_pattern(node.pattern)
+    else:  # no window is complete, or no block: one row of zeros that nobody may see
+        k, v = (functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        pattern = attend(False, sink=node.pattern.sink, scale=node.pattern.scale)
+        tables = {name: run.call.tables[name] for name in pattern.tables}
     call = check_call(pattern, q, k, v, tables, q_offset=run.call.q_offset, scale=run.call.scale)
     return attend_reference(pattern, call)
 

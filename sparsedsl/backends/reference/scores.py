@@ -10,23 +10,30 @@ from torch.nn import functional
 
 from sparsedsl.backends.reference.masks import blocks
 from sparsedsl.backends.reference.tensor_rules import NEVER, gumbel_noise, joined_heads, of_one_size, per_head, pooled, softmax
-from sparsedsl.program.axes import block_of
-from sparsedsl.program.node import Node
+from sparsedsl.program.axes import block_of, rows_on, windows_of
+from sparsedsl.program.key_choices import Diagonals
+from sparsedsl.program.node import Node, reached
 from sparsedsl.program.orders import Take
 from sparsedsl.program.scores import (
     Antidiagonal,
     Bound,
     Dot,
+    GivenKeyScores,
+    GivenScores,
     Grouped,
     GroupedKeys,
     Gumbel,
     KeyScores,
+    Overlap,
     Plus,
     Probe,
     Regroup,
+    Relu,
+    Scaled,
     Scores,
     Smooth,
     Softmax,
+    Weighted,
 )
 from sparsedsl.program.tensors import Input, Summary
 from sparsedsl.runtime.interpreter import Evaluation, Rule
@@ -46,7 +53,17 @@ def _input(run: Evaluation, node: Input) -> Tensor:
 
 
 def _summary(run: Evaluation, node: Summary) -> Tensor:
-    return pooled(run.value(node.x), node.block, node.how, node.pad)
+    x = run.value(node.x)
+    if node.stride is None:
+        return pooled(x, node.block, node.how, node.pad)
+    windows = [pooled(x[:, :, n : n + node.block], node.block, node.how, "valid") for n in _windows(run, node.axes[2])]
+    return torch.cat(windows, dim=2) if windows else x[:, :, :0]
+
+
+def _windows(run: Evaluation, axis: str) -> range:
+    """First keys of the complete windows of an axis."""
+    length, stride = windows_of(axis) or (1, 1)
+    return range(0, run.call.k.shape[2] - length + 1, stride)
 
 
 def _take(run: Evaluation, node: Take) -> Tensor:
@@ -70,7 +87,7 @@ def _dot(run: Evaluation, node: Dot) -> Tensor:
 
 def _whole_rows(run: Evaluation, node: Scores, scores: Tensor) -> Tensor:
     """With a column for each block of keys: an input may lack the last, ragged one, which then is no candidate."""
-    wanted = -(-run.call.k.shape[2] // block_of(node.axes[3]))
+    wanted = rows_on(node.axes[3], run.call.k.shape[2])
     return functional.pad(scores, (0, wanted - scores.shape[3]), value=NEVER)
 
 
@@ -117,6 +134,50 @@ def _plus(run: Evaluation, node: Plus) -> Tensor:
     return first + second
 
 
+def _relu(run: Evaluation, node: Relu) -> Tensor:
+    scores = run.value(node.x)
+    # A block that an input lacks is no block, and not one of score 0.
+    return torch.where((scores < 0) & (scores != NEVER), 0.0, scores)
+
+
+def _scaled(run: Evaluation, node: Scaled) -> Tensor:
+    scores = run.value(node.x)
+    return torch.where(scores == NEVER, NEVER, node.factor * torch.where(scores == NEVER, 0.0, scores) + node.offset)
+
+
+def _weighted(run: Evaluation, node: Weighted) -> Tensor:
+    scores, by = of_one_size(run.value(node.x), run.value(node.by))
+    return torch.where(scores == NEVER, NEVER, by[..., None] * torch.where(scores == NEVER, 0.0, scores))
+
+
+def _overlap(run: Evaluation, node: Overlap) -> Tensor:
+    mass, keys = run.value(node.x), run.call.k.shape[2]
+    length, stride = windows_of(node.x.axes[3]) or (1, 1)
+    blocks = []
+    for start in range(0, keys, node.block):
+        found = torch.zeros_like(mass[..., :1].sum(3))
+        for window, first in enumerate(_windows(run, node.x.axes[3])):
+            shared = min(start + node.block, first + length) - max(start, first)
+            if shared > 0:
+                part = mass[..., window]
+                found = found + shared // stride * part if node.how == "strips" else torch.maximum(found, part)
+        blocks.append(found)
+    return torch.stack(blocks, dim=3)
+
+
+def _given_scores(run: Evaluation, node: GivenScores) -> Tensor:
+    scores = run.value(node.x).to(run.call.dtype)
+    run.call.check_scores(node, scores)
+    batch = torch.zeros(run.call.q.shape[0], 1, 1, 1, dtype=scores.dtype, device=scores.device)
+    return _whole_rows(run, node, scores + batch)
+
+
+def _given_key_scores(run: Evaluation, node: GivenKeyScores) -> Tensor:
+    scores = run.value(node.x).to(run.call.dtype)
+    run.call.check_key_scores(node, scores)
+    return scores + torch.zeros(run.call.q.shape[0], 1, 1, dtype=scores.dtype, device=scores.device)
+
+
 def _gumbel(run: Evaluation, node: Gumbel) -> Tensor:
     scores = run.value(node.scores)
     first = run.call.q_offset // block_of(node.axes[2])
@@ -146,16 +207,32 @@ def _smooth(run: Evaluation, node: Smooth) -> Tensor:
     ends = _scored_keys(run, node)
     kept, rest = x[:, :, :ends], x[:, :, ends:]
     padded = functional.pad(kept, (reach, reach))
-    mean = torch.stack([padded[:, :, i : i + kept.shape[2]] for i in range(node.pool)]).sum(0) / node.pool
-    return torch.cat([mean, rest], dim=2)
+    neighbours = torch.stack([padded[:, :, i : i + kept.shape[2]] for i in range(node.pool)])
+    joined = neighbours.sum(0) / node.pool if node.how == "mean" else neighbours.amax(0)
+    return torch.cat([joined, rest], dim=2)
+
+
+def _diagonals(run: Evaluation, node: Diagonals) -> Tensor:
+    x, y = of_one_size(run.value(node.x), run.value(node.y))
+    first = run.call.q_offset + max(0, x.shape[2] - node.rows)
+    keys, found = y.shape[2], torch.zeros_like(x[:, :, :1, 0]).expand(-1, -1, y.shape[2]).clone()
+    for number, row in enumerate(x[:, :, -node.rows :].unbind(2)):
+        seen = min(first + number + 1, keys)
+        mass = softmax((y[:, :, :seen] @ row[..., None])[..., 0] * _scale(node.scale, x))
+        apart = first + number - torch.arange(seen, device=x.device)
+        for key in range(seen):
+            if int(apart[key]) < keys:
+                found[:, :, int(apart[key])] += mass[:, :, key]
+    return found / min(node.rows, x.shape[2])
 
 
 def _scored_keys(run: Evaluation, node: KeyScores) -> int:
     """How many keys have scores: all, or those before the rows that probe."""
-    while not isinstance(node, Probe):
-        node = node.x  # type: ignore[attr-defined]
     queries, keys = run.call.q.shape[2], run.call.k.shape[2]
-    return min(keys, run.call.q_offset + queries - min(node.rows, queries)) if node.keep == "before" else keys
+    probe = next((part for part in reached(node) if isinstance(part, Probe)), None)
+    if probe is None or probe.keep != "before":
+        return keys
+    return min(keys, run.call.q_offset + queries - min(probe.rows, queries))
 
 
 SCORE_RULES: dict[type[Node], Rule] = {
@@ -168,9 +245,16 @@ SCORE_RULES: dict[type[Node], Rule] = {
     Softmax: _softmax,
     Regroup: _regroup,
     Plus: _plus,
+    Relu: _relu,
+    Scaled: _scaled,
+    Weighted: _weighted,
+    Overlap: _overlap,
+    GivenScores: _given_scores,
+    GivenKeyScores: _given_key_scores,
     Gumbel: _gumbel,
     Grouped: _grouped,
     GroupedKeys: _grouped,
     Probe: _probe,
+    Diagonals: _diagonals,
     Smooth: _smooth,
 }

@@ -12,6 +12,11 @@ import torch
 
 from sparsedsl.backends.reference.masks import blocks
 from sparsedsl.backends.reference.tensor_rules import NEVER, per_head, repeat_kv, softmax
+from sparsedsl.lang.evaluation import evaluate
+from sparsedsl.lang.expressions import Mask
+from sparsedsl.program.axes import rows_on
+from sparsedsl.program.given_blocks import Given
+from sparsedsl.program.key_choices import ChosenKeys
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.select import Threshold, TopK, TopP
@@ -130,6 +135,53 @@ def _threshold(run: Evaluation, node: Threshold) -> Tensor:
     return allowed & ((height >= node.least) | forced)
 
 
+def _given(run: Evaluation, node: Given) -> Tensor:
+    given, blocks = run.value(node.x), rows_on(node.axes[3], run.call.k.shape[2])
+    lead = (run.call.q.shape[0], *given.shape[1:3])
+    if node.is_bitmap:
+        run.call.check_bitmap(node, given)
+        known = given.bool().expand(*lead, -1)
+        missing = known.new_zeros(*lead, blocks - known.shape[3])
+        return torch.cat([known, missing], dim=3)
+    run.call.check_lists(node, given)
+    number = torch.arange(blocks, device=given.device)
+    return (given[..., None] == number).any(3).expand(*lead, -1)
+
+
+def _keys(run: Evaluation, node: ChosenKeys) -> Tensor:
+    scores = run.value(node.scores).detach()
+    allowed, forced = (_of_keys(run, node, mask, scores) for mask in (node.among, node.forced))
+    allowed = torch.ones_like(scores, dtype=torch.bool) if node.among is None else allowed
+    forced = forced & allowed
+    row = torch.where(allowed, scores, NEVER)[:, :, None]
+    if node.count is not None:
+        rank = _best_first(row, forced[:, :, None]).argsort(dim=3)[:, :, 0]
+        return allowed & (rank < node.count)
+    assert node.share is not None
+    if node.share == 1:  # whether rounded sums reach 1 is a matter of chance
+        return allowed
+    order = _best_first(row)[:, :, 0]
+    mass = torch.where(allowed, scores, 0.0)
+    total = mass.sum(2, keepdim=True)
+    reached = (mass / torch.where(total > 0, total, 1.0)).gather(2, order).cumsum(2) >= node.share
+    before = torch.cat([torch.zeros_like(reached[:, :, :1]), reached[:, :, :-1].cumsum(2) > 0], dim=2)
+    taken = ~before if node.inclusive else ~reached
+    return allowed & (torch.zeros_like(allowed).scatter(2, order, taken) | forced)
+
+
+def _of_keys(run: Evaluation, node: ChosenKeys, mask: Mask | None, scores: Tensor) -> Tensor:
+    """What a mask says of every key, or distance, for the heads of the scores."""
+    if mask is None:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    number, zero, q = torch.arange(scores.shape[2], device=scores.device), torch.zeros((), dtype=torch.int64), run.call.q
+    env: dict[str, Any] = {**run.domain.lengths, **run.call.tables}
+    env |= {"q_idx": number, "kv_idx": zero.to(q.device)} if node.of_distances else {"q_idx": zero.to(q.device), "kv_idx": number}
+    env["b"] = torch.arange(q.shape[0], device=q.device)[:, None, None]
+    env["h"] = torch.arange(q.shape[1], device=q.device)[:, None]
+    flags = evaluate(mask.expr, env).expand(*q.shape[:2], scores.shape[2])
+    return per_head(flags, run.call.check_heads(node, scores.shape[1]))
+
+
 CHOICE_RULES: dict[type[Node], Rule] = {
     Order: _order,
     Inverse: _inverse,
@@ -137,4 +189,6 @@ CHOICE_RULES: dict[type[Node], Rule] = {
     TopK: _top_k,
     TopP: _top_p,
     Threshold: _threshold,
+    Given: _given,
+    ChosenKeys: _keys,
 }

@@ -14,6 +14,8 @@ NEVER = float("-inf")
 
 def softmax(x: Tensor) -> Tensor:
     """Softmax over the last dimension; rows of -inf alone are 0."""
+    if not x.shape[-1]:
+        return x
     peak = x.detach().amax(-1, keepdim=True)
     raised = torch.exp(x - torch.where(peak == NEVER, 0.0, peak))
     total = raised.sum(-1, keepdim=True)
