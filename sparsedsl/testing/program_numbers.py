@@ -16,14 +16,17 @@ from typing import Any
 import torch
 
 from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
+from sparsedsl.backends.reference.scan_linear import run_recurrence
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.execute.compiled import Attention
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.runtime.interpreter import Rule
 from sparsedsl.runtime.program_call import ProgramCall, check_program_call
 from sparsedsl.selection.selected_blocks import SelectedBlocks
+from sparsedsl.testing.gated_numbers import pair_rows
 from sparsedsl.testing.numerics import Cotangents, ExpectedResult, Results, expected, gradients, plain_attention, results_of
 from sparsedsl.testing.roundings import stored
 
@@ -123,10 +126,11 @@ def expect_program(
 
 
 class _Dense(Reference):
-    """The dense meaning; attention as :func:`~sparsedsl.testing.numerics.plain_attention`, whose backward pass is that of kernels."""
+    """The dense meaning; attention as :func:`~sparsedsl.testing.numerics.plain_attention`, whose backward pass is that of
+    kernels, and linear attention with decays from the data as :func:`~sparsedsl.testing.gated_numbers.pair_rows`."""
 
     def __init__(self, call: ProgramCall, rules: Mapping[type[Node], Rule] | None = None):
-        super().__init__(call, {**REFERENCE_RULES, Attend: _attend} if rules is None else rules)
+        super().__init__(call, {**REFERENCE_RULES, Attend: _attend, Linear: _linear} if rules is None else rules)
 
     def value(self, node: Node) -> Any:
         """What a branch gives is stored before others use it."""
@@ -143,6 +147,10 @@ def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor]:
     q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
     pattern, tables = run.concrete_pattern(node.pattern)
     return plain_attention(pattern, q, k, v, tables, q_offset=run.call.q_offset, scale=run.call.scale)
+
+
+def _linear(run: Reference, node: Linear) -> tuple[Tensor, Tensor | None]:
+    return run_recurrence(run, node, None if node.gate is None else pair_rows)
 
 
 def _chooses_inside(node: Node) -> bool:
