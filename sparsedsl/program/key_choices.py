@@ -58,7 +58,7 @@ def diagonals(x: Node, y: Node, *, rows: int, scale: float | None = None) -> Dia
     >>> import sparsedsl as sd
     >>> slashes = sd.top_k(sd.diagonals(sd.q, sd.k, rows=64), 100, forced=sd.q_idx - sd.kv_idx < 10, name="slashes")
     >>> (sd.kv_idx <= sd.q_idx) & slashes
-    Mask((q_idx >= kv_idx) & slashes[b, h, maximum(0, q_idx - kv_idx)])
+    Mask((kv_idx <= q_idx) & slashes[b, h, maximum(0, q_idx - kv_idx)])
     """
     x, y = check_tensor("diagonals", "x", x, "queries"), check_tensor("diagonals", "y", y, "keys")
     if block_of(x.axes[2]) != 1 or block_of(y.axes[2]) != 1 or x.axes[3] != y.axes[3]:
