@@ -31,13 +31,13 @@ def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch
     return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def dot(heads: int = 2, rows: int = ROWS, blocks: int = BLOCKS, width: int = 16, dtype: torch.dtype = torch.float32) -> DotScores:
+def dot(heads: int = 1, rows: int = ROWS, blocks: int = BLOCKS, width: int = 16, dtype: torch.dtype = torch.float32) -> DotScores:
     return DotScores(numbers(1, heads, rows, width, seed=0, dtype=dtype), numbers(1, 1, blocks, width, seed=1, dtype=dtype), 0.5)
 
 
 def bound() -> BoundScores:
     low, high = numbers(1, 1, BLOCKS, 16, seed=2), numbers(1, 1, BLOCKS, 16, seed=3)
-    return BoundScores(numbers(1, 2, ROWS, 16, seed=0), low, torch.maximum(low, high))
+    return BoundScores(numbers(1, 1, ROWS, 16, seed=0), low, torch.maximum(low, high))
 
 
 def spoiled(value: float) -> DotScores:
@@ -58,10 +58,10 @@ END = torch.arange(ROWS) * 4 - 3
 CAUSAL = Candidates(end=END)
 LATE = Candidates(begin=END - 40, end=END)
 BY_HEAD = Candidates(end=torch.stack([END, END + 9])[None].to(torch.int32))
-RANGES = Candidates(end=END + 40, allowed=IntervalRule(((ROW * 0, ROW + 3), (ROW * 3, ROW * 3 + 30)), 1, 2))
-OWN = IntervalRule(((ROW * 4, ROW * 4 + 3),), 1, 2)
-TWO = IntervalRule(((ROW * 0, ROW * 0 + 1), (ROW * 3, ROW * 3 + 1)), 1, 2)
-FAR = IntervalRule(((ROW[:, :, :3] * 300, ROW[:, :, :3] * 300 + 1),), 1, 2)
+RANGES = Candidates(end=END + 40, allowed=IntervalRule(((ROW * 0, ROW + 3), (ROW * 3, ROW * 3 + 30)), 1, 1))
+OWN = IntervalRule(((ROW * 4, ROW * 4 + 3),), 1, 1)
+TWO = IntervalRule(((ROW * 0, ROW * 0 + 1), (ROW * 3, ROW * 3 + 1)), 1, 1)
+FAR = IntervalRule(((ROW[:, :, :3] * 300, ROW[:, :, :3] * 300 + 1),), 1, 1)
 WIDE = Candidates(end=END + 9)
 
 # Scores, k, candidates, and what is forced.
@@ -69,9 +69,9 @@ CASES: dict[str, tuple[Any, int, Candidates | None, dict[str, Any]]] = {
     "all blocks, several tiles of rows": (dot(1, 70), 5, None, {}),
     "causal, rows without blocks": (dot(), 5, CAUSAL, {}),
     "from a block on": (dot(), 3, LATE, {}),
-    "heads apart": (dot(), 5, BY_HEAD, {}),
+    "heads apart": (dot(2), 5, BY_HEAD, {}),
     "ranges": (dot(), 5, RANGES, {}),
-    "all scores alike": (DotScores(torch.zeros(1, 2, ROWS, 16), torch.ones(1, 1, BLOCKS, 16)), 7, CAUSAL, {}),
+    "all scores alike": (DotScores(torch.zeros(1, 1, ROWS, 16), torch.ones(1, 1, BLOCKS, 16)), 7, CAUSAL, {}),
     "one block": (dot(), 1, CAUSAL, {}),
     "more than a tile has columns": (dot(1, 9), 70, None, {}),
     "as many as there are": (dot(1, 9, 12), 12, None, {}),
@@ -80,9 +80,9 @@ CASES: dict[str, tuple[Any, int, Candidates | None, dict[str, Any]]] = {
     "bfloat16": (dot(dtype=torch.bfloat16), 5, CAUSAL, {}),
     "odd rows": (apart(), 5, CAUSAL, {}),
     "sum of heads": (GroupedScores(dot(4), 2, "sum"), 5, CAUSAL, {}),
-    "mean of heads": (GroupedScores(dot(4), 1, "mean"), 5, CAUSAL, {}),
-    "greatest of heads": (GroupedScores(dot(4), 2, "max"), 5, CAUSAL, {}),
-    "neighbours": (RegroupedScores(GroupedScores(dot(4), 2, "sum"), 4), 5, Candidates(end=END // 4), {}),
+    "mean of heads": (GroupedScores(dot(2), 1, "mean"), 5, CAUSAL, {}),
+    "greatest of heads": (GroupedScores(dot(2), 1, "max"), 5, CAUSAL, {}),
+    "neighbours": (RegroupedScores(GroupedScores(dot(2), 1, "sum"), 4), 5, Candidates(end=END // 4), {}),
     "mean of neighbours, the last ones fewer": (RegroupedScores(dot(), 4, "mean"), 5, None, {}),
     "greatest of neighbours": (RegroupedScores(dot(), 4, "max"), 5, None, {}),
     "bounds": (bound(), 5, CAUSAL, {}),
@@ -91,8 +91,8 @@ CASES: dict[str, tuple[Any, int, Candidates | None, dict[str, Any]]] = {
     "forced beside NaN and infinity": (spoiled(INF), 5, WIDE, {"forced": TWO}),
     "forced within ranges": (dot(), 5, RANGES, {"forced": Within(TWO, RANGES.allowed)}),
     "forced on top": (dot(), 5, WIDE, {"forced": OWN, "forced_extra": BLOCKS}),
-    "shared by programs": (dot(2, 1, 1100), 5, Candidates(end=torch.tensor([1090])), {}),
-    "shared by programs, forced": (dot(2, 3, 1100), 4, None, {"forced": FAR}),
+    "shared by programs": (dot(1, 1, 1100), 5, Candidates(end=torch.tensor([1090])), {}),
+    "shared by programs, forced": (dot(1, 3, 1100), 4, None, {"forced": FAR}),
 }  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def test_what_the_kernel_does_not_make_is_left_to_torch():
         (DotScores(dot().a, dot().b, -1.0), 2, None),
         (dot(1, 3, 600), 300, None),
         (dot(), 2, Candidates(allowed=lambda rows, blocks: blocks % 2 == 0)),
-        (dot(), 2, Candidates(allowed=IntervalRule(tuple((ROW * n, ROW * n) for n in range(5)), 1, 2))),
+        (dot(), 2, Candidates(allowed=IntervalRule(tuple((ROW * n, ROW * n) for n in range(5)), 1, 1))),
     ):
         got = top_k(source, k, candidates, choose=choosing.choose_blocks)
         assert torch.equal(got.indices, top_k(source, k, candidates).indices)
