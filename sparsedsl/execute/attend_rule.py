@@ -127,7 +127,7 @@ class _AttendCall:
         reads = any(_reads_nodes(node, mask) for mask in (parts.static, parts.selected))
         if (
             reads
-            or blocks_of_keys(node) > 1
+            or (selected and blocks_of_keys(node) > 1)
             or self.places is not None
             or run.call.tables
             or parts.symbols
@@ -258,6 +258,8 @@ class _AttendCall:
 def _again(node: Attend, choice: Choice | None, near: Again | None, far: SelectedAgain | None, run: Lowering) -> Result | None:
     """``near``: over the keys that attend in any case; ``far``: along the lists of the choice."""
     q, k, v, q_offset = run.value(node.x), run.value(node.y), run.value(node.z), run.domain.q_offset
+    if not k.shape[2]:  # no window is complete yet
+        return None
     if not q.dtype is k.dtype is v.dtype:
         q, k, v = alike(q, k, v)
     first = near(q, k, v, q_offset) if near is not None else None

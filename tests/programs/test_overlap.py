@@ -122,6 +122,16 @@ def test_T13_windows_are_complete(backend: str) -> None:
         assert picked.isfinite().all()
 
 
+@pytest.mark.parametrize("compiled", ["tiled", "auto"])
+def test_warm_calls_without_a_window_are_ordinary_ones(compiled: str) -> None:
+    attn = sd.compile(sd.attend(DONE, k=sd.summary(sd.k, 8, stride=4), v=VC), backend=compiled)
+    with torch.no_grad():
+        for count in (30, 31, 5, 7, 8, 30):
+            x = torch.ones(1, 1, count, 8)
+            out = attn(x[:, :, -1:], x, x, q_offset=count - 1)
+            assert torch.equal(out, torch.full_like(out, float(count >= 8)))
+
+
 @given(st.integers(0, 40), st.integers(1, 4), st.integers(1, 4), st.sampled_from(["strips", "max"]), st.integers(0, 99))
 @settings(max_examples=40)
 def test_pieces_of_blocks_are_those_of_the_whole(windows: int, length: int, size: int, how: str, seed: int) -> None:
