@@ -14,8 +14,8 @@ from sparsedsl.adjustable import Adjustable
 TESTS = Path(__file__).resolve().parent
 # A constant of a module that is replaced: `patch.setattr(module, "NAME", ...)`, `mock.patch.object(module, "NAME", ...)`.
 PATCHED = re.compile(r"\.(?:setattr|object)\((\w+), \"(_?[A-Z][A-Z0-9_]*)\"")
-# What is patched that is no option: lists of properties to try and of packages to tell of, what was said already, where files lie, scripts of the benchmarks, the
-# table of backends.
+# What is patched that is no option: lists of properties to try and of packages to tell of, what was said already, where files lie, scripts
+# of the benchmarks, the table of backends.
 NO_OPTIONS = {
     ("battery", "PROGRAM_PROPERTIES"),
     ("module", "PACKAGES"),
