@@ -230,7 +230,8 @@ class CacheBound(Reported):
             parts += [f"the first {_keys_text(self.first).removeprefix('1 ')}"] if str(self.first) != "0" else []
             parts += [f"a ring of {_keys_text(self.recent)}"] if str(self.recent) != "0" else []
             if self.every is not None:
-                parts.append(f"keys with kv_idx % {self.every} in {', '.join(map(str, self.residues))}")
+                which = ", ".join(map(str, self.residues))
+                parts.append(f"keys with kv_idx % {self.every} {f'== {which}' if len(self.residues) == 1 else f'in ({which})'}")
             text = f"{self.kind}: {', '.join(parts) or 'no key of the past'}; {self.verdict}{'' if self.tight else '; perhaps fewer'}"
         else:
             text = f"{self.kind}: {', '.join(parts) or self._why()}"

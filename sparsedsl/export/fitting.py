@@ -91,4 +91,4 @@ def fits(
             found[engine] = function(pattern, q_len, kv_len, **own, **words).bytes
         except UnsupportedError as refusal:
             found[engine] = str(refusal)
-    return Fits(found | ({} if shape is not None else {"natten": "natten: say the grid of the tokens: shape=(16, 16)"}))
+    return Fits(found | ({} if shape is not None else {"natten": "natten: say the grid of the tokens: shape=(rows, columns)"}))
