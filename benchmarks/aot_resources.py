@@ -89,7 +89,8 @@ PATTERNS: dict[str, Callable[[], Any]] = {
 WITH_DESCRIPTORS = ("forward", "decode", "grad_q")
 # Ingredients: an index or a slope, not a pattern; and programs, whose kernels test_selected_build.py and test_scan_build.py build.
 NO_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket"} | {
-    "hsa", "moba", "nha", "nsa", "pbs", "ring_linear", "token_sparse",
+    "based", "csa", "delta_net", "dsa", "gated_delta", "gla", "hca", "hisa", "hsa", "infllm_v2", "kda", "minference", "moba", "nha", "nsa",
+    "nsa_published", "pbs", "qsa", "ring_linear", "ssd", "token_sparse",
 }  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.sources import Slots
 from sparsedsl.program.tensors import Input, k, v
+from sparsedsl.quantities import bytes_text
 from sparsedsl.runtime.program_call import ProgramCall
 from sparsedsl.runtime.scan_calls import sparing
 
@@ -42,7 +43,7 @@ Tensor = torch.Tensor
 FAR = 1 << 24
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ProgramState:
     """``tokens`` read so far. ``recent``: input name -> its last rows; ``recurrent``: node -> its state before these rows."""
 
@@ -58,6 +59,9 @@ class ProgramState:
         for value in self.recurrent.values():
             tensors += [value] if isinstance(value, Tensor) else list(value)
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def __repr__(self) -> str:
+        return f"<ProgramState after {self.tokens:,} tokens: {bytes_text(self.nbytes)}>"
 
     def each(self, change: Callable[[Tensor], Tensor]) -> ProgramState:
         """The state with every tensor, whose first axis is the batch, replaced by what ``change`` makes of it."""

@@ -83,7 +83,15 @@ _TOLD: set[Any] = set()
 def _warn_once(key: Any, text: str) -> None:
     if key not in _TOLD:
         _TOLD.add(key)
-        warnings.warn(text, CallWarning, stacklevel=4)
+        warnings.warn(text, CallWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """How far up the first frame outside of this package is: a warning names the line of whoever called."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "sparsedsl":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def warn_of_slips(parts: tuple[Any, ...], q: Any, k: Any, q_offset: Any, layout: str = "bhsd") -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import sympy
+
 from sparsedsl.analysis.mask_clauses import clauses, only_difference
 from sparsedsl.analysis.proofs import Verdict, causality
 from sparsedsl.analysis.report import analyse
@@ -12,7 +14,9 @@ from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.errors import SparseDSLError
 from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.execute.compiling import compile as compile_pattern
+from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.symbols import HEAD
 from sparsedsl.program.graph import Program
 from sparsedsl.view.setting import Setting
 
@@ -22,10 +26,19 @@ __all__ = ["FACTS", "fact"]
 COUNTED = 1 << 16
 
 
+def _one_head(pattern: Pattern, head: int) -> Pattern:
+    """What one head sees: the map is of that head, and so is what stands beside it."""
+    if HEAD not in pattern.mask.expr.free_symbols:
+        return pattern
+    mask = Mask(pattern.mask.expr.xreplace({HEAD: sympy.Integer(head)}), pattern.mask.bound)
+    return Pattern(mask, pattern.score, pattern.sink, pattern.scale, pattern.causal)
+
+
 def _cost(subject: Pattern | Program, setting: Setting, tables: Mapping[str, Any]) -> dict[str, Any]:
     words: dict[str, Any] = {"q_offset": setting.q_offset, **tables}
     if isinstance(subject, Program):
         return {"text": str(analyse(subject, setting.q_len, setting.kv_len, **words))}
+    subject = _one_head(subject, setting.head)
     mask = subject.mask.expr
     tiles = -(-setting.q_len // setting.q_block) * -(-setting.keys // setting.kv_block)
     if tiles > COUNTED and not all(only_difference(literal) for clause in clauses(mask) for literal in clause.rest):

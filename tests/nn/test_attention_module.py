@@ -124,7 +124,7 @@ def test_what_it_shows():
 def test_names_that_modules_have_already():
     attn = sd.nn.Attention(sd.attend(sd.table("forward")[sd.q_idx] >= sd.kv_idx), forward=torch.arange(12))
     assert list(attn.state_dict()) == ["forward_table"]
-    assert torch.equal(attn(*qkv_fixed), sd.attention(*qkv_fixed, CAUSAL))
+    torch.testing.assert_close(attn(*qkv_fixed), sd.attention(*qkv_fixed, CAUSAL))  # another pattern's code: not bit for bit
     other = sd.nn.Attention(sd.attend(sd.table("backend")[sd.q_idx] >= sd.kv_idx), tables={"backend": torch.arange(12)})
     assert list(other.state_dict()) == ["backend"]
 

@@ -55,7 +55,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "beta and taylor": (lambda: sd.linear(1.0, beta=BETA, features="taylor"), "use features='l2' with beta"),
     "taylor and channels": (
         lambda: sd.linear(log_decay=VECTOR, features="taylor"),
-        "use a decay with the axes 'batch heads keys'",
+        "use one with the axes 'batch heads keys'",
     ),
     "before and beta": (lambda: sd.linear(1.0, beta=BETA, reads="before"), "leave one of them out"),
     "bonus after": (lambda: sd.linear(1.0, bonus=sd.input("u", "heads head_dim")), "add reads='before'"),
