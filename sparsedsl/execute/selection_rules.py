@@ -278,7 +278,7 @@ def _allowed(run: Lowering, mask: Mask, node: Select | Softmax, source: ScoreSou
     windows = windows_of(axis) is not None
     domain = replace(run.domain, kv_len=max(1, source.shape[3])) if windows else run.domain
     columns, device = 1 if windows else block_of(axis), run.call.q.device
-    if not reads_nodes(mask):
+    if not (mask.has_bound and reads_nodes(mask)):
         return candidates_of(mask.expr, domain, rows, columns, heads, device)
     # What choices leave open bounds what is looked at; they themselves are read as tables.
     bounds = candidates_of(possible(mask).expr, domain, rows, columns, heads, device)

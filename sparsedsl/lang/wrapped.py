@@ -87,6 +87,11 @@ class Expression(Unvalued):
         return Carried(self._bound)
 
     @property
+    def has_bound(self) -> bool:
+        """Whether :attr:`bound` holds anything, without the copy."""
+        return bool(self._bound)
+
+    @property
     def tables(self) -> dict[str, TableSpec]:
         """Table name -> declaration, for every table the expression reads."""
         return table_specs(self._expr)

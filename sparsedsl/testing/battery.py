@@ -264,10 +264,11 @@ def check(
 
 def _refuse_unknown(declared: Pattern | Program, tables: Mapping[str, Any]) -> None:
     """What is no table may be one of our own words, misspelt."""
-    unknown = [name for name in tables if name not in declared.tables]
+    own = [*declared.tables, *(declared.inputs if isinstance(declared, Program) else ())]
+    unknown = [name for name in tables if name not in own]
     if unknown:
-        known = [*declared.tables, *inspect.signature(check).parameters]
-        raise TableError("check(): " + surplus(unknown, known, f"the pattern reads {', '.join(declared.tables) or 'no table'}"))
+        known = [*own, *inspect.signature(check).parameters]
+        raise TableError("check(): " + surplus(unknown, known, f"the pattern reads {', '.join(own) or 'no table'}"))
     if tables and isinstance(declared, Program):
         raise SparseDSLError(f"tables and inputs of a program are drawn; bind what is fixed to it: got {', '.join(tables)}")
 

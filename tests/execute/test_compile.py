@@ -191,7 +191,7 @@ def test_backend_names():
         sd.compile(causal, backend="fast")
 
 
-@pytest.mark.parametrize("value", [lambda b, h, q, k: q >= k, 3, "causal", None], ids=["function", "number", "text", "nothing"])
+@pytest.mark.parametrize("value", [3, "causal", None], ids=["number", "text", "nothing"])
 def test_compile_wants_a_pattern(value):
     with pytest.raises(sd.PatternError, match="pattern must be a Mask or a Pattern"):
         sd.compile(value)

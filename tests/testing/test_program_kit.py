@@ -227,7 +227,7 @@ def test_programs_hold_every_kind_of_node() -> None:
     seen: set[str] = set()
 
     @given(program=kit.programs())
-    @settings(max_examples=150, database=None, derandomize=True)
+    @settings(max_examples=400, database=None, derandomize=True)
     def collect(program: sd.Program) -> None:
         seen.update(node.function for node in program.everything)
 
