@@ -10,7 +10,7 @@ import torch
 
 from sparsedsl.selection.candidates import Candidates
 from sparsedsl.selection.gather import repeat_kv
-from sparsedsl.selection.scores import Leaf, ScoreSource
+from sparsedsl.selection.scores import DerivedSource, Leaf, ScoreSource
 from sparsedsl.selection.scores_at_blocks import lse_over_candidates
 
 __all__ = ["OverlapScores", "RegroupedScores", "SoftmaxScores", "softmax_scores"]
@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class SoftmaxScores(ScoreSource):
+class SoftmaxScores(DerivedSource):
     """``exp(score - total)`` at the candidates, 0 elsewhere. ``totals (B, H, R, 1)``: LSE of each row over its candidates; None: worked
     out when they are asked for, of all of them.
 
@@ -27,7 +27,6 @@ class SoftmaxScores(ScoreSource):
     wanted where it was made, which may be elsewhere than where the totals are asked for.
     """
 
-    source: ScoreSource
     totals: Tensor | None
     candidates: Candidates
     first: tuple[int, int] = (0, 0)
@@ -41,29 +40,9 @@ class SoftmaxScores(ScoreSource):
         with torch.set_grad_enabled(self.learns):
             return lse_over_candidates(self.source, self.candidates)[..., None]
 
-    @functools.cached_property
-    def shape(self) -> tuple[int, int, int, int]:
-        return self.source.shape
-
     @property
     def cell_bytes(self) -> int:
         return 2 * self.source.cell_bytes
-
-    @functools.cached_property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
-
-    @property
-    def row_bytes(self) -> int:
-        return self.source.row_bytes
-
-    @property
-    def block_bytes(self) -> int:
-        return self.source.block_bytes
 
     def leaves(self) -> tuple[Leaf, ...]:
         return (*self.source.leaves(), Leaf(self.known_totals, "cells"))
@@ -105,10 +84,9 @@ def softmax_scores(source: ScoreSource, candidates: Candidates) -> SoftmaxScores
 
 
 @dataclass(frozen=True, eq=False)
-class RegroupedScores(ScoreSource):
+class RegroupedScores(DerivedSource):
     """Scores of ``size`` neighbouring blocks as one: their sum, mean or maximum. The last group may be ragged."""
 
-    source: ScoreSource
     size: int
     how: str = "sum"
 
@@ -116,10 +94,6 @@ class RegroupedScores(ScoreSource):
     def shape(self) -> tuple[int, int, int, int]:
         batch, heads, rows, blocks = self.source.shape
         return batch, heads, rows, -(-blocks // self.size)
-
-    @functools.cached_property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
 
     @property
     def cell_bytes(self) -> int:
@@ -132,13 +106,6 @@ class RegroupedScores(ScoreSource):
     @property
     def block_bytes(self) -> int:
         return self.source.block_bytes * self.size
-
-    @property
-    def row_bytes(self) -> int:
-        return self.source.row_bytes
-
-    def leaves(self) -> tuple[Leaf, ...]:
-        return self.source.leaves()
 
     def on(self, tensors: Sequence[Tensor]) -> RegroupedScores:
         return replace(self, source=self.source.on(tensors))
@@ -175,7 +142,7 @@ class RegroupedScores(ScoreSource):
 
 
 @dataclass(frozen=True, eq=False)
-class OverlapScores(ScoreSource):
+class OverlapScores(DerivedSource):
     """Mass of blocks from mass of windows that overlap.
 
     Both are counted in strips, the tokens from one window's first to the next one's: a window covers ``length`` strips, a block ``size``.
@@ -190,7 +157,6 @@ class OverlapScores(ScoreSource):
     tensor([[[[ 4., 10.,  0.]]]])
     """
 
-    source: ScoreSource
     length: int
     size: int
     how: str
@@ -200,14 +166,6 @@ class OverlapScores(ScoreSource):
     @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
         return *self.source.shape[:3], self.blocks
-
-    @functools.cached_property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
 
     @property
     def cell_bytes(self) -> int:
@@ -220,13 +178,6 @@ class OverlapScores(ScoreSource):
     @property
     def block_bytes(self) -> int:
         return self.source.block_bytes * self.size
-
-    @property
-    def row_bytes(self) -> int:
-        return self.source.row_bytes
-
-    def leaves(self) -> tuple[Leaf, ...]:
-        return self.source.leaves()
 
     def on(self, tensors: Sequence[Tensor]) -> OverlapScores:
         return replace(self, source=self.source.on(tensors))

@@ -10,7 +10,7 @@ import torch
 
 from sparsedsl.errors import ShapeError
 from sparsedsl.selection.gather import repeat_kv
-from sparsedsl.selection.scores import Leaf, ScoreSource
+from sparsedsl.selection.scores import DerivedSource, Leaf
 
 __all__ = ["ReluScores", "WeightedScores"]
 
@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class ReluScores(ScoreSource):
+class ReluScores(DerivedSource):
     """``max(score, 0)``; a NaN stays one.
 
     >>> from sparsedsl.selection.scores import TensorScores
@@ -26,38 +26,9 @@ class ReluScores(ScoreSource):
     tensor([[[[0., 2.]]]])
     """
 
-    source: ScoreSource
-
-    @functools.cached_property
-    def shape(self) -> tuple[int, int, int, int]:
-        return self.source.shape
-
-    @functools.cached_property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
-
-    @property
-    def cell_bytes(self) -> int:
-        return self.source.cell_bytes
-
     @property
     def pair_bytes(self) -> int:
         return self.source.pair_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        return self.source.row_bytes
-
-    @property
-    def block_bytes(self) -> int:
-        return self.source.block_bytes
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
-
-    def leaves(self) -> tuple[Leaf, ...]:
-        return self.source.leaves()
 
     def on(self, tensors: Sequence[Tensor]) -> ReluScores:
         return ReluScores(self.source.on(tensors))
@@ -74,7 +45,7 @@ class ReluScores(ScoreSource):
 
 
 @dataclass(frozen=True, eq=False)
-class WeightedScores(ScoreSource):
+class WeightedScores(DerivedSource):
     """``factor * score`` with ``factors (B|1, Hf, R, 1)``, one a row; Hf and the heads of the scores divide each other.
 
     >>> from sparsedsl.selection.scores import TensorScores
@@ -83,7 +54,6 @@ class WeightedScores(ScoreSource):
               [-1., -1.]]]])
     """
 
-    source: ScoreSource
     factors: Tensor
 
     def __post_init__(self) -> None:
@@ -111,18 +81,6 @@ class WeightedScores(ScoreSource):
     @property
     def pair_bytes(self) -> int:
         return self.source.pair_bytes + 8 * self.shape[0] * self.shape[1]
-
-    @property
-    def row_bytes(self) -> int:
-        return self.source.row_bytes
-
-    @property
-    def block_bytes(self) -> int:
-        return self.source.block_bytes
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
 
     def leaves(self) -> tuple[Leaf, ...]:
         return (*self.source.leaves(), Leaf(self.factors, "rows"))

@@ -20,7 +20,7 @@ from sparsedsl.runtime.gemm import product_nt
 from sparsedsl.selection.chunking import is_small, tile_shape
 from sparsedsl.selection.gather import repeat_kv, take
 
-__all__ = ["DotScores", "Leaf", "ScoreSource", "TensorScores"]
+__all__ = ["DerivedSource", "DotScores", "Leaf", "ScoreSource", "TensorScores"]
 
 Tensor = torch.Tensor
 Source = TypeVar("Source", bound="ScoreSource")
@@ -124,6 +124,40 @@ class ScoreSource(ABC):
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.leaves()[0].tensor.device
+
+
+@dataclass(frozen=True, eq=False)
+class DerivedSource(ScoreSource):
+    """Scores made of those of one ``source``; what a subclass does not say otherwise is as there."""
+
+    source: ScoreSource
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.source.shape
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def cell_bytes(self) -> int:
+        return self.source.cell_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        return self.source.row_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        return self.source.block_bytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    def leaves(self) -> tuple[Leaf, ...]:
+        return self.source.leaves()
 
 
 @dataclass(frozen=True, eq=False)
