@@ -302,7 +302,7 @@ def test_a_forked_child_waits_for_the_build_of_its_parent(folder, counted, tmp_p
             begun = build._builds[{TEXT!r}, (), {str(script)!r}]
             assert begun is started and not begun.wait(0.5)  # the lock of the parent is still held
             pathlib.Path({str(gate)!r}).touch()
-            assert begun.wait(60) and build.library({TEXT!r}).answer() == 42
+            assert begun.wait(500) and build.library({TEXT!r}).answer() == 42
             os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         assert build.library({TEXT!r}).answer() == 42
