@@ -104,7 +104,10 @@ static void add_strip(const Call *c, const Strip &strip, real *room, Gains gains
         if (c->slope) c->slope(c, &strip.lanes, key, count, desk.tile, slope);
         if (!full) hide(c, strip, key, count, desk.tile);
         product<false>(count, lanes, c->head_dim_v, some_v.first, some_v.row, 1, given.grad_turned, lanes, change, lanes);
-        differentiate(strip, count, factor, given, desk.tile, change);
+        if (c->weighing == SOFTMAX)
+            differentiate(strip, count, factor, given, desk.tile, change);
+        else if (!full)
+            hide(c, strip, key, count, change);
         if (c->gains) c->gains(c, &strip.lanes, key, count, plain, change, gains.tables);
         for (i64 i = 0; c->slope && i < count * lanes; i += WIDTH)
             put(change + i, at(change + i) == (real)0 ? Vector{} : at(change + i) * at(slope + i));

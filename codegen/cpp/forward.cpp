@@ -2,6 +2,7 @@
 // lanes, so that a vector holds one key and many queries, and nothing is ever added across a vector.
 
 // What a strip has come to: of each lane the highest logit (in units of log2) and the sum of weights, and sums of weighted values.
+// Where weights are taken as they are, the first is 0, and the second not read.
 struct Sums {
     real *highest, *total, *values;
     i64 broad;  // width of a row of values, in whole vectors
@@ -102,7 +103,7 @@ static Sums sums_at(real *room, i64 broad) { return {room, room + MOST_LANES, ro
 // One strip against one part of its keys, without the division by the total. Without `values`: only the highest logits and totals.
 static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const Desk &desk, Sums sums) {
     i64 lanes = strip.lanes.count;
-    for (i64 i = 0; i < lanes; i++) sums.highest[i] = LOWEST, sums.total[i] = 0;
+    for (i64 i = 0; i < lanes; i++) sums.highest[i] = c->weighing == POINTWISE ? 0 : LOWEST, sums.total[i] = 0;
     for (i64 i = 0; sums.values && i < strip.used * sums.broad; i++) sums.values[i] = 0;
     const real *queries[MOST_LANES];
     turn_queries(c, strip, desk.rows, queries, desk.turned);
@@ -121,7 +122,7 @@ static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const
             product_of<false>(count, lanes, c->head_dim, Listed<const real>{some_k}, 1, desk.turned, lanes, BROAD, Even<real>{desk.tile, lanes});
         if (c->score) c->score(c, &strip.lanes, key, count, desk.tile);
         if (!full) hide(c, strip, key, count, desk.tile);
-        weigh(strip, desk.tile, count, factor, sums);
+        if (c->weighing == SOFTMAX) weigh(strip, desk.tile, count, factor, sums);
         if (!sums.values) return;
         Rows some_v = v.rows(key, count, true, desk.values);
         product<true>(strip.used, sums.broad, count, desk.tile, 1, lanes, some_v.first, some_v.row, sums.values, sums.broad);
@@ -145,7 +146,7 @@ static bool finish(const Call *c, const Strip &strip, Sums sums) {
     add_sink(c, strip, sums);
     Vector wrong = {};
     for (i64 i = 0; i < strip.used; i++) {
-        real total = sums.total[i], share = total == 0 ? 0 : 1 / total, *values = sums.values + i * sums.broad;
+        real total = c->weighing == POINTWISE ? 1 : sums.total[i], share = total == 0 ? 0 : 1 / total, *values = sums.values + i * sums.broad;
         for (i64 j = 0; j < sums.broad; j += WIDTH) {
             Vector x = at(values + j) * share;
             wrong += x * (real)0;

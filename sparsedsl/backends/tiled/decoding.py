@@ -13,7 +13,8 @@ import torch
 from sparsedsl.analysis.key_intervals import keys_of_one_query
 from sparsedsl.backends.tiled.head_groups import HeadGroups
 from sparsedsl.backends.tiled.limits import LIMITS
-from sparsedsl.backends.tiled.score_rules import LN2, ScoreRule, clamped, score_rule
+from sparsedsl.backends.tiled.score_rules import LN2, ScoreRule, clamped, rule_of, score_rule
+from sparsedsl.lang.normalisers import POINTWISE
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.runtime.call import Call
@@ -36,7 +37,7 @@ def decode(pattern: Pattern, call: Call) -> tuple[Tensor, Tensor] | None:
         > LIMITS.now.decode_numbers
     ):
         return None
-    rule, dtype, domain = score_rule(pattern.score.expr), accumulated(call.q.dtype), call.domain
+    rule, dtype, domain = rule_of(pattern), accumulated(call.q.dtype), call.domain
     k, v = _slices(call.k, ranges).to(dtype).flatten(0, 1), _slices(call.v, ranges).to(dtype).flatten(0, 1)
     q = call.q.to(dtype).mul(rule.factor(call.scale)).reshape(k.shape[0], -1, k.shape[2])
     env: dict[str, Any] = {}
@@ -49,7 +50,9 @@ def decode(pattern: Pattern, call: Call) -> tuple[Tensor, Tensor] | None:
             "b": heads[:, :1] // domain.heads, "h": heads % domain.heads, "q_idx": position, "kv_idx": keys, **domain.lengths,
             **call.tables,
         }  # fmt: skip
-    out, lse = _softmax(_logits(q, k, rule, env), v)
+    logits = _logits(q, k, rule, env)
+    pointwise = pattern.normaliser == POINTWISE
+    out, lse = (torch.bmm(logits, v), logits.new_zeros(logits.shape[:2])) if pointwise else _softmax(logits, v)
     out, lse = out.view(*call.q.shape[:3], v.shape[2]), lse.view(call.q.shape[:3])
     if pattern.sink is not None:
         logit = sink_logit(pattern, call, call.tables, dtype)

@@ -205,7 +205,7 @@ class TileJob:
     # ---- forward ----------------------------------------------------------------------------------------------
 
     def logits(self, q: Tensor, key_range: KeyRange) -> Tensor:
-        """Masked logits in units of log2, ``(X, M, n)``."""
+        """Masked logits in units of log2, or weights, ``(X, M, n)``."""
         s = product_nt(q, self.keys(self.residue.k, key_range), tanh=self.run.rule.tanh)
         tile, _ = self.modified(s.view(s.shape[0], self.height, self.run.group, key_range.length), key_range, False)
         return tile.reshape(s.shape)
@@ -227,7 +227,7 @@ class TileJob:
         else:
             tile = rule.logits(tile, env)
         if rule.arbitrary:
-            self.fill(tile, key_range, float("-inf"), transposed)
+            self.fill(tile, key_range, rule.masked, transposed)
             return tile, kept
         for low, high, residual in key_range.masks:
             place = tile[:, low:high] if transposed else tile[..., low:high]
@@ -252,7 +252,25 @@ class TileJob:
 
         ``merge``: with what another residue has put there.
         """
-        self.store(*self.sums(self.scaled_q()), merge)
+        if self.run.pointwise:
+            self.store_weighed(merge)
+        else:
+            self.store(*self.sums(self.scaled_q()), merge)
+
+    def store_weighed(self, merge: bool) -> None:
+        """The strip where weights are taken as they are: sums of weighted values, into place."""
+        q = self.scaled_q()
+        value = q  # assigned by the first key range
+        for number, key_range in enumerate(self.key_ranges):
+            weighted = product(self.logits(q, key_range), self.keys(self.residue.v, key_range))
+            value = value.add_(weighted) if number else weighted
+        place = self.strip(self.residue.place["out"])
+        self.strip(self.residue.place["lse"]).zero_()
+        value = value.view(place.shape)
+        if merge:
+            place.add_(value)
+        else:
+            place.copy_(value)
 
     def sums(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``sum of 2**(logit - most) * v`` and ``sum of 2**(logit - most)`` of each row, and its largest logit ``most``."""
@@ -314,12 +332,18 @@ class TileJob:
             k, v = self.keys(residue.k, key_range), self.keys(residue.v, key_range)
             p = product_nt(k, q, tanh=run.rule.tanh)
             tile, kept = self.modified(p.view(p.shape[0], key_range.length, self.height, run.group), key_range, True)
-            p = tile.reshape(p.shape).sub_(lse2)
-            if run.rule.bias is not None or run.rule.arbitrary:
-                p.clamp_(max=0.0)  # so large a logit that the LSE could not hold what was added to it
-            p.exp2_()
+            p = tile.reshape(p.shape)
+            if not run.pointwise:
+                p.sub_(lse2)
+                if run.rule.bias is not None or run.rule.arbitrary:
+                    p.clamp_(max=0.0)  # so large a logit that the LSE could not hold what was added to it
+                p.exp2_()
             self.add_keys(dv, key_range, product(p, grad_out))
-            ds = product_nt(v, grad_out).sub_(delta).mul_(p)
+            ds = product_nt(v, grad_out)
+            if run.pointwise:
+                self.fill(ds.view(tile.shape), key_range, 0.0, True)
+            else:
+                ds.sub_(delta).mul_(p)
             tile = ds.view(tile.shape)
             if run.rule.bias is not None:
                 if run.leaves:
