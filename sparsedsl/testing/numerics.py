@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sparsedsl.lang.exact import evaluate_any
+from sparsedsl.lang.normalisers import STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.testing.call_shapes import AttentionCase
 from sparsedsl.testing.roundings import Roundings, stored
@@ -57,6 +58,17 @@ class _Weighed(torch.autograd.Function):
         return d_scores, weights.transpose(-1, -2) @ d_out
 
 
+def _unnormalised(pattern: Pattern, scores: Tensor, allowed: Tensor) -> Tensor:
+    """Weights of pairs, 0 where one is masked."""
+    if pattern.normaliser == STICK_BREAKING:
+        masked = scores.masked_fill(~allowed, float("-inf"))  # takes nothing, leaves all
+        passed = torch.nn.functional.logsigmoid(-masked)
+        # Summed up from the last key on, without the key itself.
+        left = torch.cat([passed[..., 1:].flip(-1).cumsum(-1).flip(-1), torch.zeros_like(passed[..., :1])], dim=-1)
+        scores = torch.sigmoid(scores) * torch.exp(left)
+    return scores.masked_fill(~allowed, 0.0)
+
+
 def plain_attention(
     pattern: Pattern,
     q: Tensor,
@@ -67,8 +79,9 @@ def plain_attention(
     q_offset: int = 0,
     scale: float | None = None,
     copies: int = 1,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention as in a textbook, in the dtype of ``q``: ``(out, lse)``. The batch may hold several ``copies`` of the same entries.
+    Weights without a sum to divide by have no LSE.
 
     Shares nothing with the lowerings but the evaluator of expressions; heads are copied, a sink is one more key whose value is 0.
     """
@@ -83,6 +96,8 @@ def plain_attention(
     allowed = evaluate_any(pattern.mask.expr, env).expand(shape)
     env["score"] = logits.masked_fill(~allowed, 1.0)
     scores = evaluate_any(pattern.score.expr, env, dtype=dtype).to(dtype).expand(shape)
+    if not pattern.has_lse:
+        return _unnormalised(pattern, scores, allowed) @ v, None
     scores = scores.masked_fill(~allowed, float("-inf"))
     if pattern.sink is not None:
         sink = evaluate_any(pattern.sink.expr, env, dtype=dtype).to(dtype).expand(*shape[:3], 1)
