@@ -7,10 +7,10 @@ from typing import Any
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.advice import shown
 
-__all__ = ["NORMALISERS", "POINTWISE", "SOFTMAX", "STICK_BREAKING", "check_normaliser"]
+__all__ = ["NORMALISERS", "POINTWISE", "SOFTMAX", "SOFTPICK", "STICK_BREAKING", "check_normaliser"]
 
-SOFTMAX, POINTWISE, STICK_BREAKING = "softmax", "pointwise", "stick_breaking"
-NORMALISERS = (SOFTMAX, POINTWISE, STICK_BREAKING)
+SOFTMAX, POINTWISE, SOFTPICK, STICK_BREAKING = "softmax", "pointwise", "softpick", "stick_breaking"
+NORMALISERS = (SOFTMAX, POINTWISE, SOFTPICK, STICK_BREAKING)
 
 _POINTWISE_WAY = "attend(mask, score=sd.{}, normaliser='pointwise') weighs each pair by itself"
 # Names that people look for here -> what to write, or why there is nothing to write.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsedsl.lang.exact import evaluate_any
-from sparsedsl.lang.normalisers import STICK_BREAKING
+from sparsedsl.lang.normalisers import SOFTPICK, STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.testing.call_shapes import AttentionCase
 from sparsedsl.testing.roundings import Roundings, stored
@@ -58,6 +58,32 @@ class _Weighed(torch.autograd.Function):
         return d_scores, weights.transpose(-1, -2) @ d_out
 
 
+class _Picked(torch.autograd.Function):
+    """Softpick and weighted mean; the backward pass makes the weights again, as in kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, values: Tensor) -> Tensor:
+        peak = scores.amax(dim=-1, keepdim=True).clamp(min=0.0)
+        total = _less_one(scores, peak).abs().sum(dim=-1, keepdim=True)
+        lse = torch.where(total == 0, 0.0, peak + torch.log(torch.where(total == 0, 1.0, total)))
+        out = _less_one(scores, lse).relu() @ values
+        ctx.save_for_backward(scores, values, lse, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        scores, values, lse, out = ctx.saved_tensors
+        weights, more = torch.exp(scores - lse), _less_one(scores, lse)
+        mean = (d_out * stored(out)).sum(dim=-1, keepdim=True)
+        d_more = torch.where(more > 0, d_out @ values.transpose(-1, -2), 0.0) - more.sign() * mean
+        return weights * d_more, more.relu().transpose(-1, -2) @ d_out
+
+
+def _less_one(scores: Tensor, base: Tensor) -> Tensor:
+    """``(exp(score) - 1) / exp(base)``, 0 where a score is -inf."""
+    return (torch.exp(scores - base) - torch.exp(-base)).masked_fill(scores == float("-inf"), 0.0)
+
+
 def _unnormalised(pattern: Pattern, scores: Tensor, allowed: Tensor) -> Tensor:
     """Weights of pairs, 0 where one is masked."""
     if pattern.normaliser == STICK_BREAKING:
@@ -96,6 +122,8 @@ def plain_attention(
     allowed = evaluate_any(pattern.mask.expr, env).expand(shape)
     env["score"] = logits.masked_fill(~allowed, 1.0)
     scores = evaluate_any(pattern.score.expr, env, dtype=dtype).to(dtype).expand(shape)
+    if pattern.normaliser == SOFTPICK:
+        return _Picked.apply(scores.masked_fill(~allowed, float("-inf")), v), None
     if not pattern.has_lse:
         return _unnormalised(pattern, scores, allowed) @ v, None
     scores = scores.masked_fill(~allowed, float("-inf"))

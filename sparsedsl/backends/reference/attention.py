@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.exact import evaluate_exactly
-from sparsedsl.lang.normalisers import POINTWISE, STICK_BREAKING
+from sparsedsl.lang.normalisers import POINTWISE, SOFTPICK, STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.dtypes import accumulated
@@ -75,7 +75,17 @@ def _broken_off(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     return torch.exp(functional.logsigmoid(safe) + left)
 
 
-_WEIGHTS = {POINTWISE: _as_they_are, STICK_BREAKING: _broken_off}
+def _picked(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """``exp(logit) - 1`` where it is positive, over the sum of its sizes; a logit of -inf has no part in it."""
+    finite = allowed & (logits > float("-inf"))
+    safe = torch.where(finite, logits, 0.0)
+    peak = safe.detach().amax(-1, keepdim=True).clamp(min=0.0)
+    more = torch.exp(safe - peak) - torch.exp(-peak)
+    total = more.abs().sum(-1, keepdim=True)
+    return more.relu() / torch.where(total == 0, 1.0, total)
+
+
+_WEIGHTS = {POINTWISE: _as_they_are, SOFTPICK: _picked, STICK_BREAKING: _broken_off}
 
 
 def _attend(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:

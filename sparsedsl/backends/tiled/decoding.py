@@ -14,6 +14,7 @@ from sparsedsl.analysis.key_intervals import keys_of_one_query
 from sparsedsl.backends.tiled.head_groups import HeadGroups
 from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.score_rules import LN2, ScoreRule, clamped, rule_of, score_rule
+from sparsedsl.backends.tiled.tile_jobs import picked
 from sparsedsl.lang.normalisers import POINTWISE
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.steps import evaluate
@@ -51,8 +52,11 @@ def decode(pattern: Pattern, call: Call) -> tuple[Tensor, Tensor] | None:
             **call.tables,
         }  # fmt: skip
     logits = _logits(q, k, rule, env)
-    pointwise = pattern.normaliser == POINTWISE
-    out, lse = (torch.bmm(logits, v), logits.new_zeros(logits.shape[:2])) if pointwise else _softmax(logits, v)
+    if pattern.has_lse:
+        out, lse = _softmax(logits, v)
+    else:
+        weights = logits if pattern.normaliser == POINTWISE else _softpick(logits)
+        out, lse = torch.bmm(weights, v), logits.new_zeros(logits.shape[:2])
     out, lse = out.view(*call.q.shape[:3], v.shape[2]), lse.view(call.q.shape[:3])
     if pattern.sink is not None:
         logit = sink_logit(pattern, call, call.tables, dtype)
@@ -132,6 +136,12 @@ def _softmax(logits: Tensor, v: Tensor, *, softmax1: bool = False) -> tuple[Tens
         total += (-largest).exp2_()
     out = torch.bmm(weights, v).div_(total).masked_fill_(total == 0, 0.0)
     return out, (largest + total.log2()).mul_(LN2)[..., 0]
+
+
+def _softpick(logits: Tensor) -> Tensor:
+    weights = picked(logits, logits.amax(2, keepdim=True).clamp_(min=0.0))
+    total = weights.abs().sum(2, keepdim=True)
+    return weights.relu_().div_(total).masked_fill_(total == 0, 0.0)
 
 
 def _softmax_a_chunk(logits: Tensor, v: Tensor, shares: Tensor, *, softmax1: bool) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,11 @@ class ResiduePass:
                         yield TileJob(self, series, key_ranges, head, min(head + several, high), turn)
 
 
+def picked(logits: Tensor, base: Tensor) -> Tensor:
+    """``2**(logits - base) - 2**-base``, 0 where a logit is -inf: what a softpick weighs by where it is positive."""
+    return ((logits - base).exp2_() - (-base).exp2()).masked_fill_(logits == float("-inf"), 0.0)
+
+
 class TileJob:
     """Strip ``turn`` of a series for the flat heads ``low .. high - 1``, whose number is ``X``. Its rows are (query, head of the
     group)."""
@@ -273,11 +278,16 @@ class TileJob:
             place.copy_(value)
 
     def sums(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``sum of 2**(logit - most) * v`` and ``sum of 2**(logit - most)`` of each row, and its largest logit ``most``."""
+        """``sum of 2**(logit - most) * v`` and ``sum of 2**(logit - most)`` of each row, and its largest logit ``most``.
+
+        Of a softpick ``most`` is at least 0, and weights are ``2**(logit - most) - 2**-most``: see :func:`picked`.
+        """
         total = value = most = q  # assigned by the first key range
         for number, key_range in enumerate(self.key_ranges):
             s = self.logits(q, key_range)
             highest = s.amax(-1, keepdim=True)
+            if self.run.picks:
+                highest.clamp_(min=0.0)
             if number == 0:
                 most = highest.clamp_(min=NO_KEY * torch.finfo(s.dtype).max)
             else:
@@ -286,8 +296,14 @@ class TileJob:
                 total.mul_(shrink)
                 value.mul_(shrink)
                 most = highest
-            s.sub_(most).exp2_()
-            part, weighted = s.sum(-1, keepdim=True), product(s, self.keys(self.residue.v, key_range))
+            if self.run.picks:
+                s = picked(s, most)
+                part = s.abs().sum(-1, keepdim=True)
+                s.relu_()
+            else:
+                s.sub_(most).exp2_()
+                part = s.sum(-1, keepdim=True)
+            weighted = product(s, self.keys(self.residue.v, key_range))
             total, value = (total.add_(part), value.add_(weighted)) if number else (part, weighted)
         return value, total, most
 
@@ -332,16 +348,21 @@ class TileJob:
             k, v = self.keys(residue.k, key_range), self.keys(residue.v, key_range)
             p = product_nt(k, q, tanh=run.rule.tanh)
             tile, kept = self.modified(p.view(p.shape[0], key_range.length, self.height, run.group), key_range, True)
-            p = tile.reshape(p.shape)
-            if not run.pointwise:
+            p, more = tile.reshape(p.shape), None
+            if run.picks:
+                more = picked(p, lse2)
+                p = p.sub_(lse2).exp2_()
+            elif not run.pointwise:
                 p.sub_(lse2)
                 if run.rule.bias is not None or run.rule.arbitrary:
                     p.clamp_(max=0.0)  # so large a logit that the LSE could not hold what was added to it
                 p.exp2_()
-            self.add_keys(dv, key_range, product(p, grad_out))
+            self.add_keys(dv, key_range, product(p if more is None else more.relu(), grad_out))
             ds = product_nt(v, grad_out)
             if run.pointwise:
                 self.fill(ds.view(tile.shape), key_range, 0.0, True)
+            elif more is not None:
+                ds = ds.masked_fill_(more <= 0, 0.0).sub_(more.sign_().mul_(delta)).mul_(p)
             else:
                 ds.sub_(delta).mul_(p)
             tile = ds.view(tile.shape)
