@@ -136,6 +136,8 @@ def _begin_softmax(writer: Writer) -> None:
     write_factor(writer)
     if writer.plain:
         source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32) / tl.maximum(factor, 1.0)")
+    elif writer.picks:
+        source.line("most = tl.zeros([BLOCK_M], tl.float32)")
     else:
         source.line(f"most = tl.full([BLOCK_M], LOWEST{' / LOG2E' if writer.in_log2 else ''}, tl.float32)")
     source.line("total = tl.zeros([BLOCK_M], tl.float32)")
@@ -177,7 +179,12 @@ def _step(writer: Writer, loop: Loop, kind: str) -> None:
             source.line(f"p = tl.exp2({logit} * {factor} - (larger * {factor})[:, None])")
         else:
             source.line("p = tl.exp2((x - larger[:, None]) * LOG2E)")
-    source.line("total = total * shrink + tl.sum(p, 1)")
+    if writer.picks:
+        source.line('p = tl.where(x == float("-inf"), 0.0, p - tl.exp2(larger * -LOG2E)[:, None])')
+        source.line("total = total * shrink + tl.sum(tl.abs(p), 1)")
+        source.line("p = tl.maximum(p, 0.0)")
+    else:
+        source.line("total = total * shrink + tl.sum(p, 1)")
     writer.load_column_tile("v", kind)
     for part in writer.v_parts:
         acc, v = suffixed("acc", part), suffixed("v", part)

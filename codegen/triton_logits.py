@@ -139,6 +139,8 @@ def weights_and_gradients(
         source.line("p = x")
         products()
         source.line("dx = tl.where(allowed, dp, 0.0)" if condition else "dx = dp")
+    elif writer.picks:
+        _picked(writer, row, products)
     else:
         source.line(f"p = tl.exp2(x * LOG2E - base{row})" if writer.in_log2 else f"p = tl.exp2((x - base{row}) * LOG2E)")
         products()
@@ -150,6 +152,16 @@ def weights_and_gradients(
             source.line(f"{name} = tl.where(allowed, dx * ({slope}), 0.0)")
         else:
             source.line(f"{name} = dx * ({slope})")
+
+
+def _picked(writer: Writer, row: str, products: Products) -> None:
+    """Weights ``p`` of a softpick, and the gradients ``dx`` of its logits."""
+    source, base = writer.source, "base" if writer.in_log2 else "base * LOG2E"
+    source.line(f"power = tl.exp2(x * LOG2E - ({base}){row})")
+    source.line(f'more = tl.where(x == float("-inf"), 0.0, power - tl.exp2(-({base})){row})')
+    source.line("p = tl.maximum(more, 0.0)")
+    products()
+    source.line(f"dx = power * tl.where(more > 0, dp - delta{row}, tl.where(more < 0, delta{row}, 0.0))")
 
 
 def predicate(writer: Writer, place: str) -> str:
