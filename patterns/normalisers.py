@@ -18,7 +18,7 @@ __all__ = ["hstu", "relu_squared", "sigmoid", "softpick", "stick_breaking"]
 
 
 def sigmoid(mask: Any, length: float, *, logit: Score = score) -> Pattern:
-    """Sigmoid attention: ``out_i = sum_j sigmoid(logit_ij - log(length)) v_j``, and no sum to divide by.
+    """Sigmoid attention, without a sum to divide by: ``out_i = sum_j sigmoid(logit_ij - log(length)) v_j``.
 
     What a pair weighs depends on no other pair. At the start of training a row of ``length`` keys then weighs about 1 in all.
 
@@ -106,10 +106,10 @@ def softpick(mask: Any, *, logit: Score = score) -> Pattern:
 
 
 def stick_breaking(mask: Any = True, *, logit: Score = score) -> Pattern:
-    """Stick-breaking: the nearest key takes ``s = sigmoid(logit)`` of a stick, the next one its share of what is left, and so on:
-    ``w_ij = s_ij prod_{j < l < i} (1 - s_il)`` over earlier keys ``j < i``. Recent keys win ties, and no position encoding is needed.
+    """Stick-breaking over earlier keys ``j < i``: ``w_ij = s_ij prod_{j < l < i} (1 - s_il)`` with ``s = sigmoid(logit)``.
 
-    Weights add up to less than 1; what is left goes nowhere. Kernels stop where nothing is left that a float could hold, so that a row
+    The nearest key takes its share of a stick, the next one its share of what is left: recent keys win ties, and no position encoding is
+    needed. Weights add up to less than 1; what is left goes nowhere. Kernels stop where nothing is left that a float could hold, so that a row
     costs what it looks at.
 
     Args:

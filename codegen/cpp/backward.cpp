@@ -43,7 +43,7 @@ static void prepare(const Call *c, const Strip &strip, const Desk &desk, Given &
         if (i < strip.used) c->delta[line] = delta;
         given.delta[i] = delta;
         given.lse[i] = lse == LOWEST ? -LOWEST : (real)(lse * LOG2E);
-        far |= sizeof(real) == 4 && __builtin_fabs(lse) > FAR && __builtin_fabs(lse) < -LOWEST;
+        far |= c->weighing != POINTWISE && sizeof(real) == 4 && __builtin_fabs(lse) > FAR && __builtin_fabs(lse) < -LOWEST;
     }
     if (far) {
         // Such an LSE is taken apart again. Gradients are linear in what comes from outside: there goes the factor of all weights.

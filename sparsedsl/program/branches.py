@@ -177,8 +177,9 @@ def attend(
     >>> print(moba.selections[0].among)  # blocks that are over: the own one attends in any case
     (kv_idx <= q_idx) & (q_idx // 512 != kv_idx // 512)
     """
-    rule = normaliser if isinstance(normaliser, PerChunk) else None
-    name = SOFTMAX if normaliser is rule else normaliser
+    rule, name = (
+        (normaliser, SOFTMAX) if isinstance(normaliser, PerChunk) else (None, SOFTMAX if normaliser is None else normaliser)
+    )
     pattern = static.attend(mask, score, sink=sink, scale=scale, heads=heads, causal=causal, normaliser=name)
     own = Attend.x, Attend.y, Attend.z
     if not nodes_in(pattern) and all(map(operator.is_, (q, k, v), own)) and rule is None:

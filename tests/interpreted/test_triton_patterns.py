@@ -119,6 +119,12 @@ PATTERNS = {
     "large blocks": chosen[q_idx // 32, kv_idx // 32],
     "large blocks with a soft cap": sd.attend(chosen[q_idx // 32, kv_idx // 16], score=sd.tanh(score / 2) * 2),
     "blocks of one side": chosen[q_idx // 64, kv_idx // 8],
+    "weights of any sign": sd.attend(
+        causal & ((q_idx - kv_idx < 9) | (kv_idx < 3)), score=score * sd.sigmoid(score + near[h, distance]) + rows[h, q_idx] / 8,
+        normaliser="pointwise",
+    ),
+    "weights over lists": sd.attend(chosen[q_idx // 8, kv_idx // 8], normaliser="pointwise"),
+    "softpick": sd.attend(causal & ((q_idx - kv_idx) % 3 == 0), score=score + columns[kv_idx], normaliser="softpick"),
 }  # fmt: skip
 # (queries, keys, offset)
 LENGTHS = ((37, 37, 0), (20, 50, 30), (33, 18, 0), (40, 32, 3), (18, 64, 25))

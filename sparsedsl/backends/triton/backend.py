@@ -37,7 +37,9 @@ class TritonBackend(Backend):
         if facts.dtype not in DTYPES:
             return f"the generated kernels have no {facts.dtype}"
         if facts.dtype == "float16" and request.pattern is not None and request.pattern.normaliser == POINTWISE:
-            return "its kernels round weights to the type of v, and those of normaliser='pointwise' may leave the range of float16"
+            return (
+                "its kernels round weights to the type of v, and those of normaliser='pointwise' may leave the range of float16"
+            )
         widest = max(facts.head_dim, facts.head_dim_v)
         if widest > WIDEST:
             return f"the generated kernels have heads up to {WIDEST} wide; this one is {widest}"
