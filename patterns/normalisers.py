@@ -109,8 +109,8 @@ def stick_breaking(mask: Any = True, *, logit: Score = score) -> Pattern:
     """Stick-breaking over earlier keys ``j < i``: ``w_ij = s_ij prod_{j < l < i} (1 - s_il)`` with ``s = sigmoid(logit)``.
 
     The nearest key takes its share of a stick, the next one its share of what is left: recent keys win ties, and no position encoding is
-    needed. Weights add up to less than 1; what is left goes nowhere. Kernels stop where nothing is left that a float could hold, so that a row
-    costs what it looks at.
+    needed. Weights add up to less than 1; what is left goes nowhere. Kernels stop where nothing is left that a float could hold, so that
+    a row costs what it looks at.
 
     Args:
         mask: of the earlier keys, those that attend; others take nothing and leave all.

@@ -20,8 +20,8 @@ _ENTMAX = (
 )
 _REFUSED = {
     **dict.fromkeys(("entmax", "entmax15", "sparsemax"), _ENTMAX),
-    "talking_heads": "it mixes the logits of all heads of a pair, and kernels hold those of one head. Mix the outputs of the heads instead, "
-    "by a linear layer after the attention",
+    "talking_heads": "it mixes the logits of all heads of a pair, and kernels hold those of one head. Mix the outputs of the heads "
+    "instead, by a linear layer after the attention",
 }
 _MEANT = {
     "sigmoid": "sd.patterns.sigmoid(mask), or " + _POINTWISE_WAY.format("sigmoid(sd.score)"),

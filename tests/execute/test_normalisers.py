@@ -68,6 +68,8 @@ def test_auto_takes_who_can():
     assert "backend: cpp" in str(pointwise.explain(4096, 4096))
     told = str(broken.explain(4096, 4096))
     assert "backend: tiled" in told and "until nothing is left" in told and "lse" not in told
+    with pytest.raises(sd.UnsupportedError, match="range of float16"):
+        sd.compile(pointwise.pattern, backend="triton")(*qkv(dtype=torch.float16))
     with pytest.raises(sd.UnsupportedError, match="begins with the last one"):
         sd.compile(broken.pattern, backend="cpp")(*qkv())
 

@@ -142,8 +142,13 @@ def test_numbers_of_sigmoid():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: P.sigmoid(WINDOW, 0), lambda: P.relu_squared(WINDOW, -1), lambda: P.hstu(WINDOW, "4096"), lambda: P.softpick(WINDOW, logit="x")],
-)  # fmt: skip
+    [
+        lambda: P.sigmoid(WINDOW, 0),
+        lambda: P.relu_squared(WINDOW, -1),
+        lambda: P.hstu(WINDOW, "4096"),
+        lambda: P.softpick(WINDOW, logit="x"),
+    ],
+)
 def test_arguments_that_make_no_sense(make):
     with pytest.raises(sd.PatternError, match=r"sigmoid\(\)|relu_squared\(\)|hstu\(\)|softpick\(\)"):
         make()

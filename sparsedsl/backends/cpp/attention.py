@@ -220,7 +220,8 @@ def of_pattern(schedule: Prepared) -> tuple[int, ...]:
     source, names = schedule.source, schedule.native.functions
     intervals = -1 if source.intervals is None else len(source.intervals)
     return (
-        *schedule.cut, source.step, WEIGHING[source.pattern.normaliser], intervals, names["ends"], names["mask"], names["score"], names["sink"], *schedule.lists,
+        *schedule.cut, source.step, WEIGHING[source.pattern.normaliser], intervals, names["ends"], names["mask"], names["score"],
+        names["sink"], *schedule.lists,
     )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Stick-breaking in the ``tiled`` lowering: rows of tiles, each from its last tile of keys to its first.
 
-Of a row ``i`` key ``j`` gets ``s_ij`` of what the keys after it have left, ``A_ij = s_ij prod_{l > j} (1 - s_il)`` with ``s`` the sigmoid of
-the logit and the product over keys that the row sees. What is left is carried from tile to tile as a logarithm: one less the weights
-given away would lose all digits. A row of tiles ends where the weights of all further keys are 0 in the arithmetic at hand: keys that lie
-so far back are not read.
+Of a row ``i`` key ``j`` gets ``s_ij`` of what the keys after it have left, ``A_ij = s_ij prod_{l > j} (1 - s_il)`` with ``s`` the
+sigmoid of the logit and the product over keys that the row sees. What is left is carried from tile to tile as a logarithm: one less the
+weights given away would lose all digits. A row of tiles ends where the weights of all further keys are 0 in the arithmetic at hand: keys
+that lie so far back are not read.
 
 The backward pass goes through the same tiles twice: from the last, for what is left at each, and from the first, for the sums over
 earlier keys: ``dz_ij = A_ij g_ij (1 - s_ij) - s_ij sum_{l < j} A_il g_il`` with ``g = dO . v``. Nothing is subtracted from a total.
@@ -112,8 +112,8 @@ def _rows(pattern: Pattern, call: Call, lists: BlockLists) -> Iterator[_Row]:
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """One row of tiles: ``rows`` of the call, of some batch ``entries`` and query ``heads``, and its ``tiles``, the last one first, each with
-    whether all its pairs are allowed."""
+    """One row of tiles: ``rows`` of the call, of some batch ``entries`` and query ``heads``, and its ``tiles``, the last one first, each
+    with whether all its pairs are allowed."""
 
     pattern: Pattern
     call: Call
