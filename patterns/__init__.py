@@ -25,6 +25,7 @@ from sparsedsl.patterns.models import (
     streaming_llm,
     t5,
 )
+from sparsedsl.patterns.normalisers import hstu, relu_squared, sigmoid, softpick, stick_breaking
 from sparsedsl.patterns.packing import document_prefix, documents, packed, shared_prefix, tree
 from sparsedsl.patterns.recurrent import based, delta_net, gated_delta, gla, kda, ssd
 from sparsedsl.patterns.scores import alibi, alibi_slope, relative_bias, softcap, t5_bias, t5_bucket
@@ -58,6 +59,7 @@ __all__ = [
     "hca",
     "hisa",
     "hsa",
+    "hstu",
     "infllm_v2",
     "kda",
     "llama4",
@@ -76,13 +78,17 @@ __all__ = [
     "qsa",
     "random_blocks",
     "relative_bias",
+    "relu_squared",
     "ring_linear",
     "shared_prefix",
+    "sigmoid",
     "sinks",
     "sliding_tile",
     "sliding_window",
     "softcap",
+    "softpick",
     "ssd",
+    "stick_breaking",
     "streaming_llm",
     "strided",
     "strided_fixed",
