@@ -74,7 +74,8 @@ def vsa(cube: int = 64, top_k: int = 32) -> Mix:
     """Video sparse attention: attention from mean query to mean keys of cubes, and full attention to the ``top_k`` cubes it likes best.
 
     ``o_t = g_1 sum_c p_uc mean(v in c) + g_2 softmax over the keys of the top_k cubes``,
-    ``p_u = softmax_c(mean q_u . mean k_c / sqrt(D))``, ``u`` the cube of the query. Not causal. Tokens lie cube by cube (:func:`grid_position` with ``order="tiled"``).
+    ``p_u = softmax_c(mean q_u . mean k_c / sqrt(D))``, ``u`` the cube of the query. Not causal.
+    Tokens lie cube by cube (:func:`grid_position` with ``order="tiled"``).
 
     Args:
         cube: tokens in a cube, 64 for 4 x 4 x 4.
