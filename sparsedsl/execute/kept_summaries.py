@@ -6,8 +6,9 @@ the blocks that were finished since, and what the unfinished one makes of its to
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -142,6 +143,20 @@ class KeptSummaries:
         self.tokens = min(tokens, self.tokens)
         for rows in self._rows.values():
             rows.blocks, rows.last = min(rows.blocks, tokens // rows.block), None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> KeptSummaries:
+        """The same of finished blocks, with every tensor, its first axis the batch, replaced by what ``change`` makes of it."""
+        made = copy.copy(self)
+        made._rows = {
+            key: replace(rows, buffer=change(rows.buffer[..., : rows.blocks, :].movedim(-4, 0)).movedim(0, -4), last=None)
+            for key, rows in self._rows.items()
+        }
+        return made
+
+    def most_bytes(self, tokens: int) -> int:
+        """Memory that the summaries of so many tokens take; of what calls have summed up so far, any one token."""
+        sizes = [(rows.block, rows.buffer[..., :1, :].numel() * rows.buffer.element_size()) for rows in self._rows.values()]
+        return sum(-(-tokens // block) * row for block, row in sizes)
 
     def reorder(self, index: Tensor) -> None:
         """Take the batch entries ``index``, as beams do; an entry may stand there more than once, or not at all."""

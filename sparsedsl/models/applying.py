@@ -253,7 +253,7 @@ class AppliedPatterns:
         cache = self.cache()
         with torch.no_grad():
             self.model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.model.device), past_key_values=cache)
-        return report(cache, length, batch)
+        return report(cache, length, batch, self._installed.heads)
 
     def __enter__(self) -> AppliedPatterns:
         return self

@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
-from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
+from sparsedsl.models.kept_keys import FixedKeys, KeptKeys
+from sparsedsl.models.program_keys import SummarisedKeys
 from tests.models.families import WINDOW, build, left_padded, tokens
 
 causal = kv_idx <= q_idx
@@ -281,7 +282,7 @@ def test_programs_that_choose_keep_their_summaries(family: str) -> None:
         cache = applied.cache()
         assert all(type(layer) is SummarisedKeys for layer in cache.layers)
         torch.testing.assert_close(in_pieces(model, ids, cache), wanted, atol=ATOL, rtol=0)
-        (kept,) = cache.layers[0].kept.values()
+        ((kept,),) = (rows.shares for rows in cache.layers[0].kept.values())
         assert kept.tokens == 40 and kept.nbytes > 0
 
 
