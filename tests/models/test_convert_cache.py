@@ -99,7 +99,7 @@ def test_taking_tokens_back() -> None:
     plain = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3), plain)
     assert handle.cache().is_croppable
-    for kind in ("nha", "ring", "hsa"):
+    for kind in ("nha", "delta", "hsa"):
         model, handle = converted("llama", kind)
         cache = handle.cache()
         assert not cache.is_croppable

@@ -66,7 +66,7 @@ class Made(sd.models.Layer):
         if name in ("g", "beta"):
             made = torch.nn.functional.logsigmoid(made) if name == "g" else torch.sigmoid(made)
         if name == "blocks":
-            return (made * 3).long().abs() % 3
+            return torch.stack([made[..., 0] > 0, torch.where(made[..., 1] > 0, 2, -1)], -1).long()
         return made if len(axes) > 3 else made[..., 0]
 
     def inputs(self, x: torch.Tensor, raw: Any, rope: Any) -> dict[str, torch.Tensor]:
