@@ -111,7 +111,7 @@ def release(bindings: Mapping[int, Binding]) -> None:
 
 
 def report(cache: Cache, length: int, batch: int, heads: int | None) -> CacheReport:
-    """What the layers of a cache that has seen a token hold while ``length`` tokens go by, in words and bytes. ``heads``: of the queries."""
+    """What the layers of a cache that has seen a token hold while ``length`` tokens go by, in words and bytes. ``heads``: of queries."""
     groups: dict[tuple[str, int, int, int], list[int]] = {}
     for index, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

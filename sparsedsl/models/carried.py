@@ -101,7 +101,8 @@ class Patched(str):
     stacks: tuple[Stack, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> str:
-        if torch.compiler.is_compiling():  # Whisper's forward makes a cache by a copy of its configuration: no graph follows what a stack is
+        # Whisper's forward makes a cache by a copy of its configuration, and no graph follows what a stack is.
+        if torch.compiler.is_compiling():
             return str(self)
         made = memo[id(self)] = Patched(self)
         made.stacks = copy.deepcopy(self.stacks, memo)

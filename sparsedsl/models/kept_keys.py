@@ -1,4 +1,4 @@
-"""Layers of transformers caches that hold the keys that a bound says later queries may ask for: as they come, and in memory of a fixed size.
+"""Layers of transformers caches that hold the keys a bound says later queries may ask for: as they come, and in memory of a fixed size.
 
 Such a layer hands out the keys it held and the new ones, with their slots, and is then told to let go of those that no later
 query needs.

@@ -146,8 +146,8 @@ def chunk_inputs(program: Program) -> tuple[str, ...]:
     for name, node in asked.items():
         if any(map(windows_of, node.axes)):
             raise PatternError(
-                f"the input {name!r} ({', '.join(node.axes)}) has rows for windows that overlap, which landmarks() of a layer, made chunk by "
-                "chunk, cannot give. Declare it with default=, so that it is made of the keys: sd.input(..., default=sd.summary(sd.k, ...))"
+                f"the input {name!r} ({', '.join(node.axes)}) has rows for windows that overlap, and landmarks() of a layer are made chunk "
+                "by chunk. Declare it with default=, so that it is made of the keys: sd.input(..., default=sd.summary(sd.k, ...))"
             )
     return tuple(name for name, node in asked.items() if any(map(_is_chunked, node.axes)))
 

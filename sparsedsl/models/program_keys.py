@@ -89,8 +89,8 @@ class FoldedKeys(_ProgramKeys):
     """A layer whose programs go on from states of constant size: it hands out the keys of new tokens alone.
 
     ``programs``: index of each attention layer that reads it -> its program. ``is_late``: keys of the first forward stay until the second
-    begins, when it is known whether tokens are taken back; who does that (prompt lookup, assistants) does so after each. ``holds_all``: some
-    were, or are to be (``record_past``), before any key was gone: it holds every key from then on.
+    begins, when it is known whether tokens are taken back; who does that (prompt lookup, assistants) does so after each. ``holds_all``:
+    some were, or are to be (``record_past``), before any key was gone: it holds every key from then on.
     """
 
     kept: dict[Any, RowShares[ProgramState]]
@@ -102,7 +102,7 @@ class FoldedKeys(_ProgramKeys):
         self.is_late = self.claimed = self.record_past = self.holds_all = self._folded = False
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         """Whether tokens can be taken back."""
         return not self._folded
 

@@ -33,8 +33,8 @@ def tensors_of(share: _Share) -> list[Tensor]:
 
 
 class RowShares(Generic[T]):
-    """``shares``: each of some rows. ``where``: of each row of the batch, the number of its share and its place in it; None before its first
-    real token, and no list at all before anybody's.
+    """``shares``: each of some rows. ``where``: of each row of the batch, the number of its share and its place in it; None before its
+    first real token, and no list at all before anybody's.
 
     >>> import torch, sparsedsl as sd
     >>> from sparsedsl.execute.state import ProgramState

@@ -26,8 +26,9 @@ _Sequence = tuple[int, torch.Tensor, torch.Tensor]  # its row, and where its tok
 class Places:
     """Where the tokens of some sequences stand along one axis of a batch.
 
-    ``rows``: (n,) the row of each sequence, ``numbers`` the same as plain numbers. ``slots``: (n, tokens) its tokens, in order. ``batch``, ``size``: how many rows there are, and
-    how long the axis is. ``rectangle``: neighbouring rows and neighbouring slots, the same in each, where the tokens are just these.
+    ``rows``: (n,) the row of each sequence, ``numbers`` the same as plain numbers. ``slots``: (n, tokens) its tokens, in order. ``batch``,
+    ``size``: how many rows there are, and how long the axis is. ``rectangle``: neighbouring rows and neighbouring slots, the same in each,
+    where the tokens are just these.
 
     >>> places = Places.of([0, 1], torch.tensor([[2, 3], [1, 2]]), batch=2, size=4)
     >>> places.gather(torch.arange(8).view(2, 4), axis=1)

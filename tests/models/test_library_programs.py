@@ -1,4 +1,4 @@
-"""Every program of the library that reads no later query, as a layer of a model: cached, batched, in pieces and in beams it says the same."""
+"""Every program of the library that reads no later query, as a layer of a model: cached, batched, in pieces and in beams the same."""
 
 from __future__ import annotations
 
@@ -48,7 +48,13 @@ class Made(sd.models.Layer):
         super().__init__(donor, LIBRARY[name])
         linear = next(self.program.nodes(Linear), None)
         self.group = 1 if linear is None else donor.heads // donor.kv_heads
-        self.sizes = {"heads": donor.heads, "kv_heads": donor.kv_heads, "value_heads": donor.heads, "head_dim": donor.head_dim, "one": 1}
+        self.sizes = {
+            "heads": donor.heads,
+            "kv_heads": donor.kv_heads,
+            "value_heads": donor.heads,
+            "head_dim": donor.head_dim,
+            "one": 1,
+        }
         self.sizes |= {"index_heads": 3, "index_dim": 4, "retrieval_heads": donor.kv_heads, "retrieval_dim": 4, "width": 2}
         asked = {name: node.axes for name, node in self.program.inputs.items() if node.default is None}
         self.rows = {name: axes for name, axes in asked.items() if axes[2] in ("queries", "keys")}

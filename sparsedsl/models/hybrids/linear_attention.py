@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ class LinearAttention(Layer):
     """
 
     drops = frozenset({"sinks", "softcap"})
-    undecayed = ("sd_gate", "norm")
+    undecayed: ClassVar[tuple[str, ...]] = ("sd_gate", "norm")
 
     def __init__(self, donor: Donor, program: Any, groups: int, eps: float) -> None:
         if groups < 1 or donor.heads % groups:
