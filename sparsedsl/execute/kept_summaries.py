@@ -129,8 +129,8 @@ class KeptSummaries:
             )
         if x.shape[2] < known.end:
             raise ShapeError(
-                f"summaries= holds {known.blocks} blocks of {known.block} tokens, and {name!r} has {x.shape[2]} tokens: give all keys so far, or "
-                f"take back what is not to count: crop({x.shape[2]})"
+                f"summaries= holds {known.blocks} blocks of {known.block} tokens, and {name!r} has {x.shape[2]} tokens: give all keys so "
+                f"far, or take back what is not to count: crop({x.shape[2]})"
             )
         if known.blocks and known.last is not None:
             now = x[:, :, known.end - 1]
