@@ -29,7 +29,7 @@ from sparsedsl.program.select import choices_in
 from sparsedsl.program.tensors import OWN, Input, k, v
 from sparsedsl.runtime.program_call import check_program_call
 
-__all__ = ["cache_bound"]
+__all__ = ["cache_bound", "union_of"]
 
 
 def cache_bound(pattern: Any) -> CacheBound:
@@ -67,7 +67,7 @@ def cache_bound(pattern: Any) -> CacheBound:
 
 @functools.lru_cache(maxsize=64)
 def _program_bound(program: Program) -> CacheBound:
-    union = _union(program)
+    union = union_of(program)
     if union is not None:
         return pattern_bound(union)
     causal = program_causality(program)
@@ -81,8 +81,15 @@ def _program_bound(program: Program) -> CacheBound:
     return CacheBound(STATE, None, PROVED, first=first, recent=back, causal=causal, state_bytes=size)
 
 
-def _union(program: Program) -> Pattern | None:
-    """One pattern that asks for the keys of all attentions of a program, where it is made of these alone; else None."""
+@functools.lru_cache(maxsize=256)
+def union_of(program: Program) -> Pattern | None:
+    """One pattern that asks for the keys of all attentions of a program, where it is made of these alone; else None.
+
+    >>> import sparsedsl as sd
+    >>> causal, near = sd.kv_idx <= sd.q_idx, sd.q_idx - sd.kv_idx < 8
+    >>> print(union_of(sd.Program(sd.joint(causal & near, causal & (sd.kv_idx < 2) & ~near))).mask)
+    (kv_idx <= q_idx) & ((kv_idx <= 1) | (q_idx - kv_idx <= 7))
+    """
     attends = list(program.nodes(Attend))
     for node in set(program.everything) - set(attends):
         rule = STATE_RULES[type(node)]

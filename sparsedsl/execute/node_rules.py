@@ -57,7 +57,8 @@ def _input(run: Lowering, node: Input) -> Tensor:
 
 def _summary(run: Lowering, node: Summary) -> Tensor:
     if node.stride is not None:
-        return proxies.windowed(run.value(node.x), node.block, node.stride, node.how)  # type: ignore[arg-type]
+        stride, how = node.stride, node.how
+        return run.pooled(node, node.x, lambda x: proxies.windowed(x, node.block, stride, how))  # type: ignore[arg-type]
     x, places = run.placed(node.x)
     pool = run.dispatch.pooler(x)
     if pool is not None and places is not None:

@@ -16,7 +16,7 @@ Layers that become hybrid layers (:func:`convert`) take the place of stages 5 an
 
 - ``donor``: an attention module -> its facts, its queries, keys and values before and after rotation.
 - ``layer``: what a hybrid layer is; ``hybrids``: those that are shipped; ``registry``: their names, and users' own, in saved models.
-- ``converted``: the forward of a converted module; ``program_cache``: what it keeps between calls.
+- ``converted``: the forward of a converted module; ``program_cache``: what it keeps between calls; ``row_shares``: of which rows.
 - ``converting``: puts them into a model; ``teaching``: what they learn from the donor; ``layers_loading``: their weights from a folder.
 
 ``layer_search`` finds which layer gets which of them.
@@ -35,6 +35,7 @@ from sparsedsl.lang.advice import answer_for, public_only
 from sparsedsl.models.applying import AppliedPatterns, applied, apply
 from sparsedsl.models.converting import Conversion, conversion, convert
 from sparsedsl.models.donor import Donor
+from sparsedsl.models.hybrids.gated_delta import GatedDelta
 from sparsedsl.models.hybrids.hsa import HSA
 from sparsedsl.models.hybrids.moba import MoBA
 from sparsedsl.models.hybrids.nha import NHA
@@ -58,6 +59,7 @@ __all__ = [
     "AppliedPatterns",
     "Conversion",
     "Donor",
+    "GatedDelta",
     "Kl",
     "Layer",
     "Lesson",

@@ -75,9 +75,9 @@ def apply(
     - A copy of the model, and one that was pickled, run the patterns and have handles of their own: :func:`applied`. ``save_pretrained``
       writes patterns as text, and :func:`from_pretrained` reads them.
     - ``torch.compile`` and ``torch.export`` make one graph where they make one of the model itself, with an operator for each layer.
-    - Caches that are still empty are fitted: a layer with a pattern holds the keys that :func:`sparsedsl.cache_bound` says later queries
-      may ask for, and no more; all of them where no bound is proved. Layers that share their keys (Gemma 3n, Gemma 4) get one together,
-      or the call raises.
+    - Caches that are still empty are fitted: a layer with a pattern or a program holds what :func:`sparsedsl.cache_bound` says later
+      queries may ask for, and no more: some keys, or the state of a program; all keys where no bound is proved. Layers that share their
+      keys (Gemma 3n, Gemma 4) get one together, or the call raises.
 
     A *program*, such as ``sd.patterns.pbs()`` or ``sd.patterns.moba()``, over q, k and v:
 
@@ -253,7 +253,7 @@ class AppliedPatterns:
         cache = self.cache()
         with torch.no_grad():
             self.model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.model.device), past_key_values=cache)
-        return report(cache, length, batch)
+        return report(cache, length, batch, self._installed.heads)
 
     def __enter__(self) -> AppliedPatterns:
         return self

@@ -16,9 +16,11 @@ from sparsedsl.models.binding import BINDING, Binding, made_again
 from sparsedsl.models.carried import request_of
 from sparsedsl.models.derived import DerivedForm
 from sparsedsl.models.graph_attention import attend_in_graph, run_by
-from sparsedsl.models.kept_keys import KeptKeys, SummarisedKeys
+from sparsedsl.models.grouped_rows import token_groups
+from sparsedsl.models.kept_keys import KeptKeys
 from sparsedsl.models.mask_arguments import MaskRequest, request_in_graph, unmasked_request
 from sparsedsl.models.native import Facts
+from sparsedsl.models.program_keys import FoldedKeys, SummarisedKeys
 from sparsedsl.models.programs import ROW
 from sparsedsl.models.sequences import SequenceGroup, sequence_groups
 from sparsedsl.models.traced import TracedRequest, traced_request
@@ -74,7 +76,7 @@ run_by(_run_in_graph, made_again)
 def _omitted_request(binding: Binding, rows: int, keys: int) -> MaskRequest | None:
     """The request behind a missing mask. Of a fitted cache all tokens were announced; before it was fitted, what the layer then was for."""
     held, announced = binding.held, [keys]
-    if isinstance(held, KeptKeys):
+    if isinstance(held, (KeptKeys, FoldedKeys)):
         announced = [held.seen, *([held.stands_for.get_mask_sizes(rows)[0]] if held.seen == rows else [])]
     found = (binding.stack.omitted_request(rows, length, binding.facts) for length in announced)
     return next((request for request in found if request is not None), None)
@@ -142,9 +144,15 @@ def _run(
         start, stop = slots = int(handed[0]), int(handed[-1]) + 1
         if stop - start > handed.numel():
             return _run_with_gaps(binding, query, key, value, request, handed, arguments)
+    elif isinstance(held, FoldedKeys) and not held.holds_all and request.packing is None:
+        return _run_from_states(binding, held, query, key, value, request, arguments)
     else:
+        if isinstance(held, FoldedKeys):  # several sequences in a row have no state together
+            held.hold_all()
         start, stop = slots = request.key_range(key.shape[2])
     key, value = key[:, :, : stop - start], value[:, :, : stop - start]
+    if binding.attends_alone:
+        return _run_pattern(binding, query, key, value, request, slots, arguments)
     if binding.program is not None and (request.padding is not None or request.packing is not None):
         return _run_on_sequences(binding, query, key, value, request, slots, arguments)
     if start == 0 and binding.runs_program(whole=request.q_offset == 0 and query.shape[2] == key.shape[2]):
@@ -215,9 +223,10 @@ def _run_derived(
     arguments: dict[str, Any],
 ) -> torch.Tensor:
     """The pattern in its form for this call, with those of the tables ``known`` that it reads."""
-    attention, wanted = binding.attention(form)
+    scale = arguments.get("scaling")
+    attention, wanted = binding.attention(form, scale, query.shape[3])
     tables = _tables(binding, wanted, known, arguments)
-    scale = arguments.get("scaling") if binding.pattern.scale is None else None
+    scale = scale if binding.pattern.scale is None and not binding.attends_alone else None
     out = attention(query, key, value, q_offset=q_offset, scale=scale, **tables)
     return out.transpose(1, 2).contiguous()
 
@@ -257,11 +266,7 @@ def _run_on_sequences(
 ) -> torch.Tensor:
     """The program on the real tokens of each sequence, of those together that have as many; where it runs for a whole prompt only, the
     pattern on the other rows. Padding gives zeros."""
-    if binding.count_slots and request.padding is not None:
-        raise UnsupportedError(
-            f"layer {binding.index}: the batch has padding, and a program chooses among tokens, not among slots. Call "
-            "sd.models.apply(..., indices='tokens'), which is the default, or give sequences of one length"
-        )
+    _check_counts_tokens(binding, request)
     groups = sequence_groups(request, *slots, query.shape[0], query.device)
     chosen = [group for group in groups if binding.runs_program(group.whole)]
     if not all(group.complete for group in chosen):
@@ -271,13 +276,56 @@ def _run_on_sequences(
         out = _run_pattern(binding, query, key, value, request, slots, arguments).clone()
     for group in chosen:
         tensors = group.queries.gather(query, 2), group.keys.gather(key, 2), group.keys.gather(value, 2)
-        result = _run_program(binding, *tensors, group.q_offset, arguments, group).transpose(1, 2)
+        keeps = request.packing is None  # (a row of several sequences has no one that goes on)
+        result = _run_program(binding, *tensors, group.q_offset, arguments, group, keeps).transpose(1, 2)
         if group.queries.are_all:
             return result.contiguous()
         if out is None:
             out = result.new_zeros(query.shape[0], query.shape[2], *result.shape[2:])
         group.queries.scatter(result, out, 1)
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]) if out is None else out
+
+
+def _run_from_states(
+    binding: Binding,
+    held: FoldedKeys,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    request: MaskRequest,
+    arguments: dict[str, Any],
+) -> torch.Tensor:
+    """The program on new tokens alone, from the states that the cache keeps of the real tokens of each row."""
+    _check_counts_tokens(binding, request)
+    if key.shape[2] != query.shape[2]:
+        raise ShapeError(
+            f"layer {binding.index}: its cache holds a state, to which {query.shape[2]} tokens come, and the layer attends to "
+            f"{key.shape[2]} keys. Leave this layer native, or call the model without a cache: use_cache=False"
+        )
+    attention = binding.program_attention(arguments.get("scaling"), query.shape[3], by_row=False)
+    wanted = frozenset(attention.program.tables) - frozenset(attention.program.bound)
+    tables = _tables(binding, wanted, {}, arguments)
+    batch, heads, length, _ = query.shape
+    out = query.new_zeros(batch, heads, length, value.shape[3])
+    for group in token_groups(request, batch, query.device):
+        q, k, v = (group.take(x, 2) for x in (query, key, value))
+        state = held.state(binding.index, group.rows, group.before)
+        try:
+            part, after = attention(q, k, v, q_offset=0, state=state, return_state=True, **tables)
+        except (ShapeError, TableError, UnsupportedError) as error:
+            raise type(error)(f"layer {binding.index}: {error}") from error
+        held.keep(binding.index, group.rows, after)
+        out = group.put(part, out, 2)
+    held.settle()
+    return out.transpose(1, 2).contiguous()
+
+
+def _check_counts_tokens(binding: Binding, request: MaskRequest) -> None:
+    if binding.count_slots and request.padding is not None:
+        raise UnsupportedError(
+            f"layer {binding.index}: the batch has padding, and a program chooses among tokens, not among slots. Call "
+            "sd.models.apply(..., indices='tokens'), which is the default, or give sequences of one length"
+        )
 
 
 def _run_program(
@@ -288,8 +336,10 @@ def _run_program(
     q_offset: int,
     arguments: dict[str, Any],
     group: SequenceGroup | None = None,
+    keeps: bool = True,
 ) -> torch.Tensor:
-    """(B, Hq, Sq, Dv). ``group``: which sequences of the batch these are, where not the rows as they stand."""
+    """(B, Hq, Sq, Dv). ``group``: which sequences of the batch these are, where not the rows as they stand. ``keeps``: summaries of their
+    keys may go into the cache."""
     attention = binding.program_attention(arguments.get("scaling"), query.shape[3], by_row=group is not None)
     wanted = frozenset(attention.program.tables) - frozenset(attention.program.bound)
     known = {} if group is None else {ROW.name: group.rows}
@@ -298,15 +348,18 @@ def _run_program(
         known["left_padding"] = torch.zeros(batch, dtype=torch.int32, device=query.device)
     tables = _tables(binding, wanted, known, arguments)
     try:
-        kept = {} if group is not None else _summaries(binding, attention, query, key)
+        rows = list(range(query.shape[0])) if group is None else group.queries.numbers
+        kept = _summaries(binding, attention, query, key, rows) if keeps else {}
         out: torch.Tensor = attention(query, key, value, q_offset=q_offset, **tables, **kept)
     except (ShapeError, TableError, UnsupportedError) as error:
         raise type(error)(f"layer {binding.index}: {error}") from error
     return out
 
 
-def _summaries(binding: Binding, attention: Any, query: torch.Tensor, key: torch.Tensor) -> dict[str, KeptSummaries]:
-    """The summaries that the layer's cache keeps, where none of them wants a gradient or a graph."""
+def _summaries(
+    binding: Binding, attention: Any, query: torch.Tensor, key: torch.Tensor, rows: list[int]
+) -> dict[str, KeptSummaries]:  # fmt: skip
+    """The summaries that the layer's cache keeps of these rows, where none of them wants a gradient or a graph."""
     if not isinstance(binding.held, SummarisedKeys) or torch.compiler.is_compiling() or wants_grad(query, key):
         return {}
-    return {"summaries": binding.held.summaries(attention)}
+    return {"summaries": binding.held.summaries(attention, rows)}

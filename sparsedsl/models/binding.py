@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparsedsl.analysis.proofs import PROVED, implies
+from sparsedsl.execute.cache_bounds import union_of
 from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.execute.kept_summaries import summarised
 from sparsedsl.lang.expressions import kv_idx, q_idx
@@ -18,9 +19,11 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.derived import DerivedForm, derive
 from sparsedsl.models.graph_attention import handle_of
-from sparsedsl.models.kept_keys import KeptKeys, SummarisedKeys
+from sparsedsl.models.kept_keys import KeptKeys
 from sparsedsl.models.native import Facts
-from sparsedsl.models.programs import fitted, is_for_prefill, reads_rows, told_rows
+from sparsedsl.models.program_cache import keeps_state
+from sparsedsl.models.program_keys import FoldedKeys, SummarisedKeys
+from sparsedsl.models.programs import derived_program, fitted, is_for_prefill, reads_rows, told_rows
 from sparsedsl.program.graph import Program
 
 __all__ = ["BINDING", "Binding", "Compiled", "made_again"]
@@ -68,9 +71,9 @@ class Binding:
     program: Program | None = None
     count_slots: bool = False
     reached: bool = False
-    held: KeptKeys | SummarisedKeys | None = None
+    held: KeptKeys | SummarisedKeys | FoldedKeys | None = None
     _by_scale: dict[Any, Any] = field(default_factory=dict)
-    _by_form: dict[DerivedForm, tuple[Any, frozenset[str]]] = field(default_factory=dict)
+    _by_form: dict[Any, tuple[Any, frozenset[str]]] = field(default_factory=dict)
     _fits: dict[int, bool] = field(default_factory=dict)
     bounds: dict[Any, Any] = field(default_factory=dict)
 
@@ -93,12 +96,35 @@ class Binding:
             },
         )
 
-    def attention(self, form: DerivedForm) -> tuple[Any, frozenset[str]]:
-        """The compiled pattern for calls of this form, and the names of the tables it is to be given."""
-        if form not in self._by_form:
-            pattern = derive(self.pattern, form)
-            self._by_form[form] = self.compiled(pattern), frozenset(pattern.tables) - frozenset(pattern.bound)
-        return self._by_form[form]
+    def attention(self, form: DerivedForm, scale: float | None, head_dim: int) -> tuple[Any, frozenset[str]]:
+        """What runs in calls of this form, compiled, and the names of the tables it is to be given."""
+        key = (form, scale) if self.attends_alone else form
+        if key not in self._by_form:
+            made: Pattern | Program
+            if self.attends_alone:
+                assert self.program is not None
+                made = derived_program(fitted(self.program, self.index, self.pattern, scale, head_dim), form)
+            else:
+                made = derive(self.pattern, form)
+            self._by_form[key] = self.compiled(made), frozenset(made.tables) - frozenset(made.bound)
+        return self._by_form[key]
+
+    @property
+    def attends_alone(self) -> bool:
+        """Whether the program is made of attentions to the layer's own keys and of nothing else: it then runs as a pattern does."""
+        return self.program is not None and union_of(self.program) is not None
+
+    @property
+    def asks_for(self) -> Pattern | None:
+        """A pattern that asks for the keys that calls after a prompt do; None: a program chooses or recurs."""
+        return union_of(self.program) if self.program is not None and self.runs_program(whole=False) else self.pattern
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a program goes on from a state of constant size."""
+        if self.program is None or not self.runs_program(whole=False) or reads_rows(self.program):
+            return False
+        return keeps_state(fitted(self.program, self.index, self.pattern, None, 1))
 
     @property
     def in_slots(self) -> bool:

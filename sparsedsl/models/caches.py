@@ -1,11 +1,14 @@
 """Caches fitted to patterns: their layers hold what later queries may ask for, and no more.
 
 Input: a cache that is still empty, and the patterns its layers serve. Output: the same cache, with :class:`~kept_keys.KeptKeys` wherever
-a bound is proved (:func:`sparsedsl.cache_bound`), and summaries beside the keys where a program chooses by them.
+a bound is proved (:func:`sparsedsl.cache_bound`), states in place of keys where a program goes on from one, and summaries beside the keys
+where one chooses by them.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,9 +29,11 @@ from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.lang.pattern import attend
 from sparsedsl.models.binding import Binding
-from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
+from sparsedsl.models.kept_keys import FixedKeys, KeptKeys
 from sparsedsl.models.layer_caches import CacheReport, LayerCache
 from sparsedsl.models.layers import layer_words
+from sparsedsl.models.program_keys import FoldedKeys, SummarisedKeys
+from sparsedsl.program.graph import Program
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +75,8 @@ def arrange(
         return
     if not cache.layers and type(cache) is DynamicCache and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.extend(DynamicLayer() for _ in range(max(owners.values()) + 1))
-    longest = max((layer.max_cache_len for layer in cache.layers if isinstance(layer, (StaticLayer, FixedKeys))), default=None)
+    static = (layer for layer in cache.layers if isinstance(layer, (StaticLayer, FixedKeys, FoldedKeys)))
+    longest = max((layer.max_cache_len for layer in static if layer.max_cache_len is not None), default=None)
     for owner in range(len(cache.layers)):
         readers = [index for index, owned in owners.items() if owned == owner]
         given = [bindings[index] for index in readers if index in bindings]
@@ -78,20 +84,20 @@ def arrange(
             continue
         layer = cache.layers[owner]
         before = layer
-        if isinstance(before, KeptKeys) and before.seen == 0:
+        if isinstance(before, (KeptKeys, FoldedKeys)) and before.seen == 0:
             layer = cache.layers[owner] = before.stands_for
         if _is_empty(layer):
             native = [index for index in readers if index not in bindings]
             made = cache.layers[owner] = _layer_for(layer, given, native, heads, longest)
-            if made is not layer and isinstance(made, KeptKeys):
+            if made is not layer and isinstance(made, (KeptKeys, FoldedKeys)):
                 made.is_late = late and type(before) is DynamicLayer
                 made.record_past = getattr(before, "record_past", False)
             layer = made
-        elif isinstance(layer, KeptKeys):
+        elif isinstance(layer, (KeptKeys, FoldedKeys)):
             _check_made_for(layer, given, heads)
-        if isinstance(layer, KeptKeys):
+        if isinstance(layer, (KeptKeys, FoldedKeys)):
             layer.claimed = True
-        if isinstance(layer, (KeptKeys, SummarisedKeys)):
+        if isinstance(layer, (KeptKeys, FoldedKeys, SummarisedKeys)):
             for binding in given:
                 binding.held = layer
 
@@ -99,32 +105,46 @@ def arrange(
 def release(bindings: Mapping[int, Binding]) -> None:
     """The forward is over, and with it what its layers hand out."""
     for binding in bindings.values():
-        if isinstance(binding.held, KeptKeys):
+        if isinstance(binding.held, (KeptKeys, FoldedKeys)):
             binding.held.claimed = False
         binding.held = None
 
 
-def report(cache: Cache, length: int, batch: int) -> CacheReport:
-    """What the layers of a cache that has seen a token hold while ``length`` tokens go by, in words and bytes."""
-    groups: dict[tuple[str, int, int], list[int]] = {}
+def report(cache: Cache, length: int, batch: int, heads: int | None) -> CacheReport:
+    """What the layers of a cache that has seen a token hold while ``length`` tokens go by, in words and bytes. ``heads``: of queries."""
+    groups: dict[tuple[str, int, int, int], list[int]] = {}
     for index, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or not keys.numel():
+        if keys is None or values is None or (not keys.numel() and not isinstance(layer, FoldedKeys)):
             continue  # no keys of its own
         each = sum(x.shape[1] * x.shape[3] * x.element_size() for x in (keys, values))
         window = _window(layer)
-        words, most = "every key", length
+        words, most, more = "every key", length, 0
         if isinstance(layer, KeptKeys):
             bound = layer.bound
             words, most = str(bound), bound.held(length, layer.recent, layer.first)
+        elif isinstance(layer, FoldedKeys):
+            words, most, more = _folded(layer, length, heads)
+            more -= each * most
+        elif isinstance(layer, SummarisedKeys) and layer.kept:
+            words = "every key, and summaries of blocks of them"
+            more = sum(kept.most_bytes(length) for shares in layer.kept.values() for kept in shares.shares)
         elif window is not None:
             words, most = f"the last {window - 1} keys", min(length, window - 1)
-        groups.setdefault((words, each, most), []).append(index)
+        groups.setdefault((words, each, most, each * most + more), []).append(index)
     found = tuple(
-        LayerCache(tuple(layers), words, most, each, batch * each * most) for (words, each, most), layers in groups.items()
+        LayerCache(tuple(layers), words, most, each, batch * took) for (words, each, most, took), layers in groups.items()
     )
     took = sum(one.bytes * len(one.layers) for one in found)
     return CacheReport(length, batch, found, took, sum(batch * one.token_bytes * length * len(one.layers) for one in found))
+
+
+def _folded(layer: FoldedKeys, length: int, heads: int | None) -> tuple[str, int, int]:
+    """What the states of a layer are, in words; the rows of tokens in one, and the bytes of all."""
+    bounds = [cache_bound(program) for program in layer.programs.values()]
+    sizes = layer.keys.shape[1], layer.keys.shape[3], layer.keys.dtype
+    took = sum(bound.bytes(length, *sizes, head_dim_v=layer.values.shape[3], heads=heads) for bound in bounds)
+    return ", ".join(dict.fromkeys(map(str, bounds))), max(bound.most(length) for bound in bounds), took
 
 
 def _is_empty(layer: Any) -> bool:
@@ -156,6 +176,8 @@ def _layer_for(layer: Any, given: list[Binding], native: list[int], heads: int |
         return layer
     found = _sizes(given, heads)
     if found is None:
+        if all(binding.keeps_state for binding in given):
+            return FoldedKeys(_programs(given), stands_for=layer, max_cache_len=longest)
         if longest is None and any(binding.sums_up_keys for binding in given):
             return SummarisedKeys()
         return DynamicLayer() if wide and longest is None else layer
@@ -170,16 +192,23 @@ def _layer_for(layer: Any, given: list[Binding], native: list[int], heads: int |
     return made
 
 
-def _check_made_for(layer: KeptKeys, given: list[Binding], heads: int | None) -> None:
+def _programs(given: list[Binding]) -> dict[int, Program]:
+    return {binding.index: binding.program for binding in given if binding.program is not None}
+
+
+def _check_made_for(layer: KeptKeys | FoldedKeys, given: list[Binding], heads: int | None) -> None:
     """What a layer let go of was let go of by these patterns."""
+    where = layer_words([binding.index for binding in given])
+    way_out = "Give each pattern a cache of its own: handle.cache()"
+    if isinstance(layer, FoldedKeys):
+        if not layer.holds_all and layer.programs != _programs(given):
+            raise UnsupportedError(f"{where}: the cache was filled for another program. {way_out}")
+        return
     found = _sizes(given, heads)
     if found is not None and found[0] is layer.bound:
         return
     if found is None or (found[0].pattern, *found[1:]) != (layer.bound.pattern, layer.recent, layer.first):
-        raise UnsupportedError(
-            f"{layer_words([binding.index for binding in given])}: the cache was filled for another pattern ({layer.bound}). Give each "
-            "pattern a cache of its own: handle.cache()"
-        )
+        raise UnsupportedError(f"{where}: the cache was filled for another pattern ({layer.bound}). {way_out}")
 
 
 def _sizes(given: list[Binding], heads: int | None) -> tuple[CacheBound, int, int] | None:
@@ -191,12 +220,11 @@ def _sizes(given: list[Binding], heads: int | None) -> tuple[CacheBound, int, in
 
 
 def _found_sizes(given: list[Binding], heads: int | None) -> tuple[CacheBound, int, int] | None:
-    if any(binding.runs_program(whole=False) for binding in given):
+    asked = [binding.asks_for for binding in given]
+    masks = [pattern.mask for pattern in asked if pattern is not None]
+    if len(masks) < len(asked):
         return None
-    mask = given[0].pattern.mask
-    for binding in given[1:]:
-        mask = mask | binding.pattern.mask
-    bound = cache_bound(attend(mask))
+    bound = cache_bound(attend(functools.reduce(operator.or_, masks)))
     try:
         return (bound, *bound.sizes(heads=heads)) if bound.is_bounded else None
     except (ShapeError, TableError):  # how many depends on what only a call knows

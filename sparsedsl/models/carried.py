@@ -9,6 +9,7 @@ a pattern refuse such a mask.
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from collections import OrderedDict
@@ -98,6 +99,14 @@ class Patched(str):
     """The name of the implementation that a model had before, in the configuration of a patched one: equal to it for all who read it."""
 
     stacks: tuple[Stack, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str:
+        # Whisper's forward makes a cache by a copy of its configuration, and no graph follows what a stack is.
+        if torch.compiler.is_compiling():
+            return str(self)
+        made = memo[id(self)] = Patched(self)
+        made.stacks = copy.deepcopy(self.stacks, memo)
+        return made
 
 
 def stacks_of(config: PreTrainedConfig) -> tuple[Stack, ...]:

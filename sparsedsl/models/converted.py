@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from sparsedsl.errors import PatternError, ShapeError, TableError, UnsupportedError
+from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
 from sparsedsl.models.binding import Compiled
@@ -23,8 +24,9 @@ from sparsedsl.models.grouped_rows import TokenGroup, token_groups
 from sparsedsl.models.layer import Layer, by_tokens, chunk_inputs, chunk_of
 from sparsedsl.models.mask_arguments import MaskRequest
 from sparsedsl.models.program_cache import Held, ProgramCacheLayer, keeps_state
-from sparsedsl.models.programs import fitted
+from sparsedsl.models.programs import ROW, fitted, reads_rows, told_rows
 from sparsedsl.program.graph import Program
+from sparsedsl.runtime.call import wants_grad
 
 __all__ = ["CONVERTED", "LAYER", "Converted", "converted_class", "program_cache"]
 
@@ -58,7 +60,8 @@ class Converted:
                 made = fitted(layer.program, donor.layer_idx, native, donor.scale, donor.head_dim)
             except UnsupportedError as error:
                 raise UnsupportedError(f"{type(layer).__name__}: {error}") from error
-            self._fitted[layer.program] = made
+            # Sequences run by their lengths: what a program says of rows it says of the batch's.
+            self._fitted[layer.program] = told_rows(made) if reads_rows(made) else made
         return self._fitted[layer.program]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,6 +175,8 @@ class _Step:
         axes = by_tokens(self.program)
         tensors = {name: group.take(x, axes[name]) if name in axes else x for name, x in self.given.items()}
         q, k, v = (tensors.pop(name) for name in ("q", "k", "v"))
+        if ROW.name in self.program.tables:
+            tensors[ROW.name] = torch.tensor(group.rows, device=q.device)
         if not keep:
             marks = self._landmarks(group, None)[0]
             return self.attention(q, k, v, q_offset=0, **tensors, **marks), None
@@ -186,8 +191,15 @@ class _Step:
         more = {name: x for name, x in tensors.items() if name not in rows} | {
             n: x for n, x in rows.items() if n not in ("k", "v")
         }
-        out = self.attention(q, rows["k"], rows["v"], q_offset=group.before, **more, **marks)
-        return out, Held(tokens, None, rows, marks, hidden)
+        kept = self._summaries(held, [q, *rows.values()])
+        out = self.attention(q, rows["k"], rows["v"], q_offset=group.before, summaries=kept, **more, **marks)
+        return out, Held(tokens, None, rows, marks, hidden, kept)
+
+    def _summaries(self, held: Held | None, read: list[Tensor]) -> KeptSummaries | None:
+        """Those of blocks that are over, where the program makes some and none of them wants a gradient."""
+        if not summarised(self.program) or wants_grad(*read):
+            return None
+        return self.attention.keep_summaries() if held is None or held.summaries is None else held.summaries
 
     def _has_keys(self, name: str) -> bool:
         return name in ("k", "v") or "keys" in self.program.inputs[name].axes

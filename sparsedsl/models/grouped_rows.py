@@ -38,4 +38,4 @@ def token_groups(request: MaskRequest, batch: int, device: torch.device) -> list
     if request.padding is None and request.packing is None:
         return [TokenGroup(list(range(batch)), request.q_offset)]
     groups = sequence_groups(request, 0, request.written, batch, device)
-    return [TokenGroup(group.rows.tolist(), group.q_offset, group.queries) for group in groups]
+    return [TokenGroup(group.queries.numbers, group.q_offset, group.queries) for group in groups]

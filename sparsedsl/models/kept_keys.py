@@ -1,7 +1,6 @@
-"""Layers of transformers caches: one that holds the keys that a bound says later queries may ask for, the same in memory of a fixed size,
-and one that holds every key and the summaries that programs choose by.
+"""Layers of transformers caches that hold the keys a bound says later queries may ask for: as they come, and in memory of a fixed size.
 
-A layer of the first kinds hands out the keys it held and the new ones, with their slots, and is then told to let go of those that no later
+Such a layer hands out the keys it held and the new ones, with their slots, and is then told to let go of those that no later
 query needs.
 """
 
@@ -14,10 +13,8 @@ from transformers.cache_utils import DynamicLayer
 
 from sparsedsl.analysis.cached_keys import CacheBound
 from sparsedsl.errors import ShapeError, UnsupportedError
-from sparsedsl.execute.compiled import Attention
-from sparsedsl.execute.kept_summaries import KeptSummaries
 
-__all__ = ["FixedKeys", "KeptKeys", "SummarisedKeys"]
+__all__ = ["FixedKeys", "KeptKeys"]
 
 Tensor = torch.Tensor
 
@@ -170,48 +167,3 @@ class FixedKeys(KeptKeys):
     def get_max_length(self) -> int:
         """Tokens that it was made for."""
         return self.max_cache_len
-
-
-class SummarisedKeys(DynamicLayer):
-    """A layer that grows, with the summaries that programs make of its keys: what a step of decoding reads in place of most of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: dict[str, KeptSummaries] = {}
-
-    def summaries(self, attention: Attention) -> KeptSummaries:
-        """Those of a compiled program."""
-        key = attention.program.key
-        if key not in self.kept:
-            self.kept[key] = attention.keep_summaries()
-        return self.kept[key]
-
-    def reset(self) -> None:
-        """Empty, as when it was new."""
-        super().reset()
-        self.kept.clear()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, given as a negative number."""
-        super().crop(tokens_to_remove)
-        for kept in self.kept.values():
-            kept.crop(self.get_seq_length())
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """As beams go on."""
-        super().reorder_cache(beam_idx)
-        self._follow(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
-        self._follow(torch.arange(0 if self.keys is None else self.keys.shape[0]).repeat_interleave(repeats))
-        super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """These rows alone."""
-        super().batch_select_indices(indices)
-        self._follow(indices)
-
-    def _follow(self, rows: Tensor) -> None:
-        for kept in self.kept.values():
-            kept.reorder(rows)

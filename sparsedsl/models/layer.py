@@ -11,7 +11,7 @@ from torch import nn
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.models.donor import Donor, Heads
-from sparsedsl.program.axes import base_of, block_of
+from sparsedsl.program.axes import base_of, block_of, windows_of
 from sparsedsl.program.branches import as_branch
 from sparsedsl.program.graph import Program, as_program
 
@@ -137,14 +137,24 @@ def by_tokens(program: Program) -> dict[str, int]:
 
 
 def chunk_inputs(program: Program) -> tuple[str, ...]:
-    """The inputs with a row for so many keys."""
-    chunked = (name for name, node in program.inputs.items() if any(_is_chunked(axis) for axis in node.axes))
-    return tuple(chunked)
+    """The inputs that a layer must give a row for so many keys; those with a default are made of other inputs.
+
+    Raises:
+        PatternError: the rows are of windows, which overlap.
+    """
+    asked = {name: node for name, node in program.inputs.items() if node.default is None}
+    for name, node in asked.items():
+        if any(map(windows_of, node.axes)):
+            raise PatternError(
+                f"the input {name!r} ({', '.join(node.axes)}) has rows for windows that overlap, and landmarks() of a layer are made chunk "
+                "by chunk. Declare it with default=, so that it is made of the keys: sd.input(..., default=sd.summary(sd.k, ...))"
+            )
+    return tuple(name for name, node in asked.items() if any(map(_is_chunked, node.axes)))
 
 
 def chunk_of(program: Program) -> int | None:
     """How many keys those have a row for; None where there are none."""
-    sizes = {block_of(axis) for node in program.inputs.values() for axis in node.axes if _is_chunked(axis)}
+    sizes = {block_of(axis) for name in chunk_inputs(program) for axis in program.inputs[name].axes if _is_chunked(axis)}
     if len(sizes) > 1:
         raise PatternError(
             f"the inputs of a layer's program have rows for chunks of {sorted(sizes)} keys; give all of them one size"
@@ -153,4 +163,4 @@ def chunk_of(program: Program) -> int | None:
 
 
 def _is_chunked(axis: str) -> bool:
-    return base_of(axis) == "keys" and block_of(axis) > 1
+    return base_of(axis) == "keys" and windows_of(axis) is None and block_of(axis) > 1

@@ -16,8 +16,10 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsedsl.errors import UnsupportedError
+from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.execute.state import ProgramState, horizon
 from sparsedsl.models.layer import by_tokens, chunk_of
+from sparsedsl.models.row_shares import RowShares, tensors_of
 from sparsedsl.program.graph import Program
 
 __all__ = ["Held", "ProgramCacheLayer", "keeps_state"]
@@ -40,7 +42,7 @@ class Held:
     """What is kept of rows that have had equally many ``tokens``. Each tensor's first axis counts these rows.
 
     ``state``: of a program that has one. Else ``rows``: input name -> its rows for all keys; ``landmarks``: input name -> its rows for
-    finished chunks; ``hidden``: (n, fewer than a chunk, hidden size), of the chunk that is not over.
+    finished chunks; ``hidden``: (n, fewer than a chunk, hidden size), of the chunk that is not over; ``summaries`` of finished blocks.
     """
 
     tokens: int
@@ -48,6 +50,7 @@ class Held:
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     landmarks: Mapping[str, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None
+    summaries: KeptSummaries | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Held:
         """With every tensor replaced by what ``change`` makes of it."""
@@ -55,25 +58,13 @@ class Held:
         return replace(
             self, rows=changed[0], landmarks=changed[1], state=None if self.state is None else self.state.each(change),
             hidden=None if self.hidden is None else change(self.hidden),
+            summaries=None if self.summaries is None else self.summaries.each(change),
         )  # fmt: skip
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them."""
-        found: list[Tensor] = []
-        self.each(lambda x: found.append(x) or x)  # type: ignore[func-returns-value]
-        return found
-
-
-def _picked(index: Tensor, x: Tensor) -> Tensor:
-    return x.index_select(0, index.to(x.device))
-
-
-def _joined(parts: list[Held]) -> Held:
-    """One of several, rows after rows."""
-    every = [part.tensors for part in parts]
-    columns = iter([torch.cat(column) for column in zip(*every, strict=True)])
-    return parts[0].each(lambda x: next(columns))
+        return tensors_of(self)
 
 
 class ProgramCacheLayer(CacheLayerMixin):
@@ -106,40 +97,24 @@ class ProgramCacheLayer(CacheLayerMixin):
         self.slots = 0
         self.batch: int | None = None
         self.device: Any = None
-        # Where a row's share lies: (number of the held, place in it), or None before its first real token.
-        self.held: list[Held] = []
-        self.where: list[tuple[int, int] | None] = []
+        self.rows: RowShares[Held] = RowShares()
         self._padded = False
 
     # ---- what the model's layer does with it ---------------------------------------------------------------------------------------
 
     def take(self, rows: list[int], tokens: int) -> Held | None:
         """What is kept of these rows, which have had so many tokens; None: nothing yet."""
-        places = [self.where[row] for row in rows] if self.where else [None] * len(rows)
-        have = {0 if place is None else self.held[place[0]].tokens for place in places}
+        have = self.rows.tokens(rows)
         if have != {tokens}:
             raise UnsupportedError(
                 f"layer {self.index}: its cache has seen {sorted(have)} real tokens of rows {rows}, and the attention mask now speaks of "
                 f"{tokens}; give every call the mask of all tokens so far, 1 for the same tokens as before"
             )
-        if tokens == 0:
-            return None
-        found = [place for place in places if place is not None]
-        first = found[0][0]
-        if found == [(first, place) for place in range(self._size(first))]:
-            return self.held[first]
-        parts = [self.held[number].each(functools.partial(_picked, torch.tensor([place]))) for number, place in found]
-        return _joined(parts)
+        return self.rows.take(rows)
 
     def put(self, rows: list[int], held: Held, batch: int) -> None:
         """Keep this of these rows, in place of what was kept."""
-        self.where = self.where or [None] * batch
-        self.held.append(held)
-        for place, row in enumerate(rows):
-            self.where[row] = (len(self.held) - 1, place)
-        used = sorted({place[0] for place in self.where if place is not None})
-        self.held = [self.held[number] for number in used]
-        self.where = [None if place is None else (used.index(place[0]), place[1]) for place in self.where]
+        self.rows.put(rows, held, batch)
 
     def advance(self, slots: int, batch: int, device: Any, padded: bool) -> None:
         """The model has read so many slots, padding included."""
@@ -147,13 +122,15 @@ class ProgramCacheLayer(CacheLayerMixin):
         self._padded = self._padded or padded
         self.is_initialized = True
 
-    def _size(self, number: int) -> int:
-        return 1 + max(place[1] for place in self.where if place is not None and place[0] == number)
+    @property
+    def held(self) -> list[Held]:
+        """What is kept, of rows with equally many tokens together."""
+        return self.rows.shares
 
     @property
     def nbytes(self) -> int:
         """Memory it takes."""
-        return sum(x.numel() * x.element_size() for held in self.held for x in held.tensors)
+        return self.rows.nbytes
 
     # ---- what transformers asks of a layer of a cache ------------------------------------------------------------------------------
 
@@ -186,16 +163,16 @@ class ProgramCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """As new."""
-        self.held, self.where, self.slots, self.batch, self._padded, self.is_initialized = [], [], 0, None, False, False
+        self.rows, self.slots, self.batch, self._padded, self.is_initialized = RowShares(), 0, None, False, False
 
     def offload(self) -> None:
         """To the CPU."""
-        self.held = [held.each(lambda x: x.to("cpu", non_blocking=True)) for held in self.held]
+        self.rows.shares = [held.each(lambda x: x.to("cpu", non_blocking=True)) for held in self.held]
 
     def prefetch(self) -> None:
         """Back to where the model computes."""
         if self.device is not None:
-            self.held = [held.each(lambda x: x.to(self.device, non_blocking=True)) for held in self.held]
+            self.rows.shares = [held.each(lambda x: x.to(self.device, non_blocking=True)) for held in self.held]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take the last tokens back, ``-n`` of them; 0 is always right.
@@ -215,7 +192,7 @@ class ProgramCacheLayer(CacheLayerMixin):
                 f"layer {self.index}: {-tokens_to_remove} tokens cannot be taken back, since {why}. Assisted decoding and prompt lookup "
                 "need that: generate() without assistant_model and prompt_lookup_num_tokens"
             )
-        self.held = [self._shortened(held, -tokens_to_remove) for held in self.held]
+        self.rows.shares = [self._shortened(held, -tokens_to_remove) for held in self.held]
         self.slots += tokens_to_remove
         if self.slots <= 0:
             self.reset()
@@ -224,6 +201,8 @@ class ProgramCacheLayer(CacheLayerMixin):
         left = max(held.tokens - fewer, 0)
         if chunk_of(self.program) is None:
             axes = by_tokens(self.program)
+            if held.summaries is not None:
+                held.summaries.crop(left)
             return replace(held, tokens=left, rows={name: x.narrow(axes[name], 0, left) for name, x in held.rows.items()})
         raise UnsupportedError(
             f"layer {self.index}: {fewer} tokens cannot be taken back, since the hidden states of chunks that are over are gone. Assisted "
@@ -232,17 +211,8 @@ class ProgramCacheLayer(CacheLayerMixin):
 
     def _select(self, rows: list[int]) -> None:
         """The batch becomes these of its rows."""
-        if not self.where:
-            return
-        where = [self.where[row] for row in rows]
-        held, places = list[Held](), list[tuple[int, int] | None]([None] * len(rows))
-        for number in sorted({place[0] for place in where if place is not None}):
-            mine = [(row, place[1]) for row, place in enumerate(where) if place is not None and place[0] == number]
-            index = torch.tensor([old for _, old in mine])
-            for new, (row, _) in enumerate(mine):
-                places[row] = (len(held), new)
-            held.append(self.held[number].each(functools.partial(_picked, index)))
-        self.held, self.where, self.batch = held, places, len(rows)
+        self.rows.select(rows)
+        self.batch = len(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in the order of beams."""

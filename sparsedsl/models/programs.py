@@ -18,7 +18,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH
 from sparsedsl.lang.tables import TableRead, TableSpec, read_class, table_reads
 from sparsedsl.lang.wrapped import Expression
-from sparsedsl.models.derived import PROVIDED
+from sparsedsl.models.derived import PROVIDED, DerivedForm, derive
 from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Mix, Recall
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
@@ -27,7 +27,17 @@ from sparsedsl.program.node import Node, one_of, reached
 from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 
-__all__ = ["FIT_RULES", "ROW", "SINK_RULES", "check_program", "fitted", "is_for_prefill", "reads_rows", "told_rows"]
+__all__ = [
+    "FIT_RULES",
+    "ROW",
+    "SINK_RULES",
+    "check_program",
+    "derived_program",
+    "fitted",
+    "is_for_prefill",
+    "reads_rows",
+    "told_rows",
+]
 
 ROW = TableSpec("hf_row", values_in=(0, 2**31 - 1))  # hf_row[b]: which row of the batch a sequence is from
 
@@ -181,6 +191,13 @@ SINK_RULES: Rules[Callable[[Any, Score, int], Branch]] = Rules(
     },
     base=Branch,
 )
+
+
+def derived_program(program: Program, form: DerivedForm) -> Program:
+    """A program of attentions alone as it runs in calls of this form, each as its pattern would."""
+    return rebuilt(
+        program, lambda node: dataclasses.replace(node, pattern=derive(node.pattern, form)) if isinstance(node, Attend) else node
+    )
 
 
 # ---- a program on some rows of a batch ------------------------------------------------------------------------------------------------

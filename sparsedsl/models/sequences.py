@@ -26,8 +26,9 @@ _Sequence = tuple[int, torch.Tensor, torch.Tensor]  # its row, and where its tok
 class Places:
     """Where the tokens of some sequences stand along one axis of a batch.
 
-    ``rows``: (n,) the row of each sequence. ``slots``: (n, tokens) its tokens, in order. ``batch``, ``size``: how many rows there are, and
-    how long the axis is. ``rectangle``: neighbouring rows and neighbouring slots, the same in each, where the tokens are just these.
+    ``rows``: (n,) the row of each sequence, ``numbers`` the same as plain numbers. ``slots``: (n, tokens) its tokens, in order. ``batch``,
+    ``size``: how many rows there are, and how long the axis is. ``rectangle``: neighbouring rows and neighbouring slots, the same in each,
+    where the tokens are just these.
 
     >>> places = Places.of([0, 1], torch.tensor([[2, 3], [1, 2]]), batch=2, size=4)
     >>> places.gather(torch.arange(8).view(2, 4), axis=1)
@@ -40,6 +41,7 @@ class Places:
     batch: int
     size: int
     rectangle: tuple[slice, slice] | None
+    numbers: list[int]
 
     @classmethod
     def of(cls, rows: list[int], slots: torch.Tensor, batch: int, size: int, device: Any = "cpu") -> Places:
@@ -49,7 +51,7 @@ class Places:
             slots, torch.arange(begin, begin + tokens).expand_as(slots)
         )
         rectangle = (slice(first, first + len(rows)), slice(begin, begin + tokens)) if neighbours else None
-        return cls(torch.tensor(rows, device=device), slots.to(device), batch, size, rectangle)
+        return cls(torch.tensor(rows, device=device), slots.to(device), batch, size, rectangle, rows)
 
     def gather(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """The tokens alone: ``(batch, .., size, ..)`` -> ``(n, .., tokens, ..)``, for tokens along ``axis``. Gradients flow.

@@ -39,10 +39,12 @@ class TracedRequest(NamedTuple):
 def note_traced(native: Callable[..., Any], stacks: tuple[Stack, ...], arguments: dict[str, Any]) -> Any:
     """transformers' own mask, whose request is noted in the stack whose forward is running."""
     inside = [stack for stack in stacks if stack.inside]
-    if len(inside) != 1:
+    if not inside:  # of layers without patterns, as a native decoder behind an encoder; a layer with one that gets it refuses
+        return native(**arguments)
+    if len(inside) > 1:
         raise UnsupportedError(
-            "a mask is made outside of the forward of the model with patterns, and a graph cannot follow it from there; compile or export "
-            "the model itself, and pass it a 2-D attention_mask"
+            "a mask is made within the forwards of two stacks of layers with patterns, and a graph does not show whose it is; compile or "
+            "export each stack by itself, or restore() one of them"
         )
     stack = inside[0]
     if isinstance(arguments["q_offset"], torch.Tensor):

@@ -17,6 +17,7 @@ PROGRAMS = {
     "window and choice": causal & ((q_idx - kv_idx < 12) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 2)),
     "zeros at the end": causal & ((q_idx - kv_idx < 12) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16, pad="zero")), 2)),
     "first tokens": causal & ((q_idx - kv_idx < 12) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16, "first")), 2)),
+    "windows": sd.patterns.infllm_v2(length=8, stride=4, select=8, top_k=3, local=1),
     "summaries of summaries": causal
     & ((q_idx - kv_idx < 12) | sd.top_k(sd.dot(sd.q, sd.summary(sd.summary(sd.k, 4, "max"), 4)), 2)),
 }
@@ -36,7 +37,7 @@ def step(attn: Any, q: Any, k: Any, v: Any, start: int, end: int, **words: Any) 
 def test_steps_with_kept_summaries_are_those_without(name: str, backend: str) -> None:
     attn, (q, k, v) = sd.compile(PROGRAMS[name], backend=backend), qkv()
     kept = attn.keep_summaries()
-    ends = [40, 64, 65, 80, *range(81, 115), 150]
+    ends = [5, 40, 64, 65, 80, *range(81, 115), 150]
     with torch.no_grad():
         for start, end in zip([0, *ends], ends, strict=False):
             found = step(attn, q, k, v, start, end, summaries=kept)

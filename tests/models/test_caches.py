@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
-from sparsedsl.models.kept_keys import FixedKeys, KeptKeys, SummarisedKeys
+from sparsedsl.models.kept_keys import FixedKeys, KeptKeys
+from sparsedsl.models.program_keys import FoldedKeys, SummarisedKeys
 from tests.models.families import WINDOW, build, left_padded, tokens
 
 causal = kv_idx <= q_idx
@@ -281,7 +282,7 @@ def test_programs_that_choose_keep_their_summaries(family: str) -> None:
         cache = applied.cache()
         assert all(type(layer) is SummarisedKeys for layer in cache.layers)
         torch.testing.assert_close(in_pieces(model, ids, cache), wanted, atol=ATOL, rtol=0)
-        (kept,) = cache.layers[0].kept.values()
+        ((kept,),) = (rows.shares for rows in cache.layers[0].kept.values())
         assert kept.tokens == 40 and kept.nbytes > 0
 
 
@@ -302,13 +303,112 @@ def test_kept_summaries_follow_what_transformers_does_to_caches() -> None:
         torch.testing.assert_close(in_pieces(model, ids, cache), wanted, atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("words", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}])
-def test_generate_with_a_program_gives_the_tokens_that_it_gives_without_a_cache(words: dict[str, int]) -> None:
+NEAR = q_idx - kv_idx < 4
+RING = sd.patterns.ring_linear([0.5, 0.7, 0.9, 0.99])
+UNIONS = {
+    "first ones": sd.joint(causal & NEAR, causal & ~NEAR & (kv_idx < 2)),
+    "chunks": sd.joint(causal & NEAR, causal & ~NEAR & (q_idx // 6 == kv_idx // 6)),
+}
+
+
+@pytest.mark.parametrize("name", UNIONS)
+def test_a_program_of_attentions_holds_what_they_ask_for_together(name: str) -> None:
+    model, ids, program = double("mistral"), tokens(length=40), UNIONS[name]
+    padded = left_padded(length=24)
+    ids_of, mask = padded["input_ids"], padded["attention_mask"]
+    with sd.models.apply(model, program, backend="tiled") as applied:
+        cache = applied.cache()
+        torch.testing.assert_close(in_pieces(model, ids, cache), logits(model, ids, use_cache=False), atol=ATOL, rtol=0)
+        kept = sd.cache_bound(program).keep(40).tolist()
+        assert len(kept) < 8 and all(layer.slots.tolist() == kept for layer in cache.layers)
+        cache = applied.cache()
+        places, parts = (mask.cumsum(-1) - 1).clamp(min=0), []
+        for i in range(0, 24, 6):
+            words = {"attention_mask": mask[:, : i + 6], "position_ids": places[:, i : i + 6]}
+            parts.append(logits(model, ids_of[:, i : i + 6], **words, past_key_values=cache))
+        alone = logits(model, ids_of[:1, 5:], use_cache=False)  # five tokens of padding
+        torch.testing.assert_close(torch.cat(parts, 1)[:1, 5:], alone, atol=ATOL, rtol=0)
+        assert applied.cache_report(4096).layers[0].most_tokens == 5
+
+
+@pytest.mark.parametrize("program", [RING, sd.patterns.based()], ids=["ring", "based"])
+def test_programs_with_a_state_hold_it_and_no_key(program: Any) -> None:
+    model, ids = double("llama"), tokens(length=40)
+    with sd.models.apply(model, program, backend="tiled") as applied:
+        wanted, cache, sizes = logits(model, ids, use_cache=False), applied.cache(), []
+        for length in (20, 40):
+            found = in_pieces(model, ids[:, :length], cache, sizes=(7, 1))
+            torch.testing.assert_close(found, wanted[:, :length], atol=ATOL, rtol=0)
+            assert all(type(layer) is FoldedKeys and layer.keys.shape[2] == 0 for layer in cache.layers)
+            sizes += [cache.layers[0].nbytes]
+            cache.reset()
+        report = applied.cache_report(1 << 20, batch=2)
+        assert sizes == [sd.cache_bound(program).bytes(40, 2, 8, "float64", batch=2, heads=4)] * 2 == [report.layers[0].bytes] * 2
+        assert "layers 0, 1: state: of constant size; 256 B a token" in str(report)
+        for parts in ((torch.tensor([0, 0, 1]), "batch_select_indices"), (torch.tensor([1, 0]), "reorder_cache")):
+            rows, how = parts
+            cache = applied.cache()
+            logits(model, ids[:, :20], past_key_values=cache)
+            getattr(cache, how)(rows)
+            found = in_pieces(model, ids[rows, 20:], cache, sizes=(1,))
+            torch.testing.assert_close(found, wanted[rows, 20:], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "words", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}], ids=str
+)
+@pytest.mark.parametrize("program", [MOBA, RING, UNIONS["first ones"]], ids=["moba", "ring", "first ones"])
+def test_generate_with_a_program_gives_the_tokens_that_it_gives_without_a_cache(program: Any, words: dict[str, Any]) -> None:
     model, ids = double("llama"), tokens(1, 20)
-    with sd.models.apply(model, MOBA, backend="tiled"):
-        found = model.generate(ids, max_new_tokens=15, do_sample=False, **words)
+    how = {"max_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
+    with sd.models.apply(model, program, backend="tiled"):
+        found = model.generate(ids, **how, **words)
         plain = {name: number for name, number in words.items() if name == "num_beams"}
-        assert found.tolist() == model.generate(ids, max_new_tokens=15, do_sample=False, use_cache=False, **plain).tolist()
+        assert found.sequences.tolist() == model.generate(ids, **how, use_cache=False, **plain).sequences.tolist()
+    if program is RING:
+        looks_up = "prompt_lookup_num_tokens" in words  # tokens are taken back after each step: every key stays
+        assert all(layer.holds_all == looks_up for layer in found.past_key_values.layers)
+        assert all((layer.keys.shape[2] > 0) == looks_up for layer in found.past_key_values.layers)
+
+
+def test_summaries_are_kept_of_the_real_tokens_of_each_row() -> None:
+    model, padded = double("llama"), left_padded(length=24)
+    with sd.models.apply(model, MOBA, backend="tiled"):
+        found = model.generate(**padded, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+        alone = model.generate(padded["input_ids"][:1, 5:], max_new_tokens=10, do_sample=False)
+    assert found.sequences[0, 5:].tolist() == alone[0].tolist()
+    for layer in found.past_key_values.layers:
+        (rows,) = layer.kept.values()
+        assert {one.tokens for one in rows.shares} == {28, 33} and all(one.nbytes > 0 for one in rows.shares)
+        summed = [{kept.blocks for kept in one._rows.values()} for one in rows.shares]
+        assert sorted(map(tuple, summed)) == [(3,), (4,)]
+
+
+def test_a_cache_of_states_refuses_what_it_cannot_do() -> None:
+    model, ids = double("llama"), tokens(length=21)
+    with sd.models.apply(model, RING, backend="tiled") as applied:
+        cache = applied.cache()
+        logits(model, ids[:, :20], past_key_values=cache)
+        cache.crop(0)
+        with pytest.raises(sd.UnsupportedError, match=r"2 tokens cannot be taken back, since a state .* activate_past_recording"):
+            cache.crop(-2)
+        with pytest.raises(sd.UnsupportedError, match=r"layer 0: its cache has seen \[20\] real tokens of rows .* speaks of 18"):
+            mask = torch.ones(2, 21, dtype=torch.long)
+            mask[:, :2] = 0
+            logits(model, ids[:, 20:], attention_mask=mask, past_key_values=cache)
+        recorded = applied.cache()
+        recorded.activate_past_recording()
+        logits(model, ids[:, :20], past_key_values=recorded)
+        recorded.crop(-3)
+        wanted = logits(model, ids, use_cache=False)[:, 17:]
+        torch.testing.assert_close(logits(model, ids[:, 17:], past_key_values=recorded), wanted, atol=ATOL, rtol=0)
+    with pytest.raises(
+        sd.UnsupportedError, match=r"its state after 21 tokens, and no keys; the model .* runs without the program"
+    ):
+        logits(model, ids[:, 20:], past_key_values=cache)
+    other = pytest.raises(sd.UnsupportedError, match="the cache was filled for another program")
+    with sd.models.apply(model, sd.patterns.based(), backend="tiled"), other:
+        logits(model, ids[:, 20:], past_key_values=cache)
 
 
 # ---- the report ----------------------------------------------------------------------------------------------------------------

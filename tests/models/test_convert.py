@@ -72,7 +72,9 @@ def test_a_layer_is_its_program_on_the_donors_heads(name: str, kind: str) -> Non
     said: dict[str, torch.Tensor] = {"q": rope.q, "k": rope.k, "v": rope.v}
     if "nha" in kind:
         said |= {"q": raw.q, "k": raw.k, "q_rope": rope.q, "k_rope": rope.k}
-    if kind == "ring":  # heads, not rows of heads
+    if kind == "delta":
+        said |= {"q": raw.q, "k": raw.k}
+    if kind in ("ring", "delta"):  # heads, not rows of heads
         said |= {word: repeat_kv(said[word], 2) for word in "kv"}
     for word, expected in said.items():
         assert torch.equal(named[word], expected)

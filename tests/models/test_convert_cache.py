@@ -99,7 +99,7 @@ def test_taking_tokens_back() -> None:
     plain = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3), plain)
     assert handle.cache().is_croppable
-    for kind in ("nha", "ring", "hsa"):
+    for kind in ("nha", "delta", "hsa"):
         model, handle = converted("llama", kind)
         cache = handle.cache()
         assert not cache.is_croppable
@@ -165,6 +165,17 @@ def test_padding_leaves_no_trace(name: str, kind: str, side: str) -> None:
     for row, length in enumerate(lengths):
         alone = logits(model, ids[row : row + 1, :length], use_cache=False)
         torch.testing.assert_close(found[row][mask[row].bool()], alone[0], atol=ATOL, rtol=0)
+
+
+def test_what_a_program_says_of_rows_it_says_of_rows_of_the_batch() -> None:
+    """Rows of one length run together; the second of these is row 1 for all that."""
+    model, padded = donor("llama"), left_padded(2, 11, 4)
+    native = logits(model, padded["input_ids"][1:])
+    causal, near = sd.kv_idx <= sd.q_idx, sd.q_idx - sd.kv_idx < 3
+    convert(model, {1: sd.joint(causal & near, causal & ~near & (sd.b == 1))})
+    found = logits(model, padded["input_ids"], attention_mask=padded["attention_mask"])
+    torch.testing.assert_close(found[1:], native, atol=ATOL, rtol=0)
+    assert (logits(model, padded["input_ids"][1:]) - native).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("kind", ["nha", "hsa", "moba"])

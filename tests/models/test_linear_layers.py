@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl.execute.state import ProgramState
+from tests.models.families import tokens
+from tests.models.hybrid_models import convert, donor, spread
 
 Tensor = torch.Tensor
 SMALL = {
@@ -70,15 +73,15 @@ def test_a_model_on_our_core_is_the_model(make: Callable[[], Any], monkeypatch: 
     torch.manual_seed(0)
     module, model, names, program = make()
     model = model.eval()
-    tokens = torch.randint(1, 64, (2, 70), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(1, 64, (2, 70), generator=torch.Generator().manual_seed(1))
 
     def measured() -> tuple[Tensor, list[Tensor | None], Tensor]:
         model.zero_grad()
-        logits = model(tokens).logits
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        logits = model(ids).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
         with torch.no_grad():
-            made = model.generate(tokens, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
+            made = model.generate(ids, max_new_tokens=8, do_sample=False, output_logits=True, return_dict_in_generate=True)
         return logits.detach(), grads, torch.stack(made.logits, 1)
 
     wanted = measured()
@@ -93,6 +96,37 @@ def test_a_model_on_our_core_is_the_model(make: Callable[[], Any], monkeypatch: 
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * (1 + float(other.abs().max())))
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_the_shipped_layer_is_the_rule_of_these_models(channels: bool) -> None:
+    """A converted layer against transformers' own recurrence, gradients included, and calibrated half-lives."""
+    from transformers.models.kimi_linear import modeling_kimi_linear as kimi
+    from transformers.models.qwen3_next import modeling_qwen3_next as qwen
+
+    model = donor("llama")
+    handle = convert(model, {1: functools.partial(sd.models.GatedDelta, channels=channels)})
+    layer, module, ids = handle.layers[1], model.model.layers[1].self_attn, tokens(2, 17)
+    lives = torch.log(torch.tensor(0.5)) / -torch.nn.functional.softplus(layer.step).view(4, -1)[:, 0]
+    torch.testing.assert_close(lives[[0, -1]].detach(), torch.tensor([8.0, 2048.0]).to(lives), rtol=1e-5, atol=0)
+    spread(handle)
+    lesson = handle.teacher(1)(ids)
+    x = lesson.inputs
+    heads = {word: getattr(module, f"{word}_proj")(x).unflatten(-1, (-1, module.head_dim)) for word in "qkv"}
+    heads |= {word: heads[word].repeat_interleave(2, 2) for word in "kv"}
+    steps = torch.nn.functional.softplus(x @ layer.sd_decay.weight.T + layer.step)
+    g = -layer.log_rate.exp()[:, None] * steps.unflatten(-1, (4, -1))
+    beta = torch.sigmoid(x @ layer.sd_beta.weight.T)
+    rule = kimi.recurrent_kimi_delta_attention if channels else qwen.torch_recurrent_gated_delta_rule
+    words = {"g": g if channels else g[..., 0], "beta": beta, "initial_state": None, "output_final_state": False}
+    out = rule(heads["q"], heads["k"], heads["v"], **words, use_qk_l2norm_in_kernel=True)[0].to(x)
+    normed = out * torch.rsqrt(out.square().mean(-1, keepdim=True) + layer.eps)
+    expected = module.o_proj(normed.flatten(2) * layer.norm * torch.sigmoid(x @ layer.sd_gate.weight.T))
+    got = lesson.student()
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)  # theirs is in float32
+    grads = [torch.autograd.grad(one.sum(), handle.new_parameters()) for one in (got, expected)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * (1 + float(other.abs().max())))
 
 
 def test_mamba_2_on_our_core() -> None:

@@ -86,6 +86,19 @@ def test_native_patterns_of_both_stacks_give_the_models_own_logits_and_tokens(ma
     assert not hasattr(model.config, "sparsedsl")
 
 
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_one_graph_of_a_model_of_two_stacks(stack: str) -> None:
+    """Whisper copies its configuration in its forward; the mask of a stack without patterns is its own."""
+    model, pattern = whisper(), {"encoder": near, "decoder": window}[stack]
+    with sd.models.apply(getattr(model, f"get_{stack}")(), pattern, backend="reference"):
+        given = {**inputs_of(model), "decoder_input_ids": tokens(length=13)}
+        torch._dynamo.reset()
+        with torch.no_grad():
+            got = torch.compile(model, backend="eager", fullgraph=True)(**given).logits
+            torch._dynamo.reset()
+            torch.testing.assert_close(got, model(**given).logits, atol=ATOL, rtol=0)
+
+
 def test_a_pattern_in_an_encoder_is_its_dense_mask() -> None:
     model, given = bart(), padded()
     encoder, real = model.get_encoder(), given["attention_mask"].bool()
