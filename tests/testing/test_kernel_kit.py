@@ -254,7 +254,8 @@ def test_the_program_of_a_report_fails_by_itself(tmp_path):
         from my_kernels import attend
     finally:
         sys.path.remove(str(tmp_path))
-    report = kit.check(kit.Kernel(attend, implements=FULL, group=1), examples=5, seed=0, only="NUM")
+    report = kit.check(kit.Kernel(attend, implements=FULL, group=1, tiles=(32, 32)), examples=5, seed=0, only="NUM")
+    assert "Kernel(fn, implements=pattern, group=1, tiles=(32, 32))" in report.snippet
     assert len(report.snippet.splitlines()) <= 15
     done = subprocess.run(
         [sys.executable, "-c", report.snippet],
