@@ -27,7 +27,7 @@ _DRAWN_VALUES = tuple(name for name in VALUES if name not in ("zero q", "integer
 # Where tiles are not declared, these are tried.
 _USUAL = (16, 32, 64, 128)
 _LONG = 70
-# What tiles are taken to be in the one early case that has several of them: 65 rows and 129 keys are one more than whole tiles of each size.
+# What tiles are taken to be in the one early case that has several of them: 65 rows and 129 keys are one more than whole tiles of all.
 _TAKEN = (32, 64)
 # Long cases without which some sums and offsets of 12 bits hold.
 _FAR: tuple[Mapping[str, Any], ...] = (

@@ -21,7 +21,7 @@ from sparsedsl.testing.kernels.packed_properties import PACKED_PROPERTIES
 from sparsedsl.testing.kernels.shrinking import shrunk
 from sparsedsl.testing.progress import Progress
 
-__all__ = ["LEAST", "LATE", "PropertySearch", "run_case"]
+__all__ = ["LATE", "LEAST", "PropertySearch", "run_case"]
 
 # Cases of a property, however few examples are asked for.
 LEAST = 4
