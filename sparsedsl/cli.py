@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
         complete(parser)
     arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         debug = settings().debug
     except SparseDSLError as error:
@@ -100,7 +103,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m sparsedsl", description="Look at, draw and test sparse attention patterns.")
     parser.add_argument("--version", action="version", version=f"sparsedsl {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", metavar="command")
     for run, summary in (
         (_explain, "what a pattern costs, whether it is causal, and how it would run"),
         (_plot, "draw a pattern: allowed pairs and tile classes"),
@@ -143,8 +146,9 @@ def _parser() -> argparse.ArgumentParser:
             _add_lengths(command)
         if run is _plot:
             command.add_argument(
-                "--head", type=int, default=0, metavar="N", help="head to draw, if the pattern reads h (default 0)"
-            )
+                "--head", type=_heads, default=0, metavar="N",
+                help="head to draw, if the pattern reads h (default 0); 0-7 or 0,3,5: a small picture for each",
+            )  # fmt: skip
             command.add_argument(
                 "--batch", type=int, default=0, metavar="N", help="batch entry to draw, if it reads b (default 0)"
             )
@@ -162,6 +166,17 @@ def _add_lengths(command: argparse.ArgumentParser) -> None:
     command.add_argument("--kv-len", type=count, metavar="N", help="number of keys (default: up to the last query)")
     command.add_argument("--q-offset", type=int, default=0, metavar="N", help="position of the first query (default 0)")
     command.add_argument("--block-size", type=_block, metavar="N", help="tokens in a tile, or QxKV such as 64x128")
+
+
+def _heads(text: str) -> int | list[int]:
+    """One head, or several: ``3``, ``0-7``, ``0,3,5``."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+            raise argparse.ArgumentTypeError(f"{text!r} is no head: want a number, or several as 0-7 or 0,3,5")
+        found += range(int(first), int(last or first) + 1)
+    return found[0] if text.isdecimal() else found
 
 
 def _block(text: str) -> tuple[int, int]:

@@ -29,6 +29,7 @@ import sparsedsl as sd
 doc = sd.table("doc", monotone=True)
 packed = (sd.kv_idx <= sd.q_idx) & (doc[sd.q_idx] == doc[sd.kv_idx])
 window = (sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 5)
+by_head = (sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < sd.h + 1)
 leaky = sd.kv_idx <= sd.q_idx + 1
 pattern = sd.attend(window, score=sd.tanh(sd.score / 30) * 30)
 declared = sd.attend(leaky, causal=True)
@@ -204,6 +205,21 @@ def test_plot_writes_a_picture(run: Run, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "window.svg").read_text()
 
 
+def test_plot_draws_several_heads(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for heads, drawn in (("1-2", (1, 2)), ("0,3", (0, 3))):
+        code, _, err = run("plot", "mine:by_head", "--q-len", "8", "--head", heads, "--out", "heads.svg")
+        assert (code, err) == (0, "")
+        text = (tmp_path / "heads.svg").read_text()
+        assert [number for number in range(4) if f"head {number}" in text] == list(drawn)
+
+
+def test_no_command_lists_them_all(run: Run) -> None:
+    code, out, err = run()
+    assert (code, out) == (2, "")
+    assert all(f"    {name} " in err for name in ("explain", "plot", "view", "check", "build", "tune"))
+
+
 def only_progress(text: str) -> bool:
     """Whether nothing was said but how far a check is, as on a slow machine."""
     return all(re.match(r"[\w ]+: \d+ of \d+ (cases|properties), \d+ s", line) for line in text.splitlines())
@@ -269,7 +285,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "no name": ((*EXPLAIN, "mine:"), "SPEC must be module:name or file.py:name; got 'mine:'"),
     "no file": ((*EXPLAIN, "yours.py:x"), "there is no file yours.py"),
     "no module": ((*EXPLAIN, "yours:x"), "there is no module yours\n"),
-    "unknown name": ((*EXPLAIN, "mine:windw"), "mine has no 'windw'; it has Holder, bound, broken, capped"),
+    "unknown name": ((*EXPLAIN, "mine:windw"), "mine has no 'windw'; it has Holder, bound, broken, by_head, capped"),
     "no pattern": ((*EXPLAIN, "mine:number"), "mine:number must be a Mask or a Pattern; got 3 (int)"),
     "three arguments": ((*EXPLAIN, "mine:three"), "mine:three takes 3 arguments; wanted a mask_mod(b, h, q_idx, kv_idx)"),
     "factory fails": ((*EXPLAIN, "mine:broken"), "mine:broken() raises KeyError: 'no such thing'"),
@@ -329,7 +345,7 @@ def test_a_bad_switch_is_a_message_too(run: Run, monkeypatch: pytest.MonkeyPatch
     assert err.startswith("sparsedsl: SPARSEDSL_DEBUG='yes' is not valid; valid values: 0, 1")
 
 
-@pytest.mark.parametrize("arguments", [["explain", "mine:window", "--q-len", "0"], ["explain", "mine:window"], [], ["nope"],
+@pytest.mark.parametrize("arguments", [["explain", "mine:window", "--q-len", "0"], ["explain", "mine:window"], ["nope"],
                                        ["explain", "mine:window", "--q-len", "8", "--block-size", "8x8x8"]])  # fmt: skip
 def test_arguments_are_checked(run: Run, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:

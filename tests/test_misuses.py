@@ -39,7 +39,7 @@ Case = tuple[Callable[[], Any], type[Exception], str]
 # fmt: off
 # ruff: noqa: E501 (a use and its message stand on one line)
 ELSEWHERE: dict[str, Case] = {
-    "is_causal": (lambda: attn(q, k, v, is_causal=True), sd.TableError, "unexpected argument is_causal: the pattern reads no table. is_causal: the pattern says so: sd.compile(sd.kv_idx <= sd.q_idx)"),
+    "is_causal": (lambda: attn(q, k, v, is_causal=True), sd.TableError, "unexpected argument is_causal: the causal mask is part of the pattern, as in sd.compile(sd.kv_idx <= sd.q_idx)"),
     "attn_mask": (lambda: attn(q, k, v, attn_mask=keep), sd.TableError, "attn_mask: the pattern is the mask. Of a boolean tensor declare a table"),
     "dropout_p": (lambda: attn(q, k, v, dropout_p=0.0), sd.TableError, "dropout_p: dropout of attention weights is not part of a pattern"),
     "enable_gqa": (lambda: attn(q, k, v, enable_gqa=True), sd.TableError, "enable_gqa: leave it out: fewer key/value heads than query heads are shared by themselves"),
@@ -48,9 +48,9 @@ ELSEWHERE: dict[str, Case] = {
     "kernel_options": (lambda: attn(q, k, v, kernel_options={}), sd.TableError, "kernel_options: leave it out: sizes of tiles are chosen and tuned by the backend"),
     "softmax_scale": (lambda: attn(q, k, v, softmax_scale=1.0), sd.TableError, "softmax_scale: here it is scale="),
     "window_size": (lambda: attn(q, k, v, window_size=(3, 0)), sd.TableError, "window_size: the window is part of the pattern: sd.patterns.sliding_window(n)"),
-    "of a program": (lambda: program(q, k, v, is_causal=True), sd.TableError, "unexpected argument is_causal: beside q, k, v the program takes nothing. is_causal: the pattern says so"),
-    "of attend": (lambda: sd.attend(causal, dropout_p=0.1), sd.ArgumentError, "attend(): unexpected argument dropout_p: it takes mask, score, sink, scale, heads, causal, q, k, v, normaliser. dropout_p: dropout of attention"),
-    "of compile": (lambda: sd.compile(causal, is_causal=True), sd.ArgumentError, "compile(): unexpected argument is_causal: it takes pattern, backend, allow"),
+    "of a program": (lambda: program(q, k, v, is_causal=True), sd.TableError, "unexpected argument is_causal: the causal mask is part of the pattern"),
+    "of attend": (lambda: sd.attend(causal, dropout_p=0.1), sd.ArgumentError, "attend(): unexpected argument dropout_p: dropout of attention"),
+    "of compile": (lambda: sd.compile(causal, is_causal=True), sd.ArgumentError, "compile(): unexpected argument is_causal: the causal mask is part of the pattern"),
     "of linear": (lambda: sd.linear([0.5], beta=1), sd.PatternError, "linear(): beta must be an input with the axes 'batch H keys', H one of"),
     "of bound": (lambda: sd.bound(sd.q, sd.k, 32, stride=16), sd.ArgumentError, "stride: windows that overlap are made by sd.summary(k, 32, stride=16)"),
 }

@@ -10,8 +10,8 @@ import sympy
 import torch
 
 from sparsedsl.analysis.domain import Domain
-from sparsedsl.analysis.rows import count_rows
 from sparsedsl.analysis.tiles import classify
+from sparsedsl.analysis.totals import counted_rows
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.symbols import BATCH, HEAD
 from sparsedsl.plain_values import Reported
@@ -232,6 +232,6 @@ def _count(static: Mask, domain: Domain) -> int:
         return 0
     with torch.no_grad():
         lists = classify(mask, domain, BLOCK)
-        rows = count_rows(mask, domain, lists)
+        rows = counted_rows(mask, domain, lists)
     groups = (domain.batch if BATCH in mask.free_symbols else 1) * (domain.heads if HEAD in mask.free_symbols else 1)
     return int(rows.allowed * domain.batch * domain.heads // groups)

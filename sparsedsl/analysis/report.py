@@ -23,7 +23,7 @@ from sparsedsl.analysis.program_report import ProgramAnalysis, analyse_program, 
 from sparsedsl.analysis.proofs import REFUTED, Verdict, Witness, causality
 from sparsedsl.analysis.rows import RowCounts
 from sparsedsl.analysis.tiles import block_pair, classify
-from sparsedsl.analysis.totals import Totals, listed_totals, numbers_alone, repeated_totals
+from sparsedsl.analysis.totals import Totals, counted_rows, listed_totals, numbers_alone, repeated_totals
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.lang.advice import meant, surplus
 from sparsedsl.lang.evaluation import evaluate
@@ -275,7 +275,7 @@ def _count(mask: Any, domain: Domain, block: tuple[int, int]) -> tuple[Totals, B
     if totals is not None:
         return totals, None
     lists = classify(mask, domain, block)
-    return listed_totals(mask, domain, lists), lists
+    return listed_totals(mask, domain, lists, counted_rows(mask, domain, lists)), lists
 
 
 def _cost(totals: Totals, domain: Domain, head_dim: int, head_dim_v: int, item: int) -> dict[str, int]:

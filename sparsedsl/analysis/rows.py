@@ -12,14 +12,14 @@ from sympy.logic.boolalg import Boolean
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.lists import BlockLists
-from sparsedsl.analysis.mask_clauses import clauses
+from sparsedsl.analysis.mask_clauses import clauses, only_difference
 from sparsedsl.analysis.runs import solve_clause
 from sparsedsl.lang.steps import evaluate
 
-__all__ = ["RowCounts", "count_rows", "row_counts"]
+__all__ = ["RowCounts", "count_rows", "looked_at", "row_counts"]
 
-# Rows solved at once.
-ROWS = 1 << 16
+# Rows solved at once; differences of queries and keys that are looked at.
+ROWS, DIAGONALS = 1 << 16, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,12 @@ class RowCounts:
 
 
 def count_rows(mask: Boolean, domain: Domain, lists: BlockLists) -> RowCounts:
-    """Count allowed pairs and empty rows: in closed form where every clause is solved, by points of partial tiles otherwise."""
-    groups = domain.groups(mask)
-    total = groups.count * domain.rows
-    closed = all(not clause.rest for clause in clauses(mask))
-    exact = closed or lists.partial.total * lists.block[0] * lists.block[1] <= EFFORT.now.counted_points
+    """Count allowed pairs and empty rows: in closed form or along diagonals where the mask allows it, by points of partial tiles else."""
+    total = domain.groups(mask).count * domain.rows
+    exact = looked_at(mask, domain, lists) <= EFFORT.now.counted_points
     seen = allowed = empty = 0
     first = None
-    for start, counts in _closed_rows(mask, domain) if closed else _rows_by_points(mask, domain, lists, exact):
+    for start, counts in _counted(mask, domain, lists, exact):
         seen += counts.numel()
         allowed += int(counts.sum())
         none = (counts == 0).nonzero()[:, 0]
@@ -63,15 +61,52 @@ def count_rows(mask: Boolean, domain: Domain, lists: BlockLists) -> RowCounts:
 
 def row_counts(mask: Boolean, domain: Domain, lists: BlockLists) -> torch.Tensor | None:
     """Allowed keys of every row, int64 ``(groups * rows,)``; None where too many points would have to be looked at."""
-    if all(not clause.rest for clause in clauses(mask)):
-        return torch.cat([counts for _, counts in _closed_rows(mask, domain)])
-    if lists.partial.total * lists.block[0] * lists.block[1] > EFFORT.now.counted_points:
+    if looked_at(mask, domain, lists) > EFFORT.now.counted_points:
         return None
-    return torch.cat([counts for _, counts in _rows_by_points(mask, domain, lists, True)])
+    return torch.cat([counts for _, counts in _counted(mask, domain, lists, True)])
+
+
+def looked_at(mask: Boolean, domain: Domain, lists: BlockLists) -> int:
+    """How many points are evaluated to count the rows exactly; 0 where they are not counted by points."""
+    if _is_closed(mask) or _is_diagonal(mask, domain):
+        return 0
+    return lists.partial.total * lists.block[0] * lists.block[1]
+
+
+def _counted(mask: Boolean, domain: Domain, lists: BlockLists, exact: bool) -> Iterator[tuple[int, torch.Tensor]]:
+    """Pieces of the rows of all groups: the number of the first, and the keys each may attend to."""
+    if _is_closed(mask):
+        return _closed_rows(mask, domain)
+    if _is_diagonal(mask, domain):
+        return _rows_by_diagonals(mask, domain)
+    return _rows_by_points(mask, domain, lists, exact)
+
+
+def _is_closed(mask: Boolean) -> bool:
+    return all(not clause.rest for clause in clauses(mask))
+
+
+def _is_diagonal(mask: Boolean, domain: Domain) -> bool:
+    """Whether a pair is told by ``q_idx - kv_idx``, in windows with strides, and these are few enough to look at each."""
+    return domain.rows + domain.kv_len <= DIAGONALS and only_difference(mask)
+
+
+def _rows_by_diagonals(mask: Boolean, domain: Domain) -> Iterator[tuple[int, torch.Tensor]]:
+    """As :func:`_closed_rows`: each difference of a query and a key is looked at once, and a row sees ``kv_len`` of them in a line."""
+    groups = domain.groups(mask)
+    q = torch.arange(domain.rows, device=domain.device) + domain.q_offset
+    difference = torch.arange(domain.q_offset - domain.kv_len + 1, domain.q_offset + domain.rows, device=domain.device)
+    places = {"q_idx": difference.clamp(min=0), "kv_idx": (-difference).clamp(min=0)}
+    last = q - int(difference[0]) + 1
+    for group in range(groups.count):
+        env = groups.env(torch.tensor(group, device=domain.device)) | domain.lengths | dict(domain.tables)
+        holds = torch.as_tensor(evaluate(mask, {**env, **places}), device=domain.device).expand(difference.numel())
+        upto = torch.cat([last.new_zeros(1), holds.to(torch.int64).cumsum(0)])
+        yield group * domain.rows, upto[last] - upto[last - domain.kv_len]
 
 
 def _closed_rows(mask: Boolean, domain: Domain) -> Iterator[tuple[int, torch.Tensor]]:
-    """Pieces of the rows of all groups: the number of the first, and the keys each may attend to."""
+    """As :func:`_counted`, from the ends of the intervals of every row."""
     total = domain.groups(mask).count * domain.rows
     for start in range(0, total, ROWS):
         line = torch.arange(start, min(start + ROWS, total), device=domain.device)

@@ -12,7 +12,7 @@ from sympy.logic.boolalg import Boolean
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.repeats import Square, Strip, strips
-from sparsedsl.analysis.rows import RowCounts, count_rows, row_counts
+from sparsedsl.analysis.rows import RowCounts, count_rows, looked_at, row_counts
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.strict import StrictFunction
@@ -20,7 +20,10 @@ from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.plain_values import Reported
 
-__all__ = ["Totals", "listed_totals", "numbers_alone", "repeated_totals"]
+__all__ = ["Totals", "counted_rows", "listed_totals", "numbers_alone", "repeated_totals"]
+
+# Points that are evaluated in about the time in which what repeats in a mask is found.
+_FEW_POINTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,14 @@ class Totals(Reported):
         return self.most * batch * heads * rows / self.listed if self.listed else 1.0
 
 
-def listed_totals(mask: Boolean, domain: Domain, lists: BlockLists) -> Totals:
-    """The totals of lists that were made."""
+def counted_rows(mask: Boolean, domain: Domain, lists: BlockLists) -> RowCounts:
+    """The rows of a mask of which lists were made: from what repeats in it where that spares looking at many points."""
+    repeated = repeated_totals(mask, domain, lists.block) if looked_at(mask, domain, lists) > _FEW_POINTS else None
+    return count_rows(mask, domain, lists) if repeated is None else repeated.rows
+
+
+def listed_totals(mask: Boolean, domain: Domain, lists: BlockLists, rows: RowCounts | None = None) -> Totals:
+    """The totals of lists that were made; ``rows``: if they are counted already."""
     q_sizes, kv_sizes = (_sizes(n, b, domain) for n, b in ((domain.rows, lists.block[0]), (domain.kv_len, lists.block[1])))
     pairs = loaded = 0
     for part in (lists.full, lists.partial):
@@ -73,7 +82,9 @@ def listed_totals(mask: Boolean, domain: Domain, lists: BlockLists) -> Totals:
         pairs += int((q_sizes[row] * kv_sizes[column]).sum())
         loaded += int(kv_sizes[column].sum())
     most = int((lists.full.counts + lists.partial.counts).max())
-    return Totals(lists.shape, lists.full.total, lists.partial.total, most, pairs, loaded, count_rows(mask, domain, lists))
+    return Totals(
+        lists.shape, lists.full.total, lists.partial.total, most, pairs, loaded, rows or count_rows(mask, domain, lists)
+    )
 
 
 def _sizes(length: int, block: int, domain: Domain) -> torch.Tensor:

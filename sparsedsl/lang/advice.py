@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _GROUPS = "leave it out: fewer key/value heads than query heads are shared by themselves"
 _LISTS = "leave it out: the lists of tiles are made from the pattern; a FlexAttention mask_mod is read by sd.trace_mask(mask_mod)"
-_CAUSAL = "the pattern says so: sd.compile(sd.kv_idx <= sd.q_idx)"
+_CAUSAL = "the causal mask is part of the pattern, as in sd.compile(sd.kv_idx <= sd.q_idx)"
 _TABLE = (
     "the pattern is the mask. Of a boolean tensor declare a table: keep = sd.table('keep', dtype=bool), "
     "sd.compile(keep[sd.q_idx, sd.kv_idx]), and pass keep=tensor"
@@ -49,7 +49,7 @@ ELSEWHERE = {
     "cu_seqlens": "documents are part of the pattern: sd.patterns.documents()",
     "offset": "here it is q_offset=",
     "stride": "windows that overlap are made by sd.summary(k, 32, stride=16); blocks lie side by side",
-    "beta": "the delta rule is not in the language: sd.linear() only adds to its state, faded by decay",
+    "beta": "the delta rule is that of sd.linear(decay, beta=...)",
 }
 
 
@@ -101,8 +101,12 @@ def surplus(names: Iterable[str], known: Iterable[str], takes: str) -> str:
 
     >>> surplus(["dcos"], ["docs"], "the pattern reads the table docs")
     "unexpected argument dcos: the pattern reads the table docs. Did you mean 'docs'?"
+    >>> surplus(["offset"], ["docs"], "the pattern reads the table docs")
+    'unexpected argument offset: here it is q_offset='
     """
     names, known = sorted(names), list(known)
+    if len(names) == 1 and names[0] in ELSEWHERE:  # of another library: what to write here says it all
+        return f"unexpected argument {names[0]}: {ELSEWHERE[names[0]]}"
     more = "".join(f". {name}: {ELSEWHERE[name]}" if name in ELSEWHERE else meant(name, known) for name in names)
     return f"unexpected argument{'s' * (len(names) > 1)} {', '.join(names)}: {takes}{more}"
 

@@ -281,9 +281,10 @@ class AppliedPatterns:
 
 
 def _words(pattern: Pattern | Program) -> str:
-    if isinstance(pattern, Program):
-        return f"{pattern.labels[pattern.root]}{', prompts only' if is_for_prefill(pattern) else ''}"
-    return str(pattern).splitlines()[-1]
+    last = str(pattern).splitlines()[-1]
+    if isinstance(pattern, Program):  # its last node, by its own name
+        return f"{last.partition(' = ')[2]}{', prompts only' if is_for_prefill(pattern) else ''}"
+    return last
 
 
 def _before_forward(installed: Installed, module: Any, args: Any, kwargs: dict[str, Any]) -> None:

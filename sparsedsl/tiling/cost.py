@@ -8,14 +8,21 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
+
 from sparsedsl.tiling.cutting import CUTTING
 from sparsedsl.tiling.schedule import StridedSeries
 from sparsedsl.tuning.machine import ROWS, Machine
 
-__all__ = ["dense_seconds", "heads_at_once", "product_gflops", "scattered_seconds", "series_seconds"]
+__all__ = [
+    "class_seconds", "dense_seconds", "heads_at_once", "merge_seconds", "product_gflops", "scattered_seconds", "series_seconds"
+]  # fmt: skip
 
-# Small operations for one key tile of a strip, and for a strip itself.
-CALLS, STRIP_CALLS = 9, 6
+# Small operations as torch's dispatcher counts them, views among them: for keys of a strip that are taken at once, listed ones that are
+# copied first, a strip, a residue class whose keys do not lie one after the other, and a strip that joins what another class has put there.
+CALLS, LISTED_CALLS, STRIP_CALLS, CLASS_CALLS, MERGE_CALLS = 17, 44, 17, 10, 13
+# Passes over the output of a strip that joins what another class has put there.
+MERGE_PASSES = 4
 # Passes over all logits that a dense evaluation makes, in those of a softmax that stays in the caches, and its small operations: measured
 # on two cores that other work used too, 12 ns a logit at a million logits a head, 35 at sixteen million.
 DENSE_PASSES, DENSE_CALLS = 20, 40
@@ -57,15 +64,33 @@ def series_seconds(
     return series.count * strips_of * seconds + calls * machine.call_us * 1e-6
 
 
+def class_seconds(machine: Machine, rows: int, keys: int, heads: int, kv_heads: int, head_dim: int, head_dim_v: int) -> float:
+    """Expected seconds to copy the ``keys`` of a residue class so that they lie one after the other, and to read its ``rows`` and write
+    their results where they lie apart; beside its strips."""
+    copied = (rows * heads + keys * kv_heads) * (head_dim + head_dim_v) * 8
+    return copied / (machine.gather_gbs * 1e9) + CLASS_CALLS * machine.call_us * 1e-6
+
+
+def merge_seconds(machine: Machine, series: StridedSeries, group: int, strips_of: int, head_dim_v: int) -> float:
+    """Expected seconds to join the results of a series with what another residue class has put there."""
+    rows = series.height * group
+    jobs = series.count * -(-strips_of // heads_at_once(rows, strips_of))
+    passed = MERGE_PASSES * series.count * rows * strips_of * head_dim_v
+    return jobs * MERGE_CALLS * machine.call_us * 1e-6 + passed * machine.pass_ns * 1e-9
+
+
 def scattered_seconds(
-    machine: Machine, tiles: int, lines: int, block: tuple[int, int], group: int, strips_of: int, head_dim: int, head_dim_v: int,
+    machine: Machine, counts: torch.Tensor, block: tuple[int, int], group: int, strips_of: int, head_dim: int, head_dim_v: int,
     mod_ns: float,
 ) -> float:  # fmt: skip
-    """Expected seconds for ``tiles`` tiles of ``block`` in ``lines`` rows of tiles, on ``strips_of`` heads; keys are copied."""
-    rows, keys = block[0] * group, tiles * block[1] * strips_of
+    """Expected seconds for rows of tiles of ``block`` that list ``counts`` tiles each, on ``strips_of`` heads; keys are copied."""
+    counts = counts.reshape(-1).to(torch.int64)
+    rows, keys = block[0] * group, int(counts.sum()) * block[1] * strips_of
+    taken = int(-(-counts // max(1, CUTTING.now.keys // block[1])).sum())
     seconds = 2 * rows * keys * (head_dim + head_dim_v) / (product_gflops(machine, rows, True) * 1e9)
     seconds += rows * keys * (machine.softmax_ns + mod_ns) * 1e-9
-    seconds += lines * strips_of * (2 * CALLS + STRIP_CALLS) * machine.call_us * 1e-6
+    calls = taken * LISTED_CALLS + int((counts > 0).sum()) * STRIP_CALLS
+    seconds += calls * -(-strips_of // heads_at_once(rows, strips_of)) * machine.call_us * 1e-6
     return seconds + keys * (head_dim + head_dim_v) * 8 / (machine.gather_gbs * 1e9)
 
 

@@ -10,7 +10,7 @@ from sympy.logic.boolalg import Boolean
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.tiling.cost import scattered_seconds, series_seconds
+from sparsedsl.tiling.cost import class_seconds, merge_seconds, scattered_seconds, series_seconds
 from sparsedsl.tiling.cutting import CUTTING
 from sparsedsl.tiling.residues import ResidueClass, residue_classes
 from sparsedsl.tiling.schedule import ResiduePlan, Schedule, StridedSeries
@@ -69,9 +69,11 @@ def make_schedule(
         plans.append(plan)
         seconds += cost
     kept = tuple(plan for plan in plans if plan.strided_series or (plan.lists is not None and plan.lists.listed))
-    return Schedule(
-        kept, (groups.batch, groups.heads), _overlap(kept), _covers(kept, groups.count, domain), max(heights), seconds
-    )
+    overlap = _overlap(kept)
+    if overlap:
+        joining = [series for plan in kept[1:] for series in plan.strided_series]
+        seconds += sum(merge_seconds(machine, f, shape.group, shape.strips_of, shape.head_dim_v) for f in joining)
+    return Schedule(kept, (groups.batch, groups.heads), overlap, _covers(kept, groups.count, domain), max(heights), seconds)
 
 
 def _extent(residue: ResidueClass, domain: Domain) -> tuple[int, int, int]:
@@ -106,7 +108,12 @@ def _strips(
         height = min(candidates, key=lambda tall: cost(strided_series(trial, strip_edges(trial, tall, edges), 0)))
     found = [cut(height, number) for number in range(len(spaces))]
     joined = tuple(series for part in found for series in part)
-    return ResiduePlan(residue, spaces[0].first, rows, joined), cost(joined), height
+    apart = 0.0
+    if residue.kv_step > 1 and joined:
+        each = len(spaces) * shape.strips_of
+        sizes = (rows, spaces[0].kv_len, each * shape.group, each, shape.head_dim, shape.head_dim_v)
+        apart = class_seconds(machine, *sizes)
+    return ResiduePlan(residue, spaces[0].first, rows, joined), cost(joined) + apart, height
 
 
 def _scattered(
@@ -118,7 +125,7 @@ def _scattered(
             if not minimal or lists.partial.total * 2 <= lists.listed:
                 break
     cost = scattered_seconds(
-        machine, lists.listed, lists.full.counts.numel(), lists.block, shape.group, shape.strips_of, shape.head_dim, shape.head_dim_v,
+        machine, lists.full.counts + lists.partial.counts, lists.block, shape.group, shape.strips_of, shape.head_dim, shape.head_dim_v,
         shape.mod_ns,
     )  # fmt: skip
     return ResiduePlan(residue, domain.q_offset, domain.rows, lists=lists), cost

@@ -37,10 +37,9 @@ async function keptView(kept, question) {
   const span = Math.max(question.q1 - question.q0, question.kv1 - question.kv0);
   const wanted = span / question.most;
   const fits = kept.levels.find((level) => level.cell[0] <= wanted) ?? kept.levels[kept.levels.length - 1];
-  const tile = [state.setting.q_block, state.setting.kv_block];
-  const tiles = kept.levels.find((level) => level.cell[0] <= tile[0]) ?? fits;
-  await Promise.all([codes(fits), codes(tiles)]);
-  return fits.cell[0] < tile[0] ? { tiles: tiles, fine: fits } : { tiles: fits, fine: null };
+  // within tiles, over a tint of their classes
+  if (kept.tiles && fits.cell[0] < Math.min(...kept.tiles.cell)) return { tiles: kept.tiles, fine: fits };
+  return { tiles: fits, fine: null };
 }
 
 async function codes(layer) {

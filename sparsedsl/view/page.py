@@ -54,7 +54,7 @@ def standalone(subject: Subject, setting: Setting, tables: Mapping[str, Any]) ->
     }
     if isinstance(made, Pattern):
         scene = Scene(made, setting, known)
-        kept |= {"levels": scene.levels(), "conditions": scene.conditions()}
+        kept |= {"levels": scene.levels(), "tiles": scene.tiles(), "conditions": scene.conditions()}
     else:
         kept["program"] = random_call(made, setting, known)
         kept["graph"] = {name: _graph(made, setting, name) for name in THEMES}

@@ -131,6 +131,11 @@ class Scene:
             cell //= 2
         return found
 
+    def tiles(self) -> dict[str, Any] | None:
+        """The layer of the tiles themselves; None where there are more than :data:`FINEST` along a side, as no level is finer then."""
+        window = self.place.window(self.place.block)
+        return None if max(window.rows, window.columns) > FINEST else layer(self.place.cells(window), packed=True)
+
     def conditions(self) -> dict[str, Any]:
         """The conditions of the mask, and for each whether it holds in all, some or no pairs of cells of the whole."""
         longest = max(self.place.q_len, self.place.kv_len)

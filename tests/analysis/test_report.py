@@ -69,6 +69,20 @@ def test_a_million_tokens():
     assert "PROVED" in str(found) and "<pre" in found._repr_html_()
 
 
+@pytest.mark.parametrize("far", [(q_idx - kv_idx) % 127 == 0, kv_idx % 64 == 63], ids=str)
+def test_a_window_with_a_stride_is_counted_exactly_at_any_length(far):
+    """Along diagonals, or from what repeats: no rows are sampled, and no points of tiles looked at."""
+    length = 1 << 16
+    found = sd.analyse(causal & ((q_idx - kv_idx < 512) | far), length)
+    q = torch.arange(length)
+    behind = (q - 511).clamp(min=0)  # keys before the window
+    if "q_idx" in str(far):
+        seen = q // 127 - torch.minimum(q, torch.tensor(511)) // 127
+    else:
+        seen = behind // 64
+    assert found.density_exact and found.totals.rows.allowed == int((q - behind + 1 + seen).sum())
+
+
 def test_sampled_density_says_about(options):
     mask = causal & ((q_idx * kv_idx) % 3 == 0) & (q_idx - kv_idx < 300)
     exact = sd.analyse(mask, 4096)

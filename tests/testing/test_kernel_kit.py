@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.errors import ArgumentError, PatternError, ShapeError, UnsupportedError
+from sparsedsl.testing.kernels import kernel_check, property_search
 from sparsedsl.testing.kernels.arena import LAYOUTS, place
 from sparsedsl.testing.kernels.drawing import cases
 from sparsedsl.testing.kernels.kernel_check import KERNEL_PROPERTIES
@@ -136,6 +138,48 @@ def test_cases_reach_the_edges_of_tiles_and_groups_of_heads():
     assert {case.dtype for case in drawn} == {"float32", "bfloat16"}
 
 
+@pytest.mark.parametrize("claims", [{"tiles": (16, 16)}, {}], ids=["tiles declared", "tiles unknown"])
+def test_few_examples_reach_behind_the_edges_of_tiles(claims):
+    def rounded_up(q, k, v, q_offset=0):
+        """A window of 24 keys whose first tile of 16 is rounded up: the oldest keys of some rows are lost."""
+        row, key = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        begin = ((row // 16 * 16 + q_offset - 8) // 16).clamp(min=0) * 16
+        seen = (key <= row + q_offset) & (row + q_offset - key < 24) & (key >= begin)
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1).float() for x in (k, v))
+        s = (q.float() @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
+        return (torch.softmax(s, -1).nan_to_num(0.0) @ v).to(q.dtype)
+
+    kernel = kit.Kernel(rounded_up, implements=CAUSAL & (sd.q_idx - sd.kv_idx < 24), **claims)
+    assert "NUM" in [p.name for p in kit.check(kernel, examples=4, seed=0, locate=False, only=("NUM", "CUT")).failures]
+
+
+@pytest.fixture
+def slow_calls(monkeypatch):
+    """A right kernel, each call of which takes a tenth of a second of the clock that checks look at."""
+    now = [0.0]
+
+    def slow(q, k, v, q_offset=0):
+        now[0] += 0.1
+        return plain(q, k, v, q_offset)
+
+    for module in (kernel_check, property_search):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return kit.Kernel(slow, implements=CAUSAL, lse=True)
+
+
+def test_little_time_is_a_case_of_every_kind_before_the_second_of_any(slow_calls):
+    report = kit.check(slow_calls, examples=25, seed=0, seconds=12.0)
+    assert {p.status for p in report.findings} == {"holds", "not applicable"} and "not reached" not in str(report)
+
+
+def test_what_was_not_reached_is_said(slow_calls):
+    report = kit.check(slow_calls, examples=25, seed=0, seconds=2.0)
+    late = [p.name for p in report.findings if p.status == "not run"]
+    assert {"CUT", "MERGE"} <= set(late) and report.ok
+    text = " ".join(str(report).split())
+    assert f"right, as far as tried; not reached: {', '.join(late)}; seed 0" in text
+
+
 @pytest.mark.parametrize("memory", LAYOUTS)
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_placed_tensor_holds_its_values_among_guards(memory, turned):
@@ -210,7 +254,8 @@ def test_the_program_of_a_report_fails_by_itself(tmp_path):
         from my_kernels import attend
     finally:
         sys.path.remove(str(tmp_path))
-    report = kit.check(kit.Kernel(attend, implements=FULL, group=1), examples=5, seed=0, only="NUM")
+    report = kit.check(kit.Kernel(attend, implements=FULL, group=1, tiles=(32, 32)), examples=5, seed=0, only="NUM")
+    assert "Kernel(fn, implements=pattern, group=1, tiles=(32, 32))" in report.snippet
     assert len(report.snippet.splitlines()) <= 15
     done = subprocess.run(
         [sys.executable, "-c", report.snippet],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from sparsedsl import testing as kit
@@ -64,6 +66,25 @@ def test_no_right_kernel_is_accused(name):
 def test_no_right_kernel_is_accused_in_many_calls(name):
     report = kit.check(planted_kernels.right()[name], examples=140, seed=2, only=("NUM", "LSE", "GRAD", "MASS"), seconds=600)
     assert report.ok, str(report)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", planted_kernels.right())
+def test_no_right_kernel_is_accused_in_ten_thousand_calls(name):
+    """By all properties, on new cases until this kernel has had its share of 10,000 calls."""
+    kernel, calls = planted_kernels.right()[name], []
+
+    @functools.wraps(kernel.fn)
+    def counted(*args, **words):
+        calls.append(1)
+        return kernel.fn(*args, **words)
+
+    seed, counting = 100, kit.Kernel(counted, implements=kernel.given_implements, **kernel.given)
+    while len(calls) < 10_000 / len(planted_kernels.right()):
+        report = kit.check(counting, examples=25, seed=seed, seconds=600)
+        assert report.ok, str(report)
+        seed += 1
+    print(f"{name}: {len(calls)} calls, seeds 100 to {seed - 1}")
 
 
 @pytest.mark.slow

@@ -8,10 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.backends.tiled.attention import TiledKernel
+from sparsedsl.runtime.call import check_call
 from sparsedsl.testing import masks, shapes, tables_for
 from sparsedsl.tiling.cost import heads_at_once
 from sparsedsl.tiling.cutting import CUTTING
@@ -189,6 +192,39 @@ def test_costs_grow_with_the_work(mask):
     )
     slow = {n: tuple(x / 10 for x in getattr(BUILT_IN, n)) for n in ("linear_gflops", "matmul_gflops", "batched_gflops")}
     assert seconds(machine=dataclasses.replace(BUILT_IN, **slow)) > 2 * seconds()
+
+
+class Counting(TorchDispatchMode):
+    """How many operations torch is asked for, views among them."""
+
+    asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.asked += 1
+        return func(*args, **(kwargs or {}))
+
+
+STRIDED = causal & ((q_idx - kv_idx) % 32 == 0)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [causal & (q_idx - kv_idx < 256), STRIDED, STRIDED | (causal & (q_idx - kv_idx < 256)), causal & ((q_idx * kv_idx) % 3 == 0)],
+    ids=["window", "stride", "window and stride", "scattered"],
+)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_small_operations_are_priced_as_often_as_they_are_asked_for(mask, heads, options):
+    """On a machine on which nothing else takes time, the seconds are their number."""
+    options(CUTTING, height=64)
+    rates = {name: tuple(1e30 for _ in getattr(BUILT_IN, name)) for name in ("linear_gflops", "matmul_gflops", "batched_gflops")}
+    machine = dataclasses.replace(BUILT_IN, **rates, softmax_ns=0.0, pass_ns=0.0, gather_gbs=1e30, call_us=1e6)
+    made = make_schedule(mask.expr, Domain(2048, 2048), machine, HeadShape(1, heads, 8, 8))
+    kernel, q = TiledKernel(sd.attend(mask)), torch.zeros(1, heads, 2048, 8)
+    call = check_call(kernel.pattern, q, q, q, {})
+    kernel.forward(call, made)  # masks of tiles are kept for the next
+    with Counting() as count:
+        kernel.forward(call, made)
+    assert made.seconds == pytest.approx(count.asked, rel=0.15)
 
 
 @pytest.mark.parametrize("rows", [1, 16, 100, 1000, 10**6])

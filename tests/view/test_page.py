@@ -149,9 +149,11 @@ def test_a_file_needs_no_server(browser, mine, tmp_path):
     path.write_text(standalone(Subject(f"{mine}:make"), Setting(q_len=300, q_block=32, kv_block=32), {}))
     open_page(browser, path.as_uri())
     wait(browser, "state.layers.length")
-    look(browser, "zoom(0.1, { q_idx: 200, kv_idx: 195 })")
+    look(browser, "zoom(0.25, { q_idx: 200, kv_idx: 195 })")
     assert browser.execute_script("return state.layers.at(-1)[0].cell[0]") == 1
     assert colour_at(browser, 200, 195) != colour_at(browser, 200, 203)
+    # masked pairs, in a partial tile and in an empty one: the tint tells them apart
+    assert colour_at(browser, 200, 203) != colour_at(browser, 180, 210)
     browser.execute_script("tell({ q_idx: 200, kv_idx: 195 })")
     assert "allowed" in wait(browser, "$('pair').textContent.includes('q_idx 200') && $('pair').textContent")
     assert "PROVED" in wait(browser, "$('fact-causal').textContent")

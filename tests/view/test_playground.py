@@ -253,7 +253,8 @@ def test_a_file_without_a_server(mine):
     kept = kept_data(text)["kept"]
     assert [level["cell"][0] for level in kept["levels"]] == [2, 1]
     pairs = np.array([[kv <= q and (q - kv < 7 or kv < 2) for kv in range(300)] for q in range(300)])
-    for level in kept["levels"]:
+    assert kept["tiles"]["cell"] == [16, 16]
+    for level in (*kept["levels"], kept["tiles"]):
         assert_layer_is_what_pairs_say(level, pairs, 0)
     assert kept["conditions"]["tree"]["word"] == "all of" and len(kept["conditions"]["layers"]) >= 2
     assert kept["facts"]["causal"]["status"] == "PROVED"

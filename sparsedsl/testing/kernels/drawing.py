@@ -27,14 +27,9 @@ _DRAWN_VALUES = tuple(name for name in VALUES if name not in ("zero q", "integer
 # Where tiles are not declared, these are tried.
 _USUAL = (16, 32, 64, 128)
 _LONG = 70
-# Small cases that come first, and long ones without which some sums and offsets of 12 bits hold.
-_FIRST: tuple[Mapping[str, Any], ...] = (
-    {},
-    {"q_len": 2, "kv_len": 2},
-    {"kv_len": 2, "head_dim": 2},
-    {"q_len": 2, "kv_len": 5, "head_dim": 3, "head_dim_v": 2, "offset_at_end": True},
-    {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 3, "kv_len": 5, "head_dim": 3, "head_dim_v": 2, "values": "heads"},
-)
+# What tiles are taken to be in the one early case that has several of them: 65 rows and 129 keys are one more than whole tiles of all.
+_TAKEN = (32, 64)
+# Long cases without which some sums and offsets of 12 bits hold.
 _FAR: tuple[Mapping[str, Any], ...] = (
     {"kv_len": 600, "head_dim": 4, "offset_at_end": True},
     {"kv_len": 1100, "head_dim": 2, "values": "all equal", "dtype": "bfloat16", "offset_at_end": True},
@@ -72,7 +67,8 @@ def cases(kernel: Kernel, of: KernelProperty, count: int, seed: int) -> Iterator
 
 def _wishes(kernel: Kernel, of: KernelProperty, drawn: random.Random) -> Iterator[dict[str, Any]]:
     yield from (dict(wish) for wish in of.first)
-    yield from (dict(wish) | dict(of.wish(kernel, drawn)) for wish in (_FIRST if not of.first else _FIRST[1:3]))
+    early = _early(kernel)
+    yield from (dict(wish) | dict(of.wish(kernel, drawn)) for wish in (early if not of.first else early[1:3]))
     if of.name == "NUM":
         yield from (dict(wish) for wish in _FAR)
     axes = _axes(kernel, drawn)
@@ -90,10 +86,30 @@ def _wishes(kernel: Kernel, of: KernelProperty, drawn: random.Random) -> Iterato
         yield wish | asked
 
 
+def _early(kernel: Kernel) -> tuple[Mapping[str, Any], ...]:
+    """The cases that come first: as small as can be, then one with rows and keys behind two whole tiles, whose windows begin within one."""
+    rows, keys, channels = (*(kernel.tiles or _TAKEN), 2)[:3]
+    window = max((n for n in _constants(kernel) if n <= 2 * _LONG), default=0)
+    several = {"heads": 2, "q_len": 2 * rows + 1, "head_dim": channels + 1, "head_dim_v": 2}
+    several["kv_len"] = keys + max(keys + 1, window + 3)
+    return (
+        {},
+        {"q_len": 2, "kv_len": 2},
+        several | {"offset_at_end": True},
+        {"batch": 2, "heads": 4, "kv_heads": 2, "q_len": 3, "kv_len": 5, "head_dim": 3, "head_dim_v": 2, "values": "heads"},
+        {"kv_len": 2, "head_dim": 2},
+        {"q_len": 2, "kv_len": 5, "head_dim": 3, "head_dim_v": 2, "offset_at_end": True},
+    )
+
+
+def _constants(kernel: Kernel) -> list[int]:
+    """Numbers of the pattern at which it may change: lengths of windows and chunks."""
+    return [n for n in edges_of(kernel.implements.exprs, {}) if n <= 260]
+
+
 def _axes(kernel: Kernel, drawn: random.Random) -> dict[str, _Deck]:
     rows, keys, channels = ((*(kernel.tiles or (0, 0)), 0)[:3]) if kernel.tiles else (0, 0, 0)
-    constants = [n for n in edges_of(kernel.implements.exprs, {}) if n <= 260]
-    windows = [n + d for n in constants for d in (-1, 0, 1, keys or 16)]
+    windows = [n + d for n in _constants(kernel) for d in (-1, 0, 1, keys or 16)]
     widths = sorted({*_WIDTHS, *(_near(channels) if channels else ())})
     pairs = [(d, d if drawn.random() < 0.5 else drawn.choice(widths)) for d in (*widths, drawn.choice(_WIDE))]
     values = [*_DRAWN_VALUES, "normal", "normal", "three"]

@@ -15,10 +15,11 @@ from sparsedsl.testing.kernels.declaration import Kernel
 from sparsedsl.testing.kernels.expected_results import Ambiguous, expectation
 from sparsedsl.testing.kernels.findings import Skip
 from sparsedsl.testing.kernels.kernel_case import KernelCase
-from sparsedsl.testing.kernels.kernel_check import KERNEL_PROPERTIES, kernel_counterexample, run_case
+from sparsedsl.testing.kernels.kernel_check import KERNEL_PROPERTIES, kernel_counterexample
 from sparsedsl.testing.kernels.kernel_snippets import declaring
 from sparsedsl.testing.kernels.limits import fits, near
 from sparsedsl.testing.kernels.oracle import Problem
+from sparsedsl.testing.kernels.property_search import run_case
 
 __all__ = ["kernel_holds", "kernel_matches"]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import SystemRandom
 from typing import Any
@@ -17,22 +16,18 @@ from sparsedsl.errors import ArgumentError, CallWarning, SparseDSLError, Unsuppo
 from sparsedsl.lang.advice import meant, shown
 from sparsedsl.testing.counterexamples import Counterexample
 from sparsedsl.testing.kernels.beyond_limits import outside
-from sparsedsl.testing.kernels.calling import Broken, Call, Refused, made
 from sparsedsl.testing.kernels.declaration import Kernel
 from sparsedsl.testing.kernels.drawing import cases
-from sparsedsl.testing.kernels.expected_results import Ambiguous
 from sparsedsl.testing.kernels.findings import Failure, KernelProperty, Skip
 from sparsedsl.testing.kernels.kernel_case import KernelCase
-from sparsedsl.testing.kernels.kernel_report import FAILS, HOLDS, NOT_RUN, SKIPPED, KernelFinding, KernelReport
+from sparsedsl.testing.kernels.kernel_report import FAILS, KernelReport
 from sparsedsl.testing.kernels.kernel_snippets import kernel_snippet
-from sparsedsl.testing.kernels.limits import outside_positions
-from sparsedsl.testing.kernels.locating import guess
 from sparsedsl.testing.kernels.memory_properties import MEMORY_PROPERTIES
 from sparsedsl.testing.kernels.number_properties import NUMBER_PROPERTIES
 from sparsedsl.testing.kernels.order_properties import ORDER_PROPERTIES
 from sparsedsl.testing.kernels.packed_properties import PACKED_PROPERTIES
+from sparsedsl.testing.kernels.property_search import LEAST, PropertySearch, run_case
 from sparsedsl.testing.kernels.relation_properties import RELATION_PROPERTIES
-from sparsedsl.testing.kernels.shrinking import shrunk
 from sparsedsl.testing.progress import Progress
 
 __all__ = ["BUDGETS", "KERNEL_PROPERTIES", "assert_kernel", "check_kernel"]
@@ -53,10 +48,12 @@ class _Budget:
 
 
 BUDGETS = {"quick": _Budget(25, 20.0), "default": _Budget(100, 120.0), "deep": _Budget(1000, 3600.0)}
-_LEAST = 4
+# Cases that must hold before the next property has its turn, if not one. Plain numbers get more: wrong ones show in whatever compares.
+_AT_FIRST = {"PURE": 2, "REPEAT": 2, "STATE": 2, "NUM": LEAST, "LSE": LEAST}
+# Seconds to look for a smaller case of one failure.
+_SHRINKING = 20.0
 # Plain calls held against exact numbers. What compares with these on the way to something else, as GUARD and FULL do, fails with them.
 _CAUSES = ("NUM", "LSE", "GRAD")
-_WITNESSES = 3
 
 
 def check_kernel(
@@ -98,22 +95,32 @@ def check_kernel(
         _check_device(device)
     seed = SystemRandom().randrange(10**6) if seed is None else seed
     began = time.monotonic()
-    until = began + (chosen.seconds if seconds is None else seconds)
-    findings: list[KernelFinding] = []
+    whole = chosen.seconds if seconds is None else seconds
+    searches = [PropertySearch(kernel, KERNEL_PROPERTIES[name], examples, seed) for name in names]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CallWarning)
         with Progress(len(names), str(kernel.name), unit="properties", shown=progress) as told:
-            for place, name in enumerate(names):
-                left = (until - time.monotonic()) / (len(names) - place)
-                search = _Search(
-                    examples, seed, left, locate, told, tuple(p.name for p in findings if p.name in _CAUSES and p.fault)
-                )
-                findings.append(_finding(kernel, KERNEL_PROPERTIES[name], search))
-                told.update()
-                if stop_at_first and findings[-1].status == FAILS:
-                    break
+            _look(searches, began + whole, stop_at_first, told)
+            failing = {s.of.name: s.of for s in searches if s.of.name in _CAUSES and s.has_fault}
+            findings = tuple(s.finding(failing, min(whole / 2, _SHRINKING), locate, told) for s in searches)
         said = outside(kernel) if only is None and not any(p.status == FAILS for p in findings) else ()
-    return KernelReport(kernel, tuple(findings), seed, said, time.monotonic() - began)
+    return KernelReport(kernel, findings, seed, said, time.monotonic() - began)
+
+
+def _look(searches: list[PropertySearch], until: float, stop_at_first: bool, told: Progress) -> None:
+    """First a case or a few of every property, then the rest: cheap cases of every kind of fault come before the dear ones of any, and time
+    that runs out is missing to all alike.
+    """
+    left = len(searches)
+    for search, last in [(s, False) for s in searches] + [(s, True) for s in searches]:
+        now = time.monotonic()
+        search.look(told, now + (until - now) / left if last else until, None if last else _AT_FIRST.get(search.of.name, 1))
+        left -= last
+        told.update(last)
+        if stop_at_first and search.failed is not None:
+            for other in searches:
+                other.stopped = "the check ended at the first property that fails"
+            return
 
 
 def _chosen(only: Any) -> tuple[str, ...]:
@@ -135,133 +142,6 @@ def _check_device(device: str) -> None:
         raise UnsupportedError(
             f"Kernel(devices=...): {device!r} cannot be used here ({first}); leave it out, or run on a machine that has it"
         ) from None
-
-
-@dataclass(frozen=True)
-class _Search:
-    """How a property is looked at. ``known``: properties of plain numbers that failed before."""
-
-    examples: int
-    seed: int
-    seconds: float
-    locate: bool
-    told: Progress
-    known: tuple[str, ...]
-
-
-def _finding(kernel: Kernel, of: KernelProperty, search: _Search) -> KernelFinding:
-    unfit = of.unfit(kernel)
-    if unfit:
-        return KernelFinding(of.name, of.meaning, SKIPPED, detail=unfit)
-    until, held, tried = time.monotonic() + search.seconds, 0, 0
-    why = "no case fits the declared limits"
-    refused: tuple[KernelCase, Failure, int] | None = None
-    for case in cases(kernel, of, max(_LEAST, round(of.share * search.examples)), search.seed):
-        if tried and time.monotonic() > until:
-            break
-        tried += 1
-        search.told.say(f"{of.name}, case {tried}")
-        try:
-            found = run_case(kernel, of, case)
-        except Skip as skip:
-            why = str(skip)
-            continue
-        if found is None:
-            held += 1
-        elif found.kind == "refused":
-            refused = refused or (case, found, tried)
-        else:
-            cause = _cause(kernel, of, case, found, search.known)
-            if cause:
-                return KernelFinding(
-                    of.name, of.meaning, FAILS, held, found.what, found.kind, case, same_as=cause, fault=found.fault
-                )
-            search.told.say(f"{of.name} failed; looking for a smaller case")
-            return _failed(kernel, of, case, found, held, tried, search.locate)
-    if refused is not None and held:
-        return _failed(kernel, of, refused[0], refused[1], held, refused[2], search.locate)
-    if held:
-        return KernelFinding(of.name, of.meaning, HOLDS, held)
-    if refused is not None:
-        return KernelFinding(of.name, of.meaning, NOT_RUN, detail=f"it refuses every case: {refused[1].what}")
-    late = tried and time.monotonic() > until
-    return KernelFinding(of.name, of.meaning, NOT_RUN if late else SKIPPED, detail="there was no time left" if late else why)
-
-
-def _cause(kernel: Kernel, of: KernelProperty, case: KernelCase, found: Failure, known: tuple[str, ...]) -> str:
-    """The property that fails on the very case, in the numbers of a plain call, of which ``of`` then says nothing new; or ""."""
-    if of.name in _CAUSES or found.fault is None:
-        return ""
-    for name in known:
-        try:
-            plain = run_case(kernel, KERNEL_PROPERTIES[name], case)
-        except Skip:
-            continue
-        if plain is not None and plain.fault is not None:
-            return name
-    return ""
-
-
-def run_case(kernel: Kernel, of: KernelProperty, case: KernelCase, tables: Mapping[str, Any] | None = None) -> Failure | None:
-    """One property on one case. A refusal is a failure, but where rows stand before the first key or empty rows are refused."""
-    call = made(kernel, case, tables=tables)
-    try:
-        return of.run(call)
-    except Ambiguous as why:
-        raise Skip(str(why)) from None
-    except Broken as broken:
-        return Failure(broken.kind, f"{kernel.name} {broken.what}" if broken.kind == "raised" else broken.what)
-    except Refused as refusal:
-        if kernel.empty == "refuse" and _has_empty_rows(call):
-            if of.name == "EMPTY":
-                return None
-            raise Skip("the kernel refuses rows without keys, as declared") from None
-        if outside_positions(case):
-            raise Skip("the kernel refuses rows before the first key") from None
-        what = (
-            f"{kernel.name} refuses a call inside its declared limits: {refusal}. If it is right to, declare that: {_limit(case)}"
-        )
-        return Failure("refused", what)
-
-
-def _has_empty_rows(call: Call) -> bool:
-    return not call.kernel.is_program and not bool(call.problem.allowed.any(dim=3).all())
-
-
-def _limit(case: KernelCase) -> str:
-    return (
-        f"lengths= (here M={case.q_len}, N={case.kv_len}), head_dims= ({case.head_dim}, {case.head_dim_v}), "
-        f"group= ({case.heads // case.kv_heads}), dtypes= ({case.dtype}), empty='refuse'"
-    )
-
-
-def _failed(
-    kernel: Kernel, of: KernelProperty, case: KernelCase, found: Failure, held: int, tried: int, locate: bool
-) -> KernelFinding:
-    def again(other: KernelCase) -> Failure | None:
-        try:
-            return run_case(kernel, of, other)
-        except Skip:
-            return None
-
-    small, failed = shrunk(kernel, case, found, again)
-    # What a guess bends is a call of entries that are all as long.
-    locate = locate and of.name not in PACKED_PROPERTIES
-    idea = guess(kernel, of.name, (small, case, *_others(kernel, of, failed, again)), failed) if locate else ""
-    snippet = kernel_snippet(kernel, of.name, small)
-    return KernelFinding(
-        of.name, of.meaning, FAILS, held, failed.what, failed.kind, small, idea, failed.fault, tried, snippet
-    )  # fmt: skip
-
-
-def _others(
-    kernel: Kernel, of: KernelProperty, failed: Failure, run: Callable[[KernelCase], Failure | None]
-) -> Iterator[KernelCase]:
-    """A few more cases that fail in the same way: a guess must explain them too."""
-    fail = (
-        case for case in cases(kernel, of, 6 * _WITNESSES, 1) if (found := run(case)) is not None and found.kind == failed.kind
-    )
-    yield from itertools.islice(fail, _WITNESSES)
 
 
 def assert_kernel(kernel: Kernel, case: KernelCase | None = None, *, only: Any = None, **tables: Any) -> tuple[str, ...]:
@@ -293,7 +173,7 @@ def assert_kernel(kernel: Kernel, case: KernelCase | None = None, *, only: Any =
         of = KERNEL_PROPERTIES[name]
         if of.unfit(kernel):
             continue
-        for one in (case,) if case is not None else tuple(cases(kernel, of, _LEAST, 0)):
+        for one in (case,) if case is not None else tuple(cases(kernel, of, LEAST, 0)):
             try:
                 found = run_case(kernel, of, one, tables)
             except Skip:

@@ -139,11 +139,13 @@ class KernelReport:
         lines += [line for text in self.warnings for line in ("", *textwrap.wrap(f"warning: {text}", _WIDTH))]
         for p in self.causes:
             lines += ["", *_told(p)]
-        lines += [
-            "",
-            f"{'right, as far as tried' if self.ok else 'wrong' if self.failures else 'nothing could be run'}; seed {self.seed}",
-        ]
+        verdict = "right, as far as tried" if self.ok else "wrong" if self.failures else "nothing could be run"
+        lines += ["", *textwrap.wrap(f"{verdict}{self._unreached()}; seed {self.seed}", _WIDTH)]
         return "\n".join(lines)
+
+    def _unreached(self) -> str:
+        names = [p.name for p in self.findings if p.status == NOT_RUN]
+        return f"; not reached: {', '.join(names)}" if names and (self.ok or self.failures) else ""
 
 
 def _told(p: KernelFinding) -> list[str]:

@@ -47,7 +47,7 @@ def _code(value: Any) -> str:
     if isinstance(value, type):
         return value.__name__
     if isinstance(value, (tuple, list)):
-        return "(" + "".join(f"{_code(x)}, " for x in value) + ")"
+        return f"({', '.join(map(_code, value))}{',' * (len(value) == 1)})"
     return repr(value)
 
 
