@@ -34,7 +34,8 @@ def merge(*parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Raises:
         ShapeError: no part, or parts that are no pairs of tensors of matching shapes.
 
-    The weights are ``exp(lse_part - lse)``, as in Milakov and Gimelshein 2018, "Online normalizer calculation for softmax" (arXiv 1805.02867).
+    The weights are ``exp(lse_part - lse)``. Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax" (arXiv
+    1805.02867).
 
     >>> import torch, sparsedsl as sd
     >>> attn = sd.compile(sd.patterns.sliding_window(8))
@@ -63,7 +64,9 @@ def merge(*parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _check(number: int, part: Any, first: Any) -> None:
     if not isinstance(part, (tuple, list)) or len(part) != 2 or not all(isinstance(t, Tensor) for t in part):
-        raise ShapeError(f"merge(): part {number} must be a pair of tensors (out, lse), as return_lse=True gives it; got {shown(part)}")
+        raise ShapeError(
+            f"merge(): part {number} must be a pair of tensors (out, lse), as return_lse=True gives it; got {shown(part)}"
+        )
     out, lse = part
     if not (out.is_floating_point() and lse.is_floating_point()):
         raise ShapeError(f"merge(): out and lse must be floating-point; part {number} has {out.dtype} and {lse.dtype}")

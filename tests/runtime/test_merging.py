@@ -28,7 +28,8 @@ def test_parts_are_one_softmax() -> None:
     # Attention of our own for the parts: an empty row's gradient by hand would be NaN.
     table = sd.table("keep")[sd.q_idx, sd.kv_idx] == 1
     parts = [
-        sd.attention(q, k, v, table, keep=(keep & (part == n)).long(), scale=1.0, return_lse=True, backend="reference") for n in range(3)
+        sd.attention(q, k, v, table, keep=(keep & (part == n)).long(), scale=1.0, return_lse=True, backend="reference")
+        for n in range(3)
     ]
     assert parts[1][1].isneginf().any()
     found = sd.merge(*parts)
