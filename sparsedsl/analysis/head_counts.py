@@ -14,8 +14,8 @@ __all__ = ["count_heads"]
 def count_heads(patterns: Iterable[Pattern], tables: Mapping[str, Any], heads: int | None) -> int:
     """``heads``, checked against what the patterns and their tables say; None takes what they say, else 1.
 
-    A shard of the heads counts them from 0, so that it would get what is meant for the first heads: a number that does not fit is
-    refused. A table with fewer entries than there are heads is left to the check of what is read.
+    A shard of the heads counts them from 0, so that without ``head_offset`` it would get what is meant for the first heads: a number that
+    does not fit is refused. A table with fewer entries than there are heads is left to the check of what is read.
 
     >>> import torch, sparsedsl as sd
     >>> count_heads([sd.attend(True, score=sd.patterns.alibi(8))], {}, None)
@@ -40,7 +40,7 @@ def count_heads(patterns: Iterable[Pattern], tables: Mapping[str, Any], heads: i
         if number > heads or (number < heads and source.startswith("the pattern")):
             raise ShapeError(
                 f"{source} {number} heads; this call has {heads}. A part of the heads counts them from 0 and would get what is meant "
-                "for the first ones: give it a table with its own entries (slopes too: alibi(slopes='slopes') reads them from a table), "
-                f"or a pattern for {heads} heads"
+                "for the first ones: say which the first one is, head_offset=, or give it a table with its own entries (slopes too: "
+                f"alibi(slopes='slopes') reads them from a table), or a pattern for {heads} heads"
             )
     return heads

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import BlockLists
@@ -29,7 +30,9 @@ from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.execute.layouts import LAYOUTS, in_bshd, swapped
 from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
+from sparsedsl.execute.relocated_calls import relocated_call
 from sparsedsl.execute.requests import facts_of, requests_of
+from sparsedsl.execute.sharded_calls import are_sharded, sharded_call
 from sparsedsl.execute.state import ProgramState, advanced, continued
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.html_card import card
@@ -42,6 +45,7 @@ from sparsedsl.program.glance import picture_of
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.program_text import read_program
+from sparsedsl.program.relocation import Relocation, relocated
 from sparsedsl.program.rules import check_rules
 from sparsedsl.program.tensors import OWN
 from sparsedsl.runtime.arguments import arranged, joined_tables, warn_of_slips
@@ -57,6 +61,7 @@ from sparsedsl.runtime.program_call import (
 )
 from sparsedsl.runtime.repeated import Repeated
 from sparsedsl.runtime.request import CallFacts
+from sparsedsl.runtime.standing import Standing, said_standing
 from sparsedsl.runtime.torch_modes import is_transformed, is_watched
 from sparsedsl.selection.scores import ScoreSource
 from sparsedsl.torch_private import transforms_active
@@ -104,6 +109,8 @@ class Attention:
         self._repeated: Repeated[_Kind] = Repeated()
         # Kinds of calls that are known to run.
         self._runs: set[CallFacts] = set()
+        # The same for calls that stand elsewhere.
+        self._elsewhere: Cache[Attention] = Cache()
         # What a traced call needs, as plain values: torch.compile follows no sympy.
         self._handle, self._bound = f"{backend} {'; '.join(sorted(allow))}\n{program.text}", program.bound
         self._table_names = tuple(program.tables)
@@ -142,6 +149,11 @@ class Attention:
         q_offset: int | Tensor | Literal["end"] | None = None,
         return_lse: bool = False,
         scale: float | None = None,
+        q_positions: Tensor | None = None,
+        kv_positions: Tensor | None = None,
+        head_offset: int | None = None,
+        heads: int | None = None,
+        whole: tuple[int, int] | None = None,
         state: ProgramState | None = None,
         return_state: bool = False,
         summaries: KeptSummaries | None = None,
@@ -159,6 +171,11 @@ class Attention:
                 query stands at the last key. None is 0, and warns once where there are fewer queries than keys.
             return_lse: also return the natural-log-sum-exp of the modified logits, ``(B, Hq, Sq)`` in float32 or float64.
             scale: factor on the dot products of attention; default the program's, else ``D ** -0.5``.
+            q_positions, kv_positions: where rows stand, whole numbers ``(Sq,)`` or ``(B, Sq)``, and ``(Skv,)`` or ``(B, Skv)``, rising from
+                row to row; not with ``q_offset``. ``q_idx`` and ``kv_idx`` are then these, and so are the numbers by which tables are
+                read. Keys may have gaps: a key that is not there is as if masked. Programs that work on blocks of tokens want whole ones.
+            head_offset: of a part of the heads the number of its first head, which then is the first ``h``. heads: how many the whole has.
+            whole: ``(q_len, kv_len)`` of the whole, for what reads these lengths where positions are given.
             state: what an earlier call returned: q, k, v and inputs then are those of the tokens after it.
             return_state: also return the state after the last key, for programs that keep one.
             summaries: what :meth:`keep_summaries` made, for calls that each are given all keys so far: blocks that were over in an earlier
@@ -177,35 +194,49 @@ class Attention:
         """
         if tables is not None:
             named = joined_tables(named, tables)
+        where = said_standing(q_positions, kv_positions, head_offset, heads, whole, q_offset=q_offset)
         if self.layout == "bhsd":
-            return self._called(q, k, v, q_offset, return_lse, scale, state, return_state, summaries, named)
+            return self._called(q, k, v, q_offset, return_lse, scale, state, return_state, summaries, named, where)
         q, k, v = swapped(q), swapped(k), swapped(v)
         try:
-            result = self._called(q, k, v, q_offset, return_lse, scale, state, return_state, summaries, named)
+            result = self._called(q, k, v, q_offset, return_lse, scale, state, return_state, summaries, named, where)
         except ShapeError as error:
             raise in_bshd(error) from None
         return (swapped(result[0]), *result[1:]) if isinstance(result, tuple) else swapped(result)
 
     def _called(
         self, q: Any, k: Any, v: Any, q_offset: Any, return_lse: bool, scale: float | None, state: ProgramState | None,
-        return_state: bool, summaries: KeptSummaries | None, named: dict[str, Any],
+        return_state: bool, summaries: KeptSummaries | None, named: dict[str, Any], where: Standing | None,
     ) -> Any:  # fmt: skip
         """The call with heads first."""
         given = q_offset
         if return_lse and not self.has_lse:
             raise UnsupportedError(str(self.refused_use(grad=False, lse=True)))
         compiling = torch.compiler.is_compiling()
-        if not compiling and state is None and not return_state:
+        if not compiling and state is None and not return_state and where is None:
             found = self._again(q, k, v, named, q_offset, return_lse, scale, summaries)
             if found is not None:
                 return found if return_lse else found[0]
+        if not compiling and are_sharded(q, k, v):
+            if state is not None or return_state or summaries is not None:
+                raise UnsupportedError(
+                    "state=, return_state= and summaries= are of one device: pass local tensors, or leave them out"
+                )
+
+            def run(q: Tensor, k: Tensor, v: Tensor, named: dict[str, Any], where: Standing | None) -> Any:
+                return self._called(q, k, v, given, return_lse, scale, None, False, None, named, where)
+
+            return sharded_call(self.program, run, q, k, v, named, where)
         q, k, v, q_offset = arranged(q, k, v, q_offset, compiling=compiling)
         if compiling or is_watched(q, k, v) or (self._static is None and is_transformed(q, k, v)):
-            return self._in_a_graph(q, k, v, named, q_offset, return_lse, scale, state is not None or return_state, summaries)
-        warn_of_slips(self.program.expressions, q, k, given if state is None else 0, self.layout)
+            return self._in_a_graph(
+                q, k, v, named, q_offset, return_lse, scale, state is not None or return_state, summaries, where
+            )
+        stands = state is not None or (where is not None and where.queries is not None)
+        warn_of_slips(self.program.expressions, q, k, 0 if stands else given, self.layout)
         return self.attend_now(
             q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state,
-            summaries=summaries,
+            summaries=summaries, where=where,
         )  # fmt: skip
 
     def _again(
@@ -234,8 +265,20 @@ class Attention:
     def attend_now(
         self, q: Any, k: Any, v: Any, named: Mapping[str, Any], *, q_offset: Any, return_lse: bool, scale: float | None,
         state: ProgramState | None = None, return_state: bool = False, summaries: KeptSummaries | None = None,
+        where: Standing | None = None,
     ) -> Any:  # fmt: skip
         """The call on tensors that hold values; :meth:`__call__` says what it takes and gives."""
+        if where is not None:
+            if summaries is not None or (where.queries is not None and (state is not None or return_state)):
+                raise UnsupportedError(
+                    "summaries=, state= and return_state= count tokens from the first one on, and this call is of rows or heads that stand "
+                    "elsewhere: leave them out, or call it on all heads, with q_offset= for rows"
+                )
+            moved, positions, offset = relocated_call(self.program, where, q, k, v, named)
+            return self._at(moved).attend_now(
+                q, k, v, {**named, **positions}, q_offset=q_offset if offset is None else offset, return_lse=return_lse, scale=scale,
+                state=state, return_state=return_state,
+            )  # fmt: skip
         self._check_kept(summaries)
         if self._static is not None and state is None and not return_state:
             # One attention, of which nothing is kept: its rule, without a walk over nodes.
@@ -263,6 +306,14 @@ class Attention:
                 self._repeated.remember(checked, (scale,), _kind(checked, run, return_lse))
         results = [out.to(checked.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _at(self, where: Relocation) -> Attention:
+        """What runs calls that stand there."""
+        if where == Relocation():
+            return self
+        return self._elsewhere.get(
+            where, [], lambda: Attention(relocated(self.program, where), self.backend, tuple(sorted(self.allow)))
+        )
 
     def _evaluation(
         self, call: ProgramCall, lse: bool, keeps: bool = False, summaries: KeptSummaries | None = None
@@ -303,7 +354,7 @@ class Attention:
 
     def _in_a_graph(
         self, q: Any, k: Any, v: Any, named: Mapping[str, Any], q_offset: Any, return_lse: bool, scale: float | None, keeps: bool,
-        summaries: KeptSummaries | None,
+        summaries: KeptSummaries | None, where: Standing | None,
     ) -> Any:  # fmt: skip
         """The call as one operator: lists and choices depend on values, which a graph does not have."""
         if summaries is not None:
@@ -319,8 +370,9 @@ class Attention:
         given = {name: x for name, x in named.items() if x is not None} if self._static is None else named
         given = by_kept_name(given, self._table_names)
         return operators.attend_traced(
-            self._handle, self._bound, q, k, v, given, q_offset=q_offset, return_lse=return_lse, scale=scale, has_lse=self.has_lse
-        )
+            self._handle, self._bound, q, k, v, given, q_offset=q_offset, return_lse=return_lse, scale=scale, has_lse=self.has_lse,
+            where=where,
+        )  # fmt: skip
 
     def _empty(self, call: ProgramCall, return_lse: bool, state: ProgramState | None, return_state: bool) -> Any:
         if return_state and state is None:

@@ -24,6 +24,7 @@ from sparsedsl.runtime.autograd import known_results, no_forward_mode, no_second
 from sparsedsl.runtime.call import check_tensors
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.patience import until_built
+from sparsedsl.runtime.standing import Standing
 from sparsedsl.runtime.vmap import map_call
 from sparsedsl.torch_private import autograd_again, make_transformable
 
@@ -64,7 +65,7 @@ def _attention(handle: str) -> Any:
 
 def attend_traced(
     handle: str, bound: Mapping[str, Tensor], q: Any, k: Any, v: Any, tables: Mapping[str, Any], *, q_offset: Any, return_lse: bool,
-    scale: Any, has_lse: bool = True,
+    scale: Any, has_lse: bool = True, where: Standing | None = None,
 ) -> Any:  # fmt: skip
     """What the ordinary call gives, as one operator of the graph. Checks only that the operator can be given the arguments."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -84,14 +85,46 @@ def attend_traced(
         raise ShapeError(f"q_offset must be a whole number of at least 0, the position of the first query; got {q_offset!r}")
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt, type(None))):
         raise ShapeError(f"scale must be a positive number or None; got {scale!r}")
+    names = ",".join(given)
+    if where is not None:
+        names, more = _told(names, where)
+        given |= more
     values = list(given.values())
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in [q, k, v, *values])
     # Exported for inference, parameters still require gradients: the program is no training step until somebody differentiates it.
     grad = grad and not torch.compiler.is_exporting()
     out, lse = torch.ops.sparsedsl.attend(
-        handle, ",".join(given), q, k, v, values, offset, start, scale, return_lse or (grad and has_lse), grad
+        handle, names, q, k, v, values, offset, start, scale, return_lse or (grad and has_lse), grad
     )
     return (out, lse) if return_lse else out
+
+
+# ---- where a call stands, as text and tensors: an operator takes nothing else -------------------------------------------------
+
+# Stands before what is no table, since no name of a table has it.
+_SAID = "@"
+
+
+def _told(names: str, where: Standing) -> tuple[str, dict[str, Tensor]]:
+    """The names of an operator's tables, of those that say where the call stands too, and these."""
+    tensors = {_SAID + word: t for word, t in (("queries", where.queries), ("keys", where.keys)) if t is not None}
+    numbers = {"first_head": where.first_head, "heads": where.heads, "entry": where.entry}
+    if where.lengths is not None:
+        numbers |= {"q_len": where.lengths[0], "kv_len": where.lengths[1]}
+    said = [f"{word}={int(number)}" for word, number in numbers.items() if number is not None]
+    return ",".join(filter(None, [names, *tensors])) + _SAID * 2 + ",".join(said), tensors
+
+
+def _split(names: str, tables: list[Tensor]) -> tuple[dict[str, Tensor], Standing | None]:
+    """The tables by name, and where the call stands."""
+    names, told, words = names.partition(_SAID * 2)
+    named = dict(zip(names.split(","), tables, strict=True)) if tables else {}
+    if not told:
+        return named, None
+    rows = {name.removeprefix(_SAID): named.pop(name) for name in list(named) if name.startswith(_SAID)}
+    numbers = {word: int(number) for word, _, number in (part.partition("=") for part in words.split(","))}
+    lengths = (numbers.pop("q_len"), numbers.pop("kv_len")) if "q_len" in numbers else None
+    return named, Standing(**rows, **numbers, lengths=lengths)  # type: ignore[arg-type]
 
 
 # ---- when a graph runs ----------------------------------------------------------------------------------------------------------
@@ -114,9 +147,9 @@ def _run(
     scale: float | None, lse: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The ordinary call: ``(out, lse)`` or ``(out,)``."""
-    named = dict(zip(names.split(","), tables, strict=True)) if tables else {}
+    named, where = _split(names, tables)
     offset = q_offset if q_start is None else q_start
-    result = _attention(handle).attend_now(q, k, v, named, q_offset=offset, return_lse=lse, scale=scale)
+    result = _attention(handle).attend_now(q, k, v, named, q_offset=offset, return_lse=lse, scale=scale, where=where)
     return result if lse else (result,)
 
 
@@ -235,7 +268,7 @@ def _(
         return torch.ops.sparsedsl.attend(handle, names, *batched, values, q_offset, start, scale, lse, grad)
 
     others, dims = [q_start, *tables], [in_dims[7], *(in_dims[5] if tables else ())]
-    fold = not _attention(handle).reads_batch
+    fold = not _attention(handle).reads_batch and _SAID not in names
     results, where = map_call(call, info.batch_size, [q, k, v], in_dims[2:5], others, dims, fold=fold)
     return tuple(results), tuple(where)
 
@@ -251,7 +284,7 @@ def _(
         return torch.ops.sparsedsl.attend_backward(handle, names, *batched, values, q_offset, start, scale, wanted)
 
     others, dims = [q_start, *tables], [in_dims[11], *(in_dims[9] if tables else ())]
-    fold = not _attention(handle).reads_batch and not any(wanted[3:])
+    fold = not _attention(handle).reads_batch and _SAID not in names and not any(wanted[3:])
     results, where = map_call(
         call, info.batch_size, [grad_out, grad_lse, out, lse, q, k, v], in_dims[2:9], others, dims, fold=fold
     )

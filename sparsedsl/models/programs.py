@@ -16,14 +16,14 @@ from sparsedsl.errors import TableError, UnsupportedError
 from sparsedsl.lang.expressions import Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH
-from sparsedsl.lang.tables import TableRead, TableSpec, read_class, table_reads
-from sparsedsl.lang.wrapped import Expression
+from sparsedsl.lang.tables import TableRead, TableSpec, read_class
 from sparsedsl.models.derived import PROVIDED, DerivedForm, derive
 from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Mix, Recall
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node, one_of, reached
+from sparsedsl.program.rebuilding import rebuilt
 from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 
@@ -232,51 +232,3 @@ def _with_rows(expression: Any) -> Any:
         return expr.func(*map(moved, expr.args))
 
     return type(expression)(moved(expression.expr), expression.bound)
-
-
-# ---- a program anew --------------------------------------------------------------------------------------------------------------
-
-
-def rebuilt(
-    program: Program, change: Callable[[Node], Node], rewrite: Callable[[Any], Any] = lambda expression: expression
-) -> Program:
-    """The program with every node replaced by what ``change`` makes of it, each after those it reads; every expression by ``rewrite``."""
-    known: dict[Node, Node] = {}
-
-    def again(value: Any) -> Any:
-        if isinstance(value, Node):
-            if value not in known:
-                known[value] = one_of(change(parts(value)))
-            return known[value]
-        if isinstance(value, Pattern):
-            sink = None if value.sink is None else again(value.sink)
-            return dataclasses.replace(value, mask=again(value.mask), score=again(value.score), sink=sink, causal=False)
-        if isinstance(value, Expression):
-            return rewrite(_reading(value, again))
-        if isinstance(value, tuple):
-            return tuple(map(again, value))
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return parts(value)
-        return value
-
-    def parts(value: Any) -> Any:
-        return type(value)(**{field.name: again(getattr(value, field.name)) for field in dataclasses.fields(value)})
-
-    return Program(again(program.root))
-
-
-def _reading(expression: Any, again: Callable[[Any], Any]) -> Any:
-    """An expression whose tables are the rebuilt nodes."""
-    expr, bound = expression.expr, expression.bound
-    for name, value in list(bound.items()):
-        node = again(value)
-        del bound[name]
-        bound[node.label if isinstance(value, Node) else name] = node
-        while isinstance(value, Node) and node.label != name:
-            # Innermost first: a place in an order may be looked up at a place in the same order.
-            reads = [read for read in table_reads(expr) if read.spec.name == name]
-            if not reads:
-                break
-            inner = [r for r in reads if not any(s.spec.name == name for part in r.args for s in table_reads(part))]
-            expr = expr.xreplace({r: read_class(dataclasses.replace(r.spec, name=node.label))(*r.args) for r in inner})
-    return type(expression)(expr, bound)

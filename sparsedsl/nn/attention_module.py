@@ -114,6 +114,11 @@ class Attention(torch.nn.Module):
         q_offset: int | Tensor | Literal["end"] | None = None,
         return_lse: bool = False,
         scale: float | None = None,
+        q_positions: Tensor | None = None,
+        kv_positions: Tensor | None = None,
+        head_offset: int | None = None,
+        heads: int | None = None,
+        whole: tuple[int, int] | None = None,
         state: ProgramState | None = None,
         return_state: bool = False,
         summaries: KeptSummaries | None = None,
@@ -123,7 +128,8 @@ class Attention(torch.nn.Module):
         """As a call of :class:`sparsedsl.Attention`. Tables that are given replace the module's own for this call."""
         own = {name: getattr(self, attribute) for name, attribute in self._held.items()}
         return self.compiled(
-            q, k, v, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state, summaries=summaries,
+            q, k, v, q_offset=q_offset, return_lse=return_lse, scale=scale, q_positions=q_positions, kv_positions=kv_positions,
+            head_offset=head_offset, heads=heads, whole=whole, state=state, return_state=return_state, summaries=summaries,
             tables={**own, **by_kept_name(joined_tables(named, tables), own)},
         )  # fmt: skip
 

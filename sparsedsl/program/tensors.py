@@ -13,14 +13,14 @@ import sympy
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.printing import expression_text
-from sparsedsl.lang.symbols import RESERVED_NAMES
+from sparsedsl.lang.symbols import CALL_WORDS, RESERVED_NAMES
 from sparsedsl.program.axes import base_of, block_of, check_axes, in_blocks
 from sparsedsl.program.node import Node, one_of
 
 __all__ = ["OWN", "Input", "Summary", "check_block", "check_tensor", "input", "k", "q", "summary", "v"]
 
 # Call-time keywords of compiled programs, beside those that no table may be called by.
-_TAKEN = RESERVED_NAMES | {"state", "return_state", "summaries", "allow"}
+_TAKEN = RESERVED_NAMES | CALL_WORDS | {"allow"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

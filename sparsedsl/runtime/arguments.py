@@ -66,14 +66,14 @@ def _refuse_distributed(*tensors: Any) -> None:
     distributed: Any = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and any([isinstance(t, distributed.DTensor) for t in tensors]):
         raise UnsupportedError(
-            "q, k and v must be plain tensors; got a DTensor, whose shards do not know which heads and positions they hold. Shards of the "
-            "batch: call it within torch.distributed.tensor.experimental.local_map, or on q.to_local(), k.to_local(), v.to_local(). "
-            "Shards of anything else: q.full_tensor() and so on first"
+            "q, k and v must be plain tensors; got a DTensor, of which choices() cannot be asked: ask of q.to_local(), k.to_local() and "
+            "v.to_local(), or of q.full_tensor() and so on"
         )
     if in_context_parallel():
         raise UnsupportedError(
             "this call is made inside of torch's context_parallel(), where every rank holds a shard of the tokens in another order: "
-            "positions would be wrong. Call it outside of context_parallel(), on all tokens; shard the batch or the heads instead"
+            "positions would be wrong. Call it outside of context_parallel(): with rows placed by sd.parallel.plan(...) and "
+            "cp=plan.on(mesh), or on all tokens, with shards of the batch or the heads"
         )
 
 

@@ -306,3 +306,16 @@ def test_one_compiled_pattern_at_many_shapes():
         assert_matches_reference(attn, *qkv(length, length), doc=ids, q_offset=offset)
         ids += torch.arange(60) // 9
     assert_matches_reference(attn, *qkv(20, 20), doc=torch.zeros(60, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("mask", "step"), [(causal & (q_idx - kv_idx < 20), 3), (causal & ((q_idx - kv_idx) % 4 == 0), 1)])
+def test_rows_that_stand_elsewhere(mask, step):
+    """Positions with gaps from tables; two runs within the mask, where residues matter."""
+    at = torch.cat([torch.arange(8, 40), torch.arange(72, 104)]) if step == 1 else torch.arange(0, 120, step)
+    q, k, v = (tensor(1, 2, 120, 16, seed=seed) for seed in range(3))
+    here = torch.zeros(120, dtype=torch.int64)
+    here[at] = 1
+    want = sd.attention(q, k, v, mask & (sd.table("here")[kv_idx] == 1), here=here, backend="reference")[:, :, at]
+    mine = (x[:, :, at] for x in (q, k, v))
+    found = sd.attention(*mine, mask, q_positions=at, kv_positions=at, backend="triton")
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import sparsedsl as sd
 from sparsedsl import h, kv_idx, q_idx, score
 from sparsedsl.models import sinks
-from sparsedsl.models.programs import rebuilt
+from sparsedsl.program.rebuilding import rebuilt
 from tests.models.families import build, tokens
 
 ATOL = 3e-5

@@ -30,6 +30,7 @@ from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node, one_of
 from sparsedsl.program.program_text import TEXT_RULES
+from sparsedsl.program.relocation import Relocation, relocated
 from sparsedsl.program.rules import Rules, check_rules, kinds_of_nodes
 from sparsedsl.program_picture import COLOURS, words
 from sparsedsl.runtime.program_call import ProgramCall, check_program_call
@@ -67,6 +68,7 @@ QUESTIONS: dict[str, Callable[[], Any]] = {
     "the state": lambda: horizon(NEW),
     "a call without keys": lambda: run_empty(call(0)),
     "what a layer adds to a program": lambda: fitted(NEW, 0, sd.attend(CAUSAL), 0.25, 4),
+    "where a call stands": lambda: relocated(NEW, Relocation(heads=(1, 2))),
     "the sink logits of a layer": lambda: fitted(NEW, 0, sd.attend(CAUSAL, sink=0.0), None, 4),
 }
 
