@@ -91,6 +91,20 @@ def test_rows_get_what_they_get_in_the_whole(name: str, q_at: torch.Tensor, kv_a
     )
 
 
+@pytest.mark.parametrize(
+    "pattern", [sd.patterns.sigmoid(NEAR, length=24), sd.patterns.stick_breaking()], ids=["sigmoid", "stick_breaking"]
+)
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_other_weights_than_a_softmaxs_stand_where_rows_stand(pattern: sd.Pattern, backend: str) -> None:
+    (q, k, v), here = qkv(), torch.zeros(N, dtype=torch.int64)
+    here[GAPS] = 1
+    whole = sd.attend(pattern.mask & HERE, score=pattern.score, normaliser=pattern.normaliser)
+    want = sd.attention(q, k, v, whole, here=here, backend="reference")[:, :, ZIGZAG]
+    mine = q[:, :, ZIGZAG], k[:, :, GAPS], v[:, :, GAPS]
+    found = sd.attention(*mine, pattern, q_positions=ZIGZAG, kv_positions=GAPS, backend=backend)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
 def test_a_batch_of_positions_and_rows_of_every_layout() -> None:
     q, k, v = (x.detach() for x in qkv())
     at = torch.stack([ZIGZAG, N - 1 - ZIGZAG.flip(0) - 7])
