@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import struct
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +23,11 @@ from sparsedsl.selection.scores import DotScores, ScoreSource, TensorScores
 
 __all__ = ["can_choose", "choose_blocks"]
 
+log = logging.getLogger("sparsedsl")
+
 Tensor = torch.Tensor
 # As in codegen/cpp/choosing.cpp.
-_DOT, _CELLS, _ADD, _GROUP, _REGROUP, _SOFTMAX = range(6)
+_DOT, _CELLS, _ADD, _GROUP, _REGROUP, _SHARES = range(6)
 _HOWS = {"sum": 0, "mean": 1, "max": 2}
 _RULES = {"top_k": 0, "top_p": 1, "threshold": 2}
 _MEASURES = {"score": 0, "softmax": 1, "share": 2}
@@ -44,7 +47,9 @@ def can_choose(path: str | None) -> bool:
     """Whether it can be built here. ``path``: of the compiler."""
     try:
         fixed_library("choosing", False)
-    except UnsupportedError:
+    except UnsupportedError as error:
+        if path is not None:
+            log.warning("blocks are chosen by torch, which takes longer: %s", error)
         return False
     return True
 
@@ -190,7 +195,7 @@ def _softmax(writer: _Writer, source: SoftmaxScores, rows: slice, blocks: int) -
     if source.totals is not None or source.first != (0, 0):
         raise _NotHere
     number = writer.scores(source.source, rows, blocks)
-    return writer.step(_SOFTMAX, source.shape[1], blocks, of=(number, 0), limits=writer.limits(source.candidates, rows))
+    return writer.step(_SHARES, source.shape[1], blocks, of=(number, 0), limits=writer.limits(source.candidates, rows))
 
 
 # How scores of each kind are told of.

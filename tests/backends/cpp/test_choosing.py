@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -9,7 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sparsedsl as sd
+from sparsedsl.backends.cpp import choosing
+from sparsedsl.backends.cpp.backend import FIXED_PARTS
 from sparsedsl.backends.cpp.choosing import choose_blocks
+from sparsedsl.backends.cpp.libraries import fixed_library
 from sparsedsl.selection.candidates import Candidates, IntervalRule, PairRule, TableRule, Within
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.selection.derived_scores import RegroupedScores, softmax_scores
@@ -201,3 +206,19 @@ def test_rows_that_grow_from_call_to_call() -> None:
     for blocks in range(100, 700):
         source = TensorScores(torch.arange(2.0 * blocks).view(1, 1, 2, blocks))
         assert top_k(source, 2, choose=choose_blocks).indices[0, 0].tolist() == [[blocks - 2, blocks - 1]] * 2
+
+
+@pytest.mark.parametrize("name", sorted({part for parts in FIXED_PARTS.values() for part in parts}))
+def test_parts_that_no_pattern_changes_compile(name: str) -> None:
+    """Torch would stand in for one of them, at another speed."""
+    fixed_library(name, False)
+
+
+def test_what_cannot_be_compiled_is_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(name: str, double: bool) -> None:
+        raise sd.UnsupportedError(f"{name}: it fails")
+
+    monkeypatch.setattr(choosing, "fixed_library", fails)
+    with caplog.at_level(logging.WARNING, "sparsedsl"):
+        assert not choosing.can_choose("a compiler that nobody asked for yet")
+    assert "blocks are chosen by torch, which takes longer: choosing: it fails" in caplog.text
