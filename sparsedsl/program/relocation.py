@@ -90,9 +90,9 @@ def relocated(program: Program, where: Relocation) -> Program:
     >>> import sparsedsl as sd
     >>> local = sd.Program(sd.patterns.sliding_window(8))
     >>> print(relocated(local, Relocation(Rows(rank=1), Rows(rank=1))).static.mask)
-    (q_at[q_idx] - kv_at[kv_idx] >= 0) & (q_at[q_idx] - kv_at[kv_idx] < 8)
+    (q_at[q_idx] >= kv_at[kv_idx]) & (q_at[q_idx] - kv_at[kv_idx] < 8)
     >>> print(relocated(local, Relocation(Rows(((0, 100, 1),)))).static.mask)
-    (q_idx - kv_idx >= -100) & (q_idx - kv_idx <= -93)
+    (kv_idx <= q_idx + 100) & (q_idx - kv_idx <= -93)
     """
     names = position_tables(program)
     return rebuilt(program, lambda node: RELOCATION_RULES[type(node)](node, _Told(where, *names)))

@@ -1,0 +1,11 @@
+"""Attention over more tokens than one device holds: who holds which of them, and what has to be sent for it. In the order of the stages:
+
+1. *see*     (:mod:`.seen`):      patterns -> for each chunk of queries the granules of keys that it sees, from tile lists
+2. *assign*  (:mod:`.assigning`): chunks -> ranks, by several ways; the cheapest one
+3. *plan*    (:mod:`.planning`):  what each rank holds, gets and computes: a :class:`Plan`
+"""
+
+from sparsedsl.parallel.assigning import Rates
+from sparsedsl.parallel.planning import Plan, plan
+
+__all__ = ["Plan", "Rates", "plan"]
