@@ -16,6 +16,8 @@ from sparsedsl.execute.compiling import as_declared
 from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.parallel.assigning import METHODS, Rates, Task, assigned, costs_of, needed
+from sparsedsl.parallel.exchange import Exchange, shard, unshard
+from sparsedsl.parallel.fingerprints import digests
 from sparsedsl.parallel.seen import seen_by, static_pattern
 from sparsedsl.plain_values import Reported
 from sparsedsl.program.graph import Program
@@ -48,6 +50,8 @@ class Plan(Reported):
     work: tuple[float, ...]
     tried: Mapping[str, tuple[float, int]]
     _needs: Mapping[str, Tensor]
+    # Of each pattern the key of its mask, and what the tables held that it read.
+    _masks: Mapping[str, tuple[str, Mapping[str, str]]]
 
     # ---- what a rank holds, and gets ----------------------------------------------------------------------------------------------
 
@@ -110,6 +114,23 @@ class Plan(Reported):
         words = [repr((self.q_len, self.world, self.chunk, self.granule, self.owner, self.names))]
         words += [hashlib.sha256(self._needs[name].numpy().tobytes()).hexdigest() for name in self.names]
         return hashlib.sha256("\n".join(words).encode()).hexdigest()[:32]
+
+    # ---- on ranks ----------------------------------------------------------------------------------------------------------------------
+
+    def shard(self, x: Tensor, dim: int, mesh: Any) -> Tensor:
+        """The rows of ``x`` that this rank holds, along ``dim``; ``x`` is the whole: tokens, labels, position ids. ``mesh``: a
+        ``DeviceMesh`` with one dimension, or a process group."""
+        return shard(self, x, dim, mesh)
+
+    def unshard(self, x: Tensor, dim: int, mesh: Any) -> Tensor:
+        """The whole again, on all ranks, of what each has the rows of; without gradients."""
+        return unshard(self, x, dim, mesh)
+
+    def on(self, mesh: Any, name: str | None = None) -> Exchange:
+        """This rank's part for layers of a pattern: ``attn(q, k, v, cp=plan.on(mesh, name), **tables)`` on local rows. All ranks make it
+        at once, and compare their plans; make it once, and not with every call."""
+        name = self._name(name)
+        return Exchange(self, mesh, name, *self._masks[name])
 
     # ---- words ----------------------------------------------------------------------------------------------------------------------
 
@@ -206,8 +227,9 @@ def plan(
     total = max(float(work.sum()), 1.0)
     tried = {name: (float(cost.work.max()) * world / total, int(cost.received.max())) for name, cost in costs.items()}
     needs = {name: needed(task, owner, number) for number, name in enumerate(parts)}
+    masks = {name: (part.mask.key, digests(_read_by({**part.bound, **tables}, part.mask.tables))) for name, part in parts.items()}
     loads = tuple(costs_of(task, owner).work.tolist())
-    return Plan(q_len, world, chunk, granule, owner, way, tuple(parts), loads, tried, needs)
+    return Plan(q_len, world, chunk, granule, owner, way, tuple(parts), loads, tried, needs, masks)
 
 
 def _pattern(value: Any) -> Pattern | Program:
