@@ -27,7 +27,8 @@ from sparsedsl.errors import (
 if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they load on first use
     # isort: off
     # fmt: off
-    from sparsedsl import export as export, models as models, nn as nn, patterns as patterns, testing as testing
+    from sparsedsl import export as export, models as models, nn as nn, parallel as parallel, patterns as patterns
+    from sparsedsl import testing as testing
     from sparsedsl.analysis.cached_keys import CacheBound as CacheBound
     from sparsedsl.analysis.caches import cache_bytes as cache_bytes, clear_caches as clear_caches
     from sparsedsl.analysis.proofs import PROVED as PROVED, REFUTED as REFUTED, UNKNOWN as UNKNOWN, Verdict as Verdict
@@ -91,7 +92,7 @@ _PUBLIC = {
         "sparsedsl.plotting": "plot",
         "sparsedsl.runtime.merging": "merge",
         "sparsedsl.versions": "show_versions",
-        "": "export models nn patterns testing",
+        "": "export models nn parallel patterns testing",
     }.items()
     for name in names.split()
 }

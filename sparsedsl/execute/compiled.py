@@ -154,6 +154,7 @@ class Attention:
         head_offset: int | None = None,
         heads: int | None = None,
         whole: tuple[int, int] | None = None,
+        cp: Any = None,
         state: ProgramState | None = None,
         return_state: bool = False,
         summaries: KeptSummaries | None = None,
@@ -175,6 +176,8 @@ class Attention:
                 row to row; not with ``q_offset``. ``q_idx`` and ``kv_idx`` are then these, and so are the numbers by which tables are
                 read. Keys may have gaps: a key that is not there is as if masked. Programs that work on blocks of tokens want whole ones.
             head_offset: of a part of the heads the number of its first head, which then is the first ``h``. heads: how many the whole has.
+            cp: ``plan.on(mesh)`` of :func:`sparsedsl.parallel.plan`: q, k and v are the rows of this rank, and keys of others are sent.
+                Tables are those of the whole; gradients of learned ones are this rank's part.
             whole: ``(q_len, kv_len)`` of the whole, for what reads these lengths where positions are given.
             state: what an earlier call returned: q, k, v and inputs then are those of the tokens after it.
             return_state: also return the state after the last key, for programs that keep one.
@@ -195,6 +198,9 @@ class Attention:
         if tables is not None:
             named = joined_tables(named, tables)
         where = said_standing(q_positions, kv_positions, head_offset, heads, whole, q_offset=q_offset)
+        if cp is not None:
+            said = q_offset is not None or where is not None or state is not None or return_state or summaries is not None
+            return self._planned(cp, said, q, k, v, return_lse, scale, named)
         if self.layout == "bhsd":
             return self._called(q, k, v, q_offset, return_lse, scale, state, return_state, summaries, named, where)
         q, k, v = swapped(q), swapped(k), swapped(v)
@@ -238,6 +244,20 @@ class Attention:
             q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state,
             summaries=summaries, where=where,
         )  # fmt: skip
+
+    def _planned(
+        self, cp: Any, said: bool, q: Any, k: Any, v: Any, return_lse: bool, scale: float | None, named: dict[str, Any]
+    ) -> Any:  # fmt: skip
+        """The call on this rank's rows, with the keys of others that they see. ``said``: it says of rows what the plan knows."""
+        if said or torch.compiler.is_compiling() or self.layout != "bhsd":
+            raise UnsupportedError(
+                "cp= knows where rows stand: it takes no q_offset, positions, head_offset, state or summaries; nor is it part of a graph "
+                "(torch.compile), or of layout='bshd': call it outside, on q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)"
+            )
+        cp.check(self.pattern, by_kept_name(named, self._table_names))
+        q, k, v, _ = arranged(q, k, v, None)
+        k, v, where = cp.gathered(q, k, v)
+        return self._called(q, k, v, None, return_lse, scale, None, False, None, named, where)
 
     def _again(
         self, q: Any, k: Any, v: Any, named: Mapping[str, Any], q_offset: Any, lse: bool, scale: Any,

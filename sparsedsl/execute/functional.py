@@ -44,6 +44,7 @@ def attention(
     head_offset: int | None = None,
     heads: int | None = None,
     whole: tuple[int, int] | None = None,
+    cp: Any = None,
     state: ProgramState | None = None,
     return_state: bool = False,
     summaries: KeptSummaries | None = None,
@@ -63,7 +64,7 @@ def attention(
         pattern: a :class:`~sparsedsl.Mask`, :class:`~sparsedsl.Pattern`, :class:`~sparsedsl.Program` or node, a compiled
             :class:`~sparsedsl.Attention`, or a FlexAttention function, which is traced at every call: what it captures may have changed
             (about a millisecond; ``@sd.mask`` above it traces once).
-        q_offset, return_lse, scale, q_positions, kv_positions, head_offset, heads, whole, state, return_state, summaries: as a call of
+        q_offset, return_lse, scale, q_positions, kv_positions, head_offset, heads, whole, cp, state, return_state, summaries: as a call of
             :class:`~sparsedsl.Attention` takes them.
         backend, allow, layout: as :func:`sparsedsl.compile` takes them; a compiled pattern has its own. With ``layout="bshd"`` tensors
             are ``(B, S, H, D)``, out too; the LSE stays ``(B, Hq, Sq)``.
@@ -92,7 +93,7 @@ def attention(
         attn = getattr(_IN_GRAPHS, _name_in_graphs(pattern, backend, None if allow is None else tuple(allow), layout))
         return attn(
             q, k, v, q_offset=q_offset, return_lse=return_lse, scale=scale, q_positions=q_positions, kv_positions=kv_positions,
-            head_offset=head_offset, heads=heads, whole=whole, state=state, return_state=return_state, summaries=summaries,
+            head_offset=head_offset, heads=heads, whole=whole, cp=cp, state=state, return_state=return_state, summaries=summaries,
             tables=tables, **named,
         )  # fmt: skip
     attn, bound = _compiled(pattern, backend, allow, layout)
@@ -101,7 +102,7 @@ def attention(
         named, tables = {}, {**bound, **given}
     return attn(
         q, k, v, q_offset=q_offset, return_lse=return_lse, scale=scale, q_positions=q_positions, kv_positions=kv_positions,
-        head_offset=head_offset, heads=heads, whole=whole, state=state, return_state=return_state, summaries=summaries,
+        head_offset=head_offset, heads=heads, whole=whole, cp=cp, state=state, return_state=return_state, summaries=summaries,
         tables=tables, **named,
     )  # fmt: skip
 

@@ -36,7 +36,7 @@ SYMBOL_NAMES = frozenset({*INDEX_SYMBOLS, "score"})
 # What a call of a compiled pattern takes by keyword: a table with such a name is bound, or passed as `tables={"scale": tensor}`.
 CALL_WORDS = frozenset(
     ("q", "k", "v", "q_offset", "return_lse", "scale", "state", "return_state", "summaries", "tables")
-    + ("q_positions", "kv_positions", "head_offset", "heads", "whole")
+    + ("q_positions", "kv_positions", "head_offset", "heads", "whole", "cp")
 )
 
 # Names that inputs of programs do not have, and that tables found by tracing are not given: they stand for themselves in text forms,

@@ -360,6 +360,10 @@ def _summaries(
     binding: Binding, attention: Any, query: torch.Tensor, key: torch.Tensor, rows: list[int]
 ) -> dict[str, KeptSummaries]:  # fmt: skip
     """The summaries that the layer's cache keeps of these rows, where none of them wants a gradient or a graph."""
-    if not isinstance(binding.held, SummarisedKeys) or torch.compiler.is_compiling() or wants_grad(query, key):
+    if (
+        not (isinstance(binding.held, SummarisedKeys) and binding.sums_up_keys)
+        or torch.compiler.is_compiling()
+        or wants_grad(query, key)
+    ):
         return {}
     return {"summaries": binding.held.summaries(attention, rows)}

@@ -119,6 +119,7 @@ class Attention(torch.nn.Module):
         head_offset: int | None = None,
         heads: int | None = None,
         whole: tuple[int, int] | None = None,
+        cp: Any = None,
         state: ProgramState | None = None,
         return_state: bool = False,
         summaries: KeptSummaries | None = None,
@@ -129,7 +130,7 @@ class Attention(torch.nn.Module):
         own = {name: getattr(self, attribute) for name, attribute in self._held.items()}
         return self.compiled(
             q, k, v, q_offset=q_offset, return_lse=return_lse, scale=scale, q_positions=q_positions, kv_positions=kv_positions,
-            head_offset=head_offset, heads=heads, whole=whole, state=state, return_state=return_state, summaries=summaries,
+            head_offset=head_offset, heads=heads, whole=whole, cp=cp, state=state, return_state=return_state, summaries=summaries,
             tables={**own, **by_kept_name(joined_tables(named, tables), own)},
         )  # fmt: skip
 

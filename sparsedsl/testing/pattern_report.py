@@ -83,7 +83,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        lines = [*self.pattern.text.splitlines(), ""]
+        lines = [*str(self.pattern).splitlines(), ""]
         lines += [f"  ! {text}" for text in getattr(self.pattern, "warnings", ())]
         width = max(len(p.name) for p in self.properties)
         for p in self.properties:

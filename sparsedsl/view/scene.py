@@ -18,7 +18,7 @@ from sparsedsl.analysis.lists import EMPTY, FULL, PARTIAL
 from sparsedsl.analysis.windows import Cells, Window, window_cells
 from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.printing import expression_text
+from sparsedsl.lang.printing import reading_text
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.pattern_place import PatternPlace
 from sparsedsl.picture_style import CLASS_NAMES
@@ -187,7 +187,7 @@ def layer(cells: Cells, *, packed: bool = False) -> dict[str, Any]:
 
 
 def _text(expr: sympy.Basic) -> str:
-    return expression_text(expr)
+    return reading_text(expr)
 
 
 def _words(expr: sympy.Basic) -> tuple[str, tuple[sympy.Basic, ...]]:

@@ -148,6 +148,19 @@ def test_shared_keys_are_kept_for_all_who_read_them_or_refused() -> None:
             torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, input_ids=ids), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("given", ["states", "states and choices"])
+def test_programs_share_what_is_kept_of_keys(given: str) -> None:
+    """Each layer goes on from a state of its own; where one of them chooses, the keys stay for both."""
+    model, ids = gemma3n(), tokens()
+    rings = [sd.patterns.ring_linear([decay] * 4) for decay in (0.5, 0.9)]
+    programs = dict.fromkeys((0, 1), rings[0]) | {2: sd.patterns.moba(4, 2) if "choices" in given else rings[1], 3: rings[1]}
+    with sd.models.apply(model, programs, backend="tiled") as applied:
+        cache = applied.cache()
+        parts = [logits(model, input_ids=part, past_key_values=cache) for part in ids.split([12, 1, 8], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, input_ids=ids), atol=1e-4, rtol=0)
+        assert [layer.keys.shape[2] for layer in cache.layers[:2]] == [0 if given == "states" else 21, 0]
+
+
 def test_a_linear_first_layer_does_not_count_keys() -> None:
     """MiniMax's cache tells transformers that no token was seen; with patterns in all its softmax layers that is noticed by none.
 

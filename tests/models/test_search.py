@@ -151,8 +151,9 @@ def test_costs_are_those_of_analyse_of_the_proofs_and_of_a_function() -> None:
         "native": sd.analyse(causal, 512, **heads).flops,
         **{name: sd.analyse(mask, 512, **heads).flops for name, mask in WINDOWS.items()},
     }
-    kept = searched(model, cost="cache_bytes", length=512).costs
-    assert kept[0] == {"native": 512 * 2 * 16 * 4, "near": 3 * 128, "middle": 11 * 128, "far": 29 * 128}
+    ring = sd.patterns.ring_linear([0.5, 0.7, 0.9, 0.99])  # four states of 8 x 8
+    kept = searched(model, {**WINDOWS, "ring": ring}, cost="cache_bytes", length=512).costs
+    assert kept[0] == {"native": 512 * 2 * 16 * 4, "near": 3 * 128, "middle": 11 * 128, "far": 29 * 128, "ring": 4 * 8 * 8 * 4}
     asked = []
 
     def cost(layer: int, given: Any) -> float:

@@ -54,6 +54,13 @@ def test_what_is_planted_first_is_named(name):
     assert words in found(planted(number), locate=True).guess
 
 
+def test_a_window_of_one_key_too_many_is_named():
+    """Also where the smallest case holds that key alone, which no row sees."""
+    p = planted("T07")
+    (failure,) = kit.check(p.kernel, examples=12, seed=0, only="NUM").failures
+    assert failure.case.kv_len == 1 and failure.guess == "the mask allows one key more at its earlier end"
+
+
 @pytest.mark.parametrize("name", planted_kernels.right())
 def test_no_right_kernel_is_accused(name):
     report = kit.check(planted_kernels.right()[name], examples=8, seed=1)

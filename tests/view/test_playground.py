@@ -139,7 +139,7 @@ def test_reasons_say_which_conditions_hold():
     assert not told["allowed"] and told["reads"] == ["doc[q_idx] = 10"]
     assert told["reason"]["word"] == "all of"
     leaves = {part["text"]: part["holds"] for part in told["reason"]["parts"] if part["text"]}
-    assert leaves == {"q_idx >= kv_idx": True}
+    assert leaves == {"kv_idx <= q_idx": True}
     (either,) = (part for part in told["reason"]["parts"] if not part["text"])
     assert either["word"] == "one of" and not either["holds"]
 

@@ -130,12 +130,15 @@ def _flops(runs: Runs, length: int, shape: LayerShape) -> float:
 
 
 def _cache_bytes(runs: Runs, length: int, shape: LayerShape) -> float:
-    """What the layer's cache holds at most: of a program every key, else what is proved to do."""
-    value = runs.value
+    """What the layer's cache holds at most: what is proved to do."""
+    bound, keys = cache_bound(runs.value), length
     try:
-        keys = length if isinstance(value, Program) else cache_bound(value).most(length, heads=shape.heads)
+        if bound.kind == STATE:
+            sizes = shape.kv_heads, shape.head_dim, _DTYPES[shape.item]
+            return float(bound.bytes(length, *sizes, head_dim_v=shape.value_dim, heads=shape.heads))
+        keys = bound.most(length, heads=shape.heads)
     except (ShapeError, TableError):  # how many depends on what only a call knows
-        keys = length
+        pass
     return float(keys * shape.kv_heads * (shape.head_dim + shape.value_dim) * shape.item)
 
 
@@ -156,7 +159,7 @@ def _layer_bytes(runs: Runs, length: int, shape: LayerShape) -> float:
         return float(bound.bytes(length, shape.kv_heads, shape.head_dim, _DTYPES[shape.item], **words))
     numbers = length * shape.kv_heads * (shape.head_dim + shape.value_dim)
     for node in program.inputs.values():
-        if any(base_of(axis) == "keys" for axis in node.axes):
+        if node.name in runs.given and any(base_of(axis) == "keys" for axis in node.axes):
             numbers += math.prod(
                 -(-length // block_of(axis)) if base_of(axis) == "keys" else runs.sizes[axis] for axis in node.axes
             )

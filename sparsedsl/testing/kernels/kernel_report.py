@@ -107,7 +107,7 @@ class KernelReport:
         ]
         return {
             "kernel": self.kernel.name,
-            "implements": _text(self.kernel),
+            "implements": str(self.kernel.implements.text),
             "declared": {name: str(value) for name, value in self.kernel.given.items()},
             "ok": self.ok,
             "exit_code": self.exit_code,
@@ -123,7 +123,7 @@ class KernelReport:
 
     def __str__(self) -> str:
         kernel, width = self.kernel, max((len(p.name) for p in self.findings), default=0)
-        lines = [f"{kernel.name} implements", *textwrap.indent(_text(kernel), "  ").splitlines()]
+        lines = [f"{kernel.name} implements", *textwrap.indent(str(kernel.implements), "  ").splitlines()]
         given = kernel.given.items()
         words = ", ".join(f"{name}={value!r}" for name, value in given if name not in ("name", "refuses"))
         lines += textwrap.wrap(f"declared: {words or 'no limits'}", _WIDTH, subsequent_indent="  ") + [""]
@@ -154,10 +154,6 @@ def _told(p: KernelFinding) -> list[str]:
         lines += textwrap.wrap(f"It is what one gets if {p.guess}.", _WIDTH, initial_indent="  ", subsequent_indent="  ")
     lines += textwrap.wrap(f"smallest case: {p.case!r}", _WIDTH, initial_indent="  ", subsequent_indent="    ")
     return [*lines, "  this program shows it:", "", textwrap.indent(p.snippet, "    ").rstrip()]
-
-
-def _text(kernel: Kernel) -> str:
-    return str(kernel.implements.text)
 
 
 def _failure(p: KernelFinding) -> dict[str, Any]:

@@ -183,13 +183,15 @@ def _instead(mask: Tensor, allowed: Tensor) -> Tensor:
 
 
 def _shifted(problem: Problem, step: int) -> Tensor:
-    """The mask with the row's position moved against the keys': what (q, k - step) may see."""
-    wide = problem.allowed
-    found = torch.zeros_like(wide)
-    if step > 0:
-        found[..., step:] = wide[..., :-step]
+    """The mask with the row's position moved against the keys': what (q, k - step) may see.
+
+    At the end where there is no key ``k - step``, what the row ``step`` further sees of ``k``: the same, where a pattern reads no tables.
+    """
+    found, end = torch.roll(problem.allowed, step, dims=3), 0 if step > 0 else -1
+    if problem.pattern.tables:
+        found[..., end] = False
     else:
-        found[..., :step] = wide[..., -step:]
+        found[..., end] = changed(problem, q_offset=problem.q_offset + step).allowed[..., end]
     return found
 
 

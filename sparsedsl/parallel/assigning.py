@@ -1,0 +1,152 @@
+"""Chunks of tokens -> ranks: several ways, of which the cheapest is taken. Everything here is deterministic.
+
+No way wins everywhere: under a causal mask neighbours weigh differently, under a window they see the same keys, and packed documents do
+both.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["METHODS", "Costs", "Rates", "assigned", "costs_of"]
+
+Tensor = torch.Tensor
+Owner = tuple[int, ...]
+METHODS = ("contiguous", "zigzag", "longest_first", "cuts")
+# Exchanges of two chunks that are tried once the best way is found; and pairs of (chunk, granule) above which none is.
+SWAPS, MOST_LISTED = 24, 1 << 23
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a rank does in a second: ``pairs`` of query and key that it computes, for all its heads, and ``keys`` that it receives, with
+    their values, for all heads. Only their ratio matters for the choice.
+
+    The defaults are those of 32 heads of width 128, with 8 key heads, at 300 TFLOP/s and 50 GB/s.
+    """
+
+    pairs: float = 1.8e10
+    keys: float = 1.2e7
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """``work (ranks,)``: pairs a rank computes. ``received (ranks,)``: keys it gets. ``seconds``: of the rank that takes the longest."""
+
+    work: Tensor
+    received: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is to be assigned: ``work`` of each chunk; for each pattern the listed pairs of chunk and granule; tokens of each granule."""
+
+    work: Tensor
+    listed: Sequence[tuple[Tensor, Tensor]]
+    granule_tokens: Tensor
+    granules_a_chunk: int
+    world: int
+    equal: bool
+    rates: Rates
+
+
+def needed(task: Task, owner: Owner, pattern: int) -> Tensor:
+    """Which granules each rank sees, ``(ranks, granules)``."""
+    chunk, granule = task.listed[pattern]
+    found = torch.zeros((task.world, task.granule_tokens.numel()), dtype=torch.bool)
+    found[torch.tensor(owner)[chunk], granule] = True
+    return found
+
+
+def costs_of(task: Task, owner: Owner) -> Costs:
+    """What an assignment costs."""
+    ranks = torch.tensor(owner)
+    work = torch.zeros(task.world, dtype=torch.float64).index_add_(0, ranks, task.work)
+    holder = ranks.repeat_interleave(task.granules_a_chunk)[: task.granule_tokens.numel()]
+    received = torch.zeros(task.world, dtype=torch.int64)
+    for number in range(len(task.listed)):
+        seen = needed(task, owner, number)
+        seen[holder, torch.arange(holder.numel())] = False
+        received += (seen * task.granule_tokens).sum(1)
+    seconds = work / task.rates.pairs + received / task.rates.keys
+    return Costs(work, received, float(seconds.max()))
+
+
+def assigned(task: Task, method: str) -> tuple[str, Owner, dict[str, Costs]]:
+    """The way that was taken, the rank of each chunk, and what every way would cost."""
+    tried: dict[str, tuple[Owner, Costs]] = {}
+    for name, owner in _ways(task):
+        if method in ("auto", name.partition(" ")[0]):
+            tried[name] = owner, costs_of(task, owner)
+    name = min(tried, key=lambda way: (round(tried[way][1].seconds, 12), list(tried).index(way)))
+    owner, best = tried[name]
+    costs = {way: cost for way, (_, cost) in tried.items()}
+    if method == "auto" and sum(chunk.numel() for chunk, _ in task.listed) <= MOST_LISTED:
+        swapped, better = _swapped(task, owner, best)
+        if better.seconds < best.seconds:
+            name, owner = f"{name}, swapped", swapped
+            costs[name] = better
+    return name, owner, costs
+
+
+def _ways(task: Task) -> Iterator[tuple[str, Owner]]:
+    count, world = task.work.numel(), task.world
+    yield "contiguous", tuple(chunk * world // count for chunk in range(count))
+    halves = [part * 2 * world // count for part in range(count)]
+    yield "zigzag", tuple(min(part, 2 * world - 1 - part) for part in halves)
+    run = 1
+    while run * world <= count:
+        yield f"longest_first runs of {run}", _longest_first(task, run)
+        run *= 2
+    if not task.equal:
+        yield "cuts", _cuts(task)
+
+
+def _longest_first(task: Task, run: int) -> Owner:
+    """Runs of chunks, the heaviest first, each to the rank that has the least so far, and room where all are to hold equally many."""
+    count = task.work.numel()
+    runs = [range(first, min(first + run, count)) for first in range(0, count, run)]
+    weights = [float(task.work[part.start : part.stop].sum()) for part in runs]
+    room = -(-len(runs) // task.world) if task.equal else len(runs)
+    owner, free = [0] * count, [(0.0, rank, room) for rank in range(task.world)]
+    for number in sorted(range(len(runs)), key=lambda i: (-weights[i], i)):
+        load, rank, left = heapq.heappop(free)
+        for chunk in runs[number]:
+            owner[chunk] = rank
+        if left > 1:
+            heapq.heappush(free, (load + weights[number], rank, left - 1))
+    return tuple(owner)
+
+
+def _cuts(task: Task) -> Owner:
+    """Neighbouring chunks, cut where each rank has its share of the work."""
+    middle = task.work.cumsum(0) - task.work / 2
+    share = max(float(task.work.sum()), 1.0) / task.world
+    return tuple((middle / share).long().clamp(0, task.world - 1).tolist())
+
+
+def _swapped(task: Task, owner: Owner, best: Costs) -> tuple[Owner, Costs]:
+    """The assignment with chunks of the slowest rank exchanged for lighter ones of the fastest, as long as that helps."""
+    ranks = list(owner)
+    for _ in range(SWAPS):
+        seconds = best.work / task.rates.pairs + best.received / task.rates.keys
+        slow, fast = int(seconds.argmax()), int(seconds.argmin())
+        gap = float(best.work[slow] - best.work[fast]) / 2
+        mine, others = ([i for i, rank in enumerate(ranks) if rank == end] for end in (slow, fast))
+        if gap <= 0 or not mine or not others:
+            break
+        # The exchange that comes nearest to half of the difference.
+        wanted = task.work[mine][:, None] - task.work[others] - gap
+        i, j = divmod(int(wanted.abs().argmin()), len(others))
+        changed = list(ranks)
+        changed[mine[i]], changed[others[j]] = fast, slow
+        found = costs_of(task, tuple(changed))
+        if found.seconds >= best.seconds:
+            break
+        ranks, best = changed, found
+    return tuple(ranks), best

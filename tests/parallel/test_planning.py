@@ -1,0 +1,117 @@
+"""Plans: every token has one rank, every key that a query sees is there, work is even, and no way of placing wins everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sparsedsl as sd
+from sparsedsl import kv_idx, q_idx
+from sparsedsl.lang.evaluation import evaluate
+from sparsedsl.parallel import Plan, plan
+from sparsedsl.parallel.assigning import METHODS
+
+CAUSAL = kv_idx <= q_idx
+DOC, KEEP = sd.table("doc", monotone=True), sd.table("keep", dtype=bool)
+TABLES = {"doc": torch.tensor([0] * 90 + [1] * 11 + [2] * 200 + [3] * 99), "win": torch.tensor([2, 30])}
+BLOCKS = torch.rand(13, 13, generator=torch.Generator().manual_seed(1)) < 0.3
+PATTERNS: dict[str, Any] = {
+    "causal": CAUSAL,
+    "window": sd.patterns.sliding_window(40),
+    "both sides": abs(q_idx - kv_idx) < 9,
+    "dilated": sd.patterns.dilated(6, 4),
+    "documents": CAUSAL & (DOC[q_idx] == DOC[kv_idx]),
+    "heads": CAUSAL & (q_idx - kv_idx < sd.table("win")[sd.h]),
+    "blocks": (CAUSAL & KEEP[q_idx // 32, kv_idx // 32]).bind(keep=BLOCKS),
+}
+
+
+def tables_of(mask: Any, length: int) -> dict[str, torch.Tensor]:
+    return {name: table[:length] for name, table in TABLES.items() if name in mask.tables}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(sorted(PATTERNS)), st.integers(130, 400), st.integers(1, 5), st.sampled_from([1, 8, 16]), st.sampled_from([1, 2, 3]),
+    st.sampled_from(["auto", *METHODS]), st.booleans(),
+)  # fmt: skip
+def test_every_key_that_is_seen_is_there_and_no_granule_that_is_not(
+    name: str, length: int, world: int, granule: int, factor: int, method: str, equal: bool
+) -> None:
+    mask = PATTERNS[name]
+    if method == "cuts":
+        equal = False
+    tables = tables_of(mask, length)
+    found = plan(mask, length, world, chunk=granule * factor, granule=granule, method=method, equal=equal, **tables)
+    rows = [found.rows(rank) for rank in range(world)]
+    torch.testing.assert_close(torch.cat(rows).sort().values, torch.arange(length))
+    env = {
+        "q_idx": torch.arange(length)[:, None],
+        "kv_idx": torch.arange(length),
+        "h": torch.arange(2)[:, None, None],
+        "keep": BLOCKS,
+    }
+    seen = evaluate(mask.expr, {**env, **tables}).expand(2, length, length).any(0)
+    for rank in range(world):
+        columns = seen[rows[rank]].any(0)
+        granules = torch.nn.functional.pad(columns, (0, -length % granule)).view(-1, granule).any(1)
+        want = granules.repeat_interleave(granule)[:length].nonzero()[:, 0]
+        torch.testing.assert_close(found.keys(rank), want)
+        got = torch.cat([found.sent(other, rank) for other in range(world)])
+        torch.testing.assert_close(got.sort().values, want[~torch.isin(want, rows[rank])])
+        assert found.traffic()[:, rank].tolist() == [found.sent(other, rank).numel() for other in range(world)]
+
+
+def test_the_cheapest_way_depends_on_the_mask() -> None:
+    words: dict[str, Any] = {"chunk": 1024, "granule": 128}
+    causal, near = (plan(mask, 1 << 17, 8, **words) for mask in (CAUSAL, sd.patterns.sliding_window(2048)))
+    assert (causal.method, round(causal.imbalance, 2)) == ("zigzag", 1.0)
+    assert (near.method, near.received) == ("contiguous", 2048)
+    assert round(plan(CAUSAL, 1 << 17, 8, method="contiguous", **words).imbalance, 2) == 1.87
+    # Packed documents of very different lengths: neighbours are uneven, and so is a zigzag.
+    ends = torch.tensor([0.02, 0.05, 0.1, 0.4, 0.43, 0.5, 0.98]) * (1 << 17)
+    doc = torch.bucketize(torch.arange(1 << 17), ends.long(), right=True)
+    packed = plan(CAUSAL & (DOC[q_idx] == DOC[kv_idx]), 1 << 17, 8, doc=doc, **words)
+    assert packed.imbalance < 1.02 and packed.tried["contiguous"][0] > 1.5
+    # With a slow network fewer keys are worth some waiting.
+    slow = plan(CAUSAL & (DOC[q_idx] == DOC[kv_idx]), 1 << 17, 8, doc=doc, rates=sd.parallel.Rates(pairs=1e15), **words)
+    assert slow.received < packed.received
+
+
+def test_layers_share_one_placement_and_a_plan_is_the_same_on_every_rank() -> None:
+    layers = {"near": sd.patterns.sliding_window(32), "whole": sd.attend(CAUSAL, score=sd.patterns.alibi(2))}
+    found, again = (plan(layers, 512, 4, chunk=32, granule=16) for _ in range(2))
+    assert found.hash == again.hash and found.owner == again.owner
+    assert found.traffic("near").sum() < found.traffic("whole").sum()
+    assert found.bytes("near", kv_heads=2, head_dim=8) == int(found.traffic("near").sum(0).max()) * 2 * 16 * 2
+    text = str(found)
+    assert "512 tokens on 4 ranks in chunks of 32" in text and "near" in text and found.hash in text
+    assert found.hash != plan(layers, 512, 4, chunk=32, granule=32).hash
+    with pytest.raises(sd.ArgumentError, match="name must be that of a pattern of the plan, of 'near', 'whole'; got None"):
+        found.keys(0)
+
+
+@pytest.mark.parametrize(("patterns", "words", "error", "message"), [
+    (sd.patterns.moba(), {}, sd.UnsupportedError, "chooses from q and k as it is called"),
+    (CAUSAL & (sd.table("doc")[sd.b, q_idx] == 1), {}, sd.UnsupportedError, "reads b: batch entries see different keys"),
+    (CAUSAL, {"chunk": 100, "granule": 16}, sd.ArgumentError, "chunk must be a multiple of granule, 16; got 100"),
+    (CAUSAL, {"world": 40}, sd.ArgumentError, "fewer than 40 ranks"),
+    (CAUSAL, {"world": 0}, sd.ArgumentError, "world must be a whole number of at least 1; got 0"),
+    (CAUSAL, {"method": "ring"}, sd.PatternError, "method"),
+    ({}, {}, sd.ArgumentError, "patterns must be a pattern, or a mapping"),
+    (CAUSAL, {"doc": torch.arange(3)}, sd.TableError, "no pattern reads doc"),
+])  # fmt: skip
+def test_what_cannot_be_planned_is_refused(patterns: Any, words: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        plan(patterns, 1024, **{"world": 4, **words})
+
+
+def test_a_plan_is_plain_data() -> None:
+    found = plan(CAUSAL, 512, 2, chunk=64, granule=32)
+    assert isinstance(found, Plan) and repr(found) == f"<Plan 512 tokens on 2 ranks, {found.method}>"
+    told = found.to_dict()
+    assert told["owner"] == list(found.owner) and told["hash"] == found.hash
