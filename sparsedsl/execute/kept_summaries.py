@@ -23,7 +23,7 @@ from sparsedsl.program.tensors import Input, Summary
 from sparsedsl.runtime.call import wants_grad
 from sparsedsl.torch_private import transforms_active
 
-__all__ = ["KeptSummaries", "summarised"]
+__all__ = ["KeptSummaries", "finished_blocks", "summarised"]
 
 Tensor = torch.Tensor
 # Rows of which the unfinished block is none -> one row for every block of them; of bounds both stacked, the least first.
@@ -39,6 +39,15 @@ def summarised(program: Program) -> dict[Node, Input]:
             if isinstance(of, Input) and base_of(of.axes[2]) == "keys":
                 found[node] = of
     return found
+
+
+def finished_blocks(node: Any, tokens: int) -> int:
+    """How many blocks, or windows, of a node that sums them up are over after so many tokens."""
+    return _finished(node.block, _stride(node), tokens)
+
+
+def _stride(node: Any) -> int:
+    return int(node.stride) if isinstance(node, Summary) and node.stride is not None else int(node.block)
 
 
 @dataclass
@@ -96,7 +105,7 @@ class KeptSummaries:
             )
         overlaps = isinstance(node, Summary) and node.stride is not None
         block, tokens = node.block, x.shape[2]
-        stride = node.stride if overlaps else block
+        stride = _stride(node)
         known, done = self._rows.get(node.key), _finished(block, stride, tokens)
         if known is not None:
             self._check(known, name, x)

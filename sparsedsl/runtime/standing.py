@@ -35,9 +35,7 @@ class Standing:
     lengths: tuple[int, int] | None = None
 
 
-def said_standing(
-    q_positions: Any, kv_positions: Any, head_offset: Any, heads: Any, whole: Any, *, q_offset: Any
-) -> Standing:
+def said_standing(q_positions: Any, kv_positions: Any, head_offset: Any, heads: Any, whole: Any, *, q_offset: Any) -> Standing:
     """What a call says of it, of the right kinds.
 
     Raises:

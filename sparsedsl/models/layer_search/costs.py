@@ -16,6 +16,7 @@ from sparsedsl.analysis.cached_keys import STATE
 from sparsedsl.analysis.report import analyse
 from sparsedsl.errors import PatternError, ShapeError, TableError
 from sparsedsl.execute.cache_bounds import cache_bound
+from sparsedsl.execute.kept_summaries import finished_blocks, summarised
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.models.carried import calling
@@ -25,6 +26,8 @@ from sparsedsl.models.layer_search.candidates import NATIVE, Candidate, Runs
 from sparsedsl.models.layers import text_config
 from sparsedsl.program.axes import KNOWN, base_of, block_of
 from sparsedsl.program.graph import Program
+from sparsedsl.program.scores import Bound
+from sparsedsl.program.tensors import Input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,7 +146,8 @@ def _cache_bytes(runs: Runs, length: int, shape: LayerShape) -> float:
 
 
 def _layer_bytes(runs: Runs, length: int, shape: LayerShape) -> float:
-    """What the cache of a hybrid layer holds at most: its state, or a row of each of its inputs for every key or every block of keys."""
+    """What the cache of a hybrid layer holds at most: its state, or a row of each of its inputs for every key or every block of keys, and
+    the summaries of blocks that are over."""
     program = runs.value
     assert isinstance(program, Program)
     bound = cache_bound(program)
@@ -157,10 +161,16 @@ def _layer_bytes(runs: Runs, length: int, shape: LayerShape) -> float:
             **runs.tables,
         }
         return float(bound.bytes(length, shape.kv_heads, shape.head_dim, _DTYPES[shape.item], **words))
-    numbers = length * shape.kv_heads * (shape.head_dim + shape.value_dim)
-    for node in program.inputs.values():
-        if node.name in runs.given and any(base_of(axis) == "keys" for axis in node.axes):
-            numbers += math.prod(
-                -(-length // block_of(axis)) if base_of(axis) == "keys" else runs.sizes[axis] for axis in node.axes
-            )
+    known = {"k": shape.kv_heads * shape.head_dim, "v": shape.kv_heads * shape.value_dim}
+    numbers = length * sum(known.values())
+
+    def width(of: Input) -> int:
+        return known.get(of.name) or math.prod(runs.sizes[axis] for axis in of.axes if base_of(axis) != "keys")
+
+    for of in program.inputs.values():
+        blocks = [-(-length // block_of(axis)) for axis in of.axes if base_of(axis) == "keys"]
+        if of.name in runs.given and blocks:
+            numbers += math.prod(blocks) * width(of)
+    for node, of in summarised(program).items():
+        numbers += finished_blocks(node, length) * width(of) * (2 if isinstance(node, Bound) else 1)
     return float(numbers * shape.item)
