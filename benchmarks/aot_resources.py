@@ -61,6 +61,7 @@ PATTERNS: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: P.gemma3(0),
     "global_tokens": lambda: P.global_tokens(4),
     "gpt_oss": lambda: P.gpt_oss(0),
+    "hstu": lambda: P.hstu(P.causal(), 4096),
     "llama4": lambda: P.llama4(0),
     "longformer": lambda: P.longformer(),
     "mistral": lambda: P.mistral(),
@@ -72,12 +73,15 @@ PATTERNS: dict[str, Callable[[], Any]] = {
     "prefix": lambda: P.prefix(128),
     "random_blocks": lambda: P.random_blocks(64, 2, seed=0),
     "relative_bias": lambda: sd.attend(P.causal(), score=P.relative_bias(64)),
+    "relu_squared": lambda: P.relu_squared(P.causal()),
     "shared_prefix": lambda: P.shared_prefix(),
+    "sigmoid": lambda: P.sigmoid(P.causal(), 4096),
     "sinks": lambda: P.causal() & (P.sliding_window(1024) | P.sinks(4)),
     "sliding_tile": lambda: P.sliding_tile((8, 16, 16), (4, 8, 8), (4, 4, 4)),
     "sliding_window": lambda: P.sliding_window(1024),
     "sliding_window by head": lambda: P.sliding_window(sd.table("window")[sd.h]),
     "softcap": lambda: sd.attend(P.causal(), score=P.softcap(50)),
+    "softpick": lambda: P.softpick(P.causal()),
     "streaming_llm": lambda: P.streaming_llm(),
     "strided": lambda: P.strided(64),
     "strided_fixed": lambda: P.strided_fixed(64, summary=4),
@@ -87,10 +91,11 @@ PATTERNS: dict[str, Callable[[], Any]] = {
 }
 # Kernels that can read K and V through tensor descriptors, in the cases whose name says so, where the target has them.
 WITH_DESCRIPTORS = ("forward", "decode", "grad_q")
-# Ingredients: an index or a slope, not a pattern; and programs, whose kernels test_selected_build.py and test_scan_build.py build.
+# Ingredients: an index or a slope, not a pattern; programs, whose kernels
+# test_selected_build.py and test_scan_build.py build; and what no kernel runs.
 NO_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket"} | {
     "based", "csa", "delta_net", "dsa", "gated_delta", "gla", "hca", "hisa", "hsa", "infllm_v2", "kda", "minference", "moba", "nha", "nsa",
-    "nsa_published", "pbs", "qsa", "ring_linear", "ssd", "token_sparse",
+    "nsa_published", "pbs", "qsa", "ring_linear", "ssd", "stick_breaking", "token_sparse",
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ _TEMPLATES = {
     "reciprocal": "(({type})1 / {0})",
     "relu": "relu_of({0})",
     "round": "round_exact({0})",
+    "shl": "({0} << {1})",
     "sign": "sign_exact({0})",
     "sqrt": "sqrt_of({0})",
     "to_int32": "(i64)(int){0}",

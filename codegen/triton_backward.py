@@ -68,7 +68,7 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         writer.tensor(name)
     for name in "kv":
         writer.columns_of(name)
-    writer.add(("delta_ptr", "*fp32"), ("base_ptr", "*fp32"))
+    writer.add(*((f"{name}_ptr", "*fp32") for name in writer.row_sums))
     learned = [one for one in learned_reads(pattern) if one.axis == "rows"]
     writer.add(*((f"{one.name}_ptr", "*fp32") for one in learned))
     writer.add(("heads", "i32"), ("group", "i32"), ("rows", "i32"), ("kv_len", "i32"), ("q_offset", "i32"), ("scale", "fp32"))
@@ -80,7 +80,8 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         writer.programs("rows", "BLOCK_M")
         source.line("b = bh // heads")
         source.line("h = bh % heads")
-        source.line("line = bh.to(tl.int64) * rows")
+        if writer.row_sums or learned:
+            source.line("line = bh.to(tl.int64) * rows")
         for name in ("q", "grad_out", "grad_q"):
             writer.head(name, "h")
         writer.column_heads("h")
@@ -92,9 +93,10 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         writer.dims()
         writer.load("q", "q", writer.d_parts, "row", "inside")
         writer.load("grad_out", "grad", writer.v_parts, "row", "inside")
-        source.line(f"at = line + {writer.place()}")
-        source.line("delta = tl.load(delta_ptr + at, mask=inside, other=0.0)")
-        source.line("base = tl.load(base_ptr + at, mask=inside, other=0.0)")
+        if writer.row_sums or learned:
+            source.line(f"at = line + {writer.place()}")
+        for name in writer.row_sums:
+            source.line(f"{name} = tl.load({name}_ptr + at, mask=inside, other=0.0)")
         loop.prepare(source, writer.names("queries"))
         write_factor(writer)
         for part in writer.d_parts:
@@ -134,7 +136,7 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
     loop = writer.query_loop()
     for name in ("q", "k", "v", "grad_out", "grad_k", "grad_v"):
         writer.tensor(name)
-    writer.add(("delta_ptr", "*fp32"), ("base_ptr", "*fp32"))
+    writer.add(*((f"{name}_ptr", "*fp32") for name in writer.row_sums))
     writer.add(*((f"{one.name}_ptr", "*fp32") for one in learned))
     writer.add(("heads", "i32"), ("group", "i32"), ("rows", "i32"), ("kv_len", "i32"), ("q_offset", "i32"), ("scale", "fp32"))
     writer.add_tables(*pattern.exprs)
@@ -176,7 +178,7 @@ def _keys_of_program(writer: Writer) -> None:
     writer.programs("kv_len", "BLOCK_N")
     source.line("b = bh // (heads // group)")
     source.line("kv_head = bh % (heads // group)")
-    if variant.step > 1:
+    if variant.step > 1 and writer.row_sums:
         source.line("all_rows = rows")
     for name in ("k", "v", "grad_k", "grad_v"):
         writer.head(name, "kv_head")
@@ -208,8 +210,9 @@ def _queries_of_head(writer: Writer) -> None:
         for part in parts:
             where = f"{name}_head + row_0[:, None] * {name}_stride_row + {part.name}[None, :]"
             source.line(f"{suffixed(name + '_tile', part)} = {where}")
-    source.line(f"line = (b * heads + h).to(tl.int64) * {'rows' if writer.variant.step == 1 else 'all_rows'}")
-    for name in ("delta", "base"):
+    if writer.row_sums:
+        source.line(f"line = (b * heads + h).to(tl.int64) * {'rows' if writer.variant.step == 1 else 'all_rows'}")
+    for name in writer.row_sums:
         source.line(f"{name}_tile = {name}_ptr + line + {writer.place('row_0')}")
 
 
@@ -243,7 +246,8 @@ def _value_gradients(writer: Writer, masked: str) -> None:
         grad, do = suffixed("grad_v", part), suffixed("grad", part)
         source.line(f"{grad} = tl.dot(p.to({do}.dtype), {do}, {grad}, input_precision=PRECISION)")
     writer.dot("dp", "v", "grad", writer.v_parts)
-    source.line(f"delta = tl.load(delta_tile + {_first_row(writer)}{masked})")
+    if writer.row_sums:
+        source.line(f"delta = tl.load(delta_tile + {_first_row(writer)}{masked})")
 
 
 def _first_row(writer: Writer) -> str:
@@ -265,5 +269,6 @@ def _query_tile(writer: Writer, kind: str) -> str:
             where = f"{suffixed(name + '_tile', part)} + start * {name}_stride_row"
             source.line(f"{suffixed(target, part)} = tl.load({where}{writer.mask(part, exists)})")
     masked = ", mask=exists, other=0.0" if exists else ""
-    source.line(f"base = tl.load(base_tile + {_first_row(writer)}{masked})")
+    if writer.row_sums:
+        source.line(f"base = tl.load(base_tile + {_first_row(writer)}{masked})")
     return masked

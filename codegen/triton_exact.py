@@ -28,6 +28,7 @@ _TEMPLATES = {
     "neg": "(-{0})",
     "relu": f"tl.maximum({{0}}, 0.0, {_NAN})",
     "round": "tl.where(tl.abs({0}) < {half}, {0} + {sum} - {sum}, {0})",
+    "shl": "({0} << {1})",
     "sign": "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0)).to({type})",
     "to_int32": "{0}.to(tl.int32)",
     "to_int64": "{0}.to(tl.int64)",
@@ -51,8 +52,8 @@ class _Prints(Protocol):
 
 
 def has_text(expr: strict.StrictFunction) -> bool:
-    """Whether :func:`exact_text` can print the operation itself."""
-    return expr.operation in _PRINTED
+    """Whether :func:`exact_text` can print the operation itself. A shift only where it is ``1 << n`` within 64 bits."""
+    return expr.operation in _PRINTED and (expr.operation != "shl" or bool(expr.is_positive))
 
 
 def exact_text(printer: _Prints, expr: strict.StrictFunction) -> tuple[str, int]:

@@ -240,13 +240,14 @@ def write_merge(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
         source.line("line = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)")
         source.line("inside = line < lines")
         writer.dims(of_v=True)
+        if not added:
+            source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32)")
+            source.line("total = tl.zeros([BLOCK_M], tl.float32)")
         for part in writer.v_parts:
             source.line(f"{suffixed('acc', part)} = tl.zeros([BLOCK_M, {part.width}], tl.float32)")
         if added:
             _add_shares(writer)
             return writer.result
-        source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32)")
-        source.line("total = tl.zeros([BLOCK_M], tl.float32)")
         with source.block("for share in range(0, splits):"):
             source.line("at = line + tl.cast(share, tl.int64) * lines")
             source.line('lse = tl.load(share_lse_ptr + at, mask=inside, other=float("-inf"))')

@@ -136,11 +136,12 @@ def weights_and_gradients(
     text, *slopes = write_expressions(source, (expr, *by), writer.names(place), real="tl.float32")
     write_logit(writer, text, "allowed" if condition else "")
     if writer.pointwise:
-        source.line("p = x")
+        if place == "turned":  # the gradients of values are made there alone
+            source.line("p = x")
         products()
         source.line("dx = tl.where(allowed, dp, 0.0)" if condition else "dx = dp")
     elif writer.picks:
-        _picked(writer, row, products)
+        _picked(writer, place, row, products)
     else:
         source.line(f"p = tl.exp2(x * LOG2E - base{row})" if writer.in_log2 else f"p = tl.exp2((x - base{row}) * LOG2E)")
         products()
@@ -154,12 +155,13 @@ def weights_and_gradients(
             source.line(f"{name} = dx * ({slope})")
 
 
-def _picked(writer: Writer, row: str, products: Products) -> None:
+def _picked(writer: Writer, place: str, row: str, products: Products) -> None:
     """Weights ``p`` of a softpick, and the gradients ``dx`` of its logits."""
     source, base = writer.source, "base" if writer.in_log2 else "base * LOG2E"
     source.line(f"power = tl.exp2(x * LOG2E - ({base}){row})")
     source.line(f'more = tl.where(x == float("-inf"), 0.0, power - tl.exp2(-({base})){row})')
-    source.line("p = tl.maximum(more, 0.0)")
+    if place == "turned":
+        source.line("p = tl.maximum(more, 0.0)")
     products()
     source.line(f"dx = power * tl.where(more > 0, dp - delta{row}, tl.where(more < 0, delta{row}, 0.0))")
 

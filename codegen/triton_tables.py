@@ -78,7 +78,7 @@ def write_grad_pairs(source: Source, pattern: Pattern, variant: Variant, one: Le
 def _arguments(writer: Writer, one: LearnedRead) -> None:
     for name in ("q", "k", "v", "grad_out"):
         writer.tensor(name)
-    writer.add(("delta_ptr", "*fp32"), ("base_ptr", "*fp32"), (f"{one.name}_ptr", "*fp32"))
+    writer.add(*((f"{name}_ptr", "*fp32") for name in (*writer.row_sums, one.name)))
     writer.add(("heads", "i32"), ("group", "i32"), ("rows", "i32"), ("kv_len", "i32"), ("q_offset", "i32"), ("scale", "fp32"))
     writer.add_tables(*writer.pattern.exprs)
 
@@ -91,7 +91,8 @@ def _heads(writer: Writer) -> None:
         writer.head(name, head)
     writer.positions(*writer.pattern.exprs)
     writer.dims()
-    source.line("line = bh.to(tl.int64) * rows")
+    if writer.row_sums:
+        source.line("line = bh.to(tl.int64) * rows")
 
 
 def _tile(writer: Writer, one: LearnedRead) -> None:
@@ -104,8 +105,8 @@ def _tile(writer: Writer, one: LearnedRead) -> None:
     writer.load("grad_out", "grad", writer.v_parts, "row", "inside")
     writer.load("k", "k", writer.d_parts, "kv_idx", "exists")
     writer.load("v", "v", writer.v_parts, "kv_idx", "exists")
-    source.line("delta = tl.load(delta_ptr + line + row, mask=inside, other=0.0)")
-    source.line("base = tl.load(base_ptr + line + row, mask=inside, other=0.0)")
+    for name in writer.row_sums:
+        source.line(f"{name} = tl.load({name}_ptr + line + row, mask=inside, other=0.0)")
     writer.dot("s", "q", "k", writer.d_parts)
     products = functools.partial(writer.dot, "dp", "grad", "v", writer.v_parts)
     weights_and_gradients(writer, predicate(writer, "tile"), "tile", "[:, None]", [one], products)

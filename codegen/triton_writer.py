@@ -287,6 +287,11 @@ class Writer:
         return self.pattern.normaliser == POINTWISE
 
     @property
+    def row_sums(self) -> tuple[str, ...]:
+        """What the backward pass reads of each row: weights that are taken as they are need nothing of the others."""
+        return () if self.pointwise else ("delta", "base")
+
+    @property
     def picks(self) -> bool:
         """Whether weights are exponentials less 1, of which those below 0 count in the sum alone."""
         return self.pattern.normaliser == SOFTPICK

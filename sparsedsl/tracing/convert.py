@@ -6,6 +6,8 @@ torch's rules that differ from mathematics are kept: ``+`` and ``*`` of booleans
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +30,9 @@ __all__ = ["Converter"]
 
 _WIDTHS = {torch.uint8: (0, 256), torch.int8: (-128, 256), torch.int16: (-(1 << 15), 1 << 16)}
 _WIDE = (torch.int32, torch.int64)
-_LEAVING = frozenset({"add", "sub", "mul", "add_scaled", "sub_scaled", "addcmul", "neg", "abs", "pow", "shl", "cast"})
+_LEAVING = frozenset(
+    {"add", "sub", "mul", "add_scaled", "sub_scaled", "addcmul", "neg", "abs", "pow", "shl", "cast", "short_sum"}
+)
 _POSITIONS = 1 << 24  # positions are taken to be smaller: what more of them do is seen to by every call
 _UNBOUNDED = (1 << 31) - 1
 _SWAPPED = {"gt": "lt", "ge": "le", "lt": "gt", "le": "ge", "eq": "eq", "ne": "ne"}
@@ -124,6 +128,8 @@ class Converter(Floats, Bits):
                 return numeric.where(self.mask(args[0]), self.index(args[1]), self.index(args[2]))
             case "bitwise_and" | "bitwise_or" | "bitwise_xor" | "shl" | "shr":
                 return self.bitwise(node)
+            case "short_sum":
+                return functools.reduce(operator.add, map(self.index, args))
             case "add" | "sub" | "mul" | "minimum" | "maximum" | "fmin" | "fmax":
                 return _INTEGER[node.op](*map(self.index, args))
             case "add_scaled" | "sub_scaled":
@@ -157,10 +163,21 @@ class Converter(Floats, Bits):
 
     def divisor(self, node: TraceNode) -> Index:
         """A divisor, which must be known not to be zero."""
-        divisor = self.index(node)
+        power = self._power_of_two(node)
+        divisor = self.index(node) if power is None else power
         if not divisor.expr.is_positive and not divisor.expr.is_negative:
             self.want(node, 1)
         return divisor
+
+    def _power_of_two(self, node: TraceNode) -> Index | None:
+        """``1 << n`` or ``2 ** n`` with an ``n`` that is never negative, as the language has it; None for anything else."""
+        if node.op not in ("shl", "pow") or node.args[1].is_const or not node.args[0].is_const:
+            return None
+        bits = self.index(node.args[1])
+        if node.args[0].args[0] != (1 if node.op == "shl" else 2):
+            return None
+        self.want(node.args[1], 0)
+        return as_index(1) << bits if bits.expr.is_nonnegative else None
 
     def _wrapped(self, node: TraceNode, index: Index) -> Index:
         """Integers narrower than 32 bits wrap around wherever a result may leave their range; wider ones must stay inside."""

@@ -8,7 +8,9 @@ simplified. Comparisons of the logit itself are real: the logit has no exact val
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +60,8 @@ class Floats(Conversion):
                 return self.read(node)
             case "where":
                 return as_score(numeric.where(self.mask(node.args[0]), self.score(node.args[1]), self.score(node.args[2])))
+            case "short_sum":
+                return functools.reduce(operator.add, map(self.score, node.args))
             case op if op in _REAL and (op not in _JUMPS or self.uses_score(node)):
                 parts = [self.score(part) for part in node.args]
                 with contextlib.suppress(NotReal):  # no real number, such as log(-1), is one that torch has
@@ -93,7 +97,26 @@ class Floats(Conversion):
                 return self._apply("where", node.dtype, self.mask(node.args[0]).expr, *map(self.exact, node.args[1:]))
             case "cast":
                 return self._apply("cast", node.dtype, self.exact(node.args[0]))
+            case "short_sum":
+                return self._exact_sum(node)
+            case op if op not in strict.OPERATIONS:
+                fail(
+                    f"{op} of floats where it decides something",
+                    "Compare before, or write it with + - * / and torch.log",
+                    node.where,
+                )
         return self._apply(node.op, node.common, *map(self.exact, node.args))
+
+    def _exact_sum(self, node: TraceNode) -> sympy.Basic:
+        """Of one or two floats: the last digit of more depends on the order in which torch adds them."""
+        parts = [self.exact(part) for part in node.args]
+        if len(parts) > 2:
+            fail(
+                f"a sum of {len(parts)} floats that decides which pairs attend or which entry is read",
+                "Its last digit depends on the order in which torch adds. Write the sum out, x[0] + x[1] + x[2], or compare whole numbers",
+                node.where,
+            )
+        return parts[0] if len(parts) == 1 else self._apply("add", node.common, *parts)
 
     def _apply(self, op: str, dtype: torch.dtype, *operands: sympy.Basic) -> sympy.Basic:
         """An exact operation; operands that are only cast to its own type go in as they are, since it casts them itself."""
@@ -241,6 +264,7 @@ _REAL: dict[str, Callable[..., Any]] = {
     "logaddexp": lambda a, b: a + numeric.softplus(b - a),
     "lerp": lambda a, b, w: a + w * (b - a),
     "addcmul": lambda a, b, c, value: a + value * b * c,
+    "xlogy": lambda a, b: numeric.where(a == 0, 0.0, a * numeric.log(numeric.where(a == 0, 1.0, b))),
     "addcdiv": lambda a, b, c, value: a + value * b / c,
     "deg2rad": lambda a: a * (math.pi / 180),
     "rad2deg": lambda a: a * (180 / math.pi),

@@ -15,6 +15,7 @@ from sparsedsl.torch_private import tree_map
 from sparsedsl.tracing import trace_advice
 from sparsedsl.tracing.indexing import index_dimensions
 from sparsedsl.tracing.proxy import Proxy, Tracer
+from sparsedsl.tracing.short_vectors import REDUCTIONS, elementwise, has_vector, reduced, viewed
 from sparsedsl.tracing.trace_graph import TraceNode, constant
 
 __all__ = ["record"]
@@ -33,6 +34,7 @@ _SAME = frozenset(
     {"alias", "clone", "detach", "lift", "lift_fresh", "lift_fresh_copy", "positive", "_conj", "_reshape_alias", "view_as"}
 )
 _RESHAPES = frozenset({"view", "_unsafe_view", "reshape", "expand", "squeeze", "permute", "transpose", "t"})
+_VIEWS = _RESHAPES | {"unsqueeze", "flip", "slice"}
 _CONSTANTS = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"})
 
 
@@ -49,12 +51,20 @@ def record(tracer: Tracer, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     read = _read(tracer, name, given)
     if read is not None:
         return read
+    alias = _ALIASES.get(name, name)
+    if has_vector(args, kwargs):
+        if name in REDUCTIONS:
+            return reduced(tracer, record, name, given)
+        if name in _VIEWS:
+            return viewed(tracer, func, args, kwargs)
+        if alias in KNOWN or alias in _SPECIAL:
+            return elementwise(tracer, record, func, args, kwargs)
     if name in _CONSTANTS:
         return func(*_examples(args), **{**_examples(kwargs), "device": torch.device("cpu")})
     if name in _SAME or (name in _RESHAPES and func(*_examples(args), **_examples(kwargs)).ndim == 0):
         return Proxy(tracer.node(given["self"]), tracer)
     call = _TorchCall(tracer, func, args, kwargs, given)
-    name = _ALIASES.get(name, name)
+    name = alias
     if name in _SPECIAL:
         result = _SPECIAL[name](call)
     elif name in KNOWN:
@@ -222,6 +232,8 @@ _SPECIAL: dict[str, Callable[[_TorchCall], Any]] = {
     "round": _round,
     "log_sigmoid_forward": _log_sigmoid,
     "celu": _celu,
+    "_prelu_kernel": lambda call: call.make("leaky_relu", call.operand("self"), call.operand("weight")),
+    "xlogy": lambda call: call.make("xlogy", call.operand("self"), call.operand("other")),
     "ldexp": _ldexp,
     "gelu": lambda call: call.make("gelu_tanh" if call.given.get("approximate") == "tanh" else "gelu", call.operand("self")),
 }

@@ -14,7 +14,7 @@ import torch
 
 from sparsedsl.torch_private import no_torch_function, stand_in, tree_leaves
 from sparsedsl.tracing import capture, trace_advice
-from sparsedsl.tracing.trace_graph import Captured, Partial, TraceNode, constant, fail
+from sparsedsl.tracing.trace_graph import Captured, Partial, TraceNode, Vector, constant, fail
 
 __all__ = ["Proxy", "Tracer"]
 
@@ -37,15 +37,23 @@ class Proxy(torch.Tensor):
     known: torch.Tensor | None = None
     node: TraceNode | None
     partial: Partial | None
+    vector: Vector | None
     tracer: Tracer
 
     @staticmethod
-    def __new__(cls, value: TraceNode | Partial, tracer: Tracer) -> Proxy:
-        partial = value if isinstance(value, Partial) else None
-        dtype = partial.captured.tensor.dtype if partial else value.dtype  # type: ignore[union-attr]
-        shape, device = partial.shape if partial else (), torch.device("cpu")
-        self = stand_in(cls, shape, dtype=dtype, device=device)
-        self.node, self.partial, self.tracer = None if partial else value, partial, tracer
+    def __new__(cls, value: TraceNode | Partial | Vector, tracer: Tracer) -> Proxy:
+        shape: tuple[int, ...] = () if isinstance(value, TraceNode) else value.shape
+        match value:
+            case Partial():
+                dtype = value.captured.tensor.dtype
+            case Vector():
+                dtype = value.nodes[0].dtype
+            case _:
+                dtype = value.dtype
+        self = stand_in(cls, shape, dtype=dtype, device=torch.device("cpu"))
+        self.node = value if isinstance(value, TraceNode) else None
+        self.partial = value if isinstance(value, Partial) else None
+        self.vector, self.tracer = value if isinstance(value, Vector) else None, tracer
         return self
 
     __torch_function__ = no_torch_function
@@ -165,6 +173,8 @@ class Tracer:
     def node(self, value: object) -> TraceNode:
         """The node of a scalar operand: a proxy, a number, or a real tensor of one element."""
         if isinstance(value, Proxy):
+            if value.vector is not None:
+                fail(f"a vector of shape {tuple(value.shape)} where one value is wanted", "Join its elements before: x.sum(-1)")
             if value.node is None:
                 trace_advice.refuse_shape(value.partial.captured.name, tuple(value.shape))  # type: ignore[union-attr]
             return value.node

@@ -130,7 +130,8 @@ def refuse_shape(name: str, shape: tuple[int, ...]) -> NoReturn:
     commas = ", ".join("?" for _ in shape)
     fail(
         f"arithmetic with {name}, a tensor of shape {shape}",
-        f"A mask or score is computed for one pair at a time: read one element, {name}[{commas}]",
+        f"A mask or score is computed for one pair at a time: read one element, {name}[{commas}]; rows of up to 32 numbers can be taken "
+        "whole, where something joins them: (row == kv_idx).any()",
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from sparsedsl.tracing.locate import Location, here
 
-__all__ = ["Captured", "Partial", "Refused", "TraceNode", "constant", "fail"]
+__all__ = ["Captured", "Partial", "Refused", "TraceNode", "Vector", "constant", "fail"]
 
 
 class Refused(Exception):
@@ -71,6 +71,14 @@ class Partial:
         """The node of a read whose indices are complete."""
         dtype = self.captured.tensor.dtype
         return TraceNode("read", (self.captured, *self.indices), dtype, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A few values together, in the order of a tensor of ``shape``."""
+
+    nodes: tuple[TraceNode, ...]
+    shape: tuple[int, ...]
 
 
 def constant(value: object, dtype: torch.dtype | None = None) -> TraceNode:

@@ -37,8 +37,9 @@ NEED = {
     "block_diffusion": (16,), "random_blocks": (64, 2, ), "neighbourhood_2d": (32, 48, (7, 5)), "neighbourhood_3d": (8, 16, 16, (3, 5, 5)),
     "sliding_tile": ((16, 16), (12, 12), (4, 4)), "alibi_window": (16, 256), "gemma2": (0,), "gemma3": (0,), "gpt_oss": (0,),
     "llama4": (0,), "prefix": (128,), "sinks": (4,), "global_tokens": (4,), "relative_bias": (64,), "softcap": (30,), "alibi": (8,),
+    "sigmoid": (causal, 4096), "relu_squared": (causal,), "hstu": (causal, 4096), "softpick": (causal,),
 }  # fmt: skip
-NOT_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket"}
+NOT_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket", "stick_breaking"}  # the last is refused
 
 
 def library() -> dict[str, Any]:

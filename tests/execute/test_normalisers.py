@@ -137,3 +137,17 @@ def test_in_a_graph_and_from_state():
     rest = attn(q[:, :, 50:], k[:, :, 50:], v[:, :, 50:], state=state)
     assert torch.allclose(torch.cat([first, rest], 2), whole, atol=1e-6)
     assert torch.equal(torch.vmap(lambda x: attn(x, k, v))(torch.stack([q, q]))[1], whole)
+
+
+def test_kernels_that_are_not_ours():
+    """A kernel that implements such a pattern is compared with its weights, and not with a softmax."""
+
+    def mine(q, k, v, bias=3.0):
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        return torch.sigmoid(q @ k.mT * q.shape[3] ** -0.5 - bias).tril() @ v
+
+    pattern = sd.attend(causal, score=sd.sigmoid(score - 3), normaliser="pointwise")
+    words = {"implements": pattern, "group": 2, "offset": False, "scale": False}
+    assert_matches_reference(sd.testing.Kernel(mine, **words), *qkv(9))
+    with pytest.raises(AssertionError, match="wanted"):
+        assert_matches_reference(sd.testing.Kernel(lambda q, k, v: mine(q, k, v, 3.1), **words), *qkv(9))

@@ -15,6 +15,7 @@ from sparsedsl.tracing import trace_mask, trace_score
 
 TABLE = torch.arange(40)
 GRID = torch.arange(64).reshape(8, 8)
+WIDE = torch.arange(320).reshape(8, 40)
 COUNT = torch.tensor(0)
 NUMBERS = list(range(40))
 
@@ -113,15 +114,15 @@ MASKS = {
     "write to a captured tensor": (counting, "a write in place (torch.Tensor.add_) at FILE:LINE"),
     "sum": (lambda b, h, q, kv: q.sum() >= kv, "torch.Tensor.sum(), a reduction at FILE:LINE, .* reduce outside of the function"),
     "any of a table": (
-        lambda b, h, q, kv: (GRID[q] == kv).any(),
-        "arithmetic with GRID, a tensor of shape (8,) at FILE:LINE, .* GRID[?]",
+        lambda b, h, q, kv: (WIDE[q] == kv).any(),
+        "arithmetic with WIDE, a tensor of shape (40,) at FILE:LINE, .* WIDE[?]; rows of up to 32 numbers can be taken whole",
     ),
     "cumsum": (lambda b, h, q, kv: q.cumsum(0) >= kv, "torch.Tensor.cumsum(), a reduction at FILE:LINE"),
     "searchsorted": (lambda b, h, q, kv: torch.searchsorted(TABLE, q) == kv, "torch.searchsorted(), a reduction at FILE:LINE"),
     "bucketize": (lambda b, h, q, kv: torch.bucketize(q, TABLE) == kv, "torch.bucketize(), a reduction at FILE:LINE"),
     "matmul": (lambda b, h, q, kv: q @ kv, "torch.Tensor.matmul() at FILE:LINE, .* torch refuses it"),
     "dot": (
-        lambda b, h, q, kv: torch.dot(GRID[q], GRID[kv]) > 0,
+        lambda b, h, q, kv: torch.dot(WIDE[q], WIDE[kv]) > 0,
         "torch.dot(), a matrix product at FILE:LINE, .* sees no vectors",
     ),
     "arange": (lambda b, h, q, kv: torch.arange(q)[0] == kv, "at FILE:LINE"),
@@ -147,7 +148,7 @@ MASKS = {
         lambda b, h, q, kv: TABLE == q,
         "arithmetic with TABLE, a tensor of shape (40,) at FILE:LINE, .* read one element, TABLE[?]",
     ),
-    "row of a table": (lambda b, h, q, kv: GRID[q] == kv, "arithmetic with GRID, a tensor of shape (8,) at FILE:LINE"),
+    "row of a table": (lambda b, h, q, kv: WIDE[q] == kv, "arithmetic with WIDE, a tensor of shape (40,) at FILE:LINE"),
     "slice": (lambda b, h, q, kv: GRID[q, 2:] == kv, "the slice slice(2, None, None) as an index of GRID at FILE:LINE"),
     "new axis": (lambda b, h, q, kv: TABLE[q, None] == kv, "TABLE[...] with 2 indices at FILE:LINE, .* has shape (40,)"),
     "too many indices": (lambda b, h, q, kv: GRID[q, kv, 0] == 0, "the read GRID[...] with 3 indices at FILE:LINE"),

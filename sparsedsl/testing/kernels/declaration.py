@@ -122,6 +122,8 @@ class Kernel:
         found: Any = program if program is not None and program.static is None else None
         if found is None:
             found = as_pattern(self.implements if program is None else program.static, where="Kernel(implements=...)")
+            if not found.has_lse:  # the oracle of patterns weighs by a softmax, that of programs by what the reference does
+                found = Program(found)
         self._set(implements=found, name=self.name or getattr(self.fn, "__name__", type(self.fn).__name__))
         self._set(group=_numbers("group", self.group, 1) if self.group != "any" else None)
         self._set(tiles=_tiles(self.tiles), head_dims=_widths(self.head_dims), lengths=_lengths(self.lengths))
