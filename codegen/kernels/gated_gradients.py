@@ -82,6 +82,9 @@ def carry_back(
             through = tl.dot(tl.trans(solve), by_u, input_precision=PRECISION)
             tl.store(through_ptr + rows, through, mask=kept)
             by_u = through * numbers_at(beta_ptr, begin, ranks, length)[:, None]
+            # Read again: kept in registers, they would drive out others.
+            k = rows_at(k_ptr, begin, ranks, 0, length, k_stride_row, columns, WIDTH)
+            reach, _, _ = decays_of(gate_ptr, document, before, last, begin, ranks, length, columns, WIDTH, VECTOR)
             d_state -= tl.dot(tl.trans(k * reach), by_u, input_precision=PRECISION)
         tl.store(d_v_ptr + rows, by_u.to(d_v_ptr.dtype.element_ty), mask=kept)
     tl.store(d_states_ptr + line * (chunks + 1) * (WIDTH * WIDTH_V) + place, d_state, mask=inside)
