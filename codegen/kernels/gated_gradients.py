@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsedsl.codegen.kernels.gated_scan import LEAST, decays_of, documents_of, line_of, numbers_at, pair_decays
+from sparsedsl.codegen.kernels.gated_scan import LEAST, documents_of, from_rows, line_of, numbers_at, over_all, pair_decays, to_rows
 from sparsedsl.codegen.kernels.linear_scan import document_at, product, rows_at
 from sparsedsl.codegen.kernels.slot_scan import across, halves
 
@@ -62,19 +62,20 @@ def carry_back(
         begin = chunk * CHUNK
         tl.store(d_states_ptr + (line * (chunks + 1) + chunk + 1) * (WIDTH * WIDTH_V) + place, d_state, mask=inside)
         document, before, last = documents_of(documents_ptr, begin, ranks, length, HAS_DOCUMENTS)
-        reach, left, total = decays_of(gate_ptr, document, before, last, begin, ranks, length, columns, WIDTH, VECTOR)
         k = rows_at(k_ptr, begin, ranks, 0, length, k_stride_row, columns, WIDTH)
+        left = from_rows(gate_ptr, document, last, begin, ranks, length, columns, WIDTH, VECTOR)
         by_u = product(k * left, d_state, PRECISION)
-        d_state *= total
+        d_state *= over_all(gate_ptr, before, last, begin, ranks, length, columns, WIDTH, VECTOR)
         for reader in range(READERS):
             head = line % heads * READERS + reader
             q_line = q_ptr + line // heads * q_stride_b + head // Q_SHARED * q_stride_h
             d_line = d_out_ptr + line // heads * d_out_stride_b + head * d_out_stride_h
             q = rows_at(q_line, begin, ranks, q_first, q_rows, q_stride_row, columns, WIDTH)
+            q *= to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH, VECTOR)
             d_out = rows_at(d_line, begin, ranks, q_first, q_rows, d_out_stride_row, columns_v, WIDTH_V) * scale
             pairs = tl.load(pairs_ptr + ((line * READERS + reader) * chunks + chunk) * (CHUNK * CHUNK) + square)
             by_u += tl.dot(tl.trans(pairs), d_out, input_precision=PRECISION)
-            d_state += tl.dot(tl.trans(q * reach), d_out, input_precision=PRECISION)
+            d_state += tl.dot(tl.trans(q), d_out, input_precision=PRECISION)
         kept = (begin + ranks < length)[:, None] & (columns_v < WIDTH_V)[None, :]
         rows = (line * length + begin) * WIDTH_V + (ranks[:, None] * WIDTH_V + columns_v[None, :])
         if DELTA:
@@ -82,9 +83,7 @@ def carry_back(
             through = tl.dot(tl.trans(solve), by_u, input_precision=PRECISION)
             tl.store(through_ptr + rows, through, mask=kept)
             by_u = through * numbers_at(beta_ptr, begin, ranks, length)[:, None]
-            # Read again: kept in registers, they would drive out others.
-            k = rows_at(k_ptr, begin, ranks, 0, length, k_stride_row, columns, WIDTH)
-            reach, _, _ = decays_of(gate_ptr, document, before, last, begin, ranks, length, columns, WIDTH, VECTOR)
+            reach = to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH, VECTOR)
             d_state -= tl.dot(tl.trans(k * reach), by_u, input_precision=PRECISION)
         tl.store(d_v_ptr + rows, by_u.to(d_v_ptr.dtype.element_ty), mask=kept)
     tl.store(d_states_ptr + line * (chunks + 1) * (WIDTH * WIDTH_V) + place, d_state, mask=inside)
@@ -92,7 +91,7 @@ def carry_back(
 
 @triton.jit
 def _of_pairs(
-    by_pairs, x, writers, k, gate_ptr, begin, ranks, length, columns, WIDTH: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
+    by_pairs, x, writers, k, gate_ptr, begin, ranks, length, columns, levels, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of products of readers with rows of k: of the readers, and of the rows of k, for which ``x`` are the readers."""
@@ -101,7 +100,7 @@ def _of_pairs(
         own = tl.sum(tl.where(ranks[:, None] == ranks[None, :], by_pairs, 0.0), 1)[:, None]
         by_x, by_k = own * k, own * x
         before, after = gates, tl.zeros_like(gates)
-        for level in tl.static_range(LEVELS):
+        for level in range(levels):
             to_edge, before, after = halves(before, after, ranks, level)
             split = tl.where(across(ranks, level), by_pairs, 0.0)
             by_x += tl.dot(split, k * to_edge, input_precision=PRECISION) * to_edge
@@ -114,9 +113,9 @@ def _of_pairs(
 
 
 @triton.jit
-def _from_each_row(x, document, ranks, LEVELS: tl.constexpr):
+def _from_each_row(x, document, ranks, levels):
     """Sums over the rows of x from each row on, as far as its document goes: of neighbours, of the sums of these, and so on."""
-    for level in tl.static_range(LEVELS):
+    for level in range(levels):
         far = ranks + (1 << level)
         at = tl.minimum(far, ranks.shape[0] - 1)
         more = (far < ranks.shape[0]) & (tl.gather(document, at, 0) == document)
@@ -128,7 +127,7 @@ def _from_each_row(x, document, ranks, LEVELS: tl.constexpr):
     do_not_specialize=[
         "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "v_stride_b", "v_stride_h",
         "v_stride_row", "u_stride_b", "u_stride_h", "u_stride_row", "d_out_stride_b", "d_out_stride_h", "d_out_stride_row",
-        "gate_stride_b", "beta_stride_b", "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks", "scale",
+        "gate_stride_b", "beta_stride_b", "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks", "width_v", "levels", "scale",
     ]
 )  # fmt: skip
 def slopes(
@@ -136,14 +135,15 @@ def slopes(
     d_gate_ptr, d_beta_ptr,
     q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, v_stride_b, v_stride_h, v_stride_row, u_stride_b,
     u_stride_h, u_stride_row, d_out_stride_b, d_out_stride_h, d_out_stride_row, gate_stride_b, beta_stride_b, documents_stride_b,
-    q_first, q_rows, length, heads, chunks, scale,
+    q_first, q_rows, length, heads, chunks, width_v, levels, scale,
     READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, V_SHARED: tl.constexpr, U_SHARED: tl.constexpr,
     GATE_SHARED: tl.constexpr, BETA_SHARED: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``d_q (states * READERS, q_rows, WIDTH)``, ``d_k (states, length, WIDTH)`` and that of log decays; where columns are added up in
-    these and in ``d_beta``, the sum of each block of columns: ``(states, blocks, length)``. One program a block of columns of a chunk."""
+    these and in ``d_beta``, the sum of each block of columns: ``(states, blocks, length)``. One program a block of columns of a chunk. ``width_v`` and
+    ``levels``: see ``make_pairs``."""
     q_stride_row, k_stride_row = q_stride_row // ALIGN * ALIGN, k_stride_row // ALIGN * ALIGN
     v_stride_row, u_stride_row = v_stride_row // ALIGN * ALIGN, u_stride_row // ALIGN * ALIGN
     d_out_stride_row = d_out_stride_row // ALIGN * ALIGN
@@ -165,7 +165,6 @@ def slopes(
     d_states_ptr += (line * (chunks + 1) + chunk) * (WIDTH * WIDTH_V)
     document, before, last = documents_of(documents_ptr, begin, ranks, length, HAS_DOCUMENTS)
     same = document[:, None] == document[None, :]
-    reach, left, _ = decays_of(gate_ptr, document, before, last, begin, ranks, length, columns, WIDTH, VECTOR)
     k = rows_at(k_ptr, begin, ranks, 0, length, k_stride_row, columns, WIDTH)
 
     writes = tl.zeros([CHUNK, BLOCK], tl.float32)
@@ -173,7 +172,7 @@ def slopes(
     by_between = tl.zeros([CHUNK, CHUNK], tl.float32)
     by_end = tl.zeros([BLOCK], tl.float32)
     by_beta = tl.zeros([CHUNK], tl.float32)
-    for start in range(0, WIDTH_V, COLUMNS):
+    for start in range(0, width_v, COLUMNS):
         columns_v = start + tl.arange(0, COLUMNS)
         inside = (columns < WIDTH)[:, None] & (columns_v < WIDTH_V)[None, :]
         place = columns[:, None] * WIDTH_V + columns_v[None, :]
@@ -188,14 +187,15 @@ def slopes(
             by_between -= tl.dot(through, tl.trans(u), input_precision=PRECISION)
             v = rows_at(v_ptr, begin, ranks, 0, length, v_stride_row, columns_v, WIDTH_V)
             by_beta += tl.sum(through * v, 1)
-    writes *= left
+    writes *= from_rows(gate_ptr, document, last, begin, ranks, length, columns, WIDTH, VECTOR)
+    reach = to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH, VECTOR)
     reads = tl.zeros([CHUNK, BLOCK], tl.float32)
     by_k = tl.zeros([CHUNK, BLOCK], tl.float32)
     if DELTA:
         beta = numbers_at(beta_ptr, begin, ranks, length)
         by_between = tl.where((ranks[:, None] > ranks[None, :]) & same, by_between, 0.0)
         found, writes = _of_pairs(
-            by_between, k * beta[:, None], writes, k, gate_ptr, begin, ranks, length, columns, WIDTH, LEVELS, VECTOR, PRECISION
+            by_between, k * beta[:, None], writes, k, gate_ptr, begin, ranks, length, columns, levels, WIDTH, VECTOR, PRECISION
         )  # fmt: skip
         read_by_k = read_by_k * reach + found
         by_beta = tl.where(part == 0, by_beta, 0.0) + tl.sum(k * read_by_k, 1)
@@ -208,7 +208,7 @@ def slopes(
         d_line = d_out_ptr + line // heads * d_out_stride_b + head * d_out_stride_h
         by_q = tl.zeros([CHUNK, BLOCK], tl.float32)
         by_pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
-        for start in range(0, WIDTH_V, COLUMNS):
+        for start in range(0, width_v, COLUMNS):
             columns_v = start + tl.arange(0, COLUMNS)
             inside = (columns < WIDTH)[:, None] & (columns_v < WIDTH_V)[None, :]
             state = tl.load(states_ptr + columns[:, None] * WIDTH_V + columns_v[None, :], mask=inside, other=0.0)
@@ -219,7 +219,7 @@ def slopes(
         by_pairs = tl.where((ranks[:, None] >= ranks[None, :]) & same, by_pairs, 0.0)
         q = rows_at(q_line, begin, ranks, q_first, q_rows, q_stride_row, columns, WIDTH)
         found, writes = _of_pairs(
-            by_pairs, q, writes, k, gate_ptr, begin, ranks, length, columns, WIDTH, LEVELS, VECTOR, PRECISION
+            by_pairs, q, writes, k, gate_ptr, begin, ranks, length, columns, levels, WIDTH, VECTOR, PRECISION
         )  # fmt: skip
         by_q = by_q * reach + found
         reads += q * by_q
@@ -239,7 +239,7 @@ def slopes(
         moves = moves & (document == document_at(documents_ptr, rows - 1, 0, length))
     if VECTOR:
         by_sums += tl.where((ranks == CHUNK - 1)[:, None], by_end[None, :], 0.0)
-        by_sums = _from_each_row(by_sums, document, ranks, LEVELS)
+        by_sums = _from_each_row(by_sums, document, ranks, levels)
         gates = rows_at(gate_ptr, begin, ranks, 0, length, WIDTH, columns, WIDTH)
         tl.store(d_gate_ptr + k_place, tl.where(moves[:, None] & (gates > LEAST), by_sums, 0.0), mask=kept)
     else:

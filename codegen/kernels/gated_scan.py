@@ -25,14 +25,16 @@ from sparsedsl.codegen.kernels.slot_scan import across, halves
 
 __all__ = [
     "LEAST",
-    "decays_of",
     "documents_of",
+    "from_rows",
     "line_of",
     "make_pairs",
     "numbers_at",
+    "over_all",
     "pair_decays",
     "read_states",
     "step",
+    "to_rows",
     "write_states",
 ]
 
@@ -64,25 +66,35 @@ def documents_of(ptr, begin, ranks, length, HAS_DOCUMENTS: tl.constexpr):
 
 
 @triton.jit
-def decays_of(
-    gate_ptr, document, before, last, begin, ranks, length, columns, WIDTH: tl.constexpr, VECTOR: tl.constexpr
-):  # fmt: skip
-    """Decays from the begin of a chunk to each row (rows, columns), from each row to the end, and over all (columns, 1); 0 across the
-    begin of a document. Without ``VECTOR`` columns share them: (rows, 1) and (1, 1)."""
-    end = tl.minimum(begin + ranks.shape[0], length)
+def _gates(gate_ptr, begin, ranks, rows, columns, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """Log decays (rows, columns); without ``VECTOR`` columns share them: (rows, 1)."""
     if VECTOR:
-        gates = tl.maximum(rows_at(gate_ptr, begin, ranks, 0, end, WIDTH, columns, WIDTH), LEAST)
-        following = tl.maximum(rows_at(gate_ptr, begin + 1, ranks, 0, end, WIDTH, columns, WIDTH), LEAST)
-        reach, left = tl.cumsum(gates, 0), tl.cumsum(following, 0, reverse=True)
-        total = tl.sum(gates, 0)[:, None]
+        return tl.maximum(rows_at(gate_ptr, begin, ranks, 0, rows, WIDTH, columns, WIDTH), LEAST)
     else:
-        gates = tl.maximum(numbers_at(gate_ptr, begin, ranks, end), LEAST)
-        following = tl.maximum(numbers_at(gate_ptr, begin + 1, ranks, end), LEAST)
-        reach, left = tl.cumsum(gates, 0)[:, None], tl.cumsum(following, 0, reverse=True)[:, None]
-        total = tl.expand_dims(tl.expand_dims(tl.sum(gates, 0), 0), 1)
-    reach = tl.where((document == before)[:, None], tl.exp(reach), 0.0)
-    left = tl.where((document == last)[:, None], tl.exp(left), 0.0)
-    return reach, left, tl.where(before == last, tl.exp(total), 0.0)
+        return tl.maximum(numbers_at(gate_ptr, begin, ranks, rows), LEAST)[:, None]
+
+
+@triton.jit
+def to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """Decays from the begin of a chunk to each row; 0 where a document begins between. Made where they are used: kept in registers, they
+    would drive out others."""
+    gates = _gates(gate_ptr, begin, ranks, length, columns, WIDTH, VECTOR)
+    return tl.where((document == before)[:, None], tl.exp(tl.cumsum(gates, 0)), 0.0)
+
+
+@triton.jit
+def from_rows(gate_ptr, document, last, begin, ranks, length, columns, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """Decays from each row to the end of a chunk."""
+    end = tl.minimum(begin + ranks.shape[0], length)
+    following = _gates(gate_ptr, begin + 1, ranks, end, columns, WIDTH, VECTOR)
+    return tl.where((document == last)[:, None], tl.exp(tl.cumsum(following, 0, reverse=True)), 0.0)
+
+
+@triton.jit
+def over_all(gate_ptr, before, last, begin, ranks, length, columns, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """Decays over a whole chunk: (columns, 1), or (1, 1)."""
+    gates = _gates(gate_ptr, begin, ranks, length, columns, WIDTH, VECTOR)
+    return tl.where(before == last, tl.exp(tl.sum(gates, 0)), 0.0)[:, None]
 
 
 @triton.jit
@@ -95,20 +107,20 @@ def pair_decays(gate_ptr, begin, ranks, length):
 
 @triton.jit
 def _pairs(
-    x_ptr, k_ptr, gate_ptr, begin, ranks, length, x_first, x_rows, x_stride, k_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, k_ptr, gate_ptr, begin, ranks, length, x_first, x_rows, x_stride, k_stride, width, levels, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``x_i . k_j`` times the decay between them for j <= i; of others, anything."""
     found = tl.zeros([ranks.shape[0], ranks.shape[0]], tl.float32)
-    for start in range(0, WIDTH, BLOCK):
+    for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = rows_at(x_ptr, begin, ranks, x_first, x_rows, x_stride, columns, WIDTH)
         k = rows_at(k_ptr, begin, ranks, 0, length, k_stride, columns, WIDTH)
         if VECTOR:
-            gates = tl.maximum(rows_at(gate_ptr, begin, ranks, 0, length, WIDTH, columns, WIDTH), LEAST)
+            gates = _gates(gate_ptr, begin, ranks, length, columns, WIDTH, VECTOR)
             found += tl.where(ranks[:, None] == ranks[None, :], tl.sum(x * k, 1)[:, None], 0.0)
             before, after = gates, tl.zeros_like(gates)
-            for level in tl.static_range(LEVELS):
+            for level in range(levels):
                 to_edge, before, after = halves(before, after, ranks, level)
                 split = tl.dot(x * to_edge, tl.trans(k * to_edge), input_precision=PRECISION)
                 found += tl.where(across(ranks, level), split, 0.0)
@@ -122,18 +134,20 @@ def _pairs(
 @triton.jit(
     do_not_specialize=[
         "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "gate_stride_b", "beta_stride_b",
-        "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks",
+        "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks", "width", "levels",
     ]
 )  # fmt: skip
 def make_pairs(
     q_ptr, k_ptr, gate_ptr, beta_ptr, documents_ptr, pairs_ptr, solve_ptr,
     q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, gate_stride_b, beta_stride_b, documents_stride_b,
-    q_first, q_rows, length, heads, chunks,
+    q_first, q_rows, length, heads, chunks, width, levels,
     READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, GATE_SHARED: tl.constexpr, BETA_SHARED: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``pairs (states, READERS, chunks, CHUNK, CHUNK)``: M; ``solve (states, chunks, CHUNK, CHUNK)``: T. One program a chunk of a state."""
+    """``pairs (states, READERS, chunks, CHUNK, CHUNK)``: M; ``solve (states, chunks, CHUNK, CHUNK)``: T. One program a chunk of a state.
+    ``width``: WIDTH, and ``levels`` of the tree over a chunk's rows, as numbers that the compiler does not know: it would unroll the
+    loops, and spill."""
     q_stride_row, k_stride_row = q_stride_row // ALIGN * ALIGN, k_stride_row // ALIGN * ALIGN
     chunk = tl.program_id(0) % chunks
     line = (tl.program_id(0) // chunks).to(tl.int64)
@@ -147,15 +161,16 @@ def make_pairs(
     for reader in range(READERS):
         q_line = q_ptr + line // heads * q_stride_b + (line % heads * READERS + reader) // Q_SHARED * q_stride_h
         found = _pairs(
-            q_line, k_ptr, gate_ptr, begin, ranks, length, q_first, q_rows, q_stride_row, k_stride_row, WIDTH, BLOCK, LEVELS, VECTOR,
-            PRECISION,
+            q_line, k_ptr, gate_ptr, begin, ranks, length, q_first, q_rows, q_stride_row, k_stride_row, width, levels, WIDTH, BLOCK,
+            VECTOR, PRECISION,
         )  # fmt: skip
         found = tl.where((ranks[:, None] >= ranks[None, :]) & same, found, 0.0)
         tl.store(pairs_ptr + ((line * READERS + reader) * chunks + chunk) * (CHUNK * CHUNK) + place, found)
     if DELTA:
         beta_ptr = line_of(beta_ptr, line, heads, beta_stride_b, length.to(tl.int64), BETA_SHARED)
         lower = _pairs(
-            k_ptr, k_ptr, gate_ptr, begin, ranks, length, 0, length, k_stride_row, k_stride_row, WIDTH, BLOCK, LEVELS, VECTOR, PRECISION
+            k_ptr, k_ptr, gate_ptr, begin, ranks, length, 0, length, k_stride_row, k_stride_row, width, levels, WIDTH, BLOCK,
+            VECTOR, PRECISION,
         )  # fmt: skip
         lower = tl.where((ranks[:, None] > ranks[None, :]) & same, lower, 0.0) * numbers_at(beta_ptr, begin, ranks, length)[:, None]
         solve = tl.where(ranks[:, None] == ranks[None, :], 1.0, 0.0)
@@ -204,18 +219,20 @@ def write_states(
         states_ptr += WIDTH * WIDTH_V
         begin = chunk * CHUNK
         document, before, last = documents_of(documents_ptr, begin, ranks, length, HAS_DOCUMENTS)
-        reach, left, total = decays_of(gate_ptr, document, before, last, begin, ranks, length, columns, WIDTH, VECTOR)
         k = rows_at(k_ptr, begin, ranks, 0, length, k_stride_row, columns, WIDTH)
         u = rows_at(v_ptr, begin, ranks, 0, length, v_stride_row, columns_v, WIDTH_V)
         if DELTA:
             beta = numbers_at(beta_ptr, begin, ranks, length)
             solve = tl.load(solve_ptr + (line * chunks + chunk) * (CHUNK * CHUNK) + (ranks[:, None] * CHUNK + ranks[None, :]))
+            reach = to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH, VECTOR)
             error = (u - product(k * reach, state, PRECISION)) * beta[:, None]
             u = tl.dot(solve, error, input_precision=PRECISION)
             kept = (begin + ranks < length)[:, None] & (columns_v < WIDTH_V)[None, :]
             rows = (line * length + begin) * WIDTH_V + (ranks[:, None] * WIDTH_V + columns_v[None, :])
             tl.store(written_ptr + rows, u, mask=kept)
-        state = state * total + tl.dot(tl.trans(k * left), u, input_precision=PRECISION)
+        left = from_rows(gate_ptr, document, last, begin, ranks, length, columns, WIDTH, VECTOR)
+        state *= over_all(gate_ptr, before, last, begin, ranks, length, columns, WIDTH, VECTOR)
+        state += tl.dot(tl.trans(k * left), u, input_precision=PRECISION)
     tl.store(states_ptr + place, state, mask=inside)
 
 
@@ -247,8 +264,8 @@ def read_states(
     q_ptr += line // heads * q_stride_b + reader % (heads * READERS) // Q_SHARED * q_stride_h
     u_ptr = line_of(u_ptr, line, heads, u_stride_b, u_stride_h, U_SHARED)
     documents_ptr += line // heads * documents_stride_b
-    document, before, last = documents_of(documents_ptr, begin, ranks, length, HAS_DOCUMENTS)
-    reach, _, _ = decays_of(gate_ptr, document, before, last, begin, ranks, length, columns, WIDTH, VECTOR)
+    document, before, _ = documents_of(documents_ptr, begin, ranks, length, HAS_DOCUMENTS)
+    reach = to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH, VECTOR)
     inside = (columns < WIDTH)[:, None] & (columns_v < WIDTH_V)[None, :]
     state = tl.load(
         states_ptr + (line * (chunks + 1) + chunk) * (WIDTH * WIDTH_V) + (columns[:, None] * WIDTH_V + columns_v[None, :]),

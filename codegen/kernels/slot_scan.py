@@ -26,7 +26,7 @@ __all__ = ["across", "halves", "read_slots", "read_values", "sum_chunks"]
 
 
 @triton.jit
-def halves(before, after, ranks, LEVEL: tl.constexpr):
+def halves(before, after, ranks, LEVEL):
     """One level of the tree over a block's rows: the decay between each row and the edge of the two parts of ``2**LEVEL`` rows, and
     the sums of the next level: of the log decays of a part up to and with a row (``before``), and from the next row on (``after``)."""
     lower = (((ranks >> LEVEL) & 1) == 0)[:, None]
@@ -37,7 +37,7 @@ def halves(before, after, ranks, LEVEL: tl.constexpr):
 
 
 @triton.jit
-def across(ranks, LEVEL: tl.constexpr):
+def across(ranks, LEVEL):
     """Which pairs (t, u) of a block's rows are split at this level: t in the upper half, u in the lower."""
     part = ranks >> LEVEL
     return (part[:, None] == part[None, :] + 1) & ((part & 1) == 1)[:, None]

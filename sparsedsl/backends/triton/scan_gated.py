@@ -130,13 +130,13 @@ class _GatedPass:
             "gate_ptr": g, "beta_ptr": g if beta is None else beta, "documents_ptr": g if documents is None else documents,
             "gate_stride_b": alone(g), "beta_stride_b": alone(beta), "documents_stride_b": alone(documents),
             "q_first": self.job.call.q_offset, "q_rows": self.q.shape[2], "length": self.k.shape[2], "heads": states,
-            "chunks": self.chunks, "scale": self.job.call.scale, "READERS": self.heads // states if self.q.shape[2] else 0,
+            "chunks": self.chunks, "width": self.q.shape[3], "width_v": self.v.shape[3], "scale": self.job.call.scale, "READERS": self.heads // states if self.q.shape[2] else 0,
             "Q_SHARED": self.heads // self.q.shape[1], "K_SHARED": states // self.k.shape[1], "V_SHARED": states // self.v.shape[1],
             "GATE_SHARED": states // g.shape[1], "BETA_SHARED": 1 if beta is None else states // beta.shape[1],
             "WIDTH": self.q.shape[3], "WIDTH_V": self.v.shape[3], "WHOLE": filled(self.q.shape[3]),
             "BLOCK": min(filled(self.q.shape[3]), tiles.block), "COLUMNS": min(filled(self.v.shape[3]), tiles.columns),
-            "CHUNK": tiles.chunk, "LEVELS": tiles.chunk.bit_length() - 1, "VECTOR": g.ndim == 4, "DELTA": beta is not None,
-            "HAS_DOCUMENTS": documents is not None, "PRECISION": precision_of(self.q),
+            "CHUNK": tiles.chunk, "levels": tiles.chunk.bit_length() - 1, "VECTOR": g.ndim == 4, "DELTA": beta is not None,
+            "HAS_DOCUMENTS": documents is not None, "PRECISION": "tf32" if "tf32" in map(precision_of, (self.q, self.k, self.v)) else "ieee",
         }  # fmt: skip
 
     @property
