@@ -19,9 +19,9 @@ HEADS = 16
 CAP = 50.0
 DECODE_BATCH, DECODE_HEADS, DECODE_KV_HEADS = 8, 32, 8
 # Systems (``gpu_systems.py``), the most telling first; heads of keys for 32 of queries as they have them, 8 the others.
-SYSTEM_NAMES = ("pbs", "hsa", "tsa", "ring", "nha", "tsa_pbs", "nsa", "moba", "moba_cap")
+SYSTEM_NAMES = ("pbs", "hsa", "tsa", "ring", "gated_delta", "nha", "tsa_pbs", "nsa", "moba", "moba_cap")
 FORWARD_ONLY = ("pbs", "tsa", "tsa_pbs")  # their choices read later queries
-SYSTEM_HEADS, SYSTEM_KV_HEADS = 32, {"hsa": 2, "ring": 32}
+SYSTEM_HEADS, SYSTEM_KV_HEADS = 32, {"hsa": 2, "ring": 32, "gated_delta": 32}
 
 
 # ---- patterns --------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def rehearsal() -> list[Job]:
     found += [Job("attention", name, 96, 32, heads=4, kv_heads=1, tma=False) for name in ("causal", "blocks10")]
     found += [Job("decode", name, 160, 16, heads=4, kv_heads=2, batch=2, tma=False) for name in ("causal", "sinks")]
     return found + [
-        Job("system", name, 160, 16, heads=2, kv_heads=2 if name == "ring" else 1, tma=False) for name in SYSTEM_NAMES
+        Job("system", name, 160, 16, heads=2, kv_heads=2 if name in ("ring", "gated_delta") else 1, tma=False) for name in SYSTEM_NAMES
     ]
 
 

@@ -50,6 +50,13 @@ def _gate(q: Tensor, k: Tensor, part: int) -> Inputs:
     return {"gate": torch.randn((*k.shape[:3], SLOTS // part), generator=generator, device=k.device).to(k.dtype)}
 
 
+def _gates(q: Tensor, k: Tensor, part: int) -> Inputs:
+    """Log decays in float32, most of them weak, as trained models have them; and how much of its error a key writes."""
+    generator = torch.Generator(k.device).manual_seed(1)
+    g, beta = torch.randn((2, *k.shape[:3]), generator=generator, device=k.device)
+    return {"g": -0.1 * torch.nn.functional.softplus(g), "beta": torch.sigmoid(beta)}
+
+
 def _shares(q: Tensor, k: Tensor, part: int) -> Inputs:
     generator = torch.Generator(q.device).manual_seed(1)
     return {"gate": torch.rand((*q.shape[:3], 3), generator=generator, device=q.device).to(q.dtype)}
@@ -115,6 +122,7 @@ SYSTEMS: dict[str, System] = {
     "ring": System(
         "Ring-linear", lambda heads, part: patterns.ring_linear(sd.decay_table(heads=heads, layer=0, layers=20)), RING, trains=True
     ),
+    "gated_delta": System("Gated DeltaNet", lambda heads, part: patterns.gated_delta(), RING, _gates, trains=True),
     "moba": System(
         "MoBA, 3 of 512", lambda heads, part: patterns.moba(512 // part, 3), GEMMA, captured=True, trains=True, flex=4096, flex_gpu=32768
     ),

@@ -459,7 +459,7 @@ def test_targets_say_what_was_wanted():
 # ---- systems ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["hsa", "nha", "pbs", "tsa", "tsa_pbs", "ring", "moba", "moba_cap", "nsa"])
+@pytest.mark.parametrize("name", ["hsa", "nha", "pbs", "tsa", "tsa_pbs", "ring", "gated_delta", "moba", "moba_cap", "nsa"])
 def test_parts_of_a_system_are_the_whole(name):
     cases, split = load("systems_cases"), load("systems_split")
     system = cases.SYSTEMS[name]

@@ -12,7 +12,7 @@ in the direction of the pass. Chunks are as in ``linear_scan``: :func:`sum_chunk
 
 Decays may be as strong as they like: exp is taken of sums of log decays between the two rows themselves, never of a difference of
 sums. Within a block a pair of rows is split where ``row >> level`` are neighbours for the first time: its decay is the product of
-two, one a row, from the edge between the halves. So each level is two plain products (:func:`_halves`).
+two, one a row, from the edge between the halves. So each level is two plain products (:func:`halves`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import triton.language as tl
 
 from sparsedsl.codegen.kernels.linear_scan import document_at, position_of, product, rows_at
 
-__all__ = ["read_slots", "read_values", "sum_chunks"]
+__all__ = ["across", "halves", "read_slots", "read_values", "sum_chunks"]
 
 
 @triton.jit
-def _halves(before, after, ranks, LEVEL: tl.constexpr):
+def halves(before, after, ranks, LEVEL):
     """One level of the tree over a block's rows: the decay between each row and the edge of the two parts of ``2**LEVEL`` rows, and
     the sums of the next level: of the log decays of a part up to and with a row (``before``), and from the next row on (``after``)."""
     lower = (((ranks >> LEVEL) & 1) == 0)[:, None]
@@ -37,7 +37,7 @@ def _halves(before, after, ranks, LEVEL: tl.constexpr):
 
 
 @triton.jit
-def _across(ranks, LEVEL: tl.constexpr):
+def across(ranks, LEVEL):
     """Which pairs (t, u) of a block's rows are split at this level: t in the upper half, u in the lower."""
     part = ranks >> LEVEL
     return (part[:, None] == part[None, :] + 1) & ((part & 1) == 1)[:, None]
@@ -48,7 +48,7 @@ def _sums(gates, ranks, LEVELS: tl.constexpr):
     """Sums of log decays up to and with each row of a block, and from the row after it to the block's end."""
     before, after = gates, tl.zeros_like(gates)
     for level in tl.static_range(LEVELS):
-        _, before, after = _halves(before, after, ranks, level)
+        _, before, after = halves(before, after, ranks, level)
     return before, after
 
 
@@ -188,8 +188,8 @@ def read_slots(
             y += tl.sum(tl.where(ranks[:, None] == ranks[None, :], pairs, 0.0), 1)[:, None] * c
             before, after = gates, tl.zeros_like(gates)
             for level in tl.static_range(LEVELS):
-                to_edge, before, after = _halves(before, after, ranks, level)
-                split = tl.where(_across(ranks, level), pairs, 0.0)
+                to_edge, before, after = halves(before, after, ranks, level)
+                split = tl.where(across(ranks, level), pairs, 0.0)
                 y += tl.dot(split, c * to_edge, input_precision=PRECISION) * to_edge
         row = at - a_first + offsets
         inside = ((row >= 0) & (row < a_rows))[:, None] & (slots < SLOTS)[None, :]
@@ -257,9 +257,9 @@ def read_values(
             pairs = tl.where(ranks[:, None] == ranks[None, :], tl.sum(w * c, 1)[:, None], 0.0)
             before, after = gates, tl.zeros_like(gates)
             for level in tl.static_range(LEVELS):
-                to_edge, before, after = _halves(before, after, ranks, level)
+                to_edge, before, after = halves(before, after, ranks, level)
                 split = product(w * to_edge, tl.trans(c * to_edge), PRECISION)
-                pairs = tl.where(_across(ranks, level), split, pairs)
+                pairs = tl.where(across(ranks, level), split, pairs)
             if HAS_DOCUMENTS:
                 pairs = tl.where(document[:, None] == document[None, :], pairs, 0.0)
             y += tl.dot(pairs, b, input_precision=PRECISION)

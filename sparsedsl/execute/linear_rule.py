@@ -68,7 +68,9 @@ def _made(
     """q, k and v as they are scanned, and the scale: with their features, strengths, and a value of 1 whose sum is that of the weights."""
     if node.features is None and node.normalised is None:
         return q, k, v, scale
-    q, k, v = (t.to(real) for t in (q, k, v))
+    q, k = q.to(real), k.to(real)
+    if node.normalised is not None or not node.form:  # elsewhere values stay as they came, which says how exact products need be
+        v = v.to(real)
     if node.features == "taylor":
         q, k, scale = _taylor(q * math.sqrt(scale)), _taylor(k * math.sqrt(scale)), 1.0
     elif node.features is not None:

@@ -17,7 +17,7 @@ CHUNK = 16
 
 def length_of(kit, name):
     """Tokens of a call; in a rehearsal a few more than what is chosen of, and fewer for the kernels that the interpreter is slow with."""
-    return {"hsa": 72, "nha": 40}.get(name.split(",")[0], 104) if kit.rehearsing else 2100
+    return {"hsa": 72, "nha": 40, "gated delta": 20, "kda": 20}.get(name.split(",")[0], 104) if kit.rehearsing else 2100
 
 
 def beside_scores(heads):
@@ -46,6 +46,8 @@ SYSTEMS = {
     "pbs, one order a group": (lambda heads: patterns.pbs(32, 64, 0.6, "group"), (4, 2), ()),
     "tsa": (lambda heads: patterns.token_sparse(0.3, 16, 5, 32), (4, 2), ()),
     "ring": (lambda heads: patterns.ring_linear(sd.decay_table(heads=heads, layer=0, layers=20)), (4, 4), ()),
+    "gated delta": (lambda heads: patterns.gated_delta(), (4, 4), ("g", "beta")),
+    "kda": (lambda heads: patterns.kda(), (4, 4), ("channels", "beta")),
     "moba": (lambda heads: patterns.moba(32, 3), (4, 2), ()),
     "nsa": (lambda heads: patterns.nsa(16, 32, 4, 48), (4, 2), ("shares",)),
     "a choice beside scores": (beside_scores, (8, 2), ()),
@@ -61,11 +63,14 @@ def inputs_of(name, kit, length, dtype=torch.bfloat16):
     shapes = {
         "retrieval_q": (batch, kv_heads, length, 16), "landmarks": (batch, kv_heads, length // CHUNK, 16),
         "gate": (batch, kv_heads, length, 16), "forgotten": (q_heads, length), "shares": (batch, q_heads, length, 3),
+        "g": (batch, kv_heads, length), "channels": (batch, kv_heads, length, q.shape[3]), "beta": (batch, kv_heads, length),
     }  # fmt: skip
-    named = {
-        "gate" if word == "shares" else word: tensor(*shapes[word], seed=7 + number).to(q.dtype).to(q.device)
-        for number, word in enumerate(wanted)
-    }
+    called, ranges = {"shares": "gate", "channels": "g"}, {"g": lambda x: -x.abs(), "beta": torch.sigmoid}
+    named = {}
+    for number, word in enumerate(wanted):
+        name = called.get(word, word)
+        numbers = ranges.get(name, torch.clone)(tensor(*shapes[word], seed=7 + number))
+        named[name] = numbers.to(q.dtype).to(q.device)
     return declare(q_heads), (q, k, v), named
 
 

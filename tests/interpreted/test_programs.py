@@ -36,6 +36,7 @@ CASES = {
     "hsa of sticks": (P.hsa(16, 2, "stick_breaking", inner="softmax1"), RETRIEVAL),
     "nha": (P.nha(16, 4), {"gate": of(1, SHORT, 16, seed=5)}),
     "ring": (P.ring_linear([0.5, 0.9]), {}),
+    "kda": (P.kda(), {"g": -of(1, SHORT, 16, seed=5).abs(), "beta": of(1, SHORT, seed=6).sigmoid()}),
     "moba": (P.moba(16, 2), {}),
     "moba of long chunks": (P.moba(130, 2), {}),
     "nsa": (P.nsa(8, 16, 3, 8), {"gate": of(2, LENGTH, 3, seed=6)}),
@@ -68,7 +69,7 @@ CASES = {
 def test_kernels_mean_what_the_reference_does(name):
     program, inputs = CASES[name]
     attn = sd.compile(program, backend="triton", allow=["selection reads later queries"])
-    length = {"nha": SHORT, "moba of long chunks": 270}.get(name, LENGTH)
+    length = {"nha": SHORT, "kda": SHORT, "moba of long chunks": 270}.get(name, LENGTH)
     q, k, v = of(1 if "long" in name else 2, length, 16, seed=0), of(1, length, 16, seed=1), of(1, length, 16, seed=2)
     compared = assert_matches_reference(attn, q, k, v, **inputs)
     assert {"out", "dq", "dk", "dv"} <= set(compared)

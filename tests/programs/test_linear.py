@@ -221,8 +221,7 @@ def test_auto_takes_C_where_it_can_and_says_so() -> None:
     ("backend", "form", "words"),
     [
         ("flex", "kda", "FlexAttention has no state"),
-        ("triton", "kda", "this has a decay for every channel of a key and the delta rule. Use backend="),
-        ("triton", "scalar", "this has a decay for every key"),
+        ("triton", "before", "read the state after a token is written, and this one before. Use backend="),
         ("cpp", "before", "reads the state after a token is written, and this one before. Use backend='tiled'"),
     ],
 )

@@ -45,8 +45,8 @@ class TritonBackend(Backend):
             return f"the generated kernels have heads up to {WIDEST} wide; this one is {widest}"
         if request.slots > MOST["the number of slots"]:
             return f"the kernels hold at most {MOST['the number of slots']} slots; these are {request.slots}"
-        if request.form:
-            return f"its kernels for linear() have a constant decay a head and write every value as it is; this has {_worded(request.form)}"
+        if request.form.endswith("before"):
+            return "its kernels for linear() with decays from the data read the state after a token is written, and this one before"
         lacking = self.lacking(facts.device)
         if lacking is not None:
             return lacking
@@ -111,6 +111,10 @@ class TritonBackend(Backend):
         """Chunks in parallel."""
         return self._modules["linear"](*tensors, **words)
 
+    def gated(self, *tensors: Any, **words: Any) -> Any:
+        """Chunks in parallel, states from chunk to chunk; a few tokens one by one."""
+        return self._modules["gated"](*tensors, **words)
+
     def way(self, request: Request) -> str:
         """In words."""
         return {
@@ -123,18 +127,14 @@ class TritonBackend(Backend):
     @functools.cached_property
     def _modules(self) -> dict[str, Any]:
         # Their modules load Triton, which takes a second and may not be installed.
+        from sparsedsl.backends.triton.scan_gated import gated_scan_triton
         from sparsedsl.backends.triton.scan_linear import linear_scan_triton
         from sparsedsl.backends.triton.scan_slots import slot_scan_triton
         from sparsedsl.backends.triton.selected import selected_attention
 
-        return {"selected": selected_attention, "slots": slot_scan_triton, "linear": linear_scan_triton}
-
-
-def _worded(form: str) -> str:
-    """The form of a linear attention, in words."""
-    kind, _, rule = form.partition(" ")
-    what = "a decay for every key" if kind == "scalar" else "a decay for every channel of a key"
-    return what + {"delta": " and the delta rule", "before": ", read before it is written"}.get(rule, "")
+        return {
+            "selected": selected_attention, "slots": slot_scan_triton, "linear": linear_scan_triton, "gated": gated_scan_triton,
+        }  # fmt: skip
 
 
 def _printed(request: Request) -> str:
