@@ -197,7 +197,9 @@ class Attention:
         """
         if tables is not None:
             named = joined_tables(named, tables)
-        where = said_standing(q_positions, kv_positions, head_offset, heads, whole, q_offset=q_offset)
+        where = None
+        if not q_positions is kv_positions is head_offset is heads is whole is None:
+            where = said_standing(q_positions, kv_positions, head_offset, heads, whole, q_offset=q_offset)
         if cp is not None:
             said = q_offset is not None or where is not None or state is not None or return_state or summaries is not None
             return self._planned(cp, said, q, k, v, return_lse, scale, named)

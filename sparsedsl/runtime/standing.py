@@ -35,16 +35,12 @@ class Standing:
     lengths: tuple[int, int] | None = None
 
 
-def said_standing(
-    q_positions: Any, kv_positions: Any, head_offset: Any, heads: Any, whole: Any, *, q_offset: Any
-) -> Standing | None:
-    """What a call says of it, of the right kinds; None: nothing.
+def said_standing(q_positions: Any, kv_positions: Any, head_offset: Any, heads: Any, whole: Any, *, q_offset: Any) -> Standing:
+    """What a call says of it, of the right kinds.
 
     Raises:
         ShapeError: a word has a value that it cannot have, or two exclude each other.
     """
-    if q_positions is kv_positions is head_offset is heads is whole is None:
-        return None
     for name, positions in (("q_positions", q_positions), ("kv_positions", kv_positions)):
         if positions is not None and not isinstance(positions, Tensor):
             raise ShapeError(

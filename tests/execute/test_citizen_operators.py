@@ -143,7 +143,7 @@ class Counted:
     def __init__(self, pattern):
         self.pattern, self.passes, self.plain = pattern, [], sd.compile(pattern, backend="reference")
 
-    def attend_now(self, q, k, v, tables, *, q_offset, return_lse, scale):
+    def attend_now(self, q, k, v, tables, *, q_offset, return_lse, scale, where):
         out, lse = differentiable(self, check_call(self.pattern, q, k, v, tables, q_offset=q_offset, scale=scale))
         return (out, lse) if return_lse else out
 
