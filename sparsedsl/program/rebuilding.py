@@ -28,7 +28,7 @@ def rebuilt(
             return known[value]
         if isinstance(value, Pattern):
             sink = None if value.sink is None else again(value.sink)
-            return Pattern(again(value.mask), again(value.score), sink, value.scale)
+            return dataclasses.replace(value, mask=again(value.mask), score=again(value.score), sink=sink, causal=False)
         if isinstance(value, Expression):
             return rewrite(_reading(value, again))
         if isinstance(value, tuple):

@@ -121,7 +121,8 @@ class _Told:
 
     def pattern(self, pattern: Pattern, axis: str) -> Pattern:
         sink = None if pattern.sink is None else self.expression(pattern.sink, axis)
-        return Pattern(self.expression(pattern.mask, axis), self.expression(pattern.score, axis), sink, pattern.scale)
+        mask, score = self.expression(pattern.mask, axis), self.expression(pattern.score, axis)
+        return dataclasses.replace(pattern, mask=mask, score=score, sink=sink, causal=False)
 
     def expression(self, part: Any, axis: str) -> Any:
         """A mask or score whose ``kv_idx`` counts rows of ``axis``."""

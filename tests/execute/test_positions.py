@@ -91,6 +91,18 @@ def test_rows_get_what_they_get_in_the_whole(name: str, q_at: torch.Tensor, kv_a
     )
 
 
+def test_weights_without_a_softmax_stay_so() -> None:
+    q, k, v = (x.detach() for x in qkv())
+    pattern = sd.patterns.sigmoid(NEAR, N)
+    want = sd.attention(
+        q, k, v, sd.patterns.sigmoid(NEAR & HERE, N), here=torch.zeros(N, dtype=torch.int64).index_fill(0, GAPS, 1)
+    )
+    found = sd.attention(
+        q[:, :, ZIGZAG], k[:, :, GAPS], v[:, :, GAPS], pattern, q_positions=ZIGZAG, kv_positions=GAPS, head_offset=0
+    )
+    torch.testing.assert_close(found, want[:, :, ZIGZAG], rtol=1e-12, atol=1e-12)
+
+
 def test_a_batch_of_positions_and_rows_of_every_layout() -> None:
     q, k, v = (x.detach() for x in qkv())
     at = torch.stack([ZIGZAG, N - 1 - ZIGZAG.flip(0) - 7])
