@@ -2,12 +2,12 @@
 
 1. *see*     (:mod:`.seen`):      patterns -> for each chunk of queries the granules of keys that it sees, from tile lists
 2. *assign*  (:mod:`.assigning`): chunks -> ranks, by several ways; the cheapest one
-3. *plan*    (:mod:`.planning`):  what each rank holds, gets and computes: a :class:`Plan`
+3. *plan*    (:mod:`.planning`):  what each rank holds, gets and computes: a :class:`TokenPlan`
 4. *send*    (:mod:`.exchange`):  keys to those who see them, and their gradients back
 """
 
 from sparsedsl.parallel.assigning import Rates
 from sparsedsl.parallel.exchange import Exchange
-from sparsedsl.parallel.planning import Plan, plan
+from sparsedsl.parallel.planning import TokenPlan, plan
 
-__all__ = ["Exchange", "Plan", "Rates", "plan"]
+__all__ = ["Exchange", "Rates", "TokenPlan", "plan"]

@@ -97,8 +97,8 @@ def _check_length(plan: Planned, x: Tensor, dim: int, length: int) -> None:
 
 
 class Exchange:
-    """One rank's part of a plan for the layers of one pattern: give it to calls as ``cp=``. Made by :meth:`Plan.on`, on all ranks at once,
-    which compare their plans."""
+    """One rank's part of a plan for the layers of one pattern: give it to calls as ``cp=``. Made by :meth:`TokenPlan.on`, on all ranks at
+    once, which compare their plans."""
 
     def __init__(self, plan: Planned, mesh: Any, name: str, mask_key: str, tables: Mapping[str, str]) -> None:
         self.plan, self.name = plan, name

@@ -23,7 +23,7 @@ from sparsedsl.plain_values import Reported
 from sparsedsl.program.graph import Program
 from sparsedsl.quantities import factor_text, share_text
 
-__all__ = ["Plan", "plan"]
+__all__ = ["TokenPlan", "plan"]
 
 Tensor = torch.Tensor
 # Chunks a rank where nobody says how large they are.
@@ -31,7 +31,7 @@ CHUNKS_A_RANK = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Plan(Reported):
+class TokenPlan(Reported):
     """One placement of ``q_len`` tokens on ``world`` ranks for the layers of a model; made by :func:`plan`.
 
     owner: the rank of each chunk of ``chunk`` tokens. method: how it was found. names: of the patterns. work: pairs of query and key that
@@ -163,7 +163,7 @@ class Plan(Reported):
         return "\n".join([*lines, f"hash {self.hash}"])
 
     def __repr__(self) -> str:
-        return f"<Plan {self.q_len} tokens on {self.world} ranks, {self.method}>"
+        return f"<TokenPlan {self.q_len} tokens on {self.world} ranks, {self.method}>"
 
 
 def plan(
@@ -178,7 +178,7 @@ def plan(
     method: str = "auto",
     rates: Rates | None = None,
     **tables: Any,
-) -> Plan:
+) -> TokenPlan:
     """Which rank holds which tokens, so that ranks compute equally much and send few keys: from what patterns see, before anything runs.
 
     Args:
@@ -195,7 +195,7 @@ def plan(
         tables: those that masks read.
 
     Returns:
-        A :class:`Plan`. The same arguments give the same plan on every rank; nothing is sent for it.
+        A :class:`TokenPlan`. The same arguments give the same plan on every rank; nothing is sent for it.
 
     Raises:
         UnsupportedError: a pattern chooses as it is called, or tells batch entries apart. ArgumentError: numbers that do not fit.
@@ -229,7 +229,7 @@ def plan(
     needs = {name: needed(task, owner, number) for number, name in enumerate(parts)}
     masks = {name: (part.mask.key, digests(_read_by({**part.bound, **tables}, part.mask.tables))) for name, part in parts.items()}
     loads = tuple(costs_of(task, owner).work.tolist())
-    return Plan(q_len, world, chunk, granule, owner, way, tuple(parts), loads, tried, needs, masks)
+    return TokenPlan(q_len, world, chunk, granule, owner, way, tuple(parts), loads, tried, needs, masks)
 
 
 def _pattern(value: Any) -> Pattern | Program:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx
 from sparsedsl.lang.evaluation import evaluate
-from sparsedsl.parallel import Plan, plan
+from sparsedsl.parallel import TokenPlan, plan
 from sparsedsl.parallel.assigning import METHODS
 
 CAUSAL = kv_idx <= q_idx
@@ -112,6 +112,6 @@ def test_what_cannot_be_planned_is_refused(patterns: Any, words: dict[str, Any],
 
 def test_a_plan_is_plain_data() -> None:
     found = plan(CAUSAL, 512, 2, chunk=64, granule=32)
-    assert isinstance(found, Plan) and repr(found) == f"<Plan 512 tokens on 2 ranks, {found.method}>"
+    assert isinstance(found, TokenPlan) and repr(found) == f"<TokenPlan 512 tokens on 2 ranks, {found.method}>"
     told = found.to_dict()
     assert told["owner"] == list(found.owner) and told["hash"] == found.hash
