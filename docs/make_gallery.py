@@ -108,6 +108,7 @@ ROWS = (
     _row("HiLS", "hils()", "programs/test_named_systems", LOOPS),
     _row("XAttention", "xattention()", "programs/test_named_systems", "golden values"),
     _row("SeerAttention", "seer_attention()", "programs/test_named_systems", "golden values"),
+    _row("FlexPrefill", "flexprefill()", "programs/test_flexprefill", "golden values"),
     _row("MInference", "minference(100, 200)", "programs/test_key_choices", "golden values"),
     _row("PBS", "pbs()", "programs/test_pbs", LOOPS),
     _row("Token sparse attention", "token_sparse()", "programs/test_token_sparse", LOOPS),
