@@ -27,6 +27,7 @@ from sparsedsl.patterns.models import (
     streaming_llm,
     t5,
 )
+from sparsedsl.patterns.normalisers import hstu, relu_squared, sigmoid, softpick, stick_breaking
 from sparsedsl.patterns.packing import document_prefix, documents, packed, shared_prefix, tree
 from sparsedsl.patterns.prompts import flexprefill, h2o, mosa, seer_attention, snapkv, vsa, xattention
 from sparsedsl.patterns.recurrent import based, delta_net, gated_delta, gla, kda, lightning, retnet, ssd
@@ -80,6 +81,7 @@ __all__ = [
     "hisa",
     "hsa",
     "hsa_ultralong",
+    "hstu",
     "infllm_v2",
     "kda",
     "kerple",
@@ -104,18 +106,22 @@ __all__ = [
     "quest",
     "random_blocks",
     "relative_bias",
+    "relu_squared",
     "retained",
     "retnet",
     "ring_linear",
     "seer_attention",
     "shared_prefix",
+    "sigmoid",
     "sinks",
     "sliding_tile",
     "sliding_window",
     "snapkv",
     "softcap",
+    "softpick",
     "ssd",
     "ssmax",
+    "stick_breaking",
     "streaming_llm",
     "strided",
     "strided_fixed",

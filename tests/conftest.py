@@ -29,6 +29,7 @@ from typing import Any
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("SPARSEDSL_TUNE", "off")  # what is chosen does not depend on how busy the machine was when it was measured
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -40,6 +41,8 @@ from hypothesis.errors import UnsatisfiedAssumption
 TESTS = Path(__file__).resolve().parent
 BUDGET = "SPARSEDSL_TEST_EXAMPLES"
 CASES = "sparsedsl_random_cases"
+# Names the cache of a run to the processes below it.
+RUN_CACHE = "SPARSEDSL_TEST_RUN_CACHE"
 
 # The same cases every time, so that a change fails for its own faults only; new ones where a seed is given. Nothing else decides.
 hypothesis.settings.register_profile(
@@ -55,8 +58,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """New cases for a seed. A budget that is no number ends the run before it begins."""
+    """New cases for a seed, a cache for the run. A budget that is no number ends it before it begins."""
     _budget()
+    if RUN_CACHE not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="sparsedsl-cache-")
+        os.environ[RUN_CACHE] = folder.name
+        config.add_cleanup(folder.cleanup)
+        config.add_cleanup(lambda: os.environ.pop(RUN_CACHE, None))
     if _seed(config) is not None:
         hypothesis.settings.load_profile("seeded")
 
@@ -75,15 +83,15 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder() -> Iterator[Path]:
-    """A cache of the test run's own, empty at the start."""
-    with tempfile.TemporaryDirectory(prefix="sparsedsl-cache-") as folder:
-        before = os.environ.get("SPARSEDSL_CACHE")
-        os.environ["SPARSEDSL_CACHE"] = folder
-        yield Path(folder)
-        if before is None:
-            del os.environ["SPARSEDSL_CACHE"]
-        else:
-            os.environ["SPARSEDSL_CACHE"] = before
+    """A cache of the test run's own, empty when it begins: one for its processes and for the runs that its tests start, so that none
+    compiles again what another has compiled."""
+    before = os.environ.get("SPARSEDSL_CACHE")
+    os.environ["SPARSEDSL_CACHE"] = os.environ[RUN_CACHE]
+    yield Path(os.environ[RUN_CACHE])
+    if before is None:
+        del os.environ["SPARSEDSL_CACHE"]
+    else:
+        os.environ["SPARSEDSL_CACHE"] = before
 
 
 @pytest.fixture(scope="session", autouse=True)

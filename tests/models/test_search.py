@@ -405,7 +405,8 @@ def test_hybrid_layers_are_judged_as_convert_makes_them_and_applied_as_such(tmp_
     report = searched(model, HYBRIDS, bound=sd.models.Kl(10.0), cost="flops", length=512)
     for name in ("nha", "hsa", "moba"):
         wanted = converted_kl(model, {1: HYBRIDS[name]}, ROWS, 12)
-        assert report.singles[1][name].kl == pytest.approx(wanted, rel=1e-4), name
+        # Rows that the chosen chunks cover whole have no divergence but that of the model's float32.
+        assert report.singles[1][name].kl == pytest.approx(wanted, rel=1e-4, abs=1e-7), name
     report.save(tmp_path / "found.json")
     again = sd.models.SearchReport.load(tmp_path / "found.json")
     assert {name: one.text for name, one in again.candidates.items()} == {
