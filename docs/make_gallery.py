@@ -117,7 +117,11 @@ ROWS = (
     _row("SnapKV", "snapkv(256)", "programs/test_named_systems", "golden values"),
     _row("H2O, once the prompt is over", "h2o()", "programs/test_named_systems", "golden values"),
     _row("What SnapKV and H2O attend to later", "retained(256)", "patterns/test_models", PAIRS),
-    # Those with other normalisers belong here: stick-breaking, sigmoid, HSTU, softpick.
+    _row("Stick-breaking", "stick_breaking()", "patterns/test_normalisers", LOOPS),
+    _row("Sigmoid attention", "sigmoid(causal(), 4096)", "patterns/test_normalisers", LOOPS),
+    _row("HSTU", "hstu(causal(), 4096)", "patterns/test_normalisers", LOOPS),
+    _row("Softpick", "softpick(causal())", "patterns/test_normalisers", LOOPS),
+    _row("FLASH, squared ReLU", "relu_squared(causal())", "patterns/test_normalisers", LOOPS),
     _row("NHA", "nha()", "programs/test_nha", TOKENS),
     _row("Ring-linear", "ring_linear(sd.decay_table(4, layer=0, layers=20))", "programs/test_ring", TOKENS),
     _row("Lightning attention", "lightning(4, 0, 20)", "programs/test_named_systems", DENSE),
