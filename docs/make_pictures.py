@@ -331,6 +331,7 @@ GALLERY = {
     "seer_attention": Entry(
         "seer_attention(block=8, least=0.15)", inputs=lambda: {"gate_q": random(1, 2, 8, 4), "gate_k": random(1, 2, 8, 4)}
     ),
+    "flexprefill": Entry("flexprefill(block=8, mass=0.6, tau=0.06)", inputs=dict),
     "vsa": Entry("vsa(cube=8, top_k=2)", inputs=lambda: {"gate": torch.tensor([0.3, 1.0]).expand(1, 2, 64, 2)}),
     "snapkv": Entry("snapkv(capacity=20, window=8)", inputs=dict),
     "h2o": Entry("h2o(heavy=8, recent=8)", inputs=dict),

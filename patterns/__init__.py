@@ -29,7 +29,7 @@ from sparsedsl.patterns.models import (
 )
 from sparsedsl.patterns.normalisers import hstu, relu_squared, sigmoid, softpick, stick_breaking
 from sparsedsl.patterns.packing import document_prefix, documents, packed, shared_prefix, tree
-from sparsedsl.patterns.prompts import h2o, mosa, seer_attention, snapkv, vsa, xattention
+from sparsedsl.patterns.prompts import flexprefill, h2o, mosa, seer_attention, snapkv, vsa, xattention
 from sparsedsl.patterns.recurrent import based, delta_net, gated_delta, gla, kda, lightning, retnet, ssd
 from sparsedsl.patterns.scores import (
     alibi,
@@ -65,6 +65,7 @@ __all__ = [
     "dsa",
     "duo_attention",
     "fire",
+    "flexprefill",
     "fox",
     "full",
     "gated_delta",

@@ -10,7 +10,7 @@ from sparsedsl.patterns.checked_arguments import check_choice, check_whole
 from sparsedsl.patterns.local import causal, sliding_window
 from sparsedsl.program.branches import Attend, Mix
 
-__all__ = ["h2o", "mosa", "seer_attention", "snapkv", "vsa", "xattention"]
+__all__ = ["flexprefill", "h2o", "mosa", "seer_attention", "snapkv", "vsa", "xattention"]
 
 
 def xattention(stride: int = 8, block: int = 128, mass: float = 0.9) -> Pattern | Attend:
@@ -68,6 +68,39 @@ def seer_attention(block: int = 64, least: float = 0.002) -> Pattern | Attend:
     )
     paid = sd.dot(queries, keys).softmax(causal())
     return sd.attend(causal() & sd.threshold(paid, least, among=causal()))
+
+
+def flexprefill(block: int = 128, mass: float = 0.95, tau: float = 0.1) -> Pattern | Attend:
+    """Two ways to choose blocks, of which each head takes one: by pooled queries and keys, or vertical lines and slashes.
+
+    A head whose estimate from means is near to what its last ``block`` queries really pay, by less than ``tau`` in Jensen-Shannon distance,
+    takes the greatest blocks of its pooled attention map until they hold ``mass`` of all rows together (rows that ask for little may get
+    the first block and their own alone). The others take the columns of blocks, and the diagonals of blocks, that these queries pay most:
+    as many as single keys, and distances, hold ``mass`` of it, ``n // block + 1``, the first of each among them. For prefill, not for
+    training.
+
+    Args:
+        block: tokens in a block, of queries and of keys; and last queries that probe.
+        mass: share of the attention, above 0, at most 1.
+        tau: distance from which on a head takes lines and slashes; 0: all heads.
+
+    Source: FlexPrefill (arXiv 2502.20766).
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.flexprefill(block=16, mass=0.8))
+    >>> q = k = v = torch.randn(1, 2, 128, 16)
+    >>> attn(q, k, v).shape
+    torch.Size([1, 2, 128, 16])
+    """
+    block = check_whole("flexprefill", "block", block, 1)
+    paid, slashes = sd.probe(sd.q, sd.k, rows=block, causal=True), sd.diagonals(sd.q, sd.k, rows=block)
+    lines = sd.top_p(paid, mass, forced=kv_idx < 1, block=block) | sd.top_p(slashes, mass, forced=q_idx - kv_idx < 1, block=block)
+    pooled = sd.dot(sd.summary(sd.q, block), sd.summary(sd.k, block))
+    forced = (kv_idx < block) | (q_idx // block == kv_idx // block)
+    aware = sd.top_p(pooled, mass, over="map", inclusive=False, among=causal(), forced=forced)
+    near = sd.divergence(sd.probe(sd.q, sd.k, rows=block, pooled=block), paid) < tau
+    return sd.attend(causal() & (near & aware | ~near & lines))
 
 
 def vsa(cube: int = 64, top_k: int = 32) -> Mix:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     from sparsedsl.program import Program as Program, antidiagonal as antidiagonal, attend as attend, bound as bound
     from sparsedsl.program import compact as compact, decay_table as decay_table, dot as dot, input as input
     from sparsedsl.program import diagonals as diagonals
+    from sparsedsl.program import divergence as divergence
     from sparsedsl.program import given as given, given_key_scores as given_key_scores, given_scores as given_scores
     from sparsedsl.program import joint as joint, k as k, keep_tokens as keep_tokens, linear as linear
     from sparsedsl.program import mix as mix, per_chunk as per_chunk, probe as probe, q as q
@@ -75,8 +76,8 @@ _PUBLIC = {
         "sparsedsl.lang.text": "parse",
         "sparsedsl.lang.pattern": "Pattern",
         "sparsedsl.program": (
-            "Program antidiagonal attend bound compact decay_table diagonals dot given given_key_scores given_scores input joint k "
-            "keep_tokens linear mix "
+            "Program antidiagonal attend bound compact decay_table diagonals divergence dot given given_key_scores given_scores input "
+            "joint k keep_tokens linear mix "
             "per_chunk probe q recall schedule segment_sort slots smooth summary take threshold top_k top_p v"
         ),
         "sparsedsl.tracing": "mask trace_mask trace_score",

@@ -25,6 +25,7 @@ COLOURS = {
     "tensor": "#e8e8e3",
     "scores": "#fbe3c0",
     "key scores": "#f6eda8",
+    "numbers of heads": "#f2e3c0",
     "selected": "#f0a23b",
     "keys": "#e8c77d",
     "order": "#d9b3d6",

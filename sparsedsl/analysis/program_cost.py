@@ -187,7 +187,7 @@ COST_RULES: Rules[Callable[[Any, Lengths], CostStep | None]] = Rules(
         **dict.fromkeys((scores.Softmax, scores.Regroup, scores.Plus, scores.Gumbel, scores.Grouped), _nothing),
         **dict.fromkeys((scores.GroupedKeys, scores.Smooth), _nothing),
         **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _nothing),
-        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given, key_choices.ChosenKeys), _nothing),
+        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given, key_choices.ChosenKeys, key_choices.Divergence), _nothing),
         sources.Slots: _nothing,  # part of what recall() costs
         Summary: _summary,
         Dot: _products,

@@ -183,6 +183,8 @@ def _softmax(node: Softmax, known: dict[Node, _Known]) -> _Known:
 
 
 def _select(node: Select, known: dict[Node, _Known]) -> _Known:
+    if node.whole_sequence:
+        return _Known(ANY, f"{node.label}, which compares the blocks of all rows")
     among = Mask(sympy.true) if node.among is None else _told(node.among)
     found = _within(node, among, _combined_scores(node, node.inputs, known), f"{node.label} compares blocks among {among}")
     forced = next((known[source] for source in node.inputs if source is not node.scores and known[source].reach == ANY), None)
@@ -197,8 +199,8 @@ def _key_scores(node: Smooth | GroupedKeys, known: dict[Node, _Known]) -> _Known
     return known[node.x]
 
 
-def _decided(node: Order | Tokens | key_choices.ChosenKeys, known: dict[Node, _Known]) -> _Known:
-    below = _worst(node.inputs, known) or known[node.scores]
+def _decided(node: Order | Tokens | key_choices.ChosenKeys | key_choices.Divergence, known: dict[Node, _Known]) -> _Known:
+    below = _worst(node.inputs, known) or known[node.inputs[0]]
     return _Known(ANY, f"{node.label} is decided by {below.why}") if below.reach == ANY and below.verdict is None else below
 
 
@@ -274,7 +276,7 @@ CAUSALITY_RULES: Rules[Callable[[Any, dict[Node, _Known]], _Known]] = Rules(
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
         **dict.fromkeys((Probe, key_choices.Diagonals), _probe),
         **dict.fromkeys((Smooth, GroupedKeys), _key_scores),
-        **dict.fromkeys((Order, Tokens, key_choices.ChosenKeys), _decided),
+        **dict.fromkeys((Order, Tokens, key_choices.ChosenKeys, key_choices.Divergence), _decided),
         Inverse: _inverse,
         Take: _take,
         Attend: _attend,

@@ -141,6 +141,7 @@ REQUEST_RULES: Rules[Callable[[Any, _Asked], list[Request]]] = Rules(
         **dict.fromkeys((scores.Plus, scores.Gumbel, scores.Grouped, scores.GroupedKeys, scores.Probe, scores.Smooth), _nothing),
         **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _nothing),
         **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given, key_choices.Diagonals, key_choices.ChosenKeys), _nothing),
+        key_choices.Divergence: _nothing,
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _nothing),
         **dict.fromkeys((orders.Order, orders.Inverse, orders.Take, orders.Tokens), _nothing),
         **dict.fromkeys((Joint, Mix, Compact), _nothing),

@@ -20,7 +20,7 @@ from sparsedsl.program.axes import block_of, rows_on, windows_of
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import possible
 from sparsedsl.program.given_blocks import Given
-from sparsedsl.program.key_choices import ChosenKeys, Diagonals
+from sparsedsl.program.key_choices import ChosenKeys, Diagonals, Divergence
 from sparsedsl.program.node import Node, reached
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.scores import (
@@ -51,9 +51,9 @@ from sparsedsl.selection.antidiagonals import antidiagonal
 from sparsedsl.selection.candidates import Candidates, PairRule, Within, any_of_group
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.selection.derived_scores import OverlapScores, RegroupedScores, softmax_scores
-from sparsedsl.selection.key_flags import flags_of_best, flags_of_share
+from sparsedsl.selection.key_flags import flags_of_best, flags_of_blocks, flags_of_share, in_blocks, shannon_distance
 from sparsedsl.selection.listed_candidates import top_k_listed
-from sparsedsl.selection.mass import threshold, top_p
+from sparsedsl.selection.mass import threshold, top_p, top_p_of_map
 from sparsedsl.selection.noise import GumbelScores
 from sparsedsl.selection.ranking import top_k
 from sparsedsl.selection.score_arithmetic import ReluScores, WeightedScores
@@ -190,6 +190,8 @@ def _grouped_keys(run: Lowering, node: GroupedKeys) -> Tensor:
 
 def _probe(run: Lowering, node: Probe) -> Tensor:
     x, y = run.value(node.x), run.value(node.y)
+    if node.pooled is not None:
+        return proxies.estimate(x, y, rows=node.rows, block=node.pooled, scale=_scale(node.scale, x))
     keys, rows = y.shape[2], min(node.rows, x.shape[2])
     normalised = keys // node.complete * node.complete
     kept = min(run.domain.q_offset + x.shape[2] - rows, normalised) if node.keep == "before" else normalised
@@ -225,10 +227,20 @@ def _diagonals(run: Lowering, node: Diagonals) -> Tensor:
 def _keys(run: Lowering, node: ChosenKeys) -> Tensor:
     scores = run.value(node.scores)
     among, forced = (_of_keys(run, node, mask, scores.shape[1], scores.shape[2]) for mask in (node.among, node.forced))
+    if node.block > 1:
+        return flags_of_blocks(scores, node.block, among, forced, count=node.count, share=node.share, inclusive=node.inclusive)
     if node.count is not None:
         return flags_of_best(scores, node.count, among, forced)
     assert node.share is not None
     return flags_of_share(scores, node.share, among, forced, inclusive=node.inclusive)
+
+
+def _divergence(run: Lowering, node: Divergence) -> Tensor:
+    x, y = run.value(node.x), run.value(node.y)
+    block = max(block_of(scores.axes[2]) for scores in (node.x, node.y))
+    x, y = (part if block_of(scores.axes[2]) == block else in_blocks(part, block) for part, scores in ((x, node.x), (y, node.y)))
+    heads = max(x.shape[1], y.shape[1])
+    return shannon_distance(repeat_kv(x, heads), repeat_kv(y, heads))
 
 
 def _of_keys(run: Lowering, node: ChosenKeys, mask: Mask | None, heads: int, keys: int) -> Tensor | None:
@@ -376,7 +388,10 @@ def _top_k_again(node: TopK, choose: choosing.Choose, weighed: bool, known: Cach
 
 def _top_p(run: Lowering, node: TopP) -> SelectedBlocks:
     measure = "share" if node.scores.is_mass else "softmax"
-    words = {"inclusive": node.inclusive, "unmet": node.unmet, "forced_in_mass": node.forced_in_mass}
+    words = {"inclusive": node.inclusive, "unmet": node.unmet}
+    if node.over == "map":
+        return _choose(run, node, top_p_of_map, node.share, measure=measure, **words)
+    words["forced_in_mass"] = node.forced_in_mass
     return _choose(run, node, top_p, node.share, measure=measure, **words)
 
 
@@ -419,6 +434,7 @@ LISTED_RULES: dict[type[Node], Rule] = {
     Smooth: _smooth,
     Diagonals: _diagonals,
     ChosenKeys: _keys,
+    Divergence: _divergence,
     Order: _order,
     Inverse: _inverse,
     Tokens: _tokens,

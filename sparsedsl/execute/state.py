@@ -305,6 +305,7 @@ STATE_RULES: Rules[StateRule] = Rules(
         **dict.fromkeys(
             (scores.GivenKeyScores, given_blocks.Given, key_choices.Diagonals, key_choices.ChosenKeys), _LOOKS_AT_ALL
         ),
+        key_choices.Divergence: _LOOKS_AT_ALL,
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold, tensors.Summary, Compact), _LOOKS_AT_ALL),
         **dict.fromkeys((orders.Take, orders.Order, orders.Inverse, orders.Tokens), _LOOKS_AT_ALL),
     },

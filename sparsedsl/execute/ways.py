@@ -104,6 +104,7 @@ WAY_RULES: Rules[Callable[[Any, Work], str | None]] = Rules(
         scores.Probe: _words(f"two passes over tiles of keys: {_CHOOSING}"),
         key_choices.Diagonals: _words("torch: the softmax of a few probing rows at a time, summed along diagonals"),
         key_choices.ChosenKeys: _words("torch: a stable sort of each head; a table of flags in the mask"),
+        key_choices.Divergence: _words("torch: a sum over the keys of each head"),
         scores.Smooth: _words("torch: neighbours joined"),
         scores.GroupedKeys: _words("torch: heads joined"),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),

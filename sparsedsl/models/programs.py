@@ -144,7 +144,7 @@ FIT_RULES: Rules[Callable[[Any, _Layer], Node]] = Rules(
         **dict.fromkeys((scores.Softmax, scores.Regroup, scores.Plus, scores.Gumbel, scores.Grouped), _as_it_is),
         **dict.fromkeys((scores.GroupedKeys, scores.Smooth), _as_it_is),
         **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _as_it_is),
-        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given, key_choices.ChosenKeys), _as_it_is),
+        **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given, key_choices.ChosenKeys, key_choices.Divergence), _as_it_is),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _as_it_is),
         **dict.fromkeys((orders.Take, orders.Order, orders.Inverse, orders.Tokens), _as_it_is),
     },

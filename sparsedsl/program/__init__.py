@@ -13,7 +13,7 @@ from sparsedsl.program.branches import attend, compact, joint, mix, recall
 from sparsedsl.program.decays import decay_table, schedule
 from sparsedsl.program.given_blocks import given
 from sparsedsl.program.graph import Program
-from sparsedsl.program.key_choices import diagonals
+from sparsedsl.program.key_choices import diagonals, divergence
 from sparsedsl.program.orders import keep_tokens, segment_sort, take
 from sparsedsl.program.recurrences import linear
 from sparsedsl.program.scores import antidiagonal, bound, dot, given_key_scores, given_scores, probe, smooth
@@ -29,6 +29,7 @@ __all__ = [
     "compact",
     "decay_table",
     "diagonals",
+    "divergence",
     "dot",
     "given",
     "given_key_scores",

@@ -48,7 +48,7 @@ def _none(node: Node) -> Effects:
     return iter(())
 
 
-def _by_probes(node: Order | Tokens | key_choices.ChosenKeys) -> Effects:
+def _by_probes(node: Order | Tokens | key_choices.ChosenKeys | key_choices.Divergence) -> Effects:
     """What is decided by scores of keys is decided by the queries that probed them."""
     for probe in reached(node):
         if isinstance(probe, scores.KeyScores) and probe.probing:
@@ -58,7 +58,9 @@ def _by_probes(node: Order | Tokens | key_choices.ChosenKeys) -> Effects:
 def _for_blocks(node: Select) -> Effects:
     """One choice for several queries is made by all of them, and so by queries after the first."""
     queries = node.blocks[0]
-    if queries > 1:
+    if node.whole_sequence:
+        yield LATER_QUERIES, "the blocks of all rows are compared with each other"
+    elif queries > 1:
         what = "antidiagonal sums" if any(isinstance(source, scores.Antidiagonal) for source in reached(node)) else "scores"
         yield LATER_QUERIES, f"one choice for {queries} queries, by {what} of all of them"
 
@@ -76,7 +78,7 @@ EFFECT_RULES: Rules[Callable[[Any], Effects]] = Rules(
         **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _none),
         **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given), _none),
         key_choices.Diagonals: _none,
-        **dict.fromkeys((Order, Tokens, key_choices.ChosenKeys), _by_probes),
+        **dict.fromkeys((Order, Tokens, key_choices.ChosenKeys, key_choices.Divergence), _by_probes),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _for_blocks),
         **dict.fromkeys((Linear, Recall), _state),
         **dict.fromkeys((Attend, Joint, Mix, Compact), _none),

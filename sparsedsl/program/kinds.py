@@ -164,8 +164,8 @@ _ALL = (
     ),
     Kind(
         "probe",
-        "the mean attention that the last queries pay each key",
-        "batch H queries D, batch G keys D -> batch H+G keys",
+        "the mean attention that the last queries pay each key; or an estimate of it from means, of blocks",
+        "batch H queries D, batch G keys D -> batch H+G keys/u",
         "one softmax of rows x keys",
         "two passes over the keys in pieces: totals of rows, then sums of keys",
         source="arXiv 2510.21270, 2602.03216",
@@ -222,11 +222,20 @@ _ALL = (
     ),
     Kind(
         "keys_chosen",
-        "the keys of the highest scores of a head, or the distances: so many, or those that hold a share (`top_k`, `top_p` of key scores)",
-        "batch H X -> batch H X",
+        "keys of the highest scores of a head, or distances, or blocks of these: so many, or those that hold a share (`top_k`, `top_p`)",
+        "batch H X -> batch H X/n",
         "a sort of each head",
         "a sort of each head; a table of flags, read by the mask",
         effects=(_BY_PROBE[0][:1] + ("if the scores come from the last queries",),),
+    ),
+    Kind(
+        "divergence",
+        "how far apart two scores of keys are: the Jensen-Shannon distance of a head",
+        "batch H X/u, batch G X/w -> batch H+G",
+        "one sum a head",
+        "one sum a head; a number in the mask",
+        effects=(_BY_PROBE[0][:1] + ("if the scores come from the last queries",),),
+        source="arXiv 2502.20766",
     ),
     Kind(
         "segment_sort",

@@ -174,6 +174,7 @@ _GIVES = {
     "tensor": "a tensor",
     "order": "an order of the keys: read it, order.origin(sd.kv_idx)",
     "tokens": "a subset of the tokens: use it in sd.compact()",
+    "numbers of heads": "a number for each head: compare it",
     "memory": "a memory: look into it with sd.recall()",
     "branch": "the output of an attention: join branches with sd.joint() or sd.mix()",
 }  # fmt: skip

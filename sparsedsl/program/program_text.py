@@ -34,6 +34,7 @@ TEXT_RULES: Rules[Callable[..., Any]] = Rules(
         scores.Smooth: scores.smooth,
         key_choices.Diagonals: key_choices.diagonals,
         key_choices.ChosenKeys: key_choices.keys_chosen,
+        key_choices.Divergence: key_choices.divergence,
         scores.Softmax: lambda scores, among: scores.softmax(among),
         scores.Regroup: lambda scores, block, how="sum": scores.regroup(block, how),
         scores.Gumbel: lambda scores, seed: scores.gumbel(seed),

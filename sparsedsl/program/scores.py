@@ -226,6 +226,7 @@ class Probe(KeyScores):
     complete: int = 1
     keep: str = "all"
     scale: float | None = None
+    pooled: int | None = None
     function: ClassVar[str] = "probe"
 
     @property
@@ -235,13 +236,15 @@ class Probe(KeyScores):
 
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:
-        """One number a key."""
-        return "batch", join_heads("probe()", self.x.axes[1], self.y.axes[1]), self.y.axes[2]
+        """One number a key, or a block of keys."""
+        keys = self.y.axes[2] if self.pooled is None else in_blocks(self.y.axes[2], self.pooled)
+        return "batch", join_heads("probe()", self.x.axes[1], self.y.axes[1]), keys
 
 
 def probe(
-    x: Node, y: Node, *, rows: int, causal: bool = False, complete: int = 1, keep: str = "all", scale: float | None = None
-) -> Probe:
+    x: Node, y: Node, *, rows: int, causal: bool = False, complete: int = 1, keep: str = "all", scale: float | None = None,
+    pooled: int | None = None,
+) -> Probe:  # fmt: skip
     """Mean over the last ``rows`` queries of the call of their softmax over the keys: one score a key.
 
     Two passes over the keys; the rows x keys matrix is never held.
@@ -254,6 +257,8 @@ def probe(
         complete: keys after the last multiple of this are left out of the softmax, and score 0.
         keep: ``"all"`` keys are scored, or only those ``"before"`` the probing rows; later ones take part in the softmax, and score 0.
         scale: default ``dim ** -0.5``.
+        pooled: only an estimate, of blocks of so many keys: the softmax of the mean of the probing queries over the mean keys of blocks, a
+            ragged last one of those that it has. For :func:`divergence`; with none of the words above but ``rows`` and ``scale``.
 
     Source: PBS-Attn (arXiv 2510.21270) with ``complete=segment``; token sparse attention (arXiv 2602.03216) with ``causal=True,
     keep="before"``.
@@ -271,7 +276,10 @@ def probe(
     rows, complete = check_block("probe", "rows", rows), check_block("probe", "complete", complete)
     scale = None if scale is None else _positive("probe", scale)
     join_heads("probe()", x.axes[1], y.axes[1])
-    return one_of(Probe(x, y, rows, causal, complete, keep, scale))
+    if pooled is not None and (causal or complete != 1 or keep != "all"):
+        raise PatternError("probe(): an estimate from means, pooled=, is of all blocks: leave causal, complete and keep out")
+    pooled = None if pooled is None else check_block("probe", "pooled", pooled)
+    return one_of(Probe(x, y, rows, causal, complete, keep, scale, pooled))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -187,14 +187,14 @@ class TopK(Select):
 
 @overload
 def top_k(
-    scores: Scores, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = ""
+    scores: Scores, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = "", block: int = 1
 ) -> TopK: ...  # fmt: skip
 @overload
 def top_k(
-    scores: KeyScores, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = ""
+    scores: KeyScores, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = "", block: int = 1
 ) -> ChosenKeys: ...  # fmt: skip
 def top_k(
-    scores: Any, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = ""
+    scores: Any, count: int, *, among: Any = None, forced: Any = None, extra: bool = False, name: str = "", block: int = 1
 ) -> TopK | ChosenKeys:
     """The ``count`` blocks of keys with the highest scores, for every block of queries; fewer where there are fewer candidates.
 
@@ -212,6 +212,7 @@ def top_k(
         forced: a mask: candidates with such a pair are taken first.
         extra: forced blocks do not count.
         name: what reports, choices and text forms call it; default its function, numbered from the second on.
+        block: of key scores: blocks of so many keys, or distances, are chosen, by the sums of their scores.
 
     >>> import sparsedsl as sd
     >>> selected = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 16, name="selected")
@@ -222,10 +223,19 @@ def top_k(
         among, forced, name = _check_words("top_k", among, forced, name)
         if _flag("top_k", "extra", extra):
             raise PatternError("top_k(): forced keys count among those chosen; leave extra out, and raise count by as many")
-        return keys_chosen(scores, count=check_block("top_k", "count", count), among=among, forced=forced, name=name)
+        count = check_block("top_k", "count", count)
+        return keys_chosen(scores, count=count, among=among, forced=forced, name=name, block=block)
+    _check_one("top_k", block)
     scores, among, forced, name = _check("top_k", scores, among, forced, name)
     count, extra = check_block("top_k", "count", count), _flag("top_k", "extra", extra)
     return one_of(TopK(scores, count, extra, among=among, forced=forced, name=name))
+
+
+def _check_one(function: str, block: Any) -> None:
+    if block != 1:
+        raise PatternError(
+            f"{function}(): block is of scores of keys; of these scores, choose blocks by regroup(); got {block!r}"
+        )
 
 
 def _flag(function: str, word: str, value: Any) -> bool:
@@ -242,22 +252,28 @@ class TopP(Select):
     inclusive: bool = True
     unmet: str = "all"
     forced_in_mass: bool = False
+    over: str = "row"
     function: ClassVar[str] = "top_p"
+
+    @property
+    def whole_sequence(self) -> bool:  # type: ignore[override]
+        """Of the map all rows are compared."""
+        return self.over == "map"
 
 
 @overload
 def top_p(
     scores: Scores, share: float, *, inclusive: bool = True, unmet: str = "all", among: Any = None, forced: Any = None,
-    forced_in_mass: bool = False, name: str = "",
+    forced_in_mass: bool = False, name: str = "", over: str = "row", block: int = 1,
 ) -> TopP: ...  # fmt: skip
 @overload
 def top_p(
     scores: KeyScores, share: float, *, inclusive: bool = True, unmet: str = "all", among: Any = None, forced: Any = None,
-    forced_in_mass: bool = False, name: str = "",
+    forced_in_mass: bool = False, name: str = "", over: str = "row", block: int = 1,
 ) -> ChosenKeys: ...  # fmt: skip
 def top_p(
     scores: Any, share: float, *, inclusive: bool = True, unmet: str = "all", among: Any = None, forced: Any = None,
-    forced_in_mass: bool = False, name: str = "",
+    forced_in_mass: bool = False, name: str = "", over: str = "row", block: int = 1,
 ) -> TopP | ChosenKeys:  # fmt: skip
     """The fewest best candidates that hold ``share`` of the mass of a row. Logits become mass by a softmax over the candidates.
 
@@ -272,6 +288,10 @@ def top_p(
         forced: a mask: candidates with such a pair are taken in any case.
         forced_in_mass: their mass counts towards the share (XAttention), else they come on top.
         name: what reports, choices and text forms call it.
+        over: the share is of the mass of each ``"row"``, or of all rows of a head together, its ``"map"``: the greatest of these are taken
+            wherever they lie (FlexPrefill). The map is held, and wants a whole sequence.
+        block: of key scores: blocks of so many keys, or distances. If ``n`` single ones hold the share, ``n // block + 1`` blocks are
+            chosen, the forced ones and then those with the greatest sums (FlexPrefill).
 
     >>> import sparsedsl as sd
     >>> sd.top_p(sd.dot(sd.summary(sd.q, 128), sd.summary(sd.k, 128)), 0.9).blocks
@@ -285,14 +305,18 @@ def top_p(
     if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share <= 1:
         raise PatternError(f"top_p(): share must be above 0 and at most 1; got {share!r}")
     check_word("top_p(): unmet", unmet, ("all", "none"))
+    check_word("top_p(): over", over, ("row", "map"))
     flags = _flag("top_p", "inclusive", inclusive), _flag("top_p", "forced_in_mass", forced_in_mass)
     if of_keys:
-        if flags[1] or unmet != "all":
+        if flags[1] or unmet != "all" or over != "row":
             raise PatternError(
-                "top_p(): of keys, forced ones come on top of the share, and an unmet share takes all; leave both out"
+                "top_p(): of keys, forced ones come on top of the share, and an unmet share takes all; leave both out, and over too"
             )
-        return keys_chosen(scores, share=float(share), inclusive=flags[0], among=among, forced=forced, name=name)
-    return one_of(TopP(scores, float(share), flags[0], unmet, flags[1], among=among, forced=forced, name=name))
+        return keys_chosen(scores, share=float(share), inclusive=flags[0], among=among, forced=forced, name=name, block=block)
+    _check_one("top_p", block)
+    if over == "map" and flags[1]:
+        raise PatternError("top_p(): forced blocks come on top of the share of a map; leave forced_in_mass out")
+    return one_of(TopP(scores, float(share), flags[0], unmet, flags[1], over, among=among, forced=forced, name=name))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

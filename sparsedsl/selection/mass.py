@@ -16,7 +16,7 @@ from sparsedsl.selection.scores import ScoreSource, TensorScores
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.selection.stable_topk import compacted
 
-__all__ = ["Measure", "threshold", "top_p"]
+__all__ = ["Measure", "threshold", "top_p", "top_p_of_map"]
 
 Tensor = torch.Tensor
 Measure = Literal["softmax", "share", "score"]
@@ -87,6 +87,44 @@ def top_p(
 
     rule = Rule("top_p", share=p, measure=measure, inclusive=inclusive, unmet=unmet, forced_in_mass=forced_in_mass)
     return _by_rows(source, candidates, pick, forced, at_most, (q_block, kv_block, first), _own(choose, rule, at_most))
+
+
+@torch.no_grad()
+def top_p_of_map(
+    source: ScoreSource, p: float, candidates: Candidates | None = None, *, measure: Literal["softmax", "share"], inclusive: bool = True,
+    unmet: Literal["all", "none"] = "all", forced: PairRule | None = None, kv_block: int = 1, q_block: int = 1, first: int = 0,
+    choose: Choose | None = None,
+) -> SelectedBlocks:  # fmt: skip
+    """The fewest blocks of all rows of a head together that hold ``p`` of their mass, which is 1 a row with candidates; rows that ask for
+    less than others may get none. The map is held. Arguments as of :func:`top_p`; ``choose`` is not asked.
+
+    >>> from sparsedsl.selection.scores import TensorScores
+    >>> mass = TensorScores(torch.tensor([[[[9.0, 1.0], [6.0, 4.0]]]]))
+    >>> top_p_of_map(mass, 0.7, measure="share").table()
+    tensor([[[[ True, False],
+              [ True, False]]]])
+    """
+    candidates = candidates or Candidates()
+    rows, blocks = slice(0, source.shape[2]), slice(0, source.shape[3])
+    scores = candidates.scored(source, rows, blocks)
+    chosen = scores != float("-inf")
+    table = chosen
+    if p != 1:  # when rounded sums reach 1 is a matter of chance
+        mass = _mass(scores, measure).masked_fill(~chosen, -1.0).flatten(2)
+        ranked, order = mass.sort(dim=-1, descending=True, stable=True)
+        sums = ranked.clamp(min=0.0).cumsum(-1)
+        least = p * mass.clamp(min=0.0).sum(-1, keepdim=True)
+        kept = (sums < least).sum(-1, keepdim=True) + int(inclusive)
+        taken = (torch.arange(mass.shape[-1], device=mass.device) < kept).expand(mass.shape)
+        table = torch.zeros_like(taken).scatter(-1, order, taken).view(scores.shape) & chosen
+        if mass.shape[-1]:
+            missed = ~(sums[..., -1:] >= least)[..., None]
+            table = torch.where(missed, chosen if unmet == "all" else torch.zeros_like(chosen), table)
+    if forced is not None:
+        table = table | candidates.within(forced, rows, blocks, scores)
+    counts = table.sum(-1, dtype=torch.int32)
+    lists = _lists(table, counts, 0, None)
+    return SelectedBlocks(lists, counts, q_block=q_block, kv_block=kv_block, blocks=source.shape[3], first=first)
 
 
 @torch.no_grad()

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 from sparsedsl.errors import PatternError, ShapeError
 from sparsedsl.runtime.dtypes import accumulated
+from sparsedsl.runtime.heads import alike
 from sparsedsl.selection.chunking import cut, rows_at_once
 from sparsedsl.selection.scores import DotScores
 
-__all__ = ["Pool", "Prober", "bounds", "by_distance", "pooled", "probe", "smooth", "windowed"]
+__all__ = ["Pool", "Prober", "bounds", "by_distance", "estimate", "pooled", "probe", "smooth", "windowed"]
 
 Tensor = torch.Tensor
 
@@ -101,6 +102,18 @@ def probe(
     for keys in cut(0, keys_kept, step):
         sums[..., keys] = (logits(keys) - total).exp_().sum(2)
     return sums / rows if reduce == "mean" and rows else sums
+
+
+@torch.no_grad()
+def estimate(q: Tensor, k: Tensor, *, rows: int, block: int, scale: float) -> Tensor:
+    """What the mean of the last ``rows`` queries pays the mean keys of blocks: ``(B, Hq, ceil(Skv / block))``.
+
+    >>> estimate(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 4, 4), rows=1, block=2, scale=1.0)
+    tensor([[[0.5000, 0.5000]]])
+    """
+    mean = q[:, :, -rows:].to(torch.promote_types(q.dtype, torch.float32)).mean(2, keepdim=True)
+    mean, means = alike(mean, pooled(k, block, "mean", "valid"))
+    return DotScores(mean, means, scale).scores()[:, :, 0].softmax(-1)
 
 
 @torch.no_grad()

@@ -94,6 +94,7 @@ EXAMPLES = {
 PROGRAMS = {
     "based": lambda: P.based(),
     "delta_net": lambda: P.delta_net(),
+    "flexprefill": lambda: P.flexprefill(),
     "gated_delta": lambda: P.gated_delta(),
     "gla": lambda: P.gla(),
     "csa": lambda: P.csa(),

@@ -56,16 +56,21 @@ EXAMPLES: dict[str, list[Node]] = {
         sd.given(sd.input("bits", "batch heads queries keys/8")),
     ],
     "grouped": [DOT.over_group("max"), BLOCKS.over_heads(), SEEN.over_group("mean"), SEEN.over_heads()],
-    "probe": [SEEN, sd.probe(sd.q, sd.take(sd.k, ORDER), rows=4, causal=True)],
+    "probe": [SEEN, sd.probe(sd.q, sd.k, rows=4, pooled=8), sd.probe(sd.q, sd.take(sd.k, ORDER), rows=4, causal=True)],
     "smooth": [sd.smooth(SEEN, 7), sd.smooth(SEEN, 3, "max")],
     "diagonals": [sd.diagonals(sd.q, sd.k, rows=8)],
     "keys_chosen": [
         sd.top_k(SEEN, 8),
         sd.top_p(sd.diagonals(sd.q, sd.k, rows=8), 0.9),
         sd.top_k(sd.given_key_scores(sd.input("votes", "batch heads keys")), 8),
+        sd.top_k(SEEN, 2, block=8),
+    ],
+    "divergence": [
+        sd.divergence(sd.probe(sd.q, sd.k, rows=8, pooled=4), SEEN),
+        sd.divergence(*(sd.given_key_scores(sd.input(name, "batch heads keys")) for name in ("votes", "marks"))),
     ],
     "top_k": [PICKS, sd.top_k(BLOCKS, 2)],
-    "top_p": [sd.top_p(DOT, 0.5), sd.top_p(BLOCKS, 0.5)],
+    "top_p": [sd.top_p(DOT, 0.5), sd.top_p(BLOCKS, 0.5), sd.top_p(BLOCKS, 0.5, over="map")],
     "threshold": [sd.threshold(DOT, 0.5), sd.threshold(BLOCKS, 0.5)],
     "segment_sort": [ORDER],
     "inverse": [orders.Inverse(ORDER)],
@@ -197,7 +202,10 @@ def effects_of(node: Node) -> set[str]:
         "branch": lambda: node,
         "tensor": lambda: sd.attend(sd.top_k(sd.dot(sd.q, sd.k), 1)),
         "scores": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & sd.top_k(node, 1)),
-        "key scores": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & sd.top_k(node, 8)),
+        "key scores": lambda: sd.attend(
+            (sd.kv_idx <= sd.q_idx) & (sd.top_k(node, 8) if block_of(node.axes[2]) == 1 else sd.divergence(node, SEEN) < 0.1)
+        ),
+        "numbers of heads": lambda: sd.attend((sd.kv_idx <= sd.q_idx) & (node < 0.1)),
     }[node.gives]()
     labels = {label for part, label in sd.Program(root).labels.items() if type(part) is type(node)}
     return {effect for effect, found in reasons(sd.Program(root)).items() for why in found if why.partition(":")[0] in labels}

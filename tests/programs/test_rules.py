@@ -61,6 +61,7 @@ PROGRAMS: dict[type, Any] = {
     ),
     key_choices.Diagonals: sd.attend(CAUSAL & sd.top_k(sd.diagonals(sd.q, sd.k, rows=4), 6)),
     key_choices.ChosenKeys: sd.attend(CAUSAL & sd.top_k(SEEN, 6)),
+    key_choices.Divergence: sd.patterns.flexprefill(4, 0.6, 0.19),
     given_blocks.Given: sd.attend(CAUSAL & sd.given(sd.input("lists", "batch one queries width"), 4)),
     scores.Grouped: sd.attend(CAUSAL & sd.top_k(BY.over_group("sum"), 2)),
     scores.GroupedKeys: sd.patterns.pbs(4, 8, share="group"),
@@ -96,7 +97,7 @@ def bent(value: Any) -> Any:
         return value[0] * (1 + 1e-6), *value[1:]
     if isinstance(value, list):  # kept tokens: one fewer
         return [index[:, 1:] for index in value]
-    return value.roll(1, 2)
+    return value.roll(1, min(2, value.ndim - 1))
 
 
 def assert_seen(kind: type, program: Any, monkeypatch: pytest.MonkeyPatch, rule: Callable[[Any, Any], Any]) -> None:

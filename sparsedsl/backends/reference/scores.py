@@ -193,6 +193,9 @@ def _grouped(run: Evaluation, node: Grouped | GroupedKeys) -> Tensor:
 
 def _probe(run: Evaluation, node: Probe) -> Tensor:
     x, y = of_one_size(run.value(node.x), run.value(node.y))
+    if node.pooled is not None:
+        means = torch.stack([part.mean(2) for part in y.split(node.pooled, dim=2)], dim=2)
+        return softmax((means @ x[:, :, -node.rows :].mean(2)[..., None])[..., 0] * _scale(node.scale, x))
     key = torch.arange(y.shape[2], device=x.device)
     position = run.call.q_offset + torch.arange(x.shape[2], device=x.device)[-node.rows :, None]
     seen = key < y.shape[2] // node.complete * node.complete

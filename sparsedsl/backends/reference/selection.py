@@ -6,6 +6,7 @@ Orders are positions ``(batch, heads, keys)``; subsets positions ``(heads, kept)
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from sparsedsl.backends.reference.masks import blocks
 from sparsedsl.backends.reference.tensor_rules import NEVER, per_head, repeat_kv, softmax
 from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.expressions import Mask
-from sparsedsl.program.axes import rows_on
+from sparsedsl.program.axes import block_of, rows_on
 from sparsedsl.program.given_blocks import Given
-from sparsedsl.program.key_choices import ChosenKeys
+from sparsedsl.program.key_choices import ChosenKeys, Divergence
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Inverse, Order, Tokens
 from sparsedsl.program.select import Threshold, TopK, TopP
@@ -118,6 +119,8 @@ def _top_p(run: Evaluation, node: TopP) -> Tensor:
     if node.share == 1:  # whether rounded sums reach 1 is a matter of chance
         return allowed
     mass = _mass(node, scores, allowed)
+    if node.over == "map":
+        return allowed & (_of_map(node, mass, allowed) | forced)
     order = _best_first(torch.where(allowed, mass, -1.0), forced if node.forced_in_mass else None)
     upto = mass.gather(3, order).cumsum(3)
     reached = upto >= node.share
@@ -127,6 +130,26 @@ def _top_p(run: Evaluation, node: TopP) -> Tensor:
     if node.unmet == "none":
         taken = taken & reached.any(3, keepdim=True)
     return allowed & (torch.zeros_like(allowed).scatter(3, order, taken) | forced)
+
+
+def _of_map(node: TopP, mass: Tensor, allowed: Tensor) -> Tensor:
+    """Of each head the greatest parts of the map, until their sum, taken one by one, reaches the share."""
+    taken = torch.zeros_like(allowed)
+    for batch, head in itertools.product(*map(range, mass.shape[:2])):
+        places = [place for place in range(mass[0, 0].numel()) if allowed[batch, head].flatten()[place]]
+        parts = mass[batch, head].flatten()
+        total, held, whole = parts[places].sum(), parts.new_zeros(()), False
+        for place in sorted(places, key=lambda place: (-float(parts[place].nan_to_num(nan=float("inf"))), place)):
+            held = held + parts[place]
+            whole = bool(held >= node.share * total)
+            if whole and not node.inclusive:
+                break
+            taken[batch, head].view(-1)[place] = True
+            if whole:
+                break
+        if not whole:
+            taken[batch, head] = node.unmet == "all"
+    return taken
 
 
 def _threshold(run: Evaluation, node: Threshold) -> Tensor:
@@ -153,6 +176,8 @@ def _keys(run: Evaluation, node: ChosenKeys) -> Tensor:
     allowed, forced = (_of_keys(run, node, mask, scores) for mask in (node.among, node.forced))
     allowed = torch.ones_like(scores, dtype=torch.bool) if node.among is None else allowed
     forced = forced & allowed
+    if node.block > 1:
+        return _blocks_of_keys(node, scores, allowed, forced)
     row = torch.where(allowed, scores, NEVER)[:, :, None]
     if node.count is not None:
         rank = _best_first(row, forced[:, :, None]).argsort(dim=3)[:, :, 0]
@@ -167,6 +192,43 @@ def _keys(run: Evaluation, node: ChosenKeys) -> Tensor:
     before = torch.cat([torch.zeros_like(reached[:, :, :1]), reached[:, :, :-1].cumsum(2) > 0], dim=2)
     taken = ~before if node.inclusive else ~reached
     return allowed & (torch.zeros_like(allowed).scatter(2, order, taken) | forced)
+
+
+def _blocks_of_keys(node: ChosenKeys, scores: Tensor, allowed: Tensor, forced: Tensor) -> Tensor:
+    """Blocks by the sums of their candidates: so many, or as many as the single keys ask for that hold the share."""
+    parts = [torch.where(allowed, scores, 0.0), allowed, forced]
+    sums, some, first = (torch.stack([part.sum(2) for part in x.split(node.block, dim=2)], dim=2) for x in parts)
+    some, first = some > 0, first > 0
+    row = torch.where(some, sums, NEVER)[:, :, None]
+    if node.count is not None:
+        rank = _best_first(row, first[:, :, None]).argsort(dim=3)[:, :, 0]
+        return some & (rank < node.count)
+    assert node.share is not None
+    if node.share == 1:
+        return some
+    single = _best_first(torch.where(allowed, scores, NEVER)[:, :, None])[:, :, 0]
+    total = parts[0].sum(2, keepdim=True)
+    held = (parts[0] / torch.where(total > 0, total, 1.0)).gather(2, single).cumsum(2)
+    count = ((held < node.share).sum(2, keepdim=True) + int(node.inclusive)) // node.block + 1
+    return some & ((_best_first(row, first[:, :, None]).argsort(dim=3)[:, :, 0] < count) | first)
+
+
+def _divergence(run: Evaluation, node: Divergence) -> Tensor:
+    """Term by term; a part of 0 adds nothing."""
+    x, y = (run.value(scores).detach() for scores in (node.x, node.y))
+    block = max(block_of(scores.axes[2]) for scores in (node.x, node.y))
+    sizes = [block_of(scores.axes[2]) for scores in (node.x, node.y)]
+    p, r = (
+        scores if size == block else torch.stack([part.sum(2) for part in scores.split(block, dim=2)], dim=2)
+        for scores, size in zip((x, y), sizes, strict=True)
+    )
+    heads = max(p.shape[1], r.shape[1])
+    p, r = (
+        repeat_kv(part / torch.where(part.sum(2, keepdim=True) > 0, part.sum(2, keepdim=True), 1.0), heads) for part in (p, r)
+    )
+    m = (p + r) / 2
+    terms = [torch.where(part > 0, part * (part / m).log(), 0.0).sum(2) for part in (p, r)]
+    return ((terms[0] + terms[1]) / 2).clamp(min=0.0).sqrt()
 
 
 def _of_keys(run: Evaluation, node: ChosenKeys, mask: Mask | None, scores: Tensor) -> Tensor:
@@ -191,4 +253,5 @@ CHOICE_RULES: dict[type[Node], Rule] = {
     Threshold: _threshold,
     Given: _given,
     ChosenKeys: _keys,
+    Divergence: _divergence,
 }
