@@ -21,23 +21,29 @@ LIBRARY: dict[str, Any] = {
     "based": P.based(),
     "csa": P.csa(block=2, top_k=2, window=3),
     "delta_net": P.delta_net(),
+    "differential": P.differential(),
     "dsa": P.dsa(top_k=3),
     "gated_delta": P.gated_delta(),
     "gla": P.gla(),
     "hca": P.hca(block=4, window=3),
+    "hils": P.hils(chunk=3, top_k=2, window=3),
     "hisa": P.hisa(block=3, blocks=2, top_k=3),
     "hsa": P.hsa(chunk=3, top_k=2),
+    "hsa_ultralong": P.hsa_ultralong(chunk=3, top_k=2, window=3),
     "infllm_v2": P.infllm_v2(length=4, stride=2, select=4, top_k=2, local=1),
     "kda": P.kda(),
+    "landmark": P.landmark(block=3, top_k=2),
     "moba": P.moba(chunk=3, top_k=2),
     "nha": P.nha(slots=3, window=4),
     "nsa": P.nsa(block=2, select=4, top_k=2, window=3),
     "nsa_published": P.nsa_published(length=4, stride=2, select=4, top_k=2, window=3),
     "qsa": P.qsa(unit=3),
+    "quest": P.quest(page=3, pages=2),
     "ring_linear": P.ring_linear([0.5, 0.7, 0.9, 0.99]),
     "ssd": P.ssd(),
 }
-BY_PROMPT = {"minference", "pbs", "token_sparse"}  # they choose by later queries, and run on whole prompts alone
+BY_PROMPT = {"h2o", "minference", "pbs", "seer_attention", "snapkv", "token_sparse", "vsa", "xattention"}  # by later queries
+BY_ALL = {"mosa"}  # tokens compete with later ones for their place
 ATOL = 1e-10
 
 
@@ -99,7 +105,7 @@ def test_no_program_of_the_library_is_left_out() -> None:
         if program is not None and program.static is None:
             programs.add(name)
             assert is_for_prefill(program) == (name in BY_PROMPT)
-    assert programs | {"ring_linear"} == set(LIBRARY) | BY_PROMPT
+    assert programs | {"ring_linear"} == set(LIBRARY) | BY_PROMPT | BY_ALL
 
 
 @pytest.mark.parametrize("name", LIBRARY)
