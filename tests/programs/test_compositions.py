@@ -60,7 +60,7 @@ def composed(name: str, other: str, how: str) -> Any:
 @given(
     st.sampled_from(sorted(ALL)), st.sampled_from(sorted(ALONE)), st.sampled_from(("joint", "mix", "inside")), st.integers(0, 99)
 )
-@settings(max_examples=12)
+@settings(max_examples=8)
 def test_composed_systems_are_what_the_reference_says(name: str, other: str, how: str, seed: int) -> None:
     program = sd.Program(composed(name, other, how))
     assert read_program(program.text) == program

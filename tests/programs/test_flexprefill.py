@@ -125,7 +125,7 @@ def blocks_by_loops(scores: list[float], block: int, share: float | None, count:
 
 
 @given(st.data())
-@settings(max_examples=10)
+@settings(max_examples=6)
 def test_parts_beside_loops(data: st.DataObject) -> None:
     """Blocks of keys and distances, the map, the distance of two scores: with ragged blocks and heads that share keys."""
     length, block = data.draw(st.integers(5, 30)), data.draw(st.sampled_from((2, 3, 8)))
