@@ -56,15 +56,20 @@ PATTERNS: dict[str, Callable[[], Any]] = {
     "dilated": lambda: P.dilated(64, 4),
     "document_prefix": lambda: P.document_prefix(),
     "documents": lambda: P.documents(),
+    "duo_attention": lambda: P.duo_attention(),
+    "fire": lambda: sd.attend(P.causal(), score=P.fire()),
+    "fox": lambda: sd.attend(P.causal(), score=P.fox()),
     "full": lambda: P.full(),
     "gemma2": lambda: P.gemma2(0),
     "gemma3": lambda: P.gemma3(0),
     "global_tokens": lambda: P.global_tokens(4),
     "gpt_oss": lambda: P.gpt_oss(0),
     "hstu": lambda: P.hstu(P.causal(), 4096),
+    "kerple": lambda: sd.attend(P.causal(), score=P.kerple()),
     "llama4": lambda: P.llama4(0),
     "longformer": lambda: P.longformer(),
     "mistral": lambda: P.mistral(),
+    "mla": lambda: P.mla(),
     "neighbourhood_2d": lambda: P.neighbourhood_2d(32, 48, (7, 5)),
     "neighbourhood_2d of tiles": lambda: P.neighbourhood_2d(32, 48, 7, order="tiled", tile=(8, 8)),
     "neighbourhood_3d": lambda: P.neighbourhood_3d(8, 16, 16, (3, 5, 5), causal=(True, False, False)),
@@ -74,6 +79,7 @@ PATTERNS: dict[str, Callable[[], Any]] = {
     "random_blocks": lambda: P.random_blocks(64, 2, seed=0),
     "relative_bias": lambda: sd.attend(P.causal(), score=P.relative_bias(64)),
     "relu_squared": lambda: P.relu_squared(P.causal()),
+    "retained": lambda: P.causal() & P.retained(1024, 128),
     "shared_prefix": lambda: P.shared_prefix(),
     "sigmoid": lambda: P.sigmoid(P.causal(), 4096),
     "sinks": lambda: P.causal() & (P.sliding_window(1024) | P.sinks(4)),
@@ -82,6 +88,7 @@ PATTERNS: dict[str, Callable[[], Any]] = {
     "sliding_window by head": lambda: P.sliding_window(sd.table("window")[sd.h]),
     "softcap": lambda: sd.attend(P.causal(), score=P.softcap(50)),
     "softpick": lambda: P.softpick(P.causal()),
+    "ssmax": lambda: sd.attend(P.causal(), score=P.ssmax()),
     "streaming_llm": lambda: P.streaming_llm(),
     "strided": lambda: P.strided(64),
     "strided_fixed": lambda: P.strided_fixed(64, summary=4),
@@ -95,7 +102,8 @@ WITH_DESCRIPTORS = ("forward", "decode", "grad_q")
 # test_selected_build.py and test_scan_build.py build; and what no kernel runs.
 NO_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket"} | {
     "based", "csa", "delta_net", "dsa", "gated_delta", "gla", "hca", "hisa", "hsa", "infllm_v2", "kda", "minference", "moba", "nha", "nsa",
-    "nsa_published", "pbs", "qsa", "ring_linear", "ssd", "stick_breaking", "token_sparse",
+    "nsa_published", "pbs", "qsa", "ring_linear", "ssd", "stick_breaking", "token_sparse", "differential", "h2o", "hils", "hsa_ultralong",
+    "landmark", "lightning", "mosa", "quest", "retnet", "seer_attention", "snapkv", "vsa", "xattention",
 }  # fmt: skip
 
 
