@@ -4,7 +4,7 @@
 // A score becomes a whole number that is ordered as scores are. The least one that is chosen is found by halving the range it lies in,
 // counting (or adding up the masses of) what lies above: passes over a row that stays in the nearest cache.
 
-enum { DOT, CELLS, ADD, GROUP, REGROUP, SOFTMAX };
+enum { DOT, CELLS, ADD, GROUP, REGROUP, SHARES };
 enum { SUM, MEAN, MAX };
 enum { TOP_K, TOP_P, THRESHOLD };
 
