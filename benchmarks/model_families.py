@@ -130,7 +130,7 @@ def attempt(call: Callable[[Any], torch.Tensor], model: Any) -> torch.Tensor | s
         return call(model)
     except Exception as error:  # a family fails in whatever way it does
         found = re.search(r"UnsupportedError\(\[?.*?[\"'](.+)", str(error), re.DOTALL)
-        text = found[1] if found else str(error)
+        text = re.split(r"[\"']\)", found[1])[0] if found else str(error)  # (dynamo's message holds the repr of ours)
         kind = "refused" if isinstance(error, sd.UnsupportedError) or found else type(error).__name__
         return f"{kind}: {' '.join(text.split())[:160]}"
 
