@@ -46,9 +46,7 @@ def test_every_program_of_the_library_has_a_row(made):
     assert programs - {row.name for row in made.ROWS} == set()
 
 
-def test_a_page_that_lies_is_seen(made, monkeypatch):
-    (row,) = (row for row in made.ROWS if row.name == "ring_linear")
-    honest = made.cells(row)
-    assert honest[3:7] == ("tiled, cpp, triton", "yes", "state", "PROVED")
-    monkeypatch.setattr(made, "LATER_QUERIES", "keeps state")
-    assert made.cells(row)[4] == "if meant"
+def test_cells_say_what_declarations_do(made):
+    rows = {row.name: row for row in made.ROWS}
+    assert made.cells(rows["ring_linear"])[3:7] == ("tiled, cpp, triton", "yes", "state", "PROVED")
+    assert made.cells(rows["snapkv"])[4] == "if meant"
