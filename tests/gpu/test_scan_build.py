@@ -22,6 +22,8 @@ from tests.gpu.built_for import BUILT_FOR
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int8: "*i8"}
 LENGTH, HEADS, GROUP = 300, 2, 2
 GATED = {"make_pairs", "write_states", "read_states", "carry_back", "slopes"}
+# Bytes a thread that heads of 128 spill where the assembler keeps less in registers: most on sm_100 (docs/kernels.md).
+GATED_SPILLS = 64
 WITH_PRODUCTS = {"sum_chunks", "read_chunks", "read_slots", "read_values", *GATED}
 
 
@@ -133,7 +135,8 @@ def test_slots(launches, target):
     ],
 )
 def test_gated_linear_attention(launches, run, target):
-    assert assert_fits(launches(target, run, torch.bfloat16, 128, 128), target) == GATED
+    found = launches(target, run, torch.bfloat16, 128, 128)
+    assert assert_fits(found, target, 0 if target in ("sm_90", "gfx942") else GATED_SPILLS) == GATED
 
 
 WIDTHS = {"half": (torch.float16, (64, 64)), "single": (torch.float32, (80, 48))}
@@ -155,7 +158,8 @@ EVERY = [
 def test_other_widths(launches, run, precision, target):
     dtype, widths = WIDTHS[precision]
     # In float32 the sums of heads beyond 64 do not all stay in registers: 8 to 72 bytes a thread on sm_90 and sm_100 (docs/kernels.md).
-    assert_fits(launches(target, run, dtype, *widths), target, 72 if dtype == torch.float32 else 0)
+    most = 72 if dtype == torch.float32 else GATED_SPILLS if run in (run_gated, run_scalar_gated) else 0
+    assert_fits(launches(target, run, dtype, *widths), target, most)
 
 
 def test_nothing_is_compiled_again_for_another_length(launches):

@@ -97,9 +97,8 @@ class _GatedPass:
     @staticmethod
     def of(job: _GatedJob, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None) -> _GatedPass:
         q, k, v = plain(q, k, v)
-        log_decay, beta = (None if t is None else t.detach().float().contiguous() for t in (log_decay, beta))
-        assert log_decay is not None
-        return _GatedPass(job, q, k, v, log_decay, beta)
+        beta = None if beta is None else beta.detach().float().contiguous()
+        return _GatedPass(job, q, k, v, log_decay.detach().float().contiguous(), beta)
 
     @property
     def heads(self) -> int:
