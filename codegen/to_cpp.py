@@ -26,6 +26,7 @@ from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.to_triton_selected import member_symbols
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang import functions as fn
+from sparsedsl.lang.normalisers import POINTWISE, STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, KV_LEN, Q_IDX, Q_LEN, SCORE
 from sparsedsl.lang.tables import TableRead, table_reads
@@ -113,12 +114,17 @@ def cpp_source(pattern: Pattern, variant: CppVariant = CppVariant()) -> CppSourc
     """The C++ of ``pattern``.
 
     Raises:
-        UnsupportedError: the pattern decides by operations that only torch rounds as torch does.
+        UnsupportedError: the pattern decides by operations that only torch rounds as torch does, or breaks a stick.
 
     >>> import sparsedsl as sd
     >>> print(cpp_source(sd.attend((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 512))).text.strip().split("\\n")[-2])
         }
     """
+    if pattern.normaliser == STICK_BREAKING:
+        raise UnsupportedError(
+            "the generated C++ goes through the keys in the order of its lists, and stick-breaking begins with the last one. "
+            "Use backend='tiled'"
+        )
     hoisted = hoist(pattern)
     _check_mask(hoisted.pattern.mask.expr)
     within = None if variant.whole else residues(pattern)
@@ -144,6 +150,8 @@ class _Writer:
         self, given: Pattern, pattern: Pattern, prepared: tuple[HoistedTable, ...], step: int, variant: CppVariant
     ) -> None:
         self.given, self.pattern, self.prepared, self.step, self.variant = given, pattern, prepared, step, variant
+        self.pointwise = given.normaliser == POINTWISE
+        self._unit = "" if self.pointwise else " * (real)LOG2E"
         self.members = member_symbols(variant.choices)
         found = None if pattern.mask.expr.free_symbols & set(self.members) else intervals(pattern.mask.expr)
         self.intervals = found
@@ -228,40 +236,41 @@ class _Writer:
         if self.intervals is not None:
             return False
         source.line()
-        source.line("// Which pairs of a block attend: the others become -inf.")
+        source.line(f"// Which pairs of a block attend: the others become {'0' if self.pointwise else '-inf'}.")
         with self._function(source, f"void mask({_BLOCK}, real *tile)"):
             names = self._begin(source, self.pattern.mask.expr)
             loop = PairLoop(source, names, "double", self.members, one_head=self.one_head)
             with loop.over(self.pattern.mask.expr) as (text,):
                 source.line("real &pair = tile[j * lanes->count + i];")
-                source.line(f"pair = ({text}) ? pair : LOWEST;")
+                source.line(f"pair = ({text}) ? pair : {'0' if self.pointwise else 'LOWEST'};")
         return True
 
     def _score(self, source: Source) -> bool:
         expr = self.pattern.score.expr
-        if expr == SCORE:
+        if expr == SCORE and not self.pointwise:
             return False
         source.line()
-        source.line("// The logits of a block, in units of log2, from its products.")
+        what = "weights of a block" if self.pointwise else "logits of a block, in units of log2,"
+        source.line(f"// The {what} from its products.")
         with self._function(source, f"void score({_BLOCK}, real *tile)"):
             names = self._begin(source, expr)
             loop = PairLoop(source, names, "real", one_head=self.one_head)
             with loop.over(expr) as (text,):
-                source.line(f"tile[j * lanes->count + i] = ({text}) * (real)LOG2E;")
+                source.line(f"tile[j * lanes->count + i] = ({text}){self._unit};")
         return True
 
     def _slope(self, source: Source) -> bool:
         expr = self.pattern.score.expr
-        if expr == SCORE:
+        if expr == SCORE and not self.pointwise:
             return False
         source.line()
-        source.line("// The same, and by how much each logit changes with its score.")
+        source.line("// The same, and by how much each changes with its score.")
         with self._function(source, f"void slope({_BLOCK}, real *tile, real *slope)"):
             change = derivative(expr)
             names = self._begin(source, expr, change)
             loop = PairLoop(source, names, "real", one_head=self.one_head)
             with loop.over(expr, change) as (text, slope):
-                source.line(f"tile[j * lanes->count + i] = ({text}) * (real)LOG2E;")
+                source.line(f"tile[j * lanes->count + i] = ({text}){self._unit};")
                 source.line(f"slope[j * lanes->count + i] = {slope};")
         return True
 

@@ -23,6 +23,7 @@ from sparsedsl.codegen.triton_functions import functions_for
 from sparsedsl.codegen.triton_parts import Argument, KernelSource, Variant
 from sparsedsl.codegen.triton_tables import write_grad_difference, write_grad_pairs
 from sparsedsl.errors import UnsupportedError
+from sparsedsl.lang.normalisers import STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 
 __all__ = ["DTYPES", "WIDEST", "Argument", "KernelSource", "TritonSource", "Variant", "triton_source", "variant_of"]
@@ -103,7 +104,7 @@ def triton_source(pattern: Pattern, variant: Variant) -> TritonSource:
     """The kernels of ``pattern``.
 
     Raises:
-        UnsupportedError: the pattern holds an operation that Triton cannot be made to round as torch does.
+        UnsupportedError: the pattern holds an operation that Triton cannot be made to round as torch does, or breaks a stick.
 
     >>> import sparsedsl as sd
     >>> pattern = sd.attend((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 512))
@@ -111,6 +112,11 @@ def triton_source(pattern: Pattern, variant: Variant) -> TritonSource:
     >>> [kernel.name for kernel in source.kernels]
     ['forward', 'decode', 'merge', 'delta', 'grad_q', 'grad_kv']
     """
+    if pattern.normaliser == STICK_BREAKING:
+        raise UnsupportedError(
+            "the generated kernels visit full tiles before partial ones, and stick-breaking goes through the keys from the last to the "
+            "first. Use backend='tiled'"
+        )
     hoisted = hoist(pattern)
     written = hoisted.pattern
     head, source = Source(), Source()

@@ -8,6 +8,7 @@ from sparsedsl.codegen.triton_logits import level_of, number_of, write_factor, w
 from sparsedsl.codegen.triton_loops import Loop
 from sparsedsl.codegen.triton_parts import KernelSource, Variant, suffixed
 from sparsedsl.codegen.triton_writer import Writer
+from sparsedsl.lang.normalisers import POINTWISE
 from sparsedsl.lang.pattern import Pattern
 
 __all__ = ["write_decode", "write_forward", "write_merge"]
@@ -114,13 +115,10 @@ def _rest(writer: Writer, loop: Loop, *constants: str) -> None:
 def _begin(writer: Writer, loop: Loop) -> None:
     source = writer.source
     loop.prepare(source, writer.names("queries"))
-    source.line("# The softmax so far: largest logit, sum and weighted values. `most` stays finite, so no row needs a check.")
-    write_factor(writer)
-    if writer.plain:
-        source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32) / tl.maximum(factor, 1.0)")
+    if writer.pointwise:
+        source.line("# Weighted values so far.")
     else:
-        source.line(f"most = tl.full([BLOCK_M], LOWEST{' / LOG2E' if writer.in_log2 else ''}, tl.float32)")
-    source.line("total = tl.zeros([BLOCK_M], tl.float32)")
+        _begin_softmax(writer)
     for part in writer.v_parts:
         source.line(f"{suffixed('acc', part)} = tl.zeros([BLOCK_M, {part.width}], tl.float32)")
     writer.column_tiles()
@@ -130,6 +128,19 @@ def _begin(writer: Writer, loop: Loop) -> None:
         )
         source.line(f"ref = q_offset + tl.minimum({writer.number('BLOCK_M', 'tile')} + BLOCK_M - 1, rows - 1)")
         write_ramp(writer, "ramp", "column_0", writer.ramp.by_key)
+
+
+def _begin_softmax(writer: Writer) -> None:
+    source = writer.source
+    source.line("# The softmax so far: largest logit, sum and weighted values. `most` stays finite, so no row needs a check.")
+    write_factor(writer)
+    if writer.plain:
+        source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32) / tl.maximum(factor, 1.0)")
+    elif writer.picks:
+        source.line("most = tl.zeros([BLOCK_M], tl.float32)")
+    else:
+        source.line(f"most = tl.full([BLOCK_M], LOWEST{' / LOG2E' if writer.in_log2 else ''}, tl.float32)")
+    source.line("total = tl.zeros([BLOCK_M], tl.float32)")
 
 
 def _loops(writer: Writer, loop: Loop, *, split: bool) -> None:
@@ -149,6 +160,12 @@ def _step(writer: Writer, loop: Loop, kind: str) -> None:
     writer.dot("s", "q", "k", writer.d_parts)
     condition = loop.condition(source, writer.names("tile")) if kind == "partial" else ""
     write_logits(writer, "tile", condition)
+    if writer.pointwise:
+        writer.load_column_tile("v", kind)
+        for part in writer.v_parts:
+            acc, v = suffixed("acc", part), suffixed("v", part)
+            source.line(f"{acc} = tl.dot(x.to({v}.dtype), {v}, {acc}, input_precision=PRECISION)")
+        return
     if writer.ramp is not None:
         source.line(f"level = {level_of(writer, 'ref', 'start')}")
         source.line("larger = tl.maximum(most, tl.max(x, 1) + level)")
@@ -162,7 +179,12 @@ def _step(writer: Writer, loop: Loop, kind: str) -> None:
             source.line(f"p = tl.exp2({logit} * {factor} - (larger * {factor})[:, None])")
         else:
             source.line("p = tl.exp2((x - larger[:, None]) * LOG2E)")
-    source.line("total = total * shrink + tl.sum(p, 1)")
+    if writer.picks:
+        source.line('p = tl.where(x == float("-inf"), 0.0, p - tl.exp2(larger * -LOG2E)[:, None])')
+        source.line("total = total * shrink + tl.sum(tl.abs(p), 1)")
+        source.line("p = tl.maximum(p, 0.0)")
+    else:
+        source.line("total = total * shrink + tl.sum(p, 1)")
     writer.load_column_tile("v", kind)
     for part in writer.v_parts:
         acc, v = suffixed("acc", part), suffixed("v", part)
@@ -172,6 +194,11 @@ def _step(writer: Writer, loop: Loop, kind: str) -> None:
 
 def _end(writer: Writer) -> None:
     source, sink = writer.source, writer.pattern.sink
+    if writer.pointwise:
+        source.line("lse = tl.zeros([BLOCK_M], tl.float32)")
+        for part in writer.v_parts:
+            source.line(f"{suffixed('out', part)} = {suffixed('acc', part)}")
+        return
     if writer.plain:
         source.line("most = most * scale")
     if writer.ramp is not None:
@@ -201,8 +228,10 @@ def _end(writer: Writer) -> None:
 
 
 def write_merge(source: Source, pattern: Pattern, variant: Variant) -> KernelSource:
-    """The splits of decode, weighted by their LSE."""
-    writer = Writer(source, pattern, variant, "merge", "One softmax out of the shares of the keys, weighted by their LSE.")
+    """The splits of decode, weighted by their LSE, or added up where there is none."""
+    purpose = "One softmax out of the shares of the keys, weighted by their LSE."
+    added = pattern.normaliser == POINTWISE
+    writer = Writer(source, pattern, variant, "merge", "The sum of the shares of the keys." if added else purpose)
     writer.add(("share_ptr", "*fp32"), ("share_lse_ptr", "*fp32"), ("out_ptr", "*data"), ("lse_ptr", "*fp32"))
     writer.add(("splits", "i32"), ("lines", "i32"))
     writer.constants("BLOCK_M")
@@ -211,10 +240,13 @@ def write_merge(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
         source.line("line = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)")
         source.line("inside = line < lines")
         writer.dims(of_v=True)
-        source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32)")
-        source.line("total = tl.zeros([BLOCK_M], tl.float32)")
         for part in writer.v_parts:
             source.line(f"{suffixed('acc', part)} = tl.zeros([BLOCK_M, {part.width}], tl.float32)")
+        if added:
+            _add_shares(writer)
+            return writer.result
+        source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32)")
+        source.line("total = tl.zeros([BLOCK_M], tl.float32)")
         with source.block("for share in range(0, splits):"):
             source.line("at = line + tl.cast(share, tl.int64) * lines")
             source.line('lse = tl.load(share_lse_ptr + at, mask=inside, other=float("-inf"))')
@@ -232,8 +264,23 @@ def write_merge(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
         source.line("total = tl.where(seen, total, 1.0)")
         source.line('lse = tl.where(seen, most + tl.log(total), float("-inf"))')
         source.line("tl.store(lse_ptr + line, lse, mask=inside)")
-        for part in writer.v_parts:
-            where = f"out_ptr + line[:, None] * {width} + {part.name}[None, :]"
-            value = f"({suffixed('acc', part)} / total[:, None]).to(out_ptr.dtype.element_ty)"
-            source.line(f"tl.store({where}, {value}{writer.mask(part, 'inside', other=False)})")
+        _store_merged(writer, " / total[:, None]")
     return writer.result
+
+
+def _add_shares(writer: Writer) -> None:
+    source, width = writer.source, writer.variant.head_dim_v
+    with source.block("for share in range(0, splits):"):
+        source.line("at = line + tl.cast(share, tl.int64) * lines")
+        for part in writer.v_parts:
+            where, acc = f"share_ptr + at[:, None] * {width} + {part.name}[None, :]", suffixed("acc", part)
+            source.line(f"{acc} += tl.load({where}{writer.mask(part, 'inside')})")
+    source.line("tl.store(lse_ptr + line, tl.zeros([BLOCK_M], tl.float32), mask=inside)")
+    _store_merged(writer, "")
+
+
+def _store_merged(writer: Writer, divided: str) -> None:
+    for part in writer.v_parts:
+        where = f"out_ptr + line[:, None] * {writer.variant.head_dim_v} + {part.name}[None, :]"
+        value = f"({suffixed('acc', part)}{divided}).to(out_ptr.dtype.element_ty)"
+        writer.source.line(f"tl.store({where}, {value}{writer.mask(part, 'inside', other=False)})")

@@ -83,13 +83,14 @@ def write_logits(writer: Writer, place: str, condition: str) -> None:
 
 
 def write_logit(writer: Writer, text: str, condition: str) -> None:
-    """``x``: the logits that ``text`` gives, a whole tile of them also where it gives one number a row or an integer."""
+    """``x``: the logits, or weights, that ``text`` gives, a whole tile of them also where it gives one number a row or an integer."""
     expr = writer.pattern.score.expr
     if SCORE not in expr.free_symbols:
         text = f"tl.zeros_like(s) + ({text})"
     writer.source.line(f"x = {text}")
     if condition:
-        writer.source.line(f'x = tl.where({condition}, x, float("-inf"))')
+        masked = "0.0" if writer.pointwise else 'float("-inf")'
+        writer.source.line(f"x = tl.where({condition}, x, {masked})")
 
 
 # ---- the backward pass --------------------------------------------------------------------------------
@@ -134,9 +135,16 @@ def weights_and_gradients(
         source.line("score = s * scale")
     text, *slopes = write_expressions(source, (expr, *by), writer.names(place), real="tl.float32")
     write_logit(writer, text, "allowed" if condition else "")
-    source.line(f"p = tl.exp2(x * LOG2E - base{row})" if writer.in_log2 else f"p = tl.exp2((x - base{row}) * LOG2E)")
-    products()
-    source.line(f"dx = p * (dp - delta{row})")
+    if writer.pointwise:
+        source.line("p = x")
+        products()
+        source.line("dx = tl.where(allowed, dp, 0.0)" if condition else "dx = dp")
+    elif writer.picks:
+        _picked(writer, row, products)
+    else:
+        source.line(f"p = tl.exp2(x * LOG2E - base{row})" if writer.in_log2 else f"p = tl.exp2((x - base{row}) * LOG2E)")
+        products()
+        source.line(f"dx = p * (dp - delta{row})")
     for name, slope, found in zip(["ds", *(f"d_{one.name}" for one in learned)], slopes, by, strict=True):
         if found == 1:
             source.line(f"{name} = dx")
@@ -144,6 +152,16 @@ def weights_and_gradients(
             source.line(f"{name} = tl.where(allowed, dx * ({slope}), 0.0)")
         else:
             source.line(f"{name} = dx * ({slope})")
+
+
+def _picked(writer: Writer, row: str, products: Products) -> None:
+    """Weights ``p`` of a softpick, and the gradients ``dx`` of its logits."""
+    source, base = writer.source, "base" if writer.in_log2 else "base * LOG2E"
+    source.line(f"power = tl.exp2(x * LOG2E - ({base}){row})")
+    source.line(f'more = tl.where(x == float("-inf"), 0.0, power - tl.exp2(-({base})){row})')
+    source.line("p = tl.maximum(more, 0.0)")
+    products()
+    source.line(f"dx = power * tl.where(more > 0, dp - delta{row}, tl.where(more < 0, delta{row}, 0.0))")
 
 
 def predicate(writer: Writer, place: str) -> str:

@@ -16,6 +16,7 @@ from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import TableNames, TritonNames
 from sparsedsl.codegen.triton_loops import IntervalLoop, ListLoop, Loop
 from sparsedsl.codegen.triton_parts import Argument, KernelSource, Part, Variant, parts_of, suffixed
+from sparsedsl.lang.normalisers import POINTWISE, SOFTMAX, SOFTPICK
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import HEAD, KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_specs
@@ -278,12 +279,22 @@ class Writer:
     @property
     def plain(self) -> bool:
         """Whether logits are the scaled products themselves: then scale and base of the exponential are one factor."""
-        return not self.pattern.has_score
+        return not self.pattern.has_score and self.pattern.normaliser == SOFTMAX
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether what the score gives are weights: nothing is exponentiated, summed or divided by."""
+        return self.pattern.normaliser == POINTWISE
+
+    @property
+    def picks(self) -> bool:
+        """Whether weights are exponentials less 1, of which those below 0 count in the sum alone."""
+        return self.pattern.normaliser == SOFTPICK
 
     @functools.cached_property
     def ramp(self) -> Ramp | None:
         """Scores that rise evenly along keys; not where rows are of several heads, each with a ramp of its own."""
-        return None if self.packed else ramp_of(self.pattern)
+        return None if self.packed or self.pattern.normaliser != SOFTMAX else ramp_of(self.pattern)
 
     @property
     def in_log2(self) -> bool:

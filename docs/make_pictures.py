@@ -192,6 +192,13 @@ def subtree_ends() -> torch.Tensor:
     return end
 
 
+def fire_tables() -> dict[str, Callable[[], torch.Tensor]]:
+    """A network with a bump."""
+    values = {"c": [0.1], "length": [16.0], "hidden": [8.0, 8.0, 8.0, 0.0], "hidden_bias": [-1.0, -2.0, -3.0, 0.0],
+              "out": [[1.0, -2.0, 0.5, 0.0]], "out_bias": [0.0]}  # fmt: skip
+    return {f"fire_{name}": lambda numbers=numbers: torch.tensor(numbers) for name, numbers in values.items()}
+
+
 def index() -> dict[str, torch.Tensor]:
     """What an indexer gives."""
     return {"index_q": random(1, 4, 64, 8), "index_k": random(1, 1, 64, 8), "index_weights": random(1, 4, 64)}
@@ -267,6 +274,15 @@ GALLERY = {
     "relative_bias": Entry("relative_bias(12)", options={"relative_bias": lambda: random(25, 1).cumsum(0)}),
     "t5_bias": Entry("t5_bias(buckets=16, max_distance=48)", options={"t5_bias": lambda: random(16, 1)}),
     "t5_bucket": Entry("t5_bucket()", draw=draw_buckets),
+    "sigmoid": Entry("sigmoid(sliding_window(24), length=4096)"),
+    "relu_squared": Entry("relu_squared(sliding_window(24))"),
+    "hstu": Entry("hstu(causal(), divisor=4096)"),
+    "softpick": Entry("softpick(causal())"),
+    "stick_breaking": Entry("stick_breaking()"),
+    "kerple": Entry("kerple()", options={"kerple_1": lambda: torch.ones(1), "kerple_2": lambda: torch.ones(1)}),
+    "fire": Entry("fire(4)", options=fire_tables()),
+    "ssmax": Entry("ssmax()", options={"ssmax": lambda: torch.ones(1)}),
+    "fox": Entry("fox()", options={"forget": lambda: -random(1, 1, 64).abs().cumsum(-1)}),
     "longformer": Entry("longformer(window=16, global_count=3)"),
     "bigbird": Entry("bigbird(block=8, random_count=2)", length=128),
     "streaming_llm": Entry("streaming_llm(window=16, sink_count=4)"),
@@ -289,6 +305,8 @@ GALLERY = {
     "gla": Entry("gla()", inputs=lambda: {"g": -random(1, 2, 64, 16).abs() / 8}),
     "ssd": Entry("ssd()", inputs=lambda: {"g": -random(1, 2, 64).abs() / 8}),
     "based": Entry("based()", inputs=dict),
+    "retnet": Entry("retnet(heads=2)", inputs=dict),
+    "lightning": Entry("lightning(heads=2, layer=15, layers=20)", inputs=dict),
     "moba": Entry("moba(chunk=8, top_k=3)", inputs=dict),
     "nsa": Entry("nsa(block=4, select=8, top_k=3, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 3).sigmoid()}),
     "dsa": Entry("dsa(top_k=8)", inputs=index),
@@ -300,6 +318,36 @@ GALLERY = {
         "nsa_published(length=8, stride=4, select=8, top_k=3, window=8)", inputs=lambda: {"gate": random(1, 2, 64, 3).sigmoid()}
     ),
     "infllm_v2": Entry("infllm_v2(length=8, stride=4, select=8, top_k=3, local=0)", inputs=dict),
+    "quest": Entry("quest(page=4, pages=3)", inputs=dict),
+    "landmark": Entry("landmark(block=8, top_k=2)", inputs=lambda: {"landmarks": random(1, 2, 8, 16)}),
+    "hsa_ultralong": Entry(
+        "hsa_ultralong(chunk=8, top_k=2, window=8)",
+        inputs=lambda: {"retrieval_q": random(1, 2, 64, 8), "landmarks": random(1, 2, 8, 8)},
+    ),
+    "hils": Entry(
+        "hils(chunk=8, top_k=2, window=8)", inputs=lambda: {"retrieval_q": random(1, 2, 64, 8), "landmarks": random(1, 2, 8, 8)}
+    ),
+    "xattention": Entry("xattention(stride=4, block=8, mass=0.6)", inputs=dict),
+    "seer_attention": Entry(
+        "seer_attention(block=8, least=0.15)", inputs=lambda: {"gate_q": random(1, 2, 8, 4), "gate_k": random(1, 2, 8, 4)}
+    ),
+    "vsa": Entry("vsa(cube=8, top_k=2)", inputs=lambda: {"gate": torch.tensor([0.3, 1.0]).expand(1, 2, 64, 2)}),
+    "snapkv": Entry("snapkv(capacity=20, window=8)", inputs=dict),
+    "h2o": Entry("h2o(heavy=8, recent=8)", inputs=dict),
+    "mosa": Entry(
+        "mosa(count=20)", inputs=lambda: {"router": random(1, 2, 64).sigmoid(), "weights": random(1, 2, 64, 1).sigmoid()}
+    ),
+    "duo_attention": Entry("duo_attention(window=8, sink_count=2)", options={"retrieval": lambda: torch.tensor([False])}),
+    "retained": Entry("retained(32, recent=8)", options={"stays": lambda: random(1, 1, 32) > 0.5}),
+    "mla": Entry("mla()"),
+    "differential": Entry(
+        "differential()",
+        inputs=lambda: {
+            "q_2": random(1, 2, 64, 16),
+            "k_2": random(1, 2, 64, 16),
+            "gate": torch.tensor([1.0, -0.8]).expand(1, 2, 64, 2),
+        },
+    ),
 }
 
 CHAPTERS = {
@@ -309,9 +357,13 @@ CHAPTERS = {
     "blockwise": "Blocks",
     "grids": "Grids",
     "scores": "Score functions",
+    "normalisers": "Other weights than a softmax's",
     "models": "Published systems",
     "systems": "Programs",
     "indexed": "Programs that follow an index, or lists",
+    "far_chunks": "Programs with a window, and chunks far back",
+    "prompts": "Programs that choose for a prompt",
+    "head_forms": "Heads of other forms",
     "recurrent": "Recurrences",
 }
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 from sparsedsl.lang.advice import answer_for, public_only
 from sparsedsl.patterns.anchors import global_tokens, prefix, sinks
 from sparsedsl.patterns.blockwise import block_causal, block_diffusion, blocks, random_blocks
+from sparsedsl.patterns.far_chunks import hils, hsa_ultralong, landmark, quest
 from sparsedsl.patterns.grids import grid_position, neighbourhood_2d, neighbourhood_3d, sliding_tile
+from sparsedsl.patterns.head_forms import differential, duo_attention, mla, retained
 from sparsedsl.patterns.indexed import csa, dsa, hca, hisa, infllm_v2, nsa_published, qsa
 from sparsedsl.patterns.local import causal, chunked, dilated, full, sliding_window, strided, strided_fixed
 from sparsedsl.patterns.models import (
@@ -25,9 +27,22 @@ from sparsedsl.patterns.models import (
     streaming_llm,
     t5,
 )
+from sparsedsl.patterns.normalisers import hstu, relu_squared, sigmoid, softpick, stick_breaking
 from sparsedsl.patterns.packing import document_prefix, documents, packed, shared_prefix, tree
-from sparsedsl.patterns.recurrent import based, delta_net, gated_delta, gla, kda, ssd
-from sparsedsl.patterns.scores import alibi, alibi_slope, relative_bias, softcap, t5_bias, t5_bucket
+from sparsedsl.patterns.prompts import h2o, mosa, seer_attention, snapkv, vsa, xattention
+from sparsedsl.patterns.recurrent import based, delta_net, gated_delta, gla, kda, lightning, retnet, ssd
+from sparsedsl.patterns.scores import (
+    alibi,
+    alibi_slope,
+    fire,
+    fox,
+    kerple,
+    relative_bias,
+    softcap,
+    ssmax,
+    t5_bias,
+    t5_bucket,
+)
 from sparsedsl.patterns.systems import hsa, minference, moba, nha, nsa, pbs, ring_linear, token_sparse
 
 __all__ = [
@@ -43,10 +58,14 @@ __all__ = [
     "chunked",
     "csa",
     "delta_net",
+    "differential",
     "dilated",
     "document_prefix",
     "documents",
     "dsa",
+    "duo_attention",
+    "fire",
+    "fox",
     "full",
     "gated_delta",
     "gemma2",
@@ -55,16 +74,25 @@ __all__ = [
     "global_tokens",
     "gpt_oss",
     "grid_position",
+    "h2o",
     "hca",
+    "hils",
     "hisa",
     "hsa",
+    "hsa_ultralong",
+    "hstu",
     "infllm_v2",
     "kda",
+    "kerple",
+    "landmark",
+    "lightning",
     "llama4",
     "longformer",
     "minference",
     "mistral",
+    "mla",
     "moba",
+    "mosa",
     "neighbourhood_2d",
     "neighbourhood_3d",
     "nha",
@@ -74,15 +102,25 @@ __all__ = [
     "pbs",
     "prefix",
     "qsa",
+    "quest",
     "random_blocks",
     "relative_bias",
+    "relu_squared",
+    "retained",
+    "retnet",
     "ring_linear",
+    "seer_attention",
     "shared_prefix",
+    "sigmoid",
     "sinks",
     "sliding_tile",
     "sliding_window",
+    "snapkv",
     "softcap",
+    "softpick",
     "ssd",
+    "ssmax",
+    "stick_breaking",
     "streaming_llm",
     "strided",
     "strided_fixed",
@@ -91,6 +129,8 @@ __all__ = [
     "t5_bucket",
     "token_sparse",
     "tree",
+    "vsa",
+    "xattention",
 ]
 
 

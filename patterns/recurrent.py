@@ -1,11 +1,14 @@
-"""Linear attention whose decays and write rules come from the data: layers of recent hybrid models, each as one recurrence."""
+"""Linear attention with constant decays, and with decays and write rules that come from the data: each layer as one recurrence."""
 
 from __future__ import annotations
 
+import math
+
 from sparsedsl import program as sd
+from sparsedsl.patterns.checked_arguments import check_whole
 from sparsedsl.program.recurrences import Linear
 
-__all__ = ["based", "delta_net", "gated_delta", "gla", "kda", "ssd"]
+__all__ = ["based", "delta_net", "gated_delta", "gla", "kda", "lightning", "retnet", "ssd"]
 
 
 def gated_delta() -> Linear:
@@ -122,3 +125,47 @@ def based() -> Linear:
     torch.Size([1, 2, 100, 16])
     """
     return sd.linear(1.0, features="taylor", normalised="sum")
+
+
+def retnet(heads: int) -> Linear:
+    """Retention: ``o_t = q_t S_t / sqrt(D)``, ``S_t = (1 - 2 ** (-5 - h)) S_(t-1) + k_t^T v_t``: later heads forget more slowly.
+
+    The rotation of q and k before, and the norm of each head after, are the model's. (The norm also undoes the published division by
+    what decays add up to.)
+
+    Args:
+        heads: query heads.
+
+    Source: Sun et al. 2023, "Retentive Network" (arXiv 2307.08621).
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.retnet(heads=4))
+    >>> q = k = v = torch.randn(1, 4, 100, 16)
+    >>> attn(q, k, v).shape
+    torch.Size([1, 4, 100, 16])
+    """
+    return sd.linear(log_decay=[math.log1p(-(2.0 ** (-5 - head))) for head in range(check_whole("retnet", "heads", heads, 1))])
+
+
+def lightning(heads: int, layer: int, layers: int) -> Linear:
+    """Lightning attention: ``o_t = q_t S_t / sqrt(D)``, ``S_t = e^(-s) S_(t-1) + k_t^T v_t``, ``s = (8 h / heads) (1 - layer / layers)``.
+
+    Head 0 never fades. Models that take ALiBi's slopes instead (MiniMax) have
+    ``sd.linear(sd.decay_table(heads, layer, layers, depth="serve"))``.
+
+    Args:
+        heads: query heads.
+        layer: this layer, from 0.
+        layers: all layers of the model.
+
+    Source: Lightning Attention-2 (arXiv 2401.04658), with the decays of flash-linear-attention.
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.lightning(heads=4, layer=0, layers=20))
+    >>> q = k = v = torch.randn(1, 4, 100, 16)
+    >>> attn(q, k, v).shape
+    torch.Size([1, 4, 100, 16])
+    """
+    return sd.linear(sd.decay_table(heads, layer, layers, rule="linear"))

@@ -8,11 +8,13 @@ import operator
 import struct
 
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import Index, Score, as_index, as_score, h, kv_idx, q_idx, score, table
-from sparsedsl.lang.numeric import clamp, maximum, minimum, tanh, where
-from sparsedsl.patterns.checked_arguments import check_flag, check_logit, check_positive, check_whole
+from sparsedsl.lang.expressions import Index, Score, as_index, as_score, b, h, kv_idx, q_idx, score, table
+from sparsedsl.lang.numeric import clamp, log, maximum, minimum, relu, tanh, where
+from sparsedsl.patterns.checked_arguments import check_choice, check_flag, check_logit, check_positive, check_whole
 
-__all__ = ["alibi", "alibi_slope", "relative_bias", "softcap", "t5_bias", "t5_bucket"]
+__all__ = [
+    "alibi", "alibi_slope", "fire", "fox", "kerple", "relative_bias", "softcap", "ssmax", "t5_bias", "t5_bucket",
+]  # fmt: skip
 
 
 def softcap(cap: float, logit: Score = score) -> Score:
@@ -208,3 +210,92 @@ def _t5_published(distance: int, buckets: int, exact: int, max_distance: int) ->
 
 def _fp32(x: float) -> float:
     return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
+def kerple(logit: Score = score, *, kernel: str = "log", names: tuple[str, str] = ("kerple_1", "kerple_2")) -> Score:
+    """A learned kernel of the distance ``d = |q_idx - kv_idx|``: ``logit - r1[h] log(1 + r2[h] d)``, or ``logit - r1[h] d ** r2[h]``.
+
+    Args:
+        logit: what it is applied to; default the scaled dot product.
+        kernel: ``"log"``, or ``"power"``.
+        names: of the learned tables of r1 and r2, each ``(H,)`` and above 0; as an exponent r2 is at most 2.
+
+    Raises:
+        PatternError: another kernel.
+
+    Source: Chi et al. 2022, "KERPLE" (arXiv 2205.09921).
+
+    >>> import sparsedsl as sd
+    >>> print(sd.patterns.kerple().text.splitlines()[-1])
+    score - kerple_1[h]*log(abs(kv_idx - q_idx)*kerple_2[h] + 1)
+    """
+    r1, r2 = (table(name, learned=True)[h] for name in names)
+    logarithmic = check_choice("kerple", "kernel", kernel, ("log", "power")) == "log"
+    apart = abs(q_idx - kv_idx)
+    return check_logit("kerple", logit) - r1 * (log(1 + r2 * apart) if logarithmic else as_score(apart) ** r2)
+
+
+def fire(width: int = 32, logit: Score = score, *, name: str = "fire") -> Score:
+    """A bias from a small network of how far back a key lies, in parts of how far back one could look: ``logit + f_h(x)``.
+
+    ``x = log(c d + 1) / log(c max(L, q_idx) + 1)`` of ``d = |q_idx - kv_idx|``; ``f_h(x) = out_bias[h] + sum_j out[h, j] relu(hidden[j] x +
+    hidden_bias[j])``.
+
+    Args:
+        width: hidden units of the network.
+        logit: what it is applied to; default the scaled dot product.
+        name: what names of the learned tables begin with: ``fire_c (1,)`` and ``fire_length (1,)``, both above 0; ``fire_hidden`` and
+            ``fire_hidden_bias``, ``(width,)``; ``fire_out (H, width)``, ``fire_out_bias (H,)``.
+
+    Raises:
+        PatternError: ``width`` is below 1.
+
+    Source: Li et al. 2023, "Functional Interpolation for Relative Positions" (arXiv 2310.04418).
+
+    >>> import sparsedsl as sd
+    >>> sorted(sd.patterns.fire(2).tables)
+    ['fire_c', 'fire_hidden', 'fire_hidden_bias', 'fire_length', 'fire_out', 'fire_out_bias']
+    """
+    width = check_whole("fire", "width", width, 1)
+    parts = ("c", "length", "hidden", "hidden_bias", "out", "out_bias")
+    c, length, hidden, bias, out, last = (table(f"{name}_{part}", learned=True) for part in parts)
+    x = log(c[0] * abs(q_idx - kv_idx) + 1) / log(c[0] * maximum(length[0], q_idx) + 1)
+    units = [out[h, j] * relu(hidden[j] * x + bias[j]) for j in range(width)]
+    return check_logit("fire", logit) + functools.reduce(operator.add, units, last[h])
+
+
+def ssmax(logit: Score = score, *, name: str = "ssmax") -> Score:
+    """Scalable softmax: logits grow with the logarithm of how many keys a query sees, ``logit * s[h] * log(q_idx + 1)``.
+
+    For causal attention, in which query ``q_idx`` sees ``q_idx + 1`` keys: sums over more of them stay as sharp.
+
+    Args:
+        logit: what it is applied to; default the scaled dot product.
+        name: name of the learned table of ``s``, shape ``(H,)``.
+
+    Source: Nakanishi 2025, "Scalable-Softmax Is Superior for Attention" (arXiv 2501.19399).
+
+    >>> import sparsedsl as sd
+    >>> print(sd.patterns.ssmax().text.splitlines()[-1])
+    score*log(q_idx + 1)*ssmax[h]
+    """
+    return check_logit("ssmax", logit) * table(name, learned=True)[h] * log(q_idx + 1)
+
+
+def fox(logit: Score = score, *, name: str = "forget") -> Score:
+    """Forgetting attention: logits fall by what was forgotten from the key to the query, ``logit + forget[q_idx] - forget[kv_idx]``.
+
+    ``forget`` holds sums of ``log f``, ``0 < f <= 1`` the gate of a token: ``logsigmoid(x).cumsum(-1)``. Gradients reach it.
+
+    Args:
+        logit: what it is applied to; default the scaled dot product.
+        name: name of the learned table of the sums, shape ``(B, H, S)``; float64 sums keep their digits over long sequences.
+
+    Source: Lin et al. 2025, "Forgetting Transformer" (arXiv 2503.02130).
+
+    >>> import sparsedsl as sd
+    >>> print(sd.patterns.fox().text.splitlines()[-1])
+    score + forget[b, h, q_idx] - forget[b, h, kv_idx]
+    """
+    forget = table(name, learned=True)
+    return check_logit("fox", logit) + forget[b, h, q_idx] - forget[b, h, kv_idx]

@@ -43,7 +43,7 @@ static void prepare(const Call *c, const Strip &strip, const Desk &desk, Given &
         if (i < strip.used) c->delta[line] = delta;
         given.delta[i] = delta;
         given.lse[i] = lse == LOWEST ? -LOWEST : (real)(lse * LOG2E);
-        far |= sizeof(real) == 4 && __builtin_fabs(lse) > FAR && __builtin_fabs(lse) < -LOWEST;
+        far |= c->weighing != POINTWISE && sizeof(real) == 4 && __builtin_fabs(lse) > FAR && __builtin_fabs(lse) < -LOWEST;
     }
     if (far) {
         // Such an LSE is taken apart again. Gradients are linear in what comes from outside: there goes the factor of all weights.
@@ -67,14 +67,21 @@ static void prepare(const Call *c, const Strip &strip, const Desk &desk, Given &
     for (i64 i = 0; i < strip.used * broad; i++) given.grad_q[i] = 0;
 }
 
-// Logits -> weights; changes of weights -> changes of logits. Both tiles hold keys x lanes.
+// Logits -> weights; changes of weights -> changes of logits. Both tiles hold keys x lanes. `pick`: as in the forward pass.
+template <bool pick>
 static void differentiate(const Strip &strip, i64 keys, real factor, const Given &given, real *tile, real *change) {
     i64 row = strip.lanes.count;
     for (i64 i = 0; i < row; i += WIDTH) {
         Vector lse = at(given.lse + i), delta = at(given.delta + i);
         for (i64 j = 0; j < keys; j++) {
             real *p = tile + j * row + i, *d = change + j * row + i;
-            Vector weight = power_of_two(at(p) * factor - lse);
+            Vector logit = at(p), weight = power_of_two(logit * factor - lse);
+            if (pick) {
+                Vector more = logit == LOWEST ? Vector{} : weight - power_of_two(-lse), none = {};
+                put(p, more > none ? more : none);
+                put(d, more > none ? weight * (at(d) - delta) : more < none ? weight * delta : none);
+                continue;
+            }
             put(p, weight);
             // What is masked has no part in it, whatever its product with the gradient is.
             put(d, weight == (real)0 ? Vector{} : weight * (at(d) - delta));
@@ -104,7 +111,12 @@ static void add_strip(const Call *c, const Strip &strip, real *room, Gains gains
         if (c->slope) c->slope(c, &strip.lanes, key, count, desk.tile, slope);
         if (!full) hide(c, strip, key, count, desk.tile);
         product<false>(count, lanes, c->head_dim_v, some_v.first, some_v.row, 1, given.grad_turned, lanes, change, lanes);
-        differentiate(strip, count, factor, given, desk.tile, change);
+        if (c->weighing == SOFTMAX)
+            differentiate<false>(strip, count, factor, given, desk.tile, change);
+        else if (c->weighing == SOFTPICK)
+            differentiate<true>(strip, count, factor, given, desk.tile, change);
+        else if (!full)
+            hide(c, strip, key, count, change);
         if (c->gains) c->gains(c, &strip.lanes, key, count, plain, change, gains.tables);
         for (i64 i = 0; c->slope && i < count * lanes; i += WIDTH)
             put(change + i, at(change + i) == (real)0 ? Vector{} : at(change + i) * at(slope + i));

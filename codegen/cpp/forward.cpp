@@ -2,13 +2,15 @@
 // lanes, so that a vector holds one key and many queries, and nothing is ever added across a vector.
 
 // What a strip has come to: of each lane the highest logit (in units of log2) and the sum of weights, and sums of weighted values.
+// Where weights are taken as they are, the first is 0, and the second not read. Of a softpick the first is at least 0.
 struct Sums {
     real *highest, *total, *values;
     i64 broad;  // width of a row of values, in whole vectors
 };
 
-// Products -> weights, for VECTORS vectors of lanes; whether the highest logit of some lane has moved, and by which factor.
-template <int VECTORS>
+// Products -> weights, for VECTORS vectors of lanes; whether the highest logit of some lane has moved, and by which factor. `pick`: the
+// exponential less 1, of which what is negative counts in the total alone.
+template <int VECTORS, bool pick>
 static inline bool weigh_lanes(real *tile, i64 keys, i64 row, real factor, real *highest, real *total, real *shrink) {
     Vector peak[VECTORS], base[VECTORS], sum[VECTORS];
     for (int v = 0; v < VECTORS; v++) peak[v] = all(LOWEST);
@@ -30,8 +32,14 @@ static inline bool weigh_lanes(real *tile, i64 keys, i64 row, real factor, real 
     }
     for (i64 j = 0; j < keys; j++)
         for (int v = 0; v < VECTORS; v++) {
-            Vector p = power_of_two(at(tile + j * row + v * WIDTH) * factor - base[v]);
-            sum[v] += p;
+            Vector s = at(tile + j * row + v * WIDTH), p = power_of_two(s * factor - base[v]);
+            if (pick) {
+                p = s == LOWEST ? Vector{} : p - power_of_two(-base[v]);
+                sum[v] += p < (real)0 ? -p : p;
+                p = p < (real)0 ? Vector{} : p;
+            } else {
+                sum[v] += p;
+            }
             put(tile + j * row + v * WIDTH, p);
         }
     Integer any = 0;
@@ -40,16 +48,17 @@ static inline bool weigh_lanes(real *tile, i64 keys, i64 row, real factor, real 
     return any;
 }
 
+template <bool pick>
 static void weigh(const Strip &strip, real *tile, i64 keys, real factor, Sums sums) {
     real shrink[MOST_LANES];
     i64 row = strip.lanes.count, i = 0;
     bool moved = false;
     for (; i + 4 * WIDTH <= row; i += 4 * WIDTH)
-        moved |= weigh_lanes<4>(tile + i, keys, row, factor, sums.highest + i, sums.total + i, shrink + i);
+        moved |= weigh_lanes<4, pick>(tile + i, keys, row, factor, sums.highest + i, sums.total + i, shrink + i);
     switch ((row - i) / WIDTH) {
-        case 3: moved |= weigh_lanes<3>(tile + i, keys, row, factor, sums.highest + i, sums.total + i, shrink + i); break;
-        case 2: moved |= weigh_lanes<2>(tile + i, keys, row, factor, sums.highest + i, sums.total + i, shrink + i); break;
-        case 1: moved |= weigh_lanes<1>(tile + i, keys, row, factor, sums.highest + i, sums.total + i, shrink + i); break;
+        case 3: moved |= weigh_lanes<3, pick>(tile + i, keys, row, factor, sums.highest + i, sums.total + i, shrink + i); break;
+        case 2: moved |= weigh_lanes<2, pick>(tile + i, keys, row, factor, sums.highest + i, sums.total + i, shrink + i); break;
+        case 1: moved |= weigh_lanes<1, pick>(tile + i, keys, row, factor, sums.highest + i, sums.total + i, shrink + i); break;
     }
     if (moved && sums.values)
         for (i64 n = 0; n < strip.used; n++)
@@ -102,7 +111,7 @@ static Sums sums_at(real *room, i64 broad) { return {room, room + MOST_LANES, ro
 // One strip against one part of its keys, without the division by the total. Without `values`: only the highest logits and totals.
 static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const Desk &desk, Sums sums) {
     i64 lanes = strip.lanes.count;
-    for (i64 i = 0; i < lanes; i++) sums.highest[i] = LOWEST, sums.total[i] = 0;
+    for (i64 i = 0; i < lanes; i++) sums.highest[i] = c->weighing == SOFTMAX ? LOWEST : 0, sums.total[i] = 0;
     for (i64 i = 0; sums.values && i < strip.used * sums.broad; i++) sums.values[i] = 0;
     const real *queries[MOST_LANES];
     turn_queries(c, strip, desk.rows, queries, desk.turned);
@@ -121,7 +130,10 @@ static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const
             product_of<false>(count, lanes, c->head_dim, Listed<const real>{some_k}, 1, desk.turned, lanes, BROAD, Even<real>{desk.tile, lanes});
         if (c->score) c->score(c, &strip.lanes, key, count, desk.tile);
         if (!full) hide(c, strip, key, count, desk.tile);
-        weigh(strip, desk.tile, count, factor, sums);
+        if (c->weighing == SOFTMAX)
+            weigh<false>(strip, desk.tile, count, factor, sums);
+        else if (c->weighing == SOFTPICK)
+            weigh<true>(strip, desk.tile, count, factor, sums);
         if (!sums.values) return;
         Rows some_v = v.rows(key, count, true, desk.values);
         product<true>(strip.used, sums.broad, count, desk.tile, 1, lanes, some_v.first, some_v.row, sums.values, sums.broad);
@@ -145,7 +157,7 @@ static bool finish(const Call *c, const Strip &strip, Sums sums) {
     add_sink(c, strip, sums);
     Vector wrong = {};
     for (i64 i = 0; i < strip.used; i++) {
-        real total = sums.total[i], share = total == 0 ? 0 : 1 / total, *values = sums.values + i * sums.broad;
+        real total = c->weighing == POINTWISE ? 1 : sums.total[i], share = total == 0 ? 0 : 1 / total, *values = sums.values + i * sums.broad;
         for (i64 j = 0; j < sums.broad; j += WIDTH) {
             Vector x = at(values + j) * share;
             wrong += x * (real)0;

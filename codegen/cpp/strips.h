@@ -61,8 +61,9 @@ struct Strip {
         }
     }
 
-    // Masks a block of keys by the intervals of its queries: what lies outside of all of them is -inf.
+    // Masks a block of keys by the intervals of its queries: what lies outside of all of them is -inf, of weights 0.
     void hide(const Call *c, i64 key, i64 count, real *tile) const {
+        Vector masked = c->weighing == POINTWISE ? Vector{} : all(LOWEST);
         Integer low[MOST_INTERVALS][MOST_LANES], high[MOST_INTERVALS][MOST_LANES];
         for (i64 s = 0; s < c->intervals; s++)
             for (i64 i = 0; i < lanes.count; i++) {
@@ -77,7 +78,7 @@ struct Strip {
                 for (i64 s = 0; s < c->intervals; s++)
                     seen |= (here >= *(Integers *)&low[s][i]) & (here <= *(Integers *)&high[s][i]);
                 real *p = tile + j * lanes.count + i;
-                put(p, seen ? at(p) : all(LOWEST));
+                put(p, seen ? at(p) : masked);
             }
         }
     }

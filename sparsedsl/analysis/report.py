@@ -352,7 +352,8 @@ def _warnings(pattern: Pattern, domain: Domain, rows: RowCounts, causal: Verdict
     elif rows.exact and rows.allowed == pairs:
         found.append("the mask allows every pair at these lengths: dense attention does the same")
     elif rows.empty:
-        found.append(f"{'' if rows.exact else 'about '}{rows.empty:,} rows may attend to nothing; they give out 0 and lse -inf")
+        they = "they give out 0 and lse -inf" if pattern.has_lse else "they give 0"
+        found.append(f"{'' if rows.exact else 'about '}{rows.empty:,} rows may attend to nothing; {they}")
     if causal.status == "REFUTED":
         found.append(f"a query sees a later position: {causal.witness}")
     intervals = index_ranges(domain, value_ranges(domain))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -79,12 +79,8 @@ def _steps(mask: sympy.Basic) -> list[int]:
 
 def _within(pattern: Pattern, step: int) -> Pattern:
     places = {Q_IDX: step * Q_IDX + RESIDUE, KV_IDX: step * KV_IDX + RESIDUE}
-    return Pattern(
-        Mask(_simplified(pattern.mask.expr.xreplace(places))),
-        Score(pattern.score.expr.xreplace(places)),
-        pattern.sink,
-        pattern.scale,
-    )
+    mask, score = Mask(_simplified(pattern.mask.expr.xreplace(places))), Score(pattern.score.expr.xreplace(places))
+    return replace(pattern, mask=mask, score=score, causal=False)
 
 
 def _simplified(mask: sympy.Basic) -> sympy.Basic:

@@ -24,9 +24,9 @@ from sparsedsl.errors import ShapeError
 from sparsedsl.execute.lowering import Lowering, Shortcut, has_own_rows
 from sparsedsl.execute.mask_split import EITHER, MaskSplit
 from sparsedsl.execute.requests import parts_of
-from sparsedsl.lang.expressions import Mask, Score
+from sparsedsl.lang.expressions import Mask, Score, as_mask
 from sparsedsl.lang.pattern import Pattern, attend
-from sparsedsl.lang.symbols import Q_LEN
+from sparsedsl.lang.symbols import Q_LEN, SCORE
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.axes import block_of, rows_on
 from sparsedsl.program.branches import Attend, blocks_of_keys
@@ -77,7 +77,7 @@ def attend_node(run: Lowering, node: Attend) -> Any:
 
 def _no_rows(run: Lowering, node: Attend, q: Tensor, k: Tensor, v: Tensor) -> Result:
     """No window is complete yet, or no block: one row of zeros that nobody may see."""
-    pattern = attend(False, sink=node.pattern.sink, scale=node.pattern.scale)
+    pattern = replace(node.pattern, mask=as_mask(False), score=Score(SCORE), causal=False)
     k, v = (functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
     tables, wanted = {name: run.call.tables[name] for name in pattern.tables}, node in run.weighed
     return run.dispatch.attend(pattern, q, k, v, tables, q_offset=run.domain.q_offset, scale=run.call.scale, lse=wanted)
@@ -201,7 +201,8 @@ class _AttendCall:
         sink = pattern.sink
         if sink is not None:
             sink = Score(self._lengths(sink.expr, rows), sink.bound)
-        return Pattern(pattern.mask, Score(self._lengths(pattern.score.expr, rows), pattern.score.bound), sink, pattern.scale)
+        score = Score(self._lengths(pattern.score.expr, rows), pattern.score.bound)
+        return replace(pattern, score=score, sink=sink, causal=False)
 
     def _lengths(self, expr: Any, rows: slice | None) -> Any:
         return expr if rows is None else expr.xreplace({Q_LEN: sympy.Integer(self.run.domain.lengths["q_len"])})
@@ -226,7 +227,7 @@ class _AttendCall:
         own, written = self.node.pattern, self._written(rows)
         mask, masks = self.run.concrete(self._lengths(mask, rows), own.mask.bound, rows)
         score, scores = self.run.concrete(written.score.expr, own.score.bound, rows)
-        made = Pattern(Mask(mask), Score(score), written.sink if sink else None, own.scale)
+        made = replace(own, mask=Mask(mask), score=Score(score), sink=written.sink if sink else None, causal=False)
         tables = {**self.run.call.tables, **masks, **scores, **more}
         return made, {name: tables[name] for name in made.tables}
 
@@ -293,7 +294,7 @@ def _reads_nodes(node: Attend, mask: Any) -> bool:
 def _fixed(node: Attend, mask: Any, sink: bool) -> Pattern:
     """The pattern of an attention with another mask, which reads nothing of other nodes: the same at every call."""
     own = node.pattern
-    return Pattern(Mask(mask), Score(own.score.expr), own.sink if sink else None, own.scale)
+    return replace(own, mask=Mask(mask), score=Score(own.score.expr), sink=own.sink if sink else None, causal=False)
 
 
 @functools.lru_cache(maxsize=16)

@@ -107,8 +107,9 @@ def _step(program: Program) -> str:
             continue
         for choice in choices.values():
             block = choice.blocks[1]
-            count = "as many blocks as it takes" if choice.most is None else f"{choice.most} blocks"
-            parts += [f"one row for each {block} keys", f"{count} of {block} keys"]
+            row, chosen = ("key", "keys") if block == 1 else (f"{block} keys", f"blocks of {block} keys")
+            count = f"as many {chosen} as it takes" if choice.most is None else f"{choice.most} {chosen}"
+            parts += [f"one row for each {row}", count]
         mask = node.pattern.mask
         without = pattern_bound(attend(possible(Mask(assume(mask.expr, dict.fromkeys(choices, False)), mask.bound))))
         if without.is_bounded and without.most(1 << 30):

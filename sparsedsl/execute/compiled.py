@@ -192,6 +192,8 @@ class Attention:
     ) -> Any:  # fmt: skip
         """The call with heads first."""
         given = q_offset
+        if return_lse and not self.has_lse:
+            raise UnsupportedError(str(self.refused_use(grad=False, lse=True)))
         compiling = torch.compiler.is_compiling()
         if not compiling and state is None and not return_state:
             found = self._again(q, k, v, named, q_offset, return_lse, scale, summaries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -134,7 +135,7 @@ def without_values(pattern: Pattern) -> Pattern:
     def bare(part: Any) -> Any:
         return None if part is None else type(part)(part.expr, Carried(heads=part.heads))
 
-    return Pattern(bare(pattern.mask), bare(pattern.score), bare(pattern.sink), pattern.scale, pattern.causal)
+    return replace(pattern, mask=bare(pattern.mask), score=bare(pattern.score), sink=bare(pattern.sink))
 
 
 def _refuse_options(attn: Attention, backend: Any, allow: Any, layout: Any) -> None:

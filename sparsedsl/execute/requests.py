@@ -12,7 +12,6 @@ import sympy
 
 from sparsedsl.execute.mask_split import MaskSplit, split_node
 from sparsedsl.lang.expressions import Mask
-from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.axes import base_of, rows_on
 from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall, blocks_of_keys
@@ -33,8 +32,9 @@ def facts_of(call: ProgramCall, lse: bool) -> CallFacts:
 
 @functools.lru_cache(maxsize=1024)
 def parts_of(node: Attend, whole_tables: bool) -> MaskSplit:
-    """How the mask of an attention is split. ``whole_tables``: choices are handed over as tables, so that there is nothing to split."""
-    if whole_tables and node.normaliser is None:
+    """How the mask of an attention is split. ``whole_tables``: choices are handed over as tables, so that there is nothing to split. They
+    are where there is no LSE, by which results along lists join."""
+    if (whole_tables or not node.has_lse) and node.normaliser is None:
         return MaskSplit(node.pattern.mask.expr)
     return split_node(node)
 
@@ -101,7 +101,7 @@ def _of_attention(node: Attend, parts: MaskSplit, facts: CallFacts) -> list[Requ
     both = parts.selected != sympy.false
     if parts.static != sympy.false or not both:
         sink = None if both else node.pattern.sink
-        pattern = Pattern(Mask(parts.static, node.pattern.mask.bound), node.pattern.score, sink, node.pattern.scale)
+        pattern = replace(node.pattern, mask=Mask(parts.static, node.pattern.mask.bound), sink=sink, causal=False)
         own = facts if not both else replace(facts, lse=True)
         found.append(Request("attention", own, pattern, new_tables=bool(pattern.tables)))
     if both:

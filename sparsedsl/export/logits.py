@@ -8,6 +8,7 @@ import sympy
 import torch
 
 from sparsedsl.export.export_case import Case
+from sparsedsl.lang.normalisers import SOFTMAX
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, SCORE
@@ -40,6 +41,8 @@ def logit_args(
     """
     pattern = case.pattern
     found: dict[str, Any] = {}
+    if pattern.normaliser != SOFTMAX:
+        case.refuse(f"normaliser={pattern.normaliser!r} would be lost, the engine has a softmax; sd.compile(pattern) runs it")
     value = cap_of(pattern) if pattern.has_score else None
     if pattern.has_score and (cap is None or value is None):
         text = " ".join(str(pattern.score).split())

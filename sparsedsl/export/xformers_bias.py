@@ -177,7 +177,8 @@ def _band(case: Case) -> tuple[Band, tuple[int, ...], tuple[int, ...]]:
     if not case.packed and case.batch == 1 and (documents := find_documents(lines[0], case.part.off)):
         return documents[0], tuple(documents[1]), tuple(documents[1])
     if isinstance(band, Band):
-        case.refuse(f"queries do not see the key where they stand ({band}); {case.holder()}")
+        last = case.q_lens[0] - 1
+        case.refuse(f"{case.query(0, last)} does not see key {last + parts[0].off}, where it stands ({band}); {case.holder()}")
     case.refuse(f"{case.query(owners[band.sequence], band.query)} {band}; {case.holder()}")
 
 

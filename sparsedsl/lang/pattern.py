@@ -7,7 +7,7 @@ import hashlib
 import numbers
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import sympy
@@ -15,6 +15,7 @@ import sympy
 from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.advice import meant, shown, way_in
 from sparsedsl.lang.expressions import Mask, Score, _written, as_mask, as_score
+from sparsedsl.lang.normalisers import SOFTMAX, check_normaliser
 from sparsedsl.lang.printing import expression_text, reading_text, to_text
 from sparsedsl.lang.refusals import Unread, Unvalued
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
@@ -26,12 +27,13 @@ __all__ = ["Pattern", "as_pattern", "attend", "relates_positions"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pattern(Unread):
-    """One softmax attention over one source; made by :func:`attend`.
+    """One attention over one source; made by :func:`attend`.
 
     ``mask``: pairs that attend. ``score``: the modified logit, an expression in ``score`` (the scaled dot product); its plain
     form is ``score`` itself. ``sink``: a logit over ``b, h`` that enters the softmax denominator with value zero, or None.
     ``scale``: factor on the dot product; None means ``head_dim ** -0.5``. ``causal``: whether it is claimed that no query sees a later
-    position; a claim changes nothing that is computed, and :func:`sparsedsl.testing.check` holds the pattern to it.
+    position; a claim changes nothing that is computed, and :func:`sparsedsl.testing.check` holds the pattern to it. ``normaliser``: how
+    scores become weights, one of :data:`~sparsedsl.lang.normalisers.NORMALISERS`.
 
     >>> import sparsedsl as sd
     >>> pattern = sd.attend(sd.kv_idx <= sd.q_idx, sink=0.0)
@@ -44,6 +46,7 @@ class Pattern(Unread):
     sink: Score | None = None
     scale: float | None = None
     causal: bool = False
+    normaliser: str = SOFTMAX
 
     @functools.cached_property
     def tables(self) -> Mapping[str, TableSpec]:
@@ -87,6 +90,11 @@ class Pattern(Unread):
         return any(HEAD in expr.free_symbols for expr in (self.mask.expr, self.score.expr))
 
     @property
+    def has_lse(self) -> bool:
+        """Whether its weights are divided by a sum, whose logarithm is the LSE."""
+        return self.normaliser == SOFTMAX
+
+    @property
     def has_score(self) -> bool:
         """Whether the logit is modified at all."""
         return self.score.expr != SCORE
@@ -122,6 +130,8 @@ class Pattern(Unread):
             words.append(f"scale={self.scale!r}")
         if self.heads is not None:
             words.append(f"heads={self.heads}")
+        if self.normaliser != SOFTMAX:
+            words.append(f"normaliser={self.normaliser!r}")
         return "\n".join([*declarations, f"attend({', '.join(words)})"])
 
     @functools.cached_property
@@ -141,18 +151,23 @@ class Pattern(Unread):
             names = expression.tables
             return expression.bind(**{n: t for n, t in tables.items() if n in names})
 
-        return Pattern(part(self.mask), part(self.score), None if self.sink is None else part(self.sink), self.scale, self.causal)
+        sink = None if self.sink is None else part(self.sink)
+        return replace(self, mask=part(self.mask), score=part(self.score), sink=sink)
 
     def __reduce__(self) -> Any:
-        return Pattern, (self.mask, self.score, self.sink, self.scale, self.causal)
+        return Pattern, (self.mask, self.score, self.sink, self.scale, self.causal, self.normaliser)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Unvalued) and not isinstance(other, Pattern):
             self._unread()  # True or False would stand in a mask as if it were one
-        return isinstance(other, Pattern) and (self.exprs, self.scale, self.heads) == (other.exprs, other.scale, other.heads)
+        return isinstance(other, Pattern) and self._compared == other._compared
 
     def __ne__(self, other: object) -> bool:
         return not self == other
+
+    @property
+    def _compared(self) -> tuple[Any, ...]:
+        return self.exprs, self.scale, self.heads, self.normaliser
 
     def _unread(self) -> NoReturn:
         raise PatternError(
@@ -161,7 +176,7 @@ class Pattern(Unread):
         )
 
     def __hash__(self) -> int:
-        return hash((self.exprs, self.scale))
+        return hash((self.exprs, self.scale, self.normaliser))
 
     def _plain_(self) -> str:
         return self.text
@@ -190,9 +205,10 @@ class Pattern(Unread):
 
 
 def attend(
-    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None, causal: bool = False
+    mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None, causal: bool = False,
+    normaliser: str = SOFTMAX,
 ) -> Pattern:  # fmt: skip
-    """Softmax attention over the pairs that ``mask`` allows.
+    """Attention over the pairs that ``mask`` allows, by default with a softmax.
 
     Args:
         mask: a :class:`Mask`, or ``True`` for full attention.
@@ -203,10 +219,12 @@ def attend(
         heads: the number of query heads it is written for: a call with another number, as a shard of the heads has, raises. None
             takes what its parts say, as ``alibi(8)`` does, else any number will do.
         causal: claims that no query sees a later position; nothing is computed otherwise for it. The test kit holds the pattern to it.
+        normaliser: how scores become weights: see :func:`sparsedsl.attend`.
 
     Raises:
-        PatternError: when the mask depends on ``score``, the sink on a position, the scale is not a positive number, or parts are
-            written for different numbers of heads.
+        PatternError: when the mask depends on ``score``, the sink on a position, the scale is not a positive number, parts are
+            written for different numbers of heads, or the normaliser is none or has no place for a sink.
+        UnsupportedError: the normaliser is one that nothing can work out tile by tile.
 
     >>> import sparsedsl as sd
     >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.tanh(sd.score / 30) * 30)
@@ -239,7 +257,8 @@ def attend(
         scale = float(scale)
     if not isinstance(causal, bool):
         raise PatternError(f"causal must be True or False, what is claimed of the pattern; got {shown(causal)}")
-    pattern = Pattern(mask, logit, sink, scale, causal)
+    check_normaliser(normaliser, has_sink=sink is not None)
+    pattern = Pattern(mask, logit, sink, scale, causal, normaliser)
     for name, spec in pattern.tables.items():
         if spec.learned and name in mask.tables:
             raise PatternError(

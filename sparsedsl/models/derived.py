@@ -10,7 +10,7 @@ pattern that reads differences of indices only needs none. With padding between 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -67,7 +67,7 @@ def derive(pattern: Pattern, form: DerivedForm) -> Pattern:
     mask, score = pattern.mask, pattern.score
     if not (form.padded and form.slots):
         mask, score = _replace(mask, _no_left_padding(mask)), _replace(score, _no_left_padding(score))
-    free = moves_freely(Pattern(mask, score, pattern.sink, pattern.scale))
+    free = moves_freely(replace(pattern, mask=mask, score=score, causal=False))
     by_place = form.holes and not form.slots
     if form.gaps or by_place or not free:
         move = _moves(form)
@@ -78,7 +78,7 @@ def derive(pattern: Pattern, form: DerivedForm) -> Pattern:
         mask = mask & _is_real(kv_idx, form)
         if not (form.slots or by_place) and (_looks_up(mask) or _looks_up(score)):
             mask = mask & _is_real(q_idx, form)  # padding would look tables up where no token stands
-    return Pattern(mask, score, pattern.sink, pattern.scale)
+    return replace(pattern, mask=mask, score=score, causal=False)
 
 
 def _moves(form: DerivedForm) -> dict[Any, Any]:

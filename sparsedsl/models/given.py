@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sparsedsl.errors import PatternError, TableError, UnsupportedError
@@ -67,7 +68,7 @@ def bind(
             raise
         native = None
     if native is not None and keeps_score:
-        pattern = Pattern(pattern.mask, native.score, native.sink, native.scale, pattern.causal)
+        pattern = replace(native, mask=pattern.mask, causal=pattern.causal)
     elif native is not None:
         lost = ["soft cap"] if native.has_score and not pattern.has_score else []
         lost += ["sink logits"] if native.sink is not None and pattern.sink is None else []

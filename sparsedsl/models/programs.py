@@ -100,7 +100,7 @@ def _attend(node: Attend, layer: _Layer) -> Attend:
     pattern = node.pattern
     score = pattern.score if pattern.has_score else layer.native.score
     scale = layer.scale if pattern.scale is None else pattern.scale
-    return dataclasses.replace(node, pattern=Pattern(pattern.mask, score, pattern.sink, scale))
+    return dataclasses.replace(node, pattern=dataclasses.replace(pattern, score=score, scale=scale, causal=False))
 
 
 def _products(node: Any, layer: _Layer) -> Any:
@@ -149,10 +149,10 @@ def _with_sink(branch: Branch, sink: Score, index: int) -> Branch:
 
 
 def _sink_of_attend(branch: Attend, sink: Score, index: int) -> Branch:
-    if branch.normaliser is not None:
+    if branch.normaliser is not None or not branch.pattern.has_lse:
         return _no_softmax(branch, sink, index)
     pattern = branch.pattern
-    return dataclasses.replace(branch, pattern=Pattern(pattern.mask, pattern.score, sink, pattern.scale))
+    return dataclasses.replace(branch, pattern=dataclasses.replace(pattern, sink=sink, causal=False))
 
 
 def _sink_inside(branch: Compact, sink: Score, index: int) -> Branch:
@@ -233,7 +233,7 @@ def rebuilt(
             return known[value]
         if isinstance(value, Pattern):
             sink = None if value.sink is None else again(value.sink)
-            return Pattern(again(value.mask), again(value.score), sink, value.scale)
+            return dataclasses.replace(value, mask=again(value.mask), score=again(value.score), sink=sink, causal=False)
         if isinstance(value, Expression):
             return rewrite(_reading(value, again))
         if isinstance(value, tuple):

@@ -15,6 +15,7 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang import pattern as static
 from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask, Score
+from sparsedsl.lang.normalisers import SOFTMAX
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text
 from sparsedsl.lang.tables import table_reads
@@ -76,7 +77,7 @@ class Branch(Node):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attend(Branch):
-    """Softmax attention over the pairs of a mask that may read choices and orders."""
+    """Attention over the pairs of a mask that may read choices and orders."""
 
     pattern: Pattern
     x: Node = q
@@ -89,6 +90,11 @@ class Attend(Branch):
     def selections(self) -> tuple[Choice, ...]:
         """The choices its mask reads."""
         return tuple(choices_in(self.pattern.mask).values())
+
+    @property
+    def has_lse(self) -> bool:
+        """Where its weights are divided by a sum."""
+        return self.pattern.has_lse
 
     def note(self) -> str:
         """The pattern, as :func:`attend` takes it."""
@@ -119,7 +125,7 @@ def attend(
 @overload
 def attend(
     mask: Any, score: Any = None, *, sink: Any = None, scale: float | None = None, heads: int | None = None, causal: bool = False,
-    q: Node = q, k: Node = k, v: Node = v, normaliser: None = None,
+    q: Node = q, k: Node = k, v: Node = v, normaliser: str | None = None,
 ) -> Pattern | Attend: ...  # fmt: skip
 def attend(
     mask: Any,
@@ -132,9 +138,9 @@ def attend(
     q: Node = q,
     k: Node = k,
     v: Node = v,
-    normaliser: PerChunk | None = None,
+    normaliser: PerChunk | str | None = None,
 ) -> Pattern | Attend:
-    """Softmax attention over the pairs that ``mask`` allows.
+    """Attention over the pairs that ``mask`` allows, by default with a softmax.
 
     Args:
         mask: a :class:`Mask`, ``True`` for full attention, or a choice such as :func:`top_k`; masks and choices combine with ``& | ~``.
@@ -146,7 +152,10 @@ def attend(
         causal: claims that no query sees a later position, to which :func:`sparsedsl.testing.check` holds it; nothing else changes.
         q, k, v: nodes to attend with in place of the call's own: reordered keys, summaries (``kv_idx`` then counts blocks), inputs. A
             choice in the mask is then that of the block which the tokens of a row lie in.
-        normaliser: :func:`per_chunk`, or None for one softmax over all.
+        normaliser: how scores become weights. None or ``"softmax"``: one softmax over all. ``"pointwise"``: the score *is* the weight of
+            its pair, which may have any sign, and nothing is divided: ``out = sum_j score_j v_j``. ``"stick_breaking"``: the nearest key
+            takes ``sigmoid(score)`` of what is left after those with a higher number. :func:`per_chunk`: a softmax for each chunk. The
+            first and the last have an LSE; the others have none, so that :func:`mix` adds them and :func:`joint` refuses.
 
     Returns:
         A :class:`~sparsedsl.Pattern` where everything is static, else a node. :func:`sparsedsl.compile` takes both.
@@ -156,18 +165,24 @@ def attend(
 
     Raises:
         PatternError: when the mask depends on ``score``, the sink on a position, the scale is not a positive number, or nodes do not fit.
+        UnsupportedError: a normaliser that nothing can work out tile by tile, such as entmax.
 
     >>> import sparsedsl as sd
     >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.tanh(sd.score / 30) * 30)
     <Pattern attend(kv_idx <= q_idx, score=30*tanh(score / 30))>
+    >>> sd.attend(sd.kv_idx <= sd.q_idx, score=sd.sigmoid(sd.score - 3), normaliser="pointwise")
+    <Pattern attend(kv_idx <= q_idx, score=sigmoid(score - 3), normaliser='pointwise')>
     >>> causal, own = sd.kv_idx <= sd.q_idx, sd.q_idx // 512 == sd.kv_idx // 512
     >>> moba = sd.attend(causal & (own | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 512)), 2)))
     >>> print(moba.selections[0].among)  # blocks that are over: the own one attends in any case
     (kv_idx <= q_idx) & (q_idx // 512 != kv_idx // 512)
     """
-    pattern = static.attend(mask, score, sink=sink, scale=scale, heads=heads, causal=causal)
+    rule, name = (
+        (normaliser, SOFTMAX) if isinstance(normaliser, PerChunk) else (None, SOFTMAX if normaliser is None else normaliser)
+    )
+    pattern = static.attend(mask, score, sink=sink, scale=scale, heads=heads, causal=causal, normaliser=name)
     own = Attend.x, Attend.y, Attend.z
-    if not nodes_in(pattern) and all(map(operator.is_, (q, k, v), own)) and normaliser is None:
+    if not nodes_in(pattern) and all(map(operator.is_, (q, k, v), own)) and rule is None:
         return pattern
     q, k, v = (
         check_tensor("attend", "q", q, "queries"),
@@ -181,18 +196,16 @@ def attend(
         )
     if q.axes[3] != k.axes[3]:
         raise PatternError(f"attend(): q and k must have the same last axis; got {q.axes[3]!r} and {k.axes[3]!r}")
-    if normaliser is not None and not isinstance(normaliser, PerChunk):
-        raise PatternError(f"attend(): normaliser must come from per_chunk(); got {normaliser!r}")
-    if normaliser is not None and k.axes[2] != "keys":
+    if rule is not None and k.axes[2] != "keys":
         raise PatternError(
             f"attend(): per_chunk looks into chunks of keys one by one; the rows of k are {k.axes[2]!r}. Attend to them in one softmax, "
             "without a normaliser"
         )
     pattern = of_rows(pattern, k.axes[2])
-    pattern, normaliser = with_candidates(pattern, normaliser, k.axes[2])
-    if normaliser is not None:
-        _check_normaliser(pattern, normaliser)
-    return one_of(Attend(pattern, q, k, v, normaliser))
+    pattern, rule = with_candidates(pattern, rule, k.axes[2])
+    if rule is not None:
+        _check_normaliser(pattern, rule)
+    return one_of(Attend(pattern, q, k, v, rule))
 
 
 def _tokens_of(axis: str) -> int:
@@ -203,7 +216,7 @@ def of_rows(pattern: Pattern, axis: str) -> Pattern:
     """The pattern of an attention over rows of ``axis``: choices and scores of the pair are read at the block that its tokens lie in."""
     if axis == "keys":
         return pattern
-    return Pattern(_read_at(pattern.mask, axis), _read_at(pattern.score, axis), pattern.sink, pattern.scale, pattern.causal)
+    return replace(pattern, mask=_read_at(pattern.mask, axis), score=_read_at(pattern.score, axis))
 
 
 def _read_at(part: M, axis: str) -> M:
@@ -233,7 +246,7 @@ def with_candidates(pattern: Pattern, normaliser: PerChunk | None, axis: str) ->
     mask, told = told_candidates(pattern.mask, _tokens_of(axis), beside)
     if normaliser is not None and normaliser.selected in told:
         normaliser = replace(normaliser, selected=told[normaliser.selected])
-    return Pattern(mask, pattern.score, pattern.sink, pattern.scale, pattern.causal), normaliser
+    return replace(pattern, mask=mask), normaliser
 
 
 def _check_normaliser(pattern: Pattern, normaliser: PerChunk) -> None:

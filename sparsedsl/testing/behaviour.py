@@ -126,11 +126,13 @@ def _first_rows(
     words: dict[str, Any] = {"q_offset": case.q_offset, **tables}
     try:
         leaves = [x.detach().requires_grad_() for x in qkv]
-        out, lse = (x[:, :, :rows] for x in attn(*leaves, return_lse=True, **words))
-        total = out.square().sum() + torch.where(torch.isfinite(lse), lse, 0.0).sum()
+        given = attn(*leaves, return_lse=True, **words) if attn.has_lse else (attn(*leaves, **words),)
+        out, *lses = (x[:, :, :rows] for x in given)
+        total = out.square().sum() + sum(torch.where(torch.isfinite(lse), lse, 0.0).sum() for lse in lses)
         found = torch.autograd.grad(total, leaves, allow_unused=True)
         gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
-        return {"out": out.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+        results = zip(("out", "lse"), (x.detach() for x in (out, *lses)), strict=False)
+        return dict(results) | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     except UnsupportedError:
         with torch.no_grad():
             return {"out": attn(*qkv, **words)[:, :, :rows]}

@@ -76,6 +76,8 @@ def pattern_code(pattern: Pattern) -> str:
         words.append(f"sink={_parse_code(to_text(pattern.sink.expr))}")
     if pattern.scale is not None:
         words.append(f"scale={pattern.scale!r}")
+    if not pattern.has_lse:
+        words.append(f"normaliser={pattern.normaliser!r}")
     return f"sd.attend({', '.join(words)})" + _bind_code(pattern.bound)
 
 

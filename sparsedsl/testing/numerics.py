@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sparsedsl.lang.exact import evaluate_any
+from sparsedsl.lang.normalisers import SOFTPICK, STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.testing.call_shapes import AttentionCase
 from sparsedsl.testing.roundings import Roundings, stored
@@ -57,6 +58,43 @@ class _Weighed(torch.autograd.Function):
         return d_scores, weights.transpose(-1, -2) @ d_out
 
 
+class _Picked(torch.autograd.Function):
+    """Softpick and weighted mean; the backward pass makes the weights again, as in kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, values: Tensor) -> Tensor:
+        peak = scores.amax(dim=-1, keepdim=True).clamp(min=0.0)
+        total = _less_one(scores, peak).abs().sum(dim=-1, keepdim=True)
+        lse = torch.where(total == 0, 0.0, peak + torch.log(torch.where(total == 0, 1.0, total)))
+        out = _less_one(scores, lse).relu() @ values
+        ctx.save_for_backward(scores, values, lse, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        scores, values, lse, out = ctx.saved_tensors
+        weights, more = torch.exp(scores - lse), _less_one(scores, lse)
+        mean = (d_out * stored(out)).sum(dim=-1, keepdim=True)
+        d_more = torch.where(more > 0, d_out @ values.transpose(-1, -2), 0.0) - more.sign() * mean
+        return weights * d_more, more.relu().transpose(-1, -2) @ d_out
+
+
+def _less_one(scores: Tensor, base: Tensor) -> Tensor:
+    """``(exp(score) - 1) / exp(base)``, 0 where a score is -inf."""
+    return (torch.exp(scores - base) - torch.exp(-base)).masked_fill(scores == float("-inf"), 0.0)
+
+
+def _unnormalised(pattern: Pattern, scores: Tensor, allowed: Tensor) -> Tensor:
+    """Weights of pairs, 0 where one is masked."""
+    if pattern.normaliser == STICK_BREAKING:
+        masked = scores.masked_fill(~allowed, float("-inf"))  # takes nothing, leaves all
+        passed = torch.nn.functional.logsigmoid(-masked)
+        # Summed up from the last key on, without the key itself.
+        left = torch.cat([passed[..., 1:].flip(-1).cumsum(-1).flip(-1), torch.zeros_like(passed[..., :1])], dim=-1)
+        scores = torch.sigmoid(scores) * torch.exp(left)
+    return scores.masked_fill(~allowed, 0.0)
+
+
 def plain_attention(
     pattern: Pattern,
     q: Tensor,
@@ -67,8 +105,9 @@ def plain_attention(
     q_offset: int = 0,
     scale: float | None = None,
     copies: int = 1,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention as in a textbook, in the dtype of ``q``: ``(out, lse)``. The batch may hold several ``copies`` of the same entries.
+    Weights without a sum to divide by have no LSE.
 
     Shares nothing with the lowerings but the evaluator of expressions; heads are copied, a sink is one more key whose value is 0.
     """
@@ -83,6 +122,10 @@ def plain_attention(
     allowed = evaluate_any(pattern.mask.expr, env).expand(shape)
     env["score"] = logits.masked_fill(~allowed, 1.0)
     scores = evaluate_any(pattern.score.expr, env, dtype=dtype).to(dtype).expand(shape)
+    if pattern.normaliser == SOFTPICK:
+        return _Picked.apply(scores.masked_fill(~allowed, float("-inf")), v), None
+    if not pattern.has_lse:
+        return _unnormalised(pattern, scores, allowed) @ v, None
     scores = scores.masked_fill(~allowed, float("-inf"))
     if pattern.sink is not None:
         sink = evaluate_any(pattern.sink.expr, env, dtype=dtype).to(dtype).expand(*shape[:3], 1)

@@ -141,7 +141,7 @@ class _Dense(Reference):
         return found
 
 
-def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor]:
+def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor | None]:
     if node.normaliser is not None:
         return REFERENCE_RULES[Attend](run, node)
     q, k, v = (run.value(x) for x in (node.x, node.y, node.z))

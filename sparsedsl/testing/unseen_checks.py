@@ -88,11 +88,12 @@ def _results(attn: Attention, case: AttentionCase, qkv: list[torch.Tensor], tabl
     words: dict[str, Any] = {"q_offset": case.q_offset, **tables}
     try:
         leaves = [x.detach().requires_grad_() for x in qkv]
-        out, lse = attn(*leaves, return_lse=True, **words)
-        slopes = [tensor(*x.shape, seed=i) for i, x in enumerate((out, lse))]
-        found = torch.autograd.grad([out, lse], leaves, slopes, allow_unused=True)
+        given = attn(*leaves, return_lse=True, **words) if attn.has_lse else (attn(*leaves, **words),)
+        slopes = [tensor(*x.shape, seed=i) for i, x in enumerate(given)]
+        found = torch.autograd.grad(given, leaves, slopes, allow_unused=True)
         gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
-        return {"out": out.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+        results = zip(("out", "lse"), (x.detach() for x in given), strict=False)
+        return dict(results) | dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     except UnsupportedError:
         with torch.no_grad():
             return {"out": attn(*qkv, **words)}

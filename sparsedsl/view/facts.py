@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -31,7 +32,7 @@ def _one_head(pattern: Pattern, head: int) -> Pattern:
     if HEAD not in pattern.mask.expr.free_symbols:
         return pattern
     mask = Mask(pattern.mask.expr.xreplace({HEAD: sympy.Integer(head)}), pattern.mask.bound)
-    return Pattern(mask, pattern.score, pattern.sink, pattern.scale, pattern.causal)
+    return replace(pattern, mask=mask)
 
 
 def _cost(subject: Pattern | Program, setting: Setting, tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,6 +119,12 @@ PATTERNS = {
     "large blocks": chosen[q_idx // 32, kv_idx // 32],
     "large blocks with a soft cap": sd.attend(chosen[q_idx // 32, kv_idx // 16], score=sd.tanh(score / 2) * 2),
     "blocks of one side": chosen[q_idx // 64, kv_idx // 8],
+    "weights of any sign": sd.attend(
+        causal & ((q_idx - kv_idx < 9) | (kv_idx < 3)), score=score * sd.sigmoid(score + near[h, distance]) + rows[h, q_idx] / 8,
+        normaliser="pointwise",
+    ),
+    "weights over lists": sd.attend(chosen[q_idx // 8, kv_idx // 8], normaliser="pointwise"),
+    "softpick": sd.attend(causal & ((q_idx - kv_idx) % 3 == 0), score=score + columns[kv_idx], normaliser="softpick"),
 }  # fmt: skip
 # (queries, keys, offset)
 LENGTHS = ((37, 37, 0), (20, 50, 30), (33, 18, 0), (40, 32, 3), (18, 64, 25))
@@ -167,9 +173,8 @@ def assert_right(pattern: Any, q: Any, k: Any, v: Any, **words: Any) -> None:
     attn = sd.compile(pattern, backend="triton")
     tables = tables_of(attn.pattern, q.shape[1])
     compared = assert_matches_reference(attn, q, k, v, **tables, **words)
-    assert set(compared) == {"out", "lse", "dq", "dk", "dv"} | {
-        f"d{n}" for n, spec in attn.pattern.tables.items() if spec.learned
-    }
+    learned = {f"d{n}" for n, spec in attn.pattern.tables.items() if spec.learned}
+    assert set(compared) == {"out", "dq", "dk", "dv"} | ({"lse"} if attn.pattern.has_lse else set()) | learned
 
 
 @pytest.mark.parametrize(
@@ -186,7 +191,7 @@ def test_patterns(name, lengths, block, options):
 # ---- decode ------------------------------------------------------------------------------------------------------------------------
 
 DECODED = ("causal", "blocks by head", "documents", "windows by head", "window and sinks", "dilated", "learned sink", "soft cap",
-           "learned, by query and by key")  # fmt: skip
+           "learned, by query and by key", "weights of any sign")  # fmt: skip
 CALLS = (
     (1, (2, 1), 1),
     (1, (5, 1), 3),

@@ -126,3 +126,18 @@ def test_what_the_layers_have_besides_the_mask():
     assert sd.patterns.gemma2(0, query_scalar=144).scale == 144**-0.5
     assert not gemma3.has_score and gpt_oss.scale is None
     assert gpt_oss.tables["sinks"].learned and str(gpt_oss.sink) == "sinks[h]"
+
+
+@pytest.mark.parametrize("h", [0, 1])
+def test_duo_attention(assert_pairs, h):
+    def allowed(q, kv):
+        return kv <= q and (h == 0 or q - kv < 5 or kv < 3)
+
+    assert_pairs(sd.patterns.duo_attention(5, 3), allowed, 20, h=h, retrieval=torch.tensor([True, False]))
+
+
+def test_retained(assert_pairs):
+    stays = torch.tensor([[[n % 3 == 0 for n in range(12)]]])
+    assert_pairs(sd.patterns.retained(12, 2), lambda q, kv: kv <= q and (kv >= 10 or kv % 3 == 0), 20, stays=stays)
+    by_entry = sd.patterns.retained(sd.table("prompt")[sd.b])
+    assert_pairs(by_entry, lambda q, kv: kv <= q and (kv >= 9 or kv % 3 == 0), 20, stays=stays, prompt=torch.tensor([9]))

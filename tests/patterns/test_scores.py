@@ -129,3 +129,35 @@ def test_scores_nest(values):
     capped_before = values(sd.patterns.alibi(8, sd.patterns.softcap(20)), 6, 7, score=x, h=2)
     assert torch.allclose(capped_after, 20 * torch.tanh((x - 0.125 * apart) / 20), rtol=1e-12)
     assert torch.allclose(capped_before, 20 * torch.tanh(x / 20) - 0.125 * apart, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["kerple", "kerple power", "fire", "ssmax", "fox"])
+def test_learned_scores(values, name):
+    """The published formulas, pair by pair, in Python's own arithmetic."""
+    x, h, n = logits(9, 12), 1, 12
+    r = torch.rand(2, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.1
+    far = torch.rand(1, 2, n, generator=torch.Generator().manual_seed(4), dtype=torch.float64).log().cumsum(-1)
+    network = {"fire_c": r[0, :1], "fire_length": torch.tensor([4.0], dtype=torch.float64), "fire_hidden": r[0, 1:4],
+               "fire_hidden_bias": -r[1, 1:4], "fire_out": r[:, 2:5], "fire_out_bias": r[:, 5]}  # fmt: skip
+
+    def one(q, kv):
+        apart, logit = abs(q - kv), float(x[q, kv])
+        if name == "fox":
+            return logit + float(far[0, h, q] - far[0, h, kv])
+        if name == "ssmax":
+            return logit * float(r[h, 0]) * math.log(q + 1)
+        if name == "fire":
+            part = math.log(r[0, 0] * apart + 1) / math.log(r[0, 0] * max(4, q) + 1)
+            return (
+                logit
+                + float(r[h, 5])
+                + sum(float(r[h, 2 + j]) * max(0.0, float(r[0, 1 + j]) * part - float(r[1, 1 + j])) for j in range(3))
+            )
+        r1, r2 = float(r[h, 0]), float(r[h, 1])
+        return logit - r1 * (math.log(1 + r2 * apart) if name == "kerple" else apart**r2)
+
+    tables = {"kerple_1": r[:, 0], "kerple_2": r[:, 1], "ssmax": r[:, 0], "forget": far} | network
+    score = sd.patterns.kerple(kernel="power") if name == "kerple power" else getattr(sd.patterns, name)(*[3] * (name == "fire"))
+    wanted = torch.tensor([[one(q, kv) for kv in range(n)] for q in range(9)], dtype=torch.float64)
+    got = values(score, 9, n, score=x, h=h, **{key: tables[key] for key in score.tables})
+    assert torch.allclose(got, wanted, rtol=1e-12, atol=1e-12)

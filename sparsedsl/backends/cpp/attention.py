@@ -9,7 +9,7 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.totals import Totals
-from sparsedsl.backends.cpp.call_bytes import HEAD, KINDS, OF_PATTERN, OF_REST, call_block, place_fields, place_of
+from sparsedsl.backends.cpp.call_bytes import HEAD, KINDS, OF_PATTERN, OF_REST, WEIGHING, call_block, place_fields, place_of
 from sparsedsl.backends.cpp.libraries import fixed_pass, fixed_width, parallel
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer
@@ -220,7 +220,8 @@ def of_pattern(schedule: Prepared) -> tuple[int, ...]:
     source, names = schedule.source, schedule.native.functions
     intervals = -1 if source.intervals is None else len(source.intervals)
     return (
-        *schedule.cut, source.step, intervals, names["ends"], names["mask"], names["score"], names["sink"], *schedule.lists,
+        *schedule.cut, source.step, WEIGHING[source.pattern.normaliser], intervals, names["ends"], names["mask"], names["score"],
+        names["sink"], *schedule.lists,
     )  # fmt: skip
 
 

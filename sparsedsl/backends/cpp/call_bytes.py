@@ -8,12 +8,15 @@ from collections.abc import Sequence
 
 import torch
 
+from sparsedsl.lang.normalisers import POINTWISE, SOFTMAX, SOFTPICK
+
 __all__ = [
     "HEAD",
     "KINDS",
     "OF_PATTERN",
     "OF_PLACES",
     "OF_REST",
+    "WEIGHING",
     "call_block",
     "first_of",
     "place_fields",
@@ -22,13 +25,15 @@ __all__ = [
 ]
 
 # Fields between the scale and those of the pattern; at the end of these those of places and, after them, of gradients.
-FIXED, OF_PLACES, OF_REST = 58, 8, 23
+FIXED, OF_PLACES, OF_REST = 59, 8, 23
 # From the batch to the LSE.
 HEAD = struct.Struct("=8qd20q")
 # From there to the end of the fields of gradients.
 OF_PATTERN = struct.Struct(f"={FIXED - 20}q")
 # How elements of q, k, v and out are told of, where the computation is not in their own type.
 KINDS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
+# How logits become weights, as `call.h` numbers it.
+WEIGHING = {SOFTMAX: 0, POINTWISE: 1, SOFTPICK: 2}
 
 
 @functools.lru_cache(maxsize=64)

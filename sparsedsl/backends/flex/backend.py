@@ -31,6 +31,8 @@ class FlexBackend(Backend):
             return f"FlexAttention has no state that runs along the keys, as {request.work}() needs"
         if request.work == "selected" and not request.per_block:
             return "FlexAttention follows no lists of blocks: choices are tables to it"
+        if request.pattern is not None and not request.pattern.has_lse:
+            return f"FlexAttention has a softmax, and no normaliser {request.pattern.normaliser!r}"
         if facts.dtype == "float64":
             return "FlexAttention has no float64"
         if facts.device == "cpu":

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.lang.exact import evaluate_exactly
+from sparsedsl.lang.normalisers import POINTWISE, SOFTPICK, STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.dtypes import accumulated
@@ -55,10 +57,35 @@ def dense_mask(pattern: Pattern, call: Call) -> torch.Tensor:
 def attend_reference(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)``: out ``(B, Hq, Sq, Dv)`` in the dtype of q, lse ``(B, Hq, Sq)`` in float32 (float64 for float64 inputs).
 
-    A row that may attend to nothing gives out 0, lse -inf and zero gradients.
+    A row that may attend to nothing gives out 0, lse -inf and zero gradients. Without a sum to divide by, lse is 0 and means nothing.
     """
     with torch.autocast(call.q.device.type, enabled=False):
         return _attend(pattern, call)
+
+
+def _as_they_are(scores: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    return scores
+
+
+def _broken_off(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """Of what keys with a higher number left of a stick, each takes ``sigmoid(logit)``."""
+    safe = torch.where(allowed, logits, 0.0)
+    kept = torch.where(allowed, functional.logsigmoid(-safe), 0.0)
+    left = kept.flip(-1).cumsum(-1).flip(-1) - kept
+    return torch.exp(functional.logsigmoid(safe) + left)
+
+
+def _picked(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    """``exp(logit) - 1`` where it is positive, over the sum of its sizes; a logit of -inf has no part in it."""
+    finite = allowed & (logits > float("-inf"))
+    safe = torch.where(finite, logits, 0.0)
+    peak = safe.detach().amax(-1, keepdim=True).clamp(min=0.0)
+    more = torch.exp(safe - peak) - torch.exp(-peak)
+    total = more.abs().sum(-1, keepdim=True)
+    return more.relu() / torch.where(total == 0, 1.0, total)
+
+
+_WEIGHTS = {POINTWISE: _as_they_are, SOFTPICK: _picked, STICK_BREAKING: _broken_off}
 
 
 def _attend(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +102,10 @@ def _attend(pattern: Pattern, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         # Masked logits are set to 1, where every score function and its derivative are finite: 0 * inf would be NaN.
         safe = torch.where(allowed, logits, 1.0)
         logits = evaluate(pattern.score.expr, {**env, "score": safe}, dtype=dtype).to(dtype).expand(shape)
+    if not pattern.has_lse:
+        weights = torch.where(allowed, _WEIGHTS[pattern.normaliser](logits, allowed), 0.0)
+        out = seen_product(weights.reshape(domain.batch, -1, call.group * domain.rows, domain.kv_len), v)
+        return out.reshape(*shape[:3], -1).to(call.q.dtype), logits.new_zeros(shape[:3])
     logits = torch.where(allowed, logits, float("-inf"))
     peak = logits.detach().amax(dim=-1)
     sink = None

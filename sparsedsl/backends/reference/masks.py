@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ Tensor = torch.Tensor
 def concrete_pattern(run: Evaluation, pattern: Pattern) -> tuple[Pattern, dict[str, Tensor]]:
     """A pattern whose reads of nodes are reads of tables, and all tables it reads."""
     (mask, masks), (score, scores) = _concrete(run, pattern.mask), _concrete(run, pattern.score)
-    made = Pattern(Mask(mask), Score(score), pattern.sink, pattern.scale)
+    made = replace(pattern, mask=Mask(mask), score=Score(score), causal=False)
     tables = {**run.call.tables, **masks, **scores}
     return made, {name: tables[name] for name in made.tables}
 

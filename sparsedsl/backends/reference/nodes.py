@@ -6,7 +6,7 @@ Written for reading, and apart from the lowering: of what the lowering computes 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -17,8 +17,9 @@ from sparsedsl.backends.reference.scan_linear import run_recurrence
 from sparsedsl.backends.reference.scores import SCORE_RULES
 from sparsedsl.backends.reference.selection import CHOICE_RULES
 from sparsedsl.backends.reference.tensor_rules import NEVER, log_sum, repeat_kv, softmax
-from sparsedsl.lang.expressions import Mask
-from sparsedsl.lang.pattern import Pattern, attend
+from sparsedsl.lang.expressions import Mask, Score, as_mask
+from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.symbols import SCORE
 from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.node import Node
 from sparsedsl.program.recurrences import Linear
@@ -65,7 +66,7 @@ def _attend(run: Reference, node: Attend) -> tuple[Tensor, Tensor]:
         pattern, tables = run.concrete_pattern(node.pattern)
     else:  # no window is complete, or no block: one row of zeros that nobody may see
         k, v = (functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
-        pattern = attend(False, sink=node.pattern.sink, scale=node.pattern.scale)
+        pattern = replace(node.pattern, mask=as_mask(False), score=Score(SCORE), causal=False)
         tables = {name: run.call.tables[name] for name in pattern.tables}
     call = check_call(pattern, q, k, v, tables, q_offset=run.call.q_offset, scale=run.call.scale)
     return attend_reference(pattern, call)

@@ -14,7 +14,7 @@ from sparsedsl.analysis.totals import Totals
 from sparsedsl.backends.protocol import PatternRunner
 from sparsedsl.backends.tiled import passes
 from sparsedsl.backends.tiled.decoding import decode
-from sparsedsl.backends.tiled.score_rules import score_rule
+from sparsedsl.backends.tiled.score_rules import rule_of
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.runtime.autograd import differentiable
@@ -96,7 +96,7 @@ class TiledKernel(PatternRunner):
             narrowed = Domain(domain.rows, domain.kv_len, domain.q_offset, domain.batch, heads, tables)
             group = 1 if self.pattern.tells_heads_apart else heads // sizes.kv_heads
             strips = max(1, domain.batch * heads // group // narrowed.groups(mask).count)
-            price = score_rule(self.pattern.score.expr).price_ns
+            price = rule_of(self.pattern).price_ns
             with torch.no_grad():
                 shape = HeadShape(group, strips, sizes.head_dim, sizes.head_dim_v, price)
                 made = make_schedule(mask, narrowed, machine(), shape, minimal=self.minimal)

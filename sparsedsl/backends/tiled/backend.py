@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
-from sparsedsl.backends.protocol import Backend, ListMaker
+from sparsedsl.backends.protocol import Backend, ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import TiledKernel
 from sparsedsl.backends.tiled.scan_gated import gated_scan
 from sparsedsl.backends.tiled.scan_linear import linear_scan
 from sparsedsl.backends.tiled.scan_slots import slot_scan
 from sparsedsl.backends.tiled.selected import selected_attention
+from sparsedsl.backends.tiled.stick_breaking import StickBreakingKernel
+from sparsedsl.lang.normalisers import STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.request import Request
 from sparsedsl.selection.selected_call import SelectedCall
@@ -35,8 +37,10 @@ class TiledBackend(Backend):
         """On CPU it waits for no compiler; on a GPU kernels are quicker."""
         return 10 if request.facts.device == "cpu" else 1
 
-    def pattern(self, pattern: Pattern, lists: ListMaker, *, minimal: bool) -> TiledKernel:
-        """Its schedules are cut from the mask: lists of tiles are for others."""
+    def pattern(self, pattern: Pattern, lists: ListMaker, *, minimal: bool) -> PatternRunner:
+        """Its schedules are cut from the mask: lists of tiles are for others, and where keys are visited in order."""
+        if pattern.normaliser == STICK_BREAKING:
+            return StickBreakingKernel(pattern, lists)
         return TiledKernel(pattern, minimal=minimal)
 
     def selected(

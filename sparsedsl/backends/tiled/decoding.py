@@ -13,7 +13,9 @@ import torch
 from sparsedsl.analysis.key_intervals import keys_of_one_query
 from sparsedsl.backends.tiled.head_groups import HeadGroups
 from sparsedsl.backends.tiled.limits import LIMITS
-from sparsedsl.backends.tiled.score_rules import LN2, ScoreRule, clamped, score_rule
+from sparsedsl.backends.tiled.score_rules import LN2, ScoreRule, clamped, rule_of, score_rule
+from sparsedsl.backends.tiled.tile_jobs import picked
+from sparsedsl.lang.normalisers import POINTWISE
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.runtime.call import Call
@@ -36,7 +38,7 @@ def decode(pattern: Pattern, call: Call) -> tuple[Tensor, Tensor] | None:
         > LIMITS.now.decode_numbers
     ):
         return None
-    rule, dtype, domain = score_rule(pattern.score.expr), accumulated(call.q.dtype), call.domain
+    rule, dtype, domain = rule_of(pattern), accumulated(call.q.dtype), call.domain
     k, v = _slices(call.k, ranges).to(dtype).flatten(0, 1), _slices(call.v, ranges).to(dtype).flatten(0, 1)
     q = call.q.to(dtype).mul(rule.factor(call.scale)).reshape(k.shape[0], -1, k.shape[2])
     env: dict[str, Any] = {}
@@ -49,7 +51,12 @@ def decode(pattern: Pattern, call: Call) -> tuple[Tensor, Tensor] | None:
             "b": heads[:, :1] // domain.heads, "h": heads % domain.heads, "q_idx": position, "kv_idx": keys, **domain.lengths,
             **call.tables,
         }  # fmt: skip
-    out, lse = _softmax(_logits(q, k, rule, env), v)
+    logits = _logits(q, k, rule, env)
+    if pattern.has_lse:
+        out, lse = _softmax(logits, v)
+    else:
+        weights = logits if pattern.normaliser == POINTWISE else _softpick(logits)
+        out, lse = torch.bmm(weights, v), logits.new_zeros(logits.shape[:2])
     out, lse = out.view(*call.q.shape[:3], v.shape[2]), lse.view(call.q.shape[:3])
     if pattern.sink is not None:
         logit = sink_logit(pattern, call, call.tables, dtype)
@@ -129,6 +136,12 @@ def _softmax(logits: Tensor, v: Tensor, *, softmax1: bool = False) -> tuple[Tens
         total += (-largest).exp2_()
     out = torch.bmm(weights, v).div_(total).masked_fill_(total == 0, 0.0)
     return out, (largest + total.log2()).mul_(LN2)[..., 0]
+
+
+def _softpick(logits: Tensor) -> Tensor:
+    weights = picked(logits, logits.amax(2, keepdim=True).clamp_(min=0.0))
+    total = weights.abs().sum(2, keepdim=True)
+    return weights.relu_().div_(total).masked_fill_(total == 0, 0.0)
 
 
 def _softmax_a_chunk(logits: Tensor, v: Tensor, shares: Tensor, *, softmax1: bool) -> tuple[Tensor, Tensor]:

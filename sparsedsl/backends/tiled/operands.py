@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from sparsedsl.backends.tiled.score_rules import score_rule
+from sparsedsl.backends.tiled.score_rules import rule_of
+from sparsedsl.lang.normalisers import POINTWISE, SOFTPICK
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.dtypes import accumulated
@@ -25,7 +26,8 @@ class Operands:
 
     def __init__(self, pattern: Pattern, call: Call, schedule: Schedule) -> None:
         self.pattern, self.call, self.schedule = pattern, call, schedule
-        self.rule = score_rule(pattern.score.expr)
+        self.rule = rule_of(pattern)
+        self.pointwise, self.picks = pattern.normaliser == POINTWISE, pattern.normaliser == SOFTPICK
         self.dtype = accumulated(call.q.dtype)
         self.group = 1 if pattern.tells_heads_apart else call.group
         self.batch, self.heads, self.rows = call.q.shape[:3]

@@ -111,7 +111,7 @@ class TiledPass(Operands):
             delta = delta - torch.where(lse == float("-inf"), 0.0, grad_lse.to(self.dtype))
         lse2 = torch.where(lse == float("-inf"), float("inf"), lse * LOG2E)
         far = (lse.abs() > FAR_LSE) & lse.isfinite()
-        if lse.dtype == torch.float32 and lse.device.type == "cpu" and bool(far.any()):
+        if not self.pointwise and lse.dtype == torch.float32 and lse.device.type == "cpu" and bool(far.any()):
             most, sums = self._totals()
             # Gradients are linear in what comes from outside: a factor of all weights of a row is one of these.
             factor = torch.where(far, sums.reciprocal(), 1.0)

@@ -1,4 +1,4 @@
-"""How logits are modified, tile by tile, forward and backward: one rule for each form of the score expression.
+"""How scores become logits, or weights, tile by tile, forward and backward: one rule for each form of the score expression.
 
 A rule takes the products of a tile and gives logits in units of ``log2``, so that one ``exp2`` follows. It also names the factor that q
 is multiplied by beforehand, which holds the scale, ``log2(e)`` or the inverse of a cap.
@@ -14,10 +14,12 @@ from typing import Any
 import sympy
 import torch
 
+from sparsedsl.lang.normalisers import POINTWISE
+from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import SCORE
 
-__all__ = ["LN2", "LOG2E", "ScoreRule", "clamped", "score_rule"]
+__all__ = ["LN2", "LOG2E", "ScoreRule", "clamped", "rule_of", "score_rule"]
 
 Tensor = torch.Tensor
 Env = Mapping[str, Any]
@@ -44,6 +46,8 @@ class ScoreRule:
     changes = False
     # Whether it may be anything, or have any derivative, where a pair is masked.
     arbitrary = False
+    # What stands where a pair is masked.
+    masked = float("-inf")
 
     def factor(self, scale: float) -> float:
         """What q is multiplied by before the product."""
@@ -126,9 +130,29 @@ class _General(ScoreRule):
         return torch.zeros_like(grad) if found[0] is None else found[0], tables
 
 
+class _Weights(_General):
+    """Any expression, whose values are the weights of pairs."""
+
+    masked = 0.0
+
+    def logits(self, s: Tensor, env: Env) -> Tensor:
+        return self._evaluate(s, env).clone()
+
+    def logits_kept(self, s: Tensor, env: Env, leaves: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        with torch.enable_grad():
+            raw = s.detach().requires_grad_()
+            modified = self._evaluate(raw, {**env, **leaves})
+        return modified.detach().clone(), (raw, modified)
+
+
+def rule_of(pattern: Pattern) -> ScoreRule:
+    """The rule of a pattern: of its score, which gives logits or, pointwise, weights."""
+    return _Weights(pattern.score.expr) if pattern.normaliser == POINTWISE else score_rule(pattern.score.expr)
+
+
 @functools.lru_cache(maxsize=1024)
 def score_rule(expr: sympy.Expr) -> ScoreRule:
-    """The rule for a score expression.
+    """The rule for a score expression in a softmax.
 
     >>> import sparsedsl as sd
     >>> type(score_rule((sd.tanh(sd.score / 30) * 30).expr)).__name__, score_rule((sd.score - sd.kv_idx).expr).bias

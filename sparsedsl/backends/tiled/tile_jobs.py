@@ -96,6 +96,11 @@ class ResiduePass:
                         yield TileJob(self, series, key_ranges, head, min(head + several, high), turn)
 
 
+def picked(logits: Tensor, base: Tensor) -> Tensor:
+    """``2**(logits - base) - 2**-base``, 0 where a logit is -inf: what a softpick weighs by where it is positive."""
+    return ((logits - base).exp2_() - (-base).exp2()).masked_fill_(logits == float("-inf"), 0.0)
+
+
 class TileJob:
     """Strip ``turn`` of a series for the flat heads ``low .. high - 1``, whose number is ``X``. Its rows are (query, head of the
     group)."""
@@ -205,7 +210,7 @@ class TileJob:
     # ---- forward ----------------------------------------------------------------------------------------------
 
     def logits(self, q: Tensor, key_range: KeyRange) -> Tensor:
-        """Masked logits in units of log2, ``(X, M, n)``."""
+        """Masked logits in units of log2, or weights, ``(X, M, n)``."""
         s = product_nt(q, self.keys(self.residue.k, key_range), tanh=self.run.rule.tanh)
         tile, _ = self.modified(s.view(s.shape[0], self.height, self.run.group, key_range.length), key_range, False)
         return tile.reshape(s.shape)
@@ -227,7 +232,7 @@ class TileJob:
         else:
             tile = rule.logits(tile, env)
         if rule.arbitrary:
-            self.fill(tile, key_range, float("-inf"), transposed)
+            self.fill(tile, key_range, rule.masked, transposed)
             return tile, kept
         for low, high, residual in key_range.masks:
             place = tile[:, low:high] if transposed else tile[..., low:high]
@@ -252,14 +257,37 @@ class TileJob:
 
         ``merge``: with what another residue has put there.
         """
-        self.store(*self.sums(self.scaled_q()), merge)
+        if self.run.pointwise:
+            self.store_weighed(merge)
+        else:
+            self.store(*self.sums(self.scaled_q()), merge)
+
+    def store_weighed(self, merge: bool) -> None:
+        """The strip where weights are taken as they are: sums of weighted values, into place."""
+        q = self.scaled_q()
+        value = q  # assigned by the first key range
+        for number, key_range in enumerate(self.key_ranges):
+            weighted = product(self.logits(q, key_range), self.keys(self.residue.v, key_range))
+            value = value.add_(weighted) if number else weighted
+        place = self.strip(self.residue.place["out"])
+        self.strip(self.residue.place["lse"]).zero_()
+        value = value.view(place.shape)
+        if merge:
+            place.add_(value)
+        else:
+            place.copy_(value)
 
     def sums(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``sum of 2**(logit - most) * v`` and ``sum of 2**(logit - most)`` of each row, and its largest logit ``most``."""
+        """``sum of 2**(logit - most) * v`` and ``sum of 2**(logit - most)`` of each row, and its largest logit ``most``.
+
+        Of a softpick ``most`` is at least 0, and weights are ``2**(logit - most) - 2**-most``: see :func:`picked`.
+        """
         total = value = most = q  # assigned by the first key range
         for number, key_range in enumerate(self.key_ranges):
             s = self.logits(q, key_range)
             highest = s.amax(-1, keepdim=True)
+            if self.run.picks:
+                highest.clamp_(min=0.0)
             if number == 0:
                 most = highest.clamp_(min=NO_KEY * torch.finfo(s.dtype).max)
             else:
@@ -268,8 +296,14 @@ class TileJob:
                 total.mul_(shrink)
                 value.mul_(shrink)
                 most = highest
-            s.sub_(most).exp2_()
-            part, weighted = s.sum(-1, keepdim=True), product(s, self.keys(self.residue.v, key_range))
+            if self.run.picks:
+                s = picked(s, most)
+                part = s.abs().sum(-1, keepdim=True)
+                s.relu_()
+            else:
+                s.sub_(most).exp2_()
+                part = s.sum(-1, keepdim=True)
+            weighted = product(s, self.keys(self.residue.v, key_range))
             total, value = (total.add_(part), value.add_(weighted)) if number else (part, weighted)
         return value, total, most
 
@@ -314,12 +348,23 @@ class TileJob:
             k, v = self.keys(residue.k, key_range), self.keys(residue.v, key_range)
             p = product_nt(k, q, tanh=run.rule.tanh)
             tile, kept = self.modified(p.view(p.shape[0], key_range.length, self.height, run.group), key_range, True)
-            p = tile.reshape(p.shape).sub_(lse2)
-            if run.rule.bias is not None or run.rule.arbitrary:
-                p.clamp_(max=0.0)  # so large a logit that the LSE could not hold what was added to it
-            p.exp2_()
-            self.add_keys(dv, key_range, product(p, grad_out))
-            ds = product_nt(v, grad_out).sub_(delta).mul_(p)
+            p, more = tile.reshape(p.shape), None
+            if run.picks:
+                more = picked(p, lse2)
+                p = p.sub_(lse2).exp2_()
+            elif not run.pointwise:
+                p.sub_(lse2)
+                if run.rule.bias is not None or run.rule.arbitrary:
+                    p.clamp_(max=0.0)  # so large a logit that the LSE could not hold what was added to it
+                p.exp2_()
+            self.add_keys(dv, key_range, product(p if more is None else more.relu(), grad_out))
+            ds = product_nt(v, grad_out)
+            if run.pointwise:
+                self.fill(ds.view(tile.shape), key_range, 0.0, True)
+            elif more is not None:
+                ds = ds.masked_fill_(more <= 0, 0.0).sub_(more.sign_().mul_(delta)).mul_(p)
+            else:
+                ds.sub_(delta).mul_(p)
             tile = ds.view(tile.shape)
             if run.rule.bias is not None:
                 if run.leaves:

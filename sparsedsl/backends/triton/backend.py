@@ -12,6 +12,7 @@ from sparsedsl.backends.protocol import Backend, ListMaker
 from sparsedsl.backends.triton.attention import TritonKernel, missing, refusal_of
 from sparsedsl.backends.triton.scan_pass import MOST
 from sparsedsl.codegen.to_triton import DTYPES, WIDEST
+from sparsedsl.lang.normalisers import POINTWISE
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.program.select import Select
@@ -35,6 +36,10 @@ class TritonBackend(Backend):
         facts = request.facts
         if facts.dtype not in DTYPES:
             return f"the generated kernels have no {facts.dtype}"
+        if facts.dtype == "float16" and request.pattern is not None and request.pattern.normaliser == POINTWISE:
+            return (
+                "its kernels round weights to the type of v, and those of normaliser='pointwise' may leave the range of float16"
+            )
         widest = max(facts.head_dim, facts.head_dim_v)
         if widest > WIDEST:
             return f"the generated kernels have heads up to {WIDEST} wide; this one is {widest}"
