@@ -17,7 +17,7 @@ from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.scan_gated import gated_scan_triton
 from sparsedsl.backends.triton.scan_pass import ScanTiles
 from sparsedsl.errors import UnsupportedError
-from tests.backends.tiled.test_scan_gated import loop
+from tests.programs.gated_loop import loop
 from tests.programs.linear_recipe import checksum, l2, recipe
 
 Tensor = torch.Tensor

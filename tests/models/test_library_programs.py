@@ -43,7 +43,7 @@ LIBRARY: dict[str, Any] = {
     "ssd": P.ssd(),
 }
 # They choose by later queries, and run on whole prompts alone.
-BY_PROMPT = {"h2o", "minference", "pbs", "seer_attention", "snapkv", "token_sparse", "vsa", "xattention"}
+BY_PROMPT = {"flexprefill", "h2o", "minference", "pbs", "seer_attention", "snapkv", "token_sparse", "vsa", "xattention"}
 WHOLE = {"mosa"}  # it keeps the best of all keys: what earlier queries saw changes when better ones come
 ATOL = 1e-10
 

@@ -13,39 +13,10 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl.backends.tiled.limits import LIMITS
 from sparsedsl.backends.tiled.scan_gated import gated_scan
+from tests.programs.gated_loop import loop
 from tests.programs.linear_recipe import checksum, l2, recipe
 
 Tensor = torch.Tensor
-
-
-def loop(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None = None, *, scale: float, before: bool = False, q_offset: int = 0,
-    state: Tensor | None = None, documents: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The definition."""
-    heads = max(t.shape[1] for t in (k, v, g, *([] if beta is None else [beta])))
-
-    def widened(t: Tensor, to: int = heads) -> Tensor:
-        return t.repeat_interleave(max(1, to // t.shape[1]), 1)
-
-    k, v, g, beta = widened(k), widened(v), widened(g), None if beta is None else widened(beta)
-    q = widened(q, max(heads, q.shape[1]))
-    a = (g if g.ndim == 4 else g[..., None]).exp()
-    state = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
-    rows = []
-    for t in range(k.shape[2]):
-        if documents is not None and t:
-            state = torch.where((documents[:, t] == documents[:, t - 1])[:, None, None, None], state, torch.zeros(()).to(state))
-        earlier = state
-        state = a[:, :, t, :, None] * state
-        u = v[:, :, t]
-        if beta is not None:
-            u = beta[:, :, t, None] * (u - torch.einsum("bhd,bhde->bhe", k[:, :, t], state))
-        state = state + torch.einsum("bhd,bhe->bhde", k[:, :, t], u)
-        if q_offset <= t < q_offset + q.shape[2]:
-            seen = (earlier if before else state).repeat_interleave(q.shape[1] // heads, 1)
-            rows.append(torch.einsum("bhd,bhde->bhe", q[:, :, t - q_offset], seen))
-    return scale * torch.stack(rows, 2), state
 
 
 def gradients(run: Any, inputs: dict[str, Tensor], **words: Any) -> dict[str, Tensor]:
