@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from sparsedsl.execute.kept_summaries import KeptSummaries
@@ -15,7 +16,7 @@ class CallWords(NamedTuple):
     """Words of :meth:`sparsedsl.Attention.__call__`. ``named``: tables and inputs by name. ``where``: what it says of positions, heads and
     lengths. ``layout``: of the tensors as they were given, for messages; those that go along with the words have heads first."""
 
-    named: dict[str, Any]
+    named: Mapping[str, Any]
     q_offset: Any = None
     return_lse: bool = False
     scale: float | None = None

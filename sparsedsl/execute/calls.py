@@ -200,8 +200,8 @@ class Calls:
             after = None
             if words.return_state:
                 # The reference has no scans of its own: what is carried over is made as `tiled` makes it.
-                own = isinstance(run, Lowering)
-                after = advanced(checked, run.dispatch if own else Dispatch("tiled"), run.after if own else {})
+                carrier, made = (run.dispatch, run.after) if isinstance(run, Lowering) else (Dispatch("tiled"), {})
+                after = advanced(checked, carrier, made)
             if keeps and isinstance(run, Lowering):
                 self._repeated.remember(checked, (words.scale,), _kind(checked, run, words.return_lse))
         return out.to(checked.q.dtype), lse, after

@@ -89,8 +89,9 @@ def attention(
     >>> lse.shape
     torch.Size([1, 2, 8])
     """
+    bound: Mapping[str, Any] = {}
     if torch.compiler.is_compiling():
-        attn, bound = getattr(_IN_GRAPHS, _name_in_graphs(pattern, backend, None if allow is None else tuple(allow), layout)), {}
+        attn = getattr(_IN_GRAPHS, _name_in_graphs(pattern, backend, None if allow is None else tuple(allow), layout))
     else:
         attn, bound = _compiled(pattern, backend, allow, layout)
     if bound:
