@@ -366,7 +366,6 @@ class _HeadsJoined(Node):
     x: Any
     heads: str
     how: str
-    function: ClassVar[str] = "grouped"
 
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:
@@ -377,6 +376,8 @@ class _HeadsJoined(Node):
 class Grouped(_HeadsJoined, Scores):
     """Scores with heads joined."""
 
+    function: ClassVar[str] = "grouped"
+
     @property
     def is_mass(self) -> bool:
         """As before: of a maximum too, whose parts are compared with their own total."""
@@ -385,6 +386,8 @@ class Grouped(_HeadsJoined, Scores):
 
 class GroupedKeys(_HeadsJoined, KeyScores):
     """Key scores with heads joined."""
+
+    function: ClassVar[str] = "grouped"
 
 
 def grouped(x: Any, heads: str, how: str) -> Grouped | GroupedKeys:
