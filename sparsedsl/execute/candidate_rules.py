@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -13,14 +14,37 @@ from sparsedsl.analysis.block_masks import constant_in_blocks
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.key_intervals import interval_rows, intervals, keys_of_one_query
+from sparsedsl.execute.lowering import Lowering, reads_nodes
+from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import BATCH, HEAD
+from sparsedsl.program.axes import block_of, windows_of
+from sparsedsl.program.decided import possible
+from sparsedsl.program.scores import Softmax
+from sparsedsl.program.select import Select
 from sparsedsl.runtime.torch_modes import is_transformed
 from sparsedsl.selection.candidates import Candidates, IntervalRule, PairRule, any_of_group
+from sparsedsl.selection.scores import ScoreSource
 
-__all__ = ["block_rule", "candidates_of"]
+__all__ = ["allowed_blocks", "block_rule", "candidates_of"]
 
 Tensor = torch.Tensor
+
+
+def allowed_blocks(run: Lowering, mask: Mask, node: Select | Softmax, source: ScoreSource) -> Candidates:
+    """The blocks with a pair that a mask allows; of windows those it allows by their number."""
+    rows, axis = block_of(node.axes[2]), node.axes[3]
+    heads = run.call.check_heads(node, source.shape[1])
+    windows = windows_of(axis) is not None
+    domain = replace(run.domain, kv_len=max(1, source.shape[3])) if windows else run.domain
+    columns, device = 1 if windows else block_of(axis), run.call.q.device
+    if not (mask.has_bound and reads_nodes(mask)):
+        return candidates_of(mask.expr, domain, rows, columns, heads, device)
+    # What choices leave open bounds what is looked at; they themselves are read as tables.
+    bounds = candidates_of(possible(mask).expr, domain, rows, columns, heads, device)
+    expr, tables = run.concrete(mask.expr, mask.bound)
+    own = block_rule(expr, domain, rows, columns, heads, tables, device)
+    return replace(bounds, allowed=own)  # the limits of what is possible, and the pairs that are
 
 
 def candidates_of(mask: Any, domain: Domain, q_block: int, kv_block: int, heads: int, device: torch.device) -> Candidates:

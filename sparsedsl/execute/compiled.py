@@ -1,90 +1,45 @@
-"""A compiled program. A static pattern is a program of one attention. The stages of a call, in order:
-
-1. *check*    (:mod:`runtime.call`, :mod:`runtime.program_call`): tensors, inputs, tables, offset
-2. *choose*   (:mod:`backends.registry`): pieces of work -> who does each
-3. *run*      (:mod:`execute.node_rules`, :mod:`execute.static`): node by node, by the rule of its kind
-"""
+"""A compiled program: what can be asked of it, and what its calls may say. A static pattern is a program of one attention."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from sparsedsl.analysis.caches import Cache
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import block_pair
 from sparsedsl.backends.flex import attention as flex
-from sparsedsl.backends.reference.nodes import REFERENCE_RULES, Reference
-from sparsedsl.backends.registry import AUTO, check_backend, check_runs, named
-from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
-from sparsedsl.execute import operators
-from sparsedsl.execute.dispatch import Dispatch
-from sparsedsl.execute.empty import run_empty
+from sparsedsl.backends.registry import named
+from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.execute.call_words import CallWords
+from sparsedsl.execute.calls import Calls
 from sparsedsl.execute.explanation import Explanation, explain
 from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.execute.layouts import LAYOUTS, in_bshd, swapped
-from sparsedsl.execute.lowering import Lowering, Shortcut
-from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
-from sparsedsl.execute.relocated_calls import relocated_call
-from sparsedsl.execute.requests import facts_of, requests_of
-from sparsedsl.execute.sharded_calls import are_sharded, sharded_call
-from sparsedsl.execute.state import ProgramState, advanced, continued
+from sparsedsl.execute.requests import requests_of
+from sparsedsl.execute.state import ProgramState
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.html_card import card
-from sparsedsl.lang.advice import check_word, shown
+from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.lang.thumbnail import thumbnail
-from sparsedsl.program.effect_rules import KEEPS_STATE, LATER_QUERIES, reasons
+from sparsedsl.program.effect_rules import reasons
 from sparsedsl.program.glance import picture_of
 from sparsedsl.program.graph import Program
-from sparsedsl.program.node import Node
-from sparsedsl.program.program_text import read_program
-from sparsedsl.program.relocation import Relocation, relocated
-from sparsedsl.program.rules import check_rules
-from sparsedsl.program.tensors import OWN
-from sparsedsl.runtime.arguments import arranged, joined_tables, warn_of_slips
-from sparsedsl.runtime.call import bind_tables, check_call, exactly
-from sparsedsl.runtime.interpreter import Evaluation
-from sparsedsl.runtime.program_call import (
-    KnownInput,
-    ProgramCall,
-    check_program_call,
-    known_inputs,
-    plain_call,
-    takes_any_position,
-)
-from sparsedsl.runtime.repeated import Repeated
+from sparsedsl.runtime.arguments import arranged, joined_tables
+from sparsedsl.runtime.call import bind_tables, exactly
 from sparsedsl.runtime.request import CallFacts
-from sparsedsl.runtime.standing import Standing, said_standing
-from sparsedsl.runtime.torch_modes import is_transformed, is_watched
-from sparsedsl.selection.scores import ScoreSource
-from sparsedsl.torch_private import transforms_active
+from sparsedsl.runtime.standing import said_standing
 
 __all__ = ["Attention"]
 
 Tensor = torch.Tensor
 # Positions, batch entries and heads that functions for FlexAttention reckon with where nobody says how many there are.
 UNTOLD = 1 << 24
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What is known of calls of a program that are alike. ``lse``: one gave it."""
-
-    lse: bool
-    inputs: tuple[KnownInput, ...]
-    shortcuts: dict[Node, Shortcut]
-
-
-def _kind(call: ProgramCall, run: Lowering, lse: bool) -> _Kind:
-    more = (KnownInput.of(node, value) for node, value in call.inputs.items() if node not in OWN)
-    return _Kind(lse, tuple(more), run.shortcuts)
 
 
 class Attention:
@@ -96,25 +51,9 @@ class Attention:
 
     def __init__(self, program: Program | Pattern, backend: str, allow: Sequence[str] = (), layout: str = "bhsd"):
         program = program if isinstance(program, Program) else Program(program)
-        check_rules(program, REFERENCE_RULES, LOWERED_RULES)
-        self.program, self.backend = program, check_backend(backend)
-        known = (LATER_QUERIES, KEEPS_STATE)
-        if not isinstance(allow, (tuple, list, frozenset)) or not all(effect in known for effect in allow):
-            raise PatternError(f"allow must be a list of effects, of {', '.join(map(repr, known))}; got {allow!r}")
-        self.allow = frozenset(allow)
+        self._calls = calls = Calls(program, backend, allow)
+        self.program, self.backend, self.allow = program, calls.backend, calls.allow
         self.layout = check_word("layout", layout, LAYOUTS)
-        self.dispatch = Dispatch(self.backend)
-        self._static = None if program.static is None else StaticAttention(program.static)
-        # Of programs, kinds of calls that were checked.
-        self._repeated: Repeated[_Kind] = Repeated()
-        # Kinds of calls that are known to run.
-        self._runs: set[CallFacts] = set()
-        # The same for calls that stand elsewhere.
-        self._elsewhere: Cache[Attention] = Cache()
-        # What a traced call needs, as plain values: torch.compile follows no sympy.
-        self._handle, self._bound = f"{backend} {'; '.join(sorted(allow))}\n{program.text}", program.bound
-        self._table_names = tuple(program.tables)
-        operators.remember(self._handle, self)
 
     @property
     def static(self) -> StaticAttention:
@@ -123,12 +62,12 @@ class Attention:
         Raises:
             UnsupportedError: it is a program of several nodes.
         """
-        if self._static is None:
+        if self._calls.static is None:
             raise UnsupportedError(
                 f"{self.program!r} chooses from q and k as it is called: it has no pattern, tile lists or FlexAttention functions before. "
                 "Use attn.choices(q, k, v) for what it chooses, attn.explain(...) for how it runs"
             )
-        return self._static
+        return self._calls.static
 
     @property
     def pattern(self) -> Pattern:
@@ -200,151 +139,29 @@ class Attention:
         where = None
         if not (q_positions is kv_positions is head_offset is heads is whole is None):
             where = said_standing(q_positions, kv_positions, head_offset, heads, whole, q_offset=q_offset)
+        words = CallWords(named, q_offset, return_lse, scale, where, state, return_state, summaries, self.layout)
         if cp is not None:
-            said = q_offset is not None or where is not None or state is not None or return_state or summaries is not None
-            return self._planned(cp, said, q, k, v, return_lse, scale, named)
+            return self._planned(cp, q, k, v, words)
         if self.layout == "bhsd":
-            return self._called(q, k, v, q_offset, return_lse, scale, state, return_state, summaries, named, where)
-        q, k, v = swapped(q), swapped(k), swapped(v)
+            return self._calls(q, k, v, words)
         try:
-            result = self._called(q, k, v, q_offset, return_lse, scale, state, return_state, summaries, named, where)
+            result = self._calls(swapped(q), swapped(k), swapped(v), words)
         except ShapeError as error:
             raise in_bshd(error) from None
         return (swapped(result[0]), *result[1:]) if isinstance(result, tuple) else swapped(result)
 
-    def _called(
-        self, q: Any, k: Any, v: Any, q_offset: Any, return_lse: bool, scale: float | None, state: ProgramState | None,
-        return_state: bool, summaries: KeptSummaries | None, named: dict[str, Any], where: Standing | None,
-    ) -> Any:  # fmt: skip
-        """The call with heads first."""
-        given = q_offset
-        if return_lse and not self.has_lse:
-            raise UnsupportedError(str(self.refused_use(grad=False, lse=True)))
-        compiling = torch.compiler.is_compiling()
-        if not compiling and state is None and not return_state and where is None:
-            found = self._again(q, k, v, named, q_offset, return_lse, scale, summaries)
-            if found is not None:
-                return found if return_lse else found[0]
-        if not compiling and are_sharded(q, k, v):
-            if state is not None or return_state or summaries is not None:
-                raise UnsupportedError(
-                    "state=, return_state= and summaries= are of one device: pass local tensors, or leave them out"
-                )
-
-            def run(q: Tensor, k: Tensor, v: Tensor, named: dict[str, Any], where: Standing | None) -> Any:
-                return self._called(q, k, v, given, return_lse, scale, None, False, None, named, where)
-
-            return sharded_call(self.program, run, q, k, v, named, where)
-        q, k, v, q_offset = arranged(q, k, v, q_offset, compiling=compiling)
-        if compiling or is_watched(q, k, v) or (self._static is None and is_transformed(q, k, v)):
-            return self._in_a_graph(
-                q, k, v, named, q_offset, return_lse, scale, state is not None or return_state, summaries, where
-            )
-        stands = state is not None or (where is not None and where.queries is not None)
-        warn_of_slips(self.program.expressions, q, k, 0 if stands else given, self.layout)
-        return self.attend_now(
-            q, k, v, named, q_offset=q_offset, return_lse=return_lse, scale=scale, state=state, return_state=return_state,
-            summaries=summaries, where=where,
-        )  # fmt: skip
-
-    def _planned(
-        self, cp: Any, said: bool, q: Any, k: Any, v: Any, return_lse: bool, scale: float | None, named: dict[str, Any]
-    ) -> Any:  # fmt: skip
-        """The call on this rank's rows, with the keys of others that they see. ``said``: it says of rows what the plan knows."""
+    def _planned(self, cp: Any, q: Any, k: Any, v: Any, words: CallWords) -> Any:
+        """The call on this rank's rows, with the keys of others that they see."""
+        said = words.return_state or not words.q_offset is words.where is words.state is words.summaries is None
         if said or torch.compiler.is_compiling() or self.layout != "bhsd":
             raise UnsupportedError(
                 "cp= knows where rows stand: it takes no q_offset, positions, head_offset, state or summaries; nor is it part of a graph "
                 "(torch.compile), or of layout='bshd': call it outside, on q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)"
             )
-        cp.check(self.pattern, by_kept_name(named, self._table_names))
+        cp.check(self.pattern, by_kept_name(words.named, self._calls.table_names))
         q, k, v, _ = arranged(q, k, v, None)
         k, v, where = cp.gathered(q, k, v)
-        return self._called(q, k, v, None, return_lse, scale, None, False, None, named, where)
-
-    def _again(
-        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], q_offset: Any, lse: bool, scale: Any,
-        summaries: KeptSummaries | None,
-    ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
-        """``(out, lse)`` of a call of a kind that was checked before; None: make an ordinary call."""
-        if self._static is not None:
-            return None if named or summaries is not None else self._static.again(q, k, v, self.backend, q_offset, scale)
-        found = self._repeated.find(q, k, v, q_offset, scale)
-        if found is None or (lse and not found[0].lse):
-            return None
-        kind, position = found
-        more = known_inputs(kind.inputs, named, k.shape[2])
-        if more is None:
-            return None
-        call = plain_call(self.program, q, k, v, more, position, scale)
-        # Its patience is that of one call; a backend that was asked for needs none.
-        dispatch = Dispatch(AUTO) if self.backend == AUTO else self.dispatch
-        self._check_kept(summaries)
-        out, weight = lowered(call, dispatch, lse=lse, shortcuts=kind.shortcuts, summaries=summaries).value(self.program.root)
-        if summaries is not None:
-            summaries.tokens = k.shape[2]
-        return (out if out.dtype is q.dtype else out.to(q.dtype)), weight
-
-    def attend_now(
-        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], *, q_offset: Any, return_lse: bool, scale: float | None,
-        state: ProgramState | None = None, return_state: bool = False, summaries: KeptSummaries | None = None,
-        where: Standing | None = None,
-    ) -> Any:  # fmt: skip
-        """The call on tensors that hold values; :meth:`__call__` says what it takes and gives."""
-        if where is not None:
-            if summaries is not None or (where.queries is not None and (state is not None or return_state)):
-                raise UnsupportedError(
-                    "summaries=, state= and return_state= count tokens from the first one on, and this call is of rows or heads that stand "
-                    "elsewhere: leave them out, or call it on all heads, with q_offset= for rows"
-                )
-            moved, positions, offset = relocated_call(self.program, where, q, k, v, named)
-            return self._at(moved).attend_now(
-                q, k, v, {**named, **positions}, q_offset=q_offset if offset is None else offset, return_lse=return_lse, scale=scale,
-                state=state, return_state=return_state,
-            )  # fmt: skip
-        self._check_kept(summaries)
-        if self._static is not None and state is None and not return_state:
-            # One attention, of which nothing is kept: its rule, without a walk over nodes.
-            call = check_call(self._static.pattern, q, k, v, named, q_offset=q_offset, scale=scale)
-            out, lse = self._static.attend(call, self.backend, lse=return_lse)
-            return (out, lse) if return_lse else out
-        checked = check_program_call(self.program, q, k, v, named, q_offset=q_offset, scale=scale)
-        refused = self.refused_use(grad=checked.needs_grad, lse=return_lse)
-        if refused is not None:
-            raise UnsupportedError(refused)
-        if 0 in (q.shape[0], q.shape[2], k.shape[2]):
-            return self._empty(checked, return_lse, state, return_state)
-        if state is not None:
-            checked = continued(checked, state)
-        with torch.autocast(checked.q.device.type, enabled=False):
-            keeps = state is None and not checked.needs_grad and takes_any_position(self.program) and not transforms_active()
-            run = self._evaluation(checked, return_lse, keeps and checked.q.is_cpu, summaries)
-            out, lse = run.value(self.program.root)
-            if summaries is not None:
-                summaries.tokens = k.shape[2]
-            # The reference has no scans of its own: what is carried over is made as `tiled` makes it.
-            carrier = run.dispatch if isinstance(run, Lowering) else Dispatch("tiled")
-            after = advanced(checked, carrier, run.after if isinstance(run, Lowering) else {}) if return_state else None
-            if keeps and isinstance(run, Lowering):
-                self._repeated.remember(checked, (scale,), _kind(checked, run, return_lse))
-        results = [out.to(checked.q.dtype), *([lse] if return_lse else []), *([after] if return_state else [])]
-        return results[0] if len(results) == 1 else tuple(results)
-
-    def _at(self, where: Relocation) -> Attention:
-        """What runs calls that stand there."""
-        if where == Relocation():
-            return self
-        return self._elsewhere.get(
-            where, [], lambda: Attention(relocated(self.program, where), self.backend, tuple(sorted(self.allow)))
-        )
-
-    def _evaluation(
-        self, call: ProgramCall, lse: bool, keeps: bool = False, summaries: KeptSummaries | None = None
-    ) -> Evaluation:  # fmt: skip
-        if self.backend == "reference":
-            return Reference(call)
-        if self.backend != "auto":
-            self._check_runs(facts_of(call, lse))
-        return lowered(call, Dispatch(self.backend), lse=lse, keeps=keeps, summaries=summaries)
+        return self._calls(q, k, v, words._replace(where=where))
 
     def keep_summaries(self) -> KeptSummaries:
         """An empty place for summaries of blocks of keys; pass it to all calls of one sequence as ``summaries=``.
@@ -361,76 +178,10 @@ class Attention:
             )
         return KeptSummaries(self.program)
 
-    def _check_kept(self, summaries: Any) -> None:
-        if summaries is not None and not (isinstance(summaries, KeptSummaries) and summaries.program == self.program.key):
-            raise ShapeError(f"summaries must be what keep_summaries() of this program made; got {shown(summaries)}")
-
-    def _check_runs(self, facts: CallFacts) -> None:
-        """Whether the backend that was asked for does all the work, before it does any of it."""
-        # No refusal depends on a length: a step of decoding, each of another length, is not asked about anew.
-        kind = replace(facts, batch=1, q_len=1, kv_len=1)
-        if kind not in self._runs:
-            asked = requests_of(self.program, facts, whole_tables=self.dispatch.whole_tables)
-            check_runs([request for requests in asked.values() for request in requests], self.backend)
-            self._runs.add(kind)
-
-    def _in_a_graph(
-        self, q: Any, k: Any, v: Any, named: Mapping[str, Any], q_offset: Any, return_lse: bool, scale: float | None, keeps: bool,
-        summaries: KeptSummaries | None, where: Standing | None,
-    ) -> Any:  # fmt: skip
-        """The call as one operator: lists and choices depend on values, which a graph does not have."""
-        if summaries is not None:
-            raise UnsupportedError(
-                "summaries= is not part of a graph (torch.compile, torch.export, torch.func): call the program outside of it, or leave "
-                "summaries= out: all blocks are then summed up in every call"
-            )
-        if keeps:
-            raise UnsupportedError(
-                "state= and return_state= are not part of a graph (torch.compile, torch.export, torch.func): call the program outside of "
-                "it, or pass all keys and values with q_offset="
-            )
-        given = {name: x for name, x in named.items() if x is not None} if self._static is None else named
-        given = by_kept_name(given, self._table_names)
-        return operators.attend_traced(
-            self._handle, self._bound, q, k, v, given, q_offset=q_offset, return_lse=return_lse, scale=scale, has_lse=self.has_lse,
-            where=where,
-        )  # fmt: skip
-
-    def _empty(self, call: ProgramCall, return_lse: bool, state: ProgramState | None, return_state: bool) -> Any:
-        if return_state and state is None:
-            raise ShapeError(f"there are no tokens to make a state of: q {tuple(call.q.shape)}, k {tuple(call.k.shape)}")
-        out, lse = run_empty(call)
-        results = [out, *([lse] if return_lse else []), *([state] if return_state else [])]
-        return results[0] if len(results) == 1 else tuple(results)
-
-    def refused_use(self, *, grad: bool, lse: bool) -> str | None:
-        """Why no backend may run a call that wants gradients, or the LSE; or None."""
-        if lse and not self.has_lse:
-            return f"{self.program.root!r} is no softmax and has no LSE; leave return_lse=False"
-        why = reasons(self.program).get(LATER_QUERIES) if grad and LATER_QUERIES not in self.allow else None
-        if not why:
-            return None
-        return (
-            f"{LATER_QUERIES} ({'; '.join(why)}): an output depends on tokens after it, so that a model trained on it learns from the "
-            f"future. For inference call it under torch.no_grad(); if it is meant, sd.compile(..., allow=[{LATER_QUERIES!r}])"
-        )
-
-    # ---- what operators of a graph ask -----------------------------------------------------------------------------------------
-
     @property
     def has_lse(self) -> bool:
         """Whether it is a softmax."""
-        return self.program.root.weighable
-
-    @property
-    def reads_batch(self) -> bool:
-        """Whether batch entries are told apart."""
-        return self.program.reads_batch
-
-    @property
-    def one_call(self) -> bool:
-        """Whether its results are those of one call of one backend."""
-        return self._static is not None
+        return self._calls.has_lse
 
     # ---- before anything runs --------------------------------------------------------------------------------------------------
 
@@ -464,7 +215,7 @@ class Attention:
         backend: cpp (compiled for the pattern: nothing that it leaves empty is looked at)
         """
         return explain(
-            self, q_len, q_len if kv_len is None else kv_len, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+            self._calls, q_len, q_len if kv_len is None else kv_len, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
             head_dim_v=head_dim_v or head_dim, dtype=dtype, device=device, q_offset=q_offset, grad=grad, lse=return_lse, sizes=sizes,
             tables=tables,
         )  # fmt: skip
@@ -482,16 +233,9 @@ class Attention:
         >>> [selected.indices.shape for selected in attn.choices(q, k, v).values()]
         [torch.Size([1, 2, 64, 1])]
         """
-        given = q_offset
         if self.layout == "bshd":
             q, k, v = swapped(q), swapped(k), swapped(v)
-        q, k, v, q_offset = arranged(q, k, v, q_offset)
-        warn_of_slips(self.program.expressions, q, k, given, self.layout)
-        call = check_program_call(self.program, q, k, v, named, q_offset=q_offset)
-        with torch.no_grad():
-            run = self._evaluation(call, False)
-            values = {self.program.labels[node]: run.value(node) for node in self.program.order if node.chooses}
-        return {label: value for label, value in values.items() if not isinstance(value, ScoreSource)}
+        return self._calls.choices(q, k, v, CallWords(named, q_offset, layout=self.layout))
 
     @property
     def effects(self) -> frozenset[str]:
@@ -505,14 +249,14 @@ class Attention:
         Of ``"auto"`` the C++ for CPU, of ``"triton"`` the kernels for heads 64 wide; of a program its text form, and on ``"triton"`` the
         kernels along lists of selected blocks.
         """
-        if self._static is None:
+        if self._calls.static is None:
             if self.backend == "auto":
                 return self.program.text
             facts = CallFacts("cuda", "float32", 1, 1, 1, 1024, 1024, 64, 64)
-            asked = requests_of(self.program, facts, whole_tables=self.dispatch.whole_tables)
+            asked = requests_of(self.program, facts, whole_tables=self._calls.dispatch.whole_tables)
             written = (named(self.backend).source(request) for requests in asked.values() for request in requests)
             return "\n\n".join([self.program.text, *dict.fromkeys(filter(None, written))])
-        return self._static.runner("cpp" if self.backend == "auto" else self.backend).source
+        return self.static.runner("cpp" if self.backend == "auto" else self.backend).source
 
     def lists(self, domain: Domain, block: tuple[int, int]) -> BlockLists:
         """The tile lists of a static mask over ``domain``, remembered while the tables live unchanged."""
@@ -574,13 +318,13 @@ class Attention:
         return flex.score_mod(self.pattern, bound, q_offset=q_offset, q_len=q_len, kv_len=kv_len)
 
     def _repr_html_(self) -> str:
-        told = self.program if self._static is None else self._static.pattern
-        picture = picture_of(self.program) if self._static is None else thumbnail(self._static.pattern.mask.expr, told.bound)
+        told = self.program if self._calls.static is None else self.pattern
+        picture = picture_of(self.program) if self._calls.static is None else thumbnail(self.pattern.mask.expr, told.bound)
         facts = [("backend", self.backend), *told.html_facts()]
-        return card("Attention", str(told), facts, picture, () if self._static is None else self._static.pattern.warnings)
+        return card("Attention", str(told), facts, picture, () if self._calls.static is None else self.pattern.warnings)
 
     def __repr__(self) -> str:
-        what = self.program if self._static is None else self._static.pattern
+        what = self.program if self._calls.static is None else self.pattern
         layout = "" if self.layout == "bhsd" else f" layout={self.layout!r}"
         return f"<Attention backend={self.backend!r}{layout} {what!r}>"
 
@@ -591,11 +335,3 @@ class Attention:
     def heads_first(self) -> Attention:
         """The same on tensors ``(B, H, S, D)``: itself, if that is its layout."""
         return self if self.layout == "bhsd" else Attention(self.program, self.backend, tuple(sorted(self.allow)))
-
-
-def _again(first: str, text: str) -> Attention:
-    backend, _, allowed = first.partition(" ")
-    return Attention(read_program(text), backend, [effect for effect in allowed.split("; ") if effect])
-
-
-operators.made_by(_again)

@@ -19,6 +19,7 @@ from sparsedsl.analysis.report import ITEM_BYTES, Analysis, analyse
 from sparsedsl.backends.registry import AUTO, BACKENDS, check_runs, choose, named, refusals
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
+from sparsedsl.execute.calls import Calls
 from sparsedsl.execute.requests import requests_of
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.execute.ways import way_of
@@ -193,27 +194,27 @@ def _lengths(found: Analysis | ProgramAnalysis) -> dict[str, int]:
 
 
 def explain(
-    attention: Any, q_len: int, kv_len: int, *, batch: int, heads: int | None, kv_heads: int | None, head_dim: int, head_dim_v: int,
+    calls: Calls, q_len: int, kv_len: int, *, batch: int, heads: int | None, kv_heads: int | None, head_dim: int, head_dim_v: int,
     dtype: Any, device: Any, q_offset: int, grad: bool, lse: bool, sizes: Mapping[str, int] | None, tables: Mapping[str, Any],
 ) -> Explanation:  # fmt: skip
     """See :meth:`sparsedsl.Attention.explain`."""
-    program: Program = attention.program
+    program = calls.program
     name = check_word("dtype", str(dtype).removeprefix("torch."), ITEM_BYTES)
     heads = count_heads(program.patterns, {**program.bound, **tables}, heads)
     facts = CallFacts(
         torch.device(device).type, name, batch, heads, kv_heads or heads, q_len, kv_len, head_dim, head_dim_v, grad, lse
     )
     cache = functools.partial(_cache_need, program, facts, sizes, tables)
-    if program.static is not None:
-        return replace(_of_pattern(attention.static, attention.backend, facts, q_offset, tables), _cache=cache)
+    if calls.static is not None:
+        return replace(_of_pattern(calls.static, calls.backend, facts, q_offset, tables), _cache=cache)
     analysis = analyse_program(
         program, q_len, kv_len, q_offset=q_offset, batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
         head_dim_v=head_dim_v, item=ITEM_BYTES[name], sizes=sizes, **tables,
     )  # fmt: skip
-    why = refused_positions(program, q_offset, q_len, kv_len) or attention.refused_use(grad=grad, lse=lse)
+    why = refused_positions(program, q_offset, q_len, kv_len) or calls.refused_use(grad=grad, lse=lse)
     if why is not None:
         return Explanation(None, why, analysis, _cache=cache)
-    return replace(_of_program(program, attention.backend, facts, sizes, analysis), _cache=cache)
+    return replace(_of_program(program, calls.backend, facts, sizes, analysis), _cache=cache)
 
 
 def _cache_need(

@@ -89,14 +89,11 @@ def attention(
     >>> lse.shape
     torch.Size([1, 2, 8])
     """
+    bound: Mapping[str, Any] = {}
     if torch.compiler.is_compiling():
         attn = getattr(_IN_GRAPHS, _name_in_graphs(pattern, backend, None if allow is None else tuple(allow), layout))
-        return attn(
-            q, k, v, q_offset=q_offset, return_lse=return_lse, scale=scale, q_positions=q_positions, kv_positions=kv_positions,
-            head_offset=head_offset, heads=heads, whole=whole, cp=cp, state=state, return_state=return_state, summaries=summaries,
-            tables=tables, **named,
-        )  # fmt: skip
-    attn, bound = _compiled(pattern, backend, allow, layout)
+    else:
+        attn, bound = _compiled(pattern, backend, allow, layout)
     if bound:
         given = by_kept_name(joined_tables(named, tables), bound)
         named, tables = {}, {**bound, **given}

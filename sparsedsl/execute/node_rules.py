@@ -9,6 +9,7 @@ from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.execute.linear_rule import run_linear
 from sparsedsl.execute.lowering import Lowering, Shortcut
+from sparsedsl.execute.score_rules import SCORE_RULES
 from sparsedsl.execute.selection_rules import LISTED_RULES
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program import tensors
@@ -167,6 +168,7 @@ LOWERED_RULES: Rules[Rule] = Rules(
         Input: _input,
         Summary: _summary,
         Take: _take,
+        **SCORE_RULES,
         **LISTED_RULES,
         Attend: attend_node,
         Slots: _slots,

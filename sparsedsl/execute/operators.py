@@ -20,6 +20,7 @@ import torch
 
 from sparsedsl.analysis.caches import Cache
 from sparsedsl.errors import ShapeError, TableError
+from sparsedsl.execute.call_words import CallWords
 from sparsedsl.runtime.autograd import known_results, no_forward_mode, no_second_derivatives
 from sparsedsl.runtime.call import check_tensors
 from sparsedsl.runtime.dtypes import accumulated
@@ -44,15 +45,15 @@ def made_by(make: Callable[[str, str], Any]) -> None:
     _maker[:] = [make]
 
 
-def remember(handle: str, attention: Any) -> None:
+def remember(handle: str, calls: Any) -> None:
     """Let graphs share this object's tile lists, as long as it lives."""
-    _living.setdefault(handle, attention)
+    _living.setdefault(handle, calls)
 
 
 _REBUILT: Cache[Any] = Cache()
 
 
-def _attention(handle: str) -> Any:
+def _calls(handle: str) -> Any:
     known = _living.get(handle)
     if known is not None:
         return known
@@ -64,8 +65,7 @@ def _attention(handle: str) -> Any:
 
 
 def attend_traced(
-    handle: str, bound: Mapping[str, Tensor], q: Any, k: Any, v: Any, tables: Mapping[str, Any], *, q_offset: Any, return_lse: bool,
-    scale: Any, has_lse: bool = True, where: Standing | None = None,
+    handle: str, bound: Mapping[str, Tensor], q: Any, k: Any, v: Any, words: CallWords, *, has_lse: bool = True
 ) -> Any:  # fmt: skip
     """What the ordinary call gives, as one operator of the graph. Checks only that the operator can be given the arguments."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -75,7 +75,8 @@ def attend_traced(
             )
     if type(q) is type(k) is type(v) is Tensor and q.is_meta and not torch.compiler.is_compiling():
         check_tensors(q, k, v)  # no graph in which somebody else would: tensors without values, whose shapes are known
-    given = {**bound, **tables}
+    q_offset, return_lse, scale, where = words.q_offset, words.return_lse, words.scale, words.where
+    given = {**bound, **words.named}
     for name, table in given.items():
         if not isinstance(table, torch.Tensor):
             raise TableError(f"table {name!r} must be a torch tensor; got {type(table).__name__}. Write torch.as_tensor({name})")
@@ -149,7 +150,7 @@ def _run(
     """The ordinary call: ``(out, lse)`` or ``(out,)``."""
     named, where = _split(names, tables)
     offset = q_offset if q_start is None else q_start
-    result = _attention(handle).attend_now(q, k, v, named, q_offset=offset, return_lse=lse, scale=scale, where=where)
+    result = _calls(handle).attend_now(q, k, v, CallWords(named, offset, lse, scale, where))
     return result if lse else (result,)
 
 
@@ -193,13 +194,13 @@ def _attend_backward(
 
     Makes the call again under autograd. A lowering that has a backward pass of its own takes ``out`` and ``lse`` and runs only that.
     """
-    attention = _attention(handle)
+    calls = _calls(handle)
     # A program makes several calls, of which none has the results of the whole.
-    whole = lse.shape == out.shape[:3] and attention.one_call
+    whole = lse.shape == out.shape[:3] and calls.static is not None
     with _plain(q.device, True), known_results(out, lse if whole else None):
         leaves = [t.detach().requires_grad_() if want else t for t, want in zip((q, k, v, *tables), wanted, strict=True)]
         sources = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
-        results = _run(handle, names, leaves[0], leaves[1], leaves[2], leaves[3:], q_offset, q_start, scale, attention.has_lse)
+        results = _run(handle, names, leaves[0], leaves[1], leaves[2], leaves[3:], q_offset, q_start, scale, calls.has_lse)
         given = [(y, g) for y, g in zip(results, (grad_out, grad_lse), strict=False) if g is not None]
         grads = torch.autograd.grad(
             [y for y, _ in given], sources, [g for _, g in given], allow_unused=True, materialize_grads=True
@@ -268,7 +269,7 @@ def _(
         return torch.ops.sparsedsl.attend(handle, names, *batched, values, q_offset, start, scale, lse, grad)
 
     others, dims = [q_start, *tables], [in_dims[7], *(in_dims[5] if tables else ())]
-    fold = not _attention(handle).reads_batch and _SAID not in names
+    fold = not _calls(handle).program.reads_batch and _SAID not in names
     results, where = map_call(call, info.batch_size, [q, k, v], in_dims[2:5], others, dims, fold=fold)
     return tuple(results), tuple(where)
 
@@ -284,7 +285,7 @@ def _(
         return torch.ops.sparsedsl.attend_backward(handle, names, *batched, values, q_offset, start, scale, wanted)
 
     others, dims = [q_start, *tables], [in_dims[11], *(in_dims[9] if tables else ())]
-    fold = not _attention(handle).reads_batch and _SAID not in names and not any(wanted[3:])
+    fold = not _calls(handle).program.reads_batch and _SAID not in names and not any(wanted[3:])
     results, where = map_call(
         call, info.batch_size, [grad_out, grad_lse, out, lse, q, k, v], in_dims[2:9], others, dims, fold=fold
     )

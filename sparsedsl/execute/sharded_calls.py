@@ -7,13 +7,14 @@ other devices.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.execute.call_words import CallWords
 from sparsedsl.program.graph import Program
 from sparsedsl.runtime.standing import Standing
 
@@ -41,10 +42,8 @@ class _Shard:
     shared: tuple[int, ...]
 
 
-def sharded_call(
-    program: Program, run: Callable[..., Any], q: Any, k: Any, v: Any, named: Mapping[str, Any], where: Standing | None
-) -> Any:  # fmt: skip
-    """``run(q, k, v, named, where)`` on this device's shards, its results as DTensors again. Gradients of keys that several devices
+def sharded_call(program: Program, run: Callable[..., Any], q: Any, k: Any, v: Any, words: CallWords) -> Any:
+    """``run(q, k, v, words)`` on this device's shards, its results as DTensors again. Gradients of keys that several devices
     read are summed by DTensor; those of tables that are plain tensors are this device's part.
 
     Raises:
@@ -52,7 +51,7 @@ def sharded_call(
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    shard = _shard(q, k, v)
+    shard, where = _shard(q, k, v), words.where
     if where is not None and where.first_head is not None:
         raise ShapeError("head_offset is known of DTensors: leave it out, or pass local tensors with it")
     own = where or Standing()
@@ -64,7 +63,7 @@ def sharded_call(
     partial = [Partial() if i in shard.shared else placement for i, placement in enumerate(k.placements)]
     local = q.to_local(), k.to_local(grad_placements=partial), v.to_local(grad_placements=partial)
     inside: dict[str, Any] = {}
-    for name, value in named.items():
+    for name, value in words.named.items():
         node = program.inputs.get(name)
         if value is None:
             inside[name] = value
@@ -75,7 +74,7 @@ def sharded_call(
             inside[name] = value.redistribute(placements=[Replicate()] * len(cut)).to_local(grad_placements=cut)
         else:
             inside[name] = value
-    found = run(*local, inside, None if _says_nothing(own) else own)
+    found = run(*local, words._replace(named=inside, where=None if _says_nothing(own) else own))
     results = found if isinstance(found, tuple) else (found,)
     whole = tuple(DTensor.from_local(x, shard.mesh, q.placements, run_check=False) for x in results)
     return whole if isinstance(found, tuple) else whole[0]

@@ -233,19 +233,23 @@ def _check_how(function: str, how: str) -> str:
     return check_word(f"{function}(): how", how, REDUCTIONS)
 
 
+class _OfEach(Scores):
+    """Scores made of scores one by one, which are its first argument."""
+
+    @functools.cached_property
+    def axes(self) -> tuple[str, ...]:
+        """Theirs."""
+        return self.inputs[0].axes
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Softmax(Scores):
+class Softmax(_OfEach):
     """Softmax over the blocks of keys."""
 
     scores: Scores
     among: Mask
     function: ClassVar[str] = "softmax"
     mass: ClassVar[bool] = True
-
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """Unchanged."""
-        return self.scores.axes
 
     @functools.cached_property
     def whole_queries(self) -> int:
@@ -289,16 +293,11 @@ class Plus(Scores):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Relu(Scores):
+class Relu(_OfEach):
     """Scores below 0 as 0."""
 
     x: Scores
     function: ClassVar[str] = "rectified"
-
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """Unchanged."""
-        return self.x.axes
 
     @property
     def is_mass(self) -> bool:
@@ -307,18 +306,13 @@ class Relu(Scores):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Scaled(Scores):
+class Scaled(_OfEach):
     """``factor * scores + offset``."""
 
     x: Scores
     factor: float = 1.0
     offset: float = 0.0
     function: ClassVar[str] = "scaled"
-
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """Unchanged."""
-        return self.x.axes
 
     @property
     def is_mass(self) -> bool:
@@ -357,52 +351,43 @@ class Overlap(Scores):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Gumbel(Scores):
+class Gumbel(_OfEach):
     """Logits with Gumbel noise."""
 
     scores: Scores
     seed: Node
     function: ClassVar[str] = "gumbel"
 
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """Unchanged."""
-        return self.scores.axes
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Grouped(Scores):
-    """Scores with heads joined."""
+class _HeadsJoined(Node):
+    """What is counted by heads, with these joined."""
 
-    x: Scores
+    x: Any
     heads: str
     how: str
-    function: ClassVar[str] = "grouped"
 
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:
         """With other heads."""
         return "batch", self.heads, *self.x.axes[2:]
+
+
+class Grouped(_HeadsJoined, Scores):
+    """Scores with heads joined."""
+
+    function: ClassVar[str] = "grouped"
 
     @property
     def is_mass(self) -> bool:
         """As before: of a maximum too, whose parts are compared with their own total."""
-        return self.x.is_mass
+        return bool(self.x.is_mass)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class GroupedKeys(KeyScores):
+class GroupedKeys(_HeadsJoined, KeyScores):
     """Key scores with heads joined."""
 
-    x: KeyScores
-    heads: str
-    how: str
     function: ClassVar[str] = "grouped"
-
-    @functools.cached_property
-    def axes(self) -> tuple[str, ...]:
-        """With other heads."""
-        return "batch", self.heads, *self.x.axes[2:]
 
 
 def grouped(x: Any, heads: str, how: str) -> Grouped | GroupedKeys:

@@ -12,6 +12,7 @@ from torch.library import opcheck
 import sparsedsl as sd
 from sparsedsl import b, h, kv_idx, q_idx
 from sparsedsl.backends.registry import BACKENDS
+from sparsedsl.execute.call_words import CallWords
 from sparsedsl.execute.operators import attend_traced, remember
 from sparsedsl.program.program_text import read_program
 from sparsedsl.runtime.autograd import differentiable
@@ -138,15 +139,17 @@ def test_only_the_gradients_that_are_asked_for(backend):
 class Counted:
     """What the operators take for a compiled pattern: a lowering with two passes of its own, which it counts."""
 
-    has_lse, one_call, reads_batch = True, True, False
+    has_lse = True
 
     def __init__(self, pattern):
         self.pattern, self.passes, self.plain = pattern, [], sd.compile(pattern, backend="reference")
+        self.static, self.program = pattern, self.plain.program
 
-    def attend_now(self, q, k, v, tables, *, q_offset, return_lse, scale, where):
-        assert where is None
-        out, lse = differentiable(self, check_call(self.pattern, q, k, v, tables, q_offset=q_offset, scale=scale))
-        return (out, lse) if return_lse else out
+    def attend_now(self, q, k, v, words):
+        assert words.where is None
+        checked = check_call(self.pattern, q, k, v, words.named, q_offset=words.q_offset, scale=words.scale)
+        out, lse = differentiable(self, checked)
+        return (out, lse) if words.return_lse else out
 
     def schedule(self, call):
         return None
@@ -196,8 +199,8 @@ def operator(attn):
     """The call as an operator, as a graph has it."""
 
     def call(q, k, v, **words):
-        words = {"q_offset": 0, "return_lse": False, "scale": None} | words
-        return attend_traced(attn._handle, attn._bound, q, k, v, words.pop("tables", {}), **words)
+        calls, said = attn._calls, CallWords(words.pop("tables", {}), 0)._replace(**words)
+        return attend_traced(calls.handle, calls.bound, q, k, v, said)
 
     return call
 

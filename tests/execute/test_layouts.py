@@ -68,8 +68,8 @@ def test_nothing_is_copied():
     q, k, v = qkv()
     attn = sd.compile(CAUSAL, layout="bshd", backend="reference")
     seen = []
-    inner = attn._called
-    attn._called = lambda q, *rest: (seen.append(q), inner(q, *rest))[1]
+    inner = attn._calls
+    attn._calls = lambda q, *rest: (seen.append(q), inner(q, *rest))[1]
     out = attn(q, k, v)
     assert seen[0].data_ptr() == q.data_ptr() and seen[0].shape == (2, 4, 20, 8)
     assert out._base is not None or out.transpose(1, 2).is_contiguous()

@@ -10,7 +10,7 @@ import torch
 
 import sparsedsl as sd
 from sparsedsl.backends.cpp.attention import CppKernel
-from sparsedsl.execute import compiled
+from sparsedsl.execute.calls import Calls
 from sparsedsl.execute.node_rules import LOWERED_RULES
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.program.branches import Attend
@@ -118,7 +118,7 @@ def test_inputs_of_warm_calls_are_looked_at() -> None:
 
 def ordinary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call is a first call."""
-    monkeypatch.setattr(sd.Attention, "_again", lambda *_: None)
+    monkeypatch.setattr(Calls, "_again", lambda *_: None)
     monkeypatch.setattr(StaticAttention, "again", lambda *_: None)
 
 
@@ -127,7 +127,7 @@ def test_steps_of_a_known_kind_are_not_checked_again(warm, monkeypatch):
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in qkv(1, 61)]
     with monkeypatch.context() as patch:
         for name in ("check_call", "check_program_call"):
-            patch.setattr(compiled, name, None)
+            patch.setattr(f"sparsedsl.execute.calls.{name}", None)
         found = [warm(*step, q_offset=step[1].shape[2] - 1, return_lse=True) for step in steps]
         ends = [warm(*step, q_offset="end") for step in steps]
         other = warm(*strided, q_offset=60)

@@ -22,6 +22,7 @@ from sparsedsl.backends.cpp.attention import CppKernel
 from sparsedsl.backends.cpp.backend import _refusal_of
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.execute import operators
+from sparsedsl.execute.call_words import CallWords
 from sparsedsl.testing import tensor
 
 TEXT = 'extern "C" int answer() { return 42; }\n'
@@ -255,7 +256,7 @@ def test_what_must_not_depend_on_a_clock_waits_until_it_is_built(held, monkeypat
         held.unlink()
         attn = sd.compile(sd.patterns.sliding_window(132))
         opened_later(held)
-        out = operators.attend_traced(attn._handle, {}, q, q, q, {}, q_offset=0, return_lse=False, scale=None)  # in a graph
+        out = operators.attend_traced(attn._calls.handle, {}, q, q, q, CallWords({}, 0))  # in a graph
         assert torch.equal(out, sd.compile(sd.patterns.sliding_window(132), backend="cpp")(q, q, q))
         held.unlink()
         attn = sd.compile(sd.patterns.sliding_window(133))
