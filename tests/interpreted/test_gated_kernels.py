@@ -59,7 +59,8 @@ class Gated:
         x = {
             "q": random(self.batch, hq, self.rows, self.width).to(self.dtype),
             "k": l2(random(self.batch, hk, self.keys, self.width)).to(self.dtype),
-            "v": random(self.batch, hv, self.keys, self.width_v).to(self.dtype), "g": -self.strength * random(1, hg, self.keys, *channels).abs(),
+            "v": random(self.batch, hv, self.keys, self.width_v).to(self.dtype),
+            "g": -self.strength * random(1, hg, self.keys, *channels).abs(),
         }  # fmt: skip
         if self.forgets is not None:
             x["g"][:, :, self.forgets] = -math.inf
@@ -91,7 +92,9 @@ def kernels(g: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
 
 CASES = {
     "scalar, two heads a state, offset": Gated(heads=(2, 1, 1, 1, 1), rows=9, state=True),
-    "scalar, delta, more values, batch, documents": Gated(delta=True, heads=(1, 1, 2, 1, 2), batch=2, rows=18, keys=18, documents=(5, 16)),
+    "scalar, delta, more values, batch, documents": Gated(
+        delta=True, heads=(1, 1, 2, 1, 2), batch=2, rows=18, keys=18, documents=(5, 16)
+    ),
     "vector, strong, forgets": Gated(vector=True, strength=20.0, forgets=6, state=True, width=3),
     "vector, delta, documents, half": Gated(vector=True, delta=True, documents=(9, 10, 18), state=True, dtype=torch.float16),
     "scalar, delta, strong, forgets, bfloat16": Gated(delta=True, strength=20.0, forgets=17, dtype=torch.bfloat16),
@@ -103,7 +106,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_results_and_gradients_are_those_of_the_recurrence(case: Gated) -> None:
     inputs, words = case.make()
-    exact, plain = (results(loop, {name: x.to(kind) for name, x in inputs.items()}, words) for kind in (torch.float64, torch.float32))
+    exact, plain = (
+        results(loop, {name: x.to(kind) for name, x in inputs.items()}, words) for kind in (torch.float64, torch.float32)
+    )
     got = results(kernels, inputs, words)
     sizes = {name: float(x.abs().max()) for name, x in exact.items()}
     sizes["dg"] += sum(float((inputs[n].double() * exact[f"d{n}"]).abs().sum(3).max()) for n in ("q", "k"))
@@ -159,6 +164,16 @@ def test_T28_nothing_later_reaches_a_query(vector: bool) -> None:
         changed, _ = kernels(**inputs, **words)
     assert torch.equal(whole[:, :, :7], changed[:, :, :7])
     assert not torch.equal(whole[:, :, 7:], changed[:, :, 7:])
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_not_even_roundings_of_a_later_document_reach_a_gradient(vector: bool) -> None:
+    inputs, words = Gated(vector=vector, delta=True, keys=12, rows=12, documents=(7,)).make()
+    before = results(kernels, inputs, words)
+    inputs["v"][:, :, 7:] *= 1e4
+    after = results(kernels, inputs, words)
+    assert all(torch.equal(before[name][:, :, :7], after[name][:, :, :7]) for name in ("dq", "dk", "dv", "dg", "dbeta"))
+    assert not torch.equal(before["dg"][:, :, 7:], after["dg"][:, :, 7:])
 
 
 def test_what_they_refuse() -> None:
