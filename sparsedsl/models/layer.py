@@ -67,9 +67,9 @@ class Layer(nn.Module):
                 takes = ", ".join(
                     str(p.replace(annotation=p.empty)) for p in [*inspect.signature(cls.__init__).parameters.values()][1:]
                 )
-                way = ""
-                if "'donor'" in str(error):  # people make a layer, where convert() wants what makes one
-                    way = f". sd.models.convert makes the layers: give it the class {cls.__name__}, or functools.partial({cls.__name__}, ...) for arguments"
+                # People make a layer, where convert() wants what makes one.
+                maker = f"the class {cls.__name__}, or functools.partial({cls.__name__}, ...)"
+                way = f". sd.models.convert makes the layers: give it {maker}" if "'donor'" in str(error) else ""
                 raise PatternError(f"{cls.__name__}({takes}): {error}{way}") from None
             words = list(bound)[2:]  # after self and the donor
             object.__setattr__(layer, "arguments", {word: bound[word] for word in words})

@@ -381,7 +381,7 @@ def test_calls_that_would_lose_something() -> None:
     model, ids = donor("llama"), tokens()
     with (
         sd.models.apply(model, {1: sd.kv_idx <= sd.q_idx}),
-        pytest.raises(sd.PatternError, match="layer 1 runs a pattern.*applied"),
+        pytest.raises(sd.PatternError, match=r"layer 1 runs a pattern.*applied"),
     ):
         convert(model, {1: NHA})
     with pytest.raises(
