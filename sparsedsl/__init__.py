@@ -113,6 +113,9 @@ def __getattr__(name: str) -> Any:
     if module is None:
         from sparsedsl.lang.advice import no_attribute
 
+        # Tools look for names such as `__path__`; the library is not loaded for these.
+        if not name.startswith("_") and name in importlib.import_module("sparsedsl.patterns").__all__:
+            raise AttributeError(f"module 'sparsedsl' has no attribute {name!r}; it is one of the library: sd.patterns.{name}")
         raise AttributeError(no_attribute("sparsedsl", name, __dir__()))
     value = getattr(importlib.import_module(module), name) if module else importlib.import_module(f"sparsedsl.{name}")
     if isinstance(value, types.FunctionType):

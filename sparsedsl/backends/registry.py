@@ -88,6 +88,7 @@ def check_runs(requests: Sequence[Request], backend: str) -> None:
     chosen = named(backend)
     why = _refusal(chosen, requests)
     if why is not None:
+        why = why.removesuffix(". Use backend='tiled'")  # the way out of a generator, of which all are listed here
         raise UnsupportedError(f"backend {backend!r} cannot run this call: {why}. {_ways_out(chosen, requests)}")
 
 

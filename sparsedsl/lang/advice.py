@@ -132,6 +132,8 @@ def way_in(value: object) -> str:
         )
     if kind == "Table":
         return ". A table must be read with indices: t[q_idx, kv_idx]"
+    if kind == "BlockMask":
+        return ". What a FlexAttention BlockMask was made of is read by sd.trace_mask(block_mask.mask_mod)"
     if kind == "Pattern":
         return ". A Pattern is a whole attention; its parts are pattern.mask and pattern.score"
     if isinstance(value, str):
@@ -196,7 +198,9 @@ def _misfit(name: str, signature: inspect.Signature, words: Iterable[str], wrong
     unknown = [word for word in words if word not in known]
     if unknown:
         return f"{name}(): " + surplus(unknown, known, "it takes " + ", ".join(known))
-    own = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "self"])
+    # Without types: they are strings to `signature`, which shows them in quotes.
+    bare = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name != "self"]
+    own = signature.replace(parameters=bare, return_annotation=signature.empty)
     return f"{name}(): {wrong}. It is called as {name}{own}"
 
 

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import numbers
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, Q_IDX, SCORE
 from sparsedsl.lang.tables import TableSpec, by_kept_name, table_reads, table_specs, values_text
 from sparsedsl.lang.wrapped import Carried, merge_carried
 
-__all__ = ["Pattern", "as_pattern", "attend", "relates_positions"]
+__all__ = ["Pattern", "as_pattern", "attend", "how_read", "relates_positions"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -303,3 +303,20 @@ def relates_positions(expr: Any) -> bool:
     kinds = {read: {"real": True} if read.spec.dtype == "float" else {"integer": True} for read in table_reads(expr)}
     plain = expr.xreplace({read: sympy.Dummy(**kind) for read, kind in kinds.items()})
     return bool(by_query & by_key) or Q_IDX in plain.free_symbols
+
+
+def how_read(exprs: Iterable[sympy.Basic], names: Iterable[str]) -> str:
+    """How the tables ``names`` are read in ``exprs``, in words: what tensor to give follows from it.
+
+    >>> from sparsedsl import h, kv_idx, q_idx, table
+    >>> doc = table("doc")
+    >>> how_read([(doc[h, q_idx] == doc[h, kv_idx]).expr], ["doc"])
+    'doc (int) is read as doc[h, kv_idx], doc[h, q_idx]'
+    """
+    reads = {read for expr in exprs for read in table_reads(expr)}
+    words = []
+    for name in names:
+        own = [read for read in reads if read.spec.name == name]
+        if own:
+            words.append(f"{name} ({own[0].spec.dtype}) is read as {', '.join(sorted(map(expression_text, own)))}")
+    return "; ".join(words)

@@ -85,7 +85,7 @@ def convert(
     config = text_config(model)
     found = attention_layers(model)
     if any(hasattr(module, CONVERTED) for module in model.modules()):
-        raise PatternError("this model is converted already; call restore() on what the first models.convert returned")
+        raise PatternError("this model is converted already; call sd.models.conversion(model).restore() first")
     if init is not None:
         check_word("convert(): init", init, ("published", "calibrated"))
     native = native_implementation(config, "layers are converted")
@@ -97,7 +97,10 @@ def convert(
             continue
         module = found[index]
         if hasattr(module, BINDING):
-            raise PatternError(f"layer {index} runs a pattern; call restore() on what models.apply returned, then convert")
+            raise PatternError(
+                f"layer {index} runs a pattern; call restore() on what models.apply returned (sd.models.applied(model) gives it), then "
+                "convert"
+            )
         if any((owner == index) != (reader == index) for reader, owner in owners.items()):
             raise UnsupportedError(
                 f"layer {index} ({type(module).__name__}) shares its keys with other layers, which a converted layer would not keep for "

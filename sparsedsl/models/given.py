@@ -44,6 +44,11 @@ def choose(patterns: Any, layers: list[int]) -> dict[int, Any]:
                 f"{way_in(patterns)}"
             ) from None
         given = {index: patterns(index) for index in layers}
+    elif isinstance(patterns, (list, tuple)):
+        raise PatternError(
+            "patterns must be a pattern, a dict of them by layer, or a function of the layer's number; got a "
+            f"{type(patterns).__name__}. One for each layer from the first on: dict(enumerate(patterns))"
+        )
     else:
         given = {index: as_pattern(patterns, where="patterns") for index in layers}
     return {index: value for index, value in given.items() if value is not None}

@@ -64,7 +64,13 @@ class Layer(nn.Module):
             try:
                 bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs).arguments
             except TypeError as error:
-                raise PatternError(f"{cls.__name__}{inspect.signature(cls.__init__)}: {error}") from None
+                takes = ", ".join(
+                    str(p.replace(annotation=p.empty)) for p in [*inspect.signature(cls.__init__).parameters.values()][1:]
+                )
+                # People make a layer, where convert() wants what makes one.
+                maker = f"the class {cls.__name__}, or functools.partial({cls.__name__}, ...)"
+                way = f". sd.models.convert makes the layers: give it {maker}" if "'donor'" in str(error) else ""
+                raise PatternError(f"{cls.__name__}({takes}): {error}{way}") from None
             words = list(bound)[2:]  # after self and the donor
             object.__setattr__(layer, "arguments", {word: bound[word] for word in words})
         return layer

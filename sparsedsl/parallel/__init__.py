@@ -6,8 +6,10 @@
 4. *send*    (:mod:`.exchange`):  keys to those who see them, and their gradients back
 """
 
+from sparsedsl.lang.advice import answer_for
 from sparsedsl.parallel.assigning import Rates
 from sparsedsl.parallel.exchange import Exchange
 from sparsedsl.parallel.planning import TokenPlan, plan
 
 __all__ = ["Exchange", "Rates", "TokenPlan", "plan"]
+answer_for(globals(), __all__)

@@ -17,7 +17,7 @@ from sparsedsl.analysis.exactness import exact_domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import shown, surplus
-from sparsedsl.lang.pattern import Pattern, attend
+from sparsedsl.lang.pattern import Pattern, attend, how_read
 from sparsedsl.lang.symbols import CALL_WORDS
 from sparsedsl.lang.tables import TableSpec, by_kept_name, to_pass
 from sparsedsl.runtime.places import Places
@@ -233,7 +233,9 @@ def bind_tables(
     given = pattern.bound | dict(tables)
     missing = [name for name in wanted if name not in given]
     if missing:
-        raise TableError(f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: {to_pass(*missing)}")
+        raise TableError(
+            f"missing table{'s' * (len(missing) > 1)} {', '.join(missing)}: {to_pass(*missing)}. {how_read(pattern.exprs, missing)}"
+        )
     bound = {}
     for name, spec in wanted.items():
         bound[name] = check_table(spec, given[name], pattern.table_ranks[name], device, may_be_empty)

@@ -63,6 +63,8 @@ def merge(*parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _check(number: int, part: Any, first: Any) -> None:
+    if isinstance(part, (tuple, list)) and part and all(isinstance(inner, (tuple, list)) for inner in part):
+        raise ShapeError("merge() takes the parts one by one, not in a list; write merge(*parts)")
     if not isinstance(part, (tuple, list)) or len(part) != 2 or not all(isinstance(t, Tensor) for t in part):
         raise ShapeError(
             f"merge(): part {number} must be a pair of tensors (out, lse), as return_lse=True gives it; got {shown(part)}"

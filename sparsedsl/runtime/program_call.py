@@ -14,7 +14,7 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.lang.advice import surplus
-from sparsedsl.lang.pattern import attend
+from sparsedsl.lang.pattern import attend, how_read
 from sparsedsl.lang.symbols import CALL_WORDS
 from sparsedsl.lang.tables import by_kept_name, table_reads, to_pass
 from sparsedsl.program import tensors
@@ -294,7 +294,7 @@ def check_program_call(
     ranks = _ranks(program) if known[1] else {}
     for name, spec in known[1].items():
         if name not in given:
-            raise TableError(f"missing table {name}: {to_pass(name)}")
+            raise TableError(f"missing table {name}: {to_pass(name)}. {how_read(program.exprs, [name])}")
         tables[name] = check_table(spec, given[name], ranks[name], q.device)
     count_heads((node.pattern for node in program.everything if isinstance(node, Attend)), tables, q.shape[1])
     exact = exactly(program.exprs, replace(plain.domain, tables=tables))

@@ -139,7 +139,8 @@ def _check_signature(function: Any, kind: str, names: list[str]) -> None:
     if isinstance(function, type):
         raise TraceError(f"{wanted}; got the class {function.__name__}, which is no function of them")
     if not callable(function):
-        raise TraceError(f"{wanted}; got {type(function).__name__}, which cannot be called")
+        way = ". A BlockMask was made of its block_mask.mask_mod" if type(function).__name__ == "BlockMask" else ""
+        raise TraceError(f"{wanted}; got {type(function).__name__}, which cannot be called{way}")
     target = function.forward if isinstance(function, torch.nn.Module) else function
     try:
         signature = inspect.signature(target)

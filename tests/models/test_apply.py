@@ -398,6 +398,11 @@ REFUSED = {
         "the pattern of layer 0 must be a Mask or a Pattern; got 5",
     ),
     "nothing like it": (lambda: (build("llama"), 5), sd.PatternError, "must be a Mask or a Pattern; got 5"),
+    "a list": (
+        lambda: (build("llama"), [window]),
+        sd.PatternError,
+        r"got a list\. One for each layer .* dict\(enumerate\(patterns\)\)",
+    ),
     "no interface": (
         lambda: (_falcon(), window),
         sd.UnsupportedError,

@@ -379,12 +379,19 @@ def test_other_families_run_or_are_refused(name: str) -> None:
 
 def test_calls_that_would_lose_something() -> None:
     model, ids = donor("llama"), tokens()
-    with sd.models.apply(model, {1: sd.kv_idx <= sd.q_idx}), pytest.raises(sd.PatternError, match="layer 1 runs a pattern"):
+    with (
+        sd.models.apply(model, {1: sd.kv_idx <= sd.q_idx}),
+        pytest.raises(sd.PatternError, match=r"layer 1 runs a pattern.*applied"),
+    ):
         convert(model, {1: NHA})
+    with pytest.raises(
+        sd.PatternError, match=r"NHA\(donor, slots=32.* missing .*the class NHA, or functools.partial\(NHA, \.\.\.\)"
+    ):
+        NHA(slots=8)
     convert(model, {1: NHA})
     with pytest.raises(sd.UnsupportedError, match="a finished mask"):
         model(ids, attention_mask=torch.ones(2, 1, 21, 21).tril().bool())
-    with pytest.raises(sd.PatternError, match="converted already"):
+    with pytest.raises(sd.PatternError, match=r"converted already; call sd.models.conversion\(model\).restore\(\)"):
         convert(model, {0: NHA})
     with pytest.raises(sd.UnsupportedError, match=r"layer 1 .ConvertedLlamaAttention.: the module"):
         sd.models.apply(model, {1: sd.kv_idx <= sd.q_idx})

@@ -48,6 +48,13 @@ RIGHT = {"implements": CAUSAL, "lse": True, "grad": "qkv"}
 # ---- claims ------------------------------------------------------------------------------------------------
 
 
+def test_a_pair_that_was_not_declared_says_what_to_declare() -> None:
+    report = kit.check(kit.Kernel(plain, implements=CAUSAL), examples=1, seed=0, only="NUM")
+    assert [failure.detail for failure in report.failures] == [
+        "out is a tuple, wanted a tensor; if it gives (out, lse), declare sd.testing.Kernel(..., lse=True)"
+    ]
+
+
 @pytest.mark.parametrize(
     ("claims", "error", "words"),
     [

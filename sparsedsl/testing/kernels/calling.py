@@ -242,7 +242,9 @@ def _checked(kernel: Kernel, problem: Problem, given: Any) -> Results:
     (batch, heads, q_len), head_dim_v = problem.q.shape[:3], problem.v.shape[3]
     for name, x in parts.items():
         if not isinstance(x, Tensor):
-            raise Broken("shape", f"{name} is {_kind(x)}, wanted a tensor")
+            pair = isinstance(x, (tuple, list)) and name == "out"
+            hint = "; if it gives (out, lse), declare sd.testing.Kernel(..., lse=True)" if pair and not kernel.lse else ""
+            raise Broken("shape", f"{name} is {_kind(x)}, wanted a tensor{hint}")
     if kernel.layout == "bshd" and parts["out"].ndim == 4:
         parts["out"] = parts["out"].transpose(1, 2)
     shapes: dict[str, tuple[int, ...]] = {"out": (batch, heads, q_len, head_dim_v), "lse": (batch, heads, q_len)}

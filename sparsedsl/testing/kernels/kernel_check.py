@@ -130,7 +130,9 @@ def _chosen(only: Any) -> tuple[str, ...]:
     for name in names:
         if name not in KERNEL_PROPERTIES:
             known = ", ".join(KERNEL_PROPERTIES)
-            raise ArgumentError(f"check: only must name properties of {known}; got {name!r}{meant(name, KERNEL_PROPERTIES)}")
+            raise ArgumentError(
+                f"check: only must name properties of {known}; got {name!r}{meant(str(name).upper(), KERNEL_PROPERTIES)}"
+            )
     return tuple(name for name in KERNEL_PROPERTIES if name in names)
 
 
