@@ -83,12 +83,18 @@ class TokenPlan(Reported):
 
     def traffic(self, name: str | None = None) -> Tensor:
         """Keys that rank ``i`` sends rank ``j`` under a pattern, int64 ``(world, world)``."""
-        seen = self._needs[self._name(name)]
-        tokens = torch.full((seen.shape[1],), self.granule, dtype=torch.int64)
-        tokens[-1] = self.q_len - (seen.shape[1] - 1) * self.granule
-        found = torch.zeros((self.world, self.world), dtype=torch.int64)
-        found.index_add_(0, self._granule_holder, (seen * tokens).T)
-        return found.fill_diagonal_(0)
+        return self._traffic[self._name(name)].clone()
+
+    @functools.cached_property
+    def _traffic(self) -> Mapping[str, Tensor]:
+        tokens = torch.full_like(self._granule_holder, self.granule)
+        tokens[-1] = self.q_len - (tokens.numel() - 1) * self.granule
+        found = {name: torch.zeros((self.world, self.world), dtype=torch.int64) for name in self.names}
+        for name, sent in found.items():
+            for rank, seen in enumerate(self._needs[name]):
+                sent[:, rank].index_add_(0, self._granule_holder[seen], tokens[seen])
+            sent.fill_diagonal_(0)
+        return found
 
     @property
     def received(self) -> int:
@@ -222,7 +228,7 @@ def plan(
     work = torch.stack([one.work for one in seen]).sum(0)
     tokens = torch.full((-(-q_len // granule),), granule, dtype=torch.int64)
     tokens[-1] = q_len - (tokens.numel() - 1) * granule
-    task = Task(work, [(one.chunk, one.granule) for one in seen], tokens, chunk // granule, world, equal, rates or Rates())
+    task = Task(work, [(one.chunk, one.first, one.stop) for one in seen], tokens, chunk // granule, world, equal, rates or Rates())
     way, owner, costs = assigned(task, method)
     total = max(float(work.sum()), 1.0)
     tried = {name: (float(cost.work.max()) * world / total, int(cost.received.max())) for name, cost in costs.items()}
