@@ -181,7 +181,8 @@ def rehearsal() -> list[Job]:
     found += [Job("attention", name, 96, 32, heads=4, kv_heads=1, tma=False) for name in ("causal", "blocks10")]
     found += [Job("decode", name, 160, 16, heads=4, kv_heads=2, batch=2, tma=False) for name in ("causal", "sinks")]
     return found + [
-        Job("system", name, 160, 16, heads=2, kv_heads=2 if name in ("ring", "gated_delta") else 1, tma=False) for name in SYSTEM_NAMES
+        Job("system", name, 160, 16, heads=2, kv_heads=2 if name in ("ring", "gated_delta") else 1, tma=False)
+        for name in SYSTEM_NAMES
     ]
 
 

@@ -217,7 +217,7 @@ def test_plot_draws_several_heads(run: Run, tmp_path: Path) -> None:
 def test_no_command_lists_them_all(run: Run) -> None:
     code, out, err = run()
     assert (code, out) == (2, "")
-    assert all(f"    {name} " in err for name in ("explain", "plot", "view", "check", "build", "tune"))
+    assert all(f"    {name} " in err for name in ("explain", "plot", "view", "check", "plan", "build", "tune"))
 
 
 def only_progress(text: str) -> bool:

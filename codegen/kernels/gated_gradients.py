@@ -16,7 +16,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsedsl.codegen.kernels.gated_scan import LEAST, documents_of, from_rows, line_of, numbers_at, over_all, pair_decays, to_rows
+from sparsedsl.codegen.kernels.gated_scan import (
+    LEAST,
+    documents_of,
+    from_rows,
+    line_of,
+    numbers_at,
+    over_all,
+    pair_decays,
+    to_rows,
+)
 from sparsedsl.codegen.kernels.linear_scan import document_at, product, rows_at
 from sparsedsl.codegen.kernels.slot_scan import across, halves
 

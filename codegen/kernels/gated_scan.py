@@ -172,7 +172,9 @@ def make_pairs(
             k_ptr, k_ptr, gate_ptr, begin, ranks, length, 0, length, k_stride_row, k_stride_row, width, levels, WIDTH, BLOCK,
             VECTOR, PRECISION,
         )  # fmt: skip
-        lower = tl.where((ranks[:, None] > ranks[None, :]) & same, lower, 0.0) * numbers_at(beta_ptr, begin, ranks, length)[:, None]
+        lower = (
+            tl.where((ranks[:, None] > ranks[None, :]) & same, lower, 0.0) * numbers_at(beta_ptr, begin, ranks, length)[:, None]
+        )
         solve = tl.where(ranks[:, None] == ranks[None, :], 1.0, 0.0)
         for row in range(1, CHUNK):
             own = ranks[:, None] == row

@@ -121,7 +121,10 @@ class _Classifier:
         """As :func:`touched_runs`: pieces whose class is known as they are, others tile by tile."""
         found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         if self.descends:
-            found += [(line[kind != EMPTY], column[kind != EMPTY], column[kind != EMPTY] + 1) for line, column, kind in self._tiles_by_boxes()]
+            found += [
+                (line[kind != EMPTY], column[kind != EMPTY], column[kind != EMPTY] + 1)
+                for line, column, kind in self._tiles_by_boxes()
+            ]
         else:
             for line, starts, lengths, kinds in self._pieces(self.grid):
                 known = (kinds != UNKNOWN) & (lengths > 0)

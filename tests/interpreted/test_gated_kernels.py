@@ -91,7 +91,9 @@ def kernels(g: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
 
 CASES = {
     "scalar, two heads a state, offset": Gated(heads=(2, 1, 1, 1, 1), rows=9, state=True),
-    "scalar, delta, more values, batch, documents": Gated(delta=True, heads=(1, 1, 2, 1, 2), batch=2, rows=18, keys=18, documents=(5, 16)),
+    "scalar, delta, more values, batch, documents": Gated(
+        delta=True, heads=(1, 1, 2, 1, 2), batch=2, rows=18, keys=18, documents=(5, 16)
+    ),
     "vector, strong, forgets": Gated(vector=True, strength=20.0, forgets=6, state=True, width=3),
     "vector, delta, documents, half": Gated(vector=True, delta=True, documents=(9, 10, 18), state=True, dtype=torch.float16),
     "scalar, delta, strong, forgets, bfloat16": Gated(delta=True, strength=20.0, forgets=17, dtype=torch.bfloat16),
@@ -103,7 +105,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_results_and_gradients_are_those_of_the_recurrence(case: Gated) -> None:
     inputs, words = case.make()
-    exact, plain = (results(loop, {name: x.to(kind) for name, x in inputs.items()}, words) for kind in (torch.float64, torch.float32))
+    exact, plain = (
+        results(loop, {name: x.to(kind) for name, x in inputs.items()}, words) for kind in (torch.float64, torch.float32)
+    )
     got = results(kernels, inputs, words)
     sizes = {name: float(x.abs().max()) for name, x in exact.items()}
     sizes["dg"] += sum(float((inputs[n].double() * exact[f"d{n}"]).abs().sum(3).max()) for n in ("q", "k"))

@@ -49,7 +49,9 @@ def gated_scan_triton(
     """
     call = check_gated(q, k, v, log_decay, beta, scale=scale, q_offset=q_offset, state=state, documents=documents)
     if before:
-        raise UnsupportedError("gated_scan_triton: the kernels read the state after a token is written, not before; use gated_scan")
+        raise UnsupportedError(
+            "gated_scan_triton: the kernels read the state after a token is written, not before; use gated_scan"
+        )
     refuse("gated_scan_triton", q, {"head_dim": q.shape[3], "the head_dim of v": v.shape[3]}, "gated_scan")
     vector = log_decay.ndim == 4
     tiles = tiles or gated_tiles(q.dtype, q.shape[3], v.shape[3], vector=vector, target=target_of(q.device))
@@ -69,7 +71,9 @@ def gated_tiles(dtype: torch.dtype, width: int, width_v: int, *, vector: bool, t
         return ScanTiles(16, 16, 16, 4)
     widest, half = filled(max(width, width_v)), dtype != torch.float32
     most = 4 if target.backend == "hip" else 8
-    return ScanTiles(chunk=32 if vector or not half else 64, block=32, columns=16 if widest > 128 else 32, warps=4 if widest <= 64 else most)
+    return ScanTiles(
+        chunk=32 if vector or not half else 64, block=32, columns=16 if widest > 128 else 32, warps=4 if widest <= 64 else most
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +152,12 @@ class _GatedPass:
         """Results and last state, token by token."""
         from sparsedsl.codegen.kernels import gated_scan as kernels
 
-        out, last = self.q.new_empty((self.q.shape[0], self.heads, self.q.shape[2], self.v.shape[3])), self.empty(*self.state_shape)
+        out, last = (
+            self.q.new_empty((self.q.shape[0], self.heads, self.q.shape[2], self.v.shape[3])),
+            self.empty(*self.state_shape),
+        )
         first = last if initial is None else initial.detach().float().contiguous()
-        values = self.values() | {
-            "initial_ptr": first, "HAS_INITIAL": initial is not None, "states_ptr": last, "out_ptr": out
-        }
+        values = self.values() | {"initial_ptr": first, "HAS_INITIAL": initial is not None, "states_ptr": last, "out_ptr": out}
         launch(kernels.step, self.parts * self.lines, values, warps=self.job.tiles.warps)
         return out, last
 
@@ -252,7 +257,9 @@ class _GatedScan(torch.autograd.Function):
         if grad_out is None:
             grad_out = again.q.new_zeros(again.q.shape[0], again.heads, again.q.shape[2], again.v.shape[3])
         (grad_out,) = plain(grad_out)
-        found = again.gradients(again.written(state), grad_out, None if grad_last is None else grad_last.detach().float().contiguous())
+        found = again.gradients(
+            again.written(state), grad_out, None if grad_last is None else grad_last.detach().float().contiguous()
+        )
         *grads, by_state = found
         named = [None if t is None or g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)]
         return None, *named, None if state is None or by_state is None else by_state.to(state.dtype)
