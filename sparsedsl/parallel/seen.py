@@ -10,6 +10,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.rows import closed_counts
@@ -24,14 +25,12 @@ __all__ = ["Seen", "seen_by", "static_pattern", "united"]
 Tensor = torch.Tensor
 # Rows of the tiles of masks that no bounds say: larger ones would be decided pair by pair where a table says blocks.
 FINE = 128
-# Rows of all heads whose keys are counted.
-LOOKED = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """``work``: pairs of query and key that chunks of queries compute, mean over heads, float64 ``(chunks,)``, counted in up to ``LOOKED``
-    rows and estimated from as many, evenly spaced in every chunk, where there are more. ``chunk``, ``first`` and ``stop``, int64
+    """``work``: pairs of query and key that chunks of queries compute, mean over heads, float64 ``(chunks,)``, counted, or
+    estimated from evenly spaced rows of every chunk where there are more than ``EFFORT.placed_rows``. ``chunk``, ``first`` and ``stop``, int64
     ``(runs,)``: runs of granules of which some head of the chunk sees a key, in order, with gaps between those of a chunk."""
 
     work: Tensor
@@ -61,7 +60,7 @@ def _closed_work(mask: Boolean, domain: Domain, chunk: int) -> Tensor:
     groups, q_len = domain.groups(mask).count, domain.rows
     begin = torch.arange(0, q_len, chunk, device=domain.device)
     size = (q_len - begin).clamp(max=chunk)
-    looked = size.clamp(max=max(1, chunk * LOOKED // (groups * q_len)))
+    looked = size.clamp(max=max(1, chunk * EFFORT.now.placed_rows // (groups * q_len)))
     number = torch.arange(int(looked.max()), device=domain.device)
     there = number < looked[:, None]
     row = (begin[:, None] + (2 * number + 1) * size[:, None] // (2 * looked[:, None]))[there]

@@ -17,7 +17,7 @@ from sparsedsl.lang.advice import shown
 from sparsedsl.parallel.assigning import Rates
 from sparsedsl.parallel.planning import TokenPlan, plan, static_patterns
 from sparsedsl.plain_values import Reported
-from sparsedsl.quantities import bytes_text, factor_text, flops_text, seconds_text
+from sparsedsl.quantities import bytes_text, factor_text, flops_text, number_text, seconds_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +28,7 @@ HEADS, KV_HEADS = 32, 8
 
 
 @dataclass(frozen=True)
-class SimulatedStep:
+class SimulatedStep(Reported):
     """The attention of one forward pass on ``world`` ranks, sent in one way.
 
     way: ``"plan"``, ``"ring"``, ``"all-gather"`` or ``"ulysses"``. placed: which tokens a rank has. imbalance: most / mean pairs of a rank.
@@ -67,7 +67,7 @@ class Simulation(Reported):
     def __str__(self) -> str:
         lines = [
             f"{self.q_len:,} tokens, {len(self.names)} layer{'s' * (len(self.names) > 1)}, forward; {self.heads} heads, {self.kv_heads} key "
-            f"heads of {self.head_dim}, {self.itemsize} bytes a number; {flops_text(self.flops)}/s and {bytes_text(self.bandwidth)}/s a rank",
+            f"heads of {self.head_dim}, {self.itemsize} bytes a number; {flops_text(self.flops)}/s and {number_text(self.bandwidth / 1e9)} GB/s a rank",
             "",
             f"{'ranks':>6}  {'way':<11}{'imbalance':>10}{'received':>12}{'compute':>11}{'transfer':>11}{'step':>11}  placed",
         ]

@@ -25,15 +25,15 @@ def draw(simulation: Any, theme_name: str) -> Figure:
         "all-gather": (theme.query, "^"),
         "ulysses": (theme.dim, "D"),
     }
-    for axis, field, title, text in (
-        (axes[0], "seconds", "expected time of a step", seconds_text), (axes[1], "bytes", "sent to the rank that gets the most", bytes_text),
+    for axis, field, title, text, base in (
+        (axes[0], "seconds", "expected time of a step", seconds_text, 10), (axes[1], "bytes", "sent to the rank that gets the most", bytes_text, 32),
     ):  # fmt: skip
         for way, (colour, marker) in looks.items():
             points = [(one.world, getattr(one, field)) for one in simulation.steps if one.way == way and getattr(one, field)]
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.4, label=way)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale("log", base=base)
         theme.axes(axis, title)
         axis.set_xlabel("ranks", fontsize=9)
         axis.set_xticks(sorted({one.world for one in simulation.steps}))
