@@ -3,8 +3,8 @@
     python benchmarks/parallel_plans.py                      # 1M tokens on 8 and 64 ranks, a minute or two
     python benchmarks/parallel_plans.py --tokens 16777216 --chunk 16384
 
-For each way: *imbalance*, most / mean pairs of a rank, and *received*, the keys that the rank which gets the most is sent, over those that a
-ring sends it. *first* is the plan with nothing remembered (imports are done, the pattern is declared), *again* the plan made once more.
+For each way: *imbalance*, most / mean pairs of a rank, and *received*, the keys that the rank which gets the most is sent, over those that
+a ring sends it. *first* is the plan with nothing remembered (imports are done, the pattern is declared), *again* the plan made once more.
 """
 
 from __future__ import annotations

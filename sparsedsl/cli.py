@@ -1,4 +1,4 @@
-"""The command line: ``python -m sparsedsl explain | plot | view | check | plan | build | tune SPEC``. ``*_command`` are the larger commands.
+"""The command line: ``python -m sparsedsl explain | plot | view | check | plan | build | tune SPEC``. ``*_command``: the larger ones.
 
 Exit codes: 0; 1 if ``check`` found a property that does not hold; 2 for anything that could not be done (one message, no
 traceback; ``SPARSEDSL_DEBUG=1`` shows the traceback).

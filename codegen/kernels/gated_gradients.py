@@ -136,7 +136,8 @@ def _from_each_row(x, document, ranks, levels):
     do_not_specialize=[
         "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "v_stride_b", "v_stride_h",
         "v_stride_row", "u_stride_b", "u_stride_h", "u_stride_row", "d_out_stride_b", "d_out_stride_h", "d_out_stride_row",
-        "gate_stride_b", "beta_stride_b", "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks", "width_v", "levels", "scale",
+        "gate_stride_b", "beta_stride_b", "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks", "width_v",
+        "levels", "scale",
     ]
 )  # fmt: skip
 def slopes(
@@ -151,8 +152,8 @@ def slopes(
     HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``d_q (states * READERS, q_rows, WIDTH)``, ``d_k (states, length, WIDTH)`` and that of log decays; where columns are added up in
-    these and in ``d_beta``, the sum of each block of columns: ``(states, blocks, length)``. One program a block of columns of a chunk. ``width_v`` and
-    ``levels``: see ``make_pairs``."""
+    these and in ``d_beta``, the sum of each block of columns: ``(states, blocks, length)``. One program a block of columns of a chunk.
+    ``width_v`` and ``levels``: see ``make_pairs``."""
     q_stride_row, k_stride_row = q_stride_row // ALIGN * ALIGN, k_stride_row // ALIGN * ALIGN
     v_stride_row, u_stride_row = v_stride_row // ALIGN * ALIGN, u_stride_row // ALIGN * ALIGN
     d_out_stride_row = d_out_stride_row // ALIGN * ALIGN
@@ -197,7 +198,6 @@ def slopes(
             v = rows_at(v_ptr, begin, ranks, 0, length, v_stride_row, columns_v, WIDTH_V)
             by_beta += tl.sum(through * v, 1)
     writes *= from_rows(gate_ptr, document, last, begin, ranks, length, columns, WIDTH, VECTOR)
-    reach = to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH, VECTOR)
     reads = tl.zeros([CHUNK, BLOCK], tl.float32)
     by_k = tl.zeros([CHUNK, BLOCK], tl.float32)
     if DELTA:
@@ -206,7 +206,7 @@ def slopes(
         found, writes = _of_pairs(
             by_between, k * beta[:, None], writes, k, gate_ptr, begin, ranks, length, columns, levels, WIDTH, VECTOR, PRECISION
         )  # fmt: skip
-        read_by_k = read_by_k * reach + found
+        read_by_k = read_by_k * to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH, VECTOR) + found
         by_beta = tl.where(part == 0, by_beta, 0.0) + tl.sum(k * read_by_k, 1)
         tl.store(d_beta_ptr + (line * PARTS + part) * length + begin + ranks, by_beta, mask=begin + ranks < length)
         by_k = read_by_k * beta[:, None]
@@ -230,7 +230,7 @@ def slopes(
         found, writes = _of_pairs(
             by_pairs, q, writes, k, gate_ptr, begin, ranks, length, columns, levels, WIDTH, VECTOR, PRECISION
         )  # fmt: skip
-        by_q = by_q * reach + found
+        by_q = by_q * to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH, VECTOR) + found
         reads += q * by_q
         row = begin - q_first + ranks
         kept = ((row >= 0) & (row < q_rows))[:, None] & (columns < WIDTH)[None, :]

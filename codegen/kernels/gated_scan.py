@@ -1,10 +1,10 @@
 """Linear attention whose decays come with the data, and the delta rule: the forward pass, and a few tokens one by one.
 
 With ``a_t = e^(g_t)``, a number a key or one for each of its channels: ``Sd = a_t S_(t-1)``, ``u_t = v_t`` or, by the delta rule,
-``beta_t (v_t - k_t Sd)``, ``S_t = Sd + k_t^T u_t``, ``out_t = scale q_t S_t``. A chunk of rows, with ``c`` the sums of ``g`` from its begin::
+``beta_t (v_t - k_t Sd)``, ``S_t = Sd + k_t^T u_t``, ``out_t = scale q_t S_t``. In a chunk, with ``c`` the sums of ``g`` from its begin::
 
     M_ij = q_i . k_j e^(c_i - c_j)  (j <= i)        N_ij = beta_i k_i . k_j e^(c_i - c_j)  (j < i)        T = (I + N)^-1
-    U = V, or T beta (V - k e^c S)                  O = scale (q e^c S + M U)                             S' = e^(c_C) S + (k e^(c_C - c))^T U
+    U = V, or T beta (V - k e^c S)                  O = scale (q e^c S + M U)                    S' = e^(c_C) S + (k e^(c_C - c))^T U
 
 :func:`make_pairs` makes M and T of all chunks at a time, :func:`write_states` goes from chunk to chunk, :func:`read_states` makes the
 results of all chunks at a time. Decays may be as strong as they like: exp is taken of sums of log decays between the two rows

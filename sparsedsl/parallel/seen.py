@@ -29,9 +29,12 @@ FINE = 128
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """``work``: pairs of query and key that chunks of queries compute, mean over heads, float64 ``(chunks,)``, counted, or
-    estimated from evenly spaced rows of every chunk where there are more than ``EFFORT.placed_rows``. ``chunk``, ``first`` and ``stop``, int64
-    ``(runs,)``: runs of granules of which some head of the chunk sees a key, in order, with gaps between those of a chunk."""
+    """What chunks of queries see of the granules of keys, and compute.
+
+    work: pairs of query and key of a chunk, mean over heads, float64 ``(chunks,)``; counted, or where there are more than
+    ``EFFORT.placed_rows`` rows estimated from evenly spaced ones of every chunk. chunk, first, stop: int64 ``(runs,)``, half-open runs of
+    granules of which some head of the chunk sees a key, in order, with gaps between those of a chunk.
+    """
 
     work: Tensor
     chunk: Tensor

@@ -65,9 +65,11 @@ class Simulation(Reported):
     steps: tuple[SimulatedStep, ...]
 
     def __str__(self) -> str:
+        layers = f"{len(self.names)} layer{'s' * (len(self.names) > 1)}"
+        sizes = f"{self.heads} heads, {self.kv_heads} key heads of {self.head_dim}, {self.itemsize} bytes a number"
+        rates = f"{flops_text(self.flops)}/s and {number_text(self.bandwidth / 1e9)} GB/s a rank"
         lines = [
-            f"{self.q_len:,} tokens, {len(self.names)} layer{'s' * (len(self.names) > 1)}, forward; {self.heads} heads, {self.kv_heads} key "
-            f"heads of {self.head_dim}, {self.itemsize} bytes a number; {flops_text(self.flops)}/s and {number_text(self.bandwidth / 1e9)} GB/s a rank",
+            f"{self.q_len:,} tokens, {layers}, forward; {sizes}; {rates}",
             "",
             f"{'ranks':>6}  {'way':<11}{'imbalance':>10}{'received':>12}{'compute':>11}{'transfer':>11}{'step':>11}  placed",
         ]

@@ -25,9 +25,11 @@ def draw(simulation: Any, theme_name: str) -> Figure:
         "all-gather": (theme.query, "^"),
         "ulysses": (theme.dim, "D"),
     }
-    for axis, field, title, text, base in (
-        (axes[0], "seconds", "expected time of a step", seconds_text, 10), (axes[1], "bytes", "sent to the rank that gets the most", bytes_text, 32),
-    ):  # fmt: skip
+    panels = (
+        ("seconds", "expected time of a step", seconds_text, 10),
+        ("bytes", "sent to the rank that gets the most", bytes_text, 32),
+    )
+    for axis, (field, title, text, base) in zip(axes, panels, strict=True):
         for way, (colour, marker) in looks.items():
             points = [(one.world, getattr(one, field)) for one in simulation.steps if one.way == way and getattr(one, field)]
             if points:

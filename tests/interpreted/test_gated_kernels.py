@@ -59,7 +59,8 @@ class Gated:
         x = {
             "q": random(self.batch, hq, self.rows, self.width).to(self.dtype),
             "k": l2(random(self.batch, hk, self.keys, self.width)).to(self.dtype),
-            "v": random(self.batch, hv, self.keys, self.width_v).to(self.dtype), "g": -self.strength * random(1, hg, self.keys, *channels).abs(),
+            "v": random(self.batch, hv, self.keys, self.width_v).to(self.dtype),
+            "g": -self.strength * random(1, hg, self.keys, *channels).abs(),
         }  # fmt: skip
         if self.forgets is not None:
             x["g"][:, :, self.forgets] = -math.inf
@@ -163,6 +164,16 @@ def test_T28_nothing_later_reaches_a_query(vector: bool) -> None:
         changed, _ = kernels(**inputs, **words)
     assert torch.equal(whole[:, :, :7], changed[:, :, :7])
     assert not torch.equal(whole[:, :, 7:], changed[:, :, 7:])
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_not_even_roundings_of_a_later_document_reach_a_gradient(vector: bool) -> None:
+    inputs, words = Gated(vector=vector, delta=True, keys=12, rows=12, documents=(7,)).make()
+    before = results(kernels, inputs, words)
+    inputs["v"][:, :, 7:] *= 1e4
+    after = results(kernels, inputs, words)
+    assert all(torch.equal(before[name][:, :, :7], after[name][:, :, :7]) for name in ("dq", "dk", "dv", "dg", "dbeta"))
+    assert not torch.equal(before["dg"][:, :, 7:], after["dg"][:, :, 7:])
 
 
 def test_what_they_refuse() -> None:

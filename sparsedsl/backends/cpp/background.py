@@ -1,7 +1,8 @@
 """Builds by threads of their own, as many compilers at once as there are cores: whoever wants a result waits for it, or does not.
 
 A thread does not live on in a forked child: there a build that was under way begins anew when somebody waits for it, and finds what
-the parent has made meanwhile. A process that ends stops its compilers, and waits for the moment in which their files are removed.
+the parent has made meanwhile. No process forks while another is being started: a child that got the ends of its pipes would keep the
+parent, which reads to their end, waiting for as long as it lives. A process that ends stops its compilers, and waits for the moment in which their files are removed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from sparsedsl.errors import UnsupportedError
 
-__all__ = ["Build", "finished_at_exit", "run_compiler"]
+__all__ = ["Build", "compiler_says", "finished_at_exit", "run_compiler"]
 
 # That a compiler gets to stop when it is asked to, in seconds.
 STOP_SECONDS = 1.0
@@ -92,21 +93,43 @@ def finished_at_exit() -> Iterator[None]:
 def run_compiler(command: list[str], folder: Path) -> tuple[int, str]:
     """The exit status of a compiler, and what it said."""
     with _cores:
-        with _lock:
-            if _ending:
-                raise UnsupportedError("this process is ending")
-            # Its helpers stop with it: a signal to its group reaches them.
-            process = subprocess.Popen(
-                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                errors="replace", start_new_session=True,
-            )  # fmt: skip
-            _compilers.add(process)
+        process = _started(command, folder)
         try:
             said, complaints = process.communicate()
         finally:
             with _lock:
                 _compilers.discard(process)
     return process.returncode, complaints or said
+
+
+def compiler_says(command: list[str], seconds: float) -> str:
+    """What a compiler prints of itself; "" where it says nothing."""
+    try:
+        process = _started(command, Path.cwd())
+        try:
+            return process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            return ""
+        finally:
+            with _lock:
+                _compilers.discard(process)
+    except (OSError, UnsupportedError):
+        return ""
+
+
+def _started(command: list[str], folder: Path) -> subprocess.Popen[str]:
+    with _lock:
+        if _ending:
+            raise UnsupportedError("this process is ending")
+        # Its helpers stop with it: a signal to its group reaches them.
+        process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+        _compilers.add(process)
+    return process
 
 
 _lock = threading.Lock()
@@ -123,6 +146,14 @@ def _as_many_as_cores() -> threading.BoundedSemaphore:
 _cores = _as_many_as_cores()
 
 
+def _before_fork() -> None:
+    _lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    _lock.release()
+
+
 def _after_fork() -> None:
     global _lock, _cores
     _lock, _cores = threading.Lock(), _as_many_as_cores()
@@ -133,7 +164,7 @@ def _after_fork() -> None:
     _compilers.clear()  # they are the parent's
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
 
 
 @atexit.register

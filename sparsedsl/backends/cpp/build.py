@@ -17,7 +17,6 @@ import os
 import secrets
 import shutil
 import stat
-import subprocess
 import tempfile
 import threading
 import time
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from sparsedsl.backends.cpp.background import Build, finished_at_exit, run_compiler
+from sparsedsl.backends.cpp.background import Build, compiler_says, finished_at_exit, run_compiler
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.settings import settings
 
@@ -133,11 +132,7 @@ def _surroundings(path: str) -> tuple[str, ...]:
 @lru_cache(maxsize=8)
 def compiler_version(path: str) -> tuple[str, str]:
     """Where a compiler is, and the first line of what it says of itself; "" where it says nothing."""
-    try:
-        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
-    except (OSError, subprocess.SubprocessError):
-        said = ""
-    return path, said.split("\n")[0]
+    return path, compiler_says([path, "--version"], 30.0).split("\n")[0]
 
 
 @lru_cache(maxsize=1)

@@ -69,11 +69,9 @@ def gated_tiles(dtype: torch.dtype, width: int, width_v: int, *, vector: bool, t
     clock: what spills least on the targets that kernels are built for."""
     if interpreted():
         return ScanTiles(16, 16, 16, 4)
-    widest, half = filled(max(width, width_v)), dtype != torch.float32
-    most = 4 if target.backend == "hip" else 8
-    return ScanTiles(
-        chunk=32 if vector or not half else 64, block=32, columns=16 if widest > 128 else 32, warps=4 if widest <= 64 else most
-    )
+    small = vector or dtype == torch.float32 or max(width, width_v) > 128
+    # A thread of an AMD processor has twice the registers, and half as many if there are eight warps.
+    return ScanTiles(chunk=32, block=16, columns=16 if small else 32, warps=4 if target.backend == "hip" else 8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +97,8 @@ class _GatedPass:
     @staticmethod
     def of(job: _GatedJob, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None) -> _GatedPass:
         q, k, v = plain(q, k, v)
-        log_decay, beta = (None if t is None else t.detach().float().contiguous() for t in (log_decay, beta))
-        assert log_decay is not None
-        return _GatedPass(job, q, k, v, log_decay, beta)
+        beta = None if beta is None else beta.detach().float().contiguous()
+        return _GatedPass(job, q, k, v, log_decay.detach().float().contiguous(), beta)
 
     @property
     def heads(self) -> int:
@@ -134,13 +131,15 @@ class _GatedPass:
             "gate_ptr": g, "beta_ptr": g if beta is None else beta, "documents_ptr": g if documents is None else documents,
             "gate_stride_b": alone(g), "beta_stride_b": alone(beta), "documents_stride_b": alone(documents),
             "q_first": self.job.call.q_offset, "q_rows": self.q.shape[2], "length": self.k.shape[2], "heads": states,
-            "chunks": self.chunks, "width": self.q.shape[3], "width_v": self.v.shape[3], "scale": self.job.call.scale, "READERS": self.heads // states if self.q.shape[2] else 0,
+            "chunks": self.chunks, "width": self.q.shape[3], "width_v": self.v.shape[3], "scale": self.job.call.scale,
+            "READERS": self.heads // states if self.q.shape[2] else 0,
             "Q_SHARED": self.heads // self.q.shape[1], "K_SHARED": states // self.k.shape[1], "V_SHARED": states // self.v.shape[1],
             "GATE_SHARED": states // g.shape[1], "BETA_SHARED": 1 if beta is None else states // beta.shape[1],
             "WIDTH": self.q.shape[3], "WIDTH_V": self.v.shape[3], "WHOLE": filled(self.q.shape[3]),
             "BLOCK": min(filled(self.q.shape[3]), tiles.block), "COLUMNS": min(filled(self.v.shape[3]), tiles.columns),
             "CHUNK": tiles.chunk, "levels": tiles.chunk.bit_length() - 1, "VECTOR": g.ndim == 4, "DELTA": beta is not None,
-            "HAS_DOCUMENTS": documents is not None, "PRECISION": "tf32" if "tf32" in map(precision_of, (self.q, self.k, self.v)) else "ieee",
+            "HAS_DOCUMENTS": documents is not None,
+            "PRECISION": "tf32" if "tf32" in map(precision_of, (self.q, self.k, self.v)) else "ieee",
         }  # fmt: skip
 
     @property
@@ -162,7 +161,7 @@ class _GatedPass:
         return out, last
 
     def written(self, initial: Tensor | None) -> dict[str, Any]:
-        """Values for the kernels that read: pairs, the solution of the delta rule, u, and the states before each chunk and after the last."""
+        """Values for the kernels that read: pairs, the inverse of the delta rule, u, the states before each chunk and after the last."""
         from sparsedsl.codegen.kernels import gated_scan as kernels
 
         chunk, chunks, warps = self.job.tiles.chunk, self.chunks, self.job.tiles.warps
@@ -211,7 +210,8 @@ class _GatedPass:
         through = d_states if d_beta is None else torch.empty_like(values["written_ptr"])
         values = values | operands(d_out=d_out) | {
             "ALIGN": min(values["ALIGN"], operands(d_out=d_out)["ALIGN"]), "d_last_ptr": d_states if d_last is None else d_last,
-            "HAS_LAST": d_last is not None, "d_states_ptr": d_states, "through_ptr": through, "d_q_ptr": d_q, "d_k_ptr": d_k, "d_v_ptr": d_v,
+            "HAS_LAST": d_last is not None, "d_states_ptr": d_states, "through_ptr": through, "d_q_ptr": d_q, "d_k_ptr": d_k,
+            "d_v_ptr": d_v,
             "d_gate_ptr": d_gate, "d_beta_ptr": d_gate if d_beta is None else d_beta,
         }  # fmt: skip
         launch(kernels.carry_back, self.parts * self.lines, values, warps=warps)

@@ -313,6 +313,33 @@ def test_a_forked_child_waits_for_the_build_of_its_parent(folder, counted, tmp_p
     assert len(counted.read_text().split()) == 1
 
 
+def test_a_child_forked_while_a_compiler_is_started_keeps_nobody_waiting(folder):
+    """It would hold the ends of the compiler's pipes, which the parent reads to their end, and wait for the parent's lock."""
+    done = run_alone(
+        f"""
+        import os, subprocess, threading, time
+        from sparsedsl.backends.cpp import build
+        pipes_are_open, start = threading.Event(), subprocess.Popen._execute_child
+
+        def slowly(self, command, *given):
+            if "-shared" in command:
+                pipes_are_open.set()
+                time.sleep(0.5)
+            start(self, command, *given)
+
+        subprocess.Popen._execute_child = slowly
+        begun = build.start({TEXT!r})
+        pipes_are_open.wait()
+        child = os.fork()
+        if not child:
+            os._exit(7 if begun.wait(30) and build.library({TEXT!r}).answer() == 42 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert build.library({TEXT!r}).answer() == 42
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_child_forked_during_a_build_makes_calls(held):
     done = run_alone(
         f"""
