@@ -63,7 +63,7 @@ CASES: Mapping[str, tuple[Any, Callable[[int], dict[str, torch.Tensor]]]] = {
 def measured(name: str, world: int, options: argparse.Namespace) -> dict[str, Any]:
     """One plan."""
     mask, tables_of = CASES[name]
-    tables = tables_of(options.tokens)
+    tables: dict[str, Any] = dict(tables_of(options.tokens))
 
     def make() -> Any:
         return sd.parallel.plan(mask, options.tokens, world, chunk=options.chunk, granule=options.granule, **tables)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sparsedsl.figures import axes_of
@@ -16,6 +18,8 @@ __all__ = ["draw"]
 
 def draw(simulation: Any, theme_name: str) -> Figure:
     """Two panels, a line for each way."""
+    from matplotlib.ticker import FuncFormatter
+
     theme = theme_of(theme_name)
     figure, axes, _ = axes_of(None, 2, (9.0, 4.0))
     theme.on(figure)
@@ -39,9 +43,13 @@ def draw(simulation: Any, theme_name: str) -> Figure:
         theme.axes(axis, title)
         axis.set_xlabel("ranks", fontsize=9)
         axis.set_xticks(sorted({one.world for one in simulation.steps}))
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axis.yaxis.set_major_formatter(lambda y, _, text=text: text(y))
+        axis.xaxis.set_major_formatter(FuncFormatter(functools.partial(_told, "{:g}".format)))
+        axis.yaxis.set_major_formatter(FuncFormatter(functools.partial(_told, text)))
         axis.grid(color=theme.line, alpha=0.3)
     axes[0].legend(fontsize=8, frameon=False, labelcolor=theme.text)
     figure.suptitle(f"{simulation.q_len:,} tokens", fontsize=10, color=theme.text)
     return figure
+
+
+def _told(text: Callable[[float], str], value: float, _place: int | None = None) -> str:
+    return text(value)
