@@ -1,4 +1,4 @@
-"""The command line: ``python -m sparsedsl explain | plot | view | check | build | tune SPEC``. ``*_command`` are the larger commands.
+"""The command line: ``python -m sparsedsl explain | plot | view | check | plan | build | tune SPEC``. ``*_command``: the larger ones.
 
 Exit codes: 0; 1 if ``check`` found a property that does not hold; 2 for anything that could not be done (one message, no
 traceback; ``SPARSEDSL_DEBUG=1`` shows the traceback).
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sparsedsl import __version__, build_command, explain_command, kernel_command, tune_command, view_command
+from sparsedsl import __version__, build_command, explain_command, kernel_command, plan_command, tune_command, view_command
 from sparsedsl.backend_option import add_backend
 from sparsedsl.completion import complete, complete_spec
 from sparsedsl.errors import PatternError, SparseDSLError
@@ -26,7 +26,7 @@ from sparsedsl.working import count, working
 __all__ = ["main"]
 
 SPEC_HELP = """\
-SPEC is module:name or file.py:name. The name may be a Mask, a Score, a Pattern, a program (not for build and tune), what
+SPEC is module:name or file.py:name. The name may be a Mask, a Score, a Pattern, a program (not for plan, build and tune), what
 sd.compile made of one, a FlexAttention mask_mod or score_mod (which is traced), or a function without arguments that
 returns one of these. Tables that are not bound to it are given as --table name=file: a tensor saved with torch.save (.pt)
 or numpy.save (.npy), or a list written out (--table 'doc=[0,0,1,1]')."""
@@ -49,6 +49,7 @@ Tables that are not given are drawn at random, as their declarations allow. Exit
 a program that shows it is printed; 0 if all hold, 2 if nothing could be run. A pattern that declares
 itself causal, sd.attend(..., causal=True), is held to it. With --kernel a kernel of your own is tested, a function or
 what sd.testing.Kernel made of it (docs/testing.md), by the same exit codes.""",
+    "plan": plan_command.EXAMPLES,
     "build": build_command.EXAMPLES,
     "tune": tune_command.EXAMPLES,
     "view": view_command.EXAMPLES,
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         (_plot, "draw a pattern: allowed pairs and tile classes"),
         (_view, "a page on this machine that shows a pattern, with sliders; or one file that needs no server"),
         (_check, "test a pattern with random shapes, tables and inputs"),
+        (_plan, "what attention over many devices would cost: balance, bytes and time beside a ring, an all-gather and Ulysses"),
         (_build, "compile the GPU kernels of a pattern, without a GPU, and report what they take; or its C++ for this CPU"),
         (_tune, "measure which tiles suit a pattern on this GPU; show, export and import what was measured"),
     ):
@@ -128,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--table", action="append", default=[], metavar="NAME=FILE", help="values of a table; may be given more than once"
         )
-        if run in (_tune, _view):
-            (tune_command if run is _tune else view_command).add_arguments(command)
+        if run in OWN_OPTIONS:
+            OWN_OPTIONS[run].add_arguments(command)
             continue
         if run is _check:
             command.add_argument(
@@ -229,6 +231,10 @@ def _check(arguments: argparse.Namespace) -> int:
     return report.exit_code
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    return plan_command.run(arguments)
+
+
 def _build(arguments: argparse.Namespace) -> int:
     arguments.pattern = _static(arguments.spec, "build", "its kernels, in codegen/kernels, are compiled at the first call")
     return build_command.run(arguments)
@@ -239,6 +245,10 @@ def _tune(arguments: argparse.Namespace) -> int:
     arguments.pattern = _static(arguments.spec, "tune", instead) if arguments.spec else None
     arguments.tables = load_tables(arguments.pattern, arguments.table) if arguments.spec else {}
     return tune_command.run(arguments)
+
+
+# Commands whose options are all their own, but for SPEC and --table.
+OWN_OPTIONS = {_tune: tune_command, _view: view_command, _plan: plan_command}
 
 
 def _static(spec: str, command: str, instead: str) -> Any:

@@ -68,6 +68,23 @@ def test_block_lists(tmp_path):
     assert "| not measured |" in shown
 
 
+def test_parallel_plans(tmp_path, capsys):
+    script, out = load("parallel_plans"), tmp_path / "plans.json"
+    sizes = ["--tokens", "16384", "--worlds", "2", "4", "--chunk", "512", "--granule", "64", "--rounds", "1"]
+    assert script.main([*sizes, "--out", str(out)]) == 0
+    content, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert content["machine"].keys() >= MACHINE and str(out) in shown
+    assert [(r["pattern"], r["world"]) for r in content["records"]] == [(name, w) for name in script.CASES for w in (2, 4)]
+    causal, window = content["records"][0], content["records"][3]
+    assert causal["ways"]["contiguous"]["imbalance"] == pytest.approx(1.5, abs=0.01)
+    assert causal["ways"]["zigzag"]["imbalance"] == pytest.approx(1.0, abs=0.01)
+    assert window["ways"]["contiguous"]["received"] == pytest.approx(1 / 3)
+    assert {target["what"] for target in content["targets"]} == {"imbalance", "received"}, (
+        "seconds are judged at 1M and 16M tokens"
+    )
+    assert shown.count("| causal |") == 2
+
+
 @pytest.mark.slow
 def test_aot_resources(tmp_path):
     pytest.importorskip("triton")

@@ -214,10 +214,43 @@ def test_plot_draws_several_heads(run: Run, tmp_path: Path) -> None:
         assert [number for number in range(4) if f"head {number}" in text] == list(drawn)
 
 
+def test_plan_prints_writes_and_draws(run: Run, tmp_path: Path) -> None:
+    words = ("--chunk", "64", "--granule", "16", "--heads", "4")
+    code, out, err = run("plan", "mine:window", "--q-len", "2K", "--world", "16", *words)
+    assert (code, err) == (0, "") and out.startswith("2,048 tokens, 1 layer, forward; 4 heads")
+    told = [line.split()[:2] for line in out.splitlines()[3:]]
+    assert told == [[world, way] for world in ("4", "16") for way in ("plan", "ring", "all-gather", "ulysses")]
+    assert "16 ranks for 4 heads" in out
+    words += ("--table", f"doc={[0] * 700 + [1] * 1348}", "--rate", "2", "--bandwidth", "0.5", "--json")
+    code, out, _ = run("plan", "mine:packed", "--q-len", "2048", "--world", "2,8", *words)
+    found = json.loads(out)
+    assert (code, found["flops"], found["bandwidth"]) == (0, 2e12, 5e8)
+    assert [one["world"] for one in found["steps"]] == [2] * 4 + [8] * 4
+    pytest.importorskip("matplotlib")
+    code, out, _ = run("plan", "mine:window", "--q-len", "1K", "--world", "2", "--granule", "16", "--out", "plan.svg")
+    assert code == 0 and out.endswith("\nplan.svg\n") and "expected time of a step" in (tmp_path / "plan.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("mine:node", "--world", "2"), "chooses from q and k as it is called"),
+        (("mine:window", "--world", "2", "--rate", "0"), "--rate must be a positive number; got 0"),
+        (("mine:window", "--world", "64"), "fewer than 16 ranks"),
+        (("mine:packed", "--world", "2"), "the pattern reads tables that need values: doc"),
+        (("mine:window", "--world", "2", "--out", "plan.doc"), "cannot write plan.doc"),
+    ],
+)
+def test_what_plan_refuses(run: Run, words: tuple[str, ...], message: str) -> None:
+    code, out, err = run("plan", "--q-len", "1K", *words)
+    assert (code, out) == (2, "")
+    assert message in err and "Traceback" not in err
+
+
 def test_no_command_lists_them_all(run: Run) -> None:
     code, out, err = run()
     assert (code, out) == (2, "")
-    assert all(f"    {name} " in err for name in ("explain", "plot", "view", "check", "build", "tune"))
+    assert all(f"    {name} " in err for name in ("explain", "plot", "view", "check", "plan", "build", "tune"))
 
 
 def only_progress(text: str) -> bool:

@@ -40,7 +40,7 @@ ARROW = [
     ["type_strategies"],
     ["__init__"],
     ["backend_option", "build_command", "completion", "explain_command", "kernel_command", "pytest_plugin", "view"],
-    ["view_command"],
+    ["plan_command", "view_command"],
     ["cli"],
     ["__main__"],
 ]

@@ -75,7 +75,7 @@ def every_kind() -> list[type]:
     from sparsedsl.backends.cpp import libraries  # noqa: F401
     from sparsedsl.gpu import autotune, builds, expected, tuning_records  # noqa: F401
     from sparsedsl.models.layer_search import search_report  # noqa: F401
-    from sparsedsl.parallel import planning  # noqa: F401
+    from sparsedsl.parallel import planning, simulating  # noqa: F401
     from sparsedsl.tiling import schedule  # noqa: F401
 
     waiting, found = [Reported], []
@@ -124,6 +124,7 @@ def reports() -> dict[str, Any]:
         "imported": Imported(1, 0, ("record 1: no record",)),
         "caches": CacheReport(64, 1, (LayerCache((0, 2), "every key", 64, 128, 8192),), 16384, 16384),
         "token plan": sd.parallel.plan(later, 512, 2),
+        "simulation": sd.parallel.simulate(later, 1024, [2, 64], chunk=16, granule=16),
         "schedule": sd.compile(documents, backend="tiled")
         .static.runner("tiled")
         .schedule_of(  # type: ignore[attr-defined]

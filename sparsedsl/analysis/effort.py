@@ -18,6 +18,7 @@ class Effort:
     - ``fine``: undecided tiles longer than this many tokens are split before points are looked at.
     - ``points`` evaluated at once. ``kinds`` of tiles that may be told apart by number; more are told apart by sorting.
     - ``counted_points``: the most that are evaluated to count pairs; beyond, ``sampled_rows`` rows are counted.
+    - ``placed_rows``: the most, over all heads, that are counted to place tokens on ranks; beyond, evenly spaced ones of every chunk.
     - ``listed``: tiles of a whole grid from which on they are counted without lists where the mask allows it.
     - ``proof_ms``: milliseconds that a solver gets for a question.
     """
@@ -29,6 +30,7 @@ class Effort:
     kinds: int = 1 << 22
     counted_points: int = 1 << 27
     sampled_rows: int = 256
+    placed_rows: int = 1 << 22
     listed: int = 1 << 26
     proof_ms: int = 3000
 

@@ -16,7 +16,7 @@ from sparsedsl.analysis.mask_clauses import clauses, only_difference
 from sparsedsl.analysis.runs import solve_clause
 from sparsedsl.lang.steps import evaluate
 
-__all__ = ["RowCounts", "count_rows", "looked_at", "row_counts"]
+__all__ = ["RowCounts", "closed_counts", "count_rows", "looked_at", "row_counts"]
 
 # Rows solved at once; differences of queries and keys that are looked at.
 ROWS, DIAGONALS = 1 << 16, 1 << 24
@@ -103,6 +103,12 @@ def _rows_by_diagonals(mask: Boolean, domain: Domain) -> Iterator[tuple[int, tor
         holds = torch.as_tensor(evaluate(mask, {**env, **places}), device=domain.device).expand(difference.numel())
         upto = torch.cat([last.new_zeros(1), holds.to(torch.int64).cumsum(0)])
         yield group * domain.rows, upto[last] - upto[last - domain.kv_len]
+
+
+def closed_counts(mask: Boolean, domain: Domain, line: torch.Tensor) -> torch.Tensor:
+    """Allowed keys of some rows, ``line`` being group * rows + row, of a mask whose clauses are bounds and nothing else."""
+    parts = [_closed_form(mask, domain, some) for some in line.split(ROWS)]
+    return torch.cat(parts) if parts else torch.zeros_like(line)
 
 
 def _closed_rows(mask: Boolean, domain: Domain) -> Iterator[tuple[int, torch.Tensor]]:

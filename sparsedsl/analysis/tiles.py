@@ -29,7 +29,7 @@ from sparsedsl.analysis.points import Boxes, PointDecider, box_classes, check_po
 from sparsedsl.analysis.runs import solve_clause
 from sparsedsl.errors import ShapeError
 
-__all__ = ["BRANCH", "Grid", "block_pair", "classify", "in_owner", "split"]
+__all__ = ["BRANCH", "Grid", "block_pair", "classify", "in_owner", "split", "touched_runs"]
 
 # The descent begins at boxes of this many tiles on a side and splits by BRANCH.
 ROOT, BRANCH = 64, 4
@@ -87,6 +87,14 @@ def classify(mask: Boolean, domain: Domain, block_size: Any = 128, *, minimal: b
     return _Classifier(mask, Grid(domain, block_pair(block_size)), minimal).run()
 
 
+def touched_runs(mask: Boolean, domain: Domain, block_size: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tiles with an allowed pair as runs: line (group * tile rows + row), first column, and the column after the last.
+
+    Runs of one line may touch and are in no order. Of masks that are told by bounds nothing is made that grows with the tiles.
+    """
+    return _Classifier(mask, Grid(domain, block_pair(block_size)), True).touched()
+
+
 class _Classifier:
     """One classification; holds what its steps share. A *line* is a tile row of one group: group * rows + row."""
 
@@ -108,6 +116,28 @@ class _Classifier:
         shape = (self.groups.batch, self.groups.heads, self.grid.rows)
         full, partial = (TileRows(counts[i].view(shape), columns[i]) for i in (0, 1))
         return BlockLists(full, partial, self.grid.block, self.domain.rows, self.domain.kv_len)
+
+    def touched(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As :func:`touched_runs`: pieces whose class is known as they are, others tile by tile."""
+        found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        if self.descends:
+            found += [
+                (line[kind != EMPTY], column[kind != EMPTY], column[kind != EMPTY] + 1)
+                for line, column, kind in self._tiles_by_boxes()
+            ]
+        else:
+            for line, starts, lengths, kinds in self._pieces(self.grid):
+                known = (kinds != UNKNOWN) & (lengths > 0)
+                owner = line[:, None].expand_as(starts)[known]
+                found.append((owner, starts[known], (starts + lengths)[known]))
+                unknown = (kinds == UNKNOWN) & (lengths > 0)
+                if bool(unknown.any()):
+                    place, column, kind = self._decide_pieces(line, starts, lengths * unknown)
+                    some = kind != EMPTY
+                    found.append((line[place[some]], column[some], column[some] + 1))
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        line, first, stop = (torch.cat([none, *parts]) for parts in (zip(*found, strict=True) if found else [()] * 3))
+        return line, first, stop
 
     def _check_room(self) -> None:
         """Refuse lists that are certain not to fit into memory, before any of them is made."""

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsedsl.parallel.seen import united
+
 __all__ = ["METHODS", "Costs", "Rates", "assigned", "costs_of"]
 
 Tensor = torch.Tensor
 Owner = tuple[int, ...]
 METHODS = ("contiguous", "zigzag", "longest_first", "cuts")
-# Exchanges of two chunks that are tried once the best way is found; and pairs of (chunk, granule) above which none is.
-SWAPS, MOST_LISTED = 24, 1 << 23
+# Exchanges of two chunks that are tried once the best way is found; and runs of granules that chunks see above which none is.
+SWAPS, MOST_RUNS = 24, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,11 @@ class Costs:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is to be assigned: ``work`` of each chunk; for each pattern the listed pairs of chunk and granule; tokens of each granule."""
+    """What is to be assigned: ``work`` of each chunk; for each pattern the runs of granules that chunks see: chunk, first, and the one
+    after the last; tokens of each granule."""
 
     work: Tensor
-    listed: Sequence[tuple[Tensor, Tensor]]
+    runs: Sequence[tuple[Tensor, Tensor, Tensor]]
     granule_tokens: Tensor
     granules_a_chunk: int
     world: int
@@ -57,22 +60,40 @@ class Task:
 
 def needed(task: Task, owner: Owner, pattern: int) -> Tensor:
     """Which granules each rank sees, ``(ranks, granules)``."""
-    chunk, granule = task.listed[pattern]
-    found = torch.zeros((task.world, task.granule_tokens.numel()), dtype=torch.bool)
-    found[torch.tensor(owner)[chunk], granule] = True
-    return found
+    rank, first, stop = _seen(task, torch.tensor(owner), pattern)
+    steps = torch.zeros((task.world, task.granule_tokens.numel() + 1), dtype=torch.int8)
+    steps[rank, first] = 1
+    steps[rank, stop] = -1
+    return steps.cumsum(1, dtype=torch.int8)[:, :-1] > 0
+
+
+def _seen(task: Task, ranks: Tensor, pattern: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As the runs of a pattern, of ranks in place of chunks."""
+    chunk, first, stop = task.runs[pattern]
+    return united(ranks[chunk], first, stop, task.granule_tokens.numel())
 
 
 def costs_of(task: Task, owner: Owner) -> Costs:
     """What an assignment costs."""
-    ranks = torch.tensor(owner)
+    ranks, length = torch.tensor(owner), task.granule_tokens.numel()
     work = torch.zeros(task.world, dtype=torch.float64).index_add_(0, ranks, task.work)
-    holder = ranks.repeat_interleave(task.granules_a_chunk)[: task.granule_tokens.numel()]
+    upto = torch.cat([torch.zeros(1, dtype=torch.int64), task.granule_tokens.cumsum(0)])
+    own = torch.arange(ranks.numel()) * task.granules_a_chunk
+    ends = (own, (own + task.granules_a_chunk).clamp(max=length))
     received = torch.zeros(task.world, dtype=torch.int64)
-    for number in range(len(task.listed)):
-        seen = needed(task, owner, number)
-        seen[holder, torch.arange(holder.numel())] = False
-        received += (seen * task.granule_tokens).sum(1)
+    for number in range(len(task.runs)):
+        rank, first, stop = _seen(task, ranks, number)
+        tokens = upto[stop] - upto[first]
+        received.index_add_(0, rank, tokens)
+        # What a rank sees of its own chunks: the tokens seen up to their ends.
+        begin, before = rank * (length + 1) + first, torch.cat([torch.zeros(1, dtype=torch.int64), tokens.cumsum(0)])
+        seen = []
+        for end in ends:
+            place = torch.searchsorted(begin, ranks * (length + 1) + end, right=True) - 1
+            run = place.clamp(min=0)
+            inside = upto[torch.minimum(end, stop[run])] - upto[first[run]]
+            seen.append(torch.where(place < 0, 0, before[run] + torch.where(rank[run] == ranks, inside, tokens[run])))
+        received.index_add_(0, ranks, seen[0] - seen[1])
     seconds = work / task.rates.pairs + received / task.rates.keys
     return Costs(work, received, float(seconds.max()))
 
@@ -86,7 +107,7 @@ def assigned(task: Task, method: str) -> tuple[str, Owner, dict[str, Costs]]:
     name = min(tried, key=lambda way: (round(tried[way][1].seconds, 12), list(tried).index(way)))
     owner, best = tried[name]
     costs = {way: cost for way, (_, cost) in tried.items()}
-    if method == "auto" and sum(chunk.numel() for chunk, _ in task.listed) <= MOST_LISTED:
+    if method == "auto" and sum(chunk.numel() for chunk, _, _ in task.runs) <= MOST_RUNS:
         swapped, better = _swapped(task, owner, best)
         if better.seconds < best.seconds:
             name, owner = f"{name}, swapped", swapped

@@ -23,7 +23,7 @@ from sparsedsl.plain_values import Reported
 from sparsedsl.program.graph import Program
 from sparsedsl.quantities import factor_text, share_text
 
-__all__ = ["TokenPlan", "plan"]
+__all__ = ["TokenPlan", "plan", "static_patterns"]
 
 Tensor = torch.Tensor
 # Chunks a rank where nobody says how large they are.
@@ -83,12 +83,18 @@ class TokenPlan(Reported):
 
     def traffic(self, name: str | None = None) -> Tensor:
         """Keys that rank ``i`` sends rank ``j`` under a pattern, int64 ``(world, world)``."""
-        seen = self._needs[self._name(name)]
-        tokens = torch.full((seen.shape[1],), self.granule, dtype=torch.int64)
-        tokens[-1] = self.q_len - (seen.shape[1] - 1) * self.granule
-        found = torch.zeros((self.world, self.world), dtype=torch.int64)
-        found.index_add_(0, self._granule_holder, (seen * tokens).T)
-        return found.fill_diagonal_(0)
+        return self._traffic[self._name(name)].clone()
+
+    @functools.cached_property
+    def _traffic(self) -> Mapping[str, Tensor]:
+        tokens = torch.full_like(self._granule_holder, self.granule)
+        tokens[-1] = self.q_len - (tokens.numel() - 1) * self.granule
+        found = {name: torch.zeros((self.world, self.world), dtype=torch.int64) for name in self.names}
+        for name, sent in found.items():
+            for rank, seen in enumerate(self._needs[name]):
+                sent[:, rank].index_add_(0, self._granule_holder[seen], tokens[seen])
+            sent.fill_diagonal_(0)
+        return found
 
     @property
     def received(self) -> int:
@@ -208,9 +214,8 @@ def plan(
     >>> near.method, near.received
     ('contiguous', 256)
     """
-    named = patterns if isinstance(patterns, Mapping) else {"": patterns}
-    chunk = _checked(named, q_len, world, chunk, granule, method)
-    parts = {name: static_pattern(name, _pattern(value)) for name, value in named.items()}
+    chunk = _checked(q_len, world, chunk, granule, method)
+    parts = static_patterns(patterns)
     unknown = set(tables) - {name for part in parts.values() for name in part.tables}
     if unknown:
         raise TableError(f"plan(): no pattern reads {', '.join(sorted(unknown))}")
@@ -222,7 +227,9 @@ def plan(
     work = torch.stack([one.work for one in seen]).sum(0)
     tokens = torch.full((-(-q_len // granule),), granule, dtype=torch.int64)
     tokens[-1] = q_len - (tokens.numel() - 1) * granule
-    task = Task(work, [(one.chunk, one.granule) for one in seen], tokens, chunk // granule, world, equal, rates or Rates())
+    task = Task(
+        work, [(one.chunk, one.first, one.stop) for one in seen], tokens, chunk // granule, world, equal, rates or Rates()
+    )
     way, owner, costs = assigned(task, method)
     total = max(float(work.sum()), 1.0)
     tried = {name: (float(cost.work.max()) * world / total, int(cost.received.max())) for name, cost in costs.items()}
@@ -230,6 +237,14 @@ def plan(
     masks = {name: (part.mask.key, digests(_read_by({**part.bound, **tables}, part.mask.tables))) for name, part in parts.items()}
     loads = tuple(costs_of(task, owner).work.tolist())
     return TokenPlan(q_len, world, chunk, granule, owner, way, tuple(parts), loads, tried, needs, masks)
+
+
+def static_patterns(patterns: Any) -> dict[str, Pattern]:
+    """What is to be planned, by name; ``""`` for one alone."""
+    named = patterns if isinstance(patterns, Mapping) else {"": patterns}
+    if not named or not all(isinstance(name, str) for name in named):
+        raise ArgumentError(f"plan(): patterns must be a pattern, or a mapping of names to patterns; got {shown(named)}")
+    return {name: static_pattern(name, _pattern(value)) for name, value in named.items()}
 
 
 def _pattern(value: Any) -> Pattern | Program:
@@ -244,9 +259,7 @@ def _read_by(tables: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
     return {name: table for name, table in tables.items() if name in names}
 
 
-def _checked(named: Mapping[Any, Any], q_len: Any, world: Any, chunk: Any, granule: Any, method: Any) -> int:
-    if not named or not all(isinstance(name, str) for name in named):
-        raise ArgumentError(f"plan(): patterns must be a pattern, or a mapping of names to patterns; got {shown(named)}")
+def _checked(q_len: Any, world: Any, chunk: Any, granule: Any, method: Any) -> int:
     for word, value in (("q_len", q_len), ("world", world), ("granule", granule), *([] if chunk is None else [("chunk", chunk)])):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(f"plan(): {word} must be a whole number of at least 1; got {shown(value)}")

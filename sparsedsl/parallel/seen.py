@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sympy.logic.boolalg import Boolean
 
 from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.mask_clauses import clauses
-from sparsedsl.analysis.rows import row_counts
-from sparsedsl.analysis.tiles import classify
+from sparsedsl.analysis.rows import closed_counts
+from sparsedsl.analysis.tiles import classify, touched_runs
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH
 from sparsedsl.runtime.call import bind_tables, exactly
 
-__all__ = ["Seen", "seen_by", "static_pattern"]
+__all__ = ["Seen", "seen_by", "static_pattern", "united"]
 
 Tensor = torch.Tensor
 # Rows of the tiles of masks that no bounds say: larger ones would be decided pair by pair where a table says blocks.
@@ -27,12 +29,17 @@ FINE = 128
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """``work``: pairs of query and key that chunks of queries compute, mean over heads, float64 ``(chunks,)``; ``chunk`` and ``granule``,
-    int64 ``(listed,)``: pairs of a chunk and a granule of keys of which some head sees a key, each once."""
+    """What chunks of queries see of the granules of keys, and compute.
+
+    work: pairs of query and key of a chunk, mean over heads, float64 ``(chunks,)``; counted, or where there are more than
+    ``EFFORT.placed_rows`` rows estimated from evenly spaced ones of every chunk. chunk, first, stop: int64 ``(runs,)``, half-open runs of
+    granules of which some head of the chunk sees a key, in order, with gaps between those of a chunk.
+    """
 
     work: Tensor
     chunk: Tensor
-    granule: Tensor
+    first: Tensor
+    stop: Tensor
 
 
 def seen_by(pattern: Pattern, q_len: int, chunk: int, granule: int, heads: int | None, tables: Mapping[str, Any]) -> Seen:
@@ -41,28 +48,61 @@ def seen_by(pattern: Pattern, q_len: int, chunk: int, granule: int, heads: int |
     domain = Domain(q_len, q_len, 0, 1, count_heads((pattern,), bound, heads), bound)
     domain = exactly((pattern.mask.expr,), domain)
     mask = pattern.mask.expr
-    closed = all(not clause.rest for clause in clauses(mask))
-    rows = chunk if closed or chunk % FINE else FINE
     with torch.no_grad():
-        lists = classify(mask, domain, (rows, granule))
+        if all(not clause.rest for clause in clauses(mask)):
+            line, first, stop = touched_runs(mask, domain, (chunk, granule))
+            runs = line % -(-q_len // chunk), first, stop
+            work = _closed_work(mask, domain, chunk)
+        else:
+            runs, work = _listed(mask, domain, chunk, granule)
+    return Seen(work.cpu(), *(part.cpu() for part in united(*runs, -(-q_len // granule))))
+
+
+def _closed_work(mask: Boolean, domain: Domain, chunk: int) -> Tensor:
+    """From the ends of intervals of rows, of all or of evenly spaced ones of every chunk."""
+    groups, q_len = domain.groups(mask).count, domain.rows
+    begin = torch.arange(0, q_len, chunk, device=domain.device)
+    size = (q_len - begin).clamp(max=chunk)
+    looked = size.clamp(max=max(1, chunk * EFFORT.now.placed_rows // (groups * q_len)))
+    number = torch.arange(int(looked.max()), device=domain.device)
+    there = number < looked[:, None]
+    row = (begin[:, None] + (2 * number + 1) * size[:, None] // (2 * looked[:, None]))[there]
+    owner = there.nonzero()[:, 0]
+    work = torch.zeros(begin.numel(), dtype=torch.float64, device=domain.device)
+    for group in range(groups):
+        work.index_add_(0, owner, closed_counts(mask, domain, group * q_len + row).to(torch.float64))
+    return work * size / looked / groups
+
+
+def _listed(mask: Boolean, domain: Domain, chunk: int, granule: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Runs and work from tile lists, of which a partial one counts half."""
+    rows, q_len = FINE if chunk % FINE == 0 else chunk, domain.rows
+    lists = classify(mask, domain, (rows, granule))
     _, groups, lines, columns = lists.shape
-    chunks = -(-q_len // chunk)
-    counts = row_counts(mask, domain, lists) if closed else None
-    work = torch.zeros(chunks, dtype=torch.float64, device=domain.device)
-    if counts is not None:
-        position = torch.arange(counts.numel(), device=domain.device) % q_len
-        work.index_add_(0, position // chunk, counts.to(torch.float64))
-    found = torch.zeros(chunks * columns, dtype=torch.bool, device=domain.device)
+    work = torch.zeros(-(-q_len // chunk), dtype=torch.float64, device=domain.device)
+    found = []
     for part, share in ((lists.full, 1.0), (lists.partial, 0.5)):
         first, column = part.owners() % lines * rows, part.columns.to(torch.int64)
-        if counts is None:
-            pairs = (first + rows).clamp(max=q_len).sub(first) * (column * granule + granule).clamp(max=q_len).sub(
-                column * granule
-            )
-            work.index_add_(0, first // chunk, pairs.to(torch.float64) * share)
-        found[first // chunk * columns + column] = True
-    listed = found.nonzero()[:, 0]
-    return Seen((work / groups).cpu(), (listed // columns).cpu(), (listed % columns).cpu())
+        heights, widths = (rows + first).clamp(max=q_len) - first, (q_len - column * granule).clamp(max=granule)
+        work.index_add_(0, first // chunk, (heights * widths).to(torch.float64) * share)
+        found.append(first // chunk * columns + column)
+    tiles = torch.cat(found).unique()
+    return (tiles // columns, tiles % columns, tiles % columns + 1), work / groups
+
+
+def united(line: Tensor, first: Tensor, stop: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Half-open runs of ``0 .. length - 1`` of lines, in order, each place of a line in one of them, with gaps between.
+
+    >>> [part.tolist() for part in united(*torch.tensor([[1, 0, 1, 1], [4, 0, 2, 8], [6, 3, 4, 9]]), 10)]
+    [[0, 1, 1], [0, 2, 8], [3, 6, 9]]
+    """
+    begin, end = line * (length + 1) + first, line * (length + 1) + stop
+    begin, order = begin.sort()
+    reached = end[order].cummax(0).values
+    opens = torch.ones_like(begin, dtype=torch.bool)
+    opens[1:] = begin[1:] > reached[:-1]
+    begin, end = begin[opens], reached[opens.roll(-1)]
+    return begin // (length + 1), begin % (length + 1), end - begin // (length + 1) * (length + 1)
 
 
 def static_pattern(name: str, pattern: Any) -> Pattern:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx
+from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.parallel import TokenPlan, plan
 from sparsedsl.parallel.assigning import METHODS
@@ -115,3 +116,20 @@ def test_a_plan_is_plain_data() -> None:
     assert isinstance(found, TokenPlan) and repr(found) == f"<TokenPlan 512 tokens on 2 ranks, {found.method}>"
     told = found.to_dict()
     assert told["owner"] == list(found.owner) and told["hash"] == found.hash
+
+
+def test_work_is_estimated_from_evenly_spaced_rows_where_there_are_many() -> None:
+    words: dict[str, Any] = {"chunk": 256, "granule": 64, "method": "zigzag"}
+    mask = CAUSAL & (DOC[q_idx] == DOC[kv_idx])
+    doc = torch.bucketize(torch.arange(5000), torch.tensor([700, 1900, 4100]), right=True)
+    exact = plan(mask, 5000, 3, doc=doc, **words)
+    with EFFORT.using(placed_rows=5000 // 16):
+        few = plan(mask, 5000, 3, doc=doc, **words)
+    assert few.work != exact.work and few.owner == exact.owner
+    assert few.work == pytest.approx(exact.work, rel=0.02)
+    assert few.hash == exact.hash, "what is sent is never estimated"
+
+
+def test_runs_of_many_tokens_cost_what_runs_cost() -> None:
+    found = plan(CAUSAL, 1 << 24, 256)
+    assert (found.method, found.received) == ("zigzag", (1 << 24) - (1 << 16))
