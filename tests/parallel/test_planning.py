@@ -49,6 +49,8 @@ def test_every_key_that_is_seen_is_there_and_no_granule_that_is_not(
     tables = tables_of(mask, length)
     found = plan(mask, length, world, chunk=granule * factor, granule=granule, method=method, equal=equal, **tables)
     rows = [found.rows(rank) for rank in range(world)]
+    assert found.tried[found.method][1] == found.received
+    assert found.tried[found.method][0] == pytest.approx(found.imbalance)
     torch.testing.assert_close(torch.cat(rows).sort().values, torch.arange(length))
     env = {
         "q_idx": torch.arange(length)[:, None],

@@ -29,6 +29,8 @@ def test_numbers_are_those_of_a_count_by_hand() -> None:
     assert ring.imbalance == pytest.approx(1.0) and ring.compute_seconds == pytest.approx(pairs / 4)
     assert ring.transfer_seconds == 768 and ring.seconds == max(ring.compute_seconds or 0, 768)
     assert gathered.seconds == pytest.approx(pairs / 4 + 768)
+    slow = steps(CAUSAL, 4, bandwidth=RATES["bandwidth"] / 1000)["ring"]
+    assert slow.seconds == slow.transfer_seconds == pytest.approx(768_000)
     # Two of eight heads a rank, and one key head, of the 768 tokens that lie elsewhere; results back.
     ulysses = found["ulysses"]
     assert ulysses.bytes == 768 * (2 + 2 + 1 + 1) * 16 * 2

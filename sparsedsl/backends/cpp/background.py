@@ -1,8 +1,9 @@
 """Builds by threads of their own, as many compilers at once as there are cores: whoever wants a result waits for it, or does not.
 
-A thread does not live on in a forked child: there a build that was under way begins anew when somebody waits for it, and finds what
-the parent has made meanwhile. No process forks while another is being started: a child that got the ends of its pipes would keep the
-parent, which reads to their end, waiting for as long as it lives. A process that ends stops its compilers, and waits for the moment in which their files are removed.
+A thread does not live on in a forked child: there a build that was under way begins anew when somebody waits for it, and finds what the
+parent has made meanwhile. No process forks while another is being started: a child that got the ends of its pipes would keep the parent,
+which reads to their end, waiting for as long as it lives. A process that ends stops its compilers, and waits for the moment in which
+their files are removed.
 """
 
 from __future__ import annotations
