@@ -189,6 +189,12 @@ class _Codes:
         return sympy.Or(*(sympy.And(*conditions) for conditions in open_.values()))
 
 
+@functools.lru_cache(maxsize=4096)
+def _one_object(condition: Boolean | None) -> Boolean | None:
+    """Of all that are equal the first: each call looks things up by them, and what is the same object is not compared part by part."""
+    return condition
+
+
 def _progressions(
     q_start: torch.Tensor, heights: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, codes: torch.Tensor, decode: Any,
     group: int,
@@ -217,7 +223,7 @@ def _progressions(
             for start, length, code, move in zip(start_list[begin], length_list[begin], code_list[begin], moves[1:], strict=True):
                 if length:
                     if code not in known:
-                        known[code] = decode.residual(code)
+                        known[code] = _one_object(decode.residual(code))
                     key_tiles.append(KeyTile(start, length, move, known[code]))
             result.append(StridedSeries(group, q_list[begin], height_list[begin], count, moves[0], _joined(key_tiles)))
         begin = end

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -62,6 +63,32 @@ def test_a_warm_call_makes_few_python_calls(
         assert_few_python_calls(lambda: attn(q, k, k, q_offset=1024 - rows), most)
     finally:
         torch.set_num_threads(threads)
+
+
+def window() -> Any:
+    return (sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 256)
+
+
+def choice() -> Any:
+    near = sd.q_idx - sd.kv_idx < 64
+    return (sd.kv_idx <= sd.q_idx) & (near | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 64)), 4))
+
+
+@pytest.mark.parametrize(
+    ("backend", "declare", "most"), [("tiled", window, 850), ("tiled", choice, 2600), ("cpp", window, 15), ("cpp", choice, 60)]
+)
+def test_equal_patterns_that_share_no_object_do_not_make_it_dear(
+    backend: str, declare: Callable[[], Any], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As each layer of a model may declare one."""
+    monkeypatch.setenv("SPARSEDSL_TUNE", "off")
+    q, k = torch.randn(1, 4, 1024, 64), torch.randn(1, 2, 1024, 64)
+    for _ in range(2):
+        sympy.core.cache.clear_cache()
+        attn = sd.compile(declare(), backend=backend)
+        for _ in range(3):
+            attn(q, k, k)
+    assert_few_python_calls(lambda: attn(q, k, k), most)
 
 
 @pytest.mark.parametrize(("backend", "most"), [("tiled", 420), ("cpp", 82)])
