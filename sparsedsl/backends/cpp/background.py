@@ -106,7 +106,7 @@ def run_compiler(command: list[str], folder: Path) -> tuple[int, str]:
 def compiler_says(command: list[str], seconds: float) -> str:
     """What a compiler prints of itself; "" where it says nothing."""
     try:
-        process = _started(command, Path.cwd())
+        process = _started(command, None)
         try:
             return process.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
@@ -120,7 +120,7 @@ def compiler_says(command: list[str], seconds: float) -> str:
         return ""
 
 
-def _started(command: list[str], folder: Path) -> subprocess.Popen[str]:
+def _started(command: list[str], folder: Path | None) -> subprocess.Popen[str]:
     with _lock:
         if _ending:
             raise UnsupportedError("this process is ending")

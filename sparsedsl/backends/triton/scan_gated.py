@@ -126,7 +126,10 @@ class _GatedPass:
         """Arguments that all kernels have."""
         tiles, states, documents = self.job.tiles, self.job.call.states, self.job.documents
         g, beta, batch = self.log_decay, self.beta, self.q.shape[0]
-        alone = lambda t: 0 if t is None or t.shape[0] < batch else t.stride(0)  # noqa: E731
+
+        def alone(t: Tensor | None) -> int:
+            return 0 if t is None or t.shape[0] < batch else t.stride(0)
+
         return operands(q=self.q, k=self.k, v=self.v) | {
             "gate_ptr": g, "beta_ptr": g if beta is None else beta, "documents_ptr": g if documents is None else documents,
             "gate_stride_b": alone(g), "beta_stride_b": alone(beta), "documents_stride_b": alone(documents),
