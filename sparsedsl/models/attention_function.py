@@ -77,7 +77,11 @@ def _omitted_request(binding: Binding, rows: int, keys: int) -> MaskRequest | No
     """The request behind a missing mask. Of a fitted cache all tokens were announced; before it was fitted, what the layer then was for."""
     held, announced = binding.held, [keys]
     if isinstance(held, (KeptKeys, FoldedKeys)):
-        announced = [held.seen, held.get_mask_sizes(0)[0], *([held.stands_for.get_mask_sizes(rows)[0]] if held.seen == rows else [])]
+        announced = [
+            held.seen,
+            held.get_mask_sizes(0)[0],
+            *([held.stands_for.get_mask_sizes(rows)[0]] if held.seen == rows else []),
+        ]
     found = (binding.stack.omitted_request(rows, length, binding.facts) for length in announced)
     return next((request for request in found if request is not None), None)
 

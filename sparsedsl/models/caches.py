@@ -78,7 +78,9 @@ def arrange(
     if not cache.layers and type(cache) is DynamicCache and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.extend(DynamicLayer() for _ in range(max(owners.values()) + 1))
     if max_length is None:
-        whole = (layer for layer in cache.layers if isinstance(layer, (StaticLayer, FixedKeys, FoldedKeys)) and _window(layer) is None)
+        whole = (
+            layer for layer in cache.layers if isinstance(layer, (StaticLayer, FixedKeys, FoldedKeys)) and _window(layer) is None
+        )
         max_length = max((layer.max_cache_len for layer in whole if layer.max_cache_len is not None), default=None)
     for owner in range(len(cache.layers)):
         readers = [index for index, owned in owners.items() if owned == owner]

@@ -1,5 +1,5 @@
-"""Layers of transformers caches for programs over a layer's own q, k and v: those that hold every key and the summaries that programs choose
-by, and one that holds no key once a program goes on from a state.
+"""Layers of transformers caches for programs over a layer's own q, k and v: those that hold every key and the summaries that programs
+choose by, and one that holds no key once a program goes on from a state.
 
 Both stand where the model's attention puts its keys; what programs make of these is kept by row of the batch, so that padding, beams and
 selected rows leave it right.

@@ -143,7 +143,7 @@ def test_the_native_model_does_not_take_it(program: Any) -> None:
         empty, cache = applied.cache(40), applied.cache(40)
         logits(model, ids[:, :20], past_key_values=cache)
     for one, part in ((empty, ids), (cache, ids[:, 20:])):
-        with pytest.raises(sd.UnsupportedError, match="Give it a cache of its own|runs without the program"):
+        with pytest.raises(sd.UnsupportedError, match=r"Give it a cache of its own|runs without the program"):
             logits(model, part, past_key_values=one)
 
 
