@@ -79,11 +79,10 @@ def paid(donor: Donor, q: Tensor, k: Tensor, start: int, sinks: Tensor | None) -
     native, (batch, heads, rows, _), keys = donor.native, q.shape, k.shape[2]
     k = k.repeat_interleave(heads // k.shape[1], dim=1)
     logits = q.to(kind) @ k.to(kind).transpose(2, 3) * donor.scale
-    at = {"device": q.device}
+    entry, head, key = (torch.arange(count, device=q.device) for count in (batch, heads, keys))
     env: dict[str, Any] = {
-        "b": torch.arange(batch, **at)[:, None, None, None], "h": torch.arange(heads, **at)[:, None, None],
-        "q_idx": torch.arange(start, start + rows, **at)[:, None], "kv_idx": torch.arange(keys, **at), "q_len": keys, "kv_len": keys,
-        "left_padding": torch.zeros(batch, dtype=torch.long, **at), **native.bound,
+        "b": entry[:, None, None, None], "h": head[:, None, None], "q_idx": key[start : start + rows, None], "kv_idx": key, "q_len": keys,
+        "kv_len": keys, "left_padding": torch.zeros_like(entry), **native.bound,
     }  # fmt: skip
     if sinks is not None:
         env["sinks"] = sinks
