@@ -39,6 +39,7 @@ from sparsedsl.models.donor import Donor
 from sparsedsl.models.hybrids.dsa import DSA
 from sparsedsl.models.hybrids.gated_delta import GatedDelta
 from sparsedsl.models.hybrids.hsa import HSA
+from sparsedsl.models.hybrids.lolcats import LoLCATs
 from sparsedsl.models.hybrids.moba import MoBA
 from sparsedsl.models.hybrids.nha import NHA
 from sparsedsl.models.hybrids.nsa import NSA
@@ -66,6 +67,7 @@ __all__ = [
     "Kl",
     "Layer",
     "Lesson",
+    "LoLCATs",
     "MoBA",
     "Perplexity",
     "ProgramCacheLayer",
