@@ -140,7 +140,7 @@ def beside_blocks(program: Program) -> tuple[Pattern, dict[str, int]] | None:
             of_blocks = [axis for axis in node.axes if base_of(axis) == "keys" and axis != "keys"]
             if any(map(windows_of, of_blocks)):
                 return None
-            blocks |= {node.name: block_of(axis) for axis in of_blocks}
+            blocks.update((node.name, block_of(axis)) for axis in of_blocks)
         elif isinstance(node, Attend) and node.y.axes[2] == "keys":
             if (
                 not isinstance(node.y, Input)

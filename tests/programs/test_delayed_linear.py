@@ -1,4 +1,4 @@
-"""States that leave the last tokens, and the first ones, to a window: pair by pair, every way to run them, in pieces, and what is refused."""
+"""States that leave the last tokens, and the first ones, to a window: pair by pair, on every way, in pieces, and what is refused."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def test_pair_by_pair_and_gradients(backend: str, delay: int, first: int) -> Non
         grads.append([out, *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)])
     for found, wanted in zip(*grads, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled", "cpp"])
+def test_what_no_query_reads_may_be_anything(backend: str) -> None:
+    attn = sd.compile(sd.linear(1.0, features="exp", normalised="sum", eps=0.0, delay=5, first=2), backend=backend)
+    q, k, v = qkv(30)
+    wanted = attn(q, k, v)
+    for x in (k, v):
+        x[:, :, :2], x[:, :, 26:] = float("nan"), float("nan")  # the last query reads up to key 24
+    torch.testing.assert_close(attn(q, k, v), wanted, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("first", [0, 2])

@@ -68,7 +68,7 @@ def _rows(
             goes_on = (ids[:, token] == ids[:, token - 1])[:, None, None, None]
             state = torch.where(goes_on, state, 0.0)
         if token < node.first:
-            key = torch.zeros_like(key)
+            key, value = torch.zeros_like(key), torch.zeros_like(value)
         before = state
         state = torch.where(keep > 0, keep * state, 0.0)  # nothing is left of anything, NaN too
         if beta is not None:

@@ -38,8 +38,8 @@ class LoLCATs(Layer):
     Initialisation: ``"published"``: ``W`` uniform in ``+-sqrt(6 / head_dim)`` (Kaiming), ``b`` such that the window has a factor of 0.1.
     ``"calibrated"``: ``W`` the unit matrix times the root of the donor's scale, and ``b`` such that the window alone speaks, nearly.
 
-    Not as published: the window slides, where theirs has two blocks of keys; the map is that of Hedgehog, where theirs is a softmax over its
-    columns: both parts then have the unit of ``exp`` of a logit, and the largest logit of a window has no part in the result.
+    Not as published: the window slides, where theirs has two blocks of keys; the map is that of Hedgehog, where theirs is a softmax over
+    its columns: both parts then have the unit of ``exp`` of a logit, and the largest logit of a window has no part in the result.
 
     Source: LoLCATs (arXiv 2410.10254), Hedgehog (arXiv 2402.04347).
 
