@@ -166,15 +166,18 @@ def _checked_call(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tu
 
 
 def _turned(
-    q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch.dtype, *, rows: bool, columns: int = 0
+    q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch.dtype, *, rows: bool, columns: int | None = None
 ) -> list[Tensor | None]:
-    """Room for keys turned block by block, and for values as rows (``rows``) or turned; None where blocks are made ready as they are met,
-    and where values are read as they lie. ``columns``: of a block of keys, turned, where they are known."""
+    """Room for keys turned block by block, and for values as rows (``rows``) or turned; None where blocks are made ready as they are met
+    or keys are gathered, and where values are read as they lie. ``columns``: of a block of keys, turned, where they are known."""
     batch, kv_heads, kv_len, width = v.shape
     size, lists = 64 // real.itemsize, blocks.indices.shape
     if lists[2] * lists[3] * q.shape[1] < LIMITS.now.worth_turning * kv_heads * blocks.blocks:
         return [None, None]
-    columns = columns or fixed_library("selected", real == torch.float64).turned_columns(blocks.kv_block)
+    if columns is None:
+        columns = fixed_library("selected", real == torch.float64).turned_columns(blocks.kv_block)
+    if not columns:
+        return [None, None]
     entries = batch * kv_heads * blocks.blocks * columns
     found: list[Tensor | None] = [torch.empty(entries * q.shape[3], dtype=real)]
     if not rows:
