@@ -51,7 +51,6 @@ struct Gathering : Lines {
         for (i64 i = 0; i < n; i++)  // while products with keys are made, values come nearer
             for (i64 byte = 0; byte < c->head_dim_v * element_bytes(c->kind); byte += 64) __builtin_prefetch(v.at_row(keys[i]) + byte, 0, 2);
         i64 broad_d = whole_vectors(c->head_dim), whole = whole_vectors(n);
-        bool whole_rows = c->kind == 0 && c->head_dim_v == broad_v;
         for (i64 i = 0; c->kind && i < n; i++) widen(k.at_row(keys[i]), c->kind, c->head_dim, rows + i * broad_d);
         auto row_at = [&](i64 i) { return c->kind ? rows + i * broad_d : (const real *)k.at_row(keys[i]); };
         turn_rows(c->head_dim, row_at, n, whole, BROAD, turned);
@@ -63,11 +62,7 @@ struct Gathering : Lines {
             join(logits + i * GATHERED, whole, i);
         }
         const real *of[GATHERED];
-        for (i64 j = 0; j < n; j++) of[j] = whole_rows ? (const real *)v.at_row(keys[j]) : rows + j * broad_v;
-        for (i64 j = 0; j < n && !whole_rows; j++) {
-            widen(v.at_row(keys[j]), c->kind, c->head_dim_v, rows + j * broad_v);
-            for (i64 d = c->head_dim_v; d < broad_v; d++) rows[j * broad_v + d] = 0;
-        }
+        for (i64 j = 0; j < n; j++) of[j] = v.padded_row(keys[j], rows + j * broad_v);
         product_from<true>(heads, broad_v, n, Even<const real>{logits, GATHERED}, 1, [&](i64 d) { return From<const real>{of, d}; },
                            Even<real>{values, broad_v});
     }

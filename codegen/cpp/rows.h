@@ -92,6 +92,14 @@ struct Head {
         for (i64 i = 0; i < count; i++) to[i] = some.first + i * some.row;
     }
 
+    // A row in the type of the computation, with whole vectors to read: where it lies, or in `room`.
+    const real *padded_row(i64 row, real *room) const {
+        if (kind == 0 && width % WIDTH == 0) return (const real *)at_row(row);
+        widen(at_row(row), kind, width, room);
+        for (i64 j = width; j < whole_vectors(width); j++) room[j] = 0;
+        return room;
+    }
+
     // Asks for rows that lie in no order, of which the processor does not foresee the next.
     void fetch(i64 from, i64 count) const {
         for (i64 i = 0; places && i < count; i++)

@@ -244,8 +244,12 @@ static bool turn_all(const Call *c, const Selected *s, i64 lines) {
     return done;
 }
 
-// Columns of the keys of a block, turned; 0: blocks are so small that keys are gathered.
-extern "C" int turned_columns(int block) { return block > GATHERED_BLOCK ? (int)columns_of(block) : 0; }
+// Columns of the keys of a block, turned; 0: keys are gathered. `weighted`: whether each block has a softmax of its own.
+extern "C" int turned_columns(int block, int weighted) {
+    Selected s = {};
+    s.block = block, s.weights = weighted ? (const real *)&s : nullptr;
+    return Gathering::fits(&s) ? 0 : (int)columns_of(block);
+}
 
 // Returns whether all results are finite; -1: there is no memory.
 extern "C" int attend_selected(Call *c, Selected *s) {

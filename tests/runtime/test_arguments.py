@@ -240,7 +240,7 @@ def test_a_part_of_the_heads_is_refused_where_a_table_has_more(pattern):
 
 
 def test_a_table_that_is_not_only_read_by_the_head_does_not_count_heads():
-    near = sd.table("near")
+    near = sd.table("near", dtype=float)
     pattern = sd.attend(causal, score=sd.score + near[sd.h] - near[sd.q_idx])
     assert pattern.head_reads == frozenset()
     q, k, v = qkv(9, 9, heads=2)
