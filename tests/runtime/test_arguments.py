@@ -246,7 +246,10 @@ def test_a_table_that_is_not_only_read_by_the_head_does_not_count_heads():
     q, k, v = qkv(9, 9, heads=2)
     near = torch.linspace(0, 1, 9)
     torch.testing.assert_close(
-        sd.compile(pattern)(q, k, v, near=near), sd.compile(pattern, backend="reference")(q, k, v, near=near), rtol=1e-5, atol=1e-5
+        sd.compile(pattern)(q, k, v, near=near),
+        sd.compile(pattern, backend="reference")(q, k, v, near=near),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 

@@ -195,7 +195,10 @@ def _copies(q: Tensor, k: Tensor, v: Tensor, real: torch.dtype) -> int:
     order."""
     lines, limits = k.shape[0] * k.shape[1], LIMITS.now
     size = (k.numel() + v.numel()) * real.itemsize
-    return max(1, min(limits.parts // lines, q.shape[0] * q.shape[1] * q.shape[2] // (lines * limits.part_rows), limits.sums_bytes // size))
+    return max(
+        1,
+        min(limits.parts // lines, q.shape[0] * q.shape[1] * q.shape[2] // (lines * limits.part_rows), limits.sums_bytes // size),
+    )
 
 
 def _places(near: Results | None) -> tuple[int, int]:
@@ -249,7 +252,8 @@ def _backward(
     columns = _columns(job.blocks, weights, double)
     copies = 1 if columns else _copies(q, k, v, real)
     grad_q, grad_k, grad_v = (
-        t.new_zeros((n, *t.shape[:3], whole_vectors(t.shape[3], width)), dtype=real) for t, n in ((q, 1), (k, copies), (v, copies))
+        t.new_zeros((n, *t.shape[:3], whole_vectors(t.shape[3], width)), dtype=real)
+        for t, n in ((q, 1), (k, copies), (v, copies))
     )
     by_head = None if weights is None else q.new_zeros((*q.shape[:3], lists.slots), dtype=real)
     read = [slot.name for slot in prepared.source.slots if slot.kind == "sums"] if learned else []
@@ -268,7 +272,9 @@ def _backward(
     block = block_of(call, prepared, (q, k, v, out), lse, rest, more)
     if fixed_pass("selected_backward", double)(block, own, grads) < 0:
         raise MemoryError("gradients along selected blocks found no memory for their sums")
-    found = [(g[0] if len(g) == 1 else g.sum(0))[..., : t.shape[3]].to(t.dtype) for g, t in ((grad_q, q), (grad_k, k), (grad_v, v))]
+    found = [
+        (g[0] if len(g) == 1 else g.sum(0))[..., : t.shape[3]].to(t.dtype) for g, t in ((grad_q, q), (grad_k, k), (grad_v, v))
+    ]
     by_table = {name: torch.zeros(job.tables[name].shape, dtype=torch.float64) for name in learned}
     if sums is not None:
         for name, grad in zip(read, sums.sum(0).split([call.tables[name].numel() for name in read]), strict=True):
