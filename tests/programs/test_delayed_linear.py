@@ -50,13 +50,15 @@ def test_what_no_query_reads_may_be_anything(backend: str) -> None:
     torch.testing.assert_close(attn(q, k, v), wanted, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("first", [0, 2])
 @pytest.mark.parametrize("backend", ["tiled", "reference"])
-def test_a_state_goes_on_beside_a_window(backend: str, first: int) -> None:
+def test_a_state_goes_on_beside_a_window_and_alone(backend: str, first: int, alone: bool) -> None:
     window, (q, k, v) = 6, qkv(40)
     near = (kv_idx <= q_idx) & ((q_idx - kv_idx < window) | (kv_idx < first))
     far = sd.linear(1.0, features="exp", normalised="sum", eps=0.0, delay=window, first=first)
-    attn = sd.compile(sd.joint(near, far), backend=backend)
+    program = far if alone else sd.joint(near, far)
+    attn = sd.compile(program, backend=backend)
     whole, state, parts, sizes = attn(q, k, v), None, [], []
     for start, end in ((0, 1), (1, 4), (4, 5), (5, 17), (17, 18), (18, 40)):
         part, state = attn(*(x[:, :, start:end] for x in (q, k, v)), state=state, return_state=True)
@@ -64,7 +66,7 @@ def test_a_state_goes_on_beside_a_window(backend: str, first: int) -> None:
         sizes.append(state.nbytes)
     torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-9, rtol=0)
     assert sizes[-1] == sizes[-2] == sizes[-3]
-    torch.testing.assert_close(whole, sd.compile(sd.joint(near, far), backend="reference")(q, k, v), atol=1e-9, rtol=0)
+    torch.testing.assert_close(whole, sd.compile(program, backend="reference")(q, k, v), atol=1e-9, rtol=0)
     assert f"delay={window}" in attn.program.text and read_program(attn.program.text).text == attn.program.text
 
 
