@@ -18,7 +18,6 @@ import torch
 
 from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.head_counts import count_heads
-from sparsedsl.backends.registry import AUTO, named
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.program.packing import Packing, packing_of
@@ -98,7 +97,7 @@ class PackedAttention:
 
     def parts(self, requests: Requests) -> list[tuple[Requests, Tensor]] | None:
         """Requests with few queries and those with many, each with its rows; None: there is one kind only, or it is all the same."""
-        if not requests.looked_at or not (self.backend == AUTO or named(self.backend).follows_places):
+        if not requests.looked_at:
             return None
         few = requests.q_lens <= FEW_QUERIES
         busy = requests.q_lens > 0
