@@ -180,7 +180,7 @@ class PackedFace:
             ShapeError, TableError: numbers or tables that do not fit.
 
         >>> import torch, sparsedsl as sd
-        >>> stream = sd.compile(sd.patterns.streaming_llm(sinks=4, window=32))
+        >>> stream = sd.compile(sd.patterns.streaming_llm(32, sink_count=4))
         >>> pages = stream.visible_pages(torch.tensor([1000, 5]), torch.tensor([1, 3]), page=16)
         >>> pages.indptr, pages.indices
         (tensor([0, 4, 5], dtype=torch.int32), tensor([ 0, 60, 61, 62,  0], dtype=torch.int32))
