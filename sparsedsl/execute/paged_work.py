@@ -76,9 +76,7 @@ class PagedWork:
         else:
             k, v, step = pools.in_place()
             places = Places(keys=(pages[:, None] * step + inside).to(torch.int32).view(1, 1, -1))
-        out, lse = packed.attend(
-            q.to(k.dtype), k, v, requests, keys, bound, scale=self.scale, lse=self.lse, places=places
-        )
+        out, lse = packed.attend(q.to(k.dtype), k, v, requests, keys, bound, scale=self.scale, lse=self.lse, places=places)
         return out.to(q.dtype), lse
 
     def _width(self) -> int:

@@ -15,9 +15,7 @@ from sparsedsl.runtime.dtypes import accumulated
 __all__ = ["QUANTISED", "Pools", "check_block_table", "pools_of"]
 
 Tensor = torch.Tensor
-QUANTISED = tuple(
-    getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "int8") if hasattr(torch, name)
-)
+QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 # Rows of a pool are numbered by int32.
 MOST_ROWS = torch.iinfo(torch.int32).max
 
@@ -108,19 +106,19 @@ def pools_of(q: Tensor, k_pool: Any, v_pool: Any, k_scale: Any, v_scale: Any, la
             raise ShapeError(f"{name} is on {pool.device}, and q on {q.device}")
         if pool.dtype != q.dtype and pool.dtype not in QUANTISED:
             raise ShapeError(
-                f"{name} must be {q.dtype} as q is, or quantised ({', '.join(str(kind).removeprefix('torch.') for kind in QUANTISED)}); got "
-                f"{pool.dtype}. Under torch.autocast q is cast, and pools are not: keep them in the dtype of autocast"
+                f"{name} must be {q.dtype} as q is, or quantised (float8_e4m3fn, float8_e5m2, int8); got {pool.dtype}. Under "
+                "torch.autocast q is cast, and pools are not: keep them in the dtype of autocast"
             )
     k, v = (pool.detach() if layout == "nhd" else pool.detach().transpose(1, 2) for pool in (k_pool, v_pool))
     if k.shape[:3] != v.shape[:3] or k.dtype != v.dtype:
         raise ShapeError(
-            f"k_pool and v_pool must have the same pages, heads and dtype; got {tuple(k_pool.shape)} {k.dtype} and {tuple(v_pool.shape)} "
-            f"{v.dtype}; wanted {heads}"
+            f"k_pool and v_pool must have the same pages, heads and dtype; got {tuple(k_pool.shape)} {k.dtype} and "
+            f"{tuple(v_pool.shape)} {v.dtype}; wanted {heads}"
         )
     if q.shape[1] % k.shape[2] or q.shape[2] != k.shape[3]:
         raise ShapeError(
-            f"q {tuple(q.shape)} and k_pool {tuple(k_pool.shape)} must have one head_dim, and query heads a multiple of the key/value heads; "
-            f"wanted (T, Hq, D) and {heads}"
+            f"q {tuple(q.shape)} and k_pool {tuple(k_pool.shape)} must have one head_dim, and query heads a multiple of the key/value "
+            f"heads; wanted (T, Hq, D) and {heads}"
         )
     scales = [_scale(name, scale, pool) for name, scale, pool in (("k_scale", k_scale, k), ("v_scale", v_scale, v))]
     return Pools(k, v, *scales)
@@ -135,7 +133,9 @@ def _scale(name: str, scale: Any, pool: Tensor) -> Tensor | None:
     if isinstance(scale, (int, float)) and not isinstance(scale, bool):
         scale = torch.full((pages,), float(scale), device=pool.device)
     if not isinstance(scale, Tensor) or not scale.is_floating_point() or scale.shape not in ((pages,), (pages, heads)):
-        raise ShapeError(f"{name} must be floats ({pages},), a factor for each page, or ({pages}, {heads}), for each of its heads; got {shown(scale)}")
+        raise ShapeError(
+            f"{name} must be floats ({pages},), a factor for each page, or ({pages}, {heads}), for each of its heads; got {shown(scale)}"
+        )
     if scale.device != pool.device:
         raise ShapeError(f"{name} is on {scale.device}, and its pool on {pool.device}")
     return scale.detach().view(pages, -1)

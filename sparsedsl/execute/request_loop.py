@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def request_by_request(
     tells_apart = any(BATCH in expr.free_symbols for expr in calls.program.exprs)
     outs: list[Tensor] = []
     lses: list[Tensor] = []
-    for number, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for number, (begin, end) in enumerate(itertools.pairwise(ends)):
         if begin == end:
             continue
         k, v = keys_of(number)

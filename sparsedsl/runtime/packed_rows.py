@@ -111,7 +111,7 @@ class KeyRows:
         return KeyRows(place.flatten(), at.flatten()), torch.minimum(inside, (left - 1).clamp(min=0))
 
 
-def check_numbers(name: str, value: Any, size: int | None, device: torch.device, least: int = 0, most: int | None = None) -> Tensor:
+def check_numbers(name: str, value: Any, size: int | None, device: torch.device) -> Tensor:
     """A tensor of whole numbers ``(size,)``, as int64 on its own device: that of the call, or the CPU.
 
     Raises:
@@ -127,10 +127,8 @@ def check_numbers(name: str, value: Any, size: int | None, device: torch.device,
     found = value.detach().to(torch.int64)
     if found.is_cpu and found.numel():
         low, high = (int(x) for x in torch.aminmax(found))
-        if low < least or high > (LAST_POSITION if most is None else most):
-            raise ShapeError(
-                f"{name} must hold numbers from {least} to {'2**31' if most is None else most}; got {low if low < least else high}"
-            )
+        if low < 0 or high > LAST_POSITION:
+            raise ShapeError(f"{name} must hold numbers from 0 to 2**31; got {low if low < 0 else high}")
     return found
 
 

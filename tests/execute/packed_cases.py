@@ -113,9 +113,10 @@ class Mix:
         """Each request in an ordinary call of the dense meaning, among as many batch entries as make it the one it is."""
         attn = sd.compile(pattern, backend="reference")
         out = torch.zeros(self.q.shape[0], self.heads, self.dims[1], dtype=self.dtype)
-        lse = torch.full((self.heads, self.q.shape[0]), -float("inf"), dtype=torch.float64 if self.dtype == torch.float64 else torch.float32)
+        real = torch.float64 if self.dtype == torch.float64 else torch.float32
+        lse = torch.full((self.heads, self.q.shape[0]), -float("inf"), dtype=real)
         begin = 0
-        for n, (start, queries, kv) in enumerate(self.requests):
+        for n, (start, queries, _) in enumerate(self.requests):
             rows = slice(begin, begin + queries)
             begin += queries
             q, k, v = (x.transpose(0, 1)[None].expand(n + 1, -1, -1, -1) for x in (self.q[rows], *self.keys[n]))
@@ -138,9 +139,7 @@ class Mix:
         free = list(range(sum(counts) + spare))
         rng.shuffle(free)
         table = torch.tensor([[-1] * (max(counts, default=0) + 2) for _ in counts], dtype=torch.int32).reshape(len(counts), -1)
-        k_pool, v_pool = (
-            torch.full((len(free), page, self.kv_heads, width), bad, dtype=self.dtype) for width in self.dims
-        )
+        k_pool, v_pool = (torch.full((len(free), page, self.kv_heads, width), bad, dtype=self.dtype) for width in self.dims)
         for n, count in enumerate(counts):
             for number in range(count):
                 place = free.pop()
