@@ -56,8 +56,8 @@ def packing_of(pattern: Pattern) -> Packing:
         UnsupportedError: a sink that differs by batch entry: it is one of a row of a call.
 
     >>> import sparsedsl as sd
-    >>> print(packing_of(sd.attend((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 8))).pattern.mask)  # doctest: +ELLIPSIS
-    (q_place[q_idx] - kv_place[kv_idx] < 8) & ...
+    >>> print(packing_of(sd.attend(sd.kv_idx <= sd.q_idx)).pattern.mask)  # doctest: +ELLIPSIS
+    (q_place[q_idx] >= kv_place[kv_idx]) & (0 <= kv_place[kv_idx] - 4294967296*q_row_request[q_idx]) & ...
     """
     if pattern.sink is not None and BATCH in pattern.sink.expr.free_symbols:
         raise UnsupportedError(
