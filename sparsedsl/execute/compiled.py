@@ -19,6 +19,7 @@ from sparsedsl.execute.calls import Calls
 from sparsedsl.execute.explanation import Explanation, explain
 from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.execute.layouts import LAYOUTS, in_bshd, swapped
+from sparsedsl.execute.packed_face import PackedFace
 from sparsedsl.execute.requests import requests_of
 from sparsedsl.execute.state import ProgramState
 from sparsedsl.execute.static import StaticAttention
@@ -42,7 +43,7 @@ Tensor = torch.Tensor
 UNTOLD = 1 << 24
 
 
-class Attention:
+class Attention(PackedFace):
     """A compiled pattern or program; call it on tensors. Made by :func:`sparsedsl.compile`.
 
     The same program at a new length compiles nothing new. Tile lists and schedules are kept for the lengths and tables seen
