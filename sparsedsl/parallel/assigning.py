@@ -7,20 +7,23 @@ both.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from sparsedsl.parallel.gathering import Sight, gathered, refined
 from sparsedsl.parallel.seen import united
 
 __all__ = ["METHODS", "Costs", "Rates", "assigned", "costs_of"]
 
 Tensor = torch.Tensor
 Owner = tuple[int, ...]
-METHODS = ("contiguous", "zigzag", "longest_first", "cuts")
+METHODS = ("contiguous", "zigzag", "longest_first", "gathered", "cuts")
 # Exchanges of two chunks that are tried once the best way is found; and runs of granules that chunks see above which none is.
 SWAPS, MOST_RUNS = 24, 1 << 20
+# Units of neighbouring chunks that are gathered: at most so many in all, or for a rank where there are many ranks.
+MOST_UNITS, UNITS_A_RANK = 512, 4
 
 
 @dataclass(frozen=True)
@@ -101,31 +104,76 @@ def costs_of(task: Task, owner: Owner) -> Costs:
 def assigned(task: Task, method: str) -> tuple[str, Owner, dict[str, Costs]]:
     """The way that was taken, the rank of each chunk, and what every way would cost."""
     tried: dict[str, tuple[Owner, Costs]] = {}
-    for name, owner in _ways(task):
-        if method in ("auto", name.partition(" ")[0]):
-            tried[name] = owner, costs_of(task, owner)
-    name = min(tried, key=lambda way: (round(tried[way][1].seconds, 12), list(tried).index(way)))
+    unit = _unit(task)
+    units = -(-task.work.numel() // unit)
+    sight = _sight(task, unit) if method == "gathered" or (method == "auto" and units <= MOST_UNITS) else None
+    for name, owner in _ways(task, method):
+        tried[name] = owner, costs_of(task, owner)
+    if sight is not None:
+        owner = _spread(task, gathered(sight), unit)
+        tried["gathered"] = owner, costs_of(task, owner)
+    name = _cheapest(tried)
+    if method == "auto" and sight is not None:
+        start = _cheapest({way: one for way, one in tried.items() if _spread(task, one[0][::unit], unit) == one[0]})
+        owner = _spread(task, refined(sight, tried[start][0][::unit]), unit)
+        cost = costs_of(task, owner)
+        if cost.seconds < tried[name][1].seconds:
+            name = f"{start}, exchanged"
+            tried[name] = owner, cost
     owner, best = tried[name]
-    costs = {way: cost for way, (_, cost) in tried.items()}
     if method == "auto" and sum(chunk.numel() for chunk, _, _ in task.runs) <= MOST_RUNS:
         swapped, better = _swapped(task, owner, best)
         if better.seconds < best.seconds:
             name, owner = f"{name}, swapped", swapped
-            costs[name] = better
-    return name, owner, costs
+            tried[name] = owner, better
+    return name, owner, {way: cost for way, (_, cost) in tried.items()}
 
 
-def _ways(task: Task) -> Iterator[tuple[str, Owner]]:
+def _cheapest(tried: Mapping[str, tuple[Owner, Costs]]) -> str:
+    return min(tried, key=lambda way: (round(tried[way][1].seconds, 12), list(tried).index(way)))
+
+
+def _ways(task: Task, method: str) -> Iterator[tuple[str, Owner]]:
+    """The ways that look at the work of chunks, and not at what they see."""
     count, world = task.work.numel(), task.world
-    yield "contiguous", tuple(chunk * world // count for chunk in range(count))
-    halves = [part * 2 * world // count for part in range(count)]
-    yield "zigzag", tuple(min(part, 2 * world - 1 - part) for part in halves)
+    if method in ("auto", "contiguous"):
+        yield "contiguous", tuple(chunk * world // count for chunk in range(count))
+    if method in ("auto", "zigzag"):
+        halves = [part * 2 * world // count for part in range(count)]
+        yield "zigzag", tuple(min(part, 2 * world - 1 - part) for part in halves)
     run = 1
-    while run * world <= count:
+    while method in ("auto", "longest_first") and run * world <= count:
         yield f"longest_first runs of {run}", _longest_first(task, run)
         run *= 2
-    if not task.equal:
+    if method in ("auto", "cuts") and not task.equal:
         yield "cuts", _cuts(task)
+
+
+def _unit(task: Task) -> int:
+    """Neighbouring chunks that are gathered as one, where there are many."""
+    unit = 1
+    while -(-task.work.numel() // unit) > max(MOST_UNITS, UNITS_A_RANK * task.world):
+        unit *= 2
+    return unit
+
+
+def _sight(task: Task, unit: int) -> Sight:
+    """What units of so many chunks need of each other."""
+    count, granules = -(-task.work.numel() // unit), task.granules_a_chunk * unit
+    needs = torch.zeros((len(task.runs), count, count + 1))
+    for need, (chunk, first, stop) in zip(needs, task.runs, strict=True):
+        one = torch.ones(chunk.numel())
+        need.index_put_((chunk // unit, first // granules), one, accumulate=True)
+        need.index_put_((chunk // unit, (stop - 1) // granules + 1), -one, accumulate=True)
+    seen = (needs.cumsum(2)[:, :, :-1] > 0).float()
+    work = torch.zeros(count, dtype=torch.float64).index_add_(0, torch.arange(task.work.numel()) // unit, task.work)
+    tokens = granules * int(task.granule_tokens[0])
+    return Sight(seen, work / task.rates.pairs, tokens / task.rates.keys, task.world, task.equal)
+
+
+def _spread(task: Task, owner: Owner, unit: int) -> Owner:
+    """The ranks of chunks from those of units of chunks."""
+    return tuple(rank for rank in owner for _ in range(unit))[: task.work.numel()]
 
 
 def _longest_first(task: Task, run: int) -> Owner:

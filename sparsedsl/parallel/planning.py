@@ -194,9 +194,10 @@ def plan(
         chunk: tokens that stay together, a multiple of ``granule``; default a power of two that gives a rank 16 or more.
         granule: keys are sent in pieces of so many: what no query of a rank sees of is not sent.
         equal: ranks hold equally many chunks (one more or less where they do not divide).
-        method: ``"auto"`` tries all and exchanges single chunks: ``"contiguous"`` (neighbours together), ``"zigzag"`` (one part from the
+        method: ``"auto"`` tries all and exchanges chunks: ``"contiguous"`` (neighbours together), ``"zigzag"`` (one part from the
             beginning and one from the end), ``"longest_first"`` (runs of 1, 2, 4, .. chunks, the heaviest first, to the rank that has
-            least), ``"cuts"`` (neighbours, cut by work; only with ``equal=False``).
+            least), ``"gathered"`` (chunks that see the same keys together, as far as work is even; ``"auto"`` leaves it out on many more
+            than 100 ranks), ``"cuts"`` (neighbours, cut by work; only with ``equal=False``).
         rates: what a rank computes and receives in a second, :class:`~sparsedsl.parallel.assigning.Rates`.
         tables: those that masks read.
 
