@@ -121,7 +121,8 @@ def assigned(task: Task, method: str) -> tuple[str, Owner, dict[str, Costs]]:
             name = f"{start}, exchanged"
             tried[name] = owner, cost
     owner, best = tried[name]
-    if method == "auto" and sum(chunk.numel() for chunk, _, _ in task.runs) <= MOST_RUNS:
+    # What was exchanged is even already: a swap would look at work alone.
+    if method == "auto" and "exchanged" not in name and sum(chunk.numel() for chunk, _, _ in task.runs) <= MOST_RUNS:
         swapped, better = _swapped(task, owner, best)
         if better.seconds < best.seconds:
             name, owner = f"{name}, swapped", swapped
@@ -167,8 +168,7 @@ def _sight(task: Task, unit: int) -> Sight:
         need.index_put_((chunk // unit, (stop - 1) // granules + 1), -one, accumulate=True)
     seen = (needs.cumsum(2)[:, :, :-1] > 0).float()
     work = torch.zeros(count, dtype=torch.float64).index_add_(0, torch.arange(task.work.numel()) // unit, task.work)
-    tokens = granules * int(task.granule_tokens[0])
-    return Sight(seen, work / task.rates.pairs, tokens / task.rates.keys, task.world, task.equal)
+    return Sight(seen, work, task.world, task.equal)
 
 
 def _spread(task: Task, owner: Owner, unit: int) -> Owner:

@@ -26,20 +26,19 @@ MOST_PRODUCTS, MOST_EXCHANGES = 1 << 31, 128
 class Sight:
     """What chunks need of each other.
 
-    needs: float32 ``(patterns, chunks, chunks)``, 1 where the queries of a chunk see keys of another. seconds: float64 ``(chunks,)``, what
-    computing a chunk takes. key_seconds: what receiving one takes. equal: ranks hold equally many.
+    needs: float32 ``(patterns, chunks, chunks)``, 1 where the queries of a chunk see keys of another. work: float64 ``(chunks,)``, pairs
+    that a chunk computes. equal: ranks hold equally many.
     """
 
     needs: Tensor
-    seconds: Tensor
-    key_seconds: float
+    work: Tensor
     world: int
     equal: bool
 
     @property
     def count(self) -> int:
         """Chunks."""
-        return self.seconds.numel()
+        return self.work.numel()
 
 
 class _Filling:
@@ -72,7 +71,7 @@ class _Filling:
 
     def put(self, chunk: int, rank: int) -> None:
         self.owner[chunk] = rank
-        self.load[rank] += self.sight.seconds[chunk]
+        self.load[rank] += self.sight.work[chunk]
         self.room[rank] -= 1
         self.need[rank] |= self.sight.needs[:, chunk] > 0
         held = self.owner == rank
@@ -83,28 +82,30 @@ class _Filling:
 def gathered(sight: Sight) -> tuple[int, ...]:
     """The heaviest chunks first, each to the rank that it makes receive the least more, as long as that is not full; then the rank that
     receives the most takes what it was to be sent; then the others, where they fit."""
-    filling, seconds = _Filling(sight), sight.seconds
-    share = float(seconds.sum()) / sight.world
-    heaviest, left = sorted(range(sight.count), key=lambda i: (-float(seconds[i]), -i)), []
+    filling, work = _Filling(sight), sight.work
+    share = max(1.0, float(work.sum())) / sight.world
+    heaviest, left = sorted(range(sight.count), key=lambda i: (-float(work[i]), -i)), []
     for chunk in heaviest:
-        fits = (filling.load + seconds[chunk] <= HEAVY * share) & (filling.room > 0)
+        fits = (filling.load + work[chunk] <= HEAVY * share) & (filling.room > 0)
         if not fits.any():
             left.append(chunk)
             continue
-        filling.put(chunk, int(torch.where(fits, filling.more(chunk), torch.inf).argmin()))
+        # Keys are whole numbers: of ranks that would receive equally many more, the emptiest.
+        more = filling.more(chunk) + filling.load / (2 * share)
+        filling.put(chunk, int(torch.where(fits, more, torch.inf).argmin()))
     open_ranks = filling.room > 0
     while open_ranks.any():
         rank = int(torch.where(open_ranks, filling.received, -1).argmax())
-        takes = (filling.owner < 0) & (filling.load[rank] + seconds <= FULL * share)
+        takes = (filling.owner < 0) & (filling.load[rank] + work <= FULL * share)
         spared = torch.where(takes, filling.spared(rank), 0)
         best = spared.max()
         if best > 0:
-            filling.put(int(torch.where(spared == best, seconds, torch.inf).argmin()), rank)
+            filling.put(int(torch.where(spared == best, work, torch.inf).argmin()), rank)
         open_ranks[rank] = bool(best > 0) and bool(filling.room[rank] > 0)
     for chunk in left:
         if filling.owner[chunk] >= 0:
             continue
-        fits = (filling.load + seconds[chunk] <= FULL * share) & (filling.room > 0)
+        fits = (filling.load + work[chunk] <= FULL * share) & (filling.room > 0)
         if fits.any():
             more = filling.more(chunk)
             # Where it brings no new keys rather than where few are received.
@@ -118,21 +119,19 @@ def gathered(sight: Sight) -> tuple[int, ...]:
 def refined(sight: Sight, owner: tuple[int, ...]) -> tuple[int, ...]:
     """The placement with chunks exchanged one for one, always the pair that helps the worst rank and its partner the most.
 
-    What is made smaller is the sum over ranks of high powers of their seconds, and of the keys they receive: both are to be even, since a
+    What is made smaller is the sum over ranks of high powers of their work, and of the keys they receive: both are to be even, since a
     rank that receives much holds up the others whatever it computes.
     """
     count, world, patterns = sight.count, sight.world, sight.needs.shape[0]
     needs, ranks = sight.needs.movedim(0, 1), torch.tensor(owner)
     users = torch.zeros((world, patterns, count)).index_add_(0, ranks, needs)
-    load = torch.zeros(world, dtype=torch.float64).index_add_(0, ranks, sight.seconds)
+    load = torch.zeros(world, dtype=torch.float64).index_add_(0, ranks, sight.work)
     held = ranks == torch.arange(world)[:, None]
     received = ((users > 0) & ~held[:, None]).sum((1, 2)).double()
-    mean_seconds = float((load + received * sight.key_seconds).mean())
-    mean_received = max(1.0, float(received.mean()))
+    mean_load, mean_received = max(1.0, float(load.mean())), max(1.0, float(received.mean()))
 
     def badness(load: Tensor, received: Tensor) -> Tensor:
-        seconds = _powered((load + received * sight.key_seconds) / mean_seconds)
-        return seconds + _powered(received / mean_received)
+        return _powered(load / mean_load) + _powered(received / mean_received)
 
     settled = torch.zeros(world, dtype=torch.bool)
     products = MOST_PRODUCTS // max(1, 2 * patterns * count * count * count // world)
@@ -145,7 +144,7 @@ def refined(sight: Sight, owner: tuple[int, ...]) -> tuple[int, ...]:
         partner = ranks[others]
         here = _received(needs, users[worst].expand(mine.numel(), -1, -1), held[worst].expand(mine.numel(), -1), mine, others)
         there = _received(needs, users[partner], held[partner], others, mine).T
-        moved = sight.seconds[others] - sight.seconds[mine][:, None]
+        moved = sight.work[others] - sight.work[mine][:, None]
         change = badness(load[worst] + moved, here) + badness(load[partner] - moved, there) - bad[partner] - bad[worst]
         i, j = divmod(int(change.argmin()), others.numel())
         if change[i, j] >= -1e-6 * bad[worst]:
