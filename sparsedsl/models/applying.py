@@ -21,6 +21,7 @@ from sparsedsl.models.given import bind, choose
 from sparsedsl.models.installed import Installed, home_of, installed_at, installed_in
 from sparsedsl.models.layer_caches import CacheReport
 from sparsedsl.models.layers import (
+    check_module,
     attention_layers,
     closed_layers,
     is_told_causal,
@@ -163,6 +164,7 @@ def applied(model: PreTrainedModel) -> tuple[AppliedPatterns, ...]:
     >>> len(sd.models.applied(twin)), len(sd.models.applied(model))
     (0, 1)
     """
+    check_module(model)
     return tuple(handle for installed in installed_in(model) for handle in installed.applied)
 
 
