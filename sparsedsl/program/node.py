@@ -169,7 +169,8 @@ class Node(Unread):
 
     def __repr__(self) -> str:
         """By its name; else as it is written, where nodes without names are called by their functions."""
-        known = {node.label: node.given_name or node.function for node in reached(self)}
+        inside = nodes_in(tuple(self.arguments.values()))  # also what runs inside
+        known = {node.label: node.given_name or node.function for node in (*reached(self), *inside)}
         return f"<{type(self).__name__} {self.given_name or renamed(self.code(reading_text), known)}>"
 
 

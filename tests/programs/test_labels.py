@@ -116,5 +116,5 @@ def test_a_node_alone_is_shown_without_a_hash(name):
 
 def test_a_node_alone_is_shown_as_it_is_written():
     assert repr(sd.Program(sd.attend(causal)).root) == "<Attend attend(kv_idx <= q_idx)>"
-    assert repr(selected(64)) == "<TopK top_k(scores=dot, among=kv_idx <= q_idx, count=2)>"
+    assert repr(selected(64)) == "<TopK top_k(scores=dot, count=2)>"
     assert repr(selected(64, "short")) == "<TopK short>"
