@@ -264,7 +264,7 @@ def _of_program(
         return Explanation(None, str(error), analysis, others=refusals(everything, patience))
     every = [plan for found in plans.values() for plan in found]
     names = dict.fromkeys(plan.backend for plan in every)
-    plan = Plan(", ".join(names), "; ".join(dict.fromkeys(plan.reason for plan in every)))
+    plan = Plan(", ".join(names), "; ".join(dict.fromkeys(why for plan in every for why in plan.reason.split("; "))))
     ways = {}
     for node in program.everything:
         done = [found.backend for found in plans.get(node, [])]
