@@ -271,7 +271,9 @@ def _of_program(
         way = way_of(node, list(zip(asked.get(node, []), done, strict=True)), backend, facts)
         if way is not None:
             ways[node] = named(backend).way(Request("attention", facts)) if backend == "reference" else way
-    unbuilt = _unbuilt(((request, plan) for node, found in plans.items() for request, plan in zip(asked[node], found, strict=True)), backend)
+    unbuilt = _unbuilt(
+        ((request, plan) for node, found in plans.items() for request, plan in zip(asked[node], found, strict=True)), backend
+    )
     return Explanation(plan, None, analysis, unbuilt=unbuilt, steps=ways, others=refusals(everything, patience))
 
 

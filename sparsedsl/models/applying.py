@@ -21,8 +21,8 @@ from sparsedsl.models.given import bind, choose
 from sparsedsl.models.installed import Installed, home_of, installed_at, installed_in
 from sparsedsl.models.layer_caches import CacheReport
 from sparsedsl.models.layers import (
-    check_module,
     attention_layers,
+    check_module,
     closed_layers,
     is_told_causal,
     layer_words,

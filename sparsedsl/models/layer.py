@@ -73,7 +73,9 @@ class Layer(nn.Module):
                 raise PatternError(f"{cls.__name__}({takes}): {error}{way}") from None
             donor = [*bound.values()][1] if len(bound) > 1 else None
             if not isinstance(donor, Donor):
-                raise PatternError(f"{cls.__name__}: the first argument is the donor that sd.models.convert gives; got {shown(donor)}")
+                raise PatternError(
+                    f"{cls.__name__}: the first argument is the donor that sd.models.convert gives; got {shown(donor)}"
+                )
             words = list(bound)[2:]  # after self and the donor
             object.__setattr__(layer, "arguments", {word: bound[word] for word in words})
         return layer

@@ -225,7 +225,9 @@ def plan(
     if not isinstance(equal, bool):
         raise ArgumentError(f"plan(): equal must be True or False; got {shown(equal)}")
     if not isinstance(rates, (Rates, types.NoneType)):
-        raise ArgumentError(f"plan(): rates must be what a rank does in a second, sd.parallel.Rates(pairs=.., keys=..); got {shown(rates)}")
+        raise ArgumentError(
+            f"plan(): rates must be what a rank does in a second, sd.parallel.Rates(pairs=.., keys=..); got {shown(rates)}"
+        )
     parts = static_patterns(patterns)
     unknown = set(tables) - {name for part in parts.values() for name in part.tables}
     if unknown:

@@ -137,7 +137,9 @@ def test_runs_of_many_tokens_cost_what_runs_cost() -> None:
     assert (found.method, found.received) == ("zigzag", (1 << 24) - (1 << 16))
 
 
-NO_GROUP = "mesh must be a DeviceMesh or a process group, and no process group has begun: call torch.distributed.init_process_group"
+NO_GROUP = (
+    "mesh must be a DeviceMesh or a process group, and no process group has begun: call torch.distributed.init_process_group"
+)
 WINDOW = sd.patterns.sliding_window(40)
 
 

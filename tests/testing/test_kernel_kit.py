@@ -502,5 +502,7 @@ def test_a_bare_function_is_a_kernel_where_it_says_what_it_implements():
 
 @pytest.mark.parametrize("words", [{}, {"implement": CAUSAL}])
 def test_a_bare_function_that_says_nothing_is_told_how(words):
-    with pytest.raises(ArgumentError, match=r"sd.testing.check\(plain, implements=pattern\), or make it a sd.testing.Kernel\(plain"):
+    with pytest.raises(
+        ArgumentError, match=r"sd.testing.check\(plain, implements=pattern\), or make it a sd.testing.Kernel\(plain"
+    ):
         kit.check(plain, **words)

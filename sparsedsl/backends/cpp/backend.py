@@ -92,7 +92,11 @@ class CppBackend(Backend):
         """A library that is not in the cache folder."""
         if _built(request) is not None:
             return ""
-        ends = "waits until it is there" if by_name else f"waits {LIMITS.now.wait_s:g} s at most and is else answered by another backend"
+        ends = (
+            "waits until it is there"
+            if by_name
+            else f"waits {LIMITS.now.wait_s:g} s at most and is else answered by another backend"
+        )
         return f"its C++ is not compiled yet: the first call begins to, and {ends}"
 
     def preference(self, request: Request) -> int:

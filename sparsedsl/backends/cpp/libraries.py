@@ -21,7 +21,18 @@ from sparsedsl.plain_values import Reported
 from sparsedsl.quantities import seconds_text
 from sparsedsl.settings import settings
 
-__all__ = ["Native", "address", "begun", "build_ahead", "fixed_library", "fixed_pass", "fixed_width", "native", "parallel", "texts_of"]
+__all__ = [
+    "Native",
+    "address",
+    "begun",
+    "build_ahead",
+    "fixed_library",
+    "fixed_pass",
+    "fixed_width",
+    "native",
+    "parallel",
+    "texts_of",
+]
 
 # A product and a sum may become one operation in products and softmax. What decides which pairs attend is rounded as torch rounds it.
 _FIXED, _EXACT = "-ffp-contract=fast", "-ffp-contract=off"

@@ -115,7 +115,11 @@ def _bent(kernel: Kernel, problem: Problem) -> Iterator[tuple[str, Bent, Problem
         if case.kv_len % size:
             words = f"keys {last}..{case.kv_len - 1}, the last partial tile of {size}, are missing"
             yield words, Bent(keep=_without(last, case.kv_len)), problem
-        yield f"keys {last}..{case.kv_len - 1}, the last tile of {size}, are missing", Bent(keep=_without(last, case.kv_len)), problem
+        yield (
+            f"keys {last}..{case.kv_len - 1}, the last tile of {size}, are missing",
+            Bent(keep=_without(last, case.kv_len)),
+            problem,
+        )
         for start in range(0, case.kv_len, size) if size == tiles[1] and case.kv_len <= 40 * size else ():
             end = min(start + size, case.kv_len)
             yield (

@@ -178,7 +178,9 @@ def test_to_explain_compiles_nothing(folder, counted):
         attn, named = sd.compile(pattern), sd.compile(pattern, backend="cpp")
         found, asked = (one.explain(4096, heads=2, kv_heads=2, head_dim=8) for one in (attn, named))
         assert "cpp" in found.plan.backend and "cpp" in asked.plan.backend
-        assert re.search(r"is not compiled yet: the first call begins to, and waits [\d.e+]+ s at most and is else answered", str(found))
+        assert re.search(
+            r"is not compiled yet: the first call begins to, and waits [\d.e+]+ s at most and is else answered", str(found)
+        )
         assert "is not compiled yet: the first call begins to, and waits until it is there" in str(asked)
     assert not counted.exists() or not counted.read_text(), "something was compiled"
     assert not list(folder.glob("*.so"))
