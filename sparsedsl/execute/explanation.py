@@ -312,8 +312,9 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
     able = [name for name in BACKENDS if name not in others]
     if facts.q_len > LONGEST_COMPARED:
         able = [name for name in able if plan is not None and name == plan.backend]
+    unbuilt = "" if plan is None else _unbuilt([(request, plan)], backend)
     return Explanation(
-        plan, refusal, analysis, details, "" if plan is None else _unbuilt([(request, plan)], backend), tuple(_clause_lines(pattern)), others=others, _device=facts.device,
+        plan, refusal, analysis, details, unbuilt, tuple(_clause_lines(pattern)), others=others, _device=facts.device,
         _expect=functools.partial(_expected_seconds, static, domain, facts, analysis, able),
     )  # fmt: skip
 

@@ -60,8 +60,9 @@ def check_model(model: Any) -> Any:
     """
     config = getattr(model, "config", None)
     if isinstance(model, type) or not hasattr(config, "get_text_config"):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise PatternError(
-            f"sd.models wants a transformers model (a PreTrainedModel); got {f'the class {model.__name__}' if isinstance(model, type) else type(model).__name__}. For other modules "
+            f"sd.models wants a transformers model (a PreTrainedModel); got {kind}. For other modules "
             "compile the pattern and call it in your forward: attn = sd.compile(pattern); attn(q, k, v)"
         )
     return config

@@ -216,7 +216,7 @@ def check(
         seed: None draws new cases each time, by a seed that the report names; a number draws the same ones.
         tables: values for tables; the others are drawn, as their declarations allow. All of a program's are drawn, and its inputs.
             Of a kernel these words are ``budget="quick" | "default" | "deep"``, ``seconds``, ``only`` (names of properties),
-            ``stop_at_first`` and ``locate``, of a function also ``implements`` and the other claims of :class:`Kernel`; see docs/testing.md.
+            ``stop_at_first`` and ``locate``, of a function also what :class:`Kernel` takes; see docs/testing.md.
 
     Returns:
         A :class:`Report`, of a kernel a :class:`KernelReport`, of the layers of a model :class:`LayerReports`: ``print`` it, ask ``.ok``,

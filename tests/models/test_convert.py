@@ -410,7 +410,7 @@ def test_a_graph_of_a_converted_model_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [
-    *((functools.partial(kind, value), sd.PatternError, f"{kind.__name__}: the first argument is the donor that sd.models.convert gives; got")
+    *((functools.partial(kind, value), sd.PatternError, f"{kind.__name__}: the first argument is the donor that sd.models.convert gives")
       for kind in (sd.models.NHA, sd.models.NSA, sd.models.MoBA, sd.models.HSA, sd.models.GatedDelta, sd.models.RingLinear)
       for value in (None, "x")),
     (lambda: sd.models.ProgramCacheLayer(0, None), sd.ArgumentError, "program must be a sd.Program; got None"),

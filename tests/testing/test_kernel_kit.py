@@ -496,7 +496,7 @@ def test_a_bare_function_is_a_kernel_where_it_says_what_it_implements():
     assert report.ok and report.kernel.lse and report.kernel.dtypes == ("float32",)
     with pytest.raises(PatternError, match="implements"):
         kit.check(plain, implements=3)
-    with pytest.raises(ArgumentError, match="of a kernel there are .*; got doc"):
+    with pytest.raises(ArgumentError, match=r"of a kernel there are .*; got doc"):
         kit.check(plain, implements=CAUSAL, doc=[0, 1])
 
 

@@ -28,7 +28,8 @@ __all__ = ["LATE", "LEAST", "PropertySearch", "run_case"]
 LEAST = 4
 LATE = "there was no time left"
 _WITNESSES = 3
-# Keys that a case is given more to tell faults apart which in one tile look alike: the last partial tile is another one for every usual size.
+# Keys that a case is given more, to tell faults apart which look alike in one tile: the last partial tile is another one for every usual
+# size of tiles.
 _MORE_KEYS = 16 + 32 + 64 + 128
 # Kinds of failure in what is compared with numbers.
 _NUMBERS = ("number", "NaN", "infinite")
