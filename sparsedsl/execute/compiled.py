@@ -13,7 +13,7 @@ from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import block_pair
 from sparsedsl.backends.flex import attention as flex
 from sparsedsl.backends.registry import named
-from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.errors import ArgumentError, ShapeError, UnsupportedError
 from sparsedsl.execute.call_words import CallWords
 from sparsedsl.execute.calls import Calls
 from sparsedsl.execute.explanation import Explanation, explain
@@ -24,7 +24,7 @@ from sparsedsl.execute.requests import requests_of
 from sparsedsl.execute.state import ProgramState
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.html_card import card
-from sparsedsl.lang.advice import check_word
+from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.lang.thumbnail import thumbnail
@@ -153,6 +153,8 @@ class Attention(PackedFace):
 
     def _planned(self, cp: Any, q: Any, k: Any, v: Any, words: CallWords) -> Any:
         """The call on this rank's rows, with the keys of others that they see."""
+        if not (hasattr(cp, "check") and hasattr(cp, "gathered")):
+            raise ArgumentError(f"cp must be what plan.on(mesh) of sd.parallel.plan gives; got {shown(cp)}")
         said = words.return_state or not words.q_offset is words.where is words.state is words.summaries is None
         if said or torch.compiler.is_compiling() or self.layout != "bhsd":
             raise UnsupportedError(
