@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import block_pair
@@ -164,20 +164,24 @@ class Attention(PackedFace):
         k, v, where = cp.gathered(q, k, v)
         return self._calls(q, k, v, words._replace(where=where))
 
-    def keep_summaries(self) -> KeptSummaries:
+    def keep_summaries(self, max_length: int | None = None) -> KeptSummaries:
         """An empty place for summaries of blocks of keys; pass it to all calls of one sequence as ``summaries=``.
 
         A step of decoding then reads the keys that it attends to, one row for each block, and the keys of the block that is not over:
         see :class:`~sparsedsl.execute.kept_summaries.KeptSummaries`.
 
+        Args:
+            max_length: take memory for so many tokens at once, which more tokens move; None: as they come.
+
         Raises:
+            ShapeError: ``max_length`` is no length.
             UnsupportedError: the program sums up no keys.
         """
         if not summarised(self.program):
             raise UnsupportedError(
                 f"{self.program!r} makes no summaries or bounds of keys that could be kept; call it without summaries="
             )
-        return KeptSummaries(self.program)
+        return KeptSummaries(self.program, None if max_length is None else check_size("max_length", max_length, 1))
 
     @property
     def has_lse(self) -> bool:
