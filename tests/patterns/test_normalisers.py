@@ -49,7 +49,7 @@ CASES = {
     "relu_squared": (P.relu_squared(WINDOW, 3), relu_squared, WINDOW, COMPILED),
     "hstu": (P.hstu(WINDOW, 7), hstu, WINDOW, COMPILED),
     "softpick": (P.softpick(WINDOW), softpick, WINDOW, COMPILED),
-    "stick_breaking": (P.stick_breaking(WINDOW), stick_breaking, WINDOW & (kv_idx < q_idx), ("reference", "tiled")),
+    "stick_breaking": (P.stick_breaking(WINDOW), stick_breaking, WINDOW & (kv_idx < q_idx), COMPILED),
 }
 
 
