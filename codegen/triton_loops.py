@@ -31,8 +31,11 @@ class Loop(Protocol):
     def prepare(self, source: Source, names: TritonNames) -> None:
         """Write what comes before the loops; afterwards ``full_tiles`` and ``partial_tiles`` say how many there are."""
 
+    def all_tiles(self, source: Source) -> None:
+        """Write ``every_tiles``, how many tiles there are: for loops over tiles of the kind "every", in ascending order."""
+
     def tile(self, source: Source, kind: str, number: str) -> None:
-        """Write ``column = ...``: the tile number of the ``number``-th tile of this kind ("full" or "partial")."""
+        """Write ``column = ...``: the tile number of the ``number``-th tile of this kind ("full", "partial" or "every")."""
 
     def condition(self, source: Source, names: TritonNames) -> str:
         """The condition of a pair in a partial tile, ``(rows, columns)``."""
@@ -113,6 +116,18 @@ class IntervalLoop:
         source.line(f"head{s} = full_begin{s} - begin{s}")
         source.line(f"{full} = full_end{s} - full_begin{s}")
         source.line(f"{partial} = head{s} + end{s} - full_end{s}")
+
+    def all_tiles(self, source: Source) -> None:
+        if not self.intervals:
+            source.line("every_tiles = 0")
+            return
+        many = len(self.intervals) > 1
+        for i in range(len(self.intervals)):
+            s = self._suffix(i)
+            count = f"end{s}" if self._first_at_zero(i) else f"end{s} - begin{s}"
+            source.line(f"every{s or '_tiles'} = {count}")
+        if many:
+            source.line(f"every_tiles = {' + '.join(f'every{self._suffix(i)}' for i in range(len(self.intervals)))}")
 
     @property
     def _rows(self) -> str:
@@ -230,7 +245,7 @@ class IntervalLoop:
             if before:
                 j = "j"
                 source.line(f"j = {number} - {f'({before})' if i > 1 else before}")
-            mine = j if self._first_at_zero(i) else f"full_begin{s} + {j}"
+            mine = j if self._first_at_zero(i) else f"{'begin' if kind == 'every' else 'full_begin'}{s} + {j}"
             if kind == "partial" and self._first_at_zero(i):
                 mine = f"full_end{s} + {j}"
             elif kind == "partial":
@@ -288,7 +303,11 @@ class ListLoop:
             source.line(f"{kind}_begin = tl.load({kind}_starts_{self.of}_ptr + listed)")
             source.line(f"{kind}_tiles = tl.load({kind}_starts_{self.of}_ptr + listed + 1) - {kind}_begin")
 
+    def all_tiles(self, source: Source) -> None:
+        source.line("every_tiles = partial_tiles  # these lists hold all tiles as partial ones")
+
     def tile(self, source: Source, kind: str, number: str) -> None:
+        kind = "partial" if kind == "every" else kind
         source.line(f"column = tl.load({kind}_columns_{self.of}_ptr + {kind}_begin + {number})")
 
     def condition(self, source: Source, names: TritonNames) -> str:
