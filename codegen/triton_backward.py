@@ -53,7 +53,7 @@ def write_delta(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
         writer.head("grad_out", "h")
         source.line(f"row = {writer.number('BLOCK_M', 'tile')} + tl.arange(0, BLOCK_M)")
         source.line("inside = row < rows")
-        writer.dims(of_v=True)
+        writer.dims(of_k=False)
         source.line("delta = tl.zeros([BLOCK_M], tl.float32)")
         writer.load("out", "out", writer.v_parts, "row", "inside")
         writer.load("grad_out", "grad", writer.v_parts, "row", "inside")
@@ -195,7 +195,7 @@ def write_left(source: Source, pattern: Pattern, variant: Variant) -> KernelSour
         source.line("inside = row < rows")
         source.line("q_idx = q_offset + tl.minimum(row, rows - 1)")
         writer.positions(*pattern.exprs)
-        writer.dims()
+        writer.dims(of_v=False)
         writer.load("q", "q", writer.d_parts, "row", "inside")
         loop.prepare(source, writer.names("queries"))
         begin_down(writer)
@@ -238,8 +238,6 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
             _queries_of_head(writer)
             for one in learned:
                 source.line(f"{one.name} = tl.zeros([BLOCK_N], tl.float32)")
-            if writer.breaks:
-                loop.all_tiles(source)
             for kind in ("every",) if writer.breaks else ("full", "partial"):
                 with source.block(f"for i in range(0, {kind}_tiles):"):
                     _key_gradients(writer, loop, kind, learned)

@@ -255,7 +255,7 @@ def write_merge(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
     with writer.define():
         source.line("line = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)")
         source.line("inside = line < lines")
-        writer.dims(of_v=True)
+        writer.dims(of_k=False)
         if not added:
             source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32)")
             source.line("total = tl.zeros([BLOCK_M], tl.float32)")

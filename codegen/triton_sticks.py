@@ -46,7 +46,6 @@ def write_triangle(writer: Writer, places: str, *, later: bool, turned: bool = F
 def down(writer: Writer, loop: Loop, split: bool, step: Callable[[], None]) -> None:
     """The tiles of a program, or of its share of the keys, from the last to the first, until nothing is left to any query."""
     source = writer.source
-    loop.all_tiles(source)
     source.line("# From the last tile to the first, until no query has anything left that a float could hold.")
     if split:
         source.line("lowest = every_tiles * share // splits")
@@ -67,7 +66,6 @@ def down(writer: Writer, loop: Loop, split: bool, step: Callable[[], None]) -> N
 def up(writer: Writer, loop: Loop, step: Callable[[], None]) -> None:
     """All tiles of a program from the first of which something is left to a query, to the last."""
     source = writer.source
-    loop.all_tiles(source)
     source.line("# Tiles that have nothing left to take come first, if there are any.")
     source.line("below = tl.cast(0, tl.int32)")
     source.line("alive = tl.cast(0, tl.int32)")

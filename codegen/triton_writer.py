@@ -193,10 +193,10 @@ class Writer:
         # Every offset of a row is a product with this number, so that its width is theirs.
         self.source.line(f"{stride} = {f'tl.cast({stride}, tl.int64)' if self.variant.wide else stride} // ALIGN * ALIGN")
 
-    def dims(self, *, of_v: bool = False) -> None:
-        """The dimensions of heads, as vectors; ``of_v``: of v and the output alone."""
-        others = () if of_v else self.d_parts
-        for part in others + tuple(p for p in self.v_parts if p not in others):
+    def dims(self, *, of_k: bool = True, of_v: bool = True) -> None:
+        """The dimensions of heads, as vectors: ``of_k``, of q and k; ``of_v``, of v and the output."""
+        parts = (self.d_parts if of_k else ()) + (self.v_parts if of_v else ())
+        for part in dict.fromkeys(parts):
             first = f"{part.first} + " if part.first else ""
             self.source.line(f"{part.name} = {first}tl.arange(0, {part.width})")
 
@@ -328,18 +328,19 @@ class Writer:
         """The loop over tiles of keys for the queries of a program."""
         if (self.variant.decode_keys if self.packed else self.variant.keys) == "lists":
             head, line = ("head", "") if self.packed else ("h", "listed * tiles + tile")
-            return ListLoop(self.pattern.mask.expr, "keys", head, line, square=not self.packed)
+            return ListLoop(self.pattern.mask.expr, "keys", head, line, square=not self.packed, one_loop=self.breaks)
         found = intervals(self.pattern.mask.expr)
         assert found is not None
-        return IntervalLoop(found, "keys", "BLOCK_N", frozenset({Q_IDX, HEAD} if self.packed else {Q_IDX}), self.variant.wide)
+        vectors = frozenset({Q_IDX, HEAD} if self.packed else {Q_IDX})
+        return IntervalLoop(found, "keys", "BLOCK_N", vectors, self.variant.wide, self.breaks)
 
     def query_loop(self) -> Loop:
         """The loop over tiles of queries for the keys of a program."""
         if self.variant.queries == "lists":
-            return ListLoop(self.pattern.mask.expr, "queries", "h", "listed * tiles + tile")
+            return ListLoop(self.pattern.mask.expr, "queries", "h", "listed * tiles + tile", one_loop=self.breaks)
         found = intervals(self.pattern.mask.expr, of="queries")
         assert found is not None
-        return IntervalLoop(found, "queries", "BLOCK_M", frozenset({KV_IDX}), self.variant.wide)
+        return IntervalLoop(found, "queries", "BLOCK_M", frozenset({KV_IDX}), self.variant.wide, self.breaks)
 
 
 def table_names(pattern: Pattern) -> dict[str, TableNames]:

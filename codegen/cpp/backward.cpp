@@ -43,7 +43,7 @@ static void prepare(const Call *c, const Strip &strip, const Desk &desk, Given &
         if (i < strip.used) c->delta[line] = delta;
         given.delta[i] = delta;
         given.lse[i] = lse == LOWEST ? -LOWEST : (real)(lse * LOG2E);
-        far |= (c->weighing == SOFTMAX || c->weighing == SOFTPICK) && sizeof(real) == 4 && __builtin_fabs(lse) > FAR && __builtin_fabs(lse) < -LOWEST;
+        far |= divides(c) && sizeof(real) == 4 && __builtin_fabs(lse) > FAR && __builtin_fabs(lse) < -LOWEST;
     }
     if (far) {
         // Such an LSE is taken apart again. Gradients are linear in what comes from outside: there goes the factor of all weights.
@@ -113,7 +113,7 @@ static bool add_strip(const Call *c, const Strip &strip, real *room, Gains gains
         product<false>(count, lanes, c->head_dim, some_k.first, some_k.row, 1, desk.turned, lanes, desk.tile, lanes);
         return some_k;
     };
-    real left[MOST_LANES] = {}, earlier[MOST_LANES];  // of a stick
+    real left[MOST_LANES] = {}, earlier[MOST_LANES] = {};  // of a stick
     const real *left_here = nullptr;
     auto add = [&](i64 key, i64 count, bool full) {
         Rows some_k = products(key, count), some_v = v.rows(key, count, false, desk.values);
@@ -154,7 +154,6 @@ static bool add_strip(const Call *c, const Strip &strip, real *room, Gains gains
             pass_sticks(strip, desk.tile, count, factor, left);
             return !nothing_left(strip, left);
         });
-        for (i64 i = 0; i < lanes; i++) earlier[i] = c->grad_lse ? c->grad_lse[line_of(c, strip, i)] : 0;  // what is left weighs as a key
         for (i64 n = walk.count - 1; n >= 0; n--) {
             left_here = walk.left + n * MOST_LANES;
             add(walk.blocks[n].key, walk.blocks[n].keys, walk.blocks[n].full);

@@ -41,7 +41,7 @@ struct Call {
     i64 threads;
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel, of the OpenMP that torch uses
     Tensor q, k, v, out;
-    real *lse;  // (batch, heads, rows of q); of a STICK the logarithm of what is left of it
+    real *lse;  // (batch, heads, rows of q)
 
     // How strips are cut: queries of each of so many heads of a group. `step`: residues modulo it, one after the other.
     i64 strip_queries, strip_heads, step;

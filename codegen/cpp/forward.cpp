@@ -178,7 +178,7 @@ static bool finish(const Call *c, const Strip &strip, Sums sums) {
     add_sink(c, strip, sums);
     Vector wrong = {};
     for (i64 i = 0; i < strip.used; i++) {
-        real total = c->weighing == POINTWISE || c->weighing == STICK ? 1 : sums.total[i], share = total == 0 ? 0 : 1 / total, *values = sums.values + i * sums.broad;
+        real total = divides(c) ? sums.total[i] : 1, share = total == 0 ? 0 : 1 / total, *values = sums.values + i * sums.broad;
         for (i64 j = 0; j < sums.broad; j += WIDTH) {
             Vector x = at(values + j) * share;
             wrong += x * (real)0;
@@ -187,7 +187,7 @@ static bool finish(const Call *c, const Strip &strip, Sums sums) {
         char *to = (char *)c->out.first +
                    (strip.b * c->out.batch + strip.h[i] * c->out.head + strip.row[i] * c->out.row) * element_bytes(c->kind);
         narrow(values, c->kind, c->head_dim_v, to);
-        double lse = c->weighing == STICK ? sums.total[i] * LN2 : sums.highest[i] * LN2 + __builtin_log((double)total);
+        double lse = sums.highest[i] * LN2 + __builtin_log((double)total);
         c->lse[line_of(c, strip, i)] = total == 0 ? LOWEST : lse;
     }
     bool finite = true;

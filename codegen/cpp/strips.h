@@ -187,6 +187,9 @@ static void visit_down(const Call *c, const Strip &strip, i64 part, i64 parts, F
         }
 }
 
+// Whether weights are divided by their sum, whose logarithm is in the LSE.
+static bool divides(const Call *c) { return c->weighing == SOFTMAX || c->weighing == SOFTPICK; }
+
 // How many blocks of keys a strip visits at most.
 static i64 most_blocks(const Call *c, const Strip &strip) { return strip.keys / BLOCK_KEYS + MOST_INTERVALS + 1; }
 

@@ -18,7 +18,7 @@ from typing import Any
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
 from sparsedsl.gpu.aot import Binary, BuildJob, compile_kernels, job_of
-from sparsedsl.gpu.configs import at_span, default_config
+from sparsedsl.gpu.configs import default_config, of_sticks
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.loading import triton as load_triton
 from sparsedsl.gpu.resources import Occupancy, Resources, misfits, occupancy
@@ -307,7 +307,7 @@ def _built(source: TritonSource, name: str, given: Config | None, shape: Shape, 
         default, sticks = default_config(name, shape, target), source.pattern.normaliser == STICK_BREAKING
 
         def fitting(config: Config) -> tuple[BuildJob, Binary]:
-            return compiled(at_span(name, shape, target, config) if sticks else config)
+            return compiled(of_sticks(name, shape, target, config) if sticks else config)
 
         _, (job, binary) = settled(name, default, target, fitting, lambda made: made[1].resources)
     problems = tuple(_problems(binary.resources, shape, job))

@@ -18,7 +18,7 @@ from sparsedsl.gpu.targets import Target
 if TYPE_CHECKING:
     from sparsedsl.codegen.to_triton import KernelSource
 
-__all__ = ["Config", "Shape", "Work", "at_span", "constants", "default_config", "refusal", "space", "split_count"]
+__all__ = ["Config", "Shape", "Work", "constants", "default_config", "of_sticks", "refusal", "space", "split_count"]
 
 STAGES = (1, 2, 3, 4)
 # Rows count as imbalanced, so that it may pay to begin with the longest, from this ratio of the longest to the mean.
@@ -181,24 +181,31 @@ def split_count(tiles: int, programs: int, target: Target) -> int:
     return max(1, min(-(-2 * target.sms // programs), tiles // 2, MOST_SPLITS))
 
 
-def at_span(kernel: str, shape: Shape, target: Target, config: Config, span: int | None = None) -> Config:
-    """The config of a kernel that breaks sticks backward: what kernels tell each other of a tile of keys has one width.
+def of_sticks(kernel: str, shape: Shape, target: Target, config: Config, span: int | None = None) -> Config:
+    """The config of a kernel that breaks sticks: narrower, since a tile of logits lies in registers several times.
 
-    ``span``: that width; None: the one of all launches for such a shape.
+    What kernels of the backward pass tell each other of a tile of keys has one width for all: ``span``, by default that of all launches for
+    such a shape.
 
     >>> from sparsedsl.gpu.targets import target_named
-    >>> str(at_span("grad_kv", Shape("bfloat16", 64, 64), target_named("sm_90"), Config(64, 128, 8, 2)))
-    '64x64, 4 warps, 2 stages'
+    >>> str(of_sticks("grad_kv", Shape("bfloat16", 64, 64), target_named("sm_90"), Config(64, 128, 8, 2)))
+    '32x32, 4 warps, 2 stages'
     """
-    if kernel in ("forward", "decode", "merge"):
+    if kernel in ("decode", "merge"):
         return config
-    if span is None:
-        widest = max(shape.columns, shape.columns_v)
-        span = (64 if widest <= 128 else 32) if shape.matrix_units and shape.itemsize == 2 else (32 if widest <= 64 else 16)
-    of_tables = kernel not in ("left", "grad_q", "grad_kv")
-    rows = span if of_tables or kernel == "grad_kv" else config.block_m
-    warps = min(config.warps, warps_of(rows, target)) if shape.matrix_units else config.warps
-    return replace(config, block_m=span if of_tables else config.block_m, block_n=span, warps=warps)
+    half, widest = shape.matrix_units and shape.itemsize == 2, max(shape.columns, shape.columns_v)
+    narrow = 32 if half and widest <= 128 else 16
+    if kernel == "forward":
+        return replace(config, block_n=min(config.block_n, 32))
+    span = span or narrow
+    rows, warps = config.block_m, config.warps
+    if kernel == "left" or kernel == "grad_q":
+        rows = min(rows, 32) if half and widest > 128 else rows
+    else:  # of keys, and of tables: squares
+        rows = min(rows, span) if kernel == "grad_kv" else span
+    if half and (widest <= 64 or kernel != "grad_kv"):
+        warps = min(warps, max(4, warps_of(rows, target)))
+    return replace(config, block_m=rows, block_n=span, warps=warps)
 
 
 def constants(kernel: KernelSource, shape: Shape, config: Config, backend: str = "cuda") -> dict[str, Any]:
@@ -214,7 +221,7 @@ def constants(kernel: KernelSource, shape: Shape, config: Config, backend: str =
         "BLOCK_N": config.block_n,
         "BLOCK": min(config.block_m, config.block_n),
         "PRECISION": shape.precision,
-        "SUMS": "ieee" if backend == "hip" else "tf32x3",
+        "SUMS": "tf32x3" if shape.matrix_units and backend == "cuda" else "ieee",
         "ALIGN": 8 if shape.aligned and shape.head_dim % 8 == 0 and shape.head_dim_v % 8 == 0 else 1,
         "HEAVY_FIRST": config.heavy_first,
         "HAS_GRAD_LSE": True,

@@ -37,7 +37,7 @@ from sparsedsl.backends.triton.table_passes import add_table_gradient, side_of, 
 from sparsedsl.codegen.gradient_axes import learned_reads
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.gpu.configs import Config, Shape, at_span, split_count
+from sparsedsl.gpu.configs import Config, Shape, of_sticks, split_count
 from sparsedsl.gpu.costs import estimated_held, retiled, seconds
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.lang.pattern import Pattern
@@ -121,7 +121,7 @@ class TritonKernel(PatternRunner):
         before = "left" if prepared.breaks else "delta"
         for name in (("decode", "merge") if few else ("forward",)) + ((before, "grad_q", "grad_kv") if grad else ()):
             found = chosen(name, shape, prepared, None)
-            config = at_span(name, shape, target, found.config) if prepared.breaks else found.config
+            config = of_sticks(name, shape, target, found.config) if prepared.breaks else found.config
             lines.append(f"  {name}: {config} ({found.source})")
         return tuple(lines)
 
@@ -315,9 +315,9 @@ def _run(name: str, shape: Shape, prepared: Prepared, work: Work, **constants: A
     """Choose how a kernel is launched, and launch it; the config."""
 
     def fitted(config: Config) -> Config:
-        if not prepared.breaks:
+        if not prepared.breaks or (interpreted() and name == "forward"):
             return config
-        return at_span(name, shape, target_of(prepared.device), config, _span(shape, prepared))
+        return of_sticks(name, shape, target_of(prepared.device), config, _span(shape, prepared))
 
     def run(config: Config, dry: bool) -> Any:
         config = fitted(config)
@@ -344,7 +344,7 @@ def _span(shape: Shape, prepared: Prepared) -> int:
     """Keys of a tile in all kernels of the backward pass of sticks."""
     if interpreted():
         return LIMITS.now.interpreted.block_n
-    return at_span("grad_q", shape, target_of(prepared.device), LIMITS.now.interpreted).block_n
+    return of_sticks("grad_q", shape, target_of(prepared.device), LIMITS.now.interpreted).block_n
 
 
 def _without_products(t: Tensor) -> bool:
