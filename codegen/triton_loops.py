@@ -1,5 +1,6 @@
-"""How a generated kernel finds the tiles it must visit: intervals in closed form, or compact lists. Full tiles first, then partial ones; or,
-where the order of tiles matters, all of them in one loop, as if they were partial.
+"""How a generated kernel finds the tiles it must visit: intervals in closed form, or compact lists. Full tiles first, then partial ones.
+
+Where the order of tiles matters there is one loop over all of them, as if they were partial.
 
 A program owns one tile of *rows* (queries, or keys where gradients of K and V are made) and loops over tiles of the other axis, here
 called *columns*. Each kind of loop writes three things: what is worked out before the loops, the number of the i-th tile, and the

@@ -1,9 +1,9 @@
 """Breaking sticks, as Triton source: tiles of keys from the last to the first, and what is left to each.
 
-Of what the keys after it have left, a key takes the sigmoid of its logit. What is left is carried from tile to tile as a logarithm, in units of
-log2; within a tile it is a product with a triangle of ones. The backward pass needs, of each query and tile of keys, what later tiles left
-and what earlier ones came to: the first is written by a kernel of its own, ``left``, the second by ``grad_q`` on its way from the first tile to
-the last. ``grad_kv`` reads both. Kernels that share these numbers have tiles of equally many keys.
+Of what the keys after it have left, a key takes the sigmoid of its logit. What is left is carried from tile to tile as a logarithm, in
+units of log2; within a tile it is a product with a triangle of ones. The backward pass needs, of each query and tile of keys, what later
+tiles left and what earlier ones came to: the first is written by a kernel of its own, ``left``, the second by ``grad_q`` on its way from
+the first tile to the last. ``grad_kv`` reads both. Kernels that share these numbers have tiles of equally many keys.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def add_scratch(writer: Writer) -> None:
     writer.add(*((f"{name}_ptr", "*fp32") for name in names), ("columns", "i32"), ("first_line", "i32"))
 
 
-def load_scratch(writer: Writer, name: str, row: str, exists: str, *, line: str = "bh - first_line", column: str = "column") -> None:
+def load_scratch(
+    writer: Writer, name: str, row: str, exists: str, *, line: str = "bh - first_line", column: str = "column"
+) -> None:
     """``name``: one of both numbers for some queries and a tile of keys; for rows that do not exist nothing is left."""
     other = 'float("-inf")' if name == "left" else "0.0"
     mask = f", mask={exists}, other={other}" if exists else ""

@@ -134,9 +134,9 @@ def stick_breaking(mask: Any = True, *, logit: Score = score, rest: str | None =
     logit, earlier = check_logit("stick_breaking", logit), kv_idx < q_idx
     if rest == "own":
         raise UnsupportedError(
-            "stick_breaking(): rest='own' would give what is left to the value of the query's own position, which lies behind all keys in line, "
-            "and keys are in line by position. Add it outside: out + (1 - attn(q, k, ones)) * v, with ones of the shape of v[..., :1]; or take "
-            "rest='first'"
+            "stick_breaking(): rest='own' would give what is left to the value of the query's own position, which would have to be last in "
+            "line, and keys are in line by position. Add it outside: out + (1 - attn(q, k, ones)) * v, with ones of the shape of "
+            "v[..., :1]; or take rest='first'"
         )
     if rest is None:
         return attend(earlier & mask, score=logit, normaliser="stick_breaking")

@@ -199,7 +199,7 @@ def of_sticks(kernel: str, shape: Shape, target: Target, config: Config, span: i
         return replace(config, block_n=min(config.block_n, 32))
     span = span or narrow
     rows, warps = config.block_m, config.warps
-    if kernel == "left" or kernel == "grad_q":
+    if kernel in ("left", "grad_q"):
         rows = min(rows, 32) if half and widest > 128 else rows
     else:  # of keys, and of tables: squares
         rows = min(rows, span) if kernel == "grad_kv" else span

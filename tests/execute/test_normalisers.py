@@ -95,9 +95,7 @@ def test_mixed_with_others():
     assert torch.allclose(sd.compile(mixed)(q, k, v, gate=gate), wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("backend", "name"), [(b, name) for b in ("tiled", "cpp") for name in NAMES]
-)
+@pytest.mark.parametrize(("backend", "name"), [(b, name) for b in ("tiled", "cpp") for name in NAMES])
 def test_the_kit_holds(name, backend):
     """Random shapes; causality, calls, order and what is unseen, gradients included. Two residues meet in the second pattern."""
     bias = sd.table("bias", learned=True)

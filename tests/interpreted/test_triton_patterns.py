@@ -133,6 +133,7 @@ PATTERNS = {
     "sticks, tables by difference and by pair": sd.attend(
         causal, score=score + near[h, distance] + pairs[q_idx, kv_idx], normaliser="stick_breaking",
     ),
+    "sticks whose rest goes to the first key": sd.patterns.stick_breaking(q_idx - kv_idx < 12, rest="first"),
     "sticks of which nothing is left": sd.attend(
         causal, score=score + 10_000 * ((q_idx + kv_idx) % 5 - 2), normaliser="stick_breaking",
     ),

@@ -128,6 +128,20 @@ def test_numbers_of_stick_breaking(backend):
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_left_of_a_stick(backend):
+    """T32: to the own value, by what the weights add up to; and to the first key, whose weight it then is."""
+    q, k, v = drawn(101, 48)
+    out, ones = sd.compile(P.stick_breaking(), backend=backend), torch.ones_like(v[..., :1])
+    assert digest(out(q, k, v) + (1 - out(q, k, ones)) * v) == pytest.approx(1.152846137, abs=2e-9)
+    first = sd.compile(P.stick_breaking(rest="first"), backend=backend)
+    weights = first(q, k, torch.eye(48, dtype=torch.float64).expand(1, 2, 48, 48))
+    assert weights[0, 0, 1, 0] == 1.0 and torch.allclose(weights.sum(-1)[..., 1:], torch.ones(47, dtype=torch.float64))
+    z = q @ k.mT * 8**-0.5
+    left = torch.sigmoid(-z).masked_fill(torch.ones(48, 48).triu().bool(), 1.0)[..., 1:].prod(-1)
+    assert torch.allclose(weights[..., 1:, 0], left[..., 1:], rtol=1e-12, atol=0)  # with all digits, down to 1e-16
+
+
 def test_numbers_of_sigmoid():
     """T33."""
     q, k, v = drawn(101, 48)
@@ -148,8 +162,14 @@ def test_numbers_of_sigmoid():
         lambda: P.relu_squared(WINDOW, -1),
         lambda: P.hstu(WINDOW, "4096"),
         lambda: P.softpick(WINDOW, logit="x"),
+        lambda: P.stick_breaking(WINDOW, rest="last"),
     ],
 )
 def test_arguments_that_make_no_sense(make):
-    with pytest.raises(sd.PatternError, match=r"sigmoid\(\)|relu_squared\(\)|hstu\(\)|softpick\(\)"):
+    with pytest.raises(sd.PatternError, match=r"sigmoid\(\)|relu_squared\(\)|hstu\(\)|softpick\(\)|stick_breaking\(\)"):
         make()
+
+
+def test_the_own_value_is_not_in_line():
+    with pytest.raises(sd.UnsupportedError, match=r"Add it outside: out \+ \(1 - attn\(q, k, ones\)\) \* v"):
+        P.stick_breaking(rest="own")

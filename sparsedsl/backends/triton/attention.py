@@ -258,7 +258,9 @@ class TritonKernel(PatternRunner):
         heads after the others. As arguments: what tables need of it."""
         domain, group = call.domain, call.group
         columns, units = in_tiles(domain.kv_len, _span(shape, prepared)), domain.batch * domain.heads // group
-        of_pairs = any(one.axis in ("difference", "pairs") for one in learned_reads(prepared.source.pattern))  # they need all heads
+        of_pairs = any(
+            one.axis in ("difference", "pairs") for one in learned_reads(prepared.source.pattern)
+        )  # they need all heads
         most = units if of_pairs else LIMITS.now.stick_bytes // max(1, 8 * group * columns * domain.rows)
         told: dict[str, Any] = {}
         for first in range(0, units, max(1, most)):

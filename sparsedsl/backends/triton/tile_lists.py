@@ -60,7 +60,9 @@ def all_as_partial(lists: BlockLists) -> BlockLists:
     """The same tiles, all of them listed as partial: those of a line in ascending order, whatever they are."""
     if not lists.full.total:
         return lists
-    owner, columns = (torch.cat(pair) for pair in ((lists.full.owners(), lists.partial.owners()), (lists.full.columns, lists.partial.columns)))
+    owner, columns = (
+        torch.cat(pair) for pair in ((lists.full.owners(), lists.partial.owners()), (lists.full.columns, lists.partial.columns))
+    )
     none = _from_pairs(owner[:0], columns[:0], lists)
     return BlockLists(none, _from_pairs(owner, columns, lists), lists.block, lists.q_rows, lists.kv_len)
 
