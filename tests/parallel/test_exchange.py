@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import sparsedsl as sd
+from tests.parallel.ranks import assert_refused, numbers, run_on_ranks
 from sparsedsl import kv_idx, q_idx
 
 LENGTH, WORLD, HEADS = 203, 4, 4
@@ -27,10 +25,6 @@ PATTERNS: dict[str, Any] = {
     "learned": sd.attend(NEAR, score=sd.tanh(sd.score * kv_idx / sd.kv_len + BIAS[q_idx - kv_idx]) * 5),
     "late": CAUSAL & (q_idx >= 60) & (kv_idx >= 30),
 }
-
-
-def numbers(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 TABLES = {"doc": torch.arange(LENGTH) // 37, "win": torch.tensor([3, 9, 20, 70]), "bias": numbers(40, seed=9)}
@@ -83,54 +77,22 @@ def refusals(made: sd.parallel.TokenPlan, qkv: list[torch.Tensor]) -> None:
     group = dist.group.WORLD
     rank = dist.get_rank()
     cp, mine = made.on(group), [made.shard(x.detach(), 2, group) for x in qkv]
-    refused(sd.UnsupportedError, "plan is for another mask", lambda: sd.attention(*mine, CAUSAL, cp=cp))
-    refused(sd.UnsupportedError, "takes no q_offset", lambda: sd.attention(*mine, NEAR, cp=cp, q_offset=0))
-    refused(sd.ShapeError, "q must hold the", lambda: sd.attention(*qkv, NEAR, cp=cp))
-    refused(sd.UnsupportedError, "gives no gradients", lambda: made.unshard(mine[0].clone().requires_grad_(), 2, group))
-    refused(sd.ShapeError, "dimension 2 has 203 rows", lambda: made.unshard(qkv[0], 2, group))
+    assert_refused(sd.UnsupportedError, "plan is for another mask", lambda: sd.attention(*mine, CAUSAL, cp=cp))
+    assert_refused(sd.UnsupportedError, "takes no q_offset", lambda: sd.attention(*mine, NEAR, cp=cp, q_offset=0))
+    assert_refused(sd.ShapeError, "q must hold the", lambda: sd.attention(*qkv, NEAR, cp=cp))
+    assert_refused(sd.UnsupportedError, "gives no gradients", lambda: made.unshard(mine[0].clone().requires_grad_(), 2, group))
+    assert_refused(sd.ShapeError, "dimension 2 has 203 rows", lambda: made.unshard(qkv[0], 2, group))
     documents = sd.parallel.plan(PATTERNS["documents"], LENGTH, WORLD, granule=8, chunk=16, doc=TABLES["doc"])
     of_documents, rows = documents.on(group), [documents.shard(x.detach(), 2, group) for x in qkv]
     other = torch.arange(LENGTH) // 50
-    refused(
+    assert_refused(
         sd.UnsupportedError,
         "of another table 'doc'",
         lambda: sd.attention(*rows, PATTERNS["documents"], cp=of_documents, doc=other),
     )
     uneven = made if rank else documents
-    refused(sd.UnsupportedError, "ranks have different plans", lambda: uneven.on(group))
-
-
-def refused(kind: type[Exception], words: str, call: Callable[[], Any]) -> None:
-    try:
-        call()
-    except kind as error:
-        assert words in str(error), error
-    else:
-        raise AssertionError(f"nothing refused: {words}")
-
-
-def process(rank: int, folder: str, failures: Any) -> None:
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-        run(rank)
-        dist.destroy_process_group()
-    except BaseException:
-        failures.put(f"rank {rank}: {traceback.format_exc()}")
-        raise SystemExit(1) from None
+    assert_refused(sd.UnsupportedError, "ranks have different plans", lambda: uneven.on(group))
 
 
 def test_four_processes_are_one(tmp_path: Path) -> None:
-    # Forked: a process that imports everything anew takes longer than all that is tested.
-    context = multiprocessing.get_context("fork")
-    failures = context.SimpleQueue()
-    ranks = [context.Process(target=process, args=(rank, str(tmp_path), failures)) for rank in range(WORLD)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(240)
-    for rank in ranks:
-        if rank.is_alive():
-            rank.kill()
-    told = [] if failures.empty() else [failures.get()]
-    assert [rank.exitcode for rank in ranks] == [0] * WORLD, told
+    run_on_ranks(WORLD, run, tmp_path)
