@@ -5,7 +5,7 @@ more. Every row of queries stays whole on its rank, so that results are those of
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -18,9 +18,11 @@ from sparsedsl.execute.calls import Calls
 from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.parallel.choosing import ChoosingCalls, Held
 from sparsedsl.parallel.fingerprints import digests
-from sparsedsl.parallel.sending import Route, sent
+from sparsedsl.parallel.sending import Route, begun, sent, tied
+from sparsedsl.program.branches import as_branch
 from sparsedsl.program.graph import Program
 from sparsedsl.runtime.arguments import arranged
+from sparsedsl.runtime.merging import merge
 from sparsedsl.runtime.standing import Standing
 
 __all__ = ["Exchange", "group_of", "shard", "unshard"]
@@ -110,8 +112,10 @@ class Exchange:
     they see whatever is chosen. last_keys: of the keys that the last call had, chosen ones included.
     """
 
-    def __init__(self, plan: Planned, mesh: Any, name: str, mask_key: str, tables: Mapping[str, str]) -> None:
-        self.plan, self.name = plan, name
+    def __init__(
+        self, plan: Planned, mesh: Any, name: str, mask_key: str, tables: Mapping[str, str], overlap: bool = False
+    ) -> None:  # fmt: skip
+        self.plan, self.name, self.overlap = plan, name, overlap
         self._mask_key, self._tables = mask_key, tables
         self.group = group_of(mesh, plan.world)
         self.rank = dist.get_rank(self.group)
@@ -134,6 +138,8 @@ class Exchange:
         self._route = Route(torch.searchsorted(self.rows, torch.cat(to_each)), self._counts, own, order, self.group)
         self._held = Held([plan.rows(rank) for rank in range(plan.world)], self.rank, self.group)
         self._choosing: weakref.WeakKeyDictionary[Calls, ChoosingCalls] = weakref.WeakKeyDictionary()
+        self._positions = wanted[mine], torch.cat(from_each).sort()
+        self._sinkless: weakref.WeakKeyDictionary[Calls, Calls] = weakref.WeakKeyDictionary()
 
     def attend(self, calls: Calls, q: Tensor, k: Tensor, v: Tensor, words: CallWords) -> Any:
         """The call on this rank's rows ``(B, H, S, D)``, with keys of others; see :meth:`sparsedsl.Attention.__call__`.
@@ -161,9 +167,44 @@ class Exchange:
             self.last_keys = part.last_keys
             return result
         width, both = k.shape[3], torch.cat([k, v], dim=3).permute(2, 0, 1, 3)
-        keys = sent(both, self._route).permute(1, 2, 0, 3)
-        where = replace(where, keys=self.key_positions.to(k.device))
-        return calls(q, keys[..., :width], keys[..., width:], words._replace(where=where))
+
+        def seen(calls: Calls, rows: Tensor, positions: Tensor, words: CallWords) -> Any:
+            keys, at = rows.permute(1, 2, 0, 3), replace(where, keys=positions.to(k.device))
+            return calls(q, keys[..., :width], keys[..., width:], words._replace(where=at))
+
+        if self.overlap:
+            return self._in_two_parts(calls, both, seen, words)
+        rows = sent(both, self._route)
+        found = seen(calls, rows, self.key_positions, words)
+        return found if rows.shape[0] else _tied(found, rows)
+
+    def _in_two_parts(self, calls: Calls, both: Tensor, seen: Callable[..., Any], words: CallWords) -> Any:
+        """Own keys while those of others are on their way, then these; one softmax over both."""
+        if not calls.has_lse:
+            raise UnsupportedError(
+                f"overlap=True merges two parts of the keys by their LSE, and {calls.program!r} has none: plan.on(mesh, name) without it"
+            )
+        arriving = begun(both, self._route)
+        own, (others, order) = self._positions
+        words, wanted, parts = words._replace(return_lse=True), words.return_lse, []
+        if own.numel():
+            parts.append(seen(calls, both.index_select(0, self._route.own.to(both.device)), own, words))
+        rows = arriving.wait()
+        if others.numel() or not parts:
+            # A sink is one logit of the whole: it goes with the first part.
+            rest = self._without_sink(calls) if parts else calls
+            parts.append(seen(rest, rows.index_select(0, order.to(rows.device)), others, words))
+        out, lse = merge(*parts)
+        found = (out, lse) if wanted else out
+        return found if others.numel() else _tied(found, rows)
+
+    def _without_sink(self, calls: Calls) -> Calls:
+        pattern = calls.program.static
+        if pattern is None or pattern.sink is None:
+            return calls
+        if calls not in self._sinkless:
+            self._sinkless[calls] = Calls(Program(as_branch("cp=", replace(pattern, sink=None))), calls.backend, calls.allow)
+        return self._sinkless[calls]
 
     def check(self, program: Program, tables: Mapping[str, Any]) -> None:
         """Whether a call is of what was planned.
@@ -188,3 +229,7 @@ class Exchange:
     def __repr__(self) -> str:
         sent, got = map(sum, self._counts)
         return f"<Exchange {self.name!r} rank {self.rank} of {self.plan.world}: sends {sent} keys, gets {got}>"
+
+
+def _tied(found: Any, rows: Tensor) -> Any:
+    return (tied(found[0], rows), *found[1:]) if isinstance(found, tuple) else tied(found, rows)

@@ -54,6 +54,8 @@ class TokenPlan(Reported):
     _needs: Mapping[str, Tensor]
     # Of each pattern the key of its mask, and what the tables held that it read.
     _masks: Mapping[str, tuple[str, Mapping[str, str]]]
+    # Names of those that choose as they are called.
+    _programs: frozenset[str] = frozenset()
 
     # ---- what a rank holds, and gets ----------------------------------------------------------------------------------------------
 
@@ -134,11 +136,27 @@ class TokenPlan(Reported):
         """The whole again, on all ranks, of what each has the rows of; without gradients."""
         return unshard(self, x, dim, mesh)
 
-    def on(self, mesh: Any, name: str | None = None) -> Exchange:
+    def on(self, mesh: Any, name: str | None = None, *, overlap: bool = False) -> Exchange:
         """This rank's part for layers of a pattern: ``attn(q, k, v, cp=plan.on(mesh, name), **tables)`` on local rows. All ranks make it
-        at once, and compare their plans; make it once, and not with every call."""
+        at once, and compare their plans; make it once, and not with every call.
+
+        Args:
+            mesh: a ``DeviceMesh`` with one dimension, or a process group. name: of the pattern, where the plan is for several.
+            overlap: attend to the rank's own keys while those of others are on their way, then to these, and merge the two by their LSE.
+                It hides the transfer of the forward pass where own keys are much work, and costs a second call; results then differ by the
+                rounding of a sum, in half precision by one more rounding of out. Of patterns with an LSE; programs that choose take none.
+
+        Raises:
+            UnsupportedError: ranks have other plans, or ``overlap`` with a program. ShapeError: the mesh has another number of ranks.
+        """
         name = self._name(name)
-        return Exchange(self, mesh, name, *self._masks[name])
+        if overlap and name in self._programs:
+            raise UnsupportedError(
+                f"overlap=True is for patterns whose keys are known before the call, and {name or 'this'} is a program that chooses: leave "
+                "it out"
+            )
+        key, tables = self._masks[name]
+        return Exchange(self, mesh, name, key, tables, overlap)
 
     # ---- words ----------------------------------------------------------------------------------------------------------------------
 
@@ -191,11 +209,12 @@ def plan(
 
     Args:
         patterns: a pattern, or a mapping of names to the patterns of a model's layers, which get one placement of tokens. A program that
-            chooses by blocks of keys (HSA, MoBA, NSA, Quest) is one, too: what it sees whatever is chosen is planned, and what it chooses
-            is added by the call.
+            chooses by blocks of keys (HSA, MoBA, NSA, Quest) is one, too: what it sees in any case is planned, and the call adds what it
+            chooses.
         q_len: tokens, of queries and keys alike. world: ranks.
         heads: query heads; default those that the patterns are written for.
-        chunk: tokens that stay together, a multiple of ``granule`` and of the blocks of programs; default a power of two that gives a rank 16 or more.
+        chunk: tokens that stay together, a multiple of ``granule`` and of the blocks of programs; default a power of two of these
+            that gives a rank 16 or more.
         granule: keys are sent in pieces of so many: what no query of a rank sees of is not sent.
         equal: ranks hold equally many chunks (one more or less where they do not divide).
         method: ``"auto"`` tries all and exchanges single chunks: ``"contiguous"`` (neighbours together), ``"zigzag"`` (one part from the
@@ -252,7 +271,8 @@ def plan(
         for name, part in parts.items()
     }
     loads = tuple(costs_of(task, owner).work.tolist())
-    return TokenPlan(q_len, world, chunk, granule, owner, way, tuple(parts), loads, tried, needs, known)
+    programs = frozenset(name for name, part in parts.items() if not isinstance(part, Pattern))
+    return TokenPlan(q_len, world, chunk, granule, owner, way, tuple(parts), loads, tried, needs, known, programs)
 
 
 def planned_parts(patterns: Any) -> dict[str, Pattern | Program]:

@@ -85,9 +85,9 @@ def stages_of(program: Program, given: Set[str] | None = None) -> Stages:
     for read in spread:
         if read in tensors.OWN:
             raise UnsupportedError(
-                f"{program!r} compares queries with every row of {read.name!r}: all keys would have to go to all ranks. Compare with blocks "
-                "of them, sd.summary(sd.k, 64), or with rows made for it, sd.input('index_k', 'batch one keys index_dim'), which are sent to "
-                "all ranks"
+                f"{program!r} compares queries with every row of {read.name!r}: all keys would have to go to all ranks. Compare with "
+                "blocks of them, sd.summary(sd.k, 64), or with rows made for it, sd.input('index_k', 'batch one keys index_dim'), which "
+                "are sent to all ranks"
             )
     choices = {choice: None for node in late for choice in node.selections}
     # What is known to all needs no rows of its own.

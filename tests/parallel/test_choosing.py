@@ -1,4 +1,4 @@
-"""Programs that choose, on ranks: results and gradients of one process, no block of keys sent that nobody sees, and refusals that say why."""
+"""Programs that choose, on ranks: results and gradients of one process, no block of keys sent for nobody, and refusals that say why."""
 
 from __future__ import annotations
 
@@ -136,3 +136,27 @@ def test_plans_of_programs_keep_blocks_together_and_say_what_is_sent_in_any_case
     by_entry = sd.attend(CAUSAL & ((sd.b == kv_idx) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 8)), 2)))
     with pytest.raises(sd.UnsupportedError, match="reads b"):
         sd.parallel.plan(by_entry, 4096, 2)
+
+
+def campaign(rank: int, world: int) -> None:
+    worst, sent, asked = 0.0, 0, 0
+    for name, program in PROGRAMS.items():
+        for method in ("zigzag", "contiguous", "auto"):
+            for length, granule, chunk in ((187, 1, 16), (403, 16, 48), (1031, 128, 128), (4100, 2048 // world, 2048 // world)):
+                if -(-length // chunk) < world or (length > 2000 and name not in ("hsa", "moba", "nsa", "quest", "dsa")):
+                    continue
+                plan = placed(program, length, world, method, granule, chunk)
+                error, cp = assert_one_process(plan, program, name, length)
+                worst = max(worst, error)
+                if length < 500 and granule == 1:
+                    assert_no_key_for_nobody(plan, program, name, cp, rank)
+                sent += int((~torch.isin(cp.last_keys, plan.rows(rank))).sum())
+                asked += length - plan.rows(rank).numel()
+    if not rank:
+        print(f"{world} ranks, {len(PROGRAMS)} programs: largest difference {worst:.1e}; {sent / asked:.2f} of a ring's keys came to rank 0")
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("world", [2, 4])
+def test_programs_by_placement_length_and_granule(tmp_path: Path, world: int) -> None:
+    run_on_ranks(world, functools.partial(campaign, world=world), tmp_path)
