@@ -100,9 +100,10 @@ def table(records: list[dict[str, Any]]) -> str:
     """The Markdown table."""
     names = ("forward", "train", "keys", "came", "planned", "all")
     rows = [
-        [one["pattern"], length_text(one["tokens"]), str(one["world"]), *(bytes_text(one[name]) for name in names)] for one in records
+        [one["pattern"], length_text(one["tokens"]), str(one["world"]), *(bytes_text(one[name]) for name in names)]
+        for one in records
     ]
-    header = ["pattern", "tokens", "ranks", "peak, forward", "peak, with gradients", "keys", "sent", "sent in any case, plan", "all"]
+    header = ["pattern", "tokens", "ranks", "peak, forward", "peak, gradients", "keys", "sent", "sent in any case", "all"]
     return measure.markdown(header, rows)
 
 
@@ -120,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     records = [measured(*case) for case in tqdm(cases, desc="ranks", unit="case")]
     # Static patterns are sent what the plan says, to a key.
     targets = [
-        measure.target(f"{one['pattern']}, {one['tokens']} tokens on {one['world']} ranks: bytes sent", one["came"], at_most=one["planned"])
+        measure.target(f"{one['pattern']}, {one['tokens']} tokens, {one['world']} ranks: sent", one["came"], at_most=one["planned"])
         for one in records
         if one["pattern"] != "moba"
     ]

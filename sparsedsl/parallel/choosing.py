@@ -12,6 +12,7 @@ Backward, gradients go back the ways that rows came.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -177,7 +178,7 @@ class _Call:
 
     def densely(self) -> Any:
         """Every key to all ranks: the reference looks at all pairs in any case."""
-        whole = {node: self._whole(node, self.values[node]) for node in self.values if _keys_axis(node) is not None}
+        whole = {node: self._whole(node, self.values[node]) for node in self.values if _axis_of(node, "keys") is not None}
         named = {**self.words.named, **{node.name: x for node, x in whole.items()}}
         k, v = (named.pop(node.name) for node in (tensors.k, tensors.v))
         return self.calls(self.values[tensors.q], k, v, self.words._replace(named=named))
@@ -188,11 +189,17 @@ class _Call:
         # Whatever the way of this rank through the program, it takes part in what all do together, in one order.
         spread = {node: self._spread(node) for node in stages.spread}
         length = self.part.held.length
-        before, known = self._evaluation(self.where, {**self._hollow(length), **spread}, summaries=self)
+        where, values = self.where, {**self._hollow("keys", length), **spread}
+        q = self.values[tensors.q]
+        if not q.shape[2]:  # some queries in place of none, which nothing is asked of
+            rows = min(whole_blocks(program)[0], length)
+            where = replace(where, queries=torch.arange(rows, device=q.device))
+            values |= self._hollow("queries", rows)
+        before, known = self._evaluation(where, values, summaries=self)
         self.graded = {known[node] for node in stages.pooled if node in stages.graded}
         for node in stages.pooled:
             before.value(known[node])
-        if not self.values[tensors.q].shape[2]:
+        if 0 in (q.shape[0], q.shape[2]):
             return self._without_queries()
         choices = {node: before.value(known[node]) for node in stages.choices}
         if not stages.late:
@@ -201,7 +208,7 @@ class _Call:
         units = self._wanted(choices)
         fetched, positions = self._fetched(units)
         where = replace(self.where, keys=positions)
-        after, meant = self._evaluation(where, {**self._hollow(positions.numel()), **fetched})
+        after, meant = self._evaluation(where, {**self._hollow("keys", positions.numel()), **fetched})
         first = after.domain.q_offset
         place = torch.full((-(-length // self.part.unit) + 1,), -1, dtype=torch.int64, device=units.device)
         place[units] = torch.arange(units.numel(), device=units.device)
@@ -250,30 +257,32 @@ class _Call:
             kinds.setdefault(self.values[node].dtype, []).append(node)
         for nodes in kinds.values():
             lines = [self.values[node].movedim(2, 0) for node in nodes]
+            widths = [math.prod(line.shape[1:]) for line in lines]
             rows = sent(torch.cat([line.flatten(1) for line in lines], dim=1), route)
             self.ways.append(rows)
-            for node, line, part in zip(nodes, lines, rows.split([line[0].numel() for line in lines], dim=1), strict=True):
+            for node, line, part in zip(nodes, lines, rows.split(widths, dim=1), strict=True):
                 found[node] = part.reshape(part.shape[0], *line.shape[1:]).movedim(0, 2)
         return found, positions
 
     def _without_queries(self) -> tuple[Tensor, Tensor | None]:
-        """This rank has no rows, and sends none: others may still wait for it."""
+        """This rank has no queries: others may still wait for it."""
         if self.stages.late:
             self._fetched(torch.zeros(0, dtype=torch.int64, device=self.values[tensors.q].device))
         q, v = self.values[tensors.q], self.values[tensors.v]
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return tied(out, *self.ways), q.new_zeros(q.shape[:3], dtype=wide)
+        own = [x for node, x in self.values.items() if node in self.stages.graded]
+        return tied(out, *self.ways, *own), q.new_zeros(q.shape[:3], dtype=wide)
 
     # ---- rows of blocks ---------------------------------------------------------------------------------------------------------------
 
-    def _hollow(self, rows: int) -> dict[Input, Tensor]:
+    def _hollow(self, base: str, rows: int) -> dict[Input, Tensor]:
         """In place of inputs whose rows are not all here tensors that say how many there are: nothing reads them, or all that comes of
         it is NaN."""
         found = {}
         for node, value in self.values.items():
-            axis = _keys_axis(node)
-            if axis is None or not isinstance(value, Tensor):
+            axis = _axis_of(node, base)
+            if axis is None:
                 continue
             shape = list(value.shape)
             shape[axis] = rows_on(node.axes[axis], rows)
@@ -296,7 +305,7 @@ class _Call:
         return self._whole(node, value if node in self.stages.graded else value.detach())
 
     def _whole(self, node: Input, value: Tensor) -> Tensor:
-        axis = _keys_axis(node)
+        axis = _axis_of(node, "keys")
         assert axis is not None
         return self._to_all(value, axis, block_of(node.axes[axis]))
 
@@ -306,9 +315,9 @@ class _Call:
         return found.movedim(0, axis)
 
 
-def _keys_axis(node: Input) -> int | None:
-    """The axis of an input that counts keys, or blocks of them."""
-    return next((number for number, axis in enumerate(node.axes) if base_of(axis) == "keys"), None)
+def _axis_of(node: Input, base: str) -> int | None:
+    """The axis of an input that counts keys, or queries, or blocks of them."""
+    return next((number for number, axis in enumerate(node.axes) if base_of(axis) == base), None)
 
 
 def _among_fetched(selected: SelectedBlocks, place: Tensor, unit: int, keys: int, first: int) -> SelectedBlocks:

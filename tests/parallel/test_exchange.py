@@ -38,7 +38,9 @@ def loss(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     return (out**2).sum() + lse[lse != float("-inf")].sum()
 
 
-def compared(plan: Any, pattern: Any, qkv: list[torch.Tensor], tables: dict[str, torch.Tensor], *, overlap: bool = False) -> float:
+def compared(
+    plan: Any, pattern: Any, qkv: list[torch.Tensor], tables: dict[str, torch.Tensor], *, overlap: bool = False
+) -> float:
     """The largest difference of all ranks' results and gradients from those of one process."""
     group = dist.group.WORLD
     qkv = [x.requires_grad_() for x in qkv]
