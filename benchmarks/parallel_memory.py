@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     records = [measured(*case) for case in tqdm(cases, desc="ranks", unit="case")]
     # Static patterns are sent what the plan says, to a key.
     targets = [
-        measure.target(f"{one['pattern']}, {one['tokens']} tokens, {one['world']} ranks: sent", one["came"], at_most=one["planned"])
+        measure.target(f"{one['pattern']}, {one['tokens']}, {one['world']} ranks: sent", one["came"], at_most=one["planned"])
         for one in records
         if one["pattern"] != "moba"
     ]

@@ -75,6 +75,11 @@ class Model(nn.Module):
         return cross_entropy(self.head(x).flatten(0, 1), labels.flatten(), reduction="sum")
 
 
+def furthest(a: Any, b: Any) -> float:
+    """How far two gradients lie apart at most, by the largest number in them."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
 def trained(source: torch.Tensor, quick: bool) -> None:
     """What each process does."""
     length, batch, steps = (512, 1, 2) if quick else (4096, 2, 20)
@@ -92,8 +97,8 @@ def trained(source: torch.Tensor, quick: bool) -> None:
         first = torch.randint(source.numel() - length, (batch,), generator=torch.Generator().manual_seed(step))
         text = torch.stack([source[at : at + length + 1] for at in first.tolist()])
         tokens, labels = text[:, :-1], text[:, 1:]
-        mine = [plan.shard(x, 1, group) for x in (tokens, labels)]
-        loss = model.loss(*mine, plan.rows(rank), cps) / tokens.numel()
+        mine, answers = (plan.shard(x, 1, group) for x in (tokens, labels))
+        loss = model.loss(mine, answers, plan.rows(rank), cps) / tokens.numel()
         optimisers[0].zero_grad()
         loss.backward()
         total = loss.detach().clone()
@@ -104,9 +109,8 @@ def trained(source: torch.Tensor, quick: bool) -> None:
             whole = alone.loss(tokens, labels, torch.arange(length), {}) / tokens.numel()
             optimisers[1].zero_grad()
             whole.backward()
-            pairs = list(zip(model.parameters(), alone.parameters(), strict=True))
-            apart = max(float((a.grad - b.grad).abs().max() / b.grad.abs().max()) for a, b in pairs)
-            print(f"step {step:2}: loss {total:.6f} on ranks, {whole:.6f} in one process; gradients {apart:.1e} of the largest apart")
+            apart = max(furthest(a.grad, b.grad) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+            print(f"step {step:2}: loss {total:.6f} on ranks, {whole:.6f} in one process; gradients differ by {apart:.1e}")
             if apart > 1e-9 or abs(float(total - whole.detach())) > 1e-9:
                 raise SystemExit("the ranks do not train as one process does")
             optimisers[1].step()

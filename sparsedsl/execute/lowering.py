@@ -36,7 +36,8 @@ class Lowering(Evaluation):
     """Tensors keep their types, scores are sources that give blocks, choices are lists; a branch gives ``(out, lse or None)``.
 
     ``dispatch``: who does the work. ``lse``: whether the root's is wanted. ``shortcuts``: those of the kind of call, if it is known.
-    ``keeps``: rules leave shortcuts for later calls of this kind. ``after``: of recurrences that ran, the state after the last key.
+    ``keeps``: rules leave shortcuts for later calls of this kind. ``after``: of recurrences that ran, how many keys they
+    read, and the state after these.
     ``summaries``: what knows the rows of blocks of keys, if that is not the call itself: earlier calls, or other devices.
     ``chunk_weights``: of attentions whose chunks were weighed in another evaluation.
     """
@@ -49,7 +50,7 @@ class Lowering(Evaluation):
         self.summaries = summaries
         self.dispatch, self.keeps = dispatch, keeps
         self.shortcuts: dict[Node, Shortcut] = {} if shortcuts is None else shortcuts
-        self.after: dict[Node, Tensor] = {}
+        self.after: dict[Node, tuple[int, Any]] = {}
         self.chunk_weights: dict[Node, tuple[Tensor | None, Tensor | None]] = {}
         if shortcuts is not None:
             self.values.update(call.inputs.items())

@@ -162,7 +162,7 @@ def campaign(rank: int, world: int) -> None:
             asked += length - plan.rows(rank).numel()
     if not rank:
         share = sent / asked
-        print(f"{world} ranks, {len(PROGRAMS)} programs: largest difference {worst:.1e}; {share:.2f} of a ring's keys came to rank 0")
+        print(f"{world} ranks, {len(PROGRAMS)} programs: at most {worst:.1e} apart; {share:.2f} of a ring's keys came to rank 0")
 
 
 @pytest.mark.campaign
