@@ -119,6 +119,8 @@ class ChoosingCalls:
         if given not in self._stages:
             self._stages[given] = stages_of(calls.program, given)
         values = {tensors.q: q, tensors.k: k, tensors.v: v, **self._checked(inputs)}
+        if not q.shape[0]:
+            raise ShapeError(f"q must have a batch entry at least, with cp= and a program; got {tuple(q.shape)}")
         call = _Call(self, calls, self._stages[given], values, words._replace(named=named))
         refused = calls.refused_use(grad=any(x.requires_grad for x in values.values()), lse=words.return_lse)
         if refused is not None:
@@ -178,7 +180,7 @@ class _Call:
 
     def densely(self) -> Any:
         """Every key to all ranks: the reference looks at all pairs in any case."""
-        whole = {node: self._whole(node, self.values[node]) for node in self.values if _axis_of(node, "keys") is not None}
+        whole = {node: self._whole(node, self.values[node]) for node in self.values if _keys_axis(node) is not None}
         named = {**self.words.named, **{node.name: x for node, x in whole.items()}}
         k, v = (named.pop(node.name) for node in (tensors.k, tensors.v))
         return self.calls(self.values[tensors.q], k, v, self.words._replace(named=named))
@@ -189,18 +191,10 @@ class _Call:
         # Whatever the way of this rank through the program, it takes part in what all do together, in one order.
         spread = {node: self._spread(node) for node in stages.spread}
         length = self.part.held.length
-        where, values = self.where, {**self._hollow("keys", length), **spread}
-        q = self.values[tensors.q]
-        if not q.shape[2]:  # some queries in place of none, which nothing is asked of
-            rows = min(whole_blocks(program)[0], length)
-            where = replace(where, queries=torch.arange(rows, device=q.device))
-            values |= self._hollow("queries", rows)
-        before, known = self._evaluation(where, values, summaries=self)
+        before, known = self._evaluation(self.where, {**self._hollow(length), **spread}, summaries=self)
         self.graded = {known[node] for node in stages.pooled if node in stages.graded}
         for node in stages.pooled:
             before.value(known[node])
-        if 0 in (q.shape[0], q.shape[2]):
-            return self._without_queries()
         choices = {node: before.value(known[node]) for node in stages.choices}
         if not stages.late:
             out, lse = before.value(known[program.root])
@@ -208,7 +202,7 @@ class _Call:
         units = self._wanted(choices)
         fetched, positions = self._fetched(units)
         where = replace(self.where, keys=positions)
-        after, meant = self._evaluation(where, {**self._hollow("keys", positions.numel()), **fetched})
+        after, meant = self._evaluation(where, {**self._hollow(positions.numel()), **fetched})
         first = after.domain.q_offset
         place = torch.full((-(-length // self.part.unit) + 1,), -1, dtype=torch.int64, device=units.device)
         place[units] = torch.arange(units.numel(), device=units.device)
@@ -264,24 +258,14 @@ class _Call:
                 found[node] = part.reshape(part.shape[0], *line.shape[1:]).movedim(0, 2)
         return found, positions
 
-    def _without_queries(self) -> tuple[Tensor, Tensor | None]:
-        """This rank has no queries: others may still wait for it."""
-        if self.stages.late:
-            self._fetched(torch.zeros(0, dtype=torch.int64, device=self.values[tensors.q].device))
-        q, v = self.values[tensors.q], self.values[tensors.v]
-        out = q.new_zeros((*q.shape[:3], v.shape[3]))
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        own = [x for node, x in self.values.items() if node in self.stages.graded]
-        return tied(out, *self.ways, *own), q.new_zeros(q.shape[:3], dtype=wide)
-
     # ---- rows of blocks ---------------------------------------------------------------------------------------------------------------
 
-    def _hollow(self, base: str, rows: int) -> dict[Input, Tensor]:
+    def _hollow(self, rows: int) -> dict[Input, Tensor]:
         """In place of inputs whose rows are not all here tensors that say how many there are: nothing reads them, or all that comes of
         it is NaN."""
         found = {}
         for node, value in self.values.items():
-            axis = _axis_of(node, base)
+            axis = _keys_axis(node)
             if axis is None:
                 continue
             shape = list(value.shape)
@@ -297,7 +281,7 @@ class _Call:
         if local is None:
             return pool(x)
         local = local if node in self.graded else local.detach()
-        made = pool(local) if local.shape[2] else pool(torch.zeros_like(x[:, :, :1]))[..., :0, :]
+        made = pool(local)
         return self._to_all(made, made.ndim - 2, node.block)
 
     def _spread(self, node: Input) -> Tensor:
@@ -305,7 +289,7 @@ class _Call:
         return self._whole(node, value if node in self.stages.graded else value.detach())
 
     def _whole(self, node: Input, value: Tensor) -> Tensor:
-        axis = _axis_of(node, "keys")
+        axis = _keys_axis(node)
         assert axis is not None
         return self._to_all(value, axis, block_of(node.axes[axis]))
 
@@ -315,9 +299,9 @@ class _Call:
         return found.movedim(0, axis)
 
 
-def _axis_of(node: Input, base: str) -> int | None:
-    """The axis of an input that counts keys, or queries, or blocks of them."""
-    return next((number for number, axis in enumerate(node.axes) if base_of(axis) == base), None)
+def _keys_axis(node: Input) -> int | None:
+    """The axis of an input that counts keys, or blocks of them."""
+    return next((number for number, axis in enumerate(node.axes) if base_of(axis) == "keys"), None)
 
 
 def _among_fetched(selected: SelectedBlocks, place: Tensor, unit: int, keys: int, first: int) -> SelectedBlocks:

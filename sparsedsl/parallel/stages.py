@@ -130,7 +130,7 @@ def certain_pattern(program: Program, node: Attend) -> Pattern:
     >>> import sparsedsl as sd
     >>> program = sd.Program(sd.patterns.moba(chunk=64, top_k=3))
     >>> print(certain_pattern(program, program.root).mask)
-    (kv_idx <= q_idx) & (q_idx // 64 == kv_idx // 64)
+    (q_idx // 64 == kv_idx // 64) & (kv_idx <= q_idx)
     """
     mask = node.pattern.mask
     others = [read for read in nodes_in(mask) if not isinstance(read, Choice)]

@@ -44,13 +44,6 @@ def sample(rank: int, world: int) -> None:
     with_less = dataclasses.replace(plan, _needs={"": seen})
     worst, _ = assert_one_process(with_less, PROGRAMS["window"], "window", LENGTH, bar=1e9)
     assert worst > 1e-3 or rank != 1
-    # A rank may hold nothing: it still takes part in what all do together.
-    for name in ("hsa", "nsa"):
-        plan = placed(PROGRAMS[name], LENGTH, world, "contiguous")
-        last = torch.arange(world) == world - 1
-        needs = {"": plan._needs[""].any(0) & last[:, None]}
-        at_one = dataclasses.replace(plan, owner=(world - 1,) * len(plan.owner), _needs=needs)
-        assert_one_process(at_one, PROGRAMS[name], name, LENGTH)
     refusals(rank, world)
 
 
@@ -101,6 +94,8 @@ def refusals(rank: int, world: int) -> None:
     assert_refused(sd.UnsupportedError, "no softmax and has no LSE", lambda: sd.attention(
         *mine, PROGRAMS["nsa"], cp=placed(PROGRAMS["nsa"], LENGTH, world, "zigzag").on(group), return_lse=True, gate=mine[0][..., :3]
     ))  # fmt: skip
+    at_one = dataclasses.replace(plan, owner=(1,) * len(plan.owner))
+    assert_refused(sd.UnsupportedError, "rank 0 holds no tokens", lambda: at_one.on(group))
     other = sd.patterns.hsa(chunk=8, top_k=2)
     assert_refused(sd.UnsupportedError, "another mask or program", lambda: sd.attention(*mine, other, cp=cp, **parts))
 
