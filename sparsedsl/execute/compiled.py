@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import block_pair
@@ -20,6 +20,7 @@ from sparsedsl.execute.calls import Calls
 from sparsedsl.execute.explanation import Explanation, explain
 from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.execute.layouts import LAYOUTS, in_bshd, swapped
+from sparsedsl.execute.packed_face import PackedFace
 from sparsedsl.execute.requests import requests_of
 from sparsedsl.execute.sharded_calls import are_sharded, sharded_call
 from sparsedsl.execute.state import ProgramState
@@ -43,7 +44,7 @@ Tensor = torch.Tensor
 UNTOLD = 1 << 24
 
 
-class Attention:
+class Attention(PackedFace):
     """A compiled pattern or program; call it on tensors. Made by :func:`sparsedsl.compile`.
 
     The same program at a new length compiles nothing new. Tile lists and schedules are kept for the lengths and tables seen
@@ -173,20 +174,24 @@ class Attention:
             return result
         return (swapped(result[0]), *result[1:]) if isinstance(result, tuple) else swapped(result)
 
-    def keep_summaries(self) -> KeptSummaries:
+    def keep_summaries(self, max_length: int | None = None) -> KeptSummaries:
         """An empty place for summaries of blocks of keys; pass it to all calls of one sequence as ``summaries=``.
 
         A step of decoding then reads the keys that it attends to, one row for each block, and the keys of the block that is not over:
         see :class:`~sparsedsl.execute.kept_summaries.KeptSummaries`.
 
+        Args:
+            max_length: take memory for so many tokens at once, which more tokens move; None: as they come.
+
         Raises:
+            ShapeError: ``max_length`` is no length.
             UnsupportedError: the program sums up no keys.
         """
         if not summarised(self.program):
             raise UnsupportedError(
                 f"{self.program!r} makes no summaries or bounds of keys that could be kept; call it without summaries="
             )
-        return KeptSummaries(self.program)
+        return KeptSummaries(self.program, None if max_length is None else check_size("max_length", max_length, 1))
 
     @property
     def has_lse(self) -> bool:

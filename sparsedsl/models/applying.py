@@ -230,7 +230,7 @@ class AppliedPatterns:
         """
         cache = empty_cache(self.model, max_length)
         installed = self._installed
-        arrange(cache, installed.stack.owners, installed.bindings, installed.heads, late=False)
+        arrange(cache, installed.stack.owners, installed.bindings, installed.heads, late=False, max_length=max_length)
         release(installed.bindings)
         return cache
 

@@ -209,9 +209,10 @@ class Conversion:
         self._check_layer(layer)
         return Teacher(self.lessons, layer)
 
-    def lessons(self, *inputs: Any, **more: Any) -> dict[int, Lesson]:
-        """Layer index -> lesson, of all converted layers, by one run of the donor on these inputs of the model."""
-        with self.identity():
+    def lessons(self, *inputs: Any, student: bool = False, **more: Any) -> dict[int, Lesson]:
+        """Layer index -> lesson, of all converted layers, by one run of the donor on these inputs of the model. ``student``: by a run of
+        the model as it is now, so that lessons have the inputs that its own layers get, and its own outputs: for the index of ``DSA``."""
+        with contextlib.nullcontext() if student else self.identity():
             return lessons(self.model, self._modules, *inputs, **more)
 
     # ---- the donor, and the way back ---------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ class Layer(nn.Module):
 
     drops: ClassVar[frozenset[str]] = frozenset()
     undecayed: ClassVar[tuple[str, ...]] = ()
+    # Whether it chooses by an index, which learns from what the donor's attention pays (``index_learning``).
+    has_index: ClassVar[bool] = False
     # Argument name -> value that the constructor was called with, without the donor: what is saved.
     arguments: dict[str, Any]
 
@@ -93,7 +95,8 @@ class Layer(nn.Module):
 
         Args:
             x: hidden states ``(B, T, hidden_size)`` as the module gets them.
-            raw, rope: queries, keys and values before and after rotation.
+            raw, rope: queries, keys and values before and after rotation; ``rope.rotate(rows)`` turns other rows of these tokens, ``(B,
+                heads, T, head_dim)``, as the module turns its keys.
 
         An input with an axis ``keys`` is kept with the keys when the model generates; one with ``queries`` is not. Rows of padding are
         given too, and dropped. What has an axis ``keys/64`` comes from :meth:`landmarks`.

@@ -18,7 +18,11 @@ from tests.models.families import build, left_padded, tokens
 from tests.models.hybrid_models import DONORS, HSA, LAYERS, MOBA, NHA, NSA, RING, convert, donor, spread
 
 EACH = pytest.mark.parametrize("name", DONORS)
-PAIRS = [("llama", kind) for kind in LAYERS] + [(name, "nha") for name in DONORS[1:]] + [("gpt_oss", "moba"), ("gpt_oss", "hsa")]
+PAIRS = (
+    [("llama", kind) for kind in LAYERS]
+    + [(name, "nha") for name in DONORS[1:]]
+    + [("gpt_oss", "moba"), ("gpt_oss", "hsa"), ("gpt_oss", "dsa")]
+)
 
 
 def logits(model: Any, *args: Any, **words: Any) -> torch.Tensor:
@@ -67,7 +71,8 @@ def test_a_layer_is_its_program_on_the_donors_heads(name: str, kind: str) -> Non
         heads[word] = (rows if norm is None else norm(rows)).transpose(1, 2)
     rotate = __import__(type(module).donor_class.__module__, fromlist=["x"]).apply_rotary_pos_emb
     q, k = rotate(heads["q"], heads["k"], *words["position_embeddings"])
-    raw, rope = sd.models.donor.Heads(**heads), sd.models.donor.Heads(q, k, heads["v"])
+    turn = functools.partial(_turned, rotate, words["position_embeddings"])
+    raw, rope = sd.models.donor.Heads(**heads, rotate=turn), sd.models.donor.Heads(q, k, heads["v"], turn)
     named = {"q": rope.q, "k": rope.k, "v": rope.v} | layer.inputs(x, raw, rope)
     said: dict[str, torch.Tensor] = {"q": rope.q, "k": rope.k, "v": rope.v}
     if "nha" in kind:
@@ -92,6 +97,10 @@ def test_a_layer_is_its_program_on_the_donors_heads(name: str, kind: str) -> Non
     out = sd.compile(program, backend="reference")(**named)
     expected = module.o_proj(layer.output(out.transpose(1, 2).flatten(2), x))
     torch.testing.assert_close(lesson.student(), expected, atol=1e-11, rtol=1e-11)
+
+
+def _turned(rotate: Any, places: Any, rows: torch.Tensor) -> torch.Tensor:
+    return rotate(rows, rows, *places)[1]
 
 
 @EACH
