@@ -213,7 +213,7 @@ def constants(kernel: KernelSource, shape: Shape, config: Config, backend: str =
 
     BLOCK_M, BLOCK_N, BLOCK (a square tile), PRECISION, HEAVY_FIRST, HAS_GRAD_LSE (true: the larger kernel), SUMS: how float32 is summed by
     matrix units of the ``backend``, "cuda" or "hip"; ALIGN: the number of elements that all strides are a multiple of; and BLOCK_WISE: no
-    tile is cut by the edge of a block of the mask, which holds for tiles that divide the blocks if the first query of a call begins a block.
+    tile is cut by the edge of a block of the mask: true of tiles that divide the blocks if the first query of a call begins a block.
     """
     divides = kernel.blocks is not None and not (kernel.blocks[0] % config.block_m or kernel.blocks[1] % config.block_n)
     values = {

@@ -90,6 +90,8 @@ def costs_of(task: Task, owner: Owner) -> Costs:
     received = torch.zeros(task.world, dtype=torch.int64)
     for number in range(len(task.runs)):
         rank, first, stop = _seen(task, ranks, number)
+        if not rank.numel():
+            continue
         tokens = upto[stop] - upto[first]
         received.index_add_(0, rank, tokens)
         # What a rank sees of its own chunks: the tokens seen up to their ends.

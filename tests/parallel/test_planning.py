@@ -99,7 +99,7 @@ def test_layers_share_one_placement_and_a_plan_is_the_same_on_every_rank() -> No
 
 
 @pytest.mark.parametrize(("patterns", "words", "error", "message"), [
-    (sd.patterns.moba(), {}, sd.UnsupportedError, "chooses from q and k as it is called"),
+    (sd.patterns.token_sparse(), {}, sd.UnsupportedError, "looks at all keys from some queries"),
     (CAUSAL & (sd.table("doc")[sd.b, q_idx] == 1), {}, sd.UnsupportedError, "reads b: batch entries see different keys"),
     (CAUSAL, {"chunk": 100, "granule": 16}, sd.ArgumentError, "chunk must be a multiple of granule, 16; got 100"),
     (CAUSAL, {"world": 40}, sd.ArgumentError, "fewer than 40 ranks"),
