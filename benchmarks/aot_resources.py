@@ -91,6 +91,7 @@ PATTERNS: dict[str, Callable[[], Any]] = {
     "softpick": lambda: P.softpick(P.causal()),
     "ssmax": lambda: sd.attend(P.causal(), score=P.ssmax()),
     "streaming_llm": lambda: P.streaming_llm(),
+    "stick_breaking": lambda: P.stick_breaking(),
     "strided": lambda: P.strided(64),
     "strided_fixed": lambda: P.strided_fixed(64, summary=4),
     "t5": lambda: P.t5(decoder=True),
@@ -103,7 +104,7 @@ WITH_DESCRIPTORS = ("forward", "decode", "grad_q")
 # test_selected_build.py and test_scan_build.py build; and what no kernel runs.
 NO_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket"} | {
     "based", "csa", "delta_net", "dsa", "gated_delta", "gla", "hca", "hisa", "hsa", "infllm_v2", "kda", "minference", "moba", "nha", "nsa",
-    "nsa_published", "pbs", "qsa", "ring_linear", "ssd", "stick_breaking", "token_sparse", "differential", "h2o", "hils", "hsa_ultralong",
+    "nsa_published", "pbs", "qsa", "ring_linear", "ssd", "token_sparse", "differential", "h2o", "hils", "hsa_ultralong",
     "landmark", "lightning", "mosa", "quest", "retnet", "seer_attention", "snapkv", "vsa", "xattention", "flexprefill",
 }  # fmt: skip
 

@@ -85,6 +85,18 @@ def test_parallel_plans(tmp_path, capsys):
     assert shown.count("| causal |") == 2
 
 
+def test_parallel_memory(tmp_path, capsys):
+    script, out = load("parallel_memory"), tmp_path / "memory.json"
+    sizes = ["--lengths", "2048", "--worlds", "2", "--patterns", "window", "moba"]
+    assert script.main([*sizes, "--out", str(out)]) == 0
+    content, shown = json.loads(out.read_text()), capsys.readouterr().out
+    window, moba = content["records"]
+    # Its own 1024 keys, and the window before them, which the one rank sends the other.
+    assert window["came"] == window["planned"] == 1024 * 2 * 2 * 64 * 4 and window["keys"] == 2 * window["came"]
+    assert moba["planned"] == 0 <= moba["came"] <= moba["all"] / 2
+    assert content["targets"][0]["pass"] and len(content["targets"]) == 1 and shown.count("| window |") == 1
+
+
 @pytest.mark.slow
 def test_aot_resources(tmp_path):
     pytest.importorskip("triton")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,11 +23,18 @@ from sparsedsl.program.tensors import Input, Summary
 from sparsedsl.runtime.call import wants_grad
 from sparsedsl.torch_private import transforms_active
 
-__all__ = ["KeptSummaries", "finished_blocks", "summarised"]
+__all__ = ["BlockRows", "KeptSummaries", "finished_blocks", "summarised"]
 
 Tensor = torch.Tensor
 # Rows of which the unfinished block is none -> one row for every block of them; of bounds both stacked, the least first.
 Pooling = Callable[[Tensor], Tensor]
+
+
+class BlockRows(Protocol):
+    """What an evaluation asks for one row of every block of an input of keys."""
+
+    def rows(self, node: Any, name: str, x: Tensor, pool: Pooling) -> Tensor:
+        """What ``node`` gives of the input ``name``, which is ``x``, and which ``pool`` sums up."""
 
 
 def summarised(program: Program) -> dict[Node, Input]:

@@ -22,7 +22,15 @@ from sparsedsl.models.chosen_layers import choose_layers, is_pattern, layer_for
 from sparsedsl.models.converted import CONVERTED, LAYER, Converted, converted_class, program_cache
 from sparsedsl.models.donor import Donor, donor_of
 from sparsedsl.models.layer import Layer
-from sparsedsl.models.layers import attention_layers, is_told_causal, key_owners, layer_words, native_implementation, text_config
+from sparsedsl.models.layers import (
+    attention_layers,
+    check_module,
+    is_told_causal,
+    key_owners,
+    layer_words,
+    native_implementation,
+    text_config,
+)
 from sparsedsl.models.mask_arguments import register_masks
 from sparsedsl.models.native import masks_of, native_pattern
 from sparsedsl.models.registry import NOTE, VERSION, entry_of
@@ -133,6 +141,7 @@ def conversion(model: PreTrainedModel) -> Conversion | None:
     >>> sd.models.conversion(model) is handle, sd.models.conversion(copy.deepcopy(model)) is handle
     (True, False)
     """
+    check_module(model)
     found: Conversion | None = vars(model).get(_HANDLE)
     return found
 

@@ -73,16 +73,17 @@ class Layer(nn.Module):
                 maker = f"the class {cls.__name__}, or functools.partial({cls.__name__}, ...)"
                 way = f". sd.models.convert makes the layers: give it {maker}" if "'donor'" in str(error) else ""
                 raise PatternError(f"{cls.__name__}({takes}): {error}{way}") from None
+            donor = [*bound.values()][1] if len(bound) > 1 else None
+            if not isinstance(donor, Donor):
+                raise PatternError(
+                    f"{cls.__name__}: the first argument is the donor that sd.models.convert gives; got {shown(donor)}"
+                )
             words = list(bound)[2:]  # after self and the donor
             object.__setattr__(layer, "arguments", {word: bound[word] for word in words})
         return layer
 
     def __init__(self, donor: Donor, program: Any) -> None:
         super().__init__()
-        if not isinstance(donor, Donor):
-            raise PatternError(
-                f"{type(self).__name__}: the first argument is the donor that sd.models.convert gives; got {shown(donor)}"
-            )
         self.layer_idx, self.hidden_size = donor.layer_idx, donor.hidden_size
         self.query_heads, self.kv_heads, self.head_dim = donor.heads, donor.kv_heads, donor.head_dim
         self.program = as_program(program) or Program(as_branch(type(self).__name__, program))

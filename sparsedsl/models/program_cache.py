@@ -17,10 +17,11 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsedsl.analysis.cached_keys import CacheBound
-from sparsedsl.errors import UnsupportedError
+from sparsedsl.errors import ArgumentError, UnsupportedError
 from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.execute.state import ProgramState, horizon
+from sparsedsl.lang.advice import shown
 from sparsedsl.models.layer import by_tokens, chunk_of
 from sparsedsl.models.row_shares import RowShares, tensors_of
 from sparsedsl.program.graph import Program
@@ -107,6 +108,8 @@ class ProgramCacheLayer(CacheLayerMixin):
 
     def __init__(self, index: int, program: Program) -> None:
         super().__init__()
+        if not isinstance(program, Program):
+            raise ArgumentError(f"ProgramCacheLayer: program must be a sd.Program; got {shown(program)}")
         self.index, self.program, self.constant = index, program, keeps_state(program)
         self.slots = 0
         self.batch: int | None = None

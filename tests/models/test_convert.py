@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
 
@@ -415,3 +416,21 @@ def test_a_graph_of_a_converted_model_is_refused_by_name() -> None:
     torch._dynamo.reset()
     with pytest.raises(sd.UnsupportedError, match=r"layer 1 is a converted layer, which has no form in a graph"):
         logits(torch.compile(model, backend="eager"), tokens(), use_cache=False)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [
+    *((functools.partial(kind, value), sd.PatternError, f"{kind.__name__}: the first argument is the donor that sd.models.convert gives")
+      for kind in (sd.models.NHA, sd.models.NSA, sd.models.MoBA, sd.models.HSA, sd.models.GatedDelta, sd.models.RingLinear)
+      for value in (None, "x")),
+    (lambda: sd.models.ProgramCacheLayer(0, None), sd.ArgumentError, "program must be a sd.Program; got None"),
+    (lambda: sd.models.applied(None), sd.PatternError, "wants a transformers model"),
+    (lambda: sd.models.apply(transformers.LlamaForCausalLM, True), sd.PatternError, "got the class LlamaForCausalLM"),
+    (lambda: sd.models.conversion(None), sd.PatternError, "wants a transformers model"),
+    (lambda: sd.models.from_pretrained(None), sd.ArgumentError, "folder must be a path or the name of a repository; got None"),
+    (lambda: sd.models.from_pretrained("x", 3), sd.ArgumentError, "model_class must be a class of transformers, .*; got 3"),
+    (lambda: sd.models.save_pretrained(None, "x"), sd.PatternError, "wants a transformers model"),
+    (lambda: sd.models.save_pretrained(donor("llama"), None), sd.ArgumentError, "save_directory must be the path of a folder; got None"),
+])  # fmt: skip
+def test_what_is_given_for_something_else_is_named(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
