@@ -63,7 +63,7 @@ def test_every_chunk_is_gathered_on_some_rank(equal: bool) -> None:
         assert sorted(owner.count(rank) for rank in range(4)) == [2, 3, 3, 3]
 
 
-def test_groups_that_see_only_themselves_are_kept_together_wherever_they_lie() -> None:
+def test_groups_that_see_only_themselves_come_together_wherever_they_lie() -> None:
     group = torch.arange(32).remainder(4)[torch.randperm(32, generator=torch.Generator().manual_seed(0))]
     found = plan(KEEP[q_idx // 64, kv_idx // 64], 2048, 4, chunk=64, granule=64, keep=group[:, None] == group)
     assert (found.imbalance, found.received) == (1, 0)
