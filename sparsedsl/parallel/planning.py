@@ -244,9 +244,9 @@ def plan(
             keys, say). ArgumentError: numbers that do not fit.
 
     >>> import sparsedsl as sd
-    >>> found = sd.parallel.plan(sd.kv_idx <= sd.q_idx, 4096, 4, chunk=256)
+    >>> found = sd.parallel.plan(sd.kv_idx <= sd.q_idx, 65536, 4, chunk=2048)
     >>> round(found.imbalance, 2), found.rows(0).numel()
-    (1.0, 1024)
+    (1.0, 16384)
     >>> near = sd.parallel.plan(sd.patterns.sliding_window(256), 4096, 4, chunk=256)
     >>> near.method, near.received
     ('contiguous', 256)
