@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import networkx as nx
 import sympy
 
-from sparsedsl.errors import TableError
+from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text, reading_text
 from sparsedsl.lang.symbols import BATCH, INDEX_SYMBOLS
@@ -61,8 +61,19 @@ class Program:
 
     @functools.cached_property
     def inputs(self) -> dict[str, Input]:
-        """Name -> input that calls give beside q, k and v."""
-        return dict(sorted((node.name, node) for node in self.nodes(Input) if node not in OWN))
+        """Name -> input that calls give beside q, k and v.
+
+        Raises:
+            PatternError: two inputs have one name, of which a call would give one.
+        """
+        found: dict[str, Input] = {}
+        for node in self.nodes(Input):
+            if node not in OWN and (first := found.setdefault(node.name, node)) is not node:
+                raise PatternError(
+                    f"two different inputs of one program are called {node.name!r}: {first.code()} and {node.code()}; rename one of "
+                    "them, or read the same input in both places"
+                )
+        return dict(sorted(found.items()))
 
     @functools.cached_property
     def tables(self) -> dict[str, TableSpec]:

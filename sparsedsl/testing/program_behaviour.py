@@ -29,7 +29,7 @@ from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.numerics import ExpectedResult, Results
 from sparsedsl.testing.program_matching import program_lines
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, moving
-from sparsedsl.testing.program_strategies import draw_inputs, gates_of
+from sparsedsl.testing.program_inputs import draw_inputs, gates_of
 
 __all__ = ["failing", "program_is_causal", "program_is_equivariant", "program_prefill_equals_decode", "rows_of", "split_call"]
 

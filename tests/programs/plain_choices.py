@@ -132,7 +132,7 @@ def _keys_chosen(
     scores: Part, count: int | None = None, share: float | None = None, inclusive: bool = True, among: Any = None, forced: Any = None,
     name: str = "", block: int = 1,
 ) -> Part:  # fmt: skip
-    distances = getattr(scores, "distances", False)
+    distances = scores.distances
 
     def make(call: PlainCall) -> Tensor:
         x = scores.at(call).detach()

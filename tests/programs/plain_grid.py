@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,8 +97,8 @@ def _float(function: Callable[[Tensor], Tensor]) -> Callable[..., Value]:
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "where": applied(torch.where),
-    "maximum": applied(torch.maximum),
-    "minimum": applied(torch.minimum),
+    "maximum": applied(lambda *parts: functools.reduce(torch.maximum, parts)),
+    "minimum": applied(lambda *parts: functools.reduce(torch.minimum, parts)),
     "relu": applied(torch.relu),
     "abs": abs,
     "inf": float("inf"),

@@ -25,7 +25,7 @@ WORDS = {**FUNCTIONS, **SCORES, **CHOICES, **BRANCHES}
 def plain(text: str, call: PlainCall) -> tuple[Tensor, Tensor | None]:
     """``(out, lse)`` of a program in its text form."""
     found: dict[str, Any] = {name: Part(lambda c, name=name: getattr(c, name)) for name in ("q", "k", "v")}
-    scope = {**INDICES, **found, "inf": float("inf")}
+    scope = {**INDICES, **found, "inf": float("inf"), "float": float, "int": int, "bool": bool}
     last = ""
     for line in ast.parse(text).body:
         assert isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name)

@@ -42,6 +42,7 @@ class Part:
     columns: Any = 1
     mass: bool = False
     probing: int = 0
+    distances: bool = False
 
     def at(self, call: PlainCall) -> Any:
         """Worked out once a call."""
@@ -82,13 +83,11 @@ def _input(name: str, axes: str, default: Part | None = None) -> Part:
     def make(call: PlainCall) -> Any:
         return call.given[name] if name in call.given else default.at(call)  # type: ignore[union-attr]
 
-    part = Part(make, counted[2] if len(counted) > 2 else 1, counted[-1])
-    part.is_bitmap = axes.split()[-1].startswith("keys")  # type: ignore[attr-defined]
-    return part
+    return Part(make, counted[2] if len(counted) > 2 else 1, counted[-1])
 
 
 def _table(name: str, **words: Any) -> Part:
-    return Part(lambda call: call.given[name], rows="a table")
+    return Part(lambda call: call.given[name].double() if call.given[name].is_floating_point() else call.given[name], rows="a table")
 
 
 def starts(spec: Any, keys: int) -> list[tuple[int, int]]:
@@ -263,7 +262,7 @@ def _grouped(x: Part, heads: str, how: str) -> Part:
         parts = scores.unflatten(1, (call.k.shape[1] if heads == "kv_heads" else 1, -1))
         return {"sum": parts.sum(2), "mean": parts.mean(2), "max": parts.max(2).values}[how]  # type: ignore[no-any-return]
 
-    return Part(make, x.rows, x.columns, x.mass, x.probing)
+    return Part(make, x.rows, x.columns, x.mass, x.probing, x.distances)
 
 
 # ---- scores of keys ------------------------------------------------------------------------------------------------------------
@@ -302,15 +301,13 @@ def _diagonals(x: Part, y: Part, rows: int, scale: float | None = None) -> Part:
         probing, keys = _probing(a, rows, call), b.shape[2]
         found = [b.new_zeros(a.shape[:2]) for _ in range(keys)]
         for position, row in probing:
-            shares = shares(torch.einsum("bhd,bhkd->bhk", row, b[:, :, : position + 1]) * (scale or a.shape[3] ** -0.5))
+            paid = shares(torch.einsum("bhd,bhkd->bhk", row, b[:, :, : position + 1]) * (scale or a.shape[3] ** -0.5))
             for key in range(min(position + 1, keys)):
                 if position - key < keys:
-                    found[position - key] = found[position - key] + shares[:, :, key] / len(probing)
+                    found[position - key] = found[position - key] + paid[:, :, key] / len(probing)
         return torch.stack(found, 2)
 
-    part = Part(make)
-    part.distances = True  # type: ignore[attr-defined]
-    return part
+    return Part(make, distances=True)
 
 
 def _smooth(x: Part, pool: int, how: str = "mean") -> Part:

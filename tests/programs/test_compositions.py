@@ -14,7 +14,7 @@ from sparsedsl import testing as kit
 from sparsedsl.program.branches import as_branch
 from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.program.program_text import read_program
-from sparsedsl.testing.program_strategies import named_inputs
+from sparsedsl.testing.program_inputs import named_inputs
 
 P = sd.patterns
 CASE = kit.AttentionCase(batch=1, heads=4, kv_heads=4, q_len=21, kv_len=21, head_dim=4, head_dim_v=4)

@@ -15,7 +15,7 @@ import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.execute.compiled import Attention
 from sparsedsl.program.effect_rules import LATER_QUERIES
-from sparsedsl.testing.program_strategies import program_of
+from sparsedsl.testing.program_inputs import program_of
 
 CASE = kit.AttentionCase(batch=2, heads=4, kv_heads=2, q_len=20, kv_len=20)
 HSA, NHA = sd.patterns.hsa(4, 2), sd.patterns.nha(3, 4)
