@@ -61,14 +61,14 @@ class Program:
 
     @functools.cached_property
     def inputs(self) -> dict[str, Input]:
-        """Name -> input that calls give beside q, k and v.
+        """Name -> input that calls give beside q, k and v; inside of :func:`compact` inputs are their defaults, and none is given.
 
         Raises:
             PatternError: two inputs have one name, of which a call would give one.
         """
         found: dict[str, Input] = {}
-        for node in self.nodes(Input):
-            if node not in OWN and (first := found.setdefault(node.name, node)) is not node:
+        for node in self.order:
+            if isinstance(node, Input) and node not in OWN and (first := found.setdefault(node.name, node)) is not node:
                 raise PatternError(
                     f"two different inputs of one program are called {node.name!r}: {first.code()} and {node.code()}; rename one of "
                     "them, or read the same input in both places"

@@ -55,7 +55,7 @@ def rows_of(program: Program, kind: str) -> dict[str, tuple[int, str]]:
     """Name of a tensor -> which of its axes counts ``"queries"`` or ``"keys"``, and that axis."""
     return {
         node.name: (place, axis)
-        for node in (*program.nodes(Input), q, k, v)
+        for node in (*program.inputs.values(), q, k, v)
         for place, axis in enumerate(node.axes) if base_of(axis) == kind
     }  # fmt: skip
 

@@ -157,9 +157,7 @@ def _nested(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     if kind == "within":
         return draw(_attending(heads, causal, nested=True))
     if kind == "overlapping":
-        block = draw(st.sampled_from((4, 8)))
-        picked = draw(choices(draw(overlapping_scores(block)), draw(st.sampled_from((None, CAUSAL))), nested=False))
-        return branches.attend(CAUSAL & (picked | (q_idx - kv_idx < 2)))
+        return draw(_picked_by_windows(heads, causal))
     length, step = draw(st.sampled_from(((4, 2), (4, 4), (8, 4))))
     windows = {name: tensors.summary(x, length, stride=step) for name, x in (("keys", tensors.k), ("values", tensors.v))}
     k, v = (
@@ -167,6 +165,14 @@ def _nested(draw: st.DrawFn, heads: int, causal: bool) -> Any:
         for name, x in windows.items()
     )
     return branches.attend(kv_idx * step + length <= q_idx + 1, k=k, v=v, sink=draw(st.none() | st.just(0.3)))
+
+
+@st.composite
+def _picked_by_windows(draw: st.DrawFn, heads: int, causal: bool) -> Any:
+    """Blocks chosen by windows that overlap, of q and k alone or of rows that a call may give."""
+    block = draw(st.sampled_from((4, 8)))
+    picked = draw(choices(draw(overlapping_scores(block)), draw(st.sampled_from((None, CAUSAL))), nested=False))
+    return branches.attend(CAUSAL & (picked | (q_idx - kv_idx < 2)))
 
 
 @st.composite
@@ -257,8 +263,8 @@ def _compact(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     kept = orders.keep_tokens(
         draw(key_scores(before=True)), least=draw(st.integers(0, 6)), always=draw(st.sampled_from((0, 4))), **share
     )
-    inside = draw(st.sampled_from((_static(heads, causal), _sorted(heads, causal, given=False))))
-    return branches.compact(kept, draw(inside))
+    inside = (_static(heads, causal), _sorted(heads, causal, given=False), _picked_by_windows(heads, causal))
+    return branches.compact(kept, draw(draw(st.sampled_from(inside))))
 
 
 # ---- recurrences ---------------------------------------------------------------------------------------------------------------------

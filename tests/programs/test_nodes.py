@@ -210,3 +210,14 @@ def test_tables_that_are_declared_otherwise_are_other_nodes() -> None:
     falls = torch.tensor([3, 1, 3, 1, 0, 0, 2, 1])
     q = torch.randn(1, 1, 8, 4, generator=torch.Generator().manual_seed(0))
     sd.compile(doc[sd.q_idx] == doc[sd.kv_idx])(q, q, q, doc=falls)
+
+
+def test_inputs_of_one_name_are_one_input() -> None:
+    """A call gives one tensor by a name: two nodes of it would read it as two things, or one of them not at all."""
+    axes = "batch kv_heads keys/4 head_dim"
+    mean, top = (sd.input("rows", axes, default=sd.summary(sd.k, 4, how)) for how in ("mean", "max"))
+    for one, other in ((mean, top), (mean, sd.input("rows", axes)), (mean, sd.input("rows", "batch kv_heads keys/8 head_dim"))):
+        first, second = (sd.attend(CAUSAL & sd.top_k(sd.dot(sd.q, x), 2, among=CAUSAL)) for x in (one, other))
+        program = sd.Program(sd.mix(first, second, weights=sd.input("w", "batch heads queries 2")))
+        with pytest.raises(sd.PatternError, match="two different inputs of one program are called 'rows'"):
+            sd.compile(program)
