@@ -85,8 +85,9 @@ def _blocks(drawn: torch.Tensor, node: given_blocks.Given, case: AttentionCase) 
 
 
 def gates_of(program: Program) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Names of the inputs that hold decays or shares of a linear attention -> what makes such of any numbers."""
-    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    """Names of the inputs that hold decays or shares of a linear attention, or scores of keys -> what makes such of any numbers."""
+    votes = (node.x for node in program.nodes(scores.GivenKeyScores))
+    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {x.given_name: torch.abs for x in votes}
     for node in program.nodes(recurrences.Linear):
         for gate, make in ((node.gate, torch.sigmoid if node.factor is not None else _logarithms), (node.beta, torch.sigmoid)):
             if isinstance(gate, tensors.Input):
@@ -110,14 +111,13 @@ def named_inputs(
     """The inputs of a program beside q, k and v. ``free``: sizes of its own axes; ``ragged``: whether incomplete blocks are given too."""
     sizes = {axis: case.kv_heads if heads else 5 for axis, heads in _free_axes(program).items()} | dict(free or {})
     ids, seeds, gates, listed = _documents(program), _seeds(program), gates_of(program), _listed(program)
-    votes = {node.x.given_name for node in program.nodes(scores.GivenKeyScores)}
     found = {}
     for number, (name, node) in enumerate(program.inputs.items()):
         shape = [_size(axis, case, sizes, ragged) for axis in node.axes]
         drawn = tensor(*shape, seed=seed + 7 + number, dtype=dtype)
         if name in seeds:
             drawn = torch.full(shape, seed)
-        drawn = gates[name](drawn) if name in gates else drawn.abs() if name in votes else drawn
+        drawn = gates[name](drawn) if name in gates else drawn
         if name in listed:
             drawn = _blocks(drawn, listed[name], case)
         found[name] = (drawn > 1).long().cumsum(-1) if name in ids else drawn

@@ -302,8 +302,8 @@ def _gated(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     rule = draw(st.sampled_from(("plain", "delta", "delta", "before", "sum", "taylor", "max1")))
     by = draw(st.sampled_from(("heads", "kv_heads", "one")))
     vector = " head_dim" if rule != "taylor" and draw(st.booleans()) else ""
-    gate: Any = tensors.input(f"fading_{by}{len(vector)}", f"batch {by} keys{vector}")
-    words: dict[str, Any] = {draw(st.sampled_from(("decay", "log_decay"))): gate}
+    word = draw(st.sampled_from(("decay", "log_decay")))
+    words: dict[str, Any] = {word: tensors.input(f"{word}_{by}{len(vector)}", f"batch {by} keys{vector}")}
     if rule != "plain" and draw(st.integers(0, 3)) == 0:
         words = {"decay": draw(st.sampled_from((1.0, [0.5 + 0.5 / (n + 1) for n in range(heads)])))}
     words |= {"documents": draw(_documents()), "scale": draw(st.none() | st.just(0.7))}

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
+from sparsedsl.program.program_text import TEXT_RULES
 from tests.programs.plain_programs import WORDS, PlainCall, plain
 
 Tensor = torch.Tensor
@@ -100,3 +101,53 @@ def drawn_call(data: st.DataObject, kind: str) -> tuple[sd.Program, kit.Attentio
 def test_as_loops_over_the_text_say(kind: str, data: st.DataObject) -> None:
     program, case, given = drawn_call(data, kind)
     assert_means_what_its_text_says(program, case, given, ("reference", "tiled"))
+
+
+def tables_of(data: st.DataObject, program: sd.Program, case: kit.AttentionCase) -> dict[str, Tensor]:
+    """The tables that calls of it bring."""
+    return {name: x for name, x in data.draw(kit.program_inputs(program, case)).items() if name in program.tables}
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("kind", ADDITIONS)
+@given(data=st.data())
+@settings(max_examples=2, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+def test_the_same_in_cpp(kind: str, data: st.DataObject) -> None:
+    """Fewer: each mask and score is compiled."""
+    assert_means_what_its_text_says(*drawn_call(data, kind), ("cpp",))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ADDITIONS if kind != "keys"])
+@given(data=st.data())
+@settings(max_examples=2, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+def test_nothing_later_reaches_a_query(kind: str, data: st.DataObject) -> None:
+    case = data.draw(kit.shapes(max_len=12, max_heads=2, square=True, head_dims=(4, 8)))
+    program = data.draw(kit.programs(heads=case.heads, causal=True, about=[kind]))
+    assert LATER_QUERIES not in reasons(program)
+    attn, seed = sd.compile(program, backend="tiled"), data.draw(st.integers(0, 99))
+    kit.assert_causal(attn, case, seed=seed, **tables_of(data, program, case))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ADDITIONS if kind != "keys"])
+@given(data=st.data())
+@settings(max_examples=2, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+def test_prefill_is_decoding(kind: str, data: st.DataObject) -> None:
+    case = data.draw(kit.shapes(max_len=12, max_heads=2, square=True, head_dims=(4, 8)))
+    program = data.draw(kit.programs(heads=case.heads, causal=True, about=[kind]).filter(lambda program: "ids" not in program.inputs))
+    attn, seed = sd.compile(program, backend="tiled"), data.draw(st.integers(0, 99))
+    done = kit.assert_prefill_equals_decode(attn, case, (5,), seed=seed, **tables_of(data, program, case))
+    assert done[:3] == ("one call", "chunks of 5", "token by token")
+
+
+@given(data=st.data())
+@settings(max_examples=3, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+def test_keys_chosen_for_all_queries_say_that_they_read_later_ones(data: st.DataObject) -> None:
+    """So that nobody takes their prompts for what their pieces give."""
+    program = data.draw(kit.programs(about=["keys"]))
+    assert LATER_QUERIES in reasons(program)
+    with pytest.raises(sd.PatternError, match=LATER_QUERIES):
+        kit.assert_prefill_equals_decode(sd.compile(program), kit.AttentionCase(heads=4, q_len=9, kv_len=9))
+
+
+def test_the_loops_have_a_word_for_every_node_but_those_named() -> None:
+    assert {kind.function for kind in TEXT_RULES} - WORDS.keys() == set(UNSAID)

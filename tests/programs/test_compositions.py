@@ -30,7 +30,7 @@ def csa_of_means(block: int = 4, top_k: int = 2, window: int = 4) -> Any:
         sd.input(name, f"batch kv_heads keys/{block} {dim}", default=sd.summary(x, block))
         for name, dim, x in (("entries", "head_dim", sd.k), ("values", "value_dim", sd.v), ("index", "head_dim", sd.k))
     )
-    picked = sd.top_k(sd.dot(sd.q, index).relu().over_heads("sum"), top_k)
+    picked = sd.top_k(sd.dot(sd.q, index).relu().over_group("sum"), top_k)
     done = (sd.kv_idx + 1) * block <= sd.q_idx + 1
     return sd.joint(P.sliding_window(window), sd.attend(done & picked, k=entries, v=values))
 
