@@ -112,7 +112,9 @@ def summed_scores(draw: st.DrawFn, block: int, q_block: int) -> Any:
             found = factor * found
         elif step == "given":
             found = found + scores.given_scores(
-                tensors.input(f"scores_one_{q_block}_{block}", f"batch one {in_blocks('queries', q_block)} {in_blocks('keys', block)}")
+                tensors.input(
+                    f"scores_one_{q_block}_{block}", f"batch one {in_blocks('queries', q_block)} {in_blocks('keys', block)}"
+                )
             )
         elif step == "own":
             found = found - found.relu() / 3

@@ -23,13 +23,13 @@ from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Positions
-from sparsedsl.program.tensors import Input, k, q, v
+from sparsedsl.program.tensors import k, q, v
 from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.numerics import ExpectedResult, Results
+from sparsedsl.testing.program_inputs import draw_inputs, gates_of
 from sparsedsl.testing.program_matching import program_lines
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, moving
-from sparsedsl.testing.program_inputs import draw_inputs, gates_of
 
 __all__ = ["failing", "program_is_causal", "program_is_equivariant", "program_prefill_equals_decode", "rows_of", "split_call"]
 

@@ -67,7 +67,7 @@ def programs(
     """
     known = {**_CAUSAL, **({} if causal else _LATER)}
     if about is None:
-        return _programs(heads, bool(causal), depth, (*known, "choices"))
+        return _programs(heads, bool(causal), depth, (*known, "choices", "gated", "gated"))
     if isinstance(about, str) or not isinstance(about, Sequence) or not about:
         raise PatternError(f"programs(): about must be a list of kinds, as in about=['gated']; got {shown(about)}")
     for kind in about:
@@ -102,7 +102,9 @@ def _static(draw: st.DrawFn, heads: int, causal: bool) -> Any:
 
 
 @st.composite
-def _attending(draw: st.DrawFn, heads: int, causal: bool, by: Callable[..., Any] = block_scores, nested: bool | None = None) -> Any:
+def _attending(
+    draw: st.DrawFn, heads: int, causal: bool, by: Callable[..., Any] = block_scores, nested: bool | None = None
+) -> Any:
     """One softmax over pairs that a choice for single queries is part of."""
     block = draw(st.sampled_from(BLOCKS))
     ended, own = (kv_idx // block + 1) * block <= q_idx, q_idx // block == kv_idx // block
@@ -314,7 +316,11 @@ def _gated(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     elif rule == "before":
         words |= {"reads": "before", "bonus": draw(st.none() | st.just(tensors.input("bonus", "kv_heads head_dim")))}
     elif rule in ("sum", "taylor"):
-        words |= {"normalised": "sum", "eps": 0.5, "features": "taylor" if rule == "taylor" else draw(st.sampled_from(("elu1", "relu")))}
+        words |= {
+            "normalised": "sum",
+            "eps": 0.5,
+            "features": "taylor" if rule == "taylor" else draw(st.sampled_from(("elu1", "relu"))),
+        }
     elif rule == "max1":
         words |= {"normalised": "max1", "write": draw(st.none() | st.just(tensors.input("strength", "batch heads keys")))}
     return recurrences.linear(**words)

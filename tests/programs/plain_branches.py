@@ -40,7 +40,9 @@ def _attend(
     v: Part | None = None, normaliser: Any = "softmax", heads: int | None = None, causal: bool = False,
 ) -> Part:  # fmt: skip
     def make(call: PlainCall) -> Both:
-        rows, keys, values = (x if part is None else part.at(call) for x, part in zip((call.q, call.k, call.v), (q, k, v), strict=True))
+        rows, keys, values = (
+            x if part is None else part.at(call) for x, part in zip((call.q, call.k, call.v), (q, k, v), strict=True)
+        )
         heads = rows.shape[1]
         keys, values = wide(keys, heads), wide(values, heads)
         logits = torch.einsum("bhqd,bhkd->bhqk", rows, keys) * (scale or rows.shape[3] ** -0.5)

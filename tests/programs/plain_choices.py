@@ -188,7 +188,7 @@ def _segment_sort(scores: Part, segment: int, descending: bool = True, name: str
             line = x[b, n].tolist()
             for start in range(0, x.shape[2] - segment + 1, segment):
                 places = range(start, start + segment)
-                ordered = sorted(places, key=lambda m: (-line[m] if descending else line[m], m))  # noqa: B023
+                ordered = sorted(places, key=lambda m: (-line[m] if descending else line[m], m))
                 found[b, n, start : start + segment] = torch.tensor(ordered)
         return found
 
@@ -226,7 +226,9 @@ def _keep_tokens(
                 taken, _ = _beyond(sorted(parts.values(), reverse=True), float(cover or 0))
                 count = taken
             count = max(count, min(least, before))
-            rows = [sorted(_best_first(line, list(range(before)))[:count]) + list(range(before, x.shape[1])) for line in x.tolist()]
+            rows = [
+                sorted(_best_first(line, list(range(before)))[:count]) + list(range(before, x.shape[1])) for line in x.tolist()
+            ]
             found.append(wide(torch.tensor(rows, dtype=torch.int64).view(1, len(rows), -1), call.q.shape[1])[0])
         return found
 

@@ -87,7 +87,9 @@ def _input(name: str, axes: str, default: Part | None = None) -> Part:
 
 
 def _table(name: str, **words: Any) -> Part:
-    return Part(lambda call: call.given[name].double() if call.given[name].is_floating_point() else call.given[name], rows="a table")
+    return Part(
+        lambda call: call.given[name].double() if call.given[name].is_floating_point() else call.given[name], rows="a table"
+    )
 
 
 def starts(spec: Any, keys: int) -> list[tuple[int, int]]:
@@ -217,7 +219,9 @@ def _softmax(scores: Part, among: Any = True) -> Part:
 
 def shares(x: Tensor) -> Tensor:
     """Softmax along the last axis, 0 in rows of nothing."""
-    raised = torch.where(x > NEVER, (x - x.detach().nan_to_num(neginf=0.0).amax(-1, keepdim=True)).exp(), 0.0) if x.shape[-1] else x
+    raised = (
+        torch.where(x > NEVER, (x - x.detach().nan_to_num(neginf=0.0).amax(-1, keepdim=True)).exp(), 0.0) if x.shape[-1] else x
+    )
     total = raised.sum(-1, keepdim=True)
     return raised / total.masked_fill(total == 0, 1.0)
 

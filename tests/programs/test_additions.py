@@ -60,7 +60,9 @@ def assert_alike(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: 
         assert off <= 1e-10 * (1 + float(want.abs().amax() if want.numel() else 0.0)), f"{what}: {name} is {off:.3g} off"
 
 
-def assert_means_what_its_text_says(program: sd.Program, case: kit.AttentionCase, given: Mapping[str, Tensor], backends: Any) -> int:
+def assert_means_what_its_text_says(
+    program: sd.Program, case: kit.AttentionCase, given: Mapping[str, Tensor], backends: Any
+) -> int:
     """Every backend that takes a call gives what the loops give; how many do."""
     lse, done = program.root.weighable, 0
     named = {**program.bound, **given}
@@ -133,7 +135,9 @@ def test_nothing_later_reaches_a_query(kind: str, data: st.DataObject) -> None:
 @settings(max_examples=2, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 def test_prefill_is_decoding(kind: str, data: st.DataObject) -> None:
     case = data.draw(kit.shapes(max_len=12, max_heads=2, square=True, head_dims=(4, 8)))
-    program = data.draw(kit.programs(heads=case.heads, causal=True, about=[kind]).filter(lambda program: "ids" not in program.inputs))
+    program = data.draw(
+        kit.programs(heads=case.heads, causal=True, about=[kind]).filter(lambda program: "ids" not in program.inputs)
+    )
     attn, seed = sd.compile(program, backend="tiled"), data.draw(st.integers(0, 99))
     done = kit.assert_prefill_equals_decode(attn, case, (5,), seed=seed, **tables_of(data, program, case))
     assert done[:3] == ("one call", "chunks of 5", "token by token")

@@ -23,7 +23,6 @@ CASE = kit.AttentionCase(batch=1, heads=4, kv_heads=4, q_len=21, kv_len=21, head
 WHOLE = replace(CASE, q_len=20, kv_len=20)  # where an input has a row for each block of queries
 
 
-
 def csa_of_means(block: int = 4, top_k: int = 2, window: int = 4) -> Any:
     """Compressed sparse attention whose entries and index are means, unless a call gives others."""
     entries, values, index = (

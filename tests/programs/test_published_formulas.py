@@ -110,7 +110,9 @@ def nsa(t: dict[str, Tensor]) -> Tensor:
                 (t["compressed_k"][0, h // group, :over] @ t["q"][0, m, n] * D**-0.5).softmax(0)
                 for m in range(h // group * group, (h // group + 1) * group)
             ]
-            branches = [mass[h % group] @ t["compressed_v"][0, h // group, :over] if over else torch.zeros(DV, dtype=torch.float64)]
+            branches = [
+                mass[h % group] @ t["compressed_v"][0, h // group, :over] if over else torch.zeros(DV, dtype=torch.float64)
+            ]
             paid = sum(mass).tolist() if over else []
             worth = {
                 u: sum(
@@ -122,7 +124,7 @@ def nsa(t: dict[str, Tensor]) -> Tensor:
                 for u in range(n // SELECT + 1)
             }
             always = {0, n // SELECT, max(0, n // SELECT - 1)}
-            others = sorted((u for u in worth if u not in always), key=lambda u: (-worth[u], u))  # noqa: B023
+            others = sorted((u for u in worth if u not in always), key=lambda u: (-worth[u], u))
             picked = [*always, *others][:PICKED] if len(always) < PICKED else sorted(always)
             for keys in ([j for j in range(n + 1) if j // SELECT in picked], list(range(max(0, n + 1 - NEAR), n + 1))):
                 branches.append((k[keys] @ q[n]).softmax(0) @ v[keys])
