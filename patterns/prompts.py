@@ -195,8 +195,8 @@ def mosa(count: int = 64) -> Mix:
     """Mixture of sparse attention: every head takes the ``count`` tokens that its router likes best, and attends causally among them.
 
     The result of a token is multiplied by its router's number, which learns by this alone; rows of tokens that a head did not take are 0.
-    A token is chosen by comparing it with all others, later ones too: that it is meant is to be said where such a model is trained, and what a
-    prompt gives is not what its pieces give.
+    A token is chosen by comparing it with all others, later ones too: that it is meant is to be said where such a model is trained, and
+    what a prompt gives is not what its pieces give.
 
     Args:
         count: tokens a head takes.

@@ -446,8 +446,8 @@ def compact(tokens: Tokens, inside: Any) -> Compact:
     for node in reached(branch):
         if isinstance(node, Input) and node not in OWN and node.default is None:
             raise PatternError(
-                f"compact(): what is inside may use q, k and v; it reads the input {node.name!r}, whose rows are not taken. Make it of these: "
-                f"sd.input({node.name!r}, ..., default=sd.summary(sd.k, 64)), say, or the summary itself"
+                f"compact(): what is inside may use q, k and v; it reads the input {node.name!r}, whose rows are not taken. Make it of "
+                f"these: sd.input({node.name!r}, ..., default=sd.summary(sd.k, 64)), say, or the summary itself"
             )
     return one_of(Compact(tokens, branch))
 

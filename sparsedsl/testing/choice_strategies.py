@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ __all__ = [
     "HOW",
     "block_scores",
     "choices",
+    "given_block_scores",
     "given_choices",
     "inner_choices",
     "key_scores",
@@ -38,7 +40,7 @@ _HEADS = ("heads", "kv_heads", "one")
 
 @st.composite
 def rows_and_keys(draw: st.DrawFn, block: int, q_block: int) -> tuple[Node, Node]:
-    """What stands for queries, one row for ``q_block``, and what stands for blocks of keys: summaries, rows that were learned, landmarks."""
+    """What stands for queries, one row for ``q_block``, and what stands for blocks of keys: summaries, learned rows, landmarks."""
     kind = draw(st.sampled_from(("summary", "learned", "landmarks", "landmarks")))
     rows: Node = tensors.q
     if kind == "landmarks":
@@ -68,7 +70,7 @@ def block_scores(draw: st.DrawFn, block: int, q_block: int) -> scores.Scores:
     if kind == "bound":
         found = scores.bound(tensors.q if q_block == 1 else tensors.summary(tensors.q, q_block), tensors.k, block)
     elif kind == "given":
-        found = draw(_given_scores(block, q_block))
+        found = draw(given_block_scores(block, q_block))
     elif kind == "regrouped" and block > 1:
         found = scores.dot(*draw(rows_and_keys(block // 2, q_block))).softmax(CAUSAL).regroup(2, draw(st.sampled_from(HOW)))
     else:
@@ -90,7 +92,7 @@ def _joined(draw: st.DrawFn, found: Any) -> Any:
 
 
 @st.composite
-def _given_scores(draw: st.DrawFn, block: int, q_block: int) -> Any:
+def given_block_scores(draw: st.DrawFn, block: int, q_block: int) -> Any:
     """Scores that a call is given: logits, or the mass that they make."""
     by = draw(st.sampled_from(_HEADS))
     axes = f"batch {by} {in_blocks('queries', q_block)} {in_blocks('keys', block)}"
@@ -105,7 +107,7 @@ def summed_scores(draw: st.DrawFn, block: int, q_block: int) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         step = draw(st.sampled_from(("plus", "minus", "relu", "weighed", "scaled", "given", "own")))
         if step in ("plus", "minus"):
-            other = scores.dot(*draw(rows_and_keys(block, q_block).filter(lambda pair: _joins(found, pair))))
+            other = scores.dot(*draw(rows_and_keys(block, q_block).filter(functools.partial(_joins, found))))
             found = found + other if step == "plus" else found - 2 * other
         elif step == "weighed":
             factor = tensors.input(f"factor_{found.axes[1]}_{q_block}", f"batch {' '.join(found.axes[1:3])}")
@@ -187,7 +189,7 @@ def given_choices(draw: st.DrawFn) -> given_blocks.Given:
 
 @st.composite
 def key_scores(draw: st.DrawFn, *, before: bool = False, given: bool = True) -> scores.KeyScores:
-    """One score a key: what the last queries pay, ``before``: the keys before these queries alone; or, if ``given``, votes of the call's."""
+    """One score a key: what the last queries pay, ``before``: the keys before these queries alone; or, if ``given``, votes of a call."""
     if given and draw(st.integers(0, 3)) == 0:
         heads = draw(st.sampled_from(("heads", "one")))
         found: Any = scores.given_key_scores(tensors.input(f"votes_{heads}", f"batch {heads} keys"))

@@ -21,6 +21,7 @@ from sparsedsl.testing.choice_strategies import (
     CAUSAL,
     block_scores,
     choices,
+    given_block_scores,
     given_choices,
     key_scores,
     keys_chosen,
@@ -147,9 +148,10 @@ def _given(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     """Lists, bitmaps and scores of a call's own, alone or beside a choice that is made here."""
     picked = draw(given_choices())
     near, ended = q_idx - kv_idx < 3, (kv_idx // 4 + 1) * 4 <= q_idx
-    other = draw(choices(draw(block_scores(4, 1)), ended, nested=False))
-    shapes = [CAUSAL & picked, CAUSAL & (near | picked), CAUSAL & ~picked, ended & (picked | other)]
-    return branches.attend(draw(st.sampled_from(shapes)))
+    if draw(st.booleans()):
+        return branches.attend(draw(st.sampled_from((CAUSAL & picked, CAUSAL & (near | picked), CAUSAL & ~picked))))
+    other = draw(choices(draw(given_block_scores(4, 1)), ended, nested=False))
+    return branches.attend(ended & draw(st.sampled_from((other, picked | other))))
 
 
 @st.composite

@@ -1,7 +1,7 @@
 """The text form of a program, run by plain torch: every word of it is a function here, which shares no line with the library.
 
-Dense, differentiable, and slow: tensors are cut and joined row by row, choices are made by sorting lists of numbers. So it is an oracle for any
-program that is drawn, the dense meaning (backend ``reference``) included.
+Dense, differentiable, and slow: tensors are cut and joined row by row, choices are made by sorting lists of numbers. So it is an oracle for
+any program that is drawn, the dense meaning (backend ``reference``) included.
 """
 
 from __future__ import annotations

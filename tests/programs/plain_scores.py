@@ -246,7 +246,7 @@ def _overlap(x: Part, block: int, how: str = "strips") -> Part:
     def make(call: PlainCall) -> Tensor:
         mass, (_, stride) = x.at(call), x.columns
         found = []
-        for first, end in starts(block, call.k.shape[2]):
+        for first, _ in starts(block, call.k.shape[2]):
             total = mass.new_zeros(mass.shape[:3])
             for number, window in enumerate(starts(x.columns, call.k.shape[2])):
                 inside = len(set(range(*window)) & set(range(first, first + block)))

@@ -59,7 +59,7 @@ def kda(t: dict[str, Tensor]) -> Tensor:
 
 
 def gla(t: dict[str, Tensor]) -> Tensor:
-    """The parallel form, ``P_ij = sum_d q_id k_jd b_id / b_jd``, ``b_i = prod_(n <= i) alpha_n``, ``O = (P * M) V`` (2312.06635, equation 4)."""
+    """The parallel form, ``P_ij = sum_d q_id k_jd b_id / b_jd``, ``b_i = prod_(n <= i) alpha_n``, ``O = (P * M) V`` (2312.06635, eq. 4)."""
 
     def head(h: int) -> Tensor:
         b = t["g"][0, h].exp().cumprod(0)
@@ -69,8 +69,8 @@ def gla(t: dict[str, Tensor]) -> Tensor:
 
 
 def mamba_2(t: dict[str, Tensor]) -> Tensor:
-    """``h_t = exp(A dt_t) h_(t-1) + dt_t B_t x_t``, ``y_t = C_t^T h_t`` as a semiseparable matrix: ``L * (C B^T)``, ``L_ij = prod_(j < n <= i) a_n``
-    (2405.21060, equation 3); heads share B and C."""
+    """``h_t = exp(A dt_t) h_(t-1) + dt_t B_t x_t``, ``y_t = C_t^T h_t`` as a semiseparable matrix: ``L * (C B^T)``,
+    ``L_ij = prod_(j < n <= i) a_n`` (2405.21060, equation 3); heads share B and C."""
 
     def head(h: int) -> Tensor:
         a = t["g"][0, h].exp()
@@ -99,7 +99,7 @@ LENGTH, STRIDE, SELECT, PICKED, NEAR = 4, 2, 4, 3, 5
 
 def nsa(t: dict[str, Tensor]) -> Tensor:
     """``o = sum_c g_c Attn(q, K_c, V_c)`` over compressed, selected and near keys; the importance of a block is
-    ``sum_m sum_n p_cmp[l'/d j + m + n]`` over the strips of a window and of the block, summed over the heads of a group (2502.11089, 5 to 10)."""
+    ``sum_m sum_n p_cmp[l'/d j + m + n]`` over the strips of a window and of the block, summed over a group (2502.11089, 5 to 10)."""
     group, out = 2, []
     for h in range(4):
         q, k, v = t["q"][0, h] * D**-0.5, t["k"][0, h // group], t["v"][0, h // group]

@@ -253,8 +253,10 @@ SIGNS = {
     "the delta rule": r"linear\(.*beta=", "sums of weights": "normalised='sum'", "mLSTM": "normalised='max1'", "taylor": "'taylor'",
     "reads before": "reads='before'", "scores in logits": r"score=.*(dot|plus|scaled|weighted|rectified|grouped)\w*\[b, h",
     "given scores of keys": "given_key_scores", "mass of given scores": r"softmax\(scores=given_scores",
-    "choices among chosen": r"top_k\(.*among=.*top_k\w*\[b, h", "windows that overlap": r"keys/\d+\+\d+|stride=", "blocks of windows": "overlap",
-    "learned rows": r"input\('(learned|windows|keys)_\w+', .*default=", "lists": "'lists_", "bitmaps": "'bits_", "short vectors": "PLACE|LISTED",
+    "choices among chosen": r"top_k\(.*among=.*top_k\w*\[b, h", "windows that overlap": r"keys/\d+\+\d+|stride=",
+    "blocks of windows": "overlap",
+    "learned rows": r"input\('(learned|windows|keys)_\w+', .*default=", "lists": "'lists_", "bitmaps": "'bits_",
+    "short vectors": "PLACE|LISTED",
     "distances": "diagonals", "documents": "documents=",
 }  # fmt: skip
 
