@@ -34,7 +34,8 @@ def _quest(heads: int, part: int) -> Any:
 PROGRAMS = {
     "hsa": SYSTEMS["hsa"], "moba": SYSTEMS["moba"], "nsa": SYSTEMS["nsa"],
     "quest": System("Quest, 32 pages of 16", _quest, PROGRAM_SHAPE, trains=True),
-    "nha": SYSTEMS["nha"], "ring": SYSTEMS["ring"], "pbs": SYSTEMS["pbs"], "tsa": SYSTEMS["tsa"],
+    "dsa": SYSTEMS["dsa"], "nha": SYSTEMS["nha"], "ring": SYSTEMS["ring"], "pbs": SYSTEMS["pbs"], "tsa": SYSTEMS["tsa"],
+    "tsa_pbs": SYSTEMS["tsa_pbs"], "flexprefill": SYSTEMS["flexprefill"], "tsa_flexprefill": SYSTEMS["tsa_flexprefill"],
 }  # fmt: skip
 # Goals: dense attention's time over ours, as a share of the ideal; or at 8K. Where much can be won, never slower than dense.
 SHARES = {"hsa": 0.7, "moba": 0.7, "nsa": 0.6, "quest": 0.5}

@@ -70,6 +70,23 @@ def _pbs(part: int) -> Any:
     return patterns.pbs(128 // part, 256 // part)
 
 
+def _flexprefill(part: int) -> Any:
+    return patterns.flexprefill(128 // part, 0.9)
+
+
+def _index(q: Tensor, k: Tensor, part: int) -> Inputs:
+    """Of a lightning indexer: 4 heads, 32 wide."""
+    generator = torch.Generator(k.device).manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=k.device).to(k.dtype)
+
+    batch, rows, keys = k.shape[0], q.shape[2], k.shape[2]
+    return {
+        "index_q": random(batch, 4, rows, 32), "index_k": random(batch, 1, keys, 32), "index_weights": random(batch, 4, rows),
+    }  # fmt: skip
+
+
 def _capped(part: int) -> Any:
     """MoBA with the soft cap of Gemma 2 on its logits: a score beside a choice."""
     chunk = 512 // part
@@ -119,6 +136,9 @@ SYSTEMS: dict[str, System] = {
     "pbs": System("PBS, 0.9 of 128-blocks", lambda heads, part: _pbs(part), GEMMA, captured=True, flex=8192, flex_gpu=131072),
     "tsa": System("TSA, drops 0.005", lambda heads, part: _tsa(part), GEMMA, captured=True, flex=8192, flex_gpu=131072),
     "tsa_pbs": System("TSA with PBS inside", lambda heads, part: _tsa(part, _pbs(part)), GEMMA, captured=True, flex_gpu=131072),
+    "flexprefill": System("FlexPrefill, 0.9 of 128-blocks", lambda heads, part: _flexprefill(part), GEMMA, captured=True),
+    "tsa_flexprefill": System("TSA with FlexPrefill inside", lambda heads, part: _tsa(part, _flexprefill(part)), GEMMA, captured=True),
+    "dsa": System("DSA, 512 keys", lambda heads, part: patterns.dsa(512 // part), SMALL, _index),
     "ring": System(
         "Ring-linear", lambda heads, part: patterns.ring_linear(sd.decay_table(heads=heads, layer=0, layers=20)), RING, trains=True
     ),

@@ -60,6 +60,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     from sparsedsl.program import smooth as smooth, summary as summary, take as take, threshold as threshold
     from sparsedsl.program import top_k as top_k, top_p as top_p, v as v
     from sparsedsl.runtime.merging import merge as merge
+    from sparsedsl.runtime.seen_pages import VisiblePages as VisiblePages
     from sparsedsl.versions import show_versions as show_versions
     from sparsedsl.tracing import mask as mask, trace_mask as trace_mask, trace_score as trace_score
     # fmt: on
@@ -92,6 +93,7 @@ _PUBLIC = {
         "sparsedsl.execute.functional": "attention",
         "sparsedsl.plotting": "plot",
         "sparsedsl.runtime.merging": "merge",
+        "sparsedsl.runtime.seen_pages": "VisiblePages",
         "sparsedsl.versions": "show_versions",
         "": "export models nn parallel patterns testing",
     }.items()

@@ -546,3 +546,16 @@ def test_a_difference_of_a_family_is_seen():
     assert script.differs(torch.ones(3), torch.ones(3) + 1e-2) == "off by 0.01"
     assert script.differs(torch.tensor([1, 2]), torch.tensor([1, 3])) == "other tokens"
     assert script.table([{"family": "x", "layers": "all", "forward": "off by 0.01"}]).count("**1**") == 1
+
+
+def test_the_time_of_a_family_is_its_own():
+    """Waiting, as on a machine that others use, takes none of it."""
+    script = load("model_families")
+    with script.at_most(0.3):
+        time.sleep(0.6)
+    with pytest.raises(TimeoutError, match=r"more than 0[.]3 s of CPU time"), script.at_most(0.3):
+        while time.process_time() < 1e9:
+            pass
+    begin = time.process_time()
+    while time.process_time() < begin + 0.4:  # over: nothing is stopped any more
+        pass

@@ -4,7 +4,7 @@
 // A score becomes a whole number that is ordered as scores are. The least one that is chosen is found by halving the range it lies in,
 // counting (or adding up the masses of) what lies above: passes over a row that stays in the nearest cache.
 
-enum { DOT, CELLS, ADD, GROUP, REGROUP, SHARES };
+enum { DOT, CELLS, ADD, GROUP, REGROUP, SHARES, RELU, TIMES };
 enum { SUM, MEAN, MAX };
 enum { TOP_K, TOP_P, THRESHOLD };
 
@@ -31,7 +31,7 @@ struct Step {
     Tensor b, other;
     i64 b_kind, b_heads;
     i64 turned;  // where they begin, among those of all products; -1: for the few rows of this call they stay as they are
-    // CELLS: strides of (batch, heads, rows, blocks); 0 serves all.
+    // CELLS: strides of (batch, heads, rows, blocks); 0 serves all. TIMES: factors of (batch, heads, rows), `second` their heads.
     const real *cells;
     i64 batch, head, row, column;
     Limits limits;
@@ -116,6 +116,8 @@ struct Some {
             case ADD: return add(s, head, heads, low, high);
             case GROUP: return group(s, head, heads, low, high);
             case REGROUP: return regroup(s, head, heads, low, high);
+            case RELU: return relu(s, head, heads, low, high);
+            case TIMES: return times(s, head, heads, low, high);
             default: return softmax(s, head, heads, low, high);
         }
     }
@@ -220,6 +222,35 @@ struct Some {
         return {to, rows * columns, columns, low};
     }
 
+    Plane relu(const Step &s, i64 head, i64 heads, i64 low, i64 high) {
+        i64 columns = whole_vectors(high - low);
+        real *to = take(heads * rows * columns), *before = free;
+        Plane part = scores(s.first, head, heads, low, high);
+        for (i64 h = 0; h < heads; h++)
+            for (i64 i = 0; i < rows; i++) {
+                const real *x = part.first + h * part.head + i * part.row + low - part.low;
+                real *y = to + (h * rows + i) * columns;
+                for (i64 j = 0; j < high - low; j++) y[j] = x[j] < 0 ? 0 : x[j];  // a NaN stays one
+            }
+        free = before;
+        return {to, rows * columns, columns, low};
+    }
+
+    Plane times(const Step &s, i64 head, i64 heads, i64 low, i64 high) {
+        i64 columns = whole_vectors(high - low), all_heads = c->step(s.first).heads, from = head * all_heads / s.heads;
+        real *to = take(heads * rows * columns), *before = free;
+        Plane part = scores(s.first, from, (head + heads - 1) * all_heads / s.heads + 1 - from, low, high);
+        for (i64 h = 0; h < heads; h++)
+            for (i64 i = 0; i < rows; i++) {
+                const real *x = part.first + ((head + h) * all_heads / s.heads - from) * part.head + i * part.row + low - part.low;
+                real *y = to + (h * rows + i) * columns;
+                real factor = s.cells[b * s.batch + (head + h) * s.second / s.heads * s.head + (row + i) * s.row];
+                for (i64 j = 0; j < high - low; j++) y[j] = x[j] * factor;
+            }
+        free = before;
+        return {to, rows * columns, columns, low};
+    }
+
     static real reduce(i64 how, real a, real x) { return how != MAX ? a + x : x > a || is_nan(x) ? x : a; }
 
     Plane group(const Step &s, i64 head, i64 heads, i64 low, i64 high) {
@@ -312,6 +343,7 @@ struct Some {
                 return own + size(c, s.first, least(heads, c->step(s.first).heads), rows) +
                        size(c, s.second, least(heads, c->step(s.second).heads), rows);
             case GROUP: return own + size(c, s.first, heads * (c->step(s.first).heads / s.heads), rows);
+            case TIMES: return own + size(c, s.first, least(heads, c->step(s.first).heads), rows);
             default: return own + whole_vectors(s.blocks) + 2 * WIDTH + size(c, s.first, heads, rows);
         }
     }

@@ -92,6 +92,14 @@ struct Head {
         for (i64 i = 0; i < count; i++) to[i] = some.first + i * some.row;
     }
 
+    // A row in the type of the computation, with whole vectors to read: where it lies, or in `room`.
+    const real *padded_row(i64 row, real *room) const {
+        if (kind == 0 && width % WIDTH == 0) return (const real *)at_row(row);
+        widen(at_row(row), kind, width, room);
+        for (i64 j = width; j < whole_vectors(width); j++) room[j] = 0;
+        return room;
+    }
+
     // Asks for rows that lie in no order, of which the processor does not foresee the next.
     void fetch(i64 from, i64 count) const {
         for (i64 i = 0; places && i < count; i++)
@@ -122,19 +130,25 @@ struct Head {
 static inline i64 panel_of(i64 block) { return least(BROAD, whole_vectors(block)); }
 static inline i64 columns_of(i64 block) { return (whole_vectors(block) + panel_of(block) - 1) / panel_of(block) * panel_of(block); }
 
-// Rows of one block, turned: (panels, width, columns of a panel); what lies beyond `count` repeats the last.
-static void turn_block(i64 width, const Head &k, i64 key, i64 count, i64 block, real *room, real *to) {
-    Rows some = k.rows(key, count, false, room);
+// `count` rows, turned: (panels, width, columns of a panel), whole vectors of columns; what lies beyond `count` repeats the last. `row_at`
+// says where a row begins.
+template <class F>
+static inline void turn_rows(i64 width, F row_at, i64 count, i64 columns, i64 panel, real *to) {
     const real *rows[WIDTH];
-    i64 panel = panel_of(block);
-    for (i64 j = 0; j < whole_vectors(block); j += WIDTH) {
-        for (i64 i = 0; i < WIDTH; i++) rows[i] = some.first + least(j + i, count - 1) * some.row;
+    for (i64 j = 0; j < columns; j += WIDTH) {
+        for (i64 i = 0; i < WIDTH; i++) rows[i] = row_at(least(j + i, count - 1));
         i64 whole = width / WIDTH * WIDTH;
         real *here = to + j / panel * panel * width + j % panel;
         for (i64 d = 0; d < whole; d += WIDTH) turn_square(rows, d, here + d * panel, panel);
         for (i64 d = whole; d < width; d++)
             for (i64 i = 0; i < WIDTH; i++) here[d * panel + i] = rows[i][d];
     }
+}
+
+// The rows of one block.
+static void turn_block(i64 width, const Head &k, i64 key, i64 count, i64 block, real *room, real *to) {
+    Rows some = k.rows(key, count, false, room);
+    turn_rows(width, [&](i64 i) { return some.first + i * some.row; }, count, whole_vectors(block), panel_of(block), to);
 }
 
 // Products of a few queries with keys, for when vectors of queries would be nearly empty: here vectors run along the head, and WIDTH keys

@@ -3,67 +3,10 @@
 // in rows of keys, one for each line, so that a vector is full however few lines there are. Each line sees its blocks in ascending order,
 // whoever else is there: its digits depend on no other.
 
-struct Selected {
-    const int *indices, *members;  // (batch or 1, list_heads, rows, slots), -1 after the end; bits of the choices likewise, or null
-    const real *weights;  // (batch, weight_heads, rows, slots), or null
-    i64 slots, block, blocks, list_heads, list_batch, weight_heads;
-    i64 softmax1;  // one more logit of 0 in each softmax
-    // (batch, kv_heads, blocks, head_dim, `columns_of` a block): the keys of each block, turned; (batch, kv_heads, keys, whole
-    // vectors): values. Null: blocks are made ready as they are met, which a few queries do.
-    real *turned, *values;
-    // (batch, heads, rows, head_dim_v), (batch, heads, rows): the results over other keys, which are part of the same softmax; or null. They
-    // may lie where out and LSE go.
-    const char *near_out;
-    const real *near_lse;
-};
-
 // Lines that meet a block at once. Lines of all queries that are worked on together: so many that about MEETING lines have each block in
 // their lists, as its keys come from far away. Keys of one round; keys of a block in one round, where it may be cut; logits of all lines; entries of a
 // block that are asked for before it is met.
 constexpr i64 LINES = 32, LINES_TOGETHER = 1024, MEETING = 16, ROUND = 4096, KEYS_AT_ONCE = 2048, LOGITS = 1 << 22, FETCHED = 1 << 12;
-
-static inline real largest_of(Vector x) {
-    real found = x[0];
-    for (int i = 1; i < WIDTH; i++) found = x[i] > found ? x[i] : found;
-    return found;
-}
-static inline real sum_of(Vector x) {
-    real found = x[0];
-    for (int i = 1; i < WIDTH; i++) found += x[i];
-    return found;
-}
-
-// exp2(logits - base) in place, and their sum.
-static inline real weigh_row(real *logits, i64 n, real base) {
-    Vector sum = {};
-    for (i64 j = 0; j < n; j += WIDTH) {
-        Vector p = power_of_two(at(logits + j) - base);
-        sum += p;
-        put(logits + j, p);
-    }
-    return sum_of(sum);
-}
-
-static inline real highest_of(const real *logits, i64 n) {
-    Vector peak = all(LOWEST);
-    for (i64 j = 0; j < n; j += WIDTH) {
-        Vector s = at(logits + j);
-        peak = s > peak ? s : peak;
-    }
-    return largest_of(peak);
-}
-
-// The logarithm of the sum of two softmaxes that were normalised by themselves, and the share of each.
-static inline real join_lse(real a, real b, real *shares) {
-    constexpr bool wide = sizeof(real) == 8;
-    real peak = a > b || a != a ? a : b;
-    real base = peak == LOWEST ? 0 : peak;  // neither has keys
-    real first = wide ? (real)__builtin_exp(a - base) : (real)__builtin_expf(a - base);
-    real second = wide ? (real)__builtin_exp(b - base) : (real)__builtin_expf(b - base);
-    real total = first + second, whole = total == 0 ? 1 : total;
-    shares[0] = first / whole, shares[1] = second / whole;
-    return base + (wide ? (real)__builtin_log(total) : (real)__builtin_logf(total));
-}
 
 // A query of those worked on together, that has a block in a slot of its list.
 struct Entry {
@@ -84,28 +27,12 @@ static Entry *sorted(Entry *from, Entry *to, i64 n, i64 blocks) {
     return from;
 }
 
-// What lies outside of all intervals of a line becomes -inf: logits of `count` keys of a block from `key` on.
-static void hide_line(const Call *c, const i64 *first, const i64 *last, i64 line, i64 key, i64 count, real *logits) {
-    for (i64 n = 0; n < c->intervals; n++)
-        if (first[n * MOST_LANES + line] <= key && last[n * MOST_LANES + line] >= key + count - 1) return;
-    for (i64 j = 0; j < count; j++) {
-        bool seen = false;
-        for (i64 n = 0; n < c->intervals; n++)
-            seen |= first[n * MOST_LANES + line] <= key + j && key + j <= last[n * MOST_LANES + line];
-        if (!seen) logits[j] = LOWEST;
-    }
-}
-
 // The work of one thread: room for some neighbouring queries of one group. Round by round, each of the same neighbouring blocks for all
 // lines: products with keys, whose logits lie line by line, one softmax of what a line has there, products with values.
-struct Team {
-    const Call *c;
-    const Selected *s;
+struct Team : Lines {
     i64 heads, queries;  // of a group; worked on together
     i64 keys, slots;  // of a block, in whole vectors, and slots of a line at most, in one round
-    i64 broad_v;  // whole vectors of a row of values
     i64 *first, *count, *base;  // of each query: its slots in the round, and those of all queries before it
-    real *q, *values, *highest, *total;  // of all lines
     real *logits, *tile, *block_keys, *block_values, *room;
     Entry *entries[2];
 
@@ -129,8 +56,9 @@ struct Team {
     }
     static i64 number_room(i64 n) { return n * (i64)(sizeof(i64) / sizeof(real)) + WIDTH; }
 
-    Team(const Call *c, const Selected *s, i64 heads, real *at) : c(c), s(s), heads(heads), queries(queries_together(c, s, heads)) {
-        broad_v = whole_vectors(c->head_dim_v), keys = keys_at_once(s), slots = slots_at_once(s);
+    Team(const Call *c, const Selected *s, i64 heads, real *at)
+        : Lines{c, s, whole_vectors(c->head_dim_v)}, heads(heads), queries(queries_together(c, s, heads)) {
+        keys = keys_at_once(s), slots = slots_at_once(s);
         i64 lines = queries * heads;
         auto take = [&](i64 n) { real *here = at; at += whole_vectors(n); return here; };
         q = take(lines * c->head_dim), values = take(lines * broad_v), highest = take(lines), total = take(lines);
@@ -138,7 +66,7 @@ struct Team {
         block_keys = take(c->head_dim * columns_of(s->block)), block_values = take(s->block * broad_v);
         entries[0] = (Entry *)take(entry_room(queries * slots)), entries[1] = (Entry *)take(entry_room(queries * slots));
         first = (i64 *)take(number_room(queries)), count = (i64 *)take(number_room(queries)), base = (i64 *)take(number_room(queries));
-        room = take(s->block * whole_vectors(c->head_dim));
+        room = take(s->block * whole_vectors(c->head_dim)), near = block_values;
     }
 
     // The logits of head i of a query in the round.
@@ -167,18 +95,6 @@ struct Team {
         for (i64 i = 0; c->ends && i < used; i++) hide_line(c, first, last, i, key, count, to[i]);
     }
 
-    // The logits of a round -> weights; what a line has come to before is scaled.
-    void join(real *from, i64 n, i64 line) const {
-        real before = highest[line], now = highest_of(from, n);
-        if (now > before) {
-            real less = power_of_two(all(before - now))[0];
-            highest[line] = now;
-            total[line] *= less;
-            for (i64 j = 0; j < broad_v && less != 1; j += WIDTH) put(values + line * broad_v + j, at(values + line * broad_v + j) * less);
-        }
-        total[line] += weigh_row(from, n, highest[line] == LOWEST ? 0 : highest[line]);
-    }
-
     // The same where the block has a softmax of its own.
     void share_out(real *from, i64 line, real weight) const {
         real peak = highest_of(from, keys), base = peak == LOWEST ? 0 : peak;
@@ -193,15 +109,7 @@ struct Team {
     bool run(i64 b, i64 group, i64 groups, i64 row) {
         Queries those = {b, group, group * c->kv_heads / groups, row, least(queries, c->rows - row), 0};
         those.place = ((b * s->list_batch + group * s->list_heads / groups) * c->rows + row) * s->slots;
-        real factor = c->score ? 1 : (real)(c->scale * LOG2E);
-        for (i64 line = 0; line < those.size * heads; line++) {
-            i64 h = group * heads + line % heads, of = row + line / heads;
-            widen(c->q.first + (b * c->q.batch + h * c->q.head + of * c->q.row) * element_bytes(c->kind), c->kind, c->head_dim,
-                  q + line * c->head_dim);
-            for (i64 d = 0; d < c->head_dim; d++) q[line * c->head_dim + d] *= factor;
-            highest[line] = LOWEST, total[line] = 0;
-            for (i64 j = 0; j < broad_v; j += WIDTH) put(values + line * broad_v + j, Vector{});
-        }
+        for (i64 line = 0; line < those.size * heads; line++) begin(b, group * heads + line % heads, row + line / heads, line);
         for (i64 n = 0; n < those.size; n++) first[n] = count[n] = 0;
         for (i64 block = 0; block < s->blocks; block += blocks_at_once(s)) {
             i64 known = gather(those, block + blocks_at_once(s));
@@ -297,43 +205,6 @@ struct Team {
             for (i64 n = low; n < high; n += at_once) f(all_entries + n, least(at_once, high - n), n == low, next);
         }
     }
-
-    bool finish(i64 b, i64 row, i64 h, i64 line) const {
-        Vector wrong = {};
-        real share = 1, *from = values + line * broad_v;
-        double lse;
-        if (s->weights) {
-            lse = total[line] > 0 ? __builtin_log((double)total[line]) : (double)LOWEST;
-        } else {
-            if (s->softmax1) {
-                real before = highest[line], now = before > 0 ? before : 0, less = power_of_two(all(before - now))[0];
-                total[line] = total[line] * less + power_of_two(all(-now))[0];
-                highest[line] = now;
-                for (i64 j = 0; j < broad_v; j += WIDTH) put(from + j, at(from + j) * less);
-            }
-            share = total[line] == 0 ? 0 : 1 / total[line];
-            lse = total[line] == 0 ? (double)LOWEST : highest[line] * LN2 + __builtin_log((double)total[line]);
-        }
-        for (i64 j = 0; j < broad_v; j += WIDTH) {
-            Vector x = at(from + j) * share;
-            wrong += x * (real)0;
-            put(from + j, x);
-        }
-        char *out = (char *)c->out.first + (b * c->out.batch + h * c->out.head + row * c->out.row) * element_bytes(c->kind);
-        real *known = c->lse + (b * c->heads + h) * c->rows + row;
-        if (s->near_out) {
-            i64 place = (b * c->heads + h) * c->rows + row;
-            widen(s->near_out + place * c->head_dim_v * element_bytes(c->kind), c->kind, c->head_dim_v, block_values);
-            real shares[2];
-            lse = join_lse(s->near_lse[place], lse, shares);
-            for (i64 j = 0; j < c->head_dim_v; j++) from[j] = block_values[j] * shares[0] + from[j] * shares[1];
-        }
-        narrow(from, c->kind, c->head_dim_v, out);
-        *known = lse;
-        bool finite = true;
-        for (int i = 0; i < WIDTH; i++) finite &= wrong[i] == 0;
-        return finite;
-    }
 };
 
 static thread_local Room own_room;
@@ -373,23 +244,32 @@ static bool turn_all(const Call *c, const Selected *s, i64 lines) {
     return done;
 }
 
-// Columns of the keys of a block, turned.
-extern "C" int turned_columns(int block) { return (int)columns_of(block); }
+// Columns of the keys of a block, turned; 0: keys are gathered. `weighted`: whether each block has a softmax of its own.
+extern "C" int turned_columns(int block, int weighted) {
+    Selected s = {};
+    s.block = block, s.weights = weighted ? (const real *)&s : nullptr;
+    return Gathering::fits(&s) ? 0 : (int)columns_of(block);
+}
 
 // Returns whether all results are finite; -1: there is no memory.
 extern "C" int attend_selected(Call *c, Selected *s) {
     i64 heads, groups = groups_of(c, s, heads);
-    bool finite = true, failed = !turn_all(c, s, c->batch * c->kv_heads);
-    i64 together = Team::queries_together(c, s, heads), parts = (c->rows + together - 1) / together;
+    bool gathers = Gathering::fits(s), finite = true, failed = !gathers && !turn_all(c, s, c->batch * c->kv_heads);
+    i64 together = gathers ? GATHERING : Team::queries_together(c, s, heads), parts = (c->rows + together - 1) / together;
     share(c, failed ? 0 : c->batch * groups * parts, [&](i64 n) {
-        real *room = own_room.of(Team::size(c, s, heads));
+        real *room = own_room.of(gathers ? Gathering::size(c, heads) : Team::size(c, s, heads));
         if (!room) {
             failed = true;
             return;
         }
-        Team team(c, s, heads, room);
-        i64 line = n / parts;
-        if (!team.run(line / groups, line % groups, groups, n % parts * together)) finite = false;
+        i64 line = n / parts, row = n % parts * together;
+        if (gathers) {
+            Gathering some(c, s, heads, room);
+            for (i64 end = least(row + together, c->rows); row < end; row++)
+                if (!some.run(line / groups, line % groups, groups, row)) finite = false;
+        } else if (!Team(c, s, heads, room).run(line / groups, line % groups, groups, row)) {
+            finite = false;
+        }
     });
     return failed ? -1 : finite;
 }

@@ -5,11 +5,12 @@
 struct SelectedGrads {
     Tensor grad_out;
     const real *delta;  // (batch, heads, rows): sum of out * grad_out less grad_lse; not read where each block has a softmax of its own
-    real *grad_q, *grad_k, *grad_v;  // contiguous; rows of whole vectors
+    real *grad_q, *grad_k, *grad_v;  // contiguous; rows of whole vectors; those of k and v `copies` times, whose sum is wanted
     real *grad_weights;  // (batch, heads, rows, slots), zeros
     real *turned_v;  // values of each block, turned as keys are in Selected
     double *sums;  // gradients of learned tables, one after the other, of each of `parts` of the work
     i64 sums_size, parts;
+    i64 copies;  // 1, but where keys are gathered: each is of some of the queries
 };
 
 // Keys of a block that lines meet at once; lines of all queries that are worked on together.
@@ -20,12 +21,17 @@ struct Chooser {
     int row, slot;
 };
 
-// Some lines that meet a block, and room for what comes of it.
+// Keys one after the other, in columns from `from` on; of the slot at `place` of all lists, -1: of that which the lines were seated with.
+struct Piece {
+    i64 key, from, count, place;
+};
+
+// Some lines that meet a block, or keys that one query gathers, and room for what comes of it.
 struct Meeting {
     const Call *c;
     const Selected *s;
     const SelectedGrads *g;
-    i64 heads, broad, broad_d, broad_v, keys, met;  // broad: columns of a block, turned
+    i64 heads, broad, panel, broad_d, broad_v, keys, met;  // broad: columns of a block, turned, in panels
     real *q, *grad, *weights, *change, *tile, *slope, *plain, *turned_k, *turned_v, *key_rows, *room, *own;
     i64 q_idx[MOST_LANES], h[MOST_LANES], bits[MOST_LANES], first[MOST_INTERVALS * MOST_LANES], last[MOST_INTERVALS * MOST_LANES];
     real lse[MOST_LANES], delta[MOST_LANES];
@@ -35,17 +41,19 @@ struct Meeting {
     // Keys that lines meet at once; a softmax of a block alone wants all of it.
     static i64 keys_at_once(const Selected *s) {
         i64 broad = whole_vectors(s->block);
-        return s->weights || broad < KEYS ? broad : KEYS;
+        return Gathering::fits(s) ? GATHERED : s->weights || broad < KEYS ? broad : KEYS;
     }
+    static i64 columns(const Selected *s) { return Gathering::fits(s) ? GATHERED : columns_of(s->block); }
+    static i64 rows_at_once(const Selected *s) { return Gathering::fits(s) ? GATHERED : s->block; }
     static i64 queries_together(const Call *c, i64 heads) { return most(least(TOGETHER / heads, c->rows), 1); }
     static i64 size(const Call *c, const Selected *s, i64 heads) {
-        i64 broad = columns_of(s->block), broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
+        i64 broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
         i64 met = Team::lines_at_once(heads), keys = keys_at_once(s), wide = whole_vectors(met);
-        return met * (2 * broad_d + broad_v + 2 * keys) + 3 * keys * wide + (broad_d + broad_v) * broad +
-               s->block * (2 * broad_d + broad_v) + 24 * WIDTH;
+        return met * (2 * broad_d + broad_v + 2 * keys) + 3 * keys * wide + (broad_d + broad_v) * columns(s) +
+               rows_at_once(s) * (2 * broad_d + broad_v) + 24 * WIDTH;
     }
     Meeting(const Call *c, const Selected *s, const SelectedGrads *g, i64 heads, real *at) : c(c), s(s), g(g), heads(heads) {
-        broad = columns_of(s->block), broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
+        broad = columns(s), panel = Gathering::fits(s) ? BROAD : panel_of(s->block), broad_d = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
         met = Team::lines_at_once(heads), keys = keys_at_once(s);
         i64 wide = whole_vectors(met);
         auto take = [&](i64 n) { real *here = at; at += whole_vectors(n); return here; };
@@ -53,8 +61,8 @@ struct Meeting {
         weights = take(met * keys), change = take(met * keys);
         tile = take(keys * wide), slope = take(keys * wide), plain = take(keys * wide);
         turned_k = take(broad_d * broad), turned_v = take(broad_v * broad);
-        key_rows = take(s->block * broad_d);
-        room = take(s->block * most(broad_d, broad_v));
+        key_rows = take(rows_at_once(s) * broad_d);
+        room = take(rows_at_once(s) * most(broad_d, broad_v));
     }
 
     real factor() const { return c->slope ? 1 : (real)(c->scale * LOG2E); }
@@ -88,33 +96,23 @@ struct Meeting {
         if (c->ends) c->ends(c, &lanes, first, last);
     }
 
-    // Weights and changes of logits (of the scaled products, where there is a score) of `n` keys of a block, from `low` on.
-    void differentiate(i64 b, const real *of_k, const real *of_v, i64 key, i64 low, i64 n, const Chooser *some) {
-        i64 used = lanes.used, whole = whole_vectors(n), row = lanes.count;
-        i64 panel = panel_of(s->block);
+    // Weights and changes of logits (of the scaled products, where there is a score) of `n` columns of turned keys and values, from `low` on,
+    // which are those of the pieces.
+    void differentiate(const real *of_k, const real *of_v, i64 low, i64 n, const Piece *pieces, i64 count, const Chooser *some) {
+        i64 used = lanes.used, whole = whole_vectors(n);
         auto multiply = [&](const real *lines, i64 step, i64 width, const real *turned, real *to) {
             product_of<false>(used, whole, width, Even<const real>{lines, step}, 1, turned + low * width, panel, panel * width,
                               Even<real>{to, keys});
         };
         multiply(q, broad_d, c->head_dim, of_k, weights);
         multiply(grad, broad_v, c->head_dim_v, of_v, change);
-        if (c->slope || c->mask) {
-            for (i64 i = 0; i < row; i++)
-                for (i64 j = 0; j < n; j++) tile[j * row + i] = weights[least(i, used - 1) * keys + j];
-            if (gains) __builtin_memcpy(plain, tile, n * row * sizeof(real));
-            if (c->slope) c->slope(c, &lanes, key + low, n, tile, slope);
-            if (c->mask) c->mask(c, &lanes, key + low, n, tile);
-            for (i64 i = 0; i < used; i++)
-                for (i64 j = 0; j < n; j++) weights[i * keys + j] = tile[j * row + i];
-        }
+        for (i64 m = 0; m < count; m++) modify(pieces[m]);
         for (i64 i = 0; i < used; i++) {
             real *p = weights + i * keys, *d = change + i * keys;
-            if (c->ends) hide_line(c, first, last, i, key + low, n, p);
             i64 end = s->weights ? keys : whole;
             for (i64 j = n; j < end; j++) p[j] = LOWEST, d[j] = 0;
             if (s->weights) {
-                i64 line = some[i / heads].row;
-                g_weights(b, i, line, some[i / heads].slot, p, d);
+                g_weights(lanes.b, i, some[i / heads].row, some[i / heads].slot, p, d);
                 continue;
             }
             for (i64 j = 0; j < whole; j += WIDTH) {
@@ -124,17 +122,41 @@ struct Meeting {
                 put(d + j, weight == (real)0 ? Vector{} : weight * (at(d + j) - delta[i]));
             }
         }
-        if (gains) {
+        for (i64 m = 0; m < count && (gains || c->slope); m++) pass_on(pieces[m]);
+    }
+
+    // Products -> logits, by the pattern's own functions; what is masked becomes -inf.
+    void modify(const Piece &of) {
+        i64 used = lanes.used, row = lanes.count, from = of.from;
+        for (i64 i = 0; s->members && of.place >= 0 && i < row; i++) bits[i] = s->members[of.place];
+        if (c->slope || c->mask) {
+            real *here = tile + from * row;
             for (i64 i = 0; i < row; i++)
-                for (i64 j = 0; j < n; j++) tile[j * row + i] = i < used ? change[i * keys + j] : 0;
-            c->gains(c, &lanes, key + low, n, plain, tile, gains);
-        }
-        if (c->slope)
+                for (i64 j = 0; j < of.count; j++) here[j * row + i] = weights[least(i, used - 1) * keys + from + j];
+            if (gains) __builtin_memcpy(plain + from * row, here, of.count * row * sizeof(real));
+            if (c->slope) c->slope(c, &lanes, of.key, of.count, here, slope + from * row);
+            if (c->mask) c->mask(c, &lanes, of.key, of.count, here);
             for (i64 i = 0; i < used; i++)
-                for (i64 j = 0; j < n; j++) {
-                    real &d = change[i * keys + j];
-                    d = d == 0 ? 0 : d * slope[j * row + i];
-                }
+                for (i64 j = 0; j < of.count; j++) weights[i * keys + from + j] = here[j * row + i];
+        }
+        for (i64 i = 0; c->ends && i < used; i++) hide_line(c, first, last, i, of.key, of.count, weights + i * keys + from);
+    }
+
+    // Changes of logits -> those of learned tables, and of the products that scores were made of.
+    void pass_on(const Piece &of) {
+        i64 used = lanes.used, row = lanes.count, from = of.from;
+        if (gains) {
+            real *here = tile + from * row;
+            for (i64 i = 0; s->members && of.place >= 0 && i < row; i++) bits[i] = s->members[of.place];
+            for (i64 i = 0; i < row; i++)
+                for (i64 j = 0; j < of.count; j++) here[j * row + i] = i < used ? change[i * keys + from + j] : 0;
+            c->gains(c, &lanes, of.key, of.count, plain + from * row, here, gains);
+        }
+        for (i64 i = 0; c->slope && i < used; i++)
+            for (i64 j = from; j < from + of.count; j++) {
+                real &d = change[i * keys + j];
+                d = d == 0 ? 0 : d * slope[j * row + i];
+            }
     }
 
     // A line whose block has a softmax of its own; delta[i] is the weight of the block.
@@ -190,7 +212,8 @@ static void add_queries(Meeting &m, Entry *entries, Entry *other, i64 b, i64 gro
             m.seat(b, group, list, some, met);
             for (i64 from = 0; from < size; from += m.keys) {
                 i64 here = least(m.keys, size - from);
-                m.differentiate(b, of_k, of_v, key, from, here, some);
+                Piece piece = {key + from, 0, here, -1};
+                m.differentiate(of_k, of_v, from, here, &piece, 1, some);
                 product<false>(m.lanes.used, m.broad_d, here, m.change, m.keys, 1, rows.first + from * rows.row, rows.row, m.own, m.broad_d);
                 for (i64 i = 0; i < m.lanes.used; i++) {
                     real *to = m.g->grad_q + ((b * c->heads + m.h[i]) * c->rows + some[i / heads].row) * m.broad_d;
@@ -238,7 +261,8 @@ static void add_keys(Meeting &m, i64 b, i64 kv_head, i64 block, i64 groups, cons
             m.seat(b, group, list, those + n, least(at_once, ends[block + 1] - n));
             for (i64 from = 0; from < size; from += m.keys) {
                 i64 here = least(m.keys, size - from);
-                m.differentiate(b, of_k, of_v, key, from, here, those + n);
+                Piece piece = {key + from, 0, here, -1};
+                m.differentiate(of_k, of_v, from, here, &piece, 1, those + n);
                 real *to_k = m.g->grad_k + (line * c->keys + key + from) * m.broad_d, *to_v = m.g->grad_v + (line * c->keys + key + from) * m.broad_v;
                 product<true>(here, m.broad_v, m.lanes.used, m.weights, 1, m.keys, m.grad, m.broad_v, to_v, m.broad_v);
                 product<true>(here, m.broad_d, m.lanes.used, m.change, 1, m.keys, m.q, m.broad_d, to_k, m.broad_d);
@@ -253,11 +277,73 @@ static void add_keys(Meeting &m, i64 b, i64 kv_head, i64 block, i64 groups, cons
     }
 }
 
+// One query of one group, whose keys are gathered: all its gradients.
+static void add_gathered(Meeting &m, i64 b, i64 kv_head, i64 group, i64 groups, i64 row, real *grad_k, real *grad_v) {
+    const Call *c = m.c;
+    const Selected *s = m.s;
+    i64 list = group * s->list_heads / groups, place = ((b * s->list_batch + list) * c->rows + row) * s->slots, heads = m.heads;
+    Chooser query = {(int)row, 0};
+    m.seat(b, group, list, &query, 1);
+    for (i64 i = 0; i < heads * m.broad_d; i += WIDTH) put(m.own + i, Vector{});
+    Head k(c->k, c->kind, c->head_dim, b, kv_head, 0, 1), v(c->v, c->kind, c->head_dim_v, b, kv_head, 0, 1);
+    for (i64 slot = 0; slot < s->slots && s->indices[place + slot] >= 0;) {
+        Piece pieces[GATHERED];
+        const real *of_k[GATHERED], *of_v[GATHERED];
+        real *to_k[GATHERED], *to_v[GATHERED];
+        i64 n = 0, count = 0;
+        for (; slot < s->slots && s->indices[place + slot] >= 0 && n + s->block <= GATHERED; slot++) {
+            i64 key = s->indices[place + slot] * s->block, some = least(s->block, c->keys - key);
+            pieces[count++] = {key, n, some, place + slot};
+            for (i64 i = 0; i < some; i++, n++) {
+                of_k[n] = k.padded_row(key + i, m.key_rows + n * m.broad_d), of_v[n] = v.padded_row(key + i, m.room + n * m.broad_v);
+                to_k[n] = grad_k + (key + i) * m.broad_d, to_v[n] = grad_v + (key + i) * m.broad_v;
+            }
+        }
+        i64 whole = whole_vectors(n);
+        turn_rows(c->head_dim, [&](i64 i) { return of_k[i]; }, n, whole, BROAD, m.turned_k);
+        turn_rows(c->head_dim_v, [&](i64 i) { return of_v[i]; }, n, whole, BROAD, m.turned_v);
+        m.differentiate(m.turned_k, m.turned_v, 0, n, pieces, count, &query);
+        product_from<true>(heads, m.broad_d, n, Even<const real>{m.change, m.keys}, 1, [&](i64 d) { return From<const real>{of_k, d}; },
+                           Even<real>{m.own, m.broad_d});
+        product_of<true>(n, m.broad_v, heads, Even<const real>{m.weights, 1}, m.keys, m.grad, m.broad_v, BROAD, Listed<real>{to_v});
+        product_of<true>(n, m.broad_d, heads, Even<const real>{m.change, 1}, m.keys, m.q, m.broad_d, BROAD, Listed<real>{to_k});
+    }
+    for (i64 i = 0; i < heads; i++) {
+        real *to = m.g->grad_q + ((b * c->heads + m.h[i]) * c->rows + row) * m.broad_d;
+        for (i64 j = 0; j < m.broad_d; j += WIDTH) put(to + j, at(m.own + i * m.broad_d + j) * (real)c->scale);
+    }
+}
+
+// All gradients where keys are gathered: each copy of those of k and v is of some of the queries, of all that share a key/value head.
+static bool gather_backward(Call *c, Selected *s, SelectedGrads *g, i64 heads, i64 groups) {
+    i64 jobs = c->batch * c->kv_heads * g->copies, parts = g->sums ? g->parts : jobs, own = groups / c->kv_heads;
+    bool failed = false;
+    share(c, parts, [&](i64 part) {
+        real *room = own_room.of(Meeting::size(c, s, heads));
+        if (!room) {
+            failed = true;
+            return;
+        }
+        Meeting m(c, s, g, heads, room);
+        if (g->sums) m.gains = g->sums + part * g->sums_size;
+        for (i64 job = jobs * part / parts; job < jobs * (part + 1) / parts; job++) {
+            i64 copy = job % g->copies, line = job / g->copies, place = (copy * c->batch * c->kv_heads + line) * c->keys;
+            real *grad_k = g->grad_k + place * m.broad_d, *grad_v = g->grad_v + place * m.broad_v, scale = c->scale / m.factor();
+            for (i64 row = c->rows * copy / g->copies; row < c->rows * (copy + 1) / g->copies; row++)
+                for (i64 n = 0; n < own; n++)
+                    add_gathered(m, line / c->kv_heads, line % c->kv_heads, line % c->kv_heads * own + n, groups, row, grad_k, grad_v);
+            for (i64 i = 0; i < c->keys * m.broad_d; i += WIDTH) put(grad_k + i, at(grad_k + i) * scale);
+        }
+    });
+    return !failed;
+}
+
 extern "C" int vector_width() { return WIDTH; }
 
 // Gradients hold zeros before. Returns 0; -1: there is no memory.
 extern "C" int attend_selected_backward(Call *c, Selected *s, SelectedGrads *g) {
     i64 heads, groups = groups_of(c, s, heads), lines = c->batch * c->kv_heads;
+    if (Gathering::fits(s)) return gather_backward(c, s, g, heads, groups) ? 0 : -1;
     bool failed = !turn_all(c, s, lines);
     if (s->turned && !failed)
         share(c, lines * s->blocks, [&](i64 n) {

@@ -7,23 +7,24 @@ from typing import Any, Literal
 
 import torch
 
-from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import block_pair
 from sparsedsl.backends.flex import attention as flex
 from sparsedsl.backends.registry import named
-from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.errors import ArgumentError, ShapeError, UnsupportedError
 from sparsedsl.execute.call_words import CallWords
 from sparsedsl.execute.calls import Calls
 from sparsedsl.execute.explanation import Explanation, explain
 from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.execute.layouts import LAYOUTS, in_bshd, swapped
+from sparsedsl.execute.packed_face import PackedFace
 from sparsedsl.execute.requests import requests_of
 from sparsedsl.execute.state import ProgramState
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.html_card import card
-from sparsedsl.lang.advice import check_word
+from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.lang.thumbnail import thumbnail
@@ -42,7 +43,7 @@ Tensor = torch.Tensor
 UNTOLD = 1 << 24
 
 
-class Attention:
+class Attention(PackedFace):
     """A compiled pattern or program; call it on tensors. Made by :func:`sparsedsl.compile`.
 
     The same program at a new length compiles nothing new. Tile lists and schedules are kept for the lengths and tables seen
@@ -152,6 +153,8 @@ class Attention:
 
     def _planned(self, cp: Any, q: Any, k: Any, v: Any, words: CallWords) -> Any:
         """The call on this rank's rows, with the keys of others that they see."""
+        if not (hasattr(cp, "check") and hasattr(cp, "gathered")):
+            raise ArgumentError(f"cp must be what plan.on(mesh) of sd.parallel.plan gives; got {shown(cp)}")
         said = words.return_state or not words.q_offset is words.where is words.state is words.summaries is None
         if said or torch.compiler.is_compiling() or self.layout != "bhsd":
             raise UnsupportedError(
@@ -163,20 +166,24 @@ class Attention:
         k, v, where = cp.gathered(q, k, v)
         return self._calls(q, k, v, words._replace(where=where))
 
-    def keep_summaries(self) -> KeptSummaries:
+    def keep_summaries(self, max_length: int | None = None) -> KeptSummaries:
         """An empty place for summaries of blocks of keys; pass it to all calls of one sequence as ``summaries=``.
 
         A step of decoding then reads the keys that it attends to, one row for each block, and the keys of the block that is not over:
         see :class:`~sparsedsl.execute.kept_summaries.KeptSummaries`.
 
+        Args:
+            max_length: take memory for so many tokens at once, which more tokens move; None: as they come.
+
         Raises:
+            ShapeError: ``max_length`` is no length.
             UnsupportedError: the program sums up no keys.
         """
         if not summarised(self.program):
             raise UnsupportedError(
                 f"{self.program!r} makes no summaries or bounds of keys that could be kept; call it without summaries="
             )
-        return KeptSummaries(self.program)
+        return KeptSummaries(self.program, None if max_length is None else check_size("max_length", max_length, 1))
 
     @property
     def has_lse(self) -> bool:

@@ -74,7 +74,8 @@ def _finished(block: int, stride: int, tokens: int) -> int:
 class KeptSummaries:
     """What calls of one program have made of blocks of keys; made by :meth:`sparsedsl.Attention.keep_summaries`.
 
-    Each call is given all keys so far: those of the call before, and what came since. ``tokens``: keys of the last call.
+    Each call is given all keys so far: those of the call before, and what came since. ``tokens``: keys of the last call. ``max_length``:
+    so many tokens have memory from the beginning; None: it grows with them.
 
     >>> import torch, sparsedsl as sd
     >>> attn = sd.compile(sd.patterns.moba(chunk=16, top_k=2))
@@ -86,8 +87,8 @@ class KeptSummaries:
     (True, 64, 1024)
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program.key
+    def __init__(self, program: Program, max_length: int | None = None) -> None:
+        self.program, self.max_length = program.key, max_length
         self.tokens = 0
         self._rows: dict[str, _Rows] = {}
 
@@ -118,7 +119,9 @@ class KeptSummaries:
             return pool(x) if known is None else known.buffer[..., :done, :]
         made = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
         if known is None or known.buffer.shape[-2] < before + made.shape[-2]:
-            room = made.new_empty((*made.shape[:-2], max(16, 2 * (before + made.shape[-2])), made.shape[-1]))
+            blocks = before + made.shape[-2]
+            most = 0 if self.max_length is None else -(-self.max_length // stride)
+            room = made.new_empty((*made.shape[:-2], most if most >= blocks else max(16, 2 * blocks), made.shape[-1]))
             if known is not None:
                 room[..., :before, :] = known.buffer[..., :before, :]
             known = self._rows[node.key] = _Rows(block, stride, room, before, None if known is None else known.last)

@@ -36,7 +36,8 @@ class Lowering(Evaluation):
     """Tensors keep their types, scores are sources that give blocks, choices are lists; a branch gives ``(out, lse or None)``.
 
     ``dispatch``: who does the work. ``lse``: whether the root's is wanted. ``shortcuts``: those of the kind of call, if it is known.
-    ``keeps``: rules leave shortcuts for later calls of this kind. ``after``: of recurrences that ran, the state after the last key.
+    ``keeps``: rules leave shortcuts for later calls of this kind. ``after``: of recurrences that ran, how many keys they
+    read, and the state after these.
     ``summaries``: what earlier calls made of blocks of keys, if it is kept.
     """
 
@@ -48,7 +49,7 @@ class Lowering(Evaluation):
         self.summaries = summaries
         self.dispatch, self.keeps = dispatch, keeps
         self.shortcuts: dict[Node, Shortcut] = {} if shortcuts is None else shortcuts
-        self.after: dict[Node, Tensor] = {}
+        self.after: dict[Node, tuple[int, Any]] = {}
         if shortcuts is not None:
             self.values.update(call.inputs.items())
         # Branches whose LSE somebody reads: FlexAttention has none on CPU, and the others save the work.

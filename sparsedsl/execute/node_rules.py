@@ -92,16 +92,23 @@ def _slots(run: Lowering, node: Slots) -> tuple[Tensor, Tensor, Tensor, Tensor |
 def _recall(run: Lowering, node: Recall) -> Result:
     memory, q = node.memory, run.value(node.x)
     k, v, gate, documents = run.value(memory)
-    out, lse, _ = run.dispatch.slots(
+    rows = k.shape[2]
+    last = run.domain.q_offset + q.shape[2] - memory.delay
+    if documents is None and 0 < last < rows and not run.call.needs_grad:
+        # No query sees a later key. In a step of decoding that is all but one of the kept tokens, and the state before them is wanted.
+        rows = last
+        k, v, gate = (x[:, :, :rows] for x in (k, v, gate))
+    out, lse, state = run.dispatch.slots(
         q, k, v, gate, delay=memory.delay, temperature=memory.temperature, scale=run.scale(node.scale, q), empty=memory.empty,
         q_offset=run.domain.q_offset, state=run.call.state_of(node), documents=documents,
     )  # fmt: skip
+    run.after[node] = rows, state
     return out, lse
 
 
 def _linear(run: Lowering, node: Linear) -> Result:
     found = run_linear(node, run.call, run.dispatch, run.value)
-    run.after[node] = found.state
+    run.after[node] = run.call.k.shape[2], found.state
     return found.out, found.lse
 
 

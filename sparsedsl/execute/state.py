@@ -114,10 +114,11 @@ def _no_state(node: Node, why: str) -> UnsupportedError:
     )
 
 
-def _by_keys(program: Program) -> list[Input]:
+@functools.lru_cache(maxsize=256)
+def _by_keys(program: Program) -> tuple[Input, ...]:
     """Inputs that have rows for keys; k and v among them, which count the keys of a call, whether or not the program reads them."""
     read = [node for node in program.nodes(Input) if any(base_of(axis) == "keys" for axis in node.axes)]
-    return list(dict.fromkeys([k, v, *read]))
+    return tuple(dict.fromkeys([k, v, *read]))
 
 
 def _key_axis(node: Input) -> int:
@@ -145,8 +146,9 @@ def continued(call: ProgramCall, state: ProgramState) -> ProgramCall:
     return replace(call, inputs=inputs, q_offset=before, state={**state.recurrent, "": state.tokens - before})
 
 
-def advanced(call: ProgramCall, dispatch: Dispatch, known: Mapping[Node, Tensor]) -> ProgramState:
-    """The state after all keys of a call. ``known``: of recurrences that ran, the state after the last key."""
+def advanced(call: ProgramCall, dispatch: Dispatch, known: Mapping[Node, tuple[int, Any]]) -> ProgramState:
+    """The state after all keys of a call. ``known``: of recurrences that ran, how many keys they read, and the state
+    after these."""
     program = call.program
     total = call.k.shape[2]
     first, kept = first_kept(program), min(horizon(program), total)
@@ -157,8 +159,8 @@ def advanced(call: ProgramCall, dispatch: Dispatch, known: Mapping[Node, Tensor]
     for node in program.order:
         after = STATE_RULES[type(node)].after
         if after is not None:
-            ran = read == total and node in known
-            recurrent[program.labels[node]] = known[node] if ran else after(node, call, dispatch, read)
+            rows, state = known.get(node, (None, None))
+            recurrent[program.labels[node]] = state if rows == read else after(node, call, dispatch, read)
     # Copies: views would keep all tokens alive.
     recent = {
         node.name: _rows(call.inputs[node], _key_axis(node), first if read else 0, read) for node in _by_keys(program)
@@ -254,13 +256,13 @@ def _delay(node: Slots) -> int:
     return node.delay
 
 
-def _spared(node: Slots) -> int:
+def _spared(node: Slots | Linear) -> int:
     return node.first
 
 
 def _linear(node: Linear) -> int:
     _check_one_document(node)
-    return 0
+    return node.delay
 
 
 def _check_one_document(node: Slots | Linear) -> None:
@@ -296,7 +298,7 @@ STATE_RULES: Rules[StateRule] = Rules(
         Attend: StateRule(_window, keeps=_first_of_window),
         Slots: StateRule(_delay, keeps=_spared, spares=_spared),
         Recall: StateRule(_own_row, _slots_after),
-        Linear: StateRule(_linear, _linear_after, spares=_own_row),
+        Linear: StateRule(_linear, _linear_after, keeps=_spared, spares=_spared),
         **dict.fromkeys(
             (scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup, scores.Plus), _LOOKS_AT_ALL
         ),

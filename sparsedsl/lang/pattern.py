@@ -80,9 +80,12 @@ class Pattern(Unread):
 
     @functools.cached_property
     def head_reads(self) -> frozenset[tuple[str, int]]:
-        """Tables that are read by the head: the name and which dimension. Their length says how many heads there are."""
+        """Tables that are read by the head: the name and which dimension. Their length says how many heads there are, so that those that
+        are also read by something else in that dimension are left out.
+        """
         reads = {read for expr in self.exprs for read in table_reads(expr)}
-        return frozenset((read.spec.name, dim) for read in reads for dim, index in enumerate(read.args) if index == HEAD)
+        places = {(read.spec.name, dim, index == HEAD) for read in reads for dim, index in enumerate(read.args)}
+        return frozenset((name, dim) for name, dim, by_head in places if by_head and (name, dim, False) not in places)
 
     @functools.cached_property
     def tells_heads_apart(self) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsedsl.errors import ArgumentError
+from sparsedsl.lang.advice import shown
 from sparsedsl.parallel.seen import united
 
 __all__ = ["METHODS", "Costs", "Rates", "assigned", "costs_of"]
@@ -33,6 +35,11 @@ class Rates:
 
     pairs: float = 1.8e10
     keys: float = 1.2e7
+
+    def __post_init__(self) -> None:
+        for word, rate in (("pairs", self.pairs), ("keys", self.keys)):
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+                raise ArgumentError(f"Rates: {word} must be a positive number, a second; got {shown(rate)}")
 
 
 @dataclass(frozen=True, eq=False)

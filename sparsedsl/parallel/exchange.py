@@ -10,8 +10,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
-from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.errors import ArgumentError, ShapeError, UnsupportedError
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.parallel.fingerprints import digests
 from sparsedsl.runtime.dtypes import accumulated
@@ -51,9 +53,19 @@ def group_of(mesh: Any, world: int) -> Any:
     """The process group of a mesh with one dimension, or of a process group itself.
 
     Raises:
-        ShapeError: it has another number of ranks than the plan.
+        ArgumentError: it is neither, or torch.distributed is not begun. ShapeError: it has another number of ranks than the plan.
     """
-    group = mesh.get_group() if hasattr(mesh, "get_group") else mesh
+    if not dist.is_available() or not dist.is_initialized():
+        raise ArgumentError(
+            f"mesh must be a DeviceMesh or a process group, and no process group has begun: call torch.distributed.init_process_group() or "
+            f"init_device_mesh() on every rank first; got {shown(mesh)}"
+        )
+    group = mesh.get_group() if isinstance(mesh, DeviceMesh) else mesh
+    if not isinstance(group, dist.ProcessGroup):
+        raise ArgumentError(
+            "mesh must be a DeviceMesh with one dimension or a process group, as init_device_mesh('cuda', (4,)) or "
+            f"torch.distributed.group.WORLD; got {shown(mesh)}"
+        )
     size = dist.get_world_size(group)
     if size != world:
         raise ShapeError(
@@ -92,6 +104,10 @@ def unshard(plan: Planned, x: Tensor, dim: int, mesh: Any) -> Tensor:
 
 
 def _check_length(plan: Planned, x: Tensor, dim: int, length: int) -> None:
+    if not isinstance(x, Tensor):
+        raise ArgumentError(f"x must be a tensor of which rows are tokens; got {shown(x)}")
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
+        raise ArgumentError(f"dim must be the dimension of x along which tokens lie, from 0 to {x.ndim - 1}; got {shown(dim)}")
     if x.shape[dim] != length:
         raise ShapeError(f"dimension {dim} has {x.shape[dim]} rows; wanted {length} of {plan.q_len}: got shape {tuple(x.shape)}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from sparsedsl.plain_values import Reported
 from sparsedsl.program.graph import Program
 from sparsedsl.quantities import factor_text, share_text
 
-__all__ = ["TokenPlan", "plan", "static_patterns"]
+__all__ = ["TokenPlan", "check_size", "plan", "static_patterns"]
 
 Tensor = torch.Tensor
 # Chunks a rank where nobody says how large they are.
@@ -106,7 +107,11 @@ class TokenPlan(Reported):
     ) -> int:
         """Bytes that the rank which gets the most is sent in the forward pass of one layer: keys and values of all key heads. The backward
         pass sends their gradients back, in float32."""
-        return int(self.traffic(name).sum(0).max()) * kv_heads * (head_dim + (head_dim_v or head_dim)) * itemsize
+        if head_dim_v is None:
+            head_dim_v = head_dim
+        for word, value in (("kv_heads", kv_heads), ("head_dim", head_dim), ("itemsize", itemsize), ("head_dim_v", head_dim_v)):
+            check_size(f"bytes(): {word}", value)
+        return int(self.traffic(name).sum(0).max()) * kv_heads * (head_dim + head_dim_v) * itemsize
 
     @property
     def imbalance(self) -> float:
@@ -215,6 +220,14 @@ def plan(
     ('contiguous', 256)
     """
     chunk = _checked(q_len, world, chunk, granule, method)
+    if heads is not None:
+        check_size("plan(): heads", heads)
+    if not isinstance(equal, bool):
+        raise ArgumentError(f"plan(): equal must be True or False; got {shown(equal)}")
+    if not isinstance(rates, (Rates, types.NoneType)):
+        raise ArgumentError(
+            f"plan(): rates must be what a rank does in a second, sd.parallel.Rates(pairs=.., keys=..); got {shown(rates)}"
+        )
     parts = static_patterns(patterns)
     unknown = set(tables) - {name for part in parts.values() for name in part.tables}
     if unknown:
@@ -259,10 +272,20 @@ def _read_by(tables: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
     return {name: table for name, table in tables.items() if name in names}
 
 
+def check_size(what: str, value: Any) -> None:
+    """Whether a value is a whole number of at least 1.
+
+    Raises :class:`~sparsedsl.ArgumentError`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{what} must be a whole number of at least 1; got {shown(value)}")
+
+
 def _checked(q_len: Any, world: Any, chunk: Any, granule: Any, method: Any) -> int:
-    for word, value in (("q_len", q_len), ("world", world), ("granule", granule), *([] if chunk is None else [("chunk", chunk)])):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"plan(): {word} must be a whole number of at least 1; got {shown(value)}")
+    for word, value in (("q_len", q_len), ("world", world), ("granule", granule)):
+        check_size(f"plan(): {word}", value)
+    if chunk is not None:
+        check_size("plan(): chunk", chunk)
     check_word("plan(): method", method, ("auto", *METHODS))
     if chunk is None:
         chunk = granule

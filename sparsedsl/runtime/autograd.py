@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from sparsedsl.analysis.domain import Domain
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.call import Call, check_call
@@ -75,7 +76,9 @@ def differentiable(kernel: Kernel, call: Call) -> tuple[Tensor, Tensor]:
     tensors = (call.q, call.k, call.v, *call.tables.values())
     if not call.needs_grad and not is_transformed(*tensors):
         return _known.get() or _forward(kernel, call)
-    return _Forward.apply(_KernelCall(kernel, tuple(call.tables), call.domain.q_offset, call.scale, call.places), *tensors)
+    known = replace(call.domain, tables={}) if call.made_here else None
+    job = _KernelCall(kernel, tuple(call.tables), call.domain.q_offset, call.scale, call.places, known)
+    return _Forward.apply(job, *tensors)
 
 
 def transformed(pattern: Pattern, run: Callable[[Call], Any], call: Call, return_lse: bool) -> Any:
@@ -147,17 +150,20 @@ def _backward(
 
 @dataclass(frozen=True, eq=False)
 class _KernelCall:
-    """A call without its tensors, which autograd keeps."""
+    """A call without its tensors, which autograd keeps. ``known``: its lengths, where its tables are not looked at again."""
 
     kernel: Kernel
     names: tuple[str, ...]
     q_offset: int
     scale: float
     places: Places | None = None
+    known: Domain | None = None
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> Call:
         """The call on these tensors, checked again: under vmap the tables are others."""
         named = dict(zip(self.names, tables, strict=True))
+        if self.known is not None:
+            return Call(q, k, v, replace(self.known, tables=named), self.scale, named, self.places, True)
         return check_call(self.kernel.pattern, q, k, v, named, q_offset=self.q_offset, scale=self.scale, places=self.places)
 
     @property

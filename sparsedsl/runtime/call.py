@@ -44,7 +44,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Call:
     """One checked call. ``given`` holds every table of the pattern as it was passed; ``domain`` the index ranges, and the tables for
     computing in int64 (:func:`~sparsedsl.analysis.exactness.exact_domain`); ``scale`` is a number; ``places``: where rows lie, if not in
-    their order, which only those backends follow that say so.
+    their order, which only those backends follow that say so. ``made_here``: its tables are checked, or made of checked ones, and are not
+    looked at again; ``run``: so many neighbouring queries see keys of one sequence, those behind them of another; 0: all may.
 
     A domain has no empty ranges: that of an empty call says 1 where the tensors have 0.
     """
@@ -56,6 +57,8 @@ class Call:
     scale: float
     given: Mapping[str, torch.Tensor]
     places: Places | None = None
+    made_here: bool = False
+    run: int = 0
 
     @property
     def tables(self) -> Mapping[str, torch.Tensor]:

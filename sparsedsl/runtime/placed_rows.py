@@ -22,6 +22,8 @@ def gather_rows(x: Tensor, places: Tensor) -> Tensor:
     >>> gather_rows(torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[1, 0], [0, 0]]])).flatten()
     tensor([2., 1., 1., 1.])
     """
+    if places.shape[:2] == (1, 1):  # whole rows of all heads, side by side as they often lie
+        return x.transpose(1, 2).index_select(1, places.view(-1)).transpose(1, 2)
     x, places = together(x, places)
     return x.gather(2, places[..., None].expand(x.shape[0], -1, -1, x.shape[3]))
 

@@ -129,3 +129,16 @@ def test_systems_of_one_choice_make_few_calls(
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         call()
     assert sum(event.name.startswith("aten::") for event in seen.events()) <= operations
+
+
+def test_a_step_of_native_hybrid_attention_scans_its_slots_once() -> None:
+    attn = sd.compile(sd.patterns.nha(slots=4, window=64), backend="cpp")
+    gate = torch.randn(1, 1, 257, 4)
+    x = torch.randn(1, 1, 257, 16)
+
+    def step(tokens: slice, state: Any = None) -> Any:
+        q = x[:, :, tokens]
+        return attn(q, q, q, gate=gate[:, :, tokens], state=state, return_state=True)[1]
+
+    state = step(slice(255, 256), step(slice(0, 255)))
+    assert_few_python_calls(lambda: step(slice(256, 257), state), 400)  # 634 with a second scan, which made the state

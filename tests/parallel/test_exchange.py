@@ -85,6 +85,7 @@ def refusals(made: sd.parallel.TokenPlan, qkv: list[torch.Tensor]) -> None:
     cp, mine = made.on(group), [made.shard(x.detach(), 2, group) for x in qkv]
     refused(sd.UnsupportedError, "plan is for another mask", lambda: sd.attention(*mine, CAUSAL, cp=cp))
     refused(sd.UnsupportedError, "takes no q_offset", lambda: sd.attention(*mine, NEAR, cp=cp, q_offset=0))
+    refused(sd.ArgumentError, "mesh must be a DeviceMesh with one dimension or a process group", lambda: made.on(None))
     refused(sd.ShapeError, "q must hold the", lambda: sd.attention(*qkv, NEAR, cp=cp))
     refused(sd.UnsupportedError, "gives no gradients", lambda: made.unshard(mine[0].clone().requires_grad_(), 2, group))
     refused(sd.ShapeError, "dimension 2 has 203 rows", lambda: made.unshard(qkv[0], 2, group))

@@ -239,6 +239,20 @@ def test_a_part_of_the_heads_is_refused_where_a_table_has_more(pattern):
     assert attn(*qkv(9, 9, heads=2), window=widths[2:]).shape == (1, 2, 9, 8)
 
 
+def test_a_table_that_is_not_only_read_by_the_head_does_not_count_heads():
+    near = sd.table("near", dtype=float)
+    pattern = sd.attend(causal, score=sd.score + near[sd.h] - near[sd.q_idx])
+    assert pattern.head_reads == frozenset()
+    q, k, v = qkv(9, 9, heads=2)
+    near = torch.linspace(0, 1, 9)
+    torch.testing.assert_close(
+        sd.compile(pattern)(q, k, v, near=near),
+        sd.compile(pattern, backend="reference")(q, k, v, near=near),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
 def test_declared_heads_follow_the_pattern():
     score = sd.patterns.softcap(9, sd.patterns.alibi(4)) + 1
     pattern = sd.attend(causal, score=score)

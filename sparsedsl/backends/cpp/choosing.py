@@ -19,6 +19,7 @@ from sparsedsl.selection.candidates import Candidates, IntervalRule, PairRule, T
 from sparsedsl.selection.choosing import Rule
 from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumScores
 from sparsedsl.selection.derived_scores import RegroupedScores, SoftmaxScores
+from sparsedsl.selection.score_arithmetic import ReluScores, WeightedScores
 from sparsedsl.selection.scores import DotScores, ScoreSource, TensorScores
 
 __all__ = ["can_choose", "choose_blocks"]
@@ -27,7 +28,7 @@ log = logging.getLogger("sparsedsl")
 
 Tensor = torch.Tensor
 # As in codegen/cpp/choosing.cpp.
-_DOT, _CELLS, _ADD, _GROUP, _REGROUP, _SHARES = range(6)
+_DOT, _CELLS, _ADD, _GROUP, _REGROUP, _SHARES, _RELU, _TIMES = range(8)
 _HOWS = {"sum": 0, "mean": 1, "max": 2}
 _RULES = {"top_k": 0, "top_p": 1, "threshold": 2}
 _MEASURES = {"score": 0, "softmax": 1, "share": 2}
@@ -162,10 +163,24 @@ def _bound(writer: _Writer, source: BoundScores, rows: slice, blocks: int) -> in
 
 
 def _cells(writer: _Writer, source: TensorScores, rows: slice, blocks: int) -> int:
-    cells = source.values.to(writer.real).resolve_neg()
+    return writer.step(_CELLS, source.values.shape[1], blocks, rest=_table(writer, source.values, rows))
+
+
+def _table(writer: _Writer, values: Tensor, rows: slice) -> tuple[int, ...]:
+    """What a step is told of numbers (batch, heads, rows, blocks), of which one may serve all."""
+    cells = values.to(writer.real).resolve_neg()
     cells = cells if cells.shape[2] == 1 else cells[:, :, rows]
     strides = [0 if size == 1 else stride for size, stride in zip(cells.shape, cells.stride(), strict=True)]
-    return writer.step(_CELLS, cells.shape[1], blocks, rest=(*(0,) * 19, writer.place(cells), *strides))
+    return (*(0,) * 19, writer.place(cells), *strides)
+
+
+def _relu(writer: _Writer, source: ReluScores, rows: slice, blocks: int) -> int:
+    return writer.step(_RELU, source.shape[1], blocks, of=(writer.scores(source.source, rows, blocks), 0))
+
+
+def _times(writer: _Writer, source: WeightedScores, rows: slice, blocks: int) -> int:
+    of = writer.scores(source.source, rows, blocks), source.factors.shape[1]
+    return writer.step(_TIMES, source.shape[1], blocks, of=of, rest=_table(writer, source.factors, rows))
 
 
 def _sum(writer: _Writer, source: SumScores, rows: slice, blocks: int) -> int:
@@ -201,7 +216,7 @@ def _softmax(writer: _Writer, source: SoftmaxScores, rows: slice, blocks: int) -
 # How scores of each kind are told of.
 _STEPS: dict[type[ScoreSource], Any] = {
     DotScores: _dot, BoundScores: _bound, TensorScores: _cells, SumScores: _sum, GroupedScores: _grouped, RegroupedScores: _regrouped,
-    SoftmaxScores: _softmax,
+    SoftmaxScores: _softmax, ReluScores: _relu, WeightedScores: _times,
 }  # fmt: skip
 
 

@@ -89,7 +89,7 @@ class Preparer:
         fixed = [table for name, table in sorted(domain.tables.items()) if name not in self._learned]
         key: tuple[Any, ...] = (double, *((t.shape, t.dtype) for t in domain.tables.values()))
         if source.reads_lengths:
-            key = (*key, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, _alike(call))
+            key = (*key, domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, _alike(call), call.run)
         with torch.no_grad():
             made = self._kept.get(key, fixed, lambda: self._make(call, source, double))
         if not source.slots and not source.reads_lengths:
@@ -132,6 +132,8 @@ class Preparer:
 
     def _cut(self, call: Call) -> tuple[int, int]:
         """Queries and heads of a strip; 0 leaves them to the compiled code. Lists of one head serve no other if the mask reads the head."""
+        if self._lists is not None and self.source().intervals is not None and call.run:
+            return _cut_of_runs(call)
         if self._lists is None or self.source().intervals is not None:
             return 0, 0
         if HEAD in self.source().pattern.mask.expr.free_symbols:  # as the generated code takes it to be
@@ -140,6 +142,13 @@ class Preparer:
             heads = max(n for n in range(1, 5) if _alike(call) % n == 0)
         queries = MOST_LANES // heads
         return 1 << (queries.bit_length() - 1), heads
+
+
+def _cut_of_runs(call: Call) -> tuple[int, int]:
+    """Strips of one run of queries, which no other run joins: what one sees the others do not."""
+    alike = _alike(call)
+    heads = max(n for n in range(1, min(alike, MOST_LANES) + 1) if alike % n == 0)
+    return min(call.run, MOST_LANES // heads), heads
 
 
 def _alike(call: Call) -> int:

@@ -76,7 +76,7 @@ def selected_again(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> S
     (batch, heads, rows, width), kv_heads, v_width = q.shape, k.shape[1], v.shape[3]
     real, kind, softmax1 = accumulated(q.dtype), KINDS[q.dtype], int(selected.softmax1)
     double = real == torch.float64
-    run, columns = fixed_pass("selected", double), fixed_library("selected", double).turned_columns(selected.blocks.kv_block)
+    run, columns = fixed_pass("selected", double), _columns(selected.blocks, selected.weights, double)
     tail = OF_PATTERN.pack(*of_pattern(prepared), *[0] * OF_REST)
     scale, openmp, out_head = call.scale, parallel(), rows * v_width
 
@@ -97,7 +97,7 @@ def selected_again(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> S
             torch.empty((batch, heads, rows, v_width), dtype=q.dtype),
             torch.empty((batch, heads, rows), dtype=real),
         )
-        turned, values = _turned(q, k, v, blocks, real, rows=True, columns=columns)
+        turned, values = _turned(q, k, v, blocks, real, columns, rows=True)
         block = HEAD.pack(
             batch, heads, kv_heads, rows, k.shape[2], width, v_width, q_offset, scale, kind, torch.get_num_threads(), openmp,
             q.data_ptr(), q_batch, q_head, q_row, k.data_ptr(), k_batch, k_head, k_row, v.data_ptr(), v_batch, v_head, v_row,
@@ -166,21 +166,39 @@ def _checked_call(q: Tensor, k: Tensor, v: Tensor, selected: SelectedCall) -> tu
 
 
 def _turned(
-    q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch.dtype, *, rows: bool, columns: int = 0
+    q: Tensor, k: Tensor, v: Tensor, blocks: SelectedBlocks, real: torch.dtype, columns: int, *, rows: bool
 ) -> list[Tensor | None]:
-    """Room for keys turned block by block, and for values as rows (``rows``) or turned; None where blocks are made ready as they are met,
-    and where values are read as they lie. ``columns``: of a block of keys, turned, where they are known."""
+    """Room for keys turned block by block, and for values as rows (``rows``) or turned; None where blocks are made ready as they are met
+    or keys are gathered, and where values are read as they lie. ``columns``: of a block of keys, turned (:func:`_columns`)."""
     batch, kv_heads, kv_len, width = v.shape
     size, lists = 64 // real.itemsize, blocks.indices.shape
     if lists[2] * lists[3] * q.shape[1] < LIMITS.now.worth_turning * kv_heads * blocks.blocks:
         return [None, None]
-    columns = columns or fixed_library("selected", real == torch.float64).turned_columns(blocks.kv_block)
+    if not columns:
+        return [None, None]
     entries = batch * kv_heads * blocks.blocks * columns
     found: list[Tensor | None] = [torch.empty(entries * q.shape[3], dtype=real)]
     if not rows:
         return [*found, torch.empty(entries * width, dtype=real)]
     as_they_lie = q.dtype == real and width % size == 0
     return [*found, None if as_they_lie else torch.empty(batch * kv_heads * kv_len * whole_vectors(width, size), dtype=real)]
+
+
+def _columns(blocks: SelectedBlocks, weights: Tensor | None, double: bool) -> int:
+    """Columns of the keys of a block, turned; 0 where blocks are so small that the keys of each query are gathered."""
+    columns: int = fixed_library("selected", double).turned_columns(blocks.kv_block, int(weights is not None))
+    return columns
+
+
+def _copies(q: Tensor, k: Tensor, v: Tensor, real: torch.dtype) -> int:
+    """In how many parts the gradients of keys and values are added up where keys are gathered; no matter of threads, so that sums have one
+    order."""
+    lines, limits = k.shape[0] * k.shape[1], LIMITS.now
+    size = (k.numel() + v.numel()) * real.itemsize
+    return max(
+        1,
+        min(limits.parts // lines, q.shape[0] * q.shape[1] * q.shape[2] // (lines * limits.part_rows), limits.sums_bytes // size),
+    )
 
 
 def _places(near: Results | None) -> tuple[int, int]:
@@ -198,7 +216,8 @@ def _run(
     if not lists.slots or not out.numel():
         return out.zero_(), lse.fill_(0.0 if selected.softmax1 and weights is None else -float("inf")), True
     call, prepared = _checked_call(q, k, v, selected)
-    turned, values = _turned(q, k, v, selected.blocks, real, rows=True)
+    columns = _columns(selected.blocks, weights, real == torch.float64)
+    turned, values = _turned(q, k, v, selected.blocks, real, columns, rows=True)
     more, _held = prepared.fields(call)
     own = _OWN.pack(*lists.fields, first_of(turned), first_of(values), *_places(near))
     done = fixed_pass("selected", real == torch.float64)(block_of(call, prepared, (q, k, v, out), lse, [0] * OF_REST, more), own)
@@ -230,25 +249,32 @@ def _backward(
     lse = lse.contiguous()
     call, prepared = _checked_call(q, k, v, job)
     names, width = prepared.native.functions, fixed_width("selected_backward", double)
-    grad_q, grad_k, grad_v = (t.new_zeros((*t.shape[:3], whole_vectors(t.shape[3], width)), dtype=real) for t in (q, k, v))
+    columns = _columns(job.blocks, weights, double)
+    copies = 1 if columns else _copies(q, k, v, real)
+    grad_q, grad_k, grad_v = (
+        t.new_zeros((n, *t.shape[:3], whole_vectors(t.shape[3], width)), dtype=real)
+        for t, n in ((q, 1), (k, copies), (v, copies))
+    )
     by_head = None if weights is None else q.new_zeros((*q.shape[:3], lists.slots), dtype=real)
     read = [slot.name for slot in prepared.source.slots if slot.kind == "sums"] if learned else []
     size = sum(call.tables[name].numel() for name in read)
     parts = max(1, min(LIMITS.now.parts, LIMITS.now.sums_bytes // max(1, size * 8)))
     sums = torch.zeros((parts, size), dtype=torch.float64) if read else None
-    turned, turned_v = _turned(q, k, v, job.blocks, real, rows=False)
+    turned, turned_v = _turned(q, k, v, job.blocks, real, columns, rows=False)
     more, _held = prepared.fields(call)
     rest = [0] * OF_REST
     rest[OF_PLACES + 9 : OF_PLACES + 11] = names["slope"], names["gains"] if sums is not None else 0
     own = _OWN.pack(*lists.fields, first_of(turned), 0, 0, 0)
     grads = struct.pack(
-        "=13q", *place_of(grad_out), delta.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(), first_of(by_head),
-        first_of(turned_v), first_of(sums), size, parts,
+        "=14q", *place_of(grad_out), delta.data_ptr(), grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(), first_of(by_head),
+        first_of(turned_v), first_of(sums), size, parts, copies,
     )  # fmt: skip
     block = block_of(call, prepared, (q, k, v, out), lse, rest, more)
     if fixed_pass("selected_backward", double)(block, own, grads) < 0:
         raise MemoryError("gradients along selected blocks found no memory for their sums")
-    found = [g[..., : t.shape[3]].to(t.dtype) for g, t in ((grad_q, q), (grad_k, k), (grad_v, v))]
+    found = [
+        (g[0] if len(g) == 1 else g.sum(0))[..., : t.shape[3]].to(t.dtype) for g, t in ((grad_q, q), (grad_k, k), (grad_v, v))
+    ]
     by_table = {name: torch.zeros(job.tables[name].shape, dtype=torch.float64) for name in learned}
     if sums is not None:
         for name, grad in zip(read, sums.sum(0).split([call.tables[name].numel() for name in read]), strict=True):

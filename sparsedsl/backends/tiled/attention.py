@@ -79,14 +79,14 @@ class TiledKernel(PatternRunner):
 
     def schedule(self, call: Call) -> Schedule:
         """How the mask of this call is cut: made once for lengths and tables."""
-        return self.schedule_of(call.domain, sizes_of(call))
+        return self.schedule_of(call.domain, sizes_of(call), call.run or None)
 
-    def schedule_of(self, domain: Domain, sizes: HeadSizes) -> Schedule:
-        """How the mask is cut over ``domain``, for heads of these sizes, on this machine."""
+    def schedule_of(self, domain: Domain, sizes: HeadSizes, height: int | None = None) -> Schedule:
+        """How the mask is cut over ``domain``, for heads of these sizes, on this machine. ``height``: of strips; None: the cheapest."""
         names = self._names
         key = (
             domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, sizes.kv_heads, sizes.head_dim, sizes.head_dim_v,
-            torch.get_num_threads(),
+            torch.get_num_threads(), height,
         )  # fmt: skip
 
         def make() -> Schedule:
@@ -99,7 +99,7 @@ class TiledKernel(PatternRunner):
             price = rule_of(self.pattern).price_ns
             with torch.no_grad():
                 shape = HeadShape(group, strips, sizes.head_dim, sizes.head_dim_v, price)
-                made = make_schedule(mask, narrowed, machine(), shape, minimal=self.minimal)
+                made = make_schedule(mask, narrowed, machine(), shape, height, minimal=self.minimal)
             log.debug("schedule: %.1f ms", (time.perf_counter() - start) * 1e3)
             return made
 

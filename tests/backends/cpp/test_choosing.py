@@ -20,6 +20,7 @@ from sparsedsl.selection.composed_scores import BoundScores, GroupedScores, SumS
 from sparsedsl.selection.derived_scores import RegroupedScores, softmax_scores
 from sparsedsl.selection.mass import threshold, top_p
 from sparsedsl.selection.ranking import top_k
+from sparsedsl.selection.score_arithmetic import ReluScores, WeightedScores
 from sparsedsl.selection.scores import DotScores, ScoreSource, TensorScores
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 
@@ -63,6 +64,12 @@ class Draw:
             case "group":
                 how = ("sum", "mean", "max")[int(self.ints(0, 3, 1))]
                 return GroupedScores(self.scores("dot", batch, heads, rows, blocks), heads, how)  # type: ignore[arg-type]
+            case "weighted":  # factors of more heads than there are scores of, or fewer
+                factors = self.numbers(1, of if self.some(0.5, 1) else heads, rows, 1)
+                return WeightedScores(ReluScores(self.scores("wide dot", batch, heads, rows, blocks)), factors)
+            case "indexed":
+                dots = ReluScores(self.scores("dot", batch, heads, rows, blocks))
+                return GroupedScores(WeightedScores(dots, self.numbers(batch, of, rows, 1)), heads, "sum")
             case "regroup":
                 how = ("sum", "mean", "max")[int(self.ints(0, 3, 1))]
                 return RegroupedScores(self.scores("dot", batch, heads, rows, 3 * blocks - 1), 3, how)
@@ -87,7 +94,7 @@ class Draw:
         return IntervalRule(tuple(ends), 4, heads)
 
 
-KINDS = ["dot", "wide dot", "bound", "cells", "sum", "group", "regroup", "softmax", "mass"]
+KINDS = ["dot", "wide dot", "bound", "cells", "sum", "group", "weighted", "indexed", "regroup", "softmax", "mass"]
 
 
 def assert_same(got: SelectedBlocks, want: SelectedBlocks) -> None:

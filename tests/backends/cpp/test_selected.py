@@ -163,10 +163,11 @@ def test_what_cannot_be_joined_is_said_before_anything_is_written() -> None:
 
 
 @pytest.mark.parametrize("kind", ["all", "causal", "soft cap"])
-@pytest.mark.parametrize(("block", "slots"), [(16, 40), (700, 5), (3000, 3), (5000, 2)])
+@pytest.mark.parametrize(("block", "slots"), [(1, 300), (2, 150), (16, 40), (700, 5), (3000, 3), (5000, 2)])
 @pytest.mark.parametrize("weighted", [None, 4])
 def test_lists_over_several_rounds_and_blocks_that_are_cut(kind: str, block: int, slots: int, weighted: int | None) -> None:
-    """A round is of 4,096 keys, and of 2,048 of a block at most, unless the block has a softmax of its own."""
+    """A round is of 4,096 keys, and of 2,048 of a block at most, unless the block has a softmax of its own; of the smallest blocks 128 keys
+    are gathered at a time."""
     lists = random_lists(1, 4, 20, slots, 9001, block, 3)
     x: dict[str, Any] = {
         "batch": 1, "kv_heads": 2, "group": 2, "rows": 20, "kv_len": 9001, "lists": lists, "width": 16, "width_v": 24,
@@ -175,21 +176,24 @@ def test_lists_over_several_rounds_and_blocks_that_are_cut(kind: str, block: int
     assert_as_in_torch(kind, x)
 
 
-def test_digits_do_not_depend_on_threads_or_on_other_queries() -> None:
-    lists = random_lists(1, 2, 300, 6, 300, 16, 0)
+@pytest.mark.parametrize(("block", "slots"), [(1, 90), (16, 6)])
+def test_digits_do_not_depend_on_threads_or_on_other_queries(block: int, slots: int) -> None:
+    lists = random_lists(1, 2, 300, slots, 300, block, 0)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 300, 16, generator=generator) for heads in (4, 2, 2))
     call = SelectedCall(lists, 0.25, Domain(300, 300, 0, 1, 4), CAUSAL.expr)
-    threads, found = torch.get_num_threads(), []
+    threads, found, leaves = torch.get_num_threads(), [], [x.clone().requires_grad_() for x in (q, k, v)]
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(cpp.selected_attention(q, k, v, call)[0])
+            found.append([cpp.selected_attention(q, k, v, call)[0]])
+            found[-1] += torch.autograd.grad(cpp.selected_attention(*leaves, call)[0].sum(), leaves)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found)
+    for other in found:
+        assert all(map(torch.equal, found[0], other))
     part = SelectedCall(lists.rows(slice(90, 200)), 0.25, Domain(110, 300, 90, 1, 4), CAUSAL.expr)
-    assert torch.equal(cpp.selected_attention(q[:, :, 90:200], k, v, part)[0], found[0][:, :, 90:200])
+    assert torch.equal(cpp.selected_attention(q[:, :, 90:200], k, v, part)[0], found[0][0][:, :, 90:200])
 
 
 def test_keys_that_nobody_sees_may_hold_anything() -> None:
