@@ -139,7 +139,7 @@ def test_prefill_is_decoding(kind: str, data: st.DataObject) -> None:
         kit.programs(heads=case.heads, causal=True, about=[kind]).filter(lambda program: "ids" not in program.inputs)
     )
     attn, seed = sd.compile(program, backend="tiled"), data.draw(st.integers(0, 99))
-    done = kit.assert_prefill_equals_decode(attn, case, (5,), seed=seed, **tables_of(data, program, case))
+    done = kit.assert_prefill_equals_decode(attn, case, chunks=(5,), seed=seed, **tables_of(data, program, case))
     assert done[:3] == ("one call", "chunks of 5", "token by token")
 
 
