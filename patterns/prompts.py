@@ -195,7 +195,8 @@ def mosa(count: int = 64) -> Mix:
     """Mixture of sparse attention: every head takes the ``count`` tokens that its router likes best, and attends causally among them.
 
     The result of a token is multiplied by its router's number, which learns by this alone; rows of tokens that a head did not take are 0.
-    (A token is chosen by comparing it with later ones; of a router, which is an input, the report cannot know it, and says UNKNOWN.)
+    A token is chosen by comparing it with all others, later ones too: that it is meant is to be said where such a model is trained, and
+    what a prompt gives is not what its pieces give.
 
     Args:
         count: tokens a head takes.
@@ -206,7 +207,7 @@ def mosa(count: int = 64) -> Mix:
 
     >>> import torch
     >>> import sparsedsl as sd
-    >>> attn = sd.compile(sd.patterns.mosa(count=8))
+    >>> attn = sd.compile(sd.patterns.mosa(count=8), allow=["selection reads later queries"])  # to train it
     >>> q = k = v = torch.randn(1, 2, 64, 16)
     >>> router = torch.rand(1, 2, 64)
     >>> int(attn(q, k, v, router=router, weights=router[..., None])[0, 0].any(-1).sum())

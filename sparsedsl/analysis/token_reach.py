@@ -204,6 +204,14 @@ def _decided(node: Order | Tokens | key_choices.ChosenKeys | key_choices.Diverge
     return _Known(ANY, f"{node.label} is decided by {below.why}") if below.reach == ANY and below.verdict is None else below
 
 
+def _by_all_keys(node: Tokens | key_choices.ChosenKeys | key_choices.Divergence, known: dict[Node, _Known]) -> _Known:
+    """Whatever the scores were made from: those of later keys are compared with those of earlier ones."""
+    found = _decided(node, known)
+    if found.reach == ANY and found.verdict is None:
+        return found
+    return _Known(ANY, f"{node.label}, which compares all keys of the call with each other, later ones too")
+
+
 def _inverse(node: Inverse, known: dict[Node, _Known]) -> _Known:
     return known[node.order]
 
@@ -276,7 +284,8 @@ CAUSALITY_RULES: Rules[Callable[[Any, dict[Node, _Known]], _Known]] = Rules(
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _select),
         **dict.fromkeys((Probe, key_choices.Diagonals), _probe),
         **dict.fromkeys((Smooth, GroupedKeys), _key_scores),
-        **dict.fromkeys((Order, Tokens, key_choices.ChosenKeys, key_choices.Divergence), _decided),
+        Order: _decided,
+        **dict.fromkeys((Tokens, key_choices.ChosenKeys, key_choices.Divergence), _by_all_keys),
         Inverse: _inverse,
         Take: _take,
         Attend: _attend,

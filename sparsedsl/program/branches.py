@@ -432,7 +432,8 @@ def compact(tokens: Tokens, inside: Any) -> Compact:
 
     Args:
         tokens: from :func:`keep_tokens`.
-        inside: a pattern, a mask or a node over q, k and v alone.
+        inside: a pattern, a mask or a node over q, k and v alone. An input with a default is that default there, made of the kept tokens: a
+            call gives none for it.
 
     >>> import sparsedsl as sd
     >>> score = sd.probe(sd.q, sd.k, rows=128, causal=True, keep="before")
@@ -443,9 +444,10 @@ def compact(tokens: Tokens, inside: Any) -> Compact:
         raise PatternError(f"compact(): tokens must come from keep_tokens(); got {tokens!r}")
     branch = as_branch("compact", inside)
     for node in reached(branch):
-        if isinstance(node, Input) and node not in OWN:
+        if isinstance(node, Input) and node not in OWN and node.default is None:
             raise PatternError(
-                f"compact(): what is inside may use q, k and v; it reads the input {node.name!r}, whose rows are not taken"
+                f"compact(): what is inside may use q, k and v; it reads the input {node.name!r}, whose rows are not taken. Make it of "
+                f"these: sd.input({node.name!r}, ..., default=sd.summary(sd.k, 64)), say, or the summary itself"
             )
     return one_of(Compact(tokens, branch))
 

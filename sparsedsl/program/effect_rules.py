@@ -48,11 +48,16 @@ def _none(node: Node) -> Effects:
     return iter(())
 
 
-def _by_probes(node: Order | Tokens | key_choices.ChosenKeys | key_choices.Divergence) -> Effects:
+def _by_probes(node: Node) -> Effects:
     """What is decided by scores of keys is decided by the queries that probed them."""
     for probe in reached(node):
         if isinstance(probe, scores.KeyScores) and probe.probing:
             yield LATER_QUERIES, f"decided by the last {probe.probing} queries of the call"
+
+
+def _by_all_keys(node: Tokens | key_choices.ChosenKeys | key_choices.Divergence) -> Effects:
+    """One decision for all queries of a head, by the scores of all its keys: those after a query count as well, whoever scored them."""
+    yield from list(_by_probes(node)) or [(LATER_QUERIES, "all keys of the call are compared with each other, later ones too")]
 
 
 def _for_blocks(node: Select) -> Effects:
@@ -78,7 +83,8 @@ EFFECT_RULES: Rules[Callable[[Any], Effects]] = Rules(
         **dict.fromkeys((scores.Relu, scores.Scaled, scores.Weighted, scores.Overlap, scores.GivenScores), _none),
         **dict.fromkeys((scores.GivenKeyScores, given_blocks.Given), _none),
         key_choices.Diagonals: _none,
-        **dict.fromkeys((Order, Tokens, key_choices.ChosenKeys, key_choices.Divergence), _by_probes),
+        Order: _by_probes,
+        **dict.fromkeys((Tokens, key_choices.ChosenKeys, key_choices.Divergence), _by_all_keys),
         **dict.fromkeys((select.TopK, select.TopP, select.Threshold), _for_blocks),
         **dict.fromkeys((Linear, Recall), _state),
         **dict.fromkeys((Attend, Joint, Mix, Compact), _none),

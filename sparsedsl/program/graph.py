@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import networkx as nx
 import sympy
 
-from sparsedsl.errors import TableError
+from sparsedsl.errors import PatternError, TableError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.printing import expression_text, reading_text
 from sparsedsl.lang.symbols import BATCH, INDEX_SYMBOLS
@@ -55,13 +55,26 @@ class Program:
 
     @functools.cached_property
     def order(self) -> tuple[Node, ...]:
-        """Every node after those it reads; the same order in every process."""
-        return tuple(nx.lexicographical_topological_sort(self.graph, key=lambda node: node.key))
+        """Every node after those it reads; the same order in every process.
+
+        Raises:
+            PatternError: two inputs have one name, of which a call would give one.
+        """
+        found = tuple(nx.lexicographical_topological_sort(self.graph, key=lambda node: node.key))
+        known: dict[str, Input] = {}
+        for node in found:
+            if isinstance(node, Input) and (first := known.setdefault(node.name, node)) is not node:
+                raise PatternError(
+                    f"two different inputs of one program are called {node.name!r}: {first.code()} and {node.code()}; rename one of "
+                    "them, or read the same input in both places"
+                )
+        return found
 
     @functools.cached_property
     def inputs(self) -> dict[str, Input]:
-        """Name -> input that calls give beside q, k and v."""
-        return dict(sorted((node.name, node) for node in self.nodes(Input) if node not in OWN))
+        """Name -> input that calls give beside q, k and v; inside of :func:`compact` inputs are their defaults, and none is given."""
+        found = {node.name: node for node in self.order if isinstance(node, Input) and node not in OWN}
+        return dict(sorted(found.items()))
 
     @functools.cached_property
     def tables(self) -> dict[str, TableSpec]:

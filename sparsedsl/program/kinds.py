@@ -38,7 +38,8 @@ _NO_RECURRENCE = "refuses: FlexAttention has no state that runs along the keys"
 _LISTS = "pieces of rows x blocks go by; out come lists of blocks, ascending"
 _AS_TABLE = "as tiled; lists for single queries are then spread into a table"
 _BY_BLOCK = ((LATER_QUERIES, "if one choice is made for several queries"),)
-_BY_PROBE = ((LATER_QUERIES, "always: scores of keys come from the last queries"),)
+_BY_PROBE = ((LATER_QUERIES, "if the scores come from the last queries"),)
+_BY_ALL_KEYS = ((LATER_QUERIES, "always: all keys of a call are compared with each other"),)
 _STATE = ((KEEPS_STATE, "always"),)
 _SCORES = "batch H queries/u keys/w"
 _OUT = "batch heads queries value_dim"
@@ -226,7 +227,7 @@ _ALL = (
         "batch H X -> batch H X/n",
         "a sort of each head",
         "a sort of each head; a table of flags, read by the mask",
-        effects=(_BY_PROBE[0][:1] + ("if the scores come from the last queries",),),
+        effects=_BY_ALL_KEYS,
     ),
     Kind(
         "divergence",
@@ -234,7 +235,7 @@ _ALL = (
         "batch H X/u, batch G X/w -> batch H+G",
         "one sum a head",
         "one sum a head; a number in the mask",
-        effects=(_BY_PROBE[0][:1] + ("if the scores come from the last queries",),),
+        effects=_BY_ALL_KEYS,
         source="arXiv 2502.20766",
     ),
     Kind(
@@ -255,7 +256,7 @@ _ALL = (
         "batch H keys, batch one keys -> batch H keys",
         "sorts",
         "sorts and a running sum; the number is read back: the one wait for a GPU",
-        effects=_BY_PROBE,
+        effects=_BY_ALL_KEYS,
         source="arXiv 2602.03216, 2502.20766",
     ),
     Kind(

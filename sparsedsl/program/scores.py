@@ -366,7 +366,8 @@ def given_key_scores(x: Node) -> GivenKeyScores:
     Args:
         x: an input ``(batch, heads, keys)`` of numbers of at least 0, which is checked at the call.
 
-    What they were made from is not known: the report says UNKNOWN of causality.
+    What they were made from is not known: of a sort by them the report says UNKNOWN of causality. A choice by them, :func:`keep_tokens` or
+    :func:`top_k`, compares all keys of a call with each other, later ones too, and says so.
 
     >>> import sparsedsl as sd
     >>> votes = sd.given_key_scores(sd.input("votes", "batch heads keys"))

@@ -112,7 +112,8 @@ class SumScores(ScoreSource):
 
     @functools.cached_property
     def shape(self) -> tuple[int, int, int, int]:
-        batch, heads, rows, blocks = (max(sizes) for sizes in zip(*(source.shape for source in self.sources), strict=True))
+        sizes = zip(*(source.shape for source in self.sources), strict=True)
+        batch, heads, rows, blocks = (0 if 0 in some else max(some) for some in sizes)  # one in the place of none is none
         return batch, heads, rows, blocks
 
     @functools.cached_property

@@ -38,12 +38,13 @@ from sparsedsl.testing.kernels.kernel_tests import kernel_test
 from sparsedsl.testing.list_checks import allowed_pairs, assert_lists_sound
 from sparsedsl.testing.matching import assert_matches_reference
 from sparsedsl.testing.pattern_report import LayerReports, Property, Report
+from sparsedsl.testing.program_inputs import program_inputs
 from sparsedsl.testing.program_properties import (
     assert_permutation_invariant,
     assert_unselected_gradients_zero,
     assert_weights_sum,
 )
-from sparsedsl.testing.program_strategies import program_inputs, programs
+from sparsedsl.testing.program_strategies import programs
 from sparsedsl.testing.strategies import indices, masks, patterns, scores, tables_for
 from sparsedsl.testing.unseen_checks import assert_unseen_keys_have_no_effect
 

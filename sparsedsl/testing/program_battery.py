@@ -20,9 +20,9 @@ from sparsedsl.testing.call_shapes import AttentionCase, shapes, tensor
 from sparsedsl.testing.counterexamples import Counterexample, NotApplicable
 from sparsedsl.testing.leaks import ask_about_program
 from sparsedsl.testing.matching import assert_matches_reference
+from sparsedsl.testing.program_inputs import program_inputs
 from sparsedsl.testing.program_matching import program_lines
 from sparsedsl.testing.program_properties import assert_unselected_gradients_zero
-from sparsedsl.testing.program_strategies import program_inputs
 from sparsedsl.testing.reach_checks import constants_of, edges_of
 from sparsedsl.testing.strategies import table_tensors
 

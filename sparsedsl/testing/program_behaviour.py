@@ -23,13 +23,13 @@ from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Positions
-from sparsedsl.program.tensors import Input, k, q, v
+from sparsedsl.program.tensors import k, q, v
 from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.counterexamples import Counterexample, arguments_code
 from sparsedsl.testing.numerics import ExpectedResult, Results
+from sparsedsl.testing.program_inputs import draw_inputs, gates_of
 from sparsedsl.testing.program_matching import program_lines
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, moving
-from sparsedsl.testing.program_strategies import draw_inputs, gates_of
 
 __all__ = ["failing", "program_is_causal", "program_is_equivariant", "program_prefill_equals_decode", "rows_of", "split_call"]
 
@@ -55,7 +55,7 @@ def rows_of(program: Program, kind: str) -> dict[str, tuple[int, str]]:
     """Name of a tensor -> which of its axes counts ``"queries"`` or ``"keys"``, and that axis."""
     return {
         node.name: (place, axis)
-        for node in (*program.nodes(Input), q, k, v)
+        for node in (*program.inputs.values(), q, k, v)
         for place, axis in enumerate(node.axes) if base_of(axis) == kind
     }  # fmt: skip
 

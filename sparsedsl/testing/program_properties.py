@@ -18,9 +18,9 @@ from sparsedsl.program.select import Choice
 from sparsedsl.runtime.program_call import check_program_call
 from sparsedsl.testing.call_shapes import AttentionCase, tensor
 from sparsedsl.testing.program_behaviour import failing, rows_of, split_call
+from sparsedsl.testing.program_inputs import draw_inputs
 from sparsedsl.testing.program_matching import compiled_program
 from sparsedsl.testing.program_numbers import ProgramRun, choice_tables, expect_program, moving
-from sparsedsl.testing.program_strategies import draw_inputs
 
 __all__ = ["assert_permutation_invariant", "assert_unselected_gradients_zero", "assert_weights_sum"]
 

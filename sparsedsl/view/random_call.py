@@ -79,7 +79,7 @@ def _tensors(
     """q, k and v, and what the program wants beside them."""
     try:
         from sparsedsl.testing.call_shapes import AttentionCase
-        from sparsedsl.testing.program_strategies import named_inputs
+        from sparsedsl.testing.program_inputs import named_inputs
     except ImportError:
         raise MissingPackageError("a random call of a program", "hypothesis", "view") from None
     case = AttentionCase(heads=heads, kv_heads=heads, q_len=length, kv_len=length, head_dim=WIDTH, head_dim_v=WIDTH)

@@ -18,7 +18,7 @@ from sparsedsl.backends.protocol import Backend, PatternRunner
 from sparsedsl.execute import dispatch
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.program.effect_rules import LATER_QUERIES
-from sparsedsl.testing.program_strategies import named_inputs
+from sparsedsl.testing.program_inputs import named_inputs
 from sparsedsl.testing.strategies import tables_for
 
 causal = sd.kv_idx <= sd.q_idx

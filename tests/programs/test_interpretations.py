@@ -34,7 +34,7 @@ from sparsedsl.program.relocation import Relocation, relocated
 from sparsedsl.program.rules import Rules, check_rules, kinds_of_nodes
 from sparsedsl.program_picture import COLOURS, words
 from sparsedsl.runtime.program_call import ProgramCall, check_program_call
-from sparsedsl.testing.program_strategies import named_inputs
+from sparsedsl.testing.program_inputs import named_inputs
 
 CAUSAL = sd.kv_idx <= sd.q_idx
 

@@ -193,7 +193,14 @@ def test_choices_by_probes_read_later_queries() -> None:
     with pytest.raises(sd.UnsupportedError, match=LATER_QUERIES):
         attn(q, q, q)
     votes = sd.given_key_scores(sd.input("votes", "batch heads keys"))
-    assert sd.compile(sd.attend(CAUSAL & sd.top_k(votes, 3))).effects == frozenset()
+    for told in (
+        sd.top_k(votes, 3),
+        sd.divergence(votes, votes) < 0.5,
+    ):  # whoever scored them: later keys compete with earlier ones
+        attn = sd.compile(sd.attend(CAUSAL & told))
+        assert attn.effects == {LATER_QUERIES}
+        verdict = sd.analyse(attn.program, 64).causal
+        assert verdict.status == "REFUTED" and "compares all keys of the call with each other, later ones too" in verdict.reason
 
 
 def test_errors_name_the_argument() -> None:

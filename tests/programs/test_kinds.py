@@ -72,7 +72,7 @@ EXAMPLES: dict[str, list[Node]] = {
     "top_k": [PICKS, sd.top_k(BLOCKS, 2)],
     "top_p": [sd.top_p(DOT, 0.5), sd.top_p(BLOCKS, 0.5), sd.top_p(BLOCKS, 0.5, over="map")],
     "threshold": [sd.threshold(DOT, 0.5), sd.threshold(BLOCKS, 0.5)],
-    "segment_sort": [ORDER],
+    "segment_sort": [ORDER, sd.segment_sort(sd.given_key_scores(sd.input("votes", "batch heads keys")), 16)],
     "inverse": [orders.Inverse(ORDER)],
     "keep_tokens": [TOKENS],
     "slots": [MEMORY],

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.program.program_text import read_program
-from sparsedsl.testing.program_strategies import draw_inputs
+from sparsedsl.testing.program_inputs import draw_inputs
 
 Tensor = torch.Tensor
 G, VECTOR, BETA = (sd.input(n, f"batch heads keys{more}") for n, more in (("g", ""), ("g", " head_dim"), ("beta", "")))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sparsedsl as sd
+from sparsedsl import testing as kit
 from sparsedsl.program.effect_rules import LATER_QUERIES
 from tests.programs.choices_recipe import chosen, dig, numbers
 
@@ -246,7 +247,22 @@ def test_mosa(backend: str, tokens: Any) -> None:
     weights = router[..., None].clone().requires_grad_()
     attn(**qkv, router=router, weights=weights).sum().backward()
     assert torch.equal(weights.grad[0, ..., 0] != 0, wanted.any(-1))
-    assert sd.analyse(P.mosa(10), N).causal != sd.PROVED
+    verdict = sd.analyse(P.mosa(10), N).causal
+    assert verdict.status == "REFUTED" and "compares all keys of the call with each other, later ones too" in verdict.reason
+
+
+def test_mosa_says_that_its_pieces_are_not_the_whole() -> None:
+    """Later tokens compete for a place: training wants to hear that it is meant, and nobody promises that prefill is decoding."""
+    attn, case = sd.compile(P.mosa(3)), kit.AttentionCase(heads=2, kv_heads=2, q_len=9, kv_len=9)
+    assert LATER_QUERIES in attn.effects
+    words = "all keys of the call are compared with each other, later ones too"
+    with pytest.raises(sd.PatternError, match=words):
+        kit.assert_prefill_equals_decode(attn, case)
+    q, router = torch.randn(1, 2, 9, 8, requires_grad=True), torch.rand(1, 2, 9)
+    with pytest.raises(sd.UnsupportedError, match=words):
+        attn(q, q, q, router=router, weights=router[..., None])
+    with pytest.raises(kit.Counterexample, match="choice keep_tokens"):
+        kit.assert_causal(sd.compile(P.mosa(3), allow=[LATER_QUERIES]), case)
 
 
 def test_differential(backend: str, tokens: Any) -> None:

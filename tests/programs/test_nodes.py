@@ -210,3 +210,25 @@ def test_tables_that_are_declared_otherwise_are_other_nodes() -> None:
     falls = torch.tensor([3, 1, 3, 1, 0, 0, 2, 1])
     q = torch.randn(1, 1, 8, 4, generator=torch.Generator().manual_seed(0))
     sd.compile(doc[sd.q_idx] == doc[sd.kv_idx])(q, q, q, doc=falls)
+
+
+def test_inputs_of_one_name_are_one_input() -> None:
+    """A call gives one tensor by a name: two nodes of it would read it as two things, or one of them not at all."""
+    axes = "batch kv_heads keys/4 head_dim"
+    mean, top = (sd.input("rows", axes, default=sd.summary(sd.k, 4, how)) for how in ("mean", "max"))
+    for one, other in ((mean, top), (mean, sd.input("rows", axes)), (mean, sd.input("rows", "batch kv_heads keys/8 head_dim"))):
+        first, second = (sd.attend(CAUSAL & sd.top_k(sd.dot(sd.q, x), 2, among=CAUSAL)) for x in (one, other))
+        program = sd.Program(sd.mix(first, second, weights=sd.input("w", "batch heads queries 2")))
+        for use in (sd.compile, lambda program: sd.analyse(program, 64)):
+            with pytest.raises(sd.PatternError, match="two different inputs of one program are called 'rows'"):
+                use(program)
+
+
+def test_scores_of_no_block_are_moved_and_scaled(backend: str) -> None:
+    """A call that leaves an incomplete block out may have none at all: nothing is chosen, whatever is added to the scores."""
+    by = 0.1 - sd.given_scores(sd.input("by", "batch one queries keys/4")) / 2
+    attn = sd.compile(sd.attend(CAUSAL & (sd.top_k(by, 2) | (sd.q_idx == sd.kv_idx))), backend=backend)
+    q = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+    for blocks in (0, 1):
+        out = attn(q, q, q, by=torch.ones(1, 1, 3, blocks, dtype=torch.float64))
+        assert torch.allclose(out, sd.compile(CAUSAL if blocks else sd.q_idx == sd.kv_idx, backend="reference")(q, q, q))

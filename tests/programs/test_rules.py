@@ -27,7 +27,7 @@ from sparsedsl.selection.composed_scores import SumScores
 from sparsedsl.selection.scores import ScoreSource, TensorScores
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 from sparsedsl.testing import battery
-from sparsedsl.testing.program_strategies import named_inputs
+from sparsedsl.testing.program_inputs import named_inputs
 
 CASE = kit.AttentionCase(batch=1, heads=4, kv_heads=2, q_len=18, kv_len=18)
 CAUSAL = sd.kv_idx <= sd.q_idx

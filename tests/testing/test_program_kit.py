@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import testing as kit
 from sparsedsl.execute.compiled import Attention
 from sparsedsl.program.effect_rules import LATER_QUERIES
-from sparsedsl.testing.program_strategies import program_of
+from sparsedsl.program.program_text import TEXT_RULES
+from sparsedsl.testing.program_inputs import program_of
 
 CASE = kit.AttentionCase(batch=2, heads=4, kv_heads=2, q_len=20, kv_len=20)
 HSA, NHA = sd.patterns.hsa(4, 2), sd.patterns.nha(3, 4)
@@ -215,25 +218,58 @@ def test_inputs_fit_their_program(data: st.DataObject) -> None:
     case = data.draw(kit.shapes(max_len=30, max_heads=4))
     program = data.draw(kit.programs(heads=case.heads))
     named = data.draw(kit.program_inputs(program, case))
-    assert set(named) <= set(program.inputs)
+    assert set(named) - set(program.inputs) == set(program.tables) - set(program.bound)
     assert all(name in named for name, node in program.inputs.items() if node.default is None)
-    for name, value in named.items():
-        assert value.dtype == (torch.int64 if name in ("ids", "seed") else torch.float64)
-        assert value.ndim == len(program.inputs[name].axes)
+    for name, node in program.inputs.items():
+        whole, flags = name in ("ids", "seed") or name.startswith("lists"), name.startswith("bits")
+        if name in named:
+            assert named[name].dtype == (torch.int64 if whole else torch.bool if flags else torch.float64)
+            assert named[name].ndim == len(node.axes)
 
 
-def test_programs_hold_every_kind_of_node() -> None:
-    """What the strategy draws reaches each function of the language."""
-    seen: set[str] = set()
+def test_programs_hold_every_kind_of_node_and_all_that_it_takes() -> None:
+    """What the strategy draws reaches each function of the language, and the words that change what it means, often enough to be met."""
+    seen: collections.Counter[str] = collections.Counter()
 
     @given(program=kit.programs())
-    @settings(max_examples=400, database=None, derandomize=True)
+    @settings(
+        max_examples=400, database=None, derandomize=True, phases=[Phase.generate], suppress_health_check=[HealthCheck.too_slow]
+    )
     def collect(program: sd.Program) -> None:
-        seen.update(node.function for node in program.everything)
+        text = program.text
+        seen.update({node.function for node in program.everything})
+        seen.update({word for word, sign in SIGNS.items() if re.search(sign, text)})
 
     collect()
-    assert seen >= {
-        "antidiagonal", "attend", "bound", "compact", "dot", "grouped", "gumbel", "input", "inverse", "joint", "keep_tokens",
-        "linear", "mix", "plus", "probe", "recall", "regroup", "segment_sort", "slots", "smooth", "softmax", "summary", "take",
-        "threshold", "top_k", "top_p",
-    }  # fmt: skip
+    wanted = {kind.function for kind in TEXT_RULES} | set(SIGNS)
+    assert not {word: seen[word] for word in wanted if not seen[word]}, seen
+
+
+# What programs may say -> how their text shows it.
+SIGNS = {
+    "pointwise weights": "'pointwise'", "softpick": "'softpick'", "sticks of keys": r"normaliser='stick_breaking'",
+    "weights of chunks": "per_chunk", "blocks of the map": "over='map'", "a strategy a head": r"divergence\w*\[b, h\]",
+    "decays of keys": r"linear\(log_decay=[a-z]", "decays as factors": r"linear\(decay=[a-z]", "decays of channels": "keys head_dim'",
+    "the delta rule": r"linear\(.*beta=", "sums of weights": "normalised='sum'", "mLSTM": "normalised='max1'", "taylor": "'taylor'",
+    "reads before": "reads='before'", "scores in logits": r"score=.*(dot|plus|scaled|weighted|rectified|grouped)\w*\[b, h",
+    "given scores of keys": "given_key_scores", "mass of given scores": r"softmax\(scores=given_scores",
+    "choices among chosen": r"top_k\(.*among=.*top_k\w*\[b, h", "windows that overlap": r"keys/\d+\+\d+|stride=",
+    "blocks of windows": "overlap",
+    "learned rows": r"input\('(learned|windows|keys)_\w+', .*default=", "lists": "'lists_", "bitmaps": "'bits_",
+    "short vectors": "PLACE|LISTED",
+    "distances": "diagonals", "documents": "documents=",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ("gated", "about must be a list of kinds, as in about=\\['gated'\\]; got 'gated'"),
+        ([], "about must be a list of kinds"),
+        (["gatd"], "about must be one of 'static', .*'gatd'"),
+        (["keys"], "'keys' looks at later tokens, and causal=True asks for none that does"),
+    ],
+)
+def test_kinds_that_programs_cannot_be_about(about: Any, words: str) -> None:
+    with pytest.raises(sd.PatternError, match=words):
+        kit.programs(about=about, causal=True)

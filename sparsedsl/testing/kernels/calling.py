@@ -26,8 +26,8 @@ from sparsedsl.testing.kernels.packing import (
     unpacked,
 )
 from sparsedsl.testing.kernels.values import fill
+from sparsedsl.testing.program_inputs import named_inputs
 from sparsedsl.testing.program_numbers import moving
-from sparsedsl.testing.program_strategies import named_inputs
 from sparsedsl.testing.strategies import seeded_tables
 
 __all__ = [
