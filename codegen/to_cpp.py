@@ -26,7 +26,7 @@ from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.to_triton_selected import member_symbols
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang import functions as fn
-from sparsedsl.lang.normalisers import POINTWISE, STICK_BREAKING
+from sparsedsl.lang.normalisers import POINTWISE
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, KV_LEN, Q_IDX, Q_LEN, SCORE
 from sparsedsl.lang.tables import TableRead, table_reads
@@ -92,8 +92,8 @@ class CppSource:
 _WORK = ("call.h", "vectors.h", "products.h", "rows.h", "share.h")
 _PARTS = {
     "pattern": ("call.h", "functions.h"),
-    "forward": (*_WORK, "strips.h", "forward.cpp"),
-    "backward": (*_WORK, "strips.h", "forward.cpp", "backward.cpp"),
+    "forward": (*_WORK, "strips.h", "sticks.h", "forward.cpp"),
+    "backward": (*_WORK, "strips.h", "sticks.h", "forward.cpp", "backward.cpp"),
     "selected": (*_WORK, "strips.h", "selected.h", "gathered.h", "selected.cpp"),
     "selected_backward": (*_WORK, "strips.h", "selected.h", "gathered.h", "selected.cpp", "selected_backward.cpp"),
     "choosing": (*_WORK, "choosing.cpp", "pooling.cpp", "weighing.cpp", "probing.cpp"),
@@ -114,17 +114,12 @@ def cpp_source(pattern: Pattern, variant: CppVariant = CppVariant()) -> CppSourc
     """The C++ of ``pattern``.
 
     Raises:
-        UnsupportedError: the pattern decides by operations that only torch rounds as torch does, or breaks a stick.
+        UnsupportedError: the pattern decides by operations that only torch rounds as torch does.
 
     >>> import sparsedsl as sd
     >>> print(cpp_source(sd.attend((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 512))).text.strip().split("\\n")[-2])
         }
     """
-    if pattern.normaliser == STICK_BREAKING:
-        raise UnsupportedError(
-            "the generated C++ goes through the keys in the order of its lists, and stick-breaking begins with the last one. "
-            "Use backend='tiled'"
-        )
     hoisted = hoist(pattern)
     _check_mask(hoisted.pattern.mask.expr)
     within = None if variant.whole else residues(pattern)

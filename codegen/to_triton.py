@@ -16,7 +16,7 @@ from sparsedsl.analysis.residue_classes import residues
 from sparsedsl.codegen.gradient_axes import learned_reads
 from sparsedsl.codegen.hoisting import HoistedTable, hoist
 from sparsedsl.codegen.source import Source
-from sparsedsl.codegen.triton_backward import write_delta, write_grad_kv, write_grad_q
+from sparsedsl.codegen.triton_backward import write_delta, write_grad_kv, write_grad_q, write_left
 from sparsedsl.codegen.triton_expression import needs_exact
 from sparsedsl.codegen.triton_forward import write_decode, write_forward, write_merge
 from sparsedsl.codegen.triton_functions import functions_for
@@ -35,6 +35,8 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 inf: tl.constexpr = tl.constexpr(float("inf"))
 """
+# The logarithm of what no float32 holds any more.
+_NOTHING = "NOTHING: tl.constexpr = tl.constexpr(-151.0)"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def variant_of(
             )
     mask = pattern.mask.expr
     keys, queries = ("lists" if intervals(mask, of=of) is None else "intervals" for of in ("keys", "queries"))
-    decode_keys, within = keys, residues(pattern)
+    # What a stick has left is told from kernel to kernel by the number of a tile, which is that among all positions.
+    decode_keys, within = keys, None if pattern.normaliser == STICK_BREAKING else residues(pattern)
     if within is not None:
         keys = queries = "intervals"
     seen = never_empty(mask)
@@ -104,7 +107,7 @@ def triton_source(pattern: Pattern, variant: Variant) -> TritonSource:
     """The kernels of ``pattern``.
 
     Raises:
-        UnsupportedError: the pattern holds an operation that Triton cannot be made to round as torch does, or breaks a stick.
+        UnsupportedError: the pattern holds an operation that Triton cannot be made to round as torch does.
 
     >>> import sparsedsl as sd
     >>> pattern = sd.attend((sd.kv_idx <= sd.q_idx) & (sd.q_idx - sd.kv_idx < 512))
@@ -112,11 +115,6 @@ def triton_source(pattern: Pattern, variant: Variant) -> TritonSource:
     >>> [kernel.name for kernel in source.kernels]
     ['forward', 'decode', 'merge', 'delta', 'grad_q', 'grad_kv']
     """
-    if pattern.normaliser == STICK_BREAKING:
-        raise UnsupportedError(
-            "the generated kernels visit full tiles before partial ones, and stick-breaking goes through the keys from the last to the "
-            "first. Use backend='tiled'"
-        )
     hoisted = hoist(pattern)
     written = hoisted.pattern
     head, source = Source(), Source()
@@ -128,6 +126,8 @@ def triton_source(pattern: Pattern, variant: Variant) -> TritonSource:
     head.line("import triton")
     head.line("import triton.language as tl")
     head.lines(_CONSTANTS)
+    if pattern.normaliser == STICK_BREAKING:
+        head.line(_NOTHING)
     within = residues(pattern) if variant.step > 1 else None
     tiled = written if within is None else within.pattern
     kernels = [
@@ -135,7 +135,8 @@ def triton_source(pattern: Pattern, variant: Variant) -> TritonSource:
         write_decode(source, written, variant),
         write_merge(source, written, variant),
     ]
-    kernels += [write(source, tiled, variant) for write in (write_delta, write_grad_q, write_grad_kv)]
+    first = write_left if pattern.normaliser == STICK_BREAKING else write_delta
+    kernels += [write(source, tiled, variant) for write in (first, write_grad_q, write_grad_kv)]
     for one in learned_reads(written):
         if one.axis in ("difference", "pairs"):
             write = write_grad_difference if one.axis == "difference" else write_grad_pairs

@@ -9,14 +9,24 @@ import functools
 
 from sparsedsl.codegen.gradient_axes import LearnedRead, learned_reads
 from sparsedsl.codegen.source import Source
-from sparsedsl.codegen.triton_logits import gradients_of, write_factor, write_ramp
+from sparsedsl.codegen.triton_logits import gradients_of, write_factor, write_logits, write_ramp
 from sparsedsl.codegen.triton_loops import Loop
 from sparsedsl.codegen.triton_parts import KernelSource, Variant, suffixed
+from sparsedsl.codegen.triton_sticks import (
+    add_scratch,
+    begin_down,
+    down,
+    load_scratch,
+    store_scratch,
+    up,
+    write_passed,
+    write_triangle,
+)
 from sparsedsl.codegen.triton_writer import Writer
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import HEAD
 
-__all__ = ["write_delta", "write_grad_kv", "write_grad_q"]
+__all__ = ["write_delta", "write_grad_kv", "write_grad_q", "write_left"]
 
 
 def write_delta(source: Source, pattern: Pattern, variant: Variant) -> KernelSource:
@@ -43,7 +53,7 @@ def write_delta(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
         writer.head("grad_out", "h")
         source.line(f"row = {writer.number('BLOCK_M', 'tile')} + tl.arange(0, BLOCK_M)")
         source.line("inside = row < rows")
-        writer.dims(of_v=True)
+        writer.dims(of_k=False)
         source.line("delta = tl.zeros([BLOCK_M], tl.float32)")
         writer.load("out", "out", writer.v_parts, "row", "inside")
         writer.load("grad_out", "grad", writer.v_parts, "row", "inside")
@@ -69,15 +79,17 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
     for name in "kv":
         writer.columns_of(name)
     writer.add(*((f"{name}_ptr", "*fp32") for name in writer.row_sums))
+    if writer.breaks:
+        add_scratch(writer)
     learned = [one for one in learned_reads(pattern) if one.axis == "rows"]
     writer.add(*((f"{one.name}_ptr", "*fp32") for one in learned))
     writer.add(("heads", "i32"), ("group", "i32"), ("rows", "i32"), ("kv_len", "i32"), ("q_offset", "i32"), ("scale", "fp32"))
     writer.add_tables(*pattern.exprs)
     loop = writer.key_loop()
     writer.add(*loop.arguments())
-    writer.constants("BLOCK_M", "BLOCK_N", "ALIGN", "PRECISION", "HEAVY_FIRST")
+    _constants(writer)
     with writer.define():
-        writer.programs("rows", "BLOCK_M")
+        writer.programs("rows", "BLOCK_M", _first(writer))
         source.line("b = bh // heads")
         source.line("h = bh % heads")
         if writer.row_sums or learned:
@@ -106,24 +118,89 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         writer.column_tiles()
         if writer.ramp is not None:
             write_ramp(writer, "ramp", "column_0", writer.ramp.by_key)
-        for kind in ("full", "partial"):
+        if writer.breaks:
+            for later in (True, False):
+                write_triangle(writer, "column_0", later=later)
+            source.line("earlier = tl.zeros([BLOCK_M], tl.float32)")
+            up(writer, loop, functools.partial(_query_gradients, writer, loop, "partial", learned))
+        for kind in () if writer.breaks else ("full", "partial"):
             with source.block(f"for i in range(0, {kind}_tiles):"):
                 loop.tile(source, kind, "i")
-                writer.begin_columns(kind)
-                writer.load_column_tile("k", kind)
-                writer.load_column_tile("v", kind)
-                writer.dot("s", "q", "k", writer.d_parts)
-                gradients_of(writer, loop, kind, "tile", learned, lambda: writer.dot("dp", "grad", "v", writer.v_parts))
-                for one in learned:
-                    source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
-                for part in writer.d_parts:
-                    grad, k = suffixed("grad_q", part), suffixed("k", part)
-                    source.line(f"{grad} = tl.dot(ds.to({k}.dtype), {k}, {grad}, input_precision=PRECISION)")
+                _query_gradients(writer, loop, kind, learned)
         for part in writer.d_parts:
             source.line(f"{suffixed('grad_q', part)} *= scale")
         writer.store("grad_q", "grad_q", writer.d_parts, "row", "inside")
         for one in learned:
             source.line(f"tl.store({one.name}_ptr + at, {one.name}, mask=inside)")
+    return writer.result
+
+
+def _constants(writer: Writer) -> None:
+    writer.constants("BLOCK_M", "BLOCK_N", "ALIGN", "PRECISION", "HEAVY_FIRST", *(("SUMS",) if writer.breaks else ()))
+
+
+def _first(writer: Writer) -> str:
+    """What the number of a program's heads begins with: sticks are worked on some heads at a time."""
+    return "first_line + " if writer.breaks else ""
+
+
+def _query_gradients(writer: Writer, loop: Loop, kind: str, learned: list[LearnedRead]) -> None:
+    """What one tile of keys adds to the gradients of the queries."""
+    source = writer.source
+    writer.begin_columns(kind)
+    writer.load_column_tile("k", kind)
+    writer.load_column_tile("v", kind)
+    if writer.breaks:
+        load_scratch(writer, "left", "row", "inside")
+        store_scratch(writer, "earlier")
+    writer.dot("s", "q", "k", writer.d_parts)
+    gradients_of(writer, loop, kind, "tile", learned, lambda: writer.dot("dp", "grad", "v", writer.v_parts))
+    if writer.breaks:
+        source.line("earlier += tl.sum(given, 1)")
+    for one in learned:
+        source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
+    for part in writer.d_parts:
+        grad, k = suffixed("grad_q", part), suffixed("k", part)
+        source.line(f"{grad} = tl.dot(ds.to({k}.dtype), {k}, {grad}, input_precision=PRECISION)")
+
+
+def write_left(source: Source, pattern: Pattern, variant: Variant) -> KernelSource:
+    """Of sticks: one program a tile of queries of one head. It visits the same keys as the forward pass and needs no values."""
+    writer = Writer(source, pattern, variant, "left", "What later keys leave to each tile of keys, for one tile of queries.")
+    writer.tensor("q")
+    writer.columns_of("k")
+    add_scratch(writer)
+    writer.add(("heads", "i32"), ("group", "i32"), ("rows", "i32"), ("kv_len", "i32"), ("q_offset", "i32"), ("scale", "fp32"))
+    writer.add_tables(*pattern.exprs)
+    loop = writer.key_loop()
+    writer.add(*loop.arguments())
+    writer.constants("BLOCK_M", "BLOCK_N", "ALIGN", "PRECISION", "HEAVY_FIRST")
+
+    def step() -> None:
+        writer.begin_columns("partial")
+        writer.load_column_tile("k", "partial")
+        store_scratch(writer, "left")
+        writer.dot("s", "q", "k", writer.d_parts)
+        write_logits(writer, "tile", loop.condition(source, writer.names("tile")))
+        write_passed(writer)
+        source.line("left += tl.sum(passed, 1)")
+
+    with writer.define():
+        writer.programs("rows", "BLOCK_M", _first(writer))
+        source.line("b = bh // heads")
+        source.line("h = bh % heads")
+        writer.head("q", "h")
+        writer.column_heads("h", "k")
+        source.line(f"row = {writer.number('BLOCK_M', 'tile')} + tl.arange(0, BLOCK_M)")
+        source.line("inside = row < rows")
+        source.line("q_idx = q_offset + tl.minimum(row, rows - 1)")
+        writer.positions(*pattern.exprs)
+        writer.dims(of_v=False)
+        writer.load("q", "q", writer.d_parts, "row", "inside")
+        loop.prepare(source, writer.names("queries"))
+        begin_down(writer)
+        writer.column_tiles("k")
+        down(writer, loop, False, step)
     return writer.result
 
 
@@ -137,11 +214,13 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
     for name in ("q", "k", "v", "grad_out", "grad_k", "grad_v"):
         writer.tensor(name)
     writer.add(*((f"{name}_ptr", "*fp32") for name in writer.row_sums))
+    if writer.breaks:
+        add_scratch(writer)
     writer.add(*((f"{one.name}_ptr", "*fp32") for one in learned))
     writer.add(("heads", "i32"), ("group", "i32"), ("rows", "i32"), ("kv_len", "i32"), ("q_offset", "i32"), ("scale", "fp32"))
     writer.add_tables(*pattern.exprs)
     writer.add(*loop.arguments())
-    writer.constants("BLOCK_M", "BLOCK_N", "ALIGN", "PRECISION", "HEAVY_FIRST")
+    _constants(writer)
     with writer.define():
         _keys_of_program(writer)
         by_head = HEAD in pattern.score.expr.free_symbols  # of a ramp
@@ -159,7 +238,7 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
             _queries_of_head(writer)
             for one in learned:
                 source.line(f"{one.name} = tl.zeros([BLOCK_N], tl.float32)")
-            for kind in ("full", "partial"):
+            for kind in ("every",) if writer.breaks else ("full", "partial"):
                 with source.block(f"for i in range(0, {kind}_tiles):"):
                     _key_gradients(writer, loop, kind, learned)
             for one in learned:
@@ -175,7 +254,7 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
 def _keys_of_program(writer: Writer) -> None:
     """Which keys of which head a program has, their tiles of k and v, and sums that begin at 0."""
     source, variant = writer.source, writer.variant
-    writer.programs("kv_len", "BLOCK_N")
+    writer.programs("kv_len", "BLOCK_N", _first(writer))
     source.line("b = bh // (heads // group)")
     source.line("kv_head = bh % (heads // group)")
     if variant.step > 1 and writer.row_sums:
@@ -197,6 +276,10 @@ def _keys_of_program(writer: Writer) -> None:
             source.line(f"{suffixed(name, part)} = tl.zeros([BLOCK_N, {part.width}], tl.float32)")
     write_factor(writer)
     source.line("row_0 = tl.arange(0, BLOCK_M)")
+    if writer.breaks:
+        source.line("column_0 = tl.arange(0, BLOCK_N)")
+        for later in (True, False):
+            write_triangle(writer, "column_0", later=later, turned=True)
 
 
 def _queries_of_head(writer: Writer) -> None:
@@ -220,7 +303,11 @@ def _key_gradients(writer: Writer, loop: Loop, kind: str, learned: list[LearnedR
     """What one tile of queries adds to the gradients of the keys."""
     source = writer.source
     loop.tile(source, kind, "i")
+    kind = "partial" if kind == "every" else kind
     masked = _query_tile(writer, kind)
+    for name in ("left", "earlier") if writer.breaks else ():
+        line = "(bh - first_line) * group + member"
+        load_scratch(writer, name, "row", "exists", line=line, column="tile")
     writer.dot("s", "k", "q", writer.d_parts)
     gradients_of(writer, loop, kind, "turned", learned, functools.partial(_value_gradients, writer, masked))
     for one in learned:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import write_expression
 from sparsedsl.codegen.triton_logits import level_of, number_of, write_factor, write_logits, write_ramp
 from sparsedsl.codegen.triton_loops import Loop
 from sparsedsl.codegen.triton_parts import KernelSource, Variant, suffixed
+from sparsedsl.codegen.triton_sticks import begin_down, down, write_break, write_triangle
 from sparsedsl.codegen.triton_writer import Writer
-from sparsedsl.lang.normalisers import POINTWISE
+from sparsedsl.lang.normalisers import POINTWISE, STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 
 __all__ = ["write_decode", "write_forward", "write_merge"]
@@ -109,7 +112,7 @@ def _arguments(writer: Writer, out_dims: str) -> None:
 def _rest(writer: Writer, loop: Loop, *constants: str) -> None:
     writer.add_tables(*writer.pattern.exprs)
     writer.add(*loop.arguments())
-    writer.constants(*constants)
+    writer.constants(*constants, *(("SUMS",) if writer.breaks else ()))
 
 
 def _begin(writer: Writer, loop: Loop) -> None:
@@ -117,11 +120,15 @@ def _begin(writer: Writer, loop: Loop) -> None:
     loop.prepare(source, writer.names("queries"))
     if writer.pointwise:
         source.line("# Weighted values so far.")
+    elif writer.breaks:
+        begin_down(writer)
     else:
         _begin_softmax(writer)
     for part in writer.v_parts:
         source.line(f"{suffixed('acc', part)} = tl.zeros([BLOCK_M, {part.width}], tl.float32)")
     writer.column_tiles()
+    if writer.breaks:
+        write_triangle(writer, "column_0", later=True)
     if writer.ramp is not None:
         source.line(
             "# Logits rise evenly along keys: to each product a step by its place in the tile, and one number for all pairs."
@@ -145,6 +152,9 @@ def _begin_softmax(writer: Writer) -> None:
 
 def _loops(writer: Writer, loop: Loop, *, split: bool) -> None:
     source = writer.source
+    if writer.breaks:
+        down(writer, loop, split, functools.partial(_step, writer, loop, "partial"))
+        return
     for kind in ("full", "partial"):
         source.line("# Tiles without a condition." if kind == "full" else "# Tiles that the mask or the end of the keys cuts.")
         where = f"{kind}_tiles * share // splits, {kind}_tiles * (share + 1) // splits" if split else f"0, {kind}_tiles"
@@ -160,11 +170,14 @@ def _step(writer: Writer, loop: Loop, kind: str) -> None:
     writer.dot("s", "q", "k", writer.d_parts)
     condition = loop.condition(source, writer.names("tile")) if kind == "partial" else ""
     write_logits(writer, "tile", condition)
-    if writer.pointwise:
+    if writer.breaks:
+        write_break(writer, "[:, None]")
+        source.line("left += tl.sum(passed, 1)")
+    if writer.pointwise or writer.breaks:
         writer.load_column_tile("v", kind)
         for part in writer.v_parts:
             acc, v = suffixed("acc", part), suffixed("v", part)
-            source.line(f"{acc} = tl.dot(x.to({v}.dtype), {v}, {acc}, input_precision=PRECISION)")
+            source.line(f"{acc} = tl.dot({'p' if writer.breaks else 'x'}.to({v}.dtype), {v}, {acc}, input_precision=PRECISION)")
         return
     if writer.ramp is not None:
         source.line(f"level = {level_of(writer, 'ref', 'start')}")
@@ -194,8 +207,8 @@ def _step(writer: Writer, loop: Loop, kind: str) -> None:
 
 def _end(writer: Writer) -> None:
     source, sink = writer.source, writer.pattern.sink
-    if writer.pointwise:
-        source.line("lse = tl.zeros([BLOCK_M], tl.float32)")
+    if writer.pointwise or writer.breaks:
+        source.line("lse = left / LOG2E" if writer.breaks else "lse = tl.zeros([BLOCK_M], tl.float32)")
         for part in writer.v_parts:
             source.line(f"{suffixed('out', part)} = {suffixed('acc', part)}")
         return
@@ -228,10 +241,13 @@ def _end(writer: Writer) -> None:
 
 
 def write_merge(source: Source, pattern: Pattern, variant: Variant) -> KernelSource:
-    """The splits of decode, weighted by their LSE, or added up where there is none."""
-    purpose = "One softmax out of the shares of the keys, weighted by their LSE."
-    added = pattern.normaliser == POINTWISE
-    writer = Writer(source, pattern, variant, "merge", "The sum of the shares of the keys." if added else purpose)
+    """The splits of decode, weighted by their LSE, or added up where there is none; of a stick, from its last."""
+    purpose = {
+        POINTWISE: "The sum of the shares of the keys.",
+        STICK_BREAKING: "The shares of the keys from the last to the first, each of what later ones leave.",
+    }.get(pattern.normaliser, "One softmax out of the shares of the keys, weighted by their LSE.")
+    added = pattern.normaliser in (POINTWISE, STICK_BREAKING)
+    writer = Writer(source, pattern, variant, "merge", purpose)
     writer.add(("share_ptr", "*fp32"), ("share_lse_ptr", "*fp32"), ("out_ptr", "*data"), ("lse_ptr", "*fp32"))
     writer.add(("splits", "i32"), ("lines", "i32"))
     writer.constants("BLOCK_M")
@@ -239,7 +255,7 @@ def write_merge(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
     with writer.define():
         source.line("line = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)")
         source.line("inside = line < lines")
-        writer.dims(of_v=True)
+        writer.dims(of_k=False)
         if not added:
             source.line("most = tl.full([BLOCK_M], LOWEST, tl.float32)")
             source.line("total = tl.zeros([BLOCK_M], tl.float32)")
@@ -271,12 +287,19 @@ def write_merge(source: Source, pattern: Pattern, variant: Variant) -> KernelSou
 
 def _add_shares(writer: Writer) -> None:
     source, width = writer.source, writer.variant.head_dim_v
+    source.line("lse = tl.zeros([BLOCK_M], tl.float32)")
     with source.block("for share in range(0, splits):"):
-        source.line("at = line + tl.cast(share, tl.int64) * lines")
+        number = "splits - 1 - share" if writer.breaks else "share"
+        source.line(f"at = line + tl.cast({number}, tl.int64) * lines")
+        if writer.breaks:
+            source.line("weight = tl.exp2(lse * LOG2E)")
         for part in writer.v_parts:
             where, acc = f"share_ptr + at[:, None] * {width} + {part.name}[None, :]", suffixed("acc", part)
-            source.line(f"{acc} += tl.load({where}{writer.mask(part, 'inside')})")
-    source.line("tl.store(lse_ptr + line, tl.zeros([BLOCK_M], tl.float32), mask=inside)")
+            times = "weight[:, None] * " if writer.breaks else ""
+            source.line(f"{acc} += {times}tl.load({where}{writer.mask(part, 'inside')})")
+        if writer.breaks:
+            source.line("lse += tl.load(share_lse_ptr + at, mask=inside, other=0.0)")
+    source.line("tl.store(lse_ptr + line, lse, mask=inside)")
     _store_merged(writer, "")
 
 

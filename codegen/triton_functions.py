@@ -53,6 +53,21 @@ def _softplus(x):
     lost = small - (whole - 1)
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + tl.log(whole) + lost / whole
 ''',
+    "_log2_of_one_more": '''
+@triton.jit
+def _log2_of_one_more(t):
+    """log2(1 + t) for 0 <= t <= 1, with the digits of t where it is small."""
+    p = 0.028193907166 + t * -0.0045820817101
+    p = -0.081329931667 + t * p
+    p = 0.15211233763 + t * p
+    p = -0.22029472964 + t * p
+    p = 0.28368108259 + t * p
+    p = -0.35997573045 + t * p
+    p = 0.48084608051 + t * p
+    p = -0.72134597168 + t * p
+    p = 1.4426950332 + t * p
+    return t * p
+''',
     "_power": '''
 @triton.jit
 def _power(x, y):

@@ -11,6 +11,7 @@ from sparsedsl.codegen.gradient_axes import LearnedRead
 from sparsedsl.codegen.score_ramp import Ramp
 from sparsedsl.codegen.triton_expression import write_expression, write_expressions
 from sparsedsl.codegen.triton_loops import Loop
+from sparsedsl.codegen.triton_sticks import breaks_and_gradients
 from sparsedsl.codegen.triton_writer import Writer
 from sparsedsl.lang.symbols import SCORE
 
@@ -106,6 +107,8 @@ def gradients_of(writer: Writer, loop: Loop, kind: str, place: str, learned: lis
     source = writer.source
     row = "[None, :]" if place == "turned" else "[:, None]"
     condition = loop.condition(source, writer.names(place)) if kind == "partial" else ""
+    if writer.breaks and place == "turned":  # keys that do not exist must leave all
+        condition = f"({condition}) & inside[:, None]"
     weights_and_gradients(writer, condition, place, row, learned, products)
 
 
@@ -140,6 +143,8 @@ def weights_and_gradients(
             source.line("p = x")
         products()
         source.line("dx = tl.where(allowed, dp, 0.0)" if condition else "dx = dp")
+    elif writer.breaks:
+        breaks_and_gradients(writer, row, products, turned=place == "turned")
     elif writer.picks:
         _picked(writer, place, row, products)
     else:

@@ -1,5 +1,7 @@
 """How a generated kernel finds the tiles it must visit: intervals in closed form, or compact lists. Full tiles first, then partial ones.
 
+Where the order of tiles matters there is one loop over all of them, as if they were partial.
+
 A program owns one tile of *rows* (queries, or keys where gradients of K and V are made) and loops over tiles of the other axis, here
 called *columns*. Each kind of loop writes three things: what is worked out before the loops, the number of the i-th tile, and the
 condition of a pair in a partial tile.
@@ -29,10 +31,10 @@ class Loop(Protocol):
         """Name and type of what the kernel is given for it."""
 
     def prepare(self, source: Source, names: TritonNames) -> None:
-        """Write what comes before the loops; afterwards ``full_tiles`` and ``partial_tiles`` say how many there are."""
+        """Write what comes before the loops; afterwards ``full_tiles`` and ``partial_tiles`` say how many there are, or ``every_tiles``."""
 
     def tile(self, source: Source, kind: str, number: str) -> None:
-        """Write ``column = ...``: the tile number of the ``number``-th tile of this kind ("full" or "partial")."""
+        """Write ``column = ...``: the number of the ``number``-th tile of this kind ("full", "partial", or "every", in ascending order)."""
 
     def condition(self, source: Source, names: TritonNames) -> str:
         """The condition of a pair in a partial tile, ``(rows, columns)``."""
@@ -43,7 +45,8 @@ class IntervalLoop:
     """Tiles between two ends that every program works out for its own rows: no list in memory.
 
     ``of``: "keys" (columns are keys, ends are key positions) or "queries" (columns are rows of the call: positions less ``q_offset``).
-    ``vectors``: the indices that are vectors over the program's rows, by symbol; ``wide``: positions need 64 bits.
+    ``vectors``: the indices that are vectors over the program's rows, by symbol; ``wide``: positions need 64 bits; ``one_loop``: over tiles
+    of the kind "every".
     """
 
     intervals: tuple[KeyInterval, ...]
@@ -51,6 +54,7 @@ class IntervalLoop:
     block: str
     vectors: frozenset[sympy.Symbol]
     wide: bool = False
+    one_loop: bool = False
 
     def arguments(self) -> list[tuple[str, str]]:
         """Two arrays for every interval that needs a search: they are filled before the kernel runs."""
@@ -84,14 +88,16 @@ class IntervalLoop:
             else "The queries that see each key, counted from the first of the call"
         )
         many = len(self.intervals) > 1
+        kinds = ("every",) if self.one_loop else ("full", "partial")
         if not self.intervals:
-            source.line("full_tiles = 0")
-            source.line("partial_tiles = 0")
+            for kind in kinds:
+                source.line(f"{kind}_tiles = 0")
             return
         source.line(f"# {what}: first <= {self._column} <= last{', in any of the intervals' if many else ''}.")
         for i in range(len(self.intervals)):
             self._ends(source, names, i, self._suffix(i))
-        source.line(f"# Tiles from begin to end are touched; those from full_begin to full_end lie inside for all {self._rows}.")
+        inside = "" if self.one_loop else f"; those from full_begin to full_end lie inside for all {self._rows}"
+        source.line(f"# Tiles from begin to end are touched{inside}.")
         for i in range(len(self.intervals)):
             self._touched(source, i)
         if many:
@@ -99,12 +105,15 @@ class IntervalLoop:
         for i in range(len(self.intervals)):
             self._counts(source, i)
         if many:
-            for kind in ("full", "partial"):
+            for kind in kinds:
                 source.line(f"{kind}_tiles = {' + '.join(f'{kind}{self._suffix(i)}' for i in range(len(self.intervals)))}")
 
     def _counts(self, source: Source, i: int) -> None:
         """How many full and partial tiles an interval has; ``head``: partial ones before its full ones."""
         s = self._suffix(i)
+        if self.one_loop:
+            source.line(f"every{s or '_tiles'} = end{s}{'' if self._first_at_zero(i) else f' - begin{s}'}")
+            return
         full, partial = (f"{kind}{s or '_tiles'}" for kind in ("full", "partial"))
         if self._first_at_zero(i):
             source.line(f"{full} = full_end{s}")
@@ -190,6 +199,8 @@ class IntervalLoop:
             source.line(f"begin{s} = {begin}")
         least = "0" if self._starts_at_zero(i) else f"begin{s}"
         source.line(f"end{s} = tl.maximum(({over('max', 'last', last)} + {block}) // {block}, {least})")
+        if self.one_loop:
+            return
         if self._first_at_zero(i):
             source.line(f"full_end{s} = tl.maximum(({over('min', 'last', last)} + 1) // {block}, 0)")
             return
@@ -201,7 +212,7 @@ class IntervalLoop:
 
     def _in_order(self, source: Source) -> None:
         """Sort the intervals, then cut from each what those before it have visited."""
-        parts = ("begin", "end", "full_begin", "full_end")
+        parts = ("begin", "end") if self.one_loop else ("begin", "end", "full_begin", "full_end")
         zero = sum(self._starts_at_zero(i) for i in range(len(self.intervals)))
         rest = list(range(zero, len(self.intervals)))
         if len(rest) > 1:
@@ -219,8 +230,9 @@ class IntervalLoop:
             before = "end_0" if i == 1 else "reached"
             source.line(f"begin{s} = tl.maximum(begin{s}, {before})")
             source.line(f"end{s} = tl.maximum(end{s}, begin{s})")
-            source.line(f"full_begin{s} = tl.minimum(tl.maximum(full_begin{s}, begin{s}), end{s})")
-            source.line(f"full_end{s} = tl.minimum(tl.maximum(full_end{s}, full_begin{s}), end{s})")
+            if not self.one_loop:
+                source.line(f"full_begin{s} = tl.minimum(tl.maximum(full_begin{s}, begin{s}), end{s})")
+                source.line(f"full_end{s} = tl.minimum(tl.maximum(full_end{s}, full_begin{s}), end{s})")
             if i + 1 < len(self.intervals):
                 source.line(f"reached = tl.maximum({before}, end{s})")
 
@@ -230,7 +242,7 @@ class IntervalLoop:
             if before:
                 j = "j"
                 source.line(f"j = {number} - {f'({before})' if i > 1 else before}")
-            mine = j if self._first_at_zero(i) else f"full_begin{s} + {j}"
+            mine = j if self._first_at_zero(i) else f"{'begin' if kind == 'every' else 'full_begin'}{s} + {j}"
             if kind == "partial" and self._first_at_zero(i):
                 mine = f"full_end{s} + {j}"
             elif kind == "partial":
@@ -259,7 +271,8 @@ class ListLoop:
     """Tiles read from compact lists: ``starts`` (one entry a line of tiles, and the end) and ``columns``, of full and of partial tiles.
 
     ``head``: the head whose lists these are; ``line``: from batch entry and head to the line of tiles, "" if there is one line each.
-    ``square``: the rows of a tile are those of its lists, so that a tile may lie in one block of the mask.
+    ``square``: the rows of a tile are those of its lists, so that a tile may lie in one block of the mask. ``one_loop``: over tiles of the
+    kind "every"; all are listed as partial.
     """
 
     mask: sympy.Basic
@@ -267,6 +280,11 @@ class ListLoop:
     head: str
     line: str
     square: bool = True
+    one_loop: bool = False
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        return ("partial",) if self.one_loop else ("full", "partial")
 
     @property
     def block_wise(self) -> bool:
@@ -275,7 +293,7 @@ class ListLoop:
 
     def arguments(self) -> list[tuple[str, str]]:
         """Starts and columns of the two kinds of tiles, and how many lines of tiles one batch entry and one head have."""
-        found = [(f"{kind}_{part}_{self.of}_ptr", "*i32") for kind in ("full", "partial") for part in ("starts", "columns")]
+        found = [(f"{kind}_{part}_{self.of}_ptr", "*i32") for kind in self._kinds for part in ("starts", "columns")]
         found += [(f"{self.of}_list_b", "i32"), (f"{self.of}_list_h", "i32")]
         return [*found, ("BLOCK_WISE", "constexpr")] if self.block_wise else found
 
@@ -284,11 +302,13 @@ class ListLoop:
         source.line(f"listed = b * {self.of}_list_b + {self.head} * {self.of}_list_h")
         if self.line:
             source.line(f"listed = {self.line}")
-        for kind in ("full", "partial"):
+        for kind in self._kinds:
             source.line(f"{kind}_begin = tl.load({kind}_starts_{self.of}_ptr + listed)")
-            source.line(f"{kind}_tiles = tl.load({kind}_starts_{self.of}_ptr + listed + 1) - {kind}_begin")
+            count = "every" if self.one_loop else kind
+            source.line(f"{count}_tiles = tl.load({kind}_starts_{self.of}_ptr + listed + 1) - {kind}_begin")
 
     def tile(self, source: Source, kind: str, number: str) -> None:
+        kind = "partial" if kind == "every" else kind
         source.line(f"column = tl.load({kind}_columns_{self.of}_ptr + {kind}_begin + {number})")
 
     def condition(self, source: Source, names: TritonNames) -> str:

@@ -16,7 +16,7 @@ from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_expression import TableNames, TritonNames
 from sparsedsl.codegen.triton_loops import IntervalLoop, ListLoop, Loop
 from sparsedsl.codegen.triton_parts import Argument, KernelSource, Part, Variant, parts_of, suffixed
-from sparsedsl.lang.normalisers import POINTWISE, SOFTMAX, SOFTPICK
+from sparsedsl.lang.normalisers import POINTWISE, SOFTMAX, SOFTPICK, STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import HEAD, KV_IDX, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_specs
@@ -29,7 +29,8 @@ _LOCAL = {
     "residue", "larger", "last", "line", "listed", "lower", "lse", "m", "member", "most", "n", "out", "p", "packed_rows",
     "partial", "partial_begin", "partial_tiles", "place", "q", "q_idx", "q_len", "reached", "right", "row", "row_0", "s",
     "score", "seen", "share", "shrink", "sink", "start", "swap", "t", "tall", "tile", "tiles", "tl", "to", "total", "turned",
-    "upper", "v", "weight", "x", "cut", "ramp", "ref", "level",
+    "upper", "v", "weight", "x", "cut", "ramp", "ref", "level", "after", "ahead", "alive", "before", "below", "earlier", "every",
+    "every_tiles", "given", "large", "later", "left", "lowest", "more", "passed", "power", "small", "stop", "z",
 }  # fmt: skip
 
 # In scores that are surely far from the largest float, also times a position or two.
@@ -125,15 +126,18 @@ class Writer:
         symbols = {"h": h, "q_idx": q, "kv_idx": kv} | {name: name for name in ("b", "q_len", "kv_len", "score", "residue")}
         return TritonNames(symbols, table_names(self.pattern), self.variant.wide_tables)
 
-    def programs(self, length: str, block: str) -> None:
-        """Which tile, of which residue and head, a program has: ``tile``, ``residue`` if there are residues, and the rest in ``bh``."""
+    def programs(self, length: str, block: str, first: str = "") -> None:
+        """Which tile, of which residue and head, a program has: ``tile``, ``residue`` if there are residues, and the rest in ``bh``.
+
+        ``first``: what is added to its number of heads.
+        """
         step = self.variant.step
         source = self.source
         source.line(f"tiles = tl.cdiv({length if step == 1 else f'tl.cdiv({length}, {step})'}, {block})")
         source.line("tile = tl.program_id(0) % tiles")
         if step > 1:
             source.line(f"residue = tl.program_id(0) // tiles % {step}")
-        source.line(f"bh = tl.program_id(0) // tiles{'' if step == 1 else f' // {step}'}")
+        source.line(f"bh = {first}tl.program_id(0) // tiles{'' if step == 1 else f' // {step}'}")
         with source.block("if HEAVY_FIRST:"):
             source.line("tile = tiles - 1 - tile")
 
@@ -189,10 +193,10 @@ class Writer:
         # Every offset of a row is a product with this number, so that its width is theirs.
         self.source.line(f"{stride} = {f'tl.cast({stride}, tl.int64)' if self.variant.wide else stride} // ALIGN * ALIGN")
 
-    def dims(self, *, of_v: bool = False) -> None:
-        """The dimensions of heads, as vectors; ``of_v``: of v and the output alone."""
-        others = () if of_v else self.d_parts
-        for part in others + tuple(p for p in self.v_parts if p not in others):
+    def dims(self, *, of_k: bool = True, of_v: bool = True) -> None:
+        """The dimensions of heads, as vectors: ``of_k``, of q and k; ``of_v``, of v and the output."""
+        parts = (self.d_parts if of_k else ()) + (self.v_parts if of_v else ())
+        for part in dict.fromkeys(parts):
             first = f"{part.first} + " if part.first else ""
             self.source.line(f"{part.name} = {first}tl.arange(0, {part.width})")
 
@@ -239,19 +243,19 @@ class Writer:
                 f"{target} = tl.dot({suffixed(left, part)}, {suffixed(right, part)}.T{onto}, input_precision=PRECISION)"
             )
 
-    def column_heads(self, head: str) -> None:
-        """Enter the key head ``head``."""
+    def column_heads(self, head: str, names: str = "kv") -> None:
+        """Enter the key head ``head``, of the keys and the values."""
         self.source.line(f"kv_head = {head} // group")
         if not self.variant.descriptors:
-            for name in "kv":
+            for name in names:
                 self.head(name, "kv_head")
 
-    def column_tiles(self) -> None:
+    def column_tiles(self, names: str = "kv") -> None:
         """Pointers to the first tile of k and of v; the others lie a number of rows further."""
         self.source.line("column_0 = tl.arange(0, BLOCK_N)")
         if self.variant.descriptors:
             return
-        for name in "kv":
+        for name in names:
             for part in self.parts(name):
                 where = f"{name}_ptr + column_0[:, None] * {name}_stride_row + {part.name}[None, :]"
                 self.source.line(f"{suffixed(name + '_tile', part)} = {where}")
@@ -289,7 +293,12 @@ class Writer:
     @property
     def row_sums(self) -> tuple[str, ...]:
         """What the backward pass reads of each row: weights that are taken as they are need nothing of the others."""
-        return () if self.pointwise else ("delta", "base")
+        return () if self.pointwise or self.breaks else ("delta", "base")
+
+    @property
+    def breaks(self) -> bool:
+        """Whether a stick is broken: keys take shares of what later ones leave, so that all kernels need their tiles in order."""
+        return self.pattern.normaliser == STICK_BREAKING
 
     @property
     def picks(self) -> bool:
@@ -319,18 +328,19 @@ class Writer:
         """The loop over tiles of keys for the queries of a program."""
         if (self.variant.decode_keys if self.packed else self.variant.keys) == "lists":
             head, line = ("head", "") if self.packed else ("h", "listed * tiles + tile")
-            return ListLoop(self.pattern.mask.expr, "keys", head, line, square=not self.packed)
+            return ListLoop(self.pattern.mask.expr, "keys", head, line, square=not self.packed, one_loop=self.breaks)
         found = intervals(self.pattern.mask.expr)
         assert found is not None
-        return IntervalLoop(found, "keys", "BLOCK_N", frozenset({Q_IDX, HEAD} if self.packed else {Q_IDX}), self.variant.wide)
+        vectors = frozenset({Q_IDX, HEAD} if self.packed else {Q_IDX})
+        return IntervalLoop(found, "keys", "BLOCK_N", vectors, self.variant.wide, self.breaks)
 
     def query_loop(self) -> Loop:
         """The loop over tiles of queries for the keys of a program."""
         if self.variant.queries == "lists":
-            return ListLoop(self.pattern.mask.expr, "queries", "h", "listed * tiles + tile")
+            return ListLoop(self.pattern.mask.expr, "queries", "h", "listed * tiles + tile", one_loop=self.breaks)
         found = intervals(self.pattern.mask.expr, of="queries")
         assert found is not None
-        return IntervalLoop(found, "queries", "BLOCK_M", frozenset({KV_IDX}), self.variant.wide)
+        return IntervalLoop(found, "queries", "BLOCK_M", frozenset({KV_IDX}), self.variant.wide, self.breaks)
 
 
 def table_names(pattern: Pattern) -> dict[str, TableNames]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Score, kv_idx, q_idx, score
-from sparsedsl.lang.numeric import relu
+from sparsedsl.lang.numeric import relu, where
 from sparsedsl.lang.numeric import sigmoid as logistic
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.patterns.checked_arguments import check_logit, check_positive
@@ -105,21 +107,39 @@ def softpick(mask: Any, *, logit: Score = score) -> Pattern:
     return attend(mask, score=check_logit("softpick", logit), normaliser="softpick")
 
 
-def stick_breaking(mask: Any = True, *, logit: Score = score) -> Pattern:
+def stick_breaking(mask: Any = True, *, logit: Score = score, rest: str | None = None) -> Pattern:
     """Stick-breaking over earlier keys ``j < i``: ``w_ij = s_ij prod_{j < l < i} (1 - s_il)`` with ``s = sigmoid(logit)``.
 
     The nearest key takes its share of a stick, the next one its share of what is left: recent keys win ties, and no position encoding is
-    needed. Weights add up to less than 1; what is left goes nowhere. Kernels stop where nothing is left that a float could hold, so that
-    a row costs what it looks at.
+    needed. Weights add up to less than 1. Kernels stop where nothing is left that a float could hold, so that a row costs what it looks at.
 
     Args:
         mask: of the earlier keys, those that attend; others take nothing and leave all.
         logit: what it is applied to; default the scaled dot product.
+        rest: who gets what all keys have left. None: nobody. ``"first"``: key 0, whatever its logit and the mask; put a learned vector
+            there, or the token that begins a text. Weights then add up to 1 in all rows but the first.
+
+    Raises:
+        PatternError: ``rest`` is none of these.
+        UnsupportedError: ``rest="own"``. The own value would be last in line, and keys are in line by their position.
 
     Source: Tan et al. 2024, "Scaling Stick-Breaking Attention" (arXiv 2410.17980).
 
     >>> import sparsedsl as sd
     >>> print(sd.patterns.stick_breaking())
     attend(kv_idx < q_idx, normaliser='stick_breaking')
+    >>> print(sd.patterns.stick_breaking(rest="first"))
+    attend(kv_idx < q_idx, score=where(kv_idx == 0, inf, score), normaliser='stick_breaking')
     """
-    return attend((kv_idx < q_idx) & mask, score=check_logit("stick_breaking", logit), normaliser="stick_breaking")
+    logit, earlier = check_logit("stick_breaking", logit), kv_idx < q_idx
+    if rest == "own":
+        raise UnsupportedError(
+            "stick_breaking(): rest='own' would give what is left to the value of the query's own position, which would have to be last in "
+            "line, and keys are in line by position. Add it outside: out + (1 - attn(q, k, ones)) * v, with ones of the shape of "
+            "v[..., :1]; or take rest='first'"
+        )
+    if rest is None:
+        return attend(earlier & mask, score=logit, normaliser="stick_breaking")
+    if rest != "first":
+        raise PatternError(f"stick_breaking(): rest must be None or 'first'; got {shown(rest)}")
+    return attend(earlier & (mask | (kv_idx == 0)), score=where(kv_idx == 0, math.inf, logit), normaliser="stick_breaking")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsedsl.errors import PatternError
-from sparsedsl.working import count, print_json, working
+from sparsedsl.working import count, print_json, working, written
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -49,7 +49,7 @@ def _for_gpu(arguments: argparse.Namespace, pattern: Any) -> int:
     names = ("target", "dtype", "head_dim", "head_dim_v", "group", "remarks")
     with working("compiling"):
         built = sd.build(pattern, **{name: getattr(arguments, name) for name in names})
-    folder = built.save(arguments.out) if arguments.out else None
+    folder = written(arguments.out, built.save) if arguments.out else None
     _print(arguments, built, built.source)
     if folder and not arguments.json:
         print(folder)

@@ -21,7 +21,7 @@ from sparsedsl.errors import PatternError, SparseDSLError
 from sparsedsl.lang.advice import meant
 from sparsedsl.settings import settings
 from sparsedsl.specs import CannotLoad, load_pattern, load_tables
-from sparsedsl.working import count, working
+from sparsedsl.working import count, working, written
 
 __all__ = ["main"]
 
@@ -203,10 +203,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     words = {"block_size": arguments.block_size, "head": arguments.head, "batch": arguments.batch, "q_offset": arguments.q_offset}
     with working("drawing"):
         figure = sd.plot(pattern, arguments.q_len, arguments.kv_len, **words, **load_tables(pattern, arguments.table))
-        try:
-            figure.savefig(out)
-        except ValueError as error:  # a format matplotlib does not know
-            raise SparseDSLError(f"cannot write {out}: {error}") from None
+        written(out, figure.savefig)
     print(out)
     return 0
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparsedsl.errors import ArgumentError, SparseDSLError
+from sparsedsl.errors import ArgumentError
 from sparsedsl.specs import load_pattern, load_tables
-from sparsedsl.working import count, print_json, working
+from sparsedsl.working import count, print_json, working, written
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -74,10 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
             **words, **load_tables(pattern, arguments.table),
         )  # fmt: skip
         if arguments.out is not None:
-            try:
-                found.plot().savefig(arguments.out)
-            except ValueError as error:  # a format matplotlib does not know
-                raise SparseDSLError(f"cannot write {arguments.out}: {error}") from None
+            written(arguments.out, found.plot().savefig)
     if arguments.json:
         print_json(found.to_dict())
         return 0

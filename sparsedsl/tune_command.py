@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.plain_values import plain
 from sparsedsl.quantities import bytes_text, factor_text, seconds_text
-from sparsedsl.working import count, print_json
+from sparsedsl.working import count, print_json, written
 
 if TYPE_CHECKING:
     from sparsedsl.gpu.autotune import Chosen, Tuned
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         done["records"] = [{"key": key, **plain(record)} for key, record in found]
         said.append(_listed(found))
     if arguments.export is not None:
-        done["exported"] = tuning_records.export(arguments.export)
+        done["exported"] = written(arguments.export, tuning_records.export)
         said.append(f"{done['exported']:,} records written to {arguments.export}")
     if not done:
         raise ShapeError("nothing to do: name a pattern (SPEC --q-len N), or one of --list, --export, --import, --clear")

@@ -12,6 +12,7 @@ from typing import Any
 
 from sparsedsl.errors import ArgumentError, SparseDSLError
 from sparsedsl.specs import given_tables, load_tables
+from sparsedsl.working import written
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -57,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         subject = Subject(arguments.spec)
         made = subject.make(dict(setting.values))
         tables = load_tables(made, arguments.table)
-        arguments.html.write_text(standalone(subject, setting, tables), encoding="utf-8")
+        page = standalone(subject, setting, tables)
+        written(arguments.html, lambda path: path.write_text(page, encoding="utf-8"))
         print(arguments.html)
         return 0
     tables = given_tables(arguments.table)

@@ -1,4 +1,4 @@
-"""What every command needs: to show that it still runs, to read sizes, to print a report for people or for programs."""
+"""What every command needs: to show that it still runs, to read sizes, to print a report for people or for programs, to write a file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-__all__ = ["count", "print_json", "working"]
+from sparsedsl.errors import SparseDSLError
+
+__all__ = ["count", "print_json", "working", "written"]
 
 
 def count(text: str) -> int:
@@ -23,6 +26,22 @@ def count(text: str) -> int:
 def print_json(data: dict[str, Any]) -> None:
     """One report on stdout."""
     print(json.dumps(data, indent=2, allow_nan=False))
+
+
+def written(path: Path, write: Callable[[Path], Any]) -> Any:
+    """What ``write(path)`` gives, in a folder that is made if it is not there.
+
+    Raises:
+        SparseDSLError: it cannot be written, and why; also where ``write`` knows no such format.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return write(path)
+    except ValueError as error:
+        raise SparseDSLError(f"cannot write {path}: {error}") from None
+    except OSError as error:
+        why, where = error.strerror or str(error), error.filename
+        raise SparseDSLError(f"cannot write {path}: {why}{'' if where in (None, path, str(path)) else f' ({where})'}") from None
 
 
 @contextlib.contextmanager

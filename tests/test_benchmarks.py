@@ -85,6 +85,18 @@ def test_parallel_plans(tmp_path, capsys):
     assert shown.count("| causal |") == 2
 
 
+def test_parallel_memory(tmp_path, capsys):
+    script, out = load("parallel_memory"), tmp_path / "memory.json"
+    sizes = ["--lengths", "2048", "--worlds", "2", "--patterns", "window", "moba"]
+    assert script.main([*sizes, "--out", str(out)]) == 0
+    content, shown = json.loads(out.read_text()), capsys.readouterr().out
+    window, moba = content["records"]
+    # Its own 1024 keys, and the window before them, which the one rank sends the other.
+    assert window["came"] == window["planned"] == 1024 * 2 * 2 * 64 * 4 and window["keys"] == 2 * window["came"]
+    assert moba["planned"] == 0 <= moba["came"] <= moba["all"] / 2
+    assert content["targets"][0]["pass"] and len(content["targets"]) == 1 and shown.count("| window |") == 1
+
+
 @pytest.mark.slow
 def test_aot_resources(tmp_path):
     pytest.importorskip("triton")
@@ -546,3 +558,16 @@ def test_a_difference_of_a_family_is_seen():
     assert script.differs(torch.ones(3), torch.ones(3) + 1e-2) == "off by 0.01"
     assert script.differs(torch.tensor([1, 2]), torch.tensor([1, 3])) == "other tokens"
     assert script.table([{"family": "x", "layers": "all", "forward": "off by 0.01"}]).count("**1**") == 1
+
+
+def test_the_time_of_a_family_is_its_own():
+    """Waiting, as on a machine that others use, takes none of it."""
+    script = load("model_families")
+    with script.at_most(0.3):
+        time.sleep(0.6)
+    with pytest.raises(TimeoutError, match=r"more than 0[.]3 s of CPU time"), script.at_most(0.3):
+        while time.process_time() < 1e9:
+            pass
+    begin = time.process_time()
+    while time.process_time() < begin + 0.4:  # over: nothing is stopped any more
+        pass

@@ -247,6 +247,18 @@ def test_what_plan_refuses(run: Run, words: tuple[str, ...], message: str) -> No
     assert message in err and "Traceback" not in err
 
 
+def test_folders_of_what_is_written_are_made(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for words in (
+        ("plot", "mine:window", "--q-len", "64", "--out", "plots/new/x.png"),
+        ("view", "mine:window", "--q-len", "64", "--html", "pages/new/x.html"),
+        ("plan", "mine:window", "--q-len", "1K", "--world", "2", "--granule", "16", "--out", "plans/new/x.svg"),
+        ("tune", "--export", "records/new/x.json"),
+    ):
+        assert run(*words)[0] == 0, words
+        assert (tmp_path / words[-1]).stat().st_size
+
+
 def test_no_command_lists_them_all(run: Run) -> None:
     code, out, err = run()
     assert (code, out) == (2, "")
@@ -334,7 +346,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "dtype": ((*EXPLAIN, "mine:window", "--dtype", "int8"), "dtype must be one of 'float64', 'float32', 'bfloat16', 'float16'; got 'int8'"),
     "offset": ((*EXPLAIN, "mine:window", "--q-offset", "-1"), "q_offset must be a whole number of at least 0; got -1"),
     "format": ((*PLOT, "mine:window", "--out", "x.nope"), "cannot write x.nope: Format 'nope' is not supported"),
-    "folder": ((*PLOT, "mine:window", "--out", "no/x.png"), "No such file or directory: 'no/x.png'"),
+    "folder": ((*PLOT, "mine:window", "--out", "mine.py/x.png"), "cannot write mine.py/x.png: File exists (mine.py)"),
+    "page in no folder": (("view", "mine:window", "--html", "mine.py/x.html"), "cannot write mine.py/x.html: File exists (mine.py)"),
+    "page that is a folder": (("view", "mine:window", "--html", "."), "cannot write .: Is a directory"),
+    "records in no folder": (("tune", "--export", "mine.py/x.json"), "cannot write mine.py/x.json: File exists (mine.py)"),
 }
 # fmt: on
 

@@ -23,7 +23,7 @@ ELSEWHERE = {
     "gemma_search.py": "tests/models/test_search_example.py",
 }
 # What trains for minutes; a few steps here.
-QUICK = {"hsa_needle.py", "nha_window.py", "ring_schedule.py"}
+QUICK = {"hsa_needle.py", "nha_window.py", "ring_schedule.py", "train_context_parallel.py"}
 STORIES = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 

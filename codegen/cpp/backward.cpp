@@ -43,7 +43,7 @@ static void prepare(const Call *c, const Strip &strip, const Desk &desk, Given &
         if (i < strip.used) c->delta[line] = delta;
         given.delta[i] = delta;
         given.lse[i] = lse == LOWEST ? -LOWEST : (real)(lse * LOG2E);
-        far |= c->weighing != POINTWISE && sizeof(real) == 4 && __builtin_fabs(lse) > FAR && __builtin_fabs(lse) < -LOWEST;
+        far |= divides(c) && sizeof(real) == 4 && __builtin_fabs(lse) > FAR && __builtin_fabs(lse) < -LOWEST;
     }
     if (far) {
         // Such an LSE is taken apart again. Gradients are linear in what comes from outside: there goes the factor of all weights.
@@ -95,18 +95,28 @@ struct Gains {  // where a part of the work adds up, from a first key on
     double *tables;
 };
 
-static void add_strip(const Call *c, const Strip &strip, real *room, Gains gains) {
+static thread_local Room walk_room;
+
+// Returns whether there was memory.
+static bool add_strip(const Call *c, const Strip &strip, real *room, Gains gains) {
     i64 lanes = strip.lanes.count, broad = whole_vectors(c->head_dim), broad_v = whole_vectors(c->head_dim_v);
     Desk desk(c, room);
-    real *change = room + Desk::size(c), *slope = change + MOST_LANES * BLOCK_KEYS, *plain = slope + MOST_LANES * BLOCK_KEYS;
-    Given given(c, plain + MOST_LANES * BLOCK_KEYS);
+    constexpr i64 TILE = MOST_LANES * BLOCK_KEYS;
+    real *change = room + Desk::size(c), *slope = change + TILE, *plain = slope + TILE, *shares = plain + TILE, *gain = shares + TILE;
+    Given given(c, gain + TILE);
     prepare(c, strip, desk, given);
     Head k = keys_of(c, strip, c->k, c->head_dim), v = keys_of(c, strip, c->v, c->head_dim_v);
     const int *places = c->key_places.of(strip.b, strip.h[0], c->heads, c->keys);
     real factor = c->slope ? 1 : (real)(c->scale * LOG2E);
-    visit(c, strip, 0, 1, [&](i64 key, i64 count, bool full) {
-        Rows some_k = k.rows(key, count, true, desk.keys), some_v = v.rows(key, count, false, desk.values);
+    auto products = [&](i64 key, i64 count) {
+        Rows some_k = k.rows(key, count, true, desk.keys);
         product<false>(count, lanes, c->head_dim, some_k.first, some_k.row, 1, desk.turned, lanes, desk.tile, lanes);
+        return some_k;
+    };
+    real left[MOST_LANES] = {}, earlier[MOST_LANES] = {};  // of a stick
+    const real *left_here = nullptr;
+    auto add = [&](i64 key, i64 count, bool full) {
+        Rows some_k = products(key, count), some_v = v.rows(key, count, false, desk.values);
         if (c->gains) __builtin_memcpy(plain, desk.tile, count * lanes * sizeof(real));
         if (c->slope) c->slope(c, &strip.lanes, key, count, desk.tile, slope);
         if (!full) hide(c, strip, key, count, desk.tile);
@@ -115,6 +125,8 @@ static void add_strip(const Call *c, const Strip &strip, real *room, Gains gains
             differentiate<false>(strip, count, factor, given, desk.tile, change);
         else if (c->weighing == SOFTPICK)
             differentiate<true>(strip, count, factor, given, desk.tile, change);
+        else if (c->weighing == STICK)
+            differentiate_sticks(strip, count, factor, left_here, earlier, desk.tile, change, shares, gain);
         else if (!full)
             hide(c, strip, key, count, change);
         if (c->gains) c->gains(c, &strip.lanes, key, count, plain, change, gains.tables);
@@ -129,11 +141,31 @@ static void add_strip(const Call *c, const Strip &strip, real *room, Gains gains
         product_of<true>(count, broad_v, strip.used, weights, 1, given.grad, broad_v, BROAD, Listed<real>{to_v});
         product_of<true>(count, broad, strip.used, changes, 1, given.q, broad, BROAD, Listed<real>{to_k});
         product<true>(strip.used, broad, count, change, 1, lanes, some_k.first, some_k.row, given.grad_q, broad);
-    });
+    };
+    if (c->weighing == STICK) {
+        real *of_walk = walk_room.of(Walk::size(c, strip));
+        if (!of_walk) return false;
+        Walk walk(c, strip, of_walk);
+        visit_down(c, strip, 0, 1, [&](i64 key, i64 count, bool full) {
+            walk.add(strip, key, count, full, left);
+            products(key, count);
+            if (c->score) c->score(c, &strip.lanes, key, count, desk.tile);
+            if (!full) hide(c, strip, key, count, desk.tile);
+            pass_sticks(strip, desk.tile, count, factor, left);
+            return !nothing_left(strip, left);
+        });
+        for (i64 n = walk.count - 1; n >= 0; n--) {
+            left_here = walk.left + n * MOST_LANES;
+            add(walk.blocks[n].key, walk.blocks[n].keys, walk.blocks[n].full);
+        }
+    } else {
+        visit(c, strip, 0, 1, add);
+    }
     for (i64 i = 0; i < strip.used; i++) {
         real *to = c->grad_q + line_of(c, strip, i) * c->head_dim;
         for (i64 j = 0; j < c->head_dim; j++) to[j] = given.grad_q[i * broad + j] * (real)c->scale;
     }
+    return true;
 }
 
 // The rows of keys that some of a head's strips see: from `low` to `high`.
@@ -182,7 +214,7 @@ extern "C" int attend_backward(Call *c) {
     share(c, turn && done && length && ready ? heads * parts : 0, [&](i64 n) {
         i64 head = n / parts, part = n % parts;
         i64 from = cut.strips_of_head * part / parts, to = cut.strips_of_head * (part + 1) / parts;
-        real *room = own_room.of(Desk::size(c) + Given::size(c) + 3 * MOST_LANES * BLOCK_KEYS);
+        real *room = own_room.of(Desk::size(c) + Given::size(c) + 5 * MOST_LANES * BLOCK_KEYS);
         Gains gains = {c->grad_k + head * keys * broad, c->grad_v + head * keys * broad_v, 0, nullptr};
         i64 low = 0, high = 0;
         real *own = nullptr;
@@ -198,7 +230,7 @@ extern "C" int attend_backward(Call *c) {
         gains.tables = c->sums ? c->sums + (c->parts_alone ? 0 : n * c->sums_size) : nullptr;
         for (i64 i = from; i < to; i++) {
             Strip strip(c, cut, head / c->kv_heads, head % c->kv_heads, i);
-            if (strip.used) add_strip(c, strip, room, gains);
+            if (strip.used && !add_strip(c, strip, room, gains)) failed = true;
         }
         if (parts == 1) return;
         // The parts of a head are joined one after the other, by whoever finishes the one that is next.

@@ -45,7 +45,7 @@ struct Call {
 
     // How strips are cut: queries of each of so many heads of a group. `step`: residues modulo it, one after the other.
     i64 strip_queries, strip_heads, step;
-    i64 weighing;  // how logits become weights: SOFTMAX; POINTWISE, where `score` gives weights, and 0 is masked; SOFTPICK
+    i64 weighing;  // how logits become weights: SOFTMAX; POINTWISE, where `score` gives weights, and 0 is masked; SOFTPICK; STICK
 
     // The pattern. `intervals`: intervals of keys of each query; -1: there are none, lists of blocks are read. A function may be null.
     i64 intervals;
@@ -76,6 +76,6 @@ struct Call {
 
 // Keys in one block of a list, and lanes at most.
 constexpr i64 BLOCK_KEYS = 64, MOST_LANES = 64, MOST_INTERVALS = 4;
-constexpr i64 SOFTMAX = 0, POINTWISE = 1, SOFTPICK = 2;
+constexpr i64 SOFTMAX = 0, POINTWISE = 1, SOFTPICK = 2, STICK = 3;
 constexpr real LOWEST = -__builtin_huge_val();
 constexpr double LN2 = 0.69314718055994530942, LOG2E = 1.4426950408889634074;

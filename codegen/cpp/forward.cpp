@@ -2,7 +2,8 @@
 // lanes, so that a vector holds one key and many queries, and nothing is ever added across a vector.
 
 // What a strip has come to: of each lane the highest logit (in units of log2) and the sum of weights, and sums of weighted values.
-// Where weights are taken as they are, the first is 0, and the second not read. Of a softpick the first is at least 0.
+// Where weights are taken as they are, the first is 0, and the second not read. Of a softpick the first is at least 0. Of a stick the
+// second is the logarithm of what is left of it, in units of log2.
 struct Sums {
     real *highest, *total, *values;
     i64 broad;  // width of a row of values, in whole vectors
@@ -119,7 +120,7 @@ static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const
     for (i64 i = 0; few && i < lanes * BLOCK_KEYS; i++) desk.tile[i] = 0;
     Head k = keys_of(c, strip, c->k, c->head_dim), v = keys_of(c, strip, c->v, c->head_dim_v);
     real factor = c->score ? 1 : (real)(c->scale * LOG2E);
-    visit(c, strip, part, parts, [&](i64 key, i64 count, bool full) {
+    auto add = [&](i64 key, i64 count, bool full) {
         const real *some_k[BLOCK_KEYS];
         v.fetch(key, count);
         k.fetch(key + count, most(least(BLOCK_KEYS, strip.keys - key - count), 0));  // as if blocks followed each other
@@ -134,10 +135,30 @@ static void add_up(const Call *c, const Strip &strip, i64 part, i64 parts, const
             weigh<false>(strip, desk.tile, count, factor, sums);
         else if (c->weighing == SOFTPICK)
             weigh<true>(strip, desk.tile, count, factor, sums);
+        else if (c->weighing == STICK)
+            break_sticks(strip, desk.tile, count, factor, sums.total);
         if (!sums.values) return;
         Rows some_v = v.rows(key, count, true, desk.values);
         product<true>(strip.used, sums.broad, count, desk.tile, 1, lanes, some_v.first, some_v.row, sums.values, sums.broad);
+    };
+    if (c->weighing != STICK) {
+        visit(c, strip, part, parts, add);
+        return;
+    }
+    visit_down(c, strip, part, parts, [&](i64 key, i64 count, bool full) {
+        add(key, count, full);
+        return !nothing_left(strip, sums.total);
     });
+}
+
+// What earlier keys have come to, and what later ones have: they take of what these left.
+static void join_sticks(const Strip &strip, Sums earlier, Sums later) {
+    for (i64 i = 0; i < strip.used; i++) {
+        Vector share = power_of_two(all(later.total[i]));
+        real *to = earlier.values + i * earlier.broad;
+        for (i64 j = 0; j < earlier.broad; j += WIDTH) put(to + j, at(to + j) * share + at(later.values + i * later.broad + j));
+        earlier.total[i] += later.total[i];
+    }
 }
 
 // Another logit for each lane, whose value is zero.
@@ -157,7 +178,7 @@ static bool finish(const Call *c, const Strip &strip, Sums sums) {
     add_sink(c, strip, sums);
     Vector wrong = {};
     for (i64 i = 0; i < strip.used; i++) {
-        real total = c->weighing == POINTWISE ? 1 : sums.total[i], share = total == 0 ? 0 : 1 / total, *values = sums.values + i * sums.broad;
+        real total = divides(c) ? sums.total[i] : 1, share = total == 0 ? 0 : 1 / total, *values = sums.values + i * sums.broad;
         for (i64 j = 0; j < sums.broad; j += WIDTH) {
             Vector x = at(values + j) * share;
             wrong += x * (real)0;
@@ -215,6 +236,10 @@ extern "C" int attend(Call *c) {
         Sums sums = sums_at(shared.of(0) + n * parts * sums_size, broad);
         for (i64 part = 1; part < parts; part++) {
             Sums other = sums_at(shared.of(0) + (n * parts + part) * sums_size, broad);
+            if (c->weighing == STICK) {
+                join_sticks(strip, sums, other);
+                continue;
+            }
             for (i64 i = 0; i < strip.used; i++) {
                 real a = sums.highest[i], b = other.highest[i], now = a > b ? a : b, base = now == LOWEST ? 0 : now;
                 real less = power_of_two(all(a - base))[0], more = power_of_two(all(b - base))[0];

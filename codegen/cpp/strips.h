@@ -108,24 +108,33 @@ static Kind kind_of(const Call *c, const Strip &strip, i64 key, i64 count) {
     return EMPTY;
 }
 
-// The blocks of keys between the ends of the intervals, those of one part of `parts`. An interval begins where those before it end.
+// The blocks between the ends of the intervals of a strip, in ascending order: an interval begins where those before it end.
+struct Runs {
+    i64 begin[MOST_INTERVALS], end[MOST_INTERVALS], blocks = 0;
+
+    Runs(const Call *c, const Strip &strip) {
+        for (i64 s = 0; s < c->intervals; s++) {
+            i64 at = s;
+            for (; at > 0 && begin[at - 1] > strip.begin[s]; at--) begin[at] = begin[at - 1], end[at] = end[at - 1];
+            begin[at] = strip.begin[s], end[at] = strip.end[s];
+        }
+        for (i64 s = 0, reached = 0; s < c->intervals; s++) {
+            begin[s] = most(begin[s], reached);
+            reached = most(reached, end[s]);
+            blocks += blocks_of(s);
+        }
+    }
+    i64 blocks_of(i64 s) const { return most(end[s] - begin[s] + BLOCK_KEYS - 1, 0) / BLOCK_KEYS; }
+};
+
+// The blocks of keys between the ends of the intervals, those of one part of `parts`.
 template <class F>
 static void visit_intervals(const Call *c, const Strip &strip, i64 part, i64 parts, F f) {
-    i64 begin[MOST_INTERVALS], end[MOST_INTERVALS], blocks = 0;
-    for (i64 s = 0; s < c->intervals; s++) {
-        i64 at = s;
-        for (; at > 0 && begin[at - 1] > strip.begin[s]; at--) begin[at] = begin[at - 1], end[at] = end[at - 1];
-        begin[at] = strip.begin[s], end[at] = strip.end[s];
-    }
-    for (i64 s = 0, reached = 0; s < c->intervals; s++) {
-        begin[s] = most(begin[s], reached);
-        reached = most(reached, end[s]);
-        blocks += most(end[s] - begin[s] + BLOCK_KEYS - 1, 0) / BLOCK_KEYS;
-    }
-    i64 low = blocks * part / parts, high = blocks * (part + 1) / parts, number = 0;
+    Runs runs(c, strip);
+    i64 low = runs.blocks * part / parts, high = runs.blocks * (part + 1) / parts, number = 0;
     for (i64 s = 0; s < c->intervals; s++)
-        for (i64 key = begin[s]; key < end[s]; key += BLOCK_KEYS, number++) {
-            i64 count = least(BLOCK_KEYS, end[s] - key);
+        for (i64 key = runs.begin[s]; key < runs.end[s]; key += BLOCK_KEYS, number++) {
+            i64 count = least(BLOCK_KEYS, runs.end[s] - key);
             Kind kind = number < low || number >= high ? EMPTY : kind_of(c, strip, key, count);
             if (kind != EMPTY) f(key, count, kind == FULL);
         }
@@ -151,6 +160,38 @@ static void visit(const Call *c, const Strip &strip, i64 part, i64 parts, F f) {
     else
         visit_intervals(c, strip, part, parts, f);
 }
+
+// The same blocks from the last key to the first, until f answers that this was enough.
+template <class F>
+static void visit_down(const Call *c, const Strip &strip, i64 part, i64 parts, F f) {
+    if (c->intervals < 0) {
+        i64 line = (strip.b * c->list_batch + strip.h[0] * c->list_head) * c->list_rows + strip.number;
+        i64 full = c->full_starts[line + 1], partial = c->partial_starts[line + 1];
+        i64 blocks = full - c->full_starts[line] + partial - c->partial_starts[line], low = blocks * part / parts;
+        for (i64 number = blocks - 1; number >= low; number--) {
+            bool is_full = partial == c->partial_starts[line] ||
+                           (full > c->full_starts[line] && c->full_columns[full - 1] > c->partial_columns[partial - 1]);
+            i64 key = BLOCK_KEYS * (is_full ? c->full_columns[--full] : c->partial_columns[--partial]);
+            if (number < blocks * (part + 1) / parts && !f(key, least(BLOCK_KEYS, strip.keys - key), is_full)) return;
+        }
+        return;
+    }
+    Runs runs(c, strip);
+    i64 low = runs.blocks * part / parts, high = runs.blocks * (part + 1) / parts, number = runs.blocks;
+    for (i64 s = c->intervals - 1; s >= 0; s--)
+        for (i64 n = runs.blocks_of(s) - 1; n >= 0; n--) {
+            if (--number < low) return;
+            i64 key = runs.begin[s] + n * BLOCK_KEYS, count = least(BLOCK_KEYS, runs.end[s] - key);
+            Kind kind = number >= high ? EMPTY : kind_of(c, strip, key, count);
+            if (kind != EMPTY && !f(key, count, kind == FULL)) return;
+        }
+}
+
+// Whether weights are divided by their sum, whose logarithm is in the LSE.
+static bool divides(const Call *c) { return c->weighing == SOFTMAX || c->weighing == SOFTPICK; }
+
+// How many blocks of keys a strip visits at most.
+static i64 most_blocks(const Call *c, const Strip &strip) { return strip.keys / BLOCK_KEYS + MOST_INTERVALS + 1; }
 
 static void hide(const Call *c, const Strip &strip, i64 key, i64 count, real *tile) {
     if (c->intervals < 0)

@@ -24,7 +24,7 @@ from sparsedsl.lang.symbols import BATCH, HEAD, KV_LEN, Q_LEN
 from sparsedsl.lang.tables import table_reads, table_specs
 from sparsedsl.plain_values import Reported
 
-__all__ = ["GROWS", "STATE", "CacheBound", "pattern_bound"]
+__all__ = ["GROWS", "NOTHING", "STATE", "CacheBound", "pattern_bound"]
 
 GROWS, STATE, NOTHING = "grows", "state", "nothing"
 # More queries than any sequence has: a key that is read up to here is never done with.
@@ -35,11 +35,13 @@ ENDLESS = 1 << 48
 class CacheBound(Reported):
     """What later queries may ask for of the keys seen so far; made by :func:`sparsedsl.cache_bound`.
 
-    - ``kind``: the parts of it, joined by `` + ``: ``"first"``, ``"ring"``, ``"strided"``; or ``"grows"`` (any key may be asked for
-      again), ``"state"`` (a program that keeps a state), ``"nothing"``.
+    - ``kind``: the parts of it, joined by `` + ``: ``"first"``, ``"ring"``, ``"strided"``, ``"blocks"``; or ``"grows"`` (any key may be
+      asked for again), ``"state"`` (a program that keeps a state), ``"nothing"``.
     - ``first``: so many first keys stay. ``recent``: a query sees no other key further back than this many, its own included: the ring.
       Numbers, or expressions in ``h`` and ``b`` where heads or batch entries differ.
     - ``every``, ``residues``: keys with ``kv_idx % every`` among these stay, too. None: there are none.
+    - ``blocks``: of a program that reads other keys only by rows for blocks of them, which calls give: input name -> keys in a block. These
+      rows all stay, and grow by one a block; ``keep`` and ``most`` are about keys.
     - ``verdict``: PROVED that this is enough, for all lengths and tables. Of what grows: why, with a pair where one is known.
     - ``witnesses``: ``"first"``, ``"recent"``, ``"every"`` -> a pair that is lost if the number is one less (a remainder is left out).
     - ``causal``: whether no query sees a later key. Where one does, keys must come in the same call as the queries that see them.
@@ -56,6 +58,7 @@ class CacheBound(Reported):
     recent: int | Index = 0
     every: int | None = None
     residues: tuple[int, ...] = ()
+    blocks: Mapping[str, int] = field(default_factory=dict)
     witnesses: Mapping[str, Witness] = field(default_factory=dict)
     causal: Verdict = PROVED
     step: str = ""
@@ -63,7 +66,7 @@ class CacheBound(Reported):
 
     @property
     def is_bounded(self) -> bool:
-        """Whether fewer keys than all are enough in the long run. What has a strided part grows, too, but slower."""
+        """Whether fewer keys than all are enough in the long run. What has a strided part, or blocks, grows, too, but slower."""
         return self.kind not in (GROWS, STATE)
 
     @property
@@ -232,6 +235,7 @@ class CacheBound(Reported):
             if self.every is not None:
                 which = ", ".join(map(str, self.residues))
                 parts.append(f"keys with kv_idx % {self.every} {f'== {which}' if len(self.residues) == 1 else f'in ({which})'}")
+            parts += [f"a row of {name} for each {size:,} keys" for name, size in self.blocks.items()]
             text = f"{self.kind}: {', '.join(parts) or 'no key of the past'}; {self.verdict}{'' if self.tight else '; perhaps fewer'}"
         else:
             text = f"{self.kind}: {', '.join(parts) or self._why()}"
@@ -270,7 +274,7 @@ def pattern_bound(pattern: Pattern) -> CacheBound:
     words = {"first": first, "ring": recent, "strided": share.every}
     kind = " + ".join(word for word, part in words.items() if part is not None and str(part) != "0")
     return CacheBound(
-        kind or NOTHING, pattern, found.verdict, first, recent, share.every, share.residues, dict(found.witnesses), causal
+        kind or NOTHING, pattern, found.verdict, first, recent, share.every, share.residues, {}, dict(found.witnesses), causal
     )  # fmt: skip
 
 

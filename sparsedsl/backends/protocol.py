@@ -80,8 +80,13 @@ class Backend(ABC):
         return None
 
     def refusal_by_now(self, request: Request, patience: Patience) -> str | None:
-        """The same for ``auto``, which waits no longer than ``patience``: :class:`~sparsedsl.runtime.request.NotYet` where it would."""
+        """The same for ``auto``, which waits no longer than ``patience``: :class:`~sparsedsl.runtime.request.NotYet` where it would. A
+        patience that only asks begins no build."""
         return self.refusal(request)
+
+    def unbuilt(self, request: Request, *, by_name: bool) -> str:
+        """What a call has to wait for that nobody has begun to build, in words; or "". ``by_name``: the call asks for this backend."""
+        return ""
 
     def preference(self, request: Request) -> int:
         """How much ``auto`` likes it for a piece of work that it can do; 0: it is taken only where it is asked for by name."""

@@ -58,7 +58,7 @@ def choose(
         UnsupportedError: the backend that was asked for cannot. Nothing is ever replaced by something else without being asked for.
     """
     if backend != AUTO:
-        check_runs([request], backend)
+        check_runs([request], backend, patience)
         return Plan(backend, "asked for")
     liked = [(other.preference(request), other) for other in BACKENDS.values()]
     ranked = [other for liking, other in sorted(liked, key=lambda entry: -entry[0]) if liking > 0]
@@ -79,14 +79,15 @@ def choose(
     raise UnsupportedError(f"no backend can run this call: {'; '.join(refused)}")
 
 
-def check_runs(requests: Sequence[Request], backend: str) -> None:
-    """Whether a backend does all of the work of a call.
+def check_runs(requests: Sequence[Request], backend: str, patience: Patience | None = None) -> None:
+    """Whether a backend does all of the work of a call. ``patience``: where it only asks, nothing is built for the answer.
 
     Raises:
         UnsupportedError: it does not; the message names what does, or what to change, each tried on these very requests.
     """
     chosen = named(backend)
-    why = _refusal(chosen, requests)
+    asking = patience if patience is not None and patience.asks else None
+    why = _refusal(chosen, requests) if asking is None else _joined(_lasting(chosen, request, asking) for request in requests)
     if why is not None:
         why = why.removesuffix(". Use backend='tiled'")  # the way out of a generator, of which all are listed here
         raise UnsupportedError(f"backend {backend!r} cannot run this call: {why}. {_ways_out(chosen, requests)}")
@@ -95,6 +96,12 @@ def check_runs(requests: Sequence[Request], backend: str) -> None:
 def _refusal(backend: Backend, requests: Iterable[Request]) -> str | None:
     """All that it refuses, each reason once."""
     return _joined(backend.refusal(request) for request in requests)
+
+
+def _lasting(backend: Backend, request: Request, patience: Patience) -> str | None:
+    """What it refuses for good: a call that asks for it by name waits for the rest."""
+    why = backend.refusal_by_now(request, patience)
+    return None if isinstance(why, NotYet) else why
 
 
 def _joined(reasons: Iterable[str | None]) -> str | None:

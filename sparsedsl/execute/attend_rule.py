@@ -43,7 +43,7 @@ from sparsedsl.selection.scores_at_blocks import selected_scores
 from sparsedsl.selection.selected_call import SelectedAgain, SelectedCall
 from sparsedsl.selection.union_lists import joined_lists
 
-__all__ = ["attend_node"]
+__all__ = ["attend_node", "chunk_weights"]
 
 Tensor = torch.Tensor
 # Output, and LSE where it is wanted.
@@ -64,7 +64,7 @@ def attend_node(run: Lowering, node: Attend) -> Any:
         raise ShapeError(f"attend(): {q.shape[1]} query heads are no multiple of {kv_heads} key heads")
     if not k.shape[2]:
         return _no_rows(run, node, q, k, v)
-    weights, log_total = _weights(run, node)
+    weights, log_total = chunk_weights(run, node)
     work = _AttendCall(run, node, parts, weights, places)
     found = [work.of(rows, q, k, v) for rows in work.pieces()]
     out, lse = (
@@ -266,19 +266,21 @@ def _again(node: Attend, choice: Choice | None, near: Again | None, far: Selecte
     first = near(q, k, v, q_offset) if near is not None else None
     if far is None or choice is None:
         return first
-    weights, log_total = (None, None) if node.normaliser is None else _weights(run, node)
+    weights, log_total = (None, None) if node.normaliser is None else chunk_weights(run, node)
     if near is not None and first is None:
         return None
     found = far(q, k, v, q_offset, run.value(choice), weights, first)
     return found if found is None or node.normaliser is None else (found[0], log_total)
 
 
-def _weights(run: Lowering, node: Attend) -> tuple[Tensor | None, Tensor | None]:
+def chunk_weights(run: Lowering, node: Attend) -> tuple[Tensor | None, Tensor | None]:
     """Those of the chunks of its normaliser, along the lists, and the logarithm of their sum for each query head, where somebody reads it;
     None without a normaliser."""
     rule = node.normaliser
     if rule is None:
         return None, None
+    if node in run.chunk_weights:
+        return run.chunk_weights[node]
     weights, log_total = run.dispatch.weighed(selected_scores(run.value(rule.scores), run.value(rule.selected)), rule.weights)
     return weights, repeat_kv(log_total, run.call.q.shape[1]) if node in run.weighed else None
 

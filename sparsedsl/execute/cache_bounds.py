@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from sparsedsl.analysis.cached_keys import GROWS, STATE, CacheBound, pattern_bound
+from sparsedsl.analysis.cached_keys import GROWS, NOTHING, STATE, CacheBound, pattern_bound
 from sparsedsl.analysis.proofs import PROVED, Verdict
+from sparsedsl.analysis.report import ITEM_BYTES
 from sparsedsl.analysis.token_reach import program_causality
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.dispatch import Dispatch
@@ -19,8 +22,9 @@ from sparsedsl.execute.node_rules import lowered
 from sparsedsl.execute.state import STATE_RULES, advanced, first_kept, horizon
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern, attend
-from sparsedsl.program.axes import base_of, rows_on
-from sparsedsl.program.branches import Attend
+from sparsedsl.program import scores, select
+from sparsedsl.program.axes import base_of, block_of, rows_on, windows_of
+from sparsedsl.program.branches import Attend, Joint, Mix
 from sparsedsl.program.decided import assume, possible
 from sparsedsl.program.graph import Program, as_program
 from sparsedsl.program.node import Node
@@ -29,7 +33,7 @@ from sparsedsl.program.select import choices_in
 from sparsedsl.program.tensors import OWN, Input, k, v
 from sparsedsl.runtime.program_call import check_program_call
 
-__all__ = ["cache_bound", "union_of"]
+__all__ = ["beside_blocks", "cache_bound", "union_of"]
 
 
 def cache_bound(pattern: Any) -> CacheBound:
@@ -40,7 +44,8 @@ def cache_bound(pattern: Any) -> CacheBound:
 
     Returns:
         :class:`~sparsedsl.analysis.cached_keys.CacheBound`; ``print`` it. Programs of recurrences and windows have kind ``"state"``:
-        calls with ``return_state=True`` make it. Programs that choose among all keys have kind ``"grows"``, and ``step`` says what a step
+        calls with ``return_state=True`` make it. Programs of windows beside compressed keys have ``"blocks"`` in their kind, and keep what
+        their windows see. Programs that choose among all keys have kind ``"grows"``, and ``step`` says what a step
         of decoding reads of them.
 
     Raises:
@@ -71,6 +76,11 @@ def _program_bound(program: Program) -> CacheBound:
     if union is not None:
         return pattern_bound(union)
     causal = program_causality(program)
+    beside = beside_blocks(program)
+    if beside is not None and (near := pattern_bound(beside[0])).is_bounded:
+        kind = "blocks" if near.kind == NOTHING else f"{near.kind} + blocks"
+        size = functools.partial(_block_bytes, program, near)
+        return replace(near, kind=kind, blocks=beside[1], causal=causal, step=_step(program), state_bytes=size)
     try:
         back, first = horizon(program), first_kept(program)
     except UnsupportedError as error:
@@ -106,6 +116,50 @@ def union_of(program: Program) -> Pattern | None:
     return attend(functools.reduce(operator.or_, masks)) if masks else None
 
 
+_ON_BLOCKS = (
+    Joint, Mix, scores.Dot, scores.Relu, scores.Scaled, scores.Weighted, scores.Plus, scores.Softmax, scores.Grouped, scores.GivenScores,
+    select.TopK, select.TopP, select.Threshold,
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def beside_blocks(program: Program) -> tuple[Pattern, dict[str, int]] | None:
+    """Of a program that sees keys as they are by masks alone, and else rows for blocks of keys that calls give: one pattern that asks for
+    these keys, and the inputs with such rows -> keys in a block. None: it is another.
+
+    >>> import sparsedsl as sd
+    >>> pattern, blocks = beside_blocks(sd.Program(sd.patterns.hca(block=8, window=16)))
+    >>> print(pattern.mask, blocks)
+    (kv_idx <= q_idx) & (q_idx - kv_idx < 16) {'entries': 8}
+    >>> beside_blocks(sd.Program(sd.patterns.moba(8, 2))) is None
+    True
+    """
+    masks, blocks = [], dict[str, int]()
+    for node in program.everything:
+        if isinstance(node, Input):
+            of_blocks = [axis for axis in node.axes if base_of(axis) == "keys" and axis != "keys"]
+            if any(map(windows_of, of_blocks)):
+                return None
+            blocks.update((node.name, block_of(axis)) for axis in of_blocks)
+        elif isinstance(node, Attend) and node.y.axes[2] == "keys":
+            if (
+                not isinstance(node.y, Input)
+                or not isinstance(node.z, Input)
+                or any(_is_node(x) for x in node.pattern.bound.values())
+            ):
+                return None
+            masks.append(node.pattern.mask)
+        elif not isinstance(node, (Attend, *_ON_BLOCKS)) or any(
+            "keys" in child.axes for child in node.inputs if isinstance(child, Input)
+        ):
+            return None
+    return (attend(functools.reduce(operator.or_, masks)), blocks) if masks and blocks else None
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Node)
+
+
 def _step(program: Program) -> str:
     """What a step of decoding reads, where it chooses, with summaries kept; else nothing."""
     parts: list[str] = []
@@ -137,17 +191,11 @@ def _state_bytes(
         "head_dim": head_dim, "value_dim": head_dim_v, "queries": 1, "keys": 1, **sizes,
     }  # fmt: skip
 
-    def size(axis: str) -> int:
-        if axis.isdecimal():
-            return int(axis)
-        base = base_of(axis)
-        return rows_on(axis, known.get(base, head_dim if base.endswith("dim") else kv_heads))
-
     def zeros(node: Input) -> torch.Tensor:
         axes = (node.axes[0], "value_heads", *node.axes[2:]) if node is v else node.axes
-        return torch.zeros([size(axis) for axis in axes], dtype=getattr(torch, dtype))
+        return torch.zeros([_size(axis, known) for axis in axes], dtype=getattr(torch, dtype))
 
-    asked = [node for node in program.inputs.values() if node.default is None or node.name in given]
+    asked = _asked(program, given)
     made = {node.name: zeros(node) for node in (*OWN, *asked)}
     with torch.no_grad():
         call = check_program_call(program, made.pop("q"), made.pop("k"), made.pop("v"), {**made, **tables})
@@ -156,3 +204,34 @@ def _state_bytes(
         state = advanced(call, run.dispatch, run.after)
     rows = sum(tensor.numel() * tensor.element_size() for tensor in state.recent.values())
     return state.nbytes - rows + rows * min(kept, length)
+
+
+def _asked(program: Program, given: Collection[str]) -> list[Input]:
+    return [node for node in program.inputs.values() if node.default is None or node.name in given]
+
+
+def _size(axis: str, known: Mapping[str, int]) -> int:
+    """How many rows an axis has in a call of these sizes; what is named nowhere is as wide or as many as the heads of keys are."""
+    if axis.isdecimal():
+        return int(axis)
+    base = base_of(axis)
+    return rows_on(axis, known.get(base, known["head_dim"] if base.endswith("dim") else known["kv_heads"]))
+
+
+def _block_bytes(
+    program: Program, near: CacheBound, length: int, kv_heads: int, head_dim: int, dtype: str, *, head_dim_v: int, batch: int,
+    heads: int | None, sizes: Mapping[str, int], given: Collection[str], tables: Mapping[str, torch.Tensor],
+) -> int:  # fmt: skip
+    """What the keys that ``near`` asks for take, and the rows for all blocks that are over."""
+    known = {
+        "batch": batch, "heads": heads or kv_heads, "one": 1, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": head_dim_v,
+        "queries": 1, **sizes,
+    }  # fmt: skip
+    kept = {"keys": near.most(length, batch=batch, heads=heads, **tables)}
+    numbers = 0
+    for node in dict.fromkeys([*OWN, *_asked(program, given)]):
+        (axis,) = [axis for axis in node.axes if base_of(axis) == "keys"] or [""]
+        if axis:
+            others = math.prod(_size(other, known) for other in node.axes if other != axis)
+            numbers += others * kept.get(axis, length // block_of(axis))
+    return numbers * ITEM_BYTES[dtype]

@@ -24,7 +24,7 @@ from sparsedsl.execute import operators
 from sparsedsl.execute.call_words import CallWords
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.empty import run_empty
-from sparsedsl.execute.kept_summaries import KeptSummaries
+from sparsedsl.execute.kept_summaries import BlockRows, KeptSummaries
 from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
 from sparsedsl.execute.relocated_calls import relocated_call
@@ -166,7 +166,7 @@ class Calls:
             moved, positions, offset = relocated_call(self.program, words.where, q, k, v, words.named)
             offset = words.q_offset if offset is None else offset
             words = words._replace(named={**words.named, **positions}, q_offset=offset, where=None)
-            return self._at(moved).attend_now(q, k, v, words)
+            return self.at(moved).attend_now(q, k, v, words)
         if summaries is not None:
             self._check_kept(summaries)
         if self.static is not None and state is None and not words.return_state:
@@ -195,7 +195,7 @@ class Calls:
             keeps = (
                 words.state is None and not checked.needs_grad and takes_any_position(self.program) and not transforms_active()
             )
-            run = self._evaluation(checked, words.return_lse, keeps and checked.q.is_cpu, words.summaries)
+            run = self.evaluation(checked, words.return_lse, keeps and checked.q.is_cpu, words.summaries)
             out, lse = run.value(self.program.root)
             after = None
             if words.return_state:
@@ -206,15 +206,16 @@ class Calls:
                 self._repeated.remember(checked, (words.scale,), _kind(checked, run, words.return_lse))
         return out.to(checked.q.dtype), lse, after
 
-    def _at(self, where: Relocation) -> Calls:
+    def at(self, where: Relocation) -> Calls:
         """What makes calls that stand there."""
         if where == Relocation():
             return self
         return self._elsewhere.get(where, [], lambda: Calls(relocated(self.program, where), self.backend, self.allow))
 
-    def _evaluation(
-        self, call: ProgramCall, lse: bool, keeps: bool = False, summaries: KeptSummaries | None = None
+    def evaluation(
+        self, call: ProgramCall, lse: bool, keeps: bool = False, summaries: BlockRows | None = None
     ) -> Evaluation:  # fmt: skip
+        """One evaluation of a checked call, which asks for no node yet."""
         if self.backend == "reference":
             return Reference(call)
         if self.backend != AUTO:
@@ -268,7 +269,7 @@ class Calls:
         warn_of_slips(self.program.expressions, q, k, words.q_offset, words.layout)
         call = check_program_call(self.program, q, k, v, words.named, q_offset=q_offset)
         with torch.no_grad():
-            run = self._evaluation(call, False)
+            run = self.evaluation(call, False)
             values = {self.program.labels[node]: run.value(node) for node in self.program.order if node.chooses}
         return {label: value for label, value in values.items() if not isinstance(value, ScoreSource)}
 

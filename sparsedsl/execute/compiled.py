@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
-from sparsedsl.analysis.domain import Domain
+from sparsedsl.analysis.domain import Domain, check_size
 from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import block_pair
 from sparsedsl.backends.flex import attention as flex
 from sparsedsl.backends.registry import named
-from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.errors import ArgumentError, ShapeError, UnsupportedError
 from sparsedsl.execute.call_words import CallWords
 from sparsedsl.execute.calls import Calls
 from sparsedsl.execute.explanation import Explanation, explain
@@ -21,17 +22,17 @@ from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.execute.layouts import LAYOUTS, in_bshd, swapped
 from sparsedsl.execute.packed_face import PackedFace
 from sparsedsl.execute.requests import requests_of
+from sparsedsl.execute.sharded_calls import are_sharded, sharded_call
 from sparsedsl.execute.state import ProgramState
 from sparsedsl.execute.static import StaticAttention
 from sparsedsl.html_card import card
-from sparsedsl.lang.advice import check_word
+from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.lang.thumbnail import thumbnail
 from sparsedsl.program.effect_rules import reasons
 from sparsedsl.program.glance import picture_of
 from sparsedsl.program.graph import Program
-from sparsedsl.runtime.arguments import arranged, joined_tables
+from sparsedsl.runtime.arguments import joined_tables
 from sparsedsl.runtime.call import bind_tables, exactly
 from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.standing import said_standing
@@ -117,7 +118,8 @@ class Attention(PackedFace):
                 read. Keys may have gaps: a key that is not there is as if masked. Programs that work on blocks of tokens want whole ones.
             head_offset: of a part of the heads the number of its first head, which then is the first ``h``. heads: how many the whole has.
             cp: ``plan.on(mesh)`` of :func:`sparsedsl.parallel.plan`: q, k and v are the rows of this rank, and keys of others are sent.
-                Tables are those of the whole; gradients of learned ones are this rank's part.
+                Inputs of programs that have a row a query, a key or a block of keys are this rank's, too. Tables are those of the whole;
+                gradients of learned ones are this rank's part. ``torch.compile`` ends its graph before the call and begins another behind.
             whole: ``(q_len, kv_len)`` of the whole, for what reads these lengths where positions are given.
             state: what an earlier call returned: q, k, v and inputs then are those of the tokens after it.
             return_state: also return the state after the last key, for programs that keep one.
@@ -142,6 +144,9 @@ class Attention(PackedFace):
             where = said_standing(q_positions, kv_positions, head_offset, heads, whole, q_offset=q_offset)
         words = CallWords(named, q_offset, return_lse, scale, where, state, return_state, summaries, self.layout)
         if cp is not None:
+            # What ranks do together is no part of a graph: it ends before the call, and another begins behind.
+            if torch.compiler.is_compiling():
+                return torch.compiler.disable(self._planned)(cp, q, k, v, words)
             return self._planned(cp, q, k, v, words)
         if self.layout == "bhsd":
             return self._calls(q, k, v, words)
@@ -153,31 +158,42 @@ class Attention(PackedFace):
 
     def _planned(self, cp: Any, q: Any, k: Any, v: Any, words: CallWords) -> Any:
         """The call on this rank's rows, with the keys of others that they see."""
-        said = words.return_state or not words.q_offset is words.where is words.state is words.summaries is None
-        if said or torch.compiler.is_compiling() or self.layout != "bhsd":
+        if not hasattr(cp, "attend"):
+            raise ArgumentError(f"cp must be what plan.on(mesh) of sd.parallel.plan gives; got {shown(cp)}")
+        stands = words.where is not None and not (words.where.queries is words.where.keys is words.where.lengths is None)
+        if stands or words.return_state or not words.q_offset is words.state is words.summaries is None:
             raise UnsupportedError(
-                "cp= knows where rows stand: it takes no q_offset, positions, head_offset, state or summaries; nor is it part of a graph "
-                "(torch.compile), or of layout='bshd': call it outside, on q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)"
+                "cp= knows where rows stand: it takes no q_offset, positions, whole, state or summaries. Leave them out"
             )
-        cp.check(self.pattern, by_kept_name(words.named, self._calls.table_names))
-        q, k, v, _ = arranged(q, k, v, None)
-        k, v, where = cp.gathered(q, k, v)
-        return self._calls(q, k, v, words._replace(where=where))
+        if self.layout == "bshd":
+            q, k, v = swapped(q), swapped(k), swapped(v)
+        run = functools.partial(cp.attend, self._calls)
+        try:
+            result = sharded_call(self.program, run, q, k, v, words) if are_sharded(q, k, v) else run(q, k, v, words)
+        except ShapeError as error:
+            raise (error if self.layout == "bhsd" else in_bshd(error)) from None
+        if self.layout == "bhsd":
+            return result
+        return (swapped(result[0]), *result[1:]) if isinstance(result, tuple) else swapped(result)
 
-    def keep_summaries(self) -> KeptSummaries:
+    def keep_summaries(self, max_length: int | None = None) -> KeptSummaries:
         """An empty place for summaries of blocks of keys; pass it to all calls of one sequence as ``summaries=``.
 
         A step of decoding then reads the keys that it attends to, one row for each block, and the keys of the block that is not over:
         see :class:`~sparsedsl.execute.kept_summaries.KeptSummaries`.
 
+        Args:
+            max_length: take memory for so many tokens at once, which more tokens move; None: as they come.
+
         Raises:
+            ShapeError: ``max_length`` is no length.
             UnsupportedError: the program sums up no keys.
         """
         if not summarised(self.program):
             raise UnsupportedError(
                 f"{self.program!r} makes no summaries or bounds of keys that could be kept; call it without summaries="
             )
-        return KeptSummaries(self.program)
+        return KeptSummaries(self.program, None if max_length is None else check_size("max_length", max_length, 1))
 
     @property
     def has_lse(self) -> bool:

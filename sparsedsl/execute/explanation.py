@@ -83,6 +83,7 @@ class Explanation(Reported):
         plan: who runs it and why; of several backends their names together. None: nobody can, and ``refusal`` says why and what to do.
         analysis: what it costs.
         details: how the backend would go about it: the schedule of `tiled`, the kernels of `triton`.
+        unbuilt: what the first call has to wait for, as nobody has compiled it yet; or "". To explain compiles nothing.
         structure: of a static pattern, the solved clauses of its mask.
         steps: of a program, node -> how it runs, in words.
         others: name of each backend that cannot run the call -> why not.
@@ -97,6 +98,7 @@ class Explanation(Reported):
     refusal: str | None
     analysis: Analysis | ProgramAnalysis
     details: tuple[str, ...] = ()
+    unbuilt: str = ""
     structure: tuple[str, ...] = ()
     steps: Mapping[Node, str] | None = None
     others: Mapping[str, str] | None = None
@@ -138,6 +140,8 @@ class Explanation(Reported):
             lines = [f"backend: none. {self.refusal}"]
         else:
             lines = [f"backend: {self.plan.backend} ({self.plan.reason})"]
+            if self.unbuilt:
+                lines.append(self.unbuilt)
             if self.details:
                 lines += [f"{named(self.plan.backend).details}:", *(f"  {line}" for line in self.details)]
         lines += self._times()
@@ -178,6 +182,7 @@ class Explanation(Reported):
         plan = "none" if self.plan is None else f"{self.plan.backend} ({self.plan.reason})"
         facts = [("backend", plan if self.refusal is None else f"{plan}. {self.refusal}")]
         facts += [(named(self.plan.backend).details, line.strip()) for line in self.details[:4] if self.plan is not None]
+        facts += [("first call", self.unbuilt)] if self.unbuilt else []
         facts += [(f"expected of {name}", seconds_text(seconds)) for name, seconds in self.expected.items()]
         facts += [(f"not on {name}", why) for name, why in (self.others or {}).items()]
         facts += [*found.facts(), *([("cache", self.cache)] if self.cache else [])]
@@ -250,23 +255,32 @@ def _of_program(
     whole = backend != AUTO and named(backend).reads_whole_tables
     asked = requests_of(program, facts, whole_tables=whole, sizes=sizes)
     everything = [request for requests in asked.values() for request in requests]
-    patience = Patience()
+    patience = Patience(asks=True)
     try:
         if backend != AUTO:
-            check_runs(everything, backend)
+            check_runs(everything, backend, patience)
         plans = {node: [choose(request, backend, patience=patience) for request in requests] for node, requests in asked.items()}
     except UnsupportedError as error:
         return Explanation(None, str(error), analysis, others=refusals(everything, patience))
     every = [plan for found in plans.values() for plan in found]
     names = dict.fromkeys(plan.backend for plan in every)
-    plan = Plan(", ".join(names), "; ".join(dict.fromkeys(plan.reason for plan in every)))
+    plan = Plan(", ".join(names), "; ".join(dict.fromkeys(why for plan in every for why in plan.reason.split("; "))))
     ways = {}
     for node in program.everything:
         done = [found.backend for found in plans.get(node, [])]
         way = way_of(node, list(zip(asked.get(node, []), done, strict=True)), backend, facts)
         if way is not None:
             ways[node] = named(backend).way(Request("attention", facts)) if backend == "reference" else way
-    return Explanation(plan, None, analysis, steps=ways, others=refusals(everything, patience))
+    unbuilt = _unbuilt(
+        ((request, plan) for node, found in plans.items() for request, plan in zip(asked[node], found, strict=True)), backend
+    )
+    return Explanation(plan, None, analysis, unbuilt=unbuilt, steps=ways, others=refusals(everything, patience))
+
+
+def _unbuilt(work: Iterable[tuple[Request, Plan]], backend: str) -> str:
+    """What calls have to wait for, each thing once."""
+    words = (named(plan.backend).unbuilt(request, by_name=backend != AUTO) for request, plan in work)
+    return "; ".join(dict.fromkeys(filter(None, words)))
 
 
 # What `explain` takes by keyword beside tables.
@@ -284,7 +298,7 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
     domain = exactly(pattern.exprs, Domain(facts.q_len, facts.kv_len, q_offset, facts.batch, facts.heads, bound))
     plan, refusal = None, None
     details: tuple[str, ...] = ()
-    request, patience = static.request(facts), Patience()
+    request, patience = static.request(facts), Patience(asks=True)
     try:
         plan = choose(request, backend, patience=patience)
         details = static.runner(plan.backend).described(domain, facts)
@@ -298,8 +312,9 @@ def _of_pattern(static: StaticAttention, backend: str, facts: CallFacts, q_offse
     able = [name for name in BACKENDS if name not in others]
     if facts.q_len > LONGEST_COMPARED:
         able = [name for name in able if plan is not None and name == plan.backend]
+    unbuilt = "" if plan is None else _unbuilt([(request, plan)], backend)
     return Explanation(
-        plan, refusal, analysis, details, tuple(_clause_lines(pattern)), others=others, _device=facts.device,
+        plan, refusal, analysis, details, unbuilt, tuple(_clause_lines(pattern)), others=others, _device=facts.device,
         _expect=functools.partial(_expected_seconds, static, domain, facts, analysis, able),
     )  # fmt: skip
 

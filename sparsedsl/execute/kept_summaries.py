@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,11 +23,18 @@ from sparsedsl.program.tensors import Input, Summary
 from sparsedsl.runtime.call import wants_grad
 from sparsedsl.torch_private import transforms_active
 
-__all__ = ["KeptSummaries", "finished_blocks", "summarised"]
+__all__ = ["BlockRows", "KeptSummaries", "finished_blocks", "summarised"]
 
 Tensor = torch.Tensor
 # Rows of which the unfinished block is none -> one row for every block of them; of bounds both stacked, the least first.
 Pooling = Callable[[Tensor], Tensor]
+
+
+class BlockRows(Protocol):
+    """What an evaluation asks for one row of every block of an input of keys."""
+
+    def rows(self, node: Any, name: str, x: Tensor, pool: Pooling) -> Tensor:
+        """What ``node`` gives of the input ``name``, which is ``x``, and which ``pool`` sums up."""
 
 
 def summarised(program: Program) -> dict[Node, Input]:
@@ -74,7 +81,8 @@ def _finished(block: int, stride: int, tokens: int) -> int:
 class KeptSummaries:
     """What calls of one program have made of blocks of keys; made by :meth:`sparsedsl.Attention.keep_summaries`.
 
-    Each call is given all keys so far: those of the call before, and what came since. ``tokens``: keys of the last call.
+    Each call is given all keys so far: those of the call before, and what came since. ``tokens``: keys of the last call. ``max_length``:
+    so many tokens have memory from the beginning; None: it grows with them.
 
     >>> import torch, sparsedsl as sd
     >>> attn = sd.compile(sd.patterns.moba(chunk=16, top_k=2))
@@ -86,8 +94,8 @@ class KeptSummaries:
     (True, 64, 1024)
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program.key
+    def __init__(self, program: Program, max_length: int | None = None) -> None:
+        self.program, self.max_length = program.key, max_length
         self.tokens = 0
         self._rows: dict[str, _Rows] = {}
 
@@ -118,7 +126,9 @@ class KeptSummaries:
             return pool(x) if known is None else known.buffer[..., :done, :]
         made = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
         if known is None or known.buffer.shape[-2] < before + made.shape[-2]:
-            room = made.new_empty((*made.shape[:-2], max(16, 2 * (before + made.shape[-2])), made.shape[-1]))
+            blocks = before + made.shape[-2]
+            most = 0 if self.max_length is None else -(-self.max_length // stride)
+            room = made.new_empty((*made.shape[:-2], most if most >= blocks else max(16, 2 * blocks), made.shape[-1]))
             if known is not None:
                 room[..., :before, :] = known.buffer[..., :before, :]
             known = self._rows[node.key] = _Rows(block, stride, room, before, None if known is None else known.last)

@@ -48,6 +48,10 @@ def run_linear(
     check_decays(node, gate, write, call.dtype)
     scale = call.scale or node.scale or q.shape[3] ** -0.5
     q, k, v, scale = _made(node, q, k, v, write, scale, call.dtype)
+    if node.first:  # (values too: nobody sees them, whatever they hold)
+        k, v = (torch.cat([torch.zeros_like(x[:, :, : node.first]), x[:, :, node.first :]], dim=2) for x in (k, v))
+    if node.delay and rows is None:  # each key is written so many tokens later
+        k, v = (functional.pad(x, (0, 0, node.delay, 0))[:, :, : x.shape[2]] for x in (k, v))
     words: dict[str, Any] = {"scale": scale, "q_offset": offset, "state": call.state_of(node), "documents": documents}
     if node.form:
         log_decay = _logarithms(node, gate, heads, k, call.dtype)
@@ -94,6 +98,7 @@ _FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda x: x * torch.rsqrt((x * x).sum(3, keepdim=True) + 1e-6),
     "elu1": lambda x: functional.elu(x) + 1,
     "relu": torch.relu,
+    "exp": torch.exp,
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from sparsedsl.execute.dispatch import Dispatch
-from sparsedsl.execute.kept_summaries import KeptSummaries, Pooling
+from sparsedsl.execute.kept_summaries import BlockRows, Pooling
 from sparsedsl.lang.symbols import Q_IDX
 from sparsedsl.lang.tables import TableRead, read_class, table_reads
 from sparsedsl.lang.wrapped import Expression
@@ -38,18 +38,20 @@ class Lowering(Evaluation):
     ``dispatch``: who does the work. ``lse``: whether the root's is wanted. ``shortcuts``: those of the kind of call, if it is known.
     ``keeps``: rules leave shortcuts for later calls of this kind. ``after``: of recurrences that ran, how many keys they
     read, and the state after these.
-    ``summaries``: what earlier calls made of blocks of keys, if it is kept.
+    ``summaries``: what knows the rows of blocks of keys, if that is not the call itself: earlier calls, or other devices.
+    ``chunk_weights``: of attentions whose chunks were weighed in another evaluation.
     """
 
     def __init__(
         self, rules: Mapping[type[Node], Rule], call: ProgramCall, dispatch: Dispatch, *, lse: bool,
-        shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False, summaries: KeptSummaries | None = None,
+        shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False, summaries: BlockRows | None = None,
     ) -> None:  # fmt: skip
         super().__init__(rules, call)
         self.summaries = summaries
         self.dispatch, self.keeps = dispatch, keeps
         self.shortcuts: dict[Node, Shortcut] = {} if shortcuts is None else shortcuts
         self.after: dict[Node, tuple[int, Any]] = {}
+        self.chunk_weights: dict[Node, tuple[Tensor | None, Tensor | None]] = {}
         if shortcuts is not None:
             self.values.update(call.inputs.items())
         # Branches whose LSE somebody reads: FlexAttention has none on CPU, and the others save the work.

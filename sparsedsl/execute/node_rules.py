@@ -6,7 +6,7 @@ import torch
 
 from sparsedsl.execute.attend_rule import attend_node
 from sparsedsl.execute.dispatch import Dispatch
-from sparsedsl.execute.kept_summaries import KeptSummaries
+from sparsedsl.execute.kept_summaries import BlockRows
 from sparsedsl.execute.linear_rule import run_linear
 from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.score_rules import SCORE_RULES
@@ -39,7 +39,7 @@ Result = tuple[Tensor, Tensor | None]
 
 def lowered(
     call: ProgramCall, dispatch: Dispatch, *, lse: bool, shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False,
-    summaries: KeptSummaries | None = None,
+    summaries: BlockRows | None = None,
 ) -> Lowering:  # fmt: skip
     """One evaluation of a call by backends: see :class:`~sparsedsl.execute.lowering.Lowering`."""
     return Lowering(LOWERED_RULES, call, dispatch, lse=lse, shortcuts=shortcuts, keeps=keeps, summaries=summaries)

@@ -15,7 +15,6 @@ from sparsedsl.execute.packed_inputs import inputs_by_request
 from sparsedsl.execute.paged_work import PagedWork
 from sparsedsl.execute.pools import check_block_table, pools_of
 from sparsedsl.execute.request_loop import request_by_request
-from sparsedsl.execute.seen_by_programs import mask_of
 from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.pattern import attend
 from sparsedsl.lang.tables import by_kept_name
@@ -132,7 +131,8 @@ class PackedFace:
             ShapeError, TableError: as :meth:`ragged`; pools, scales or tables that do not fit, a page that is seen and is not there.
             UnsupportedError: somebody wants gradients; a backend that reads no pages.
 
-        ``cpp`` reads rows where they lie; ``tiled`` copies the pages that are seen. ``flex`` and ``triton`` do not read pages.
+        ``cpp`` reads rows where they lie; ``tiled`` copies the pages that are seen. ``flex`` and ``triton`` do not read pages. Of a program
+        the pages of one request at a time are copied.
 
         >>> import torch, sparsedsl as sd
         >>> local = sd.compile(sd.patterns.sliding_window(16), backend="tiled")
@@ -179,7 +179,7 @@ class PackedFace:
             tables, named: tables of the pattern, as calls take them.
 
         Returns:
-            :class:`~sparsedsl.VisiblePages`, compressed rows of page numbers. Of a program all pages that its choices may fall on.
+            :class:`~sparsedsl.VisiblePages`, compressed rows of page numbers. Of a program all pages that hold keys.
 
         Raises:
             ShapeError, TableError: numbers or tables that do not fit.
@@ -257,9 +257,9 @@ class PackedFace:
         self, requests: Requests, page: int, width: int, heads: int, named: Mapping[str, Any], device: torch.device
     ) -> Tensor:  # fmt: skip
         """Which pages are seen, bool ``(R, width)``."""
-        mask = mask_of(self._calls.program)
-        if mask is None:
+        if self._calls.static is None:
             return torch.arange(width, device=requests.ends.device) * page < requests.kv_lens[:, None]
+        mask = self._calls.static.pattern.mask
         own = {name: table for name, table in by_kept_name(named, mask.tables).items() if name in mask.tables}
         return seen_pages(mask, requests, page, width, heads, bind_tables(attend(mask), own, device=device))
 

@@ -256,13 +256,13 @@ def _delay(node: Slots) -> int:
     return node.delay
 
 
-def _spared(node: Slots) -> int:
+def _spared(node: Slots | Linear) -> int:
     return node.first
 
 
 def _linear(node: Linear) -> int:
     _check_one_document(node)
-    return 0
+    return node.delay
 
 
 def _check_one_document(node: Slots | Linear) -> None:
@@ -298,7 +298,7 @@ STATE_RULES: Rules[StateRule] = Rules(
         Attend: StateRule(_window, keeps=_first_of_window),
         Slots: StateRule(_delay, keeps=_spared, spares=_spared),
         Recall: StateRule(_own_row, _slots_after),
-        Linear: StateRule(_linear, _linear_after, spares=_own_row),
+        Linear: StateRule(_linear, _linear_after, keeps=_spared, spares=_spared),
         **dict.fromkeys(
             (scores.Dot, scores.Bound, scores.Antidiagonal, scores.Softmax, scores.Regroup, scores.Plus), _LOOKS_AT_ALL
         ),

@@ -76,7 +76,8 @@ def job_of(source: TritonSource, kernel: KernelSource, shape: Shape, config: Con
     ['*bf16', '*fp32', '*i32', 'i32']
     """
     types = {argument.name: _type(source, kernel, argument, shape, config) for argument in kernel.arguments}
-    return BuildJob(source.text, kernel.name, types, constants(kernel, shape, config), config, source.fp_fusion, target)
+    fixed = constants(kernel, shape, config, target.backend)
+    return BuildJob(source.text, kernel.name, types, fixed, config, source.fp_fusion, target)
 
 
 def _type(source: TritonSource, kernel: KernelSource, argument: Argument, shape: Shape, config: Config) -> str:

@@ -18,13 +18,14 @@ from typing import Any
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.errors import PatternError, ShapeError, UnsupportedError
 from sparsedsl.gpu.aot import Binary, BuildJob, compile_kernels, job_of
-from sparsedsl.gpu.configs import default_config
+from sparsedsl.gpu.configs import default_config, of_sticks
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.loading import triton as load_triton
 from sparsedsl.gpu.resources import Occupancy, Resources, misfits, occupancy
 from sparsedsl.gpu.settling import settled
 from sparsedsl.gpu.targets import Target, target_named
 from sparsedsl.html_card import card, grid
+from sparsedsl.lang.normalisers import STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.thumbnail import thumbnail
 from sparsedsl.plain_values import Reported, plain
@@ -303,8 +304,12 @@ def _built(source: TritonSource, name: str, given: Config | None, shape: Shape, 
     if given is not None:
         job, binary = compiled(given)
     else:
-        default = default_config(name, shape, target)
-        _, (job, binary) = settled(name, default, target, compiled, lambda made: made[1].resources)
+        default, sticks = default_config(name, shape, target), source.pattern.normaliser == STICK_BREAKING
+
+        def fitting(config: Config) -> tuple[BuildJob, Binary]:
+            return compiled(of_sticks(name, shape, target, config) if sticks else config)
+
+        _, (job, binary) = settled(name, default, target, fitting, lambda made: made[1].resources)
     problems = tuple(_problems(binary.resources, shape, job))
     return BuiltKernel(kernel.purpose, job, binary, occupancy(binary.resources, target), problems)
 

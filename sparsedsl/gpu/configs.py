@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from sparsedsl.gpu.estimates import family, has_descriptors, impossible, repeats
+from sparsedsl.gpu.estimates import family, has_descriptors, impossible, repeats, warps_of
 from sparsedsl.gpu.kernel_config import Config, Shape
 from sparsedsl.gpu.targets import Target
 
 if TYPE_CHECKING:
     from sparsedsl.codegen.to_triton import KernelSource
 
-__all__ = ["Config", "Shape", "Work", "constants", "default_config", "refusal", "space", "split_count"]
+__all__ = ["Config", "Shape", "Work", "constants", "default_config", "of_sticks", "refusal", "space", "split_count"]
 
 STAGES = (1, 2, 3, 4)
 # Rows count as imbalanced, so that it may pay to begin with the longest, from this ratio of the longest to the mean.
@@ -78,8 +78,8 @@ _SINGLE: dict[str, dict[int, tuple[int, int, int, int]]] = {
 def default_config(kernel: str, shape: Shape, target: Target) -> Config:
     """A config that runs everywhere on ``target`` without spilling registers in its loops, chosen without a device.
 
-    ``kernel``: "forward", "decode", "merge", "delta", "grad_q", "grad_kv", or one that begins with "grad_" (a table's gradient, computed
-    tile by tile as "grad_q" is).
+    ``kernel``: "forward", "decode", "merge", "delta", "left", "grad_q", "grad_kv", or one that begins with "grad_" (a table's gradient,
+    computed tile by tile as "grad_q" is, and so is "left").
     """
     if kernel == "delta":
         return Config(64 if shape.columns_v <= 128 else 32, 16, 4, 1)
@@ -181,12 +181,39 @@ def split_count(tiles: int, programs: int, target: Target) -> int:
     return max(1, min(-(-2 * target.sms // programs), tiles // 2, MOST_SPLITS))
 
 
-def constants(kernel: KernelSource, shape: Shape, config: Config) -> dict[str, Any]:
+def of_sticks(kernel: str, shape: Shape, target: Target, config: Config, span: int | None = None) -> Config:
+    """The config of a kernel that breaks sticks: narrower, since a tile of logits lies in registers several times.
+
+    What kernels of the backward pass tell each other of a tile of keys has one width for all: ``span``, by default that of all launches for
+    such a shape.
+
+    >>> from sparsedsl.gpu.targets import target_named
+    >>> str(of_sticks("grad_kv", Shape("bfloat16", 64, 64), target_named("sm_90"), Config(64, 128, 8, 2)))
+    '32x32, 4 warps, 2 stages'
+    """
+    if kernel in ("decode", "merge"):
+        return config
+    half, widest = shape.matrix_units and shape.itemsize == 2, max(shape.columns, shape.columns_v)
+    narrow = 32 if half and widest <= 128 else 16
+    if kernel == "forward":
+        return replace(config, block_n=min(config.block_n, 32))
+    span = span or narrow
+    rows, warps = config.block_m, config.warps
+    if kernel in ("left", "grad_q"):
+        rows = min(rows, 32) if half and widest > 128 else rows
+    else:  # of keys, and of tables: squares
+        rows = min(rows, span) if kernel == "grad_kv" else span
+    if half and (widest <= 64 or kernel != "grad_kv"):
+        warps = min(warps, max(4, warps_of(rows, target)))
+    return replace(config, block_m=rows, block_n=span, warps=warps)
+
+
+def constants(kernel: KernelSource, shape: Shape, config: Config, backend: str = "cuda") -> dict[str, Any]:
     """Values of the ``constexpr`` arguments of ``kernel``: those that it has of the following.
 
-    BLOCK_M, BLOCK_N, BLOCK (a square tile), PRECISION, HEAVY_FIRST, HAS_GRAD_LSE (true: the larger kernel), ALIGN: the number of
-    elements that all strides are a multiple of; and BLOCK_WISE: no tile is cut by the edge of a block of the mask, which holds for
-    tiles that divide the blocks if the first query of a call begins a block.
+    BLOCK_M, BLOCK_N, BLOCK (a square tile), PRECISION, HEAVY_FIRST, HAS_GRAD_LSE (true: the larger kernel), SUMS: how float32 is summed by
+    matrix units of the ``backend``, "cuda" or "hip"; ALIGN: the number of elements that all strides are a multiple of; and BLOCK_WISE: no
+    tile is cut by the edge of a block of the mask: true of tiles that divide the blocks if the first query of a call begins a block.
     """
     divides = kernel.blocks is not None and not (kernel.blocks[0] % config.block_m or kernel.blocks[1] % config.block_n)
     values = {
@@ -194,6 +221,7 @@ def constants(kernel: KernelSource, shape: Shape, config: Config) -> dict[str, A
         "BLOCK_N": config.block_n,
         "BLOCK": min(config.block_m, config.block_n),
         "PRECISION": shape.precision,
+        "SUMS": "tf32x3" if shape.matrix_units and backend == "cuda" else "ieee",
         "ALIGN": 8 if shape.aligned and shape.head_dim % 8 == 0 and shape.head_dim_v % 8 == 0 else 1,
         "HEAVY_FIRST": config.heavy_first,
         "HAS_GRAD_LSE": True,

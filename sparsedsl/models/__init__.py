@@ -18,7 +18,8 @@ Layers that become hybrid layers (:func:`convert`) take the place of stages 5 an
 - ``donor``: an attention module -> its facts, its queries, keys and values before and after rotation.
 - ``layer``: what a hybrid layer is; ``hybrids``: those that are shipped; ``registry``: their names, and users' own, in saved models.
 - ``converted``: the forward of a converted module; ``program_cache``: what it keeps between calls; ``row_shares``: of which rows.
-- ``converting``: puts them into a model; ``teaching``: what they learn from the donor; ``layers_loading``: their weights from a folder.
+- ``converting``: puts them into a model; ``teaching``: what they learn from the donor (``index_learning``: what an index does);
+  ``layers_loading``: their weights from a folder.
 
 ``layer_search`` finds which layer gets which of them.
 """
@@ -36,8 +37,10 @@ from sparsedsl.lang.advice import answer_for, public_only
 from sparsedsl.models.applying import AppliedPatterns, applied, apply
 from sparsedsl.models.converting import Conversion, conversion, convert
 from sparsedsl.models.donor import Donor
+from sparsedsl.models.hybrids.dsa import DSA
 from sparsedsl.models.hybrids.gated_delta import GatedDelta
 from sparsedsl.models.hybrids.hsa import HSA
+from sparsedsl.models.hybrids.lolcats import LoLCATs
 from sparsedsl.models.hybrids.moba import MoBA
 from sparsedsl.models.hybrids.nha import NHA
 from sparsedsl.models.hybrids.nsa import NSA
@@ -54,6 +57,7 @@ from sparsedsl.models.saving import save_pretrained
 from sparsedsl.models.teaching import Lesson
 
 __all__ = [
+    "DSA",
     "HSA",
     "NHA",
     "NSA",
@@ -64,6 +68,7 @@ __all__ = [
     "Kl",
     "Layer",
     "Lesson",
+    "LoLCATs",
     "MoBA",
     "Perplexity",
     "ProgramCacheLayer",

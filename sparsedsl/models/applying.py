@@ -23,6 +23,7 @@ from sparsedsl.models.installed import Installed, home_of, installed_at, install
 from sparsedsl.models.layer_caches import CacheReport
 from sparsedsl.models.layers import (
     attention_layers,
+    check_module,
     closed_layers,
     is_told_causal,
     layer_words,
@@ -166,6 +167,7 @@ def applied(model: PreTrainedModel) -> tuple[AppliedPatterns, ...]:
     >>> len(sd.models.applied(twin)), len(sd.models.applied(model))
     (0, 1)
     """
+    check_module(model)
     return tuple(handle for installed in installed_in(model) for handle in installed.applied)
 
 
@@ -234,7 +236,7 @@ class AppliedPatterns:
         """
         cache = empty_cache(self.model, max_length)
         installed = self._installed
-        arrange(cache, installed.stack.owners, installed.bindings, installed.heads, late=False)
+        arrange(cache, installed.stack.owners, installed.bindings, installed.heads, late=False, max_length=max_length)
         release(installed.bindings)
         return cache
 

@@ -21,7 +21,7 @@ from sparsedsl.models.grouped_rows import token_groups
 from sparsedsl.models.kept_keys import KeptKeys
 from sparsedsl.models.mask_arguments import MaskRequest, request_in_graph, unmasked_request
 from sparsedsl.models.native import Facts
-from sparsedsl.models.program_keys import FoldedKeys, SummarisedKeys
+from sparsedsl.models.program_keys import FoldedKeys, StaticSummarisedKeys, WithSummaries
 from sparsedsl.models.programs import ROW
 from sparsedsl.models.sequences import SequenceGroup, sequence_groups
 from sparsedsl.models.traced import TracedRequest, traced_request
@@ -82,7 +82,11 @@ def _omitted_request(binding: Binding, rows: int, keys: int) -> MaskRequest | No
     """The request behind a missing mask. Of a fitted cache all tokens were announced; before it was fitted, what the layer then was for."""
     held, announced = binding.held, [keys]
     if isinstance(held, (KeptKeys, FoldedKeys)):
-        announced = [held.seen, *([held.stands_for.get_mask_sizes(rows)[0]] if held.seen == rows else [])]
+        announced = [
+            held.seen,
+            held.get_mask_sizes(0)[0],
+            *([held.stands_for.get_mask_sizes(rows)[0]] if held.seen == rows else []),
+        ]
     found = (binding.stack.omitted_request(rows, length, binding.facts) for length in announced)
     return next((request for request in found if request is not None), None)
 
@@ -158,7 +162,8 @@ def _run(
     else:
         if isinstance(held, FoldedKeys):  # several sequences in a row have no state together
             held.hold_all()
-        start, stop = slots = request.key_range(key.shape[2])
+        whole = isinstance(held, StaticSummarisedKeys)  # every slot at its place, those included that are not written yet
+        start, stop = slots = (0, request.written) if whole else request.key_range(key.shape[2])
     key, value = key[:, :, : stop - start], value[:, :, : stop - start]
     if binding.attends_alone:
         return _run_pattern(binding, query, key, value, request, slots, arguments)
@@ -356,7 +361,7 @@ def _summaries(
 ) -> dict[str, KeptSummaries]:  # fmt: skip
     """The summaries that the layer's cache keeps of these rows, where none of them wants a gradient or a graph."""
     if (
-        not (isinstance(binding.held, SummarisedKeys) and binding.sums_up_keys)
+        not (isinstance(binding.held, WithSummaries) and binding.sums_up_keys)
         or torch.compiler.is_compiling()
         or wants_grad(query, key)
     ):

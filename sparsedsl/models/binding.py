@@ -23,7 +23,7 @@ from sparsedsl.models.graph_attention import handle_of
 from sparsedsl.models.kept_keys import KeptKeys
 from sparsedsl.models.native import Facts
 from sparsedsl.models.program_cache import keeps_state
-from sparsedsl.models.program_keys import FoldedKeys, SummarisedKeys
+from sparsedsl.models.program_keys import FoldedKeys, WithSummaries
 from sparsedsl.models.programs import derived_program, fitted, is_for_prefill, reads_rows, told_rows
 from sparsedsl.program.graph import Program
 
@@ -72,7 +72,7 @@ class Binding:
     program: Program | None = None
     count_slots: bool = False
     reached: bool = False
-    held: KeptKeys | SummarisedKeys | FoldedKeys | None = None
+    held: KeptKeys | WithSummaries | FoldedKeys | None = None
     _by_scale: dict[Any, Any] = field(default_factory=dict)
     _by_form: dict[Any, tuple[Any, frozenset[str]]] = field(default_factory=dict)
     _fits: dict[int, bool] = field(default_factory=dict)

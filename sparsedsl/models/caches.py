@@ -32,7 +32,7 @@ from sparsedsl.models.binding import Binding
 from sparsedsl.models.kept_keys import FixedKeys, KeptKeys
 from sparsedsl.models.layer_caches import CacheReport, LayerCache
 from sparsedsl.models.layers import layer_words
-from sparsedsl.models.program_keys import FoldedKeys, SummarisedKeys
+from sparsedsl.models.program_keys import FoldedKeys, StaticSummarisedKeys, SummarisedKeys, WithSummaries
 from sparsedsl.program.graph import Program
 
 if TYPE_CHECKING:
@@ -60,12 +60,14 @@ def empty_cache(model: PreTrainedModel, max_length: int | None = None) -> Cache:
 
 
 def arrange(
-    cache: Cache | None, owners: Mapping[int, int], bindings: Mapping[int, Binding], heads: int | None, *, late: bool = True
+    cache: Cache | None, owners: Mapping[int, int], bindings: Mapping[int, Binding], heads: int | None, *, late: bool = True,
+    max_length: int | None = None,
 ) -> None:  # fmt: skip
     """Let empty layers hold what the patterns that read them may ask for, and tell each pattern of its layer; before a forward.
 
     ``owners``: index of each attention layer -> that of the layer whose keys it reads. ``heads``: of the queries. ``late``: others have
-    seen the cache as it is. Layers that all of their readers' native patterns are made for stay as they are.
+    seen the cache as it is. ``max_length``: of a static cache, where it is known; a layer with a window does not tell. Layers that all of
+    their readers' native patterns are made for stay as they are.
 
     Raises :class:`~sparsedsl.UnsupportedError` where a native layer shares its keys with a pattern that needs others, or where the cache
     was filled for another pattern.
@@ -75,8 +77,11 @@ def arrange(
         return
     if not cache.layers and type(cache) is DynamicCache and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.extend(DynamicLayer() for _ in range(max(owners.values()) + 1))
-    static = (layer for layer in cache.layers if isinstance(layer, (StaticLayer, FixedKeys, FoldedKeys)))
-    longest = max((layer.max_cache_len for layer in static if layer.max_cache_len is not None), default=None)
+    if max_length is None:
+        whole = (
+            layer for layer in cache.layers if isinstance(layer, (StaticLayer, FixedKeys, FoldedKeys)) and _window(layer) is None
+        )
+        max_length = max((layer.max_cache_len for layer in whole if layer.max_cache_len is not None), default=None)
     for owner in range(len(cache.layers)):
         readers = [index for index, owned in owners.items() if owned == owner]
         given = [bindings[index] for index in readers if index in bindings]
@@ -88,16 +93,15 @@ def arrange(
             layer = cache.layers[owner] = before.stands_for
         if _is_empty(layer):
             native = [index for index in readers if index not in bindings]
-            made = cache.layers[owner] = _layer_for(layer, given, native, heads, longest)
+            made = cache.layers[owner] = _layer_for(layer, given, native, heads, max_length)
             if made is not layer and isinstance(made, (KeptKeys, FoldedKeys)):
                 made.is_late = late and type(before) is DynamicLayer
                 made.record_past = getattr(before, "record_past", False)
             layer = made
         elif isinstance(layer, (KeptKeys, FoldedKeys)):
             _check_made_for(layer, given, heads)
-        if isinstance(layer, (KeptKeys, FoldedKeys)):
+        if isinstance(layer, (KeptKeys, FoldedKeys, WithSummaries)):
             layer.claimed = True
-        if isinstance(layer, (KeptKeys, FoldedKeys, SummarisedKeys)):
             for binding in given:
                 binding.held = layer
 
@@ -105,7 +109,7 @@ def arrange(
 def release(bindings: Mapping[int, Binding]) -> None:
     """The forward is over, and with it what its layers hand out."""
     for binding in bindings.values():
-        if isinstance(binding.held, (KeptKeys, FoldedKeys)):
+        if binding.held is not None:
             binding.held.claimed = False
         binding.held = None
 
@@ -126,7 +130,7 @@ def report(cache: Cache, length: int, batch: int, heads: int | None) -> CacheRep
         elif isinstance(layer, FoldedKeys):
             words, most, more = _folded(layer, length, heads)
             more -= each * most
-        elif isinstance(layer, SummarisedKeys) and layer.kept:
+        elif isinstance(layer, WithSummaries) and layer.kept:
             words = "every key, and summaries of blocks of them"
             more = sum(kept.most_bytes(length) for shares in layer.kept.values() for kept in shares.shares)
         elif window is not None:
@@ -162,7 +166,7 @@ def _window(layer: Any) -> int | None:
     return layer.max_cache_len if type(layer) is StaticSlidingWindowLayer else None
 
 
-def _layer_for(layer: Any, given: list[Binding], native: list[int], heads: int | None, longest: int | None) -> Any:
+def _layer_for(layer: Any, given: list[Binding], native: list[int], heads: int | None, max_length: int | None) -> Any:
     """What is to stand in the place of an empty layer of transformers; itself, where it is good as it is."""
     window = _window(layer)
     wide = [] if window is None else [binding.index for binding in given if not binding.fits_window(window)]
@@ -174,22 +178,23 @@ def _layer_for(layer: Any, given: list[Binding], native: list[int], heads: int |
         )
     if native or (not wide and all(binding.native for binding in given)):
         return layer
-    found = _sizes(given, heads)
+    found, is_static = _sizes(given, heads), isinstance(layer, StaticLayer)
     if found is None:
         if all(binding.keeps_state for binding in given):
-            return FoldedKeys(_programs(given), stands_for=layer, max_cache_len=longest)
-        if longest is None and any(binding.sums_up_keys for binding in given):
-            return SummarisedKeys()
-        return DynamicLayer() if wide and longest is None else layer
+            return FoldedKeys(_programs(given), stands_for=layer, max_cache_len=max_length)
+        sums_up = any(binding.sums_up_keys for binding in given)
+        if not wide and not sums_up:
+            return layer
+        if max_length is not None:
+            return StaticSummarisedKeys(max_length)
+        return SummarisedKeys() if sums_up else DynamicLayer()
     bound, recent, first = found
     if not wide and window is not None and bound.kind == "ring" and recent >= window:
         return layer
-    if longest is None:
-        made = KeptKeys(bound, recent=recent, first=first, stands_for=layer)
-    else:
-        most = bound.held(longest, recent, first)
-        made = FixedKeys(bound, recent=recent, first=first, stands_for=layer, capacity=most, max_cache_len=longest)
-    return made
+    if not is_static:
+        return KeptKeys(bound, recent=recent, first=first, stands_for=layer)
+    most = bound.held(max_length or layer.max_cache_len, recent, first)
+    return FixedKeys(bound, recent=recent, first=first, stands_for=layer, capacity=most, max_cache_len=max_length)
 
 
 def _programs(given: list[Binding]) -> dict[int, Program]:

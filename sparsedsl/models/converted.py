@@ -23,7 +23,7 @@ from sparsedsl.models.donor import Donor, Heads, check_projections, project
 from sparsedsl.models.grouped_rows import TokenGroup, token_groups
 from sparsedsl.models.layer import Layer, by_tokens, chunk_inputs, chunk_of
 from sparsedsl.models.mask_arguments import MaskRequest
-from sparsedsl.models.program_cache import Held, ProgramCacheLayer, keeps_state
+from sparsedsl.models.program_cache import Held, ProgramCacheLayer, bound_beside_chunks, keeps_state
 from sparsedsl.models.programs import ROW, fitted, reads_rows, told_rows
 from sparsedsl.program.graph import Program
 from sparsedsl.runtime.call import wants_grad
@@ -187,13 +187,31 @@ class _Step:
             return out, Held(tokens, state)
         by_keys = {name: x for name, x in (tensors | {"k": k, "v": v}).items() if name in axes and self._has_keys(name)}
         rows = by_keys if held is None else {n: torch.cat([held.rows[n], x], dim=axes[n]) for n, x in by_keys.items()}
+        kept_rows, places = self._needed(rows, held, tokens, q.shape[1])
+        if held is not None and held.places is not None:
+            rows = {n: _in_their_places(x, axes[n], _with_new(held, tokens), tokens) for n, x in rows.items()}
         marks, hidden = self._landmarks(group, held)
         more = {name: x for name, x in tensors.items() if name not in rows} | {
             n: x for n, x in rows.items() if n not in ("k", "v")
         }
         kept = self._summaries(held, [q, *rows.values()])
         out = self.attention(q, rows["k"], rows["v"], q_offset=group.before, summaries=kept, **more, **marks)
-        return out, Held(tokens, None, rows, marks, hidden, kept)
+        return out, Held(tokens, None, kept_rows, places, marks, hidden, kept)
+
+    def _needed(
+        self, rows: dict[str, Tensor], held: Held | None, tokens: int, heads: int
+    ) -> tuple[dict[str, Tensor], Tensor | None]:  # fmt: skip
+        """Of rows for keys those that later tokens may ask for, and where they stand; None: everywhere."""
+        bound = bound_beside_chunks(self.program)
+        if bound is None:
+            return rows, None
+        places = _with_new(held, tokens)
+        try:
+            needed = bound.needs(places, tokens, *bound.sizes(heads=heads))
+        except (ShapeError, TableError):  # how many depends on what only a call knows
+            return rows, None
+        at, axes = needed.nonzero().flatten(), by_tokens(self.program)
+        return {name: x.index_select(axes[name], at.to(x.device)) for name, x in rows.items()}, places[at]
 
     def _summaries(self, held: Held | None, read: list[Tensor]) -> KeptSummaries | None:
         """Those of blocks that are over, where the program makes some and none of them wants a gradient."""
@@ -220,6 +238,20 @@ class _Step:
         if held is not None:
             made = {name: torch.cat([held.landmarks[name], marks], dim=2) for name, marks in made.items()}
         return made, x[:, over * chunk :]
+
+
+def _with_new(held: Held | None, tokens: int) -> Tensor:
+    """The places of what is held, and of the tokens that came since."""
+    if held is None or held.places is None:
+        return torch.arange(tokens)
+    return torch.cat([held.places, torch.arange(held.tokens, tokens)])
+
+
+def _in_their_places(rows: Tensor, axis: int, places: Tensor, tokens: int) -> Tensor:
+    """Rows for all tokens, zeros where nobody asks for them."""
+    sizes = [*rows.shape]
+    sizes[axis] = tokens
+    return rows.new_zeros(sizes).index_copy(axis, places.to(rows.device), rows)
 
 
 # ---- what the model says beside hidden states ------------------------------------------------------------------------------------

@@ -22,7 +22,15 @@ from sparsedsl.models.chosen_layers import choose_layers, is_pattern, layer_for
 from sparsedsl.models.converted import CONVERTED, LAYER, Converted, converted_class, program_cache
 from sparsedsl.models.donor import Donor, donor_of
 from sparsedsl.models.layer import Layer
-from sparsedsl.models.layers import attention_layers, is_told_causal, key_owners, layer_words, native_implementation, text_config
+from sparsedsl.models.layers import (
+    attention_layers,
+    check_module,
+    is_told_causal,
+    key_owners,
+    layer_words,
+    native_implementation,
+    text_config,
+)
 from sparsedsl.models.mask_arguments import register_masks
 from sparsedsl.models.native import masks_of, native_pattern
 from sparsedsl.models.registry import NOTE, VERSION, entry_of
@@ -133,6 +141,7 @@ def conversion(model: PreTrainedModel) -> Conversion | None:
     >>> sd.models.conversion(model) is handle, sd.models.conversion(copy.deepcopy(model)) is handle
     (True, False)
     """
+    check_module(model)
     found: Conversion | None = vars(model).get(_HANDLE)
     return found
 
@@ -209,9 +218,10 @@ class Conversion:
         self._check_layer(layer)
         return Teacher(self.lessons, layer)
 
-    def lessons(self, *inputs: Any, **more: Any) -> dict[int, Lesson]:
-        """Layer index -> lesson, of all converted layers, by one run of the donor on these inputs of the model."""
-        with self.identity():
+    def lessons(self, *inputs: Any, student: bool = False, **more: Any) -> dict[int, Lesson]:
+        """Layer index -> lesson, of all converted layers, by one run of the donor on these inputs of the model. ``student``: by a run of
+        the model as it is now, so that lessons have the inputs that its own layers get, and its own outputs: for the index of ``DSA``."""
+        with contextlib.nullcontext() if student else self.identity():
             return lessons(self.model, self._modules, *inputs, **more)
 
     # ---- the donor, and the way back ---------------------------------------------------------------------------------------------

@@ -60,11 +60,13 @@ class Donor:
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """Queries ``(B, heads, T, head_dim)``, keys ``(B, kv_heads, T, head_dim)``, values ``(B, kv_heads, T, value_dim)``."""
+    """Queries ``(B, heads, T, head_dim)``, keys ``(B, kv_heads, T, head_dim)``, values ``(B, kv_heads, T, value_dim)``. ``rotate``: turns
+    other rows of these tokens, ``(B, any number of heads, T, head_dim)``, as the module turns its keys."""
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    rotate: Callable[[torch.Tensor], torch.Tensor]
 
 
 def donor_of(module: Any, index: int, layers: int, native: Pattern) -> Donor:
@@ -100,7 +102,12 @@ def project(module: Any, x: torch.Tensor, position_embeddings: Any) -> tuple[Hea
     assert rotate is not None
     cos, sin = position_embeddings
     turned_q, turned_k = rotate(q, k, cos, sin)
-    return Heads(q, k, v), Heads(turned_q, turned_k, v)
+
+    def turned(rows: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = rotate(rows, rows, cos, sin)[1]
+        return found
+
+    return Heads(q, k, v, turned), Heads(turned_q, turned_k, v, turned)
 
 
 def _headed(module: Any, word: str, x: torch.Tensor) -> torch.Tensor:
@@ -141,7 +148,7 @@ def check_projections(donor: Donor, forward: Callable[..., Any], x: torch.Tensor
             ours = module.o_proj(_stand_in(rope.q, rope.v).reshape(*few.shape[:-1], -1))
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise _refusal(module, donor.layer_idx, f"its forward cannot be followed ({type(error).__name__}: {error})") from error
-    pairs = {"queries": (own.q, rope.q), "keys": (own.k, rope.k), "values": (own.v, rope.v), "output": (out, ours)}
+    pairs = {"queries": (own[0], rope.q), "keys": (own[1], rope.k), "values": (own[2], rope.v), "output": (out, ours)}
     for what, (theirs, found) in pairs.items():
         if theirs.shape != found.shape or not _close(theirs, found):
             raise _refusal(module, donor.layer_idx, f"its own forward makes other {what} than its projections and rotation do")
@@ -153,12 +160,12 @@ def check_projections(donor: Donor, forward: Callable[..., Any], x: torch.Tensor
 
 def _own_heads(
     module: Any, forward: Callable[..., Any], x: torch.Tensor, places: Any
-) -> tuple[Heads, dict[str, Any], torch.Tensor]:
+) -> tuple[tuple[torch.Tensor, ...], dict[str, Any], torch.Tensor]:
     """What the module's forward hands to its attention, and what it makes of :func:`_stand_in`."""
     seen: dict[str, Any] = {}
 
     def probe(module: Any, q: Any, k: Any, v: Any, mask: Any, **words: Any) -> tuple[torch.Tensor, None]:
-        seen.update(words, heads=Heads(q, k, v))
+        seen.update(words, q=q, k=k, v=v)
         return _stand_in(q, v), None
 
     config = module.config
@@ -169,7 +176,7 @@ def _own_heads(
     finally:
         module.config = config
         AttentionInterface._global_mapping.pop(_PROBE, None)
-    return seen.pop("heads"), seen, out
+    return tuple(seen.pop(word) for word in "qkv"), seen, out
 
 
 def _stand_in(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from sparsedsl.analysis.cached_keys import CacheBound
 from sparsedsl.errors import ShapeError, UnsupportedError
 
-__all__ = ["FixedKeys", "KeptKeys"]
+__all__ = ["FixedKeys", "KeptKeys", "check_claimed"]
 
 Tensor = torch.Tensor
 
@@ -146,15 +146,31 @@ class KeptKeys(DynamicLayer):
         return f"KeptKeys({self.bound.kind}, {self.slots.numel()} of {self.seen} keys)"
 
 
+def check_claimed(layer: Any) -> None:
+    """Refuse a call of a layer of a static cache that no forward with the pattern has claimed: such caches are no longer what transformers
+    takes for static, so that it would let native layers see slots that are not written yet."""
+    if not layer.claimed:
+        raise UnsupportedError(
+            "this static cache was made for a pattern, and the model that was called with it runs without the pattern, or in a graph "
+            "(torch.compile). Give it a cache of its own, put the pattern back with models.apply, or call the model without a graph"
+        )
+
+
 class FixedKeys(KeptKeys):
-    """The same in memory of a fixed size, taken once: what the bound needs at most while ``max_cache_len`` tokens go by."""
+    """The same in memory of a fixed size, taken once, for ``capacity`` keys: what the bound needs at most while ``max_cache_len`` tokens go
+    by. None: transformers does not say how many."""
 
     def __init__(
-        self, bound: CacheBound, *, recent: int, first: int, stands_for: Any, capacity: int, max_cache_len: int
+        self, bound: CacheBound, *, recent: int, first: int, stands_for: Any, capacity: int, max_cache_len: int | None
     ) -> None:  # fmt: skip
         super().__init__(bound, recent=recent, first=first, stands_for=stands_for)
         self.capacity, self.max_cache_len = capacity, max_cache_len
         self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys held and the new ones."""
+        check_claimed(self)
+        return super().update(key_states, value_states)
 
     def _hold(self, places: Tensor) -> None:
         super()._hold(places)
@@ -164,6 +180,10 @@ class FixedKeys(KeptKeys):
             self._room = tuple(x.new_zeros((*x.shape[:2], rows, x.shape[3])) for x in held)
         self.keys, self.values = (room[:, :, : x.shape[2]].copy_(x) for room, x in zip(self._room, held, strict=True))
 
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Those of a static layer that holds everything, as native ones do whose mask may be made by this."""
+        return self.max_cache_len or self.seen + query_length, 0
+
     def get_max_length(self) -> int:
-        """Tokens that it was made for."""
-        return self.max_cache_len
+        """Tokens that it was made for; -1: not known."""
+        return self.max_cache_len or -1

@@ -54,6 +54,8 @@ class Layer(nn.Module):
 
     drops: ClassVar[frozenset[str]] = frozenset()
     undecayed: ClassVar[tuple[str, ...]] = ()
+    # Whether it chooses by an index, which learns from what the donor's attention pays (``index_learning``).
+    has_index: ClassVar[bool] = False
     # Argument name -> value that the constructor was called with, without the donor: what is saved.
     arguments: dict[str, Any]
 
@@ -71,16 +73,17 @@ class Layer(nn.Module):
                 maker = f"the class {cls.__name__}, or functools.partial({cls.__name__}, ...)"
                 way = f". sd.models.convert makes the layers: give it {maker}" if "'donor'" in str(error) else ""
                 raise PatternError(f"{cls.__name__}({takes}): {error}{way}") from None
+            donor = [*bound.values()][1] if len(bound) > 1 else None
+            if not isinstance(donor, Donor):
+                raise PatternError(
+                    f"{cls.__name__}: the first argument is the donor that sd.models.convert gives; got {shown(donor)}"
+                )
             words = list(bound)[2:]  # after self and the donor
             object.__setattr__(layer, "arguments", {word: bound[word] for word in words})
         return layer
 
     def __init__(self, donor: Donor, program: Any) -> None:
         super().__init__()
-        if not isinstance(donor, Donor):
-            raise PatternError(
-                f"{type(self).__name__}: the first argument is the donor that sd.models.convert gives; got {shown(donor)}"
-            )
         self.layer_idx, self.hidden_size = donor.layer_idx, donor.hidden_size
         self.query_heads, self.kv_heads, self.head_dim = donor.heads, donor.kv_heads, donor.head_dim
         self.program = as_program(program) or Program(as_branch(type(self).__name__, program))
@@ -93,7 +96,8 @@ class Layer(nn.Module):
 
         Args:
             x: hidden states ``(B, T, hidden_size)`` as the module gets them.
-            raw, rope: queries, keys and values before and after rotation.
+            raw, rope: queries, keys and values before and after rotation; ``rope.rotate(rows)`` turns other rows of these tokens, ``(B,
+                heads, T, head_dim)``, as the module turns its keys.
 
         An input with an axis ``keys`` is kept with the keys when the model generates; one with ``queries`` is not. Rows of padding are
         given too, and dropped. What has an axis ``keys/64`` comes from :meth:`landmarks`.

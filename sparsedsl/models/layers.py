@@ -7,6 +7,8 @@ import inspect
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sparsedsl.errors import PatternError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -50,14 +52,35 @@ def layer_words(indices: list[int]) -> str:
     return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
 
 
-def text_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of the part of ``model`` that reads text; refuses what is no transformers model."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config"):
+def check_model(model: Any) -> Any:
+    """The configuration of a transformers model.
+
+    Raises:
+        PatternError: it is none.
+    """
+    config = getattr(model, "config", None)
+    if isinstance(model, type) or not hasattr(config, "get_text_config"):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise PatternError(
-            f"sd.models wants a transformers model (a PreTrainedModel); got {type(model).__name__}. For other modules "
+            f"sd.models wants a transformers model (a PreTrainedModel); got {kind}. For other modules "
             "compile the pattern and call it in your forward: attn = sd.compile(pattern); attn(q, k, v)"
         )
+    return config
+
+
+def check_module(model: Any) -> None:
+    """Whether something is a model, or holds one.
+
+    Raises:
+        PatternError: it is no module of torch.
+    """
+    if not isinstance(model, torch.nn.Module):
+        check_model(model)
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of the part of ``model`` that reads text; refuses what is no transformers model."""
+    config = check_model(model)
     if getattr(config, "is_encoder_decoder", False) and model.get_encoder() is not model and model.get_decoder() is not model:
         raise UnsupportedError(
             f"{type(model).__name__} is an encoder-decoder model, whose layer indices name two layers each; give patterns to one of its "

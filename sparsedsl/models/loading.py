@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file
 from transformers.utils import cached_file
 
-from sparsedsl.errors import PatternError, TableError, UnsupportedError
+from sparsedsl.errors import ArgumentError, PatternError, TableError, UnsupportedError
+from sparsedsl.lang.advice import shown
 from sparsedsl.models.applying import apply
 from sparsedsl.models.converted import LAYER
 from sparsedsl.models.layers import text_config
@@ -49,6 +50,7 @@ def from_pretrained(
             converted layers keep the dtype they were saved in.
 
     Raises:
+        ArgumentError: no path, or no class.
         PatternError: the folder has neither, or what no version like this one reads; the class has no such layers; converted layers lack
             weights, or weights are missing or unread in a model that has some.
         TableError: tensors that the patterns read are missing.
@@ -75,6 +77,12 @@ def from_pretrained(
     >>> sd.models.applied(again)[0]
     <AppliedPatterns on LlamaForCausalLM: layer 1 attend(kv_idx <= q_idx); native: layer 0>
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ArgumentError(f"from_pretrained(): folder must be a path or the name of a repository; got {shown(folder)}")
+    if model_class is not None and not hasattr(model_class, "from_pretrained"):
+        raise ArgumentError(
+            f"from_pretrained(): model_class must be a class of transformers, such as AutoModelForCausalLM; got {shown(model_class)}"
+        )
     place = {name: arguments[name] for name in _PLACE if name in arguments}
     kind = _saved_class(folder, place) if model_class is None else model_class
     model, info = _loaded(kind, folder, arguments)

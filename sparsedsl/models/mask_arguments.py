@@ -228,7 +228,11 @@ class MaskFunction:
         q_offset, kv_length = arguments["q_offset"], arguments["kv_length"]
         if isinstance(q_offset, torch.Tensor):  # a static cache's own counter, which it moves on before the layer attends
             q_offset = int(q_offset)
-        native = functools.partial(self.native, **{**arguments, "q_offset": q_offset})
+        changed: dict[str, Any] = {"q_offset": q_offset}
+        if arguments["q_length"] == 1 and arguments["kv_offset"] + kv_length > q_offset + 1:
+            # Slots that are not written yet need a mask; transformers knows that of caches all of whose layers are static.
+            changed["allow_is_causal_skip"] = False
+        native = functools.partial(self.native, **{**arguments, **changed})
         if seen is not None and q_offset != seen:
             q_offset, kv_length = seen, seen + arguments["q_length"]
         padding = _padding(arguments["attention_mask"], q_offset + arguments["q_length"], arguments["device"])

@@ -1,7 +1,8 @@
 """What a layer that runs a program keeps while a model generates: a layer of transformers' caches.
 
 A program with a state keeps the state alone: as many bytes after a million tokens as after a thousand. Any other keeps keys, values, and
-all inputs that have rows for keys; of landmarks those of chunks that are over, and of the chunk that is not its hidden states. Rows of a
+all inputs that have rows for keys, or of these what its windows see where it reads others by landmarks alone; of landmarks those of chunks
+that are over, and of the chunk that is not its hidden states. Rows of a
 batch that differ in how many real tokens they have had are held apart: padding leaves nothing here.
 """
 
@@ -15,14 +16,17 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from sparsedsl.errors import UnsupportedError
+from sparsedsl.analysis.cached_keys import CacheBound
+from sparsedsl.errors import ArgumentError, UnsupportedError
+from sparsedsl.execute.cache_bounds import cache_bound
 from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.execute.state import ProgramState, horizon
+from sparsedsl.lang.advice import shown
 from sparsedsl.models.layer import by_tokens, chunk_of
 from sparsedsl.models.row_shares import RowShares, tensors_of
 from sparsedsl.program.graph import Program
 
-__all__ = ["Held", "ProgramCacheLayer", "keeps_state"]
+__all__ = ["Held", "ProgramCacheLayer", "bound_beside_chunks", "keeps_state"]
 
 Tensor = torch.Tensor
 
@@ -37,17 +41,28 @@ def keeps_state(program: Program) -> bool:
     return chunk_of(program) is None
 
 
+@functools.lru_cache(maxsize=256)
+def bound_beside_chunks(program: Program) -> CacheBound | None:
+    """What is needed of the keys themselves, where a program reads most of them by landmarks alone; None: every key."""
+    if chunk_of(program) is None:
+        return None
+    bound = cache_bound(program)
+    return bound if bound.blocks else None
+
+
 @dataclass(frozen=True, eq=False)
 class Held:
     """What is kept of rows that have had equally many ``tokens``. Each tensor's first axis counts these rows.
 
-    ``state``: of a program that has one. Else ``rows``: input name -> its rows for all keys; ``landmarks``: input name -> its rows for
+    ``state``: of a program that has one. Else ``rows``: input name -> its rows for keys, which stand at ``places``, numbers of tokens, or
+    are all where that is None; ``landmarks``: input name -> its rows for
     finished chunks; ``hidden``: (n, fewer than a chunk, hidden size), of the chunk that is not over; ``summaries`` of finished blocks.
     """
 
     tokens: int
     state: ProgramState | None = None
     rows: Mapping[str, Tensor] = field(default_factory=dict)
+    places: Tensor | None = None
     landmarks: Mapping[str, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None
     summaries: KeptSummaries | None = None
@@ -93,6 +108,8 @@ class ProgramCacheLayer(CacheLayerMixin):
 
     def __init__(self, index: int, program: Program) -> None:
         super().__init__()
+        if not isinstance(program, Program):
+            raise ArgumentError(f"ProgramCacheLayer: program must be a sd.Program; got {shown(program)}")
         self.index, self.program, self.constant = index, program, keeps_state(program)
         self.slots = 0
         self.batch: int | None = None

@@ -1,5 +1,5 @@
-"""Layers of transformers caches for programs over a layer's own q, k and v: one that holds every key and the summaries that programs choose
-by, and one that holds no key once a program goes on from a state.
+"""Layers of transformers caches for programs over a layer's own q, k and v: those that hold every key and the summaries that programs
+choose by, and one that holds no key once a program goes on from a state.
 
 Both stand where the model's attention puts its keys; what programs make of these is kept by row of the batch, so that padding, beams and
 selected rows leave it right.
@@ -11,61 +11,65 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.execute.compiled import Attention
 from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.execute.state import ProgramState
+from sparsedsl.models.kept_keys import check_claimed
 from sparsedsl.models.row_shares import RowShares
 from sparsedsl.program.graph import Program
 
-__all__ = ["FoldedKeys", "SummarisedKeys"]
+__all__ = ["FoldedKeys", "StaticSummarisedKeys", "SummarisedKeys", "WithSummaries"]
 
 Tensor = torch.Tensor
 
 
-class _ProgramKeys(DynamicLayer):
-    """``kept``: what each program has made of the keys, by row."""
+class _ProgramKeys:
+    """Before a layer of transformers: ``kept``, what each program has made of the keys, by row; rows move with all that is kept.
+    ``claimed``: a forward of the model with the programs runs."""
 
     keys: Any
     values: Any
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
         self.kept: dict[Any, RowShares[Any]] = {}
+        self.claimed = False
 
     def reset(self) -> None:
         """Empty, as when it was new."""
-        super().reset()
+        super().reset()  # type: ignore[misc]
         self.kept.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """As beams go on."""
-        super().reorder_cache(beam_idx)
-        self._select(beam_idx.tolist())
+        self._select(beam_idx.cpu())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row so many times."""
-        self._select([row for row in range(self._batch) for _ in range(repeats)])
-        super().batch_repeat_interleave(repeats)
+        self._select(torch.arange(self._batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """These rows alone."""
-        self._select(torch.arange(self._batch)[indices.cpu()].tolist())
-        super().batch_select_indices(indices)
+        self._select(torch.arange(self._batch)[indices.cpu()])
 
     @property
     def _batch(self) -> int:
         return 0 if self.keys is None else int(self.keys.shape[0])
 
-    def _select(self, rows: list[int]) -> None:
+    def _select(self, rows: Tensor) -> None:
+        """The batch becomes these of its rows."""
+        if self.keys is None:
+            return
+        self.keys, self.values = (x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values))
         for shares in self.kept.values():
-            shares.select(rows)
+            shares.select(rows.tolist())
 
 
-class SummarisedKeys(_ProgramKeys):
-    """A layer that grows, with the summaries that programs make of its keys: what a step of decoding reads in place of most of them."""
+class WithSummaries(_ProgramKeys):
+    """A layer that holds every key, and what programs choose by: summaries of finished blocks, which a step reads in place of most keys."""
 
     kept: dict[Any, RowShares[KeptSummaries]]
 
@@ -73,19 +77,62 @@ class SummarisedKeys(_ProgramKeys):
         """Those of a compiled program, of rows with equally many tokens; empty ones where the rows had not so before."""
         shares = self.kept.setdefault(attention.program.key, RowShares())
         found = shares.take(rows) if len(shares.tokens(rows)) == 1 else None
-        found = attention.keep_summaries() if found is None else found
+        found = attention.keep_summaries(self.max_tokens) if found is None else found
         shares.put(rows, found, self._batch)
         return found
+
+    @property
+    def max_tokens(self) -> int | None:
+        """So many tokens take their memory at once; None: as they come."""
+        return None
+
+    def _take_back(self, tokens: int) -> None:
+        for shares in self.kept.values():
+            for kept in shares.shares:  # (where some of what was taken back is padding, more is forgotten than was said)
+                kept.crop(max(0, kept.tokens - tokens))
+
+
+class SummarisedKeys(WithSummaries, DynamicLayer):
+    """The same in memory that grows."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number."""
         super().crop(tokens_to_remove)
-        for shares in self.kept.values():
-            for kept in shares.shares:  # (where some of what was taken back is padding, more is forgotten than was said)
-                kept.crop(max(0, kept.tokens + tokens_to_remove))
+        self._take_back(-tokens_to_remove)
 
 
-class FoldedKeys(_ProgramKeys):
+class StaticSummarisedKeys(WithSummaries, StaticLayer):
+    """The same in memory of a fixed size, taken once: keys, values and summaries of ``max_cache_len`` tokens.
+
+    As a static layer of transformers does, it hands out all of its slots, written or not.
+    """
+
+    is_croppable = True
+    is_compileable = False  # the offset would be a tensor, which block lists cannot follow
+
+    @property
+    def max_tokens(self) -> int:
+        """So many tokens take their memory at once."""
+        return int(self.max_cache_len)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All slots, the new keys and values in theirs."""
+        check_claimed(self)
+        return super().update(key_states, value_states)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, given as a negative number."""
+        _check_taken_back(tokens_to_remove)
+        self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+        self._take_back(-tokens_to_remove)
+
+
+def _check_taken_back(tokens: int) -> None:
+    if tokens > 0:
+        raise ShapeError(f"crop() takes back tokens by a negative number, as transformers' layers do; got {tokens}")
+
+
+class FoldedKeys(_ProgramKeys, DynamicLayer):
     """A layer whose programs go on from states of constant size: it hands out the keys of new tokens alone.
 
     ``programs``: index of each attention layer that reads it -> its program. ``is_late``: keys of the first forward stay until the second
@@ -99,7 +146,7 @@ class FoldedKeys(_ProgramKeys):
         super().__init__()
         self.programs, self.stands_for, self.max_cache_len = dict(programs), stands_for, max_cache_len
         self.seen = 0
-        self.is_late = self.claimed = self.record_past = self.holds_all = self._folded = False
+        self.is_late = self.record_past = self.holds_all = self._folded = False
 
     @property
     def is_croppable(self) -> bool:
@@ -119,6 +166,8 @@ class FoldedKeys(_ProgramKeys):
                 f"this cache was made for a program and holds its state after {self.seen} tokens, and no keys; the model that was called "
                 "with it runs without the program. Give it a cache of its own, or put the program back with models.apply"
             )
+        if self.max_cache_len is not None:
+            check_claimed(self)
         if not self.claimed or (self.record_past and not self._folded):
             self.hold_all()
         if self.is_late and self.seen:
@@ -168,8 +217,7 @@ class FoldedKeys(_ProgramKeys):
 
         Raises :class:`~sparsedsl.UnsupportedError` where they are in a state.
         """
-        if tokens_to_remove > 0:
-            raise ShapeError(f"crop() takes back tokens by a negative number, as transformers' layers do; got {tokens_to_remove}")
+        _check_taken_back(tokens_to_remove)
         if not self.is_initialized:
             return
         if self._folded:
@@ -189,11 +237,11 @@ class FoldedKeys(_ProgramKeys):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Those of a layer that holds everything: masks of other layers may be made by this one."""
-        return self.seen + query_length, 0
+        return self.max_cache_len or self.seen + query_length, 0
 
     def get_max_length(self) -> int:
         """Tokens that it was made for; -1: any number."""
-        return -1 if self.max_cache_len is None else self.max_cache_len
+        return self.max_cache_len or -1
 
     def reset(self) -> None:
         """Empty, as when it was new."""

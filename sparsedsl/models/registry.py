@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 from sparsedsl.errors import PatternError, UnsupportedError
 from sparsedsl.lang.advice import meant, shown
 from sparsedsl.models.donor import Donor
+from sparsedsl.models.hybrids.dsa import DSA
 from sparsedsl.models.hybrids.gated_delta import GatedDelta
 from sparsedsl.models.hybrids.given_program import Given
 from sparsedsl.models.hybrids.hsa import HSA
+from sparsedsl.models.hybrids.lolcats import LoLCATs
 from sparsedsl.models.hybrids.moba import MoBA
 from sparsedsl.models.hybrids.nha import NHA
 from sparsedsl.models.hybrids.nsa import NSA
@@ -27,7 +29,9 @@ NOTE, VERSION = "sparsedsl_layers", 1
 
 L = TypeVar("L", bound=type[Layer])
 
-_KNOWN: dict[str, type[Layer]] = {kind.__name__: kind for kind in (GatedDelta, Given, HSA, MoBA, NHA, NSA, RingLinear)}
+_KNOWN: dict[str, type[Layer]] = {
+    kind.__name__: kind for kind in (DSA, GatedDelta, Given, HSA, LoLCATs, MoBA, NHA, NSA, RingLinear)
+}
 
 
 def register_layer(kind: L, name: str | None = None) -> L:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from sparsedsl.errors import UnsupportedError
+from sparsedsl.errors import ArgumentError, UnsupportedError
+from sparsedsl.lang.advice import shown
 from sparsedsl.models.installed import installed_in
+from sparsedsl.models.layers import check_model
 from sparsedsl.models.written import ATTRIBUTE, TABLES_FILE, Tables, given_of, put_note
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
         model: any transformers model. save_directory, and all other arguments: as in ``model.save_pretrained``.
 
     Raises:
+        PatternError, ArgumentError: no transformers model, or no path.
         UnsupportedError: a table is bound to something else than a tensor; or ``push_to_hub=True`` with bound tables.
 
     >>> import tempfile, sparsedsl as sd
@@ -50,6 +53,9 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
     ...     sd.models.applied(sd.models.from_pretrained(folder))[0].patterns
     {1: <Pattern attend(kv_idx <= q_idx)>}
     """
+    check_model(model)
+    if not isinstance(save_directory, (str, os.PathLike)):
+        raise ArgumentError(f"save_pretrained(): save_directory must be the path of a folder; got {shown(save_directory)}")
     save(model, save_directory, *args, **arguments)
 
 

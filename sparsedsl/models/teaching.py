@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsedsl.errors import PatternError
 from sparsedsl.models.carried import request_of
-from sparsedsl.models.converted import CONVERTED
+from sparsedsl.models.converted import CONVERTED, LAYER
+from sparsedsl.models.index_learning import index_loss
 
 if TYPE_CHECKING:
     from sparsedsl.models.mask_arguments import MaskRequest
@@ -52,8 +54,20 @@ class Lesson:
             converted.request = None
         return found
 
-    def loss(self) -> torch.Tensor:
-        """``|student - output|^2 / |output|^2`` over real tokens."""
+    def loss(self, *, chosen: bool = False) -> torch.Tensor:
+        """``|student - output|^2 / |output|^2`` over real tokens; of a layer with an index (``DSA``), how far its scores are from what the
+        donor pays to each key. ``chosen``: of such a layer, over the keys that each token picks.
+
+        Raises:
+            PatternError: ``chosen`` of a layer that has no index.
+        """
+        layer = getattr(self._module, LAYER)
+        if layer.has_index:
+            return index_loss(self._module, self.inputs, self._words["position_embeddings"], self._request, chosen)
+        if chosen:
+            raise PatternError(
+                f"loss(chosen=True) is of layers with an index, such as sd.models.DSA; this is {type(layer).__name__}"
+            )
         wrong, size = self.student() - self.output, self.output
         if self.real is not None:
             wrong, size = wrong[self.real], size[self.real]

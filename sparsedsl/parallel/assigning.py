@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsedsl.errors import ArgumentError
+from sparsedsl.lang.advice import shown
 from sparsedsl.parallel.seen import united
 
 __all__ = ["METHODS", "Costs", "Rates", "assigned", "costs_of"]
@@ -33,6 +35,11 @@ class Rates:
 
     pairs: float = 1.8e10
     keys: float = 1.2e7
+
+    def __post_init__(self) -> None:
+        for word, rate in (("pairs", self.pairs), ("keys", self.keys)):
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+                raise ArgumentError(f"Rates: {word} must be a positive number, a second; got {shown(rate)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +90,8 @@ def costs_of(task: Task, owner: Owner) -> Costs:
     received = torch.zeros(task.world, dtype=torch.int64)
     for number in range(len(task.runs)):
         rank, first, stop = _seen(task, ranks, number)
+        if not rank.numel():
+            continue
         tokens = upto[stop] - upto[first]
         received.index_add_(0, rank, tokens)
         # What a rank sees of its own chunks: the tokens seen up to their ends.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
+import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sparsedsl.errors import ArgumentError, TableError
+from sparsedsl.errors import ArgumentError, TableError, UnsupportedError
 from sparsedsl.execute.compiled import Attention
 from sparsedsl.execute.compiling import as_declared
 from sparsedsl.lang.advice import check_word, shown
@@ -18,12 +20,13 @@ from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.parallel.assigning import METHODS, Rates, Task, assigned, costs_of, needed
 from sparsedsl.parallel.exchange import Exchange, shard, unshard
 from sparsedsl.parallel.fingerprints import digests
-from sparsedsl.parallel.seen import seen_by, static_pattern
+from sparsedsl.parallel.seen import check_planned, seen_by, seen_of_program
+from sparsedsl.parallel.stages import certain_pattern, stages_of, whole_blocks
 from sparsedsl.plain_values import Reported
 from sparsedsl.program.graph import Program
 from sparsedsl.quantities import factor_text, share_text
 
-__all__ = ["TokenPlan", "plan", "static_patterns"]
+__all__ = ["TokenPlan", "check_size", "plan", "static_patterns"]
 
 Tensor = torch.Tensor
 # Chunks a rank where nobody says how large they are.
@@ -52,6 +55,8 @@ class TokenPlan(Reported):
     _needs: Mapping[str, Tensor]
     # Of each pattern the key of its mask, and what the tables held that it read.
     _masks: Mapping[str, tuple[str, Mapping[str, str]]]
+    # Names of those that choose as they are called.
+    _programs: frozenset[str] = frozenset()
 
     # ---- what a rank holds, and gets ----------------------------------------------------------------------------------------------
 
@@ -106,7 +111,11 @@ class TokenPlan(Reported):
     ) -> int:
         """Bytes that the rank which gets the most is sent in the forward pass of one layer: keys and values of all key heads. The backward
         pass sends their gradients back, in float32."""
-        return int(self.traffic(name).sum(0).max()) * kv_heads * (head_dim + (head_dim_v or head_dim)) * itemsize
+        if head_dim_v is None:
+            head_dim_v = head_dim
+        for word, value in (("kv_heads", kv_heads), ("head_dim", head_dim), ("itemsize", itemsize), ("head_dim_v", head_dim_v)):
+            check_size(f"bytes(): {word}", value)
+        return int(self.traffic(name).sum(0).max()) * kv_heads * (head_dim + head_dim_v) * itemsize
 
     @property
     def imbalance(self) -> float:
@@ -132,11 +141,34 @@ class TokenPlan(Reported):
         """The whole again, on all ranks, of what each has the rows of; without gradients."""
         return unshard(self, x, dim, mesh)
 
-    def on(self, mesh: Any, name: str | None = None) -> Exchange:
+    def on(self, mesh: Any, name: str | None = None, *, overlap: bool = False) -> Exchange:
         """This rank's part for layers of a pattern: ``attn(q, k, v, cp=plan.on(mesh, name), **tables)`` on local rows. All ranks make it
-        at once, and compare their plans; make it once, and not with every call."""
+        at once, and compare their plans; make it once, and not with every call.
+
+        Args:
+            mesh: a ``DeviceMesh`` with one dimension, or a process group. name: of the pattern, where the plan is for several.
+            overlap: attend to the rank's own keys while those of others are on their way, then to these, and merge the two by their LSE.
+                It hides the transfer of the forward pass where own keys are much work, and costs a second call; results then differ by the
+                rounding of a sum, in half precision by one more rounding of out. Of patterns with an LSE; programs that choose take none.
+
+        Raises:
+            UnsupportedError: ranks have other plans, ``overlap`` with a program, or a rank without tokens with one.
+            ShapeError: the mesh has another number of ranks.
+        """
         name = self._name(name)
-        return Exchange(self, mesh, name, *self._masks[name])
+        if overlap and name in self._programs:
+            raise UnsupportedError(
+                f"overlap=True is for patterns whose keys are known before the call, and {name or 'this'} is a program that chooses: leave "
+                "it out"
+            )
+        idle = sorted(set(range(self.world)) - set(self.owner))
+        if idle and name in self._programs:
+            raise UnsupportedError(
+                f"rank {idle[0]} holds no tokens, and {name or 'this'} is a program that chooses, in which all ranks take part: make the "
+                "plan with equal=True, or for fewer ranks"
+            )
+        key, tables = self._masks[name]
+        return Exchange(self, mesh, name, key, tables, overlap)
 
     # ---- words ----------------------------------------------------------------------------------------------------------------------
 
@@ -188,10 +220,13 @@ def plan(
     """Which rank holds which tokens, so that ranks compute equally much and send few keys: from what patterns see, before anything runs.
 
     Args:
-        patterns: a pattern, or a mapping of names to the patterns of a model's layers, which get one placement of tokens.
+        patterns: a pattern, or a mapping of names to the patterns of a model's layers, which get one placement of tokens. A program that
+            chooses by blocks of keys (HSA, MoBA, NSA, Quest) is one, too: what it sees in any case is planned, and the call adds what it
+            chooses.
         q_len: tokens, of queries and keys alike. world: ranks.
         heads: query heads; default those that the patterns are written for.
-        chunk: tokens that stay together, a multiple of ``granule``; default a power of two that gives a rank 16 or more.
+        chunk: tokens that stay together, a multiple of ``granule`` and of the blocks of programs; default a power of two of these
+            that gives a rank 16 or more.
         granule: keys are sent in pieces of so many: what no query of a rank sees of is not sent.
         equal: ranks hold equally many chunks (one more or less where they do not divide).
         method: ``"auto"`` tries all and exchanges single chunks: ``"contiguous"`` (neighbours together), ``"zigzag"`` (one part from the
@@ -204,7 +239,8 @@ def plan(
         A :class:`TokenPlan`. The same arguments give the same plan on every rank; nothing is sent for it.
 
     Raises:
-        UnsupportedError: a pattern chooses as it is called, or tells batch entries apart. ArgumentError: numbers that do not fit.
+        UnsupportedError: a pattern tells batch entries apart, or is a program that cannot run on ranks (one that goes by an order of all
+            keys, say). ArgumentError: numbers that do not fit.
 
     >>> import sparsedsl as sd
     >>> found = sd.parallel.plan(sd.kv_idx <= sd.q_idx, 4096, 4, chunk=256)
@@ -214,14 +250,27 @@ def plan(
     >>> near.method, near.received
     ('contiguous', 256)
     """
-    chunk = _checked(q_len, world, chunk, granule, method)
-    parts = static_patterns(patterns)
+    if heads is not None:
+        check_size("plan(): heads", heads)
+    if not isinstance(equal, bool):
+        raise ArgumentError(f"plan(): equal must be True or False; got {shown(equal)}")
+    if not isinstance(rates, (Rates, types.NoneType)):
+        raise ArgumentError(
+            f"plan(): rates must be what a rank does in a second, sd.parallel.Rates(pairs=.., keys=..); got {shown(rates)}"
+        )
+    parts = planned_parts(patterns)
+    masks = {name: _masks(part) for name, part in parts.items()}
+    for name, found in masks.items():
+        check_planned(name, found)
+    chunk = _checked(q_len, world, chunk, granule, method, math.lcm(*(_whole(part) for part in parts.values())))
     unknown = set(tables) - {name for part in parts.values() for name in part.tables}
     if unknown:
         raise TableError(f"plan(): no pattern reads {', '.join(sorted(unknown))}")
     # The mask alone is asked: tables of scores need not be there.
     seen = [
         seen_by(attend(part.mask, heads=part.heads), q_len, chunk, granule, heads, _read_by(tables, part.mask.tables))
+        if isinstance(part, Pattern)
+        else seen_of_program(part, q_len, chunk, granule, heads, tables)
         for part in parts.values()
     ]
     work = torch.stack([one.work for one in seen]).sum(0)
@@ -234,17 +283,52 @@ def plan(
     total = max(float(work.sum()), 1.0)
     tried = {name: (float(cost.work.max()) * world / total, int(cost.received.max())) for name, cost in costs.items()}
     needs = {name: needed(task, owner, number) for number, name in enumerate(parts)}
-    masks = {name: (part.mask.key, digests(_read_by({**part.bound, **tables}, part.mask.tables))) for name, part in parts.items()}
+    known = {
+        name: (
+            part.mask.key if isinstance(part, Pattern) else part.key,
+            digests(_read_by({**part.bound, **tables}, {table for mask in masks[name] for table in mask.mask.tables})),
+        )
+        for name, part in parts.items()
+    }
     loads = tuple(costs_of(task, owner).work.tolist())
-    return TokenPlan(q_len, world, chunk, granule, owner, way, tuple(parts), loads, tried, needs, masks)
+    programs = frozenset(name for name, part in parts.items() if not isinstance(part, Pattern))
+    return TokenPlan(q_len, world, chunk, granule, owner, way, tuple(parts), loads, tried, needs, known, programs)
 
 
-def static_patterns(patterns: Any) -> dict[str, Pattern]:
+def planned_parts(patterns: Any) -> dict[str, Pattern | Program]:
     """What is to be planned, by name; ``""`` for one alone."""
     named = patterns if isinstance(patterns, Mapping) else {"": patterns}
     if not named or not all(isinstance(name, str) for name in named):
         raise ArgumentError(f"plan(): patterns must be a pattern, or a mapping of names to patterns; got {shown(named)}")
-    return {name: static_pattern(name, _pattern(value)) for name, value in named.items()}
+    return {name: _pattern(value) for name, value in named.items()}
+
+
+def static_patterns(patterns: Any) -> dict[str, Pattern]:
+    """The same where all that is sent is to be known before a call.
+
+    Raises:
+        UnsupportedError: a program chooses as it is called.
+    """
+    found: dict[str, Pattern] = {}
+    for name, part in planned_parts(patterns).items():
+        if not isinstance(part, Pattern):
+            raise UnsupportedError(
+                f"pattern {name or repr(part)} chooses from q and k as it is called: what it sends is not known before. Ask for the mask "
+                "that its candidates lie in; sd.parallel.plan() takes the program itself"
+            )
+        check_planned(name, [part])
+        found[name] = part
+    return found
+
+
+def _masks(part: Pattern | Program) -> list[Pattern]:
+    """What of it is seen whatever is chosen."""
+    return [part] if isinstance(part, Pattern) else [certain_pattern(part, node) for node in stages_of(part).late]
+
+
+def _whole(part: Pattern | Program) -> int:
+    """Tokens of which a multiple must stay together."""
+    return 1 if isinstance(part, Pattern) else whole_blocks(part)[0]
 
 
 def _pattern(value: Any) -> Pattern | Program:
@@ -259,17 +343,29 @@ def _read_by(tables: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
     return {name: table for name, table in tables.items() if name in names}
 
 
-def _checked(q_len: Any, world: Any, chunk: Any, granule: Any, method: Any) -> int:
-    for word, value in (("q_len", q_len), ("world", world), ("granule", granule), *([] if chunk is None else [("chunk", chunk)])):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"plan(): {word} must be a whole number of at least 1; got {shown(value)}")
+def check_size(what: str, value: Any) -> None:
+    """Whether a value is a whole number of at least 1.
+
+    Raises :class:`~sparsedsl.ArgumentError`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{what} must be a whole number of at least 1; got {shown(value)}")
+
+
+def _checked(q_len: Any, world: Any, chunk: Any, granule: Any, method: Any, whole: int) -> int:
+    for word, value in (("q_len", q_len), ("world", world), ("granule", granule)):
+        check_size(f"plan(): {word}", value)
+    if chunk is not None:
+        check_size("plan(): chunk", chunk)
     check_word("plan(): method", method, ("auto", *METHODS))
     if chunk is None:
-        chunk = granule
+        chunk = math.lcm(granule, whole)
         while chunk * 2 * CHUNKS_A_RANK * world <= q_len:
             chunk *= 2
     if chunk % granule:
         raise ArgumentError(f"plan(): chunk must be a multiple of granule, {granule}; got {chunk}")
+    if chunk % whole:
+        raise ArgumentError(f"plan(): programs work on blocks, so that chunk must be a multiple of {whole} tokens; got {chunk}")
     if -(-q_len // chunk) < world:
         raise ArgumentError(
             f"plan(): {q_len} tokens in chunks of {chunk} are {-(-q_len // chunk)}, fewer than {world} ranks; give smaller chunks and "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
@@ -16,11 +17,14 @@ from sparsedsl.analysis.mask_clauses import clauses
 from sparsedsl.analysis.rows import closed_counts
 from sparsedsl.analysis.tiles import classify, touched_runs
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.symbols import BATCH
+from sparsedsl.parallel.stages import certain_pattern, stages_of
+from sparsedsl.program.decided import possible
+from sparsedsl.program.graph import Program
 from sparsedsl.runtime.call import bind_tables, exactly
 
-__all__ = ["Seen", "seen_by", "static_pattern", "united"]
+__all__ = ["Seen", "check_planned", "seen_by", "seen_of_program", "united"]
 
 Tensor = torch.Tensor
 # Rows of the tiles of masks that no bounds say: larger ones would be decided pair by pair where a table says blocks.
@@ -44,6 +48,9 @@ class Seen:
 
 def seen_by(pattern: Pattern, q_len: int, chunk: int, granule: int, heads: int | None, tables: Mapping[str, Any]) -> Seen:
     """What each chunk of queries sees of as many keys, and what that costs."""
+    if pattern.mask.expr == sympy.false:
+        none = torch.zeros(0, dtype=torch.int64)
+        return Seen(torch.zeros(-(-q_len // chunk), dtype=torch.float64), none, none, none)
     bound = bind_tables(pattern, tables)
     domain = Domain(q_len, q_len, 0, 1, count_heads((pattern,), bound, heads), bound)
     domain = exactly((pattern.mask.expr,), domain)
@@ -105,21 +112,39 @@ def united(line: Tensor, first: Tensor, stop: Tensor, length: int) -> tuple[Tens
     return begin // (length + 1), begin % (length + 1), end - begin // (length + 1) * (length + 1)
 
 
-def static_pattern(name: str, pattern: Any) -> Pattern:
-    """The pattern of what is to be planned.
+def seen_of_program(program: Program, q_len: int, chunk: int, granule: int, heads: int | None, tables: Mapping[str, Any]) -> Seen:
+    """What each chunk of queries of a program sees whatever is chosen, and what it computes with what choices add at most."""
+    parts, work = [], torch.zeros(-(-q_len // chunk), dtype=torch.float64)
+    tokens = torch.full_like(work, chunk)
+    tokens[-1] = q_len - (tokens.numel() - 1) * chunk
+    for node in stages_of(program).late:
+        certain = certain_pattern(program, node)
+        limits = [None if choice.most is None else choice.most * choice.blocks[1] for choice in node.selections]
+        least, most = (
+            seen_by(attend(mask, heads=certain.heads), q_len, chunk, granule, heads, _read_by(tables, mask.tables))
+            for mask in (certain.mask, possible(node.pattern.mask))
+        )
+        added = most.work - least.work
+        known = [limit for limit in limits if limit is not None]
+        work += least.work + (torch.minimum(added, tokens * sum(known)) if len(known) == len(limits) else added)
+        parts.append(least)
+    none = torch.zeros(0, dtype=torch.int64)
+    chunks, first, stop = (torch.cat([none, *(getattr(part, name) for part in parts)]) for name in ("chunk", "first", "stop"))
+    return Seen(work, *united(chunks, first, stop, -(-q_len // granule)))
+
+
+def _read_by(tables: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: table for name, table in tables.items() if name in names}
+
+
+def check_planned(name: str, patterns: Iterable[Pattern]) -> None:
+    """Whether these can have one placement of tokens.
 
     Raises:
-        UnsupportedError: what it sees is not known before the call, or differs by batch entry.
+        UnsupportedError: batch entries see different keys.
     """
-    if not isinstance(pattern, Pattern):
+    if any(BATCH in pattern.mask.expr.free_symbols for pattern in patterns):
         raise UnsupportedError(
-            f"pattern {name or repr(pattern)} chooses from q and k as it is called: whom its queries see is not known before, and no "
-            "plan can say what to send. Plan the mask that its candidates lie in, or keep such layers on whole sequences, with shards of "
-            "the heads"
-        )
-    if BATCH in pattern.mask.expr.free_symbols:
-        raise UnsupportedError(
-            f"pattern {name or repr(pattern)} reads b: batch entries see different keys, and have one placement of tokens. Plan each by "
+            f"pattern {name or 'of the plan'} reads b: batch entries see different keys, and have one placement of tokens. Plan each by "
             "itself, or put them behind each other, as documents of one sequence"
         )
-    return pattern

@@ -15,7 +15,7 @@ from sparsedsl.analysis.head_counts import count_heads
 from sparsedsl.errors import ArgumentError
 from sparsedsl.lang.advice import shown
 from sparsedsl.parallel.assigning import Rates
-from sparsedsl.parallel.planning import TokenPlan, plan, static_patterns
+from sparsedsl.parallel.planning import TokenPlan, check_size, plan, static_patterns
 from sparsedsl.plain_values import Reported
 from sparsedsl.quantities import bytes_text, factor_text, flops_text, number_text, seconds_text
 
@@ -142,8 +142,8 @@ def simulate(
     >>> print(found.steps[-1].refused)
     64 ranks for 32 heads
     """
-    several = (worlds,) if isinstance(worlds, int) else tuple(worlds)
-    if not several:
+    several = (worlds,) if isinstance(worlds, int) else tuple(worlds) if isinstance(worlds, Sequence) else ()
+    if not several or isinstance(worlds, str):
         raise ArgumentError(f"simulate(): worlds must be a number of ranks, or several; got {shown(worlds)}")
     parts = static_patterns(patterns)
     if heads is None:
@@ -152,10 +152,10 @@ def simulate(
         }
         written = count_heads(tuple(parts.values()), bound, None)
         heads = written if written > 1 else HEADS
-    kv_heads = kv_heads or (KV_HEADS if heads % KV_HEADS == 0 else heads)
-    for word, value in (("heads", heads), ("kv_heads", kv_heads), ("head_dim", head_dim), ("itemsize", itemsize)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"simulate(): {word} must be a whole number of at least 1; got {shown(value)}")
+    check_size("simulate(): heads", heads)
+    kv_heads = (KV_HEADS if heads % KV_HEADS == 0 else heads) if kv_heads is None else kv_heads
+    for word, value in (("kv_heads", kv_heads), ("head_dim", head_dim), ("itemsize", itemsize)):
+        check_size(f"simulate(): {word}", value)
     if heads % kv_heads:
         raise ArgumentError(f"simulate(): kv_heads must divide heads, {heads}; got {kv_heads}")
     for word, rate in (("flops", flops), ("bandwidth", bandwidth)):

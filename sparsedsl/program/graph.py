@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 import types
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from sparsedsl.lang.tables import TableSpec, table_reads
 from sparsedsl.lang.wrapped import Expression
 from sparsedsl.program.branches import Branch, Joint, as_branch
 from sparsedsl.program.key_choices import ChosenKeys
-from sparsedsl.program.node import Node, reached
+from sparsedsl.program.node import Node, reached, renamed
 from sparsedsl.program.select import Choice
 from sparsedsl.program.tensors import OWN, Input
 
@@ -152,8 +151,7 @@ class Program:
     def worded(self, text: str, nodes: Iterable[Node] | None = None) -> str:
         """``text``, which calls nodes by their :attr:`~sparsedsl.program.node.Node.label`, with :attr:`labels` instead. ``nodes``: those
         that it may speak of, where two of the program have the same name."""
-        known = {node.label: self.labels[node] for node in (self.labels if nodes is None else nodes)}
-        return _WORD.sub(lambda found: known.get(found[0], found[0]), text)
+        return renamed(text, {node.label: self.labels[node] for node in (self.labels if nodes is None else nodes)})
 
     @functools.cached_property
     def text(self) -> str:
@@ -219,9 +217,6 @@ class Program:
 
     def __repr__(self) -> str:
         return f"<Program {self.labels[self.root]}: {len(self.order)} nodes>"
-
-
-_WORD = re.compile(r"\b[A-Za-z_]\w*\b")
 
 
 def _numbered(name: str, taken: Container[str]) -> Iterator[str]:

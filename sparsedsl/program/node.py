@@ -7,6 +7,7 @@ import functools
 import hashlib
 import math
 import operator
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -17,11 +18,11 @@ import sympy
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.lang.printing import expression_text
+from sparsedsl.lang.printing import expression_text, reading_text
 from sparsedsl.lang.refusals import Unread
 from sparsedsl.lang.wrapped import Expression
 
-__all__ = ["Node", "Operand", "nodes_in", "one_of", "reached"]
+__all__ = ["Node", "Operand", "nodes_in", "one_of", "reached", "renamed"]
 
 _known: WeakValueDictionary[Any, Node] = WeakValueDictionary()
 _looking = threading.Lock()
@@ -167,9 +168,18 @@ class Node(Unread):
         return self.label
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.label}>"
+        """By its name; else as it is written, where nodes without names are called by their functions."""
+        inside = nodes_in(tuple(self.arguments.values()))  # also what runs inside
+        known = {node.label: node.given_name or node.function for node in (*reached(self), *inside)}
+        return f"<{type(self).__name__} {self.given_name or renamed(self.code(reading_text), known)}>"
 
 
+def renamed(text: str, names: Mapping[str, str]) -> str:
+    """``text`` with other names."""
+    return _WORD.sub(lambda found: names.get(found[0], found[0]), text)
+
+
+_WORD = re.compile(r"\b[A-Za-z_]\w*\b")
 _GIVES = {
     "tensor": "a tensor",
     "order": "an order of the keys: read it, order.origin(sd.kv_idx)",

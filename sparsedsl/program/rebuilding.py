@@ -16,10 +16,14 @@ __all__ = ["rebuilt"]
 
 
 def rebuilt(
-    program: Program, change: Callable[[Node], Node], rewrite: Callable[[Any], Any] = lambda expression: expression
+    program: Program,
+    change: Callable[[Node], Node],
+    rewrite: Callable[[Any], Any] = lambda expression: expression,
+    known: dict[Node, Node] | None = None,
 ) -> Program:
-    """The program with every node replaced by what ``change`` makes of it, each after those it reads; every expression by ``rewrite``."""
-    known: dict[Node, Node] = {}
+    """The program with every node replaced by what ``change`` makes of it, each after those it reads; every expression by ``rewrite``.
+    Into ``known``, if given, it writes which node became which."""
+    known = {} if known is None else known
 
     def again(value: Any) -> Any:
         if isinstance(value, Node):

@@ -21,7 +21,7 @@ from sparsedsl.program.tensors import check_tensor, k, q, v
 
 __all__ = ["FEATURES", "Linear", "linear"]
 
-FEATURES = ("l2", "elu1", "relu", "taylor")
+FEATURES = ("l2", "elu1", "relu", "taylor", "exp")
 NORMALISED = ("sum", "max1")
 
 
@@ -46,13 +46,15 @@ class Linear(Branch):
     z: Node = v
     scale: float | None = None
     documents: Node | None = None
+    delay: int = 0
+    first: int = 0
     function: ClassVar[str] = "linear"
     words: ClassVar[Mapping[str, str]] = {"decay": "log_decay", "factor": "decay", "x": "q", "y": "k", "z": "v"}
 
     @property
     def has_lse(self) -> bool:
         """Whether the sum that it divides by is one of positive weights, whose logarithm another softmax could weigh it by."""
-        return self.normalised == "sum" and self.features in ("elu1", "taylor")
+        return self.normalised == "sum" and self.features in ("elu1", "taylor", "exp")
 
     @property
     def gate(self) -> Node | None:
@@ -104,6 +106,8 @@ def linear(
     v: Node = v,
     scale: float | None = None,
     documents: Node | None = None,
+    delay: int = 0,
+    first: int = 0,
 ) -> Linear:
     """``out_t = scale q_t S_t``, ``S_t = decay_t S_(t-1) + k_t^T u_t``: causal, state in float32. ``u_t = v_t``; with ``beta`` the delta
     rule, ``u_t = beta_t (v_t - k_t decay_t S_(t-1))``: the error of what the state, decayed already, gives for the key.
@@ -114,8 +118,8 @@ def linear(
         log_decay: their logarithms, in place of ``decay``; a table of :func:`sparsedsl.decay_table` brings its own. At most 0; -inf
             forgets all that was before. Gates are best made in float32 and given so: they are not rounded to the type of q.
         beta: the delta rule: how much of the error a key writes, a node ``batch H keys``; in [0, 1], or to 2 for negative eigenvalues.
-        features: what becomes of q and k: ``"l2"`` (``x / sqrt(sum x^2 + 1e-6)``), ``"elu1"`` (``elu(x) + 1``), ``"relu"``, or
-            ``"taylor"`` (1, x, and the products of two: a weight is ``1 + s + s^2 / 2`` of ``s = scale q k``).
+        features: what becomes of q and k: ``"l2"`` (``x / sqrt(sum x^2 + 1e-6)``), ``"elu1"`` (``elu(x) + 1``), ``"relu"``,
+            ``"exp"``, or ``"taylor"`` (1, x, and the products of two: a weight is ``1 + s + s^2 / 2`` of ``s = scale q k``).
         normalised: ``"sum"``: out is divided by the sum of the weights plus ``eps`` (0 where the sum is 0 and eps too); ``"max1"``: by
             its absolute value, or by 1 where that is less. Not with ``beta``.
         eps: at least 0.
@@ -125,6 +129,8 @@ def linear(
         q, k, v: nodes in place of the call's own. Values may have more heads than keys (then ``value_heads``): k and q are repeated.
         scale: default ``head_dim ** -0.5``.
         documents: an input of document ids, ``(batch, keys)``, non-decreasing: a document starts with an empty state.
+        delay: a query reads keys that are at least so many tokens back, as those that a window of so many leaves out; with ``decay=1.0``.
+        first: so many tokens at the beginning are never written; with ``decay=1.0``.
 
     The state has as many heads as the most of k, v and the gates have, and query heads above that share it; with constant decays it has
     one for every output head. Gradients reach q, k, v, gates, ``bonus`` and the state a call begins with.
@@ -155,10 +161,16 @@ def linear(
         logs, factor, None if beta is None else _gate("beta", beta), _word("features", features, FEATURES),
         _word("normalised", normalised, NORMALISED), _eps(eps), check_word("linear(): reads", reads, ("after", "before")),
         None if bonus is None else _bonus(bonus, k), None if write is None else _gate("write", write), queries, k, v,
-        check_scale("linear", scale), check_documents("linear", documents),
+        check_scale("linear", scale), check_documents("linear", documents), _tokens("delay", delay), _tokens("first", first),
     )  # fmt: skip
     _check_together(made)
     return one_of(made)
+
+
+def _tokens(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise PatternError(f"linear(): {name} must be a whole number of tokens, at least 0; got {shown(value)}")
+    return value
 
 
 def _word(name: str, value: Any, known: tuple[str, ...]) -> str | None:
@@ -243,6 +255,12 @@ def _bonus(value: Any, k: Node) -> Node:
 
 def _check_together(node: Linear) -> None:
     """Refuse what has no meaning together."""
+    if (node.delay or node.first) and (node.form or node.log_decays != (0.0,) or node.documents is not None):
+        word = "delay" if node.delay else "first"
+        raise PatternError(
+            f"linear(): {word} is of states in which nothing fades and nothing is corrected, of one sequence: give decay=1.0, and no beta, "
+            "reads and documents"
+        )
     if node.beta is not None and node.normalised is not None:
         raise PatternError(
             "linear(): the delta rule has no weights to sum up: leave out normalised, and normalise the output by itself (RMSNorm), or "

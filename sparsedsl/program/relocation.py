@@ -29,7 +29,7 @@ from sparsedsl.program.rebuilding import rebuilt
 from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 
-__all__ = ["RELOCATION_RULES", "Relocation", "Rows", "blocks_kept_whole", "position_tables", "relocated"]
+__all__ = ["RELOCATION_RULES", "Relocation", "Rows", "blocks_kept_whole", "position_tables", "relocated", "relocated_nodes"]
 
 # Positions of a call end here.
 LAST = 2**60
@@ -94,8 +94,14 @@ def relocated(program: Program, where: Relocation) -> Program:
     >>> print(relocated(local, Relocation(Rows(((0, 100, 1),)))).static.mask)
     (kv_idx <= q_idx + 100) & (q_idx - kv_idx <= -93)
     """
-    names = position_tables(program)
-    return rebuilt(program, lambda node: RELOCATION_RULES[type(node)](node, _Told(where, *names)))
+    return Program(relocated_nodes(program, where)[program.root])
+
+
+def relocated_nodes(program: Program, where: Relocation) -> dict[Node, Any]:
+    """Each node of a program -> that of :func:`relocated`."""
+    names, known = position_tables(program), dict[Node, Any]()
+    rebuilt(program, lambda node: RELOCATION_RULES[type(node)](node, _Told(where, *names)), known=known)
+    return known
 
 
 def blocks_kept_whole(program: Program) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -28,12 +28,13 @@ def until_built() -> Iterator[None]:
 
 
 class Patience:
-    """That of one call: ``waited`` seconds so far, all its pieces of work together."""
+    """That of one call: ``waited`` seconds so far, all its pieces of work together. ``asks``: of one that is only talked about: nothing is
+    begun for it."""
 
-    __slots__ = ("waited",)
+    __slots__ = ("asks", "waited")
 
-    def __init__(self) -> None:
-        self.waited = 0.0
+    def __init__(self, *, asks: bool = False) -> None:
+        self.waited, self.asks = 0.0, asks
 
     def ends_before(self, wait: Callable[[float | None], bool], most: float) -> bool:
         """Whether ``wait(seconds)`` comes to its end before the call has waited for ``most`` seconds. One that its backward pass makes

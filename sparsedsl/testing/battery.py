@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from random import SystemRandom
 from typing import Any
 
@@ -42,6 +42,7 @@ from sparsedsl.testing.progress import Progress
 from sparsedsl.testing.reach_checks import constants_of, edges_of
 from sparsedsl.testing.strategies import tables_for
 from sparsedsl.testing.unseen_checks import assert_unseen_keys_have_no_effect
+from sparsedsl.tracing.decorators import is_traceable
 
 __all__ = ["check"]
 
@@ -203,8 +204,9 @@ def check(
     """Run every property of the kit on one pattern, program or kernel, with random shapes, tables and inputs.
 
     Args:
-        pattern: a Mask, a Pattern, a node of a program, or a FlexAttention function; a :class:`Kernel`; or what
-            ``sd.models.apply`` returned: then the pattern of each layer, of decoders as a causal one.
+        pattern: a Mask, a Pattern, a node of a program, or a FlexAttention function; a :class:`Kernel`, or with ``implements=`` a function
+            on q, k and v, which is made one; or what ``sd.models.apply`` returned: then the pattern of each layer, of decoders as a
+            causal one.
         examples: random cases for each property; None: 50, of a kernel 100.
         progress: show how far it is on stderr: a bar in a terminal, else a line every few seconds.
         backend: the lowering that is run; see :func:`sparsedsl.compile`.
@@ -214,7 +216,7 @@ def check(
         seed: None draws new cases each time, by a seed that the report names; a number draws the same ones.
         tables: values for tables; the others are drawn, as their declarations allow. All of a program's are drawn, and its inputs.
             Of a kernel these words are ``budget="quick" | "default" | "deep"``, ``seconds``, ``only`` (names of properties),
-            ``stop_at_first`` and ``locate``; see docs/testing.md.
+            ``stop_at_first`` and ``locate``, of a function also what :class:`Kernel` takes; see docs/testing.md.
 
     Returns:
         A :class:`Report`, of a kernel a :class:`KernelReport`, of the layers of a model :class:`LayerReports`: ``print`` it, ask ``.ok``,
@@ -228,6 +230,10 @@ def check(
     >>> [p.name for p in check(leaky, examples=1, seed=0).properties if p.status == "FAILS"]
     ['causality']
     """
+    if callable(pattern) and "implements" in tables:
+        claims = {f.name for f in fields(Kernel) if f.init}
+        pattern = Kernel(pattern, **{name: value for name, value in tables.items() if name in claims})
+        tables = {name: value for name, value in tables.items() if name not in claims}
     if isinstance(pattern, Kernel):
         _refuse_for_kernels(
             backend != "reference" and "backend", causal is not None and "causal", *sorted(set(tables) - _OF_KERNELS)
@@ -248,6 +254,7 @@ def check(
             for key, one, decodes in layers()
         }
         return LayerReports(reports)
+    _refuse_bare_kernels(pattern)
     declared = as_declared(getattr(pattern, "program", pattern), "check()")
     if isinstance(declared, Program) and declared.static is not None:
         declared = declared.static
@@ -271,6 +278,22 @@ def _refuse_unknown(declared: Pattern | Program, tables: Mapping[str, Any]) -> N
         raise TableError("check(): " + surplus(unknown, known, f"the pattern reads {', '.join(own) or 'no table'}"))
     if tables and isinstance(declared, Program):
         raise SparseDSLError(f"tables and inputs of a program are drawn; bind what is fixed to it: got {', '.join(tables)}")
+
+
+def _refuse_bare_kernels(value: Any) -> None:
+    """A function on q, k and v says what it should compute; no mask or score takes these."""
+    if not is_traceable(value):
+        return
+    try:
+        first = list(inspect.signature(value).parameters)[:3]
+    except (TypeError, ValueError):  # none that could be seen
+        return
+    if first in (["q", "k", "v"], ["query", "key", "value"]):
+        name = getattr(value, "__name__", "fn")
+        raise ArgumentError(
+            f"check(): {name} takes q, k and v, as a kernel does, and does not say what it should compute: write "
+            f"sd.testing.check({name}, implements=pattern), or make it a sd.testing.Kernel({name}, implements=pattern) first"
+        )
 
 
 def _refuse_for_kernels(*names: str | bool) -> None:

@@ -39,7 +39,7 @@ NEED = {
     "llama4": (0,), "prefix": (128,), "sinks": (4,), "global_tokens": (4,), "relative_bias": (64,), "softcap": (30,), "alibi": (8,),
     "sigmoid": (causal, 4096), "relu_squared": (causal,), "hstu": (causal, 4096), "softpick": (causal,),
 }  # fmt: skip
-NOT_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket", "stick_breaking"}  # the last is refused
+NOT_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket"}
 
 
 def library() -> dict[str, Any]:

@@ -53,6 +53,31 @@ def test_every_target(target):
         assert built.occupancy[name].blocks >= 1
 
 
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "dtype", "head_dim"),
+    [
+        ("sm_90", "bfloat16", 64),
+        *(
+            pytest.param(*case, marks=pytest.mark.campaign)
+            for case in (
+                ("sm_90", "bfloat16", 128),
+                ("sm_90", "bfloat16", 256),
+                ("sm_90", "float32", 64),
+                ("gfx942", "bfloat16", 64),
+            )
+        ),
+    ],
+)
+def test_sticks(target, dtype, head_dim):
+    """A tile of logits lies in registers several times; and what kernels tell each other of tiles of keys has one width."""
+    built = sd.build(sd.patterns.stick_breaking(), target, dtype, head_dim, group=2)
+    assert list(built.kernels) == ["left" if name == "delta" else name for name in KERNELS]
+    assert not any(kernel.resources.slowed for kernel in built.kernels.values())
+    assert len({built.kernels[name].config.block_n for name in ("left", "grad_q", "grad_kv")}) == 1
+
+
 # Cards with 99 KiB of shared memory a block, on the defaults of sm_80: of intervals, of lists, and with both heads of a group.
 @needs_triton
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.codegen.to_triton import triton_source, variant_of
 from sparsedsl.gpu.aot import compile_kernels, job_of
-from sparsedsl.gpu.configs import Work, constants, default_config, refusal, space, split_count
+from sparsedsl.gpu.configs import Work, constants, default_config, of_sticks, refusal, space, split_count
 from sparsedsl.gpu.costs import Held, TileCounts, banded_tiles, listed_tiles, ranked, seconds
 from sparsedsl.gpu.estimates import has_descriptors, impossible, registers, shared_bytes
 from sparsedsl.gpu.kernel_config import BLOCKS, WARPS, Config, Shape
@@ -335,3 +335,14 @@ def test_the_defaults_do_not_spill_in_loops_and_the_estimate_of_shared_memory_ho
         (binary,) = compile_kernels([job_of(source, source.kernel(kernel), HALF, config, found)])
         assert not binary.resources.slowed, (kernel, config)
         assert binary.resources.shared_bytes <= 1.5 * shared_bytes(kernel, HALF, found, config), (kernel, config)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("width", [16, 64, 96, 128, 256])
+def test_kernels_of_sticks_agree_on_the_keys_of_a_tile(target, dtype, width):
+    shape, gpu = Shape(dtype, width, width), target_named(target)
+    kernels = ("left", "grad_q", "grad_kv", "grad_bias_0")
+    found = {name: [of_sticks(name, shape, gpu, config) for config in space(name, shape, gpu)] for name in kernels}
+    assert len({config.block_n for configs in found.values() for config in configs}) == 1
+    assert all(config.block_m == config.block_n for config in found["grad_bias_0"])

@@ -50,6 +50,7 @@ SYSTEMS = {
     "kda": (lambda heads: patterns.kda(), (4, 4), ("channels", "beta")),
     "moba": (lambda heads: patterns.moba(32, 3), (4, 2), ()),
     "nsa": (lambda heads: patterns.nsa(16, 32, 4, 48), (4, 2), ("shares",)),
+    "sticks": (lambda heads: patterns.stick_breaking(rest="first"), (4, 2), ()),
     "a choice beside scores": (beside_scores, (8, 2), ()),
     "two choices beside learned scores": (two_choices, (4, 2), ("forgotten",)),
 }  # fmt: skip

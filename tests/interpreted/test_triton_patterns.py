@@ -125,6 +125,18 @@ PATTERNS = {
     ),
     "weights over lists": sd.attend(chosen[q_idx // 8, kv_idx // 8], normaliser="pointwise"),
     "softpick": sd.attend(causal & ((q_idx - kv_idx) % 3 == 0), score=score + columns[kv_idx], normaliser="softpick"),
+    "sticks": sd.attend(kv_idx < q_idx, normaliser="stick_breaking"),
+    "sticks over two runs": sd.attend(causal & ((q_idx - kv_idx < 19) | (kv_idx < 9)), normaliser="stick_breaking"),
+    "sticks over lists, tables by key and by query": sd.attend(
+        chosen[q_idx // 8, kv_idx // 8], score=2 * score + columns[kv_idx] + rows[h, q_idx], normaliser="stick_breaking",
+    ),
+    "sticks, tables by difference and by pair": sd.attend(
+        causal, score=score + near[h, distance] + pairs[q_idx, kv_idx], normaliser="stick_breaking",
+    ),
+    "sticks whose rest goes to the first key": sd.patterns.stick_breaking(q_idx - kv_idx < 12, rest="first"),
+    "sticks of which nothing is left": sd.attend(
+        causal, score=score + 10_000 * ((q_idx + kv_idx) % 5 - 2), normaliser="stick_breaking",
+    ),
 }  # fmt: skip
 # (queries, keys, offset)
 LENGTHS = ((37, 37, 0), (20, 50, 30), (33, 18, 0), (40, 32, 3), (18, 64, 25))
@@ -191,7 +203,8 @@ def test_patterns(name, lengths, block, options):
 # ---- decode ------------------------------------------------------------------------------------------------------------------------
 
 DECODED = ("causal", "blocks by head", "documents", "windows by head", "window and sinks", "dilated", "learned sink", "soft cap",
-           "learned, by query and by key", "weights of any sign")  # fmt: skip
+           "learned, by query and by key", "weights of any sign", "sticks over two runs",
+           "sticks over lists, tables by key and by query")  # fmt: skip
 CALLS = (
     (1, (2, 1), 1),
     (1, (5, 1), 3),
@@ -219,6 +232,12 @@ def test_short_calls(lengths):
     queries, keys, offset = lengths
     for name in ("window and sinks", "blocks"):
         assert_right(PATTERNS[name], *qkv(queries, keys), q_offset=offset)
+
+
+def test_sticks_some_heads_at_a_time(options):
+    """What kernels of the backward pass tell each other has little room here; programs begin with the last tiles, tiles are not square."""
+    options(LIMITS, stick_bytes=1, interpreted=Config(32, 16, 4, 1, heavy_first=True))
+    assert_right(PATTERNS["sticks"], *qkv(37, 40, batch=2, heads=(4, 2)), q_offset=3)
 
 
 def test_the_path_of_decode_and_that_of_prefill_agree(options):
@@ -285,7 +304,7 @@ def test_longest_tiles_first(options):
     assert_right(PATTERNS["dilated"], *qkv(37, 37))
 
 
-@pytest.mark.parametrize("name", ["window and sinks", "documents", "blocks", "dilated", "learned, by query and by key"])
+@pytest.mark.parametrize("name", ["window and sinks", "documents", "blocks", "dilated", "learned, by query and by key", "sticks"])
 def test_keys_through_tensor_descriptors(name, monkeypatch, options):
     launched = []
     launch = attention.launch

@@ -17,9 +17,21 @@ PUBLISHED_NHA = functools.partial(sd.models.NHA, slots=3, window=4, first=0, slo
 MOBA = functools.partial(sd.models.MoBA, chunk=4, top_k=2)
 NSA = functools.partial(sd.models.NSA, block=2, select=4, top_k=3, window=5)
 HSA = functools.partial(sd.models.HSA, chunk=4, top_k=2, window=5)
+DSA = functools.partial(sd.models.DSA, top_k=5, index_heads=2)
+LOLCATS = functools.partial(sd.models.LoLCATs, window=4, features=3)
 DELTA = functools.partial(sd.models.GatedDelta, channels=True)
 RING = functools.partial(sd.models.RingLinear, groups=2)
-LAYERS = {"nha": NHA, "published_nha": PUBLISHED_NHA, "moba": MOBA, "nsa": NSA, "hsa": HSA, "ring": RING, "delta": DELTA}
+LAYERS = {
+    "nha": NHA,
+    "published_nha": PUBLISHED_NHA,
+    "moba": MOBA,
+    "nsa": NSA,
+    "hsa": HSA,
+    "dsa": DSA,
+    "lolcats": LOLCATS,
+    "ring": RING,
+    "delta": DELTA,
+}
 # Compiles nothing: tests of C++ are elsewhere.
 convert = functools.partial(sd.models.convert, backend="tiled")
 

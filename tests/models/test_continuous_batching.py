@@ -63,17 +63,26 @@ GIVEN = {
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_requests_get_the_tokens_that_they_get_alone(name: str) -> None:
-    model, backend = build(name), "tiled" if name in ("qwen3", "gemma3") else "auto"  # (programs, whose C++ takes long to compile)
+    model = build(name)
+    backend = "tiled" if name in ("qwen3", "gemma3") else "auto"  # (programs, whose C++ takes long to compile)
     with sd.models.apply(model, GIVEN[name](model), backend=backend):
         assert batched(model) == alone(model)
 
 
 def test_pages_that_no_query_sees_are_not_read() -> None:
-    model, window, spoilt = build("llama"), 6, []
+    model, window, spoilt, copied = build("llama"), 6, [], []
 
     def spoil(module: Any, args: Any, words: dict[str, Any]) -> None:
         cache = words["cache"]
         allocator = cache.layer_to_allocator[0]
+        if "update" not in vars(allocator):
+            store = allocator.update
+
+            def stores(*args: Any) -> Any:
+                copied.append(args[3].numel())  # keys that the cache itself is to read
+                return store(*args)
+
+            allocator.update = stores
         read, first = words["read_index"][0], words["cu_seq_lens_k"]["full_attention"].tolist()
         for begin, start in zip(first, words["cu_seq_lens_q"].tolist(), strict=True):
             if read.numel() and start < words["position_ids"].shape[1]:
@@ -91,6 +100,7 @@ def test_pages_that_no_query_sees_are_not_read() -> None:
         hook.remove()
     assert found == wanted
     assert len(spoilt) > 20
+    assert set(copied) == {0}
 
 
 @pytest.mark.parametrize(

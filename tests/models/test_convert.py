@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
 
@@ -18,7 +19,11 @@ from tests.models.families import build, left_padded, tokens
 from tests.models.hybrid_models import DONORS, HSA, LAYERS, MOBA, NHA, NSA, RING, convert, donor, spread
 
 EACH = pytest.mark.parametrize("name", DONORS)
-PAIRS = [("llama", kind) for kind in LAYERS] + [(name, "nha") for name in DONORS[1:]] + [("gpt_oss", "moba"), ("gpt_oss", "hsa")]
+PAIRS = (
+    [("llama", kind) for kind in LAYERS]
+    + [(name, "nha") for name in DONORS[1:]]
+    + [("gpt_oss", "moba"), ("gpt_oss", "hsa"), ("gpt_oss", "dsa")]
+)
 
 
 def logits(model: Any, *args: Any, **words: Any) -> torch.Tensor:
@@ -67,7 +72,8 @@ def test_a_layer_is_its_program_on_the_donors_heads(name: str, kind: str) -> Non
         heads[word] = (rows if norm is None else norm(rows)).transpose(1, 2)
     rotate = __import__(type(module).donor_class.__module__, fromlist=["x"]).apply_rotary_pos_emb
     q, k = rotate(heads["q"], heads["k"], *words["position_embeddings"])
-    raw, rope = sd.models.donor.Heads(**heads), sd.models.donor.Heads(q, k, heads["v"])
+    turn = functools.partial(_turned, rotate, words["position_embeddings"])
+    raw, rope = sd.models.donor.Heads(**heads, rotate=turn), sd.models.donor.Heads(q, k, heads["v"], turn)
     named = {"q": rope.q, "k": rope.k, "v": rope.v} | layer.inputs(x, raw, rope)
     said: dict[str, torch.Tensor] = {"q": rope.q, "k": rope.k, "v": rope.v}
     if "nha" in kind:
@@ -92,6 +98,10 @@ def test_a_layer_is_its_program_on_the_donors_heads(name: str, kind: str) -> Non
     out = sd.compile(program, backend="reference")(**named)
     expected = module.o_proj(layer.output(out.transpose(1, 2).flatten(2), x))
     torch.testing.assert_close(lesson.student(), expected, atol=1e-11, rtol=1e-11)
+
+
+def _turned(rotate: Any, places: Any, rows: torch.Tensor) -> torch.Tensor:
+    return rotate(rows, rows, *places)[1]
 
 
 @EACH
@@ -406,3 +416,21 @@ def test_a_graph_of_a_converted_model_is_refused_by_name() -> None:
     torch._dynamo.reset()
     with pytest.raises(sd.UnsupportedError, match=r"layer 1 is a converted layer, which has no form in a graph"):
         logits(torch.compile(model, backend="eager"), tokens(), use_cache=False)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [
+    *((functools.partial(kind, value), sd.PatternError, f"{kind.__name__}: the first argument is the donor that sd.models.convert gives")
+      for kind in (sd.models.NHA, sd.models.NSA, sd.models.MoBA, sd.models.HSA, sd.models.GatedDelta, sd.models.RingLinear)
+      for value in (None, "x")),
+    (lambda: sd.models.ProgramCacheLayer(0, None), sd.ArgumentError, "program must be a sd.Program; got None"),
+    (lambda: sd.models.applied(None), sd.PatternError, "wants a transformers model"),
+    (lambda: sd.models.apply(transformers.LlamaForCausalLM, True), sd.PatternError, "got the class LlamaForCausalLM"),
+    (lambda: sd.models.conversion(None), sd.PatternError, "wants a transformers model"),
+    (lambda: sd.models.from_pretrained(None), sd.ArgumentError, "folder must be a path or the name of a repository; got None"),
+    (lambda: sd.models.from_pretrained("x", 3), sd.ArgumentError, "model_class must be a class of transformers, .*; got 3"),
+    (lambda: sd.models.save_pretrained(None, "x"), sd.PatternError, "wants a transformers model"),
+    (lambda: sd.models.save_pretrained(donor("llama"), None), sd.ArgumentError, "save_directory must be the path of a folder; got None"),
+])  # fmt: skip
+def test_what_is_given_for_something_else_is_named(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()

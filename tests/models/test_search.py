@@ -388,6 +388,7 @@ HYBRIDS = {
     "nha": functools.partial(sd.models.NHA, slots=4, window=8),
     "hsa": functools.partial(sd.models.HSA, chunk=8, top_k=2),
     "moba": functools.partial(sd.models.MoBA, chunk=8, top_k=2),
+    "dsa": functools.partial(sd.models.DSA, top_k=9, index_heads=2),
 }
 
 
@@ -404,7 +405,7 @@ def converted_kl(model: Any, assignment: dict[int, Any], rows: torch.Tensor, fir
 def test_hybrid_layers_are_judged_as_convert_makes_them_and_applied_as_such(tmp_path: Path) -> None:
     model = llama()
     report = searched(model, HYBRIDS, bound=sd.models.Kl(10.0), cost="flops", length=512)
-    for name in ("nha", "hsa", "moba"):
+    for name in ("nha", "hsa", "moba", "dsa"):
         wanted = converted_kl(model, {1: HYBRIDS[name]}, ROWS, 12)
         # Rows that the chosen chunks cover whole have no divergence but that of the model's float32.
         assert report.singles[1][name].kl == pytest.approx(wanted, rel=1e-4, abs=1e-7), name

@@ -99,7 +99,7 @@ def test_layers_share_one_placement_and_a_plan_is_the_same_on_every_rank() -> No
 
 
 @pytest.mark.parametrize(("patterns", "words", "error", "message"), [
-    (sd.patterns.moba(), {}, sd.UnsupportedError, "chooses from q and k as it is called"),
+    (sd.patterns.token_sparse(), {}, sd.UnsupportedError, "looks at all keys from some queries"),
     (CAUSAL & (sd.table("doc")[sd.b, q_idx] == 1), {}, sd.UnsupportedError, "reads b: batch entries see different keys"),
     (CAUSAL, {"chunk": 100, "granule": 16}, sd.ArgumentError, "chunk must be a multiple of granule, 16; got 100"),
     (CAUSAL, {"world": 40}, sd.ArgumentError, "fewer than 40 ranks"),
@@ -135,3 +135,29 @@ def test_work_is_estimated_from_evenly_spaced_rows_where_there_are_many() -> Non
 def test_runs_of_many_tokens_cost_what_runs_cost() -> None:
     found = plan(CAUSAL, 1 << 24, 256)
     assert (found.method, found.received) == ("zigzag", (1 << 24) - (1 << 16))
+
+
+NO_GROUP = (
+    "mesh must be a DeviceMesh or a process group, and no process group has begun: call torch.distributed.init_process_group"
+)
+WINDOW = sd.patterns.sliding_window(40)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda found: found.on(None), NO_GROUP),
+    (lambda found: found.shard(torch.zeros(1, 256), 1, None), NO_GROUP),
+    (lambda found: found.unshard(torch.zeros(1, 256), 1, 3), NO_GROUP),
+    (lambda found: found.shard(None, 1, None), r"x must be a tensor of which rows are tokens; got None \(NoneType\)"),
+    (lambda found: found.shard(torch.zeros(1, 256), 2, None), r"dim must be the dimension of x .* from 0 to 1; got 2 \(int\)"),
+    (lambda found: found.bytes(kv_heads=2, head_dim="x"), r"bytes\(\): head_dim must be a whole number of at least 1; got 'x'"),
+    (lambda found: plan(WINDOW, 256, 2, rates=3), r"rates must be what a rank does in a second, sd.parallel.Rates\(.*got 3"),
+    (lambda found: plan(WINDOW, 256, 2, heads="a"), r"heads must be a whole number of at least 1; got 'a'"),
+    (lambda found: plan(WINDOW, 256, 2, equal=None), r"equal must be True or False; got None"),
+    (lambda found: sd.parallel.Rates(pairs=-1.0), r"Rates: pairs must be a positive number, a second; got -1.0"),
+    (lambda found: sd.parallel.simulate(WINDOW, 256, None), r"worlds must be a number of ranks, or several; got None"),
+    (lambda found: sd.parallel.simulate(WINDOW, 256, 2, heads="a"), r"heads must be a whole number of at least 1; got 'a'"),
+    (lambda found: sd.attention(*[torch.zeros(1, 1, 256, 8)] * 3, WINDOW, cp=3), r"cp must be what plan.on\(mesh\) of .* got 3"),
+])  # fmt: skip
+def test_what_is_given_for_something_else_is_named(call: Any, message: str) -> None:
+    with pytest.raises(sd.ArgumentError, match=message):
+        call(plan(WINDOW, 256, 2, chunk=128))

@@ -13,8 +13,7 @@ from sparsedsl.testing import tensor
 
 P = sd.patterns
 WINDOW = P.sliding_window(9)
-# Pattern, weights of a row of scaled products in the order of the keys, and which backends run it.
-COMPILED = ("reference", "tiled", "cpp")
+BACKENDS = ("reference", "tiled", "cpp")
 
 
 def sigmoid(row):
@@ -44,12 +43,13 @@ def stick_breaking(row):
     return found[::-1]
 
 
+# Pattern, weights of a row of scaled products in the order of the keys, and who sees whom.
 CASES = {
-    "sigmoid": (P.sigmoid(WINDOW, 50), sigmoid, WINDOW, COMPILED),
-    "relu_squared": (P.relu_squared(WINDOW, 3), relu_squared, WINDOW, COMPILED),
-    "hstu": (P.hstu(WINDOW, 7), hstu, WINDOW, COMPILED),
-    "softpick": (P.softpick(WINDOW), softpick, WINDOW, COMPILED),
-    "stick_breaking": (P.stick_breaking(WINDOW), stick_breaking, WINDOW & (kv_idx < q_idx), ("reference", "tiled")),
+    "sigmoid": (P.sigmoid(WINDOW, 50), sigmoid, WINDOW),
+    "relu_squared": (P.relu_squared(WINDOW, 3), relu_squared, WINDOW),
+    "hstu": (P.hstu(WINDOW, 7), hstu, WINDOW),
+    "softpick": (P.softpick(WINDOW), softpick, WINDOW),
+    "stick_breaking": (P.stick_breaking(WINDOW), stick_breaking, WINDOW & (kv_idx < q_idx)),
 }
 
 
@@ -67,12 +67,12 @@ def by_loops(weights, mask, q, k, v, values):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_published_formula(values, name):
-    pattern, weights, mask, backends = CASES[name]
+    pattern, weights, mask = CASES[name]
     leaves = [tensor(1, heads, 19, 8, seed=n, dtype=torch.float64).requires_grad_() for n, heads in enumerate((4, 2, 2))]
     slope = tensor(1, 4, 19, 8, seed=5, dtype=torch.float64)
     wanted = by_loops(weights, mask, *leaves, values)
     gradients = torch.autograd.grad((wanted * slope).sum(), leaves)
-    for backend in backends:
+    for backend in BACKENDS:
         attn = sd.compile(pattern, backend=backend)
         out = attn(*leaves)
         assert torch.allclose(out, wanted, rtol=1e-11, atol=1e-12), backend
@@ -115,16 +115,31 @@ def test_numbers_of_hstu():
     )
 
 
-def test_numbers_of_stick_breaking():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_of_stick_breaking(backend):
     """T32: also the change of one logit, which a learned table added to it receives."""
     z = sd.table("z", learned=True)
     table = torch.zeros(2, 48, 48, dtype=torch.float64, requires_grad=True)
-    attn = sd.compile(P.stick_breaking(logit=score + z[h, q_idx, kv_idx]), backend="tiled")
+    attn = sd.compile(P.stick_breaking(logit=score + z[h, q_idx, kv_idx]), backend=backend)
     out = attn(*drawn(101, 48), z=table)
     (slope,) = torch.autograd.grad(out, table, hashed(105, 1, 2, 48, 8))
     assert [out[0, 0, 47, 0].item(), digest(out), slope[1, 30, 27].item()] == pytest.approx(
         [0.4408131601, 4.811428230, -0.0040622739], abs=2e-9
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_left_of_a_stick(backend):
+    """T32: to the own value, by what the weights add up to; and to the first key, whose weight it then is."""
+    q, k, v = drawn(101, 48)
+    out, ones = sd.compile(P.stick_breaking(), backend=backend), torch.ones_like(v[..., :1])
+    assert digest(out(q, k, v) + (1 - out(q, k, ones)) * v) == pytest.approx(1.152846137, abs=2e-9)
+    first = sd.compile(P.stick_breaking(rest="first"), backend=backend)
+    weights = first(q, k, torch.eye(48, dtype=torch.float64).expand(1, 2, 48, 48))
+    assert weights[0, 0, 1, 0] == 1.0 and torch.allclose(weights.sum(-1)[..., 1:], torch.ones(47, dtype=torch.float64))
+    z = q @ k.mT * 8**-0.5
+    left = torch.sigmoid(-z).masked_fill(torch.ones(48, 48).triu().bool(), 1.0)[..., 1:].prod(-1)
+    assert torch.allclose(weights[..., 1:, 0], left[..., 1:], rtol=1e-12, atol=0)  # with all digits, down to 1e-16
 
 
 def test_numbers_of_sigmoid():
@@ -147,8 +162,14 @@ def test_numbers_of_sigmoid():
         lambda: P.relu_squared(WINDOW, -1),
         lambda: P.hstu(WINDOW, "4096"),
         lambda: P.softpick(WINDOW, logit="x"),
+        lambda: P.stick_breaking(WINDOW, rest="last"),
     ],
 )
 def test_arguments_that_make_no_sense(make):
-    with pytest.raises(sd.PatternError, match=r"sigmoid\(\)|relu_squared\(\)|hstu\(\)|softpick\(\)"):
+    with pytest.raises(sd.PatternError, match=r"sigmoid\(\)|relu_squared\(\)|hstu\(\)|softpick\(\)|stick_breaking\(\)"):
         make()
+
+
+def test_the_own_value_is_not_in_line():
+    with pytest.raises(sd.UnsupportedError, match=r"Add it outside: out \+ \(1 - attn\(q, k, ones\)\) \* v"):
+        P.stick_breaking(rest="own")

@@ -69,6 +69,7 @@ QUESTIONS: dict[str, Callable[[], Any]] = {
     "a call without keys": lambda: run_empty(call(0)),
     "what a layer adds to a program": lambda: fitted(NEW, 0, sd.attend(CAUSAL), 0.25, 4),
     "where a call stands": lambda: relocated(NEW, Relocation(heads=(1, 2))),
+    "the exchange between ranks": lambda: sd.parallel.plan(NEW, 256, 2),
     "the sink logits of a layer": lambda: fitted(NEW, 0, sd.attend(CAUSAL, sink=0.0), None, 4),
 }
 

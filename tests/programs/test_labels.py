@@ -105,3 +105,16 @@ def test_they_are_the_same_in_another_process():
         for seed in ("1", "2")
     ]
     assert {process.stdout.strip() for process in found} == {sd.Program(P.nsa()).text}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_node_alone_is_shown_without_a_hash(name):
+    shown = [repr(node) for node in sd.Program(PROGRAMS[name]).everything]
+    assert not [text for text in shown if HASH.search(text)]
+    assert repr(sd.attend(causal & selected(16, "short"))) != repr(PROGRAMS["two"])
+
+
+def test_a_node_alone_is_shown_as_it_is_written():
+    assert repr(sd.Program(sd.attend(causal)).root) == "<Attend attend(kv_idx <= q_idx)>"
+    assert repr(selected(64)) == "<TopK top_k(scores=dot, count=2)>"
+    assert repr(selected(64, "short")) == "<TopK short>"

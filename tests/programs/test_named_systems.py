@@ -1,4 +1,4 @@
-"""Systems that the library has by name, beside the golden values of T17, T19, T21, T23, T24 and T28, and beside plain loops."""
+"""Systems that the library has by name, beside the golden values of T17, T19, T21, T23, T24 and T28 to T31, and beside plain loops."""
 
 from __future__ import annotations
 
@@ -116,6 +116,53 @@ def test_T28_vsa(backend: str, held: Any) -> None:
     # The golden gate has a number a channel, and stands on the coarse part alone.
     coarse, fine = (attn(**held, gate=torch.cat([part * one, (1 - part) * one], -1))[0] for part in (1, 0))
     assert abs(dig(numbers(90, 2, 40, 8) * coarse + fine) - 1.877320645) < 1e-8
+
+
+def forgetful() -> dict[str, Tensor]:
+    """The problem of T29 to T31: q, k, v, and the logarithms of the gates."""
+    gates = torch.nn.functional.logsigmoid(4 * numbers(104, 2, 48) + torch.tensor([[4.0], [-1.0]], dtype=torch.float64))
+    drawn = {"q": 2 * numbers(101, 2, 48, 8), "k": numbers(102, 2, 48, 8), "v": numbers(103, 2, 48, 8)}
+    return {name: x[None] for name, x in (drawn | {"gates": gates}).items()}
+
+
+def test_T29_forgetting(backend: str) -> None:
+    given = forgetful()
+    gates = given.pop("gates").requires_grad_()
+    out = sd.compile(sd.attend(P.causal(), score=P.fox()), backend=backend)(**given, forget=gates.cumsum(-1))
+    (slope,) = torch.autograd.grad(out, gates, numbers(105, 2, 48, 8)[None])
+    found = [out[0, 1, 47, 0].item(), dig(out), slope[0, 0, 20].item()]
+    assert found == pytest.approx([-0.2343250772, -8.545680729, 0.1116936816], abs=2e-9)
+
+
+def test_T30_keys_that_are_forgotten_by_a_bound(backend: str) -> None:
+    """What a query still remembers begins at a key that never moves back: a table of first keys, and a window to every backend."""
+    given = forgetful()
+    forget = given.pop("gates").cumsum(-1)
+    reach = float(given["q"].norm(dim=-1).max() * given["k"].norm(dim=-1).max()) * 8**-0.5
+    bound = -(2 * reach + math.log(48)) - 1
+    assert [reach, bound] == pytest.approx([3.2324017687, -11.3360045483], abs=1e-9)
+    causal = torch.ones(48, 48, dtype=torch.bool).tril()
+    kept = causal & (forget[0, :, :, None] - forget[0, :, None, :] >= bound)
+    begins = kept.int().argmax(-1)
+    assert begins[:, 47].tolist() == [0, 41] and int((causal & ~kept).sum()) == 831
+    first = sd.table("first", monotone=True)
+    pruned = sd.attend(P.causal() & (sd.kv_idx >= first[sd.h, sd.q_idx]), score=P.fox())
+    out = sd.compile(sd.attend(P.causal(), score=P.fox()), backend=backend)(**given, forget=forget)
+    off = (sd.compile(pruned, backend=backend)(**given, forget=forget, first=begins) - out).abs().max()
+    assert 1e-5 < float(off) < 5.92e-5 * float(given["v"].abs().max()) * 2
+
+
+def test_T31_selective_attention_by_a_table(backend: str) -> None:
+    """Sums of one head's logits along the queries, of the caller's making, are a table of queries x keys."""
+    given = forgetful()
+    del given["gates"]
+    logits = (given["q"] @ given["k"].mT * 8**-0.5)[0, 0].relu().tril(-1)
+    logits[:, 0] = 0
+    selected = sd.table("selected", dtype=float)
+    attn = sd.compile(sd.attend(P.causal(), score=sd.score - selected[sd.q_idx, sd.kv_idx]), backend=backend)
+    sums = logits.cumsum(0) - logits
+    assert sums[47, :3].tolist() == pytest.approx([0, 8.9574473589, 11.2319103023], abs=1e-9)
+    assert dig(attn(**given, selected=sums)) == pytest.approx(-3.358183084, abs=2e-9)
 
 
 # ---- plain loops ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -450,3 +452,57 @@ def test_a_decorated_kernel_is_a_test():
     test_mine()
     with pytest.raises(AssertionError, match="the scale is left out"):
         kit.kernel_test(implements=FULL, group=1, examples=4)(unscaled)()
+
+
+def ragged_tail_lost(q, k, v, where_nothing=math.nan):
+    """Whole tiles of 16 keys alone, of one key head."""
+    whole = k.shape[2] // 16 * 16
+    if not whole:
+        return torch.full((*q.shape[:3], v.shape[3]), where_nothing)
+    return torch.softmax(q @ k[:, :, :whole].mT * q.shape[-1] ** -0.5, -1) @ v[:, :, :whole]
+
+
+@pytest.mark.parametrize("where_nothing", [0.0, math.nan])
+def test_a_lost_tail_is_named_though_the_smallest_case_holds_nothing_else(where_nothing):
+    kernel = kit.Kernel(
+        functools.partial(ragged_tail_lost, where_nothing=where_nothing), implements=FULL, group=1, dtypes="float32"
+    )
+    (failure,) = kit.check(kernel, examples=25, seed=0, only="NUM").failures
+    assert failure.case.kv_len == 1 and failure.guess == "keys 0..0, the last partial tile of 16, are missing"
+
+
+def test_no_tile_is_named_by_a_size_that_it_does_not_have():
+    """One key alone is the last partial tile of any size."""
+
+    def mine(q, k, v):
+        kept = k.shape[2] // 32 * 32
+        return torch.softmax(q @ k[:, :, :kept].mT * q.shape[-1] ** -0.5, -1) @ v[:, :, :kept]
+
+    (failure,) = kit.check(kit.Kernel(mine, implements=FULL, group=1, dtypes="float32"), examples=25, seed=0, only="NUM").failures
+    assert failure.guess == "keys 0..0, the last partial tile of 32, are missing"
+
+
+def test_shifted_keys_that_give_nan_are_told_as_nan():
+    def mine(q, k, v):
+        return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v * torch.where(k.abs().amax() > 3, math.nan, 1.0)
+
+    kernel = kit.Kernel(mine, implements=FULL, group=1, dtypes="float32")
+    (failure,) = kit.check(kernel, examples=25, seed=0, only="SHIFT").failures
+    assert failure.kind == "NaN" and "out[0, 0, 0, 0] is nan, wanted" in failure.detail and "off by" not in failure.detail
+
+
+def test_a_bare_function_is_a_kernel_where_it_says_what_it_implements():
+    report = kit.check(plain, implements=CAUSAL, dtypes="float32", lse=True, examples=3, seed=0, only=("NUM", "LSE"))
+    assert report.ok and report.kernel.lse and report.kernel.dtypes == ("float32",)
+    with pytest.raises(PatternError, match="implements"):
+        kit.check(plain, implements=3)
+    with pytest.raises(ArgumentError, match=r"of a kernel there are .*; got doc"):
+        kit.check(plain, implements=CAUSAL, doc=[0, 1])
+
+
+@pytest.mark.parametrize("words", [{}, {"implement": CAUSAL}])
+def test_a_bare_function_that_says_nothing_is_told_how(words):
+    with pytest.raises(
+        ArgumentError, match=r"sd.testing.check\(plain, implements=pattern\), or make it a sd.testing.Kernel\(plain"
+    ):
+        kit.check(plain, **words)

@@ -15,6 +15,7 @@ from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.prepared import BLOCK_KEYS, Prepared, Preparer
 from sparsedsl.backends.protocol import ListMaker, PatternRunner
 from sparsedsl.backends.tiled.attention import sight_of
+from sparsedsl.lang.normalisers import STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import Call
@@ -88,6 +89,8 @@ class CppKernel(PatternRunner):
             lines = [f"keys: {len(source.intervals)} interval{'s' * (len(source.intervals) != 1)} a query, {how}"]
         if source.step > 1:
             lines.append(f"positions of one residue modulo {source.step} at a time")
+        if self.pattern.normaliser == STICK_BREAKING:
+            lines.append("blocks of keys from the last to the first, until nothing is left")
         if facts.dtype in ("bfloat16", "float16"):
             lines.append(f"{facts.dtype} is widened to float32 as it is read")
         return tuple(lines)

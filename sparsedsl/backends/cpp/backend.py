@@ -9,9 +9,9 @@ import torch
 
 from sparsedsl.backends.cpp.attention import CppKernel
 from sparsedsl.backends.cpp.background import Build
-from sparsedsl.backends.cpp.build import compiler, no_compiler
+from sparsedsl.backends.cpp.build import compiler, is_built, no_compiler
 from sparsedsl.backends.cpp.choosing import can_choose, choose_blocks
-from sparsedsl.backends.cpp.libraries import begun, fixed_library, fixed_pass, native, parallel
+from sparsedsl.backends.cpp.libraries import begun, fixed_library, fixed_pass, native, parallel, texts_of
 from sparsedsl.backends.cpp.limits import LIMITS
 from sparsedsl.backends.cpp.pooling import pooled_rows
 from sparsedsl.backends.cpp.prepared import READY
@@ -74,17 +74,30 @@ class CppBackend(Backend):
 
     def refusal_by_now(self, request: Request, patience: Patience) -> str | None:
         """What is not built yet is built in the background; a call waits for it, but not for long."""
-        facts = request.facts
-        if facts.device == "cpu" and not (request.form and _refusal_of_gated(request)):
-            double, worth = facts.dtype == "float64", facts.logits >= LIMITS.now.worth_compiling
-            code = request.pattern if request.work == "attention" else (request.mask, request.score)
-            work = "gated" if request.form else request.work
-            if not _done(_begun(work, code, double, facts.grad, worth, compiler()), patience):
+        if patience.asks:
+            built = _built(request)
+            if built is False:
                 return NotYet(
-                    f"cpp is being compiled: more than the {LIMITS.now.wait_s:g} s that a call waits for; calls run on it once it is "
-                    "ready, this call does not"
+                    f"cpp is being compiled: a call waits {LIMITS.now.wait_s:g} s for it at most, and runs on it once it is ready"
                 )
+            return self.refusal(request) if built else None
+        if _is_built_here(request) and not _done(_begun(*_code_of(request), compiler()), patience):
+            return NotYet(
+                f"cpp is being compiled: more than the {LIMITS.now.wait_s:g} s that a call waits for; calls run on it once it is "
+                "ready, this call does not"
+            )
         return self.refusal(request)
+
+    def unbuilt(self, request: Request, *, by_name: bool) -> str:
+        """A library that is not in the cache folder."""
+        if _built(request) is not None:
+            return ""
+        ends = (
+            "waits until it is there"
+            if by_name
+            else f"waits {LIMITS.now.wait_s:g} s at most and is else answered by another backend"
+        )
+        return f"its C++ is not compiled yet: the first call begins to, and {ends}"
 
     def preference(self, request: Request) -> int:
         """First on CPU where it is worth the compiler's second."""
@@ -176,18 +189,47 @@ def _done(builds: tuple[Build, ...], patience: Patience) -> bool:
     return all(build.done or patience.ends_before(build.wait, LIMITS.now.wait_s) for build in builds)
 
 
+def _is_built_here(request: Request) -> bool:
+    """Whether it is work that this backend builds something for."""
+    return request.facts.device == "cpu" and not (request.form and _refusal_of_gated(request))
+
+
+def _code_of(request: Request) -> tuple[str, Any, bool, bool, bool]:
+    """What decides which libraries a piece of work needs: kind of work, mask and score, float64, gradients, worth compiling."""
+    facts = request.facts
+    code = request.pattern if request.work == "attention" else (request.mask, request.score)
+    work = "gated" if request.form else request.work
+    return work, code, facts.dtype == "float64", facts.grad, facts.logits >= LIMITS.now.worth_compiling
+
+
+def _libraries(work: str, code: Any, double: bool, grad: bool, worth: bool) -> list[tuple[str, ...]]:
+    """What the refusals below wait for."""
+    source, fixed = None, FIXED_PARTS[work][: 1 + grad]
+    if worth and work == "attention":
+        source = cpp_source(code, CppVariant(double))
+    elif worth and work == "selected":
+        source = preparer_of(*code).source(double=double)
+    return texts_of(source, fixed, double=double)
+
+
 @functools.lru_cache(maxsize=4096)
 def _begun(work: str, code: Any, double: bool, grad: bool, worth: bool, path: str | None) -> tuple[Build, ...]:
-    """The builds that the refusals below wait for, all of them begun; empty where one of these says at once why there are none."""
+    """Their builds, all of them begun; empty where one of the refusals says at once why there are none."""
     try:
-        source, fixed = None, FIXED_PARTS[work][: 1 + grad]
-        if worth and work == "attention":
-            source = cpp_source(code, CppVariant(double))
-        elif worth and work == "selected":
-            source = preparer_of(*code).source(double=double)
-        return begun(source, fixed, double=double)
+        return begun(_libraries(work, code, double, grad, worth))
     except UnsupportedError:
         return ()
+
+
+def _built(request: Request) -> bool | None:
+    """Whether all that a piece of work needs is built, or is known not to be; False while it is being built, None: nobody has begun."""
+    if not _is_built_here(request) or compiler() is None:
+        return True
+    try:
+        found = [is_built(*texts) for texts in _libraries(*_code_of(request))]
+    except UnsupportedError:
+        return True
+    return False if False in found else None if None in found else True
 
 
 @functools.lru_cache(maxsize=1024)

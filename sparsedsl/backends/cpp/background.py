@@ -45,6 +45,11 @@ class Build:
             self._begun = True
         threading.Thread(target=self._run, name="sparsedsl C++", daemon=True).start()
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether somebody has begun."""
+        return self._begun
+
     def wait(self, seconds: float | None) -> bool:
         """Whether it is done after so many seconds; None: after as many as it takes."""
         self.begin()

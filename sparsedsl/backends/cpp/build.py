@@ -30,7 +30,7 @@ from sparsedsl.backends.cpp.background import Build, compiler_says, finished_at_
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.settings import settings
 
-__all__ = ["FLAGS", "compiler", "library", "no_compiler", "start"]
+__all__ = ["FLAGS", "compiler", "is_built", "library", "no_compiler", "start"]
 
 log = logging.getLogger("sparsedsl")
 
@@ -94,6 +94,18 @@ def start(text: str, *flags: str) -> Build | None:
     """
     wanted = text, flags, compiler()
     return None if wanted in _loaded else _started(wanted)
+
+
+def is_built(text: str, *flags: str) -> bool | None:
+    """Whether a library is there, or is known to fail; False while it is being built, None: nobody has begun. Begins nothing."""
+    path = compiler()
+    wanted = text, flags, path
+    if wanted in _loaded:
+        return True
+    build = _builds.get(wanted)
+    if build is not None and build.is_begun:
+        return build.done
+    return True if path is not None and _usable(_place(path, _folder(), text, flags)) else None
 
 
 def _started(wanted: _Wanted) -> Build:
@@ -171,9 +183,14 @@ def _folder() -> Path:
     return folder
 
 
-def _built(path: str, folder: Path, text: str, flags: tuple[str, ...]) -> Path:
+def _place(path: str, folder: Path, text: str, flags: tuple[str, ...]) -> Path:
     key = hashlib.sha256("\n".join([text, *FLAGS, *flags, *_surroundings(path)]).encode()).hexdigest()[:32]
-    place = folder / f"{key}.so"
+    return folder / f"{key}.so"
+
+
+def _built(path: str, folder: Path, text: str, flags: tuple[str, ...]) -> Path:
+    place = _place(path, folder, text, flags)
+    key = place.stem
     if not _usable(place):
         try:
             with _alone(folder / f"{key}.lock"):

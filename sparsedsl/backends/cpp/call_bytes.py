@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsedsl.lang.normalisers import POINTWISE, SOFTMAX, SOFTPICK
+from sparsedsl.lang.normalisers import POINTWISE, SOFTMAX, SOFTPICK, STICK_BREAKING
 
 __all__ = [
     "HEAD",
@@ -33,7 +33,7 @@ OF_PATTERN = struct.Struct(f"={FIXED - 20}q")
 # How elements of q, k, v and out are told of, where the computation is not in their own type.
 KINDS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
 # How logits become weights, as `call.h` numbers it.
-WEIGHING = {SOFTMAX: 0, POINTWISE: 1, SOFTPICK: 2}
+WEIGHING = {SOFTMAX: 0, POINTWISE: 1, SOFTPICK: 2, STICK_BREAKING: 3}
 
 
 @functools.lru_cache(maxsize=64)

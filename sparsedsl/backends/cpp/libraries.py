@@ -21,7 +21,18 @@ from sparsedsl.plain_values import Reported
 from sparsedsl.quantities import seconds_text
 from sparsedsl.settings import settings
 
-__all__ = ["Native", "address", "begun", "build_ahead", "fixed_library", "fixed_pass", "fixed_width", "native", "parallel"]
+__all__ = [
+    "Native",
+    "address",
+    "begun",
+    "build_ahead",
+    "fixed_library",
+    "fixed_pass",
+    "fixed_width",
+    "native",
+    "parallel",
+    "texts_of",
+]
 
 # A product and a sum may become one operation in products and softmax. What decides which pairs attend is rounded as torch rounds it.
 _FIXED, _EXACT = "-ffp-contract=fast", "-ffp-contract=off"
@@ -63,16 +74,21 @@ def _of_fixed(name: str, double: bool) -> tuple[str, ...]:
     return fixed_part(name), _FIXED, *(["-DDOUBLE"] if double else [])
 
 
-def begun(source: CppSource | None, fixed: Iterable[str], *, double: bool) -> tuple[Build, ...]:
-    """Begin to build the library of a pattern and ``fixed`` parts, all at once; those that are under way.
+def texts_of(source: CppSource | None, fixed: Iterable[str], *, double: bool) -> list[tuple[str, ...]]:
+    """What the libraries of ``fixed`` parts and of a pattern are built of: text and flags of each."""
+    wanted = [_of_fixed(name, double) for name in fixed]
+    if source is not None:
+        wanted.append(_of_pattern(source.text, double))
+    return wanted
+
+
+def begun(libraries: Iterable[tuple[str, ...]]) -> tuple[Build, ...]:
+    """Begin to build libraries (:func:`texts_of`), all at once; those that are under way.
 
     Raises:
         UnsupportedError: no compiler.
     """
-    wanted = [_of_fixed(name, double) for name in fixed]
-    if source is not None:
-        wanted.append(_of_pattern(source.text, double))
-    return tuple(build for texts in wanted if (build := start(*texts)) is not None)
+    return tuple(build for texts in libraries if (build := start(*texts)) is not None)
 
 
 @functools.cache
@@ -130,7 +146,7 @@ def build_ahead(pattern: Pattern, dtype: str = "float32") -> CppBuild:
     double = check_word("dtype", dtype, ("float32", "bfloat16", "float16", "float64")) == "float64"
     begin = time.perf_counter()
     source = cpp_source(pattern, CppVariant(double))
-    begun(source, ("forward", "backward"), double=double)
+    begun(texts_of(source, ("forward", "backward"), double=double))
     native(source, double=double)
     fixed_pass("backward", double)
     parallel()

@@ -71,7 +71,8 @@ def _broken_off(logits: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """Of what keys with a higher number left of a stick, each takes ``sigmoid(logit)``."""
     safe = torch.where(allowed, logits, 0.0)
     kept = torch.where(allowed, functional.logsigmoid(-safe), 0.0)
-    left = kept.flip(-1).cumsum(-1).flip(-1) - kept
+    # Without the key itself, and not as a difference: what a large logit leaves has no digits to spare.
+    left = functional.pad(kept[..., 1:].flip(-1).cumsum(-1).flip(-1), (0, 1))
     return torch.exp(functional.logsigmoid(safe) + left)
 
 

@@ -61,19 +61,23 @@ def _rows(
     state = k.new_zeros((*k.shape[:2], k.shape[3], v.shape[3])) if state is None else state.to(k.dtype)
     ids = None if node.documents is None else run.value(node.documents).expand(k.shape[0], -1)
     rows, first = [], run.call.q_offset
+    states = [state]  # before the first token, after it, ..
     for token in range(k.shape[2]):
         key, value, keep = k[:, :, token], v[:, :, token], kept[:, :, token, :, None]
         if ids is not None and token > 0:
             goes_on = (ids[:, token] == ids[:, token - 1])[:, None, None, None]
             state = torch.where(goes_on, state, 0.0)
+        if token < node.first:
+            key, value = torch.zeros_like(key), torch.zeros_like(value)
         before = state
         state = torch.where(keep > 0, keep * state, 0.0)  # nothing is left of anything, NaN too
         if beta is not None:
             value = beta[:, :, token, None] * (value - (state * key[..., None]).sum(2))
         state = state + key[..., None] * value[..., None, :]
+        states = [*states, state][-node.delay - 1 :]
         if not first <= token < first + q.shape[3]:
             continue
-        seen = state
+        seen = states[0]  # the one before as many tokens, or the oldest there is
         if node.reads == "before":
             own = 0.0 if bonus is None else (bonus * key)[..., None] * value[..., None, :]
             seen = before + own
@@ -100,6 +104,8 @@ def _features(kind: str | None, x: Tensor) -> Tensor:
         return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     if kind == "elu1":
         return functional.elu(x) + 1
+    if kind == "exp":
+        return x.exp()
     return functional.relu(x) if kind == "relu" else x
 
 

@@ -37,7 +37,7 @@ from sparsedsl.backends.triton.table_passes import add_table_gradient, side_of, 
 from sparsedsl.codegen.gradient_axes import learned_reads
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.gpu.configs import Config, Shape, split_count
+from sparsedsl.gpu.configs import Config, Shape, of_sticks, split_count
 from sparsedsl.gpu.costs import estimated_held, retiled, seconds
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.lang.pattern import Pattern
@@ -113,12 +113,16 @@ class TritonKernel(PatternRunner):
             lines.append(f"positions of one residue modulo {variant.step} at a time")
         if grad:
             lines.append(f"tiles of queries: {ways[variant.queries]}")
+        if prepared.breaks:
+            lines.append("tiles of a row from the last key to the first, until nothing is left")
         target = target_of(where)
         at_hand = where.type == "cuda" and torch.cuda.is_available()
         lines.append(f"for {target.device} ({target.name}){'' if at_hand else ', assumed: there is no GPU here'}:")
-        for name in (("decode", "merge") if few else ("forward",)) + (("delta", "grad_q", "grad_kv") if grad else ()):
+        before = "left" if prepared.breaks else "delta"
+        for name in (("decode", "merge") if few else ("forward",)) + ((before, "grad_q", "grad_kv") if grad else ()):
             found = chosen(name, shape, prepared, None)
-            lines.append(f"  {name}: {found.config} ({found.source})")
+            config = of_sticks(name, shape, target, found.config) if prepared.breaks else found.config
+            lines.append(f"  {name}: {config} ({found.source})")
         return tuple(lines)
 
     def expected_seconds(self, domain: Domain, facts: CallFacts, totals: Totals) -> float | None:
@@ -216,18 +220,22 @@ class TritonKernel(PatternRunner):
         domain, device, source = call.domain, q.device, schedule.source
         shape = _shape(call, q, k, v, out, grad_out)
         lse = lse.detach().contiguous()
-        delta, base = torch.empty_like(lse), torch.empty_like(lse)
         reads = learned_reads(source.pattern)
         sums = summed_on_the_way(reads, domain, device)
         values = _values(call, schedule) | strided("q", q) | strided("k", k) | strided("v", v)
         values |= strided("out", out) | strided("grad_out", grad_out) | sums
-        values |= {"lse_ptr": lse, "delta_ptr": delta, "base_ptr": base}
-        values["grad_lse_ptr"] = lse if grad_lse is None else grad_lse.detach().to(torch.float32).contiguous()
-        lines = domain.batch * domain.heads
-        has = {"HAS_GRAD_LSE": grad_lse is not None}
-        _run("delta", shape, schedule, lambda config: (in_tiles(domain.rows, config.block_m) * lines, values), **has)
-        self._over_queries("grad_q", call, schedule, values | strided("grad_q", grad_q), shape)
-        self._over_keys(call, schedule, values | strided("grad_k", grad_k) | strided("grad_v", grad_v), shape)
+        delta, base = torch.empty_like(lse), torch.empty_like(lse)
+        made = strided("grad_q", grad_q) | strided("grad_k", grad_k) | strided("grad_v", grad_v)
+        if schedule.breaks:
+            values |= self._break(call, schedule, values | made, shape)
+        else:
+            values |= {"lse_ptr": lse, "delta_ptr": delta, "base_ptr": base}
+            values["grad_lse_ptr"] = lse if grad_lse is None else grad_lse.detach().to(torch.float32).contiguous()
+            lines = domain.batch * domain.heads
+            has = {"HAS_GRAD_LSE": grad_lse is not None}
+            _run("delta", shape, schedule, lambda config: (in_tiles(domain.rows, config.block_m) * lines, values), **has)
+            self._over_queries("grad_q", call, schedule, values | made, shape)
+            self._over_keys(call, schedule, values | made, shape)
 
         def table_kernel(name: str, work: Callable[[int], tuple[int, Mapping[str, Any]]]) -> int:
             def sized(config: Config) -> tuple[int, Mapping[str, Any]]:
@@ -245,27 +253,52 @@ class TritonKernel(PatternRunner):
             found[name] += grad
         return grad_q, grad_k, grad_v, {name: grad.to(call.tables[name].dtype) for name, grad in found.items()}
 
+    def _break(self, call: Call, prepared: Prepared, values: Mapping[str, Any], shape: Shape) -> dict[str, Any]:
+        """The passes of the backward pass of sticks. What they tell each other of queries and tiles of keys takes room: they do some key
+        heads after the others. As arguments: what tables need of it."""
+        domain, group = call.domain, call.group
+        columns, units = in_tiles(domain.kv_len, _span(shape, prepared)), domain.batch * domain.heads // group
+        of_pairs = any(
+            one.axis in ("difference", "pairs") for one in learned_reads(prepared.source.pattern)
+        )  # they need all heads
+        most = units if of_pairs else LIMITS.now.stick_bytes // max(1, 8 * group * columns * domain.rows)
+        told: dict[str, Any] = {}
+        for first in range(0, units, max(1, most)):
+            heads = min(units - first, max(1, most))
+            left = torch.full((heads * group, columns, domain.rows), -float("inf"), device=call.q.device)
+            told = {"left_ptr": left, "earlier_ptr": torch.zeros_like(left), "columns": columns, "first_line": first * group}
+            for name in ("left", "grad_q"):
+                self._over_queries(name, call, prepared, {**values, **told}, shape, heads * group)
+            self._over_keys(call, prepared, {**values, **told, "first_line": first}, shape, heads)
+        return told
+
     # ---- grids ----
 
-    def _over_queries(self, name: str, call: Call, prepared: Prepared, values: Mapping[str, Any], shape: Shape) -> None:
-        """One program a tile of queries of one head, within a residue if the variant has residues."""
+    def _over_queries(
+        self, name: str, call: Call, prepared: Prepared, values: Mapping[str, Any], shape: Shape, heads: int | None = None
+    ) -> None:
+        """One program a tile of queries of one head, within a residue if the variant has residues. ``heads``: of all entries together."""
         domain, step = call.domain, prepared.variant.step
+        lines = domain.batch * domain.heads if heads is None else heads
 
         def work(config: Config) -> tuple[int, Mapping[str, Any]]:
             tiles = in_tiles(in_tiles(domain.rows, step), config.block_m) * step
             loop = prepared.loop(name, (config.block_m, config.block_n))
-            return tiles * domain.batch * domain.heads, {**values, **loop}
+            return tiles * lines, {**values, **loop}
 
         _run(name, shape, prepared, work)
 
-    def _over_keys(self, call: Call, prepared: Prepared, values: Mapping[str, Any], shape: Shape) -> None:
-        """One program a tile of keys of one key head."""
+    def _over_keys(
+        self, call: Call, prepared: Prepared, values: Mapping[str, Any], shape: Shape, heads: int | None = None
+    ) -> None:
+        """One program a tile of keys of one key head. ``heads``: key heads of all entries together."""
         domain, step = call.domain, prepared.variant.step
+        lines = domain.batch * (domain.heads // call.group) if heads is None else heads
 
         def work(config: Config) -> tuple[int, Mapping[str, Any]]:
             tiles = in_tiles(in_tiles(domain.kv_len, step), config.block_n) * step
             loop = prepared.loop("grad_kv", (config.block_m, config.block_n))
-            return tiles * domain.batch * (domain.heads // call.group), {**values, **loop}
+            return tiles * lines, {**values, **loop}
 
         _run("grad_kv", shape, prepared, work)
 
@@ -283,7 +316,13 @@ def refusal_of(pattern: Pattern) -> str | None:
 def _run(name: str, shape: Shape, prepared: Prepared, work: Work, **constants: Any) -> Config:
     """Choose how a kernel is launched, and launch it; the config."""
 
+    def fitted(config: Config) -> Config:
+        if not prepared.breaks or (interpreted() and name == "forward"):
+            return config
+        return of_sticks(name, shape, target_of(prepared.device), config, _span(shape, prepared))
+
     def run(config: Config, dry: bool) -> Any:
+        config = fitted(config)
         programs, arguments = work(config)
         reaching = prepared.reaching(arguments)
         more, source = dict(constants), reaching.source
@@ -298,9 +337,16 @@ def _run(name: str, shape: Shape, prepared: Prepared, work: Work, **constants: A
             more["BLOCK"] = side_of(config)
         return launch(source, name, programs, arguments, shape, config, dry=dry, **more)
 
-    config = chosen(name, shape, prepared, run).config
+    config = fitted(chosen(name, shape, prepared, run).config)
     run(config, False)
     return config
+
+
+def _span(shape: Shape, prepared: Prepared) -> int:
+    """Keys of a tile in all kernels of the backward pass of sticks."""
+    if interpreted():
+        return LIMITS.now.interpreted.block_n
+    return of_sticks("grad_q", shape, target_of(prepared.device), LIMITS.now.interpreted).block_n
 
 
 def _without_products(t: Tensor) -> bool:

@@ -44,7 +44,7 @@ def chosen(kernel: str, shape: Shape, prepared: Prepared, run: Callable[[Config,
     few = kernel in ("decode", "merge")
     key = tuning_key(written, kernel, shape, "few queries" if few else prepared.density, target)
     found = choose(kernel, shape, target, key, measure, work=Work() if few else prepared.work)
-    if found.seconds is None and kernel in ("forward", "grad_q", "grad_kv"):
+    if found.seconds is None and kernel in ("forward", "left", "grad_q", "grad_kv"):
         heavy = prepared.heavy_last[kernel == "grad_kv"]
         # What loads through descriptors gain differs from GPU to GPU: they are taken where they were measured.
         found = replace(found, config=replace(found.config, heavy_first=heavy, descriptors=False))

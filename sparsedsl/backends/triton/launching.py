@@ -50,7 +50,7 @@ def launch(
     ``dry``: only compile it. ``more``: constants beyond those of the config.
     """
     kernel = source.kernel(name)
-    fixed = constants(kernel, shape, config) | more
+    fixed = constants(kernel, shape, config, "hip" if torch.version.hip else "cuda") | more
     if kernel.blocks is not None and values.get("q_offset", 0) % kernel.blocks[0] and "BLOCK_WISE" in fixed:
         fixed["BLOCK_WISE"] = False
     arguments = [values[argument.name] for argument in kernel.arguments if argument.type != "constexpr"]

@@ -25,6 +25,7 @@ class Limits:
     - ``longest``: positions beyond are computed in 64 bits.
     - ``pair_bytes``: for gradients of learned tables that are kept pair by pair before they are summed. ``listed_pair_bytes``:
       the same of attention along lists, where sorting them takes several times as much.
+    - ``stick_bytes``: for what kernels of the backward pass of sticks tell each other of tiles of keys; beyond, some heads at a time.
     - ``scan_steps``: so many keys of a linear attention whose decays come with the data are written one by one, without gradients.
     """
 
@@ -34,6 +35,7 @@ class Limits:
     longest: int = LONGEST
     pair_bytes: int = 1 << 28
     listed_pair_bytes: int = 1 << 25
+    stick_bytes: int = 1 << 30
     scan_steps: int = 16
 
 

@@ -16,12 +16,13 @@ from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.backends.protocol import ListMaker
 from sparsedsl.backends.triton.launching import row_offsets_end, tensor_arguments
 from sparsedsl.backends.triton.limits import LIMITS
-from sparsedsl.backends.triton.tile_lists import interval_values, list_values
+from sparsedsl.backends.triton.tile_lists import all_as_partial, interval_values, list_values
 from sparsedsl.codegen.gradient_axes import learned_reads
 from sparsedsl.codegen.to_triton import TritonSource, Variant, triton_source, variant_of
 from sparsedsl.gpu.configs import Work
 from sparsedsl.gpu.costs import work_of
 from sparsedsl.gpu.tuning_records import density_class
+from sparsedsl.lang.normalisers import STICK_BREAKING
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.runtime.hoisted_tables import fill
 from sparsedsl.runtime.table_gradients import allowed_differences
@@ -54,6 +55,11 @@ class Prepared:
         """Lengths and tables of the calls it is for. Learned tables, which change with every step, are not among them."""
         return replace(self.lengths, tables=dict(self.read))
 
+    @property
+    def breaks(self) -> bool:
+        """Whether a stick is broken."""
+        return self.pattern.normaliser == STICK_BREAKING
+
     def loop(self, kernel: str, block: tuple[int, int]) -> dict[str, Any]:
         """Arguments of a kernel's loop over tiles, for tiles of ``block`` (queries, keys)."""
         of = "queries" if kernel == "grad_kv" else "keys"
@@ -63,7 +69,8 @@ class Prepared:
         def make() -> dict[str, Any]:
             with torch.no_grad():
                 if how == "lists":
-                    return list_values(self.lists(self.domain, block), of, self.device)
+                    lists = self.lists(self.domain, block)
+                    return list_values(all_as_partial(lists) if self.breaks else lists, of, self.device)
                 # the intervals of residues all have a closed form
                 return (
                     interval_values(self.pattern, self.domain, of, self.device)

@@ -12,7 +12,7 @@ from sparsedsl.analysis.lists import BlockLists, TileRows
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 
-__all__ = ["interval_values", "list_values"]
+__all__ = ["all_as_partial", "interval_values", "list_values"]
 
 
 def interval_values(pattern: Pattern, domain: Domain, of: str, device: torch.device) -> dict[str, Any]:
@@ -54,6 +54,17 @@ def full_tiles_inside(lists: BlockLists, of: str) -> BlockLists:
         torch.cat([owner[cut], lists.partial.owners()]), torch.cat([lists.full.columns[cut], lists.partial.columns]), lists
     )
     return BlockLists(full, partial, lists.block, lists.q_rows, lists.kv_len)
+
+
+def all_as_partial(lists: BlockLists) -> BlockLists:
+    """The same tiles, all of them listed as partial: those of a line in ascending order, whatever they are."""
+    if not lists.full.total:
+        return lists
+    owner, columns = (
+        torch.cat(pair) for pair in ((lists.full.owners(), lists.partial.owners()), (lists.full.columns, lists.partial.columns))
+    )
+    none = _from_pairs(owner[:0], columns[:0], lists)
+    return BlockLists(none, _from_pairs(owner, columns, lists), lists.block, lists.q_rows, lists.kv_len)
 
 
 def _from_pairs(owner: torch.Tensor, columns: torch.Tensor, lists: BlockLists) -> TileRows:

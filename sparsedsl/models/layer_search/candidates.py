@@ -160,9 +160,9 @@ def candidates_from(given: Any) -> dict[str, Candidate]:
 
 
 def _no_heads(donor: Donor) -> Heads:
-    """Zeros of one token."""
+    """Zeros of one token, which no rotation changes."""
     q = torch.zeros(1, donor.heads, 1, donor.head_dim)
-    return Heads(q, q[:, : donor.kv_heads], torch.zeros(1, donor.kv_heads, 1, donor.value_dim))
+    return Heads(q, q[:, : donor.kv_heads], torch.zeros(1, donor.kv_heads, 1, donor.value_dim), lambda rows: rows)
 
 
 def _hybrid(name: str, given: Any) -> Hybrid:

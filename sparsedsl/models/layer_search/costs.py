@@ -151,7 +151,7 @@ def _layer_bytes(runs: Runs, length: int, shape: LayerShape) -> float:
     program = runs.value
     assert isinstance(program, Program)
     bound = cache_bound(program)
-    if bound.kind == STATE:
+    if bound.state_bytes is not None:
         own = {name: size for name, size in runs.sizes.items() if name not in KNOWN}
         words: dict[str, Any] = {
             "head_dim_v": shape.value_dim,

@@ -60,14 +60,15 @@ def _first(
 
 
 def _common(explained: list[list[str]]) -> str:
-    """The first words of the first list that stand in every list, whatever numbers are in them."""
+    """The first words of the first list that stand in every list, whatever the lengths of its case."""
     known = [{_without_numbers(words) for words in found} for found in explained]
     first = explained[0] if explained else []
     return next((words for words in first if all(_without_numbers(words) in other for other in known)), "")
 
 
 def _without_numbers(words: str) -> str:
-    return re.sub(r"\d+", "#", words)
+    """Without those numbers that follow from the lengths and widths of a case; sizes of tiles and numbers of heads do not."""
+    return re.sub(r"\d+\.\.\d+|D = \d+ in place of \d+|^\d+ keys behind", "#", words)
 
 
 def _same(allowed: Tensor, got: Tensor, other: Tensor) -> bool:
@@ -87,9 +88,13 @@ def _out_faults(kernel: Kernel, problem: Problem) -> Iterator[tuple[str, Tensor]
     shape = (*problem.q.shape[:3], problem.v.shape[3])
     yield "all of it is 0", torch.zeros(shape, dtype=torch.float64)
     yield "all of it is NaN", torch.full(shape, math.nan, dtype=torch.float64)
-    for words, bent, other in _bent(kernel, problem):
-        yield words, Exact(other, bent).out
     exact = Exact(problem)
+    for words, bent, other in _bent(kernel, problem):
+        faulty = Exact(other, bent)
+        yield words, faulty.out
+        emptied = faulty.empty & ~exact.empty
+        if bool(emptied.any()):  # a sum of nothing, divided by 0
+            yield words, faulty.out.masked_fill(emptied[..., None], math.nan)
     yield from _unscaled_sums(kernel, exact)
 
 
@@ -107,9 +112,14 @@ def _bent(kernel: Kernel, problem: Problem) -> Iterator[tuple[str, Bent, Problem
     yield from _tables(problem)
     for size in dict.fromkeys((tiles[1], 16, 32, 64, 128)):
         last = (case.kv_len - 1) // size * size
-        if case.kv_len % size and last:
+        if case.kv_len % size:
             words = f"keys {last}..{case.kv_len - 1}, the last partial tile of {size}, are missing"
             yield words, Bent(keep=_without(last, case.kv_len)), problem
+        yield (
+            f"keys {last}..{case.kv_len - 1}, the last tile of {size}, are missing",
+            Bent(keep=_without(last, case.kv_len)),
+            problem,
+        )
         for start in range(0, case.kv_len, size) if size == tiles[1] and case.kv_len <= 40 * size else ():
             end = min(start + size, case.kv_len)
             yield (

@@ -106,13 +106,18 @@ def _shift(call: Call) -> Failure | None:
     wanted, other = expectation(kernel, one), expectation(kernel, two)
     moves = problem.factor * (q.double().cpu() @ w.double().cpu())
     for name in given[0]:
+        where = rows[..., None] if rows is not None and name == "out" else rows
+        for words, expected, results_of in (("", wanted, given[0]), ("with one vector added to all keys, ", other, given[1])):
+            fault = expected.fault(name, results_of[name], where=where)
+            if fault is not None and fault.kind != "number":  # of which no difference can be made
+                return failure(fault, words)
         added = moves if name == "lse" else 0.0
         off = (given[1][name].double().cpu() - given[0][name].double().cpu() - added).abs()
         off = torch.where(torch.isfinite(wanted.values[name]), off, 0.0)
-        if rows is not None:
-            off = torch.where(rows[..., None] if name == "out" else rows, off, 0.0)
+        if where is not None:
+            off = torch.where(where, off, 0.0)
         excess = off / (wanted.allowed(name) + other.allowed(name))
-        if float(excess.max()) > 1 or bool(torch.isnan(excess).any()):
+        if float(excess.max()) > 1:
             return Failure("number", f"{name} is off by {float(off.max()):.3g} when one vector is added to all keys")
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from sparsedsl.testing.kernels.calling import Broken, Call, Refused, made
@@ -15,7 +16,7 @@ from sparsedsl.testing.kernels.findings import Failure, KernelProperty, Skip
 from sparsedsl.testing.kernels.kernel_case import KernelCase
 from sparsedsl.testing.kernels.kernel_report import FAILS, HOLDS, NOT_RUN, SKIPPED, KernelFinding
 from sparsedsl.testing.kernels.kernel_snippets import kernel_snippet
-from sparsedsl.testing.kernels.limits import outside_positions
+from sparsedsl.testing.kernels.limits import near, outside_positions
 from sparsedsl.testing.kernels.locating import guess
 from sparsedsl.testing.kernels.packed_properties import PACKED_PROPERTIES
 from sparsedsl.testing.kernels.shrinking import shrunk
@@ -27,6 +28,11 @@ __all__ = ["LATE", "LEAST", "PropertySearch", "run_case"]
 LEAST = 4
 LATE = "there was no time left"
 _WITNESSES = 3
+# Keys that a case is given more, to tell faults apart which look alike in one tile: the last partial tile is another one for every usual
+# size of tiles.
+_MORE_KEYS = 16 + 32 + 64 + 128
+# Kinds of failure in what is compared with numbers.
+_NUMBERS = ("number", "NaN", "infinite")
 
 
 class PropertySearch:
@@ -129,7 +135,7 @@ class PropertySearch:
         small, failed = shrunk(kernel, case, found, again, seconds=seconds)
         # What a guess bends is a call of entries that are all as long.
         locate = locate and of.name not in PACKED_PROPERTIES
-        idea = guess(kernel, of.name, (small, case, *_others(kernel, of, failed, again)), failed) if locate else ""
+        idea = guess(kernel, of.name, (small, case, *_others(kernel, of, small, failed, again)), failed) if locate else ""
         snippet = kernel_snippet(kernel, of.name, small)
         return KernelFinding(
             of.name,
@@ -147,13 +153,21 @@ class PropertySearch:
 
 
 def _others(
-    kernel: Kernel, of: KernelProperty, failed: Failure, run: Callable[[KernelCase], Failure | None]
+    kernel: Kernel, of: KernelProperty, small: KernelCase, failed: Failure, run: Callable[[KernelCase], Failure | None]
 ) -> Iterator[KernelCase]:
-    """A few more cases that fail in the same way: a guess must explain them too."""
-    fail = (
-        case for case in cases(kernel, of, 6 * _WITNESSES, 1) if (found := run(case)) is not None and found.kind == failed.kind
-    )
-    yield from itertools.islice(fail, _WITNESSES)
+    """The smallest case with more keys, and a few more cases, as far as they fail in the same way: a guess must explain them too."""
+    kinds = _NUMBERS if failed.kind in _NUMBERS else (failed.kind,)
+    more = 2 * kernel.tiles[1] if kernel.tiles else _MORE_KEYS
+    longer = near(kernel, asdict(small) | {"kv_len": small.kv_len + more, "q_offset": small.q_offset + more})
+    found = (case for case in cases(kernel, of, 6 * _WITNESSES, 1) if _fails(run, case, kinds))
+    yield from itertools.islice(found, _WITNESSES)
+    if longer is not None and _fails(run, longer, kinds):
+        yield longer
+
+
+def _fails(run: Callable[[KernelCase], Failure | None], case: KernelCase, kinds: tuple[str, ...]) -> bool:
+    found = run(case)
+    return found is not None and found.kind in kinds
 
 
 def run_case(kernel: Kernel, of: KernelProperty, case: KernelCase, tables: Mapping[str, Any] | None = None) -> Failure | None:

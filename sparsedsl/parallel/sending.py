@@ -1,0 +1,112 @@
+"""Rows from rank to rank, in one all-to-all, with gradients back by its transpose, summed in float32 at least."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sparsedsl.runtime.dtypes import accumulated
+
+__all__ = ["Arriving", "Route", "all_to_all", "begun", "sent", "tied"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """What one rank sends and gets: ``rows`` of its own tensor in the order of the ranks that they go to, of which ``counts[0]`` says how
+    many go to each, and ``counts[1]`` how many come from each. ``own``, ``order``: rows of its own that it keeps, and the order that they
+    and what comes are to have."""
+
+    rows: Tensor
+    counts: tuple[list[int], list[int]]
+    own: Tensor
+    order: Tensor
+    group: Any
+
+    def to(self, device: torch.device) -> Route:
+        """The same with numbers of rows on a device."""
+        rows, own, order = (x.to(device) for x in (self.rows, self.own, self.order))
+        return Route(rows, self.counts, own, order, self.group)
+
+
+def sent(x: Tensor, route: Route) -> Tensor:
+    """What a rank gets of rows ``x (rows, ..)``, with its own, in order. All ranks call it at once."""
+    route = route.to(x.device)
+    received = _Sent.apply(x, route, None)
+    return torch.cat([x.index_select(0, route.own), received]).index_select(0, route.order)
+
+
+@dataclass
+class Arriving:
+    """Rows on their way: :meth:`wait` before they are read."""
+
+    rows: Tensor
+    work: Any
+
+    def wait(self) -> Tensor:
+        """The rows of others, in the order of the ranks that they come from."""
+        self.work.wait()
+        return self.rows
+
+
+def begun(x: Tensor, route: Route) -> Arriving:
+    """The rows of others, on their way while this rank does something else."""
+    started: list[Any] = []
+    rows = _Sent.apply(x, route.to(x.device), started)
+    return Arriving(rows, started[0])
+
+
+class _Sent(torch.autograd.Function):
+    """Rows to the ranks that see them; backward, their gradients, summed where several ranks see a row. ``started``: takes what has to be
+    waited for; None: it is waited for here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, route: Route, started: list[Any] | None) -> Tensor:
+        ctx.route, ctx.shape, ctx.dtype = route, x.shape, x.dtype
+        found, work = _all_to_all(x.index_select(0, route.rows), *route.counts, route.group, later=started is not None)
+        if started is not None:
+            started.append(work)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        route, wide = ctx.route, accumulated(ctx.dtype)
+        back = all_to_all(grads[0].to(wide), route.counts[1], route.counts[0], route.group)
+        total = back.new_zeros(ctx.shape).index_add_(0, route.rows, back)
+        return total.to(ctx.dtype), None, None
+
+
+def all_to_all(x: Tensor, to_each: Sequence[int], from_each: Sequence[int], group: Any) -> Tensor:
+    """Rows of ``x``, so many to each rank, in order; what comes, in the order of the ranks that it comes from."""
+    found, _ = _all_to_all(x, to_each, from_each, group, later=False)
+    return found
+
+
+def _all_to_all(x: Tensor, to_each: Sequence[int], from_each: Sequence[int], group: Any, *, later: bool) -> tuple[Tensor, Any]:
+    found = x.new_empty((sum(from_each), *x.shape[1:]))
+    work = dist.all_to_all_single(found, x.contiguous(), list(from_each), list(to_each), group=group, async_op=later)
+    return found, work
+
+
+def tied(out: Tensor, *others: Tensor) -> Tensor:
+    """``out``, whose backward pass also reaches ``others``, with zeros: what ranks do together backward, none of them may leave out, and a
+    rank that chose nothing of others has no other way to them."""
+    others = tuple(x for x in others if x.requires_grad)
+    return _Tied.apply(out, *others) if others and torch.is_grad_enabled() else out
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *others: Tensor) -> Tensor:
+        ctx.like = [(x.shape, x.dtype, x.device) for x in others]
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        nothing = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like)
+        return grads[0], *nothing

@@ -1,0 +1,105 @@
+"""Programs that choose, with inputs for a sequence of any length, and how a call on ranks compares with that of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import sparsedsl as sd
+from sparsedsl import kv_idx, q_idx
+from tests.parallel.ranks import numbers
+
+__all__ = ["HEADS", "PROGRAMS", "assert_one_process", "drawn", "only_wanted_keys", "part_of", "score"]
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 8
+ALLOW = ("selection reads later queries",)
+CAUSAL, OWN = kv_idx <= q_idx, q_idx // 8 == kv_idx // 8
+INDEX_Q, INDEX_K = sd.input("index_q", "batch heads queries 4"), sd.input("index_k", "batch one keys 4")
+COARSE = sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 3, among=(kv_idx // 16 + 1) * 16 <= q_idx + 1)
+PROGRAMS: dict[str, Any] = {
+    "hsa": sd.patterns.hsa(chunk=8, top_k=3),
+    "moba": sd.patterns.moba(chunk=16, top_k=3),
+    "nsa": sd.patterns.nsa(block=8, select=16, top_k=4, window=20),
+    "quest": sd.attend(CAUSAL & (OWN | sd.top_k(sd.bound(sd.q, sd.k, 8), 4))),
+    "dsa": sd.attend(CAUSAL & sd.top_k(sd.dot(INDEX_Q, INDEX_K).relu().over_heads("sum"), 12, among=CAUSAL)),
+    "window": sd.attend(
+        CAUSAL & ((q_idx - kv_idx < 40) | sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 1, among=CAUSAL & (kv_idx < 32)))
+    ),
+    # Choices of two sizes, one within the other, one for blocks of queries, one that takes away, and a sink.
+    "two sizes": sd.attend(CAUSAL & (OWN | COARSE | sd.top_k(sd.bound(sd.q, sd.k, 8), 2, among=CAUSAL & COARSE)), sink=0.2),
+    "blocks of queries": sd.attend(CAUSAL & (OWN | sd.top_p(sd.dot(sd.summary(sd.q, 16), sd.summary(sd.k, 16)), 0.6))),
+    "taken away": sd.attend(CAUSAL & (~sd.top_k(sd.dot(sd.q, sd.summary(sd.k, 16)), 2) | OWN)),
+}
+
+
+def drawn(name: str, length: int, dtype: torch.dtype = torch.float64) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """q, k, v of two batch entries, and the further inputs of a program."""
+    qkv = [numbers(2, heads, length, WIDTH, seed=seed).to(dtype) for seed, heads in enumerate((HEADS, KV_HEADS, KV_HEADS))]
+    more = {
+        "hsa": {"retrieval_q": numbers(2, KV_HEADS, length, 5, seed=5), "landmarks": numbers(2, KV_HEADS, -(-length // 8), 5, seed=6)},
+        "nsa": {"gate": numbers(2, HEADS, length, 3, seed=5).sigmoid()},
+        "dsa": {"index_q": numbers(2, HEADS, length, 4, seed=5), "index_k": numbers(2, 1, length, 4, seed=6)},
+    }  # fmt: skip
+    return qkv, {key: x.to(dtype) for key, x in more.get(name, {}).items()}
+
+
+def part_of(plan: sd.parallel.TokenPlan, program: Any, name: str, x: torch.Tensor, rank: int) -> torch.Tensor:
+    """The rows of a rank of an input: of tokens, or of blocks of them."""
+    rows, node = plan.rows(rank), sd.compile(program).program.inputs.get(name)
+    if node is not None and "/" in node.axes[2]:
+        size = int(node.axes[2].partition("/")[2])
+        rows = rows[rows % size == 0] // size
+    return x.detach().index_select(2, rows)
+
+
+def score(found: Any) -> torch.Tensor:
+    """A number that all results go into."""
+    out, *lse = found if isinstance(found, tuple) else (found,)
+    return (out.double() ** 2).sum() + sum((x[x != float("-inf")].double().sum() for x in lse), torch.zeros(()))
+
+
+def assert_one_process(
+    plan: sd.parallel.TokenPlan, program: Any, name: str, length: int, bar: float = 1e-12, *, backend: str = "tiled"
+) -> tuple[float, Any]:
+    """A call on ranks, and its gradients, are those of one process. Returns the largest difference, and what the rank's keys were."""
+    rank, cp = dist.get_rank(), plan.on(dist.group.WORLD)
+    qkv, more = drawn(name, length)
+    leaves = {key: x.requires_grad_() for key, x in (*zip("qkv", qkv, strict=True), *more.items())}
+    has_lse = sd.compile(program).has_lse
+    dense = length < 2000  # what the reference has memory for, on each rank
+    whole = sd.attention(*qkv, program, return_lse=has_lse, backend="reference" if dense else "tiled", allow=ALLOW, **more)
+    want = torch.autograd.grad(score(whole), list(leaves.values()), allow_unused=True)
+    mine = {key: part_of(plan, program, key, x, rank).requires_grad_() for key, x in leaves.items()}
+    q, k, v, *_ = mine.values()
+    rest = {key: mine[key] for key in more}
+    found = sd.attention(q, k, v, program, return_lse=has_lse, backend=backend, allow=ALLOW, cp=cp, **rest)
+    got = torch.autograd.grad(score(found), list(mine.values()), allow_unused=True)
+    worst = 0.0
+    pairs = zip(found, whole, strict=True) if has_lse else [(found, whole)]
+    for a, b in pairs:
+        worst = max(worst, _apart(a.detach(), part_of(plan, program, "q", b, rank)))
+    for key, a, b in zip(leaves, got, want, strict=True):
+        assert (a is None) == (b is None), (name, key)
+        if a is not None and b is not None:
+            worst = max(worst, _apart(a, part_of(plan, program, key, b, rank)))
+    assert worst <= bar, (name, backend, worst)
+    return worst, cp
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    # -inf of rows without keys is equal to itself.
+    return float(torch.where(a == b, 0.0, (a - b).abs()).max()) if a.numel() else 0.0
+
+
+def only_wanted_keys(plan: sd.parallel.TokenPlan, program: Any, name: str, length: int, rank: int, unit: int) -> torch.Tensor:
+    """Blocks of ``unit`` keys of which a query of the rank sees one: by the choices of one process, pair by pair."""
+    qkv, more = drawn(name, length)
+    attn = sd.compile(program, backend="reference")
+    # A value that only key j has, for every j in turn, is seen by those who see j.
+    ones = torch.eye(length, dtype=torch.float64)[None, None].expand(2, KV_HEADS, -1, -1)
+    weights = attn(qkv[0], qkv[1], ones, **more)
+    seen = (weights[:, :, plan.rows(rank)] > 0).any(0).any(0).any(0)
+    return torch.nn.functional.pad(seen, (0, -length % unit)).view(-1, unit).any(1)
