@@ -24,12 +24,17 @@ from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.packed_rows import KeyRows, Requests, check_ends, check_numbers, requests_of
 from sparsedsl.runtime.seen_pages import VisiblePages, seen_pages
 
-__all__ = ["PackedFace"]
+__all__ = ["PackedFace", "reads_pages"]
 
 Tensor = torch.Tensor
 Result = tuple[Tensor, Tensor | None]
 # Backends that read keys of pages: where they lie, or copies of the pages that are seen.
 READS_PAGES = ("auto", "reference", "tiled", "cpp")
+
+
+def reads_pages(backend: str, device: torch.device) -> bool:
+    """Whether :meth:`PackedFace.paged` runs there; :meth:`PackedFace.ragged` does everywhere."""
+    return backend in READS_PAGES and (device.type == "cpu" or backend != "auto")
 
 
 class PackedFace:

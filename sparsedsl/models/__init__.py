@@ -9,6 +9,7 @@ The stages of one call, and the module of each:
 5. ``derived``: pattern + what the request holds -> the pattern that runs, and its tables.
 6. ``binding``: what a layer runs. ``attention_function``: query, key, value of one layer + request -> output; for programs on the real
    tokens of each row: ``sequences``.
+   In continuous batching, where keys lie in a paged cache: ``continuous``.
 7. ``given``, ``installed``, ``applying``: what each layer is given, and 1-6 put into a model and taken out again.
 8. ``written``, ``saving``, ``loading``: patterns as text in a saved model's configuration, and a model with its patterns from there.
 

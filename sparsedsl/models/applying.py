@@ -17,6 +17,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.binding import Binding, Compiled
 from sparsedsl.models.caches import arrange, empty_cache, release, report
 from sparsedsl.models.carried import Stack
+from sparsedsl.models.continuous import check_served, paged_step
 from sparsedsl.models.given import bind, choose
 from sparsedsl.models.installed import Installed, home_of, installed_at, installed_in
 from sparsedsl.models.layer_caches import CacheReport
@@ -76,6 +77,7 @@ def apply(
     - A copy of the model, and one that was pickled, run the patterns and have handles of their own: :func:`applied`. ``save_pretrained``
       writes patterns as text, and :func:`from_pretrained` reads them.
     - ``torch.compile`` and ``torch.export`` make one graph where they make one of the model itself, with an operator for each layer.
+    - Continuous batching (``model.generate_batch``) gives each request the tokens that it gets alone: see the manual on serving.
     - Caches that are still empty are fitted: a layer with a pattern or a program holds what :func:`sparsedsl.cache_bound` says later
       queries may ask for, and no more: some keys, or the state of a program; all keys where no bound is proved. Layers that share their
       keys (Gemma 3n, Gemma 4) get one together, or the call raises.
@@ -105,8 +107,9 @@ def apply(
         PatternError: no layer has such an index, what was given is no pattern, or ``indices`` is another word.
         TableError: a pattern reads a table that nothing binds.
         UnsupportedError: the model's attention cannot be reached or would lose something, or a program reads inputs beside q, k and v.
-            Calls that ask for what patterns cannot give raise it too: 4-D masks, attention dropout, attention weights, position biases,
-            paged caches; padding in a layer with a program by ``indices="slots"``; gradients of a program that reads later queries.
+            Calls that ask for what patterns cannot give raise it too: 4-D masks, attention dropout, attention weights, position biases;
+            continuous batching of what depends on later keys, ``b`` or lengths; padding in a layer with a program by
+            ``indices="slots"``; gradients of a program that reads later queries.
 
     >>> import sparsedsl as sd
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -198,7 +201,8 @@ class AppliedPatterns:
         self._installed, self._bindings = installed, bindings
         installed.add(self, bindings)
         installed.hook(model, _before_forward, _after_forward)
-        installed.save_by(model, save)
+        installed.put_method("save_pretrained", model, save)
+        installed.put_method("init_continuous_batching", model, _serve)
 
     def restore(self) -> None:
         """Take these patterns out again. Layers then run what they ran without them: what an earlier :func:`apply` gave them that still
@@ -289,6 +293,13 @@ def _words(pattern: Pattern | Program) -> str:
     return last
 
 
+def _serve(model: Any, *args: Any, **words: Any) -> Any:
+    """In place of the model's own method: what cannot run there is refused before a thread begins that would note it and go on."""
+    for installed in installed_in(model):
+        check_served(installed.bindings, installed.config)
+    return type(model).init_continuous_batching(model, *args, **words)
+
+
 def _before_forward(installed: Installed, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Runs before every forward of the model: nothing has switched the patterns off, and the cache keeps what they ask for."""
     stack = installed.stack
@@ -299,6 +310,7 @@ def _before_forward(installed: Installed, module: Any, args: Any, kwargs: dict[s
     if torch.compiler.is_compiling():
         _before_tracing(installed, args, kwargs, cache)
         return
+    stack.step = paged_step(kwargs) or (stack.step if stack.inside > 1 else None)
     arrange(cache if isinstance(cache, Cache) else None, stack.owners, installed.bindings, installed.heads)
     stack.seen = _seen(cache, stack) if isinstance(cache, Cache) else None
 
@@ -320,7 +332,7 @@ def _after_forward(installed: Installed, module: Any, args: Any, output: Any) ->
     stack.inside = max(0, stack.inside - 1)  # another hook may have failed before ours
     release(bindings)
     if stack.inside == 0:
-        stack.traced, stack.positions = (), None
+        stack.traced, stack.positions, stack.step = (), None, None
     if stack.inside or output is None or all(binding.reached for binding in bindings.values()):
         return
     if module.training and any(getattr(config, name, 0) for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")):

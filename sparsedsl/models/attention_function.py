@@ -14,6 +14,7 @@ from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.models.binding import BINDING, Binding, made_again
 from sparsedsl.models.carried import request_of
+from sparsedsl.models.continuous import attend_paged
 from sparsedsl.models.derived import DerivedForm
 from sparsedsl.models.graph_attention import attend_in_graph, run_by
 from sparsedsl.models.grouped_rows import token_groups
@@ -39,6 +40,10 @@ def attend(
 ) -> tuple[torch.Tensor, Any]:
     """The attention function of bound modules, as transformers' ``AttentionInterface`` wants it."""
     binding: Binding = getattr(module, BINDING)
+    if arguments.get("cache") is not None:
+        _refuse_words(binding, arguments)
+        binding.reached = True
+        return attend_paged(binding, module, query, key, value, attention_mask, arguments), None
     told, rows = arguments.get("is_causal"), query.shape[2]
     both_ways = not (getattr(module, "is_causal", True) if told is None else told)
     if torch.compiler.is_compiling():
@@ -108,6 +113,12 @@ def _refuse_what_would_be_lost(
             f"{where}: the model asks for the mask {_words(request.facts)}, but its configuration was read as "
             f"{_words(binding.facts)}; give this layer a pattern of your own, or leave it native"
         )
+    _refuse_words(binding, arguments)
+
+
+def _refuse_words(binding: Binding, arguments: dict[str, Any]) -> None:
+    """The same, for what is said beside the mask."""
+    where = f"layer {binding.index}"
     if arguments.get("dropout"):
         raise UnsupportedError(
             f"{where}: attention dropout is {arguments['dropout']} in training, and patterns have none; set "
@@ -120,8 +131,6 @@ def _refuse_what_would_be_lost(
         )
     if arguments.get("position_bias") is not None:
         raise UnsupportedError(f"{where}: the layer adds a position bias, which the pattern would drop; leave this layer native")
-    if arguments.get("cache") is not None:
-        raise UnsupportedError(f"{where}: paged caches (continuous batching) are not supported; use model.generate()")
     if binding.keeps_score and arguments.get("softcap") is not None and not binding.pattern.has_score:
         raise UnsupportedError(
             f"{where}: the layer caps its logits at {arguments['softcap']}, which its native pattern does not know"
@@ -230,7 +239,7 @@ def _run_derived(
     """The pattern in its form for this call, with those of the tables ``known`` that it reads."""
     scale = arguments.get("scaling")
     attention, wanted = binding.attention(form, scale, query.shape[3])
-    tables = _tables(binding, wanted, known, arguments)
+    tables = binding.tables(wanted, known, arguments)
     scale = scale if binding.pattern.scale is None and not binding.attends_alone else None
     out = attention(query, key, value, q_offset=q_offset, scale=scale, **tables)
     return out.transpose(1, 2).contiguous()
@@ -244,20 +253,6 @@ def _dropped(binding: Binding, start: int, has_holes: bool) -> UnsupportedError:
         f"layer {binding.index}: its cache has dropped the keys before position {start} (a sliding-window cache), and "
         f"the pattern may ask for them. Use one that keeps them: {way_out}"
     )
-
-
-def _tables(
-    binding: Binding, wanted: frozenset[str], known: dict[str, torch.Tensor], arguments: dict[str, Any]
-) -> dict[str, Any]:
-    """The tables that are data of the call, by name."""
-    tables = {name: known[name] for name in wanted if name in known}
-    if "sinks" in wanted:
-        if arguments.get("s_aux") is None:
-            raise UnsupportedError(
-                f"layer {binding.index} has no sink logits, but what it runs reads the table 'sinks'; bind it: bind(sinks=tensor)"
-            )
-        tables["sinks"] = arguments["s_aux"]
-    return tables
 
 
 def _run_on_sequences(
@@ -309,7 +304,7 @@ def _run_from_states(
         )
     attention = binding.program_attention(arguments.get("scaling"), query.shape[3], by_row=False)
     wanted = frozenset(attention.program.tables) - frozenset(attention.program.bound)
-    tables = _tables(binding, wanted, {}, arguments)
+    tables = binding.tables(wanted, {}, arguments)
     batch, heads, length, _ = query.shape
     out = query.new_zeros(batch, heads, length, value.shape[3])
     for group in token_groups(request, batch, query.device):
@@ -351,7 +346,7 @@ def _run_program(
     if "left_padding" in wanted:
         batch = query.shape[0] if group is None else group.queries.batch
         known["left_padding"] = torch.zeros(batch, dtype=torch.int32, device=query.device)
-    tables = _tables(binding, wanted, known, arguments)
+    tables = binding.tables(wanted, known, arguments)
     try:
         rows = list(range(query.shape[0])) if group is None else group.queries.numbers
         kept = _summaries(binding, attention, query, key, rows) if keeps else {}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparsedsl.analysis.proofs import PROVED, implies
+from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.cache_bounds import union_of
 from sparsedsl.execute.compiling import compile as compile_pattern
 from sparsedsl.execute.kept_summaries import summarised
@@ -59,7 +60,7 @@ class Binding:
     pattern, which then is the model's own; one for prefill leaves it all calls but that of a whole prompt. ``stack``: the layers it is one
     of. ``count_slots``: the user's pattern counts slots, and not tokens. ``reached``: the module has called for it. ``held``: in a forward
     with a cache fitted to the pattern, the layer that holds its keys. ``bounds``: what is known of the caches of the layers it shares keys
-    with."""
+    with. ``served``: paged caches that it was found to run with, by how many keys a request keeps in them."""
 
     index: int
     pattern: Pattern
@@ -76,6 +77,7 @@ class Binding:
     _by_form: dict[Any, tuple[Any, frozenset[str]]] = field(default_factory=dict)
     _fits: dict[int, bool] = field(default_factory=dict)
     bounds: dict[Any, Any] = field(default_factory=dict)
+    served: set[int | None] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         # Read while a graph is made: the tensors bound to tables, and the name of this binding in the graph.
@@ -158,6 +160,17 @@ class Binding:
         if window not in self._fits:
             self._fits[window] = self.native or implies(self.pattern.mask, q_idx - kv_idx < window) == PROVED
         return self._fits[window]
+
+    def tables(self, wanted: frozenset[str], known: dict[str, torch.Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+        """The tables that are data of the call, by name: those of ``known``, and the sink logits among transformers' words."""
+        tables = {name: known[name] for name in wanted if name in known}
+        if "sinks" in wanted:
+            if arguments.get("s_aux") is None:
+                raise UnsupportedError(
+                    f"layer {self.index} has no sink logits, but what it runs reads the table 'sinks'; bind it: bind(sinks=tensor)"
+                )
+            tables["sinks"] = arguments["s_aux"]
+        return tables
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_by_form": {}, "_by_scale": {}, "held": None}

@@ -51,10 +51,11 @@ class Stack:
     """One patched stack of layers, as its masks and its bound layers know it.
 
     ``owners``: index of each attention layer -> that of the layer whose keys it reads. ``native``: what the masks of its native layers say;
-    None where the configuration does not tell. ``inside``: how many forwards around it are running. ``seen``: tokens that its cache holds,
-    where transformers asks a layer without keys for that. ``omitted``: keys announced and facts -> the last request without a mask.
-    ``notes``: what a saved configuration says of its patterns. While a graph is made, see ``traced``: ``traced``, this forward's masks and
-    requests; ``positions``, the position_ids that it was given; ``may_have_blocks``, whether the model may join blocks to a mask.
+    None where the configuration does not tell. ``inside``: how many forwards around it are running. ``seen``: tokens that its cache
+    holds, where transformers asks a layer without keys for that. ``omitted``: keys announced and facts -> the last request without a
+    mask. ``step``: of continuous batching, the ``continuous.PagedStep`` that is running. ``notes``: what a saved configuration says of
+    its patterns. While a graph is made, see ``traced``: ``traced``, this forward's masks and requests; ``positions``, the position_ids
+    that it was given; ``may_have_blocks``, whether the model may join blocks to a mask.
     """
 
     owners: dict[int, int]
@@ -66,6 +67,7 @@ class Stack:
     traced: tuple[Any, ...] = ()
     positions: torch.Tensor | None = None
     may_have_blocks: bool = False
+    step: Any = None
 
     def asks_for(self, facts: Facts | None) -> bool:
         """Whether a native layer may read a mask that says this."""
@@ -92,7 +94,7 @@ class Stack:
         return request.part(request.q_length - 1, request.q_length, keys) if rows == 1 else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "inside": 0, "omitted": OrderedDict(), "traced": (), "positions": None}
+        return {**vars(self), "inside": 0, "omitted": OrderedDict(), "traced": (), "positions": None, "step": None}
 
 
 class Patched(str):

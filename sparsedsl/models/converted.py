@@ -314,6 +314,11 @@ def _request(converted: Converted, mask: Any, x: Tensor, slots: int) -> MaskRequ
 
 
 def _refuse_what_would_be_lost(module: Any, index: int, words: dict[str, Any]) -> None:
+    if words.get("cache") is not None:
+        raise UnsupportedError(
+            f"layer {index}: paged caches (continuous batching) hold keys, and no states or summaries of a converted layer; use "
+            "model.generate()"
+        )
     dropout = getattr(module, "attention_dropout", 0)
     if module.training and dropout:
         raise UnsupportedError(

@@ -28,6 +28,8 @@ __all__ = ["Installed", "home_of", "installed_at", "installed_in"]
 
 _NAME = "sparsedsl"  # what bound modules call; for all else the model keeps the name it had
 _INSTALLED = "_sparsedsl_installed"
+# Continuous batching calls a model that runs eager by the second name, and sets it back to the first: the same implementation.
+_EAGER = {"eager", "paged|eager"}
 
 
 class Installed:
@@ -40,7 +42,7 @@ class Installed:
         self.applied: dict[Any, dict[int, Binding]] = {}
         self.bindings: dict[int, Binding] = {}
         self._hooked: list[tuple[Any, Any, Any]] = []
-        self._saved: list[Any] = []
+        self._methods: list[tuple[Any, str]] = []
         self._noted_before = getattr(config, ATTRIBUTE, None) if not stacks_of(config) else None
 
     def add(self, handle: Any, bindings: dict[int, Binding]) -> None:
@@ -61,12 +63,12 @@ class Installed:
         """What is written of all that was applied; the tensors it needs are added to ``tables``."""
         return [entry_of(type(self.home).__name__, handle, tables) for handle in self.applied]
 
-    def save_by(self, root: PreTrainedModel, save: Callable[..., None]) -> None:
-        """Let ``save(model, folder, ..)`` be what saves ``root`` and the models between it and the layers."""
+    def put_method(self, name: str, root: PreTrainedModel, function: Callable[..., Any]) -> None:
+        """Let ``function(model, ..)`` stand for a method of ``root`` and of the models between it and the layers."""
         for module in _models_between(root, self.home):
-            if "save_pretrained" not in vars(module):
-                vars(module)["save_pretrained"] = functools.partial(save, module)
-                self._saved.append(module)
+            if name not in vars(module) and hasattr(module, name):
+                vars(module)[name] = functools.partial(function, module)
+                self._methods.append((module, name))
 
     def hook(self, root: PreTrainedModel, before: Callable[..., Any], after: Callable[..., Any]) -> None:
         """Call ``before(self, module, args, kwargs)`` and ``after(self, module, args, output)`` around every forward that may make the
@@ -90,10 +92,10 @@ class Installed:
         for _, first, last in self._hooked:
             first.remove()
             last.remove()
-        for module in self._saved:
-            vars(module).pop("save_pretrained", None)
+        for module, name in self._methods:
+            vars(module).pop(name, None)
         self._hooked.clear()
-        self._saved.clear()
+        self._methods.clear()
         delattr(self.home, _INSTALLED)
         left = take_stack(self.config, self.stack)
         put_note(self.config, [stack.notes for stack in left])
@@ -102,7 +104,12 @@ class Installed:
 
     def check_is_asked(self) -> None:
         """Refuse to go on where the model's implementation was set to one that asks for no patterns."""
-        if self.stack not in stacks_of(self.config):
+        if self.stack in stacks_of(self.config):
+            return
+        asked = self.config._attn_implementation
+        if {asked, self.native} <= _EAGER:
+            put_stacks(self.config, asked, (*stacks_of(self.config), self.stack))
+        else:
             raise UnsupportedError(
                 f"the model has patterns, but its attn_implementation was since set to {self.config._attn_implementation!r}, which "
                 "would ignore them; call restore() on what models.apply returned"
