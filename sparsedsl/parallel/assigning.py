@@ -118,10 +118,13 @@ def assigned(task: Task, method: str) -> tuple[str, Owner, dict[str, Costs]]:
     sight = _sight(task, unit) if method == "gathered" or (method == "auto" and units <= MOST_UNITS) else None
     for name, owner in _ways(task, method):
         tried[name] = owner, costs_of(task, owner)
+    name = _cheapest(tried) if tried else "gathered"
     if sight is not None:
         owner = _spread(task, gathered(sight), unit)
         tried["gathered"] = owner, costs_of(task, owner)
-    name = _cheapest(tried)
+        # Gathered chunks are less even: that is worth it only where the rank that receives the most receives less.
+        if tried["gathered"][1].received.max() < tried[name][1].received.max():
+            name = _cheapest(tried)
     if method == "auto" and sight is not None:
         start = _cheapest({way: one for way, one in tried.items() if _spread(task, one[0][::unit], unit) == one[0]})
         owner = _spread(task, refined(sight, tried[start][0][::unit]), unit)
