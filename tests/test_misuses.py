@@ -109,7 +109,7 @@ INSTEAD: dict[str, Case] = {
     "small letters": (lambda: sd.testing.check(sd.testing.Kernel(lambda q, k, v: v, implements=causal), only="num"), sd.ArgumentError, "got 'num'. Did you mean 'NUM'?"),
     "table of a shape": (lambda: sd.compile(packed)(q, k, v), sd.TableError, "pass doc=tensor with the call. doc (int) is read as doc[kv_idx], doc[q_idx]"),
     "table of a program": (lambda: sd.compile(sd.attend(packed & selected))(q, k, v), sd.TableError, "doc (int) is read as doc[kv_idx], doc[q_idx]"),
-    "one way out": (lambda: sd.compile(P.stick_breaking(), backend="cpp")(q, k, v), sd.UnsupportedError, "begins with the last one. Use backend='tiled' (torch's"),
+    "one way out": (lambda: sd.compile(sd.attend(sd.log(kv_idx + 1.5) < q_idx), backend="cpp")(q, k, v), sd.UnsupportedError, "write the mask with integers. Use backend='tiled' (torch's"),
     "offset of None": (lambda: sd.analyse(causal, 8, q_offset=None), sd.ShapeError, "q_offset must be a whole number of at least 0; got None (NoneType)"),
     "endless offset": (lambda: sd.analyse(causal, 8, q_offset=2**70), sd.ShapeError, "q_offset must be at most 2**60"),
     "fractional width": (lambda: sd.analyse(sd.attend(causal & selected), 8, kv_heads=1.5), sd.ShapeError, "kv_heads must be a whole number of at least 1; got 1.5 (float)"),

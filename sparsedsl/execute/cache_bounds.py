@@ -6,7 +6,7 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -116,8 +116,10 @@ def union_of(program: Program) -> Pattern | None:
     return attend(functools.reduce(operator.or_, masks)) if masks else None
 
 
-_ON_BLOCKS = (
-    Joint, Mix, scores.Dot, scores.Relu, scores.Scaled, scores.Weighted, scores.Plus, scores.Softmax, scores.Grouped, scores.GivenScores,
+# What there may be beside attention to keys by a mask.
+_BESIDE_BLOCKS = (
+    Input, Attend, Joint, Mix,
+    scores.Dot, scores.Relu, scores.Scaled, scores.Weighted, scores.Plus, scores.Softmax, scores.Grouped, scores.GivenScores,
     select.TopK, select.TopP, select.Threshold,
 )  # fmt: skip
 
@@ -134,26 +136,34 @@ def beside_blocks(program: Program) -> tuple[Pattern, dict[str, int]] | None:
     >>> beside_blocks(sd.Program(sd.patterns.moba(8, 2))) is None
     True
     """
-    masks, blocks = [], dict[str, int]()
+    masks, blocks = list[Mask](), dict[str, int]()
     for node in program.everything:
-        if isinstance(node, Input):
-            of_blocks = [axis for axis in node.axes if base_of(axis) == "keys" and axis != "keys"]
-            if any(map(windows_of, of_blocks)):
-                return None
-            blocks.update((node.name, block_of(axis)) for axis in of_blocks)
-        elif isinstance(node, Attend) and node.y.axes[2] == "keys":
-            if (
-                not isinstance(node.y, Input)
-                or not isinstance(node.z, Input)
-                or any(_is_node(x) for x in node.pattern.bound.values())
-            ):
-                return None
-            masks.append(node.pattern.mask)
-        elif not isinstance(node, (Attend, *_ON_BLOCKS)) or any(
-            "keys" in child.axes for child in node.inputs if isinstance(child, Input)
-        ):
+        given, seen = _blocks_given(node), _seen_by_mask(node)
+        if given is None or seen is None or not isinstance(node, _BESIDE_BLOCKS):
             return None
+        if not seen and not isinstance(node, Input) and any("keys" in child.axes for child in _inputs_among(node.inputs)):
+            return None
+        blocks.update(given)
+        masks += seen
     return (attend(functools.reduce(operator.or_, masks)), blocks) if masks and blocks else None
+
+
+def _inputs_among(nodes: Iterable[Node]) -> list[Input]:
+    return [node for node in nodes if isinstance(node, Input)]
+
+
+def _blocks_given(node: Node) -> dict[str, int] | None:
+    """Of an input with rows for blocks of keys, how many keys these have; None: they have windows."""
+    of_blocks = [(one.name, x) for one in _inputs_among([node]) for x in one.axes if base_of(x) == "keys" and x != "keys"]
+    return None if any(windows_of(axis) for _, axis in of_blocks) else {name: block_of(axis) for name, axis in of_blocks}
+
+
+def _seen_by_mask(node: Node) -> list[Mask] | None:
+    """The mask of attention to the keys that a call gives; None: something else decides which keys are seen, or what they are."""
+    if not isinstance(node, Attend) or node.y.axes[2] != "keys":
+        return []
+    alone = len(_inputs_among([node.y, node.z])) == 2 and not any(_is_node(x) for x in node.pattern.bound.values())
+    return [node.pattern.mask] if alone else None
 
 
 def _is_node(value: Any) -> bool:

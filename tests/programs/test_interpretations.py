@@ -34,7 +34,7 @@ from sparsedsl.program.relocation import Relocation, relocated
 from sparsedsl.program.rules import Rules, check_rules, kinds_of_nodes
 from sparsedsl.program_picture import COLOURS, words
 from sparsedsl.runtime.program_call import ProgramCall, check_program_call
-from sparsedsl.testing.program_inputs import named_inputs
+from sparsedsl.testing.program_inputs import draw_inputs
 
 CAUSAL = sd.kv_idx <= sd.q_idx
 
@@ -206,10 +206,12 @@ def test_pairs_of_the_report_are_no_fewer_than_a_call_attends_to(mask: Callable[
 @given(sd.testing.programs(), st.integers(0, 99))
 def test_pairs_of_the_report_bound_those_of_random_programs(program: Program, seed: int) -> None:
     case = sd.testing.AttentionCase(batch=1, heads=4, kv_heads=2, q_len=24, kv_len=24)
-    shapes = (case.q_shape, case.k_shape, case.v_shape)
-    q, k, v = (sd.testing.tensor(*shape, seed=seed + n, dtype=torch.float64) for n, shape in enumerate(shapes))
-    run = Reference(check_program_call(program, q, k, v, named_inputs(program, case, seed=seed)))
-    steps = {step.node: step for step in sd.analyse(program, case.q_len, heads=case.heads, kv_heads=case.kv_heads).steps}
+    named = draw_inputs(program, case, seed, {})
+    q, k, v = (named.pop(name) for name in ("q", "k", "v"))
+    run = Reference(check_program_call(program, q, k, v, named))
+    tables = {name: x for name, x in named.items() if name in program.tables}
+    report = sd.analyse(program, case.q_len, heads=case.heads, kv_heads=case.kv_heads, **tables)
+    steps = {step.node: step for step in report.steps}
     for node in program.order:
         if isinstance(node, Attend) and node.y.axes[2] == "keys":
             attended = int(run.pairs(node.pattern.mask).expand(1, 4, 24, 24).sum())
