@@ -44,8 +44,8 @@ def cache_bound(pattern: Any) -> CacheBound:
 
     Returns:
         :class:`~sparsedsl.analysis.cached_keys.CacheBound`; ``print`` it. Programs of recurrences and windows have kind ``"state"``:
-        calls with ``return_state=True`` make it. Programs of windows beside compressed keys have ``"blocks"`` in their kind, and keep what
-        their windows see. Programs that choose among all keys have kind ``"grows"``, and ``step`` says what a step
+        calls with ``return_state=True`` make it. Programs of windows beside compressed keys have ``"blocks"`` in their kind, and keep
+        what their windows see. Programs that choose among all keys have kind ``"grows"``, and ``step`` says what a step
         of decoding reads of them.
 
     Raises:
@@ -162,12 +162,8 @@ def _seen_by_mask(node: Node) -> list[Mask] | None:
     """The mask of attention to the keys that a call gives; None: something else decides which keys are seen, or what they are."""
     if not isinstance(node, Attend) or node.y.axes[2] != "keys":
         return []
-    alone = len(_inputs_among([node.y, node.z])) == 2 and not any(_is_node(x) for x in node.pattern.bound.values())
+    alone = len(_inputs_among([node.y, node.z])) == 2 and not any(isinstance(x, Node) for x in node.pattern.bound.values())
     return [node.pattern.mask] if alone else None
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, Node)
 
 
 def _step(program: Program) -> str:

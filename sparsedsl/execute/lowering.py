@@ -36,9 +36,8 @@ class Lowering(Evaluation):
     """Tensors keep their types, scores are sources that give blocks, choices are lists; a branch gives ``(out, lse or None)``.
 
     ``dispatch``: who does the work. ``lse``: whether the root's is wanted. ``shortcuts``: those of the kind of call, if it is known.
-    ``keeps``: rules leave shortcuts for later calls of this kind. ``after``: of recurrences that ran, how many keys they
-    read, and the state after these.
-    ``summaries``: what knows the rows of blocks of keys, if that is not the call itself: earlier calls, or other devices.
+    ``keeps``: rules leave shortcuts for later calls of this kind. ``after``: of recurrences that ran, how many keys they read,
+    and the state after these. ``summaries``: what knows the rows of blocks of keys, if that is not the call itself: earlier calls, or other devices.
     ``chunk_weights``: of attentions whose chunks were weighed in another evaluation.
     """
 

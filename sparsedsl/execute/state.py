@@ -147,8 +147,8 @@ def continued(call: ProgramCall, state: ProgramState) -> ProgramCall:
 
 
 def advanced(call: ProgramCall, dispatch: Dispatch, known: Mapping[Node, tuple[int, Any]]) -> ProgramState:
-    """The state after all keys of a call. ``known``: of recurrences that ran, how many keys they read, and the state
-    after these."""
+    """The state after all keys of a call. ``known``: of recurrences that ran, how many keys they read, and the state after
+    these."""
     program = call.program
     total = call.k.shape[2]
     first, kept = first_kept(program), min(horizon(program), total)
