@@ -51,9 +51,9 @@ struct Gathering : Lines {
         for (i64 i = 0; i < n; i++)  // while products with keys are made, values come nearer
             for (i64 byte = 0; byte < c->head_dim_v * element_bytes(c->kind); byte += 64) __builtin_prefetch(v.at_row(keys[i]) + byte, 0, 2);
         i64 broad_d = whole_vectors(c->head_dim), whole = whole_vectors(n);
-        for (i64 i = 0; c->kind && i < n; i++) widen(k.at_row(keys[i]), c->kind, c->head_dim, rows + i * broad_d);
-        auto row_at = [&](i64 i) { return c->kind ? rows + i * broad_d : (const real *)k.at_row(keys[i]); };
-        turn_rows(c->head_dim, row_at, n, whole, BROAD, turned);
+        const real *of[GATHERED];
+        for (i64 j = 0; j < n; j++) of[j] = k.padded_row(keys[j], rows + j * broad_d);
+        turn_rows(c->head_dim, [&](i64 i) { return of[i]; }, n, whole, BROAD, turned);
         product_of<false>(heads, whole, c->head_dim, Even<const real>{q, c->head_dim}, 1, turned, BROAD, BROAD * c->head_dim,
                           Even<real>{logits, GATHERED});
         modify(place, n);
@@ -61,7 +61,6 @@ struct Gathering : Lines {
             for (i64 j = n; j < whole; j++) logits[i * GATHERED + j] = LOWEST;
             join(logits + i * GATHERED, whole, i);
         }
-        const real *of[GATHERED];
         for (i64 j = 0; j < n; j++) of[j] = v.padded_row(keys[j], rows + j * broad_v);
         product_from<true>(heads, broad_v, n, Even<const real>{logits, GATHERED}, 1, [&](i64 d) { return From<const real>{of, d}; },
                            Even<real>{values, broad_v});
