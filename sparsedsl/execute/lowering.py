@@ -37,8 +37,8 @@ class Lowering(Evaluation):
 
     ``dispatch``: who does the work. ``lse``: whether the root's is wanted. ``shortcuts``: those of the kind of call, if it is known.
     ``keeps``: rules leave shortcuts for later calls of this kind. ``after``: of recurrences that ran, how many keys they read,
-    and the state after these. ``summaries``: what knows the rows of blocks of keys, if that is not the call itself: earlier calls, or other devices.
-    ``chunk_weights``: of attentions whose chunks were weighed in another evaluation.
+    and the state after these. ``summaries``: what knows the rows of blocks of keys, if that is not the call itself: earlier calls,
+    or other devices. ``chunk_weights``: of attentions whose chunks were weighed in another evaluation.
     """
 
     def __init__(
