@@ -17,7 +17,7 @@ from sparsedsl.runtime.heads import NEVER, repeat_kv
 from sparsedsl.runtime.linear_calls import LinearHeads, check_decays, linear_heads
 from sparsedsl.runtime.program_call import ProgramCall
 
-__all__ = ["Scanned", "run_linear"]
+__all__ = ["Scanned", "heads_of_state", "left_of_state", "run_linear"]
 
 Tensor = torch.Tensor
 
@@ -32,9 +32,16 @@ class Scanned:
 
 
 def run_linear(
-    node: Linear, call: ProgramCall, dispatch: Dispatch, value: Callable[[Node], Tensor], *, rows: int | None = None
+    node: Linear,
+    call: ProgramCall,
+    dispatch: Dispatch,
+    value: Callable[[Node], Tensor],
+    *,
+    state: Tensor | None,
+    rows: int | None = None,
 ) -> Scanned:
-    """``value``: what a node gives. ``rows``: only the state after so many keys is wanted; None: all."""
+    """``value``: what a node gives. ``state``: what the keys before the first one left; None: nothing. ``rows``: only the state after so
+    many keys is wanted; None: all."""
     q, k, v = (value(x) for x in (node.x, node.y, node.z))
     gate, beta, write = (None if x is None else value(x) for x in (node.gate, node.beta, node.write))
     documents = None if node.documents is None else value(node.documents)
@@ -43,8 +50,7 @@ def run_linear(
         k, v = k[:, :, :rows], v[:, :, :rows]
         gate, beta, write = (None if t is None else t[:, :, :rows] for t in (gate, beta, write))
         documents, q, offset = None if documents is None else documents[:, :rows], q[:, :, :0], 0
-    given = {word: t.shape[1] for word, t in (("decay", gate), ("beta", beta), ("write", write)) if t is not None}
-    heads = linear_heads(node, q.shape[1], k.shape[1], v.shape[1], given)
+    heads = heads_of_state(node, value)
     check_decays(node, gate, write, call.dtype)
     scale = call.scale or node.scale or q.shape[3] ** -0.5
     q, k, v, scale = _made(node, q, k, v, write, scale, call.dtype)
@@ -52,7 +58,7 @@ def run_linear(
         k, v = (torch.cat([torch.zeros_like(x[:, :, : node.first]), x[:, :, node.first :]], dim=2) for x in (k, v))
     if node.delay and rows is None:  # each key is written so many tokens later
         k, v = (functional.pad(x, (0, 0, node.delay, 0))[:, :, : x.shape[2]] for x in (k, v))
-    words: dict[str, Any] = {"scale": scale, "q_offset": offset, "state": call.state_of(node), "documents": documents}
+    words: dict[str, Any] = {"scale": scale, "q_offset": offset, "state": state, "documents": documents}
     if node.form:
         log_decay = _logarithms(node, gate, heads, k, call.dtype)
         beta = None if beta is None else beta.to(call.dtype)
@@ -64,6 +70,22 @@ def run_linear(
     if node.bonus is not None:
         out = out + _own(value(node.bonus), q, k, v, offset, heads) * scale
     return Scanned(*_normalised(node, out), state)
+
+
+def heads_of_state(node: Linear, value: Callable[[Node], Tensor]) -> LinearHeads:
+    """How many heads have a state of their own, and the output."""
+    gates = {"decay": node.gate, "beta": node.beta, "write": node.write}
+    given = {word: value(gate).shape[1] for word, gate in gates.items() if gate is not None}
+    return linear_heads(node, *(value(x).shape[1] for x in (node.x, node.y, node.z)), given)
+
+
+def left_of_state(node: Linear, call: ProgramCall, value: Callable[[Node], Tensor]) -> Tensor:
+    """What the keys of a call, of one document, leave of each row of a state before them: the product of their decays,
+    ``(B, H, D or 1, 1)``. Not of the delta rule, which mixes rows."""
+    k, gate, heads = value(node.y), None if node.gate is None else value(node.gate), heads_of_state(node, value)
+    total = _logarithms(node, gate, heads, k, call.dtype).sum(2)
+    total = repeat_kv(total if node.vector else total[..., None], heads.states)
+    return total.exp()[..., None].expand(k.shape[0], -1, -1, -1)
 
 
 def _made(

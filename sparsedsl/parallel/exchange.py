@@ -18,8 +18,9 @@ from sparsedsl.execute.call_words import CallWords
 from sparsedsl.execute.calls import Calls
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.tables import by_kept_name
-from sparsedsl.parallel.choosing import ChoosingCalls, Held
+from sparsedsl.parallel.choosing import ChoosingCalls
 from sparsedsl.parallel.fingerprints import digests
+from sparsedsl.parallel.holding import Held
 from sparsedsl.parallel.sending import Route, begun, sent, tied
 from sparsedsl.program.branches import as_branch
 from sparsedsl.program.graph import Program

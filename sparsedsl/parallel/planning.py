@@ -152,7 +152,7 @@ class TokenPlan(Reported):
                 rounding of a sum, in half precision by one more rounding of out. Of patterns with an LSE; programs that choose take none.
 
         Raises:
-            UnsupportedError: ranks have other plans, ``overlap`` with a program, or a rank without tokens with one.
+            UnsupportedError: ranks have other plans, or ``overlap`` with a program.
             ShapeError: the mesh has another number of ranks.
         """
         name = self._name(name)
@@ -160,12 +160,6 @@ class TokenPlan(Reported):
             raise UnsupportedError(
                 f"overlap=True is for patterns whose keys are known before the call, and {name or 'this'} is a program that chooses: leave "
                 "it out"
-            )
-        idle = sorted(set(range(self.world)) - set(self.owner))
-        if idle and name in self._programs:
-            raise UnsupportedError(
-                f"rank {idle[0]} holds no tokens, and {name or 'this'} is a program that chooses, in which all ranks take part: make the "
-                "plan with equal=True, or for fewer ranks"
             )
         key, tables = self._masks[name]
         return Exchange(self, mesh, name, key, tables, overlap)

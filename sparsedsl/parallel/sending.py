@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from sparsedsl.runtime.dtypes import accumulated
 
-__all__ = ["Arriving", "Route", "all_to_all", "begun", "sent", "tied"]
+__all__ = ["Arriving", "Route", "all_to_all", "begun", "dealt", "sent", "tied"]
 
 Tensor = torch.Tensor
 
@@ -39,6 +39,14 @@ def sent(x: Tensor, route: Route) -> Tensor:
     route = route.to(x.device)
     received = _Sent.apply(x, route, None)
     return torch.cat([x.index_select(0, route.own), received]).index_select(0, route.order)
+
+
+def dealt(x: Tensor, to_each: Sequence[int], from_each: Sequence[int], group: Any) -> Tensor:
+    """Rows of ``x``, so many to each rank, this one too, in order; what comes, in the order of the ranks that it comes from."""
+    none = torch.zeros(0, dtype=torch.int64)
+    route = Route(torch.arange(x.shape[0]), (list(to_each), list(from_each)), none, none, group)
+    received: Tensor = _Sent.apply(x, route.to(x.device), None)
+    return received
 
 
 @dataclass

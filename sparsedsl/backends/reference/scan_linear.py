@@ -24,7 +24,9 @@ def run_recurrence(run: Any, node: Linear, rows: Callable[..., Tensor] | None = 
     gates = {
         word: run.value(x) for word, x in (("decay", node.gate), ("beta", node.beta), ("write", node.write)) if x is not None
     }
-    heads = linear_heads(node, q.shape[1], k.shape[1], v.shape[1], {word: x.shape[1] for word, x in gates.items()})
+    bonus = None if node.bonus is None else run.value(node.bonus)[None]
+    counts = {word: x.shape[1] for word, x in (*gates.items(), ("bonus", bonus)) if x is not None}
+    heads = linear_heads(node, q.shape[1], k.shape[1], v.shape[1], counts)
     check_decays(node, gates.get("decay"), gates.get("write"), q.dtype)
     scale = run.call.scale or node.scale or q.shape[3] ** -0.5
     if node.features == "taylor":
@@ -38,7 +40,7 @@ def run_recurrence(run: Any, node: Linear, rows: Callable[..., Tensor] | None = 
     gates = {word: repeat_kv(x, heads.states).expand(k.shape[0], *[-1] * (x.ndim - 1)) for word, x in gates.items()}
     if node.write is not None:
         k = k * gates["write"].exp()[..., None]
-    bonus = None if node.bonus is None else repeat_kv(run.value(node.bonus)[None], heads.states)
+    bonus = None if bonus is None else repeat_kv(bonus, heads.states)
     q = q.unflatten(1, (heads.states, -1))
     sums = (rows or _rows)(run, node, q, k, v, _kept(node, gates, k), gates.get("beta"), bonus)
     return _normalised(node, sums.flatten(1, 2))

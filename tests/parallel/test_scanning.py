@@ -1,0 +1,81 @@
+"""Recurrences on ranks: results and gradients of one process, wherever the runs of a rank lie, and ranks that hold no tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import sparsedsl as sd
+from tests.parallel.ranked_programs import HEADS, PROGRAMS, SCANS, assert_one_process, drawn, part_of
+from tests.parallel.ranks import assert_refused, run_on_ranks
+
+LENGTH = 75
+METHODS = ("zigzag", "contiguous", "longest_first", "cuts")
+SAMPLE = ("constant", "read before", "corrected, documents", "behind a window", "beside a choice", "slots", "slots, masked, documents")
+
+
+def placed(program: Any, length: int, world: int, method: str, granule: int = 8, chunk: int = 16) -> sd.parallel.TokenPlan:
+    words: dict[str, Any] = {"granule": granule, "chunk": chunk, "method": method, "equal": method != "cuts"}
+    return sd.parallel.plan(program, length, world, heads=HEADS, **words)
+
+
+def on_one(plan: sd.parallel.TokenPlan) -> sd.parallel.TokenPlan:
+    """The plan in which the last rank holds all."""
+    needs = torch.zeros_like(plan._needs[""])
+    needs[-1] = True
+    return dataclasses.replace(plan, owner=(plan.world - 1,) * len(plan.owner), _needs={"": needs})
+
+
+def sample(rank: int, world: int) -> None:
+    for number, name in enumerate(SAMPLE):
+        assert_one_process(placed(SCANS[name], LENGTH, world, METHODS[number % 4]), SCANS[name], name, LENGTH)
+    assert_one_process(placed(SCANS["slots"], LENGTH, world, "zigzag"), SCANS["slots"], "slots", LENGTH, backend="reference")
+    for name, program in (("beside a choice", SCANS["beside a choice"]), ("hsa", PROGRAMS["hsa"])):
+        for backend in ("tiled", "reference"):
+            assert_one_process(on_one(placed(program, LENGTH, world, "zigzag")), program, name, LENGTH, backend=backend)
+    assert_a_state_that_is_missing_is_seen(rank, world)
+
+
+def assert_a_state_that_is_missing_is_seen(rank: int, world: int) -> None:
+    """What ranks give by themselves, each of its own tokens, is something else."""
+    program, plan = SCANS["constant"], placed(SCANS["constant"], LENGTH, world, "contiguous")
+    mine = [part_of(plan, program, key, x, rank) for key, x in zip("qkv", drawn("constant", LENGTH)[0], strict=True)]
+    told, alone = (sd.attention(*mine, program, backend="tiled", cp=cp) for cp in (plan.on(dist.group.WORLD), None))
+    assert (float((told - alone).abs().max()) > 1e-3) == (rank > 0)
+    assert_refused(sd.UnsupportedError, "leave", lambda: sd.attention(*mine, program, cp=plan.on(dist.group.WORLD), return_lse=True))
+
+
+def test_two_ranks_scan_as_one_process(tmp_path: Path) -> None:
+    run_on_ranks(2, functools.partial(sample, world=2), tmp_path)
+
+
+def test_tokens_of_recurrences_are_work_and_send_no_keys() -> None:
+    plan = placed(SCANS["constant"], 4096, 4, "cuts", granule=128, chunk=128)
+    assert plan.imbalance == 1.0 and plan.received == 0 and len(set(plan.owner)) == 4
+    assert len(set(sd.parallel.plan(SCANS["slots"], 4096, 4, equal=False).owner)) == 4
+
+
+def campaign(rank: int, world: int) -> None:
+    worst = 0.0
+    for name, program in SCANS.items():
+        short = itertools.product((*METHODS, "auto"), ((91, 1, 16), (203, 16, 48)))
+        longer = [("auto", (1031, 128, 128)), ("contiguous", (2048 * world + 4, 2048, 2048))]
+        for method, (length, granule, chunk) in [*short, *longer]:
+            plan = placed(program, length, world, method, granule, chunk)
+            worst = max(worst, assert_one_process(plan, program, name, length, dense=300)[0])
+        worst = max(worst, assert_one_process(on_one(placed(program, 91, world, "zigzag")), program, name, 91)[0])
+    if not rank:
+        print(f"{world} ranks, {len(SCANS)} recurrences: at most {worst:.1e} apart")
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("world", [2, 4])
+def test_recurrences_by_placement_length_and_granule(tmp_path: Path, world: int) -> None:
+    run_on_ranks(world, functools.partial(campaign, world=world), tmp_path)
