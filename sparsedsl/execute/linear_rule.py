@@ -76,7 +76,8 @@ def heads_of_state(node: Linear, value: Callable[[Node], Tensor]) -> LinearHeads
     """How many heads have a state of their own, and the output."""
     gates = {"decay": node.gate, "beta": node.beta, "write": node.write}
     given = {word: value(gate).shape[1] for word, gate in gates.items() if gate is not None}
-    return linear_heads(node, *(value(x).shape[1] for x in (node.x, node.y, node.z)), given)
+    q, k, v = (value(x).shape[1] for x in (node.x, node.y, node.z))
+    return linear_heads(node, q, k, v, given)
 
 
 def left_of_state(node: Linear, call: ProgramCall, value: Callable[[Node], Tensor]) -> Tensor:

@@ -213,8 +213,8 @@ class _Call:
         checked = check_program_call(calls.program, q, k, v, told.named, q_offset=told.q_offset or 0, scale=words.scale)
         return calls.evaluation(checked, words.return_lse, summaries=summaries), self.part.nodes(program, moved)
 
-    def _scanned(self, node: Any, before: Any, known: Mapping[Node, Any]) -> tuple[Tensor, Tensor | None]:
-        """What a recurrence gives of the rows of this rank."""
+    def _scanned(self, node: Any, before: Any, known: Mapping[Node, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """What a recurrence gives of the rows of this rank, if it has any."""
         local = {known.get(read, read): value for read, value in self.values.items()}
         call = replace(before.call, inputs={**before.call.inputs, **local}, q_offset=0)
         out, lse, states = scanned(node, call, before.dispatch, self.part.held)

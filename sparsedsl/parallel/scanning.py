@@ -55,7 +55,9 @@ def scanned(node: Recurrence, call: ProgramCall, dispatch: Dispatch, held: Held)
         return None, None, states
     outs, lses = zip(*(scan.run(*part, state) for part, state in zip(parts, states.unbind(2), strict=True)), strict=True)
     out, lse = torch.cat(outs, dim=2), None if lses[0] is None else torch.cat(lses, dim=2)
-    return *scan.finished(call, moved, held, out, lse), states
+    if isinstance(scan, _SlotScan) and scan.delay:
+        out, lse = scan.emptied(call, moved, held, out, lse)
+    return out, lse, states
 
 
 def _given(call: ProgramCall, node: Any) -> Tensor:
@@ -194,10 +196,6 @@ class _LinearScan:
         found = run_linear(self._at(position), call, self.dispatch, functools.partial(_given, call), state=state)
         return found.out, found.lse
 
-    def finished(self, call: ProgramCall, moved: ProgramCall, held: Held, out: Tensor, lse: Any) -> tuple[Tensor, Any]:
-        """Out and LSE of all rows of this rank."""
-        return out, lse
-
 
 class _SlotScan:
     """An attention to slots; its state are their keys and values, side by side."""
@@ -235,10 +233,11 @@ class _SlotScan:
         out, lse, _ = self._scan(call, position, q, call.scale or self.node.scale or q.shape[3] ** -0.5, before)
         return out, lse
 
-    def finished(self, call: ProgramCall, moved: ProgramCall, held: Held, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        """Out and LSE of all rows of this rank; those that see no key of their document see slots that are empty."""
-        if not self.delay:
-            return out, lse
+    def emptied(self, call: ProgramCall, moved: ProgramCall, held: Held, out: Tensor, lse: Any) -> tuple[Tensor, Tensor]:
+        """Out and LSE of all rows of this rank, of which those that see no key of their document see slots that are empty.
+
+        call, moved: with keys where they are, and behind their delay.
+        """
         seen = (held.rows[held.rank] >= self.delay).to(out.device)[None]
         if self.documents is not None:
             seen = seen & (_given(call, self.documents) == _given(moved, self.documents))
