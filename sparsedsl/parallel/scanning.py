@@ -49,7 +49,8 @@ def scanned(node: Recurrence, call: ProgramCall, dispatch: Dispatch, held: Held)
     moved = _shifted(scan, call, held)
     parts = [(_narrowed(moved, row, count), position) for row, position, count in held.runs[held.rank]]
     follows = None if scan.documents is None else _follows(_given(moved, scan.documents), held)
-    made, left = (torch.stack(found, dim=2) for found in zip(*(scan.closed(*part) for part in parts or [_nothing(moved)]), strict=True))
+    closed = [scan.closed(*part) for part in parts or [_nothing(moved)]]
+    made, left = (torch.stack(found, dim=2) for found in zip(*closed, strict=True))
     states = _states_before(made[:, :, : len(parts)], left[:, :, : len(parts)], follows, held)
     if not parts:
         return None, None, states
@@ -134,7 +135,8 @@ def _states_before(made: Tensor, left: Tensor, follows: Tensor | None, held: Hel
     before = _followed(made, left, None if follows is None else follows[:, entry if follows.shape[1] > 1 else entry * 0])
     back = before[:, order.argsort()].split(counts, dim=1)
     states = dealt(torch.cat([part.flatten(0, 1) for part in back]), here, there, held.group).split(there)
-    return torch.cat([part.unflatten(0, (each, own)) for part, each in zip(states, shares, strict=True)]).unflatten(0, (batch, heads))
+    found = torch.cat([part.unflatten(0, (each, own)) for part, each in zip(states, shares, strict=True)])
+    return found.unflatten(0, (batch, heads))
 
 
 def _followed(made: Tensor, left: Tensor, follows: Tensor | None) -> Tensor:

@@ -44,9 +44,9 @@ class Stages:
     """The parts of a program in the order in which ranks run them.
 
     spread: inputs with a row for each key, or block of keys, that go to all ranks. local: inputs with a row for each key of which others
-    get what is made of blocks. pooled: the nodes that make it. recurrent: those that run along the keys. early: attentions to such rows, which all ranks have. choices: those that
-    other attentions, ``late``, follow. fetched: inputs whose rows are sent to the ranks that chose them. graded: the nodes that gradients
-    reach: what only drives a choice gets none.
+    get what is made of blocks. pooled: the nodes that make it. recurrent: those that run along the keys. early: attentions to such rows,
+    which all ranks have. choices: those that other attentions, ``late``, follow. fetched: inputs whose rows are sent to the ranks that
+    chose them. graded: the nodes that gradients reach: what only drives a choice gets none.
     """
 
     spread: tuple[Input, ...]
@@ -221,8 +221,8 @@ def _noise(node: Node, program: Program) -> Any:
 EXCHANGE_RULES: Rules[Callable[[Any, Program], Any]] = Rules(
     "the exchange between ranks",
     {
-        **dict.fromkeys((Input, Joint, Mix, Recall, scores.Softmax, scores.Regroup, scores.Plus, scores.Relu, scores.Scaled), _by_row),
-        **dict.fromkeys((scores.Weighted, scores.Grouped, select.TopK, select.Threshold), _by_row),
+        **dict.fromkeys((Input, Joint, Mix, Recall, scores.Softmax, scores.Regroup, scores.Plus, scores.Relu), _by_row),
+        **dict.fromkeys((scores.Scaled, scores.Weighted, scores.Grouped, select.TopK, select.Threshold), _by_row),
         select.TopP: _top_p,
         tensors.Summary: _summary,
         scores.Bound: _bound,

@@ -55,8 +55,8 @@ class Rows:
 @dataclass(frozen=True)
 class Relocation:
     """Where a call stands. ``heads``: the first one and how many; ``entry``: the first batch entry; ``lengths``: ``q_len`` and ``kv_len``
-    of the whole, where masks and scores are to read them. ``scanned``: what recurrences give is known already, so that they need not be told
-    where rows stand."""
+    of the whole, where masks and scores are to read them. ``scanned``: what recurrences give is known already: they need not be told where
+    rows stand."""
 
     queries: Rows = Rows()
     keys: Rows = Rows()

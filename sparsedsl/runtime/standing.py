@@ -25,8 +25,8 @@ MOST_RUNS = 8
 @dataclass(frozen=True, eq=False)
 class Standing:
     """``queries`` and ``keys``: positions ``(S,)`` or ``(B, S)``, or None. ``first_head`` of how many ``heads`` of the whole (None: not
-    said). ``entry``: the first batch entry. ``lengths``: ``q_len`` and ``kv_len`` of the whole, or None. ``scanned``: what recurrences of the
-    program give is known already."""
+    said). ``entry``: the first batch entry. ``lengths``: ``q_len`` and ``kv_len`` of the whole, or None. ``scanned``: what recurrences
+    of the program give is known already."""
 
     queries: Tensor | None = None
     keys: Tensor | None = None

@@ -54,7 +54,7 @@ SCANS: dict[str, Any] = {
     "corrected, rows": sd.linear(decay=sd.input("decays", "batch value_heads keys head_dim"), beta=BETA, features="l2"),
     "corrected, documents": sd.linear(decay=DECAY, beta=BETA, features="l2", documents=DOCUMENTS),
     "behind a window": sd.joint(sd.attend(CAUSAL & (NEAR | (kv_idx < 3))), BEHIND),
-    "beside a choice": sd.mix(sd.patterns.ring_linear(DECAYS), PROGRAMS["moba"], weights=sd.input("shares", "batch heads queries 2")),
+    "beside a choice": sd.mix(sd.linear(DECAYS), PROGRAMS["moba"], weights=sd.input("shares", "batch heads queries 2")),
     "slots": sd.patterns.nha(slots=5, window=8),
     "slots, first": sd.patterns.nha(slots=5, window=8, first=4),
     "slots, masked": sd.patterns.nha(slots=5, window=8, empty="masked"),
@@ -109,11 +109,13 @@ def score(found: Any) -> torch.Tensor:
 
 
 def assert_one_process(
-    plan: sd.parallel.TokenPlan, program: Any, name: str, length: int, bar: float = 1e-12, *, backend: str = "tiled", dense: int = 2000
-) -> tuple[float, Any]:
+    plan: sd.parallel.TokenPlan, program: Any, name: str, length: int, bar: float = 1e-12, *, backend: str = "tiled",
+    dense: int = 2000,
+) -> tuple[float, Any]:  # fmt: skip
     """A call on ranks, and its gradients, are those of one process. Returns the largest difference, and what the rank's keys were.
 
-    ``dense``: shorter sequences are compared with the reference. Differences are measured by the largest number where that is above 1: states grow with the length.
+    ``dense``: shorter sequences are compared with the reference. Differences are measured by the largest number where that is above 1:
+    states grow with the length.
     """
     rank, cp = dist.get_rank(), plan.on(dist.group.WORLD)
     qkv, more = drawn(name, length)

@@ -27,6 +27,7 @@ PATTERNS: dict[str, Any] = {
     "dilated": sd.patterns.dilated(8, 4),
     "heads": CAUSAL & (q_idx - kv_idx < sd.table("win")[sd.h]),
     "learned": sd.attend(NEAR, score=sd.tanh(sd.score * kv_idx / sd.kv_len + BIAS[q_idx - kv_idx]) * 5),
+    "capped": sd.attend(NEAR, score=sd.tanh(sd.score / 3) * 3),
     "late": CAUSAL & (q_idx >= 60) & (kv_idx >= 30),
     "causal": CAUSAL,
     "both sides": abs(q_idx - kv_idx) < 9,
@@ -90,6 +91,12 @@ def run(rank: int) -> None:
     seen[1, 5] = False  # keys before those of rank 1
     for overlap in (False, True):
         assert compared(dataclasses.replace(made, _needs={"": seen}), NEAR, qkv, {}, overlap=overlap) > 1e-3
+    # The last rank holds all tokens, and others take part all the same.
+    all_seen = torch.zeros_like(seen)
+    all_seen[-1] = True
+    made_for_one = dataclasses.replace(made, owner=(WORLD - 1,) * len(made.owner), _needs={"": all_seen})
+    for overlap in (False, True):
+        assert compared(made_for_one, NEAR, qkv, {}, overlap=overlap) < 1e-12
     refusals(made, qkv)
 
 
@@ -145,5 +152,5 @@ def test_four_processes_are_one(tmp_path: Path) -> None:
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("world", [2, 4])
-def test_ten_patterns_by_placement_length_and_granule(tmp_path: Path, world: int) -> None:
+def test_patterns_by_placement_length_and_granule(tmp_path: Path, world: int) -> None:
     run_on_ranks(world, functools.partial(campaign, world=world), tmp_path)

@@ -196,7 +196,8 @@ def programs(draw: Any) -> Any:
     if rule == "delta":
         words |= {"beta": draw(st.sampled_from([BETA, sd.input("beta", "batch kv_heads keys")])), "features": "l2"}
     elif rule == "before":
-        words |= {"reads": "before", "bonus": draw(st.none() | st.just(sd.input("u", "kv_heads head_dim")))}
+        bonuses = [None, *(sd.input("u", f"{heads} head_dim") for heads in ("kv_heads", "heads"))]
+        words |= {"reads": "before", "bonus": draw(st.sampled_from(bonuses))}
     elif rule == "sum":
         words |= {"normalised": "sum", "eps": 0.5, "features": draw(st.sampled_from(["elu1", "relu"]))}
     elif rule == "max1":
