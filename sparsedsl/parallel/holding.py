@@ -40,8 +40,8 @@ class Held:
         own, others = torch.arange(numbers[self.rank].numel()), [rank for rank in range(len(self.rows)) if rank != self.rank]
         to_each = [0 if rank == self.rank else own.numel() for rank in range(len(self.rows))]
         from_each = [0 if rank == self.rank else numbers[rank].numel() for rank in range(len(self.rows))]
-        order = torch.cat([numbers[rank] for rank in (self.rank, *others)]).argsort()
-        return Route(own.repeat(len(others)), (to_each, from_each), own, order, self.group)
+        places = torch.cat([numbers[rank] for rank in (self.rank, *others)]).argsort().argsort()
+        return Route(own.repeat(len(others)), (to_each, from_each), own, places, self.group)
 
     # ---- runs of neighbours -----------------------------------------------------------------------------------------------------------
 
@@ -88,10 +88,10 @@ class Held:
         from_each = [self._positions(part, size) for part in asked]
         kept = self._positions(own, size)
         positions = torch.cat([kept, *from_each])
-        order = positions.argsort()
+        rising, order = positions.sort()
         counts = [part.numel() for part in to_each], [part.numel() for part in from_each]
-        route = Route(torch.searchsorted(rows, torch.cat(to_each)), counts, torch.searchsorted(rows, kept), order, self.group)
-        return route, positions[order]
+        places, taken = order.argsort(), torch.searchsorted(rows, kept)
+        return Route(torch.searchsorted(rows, torch.cat(to_each)), counts, taken, places, self.group), rising
 
     def _positions(self, units: Tensor, size: int) -> Tensor:
         positions = (units[:, None] * size + torch.arange(size, device=units.device)).flatten()

@@ -105,7 +105,7 @@ def _shifted(scan: _LinearScan | _SlotScan, call: ProgramCall, held: Held) -> Pr
     if not scan.delay:
         return call
     route = held.behind(scan.delay)
-    early, inputs = call.q.shape[2] - route.order.numel(), dict(call.inputs)
+    early, inputs = call.q.shape[2] - route.places.numel(), dict(call.inputs)
     for node in {_input(call, read): None for read in scan.keys}:
         axis = _row_axis(node)
         assert axis is not None

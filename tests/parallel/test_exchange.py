@@ -141,7 +141,7 @@ def refusals(made: sd.parallel.TokenPlan, qkv: list[torch.Tensor]) -> None:
     parts = [added.plan.shard(x.detach(), 2, group) for x in qkv]
     assert_refused(sd.UnsupportedError, "merges two parts", lambda: sd.attention(*parts, pointwise, cp=added))
     moba = sd.parallel.plan(sd.patterns.moba(chunk=16), LENGTH, WORLD, granule=16, chunk=16)
-    assert_refused(sd.UnsupportedError, "is a program that chooses", lambda: moba.on(group, overlap=True))
+    assert_refused(sd.UnsupportedError, "is a program: leave it out", lambda: moba.on(group, overlap=True))
     uneven = made if rank else documents
     assert_refused(sd.UnsupportedError, "ranks have different plans", lambda: uneven.on(group))
 
