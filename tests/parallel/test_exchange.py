@@ -153,4 +153,4 @@ def test_four_processes_are_one(tmp_path: Path) -> None:
 @pytest.mark.campaign
 @pytest.mark.parametrize("world", [2, 4])
 def test_patterns_by_placement_length_and_granule(tmp_path: Path, world: int) -> None:
-    run_on_ranks(world, functools.partial(campaign, world=world), tmp_path)
+    run_on_ranks(world, functools.partial(campaign, world=world), tmp_path, seconds=3000)

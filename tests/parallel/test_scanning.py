@@ -95,4 +95,4 @@ def campaign(rank: int, world: int) -> None:
 @pytest.mark.campaign
 @pytest.mark.parametrize("world", [2, 4])
 def test_recurrences_by_placement_length_and_granule(tmp_path: Path, world: int) -> None:
-    run_on_ranks(world, functools.partial(campaign, world=world), tmp_path)
+    run_on_ranks(world, functools.partial(campaign, world=world), tmp_path, seconds=3000)
