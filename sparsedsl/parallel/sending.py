@@ -127,16 +127,22 @@ def tied(out: Tensor, *others: Tensor) -> Tensor:
     """``out``, whose backward pass also reaches ``others``, with zeros: what ranks do together backward, none of them may leave out, and a
     rank that chose nothing of others has no other way to them."""
     others = tuple(x for x in others if x.requires_grad)
-    return _Tied.apply(out, *others) if others and torch.is_grad_enabled() else out
+    if not (others and torch.is_grad_enabled()):
+        return out
+    # The gradient of a leaf is kept, and may be changed in place: it has memory of its own.
+    tied_out: Tensor = _Tied.apply(out, [x.is_leaf for x in others], *others)
+    return tied_out
 
 
 class _Tied(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, *others: Tensor) -> Tensor:
-        ctx.like = [(x.shape, x.dtype, x.device) for x in others]
+    def forward(ctx: Any, out: Tensor, leaves: list[bool], *others: Tensor) -> Tensor:
+        ctx.like = [(x.shape, x.dtype, x.device, leaf) for x, leaf in zip(others, leaves, strict=True)]
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        nothing = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like)
-        return grads[0], *nothing
+        nothing = []
+        for shape, dtype, device, leaf in ctx.like:
+            nothing.append(torch.zeros(shape if leaf else (), dtype=dtype, device=device).expand(shape))
+        return grads[0], None, *nothing

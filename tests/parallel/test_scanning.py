@@ -36,7 +36,8 @@ def sample(rank: int, world: int) -> None:
     for number, name in enumerate(SAMPLE):
         assert_one_process(placed(SCANS[name], LENGTH, world, METHODS[number % 4]), SCANS[name], name, LENGTH)
     assert_one_process(placed(SCANS["slots"], LENGTH, world, "zigzag"), SCANS["slots"], "slots", LENGTH, backend="reference")
-    for name, program in (("beside a choice", SCANS["beside a choice"]), ("hsa", PROGRAMS["hsa"])):
+    alone: dict[str, Any] = {name: SCANS[name] for name in ("beside a choice", "read before")}
+    for name, program in {**alone, "hsa": PROGRAMS["hsa"]}.items():
         for backend in ("tiled", "reference"):
             assert_one_process(on_one(placed(program, LENGTH, world, "zigzag")), program, name, LENGTH, backend=backend)
     assert_half_precision_is_that_of_one_process(rank, world)
