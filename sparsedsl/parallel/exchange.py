@@ -151,8 +151,9 @@ class Exchange:
         from_each = [plan.sent(other, self.rank, name) for other in range(plan.world)]
         self._counts = [part.numel() for part in to_each], [part.numel() for part in from_each]
         # Rows as they come, own ones first, to where their positions are in order.
-        own, places = torch.searchsorted(self.rows, wanted[mine]), torch.searchsorted(wanted, torch.cat([wanted[mine], *from_each]))
-        self._route = Route(torch.searchsorted(self.rows, torch.cat(to_each)), self._counts, own, places, self.group)
+        places = torch.searchsorted(wanted, torch.cat([wanted[mine], *from_each]))
+        rows, own = torch.searchsorted(self.rows, torch.cat(to_each)), torch.searchsorted(self.rows, wanted[mine])
+        self._route = Route(rows, self._counts, own, places, self.group)
         self._held = Held([plan.rows(rank) for rank in range(plan.world)], self.rank, self.group)
         self._choosing: weakref.WeakKeyDictionary[Calls, ChoosingCalls] = weakref.WeakKeyDictionary()
         self._positions = wanted[mine], torch.cat(from_each).sort()
