@@ -19,7 +19,7 @@ from tests.parallel.ranks import assert_refused, numbers, run_on_ranks
 LENGTH, WORLD, HEADS = 203, 4, 4
 NEAR = sd.patterns.sliding_window(40)
 CAUSAL, DOC, BIAS = kv_idx <= q_idx, sd.table("doc", monotone=True), sd.table("bias", learned=True)
-KEEP = torch.rand(16, 16, generator=torch.Generator().manual_seed(1)) < 0.4
+KEEP = torch.rand(260, 260, generator=torch.Generator().manual_seed(1)) < 0.4
 PATTERNS: dict[str, Any] = {
     "alibi": sd.attend(CAUSAL, score=sd.patterns.alibi(HEADS), sink=0.3),
     "sinks": CAUSAL & ((q_idx - kv_idx < 17) | (kv_idx < 4)),
