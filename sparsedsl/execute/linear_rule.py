@@ -52,15 +52,23 @@ def run_linear(
         k, v = (torch.cat([torch.zeros_like(x[:, :, : node.first]), x[:, :, node.first :]], dim=2) for x in (k, v))
     if node.delay and rows is None:  # each key is written so many tokens later
         k, v = (functional.pad(x, (0, 0, node.delay, 0))[:, :, : x.shape[2]] for x in (k, v))
-    words: dict[str, Any] = {"scale": scale, "q_offset": offset, "state": call.state_of(node), "documents": documents}
-    if node.form:
+    words: dict[str, Any] = {"scale": scale, "state": call.state_of(node), "documents": documents}
+
+    def scan(q: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """Results of queries that read what their token, the first at ``offset``, has written; and the state after the last key."""
+        if not node.form:
+            logs = torch.tensor(node.log_decays, dtype=call.dtype, device=q.device).expand(heads.out)
+            most = max(k.shape[1], v.shape[1])
+            q, *kv = repeat_kv(q, heads.out), repeat_kv(k, most), repeat_kv(v, most)
+            return dispatch.linear(q, *kv, logs, q_offset=offset, **words)  # type: ignore[no-any-return]
         log_decay = _logarithms(node, gate, heads, k, call.dtype)
-        beta = None if beta is None else beta.to(call.dtype)
-        out, state = dispatch.gated(q, k, v, log_decay, beta, node.form, before=node.reads == "before", **words)
+        by_rule = None if beta is None else beta.to(call.dtype)
+        return dispatch.gated(q, k, v, log_decay, by_rule, node.form, q_offset=offset, **words)  # type: ignore[no-any-return]
+
+    if node.reads == "before":
+        out, state = _read_before(q, offset, scan, heads, **words)
     else:
-        logs = torch.tensor(node.log_decays, dtype=call.dtype, device=q.device).expand(heads.out)
-        most = max(k.shape[1], v.shape[1])
-        out, state = dispatch.linear(repeat_kv(q, heads.out), repeat_kv(k, most), repeat_kv(v, most), logs, **words)
+        out, state = scan(q, offset)
     if node.bonus is not None:
         out = out + _own(value(node.bonus), q, k, v, offset, heads) * scale
     return Scanned(*_normalised(node, out), state)
@@ -111,6 +119,24 @@ def _logarithms(node: Linear, gate: Tensor | None, heads: LinearHeads, k: Tensor
     if node.factor is None:
         return gate
     return torch.where(gate > 0, torch.where(gate > 0, gate, 1.0).log(), NEVER)
+
+
+def _read_before(
+    q: Tensor, offset: int, scan: Callable[[Tensor, int], tuple[Tensor, Tensor]], heads: LinearHeads, *, scale: float,
+    state: Tensor | None, documents: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a token reads before it writes is what the token before it reads after: queries stand one row earlier, so that scans know of
+    one way to read. The first of all tokens reads the state that the call begins with, and the first of a document nothing."""
+    early = int(offset == 0 and q.shape[2] > 0)
+    out, last = scan(q[:, :, early:], offset - 1 + early if q.shape[2] else 0)
+    if early:
+        first = torch.zeros_like(last) if state is None else state.to(last.dtype)
+        rows = repeat_kv(q[:, :, :1], heads.out).to(last.dtype).unflatten(1, (heads.states, -1))[:, :, :, 0]
+        out = torch.cat([(rows @ first * scale).flatten(1, 2)[:, :, None].to(out.dtype), out], dim=2)
+    if documents is not None:
+        begins = torch.cat([torch.zeros_like(documents[:, :1], dtype=torch.bool), documents[:, 1:] != documents[:, :-1]], dim=1)
+        out = out.masked_fill(begins[:, None, offset : offset + q.shape[2], None], 0.0)
+    return out, last
 
 
 def _own(bonus: Tensor, q: Tensor, k: Tensor, v: Tensor, offset: int, heads: LinearHeads) -> Tensor:

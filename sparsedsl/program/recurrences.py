@@ -76,7 +76,7 @@ class Linear(Branch):
     @property
     def form(self) -> str:
         """What backends are asked for, in words: ``""`` is a constant decay a head and a plain sum."""
-        rule = "delta" if self.beta is not None else "before" if self.reads == "before" else ""
+        rule = "delta" if self.beta is not None else ""
         return f"{'vector' if self.vector else 'scalar'} {rule}".strip() if rule or self.gate is not None else ""
 
     @functools.cached_property
@@ -255,7 +255,9 @@ def _bonus(value: Any, k: Node) -> Node:
 
 def _check_together(node: Linear) -> None:
     """Refuse what has no meaning together."""
-    if (node.delay or node.first) and (node.form or node.log_decays != (0.0,) or node.documents is not None):
+    if (node.delay or node.first) and (
+        node.form or node.reads == "before" or node.log_decays != (0.0,) or node.documents is not None
+    ):
         word = "delay" if node.delay else "first"
         raise PatternError(
             f"linear(): {word} is of states in which nothing fades and nothing is corrected, of one sequence: give decay=1.0, and no beta, "

@@ -48,10 +48,10 @@ def pair_rows(
     seen = (before if node.reads == "before" else own)[:, :, first : first + rows]
     part = readers[:, :, first : first + rows]
     out = []
-    for group in q.unbind(2):
+    for member, group in enumerate(q.unbind(2)):
         weights = _pairs(group, k, part, sums, seen)
         if bonus is not None:
-            diagonal = (group * bonus[:, :, None] * k[:, :, first : first + rows]).sum(-1)
+            diagonal = (group * bonus[:, :, member, None] * k[:, :, first : first + rows]).sum(-1)
             place = torch.arange(rows)[:, None] + first == torch.arange(length)
             weights = weights + torch.where(place, diagonal[..., None], 0.0)
         out.append(weights @ written + (group * reach[:, :, first : first + rows]) @ state)

@@ -300,6 +300,9 @@ def _fading(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     return recurrences.linear(decay, scale=draw(st.none() | st.just(0.3)), documents=draw(_documents()))
 
 
+_BONUSES = tuple(tensors.input(f"bonus_{heads}", f"{heads} head_dim") for heads in ("kv_heads", "heads"))
+
+
 @st.composite
 def _gated(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     """Linear attention with decays of the data, for heads or their channels, and every rule of writing and reading."""
@@ -316,7 +319,7 @@ def _gated(draw: st.DrawFn, heads: int, causal: bool) -> Any:
         share = draw(st.sampled_from(("heads", "kv_heads")))
         words |= {"beta": tensors.input(f"share_{share}", f"batch {share} keys"), "features": "l2"}
     elif rule == "before":
-        words |= {"reads": "before", "bonus": draw(st.none() | st.just(tensors.input("bonus", "kv_heads head_dim")))}
+        words |= {"reads": "before", "bonus": draw(st.none() | st.sampled_from(_BONUSES))}
     elif rule in ("sum", "taylor"):
         words |= {
             "normalised": "sum",

@@ -178,8 +178,6 @@ def test_not_even_roundings_of_a_later_document_reach_a_gradient(vector: bool) -
 
 def test_what_they_refuse() -> None:
     inputs, words = Gated().make()
-    with pytest.raises(UnsupportedError, match="read the state after a token is written, not before; use gated_scan"):
-        kernels(**inputs, **words, before=True)
     with pytest.raises(UnsupportedError, match="too coarse for float64 inputs"):
         kernels(**{name: x.double() for name, x in inputs.items()}, **words)
     wide, words = Gated(width=257, keys=2, rows=2).make()

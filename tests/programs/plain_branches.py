@@ -145,9 +145,9 @@ def _linear(
         for n in range(heads):
             kept = gates[:, n].expand(y.shape[0], y.shape[2], -1)
             written = _written(y[:, n], z[:, n], kept, wide(parts["beta"], heads)[:, n] if beta else None, documents, call)
-            own = None if bonus is None else wide(bonus.at(call)[None], heads)[0, n]
-            mine = (x[:, n * group + m] for m in range(group))
-            found += [_read(row, y[:, n], written, kept, reads, own, documents, call) for row in mine]
+            for reader in range(n * group, (n + 1) * group):
+                own = None if bonus is None else wide(bonus.at(call)[None], out_heads)[0, reader]
+                found.append(_read(x[:, reader], y[:, n], written, kept, reads, own, documents, call))
         sums = torch.stack(found, 1) * by
         return _divided(sums, normalised, eps, features)
 

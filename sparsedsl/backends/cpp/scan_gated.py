@@ -27,12 +27,12 @@ WIDEST, MOST_SHARING = 512, 32
 
 
 def gated_scan(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, *, scale: float, before: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, *, scale: float,
     q_offset: int = 0, state: Tensor | None = None, documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Results and state: see :func:`sparsedsl.backends.tiled.scan_gated.gated_scan`, which gives the same. ``before`` is refused before
-    anybody comes here, as are heads wider than ``WIDEST``."""
-    words: dict[str, Any] = {"scale": scale, "before": before, "q_offset": q_offset, "state": state, "documents": documents}
+    """Results and state: see :func:`sparsedsl.backends.tiled.scan_gated.gated_scan`, which gives the same. Heads wider than
+    ``WIDEST`` are refused before anybody comes here."""
+    words: dict[str, Any] = {"scale": scale, "q_offset": q_offset, "state": state, "documents": documents}
     call = check_gated(q, k, v, log_decay, beta, scale=scale, q_offset=q_offset, state=state, documents=documents)
     known = [t for t in (q, k, v, log_decay, beta, state) if t is not None]
     real, grad = accumulated(q.dtype), wants_grad(*known)

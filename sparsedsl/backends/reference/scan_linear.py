@@ -38,7 +38,7 @@ def run_recurrence(run: Any, node: Linear, rows: Callable[..., Tensor] | None = 
     gates = {word: repeat_kv(x, heads.states).expand(k.shape[0], *[-1] * (x.ndim - 1)) for word, x in gates.items()}
     if node.write is not None:
         k = k * gates["write"].exp()[..., None]
-    bonus = None if node.bonus is None else repeat_kv(run.value(node.bonus)[None], heads.states)
+    bonus = None if node.bonus is None else repeat_kv(run.value(node.bonus)[None], heads.out).unflatten(1, (heads.states, -1))
     q = q.unflatten(1, (heads.states, -1))
     sums = (rows or _rows)(run, node, q, k, v, _kept(node, gates, k), gates.get("beta"), bonus)
     return _normalised(node, sums.flatten(1, 2))
@@ -56,7 +56,7 @@ def _kept(node: Linear, gates: dict[str, Tensor], k: Tensor) -> Tensor:
 def _rows(
     run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None
 ) -> Tensor:
-    """The sums of all queries, ``q (B, H, G, Sq, D)``: ``(B, H, G, Sq, Dv)``. A token is seen by the queries from its own on."""
+    """The sums of all queries, ``q (B, H, G, Sq, D)``, ``bonus (1, H, G, D)``: ``(B, H, G, Sq, Dv)``. A token is seen by the queries from its own on."""
     state = run.call.state_of(node)
     state = k.new_zeros((*k.shape[:2], k.shape[3], v.shape[3])) if state is None else state.to(k.dtype)
     ids = None if node.documents is None else run.value(node.documents).expand(k.shape[0], -1)
@@ -77,11 +77,10 @@ def _rows(
         states = [*states, state][-node.delay - 1 :]
         if not first <= token < first + q.shape[3]:
             continue
-        seen = states[0]  # the one before as many tokens, or the oldest there is
-        if node.reads == "before":
-            own = 0.0 if bonus is None else (bonus * key)[..., None] * value[..., None, :]
-            seen = before + own
-        rows.append((q[:, :, :, token - first, :, None] * seen[:, :, None]).sum(3))
+        seen = (before if node.reads == "before" else states[0])[:, :, None]  # states[0]: so many tokens back, or the oldest there is
+        if bonus is not None:
+            seen = seen + (bonus * key[:, :, None])[..., None] * value[:, :, None, None]
+        rows.append((q[:, :, :, token - first, :, None] * seen).sum(3))
     return torch.stack(rows, 3)
 
 

@@ -59,7 +59,6 @@ class GatedChunks:
     """One row range, forward and backward, as :mod:`sparsedsl.backends.tiled.scan_chunked` asks for it."""
 
     scale: float
-    before: bool
 
     def forward(self, queries: Any, keys: Any, states: Any) -> Any:
         """Results and state."""
@@ -100,7 +99,7 @@ class GatedChunks:
         if begins is not None:
             number = chunks(begins.expand(-1, heads, -1)).cumsum(2)
         kind = VectorDecays if g.ndim == 4 else ScalarDecays
-        decays: PairDecays = kind(g, number, before=self.before)
+        decays: PairDecays = kind(g, number)
         return _Cut(split, chunks(k), chunks(v), g, None if beta is None else chunks(beta)[..., None], number, decays)
 
     def _made(self, x: _Cut, state: Tensor) -> _Made:
@@ -110,7 +109,7 @@ class GatedChunks:
         pairs = between = None
         if products is not None and x.q is not None:
             pairs = products[:, :, : x.q.shape[2]]
-            if isinstance(decays, VectorDecays) and not self.before:
+            if isinstance(decays, VectorDecays):
                 pairs.diagonal(0, 3, 4).copy_((x.q * x.k[:, :, None]).sum(4))
         states = state.new_empty(x.k.shape[0], x.k.shape[1] + 1, *state.shape[2:])
         states[:, 0] = state.flatten(0, 1)
@@ -194,7 +193,7 @@ class GatedChunks:
         if grad is not None and x.q is not None:
             by_q = (grad @ before.mT).unflatten(2, x.q.shape[2:4]).mul_(decays.reach[:, :, None])
             readers.append(x.q)
-            of_pairs.append((grad @ made.u.mT).unflatten(2, x.q.shape[2:4]).tril_(-1 if self.before else 0))
+            of_pairs.append((grad @ made.u.mT).unflatten(2, x.q.shape[2:4]).tril_())
         by_v = by_u
         if x.beta is not None:
             assert made.between is not None and made.kh is not None
@@ -213,7 +212,7 @@ class GatedChunks:
             if by_q is not None:
                 assert x.q is not None
                 by_q += by_readers[:, :, : by_q.shape[2]]
-                if isinstance(decays, VectorDecays) and not self.before:
+                if isinstance(decays, VectorDecays):
                     own = of_pairs[0].diagonal(0, 3, 4)[..., None]
                     by_q += own * x.k[:, :, None]
                     by_k_written += (own * x.q).sum(2)
@@ -234,10 +233,9 @@ class GatedChunks:
         sums = reads - x.k * by_k_written
         end = (made.states[:, 1:] * leaving).sum(3)
         if x.g.ndim == 3:
-            sums, reads, end = sums.sum(3), reads.sum(3), end.sum(2)
+            sums, end = sums.sum(3), end.sum(2)
         sums[:, :, -1] += end
         found = suffix_sums(sums, x.number)
-        found = found - reads if self.before else found
         unread = x.g <= LEAST[x.g.dtype]
         if x.number is not None:  # the first row of a document decays nothing
             starts = torch.zeros_like(x.number, dtype=torch.bool)

@@ -11,7 +11,6 @@ from sparsedsl.backends.triton.config_choice import target_of
 from sparsedsl.backends.triton.launching import in_tiles
 from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.scan_pass import ScanTiles, filled, launch, operands, plain, precision_of, refuse
-from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.gpu.targets import Target
 from sparsedsl.runtime.autograd import only_first_derivatives
@@ -24,7 +23,7 @@ Tensor = torch.Tensor
 
 
 def gated_scan_triton(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, *, scale: float, before: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, *, scale: float,
     q_offset: int = 0, state: Tensor | None = None, documents: Tensor | None = None, tiles: ScanTiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``gated_scan`` on a GPU, or where Triton interprets kernels: the same arguments, results, refusals and gradients.
@@ -38,7 +37,7 @@ def gated_scan_triton(
 
     Raises:
         ShapeError: as ``gated_scan``.
-        UnsupportedError: float64, a head_dim above 256, queries that read before their token writes, no GPU and no interpreter.
+        UnsupportedError: float64, a head_dim above 256, no GPU and no interpreter.
 
     Example:
         >>> x = torch.ones(1, 1, 4, 1, dtype=torch.float64)
@@ -48,10 +47,6 @@ def gated_scan_triton(
         sparsedsl.errors.UnsupportedError: gated_scan_triton: states are float32, too coarse for float64 inputs; use gated_scan
     """
     call = check_gated(q, k, v, log_decay, beta, scale=scale, q_offset=q_offset, state=state, documents=documents)
-    if before:
-        raise UnsupportedError(
-            "gated_scan_triton: the kernels read the state after a token is written, not before; use gated_scan"
-        )
     refuse("gated_scan_triton", q, {"head_dim": q.shape[3], "the head_dim of v": v.shape[3]}, "gated_scan")
     vector = log_decay.ndim == 4
     tiles = tiles or gated_tiles(q.dtype, q.shape[3], v.shape[3], vector=vector, target=target_of(q.device))

@@ -49,7 +49,7 @@ def calls(draw: Any) -> tuple[dict[str, Tensor], dict[str, Any], int]:
         (2, 1, 1, 2, 1),
     ]
     hq, hk, hv, hg, hb = draw(st.sampled_from(shapes))
-    vector, rule = draw(st.booleans()), draw(st.sampled_from(["plain", "delta", "before"]))
+    vector, rule = draw(st.booleans()), draw(st.sampled_from(["plain", "delta"]))
     offset = draw(st.integers(0, keys - 1))
     documents = draw(st.booleans())
     rows = draw(st.integers(1, keys - offset))
@@ -67,7 +67,7 @@ def calls(draw: Any) -> tuple[dict[str, Tensor], dict[str, Any], int]:
         x["beta"] = 2 * torch.sigmoid(random(batch, hb, keys))
     if draw(st.booleans()):
         x["state"] = random(batch, max(hk, hv, hg, hb if rule == "delta" else 1), 4, 3)
-    words: dict[str, Any] = {"scale": 0.3, "before": rule == "before", "q_offset": offset}
+    words: dict[str, Any] = {"scale": 0.3, "q_offset": offset}
     if documents:
         words["documents"] = torch.randint(0, 3, (batch, keys), generator=generator).sort(-1).values
     return x, words, draw(st.sampled_from([1, 2, 4, 8, 64]))
