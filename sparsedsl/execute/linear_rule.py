@@ -13,7 +13,7 @@ from torch.nn import functional
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.program.node import Node
 from sparsedsl.program.recurrences import Linear
-from sparsedsl.runtime.heads import NEVER, repeat_kv
+from sparsedsl.runtime.heads import NEVER, alike, repeat_kv
 from sparsedsl.runtime.linear_calls import LinearHeads, check_decays, linear_heads
 from sparsedsl.runtime.program_call import ProgramCall
 
@@ -36,14 +36,17 @@ def run_linear(
 ) -> Scanned:
     """``value``: what a node gives. ``rows``: only the state after so many keys is wanted; None: all."""
     q, k, v = (value(x) for x in (node.x, node.y, node.z))
-    gate, beta, write = (None if x is None else value(x) for x in (node.gate, node.beta, node.write))
+    gate, beta, write, erase, along = (
+        None if x is None else value(x) for x in (node.gate, node.beta, node.write, node.erase, node.along)
+    )
     documents = None if node.documents is None else value(node.documents)
     offset = call.q_offset
     if rows is not None:
         k, v = k[:, :, :rows], v[:, :, :rows]
-        gate, beta, write = (None if t is None else t[:, :, :rows] for t in (gate, beta, write))
+        gate, beta, write, erase, along = (None if t is None else t[:, :, :rows] for t in (gate, beta, write, erase, along))
         documents, q, offset = None if documents is None else documents[:, :rows], q[:, :, :0], 0
-    given = {word: t.shape[1] for word, t in (("decay", gate), ("beta", beta), ("write", write)) if t is not None}
+    named = {"decay": gate, "beta": beta, "write": write, "erase": erase, "along": along}
+    given = {word: t.shape[1] for word, t in named.items() if t is not None}
     heads = linear_heads(node, q.shape[1], k.shape[1], v.shape[1], given)
     check_decays(node, gate, write, call.dtype)
     scale = call.scale or node.scale or q.shape[3] ** -0.5
@@ -62,8 +65,11 @@ def run_linear(
             q, *kv = repeat_kv(q, heads.out), repeat_kv(k, most), repeat_kv(v, most)
             return dispatch.linear(q, *kv, logs, q_offset=offset, **words)  # type: ignore[no-any-return]
         log_decay = _logarithms(node, gate, heads, k, call.dtype)
-        by_rule = None if beta is None else beta.to(call.dtype)
-        return dispatch.gated(q, k, v, log_decay, by_rule, node.form, q_offset=offset, **words)  # type: ignore[no-any-return]
+        if along is not None and erase is not None:
+            return _scan_in_two(dispatch, node.form, q, k, v, log_decay, erase, along, offset=offset, **words)
+        share = None if beta is None else beta.to(call.dtype)
+        share = log_decay.new_ones(1, 1, k.shape[2]) if erase is not None else share
+        return dispatch.gated(q, k, v, log_decay, share, erase, node.form, q_offset=offset, **words)  # type: ignore[no-any-return]
 
     if node.reads == "before":
         out, state = _read_before(q, offset, scan, heads, **words)
@@ -137,6 +143,27 @@ def _read_before(
         begins = torch.cat([torch.zeros_like(documents[:, :1], dtype=torch.bool), documents[:, 1:] != documents[:, :-1]], dim=1)
         out = out.masked_fill(begins[:, None, offset : offset + q.shape[2], None], 0.0)
     return out, last
+
+
+def _scan_in_two(
+    dispatch: Dispatch, form: str, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, erase: Tensor, along: Tensor, *, offset: int,
+    documents: Tensor | None, **words: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A delta rule that takes off along one key and writes along another: two rows a token, of which the first decays and takes off, with
+    no value of its own, and the second writes. Queries read after the second."""
+
+    def paired(first: Tensor, second: Tensor) -> Tensor:
+        return torch.stack([first, second], dim=3).flatten(2, 3)
+
+    heads = max(k.shape[1], along.shape[1])
+    rows = paired(*alike(repeat_kv(along, heads).expand(k.shape[0], -1, -1, -1), repeat_kv(k, heads)))
+    documents = None if documents is None else documents.repeat_interleave(2, dim=1)
+    out, state = dispatch.gated(
+        paired(torch.zeros_like(q), q), rows, paired(torch.zeros_like(v), v), paired(log_decay, torch.zeros_like(log_decay)),
+        log_decay.new_ones(1, 1, rows.shape[2]), paired(erase, torch.zeros_like(erase)), form, q_offset=2 * offset, documents=documents,
+        **words,
+    )  # fmt: skip
+    return out[:, :, 1::2], state
 
 
 def _own(bonus: Tensor, q: Tensor, k: Tensor, v: Tensor, offset: int, heads: LinearHeads) -> Tensor:

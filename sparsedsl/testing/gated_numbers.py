@@ -18,8 +18,9 @@ Tensor = torch.Tensor
 
 
 def pair_rows(
-    run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None
-) -> Tensor:
+    run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None,
+    erased: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
     """What :func:`~sparsedsl.backends.reference.scan_linear.run_recurrence` asks for: the sums of all queries, ``(B, H, G, Sq, Dv)``."""
     first, rows, length = run.call.q_offset, q.shape[3], k.shape[2]
     logs = kept.expand(*kept.shape[:3], k.shape[3]).log()  # kernels add up over channels what a decay of all of them gets
@@ -45,6 +46,17 @@ def pair_rows(
                 error = error - (pairs[:, :, token, :token, None] * torch.stack(found, 2)).sum(2)
             found.append(beta[:, :, token, None] * error)
         written = torch.stack(found, 2)
+    taken = along = torch.zeros_like(v)
+    if erased is not None:  # what each token reads of what others wrote, and of what they took off along other keys
+        by, along = erased
+        pairs, others = _pairs(by, k, sums, sums, before), _pairs(by, along, sums, sums, before)
+        left, found = pairs @ v + (by * reach) @ state, []
+        for token in range(length):
+            total = left[:, :, token]
+            if found:
+                total = total - (others[:, :, token, :token, None] * torch.stack(found, 2)).sum(2)
+            found.append(total)
+        taken = torch.stack(found, 2)
     seen = (before if node.reads == "before" else own)[:, :, first : first + rows]
     part = readers[:, :, first : first + rows]
     out = []
@@ -54,6 +66,9 @@ def pair_rows(
             diagonal = (group * bonus[:, :, member, None] * k[:, :, first : first + rows]).sum(-1)
             place = torch.arange(rows)[:, None] + first == torch.arange(length)
             weights = weights + torch.where(place, diagonal[..., None], 0.0)
+        if erased is not None:
+            out.append(weights @ written - _pairs(group, along, part, sums, seen) @ taken + (group * reach[:, :, first : first + rows]) @ state)
+            continue
         out.append(weights @ written + (group * reach[:, :, first : first + rows]) @ state)
     return torch.stack(out, 2)
 

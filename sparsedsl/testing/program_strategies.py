@@ -306,7 +306,7 @@ _BONUSES = tuple(tensors.input(f"bonus_{heads}", f"{heads} head_dim") for heads 
 @st.composite
 def _gated(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     """Linear attention with decays of the data, for heads or their channels, and every rule of writing and reading."""
-    rule = draw(st.sampled_from(("plain", "delta", "delta", "before", "sum", "taylor", "max1")))
+    rule = draw(st.sampled_from(("plain", "delta", "delta", "erase", "before", "sum", "taylor", "max1")))
     by = draw(st.sampled_from(("heads", "kv_heads", "one")))
     vector = " head_dim" if rule != "taylor" and draw(st.booleans()) else ""
     word = draw(st.sampled_from(("decay", "log_decay")))
@@ -318,6 +318,10 @@ def _gated(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     if rule == "delta":
         share = draw(st.sampled_from(("heads", "kv_heads")))
         words |= {"beta": tensors.input(f"share_{share}", f"batch {share} keys"), "features": "l2"}
+    elif rule == "erase":
+        keys = [f"batch {draw(st.sampled_from(('heads', 'kv_heads', 'one')))} keys head_dim" for _ in range(2)]
+        words |= {"erase": tensors.input("erase", keys[0])}
+        words |= {"along": tensors.input("along", keys[1])} if draw(st.booleans()) else {"features": "l2"}
     elif rule == "before":
         words |= {"reads": "before", "bonus": draw(st.none() | st.sampled_from(_BONUSES))}
     elif rule in ("sum", "taylor"):

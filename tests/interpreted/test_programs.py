@@ -29,8 +29,9 @@ def scored_hsa():
     return sd.attend(ended & selected & (kv_idx % 2 == 0), score=P.softcap(2.0), normaliser=sd.per_chunk(selected))
 
 
-VECTOR = sd.input("g", "batch kv_heads keys head_dim")
-SHORT_ONES = ("nha", "kda", "rwkv6", "before, documents", "before, constants")
+ROWS = "batch kv_heads keys head_dim"
+VECTOR = sd.input("g", ROWS)
+SHORT_ONES = ("nha", "kda", "rwkv6", "rwkv7", "before, documents", "before, constants")
 GATE = sd.table("gate", dtype=float, learned=True)
 RETRIEVAL = {"retrieval_q": of(1, LENGTH, 16, seed=3), "landmarks": of(1, LENGTH // 16, 16, seed=4)}
 CASES = {
@@ -42,6 +43,10 @@ CASES = {
     "rwkv6": (
         sd.linear(log_decay=VECTOR, reads="before", bonus=sd.input("u", "heads head_dim"), scale=1.0),
         {"g": -of(1, SHORT, 16, seed=5).abs(), "u": tensor(2, 16, seed=6)},
+    ),
+    "rwkv7": (
+        sd.linear(log_decay=VECTOR, erase=sd.input("erase", ROWS), along=sd.input("along", ROWS), scale=1.0),
+        {"g": -of(1, SHORT, 16, seed=5).abs(), "erase": of(1, SHORT, 16, seed=6) / 6, "along": of(1, SHORT, 16, seed=7) / 6},
     ),
     "before, documents": (
         sd.linear(log_decay=sd.input("g", "batch kv_heads keys"), reads="before", documents=sd.input("ids", "batch keys")),

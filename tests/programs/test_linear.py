@@ -58,6 +58,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "use one with the axes 'batch heads keys'",
     ),
     "before and beta": (lambda: sd.linear(1.0, beta=BETA, reads="before"), "leave one of them out"),
+    "erase and beta": (lambda: sd.linear(1.0, beta=BETA, erase=VECTOR), "multiply erase by it"),
+    "along alone": (lambda: sd.linear(1.0, along=VECTOR), "give erase too"),
+    "erase, normalised": (lambda: sd.linear(1.0, erase=VECTOR, features="elu1", normalised="sum"), "leave out normalised, or erase"),
+    "erase, taylor": (lambda: sd.linear(1.0, erase=VECTOR, features="taylor"), "makes keys wider than erase"),
+    "erase, before": (lambda: sd.linear(1.0, erase=VECTOR, reads="before"), "reads='before' and erase are of different rules"),
+    "erase a key": (lambda: sd.linear(1.0, erase=BETA), "erase must be an input with the axes 'batch H keys head_dim'"),
     "bonus after": (lambda: sd.linear(1.0, bonus=sd.input("u", "heads head_dim")), "add reads='before'"),
     "another bonus": (
         lambda: sd.linear(1.0, reads="before", bonus=BETA),
@@ -128,6 +134,14 @@ FORMS: dict[str, Any] = {
     "delta net": sd.linear([0.5, 0.7, 0.9, 1.0], beta=BETA, features="l2"),
     "documents": sd.linear(log_decay=G, beta=BETA, features="l2", documents=sd.input("ids", "batch keys")),
     "before": sd.linear(log_decay=VECTOR, reads="before", bonus=sd.input("u", "heads head_dim")),
+    "erase": sd.linear(log_decay=VECTOR, erase=sd.input("erase", "batch kv_heads keys head_dim"), features="l2"),
+    "rwkv7": sd.linear(
+        log_decay=VECTOR, erase=sd.input("erase", "batch heads keys head_dim"), along=sd.input("along", "batch heads keys head_dim"), scale=1.0
+    ),
+    "erase, documents": sd.linear(
+        0.9, erase=sd.input("erase", "batch one keys head_dim"), along=sd.input("along", "batch heads keys head_dim"),
+        documents=sd.input("ids", "batch keys"),
+    ),
     "before, a bonus a key head": sd.linear(log_decay=G, reads="before", bonus=sd.input("u", "kv_heads head_dim")),
     "before, documents": sd.linear(log_decay=sd.input("g", "batch kv_heads keys"), reads="before", documents=sd.input("ids", "batch keys")),
     "before, shared": sd.linear(
@@ -177,7 +191,7 @@ def test_the_fast_paths_give_what_the_reference_gives(form: str) -> None:
     assert_same_everywhere(FORMS[form], CASE, 3)
 
 
-@pytest.mark.parametrize("form", ["kda", "before", "mix"])
+@pytest.mark.parametrize("form", ["kda", "before", "rwkv7", "mix"])
 def test_prefill_is_decoding(form: str) -> None:
     attn = sd.compile(FORMS[form], backend="tiled")
     done = kit.assert_prefill_equals_decode(attn, CASE, chunks=(5,))
@@ -185,7 +199,7 @@ def test_prefill_is_decoding(form: str) -> None:
 
 
 def test_T28_nothing_later_reaches_a_query() -> None:
-    for form in ("kda", "before"):
+    for form in ("kda", "before", "rwkv7"):
         kit.assert_causal(sd.compile(FORMS[form], backend="tiled"), CASE)
 
 

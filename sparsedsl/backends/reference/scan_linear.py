@@ -22,8 +22,12 @@ def run_recurrence(run: Any, node: Linear, rows: Callable[..., Tensor] | None = 
     sums in place of the recurrence, where the test kit asks what other ways round."""
     q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
     gates = {
-        word: run.value(x) for word, x in (("decay", node.gate), ("beta", node.beta), ("write", node.write)) if x is not None
-    }
+        word: run.value(x)
+        for word, x in (
+            ("decay", node.gate), ("beta", node.beta), ("write", node.write), ("erase", node.erase), ("along", node.along)
+        )
+        if x is not None
+    }  # fmt: skip
     heads = linear_heads(node, q.shape[1], k.shape[1], v.shape[1], {word: x.shape[1] for word, x in gates.items()})
     check_decays(node, gates.get("decay"), gates.get("write"), q.dtype)
     scale = run.call.scale or node.scale or q.shape[3] ** -0.5
@@ -40,7 +44,8 @@ def run_recurrence(run: Any, node: Linear, rows: Callable[..., Tensor] | None = 
         k = k * gates["write"].exp()[..., None]
     bonus = None if node.bonus is None else repeat_kv(run.value(node.bonus)[None], heads.out).unflatten(1, (heads.states, -1))
     q = q.unflatten(1, (heads.states, -1))
-    sums = (rows or _rows)(run, node, q, k, v, _kept(node, gates, k), gates.get("beta"), bonus)
+    erased = None if node.erase is None else (gates["erase"], gates.get("along", k))
+    sums = (rows or _rows)(run, node, q, k, v, _kept(node, gates, k), gates.get("beta"), bonus, erased)
     return _normalised(node, sums.flatten(1, 2))
 
 
@@ -54,8 +59,9 @@ def _kept(node: Linear, gates: dict[str, Tensor], k: Tensor) -> Tensor:
 
 
 def _rows(
-    run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None
-) -> Tensor:
+    run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None,
+    erased: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
     """The sums of all queries, ``q (B, H, G, Sq, D)``, ``bonus (1, H, G, D)``: ``(B, H, G, Sq, Dv)``. A token is seen by the queries from its own on."""
     state = run.call.state_of(node)
     state = k.new_zeros((*k.shape[:2], k.shape[3], v.shape[3])) if state is None else state.to(k.dtype)
@@ -73,6 +79,9 @@ def _rows(
         state = torch.where(keep > 0, keep * state, 0.0)  # nothing is left of anything, NaN too
         if beta is not None:
             value = beta[:, :, token, None] * (value - (state * key[..., None]).sum(2))
+        if erased is not None:
+            by, along = (t[:, :, token, :, None] for t in erased)
+            state = state - along * (by * state).sum(2, keepdim=True)
         state = state + key[..., None] * value[..., None, :]
         states = [*states, state][-node.delay - 1 :]
         if not first <= token < first + q.shape[3]:
