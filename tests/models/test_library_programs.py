@@ -25,6 +25,8 @@ LIBRARY: dict[str, Any] = {
     "dsa": P.dsa(top_k=3),
     "gated_delta": P.gated_delta(),
     "gla": P.gla(),
+    "rwkv6": P.rwkv6(),
+    "rwkv7": P.rwkv7(),
     "hca": P.hca(block=4, window=3),
     "hils": P.hils(chunk=3, top_k=2, window=3),
     "hisa": P.hisa(block=3, blocks=2, top_k=3),

@@ -250,7 +250,7 @@ SIGNS = {
     "pointwise weights": "'pointwise'", "softpick": "'softpick'", "sticks of keys": r"normaliser='stick_breaking'",
     "weights of chunks": "per_chunk", "blocks of the map": "over='map'", "a strategy a head": r"divergence\w*\[b, h\]",
     "decays of keys": r"linear\(log_decay=[a-z]", "decays as factors": r"linear\(decay=[a-z]", "decays of channels": "keys head_dim'",
-    "the delta rule": r"linear\(.*beta=", "sums of weights": "normalised='sum'", "mLSTM": "normalised='max1'", "taylor": "'taylor'",
+    "the delta rule": r"linear\(.*beta=", "two keys": r"linear\(.*erase=.*along=", "sums of weights": "normalised='sum'", "mLSTM": "normalised='max1'", "taylor": "'taylor'",
     "reads before": "reads='before'", "scores in logits": r"score=.*(dot|plus|scaled|weighted|rectified|grouped)\w*\[b, h",
     "given scores of keys": "given_key_scores", "mass of given scores": r"softmax\(scores=given_scores",
     "choices among chosen": r"top_k\(.*among=.*top_k\w*\[b, h", "windows that overlap": r"keys/\d+\+\d+|stride=",
