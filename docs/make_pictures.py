@@ -307,7 +307,8 @@ GALLERY = {
     "rwkv7": Entry(
         "rwkv7()",
         inputs=lambda: {
-            "g": -random(1, 2, 64, 16).sigmoid() / 4, **dict.fromkeys(("erase", "along"), random(1, 2, 64, 16) / 8),
+            "g": -random(1, 2, 64, 16).sigmoid() / 4,
+            **dict.fromkeys(("erase", "along"), random(1, 2, 64, 16) / 8),
         },
     ),
     "ssd": Entry("ssd()", inputs=lambda: {"g": -random(1, 2, 64).abs() / 8}),

@@ -94,10 +94,10 @@ def csa(block: int = 4, top_k: int = 512, window: int = 128, *, sink: Any = None
         top_k: entries a query picks.
         window: last keys seen, the query's own included.
         sink: one more logit without a value, as in :func:`sparsedsl.attend`.
-        compressed: ``"given"``, as published: the model's compressor and indexer make entries and what picks them, which the call brings. Or
-            ``"mean"``: entries are the means of keys and of values, and those are picked whose mean key has the largest sum of
-            ``relu(q . key)`` over the query heads of a key/value head; such a program runs inside of :func:`token_sparse` too, on the tokens
-            that are kept.
+        compressed: ``"given"``, as published: the model's compressor and indexer make entries and what picks them, which the call
+            brings. Or ``"mean"``: entries are the means of keys and of values, and those are picked whose mean key has the largest sum of
+            ``relu(q . key)`` over the query heads of a key/value head; such a program runs inside of :func:`token_sparse` too, on the
+            tokens that are kept.
 
     Call-time inputs, of ``"given"``: ``entries (B, Hkv, Skv // block, D)``, keys and values at once; ``index_entries (B, 1, Skv // block,
     Di)``; ``index_q (B, Hi, Sq, Di)``, ``index_weights (B, Hi, Sq)``.

@@ -92,8 +92,8 @@ def gla() -> Linear:
 def rwkv6() -> Linear:
     """RWKV-6: every channel of a key decays by itself, and a token reads before it writes, its own key by a bonus a channel.
 
-    ``o_t = q_t (S_(t-1) + (bonus k_t)^T v_t)``, ``S_t = diag(e^g_t) S_(t-1) + k_t^T v_t``; q is the receptance. The token shift, the norm of
-    heads and the gate are the model's.
+    ``o_t = q_t (S_(t-1) + (bonus k_t)^T v_t)``, ``S_t = diag(e^g_t) S_(t-1) + k_t^T v_t``; q is the receptance. The token shift, the
+    norm of heads and the gate are the model's.
 
     Call-time inputs: ``g (B, H, Skv, D)``, ``-exp(w)``; ``bonus (H, D)``, of query heads.
 
@@ -113,9 +113,9 @@ def rwkv6() -> Linear:
 def rwkv7() -> Linear:
     """RWKV-7: what a removal key reads of the state is taken off along another key, then the token writes.
 
-    ``S_t = diag(e^g_t) S_(t-1) - (a n)_t^T (n_t S_(t-1)) + k_t^T v_t``, ``o_t = q_t S_t``; q is the receptance, k the replacement key, ``n``
-    the removal key of length 1, ``a`` its rate a channel, in [0, 1]. As ``linear`` reads the state when it has decayed, ``erase`` is
-    ``n e^-g``: g is at least ``-e^-0.5``, as published. The token shift, the norm of heads, the bonus and the gate are the model's.
+    ``S_t = diag(e^g_t) S_(t-1) - (a n)_t^T (n_t S_(t-1)) + k_t^T v_t``, ``o_t = q_t S_t``; q is the receptance, k the replacement
+    key, ``n`` the removal key of length 1, ``a`` its rate a channel, in [0, 1]. As ``linear`` reads the state when it has decayed,
+    ``erase`` is ``n e^-g``: g is at least ``-e^-0.5``, as published. The token shift, the norm of heads, the bonus and the gate are the model's.
 
     Call-time inputs: ``g``, ``-e^-0.5 sigmoid(w)``; ``erase``, ``n e^-g``; ``along``, ``n a``; all ``(B, H, Skv, D)``.
 

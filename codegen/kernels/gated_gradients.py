@@ -49,7 +49,8 @@ def carry_back(
     chunks, scale,
     READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, ERASE_SHARED: tl.constexpr, GATE_SHARED: tl.constexpr,
     BETA_SHARED: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_LAST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_LAST: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``d_states (states, chunks + 1, WIDTH, WIDTH_V)``: of the state before each chunk and of the last; ``d_v`` and, by the delta rule,
     ``through (states, length, WIDTH_V)``: dR. One program ``COLUMNS`` columns of a state."""
@@ -144,7 +145,8 @@ def _from_each_row(x, document, ranks, levels):
 @triton.jit(
     do_not_specialize=[
         "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "erase_stride_b", "erase_stride_h",
-        "erase_stride_row", "v_stride_b", "v_stride_h", "v_stride_row", "u_stride_b", "u_stride_h", "u_stride_row", "d_out_stride_b", "d_out_stride_h", "d_out_stride_row",
+        "erase_stride_row", "v_stride_b", "v_stride_h", "v_stride_row", "u_stride_b", "u_stride_h", "u_stride_row", "d_out_stride_b",
+        "d_out_stride_h", "d_out_stride_row",
         "gate_stride_b", "beta_stride_b", "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks", "width_v",
         "levels", "scale",
     ]
@@ -152,7 +154,8 @@ def _from_each_row(x, document, ranks, levels):
 def slopes(
     q_ptr, k_ptr, erase_ptr, v_ptr, u_ptr, d_out_ptr, gate_ptr, beta_ptr, documents_ptr, through_ptr, states_ptr, d_states_ptr, d_q_ptr,
     d_k_ptr, d_erase_ptr, d_gate_ptr, d_beta_ptr,
-    q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, erase_stride_b, erase_stride_h, erase_stride_row, v_stride_b, v_stride_h, v_stride_row, u_stride_b,
+    q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, erase_stride_b, erase_stride_h, erase_stride_row,
+    v_stride_b, v_stride_h, v_stride_row, u_stride_b,
     u_stride_h, u_stride_row, d_out_stride_b, d_out_stride_h, d_out_stride_row, gate_stride_b, beta_stride_b, documents_stride_b,
     q_first, q_rows, length, heads, chunks, width_v, levels, scale,
     READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, ERASE_SHARED: tl.constexpr, V_SHARED: tl.constexpr,
@@ -160,8 +163,9 @@ def slopes(
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``d_q (states * READERS, q_rows, WIDTH)``, ``d_k`` and ``d_erase (states, length, WIDTH)`` and that of log decays; where columns are added up in
-    these and in ``d_beta``, the sum of each block of columns: ``(states, blocks, length)``. One program a block of columns of a chunk.
+    """``d_q (states * READERS, q_rows, WIDTH)``, ``d_k`` and ``d_erase (states, length, WIDTH)`` and that of log decays; where columns
+    are added up in these and in ``d_beta``, the sum of each block of columns: ``(states, blocks, length)``. One program a block of columns
+    of a chunk.
     ``width_v`` and ``levels``: see ``make_pairs``."""
     q_stride_row, k_stride_row = q_stride_row // ALIGN * ALIGN, k_stride_row // ALIGN * ALIGN
     v_stride_row, u_stride_row = v_stride_row // ALIGN * ALIGN, u_stride_row // ALIGN * ALIGN

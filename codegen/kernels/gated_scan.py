@@ -1,7 +1,8 @@
 """Linear attention whose decays come with the data, and the delta rule: the forward pass, and a few tokens one by one.
 
 With ``a_t = e^(g_t)``, a number a key or one for each of its channels: ``Sd = a_t S_(t-1)``, ``u_t = v_t`` or, by the delta rule,
-``beta_t (v_t - e_t Sd)``, ``S_t = Sd + k_t^T u_t``, ``out_t = scale q_t S_t``; ``e_t`` is ``k_t`` unless it ``ERASES``. In a chunk, with ``c`` the sums of ``g`` from its begin::
+``beta_t (v_t - e_t Sd)``, ``S_t = Sd + k_t^T u_t``, ``out_t = scale q_t S_t``; ``e_t`` is ``k_t`` unless it ``ERASES``. In a
+chunk, with ``c`` the sums of ``g`` from its begin::
 
     M_ij = q_i . k_j e^(c_i - c_j)  (j <= i)        N_ij = beta_i e_i . k_j e^(c_i - c_j)  (j < i)        T = (I + N)^-1
     U = V, or T beta (V - e e^c S)                  O = scale (q e^c S + M U)                    S' = e^(c_C) S + (k e^(c_C - c))^T U
@@ -198,7 +199,8 @@ def write_states(
     gate_stride_b, beta_stride_b, documents_stride_b, length, heads, chunks,
     K_SHARED: tl.constexpr, ERASE_SHARED: tl.constexpr, V_SHARED: tl.constexpr, GATE_SHARED: tl.constexpr, BETA_SHARED: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    VECTOR: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    VECTOR: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``states (states, chunks + 1, WIDTH, WIDTH_V)`` before each chunk and after the last; by the delta rule ``written (states, length,
     WIDTH_V)``: u. One program ``COLUMNS`` columns of a state."""
@@ -305,7 +307,8 @@ def step(
     v_stride_b, v_stride_h, v_stride_row, gate_stride_b, beta_stride_b, documents_stride_b, q_first, q_rows, length, heads, scale,
     READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, ERASE_SHARED: tl.constexpr, V_SHARED: tl.constexpr,
     GATE_SHARED: tl.constexpr, BETA_SHARED: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WHOLE: tl.constexpr,
-    COLUMNS: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    COLUMNS: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """The recurrence as it is written, token by token: ``out``, and the state ``(states, WIDTH, WIDTH_V)`` after the last. One program
     ``COLUMNS`` columns of a state."""

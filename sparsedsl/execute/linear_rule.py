@@ -62,14 +62,17 @@ def run_linear(
         if not node.form:
             logs = torch.tensor(node.log_decays, dtype=call.dtype, device=q.device).expand(heads.out)
             most = max(k.shape[1], v.shape[1])
-            q, *kv = repeat_kv(q, heads.out), repeat_kv(k, most), repeat_kv(v, most)
-            return dispatch.linear(q, *kv, logs, q_offset=offset, **words)  # type: ignore[no-any-return]
+            found = dispatch.linear(
+                repeat_kv(q, heads.out), repeat_kv(k, most), repeat_kv(v, most), logs, q_offset=offset, **words
+            )
+            return found[0], found[1]
         log_decay = _logarithms(node, gate, heads, k, call.dtype)
         if along is not None and erase is not None:
             return _scan_in_two(dispatch, node.form, q, k, v, log_decay, erase, along, offset=offset, **words)
         share = None if beta is None else beta.to(call.dtype)
         share = log_decay.new_ones(1, 1, k.shape[2]) if erase is not None else share
-        return dispatch.gated(q, k, v, log_decay, share, erase, node.form, q_offset=offset, **words)  # type: ignore[no-any-return]
+        found = dispatch.gated(q, k, v, log_decay, share, erase, node.form, q_offset=offset, **words)
+        return found[0], found[1]
 
     if node.reads == "before":
         out, state = _read_before(q, offset, scan, heads, **words)

@@ -136,10 +136,10 @@ def linear(
         documents: an input of document ids, ``(batch, keys)``, non-decreasing: a document starts with an empty state.
         delay: a query reads keys that are at least so many tokens back, as those that a window of so many leaves out; with ``decay=1.0``.
         first: so many tokens at the beginning are never written; with ``decay=1.0``.
-        erase: in place of ``beta``, a node ``batch H keys head_dim``: the key by which a token reads the decayed state for what it takes off.
-            The state does not grow by it where ``erase . along`` lies in [0, 2].
-        along: with ``erase``, a node of the same axes: the key that what was read is taken off along; default k. It makes two rows a token of
-            a scan, and so takes twice the time. RWKV-7, with ``n`` its removal key of length 1 and ``a`` its rate:
+        erase: in place of ``beta``, a node ``batch H keys head_dim``: the key by which a token reads the decayed state for what it takes
+            off. The state does not grow by it where ``erase . along`` lies in [0, 2].
+        along: with ``erase``, a node of the same axes: the key that what was read is taken off along; default k. It makes two rows a token
+            of a scan, and so takes twice the time. RWKV-7, with ``n`` its removal key of length 1 and ``a`` its rate:
             ``erase = n e^-log_decay``, as it reads what has not decayed yet, and ``along = n a``.
 
     The state has as many heads as the most of k, v and the gates have, and query heads above that share it; with constant decays it has
@@ -264,7 +264,7 @@ def _key(name: str, value: Any, k: Node) -> Node:
             f"linear(): {name} must be an input with the axes 'batch H keys {k.axes[3]}', H one of {', '.join(GATED_HEADS)}; got "
             f"{' '.join(axes) or shown(value)!r}"
         )
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _bonus(value: Any, k: Node) -> Node:

@@ -95,8 +95,9 @@ def check_linear(
 
 
 def check_gated(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Any, beta: Any, erase: Any, *, scale: Any, q_offset: Any, state: Any, documents: Any
-) -> GatedCall:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Any, beta: Any, erase: Any, *, scale: Any, q_offset: Any, state: Any,
+    documents: Any,
+) -> GatedCall:  # fmt: skip
     """What ``gated_scan`` is given.
 
     Raises:

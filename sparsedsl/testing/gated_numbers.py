@@ -46,17 +46,16 @@ def pair_rows(
                 error = error - (pairs[:, :, token, :token, None] * torch.stack(found, 2)).sum(2)
             found.append(beta[:, :, token, None] * error)
         written = torch.stack(found, 2)
-    taken = along = torch.zeros_like(v)
+    taken: list[Tensor] = []
     if erased is not None:  # what each token reads of what others wrote, and of what they took off along other keys
         by, along = erased
-        pairs, others = _pairs(by, k, sums, sums, before), _pairs(by, along, sums, sums, before)
-        left, found = pairs @ v + (by * reach) @ state, []
+        others = _pairs(by, along, sums, sums, before)
+        first_reads = _pairs(by, k, sums, sums, before) @ v + (by * reach) @ state
         for token in range(length):
-            total = left[:, :, token]
-            if found:
-                total = total - (others[:, :, token, :token, None] * torch.stack(found, 2)).sum(2)
-            found.append(total)
-        taken = torch.stack(found, 2)
+            total = first_reads[:, :, token]
+            if taken:
+                total = total - (others[:, :, token, :token, None] * torch.stack(taken, 2)).sum(2)
+            taken.append(total)
     seen = (before if node.reads == "before" else own)[:, :, first : first + rows]
     part = readers[:, :, first : first + rows]
     out = []
@@ -66,10 +65,10 @@ def pair_rows(
             diagonal = (group * bonus[:, :, member, None] * k[:, :, first : first + rows]).sum(-1)
             place = torch.arange(rows)[:, None] + first == torch.arange(length)
             weights = weights + torch.where(place, diagonal[..., None], 0.0)
+        sums_of_rows = weights @ written + (group * reach[:, :, first : first + rows]) @ state
         if erased is not None:
-            out.append(weights @ written - _pairs(group, along, part, sums, seen) @ taken + (group * reach[:, :, first : first + rows]) @ state)
-            continue
-        out.append(weights @ written + (group * reach[:, :, first : first + rows]) @ state)
+            sums_of_rows = sums_of_rows - _pairs(group, erased[1], part, sums, seen) @ torch.stack(taken, 2)
+        out.append(sums_of_rows)
     return torch.stack(out, 2)
 
 

@@ -85,7 +85,8 @@ def _blocks(drawn: torch.Tensor, node: given_blocks.Given, case: AttentionCase) 
 
 
 def gates_of(program: Program) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Names of the inputs that hold decays, shares or erasing keys of a linear attention, or scores of keys -> what makes such of any numbers."""
+    """Names of the inputs that hold decays, shares or erasing keys of a linear attention, or scores of keys -> what makes such of any
+    numbers."""
     votes = (node.x for node in program.nodes(scores.GivenKeyScores))
     found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {x.given_name: torch.abs for x in votes}
     for node in program.nodes(recurrences.Linear):

@@ -103,7 +103,9 @@ CASES = {
     "scalar, delta, strong, forgets, bfloat16": Gated(delta=True, strength=20.0, forgets=17, dtype=torch.bfloat16),
     "vector, delta, wide": Gated(vector=True, delta=True, width=17, width_v=18, rows=17, keys=17),
     "scalar, erases, batch": Gated(delta=True, erases=True, heads=(2, 1, 2, 1, 2), batch=2, rows=18, keys=18, state=True),
-    "vector, erases, documents, strong": Gated(vector=True, delta=True, erases=True, documents=(7,), strength=20.0, forgets=3, width=18),
+    "vector, erases, documents, strong": Gated(
+        vector=True, delta=True, erases=True, documents=(7,), strength=20.0, forgets=3, width=18
+    ),
     "vector, erases, bfloat16": Gated(vector=True, delta=True, erases=True, dtype=torch.bfloat16),
     "one row": Gated(vector=True, delta=True, rows=1, keys=1, state=True, width=1, width_v=1),
 }

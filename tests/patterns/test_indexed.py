@@ -112,10 +112,12 @@ def test_csa_of_means(tokens: Any) -> None:
     def one(h: int, t: int) -> Tensor:
         q, k, v = rows_of(tokens, h)
         over = [w for w in range(N // 4) if (w + 1) * 4 <= t + 1]
-        liked = {w: sum(float((tokens["q"][0, g, t] @ means["k"][h // 2, w]).relu()) for g in (h // 2 * 2, h // 2 * 2 + 1)) for w in over}
+        group = (h // 2 * 2, h // 2 * 2 + 1)
+        liked = {w: sum(float((tokens["q"][0, g, t] @ means["k"][h // 2, w]).relu()) for g in group) for w in over}
         picked = sorted(over, key=lambda w: (-liked[w], w))[:3]
         near = slice(max(0, t - 5), t + 1)
-        return softmax_over(q[t], torch.cat([k[near], means["k"][h // 2, picked]]), torch.cat([v[near], means["v"][h // 2, picked]]))
+        seen, held = (torch.cat([rows[near], means[name][h // 2, picked]]) for name, rows in (("k", k), ("v", v)))
+        return softmax_over(q[t], seen, held)
 
     assert_follows(P.csa(4, 3, 6, compressed="mean"), tokens, one)
 

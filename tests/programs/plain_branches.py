@@ -121,13 +121,15 @@ def _by_chunks(call: PlainCall, rule: _PerChunk, logits: Tensor, values: Tensor)
 def _linear(
     decay: Any = None, log_decay: Any = None, beta: Part | None = None, features: str | None = None, normalised: str | None = None,
     eps: float = 1e-6, reads: str = "after", bonus: Part | None = None, write: Part | None = None, q: Part | None = None,
-    k: Part | None = None, v: Part | None = None, scale: float | None = None, documents: Part | None = None, erase: Part | None = None, along: Part | None = None,
+    k: Part | None = None, v: Part | None = None, scale: float | None = None, documents: Part | None = None,
+    erase: Part | None = None, along: Part | None = None,
 ) -> Part:  # fmt: skip
     """As sums over pairs of tokens, each with the product of the decays between them."""
 
     def make(call: PlainCall) -> Both:
         x, y, z = (t if part is None else part.at(call) for t, part in zip((call.q, call.k, call.v), (q, k, v), strict=True))
-        parts = {name: part.at(call) for name, part in (("beta", beta), ("write", write), ("erase", erase), ("along", along)) if part is not None}
+        more = {"beta": beta, "write": write, "erase": erase, "along": along}
+        parts = {name: part.at(call) for name, part in more.items() if part is not None}
         gates = _logs(decay, log_decay, call, max(x.shape[1], z.shape[1]))
         constant = not isinstance(decay, Part) and not isinstance(log_decay, Part)
         heads = max(t.shape[1] for t in ((x, y, z) if constant else (y, z)) + tuple(parts.values()) + (gates,))

@@ -60,7 +60,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "before and beta": (lambda: sd.linear(1.0, beta=BETA, reads="before"), "leave one of them out"),
     "erase and beta": (lambda: sd.linear(1.0, beta=BETA, erase=VECTOR), "multiply erase by it"),
     "along alone": (lambda: sd.linear(1.0, along=VECTOR), "give erase too"),
-    "erase, normalised": (lambda: sd.linear(1.0, erase=VECTOR, features="elu1", normalised="sum"), "leave out normalised, or erase"),
+    "erase, normalised": (
+        lambda: sd.linear(1.0, erase=VECTOR, features="elu1", normalised="sum"),
+        "leave out normalised, or erase",
+    ),
     "erase, taylor": (lambda: sd.linear(1.0, erase=VECTOR, features="taylor"), "makes keys wider than erase"),
     "erase, before": (lambda: sd.linear(1.0, erase=VECTOR, reads="before"), "reads='before' and erase are of different rules"),
     "erase a key": (lambda: sd.linear(1.0, erase=BETA), "erase must be an input with the axes 'batch H keys head_dim'"),
@@ -136,14 +139,21 @@ FORMS: dict[str, Any] = {
     "before": sd.linear(log_decay=VECTOR, reads="before", bonus=sd.input("u", "heads head_dim")),
     "erase": sd.linear(log_decay=VECTOR, erase=sd.input("erase", "batch kv_heads keys head_dim"), features="l2"),
     "rwkv7": sd.linear(
-        log_decay=VECTOR, erase=sd.input("erase", "batch heads keys head_dim"), along=sd.input("along", "batch heads keys head_dim"), scale=1.0
+        log_decay=VECTOR,
+        erase=sd.input("erase", "batch heads keys head_dim"),
+        along=sd.input("along", "batch heads keys head_dim"),
+        scale=1.0,
     ),
     "erase, documents": sd.linear(
-        0.9, erase=sd.input("erase", "batch one keys head_dim"), along=sd.input("along", "batch heads keys head_dim"),
+        0.9,
+        erase=sd.input("erase", "batch one keys head_dim"),
+        along=sd.input("along", "batch heads keys head_dim"),
         documents=sd.input("ids", "batch keys"),
     ),
     "before, a bonus a key head": sd.linear(log_decay=G, reads="before", bonus=sd.input("u", "kv_heads head_dim")),
-    "before, documents": sd.linear(log_decay=sd.input("g", "batch kv_heads keys"), reads="before", documents=sd.input("ids", "batch keys")),
+    "before, documents": sd.linear(
+        log_decay=sd.input("g", "batch kv_heads keys"), reads="before", documents=sd.input("ids", "batch keys")
+    ),
     "before, shared": sd.linear(
         log_decay=sd.input("g", "batch kv_heads keys head_dim"), reads="before", bonus=sd.input("u", "heads head_dim")
     ),

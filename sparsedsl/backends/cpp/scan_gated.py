@@ -131,7 +131,8 @@ def _run(
     several = [int(t is not None and t.shape[0] > 1) for t in (g, beta, begins)]
     block = struct.pack(
         "=13qd45q", q.shape[0], call.states, q.shape[1], k.shape[1], v.shape[1], g.shape[1], 1 if beta is None else beta.shape[1],
-        1 if erase is None else erase.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], call.q_offset, call.scale, KINDS[q.dtype], torch.get_num_threads(), parallel(),
+        1 if erase is None else erase.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], call.q_offset, call.scale,
+        KINDS[q.dtype], torch.get_num_threads(), parallel(),
         *places, g.data_ptr(), first_of(beta), *several[:2], int(g.ndim == 4), first_of(begins), several[2], first.data_ptr(),
         after.data_ptr(), first_of(entered), *map(first_of, rest),
     )  # fmt: skip

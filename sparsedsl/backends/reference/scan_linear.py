@@ -62,7 +62,8 @@ def _rows(
     run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None,
     erased: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    """The sums of all queries, ``q (B, H, G, Sq, D)``, ``bonus (1, H, G, D)``: ``(B, H, G, Sq, Dv)``. A token is seen by the queries from its own on."""
+    """The sums of all queries, ``q (B, H, G, Sq, D)``, ``bonus (1, H, G, D)``: ``(B, H, G, Sq, Dv)``. A token is seen by the queries
+    from its own on."""
     state = run.call.state_of(node)
     state = k.new_zeros((*k.shape[:2], k.shape[3], v.shape[3])) if state is None else state.to(k.dtype)
     ids = None if node.documents is None else run.value(node.documents).expand(k.shape[0], -1)
@@ -86,7 +87,8 @@ def _rows(
         states = [*states, state][-node.delay - 1 :]
         if not first <= token < first + q.shape[3]:
             continue
-        seen = (before if node.reads == "before" else states[0])[:, :, None]  # states[0]: so many tokens back, or the oldest there is
+        oldest = states[0]  # the one before as many tokens, or the oldest there is
+        seen = (before if node.reads == "before" else oldest)[:, :, None]
         if bonus is not None:
             seen = seen + (bonus * key[:, :, None])[..., None] * value[:, :, None, None]
         rows.append((q[:, :, :, token - first, :, None] * seen).sum(3))

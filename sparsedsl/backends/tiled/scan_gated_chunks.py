@@ -101,8 +101,8 @@ class GatedChunks:
             number = chunks(begins.expand(-1, heads, -1)).cumsum(2)
         kind = VectorDecays if g.ndim == 4 else ScalarDecays
         decays: PairDecays = kind(g, number)
-        made = chunks(k)
-        return _Cut(split, made, made if erase is None else chunks(erase), chunks(v), g, None if beta is None else chunks(beta)[..., None], number, decays)
+        made, share = chunks(k), None if beta is None else chunks(beta)[..., None]
+        return _Cut(split, made, made if erase is None else chunks(erase), chunks(v), g, share, number, decays)
 
     def _made(self, x: _Cut, state: Tensor) -> _Made:
         decays, kt = x.decays, x.k * x.decays.left

@@ -196,7 +196,8 @@ class _GatedPass:
         return out
 
     def gradients(self, values: dict[str, Any], d_out: Tensor, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Of q, k, v, log decays, beta, what erases, as the tensors are shared by heads and batch entries, and of the first state in float32."""
+        """Of q, k, v, log decays, beta, what erases, as the tensors are shared by heads and batch entries, and of the first state in
+        float32."""
         from sparsedsl.codegen.kernels import gated_gradients as kernels
 
         (batch, states, width, width_v), length, warps = self.state_shape, self.k.shape[2], self.job.tiles.warps
@@ -240,7 +241,13 @@ class _GatedScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        job: _GatedJob, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, erase: Tensor | None,
+        job: _GatedJob,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor | None,
+        erase: Tensor | None,
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         forward = _GatedPass.of(job, q, k, v, log_decay, beta, erase)

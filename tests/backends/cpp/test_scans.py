@@ -89,7 +89,8 @@ def test_linear_attention(x: dict[str, Any], decays: list[float]) -> None:
 
 
 @given(
-    x=sizes(), vector=st.booleans(), rule=st.sampled_from(["sum", "delta", "erase"]), strength=st.sampled_from([0.0, 0.1, 1.0, 20.0, math.inf]),
+    x=sizes(), vector=st.booleans(), rule=st.sampled_from(["sum", "delta", "erase"]),
+    strength=st.sampled_from([0.0, 0.1, 1.0, 20.0, math.inf]),
     values=st.sampled_from([1, 2]), gates=st.sampled_from(["kv", "values", "one"]),
 )  # fmt: skip
 @settings(max_examples=60)
