@@ -115,7 +115,8 @@ def rwkv7() -> Linear:
 
     ``S_t = diag(e^g_t) S_(t-1) - (a n)_t^T (n_t S_(t-1)) + k_t^T v_t``, ``o_t = q_t S_t``; q is the receptance, k the replacement
     key, ``n`` the removal key of length 1, ``a`` its rate a channel, in [0, 1]. As ``linear`` reads the state when it has decayed,
-    ``erase`` is ``n e^-g``: g is at least ``-e^-0.5``, as published. The token shift, the norm of heads, the bonus and the gate are the model's.
+    ``erase`` is ``n e^-g``: g is at least ``-e^-0.5``, as published. The token shift, the norm of heads, the bonus and the gate are the
+    model's.
 
     Call-time inputs: ``g``, ``-e^-0.5 sigmoid(w)``; ``erase``, ``n e^-g``; ``along``, ``n a``; all ``(B, H, Skv, D)``.
 
