@@ -319,9 +319,11 @@ def _gated(draw: st.DrawFn, heads: int, causal: bool) -> Any:
         share = draw(st.sampled_from(("heads", "kv_heads")))
         words |= {"beta": tensors.input(f"share_{share}", f"batch {share} keys"), "features": "l2"}
     elif rule == "erase":
-        keys = [f"batch {draw(st.sampled_from(('heads', 'kv_heads', 'one')))} keys head_dim" for _ in range(2)]
-        words |= {"erase": tensors.input("erase", keys[0])}
-        words |= {"along": tensors.input("along", keys[1])} if draw(st.booleans()) else {"features": "l2"}
+        share = draw(st.sampled_from(("heads", "kv_heads", "one")))
+        words |= {"erase": tensors.input(f"erase_{share}", f"batch {share} keys head_dim")}
+        share = draw(st.sampled_from(("heads", "kv_heads", "one")))
+        along = {"along": tensors.input(f"along_{share}", f"batch {share} keys head_dim")}
+        words |= along if draw(st.booleans()) else {"features": "l2"}
     elif rule == "before":
         words |= {"reads": "before", "bonus": draw(st.none() | st.sampled_from(_BONUSES))}
     elif rule in ("sum", "taylor"):
