@@ -180,7 +180,7 @@ class _LinearScan:
     def closed(self, call: ProgramCall, position: int) -> Closed:
         """See :data:`Closed`; of the rows of a call, the first of which stands there."""
         node, rows, value = self._at(position), call.q.shape[2], functools.partial(_given, call)
-        if node.beta is None:
+        if node.beta is None and node.erase is None:
             made = run_linear(node, call, self.dispatch, value, state=None, rows=rows).state
             return made, _of_one(None if node.documents is None else value(node.documents), left_of_state(node, call, value))
         # The rule is linear in the state: with values of 0 it makes of the columns of 1 the matrix that it multiplies states by.
