@@ -30,9 +30,9 @@ from sparsedsl.models.layers import (
     native_implementation,
     text_config,
 )
-from sparsedsl.models.programs import is_for_prefill
 from sparsedsl.models.saving import save
 from sparsedsl.program.graph import Program
+from sparsedsl.program.in_layers import is_for_prefill
 from sparsedsl.program.node import Node
 
 if TYPE_CHECKING:

@@ -18,14 +18,14 @@ from sparsedsl.execute.kept_summaries import summarised
 from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.carried import Stack
-from sparsedsl.models.derived import DerivedForm, derive
+from sparsedsl.models.derived import DerivedForm, derive, derived_program
 from sparsedsl.models.graph_attention import handle_of
 from sparsedsl.models.kept_keys import KeptKeys
 from sparsedsl.models.native import Facts
 from sparsedsl.models.program_cache import keeps_state
 from sparsedsl.models.program_keys import FoldedKeys, WithSummaries
-from sparsedsl.models.programs import derived_program, fitted, is_for_prefill, reads_rows, told_rows
 from sparsedsl.program.graph import Program
+from sparsedsl.program.in_layers import fitted, is_for_prefill, reads_rows, told_rows
 
 __all__ = ["BINDING", "Binding", "Compiled", "made_again"]
 

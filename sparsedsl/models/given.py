@@ -17,8 +17,8 @@ from sparsedsl.models.binding import Binding, Compiled
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.derived import PROVIDED
 from sparsedsl.models.native import native_facts, native_pattern
-from sparsedsl.models.programs import check_program, is_for_prefill
 from sparsedsl.program.graph import as_program
+from sparsedsl.program.in_layers import check_program, is_for_prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -62,7 +62,7 @@ def bind(
     program, facts = as_program(given), native_facts(module, index, config, told)
     if program is not None:
         own = native_pattern(module, index, config, told)
-        check_program(program, index, own)
+        check_program(program, index, own, PROVIDED)
         return Binding(index, own, is_for_prefill(program), True, facts, compiled, stack, program, in_slots)
     keeps_score = isinstance(given, (Mask, bool))
     pattern = as_pattern(given, where=f"the pattern of layer {index}")
