@@ -14,10 +14,10 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from sparsedsl.errors import PatternError, ShapeError, TableError, UnsupportedError
+from sparsedsl.execute.compiled_once import Compiled
 from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
-from sparsedsl.models.binding import Compiled
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.donor import Donor, Heads, check_projections, project
 from sparsedsl.models.grouped_rows import TokenGroup, token_groups

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sparsedsl.errors import PatternError, TableError, UnsupportedError
+from sparsedsl.execute.compiled_once import Compiled
 from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.wrapped import Expression
-from sparsedsl.models.binding import Binding, Compiled
+from sparsedsl.models.binding import Binding
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.derived import PROVIDED
 from sparsedsl.models.native import native_facts, native_pattern
