@@ -11,7 +11,7 @@ from sparsedsl.analysis.domain import check_size
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.calls import Calls
 from sparsedsl.execute.packed_calls import PackedAttention
-from sparsedsl.execute.packed_inputs import given_back, inputs_by_request, rows_first
+from sparsedsl.execute.packed_inputs import given_back, inputs_by_request, refuse_gradients, rows_first, wants_lse
 from sparsedsl.execute.paged_plan import PagedPlan
 from sparsedsl.execute.paged_work import ByRequest, InOneRow, PageTable
 from sparsedsl.execute.pools import check_block_table, pools_of
@@ -20,7 +20,7 @@ from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.pattern import attend
 from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.runtime.arguments import arranged, joined_tables
-from sparsedsl.runtime.call import bind_tables, check_tensors, wants_grad
+from sparsedsl.runtime.call import bind_tables, check_tensors
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.packed_rows import KeyRows, Requests, check_ends, check_numbers, requests_of
 from sparsedsl.runtime.seen_pages import VisiblePages, seen_pages
@@ -93,7 +93,7 @@ class PackedFace:
                 return k[:, :, rows], v[:, :, rows]
 
             found = request_by_request(
-                self._calls, q, v.shape[3], requests, keys_of, given, scale=scale, lse=self.wants_lse(return_lse)
+                self._calls, q, v.shape[3], requests, keys_of, given, scale=scale, lse=wants_lse(self._calls, return_lse)
             )
         else:
             packed = self._pattern_calls()
@@ -103,7 +103,7 @@ class PackedFace:
             ends = ends.to(requests.ends.device)
             keys = KeyRows.behind_each_other(ends, k.shape[2], packed.packing.span)
             told = packed.told(requests, keys, q.device)
-            found = packed.attend(q, k, v, requests, told, bound, scale=scale, lse=self.wants_lse(return_lse))
+            found = packed.attend(q, k, v, requests, told, bound, scale=scale, lse=wants_lse(self._calls, return_lse))
         return given_back(*found, requests, return_lse, layout)
 
     def paged(
@@ -151,11 +151,11 @@ class PackedFace:
         q = rows_first("q", q, layout)
         q, _, _, _ = arranged(q, q, q, None)
         self._refuse_pages(q.device)
-        self.refuse_gradients(q, k_pool, v_pool, *named.values())
+        refuse_gradients(q, k_pool, v_pool, *named.values())
         pools = pools_of(q[0].transpose(0, 1), k_pool, v_pool, k_scale, v_scale, pool_layout)
         lengths = (block_table, kv_lens, cu_seqlens_q, q_start)
         plan = self._plan(lengths, pools.pages, pools.page, q.shape[2], q.shape[1], q.device, named, copy=False)
-        found = plan._work.attend(q, pools, scale=scale, lse=self.wants_lse(return_lse))
+        found = plan._work.attend(q, pools, scale=scale, lse=wants_lse(self._calls, return_lse))
         return given_back(*found, plan._requests, return_lse, layout)
 
     def plan_paged(
@@ -187,7 +187,7 @@ class PackedFace:
             device = block_table.device if isinstance(block_table, Tensor) else torch.device("cpu")
         if not copy:
             self._refuse_pages(device)
-        self.refuse_gradients(*named.values())
+        refuse_gradients(*named.values())
         if rows is None:
             ends = check_numbers("cu_seqlens_q", cu_seqlens_q, None, device)
             rows = int(ends[-1]) if ends.numel() else 0
@@ -268,21 +268,7 @@ class PackedFace:
         else:
             packed = self._pattern_calls()
             work = InOneRow.planned(packed, packed.bound(named, heads, device), requests, table, heads, device, copies=copy)
-        return PagedPlan(self, work, requests, table, heads)
-
-    def wants_lse(self, wanted: bool) -> bool:
-        """``wanted``, where there is one."""
-        if wanted and not self._calls.has_lse:
-            raise UnsupportedError(str(self._calls.refused_use(grad=False, lse=True)))
-        return bool(wanted)
-
-    def refuse_gradients(self, *given: Any) -> None:
-        """Calls over pages are forward only."""
-        if wants_grad(*(x for x in given if isinstance(x, Tensor))):
-            raise UnsupportedError(
-                "paged() is forward only, and q, a pool or a table wants gradients: call it under torch.no_grad(), or train on rows behind "
-                "each other, with ragged()"
-            )
+        return PagedPlan(self._calls, work, requests, table, heads)
 
     def _refuse_pages(self, device: torch.device) -> None:
         if self._calls.backend not in READS_PAGES:

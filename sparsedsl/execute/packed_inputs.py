@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,10 +13,13 @@ from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.program.axes import base_of
 from sparsedsl.program.graph import Program
 from sparsedsl.program.tensors import Input
-from sparsedsl.runtime.call import FLOATS
+from sparsedsl.runtime.call import FLOATS, wants_grad
 from sparsedsl.runtime.packed_rows import Requests
 
-__all__ = ["given_back", "inputs_by_request", "rows_first"]
+if TYPE_CHECKING:
+    from sparsedsl.execute.calls import Calls
+
+__all__ = ["given_back", "inputs_by_request", "refuse_gradients", "rows_first", "wants_lse"]
 
 Tensor = torch.Tensor
 
@@ -91,3 +94,19 @@ def given_back(out: Tensor, lse: Tensor | None, requests: Requests, wanted: bool
         return out
     owner, _ = requests.owners()
     return out, torch.where((owner < requests.count).to(lse.device), lse[0], float("-inf"))
+
+
+def wants_lse(calls: Calls, wanted: bool) -> bool:
+    """``wanted``, where there is one."""
+    if wanted and not calls.has_lse:
+        raise UnsupportedError(str(calls.refused_use(grad=False, lse=True)))
+    return bool(wanted)
+
+
+def refuse_gradients(*given: Any) -> None:
+    """Calls over pages are forward only."""
+    if wants_grad(*(x for x in given if isinstance(x, Tensor))):
+        raise UnsupportedError(
+            "paged() is forward only, and q, a pool or a table wants gradients: call it under torch.no_grad(), or train on rows behind "
+            "each other, with ragged()"
+        )

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparsedsl.errors import ShapeError
-from sparsedsl.execute.packed_inputs import given_back, rows_first
+from sparsedsl.execute.packed_inputs import given_back, refuse_gradients, rows_first, wants_lse
 from sparsedsl.execute.paged_work import ByRequest, InOneRow, PageTable
 from sparsedsl.execute.pools import pools_of
 from sparsedsl.lang.advice import check_word
-from sparsedsl.runtime.arguments import arranged
+from sparsedsl.runtime.arguments import arranged, joined_tables
 from sparsedsl.runtime.packed_rows import Requests
 
 if TYPE_CHECKING:
-    from sparsedsl.execute.packed_face import PackedFace
+    from sparsedsl.execute.calls import Calls
 
 __all__ = ["PagedPlan"]
 
@@ -39,7 +40,7 @@ class PagedPlan:
     [torch.Size([3, 4, 32]), torch.Size([3, 4, 32])]
     """
 
-    _attention: PackedFace
+    _calls: Calls
     _work: InOneRow | ByRequest
     _requests: Requests
     _table: PageTable
@@ -63,20 +64,26 @@ class PagedPlan:
     def __call__(
         self, q: Tensor, k_pool: Tensor, v_pool: Tensor, *, return_lse: bool = False, scale: float | None = None,
         k_scale: Tensor | float | None = None, v_scale: Tensor | float | None = None, layout: str = "thd", pool_layout: str = "nhd",
+        tables: Mapping[str, Tensor] | None = None, **named: Any,
     ) -> Any:  # fmt: skip
         """What :meth:`~sparsedsl.Attention.paged` gives for these queries and pools; arguments and results are its.
 
+        ``tables``, ``named``: of scores and sinks, such as are others in each layer, in the place of those that the plan was made with.
+
         Raises:
-            ShapeError: q or the pools do not fit each other or the plan. UnsupportedError: somebody wants gradients.
+            ShapeError: q or the pools do not fit each other or the plan. TableError: a table that the mask reads, which the plan has looked
+                at. UnsupportedError: somebody wants gradients.
         """
         check_word("layout", layout, ("thd", "htd"))
         check_word("pool_layout", pool_layout, ("nhd", "hnd"))
         q = rows_first("q", q, layout)
         q, _, _, _ = arranged(q, q, q, None)
-        self._attention.refuse_gradients(q, k_pool, v_pool)
+        named = joined_tables(named, tables)
+        refuse_gradients(q, k_pool, v_pool, *named.values())
         pools = pools_of(q[0].transpose(0, 1), k_pool, v_pool, k_scale, v_scale, pool_layout)
         self._check(q, pools.page, pools.pages)
-        found = self._work.attend(q, pools, scale=scale, lse=self._attention.wants_lse(return_lse))
+        work = self._work.given_tables(named, self.heads, self.device) if named else self._work
+        found = work.attend(q, pools, scale=scale, lse=wants_lse(self._calls, return_lse))
         return given_back(*found, replace(self._requests, rows=q.shape[2]), return_lse, layout)
 
     def _check(self, q: Tensor, page: int, pages: int) -> None:

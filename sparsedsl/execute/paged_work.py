@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsedsl.errors import ShapeError
+from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.execute.packed_calls import PackedAttention
 from sparsedsl.execute.pools import Pools, computed_in
 from sparsedsl.execute.request_loop import request_by_request
+from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.packed_rows import KeyRows, Requests
 from sparsedsl.runtime.places import Places
@@ -129,6 +130,17 @@ class InOneRow:
                 weights[:, :, part.rows] = weight
         return out, weights
 
+    def given_tables(self, named: Mapping[str, Any], heads: int, device: torch.device) -> InOneRow:
+        """The same with other tables for scores and sinks."""
+        named = by_kept_name(named, self.packed.pattern.tables)
+        looked_at = sorted(set(named) & set(self.packed.pattern.mask.tables))
+        if looked_at:
+            raise TableError(
+                f"the mask reads the table{'s' * (len(looked_at) > 1)} {', '.join(looked_at)}, and a plan has looked at the mask: give it to "
+                "plan_paged(), one plan for each"
+            )
+        return replace(self, bound=self.packed.bound({**self.bound, **named}, heads, device))
+
     def _part(self, part: _Part, q: Tensor, pools: Pools, scale: float | None, lse: bool) -> Result:
         places = None
         if not part.pages.numel():
@@ -182,3 +194,10 @@ class ByRequest:
             self.calls, q.to(dtype), pools.v.shape[3], self.requests, keys_of, self.given, scale=scale, lse=lse
         )
         return out.to(q.dtype), found
+
+    def given_tables(self, named: Mapping[str, Any], heads: int, device: torch.device) -> ByRequest:
+        """As :meth:`InOneRow.given_tables`: what a program is given may decide what it chooses."""
+        raise TableError(
+            f"{', '.join(sorted(named))}: tables and inputs of a program, and of backend='reference', are given to plan_paged(), one plan for "
+            "each"
+        )
