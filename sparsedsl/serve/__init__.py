@@ -2,7 +2,7 @@
 
 The stages of one layer in vLLM, and the module of each:
 
-1. ``registered``: the user's plug-in says which layer runs what.
+1. ``layer_patterns``: the user's plug-in says which layer runs what.
 2. ``layer_facts``: what the engine hands to a layer (window, soft cap, slopes, sinks, heads of a shard) and what was registered for it
    -> what it runs.
 3. ``vllm_step``: what the engine says of a step -> lengths and pages; what layers that run the same have in common is made once.

@@ -18,7 +18,7 @@ from sparsedsl.program.graph import Program
 from sparsedsl.program.in_layers import check_program, fitted
 from sparsedsl.program.rebuilding import rebuilt
 from sparsedsl.program.relocation import Relocation, relocated
-from sparsedsl.serve.registered import HANDED_IN, WAYS
+from sparsedsl.serve.layer_patterns import HANDED_IN, WAYS
 
 __all__ = ["LayerFacts", "LayerRun"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import answer_for, meant, public_only, shown
-from sparsedsl.serve.registered import Registered, layer_index, set_registered
+from sparsedsl.serve.layer_patterns import Registered, layer_index, set_registered
 from sparsedsl.serve.vllm_classes import CUSTOM, NAMES, classes, vllm_modules
 
 __all__ = ["layer_index", "register"]

@@ -11,7 +11,7 @@ import torch
 
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.serve.layer_facts import LayerFacts, LayerRun
-from sparsedsl.serve.registered import registered
+from sparsedsl.serve.layer_patterns import registered
 from sparsedsl.serve.vllm_step import Step
 
 __all__ = ["CACHE_DTYPES", "LayerWork", "cache_shape"]

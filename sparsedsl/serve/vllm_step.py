@@ -14,7 +14,7 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.packed_face import reads_pages
 from sparsedsl.execute.paged_plan import PagedPlan
 from sparsedsl.serve.layer_facts import LayerRun
-from sparsedsl.serve.registered import registered
+from sparsedsl.serve.layer_patterns import registered
 
 __all__ = ["Step", "StepBuilder"]
 
