@@ -136,8 +136,8 @@ class InOneRow:
         looked_at = sorted(set(named) & set(self.packed.pattern.mask.tables))
         if looked_at:
             raise TableError(
-                f"the mask reads the table{'s' * (len(looked_at) > 1)} {', '.join(looked_at)}, and a plan has looked at the mask: give it to "
-                "plan_paged(), one plan for each"
+                f"the mask reads the table{'s' * (len(looked_at) > 1)} {', '.join(looked_at)}, and a plan has looked at the mask: give it "
+                "to plan_paged(), one plan for each"
             )
         return replace(self, bound=self.packed.bound({**self.bound, **named}, heads, device))
 
@@ -198,6 +198,6 @@ class ByRequest:
     def given_tables(self, named: Mapping[str, Any], heads: int, device: torch.device) -> ByRequest:
         """As :meth:`InOneRow.given_tables`: what a program is given may decide what it chooses."""
         raise TableError(
-            f"{', '.join(sorted(named))}: tables and inputs of a program, and of backend='reference', are given to plan_paged(), one plan for "
-            "each"
+            f"{', '.join(sorted(named))}: tables and inputs of a program, and of backend='reference', are given to plan_paged(), one plan "
+            "for each"
         )

@@ -99,8 +99,8 @@ class LayerFacts:
         if lost:
             raise UnsupportedError(
                 f"{where}: the model has {' and '.join(lost)}, and the pattern that was registered says nothing of "
-                f"{'them' if len(lost) > 1 else 'it'}. Register a mask, pattern.mask, which keeps what is the layer's own, or say it in the "
-                "pattern: sd.patterns.softcap(cap), sd.patterns.alibi(), sink=sd.table('sinks', dtype=float)[sd.h]"
+                f"{'them' if len(lost) > 1 else 'it'}. Register a mask, pattern.mask, which keeps what is the layer's own, or say it in "
+                "the pattern: sd.patterns.softcap(cap), sd.patterns.alibi(), sink=sd.table('sinks', dtype=float)[sd.h]"
             )
         return pattern
 
@@ -122,8 +122,8 @@ class LayerFacts:
         if missing:
             words = {"sinks": "sinks", "slopes": "alibi_slopes"}
             raise TableError(
-                f"{where}: what was registered reads the table {missing[0]!r}, and vLLM hands no {words[missing[0]]} to this layer; bind it: "
-                f"pattern.bind({missing[0]}=tensor)"
+                f"{where}: what was registered reads the table {missing[0]!r}, and vLLM hands no {words[missing[0]]} to this layer; bind "
+                f"it: pattern.bind({missing[0]}=tensor)"
             )
         return wanted
 
@@ -159,8 +159,8 @@ class LayerRun:
         asked = self.declared if isinstance(self.declared, Pattern) else union_of(self.declared)
         if asked is None or implies(asked.mask, q_idx - kv_idx < window) != PROVED:
             raise UnsupportedError(
-                f"layer {self.name}: the model has sliding_window={window} here, so that vLLM lets go of earlier keys, and what was registered "
-                f"may ask for them. Register & (sd.q_idx - sd.kv_idx < {window}), or serve the model without the window "
+                f"layer {self.name}: the model has sliding_window={window} here, so that vLLM lets go of earlier keys, and what was "
+                f"registered may ask for them. Register & (sd.q_idx - sd.kv_idx < {window}), or serve the model without the window "
                 f"(--hf-overrides). {WAYS.split(':')[0]}"
             )
         self._fits = window

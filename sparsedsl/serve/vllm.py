@@ -15,8 +15,9 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import answer_for, meant, public_only, shown
 from sparsedsl.serve.layer_patterns import Registered, layer_index, set_registered
 from sparsedsl.serve.vllm_classes import CUSTOM, NAMES, classes, vllm_modules
+from sparsedsl.serve.vllm_flex import FlexHooks, attach_flex
 
-__all__ = ["layer_index", "register"]
+__all__ = ["FlexHooks", "attach_flex", "layer_index", "register"]
 
 
 def register(

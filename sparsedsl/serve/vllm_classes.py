@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,8 +28,8 @@ def vllm_modules() -> tuple[Any, Any]:
         import vllm
     except ModuleNotFoundError as error:
         raise UnsupportedError(
-            "sd.serve.vllm makes subclasses of vLLM's attention classes, and vLLM is not installed here: pip install vllm where the model is "
-            "served. Without it attn.ragged and attn.paged take batches of requests, and sd.models.apply runs transformers' own batching"
+            "sd.serve.vllm makes subclasses of vLLM's attention classes, and vLLM is not installed here: pip install vllm where the model "
+            "is served. Without it attn.ragged and attn.paged take batches of requests, and sd.models.apply runs transformers' own batching"
         ) from error
     try:
         from vllm.v1.attention import backend
@@ -64,8 +64,8 @@ def classes() -> dict[str, type]:
     class Backend(abstract.AttentionBackend):  # type: ignore[misc, name-defined]
         """What vLLM is told of the back end."""
 
-        supported_dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-        supported_kv_cache_dtypes = list(CACHE_DTYPES)
+        supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+        supported_kv_cache_dtypes: ClassVar[list[str]] = list(CACHE_DTYPES)
         accept_output_buffer = True
         forward_includes_kv_cache_update = False
 

@@ -99,7 +99,7 @@ class LayerWork:
             return
         slots = slot_mapping.to(torch.int64)
         real = slots >= 0
-        # Nothing is looked at, which on a GPU would wait: padding writes what a row that is real writes, and if there is none, what is there.
+        # Nothing is looked at, which on a GPU would wait: padding writes what a real row writes or, if there is none, what is there.
         source = torch.where(real, torch.arange(rows, device=slots.device), real.to(torch.int8).argmax())
         target = slots[source].clamp(min=0)
         pools, page = self._pools(kv_cache, layer), kv_cache.shape[2]
@@ -122,7 +122,7 @@ class LayerWork:
             )
         if value is not None and value.shape[-1] != self.head_size:
             raise UnsupportedError(
-                f"layer {name}: values are {value.shape[-1]} wide and keys {self.head_size}; vLLM's caches of this back end have one width. "
+                f"layer {name}: values are {value.shape[-1]} wide and keys {self.head_size}; caches of this back end have one width. "
                 "Serve this model by another attention backend"
             )
         run = self.run(name, query.device)

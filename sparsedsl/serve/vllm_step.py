@@ -61,8 +61,8 @@ class StepBuilder:
         told = [name for name in layer_names if given.of(name) is not None]
         if chunk is not None and told:
             raise UnsupportedError(
-                f"layer {told[0]}: vLLM runs this layer in chunks of {chunk} tokens, each as a request of its own, so that positions are not "
-                "those of the prompt. Leave layers with chunks out of what you register"
+                f"layer {told[0]}: vLLM runs this layer in chunks of {chunk} tokens, each as a request of its own, so that positions are "
+                "not those of the prompt. Leave layers with chunks out of what you register"
             )
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Step:
