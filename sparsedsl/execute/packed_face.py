@@ -177,6 +177,14 @@ class PackedFace:
 
         Raises:
             ShapeError, TableError, UnsupportedError: as :meth:`paged`.
+
+        >>> import torch, sparsedsl as sd
+        >>> local = sd.compile(sd.patterns.sliding_window(16), backend="tiled")
+        >>> table, kv_lens, ends = torch.tensor([[3, 5, 1], [0, -1, -1]]), torch.tensor([40, 7]), torch.tensor([0, 1, 3])
+        >>> plan = local.plan_paged(table, kv_lens, ends, heads=4, page=16, pages=8)
+        >>> q, k_pool, v_pool = torch.randn(3, 4, 32), *torch.randn(2, 8, 16, 2, 32)
+        >>> torch.equal(plan(q, k_pool, v_pool), local.paged(q, k_pool, v_pool, table, kv_lens, ends))
+        True
         """
         _refuse_graphs("plan_paged")
         named = joined_tables(named, tables)

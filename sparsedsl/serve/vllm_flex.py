@@ -45,6 +45,11 @@ class FlexHooks:
     ``logical_mask_mod(b, h, q, kv)``: of positions in a request, in the place of the causal mask. ``block_sparsity_hint.hint_fn(q_block,
     kv_block, size)``: numbers of blocks ``(T, 1)`` and ``(1, N)`` of so many positions -> bool ``(T, N)``, true wherever a pair of the tile
     is allowed.
+
+    >>> import types, torch, sparsedsl as sd
+    >>> hooks = sd.serve.vllm.attach_flex({"layers.0.attn": types.SimpleNamespace()}, sd.patterns.causal())["layers.0.attn"]
+    >>> hooks.logical_mask_mod(None, None, torch.tensor(3), torch.arange(6))
+    tensor([ True,  True,  True,  True, False, False])
     """
 
     logical_mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

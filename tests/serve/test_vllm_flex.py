@@ -28,7 +28,7 @@ PAST = 300
 LEFT = {
     "causal": PAST,
     "window": 90,
-    "streaming": 92,
+    "streaming": 110,
     "chunked": 60,
     "dilated": 147,
     "strided": PAST,
