@@ -113,8 +113,11 @@ class InOneRow:
             told = packed.told(requests, keys, device)
             return _Part(requests, rows, told, own.of(requests, owner, number), inside.to(device))
 
-        parts = (packed.parts(requests) or [(requests, None)]) if requests.count else []
-        return InOneRow(packed, bound, tuple(part(*one) for one in parts), copies)
+        if not requests.count:
+            return InOneRow(packed, bound, (), copies)
+        split = packed.parts(requests)
+        parts = [part(requests, None)] if split is None else [part(*one) for one in split]
+        return InOneRow(packed, bound, tuple(parts), copies)
 
     def attend(self, q: Tensor, pools: Pools, *, scale: float | None, lse: bool) -> Result:
         """``out (1, Hq, T, Dv)`` and the LSE of ``q (1, Hq, T, D)``."""

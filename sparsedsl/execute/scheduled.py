@@ -29,14 +29,12 @@ def refuse_scheduled(given: Pattern | Program, where: str, scheduler: str, ways:
     ...
     sparsedsl.errors.UnsupportedError: layer 0: what it runs lets queries see later keys, so that a prompt cut in two gives something ...
     """
-    program = given if isinstance(given, Program) else None
-    pattern = given if isinstance(given, Pattern) else None
-    if program is not None and is_for_prefill(program):
+    if isinstance(given, Program) and is_for_prefill(given):
         raise UnsupportedError(
             f"{where}: the program chooses by later queries, so that it needs a whole prompt, and {scheduler} cuts prompts as its "
             f"steps have room. {ways}"
         )
-    verdict = causality(pattern.mask) if pattern is not None else program_causality(given)
+    verdict = program_causality(given) if isinstance(given, Program) else causality(given.mask)
     if verdict != PROVED:
         known = "lets queries see later keys" if verdict.status == "REFUTED" else "may let queries see later keys"
         raise UnsupportedError(
@@ -47,7 +45,7 @@ def refuse_scheduled(given: Pattern | Program, where: str, scheduler: str, ways:
         raise UnsupportedError(
             f"{where}: what it runs depends on q_len or kv_len, which for {scheduler} is how much of a prompt a step has room for. {ways}"
         )
-    if any(BATCH in expr.free_symbols for expr in pattern.exprs) if pattern is not None else reads_rows(given):
+    if reads_rows(given) if isinstance(given, Program) else any(BATCH in expr.free_symbols for expr in given.exprs):
         raise UnsupportedError(
             f"{where}: what it runs depends on b, and requests of {scheduler} have another place in every step. {ways}"
         )

@@ -179,7 +179,7 @@ def _no_softmax(branch: Branch, sink: Score, index: int | str) -> NoReturn:
     )
 
 
-SINK_RULES: Rules[Callable[[Any, Score, int], Branch]] = Rules(
+SINK_RULES: Rules[Callable[[Any, Score, int | str], Branch]] = Rules(
     "the sink logits of a layer",
     {
         Attend: _sink_of_attend,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,10 +61,16 @@ class LayerFacts:
             logit = tanh(score / cap) * cap
         return logit if self.slopes is None else logit + _slopes[h] * (kv_idx - q_idx)
 
-    @property
+    @functools.cached_property
     def handed_in(self) -> dict[str, Tensor]:
-        """Tables of the layer by name."""
-        return {name: value for name, value in (("sinks", self.sinks), ("slopes", self.slopes)) if value is not None}
+        """Tables of the layer by name, by the number of a head in the whole; entries of heads that are elsewhere are 0."""
+        others = self.first_head, (self.all_heads or self.heads) - self.first_head - self.heads
+        given = {"sinks": self.sinks, "slopes": self.slopes}
+        return {
+            name: value if others == (0, 0) else torch.nn.functional.pad(value, others)
+            for name, value in given.items()
+            if value is not None
+        }
 
     def run(self, name: str, given: Mask | Pattern | Program | None, compiled: Compiled) -> LayerRun:
         """What the layer of this name runs.
@@ -73,36 +80,31 @@ class LayerFacts:
         """
         where = f"layer {name}"
         if isinstance(given, Program):
-            program = self._of_shard(given, where)
-            check_program(program, name, self.native, HANDED_IN)
-            program = fitted(program, name, self.native, self.scale, self.head_dim)
-            wanted = self._wanted(program, where)
-            return LayerRun(
-                name, compiled(_bound(program, {table: self.handed_in[table] for table in wanted})), {}, None, program
-            )
-        pattern = self._pattern(given, where)
-        wanted = self._wanted(pattern, where)
-        tables = {table: self.handed_in[table] for table in wanted}
-        return LayerRun(name, compiled(pattern), tables, self.scale if pattern.scale is None else None, pattern)
+            check_program(given, name, self.native, HANDED_IN)
+            program = self._of_shard(fitted(given, name, self.native, self.scale, self.head_dim), where)
+            return LayerRun(name, compiled(_bound(program, self._tables(program, where))), {}, None, program)
+        pattern = self._of_shard(self._pattern(given, where), where)
+        return LayerRun(
+            name, compiled(pattern), self._tables(pattern, where), self.scale if pattern.scale is None else None, pattern
+        )
 
     def _pattern(self, given: Mask | Pattern | None, where: str) -> Pattern:
         """A mask keeps what the engine hands in; a pattern says all of it."""
         native = self.native
         if given is None:
             return native
-        pattern = self._of_shard(attend(given) if isinstance(given, Mask) else given, where)
         if isinstance(given, Mask):
-            return replace(native, mask=pattern.mask)
-        lost = ["logits_soft_cap"] if self.cap is not None and not pattern.has_score else []
-        lost += ["alibi_slopes"] if self.slopes is not None and not pattern.has_score else []
-        lost += ["sinks"] if self.sinks is not None and pattern.sink is None else []
+            return replace(native, mask=given)
+        lost = ["logits_soft_cap"] if self.cap is not None and not given.has_score else []
+        lost += ["alibi_slopes"] if self.slopes is not None and not given.has_score else []
+        lost += ["sinks"] if self.sinks is not None and given.sink is None else []
         if lost:
             raise UnsupportedError(
                 f"{where}: the model has {' and '.join(lost)}, and the pattern that was registered says nothing of "
                 f"{'them' if len(lost) > 1 else 'it'}. Register a mask, pattern.mask, which keeps what is the layer's own, or say it in "
                 "the pattern: sd.patterns.softcap(cap), sd.patterns.alibi(), sink=sd.table('sinks', dtype=float)[sd.h]"
             )
-        return pattern
+        return given
 
     def _of_shard(self, given: Any, where: str) -> Any:
         """What is meant for all heads, for those of this process."""
@@ -116,7 +118,8 @@ class LayerFacts:
         moved = relocated(whole, Relocation(heads=(self.first_head, self.heads)))
         return moved.static if isinstance(given, Pattern) else moved
 
-    def _wanted(self, part: Pattern | Program, where: str) -> list[str]:
+    def _tables(self, part: Pattern | Program, where: str) -> dict[str, Tensor]:
+        """Those of the layer that it reads."""
         wanted = sorted(HANDED_IN & set(part.tables) - set(part.bound))
         missing = [name for name in wanted if name not in self.handed_in]
         if missing:
@@ -125,7 +128,7 @@ class LayerFacts:
                 f"{where}: what was registered reads the table {missing[0]!r}, and vLLM hands no {words[missing[0]]} to this layer; bind "
                 f"it: pattern.bind({missing[0]}=tensor)"
             )
-        return wanted
+        return {name: self.handed_in[name] for name in wanted}
 
 
 def _bound(program: Program, tables: dict[str, Tensor]) -> Program:

@@ -29,7 +29,7 @@ def register(
       its scale if it has none. A *program* takes the layer's scale, soft cap and sinks where it says nothing.
     - Layers that are given nothing run what vLLM hands in: causal attention, with the layer's window, soft cap, slopes and sinks.
     - ``q_idx`` and ``kv_idx`` are positions in a request; ``h`` is the query head among those of all tensor-parallel ranks. Tables must
-      be bound, but for ``sinks`` and ``slopes``, which are the layer's own, of the heads of its rank.
+      be bound, but for ``sinks`` and ``slopes``, which are the layer's own.
     - What the scheduler's cuts of prompts, or its order of requests, would change is refused here: choices by later queries, masks that
       are not proved to be causal, ``q_len``, ``kv_len`` and ``b``.
     - Of a layer with a sliding window vLLM lets old keys go: what runs there must provably ask for none of them.

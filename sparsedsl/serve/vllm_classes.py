@@ -47,10 +47,10 @@ def classes() -> dict[str, type]:
     """``Backend``, ``MetadataBuilder`` and ``Impl``, by name."""
     abstract, _ = vllm_modules()
 
-    class Impl(LayerWork, abstract.AttentionImpl):  # type: ignore[misc, name-defined]
+    class Impl(LayerWork, abstract.AttentionImpl):  # type: ignore[name-defined]
         """One layer."""
 
-    class MetadataBuilder(StepBuilder, abstract.AttentionMetadataBuilder):  # type: ignore[misc, name-defined]
+    class MetadataBuilder(StepBuilder, abstract.AttentionMetadataBuilder):  # type: ignore[name-defined]
         """One step of a group of layers."""
 
         # Lists of pages have other addresses in every step.
@@ -61,7 +61,7 @@ def classes() -> dict[str, type]:
         def use_cascade_attention(self, *args: Any, **words: Any) -> bool:
             return False
 
-    class Backend(abstract.AttentionBackend):  # type: ignore[misc, name-defined]
+    class Backend(abstract.AttentionBackend):  # type: ignore[name-defined]
         """What vLLM is told of the back end."""
 
         supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -107,7 +107,7 @@ def classes() -> dict[str, type]:
                 return f"kv_cache_dtype={kv_cache_dtype} with a model in {dtype}: keys are stored as they are, or as fp8"
             return None
 
-    made = {kind.__name__: kind for kind in (Backend, MetadataBuilder, Impl)}
+    made: dict[str, type] = {kind.__name__: kind for kind in (Backend, MetadataBuilder, Impl)}
     for name, kind in made.items():
         kind.__module__, kind.__qualname__ = "sparsedsl.serve.vllm", name  # where vLLM imports it from
     return made

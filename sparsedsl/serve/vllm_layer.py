@@ -126,7 +126,7 @@ class LayerWork:
                 "Serve this model by another attention backend"
             )
         run = self.run(name, query.device)
-        if attn_metadata is None:  # vLLM measures memory: there are no keys yet
+        if attn_metadata is None or not attn_metadata.rows:  # vLLM measures memory, when there are no keys yet; or nobody asks
             return output.fill_(0)
         if query.is_cuda and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError(
@@ -136,14 +136,17 @@ class LayerWork:
         run.check_window(attn_metadata.window)
         rows = attn_metadata.rows
         k_pool, v_pool = self._pools(kv_cache, layer)
-        scales = dict(zip(("k_scale", "v_scale"), _scales(layer), strict=True)) if self._is_quantised else {}
+        k_scale, v_scale = _scales(layer) if self._is_quantised else (None, None)
         try:
+            # What is remembered of a step is to count the writes to it, which tensors of inference mode do not.
             with torch.inference_mode(False), torch.no_grad():
                 plan = attn_metadata.plan(run, self.num_heads, k_pool.shape[0], k_pool.shape[1], query.device)
-            found = plan(query[:rows], k_pool, v_pool, scale=run.scale, tables=run.tables or None, **scales)
+                found = plan(
+                    query[:rows], k_pool, v_pool, scale=run.scale, k_scale=k_scale, v_scale=v_scale, tables=run.tables or None
+                )
         except (ShapeError, TableError, UnsupportedError) as error:
             raise type(error)(f"layer {name}: {error}") from error
-        output[:rows] = found.view(rows, *output.shape[1:])
+        output[:rows] = found.reshape(rows, *output.shape[1:])
         output[rows:] = 0
         return output
 
@@ -161,8 +164,9 @@ class LayerWork:
                 f"layer {layer.layer_name}: the cache is {tuple(kv_cache.shape)}; wanted (pages, 2, page, {self.num_kv_heads}, "
                 f"{self.head_size}), as get_kv_cache_shape() says"
             )
-        if self._is_quantised:
-            kv_cache = kv_cache.view(CACHE_DTYPES[self.kv_cache_dtype])
+        element = CACHE_DTYPES[self.kv_cache_dtype]
+        if element is not None and self._is_quantised:
+            kv_cache = kv_cache.view(element)
         return kv_cache[:, 0], kv_cache[:, 1]
 
     def _as_stored(self, rows: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

@@ -198,6 +198,28 @@ def test_a_rank_of_tensor_parallel_layers_has_its_own_heads() -> None:
     serve(engine, wanted, share=True)
 
 
+def test_a_rank_has_the_slopes_and_sinks_of_its_heads() -> None:
+    stand_in.SHARD.update(rank=1, size=2)
+    slopes, sinks = [0.5, 0.25, 0.125, 0.0625], torch.tensor([0.3, -1.0, 2.0, 0.0])
+    reach = CAUSAL & (sd.q_idx - sd.kv_idx < 2 + 3 * sd.h)
+    given = {FIRST: sd.attend(CAUSAL, score=sd.patterns.alibi()), SECOND: reach}
+    sd.serve.vllm.register(given, backend="tiled")
+    words = {FIRST: {"alibi_slopes": slopes}, SECOND: {"sinks": sinks}, THIRD: {"sinks": sinks}}
+    engine = Engine({name: LayerOptions(words=own) for name, own in words.items()})
+    heads = torch.arange(4, 8)[:, None, None]
+    masks: dict[str, Allowed] = {FIRST: causal, SECOND: lambda q, k: (k <= q) & (q - k < 2 + 3 * heads), THIRD: causal}
+
+    def wanted(name: str, request: Request, more: int) -> Tensor:
+        at = torch.arange(request.seen + more)
+        biased = torch.tensor(slopes).double()[:, None, None] * (at - at[request.seen :, None])
+        own: dict[str, Any] = {"logit": lambda x: x + biased} if name == FIRST else {"sinks": sinks}
+        return by_mask(engine, masks, **own)(name, request, more)
+
+    a, b = prompts(20, 30)
+    engine.step([(a, 9), (b, 20)], wanted)
+    engine.step([(a, 1), (b, 1)], wanted)
+
+
 def test_a_layer_may_read_the_keys_of_another() -> None:
     sd.serve.vllm.register({FIRST: STREAM, SECOND: THIRDS}, backend="tiled")
     engine = Engine({FIRST: LayerOptions(), SECOND: LayerOptions(shares=FIRST)})
@@ -269,3 +291,15 @@ def test_registering_again_takes_the_place_of_what_was_before() -> None:
     engine = Engine(dict.fromkeys((FIRST, SECOND), LayerOptions()))
     a, b = prompts(20, 30)
     engine.step([(a, 9), (b, 20)], by_mask(engine, {FIRST: causal, SECOND: streams}))
+
+
+def test_a_step_is_what_it_was_when_it_was_built() -> None:
+    """vLLM writes the next step into the tensors of this one."""
+    sd.serve.vllm.register(STREAM)
+    (builder,) = Engine({FIRST: LayerOptions()}).builders.values()
+    given = [torch.tensor([0, 3]), torch.tensor([3]), torch.tensor([[5, 1]])]
+    ends, lens, table = given
+    step = builder.build(0, stand_in.CommonAttentionMetadata(ends, lens, 1, 3, 3, 3, table, ends))
+    for tensor in given:
+        tensor.fill_(-9)
+    assert (step.q_ends.tolist(), step.kv_lens.tolist(), step.block_table.tolist()) == ([0, 3], [3], [[5, 1]])
