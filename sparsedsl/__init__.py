@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     # isort: off
     # fmt: off
     from sparsedsl import export as export, models as models, nn as nn, parallel as parallel, patterns as patterns
-    from sparsedsl import testing as testing
+    from sparsedsl import serve as serve, testing as testing
     from sparsedsl.analysis.cached_keys import CacheBound as CacheBound
     from sparsedsl.analysis.caches import cache_bytes as cache_bytes, clear_caches as clear_caches
     from sparsedsl.analysis.proofs import PROVED as PROVED, REFUTED as REFUTED, UNKNOWN as UNKNOWN, Verdict as Verdict
@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     from sparsedsl.execute.compiling import compile as compile
     from sparsedsl.execute.compiled import Attention as Attention
     from sparsedsl.execute.functional import attention as attention
+    from sparsedsl.execute.paged_plan import PagedPlan as PagedPlan
     from sparsedsl.gpu.builds import Build as Build, build as build
     from sparsedsl.lang.expressions import Index as Index, Mask as Mask, Score as Score, b as b
     from sparsedsl.lang.expressions import h as h, kv_idx as kv_idx, kv_len as kv_len, q_idx as q_idx
@@ -91,11 +92,12 @@ _PUBLIC = {
         "sparsedsl.execute.compiled": "Attention",
         "sparsedsl.execute.compiling": "compile",
         "sparsedsl.execute.functional": "attention",
+        "sparsedsl.execute.paged_plan": "PagedPlan",
         "sparsedsl.plotting": "plot",
         "sparsedsl.runtime.merging": "merge",
         "sparsedsl.runtime.seen_pages": "VisiblePages",
         "sparsedsl.versions": "show_versions",
-        "": "export models nn parallel patterns testing",
+        "": "export models nn parallel patterns serve testing",
     }.items()
     for name in names.split()
 }

@@ -22,7 +22,16 @@ MODULES = [name for name in modules() if not name.endswith("__main__")]
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 # Whole names of the public modules, and the folder of pages that describe them one by one.
-PUBLIC = ["sparsedsl", "sparsedsl.patterns", "sparsedsl.testing", "sparsedsl.models", "sparsedsl.nn", "sparsedsl.export"]
+PUBLIC = [
+    "sparsedsl",
+    "sparsedsl.patterns",
+    "sparsedsl.testing",
+    "sparsedsl.models",
+    "sparsedsl.nn",
+    "sparsedsl.export",
+    "sparsedsl.serve",
+    "sparsedsl.serve.vllm",
+]
 REFERENCE = ROOT / "docs" / "api"
 
 

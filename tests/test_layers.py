@@ -36,7 +36,7 @@ ARROW = [
     ["tune_command"],
     ["figures", "picture_style", "pattern_place"],
     ["strip_picture", "program_picture", "score_picture", "grid_picture"],
-    ["plotting", "testing", "models", "nn", "export", "parallel", "specs", "versions"],
+    ["plotting", "testing", "models", "nn", "export", "parallel", "serve", "specs", "versions"],
     ["type_strategies"],
     ["__init__"],
     ["backend_option", "build_command", "completion", "explain_command", "kernel_command", "pytest_plugin", "view"],

@@ -55,17 +55,21 @@ class PackedAttention:
         count_heads((self.pattern,), found, heads)
         return found
 
+    def told(self, requests: Requests, keys: KeyRows, device: torch.device) -> dict[str, Tensor]:
+        """The tables that say of every row whose it is and where it stands, by name."""
+        made = {**requests.row_tables(self.packing.span), "kv_place": keys.place, "kv_position": keys.position}
+        return {name: made[what].to(device) for what, name in self.packing.wanted.items()}
+
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, requests: Requests, keys: KeyRows, tables: Mapping[str, Tensor], *, scale: float | None,
-        lse: bool, places: Places | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, requests: Requests, told: Mapping[str, Tensor], tables: Mapping[str, Tensor], *,
+        scale: float | None, lse: bool, places: Places | None = None,
     ) -> Result:  # fmt: skip
         """``out (1, Hq, T, Dv)`` and the LSE ``(1, Hq, T)`` of ``q (1, Hq, T, D)`` over keys and values ``(1, Hkv, .., D)``.
 
-        ``places``: where the rows of ``keys`` lie in k and v, if not in order.
+        ``told``: what :meth:`told` gave. ``tables``: those of the pattern. ``places``: where the rows of keys lie in k and v, if not in
+        order.
         """
-        device, packing = q.device, self.packing
-        made = {**requests.row_tables(packing.span), "kv_place": keys.place, "kv_position": keys.position}
-        own = {name: made[what].to(device) for what, name in packing.wanted.items()} | dict(tables)
+        packing, own = self.packing, {**told, **tables}
         if requests.looked_at:
             call = check_call(packing.pattern, q, k, v, own, scale=scale, places=places)
         else:

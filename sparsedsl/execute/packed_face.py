@@ -8,18 +8,19 @@ from typing import Any
 import torch
 
 from sparsedsl.analysis.domain import check_size
-from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.calls import Calls
 from sparsedsl.execute.packed_calls import PackedAttention
-from sparsedsl.execute.packed_inputs import inputs_by_request
-from sparsedsl.execute.paged_work import PagedWork
+from sparsedsl.execute.packed_inputs import given_back, inputs_by_request, refuse_gradients, rows_first, wants_lse
+from sparsedsl.execute.paged_plan import PagedPlan
+from sparsedsl.execute.paged_work import ByRequest, InOneRow, PageTable
 from sparsedsl.execute.pools import check_block_table, pools_of
 from sparsedsl.execute.request_loop import request_by_request
-from sparsedsl.lang.advice import check_word, shown
+from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.pattern import attend
 from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.runtime.arguments import arranged, joined_tables
-from sparsedsl.runtime.call import FLOATS, bind_tables, check_tensors, wants_grad
+from sparsedsl.runtime.call import bind_tables, check_tensors
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.packed_rows import KeyRows, Requests, check_ends, check_numbers, requests_of
 from sparsedsl.runtime.seen_pages import VisiblePages, seen_pages
@@ -78,7 +79,7 @@ class PackedFace:
         _refuse_graphs("ragged")
         check_word("layout", layout, ("thd", "htd"))
         named = joined_tables(named, tables)
-        q, k, v = (_rows_first(name, x, layout) for name, x in (("q", q), ("k", k), ("v", v)))
+        q, k, v = (rows_first(name, x, layout) for name, x in (("q", q), ("k", k), ("v", v)))
         q, k, v, _ = arranged(q, k, v, None)
         check_tensors(q, k, v)
         ends = check_ends("cu_seqlens_k", cu_seqlens_k, k.shape[2], q.device, "k")
@@ -92,7 +93,7 @@ class PackedFace:
                 return k[:, :, rows], v[:, :, rows]
 
             found = request_by_request(
-                self._calls, q, v.shape[3], requests, keys_of, given, scale=scale, lse=self._lse(return_lse)
+                self._calls, q, v.shape[3], requests, keys_of, given, scale=scale, lse=wants_lse(self._calls, return_lse)
             )
         else:
             packed = self._pattern_calls()
@@ -101,8 +102,9 @@ class PackedFace:
                 return self._nobody(q, v.shape[3], return_lse, layout)
             ends = ends.to(requests.ends.device)
             keys = KeyRows.behind_each_other(ends, k.shape[2], packed.packing.span)
-            found = packed.attend(q, k, v, requests, keys, bound, scale=scale, lse=self._lse(return_lse))
-        return _given_back(*found, requests, return_lse, layout)
+            told = packed.told(requests, keys, q.device)
+            found = packed.attend(q, k, v, requests, told, bound, scale=scale, lse=wants_lse(self._calls, return_lse))
+        return given_back(*found, requests, return_lse, layout)
 
     def paged(
         self, q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor,
@@ -146,24 +148,58 @@ class PackedFace:
         check_word("layout", layout, ("thd", "htd"))
         check_word("pool_layout", pool_layout, ("nhd", "hnd"))
         named = joined_tables(named, tables)
-        q = _rows_first("q", q, layout)
+        q = rows_first("q", q, layout)
         q, _, _, _ = arranged(q, q, q, None)
-        self._refuse_paged(q, k_pool, v_pool, named)
+        self._refuse_pages(q.device)
+        refuse_gradients(q, k_pool, v_pool, *named.values())
         pools = pools_of(q[0].transpose(0, 1), k_pool, v_pool, k_scale, v_scale, pool_layout)
-        kv_lens = check_numbers("kv_lens", kv_lens, None, q.device)
-        requests = requests_of(cu_seqlens_q, kv_lens, q_start, q.shape[2], q.device)
-        table = check_block_table(block_table, requests.count, q.device, kv_lens, pools.page)
-        work = PagedWork(q, pools, requests, table, scale, self._lse(return_lse))
-        if self._goes_by_request(requests):
-            given = inputs_by_request(self._calls.program, named, requests, None)
-            found = work.by_request(self._calls, given)
-        else:
-            packed = self._pattern_calls()
-            bound = packed.bound(named, q.shape[1], q.device)
-            if not requests.count:
-                return self._nobody(q, pools.v.shape[3], return_lse, layout)
-            found = work.in_one_row(packed, bound)
-        return _given_back(*found, requests, return_lse, layout)
+        lengths = (block_table, kv_lens, cu_seqlens_q, q_start)
+        plan = self._plan(lengths, pools.pages, pools.page, q.shape[2], q.shape[1], q.device, named, copy=False)
+        found = plan._work.attend(q, pools, scale=scale, lse=wants_lse(self._calls, return_lse))
+        return given_back(*found, plan._requests, return_lse, layout)
+
+    def plan_paged(
+        self, block_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor, q_start: Tensor | None = None, *, heads: int, page: int,
+        pages: int, rows: int | None = None, device: torch.device | None = None, copy: bool = False,
+        tables: Mapping[str, Tensor] | None = None, **named: Any,
+    ) -> PagedPlan:  # fmt: skip
+        """What calls of :meth:`paged` with these lengths have in common, made once: for the layers of a model, which share them in a step.
+
+        Args:
+            block_table, kv_lens, cu_seqlens_q, q_start, tables, named: as :meth:`paged`.
+            heads: of queries. page: keys of a page. pages: how many the pools have.
+            rows: of q; None: as many as ``cu_seqlens_q`` ends with, which must then be on the CPU.
+            device: of the calls; None: that of ``block_table``.
+            copy: the pages that are seen are copied behind each other, with which every backend runs; else they are read where they lie.
+
+        Returns:
+            :class:`~sparsedsl.PagedPlan`, to be called with ``(q, k_pool, v_pool)`` of each layer.
+
+        Raises:
+            ShapeError, TableError, UnsupportedError: as :meth:`paged`.
+
+        >>> import torch, sparsedsl as sd
+        >>> local = sd.compile(sd.patterns.sliding_window(16), backend="tiled")
+        >>> table, kv_lens, ends = torch.tensor([[3, 5, 1], [0, -1, -1]]), torch.tensor([40, 7]), torch.tensor([0, 1, 3])
+        >>> plan = local.plan_paged(table, kv_lens, ends, heads=4, page=16, pages=8)
+        >>> q, k_pool, v_pool = torch.randn(3, 4, 32), *torch.randn(2, 8, 16, 2, 32)
+        >>> torch.equal(plan(q, k_pool, v_pool), local.paged(q, k_pool, v_pool, table, kv_lens, ends))
+        True
+        """
+        _refuse_graphs("plan_paged")
+        named = joined_tables(named, tables)
+        for name, number in (("heads", heads), ("page", page)):
+            check_size(name, number, 1)
+        check_size("pages", pages, 0)
+        if device is None:
+            device = block_table.device if isinstance(block_table, Tensor) else torch.device("cpu")
+        if not copy:
+            self._refuse_pages(device)
+        refuse_gradients(*named.values())
+        if rows is None:
+            ends = check_numbers("cu_seqlens_q", cu_seqlens_q, None, device)
+            rows = int(ends[-1]) if ends.numel() else 0
+        return self._plan((block_table, kv_lens, cu_seqlens_q, q_start), pages, page, rows, heads, device, named, copy=copy)
 
     def visible_pages(
         self, q_start: Tensor, q_lens: Tensor, page: int, *, kv_lens: Tensor | None = None, heads: int | None = None,
@@ -225,26 +261,33 @@ class PackedFace:
             )
         return True
 
-    def _lse(self, wanted: bool) -> bool:
-        if wanted and not self._calls.has_lse:
-            raise UnsupportedError(str(self._calls.refused_use(grad=False, lse=True)))
-        return bool(wanted)
+    def _plan(
+        self, lengths: tuple[Any, ...], pages: int, page: int, rows: int, heads: int, device: torch.device, named: Mapping[str, Any], *,
+        copy: bool,
+    ) -> PagedPlan:  # fmt: skip
+        block_table, kv_lens, cu_seqlens_q, q_start = lengths
+        kv_lens = check_numbers("kv_lens", kv_lens, None, device)
+        requests = requests_of(cu_seqlens_q, kv_lens, q_start, rows, device)
+        table = PageTable(check_block_table(block_table, requests.count, device, kv_lens, page), page, pages)
+        work: InOneRow | ByRequest
+        if self._goes_by_request(requests):
+            given = inputs_by_request(self._calls.program, named, requests, None)
+            work = ByRequest(self._calls, given, requests, table)
+        else:
+            packed = self._pattern_calls()
+            work = InOneRow.planned(packed, packed.bound(named, heads, device), requests, table, heads, device, copies=copy)
+        return PagedPlan(self._calls, work, requests, table, heads)
 
-    def _refuse_paged(self, q: Tensor, k_pool: Any, v_pool: Any, named: Mapping[str, Any]) -> None:
+    def _refuse_pages(self, device: torch.device) -> None:
         if self._calls.backend not in READS_PAGES:
             raise UnsupportedError(
                 f"backend={self._calls.backend!r} reads keys that lie behind each other, and no pages. Use backend='cpp' on a CPU, "
                 "backend='tiled', which copies the pages that are seen, or copy them and call ragged()"
             )
-        if q.device.type != "cpu" and self._calls.backend == "auto":
+        if device.type != "cpu" and self._calls.backend == "auto":
             raise UnsupportedError(
-                f"no kernel for {q.device.type} reads pages. Use backend='tiled', which copies the pages that are seen, or copy them and "
+                f"no kernel for {device.type} reads pages. Use backend='tiled', which copies the pages that are seen, or copy them and "
                 "call ragged()"
-            )
-        if wants_grad(*(x for x in (q, k_pool, v_pool, *named.values()) if isinstance(x, Tensor))):
-            raise UnsupportedError(
-                "paged() is forward only, and q, a pool or a table wants gradients: call it under torch.no_grad(), or train on rows behind "
-                "each other, with ragged()"
             )
 
     def _heads(self, heads: int | None) -> int:
@@ -268,7 +311,7 @@ class PackedFace:
         none = torch.zeros(0, dtype=torch.int64, device=q.device)
         requests = Requests(torch.zeros(1, dtype=torch.int64, device=q.device), none, none, q.shape[2], q.is_cpu)
         out, weight = q.new_zeros((*q.shape[:3], value_dim)), q.new_zeros(q.shape[:3], dtype=accumulated(q.dtype))
-        return _given_back(out, weight, requests, lse, layout)
+        return given_back(out, weight, requests, lse, layout)
 
 
 def _refuse_graphs(what: str) -> None:
@@ -277,22 +320,3 @@ def _refuse_graphs(what: str) -> None:
             f"{what}() makes tables and lists out of the lengths of a call, and is not part of a graph (torch.compile): call it outside, "
             "as in a function under torch.compiler.disable"
         )
-
-
-def _rows_first(name: str, x: Any, layout: str) -> Tensor:
-    """``(T, H, D)`` -> ``(1, H, T, D)``, a view."""
-    if not isinstance(x, Tensor) or x.ndim != 3:
-        wanted = "(tokens, heads, head_dim)" if layout == "thd" else "(heads, tokens, head_dim)"
-        raise ShapeError(f"{name} must be a tensor {wanted}, requests behind each other; got {shown(x)}")
-    if x.dtype not in FLOATS:
-        raise ShapeError(f"{name} must be float16, bfloat16, float32 or float64; got {x.dtype}")
-    return (x.transpose(0, 1) if layout == "thd" else x)[None]
-
-
-def _given_back(out: Tensor, lse: Tensor | None, requests: Requests, wanted: bool, layout: str) -> Any:
-    """Results as the call gives them; rows of no request see nothing, not even a sink."""
-    out = out[0].transpose(0, 1) if layout == "thd" else out[0]
-    if not wanted or lse is None:
-        return out
-    owner, _ = requests.owners()
-    return out, torch.where((owner < requests.count).to(lse.device), lse[0], float("-inf"))

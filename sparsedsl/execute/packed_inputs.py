@@ -1,20 +1,25 @@
-"""Tables and inputs of a packed call, as each of its requests gets them."""
+"""What packed calls are given and give back: rows of all requests, and tables and inputs as each request gets them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparsedsl.errors import ShapeError, UnsupportedError
+from sparsedsl.lang.advice import shown
 from sparsedsl.lang.tables import by_kept_name
 from sparsedsl.program.axes import base_of
 from sparsedsl.program.graph import Program
 from sparsedsl.program.tensors import Input
+from sparsedsl.runtime.call import FLOATS, wants_grad
 from sparsedsl.runtime.packed_rows import Requests
 
-__all__ = ["inputs_by_request"]
+if TYPE_CHECKING:
+    from sparsedsl.execute.calls import Calls
+
+__all__ = ["given_back", "inputs_by_request", "refuse_gradients", "rows_first", "wants_lse"]
 
 Tensor = torch.Tensor
 
@@ -70,3 +75,38 @@ def _cut(node: Input, value: Tensor, rows: Mapping[str, Any], requests: Requests
             f"input {node.name!r} must have a batch of 1 and its {axis} behind each other, {ends[-1]} of them; got {tuple(value.shape)}"
         )
     return lambda number: value.narrow(dim, ends[number], ends[number + 1] - ends[number])
+
+
+def rows_first(name: str, x: Any, layout: str) -> Tensor:
+    """``(T, H, D)`` -> ``(1, H, T, D)``, a view."""
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        wanted = "(tokens, heads, head_dim)" if layout == "thd" else "(heads, tokens, head_dim)"
+        raise ShapeError(f"{name} must be a tensor {wanted}, requests behind each other; got {shown(x)}")
+    if x.dtype not in FLOATS:
+        raise ShapeError(f"{name} must be float16, bfloat16, float32 or float64; got {x.dtype}")
+    return (x.transpose(0, 1) if layout == "thd" else x)[None]
+
+
+def given_back(out: Tensor, lse: Tensor | None, requests: Requests, wanted: bool, layout: str) -> Any:
+    """Results as the call gives them; rows of no request see nothing, not even a sink."""
+    out = out[0].transpose(0, 1) if layout == "thd" else out[0]
+    if not wanted or lse is None:
+        return out
+    owner, _ = requests.owners()
+    return out, torch.where((owner < requests.count).to(lse.device), lse[0], float("-inf"))
+
+
+def wants_lse(calls: Calls, wanted: bool) -> bool:
+    """``wanted``, where there is one."""
+    if wanted and not calls.has_lse:
+        raise UnsupportedError(str(calls.refused_use(grad=False, lse=True)))
+    return bool(wanted)
+
+
+def refuse_gradients(*given: Any) -> None:
+    """Calls over pages are forward only."""
+    if wants_grad(*(x for x in given if isinstance(x, Tensor))):
+        raise UnsupportedError(
+            "paged() is forward only, and q, a pool or a table wants gradients: call it under torch.no_grad(), or train on rows behind "
+            "each other, with ragged()"
+        )

@@ -11,10 +11,11 @@ from transformers.masking_utils import find_first_full_attention_index
 
 from sparsedsl.analysis.domain import check_size
 from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.execute.compiled_once import Compiled
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.models.binding import Binding, Compiled
+from sparsedsl.models.binding import Binding
 from sparsedsl.models.caches import arrange, empty_cache, release, report
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.continuous import check_served, paged_step
@@ -30,9 +31,9 @@ from sparsedsl.models.layers import (
     native_implementation,
     text_config,
 )
-from sparsedsl.models.programs import is_for_prefill
 from sparsedsl.models.saving import save
 from sparsedsl.program.graph import Program
+from sparsedsl.program.in_layers import is_for_prefill
 from sparsedsl.program.node import Node
 
 if TYPE_CHECKING:

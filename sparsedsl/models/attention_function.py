@@ -22,9 +22,9 @@ from sparsedsl.models.kept_keys import KeptKeys
 from sparsedsl.models.mask_arguments import MaskRequest, request_in_graph, unmasked_request
 from sparsedsl.models.native import Facts
 from sparsedsl.models.program_keys import FoldedKeys, StaticSummarisedKeys, WithSummaries
-from sparsedsl.models.programs import ROW
 from sparsedsl.models.sequences import SequenceGroup, sequence_groups
 from sparsedsl.models.traced import TracedRequest, traced_request
+from sparsedsl.program.in_layers import ROW
 from sparsedsl.runtime.call import wants_grad
 
 __all__ = ["attend"]

@@ -13,44 +13,23 @@ import torch
 from sparsedsl.analysis.proofs import PROVED, implies
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.cache_bounds import union_of
-from sparsedsl.execute.compiling import compile as compile_pattern
+from sparsedsl.execute.compiled_once import Compiled
 from sparsedsl.execute.kept_summaries import summarised
 from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.carried import Stack
-from sparsedsl.models.derived import DerivedForm, derive
+from sparsedsl.models.derived import DerivedForm, derive, derived_program
 from sparsedsl.models.graph_attention import handle_of
 from sparsedsl.models.kept_keys import KeptKeys
 from sparsedsl.models.native import Facts
 from sparsedsl.models.program_cache import keeps_state
 from sparsedsl.models.program_keys import FoldedKeys, WithSummaries
-from sparsedsl.models.programs import derived_program, fitted, is_for_prefill, reads_rows, told_rows
 from sparsedsl.program.graph import Program
+from sparsedsl.program.in_layers import fitted, is_for_prefill, reads_rows, told_rows
 
-__all__ = ["BINDING", "Binding", "Compiled", "made_again"]
+__all__ = ["BINDING", "Binding", "made_again"]
 
 BINDING = "_sparsedsl_binding"  # the attribute of a bound attention module
-
-
-class Compiled:
-    """Compiled patterns and programs, shared by all layers of a model: the same one is compiled once."""
-
-    def __init__(self, backend: str, allow: tuple[str, ...] = ()) -> None:
-        self.backend, self.allow = backend, allow
-        self.made: dict[Any, Any] = {}
-
-    def __call__(self, pattern: Pattern | Program) -> Any:
-        key = (pattern.key, tuple(sorted((name, id(tensor)) for name, tensor in pattern.bound.items())))
-        if key not in self.made:
-            allow = self.allow if isinstance(pattern, Program) else ()
-            self.made[key] = compile_pattern(pattern, backend=self.backend, allow=allow)
-        return self.made[key]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "made": {}}  # a model saved whole compiles again
-
-    def __deepcopy__(self, memo: Any) -> Compiled:
-        return self
 
 
 @dataclass(eq=False)

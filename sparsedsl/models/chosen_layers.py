@@ -12,11 +12,12 @@ from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.models.derived import PROVIDED
 from sparsedsl.models.donor import Donor
 from sparsedsl.models.hybrids.given_program import Given
 from sparsedsl.models.layer import Layer
-from sparsedsl.models.programs import check_program, is_for_prefill
 from sparsedsl.program.graph import as_program
+from sparsedsl.program.in_layers import check_program, is_for_prefill
 
 __all__ = ["choose_layers", "is_pattern", "layer_for"]
 
@@ -53,7 +54,7 @@ def layer_for(given: Any, donor: Donor) -> Layer:
     """The layer that was given, for this donor."""
     program = as_program(given)
     if program is not None:
-        check_program(program, donor.layer_idx, donor.native)
+        check_program(program, donor.layer_idx, donor.native, PROVIDED)
         return Given.of(donor, program)
     if not callable(given) or isinstance(given, nn.Module):
         raise PatternError(

@@ -18,15 +18,13 @@ from typing import Any
 import torch
 from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
-from sparsedsl.analysis.proofs import PROVED, causality, implies
-from sparsedsl.analysis.token_reach import program_causality
+from sparsedsl.analysis.proofs import PROVED, implies
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.packed_face import reads_pages
+from sparsedsl.execute.scheduled import refuse_scheduled
 from sparsedsl.lang.expressions import kv_idx, q_idx
-from sparsedsl.lang.symbols import BATCH, KV_LEN, Q_LEN
 from sparsedsl.models.binding import Binding
 from sparsedsl.models.derived import DerivedForm, derive, moves_freely
-from sparsedsl.models.programs import is_for_prefill, reads_rows
 
 __all__ = ["PagedStep", "attend_paged", "check_served", "paged_step"]
 
@@ -176,29 +174,8 @@ def _refuse(binding: Binding, ring: int | None) -> None:
     if ring in binding.served:
         return
     where, ways = f"layer {binding.index}", "Leave this layer native (patterns={...} without it), or generate by model.generate()"
-    program, pattern = binding.program, derive(binding.pattern, DerivedForm())
-    exprs = pattern.exprs if program is None else program.exprs
-    if program is not None and is_for_prefill(program):
-        raise UnsupportedError(
-            f"{where}: the program chooses by later queries, so that it needs a whole prompt, and continuous batching cuts prompts as its "
-            f"steps have room. {ways}"
-        )
-    verdict = causality(pattern.mask) if program is None else program_causality(program)
-    if verdict != PROVED:
-        known = "lets queries see later keys" if verdict.status == "REFUTED" else "may let queries see later keys"
-        raise UnsupportedError(
-            f"{where}: what it runs {known}, so that a prompt cut in two gives something else, and continuous batching cuts prompts as its "
-            f"steps have room. Add & (sd.kv_idx <= sd.q_idx). {ways}"
-        )
-    if any({Q_LEN, KV_LEN} & expr.free_symbols for expr in exprs):
-        raise UnsupportedError(
-            f"{where}: what it runs depends on q_len or kv_len, which for continuous batching is how much of a prompt a step has room for. "
-            f"{ways}"
-        )
-    if any(BATCH in expr.free_symbols for expr in pattern.exprs) if program is None else reads_rows(program):
-        raise UnsupportedError(
-            f"{where}: what it runs depends on b, and requests of continuous batching have another place in every step. {ways}"
-        )
+    program = binding.program
+    refuse_scheduled(program or derive(binding.pattern, DerivedForm()), where, "continuous batching", ways)
     if binding.stack.owners.get(binding.index, binding.index) != binding.index:
         raise UnsupportedError(f"{where} reads the keys of another layer, which paged caches do not hand out. {ways}")
     if ring is not None and (program is None or binding.attends_alone) and not _fits(binding, ring):

@@ -14,18 +14,18 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
 from sparsedsl.errors import PatternError, ShapeError, TableError, UnsupportedError
+from sparsedsl.execute.compiled_once import Compiled
 from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
-from sparsedsl.models.binding import Compiled
 from sparsedsl.models.carried import Stack, request_of
 from sparsedsl.models.donor import Donor, Heads, check_projections, project
 from sparsedsl.models.grouped_rows import TokenGroup, token_groups
 from sparsedsl.models.layer import Layer, by_tokens, chunk_inputs, chunk_of
 from sparsedsl.models.mask_arguments import MaskRequest
 from sparsedsl.models.program_cache import Held, ProgramCacheLayer, bound_beside_chunks, keeps_state
-from sparsedsl.models.programs import ROW, fitted, reads_rows, told_rows
 from sparsedsl.program.graph import Program
+from sparsedsl.program.in_layers import ROW, fitted, reads_rows, told_rows
 from sparsedsl.runtime.call import wants_grad
 
 __all__ = ["CONVERTED", "LAYER", "Converted", "converted_class", "program_cache"]

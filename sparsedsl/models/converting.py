@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sparsedsl.errors import PatternError, UnsupportedError
+from sparsedsl.execute.compiled_once import Compiled
 from sparsedsl.lang.advice import check_word
 from sparsedsl.models.applying import AppliedPatterns, apply
-from sparsedsl.models.binding import BINDING, Compiled
+from sparsedsl.models.binding import BINDING
 from sparsedsl.models.caches import empty_cache
 from sparsedsl.models.carried import Stack, put_stacks, stacks_of, take_stack
 from sparsedsl.models.chosen_layers import choose_layers, is_pattern, layer_for

@@ -9,6 +9,7 @@ pattern that reads differences of indices only needs none. With padding between 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,8 +22,11 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.models.native import left_padding
+from sparsedsl.program.branches import Attend
+from sparsedsl.program.graph import Program
+from sparsedsl.program.rebuilding import rebuilt
 
-__all__ = ["PROVIDED", "DerivedForm", "derive", "moves_freely"]
+__all__ = ["PROVIDED", "DerivedForm", "derive", "derived_program", "moves_freely"]
 
 _COUNT = (0, 2**31 - 1)
 _valid = table("hf_valid", dtype=bool)
@@ -134,3 +138,10 @@ def _replace(expression: Any, values: dict[Any, Any], keep: set[Any] = frozenset
 
 def _no_left_padding(expression: Any) -> dict[Any, Any]:
     return {read: sympy.Integer(0) for read in table_reads(expression.expr) if read.spec == left_padding.spec}
+
+
+def derived_program(program: Program, form: DerivedForm) -> Program:
+    """A program of attentions alone as it runs in calls of this form, each as its pattern would."""
+    return rebuilt(
+        program, lambda node: dataclasses.replace(node, pattern=derive(node.pattern, form)) if isinstance(node, Attend) else node
+    )

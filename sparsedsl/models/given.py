@@ -9,16 +9,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sparsedsl.errors import PatternError, TableError, UnsupportedError
+from sparsedsl.execute.compiled_once import Compiled
 from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, as_pattern
 from sparsedsl.lang.wrapped import Expression
-from sparsedsl.models.binding import Binding, Compiled
+from sparsedsl.models.binding import Binding
 from sparsedsl.models.carried import Stack
 from sparsedsl.models.derived import PROVIDED
 from sparsedsl.models.native import native_facts, native_pattern
-from sparsedsl.models.programs import check_program, is_for_prefill
 from sparsedsl.program.graph import as_program
+from sparsedsl.program.in_layers import check_program, is_for_prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -62,7 +63,7 @@ def bind(
     program, facts = as_program(given), native_facts(module, index, config, told)
     if program is not None:
         own = native_pattern(module, index, config, told)
-        check_program(program, index, own)
+        check_program(program, index, own, PROVIDED)
         return Binding(index, own, is_for_prefill(program), True, facts, compiled, stack, program, in_slots)
     keeps_score = isinstance(given, (Mask, bool))
     pattern = as_pattern(given, where=f"the pattern of layer {index}")

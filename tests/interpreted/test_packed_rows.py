@@ -33,6 +33,7 @@ def test_rows_of_requests(looked_at: bool) -> None:
             requests = replace(requests_of(ENDS, KEY_ENDS.diff(), None, len(q), q.device), looked_at=False)
             keys = KeyRows.behind_each_other(KEY_ENDS, len(k), packed.packing.span)
             rows = (x.transpose(0, 1)[None] for x in (q, k, v))
-            out = packed.attend(*rows, requests, keys, {"bias": bias}, scale=None, lse=False)[0][0].transpose(0, 1)
+            told = packed.told(requests, keys, q.device)
+            out = packed.attend(*rows, requests, told, {"bias": bias}, scale=None, lse=False)[0][0].transpose(0, 1)
         results.append([out, *torch.autograd.grad(out.sin().sum(), leaves)])
     torch.testing.assert_close([x.float() for x in results[0]], results[1], **CLOSE)

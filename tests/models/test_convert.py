@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, repeat_kv
 
 import sparsedsl as sd
 from sparsedsl.models.converted import CONVERTED
+from sparsedsl.program.in_layers import fitted
 from tests.models.families import build, left_padded, tokens
 from tests.models.hybrid_models import DONORS, HSA, LAYERS, MOBA, NHA, NSA, RING, convert, donor, spread
 
@@ -90,7 +91,7 @@ def test_a_layer_is_its_program_on_the_donors_heads(name: str, kind: str) -> Non
     program, sinks = layer.program, getattr(module, "sinks", None)
     if sinks is not None and kind != "ring":
         if "sinks" not in program.tables:
-            program = sd.models.programs.fitted(program, 1, sd.models.native_patterns(build("gpt_oss"))[1], None, module.head_dim)
+            program = fitted(program, 1, sd.models.native_patterns(build("gpt_oss"))[1], None, module.head_dim)
         named["sinks"] = sinks
     # A factor on queries is a factor on every product of theirs; retrieval queries have a scale of their own.
     factor = module.scaling * module.head_dim**0.5

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import sparsedsl as sd
-from sparsedsl.models.programs import is_for_prefill
 from sparsedsl.program.graph import as_program
+from sparsedsl.program.in_layers import is_for_prefill
 from sparsedsl.program.recurrences import Linear
 from tests.models.families import left_padded, tokens
 from tests.models.hybrid_models import convert, donor

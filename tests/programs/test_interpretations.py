@@ -24,10 +24,10 @@ from sparsedsl.execute.node_rules import LOWERED_RULES
 from sparsedsl.execute.requests import REQUEST_RULES, facts_of, requests_of
 from sparsedsl.execute.state import horizon
 from sparsedsl.execute.ways import way_of
-from sparsedsl.models.programs import fitted
 from sparsedsl.program.branches import Attend, Branch, as_branch
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
 from sparsedsl.program.graph import Program
+from sparsedsl.program.in_layers import fitted
 from sparsedsl.program.node import Node, one_of
 from sparsedsl.program.program_text import TEXT_RULES
 from sparsedsl.program.relocation import Relocation, relocated

@@ -29,8 +29,8 @@ from sparsedsl.models.layer_search.progress import Progress
 from sparsedsl.models.layer_search.search_report import Probe, SearchReport, Tried
 from sparsedsl.models.layers import attention_layers, is_told_causal, text_config
 from sparsedsl.models.native import native_pattern
-from sparsedsl.models.programs import is_for_prefill
 from sparsedsl.program.graph import Program
+from sparsedsl.program.in_layers import is_for_prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,6 @@ from sparsedsl.lang.expressions import Score
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH
 from sparsedsl.lang.tables import TableRead, TableSpec, read_class
-from sparsedsl.models.derived import PROVIDED, DerivedForm, derive
 from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.branches import Attend, Branch, Compact, Joint, Mix, Recall
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
@@ -32,7 +31,6 @@ __all__ = [
     "ROW",
     "SINK_RULES",
     "check_program",
-    "derived_program",
     "fitted",
     "is_for_prefill",
     "reads_rows",
@@ -48,15 +46,15 @@ def is_for_prefill(program: Program) -> bool:
     return LATER_QUERIES in reasons(program)
 
 
-def check_program(program: Program, index: int, native: Pattern) -> None:
-    """Refuse what no call of a layer could give: inputs, tables, sink logits without one place for them."""
+def check_program(program: Program, index: int | str, native: Pattern, provided: frozenset[str]) -> None:
+    """Refuse what no call of a layer could give: inputs, tables beside those ``provided``, sink logits without one place for them."""
     missing = [name for name, node in program.inputs.items() if node.default is None]
     if missing:
         raise UnsupportedError(
             f"layer {index}: the program reads the input{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}, which the layer does "
             "not compute. Give it a program over q, k and v, or call sd.compile(program) in an attention module of your own"
         )
-    free = sorted(set(program.tables) - set(program.bound) - PROVIDED)
+    free = sorted(set(program.tables) - set(program.bound) - provided)
     if free:
         raise TableError(
             f"layer {index}: nothing binds the table{'s' if len(free) > 1 else ''} {', '.join(free)} of the program; bind where it is "
@@ -66,7 +64,7 @@ def check_program(program: Program, index: int, native: Pattern) -> None:
         _with_sink(program.root, native.sink, index)
 
 
-def fitted(program: Program, index: int, native: Pattern, scale: float | None, head_dim: int) -> Program:
+def fitted(program: Program, index: int | str, native: Pattern, scale: float | None, head_dim: int) -> Program:
     """The program as a layer runs it.
 
     ``scale`` for dot products of q without a scale of their own, those that choose included; the soft cap of ``native`` for attentions that
@@ -91,7 +89,7 @@ def _has_sink(program: Program) -> bool:
 class _Layer:
     """A layer: its native pattern, its scale where it is not the usual one (else None), and the usual one."""
 
-    index: int
+    index: int | str
     native: Pattern
     scale: float | None
     usual: float
@@ -154,34 +152,34 @@ FIT_RULES: Rules[Callable[[Any, _Layer], Node]] = Rules(
 # ---- rules: a branch with the layer's sink logits in its softmax, once -------------------------------------------------------------
 
 
-def _with_sink(branch: Branch, sink: Score, index: int) -> Branch:
+def _with_sink(branch: Branch, sink: Score, index: int | str) -> Branch:
     return one_of(SINK_RULES[type(branch)](branch, sink, index))
 
 
-def _sink_of_attend(branch: Attend, sink: Score, index: int) -> Branch:
+def _sink_of_attend(branch: Attend, sink: Score, index: int | str) -> Branch:
     if branch.normaliser is not None or not branch.pattern.has_lse:
         return _no_softmax(branch, sink, index)
     pattern = branch.pattern
     return dataclasses.replace(branch, pattern=dataclasses.replace(pattern, sink=sink, causal=False))
 
 
-def _sink_inside(branch: Compact, sink: Score, index: int) -> Branch:
+def _sink_inside(branch: Compact, sink: Score, index: int | str) -> Branch:
     return dataclasses.replace(branch, inside=_with_sink(branch.inside, sink, index))
 
 
-def _sink_of_the_first(branch: Joint, sink: Score, index: int) -> Branch:
+def _sink_of_the_first(branch: Joint, sink: Score, index: int | str) -> Branch:
     first, *others = branch.branches
     return dataclasses.replace(branch, branches=(_with_sink(first, sink, index), *others))
 
 
-def _no_softmax(branch: Branch, sink: Score, index: int) -> NoReturn:
+def _no_softmax(branch: Branch, sink: Score, index: int | str) -> NoReturn:
     raise UnsupportedError(
         f"layer {index} has sink logits, and the program no single softmax that they could enter: say where, "
         "sd.attend(..., sink=sd.models.sinks[sd.h]), or leave this layer native"
     )
 
 
-SINK_RULES: Rules[Callable[[Any, Score, int], Branch]] = Rules(
+SINK_RULES: Rules[Callable[[Any, Score, int | str], Branch]] = Rules(
     "the sink logits of a layer",
     {
         Attend: _sink_of_attend,
@@ -191,13 +189,6 @@ SINK_RULES: Rules[Callable[[Any, Score, int], Branch]] = Rules(
     },
     base=Branch,
 )
-
-
-def derived_program(program: Program, form: DerivedForm) -> Program:
-    """A program of attentions alone as it runs in calls of this form, each as its pattern would."""
-    return rebuilt(
-        program, lambda node: dataclasses.replace(node, pattern=derive(node.pattern, form)) if isinstance(node, Attend) else node
-    )
 
 
 # ---- a program on some rows of a batch ------------------------------------------------------------------------------------------------
