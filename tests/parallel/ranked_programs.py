@@ -36,6 +36,8 @@ PROGRAMS: dict[str, Any] = {
 DECAYS, NEAR = [0.9, 0.8, 0.99, 1.0], q_idx - kv_idx < 9
 DOCUMENTS, GATE = sd.input("documents", "batch keys"), sd.input("gate", "batch kv_heads keys 5")
 DECAY, BETA = sd.input("decay", "batch kv_heads keys"), sd.input("beta", "batch kv_heads keys")
+ROWS = "batch value_heads keys head_dim"
+CHANNELS = sd.input("decays", ROWS)
 BEHIND = sd.linear(1.0, features="elu1", normalised="sum", delay=9, first=3)
 # States that fade by constants and by gates, row by row, with corrections, with documents, behind a delay, under one softmax with a
 # window, beside choices; and slots.
@@ -45,14 +47,14 @@ SCANS: dict[str, Any] = {
     "gates": sd.linear(decay=DECAY, features="elu1", normalised="sum"),
     "gates, documents": sd.linear(decay=DECAY, documents=DOCUMENTS),
     "strengths": sd.linear(decay=DECAY, write=sd.input("write", "batch kv_heads keys"), normalised="max1"),
-    "read before": sd.linear(
-        decay=sd.input("decays", "batch value_heads keys head_dim"), reads="before", bonus=sd.input("bonus", "heads head_dim")
-    ),
+    "read before": sd.linear(decay=CHANNELS, reads="before", bonus=sd.input("bonus", "heads head_dim")),
     "series": sd.patterns.based(),
     "corrected": sd.patterns.delta_net(),
     "gated, corrected": sd.linear(decay=DECAY, beta=BETA, features="l2"),
-    "corrected, rows": sd.linear(decay=sd.input("decays", "batch value_heads keys head_dim"), beta=BETA, features="l2"),
+    "corrected, rows": sd.linear(decay=CHANNELS, beta=BETA, features="l2"),
     "corrected, documents": sd.linear(decay=DECAY, beta=BETA, features="l2", documents=DOCUMENTS),
+    "erased along another": sd.linear(decay=CHANNELS, erase=sd.input("erase", ROWS), along=sd.input("along", ROWS)),
+    "erased, documents": sd.linear(decay=CHANNELS, erase=sd.input("erase", ROWS), documents=DOCUMENTS),
     "behind a window": sd.joint(sd.attend(CAUSAL & (NEAR | (kv_idx < 3))), BEHIND),
     "beside a choice": sd.mix(sd.linear(DECAYS), PROGRAMS["moba"], weights=sd.input("shares", "batch heads queries 2")),
     "slots": sd.patterns.nha(slots=5, window=8),
@@ -87,6 +89,8 @@ def gates_of(name: str, length: int) -> dict[str, torch.Tensor]:
             found[node.name] = torch.arange(length) // torch.tensor([[23], [50]])
         elif node.default is None:
             found[node.name] = numbers(*shape, seed=len(found) + 7).sigmoid()
+            if node.name in ("erase", "along"):  # a state that is taken off more of than it holds grows without end
+                found[node.name] *= 0.2
     return found
 
 

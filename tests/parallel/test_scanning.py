@@ -17,7 +17,16 @@ from tests.parallel.ranks import assert_refused, run_on_ranks
 
 LENGTH = 75
 METHODS = ("zigzag", "contiguous", "longest_first", "cuts")
-SAMPLE = ("constant", "read before", "corrected, documents", "behind a window", "beside a choice", "slots, masked, documents")
+SAMPLE = (
+    "constant",
+    "read before",
+    "erased along another",
+    "erased, documents",
+    "corrected, documents",
+    "behind a window",
+    "beside a choice",
+    "slots, masked, documents",
+)
 
 
 def placed(program: Any, length: int, world: int, method: str, granule: int = 8, chunk: int = 16) -> sd.parallel.TokenPlan:
