@@ -328,6 +328,9 @@ def _shape(dtype: Any, head_dim: Any, head_dim_v: Any, group: Any, precision: An
     return Shape(name, head_dim, width_v, group, precision)
 
 
+_WIDTHS = "widths of heads that 8 divides allow it"
+
+
 def _problems(resources: Resources, shape: Shape, job: BuildJob) -> list[str]:
     found = [f"cannot be launched: {reason}" for reason in misfits(resources, job.target)]
     if resources.slowed:
@@ -340,7 +343,7 @@ def _problems(resources: Resources, shape: Shape, job: BuildJob) -> list[str]:
         if not resources.instructions:
             found.append(f"{resources.products} matrix products without a matrix instruction of {job.target.name}")
         if job.config.stages > 1 and job.target.backend == "cuda" and not resources.async_copies:
-            found.append(
-                f"{job.config.stages} stages, but no load runs beside the arithmetic: widths of heads that 8 divides allow it"
-            )
+            inner = "for unit in range(" in job.text
+            why = "Triton overlaps innermost loops alone, and a long sum of the score is one" if inner else _WIDTHS
+            found.append(f"{job.config.stages} stages, but no load runs beside the arithmetic: {why}")
     return found + list(resources.remarks)
