@@ -32,6 +32,7 @@ PATTERNS: dict[str, Any] = {
     "causal": sd.patterns.causal(),
     "window": sd.patterns.sliding_window(1024),
     "moba": sd.patterns.moba(chunk=512, top_k=3),
+    "retnet": sd.patterns.retnet(HEADS),
 }
 WARM = 4096  # tokens of the call before: libraries loaded, threads started
 

@@ -128,6 +128,8 @@ ROWS = (
     _row("RetNet", "retnet(4)", "programs/test_named_systems", DENSE),
     _row("BASED", "based()", "programs/test_named_systems", DENSE),
     _row("GLA", "gla()", "programs/test_named_systems", TOKENS),
+    _row("RWKV-6", "rwkv6()", "programs/test_published_formulas", PAIRS),
+    _row("RWKV-7", "rwkv7()", "programs/test_published_formulas", TOKENS),
     _row("Mamba-2 (SSD)", "ssd()", "programs/test_named_systems", TOKENS),
     _row("DeltaNet", "delta_net()", "programs/test_named_systems", TOKENS),
     _row("Gated DeltaNet", "gated_delta()", "programs/test_named_systems", TOKENS),

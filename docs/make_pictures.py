@@ -303,6 +303,14 @@ GALLERY = {
     "kda": Entry("kda()", inputs=lambda: {"g": -random(1, 2, 64, 16).abs() / 8, "beta": random(1, 2, 64).sigmoid()}),
     "delta_net": Entry("delta_net()", inputs=lambda: {"beta": random(1, 2, 64).sigmoid()}),
     "gla": Entry("gla()", inputs=lambda: {"g": -random(1, 2, 64, 16).abs() / 8}),
+    "rwkv6": Entry("rwkv6()", inputs=lambda: {"g": -random(1, 2, 64, 16).abs() / 8, "bonus": random(2, 16)}),
+    "rwkv7": Entry(
+        "rwkv7()",
+        inputs=lambda: {
+            "g": -random(1, 2, 64, 16).sigmoid() / 4,
+            **dict.fromkeys(("erase", "along"), random(1, 2, 64, 16) / 8),
+        },
+    ),
     "ssd": Entry("ssd()", inputs=lambda: {"g": -random(1, 2, 64).abs() / 8}),
     "based": Entry("based()", inputs=dict),
     "retnet": Entry("retnet(heads=2)", inputs=dict),

@@ -1,8 +1,8 @@
 """Does training with the tokens on four ranks give the losses and gradients of one process?
 
-A byte model with a window layer, a MoBA layer and a full layer reads Python's own source. Each of four processes holds a quarter of the
-tokens of every sequence, as one plan for the three layers places them, and is sent the keys that its queries see. The first process
-trains the same model on whole sequences beside it, and compares.
+A byte model with a window layer, a MoBA layer, a full layer and a linear one (RetNet) reads Python's own source. Each of four processes
+holds a quarter of the tokens of every sequence, as one plan for the four layers places them, and is sent the keys that its queries see,
+or the states before its tokens. The first process trains the same model on whole sequences beside it, and compares.
 
     python examples/train_context_parallel.py             starts four processes by itself; two minutes on two cores
     python examples/train_context_parallel.py --quick     a few steps, to see that it runs
@@ -30,6 +30,7 @@ LAYERS: dict[str, Any] = {
     "window": sd.patterns.sliding_window(64),
     "moba": sd.patterns.moba(chunk=32, top_k=3),
     "full": sd.patterns.causal(),
+    "retnet": sd.patterns.retnet(HEADS),
 }
 
 

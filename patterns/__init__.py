@@ -30,7 +30,7 @@ from sparsedsl.patterns.models import (
 from sparsedsl.patterns.normalisers import hstu, relu_squared, sigmoid, softpick, stick_breaking
 from sparsedsl.patterns.packing import document_prefix, documents, packed, shared_prefix, tree
 from sparsedsl.patterns.prompts import flexprefill, h2o, mosa, seer_attention, snapkv, vsa, xattention
-from sparsedsl.patterns.recurrent import based, delta_net, gated_delta, gla, kda, lightning, retnet, ssd
+from sparsedsl.patterns.recurrent import based, delta_net, gated_delta, gla, kda, lightning, retnet, rwkv6, rwkv7, ssd
 from sparsedsl.patterns.scores import (
     alibi,
     alibi_slope,
@@ -110,6 +110,8 @@ __all__ = [
     "retained",
     "retnet",
     "ring_linear",
+    "rwkv6",
+    "rwkv7",
     "seer_attention",
     "shared_prefix",
     "sigmoid",

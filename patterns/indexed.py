@@ -8,7 +8,7 @@ from sparsedsl import program as sd
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
-from sparsedsl.patterns.checked_arguments import check_count, check_head_logit, check_whole
+from sparsedsl.patterns.checked_arguments import check_choice, check_count, check_head_logit, check_whole
 from sparsedsl.patterns.local import causal, sliding_window
 from sparsedsl.program.branches import Attend, Joint, Mix
 from sparsedsl.program.node import Node
@@ -83,7 +83,7 @@ def hisa(block: int = 128, blocks: int = 64, top_k: int = 2048) -> Pattern | Att
     return sd.attend(causal() & sd.top_k(_index(keys), top_k, among=causal() & coarse))
 
 
-def csa(block: int = 4, top_k: int = 512, window: int = 128, *, sink: Any = None) -> Joint:
+def csa(block: int = 4, top_k: int = 512, window: int = 128, *, sink: Any = None, compressed: str = "given") -> Joint:
     """Compressed sparse attention: one softmax over the last ``window`` keys and the ``top_k`` best entries, each of ``block`` keys.
 
     An entry is a candidate once its block is over, ``(w + 1) block <= t + 1``; it is picked by the lightning indexer on index entries of
@@ -94,9 +94,13 @@ def csa(block: int = 4, top_k: int = 512, window: int = 128, *, sink: Any = None
         top_k: entries a query picks.
         window: last keys seen, the query's own included.
         sink: one more logit without a value, as in :func:`sparsedsl.attend`.
+        compressed: ``"given"``, as published: the model's compressor and indexer make entries and what picks them, which the call
+            brings. Or ``"mean"``: entries are the means of keys and of values, and those are picked whose mean key has the largest sum of
+            ``relu(q . key)`` over the query heads of a key/value head; such a program runs inside of :func:`token_sparse` too, on the
+            tokens that are kept.
 
-    Call-time inputs: ``entries (B, Hkv, Skv // block, D)``, keys and values at once; ``index_entries (B, 1, Skv // block, Di)``;
-    ``index_q (B, Hi, Sq, Di)``, ``index_weights (B, Hi, Sq)``.
+    Call-time inputs, of ``"given"``: ``entries (B, Hkv, Skv // block, D)``, keys and values at once; ``index_entries (B, 1, Skv // block,
+    Di)``; ``index_q (B, Hi, Sq, Di)``, ``index_weights (B, Hi, Sq)``.
 
     Source: DeepSeek-V4 in transformers (models/deepseek_v4).
 
@@ -108,6 +112,10 @@ def csa(block: int = 4, top_k: int = 512, window: int = 128, *, sink: Any = None
     torch.Size([1, 2, 48, 16])
     """
     block, top_k = check_whole("csa", "block", block, 1), check_whole("csa", "top_k", top_k, 1)
+    if check_choice("csa", "compressed", compressed, ("given", "mean")) == "mean":
+        keys = sd.summary(sd.k, block)
+        picked = sd.top_k(sd.dot(sd.q, keys).relu().over_group("sum"), top_k)
+        return _entries("csa", block, window, sink, picked, (keys, sd.summary(sd.v, block)))
     picked = sd.top_k(_index(sd.input("index_entries", f"batch one keys/{block} index_dim")), top_k)
     return _entries("csa", block, window, sink, picked)
 
@@ -134,12 +142,13 @@ def hca(block: int = 128, window: int = 128, *, sink: Any = None) -> Joint:
     return _entries("hca", check_whole("hca", "block", block, 1), window, sink, True)
 
 
-def _entries(function: str, block: int, window: int, sink: Any, picked: Any) -> Joint:
-    """A window and the entries that are picked, under one softmax."""
+def _entries(function: str, block: int, window: int, sink: Any, picked: Any, made: tuple[Node, Node] | None = None) -> Joint:
+    """A window and the entries that are picked, under one softmax. ``made``: keys and values of entries, if the call gives none."""
     sink = None if sink is None else check_head_logit(function, "sink", sink)
-    entries = sd.input("entries", f"batch kv_heads keys/{block} head_dim")
+    given = sd.input("entries", f"batch kv_heads keys/{block} head_dim")
+    keys, values = made or (given, given)
     near = sd.attend(sliding_window(check_whole(function, "window", window, 1)), sink=sink)
-    return sd.joint(near, sd.attend(((kv_idx + 1) * block <= q_idx + 1) & picked, k=entries, v=entries))
+    return sd.joint(near, sd.attend(((kv_idx + 1) * block <= q_idx + 1) & picked, k=keys, v=values))
 
 
 def qsa(unit: int = 4) -> Pattern | Attend:

@@ -8,7 +8,7 @@ from sparsedsl import program as sd
 from sparsedsl.patterns.checked_arguments import check_whole
 from sparsedsl.program.recurrences import Linear
 
-__all__ = ["based", "delta_net", "gated_delta", "gla", "kda", "lightning", "retnet", "ssd"]
+__all__ = ["based", "delta_net", "gated_delta", "gla", "kda", "lightning", "retnet", "rwkv6", "rwkv7", "ssd"]
 
 
 def gated_delta() -> Linear:
@@ -87,6 +87,52 @@ def gla() -> Linear:
     torch.Size([1, 2, 100, 16])
     """
     return sd.linear(log_decay=sd.input("g", "batch value_heads keys head_dim"))
+
+
+def rwkv6() -> Linear:
+    """RWKV-6: every channel of a key decays by itself, and a token reads before it writes, its own key by a bonus a channel.
+
+    ``o_t = q_t (S_(t-1) + (bonus k_t)^T v_t)``, ``S_t = diag(e^g_t) S_(t-1) + k_t^T v_t``; q is the receptance. The token shift, the
+    norm of heads and the gate are the model's.
+
+    Call-time inputs: ``g (B, H, Skv, D)``, ``-exp(w)``; ``bonus (H, D)``, of query heads.
+
+    Source: RWKV-6 (arXiv 2404.05892).
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.rwkv6())
+    >>> q = k = v = torch.randn(1, 2, 100, 16)
+    >>> attn(q, k, v, g=-torch.rand(1, 2, 100, 16), bonus=torch.randn(2, 16)).shape
+    torch.Size([1, 2, 100, 16])
+    """
+    g, bonus = sd.input("g", "batch value_heads keys head_dim"), sd.input("bonus", "heads head_dim")
+    return sd.linear(log_decay=g, reads="before", bonus=bonus, scale=1.0)
+
+
+def rwkv7() -> Linear:
+    """RWKV-7: what a removal key reads of the state is taken off along another key, then the token writes.
+
+    ``S_t = diag(e^g_t) S_(t-1) - (a n)_t^T (n_t S_(t-1)) + k_t^T v_t``, ``o_t = q_t S_t``; q is the receptance, k the replacement
+    key, ``n`` the removal key of length 1, ``a`` its rate a channel, in [0, 1]. As ``linear`` reads the state when it has decayed,
+    ``erase`` is ``n e^-g``: g is at least ``-e^-0.5``, as published. The token shift, the norm of heads, the bonus and the gate are the
+    model's.
+
+    Call-time inputs: ``g``, ``-e^-0.5 sigmoid(w)``; ``erase``, ``n e^-g``; ``along``, ``n a``; all ``(B, H, Skv, D)``.
+
+    Source: RWKV-7 (arXiv 2503.14456).
+
+    >>> import torch
+    >>> import sparsedsl as sd
+    >>> attn = sd.compile(sd.patterns.rwkv7())
+    >>> q = k = v = torch.randn(1, 2, 100, 16)
+    >>> n, a = torch.nn.functional.normalize(torch.randn(1, 2, 100, 16), dim=-1), torch.rand(1, 2, 100, 16)
+    >>> g = -0.6 * torch.rand(1, 2, 100, 16)
+    >>> attn(q, k, v, g=g, erase=n * (-g).exp(), along=n * a).shape
+    torch.Size([1, 2, 100, 16])
+    """
+    g, erase, along = (sd.input(name, "batch value_heads keys head_dim") for name in ("g", "erase", "along"))
+    return sd.linear(log_decay=g, erase=erase, along=along, scale=1.0)
 
 
 def ssd() -> Linear:

@@ -79,7 +79,7 @@ struct Back : Chunk {
             times(to, reach, to);
         }
         for (i64 r = 0; asked && r < group; r++) slopes_of(q + r * CHUNK * broad, slopes + r * CHUNK * CHUNK, by_q + r * CHUNK * broad);
-        if (c->beta) slopes_of(k, by_between, by_read);
+        if (c->beta) slopes_of(e, by_between, by_read);
         write(next);
         fade_state(grad_state);
         for (i64 r = 0; asked && r < group; r++) {
@@ -87,12 +87,12 @@ struct Back : Chunk {
             product<true>(c->head_dim, wide, high, scaled, 1, broad, grad + r * CHUNK * wide, wide, grad_state, wide);
         }
         if (!c->beta) return;
-        times(k, reach, scaled);
+        times(e, reach, scaled);
         for (i64 i = 0; i < high * broad; i += WIDTH) put(scaled + i, -at(scaled + i));
         product<true>(c->head_dim, wide, high, scaled, 1, broad, by_u, wide, grad_state, wide);
     }
 
-    // The delta rule: `by_u` becomes the gradient of the values; those of beta, of keys as readers of the state, and of pairs of keys.
+    // The delta rule: `by_u` becomes the gradient of the values; those of beta, of what erases as readers of the state, and of pairs of keys.
     void back_of_rule() {
         __builtin_memcpy(through, by_u, high * wide * sizeof(real));
         substitute_back(through);
@@ -121,7 +121,8 @@ struct Back : Chunk {
             __builtin_memcpy(c->grad_q + ((b * out_heads() + out_head(r)) * c->rows + row) * broad, by_q + (r * CHUNK + first) * broad,
                              asked * broad * sizeof(real));
         __builtin_memcpy(c->grad_v + (line * c->keys + key) * wide, by_u, count * wide * sizeof(real));
-        real *to_k = c->grad_k + (line * c->keys + key) * broad, *to_g = c->grad_g + (line * c->keys + key) * (c->vector ? broad : 1);
+        real *to_k = c->grad_k + (line * c->keys + key) * broad, *to_e = c->grad_erase + (line * c->keys + key) * broad;
+        real *to_g = c->grad_g + (line * c->keys + key) * (c->vector ? broad : 1);
         double end = 0;
         for (i64 d = 0; d < broad; d++) {
             Vector sum = {};
@@ -132,8 +133,9 @@ struct Back : Chunk {
             Vector all_channels = {};
             for (i64 d = 0; d < broad; d += WIDTH) {
                 Vector own = at(k + i * broad + d), written = at(by_k + i * broad + d), reads = {};
-                if (c->beta) reads = own * at(by_read + i * broad + d), put(to_k + i * broad + d, written + at(by_read + i * broad + d));
-                if (!c->beta) put(to_k + i * broad + d, written);
+                if (c->beta) reads = at(e + i * broad + d) * at(by_read + i * broad + d);
+                if (e != k) put(to_e + i * broad + d, at(by_read + i * broad + d));
+                put(to_k + i * broad + d, c->beta && e == k ? written + at(by_read + i * broad + d) : written);
                 for (i64 r = 0; asked && r < group; r++) reads += at(q + (r * CHUNK + i) * broad + d) * at(by_q + (r * CHUNK + i) * broad + d);
                 reads -= own * written;
                 all_channels += reads;
@@ -214,7 +216,7 @@ extern "C" int gated_steps(const Gated *c) {
         read_state(c->state + n * c->head_dim * c->head_dim_v, c->head_dim, c->head_dim_v, m.state);
         m.load(n, 0);
         for (i64 i = 0; i < m.count; i++) {
-            const real *key = m.k + i * m.broad, *kept = m.kept + i * full;
+            const real *key = m.k + i * m.broad, *erase = m.e + i * m.broad, *kept = m.kept + i * full;
             real *written = m.u;
             for (i64 e = 0; e < wide; e += WIDTH) put(m.error + e, Vector{});
             for (i64 d = 0; d < c->head_dim; d++) {
@@ -222,7 +224,7 @@ extern "C" int gated_steps(const Gated *c) {
                 for (i64 e = 0; e < wide; e += WIDTH) {
                     Vector x = keep == 0 ? Vector{} : at(m.state + d * wide + e) * keep;
                     put(m.state + d * wide + e, x);
-                    if (c->beta) put(m.error + e, at(m.error + e) + x * key[d]);
+                    if (c->beta) put(m.error + e, at(m.error + e) + x * erase[d]);
                 }
             }
             for (i64 e = 0; e < wide; e += WIDTH) {

@@ -3,11 +3,11 @@
 // two. A document begins where the factor is 0. One line, a state and the query heads that read it, is worked on by one thread.
 
 struct Gated {
-    i64 batch, states, heads, k_heads, v_heads, g_heads, beta_heads, rows, keys, head_dim, head_dim_v, q_offset;
+    i64 batch, states, heads, k_heads, v_heads, g_heads, beta_heads, erase_heads, rows, keys, head_dim, head_dim_v, q_offset;
     double scale;
     i64 kind, threads;
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-    Tensor q, k, v, out, grad_out;  // grad_out: or null; out and its gradient have as many heads as states, or those of q if these are more
+    Tensor q, k, v, erase, out, grad_out;  // erase, grad_out: or null; out and its gradient have as many heads as states, or those of q if these are more
     const real *g, *beta;  // (batch or 1, g_heads, keys) and a channel more where `vector`; beta or null
     i64 g_batch, beta_batch, vector;
     const unsigned char *begins;  // (batch or 1, keys), or null
@@ -16,7 +16,7 @@ struct Gated {
     real *after;  // the same at the end
     real *entered;  // (batch, states, chunks + 1, head_dim, whole vectors): before each chunk and after the last, or null
     // Contiguous, a head for every state (of q: of out); rows of whole vectors. `grad_after`: of the state at the end, or null.
-    real *grad_q, *grad_k, *grad_v, *grad_g, *grad_beta, *grad_state;
+    real *grad_q, *grad_k, *grad_v, *grad_g, *grad_beta, *grad_erase, *grad_state;
     const real *grad_after;
 };
 
@@ -48,7 +48,7 @@ struct Chunk {
     const Gated *c;
     i64 broad, wide, group, b, line, key, count, high;
     i64 first, asked, row;  // the rows with queries: from `first` on, `asked` of them, beginning with query `row`
-    real *q, *k, *v, *u, *error, *scaled, *turned, *sums, *spare, *pairs, *between, *by_between, *table;
+    real *q, *k, *e, *v, *u, *error, *scaled, *turned, *sums, *spare, *pairs, *between, *by_between, *table;
     real *kept, *reach, *left, *near, *span;  // of every row, a number or (vector) `broad` of them; `near`: since the part began
     real *state, *grad_state, *other, *beta;
     real *grad, *slopes, *by_q, *by_k, *by_read, *by_u, *through;
@@ -59,7 +59,7 @@ struct Chunk {
         i64 broad = whole_vectors(c->head_dim), wide = whole_vectors(c->head_dim_v), widest = most(broad, wide);
         i64 group = most(1, c->heads / c->states);
         widest = most(widest, PART);
-        return CHUNK * (broad * (2 * group + 9) + wide * (group + 5) + 3 * widest) + (2 * group + 3) * CHUNK * CHUNK + 3 * widest * widest +
+        return CHUNK * (broad * (2 * group + 10) + wide * (group + 5) + 3 * widest) + (2 * group + 3) * CHUNK * CHUNK + 3 * widest * widest +
                CHUNK + 64 * WIDTH;
     }
 
@@ -68,7 +68,7 @@ struct Chunk {
         i64 widest = most(most(broad, wide), PART);
         auto take = [&](i64 n) { real *here = at; at += whole_vectors(n); return here; };
         q = take(group * CHUNK * broad), by_q = take(group * CHUNK * broad);
-        k = take(CHUNK * broad), scaled = take(CHUNK * broad), by_k = take(CHUNK * broad), by_read = take(CHUNK * broad);
+        k = take(CHUNK * broad), e = c->erase.first ? take(CHUNK * broad) : k, scaled = take(CHUNK * broad), by_k = take(CHUNK * broad), by_read = take(CHUNK * broad);
         kept = take(CHUNK * broad), reach = take(CHUNK * broad), left = take(CHUNK * broad), near = take(CHUNK * broad), span = take(CHUNK * broad);
         v = take(CHUNK * wide), u = take(CHUNK * wide), error = take(CHUNK * wide), by_u = take(CHUNK * wide), through = take(CHUNK * wide);
         grad = take(group * CHUNK * wide);
@@ -99,6 +99,7 @@ struct Chunk {
         i64 own = n % c->states;
         key = chunk * CHUNK, count = least(CHUNK, c->keys - key), high = (count + PART - 1) / PART * PART;
         read(c->k, c->head_dim, own * c->k_heads / c->states, key, count, 0, k);
+        if (e != k) read(c->erase, c->head_dim, own * c->erase_heads / c->states, key, count, 0, e);
         read(c->v, c->head_dim_v, own * c->v_heads / c->states, key, count, 0, v);
         first = most(c->q_offset - key, 0);
         asked = most(least(c->q_offset + c->rows - key, count) - first, 0);
@@ -266,13 +267,13 @@ struct Chunk {
         bool strict[MOST_READERS];
         i64 readers = 0;
         for (i64 r = 0; asked && r < group; r++) x[readers] = q + r * CHUNK * broad, to[readers] = pairs + r * CHUNK * CHUNK, strict[readers++] = false;
-        if (c->beta) x[readers] = k, to[readers] = between, strict[readers++] = true;
+        if (c->beta) x[readers] = e, to[readers] = between, strict[readers++] = true;
         if (readers) products(x, to, strict, readers);
         if (!c->beta) {
             __builtin_memcpy(u, v, high * wide * sizeof(real));
             return;
         }
-        times(k, reach, scaled);
+        times(e, reach, scaled);
         product<false>(high, wide, c->head_dim, scaled, broad, 1, state, wide, error, wide);
         for (i64 i = 0; i < high; i++)
             for (i64 e = 0; e < wide; e += WIDTH) {

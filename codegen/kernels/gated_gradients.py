@@ -4,10 +4,12 @@
 else of a chunk from these, all chunks at a time. With ``dM = scale dO U^T`` and ``dN' = -dR U^T`` (of N without beta), each with the decay
 of its pair::
 
-    reads of q:    dq = scale e^c dO S^T + dM k                     reads of k:    z = dN' k - e^c dR S^T, times beta
-    writes of k:   w = e^(c_C - c) U dS'^T + dM^T q + dN'^T beta k      dk = beta z + w        dbeta = k . z + dR . v
+    reads of q:    dq = scale e^c dO S^T + dM k                     reads of e:    z = dN' k - e^c dR S^T, times beta
+    writes of k:   w = e^(c_C - c) U dS'^T + dM^T q + dN'^T beta e      dk = beta z + w        dbeta = e . z + dR . v
 
-The gradient of a log decay is that of its sum ``c``, reads minus writes (``q dq + k beta z - k w``, and ``S' dS'`` at the end of the
+(if it ``ERASES``, e is no k, and ``de = beta z``, ``dk = w``).
+
+The gradient of a log decay is that of its sum ``c``, reads minus writes (``q dq + e beta z - k w``, and ``S' dS'`` at the end of the
 chunk), added up from its row on as far as its document goes.
 """
 
@@ -34,18 +36,21 @@ __all__ = ["carry_back", "slopes"]
 
 @triton.jit(
     do_not_specialize=[
-        "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "d_out_stride_b", "d_out_stride_h",
-        "d_out_stride_row", "gate_stride_b", "beta_stride_b", "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks",
-        "scale",
+        "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "erase_stride_b", "erase_stride_h",
+        "erase_stride_row", "d_out_stride_b", "d_out_stride_h", "d_out_stride_row", "gate_stride_b", "beta_stride_b",
+        "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks", "scale",
     ]
 )  # fmt: skip
 def carry_back(
-    q_ptr, k_ptr, d_out_ptr, gate_ptr, beta_ptr, documents_ptr, pairs_ptr, solve_ptr, d_last_ptr, d_states_ptr, d_v_ptr, through_ptr,
-    q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, d_out_stride_b, d_out_stride_h, d_out_stride_row,
-    gate_stride_b, beta_stride_b, documents_stride_b, q_first, q_rows, length, heads, chunks, scale,
-    READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, GATE_SHARED: tl.constexpr, BETA_SHARED: tl.constexpr,
-    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr,
-    DELTA: tl.constexpr, HAS_LAST: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    q_ptr, k_ptr, erase_ptr, d_out_ptr, gate_ptr, beta_ptr, documents_ptr, pairs_ptr, solve_ptr, d_last_ptr, d_states_ptr, d_v_ptr,
+    through_ptr,
+    q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, erase_stride_b, erase_stride_h, erase_stride_row,
+    d_out_stride_b, d_out_stride_h, d_out_stride_row, gate_stride_b, beta_stride_b, documents_stride_b, q_first, q_rows, length, heads,
+    chunks, scale,
+    READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, ERASE_SHARED: tl.constexpr, GATE_SHARED: tl.constexpr,
+    BETA_SHARED: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_LAST: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``d_states (states, chunks + 1, WIDTH, WIDTH_V)``: of the state before each chunk and of the last; ``d_v`` and, by the delta rule,
     ``through (states, length, WIDTH_V)``: dR. One program ``COLUMNS`` columns of a state."""
@@ -58,6 +63,8 @@ def carry_back(
     gate_ptr = line_of(gate_ptr, line, heads, gate_stride_b, length.to(tl.int64) * GATES, GATE_SHARED)
     beta_ptr = line_of(beta_ptr, line, heads, beta_stride_b, length.to(tl.int64), BETA_SHARED)
     k_ptr = line_of(k_ptr, line, heads, k_stride_b, k_stride_h, K_SHARED)
+    erase_ptr = line_of(erase_ptr, line, heads, erase_stride_b, erase_stride_h, ERASE_SHARED)
+    erase_stride_row = erase_stride_row // ALIGN * ALIGN
     documents_ptr += line // heads * documents_stride_b
     ranks = tl.arange(0, CHUNK)
     inside = (columns < WIDTH)[:, None] & (columns_v < WIDTH_V)[None, :]
@@ -93,7 +100,10 @@ def carry_back(
             tl.store(through_ptr + rows, through, mask=kept)
             by_u = through * numbers_at(beta_ptr, begin, ranks, length)[:, None]
             reach = to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH, VECTOR)
-            d_state -= tl.dot(tl.trans(k * reach), by_u, input_precision=PRECISION)
+            erase = k
+            if ERASES:
+                erase = rows_at(erase_ptr, begin, ranks, 0, length, erase_stride_row, columns, WIDTH)
+            d_state -= tl.dot(tl.trans(erase * reach), by_u, input_precision=PRECISION)
         tl.store(d_v_ptr + rows, by_u.to(d_v_ptr.dtype.element_ty), mask=kept)
     tl.store(d_states_ptr + line * (chunks + 1) * (WIDTH * WIDTH_V) + place, d_state, mask=inside)
 
@@ -134,25 +144,28 @@ def _from_each_row(x, document, ranks, levels):
 
 @triton.jit(
     do_not_specialize=[
-        "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "v_stride_b", "v_stride_h",
-        "v_stride_row", "u_stride_b", "u_stride_h", "u_stride_row", "d_out_stride_b", "d_out_stride_h", "d_out_stride_row",
+        "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "erase_stride_b", "erase_stride_h",
+        "erase_stride_row", "v_stride_b", "v_stride_h", "v_stride_row", "u_stride_b", "u_stride_h", "u_stride_row", "d_out_stride_b",
+        "d_out_stride_h", "d_out_stride_row",
         "gate_stride_b", "beta_stride_b", "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks", "width_v",
         "levels", "scale",
     ]
 )  # fmt: skip
 def slopes(
-    q_ptr, k_ptr, v_ptr, u_ptr, d_out_ptr, gate_ptr, beta_ptr, documents_ptr, through_ptr, states_ptr, d_states_ptr, d_q_ptr, d_k_ptr,
-    d_gate_ptr, d_beta_ptr,
-    q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, v_stride_b, v_stride_h, v_stride_row, u_stride_b,
+    q_ptr, k_ptr, erase_ptr, v_ptr, u_ptr, d_out_ptr, gate_ptr, beta_ptr, documents_ptr, through_ptr, states_ptr, d_states_ptr, d_q_ptr,
+    d_k_ptr, d_erase_ptr, d_gate_ptr, d_beta_ptr,
+    q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, erase_stride_b, erase_stride_h, erase_stride_row,
+    v_stride_b, v_stride_h, v_stride_row, u_stride_b,
     u_stride_h, u_stride_row, d_out_stride_b, d_out_stride_h, d_out_stride_row, gate_stride_b, beta_stride_b, documents_stride_b,
     q_first, q_rows, length, heads, chunks, width_v, levels, scale,
-    READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, V_SHARED: tl.constexpr, U_SHARED: tl.constexpr,
-    GATE_SHARED: tl.constexpr, BETA_SHARED: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr,
+    READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, ERASE_SHARED: tl.constexpr, V_SHARED: tl.constexpr,
+    U_SHARED: tl.constexpr, GATE_SHARED: tl.constexpr, BETA_SHARED: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """``d_q (states * READERS, q_rows, WIDTH)``, ``d_k (states, length, WIDTH)`` and that of log decays; where columns are added up in
-    these and in ``d_beta``, the sum of each block of columns: ``(states, blocks, length)``. One program a block of columns of a chunk.
+    """``d_q (states * READERS, q_rows, WIDTH)``, ``d_k`` and ``d_erase (states, length, WIDTH)`` and that of log decays; where columns
+    are added up in these and in ``d_beta``, the sum of each block of columns: ``(states, blocks, length)``. One program a block of columns
+    of a chunk.
     ``width_v`` and ``levels``: see ``make_pairs``."""
     q_stride_row, k_stride_row = q_stride_row // ALIGN * ALIGN, k_stride_row // ALIGN * ALIGN
     v_stride_row, u_stride_row = v_stride_row // ALIGN * ALIGN, u_stride_row // ALIGN * ALIGN
@@ -169,6 +182,8 @@ def slopes(
     k_ptr = line_of(k_ptr, line, heads, k_stride_b, k_stride_h, K_SHARED)
     v_ptr = line_of(v_ptr, line, heads, v_stride_b, v_stride_h, V_SHARED)
     u_ptr = line_of(u_ptr, line, heads, u_stride_b, u_stride_h, U_SHARED)
+    erase_ptr = line_of(erase_ptr, line, heads, erase_stride_b, erase_stride_h, ERASE_SHARED)
+    erase_stride_row = erase_stride_row // ALIGN * ALIGN
     documents_ptr += line // heads * documents_stride_b
     through_ptr += line * length * WIDTH_V
     states_ptr += (line * (chunks + 1) + chunk) * (WIDTH * WIDTH_V)
@@ -200,17 +215,26 @@ def slopes(
     writes *= from_rows(gate_ptr, document, last, begin, ranks, length, columns, WIDTH, VECTOR)
     reads = tl.zeros([CHUNK, BLOCK], tl.float32)
     by_k = tl.zeros([CHUNK, BLOCK], tl.float32)
+    rows = begin + ranks
+    kept = (rows < length)[:, None] & (columns < WIDTH)[None, :]
+    k_place = (line * length + begin) * WIDTH + (ranks[:, None] * WIDTH + columns[None, :])
     if DELTA:
+        erase = k
+        if ERASES:
+            erase = rows_at(erase_ptr, begin, ranks, 0, length, erase_stride_row, columns, WIDTH)
         beta = numbers_at(beta_ptr, begin, ranks, length)
         by_between = tl.where((ranks[:, None] > ranks[None, :]) & same, by_between, 0.0)
         found, writes = _of_pairs(
-            by_between, k * beta[:, None], writes, k, gate_ptr, begin, ranks, length, columns, levels, WIDTH, VECTOR, PRECISION
+            by_between, erase * beta[:, None], writes, k, gate_ptr, begin, ranks, length, columns, levels, WIDTH, VECTOR, PRECISION
         )  # fmt: skip
         read_by_k = read_by_k * to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH, VECTOR) + found
-        by_beta = tl.where(part == 0, by_beta, 0.0) + tl.sum(k * read_by_k, 1)
+        by_beta = tl.where(part == 0, by_beta, 0.0) + tl.sum(erase * read_by_k, 1)
         tl.store(d_beta_ptr + (line * PARTS + part) * length + begin + ranks, by_beta, mask=begin + ranks < length)
         by_k = read_by_k * beta[:, None]
-        reads = k * by_k
+        reads = erase * by_k
+        if ERASES:
+            tl.store(d_erase_ptr + k_place, by_k.to(d_erase_ptr.dtype.element_ty), mask=kept)
+            by_k = tl.zeros([CHUNK, BLOCK], tl.float32)
     for reader in range(READERS):
         head = line % heads * READERS + reader
         q_line = q_ptr + line // heads * q_stride_b + head // Q_SHARED * q_stride_h
@@ -236,9 +260,7 @@ def slopes(
         kept = ((row >= 0) & (row < q_rows))[:, None] & (columns < WIDTH)[None, :]
         q_place = ((line * READERS + reader) * q_rows + begin - q_first) * WIDTH + (ranks[:, None] * WIDTH + columns[None, :])
         tl.store(d_q_ptr + q_place, by_q.to(d_q_ptr.dtype.element_ty), mask=kept)
-    rows = begin + ranks
     kept = (rows < length)[:, None] & (columns < WIDTH)[None, :]
-    k_place = (line * length + begin) * WIDTH + (ranks[:, None] * WIDTH + columns[None, :])
     tl.store(d_k_ptr + k_place, (by_k + writes).to(d_k_ptr.dtype.element_ty), mask=kept)
 
     by_sums = reads - k * writes

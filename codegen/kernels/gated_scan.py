@@ -1,10 +1,11 @@
 """Linear attention whose decays come with the data, and the delta rule: the forward pass, and a few tokens one by one.
 
 With ``a_t = e^(g_t)``, a number a key or one for each of its channels: ``Sd = a_t S_(t-1)``, ``u_t = v_t`` or, by the delta rule,
-``beta_t (v_t - k_t Sd)``, ``S_t = Sd + k_t^T u_t``, ``out_t = scale q_t S_t``. In a chunk, with ``c`` the sums of ``g`` from its begin::
+``beta_t (v_t - e_t Sd)``, ``S_t = Sd + k_t^T u_t``, ``out_t = scale q_t S_t``; ``e_t`` is ``k_t`` unless it ``ERASES``. In a
+chunk, with ``c`` the sums of ``g`` from its begin::
 
-    M_ij = q_i . k_j e^(c_i - c_j)  (j <= i)        N_ij = beta_i k_i . k_j e^(c_i - c_j)  (j < i)        T = (I + N)^-1
-    U = V, or T beta (V - k e^c S)                  O = scale (q e^c S + M U)                    S' = e^(c_C) S + (k e^(c_C - c))^T U
+    M_ij = q_i . k_j e^(c_i - c_j)  (j <= i)        N_ij = beta_i e_i . k_j e^(c_i - c_j)  (j < i)        T = (I + N)^-1
+    U = V, or T beta (V - e e^c S)                  O = scale (q e^c S + M U)                    S' = e^(c_C) S + (k e^(c_C - c))^T U
 
 :func:`make_pairs` makes M and T of all chunks at a time, :func:`write_states` goes from chunk to chunk, :func:`read_states` makes the
 results of all chunks at a time. Decays may be as strong as they like: exp is taken of sums of log decays between the two rows
@@ -133,16 +134,17 @@ def _pairs(
 
 @triton.jit(
     do_not_specialize=[
-        "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "gate_stride_b", "beta_stride_b",
-        "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks", "width", "levels",
+        "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "erase_stride_b", "erase_stride_h",
+        "erase_stride_row", "gate_stride_b", "beta_stride_b", "documents_stride_b", "q_first", "q_rows", "length", "heads", "chunks",
+        "width", "levels",
     ]
 )  # fmt: skip
 def make_pairs(
-    q_ptr, k_ptr, gate_ptr, beta_ptr, documents_ptr, pairs_ptr, solve_ptr,
-    q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, gate_stride_b, beta_stride_b, documents_stride_b,
-    q_first, q_rows, length, heads, chunks, width, levels,
-    READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, GATE_SHARED: tl.constexpr, BETA_SHARED: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr,
+    q_ptr, k_ptr, erase_ptr, gate_ptr, beta_ptr, documents_ptr, pairs_ptr, solve_ptr,
+    q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, erase_stride_b, erase_stride_h, erase_stride_row,
+    gate_stride_b, beta_stride_b, documents_stride_b, q_first, q_rows, length, heads, chunks, width, levels,
+    READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, ERASE_SHARED: tl.constexpr, GATE_SHARED: tl.constexpr,
+    BETA_SHARED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``pairs (states, READERS, chunks, CHUNK, CHUNK)``: M; ``solve (states, chunks, CHUNK, CHUNK)``: T. One program a chunk of a state.
@@ -168,8 +170,10 @@ def make_pairs(
         tl.store(pairs_ptr + ((line * READERS + reader) * chunks + chunk) * (CHUNK * CHUNK) + place, found)
     if DELTA:
         beta_ptr = line_of(beta_ptr, line, heads, beta_stride_b, length.to(tl.int64), BETA_SHARED)
+        erase_ptr = line_of(erase_ptr, line, heads, erase_stride_b, erase_stride_h, ERASE_SHARED)
+        erase_stride_row = erase_stride_row // ALIGN * ALIGN
         lower = _pairs(
-            k_ptr, k_ptr, gate_ptr, begin, ranks, length, 0, length, k_stride_row, k_stride_row, width, levels, WIDTH, BLOCK,
+            erase_ptr, k_ptr, gate_ptr, begin, ranks, length, 0, length, erase_stride_row, k_stride_row, width, levels, WIDTH, BLOCK,
             VECTOR, PRECISION,
         )  # fmt: skip
         lower = (
@@ -185,17 +189,18 @@ def make_pairs(
 
 @triton.jit(
     do_not_specialize=[
-        "k_stride_b", "k_stride_h", "k_stride_row", "v_stride_b", "v_stride_h", "v_stride_row", "gate_stride_b", "beta_stride_b",
-        "documents_stride_b", "length", "heads", "chunks",
+        "k_stride_b", "k_stride_h", "k_stride_row", "erase_stride_b", "erase_stride_h", "erase_stride_row", "v_stride_b", "v_stride_h",
+        "v_stride_row", "gate_stride_b", "beta_stride_b", "documents_stride_b", "length", "heads", "chunks",
     ]
 )  # fmt: skip
 def write_states(
-    k_ptr, v_ptr, gate_ptr, beta_ptr, documents_ptr, solve_ptr, initial_ptr, written_ptr, states_ptr,
-    k_stride_b, k_stride_h, k_stride_row, v_stride_b, v_stride_h, v_stride_row, gate_stride_b, beta_stride_b, documents_stride_b,
-    length, heads, chunks,
-    K_SHARED: tl.constexpr, V_SHARED: tl.constexpr, GATE_SHARED: tl.constexpr, BETA_SHARED: tl.constexpr, WIDTH: tl.constexpr,
-    WIDTH_V: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    k_ptr, erase_ptr, v_ptr, gate_ptr, beta_ptr, documents_ptr, solve_ptr, initial_ptr, written_ptr, states_ptr,
+    k_stride_b, k_stride_h, k_stride_row, erase_stride_b, erase_stride_h, erase_stride_row, v_stride_b, v_stride_h, v_stride_row,
+    gate_stride_b, beta_stride_b, documents_stride_b, length, heads, chunks,
+    K_SHARED: tl.constexpr, ERASE_SHARED: tl.constexpr, V_SHARED: tl.constexpr, GATE_SHARED: tl.constexpr, BETA_SHARED: tl.constexpr,
+    WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    VECTOR: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``states (states, chunks + 1, WIDTH, WIDTH_V)`` before each chunk and after the last; by the delta rule ``written (states, length,
     WIDTH_V)``: u. One program ``COLUMNS`` columns of a state."""
@@ -208,6 +213,8 @@ def write_states(
     beta_ptr = line_of(beta_ptr, line, heads, beta_stride_b, length.to(tl.int64), BETA_SHARED)
     k_ptr = line_of(k_ptr, line, heads, k_stride_b, k_stride_h, K_SHARED)
     v_ptr = line_of(v_ptr, line, heads, v_stride_b, v_stride_h, V_SHARED)
+    erase_ptr = line_of(erase_ptr, line, heads, erase_stride_b, erase_stride_h, ERASE_SHARED)
+    erase_stride_row = erase_stride_row // ALIGN * ALIGN
     documents_ptr += line // heads * documents_stride_b
     ranks = tl.arange(0, CHUNK)
     inside = (columns < WIDTH)[:, None] & (columns_v < WIDTH_V)[None, :]
@@ -227,7 +234,10 @@ def write_states(
             beta = numbers_at(beta_ptr, begin, ranks, length)
             solve = tl.load(solve_ptr + (line * chunks + chunk) * (CHUNK * CHUNK) + (ranks[:, None] * CHUNK + ranks[None, :]))
             reach = to_rows(gate_ptr, document, before, begin, ranks, length, columns, WIDTH, VECTOR)
-            error = (u - product(k * reach, state, PRECISION)) * beta[:, None]
+            erase = k
+            if ERASES:
+                erase = rows_at(erase_ptr, begin, ranks, 0, length, erase_stride_row, columns, WIDTH)
+            error = (u - product(erase * reach, state, PRECISION)) * beta[:, None]
             u = tl.dot(solve, error, input_precision=PRECISION)
             kept = (begin + ranks < length)[:, None] & (columns_v < WIDTH_V)[None, :]
             rows = (line * length + begin) * WIDTH_V + (ranks[:, None] * WIDTH_V + columns_v[None, :])
@@ -286,17 +296,19 @@ def read_states(
 
 @triton.jit(
     do_not_specialize=[
-        "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "v_stride_b", "v_stride_h",
-        "v_stride_row", "gate_stride_b", "beta_stride_b", "documents_stride_b", "q_first", "q_rows", "length", "heads", "scale",
+        "q_stride_b", "q_stride_h", "q_stride_row", "k_stride_b", "k_stride_h", "k_stride_row", "erase_stride_b", "erase_stride_h",
+        "erase_stride_row", "v_stride_b", "v_stride_h", "v_stride_row", "gate_stride_b", "beta_stride_b", "documents_stride_b", "q_first",
+        "q_rows", "length", "heads", "scale",
     ]
 )  # fmt: skip
 def step(
-    q_ptr, k_ptr, v_ptr, gate_ptr, beta_ptr, documents_ptr, initial_ptr, states_ptr, out_ptr,
-    q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, v_stride_b, v_stride_h, v_stride_row, gate_stride_b,
-    beta_stride_b, documents_stride_b, q_first, q_rows, length, heads, scale,
-    READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, V_SHARED: tl.constexpr, GATE_SHARED: tl.constexpr,
-    BETA_SHARED: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
-    VECTOR: tl.constexpr, DELTA: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    q_ptr, k_ptr, erase_ptr, v_ptr, gate_ptr, beta_ptr, documents_ptr, initial_ptr, states_ptr, out_ptr,
+    q_stride_b, q_stride_h, q_stride_row, k_stride_b, k_stride_h, k_stride_row, erase_stride_b, erase_stride_h, erase_stride_row,
+    v_stride_b, v_stride_h, v_stride_row, gate_stride_b, beta_stride_b, documents_stride_b, q_first, q_rows, length, heads, scale,
+    READERS: tl.constexpr, Q_SHARED: tl.constexpr, K_SHARED: tl.constexpr, ERASE_SHARED: tl.constexpr, V_SHARED: tl.constexpr,
+    GATE_SHARED: tl.constexpr, BETA_SHARED: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, WHOLE: tl.constexpr,
+    COLUMNS: tl.constexpr, VECTOR: tl.constexpr, DELTA: tl.constexpr, ERASES: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
     """The recurrence as it is written, token by token: ``out``, and the state ``(states, WIDTH, WIDTH_V)`` after the last. One program
     ``COLUMNS`` columns of a state."""
@@ -309,6 +321,7 @@ def step(
     beta_ptr = line_of(beta_ptr, line, heads, beta_stride_b, length.to(tl.int64), BETA_SHARED)
     k_ptr = line_of(k_ptr, line, heads, k_stride_b, k_stride_h, K_SHARED)
     v_ptr = line_of(v_ptr, line, heads, v_stride_b, v_stride_h, V_SHARED)
+    erase_ptr = line_of(erase_ptr, line, heads, erase_stride_b, erase_stride_h, ERASE_SHARED)
     documents_ptr += line // heads * documents_stride_b
     inside = real[:, None] & real_v[None, :]
     place = line * (WIDTH * WIDTH_V) + (columns[:, None] * WIDTH_V + columns_v[None, :])
@@ -326,7 +339,10 @@ def step(
             new = document_at(documents_ptr, token, 0, length) != document_at(documents_ptr, token - 1, 0, length)
             state = tl.where(new, 0.0, state)
         if DELTA:
-            u = (u - tl.sum(k[:, None] * state, 0)) * tl.load(beta_ptr + token)
+            erase = k
+            if ERASES:
+                erase = tl.load(erase_ptr + token * erase_stride_row + columns, mask=real, other=0.0).to(tl.float32)
+            u = (u - tl.sum(erase[:, None] * state, 0)) * tl.load(beta_ptr + token)
         state += k[:, None] * u[None, :]
         row = token - q_first
         if (row >= 0) & (row < q_rows):

@@ -155,15 +155,16 @@ def _attend(node: Attend, lengths: Lengths) -> CostStep:
 
 def _linear(node: Linear, lengths: Lengths) -> CostStep:
     """A state is read and written once a token; by the delta rule read for its keys too, and keys meet within chunks of ``CHUNK``."""
-    gates = [gate for gate in (node.gate, node.beta, node.write) if gate is not None]
+    gates = [gate for gate in (node.gate, node.beta, node.write, node.erase, node.along) if gate is not None]
     heads = max(lengths.of(axis) for axis in ("heads", "value_heads", *(gate.axes[1] for gate in gates)))
     width, width_v = lengths.of(node.y.axes[3]), lengths.of(node.z.axes[3]) + (node.normalised is not None)
     width = 1 + width + width * (width + 1) // 2 if node.features == "taylor" else width
     each = 4 * width * width_v
     if node.form:
         each += 2 * CHUNK * (width + width_v)
-    if node.beta is not None:
+    if node.beta is not None or node.erase is not None:
         each += 2 * width * width_v + CHUNK * (4 * width + 2 * width_v) + CHUNK * CHUNK // 3
+    each *= 1 if node.along is None else 2  # two rows a token
     read = lengths.bytes(*gates) + 3 * lengths.count("batch", "keys") * heads * width * lengths.item
     return CostStep(node, ATTENDING, lengths.count("batch", "queries") * heads * each, read)
 

@@ -163,10 +163,8 @@ class Calls:
                     "summaries=, state= and return_state= count tokens from the first one on, and this call is of rows or heads that stand "
                     "elsewhere: leave them out, or call it on all heads, with q_offset= for rows"
                 )
-            moved, positions, offset = relocated_call(self.program, words.where, q, k, v, words.named)
-            offset = words.q_offset if offset is None else offset
-            words = words._replace(named={**words.named, **positions}, q_offset=offset, where=None)
-            return self.at(moved).attend_now(q, k, v, words)
+            calls, words, _ = self.elsewhere(q, k, v, words)
+            return calls.attend_now(q, k, v, words)
         if summaries is not None:
             self._check_kept(summaries)
         if self.static is not None and state is None and not words.return_state:
@@ -205,6 +203,15 @@ class Calls:
             if keeps and isinstance(run, Lowering):
                 self._repeated.remember(checked, (words.scale,), _kind(checked, run, words.return_lse))
         return out.to(checked.q.dtype), lse, after
+
+    def elsewhere(self, q: Any, k: Any, v: Any, words: CallWords) -> tuple[Calls, CallWords, Relocation]:
+        """A call whose rows or heads stand elsewhere as an ordinary one: who makes it, its words, and what was told the program."""
+        assert words.where is not None
+        moved, positions, offset = relocated_call(self.program, words.where, q, k, v, words.named)
+        calls, offset = self.at(moved), words.q_offset if offset is None else offset
+        # A mask may look at positions of keys alone, or at none.
+        read = {name: table for name, table in positions.items() if name in calls.table_names}
+        return calls, words._replace(named={**words.named, **read}, q_offset=offset, where=None), moved
 
     def at(self, where: Relocation) -> Calls:
         """What makes calls that stand there."""

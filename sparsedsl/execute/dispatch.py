@@ -149,11 +149,14 @@ class Dispatch:
         """A scan of decayed linear attention: see :func:`~sparsedsl.backends.tiled.scan_linear.linear_scan`."""
         return takes(Request("linear", _facts(q, k, v)), self.backend, self.patience).linear(q, k, v, decay, **words)
 
-    def gated(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, form: str, **words: Any) -> Any:
+    def gated(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, erase: Tensor | None, form: str,
+        **words: Any,
+    ) -> Any:  # fmt: skip
         """A scan whose decays come with the data: see :func:`~sparsedsl.backends.tiled.scan_gated.gated_scan`."""
-        grad = wants_grad(q, k, v, log_decay, *([] if beta is None else [beta]))
+        grad = wants_grad(q, k, v, log_decay, *(t for t in (beta, erase) if t is not None))
         request = Request("linear", CallFacts.of(q, k, v, grad=grad, lse=True), form=form)
-        return takes(request, self.backend, self.patience).gated(q, k, v, log_decay, beta, **words)
+        return takes(request, self.backend, self.patience).gated(q, k, v, log_decay, beta, erase, **words)
 
 
 def request_of(selected: SelectedCall, facts: CallFacts) -> Request:

@@ -107,7 +107,7 @@ def _recall(run: Lowering, node: Recall) -> Result:
 
 
 def _linear(run: Lowering, node: Linear) -> Result:
-    found = run_linear(node, run.call, run.dispatch, run.value)
+    found = run_linear(node, run.call, run.dispatch, run.value, state=run.call.state_of(node))
     run.after[node] = run.call.k.shape[2], found.state
     return found.out, found.lse
 

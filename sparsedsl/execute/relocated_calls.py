@@ -47,9 +47,9 @@ def relocated_call(
             _check_blocks(name, positions, blocks_kept_whole(program)[side], end)
         given.append((positions, runs))
     (q_at, q_runs), (kv_at, kv_runs) = given
-    moved = Relocation(heads=heads, entry=where.entry, lengths=where.lengths)
-    # No positions at all, or from one on: what every call can be told.
-    if q_at is None:
+    moved = Relocation(heads=heads, entry=where.entry, lengths=where.lengths, scanned=where.scanned)
+    # No positions at all, or no pairs that stand anywhere, or from one on: what every call can be told.
+    if q_at is None or not (q.shape[2] and k.shape[2]):
         return moved, {}, None
     if (kv_at is None or _from(kv_runs, 0)) and len(q_runs) == 1 and q_runs[0][2] == 1:
         return moved, {}, q_runs[0][1]

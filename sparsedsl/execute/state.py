@@ -287,7 +287,8 @@ def _slots_after(node: Recall, call: ProgramCall, dispatch: Dispatch, read: int)
 
 
 def _linear_after(node: Linear, call: ProgramCall, dispatch: Dispatch, read: int) -> Any:
-    return run_linear(node, call, dispatch, functools.partial(_given, call), rows=read).state
+    given = functools.partial(_given, call)
+    return run_linear(node, call, dispatch, given, state=call.state_of(node), rows=read).state
 
 
 _LOOKS_AT_ALL = StateRule(_all_tokens)

@@ -5,7 +5,8 @@
 3. *plan*    (:mod:`.planning`):  what each rank holds, gets and computes: a :class:`TokenPlan`
    or what that would cost on more devices than are here (:mod:`.simulating`)
 4. *send*    (:mod:`.exchange`):  keys to those who see them, and their gradients back (:mod:`.sending`); for programs that choose, first
-   what blocks are compared by, then what was chosen (:mod:`.stages`, :mod:`.choosing`)
+   what blocks are compared by, then what was chosen (:mod:`.stages`, :mod:`.choosing`); for recurrences states (:mod:`.scanning`). Ways
+   that follow from who holds what are :mod:`.holding`'s
 """
 
 from sparsedsl.lang.advice import answer_for

@@ -106,7 +106,7 @@ def costs_of(task: Task, owner: Owner) -> Costs:
             inside = upto[torch.minimum(end, stop[run])] - upto[first[run]]
             seen.append(torch.where(place < 0, 0, before[run] + torch.where(rank[run] == ranks, inside, tokens[run])))
         received.index_add_(0, ranks, seen[0] - seen[1])
-    seconds = work / task.rates.pairs + received / task.rates.keys
+    seconds = work / task.rates.pairs + received.double() / task.rates.keys
     return Costs(work, received, float(seconds.max()))
 
 
@@ -173,9 +173,9 @@ def _unit(task: Task) -> int:
 def _sight(task: Task, unit: int) -> Sight:
     """What units of so many chunks need of each other."""
     count, granules = -(-task.work.numel() // unit), task.granules_a_chunk * unit
-    needs = torch.zeros((len(task.runs), count, count + 1))
+    needs = torch.zeros((len(task.runs), count, count + 1), dtype=torch.float32)
     for need, (chunk, first, stop) in zip(needs, task.runs, strict=True):
-        one = torch.ones(chunk.numel())
+        one = torch.ones(chunk.numel(), dtype=torch.float32)
         need.index_put_((chunk // unit, first // granules), one, accumulate=True)
         need.index_put_((chunk // unit, (stop - 1) // granules + 1), -one, accumulate=True)
     seen = (needs.cumsum(2)[:, :, :-1] > 0).float()
@@ -215,7 +215,7 @@ def _swapped(task: Task, owner: Owner, best: Costs) -> tuple[Owner, Costs]:
     """The assignment with chunks of the slowest rank exchanged for lighter ones of the fastest, as long as that helps."""
     ranks = list(owner)
     for _ in range(SWAPS):
-        seconds = best.work / task.rates.pairs + best.received / task.rates.keys
+        seconds = best.work / task.rates.pairs + best.received.double() / task.rates.keys
         slow, fast = int(seconds.argmax()), int(seconds.argmin())
         gap = float(best.work[slow] - best.work[fast]) / 2
         mine, others = ([i for i, rank in enumerate(ranks) if rank == end] for end in (slow, fast))

@@ -3,9 +3,10 @@
 The stages of a call, each on all ranks at once:
 
 1. *spread*  rows that blocks are compared by, and what attends to such rows alone, are made where the keys lie and sent to all
-2. *choose*  the program of the queries of this rank over all blocks gives its choices
-3. *fetch*   whole blocks of keys: those that the mask allows in any case, and those that were chosen; who is asked is told first
-4. *attend*  the program of these queries and these keys, in which the choices are known
+2. *scan*    recurrences run along the keys that lie here, from the states that others end in (:mod:`.scanning`)
+3. *choose*  the program of the queries of this rank over all blocks gives its choices
+4. *fetch*   whole blocks of keys: those that the mask allows in any case, and those that were chosen; who is asked is told first
+5. *attend*  the program of these queries and these keys, in which the choices are known
 
 Backward, gradients go back the ways that rows came.
 """
@@ -13,7 +14,7 @@ Backward, gradients go back the ways that rows came.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +25,10 @@ from sparsedsl.execute.attend_rule import chunk_weights
 from sparsedsl.execute.call_words import CallWords
 from sparsedsl.execute.calls import Calls
 from sparsedsl.execute.kept_summaries import Pooling
-from sparsedsl.execute.relocated_calls import relocated_call
 from sparsedsl.lang.tables import by_kept_name
-from sparsedsl.parallel.sending import Route, all_to_all, sent, tied
+from sparsedsl.parallel.holding import Held
+from sparsedsl.parallel.scanning import scanned
+from sparsedsl.parallel.sending import sent, tied
 from sparsedsl.parallel.stages import Stages, stages_of, whole_blocks
 from sparsedsl.program import tensors
 from sparsedsl.program.axes import base_of, block_of, rows_on
@@ -34,67 +36,15 @@ from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.relocation import Relocation, relocated_nodes
 from sparsedsl.program.tensors import Input
+from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.program_call import check_program_call
 from sparsedsl.runtime.standing import Standing
 from sparsedsl.selection.selected_blocks import SelectedBlocks
 
-__all__ = ["ChoosingCalls", "Held"]
+__all__ = ["ChoosingCalls"]
 
 Tensor = torch.Tensor
 Values = Mapping[Input, Tensor]
-
-
-class Held:
-    """Which rank holds which rows, seen from one: ``rows`` of each, rising, in whole blocks of every size that is asked for."""
-
-    def __init__(self, rows: Sequence[Tensor], rank: int, group: Any) -> None:
-        self.rows, self.rank, self.group = rows, rank, group
-        self.length = sum(part.numel() for part in rows)
-        self._routes: dict[int, Route] = {}
-
-    def blocks(self, rank: int, size: int) -> Tensor:
-        """The numbers of the blocks of ``size`` rows that a rank holds."""
-        rows = self.rows[rank]
-        return rows[rows % size == 0] // size
-
-    def to_all(self, size: int) -> Route:
-        """One row for each block of every rank, to all of them."""
-        if size not in self._routes:
-            numbers = [self.blocks(rank, size) for rank in range(len(self.rows))]
-            own, others = torch.arange(numbers[self.rank].numel()), [rank for rank in range(len(self.rows)) if rank != self.rank]
-            to_each = [0 if rank == self.rank else own.numel() for rank in range(len(self.rows))]
-            from_each = [0 if rank == self.rank else numbers[rank].numel() for rank in range(len(self.rows))]
-            order = torch.cat([numbers[rank] for rank in (self.rank, *others)]).argsort()
-            self._routes[size] = Route(own.repeat(len(others)), (to_each, from_each), own, order, self.group)
-        return self._routes[size]
-
-    def fetched(self, units: Tensor, size: int) -> tuple[Route, Tensor]:
-        """The rows of these blocks of ``size`` (rising numbers), from whoever holds them, and the positions of the rows. Ranks tell each
-        other what they want: this waits for the numbers."""
-        world, device = len(self.rows), units.device
-        holder = torch.zeros(-(-self.length // size), dtype=torch.int64)
-        for rank in range(world):
-            holder[self.blocks(rank, size)] = rank
-        holder = holder.to(device)[units]
-        asked = [units[holder == rank] for rank in range(world)]
-        own = asked[self.rank]
-        asked[self.rank] = own[:0]
-        number = torch.tensor([part.numel() for part in asked], device=device)
-        wanted_of = all_to_all(number, [1] * world, [1] * world, self.group).tolist()
-        wanted = all_to_all(torch.cat(asked), number.tolist(), wanted_of, self.group)
-        rows = self.rows[self.rank].to(device)
-        to_each = [self._positions(part, size) for part in wanted.split(wanted_of)]
-        from_each = [self._positions(part, size) for part in asked]
-        kept = self._positions(own, size)
-        positions = torch.cat([kept, *from_each])
-        order = positions.argsort()
-        counts = [part.numel() for part in to_each], [part.numel() for part in from_each]
-        route = Route(torch.searchsorted(rows, torch.cat(to_each)), counts, torch.searchsorted(rows, kept), order, self.group)
-        return route, positions[order]
-
-    def _positions(self, units: Tensor, size: int) -> Tensor:
-        positions = (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
-        return positions[positions < self.length]
 
 
 class ChoosingCalls:
@@ -103,7 +53,7 @@ class ChoosingCalls:
 
     def __init__(self, program: Program, held: Held, certain: Tensor) -> None:
         self.held, self.certain = held, certain
-        self.unit = whole_blocks(program)[1]
+        self.whole, self.unit = whole_blocks(program)
         self.last_keys = certain
         self._stages: dict[frozenset[str], Stages] = {}
         self._nodes: dict[Relocation, dict[Node, Any]] = {}
@@ -125,10 +75,8 @@ class ChoosingCalls:
         refused = calls.refused_use(grad=any(x.requires_grad for x in values.values()), lse=words.return_lse)
         if refused is not None:
             raise UnsupportedError(refused)
-        if calls.backend == "reference":
-            return call.densely()
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = call.made()
+            out, lse = call.densely() if calls.backend == "reference" else call.made()
         return (out.to(q.dtype), lse) if words.return_lse else out.to(q.dtype)
 
     def nodes(self, program: Program, where: Relocation) -> dict[Node, Any]:
@@ -174,16 +122,26 @@ class _Call:
     def where(self) -> Standing:
         """Where the queries stand."""
         assert self.words.where is not None
-        return self.words.where
+        return replace(self.words.where, scanned=bool(self.stages.recurrent))
 
     # ---- stages ---------------------------------------------------------------------------------------------------------------------
 
-    def densely(self) -> Any:
-        """Every key to all ranks: the reference looks at all pairs in any case."""
-        whole = {node: self._whole(node, self.values[node]) for node in self.values if _keys_axis(node) is not None}
-        named = {**self.words.named, **{node.name: x for node, x in whole.items()}}
-        k, v = (named.pop(node.name) for node in (tensors.k, tensors.v))
-        return self.calls(self.values[tensors.q], k, v, self.words._replace(named=named))
+    def densely(self) -> tuple[Tensor, Tensor | None]:
+        """Every key to all ranks: the reference looks at all pairs in any case. Recurrences are of whole sequences there, with all
+        queries."""
+        every, where = ("keys", "queries") if self.stages.recurrent else ("keys",), self.words.where
+        whole = {node: self._whole(node, x) for node, x in self.values.items() if _token_axis(node, *every) is not None}
+        named = {**self.words.named, **{node.name: x for node, x in {**self.values, **whole}.items()}}
+        q, k, v = (named.pop(node.name) for node in (tensors.q, tensors.k, tensors.v))
+        words = self.words._replace(named=named, return_lse=self.calls.has_lse)
+        if where is not None and self.stages.recurrent:
+            words = words._replace(where=replace(where, queries=None, lengths=None))
+        found = self.calls(q, k, v, words)
+        out, lse = found if self.calls.has_lse else (found, None)
+        if self.stages.recurrent:
+            rows = self.part.held.rows[self.part.held.rank].to(q.device)
+            out, lse = out[:, :, rows], None if lse is None else lse[:, :, rows]
+        return self._tied(out, lse)
 
     def made(self) -> tuple[Tensor, Tensor | None]:
         """Out, and the LSE where it is wanted."""
@@ -191,14 +149,18 @@ class _Call:
         # Whatever the way of this rank through the program, it takes part in what all do together, in one order.
         spread = {node: self._spread(node) for node in stages.spread}
         length = self.part.held.length
-        before, known = self._evaluation(self.where, {**self._hollow(length), **spread}, summaries=self)
+        where, queries = self._standing()
+        before, known = self._evaluation(where, {**self._hollow(length), **spread, **queries}, summaries=self)
         self.graded = {known[node] for node in stages.pooled if node in stages.graded}
         for node in stages.pooled:
             before.value(known[node])
+        scans = {node: self._scanned(known[node], before, known) for node in stages.recurrent}
+        before.values.update({known[node]: found for node, found in scans.items()})
+        if not self.values[tensors.q].shape[2]:
+            return self._of_no_rows()
         choices = {node: before.value(known[node]) for node in stages.choices}
         if not stages.late:
-            out, lse = before.value(known[program.root])
-            return tied(out, *self.ways), lse
+            return self._tied(*before.value(known[program.root]))
         units = self._wanted(choices)
         fetched, positions = self._fetched(units)
         where = replace(self.where, keys=positions)
@@ -208,23 +170,56 @@ class _Call:
         place[units] = torch.arange(units.numel(), device=units.device)
         for node, selected in choices.items():
             after.values[meant[node]] = _among_fetched(selected, place, self.part.unit, positions.numel(), first)
-        for node in stages.early:
+        for node in (*stages.recurrent, *stages.early):
             after.values[meant[node]] = before.value(known[node])
         for node in stages.late:
             after.chunk_weights[meant[node]] = chunk_weights(before, known[node])
-        out, lse = after.value(meant[program.root])
-        return tied(out, *self.ways), lse
+        return self._tied(*after.value(meant[program.root]))
+
+    def _standing(self) -> tuple[Standing, dict[Input, Tensor]]:
+        """Where queries stand. A rank without tokens has a block of zeros for them: no call has fewer, and nobody reads what it gives."""
+        if self.values[tensors.q].shape[2]:
+            return self.where, {}
+        rows, found = min(self.part.whole, self.part.held.length), {}
+        for node, value in self.values.items():
+            axis = _token_axis(node, "queries")
+            if axis is not None:
+                shape = list(value.shape)
+                shape[axis] = rows_on(node.axes[axis], rows)
+                found[node] = value.new_zeros(shape)
+        return replace(self.where, queries=torch.arange(rows, device=self.values[tensors.q].device)), found
+
+    def _of_no_rows(self) -> tuple[Tensor, Tensor]:
+        """The results of a rank that holds no tokens; what others fetch and send back it takes part in."""
+        q, v = (self.values[node] for node in (tensors.q, tensors.v))
+        if self.stages.late:
+            self._fetched(torch.zeros(0, dtype=torch.int64, device=q.device))
+        shape = (q.shape[0], max(q.shape[1], v.shape[1]), 0)
+        self.ways += [x for node, x in self.values.items() if node in self.stages.graded]
+        out, lse = self._tied(q.new_zeros((*shape, v.shape[3])), q.new_zeros(shape, dtype=accumulated(q.dtype)))
+        assert lse is not None
+        return out, lse
+
+    def _tied(self, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Results, either of which gradients go back from to all that came from others."""
+        return tied(out, *self.ways), None if lse is None else tied(lse, *self.ways)
 
     def _evaluation(self, where: Standing, values: Values, summaries: Any = None) -> tuple[Any, dict[Node, Any]]:
         """An evaluation of the program that stands there, and its nodes by those of the program."""
         program, words, given = self.calls.program, self.words, {**self.values, **values}
         q, k, v = (given.pop(node) for node in (tensors.q, tensors.k, tensors.v))
         named = {**words.named, **{node.name: x for node, x in given.items()}}
-        moved, positions, offset = relocated_call(program, where, q, k, v, named)
-        calls = self.calls.at(moved)
-        named |= positions
-        checked = check_program_call(calls.program, q, k, v, named, q_offset=offset or 0, scale=words.scale)
+        calls, told, moved = self.calls.elsewhere(q, k, v, words._replace(named=named, where=where))
+        checked = check_program_call(calls.program, q, k, v, told.named, q_offset=told.q_offset or 0, scale=words.scale)
         return calls.evaluation(checked, words.return_lse, summaries=summaries), self.part.nodes(program, moved)
+
+    def _scanned(self, node: Any, before: Any, known: Mapping[Node, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """What a recurrence gives of the rows of this rank, if it has any."""
+        local = {known.get(read, read): value for read, value in self.values.items()}
+        call = replace(before.call, inputs={**before.call.inputs, **local}, q_offset=0)
+        out, lse, states = scanned(node, call, before.dispatch, self.part.held)
+        self.ways.append(states)
+        return out, lse
 
     def _wanted(self, choices: Mapping[Any, SelectedBlocks]) -> Tensor:
         """The numbers of the blocks of keys that the queries of this rank may see."""
@@ -237,6 +232,8 @@ class _Call:
             number = selected.indices.long() * selected.kv_block // unit
             wanted[torch.where(selected.indices < 0, count, number).flatten()] = True
         wanted[count] = False
+        if self.stages.recurrent:  # all of its own, which cost nothing: a call of a recurrence has no fewer keys than queries
+            wanted[self.part.held.blocks(self.part.held.rank, unit).to(device)] = True
         if not bool(wanted.any()):  # one of its own, so that there are keys at all
             wanted[self.part.held.blocks(self.part.held.rank, unit)[:1].to(device)] = True
         return wanted.nonzero()[:, 0]
@@ -265,7 +262,7 @@ class _Call:
         it is NaN."""
         found = {}
         for node, value in self.values.items():
-            axis = _keys_axis(node)
+            axis = _token_axis(node, "keys")
             if axis is None:
                 continue
             shape = list(value.shape)
@@ -289,7 +286,7 @@ class _Call:
         return self._whole(node, value if node in self.stages.graded else value.detach())
 
     def _whole(self, node: Input, value: Tensor) -> Tensor:
-        axis = _keys_axis(node)
+        axis = _token_axis(node, "keys", "queries")
         assert axis is not None
         return self._to_all(value, axis, block_of(node.axes[axis]))
 
@@ -299,9 +296,9 @@ class _Call:
         return found.movedim(0, axis)
 
 
-def _keys_axis(node: Input) -> int | None:
-    """The axis of an input that counts keys, or blocks of them."""
-    return next((number for number, axis in enumerate(node.axes) if base_of(axis) == "keys"), None)
+def _token_axis(node: Input, *bases: str) -> int | None:
+    """The axis of an input that counts keys, or queries, or blocks of them."""
+    return next((number for number, axis in enumerate(node.axes) if base_of(axis) in bases), None)
 
 
 def _among_fetched(selected: SelectedBlocks, place: Tensor, unit: int, keys: int, first: int) -> SelectedBlocks:

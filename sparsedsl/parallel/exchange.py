@@ -18,8 +18,9 @@ from sparsedsl.execute.call_words import CallWords
 from sparsedsl.execute.calls import Calls
 from sparsedsl.lang.advice import shown
 from sparsedsl.lang.tables import by_kept_name
-from sparsedsl.parallel.choosing import ChoosingCalls, Held
+from sparsedsl.parallel.choosing import ChoosingCalls
 from sparsedsl.parallel.fingerprints import digests
+from sparsedsl.parallel.holding import Held
 from sparsedsl.parallel.sending import Route, begun, sent, tied
 from sparsedsl.program.branches import as_branch
 from sparsedsl.program.graph import Program
@@ -149,9 +150,10 @@ class Exchange:
         to_each = [plan.sent(self.rank, other, name) for other in range(plan.world)]
         from_each = [plan.sent(other, self.rank, name) for other in range(plan.world)]
         self._counts = [part.numel() for part in to_each], [part.numel() for part in from_each]
-        # Rows as they come, own ones first, in the order of their positions.
-        own, order = torch.searchsorted(self.rows, wanted[mine]), torch.cat([wanted[mine], *from_each]).argsort()
-        self._route = Route(torch.searchsorted(self.rows, torch.cat(to_each)), self._counts, own, order, self.group)
+        # Rows as they come, own ones first, to where their positions are in order.
+        places = torch.searchsorted(wanted, torch.cat([wanted[mine], *from_each]))
+        rows, own = torch.searchsorted(self.rows, torch.cat(to_each)), torch.searchsorted(self.rows, wanted[mine])
+        self._route = Route(rows, self._counts, own, places, self.group)
         self._held = Held([plan.rows(rank) for rank in range(plan.world)], self.rank, self.group)
         self._choosing: weakref.WeakKeyDictionary[Calls, ChoosingCalls] = weakref.WeakKeyDictionary()
         self._positions = wanted[mine], torch.cat(from_each).sort()

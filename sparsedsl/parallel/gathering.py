@@ -49,7 +49,7 @@ class _Filling:
         self.sight = sight
         self.owner = torch.full((count,), -1, dtype=torch.int64)
         self.load = torch.zeros(world, dtype=torch.float64)
-        self.received = torch.zeros(world)
+        self.received = torch.zeros(world, dtype=torch.float32)
         self.room = torch.full((world,), count)
         if sight.equal:
             self.room = count // world + (torch.arange(world) < count % world).long()
@@ -124,7 +124,7 @@ def refined(sight: Sight, owner: tuple[int, ...]) -> tuple[int, ...]:
     """
     count, world, patterns = sight.count, sight.world, sight.needs.shape[0]
     needs, ranks = sight.needs.movedim(0, 1), torch.tensor(owner)
-    users = torch.zeros((world, patterns, count)).index_add_(0, ranks, needs)
+    users = torch.zeros((world, patterns, count), dtype=torch.float32).index_add_(0, ranks, needs)
     load = torch.zeros(world, dtype=torch.float64).index_add_(0, ranks, sight.work)
     held = ranks == torch.arange(world)[:, None]
     received = ((users > 0) & ~held[:, None]).sum((1, 2)).double()

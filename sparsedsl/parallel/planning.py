@@ -149,23 +149,16 @@ class TokenPlan(Reported):
             mesh: a ``DeviceMesh`` with one dimension, or a process group. name: of the pattern, where the plan is for several.
             overlap: attend to the rank's own keys while those of others are on their way, then to these, and merge the two by their LSE.
                 It hides the transfer of the forward pass where own keys are much work, and costs a second call; results then differ by the
-                rounding of a sum, in half precision by one more rounding of out. Of patterns with an LSE; programs that choose take none.
+                rounding of a sum, in half precision by one more rounding of out. Of patterns with an LSE; programs take none.
 
         Raises:
-            UnsupportedError: ranks have other plans, ``overlap`` with a program, or a rank without tokens with one.
+            UnsupportedError: ranks have other plans, or ``overlap`` with a program.
             ShapeError: the mesh has another number of ranks.
         """
         name = self._name(name)
         if overlap and name in self._programs:
             raise UnsupportedError(
-                f"overlap=True is for patterns whose keys are known before the call, and {name or 'this'} is a program that chooses: leave "
-                "it out"
-            )
-        idle = sorted(set(range(self.world)) - set(self.owner))
-        if idle and name in self._programs:
-            raise UnsupportedError(
-                f"rank {idle[0]} holds no tokens, and {name or 'this'} is a program that chooses, in which all ranks take part: make the "
-                "plan with equal=True, or for fewer ranks"
+                f"overlap=True is for patterns whose keys are known before the call, and {name or 'this'} is a program: leave it out"
             )
         key, tables = self._masks[name]
         return Exchange(self, mesh, name, key, tables, overlap)
@@ -222,7 +215,7 @@ def plan(
     Args:
         patterns: a pattern, or a mapping of names to the patterns of a model's layers, which get one placement of tokens. A program that
             chooses by blocks of keys (HSA, MoBA, NSA, Quest) is one, too: what it sees in any case is planned, and the call adds what it
-            chooses.
+            chooses; and so is one with recurrences (:func:`sparsedsl.linear`, :func:`sparsedsl.slots`), which send states.
         q_len: tokens, of queries and keys alike. world: ranks.
         heads: query heads; default those that the patterns are written for.
         chunk: tokens that stay together, a multiple of ``granule`` and of the blocks of programs; default a power of two of these
@@ -314,8 +307,8 @@ def static_patterns(patterns: Any) -> dict[str, Pattern]:
     for name, part in planned_parts(patterns).items():
         if not isinstance(part, Pattern):
             raise UnsupportedError(
-                f"pattern {name or repr(part)} chooses from q and k as it is called: what it sends is not known before. Ask for the mask "
-                "that its candidates lie in; sd.parallel.plan() takes the program itself"
+                f"pattern {name or repr(part)} is a program that chooses as it is called, or sends states: what it sends is not known "
+                "before, from a mask. Ask for the mask that its candidates lie in; sd.parallel.plan() takes the program itself"
             )
         check_planned(name, [part])
         found[name] = part

@@ -29,6 +29,8 @@ __all__ = ["Seen", "check_planned", "seen_by", "seen_of_program", "united"]
 Tensor = torch.Tensor
 # Rows of the tiles of masks that no bounds say: larger ones would be decided pair by pair where a table says blocks.
 FINE = 128
+# Pairs that a token of a recurrence counts for: as many as its state has rows, of heads of width 128.
+SCAN_PAIRS = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +119,9 @@ def seen_of_program(program: Program, q_len: int, chunk: int, granule: int, head
     parts, work = [], torch.zeros(-(-q_len // chunk), dtype=torch.float64)
     tokens = torch.full_like(work, chunk)
     tokens[-1] = q_len - (tokens.numel() - 1) * chunk
-    for node in stages_of(program).late:
+    stages = stages_of(program)
+    work += tokens * SCAN_PAIRS * len(stages.recurrent)
+    for node in stages.late:
         certain = certain_pattern(program, node)
         limits = [None if choice.most is None else choice.most * choice.blocks[1] for choice in node.selections]
         least, most = (

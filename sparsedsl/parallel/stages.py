@@ -1,7 +1,7 @@
 """What of a program each rank has to know of the others: rows that all compare by, which are small, and rows that are chosen.
 
 A program whose choices compare queries with one row for each block of keys runs on ranks in three steps: those rows go to all, every rank
-chooses for its own queries, and keys and values are sent to those who chose them.
+chooses for its own queries, and keys and values are sent to those who chose them. What runs along the keys is told states by others.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program import given_blocks, key_choices, orders, recurrences, scores, select, sources, tensors
+from sparsedsl.program import given_blocks, key_choices, orders, scores, select, sources, tensors
 from sparsedsl.program.axes import base_of, windows_of
 from sparsedsl.program.branches import Attend, Compact, Joint, Mix, Recall
 from sparsedsl.program.decided import assume
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node, nodes_in
+from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.relocation import blocks_kept_whole
 from sparsedsl.program.rules import Rules
 from sparsedsl.program.select import Choice
@@ -43,14 +44,15 @@ class Stages:
     """The parts of a program in the order in which ranks run them.
 
     spread: inputs with a row for each key, or block of keys, that go to all ranks. local: inputs with a row for each key of which others
-    get what is made of blocks. pooled: the nodes that make it. early: attentions to such rows, which all ranks have. choices: those that
-    other attentions, ``late``, follow. fetched: inputs whose rows are sent to the ranks that chose them. graded: the nodes that gradients
-    reach: what only drives a choice gets none.
+    get what is made of blocks. pooled: the nodes that make it. recurrent: those that run along the keys. early: attentions to such rows,
+    which all ranks have. choices: those that other attentions, ``late``, follow. fetched: inputs whose rows are sent to the ranks that
+    chose them. graded: the nodes that gradients reach: what only drives a choice gets none.
     """
 
     spread: tuple[Input, ...]
     local: tuple[Input, ...]
     pooled: tuple[Node, ...]
+    recurrent: tuple[Linear | Recall, ...]
     early: tuple[Attend, ...]
     choices: tuple[Choice, ...]
     late: tuple[Attend, ...]
@@ -71,6 +73,7 @@ def stages_of(program: Program, given: Set[str] | None = None) -> Stages:
     """
     spread, local, fetched = dict[Input, None](), dict[Input, None](), dict[Input, None]()
     pooled, early, late = list[Node](), list[Attend](), list[Attend]()
+    recurrent = [node for node in program.everything if isinstance(node, (Linear, Recall))]
     for node in program.everything:
         if any(windows_of(axis) for axis in node.axes):
             _refuse(program, node, "counts windows of keys, which overlap, so that one may lie on two ranks")
@@ -93,8 +96,9 @@ def stages_of(program: Program, given: Set[str] | None = None) -> Stages:
     # What is known to all needs no rows of its own.
     both = {node: None for node in (*local, *fetched) if node not in spread}
     return Stages(
-        tuple(spread), tuple(both), tuple(pooled), tuple(early), tuple(choices), tuple(late), tuple(fetched), _graded(program)
-    )
+        tuple(spread), tuple(both), tuple(pooled), tuple(recurrent), tuple(early), tuple(choices), tuple(late), tuple(fetched),
+        _graded(program),
+    )  # fmt: skip
 
 
 def _graded(program: Program) -> frozenset[Node]:
@@ -198,8 +202,12 @@ def _probing(node: Node, program: Program) -> Any:
     return _refuse(program, node, "looks at all keys from some queries")
 
 
-def _recurrent(node: Node, program: Program) -> Any:
-    return _refuse(program, node, "runs along the sequence from its first token on")
+def _recurrent(node: Linear | sources.Slots, program: Program) -> Reads:
+    """Rows of its own rank alone, and states of others."""
+    for x in node.inputs:
+        if not isinstance(x, Input):
+            _refuse(program, node, f"runs along {x.label!r}, which is made of keys one by one")
+    return Reads()
 
 
 def _kept(node: Node, program: Program) -> Any:
@@ -213,8 +221,8 @@ def _noise(node: Node, program: Program) -> Any:
 EXCHANGE_RULES: Rules[Callable[[Any, Program], Any]] = Rules(
     "the exchange between ranks",
     {
-        **dict.fromkeys((Input, Joint, Mix, scores.Softmax, scores.Regroup, scores.Plus, scores.Relu, scores.Scaled), _by_row),
-        **dict.fromkeys((scores.Weighted, scores.Grouped, select.TopK, select.Threshold), _by_row),
+        **dict.fromkeys((Input, Joint, Mix, Recall, scores.Softmax, scores.Regroup, scores.Plus, scores.Relu), _by_row),
+        **dict.fromkeys((scores.Scaled, scores.Weighted, scores.Grouped, select.TopK, select.Threshold), _by_row),
         select.TopP: _top_p,
         tensors.Summary: _summary,
         scores.Bound: _bound,
@@ -226,7 +234,7 @@ EXCHANGE_RULES: Rules[Callable[[Any, Program], Any]] = Rules(
         **dict.fromkeys((key_choices.ChosenKeys, key_choices.Divergence), _all_keys),
         **dict.fromkeys((orders.Order, orders.Inverse, orders.Take), _all_keys),
         **dict.fromkeys((orders.Tokens, Compact), _kept),
-        **dict.fromkeys((sources.Slots, Recall, recurrences.Linear), _recurrent),
+        **dict.fromkeys((sources.Slots, Linear), _recurrent),
         scores.Gumbel: _noise,
     },
 )

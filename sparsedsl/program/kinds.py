@@ -305,10 +305,10 @@ _ALL = (
         "token by token",
         "chunks of the keys, state in float32",
         _NO_RECURRENCE,
-        'kernels over chunks; decays from the data and the delta rule too, but refuses `reads="before"`',
+        "kernels over chunks; decays from the data and the delta rule too",
         effects=_STATE,
         source="arXiv 2510.19338, 2405.17381, 2312.06635, 2405.21060, 2406.06484, 2412.06464, 2510.26692, 2404.05892, "
-        "2402.18668, 2405.04517",
+        "2503.14456, 2402.18668, 2405.04517",
     ),
     Kind(
         "joint",

@@ -48,6 +48,8 @@ class Linear(Branch):
     documents: Node | None = None
     delay: int = 0
     first: int = 0
+    erase: Node | None = None
+    along: Node | None = None
     function: ClassVar[str] = "linear"
     words: ClassVar[Mapping[str, str]] = {"decay": "log_decay", "factor": "decay", "x": "q", "y": "k", "z": "v"}
 
@@ -76,7 +78,7 @@ class Linear(Branch):
     @property
     def form(self) -> str:
         """What backends are asked for, in words: ``""`` is a constant decay a head and a plain sum."""
-        rule = "delta" if self.beta is not None else "before" if self.reads == "before" else ""
+        rule = "delta" if self.beta is not None or self.erase is not None else ""
         return f"{'vector' if self.vector else 'scalar'} {rule}".strip() if rule or self.gate is not None else ""
 
     @functools.cached_property
@@ -108,9 +110,12 @@ def linear(
     documents: Node | None = None,
     delay: int = 0,
     first: int = 0,
+    erase: Node | None = None,
+    along: Node | None = None,
 ) -> Linear:
     """``out_t = scale q_t S_t``, ``S_t = decay_t S_(t-1) + k_t^T u_t``: causal, state in float32. ``u_t = v_t``; with ``beta`` the delta
-    rule, ``u_t = beta_t (v_t - k_t decay_t S_(t-1))``: the error of what the state, decayed already, gives for the key.
+    rule, ``u_t = beta_t (v_t - k_t decay_t S_(t-1))``: the error of what the state, decayed already, gives for the key. With ``erase`` a
+    rule of two keys, ``S_t = Sd - along_t^T (erase_t Sd) + k_t^T v_t``, ``Sd = decay_t S_(t-1)``.
 
     Args:
         decay: factors in (0, 1]: a number for all heads, one for every output head, or a node with the axes ``batch H keys`` (one a key)
@@ -131,15 +136,21 @@ def linear(
         documents: an input of document ids, ``(batch, keys)``, non-decreasing: a document starts with an empty state.
         delay: a query reads keys that are at least so many tokens back, as those that a window of so many leaves out; with ``decay=1.0``.
         first: so many tokens at the beginning are never written; with ``decay=1.0``.
+        erase: in place of ``beta``, a node ``batch H keys head_dim``: the key by which a token reads the decayed state for what it takes
+            off. The state does not grow by it where ``erase . along`` lies in [0, 2].
+        along: with ``erase``, a node of the same axes: the key that what was read is taken off along; default k. It makes two rows a token
+            of a scan, and so takes twice the time. RWKV-7, with ``n`` its removal key of length 1 and ``a`` its rate:
+            ``erase = n e^-log_decay``, as it reads what has not decayed yet, and ``along = n a``.
 
     The state has as many heads as the most of k, v and the gates have, and query heads above that share it; with constant decays it has
-    one for every output head. Gradients reach q, k, v, gates, ``bonus`` and the state a call begins with.
+    one for every output head. Gradients reach q, k, v, gates, ``bonus``, ``erase``, ``along`` and the state a call begins with.
 
     Raises:
         PatternError: none or both of ``decay`` and ``log_decay``, nodes of other axes, and what does not go together.
 
     Source: Ring-linear (arXiv 2510.19338), Lightning Attention (2405.17381), GLA (2312.06635), Mamba-2 (2405.21060), DeltaNet
-    (2406.06484), Gated DeltaNet (2412.06464), KDA (2510.26692), RWKV-6 (2404.05892), BASED (2402.18668), xLSTM (2405.04517).
+    (2406.06484), Gated DeltaNet (2412.06464), KDA (2510.26692), RWKV-6 (2404.05892), RWKV-7 (2503.14456), BASED (2402.18668), xLSTM
+    (2405.04517).
 
     >>> import sparsedsl as sd
     >>> sd.linear([0.5, 0.9]).decay
@@ -162,6 +173,7 @@ def linear(
         _word("normalised", normalised, NORMALISED), _eps(eps), check_word("linear(): reads", reads, ("after", "before")),
         None if bonus is None else _bonus(bonus, k), None if write is None else _gate("write", write), queries, k, v,
         check_scale("linear", scale), check_documents("linear", documents), _tokens("delay", delay), _tokens("first", first),
+        None if erase is None else _key("erase", erase, k), None if along is None else _key("along", along, k),
     )  # fmt: skip
     _check_together(made)
     return one_of(made)
@@ -245,6 +257,16 @@ def _gate(name: str, value: Any, k: Node | None = None) -> Node:
     return value
 
 
+def _key(name: str, value: Any, k: Node) -> Node:
+    axes = value.axes if isinstance(value, Node) and value.gives == "tensor" else ()
+    if len(axes) != 4 or axes[0] != "batch" or axes[1] not in GATED_HEADS or axes[2:] != ("keys", k.axes[3]):
+        raise PatternError(
+            f"linear(): {name} must be an input with the axes 'batch H keys {k.axes[3]}', H one of {', '.join(GATED_HEADS)}; got "
+            f"{' '.join(axes) or shown(value)!r}"
+        )
+    return value
+
+
 def _bonus(value: Any, k: Node) -> Node:
     fits = isinstance(value, Node) and value.gives == "tensor" and len(value.axes) == 2
     if not fits or value.axes[0] not in GATED_HEADS or value.axes[1] != k.axes[3]:
@@ -255,7 +277,9 @@ def _bonus(value: Any, k: Node) -> Node:
 
 def _check_together(node: Linear) -> None:
     """Refuse what has no meaning together."""
-    if (node.delay or node.first) and (node.form or node.log_decays != (0.0,) or node.documents is not None):
+    if (node.delay or node.first) and (
+        node.form or node.reads == "before" or node.log_decays != (0.0,) or node.documents is not None
+    ):
         word = "delay" if node.delay else "first"
         raise PatternError(
             f"linear(): {word} is of states in which nothing fades and nothing is corrected, of one sequence: give decay=1.0, and no beta, "
@@ -270,6 +294,7 @@ def _check_together(node: Linear) -> None:
         raise PatternError(
             "linear(): features='taylor' has keys that grow, and the delta rule with them; use features='l2' with beta"
         )
+    _check_erasing(node)
     if node.vector and node.features == "taylor":
         raise PatternError(
             f"linear(): features='taylor' makes keys wider than {node.y.axes[3]}, so that channels have no decay; use one with the axes "
@@ -285,3 +310,19 @@ def _check_together(node: Linear) -> None:
         raise PatternError(
             "linear(): write= strengthens keys and the sum they are divided by: add normalised='max1'; else multiply v by the strength"
         )
+
+
+def _check_erasing(node: Linear) -> None:
+    """Refuse what has no meaning together with a rule of two keys."""
+    if node.erase is None:
+        if node.along is not None:
+            raise PatternError("linear(): along says where what erase= reads is taken off: give erase too")
+        return
+    if node.beta is not None:
+        raise PatternError("linear(): erase and beta both say what a token takes off: leave beta out, and multiply erase by it")
+    if node.normalised is not None:
+        raise PatternError("linear(): what is erased leaves no weights to sum up: leave out normalised, or erase")
+    if node.features == "taylor":
+        raise PatternError("linear(): features='taylor' makes keys wider than erase; leave one of them out")
+    if node.reads == "before":
+        raise PatternError("linear(): reads='before' and erase are of different rules; leave one of them out")

@@ -55,13 +55,15 @@ class Rows:
 @dataclass(frozen=True)
 class Relocation:
     """Where a call stands. ``heads``: the first one and how many; ``entry``: the first batch entry; ``lengths``: ``q_len`` and ``kv_len``
-    of the whole, where masks and scores are to read them."""
+    of the whole, where masks and scores are to read them. ``scanned``: what recurrences give is known already: they need not be told where
+    rows stand."""
 
     queries: Rows = Rows()
     keys: Rows = Rows()
     heads: tuple[int, int] | None = None
     entry: int = 0
     lengths: tuple[int, int] | None = None
+    scanned: bool = False
 
     @property
     def moves_rows(self) -> bool:
@@ -266,9 +268,14 @@ def _refuse_part(node: Node) -> NoReturn:
     )
 
 
+def _recurrent(node: Node, told: _Told) -> Node:
+    """It runs along the keys, unless that is done."""
+    return _by_rows(node, told) if told.where.scanned else _of_sequence(node, told)
+
+
 def _linear(node: Linear, told: _Told) -> Node:
     """Constant decays are those of the heads that are there."""
-    _of_sequence(node, told)
+    _recurrent(node, told)
     if told.where.heads is None or not isinstance(node.decay, tuple) or len(node.decay) == 1:
         return node
     first, count = told.where.heads
@@ -291,7 +298,8 @@ RELOCATION_RULES: Rules[Callable[[Any, Any], Node]] = Rules(
         **dict.fromkeys((scores.Antidiagonal, scores.Probe, scores.Smooth, scores.Overlap), _of_sequence),
         **dict.fromkeys((key_choices.Diagonals, key_choices.Divergence), _of_sequence),
         **dict.fromkeys((orders.Order, orders.Inverse, orders.Take, orders.Tokens, Compact), _of_sequence),
-        **dict.fromkeys((sources.Slots, Recall, given_blocks.Given), _of_sequence),
+        given_blocks.Given: _of_sequence,
+        **dict.fromkeys((sources.Slots, Recall), _recurrent),
         scores.Gumbel: _numbered,
         Linear: _linear,
     },

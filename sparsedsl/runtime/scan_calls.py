@@ -95,8 +95,9 @@ def check_linear(
 
 
 def check_gated(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Any, beta: Any, *, scale: Any, q_offset: Any, state: Any, documents: Any
-) -> GatedCall:
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Any, beta: Any, erase: Any, *, scale: Any, q_offset: Any, state: Any,
+    documents: Any,
+) -> GatedCall:  # fmt: skip
     """What ``gated_scan`` is given.
 
     Raises:
@@ -117,10 +118,15 @@ def check_gated(
     if beta is not None:
         check_tensor("beta", beta, (None, None, k.shape[2]), "(B, Hb, Skv)", like=q)
         heads.append(beta.shape[1])
+    if erase is not None:
+        if beta is None:
+            raise ShapeError("erase is a key of the delta rule, which has beta; got erase without beta")
+        check_tensor("erase", erase, (None, None, k.shape[2], q.shape[3]), "(B, He, Skv, D)", like=q)
+        heads.append(erase.shape[1])
     states = max(heads)
     if any(states % one for one in heads) or (q.shape[1] % states and states % q.shape[1]):
         raise ShapeError(
-            f"k, v, log_decay and beta have {heads} heads and q {q.shape[1]}: each must divide the most, or be divided by it"
+            f"k, v, log_decay, beta and erase have {heads} heads and q {q.shape[1]}: each must divide the most, or be divided by it"
         )
     if state is not None:
         check_tensor("state", state, (q.shape[0], states, q.shape[3], v.shape[3]), "(B, H, D, Dv)", like=q)

@@ -25,7 +25,8 @@ MOST_RUNS = 8
 @dataclass(frozen=True, eq=False)
 class Standing:
     """``queries`` and ``keys``: positions ``(S,)`` or ``(B, S)``, or None. ``first_head`` of how many ``heads`` of the whole (None: not
-    said). ``entry``: the first batch entry. ``lengths``: ``q_len`` and ``kv_len`` of the whole, or None."""
+    said). ``entry``: the first batch entry. ``lengths``: ``q_len`` and ``kv_len`` of the whole, or None. ``scanned``: what recurrences
+    of the program give is known already."""
 
     queries: Tensor | None = None
     keys: Tensor | None = None
@@ -33,6 +34,7 @@ class Standing:
     heads: int | None = None
     entry: int = 0
     lengths: tuple[int, int] | None = None
+    scanned: bool = False
 
 
 def said_standing(q_positions: Any, kv_positions: Any, head_offset: Any, heads: Any, whole: Any, *, q_offset: Any) -> Standing:

@@ -18,8 +18,9 @@ Tensor = torch.Tensor
 
 
 def pair_rows(
-    run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None
-) -> Tensor:
+    run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None,
+    erased: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
     """What :func:`~sparsedsl.backends.reference.scan_linear.run_recurrence` asks for: the sums of all queries, ``(B, H, G, Sq, Dv)``."""
     first, rows, length = run.call.q_offset, q.shape[3], k.shape[2]
     logs = kept.expand(*kept.shape[:3], k.shape[3]).log()  # kernels add up over channels what a decay of all of them gets
@@ -45,16 +46,29 @@ def pair_rows(
                 error = error - (pairs[:, :, token, :token, None] * torch.stack(found, 2)).sum(2)
             found.append(beta[:, :, token, None] * error)
         written = torch.stack(found, 2)
+    taken: list[Tensor] = []
+    if erased is not None:  # what each token reads of what others wrote, and of what they took off along other keys
+        by, along = erased
+        others = _pairs(by, along, sums, sums, before)
+        first_reads = _pairs(by, k, sums, sums, before) @ v + (by * reach) @ state
+        for token in range(length):
+            total = first_reads[:, :, token]
+            if taken:
+                total = total - (others[:, :, token, :token, None] * torch.stack(taken, 2)).sum(2)
+            taken.append(total)
     seen = (before if node.reads == "before" else own)[:, :, first : first + rows]
     part = readers[:, :, first : first + rows]
     out = []
-    for group in q.unbind(2):
+    for member, group in enumerate(q.unbind(2)):
         weights = _pairs(group, k, part, sums, seen)
         if bonus is not None:
-            diagonal = (group * bonus[:, :, None] * k[:, :, first : first + rows]).sum(-1)
+            diagonal = (group * bonus[:, :, member, None] * k[:, :, first : first + rows]).sum(-1)
             place = torch.arange(rows)[:, None] + first == torch.arange(length)
             weights = weights + torch.where(place, diagonal[..., None], 0.0)
-        out.append(weights @ written + (group * reach[:, :, first : first + rows]) @ state)
+        sums_of_rows = weights @ written + (group * reach[:, :, first : first + rows]) @ state
+        if erased is not None:
+            sums_of_rows = sums_of_rows - _pairs(group, erased[1], part, sums, seen) @ torch.stack(taken, 2)
+        out.append(sums_of_rows)
     return torch.stack(out, 2)
 
 

@@ -85,14 +85,22 @@ def _blocks(drawn: torch.Tensor, node: given_blocks.Given, case: AttentionCase) 
 
 
 def gates_of(program: Program) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Names of the inputs that hold decays or shares of a linear attention, or scores of keys -> what makes such of any numbers."""
+    """Names of the inputs that hold decays, shares or erasing keys of a linear attention, or scores of keys -> what makes such of any
+    numbers."""
     votes = (node.x for node in program.nodes(scores.GivenKeyScores))
     found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {x.given_name: torch.abs for x in votes}
     for node in program.nodes(recurrences.Linear):
-        for gate, make in ((node.gate, torch.sigmoid if node.factor is not None else _logarithms), (node.beta, torch.sigmoid)):
+        decay = torch.sigmoid if node.factor is not None else _logarithms
+        erasing = ((node.erase, _short), (node.along, _short))
+        for gate, make in ((node.gate, decay), (node.beta, torch.sigmoid), *erasing):
             if isinstance(gate, tensors.Input):
                 found[gate.name] = make
     return found
+
+
+def _short(x: torch.Tensor) -> torch.Tensor:
+    """Keys that make no state grow."""
+    return x / (x.square().sum(-1, keepdim=True) + 1).sqrt()
 
 
 def _logarithms(x: torch.Tensor) -> torch.Tensor:

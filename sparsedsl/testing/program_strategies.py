@@ -300,10 +300,13 @@ def _fading(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     return recurrences.linear(decay, scale=draw(st.none() | st.just(0.3)), documents=draw(_documents()))
 
 
+_BONUSES = tuple(tensors.input(f"bonus_{heads}", f"{heads} head_dim") for heads in ("kv_heads", "heads"))
+
+
 @st.composite
 def _gated(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     """Linear attention with decays of the data, for heads or their channels, and every rule of writing and reading."""
-    rule = draw(st.sampled_from(("plain", "delta", "delta", "before", "sum", "taylor", "max1")))
+    rule = draw(st.sampled_from(("plain", "delta", "delta", "erase", "before", "sum", "taylor", "max1")))
     by = draw(st.sampled_from(("heads", "kv_heads", "one")))
     vector = " head_dim" if rule != "taylor" and draw(st.booleans()) else ""
     word = draw(st.sampled_from(("decay", "log_decay")))
@@ -315,8 +318,14 @@ def _gated(draw: st.DrawFn, heads: int, causal: bool) -> Any:
     if rule == "delta":
         share = draw(st.sampled_from(("heads", "kv_heads")))
         words |= {"beta": tensors.input(f"share_{share}", f"batch {share} keys"), "features": "l2"}
+    elif rule == "erase":
+        share = draw(st.sampled_from(("heads", "kv_heads", "one")))
+        words |= {"erase": tensors.input(f"erase_{share}", f"batch {share} keys head_dim")}
+        share = draw(st.sampled_from(("heads", "kv_heads", "one")))
+        along = {"along": tensors.input(f"along_{share}", f"batch {share} keys head_dim")}
+        words |= along if draw(st.booleans()) else {"features": "l2"}
     elif rule == "before":
-        words |= {"reads": "before", "bonus": draw(st.none() | st.just(tensors.input("bonus", "kv_heads head_dim")))}
+        words |= {"reads": "before", "bonus": draw(st.none() | st.sampled_from(_BONUSES))}
     elif rule in ("sum", "taylor"):
         words |= {
             "normalised": "sum",

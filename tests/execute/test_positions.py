@@ -295,3 +295,26 @@ def test_positions_in_a_graph() -> None:
         return attn(q, keys, keys, q_positions=ZIGZAG, kv_positions=ZIGZAG)
 
     torch.testing.assert_close(torch.func.vmap(once)(queries[None])[0], once(queries))
+
+
+@pytest.mark.parametrize("mask", [sd.kv_idx < 50, sd.q_idx >= 20, True])
+def test_masks_that_look_at_one_side_take_positions(mask: Any) -> None:
+    program = sd.mix(sd.attend(mask), sd.patterns.moba(chunk=16, top_k=2), weights=sd.input("w", "batch heads queries 2"))
+    q, k, v = qkv()
+    w = numbers(2, 2, N, 2).sigmoid()
+    whole = sd.attention(q, k, v, program, w=w, backend="reference")
+    found = sd.attention(
+        q[:, :, ZIGZAG], k, v, program, w=w[:, :, ZIGZAG], q_positions=ZIGZAG, kv_positions=torch.arange(N), backend="tiled"
+    )
+    torch.testing.assert_close(found, whole[:, :, ZIGZAG], atol=1e-12, rtol=1e-12)
+    here = torch.cat([torch.arange(0, 64), torch.arange(96, 160)])
+    alone = sd.attention(q[:, :, ZIGZAG], k[:, :, here], v[:, :, here], sd.attend(mask), q_positions=ZIGZAG, kv_positions=here)
+    want = sd.attention(q, k, v, HERE & mask, here=torch.isin(torch.arange(N), here).int(), backend="reference")
+    torch.testing.assert_close(alone, want[:, :, ZIGZAG], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 9), (9, 0), (0, 0)])
+def test_no_rows_stand_nowhere(queries: int, keys: int) -> None:
+    q, k, v = (x[:, :, :rows] for x, rows in zip(qkv(), (queries, keys, keys), strict=True))
+    out, lse = sd.attention(q, k, v, NEAR, q_positions=ZIGZAG[:queries], kv_positions=HALO[:keys], return_lse=True)
+    assert out.shape == q.shape and not out.any() and bool((lse == -torch.inf).all())

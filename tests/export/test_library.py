@@ -62,7 +62,7 @@ LIBRARY = {
 }  # fmt: skip
 # Programs, which are refused as a whole: some that choose, and some that are no softmax over a mask.
 CHOOSING = {"hsa", "moba", "nsa", "pbs", "token_sparse"}
-NO_SOFTMAX = {"based", "delta_net", "gated_delta", "gla", "kda", "nha", "ring_linear", "ssd"}
+NO_SOFTMAX = {"based", "delta_net", "gated_delta", "gla", "kda", "nha", "ring_linear", "rwkv6", "rwkv7", "ssd"}
 ENGINES = {
     "cudnn": (sd.export.cudnn, {}),
     "flashmask": (sd.export.flashmask, {"version": 4}),

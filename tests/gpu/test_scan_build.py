@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 from pathlib import Path
@@ -55,6 +56,14 @@ def run_gated(dtype, width, width_v, *, vector=True):
     q, k, v = (leaf(1, heads, LENGTH, size, dtype=dtype) for heads, size in ((4, width), (2, width), (2, width_v)))
     g, beta, state = leaf(1, 2, LENGTH, *([width] if vector else [])), leaf(1, 2, LENGTH), leaf(1, 2, width, width_v)
     return scan_gated.gated_scan_triton(q, k, v, g, beta, scale=1.0, state=state, documents=documents())
+
+
+def run_rwkv(dtype, width, width_v, *, erases):
+    """A decay a channel, a key of its own that erases (RWKV-7), or nothing that does (RWKV-6)."""
+    q, k, v, erase = (leaf(1, 2, LENGTH, size, dtype=dtype) for size in (width, width, width_v, width))
+    g, state = leaf(1, 2, LENGTH, width), leaf(1, 2, width, width_v)
+    by_rule = (torch.ones(1, 1, LENGTH), erase) if erases else ()
+    return scan_gated.gated_scan_triton(q, k, v, g, *by_rule, scale=1.0, state=state)
 
 
 def run_scalar_gated(dtype, width, width_v):
@@ -137,6 +146,13 @@ def test_slots(launches, target):
 def test_gated_linear_attention(launches, run, target):
     found = launches(target, run, torch.bfloat16, 128, 128)
     assert assert_fits(found, target, 0 if target in ("sm_90", "gfx942") else GATED_SPILLS) == GATED
+
+
+@pytest.mark.parametrize("erases", [False, True])
+def test_rwkv(launches, erases):
+    """Heads of 64 as published, on the target that most train on: nothing spills."""
+    found = launches("sm_90", functools.partial(run_rwkv, erases=erases), torch.bfloat16, 64, 64)
+    assert assert_fits(found, "sm_90") == GATED
 
 
 WIDTHS = {"half": (torch.float16, (64, 64)), "single": (torch.float32, (80, 48))}

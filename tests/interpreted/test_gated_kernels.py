@@ -37,6 +37,7 @@ class Gated:
 
     vector: bool = False
     delta: bool = False
+    erases: bool = False
     heads: tuple[int, ...] = (1, 1, 1, 1, 1)
     batch: int = 1
     rows: int = 21
@@ -66,6 +67,8 @@ class Gated:
             x["g"][:, :, self.forgets] = -math.inf
         if self.delta:
             x["beta"] = 2 * torch.sigmoid(random(self.batch, hb, self.keys))
+        if self.erases:
+            x["erase"] = l2(random(self.batch if self.batch % 2 else 1, hb, self.keys, self.width)).to(self.dtype)
         if self.state:
             x["state"] = random(self.batch, max(self.heads[1:]), self.width, self.width_v)
         ids = torch.tensor([[sum(begin <= j for begin in self.documents) for j in range(self.keys)]])
@@ -99,6 +102,11 @@ CASES = {
     "vector, delta, documents, half": Gated(vector=True, delta=True, documents=(9, 10, 18), state=True, dtype=torch.float16),
     "scalar, delta, strong, forgets, bfloat16": Gated(delta=True, strength=20.0, forgets=17, dtype=torch.bfloat16),
     "vector, delta, wide": Gated(vector=True, delta=True, width=17, width_v=18, rows=17, keys=17),
+    "scalar, erases, batch": Gated(delta=True, erases=True, heads=(2, 1, 2, 1, 2), batch=2, rows=18, keys=18, state=True),
+    "vector, erases, documents, strong": Gated(
+        vector=True, delta=True, erases=True, documents=(7,), strength=20.0, forgets=3, width=18
+    ),
+    "vector, erases, bfloat16": Gated(vector=True, delta=True, erases=True, dtype=torch.bfloat16),
     "one row": Gated(vector=True, delta=True, rows=1, keys=1, state=True, width=1, width_v=1),
 }
 
@@ -113,7 +121,7 @@ def test_results_and_gradients_are_those_of_the_recurrence(case: Gated) -> None:
     sizes = {name: float(x.abs().max()) for name, x in exact.items()}
     sizes["dg"] += sum(float((inputs[n].double() * exact[f"d{n}"]).abs().sum(3).max()) for n in ("q", "k"))
     for name, wanted in exact.items():
-        of_operands = name == "out" or name in ("dq", "dk", "dv")
+        of_operands = name == "out" or name in ("dq", "dk", "dv", "derase")
         rounding = torch.finfo(case.dtype if of_operands else torch.float32).eps + 16 * torch.finfo(torch.float32).eps
         allowed = 4 * float((plain[name] - wanted).abs().max()) + rounding * sizes[name]
         assert got[name].shape == wanted.shape, name
@@ -178,8 +186,6 @@ def test_not_even_roundings_of_a_later_document_reach_a_gradient(vector: bool) -
 
 def test_what_they_refuse() -> None:
     inputs, words = Gated().make()
-    with pytest.raises(UnsupportedError, match="read the state after a token is written, not before; use gated_scan"):
-        kernels(**inputs, **words, before=True)
     with pytest.raises(UnsupportedError, match="too coarse for float64 inputs"):
         kernels(**{name: x.double() for name, x in inputs.items()}, **words)
     wide, words = Gated(width=257, keys=2, rows=2).make()

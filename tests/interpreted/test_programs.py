@@ -29,6 +29,9 @@ def scored_hsa():
     return sd.attend(ended & selected & (kv_idx % 2 == 0), score=P.softcap(2.0), normaliser=sd.per_chunk(selected))
 
 
+ROWS = "batch kv_heads keys head_dim"
+VECTOR = sd.input("g", ROWS)
+SHORT_ONES = ("nha", "kda", "rwkv6", "rwkv7", "before, documents", "before, constants")
 GATE = sd.table("gate", dtype=float, learned=True)
 RETRIEVAL = {"retrieval_q": of(1, LENGTH, 16, seed=3), "landmarks": of(1, LENGTH // 16, 16, seed=4)}
 CASES = {
@@ -37,6 +40,19 @@ CASES = {
     "nha": (P.nha(16, 4), {"gate": of(1, SHORT, 16, seed=5)}),
     "ring": (P.ring_linear([0.5, 0.9]), {}),
     "kda": (P.kda(), {"g": -of(1, SHORT, 16, seed=5).abs(), "beta": of(1, SHORT, seed=6).sigmoid()}),
+    "rwkv6": (
+        sd.linear(log_decay=VECTOR, reads="before", bonus=sd.input("u", "heads head_dim"), scale=1.0),
+        {"g": -of(1, SHORT, 16, seed=5).abs(), "u": tensor(2, 16, seed=6)},
+    ),
+    "rwkv7": (
+        sd.linear(log_decay=VECTOR, erase=sd.input("erase", ROWS), along=sd.input("along", ROWS), scale=1.0),
+        {"g": -of(1, SHORT, 16, seed=5).abs(), "erase": of(1, SHORT, 16, seed=6) / 6, "along": of(1, SHORT, 16, seed=7) / 6},
+    ),
+    "before, documents": (
+        sd.linear(log_decay=sd.input("g", "batch kv_heads keys"), reads="before", documents=sd.input("ids", "batch keys")),
+        {"g": -of(1, SHORT, seed=5).abs(), "ids": (torch.arange(SHORT) > 6)[None].int()},
+    ),
+    "before, constants": (sd.linear(0.9, reads="before"), {}),
     "moba": (P.moba(16, 2), {}),
     "moba of long chunks": (P.moba(130, 2), {}),
     "nsa": (P.nsa(8, 16, 3, 8), {"gate": of(2, LENGTH, 3, seed=6)}),
@@ -69,7 +85,7 @@ CASES = {
 def test_kernels_mean_what_the_reference_does(name):
     program, inputs = CASES[name]
     attn = sd.compile(program, backend="triton", allow=["selection reads later queries"])
-    length = {"nha": SHORT, "kda": SHORT, "moba of long chunks": 270}.get(name, LENGTH)
+    length = 270 if name == "moba of long chunks" else SHORT if name in SHORT_ONES else LENGTH
     q, k, v = of(1 if "long" in name else 2, length, 16, seed=0), of(1, length, 16, seed=1), of(1, length, 16, seed=2)
     compared = assert_matches_reference(attn, q, k, v, **inputs)
     assert {"out", "dq", "dk", "dv"} <= set(compared)

@@ -25,6 +25,8 @@ LIBRARY: dict[str, Any] = {
     "dsa": P.dsa(top_k=3),
     "gated_delta": P.gated_delta(),
     "gla": P.gla(),
+    "rwkv6": P.rwkv6(),
+    "rwkv7": P.rwkv7(),
     "hca": P.hca(block=4, window=3),
     "hils": P.hils(chunk=3, top_k=2, window=3),
     "hisa": P.hisa(block=3, blocks=2, top_k=3),
@@ -63,6 +65,8 @@ class Made(sd.models.Layer):
         }
         self.sizes |= {"index_heads": 3, "index_dim": 4, "retrieval_heads": donor.kv_heads, "retrieval_dim": 4, "width": 2}
         asked = {name: node.axes for name, node in self.program.inputs.items() if node.default is None}
+        of_all = {name: asked.pop(name) for name in list(asked) if asked[name][0] != "batch"}  # the same for all tokens
+        self.fixed = nn.ParameterDict({name: torch.randn([*map(self.size, axes)]) for name, axes in of_all.items()})
         self.rows = {name: axes for name, axes in asked.items() if axes[2] in ("queries", "keys")}
         self.marks = {name: axes for name, axes in asked.items() if name not in self.rows}
         self.made = nn.ModuleDict({name: nn.Linear(donor.hidden_size, self.width(axes)) for name, axes in asked.items()})
@@ -82,7 +86,7 @@ class Made(sd.models.Layer):
         return made if len(axes) > 3 else made[..., 0]
 
     def inputs(self, x: torch.Tensor, raw: Any, rope: Any) -> dict[str, torch.Tensor]:
-        made = {name: self.tensor(name, axes, x) for name, axes in self.rows.items()}
+        made = {name: self.tensor(name, axes, x) for name, axes in self.rows.items()} | dict(self.fixed.items())
         return made | {"k": rope.k.repeat_interleave(self.group, 1), "v": rope.v.repeat_interleave(self.group, 1)}
 
     def landmarks(self, chunks: torch.Tensor) -> dict[str, torch.Tensor]:

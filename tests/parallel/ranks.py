@@ -19,15 +19,15 @@ def numbers(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def run_on_ranks(world: int, run: Callable[[int], None], folder: Path) -> None:
-    """``run(rank)`` in as many processes, joined by gloo; fails with what one of them says."""
+def run_on_ranks(world: int, run: Callable[[int], None], folder: Path, *, seconds: float = 500.0) -> None:
+    """``run(rank)`` in as many processes, joined by gloo; fails with what one of them says, or after so many seconds."""
     # Forked: a process that imports everything anew takes longer than all that is tested.
     context = multiprocessing.get_context("fork")
     failures = context.SimpleQueue()
     ranks = [context.Process(target=_process, args=(rank, world, run, str(folder), failures)) for rank in range(world)]
     for rank in ranks:
         rank.start()
-    end = time.monotonic() + 500
+    end = time.monotonic() + seconds
     while any(rank.is_alive() for rank in ranks) and time.monotonic() < end:
         # What waits for one that has failed would wait for ever.
         end = min(end, time.monotonic() + 20) if any(rank.exitcode not in (None, 0) for rank in ranks) else end

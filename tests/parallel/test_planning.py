@@ -113,6 +113,20 @@ def test_what_cannot_be_planned_is_refused(patterns: Any, words: dict[str, Any],
         plan(patterns, 1024, **{"world": 4, **words})
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_plan_is_the_same_whatever_the_default_type(dtype: torch.dtype) -> None:
+    doc = torch.bucketize(torch.arange(1 << 14), torch.tensor([900, 4000, 11000, 15000]), right=True)
+    packed = CAUSAL & (DOC[q_idx] == DOC[kv_idx])
+    words: list[dict[str, Any]] = [{}, {"method": "gathered"}, {"equal": False}]
+    want = [plan(packed, 1 << 14, 4, chunk=256, doc=doc, **more).hash for more in words]
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert [plan(packed, 1 << 14, 4, chunk=256, doc=doc, **more).hash for more in words] == want
+    finally:
+        torch.set_default_dtype(usual)
+
+
 def test_a_plan_is_plain_data() -> None:
     found = plan(CAUSAL, 512, 2, chunk=64, granule=32)
     assert isinstance(found, TokenPlan) and repr(found) == f"<TokenPlan 512 tokens on 2 ranks, {found.method}>"

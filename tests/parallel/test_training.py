@@ -23,6 +23,7 @@ LAYERS: dict[str, Any] = {
     "near": sd.patterns.sliding_window(20),
     "chosen": sd.patterns.moba(chunk=8, top_k=3),
     "whole": sd.attend(kv_idx <= q_idx, score=sd.patterns.alibi(HEADS)),
+    "scanned": sd.patterns.ring_linear([0.9, 0.8, 0.99, 0.95]),
 }
 
 
@@ -40,7 +41,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """A window, a choice, and full attention."""
+    """A window, a choice, full attention, and a state."""
 
     def __init__(self, *, kept: bool = True) -> None:
         super().__init__()

@@ -105,6 +105,23 @@ def test_csa_and_hca(tokens: Any, sink: float | None) -> None:
     assert_follows(P.hca(4, 6, sink=sink), tokens, lambda h, t: one(h, t, None), entries=shared["entries"])
 
 
+def test_csa_of_means(tokens: Any) -> None:
+    """Heads of a group pick together."""
+    means = {name: tokens[name][0, :, : N // 4 * 4].unflatten(1, (-1, 4)).mean(2) for name in "kv"}
+
+    def one(h: int, t: int) -> Tensor:
+        q, k, v = rows_of(tokens, h)
+        over = [w for w in range(N // 4) if (w + 1) * 4 <= t + 1]
+        group = (h // 2 * 2, h // 2 * 2 + 1)
+        liked = {w: sum(float((tokens["q"][0, g, t] @ means["k"][h // 2, w]).relu()) for g in group) for w in over}
+        picked = sorted(over, key=lambda w: (-liked[w], w))[:3]
+        near = slice(max(0, t - 5), t + 1)
+        seen, held = (torch.cat([rows[near], means[name][h // 2, picked]]) for name, rows in (("k", k), ("v", v)))
+        return softmax_over(q[t], seen, held)
+
+    assert_follows(P.csa(4, 3, 6, compressed="mean"), tokens, one)
+
+
 def test_qsa(tokens: Any) -> None:
     blocks = torch.stack([torch.randperm(11, generator=torch.Generator().manual_seed(t))[:4] for t in range(N)])
     blocks[::3, 1] = -1

@@ -97,6 +97,8 @@ PROGRAMS = {
     "flexprefill": lambda: P.flexprefill(),
     "gated_delta": lambda: P.gated_delta(),
     "gla": lambda: P.gla(),
+    "rwkv6": lambda: P.rwkv6(),
+    "rwkv7": lambda: P.rwkv7(),
     "csa": lambda: P.csa(),
     "differential": lambda: P.differential(),
     "dsa": lambda: P.dsa(),

@@ -122,12 +122,14 @@ def _linear(
     decay: Any = None, log_decay: Any = None, beta: Part | None = None, features: str | None = None, normalised: str | None = None,
     eps: float = 1e-6, reads: str = "after", bonus: Part | None = None, write: Part | None = None, q: Part | None = None,
     k: Part | None = None, v: Part | None = None, scale: float | None = None, documents: Part | None = None,
+    erase: Part | None = None, along: Part | None = None,
 ) -> Part:  # fmt: skip
     """As sums over pairs of tokens, each with the product of the decays between them."""
 
     def make(call: PlainCall) -> Both:
         x, y, z = (t if part is None else part.at(call) for t, part in zip((call.q, call.k, call.v), (q, k, v), strict=True))
-        parts = {name: part.at(call) for name, part in (("beta", beta), ("write", write)) if part is not None}
+        more = {"beta": beta, "write": write, "erase": erase, "along": along}
+        parts = {name: part.at(call) for name, part in more.items() if part is not None}
         gates = _logs(decay, log_decay, call, max(x.shape[1], z.shape[1]))
         constant = not isinstance(decay, Part) and not isinstance(log_decay, Part)
         heads = max(t.shape[1] for t in ((x, y, z) if constant else (y, z)) + tuple(parts.values()) + (gates,))
@@ -145,9 +147,13 @@ def _linear(
         for n in range(heads):
             kept = gates[:, n].expand(y.shape[0], y.shape[2], -1)
             written = _written(y[:, n], z[:, n], kept, wide(parts["beta"], heads)[:, n] if beta else None, documents, call)
-            own = None if bonus is None else wide(bonus.at(call)[None], heads)[0, n]
-            mine = (x[:, n * group + m] for m in range(group))
-            found += [_read(row, y[:, n], written, kept, reads, own, documents, call) for row in mine]
+            off = wide(parts["along"], heads)[:, n] if along else y[:, n]
+            gone = _gone(wide(parts["erase"], heads)[:, n], off, y[:, n], z[:, n], kept, documents, call) if erase else None
+            for reader in range(n * group, (n + 1) * group):
+                own = None if bonus is None else wide(bonus.at(call)[None], out_heads)[0, reader]
+                found.append(_read(x[:, reader], y[:, n], written, kept, reads, own, documents, call))
+                if gone is not None:
+                    found[-1] = found[-1] - _read(x[:, reader], off, gone, kept, reads, None, documents, call)
         sums = torch.stack(found, 1) * by
         return _divided(sums, normalised, eps, features)
 
@@ -188,6 +194,21 @@ def _written(
             weight = (keys[:, t] * _left(kept, j, t) * keys[:, j]).sum(1, keepdim=True) * _same(documents, call, t, j)
             error = error - weight * before
         found.append(beta[:, t, None] * error)
+    return found
+
+
+def _gone(
+    by: Tensor, along: Tensor, keys: Tensor, values: Tensor, kept: Tensor, documents: Part | None, call: PlainCall
+) -> list[Tensor]:
+    """What every token takes off along its second key: what it reads of earlier values, less what was taken of them already."""
+    found: list[Tensor] = []
+    for t in range(keys.shape[1]):
+        total = torch.zeros_like(values[:, 0])
+        for j in range(t):
+            left = by[:, t] * _left(kept, j, t)
+            mine = (left * keys[:, j]).sum(1, keepdim=True) * values[:, j] - (left * along[:, j]).sum(1, keepdim=True) * found[j]
+            total = total + _same(documents, call, t, j) * mine
+        found.append(total)
     return found
 
 

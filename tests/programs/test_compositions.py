@@ -17,6 +17,7 @@ from sparsedsl.program.effect_rules import LATER_QUERIES
 from sparsedsl.program.program_text import read_program
 from sparsedsl.testing.program_inputs import named_inputs
 from tests.programs.choices_recipe import value_of
+from tests.programs.plain_programs import PlainCall, plain
 
 P = sd.patterns
 CASE = kit.AttentionCase(batch=1, heads=4, kv_heads=4, q_len=21, kv_len=21, head_dim=4, head_dim_v=4)
@@ -39,6 +40,7 @@ ALONE = {
     "window": lambda: P.sliding_window(5), "sinks": lambda: P.streaming_llm(3, 2), "dilated": lambda: P.dilated(3, 2),
     "alibi": lambda: P.alibi_window(4, 9), "moba": lambda: P.moba(4, 2), "quest": lambda: P.quest(4, 2),
     "infllm_v2": lambda: P.infllm_v2(4, 2, 4, 3, 1), "csa of means": lambda: csa_of_means(),
+    "csa of these means": lambda: P.csa(4, 2, 4, compressed="mean"),
     "pbs": lambda: P.pbs(4, 8, 0.6), "xattention": lambda: P.xattention(2, 4, 0.6),
     "minference": lambda: P.minference(4, 5, 4, columns=1, diagonals=2), "flexprefill": lambda: P.flexprefill(4, 0.6, 0.2),
     "snapkv": lambda: P.snapkv(8, 4, 3), "h2o": lambda: P.h2o(4, 4), "retnet": lambda: P.retnet(4), "based": lambda: P.based(),
@@ -112,6 +114,22 @@ def test_inputs_with_defaults_are_made_of_the_tokens_that_are_kept(name: str, ba
     shares = torch.ones(1, 4, 30, 2, dtype=torch.float64)
     wanted = out + sd.compile(inside, backend="reference")(**tokens, **given)
     assert_close(sd.compile(both, backend=backend, allow=[LATER_QUERIES])(**tokens, **given, shares=shares), wanted)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.6])
+def test_csa_inside_of_token_sparse_is_what_loops_over_its_text_say(share: float, backend: str, draw: Any) -> None:
+    program = sd.Program(P.token_sparse(share, 4, 3, 6, inside=P.csa(4, 2, 5, sink=0.3, compressed="mean")))
+    tokens = {x: draw(2, heads, 26, 4, seed=n) for n, (x, heads) in enumerate((("q", 4), ("k", 2), ("v", 2)))}
+
+    def slopes(run: Any) -> list[torch.Tensor]:
+        leaves = [x.clone().requires_grad_() for x in tokens.values()]
+        out = run(*leaves)
+        return [out, *torch.autograd.grad((out * torch.cos(torch.arange(out.numel())).view_as(out)).sum(), leaves)]
+
+    attn = sd.compile(program, backend=backend, allow=[LATER_QUERIES])
+    wanted = slopes(lambda q, k, v: plain(program.text, PlainCall(q, k, v, {}, 0))[0])
+    for got, want in zip(slopes(attn), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def made_of(program: Any, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

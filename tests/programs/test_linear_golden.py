@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,8 @@ def assert_golden(got: dict[str, float], wanted: dict[str, float], tolerance: fl
 
 QKV = {"q": R.q, "k": R.k, "v": R.v}
 NORMAL = {"q": QN, "k": KN, "v": R.v}
+# Of T20: published rates of decay; what is erased is read before it decays.
+KEYS, DECAY = "batch heads keys head_dim", -math.exp(-0.5) * torch.sigmoid(3 * R.gv + 2)
 # Name -> program, inputs, state, weights of the loss, and the numbers.
 Case = tuple[Callable[[], Any], dict[str, Tensor], Tensor | None, dict[str, float]]
 CASES: dict[str, Case] = {
@@ -107,6 +110,11 @@ CASES: dict[str, Case] = {
         lambda: sd.linear(log_decay=VECTOR, reads="before", bonus=sd.input("u", "heads head_dim"), scale=1.0),
         {**QKV, "g": R.gv, "u": torch.cos(torch.arange(4.0, dtype=torch.float64) + 0.3 * torch.arange(2).double()[:, None])}, R.state,
         {"o": 13.4658573085, "p": 1.6032488433, "S": -0.3157335830},
+    ),
+    "T20 RWKV-7": (
+        lambda: sd.linear(log_decay=VECTOR, erase=sd.input("erase", KEYS), along=sd.input("along", KEYS), scale=1.0),
+        {**QKV, "g": DECAY, "erase": KN / DECAY.exp(), "along": KN * R.q.sigmoid()}, R.state,
+        {"o": 14.8394388946, "p": 2.4431362067, "S": -0.0275128335},
     ),
     "T22 l2": (lambda: sd.linear(log_decay=G, beta=BETA, features="l2"), {**QKV, "g": R.gs, "beta": R.beta}, None, {
         "o": 1.3283992902, "p": 0.2816089558, "dq": 0.7061818182, "dk": 0.0569115606,

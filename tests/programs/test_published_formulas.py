@@ -68,6 +68,37 @@ def gla(t: dict[str, Tensor]) -> Tensor:
     return each_head(2, head)
 
 
+def rwkv6(t: dict[str, Tensor]) -> Tensor:
+    """``wkv_t = diag(u) k_t^T v_t + sum_(i < t) diag(prod_(i < j < t) w_j) k_i^T v_i``, ``o_t = r_t wkv_t`` (2404.05892, equation 18)."""
+
+    def head(h: int) -> Tensor:
+        r, k, v, w = t["q"][0, h], t["k"][0, h], t["v"][0, h], t["g"][0, h].exp()
+        rows = []
+        for n in range(N):
+            wkv = torch.outer(t["bonus"][h] * k[n], v[n])
+            for i in range(n):
+                wkv = wkv + torch.outer(w[i + 1 : n].prod(0) * k[i], v[i])
+            rows.append(r[n] @ wkv)
+        return torch.stack(rows)
+
+    return each_head(2, head)
+
+
+def rwkv7(t: dict[str, Tensor]) -> Tensor:
+    """``wkv_t = wkv_(t-1) (diag(w_t) - n_t^T (a_t n_t)) + v_t^T k_t``, ``o_t = r_t wkv_t^T`` (2503.14456, equation 17)."""
+
+    def head(h: int) -> Tensor:
+        w = t["g"][0, h].exp()
+        removal, state, rows = t["erase"][0, h] * w, torch.zeros(DV, D, dtype=torch.float64), []
+        for n in range(N):
+            state = state @ (torch.diag(w[n]) - torch.outer(removal[n], t["along"][0, h, n]))
+            state = state + torch.outer(t["v"][0, h, n], t["k"][0, h, n])
+            rows.append(state @ t["q"][0, h, n])
+        return torch.stack(rows)
+
+    return each_head(2, head)
+
+
 def mamba_2(t: dict[str, Tensor]) -> Tensor:
     """``h_t = exp(A dt_t) h_(t-1) + dt_t B_t x_t``, ``y_t = C_t^T h_t`` as a semiseparable matrix: ``L * (C B^T)``,
     ``L_ij = prod_(j < n <= i) a_n`` (2405.21060, equation 3); heads share B and C."""
@@ -138,6 +169,10 @@ SYSTEMS: dict[str, tuple[Any, Callable[[dict[str, Tensor]], Tensor], dict[str, t
     "gated_delta": (P.gated_delta(), gated_delta, {"q": (2, N, D), "k": (2, N, D), "v": (4, N, DV), "g": (4, N), "beta": (4, N)}),
     "kda": (P.kda(), kda, {"q": (2, N, D), "k": (2, N, D), "v": (2, N, DV), "g": (2, N, D), "beta": (2, N)}),
     "gla": (P.gla(), gla, {"q": (2, N, D), "k": (2, N, D), "v": (2, N, DV), "g": (2, N, D)}),
+    "rwkv6": (P.rwkv6(), rwkv6, {"q": (2, N, D), "k": (2, N, D), "v": (2, N, DV), "g": (2, N, D), "bonus": (2, D)}),
+    "rwkv7": (P.rwkv7(), rwkv7, {
+        "q": (2, N, D), "k": (2, N, D), "v": (2, N, DV), "g": (2, N, D), "erase": (2, N, D), "along": (2, N, D),
+    }),
     "mamba_2": (P.ssd(), mamba_2, {"q": (1, N, D), "k": (1, N, D), "v": (3, N, DV), "g": (3, N)}),
     "dsa": (P.dsa(4), dsa, {
         "q": (2, N, D), "k": (1, N, D), "v": (1, N, DV), "index_q": (3, N, 4), "index_k": (1, N, 4), "index_weights": (3, N),
@@ -153,7 +188,8 @@ SYSTEMS: dict[str, tuple[Any, Callable[[dict[str, Tensor]], Tensor], dict[str, t
 def test_what_the_paper_says(system: str, backend: str, draw: Any, grads: Any, assert_close: Any) -> None:
     program, formula, shapes = SYSTEMS[system]
     tensors = {name: draw(1, *shape, seed=n) for n, (name, shape) in enumerate(shapes.items())}
-    for name, make in (("g", lambda x: -0.3 * x.abs()), ("beta", torch.sigmoid), ("gate", torch.sigmoid)):
+    made = {"g": lambda x: -0.3 * x.abs(), "erase": lambda x: 0.2 * x, "along": lambda x: 0.2 * x, "bonus": lambda x: x[0]}
+    for name, make in (made | dict.fromkeys(("beta", "gate"), torch.sigmoid)).items():
         tensors |= {name: make(tensors[name])} if name in tensors else {}
     attn = sd.compile(program, backend=backend)
     assert_close(attn(**tensors), formula(tensors), 1e-10)

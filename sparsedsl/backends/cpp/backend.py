@@ -270,8 +270,6 @@ def _refusal_of_selected(mask: Any, score: Any, double: bool, grad: bool, worth:
 def _refusal_of_gated(request: Request) -> str | None:
     """What the code for decays that come with the data lacks."""
     facts = request.facts
-    if request.form.endswith("before"):
-        return "its code for linear() with decays from the data reads the state after a token is written, and this one before"
     widest = max(facts.head_dim, facts.head_dim_v)
     if widest > WIDEST:
         return f"its code for linear() with decays from the data has heads up to {WIDEST} wide; this one is {widest}"

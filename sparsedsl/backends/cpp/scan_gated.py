@@ -27,44 +27,51 @@ WIDEST, MOST_SHARING = 512, 32
 
 
 def gated_scan(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, *, scale: float, before: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, erase: Tensor | None = None, *, scale: float,
     q_offset: int = 0, state: Tensor | None = None, documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Results and state: see :func:`sparsedsl.backends.tiled.scan_gated.gated_scan`, which gives the same. ``before`` is refused before
-    anybody comes here, as are heads wider than ``WIDEST``."""
-    words: dict[str, Any] = {"scale": scale, "before": before, "q_offset": q_offset, "state": state, "documents": documents}
-    call = check_gated(q, k, v, log_decay, beta, scale=scale, q_offset=q_offset, state=state, documents=documents)
-    known = [t for t in (q, k, v, log_decay, beta, state) if t is not None]
+    """Results and state: see :func:`sparsedsl.backends.tiled.scan_gated.gated_scan`, which gives the same. Heads wider than
+    ``WIDEST`` are refused before anybody comes here."""
+    words: dict[str, Any] = {"scale": scale, "q_offset": q_offset, "state": state, "documents": documents}
+    call = check_gated(q, k, v, log_decay, beta, erase, scale=scale, q_offset=q_offset, state=state, documents=documents)
+    known = [t for t in (q, k, v, log_decay, beta, erase, state) if t is not None]
     real, grad = accumulated(q.dtype), wants_grad(*known)
     lines, width = q.shape[0] * call.states, q.shape[3]
     kept = (-(-k.shape[2] // CHUNK) + 1) * lines * width * v.shape[3] * real.itemsize
     if is_transformed(*known) or not k.shape[2] or not q.numel() or (grad and kept > LIMITS.now.states_bytes):
-        return tiled.gated_scan(q, k, v, log_decay, beta, **words)
+        return tiled.gated_scan(q, k, v, log_decay, beta, erase, **words)
     first = torch.zeros(q.shape[0], call.states, width, v.shape[3], dtype=real) if state is None else state
     kind = q.dtype if q.dtype == k.dtype == v.dtype else real
-    given = (q.to(kind), k.to(kind), v.to(kind), log_decay.to(real), None if beta is None else beta.to(real), first.to(real))
+    erase = None if erase is None else erase.to(kind).expand(q.shape[0], -1, -1, -1)
+    given = (
+        q.to(kind), k.to(kind), v.to(kind), log_decay.to(real), None if beta is None else beta.to(real), erase, first.to(real)
+    )  # fmt: skip
     if not grad and k.shape[2] <= LIMITS.now.scan_steps:
         out, after = _steps(call, *given)
         return out.to(q.dtype), after
     out, after, finite = _Gated.apply(call, *given)
     if not finite:  # what is not seen may hold anything: token by token it stays where it is
-        return tiled.gated_scan(q, k, v, log_decay, beta, **words)
+        return tiled.gated_scan(q, k, v, log_decay, beta, erase, **words)
     return out.to(q.dtype), after
 
 
-def _steps(call: GatedCall, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Any, state: Tensor) -> tuple[Tensor, Tensor]:
+def _steps(
+    call: GatedCall, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Any, erase: Any, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """Token by token."""
     out = q.new_empty((q.shape[0], max(q.shape[1], call.states), q.shape[2], v.shape[3]))
     after = torch.empty(state.shape, dtype=state.dtype)
-    _run("gated_steps", call, (q, k, v, out, None), g, beta, state, after, None, [None] * 7)
+    _run("gated_steps", call, (q, k, v, erase, out, None), g, beta, state, after, None, [None] * 8)
     return out, after
 
 
 class _Gated(torch.autograd.Function):
-    """Inputs: the checked call, q, k, v of one type, log decays, beta and the state in that of sums."""
+    """Inputs: the checked call, q, k, v and what erases; log decays, beta and the state in that of sums."""
 
     @staticmethod
-    def forward(ctx: Any, call: GatedCall, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Any, state: Tensor) -> Any:
+    def forward(
+        ctx: Any, call: GatedCall, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Any, erase: Any, state: Tensor
+    ) -> Any:
         out = q.new_empty((q.shape[0], max(q.shape[1], call.states), q.shape[2], v.shape[3]))
         after, entered = torch.empty(state.shape, dtype=state.dtype), None
         if any(ctx.needs_input_grad):
@@ -72,18 +79,18 @@ class _Gated(torch.autograd.Function):
             entered = torch.empty(
                 state.shape[0] * call.states * chunks * q.shape[3] * _whole(v.shape[3], state.dtype), dtype=state.dtype
             )
-        finite = _run("gated_forward", call, (q, k, v, out, None), g, beta, state, after, entered, [None] * 7)
+        finite = _run("gated_forward", call, (q, k, v, erase, out, None), g, beta, state, after, entered, [None] * 8)
         ctx.call = call
-        ctx.save_for_backward(q, k, v, g, beta, state, entered)
+        ctx.save_for_backward(q, k, v, g, beta, erase, state, entered)
         ctx.set_materialize_grads(False)
         return out, after, bool(finite)
 
     @staticmethod
     @only_first_derivatives
     def backward(ctx: Any, grad_out: Tensor | None, grad_after: Tensor | None, _: None) -> Any:
-        q, k, v, g, beta, state, entered = ctx.saved_tensors
+        q, k, v, g, beta, erase, state, entered = ctx.saved_tensors
         if grad_out is None and grad_after is None:
-            return (None,) * 7
+            return (None,) * 8
         real, (batch, states) = state.dtype, state.shape[:2]
         heads = max(q.shape[1], states)
         if grad_out is None:
@@ -93,11 +100,12 @@ class _Gated(torch.autograd.Function):
         by_k, by_v = (torch.empty(batch, states, k.shape[2], n, dtype=real) for n in (width, width_v))
         by_g = torch.empty(batch, states, k.shape[2], *([width] if g.ndim == 4 else []), dtype=real)
         by_beta = None if beta is None else torch.empty(batch, states, k.shape[2], dtype=real)
+        by_erase = None if erase is None else torch.empty_like(by_k)
         by_state = torch.empty(state.shape, dtype=real)
         last = None if grad_after is None else grad_after.to(real).contiguous()
-        rest = [by_q, by_k, by_v, by_g, by_beta, by_state, last]
-        _run("gated_backward", ctx.call, (q, k, v, None, grad_out), g, beta, state, by_state, entered, rest)
-        given = ((by_q, q), (by_k, k), (by_v, v), (by_g, g), (by_beta, beta))
+        rest = [by_q, by_k, by_v, by_g, by_beta, by_erase, by_state, last]
+        _run("gated_backward", ctx.call, (q, k, v, erase, None, grad_out), g, beta, state, by_state, entered, rest)
+        given = ((by_q, q), (by_k, k), (by_v, v), (by_g, g), (by_beta, beta), (by_erase, erase))
         found = [None if grad is None or t is None else _joined(grad, t) for grad, t in given]
         return None, *found, by_state
 
@@ -115,15 +123,16 @@ def _run(
     rest: list[Tensor | None],
 ) -> int:  # fmt: skip
     given = [None if t is None else rows_without_gaps(t.detach()) for t in tensors]
-    q, k, v = tensors[:3]
+    q, k, v, erase = tensors[:4]
     g, beta = g.detach().contiguous(), None if beta is None else beta.detach().contiguous()
     begins = None if call.begins is None else call.begins.to(torch.uint8).contiguous()
     first = state.detach().contiguous()
     places = [field for t in given for field in ((0, 0, 0, 0) if t is None else place_of(t))]
     several = [int(t is not None and t.shape[0] > 1) for t in (g, beta, begins)]
     block = struct.pack(
-        "=12qd40q", q.shape[0], call.states, q.shape[1], k.shape[1], v.shape[1], g.shape[1], 1 if beta is None else beta.shape[1],
-        q.shape[2], k.shape[2], q.shape[3], v.shape[3], call.q_offset, call.scale, KINDS[q.dtype], torch.get_num_threads(), parallel(),
+        "=13qd45q", q.shape[0], call.states, q.shape[1], k.shape[1], v.shape[1], g.shape[1], 1 if beta is None else beta.shape[1],
+        1 if erase is None else erase.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], call.q_offset, call.scale,
+        KINDS[q.dtype], torch.get_num_threads(), parallel(),
         *places, g.data_ptr(), first_of(beta), *several[:2], int(g.ndim == 4), first_of(begins), several[2], first.data_ptr(),
         after.data_ptr(), first_of(entered), *map(first_of, rest),
     )  # fmt: skip

@@ -22,8 +22,12 @@ def run_recurrence(run: Any, node: Linear, rows: Callable[..., Tensor] | None = 
     sums in place of the recurrence, where the test kit asks what other ways round."""
     q, k, v = (run.value(x) for x in (node.x, node.y, node.z))
     gates = {
-        word: run.value(x) for word, x in (("decay", node.gate), ("beta", node.beta), ("write", node.write)) if x is not None
-    }
+        word: run.value(x)
+        for word, x in (
+            ("decay", node.gate), ("beta", node.beta), ("write", node.write), ("erase", node.erase), ("along", node.along)
+        )
+        if x is not None
+    }  # fmt: skip
     heads = linear_heads(node, q.shape[1], k.shape[1], v.shape[1], {word: x.shape[1] for word, x in gates.items()})
     check_decays(node, gates.get("decay"), gates.get("write"), q.dtype)
     scale = run.call.scale or node.scale or q.shape[3] ** -0.5
@@ -38,9 +42,10 @@ def run_recurrence(run: Any, node: Linear, rows: Callable[..., Tensor] | None = 
     gates = {word: repeat_kv(x, heads.states).expand(k.shape[0], *[-1] * (x.ndim - 1)) for word, x in gates.items()}
     if node.write is not None:
         k = k * gates["write"].exp()[..., None]
-    bonus = None if node.bonus is None else repeat_kv(run.value(node.bonus)[None], heads.states)
+    bonus = None if node.bonus is None else repeat_kv(run.value(node.bonus)[None], heads.out).unflatten(1, (heads.states, -1))
     q = q.unflatten(1, (heads.states, -1))
-    sums = (rows or _rows)(run, node, q, k, v, _kept(node, gates, k), gates.get("beta"), bonus)
+    erased = None if node.erase is None else (gates["erase"], gates.get("along", k))
+    sums = (rows or _rows)(run, node, q, k, v, _kept(node, gates, k), gates.get("beta"), bonus, erased)
     return _normalised(node, sums.flatten(1, 2))
 
 
@@ -54,9 +59,11 @@ def _kept(node: Linear, gates: dict[str, Tensor], k: Tensor) -> Tensor:
 
 
 def _rows(
-    run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None
-) -> Tensor:
-    """The sums of all queries, ``q (B, H, G, Sq, D)``: ``(B, H, G, Sq, Dv)``. A token is seen by the queries from its own on."""
+    run: Any, node: Linear, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, beta: Tensor | None, bonus: Tensor | None,
+    erased: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """The sums of all queries, ``q (B, H, G, Sq, D)``, ``bonus (1, H, G, D)``: ``(B, H, G, Sq, Dv)``. A token is seen by the queries
+    from its own on."""
     state = run.call.state_of(node)
     state = k.new_zeros((*k.shape[:2], k.shape[3], v.shape[3])) if state is None else state.to(k.dtype)
     ids = None if node.documents is None else run.value(node.documents).expand(k.shape[0], -1)
@@ -73,15 +80,18 @@ def _rows(
         state = torch.where(keep > 0, keep * state, 0.0)  # nothing is left of anything, NaN too
         if beta is not None:
             value = beta[:, :, token, None] * (value - (state * key[..., None]).sum(2))
+        if erased is not None:
+            by, along = (t[:, :, token, :, None] for t in erased)
+            state = state - along * (by * state).sum(2, keepdim=True)
         state = state + key[..., None] * value[..., None, :]
         states = [*states, state][-node.delay - 1 :]
         if not first <= token < first + q.shape[3]:
             continue
-        seen = states[0]  # the one before as many tokens, or the oldest there is
-        if node.reads == "before":
-            own = 0.0 if bonus is None else (bonus * key)[..., None] * value[..., None, :]
-            seen = before + own
-        rows.append((q[:, :, :, token - first, :, None] * seen[:, :, None]).sum(3))
+        oldest = states[0]  # the one before as many tokens, or the oldest there is
+        seen = (before if node.reads == "before" else oldest)[:, :, None]
+        if bonus is not None:
+            seen = seen + (bonus * key[:, :, None])[..., None] * value[:, :, None, None]
+        rows.append((q[:, :, :, token - first, :, None] * seen).sum(3))
     return torch.stack(rows, 3)
 
 

@@ -1,7 +1,7 @@
 """Linear attention whose decays and write rule come with the data, in chunks, forward and backward.
 
-With ``a_t = e^(g_t)``: ``Sd = diag(a_t) S_(t-1)``, ``u_t = v_t`` or, by the delta rule, ``beta_t (v_t - k_t Sd)``,
-``S_t = Sd + k_t^T u_t``, ``out_t = scale q_t S_t`` (or, read before the write, ``scale q_t S_(t-1)``).
+With ``a_t = e^(g_t)``: ``Sd = diag(a_t) S_(t-1)``, ``u_t = v_t`` or, by the delta rule, ``beta_t (v_t - e_t Sd)``,
+``S_t = Sd + k_t^T u_t``, ``out_t = scale q_t S_t``; ``e_t`` is ``k_t``, or a key of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tensor = torch.Tensor
 
 
 def gated_scan(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, *, scale: float, before: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, erase: Tensor | None = None, *, scale: float,
     q_offset: int = 0, state: Tensor | None = None, documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Results and the state after the last key.
@@ -40,12 +40,12 @@ def gated_scan(
         k, v: ``(B, Hk, Skv, D)`` and ``(B, Hv, Skv, Dv)``.
         log_decay: ``(1 or B, Hg, Skv)`` or ``(1 or B, Hg, Skv, D)``, at most 0; -inf forgets all that was before.
         beta: ``(1 or B, Hb, Skv)``: by the delta rule; None: every value is written as it is.
-        before: queries read before their token decays and writes; not with beta.
+        erase: ``(1 or B, He, Skv, D)``: keys by which the delta rule reads what it takes off, in place of k; None: k. With beta.
         state: ``(B, H, D, Dv)``, what the keys before key 0 left; None: nothing.
         documents: integer ids ``(1 or B, Skv)``. Where the id changes, the state begins anew; ``state`` belongs to the document of key 0.
 
     Returns:
-        out ``(B, max(Hq, H), Sq, Dv)`` in q's dtype, and the state. Differentiable once in q, k, v, log_decay, beta and state.
+        out ``(B, max(Hq, H), Sq, Dv)`` in q's dtype, and the state. Differentiable once in q, k, v, log_decay, beta, erase and state.
 
     Raises:
         ShapeError: arguments that do not fit each other, a query after the last key.
@@ -58,21 +58,21 @@ def gated_scan(
         >>> gated_scan(x, x, 2 * x, torch.zeros(1, 1, 4), torch.full((1, 1, 4), 0.5), scale=1.0)[0].flatten().tolist()
         [1.0, 1.5, 1.75, 1.875]
     """
-    call = check_gated(q, k, v, log_decay, beta, scale=scale, q_offset=q_offset, state=state, documents=documents)
+    call = check_gated(q, k, v, log_decay, beta, erase, scale=scale, q_offset=q_offset, state=state, documents=documents)
     kind, heads = accumulated(q.dtype), call.states
     if state is None:
         state = torch.zeros(q.shape[0], heads, q.shape[3], v.shape[3], dtype=kind, device=q.device)
     begins = None if call.begins is None else call.begins[:, None]
-    keys = (k, v, log_decay, beta, begins)
+    keys = (k, v, log_decay, beta, erase, begins)
     lines = q.shape[0] * heads
     result = ((q.shape[0], max(q.shape[1], heads), q.shape[2], v.shape[3]), q.dtype)
     ranges = cut(q.shape[2], k.shape[2], call.q_offset, lines, LIMITS.now.gated_rows)
     few = k.shape[2] <= LIMITS.now.scan_tokens and not wants_grad(q, *(t for t in keys if t is not None), state)
-    if few or not _finite(q, k, v, beta):
-        step = functools.partial(token_by_token, scale=call.scale, before=before)
+    if few or not _finite(q, k, v, beta, erase):
+        step = functools.partial(token_by_token, scale=call.scale)
         plan = ScanPlan(step, ranges, (result,))
     else:
-        chunks = GatedChunks(call.scale, before)
+        chunks = GatedChunks(call.scale)
         plan = ScanPlan(chunks.forward, ranges, (result,), chunks.backward)
     (out,), (last,) = scan(plan, (q,), keys, (state.to(kind),))
     return out, last

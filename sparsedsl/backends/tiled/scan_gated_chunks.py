@@ -1,9 +1,9 @@
 """A gated scan in chunks: what happens within them all at once, states from chunk to chunk, and the gradients of all of it.
 
 Per chunk, with ``Qh = q e^c``, ``Kh = k e^c``, ``Kt_i = k_i e^(c_C - c_i)``, ``M_ij = q_i . k_j e^(c_i - c_j)`` (j <= i) and ``N`` the
-same of ``beta_i k_i`` with ``k_j`` (j < i)::
+same of ``beta_i e_i`` with ``k_j`` (j < i), ``e`` the keys that erase (k unless the call has others), ``Eh = e e^c``::
 
-    U = V, or (I + N)^-1 diag(beta) (V - Kh S)        O = scale (Qh S + M U)        S' = diag(e^(c_C)) S + Kt^T U
+    U = V, or (I + N)^-1 diag(beta) (V - Eh S)        O = scale (Qh S + M U)        S' = diag(e^(c_C)) S + Kt^T U
 
 ``(I + N)^-1`` is applied by substitution: entries of powers of N grow beyond what numbers hold.
 """
@@ -34,6 +34,7 @@ class _Cut:
 
     q: Tensor | None  # (X, N, R, C, D)
     k: Tensor  # (X, N, C, D)
+    e: Tensor  # what erases by the delta rule: k, if the call has nothing else
     v: Tensor
     g: Tensor  # (X, N, C) or (X, N, C, D), clamped
     beta: Tensor | None  # (X, N, C, 1)
@@ -45,11 +46,11 @@ class _Cut:
 class _Made:
     """What the forward pass makes of them. ``states`` (X, N + 1, D, Dv): before each chunk, and the last."""
 
-    kh: Tensor | None
+    eh: Tensor | None
     kt: Tensor
     pairs: Tensor | None  # (X, N, R, C, C): M
     between: Tensor | None  # (X, N, C, C): N without beta
-    solved: Tensor | None  # (X, N, C, D): (I + N)^-1 diag(beta) Kh
+    solved: Tensor | None  # (X, N, C, D): (I + N)^-1 diag(beta) Eh
     u: Tensor
     states: Tensor
 
@@ -59,7 +60,6 @@ class GatedChunks:
     """One row range, forward and backward, as :mod:`sparsedsl.backends.tiled.scan_chunked` asks for it."""
 
     scale: float
-    before: bool
 
     def forward(self, queries: Any, keys: Any, states: Any) -> Any:
         """Results and state."""
@@ -76,7 +76,7 @@ class GatedChunks:
         return (out,), (last,)
 
     def _cut(self, queries: Any, keys: Any, state: Tensor) -> _Cut:
-        (q,), (k, v, log_decay, beta, begins) = queries, keys
+        (q,), (k, v, log_decay, beta, erase, begins) = queries, keys
         (batch, heads), rows = state.shape[:2], k.shape[2]
         size = 1
         while size < min(LIMITS.now.scan_chunk, rows) and 2 * size <= LIMITS.now.scan_chunk:
@@ -100,17 +100,18 @@ class GatedChunks:
         if begins is not None:
             number = chunks(begins.expand(-1, heads, -1)).cumsum(2)
         kind = VectorDecays if g.ndim == 4 else ScalarDecays
-        decays: PairDecays = kind(g, number, before=self.before)
-        return _Cut(split, chunks(k), chunks(v), g, None if beta is None else chunks(beta)[..., None], number, decays)
+        decays: PairDecays = kind(g, number)
+        made, share = chunks(k), None if beta is None else chunks(beta)[..., None]
+        return _Cut(split, made, made if erase is None else chunks(erase), chunks(v), g, share, number, decays)
 
     def _made(self, x: _Cut, state: Tensor) -> _Made:
         decays, kt = x.decays, x.k * x.decays.left
-        readers = [t for t in (x.q, None if x.beta is None else x.k[:, :, None]) if t is not None]
+        readers = [t for t in (x.q, None if x.beta is None else x.e[:, :, None]) if t is not None]
         products = decays.products(torch.cat(readers, 2) if len(readers) > 1 else readers[0], x.k) if readers else None
         pairs = between = None
         if products is not None and x.q is not None:
             pairs = products[:, :, : x.q.shape[2]]
-            if isinstance(decays, VectorDecays) and not self.before:
+            if isinstance(decays, VectorDecays):
                 pairs.diagonal(0, 3, 4).copy_((x.q * x.k[:, :, None]).sum(4))
         states = state.new_empty(x.k.shape[0], x.k.shape[1] + 1, *state.shape[2:])
         states[:, 0] = state.flatten(0, 1)
@@ -121,14 +122,14 @@ class GatedChunks:
                 torch.addcmul(added[:, n], kept[:, n], states[:, n], out=states[:, n + 1])
             return _Made(None, kt, pairs, None, None, x.v, states)
         assert products is not None
-        between, kh = products[:, :, -1], x.k * decays.reach
-        solved = _substituted(between * x.beta, torch.cat([x.v, kh], 3) * x.beta)
+        between, eh = products[:, :, -1], x.e * decays.reach
+        solved = _substituted(between * x.beta, torch.cat([x.v, eh], 3) * x.beta)
         u, w = solved[..., : x.v.shape[3]].contiguous(), solved[..., x.v.shape[3] :].contiguous()
         for n in range(u.shape[1]):
             before = states[:, n]
             u[:, n] -= w[:, n] @ before
             torch.baddbmm(kept[:, n] * before, kt[:, n].mT, u[:, n], out=states[:, n + 1])
-        return _Made(kh, kt, pairs, between, w, u, states)
+        return _Made(eh, kt, pairs, between, w, u, states)
 
     def _rows(self, t: Tensor, state: Tensor, rows: int) -> Tensor:
         """(X, N, R, C, ..) -> (B, H R, rows, ..)."""
@@ -148,7 +149,7 @@ class GatedChunks:
         after, by_u = self._carried_back(x, made, grad, of_state, state)
         by_state = after[:, 0].view_as(state)
         found = self._slopes(x, made, grad, after[:, 1:], by_u)
-        (q,), given = queries, keys[:4]
+        (q,), given = queries, keys[:5]
         by_q = None if found[0] is None else _joined(self._rows(found[0], state, q.shape[2]), q)
         by_keys = [
             None if t is None or slope is None else _joined(self._rows(slope[:, :, None], state, t.shape[2]), t)
@@ -186,25 +187,25 @@ class GatedChunks:
         return after, by_u
 
     def _slopes(self, x: _Cut, made: _Made, grad: Tensor | None, leaving: Tensor, by_u: Tensor) -> Any:
-        """Gradients of q, k, v, g, beta as they are cut."""
+        """Gradients of q, k, v, g, beta and what erases as they are cut; the last None where that is k."""
         decays, before = x.decays, made.states[:, :-1]
         by_k_written = (made.u @ leaving.mT).mul_(decays.left)
-        by_q = by_k_read = by_beta = None
+        by_q = by_erase = by_beta = None
         readers, of_pairs = [], []
         if grad is not None and x.q is not None:
             by_q = (grad @ before.mT).unflatten(2, x.q.shape[2:4]).mul_(decays.reach[:, :, None])
             readers.append(x.q)
-            of_pairs.append((grad @ made.u.mT).unflatten(2, x.q.shape[2:4]).tril_(-1 if self.before else 0))
+            of_pairs.append((grad @ made.u.mT).unflatten(2, x.q.shape[2:4]).tril_())
         by_v = by_u
         if x.beta is not None:
-            assert made.between is not None and made.kh is not None
-            error = x.v - made.kh @ before
+            assert made.between is not None and made.eh is not None
+            error = x.v - made.eh @ before
             through = _substituted_back(made.between * x.beta, by_u)
             of_between = (through @ made.u.mT).tril_(-1).neg_()
             by_v = through * x.beta
             by_beta = (through * error).sum(3) + (of_between * made.between).sum(3)
-            by_k_read = -(by_v @ before.mT).mul_(decays.reach)
-            readers.append(x.k[:, :, None])
+            by_erase = -(by_v @ before.mT).mul_(decays.reach)
+            readers.append(x.e[:, :, None])
             of_pairs.append((of_between * x.beta)[:, :, None])
         if readers:
             of_all = torch.cat(of_pairs, 2) if len(readers) > 1 else of_pairs[0]
@@ -213,31 +214,32 @@ class GatedChunks:
             if by_q is not None:
                 assert x.q is not None
                 by_q += by_readers[:, :, : by_q.shape[2]]
-                if isinstance(decays, VectorDecays) and not self.before:
+                if isinstance(decays, VectorDecays):
                     own = of_pairs[0].diagonal(0, 3, 4)[..., None]
                     by_q += own * x.k[:, :, None]
                     by_k_written += (own * x.q).sum(2)
-            if by_k_read is not None:
-                by_k_read += by_readers[:, :, -1]
-        by_g = self._of_decays(x, made, by_q, by_k_read, by_k_written, leaving)
-        return by_q, by_k_written if by_k_read is None else by_k_written.add_(by_k_read), by_v, by_g, by_beta
+            if by_erase is not None:
+                by_erase += by_readers[:, :, -1]
+        by_g = self._of_decays(x, made, by_q, by_erase, by_k_written, leaving)
+        if by_erase is not None and x.e is x.k:
+            by_k_written, by_erase = by_k_written.add_(by_erase), None
+        return by_q, by_k_written, by_v, by_g, by_beta, by_erase
 
     def _of_decays(
-        self, x: _Cut, made: _Made, by_q: Tensor | None, by_k_read: Tensor | None, by_k_written: Tensor, leaving: Tensor
+        self, x: _Cut, made: _Made, by_q: Tensor | None, by_erase: Tensor | None, by_k_written: Tensor, leaving: Tensor
     ) -> Tensor:
         """``dc_i = reads of row i - its writes``, and sums of these from each row on."""
         reads = torch.zeros_like(x.k)
         if by_q is not None and x.q is not None:
             reads += (x.q * by_q).sum(2)
-        if by_k_read is not None:
-            reads += x.k * by_k_read
+        if by_erase is not None:
+            reads += x.e * by_erase
         sums = reads - x.k * by_k_written
         end = (made.states[:, 1:] * leaving).sum(3)
         if x.g.ndim == 3:
-            sums, reads, end = sums.sum(3), reads.sum(3), end.sum(2)
+            sums, end = sums.sum(3), end.sum(2)
         sums[:, :, -1] += end
         found = suffix_sums(sums, x.number)
-        found = found - reads if self.before else found
         unread = x.g <= LEAST[x.g.dtype]
         if x.number is not None:  # the first row of a document decays nothing
             starts = torch.zeros_like(x.number, dtype=torch.bool)

@@ -52,22 +52,21 @@ def _within(number: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class ScalarDecays:
     """One decay a key: pairs are a product times a table of decays."""
 
-    def __init__(self, g: Tensor, number: Tensor | None, *, before: bool):
-        """``g`` (X, N, C): logarithms, finite. ``number``: documents of the rows, from 0 in each chunk. ``before``: readers do not see what
-        their own row decays and writes."""
+    def __init__(self, g: Tensor, number: Tensor | None):
+        """``g`` (X, N, C): logarithms, finite. ``number``: documents of the rows, from 0 in each chunk."""
         sums = g.cumsum(2)
-        self.reach = (sums - g if before else sums).exp()[..., None]
+        self.reach = sums.exp()[..., None]
         self.total = sums[..., -1:, None].exp()
         after = torch.cat([g[..., 1:], torch.zeros_like(g[..., :1])], dim=2)
         self.left = after.flip(2).cumsum(2).flip(2).exp()[..., None]
-        self.pairs = _pair_table(g, before)
+        self.pairs = _pair_table(g)
         if number is not None:
             first, last, whole = _within(number)
             self.reach, self.left, self.total = self.reach * first, self.left * last, self.total * whole
             self.pairs = self.pairs * (number[..., :, None] == number[..., None, :])
 
     def products(self, x: Tensor, k: Tensor) -> Tensor:
-        """With the entries ``j = i``, unless readers read before."""
+        """With the entries ``j = i``."""
         found = (x.flatten(2, 3) @ k.mT).unflatten(2, x.shape[2:4])
         return found.mul_(self.pairs[:, :, None])
 
@@ -77,17 +76,17 @@ class ScalarDecays:
         return (weighed @ k).unflatten(2, x.shape[2:4]), weighed.mT @ x.flatten(2, 3)
 
 
-def _pair_table(g: Tensor, before: bool) -> Tensor:
+def _pair_table(g: Tensor) -> Tensor:
     """``e^(c_i - c_j)`` where row i reads row j, else 0: (X, N, C, C). Sums are made in float64 and split into what float32 holds and the
     rest, since the difference of two large sums is as wrong as they are."""
     size = g.shape[2]
     sums = g.double().cumsum(2)
-    readers = sums - g if before else sums
-    unseen = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(0 if before else 1)
-    high, low = readers.to(g.dtype), sums.to(g.dtype)
-    found = high[..., :, None] - low[..., None, :]
+    unseen = torch.ones(size, size, dtype=torch.bool, device=g.device).triu(1)
+    high = sums.to(g.dtype)
+    found = high[..., :, None] - high[..., None, :]
     if g.dtype != torch.float64:
-        found += (readers - high).to(g.dtype)[..., :, None] - (sums - low).to(g.dtype)[..., None, :]
+        low = (sums - high).to(g.dtype)
+        found += low[..., :, None] - low[..., None, :]
     return found.masked_fill_(unseen, float("-inf")).exp_()
 
 
@@ -96,19 +95,17 @@ class VectorDecays:
     the decay between them is that from the middle to the reader times that from the writer to the middle: two factors of at most 1, and
     pairs are products of matrices. The middle lies in the past of every reader."""
 
-    def __init__(self, g: Tensor, number: Tensor | None, *, before: bool):
+    def __init__(self, g: Tensor, number: Tensor | None):
         """``g`` (X, N, C, D), C a power of two; the rest as for scalars."""
         sums = g.cumsum(2)
-        self.reach = (sums - g if before else sums).exp()
+        self.reach = sums.exp()
         self.total = sums[:, :, -1, :, None].exp()
         self.left = _from_next(g).exp()
         self.halves: list[tuple[Tensor, Tensor]] = []
         half = 1
         while half < g.shape[2]:
             first, second = g.unflatten(2, (-1, 2, half)).unbind(3)  # (X, N, blocks, half, D)
-            to_reader = second.cumsum(3)
-            to_reader = to_reader - second if before else to_reader
-            self.halves.append((to_reader.exp_(), _from_next(first).exp_()))
+            self.halves.append((second.cumsum(3).exp_(), _from_next(first).exp_()))
             half *= 2
         self.same = None
         if number is not None:

@@ -45,10 +45,6 @@ class TritonBackend(Backend):
             return f"the generated kernels have heads up to {WIDEST} wide; this one is {widest}"
         if request.slots > MOST["the number of slots"]:
             return f"the kernels hold at most {MOST['the number of slots']} slots; these are {request.slots}"
-        if request.form.endswith("before"):
-            return (
-                "its kernels for linear() with decays from the data read the state after a token is written, and this one before"
-            )
         lacking = self.lacking(facts.device)
         if lacking is not None:
             return lacking

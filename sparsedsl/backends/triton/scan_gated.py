@@ -11,7 +11,6 @@ from sparsedsl.backends.triton.config_choice import target_of
 from sparsedsl.backends.triton.launching import in_tiles
 from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.scan_pass import ScanTiles, filled, launch, operands, plain, precision_of, refuse
-from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.loading import interpreted
 from sparsedsl.gpu.targets import Target
 from sparsedsl.runtime.autograd import only_first_derivatives
@@ -24,7 +23,7 @@ Tensor = torch.Tensor
 
 
 def gated_scan_triton(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, *, scale: float, before: bool = False,
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None = None, erase: Tensor | None = None, *, scale: float,
     q_offset: int = 0, state: Tensor | None = None, documents: Tensor | None = None, tiles: ScanTiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``gated_scan`` on a GPU, or where Triton interprets kernels: the same arguments, results, refusals and gradients.
@@ -38,7 +37,7 @@ def gated_scan_triton(
 
     Raises:
         ShapeError: as ``gated_scan``.
-        UnsupportedError: float64, a head_dim above 256, queries that read before their token writes, no GPU and no interpreter.
+        UnsupportedError: float64, a head_dim above 256, no GPU and no interpreter.
 
     Example:
         >>> x = torch.ones(1, 1, 4, 1, dtype=torch.float64)
@@ -47,20 +46,16 @@ def gated_scan_triton(
             ...
         sparsedsl.errors.UnsupportedError: gated_scan_triton: states are float32, too coarse for float64 inputs; use gated_scan
     """
-    call = check_gated(q, k, v, log_decay, beta, scale=scale, q_offset=q_offset, state=state, documents=documents)
-    if before:
-        raise UnsupportedError(
-            "gated_scan_triton: the kernels read the state after a token is written, not before; use gated_scan"
-        )
+    call = check_gated(q, k, v, log_decay, beta, erase, scale=scale, q_offset=q_offset, state=state, documents=documents)
     refuse("gated_scan_triton", q, {"head_dim": q.shape[3], "the head_dim of v": v.shape[3]}, "gated_scan")
     vector = log_decay.ndim == 4
     tiles = tiles or gated_tiles(q.dtype, q.shape[3], v.shape[3], vector=vector, target=target_of(q.device))
     number = None if call.number is None else call.number.to(torch.int32)
     job = _GatedJob(call, number, tiles)
-    given = [t for t in (q, k, v, log_decay, beta, state) if t is not None]
+    given = [t for t in (q, k, v, log_decay, beta, erase, state) if t is not None]
     if not wants_grad(*given) and k.shape[2] <= LIMITS.now.scan_steps:
-        return _GatedPass.of(job, q, k, v, log_decay, beta).steps(state)
-    out, last = _GatedScan.apply(job, q, k, v, log_decay, beta, state)
+        return _GatedPass.of(job, q, k, v, log_decay, beta, erase).steps(state)
+    out, last = _GatedScan.apply(job, q, k, v, log_decay, beta, erase, state)
     return out, last
 
 
@@ -93,12 +88,16 @@ class _GatedPass:
     v: Tensor
     log_decay: Tensor
     beta: Tensor | None
+    erase: Tensor | None
 
     @staticmethod
-    def of(job: _GatedJob, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None) -> _GatedPass:
+    def of(
+        job: _GatedJob, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, erase: Tensor | None
+    ) -> _GatedPass:
         q, k, v = plain(q, k, v)
         beta = None if beta is None else beta.detach().float().contiguous()
-        return _GatedPass(job, q, k, v, log_decay.detach().float().contiguous(), beta)
+        erase = None if erase is None else plain(erase)[0]
+        return _GatedPass(job, q, k, v, log_decay.detach().float().contiguous(), beta, erase)
 
     @property
     def heads(self) -> int:
@@ -126,23 +125,25 @@ class _GatedPass:
         """Arguments that all kernels have."""
         tiles, states, documents = self.job.tiles, self.job.call.states, self.job.documents
         g, beta, batch = self.log_decay, self.beta, self.q.shape[0]
+        erase = self.k if self.erase is None else self.erase.expand(batch, -1, -1, -1)
 
         def alone(t: Tensor | None) -> int:
             return 0 if t is None or t.shape[0] < batch else t.stride(0)
 
-        return operands(q=self.q, k=self.k, v=self.v) | {
+        return operands(q=self.q, k=self.k, erase=erase, v=self.v) | {
             "gate_ptr": g, "beta_ptr": g if beta is None else beta, "documents_ptr": g if documents is None else documents,
             "gate_stride_b": alone(g), "beta_stride_b": alone(beta), "documents_stride_b": alone(documents),
             "q_first": self.job.call.q_offset, "q_rows": self.q.shape[2], "length": self.k.shape[2], "heads": states,
             "chunks": self.chunks, "width": self.q.shape[3], "width_v": self.v.shape[3], "scale": self.job.call.scale,
             "READERS": self.heads // states if self.q.shape[2] else 0,
-            "Q_SHARED": self.heads // self.q.shape[1], "K_SHARED": states // self.k.shape[1], "V_SHARED": states // self.v.shape[1],
+            "Q_SHARED": self.heads // self.q.shape[1], "K_SHARED": states // self.k.shape[1],
+            "ERASE_SHARED": states // erase.shape[1], "ERASES": self.erase is not None, "V_SHARED": states // self.v.shape[1],
             "GATE_SHARED": states // g.shape[1], "BETA_SHARED": 1 if beta is None else states // beta.shape[1],
             "WIDTH": self.q.shape[3], "WIDTH_V": self.v.shape[3], "WHOLE": filled(self.q.shape[3]),
             "BLOCK": min(filled(self.q.shape[3]), tiles.block), "COLUMNS": min(filled(self.v.shape[3]), tiles.columns),
             "CHUNK": tiles.chunk, "levels": tiles.chunk.bit_length() - 1, "VECTOR": g.ndim == 4, "DELTA": beta is not None,
             "HAS_DOCUMENTS": documents is not None,
-            "PRECISION": "tf32" if "tf32" in map(precision_of, (self.q, self.k, self.v)) else "ieee",
+            "PRECISION": "tf32" if "tf32" in map(precision_of, (self.q, self.k, erase, self.v)) else "ieee",
         }  # fmt: skip
 
     @property
@@ -195,7 +196,8 @@ class _GatedPass:
         return out
 
     def gradients(self, values: dict[str, Any], d_out: Tensor, d_last: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Of q, k, v, log decays, beta, as the tensors are shared by heads and batch entries, and of the first state in float32."""
+        """Of q, k, v, log decays, beta, what erases, as the tensors are shared by heads and batch entries, and of the first state in
+        float32."""
         from sparsedsl.codegen.kernels import gated_gradients as kernels
 
         (batch, states, width, width_v), length, warps = self.state_shape, self.k.shape[2], self.job.tiles.warps
@@ -209,19 +211,20 @@ class _GatedPass:
         d_v = self.v.new_empty((batch, states, length, width_v), dtype=kinds[2])
         d_gate = self.empty(batch, states, *((length, width) if vector else (blocks, length)))
         d_beta = None if self.beta is None else self.empty(batch, states, blocks, length)
+        d_erase = None if self.erase is None else self.empty(batch, states, length, width)
         d_states = torch.empty_like(values["states_ptr"])
         through = d_states if d_beta is None else torch.empty_like(values["written_ptr"])
         values = values | operands(d_out=d_out) | {
             "ALIGN": min(values["ALIGN"], operands(d_out=d_out)["ALIGN"]), "d_last_ptr": d_states if d_last is None else d_last,
             "HAS_LAST": d_last is not None, "d_states_ptr": d_states, "through_ptr": through, "d_q_ptr": d_q, "d_k_ptr": d_k,
-            "d_v_ptr": d_v,
+            "d_v_ptr": d_v, "d_erase_ptr": d_k if d_erase is None else d_erase,
             "d_gate_ptr": d_gate, "d_beta_ptr": d_gate if d_beta is None else d_beta,
         }  # fmt: skip
         launch(kernels.carry_back, self.parts * self.lines, values, warps=warps)
         launch(kernels.slopes, blocks * self.chunks * self.lines, values, warps=warps)
         found = (
             (d_q, self.q), (d_k, self.k), (d_v, self.v), (d_gate if vector else d_gate.sum(2), self.log_decay),
-            (None if d_beta is None else d_beta.sum(2), self.beta),
+            (None if d_beta is None else d_beta.sum(2), self.beta), (d_erase, self.erase),
         )  # fmt: skip
         return *(None if t is None or d is None else _joined(d, t) for d, t in found), d_states[:, 0].view(self.state_shape)
 
@@ -234,13 +237,20 @@ def _joined(grad: Tensor, t: Tensor) -> Tensor:
 
 
 class _GatedScan(torch.autograd.Function):
-    """Inputs: a job, q, k, v, log decays, beta or None, and the state or None."""
+    """Inputs: a job, q, k, v, log decays, beta or None, what erases or None, and the state or None."""
 
     @staticmethod
     def forward(
-        job: _GatedJob, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor | None, state: Tensor | None
+        job: _GatedJob,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        beta: Tensor | None,
+        erase: Tensor | None,
+        state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        forward = _GatedPass.of(job, q, k, v, log_decay, beta)
+        forward = _GatedPass.of(job, q, k, v, log_decay, beta, erase)
         values = forward.written(state)
         return forward.read(values), values["states_ptr"][:, -1].clone().view(forward.state_shape)
 
@@ -255,7 +265,7 @@ class _GatedScan(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_last: Tensor | None) -> Any:
         *tensors, state = ctx.saved_tensors
         if grad_out is None and grad_last is None:
-            return (None,) * 7
+            return (None,) * 8
         again = _GatedPass.of(ctx.job, *tensors)
         if grad_out is None:
             grad_out = again.q.new_zeros(again.q.shape[0], again.heads, again.q.shape[2], again.v.shape[3])

@@ -89,12 +89,13 @@ def test_linear_attention(x: dict[str, Any], decays: list[float]) -> None:
 
 
 @given(
-    x=sizes(), vector=st.booleans(), delta=st.booleans(), strength=st.sampled_from([0.0, 0.1, 1.0, 20.0, math.inf]),
+    x=sizes(), vector=st.booleans(), rule=st.sampled_from(["sum", "delta", "erase"]),
+    strength=st.sampled_from([0.0, 0.1, 1.0, 20.0, math.inf]),
     values=st.sampled_from([1, 2]), gates=st.sampled_from(["kv", "values", "one"]),
 )  # fmt: skip
 @settings(max_examples=60)
 def test_decays_that_come_with_the_data(
-    x: dict[str, Any], vector: bool, delta: bool, strength: float, values: int, gates: str
+    x: dict[str, Any], vector: bool, rule: str, strength: float, values: int, gates: str
 ) -> None:
     generator = torch.Generator().manual_seed(x["seed"])
     real = torch.float64 if x["dtype"] == torch.float64 else torch.float32
@@ -107,25 +108,28 @@ def test_decays_that_come_with_the_data(
     if strength == math.inf:  # some forget all, the others nothing
         g = torch.where(g < -1e3, -math.inf, 0.0)
     inputs = [q, torch.nn.functional.normalize(k.double(), dim=-1).to(k), v, g.to(real)]
-    if delta:
+    if rule != "sum":
         inputs.append(2 * torch.rand(shape, generator=generator).to(real))
+    if rule == "erase":
+        erase = torch.randn(*shape, x["width"], generator=generator)
+        inputs.append(torch.nn.functional.normalize(erase, dim=-1).to(k))
     if x["state"]:
         inputs.append(torch.randn(x["batch"], max(v.shape[1], heads), x["width"], x["width_v"], generator=generator).to(real))
     words = {"scale": 0.3, "q_offset": x["offset"], "documents": documents(x, generator)}
 
     def by(module: Any) -> list[Tensor]:
         def run(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *more: Tensor) -> list[Tensor]:
-            beta, state = more[0] if delta else None, more[-1] if x["state"] else None
-            return list(module.gated_scan(q, k, v, g, beta, state=state, **words))
+            by_rule, state = more[: ("sum", "delta", "erase").index(rule)], more[-1] if x["state"] else None
+            return list(module.gated_scan(q, k, v, g, *by_rule, state=state, **words))
 
         return with_gradients(run, inputs)
 
     wanted = by(gated_torch)
     assert_alike(by(gated_cpp), wanted, TOLERANCE[x["dtype"]])
     if x["kv_len"] <= 64:  # a step of decoding, as long as it can be
-        beta, state = inputs[4] if delta else None, inputs[-1] if x["state"] else None
+        state, last = (inputs[-1], -1) if x["state"] else (None, None)
         with torch.no_grad(), gated_cpp.LIMITS.using(scan_steps=64):
-            steps = gated_cpp.gated_scan(*inputs[:4], beta, state=state, **words)
+            steps = gated_cpp.gated_scan(*inputs[:last], state=state, **words)
         assert_alike(list(steps), wanted[:2], TOLERANCE[x["dtype"]])
 
 

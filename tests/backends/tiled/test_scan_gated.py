@@ -49,7 +49,7 @@ def calls(draw: Any) -> tuple[dict[str, Tensor], dict[str, Any], int]:
         (2, 1, 1, 2, 1),
     ]
     hq, hk, hv, hg, hb = draw(st.sampled_from(shapes))
-    vector, rule = draw(st.booleans()), draw(st.sampled_from(["plain", "delta", "before"]))
+    vector, rule = draw(st.booleans()), draw(st.sampled_from(["plain", "delta", "erase"]))
     offset = draw(st.integers(0, keys - 1))
     documents = draw(st.booleans())
     rows = draw(st.integers(1, keys - offset))
@@ -63,11 +63,13 @@ def calls(draw: Any) -> tuple[dict[str, Tensor], dict[str, Any], int]:
         "q": random(batch, hq, rows, 4), "k": l2(random(batch, hk, keys, 4)), "v": random(batch, hv, keys, 3),
         "g": -strength * random(draw(st.sampled_from([1, batch])), hg, keys, *([4] if vector else [])).abs(),
     }  # fmt: skip
-    if rule == "delta":
+    if rule != "plain":
         x["beta"] = 2 * torch.sigmoid(random(batch, hb, keys))
+    if rule == "erase":
+        x["erase"] = l2(random(draw(st.sampled_from([1, batch])), hb, keys, 4))
     if draw(st.booleans()):
-        x["state"] = random(batch, max(hk, hv, hg, hb if rule == "delta" else 1), 4, 3)
-    words: dict[str, Any] = {"scale": 0.3, "before": rule == "before", "q_offset": offset}
+        x["state"] = random(batch, max(hk, hv, hg, 1 if rule == "plain" else hb), 4, 3)
+    words: dict[str, Any] = {"scale": 0.3, "q_offset": offset}
     if documents:
         words["documents"] = torch.randint(0, 3, (batch, keys), generator=generator).sort(-1).values
     return x, words, draw(st.sampled_from([1, 2, 4, 8, 64]))
