@@ -172,7 +172,7 @@ class LayerWork:
     def _as_stored(self, rows: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         if not self._is_quantised:
             return rows.to(dtype)
-        most = torch.finfo(dtype).max  # beyond it float8 is NaN
+        most = torch.finfo(dtype).max  # (beyond it e5m2 is infinite)
         return (rows.float() / scale).clamp(-most, most).to(dtype)
 
 
