@@ -32,11 +32,12 @@ __all__ = ["EXCHANGE_RULES", "Stages", "certain_pattern", "stages_of", "whole_bl
 
 class Reads(NamedTuple):
     """What a node reads of keys. ``rows``: nodes that it reads row by row, of all keys; ``pooled``: nodes of which it makes one row a
-    block; ``chosen``: nodes of which it reads the rows that its mask allows."""
+    block; ``chosen``: nodes of which it reads the rows that its mask allows; ``state``: it reads what earlier keys left."""
 
     rows: tuple[Node, ...] = ()
     pooled: tuple[Node, ...] = ()
     chosen: tuple[Node, ...] = ()
+    state: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +73,7 @@ def stages_of(program: Program, given: Set[str] | None = None) -> Stages:
     (['landmarks'], ['k', 'v'])
     """
     spread, local, fetched = dict[Input, None](), dict[Input, None](), dict[Input, None]()
-    pooled, early, late = list[Node](), list[Attend](), list[Attend]()
-    recurrent = [node for node in program.everything if isinstance(node, (Linear, Recall))]
+    pooled, early, late, recurrent = list[Node](), list[Attend](), list[Attend](), list[Any]()
     for node in program.everything:
         if any(windows_of(axis) for axis in node.axes):
             _refuse(program, node, "counts windows of keys, which overlap, so that one may lie on two ranks")
@@ -83,6 +83,7 @@ def stages_of(program: Program, given: Set[str] | None = None) -> Stages:
         for read in _inputs(reads.pooled, given):
             (local if "keys" in read.axes else spread)[read] = None
             pooled += [node] if "keys" in read.axes else []
+        recurrent += [node] if reads.state else []
         if isinstance(node, Attend):
             (late if reads.chosen else early).append(node)
     for read in spread:
@@ -202,12 +203,20 @@ def _probing(node: Node, program: Program) -> Any:
     return _refuse(program, node, "looks at all keys from some queries")
 
 
-def _recurrent(node: Linear | sources.Slots, program: Program) -> Reads:
+def _written(node: Linear | sources.Slots, program: Program) -> Reads:
     """Rows of its own rank alone, and states of others."""
     for x in node.inputs:
         if not isinstance(x, Input):
             _refuse(program, node, f"runs along {x.label!r}, which is made of keys one by one")
     return Reads()
+
+
+def _linear(node: Linear, program: Program) -> Reads:
+    return _written(node, program)._replace(state=True)
+
+
+def _recall(node: Recall, program: Program) -> Reads:
+    return Reads(state=True)
 
 
 def _kept(node: Node, program: Program) -> Any:
@@ -221,7 +230,7 @@ def _noise(node: Node, program: Program) -> Any:
 EXCHANGE_RULES: Rules[Callable[[Any, Program], Any]] = Rules(
     "the exchange between ranks",
     {
-        **dict.fromkeys((Input, Joint, Mix, Recall, scores.Softmax, scores.Regroup, scores.Plus, scores.Relu), _by_row),
+        **dict.fromkeys((Input, Joint, Mix, scores.Softmax, scores.Regroup, scores.Plus, scores.Relu), _by_row),
         **dict.fromkeys((scores.Scaled, scores.Weighted, scores.Grouped, select.TopK, select.Threshold), _by_row),
         select.TopP: _top_p,
         tensors.Summary: _summary,
@@ -234,7 +243,9 @@ EXCHANGE_RULES: Rules[Callable[[Any, Program], Any]] = Rules(
         **dict.fromkeys((key_choices.ChosenKeys, key_choices.Divergence), _all_keys),
         **dict.fromkeys((orders.Order, orders.Inverse, orders.Take), _all_keys),
         **dict.fromkeys((orders.Tokens, Compact), _kept),
-        **dict.fromkeys((sources.Slots, Linear), _recurrent),
+        sources.Slots: _written,
+        Linear: _linear,
+        Recall: _recall,
         scores.Gumbel: _noise,
     },
 )
