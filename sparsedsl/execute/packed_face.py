@@ -10,10 +10,12 @@ import torch
 from sparsedsl.analysis.domain import check_size
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.execute.calls import Calls
+from sparsedsl.execute.kept_summaries import summarised
 from sparsedsl.execute.packed_calls import PackedAttention
-from sparsedsl.execute.packed_inputs import inputs_by_request
+from sparsedsl.execute.packed_inputs import PagedRows, inputs_by_request
+from sparsedsl.execute.page_summaries import PageSummaries
 from sparsedsl.execute.paged_work import PagedWork
-from sparsedsl.execute.pools import check_block_table, pools_of
+from sparsedsl.execute.pools import check_block_table, check_pools, pools_of
 from sparsedsl.execute.request_loop import request_by_request
 from sparsedsl.lang.advice import check_word, shown
 from sparsedsl.lang.pattern import attend
@@ -87,9 +89,9 @@ class PackedFace:
             given = inputs_by_request(self._calls.program, named, requests, ends)
             first = ends.tolist()
 
-            def keys_of(number: int) -> tuple[Tensor, Tensor]:
+            def keys_of(number: int) -> tuple[Tensor, Tensor, None]:
                 rows = slice(first[number], first[number + 1])
-                return k[:, :, rows], v[:, :, rows]
+                return k[:, :, rows], v[:, :, rows], None
 
             found = request_by_request(
                 self._calls, q, v.shape[3], requests, keys_of, given, scale=scale, lse=self._lse(return_lse)
@@ -107,7 +109,7 @@ class PackedFace:
     def paged(
         self, q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor,
         q_start: Tensor | None = None, *, return_lse: bool = False, scale: float | None = None, k_scale: Tensor | float | None = None,
-        v_scale: Tensor | float | None = None, layout: str = "thd", pool_layout: str = "nhd",
+        v_scale: Tensor | float | None = None, layout: str = "thd", pool_layout: str = "nhd", summaries: PageSummaries | None = None,
         tables: Mapping[str, Tensor] | None = None, **named: Any,
     ) -> Any:  # fmt: skip
         """Attention of many requests over keys that lie in pages of a pool. Pages that no query can see are not read.
@@ -122,7 +124,11 @@ class PackedFace:
             cu_seqlens_q: ``(R + 1,)``, where the queries of each begin and end: one each to decode, more to prefill, mixed at will.
             q_start: ``(R,)``, the position of the first query of each; None puts the last query at the last key.
             k_scale, v_scale: of quantised pools factors ``(pages,)`` or ``(pages, Hkv)``, or one number; None is 1.
-            return_lse, scale, tables, named: as :meth:`ragged`.
+            summaries: what :meth:`page_summaries` of a program made for these pools: blocks of keys that are over, and were summed up in
+                an earlier call, are not read for it again.
+            return_lse, scale, tables, named: as :meth:`ragged`; but inputs of programs that have rows for keys lie in pools of their own,
+                ``(pages, page, H, D)`` as keys do. On an axis ``keys/64`` there are ``page / 64`` rows a page; where a block takes several
+                pages, one, with the last of them.
 
         Returns:
             As :meth:`ragged`. There are no gradients.
@@ -131,8 +137,8 @@ class PackedFace:
             ShapeError, TableError: as :meth:`ragged`; pools, scales or tables that do not fit, a page that is seen and is not there.
             UnsupportedError: somebody wants gradients; a backend that reads no pages.
 
-        ``cpp`` reads rows where they lie; ``tiled`` copies the pages that are seen. ``flex`` and ``triton`` do not read pages. Of a program
-        the pages of one request at a time are copied.
+        ``cpp`` reads rows where they lie; ``tiled`` copies the pages that are seen. ``flex`` and ``triton`` do not read pages. A program
+        goes from request to request: the pages that it attends to are copied, and those that it sums up.
 
         >>> import torch, sparsedsl as sd
         >>> local = sd.compile(sd.patterns.sliding_window(16), backend="tiled")
@@ -150,13 +156,18 @@ class PackedFace:
         q, _, _, _ = arranged(q, q, q, None)
         self._refuse_paged(q, k_pool, v_pool, named)
         pools = pools_of(q[0].transpose(0, 1), k_pool, v_pool, k_scale, v_scale, pool_layout)
+        if summaries is not None:
+            if not isinstance(summaries, PageSummaries):
+                raise ShapeError(f"summaries must be what page_summaries() of this program made; got {shown(summaries)}")
+            summaries.begin(self._calls.program, k_pool, v_pool, (pools.k_scale, pools.v_scale))
         kv_lens = check_numbers("kv_lens", kv_lens, None, q.device)
         requests = requests_of(cu_seqlens_q, kv_lens, q_start, q.shape[2], q.device)
         table = check_block_table(block_table, requests.count, q.device, kv_lens, pools.page)
         work = PagedWork(q, pools, requests, table, scale, self._lse(return_lse))
         if self._goes_by_request(requests):
-            given = inputs_by_request(self._calls.program, named, requests, None)
-            found = work.by_request(self._calls, given)
+            rows = PagedRows(table, pools.pages, pools.page, pool_layout)
+            given = inputs_by_request(self._calls.program, named, requests, rows)
+            found = work.by_request(self._calls, given, summaries)
         else:
             packed = self._pattern_calls()
             bound = packed.bound(named, q.shape[1], q.device)
@@ -164,6 +175,35 @@ class PackedFace:
                 return self._nobody(q, pools.v.shape[3], return_lse, layout)
             found = work.in_one_row(packed, bound)
         return _given_back(*found, requests, return_lse, layout)
+
+    def page_summaries(self, k_pool: Tensor, v_pool: Tensor, *, pool_layout: str = "nhd") -> PageSummaries:
+        """An empty place, beside pools of pages, for what the program makes of blocks of keys; pass it to calls of :meth:`paged` as
+        ``summaries=``.
+
+        A step of decoding then reads one row for each block that is over, the pages that it attends to, and those of the block that is not:
+        see :class:`~sparsedsl.PageSummaries`.
+
+        Args:
+            k_pool, v_pool, pool_layout: the pools, as :meth:`paged` takes them. They keep their memory as long as the summaries are used.
+
+        Raises:
+            ShapeError: they are no pools.
+            UnsupportedError: the program sums up no keys.
+
+        >>> import torch, sparsedsl as sd
+        >>> quest = sd.compile((sd.kv_idx <= sd.q_idx) & sd.top_k(sd.bound(sd.q, sd.k, 16), 4))
+        >>> k_pool, v_pool = torch.randn(2, 32, 16, 2, 64).unbind(0)
+        >>> kept = quest.page_summaries(k_pool, v_pool)
+        >>> kept.pages, kept.page
+        (32, 16)
+        """
+        check_word("pool_layout", pool_layout, ("nhd", "hnd"))
+        if not summarised(self._calls.program):
+            raise UnsupportedError(
+                f"{self._calls.program!r} makes no summaries or bounds of keys that could be kept; call it without summaries="
+            )
+        check_pools(k_pool, v_pool, pool_layout)
+        return PageSummaries(self._calls.program, k_pool, v_pool, k_pool.shape[1 if pool_layout == "nhd" else 2])
 
     def visible_pages(
         self, q_start: Tensor, q_lens: Tensor, page: int, *, kv_lens: Tensor | None = None, heads: int | None = None,
@@ -179,7 +219,8 @@ class PackedFace:
             tables, named: tables of the pattern, as calls take them.
 
         Returns:
-            :class:`~sparsedsl.VisiblePages`, compressed rows of page numbers. Of a program all pages that hold keys.
+            :class:`~sparsedsl.VisiblePages`, compressed rows of page numbers. Of a program all pages that hold keys: which of them a call
+            reads depends on what it chooses, and the next one may choose any.
 
         Raises:
             ShapeError, TableError: numbers or tables that do not fit.

@@ -10,8 +10,11 @@ import torch
 
 from sparsedsl.errors import ShapeError
 from sparsedsl.execute.packed_calls import PackedAttention
+from sparsedsl.execute.page_summaries import PageSummaries
+from sparsedsl.execute.paged_keys import PagedKeys, RequestKeys
 from sparsedsl.execute.pools import Pools, computed_in
 from sparsedsl.execute.request_loop import request_by_request
+from sparsedsl.program import tensors
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.packed_rows import KeyRows, Requests
 from sparsedsl.runtime.places import Places
@@ -102,23 +105,31 @@ class PagedWork:
 
     # ---- from request to request ---------------------------------------------------------------------------------------------------
 
-    def by_request(self, calls: Calls, given: Callable[[int], Mapping[str, Any]]) -> Result:
-        """A program, or what the call means: each request by itself, over its own pages behind each other."""
-        pools, dtype, lens = self.pools, computed_in(self.q, self.pools), self.requests.kv_lens.tolist()
+    def by_request(
+        self, calls: Calls, given: Callable[[int], Mapping[str, Any]], summaries: PageSummaries | None = None
+    ) -> Result:  # fmt: skip
+        """A program, or what the call means: each request by itself. A program reads the pages that it asks for, the meaning reads all."""
+        pools, dtype, lens, fresh = (
+            self.pools,
+            computed_in(self.q, self.pools),
+            self.requests.kv_lens.tolist(),
+            self.requests.starts.tolist(),
+        )
+        table = self.table.cpu()
+        table = torch.where((table >= 0) & (table < pools.pages), table, -1)
+        keys = PagedKeys(pools, self._width() if lens else 0, dtype, summaries)
 
-        def keys_of(number: int) -> tuple[Tensor, Tensor]:
-            pages = self.table[number, : -(-lens[number] // pools.page)]
-            there = (pages >= 0) & (pages < pools.pages)
-            k, v = pools.numbers(pages.where(there, 0), dtype) if pools.pages else (
-                pool.new_zeros((0, *pool.shape[1:]), dtype=dtype) for pool in (pools.k, pools.v)
-            )  # fmt: skip
-            # A page that is not there shows where somebody sees it.
-            k, v = (x.masked_fill(~there[:, None, None, None], float("nan")) for x in (k, v))
-            return tuple(x.flatten(0, 1)[: lens[number]].transpose(0, 1)[None] for x in (k, v))  # type: ignore[return-value]
+        def keys_of(number: int) -> tuple[Tensor, Tensor, RequestKeys | None]:
+            of = keys.request(table[number, : -(-lens[number] // pools.page)], lens[number], fresh[number])
+            if calls.backend == "reference":
+                return of.all(tensors.k), of.all(tensors.v), None
+            return of.rows(tensors.k), of.rows(tensors.v), of
 
         out, lse = request_by_request(
             calls, self.q.to(dtype), pools.v.shape[3], self.requests, keys_of, given, scale=self.scale, lse=self.lse
         )  # fmt: skip
+        if summaries is not None:
+            summaries.pages_read = keys.pages_read
         return out.to(self.q.dtype), lse
 
 

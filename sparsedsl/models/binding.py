@@ -24,8 +24,9 @@ from sparsedsl.models.kept_keys import KeptKeys
 from sparsedsl.models.native import Facts
 from sparsedsl.models.program_cache import keeps_state
 from sparsedsl.models.program_keys import FoldedKeys, WithSummaries
-from sparsedsl.models.programs import derived_program, fitted, is_for_prefill, reads_rows, told_rows
+from sparsedsl.models.programs import derived_program, fitted, is_for_prefill, told_rows
 from sparsedsl.program.graph import Program
+from sparsedsl.program.relocation import reads_rows
 
 __all__ = ["BINDING", "Binding", "Compiled", "made_again"]
 

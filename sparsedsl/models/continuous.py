@@ -26,7 +26,8 @@ from sparsedsl.lang.expressions import kv_idx, q_idx
 from sparsedsl.lang.symbols import BATCH, KV_LEN, Q_LEN
 from sparsedsl.models.binding import Binding
 from sparsedsl.models.derived import DerivedForm, derive, moves_freely
-from sparsedsl.models.programs import is_for_prefill, reads_rows
+from sparsedsl.models.programs import is_for_prefill
+from sparsedsl.program.relocation import reads_rows
 
 __all__ = ["PagedStep", "attend_paged", "check_served", "paged_step"]
 
