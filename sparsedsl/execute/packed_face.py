@@ -31,7 +31,7 @@ __all__ = ["PackedFace", "reads_pages"]
 Tensor = torch.Tensor
 Result = tuple[Tensor, Tensor | None]
 # Backends that read keys of pages: where they lie, or copies of the pages that are seen.
-READS_PAGES = ("auto", "reference", "tiled", "cpp")
+READS_PAGES = ("auto", "reference", "tiled", "cpp", "triton")
 
 
 def reads_pages(backend: str, device: torch.device) -> bool:
@@ -137,7 +137,7 @@ class PackedFace:
             ShapeError, TableError: as :meth:`ragged`; pools, scales or tables that do not fit, a page that is seen and is not there.
             UnsupportedError: somebody wants gradients; a backend that reads no pages.
 
-        ``cpp`` reads rows where they lie; ``tiled`` copies the pages that are seen. ``flex`` and ``triton`` do not read pages. A program
+        ``cpp`` and ``triton`` read rows where they lie; ``tiled`` copies the pages that are seen; ``flex`` does not read pages. A program
         goes from request to request: the pages that it attends to are copied, and those that it sums up.
 
         >>> import torch, sparsedsl as sd
@@ -275,12 +275,12 @@ class PackedFace:
         if self._calls.backend not in READS_PAGES:
             raise UnsupportedError(
                 f"backend={self._calls.backend!r} reads keys that lie behind each other, and no pages. Use backend='cpp' on a CPU, "
-                "backend='tiled', which copies the pages that are seen, or copy them and call ragged()"
+                "backend='triton' on a GPU, backend='tiled', which copies the pages that are seen, or copy them and call ragged()"
             )
         if q.device.type != "cpu" and self._calls.backend == "auto":
             raise UnsupportedError(
-                f"no kernel for {q.device.type} reads pages. Use backend='tiled', which copies the pages that are seen, or copy them and "
-                "call ragged()"
+                f"which backend is the fastest over pages is not known for {q.device.type}. Use backend='triton', which reads rows where "
+                "they lie, or backend='tiled', which copies the pages that are seen"
             )
         if wants_grad(*(x for x in (q, k_pool, v_pool, *named.values()) if isinstance(x, Tensor))):
             raise UnsupportedError(
