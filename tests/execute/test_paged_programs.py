@@ -188,13 +188,14 @@ def test_requests_that_share_pages_share_summaries(page: int) -> None:
     first = torch.arange(20, 20 + 96 // page)
     server.write(first, 0, 96, keys)
     server.step(q, [first], [0], [96])
-    # A second one with the same first 48 tokens, and a third that has its pages in another order.
+    # A second one with the same first 48 tokens, and a third that begins three pages later: of pages of 6 tokens it has blocks in the same
+    # pages as the first one, at other places in them.
     own = sequence(96, seed=12)
     forked = tuple(torch.cat([x[:48], y[48:]]) for x, y in zip(keys, own[1], strict=True))
     second = torch.cat([first[: 48 // page], torch.arange(50, 50 + 48 // page)])
     server.write(second, 48, 96, forked)
-    turned = tuple(torch.cat([x[48:], x[:48]]) for x in keys)
-    third = torch.cat([first[48 // page :], first[: 48 // page]])
+    turned = tuple(torch.cat([x[3 * page :], x[: 3 * page]]) for x in keys)
+    third = torch.cat([first[3:], first[:3]])
     starts, ends, tables = [95, 48, 95], [96, 96, 96], [first, second, third]
     queries = torch.cat([q[95:], own[0][48:], q[95:]])
     for _ in range(2):

@@ -132,8 +132,8 @@ class Prepared:
 def prepare(
     pattern: Pattern, domain: Domain, device: torch.device, widths: tuple[int, int], lists: ListMaker, *, placed: bool = False
 ) -> Prepared:  # fmt: skip
-    """All that depends on no tensor but tables that are not learned. ``widths``: of heads of q and k, and of v. ``placed``: rows of keys are
-    read by their numbers."""
+    """All that depends on no tensor but tables that are not learned. ``widths``: of heads of q and k, and of v. ``placed``: rows of keys
+    are read by their numbers."""
     variant = variant_of(
         pattern,
         head_dim=widths[0],
