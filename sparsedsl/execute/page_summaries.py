@@ -50,7 +50,9 @@ class PageSummaries:
     """What paged calls of one program have made of blocks of keys that are over; made by :meth:`sparsedsl.Attention.page_summaries`.
 
     Pass it to every paged call over its pools as ``summaries=``. Between a write to a page and the next call :meth:`mark_written` has to be
-    told of it: what was made of the page is then forgotten. Blocks that reach into the new tokens of a call are made anew in any case.
+    told of it: what was made of the page is then forgotten. A call after a write by torch that was not told of is an error; what kernels
+    write, or anybody to pools made in ``torch.inference_mode()``, torch does not count. Blocks that reach into the new tokens of a call are
+    made anew in any case.
 
     ``pages_read``: pages of keys, and pages of values, that the last call read. ``nbytes``: memory of the rows, taken at the first call.
 
