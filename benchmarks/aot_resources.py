@@ -58,7 +58,7 @@ PATTERNS: dict[str, Callable[[], Any]] = {
     "documents": lambda: P.documents(),
     "duo_attention": lambda: P.duo_attention(),
     # Of 32 units, as published, a gradient kernel has 120,000 lines of PTX, on which NVIDIA's assembler works for minutes.
-    "fire": lambda: sd.attend(P.causal(), score=P.fire(8)),
+    "fire": lambda: sd.attend(P.causal(), score=P.fire()),
     "fox": lambda: sd.attend(P.causal(), score=P.fox()),
     "full": lambda: P.full(),
     "gemma2": lambda: P.gemma2(0),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import sympy
 from sympy.core.relational import Relational
 
+from sparsedsl.codegen.rolling import UNIT, Rolled
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
@@ -157,6 +158,12 @@ def _chain(slope: Callable[[sympy.Expr, sympy.Expr], sympy.Expr]) -> Rule:
     return lambda self, expr: _times(slope(expr.args[0], expr), self.of(expr.args[0]))
 
 
+def _rolled(self: _Derivative, expr: Rolled) -> sympy.Expr:
+    """By what all units read: the sum of their slopes. By what each reads one entry of: the slope of the unit at hand."""
+    slope = self.of(expr.term)
+    return slope if UNIT in self.by.free_symbols or slope == 0 else Rolled(slope, *expr.args[1:])
+
+
 def _flat(self: _Derivative, expr: sympy.Expr) -> sympy.Expr:
     return ZERO
 
@@ -180,6 +187,7 @@ _RULES: dict[type, Rule] = {
     fn.Relu: _relu,
     fn.Erf: _chain(lambda x, y: sympy.Float(2 / math.sqrt(math.pi)) * sympy.exp(-(x**2))),
     fn.Where: _where,
+    Rolled: _rolled,
     TableRead: _flat,
     Relational: _flat,
 }

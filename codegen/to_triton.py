@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from sparsedsl.analysis.key_intervals import intervals, never_empty
 from sparsedsl.analysis.residue_classes import residues
-from sparsedsl.codegen.gradient_axes import learned_reads
+from sparsedsl.codegen.gradient_axes import rolled_reads
 from sparsedsl.codegen.hoisting import HoistedTable, hoist
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_backward import write_delta, write_grad_kv, write_grad_q, write_left
@@ -139,7 +139,7 @@ def triton_source(pattern: Pattern, variant: Variant) -> TritonSource:
     ]
     first = write_left if pattern.normaliser == STICK_BREAKING else write_delta
     kernels += [write(source, tiled, variant) for write in (first, write_grad_q, write_grad_kv) if not variant.placed]
-    for one in learned_reads(written):
+    for one in rolled_reads(written):
         if one.axis in ("difference", "pairs") and not variant.placed:
             write = write_grad_difference if one.axis == "difference" else write_grad_pairs
             kernels.append(write(source, written, variant, one))

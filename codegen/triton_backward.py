@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 
-from sparsedsl.codegen.gradient_axes import LearnedRead, learned_reads
+from sparsedsl.codegen.gradient_axes import LearnedRead, rolled_reads
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_logits import gradients_of, write_factor, write_logits, write_ramp
 from sparsedsl.codegen.triton_loops import Loop
@@ -81,7 +81,7 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
     writer.add(*((f"{name}_ptr", "*fp32") for name in writer.row_sums))
     if writer.breaks:
         add_scratch(writer)
-    learned = [one for one in learned_reads(pattern) if one.axis == "rows"]
+    learned = [one for one in rolled_reads(pattern) if one.axis == "rows"]
     writer.add(*((f"{one.name}_ptr", "*fp32") for one in learned))
     writer.add(("heads", "i32"), ("group", "i32"), ("rows", "i32"), ("kv_len", "i32"), ("q_offset", "i32"), ("scale", "fp32"))
     writer.add_tables(*pattern.exprs)
@@ -113,8 +113,7 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         write_factor(writer)
         for part in writer.d_parts:
             source.line(f"{suffixed('grad_q', part)} = tl.zeros([BLOCK_M, {part.width}], tl.float32)")
-        for one in learned:
-            source.line(f"{one.name} = tl.zeros([BLOCK_M], tl.float32)")
+        _begin_sums(writer, learned, "BLOCK_M")
         writer.column_tiles()
         if writer.ramp is not None:
             write_ramp(writer, "ramp", "column_0", writer.ramp.by_key)
@@ -130,9 +129,29 @@ def write_grad_q(source: Source, pattern: Pattern, variant: Variant) -> KernelSo
         for part in writer.d_parts:
             source.line(f"{suffixed('grad_q', part)} *= scale")
         writer.store("grad_q", "grad_q", writer.d_parts, "row", "inside")
-        for one in learned:
-            source.line(f"tl.store({one.name}_ptr + at, {one.name}, mask=inside)")
+        _store_sums(writer, learned, "at")
     return writer.result
+
+
+def _begin_sums(writer: Writer, learned: list[LearnedRead], block: str) -> None:
+    """Gradients of reads of learned tables: a number for each row of the tile and, where there are some, each unit of a sum."""
+    for one in learned:
+        if one.units is None:
+            writer.source.line(f"{one.name} = tl.zeros([{block}], tl.float32)")
+    running = [one for one in learned if one.units]
+    if running:
+        writer.source.line(f"units = {running[0].first} + tl.arange(0, {running[0].width})")
+    for one in running:
+        writer.source.line(f"{one.name} = tl.zeros([{block}, {one.width}], tl.float32)")
+
+
+def _store_sums(writer: Writer, learned: list[LearnedRead], at: str) -> None:
+    for one in learned:
+        if one.units is None:
+            writer.source.line(f"tl.store({one.name}_ptr + {at}, {one.name}, mask=inside)")
+        else:
+            place = f"({at})[:, None] * {one.width} + tl.arange(0, {one.width})[None, :]"
+            writer.source.line(f"tl.store({one.name}_ptr + {place}, {one.name}, mask=inside[:, None])")
 
 
 def _constants(writer: Writer) -> None:
@@ -158,7 +177,8 @@ def _query_gradients(writer: Writer, loop: Loop, kind: str, learned: list[Learne
     if writer.breaks:
         source.line("earlier += tl.sum(given, 1)")
     for one in learned:
-        source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
+        if not one.units:  # those of units are added up in their own loop
+            source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
     for part in writer.d_parts:
         grad, k = suffixed("grad_q", part), suffixed("k", part)
         source.line(f"{grad} = tl.dot(ds.to({k}.dtype), {k}, {grad}, input_precision=PRECISION)")
@@ -209,7 +229,7 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
     writer = Writer(
         source, pattern, variant, "grad_kv", "Gradients of one tile of keys and values, over all heads that read them."
     )
-    learned = [one for one in learned_reads(pattern) if one.axis == "columns"]
+    learned = [one for one in rolled_reads(pattern) if one.axis == "columns"]
     loop = writer.query_loop()
     for name in ("q", "k", "v", "grad_out", "grad_k", "grad_v"):
         writer.tensor(name)
@@ -236,14 +256,11 @@ def write_grad_kv(source: Source, pattern: Pattern, variant: Variant) -> KernelS
             if per_head:
                 loop.prepare(source, writer.names("keys"))
             _queries_of_head(writer)
-            for one in learned:
-                source.line(f"{one.name} = tl.zeros([BLOCK_N], tl.float32)")
+            _begin_sums(writer, learned, "BLOCK_N")
             for kind in ("every",) if writer.breaks else ("full", "partial"):
                 with source.block(f"for i in range(0, {kind}_tiles):"):
                     _key_gradients(writer, loop, kind, learned)
-            for one in learned:
-                at = "(b * heads + h).to(tl.int64) * kv_len + key"
-                source.line(f"tl.store({one.name}_ptr + {at}, {one.name}, mask=inside)")
+            _store_sums(writer, learned, "(b * heads + h).to(tl.int64) * kv_len + key")
         for part in writer.d_parts:
             source.line(f"{suffixed('grad_k', part)} *= scale")
         writer.store("grad_k", "grad_k", writer.d_parts, "key", "inside")
@@ -311,7 +328,8 @@ def _key_gradients(writer: Writer, loop: Loop, kind: str, learned: list[LearnedR
     writer.dot("s", "k", "q", writer.d_parts)
     gradients_of(writer, loop, kind, "turned", learned, functools.partial(_value_gradients, writer, masked))
     for one in learned:
-        source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
+        if not one.units:  # those of units are added up in their own loop
+            source.line(f"{one.name} += tl.sum(d_{one.name}, 1)")
     for part in writer.d_parts:
         grad, q = suffixed("grad_k", part), suffixed("q", part)
         source.line(f"{grad} = tl.dot(ds.to({q}.dtype), {q}, {grad}, input_precision=PRECISION)")

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import sympy
 from sympy.core.relational import Relational
 
+from sparsedsl.codegen.rolling import UNIT, apart, sums_in
 from sparsedsl.codegen.sharing import SharingPrinter, is_constant, is_real_arithmetic
 from sparsedsl.codegen.source import Source
 from sparsedsl.codegen.triton_exact import exact_text, needs_exact
@@ -29,7 +31,16 @@ from sparsedsl.lang import strict
 from sparsedsl.lang.printing import ADD, ATOM, COMPARE, MULTIPLY, UNARY
 from sparsedsl.lang.tables import TableRead
 
-__all__ = ["LONGEST", "TableNames", "TritonNames", "TritonPrinter", "needs_exact", "write_expression", "write_expressions"]
+__all__ = [
+    "LONGEST",
+    "TableNames",
+    "TritonNames",
+    "TritonPrinter",
+    "each_unit",
+    "needs_exact",
+    "write_expression",
+    "write_expressions",
+]
 
 _FUNCTIONS = {
     "abs": "tl.abs", "cos": "tl.cos", "erf": "tl.erf", "exp": "tl.exp", "log": "tl.log", "sigmoid": "tl.sigmoid", "sin": "tl.sin",
@@ -55,14 +66,15 @@ class TritonNames:
 
     ``symbols``: text at the place of use, such as ``q_idx[:, None]``; something that ``.to(...)`` can follow. Integers are int32 or
     int64, ``score`` has the type of real arithmetic. ``wide_tables``: tables of 2**31 entries and more, whose flat index is int64.
-    ``replaced``: subexpressions -> text. ``table_ranges``: what integer tables are known to hold, both ends inclusive; what is not
-    known is computed with in int64.
+    ``replaced``: subexpressions -> text. ``whole``: a float32 tensor of the shape that sums of scores have.
+    ``table_ranges``: what integer tables are known to hold, both ends inclusive; what is not known is computed with in int64.
     """
 
     symbols: Mapping[str, str]
     tables: Mapping[str, TableNames] = field(default_factory=dict)
     wide_tables: frozenset[str] = frozenset()
     replaced: Mapping[sympy.Basic, str] = field(default_factory=dict)
+    whole: str = "s"
     table_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -294,4 +306,30 @@ def write_expressions(source: Source, exprs: Sequence[sympy.Basic], names: Trito
     >>> print(source.text, end="")
     t = _tanh(0.03333333333333333*score)
     """
-    return TritonPrinter(names, real).write(source, exprs)
+    sums = sums_in(*exprs)
+    totals: dict[sympy.Basic, str] = {}
+    for one in sums:
+        totals[one] = source.fresh("summed")
+        source.line(f"{totals[one]} = tl.zeros_like({names.whole})")
+    for units in dict.fromkeys(one.units for one in sums):
+        here = [one for one in sums if one.units == units]
+        with each_unit(source, units, [one.term for one in here], names, real=real) as (_, texts):
+            for one, text in zip(here, texts, strict=True):
+                source.line(f"{totals[one]} += {text}")
+    return TritonPrinter(replace(names, replaced={**names.replaced, **totals}), real).write(source, exprs)
+
+
+@contextmanager
+def each_unit(
+    source: Source, units: tuple[int, int], terms: Sequence[sympy.Basic], names: TritonNames, *, real: str
+) -> Iterator[tuple[str, list[str]]]:
+    """A loop over the units of sums: its index, and the texts of these terms in it. What is the same for all units is worked out before."""
+    running, same = apart(terms)
+    unit, (first, count) = source.fresh("unit"), units
+    symbols = {**names.symbols, UNIT.name: unit}
+    for symbol, text in zip(same, write_expressions(source, list(same.values()), names, real=real), strict=True):
+        symbols[symbol.name] = text if text.isidentifier() else source.fresh("t")
+        if not text.isidentifier():
+            source.line(f"{symbols[symbol.name]} = {text}")
+    with source.block(f"for {unit} in range({first}, {first + count}):"):
+        yield unit, TritonPrinter(replace(names, symbols=symbols), real).write(source, running)

@@ -45,7 +45,7 @@ class IntegerSizes:
 
         far = 2 * LONGEST
         longest = dict.fromkeys(("q_idx", "kv_idx", "residue"), (0, far)) | dict.fromkeys(("q_len", "kv_len"), (1, far))
-        groups = dict.fromkeys(("b", "h"), (0, 2**20))
+        groups = dict.fromkeys(("b", "h", "unit"), (0, 2**20))
         self._intervals = Intervals({**longest, **groups, "score": (-math.inf, math.inf)}, Declared({}))
 
     def range(self, expr: sympy.Expr) -> tuple[float, float]:

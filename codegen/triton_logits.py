@@ -7,9 +7,9 @@ from collections.abc import Callable
 import sympy
 
 from sparsedsl.codegen.derivatives import derivative
-from sparsedsl.codegen.gradient_axes import LearnedRead
+from sparsedsl.codegen.gradient_axes import LearnedRead, rolled_score
 from sparsedsl.codegen.score_ramp import Ramp
-from sparsedsl.codegen.triton_expression import write_expression, write_expressions
+from sparsedsl.codegen.triton_expression import each_unit, write_expression, write_expressions
 from sparsedsl.codegen.triton_loops import Loop
 from sparsedsl.codegen.triton_sticks import breaks_and_gradients
 from sparsedsl.codegen.triton_writer import Writer
@@ -76,7 +76,7 @@ def write_logits(writer: Writer, place: str, condition: str) -> None:
         if condition:
             writer.source.line(f'x = tl.where({condition}, x, float("-inf"))')
         return
-    expr = writer.pattern.score.expr
+    expr = rolled_score(writer.pattern)
     if SCORE in expr.free_symbols:
         writer.source.line("score = s * scale")
     text = write_expression(writer.source, expr, writer.names(place), real="tl.float32")
@@ -116,7 +116,7 @@ def weights_and_gradients(
     writer: Writer, condition: str, place: str, row: str, learned: list[LearnedRead], products: Products
 ) -> None:
     """The same for a condition at hand; ``row``: how a vector over queries is spread over the tile."""
-    source, expr = writer.source, writer.pattern.score.expr
+    source, expr = writer.source, rolled_score(writer.pattern)
     if writer.plain:
         write_logits(writer, place, condition)
         source.line(f"p = tl.exp2(s * factor - base{row})")
@@ -133,10 +133,11 @@ def weights_and_gradients(
         return
     if condition:
         source.line(f"allowed = {condition}")
-    by = [derivative(expr, SCORE), *(derivative(expr, one.read) for one in learned)]
-    if SCORE in sympy.Tuple(expr, *by).free_symbols:
+    slopes = {one.name: derivative(expr, one.read) for one in learned}
+    by = {"ds": derivative(expr, SCORE)} | {f"d_{one.name}": slopes[one.name] for one in learned if not one.units}
+    if SCORE in sympy.Tuple(expr, *by.values(), *slopes.values()).free_symbols:
         source.line("score = s * scale")
-    text, *slopes = write_expressions(source, (expr, *by), writer.names(place), real="tl.float32")
+    text, *texts = write_expressions(source, (expr, *by.values()), writer.names(place), real="tl.float32")
     write_logit(writer, text, "allowed" if condition else "")
     if writer.pointwise:
         if place == "turned":  # the gradients of values are made there alone
@@ -151,13 +152,28 @@ def weights_and_gradients(
         source.line(f"p = tl.exp2(x * LOG2E - base{row})" if writer.in_log2 else f"p = tl.exp2((x - base{row}) * LOG2E)")
         products()
         source.line(f"dx = p * (dp - delta{row})")
-    for name, slope, found in zip(["ds", *(f"d_{one.name}" for one in learned)], slopes, by, strict=True):
-        if found == 1:
-            source.line(f"{name} = dx")
-        elif condition:  # the slope may be anything where a pair is masked
-            source.line(f"{name} = tl.where(allowed, dx * ({slope}), 0.0)")
-        else:
-            source.line(f"{name} = dx * ({slope})")
+    for (name, slope), slope_text in zip(by.items(), texts, strict=True):
+        source.line(f"{name} = {_by_chain(slope, slope_text, condition)}")
+    running = [one for one in learned if one.units]
+    if running:
+        _gradients_of_units(writer, place, condition, running, [slopes[one.name] for one in running])
+
+
+def _by_chain(slope: sympy.Expr, text: str, condition: str) -> str:
+    if slope == 1:
+        return "dx"
+    # the slope may be anything where a pair is masked
+    return f"tl.where(allowed, dx * ({text}), 0.0)" if condition else f"dx * ({text})"
+
+
+def _gradients_of_units(writer: Writer, place: str, condition: str, reads: list[LearnedRead], slopes: list[sympy.Expr]) -> None:
+    """Add the gradients of reads by the index of a sum to their own totals, which have a column for each unit."""
+    source, units = writer.source, reads[0].units
+    assert units is not None
+    with each_unit(source, units, slopes, writer.names(place), real="tl.float32") as (unit, texts):
+        here = f"(units == {unit})[None, :]"
+        for one, slope, text in zip(reads, slopes, texts, strict=True):
+            source.line(f"{one.name} += tl.where({here}, tl.sum({_by_chain(slope, text, condition)}, 1)[:, None], 0.0)")
 
 
 def _picked(writer: Writer, place: str, row: str, products: Products) -> None:

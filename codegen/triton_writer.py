@@ -30,7 +30,7 @@ _LOCAL = {
     "partial", "partial_begin", "partial_tiles", "place", "q", "q_idx", "q_len", "reached", "right", "row", "row_0", "s",
     "score", "seen", "share", "shrink", "sink", "start", "swap", "t", "tall", "tile", "tiles", "tl", "to", "total", "turned",
     "upper", "v", "weight", "x", "cut", "ramp", "ref", "level", "after", "ahead", "alive", "before", "below", "earlier", "every",
-    "every_tiles", "given", "kv_row", "large", "later", "left", "lowest", "more", "passed", "power", "small", "stop", "z",
+    "every_tiles", "given", "kv_row", "units", "large", "later", "left", "lowest", "more", "passed", "power", "small", "stop", "z",
 }  # fmt: skip
 
 # In scores that are surely far from the largest float, also times a position or two.

@@ -242,8 +242,8 @@ def fire(width: int = 32, logit: Score = score, *, name: str = "fire") -> Score:
     hidden_bias[j])``.
 
     Args:
-        width: hidden units of the network, published 32. GPU kernels have the whole network written out for every pair of a thread: with 32
-            units the first call of a gradient kernel compiles for minutes, with 8 for seconds.
+        width: hidden units of the network, published 32. GPU kernels run them as a loop; over chosen blocks (a program's choices) they are
+            written out for every pair of a thread, which compiles for minutes with 32.
         logit: what it is applied to; default the scaled dot product.
         name: what names of the learned tables begin with: ``fire_c (1,)`` and ``fire_length (1,)``, both above 0; ``fire_hidden`` and
             ``fire_hidden_bias``, ``(width,)``; ``fire_out (H, width)``, ``fire_out_bias (H,)``.

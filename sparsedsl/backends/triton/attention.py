@@ -34,7 +34,7 @@ from sparsedsl.backends.triton.launching import (
 from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.prepared import Prepared, prepare
 from sparsedsl.backends.triton.table_passes import add_table_gradient, side_of, summed_on_the_way
-from sparsedsl.codegen.gradient_axes import learned_reads
+from sparsedsl.codegen.gradient_axes import rolled_reads
 from sparsedsl.codegen.to_triton import TritonSource, triton_source, variant_of
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.gpu.configs import Config, Shape, of_sticks, split_count
@@ -230,7 +230,7 @@ class TritonKernel(PatternRunner):
         domain, device, source = call.domain, q.device, schedule.source
         shape = _shape(call, q, k, v, out, grad_out)
         lse = lse.detach().contiguous()
-        reads = learned_reads(source.pattern)
+        reads = rolled_reads(source.pattern)
         sums = summed_on_the_way(reads, domain, device)
         values = _values(call, schedule) | strided("q", q) | strided("k", k) | strided("v", v)
         values |= strided("out", out) | strided("grad_out", grad_out) | sums
@@ -269,7 +269,7 @@ class TritonKernel(PatternRunner):
         domain, group = call.domain, call.group
         columns, units = in_tiles(domain.kv_len, _span(shape, prepared)), domain.batch * domain.heads // group
         of_pairs = any(
-            one.axis in ("difference", "pairs") for one in learned_reads(prepared.source.pattern)
+            one.axis in ("difference", "pairs") for one in rolled_reads(prepared.source.pattern)
         )  # they need all heads
         most = units if of_pairs else LIMITS.now.stick_bytes // max(1, 8 * group * columns * domain.rows)
         told: dict[str, Any] = {}

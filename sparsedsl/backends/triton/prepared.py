@@ -17,7 +17,7 @@ from sparsedsl.backends.protocol import ListMaker
 from sparsedsl.backends.triton.launching import row_offsets_end, tensor_arguments
 from sparsedsl.backends.triton.limits import LIMITS
 from sparsedsl.backends.triton.tile_lists import all_as_partial, interval_values, list_values
-from sparsedsl.codegen.gradient_axes import learned_reads
+from sparsedsl.codegen.gradient_axes import rolled_reads
 from sparsedsl.codegen.to_triton import TritonSource, Variant, triton_source, variant_of
 from sparsedsl.gpu.configs import Work
 from sparsedsl.gpu.costs import work_of
@@ -146,7 +146,7 @@ def prepare(
     source = triton_source(pattern, variant)
     tables = {one.name: fill(one, domain).to(device) for one in source.prepared}
     differences = None
-    if any(one.axis == "difference" for one in learned_reads(source.pattern)):
+    if any(one.axis == "difference" for one in rolled_reads(source.pattern)):
         differences = allowed_differences(pattern, domain)
     fixed = {name: table for name, table in domain.tables.items() if not pattern.tables[name].learned}
     lengths, read = replace(domain, tables={}), WeakValueDictionary(fixed)

@@ -25,10 +25,12 @@ Launch = Callable[[str, Callable[[int], tuple[int, Mapping[str, Any]]]], int]
 
 
 def summed_on_the_way(reads: tuple[LearnedRead, ...], domain: Domain, device: torch.device) -> dict[str, Tensor]:
-    """Room for the sums that the passes over queries and keys make, as arguments."""
+    """Room for the sums that the passes over queries and keys make, as arguments; the last dimension is that of units."""
     lengths = {"rows": domain.rows, "columns": domain.kv_len}
     return {
-        f"{one.name}_ptr": torch.empty((domain.batch, domain.heads, lengths[one.axis]), dtype=torch.float32, device=device)
+        f"{one.name}_ptr": torch.empty(
+            (domain.batch, domain.heads, lengths[one.axis], one.width), dtype=torch.float32, device=device
+        )
         for one in reads
         if one.axis in lengths
     }
@@ -47,10 +49,10 @@ def add_table_gradient(
     domain = Domain(given.rows, given.kv_len, given.q_offset, given.batch, given.heads, {**given.tables, **own})
     q = torch.arange(domain.rows, device=device) + domain.q_offset
     kv = torch.arange(domain.kv_len, device=device)
-    if one.axis == "rows":
-        add_read_gradients(total, one.read, sums[f"{one.name}_ptr"], domain, q, kv[:1])
-    elif one.axis == "columns":
-        add_read_gradients(total, one.read, sums[f"{one.name}_ptr"], domain, q[:1], kv)
+    if one.axis in ("rows", "columns"):
+        places = (q, kv[:1]) if one.axis == "rows" else (q[:1], kv)
+        for n, read in enumerate(one.by_unit()):
+            add_read_gradients(total, read, sums[f"{one.name}_ptr"][..., n], domain, *places)
     elif one.axis == "difference":
         _add_differences(prepared, one, total, domain, run)
     else:
