@@ -83,9 +83,7 @@ class PageSummaries:
     @property
     def nbytes(self) -> int:
         """Memory it takes."""
-        return sum(
-            t.numel() * t.element_size() for rows in self._rows.values() for t in (rows.buffer, rows.made_of)
-        )  # fmt: skip
+        return sum(rows.buffer.nbytes + rows.made_of.nbytes for rows in self._rows.values())
 
     def mark_written(self, slots: Tensor | None = None, *, pages: Tensor | None = None) -> None:
         """These rows of the pools were written since the last call, or these pages: what was made of them is forgotten.
@@ -165,11 +163,10 @@ class PageSummaries:
         """
         tokens, block = x.shape[2], int(node.block)
         done = finished_blocks(node, tokens)
-        parts = (
-            [self._finished(_Blocks.of(node, done, where, self.page, self._written), x, (node.key, x.dtype), read, pool)]
-            if done
-            else []
-        )
+        parts = []
+        if done:
+            blocks = _Blocks.of(node, done, where, self.page, self._written)
+            parts.append(self._finished(blocks, x, (node.key, x.dtype), read, pool))
         if getattr(node, "stride", None) is None and done * block < tokens:
             read(done * block, tokens)
             parts.append(pool(x[:, :, done * block :]))
@@ -243,11 +240,9 @@ class _Blocks:
 
     def known(self, rows: _Rows | None) -> Tensor:
         """Whether there is a row for each, made of what there is now."""
-        return (
-            self.old & (rows.made_of[self.home, self.place] == self.made_of).all(1)
-            if rows is not None
-            else torch.zeros_like(self.old)
-        )
+        if rows is None:
+            return torch.zeros_like(self.old)
+        return self.old & (rows.made_of[self.home, self.place] == self.made_of).all(1)
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

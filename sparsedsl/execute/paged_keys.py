@@ -43,13 +43,13 @@ class _Side:
         wanted = (pages & ~self.here).nonzero()[:, 0]
         if not wanted.numel():
             return
-        from_pool = numbers[wanted].to(self.memory.device)
         self.here[wanted] = True
         self.read += wanted.numel()
-        found = as_numbers(self.pool, self.scale, from_pool.clamp(min=0), self.memory.dtype)
-        if bool((numbers[wanted] < 0).any()):  # a page that is not there shows where somebody sees it
-            found = found.masked_fill((from_pool < 0)[:, None, None, None], float("nan"))
-        self.memory[wanted.to(self.memory.device)] = found
+        there, device = numbers[wanted] >= 0, self.memory.device
+        if not bool(there.all()):  # a page that is not there shows where somebody sees it
+            self.memory[wanted[~there].to(device)] = float("nan")
+            wanted = wanted[there]
+        self.memory[wanted.to(device)] = as_numbers(self.pool, self.scale, numbers[wanted].to(device), self.memory.dtype)
 
     def forget(self, pages: int) -> None:
         """Another request, of so many pages: nothing of the one before stays, as what nobody sees goes into products with weights of 0."""

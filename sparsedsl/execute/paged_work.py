@@ -109,12 +109,8 @@ class PagedWork:
         self, calls: Calls, given: Callable[[int], Mapping[str, Any]], summaries: PageSummaries | None = None
     ) -> Result:  # fmt: skip
         """A program, or what the call means: each request by itself. A program reads the pages that it asks for, the meaning reads all."""
-        pools, dtype, lens, fresh = (
-            self.pools,
-            computed_in(self.q, self.pools),
-            self.requests.kv_lens.tolist(),
-            self.requests.starts.tolist(),
-        )
+        pools, dtype = self.pools, computed_in(self.q, self.pools)
+        lens, fresh = self.requests.kv_lens.tolist(), self.requests.starts.tolist()
         table = self.table.cpu()
         table = torch.where((table >= 0) & (table < pools.pages), table, -1)
         keys = PagedKeys(pools, self._width() if lens else 0, dtype, summaries)

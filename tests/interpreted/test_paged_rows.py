@@ -41,7 +41,7 @@ def test_few_queries(name: str) -> None:
     assert_paged(name, MIX, page=8)
 
 
-@pytest.mark.parametrize("name", ["window", "tiles"])
+@pytest.mark.parametrize("name", ["window", "dilated"])
 def test_many_queries(name: str) -> None:
     with LIMITS.using(decode_rows=0):
         assert_paged(name, ONE_BY_ONE, page=4)
