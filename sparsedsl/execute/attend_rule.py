@@ -90,8 +90,10 @@ def _keys(run: Lowering, node: Attend, parts: MaskSplit) -> tuple[Tensor, Tensor
         (k, of_k), (v, of_v) = run.placed(node.y), run.placed(node.z)
         if of_k is of_v:
             return k, v, None if of_k is None else Places(of_k)
+    if run.in_pages is None:
+        return run.value(node.y), run.value(node.z), None
     paged = run.paged(node.y), run.paged(node.z)
-    if run.in_pages is None or paged[0] is paged[1] is None:
+    if paged[0] is paged[1] is None:
         return run.value(node.y), run.value(node.z), None
     seen = pages_seen(run, node, parts, run.in_pages.page)
     k, v = (run.value(x) if of is None else run.in_pages.seen(of, seen) for x, of in zip((node.y, node.z), paged, strict=True))

@@ -72,8 +72,7 @@ class Lowering(Evaluation):
 
     def pooled(self, node: Any, of: Node, pool: Pooling) -> Tensor:
         """One row for every block of what the node ``of`` gives, by ``pool``; of keys, those of blocks that are over are kept, if any."""
-        paged = self.paged(of)
-        if self.in_pages is not None and paged is not None:
+        if self.in_pages is not None and (paged := self.paged(of)) is not None:
             return self.in_pages.pooled(node, paged, pool)
         x = self.value(of)
         if self.summaries is None or not isinstance(of, Input):

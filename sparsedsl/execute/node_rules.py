@@ -65,7 +65,7 @@ def _summary(run: Lowering, node: Summary) -> Tensor:
     if node.stride is not None:
         stride, how = node.stride, node.how
         return run.pooled(node, node.x, lambda x: proxies.windowed(x, node.block, stride, how))  # type: ignore[arg-type]
-    x, places = run.placed(node.x) if run.paged(node.x) is None else (run.shaped(node.x), None)
+    x, places = run.placed(node.x) if run.in_pages is None else (run.shaped(node.x), None)
     pool = run.dispatch.pooler(x)
     if pool is not None and places is not None:
         found = pool(x, node.block, node.how, node.pad, places)
