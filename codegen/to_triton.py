@@ -69,10 +69,12 @@ def variant_of(
     descriptors: bool = False,
     wide_tables: frozenset[str] = frozenset(),
     own_key: bool = True,
+    placed: bool = False,
 ) -> Variant:
     """What the analysis of the pattern picks.
 
     ``own_key``: there is a key at the position of every query. ``wide``: some position, offset or value in the mask needs 64 bits.
+    ``placed``: rows of K and V are read by their numbers.
 
     >>> import sparsedsl as sd
     >>> variant_of(sd.attend(sd.kv_idx <= sd.q_idx)).keys, variant_of(sd.attend((sd.q_idx * sd.kv_idx) % 3 == 0)).keys
@@ -88,7 +90,7 @@ def variant_of(
     mask = pattern.mask.expr
     keys, queries = ("lists" if intervals(mask, of=of) is None else "intervals" for of in ("keys", "queries"))
     # What a stick has left is told from kernel to kernel by the number of a tile, which is that among all positions.
-    decode_keys, within = keys, None if pattern.normaliser == STICK_BREAKING else residues(pattern)
+    decode_keys, within = keys, None if placed or pattern.normaliser == STICK_BREAKING else residues(pattern)
     if within is not None:
         keys = queries = "intervals"
     seen = never_empty(mask)
@@ -98,8 +100,8 @@ def variant_of(
     # A score may drop pairs itself.
     safe = safe and not pattern.has_score
     step = 1 if within is None else within.step
-    descriptors = descriptors and step == 1 and not wide  # one descriptor holds rows side by side, and 32-bit places
-    return Variant(keys, queries, decode_keys, head_dim, head_dim_v, wide, safe, descriptors, wide_tables, step)
+    descriptors = descriptors and step == 1 and not (wide or placed)  # one descriptor holds rows side by side, and 32-bit places
+    return Variant(keys, queries, decode_keys, head_dim, head_dim_v, wide, safe, descriptors, wide_tables, step, placed)
 
 
 @functools.lru_cache(maxsize=512)
@@ -136,9 +138,9 @@ def triton_source(pattern: Pattern, variant: Variant) -> TritonSource:
         write_merge(source, written, variant),
     ]
     first = write_left if pattern.normaliser == STICK_BREAKING else write_delta
-    kernels += [write(source, tiled, variant) for write in (first, write_grad_q, write_grad_kv)]
+    kernels += [write(source, tiled, variant) for write in (first, write_grad_q, write_grad_kv) if not variant.placed]
     for one in rolled_reads(written):
-        if one.axis in ("difference", "pairs"):
+        if one.axis in ("difference", "pairs") and not variant.placed:
             write = write_grad_difference if one.axis == "difference" else write_grad_pairs
             kernels.append(write(source, written, variant, one))
     kinds = MappingProxyType({name: spec.dtype for name, spec in written.tables.items()})

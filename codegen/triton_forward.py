@@ -105,6 +105,8 @@ def _arguments(writer: Writer, out_dims: str) -> None:
     writer.tensor("q")
     for name in "kv":
         writer.columns_of(name)
+    if writer.variant.placed:
+        writer.add(("kv_rows_ptr", "*i32"))
     writer.tensor("out", "*fp32" if out_dims == "sbh" else "*data", out_dims)
     writer.add(("lse_ptr", "*fp32"))
 

@@ -37,7 +37,7 @@ class Variant:
     widths of q and k, and of v. ``wide``: positions and offsets need 64 bits. ``safe_rows``: every query is known to see a key.
     ``descriptors``: K and V are read through tensor descriptors. ``wide_tables``: tables of 2**31 entries or more. ``step``: programs stay
     within one residue of positions (:mod:`sparsedsl.analysis.residue_classes`). ``decode_keys``: as ``keys``, for the kernel of
-    few queries.
+    few queries. ``placed``: rows of K and V are read by their numbers, as those of pages are; there is no backward pass.
     """
 
     keys: str
@@ -50,6 +50,7 @@ class Variant:
     descriptors: bool = False
     wide_tables: frozenset[str] = frozenset()
     step: int = 1
+    placed: bool = False
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ _LOCAL = {
     "partial", "partial_begin", "partial_tiles", "place", "q", "q_idx", "q_len", "reached", "right", "row", "row_0", "s",
     "score", "seen", "share", "shrink", "sink", "start", "swap", "t", "tall", "tile", "tiles", "tl", "to", "total", "turned",
     "upper", "v", "weight", "x", "cut", "ramp", "ref", "level", "after", "ahead", "alive", "before", "below", "earlier", "every",
-    "every_tiles", "given", "units", "large", "later", "left", "lowest", "more", "passed", "power", "small", "stop", "z",
+    "every_tiles", "given", "kv_row", "units", "large", "later", "left", "lowest", "more", "passed", "power", "small", "stop", "z",
 }  # fmt: skip
 
 # In scores that are surely far from the largest float, also times a position or two.
@@ -251,9 +251,9 @@ class Writer:
                 self.head(name, "kv_head")
 
     def column_tiles(self, names: str = "kv") -> None:
-        """Pointers to the first tile of k and of v; the others lie a number of rows further."""
+        """Pointers to the first tile of k and of v; the others lie a number of rows further, but for rows that are read by number."""
         self.source.line("column_0 = tl.arange(0, BLOCK_N)")
-        if self.variant.descriptors:
+        if self.variant.descriptors or self.variant.placed:
             return
         for name in names:
             for part in self.parts(name):
@@ -266,6 +266,10 @@ class Writer:
         self.source.line("kv_idx = start + column_0")
         if kind == "partial" and not self.variant.descriptors:
             self.source.line("exists = kv_idx < kv_len")
+        if self.variant.placed:
+            # Pools of pages are large: what lies before a row is counted in 64 bits.
+            mask = ", mask=exists, other=0" if kind == "partial" else ""
+            self.source.line(f"kv_row = tl.load(kv_rows_ptr + kv_idx{mask}).to(tl.int64)")
 
     def load_column_tile(self, name: str, kind: str) -> None:
         """The tile of ``k`` or ``v`` at ``start``; keys beyond the last are 0."""
@@ -275,7 +279,10 @@ class Writer:
                 self.source.line(f"{suffixed(name, part)} = {tile}.reshape(BLOCK_N, {part.width})")
                 continue
             mask = self.mask(part, "exists" if kind == "partial" else "")
-            where = f"{suffixed(name + '_tile', part)} + start * {name}_stride_row"
+            if self.variant.placed:
+                where = f"{name}_ptr + (kv_row * {name}_stride_row)[:, None] + {part.name}[None, :]"
+            else:
+                where = f"{suffixed(name + '_tile', part)} + start * {name}_stride_row"
             self.source.line(f"{suffixed(name, part)} = tl.load({where}{mask})")
 
     # ---- what logits are ----

@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     from sparsedsl.execute.compiled import Attention as Attention
     from sparsedsl.execute.functional import attention as attention
     from sparsedsl.execute.paged_plan import PagedPlan as PagedPlan
+    from sparsedsl.execute.page_summaries import PageSummaries as PageSummaries
     from sparsedsl.gpu.builds import Build as Build, build as build
     from sparsedsl.lang.expressions import Index as Index, Mask as Mask, Score as Score, b as b
     from sparsedsl.lang.expressions import h as h, kv_idx as kv_idx, kv_len as kv_len, q_idx as q_idx
@@ -93,6 +94,7 @@ _PUBLIC = {
         "sparsedsl.execute.compiling": "compile",
         "sparsedsl.execute.functional": "attention",
         "sparsedsl.execute.paged_plan": "PagedPlan",
+        "sparsedsl.execute.page_summaries": "PageSummaries",
         "sparsedsl.plotting": "plot",
         "sparsedsl.runtime.merging": "merge",
         "sparsedsl.runtime.seen_pages": "VisiblePages",

@@ -75,6 +75,10 @@ class Backend(ABC):
     def refusal(self, request: Request) -> str | None:
         """Why it cannot do a piece of work, or None."""
 
+    def reads_places(self, call: Call) -> bool:
+        """Whether it follows the numbers of rows of a call that has some; else rows are gathered."""
+        return self.follows_places
+
     def lacking(self, device: str) -> str | None:
         """What this machine lacks for it to run anything on a kind of device, ``"cpu"`` or ``"cuda"``; or None. Asks for no build."""
         return None

@@ -24,6 +24,7 @@ from sparsedsl.errors import ShapeError
 from sparsedsl.execute.lowering import Lowering, Shortcut, has_own_rows
 from sparsedsl.execute.mask_split import EITHER, MaskSplit
 from sparsedsl.execute.requests import parts_of
+from sparsedsl.execute.seen_rows import pages_seen
 from sparsedsl.lang.expressions import Mask, Score, as_mask
 from sparsedsl.lang.pattern import Pattern, attend
 from sparsedsl.lang.symbols import Q_LEN, SCORE
@@ -89,7 +90,14 @@ def _keys(run: Lowering, node: Attend, parts: MaskSplit) -> tuple[Tensor, Tensor
         (k, of_k), (v, of_v) = run.placed(node.y), run.placed(node.z)
         if of_k is of_v:
             return k, v, None if of_k is None else Places(of_k)
-    return run.value(node.y), run.value(node.z), None
+    if run.in_pages is None:
+        return run.value(node.y), run.value(node.z), None
+    paged = run.paged(node.y), run.paged(node.z)
+    if paged[0] is paged[1] is None:
+        return run.value(node.y), run.value(node.z), None
+    seen = pages_seen(run, node, parts, run.in_pages.page)
+    k, v = (run.value(x) if of is None else run.in_pages.seen(of, seen) for x, of in zip((node.y, node.z), paged, strict=True))
+    return k, v, None
 
 
 @dataclass(frozen=True, eq=False)

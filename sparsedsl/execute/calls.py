@@ -27,6 +27,7 @@ from sparsedsl.execute.empty import run_empty
 from sparsedsl.execute.kept_summaries import BlockRows, KeptSummaries
 from sparsedsl.execute.lowering import Lowering, Shortcut
 from sparsedsl.execute.node_rules import LOWERED_RULES, lowered
+from sparsedsl.execute.paged_keys import RequestKeys
 from sparsedsl.execute.relocated_calls import relocated_call
 from sparsedsl.execute.requests import facts_of, requests_of
 from sparsedsl.execute.sharded_calls import are_sharded, sharded_call
@@ -191,9 +192,12 @@ class Calls:
         """Out, the LSE where it is wanted, and the state after the call where that is."""
         with torch.autocast(checked.q.device.type, enabled=False):
             keeps = (
-                words.state is None and not checked.needs_grad and takes_any_position(self.program) and not transforms_active()
+                words.state is words.in_pages is None
+                and not checked.needs_grad
+                and takes_any_position(self.program)
+                and not transforms_active()
             )
-            run = self.evaluation(checked, words.return_lse, keeps and checked.q.is_cpu, words.summaries)
+            run = self.evaluation(checked, words.return_lse, keeps and checked.q.is_cpu, words.summaries, words.in_pages)
             out, lse = run.value(self.program.root)
             after = None
             if words.return_state:
@@ -220,14 +224,15 @@ class Calls:
         return self._elsewhere.get(where, [], lambda: Calls(relocated(self.program, where), self.backend, self.allow))
 
     def evaluation(
-        self, call: ProgramCall, lse: bool, keeps: bool = False, summaries: BlockRows | None = None
+        self, call: ProgramCall, lse: bool, keeps: bool = False, summaries: BlockRows | None = None,
+        in_pages: RequestKeys | None = None,
     ) -> Evaluation:  # fmt: skip
         """One evaluation of a checked call, which asks for no node yet."""
         if self.backend == "reference":
             return Reference(call)
         if self.backend != AUTO:
             self._check_runs(facts_of(call, lse))
-        return lowered(call, Dispatch(self.backend), lse=lse, keeps=keeps, summaries=summaries)
+        return lowered(call, Dispatch(self.backend), lse=lse, keeps=keeps, summaries=summaries, in_pages=in_pages)
 
     def _check_kept(self, summaries: Any) -> None:
         if not (isinstance(summaries, KeptSummaries) and summaries.program == self.program.key):

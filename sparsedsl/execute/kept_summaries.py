@@ -23,7 +23,7 @@ from sparsedsl.program.tensors import Input, Summary
 from sparsedsl.runtime.call import wants_grad
 from sparsedsl.torch_private import transforms_active
 
-__all__ = ["BlockRows", "KeptSummaries", "finished_blocks", "summarised"]
+__all__ = ["BlockRows", "KeptSummaries", "finished_blocks", "stride_of", "summarised"]
 
 Tensor = torch.Tensor
 # Rows of which the unfinished block is none -> one row for every block of them; of bounds both stacked, the least first.
@@ -50,10 +50,11 @@ def summarised(program: Program) -> dict[Node, Input]:
 
 def finished_blocks(node: Any, tokens: int) -> int:
     """How many blocks, or windows, of a node that sums them up are over after so many tokens."""
-    return _finished(node.block, _stride(node), tokens)
+    return _finished(node.block, stride_of(node), tokens)
 
 
-def _stride(node: Any) -> int:
+def stride_of(node: Any) -> int:
+    """Tokens from the first of one block, or window, to that of the next."""
     return int(node.stride) if isinstance(node, Summary) and node.stride is not None else int(node.block)
 
 
@@ -113,7 +114,7 @@ class KeptSummaries:
             )
         overlaps = isinstance(node, Summary) and node.stride is not None
         block, tokens = node.block, x.shape[2]
-        stride = _stride(node)
+        stride = stride_of(node)
         known, done = self._rows.get(node.key), _finished(block, stride, tokens)
         if known is not None:
             self._check(known, name, x)

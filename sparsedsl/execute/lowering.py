@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.kept_summaries import BlockRows, Pooling
+from sparsedsl.execute.paged_keys import RequestKeys
 from sparsedsl.lang.symbols import Q_IDX
 from sparsedsl.lang.tables import TableRead, read_class, table_reads
 from sparsedsl.lang.wrapped import Expression
@@ -38,15 +39,17 @@ class Lowering(Evaluation):
     ``dispatch``: who does the work. ``lse``: whether the root's is wanted. ``shortcuts``: those of the kind of call, if it is known.
     ``keeps``: rules leave shortcuts for later calls of this kind. ``after``: of recurrences that ran, how many keys they read,
     and the state after these. ``summaries``: what knows the rows of blocks of keys, if that is not the call itself: earlier calls,
-    or other devices. ``chunk_weights``: of attentions whose chunks were weighed in another evaluation.
+    or other devices. ``in_pages``: what reads the rows of k and v; None: they are all there. ``chunk_weights``: of attentions whose chunks
+    were weighed in another evaluation.
     """
 
     def __init__(
         self, rules: Mapping[type[Node], Rule], call: ProgramCall, dispatch: Dispatch, *, lse: bool,
         shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False, summaries: BlockRows | None = None,
+        in_pages: RequestKeys | None = None,
     ) -> None:  # fmt: skip
         super().__init__(rules, call)
-        self.summaries = summaries
+        self.summaries, self.in_pages = summaries, in_pages
         self.dispatch, self.keeps = dispatch, keeps
         self.shortcuts: dict[Node, Shortcut] = {} if shortcuts is None else shortcuts
         self.after: dict[Node, tuple[int, Any]] = {}
@@ -69,10 +72,25 @@ class Lowering(Evaluation):
 
     def pooled(self, node: Any, of: Node, pool: Pooling) -> Tensor:
         """One row for every block of what the node ``of`` gives, by ``pool``; of keys, those of blocks that are over are kept, if any."""
+        if self.in_pages is not None and (paged := self.paged(of)) is not None:
+            return self.in_pages.pooled(node, paged, pool)
         x = self.value(of)
         if self.summaries is None or not isinstance(of, Input):
             return pool(x)
         return self.summaries.rows(node, of.name, x, pool)
+
+    def paged(self, node: Node) -> Input | None:
+        """The input that a node is, k or v, if its rows are read as they are asked for."""
+        if self.in_pages is None:
+            return None
+        while isinstance(node, Input) and node not in self.call.inputs and node.default is not None:
+            node = node.default
+        return node if isinstance(node, Input) and node in self.in_pages.inputs else None
+
+    def shaped(self, node: Node) -> Any:
+        """What a node gives, for its shape and dtype alone: of rows in pages none is read."""
+        paged = self.paged(node)
+        return self.value(node) if paged is None else self.call.inputs[paged]
 
     def placed(self, node: Node) -> tuple[Tensor, Tensor | None]:
         """The rows that a node gives: of rows taken in an order those they are taken from, and the order, where somebody may follow it."""

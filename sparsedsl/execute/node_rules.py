@@ -9,6 +9,7 @@ from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.kept_summaries import BlockRows
 from sparsedsl.execute.linear_rule import run_linear
 from sparsedsl.execute.lowering import Lowering, Shortcut
+from sparsedsl.execute.paged_keys import RequestKeys
 from sparsedsl.execute.score_rules import SCORE_RULES
 from sparsedsl.execute.selection_rules import LISTED_RULES
 from sparsedsl.lang.pattern import Pattern
@@ -39,10 +40,12 @@ Result = tuple[Tensor, Tensor | None]
 
 def lowered(
     call: ProgramCall, dispatch: Dispatch, *, lse: bool, shortcuts: dict[Node, Shortcut] | None = None, keeps: bool = False,
-    summaries: BlockRows | None = None,
+    summaries: BlockRows | None = None, in_pages: RequestKeys | None = None,
 ) -> Lowering:  # fmt: skip
     """One evaluation of a call by backends: see :class:`~sparsedsl.execute.lowering.Lowering`."""
-    return Lowering(LOWERED_RULES, call, dispatch, lse=lse, shortcuts=shortcuts, keeps=keeps, summaries=summaries)
+    return Lowering(
+        LOWERED_RULES, call, dispatch, lse=lse, shortcuts=shortcuts, keeps=keeps, summaries=summaries, in_pages=in_pages
+    )
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------------------
@@ -50,6 +53,8 @@ def lowered(
 
 def _input(run: Lowering, node: Input) -> Tensor:
     """As it was given: half precision is cast piece by piece, where it is used."""
+    if run.in_pages is not None and node in run.in_pages.inputs:
+        return run.in_pages.all(node)
     if node in run.call.inputs:
         return run.call.inputs[node]
     assert node.default is not None
@@ -60,7 +65,7 @@ def _summary(run: Lowering, node: Summary) -> Tensor:
     if node.stride is not None:
         stride, how = node.stride, node.how
         return run.pooled(node, node.x, lambda x: proxies.windowed(x, node.block, stride, how))  # type: ignore[arg-type]
-    x, places = run.placed(node.x)
+    x, places = run.placed(node.x) if run.in_pages is None else (run.shaped(node.x), None)
     pool = run.dispatch.pooler(x)
     if pool is not None and places is not None:
         found = pool(x, node.block, node.how, node.pad, places)

@@ -10,11 +10,13 @@ import torch
 from sparsedsl.analysis.domain import check_size
 from sparsedsl.errors import UnsupportedError
 from sparsedsl.execute.calls import Calls
+from sparsedsl.execute.kept_summaries import summarised
 from sparsedsl.execute.packed_calls import PackedAttention
-from sparsedsl.execute.packed_inputs import given_back, inputs_by_request, refuse_gradients, rows_first, wants_lse
-from sparsedsl.execute.paged_plan import PagedPlan
+from sparsedsl.execute.packed_inputs import PagedRows, given_back, inputs_by_request, refuse_gradients, rows_first, wants_lse
+from sparsedsl.execute.page_summaries import PageSummaries
+from sparsedsl.execute.paged_plan import PagedPlan, begin_summaries
 from sparsedsl.execute.paged_work import ByRequest, InOneRow, PageTable
-from sparsedsl.execute.pools import check_block_table, pools_of
+from sparsedsl.execute.pools import check_block_table, check_pools, pools_of
 from sparsedsl.execute.request_loop import request_by_request
 from sparsedsl.lang.advice import check_word
 from sparsedsl.lang.pattern import attend
@@ -30,7 +32,7 @@ __all__ = ["PackedFace", "reads_pages"]
 Tensor = torch.Tensor
 Result = tuple[Tensor, Tensor | None]
 # Backends that read keys of pages: where they lie, or copies of the pages that are seen.
-READS_PAGES = ("auto", "reference", "tiled", "cpp")
+READS_PAGES = ("auto", "reference", "tiled", "cpp", "triton")
 
 
 def reads_pages(backend: str, device: torch.device) -> bool:
@@ -88,9 +90,9 @@ class PackedFace:
             given = inputs_by_request(self._calls.program, named, requests, ends)
             first = ends.tolist()
 
-            def keys_of(number: int) -> tuple[Tensor, Tensor]:
+            def keys_of(number: int) -> tuple[Tensor, Tensor, None]:
                 rows = slice(first[number], first[number + 1])
-                return k[:, :, rows], v[:, :, rows]
+                return k[:, :, rows], v[:, :, rows], None
 
             found = request_by_request(
                 self._calls, q, v.shape[3], requests, keys_of, given, scale=scale, lse=wants_lse(self._calls, return_lse)
@@ -109,7 +111,7 @@ class PackedFace:
     def paged(
         self, q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor,
         q_start: Tensor | None = None, *, return_lse: bool = False, scale: float | None = None, k_scale: Tensor | float | None = None,
-        v_scale: Tensor | float | None = None, layout: str = "thd", pool_layout: str = "nhd",
+        v_scale: Tensor | float | None = None, layout: str = "thd", pool_layout: str = "nhd", summaries: PageSummaries | None = None,
         tables: Mapping[str, Tensor] | None = None, **named: Any,
     ) -> Any:  # fmt: skip
         """Attention of many requests over keys that lie in pages of a pool. Pages that no query can see are not read.
@@ -124,7 +126,11 @@ class PackedFace:
             cu_seqlens_q: ``(R + 1,)``, where the queries of each begin and end: one each to decode, more to prefill, mixed at will.
             q_start: ``(R,)``, the position of the first query of each; None puts the last query at the last key.
             k_scale, v_scale: of quantised pools factors ``(pages,)`` or ``(pages, Hkv)``, or one number; None is 1.
-            return_lse, scale, tables, named: as :meth:`ragged`.
+            summaries: what :meth:`page_summaries` of a program made for these pools: blocks of keys that are over, and were summed up in
+                an earlier call, are not read for it again.
+            return_lse, scale, tables, named: as :meth:`ragged`; but inputs of programs that have rows for keys lie in pools of their own,
+                ``(pages, page, H, D)`` as keys do. On an axis ``keys/64`` there are ``page / 64`` rows a page; where a block takes several
+                pages, one, with the last of them.
 
         Returns:
             As :meth:`ragged`. There are no gradients.
@@ -133,8 +139,8 @@ class PackedFace:
             ShapeError, TableError: as :meth:`ragged`; pools, scales or tables that do not fit, a page that is seen and is not there.
             UnsupportedError: somebody wants gradients; a backend that reads no pages.
 
-        ``cpp`` reads rows where they lie; ``tiled`` copies the pages that are seen. ``flex`` and ``triton`` do not read pages. Of a program
-        the pages of one request at a time are copied.
+        ``cpp`` and ``triton`` read rows where they lie; ``tiled`` copies the pages that are seen; ``flex`` does not read pages. A program
+        goes from request to request: the pages that it attends to are copied, and those that it sums up.
 
         >>> import torch, sparsedsl as sd
         >>> local = sd.compile(sd.patterns.sliding_window(16), backend="tiled")
@@ -153,14 +159,16 @@ class PackedFace:
         self._refuse_pages(q.device)
         refuse_gradients(q, k_pool, v_pool, *named.values())
         pools = pools_of(q[0].transpose(0, 1), k_pool, v_pool, k_scale, v_scale, pool_layout)
+        if summaries is not None:
+            begin_summaries(summaries, self._calls.program, k_pool, v_pool, pools)
         lengths = (block_table, kv_lens, cu_seqlens_q, q_start)
-        plan = self._plan(lengths, pools.pages, pools.page, q.shape[2], q.shape[1], q.device, named, copy=False)
-        found = plan._work.attend(q, pools, scale=scale, lse=wants_lse(self._calls, return_lse))
+        plan = self._plan(lengths, pools.pages, pools.page, q.shape[2], q.shape[1], q.device, named, pool_layout, copy=False)
+        found = plan._work.attend(q, pools, scale=scale, lse=wants_lse(self._calls, return_lse), summaries=summaries)
         return given_back(*found, plan._requests, return_lse, layout)
 
     def plan_paged(
         self, block_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor, q_start: Tensor | None = None, *, heads: int, page: int,
-        pages: int, rows: int | None = None, device: torch.device | None = None, copy: bool = False,
+        pages: int, rows: int | None = None, device: torch.device | None = None, copy: bool = False, pool_layout: str = "nhd",
         tables: Mapping[str, Tensor] | None = None, **named: Any,
     ) -> PagedPlan:  # fmt: skip
         """What calls of :meth:`paged` with these lengths have in common, made once: for the layers of a model, which share them in a step.
@@ -171,6 +179,7 @@ class PackedFace:
             rows: of q; None: as many as ``cu_seqlens_q`` ends with, which must then be on the CPU.
             device: of the calls; None: that of ``block_table``.
             copy: the pages that are seen are copied behind each other, with which every backend runs; else they are read where they lie.
+            pool_layout: as :meth:`paged`; of inputs that lie in pools of their own.
 
         Returns:
             :class:`~sparsedsl.PagedPlan`, to be called with ``(q, k_pool, v_pool)`` of each layer.
@@ -187,6 +196,7 @@ class PackedFace:
         True
         """
         _refuse_graphs("plan_paged")
+        check_word("pool_layout", pool_layout, ("nhd", "hnd"))
         named = joined_tables(named, tables)
         for name, number in (("heads", heads), ("page", page)):
             check_size(name, number, 1)
@@ -199,7 +209,37 @@ class PackedFace:
         if rows is None:
             ends = check_numbers("cu_seqlens_q", cu_seqlens_q, None, device)
             rows = int(ends[-1]) if ends.numel() else 0
-        return self._plan((block_table, kv_lens, cu_seqlens_q, q_start), pages, page, rows, heads, device, named, copy=copy)
+        lengths = (block_table, kv_lens, cu_seqlens_q, q_start)
+        return self._plan(lengths, pages, page, rows, heads, device, named, pool_layout, copy=copy)
+
+    def page_summaries(self, k_pool: Tensor, v_pool: Tensor, *, pool_layout: str = "nhd") -> PageSummaries:
+        """An empty place, beside pools of pages, for what the program makes of blocks of keys; pass it to calls of :meth:`paged` as
+        ``summaries=``.
+
+        A step of decoding then reads one row for each block that is over, the pages that it attends to, and those of the block that is not:
+        see :class:`~sparsedsl.PageSummaries`.
+
+        Args:
+            k_pool, v_pool, pool_layout: the pools, as :meth:`paged` takes them. They keep their memory as long as the summaries are used.
+
+        Raises:
+            ShapeError: they are no pools.
+            UnsupportedError: the program sums up no keys.
+
+        >>> import torch, sparsedsl as sd
+        >>> quest = sd.compile((sd.kv_idx <= sd.q_idx) & sd.top_k(sd.bound(sd.q, sd.k, 16), 4))
+        >>> k_pool, v_pool = torch.randn(2, 32, 16, 2, 64).unbind(0)
+        >>> kept = quest.page_summaries(k_pool, v_pool)
+        >>> kept.pages, kept.page
+        (32, 16)
+        """
+        check_word("pool_layout", pool_layout, ("nhd", "hnd"))
+        if not summarised(self._calls.program):
+            raise UnsupportedError(
+                f"{self._calls.program!r} makes no summaries or bounds of keys that could be kept; call it without summaries="
+            )
+        check_pools(k_pool, v_pool, pool_layout)
+        return PageSummaries(self._calls.program, k_pool, v_pool, k_pool.shape[1 if pool_layout == "nhd" else 2])
 
     def visible_pages(
         self, q_start: Tensor, q_lens: Tensor, page: int, *, kv_lens: Tensor | None = None, heads: int | None = None,
@@ -215,7 +255,8 @@ class PackedFace:
             tables, named: tables of the pattern, as calls take them.
 
         Returns:
-            :class:`~sparsedsl.VisiblePages`, compressed rows of page numbers. Of a program all pages that hold keys.
+            :class:`~sparsedsl.VisiblePages`, compressed rows of page numbers. Of a program all pages that hold keys: which of them a call
+            reads depends on what it chooses, and the next one may choose any.
 
         Raises:
             ShapeError, TableError: numbers or tables that do not fit.
@@ -262,8 +303,8 @@ class PackedFace:
         return True
 
     def _plan(
-        self, lengths: tuple[Any, ...], pages: int, page: int, rows: int, heads: int, device: torch.device, named: Mapping[str, Any], *,
-        copy: bool,
+        self, lengths: tuple[Any, ...], pages: int, page: int, rows: int, heads: int, device: torch.device, named: Mapping[str, Any],
+        pool_layout: str, *, copy: bool,
     ) -> PagedPlan:  # fmt: skip
         block_table, kv_lens, cu_seqlens_q, q_start = lengths
         kv_lens = check_numbers("kv_lens", kv_lens, None, device)
@@ -271,7 +312,7 @@ class PackedFace:
         table = PageTable(check_block_table(block_table, requests.count, device, kv_lens, page), page, pages)
         work: InOneRow | ByRequest
         if self._goes_by_request(requests):
-            given = inputs_by_request(self._calls.program, named, requests, None)
+            given = inputs_by_request(self._calls.program, named, requests, PagedRows(table.table, pages, page, pool_layout))
             work = ByRequest(self._calls, given, requests, table)
         else:
             packed = self._pattern_calls()
@@ -282,12 +323,12 @@ class PackedFace:
         if self._calls.backend not in READS_PAGES:
             raise UnsupportedError(
                 f"backend={self._calls.backend!r} reads keys that lie behind each other, and no pages. Use backend='cpp' on a CPU, "
-                "backend='tiled', which copies the pages that are seen, or copy them and call ragged()"
+                "backend='triton' on a GPU, backend='tiled', which copies the pages that are seen, or copy them and call ragged()"
             )
         if device.type != "cpu" and self._calls.backend == "auto":
             raise UnsupportedError(
-                f"no kernel for {device.type} reads pages. Use backend='tiled', which copies the pages that are seen, or copy them and "
-                "call ragged()"
+                f"which backend is the fastest over pages is not known for {device.type}. Use backend='triton', which reads rows where "
+                "they lie, or backend='tiled', which copies the pages that are seen"
             )
 
     def _heads(self, heads: int | None) -> int:

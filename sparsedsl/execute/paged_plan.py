@@ -10,16 +10,18 @@ import torch
 
 from sparsedsl.errors import ShapeError
 from sparsedsl.execute.packed_inputs import given_back, refuse_gradients, rows_first, wants_lse
+from sparsedsl.execute.page_summaries import PageSummaries
 from sparsedsl.execute.paged_work import ByRequest, InOneRow, PageTable
-from sparsedsl.execute.pools import pools_of
-from sparsedsl.lang.advice import check_word
+from sparsedsl.execute.pools import Pools, pools_of
+from sparsedsl.lang.advice import check_word, shown
+from sparsedsl.program.graph import Program
 from sparsedsl.runtime.arguments import arranged, joined_tables
 from sparsedsl.runtime.packed_rows import Requests
 
 if TYPE_CHECKING:
     from sparsedsl.execute.calls import Calls
 
-__all__ = ["PagedPlan"]
+__all__ = ["PagedPlan", "begin_summaries"]
 
 Tensor = torch.Tensor
 
@@ -64,7 +66,7 @@ class PagedPlan:
     def __call__(
         self, q: Tensor, k_pool: Tensor, v_pool: Tensor, *, return_lse: bool = False, scale: float | None = None,
         k_scale: Tensor | float | None = None, v_scale: Tensor | float | None = None, layout: str = "thd", pool_layout: str = "nhd",
-        tables: Mapping[str, Tensor] | None = None, **named: Any,
+        summaries: PageSummaries | None = None, tables: Mapping[str, Tensor] | None = None, **named: Any,
     ) -> Any:  # fmt: skip
         """What :meth:`~sparsedsl.Attention.paged` gives for these queries and pools; arguments and results are its.
 
@@ -83,7 +85,9 @@ class PagedPlan:
         pools = pools_of(q[0].transpose(0, 1), k_pool, v_pool, k_scale, v_scale, pool_layout)
         self._check(q, pools.page, pools.pages)
         work = self._work.given_tables(named, self.heads, self.device) if named else self._work
-        found = work.attend(q, pools, scale=scale, lse=wants_lse(self._calls, return_lse))
+        if summaries is not None:
+            begin_summaries(summaries, self._calls.program, k_pool, v_pool, pools)
+        found = work.attend(q, pools, scale=scale, lse=wants_lse(self._calls, return_lse), summaries=summaries)
         return given_back(*found, replace(self._requests, rows=q.shape[2]), return_lse, layout)
 
     def _check(self, q: Tensor, page: int, pages: int) -> None:
@@ -92,3 +96,14 @@ class PagedPlan:
         for what, one, other in zip(("heads of q", "rows of q", "keys of a page", "pages", "device"), got, wanted, strict=True):
             if one != other:
                 raise ShapeError(f"{what}: got {one}, and the plan was made for {other}. Call plan_paged() for such calls")
+
+
+def begin_summaries(summaries: Any, program: Program, k_pool: Tensor, v_pool: Tensor, pools: Pools) -> None:
+    """A call of a program over pools begins, which uses what was kept of their blocks of keys.
+
+    Raises:
+        ShapeError: it is of another program or other pools, or they were written and nobody said where.
+    """
+    if not isinstance(summaries, PageSummaries):
+        raise ShapeError(f"summaries must be what page_summaries() of this program made; got {shown(summaries)}")
+    summaries.begin(program, k_pool, v_pool, (pools.k_scale, pools.v_scale))

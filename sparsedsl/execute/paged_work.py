@@ -14,9 +14,12 @@ import torch
 
 from sparsedsl.errors import ShapeError, TableError
 from sparsedsl.execute.packed_calls import PackedAttention
+from sparsedsl.execute.page_summaries import PageSummaries
+from sparsedsl.execute.paged_keys import PagedKeys, RequestKeys
 from sparsedsl.execute.pools import Pools, computed_in
 from sparsedsl.execute.request_loop import request_by_request
 from sparsedsl.lang.tables import by_kept_name
+from sparsedsl.program import tensors
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.packed_rows import KeyRows, Requests
 from sparsedsl.runtime.places import Places
@@ -119,7 +122,9 @@ class InOneRow:
         parts = [part(requests, None)] if split is None else [part(*one) for one in split]
         return InOneRow(packed, bound, tuple(parts), copies)
 
-    def attend(self, q: Tensor, pools: Pools, *, scale: float | None, lse: bool) -> Result:
+    def attend(
+        self, q: Tensor, pools: Pools, *, scale: float | None, lse: bool, summaries: PageSummaries | None = None
+    ) -> Result:
         """``out (1, Hq, T, Dv)`` and the LSE of ``q (1, Hq, T, D)``."""
         if self.parts and self.parts[0].rows is None:
             return self._part(self.parts[0], q, pools, scale, lse)
@@ -179,23 +184,26 @@ class ByRequest:
     requests: Requests
     table: PageTable
 
-    def attend(self, q: Tensor, pools: Pools, *, scale: float | None, lse: bool) -> Result:
-        """As :meth:`InOneRow.attend`."""
-        dtype, lens, table = computed_in(q, pools), self.requests.kv_lens.tolist(), self.table.table
+    def attend(
+        self, q: Tensor, pools: Pools, *, scale: float | None, lse: bool, summaries: PageSummaries | None = None
+    ) -> Result:  # fmt: skip
+        """As :meth:`InOneRow.attend`. A program reads the pages that it asks for, the meaning all. ``summaries``: of blocks of keys."""
+        dtype, lens, fresh = computed_in(q, pools), self.requests.kv_lens.tolist(), self.requests.starts.tolist()
+        table = self.table.table.cpu()
+        table = torch.where((table >= 0) & (table < pools.pages), table, -1)
+        keys = PagedKeys(pools, self.table.width(self.requests) if lens else 0, dtype, summaries)
 
-        def keys_of(number: int) -> tuple[Tensor, Tensor]:
-            pages = table[number, : -(-lens[number] // pools.page)]
-            there = (pages >= 0) & (pages < pools.pages)
-            k, v = pools.numbers(pages.where(there, 0), dtype) if pools.pages else (
-                pool.new_zeros((0, *pool.shape[1:]), dtype=dtype) for pool in (pools.k, pools.v)
-            )  # fmt: skip
-            # A page that is not there shows where somebody sees it.
-            k, v = (x.masked_fill(~there[:, None, None, None], float("nan")) for x in (k, v))
-            return tuple(x.flatten(0, 1)[: lens[number]].transpose(0, 1)[None] for x in (k, v))  # type: ignore[return-value]
+        def keys_of(number: int) -> tuple[Tensor, Tensor, RequestKeys | None]:
+            of = keys.request(table[number, : -(-lens[number] // pools.page)], lens[number], fresh[number])
+            if self.calls.backend == "reference":
+                return of.all(tensors.k), of.all(tensors.v), None
+            return of.rows(tensors.k), of.rows(tensors.v), of
 
         out, found = request_by_request(
             self.calls, q.to(dtype), pools.v.shape[3], self.requests, keys_of, self.given, scale=scale, lse=lse
         )
+        if summaries is not None:
+            summaries.pages_read = keys.pages_read
         return out.to(q.dtype), found
 
     def given_tables(self, named: Mapping[str, Any], heads: int, device: torch.device) -> ByRequest:

@@ -12,7 +12,7 @@ from sparsedsl.lang.advice import shown
 from sparsedsl.runtime.call import FLOATS
 from sparsedsl.runtime.dtypes import accumulated
 
-__all__ = ["QUANTISED", "Pools", "check_block_table", "pools_of"]
+__all__ = ["QUANTISED", "Pools", "as_numbers", "check_block_table", "check_pools", "computed_in", "pools_of"]
 
 Tensor = torch.Tensor
 QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
@@ -61,7 +61,7 @@ class Pools:
 
     def numbers(self, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values of some pages ``(P,)``, ``(P, page, Hkv, D)``, in a dtype that is computed with."""
-        return _numbers(self.k, self.k_scale, pages, dtype), _numbers(self.v, self.v_scale, pages, dtype)
+        return as_numbers(self.k, self.k_scale, pages, dtype), as_numbers(self.v, self.v_scale, pages, dtype)
 
 
 def _rows(pool: Tensor, name: str) -> tuple[Tensor, int]:
@@ -83,11 +83,32 @@ def _rows(pool: Tensor, name: str) -> tuple[Tensor, int]:
     return pool.as_strided((1, heads, rows, width), (0, of_head, of_row, of_one)), step
 
 
-def _numbers(pool: Tensor, scale: Tensor | None, pages: Tensor, dtype: torch.dtype) -> Tensor:
+def as_numbers(pool: Tensor, scale: Tensor | None, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some pages ``(P,)`` of a pool, ``(P, page, Hkv, D)``, in a dtype that is computed with."""
     # Bytes are taken by their number: not every device indexes the short types.
     found = pool.view(torch.int8)[pages].view(pool.dtype) if pool.dtype.itemsize == 1 else pool[pages]
     found = found.to(dtype)
     return found if scale is None else found.mul_(scale[pages].to(dtype)[:, None, :, None])
+
+
+def check_pools(k_pool: Any, v_pool: Any, layout: str) -> str:
+    """The axes of a pool, of two that are a pair.
+
+    Raises:
+        ShapeError: they are not.
+    """
+    heads = "(pages, page, Hkv, D)" if layout == "nhd" else "(pages, Hkv, page, D)"
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        if not isinstance(pool, Tensor) or pool.ndim != 4:
+            raise ShapeError(f"{name} must be a tensor {heads}; got {shown(pool)}")
+        if 0 in pool.shape[1:]:
+            raise ShapeError(f"{name} {tuple(pool.shape)} has a size of 0: pages hold at least one key, of one head")
+    if k_pool.shape[:3] != v_pool.shape[:3] or k_pool.dtype != v_pool.dtype:
+        raise ShapeError(
+            f"k_pool and v_pool must have the same pages, heads and dtype; got {tuple(k_pool.shape)} {k_pool.dtype} and "
+            f"{tuple(v_pool.shape)} {v_pool.dtype}; wanted {heads}"
+        )
+    return heads
 
 
 def pools_of(q: Tensor, k_pool: Any, v_pool: Any, k_scale: Any, v_scale: Any, layout: str) -> Pools:
@@ -96,12 +117,8 @@ def pools_of(q: Tensor, k_pool: Any, v_pool: Any, k_scale: Any, v_scale: Any, la
     Raises:
         ShapeError: they do not fit each other or q, or scales do not fit them.
     """
-    heads = "(pages, page, Hkv, D)" if layout == "nhd" else "(pages, Hkv, page, D)"
+    heads = check_pools(k_pool, v_pool, layout)
     for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
-        if not isinstance(pool, Tensor) or pool.ndim != 4:
-            raise ShapeError(f"{name} must be a tensor {heads}; got {shown(pool)}")
-        if 0 in pool.shape[1:]:
-            raise ShapeError(f"{name} {tuple(pool.shape)} has a size of 0: pages hold at least one key, of one head")
         if pool.device != q.device:
             raise ShapeError(f"{name} is on {pool.device}, and q on {q.device}")
         if pool.dtype != q.dtype and pool.dtype not in QUANTISED:
@@ -110,11 +127,6 @@ def pools_of(q: Tensor, k_pool: Any, v_pool: Any, k_scale: Any, v_scale: Any, la
                 "torch.autocast q is cast, and pools are not: keep them in the dtype of autocast"
             )
     k, v = (pool.detach() if layout == "nhd" else pool.detach().transpose(1, 2) for pool in (k_pool, v_pool))
-    if k.shape[:3] != v.shape[:3] or k.dtype != v.dtype:
-        raise ShapeError(
-            f"k_pool and v_pool must have the same pages, heads and dtype; got {tuple(k_pool.shape)} {k.dtype} and "
-            f"{tuple(v_pool.shape)} {v.dtype}; wanted {heads}"
-        )
     if q.shape[1] % k.shape[2] or q.shape[2] != k.shape[3]:
         raise ShapeError(
             f"q {tuple(q.shape)} and k_pool {tuple(k_pool.shape)} must have one head_dim, and query heads a multiple of the key/value "

@@ -8,7 +8,8 @@ from sparsedsl.errors import UnsupportedError
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import BATCH, KV_LEN, Q_LEN
 from sparsedsl.program.graph import Program
-from sparsedsl.program.in_layers import is_for_prefill, reads_rows
+from sparsedsl.program.in_layers import is_for_prefill
+from sparsedsl.program.relocation import reads_rows
 
 __all__ = ["refuse_scheduled"]
 

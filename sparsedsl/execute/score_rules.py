@@ -73,8 +73,8 @@ def _dot_again(node: Dot, scale: float, dtype: torch.dtype, run: Lowering) -> Sc
 
 
 def _bound(run: Lowering, node: Bound) -> ScoreSource:
-    x, y = run.value(node.x), run.value(node.y)
-    pool, scale = run.dispatch.pooler(y), _scale(node.scale, x)
+    x = run.value(node.x)
+    pool, scale = run.dispatch.pooler(run.shaped(node.y)), _scale(node.scale, x)
 
     def make(y: Tensor) -> Tensor:
         found = None if pool is None else pool(y, node.block, "bounds", "valid")

@@ -99,7 +99,7 @@ class StaticAttention:
         if call.is_empty:
             return attend_empty(self.pattern, call)
         if call.places is not None and (
-            not named(backend).follows_places or is_transformed(call.q, call.k, call.v, *call.given.values())
+            not named(backend).reads_places(call) or is_transformed(call.q, call.k, call.v, *call.given.values())
         ):
             return self._gathered(call, call.places, backend, lse)
         runner = self.runner(backend)

@@ -25,7 +25,8 @@ from sparsedsl.models.native import Facts
 from sparsedsl.models.program_cache import keeps_state
 from sparsedsl.models.program_keys import FoldedKeys, WithSummaries
 from sparsedsl.program.graph import Program
-from sparsedsl.program.in_layers import fitted, is_for_prefill, reads_rows, told_rows
+from sparsedsl.program.in_layers import fitted, is_for_prefill, told_rows
+from sparsedsl.program.relocation import reads_rows
 
 __all__ = ["BINDING", "Binding", "made_again"]
 

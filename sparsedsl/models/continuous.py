@@ -124,7 +124,9 @@ def attend_paged(
     attention, tables, scale = _what_runs(binding, query, lengths, words)
     packed: dict[str, Any] = {"scale": scale, "layout": "htd", **tables}
     try:
-        if ring is None and reads_pages(binding.compiled.backend, query.device) and words["read_index"][allocator.index].numel():
+        backend = binding.compiled.backend  # (for triton pages would have to be listed on the CPU: that is to wait in each layer)
+        paged = ring is None and backend != "triton" and reads_pages(backend, query.device)
+        if paged and words["read_index"][allocator.index].numel():
             read = words["read_index"][allocator.index]
             nothing = {**words, "read_index": [read[:0]] * (allocator.index + 1)}
             cache.update(key, value, module.layer_idx, nothing)  # stores the new ones

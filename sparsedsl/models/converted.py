@@ -25,7 +25,8 @@ from sparsedsl.models.layer import Layer, by_tokens, chunk_inputs, chunk_of
 from sparsedsl.models.mask_arguments import MaskRequest
 from sparsedsl.models.program_cache import Held, ProgramCacheLayer, bound_beside_chunks, keeps_state
 from sparsedsl.program.graph import Program
-from sparsedsl.program.in_layers import ROW, fitted, reads_rows, told_rows
+from sparsedsl.program.in_layers import ROW, fitted, told_rows
+from sparsedsl.program.relocation import reads_rows
 from sparsedsl.runtime.call import wants_grad
 
 __all__ = ["CONVERTED", "LAYER", "Converted", "converted_class", "program_cache"]

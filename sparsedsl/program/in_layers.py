@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -33,7 +33,6 @@ __all__ = [
     "check_program",
     "fitted",
     "is_for_prefill",
-    "reads_rows",
     "told_rows",
 ]
 
@@ -194,20 +193,9 @@ SINK_RULES: Rules[Callable[[Any, Score, int | str], Branch]] = Rules(
 # ---- a program on some rows of a batch ------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
-def reads_rows(program: Program) -> bool:
-    """Whether a mask or score says something about ``b`` itself, beside looking up what the program has chosen."""
-    return any(_with_rows(part).expr != part.expr for node in program.everything for part in _expressions(node))
-
-
 def told_rows(program: Program) -> Program:
     """The program with ``hf_row[b]``, which calls give, for ``b``: sequences from some rows of a batch are told apart as these rows are."""
     return rebuilt(program, lambda node: node, _with_rows)
-
-
-def _expressions(node: Node) -> Iterator[Any]:
-    for part in node.expressions:
-        yield from (part.mask, part.score, *([] if part.sink is None else [part.sink])) if isinstance(part, Pattern) else (part,)
 
 
 def _with_rows(expression: Any) -> Any:

@@ -7,6 +7,7 @@ few runs say them, count them in closed form.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -29,7 +30,16 @@ from sparsedsl.program.rebuilding import rebuilt
 from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.rules import Rules
 
-__all__ = ["RELOCATION_RULES", "Relocation", "Rows", "blocks_kept_whole", "position_tables", "relocated", "relocated_nodes"]
+__all__ = [
+    "RELOCATION_RULES",
+    "Relocation",
+    "Rows",
+    "blocks_kept_whole",
+    "position_tables",
+    "reads_rows",
+    "relocated",
+    "relocated_nodes",
+]
 
 # Positions of a call end here.
 LAST = 2**60
@@ -304,3 +314,22 @@ RELOCATION_RULES: Rules[Callable[[Any, Any], Node]] = Rules(
         Linear: _linear,
     },
 )
+
+
+@functools.lru_cache(maxsize=256)
+def reads_rows(program: Program) -> bool:
+    """Whether a mask or score says something about ``b`` itself, beside looking up what the program has chosen."""
+    return any(_reads_entry(part.expr, part.bound) for node in program.everything for part in _expressions(node))
+
+
+def _expressions(node: Node) -> Iterator[Any]:
+    for part in node.expressions:
+        yield from (part.mask, part.score, *([] if part.sink is None else [part.sink])) if isinstance(part, Pattern) else (part,)
+
+
+def _reads_entry(expr: Any, bound: Any) -> bool:
+    if expr == BATCH or BATCH not in expr.free_symbols:
+        return bool(expr == BATCH)
+    # What the same call has made is read by the entry of the call.
+    chosen = isinstance(expr, TableRead) and isinstance(bound.get(expr.spec.name), Node)
+    return any(_reads_entry(part, bound) for part in (expr.args[1:] if chosen else expr.args))

@@ -13,7 +13,8 @@ from transformers import StaticCache
 import sparsedsl as sd
 from sparsedsl import b, kv_idx, q_idx
 from sparsedsl.models import left_padding
-from sparsedsl.program.in_layers import is_for_prefill, reads_rows
+from sparsedsl.program.in_layers import is_for_prefill
+from sparsedsl.program.relocation import reads_rows
 from tests.models.families import build, tokens
 from tests.models.rows import (
     alone,

@@ -44,6 +44,7 @@ from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import HEAD
 from sparsedsl.runtime.autograd import differentiable
 from sparsedsl.runtime.call import Call
+from sparsedsl.runtime.placed_rows import placed_sight
 from sparsedsl.runtime.request import CallFacts
 from sparsedsl.runtime.sinks import sink_gradients
 from sparsedsl.runtime.unseen import Sight
@@ -90,15 +91,22 @@ class TritonKernel(PatternRunner):
         fixed = [table for name, table in sorted(domain.tables.items()) if name not in learned]
         key = (
             domain.rows, domain.kv_len, domain.q_offset, domain.batch, domain.heads, call.q.shape[3], call.v.shape[3], call.q.device,
-            *(domain.tables[name].shape for name in learned),
+            *(domain.tables[name].shape for name in learned), call.places is not None,
         )  # fmt: skip
-        widths = call.q.shape[3], call.v.shape[3]
+        widths, placed = (call.q.shape[3], call.v.shape[3]), call.places is not None
         with torch.no_grad():
-            return self._prepared.get(key, fixed, lambda: prepare(self.pattern, domain, call.q.device, widths, self._lists))
+            return self._prepared.get(
+                key, fixed, lambda: prepare(self.pattern, domain, call.q.device, widths, self._lists, placed=placed)
+            )
 
     def sight(self, call: Call) -> Sight:
         """Who sees whom in a call."""
-        return sight_of(self.pattern, call)
+        if call.places is None:
+            return sight_of(self.pattern, call)
+        k, v = (t[:, :, :1].expand(-1, -1, call.domain.kv_len, -1) for t in (call.k, call.v))
+        return placed_sight(
+            call.places, call.q, call.k, lambda: sight_of(self.pattern, replace(call, k=k, v=v, places=None))
+        )  # fmt: skip
 
     def described(self, domain: Domain, facts: CallFacts) -> tuple[str, ...]:
         """How the kernels of a call find their tiles, and how each is launched."""
@@ -150,6 +158,8 @@ class TritonKernel(PatternRunner):
         domain = call.domain
         lse = torch.empty((domain.batch, domain.heads, domain.rows), dtype=torch.float32, device=q.device)
         values = _values(call, schedule) | strided("q", q) | strided("k", k) | strided("v", v)
+        if call.places is not None:
+            values["kv_rows_ptr"] = call.places.narrow[0]
         if domain.rows <= LIMITS.now.decode_rows:
             return self._decode(call, schedule, values, lse, (q, k, v))
         out = like(q, v.shape[3])

@@ -16,6 +16,7 @@ from sparsedsl.lang.normalisers import POINTWISE
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import SCORE
 from sparsedsl.program.select import Select
+from sparsedsl.runtime.call import Call
 from sparsedsl.runtime.patience import Patience
 from sparsedsl.runtime.request import CallFacts, Request
 from sparsedsl.selection.choosing import Choose
@@ -57,6 +58,11 @@ class TritonBackend(Backend):
     def lacking(self, device: str) -> str | None:
         """Triton, or a GPU."""
         return missing(device)
+
+    def reads_places(self, call: Call) -> bool:
+        """Those of keys that are the same for all entries and heads, as those of pages are; forward."""
+        places = call.places
+        return places is not None and places.queries is None and places.batch == places.heads == 1 and not call.needs_grad
 
     def preference(self, request: Request) -> int:
         """First on a GPU; an interpreter is only for tests."""

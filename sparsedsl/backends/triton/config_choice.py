@@ -39,6 +39,7 @@ def chosen(kernel: str, shape: Shape, prepared: Prepared, run: Callable[[Config,
     if run is not None and device.type == "cuda" and not capturing:
         measure = functools.partial(_seconds, run, device)
     written = f"{prepared.pattern.key} {variant.keys} {variant.queries} {variant.decode_keys} {variant.step} {variant.wide}"
+    written += " placed" if variant.placed else ""
     target = target_of(device)
     # Decode meets another length at every step, so nothing is counted for it.
     few = kernel in ("decode", "merge")

@@ -82,6 +82,8 @@ class Prepared:
 
     def reaching(self, arguments: Mapping[str, Any]) -> Prepared:
         """The same, able to reach every row of every tensor among the arguments of a launch (:func:`~.launching.strided`)."""
+        if self.variant.placed:  # rows that are read by number lie as far as they like
+            arguments = {name: value for name, value in arguments.items() if name not in ("k_stride_row", "v_stride_row")}
         return self._wider if row_offsets_end(arguments) >= 1 << 31 else self
 
     @functools.cached_property
@@ -93,7 +95,7 @@ class Prepared:
     @functools.cached_property
     def described(self) -> TritonSource | None:
         """The source that reads K and V through tensor descriptors; None where rows do not lie side by side, or too far."""
-        if self.variant.step > 1 or self.variant.wide:
+        if self.variant.step > 1 or self.variant.wide or self.variant.placed:
             return None
         return triton_source(self.pattern, replace(self.variant, descriptors=True))
 
@@ -127,8 +129,11 @@ class Prepared:
         return density_class(width / self.domain.kv_len, width)
 
 
-def prepare(pattern: Pattern, domain: Domain, device: torch.device, widths: tuple[int, int], lists: ListMaker) -> Prepared:
-    """All that depends on no tensor but tables that are not learned. ``widths``: of heads of q and k, and of v."""
+def prepare(
+    pattern: Pattern, domain: Domain, device: torch.device, widths: tuple[int, int], lists: ListMaker, *, placed: bool = False
+) -> Prepared:  # fmt: skip
+    """All that depends on no tensor but tables that are not learned. ``widths``: of heads of q and k, and of v. ``placed``: rows of keys
+    are read by their numbers."""
     variant = variant_of(
         pattern,
         head_dim=widths[0],
@@ -136,6 +141,7 @@ def prepare(pattern: Pattern, domain: Domain, device: torch.device, widths: tupl
         wide=max(domain.lengths.values()) > LIMITS.now.longest,
         wide_tables=frozenset(name for name, table in domain.tables.items() if table.numel() >= 1 << 31),
         own_key=domain.lengths["q_len"] <= domain.kv_len,
+        placed=placed,
     )
     source = triton_source(pattern, variant)
     tables = {one.name: fill(one, domain).to(device) for one in source.prepared}
