@@ -105,7 +105,7 @@ WITH_DESCRIPTORS = ("forward", "decode", "grad_q")
 NO_PATTERNS = {"alibi_slope", "grid_position", "t5_bucket"} | {
     "based", "csa", "delta_net", "dsa", "gated_delta", "gla", "hca", "hisa", "hsa", "infllm_v2", "kda", "minference", "moba", "nha", "nsa",
     "nsa_published", "pbs", "qsa", "ring_linear", "ssd", "token_sparse", "differential", "h2o", "hils", "hsa_ultralong",
-    "landmark", "lightning", "mosa", "quest", "retnet", "seer_attention", "snapkv", "vsa", "xattention", "flexprefill",
+    "landmark", "lightning", "mosa", "quest", "retnet", "rwkv6", "rwkv7", "seer_attention", "snapkv", "vsa", "xattention", "flexprefill",
 }  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def rolled_reads(pattern: Pattern) -> tuple[LearnedRead, ...]:
     >>> import sparsedsl as sd
     >>> reads = rolled_reads(sd.attend(sd.kv_idx <= sd.q_idx, sd.patterns.fire(32)))
     >>> [(one.name, one.units) for one in reads if one.units]
-    [('grad_fire_hidden_3', (0, 32)), ('grad_fire_hidden_bias_4', (0, 32)), ('grad_fire_out_5', (0, 32))]
+    [('grad_fire_hidden_1', (0, 32)), ('grad_fire_hidden_bias_2', (0, 32)), ('grad_fire_out_4', (0, 32))]
     """
     score = rolled_score(pattern)
     units = {read: one.units for one in sums_in(score) for read in table_reads(one) if UNIT in facts(read).symbols}

@@ -48,10 +48,10 @@ def rolled(expr: sympy.Expr, keep: Callable[[TableRead], bool] = lambda read: Tr
         keep: of a read, whether there may be a running index in it.
 
     >>> import sparsedsl as sd
-    >>> a, b = sd.table("a"), sd.table("b")
-    >>> total = sd.score + sum(a[j] * sd.relu(b[j] * sd.score) for j in range(12))
+    >>> weights, shifts = sd.table("weights", dtype=float), sd.table("shifts", dtype=float)
+    >>> total = sd.score + sum(weights[j] * sd.relu(shifts[j] * sd.score) for j in range(12))
     >>> rolled(total.expr)
-    score + Rolled(Relu(score*b [unit])*a [unit], 0, 12)
+    score + Rolled(weights[unit]*Relu(score*shifts[unit]), 0, 12)
     """
     found = _rolled(expr, keep)
     # A read of a table by the running index stands for one thing.

@@ -234,7 +234,7 @@ def test_plan_prints_writes_and_draws(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("mine:node", "--world", "2"), "chooses from q and k as it is called"),
+        (("mine:node", "--world", "2"), "chooses as it is called, or sends states"),
         (("mine:window", "--world", "2", "--rate", "0"), "--rate must be a positive number; got 0"),
         (("mine:window", "--world", "64"), "fewer than 16 ranks"),
         (("mine:packed", "--world", "2"), "the pattern reads tables that need values: doc"),

@@ -32,12 +32,16 @@ WINDOW, CHOICE = window(), choice()
 
 
 def assert_few_python_calls(call: Callable[[], Any], most: int) -> None:
-    """How many Python functions are entered, torch's own included."""
+    """How many Python functions are entered, torch's own included.
+
+    sympy compares equal expressions part by part unless they are one object, which depends on what other tests have made: not counted.
+    """
     calls: Counter[str] = Counter()
 
     def profile(frame: Any, event: str, argument: Any) -> None:
-        if event == "call":
-            calls[f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_code.co_name}"] += 1
+        where = f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_code.co_name}"
+        if event == "call" and where not in ("basic.py:__eq__", "basic.py:_hashable_content"):
+            calls[where] += 1
 
     before = sys.getprofile()
     gc.collect()
