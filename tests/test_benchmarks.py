@@ -238,13 +238,13 @@ def test_cpu_training(tmp_path):
 @pytest.mark.slow
 def test_cpu_systems(tmp_path):
     out, sizes = tmp_path / "systems.json", ("--lengths", "256", "--rounds", "1")
-    content, shown = run("cpu.py", out, "systems", "--works", "hsa", "ring", "tsa", *sizes)
-    assert [record["work"] for record in content["records"]] == ["hsa", "ring", "tsa"]
+    content, shown = run("cpu.py", out, "systems", "--works", "hsa", "tsa", *sizes)
+    assert [record["work"] for record in content["records"]] == ["hsa", "tsa"]
     for record in content["records"]:
         assert record["median"].keys() == {"ours", "tiled", "sdpa", "product"}
         assert record["ideal"] > 0 and record["parts"]["attending"] > 0
         assert (record["parts"]["moving"] > 0) == (record["work"] == "tsa")
-        assert (record["density"] is None) == (record["work"] == "ring")
+        assert record["density"] is not None
     assert "| HSA, 16 of 64 | 256 | 64 | float32 |" in shown
     out.unlink()
     content, shown = run("cpu.py", out, "systems", "--train", "--works", "ring", *sizes)
@@ -256,11 +256,11 @@ def test_cpu_systems(tmp_path):
 @pytest.mark.parametrize(
     ("part", "works", "length", "rows", "limits"),
     [
-        ("decode", ("window", "hsa", "moba", "quest", "ring"), 2048, 5, []),
+        ("decode", ("window", "quest", "ring"), 2048, 3, []),
         ("calls", ("pattern", "program_step"), 16, 2, [60.0, 150.0]),
         ("linear", ("gdn", "mamba2"), 256, 4, [1.0] * 4),
-        ("first", ("moba",), 1024, 2, [2.5, 0.3]),
-        ("memory", ("causal", "quest"), 4096, 4, []),
+        pytest.param("first", ("moba",), 1024, 2, [2.5, 0.3], marks=pytest.mark.campaign),
+        pytest.param("memory", ("causal", "quest"), 4096, 4, [], marks=pytest.mark.campaign),
     ],
 )
 def test_cpu_parts(tmp_path, part, works, length, rows, limits):

@@ -45,7 +45,7 @@ def test_example_runs(name, tmp_path):
     assert done.stdout.strip(), f"{name} says nothing"
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_context_parallel_trains_under_torchrun(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
