@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -75,15 +76,18 @@ def rolled_reads(pattern: Pattern) -> tuple[LearnedRead, ...]:
     """
     score = rolled_score(pattern)
     units = {read: one.units for one in sums_in(score) for read in table_reads(one) if UNIT in facts(read).symbols}
-    reads = [read for read in table_reads(score) if read.spec.learned]
-    return tuple(LearnedRead(n, read, axis_of(read), units.get(read)) for n, read in enumerate(sorted(reads, key=str)))
+    return _learned(score, units)
+
+
+def _learned(score: sympy.Expr, units: Mapping[TableRead, tuple[int, int]]) -> tuple[LearnedRead, ...]:
+    reads = sorted((read for read in table_reads(score) if read.spec.learned), key=str)
+    return tuple(LearnedRead(n, read, axis_of(read), units.get(read)) for n, read in enumerate(reads))
 
 
 @functools.lru_cache(maxsize=1024)
 def learned_reads(pattern: Pattern) -> tuple[LearnedRead, ...]:
     """The reads of learned tables in the score, each once."""
-    reads = [read for read in table_reads(pattern.score.expr) if read.spec.learned]
-    return tuple(LearnedRead(n, read, axis_of(read)) for n, read in enumerate(sorted(reads, key=str)))
+    return _learned(pattern.score.expr, {})
 
 
 def axis_of(read: TableRead) -> str:

@@ -66,7 +66,7 @@ class TritonNames:
 
     ``symbols``: text at the place of use, such as ``q_idx[:, None]``; something that ``.to(...)`` can follow. Integers are int32 or
     int64, ``score`` has the type of real arithmetic. ``wide_tables``: tables of 2**31 entries and more, whose flat index is int64.
-    ``replaced``: subexpressions -> text. ``whole``: a float32 tensor of the shape that sums of scores have.
+    ``replaced``: subexpressions -> text.
     ``table_ranges``: what integer tables are known to hold, both ends inclusive; what is not known is computed with in int64.
     """
 
@@ -74,7 +74,6 @@ class TritonNames:
     tables: Mapping[str, TableNames] = field(default_factory=dict)
     wide_tables: frozenset[str] = frozenset()
     replaced: Mapping[sympy.Basic, str] = field(default_factory=dict)
-    whole: str = "s"
     table_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -310,7 +309,7 @@ def write_expressions(source: Source, exprs: Sequence[sympy.Basic], names: Trito
     totals: dict[sympy.Basic, str] = {}
     for one in sums:
         totals[one] = source.fresh("summed")
-        source.line(f"{totals[one]} = tl.zeros_like({names.whole})")
+        source.line(f"{totals[one]} = tl.zeros_like(s)")  # the products of the tile, which are there wherever a score is
     for units in dict.fromkeys(one.units for one in sums):
         here = [one for one in sums if one.units == units]
         with each_unit(source, units, [one.term for one in here], names, real=real) as (_, texts):
