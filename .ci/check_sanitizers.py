@@ -28,20 +28,11 @@ def main(arguments: list[str]) -> int:
             **os.environ, "CXX": str(ROOT / ".ci" / "sanitized-cxx"), "SPARSEDSL_CACHE": folder, "LD_PRELOAD": found,
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1",
         }  # fmt: skip
-        # -s: what a sanitizer says goes to the terminal.
+        # -s: what a sanitizer says goes to the terminal, also from two processes.
         command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-s",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            *(arguments or TESTS),
-            "-m",
-            "not slow",
-        ]
+            sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal",
+            *(arguments or TESTS), "-m", "not slow",
+        ]  # fmt: skip
         return subprocess.run(command, cwd=ROOT, env=surroundings, check=False).returncode
 
 
