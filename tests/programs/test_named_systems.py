@@ -1,4 +1,4 @@
-"""Systems that the library has by name, beside the golden values of T17, T19, T21, T23, T24 and T28 to T31, and beside plain loops."""
+"""Systems that the library has by name, beside the golden values of T17, T19, T21, T23 to T25 and T28 to T31, and beside plain loops."""
 
 from __future__ import annotations
 
@@ -108,6 +108,33 @@ def test_T24_quest(backend: str, held: Any) -> None:
     assert all(page < row // 4 for rows in ranked for row, pages in enumerate(rows) for page in pages)
     assert ranked[0][39] == [5, 6, 8]
     assert sd.analyse(P.quest(4, 3), 64).causal == sd.PROVED
+
+
+def test_T25_mosa(backend: str) -> None:
+    """Tokens of 8 numbers, of which the golden choice of head 0 and the count of rows of zeros follow; its digest of the result does not
+    follow from the recipe, and plain heads stand for it."""
+    x, router, weights, back = numbers(81, 40, 8), numbers(82, 8, 3), numbers(83, 3, 8, 24), numbers(84, 3, 8, 8)
+    attn = compiled(P.mosa(10), backend)
+
+    def layer(x: Tensor) -> tuple[list[list[int]], Tensor]:
+        scores = (x @ router).sigmoid().T
+        q, k, v = (x @ weights)[None].split(8, -1)
+        words = {"q": q, "k": k, "v": v, "router": scores[None], "weights": scores[None, ..., None]}
+        kept = attn.choices(**words)["keep_tokens"][0]
+        wanted = torch.zeros(3, 40, 8, dtype=torch.float64)
+        for head, among in enumerate(kept):
+            logits = q[0, head, among] @ k[0, head, among].T * 8**-0.5
+            mass = logits.masked_fill(~torch.ones(10, 10).tril().bool(), -torch.inf).softmax(-1)
+            wanted[head, among] = scores[head, among, None] * (mass @ v[0, head, among])
+        out = attn(**words)[0]
+        torch.testing.assert_close(out, wanted, rtol=1e-10, atol=1e-12)
+        return kept.tolist(), (out @ back).sum(0)
+
+    kept, out = layer(x)
+    assert kept[0] == [7, 9, 15, 17, 19, 24, 25, 32, 37, 38]
+    assert int((out == 0).all(-1).sum()) == 15
+    x[39] += 3 * router[:, 0]
+    assert layer(x)[0][0] == [7, 9, 15, 19, 24, 25, 32, 37, 38, 39]
 
 
 def test_T28_vsa(backend: str, held: Any) -> None:
