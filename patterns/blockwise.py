@@ -8,7 +8,8 @@ import random
 from typing import Any
 
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import Index, Mask, as_mask, b, h, kv_idx, kv_len, q_idx, table
+from sparsedsl.lang.expressions import Index, Mask, as_mask, b, h, kv_idx, kv_len, q_idx
+from sparsedsl.lang.table_reads import table
 from sparsedsl.patterns.checked_arguments import check_count, check_flag, check_whole
 
 __all__ = ["block_causal", "block_diffusion", "blocks", "random_blocks"]

@@ -7,8 +7,9 @@ from typing import Any
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
-from sparsedsl.lang.expressions import Index, Score, Table, as_score
+from sparsedsl.lang.expressions import Index, Score, as_score
 from sparsedsl.lang.symbols import BATCH, HEAD
+from sparsedsl.lang.table_reads import Table
 
 __all__ = [
     "check_choice",

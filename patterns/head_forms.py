@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from sparsedsl import program as sd
-from sparsedsl.lang.expressions import Index, Mask, b, h, kv_idx, table
+from sparsedsl.lang.expressions import Index, Mask, b, h, kv_idx
 from sparsedsl.lang.numeric import minimum
 from sparsedsl.lang.pattern import Pattern, attend
+from sparsedsl.lang.table_reads import table
 from sparsedsl.patterns.checked_arguments import check_count, check_whole
 from sparsedsl.patterns.local import causal
 from sparsedsl.patterns.models import streaming_llm

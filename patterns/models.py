@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import Index, Mask, h, kv_idx, q_idx, table
+from sparsedsl.lang.expressions import Index, Mask, h, kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern, attend
+from sparsedsl.lang.table_reads import table
 from sparsedsl.patterns.anchors import global_tokens, sinks
 from sparsedsl.patterns.blockwise import random_blocks
 from sparsedsl.patterns.checked_arguments import check_flag, check_positive, check_whole

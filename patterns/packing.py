@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import Index, Mask, Table, b, kv_idx, q_idx, table
+from sparsedsl.lang.expressions import Index, Mask, b, kv_idx, q_idx
+from sparsedsl.lang.table_reads import Table, table
 from sparsedsl.patterns.checked_arguments import check_flag
 from sparsedsl.patterns.local import causal, sliding_window
 

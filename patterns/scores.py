@@ -8,8 +8,9 @@ import operator
 import struct
 
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import Index, Score, as_index, as_score, b, h, kv_idx, q_idx, score, table
+from sparsedsl.lang.expressions import Index, Score, as_index, as_score, b, h, kv_idx, q_idx, score
 from sparsedsl.lang.numeric import clamp, log, maximum, minimum, relu, tanh, where
+from sparsedsl.lang.table_reads import table
 from sparsedsl.patterns.checked_arguments import check_choice, check_flag, check_logit, check_positive, check_whole
 
 __all__ = [

@@ -43,7 +43,8 @@ if TYPE_CHECKING:  # the names of _PUBLIC for type checkers; at run time they lo
     from sparsedsl.gpu.builds import Build as Build, build as build
     from sparsedsl.lang.expressions import Index as Index, Mask as Mask, Score as Score, b as b
     from sparsedsl.lang.expressions import h as h, kv_idx as kv_idx, kv_len as kv_len, q_idx as q_idx
-    from sparsedsl.lang.expressions import q_len as q_len, score as score, table as table
+    from sparsedsl.lang.expressions import q_len as q_len, score as score
+    from sparsedsl.lang.table_reads import table as table
     from sparsedsl.lang.numeric import clamp as clamp, cos as cos, erf as erf, exp as exp
     from sparsedsl.lang.numeric import log as log, maximum as maximum, minimum as minimum, relu as relu
     from sparsedsl.lang.numeric import sigmoid as sigmoid, sin as sin, softplus as softplus, sqrt as sqrt
@@ -74,7 +75,8 @@ __version__ = "0.2.0"
 _PUBLIC = {
     name: module
     for module, names in {
-        "sparsedsl.lang.expressions": "b h q_idx kv_idx q_len kv_len score Index Mask Score table",
+        "sparsedsl.lang.expressions": "b h q_idx kv_idx q_len kv_len score Index Mask Score",
+        "sparsedsl.lang.table_reads": "table",
         "sparsedsl.lang.numeric": "clamp cos erf exp log maximum minimum relu sigmoid sin softplus sqrt tanh where",
         "sparsedsl.lang.text": "parse",
         "sparsedsl.lang.pattern": "Pattern",

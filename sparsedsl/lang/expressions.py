@@ -6,27 +6,24 @@ silently drop a side: here ``__bool__`` raises and says what to write.
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Protocol, Self, TypeVar, cast, overload
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, overload
 
 import sympy
-from sympy.logic.boolalg import Boolean
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import strict
 from sparsedsl.lang.advice import shown, way_in
 from sparsedsl.lang.joins import join, join_xor
-from sparsedsl.lang.known_facts import HIGHEST, facts
+from sparsedsl.lang.known_facts import HIGHEST
 from sparsedsl.lang.refusals import Unread
+from sparsedsl.lang.relations import raised, relation_of, unstrict
 from sparsedsl.lang.symbols import BATCH, HEAD, INDEX_SYMBOLS, KV_IDX, KV_LEN, Q_IDX, Q_LEN, SCORE
-from sparsedsl.lang.tables import TableSpec, read_class
 from sparsedsl.lang.wrapped import Expression, merge_carried
 
-__all__ = ["Index", "Mask", "Score", "Table", "as_index", "as_mask", "as_score", "table"]
+__all__ = ["Index", "Mask", "Score", "as_index", "as_mask", "as_score"]
 
 
 def _written(value: object) -> Any:
@@ -105,7 +102,7 @@ class Mask(Expression):
     __rand__, __ror__, __rxor__ = __and__, __or__, __xor__
 
     def __invert__(self) -> Mask:
-        return Mask(_unstrict(sympy.Not(self._expr)), self._bound)
+        return Mask(unstrict(sympy.Not(self._expr)), self._bound)
 
     def __eq__(self, other: Any) -> Mask:  # type: ignore[override]
         return ~(self ^ other)
@@ -132,7 +129,7 @@ def joined(sign: str, *masks: Any) -> Mask:
     parts = [as_mask(mask) for mask in masks]
     exprs = [part.expr for part in parts]
     if sign == "^":
-        return Mask(_unstrict(join_xor(exprs)), merge_carried(*parts))
+        return Mask(unstrict(join_xor(exprs)), merge_carried(*parts))
     return Mask(join({"&": sympy.And, "|": sympy.Or}[sign], exprs), merge_carried(*parts))
 
 
@@ -164,7 +161,7 @@ class _Arithmetic(Expression):
         left, right = self._lift(other)
         if relation in (sympy.Eq, sympy.Ne):
             _check_quotients(left, right)
-        return Mask(_relation(relation, left._expr, right._expr), merge_carried(left, right))
+        return Mask(relation_of(relation, left._expr, right._expr), merge_carried(left, right))
 
     def __add__(self, other: Any) -> Any:
         return self._arith(other, lambda x, y: x + y)
@@ -227,89 +224,6 @@ def _check_quotients(left: Any, right: Any) -> None:
             f"`/` divides exactly, so {left} and {right} are equal at single positions only, not in whole blocks. For blocks of tokens "
             "write `//`: q_idx // 64 == kv_idx // 64"
         )
-
-
-def _relation(relation: Any, left: sympy.Expr, right: sympy.Expr) -> Boolean:
-    """``left (relation) right`` in one form for integers: linear terms left, the constant right, ``<=``, ``>=``, ``==``, ``!=``."""
-    if not (left.is_integer and right.is_integer):
-        return relation(left, right)
-    difference = left - right
-    constant, terms = (sympy.expand(difference) if _terms(difference) <= 1000 else difference).as_coeff_Add()
-    limit = -constant
-    if relation is sympy.Lt:
-        relation, limit = sympy.Le, limit - 1
-    elif relation is sympy.Gt:
-        relation, limit = sympy.Ge, limit + 1
-    content, primitive = terms.as_content_primitive()
-    if not (content.is_Integer and content > 0 and primitive.is_integer):
-        content, primitive = sympy.Integer(1), terms
-    if _leads_negative(primitive):
-        content, primitive = -content, -primitive
-    if content < 0:
-        flipped = {sympy.Le: sympy.Ge, sympy.Ge: sympy.Le}
-        content, limit, relation = -content, -limit, flipped.get(relation, relation)
-    if relation is sympy.Le:
-        limit = sympy.floor(limit / content)
-    elif relation is sympy.Ge:
-        limit = sympy.ceiling(limit / content)
-    elif limit % content:
-        return sympy.false if relation is sympy.Eq else sympy.true
-    else:
-        limit = limit / content
-    low, high = fn.signs(primitive)
-    outside = {sympy.Le: low > limit, sympy.Ge: high < limit}.get(relation, bool(low > limit or high < limit))
-    always = {sympy.Le: high <= limit, sympy.Ge: low >= limit}.get(relation, bool(low == high == limit))
-    if outside or always:
-        return sympy.true if bool(always) == (relation is not sympy.Ne) else sympy.false
-    return relation(primitive, limit, evaluate=False)
-
-
-def _terms(expr: sympy.Expr) -> int:
-    """How many terms ``expr`` has when it is multiplied out, at most."""
-    if isinstance(expr, sympy.Add):
-        return sum(map(_terms, expr.args))
-    if isinstance(expr, sympy.Mul):
-        return math.prod(map(_terms, expr.args))
-    if isinstance(expr, sympy.Pow) and expr.exp.is_Integer and expr.exp > 0:
-        return math.comb(_terms(expr.base) + int(expr.exp) - 1, int(expr.exp))
-    return 1
-
-
-def _power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
-    """``base**exponent`` of scores; of numbers too long for digits as a float."""
-    if base.is_Rational and exponent.is_Rational and abs(exponent) > HIGHEST:
-        base, exponent = sympy.Float(base), sympy.Float(exponent)
-    factor, _ = base.as_coeff_Mul()
-    plain = exponent.is_Number and exponent.is_finite and factor.is_finite and factor != 0 and not base.is_Number
-    if plain and abs(exponent) * abs(math.log(abs(factor))) > 40:  # sympy would take factor**exponent out, which may be no float
-        return sympy.Pow(base, exponent, evaluate=False)
-    return base**exponent
-
-
-def _unstrict(condition: Boolean) -> Boolean:
-    """``condition`` with ``<=`` or ``>=`` for the ``<`` or ``>`` between integers that sympy makes when it negates a comparison."""
-    if isinstance(condition, (sympy.StrictLessThan, sympy.StrictGreaterThan)):
-        return _relation(type(condition), condition.lhs, condition.rhs)
-    return condition
-
-
-def one_form(condition: Boolean) -> Boolean:
-    """``condition`` with every comparison of integers in the form that the operators give it; sympy's simplifier has its own."""
-    made = condition.atoms(sympy.core.relational.Relational)
-    return condition.xreplace({r: _relation(type(r), r.lhs, r.rhs) for r in made if r.lhs.is_integer and r.rhs.is_integer})
-
-
-def _leads_negative(terms: sympy.Expr) -> bool:
-    """Whether the query index (else the key index) enters with a minus sign: the sign that ``_relation`` normalises away."""
-    for symbol in (Q_IDX, KV_IDX):
-        coefficient = terms.coeff(symbol, 1)
-        if coefficient.is_number and coefficient != 0:
-            return bool(coefficient < 0)
-        reading = [term.as_coeff_Mul() for term in sympy.Add.make_args(terms) if symbol in facts(term).symbols]
-        if reading:
-            coefficient, _ = min(reading, key=lambda pair: sympy.default_sort_key(pair[1]))
-            return bool(coefficient < 0)
-    return bool(terms.could_extract_minus_sign())
 
 
 def _true_divide(left: Score, right: Score) -> Score:
@@ -477,11 +391,11 @@ class Score(_Arithmetic):
 
     def __pow__(self, power: Any) -> Score:
         other = as_score(power, where="exponent")
-        return Score(_power(self._expr, other._expr), merge_carried(self, other))
+        return Score(raised(self._expr, other._expr), merge_carried(self, other))
 
     def __rpow__(self, base: Any) -> Score:
         other = as_score(base, where="base")
-        return Score(_power(other._expr, self._expr), merge_carried(self, other))
+        return Score(raised(other._expr, self._expr), merge_carried(self, other))
 
     def __floordiv__(self, other: Any) -> NoReturn:
         raise PatternError(f"`//` wants whole numbers; {self} is a score. Use `/`")
@@ -522,116 +436,6 @@ class Score(_Arithmetic):
         self.__and__(self)
 
     __or__ = __xor__ = __rand__ = __ror__ = __rxor__ = __and__
-
-
-Read = TypeVar("Read")  # what a table is read as: an index, a mask or a score
-
-
-class Table(Unread, Generic[Read]):
-    """A declared table; ``t[index]`` or ``t[i, j]`` reads it. Made by :func:`sparsedsl.table`.
-
-    One object a declaration: as a key of a dict it is found by identity, and ``==``, like every operator, is for what was read.
-    """
-
-    __slots__ = ("__weakref__", "spec")
-    spec: TableSpec
-
-    def __new__(cls, spec: TableSpec) -> Table[Any]:
-        table = object.__new__(cls)
-        object.__setattr__(table, "spec", spec)
-        return _declared.setdefault(spec, table)
-
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise AttributeError(f"a table is frozen; declare another instead of setting {name!r}")
-
-    def __reduce__(self) -> Any:
-        return Table, (self.spec,)
-
-    def __getitem__(self, indices: Any) -> Read:
-        parts = indices if isinstance(indices, tuple) else (indices,)
-        if not parts:
-            raise PatternError(f"table {self.spec.name!r} must be read with at least one index")
-        for part in parts:
-            if isinstance(part, slice) or part is None or part is Ellipsis:
-                raise PatternError(f"table {self.spec.name!r} is read one element at a time; got {part!r} as an index")
-            if isinstance(part, (Mask, bool)):
-                raise PatternError(f"table {self.spec.name!r}: an index must be an integer expression; got the mask {part!r}")
-        wrapped = [as_index(part, where=f"index of table {self.spec.name!r}") for part in parts]
-        read = read_class(self.spec)(*(part.expr for part in wrapped))
-        bound = merge_carried(*wrapped)
-        if self.spec.dtype == "bool":
-            return cast(Read, Mask(sympy.Ne(read, 0), bound))
-        return cast(Read, (Index if self.spec.dtype == "int" else Score)(read, bound))
-
-    def __bool__(self) -> NoReturn:
-        raise PatternError(f"table {self.spec.name!r} has no truth value; read it: {self.spec.name}[q_idx]")
-
-    def __iter__(self) -> NoReturn:
-        raise PatternError(f"table {self.spec.name!r} cannot be iterated; read it: {self.spec.name}[q_idx]")
-
-    def _unread(self) -> NoReturn:
-        name = self.spec.name
-        raise PatternError(f"a table must be read with indices before it is used: {name}[q_idx]; got the bare table {name!r}")
-
-    def __hash__(self) -> int:
-        return hash(self.spec)
-
-    def __repr__(self) -> str:
-        return self.spec.declaration()
-
-
-_declared: WeakValueDictionary[TableSpec, Table[Any]] = WeakValueDictionary()
-
-
-@overload
-def table(name: str, *, dtype: type[bool]) -> Table[Mask]: ...  # type: ignore[overload-overlap]  # a bool is an int to Python
-@overload
-def table(
-    name: str, *, dtype: type[int] | None = None, monotone: bool = False, bijective: bool = False,
-    values_in: tuple[int, int] | None = None,
-) -> Table[Index]: ...  # fmt: skip
-@overload
-def table(name: str, *, dtype: type[float] | Literal["float"], learned: bool = False) -> Table[Score]: ...
-@overload
-def table(name: str, *, learned: Literal[True]) -> Table[Score]: ...
-@overload
-def table(
-    name: str, *, dtype: Any, monotone: bool = False, bijective: bool = False, learned: bool = False,
-    values_in: tuple[int, int] | None = None,
-) -> Table[Any]: ...  # fmt: skip
-def table(
-    name: str,
-    *,
-    dtype: Any = None,
-    monotone: bool = False,
-    bijective: bool = False,
-    learned: bool = False,
-    values_in: tuple[int, int] | None = None,
-) -> Table[Any]:
-    """Declare a table: a tensor that a pattern reads, passed at call time as ``attn(q, k, v, name=tensor)``.
-
-    ``name`` is a Python identifier. A table called as an index, ``h``, is kept as ``h_table`` and passed by either name; one called as a
-    word of the call, ``scale``, is passed as ``tables={"scale": tensor}``.
-
-    ``dtype`` is int (default), bool or float, or a torch dtype of these kinds (``learned=True`` makes it float). The other words
-    are facts that analysis relies on and calls check: ``monotone`` (never falls along its last index, as document ids),
-    ``bijective`` (a permutation along its last index), ``values_in=(low, high)`` (inclusive). A learned table gets gradients.
-
-    Integers are exact. Values may lie anywhere in int64 where they are compared (``kv_idx < end[q_idx]`` with ``iinfo(int64).max`` for
-    "no end", also through ``minimum``, ``where`` or a bounded sum); a call whose arithmetic would take them beyond 2**60 raises TableError.
-
-    What was worked out of a table (tile lists, checked facts) is kept while the tensor lives unchanged. Torch counts writes such as
-    ``doc[5] = 1`` or ``doc.copy_(ids)``, and they are seen; it does not count writes through ``doc.data`` or through an array that shares
-    the memory (``doc.numpy()``, ``torch.from_numpy(ids)``): after such a write pass ``doc.clone()``.
-
-    >>> import sparsedsl as sd
-    >>> doc = sd.table("doc", monotone=True)
-    >>> print(doc[sd.q_idx] == doc[sd.kv_idx])
-    doc[q_idx] == doc[kv_idx]
-    """
-    return Table(
-        TableSpec.declare(name, dtype=dtype, monotone=monotone, bijective=bijective, learned=learned, values_in=values_in)
-    )
 
 
 b, h, q_idx, kv_idx, q_len, kv_len = (Index(s) for s in (BATCH, HEAD, Q_IDX, KV_IDX, Q_LEN, KV_LEN))

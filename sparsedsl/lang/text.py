@@ -15,9 +15,10 @@ import sympy
 from sparsedsl.errors import PatternError, SparseDSLError
 from sparsedsl.lang import numeric, strict
 from sparsedsl.lang.advice import answering
-from sparsedsl.lang.expressions import Index, Mask, Score, as_index, as_mask, as_score, joined, table
+from sparsedsl.lang.expressions import Index, Mask, Score, as_index, as_mask, as_score, joined
 from sparsedsl.lang.known_facts import DEEPEST, LARGEST
 from sparsedsl.lang.symbols import INDEX_SYMBOLS, SCORE
+from sparsedsl.lang.table_reads import table
 from sparsedsl.lang.wrapped import Expression, merge_carried
 
 __all__ = ["Reader", "parse", "reading"]

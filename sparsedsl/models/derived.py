@@ -17,9 +17,10 @@ from typing import Any
 import sympy
 from sympy.core.relational import Relational
 
-from sparsedsl.lang.expressions import Mask, Score, b, kv_idx, q_idx, table
+from sparsedsl.lang.expressions import Mask, Score, b, kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN, Q_IDX, Q_LEN
+from sparsedsl.lang.table_reads import table
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.models.native import left_padding
 from sparsedsl.program.branches import Attend

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.lang.expressions import Mask, b, h, kv_idx, q_idx, score, table
+from sparsedsl.lang.expressions import Mask, b, h, kv_idx, q_idx, score
 from sparsedsl.lang.numeric import tanh
 from sparsedsl.lang.pattern import Pattern, attend
+from sparsedsl.lang.table_reads import table
 from sparsedsl.models.layers import attention_layers, is_told_causal, passes_argument, text_config
 
 if TYPE_CHECKING:

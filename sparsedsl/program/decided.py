@@ -8,7 +8,8 @@ from typing import Any
 
 import sympy
 
-from sparsedsl.lang.expressions import Mask, one_form
+from sparsedsl.lang.expressions import Mask
+from sparsedsl.lang.relations import one_form
 from sparsedsl.lang.tables import table_reads
 from sparsedsl.program.node import Node
 

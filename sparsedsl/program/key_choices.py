@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import shown
-from sparsedsl.lang.expressions import Mask, Score, b, h, kv_idx, q_idx, table
+from sparsedsl.lang.expressions import Mask, Score, b, h, kv_idx, q_idx
 from sparsedsl.lang.numeric import maximum
 from sparsedsl.lang.symbols import KV_IDX, Q_IDX, Q_LEN, SCORE
+from sparsedsl.lang.table_reads import table
 from sparsedsl.program.axes import base_of, block_of, join_heads
 from sparsedsl.program.node import Node, Operand, nodes_in, one_of
 from sparsedsl.program.score_values import KeyScores

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import Index, as_index, b, h, kv_idx, table
+from sparsedsl.lang.expressions import Index, as_index, b, h, kv_idx
+from sparsedsl.lang.table_reads import table
 from sparsedsl.program.axes import HEADS, block_of, join_heads
 from sparsedsl.program.node import Node, one_of
 from sparsedsl.program.scores import KeyScores, check_key_scores

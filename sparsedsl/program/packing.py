@@ -14,8 +14,9 @@ from typing import Any
 import sympy
 
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.lang.expressions import Mask, Score, one_form
+from sparsedsl.lang.expressions import Mask, Score
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.relations import one_form
 from sparsedsl.lang.symbols import BATCH, KV_IDX, KV_LEN, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import TableSpec, read_class, table_reads
 from sparsedsl.lang.wrapped import Carried

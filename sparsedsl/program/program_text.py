@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sparsedsl.errors import PatternError
-from sparsedsl.lang.expressions import Mask, Table, as_mask
+from sparsedsl.lang.expressions import Mask, as_mask
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.table_reads import Table
 from sparsedsl.lang.text import Reader, reading
 from sparsedsl.program import branches, given_blocks, key_choices, orders, recurrences, scores, select, sources, tensors
 from sparsedsl.program.graph import Program

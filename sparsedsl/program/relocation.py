@@ -16,8 +16,9 @@ import sympy
 
 from sparsedsl.errors import ShapeError, UnsupportedError
 from sparsedsl.lang import functions as fn
-from sparsedsl.lang.expressions import Index, Mask, one_form
+from sparsedsl.lang.expressions import Index, Mask
 from sparsedsl.lang.pattern import Pattern
+from sparsedsl.lang.relations import one_form
 from sparsedsl.lang.symbols import BATCH, HEAD, KV_IDX, KV_LEN, Q_IDX, Q_LEN
 from sparsedsl.lang.tables import TableRead, TableSpec, read_class, table_reads
 from sparsedsl.lang.wrapped import Carried, Expression

@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
-from sparsedsl.lang.expressions import Index, Mask, Score, as_mask, b, h, kv_idx, q_idx, table
+from sparsedsl.lang.expressions import Index, Mask, Score, as_mask, b, h, kv_idx, q_idx
+from sparsedsl.lang.table_reads import table
 from sparsedsl.program.axes import block_of, in_blocks, join_heads, windows_of
 from sparsedsl.program.node import Node, Operand, one_of
 from sparsedsl.program.tensors import check_block

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from sparsedsl.errors import PatternError
 from sparsedsl.lang.advice import check_word
-from sparsedsl.lang.expressions import Index, Mask, as_mask, b, h, kv_idx, kv_len, q_idx, table
+from sparsedsl.lang.expressions import Index, Mask, as_mask, b, h, kv_idx, kv_len, q_idx
 from sparsedsl.lang.symbols import KV_IDX, KV_LEN, SCORE
+from sparsedsl.lang.table_reads import table
 from sparsedsl.lang.tables import read_class, table_reads
 from sparsedsl.program.axes import block_of
 from sparsedsl.program.decided import pairs_decided_by

@@ -12,9 +12,10 @@ from sparsedsl.analysis.proofs import PROVED, implies
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.cache_bounds import union_of
 from sparsedsl.execute.compiled_once import Compiled
-from sparsedsl.lang.expressions import Mask, Score, h, kv_idx, q_idx, score, table
+from sparsedsl.lang.expressions import Mask, Score, h, kv_idx, q_idx, score
 from sparsedsl.lang.numeric import tanh
 from sparsedsl.lang.pattern import Pattern, attend
+from sparsedsl.lang.table_reads import table
 from sparsedsl.program.graph import Program
 from sparsedsl.program.in_layers import check_program, fitted
 from sparsedsl.program.rebuilding import rebuilt

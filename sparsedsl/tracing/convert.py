@@ -16,9 +16,10 @@ import torch
 
 from sparsedsl.lang import functions as fn
 from sparsedsl.lang import numeric, strict
-from sparsedsl.lang.expressions import Index, Mask, Table, as_index
+from sparsedsl.lang.expressions import Index, Mask, as_index
 from sparsedsl.lang.reach import Reach
 from sparsedsl.lang.symbols import INDEX_SYMBOLS
+from sparsedsl.lang.table_reads import Table
 from sparsedsl.lang.tables import TableRead, TableSpec
 from sparsedsl.tracing import capture
 from sparsedsl.tracing.bits import Bits

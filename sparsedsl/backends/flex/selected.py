@@ -11,10 +11,11 @@ from sparsedsl.analysis.domain import Domain
 from sparsedsl.analysis.lists import BlockLists
 from sparsedsl.analysis.tiles import classify
 from sparsedsl.backends.flex.attention import FlexKernel
-from sparsedsl.lang.expressions import Mask, Score, as_mask, b, h, kv_idx, q_idx, table
+from sparsedsl.lang.expressions import Mask, Score, as_mask, b, h, kv_idx, q_idx
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.lang.steps import evaluate
 from sparsedsl.lang.symbols import SCORE
+from sparsedsl.lang.table_reads import table
 from sparsedsl.runtime.call import check_call
 from sparsedsl.runtime.dtypes import accumulated
 from sparsedsl.runtime.heads import repeat_kv

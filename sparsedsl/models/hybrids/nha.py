@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from sparsedsl.errors import UnsupportedError
-from sparsedsl.lang.expressions import h, table
+from sparsedsl.lang.expressions import h
+from sparsedsl.lang.table_reads import table
 from sparsedsl.models.donor import Donor, Heads
 from sparsedsl.models.layer import Layer
 from sparsedsl.models.native import sinks
