@@ -16,10 +16,11 @@ from sparsedsl.execute.compiled import Attention
 from sparsedsl.execute.state import ProgramState, horizon
 from sparsedsl.lang.symbols import BATCH, Q_LEN
 from sparsedsl.lang.tables import table_reads
-from sparsedsl.program.axes import base_of, block_of, complete_on
+from sparsedsl.program.axes import base_of, block_of, complete_on, rows_on
 from sparsedsl.program.branches import Attend
 from sparsedsl.program.decided import possible
 from sparsedsl.program.effect_rules import LATER_QUERIES, reasons
+from sparsedsl.program.given_blocks import Given
 from sparsedsl.program.graph import Program
 from sparsedsl.program.node import Node
 from sparsedsl.program.orders import Positions
@@ -61,12 +62,20 @@ def rows_of(program: Program, kind: str) -> dict[str, tuple[int, str]]:
 
 
 def _cut(program: Program, tensors: Tensors, kind: str, start: int, end: int) -> dict[str, Tensor]:
-    """The tensors with rows of queries or of keys ``start .. end`` alone; blocks as far as they are complete."""
+    """The tensors with rows of queries or of keys ``start .. end`` alone; blocks as far as they are complete.
+
+    What a call is given of choices stays what it is of every query: bitmaps keep an incomplete last block, and lists name no block beyond it.
+    """
     found = dict(tensors)
+    listed = {str(node.x.given_name): node for node in program.order if isinstance(node, Given)}
     for name, (axis, word) in rows_of(program, kind).items():
         if name in tensors:
-            before = complete_on(word, start)
-            found[name] = tensors[name].narrow(axis, before, complete_on(word, end) - before)
+            before, after = complete_on(word, start), (rows_on if name in listed else complete_on)(word, end)
+            found[name] = tensors[name].narrow(axis, before, min(after, tensors[name].shape[axis]) - before)
+    if kind == "keys":
+        for name, node in listed.items():
+            if not node.is_bitmap:
+                found[name] = found[name].masked_fill(found[name] >= rows_on(node.axes[3], end), -1)
     return found
 
 
