@@ -17,7 +17,7 @@ from sparsedsl.lang.expressions import Mask
 from sparsedsl.lang.pattern import Pattern
 from sparsedsl.models.binding import Binding
 from sparsedsl.models.caches import arrange, empty_cache, release, report
-from sparsedsl.models.carried import Stack
+from sparsedsl.models.carried import Stack, between_graphs
 from sparsedsl.models.continuous import check_served, paged_step
 from sparsedsl.models.given import bind, choose
 from sparsedsl.models.installed import Installed, home_of, installed_at, installed_in
@@ -308,9 +308,15 @@ def _before_forward(installed: Installed, module: Any, args: Any, kwargs: dict[s
     installed.check_is_asked()
     cache = kwargs.get("past_key_values")
     cache = getattr(cache, "self_attention_cache", cache)  # of a decoder, beside what it has of the encoder's output
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not stack.between_graphs:
         _before_tracing(installed, args, kwargs, cache)
-        return
+    else:
+        _before_layers(installed, kwargs, cache)
+
+
+@between_graphs
+def _before_layers(installed: Installed, kwargs: dict[str, Any], cache: Any) -> None:
+    stack = installed.stack
     stack.step = paged_step(kwargs) or (stack.step if stack.inside > 1 else None)
     arrange(cache if isinstance(cache, Cache) else None, stack.owners, installed.bindings, installed.heads)
     stack.seen = _seen(cache, stack) if isinstance(cache, Cache) else None

@@ -13,7 +13,7 @@ import torch
 from sparsedsl.errors import ShapeError, TableError, UnsupportedError
 from sparsedsl.execute.kept_summaries import KeptSummaries
 from sparsedsl.models.binding import BINDING, Binding, made_again
-from sparsedsl.models.carried import request_of
+from sparsedsl.models.carried import between_graphs, request_of
 from sparsedsl.models.continuous import attend_paged
 from sparsedsl.models.derived import DerivedForm
 from sparsedsl.models.graph_attention import attend_in_graph, run_by
@@ -47,6 +47,9 @@ def attend(
     told, rows = arguments.get("is_causal"), query.shape[2]
     both_ways = not (getattr(module, "is_causal", True) if told is None else told)
     if torch.compiler.is_compiling():
+        if binding.stack.between_graphs:
+            found: tuple[torch.Tensor, Any] = _attend_between_graphs(module, query, key, value, attention_mask, **arguments)
+            return found
         traced = traced_request(binding.stack, attention_mask, binding.facts)
         if traced is None and attention_mask is None and both_ways and rows == key.shape[2]:
             traced = TracedRequest(rows, rows, 0, 0, None, None, binding.facts)
@@ -62,6 +65,9 @@ def attend(
     _refuse_what_would_be_lost(binding, attention_mask, request, arguments)
     binding.reached = True
     return _run(binding, query, key, value, request, arguments), None
+
+
+_attend_between_graphs = between_graphs(attend)
 
 
 def _run_in_graph(

@@ -25,7 +25,18 @@ from sparsedsl.torch_private import untorched
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["Patched", "Stack", "calling", "carrying", "put_stacks", "request_of", "stacks_of", "take_stack", "without_data"]
+__all__ = [
+    "Patched",
+    "Stack",
+    "between_graphs",
+    "calling",
+    "carrying",
+    "put_stacks",
+    "request_of",
+    "stacks_of",
+    "take_stack",
+    "without_data",
+]
 
 _REQUEST = "_sparsedsl_request"
 
@@ -55,7 +66,8 @@ class Stack:
     holds, where transformers asks a layer without keys for that. ``omitted``: keys announced and facts -> the last request without a
     mask. ``step``: of continuous batching, the ``continuous.PagedStep`` that is running. ``notes``: what a saved configuration says of
     its patterns. While a graph is made, see ``traced``: ``traced``, this forward's masks and requests; ``positions``, the position_ids
-    that it was given; ``may_have_blocks``, whether the model may join blocks to a mask.
+    that it was given; ``may_have_blocks``, whether the model may join blocks to a mask. ``converts``: its layers are converted ones, which
+    run between graphs; ``between_graphs``: so does all that these stacks and those beside them do.
     """
 
     owners: dict[int, int]
@@ -67,6 +79,8 @@ class Stack:
     traced: tuple[Any, ...] = ()
     positions: torch.Tensor | None = None
     may_have_blocks: bool = False
+    converts: bool = False
+    between_graphs: bool = False
     step: Any = None
 
     def asks_for(self, facts: Facts | None) -> bool:
@@ -111,6 +125,14 @@ class Patched(str):
         return made
 
 
+def between_graphs(function: Any) -> Any:
+    """``function``, run as it is where ``torch.compile`` makes graphs of what is around it: of models with converted layers, whose calls
+    depend on padding and on what a cache holds."""
+    return torch.compiler.disable(
+        function, reason="layers that sd.models.convert has put in run between graphs: leave fullgraph out"
+    )
+
+
 def stacks_of(config: PreTrainedConfig) -> tuple[Stack, ...]:
     """The patched stacks of layers that run by this configuration."""
     name = config._attn_implementation
@@ -121,6 +143,8 @@ def put_stacks(config: PreTrainedConfig, name: str, stacks: tuple[Stack, ...]) -
     """Note in the configuration which patched stacks of layers run by it."""
     patched = Patched(name)
     patched.stacks = stacks
+    for stack in stacks:
+        stack.between_graphs = any(one.converts for one in stacks)
     config._attn_implementation_internal = patched if stacks else str(name)
 
 

@@ -18,7 +18,7 @@ from sparsedsl.execute.compiled_once import Compiled
 from sparsedsl.execute.kept_summaries import KeptSummaries, summarised
 from sparsedsl.lang.advice import surplus
 from sparsedsl.lang.pattern import attend
-from sparsedsl.models.carried import Stack, request_of
+from sparsedsl.models.carried import Stack, between_graphs, request_of
 from sparsedsl.models.donor import Donor, Heads, check_projections, project
 from sparsedsl.models.grouped_rows import TokenGroup, token_groups
 from sparsedsl.models.layer import Layer, by_tokens, chunk_inputs, chunk_of
@@ -108,6 +108,7 @@ def _forward(
     return _run(self, converted, hidden_states, position_embeddings, attention_mask, past_key_values, words), None
 
 
+@between_graphs
 def _run(
     module: Any, converted: Converted, x: Tensor, position_embeddings: Any, mask: Any, cache: Any, words: dict[str, Any]
 ) -> Tensor:
@@ -291,11 +292,6 @@ def _request(converted: Converted, mask: Any, x: Tensor, slots: int) -> MaskRequ
     if request is None and mask is None:
         omitted = (r for r in reversed(converted.stack.omitted.values()) if r.q_offset == slots and r.q_length == x.shape[1])
         request = next(omitted, None)
-    if request is None and (torch.compiler.is_compiling() or converted.stack.traced):
-        raise UnsupportedError(
-            f"{where} is a converted layer, which has no form in a graph: call the model without torch.compile or torch.export (its "
-            "attention runs compiled kernels as it is), or compile parts of it, such as each layer's mlp"
-        )
     if request is None:
         got = "no mask at all" if mask is None else f"a finished mask {tuple(getattr(mask, 'shape', ()))}"
         raise UnsupportedError(

@@ -117,7 +117,7 @@ def convert(
             )
         donor = donor_of(module, index, len(found), native_pattern(module, index, config, told))
         layers_of[index] = (donor, layer_for(given, donor))
-    stack = Stack(owners, None)
+    stack = Stack(owners, None, converts=True)
     conversion = Conversion(model, config, stack, dict(found))
     compiled = Compiled(backend, tuple(allow))
     made = dict[int, tuple[Converted, Layer]]()
@@ -350,6 +350,11 @@ class _Running:
     def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Nothing has switched off what tells the layers of padding."""
         config = text_config(module)
+        if torch.compiler.is_exporting():
+            raise UnsupportedError(
+                "converted layers have no form in an exported graph: their calls depend on padding and on what a cache holds. Export parts "
+                "of the model, such as each layer's mlp, or the donor (handle.restore())"
+            )
         self.stack.inside += 1
         if self.stack not in stacks_of(config):
             raise UnsupportedError(
@@ -360,8 +365,6 @@ class _Running:
     def after(self, module: Any, args: Any, output: Any) -> None:
         """Every converted layer has run, unless the forward failed before."""
         self.stack.inside = max(0, self.stack.inside - 1)
-        if self.stack.inside == 0:
-            self.stack.traced = ()
         if output is None or self.stack.inside or (module.training and getattr(text_config(module), "layerdrop", 0)):
             return
         converted = [getattr(one, CONVERTED) for one in self.modules.values()]

@@ -17,7 +17,7 @@ from transformers import AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, find_packed_sequence_indices
 
 from sparsedsl.errors import ShapeError
-from sparsedsl.models.carried import carrying, stacks_of, without_data
+from sparsedsl.models.carried import Stack, between_graphs, carrying, stacks_of, without_data
 from sparsedsl.models.native import Facts
 from sparsedsl.models.real_tokens import count_in_sequence, has_holes, leading_padding, place_of
 from sparsedsl.models.traced import TracedRequest, note_traced
@@ -211,7 +211,12 @@ class MaskFunction:
         if not stacks:
             return self.native(**arguments)
         if torch.compiler.is_compiling():
+            if stacks[0].between_graphs:
+                return self._made_between_graphs(stacks, arguments)
             return note_traced(self.native, stacks, arguments)
+        return self._made(stacks, arguments)
+
+    def _made(self, stacks: tuple[Stack, ...], arguments: dict[str, Any]) -> Any:
         inside = [stack for stack in stacks if stack.inside]
         request = self._request(arguments, next((stack.seen for stack in inside if stack.seen is not None), None))
         if len(inside) == 1 and not inside[0].asks_for(request.facts):
@@ -223,6 +228,8 @@ class MaskFunction:
         for stack in inside or stacks:
             stack.omit(request)
         return None
+
+    _made_between_graphs = between_graphs(_made)
 
     def _request(self, arguments: dict[str, Any], seen: int | None) -> MaskRequest:
         q_offset, kv_length = arguments["q_offset"], arguments["kv_length"]

@@ -64,7 +64,8 @@ def rows_of(program: Program, kind: str) -> dict[str, tuple[int, str]]:
 def _cut(program: Program, tensors: Tensors, kind: str, start: int, end: int) -> dict[str, Tensor]:
     """The tensors with rows of queries or of keys ``start .. end`` alone; blocks as far as they are complete.
 
-    What a call is given of choices stays what it is of every query: bitmaps keep an incomplete last block, and lists name no block beyond it.
+    What a call is given of choices stays what it is of every query: bitmaps keep an incomplete last block, and lists name no block
+    beyond it.
     """
     found = dict(tensors)
     listed = {str(node.x.given_name): node for node in program.order if isinstance(node, Given)}

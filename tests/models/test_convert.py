@@ -411,14 +411,6 @@ def test_calls_that_would_lose_something() -> None:
         model(ids)
 
 
-def test_a_graph_of_a_converted_model_is_refused_by_name() -> None:
-    model = donor("llama")
-    convert(model, {1: NHA})
-    torch._dynamo.reset()
-    with pytest.raises(sd.UnsupportedError, match=r"layer 1 is a converted layer, which has no form in a graph"):
-        logits(torch.compile(model, backend="eager"), tokens(), use_cache=False)
-
-
 @pytest.mark.parametrize(("call", "error", "message"), [
     *((functools.partial(kind, value), sd.PatternError, f"{kind.__name__}: the first argument is the donor that sd.models.convert gives")
       for kind in (sd.models.NHA, sd.models.NSA, sd.models.MoBA, sd.models.HSA, sd.models.GatedDelta, sd.models.RingLinear)
