@@ -98,8 +98,8 @@ def campaign(rank: int, world: int) -> None:
             plan = placed(program, length, world, method, granule, chunk)
             worst = max(worst, assert_one_process(plan, program, name, length, dense=300)[0])
         worst = max(worst, assert_one_process(on_one(placed(program, 91, world, "zigzag")), program, name, 91)[0])
-    if not rank:
-        print(f"{world} ranks, {len(SCANS)} recurrences: at most {worst:.1e} apart")
+        if not rank:
+            print(f"{world} ranks, {name}: so far at most {worst:.1e} apart", flush=True)
 
 
 @pytest.mark.campaign
