@@ -22,7 +22,7 @@ import torch
 from sparsedsl.execute.dispatch import Dispatch
 from sparsedsl.execute.linear_rule import heads_of_state, left_of_state, run_linear
 from sparsedsl.parallel.holding import Held
-from sparsedsl.parallel.sending import dealt, sent
+from sparsedsl.parallel.sending import dealt, sent, tied
 from sparsedsl.program.branches import Recall
 from sparsedsl.program.recurrences import Linear
 from sparsedsl.program.sources import Slots
@@ -46,12 +46,14 @@ def scanned(node: Recurrence, call: ProgramCall, dispatch: Dispatch, held: Held)
     call: with the rows of this rank of all that has a row a token.
     """
     scan = _LinearScan(node, dispatch) if isinstance(node, Linear) else _SlotScan(node, dispatch)
-    moved = _shifted(scan, call, held)
+    moved, came = _shifted(scan, call, held)
     parts = [(_narrowed(moved, row, count), position) for row, position, count in held.runs[held.rank]]
     follows = None if scan.documents is None else _follows(_given(moved, scan.documents), held)
     closed = [scan.closed(*part) for part in parts or [_nothing(moved)]]
     made, left = (torch.stack(found, dim=2) for found in zip(*closed, strict=True))
-    states = _states_before(made[:, :, : len(parts)], left[:, :, : len(parts)], follows, held)
+    # What has no way back of its own, as runs before the first key that is seen, gets one: backward, all take part.
+    made = made if made.requires_grad or left.requires_grad else tied(made, *moved.inputs.values())
+    states = tied(_states_before(made[:, :, : len(parts)], left[:, :, : len(parts)], follows, held), *came)
     if not parts:
         return None, None, states
     outs, lses = zip(*(scan.run(*part, state) for part, state in zip(parts, states.unbind(2), strict=True)), strict=True)
@@ -100,18 +102,20 @@ def _row_axis(node: Input) -> int | None:
     return next((number for number, axis in enumerate(node.axes) if axis in ("queries", "keys")), None)
 
 
-def _shifted(scan: _LinearScan | _SlotScan, call: ProgramCall, held: Held) -> ProgramCall:
-    """The call in which each key stands where queries begin to see it, behind its delay. Rows before the first one are zeros."""
+def _shifted(scan: _LinearScan | _SlotScan, call: ProgramCall, held: Held) -> tuple[ProgramCall, list[Tensor]]:
+    """The call in which each key stands where queries begin to see it, behind its delay, and what came for it. Rows before the first one
+    are zeros."""
     if not scan.delay:
-        return call
+        return call, []
     route = held.behind(scan.delay)
-    early, inputs = call.q.shape[2] - route.places.numel(), dict(call.inputs)
+    early, inputs, arrived = call.q.shape[2] - route.places.numel(), dict(call.inputs), list[Tensor]()
     for node in {_input(call, read): None for read in scan.keys}:
         axis = _row_axis(node)
         assert axis is not None
         came = sent(call.inputs[node].movedim(axis, 0), route)
+        arrived.append(came)
         inputs[node] = torch.cat([came.new_zeros((early, *came.shape[1:])), came]).movedim(0, axis)
-    return replace(call, inputs=inputs)
+    return replace(call, inputs=inputs), arrived
 
 
 # ---- states between runs -------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,11 @@ def on_one(plan: sd.parallel.TokenPlan) -> sd.parallel.TokenPlan:
     return dataclasses.replace(plan, owner=(plan.world - 1,) * len(plan.owner), _needs={"": needs})
 
 
+def by_owner(plan: sd.parallel.TokenPlan, owner: tuple[int, ...]) -> sd.parallel.TokenPlan:
+    """The plan in which granules lie there."""
+    return dataclasses.replace(plan, owner=owner, _needs={"": torch.ones_like(plan._needs[""])})
+
+
 def sample(rank: int, world: int) -> None:
     for number, name in enumerate(SAMPLE):
         assert_one_process(placed(SCANS[name], LENGTH, world, METHODS[number % 4]), SCANS[name], name, LENGTH)
@@ -49,6 +54,11 @@ def sample(rank: int, world: int) -> None:
     for name, program in {**alone, "hsa": PROGRAMS["hsa"]}.items():
         for backend in ("tiled", "reference"):
             assert_one_process(on_one(placed(program, LENGTH, world, "zigzag")), program, name, LENGTH, backend=backend)
+    # Ranks whose runs write nothing, as they have none or lie before the first key that a state takes up: backward, all take part.
+    for name in ("behind a window", "slots, first"):
+        plan = placed(SCANS[name], LENGTH, world, "contiguous")
+        for made in (on_one(plan), by_owner(plan, (0, *[1] * (len(plan.owner) - 1)))):
+            assert_one_process(made, SCANS[name], name, LENGTH)
     assert_half_precision_is_that_of_one_process(rank, world)
     assert_a_state_that_is_missing_is_seen(rank, world)
 
