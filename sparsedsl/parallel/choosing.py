@@ -279,6 +279,8 @@ class _Call:
             return pool(x)
         local = local if node in self.graded else local.detach()
         made = pool(local)
+        # Of no rows nothing is made, with no way back: backward, all take part.
+        made = made if made.requires_grad or not local.requires_grad else tied(made, local)
         return self._to_all(made, made.ndim - 2, node.block)
 
     def _spread(self, node: Input) -> Tensor:

@@ -3,6 +3,8 @@ with that of one process."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,7 +14,18 @@ import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx
 from tests.parallel.ranks import numbers
 
-__all__ = ["HEADS", "PROGRAMS", "SCANS", "assert_one_process", "drawn", "only_wanted_keys", "part_of", "score"]
+__all__ = [
+    "HEADS",
+    "PROGRAMS",
+    "SCANS",
+    "assert_one_process",
+    "by_owner",
+    "drawn",
+    "on_one",
+    "only_wanted_keys",
+    "part_of",
+    "score",
+]
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 ALLOW = ("selection reads later queries",)
@@ -106,6 +119,16 @@ def part_of(plan: sd.parallel.TokenPlan, program: Any, name: str, x: torch.Tenso
     return x.detach() if axis is None else x.detach().index_select(axis, rows)
 
 
+def on_one(plan: sd.parallel.TokenPlan) -> sd.parallel.TokenPlan:
+    """The plan in which the last rank holds all."""
+    return by_owner(plan, (plan.world - 1,) * len(plan.owner))
+
+
+def by_owner(plan: sd.parallel.TokenPlan, owner: tuple[int, ...]) -> sd.parallel.TokenPlan:
+    """The plan in which granules lie there, each of which everybody needs."""
+    return dataclasses.replace(plan, owner=owner, _needs={"": torch.ones_like(plan._needs[""])})
+
+
 def score(found: Any) -> torch.Tensor:
     """A number that all results go into."""
     out, *lse = found if isinstance(found, tuple) else (found,)
@@ -114,16 +137,19 @@ def score(found: Any) -> torch.Tensor:
 
 def assert_one_process(
     plan: sd.parallel.TokenPlan, program: Any, name: str, length: int, bar: float = 1e-12, *, backend: str = "tiled",
-    dense: int = 2000,
+    dense: int = 2000, learn: Collection[str] | None = None,
 ) -> tuple[float, Any]:  # fmt: skip
     """A call on ranks, and its gradients, are those of one process. Returns the largest difference, and what the rank's keys were.
 
     ``dense``: shorter sequences are compared with the reference. Differences are measured by the largest number where that is above 1:
-    states grow with the length.
+    states grow with the length. ``learn``: the inputs that get gradients; None: all that can.
     """
     rank, cp = dist.get_rank(), plan.on(dist.group.WORLD)
     qkv, more = drawn(name, length)
-    leaves = {key: x.requires_grad_(x.is_floating_point()) for key, x in (*zip("qkv", qkv, strict=True), *more.items())}
+    leaves = {
+        key: x.requires_grad_(x.is_floating_point() and (learn is None or key in learn))
+        for key, x in (*zip("qkv", qkv, strict=True), *more.items())
+    }
     graded = [key for key, x in leaves.items() if x.requires_grad]
     has_lse = sd.compile(program).has_lse
     other = "reference" if length < dense else "tiled"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import sparsedsl as sd
-from tests.parallel.ranked_programs import HEADS, PROGRAMS, SCANS, assert_one_process, drawn, part_of
+from tests.parallel.ranked_programs import HEADS, PROGRAMS, SCANS, assert_one_process, drawn, on_one, part_of
 from tests.parallel.ranks import assert_refused, run_on_ranks
 
 LENGTH = 75
@@ -34,18 +33,6 @@ def placed(program: Any, length: int, world: int, method: str, granule: int = 8,
     return sd.parallel.plan(program, length, world, heads=HEADS, **words)
 
 
-def on_one(plan: sd.parallel.TokenPlan) -> sd.parallel.TokenPlan:
-    """The plan in which the last rank holds all."""
-    needs = torch.zeros_like(plan._needs[""])
-    needs[-1] = True
-    return dataclasses.replace(plan, owner=(plan.world - 1,) * len(plan.owner), _needs={"": needs})
-
-
-def by_owner(plan: sd.parallel.TokenPlan, owner: tuple[int, ...]) -> sd.parallel.TokenPlan:
-    """The plan in which granules lie there."""
-    return dataclasses.replace(plan, owner=owner, _needs={"": torch.ones_like(plan._needs[""])})
-
-
 def sample(rank: int, world: int) -> None:
     for number, name in enumerate(SAMPLE):
         assert_one_process(placed(SCANS[name], LENGTH, world, METHODS[number % 4]), SCANS[name], name, LENGTH)
@@ -54,11 +41,6 @@ def sample(rank: int, world: int) -> None:
     for name, program in {**alone, "hsa": PROGRAMS["hsa"]}.items():
         for backend in ("tiled", "reference"):
             assert_one_process(on_one(placed(program, LENGTH, world, "zigzag")), program, name, LENGTH, backend=backend)
-    # Ranks whose runs write nothing, as they have none or lie before the first key that a state takes up: backward, all take part.
-    for name in ("behind a window", "slots, first"):
-        plan = placed(SCANS[name], LENGTH, world, "contiguous")
-        for made in (on_one(plan), by_owner(plan, (0, *[1] * (len(plan.owner) - 1)))):
-            assert_one_process(made, SCANS[name], name, LENGTH)
     assert_half_precision_is_that_of_one_process(rank, world)
     assert_a_state_that_is_missing_is_seen(rank, world)
 
