@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,74 +11,30 @@ import torch
 import sparsedsl as sd
 from sparsedsl.serve.vllm_classes import classes
 from tests.serve import stand_in
-from tests.serve.stand_in import Engine, LayerOptions, Request, dense
+from tests.serve.stand_in import Engine, LayerOptions, Request
+from tests.serve.steps import (
+    CAUSAL,
+    FIRST,
+    SECOND,
+    STREAM,
+    THIRD,
+    THIRDS,
+    by_mask,
+    causal,
+    prompts,
+    serve,
+    streams,
+    thirds,
+    windowed,
+)
 
 Tensor = torch.Tensor
-CAUSAL = sd.kv_idx <= sd.q_idx
-FIRST, SECOND, THIRD = (f"model.layers.{n}.self_attn.attn" for n in range(3))
-Allowed = Callable[[Tensor, Tensor], Tensor]
-
-# Patterns, and the same by a formula of positions.
-STREAM = sd.patterns.streaming_llm(6, sink_count=2)
-THIRDS = CAUSAL & ((sd.kv_idx % 3 == 0) | (sd.q_idx - sd.kv_idx < 2))
-
-
-def causal(q: Tensor, k: Tensor) -> Tensor:
-    return k <= q
-
-
-def streams(q: Tensor, k: Tensor) -> Tensor:
-    return (k <= q) & ((q - k < 6) | (k < 2))
-
-
-def thirds(q: Tensor, k: Tensor) -> Tensor:
-    return (k <= q) & ((k % 3 == 0) | (q - k < 2))
-
-
-def windowed(window: int) -> Allowed:
-    return lambda q, k: (k <= q) & (q - k < window)
 
 
 @pytest.fixture(autouse=True)
 def vllm() -> Iterator[None]:
     with stand_in.installed():
         yield
-
-
-def by_mask(engine: Engine, masks: dict[str, Allowed], **words: Any) -> Callable[..., Tensor]:
-    """What each layer is to give."""
-
-    def wanted(name: str, request: Request, more: int) -> Tensor:
-        tokens = request.tokens[: request.seen + more]
-        q, k, v = (engine.rows(name, what, tokens) for what in "qkv")
-        at = torch.arange(len(tokens))
-        allowed = masks[name](at[request.seen :, None], at)
-        return dense(q[request.seen :], k, v, engine.scale, allowed[None] if allowed.ndim == 2 else allowed, **words)
-
-    return wanted
-
-
-def prompts(*lens: int) -> list[Request]:
-    made = torch.Generator().manual_seed(3)
-    return [Request(torch.randint(stand_in.VOCAB, (n,), generator=made).tolist()) for n in lens]
-
-
-def serve(engine: Engine, wanted: Callable[..., Tensor], *, share: bool) -> None:
-    """Prompts, pieces of them, decoding with padding, a shared prefix, a preemption, a request that is done, pages used again."""
-    a, b, c, d, e = prompts(60, 50, 40, 30, 30)
-    engine.step([(a, 7), (b, 16), (c, 9)], wanted)
-    engine.step([(a, 1), (b, 13), (c, 3)], wanted, padding=3)
-    engine.step([(a, 1), (b, 1), (c, 1)], wanted, padding=5, empty=2)
-    d.tokens[:22] = b.tokens[:22]
-    if share:
-        engine.share(d, b)
-    engine.step([(d, 25 - d.seen), (a, 12), (b, 1)], wanted, padding=1)
-    engine.drop(b)  # preempted
-    engine.step([(a, 1), (c, 20), (d, 1)], wanted)
-    engine.drop(a)  # done
-    engine.step([(b, 33), (e, 20), (d, 1)], wanted)
-    for _ in range(3):
-        engine.step([(b, 1), (c, 1), (d, 1), (e, 2)], wanted, padding=2, empty=1)
 
 
 @pytest.mark.parametrize("backend", ["tiled", "auto", "reference"])
@@ -141,19 +97,7 @@ def test_quantised_caches(kind: str, element: torch.dtype) -> None:
     engine = Engine({FIRST: LayerOptions()}, dtype=torch.float32, kv_dtype=kind)
     engine.values[f"{FIRST} v place"][:] *= 300 if kind == "fp8" else 30_000  # some are more than float8 holds
 
-    def wanted(name: str, request: Request, more: int) -> Tensor:
-        tokens = request.tokens[: request.seen + more]
-        q, k, v = (engine.rows(name, what, tokens) for what in "qkv")
-        k, v = (stored(x.float(), scale, element) for x, scale in ((k, 0.5), (v, 0.25)))
-        at = torch.arange(len(tokens))
-        return dense(q[request.seen :], k, v, engine.scale, streams(at[request.seen :, None], at)[None])
-
-    serve(engine, wanted, share=True)
-
-
-def stored(x: Tensor, scale: float, element: torch.dtype) -> Tensor:
-    most = torch.finfo(element).max
-    return (x / scale).clamp(-most, most).to(element).double() * scale
+    serve(engine, by_mask(engine, {FIRST: streams}, element=element), share=True)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +136,7 @@ def test_a_rank_of_tensor_parallel_layers_has_its_own_heads() -> None:
         at = torch.arange(request.seen + more)
         apart = at[request.seen :, None] - at
         slopes = 2.0 ** -torch.arange(5.0, 9.0).double()[:, None, None] if name == THIRD else torch.zeros(())
-        masks: dict[str, Allowed] = {name: lambda q, k: (k <= q) & (q - k < own[name][:, None, None])}
+        masks: dict[str, Any] = {name: lambda q, k: (k <= q) & (q - k < own[name][:, None, None])}
         return by_mask(engine, masks, logit=lambda x: x - slopes * apart)(name, request, more)
 
     serve(engine, wanted, share=True)
@@ -207,7 +151,7 @@ def test_a_rank_has_the_slopes_and_sinks_of_its_heads() -> None:
     words = {FIRST: {"alibi_slopes": slopes}, SECOND: {"sinks": sinks}, THIRD: {"sinks": sinks}}
     engine = Engine({name: LayerOptions(words=own) for name, own in words.items()})
     heads = torch.arange(4, 8)[:, None, None]
-    masks: dict[str, Allowed] = {FIRST: causal, SECOND: lambda q, k: (k <= q) & (q - k < 2 + 3 * heads), THIRD: causal}
+    masks: dict[str, Any] = {FIRST: causal, SECOND: lambda q, k: (k <= q) & (q - k < 2 + 3 * heads), THIRD: causal}
 
     def wanted(name: str, request: Request, more: int) -> Tensor:
         at = torch.arange(request.seen + more)
@@ -238,7 +182,7 @@ def test_what_is_seen_is_found_once_a_step_and_a_pattern() -> None:
     (builder,) = engine.builders.values()
     build = builder.build
     builder.build = lambda *args: steps.append(build(*args)) or steps[-1]
-    masks: dict[str, Allowed] = {**dict.fromkeys(names, causal), **dict.fromkeys(names[:3], streams), names[3]: thirds}
+    masks: dict[str, Any] = {**dict.fromkeys(names, causal), **dict.fromkeys(names[:3], streams), names[3]: thirds}
 
     def wanted(name: str, request: Request, more: int) -> Tensor:
         return by_mask(engine, masks, sinks=sinks.get(name))(name, request, more)
