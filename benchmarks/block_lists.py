@@ -34,7 +34,7 @@ PATTERNS = ("window", "sinks", "dilated", "documents", "chunked", "per_head", "d
 LENGTHS = tuple(2**n for n in (12, 14, 15, 16, 18, 20, 22, 24))
 BLOCK = 128
 METHODS = ("compiled", "eager")
-# Targets of issue 2: length -> seconds once analysed, seconds the first time, bytes held.
+# Targets: length -> seconds once analysed, seconds the first time, bytes held.
 TARGETS: dict[int, tuple[float, float | None, int]] = {
     2**20: (0.020, 1.0, 4 * MIB),
     2**24: (0.5, None, 64 * MIB),

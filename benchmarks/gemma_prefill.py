@@ -39,7 +39,7 @@ from parts import gemma
 METHODS = ("sdpa", "native", "hybrid")
 TITLES = {"sdpa": "transformers sdpa", "native": "sparsedsl, native patterns", "hybrid": "sparsedsl, hybrid in full layers"}
 JUDGED = 512  # logits are compared over the last tokens
-# Targets of issue 3: native no slower than SDPA; the hybrid faster. Equal within 3 % counts as equal.
+# Targets: native no slower than SDPA; the hybrid faster. Equal within 3 % counts as equal.
 NATIVE_SPEEDUP, HYBRID_SPEEDUP, LOGITS = 0.97, 1.0, 1e-3
 
 

@@ -19,7 +19,7 @@ DENSE = ("sdpa_flash", "sdpa_cudnn")
 PASSES = ("forward", "backward")
 # Floating-point operations for each pair and entry of a head.
 OPERATIONS = {"forward": 4, "backward": 10}
-# Goals of issue 4.
+# Goals.
 SPEEDUP, DENSE_RATE, BLOCKS_RATE = 1.3, 0.85, 0.85
 
 Record = Mapping[str, Any]

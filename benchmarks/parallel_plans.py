@@ -24,7 +24,7 @@ import sparsedsl as sd
 from sparsedsl import h, kv_idx, patterns, q_idx
 
 WAYS = ("contiguous", "zigzag", "longest_first runs of 1")
-# Seconds of a plan, issue 17: at 1M tokens, of block-sparse masks, at 16M.
+# Seconds of a plan: at 1M tokens, of block-sparse masks, at 16M.
 LIMIT_S, SPARSE_LIMIT_S, LONG_LIMIT_S = 2.0, 4.0, 30.0
 # How far a plan may lie above the best column, in imbalance and in bytes.
 NEAR = 1.05

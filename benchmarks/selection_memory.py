@@ -21,7 +21,7 @@ from typing import Any
 import measure
 from measure import MIB
 
-LIMIT = 256 * MIB  # issue 5
+LIMIT = 256 * MIB
 
 
 def child(queries: int, chunks: int, k: int, every: bool) -> None:
