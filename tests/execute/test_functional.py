@@ -17,6 +17,11 @@ PACKED = CAUSAL & (DOC[sd.q_idx] == DOC[sd.kv_idx])
 BIAS = sd.table("bias", learned=True)
 
 
+def alike(one, other):
+    """The same but for rounding: a library that is ready by the second call may take over from torch."""
+    return torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
 def qkv(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     return [torch.randn(2, heads, 12, 8, dtype=dtype) for heads in (4, 2, 2)]
 
@@ -59,7 +64,7 @@ def test_it_is_the_compiled_call(pattern, tables, backend):
         sd.compile(pattern, backend=backend or "auto")(q, k, v, **words),
         strict=True,
     ):
-        assert torch.equal(got, wanted)
+        assert alike(got, wanted)
 
 
 def test_what_says_the_same_is_compiled_once(compilations):
@@ -81,10 +86,10 @@ def test_heads_scale_and_constants_that_hash_alike_are_told_apart():
     values = torch.arange(12)
     for far in (1, 2):  # -1 and -2 have one hash
         mask = (table[sd.maximum(sd.q_idx - far, 0)] <= sd.kv_idx) & CAUSAL
-        assert torch.equal(sd.attention(q, k, v, mask, t=values), sd.compile(mask)(q, k, v, t=values))
+        assert alike(sd.attention(q, k, v, mask, t=values), sd.compile(mask)(q, k, v, t=values))
     for scale in (None, 0.5, 1.0):
         pattern = sd.attend(CAUSAL, scale=scale)
-        assert torch.equal(sd.attention(q, k, v, pattern), sd.compile(pattern)(q, k, v))
+        assert alike(sd.attention(q, k, v, pattern), sd.compile(pattern)(q, k, v))
     sd.attention(q, k, v, sd.attend(CAUSAL))
     with pytest.raises(sd.ShapeError, match="8 heads"):
         sd.attention(q, k, v, sd.attend(CAUSAL, heads=8))
@@ -93,10 +98,10 @@ def test_heads_scale_and_constants_that_hash_alike_are_told_apart():
 def test_bound_tensors_count_and_are_not_kept(compilations):
     q, k, v = qkv()
     for ids in (torch.arange(12) // 5, torch.arange(12) // 3):
-        assert torch.equal(sd.attention(q, k, v, PACKED.bind(doc=ids)), sd.compile(PACKED)(q, k, v, doc=ids))
+        assert alike(sd.attention(q, k, v, PACKED.bind(doc=ids)), sd.compile(PACKED)(q, k, v, doc=ids))
     assert len(compilations) == 1
     gone = weakref.ref(ids)
-    assert torch.equal(sd.attention(q, k, v, PACKED.bind(doc=ids), doc=torch.zeros(12, dtype=int)), sd.attention(q, k, v, CAUSAL))
+    assert alike(sd.attention(q, k, v, PACKED.bind(doc=ids), doc=torch.zeros(12, dtype=int)), sd.attention(q, k, v, CAUSAL))
     del ids
     gc.collect()
     assert gone() is None
@@ -108,8 +113,8 @@ def test_a_program_with_bound_tensors_keeps_none_of_them():
     for ids in (torch.arange(12) // 5, torch.arange(12) // 3):
         program = sd.joint(PACKED.bind(doc=ids), sd.attend(CAUSAL))
         found.append(sd.attention(q, k, v, program))
-        assert torch.equal(found[-1], sd.attention(q, k, v, sd.joint(PACKED, sd.attend(CAUSAL)), doc=ids))
-    assert not torch.equal(*found)
+        assert alike(found[-1], sd.attention(q, k, v, sd.joint(PACKED, sd.attend(CAUSAL)), doc=ids))
+    assert not alike(*found)
     gone = weakref.ref(ids)
     del ids, program
     gc.collect()
@@ -136,7 +141,7 @@ def test_hundreds_are_remembered_and_no_more():
 def test_a_compiled_pattern_has_its_own_options():
     q, k, v = qkv()
     attn = sd.compile(CAUSAL, backend="reference")
-    assert torch.equal(sd.attention(q, k, v, attn, backend="reference"), attn(q, k, v))
+    assert alike(sd.attention(q, k, v, attn, backend="reference"), attn(q, k, v))
     with pytest.raises(
         sd.ArgumentError, match="backend='tiled' is for a pattern; got a compiled one, whose backend is 'reference'"
     ):
@@ -153,7 +158,7 @@ def test_functions_are_traced_at_each_call():
         return (q_idx >= kv_idx) & (q_idx - kv_idx < width)
 
     for width in (3, 5):  # the function reads it
-        assert torch.equal(sd.attention(q, k, v, local), sd.compile(CAUSAL & (sd.q_idx - sd.kv_idx < width))(q, k, v))
+        assert alike(sd.attention(q, k, v, local), sd.compile(CAUSAL & (sd.q_idx - sd.kv_idx < width))(q, k, v))
 
 
 def test_gradients_reach_tensors_and_learned_tables():
@@ -199,7 +204,7 @@ def test_a_function_within_torch_compile_is_refused():
 def test_names_that_are_words_of_the_call_go_into_tables():
     q, k, v = qkv()
     ids = torch.arange(12) // 5
-    assert torch.equal(sd.attention(q, k, v, PACKED, tables={"doc": ids}), sd.attention(q, k, v, PACKED, doc=ids))
+    assert alike(sd.attention(q, k, v, PACKED, tables={"doc": ids}), sd.attention(q, k, v, PACKED, doc=ids))
     with pytest.raises(sd.TableError, match="table 'doc' is given twice"):
         sd.attention(q, k, v, PACKED, tables={"doc": ids}, doc=ids)
     with pytest.raises(sd.TableError, match="tables must be a mapping, name -> tensor"):
