@@ -86,7 +86,11 @@ def _closed_work(mask: Boolean, domain: Domain, chunk: int) -> Tensor:
 def _listed(mask: Boolean, domain: Domain, chunk: int, granule: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Runs and work from tile lists, of which a partial one counts half."""
     rows, q_len = FINE if chunk % FINE == 0 else chunk, domain.rows
-    lists = classify(mask, domain, (rows, granule))
+    try:
+        lists = classify(mask, domain, (rows, granule))
+    except UnsupportedError as error:
+        what = str(error).partition(". Take larger tiles")[0]
+        raise UnsupportedError(f"{what}. Take a larger granule (now {granule} keys)") from error
     _, groups, lines, columns = lists.shape
     work = torch.zeros(-(-q_len // chunk), dtype=torch.float64, device=domain.device)
     found = []

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import sparsedsl as sd
 from sparsedsl import kv_idx, q_idx
+from sparsedsl.analysis import tiles
 from sparsedsl.analysis.effort import EFFORT
 from sparsedsl.lang.evaluation import evaluate
 from sparsedsl.parallel import TokenPlan, plan
@@ -175,3 +176,12 @@ WINDOW = sd.patterns.sliding_window(40)
 def test_what_is_given_for_something_else_is_named(call: Any, message: str) -> None:
     with pytest.raises(sd.ArgumentError, match=message):
         call(plan(WINDOW, 256, 2, chunk=128))
+
+
+def test_lists_that_memory_has_no_room_for_name_what_a_plan_can_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(count: int, device: torch.device, what: str, way: str) -> None:
+        raise sd.UnsupportedError(f"{what} would take at least 12 GiB, over half of the 16 GiB of cpu. {way}")
+
+    monkeypatch.setattr(tiles, "check_room", refuse)
+    with pytest.raises(sd.UnsupportedError, match=r"over half of the .* of cpu\. Take a larger granule \(now 8 keys\)$"):
+        plan(PATTERNS["blocks"], 400, 2, granule=8)
