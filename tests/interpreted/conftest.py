@@ -1,4 +1,4 @@
-"""Tests that run Triton kernels in its interpreter: ``tests/test_interpreted.py`` starts a process for each file here.
+"""Tests that run Triton kernels in its interpreter: ``tests/test_interpreted.py`` starts processes for the files here.
 
 Triton decides when it is imported whether it interprets. Without ``TRITON_INTERPRET=1`` nothing here is collected.
 """
