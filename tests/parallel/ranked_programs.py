@@ -120,8 +120,10 @@ def part_of(plan: sd.parallel.TokenPlan, program: Any, name: str, x: torch.Tenso
 
 
 def on_one(plan: sd.parallel.TokenPlan) -> sd.parallel.TokenPlan:
-    """The plan in which the last rank holds all."""
-    return by_owner(plan, (plan.world - 1,) * len(plan.owner))
+    """The plan in which the last rank holds all, and others need nothing."""
+    needs = torch.zeros_like(plan._needs[""])
+    needs[-1] = True
+    return dataclasses.replace(by_owner(plan, (plan.world - 1,) * len(plan.owner)), _needs={"": needs})
 
 
 def by_owner(plan: sd.parallel.TokenPlan, owner: tuple[int, ...]) -> sd.parallel.TokenPlan:

@@ -39,9 +39,7 @@ def run_on_ranks(world: int, run: Callable[[int], None], folder: Path, *, second
     while not failures.empty():
         told.append(failures.get())
     codes = [rank.exitcode for rank in ranks]
-    assert codes == [0] * world, f"exit statuses {codes} (of rank 0 first; -9 is killed, as for memory or time)\n" + "\n".join(
-        told
-    )
+    assert codes == [0] * world, "\n".join([f"exit statuses {codes}, -9 for killed", *told])
 
 
 def _process(rank: int, world: int, run: Callable[[int], None], folder: str, failures: Any) -> None:

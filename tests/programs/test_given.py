@@ -228,12 +228,11 @@ def test_random_lists_beside_other_masks(data: st.DataObject) -> None:
 def test_what_is_given_of_choices_is_cut_with_the_call() -> None:
     """Fewer keys: bits of an incomplete block still count, and lists name no block that is not there yet."""
     case = kit.AttentionCase(q_len=6, kv_len=6, head_dim=4, head_dim_v=4)
-    causal = sd.kv_idx <= sd.q_idx
     for axes, choice in (
         ("batch heads queries keys/4", torch.tensor([[1, 0]] * 4 + [[0, 1], [1, 1]], dtype=torch.bool)),
         ("batch heads queries 2", torch.tensor([[0, -1], [1, 0], [0, 1], [1, 0], [-1, 1], [1, 0]])),
     ):
-        program = sd.attend(causal & sd.given(sd.input("picked", axes), unit=4))
+        program = sd.attend(CAUSAL & sd.given(sd.input("picked", axes), unit=4))
         done = kit.assert_prefill_equals_decode(
             sd.compile(program, backend="tiled"), case, chunks=(2,), picked=choice.expand(1, case.heads, 6, 2)
         )
